@@ -1,0 +1,1 @@
+"""Settings of a run: schema, presets, the community's environment names."""

@@ -1,0 +1,462 @@
+"""Every setting of a run, as frozen dataclasses. Presets build them; nothing else holds a setting."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pgolf_fast.errors import PgolfError
+
+Activation = Literal["leaky_relu_squared", "relu_squared", "swiglu"]
+Dtype = Literal["auto", "float32", "bfloat16"]
+
+
+def _need(condition: bool, message: str) -> None:
+    if not condition:
+        raise PgolfError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The network (PR 1501). Field names are those of the golden vectors."""
+
+    vocab_size: int = 1024
+    """Number of token ids; the tokenizer must have exactly as many."""
+    num_layers: int = 11
+    """Transformer blocks; the first half are U-Net encoders."""
+    model_dim: int = 512
+    """Width of the residual stream."""
+    num_heads: int = 8
+    """Query heads."""
+    num_kv_heads: int = 4
+    """Key/value heads; each serves num_heads / num_kv_heads query heads."""
+    mlp_mult: float = 3.0
+    """MLP hidden width over model_dim. A gated MLP has two up rows per hidden channel."""
+    mlp_activation: Activation = "leaky_relu_squared"
+    """leaky_relu_squared (slope 0.5), relu_squared, or swiglu (gated)."""
+    tie_embeddings: bool = True
+    """The output head is the token embedding. The only supported setting."""
+    tied_embed_init_std: float = 0.005
+    """Standard deviation of the initial token embedding."""
+    logit_softcap: float = 30.0
+    """logits = softcap * tanh(raw / softcap)."""
+    rope_base: float = 10000.0
+    """RoPE base at lengths up to rope_train_seq_len; beyond it the base grows (NTK scaling)."""
+    rope_dims: int = 16
+    """Leading channels of each head that are rotated; 0 means all of them."""
+    rope_train_seq_len: int = 1024
+    """Length up to which RoPE keeps its base."""
+    rope_bf16_tables: bool = False
+    """Round the RoPE tables to bfloat16, as the original did (its frequencies too at short lengths)."""
+    qk_gain_init: float = 1.5
+    """Initial per-head gain on normalised queries."""
+    bigram_vocab_size: int = 4096
+    """Rows of the hash n-gram table; 0 removes it."""
+    bigram_dim: int = 64
+    """Width of the hash n-gram table."""
+    trigram: bool = True
+    """Add a trigram row from the same table."""
+    pos_conditional: bool = True
+    """Word starts and other tokens use separate halves of the hash table."""
+    xsa_last_n: int = 11
+    """Exclusive self-attention in this many last blocks; 0 removes it."""
+    ln_scale: bool = True
+    """Scale the normalised input of block i by 1/sqrt(i+1)."""
+    ve_enabled: bool = True
+    """Add a value embedding of the token to the attention values of ve_layers."""
+    ve_dim: int = 128
+    """Width of the value-embedding table."""
+    ve_layers: tuple[int, ...] = (7, 8, 9, 10)
+    """Blocks that receive the value embedding."""
+    frozen_skips: int = 2
+    """The outermost U-Net skips that start at zero and get no gradient in training."""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "rope_train_seq_len"):
+            _need(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; it must be positive")
+        _need(
+            self.model_dim % self.num_heads == 0,
+            f"model.model_dim {self.model_dim} is not a multiple of model.num_heads {self.num_heads}",
+        )
+        _need(
+            self.num_heads % self.num_kv_heads == 0,
+            f"model.num_heads {self.num_heads} is not a multiple of model.num_kv_heads {self.num_kv_heads}",
+        )
+        _need(
+            0 <= self.rope_dims <= self.head_dim and self.rope_dims % 2 == 0,
+            f"model.rope_dims {self.rope_dims} must be even and between 0 and the head dim {self.head_dim}",
+        )
+        _need(self.rope_dims > 0 or self.head_dim % 2 == 0, f"head dim {self.head_dim} must be even for RoPE")
+        _need(self.tie_embeddings, "model.tie_embeddings=False is not supported: the head is the token embedding")
+        _need(self.mlp_hidden > 0, f"model.mlp_mult {self.mlp_mult} gives an empty MLP at width {self.model_dim}")
+        _need(self.logit_softcap > 0, f"model.logit_softcap is {self.logit_softcap}; it must be positive")
+        _need(
+            self.bigram_vocab_size == 0 or self.bigram_vocab_size >= 4,
+            f"model.bigram_vocab_size is {self.bigram_vocab_size}; use 0 (off) or at least 4",
+        )
+        _need(
+            not (self.bigram_vocab_size == 0 and self.trigram),
+            "model.trigram needs a hash table: set model.bigram_vocab_size above 0 or model.trigram to False",
+        )
+        bad = [i for i in self.ve_layers if not 0 <= i < self.num_layers] if self.ve_enabled else []
+        _need(not bad, f"model.ve_layers {bad} do not exist: the model has blocks 0 to {self.num_layers - 1}")
+        _need(
+            0 <= self.frozen_skips <= self.num_skips,
+            f"model.frozen_skips is {self.frozen_skips}; a model of {self.num_layers} layers has {self.num_skips} skips",
+        )
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
+
+    @property
+    def kv_dim(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def mlp_hidden(self) -> int:
+        return int(self.mlp_mult * self.model_dim)
+
+    @property
+    def mlp_up_rows(self) -> int:
+        return self.mlp_hidden * (2 if self.mlp_activation == "swiglu" else 1)
+
+    @property
+    def rotary_dims(self) -> int:
+        return self.rope_dims or self.head_dim
+
+    @property
+    def num_skips(self) -> int:
+        """U-Net joins: one per encoder block, as far as there are decoder blocks to take them."""
+        return self.num_layers // 2
+
+    def num_parameters(self) -> int:
+        """Parameters of the network, counted without building it."""
+        d, n = self.model_dim, self.num_layers
+        banks = 2 * n * d * d + 2 * n * self.kv_dim * d + n * self.mlp_up_rows * d + n * d * self.mlp_hidden
+        per_block = self.num_heads + 2 * d + 2 * d
+        total = banks + self.vocab_size * d + d + self.num_skips * d + n * per_block
+        if self.bigram_vocab_size:
+            total += self.bigram_vocab_size * self.bigram_dim + d * self.bigram_dim + 2
+        if self.ve_enabled:
+            total += self.vocab_size * self.ve_dim + self.kv_dim * self.ve_dim + 1 + len(self.ve_layers)
+        return total
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where tokens come from."""
+
+    path: str | None = None
+    """Folder with *_train_*.bin and *_val_*.bin shards; None builds the zero-download corpus."""
+    tokenizer: str | None = None
+    """SentencePiece .model file; None looks in and beside `path`."""
+    loader: Literal["sequential", "shuffled"] = "sequential"
+    """sequential: the challenge's stream, wrapping at the end; shuffled: documents in a new order each epoch."""
+    seed: int = 1337
+    """Seed of the shuffled document order."""
+    val_tokens: int | None = None
+    """Use only this many validation tokens (for quick looks); None uses all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Muon on the banks, AdamW on everything else (spec 3.1 to 3.3)."""
+
+    matrix_lr: float = 0.025
+    """Muon learning rate (banks)."""
+    embed_lr: float = 0.035
+    """AdamW learning rate of the three tables."""
+    scalar_lr: float = 0.025
+    """AdamW learning rate of gains, scales and the two small projections."""
+    muon_momentum: float = 0.99
+    """Muon momentum after its warm-up."""
+    muon_momentum_start: float = 0.92
+    """Muon momentum at step 0."""
+    muon_momentum_warmup_steps: int = 1500
+    """Steps over which Muon's momentum rises linearly."""
+    muon_newton_schulz_steps: int = 5
+    """Newton-Schulz iterations."""
+    adam_beta1: float = 0.9
+    """AdamW first moment decay."""
+    adam_beta2: float = 0.95
+    """AdamW second moment decay."""
+    adam_eps: float = 1e-8
+    """AdamW epsilon."""
+    weight_decay: float = 0.04
+    """Decoupled weight decay of both optimisers."""
+    grad_clip: float | None = 0.3
+    """Global gradient-norm limit over all parameters; None is off."""
+
+    def __post_init__(self) -> None:
+        for name in ("matrix_lr", "embed_lr", "scalar_lr", "weight_decay"):
+            _need(getattr(self, name) >= 0, f"optim.{name} is {getattr(self, name)}; it must not be negative")
+        _need(self.grad_clip is None or self.grad_clip > 0, "optim.grad_clip must be positive, or None for off")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AverageConfig:
+    """Weight averaging (spec 3.8)."""
+
+    ema_decay: float = 0.998
+    """Decay per step of the exponential average."""
+    ema_every: int = 10
+    """Steps between updates of the average; each uses ema_decay ** ema_every."""
+    swa_every: int | None = 50
+    """Steps between snapshots of stochastic weight averaging; None is off."""
+    swa_below: float = 0.2
+    """Collect snapshots while the learning-rate multiplier is below this."""
+    swa_apply: bool = True
+    """The final weights are the mean of the EMA snapshots; False collects and does not use them (as run)."""
+
+    def __post_init__(self) -> None:
+        _need(0 <= self.ema_decay < 1, f"average.ema_decay is {self.ema_decay}; it must be in [0, 1)")
+        _need(self.ema_every > 0, "average.ema_every must be positive")
+        _need(self.swa_every is None or self.swa_every > 0, "average.swa_every must be positive, or None for off")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QATConfig:
+    """Late quantisation-aware training: fake int6 with straight-through gradients."""
+
+    below: float = 0.25
+    """Switch on once the learning-rate multiplier is below this."""
+    banks: bool = True
+    """Quantise the four banks; False flips the flag with no effect on them, as the original did."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetaConfig:
+    """First-order MAML on the last micro-batch (spec 3.7)."""
+
+    every: int = 4
+    """Optimiser steps between meta steps."""
+    inner_lr: float = 0.002
+    """Learning rate of the inner SGD step on the banks."""
+    weight: float = 0.5
+    """Weight of the outer loss."""
+    dilute: bool = True
+    """Divide the outer loss by the number of micro-batches, as the original did."""
+    freeze_blocks: int = 2
+    """First blocks whose banks the inner step leaves alone."""
+    above: float = 0.5
+    """Only while the learning-rate multiplier is above this."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The training loop."""
+
+    seed: int = 42
+    """Seed of the initial weights."""
+    steps: int = 7500
+    """Optimiser steps at most."""
+    max_seconds: float | None = 4800.0
+    """Training clock at most (validation and warm-up not counted); None for steps only."""
+    batch_tokens: int = 786_432
+    """Tokens of one optimiser step, over all ranks and micro-batches."""
+    micro_batch_tokens: int = 98_304
+    """Tokens of one forward and backward on one rank; changes memory, not mathematics."""
+    seq_len: int = 2048
+    """Training sequence length."""
+    compute_dtype: Dtype = "auto"
+    """Activations and matmuls; auto is bfloat16 where the hardware has it."""
+    table_dtype: Dtype = "bfloat16"
+    """Storage of the embedding tables during training; auto and float32 both mean float32."""
+    compile: bool | None = None
+    """torch.compile the loss; None compiles on CUDA only."""
+    warmup_steps: int = 20
+    """Untimed steps before training whose effect is undone; they run only where compiling."""
+    schedule: Literal["time", "steps"] = "time"
+    """What the learning-rate decay is measured in; time needs max_seconds."""
+    warmdown_steps: int = 2500
+    """Length of the cosine decay, in steps (converted to time by the measured pace)."""
+    lr_hold_steps: int = 25
+    """Steps at the start during which the multiplier is 1 whatever the clock says."""
+    adaptive_warmdown: bool = True
+    """Start the decay when the training loss stops improving (spec 3.6)."""
+    adaptive_min_step: int = 2000
+    """First step at which the adaptive trigger looks."""
+    adaptive_every: int = 100
+    """Steps between looks."""
+    adaptive_ema: float = 0.99
+    """Smoothing of the watched training loss."""
+    adaptive_threshold: float = 5e-4
+    """Improvement of the smoothed loss below which the decay starts."""
+    val_every: int | None = 3000
+    """Steps between validations; None validates at the end only."""
+    log_every: int = 500
+    """Steps between progress lines (the first ten steps and the last are always printed)."""
+    checkpoint_minutes: float | None = 10.0
+    """Minutes between checkpoints; None writes only the final one."""
+    meta: MetaConfig | None = field(default_factory=MetaConfig)
+    """Meta-learning step; None is off."""
+    qat: QATConfig | None = field(default_factory=QATConfig)
+    """Late quantisation-aware training; None is off."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_tokens", "micro_batch_tokens", "seq_len", "log_every"):
+            _need(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}; it must be positive")
+        _need(
+            self.micro_batch_tokens % self.seq_len == 0,
+            f"train.micro_batch_tokens {self.micro_batch_tokens} is not a multiple of train.seq_len {self.seq_len}",
+        )
+        _need(
+            self.batch_tokens % self.micro_batch_tokens == 0,
+            f"train.batch_tokens {self.batch_tokens} is not a multiple of "
+            f"train.micro_batch_tokens {self.micro_batch_tokens}",
+        )
+        _need(
+            not (self.schedule == "time" and self.max_seconds is None),
+            "train.schedule 'time' needs train.max_seconds; set it, or use train.schedule steps",
+        )
+        _need(self.max_seconds is None or self.max_seconds > 0, "train.max_seconds must be positive, or None")
+        _need(
+            self.meta is None or self.seq_len % 2 == 0,
+            f"train.meta splits sequences in halves: train.seq_len {self.seq_len} must be even",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantConfig:
+    """Weights to integers (spec 4)."""
+
+    method: Literal["gptq", "round"] = "gptq"
+    """gptq uses Hessians of self-generated text; round is plain rounding to nearest."""
+    bits: int = 6
+    """Bits of bank weights; codes run from -(2^(bits-1) - 1) to 2^(bits-1) - 1."""
+    percentiles: tuple[float, ...] = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
+    """Row-clip candidates, as quantiles of |row|."""
+    scale_floor: bool = True
+    """Never let a row's step go below 1/clip_range (1/31 at 6 bits), as the original does."""
+    block_size: int = 128
+    """GPTQ column block."""
+    damping: float = 0.01
+    """Added to the Hessian's diagonal, as a part of its mean, before factoring."""
+    calibration_sequences: int = 64
+    """Sequences the model writes for its own calibration."""
+    calibration_length: int = 2048
+    """Tokens of each."""
+    calibration_batch: int = 8
+    """Sequences written at once."""
+    temperature: float = 0.8
+    """Sampling temperature of calibration text."""
+    seed: int = 42
+    """Seed of calibration text."""
+    small_tensor: int = 65_536
+    """Tensors with at most this many elements are stored as float16."""
+
+    def __post_init__(self) -> None:
+        _need(2 <= self.bits <= 8, f"quant.bits is {self.bits}; it must be 2 to 8")
+        _need(len(self.percentiles) > 0, "quant.percentiles is empty")
+        _need(all(0 < p <= 1 for p in self.percentiles), f"quant.percentiles {self.percentiles} must be in (0, 1]")
+        _need(self.temperature > 0, "quant.temperature must be positive")
+
+    @property
+    def clip_range(self) -> int:
+        return 2 ** (self.bits - 1) - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackConfig:
+    """The artifact and its byte budget."""
+
+    limit_bytes: int = 16_000_000
+    """Weights plus code may not exceed this (decimal megabytes)."""
+    code_bytes: int | None = None
+    """Bytes counted for code; None counts the package's own Python and C++ sources that evaluation needs."""
+    lzma_preset: int = 9
+    """xz preset of each section."""
+    prune: bool = True
+    """Zero +-1 codes of the finest rows, as many as needed and no more, when the artifact is too large."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Scoring (spec 2.3, 2.4, 5.2)."""
+
+    seq_len: int | None = None
+    """Window length; None uses train.seq_len."""
+    stride: int = 64
+    """Tokens between sliding windows."""
+    batch_seqs: int = 16
+    """Windows scored at once."""
+    repeat_tail: bool = False
+    """Score the last targets many times, as the original does (for parity only)."""
+
+    def __post_init__(self) -> None:
+        _need(self.stride > 0, "eval.stride must be positive")
+        _need(self.batch_seqs > 0, "eval.batch_seqs must be positive")
+        _need(
+            self.seq_len is None or self.stride <= self.seq_len,
+            f"eval.stride {self.stride} is longer than the window eval.seq_len {self.seq_len}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TTTConfig:
+    """Legal test-time training: score a chunk, then learn from it (spec 5.3)."""
+
+    chunk_tokens: int = 65_536
+    """Tokens scored before each adaptation."""
+    epochs: int = 4
+    """Passes over the scored chunk; 0 scores without adapting."""
+    lr: float = 0.004
+    """SGD learning rate of the first chunk; cosine to zero over the chunks."""
+    momentum: float = 0.9
+    """SGD momentum, kept across chunks."""
+    batch_seqs: int = 16
+    """Sequences of one SGD step."""
+    grad_clip: float = 1.0
+    """Global gradient-norm limit over the adapted parameters."""
+    parameters: Literal["all", "banks"] = "banks"
+    """What is adapted; all leaves out the first freeze_blocks blocks' own scalars, as run."""
+    freeze_blocks: int = 2
+    """Blocks whose own (un-banked) parameters are left alone when adapting all."""
+    quantize_forward: Literal["none", "banks", "projections"] = "banks"
+    """Fake-quantise the banks in scoring and adapting; projections is what the original ran (adapting only)."""
+
+    def __post_init__(self) -> None:
+        _need(self.chunk_tokens > 0 and self.batch_seqs > 0, "ttt.chunk_tokens and ttt.batch_seqs must be positive")
+        _need(self.epochs >= 0, "ttt.epochs must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run, from data to scores."""
+
+    name: str = "exp101"
+    """Preset this came from."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The network."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Tokens."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """The loop."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimisers."""
+    average: AverageConfig = field(default_factory=AverageConfig)
+    """EMA and SWA."""
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    """Quantisation."""
+    pack: PackConfig = field(default_factory=PackConfig)
+    """Artifact."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """Scores."""
+    ttt: TTTConfig = field(default_factory=TTTConfig)
+    """Test-time training."""
+
+    @property
+    def eval_seq_len(self) -> int:
+        return self.eval.seq_len or self.train.seq_len
+
+    def __post_init__(self) -> None:
+        _need(
+            self.eval.stride <= self.eval_seq_len,
+            f"eval.stride {self.eval.stride} is longer than the window of {self.eval_seq_len} tokens",
+        )
+        meta = self.train.meta
+        _need(
+            meta is None or meta.freeze_blocks <= self.model.num_layers,
+            f"train.meta.freeze_blocks exceeds the model's {self.model.num_layers} layers",
+        )

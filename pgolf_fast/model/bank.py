@@ -1,0 +1,79 @@
+"""Weight banks: the four stacks of matrices that hold almost every parameter of the network.
+
+With n layers: `qo` is (2n, D, D), queries then output projections; `kv` is (2n, KV*hd, D), keys then values;
+`up` is (n, M, D) and `down` (n, D, M). Every slot belongs to one layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+BANK_NAMES = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
+
+
+@dataclass(frozen=True)
+class Banks:
+    """The four banks as forward reads them (compute dtype), and where backward adds gradients.
+
+    Gradient banks are all given or all None; None leaves gradients to autograd.
+    """
+
+    qo: Tensor
+    kv: Tensor
+    up: Tensor
+    down: Tensor
+    grad_qo: Tensor | None = None
+    grad_kv: Tensor | None = None
+    grad_up: Tensor | None = None
+    grad_down: Tensor | None = None
+
+    def weights(self) -> Iterator[Tensor]:
+        yield from (self.qo, self.kv, self.up, self.down)
+
+
+def make_banks(weights: list[Tensor], grads: list[Tensor] | None = None) -> Banks:
+    """`Banks` from lists in the order of BANK_NAMES.
+
+    Weights that come with gradient banks become leaves that require grad, so that backward reaches the ops
+    even where no activation needs a gradient.
+    """
+    if grads is None:
+        return Banks(*weights)
+    leaves = [w.detach().requires_grad_() for w in weights]
+    return Banks(*leaves, *grads)
+
+
+class Shadow:
+    """Compute-dtype copies of the master banks, refreshed when, and only when, a master has changed."""
+
+    def __init__(self) -> None:
+        self._key: object = None
+        self._weights: list[Tensor] = []
+
+    def get(
+        self, masters: list[Tensor], dtype: torch.dtype, transform: Callable[[Tensor], Tensor] | None
+    ) -> list[Tensor]:
+        """Copies of `masters` after `transform`, cast to `dtype`; the masters themselves where nothing changes."""
+        if transform is None and all(m.dtype == dtype for m in masters):
+            return [m.detach() for m in masters]
+        key = (dtype, transform, *((id(m), m.data_ptr(), m._version) for m in masters))
+        if key != self._key:
+            with torch.no_grad(), torch.inference_mode(False):
+                new = [(m if transform is None else transform(m)).to(dtype) for m in masters]
+            if [w.shape for w in self._weights] == [w.shape for w in new] and self._same_place(dtype, masters):
+                for old, fresh in zip(self._weights, new, strict=True):
+                    old.copy_(fresh)  # stable addresses for compiled and captured graphs
+            else:
+                self._weights = new
+            self._key = key
+        return self._weights
+
+    def _same_place(self, dtype: torch.dtype, masters: list[Tensor]) -> bool:
+        return all(w.dtype == dtype and w.device == m.device for w, m in zip(self._weights, masters, strict=True))
+
+
+assert len(fields(Banks)) == 2 * len(BANK_NAMES)

@@ -1,0 +1,274 @@
+"""The network of PR 1501: a U-Net transformer over weight banks. Names in its state dict are the community's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pgolf_fast import ops
+from pgolf_fast.config.schema import ModelConfig
+from pgolf_fast.errors import PgolfError
+from pgolf_fast.model.bank import BANK_NAMES, Banks, Shadow, make_banks
+from pgolf_fast.model.embeddings import NgramHash, SmearGate, ValueEmbedding
+from pgolf_fast.model.rope import rope_tables
+
+# (layer, normalised input, value embedding or None) -> attention output, all (B, T, ...)
+Attend = Callable[[int, Tensor, Tensor | None], Tensor]
+
+
+class Observer(Protocol):
+    """Sees the normalised input of every attention and MLP (for Hessians and analyses)."""
+
+    def attention_input(self, layer: int, x: Tensor, value_embed: Tensor | None) -> None: ...
+
+    def mlp_input(self, layer: int, x: Tensor) -> None: ...
+
+
+class _Attention(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.q_gain = nn.Parameter(torch.full((config.num_heads,), config.qk_gain_init))
+
+
+class Block(nn.Module):
+    """The un-banked parameters of one block."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        dim = config.model_dim
+        self.attn = _Attention(config)
+        self.attn_scale = nn.Parameter(torch.full((dim,), 0.1 if layer == 0 else 1.0))
+        self.mlp_scale = nn.Parameter(torch.ones(dim))
+        self.resid_mix = nn.Parameter(torch.stack((torch.ones(dim), torch.zeros(dim))))
+        self.layer_scale = 1 / math.sqrt(layer + 1) if config.ln_scale else 1.0
+
+
+class GPT(nn.Module):
+    """`loss`, `token_losses` and `logits` of token batches; `banks` supplies the weights they read.
+
+    Activations and matmuls run in `compute_dtype`; parameters are kept as they are and cast at use.
+    """
+
+    has_leading_space: Tensor
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        has_leading_space: Tensor | None = None,
+        *,
+        compute_dtype: torch.dtype = torch.float32,
+    ):
+        super().__init__()
+        self.config, self.compute_dtype = config, compute_dtype
+        n, d = config.num_layers, config.model_dim
+        self.qo_bank = nn.Parameter(torch.zeros(2 * n, d, d))
+        self.kv_bank = nn.Parameter(torch.zeros(2 * n, config.kv_dim, d))
+        self.mlp_up_bank = nn.Parameter(torch.zeros(n, config.mlp_up_rows, d))
+        self.mlp_down_bank = nn.Parameter(torch.zeros(n, d, config.mlp_hidden))
+        self.tok_emb = nn.Embedding(config.vocab_size, d)
+        self.smear = SmearGate(d)
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(n))
+        self.skip_weights = nn.Parameter(torch.ones(config.num_skips, d))
+        self.bigram = None
+        if config.bigram_vocab_size:
+            self.bigram = NgramHash(
+                config.bigram_vocab_size,
+                config.bigram_dim,
+                d,
+                pos_conditional=config.pos_conditional,
+                trigram=config.trigram,
+            )
+            self.word_start_boost = nn.Parameter(torch.tensor(1.0))
+        self.ve_shared = None
+        if config.ve_enabled:
+            self.ve_shared = ValueEmbedding(config.vocab_size, config.ve_dim, config.kv_dim)
+            self.ve_layer_scales = nn.ParameterList(nn.Parameter(torch.ones(1)) for _ in config.ve_layers)
+        if has_leading_space is None:
+            has_leading_space = torch.zeros(config.vocab_size, dtype=torch.bool)
+        if has_leading_space.shape != (config.vocab_size,):
+            raise PgolfError(
+                f"has_leading_space has {has_leading_space.numel()} entries but model.vocab_size is "
+                f"{config.vocab_size}: use the tokenizer the model was made for"
+            )
+        self.register_buffer("has_leading_space", has_leading_space.bool(), persistent=False)
+        self._shadow = Shadow()
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initial values of spec 1.12; like the original's, every one is rounded to bfloat16."""
+        n = self.config.num_layers
+        nn.init.normal_(self.tok_emb.weight, std=self.config.tied_embed_init_std)
+        for i in range(n):
+            nn.init.orthogonal_(self.qo_bank[i])
+            nn.init.orthogonal_(self.kv_bank[i])
+            nn.init.orthogonal_(self.kv_bank[n + i])
+            nn.init.orthogonal_(self.mlp_up_bank[i])
+        self.skip_weights[len(self.skip_weights) - self.config.frozen_skips :] = 0
+        if self.bigram is not None:
+            nn.init.zeros_(self.bigram.embed.weight)
+            nn.init.orthogonal_(self.bigram.proj.weight)
+        if self.ve_shared is not None:
+            nn.init.normal_(self.ve_shared.embed.weight, std=0.01)
+            nn.init.orthogonal_(self.ve_shared.proj.weight)
+        for parameter in self.parameters():
+            parameter.copy_(parameter.bfloat16())
+
+    def tables(self) -> list[nn.Parameter]:
+        """The embedding tables: token, hash n-gram, value."""
+        modules = (self.tok_emb, self.bigram and self.bigram.embed, self.ve_shared and self.ve_shared.embed)
+        return [module.weight for module in modules if module is not None]
+
+    def projections(self) -> list[nn.Parameter]:
+        """The two small projections that are not in a bank."""
+        return [module.proj.weight for module in (self.bigram, self.ve_shared) if module is not None]
+
+    def bank_parameters(self) -> list[nn.Parameter]:
+        """The four master banks in the order of BANK_NAMES."""
+        return [getattr(self, name) for name in BANK_NAMES]
+
+    def allocate_gradient_banks(self) -> None:
+        """From now on backward adds bank gradients in place; clear them with `zero_grad(set_to_none=False)`."""
+        for bank in self.bank_parameters():
+            if bank.grad is None:
+                bank.grad = torch.zeros_like(bank)
+
+    def banks(self, transform: Callable[[Tensor], Tensor] | None = None) -> Banks:
+        """The banks for one forward: masters after `transform` (say, fake quantisation), in the compute dtype.
+
+        With gradient banks allocated, backward adds to them, straight through `transform`. Without, and with
+        gradients enabled, autograd reaches the masters through `transform` and the cast.
+        """
+        masters = self.bank_parameters()
+        grads = [m.grad for m in masters if m.grad is not None]
+        if torch.is_grad_enabled() and masters[0].requires_grad and not grads:
+            weights = masters if transform is None else [transform(m) for m in masters]
+            return make_banks([w.to(self.compute_dtype) for w in weights])
+        weights = self._shadow.get(list(masters), self.compute_dtype, transform)
+        return make_banks(weights, grads if grads and torch.is_grad_enabled() else None)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Normalised sum of token and hash n-gram embeddings, (B, T) -> (B, T, D), before SmearGate."""
+        x = F.embedding(tokens, self.tok_emb.weight).to(self.compute_dtype)
+        if self.bigram is not None:
+            projection = self._projection(self.bigram.proj.weight)
+            x = x + self.bigram(tokens, self.has_leading_space, self.word_start_boost, projection)
+        return ops.rms_norm(x)
+
+    def value_embeddings(self, tokens: Tensor) -> dict[int, Tensor]:
+        """The value embedding of each layer that has one, (B, T, KV*hd)."""
+        if self.ve_shared is None:
+            return {}
+        shared = self.ve_shared(tokens, self._projection(self.ve_shared.proj.weight))
+        scales = zip(self.config.ve_layers, self.ve_layer_scales, strict=True)
+        return {layer: shared * scale.to(shared.dtype) for layer, scale in scales}
+
+    projection_transform: Callable[[Tensor], Tensor] | None = None
+    """Applied to the two small projections at use (the original's fake quantisation in test-time training)."""
+
+    def _projection(self, weight: Tensor) -> Tensor:
+        if self.projection_transform is not None:
+            weight = self.projection_transform(weight)
+        return weight.to(self.compute_dtype)
+
+    def trunk(
+        self,
+        x: Tensor,
+        value_embeds: dict[int, Tensor],
+        banks: Banks,
+        attend: Attend,
+        observer: Observer | None = None,
+    ) -> Tensor:
+        """All blocks and the final norm, (B, T, D) -> (B, T, D). The first half of the blocks are encoders."""
+        x0, skips = x, []
+        encoders = self.config.num_layers // 2
+        for i, block in enumerate(self.blocks):
+            if i >= encoders and skips:
+                x = torch.addcmul(x, skips.pop(), self.skip_weights[i - encoders].to(x.dtype))
+            x = self._block(i, block, x, x0, value_embeds.get(i), banks, attend, observer)
+            if i < encoders:
+                skips.append(x)
+        return ops.rms_norm(x)
+
+    def _block(
+        self,
+        layer: int,
+        block: Block,
+        x: Tensor,
+        x0: Tensor,
+        value_embed: Tensor | None,
+        banks: Banks,
+        attend: Attend,
+        observer: Observer | None,
+    ) -> Tensor:
+        scale = block.layer_scale
+        u, normed = ops.residual_norm(x, x0, block.resid_mix[0], block.resid_mix[1], scale)
+        if observer is not None:
+            observer.attention_input(layer, normed, value_embed)
+        h, normed = ops.residual_norm(u, attend(layer, normed, value_embed), None, block.attn_scale, scale)
+        if observer is not None:
+            observer.mlp_input(layer, normed)
+        out = ops.mlp(
+            normed,
+            banks.up,
+            banks.down,
+            layer,
+            self.config.mlp_activation,
+            grad_up=banks.grad_up,
+            grad_down=banks.grad_down,
+        )
+        return torch.addcmul(h, out, block.mlp_scale.to(h.dtype))
+
+    def uses_xsa(self, layer: int) -> bool:
+        """Whether that block's attention is exclusive: the last xsa_last_n blocks are."""
+        return layer >= self.config.num_layers - self.config.xsa_last_n
+
+    def hidden(self, tokens: Tensor, banks: Banks | None = None, observer: Observer | None = None) -> Tensor:
+        """Final normalised states, (B, T) -> (B, T, D)."""
+        banks = banks or self.banks()
+        cos, sin = rope_tables(self.config, tokens.shape[1], tokens.device)
+
+        def attend(layer: int, x: Tensor, value_embed: Tensor | None) -> Tensor:
+            return ops.gqa_attention(
+                x,
+                banks.qo,
+                banks.kv,
+                self.blocks[layer].attn.q_gain,
+                value_embed,
+                cos,
+                sin,
+                layer,
+                num_kv_heads=self.config.num_kv_heads,
+                xsa=self.uses_xsa(layer),
+                grad_qo=banks.grad_qo,
+                grad_kv=banks.grad_kv,
+            )
+
+        x = self.smear(self.embed(tokens))
+        return self.trunk(x, self.value_embeddings(tokens), banks, attend, observer)
+
+    def token_losses(self, tokens: Tensor, targets: Tensor, banks: Banks | None = None) -> Tensor:
+        """Cross-entropy of every target in nats, (B, T) float32."""
+        head = self.tok_emb.weight.to(self.compute_dtype)
+        return ops.softcap_cross_entropy(self.hidden(tokens, banks), head, targets, self.config.logit_softcap)
+
+    def loss(self, tokens: Tensor, targets: Tensor, banks: Banks | None = None) -> Tensor:
+        """Mean cross-entropy of the batch in nats."""
+        return self.token_losses(tokens, targets, banks).mean()
+
+    forward = loss
+
+    def logits(self, tokens: Tensor, banks: Banks | None = None) -> Tensor:
+        """Softcapped logits, (B, T, V) in at least float32."""
+        return self.head(self.hidden(tokens, banks))
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Softcapped logits of final states, (..., D) -> (..., V)."""
+        raw = F.linear(hidden, self.tok_emb.weight.to(self.compute_dtype))
+        raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
+        return self.config.logit_softcap * torch.tanh(raw / self.config.logit_softcap)

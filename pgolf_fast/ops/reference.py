@@ -1,0 +1,182 @@
+"""Plain PyTorch definitions of the ops: what every other implementation is judged against.
+
+Each is the formula and nothing else, differentiable by autograd, accumulating in at least float32
+(float64 inputs stay float64). Sources: PR 1501 for the network, Keller Jordan's Muon for `newton_schulz`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+RMS_EPS = torch.finfo(torch.float32).eps  # eps of F.rms_norm(eps=None) on float32 statistics
+XSA_EPS = 1e-12
+NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+# Multipliers of the current and the two previous tokens in the hash n-gram key (PR 1501).
+HASH_CURRENT, HASH_PREVIOUS, HASH_BEFORE = 36313, 27191, 51497
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def rms_norm(x: Tensor, eps: float = RMS_EPS) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) over the last dimension, without a gain."""
+    wide = _wide(x)
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def residual_norm(
+    x: Tensor, branch: Tensor, x_scale: Tensor | None, branch_scale: Tensor, layer_scale: float
+) -> tuple[Tensor, Tensor]:
+    """mixed = x_scale * x + branch_scale * branch;  normed = layer_scale * rms_norm(mixed)."""
+    scaled_x = _wide(x) if x_scale is None else _wide(x) * _wide(x_scale)
+    mixed = (scaled_x + _wide(branch) * _wide(branch_scale)).to(x.dtype)
+    return mixed, (layer_scale * _wide(rms_norm(_wide(mixed)))).to(x.dtype)
+
+
+def smear_gate(x: Tensor, gate: Tensor) -> Tensor:
+    """(1 - s) x_t + s x_{t-1} with s = sigmoid(gate) per channel and x_{-1} = 0; x is (B, T, D)."""
+    s = torch.sigmoid(_wide(gate))
+    previous = F.pad(_wide(x)[:, :-1], (0, 0, 1, 0))
+    return ((1 - s) * _wide(x) + s * previous).to(x.dtype)
+
+
+def activation(pre: Tensor, kind: str) -> Tensor:
+    """The MLP's hidden layer from its up-projection; gated kinds halve the last dimension.
+
+    `swiglu` reads gate rows and up rows alternately: row 2j gates, row 2j+1 carries hidden channel j.
+    """
+    wide = _wide(pre)
+    if kind == "leaky_relu_squared":
+        hidden = F.leaky_relu(wide, 0.5).square()
+    elif kind == "relu_squared":
+        hidden = F.relu(wide).square()
+    elif kind == "swiglu":
+        hidden = F.silu(wide[..., 0::2]) * wide[..., 1::2]
+    else:
+        raise ValueError(f"pgolf::mlp: activation is {kind!r}; use leaky_relu_squared, relu_squared or swiglu")
+    return hidden.to(pre.dtype)
+
+
+def mlp(x: Tensor, up_bank: Tensor, down_bank: Tensor, slot: int, kind: str) -> Tensor:
+    """act(x W_up^T) W_down^T with W_up = up_bank[slot], W_down = down_bank[slot]."""
+    return activation(x @ up_bank[slot].T, kind) @ down_bank[slot].T
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Partial RoPE, half-split: x is (B, T, H, hd); cos and sin are (T, r/2) and turn the first r channels."""
+    half = cos.shape[-1]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
+
+
+def exclusive(y: Tensor, v: Tensor) -> Tensor:
+    """XSA: remove from each head's output its component along the token's own value.
+
+    y is (B, T, H, hd), v is (B, T, KV, hd); query head h belongs to KV head h // (H / KV).
+    """
+    groups = y.unflatten(2, (v.shape[2], -1))
+    unit = F.normalize(v, dim=-1, eps=XSA_EPS).unsqueeze(3)
+    return (groups - (groups * unit).sum(-1, keepdim=True) * unit).flatten(2, 3)
+
+
+def attention_context(
+    x: Tensor,
+    qo_bank: Tensor,
+    kv_bank: Tensor,
+    q_gain: Tensor,
+    value_embed: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    slot: int,
+    num_kv_heads: int,
+    xsa: bool,
+) -> Tensor:
+    """Everything of `gqa_attention` before the output projection: (B, T, D) -> (B, T, D)."""
+    slots = qo_bank.shape[0] // 2
+    num_heads = q_gain.shape[0]
+    q = _wide(x @ qo_bank[slot].T).unflatten(-1, (num_heads, -1))
+    k = _wide(x @ kv_bank[slot].T).unflatten(-1, (num_kv_heads, -1))
+    v = x @ kv_bank[slots + slot].T
+    v = _wide(v if value_embed is None else v + value_embed).unflatten(-1, (num_kv_heads, -1))
+    cos, sin = _wide(cos).to(q.dtype), _wide(sin).to(q.dtype)
+    q = rotate(rms_norm(q), cos, sin) * _wide(q_gain)[:, None]
+    k = rotate(rms_norm(k), cos, sin)
+    repeat = num_heads // num_kv_heads
+    keys, values = (t.repeat_interleave(repeat, dim=2).transpose(1, 2) for t in (k, v))
+    scores = q.transpose(1, 2) @ keys.transpose(2, 3) * q.shape[-1] ** -0.5
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
+    y = (scores.masked_fill(future, -torch.inf).softmax(-1) @ values).transpose(1, 2)
+    return (exclusive(y, v) if xsa else y).flatten(2).to(x.dtype)
+
+
+def gqa_attention(x: Tensor, qo_bank: Tensor, kv_bank: Tensor, *args: object, slot: int, **kwargs: object) -> Tensor:
+    """`attention_context`, then the output projection from slot `slots + slot` of the qo bank."""
+    context = attention_context(x, qo_bank, kv_bank, *args, slot=slot, **kwargs)  # type: ignore[arg-type]
+    return context @ qo_bank[qo_bank.shape[0] // 2 + slot].T
+
+
+def ngram_rows(
+    tokens: Tensor, num_rows: int, has_leading_space: Tensor | None, trigram: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Table rows of the bigram and (or None) trigram ending at each token; tokens is (B, T) integer.
+
+    The key is the XOR of products of the last tokens, in int64 and never negative (ids are below 2^31).
+    Row num_rows - 1 stands for 'no n-gram here'. With `has_leading_space` (vocab,) the other rows are
+    split in two halves of (num_rows - 1) // 2: the first for word starts, the second for the rest.
+    """
+    usable = num_rows - 1
+    current = tokens.long()
+    previous, before = F.pad(current, (1, 0))[:, :-1], F.pad(current, (2, 0))[:, :-2]
+    bigram_key = (HASH_CURRENT * current) ^ (HASH_PREVIOUS * previous)
+    keys = [bigram_key, bigram_key ^ (HASH_BEFORE * before)] if trigram else [bigram_key]
+    rows = []
+    for order, key in enumerate(keys, start=1):
+        if has_leading_space is None:
+            row = key % usable
+        else:
+            row = key % (usable // 2) + torch.where(has_leading_space[current], 0, usable // 2)
+        row[:, :order] = usable
+        rows.append(row)
+    return rows[0], rows[1] if trigram else None
+
+
+def ngram_hash_embed(
+    tokens: Tensor,
+    table: Tensor,
+    has_leading_space: Tensor | None,
+    scale: Tensor,
+    boost: Tensor,
+    pos_conditional: bool,
+    trigram: bool,
+) -> Tensor:
+    """scale * gate * (table[bigram row] [+ table[trigram row]]), gate = boost at word starts, else 1."""
+    split = has_leading_space if pos_conditional else None
+    bigram, third = ngram_rows(tokens, table.shape[0], split, trigram)
+    rows = _wide(table[bigram])
+    if third is not None:
+        rows = rows + _wide(table[third])
+    gate = _wide(scale)
+    if has_leading_space is not None:
+        gate = gate * torch.where(has_leading_space[tokens], _wide(boost), 1.0).unsqueeze(-1)
+    return rows * gate
+
+
+def softcap_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> Tensor:
+    """-log softmax(softcap * tanh(x W^T / softcap))[target], per row; x (N, D), weight (V, D), targets (N,)."""
+    logits = softcap * torch.tanh(_wide(x @ weight.T) / softcap)
+    return F.cross_entropy(logits, targets.long(), reduction="none")
+
+
+def newton_schulz(g: Tensor, steps: int) -> Tensor:
+    """Approximate U V^T of each matrix g = U S V^T of a (slots, rows, cols) stack, in g's dtype."""
+    a, b, c = NS_COEFFICIENTS
+    x = g.mT if g.shape[-2] > g.shape[-1] else g
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if g.shape[-2] > g.shape[-1] else x

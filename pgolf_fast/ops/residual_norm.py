@@ -1,0 +1,154 @@
+"""pgolf::residual_norm — scaled residual sum and its scaled RMS norm in one pass; pgolf::smear_gate beside it.
+
+Sources: PR 1501 (residual mix with x0, layer scale, SmearGate), Zhang & Sennrich 2019 (RMS norm).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pgolf_fast.ops import reference
+from pgolf_fast.ops.checks import expect_shape, same_dtype_device
+
+
+def residual_norm(
+    x: Tensor, branch: Tensor, x_scale: Tensor | None, branch_scale: Tensor, layer_scale: float
+) -> tuple[Tensor, Tensor]:
+    """`mixed = x_scale * x + branch_scale * branch` and `layer_scale * rms_norm(mixed)`.
+
+    x and branch (..., D) of one dtype; scales (D,), x_scale None meaning 1; both results are (..., D).
+    Raises ValueError for shapes or dtypes that do not fit.
+    """
+    mixed, normed, _ = torch.ops.pgolf.residual_norm(x, branch, x_scale, branch_scale, layer_scale)
+    return mixed, normed
+
+
+def _check(x: Tensor, branch: Tensor, x_scale: Tensor | None, branch_scale: Tensor) -> None:
+    expect_shape("residual_norm", "branch", branch, tuple(x.shape))
+    same_dtype_device("residual_norm", x=x, branch=branch)
+    for name, scale in (("x_scale", x_scale), ("branch_scale", branch_scale)):
+        if scale is not None:
+            expect_shape("residual_norm", name, scale, (x.shape[-1],))
+
+
+@torch.library.custom_op("pgolf::residual_norm", mutates_args=(), device_types="cpu")
+def _residual_norm(
+    x: Tensor, branch: Tensor, x_scale: Tensor | None, branch_scale: Tensor, layer_scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(x, branch, x_scale, branch_scale)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    mixed = torch.mul(branch, branch_scale.to(wide))
+    mixed = mixed.add_(x) if x_scale is None else mixed.addcmul_(x.to(wide), x_scale.to(wide))
+    mixed = mixed.to(x.dtype)
+    centre = mixed.to(wide)
+    rstd = torch.linalg.vector_norm(centre, dim=-1, keepdim=True)
+    rstd = rstd.square_().div_(max(x.shape[-1], 1)).add_(reference.RMS_EPS).rsqrt_()
+    return mixed.contiguous(), (centre * (rstd * layer_scale)).to(x.dtype).contiguous(), rstd.contiguous()
+
+
+@_residual_norm.register_fake
+def _(x, branch, x_scale, branch_scale, layer_scale):
+    _check(x, branch, x_scale, branch_scale)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(*x.shape[:-1], 1, dtype=wide)
+
+
+@torch.library.custom_op("pgolf::residual_norm_backward", mutates_args=(), device_types="cpu")
+def _residual_norm_backward(
+    dmixed: Tensor,
+    dnormed: Tensor,
+    x: Tensor,
+    branch: Tensor,
+    x_scale: Tensor | None,
+    branch_scale: Tensor,
+    mixed: Tensor,
+    rstd: Tensor,
+    layer_scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wide = rstd.dtype
+    unit = mixed.to(wide) * rstd
+    # d rms_norm: rstd (g - unit mean(g unit)), g the gradient of the normalised value
+    grad = dnormed.to(wide) * layer_scale
+    along = (grad * unit).mean(-1, keepdim=True)
+    total = grad.sub_(unit.mul_(along)).mul_(rstd).add_(dmixed)
+    rows = total.reshape(-1, total.shape[-1])
+    dbranch_scale = (rows * branch.reshape(rows.shape)).sum(0)
+    dbranch = (total * branch_scale.to(wide)).to(x.dtype)
+    if x_scale is None:
+        return total.to(x.dtype, copy=True).contiguous(), dbranch.contiguous(), total.new_empty(0), dbranch_scale
+    dx_scale = (rows * x.reshape(rows.shape)).sum(0)
+    return (total * x_scale.to(wide)).to(x.dtype).contiguous(), dbranch.contiguous(), dx_scale, dbranch_scale
+
+
+@_residual_norm_backward.register_fake
+def _(dmixed, dnormed, x, branch, x_scale, branch_scale, mixed, rstd, layer_scale):
+    dx_scale = rstd.new_empty(0 if x_scale is None else x.shape[-1])
+    return x.new_empty(x.shape), x.new_empty(x.shape), dx_scale, rstd.new_empty(x.shape[-1])
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, branch, x_scale, branch_scale, ctx.layer_scale = inputs
+    mixed, _, rstd = output
+    ctx.save_for_backward(x, branch, x_scale, branch_scale, mixed, rstd)
+    ctx.mark_non_differentiable(rstd)
+
+
+def _backward(ctx, dmixed, dnormed, _):
+    x, branch, x_scale, branch_scale, mixed, rstd = ctx.saved_tensors
+    dx, dbranch, dx_scale, dbranch_scale = torch.ops.pgolf.residual_norm_backward(
+        dmixed, dnormed, x, branch, x_scale, branch_scale, mixed, rstd, ctx.layer_scale
+    )
+    dx_scale = None if x_scale is None else dx_scale.to(x_scale.dtype)
+    return dx, dbranch, dx_scale, dbranch_scale.to(branch_scale.dtype), None
+
+
+_residual_norm.register_autograd(_backward, setup_context=_setup_context)
+
+
+def smear_gate(x: Tensor, gate: Tensor) -> Tensor:
+    """`(1 - s) x_t + s x_{t-1}` with `s = sigmoid(gate)`; x (B, T, D), gate (D,), x_{-1} = 0.
+
+    Raises ValueError for shapes that do not fit.
+    """
+    return torch.ops.pgolf.smear_gate(x, gate)
+
+
+@torch.library.custom_op("pgolf::smear_gate", mutates_args=(), device_types="cpu")
+def _smear_gate(x: Tensor, gate: Tensor) -> Tensor:
+    expect_shape("smear_gate", "x", x, (None, None, None))
+    expect_shape("smear_gate", "gate", gate, (x.shape[-1],))
+    return reference.smear_gate(x, gate).contiguous()
+
+
+@_smear_gate.register_fake
+def _(x, gate):
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("pgolf::smear_gate_backward", mutates_args=(), device_types="cpu")
+def _smear_gate_backward(dout: Tensor, x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    s = torch.sigmoid(gate.to(wide))
+    dout, values = dout.to(wide), x.to(wide)
+    dx = (1 - s) * dout + s * F.pad(dout[:, 1:], (0, 0, 0, 1))
+    change = F.pad(values[:, :-1], (0, 0, 1, 0)) - values
+    dgate = (dout * change).sum((0, 1)) * s * (1 - s)
+    return dx.to(x.dtype).contiguous(), dgate.to(gate.dtype)
+
+
+@_smear_gate_backward.register_fake
+def _(dout, x, gate):
+    return x.new_empty(x.shape), gate.new_empty(gate.shape)
+
+
+def _smear_setup_context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _smear_backward(ctx, dout):
+    return torch.ops.pgolf.smear_gate_backward(dout, *ctx.saved_tensors)
+
+
+_smear_gate.register_autograd(_smear_backward, setup_context=_smear_setup_context)
