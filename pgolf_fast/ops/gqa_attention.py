@@ -84,7 +84,7 @@ def _shape3(x: Tensor) -> tuple[int, int, int]:
     return x.shape[0], x.shape[1], x.shape[2]
 
 
-@torch.library.custom_op("pgolf::gqa_attention", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("pgolf::gqa_attention", mutates_args=())
 def _gqa_attention(
     x: Tensor,
     qo_bank: Tensor,
@@ -150,17 +150,29 @@ def _heads_first(unit: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None) ->
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Causal attention (B, T, H, hd) and its logsumexp (B, H, T), by PyTorch's flash kernel for CPUs."""
-    wide = torch.promote_types(q.dtype, torch.float32)
+    """Causal attention (B, T, H, hd) and its logsumexp (B, H, T), by PyTorch's flash kernels."""
     if q.numel() == 0:
+        wide = torch.promote_types(q.dtype, torch.float32)
         return torch.empty_like(q.transpose(1, 2)), q.new_empty(q.shape[:3], dtype=wide)
     repeat = q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(repeat, dim=1) for t in (k, v))
-    y, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
+    if q.is_cuda:
+        y, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)
+    else:
+        y, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
     return y.transpose(1, 2), lse
 
 
-@torch.library.custom_op("pgolf::gqa_attention_backward", mutates_args=("grad_qo", "grad_kv"), device_types="cpu")
+def _sdpa_grad(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+    """dq, dk, dv of `_sdpa`, all (B, H, T, hd)."""
+    if q.is_cuda:
+        length, no_dropout = q.shape[2], torch.zeros(2, dtype=torch.uint64, device=q.device)
+        backward = torch.ops.aten._scaled_dot_product_flash_attention_backward
+        return backward(dy, q, k, v, y, lse, None, None, length, length, 0.0, True, no_dropout, no_dropout)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(dy, q, k, v, y, lse, 0.0, True)
+
+
+@torch.library.custom_op("pgolf::gqa_attention_backward", mutates_args=("grad_qo", "grad_kv"))
 def _gqa_attention_backward(
     dout: Tensor,
     x: Tensor,
@@ -227,9 +239,8 @@ def _sdpa_backward(
     kv_heads, repeat = s.v.shape[2], s.y.shape[2] // s.v.shape[2]
     q, k = _heads_first(s.q_unit, cos, sin, q_gain), _heads_first(s.k_unit, cos, sin, None)
     k, v = (t.repeat_interleave(repeat, dim=1) for t in (k, s.v.transpose(1, 2)))
-    y, dy = s.y.transpose(1, 2), dy.transpose(1, 2)
-    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    dq, dk, dv = (t.transpose(1, 2) for t in backward(dy, q, k, v, y, s.lse, 0.0, True))
+    grads = _sdpa_grad(dy.transpose(1, 2), q, k, v, s.y.transpose(1, 2), s.lse)
+    dq, dk, dv = (t.transpose(1, 2) for t in grads)
     wide = torch.promote_types(dk.dtype, torch.float32)
     dk, dv = (t.to(wide).unflatten(2, (kv_heads, repeat)).sum(3) for t in (dk, dv))
     return dq, dk, dv

@@ -43,7 +43,7 @@ def _check(x: Tensor, up_bank: Tensor, down_bank: Tensor, slot: int, activation:
     same_dtype_device("mlp", x=x, up_bank=up_bank, down_bank=down_bank)
 
 
-@torch.library.custom_op("pgolf::mlp", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("pgolf::mlp", mutates_args=())
 def _mlp(
     x: Tensor,
     up_bank: Tensor,
@@ -85,7 +85,7 @@ def _activate_backward(dhidden: Tensor, pre: Tensor, activation: str) -> Tensor:
     return torch.stack((dgate, dhidden * gate * sigmoid), dim=-1).flatten(-2).to(pre.dtype)
 
 
-@torch.library.custom_op("pgolf::mlp_backward", mutates_args=("grad_up", "grad_down"), device_types="cpu")
+@torch.library.custom_op("pgolf::mlp_backward", mutates_args=("grad_up", "grad_down"))
 def _mlp_backward(
     dout: Tensor,
     x: Tensor,

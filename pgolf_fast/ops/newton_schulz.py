@@ -24,20 +24,12 @@ def _check(g: Tensor, steps: int) -> None:
         raise ValueError(f"pgolf::newton_schulz: steps is {steps}; it must not be negative")
 
 
-@torch.library.custom_op("pgolf::newton_schulz", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("pgolf::newton_schulz", mutates_args=())
 def _newton_schulz(g: Tensor, steps: int) -> Tensor:
     _check(g, steps)
     if g.numel() == 0:
         return torch.empty_like(g, memory_format=torch.contiguous_format)
-    a, b, c = reference.NS_COEFFICIENTS
-    tall = g.shape[-2] > g.shape[-1]
-    x = g.mT if tall else g
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        gram = torch.bmm(x, x.mT)
-        poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, poly, x, beta=a)
-    return (x.mT if tall else x).contiguous()
+    return reference.newton_schulz(g, steps).clone(memory_format=torch.contiguous_format)
 
 
 @_newton_schulz.register_fake

@@ -44,7 +44,7 @@ def _check(tokens: Tensor, table: Tensor, has_leading_space: Tensor | None, pos_
         raise ValueError("pgolf::ngram_hash_embed: pos_conditional needs has_leading_space, which is None")
 
 
-@torch.library.custom_op("pgolf::ngram_hash_embed", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("pgolf::ngram_hash_embed", mutates_args=())
 def _ngram_hash_embed(
     tokens: Tensor,
     table: Tensor,
@@ -82,7 +82,7 @@ def _gate(tokens: Tensor, has_leading_space: Tensor | None, scale: Tensor, boost
     return torch.where(has_leading_space[tokens].unsqueeze(-1), wide * boost, wide)
 
 
-@torch.library.custom_op("pgolf::ngram_hash_embed_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("pgolf::ngram_hash_embed_backward", mutates_args=())
 def _ngram_hash_embed_backward(
     dout: Tensor,
     tokens: Tensor,

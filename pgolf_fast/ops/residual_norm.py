@@ -33,7 +33,7 @@ def _check(x: Tensor, branch: Tensor, x_scale: Tensor | None, branch_scale: Tens
             expect_shape("residual_norm", name, scale, (x.shape[-1],))
 
 
-@torch.library.custom_op("pgolf::residual_norm", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("pgolf::residual_norm", mutates_args=())
 def _residual_norm(
     x: Tensor, branch: Tensor, x_scale: Tensor | None, branch_scale: Tensor, layer_scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,7 +55,7 @@ def _(x, branch, x_scale, branch_scale, layer_scale):
     return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(*x.shape[:-1], 1, dtype=wide)
 
 
-@torch.library.custom_op("pgolf::residual_norm_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("pgolf::residual_norm_backward", mutates_args=())
 def _residual_norm_backward(
     dmixed: Tensor,
     dnormed: Tensor,
@@ -115,7 +115,7 @@ def smear_gate(x: Tensor, gate: Tensor) -> Tensor:
     return torch.ops.pgolf.smear_gate(x, gate)
 
 
-@torch.library.custom_op("pgolf::smear_gate", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("pgolf::smear_gate", mutates_args=())
 def _smear_gate(x: Tensor, gate: Tensor) -> Tensor:
     expect_shape("smear_gate", "x", x, (None, None, None))
     expect_shape("smear_gate", "gate", gate, (x.shape[-1],))
@@ -127,7 +127,7 @@ def _(x, gate):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("pgolf::smear_gate_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("pgolf::smear_gate_backward", mutates_args=())
 def _smear_gate_backward(dout: Tensor, x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(x.dtype, torch.float32)
     s = torch.sigmoid(gate.to(wide))

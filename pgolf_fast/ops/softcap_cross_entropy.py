@@ -35,7 +35,7 @@ def _capped(x: Tensor, weight: Tensor, softcap: float) -> Tensor:
     return raw.to(torch.promote_types(raw.dtype, torch.float32)).div_(softcap).tanh_()
 
 
-@torch.library.custom_op("pgolf::softcap_cross_entropy", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("pgolf::softcap_cross_entropy", mutates_args=())
 def _softcap_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
     _check(x, weight, targets, softcap)
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -57,7 +57,7 @@ def _(x, weight, targets, softcap):
     return x.new_empty(x.shape[0], dtype=wide), x.new_empty(x.shape[0], dtype=wide)
 
 
-@torch.library.custom_op("pgolf::softcap_cross_entropy_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("pgolf::softcap_cross_entropy_backward", mutates_args=())
 def _softcap_cross_entropy_backward(
     dloss: Tensor, x: Tensor, weight: Tensor, targets: Tensor, logsumexp: Tensor, softcap: float
 ) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,66 @@
+"""Presets: functions that return a complete configuration. A variant reads like a diff of its parent."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import replace
+
+from pgolf_fast.config.schema import QATConfig, RunConfig
+from pgolf_fast.config.shrink import shrink
+from pgolf_fast.errors import PgolfError
+
+
+def exp101() -> RunConfig:
+    """PR 1501 as its authors describe it, with every described part really acting (27 M parameters)."""
+    return RunConfig(name="exp101")
+
+
+def exp101_as_run() -> RunConfig:
+    """PR 1501 as its program computed it: for parity with the published numbers."""
+    base = exp101()
+    return replace(
+        base,
+        name="exp101_as_run",
+        model=replace(base.model, trigram=False, rope_bf16_tables=True),
+        train=replace(base.train, qat=QATConfig(banks=False)),
+        average=replace(base.average, swa_apply=False),
+        eval=replace(base.eval, repeat_tail=True),
+        ttt=replace(base.ttt, parameters="all", quantize_forward="projections"),
+    )
+
+
+def exp105a() -> RunConfig:
+    """exp101 without the meta-learning step: the pure ablation."""
+    base = exp101()
+    return replace(base, name="exp105a", train=replace(base.train, meta=None))
+
+
+def exp101_swiglu() -> RunConfig:
+    """exp101 with a gated MLP of equal parameter count: 2 x 1024 up rows and 1024 hidden channels."""
+    base = exp101()
+    return replace(base, name="exp101_swiglu", model=replace(base.model, mlp_activation="swiglu", mlp_mult=2.0))
+
+
+def small() -> RunConfig:
+    """exp101 at about 3 M parameters: ten minutes on two CPU cores."""
+    return shrink(exp101(), "small")
+
+
+def tiny() -> RunConfig:
+    """exp101 at about 1 M parameters: the demo, two minutes on two CPU cores."""
+    return shrink(exp101(), "tiny")
+
+
+PRESETS: dict[str, Callable[[], RunConfig]] = {
+    function.__name__: function for function in (exp101, exp101_as_run, exp105a, exp101_swiglu, small, tiny)
+}
+
+
+def preset(name: str) -> RunConfig:
+    """The preset of that name. Raises PgolfError suggesting the nearest name."""
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise PgolfError(f"unknown preset {name!r}: {hint}presets are {', '.join(PRESETS)}")
+    return PRESETS[name]()

@@ -1,0 +1,117 @@
+"""Small versions of any preset: the same network and recipe at a size that a laptop CPU trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from pgolf_fast.config.schema import ModelConfig, RunConfig
+from pgolf_fast.errors import PgolfError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """Targets of `shrink`; a preset that is already smaller in one of them stays as it is there."""
+
+    num_layers: int
+    model_dim: int
+    head_dim: int
+    bigram_rows: int
+    table_dim: int
+    seq_len: int
+    batch_tokens: int
+    steps: int
+    seconds: float | None
+
+
+SIZES = {
+    "small": Size(
+        num_layers=6,
+        model_dim=224,
+        head_dim=32,
+        bigram_rows=4096,
+        table_dim=64,
+        seq_len=512,
+        batch_tokens=8192,
+        steps=100_000,
+        seconds=600.0,
+    ),
+    "tiny": Size(
+        num_layers=4,
+        model_dim=128,
+        head_dim=32,
+        bigram_rows=2048,
+        table_dim=32,
+        seq_len=256,
+        batch_tokens=4096,
+        steps=600,
+        seconds=None,
+    ),
+}
+
+
+def shrink(base: RunConfig, size: str) -> RunConfig:
+    """`base` at one of SIZES, under the size's name if it is exp101's child, else `<base>_<size>`.
+
+    Raises PgolfError for an unknown size.
+    """
+    if size not in SIZES:
+        raise PgolfError(f"unknown size {size!r}: sizes are {', '.join(SIZES)}")
+    to = SIZES[size]
+    model = _shrink_model(base.model, to)
+    meta = base.train.meta and replace(base.train.meta, freeze_blocks=min(1, model.num_layers))
+    train = replace(
+        base.train,
+        steps=to.steps,
+        max_seconds=to.seconds,
+        schedule="steps" if to.seconds is None else "time",
+        batch_tokens=to.batch_tokens,
+        micro_batch_tokens=to.batch_tokens,
+        seq_len=min(to.seq_len, base.train.seq_len),
+        # small batches make small updates, which bfloat16 tables would round away
+        table_dtype="float32",
+        warmdown_steps=to.steps // 2,
+        adaptive_warmdown=base.train.adaptive_warmdown,
+        adaptive_min_step=200,
+        adaptive_every=50,
+        lr_hold_steps=10,
+        val_every=None,
+        log_every=50,
+        checkpoint_minutes=2.0,
+        meta=meta,
+    )
+    seq_len = train.seq_len
+    return replace(
+        base,
+        name=size if base.name == "exp101" else f"{base.name}_{size}",
+        model=model,
+        train=train,
+        optim=replace(base.optim, muon_momentum=0.95, muon_momentum_start=0.85, muon_momentum_warmup_steps=200),
+        average=replace(base.average, ema_decay=0.99, ema_every=2, swa_every=10),
+        quant=replace(base.quant, calibration_sequences=16, calibration_length=seq_len, calibration_batch=16),
+        eval=replace(base.eval, seq_len=None, batch_seqs=32),
+        ttt=replace(base.ttt, chunk_tokens=32 * seq_len, batch_seqs=16, epochs=1),
+    )
+
+
+def _shrink_model(model: ModelConfig, to: Size) -> ModelConfig:
+    layers, dim = min(model.num_layers, to.num_layers), min(model.model_dim, to.model_dim)
+    heads = max(1, dim // to.head_dim)
+    group = model.num_heads // model.num_kv_heads
+    kv_heads = max(1, heads // group)
+    while heads % kv_heads:
+        kv_heads -= 1
+    with_ve = max(1, round(len(model.ve_layers) * layers / model.num_layers))
+    return replace(
+        model,
+        num_layers=layers,
+        model_dim=dim,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        rope_dims=min(model.rope_dims, to.head_dim // 2),
+        bigram_vocab_size=min(model.bigram_vocab_size, to.bigram_rows),
+        bigram_dim=min(model.bigram_dim, to.table_dim),
+        xsa_last_n=min(model.xsa_last_n, layers),
+        ve_dim=min(model.ve_dim, to.table_dim),
+        ve_layers=tuple(range(layers - with_ve, layers)) if model.ve_enabled else (),
+        frozen_skips=min(model.frozen_skips, max(0, layers // 2 - 1)),
+    )

@@ -1,0 +1,1 @@
+"""Bits per byte: windows, sliding scores, legal test-time training."""

@@ -1,0 +1,94 @@
+"""pgolf::lzma_compress and pgolf::lzma_decompress — bytes to one .xz stream (LZMA2, CRC32) and back.
+
+Compress one byte per weight: the same codes packed to 6 bits first come out 6 to 13 % larger.
+The interpreter lock is free meanwhile, so threads compress in parallel.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pgolf_fast.ops import native, reference_bytes
+from pgolf_fast.ops.checks import expect_dtype, expect_shape
+
+
+def compress_bytes(data: bytes, preset: int = 9, *, extreme: bool = False) -> bytes:
+    """`data` as one .xz stream; `preset` 0 (fast) to 9 (small), `extreme` tries harder still.
+
+    Raises ValueError for another preset. The bytes depend on the version of liblzma; what they decompress
+    to does not.
+    """
+    codec = native.lzma_extension()
+    return (codec or reference_bytes).lzma_compress(data, preset, extreme)
+
+
+def decompress_bytes(data: bytes, size: int) -> bytes:
+    """The exactly `size` bytes held by one .xz stream.
+
+    Raises ValueError that says whether the stream is truncated, corrupt, longer or shorter than `size`, or
+    followed by other bytes. Never writes more than `size` bytes; the decoder itself uses at most 256 MiB.
+    """
+    codec = native.lzma_extension()
+    return (codec or reference_bytes).lzma_decompress(data, size)
+
+
+def backend() -> str:
+    """Which LZMA serves: "linked liblzma 5.4.1", "dlopen liblzma 5.4.1" or Python's, with the reason."""
+    codec = native.lzma_extension()
+    if codec is not None:
+        return f"{codec.lzma_how()} liblzma {codec.lzma_version()}"
+    reason = "extension not built" if native.extension() is None else "liblzma not found"
+    return f"Python's lzma module ({reason})"
+
+
+@torch.library.custom_op("pgolf::lzma_compress", mutates_args=(), device_types="cpu")
+def lzma_compress(data: Tensor, preset: int = 9) -> Tensor:
+    """`data` uint8 (n,) as one .xz stream, uint8 (m,); m depends on the data.
+
+    Inference only, no autograd; CPU only. Raises ValueError for another dtype, shape or preset.
+    """
+    _check_bytes("lzma_compress", data)
+    try:
+        return _tensor(compress_bytes(_bytes(data), preset))
+    except ValueError as error:
+        raise ValueError(f"pgolf::lzma_compress: {error}") from error
+
+
+@lzma_compress.register_fake
+def _(data: Tensor, preset: int = 9) -> Tensor:
+    _check_bytes("lzma_compress", data)
+    return data.new_empty(torch.library.get_ctx().new_dynamic_size())
+
+
+@torch.library.custom_op("pgolf::lzma_decompress", mutates_args=(), device_types="cpu")
+def lzma_decompress(data: Tensor, size: int) -> Tensor:
+    """The `size` bytes, uint8 (size,), held by the .xz stream `data`, uint8 (m,).
+
+    Inference only, no autograd; CPU only. Raises ValueError as `decompress_bytes` does.
+    """
+    _check_bytes("lzma_decompress", data)
+    try:
+        return _tensor(decompress_bytes(_bytes(data), size))
+    except ValueError as error:
+        raise ValueError(f"pgolf::lzma_decompress: {error}") from error
+
+
+@lzma_decompress.register_fake
+def _(data: Tensor, size: int) -> Tensor:
+    _check_bytes("lzma_decompress", data)
+    return data.new_empty(size)
+
+
+def _check_bytes(op: str, data: Tensor) -> None:
+    expect_dtype(op, "data", data, torch.uint8)
+    expect_shape(op, "data", data, (None,))
+
+
+def _bytes(data: Tensor) -> bytes:
+    return data.numpy().tobytes()
+
+
+def _tensor(data: bytes) -> Tensor:
+    return torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy())

@@ -1,0 +1,1 @@
+"""Muon over banks, AdamW groups, schedules, weight averages."""

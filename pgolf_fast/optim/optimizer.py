@@ -1,0 +1,86 @@
+"""Which parameter gets which optimiser: Muon for the banks, AdamW for tables and everything small."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pgolf_fast.config.schema import OptimConfig
+from pgolf_fast.model.bank import BANK_NAMES
+from pgolf_fast.model.gpt import GPT
+from pgolf_fast.optim.muon import Muon
+from pgolf_fast.optim.sharding import Sharding
+
+
+class Optimizer:
+    """All parameters of a GPT, updated with one learning-rate multiplier (spec 3.1)."""
+
+    def __init__(self, model: GPT, config: OptimConfig, sharding: Sharding | None = None):
+        self.config = config
+        self._names = {id(p): name for name, p in model.named_parameters()}
+        self.parameters = list(model.parameters())
+        self.muon = Muon(
+            dict(zip(BANK_NAMES, model.bank_parameters(), strict=True)),
+            weight_decay=config.weight_decay,
+            newton_schulz_steps=config.muon_newton_schulz_steps,
+            sharding=sharding,
+        )
+        tables = model.tables()
+        taken = {id(p) for p in (*tables, *model.bank_parameters())}
+        scalars = [p for p in model.parameters() if id(p) not in taken]
+        # one group a dtype: the fused kernel wants them alike
+        groups = [{"params": [table], "base_lr": config.embed_lr} for table in tables]
+        groups.append({"params": scalars, "base_lr": config.scalar_lr})
+        self.adamw = torch.optim.AdamW(
+            groups,
+            lr=0.0,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_eps,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+
+    def muon_momentum(self, step: int) -> float:
+        """Linear warm-up, then constant (spec 3.3)."""
+        c = self.config
+        if step >= c.muon_momentum_warmup_steps:
+            return c.muon_momentum
+        share = step / c.muon_momentum_warmup_steps
+        return (1 - share) * c.muon_momentum_start + share * c.muon_momentum
+
+    def clip(self) -> Tensor | None:
+        """Scale all gradients so that their global norm is at most grad_clip; returns the norm before."""
+        if self.config.grad_clip is None:
+            return None
+        return nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
+
+    def step(self, step: int, multiplier: float) -> None:
+        """One update of every parameter from its gradient."""
+        for group in self.adamw.param_groups:
+            group["lr"] = group["base_lr"] * multiplier
+        self.adamw.step()
+        self.muon.step(lr=self.config.matrix_lr * multiplier, momentum=self.muon_momentum(step))
+
+    def zero_grad(self) -> None:
+        """Clear gradients in place: gradient banks keep their address."""
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                parameter.grad.zero_()
+
+    def state(self) -> dict[str, Tensor]:
+        """Every optimiser tensor by name."""
+        tensors = self.muon.state()
+        for parameter, values in self.adamw.state.items():
+            for key, value in values.items():
+                tensors[f"adamw.{key}.{self._names[id(parameter)]}"] = value
+        return tensors
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `state`."""
+        self.muon.load_state(state)
+        self.adamw.state.clear()
+        for group in self.adamw.param_groups:
+            for parameter in group["params"]:
+                name = self._names[id(parameter)]
+                keys = [k for k in state if k.startswith("adamw.") and k.split(".", 2)[2] == name]
+                self.adamw.state[parameter] = {k.split(".", 2)[1]: state[k].clone() for k in keys}
