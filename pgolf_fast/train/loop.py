@@ -1,0 +1,223 @@
+"""Training from a configuration to averaged weights in a run folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from pgolf_fast import report
+from pgolf_fast.config.schema import RunConfig
+from pgolf_fast.config.serialize import flatten, run_config_to_dict
+from pgolf_fast.data.loader import make_loader
+from pgolf_fast.data.source import Source, open_source
+from pgolf_fast.errors import PgolfError
+from pgolf_fast.evaluation.score import Score, Stream
+from pgolf_fast.evaluation.scores import plain_score
+from pgolf_fast.files import atomic_path, write_text
+from pgolf_fast.model.gpt import GPT
+from pgolf_fast.optim.sharding import fastest_agrees
+from pgolf_fast.train.checkpoint import load_tensors, load_weights, newest_checkpoint, save_checkpoint, save_tensors
+from pgolf_fast.train.progress import StepLog
+from pgolf_fast.train.run_folder import RunFolder
+from pgolf_fast.train.trainer import NonFiniteLossError, Trainer
+from pgolf_fast.train.world import World, environment, join_world, resolve_dtype
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Where the run is and what it reached."""
+
+    folder: RunFolder
+    steps: int
+    tokens: int
+    seconds: float
+    raw: Score
+    averaged: Score
+
+
+def train(config: RunConfig, out: Path, *, resume: bool = False) -> TrainResult:
+    """Train `config` into the folder `out`. With `resume`, continue its newest checkpoint if there is one.
+
+    Raises PgolfError for a folder that holds another run, for data that does not fit, and for a non-finite loss.
+    """
+    with join_world() as world:
+        config = _resolved(config, world)
+        folder = RunFolder(out)
+        _prepare_folder(folder, config, world, resume)
+        report.setup_logging(folder.log_file if world.is_main else None, quiet=not world.is_main)
+        try:
+            return _Run(config, folder, world).run(resume)
+        finally:
+            report.close_logging()
+
+
+def _resolved(config: RunConfig, world: World) -> RunConfig:
+    """`config` with everything that depends on this machine decided, so that config.json says what ran."""
+    dtype = str(resolve_dtype(config.train.compute_dtype, world.device)).removeprefix("torch.")
+    compile_ = world.device.type == "cuda" if config.train.compile is None else config.train.compile
+    share = config.train.batch_tokens // world.world_size
+    micro = min(config.train.micro_batch_tokens, share)
+    if config.train.batch_tokens % (micro * world.world_size) or micro % config.train.seq_len:
+        raise PgolfError(
+            f"train.batch_tokens {config.train.batch_tokens} cannot be split into {world.world_size} ranks of "
+            f"whole micro-batches of {micro} tokens (sequences of {config.train.seq_len}): change "
+            "train.micro_batch_tokens or the number of processes"
+        )
+    train = replace(config.train, compute_dtype=dtype, compile=compile_, micro_batch_tokens=micro)
+    return replace(config, train=train)
+
+
+def _prepare_folder(folder: RunFolder, config: RunConfig, world: World, resume: bool) -> None:
+    if folder.config_file.is_file():
+        if not resume:
+            raise PgolfError(f"{folder.path} already holds a run: pass --resume to continue it, or choose another --out")
+        _same_run(folder, config)
+    world.barrier()
+    if world.is_main:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        folder.write_config(config)
+        write_text(folder.path / "env.json", json.dumps(environment(), indent=2) + "\n")
+
+
+_MAY_CHANGE = ("train.steps", "train.max_seconds", "train.log_every", "train.val_every", "train.checkpoint_minutes")
+_FREE_GROUPS = ("name", "quant.", "pack.", "eval.", "ttt.")
+
+
+def _same_run(folder: RunFolder, config: RunConfig) -> None:
+    """Refuse to continue a run under settings that would make it another one."""
+    before, now = dict(flatten(folder.read_config())), dict(flatten(config))
+    changed = [
+        f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name) and name not in _MAY_CHANGE and not name.startswith(_FREE_GROUPS)
+    ]
+    if changed:
+        raise PgolfError(f"{folder.path} cannot be resumed with other settings: {'; '.join(changed)}")
+
+
+class _Run:
+    """The pieces of one training run, put together from its configuration."""
+
+    def __init__(self, config: RunConfig, folder: RunFolder, world: World):
+        self.config, self.folder, self.world = config, folder, world
+        self.source = open_source(config.data, config.model.vocab_size)
+        self.model = build_model(config, self.source, world)
+        self.stream = Stream(self.source.validation(config.eval_seq_len), self.source.table, world.device)
+        loader = make_loader(
+            self.source.train_shards(),
+            config.data,
+            config.train,
+            vocab_size=config.model.vocab_size,
+            rank=world.rank,
+            world_size=world.world_size,
+        )
+        self.loader = loader
+        self.trainer = Trainer(self.model, config, loader, world)
+        self.metrics = report.MetricsWriter(folder.metrics_file if world.is_main else None)
+        self.log = StepLog(config.train, self.trainer.tokens_per_step, world)
+
+    def run(self, resume: bool) -> TrainResult:
+        try:
+            self._start(resume)
+            self._steps()
+            return self._finish()
+        except NonFiniteLossError as error:
+            good = newest_checkpoint(self.folder.checkpoints)
+            raise PgolfError(
+                f"training stopped: {error}. Last good checkpoint: {good or 'none yet'}. Lower optim.matrix_lr or "
+                "optim.embed_lr, or resume with train.compute_dtype float32"
+            ) from error
+        finally:
+            self.loader.close()
+            self.metrics.close()
+
+    def _start(self, resume: bool) -> None:
+        if self.world.is_main:
+            with atomic_path(self.folder.tokenizer_file) as temporary:
+                shutil.copyfile(self.source.tokenizer.path, temporary)
+        c, t = self.config, self.trainer
+        report.logger.info(
+            "%s: %s parameters, %s tokens per step in %d micro-batches, %s on %s, %d process(es)",
+            c.name,
+            f"{c.model.num_parameters():,}",
+            f"{t.tokens_per_step:,}",
+            t.micro_steps,
+            c.train.compute_dtype,
+            self.world.device.type,
+            self.world.world_size,
+        )
+        if c.train.compile:
+            t.loss_function = torch.compile(self.model.loss, dynamic=False, fullgraph=True)
+            report.logger.info("compiling: %d warm-up steps whose effect is undone", c.train.warmup_steps)
+            t.warm_up(c.train.warmup_steps)
+        found = newest_checkpoint(self.folder.checkpoints) if resume else None
+        if found is not None:
+            tensors, story = load_tensors(found)
+            t.restore(tensors, story, str(found))
+            self.metrics.write("resume", step=t.step, checkpoint=found.name)
+            report.logger.info("resumed from %s at step %d", found, t.step)
+
+    def _steps(self) -> None:
+        t, c = self.trainer, self.config.train
+        last_save = time.monotonic()
+        while not self._done():
+            start = time.perf_counter()
+            result = t.advance()
+            t.elapsed += time.perf_counter() - start
+            self.metrics.write("step", step=t.step, elapsed=t.elapsed, **vars(result))
+            self.log.after_step(t.step, t.elapsed, result, last=self._done())
+            if c.val_every and t.step % c.val_every == 0:
+                self._validate("raw weights")
+            if c.checkpoint_minutes is not None and time.monotonic() - last_save >= 60 * c.checkpoint_minutes:
+                self._save()
+                last_save = time.monotonic()
+        self._save()
+
+    def _done(self) -> bool:
+        t, c = self.trainer, self.config.train
+        if t.step >= c.steps:
+            return True
+        out_of_time = c.max_seconds is not None and t.elapsed >= c.max_seconds
+        return fastest_agrees(out_of_time, self.world.world_size, self.world.device)
+
+    def _save(self) -> None:
+        if self.world.is_main:
+            story = {**self.trainer.story(), "config": run_config_to_dict(self.config)}
+            save_checkpoint(self.folder.checkpoints, self.trainer.step, self.trainer.tensors(), story)
+        self.world.barrier()
+
+    def _validate(self, what: str) -> Score:
+        score = plain_score(self.model, self.stream, self.config)
+        self.metrics.write("val", step=self.trainer.step, weights=what, loss=score.loss, bpb=score.bpb)
+        report.logger.info("step %d val (%s): loss %.4f, %.4f bpb", self.trainer.step, what, score.loss, score.bpb)
+        return score
+
+    def _finish(self) -> TrainResult:
+        t = self.trainer
+        raw = self._validate("raw weights")
+        final = {name: value.to(self.world.device) for name, value in t.average.final().items()}
+        load_weights(self.model, final, "the average")
+        kind = f"mean of {t.average.swa_count} EMA snapshots" if final and t.average.final() is t.average.swa else "EMA"
+        averaged = self._validate(kind)
+        if self.world.is_main:
+            story = {"step": t.step, "weights": kind, "config": run_config_to_dict(self.config)}
+            save_tensors(self.folder.model_file, final, story)
+            report.logger.info("wrote %s", self.folder.model_file)
+        self.world.barrier()
+        return TrainResult(self.folder, t.step, t.step * t.tokens_per_step, t.elapsed, raw, averaged)
+
+
+def build_model(config: RunConfig, source: Source, world: World) -> GPT:
+    """A freshly initialised model on the device, as training starts from it."""
+    torch.manual_seed(config.train.seed)
+    dtype = resolve_dtype(config.train.compute_dtype, world.device)
+    model = GPT(config.model, torch.from_numpy(source.table.has_leading_space), compute_dtype=dtype)
+    if config.train.table_dtype == "bfloat16":
+        for table in model.tables():
+            table.data = table.data.bfloat16()
+    return model.to(world.device)

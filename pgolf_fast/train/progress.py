@@ -1,0 +1,59 @@
+"""The line that training prints while it goes on."""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+import torch
+
+from pgolf_fast import report
+from pgolf_fast.config.schema import TrainConfig
+from pgolf_fast.train.trainer import StepResult
+from pgolf_fast.train.world import World
+
+
+class StepLog:
+    """Step, loss, tokens/s, ms/step, time left and memory, at the configured interval."""
+
+    def __init__(self, config: TrainConfig, tokens_per_step: int, world: World):
+        self.config, self.tokens_per_step, self.world = config, tokens_per_step, world
+        self._since: tuple[int, float] | None = None
+
+    def after_step(self, step: int, elapsed: float, result: StepResult, *, last: bool) -> None:
+        """Print if this step is due. `step` counts from 1."""
+        if result.decay_triggered:
+            report.logger.info("step %d: training loss has stopped improving; learning rate decays from here", step)
+        if not (step == 1 or step % self.config.log_every == 0 or last):
+            return
+        before = self._since or (step - 1, 0.0)
+        steps, seconds = step - before[0], elapsed - before[1]
+        self._since = (step, elapsed)
+        pace = seconds / max(steps, 1)
+        report.logger.info(
+            "step %d/%d  loss %.4f  lr x%.3f%s  %s tok/s  %.0f ms/step  %s elapsed, ETA %s  %d MiB",
+            step,
+            self.config.steps,
+            result.loss,
+            result.multiplier,
+            "  int6" if result.qat else "",
+            f"{self.tokens_per_step / max(pace, 1e-9):,.0f}",
+            1e3 * pace,
+            report.duration(elapsed),
+            report.duration(self._time_left(step, elapsed, pace)),
+            peak_memory_mib(self.world),
+        )
+
+    def _time_left(self, step: int, elapsed: float, pace: float) -> float:
+        by_steps = (self.config.steps - step) * pace
+        if self.config.max_seconds is None:
+            return by_steps
+        return max(0.0, min(by_steps, self.config.max_seconds - elapsed))
+
+
+def peak_memory_mib(world: World) -> int:
+    """Most memory this process has used: on the GPU if it has one, else resident."""
+    if world.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(world.device) >> 20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak >> (20 if sys.platform == "darwin" else 10)

@@ -1,0 +1,70 @@
+"""What a run leaves behind: config.json, env.json, metrics.jsonl, train.log, checkpoints, model.safetensors."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from pgolf_fast.config.schema import RunConfig
+from pgolf_fast.config.serialize import run_config_from_dict, run_config_to_dict
+from pgolf_fast.errors import PgolfError
+from pgolf_fast.files import write_text
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths inside a run folder."""
+
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def log_file(self) -> Path:
+        return self.path / "train.log"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def model_file(self) -> Path:
+        """The final averaged weights, float32."""
+        return self.path / "model.safetensors"
+
+    @property
+    def quantized_file(self) -> Path:
+        return self.path / "quantized.safetensors"
+
+    @property
+    def artifact_file(self) -> Path:
+        return self.path / "model.pgolf"
+
+    @property
+    def tokenizer_file(self) -> Path:
+        return self.path / "tokenizer.model"
+
+    def write_config(self, config: RunConfig) -> None:
+        write_text(self.config_file, json.dumps(run_config_to_dict(config), indent=2) + "\n")
+
+    def read_config(self) -> RunConfig:
+        """The configuration that ran. Raises PgolfError when this is no run folder."""
+        if not self.config_file.is_file():
+            raise PgolfError(f"{self.path} is not a run folder: it has no config.json; give the --out of a training run")
+        try:
+            return run_config_from_dict(json.loads(self.config_file.read_text(encoding="utf-8")))
+        except json.JSONDecodeError as error:
+            raise PgolfError(f"{self.config_file} is not valid JSON (line {error.lineno}): {error.msg}") from error
+
+    def need(self, path: Path, made_by: str) -> Path:
+        """`path` if it exists. Raises PgolfError saying which command makes it."""
+        if not path.is_file():
+            raise PgolfError(f"{path} does not exist yet: run `pgolf {made_by} {self.path}` first")
+        return path

@@ -1,0 +1,149 @@
+"""One optimiser step, and everything whose state a step changes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from pgolf_fast.config.schema import RunConfig
+from pgolf_fast.model.gpt import GPT
+from pgolf_fast.optim.average import WeightAverage
+from pgolf_fast.optim.optimizer import Optimizer
+from pgolf_fast.optim.schedule import Schedule
+from pgolf_fast.optim.sharding import Sharding, mean_gradients
+from pgolf_fast.quant.fake import fake_int6
+from pgolf_fast.train.checkpoint import load_weights
+from pgolf_fast.train.meta import fomaml_step
+from pgolf_fast.train.world import World
+
+
+class Loader(Protocol):
+    """Batches of (tokens, targets), each (B, T), from a position that can be saved."""
+
+    def next_batch(self) -> tuple[Tensor, Tensor]: ...
+    def state(self) -> dict[str, Any]: ...
+    def load_state(self, state: dict[str, Any]) -> None: ...
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss of a step was NaN or infinite; no update was made from it."""
+
+    def __init__(self, step: int, loss: float):
+        super().__init__(f"the loss at step {step} is {loss}")
+        self.step = step
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step reports: numbers for the log."""
+
+    loss: float
+    multiplier: float
+    grad_norm: float | None
+    qat: bool
+    meta_loss: float | None
+    decay_triggered: bool
+
+
+class Trainer:
+    """Model, optimiser, schedule and averages of a run, advanced one step at a time (spec 3.4)."""
+
+    def __init__(self, model: GPT, config: RunConfig, loader: Loader, world: World):
+        self.model, self.config, self.loader, self.world = model, config, loader, world
+        self.sharding = Sharding(world.rank, world.world_size)
+        self.optimizer = Optimizer(model, config.optim, self.sharding)
+        self.schedule = Schedule(config.train)
+        self.average = WeightAverage(model, config.average)
+        self.micro_steps = max(1, config.train.batch_tokens // (config.train.micro_batch_tokens * world.world_size))
+        self.loss_function: Callable[..., Tensor] = model.loss
+        self.step, self.elapsed, self.qat = 0, 0.0, False
+        model.allocate_gradient_banks()
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.micro_steps * self.config.train.micro_batch_tokens * self.world.world_size
+
+    def advance(self) -> StepResult:
+        """One optimiser step. Raises NonFiniteLossError, before any update, when its loss is not finite."""
+        train = self.config.train
+        multiplier = self.schedule.multiplier(self.step, self.elapsed)
+        if train.qat is not None and multiplier < train.qat.below:
+            self.qat = True
+        loss, tokens, targets = self._accumulate()
+        meta_loss = self._meta(multiplier, tokens, targets)
+        loss = self.world.mean(loss)
+        if not math.isfinite(loss):
+            raise NonFiniteLossError(self.step + 1, loss)
+        triggered = self.schedule.observe(self.step, loss, self.elapsed)
+        self._mask_frozen_skips()
+        mean_gradients([p.grad for p in self.optimizer.parameters if p.grad is not None], self.world.world_size)
+        norm = self.optimizer.clip()
+        self.optimizer.step(self.step, multiplier)
+        self.optimizer.zero_grad()
+        self.step += 1
+        self.average.update(self.step, multiplier)
+        return StepResult(loss, multiplier, None if norm is None else float(norm), self.qat, meta_loss, triggered)
+
+    def _accumulate(self) -> tuple[float, Tensor, Tensor]:
+        """Gradients of the whole batch; its mean loss on this rank, and the last micro-batch."""
+        qat = self.config.train.qat
+        banks = self.model.banks(fake_int6 if self.qat and qat is not None and qat.banks else None)
+        total = torch.zeros((), dtype=torch.float64)
+        for _ in range(self.micro_steps):
+            tokens, targets = (t.to(self.world.device, non_blocking=True) for t in self.loader.next_batch())
+            loss = self.loss_function(tokens, targets, banks)
+            (loss / self.micro_steps).backward()
+            total = total.to(loss.device) + loss.detach().double()
+        return float(total) / self.micro_steps, tokens, targets
+
+    def _meta(self, multiplier: float, tokens: Tensor, targets: Tensor) -> float | None:
+        meta = self.config.train.meta
+        if meta is None or self.step % meta.every != 0 or multiplier <= meta.above:
+            return None
+        scale = 1 / self.micro_steps if meta.dilute else 1.0
+        return fomaml_step(self.model, tokens, targets, meta, loss_scale=scale)
+
+    def _mask_frozen_skips(self) -> None:
+        frozen, gradient = self.config.model.frozen_skips, self.model.skip_weights.grad
+        if frozen and gradient is not None:
+            gradient[len(gradient) - frozen :] = 0
+
+    def warm_up(self, steps: int) -> None:
+        """Run steps (so that everything is compiled) and undo every effect they had (spec 3.5)."""
+        tensors, story = {k: v.detach().clone() for k, v in self.tensors().items()}, self.story()
+        for _ in range(steps):
+            self._accumulate()
+            self.optimizer.step(self.step, 1.0)
+            self.optimizer.zero_grad()
+        self.restore(tensors, story)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor that a step changes."""
+        weights = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        return {**weights, **self.optimizer.state(), **self.average.state()}
+
+    def story(self) -> dict[str, Any]:
+        """Everything else that a step changes, as JSON values."""
+        return {
+            "step": self.step,
+            "elapsed": self.elapsed,
+            "qat": self.qat,
+            "swa_count": self.average.swa_count,
+            "schedule": self.schedule.state_dict(),
+            "loader": self.loader.state(),
+        }
+
+    def restore(self, tensors: dict[str, Tensor], story: dict[str, Any], origin: str = "the snapshot") -> None:
+        """Continue from `tensors` and `story`. Raises PgolfError when they belong to another model."""
+        weights = {name[6:]: value for name, value in tensors.items() if name.startswith("model.")}
+        load_weights(self.model, weights, origin)
+        self.optimizer.load_state(tensors)
+        self.average.load_state(tensors, story["swa_count"])
+        self.schedule.load_state(story["schedule"])
+        self.loader.load_state(story["loader"])
+        self.step, self.elapsed, self.qat = story["step"], story["elapsed"], story["qat"]
