@@ -1,0 +1,40 @@
+# Everything from a bare checkout: `make demo`. The first call makes .venv and installs into it; later calls only check.
+PYTHON ?= python3
+PYTEST_ARGS ?=
+
+BIN := .venv/bin
+STAMP := .venv/.pgolf-installed
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
+
+.PHONY: demo test lint bench install clean
+
+demo: install
+	$(BIN)/pgolf demo
+
+test: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest benchmarks --benchmark-only $(PYTEST_ARGS)
+
+install: $(STAMP)
+
+# torch comes first and alone, so that a torch that is already there (a CPU build, say) is kept.
+# The build tools are installed too: without build isolation an unchanged extension is not compiled again.
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv || { \
+		echo "cannot make .venv with $(PYTHON): install its venv module (on Debian: python3-venv), or set PYTHON" >&2; exit 1; }
+	@echo "installing pgolf-fast into .venv (torch may be a download of gigabytes)"
+	@$(PIP) torch
+	@$(PIP) setuptools pybind11 ninja
+	@$(PIP) --no-build-isolation -e ".[all]"
+	@touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -f pgolf_fast/_C.*.so

@@ -1,0 +1,118 @@
+#include "lzma_codec.h"
+
+#include <algorithm>
+#include <new>
+#include <stdexcept>
+
+#include "lzma_api.h"
+
+namespace pgolf {
+namespace {
+
+using std::to_string;
+
+// An lzma_stream that is always ended.
+class Stream {
+   public:
+    explicit Stream(const LzmaApi& api) : api_(api) {}
+    ~Stream() { api_.end(&state); }
+    Stream(const Stream&) = delete;
+    Stream& operator=(const Stream&) = delete;
+
+    int finish() { return api_.code(&state, lzma_abi::kFinish); }
+
+    lzma_abi::Stream state{};
+
+   private:
+    const LzmaApi& api_;
+};
+
+void require_ok(int result, const char* what) {
+    if (result == lzma_abi::kMemory) throw std::bad_alloc();
+    if (result != lzma_abi::kOk)
+        throw std::runtime_error(std::string("liblzma: ") + what + " failed with code " + to_string(result));
+}
+
+// The least power of two that holds the data, and at least liblzma's minimum of 4 KiB.
+uint32_t dictionary_for(size_t size, uint32_t at_most) {
+    uint32_t dictionary = 4096;
+    while (dictionary < size && dictionary < at_most) dictionary <<= 1;
+    return std::min(dictionary, at_most);
+}
+
+void grow(std::string& out, lzma_abi::Stream& state) {
+    const size_t used = out.size() - state.avail_out;
+    out.resize(out.size() * 2);
+    state.next_out = reinterpret_cast<uint8_t*>(out.data()) + used;
+    state.avail_out = out.size() - used;
+}
+
+// Only called with a result that ends decoding without success.
+[[noreturn]] void fail_decoding(int result, const lzma_abi::Stream& state, size_t size, size_t out_size) {
+    const std::string near = to_string(size - state.avail_in);
+    switch (result) {
+        case lzma_abi::kMemory:
+            throw std::bad_alloc();
+        case lzma_abi::kMemoryLimit:
+            throw std::invalid_argument("the LZMA stream asks for more than " +
+                                        to_string(kDecoderMemoryLimit >> 20) + " MiB of memory");
+        case lzma_abi::kFormat:
+            throw std::invalid_argument("the bytes are not an LZMA (.xz) stream");
+        case lzma_abi::kBuffer:
+            if (state.avail_in > 0)
+                throw std::invalid_argument("the LZMA stream holds more than the stated " + to_string(out_size) +
+                                            " bytes");
+            throw std::invalid_argument("the LZMA stream is truncated: it does not end within its " +
+                                        to_string(size) + " bytes");
+        default:
+            throw std::invalid_argument("the LZMA stream is corrupt near byte " + near);
+    }
+}
+
+}  // namespace
+
+std::string lzma_compress(const uint8_t* data, size_t size, int preset, bool extreme) {
+    if (preset < 0 || preset > 9)
+        throw std::invalid_argument("preset is " + to_string(preset) + ", but LZMA presets are 0..9");
+    const LzmaApi& api = lzma_api();
+    lzma_abi::Options options{};
+    if (api.preset(&options, static_cast<uint32_t>(preset) | (extreme ? lzma_abi::kExtreme : 0)))
+        throw std::runtime_error("liblzma does not know preset " + to_string(preset));
+    options.dict_size = dictionary_for(size, options.dict_size);
+    const lzma_abi::Filter filters[] = {{lzma_abi::kFilterLzma2, &options}, {lzma_abi::kFilterEnd, nullptr}};
+
+    Stream stream(api);
+    require_ok(api.encoder(&stream.state, filters, lzma_abi::kCheckCrc32), "starting the encoder");
+    std::string out(size / 2 + 4096, '\0');
+    stream.state.next_in = data;
+    stream.state.avail_in = size;
+    stream.state.next_out = reinterpret_cast<uint8_t*>(out.data());
+    stream.state.avail_out = out.size();
+    int result;
+    while ((result = stream.finish()) == lzma_abi::kOk)
+        if (stream.state.avail_out == 0) grow(out, stream.state);
+    if (result != lzma_abi::kStreamEnd) require_ok(result, "encoding");
+    out.resize(out.size() - stream.state.avail_out);
+    return out;
+}
+
+void lzma_decompress(const uint8_t* data, size_t size, uint8_t* out, size_t out_size) {
+    const LzmaApi& api = lzma_api();
+    Stream stream(api);
+    require_ok(api.decoder(&stream.state, kDecoderMemoryLimit, 0), "starting the decoder");
+    stream.state.next_in = data;
+    stream.state.avail_in = size;
+    stream.state.next_out = out;
+    stream.state.avail_out = out_size;
+    int result;
+    do result = stream.finish();
+    while (result == lzma_abi::kOk);
+    if (result != lzma_abi::kStreamEnd) fail_decoding(result, stream.state, size, out_size);
+    if (stream.state.avail_out > 0)
+        throw std::invalid_argument("the LZMA stream holds " + to_string(out_size - stream.state.avail_out) +
+                                    " bytes, but " + to_string(out_size) + " were stated");
+    if (stream.state.avail_in > 0)
+        throw std::invalid_argument(to_string(stream.state.avail_in) + " bytes follow the end of the LZMA stream");
+}
+
+}  // namespace pgolf

@@ -1,0 +1,22 @@
+// One buffer to one .xz stream (LZMA2, CRC32) and back. Thread-safe; needs no Python.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+namespace pgolf {
+
+// Decoding may use this much memory for itself. Preset 9 needs 65 MiB; a forged header may ask for 4 GiB.
+constexpr uint64_t kDecoderMemoryLimit = UINT64_C(256) << 20;
+
+// `preset` is 0..9. The dictionary is never larger than the data needs: the bytes stay as good, and a small buffer
+// does not cost the hundreds of megabytes preset 9 would reserve.
+// Throws std::invalid_argument on a bad preset, std::bad_alloc, std::runtime_error.
+std::string lzma_compress(const uint8_t* data, size_t size, int preset, bool extreme);
+
+// Fills exactly `out_size` bytes at `out`, never more. Throws std::invalid_argument that says whether the stream is
+// truncated, corrupt (and near which byte), longer or shorter than stated, or followed by other bytes.
+void lzma_decompress(const uint8_t* data, size_t size, uint8_t* out, size_t out_size);
+
+}  // namespace pgolf

@@ -1,0 +1,1 @@
+"""Tokens: shards, loaders, tokenizer, corpora."""

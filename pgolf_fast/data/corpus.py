@@ -1,0 +1,284 @@
+"""A corpus without a download: the prose of the documentation of Python, torch and numpy on this machine."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.metadata
+import importlib.util
+import inspect
+import json
+import os
+import platform
+import re
+import shutil
+import sysconfig
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pgolf_fast import report
+from pgolf_fast.data.floors import ngram_floors
+from pgolf_fast.data.shards import write_shard
+from pgolf_fast.data.tokenizer import Tokenizer, byte_table, scored_bytes, train_tokenizer
+from pgolf_fast.errors import PgolfError
+from pgolf_fast.files import write_text
+
+__all__ = ["Source", "build_corpus", "default_sources", "documents", "ngram_floors"]
+
+_FORMAT = 1
+_FILES = ("corpus_train_000000.bin", "corpus_val_000000.bin", "tokenizer.model", "info.json")
+_VAL_PART = 20
+_MIN_PARAGRAPH = 60
+_MIN_DOCUMENT = 200
+_MIN_PROSE = 0.8
+_STALE_SECONDS = 3600.0
+_SKIPPED_FOLDERS = frozenset(
+    {
+        "test",
+        "tests",
+        "testing",
+        "idlelib",
+        "idle_test",
+        "lib2to3",
+        "turtledemo",
+        "ensurepip",
+        "_vendor",
+        "site-packages",
+        "dist-packages",
+        "__pycache__",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One installed package whose documentation is read."""
+
+    name: str
+    version: str
+    root: Path
+    topics: bool = False
+    """Also read the language topics of `help()`."""
+
+
+def default_sources() -> list[Source]:
+    """Python's standard library, and torch and numpy where they are installed. Imports none of them."""
+    stdlib = Path(sysconfig.get_path("stdlib"))
+    sources = [Source("python", platform.python_version(), stdlib, topics=True)]
+    for name in ("torch", "numpy"):
+        try:
+            spec = importlib.util.find_spec(name)
+            version = importlib.metadata.version(name)
+        except (ImportError, ValueError):
+            continue
+        if spec is not None and spec.submodule_search_locations:
+            sources.append(Source(name, version, Path(next(iter(spec.submodule_search_locations)))))
+    return sources
+
+
+def documents(sources: list[Source]) -> Iterator[tuple[str, str]]:
+    """(name, text) of each module that has some prose, and of each help topic; no paragraph comes twice."""
+    seen: set[str] = set()
+    for source in sources:
+        if source.topics:
+            for topic, text in sorted(_help_topics().items()):
+                yield from _document(f"{source.name}/topics/{topic}", [text], seen)
+        files = [
+            path for path in source.root.rglob("*.py") if _SKIPPED_FOLDERS.isdisjoint(_inside(path, source))
+        ]
+        files.sort(key=lambda path: _inside(path, source))
+        for path in report.progress(files, f"reading {source.name} documentation", unit="file"):
+            yield from _document("/".join((source.name, *_inside(path, source))), _docstrings(path), seen)
+
+
+def build_corpus(cache_dir: Path | None = None, vocab_size: int = 1024) -> Path:
+    """The folder of the built-in corpus: one train and one val shard, `tokenizer.model` and `info.json`.
+
+    Built once per set of versions and vocabulary, in `cache_dir` or the user's cache folder. A build that is
+    killed leaves nothing behind that counts, and several may run at once. Raises `PgolfError` if no text is
+    found, the folder cannot be written, or the text does not support `vocab_size` pieces.
+    """
+    import platformdirs
+
+    sources = default_sources()
+    parent = Path(cache_dir) if cache_dir is not None else Path(platformdirs.user_cache_dir("pgolf_fast"))
+    folder = parent / _key(sources, vocab_size)
+    if _is_complete(folder):
+        return folder
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(parent)
+        building = Path(tempfile.mkdtemp(prefix=".corpus-", suffix=".tmp", dir=parent))
+    except OSError as error:
+        raise PgolfError(
+            f"cannot write the built-in corpus to {parent}: {error.strerror}; "
+            "make that folder writable, set XDG_CACHE_HOME, or set data.path to shards of your own"
+        ) from error
+    try:
+        _build(building, sources, vocab_size)
+        building.chmod(0o755)
+        _move_into_place(building, folder)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return folder
+
+
+def _build(folder: Path, sources: list[Source], vocab_size: int) -> None:
+    start = time.monotonic()
+    texts: dict[str, list[str]] = {"train": [], "val": []}
+    for name, text in documents(sources):
+        texts[_split(name)].append(text)
+    if not texts["train"] or not texts["val"]:
+        looked = ", ".join(str(source.root) for source in sources) or "nowhere"
+        raise PgolfError(
+            f"empty corpus: found {len(texts['train'])} training and {len(texts['val'])} validation "
+            f"documents in the Python sources (looked in {looked}); set data.path to shards, or make some "
+            "with `pgolf data tokenize`"
+        )
+    tokenizer = Tokenizer.load(train_tokenizer(texts["train"], vocab_size, folder / "tokenizer"))
+    table = byte_table(tokenizer)
+    info: dict[str, object] = {"format": _FORMAT, "vocab_size": vocab_size}
+    info["sources"] = {source.name: source.version for source in sources}
+    tokens = {}
+    for split, file in zip(("train", "val"), _FILES, strict=False):
+        tokens[split] = np.array(
+            [i for text in texts[split] for i in tokenizer.encode_document(text)], dtype=np.uint16
+        )
+        write_shard(folder / file, tokens[split])
+        info[split] = {
+            "documents": len(texts[split]),
+            "tokens": len(tokens[split]),
+            "bytes": scored_bytes(table, tokens[split]),
+        }
+    unigram, bigram = ngram_floors(tokens["train"], tokens["val"], table, vocab_size)
+    info["unigram_bpb"], info["bigram_bpb"] = round(unigram, 4), round(bigram, 4)
+    write_text(folder / "info.json", json.dumps(info, indent=2) + "\n")
+    took = report.duration(time.monotonic() - start)
+    report.logger.info("built-in corpus: %d training tokens, built in %s", len(tokens["train"]), took)
+
+
+def _key(sources: list[Source], vocab_size: int) -> str:
+    versions = "_".join(f"{source.name}{source.version}" for source in sources)
+    pieces = importlib.metadata.version("sentencepiece")
+    return f"corpus_v{_FORMAT}_{versions}_sentencepiece{pieces}_sp{vocab_size}"
+
+
+def _is_complete(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in _FILES)
+
+
+def _move_into_place(building: Path, folder: Path) -> None:
+    """Rename the finished folder; if another builder was first, keep that one's."""
+    try:
+        os.rename(building, folder)
+    except OSError:
+        if _is_complete(folder):
+            return
+        shutil.rmtree(folder, ignore_errors=True)  # somebody removed files from it
+        os.rename(building, folder)
+
+
+def _remove_stale(parent: Path) -> None:
+    """Remove what builders that were killed over an hour ago left behind."""
+    for path in parent.glob(".corpus-*.tmp"):
+        try:
+            old = time.time() - path.stat().st_mtime > _STALE_SECONDS
+        except OSError:
+            continue
+        if old:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _split(name: str) -> str:
+    return "val" if int(hashlib.sha1(name.encode()).hexdigest(), 16) % _VAL_PART == 0 else "train"
+
+
+def _inside(path: Path, source: Source) -> tuple[str, ...]:
+    return path.relative_to(source.root).parts
+
+
+def _help_topics() -> dict[str, str]:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:  # some distributions leave it out
+        return {}
+    return {name: text for name, text in topics.items() if isinstance(text, str)}
+
+
+def _docstrings(path: Path) -> list[str]:
+    """The docstrings of a module, its classes and functions, not importing it; none if not Python."""
+    try:
+        source = path.read_bytes()
+        if b'"""' not in source and b"'''" not in source:
+            return []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+            tree = ast.parse(source)
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
+        return []
+    return list(_walk(tree))
+
+
+def _walk(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
+    first = node.body[0] if node.body else None
+    if (
+        isinstance(first, ast.Expr)
+        and isinstance(first.value, ast.Constant)
+        and isinstance(first.value.value, str)
+    ):
+        yield first.value.value
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        return
+    for child in node.body:
+        if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield from _walk(child)
+        elif isinstance(child, ast.Expr) and isinstance(child.value, ast.Call):
+            yield from _call_strings(child.value)
+
+
+def _call_strings(call: ast.Call) -> Iterator[str]:
+    """Docstrings handed to a call, as torch and numpy do for functions written in C."""
+    for argument in call.args:
+        inner = argument.elts if isinstance(argument, ast.Tuple) else [argument]
+        for value in inner:
+            if isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute):
+                value = value.func.value  # the text of "...".format(...)
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                yield value.value
+
+
+def _document(name: str, texts: list[str], seen: set[str]) -> Iterator[tuple[str, str]]:
+    paragraphs = []
+    for text in texts:
+        for paragraph in _prose(text):
+            if paragraph not in seen:
+                seen.add(paragraph)
+                paragraphs.append(paragraph)
+    joined = "\n".join(paragraphs)
+    if len(joined) >= _MIN_DOCUMENT:
+        yield name, joined
+
+
+_ROLE = re.compile(r":[a-z:+-]+:`~?!?([^`<]*?)\s*(?:<[^`]*>)?`")
+_RULE = re.compile(r"^\s*[-=~^*\"#+]{3,}\s*$", re.MULTILINE)
+
+
+def _prose(text: str) -> Iterator[str]:
+    """The paragraphs of `text` that read like prose, each on one line; no code, tables or directives."""
+    text = _RULE.sub("", inspect.cleandoc(text.encode("utf-8", "replace").decode("utf-8").replace("\0", "")))
+    for paragraph in re.split(r"\n\s*\n", text):
+        if ">>>" in paragraph or paragraph.lstrip().startswith((".. ", "... ", "$ ", "# ")):
+            continue
+        line = _ROLE.sub(r"\1", paragraph).replace("`", "").replace("**", "")
+        line = " ".join(line.split())
+        if len(line) < _MIN_PARAGRAPH:
+            continue
+        plain = sum(c.isalpha() or c == " " for c in line)
+        if plain >= _MIN_PROSE * len(line):
+            yield line

@@ -1,0 +1,219 @@
+"""The challenge's published shards and tokenizer, from the Hugging Face hub, each file verified."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pgolf_fast import report
+from pgolf_fast.data.shards import open_shard
+from pgolf_fast.data.tokenizer import Tokenizer
+from pgolf_fast.errors import PgolfError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+REPO_ID = "willdepueoai/parameter-golf"
+_ROOTS = ("datasets/", "")
+"""Where in a repository the folders `datasets` and `tokenizers` may lie."""
+_BLOCK = 1 << 22
+
+
+@dataclass(frozen=True)
+class _Remote:
+    """One file of the repository and where it goes."""
+
+    path: str
+    size: int
+    sha256: str | None
+    git_sha1: str | None
+    target: Path
+
+
+def download(
+    out: Path | str,
+    *,
+    dataset: str = "sp1024",
+    train_shards: int = 1,
+    repo_id: str = REPO_ID,
+    endpoint: str | None = None,
+    revision: str = "main",
+    checksums: Mapping[str, str] | None = None,
+) -> Path:
+    """Fetch validation shards, `train_shards` training shards and the tokenizer; return the folder of shards.
+
+    Shards go to `<out>/datasets/fineweb10B_<dataset>`, the tokenizer to `<out>/tokenizers`. Every file is
+    checked against the size and hash that the hub gives, or the sha256 in `checksums` (by file name); files
+    that are there already and right are not fetched again. A dropped connection is taken up where it broke.
+    Raises `PgolfError` without network or package, for what does not exist, and for a corrupt file, which is
+    removed.
+    """
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise PgolfError(
+            "downloading needs the huggingface_hub package: pip install 'pgolf-fast[hub]'"
+        ) from error
+    if train_shards < 0:
+        raise PgolfError(f"train_shards is {train_shards}; it must be 0 or more")
+    folder, staging = Path(out), Path(out) / ".download"
+    api = huggingface_hub.HfApi(endpoint=endpoint)
+    with _hub_errors(f"dataset {repo_id} at {api.endpoint}"):
+        commit = api.dataset_info(repo_id, revision=revision).sha
+        if commit is None:
+            raise PgolfError(
+                f"{api.endpoint} does not say which commit {revision} of {repo_id} is; try a commit"
+            )
+    remotes = _choose(api, repo_id, commit, dataset, train_shards, folder)
+    given = {name: value.lower() for name, value in (checksums or {}).items()}
+    for remote in report.progress(remotes, "downloading", unit="file"):
+        sha256 = given.get(remote.target.name, remote.sha256)
+        if remote.target.is_file() and _fault(remote.target, remote, sha256) is None:
+            continue
+        _accept(_fetch(api, repo_id, commit, remote, staging), remote, sha256)
+    shutil.rmtree(staging, ignore_errors=True)
+    return folder / "datasets" / f"fineweb10B_{dataset}"
+
+
+def _fetch(api: HfApi, repo_id: str, commit: str, remote: _Remote, staging: Path) -> Path:
+    """The file as it arrived, in `staging`."""
+    with _hub_errors(f"{remote.path} of {repo_id} at {api.endpoint}"):
+        return Path(
+            api.hf_hub_download(repo_id, remote.path, repo_type="dataset", revision=commit, local_dir=staging)
+        )
+
+
+def _accept(staged: Path, remote: _Remote, sha256: str | None) -> None:
+    """Move a fetched file to its place, or remove it and say what is wrong with it."""
+    fault = _fault(staged, remote, sha256)
+    if fault is None:
+        try:
+            if remote.target.suffix == ".bin":
+                open_shard(staged)
+            else:
+                Tokenizer.load(staged)
+        except PgolfError as error:
+            fault = str(error)
+    if fault is not None:
+        staged.unlink(missing_ok=True)
+        raise PgolfError(
+            f"{remote.path} arrived corrupt and was removed: {fault}; run the download again, "
+            "and if it fails the same way, tell the owner of the dataset"
+        )
+    remote.target.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(staged, remote.target)
+
+
+def _fault(path: Path, remote: _Remote, sha256: str | None) -> str | None:
+    """What is wrong with the bytes of `path`, or None."""
+    size = path.stat().st_size
+    if size != remote.size:
+        return f"it has {size} bytes instead of {remote.size}"
+    if sha256 is not None:
+        found = _digest(path, hashlib.sha256())
+        return None if found == sha256 else f"its sha256 is {found} instead of {sha256}"
+    if remote.git_sha1 is not None:
+        found = _digest(path, hashlib.sha1(b"blob %d\0" % size))
+        return None if found == remote.git_sha1 else f"its git hash is {found} instead of {remote.git_sha1}"
+    return None
+
+
+def _digest(path: Path, digest: hashlib._Hash) -> str:
+    with open(path, "rb") as handle:
+        while block := handle.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _choose(
+    api: HfApi, repo_id: str, commit: str, dataset: str, train_shards: int, out: Path
+) -> list[_Remote]:
+    """The files to fetch: tokenizer first, so that what arrives can be used as soon as possible."""
+    name = f"fineweb10B_{dataset}"
+    for root in _ROOTS:
+        shards = _list(api, repo_id, commit, f"{root}datasets/{name}", out / "datasets" / name)
+        if shards:
+            break
+    else:
+        raise PgolfError(f"{repo_id} has no dataset {name}: it should lie in datasets/{name}; try sp1024")
+    val = [r for r in shards if fnmatch(r.target.name, "*_val_*.bin")]
+    train = [r for r in shards if fnmatch(r.target.name, "*_train_*.bin")]
+    if not val:
+        raise PgolfError(f"{repo_id} has no validation shard in datasets/{name}; try another dataset")
+    if len(train) < train_shards:
+        raise PgolfError(
+            f"{repo_id} has {len(train)} training shards in datasets/{name}, but {train_shards} were asked "
+            f"for: ask for {len(train)} or fewer"
+        )
+    number = re.sub(r"\D", "", dataset)
+    models = _list(api, repo_id, commit, f"{root}tokenizers", out / "tokenizers")
+    models = [r for r in models if fnmatch(r.target.name, f"*_{number}_*.model")]
+    if len(models) != 1:
+        raise PgolfError(f"{repo_id} has {len(models)} tokenizers for {dataset} in tokenizers; one is needed")
+    return [*models, *val, *train[:train_shards]]
+
+
+def _list(api: HfApi, repo_id: str, commit: str, path: str, target: Path) -> list[_Remote]:
+    """The files of one folder of the repository in order of name; none if there is no such folder."""
+    from huggingface_hub.errors import EntryNotFoundError
+
+    found = []
+    with (
+        _hub_errors(f"folder {path} of {repo_id} at {api.endpoint}"),
+        contextlib.suppress(EntryNotFoundError),
+    ):
+        for entry in api.list_repo_tree(repo_id, path, revision=commit, repo_type="dataset"):
+            if not hasattr(entry, "size"):
+                continue  # a folder
+            lfs, name = entry.lfs, entry.path.rsplit("/", 1)[-1]
+            sha256 = lfs.sha256 if lfs is not None else None
+            size = lfs.size if lfs is not None else entry.size
+            found.append(_Remote(entry.path, size, sha256, None if lfs else entry.blob_id, target / name))
+    return sorted(found, key=lambda remote: remote.path)
+
+
+@contextlib.contextmanager
+def _hub_errors(what: str) -> Iterator[None]:
+    """Turn what the hub's client raises into one line that begins with, or names, `what`."""
+    from huggingface_hub import errors as hub
+
+    try:
+        yield
+    except PgolfError:
+        raise
+    except hub.GatedRepoError as error:
+        raise PgolfError(
+            f"{what} needs permission: ask for it on its page, then log in with `hf auth login`"
+        ) from error
+    except hub.RepositoryNotFoundError as error:
+        raise PgolfError(
+            f"{what} does not exist or is private: check the name, or `hf auth login`"
+        ) from error
+    except hub.RevisionNotFoundError as error:
+        raise PgolfError(f"{what} has no such revision: use main, a tag or a commit") from error
+    except hub.HFValidationError as error:
+        raise PgolfError(f"{what} is no valid name ({error}): use owner/name") from error
+    except (OSError, hub.HTTPError, hub.EntryNotFoundError, ValueError) as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            raise PgolfError(f"no space left to fetch {what}: free some or choose another folder") from error
+        raise PgolfError(
+            f"cannot fetch {what}: {_short(error)}; check the network connection and run it again "
+            "(finished files are kept), or copy the shards from elsewhere and set data.path"
+        ) from error
+
+
+def _short(error: BaseException) -> str:
+    """The first line of the innermost message, which says what failed."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

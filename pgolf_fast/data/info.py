@@ -1,0 +1,69 @@
+"""What is in a folder of shards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pgolf_fast import report
+from pgolf_fast.data.shards import BOS_ID, Shard, Split, check_tokens, open_shard
+from pgolf_fast.data.tokenizer import ByteTable, Tokenizer, byte_table, scored_bytes
+from pgolf_fast.errors import PgolfError
+
+_BLOCK = 1 << 24
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """Counts of one shard."""
+
+    file: str
+    split: Split
+    tokens: int
+    documents: int
+    """BOS ids: documents that start in this shard."""
+    scored_bytes: int
+    """Bytes of the targets of this shard, the denominator of bits per byte."""
+    bytes_per_token: float
+    """scored_bytes over the number of targets."""
+
+
+def describe(folder: Path | str, tokenizer: Tokenizer) -> list[ShardInfo]:
+    """One row for each training and validation shard of `folder`, in the order they are read.
+
+    Raises `PgolfError` if there is no shard, one is bad, or it has ids the tokenizer does not know.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise PgolfError(
+            f"data folder {folder} does not exist: give a folder of *_train_*.bin and *_val_*.bin shards"
+        )
+    splits: tuple[Split, ...] = ("train", "val")
+    found = [
+        (path, split)
+        for split in splits
+        for path in sorted(folder.glob(f"*_{split}_*.bin"), key=lambda p: p.name)
+    ]
+    if not found:
+        raise PgolfError(
+            f"no *_train_*.bin or *_val_*.bin shard in {folder}: make some with `pgolf data tokenize` "
+            "or `pgolf data download`"
+        )
+    table = byte_table(tokenizer)
+    return [
+        _describe(open_shard(path), split, table)
+        for path, split in report.progress(found, "reading", unit="shard")
+    ]
+
+
+def _describe(shard: Shard, split: Split, table: ByteTable) -> ShardInfo:
+    check_tokens(shard, len(table.base_bytes))
+    tokens = shard.tokens
+    documents = sum(
+        int(np.count_nonzero(tokens[at : at + _BLOCK] == BOS_ID)) for at in range(0, len(tokens), _BLOCK)
+    )
+    count = scored_bytes(table, tokens)
+    per_token = count / max(shard.num_tokens - 1, 1)
+    return ShardInfo(shard.path.name, split, shard.num_tokens, documents, count, per_token)

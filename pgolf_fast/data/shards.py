@@ -1,0 +1,181 @@
+"""Token shards: a 1024-byte header, then little-endian uint16 token ids."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from pgolf_fast.errors import PgolfError
+from pgolf_fast.files import atomic_path
+
+HEADER_INTS = 256
+HEADER_BYTES = 4 * HEADER_INTS
+MAGIC = 20240520
+VERSION = 1
+BOS_ID = 1
+"""Opens every document; there is no end marker."""
+
+Split = Literal["train", "val"]
+_CHECK_BLOCK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of tokens whose header and size have been checked."""
+
+    path: Path
+    num_tokens: int
+
+    @property
+    def tokens(self) -> np.memmap:
+        """The token ids, uint16 of shape (num_tokens,), read from disk when touched."""
+        return np.memmap(self.path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(self.num_tokens,))
+
+
+def open_shard(path: Path | str, *, vocab_size: int | None = None) -> Shard:
+    """The shard in `path`, after checking magic, version and exact size; `vocab_size` checks every id too.
+
+    Raises `PgolfError` on a missing, foreign, truncated or empty file.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as handle:
+            header = np.frombuffer(handle.read(HEADER_BYTES), dtype=np.uint8)
+    except OSError as error:
+        raise PgolfError(
+            f"cannot read shard {path}: {error.strerror}; give the path of a .bin token file"
+        ) from error
+    if size < HEADER_BYTES:
+        raise PgolfError(
+            f"{path} has {size} bytes, less than the {HEADER_BYTES}-byte header of a shard: "
+            "it was cut short or is no shard; download or tokenize it again"
+        )
+    magic, version, count = (int(v) for v in header.view("<i4")[:3])
+    if magic != MAGIC:
+        raise PgolfError(
+            f"{path} is not a token shard: its first word is {magic}, a shard has {MAGIC}; "
+            "make shards with `pgolf data tokenize` or `pgolf data download`"
+        )
+    if version != VERSION:
+        raise PgolfError(f"{path} is a shard of version {version}; only version {VERSION} can be read")
+    if count <= 0:
+        raise PgolfError(
+            f"{path} holds {count} tokens; a shard needs at least one: remove it or make it again"
+        )
+    expected = HEADER_BYTES + 2 * count
+    if size != expected:
+        raise PgolfError(
+            f"{path} has {size} bytes, but its header says {count} tokens, which takes {expected} bytes: "
+            "the file is damaged or was cut short; download or tokenize it again"
+        )
+    shard = Shard(path, count)
+    if vocab_size is not None:
+        check_tokens(shard, vocab_size)
+    return shard
+
+
+def check_tokens(shard: Shard, vocab_size: int, *, limit: int | None = None) -> None:
+    """Raise `PgolfError` at the first id that is not below `vocab_size`, among the first `limit` tokens."""
+    tokens = shard.tokens[:limit]
+    for start in range(0, len(tokens), _CHECK_BLOCK):
+        block = tokens[start : start + _CHECK_BLOCK]
+        if int(block.max()) >= vocab_size:
+            raise_bad_token(shard, start, block, vocab_size)
+
+
+def raise_bad_token(shard: Shard, start: int, block: np.ndarray, vocab_size: int) -> None:
+    """Raise the error for the first id in `block` (which begins at token `start`) that is too large."""
+    at = int(np.argmax(block >= vocab_size))
+    raise PgolfError(
+        f"{shard.path} has token id {int(block[at])} at position {start + at}, but model.vocab_size is "
+        f"{vocab_size}: "
+        "use the shards made with this tokenizer, or set model.vocab_size to that of the shards"
+    )
+
+
+def write_shard(path: Path | str, tokens: np.ndarray) -> Shard:
+    """Write ids of shape (n,) as a shard, atomically.
+
+    Raises `PgolfError` for an empty array, one that is not of whole numbers, or ids outside 0..65535.
+    """
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 1 or tokens.size == 0:
+        raise PgolfError(
+            f"cannot write {path}: got an array of shape {tokens.shape}; give at least one token, in one row"
+        )
+    if tokens.dtype.kind not in "iu":
+        raise PgolfError(f"cannot write {path}: got {tokens.dtype} values; token ids are integers")
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high > 0xFFFF:
+        raise PgolfError(f"cannot write {path}: token ids run from {low} to {high}; a shard holds 0 to 65535")
+    header = np.zeros(HEADER_INTS, dtype="<i4")
+    header[:3] = MAGIC, VERSION, tokens.size
+    with atomic_path(path) as temporary, open(temporary, "wb") as handle:
+        handle.write(header.tobytes())
+        handle.write(np.ascontiguousarray(tokens, dtype="<u2").data)
+    return Shard(Path(path), int(tokens.size))
+
+
+def find_shards(folder: Path | str, split: Split) -> list[Shard]:
+    """The shards `*_{split}_*.bin` of `folder`, in lexicographic order of their names.
+
+    Raises `PgolfError` if the folder or its shards are missing, or a shard is bad.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        what = "is not a folder" if folder.exists() else "does not exist"
+        raise PgolfError(
+            f"data folder {folder} {what}: set data.path to a folder of *_train_*.bin and *_val_*.bin "
+            "shards, or leave it out to use the built-in corpus"
+        )
+    paths = sorted(folder.glob(f"*_{split}_*.bin"), key=lambda p: p.name)
+    if not paths:
+        raise PgolfError(
+            f"no *_{split}_*.bin shard in {folder}: make some with `pgolf data tokenize` "
+            "or `pgolf data download`, or set data.path to the folder that holds them"
+        )
+    return [open_shard(path) for path in paths]
+
+
+def load_validation(
+    folder: Path | str, seq_len: int, *, vocab_size: int, max_tokens: int | None = None
+) -> np.ndarray:
+    """All validation tokens, cut to whole sequences and one more: uint16 of shape (k * seq_len + 1,).
+
+    `max_tokens` scores at most that many tokens. Raises `PgolfError` if not one sequence fits.
+    """
+    shards = find_shards(folder, "val")
+    for shard in shards:
+        check_tokens(shard, vocab_size)
+    available = sum(shard.num_tokens for shard in shards)
+    if available < seq_len + 1:
+        raise PgolfError(
+            f"sequence longer than data: {folder} has {available} validation tokens, but one sequence of "
+            f"{seq_len} needs {seq_len + 1}; use a shorter train.seq_len (and eval.seq_len) or more "
+            f"validation text"
+        )
+    wanted = available if max_tokens is None else min(available, max_tokens + 1)
+    if wanted < seq_len + 1:
+        raise PgolfError(
+            f"data.val_tokens is {max_tokens}, less than one sequence of {seq_len} tokens: "
+            f"set it to {seq_len} or more, or leave it out"
+        )
+    keep = (wanted - 1) // seq_len * seq_len + 1
+    return _head(shards, keep)
+
+
+def _head(shards: list[Shard], count: int) -> np.ndarray:
+    """The first `count` tokens of the concatenated shards, in memory."""
+    out = np.empty(count, dtype=np.uint16)
+    done = 0
+    for shard in shards:
+        part = shard.tokens[: count - done]
+        out[done : done + len(part)] = part
+        done += len(part)
+        if done == count:
+            break
+    return out

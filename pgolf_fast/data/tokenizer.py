@@ -1,0 +1,288 @@
+"""SentencePiece tokenizers, and how many bytes of text each token stands for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pgolf_fast.errors import PgolfError
+from pgolf_fast.files import write_bytes
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
+
+SPACE = "\u2581"
+_BLOCK = 1 << 22
+_SENTENCE_CHARS = 2000
+_TRAINING_CHARS = 256_000_000
+"""Text beyond this adds nothing to a vocabulary and would have to be held in memory."""
+
+
+class Tokenizer:
+    """A SentencePiece model. Made by `Tokenizer.load`."""
+
+    def __init__(self, processor: SentencePieceProcessor, path: Path):
+        self._processor = processor
+        self.path = path
+
+    @classmethod
+    def load(cls, path: Path | str) -> Tokenizer:
+        """The tokenizer in a .model file. Raises `PgolfError` if it is missing or no SentencePiece model."""
+        from sentencepiece import SentencePieceProcessor
+
+        path = Path(path)
+        if not path.is_file():
+            raise PgolfError(
+                f"tokenizer {path} does not exist: give a SentencePiece .model file with --data.tokenizer"
+            )
+        processor = SentencePieceProcessor()
+        try:
+            loaded = processor.LoadFromSerializedProto(path.read_bytes())
+        except (RuntimeError, OSError, TypeError) as error:
+            raise _not_a_model(path) from error
+        if not loaded or len(processor) == 0:
+            raise _not_a_model(path)
+        return cls(processor, path)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self._processor)
+
+    @property
+    def bos_id(self) -> int:
+        """The id that opens a document; -1 if the model has none."""
+        return int(self._processor.bos_id())
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of `text`, without BOS. Lone surrogates are read as '?'."""
+        return list(self._processor.encode(text.encode("utf-8", "replace").decode("utf-8")))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`; control tokens give nothing. Raises `PgolfError` for an unknown id."""
+        wrong = [i for i in ids if not 0 <= i < self.vocab_size]
+        if wrong:
+            raise PgolfError(
+                f"token id {wrong[0]} does not exist: tokenizer {self.path} has {self.vocab_size} pieces"
+            )
+        return str(self._processor.decode([int(i) for i in ids]))
+
+    def encode_document(self, text: str) -> list[int]:
+        """BOS and then the tokens of `text`. Raises `PgolfError` if the model has no BOS."""
+        if self.bos_id < 0:
+            raise PgolfError(
+                f"tokenizer {self.path} has no BOS piece, which opens each document: use one that has"
+            )
+        return [self.bos_id, *self.encode(text)]
+
+    def piece(self, token: int) -> str:
+        """The piece as the model writes it; a leading U+2581 is a space."""
+        return str(self._processor.id_to_piece(token))
+
+    def is_silent(self, token: int) -> bool:
+        """Whether the piece is a control, unknown or unused one, which stands for no text."""
+        sp = self._processor
+        return bool(sp.is_control(token) or sp.is_unknown(token) or sp.is_unused(token))
+
+    def is_byte(self, token: int) -> bool:
+        return bool(self._processor.is_byte(token))
+
+
+def _not_a_model(path: Path) -> PgolfError:
+    return PgolfError(f"{path} is not a SentencePiece model: give a .model file with --data.tokenizer")
+
+
+@dataclass(frozen=True)
+class ByteTable:
+    """Bytes that each token id adds to the text, for bits per byte."""
+
+    base_bytes: np.ndarray
+    """int16 (V,): UTF-8 bytes of the piece without its leading space."""
+    has_leading_space: np.ndarray
+    """bool (V,): the piece begins with a space, one more byte unless it follows a boundary."""
+    is_boundary: np.ndarray
+    """bool (V,): control, unknown and unused ids."""
+
+
+def byte_table(tokenizer: Tokenizer) -> ByteTable:
+    """The byte counts of every id of `tokenizer`."""
+    size = tokenizer.vocab_size
+    table = ByteTable(np.zeros(size, np.int16), np.zeros(size, np.bool_), np.zeros(size, np.bool_))
+    for token in range(size):
+        if tokenizer.is_silent(token):
+            table.is_boundary[token] = True
+        elif tokenizer.is_byte(token):
+            table.base_bytes[token] = 1
+        else:
+            piece = tokenizer.piece(token)
+            table.has_leading_space[token] = piece.startswith(SPACE)
+            table.base_bytes[token] = len(piece.removeprefix(SPACE).encode("utf-8"))
+    return table
+
+
+def target_bytes(table: ByteTable, prev_ids: np.ndarray, target_ids: np.ndarray) -> np.ndarray:
+    """Bytes of each target given the token before it: int64, of the shape of `target_ids`.
+
+    Raises `PgolfError` for an id outside the table.
+    """
+    prev_ids, target_ids = np.asarray(prev_ids), np.asarray(target_ids)
+    size = len(table.base_bytes)
+    for ids in (prev_ids, target_ids):
+        if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < size:
+            raise PgolfError(
+                f"token ids run from {int(ids.min())} to {int(ids.max())}, but the tokenizer has {size} "
+                "pieces: use the tokenizer the shards were made with"
+            )
+    space = table.has_leading_space[target_ids] & ~table.is_boundary[prev_ids]
+    return table.base_bytes[target_ids].astype(np.int64) + space
+
+
+def scored_bytes(table: ByteTable, tokens: np.ndarray) -> int:
+    """Bytes of the targets tokens[1:], the denominator of bits per byte; 0 for fewer than two tokens."""
+    total = 0
+    for start in range(0, max(len(tokens) - 1, 0), _BLOCK):
+        block = np.asarray(tokens[start : start + _BLOCK + 1])
+        total += int(target_bytes(table, block[:-1], block[1:]).sum())
+    return total
+
+
+def find_tokenizer(folder: Path | str, explicit: Path | str | None = None) -> Path:
+    """The .model file for the shards in `folder`: `explicit`, or the one in or beside the folder.
+
+    Looks in the folder, its parent, and the `tokenizers` folders beside it and its parent. Of several, takes
+    the one with the number in the folder's name (`..._sp1024`). Raises `PgolfError` unless there is one.
+    """
+    if explicit is not None:
+        path = Path(explicit)
+        if not path.is_file():
+            raise PgolfError(
+                f"tokenizer {path} does not exist: give a SentencePiece .model file with --data.tokenizer"
+            )
+        return path
+    folder = Path(folder).absolute()
+    places = [folder, folder.parent, folder.parent / "tokenizers", folder.parent.parent / "tokenizers"]
+    for place in places:
+        found = sorted(place.glob("*.model")) if place.is_dir() else []
+        if len(found) == 1:
+            return found[0]
+        if found:
+            return _pick(found, folder)
+    raise PgolfError(
+        f"no tokenizer (*.model) for {folder}; looked there, in its parent and in 'tokenizers' beside them: "
+        "name one with --data.tokenizer"
+    )
+
+
+def _pick(found: list[Path], folder: Path) -> Path:
+    number = re.search(r"sp(\d+)", folder.name) or re.search(r"(\d+)$", folder.name)
+    if number:
+        matching = [path for path in found if number.group(1) in re.findall(r"\d+", path.stem)]
+        if len(matching) == 1:
+            return matching[0]
+    names = ", ".join(path.name for path in found)
+    raise PgolfError(
+        f"several tokenizers fit {folder}: {names} in {found[0].parent}; name one with --data.tokenizer"
+    )
+
+
+def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raise `PgolfError` unless the tokenizer has exactly `vocab_size` pieces."""
+    if tokenizer.vocab_size != vocab_size:
+        raise PgolfError(
+            f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} pieces but model.vocab_size is "
+            f"{vocab_size}: "
+            f"set model.vocab_size to {tokenizer.vocab_size} or name another one with --data.tokenizer"
+        )
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, prefix_path: Path | str) -> Path:
+    """Train a BPE like the challenge's on `texts` and write `<prefix_path>.model`, whose path is returned.
+
+    The same texts give the same bytes. Raises `PgolfError` if there is no text, or too little (or too many
+    different characters) for `vocab_size`.
+    """
+    import io
+
+    import sentencepiece
+
+    prefix = Path(prefix_path)
+    path = prefix.with_name(prefix.name + ".model")
+    sentences = _sentences(texts)
+    first = next(sentences, None)
+    if first is None:
+        raise PgolfError(f"cannot train tokenizer {path}: the text is empty; give files with text in them")
+    model, failures = io.BytesIO(), list[BaseException]()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_watched(first, sentences, failures),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            pad_id=0,
+            bos_id=1,
+            eos_id=2,
+            unk_id=3,
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="nmt_nfkc",
+            add_dummy_prefix=False,
+            character_coverage=0.999,
+            max_sentence_length=16 * _SENTENCE_CHARS,
+            num_threads=4,  # a fixed number: it is written into the model
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError) as error:
+        if failures:
+            raise failures[0] from None
+        raise _training_error(str(error), vocab_size) from error
+    write_bytes(path, model.getvalue())
+    return path
+
+
+def _training_error(message: str, vocab_size: int) -> PgolfError:
+    most = re.search(r"value <= (\d+)", message)
+    if most:
+        return PgolfError(
+            f"vocab_size {vocab_size} is too large for this text: it supports at most {most.group(1)} "
+            "pieces; use a smaller vocab_size or more text"
+        )
+    least = re.search(r"smaller than required_chars\D*\d+ vs (\d+)", message)
+    if least:
+        return PgolfError(
+            f"vocab_size {vocab_size} is too small: 256 byte pieces, 4 control pieces and the characters of "
+            f"this text need at least {least.group(1)}; use a larger vocab_size"
+        )
+    return PgolfError(
+        f"SentencePiece could not train {vocab_size} pieces on this text: {' '.join(message.split())}"
+    )
+
+
+def _sentences(texts: Iterable[str]) -> Iterator[str]:
+    """`texts` in pieces short enough for SentencePiece not to skip them, cut at spaces if there are any."""
+    total = 0
+    for text in texts:
+        words = " ".join(text.encode("utf-8", "replace").decode("utf-8").replace("\0", " ").split())
+        start = 0
+        while start < len(words):
+            end = start + _SENTENCE_CHARS
+            if end < len(words):
+                end = words.rfind(" ", start, end) + 1 or end
+            yield words[start:end].rstrip()
+            total += end - start
+            start = end
+        if total >= _TRAINING_CHARS:
+            return
+
+
+def _watched(first: str, rest: Iterator[str], failures: list[BaseException]) -> Iterator[str]:
+    """`first` and `rest`; keeps what goes wrong on the way, which SentencePiece turns into a RuntimeError."""
+    try:
+        yield first
+        yield from rest
+    except BaseException as error:
+        failures.append(error)
+        raise

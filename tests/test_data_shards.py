@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_helpers import counting_shards, real_data
+
+from pgolf_fast.data.info import describe
+from pgolf_fast.data.shards import (
+    HEADER_BYTES,
+    MAGIC,
+    check_tokens,
+    find_shards,
+    load_validation,
+    open_shard,
+    write_shard,
+)
+from pgolf_fast.data.tokenizer import Tokenizer, find_tokenizer
+from pgolf_fast.errors import PgolfError
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    tokens = np.random.default_rng(0).integers(0, 65536, 1000)
+    written = write_shard(tmp_path / "a.bin", tokens)
+    shard = open_shard(tmp_path / "a.bin")
+    assert shard == written
+    assert shard.tokens.dtype == np.uint16
+    np.testing.assert_array_equal(shard.tokens, tokens)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]
+
+
+def test_the_layout_is_the_challenges(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.bin", np.array([1, 258]))
+    raw = (tmp_path / "a.bin").read_bytes()
+    assert len(raw) == HEADER_BYTES + 4
+    assert raw[:12] == MAGIC.to_bytes(4, "little") + b"\1\0\0\0" + b"\2\0\0\0"
+    assert raw[12:HEADER_BYTES] == bytes(HEADER_BYTES - 12)
+    assert raw[HEADER_BYTES:] == b"\1\0\2\1"
+
+
+def damage(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def shard_bytes(magic: int = MAGIC, version: int = 1, count: int = 2, tokens: int = 2) -> bytes:
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = magic, version, count
+    return header.tobytes() + bytes(2 * tokens)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "has 0 bytes, less than the 1024-byte header"),
+        (bytes(1023), "has 1023 bytes, less than the 1024-byte header"),
+        (shard_bytes(magic=7), "is not a token shard: its first word is 7, a shard has 20240520"),
+        (shard_bytes(version=2), "is a shard of version 2; only version 1"),
+        (shard_bytes(count=0, tokens=0), "holds 0 tokens"),
+        (shard_bytes(count=-5), "holds -5 tokens"),
+        (shard_bytes(count=3), "has 1028 bytes, but its header says 3 tokens, which takes 1030"),
+        (shard_bytes(tokens=3), "has 1030 bytes, but its header says 2 tokens, which takes 1028"),
+        (shard_bytes() + b"x", "has 1029 bytes"),
+    ],
+)
+def test_bad_files_are_named(tmp_path: Path, content: bytes, message: str) -> None:
+    path = damage(tmp_path / "bad.bin", content)
+    with pytest.raises(PgolfError, match=message) as caught:
+        open_shard(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(PgolfError, match=r"cannot read shard .*none\.bin: No such file"):
+        open_shard(tmp_path / "none.bin")
+
+
+def test_foreign_ids_are_found_at_their_position(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pgolf_fast.data.shards._CHECK_BLOCK", 10)
+    tokens = np.full(100, 1023)
+    tokens[57] = 1024
+    path = tmp_path / "a.bin"
+    shard = write_shard(path, tokens)
+    with pytest.raises(
+        PgolfError, match=r"a\.bin has token id 1024 at position 57, but model.vocab_size is 1024"
+    ):
+        open_shard(path, vocab_size=1024)
+    open_shard(path, vocab_size=1025)
+    check_tokens(shard, 1024, limit=57)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (np.array([], dtype=np.uint16), r"array of shape \(0,\)"),
+        (np.zeros((2, 2), dtype=np.int64), r"array of shape \(2, 2\)"),
+        (np.array([1.0]), "got float64 values"),
+        (np.array([-1, 5]), "token ids run from -1 to 5"),
+        (np.array([0, 65536]), "token ids run from 0 to 65536"),
+    ],
+)
+def test_what_is_no_row_of_ids_is_not_written(tmp_path: Path, tokens: np.ndarray, message: str) -> None:
+    with pytest.raises(PgolfError, match=message):
+        write_shard(tmp_path / "a.bin", tokens)
+    assert not list(tmp_path.iterdir())
+
+
+def test_shards_are_found_in_order_of_name(tmp_path: Path) -> None:
+    for name in ("x_train_000010.bin", "x_train_000002.bin", "x_val_000000.bin", "other.bin"):
+        write_shard(tmp_path / name, np.array([1]))
+    assert [s.path.name for s in find_shards(tmp_path, "train")] == [
+        "x_train_000002.bin",
+        "x_train_000010.bin",
+    ]
+    assert [s.path.name for s in find_shards(tmp_path, "val")] == ["x_val_000000.bin"]
+
+
+def test_missing_folder_and_missing_shards(tmp_path: Path) -> None:
+    with pytest.raises(PgolfError, match=r"does not exist: set data.path"):
+        find_shards(tmp_path / "none", "train")
+    with pytest.raises(PgolfError, match=r"is not a folder"):
+        find_shards(damage(tmp_path / "file", b""), "train")
+    with pytest.raises(PgolfError, match=r"no \*_val_\*\.bin shard in"):
+        find_shards(tmp_path, "val")
+
+
+def validation_folder(folder: Path) -> Path:
+    write_shard(folder / "x_val_000000.bin", np.arange(0, 7))
+    write_shard(folder / "x_val_000001.bin", np.arange(7, 20))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "max_tokens", "kept"),
+    [(4, None, 17), (19, None, 20), (6, None, 19), (4, 8, 9), (4, 11, 9), (4, 1000, 17), (3, 3, 4)],
+)
+def test_validation_is_whole_sequences_and_one(
+    tmp_path: Path, seq_len: int, max_tokens: int | None, kept: int
+) -> None:
+    folder = validation_folder(tmp_path)
+    tokens = load_validation(folder, seq_len, vocab_size=20, max_tokens=max_tokens)
+    assert tokens.dtype == np.uint16
+    np.testing.assert_array_equal(tokens, np.arange(kept))
+
+
+def test_validation_shorter_than_a_sequence(tmp_path: Path) -> None:
+    folder = validation_folder(tmp_path)
+    with pytest.raises(
+        PgolfError, match=r"sequence longer than data: .* has 20 validation tokens.* of 20 needs 21"
+    ):
+        load_validation(folder, 20, vocab_size=20)
+    with pytest.raises(PgolfError, match=r"data.val_tokens is 3, less than one sequence of 4 tokens"):
+        load_validation(folder, 4, vocab_size=20, max_tokens=3)
+    with pytest.raises(PgolfError, match=r"token id 19 at position 12"):
+        load_validation(folder, 4, vocab_size=19)
+
+
+def test_real_shards() -> None:
+    folder = real_data() / "datasets" / "webmix_sp1024"
+    assert [s.num_tokens for s in find_shards(folder, "train")] == [7_983_048, 7_980_476]
+    tokens = load_validation(folder, 2048, vocab_size=1024)
+    assert len(tokens) == 256 * 2048 + 1
+
+
+def test_describe_real_shards() -> None:
+    folder = real_data() / "datasets" / "smoke_sp1024"
+    rows = describe(folder, Tokenizer.load(find_tokenizer(folder)))
+    assert [(r.split, r.tokens, r.documents, r.scored_bytes) for r in rows] == [
+        ("train", 133_627, 56, 315_575),
+        ("val", 35_859, 23, 90_060),
+    ]
+    assert rows[1].bytes_per_token == pytest.approx(90_060 / 35_858)
+
+
+def test_describe_says_what_is_missing(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(real_data() / "tokenizers" / "fineweb_1024_bpe.model")
+    with pytest.raises(PgolfError, match=r"does not exist"):
+        describe(tmp_path / "none", tokenizer)
+    with pytest.raises(PgolfError, match=r"no \*_train_\*\.bin or \*_val_\*\.bin shard"):
+        describe(tmp_path, tokenizer)
+    counting_shards(tmp_path, 2000)
+    with pytest.raises(PgolfError, match=r"token id 1024 at position 1024"):
+        describe(tmp_path, tokenizer)
+
+
+def test_importing_the_room_needs_no_torch() -> None:
+    names = ("shards", "loader", "tokenizer", "corpus", "tokenize", "download", "info", "floors", "texts")
+    code = "; ".join(f"import pgolf_fast.data.{name}" for name in names)
+    heavy = "{'torch', 'sentencepiece', 'huggingface_hub', 'tqdm'}"
+    code += f"; import sys; print(sorted({heavy} & set(sys.modules)))"
+    root = Path(__file__).parents[1]
+    out = subprocess.run([sys.executable, "-c", code], cwd=root, check=True, capture_output=True, text=True)
+    assert (out.stdout, out.stderr) == ("[]\n", "")
