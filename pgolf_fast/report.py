@@ -43,7 +43,10 @@ class MetricsWriter:
         self._file = None
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
+            cut = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the run
+            if cut:  # by a crash: the next line must not be glued to the half one
+                self._file.write("\n")
 
     def write(self, kind: str, **values: object) -> None:
         if self._file is not None:
@@ -56,7 +59,7 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """All complete lines of a metrics file; a last line cut by a crash is left out."""
+    """All complete lines of a metrics file; lines cut by a crash are left out."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -66,7 +69,9 @@ def read_metrics(path: Path) -> list[dict]:
     return rows
 
 
-def progress(items: Iterable[Item], what: str, *, total: int | None = None, unit: str = "it") -> Iterator[Item]:
+def progress(
+    items: Iterable[Item], what: str, *, total: int | None = None, unit: str = "it"
+) -> Iterator[Item]:
     """Iterate with a progress bar on a terminal; a log line every 10 s with rate and ETA elsewhere."""
     if sys.stderr.isatty():
         from tqdm import tqdm
@@ -83,16 +88,18 @@ def progress(items: Iterable[Item], what: str, *, total: int | None = None, unit
             last = now
             rate = done / (now - start)
             eta = f", ETA {duration((total - done) / rate)}" if total else ""
-            logger.info("%s: %d%s %s, %.3g %s/s%s", what, done, f"/{total}" if total else "", unit, rate, unit, eta)
+            logger.info(
+                "%s: %d%s %s, %.3g %s/s%s", what, done, f"/{total}" if total else "", unit, rate, unit, eta
+            )
 
 
 def duration(seconds: float) -> str:
     """`75.2` -> `1m15s`; `3.21` -> `3.2s`."""
     if not math.isfinite(seconds):
         return "?"
-    if seconds < 60:
+    if round(seconds, 1) < 60:
         return f"{seconds:.1f}s"
-    minutes, rest = divmod(int(seconds), 60)
+    minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"
 
@@ -119,4 +126,8 @@ def table(rows: Sequence[Sequence[object]], header: Sequence[str] | None = None)
 
 
 def _is_number(text: str) -> bool:
-    return text.replace(",", "").replace(".", "").replace("%", "").lstrip("+-").isdigit()
+    try:
+        float(text.replace(",", "").removesuffix("%"))
+    except ValueError:
+        return False
+    return True

@@ -39,7 +39,9 @@ def exp105a() -> RunConfig:
 def exp101_swiglu() -> RunConfig:
     """exp101 with a gated MLP of equal parameter count: 2 x 1024 up rows and 1024 hidden channels."""
     base = exp101()
-    return replace(base, name="exp101_swiglu", model=replace(base.model, mlp_activation="swiglu", mlp_mult=2.0))
+    return replace(
+        base, name="exp101_swiglu", model=replace(base.model, mlp_activation="swiglu", mlp_mult=2.0)
+    )
 
 
 def small() -> RunConfig:

@@ -72,7 +72,14 @@ class ModelConfig:
     """The outermost U-Net skips that start at zero and get no gradient in training."""
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "rope_train_seq_len"):
+        for name in (
+            "vocab_size",
+            "num_layers",
+            "model_dim",
+            "num_heads",
+            "num_kv_heads",
+            "rope_train_seq_len",
+        ):
             _need(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; it must be positive")
         _need(
             self.model_dim % self.num_heads == 0,
@@ -87,8 +94,14 @@ class ModelConfig:
             f"model.rope_dims {self.rope_dims} must be even and between 0 and the head dim {self.head_dim}",
         )
         _need(self.rope_dims > 0 or self.head_dim % 2 == 0, f"head dim {self.head_dim} must be even for RoPE")
-        _need(self.tie_embeddings, "model.tie_embeddings=False is not supported: the head is the token embedding")
-        _need(self.mlp_hidden > 0, f"model.mlp_mult {self.mlp_mult} gives an empty MLP at width {self.model_dim}")
+        _need(
+            self.tie_embeddings,
+            "model.tie_embeddings=False is not supported: the head is the token embedding",
+        )
+        _need(
+            self.mlp_hidden > 0,
+            f"model.mlp_mult {self.mlp_mult} gives an empty MLP at width {self.model_dim}",
+        )
         _need(self.logit_softcap > 0, f"model.logit_softcap is {self.logit_softcap}; it must be positive")
         _need(
             self.bigram_vocab_size == 0 or self.bigram_vocab_size >= 4,
@@ -102,7 +115,8 @@ class ModelConfig:
         _need(not bad, f"model.ve_layers {bad} do not exist: the model has blocks 0 to {self.num_layers - 1}")
         _need(
             0 <= self.frozen_skips <= self.num_skips,
-            f"model.frozen_skips is {self.frozen_skips}; a model of {self.num_layers} layers has {self.num_skips} skips",
+            f"model.frozen_skips is {self.frozen_skips}; "
+            f"a model of {self.num_layers} layers has {self.num_skips} skips",
         )
 
     @property
@@ -152,7 +166,7 @@ class DataConfig:
     tokenizer: str | None = None
     """SentencePiece .model file; None looks in and beside `path`."""
     loader: Literal["sequential", "shuffled"] = "sequential"
-    """sequential: the challenge's stream, wrapping at the end; shuffled: documents in a new order each epoch."""
+    """sequential: the challenge's stream, wrapping at its end; shuffled: documents reordered every epoch."""
     seed: int = 1337
     """Seed of the shuffled document order."""
     val_tokens: int | None = None
@@ -161,7 +175,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """Muon on the banks, AdamW on everything else (spec 3.1 to 3.3)."""
+    """Muon on the banks, AdamW on everything else (PR 1501)."""
 
     matrix_lr: float = 0.025
     """Muon learning rate (banks)."""
@@ -191,12 +205,14 @@ class OptimConfig:
     def __post_init__(self) -> None:
         for name in ("matrix_lr", "embed_lr", "scalar_lr", "weight_decay"):
             _need(getattr(self, name) >= 0, f"optim.{name} is {getattr(self, name)}; it must not be negative")
-        _need(self.grad_clip is None or self.grad_clip > 0, "optim.grad_clip must be positive, or None for off")
+        _need(
+            self.grad_clip is None or self.grad_clip > 0, "optim.grad_clip must be positive, or None for off"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class AverageConfig:
-    """Weight averaging (spec 3.8)."""
+    """Weight averaging (PR 1501)."""
 
     ema_decay: float = 0.998
     """Decay per step of the exponential average."""
@@ -212,7 +228,10 @@ class AverageConfig:
     def __post_init__(self) -> None:
         _need(0 <= self.ema_decay < 1, f"average.ema_decay is {self.ema_decay}; it must be in [0, 1)")
         _need(self.ema_every > 0, "average.ema_every must be positive")
-        _need(self.swa_every is None or self.swa_every > 0, "average.swa_every must be positive, or None for off")
+        _need(
+            self.swa_every is None or self.swa_every > 0,
+            "average.swa_every must be positive, or None for off",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,7 +246,7 @@ class QATConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MetaConfig:
-    """First-order MAML on the last micro-batch (spec 3.7)."""
+    """First-order MAML on the last micro-batch (PR 1501)."""
 
     every: int = 4
     """Optimiser steps between meta steps."""
@@ -274,7 +293,7 @@ class TrainConfig:
     lr_hold_steps: int = 25
     """Steps at the start during which the multiplier is 1 whatever the clock says."""
     adaptive_warmdown: bool = True
-    """Start the decay when the training loss stops improving (spec 3.6)."""
+    """Start the decay when the training loss stops improving (PR 1501)."""
     adaptive_min_step: int = 2000
     """First step at which the adaptive trigger looks."""
     adaptive_every: int = 100
@@ -299,7 +318,8 @@ class TrainConfig:
             _need(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}; it must be positive")
         _need(
             self.micro_batch_tokens % self.seq_len == 0,
-            f"train.micro_batch_tokens {self.micro_batch_tokens} is not a multiple of train.seq_len {self.seq_len}",
+            f"train.micro_batch_tokens {self.micro_batch_tokens} is not a multiple of "
+            f"train.seq_len {self.seq_len}",
         )
         _need(
             self.batch_tokens % self.micro_batch_tokens == 0,
@@ -319,7 +339,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantConfig:
-    """Weights to integers (spec 4)."""
+    """Weights to integers (PR 1501)."""
 
     method: Literal["gptq", "round"] = "gptq"
     """gptq uses Hessians of self-generated text; round is plain rounding to nearest."""
@@ -349,7 +369,10 @@ class QuantConfig:
     def __post_init__(self) -> None:
         _need(2 <= self.bits <= 8, f"quant.bits is {self.bits}; it must be 2 to 8")
         _need(len(self.percentiles) > 0, "quant.percentiles is empty")
-        _need(all(0 < p <= 1 for p in self.percentiles), f"quant.percentiles {self.percentiles} must be in (0, 1]")
+        _need(
+            all(0 < p <= 1 for p in self.percentiles),
+            f"quant.percentiles {self.percentiles} must be in (0, 1]",
+        )
         _need(self.temperature > 0, "quant.temperature must be positive")
 
     @property
@@ -373,7 +396,7 @@ class PackConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """Scoring (spec 2.3, 2.4, 5.2)."""
+    """Scoring (PR 1501)."""
 
     seq_len: int | None = None
     """Window length; None uses train.seq_len."""
@@ -395,7 +418,7 @@ class EvalConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TTTConfig:
-    """Legal test-time training: score a chunk, then learn from it (spec 5.3)."""
+    """Legal test-time training: score a chunk, then learn from it (PR 1501)."""
 
     chunk_tokens: int = 65_536
     """Tokens scored before each adaptation."""
@@ -414,10 +437,13 @@ class TTTConfig:
     freeze_blocks: int = 2
     """Blocks whose own (un-banked) parameters are left alone when adapting all."""
     quantize_forward: Literal["none", "banks", "projections"] = "banks"
-    """Fake-quantise the banks in scoring and adapting; projections is what the original ran (adapting only)."""
+    """Fake-quantise the banks in scoring and adapting; or, adapting only, the projections (as run)."""
 
     def __post_init__(self) -> None:
-        _need(self.chunk_tokens > 0 and self.batch_seqs > 0, "ttt.chunk_tokens and ttt.batch_seqs must be positive")
+        _need(
+            self.chunk_tokens > 0 and self.batch_seqs > 0,
+            "ttt.chunk_tokens and ttt.batch_seqs must be positive",
+        )
         _need(self.epochs >= 0, "ttt.epochs must not be negative")
 
 

@@ -55,6 +55,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         (inner,) = (o for o in options if o is not type(None))
         return _convert(inner, value, where)
     if dataclasses.is_dataclass(hint):
+        if isinstance(value, typing.cast(type, hint)):
+            return value
         return from_dict(typing.cast(type, hint), value, where)
     if origin is tuple and isinstance(value, (list, tuple)):
         return tuple(_convert(options[0], item, where) for item in value)

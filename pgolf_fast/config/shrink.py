@@ -85,7 +85,9 @@ def shrink(base: RunConfig, size: str) -> RunConfig:
         name=size if base.name == "exp101" else f"{base.name}_{size}",
         model=model,
         train=train,
-        optim=replace(base.optim, muon_momentum=0.95, muon_momentum_start=0.85, muon_momentum_warmup_steps=200),
+        optim=replace(
+            base.optim, muon_momentum=0.95, muon_momentum_start=0.85, muon_momentum_warmup_steps=200
+        ),
         average=replace(base.average, ema_decay=0.99, ema_every=2, swa_every=10),
         quant=replace(base.quant, calibration_sequences=16, calibration_length=seq_len, calibration_batch=16),
         eval=replace(base.eval, seq_len=None, batch_seqs=32),

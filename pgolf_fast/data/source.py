@@ -1,4 +1,4 @@
-"""The tokens of a run: training shards, validation stream, tokenizer and byte table, checked against each other."""
+"""The tokens of a run: shards, validation stream, tokenizer and byte table, checked against each other."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def window_losses(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Per batch of windows: indices of the scored targets and their losses in float64.
 
-    Every window is padded to `seq_len` with token 0 (harmless: the model is causal and padding is not scored).
+    Every window is padded to `seq_len` with token 0: harmless, as the model is causal and padding unscored.
     """
     offsets = torch.arange(seq_len, device=stream.tokens.device)
     for at in range(0, len(windows), batch):
@@ -80,7 +80,12 @@ def window_losses(
 
 
 def score_windows(
-    token_losses: LossFunction, stream: Stream, windows: Windows, seq_len: int, batch: int, what: str | None = None
+    token_losses: LossFunction,
+    stream: Stream,
+    windows: Windows,
+    seq_len: int,
+    batch: int,
+    what: str | None = None,
 ) -> Score:
     """The sums over all scored targets. With `what`, progress is shown under that name."""
     total = Score()

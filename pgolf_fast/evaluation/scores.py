@@ -1,4 +1,4 @@
-"""The three figures that are always reported together, because each alone has misled people (spec 5.4)."""
+"""The three figures that are always reported together, because each alone has misled people (PR 1501)."""
 
 from __future__ import annotations
 

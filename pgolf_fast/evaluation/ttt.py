@@ -1,13 +1,14 @@
-"""Legal test-time training: score a chunk with frozen weights, then learn from it (spec 5.3, rules C1 to C5)."""
+"""Legal test-time training: score a chunk with frozen weights, then learn from it (PR 1501)."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pgolf_fast import report
 from pgolf_fast.config.schema import TTTConfig
@@ -35,28 +36,52 @@ def trainable_parameters(model: GPT, config: TTTConfig) -> list[nn.Parameter]:
     return [p for name, p in model.named_parameters() if not name.startswith(frozen)]
 
 
-def legal_ttt(model: GPT, stream: Stream, windows: Windows, seq_len: int, batch: int, config: TTTConfig) -> TTTResult:
+def legal_ttt(
+    model: GPT,
+    stream: Stream,
+    windows: Windows,
+    seq_len: int,
+    batch: int,
+    config: TTTConfig,
+    *,
+    fake_quantize: Callable[[Tensor], Tensor] = fake_int6,
+    before_restore: Callable[[], object] | None = None,
+) -> TTTResult:
     """Score every window, adapting on each chunk after it is scored and never after the last.
 
-    The model's weights are what they were when this returns or raises.
+    `fake_quantize` is what `config.quantize_forward` applies. The model's weights are what they were when
+    this returns or raises; `before_restore` is called while it still has the adapted ones.
     """
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     grads = {name: p.grad for name, p in model.named_parameters()}
     try:
-        return _Adapter(model, stream, seq_len, config).run(windows, batch)
+        result = _Adapter(model, stream, seq_len, config, fake_quantize).run(windows, batch)
+        if before_restore is not None:
+            before_restore()
+        return result
     finally:
         model.projection_transform = None
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(before[name])
         for name, parameter in model.named_parameters():
-            parameter.data.copy_(before[name])
             parameter.requires_grad_(flags[name])
             parameter.grad = grads[name]
 
 
 class _Adapter:
-    def __init__(self, model: GPT, stream: Stream, seq_len: int, config: TTTConfig):
+    def __init__(
+        self,
+        model: GPT,
+        stream: Stream,
+        seq_len: int,
+        config: TTTConfig,
+        fake_quantize: Callable[[Tensor], Tensor],
+    ):
         self.model, self.stream, self.seq_len, self.config = model, stream, seq_len, config
-        self.bank_transform = fake_int6 if config.quantize_forward == "banks" else None
+        self.bank_transform = fake_quantize if config.quantize_forward == "banks" else None
+        self.projection_transform = fake_quantize if config.quantize_forward == "projections" else None
         self.chunks = math.ceil(stream.num_targets / config.chunk_tokens)
         self.trainable = trainable_parameters(model, config)
         for parameter in model.parameters():
@@ -109,8 +134,7 @@ class _Adapter:
             raise AssertionError(f"test-time training would use unscored targets in {begin}..{end}")
         tokens = self.stream.tokens[begin : end + 1]
         x, y = tokens[:-1].view(sequences, -1), tokens[1:].view(sequences, -1)
-        if self.config.quantize_forward == "projections":
-            self.model.projection_transform = fake_int6
+        self.model.projection_transform = self.projection_transform
         self.model.loss(x, y, self.model.banks(self.bank_transform)).backward()
         self.model.projection_transform = None
         nn.utils.clip_grad_norm_(self.trainable, self.config.grad_clip)

@@ -57,14 +57,16 @@ class Shadow:
     def get(
         self, masters: list[Tensor], dtype: torch.dtype, transform: Callable[[Tensor], Tensor] | None
     ) -> list[Tensor]:
-        """Copies of `masters` after `transform`, cast to `dtype`; the masters themselves where nothing changes."""
+        """`masters` after `transform`, cast to `dtype`; the masters themselves where neither changes them."""
         if transform is None and all(m.dtype == dtype for m in masters):
             return [m.detach() for m in masters]
         key = (dtype, transform, *((id(m), m.data_ptr(), m._version) for m in masters))
         if key != self._key:
             with torch.no_grad(), torch.inference_mode(False):
                 new = [(m if transform is None else transform(m)).to(dtype) for m in masters]
-            if [w.shape for w in self._weights] == [w.shape for w in new] and self._same_place(dtype, masters):
+            if [w.shape for w in self._weights] == [w.shape for w in new] and self._same_place(
+                dtype, masters
+            ):
                 for old, fresh in zip(self._weights, new, strict=True):
                     old.copy_(fresh)  # stable addresses for compiled and captured graphs
             else:
@@ -73,7 +75,9 @@ class Shadow:
         return self._weights
 
     def _same_place(self, dtype: torch.dtype, masters: list[Tensor]) -> bool:
-        return all(w.dtype == dtype and w.device == m.device for w, m in zip(self._weights, masters, strict=True))
+        return all(
+            w.dtype == dtype and w.device == m.device for w, m in zip(self._weights, masters, strict=True)
+        )
 
 
 assert len(fields(Banks)) == 2 * len(BANK_NAMES)

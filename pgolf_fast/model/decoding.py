@@ -15,10 +15,10 @@ NGRAM_REACH = 3  # tokens that the longest hash n-gram sees
 
 
 class Decoder:
-    """Logits of a batch of growing texts, one position a `step`; the same as `model.logits` of the whole prefix.
+    """Logits of a batch of growing texts, one position a `step`: those of `model.logits` of the whole prefix.
 
-    `context` (default: max_length) sets the RoPE base, as in `rope_tables`. The model's weights must not change
-    between steps. Memory: 2 * layers * batch * max_length * KV*hd values in the model's compute dtype.
+    `context` (default: max_length) sets the RoPE base, as in `rope_tables`. The model's weights must not
+    change between steps. Memory: 2 * layers * batch * max_length * KV*hd values in the model's compute dtype.
     Raises PgolfError for sizes below 1.
     """
 
@@ -43,9 +43,13 @@ class Decoder:
         Raises PgolfError when the texts already have max_length tokens, or for another batch size.
         """
         if self.length == self.max_length:
-            raise PgolfError(f"the texts already have {self.max_length} tokens, for which the decoder was made")
+            raise PgolfError(
+                f"the texts already have {self.max_length} tokens, for which the decoder was made"
+            )
         if tokens.shape != (self.batch_size,):
-            raise PgolfError(f"a step of shape {tuple(tokens.shape)} was given; it must be ({self.batch_size},)")
+            raise PgolfError(
+                f"a step of shape {tuple(tokens.shape)} was given; it must be ({self.batch_size},)"
+            )
         self._recent = [*self._recent[1 - NGRAM_REACH :], tokens]
         embedded = self.model.embed(torch.stack(self._recent, dim=1))[:, -1:]
         pair = embedded if self._previous is None else torch.cat((self._previous, embedded), dim=1)
@@ -62,13 +66,15 @@ class Decoder:
         k = F.linear(x, banks.kv[layer]).unflatten(-1, (config.num_kv_heads, -1))
         v = F.linear(x, banks.kv[n + layer])
         v = (v if value_embed is None else v + value_embed).unflatten(-1, (config.num_kv_heads, -1))
-        gain = self.model.blocks[layer].attn.q_gain
+        gain = self.model.blocks[layer].get_parameter("attn.q_gain")
         end = self.length + 1
         self._keys[layer, :, :, self.length] = self._turn(k).squeeze(1)
         self._values[layer, :, :, self.length] = v.squeeze(1)
         # the query heads of one KV head stand where queries of one head would: no key is repeated
         groups = self._turn(q, gain).squeeze(1).unflatten(1, (config.num_kv_heads, -1))
-        y = F.scaled_dot_product_attention(groups, self._keys[layer, :, :, :end], self._values[layer, :, :, :end])
+        y = F.scaled_dot_product_attention(
+            groups, self._keys[layer, :, :, :end], self._values[layer, :, :, :end]
+        )
         y = y.flatten(1, 2).unsqueeze(1)  # (B, 1, H, hd)
         context = reference.exclusive(y, v) if self.model.uses_xsa(layer) else y
         return F.linear(context.flatten(2), banks.qo[n + layer])
@@ -83,9 +89,13 @@ class Decoder:
 
 
 def sample(
-    logits: Tensor, *, temperature: float = 1.0, top_k: int | None = None, generator: torch.Generator | None = None
+    logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
-    """One token id (B,) per row of logits (B, V), drawn from softmax(logits / temperature) over the best top_k.
+    """One token id (B,) per row of logits (B, V), from softmax(logits / temperature) over the best top_k.
 
     Temperature 0 takes the most likely token. Raises PgolfError for a negative temperature or top_k below 1.
     """
@@ -122,7 +132,9 @@ def generate(
     if prompt.ndim != 2 or prompt.numel() == 0 or num_tokens < 0:
         raise PgolfError(f"cannot continue prompts of shape {tuple(prompt_ids.shape)} by {num_tokens} tokens")
     if int(prompt.min()) < 0 or int(prompt.max()) >= vocab:
-        raise PgolfError(f"the prompt holds ids outside 0 to {vocab - 1}: use the tokenizer the model was made for")
+        raise PgolfError(
+            f"the prompt holds ids outside 0 to {vocab - 1}: use the tokenizer the model was made for"
+        )
     prompt = prompt.long().to(model.tok_emb.weight.device)
     length = prompt.shape[1] + num_tokens
     decoder = Decoder(model, prompt.shape[0], length)

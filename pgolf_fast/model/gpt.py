@@ -1,4 +1,4 @@
-"""The network of PR 1501: a U-Net transformer over weight banks. Names in its state dict are the community's."""
+"""The network of PR 1501: a U-Net transformer over weight banks, with the community's state-dict names."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class GPT(nn.Module):
         self.smear = SmearGate(d)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(n))
         self.skip_weights = nn.Parameter(torch.ones(config.num_skips, d))
-        self.bigram = None
+        self.bigram: NgramHash | None = None
         if config.bigram_vocab_size:
             self.bigram = NgramHash(
                 config.bigram_vocab_size,
@@ -84,7 +84,7 @@ class GPT(nn.Module):
                 trigram=config.trigram,
             )
             self.word_start_boost = nn.Parameter(torch.tensor(1.0))
-        self.ve_shared = None
+        self.ve_shared: ValueEmbedding | None = None
         if config.ve_enabled:
             self.ve_shared = ValueEmbedding(config.vocab_size, config.ve_dim, config.kv_dim)
             self.ve_layer_scales = nn.ParameterList(nn.Parameter(torch.ones(1)) for _ in config.ve_layers)
@@ -101,7 +101,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initial values of spec 1.12; like the original's, every one is rounded to bfloat16."""
+        """Initial values of PR 1501; like the original's, every one is rounded to bfloat16."""
         n = self.config.num_layers
         nn.init.normal_(self.tok_emb.weight, std=self.config.tied_embed_init_std)
         for i in range(n):
@@ -119,27 +119,23 @@ class GPT(nn.Module):
         for parameter in self.parameters():
             parameter.copy_(parameter.bfloat16())
 
-    def tables(self) -> list[nn.Parameter]:
+    def tables(self) -> list[Tensor]:
         """The embedding tables: token, hash n-gram, value."""
-        modules = (self.tok_emb, self.bigram and self.bigram.embed, self.ve_shared and self.ve_shared.embed)
-        return [module.weight for module in modules if module is not None]
-
-    def projections(self) -> list[nn.Parameter]:
-        """The two small projections that are not in a bank."""
-        return [module.proj.weight for module in (self.bigram, self.ve_shared) if module is not None]
+        modules = [module for module in (self.bigram, self.ve_shared) if module is not None]
+        return [self.tok_emb.weight, *(module.embed.weight for module in modules)]
 
     def bank_parameters(self) -> list[nn.Parameter]:
         """The four master banks in the order of BANK_NAMES."""
         return [getattr(self, name) for name in BANK_NAMES]
 
     def allocate_gradient_banks(self) -> None:
-        """From now on backward adds bank gradients in place; clear them with `zero_grad(set_to_none=False)`."""
+        """From now on backward adds bank gradients in place; clear with `zero_grad(set_to_none=False)`."""
         for bank in self.bank_parameters():
             if bank.grad is None:
                 bank.grad = torch.zeros_like(bank)
 
     def banks(self, transform: Callable[[Tensor], Tensor] | None = None) -> Banks:
-        """The banks for one forward: masters after `transform` (say, fake quantisation), in the compute dtype.
+        """The banks for one forward: masters after `transform` (say, fake quantisation), in compute dtype.
 
         With gradient banks allocated, backward adds to them, straight through `transform`. Without, and with
         gradients enabled, autograd reaches the masters through `transform` and the cast.
@@ -169,7 +165,7 @@ class GPT(nn.Module):
         return {layer: shared * scale.to(shared.dtype) for layer, scale in scales}
 
     projection_transform: Callable[[Tensor], Tensor] | None = None
-    """Applied to the two small projections at use (the original's fake quantisation in test-time training)."""
+    """Applied to the two small projections at use (the original fake-quantised them in TTT)."""
 
     def _projection(self, weight: Tensor) -> Tensor:
         if self.projection_transform is not None:
@@ -184,13 +180,14 @@ class GPT(nn.Module):
         attend: Attend,
         observer: Observer | None = None,
     ) -> Tensor:
-        """All blocks and the final norm, (B, T, D) -> (B, T, D). The first half of the blocks are encoders."""
-        x0, skips = x, []
+        """All blocks and the final norm, (B, T, D) -> (B, T, D). The first half of the blocks encode."""
+        x0 = x
+        skips: list[Tensor] = []
         encoders = self.config.num_layers // 2
-        for i, block in enumerate(self.blocks):
+        for i in range(self.config.num_layers):
             if i >= encoders and skips:
                 x = torch.addcmul(x, skips.pop(), self.skip_weights[i - encoders].to(x.dtype))
-            x = self._block(i, block, x, x0, value_embeds.get(i), banks, attend, observer)
+            x = self._block(i, x, x0, value_embeds.get(i), banks, attend, observer)
             if i < encoders:
                 skips.append(x)
         return ops.rms_norm(x)
@@ -198,7 +195,6 @@ class GPT(nn.Module):
     def _block(
         self,
         layer: int,
-        block: Block,
         x: Tensor,
         x0: Tensor,
         value_embed: Tensor | None,
@@ -206,6 +202,7 @@ class GPT(nn.Module):
         attend: Attend,
         observer: Observer | None,
     ) -> Tensor:
+        block = self.block(layer)
         scale = block.layer_scale
         u, normed = ops.residual_norm(x, x0, block.resid_mix[0], block.resid_mix[1], scale)
         if observer is not None:
@@ -224,6 +221,11 @@ class GPT(nn.Module):
         )
         return torch.addcmul(h, out, block.mlp_scale.to(h.dtype))
 
+    def block(self, layer: int) -> Block:
+        block = self.blocks[layer]
+        assert isinstance(block, Block)
+        return block
+
     def uses_xsa(self, layer: int) -> bool:
         """Whether that block's attention is exclusive: the last xsa_last_n blocks are."""
         return layer >= self.config.num_layers - self.config.xsa_last_n
@@ -238,7 +240,7 @@ class GPT(nn.Module):
                 x,
                 banks.qo,
                 banks.kv,
-                self.blocks[layer].attn.q_gain,
+                self.block(layer).attn.q_gain,
                 value_embed,
                 cos,
                 sin,

@@ -1,4 +1,4 @@
-"""Rotary position tables with an NTK-scaled base beyond the training length (PR 1501; bloc97's NTK scaling)."""
+"""Rotary position tables with an NTK-scaled base beyond the training length (PR 1501; bloc97 2023)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ def _tables(config: ModelConfig, length: int, context: int, device: torch.device
         return cos.float(), sin.float()
 
 
-def rope_tables(config: ModelConfig, length: int, device: torch.device, context: int | None = None) -> tuple[Tensor, Tensor]:
+def rope_tables(
+    config: ModelConfig, length: int, device: torch.device, context: int | None = None
+) -> tuple[Tensor, Tensor]:
     """cos and sin, each (length, r/2) float32, for positions 0..length-1 of a context of `context` tokens.
 
     `context` (default: length) sets the base only, so that a text written token by token can use the

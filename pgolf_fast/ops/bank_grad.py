@@ -6,6 +6,8 @@ Without one (gradcheck, one-off gradients), autograd gets a bank-sized tensor th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -18,10 +20,10 @@ def add_matmul(grad_bank: Tensor, slot: int, left: Tensor, right: Tensor) -> Non
         grad_bank[slot].add_(left @ right)
 
 
-def scatter_slots(bank: Tensor, slot_grads: dict[int, Tensor]) -> Tensor:
+def scatter_slots(bank: Tensor, slots: Sequence[int], grads: Sequence[Tensor] | Tensor) -> Tensor:
     """A gradient for the whole bank from the gradients of some of its slots."""
     full = torch.zeros_like(bank)
-    for slot, grad in slot_grads.items():
+    for slot, grad in zip(slots, grads, strict=True):
         full[slot] = grad
     return full
 

@@ -33,10 +33,10 @@ def gqa_attention(
 ) -> Tensor:
     """Causal attention of one block, from normalised input to output projection.
 
-    With n slots of layers: q = x qo[slot]^T, k = x kv[slot]^T, v = x kv[n + slot]^T + value_embed; q and k are
-    RMS-normed per head, rotated (RoPE on the first channels) and q multiplied by its head's gain; then causal
-    softmax attention at scale 1/sqrt(hd) where query head h reads KV head h // (H / KV); XSA removes from the
-    result the component along the token's own value; output = context qo[n + slot]^T.
+    With n layers: q = x qo[slot]^T, k = x kv[slot]^T, v = x kv[n + slot]^T + value_embed; q and k are
+    RMS-normed per head, rotated (RoPE on the first channels), and q is multiplied by its head's gain; then
+    causal softmax attention at scale 1/sqrt(hd), query head h reading KV head h // (H / KV); XSA removes
+    from the result the component along the token's own value; output = context qo[n + slot]^T.
 
     x (B, T, D); qo_bank (2n, D, D); kv_bank (2n, KV*hd, D); q_gain (H,); value_embed (B, T, KV*hd) or None;
     cos, sin (T, r/2). With `grad_qo` and `grad_kv`, backward adds weight gradients into their slots.
@@ -65,7 +65,9 @@ def _check(x, qo_bank, kv_bank, q_gain, value_embed, cos, sin, slot, num_kv_head
     expect_shape(op, "q_gain", q_gain, (None,))
     num_heads = q_gain.shape[0]
     if num_heads == 0 or dim % num_heads or num_heads % num_kv_heads:
-        raise ValueError(f"pgolf::{op}: width {dim}, {num_heads} heads and {num_kv_heads} KV heads do not divide")
+        raise ValueError(
+            f"pgolf::{op}: width {dim}, {num_heads} heads and {num_kv_heads} KV heads do not divide"
+        )
     kv_dim = dim // num_heads * num_kv_heads
     expect_shape(op, "kv_bank", kv_bank, (qo_bank.shape[0], kv_dim, dim))
     if value_embed is not None:
@@ -112,7 +114,7 @@ def _gqa_attention(
     context = reference.exclusive(y, v) if xsa else y
     out = F.linear(context.flatten(2), qo_bank[layers + slot])
     saved = _Saved(q_unit, k_unit, v, q_rstd, k_rstd, y, lse)
-    return out, *(t.contiguous() for t in saved)
+    return (out, *(t.contiguous() for t in saved))  # type: ignore[return-value]  # eight by construction
 
 
 @_gqa_attention.register_fake
@@ -198,10 +200,20 @@ def _gqa_attention_backward(
     dk, _ = _turn_back(dk, s.k_unit, s.k_rstd, cos, sin, None)
     dq, dk, dv = (t.to(x.dtype).reshape(-1, t.shape[2] * t.shape[3]) for t in (dq, dk, dv))
     dx = (dq @ qo_bank[slot]).addmm_(dk, kv_bank[slot]).addmm_(dv, kv_bank[layers + slot]).view(x.shape)
-    dvalue, rows, outer = dv.view(*x.shape[:2], -1), x.reshape(-1, x.shape[-1]), dout.reshape(-1, x.shape[-1])
+    dvalue, rows, outer = (
+        dv.view(*x.shape[:2], dv.shape[1]),
+        x.reshape(-1, x.shape[-1]),
+        dout.reshape(-1, x.shape[-1]),
+    )
     dgain = dgain.to(q_gain.dtype)
     if grad_qo is None or grad_kv is None:
-        return dx, torch.stack((dq.T @ rows, outer.T @ context)), torch.stack((dk.T @ rows, dv.T @ rows)), dgain, dvalue
+        return (
+            dx,
+            torch.stack((dq.T @ rows, outer.T @ context)),
+            torch.stack((dk.T @ rows, dv.T @ rows)),
+            dgain,
+            dvalue,
+        )
     add_matmul(grad_qo, slot, dq.T, rows)
     add_matmul(grad_qo, layers + slot, outer.T, context)
     add_matmul(grad_kv, slot, dk.T, rows)
@@ -214,11 +226,17 @@ def _(dout, x, qo_bank, kv_bank, q_gain, cos, sin, saved, slot, xsa, grad_qo, gr
     dense = grad_qo is None or grad_kv is None
     dqo = x.new_empty(2, *qo_bank.shape[1:]) if dense else x.new_empty(0)
     dkv = x.new_empty(2, *kv_bank.shape[1:]) if dense else x.new_empty(0)
-    return x.new_empty(x.shape), dqo, dkv, q_gain.new_empty(q_gain.shape), x.new_empty(*x.shape[:2], kv_bank.shape[1])
+    return (
+        x.new_empty(x.shape),
+        dqo,
+        dkv,
+        q_gain.new_empty(q_gain.shape),
+        x.new_empty(*x.shape[:2], kv_bank.shape[1]),
+    )
 
 
 def _exclusive_backward(dcontext: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of y - (y.u) u with u = v / |v|: dy = g - (g.u) u;  du = -((g.u) y + (y.u) g) over the group."""
+    """Gradients of y - (y.u) u, u = v / |v|: dy = g - (g.u) u; du = -((g.u) y + (y.u) g) over the group."""
     wide = torch.promote_types(y.dtype, torch.float32)
     norm = torch.linalg.vector_norm(v.to(wide), dim=-1, keepdim=True).clamp_min(reference.XSA_EPS)
     unit = (v.to(wide) / norm).unsqueeze(3)
@@ -260,7 +278,9 @@ def _turn_back(
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, qo_bank, kv_bank, q_gain, value_embed, cos, sin, ctx.slot, _, ctx.xsa, ctx.grad_qo, ctx.grad_kv = inputs
+    x, qo_bank, kv_bank, q_gain, value_embed, cos, sin, ctx.slot, _, ctx.xsa, ctx.grad_qo, ctx.grad_kv = (
+        inputs
+    )
     ctx.has_value_embed = value_embed is not None
     ctx.save_for_backward(x, qo_bank, kv_bank, q_gain, cos, sin, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
@@ -272,9 +292,8 @@ def _backward(ctx, dout, *_):
         dout, x, qo_bank, kv_bank, q_gain, cos, sin, saved, ctx.slot, ctx.xsa, ctx.grad_qo, ctx.grad_kv
     )
     if ctx.grad_qo is None or ctx.grad_kv is None:
-        layers = qo_bank.shape[0] // 2
-        dqo = scatter_slots(qo_bank, {ctx.slot: dqo[0], layers + ctx.slot: dqo[1]})
-        dkv = scatter_slots(kv_bank, {ctx.slot: dkv[0], layers + ctx.slot: dkv[1]})
+        slots = (ctx.slot, qo_bank.shape[0] // 2 + ctx.slot)
+        dqo, dkv = (scatter_slots(b, slots, g.unbind()) for b, g in ((qo_bank, dqo), (kv_bank, dkv)))
     else:
         dqo = dkv = None
     dvalue = dvalue if ctx.has_value_embed else None

@@ -128,7 +128,7 @@ def _backward(ctx, dout, _):
         dout, x, pre, up_bank, down_bank, ctx.slot, ctx.activation, ctx.grad_up, ctx.grad_down
     )
     if ctx.grad_up is None or ctx.grad_down is None:
-        dup, ddown = scatter_slots(up_bank, {ctx.slot: dup}), scatter_slots(down_bank, {ctx.slot: ddown})
+        dup, ddown = (scatter_slots(b, [ctx.slot], [g]) for b, g in ((up_bank, dup), (down_bank, ddown)))
     else:
         dup = ddown = None
     return dx, dup, ddown, None, None, None, None

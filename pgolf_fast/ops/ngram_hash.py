@@ -24,7 +24,7 @@ def ngram_hash_embed(
 
     tokens (B, T) integer; table (rows, D); has_leading_space (vocab,) bool, or None for no gate and no split;
     scale and boost () floats: the gate is `boost` at word starts and 1 elsewhere. Result (B, T, D) in
-    `out_dtype` (default: the table's). Rows are defined by `reference.ngram_rows`; a target never enters a key.
+    `out_dtype` (default: the table's). `reference.ngram_rows` defines the rows; no target enters a key.
     Raises ValueError for shapes that do not fit.
     """
     dtype = out_dtype or table.dtype
@@ -37,7 +37,9 @@ def _check(tokens: Tensor, table: Tensor, has_leading_space: Tensor | None, pos_
     expect_shape("ngram_hash_embed", "tokens", tokens, (None, None))
     expect_shape("ngram_hash_embed", "table", table, (None, None))
     if tokens.is_floating_point():
-        raise ValueError(f"pgolf::ngram_hash_embed: tokens.dtype is {tokens.dtype}; it must be an integer type")
+        raise ValueError(
+            f"pgolf::ngram_hash_embed: tokens.dtype is {tokens.dtype}; it must be an integer type"
+        )
     if table.shape[0] < 4:
         raise ValueError(f"pgolf::ngram_hash_embed: table has {table.shape[0]} rows; it needs at least 4")
     if pos_conditional and has_leading_space is None:
@@ -98,7 +100,9 @@ def _ngram_hash_embed_backward(
     dout = dout.to(wide)
     # d scale and d boost need <dout, rows> per token; the gather is repeated rather than saved
     along = (dout * _gather(tokens, table, split, trigram)).sum(-1)
-    starts = torch.zeros_like(along, dtype=torch.bool) if has_leading_space is None else has_leading_space[tokens]
+    starts = (
+        torch.zeros_like(along, dtype=torch.bool) if has_leading_space is None else has_leading_space[tokens]
+    )
     at_starts = torch.where(starts, along, 0).sum()
     dscale = at_starts * boost + torch.where(starts, 0, along).sum()
     dboost = at_starts * scale

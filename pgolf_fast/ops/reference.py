@@ -56,7 +56,9 @@ def activation(pre: Tensor, kind: str) -> Tensor:
     elif kind == "swiglu":
         hidden = F.silu(wide[..., 0::2]) * wide[..., 1::2]
     else:
-        raise ValueError(f"pgolf::mlp: activation is {kind!r}; use leaky_relu_squared, relu_squared or swiglu")
+        raise ValueError(
+            f"pgolf::mlp: activation is {kind!r}; use leaky_relu_squared, relu_squared or swiglu"
+        )
     return hidden.to(pre.dtype)
 
 
@@ -66,7 +68,7 @@ def mlp(x: Tensor, up_bank: Tensor, down_bank: Tensor, slot: int, kind: str) -> 
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Partial RoPE, half-split: x is (B, T, H, hd); cos and sin are (T, r/2) and turn the first r channels."""
+    """Partial RoPE, half-split: x is (B, T, H, hd); cos and sin (T, r/2) turn the first r channels."""
     half = cos.shape[-1]
     a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
@@ -78,9 +80,9 @@ def exclusive(y: Tensor, v: Tensor) -> Tensor:
 
     y is (B, T, H, hd), v is (B, T, KV, hd); query head h belongs to KV head h // (H / KV).
     """
-    groups = y.unflatten(2, (v.shape[2], -1))
-    unit = F.normalize(v, dim=-1, eps=XSA_EPS).unsqueeze(3)
-    return (groups - (groups * unit).sum(-1, keepdim=True) * unit).flatten(2, 3)
+    groups = _wide(y).unflatten(2, (v.shape[2], -1))
+    unit = F.normalize(_wide(v), dim=-1, eps=XSA_EPS).unsqueeze(3)
+    return (groups - (groups * unit).sum(-1, keepdim=True) * unit).flatten(2, 3).to(y.dtype)
 
 
 def attention_context(
@@ -113,9 +115,20 @@ def attention_context(
     return (exclusive(y, v) if xsa else y).flatten(2).to(x.dtype)
 
 
-def gqa_attention(x: Tensor, qo_bank: Tensor, kv_bank: Tensor, *args: object, slot: int, **kwargs: object) -> Tensor:
+def gqa_attention(
+    x: Tensor,
+    qo_bank: Tensor,
+    kv_bank: Tensor,
+    q_gain: Tensor,
+    value_embed: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    slot: int,
+    num_kv_heads: int,
+    xsa: bool,
+) -> Tensor:
     """`attention_context`, then the output projection from slot `slots + slot` of the qo bank."""
-    context = attention_context(x, qo_bank, kv_bank, *args, slot=slot, **kwargs)  # type: ignore[arg-type]
+    context = attention_context(x, qo_bank, kv_bank, q_gain, value_embed, cos, sin, slot, num_kv_heads, xsa)
     return context @ qo_bank[qo_bank.shape[0] // 2 + slot].T
 
 
@@ -166,7 +179,7 @@ def ngram_hash_embed(
 
 
 def softcap_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> Tensor:
-    """-log softmax(softcap * tanh(x W^T / softcap))[target], per row; x (N, D), weight (V, D), targets (N,)."""
+    """-log softmax(softcap * tanh(x W^T / softcap))[target] by row; x (N, D), weight (V, D), targets (N,)."""
     logits = softcap * torch.tanh(_wide(x @ weight.T) / softcap)
     return F.cross_entropy(logits, targets.long(), reduction="none")
 

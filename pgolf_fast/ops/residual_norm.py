@@ -1,4 +1,4 @@
-"""pgolf::residual_norm — scaled residual sum and its scaled RMS norm in one pass; pgolf::smear_gate beside it.
+"""pgolf::residual_norm — scaled residual sum and its scaled RMS norm in one pass; pgolf::smear_gate.
 
 Sources: PR 1501 (residual mix with x0, layer scale, SmearGate), Zhang & Sennrich 2019 (RMS norm).
 """
@@ -77,7 +77,12 @@ def _residual_norm_backward(
     dbranch_scale = (rows * branch.reshape(rows.shape)).sum(0)
     dbranch = (total * branch_scale.to(wide)).to(x.dtype)
     if x_scale is None:
-        return total.to(x.dtype, copy=True).contiguous(), dbranch.contiguous(), total.new_empty(0), dbranch_scale
+        return (
+            total.to(x.dtype, copy=True).contiguous(),
+            dbranch.contiguous(),
+            total.new_empty(0),
+            dbranch_scale,
+        )
     dx_scale = (rows * x.reshape(rows.shape)).sum(0)
     return (total * x_scale.to(wide)).to(x.dtype).contiguous(), dbranch.contiguous(), dx_scale, dbranch_scale
 

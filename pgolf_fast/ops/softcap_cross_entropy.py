@@ -11,13 +11,15 @@ _ROWS = 4096  # rows of logits alive at once: 16 MB at vocabulary 1024
 
 
 def softcap_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> Tensor:
-    """Per-token `-log softmax(softcap * tanh(x W^T / softcap))[target]` in float32 (float64 for float64 input).
+    """Per-token `-log softmax(softcap * tanh(x W^T / softcap))[target]`, float32 (float64 for float64 input).
 
     x (..., D), weight (V, D) of x's dtype, targets (...) integer in 0..V-1; result has targets' shape.
     Raises ValueError for shapes or dtypes that do not fit; IndexError for a target outside the vocabulary.
     """
     expect_shape("softcap_cross_entropy", "targets", targets, tuple(x.shape[:-1]))
-    flat = torch.ops.pgolf.softcap_cross_entropy(x.reshape(-1, x.shape[-1]), weight, targets.reshape(-1), softcap)
+    flat = torch.ops.pgolf.softcap_cross_entropy(
+        x.reshape(-1, x.shape[-1]), weight, targets.reshape(-1), softcap
+    )
     return flat[0].view(targets.shape)
 
 
@@ -36,8 +38,16 @@ def _capped(x: Tensor, weight: Tensor, softcap: float) -> Tensor:
 
 
 @torch.library.custom_op("pgolf::softcap_cross_entropy", mutates_args=())
-def _softcap_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
+def _softcap_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, softcap: float
+) -> tuple[Tensor, Tensor]:
     _check(x, weight, targets, softcap)
+    outside = targets[(targets < 0) | (targets >= weight.shape[0])]
+    if len(outside):
+        raise IndexError(
+            f"pgolf::softcap_cross_entropy: targets hold {outside[0].item()}, "
+            f"but the vocabulary has ids 0 to {weight.shape[0] - 1}"
+        )
     wide = torch.promote_types(x.dtype, torch.float32)
     loss, logsumexp = x.new_empty(x.shape[0], dtype=wide), x.new_empty(x.shape[0], dtype=wide)
     for start in range(0, x.shape[0], _ROWS):

@@ -1,4 +1,4 @@
-"""Averages of the weights along training: EMA, and SWA over the EMA's snapshots (spec 3.8)."""
+"""Averages of the weights along training: EMA, and SWA over the EMA's snapshots (PR 1501)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class WeightAverage:
             torch._foreach_lerp_(list(self.swa.values()), list(self.ema.values()), 1 / self.swa_count)
 
     def final(self) -> dict[str, Tensor]:
-        """The weights a run ends with: the mean of the EMA snapshots if there are any and they count, else the EMA."""
+        """The weights a run ends with: the mean of the EMA snapshots, if they count, else the EMA."""
         return self.swa if self.config.swa_apply and self.swa_count else self.ema
 
     def state(self) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from pgolf_fast.optim.sharding import Sharding
 
 
 class Muon:
-    """Nesterov momentum and Newton-Schulz in bfloat16, decoupled weight decay, fp32 masters (spec 3.2)."""
+    """Nesterov momentum and Newton-Schulz in bfloat16, decoupled weight decay, fp32 masters (PR 1501)."""
 
     def __init__(
         self,

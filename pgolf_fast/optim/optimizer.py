@@ -13,7 +13,7 @@ from pgolf_fast.optim.sharding import Sharding
 
 
 class Optimizer:
-    """All parameters of a GPT, updated with one learning-rate multiplier (spec 3.1)."""
+    """All parameters of a GPT, updated with one learning-rate multiplier (PR 1501)."""
 
     def __init__(self, model: GPT, config: OptimConfig, sharding: Sharding | None = None):
         self.config = config
@@ -41,7 +41,7 @@ class Optimizer:
         )
 
     def muon_momentum(self, step: int) -> float:
-        """Linear warm-up, then constant (spec 3.3)."""
+        """Linear warm-up, then constant (PR 1501)."""
         c = self.config
         if step >= c.muon_momentum_warmup_steps:
             return c.muon_momentum

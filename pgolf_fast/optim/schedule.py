@@ -1,4 +1,4 @@
-"""The learning-rate multiplier: constant, then a cosine to zero over time or steps (spec 3.6)."""
+"""The learning-rate multiplier: constant, then a cosine to zero over time or steps (PR 1501)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class ScheduleState:
 
 
 class Schedule:
-    """Multiplier of every learning rate. Decisions use the training loss only, never validation (rule C8)."""
+    """Multiplier of every learning rate. Decisions use the training loss only, never validation."""
 
     def __init__(self, config: TrainConfig):
         self.config = config

@@ -18,7 +18,7 @@ class Sharding:
     world_size: int = 1
 
     def map_slots(self, stack: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """`function` of a (slots, rows, cols) stack, every rank computing its share, gathered on all ranks."""
+        """`function` of a (slots, rows, cols) stack, each rank computing its share, gathered on all."""
         if self.world_size == 1:
             return function(stack)
         share = -(-stack.shape[0] // self.world_size)

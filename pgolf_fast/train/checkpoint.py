@@ -1,8 +1,7 @@
-"""Tensors and their story in one safetensors file, written whole or not at all."""
+"""Checkpoints of a run: the newest few, and weights read back strictly."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,36 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.files import atomic_path
+from pgolf_fast.tensor_file import load_tensors, save_tensors
 
 _KEEP = 2
-
-
-def save_tensors(path: Path, tensors: dict[str, Tensor], story: dict[str, Any]) -> None:
-    """Write tensors with a JSON `story` in the file's metadata, atomically."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    ready = {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
-    with atomic_path(path) as temporary:
-        try:
-            save_file(ready, temporary, metadata={"story": json.dumps(story)})
-        except SafetensorError as error:
-            if "os error 28" in str(error) or "No space left" in str(error):
-                raise OSError(28, "No space left on device") from error
-            raise
-
-
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The inverse of `save_tensors`. Raises PgolfError for a file that is not one."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as handle:
-            story = json.loads((handle.metadata() or {}).get("story", "{}"))
-            return {name: handle.get_tensor(name) for name in handle.keys()}, story  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise PgolfError(f"{path} cannot be read as a checkpoint ({error}): it is damaged or another kind of file") from error
 
 
 def checkpoint_file(folder: Path, step: int) -> Path:
@@ -81,14 +53,18 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], origin: str) -> N
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Weights of a run's model.safetensors, one of its checkpoints, or a community .pt file (no pickled code)."""
+    """Weights of a run's model.safetensors, of a checkpoint, or of a community .pt file (no pickled code)."""
     if path.suffix == ".pt":
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # noqa: BLE001 - torch.load raises many kinds; all mean the same to a reader
-            raise PgolfError(f"{path} cannot be read as a PyTorch state dict: {str(error).splitlines()[0]}") from error
+        except Exception as error:
+            raise PgolfError(
+                f"{path} cannot be read as a PyTorch state dict: {str(error).splitlines()[0]}"
+            ) from error
         if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-            raise PgolfError(f"{path} is not a state dict of tensors: save model.state_dict() and nothing else")
+            raise PgolfError(
+                f"{path} is not a state dict of tensors: save model.state_dict() and nothing else"
+            )
         return state
     tensors, _ = load_tensors(path)
     prefixed = {name[6:]: value for name, value in tensors.items() if name.startswith("model.")}

@@ -21,7 +21,8 @@ from pgolf_fast.evaluation.scores import plain_score
 from pgolf_fast.files import atomic_path, write_text
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.optim.sharding import fastest_agrees
-from pgolf_fast.train.checkpoint import load_tensors, load_weights, newest_checkpoint, save_checkpoint, save_tensors
+from pgolf_fast.tensor_file import load_tensors, save_tensors
+from pgolf_fast.train.checkpoint import load_weights, newest_checkpoint, save_checkpoint
 from pgolf_fast.train.progress import StepLog
 from pgolf_fast.train.run_folder import RunFolder
 from pgolf_fast.train.trainer import NonFiniteLossError, Trainer
@@ -43,7 +44,7 @@ class TrainResult:
 def train(config: RunConfig, out: Path, *, resume: bool = False) -> TrainResult:
     """Train `config` into the folder `out`. With `resume`, continue its newest checkpoint if there is one.
 
-    Raises PgolfError for a folder that holds another run, for data that does not fit, and for a non-finite loss.
+    Raises PgolfError for a folder that holds another run, data that does not fit, or a non-finite loss.
     """
     with join_world() as world:
         config = _resolved(config, world)
@@ -64,18 +65,25 @@ def _resolved(config: RunConfig, world: World) -> RunConfig:
     micro = min(config.train.micro_batch_tokens, share)
     if config.train.batch_tokens % (micro * world.world_size) or micro % config.train.seq_len:
         raise PgolfError(
-            f"train.batch_tokens {config.train.batch_tokens} cannot be split into {world.world_size} ranks of "
-            f"whole micro-batches of {micro} tokens (sequences of {config.train.seq_len}): change "
+            f"train.batch_tokens {config.train.batch_tokens} cannot be split into {world.world_size} "
+            f"ranks of whole micro-batches of {micro} tokens (sequences of {config.train.seq_len}): change "
             "train.micro_batch_tokens or the number of processes"
         )
-    train = replace(config.train, compute_dtype=dtype, compile=compile_, micro_batch_tokens=micro)
+    train = replace(
+        config.train,
+        compute_dtype=dtype,  # type: ignore[arg-type]  # one of Dtype by construction
+        compile=compile_,
+        micro_batch_tokens=micro,
+    )
     return replace(config, train=train)
 
 
 def _prepare_folder(folder: RunFolder, config: RunConfig, world: World, resume: bool) -> None:
     if folder.config_file.is_file():
         if not resume:
-            raise PgolfError(f"{folder.path} already holds a run: pass --resume to continue it, or choose another --out")
+            raise PgolfError(
+                f"{folder.path} already holds a run: pass --resume to continue it, or choose another --out"
+            )
         _same_run(folder, config)
     world.barrier()
     if world.is_main:
@@ -84,7 +92,13 @@ def _prepare_folder(folder: RunFolder, config: RunConfig, world: World, resume: 
         write_text(folder.path / "env.json", json.dumps(environment(), indent=2) + "\n")
 
 
-_MAY_CHANGE = ("train.steps", "train.max_seconds", "train.log_every", "train.val_every", "train.checkpoint_minutes")
+_MAY_CHANGE = (
+    "train.steps",
+    "train.max_seconds",
+    "train.log_every",
+    "train.val_every",
+    "train.checkpoint_minutes",
+)
 _FREE_GROUPS = ("name", "quant.", "pack.", "eval.", "ttt.")
 
 
@@ -129,8 +143,8 @@ class _Run:
         except NonFiniteLossError as error:
             good = newest_checkpoint(self.folder.checkpoints)
             raise PgolfError(
-                f"training stopped: {error}. Last good checkpoint: {good or 'none yet'}. Lower optim.matrix_lr or "
-                "optim.embed_lr, or resume with train.compute_dtype float32"
+                f"training stopped: {error}. Last good checkpoint: {good or 'none yet'}. "
+                "Lower optim.matrix_lr or optim.embed_lr, or resume with train.compute_dtype float32"
             ) from error
         finally:
             self.loader.close()
@@ -194,7 +208,9 @@ class _Run:
     def _validate(self, what: str) -> Score:
         score = plain_score(self.model, self.stream, self.config)
         self.metrics.write("val", step=self.trainer.step, weights=what, loss=score.loss, bpb=score.bpb)
-        report.logger.info("step %d val (%s): loss %.4f, %.4f bpb", self.trainer.step, what, score.loss, score.bpb)
+        report.logger.info(
+            "step %d val (%s): loss %.4f, %.4f bpb", self.trainer.step, what, score.loss, score.bpb
+        )
         return score
 
     def _finish(self) -> TrainResult:
@@ -202,7 +218,11 @@ class _Run:
         raw = self._validate("raw weights")
         final = {name: value.to(self.world.device) for name, value in t.average.final().items()}
         load_weights(self.model, final, "the average")
-        kind = f"mean of {t.average.swa_count} EMA snapshots" if final and t.average.final() is t.average.swa else "EMA"
+        kind = (
+            f"mean of {t.average.swa_count} EMA snapshots"
+            if final and t.average.final() is t.average.swa
+            else "EMA"
+        )
         averaged = self._validate(kind)
         if self.world.is_main:
             story = {"step": t.step, "weights": kind, "config": run_config_to_dict(self.config)}

@@ -10,7 +10,9 @@ from pgolf_fast.model.bank import make_banks
 from pgolf_fast.model.gpt import GPT
 
 
-def fomaml_step(model: GPT, tokens: Tensor, targets: Tensor, config: MetaConfig, *, loss_scale: float) -> float:
+def fomaml_step(
+    model: GPT, tokens: Tensor, targets: Tensor, config: MetaConfig, *, loss_scale: float
+) -> float:
     """Add the meta-gradient of one micro-batch to the model's gradients; returns the outer loss.
 
     The first half of each sequence takes one SGD step on the banks (all but the first blocks'); the loss of

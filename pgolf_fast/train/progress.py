@@ -23,7 +23,9 @@ class StepLog:
     def after_step(self, step: int, elapsed: float, result: StepResult, *, last: bool) -> None:
         """Print if this step is due. `step` counts from 1."""
         if result.decay_triggered:
-            report.logger.info("step %d: training loss has stopped improving; learning rate decays from here", step)
+            report.logger.info(
+                "step %d: training loss has stopped improving; learning rate decays from here", step
+            )
         if not (step == 1 or step % self.config.log_every == 0 or last):
             return
         before = self._since or (step - 1, 0.0)

@@ -1,4 +1,4 @@
-"""What a run leaves behind: config.json, env.json, metrics.jsonl, train.log, checkpoints, model.safetensors."""
+"""What a run leaves behind: configuration, environment, metrics, log, checkpoints and weights."""
 
 from __future__ import annotations
 
@@ -57,11 +57,15 @@ class RunFolder:
     def read_config(self) -> RunConfig:
         """The configuration that ran. Raises PgolfError when this is no run folder."""
         if not self.config_file.is_file():
-            raise PgolfError(f"{self.path} is not a run folder: it has no config.json; give the --out of a training run")
+            raise PgolfError(
+                f"{self.path} is not a run folder: it has no config.json; give the --out of a training run"
+            )
         try:
             return run_config_from_dict(json.loads(self.config_file.read_text(encoding="utf-8")))
         except json.JSONDecodeError as error:
-            raise PgolfError(f"{self.config_file} is not valid JSON (line {error.lineno}): {error.msg}") from error
+            raise PgolfError(
+                f"{self.config_file} is not valid JSON (line {error.lineno}): {error.msg}"
+            ) from error
 
     def need(self, path: Path, made_by: str) -> Path:
         """`path` if it exists. Raises PgolfError saying which command makes it."""

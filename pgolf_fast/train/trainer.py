@@ -51,7 +51,7 @@ class StepResult:
 
 
 class Trainer:
-    """Model, optimiser, schedule and averages of a run, advanced one step at a time (spec 3.4)."""
+    """Model, optimiser, schedule and averages of a run, advanced one step at a time (PR 1501)."""
 
     def __init__(self, model: GPT, config: RunConfig, loader: Loader, world: World):
         self.model, self.config, self.loader, self.world = model, config, loader, world
@@ -59,7 +59,9 @@ class Trainer:
         self.optimizer = Optimizer(model, config.optim, self.sharding)
         self.schedule = Schedule(config.train)
         self.average = WeightAverage(model, config.average)
-        self.micro_steps = max(1, config.train.batch_tokens // (config.train.micro_batch_tokens * world.world_size))
+        self.micro_steps = max(
+            1, config.train.batch_tokens // (config.train.micro_batch_tokens * world.world_size)
+        )
         self.loss_function: Callable[..., Tensor] = model.loss
         self.step, self.elapsed, self.qat = 0, 0.0, False
         model.allocate_gradient_banks()
@@ -81,13 +83,17 @@ class Trainer:
             raise NonFiniteLossError(self.step + 1, loss)
         triggered = self.schedule.observe(self.step, loss, self.elapsed)
         self._mask_frozen_skips()
-        mean_gradients([p.grad for p in self.optimizer.parameters if p.grad is not None], self.world.world_size)
+        mean_gradients(
+            [p.grad for p in self.optimizer.parameters if p.grad is not None], self.world.world_size
+        )
         norm = self.optimizer.clip()
         self.optimizer.step(self.step, multiplier)
         self.optimizer.zero_grad()
         self.step += 1
         self.average.update(self.step, multiplier)
-        return StepResult(loss, multiplier, None if norm is None else float(norm), self.qat, meta_loss, triggered)
+        return StepResult(
+            loss, multiplier, None if norm is None else float(norm), self.qat, meta_loss, triggered
+        )
 
     def _accumulate(self) -> tuple[float, Tensor, Tensor]:
         """Gradients of the whole batch; its mean loss on this rank, and the last micro-batch."""
@@ -114,7 +120,7 @@ class Trainer:
             gradient[len(gradient) - frozen :] = 0
 
     def warm_up(self, steps: int) -> None:
-        """Run steps (so that everything is compiled) and undo every effect they had (spec 3.5)."""
+        """Run steps (so that everything is compiled) and undo every effect they had (PR 1501)."""
         tensors, story = {k: v.detach().clone() for k, v in self.tensors().items()}, self.story()
         for _ in range(steps):
             self._accumulate()
@@ -138,7 +144,9 @@ class Trainer:
             "loader": self.loader.state(),
         }
 
-    def restore(self, tensors: dict[str, Tensor], story: dict[str, Any], origin: str = "the snapshot") -> None:
+    def restore(
+        self, tensors: dict[str, Tensor], story: dict[str, Any], origin: str = "the snapshot"
+    ) -> None:
         """Continue from `tensors` and `story`. Raises PgolfError when they belong to another model."""
         weights = {name[6:]: value for name, value in tensors.items() if name.startswith("model.")}
         load_weights(self.model, weights, origin)

@@ -81,7 +81,7 @@ def environment() -> dict[str, object]:
     from pgolf_fast import __version__
     from pgolf_fast.ops.lzma import backend
 
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in ("torch", "triton", "numpy", "sentencepiece", "safetensors"):
         try:
             versions[package] = metadata.version(package)

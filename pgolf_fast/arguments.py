@@ -1,0 +1,90 @@
+"""Command-line arguments from dataclasses (tyro), with unknown names refused in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from pathlib import Path
+from typing import TypeVar
+
+import tyro
+
+from pgolf_fast.config.presets import preset
+from pgolf_fast.config.schema import RunConfig
+from pgolf_fast.config.serialize import flatten, replace_field
+from pgolf_fast.errors import PgolfError
+
+Arguments = TypeVar("Arguments")
+_OFF = ("none", "None", "off")
+
+
+def parse(
+    command: str, kind: type[Arguments], argv: list[str], default: Arguments | None = None
+) -> Arguments:
+    """The dataclass `kind` from words; `--help` prints its fields and exits.
+
+    Raises PgolfError naming the nearest known field for one that does not exist.
+    """
+    known = _names(kind, default)
+    parsed, unknown = tyro.cli(
+        kind,
+        prog=f"pgolf {command}",
+        args=argv,
+        return_unknown_args=True,
+        default=tyro.MISSING_NONPROP if default is None else default,
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    if unknown:
+        raise PgolfError(_unknown(command, unknown[0], known))
+    return parsed
+
+
+def _names(kind: type, default: object) -> list[str]:
+    names = [f.name for f in dataclasses.fields(kind)]
+    if default is not None and "config" in names:
+        names += [name for name, _ in flatten(default.config)]  # type: ignore[attr-defined]
+    return names
+
+
+def _unknown(command: str, word: str, known: list[str]) -> str:
+    if not word.startswith("-"):
+        return f"{command} does not know what to do with {word!r}: see `pgolf {command} --help`"
+    name = word.lstrip("-").split("=")[0].replace("-", "_")
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    hint = f"did you mean --{near[0]}?" if near else f"see `pgolf {command} --help`"
+    return f"unknown field --{name}: {hint}"
+
+
+def preset_and_overrides(argv: list[str], what: str = "preset") -> tuple[RunConfig, list[str]]:
+    """The preset named first, with optional groups switched off where `--train.meta none` says so."""
+    if not argv or argv[0].startswith("-"):
+        if argv and argv[0] in ("-h", "--help"):
+            return preset("exp101"), argv
+        raise PgolfError(f"give a {what} first, for example exp101; `pgolf config --help` lists them")
+    config, rest, words = preset(argv[0]), [], iter(argv[1:])
+    for word in words:
+        name, equals, value = word.lstrip("-").partition("=")
+        name = name.replace("-", "_")
+        if name in ("train.meta", "train.qat"):
+            value = value if equals else next(words, "")
+            if value not in _OFF:
+                raise PgolfError(
+                    f"--{name} is {value!r}; it can be none, or set one of its fields (--{name}.FIELD)"
+                )
+            config = replace_field(config, name, None)
+        else:
+            if re.match(r"train\.(meta|qat)\.", name):  # setting a field switches the group on
+                group = ".".join(name.split(".")[:2])
+                current = dict(flatten(config))
+                if current.get(group, ...) is None:
+                    config = replace_field(config, group, {})
+            rest.append(word)
+    return config, rest
+
+
+def existing(path: Path, what: str) -> Path:
+    """`path` if it exists. Raises PgolfError naming it."""
+    if not path.exists():
+        raise PgolfError(f"{what} {path} does not exist")
+    return path

@@ -1,0 +1,220 @@
+"""A quantised model to an artifact within its byte budget, and an artifact to a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pgolf_fast.artifact.budget import Pruned, code_bytes, prune_to_fit
+from pgolf_fast.artifact.container import (
+    ContainerSizes,
+    SectionSize,
+    TensorRecord,
+    read_container,
+    write_container,
+)
+from pgolf_fast.config.schema import PackConfig, RunConfig
+from pgolf_fast.config.serialize import run_config_from_dict
+from pgolf_fast.errors import PgolfError
+from pgolf_fast.files import atomic_path
+from pgolf_fast.model.gpt import GPT
+from pgolf_fast.ops.lzma import compress_bytes
+from pgolf_fast.quant.state import TABLE_BITS, QuantizedState, QuantizedTensor, dequantize_state, is_slot
+
+CODES, SCALE = ".q", ".scale"  # endings of a quantised tensor's two records
+HEADER_MARGIN = 64  # bytes by which the header may grow when a section's size and checksum change
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """What an artifact costs: `total_bytes` = weights + code.
+
+    `pruned` of the `candidates` (codes of +-1) were zeroed, which took `compressions` in all.
+    """
+
+    path: Path
+    header_bytes: int
+    sections: tuple[SectionSize, ...]
+    weights_bytes: int
+    code_bytes: int
+    limit_bytes: int
+    pruned: int
+    candidates: int
+    compressions: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weights_bytes + self.code_bytes
+
+
+def build_records(quantized: QuantizedState) -> list[TensorRecord]:
+    """The records of a quantised model: `X.q` and `X.scale` for a matrix X, `X` for what is float16.
+
+    Codes of bank matrices and of tables lie in different sections, as their statistics differ.
+    """
+    records = []
+    for name, tensor in quantized.tensors.items():
+        if isinstance(tensor, QuantizedTensor):
+            section = "codes" if is_slot(name) else "embeddings"
+            records.append(TensorRecord.of(name + CODES, "codes", tensor.codes.numpy(), section))
+            records.append(TensorRecord.of(name + SCALE, "scales", tensor.scale.numpy()))
+        else:
+            records.append(TensorRecord.of(name, "float16", tensor.numpy()))
+    return records
+
+
+def pack(
+    quantized: QuantizedState, run_config: dict[str, Any], path: Path | str, config: PackConfig
+) -> PackReport:
+    """Write the artifact and say what it costs, pruning +-1 codes if it is too large and `config.prune`.
+
+    run_config: as from `run_config_to_dict`. Raises PgolfError, and leaves whatever stood at `path`, when
+    weights and code do not fit into `config.limit_bytes`.
+    """
+    code = code_bytes() if config.code_bytes is None else config.code_bytes
+    records = build_records(quantized)
+    bits = {t.bits for t in quantized.matrices().values()}
+    tree = {"run": run_config, "bits": {"codes": max(bits, default=0), "embeddings": TABLE_BITS}}
+    pruned, compressions = None, 1
+    with atomic_path(path) as temporary:
+        sizes = write_container(temporary, tree, records, preset=config.lzma_preset)
+        if sizes.total_bytes + code > config.limit_bytes:
+            if not config.prune:
+                raise _too_large(sizes.total_bytes, code, config.limit_bytes, "pack.prune is off; turn it on")
+            pruned = _prune(records, sizes, code, config)
+            records = _with_codes(records, pruned.codes)
+            sizes = write_container(temporary, tree, records, preset=config.lzma_preset)
+            compressions += pruned.compressions + 1
+            if sizes.total_bytes + code > config.limit_bytes:  # the header's few bytes are in the margin
+                raise _too_large(sizes.total_bytes, code, config.limit_bytes, "pruning missed the limit")
+    return PackReport(
+        path=Path(path),
+        header_bytes=sizes.header_bytes,
+        sections=sizes.sections,
+        weights_bytes=sizes.total_bytes,
+        code_bytes=code,
+        limit_bytes=config.limit_bytes,
+        pruned=pruned.count if pruned else 0,
+        candidates=sum(int((t.codes.abs() == 1).sum()) for t in quantized.matrices().values()),
+        compressions=compressions,
+    )
+
+
+def _prune(records: list[TensorRecord], sizes: ContainerSizes, code: int, config: PackConfig) -> Pruned:
+    """Codes that fit. Raises PgolfError when even pruning all of them is not enough."""
+    codes, scales = _matrix_arrays(records)
+    now = next((s.stored_bytes for s in sizes.sections if s.name == "codes"), 0)
+    others = sizes.total_bytes - now
+    budget = config.limit_bytes - code - others - HEADER_MARGIN
+    if not codes or budget <= 0:
+        hint = "even no bank weights at all would not fit; raise pack.limit_bytes or make the tables smaller"
+        raise _too_large(sizes.total_bytes, code, config.limit_bytes, hint)
+
+    def compressed_size(raw: bytes) -> int:
+        return min(len(compress_bytes(raw, config.lzma_preset)), len(raw))
+
+    tolerance = max(64, config.limit_bytes // 20_000)
+    pruned = prune_to_fit(list(zip(codes, scales, strict=True)), budget, now, compressed_size, tolerance)
+    if not pruned.fits:
+        hint = (
+            f"zeroing all {pruned.candidates:,} codes of +-1 is not enough; "
+            "make the model smaller, quantise to fewer bits, or train with more weight decay"
+        )
+        raise _too_large(sizes.total_bytes, code, config.limit_bytes, hint)
+    return pruned
+
+
+def _too_large(weights: int, code: int, limit: int, hint: str) -> PgolfError:
+    total = weights + code
+    return PgolfError(
+        f"weights {weights:,} + code {code:,} = {total:,} bytes > {limit:,} bytes "
+        f"({total - limit:,} over): {hint}"
+    )
+
+
+def _matrix_arrays(records: list[TensorRecord]) -> tuple[list[NDArray[Any]], list[NDArray[Any]]]:
+    """Codes and scales of the bank matrices, in the order of the file."""
+    scales = {r.name: r.array for r in records if r.kind == "scales"}
+    in_codes = [r for r in records if r.section == "codes"]
+    return [r.array for r in in_codes], [scales[r.name.removesuffix(CODES) + SCALE] for r in in_codes]
+
+
+def _with_codes(records: list[TensorRecord], codes: list[NDArray[np.int8]]) -> list[TensorRecord]:
+    left = iter(codes)
+    return [replace(r, array=next(left)) if r.section == "codes" else r for r in records]
+
+
+def unpack(path: Path | str) -> tuple[dict[str, Any], QuantizedState]:
+    """The run's configuration and the quantised model of an artifact.
+
+    Raises PgolfError for a damaged file, one that is no packed model, or codes and scales that do not match.
+    """
+    tree, records = read_container(path)
+    run_config, bits = tree.get("run"), tree.get("bits")
+    if not isinstance(run_config, dict) or not isinstance(bits, dict):
+        raise PgolfError(f"artifact {path} holds no packed model: its configuration lacks 'run' or 'bits'")
+    found = {record.name: record for record in records}
+    tensors: dict[str, QuantizedTensor | Tensor] = {}
+    for name, record in found.items():
+        if record.kind == "codes" and name.endswith(CODES):
+            whole = name.removesuffix(CODES)
+            scale = found.get(whole + SCALE)
+            if record.array.ndim != 2 or scale is None or scale.array.shape != record.array.shape[:1]:
+                raise PgolfError(f"artifact {path}: {whole} has no scale for each of its rows; pack it again")
+            width = int(bits.get(str(record.section), TABLE_BITS))
+            tensors[whole] = QuantizedTensor(
+                torch.from_numpy(record.array), torch.from_numpy(scale.array), width
+            )
+        elif record.kind == "float16":
+            tensors[name] = torch.from_numpy(record.array)
+        elif record.kind != "scales":
+            raise PgolfError(f"artifact {path}: {name} of kind {record.kind} is no part of a packed model")
+    return run_config, QuantizedState(tensors)
+
+
+def load_artifact(path: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The run's configuration and the float32 state dict of an artifact. Raises PgolfError as `unpack`."""
+    run_config, quantized = unpack(path)
+    try:
+        return run_config, dequantize_state(quantized)
+    except PgolfError as error:
+        raise PgolfError(f"artifact {path}: {error}") from error
+
+
+def load_model(
+    path: Path | str,
+    has_leading_space: Tensor | None = None,
+    compute_dtype: torch.dtype = torch.float32,
+) -> tuple[GPT, RunConfig]:
+    """The model of an artifact, on the CPU, and the configuration of its run.
+
+    has_leading_space (vocab,): of the tokenizer; the artifact does not hold it, and scores are wrong without.
+    Raises PgolfError for a damaged file, or tensors that are not those of the model it describes.
+    """
+    values, state = load_artifact(path)
+    run_config = run_config_from_dict(values)
+    if has_leading_space is None:
+        has_leading_space = torch.zeros(run_config.model.vocab_size, dtype=torch.bool)
+    with torch.device("meta"):  # initial values would be thrown away
+        model = GPT(run_config.model, has_leading_space, compute_dtype=compute_dtype)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    problems = [f"{name} is missing" for name in expected if name not in state]
+    problems += [f"{name} is not part of it" for name in state if name not in expected]
+    problems += [
+        f"{name} is {tuple(state[name].shape)}, not {shape}"
+        for name, shape in expected.items()
+        if name in state and tuple(state[name].shape) != shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise PgolfError(
+            f"artifact {path} does not hold the model it describes: {'; '.join(problems[:8])}{more}"
+        )
+    model.load_state_dict(state, assign=True)
+    return model, run_config

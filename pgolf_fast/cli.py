@@ -1,0 +1,81 @@
+"""The words a person types: `pgolf COMMAND ...`. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+from pgolf_fast.errors import PgolfError
+
+COMMANDS = {
+    "demo": "train, quantise, pack and score a small model on text this machine already has",
+    "train": "train a preset into a run folder: pgolf train exp101 --data.path DIR --out RUN",
+    "quantize": "turn a run's weights into integers",
+    "pack": "write a run's artifact and count its bytes against the limit",
+    "eval": "score a run's artifact: non-overlapping, sliding, sliding with test-time training",
+    "generate": "let a run continue a prompt",
+    "data": "info, tokenize, download: token shards and tokenizers",
+    "config": "print a preset, compare two, or translate a run script's environment variables",
+    "doctor": "what this machine has and which implementation each op uses",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, or 2 for bad input, or 130 when interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if not arguments or arguments[0] in ("-h", "--help", "help"):
+            print_out(_help())
+            return 0
+        if arguments[0] == "--version":
+            from pgolf_fast import __version__
+
+            print_out(f"pgolf_fast {__version__}")
+            return 0
+        return _command(arguments[0])(arguments[1:])
+    except PgolfError as error:
+        print(f"pgolf: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("pgolf: interrupted; a training run continues with --resume", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader, say `head`, has seen enough
+        sys.stdout = None  # type: ignore[assignment]
+        return 0
+
+
+def print_out(text: str) -> None:
+    """Results go to standard output; log lines and errors do not."""
+    print(text)
+
+
+def _command(name: str) -> Callable[[list[str]], int]:
+    import difflib
+
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"commands are {', '.join(COMMANDS)}"
+        raise PgolfError(f"unknown command {name!r}: {hint}")
+    from pgolf_fast import commands
+
+    return getattr(commands, name)
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name.ljust(width)}  {text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: pgolf COMMAND [arguments]",
+            "",
+            "Train, quantise, pack and honestly score a small language model under a byte budget.",
+            "",
+            *lines,
+            "",
+            "`pgolf COMMAND --help` lists a command's arguments. Start with `pgolf demo`.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,312 @@
+"""What each `pgolf` command does. Printing results is the command line's part; the rooms do the work."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from pgolf_fast import report
+from pgolf_fast.arguments import existing, parse, preset_and_overrides
+from pgolf_fast.cli import print_out
+from pgolf_fast.config.presets import PRESETS, preset
+from pgolf_fast.config.schema import EvalConfig, PackConfig, QuantConfig, RunConfig, TTTConfig
+from pgolf_fast.config.serialize import flatten
+from pgolf_fast.errors import PgolfError
+
+_Flat = tyro.conf.arg(name="")
+
+
+@dataclass(frozen=True)
+class _Train:
+    config: Annotated[RunConfig, _Flat]
+    out: Path | None = None
+    """Run folder; default runs/PRESET."""
+    resume: bool = False
+    """Continue the run in that folder from its newest checkpoint."""
+
+
+def train(argv: list[str]) -> int:
+    """pgolf train PRESET [--out RUN] [--resume] [--group.field value ...]"""
+    config, rest = preset_and_overrides(argv)
+    arguments = parse("train PRESET", _Train, rest, _Train(config))
+    from pgolf_fast.train.loop import train as run_training
+
+    out = arguments.out or Path("runs") / arguments.config.name
+    result = run_training(arguments.config, out, resume=arguments.resume)
+    rate = result.tokens / result.seconds if result.seconds else 0.0
+    rows = [
+        ("steps", f"{result.steps:,}"),
+        ("tokens", f"{result.tokens:,}"),
+        ("tokens/s", f"{rate:,.0f}"),
+        ("training time", report.duration(result.seconds)),
+        ("bpb, raw weights", f"{result.raw.bpb:.4f}"),
+        ("bpb, averaged weights", f"{result.averaged.bpb:.4f}"),
+        ("run folder", str(result.folder.path)),
+    ]
+    print_out(report.table(rows))
+    return 0
+
+
+@dataclass(frozen=True)
+class _Quantize:
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder."""
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    """Quantisation settings; default: the run's."""
+
+
+def quantize(argv: list[str]) -> int:
+    """pgolf quantize RUN [--quant.field value ...]"""
+    from pgolf_fast.pipeline import quantize_run
+    from pgolf_fast.train.run_folder import RunFolder
+
+    folder = _first_run(argv, RunFolder)
+    arguments = parse("quantize", _Quantize, argv, _Quantize(folder.path, folder.read_config().quant))
+    report.setup_logging(folder.log_file)
+    counts = quantize_run(folder, arguments.quant)
+    print_out(report.table([(what, f"{count:,}") for what, count in counts.items()]))
+    print_out(f"wrote {folder.quantized_file}")
+    return 0
+
+
+def _first_run(argv: list[str], kind):
+    """The run folder named first, so that its settings can be the defaults of the rest."""
+    if not argv or argv[0].startswith("-"):
+        if argv and argv[0] in ("-h", "--help"):
+            return _Help(Path("RUN"))
+        raise PgolfError("give a run folder first (the --out of a training run)")
+    return kind(existing(Path(argv[0]), "run folder"))
+
+
+@dataclass(frozen=True)
+class _Help:
+    """Stands for a run folder while `--help` is printed."""
+
+    path: Path
+
+    def read_config(self) -> RunConfig:
+        return preset("exp101")
+
+
+@dataclass(frozen=True)
+class _Pack:
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder."""
+    pack: PackConfig = field(default_factory=PackConfig)
+    """Artifact settings; default: the run's."""
+
+
+def pack(argv: list[str]) -> int:
+    """pgolf pack RUN [--pack.field value ...]"""
+    from pgolf_fast.pipeline import pack_run
+    from pgolf_fast.train.run_folder import RunFolder
+
+    folder = _first_run(argv, RunFolder)
+    arguments = parse("pack", _Pack, argv, _Pack(folder.path, folder.read_config().pack))
+    report.setup_logging(folder.log_file)
+    packed = pack_run(folder, arguments.pack)
+    print_out(report.table(byte_rows(packed), ("part", "bytes")))
+    print_out(f"wrote {packed.path}")
+    return 0
+
+
+def byte_rows(packed) -> list[tuple[str, str]]:
+    """The artifact's bytes by part, ending with weights + code = total against the limit."""
+    rows = [("header", f"{packed.header_bytes:,}")]
+    rows += [(f"section {s.name}", f"{s.stored_bytes:,}") for s in packed.sections]
+    rows += [
+        ("weights", f"{packed.weights_bytes:,}"),
+        ("+ code", f"{packed.code_bytes:,}"),
+        ("= total", f"{packed.total_bytes:,}"),
+        ("limit", f"{packed.limit_bytes:,}"),
+        ("left", f"{packed.limit_bytes - packed.total_bytes:,}"),
+    ]
+    if packed.pruned:
+        rows.append((f"codes zeroed of {packed.candidates:,}", f"{packed.pruned:,}"))
+    return rows
+
+
+@dataclass(frozen=True)
+class _Eval:
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """Window settings; default: the run's."""
+    ttt: TTTConfig = field(default_factory=TTTConfig)
+    """Test-time training settings; default: the run's."""
+    weights: Literal["artifact", "float"] = "artifact"
+    """Score the packed artifact, or the float weights before quantisation."""
+    data: Path | None = None
+    """Folder of validation shards; default: the run's."""
+    tokenizer: Path | None = None
+    """Tokenizer of those shards; default: the run's."""
+
+
+def eval(argv: list[str]) -> int:
+    """pgolf eval RUN [--weights artifact|float] [--eval.field value] [--ttt.field value]"""
+    from dataclasses import replace
+
+    from pgolf_fast.pipeline import score_run
+    from pgolf_fast.train.run_folder import RunFolder
+
+    folder = _first_run(argv, RunFolder)
+    config = folder.read_config()
+    arguments = parse("eval", _Eval, argv, _Eval(folder.path, config.eval, config.ttt))
+    data = replace(
+        config.data,
+        path=str(arguments.data) if arguments.data else config.data.path,
+        tokenizer=str(arguments.tokenizer) if arguments.tokenizer else config.data.tokenizer,
+    )
+    report.setup_logging(folder.log_file)
+    config = replace(config, eval=arguments.eval, ttt=arguments.ttt, data=data)
+    scores = score_run(folder, config, arguments.weights)
+    print_out(report.table(scores.rows(), ("windows", "bpb", "nats/token", "seconds")))
+    print_out(f"wrote {folder.path / f'scores_{arguments.weights}.json'}")
+    return 0
+
+
+@dataclass(frozen=True)
+class _Generate:
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder."""
+    prompt: str = ""
+    """Text to continue; empty starts a document."""
+    tokens: int = 200
+    """Tokens to write."""
+    temperature: float = 0.8
+    """Sampling temperature."""
+    seed: int = 0
+    """Seed of the sampling."""
+
+
+def generate(argv: list[str]) -> int:
+    """pgolf generate RUN --prompt TEXT [--tokens N] [--temperature T] [--seed S]"""
+    from pgolf_fast.pipeline import continue_text
+    from pgolf_fast.train.run_folder import RunFolder
+
+    arguments = parse("generate", _Generate, argv)
+    if arguments.tokens < 1:
+        raise PgolfError(f"--tokens is {arguments.tokens}; it must be at least 1")
+    if arguments.temperature <= 0:
+        raise PgolfError(f"--temperature is {arguments.temperature}; it must be positive")
+    folder = RunFolder(existing(arguments.run, "run folder"))
+    print_out(
+        continue_text(
+            folder, arguments.prompt, arguments.tokens, temperature=arguments.temperature, seed=arguments.seed
+        )
+    )
+    return 0
+
+
+@dataclass(frozen=True)
+class _Config:
+    config: Annotated[RunConfig, _Flat]
+    diff: str | None = None
+    """Print only what differs from this other preset."""
+
+
+@dataclass(frozen=True)
+class _FromEnv:
+    from_env: Path
+    """Run script with the community's environment variables."""
+    base: str = "exp101_as_run"
+    """Preset the variables change."""
+
+
+def config(argv: list[str]) -> int:
+    """pgolf config PRESET [--diff OTHER] [--group.field value ...], or pgolf config --from-env run.sh"""
+    if any(word.split("=")[0] in ("--from-env", "--from_env") for word in argv):
+        return _from_env(parse("config", _FromEnv, argv))
+    if not argv:
+        presets = [(name, make(), (make.__doc__ or "").strip()) for name, make in PRESETS.items()]
+        lines = [(name, f"{made.model.num_parameters():,}", what) for name, made, what in presets]
+        print_out(report.table(lines, ("preset", "parameters", "what it is")))
+        return 0
+    base, rest = preset_and_overrides(argv)
+    arguments = parse("config PRESET", _Config, rest, _Config(base))
+    if arguments.diff is not None:
+        _print_difference(arguments.config, preset(arguments.diff))
+        return 0
+    rows = [(name, _shown(value)) for name, value in flatten(arguments.config)]
+    print_out(report.table([*rows, ("parameters", f"{arguments.config.model.num_parameters():,}")]))
+    return 0
+
+
+def _shown(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _print_difference(ours: RunConfig, theirs: RunConfig) -> None:
+    left, right = dict(flatten(ours)), dict(flatten(theirs))
+    left["parameters"], right["parameters"] = ours.model.num_parameters(), theirs.model.num_parameters()
+    rows = [
+        (name, _shown(left.get(name)), _shown(right.get(name)))
+        for name in dict.fromkeys([*left, *right])
+        if left.get(name) != right.get(name) and name != "name"
+    ]
+    if rows:
+        print_out(report.table(rows, ("field", ours.name, theirs.name)))
+    else:
+        print_out(f"{ours.name} and {theirs.name} do not differ")
+
+
+def _from_env(arguments: _FromEnv) -> int:
+    from pgolf_fast.config.env import translate
+
+    script = existing(arguments.from_env, "run script").read_text(encoding="utf-8")
+    base = preset(arguments.base)
+    found = translate(script, base)
+    rows = [(name, target) for name, target in sorted(found.used.items())]
+    print_out(report.table(rows, ("variable", "field")) if rows else "no known variables")
+    print_out(f"\nwhat they change in {base.name}:")
+    _print_difference(found.config, base)
+    if found.unknown:
+        print_out(
+            f"\nunknown, not translated: {', '.join(f'{n}={v}' for n, v in sorted(found.unknown.items()))}"
+        )
+    return 0
+
+
+@dataclass(frozen=True)
+class _Demo:
+    seconds: float = 100.0
+    """Training time; quantising and scoring come on top."""
+    out: Path = Path("runs/demo")
+    """Run folder; an earlier demo there is replaced."""
+    seed: int = 42
+    """Seed of the weights."""
+
+
+def demo(argv: list[str]) -> int:
+    """pgolf demo [--seconds S] [--out RUN]"""
+    arguments = parse("demo", _Demo, argv)
+    if arguments.seconds <= 0:
+        raise PgolfError(f"--seconds is {arguments.seconds}; it must be positive")
+    from pgolf_fast.demo import run_demo
+
+    print_out(run_demo(arguments.out, seconds=arguments.seconds, seed=arguments.seed))
+    return 0
+
+
+def doctor(argv: list[str]) -> int:
+    """pgolf doctor [--check]"""
+    from pgolf_fast.doctor import Doctor, examine
+
+    arguments = parse("doctor", Doctor, argv)
+    text, healthy = examine(check=arguments.check)
+    print_out(text)
+    return 0 if healthy else 1
+
+
+def data(argv: list[str]) -> int:
+    """pgolf data info|tokenize|download ..."""
+    from pgolf_fast import data_commands
+
+    names = ("info", "tokenize", "download")
+    if not argv or argv[0] not in names:
+        raise PgolfError(f"pgolf data needs one of {', '.join(names)}; for example `pgolf data info DIR`")
+    return getattr(data_commands, argv[0])(argv[1:])

@@ -1,0 +1,84 @@
+"""`pgolf demo`: the whole pipeline on text this machine already has, ending in one table."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from pgolf_fast import report
+from pgolf_fast.commands import byte_rows
+from pgolf_fast.config.presets import tiny
+from pgolf_fast.config.schema import RunConfig
+from pgolf_fast.data.corpus import build_corpus
+from pgolf_fast.errors import PgolfError
+from pgolf_fast.loss_curve import draw_loss_curve
+from pgolf_fast.pipeline import pack_run, quantize_run, score_run
+from pgolf_fast.train.loop import TrainResult, train
+from pgolf_fast.train.run_folder import RunFolder
+
+
+def demo_config(seconds: float, seed: int) -> RunConfig:
+    """`tiny` for a given training time."""
+    base = tiny()
+    return replace(
+        base,
+        train=replace(
+            base.train, seed=seed, steps=10**6, max_seconds=seconds, schedule="time", checkpoint_minutes=None
+        ),
+    )
+
+
+def run_demo(out: Path, *, seconds: float, seed: int) -> str:
+    """Train, quantise, pack and score into the run folder `out`; the closing table as text."""
+    start = time.perf_counter()
+    _clear(out)
+    report.setup_logging()
+    report.logger.info("building the corpus from documentation on this machine (cached after the first time)")
+    corpus = build_corpus(vocab_size=1024)
+    config = demo_config(seconds, seed)
+    trained = train(config, out)
+    folder = trained.folder
+    config = folder.read_config()
+    report.setup_logging(folder.log_file)
+    quantize_run(folder, config.quant)
+    packed = pack_run(folder, config.pack)
+    scores = score_run(folder, config, "artifact")
+    curve = draw_loss_curve(folder)
+    report.close_logging()
+    facts = json.loads((corpus / "info.json").read_text(encoding="utf-8"))
+    took = time.perf_counter() - start
+    parts = [
+        report.table(_training_rows(trained, facts)),
+        report.table(
+            [(name, bpb, nats, s) for name, bpb, nats, s in scores.rows()],
+            ("score of the artifact", "bpb", "nats/token", "seconds"),
+        ),
+        report.table(byte_rows(packed), ("artifact", "bytes")),
+        f"run folder  {folder.path}\nartifact    {folder.artifact_file}\n"
+        f"loss curve  {curve or 'needs matplotlib'}\nall of it took {report.duration(took)}",
+    ]
+    return "\n\n".join(["", *parts])
+
+
+def _clear(out: Path) -> None:
+    """Remove an earlier demo; refuse to touch anything else."""
+    if not out.exists():
+        return
+    folder = RunFolder(out)
+    if any(out.iterdir()) and (not folder.config_file.is_file() or folder.read_config().name != "tiny"):
+        raise PgolfError(f"{out} is not an earlier demo: choose another --out")
+    shutil.rmtree(out)
+
+
+def _training_rows(trained: TrainResult, facts: dict) -> list[tuple[str, str]]:
+    return [
+        ("tokens seen", f"{trained.tokens:,}"),
+        ("tokens/s", f"{trained.tokens / trained.seconds:,.0f}"),
+        ("corpus floor, unigram bpb", f"{facts['unigram_bpb']:.4f}"),
+        ("corpus floor, bigram bpb", f"{facts['bigram_bpb']:.4f}"),
+        ("float weights, bpb", f"{trained.raw.bpb:.4f}"),
+        ("averaged weights, bpb", f"{trained.averaged.bpb:.4f}"),
+    ]

@@ -1,0 +1,114 @@
+"""Quantise, pack, score and continue a run folder: each step reads files and leaves files."""
+
+from __future__ import annotations
+
+import json
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pgolf_fast import report
+from pgolf_fast.artifact.pack import PackReport, load_model, pack
+from pgolf_fast.config.schema import PackConfig, QuantConfig, RunConfig
+from pgolf_fast.config.serialize import run_config_to_dict
+from pgolf_fast.data.source import open_source
+from pgolf_fast.data.tokenizer import Tokenizer, byte_table
+from pgolf_fast.evaluation.score import Stream
+from pgolf_fast.evaluation.scores import ThreeScores, three_scores
+from pgolf_fast.files import write_text
+from pgolf_fast.model.decoding import generate
+from pgolf_fast.model.gpt import GPT
+from pgolf_fast.quant.state import QuantizedState, QuantizedTensor, quantize_model
+from pgolf_fast.tensor_file import load_tensors, save_tensors
+from pgolf_fast.train.checkpoint import load_weights, read_weights
+from pgolf_fast.train.run_folder import RunFolder
+from pgolf_fast.train.world import World, resolve_dtype
+
+
+def this_process() -> World:
+    """This process alone, on the GPU if there is one."""
+    return World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def float_model(folder: RunFolder, config: RunConfig) -> GPT:
+    """The run's averaged weights before quantisation."""
+    table = byte_table(Tokenizer.load(folder.tokenizer_file))
+    device = this_process().device
+    dtype = resolve_dtype(config.train.compute_dtype, device)
+    model = GPT(config.model, torch.from_numpy(table.has_leading_space), compute_dtype=dtype)
+    path = folder.need(folder.model_file, "train PRESET --resume --out")
+    load_weights(model, read_weights(path), str(path))
+    return model.to(device)
+
+
+def artifact_model(folder: RunFolder, config: RunConfig) -> GPT:
+    """The model of the run's artifact."""
+    table = byte_table(Tokenizer.load(folder.tokenizer_file))
+    device = this_process().device
+    path = folder.need(folder.artifact_file, "pack")
+    leading = torch.from_numpy(table.has_leading_space)
+    model, _ = load_model(path, leading, resolve_dtype(config.train.compute_dtype, device))
+    return model.to(device)
+
+
+def quantize_run(folder: RunFolder, quant: QuantConfig) -> dict[str, int]:
+    """Write the run's quantised weights; returns how many tensors became what."""
+    config = folder.read_config()
+    quantized = quantize_model(float_model(folder, config), quant, seq_len=config.train.seq_len)
+    tensors: dict[str, Tensor] = {}
+    bits: dict[str, int] = {}
+    for name, value in quantized.tensors.items():
+        if isinstance(value, QuantizedTensor):
+            tensors[f"{name}.codes"], tensors[f"{name}.scale"] = value.codes, value.scale
+            bits[name] = value.bits
+        else:
+            tensors[name] = value
+    save_tensors(folder.quantized_file, tensors, {"bits": bits, "order": list(quantized.tensors)})
+    counts = {f"int{b} tensors": sum(v == b for v in bits.values()) for b in sorted(set(bits.values()))}
+    return {**counts, "float16 tensors": len(quantized.tensors) - len(bits)}
+
+
+def read_quantized(folder: RunFolder) -> QuantizedState:
+    """What `quantize_run` wrote."""
+    tensors, story = load_tensors(folder.need(folder.quantized_file, "quantize"))
+    state: dict[str, QuantizedTensor | Tensor] = {}
+    for name in story["order"]:
+        if name in story["bits"]:
+            codes, scale = tensors[f"{name}.codes"], tensors[f"{name}.scale"]
+            state[name] = QuantizedTensor(codes, scale, story["bits"][name])
+        else:
+            state[name] = tensors[name]
+    return QuantizedState(state)
+
+
+def pack_run(folder: RunFolder, config: PackConfig) -> PackReport:
+    """Write the run's artifact. Raises PgolfError when it cannot be made to fit the limit."""
+    run_config = run_config_to_dict(folder.read_config())
+    return pack(read_quantized(folder), run_config, folder.artifact_file, config)
+
+
+def score_run(folder: RunFolder, config: RunConfig, weights: Literal["artifact", "float"]) -> ThreeScores:
+    """The three scores of a run on its validation data, also written to scores_<weights>.json."""
+    model = artifact_model(folder, config) if weights == "artifact" else float_model(folder, config)
+    source = open_source(config.data, config.model.vocab_size)
+    stream = Stream(source.validation(config.eval_seq_len), source.table, this_process().device)
+    scores = three_scores(model, stream, config)
+    story = {"weights": weights, "eval": run_config_to_dict(config)["eval"], **scores.to_dict()}
+    write_text(folder.path / f"scores_{weights}.json", json.dumps(story, indent=2) + "\n")
+    return scores
+
+
+def continue_text(folder: RunFolder, prompt: str, tokens: int, *, temperature: float, seed: int) -> str:
+    """`prompt` and its continuation by the run's artifact, or its float weights if it is not packed yet."""
+    config = folder.read_config()
+    packed = folder.artifact_file.is_file()
+    if not packed:
+        report.logger.warning("%s is not packed: using the float weights", folder.path)
+    model = artifact_model(folder, config) if packed else float_model(folder, config)
+    tokenizer = Tokenizer.load(folder.tokenizer_file)
+    device = this_process().device
+    start = torch.tensor([tokenizer.encode_document(prompt)], device=device)
+    sampler = torch.Generator(device).manual_seed(seed)
+    ids = generate(model, start, tokens, temperature=temperature, generator=sampler)
+    return tokenizer.decode([int(i) for i in ids[0, 1:]])

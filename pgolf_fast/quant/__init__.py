@@ -1,0 +1,1 @@
+"""Weights to integers: grids, GPTQ, calibration, fake quantisation."""

@@ -1,0 +1,120 @@
+"""Calibration without data: the model writes its own text, and Hessians are taken on it (PR 1501)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pgolf_fast import ops
+from pgolf_fast.config.schema import QuantConfig
+from pgolf_fast.errors import PgolfError
+from pgolf_fast.model.bank import Banks
+from pgolf_fast.model.decoding import Decoder, sample
+from pgolf_fast.model.gpt import GPT
+from pgolf_fast.model.rope import rope_tables
+from pgolf_fast.ops import reference
+from pgolf_fast.report import progress
+
+DAMPING = 0.01  # of the mean diagonal, as the original adds before GPTQ adds its own
+SMALLEST_DAMPING = 1e-6
+INPUTS = ("attn_in", "attn_out", "mlp_in", "mlp_hidden")
+
+
+def hessian_name(layer: int, which: str) -> str:
+    """Name of a Hessian: `attn_in` feeds Q, K and V; `attn_out` the output projection; the rest the MLP."""
+    return f"blocks.{layer}.{which}"
+
+
+@torch.no_grad()
+def self_generate(model: GPT, config: QuantConfig, seq_len: int) -> Tensor:
+    """Text by the model, int64 (calibration_sequences, min(calibration_length, seq_len)).
+
+    The first token is uniform over all ids, the others are drawn at `config.temperature`; all from one
+    generator with `config.seed`. RoPE has the base of the final length.
+    Raises PgolfError for lengths below 2.
+    """
+    length = min(config.calibration_length, seq_len)
+    if length < 2 or config.calibration_sequences < 1 or config.calibration_batch < 1:
+        raise PgolfError(
+            f"calibration on {config.calibration_sequences} sequences of {length} tokens is not possible: "
+            "quant.calibration_length must be at least 2 and the others at least 1"
+        )
+    device = model.tok_emb.weight.device
+    generator = torch.Generator(device=device).manual_seed(config.seed)
+    sizes = [
+        min(config.calibration_batch, config.calibration_sequences - start)
+        for start in range(0, config.calibration_sequences, config.calibration_batch)
+    ]
+    steps = ((batch, position) for batch in range(len(sizes)) for position in range(length))
+    texts: list[Tensor] = []
+    for batch, position in progress(steps, "calibration text", total=len(sizes) * length, unit="step"):
+        if position == 0:
+            decoder = Decoder(model, sizes[batch], length)
+            start_ids = (sizes[batch],)
+            tokens = torch.randint(model.config.vocab_size, start_ids, generator=generator, device=device)
+            texts.append(tokens.new_empty(sizes[batch], length))
+        else:
+            tokens = sample(decoder.step(tokens), temperature=config.temperature, generator=generator)
+        texts[-1][:, position] = tokens
+    return torch.cat(texts)
+
+
+@torch.no_grad()
+def collect_hessians(model: GPT, tokens: Tensor, batch: int = 8) -> dict[str, Tensor]:
+    """The damped Hessians of all bank matrices, float32 by `hessian_name`: four a layer.
+
+    tokens (sequences, length): each sequence gives length - 1 inputs. A Hessian is the sum of x^T x over all
+    inputs, divided by the number of sequences, plus 1 % of its mean diagonal (PR 1501).
+    Raises PgolfError for fewer than one sequence or two tokens.
+    """
+    if tokens.ndim != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
+        raise PgolfError(f"Hessians need (sequences, length of 2 or more) tokens, not {tuple(tokens.shape)}")
+    banks = model.banks()
+    parts = tokens.to(model.tok_emb.weight.device)[:, :-1].split(batch)
+    grams = _Grams(model, banks, tokens.shape[1] - 1)
+    for part in progress(parts, "Hessians", unit="batch"):
+        model.hidden(part, banks, observer=grams)
+    for gram in grams.sums.values():
+        gram /= tokens.shape[0]
+        diagonal = torch.diagonal(gram)
+        diagonal += DAMPING * max(diagonal.mean().item(), SMALLEST_DAMPING)
+    return grams.sums
+
+
+class _Grams:
+    """The `Observer` that sums x^T x of what enters every bank matrix."""
+
+    def __init__(self, model: GPT, banks: Banks, length: int):
+        self.model, self.banks, self.sums = model, banks, dict[str, Tensor]()
+        self.tables = rope_tables(model.config, length, model.tok_emb.weight.device)
+
+    def attention_input(self, layer: int, x: Tensor, value_embed: Tensor | None) -> None:
+        self._add(layer, "attn_in", x)
+        config, banks, n = self.model.config, self.banks, self.model.config.num_layers
+        # one layer's banks with the identity as output projection: the result is that projection's input
+        identity = torch.eye(config.model_dim, dtype=banks.qo.dtype, device=banks.qo.device)
+        context = ops.gqa_attention(
+            x,
+            torch.stack((banks.qo[layer], identity)),
+            torch.stack((banks.kv[layer], banks.kv[n + layer])),
+            self.model.blocks[layer].get_parameter("attn.q_gain"),
+            value_embed,
+            *self.tables,
+            0,
+            num_kv_heads=config.num_kv_heads,
+            xsa=self.model.uses_xsa(layer),
+        )
+        self._add(layer, "attn_out", context)
+
+    def mlp_input(self, layer: int, x: Tensor) -> None:
+        self._add(layer, "mlp_in", x)
+        hidden = reference.activation(F.linear(x, self.banks.up[layer]), self.model.config.mlp_activation)
+        self._add(layer, "mlp_hidden", hidden)
+
+    def _add(self, layer: int, which: str, x: Tensor) -> None:
+        rows = x.flatten(0, -2).float()
+        name = hessian_name(layer, which)
+        if name not in self.sums:
+            self.sums[name] = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
+        self.sums[name].addmm_(rows.T, rows)

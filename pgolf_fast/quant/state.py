@@ -1,0 +1,195 @@
+"""A model's state dict as integers: names without banks, what each tensor becomes, and back (PR 1501)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pgolf_fast.config.schema import QuantConfig
+from pgolf_fast.errors import PgolfError
+from pgolf_fast.model.bank import BANK_NAMES
+from pgolf_fast.model.gpt import GPT
+from pgolf_fast.quant.calibration import collect_hessians, hessian_name, self_generate
+from pgolf_fast.quant.gptq import gptq_shared
+from pgolf_fast.quant.grid import check_matrix, dequantize, quantize_int8_rows, quantize_rows
+from pgolf_fast.report import progress
+
+# Slots of each bank, layer by layer, in the order of the stack.
+SLOTS = {
+    "qo_bank": ("attn.c_q.weight", "attn.proj.weight"),
+    "kv_bank": ("attn.c_k.weight", "attn.c_v.weight"),
+    "mlp_up_bank": ("mlp.fc.weight",),
+    "mlp_down_bank": ("mlp.proj.weight",),
+}
+# What enters which matrices; those of one row are quantised together.
+READERS = {
+    "attn_in": ("attn.c_q.weight", "attn.c_k.weight", "attn.c_v.weight"),
+    "attn_out": ("attn.proj.weight",),
+    "mlp_in": ("mlp.fc.weight",),
+    "mlp_hidden": ("mlp.proj.weight",),
+}
+TABLE_BITS = 8
+_SLOT = re.compile(r"blocks\.(\d+)\.((?:attn|mlp)\.\w+\.weight)")
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedTensor:
+    """A matrix as codes int8 (R, C) of `bits` bits and a scale float16 (R,) per row."""
+
+    codes: Tensor
+    scale: Tensor
+    bits: int
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedState:
+    """A quantised model: unbanked name -> `QuantizedTensor` or, stored as it is, float16. On the CPU."""
+
+    tensors: dict[str, QuantizedTensor | Tensor]
+
+    def matrices(self) -> dict[str, QuantizedTensor]:
+        """The bank matrices alone."""
+        return {n: t for n, t in self.tensors.items() if is_slot(n) and isinstance(t, QuantizedTensor)}
+
+
+def is_slot(name: str) -> bool:
+    """Whether an unbanked name is a matrix of a bank."""
+    return _SLOT.fullmatch(name) is not None
+
+
+def unbank(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict with every bank split into its matrices, named as the community names them.
+
+    Raises PgolfError when a bank is missing.
+    """
+    missing = [name for name in BANK_NAMES if name not in state]
+    if missing:
+        raise PgolfError(f"the state has no {', '.join(missing)}: it is not a model with weight banks")
+    split = {}
+    for bank, slots in SLOTS.items():
+        layers = len(state[bank]) // len(slots)
+        for index, matrix in enumerate(state[bank].unbind(0)):
+            split[f"blocks.{index % layers}.{slots[index // layers]}"] = matrix
+    return {**split, **{name: tensor for name, tensor in state.items() if name not in BANK_NAMES}}
+
+
+def rebank(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `unbank`. Raises PgolfError when matrices are missing or differ in shape in a bank."""
+    layers = 1 + max((int(m[1]) for m in map(_SLOT.fullmatch, tensors) if m), default=-1)
+    banks = {}
+    for bank, slots in SLOTS.items():
+        names = [f"blocks.{layer}.{slot}" for slot in slots for layer in range(layers)]
+        missing = [name for name in names if name not in tensors]
+        if missing or not layers:
+            raise PgolfError(
+                f"{bank} cannot be put together: {', '.join(missing) or 'every matrix'} is missing"
+            )
+        if len({tensors[name].shape for name in names}) > 1:
+            raise PgolfError(f"{bank} cannot be put together: its matrices differ in shape")
+        banks[bank] = torch.stack([tensors[name] for name in names])
+    return {**banks, **{name: tensor for name, tensor in tensors.items() if not is_slot(name)}}
+
+
+def quantize_state(
+    state: Mapping[str, Tensor], config: QuantConfig, hessians: Mapping[str, Tensor] | None = None
+) -> QuantizedState:
+    """Integers and float16 for a model's state dict: bank matrices, large tables, everything else.
+
+    hessians: as from `collect_hessians`, for method gptq; plain rounding does not look at them.
+    Raises PgolfError for values that are not finite, or gptq without Hessians.
+    """
+    tensors = unbank(state)
+    done: dict[str, QuantizedTensor | Tensor] = dict(_quantize_slots(tensors, config, hessians))
+    for name, tensor in tensors.items():
+        if name in done:
+            continue
+        # The original makes float16 of whatever has at most 65,536 elements before it looks for bank
+        # matrices, none of which is so small in exp101. Here bank matrices come first, so that small models
+        # are quantised too; the 66 / 3 / 55 tensors of exp101 come out the same.
+        if name.endswith(".weight") and tensor.ndim == 2 and tensor.numel() > config.small_tensor:
+            check_matrix(tensor, name)
+            codes, scale = quantize_int8_rows(tensor, scale_floor=config.scale_floor)
+            done[name] = QuantizedTensor(codes.cpu(), scale.cpu(), TABLE_BITS)
+        else:
+            done[name] = _float16(name, tensor)
+    return QuantizedState({name: done[name] for name in tensors})
+
+
+def _float16(name: str, tensor: Tensor) -> Tensor:
+    half = tensor.detach().half().cpu()
+    if not bool(torch.isfinite(half).all()):
+        raise PgolfError(f"{name} has values that are not finite or beyond the 65504 of float16")
+    return half.clone()
+
+
+def _quantize_slots(
+    tensors: Mapping[str, Tensor], config: QuantConfig, hessians: Mapping[str, Tensor] | None
+) -> dict[str, QuantizedTensor]:
+    layers = sum(_SLOT.fullmatch(name) is not None for name in tensors) // 6
+    groups = [(layer, which) for layer in range(layers) for which in READERS]
+    done = {}
+    for layer, which in progress(groups, f"quantise ({config.method})", unit="group"):
+        weights = {
+            name: tensors[name].detach() for name in (f"blocks.{layer}.{slot}" for slot in READERS[which])
+        }
+        for name, (codes, scale) in _quantize_group(
+            weights, hessian_name(layer, which), config, hessians
+        ).items():
+            done[name] = QuantizedTensor(codes.cpu(), scale.cpu(), config.bits)
+    return done
+
+
+def _quantize_group(
+    weights: Mapping[str, Tensor], hessian: str, config: QuantConfig, hessians: Mapping[str, Tensor] | None
+) -> dict[str, tuple[Tensor, Tensor]]:
+    if config.method == "gptq":
+        if hessians is None or hessian not in hessians:
+            raise PgolfError(
+                f"quant.method gptq needs the Hessian {hessian}: collect it, or use quant.method round"
+            )
+        return gptq_shared(
+            weights,
+            hessians[hessian],
+            clip_range=config.clip_range,
+            percentiles=config.percentiles,
+            scale_floor=config.scale_floor,
+            block_size=config.block_size,
+            damping=config.damping,
+        )
+    for name, weight in weights.items():
+        check_matrix(weight, name)
+    return {
+        name: quantize_rows(
+            weight,
+            clip_range=config.clip_range,
+            percentiles=config.percentiles,
+            scale_floor=config.scale_floor,
+        )
+        for name, weight in weights.items()
+    }
+
+
+def dequantize_state(quantized: QuantizedState) -> dict[str, Tensor]:
+    """The state dict with banks, all float32, that the integers stand for."""
+    tensors = {
+        name: dequantize(t.codes, t.scale) if isinstance(t, QuantizedTensor) else t.float()
+        for name, t in quantized.tensors.items()
+    }
+    return rebank(tensors)
+
+
+@torch.no_grad()
+def quantize_model(model: GPT, config: QuantConfig, *, seq_len: int) -> QuantizedState:
+    """`quantize_state` of a model, with Hessians of text it writes itself when the method is gptq.
+
+    seq_len: the length the model was trained at; calibration text is no longer. The model is not changed.
+    """
+    hessians = None
+    if config.method == "gptq":
+        text = self_generate(model, config, seq_len)
+        hessians = collect_hessians(model, text, batch=config.calibration_batch)
+    return quantize_state(model.state_dict(), config, hessians)

@@ -1,0 +1,296 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import (
+    LAYOUTS,
+    assert_adds_to_banks,
+    assert_matches_float64,
+    assert_strides_do_not_matter,
+    lay_out,
+    results,
+)
+
+from pgolf_fast.ops import gqa_attention, reference
+
+# (B, T), heads, KV heads, head dim, rotated channels
+CASES = {
+    "aligned": ((2, 16), 4, 2, 16, 8),
+    "odd": ((3, 7), 3, 1, 10, 6),
+    "ratio 1": ((2, 5), 2, 2, 32, 32),
+    "ratio 4": ((1, 33), 4, 1, 16, 16),
+    "one token": ((2, 1), 4, 2, 16, 8),
+    "one row": ((1, 1), 1, 1, 16, 0),
+    "head dim 64": ((1, 20), 2, 1, 64, 16),
+    "head dim 128": ((1, 9), 2, 1, 128, 128),
+    "long": ((1, 130), 2, 1, 16, 4),
+    "no rows": ((0, 4), 2, 1, 16, 8),
+    "no tokens": ((2, 0), 2, 1, 16, 8),
+}
+LAYERS, SLOT = 3, 1
+
+
+def make(case, dtype=torch.float32, device="cpu", value_embed=True):
+    """x, qo bank, kv bank, q gain (float32, as in the network), value embedding; cos and sin."""
+    (batch, length), heads, kv_heads, head_dim, rotated = CASES[case]
+    dim, kv_dim = heads * head_dim, kv_heads * head_dim
+    x = torch.randn(batch, length, dim)
+    qo = torch.randn(2 * LAYERS, dim, dim) * dim**-0.5
+    kv = torch.randn(2 * LAYERS, kv_dim, dim) * dim**-0.5
+    value = torch.randn(batch, length, kv_dim) if value_embed else None
+    gain = (1 + torch.rand(heads)).to(device)
+    angles = 6 * torch.rand(length, rotated // 2, device=device)
+    x, qo, kv, value = (t if t is None else t.to(device, dtype) for t in (x, qo, kv, value))
+    return [x, qo, kv, gain, value], (angles.cos(), angles.sin())
+
+
+def attention(case, tables, xsa, slot=SLOT):
+    kv_heads = CASES[case][2]
+
+    def op(x, qo, kv, gain, value, grad_qo=None, grad_kv=None):
+        return gqa_attention(
+            x,
+            qo,
+            kv,
+            gain,
+            value,
+            *tables,
+            slot,
+            num_kv_heads=kv_heads,
+            xsa=xsa,
+            grad_qo=grad_qo,
+            grad_kv=grad_kv,
+        )
+
+    return op
+
+
+def formula(case, tables, xsa, slot=SLOT):
+    return lambda *t: reference.gqa_attention(*t, *tables, slot=slot, num_kv_heads=CASES[case][2], xsa=xsa)
+
+
+def eager(case, tables, xsa):
+    """The same as a PyTorch user writes it: every step rounds to x's dtype, except XSA's own sums."""
+    _, heads, kv_heads, head_dim, _ = CASES[case]
+
+    def run(x, qo, kv, gain, value):
+        q, k, v = (F.linear(x, w) for w in (qo[SLOT], kv[SLOT], kv[LAYERS + SLOT]))
+        v = v if value is None else v + value
+        q = q.unflatten(-1, (heads, head_dim))
+        k, v = (t.unflatten(-1, (kv_heads, head_dim)) for t in (k, v))
+        q, k = (reference.rotate(F.rms_norm(t, (head_dim,), eps=reference.RMS_EPS), *tables) for t in (q, k))
+        q = q * gain.to(q.dtype)[:, None]
+        y = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=True
+        ).transpose(1, 2)
+        y = reference.exclusive(y, v) if xsa else y
+        return F.linear(y.flatten(2), qo[LAYERS + SLOT])
+
+    return run
+
+
+@pytest.mark.parametrize("xsa", [False, True], ids=["full", "xsa"])
+@pytest.mark.parametrize("value_embed", [False, True], ids=["no ve", "ve"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", CASES)
+def test_matches_reference(case, dtype, value_embed, xsa, device):
+    if xsa and case == "one row":
+        pytest.skip("exactly zero, see test_xsa_of_the_first_token_is_zero")
+    inputs, tables = make(case, dtype, device, value_embed)
+    op, exact, low = (f(case, tables, xsa) for f in (attention, formula, eager))
+    assert_matches_float64(op, exact, inputs, eager=low)
+
+
+def test_matches_pytorch():
+    """Another definition: PyTorch's own RMS norm and grouped-query attention, at gain 1 and without RoPE."""
+    (x, qo, kv, gain, _), tables = make("aligned", value_embed=False)
+    tables = tuple(t[:, :0] for t in tables)
+    got = attention("aligned", tables, xsa=False)(x, qo, kv, torch.ones_like(gain), None)
+    q, k, v = (F.linear(x, w) for w in (qo[SLOT], kv[SLOT], kv[LAYERS + SLOT]))
+    q, k, v = (t.unflatten(-1, (-1, 16)).transpose(1, 2) for t in (q, k, v))
+    q, k = (F.rms_norm(t, (16,)) for t in (q, k))
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(got, F.linear(y, qo[LAYERS + SLOT]))
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e-5, 0.0])
+def test_small_heads(size, device):
+    """Where heads are as small as the norm's epsilon, and at zero, whose gradients are finite."""
+    inputs, tables = make("aligned", torch.double, device)
+    inputs[0], inputs[3] = size * inputs[0], inputs[3].double()
+    outs, grads, douts = results(attention("aligned", tables, True), inputs)
+    want, wants, _ = results(formula("aligned", tables, True), inputs, douts)
+    torch.testing.assert_close((outs, grads), (want, wants))
+    assert all(torch.isfinite(g).all() for g in grads)
+
+
+@pytest.mark.parametrize("slot", range(LAYERS))
+def test_reads_its_slots(slot, device):
+    inputs, tables = make("aligned", device=device)
+    outs, grads, _ = results(attention("aligned", tables, True, slot), inputs)
+    torch.testing.assert_close(outs[0], formula("aligned", tables, True, slot)(*inputs))
+    for grad in grads[1:3]:
+        assert [bool(g.any()) for g in grad] == [s % LAYERS == slot for s in range(2 * LAYERS)]
+
+
+def test_strided_tables(device):
+    inputs, (cos, sin) = make("odd", device=device)
+    strided = LAYOUTS["sliced"](cos, 0), LAYOUTS["transposed"](sin, 2)
+    want, got = (
+        results(attention("odd", t, True), inputs, [torch.ones_like(inputs[0])])
+        for t in ((cos, sin), strided)
+    )
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("xsa", [False, True], ids=["full", "xsa"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strided_inputs(layout, xsa, device):
+    inputs, tables = make("odd", device=device)
+    inputs = lay_out(layout, inputs)
+    assert not any(t.is_contiguous() for t in (*inputs[:3], inputs[4]))
+    assert_strides_do_not_matter(attention("odd", tables, xsa), inputs)
+
+
+@pytest.mark.parametrize("banked", [False, True], ids=["dense", "banked"])
+@pytest.mark.parametrize("case", ["aligned", "ratio 1", "one token"])
+@pytest.mark.parametrize(("value_embed", "xsa"), [(True, True), (False, False)])
+def test_opcheck(value_embed, xsa, case, banked, device):
+    inputs, tables = make(case, device=device, value_embed=value_embed)
+    if case == "aligned":
+        inputs = lay_out("transposed", inputs)
+    x, qo, kv, gain, value = (t if t is None else t.detach().requires_grad_() for t in inputs)
+    banks = (torch.ones_like(qo), torch.ones_like(kv)) if banked else (None, None)
+    banks = tuple(b if b is None else b.detach() for b in banks)
+    args = (x, qo, kv, gain, value, *tables, SLOT, CASES[case][2], xsa, *banks)
+    torch.library.opcheck(torch.ops.pgolf.gqa_attention, args)
+    with torch.no_grad():
+        out, *saved = torch.ops.pgolf.gqa_attention(*args)
+    x, qo, kv, gain = (t.detach() for t in (x, qo, kv, gain))
+    backward = (torch.randn_like(out), x, qo, kv, gain, *tables, saved, SLOT, xsa, *banks)
+    torch.library.opcheck(torch.ops.pgolf.gqa_attention_backward, backward)
+
+
+def test_opcheck_empty(device):
+    inputs, tables = make("no tokens", device=device)
+    args = (*inputs, *tables, SLOT, 1, True, None, None)
+    torch.library.opcheck(torch.ops.pgolf.gqa_attention, args)
+
+
+@pytest.mark.parametrize("xsa", [False, True], ids=["full", "xsa"])
+@pytest.mark.parametrize("value_embed", [False, True], ids=["no ve", "ve"])
+def test_gradcheck(value_embed, xsa, monkeypatch):
+    monkeypatch.setitem(CASES, "small", ((2, 3), 2, 1, 4, 2))
+    inputs, tables = make("small", torch.double, value_embed=value_embed)
+    inputs = [t if t is None else t.double().requires_grad_() for t in inputs]
+    torch.autograd.gradcheck(attention("small", tables, xsa), inputs)
+
+
+@pytest.mark.parametrize("banked", [False, True], ids=["dense", "banked"])
+def test_compiles_without_graph_break(banked, device):
+    inputs, tables = make("aligned", device=device)
+    eager_banks = [torch.randn_like(t) for t in inputs[1:3]] if banked else [None, None]
+    compiled_banks = [t if t is None else t.clone() for t in eager_banks]
+    op = attention("aligned", tables, xsa=True)
+
+    def run(*args):
+        return op(*args).sin()
+
+    def outcome(function, banks):
+        leaves = [t.detach().requires_grad_() for t in inputs]
+        out = function(*leaves, *banks)
+        out.sum().backward()
+        return out.detach(), [t.grad for t in leaves], banks
+
+    want = outcome(run, eager_banks)
+    got = outcome(torch.compile(run, fullgraph=True, backend="aot_eager"), compiled_banks)
+    torch.testing.assert_close(got, want)
+    if banked:
+        assert want[1][1:3] == [None, None]
+
+
+def rejected(**changes):
+    (x, qo, kv, gain, value), (cos, sin) = make("aligned")
+    call = {"x": x, "qo_bank": qo, "kv_bank": kv, "q_gain": gain, "value_embed": value}
+    call |= {"cos": cos, "sin": sin, "slot": 0, "num_kv_heads": 2, "xsa": True}
+    return gqa_attention(**{**call, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": torch.ones(16, 64)}, r"x\.shape is \(16, 64\), but \(any, any, any\) is needed"),
+        ({"x": torch.ones(2, 16, 60)}, r"qo_bank\.shape is \(6, 64, 64\), but \(any, 60, 60\) is needed"),
+        ({"kv_bank": torch.ones(6, 64, 64)}, r"kv_bank\.shape is \(6, 64, 64\), but \(6, 32, 64\) is needed"),
+        ({"kv_bank": torch.ones(4, 32, 64)}, r"kv_bank\.shape is \(4, 32, 64\), but \(6, 32, 64\)"),
+        ({"q_gain": torch.ones(5)}, r"width 64, 5 heads and 2 KV heads do not divide"),
+        ({"num_kv_heads": 3}, r"width 64, 4 heads and 3 KV heads do not divide"),
+        ({"value_embed": torch.ones(2, 16, 64)}, r"value_embed\.shape is \(2, 16, 64\), but \(2, 16, 32\)"),
+        ({"value_embed": torch.ones(2, 16, 32).half()}, r"value_embed\.dtype is torch\.float16"),
+        ({"cos": torch.ones(15, 4)}, r"cos\.shape is \(15, 4\), but \(16, any\)"),
+        ({"sin": torch.ones(16, 3)}, r"sin\.shape is \(16, 3\), but \(16, 4\)"),
+        ({"cos": torch.ones(16, 9), "sin": torch.ones(16, 9)}, r"cos turns 18 channels of 16 per head"),
+        ({"slot": 3}, r"slot is 3, but the bank has layers 0 to 2"),
+        ({"slot": -1}, r"slot is -1"),
+        ({"qo_bank": torch.ones(6, 64, 64).half()}, r"qo_bank\.dtype is torch\.float16, but x\.dtype is"),
+    ],
+    ids=lambda p: "-".join(p) if isinstance(p, dict) else "",
+)
+def test_rejects_bad_input(changes, message):
+    with pytest.raises(ValueError, match="pgolf::gqa_attention: " + message):
+        rejected(**changes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("xsa", [False, True], ids=["full", "xsa"])
+def test_gradient_banks(xsa, dtype, device):
+    inputs, tables = make("odd", dtype, device)
+    slots = (SLOT, LAYERS + SLOT)
+    assert_adds_to_banks(attention("odd", tables, xsa), inputs, banks=(1, 2), slots=(slots, slots))
+
+
+def own_values(x, kv, value, head_dim):
+    w = F.linear(x, kv[LAYERS + SLOT])
+    return (w if value is None else w + value).unflatten(-1, (-1, head_dim))
+
+
+@pytest.mark.parametrize("value_embed", [False, True], ids=["no ve", "ve"])
+def test_xsa_is_orthogonal_to_own_value(value_embed, device):
+    (x, qo, kv, gain, value), tables = make("aligned", device=device, value_embed=value_embed)
+    qo[LAYERS + SLOT] = torch.eye(64)  # so that the op returns the heads themselves
+    v = own_values(x, kv, value, 16).repeat_interleave(2, dim=2)
+    along = {}
+    for xsa in (False, True):
+        out = attention("aligned", tables, xsa)(x, qo, kv, gain, value).unflatten(-1, (4, 16))
+        along[xsa] = (out * v).sum(-1).abs()
+    assert along[True].max() < 1e-5 < 1e-2 < along[False].median()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", ["one row", "one token"])
+def test_xsa_of_the_first_token_is_zero(case, dtype, device):
+    """It attends to itself only, so its output is its own value and nothing is left; no gradient either."""
+    inputs, tables = make(case, dtype, device)
+    for xsa in (True, False):
+        outs, grads, _ = results(attention(case, tables, xsa), inputs)
+        small = [(t.abs().max() < 16 * torch.finfo(dtype).eps).item() for t in (*outs, grads[0], grads[-1])]
+        assert small == [xsa] * 3
+
+
+@pytest.mark.parametrize("xsa", [False, True], ids=["full", "xsa"])
+def test_causal(xsa, device):
+    (x, qo, kv, gain, value), tables = make("ratio 4", device=device)
+    op = attention("ratio 4", tables, xsa)
+    want = op(x, qo, kv, gain, value)
+    for t in (1, 16, 32):
+        later_x, later_value = x.clone(), value.clone()
+        later_x[:, t:], later_value[:, t:] = torch.randn_like(x[:, t:]), torch.randn_like(value[:, t:])
+        got = op(later_x, qo, kv, gain, later_value)
+        torch.testing.assert_close(got[:, :t], want[:, :t], rtol=0, atol=1e-6)
+        assert (got[:, t] - want[:, t]).abs().max() > 0.1
+
+
+def test_sequences_are_separate(device):
+    (x, qo, kv, gain, value), tables = make("aligned", device=device)
+    op = attention("aligned", tables, True)
+    alone = op(x[:1], qo, kv, gain, value[:1])
+    torch.testing.assert_close(op(x, qo, kv, gain, value)[:1], alone)

@@ -1,0 +1,94 @@
+import pytest
+import torch
+from helpers import LAYOUTS, assert_as_accurate, lay_out
+
+from pgolf_fast.ops import newton_schulz, reference
+
+SHAPES = [(3, 32, 32), (2, 48, 16), (2, 16, 48), (4, 27, 13), (2, 1, 9), (2, 9, 1), (1, 1, 1)]
+EMPTY = [(0, 4, 4), (2, 0, 4), (2, 4, 0)]
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES + EMPTY, ids=str)
+def test_matches_reference(shape, dtype, steps, device):
+    g = torch.randn(shape, device=device).to(dtype)
+    got = newton_schulz(g, steps)
+    exact = reference.newton_schulz(g.double(), steps)
+    assert got.dtype == dtype
+    assert got.is_contiguous()
+    rounding = torch.finfo(dtype).eps / 2 * (exact.abs().max().item() if exact.numel() else 0)
+    assert_as_accurate(got, reference.newton_schulz(g, steps), exact, atol=1e-6 + rounding)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(3, 12, 7), (3, 7, 12)], ids=str)
+def test_strided_inputs(shape, layout, device):
+    (g,) = lay_out(layout, [torch.randn(shape, device=device)])
+    assert not g.is_contiguous()
+    before = g.clone()
+    got = newton_schulz(g)
+    torch.testing.assert_close(got, newton_schulz(g.contiguous()))
+    assert got.is_contiguous()
+    assert torch.equal(g, before), "the input was changed"
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 4), (2, 4, 6), (0, 4, 4)], ids=str)
+def test_opcheck(shape, device):
+    g = torch.randn(shape, device=device)
+    torch.library.opcheck(torch.ops.pgolf.newton_schulz, (g, 5))
+    torch.library.opcheck(torch.ops.pgolf.newton_schulz, (g.mT, 2))
+
+
+def test_compiles_without_graph_break(device):
+    g = torch.randn(2, 6, 4, device=device)
+    compiled = torch.compile(lambda t: newton_schulz(t) + 1, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(g), newton_schulz(g) + 1)
+
+
+def test_rejects_bad_input():
+    with pytest.raises(ValueError, match=r"newton_schulz: g\.shape is \(4, 4\), but \(any, any, any\)"):
+        newton_schulz(torch.ones(4, 4))
+    with pytest.raises(ValueError, match=r"steps is -1; it must not be negative"):
+        newton_schulz(torch.ones(1, 4, 4), -1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(4, 24, 24), (4, 40, 16), (4, 16, 40)], ids=str)
+def test_orthogonalises(shape, dtype, device):
+    """U S V^T becomes U S' V^T with S' between 0.68 and 1.14, however unequal S was."""
+    rank = min(shape[1:])
+    u, _, vh = torch.linalg.svd(torch.randn(shape, device=device), full_matrices=False)
+    sizes = torch.logspace(-1, 0, rank, device=device)
+    g = (u * sizes) @ vh
+    got = newton_schulz(g.to(dtype)).float()
+    values = torch.linalg.svdvals(got)
+    assert 0.6 < values.min() < values.max() < 1.25
+    in_basis = u.mT @ got @ vh.mT
+    off = in_basis - torch.diag_embed(in_basis.diagonal(dim1=1, dim2=2))
+    assert off.abs().max() < (1e-4 if dtype == torch.float32 else 0.05)
+    assert in_basis.diagonal(dim1=1, dim2=2).min() > 0.6, "a singular vector changed its sign"
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize("shape", [(3, 9, 9), (2, 11, 6), (2, 6, 11)], ids=str)
+def test_is_a_polynomial_of_the_singular_values(shape, steps, device):
+    """Each step takes s to 3.4445 s - 4.7750 s^3 + 2.0315 s^5, from s / |g|, and leaves U and V alone."""
+    g = torch.randn(shape, device=device, dtype=torch.double)
+    u, s, vh = torch.linalg.svd(g, full_matrices=False)
+    s = s / (s.square().sum(-1, keepdim=True).sqrt() + 1e-7)
+    for _ in range(steps):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    torch.testing.assert_close(newton_schulz(g, steps), (u * s.unsqueeze(1)) @ vh)
+
+
+def test_slots_are_separate(device):
+    """Each matrix is scaled by its own norm: neither a huge nor a zero neighbour changes it."""
+    g = torch.randn(4, 10, 6, device=device)
+    alone = newton_schulz(g[:1])
+    g[1] *= 1e6
+    g[2] = 0
+    got = newton_schulz(g)
+    torch.testing.assert_close(got[:1], alone)
+    assert not got[2].any()
+    assert torch.isfinite(got).all()

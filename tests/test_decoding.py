@@ -1,0 +1,158 @@
+"""Cached decoding against the full forward, for every variant of the network."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pgolf_fast.config.schema import ModelConfig
+from pgolf_fast.errors import PgolfError
+from pgolf_fast.model.decoding import Decoder, generate, sample
+from pgolf_fast.model.gpt import GPT
+
+TINY = {
+    "vocab_size": 96,
+    "num_layers": 4,
+    "model_dim": 32,
+    "num_heads": 2,
+    "num_kv_heads": 1,
+    "bigram_vocab_size": 64,
+    "bigram_dim": 16,
+    "rope_dims": 8,
+    "ve_dim": 8,
+    "ve_layers": (2, 3),
+    "xsa_last_n": 4,
+    "frozen_skips": 0,
+}
+VARIANTS = {
+    "exp101": {},
+    "no_trigram": {"trigram": False},
+    "plain_hash": {"pos_conditional": False},
+    "no_hash": {"bigram_vocab_size": 0, "trigram": False},
+    "no_value_embedding": {"ve_enabled": False},
+    "value_embedding_everywhere": {"ve_layers": (0, 1, 2, 3)},
+    "no_xsa": {"xsa_last_n": 0},
+    "xsa_last_two": {"xsa_last_n": 2},
+    "full_rope": {"rope_dims": 0},
+    "bf16_rope_tables": {"rope_bf16_tables": True},
+    "swiglu": {"mlp_activation": "swiglu", "mlp_mult": 2.0},
+    "relu_squared": {"mlp_activation": "relu_squared"},
+    "grouped_heads": {"num_heads": 4, "num_kv_heads": 2},
+    "five_layers": {"num_layers": 5, "ln_scale": False},
+}
+
+
+def random_model(seed: int = 0, *, dtype: torch.dtype = torch.float32, **changes: object) -> GPT:
+    """A tiny network in which every parameter is random, so that no part hides behind a zero."""
+    config = ModelConfig(**{**TINY, **changes})  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(seed)
+    spaces = torch.rand(config.vocab_size, generator=generator) < 0.4
+    model = GPT(config, spaces, compute_dtype=dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(noise * 0.2 if parameter.ndim > 1 else 0.8 + noise * 0.2)
+    return model
+
+
+def random_tokens(batch: int, length: int, vocab: int = 96) -> torch.Tensor:
+    return torch.randint(vocab, (batch, length), generator=torch.Generator().manual_seed(7))
+
+
+def stepwise(model: GPT, tokens: torch.Tensor, context: int | None = None) -> torch.Tensor:
+    decoder = Decoder(model, tokens.shape[0], tokens.shape[1], context=context)
+    return torch.stack([decoder.step(column) for column in tokens.unbind(1)], dim=1)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_step_equals_full_forward(variant):
+    model = random_model(**VARIANTS[variant])
+    tokens = random_tokens(3, 40)
+    with torch.no_grad():
+        full = model.logits(tokens)
+    assert full.std() > 0.1
+    torch.testing.assert_close(stepwise(model, tokens), full, atol=2e-4, rtol=1e-4)
+
+
+def test_across_the_ntk_border():
+    model = random_model(num_layers=2, ve_layers=(1,))
+    tokens = random_tokens(1, 1040)
+    with torch.no_grad():
+        full = model.logits(tokens)
+    torch.testing.assert_close(stepwise(model, tokens), full, atol=5e-4, rtol=1e-3)
+    other_base = stepwise(model, tokens, context=1024)
+    assert (other_base - full).abs().max() > 1e-2
+
+
+def test_bfloat16_stays_close_to_float32():
+    tokens = random_tokens(2, 24)
+    exact = stepwise(random_model(), tokens)
+    with torch.no_grad():
+        full = random_model(dtype=torch.bfloat16).logits(tokens)
+    rounded = stepwise(random_model(dtype=torch.bfloat16), tokens)
+    assert rounded.dtype == torch.float32
+    assert (rounded - exact).abs().mean() < 1.5 * (full - exact).abs().mean() + 1e-3
+
+
+def test_under_inference_mode_and_after_it():
+    model, tokens = random_model(), random_tokens(2, 6)
+    want = stepwise(model, tokens)
+    with torch.inference_mode():
+        decoder = Decoder(model, 2, 6)
+        first = [decoder.step(column) for column in tokens[:, :3].unbind(1)]
+    rest = [decoder.step(column) for column in tokens[:, 3:].unbind(1)]
+    assert torch.equal(torch.stack([*first, *rest], dim=1), want)
+
+
+def test_too_many_steps_and_wrong_shapes():
+    model = random_model()
+    decoder = Decoder(model, 2, 1)
+    with pytest.raises(PgolfError, match=r"shape \(3,\).*\(2,\)"):
+        decoder.step(torch.zeros(3, dtype=torch.long))
+    decoder.step(torch.zeros(2, dtype=torch.long))
+    with pytest.raises(PgolfError, match="already have 1 tokens"):
+        decoder.step(torch.zeros(2, dtype=torch.long))
+    with pytest.raises(PgolfError, match="at least 1"):
+        Decoder(model, 0, 4)
+
+
+def test_generate_greedy_follows_the_full_forward():
+    model, prompt = random_model(), random_tokens(2, 5)
+    text = generate(model, prompt, 8, temperature=0)
+    assert torch.equal(text[:, :5], prompt)
+    for position in range(5, 13):
+        with torch.no_grad():
+            best = model.logits(text[:, :position])[:, -1].argmax(-1)
+        assert torch.equal(text[:, position], best)
+
+
+def test_generate_is_decided_by_the_generator():
+    model = random_model()
+    runs = [
+        generate(
+            model, torch.tensor([1, 2]), 20, temperature=0.8, generator=torch.Generator().manual_seed(seed)
+        )
+        for seed in (3, 3, 4)
+    ]
+    assert runs[0].shape == (2, 21)
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+
+
+def test_generate_rejects_bad_prompts():
+    model = random_model()
+    with pytest.raises(PgolfError, match="outside 0 to 95"):
+        generate(model, torch.tensor([[96]]), 1)
+    with pytest.raises(PgolfError, match="cannot continue"):
+        generate(model, torch.zeros(2, 0, dtype=torch.long), 1)
+
+
+def test_sample_top_k_and_temperature():
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]]).expand(200, 4)
+    generator = torch.Generator().manual_seed(0)
+    assert set(sample(logits, top_k=2, generator=generator).tolist()) == {2, 3}
+    assert sample(logits, temperature=0).unique().tolist() == [3]
+    with pytest.raises(PgolfError, match="negative"):
+        sample(logits, temperature=-1.0)
+    with pytest.raises(PgolfError, match="top_k"):
+        sample(logits, top_k=0)

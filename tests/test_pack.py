@@ -1,0 +1,264 @@
+"""From a quantised model to a file within its budget, and back, bit for bit."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import randomize_, tiny_config
+
+import pgolf_fast
+from pgolf_fast.artifact import budget
+from pgolf_fast.artifact import pack as packing
+from pgolf_fast.artifact.container import TensorRecord, read_container, write_container
+from pgolf_fast.artifact.pack import build_records, load_artifact, load_model, pack, unpack
+from pgolf_fast.config.schema import PackConfig, QuantConfig, RunConfig
+from pgolf_fast.config.serialize import run_config_to_dict
+from pgolf_fast.errors import PgolfError
+from pgolf_fast.model.gpt import GPT
+from pgolf_fast.quant.state import QuantizedState, QuantizedTensor, dequantize_state, quantize_state
+
+RUN = RunConfig(name="test", model=tiny_config())
+ROUND = QuantConfig(method="round", small_tensor=600)
+FREE_CODE = PackConfig(code_bytes=0)
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT:
+    config = RUN.model
+    model = GPT(config, torch.arange(config.vocab_size) % 3 == 0)
+    randomize_(model, 0)
+    return model
+
+
+@pytest.fixture(scope="module")
+def quantized(model) -> QuantizedState:
+    return quantize_state(model.state_dict(), ROUND)
+
+
+def write(quantized: QuantizedState, path: Path, config: PackConfig = FREE_CODE):
+    return pack(quantized, run_config_to_dict(RUN), path, config)
+
+
+def test_pack_and_load_bit_for_bit(model, quantized, tmp_path):
+    path = tmp_path / "model.pgolf"
+    report = write(quantized, path)
+    assert report.path == path
+    assert report.weights_bytes == path.stat().st_size == report.total_bytes
+    assert report.weights_bytes == report.header_bytes + sum(s.stored_bytes for s in report.sections)
+    assert [s.name for s in report.sections] == ["codes", "scales", "embeddings", "small"]
+    assert (report.pruned, report.compressions) == (0, 1)
+    values, again = unpack(path)
+    assert again.tensors.keys() == quantized.tensors.keys()
+    for name, tensor in quantized.tensors.items():
+        other = again.tensors[name]
+        if isinstance(tensor, QuantizedTensor):
+            assert torch.equal(tensor.codes, other.codes)
+            assert torch.equal(tensor.scale, other.scale)
+            assert tensor.bits == other.bits
+        else:
+            assert torch.equal(tensor, other)
+    values, state = load_artifact(path)
+    assert values == json.loads(json.dumps(run_config_to_dict(RUN)))
+    want = dequantize_state(quantized)
+    assert list(state) == list(want)
+    assert all(torch.equal(state[name], tensor) for name, tensor in want.items())
+
+
+def test_load_model_computes_what_the_quantised_model_computes(model, quantized, tmp_path):
+    write(quantized, tmp_path / "model.pgolf")
+    loaded, run = load_model(tmp_path / "model.pgolf", model.has_leading_space)
+    assert run == RUN
+    want = GPT(RUN.model, model.has_leading_space)
+    want.load_state_dict(dequantize_state(quantized))
+    tokens = torch.randint(96, (2, 20))
+    assert torch.equal(loaded.loss(tokens, tokens), want.loss(tokens, tokens))
+    assert all(p.requires_grad and p.device.type == "cpu" for p in loaded.parameters())
+    half, _ = load_model(tmp_path / "model.pgolf", compute_dtype=torch.bfloat16)
+    assert half.compute_dtype == torch.bfloat16
+    assert half.has_leading_space.sum() == 0
+
+
+def test_the_same_model_gives_the_same_bytes(quantized, tmp_path):
+    for name in ("a", "b"):
+        write(quantized, tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+# The budget
+
+
+def test_code_bytes_count_every_module_that_evaluation_imports():
+    """What artifact/pack.py and evaluation/ import, followed to the end, is in the list."""
+    package = Path(pgolf_fast.__file__).parent
+    counted = set(budget.code_files())
+    todo = [package / "artifact" / "pack.py", *(package / "evaluation").glob("*.py")]
+    seen: set[Path] = set()
+    while todo:
+        file = todo.pop()
+        if file in seen:
+            continue
+        seen.add(file)
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pgolf_fast"):
+                base = package.joinpath(*node.module.split(".")[1:])
+                places = [base, *(base / alias.name for alias in node.names)]
+                todo += [f for p in places for f in (p.with_suffix(".py"), p / "__init__.py") if f.is_file()]
+    missing = {file.relative_to(package).as_posix() for file in seen - counted}
+    assert not missing, f"add these to EVALUATION_SOURCES: {missing}"
+    assert sum(file.stat().st_size for file in counted) == budget.code_bytes() > 50_000
+
+
+def test_code_counts_against_the_limit(quantized, tmp_path):
+    size = write(quantized, tmp_path / "m").weights_bytes
+    assert write(quantized, tmp_path / "m", PackConfig(code_bytes=100, limit_bytes=size + 100)).pruned == 0
+    with pytest.raises(PgolfError, match=rf"weights {size:,} \+ code 100 = {size + 100:,} bytes > .*prune"):
+        write(quantized, tmp_path / "m", PackConfig(code_bytes=100, limit_bytes=size + 99, prune=False))
+    counted = write(quantized, tmp_path / "m", PackConfig())
+    assert counted.code_bytes == budget.code_bytes()
+    assert counted.total_bytes == counted.weights_bytes + counted.code_bytes
+
+
+def pruned_codes(quantized: QuantizedState, path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """All matrix codes before and after, flat, in file order."""
+    after = unpack(path)[1].matrices()
+    before = quantized.matrices()
+    flat = [np.concatenate([m[n].codes.numpy().ravel() for n in before]) for m in (before, after)]
+    return flat[0], flat[1]
+
+
+@pytest.mark.parametrize("share", [0.002, 0.01, 0.03])
+def test_pruning_fits_and_takes_no_more_than_needed(quantized, tmp_path, share):
+    size = write(quantized, tmp_path / "whole").weights_bytes
+    limit = int(size * (1 - share))
+    report = write(quantized, tmp_path / "m", replace(FREE_CODE, limit_bytes=limit))
+    assert limit - 400 < report.weights_bytes <= limit
+    assert report.compressions <= budget.PROBES + 2
+    before, after = pruned_codes(quantized, tmp_path / "m")
+    changed = before != after
+    assert np.abs(before[changed]).max() == 1
+    assert np.abs(after[changed]).max() == 0
+    assert changed.sum() == report.pruned <= report.candidates == (np.abs(before) == 1).sum()
+
+
+def test_rows_with_the_smallest_scale_go_first(tmp_path):
+    rng = np.random.default_rng(0)
+    codes = [rng.integers(-2, 3, (30, 40), dtype=np.int8) for _ in range(2)]
+    scale = [rng.uniform(0.01, 0.1, 30).astype(np.float16) for _ in range(2)]
+    order = budget._Order(list(zip(codes, scale, strict=True)))
+    flat, cost = np.concatenate(codes).ravel(), np.repeat(np.concatenate(scale), 40)
+    for number in (0, 1, 500, order.candidates):
+        gone = (order.pruned(number) != flat).nonzero()[0]
+        stays = np.setdiff1d((np.abs(flat) == 1).nonzero()[0], gone)
+        assert len(gone) == number
+        if len(gone) and len(stays):
+            assert cost[gone].max() <= cost[stays].min()
+    assert order.entropy_bytes(0) > order.entropy_bytes(order.candidates) > 0
+
+
+def test_entropy_is_that_of_the_pruned_codes():
+    rng = np.random.default_rng(1)
+    codes = np.clip(np.rint(3 * rng.standard_normal((50, 60))), -31, 31).astype(np.int8)
+    order = budget._Order([(codes, np.ones(50, np.float16))])
+    for number in (0, 7, order.candidates):
+        shares = np.bincount(order.pruned(number) + 31) / codes.size
+        bits = -sum(p * np.log2(p) for p in shares if p) * codes.size
+        assert order.entropy_bytes(number) == pytest.approx(bits / 8)
+
+
+def test_few_compressions_at_a_realistic_size():
+    rng = np.random.default_rng(2)
+    matrices = [
+        (
+            np.clip(np.rint(5 * rng.standard_normal((256, 512))), -31, 31).astype(np.int8),
+            np.ones(256, np.float16),
+        )
+        for _ in range(4)
+    ]
+    raw = b"".join(codes.tobytes() for codes, _ in matrices)
+    size = len(packing.compress_bytes(raw, 6))
+    for share in (0.005, 0.02):
+        target = int(size * (1 - share))
+        done = budget.prune_to_fit(
+            matrices, target, size, lambda raw: len(packing.compress_bytes(raw, 6)), tolerance=64
+        )
+        kept = len(packing.compress_bytes(b"".join(c.tobytes() for c in done.codes), 6))
+        assert target - 200 < kept <= target
+        assert done.compressions <= budget.PROBES
+
+
+def test_what_pruning_cannot_fit(quantized, tmp_path):
+    path = tmp_path / "m"
+    path.write_bytes(b"an earlier artifact")
+    size = write(quantized, tmp_path / "whole").weights_bytes
+    with pytest.raises(PgolfError, match=r"zeroing all [\d,]+ codes .* is not enough"):
+        write(quantized, path, replace(FREE_CODE, limit_bytes=int(size * 0.8)))
+    with pytest.raises(PgolfError, match="even no bank weights at all"):
+        write(quantized, path, replace(FREE_CODE, limit_bytes=500))
+    assert path.read_bytes() == b"an earlier artifact"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "whole"]
+
+
+# Files that are wrong
+
+
+def test_damage_reaches_the_reader_with_section_and_byte(quantized, tmp_path):
+    path = tmp_path / "m"
+    report = write(quantized, path)
+    content = bytearray(path.read_bytes())
+    content[report.header_bytes + 100] ^= 0xFF
+    path.write_bytes(content)
+    with pytest.raises(PgolfError, match=rf"{re.escape(str(path))} .*'codes' at byte {report.header_bytes}"):
+        load_model(path)
+    path.write_bytes(content[:-5])
+    with pytest.raises(PgolfError, match="damaged"):
+        load_model(path)
+
+
+def test_the_wrong_model(quantized, tmp_path):
+    other = replace(RUN, model=tiny_config(num_layers=5, ve_enabled=False, ve_layers=()))
+    pack(quantized, run_config_to_dict(other), tmp_path / "m", FREE_CODE)
+    with pytest.raises(PgolfError, match="does not hold the model") as error:
+        load_model(tmp_path / "m")
+    assert "blocks.4.attn.q_gain is missing" in str(error.value)
+    tables = QuantizedState({**quantized.tensors, "smear.gate": torch.zeros(31).half()})
+    write(tables, tmp_path / "m")
+    with pytest.raises(PgolfError, match=r"smear\.gate is \(31,\), not \(32,\)"):
+        load_model(tmp_path / "m")
+
+
+def test_a_tensor_too_few_or_too_many(quantized, tmp_path):
+    for name in ("smear.gate", "blocks.2.mlp.fc.weight"):
+        fewer = QuantizedState({n: t for n, t in quantized.tensors.items() if n != name})
+        write(fewer, tmp_path / "m")
+        with pytest.raises(PgolfError, match=rf"{re.escape(name)} is missing"):
+            load_model(tmp_path / "m")
+    write(QuantizedState({**quantized.tensors, "extra": torch.zeros(2).half()}), tmp_path / "m")
+    with pytest.raises(PgolfError, match="extra is not part of it"):
+        load_model(tmp_path / "m")
+
+
+def test_containers_that_are_no_packed_model(quantized, tmp_path):
+    path = tmp_path / "m"
+    records = build_records(quantized)
+    write_container(path, {}, records)
+    with pytest.raises(PgolfError, match="holds no packed model"):
+        load_model(path)
+    write(quantized, path)
+    tree = read_container(path)[0]
+    write_container(path, tree, [r for r in records if r.name != "tok_emb.weight.scale"])
+    with pytest.raises(PgolfError, match=r"tok_emb\.weight has no scale"):
+        load_model(path)
+    write_container(path, tree, [*records, TensorRecord.of("x", "integer", np.zeros(1, np.int32))])
+    with pytest.raises(PgolfError, match="x of kind integer"):
+        load_model(path)
+    tree["run"]["model"]["num_layer"] = 4
+    write_container(path, tree, records)
+    with pytest.raises(PgolfError, match="did you mean"):
+        load_model(path)
