@@ -136,9 +136,9 @@ def pruned_codes(quantized: QuantizedState, path: Path) -> tuple[np.ndarray, np.
 @pytest.mark.parametrize("share", [0.002, 0.01, 0.03])
 def test_pruning_fits_and_takes_no_more_than_needed(quantized, tmp_path, share):
     size = write(quantized, tmp_path / "whole").weights_bytes
-    limit = int(size * (1 - share))
-    report = write(quantized, tmp_path / "m", replace(FREE_CODE, limit_bytes=limit))
-    assert limit - 400 < report.weights_bytes <= limit
+    limit = int(size * (1 - share)) + 5000
+    report = write(quantized, tmp_path / "m", PackConfig(code_bytes=5000, limit_bytes=limit))
+    assert limit - 400 < report.total_bytes <= limit
     assert report.compressions <= budget.PROBES + 2
     before, after = pruned_codes(quantized, tmp_path / "m")
     changed = before != after

@@ -119,7 +119,7 @@ def _prune(records: list[TensorRecord], sizes: ContainerSizes, code: int, config
     def compressed_size(raw: bytes) -> int:
         return min(len(compress_bytes(raw, config.lzma_preset)), len(raw))
 
-    tolerance = max(64, config.limit_bytes // 20_000)
+    tolerance = max(64, config.limit_bytes // 8_000)
     pruned = prune_to_fit(list(zip(codes, scales, strict=True)), budget, now, compressed_size, tolerance)
     if not pruned.fits:
         hint = (

@@ -25,12 +25,12 @@ class Size:
 
 SIZES = {
     "small": Size(
-        num_layers=6,
-        model_dim=224,
-        head_dim=32,
+        num_layers=4,
+        model_dim=256,
+        head_dim=64,
         bigram_rows=4096,
         table_dim=64,
-        seq_len=512,
+        seq_len=256,
         batch_tokens=8192,
         steps=100_000,
         seconds=600.0,

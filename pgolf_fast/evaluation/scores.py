@@ -11,6 +11,7 @@ from pgolf_fast.evaluation.score import Score, Stream, frozen_losses, score_wind
 from pgolf_fast.evaluation.ttt import TTTResult, legal_ttt
 from pgolf_fast.evaluation.windows import plain_windows, sliding_windows
 from pgolf_fast.model.gpt import GPT
+from pgolf_fast.quant.fake import make_fake
 
 
 @dataclass(frozen=True)
@@ -71,5 +72,9 @@ def three_scores(model: GPT, stream: Stream, config: RunConfig) -> ThreeScores:
     )
     losses = frozen_losses(model)
     sliding = timed("sliding", lambda: score_windows(losses, stream, windows, length, batch, "sliding"))
-    ttt = timed("sliding + TTT", lambda: legal_ttt(model, stream, windows, length, batch, config.ttt))
+    fake = make_fake(config.quant.bits, config.quant.scale_floor)
+    ttt = timed(
+        "sliding + TTT",
+        lambda: legal_ttt(model, stream, windows, length, batch, config.ttt, fake_quantize=fake),
+    )
     return ThreeScores(plain, sliding, ttt, seconds)

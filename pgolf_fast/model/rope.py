@@ -18,7 +18,6 @@ def rope_base(config: ModelConfig, context: int) -> float:
     return config.rope_base * (context / config.rope_train_seq_len) ** (dims / (dims - 2))
 
 
-@functools.lru_cache(maxsize=32)
 def _tables(config: ModelConfig, length: int, context: int, device: torch.device) -> tuple[Tensor, Tensor]:
     dims = config.rotary_dims
     with torch.inference_mode(False), torch.no_grad():
@@ -34,6 +33,9 @@ def _tables(config: ModelConfig, length: int, context: int, device: torch.device
         return cos.float(), sin.float()
 
 
+_cached_tables = functools.lru_cache(maxsize=32)(_tables)
+
+
 def rope_tables(
     config: ModelConfig, length: int, device: torch.device, context: int | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -42,4 +44,6 @@ def rope_tables(
     `context` (default: length) sets the base only, so that a text written token by token can use the
     base of its final length.
     """
-    return _tables(config, length, context or length, device)
+    if torch.compiler.is_compiling():  # the graph keeps the tables; a cached function would only warn
+        return _tables(config, length, context or length, device)
+    return _cached_tables(config, length, context or length, device)

@@ -74,8 +74,9 @@ def _activate(pre: Tensor, activation: str) -> Tensor:
 
 
 def _activate_backward(dhidden: Tensor, pre: Tensor, activation: str) -> Tensor:
-    if activation == "leaky_relu_squared":  # d(leaky(z)^2) = 2z for z > 0, z/2 below
-        return torch.where(pre > 0, 2 * pre, 0.5 * pre).mul_(dhidden)
+    if activation == "leaky_relu_squared":  # d(leaky(z)^2) = 2 leaky(z) leaky'(z)
+        twice = F.leaky_relu(pre, 0.5).mul_(2).mul_(dhidden)
+        return torch.ops.aten.leaky_relu_backward(twice, pre, 0.5, False)
     if activation == "relu_squared":
         return F.relu(pre).mul_(2).mul_(dhidden)
     wide = torch.promote_types(pre.dtype, torch.float32)

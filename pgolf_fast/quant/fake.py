@@ -9,42 +9,45 @@ import torch
 from torch import Tensor
 
 from pgolf_fast.errors import PgolfError
+from pgolf_fast.quant.grid import SMALLEST_SCALE
 
 
 class _RoundRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight: Tensor, clip_range: int) -> Tensor:
+    def forward(ctx, weight: Tensor, clip_range: int, floor: float) -> Tensor:
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        step = (wide.abs().amax(dim=-1, keepdim=True) / clip_range).clamp_min(1.0 / clip_range)
+        step = (wide.abs().amax(dim=-1, keepdim=True) / clip_range).clamp_min(floor)
         codes = torch.round(wide / step).clamp_(-clip_range - 1, clip_range)
         return (codes * step).to(weight.dtype)
 
     @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0], None, None
 
 
-def fake_quantize_rows(weight: Tensor, clip_range: int = 31) -> Tensor:
+def fake_quantize_rows(weight: Tensor, clip_range: int = 31, *, scale_floor: bool = True) -> Tensor:
     """`weight` (..., R, C) rounded to its rows' grids, in its dtype; gradients pass straight through.
 
-    A row's step is max(|row|max, 1) / clip_range; codes run from -clip_range - 1 to clip_range.
+    A row's step is max |row| / clip_range, and with `scale_floor` at least 1 / clip_range; codes run from
+    -clip_range - 1 to clip_range.
     """
-    return _RoundRows.apply(weight, clip_range)
-
-
-def fake_int6(weight: Tensor) -> Tensor:
-    """`fake_quantize_rows` at 6 bits: one object, for `model.banks(transform=fake_int6)`."""
-    return fake_quantize_rows(weight, 31)
+    return _RoundRows.apply(weight, clip_range, 1.0 / clip_range if scale_floor else SMALLEST_SCALE)
 
 
 @functools.cache
-def make_fake(bits: int) -> Callable[[Tensor], Tensor]:
-    """Fake quantisation to that many bits; the same function object for the same bits.
+def _fake(clip_range: int, scale_floor: bool) -> Callable[[Tensor], Tensor]:
+    return functools.partial(fake_quantize_rows, clip_range=clip_range, scale_floor=scale_floor)
+
+
+def make_fake(bits: int, scale_floor: bool = True) -> Callable[[Tensor], Tensor]:
+    """Fake quantisation on that grid; the same function object for the same grid.
 
     Raises PgolfError unless bits is 2 to 8.
     """
     if not 2 <= bits <= 8:
         raise PgolfError(f"fake quantisation to {bits} bits is not possible; use 2 to 8")
-    if bits == 6:
-        return fake_int6
-    return functools.partial(fake_quantize_rows, clip_range=2 ** (bits - 1) - 1)
+    return _fake(2 ** (bits - 1) - 1, scale_floor)
+
+
+fake_int6 = make_fake(6)
+"""The original's grid: 6 bits, steps of at least 1/31."""

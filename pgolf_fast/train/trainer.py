@@ -16,7 +16,7 @@ from pgolf_fast.optim.average import WeightAverage
 from pgolf_fast.optim.optimizer import Optimizer
 from pgolf_fast.optim.schedule import Schedule
 from pgolf_fast.optim.sharding import Sharding, mean_gradients
-from pgolf_fast.quant.fake import fake_int6
+from pgolf_fast.quant.fake import make_fake
 from pgolf_fast.train.checkpoint import load_weights
 from pgolf_fast.train.meta import fomaml_step
 from pgolf_fast.train.world import World
@@ -98,7 +98,8 @@ class Trainer:
     def _accumulate(self) -> tuple[float, Tensor, Tensor]:
         """Gradients of the whole batch; its mean loss on this rank, and the last micro-batch."""
         qat = self.config.train.qat
-        banks = self.model.banks(fake_int6 if self.qat and qat is not None and qat.banks else None)
+        fake = make_fake(self.config.quant.bits, self.config.quant.scale_floor)
+        banks = self.model.banks(fake if self.qat and qat is not None and qat.banks else None)
         total = torch.zeros((), dtype=torch.float64)
         for _ in range(self.micro_steps):
             tokens, targets = (t.to(self.world.device, non_blocking=True) for t in self.loader.next_batch())

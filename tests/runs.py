@@ -1,0 +1,109 @@
+"""Small complete runs for tests: a data set made of help texts, and configurations that train in seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from pgolf_fast.config.presets import tiny
+from pgolf_fast.config.schema import RunConfig
+from pgolf_fast.config.serialize import flatten, replace_field
+from pgolf_fast.data.shards import write_shard
+from pgolf_fast.data.tokenizer import Tokenizer, train_tokenizer
+
+VOCAB = 384
+
+
+def make_dataset(folder: Path) -> Path:
+    """Shards and a tokenizer of VOCAB pieces, from the help topics of this Python."""
+    from pydoc_data.topics import topics
+
+    texts = [topics[name] for name in sorted(topics)][:40]
+    train_tokenizer(texts, VOCAB, folder / "tokenizer")
+    tokenizer = Tokenizer.load(folder / "tokenizer.model")
+    for split, part in (("train", texts[4:]), ("val", texts[:4])):
+        ids = np.concatenate([tokenizer.encode_document(text) for text in part]).astype(np.uint16)
+        write_shard(folder / f"help_{split}_000000.bin", ids[:4000] if split == "val" else ids)
+    return folder
+
+
+def run_config(data: Path, **changes: object) -> RunConfig:
+    """A run of eight steps in float32 with every feature on; `changes` are dotted fields with __ for dots."""
+    base = tiny()
+    model = replace(
+        base.model,
+        vocab_size=VOCAB,
+        num_layers=3,
+        model_dim=32,
+        num_heads=2,
+        num_kv_heads=1,
+        rope_dims=8,
+        bigram_vocab_size=64,
+        bigram_dim=8,
+        ve_dim=8,
+        ve_layers=(2,),
+        xsa_last_n=3,
+        frozen_skips=0,
+    )
+    train = replace(
+        base.train,
+        steps=8,
+        batch_tokens=128,
+        micro_batch_tokens=64,
+        seq_len=32,
+        compute_dtype="float32",
+        warmdown_steps=6,
+        lr_hold_steps=1,
+        adaptive_warmdown=False,
+        log_every=4,
+        checkpoint_minutes=None,
+    )
+    config = replace(
+        base,
+        name="test",
+        model=model,
+        train=train,
+        data=replace(base.data, path=str(data)),
+        average=replace(base.average, ema_decay=0.8, ema_every=1, swa_every=1),
+        quant=replace(base.quant, calibration_sequences=4, calibration_length=32),
+        eval=replace(base.eval, stride=16),
+        ttt=replace(base.ttt, chunk_tokens=1000, batch_seqs=8),
+    )
+    for name, value in changes.items():
+        config = replace_field(config, name.replace("__", "."), value)
+    return config
+
+
+def words(config: RunConfig) -> list[str]:
+    """The command-line words that turn preset `tiny` into `config`."""
+    before = dict(flatten(tiny()))
+    found = []
+    for name, value in flatten(config):
+        if name == "name" or before.get(name, ...) == value:
+            continue
+        if isinstance(value, tuple):
+            found += [f"--{name}", *map(str, value)]
+        elif isinstance(value, bool) and not isinstance(before.get(name), type(None)):
+            *groups, last = name.split(".")
+            found.append("--" + ".".join([*groups, last if value else f"no-{last}"]))
+        else:
+            found += [f"--{name}", "None" if value is None else str(value)]
+    return found
+
+
+def pgolf(*arguments: object, **settings: object) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pgolf_fast.cli", *map(str, arguments)]
+    options = {"capture_output": True, "text": True, "timeout": 300, "env": environment}
+    return subprocess.run(command, check=False, **{**options, **settings})
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,128 @@
+"""Schedules, groups and Muon as pure functions of their inputs."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import tiny_config
+from torch import nn
+
+from pgolf_fast.config.presets import exp101
+from pgolf_fast.config.schema import AverageConfig, OptimConfig, TrainConfig
+from pgolf_fast.model.gpt import GPT
+from pgolf_fast.optim.average import WeightAverage
+from pgolf_fast.optim.muon import Muon
+from pgolf_fast.optim.optimizer import Optimizer
+from pgolf_fast.optim.schedule import Schedule
+
+
+def triggered_at(seconds):
+    schedule = Schedule(TrainConfig())
+    schedule.state.decay_start = seconds
+    return schedule
+
+
+@pytest.mark.parametrize(
+    ("elapsed", "multiplier"), [(1530.6, 1.0), (3165.3, 0.5), (3710.2, 0.25), (3835.0, 0.2), (4800.0, 0.0)]
+)
+def test_time_cosine_of_the_published_run(elapsed, multiplier):
+    """Milestones that the logs of PR 1501 show, with the decay starting at 1530.6 s of 4800 s."""
+    assert triggered_at(1530.6).multiplier(5000, elapsed) == pytest.approx(multiplier, abs=3e-4)
+
+
+def test_multiplier_holds_at_the_start_and_waits_for_the_warmdown():
+    schedule = Schedule(TrainConfig())
+    assert schedule.multiplier(24, 4700.0) == 1.0  # the first 25 steps, whatever the clock says
+    # untriggered: the last 2500 steps' worth of time; at 0.68 s a step that begins at 3100 s
+    assert schedule.multiplier(4000, 2720.0) == 1.0
+    assert 0 < schedule.multiplier(6000, 4080.0) < 1
+
+
+def test_step_schedule_ends_at_zero():
+    schedule = Schedule(TrainConfig(schedule="steps", max_seconds=None, steps=100, warmdown_steps=40, lr_hold_steps=0))
+    assert schedule.multiplier(60, 1e9) == 1.0
+    assert schedule.multiplier(80, 0.0) == pytest.approx(0.5)
+    assert schedule.multiplier(100, 0.0) == pytest.approx(0.0)
+
+
+def test_adaptive_trigger_watches_every_hundredth_training_loss():
+    """The first look sets the average; the decay starts at the first look that is not 0.05 nats better."""
+    schedule = Schedule(TrainConfig())
+    assert not schedule.observe(1999, 2.0, 1000.0)
+    assert not schedule.observe(2000, 2.1, 1300.0)
+    assert not schedule.observe(2050, 9.9, 1350.0)  # not due
+    assert not schedule.observe(2100, 2.0, 1400.0)  # 0.1 better: average falls by 0.001
+    assert schedule.observe(2200, 2.09, 1530.6)
+    assert schedule.state.decay_start == 1530.6
+    assert schedule.state.trigger_step == 2200
+    assert not schedule.observe(2300, 2.09, 1600.0)  # fires once
+    again = Schedule(TrainConfig())
+    again.load_state(schedule.state_dict())
+    assert again.multiplier(5000, 3165.3) == schedule.multiplier(5000, 3165.3)
+
+
+def test_adaptive_trigger_can_be_switched_off():
+    schedule = Schedule(replace(TrainConfig(), adaptive_warmdown=False))
+    for step in range(2000, 3000, 100):
+        assert not schedule.observe(step, 2.0, 0.0)
+
+
+def test_muon_momentum_rises_linearly():
+    optimizer = Optimizer(GPT(tiny_config()), OptimConfig())
+    assert optimizer.muon_momentum(0) == pytest.approx(0.92)
+    assert optimizer.muon_momentum(750) == pytest.approx(0.955)
+    assert optimizer.muon_momentum(1500) == optimizer.muon_momentum(9999) == 0.99
+
+
+def test_every_parameter_is_in_one_group_with_its_rate():
+    model = GPT(exp101().model)
+    optimizer = Optimizer(model, OptimConfig())
+    names = {id(p): n for n, p in model.named_parameters()}
+    adamw = {names[id(p)]: g["base_lr"] for g in optimizer.adamw.param_groups for p in g["params"]}
+    assert set(optimizer.muon.banks) == {"qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank"}
+    assert set(adamw) | set(optimizer.muon.banks) == set(names.values())
+    assert not set(adamw) & set(optimizer.muon.banks)
+    tables = {"tok_emb.weight", "bigram.embed.weight", "ve_shared.embed.weight"}
+    assert {n for n, lr in adamw.items() if lr == 0.035} == tables
+    assert adamw["bigram.proj.weight"] == adamw["skip_weights"] == adamw["word_start_boost"] == 0.025
+
+
+def test_muon_scales_tall_banks_and_decays():
+    """One step from zero momentum: each slot moves by lr * sqrt(rows/cols) along a nearly orthogonal matrix."""
+    bank = nn.Parameter(torch.ones(2, 48, 16))
+    bank.grad = torch.randn_like(bank)
+    Muon({"b": bank}, weight_decay=0.5, newton_schulz_steps=5).step(lr=0.1, momentum=0.0)
+    moved = (bank.detach() - 1 + 0.05) / (0.1 * math.sqrt(3))
+    singular = torch.linalg.svdvals(moved)
+    assert singular.min() > 0.5
+    assert singular.max() < 1.3
+
+
+def test_muon_without_gradient_says_so():
+    with pytest.raises(RuntimeError, match="b has no gradient"):
+        Muon({"b": nn.Parameter(torch.ones(1, 2, 2))}, weight_decay=0, newton_schulz_steps=1).step(
+            lr=0.1, momentum=0.9
+        )
+
+
+def test_clip_bounds_the_global_norm():
+    model = GPT(tiny_config())
+    optimizer = Optimizer(model, OptimConfig(grad_clip=0.3))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before = optimizer.clip()
+    assert float(before) > 1
+    norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+    assert norm == pytest.approx(0.3, rel=1e-4)
+
+
+def test_ema_uses_the_decay_of_the_steps_between_updates():
+    model = nn.Linear(2, 2, bias=False)
+    start = model.weight.detach().clone()
+    average = WeightAverage(model, AverageConfig(ema_decay=0.998, ema_every=10, swa_every=None))
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    for step in range(1, 11):
+        average.update(step, 1.0)
+    torch.testing.assert_close(average.ema["weight"], start + (1 - 0.980179), atol=1e-5, rtol=0)

@@ -1,0 +1,374 @@
+"""Training runs: what each switch changes, what resuming keeps, what stops a run."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from runs import make_dataset, pgolf, read_json, run_config, words
+from safetensors.torch import load_file
+
+from pgolf_fast.config.presets import exp101
+from pgolf_fast.config.schema import DataConfig
+from pgolf_fast.data.loader import make_loader
+from pgolf_fast.data.source import open_source
+from pgolf_fast.errors import PgolfError
+from pgolf_fast.evaluation.score import Stream
+from pgolf_fast.evaluation.scores import three_scores
+from pgolf_fast.report import read_metrics
+from pgolf_fast.tensor_file import load_tensors, save_tensors
+from pgolf_fast.train.checkpoint import load_weights, newest_checkpoint, read_weights
+from pgolf_fast.train.loop import build_model, train
+from pgolf_fast.train.trainer import Trainer
+from pgolf_fast.train.world import World
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("data"))
+
+
+def make_trainer(config, world=ALONE):
+    source = open_source(config.data, config.model.vocab_size)
+    loader = make_loader(source.train_shards(), config.data, config.train, vocab_size=config.model.vocab_size)
+    return Trainer(build_model(config, source, world), config, loader, world)
+
+
+def run_steps(trainer, count):
+    losses = [trainer.advance().loss for _ in range(count)]
+    trainer.loader.close()
+    return losses
+
+
+def weights_after(config, steps=8):
+    trainer = make_trainer(config)
+    run_steps(trainer, steps)
+    return trainer
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def differs(a, b):
+    return any(not torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_leaves_everything_behind(data, tmp_path):
+    config = run_config(data, train__val_every=4)
+    result = train(config, tmp_path / "run")
+    folder = result.folder
+    assert result.steps == 8
+    assert result.tokens == 8 * 128
+    assert folder.read_config() == replace(config, train=replace(config.train, compile=False))
+    assert read_json(folder.path / "env.json")["torch"] == torch.__version__
+    rows = read_metrics(folder.metrics_file)
+    assert [row["step"] for row in rows if row["kind"] == "step"] == list(range(1, 9))
+    assert [row["step"] for row in rows if row["kind"] == "val"] == [4, 8, 8, 8]
+    log = folder.log_file.read_text()
+    assert "step 8/8" in log
+    assert "tok/s" in log
+    assert "ETA" in log
+    assert newest_checkpoint(folder.checkpoints).name == "step_00000008.safetensors"
+    assert folder.tokenizer_file.read_bytes() == (data / "tokenizer.model").read_bytes()
+
+
+def test_training_learns(data):
+    losses = run_steps(make_trainer(run_config(data, train__steps=40)), 40)
+    assert losses[0] == pytest.approx(math.log(384), abs=0.05)
+    assert sum(losses[-5:]) / 5 < losses[0] - 1.5
+
+
+def test_same_seed_gives_the_same_run_and_another_seed_another(data):
+    first, second = (weights_after(run_config(data)).tensors() for _ in range(2))
+    assert_same(first, second)
+    assert differs(first, weights_after(run_config(data, train__seed=7)).tensors())
+
+
+def test_accumulation_does_not_change_the_mathematics(data):
+    """Two micro-batches of 64 tokens are one of 128, but for the loader's extra token in each."""
+    config = run_config(data, train__meta=None)
+    split, whole = make_trainer(config), make_trainer(replace_micro(config, 128))
+    tokens, targets = whole.loader.next_batch()
+    batches = list(zip(tokens.split(2), targets.split(2), strict=True))
+    split.loader.next_batch = iter(batches).__next__
+    whole.loader.next_batch = lambda: (tokens, targets)
+    split._accumulate()
+    whole._accumulate()
+    for (name, a), b in zip(split.model.named_parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def replace_micro(config, tokens):
+    return replace(config, train=replace(config.train, micro_batch_tokens=tokens))
+
+
+@pytest.mark.parametrize("loader", ["sequential", "shuffled"])
+def test_restored_state_continues_bit_for_bit(data, loader):
+    """Steps 1 to 8 at once, and steps 5 to 8 from a saved state: every tensor agrees."""
+    config = run_config(data, data__loader=loader, train__meta__every=3)
+    straight = weights_after(config)
+    half = make_trainer(config)
+    run_steps(half, 4)
+    again = make_trainer(config)
+    again.restore({k: v.clone() for k, v in half.tensors().items()}, half.story())
+    run_steps(again, 4)
+    assert_same(straight.tensors(), again.tensors())
+    assert straight.story() == again.story()
+
+
+def test_killed_run_resumes_bit_for_bit(data, tmp_path):
+    """kill -9 in the middle, then --resume: final weights equal those of a run left alone."""
+    config = run_config(data, train__steps=120, train__checkpoint_minutes=0.0, train__warmdown_steps=60)
+    straight = train(config, tmp_path / "straight")
+    command = [sys.executable, "-m", "pgolf_fast.cli", "train", "tiny", "--out", str(tmp_path / "killed")]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    with subprocess.Popen([*command, *words(config)], env=environment, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while (newest := newest_checkpoint(tmp_path / "killed" / "checkpoints")) is None or newest.stem < "step_00000010":
+            assert time.monotonic() < deadline
+            assert process.poll() is None, "the run ended before it could be killed"
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    assert not (tmp_path / "killed" / "model.safetensors").exists()
+    done = pgolf("train", "tiny", "--out", tmp_path / "killed", "--resume", *words(config))
+    assert done.returncode == 0, done.stderr
+    assert "resumed from" in done.stderr
+    assert_same(load_file(straight.folder.model_file), load_file(tmp_path / "killed" / "model.safetensors"))
+
+
+def test_resume_refuses_other_settings_and_a_second_start(data, tmp_path):
+    config = run_config(data)
+    train(config, tmp_path / "run")
+    with pytest.raises(PgolfError, match="already holds a run: pass --resume"):
+        train(config, tmp_path / "run")
+    with pytest.raises(PgolfError, match=r"optim.matrix_lr was 0.025 and is 0.5"):
+        train(run_config(data, optim__matrix_lr=0.5), tmp_path / "run", resume=True)
+    longer = train(run_config(data, train__steps=10), tmp_path / "run", resume=True)
+    assert longer.steps == 10
+
+
+def test_checkpoint_of_another_model_is_refused_by_name(data, tmp_path):
+    config = run_config(data)
+    trainer = weights_after(config, 1)
+    source = open_source(config.data, 384)
+    other = build_model(run_config(data, model__ve_enabled=False), source, ALONE)
+    weights = dict(trainer.model.state_dict())
+    with pytest.raises(PgolfError, match=r"x.safetensors holds another model: unexpected ve_shared"):
+        load_weights(other, weights, "x.safetensors")
+    weights["qo_bank"] = weights["qo_bank"][:2]
+    del weights["skip_weights"]
+    with pytest.raises(PgolfError, match=r"missing skip_weights; qo_bank is \(2, 32, 32\), the model needs"):
+        load_weights(trainer.model, weights, "x.safetensors")
+
+
+def test_weights_are_read_from_community_and_own_files(data, tmp_path):
+    model = build_model(run_config(data), open_source(DataConfig(path=str(data)), 384), ALONE)
+    torch.save(model.state_dict(), tmp_path / "final_model.pt")
+    assert_same(read_weights(tmp_path / "final_model.pt"), dict(model.state_dict()))
+    torch.save({"weights": [1, 2]}, tmp_path / "odd.pt")
+    with pytest.raises(PgolfError, match=r"odd.pt is not a state dict of tensors"):
+        read_weights(tmp_path / "odd.pt")
+    (tmp_path / "bad.safetensors").write_bytes(b"nothing of the kind")
+    with pytest.raises(PgolfError, match=r"bad.safetensors cannot be read as tensors"):
+        read_weights(tmp_path / "bad.safetensors")
+
+
+def test_non_finite_loss_stops_with_step_and_last_checkpoint(data, tmp_path, monkeypatch):
+    config = run_config(data, train__checkpoint_minutes=0.0)
+    original = Trainer._accumulate
+
+    def poisoned(self):
+        loss, tokens, targets = original(self)
+        return (math.nan if self.step == 5 else loss), tokens, targets
+
+    monkeypatch.setattr(Trainer, "_accumulate", poisoned)
+    with pytest.raises(PgolfError, match=r"loss at step 6 is nan. Last good checkpoint: .*step_00000005"):
+        train(config, tmp_path / "run")
+    tensors, _ = load_tensors(newest_checkpoint(tmp_path / "run" / "checkpoints"))
+    assert all(bool(t.isfinite().all()) for t in tensors.values())
+
+
+def test_diverging_run_is_stopped(data, tmp_path):
+    """No monkeypatch: weights that overflow give a non-finite loss by themselves."""
+    with pytest.raises(PgolfError, match=r"training stopped: the loss at step \d+ is (nan|inf)"):
+        train(run_config(data, optim__embed_lr=1e38, optim__scalar_lr=1e38), tmp_path / "run")
+
+
+def test_full_disk_names_the_file_and_keeps_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    save_tensors(path, {"a": torch.zeros(3)}, {})
+    before = path.read_bytes()
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(PgolfError, match=r"no space left while writing .*model.safetensors"):
+        save_tensors(path, {"a": torch.ones(3)}, {})
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_late_qat_acts_on_the_banks_and_only_when_told(data):
+    """Same losses until the switch; other ones after it; banks=False is no quantisation at all."""
+    off = make_trainer(run_config(data, train__qat=None))
+    on = make_trainer(run_config(data, train__qat__below=0.8))
+    idle = make_trainer(run_config(data, train__qat__below=0.8, train__qat__banks=False))
+    flags = []
+    losses = {"off": [], "on": [], "idle": []}
+    for _ in range(8):
+        losses["off"].append(off.advance().loss)
+        result = on.advance()
+        losses["on"].append(result.loss)
+        flags.append(result.qat)
+        losses["idle"].append(idle.advance().loss)
+    assert losses["idle"] == losses["off"]
+    first = flags.index(True)
+    assert 0 < first < 7
+    assert losses["on"][:first] == losses["off"][:first]
+    assert all(a != b for a, b in zip(losses["on"][first:], losses["off"][first:], strict=True))
+
+
+def test_qat_forward_reads_weights_on_the_grid(data):
+    """The loss of a QAT step is that of rounded weights, and the gradient reaches the real ones."""
+    trainer = make_trainer(run_config(data, train__qat__below=2.0, train__meta=None, quant__bits=3))
+    seen = []
+    model_loss = trainer.model.loss
+    trainer.loss_function = lambda x, y, banks: (seen.append(banks), model_loss(x, y, banks))[1]
+    before = trainer.model.qo_bank.detach().clone()
+    trainer.advance()
+    rows = seen[0].qo.reshape(-1, 32)
+    assert max(len(row.unique()) for row in rows) <= 8
+    assert not torch.equal(seen[0].qo, before)
+    assert differs({"qo": trainer.model.qo_bank.detach()}, {"qo": before})
+
+
+def test_swa_is_the_mean_of_ema_snapshots_and_is_applied_only_when_told(data):
+    config = run_config(data)
+    trainer = make_trainer(config)
+    snapshots = []
+    for _ in range(8):
+        result = trainer.advance()
+        if result.multiplier < config.average.swa_below:
+            snapshots.append({name: value.clone() for name, value in trainer.average.ema.items()})
+    trainer.loader.close()
+    assert len(snapshots) >= 1
+    assert trainer.average.swa_count == len(snapshots)
+    final = trainer.average.final()
+    for name in final:
+        want = torch.stack([snapshot[name] for snapshot in snapshots]).mean(0)
+        torch.testing.assert_close(final[name], want, msg=name)
+    as_run = weights_after(run_config(data, average__swa_apply=False))
+    assert as_run.average.swa_count == trainer.average.swa_count
+    assert_same(as_run.average.final(), trainer.average.ema)
+
+
+def test_swa_changes_the_final_weights(data):
+    applied = weights_after(run_config(data, average__swa_below=1.0)).average
+    assert applied.swa_count > 2
+    assert differs(applied.final(), applied.ema)
+
+
+def test_meta_step_changes_training_and_stops_with_the_learning_rate(data):
+    with_meta, without = make_trainer(run_config(data)), make_trainer(run_config(data, train__meta=None))
+    results = [with_meta.advance() for _ in range(8)]
+    assert [r.meta_loss is not None for r in results] == [
+        step % 4 == 0 and r.multiplier > 0.5 for step, r in enumerate(results)
+    ]
+    run_steps(without, 8)
+    assert differs(with_meta.tensors(), without.tensors())
+
+
+def test_frozen_skips_stay_at_zero(data):
+    config = run_config(data, model__num_layers=4, model__ve_layers=(3,), model__frozen_skips=1)
+    model = weights_after(config).model
+    assert not model.skip_weights[1].any()
+    assert model.skip_weights[0].any()
+
+
+def test_warm_up_leaves_no_trace(data):
+    fresh, warmed = make_trainer(run_config(data)), make_trainer(run_config(data))
+    warmed.warm_up(3)
+    assert_same(fresh.tensors(), warmed.tensors())
+    run_steps(fresh, 4)
+    run_steps(warmed, 4)
+    assert_same(fresh.tensors(), warmed.tensors())
+
+
+def test_compiled_training_equals_eager(data):
+    eager, compiled = make_trainer(run_config(data)), make_trainer(run_config(data))
+    compiled.loss_function = torch.compile(
+        compiled.model.loss, dynamic=False, fullgraph=True, backend="aot_eager"
+    )
+    a, b = run_steps(eager, 4), run_steps(compiled, 4)
+    assert a == pytest.approx(b, rel=1e-4)
+
+
+def test_bfloat16_tables_and_compute_train(data):
+    config = run_config(data, train__compute_dtype="bfloat16", train__table_dtype="bfloat16")
+    trainer = make_trainer(config)
+    assert trainer.model.tok_emb.weight.dtype == torch.bfloat16
+    assert trainer.model.qo_bank.dtype == torch.float32
+    bf16 = run_steps(trainer, 8)
+    full = run_steps(make_trainer(run_config(data)), 8)
+    assert bf16 == pytest.approx(full, rel=0.03)
+    assert bf16 != full
+
+
+def test_ttt_with_quantised_forward_changes_the_score(data):
+    config = run_config(data, ttt__lr=0.05, ttt__epochs=2)
+    trainer = weights_after(config)
+    source = open_source(config.data, 384)
+    stream = Stream(source.validation(32), source.table, ALONE.device)
+    scores = {}
+    for mode in ("none", "banks", "projections"):
+        changed = replace(config, ttt=replace(config.ttt, quantize_forward=mode))
+        scores[mode] = three_scores(trainer.model, stream, changed)
+    assert scores["none"].sliding == scores["banks"].sliding
+    assert len({s.ttt.score.nats for s in scores.values()}) == 3
+    assert scores["none"].ttt.score.nats != scores["none"].sliding.nats
+    assert scores["none"].ttt.trainable == sum(p.numel() for p in trainer.model.bank_parameters())
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(data, tmp_path):
+    """Two ranks of one micro-batch each are one rank of two: the same spans of tokens, the same weights."""
+    config = run_config(data, train__meta=None, train__steps=4)
+    alone = train(config, tmp_path / "one")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "pgolf_fast.cli", "train", "tiny", "--out", str(tmp_path / "two"), *words(config)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 process(es)" in done.stderr
+    one, two = load_file(alone.folder.model_file), load_file(tmp_path / "two" / "model.safetensors")
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=2e-3, atol=2e-4, msg=name)
+
+
+@pytest.mark.slow
+def test_two_steps_of_the_whole_exp101_on_real_data():
+    """26,960,991 parameters, real tokens, every feature on; a small batch."""
+    from data_helpers import real_data
+
+    data = real_data() / "datasets" / "smoke_sp1024"
+    base = exp101()
+    train_config = replace(
+        base.train, batch_tokens=512, micro_batch_tokens=512, seq_len=256, compute_dtype="float32", lr_hold_steps=0
+    )
+    config = replace(base, train=train_config, data=replace(base.data, path=str(data)))
+    trainer = make_trainer(config)
+    assert sum(p.numel() for p in trainer.model.parameters()) == 26_960_991
+    losses = run_steps(trainer, 2)
+    assert losses[0] == pytest.approx(6.93, abs=0.02)
+    assert all(math.isfinite(loss) for loss in losses)
