@@ -262,7 +262,7 @@ def test_xsa_is_orthogonal_to_own_value(value_embed, device):
     for xsa in (False, True):
         out = attention("aligned", tables, xsa)(x, qo, kv, gain, value).unflatten(-1, (4, 16))
         along[xsa] = (out * v).sum(-1).abs()
-    assert along[True].max() < 1e-5 < 1e-2 < along[False].median()
+    assert along[True].max() < 1e-4 < 1e-2 < along[False].median()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
