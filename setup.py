@@ -188,10 +188,10 @@ def extensions() -> list[Extension]:
 
 
 # kernels/ has no __init__.py (it would hide the PyPI package of that name), so find_packages does not see it.
-kernels = ["pgolf_fast.kernels"] if files("kernels", "*.py") else []
 setup(
-    packages=[*find_packages(include=["pgolf_fast", "pgolf_fast.*"]), *kernels],
-    package_dir={"pgolf_fast.kernels": "kernels"} if kernels else {},
+    packages=[*find_packages(include=["pgolf_fast", "pgolf_fast.*"]), "pgolf_fast.kernels"],
+    package_dir={"pgolf_fast.kernels": "kernels"},
+    package_data={"pgolf_fast.kernels": ["README.md"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": NinjaBuildExt},
 )

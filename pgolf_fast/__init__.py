@@ -5,5 +5,5 @@ from pathlib import Path as _Path
 __version__ = "0.1.0"
 
 _here = _Path(__file__).parent
-if not (_here / "kernels").is_dir() and (_here.parent / "kernels").is_dir():
+if not (_here / "kernels").is_dir() and (_here.parent / "setup.py").is_file():
     __path__.append(str(_here.parent))  # source checkout: kernels/ lies beside the package

@@ -143,7 +143,7 @@ class _Eval:
     data: Path | None = None
     """Folder of validation shards; default: the run's."""
     tokenizer: Path | None = None
-    """Tokenizer of those shards; default: the run's."""
+    """Tokenizer of those shards; default: the one the run was trained with."""
 
 
 def eval(argv: list[str]) -> int:
@@ -159,7 +159,7 @@ def eval(argv: list[str]) -> int:
     data = replace(
         config.data,
         path=str(arguments.data) if arguments.data else config.data.path,
-        tokenizer=str(arguments.tokenizer) if arguments.tokenizer else config.data.tokenizer,
+        tokenizer=str(arguments.tokenizer or folder.tokenizer_file),
     )
     report.setup_logging(folder.log_file)
     config = replace(config, eval=arguments.eval, ttt=arguments.ttt, data=data)

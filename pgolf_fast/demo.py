@@ -14,6 +14,7 @@ from pgolf_fast.config.presets import tiny
 from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.data.corpus import build_corpus
 from pgolf_fast.errors import PgolfError
+from pgolf_fast.evaluation.scores import ThreeScores
 from pgolf_fast.loss_curve import draw_loss_curve
 from pgolf_fast.pipeline import pack_run, quantize_run, score_run
 from pgolf_fast.train.loop import TrainResult, train
@@ -25,6 +26,7 @@ def demo_config(seconds: float, seed: int) -> RunConfig:
     base = tiny()
     return replace(
         base,
+        name="demo",
         train=replace(
             base.train, seed=seed, steps=10**6, max_seconds=seconds, schedule="time", checkpoint_minutes=None
         ),
@@ -51,7 +53,7 @@ def run_demo(out: Path, *, seconds: float, seed: int) -> str:
     facts = json.loads((corpus / "info.json").read_text(encoding="utf-8"))
     took = time.perf_counter() - start
     parts = [
-        report.table(_training_rows(trained, facts)),
+        report.table(_training_rows(trained, scores, facts)),
         report.table(
             [(name, bpb, nats, s) for name, bpb, nats, s in scores.rows()],
             ("score of the artifact", "bpb", "nats/token", "seconds"),
@@ -68,17 +70,18 @@ def _clear(out: Path) -> None:
     if not out.exists():
         return
     folder = RunFolder(out)
-    if any(out.iterdir()) and (not folder.config_file.is_file() or folder.read_config().name != "tiny"):
+    if any(out.iterdir()) and (not folder.config_file.is_file() or folder.read_config().name != "demo"):
         raise PgolfError(f"{out} is not an earlier demo: choose another --out")
     shutil.rmtree(out)
 
 
-def _training_rows(trained: TrainResult, facts: dict) -> list[tuple[str, str]]:
+def _training_rows(trained: TrainResult, scores: ThreeScores, facts: dict) -> list[tuple[str, str]]:
     return [
         ("tokens seen", f"{trained.tokens:,}"),
         ("tokens/s", f"{trained.tokens / trained.seconds:,.0f}"),
         ("corpus floor, unigram bpb", f"{facts['unigram_bpb']:.4f}"),
         ("corpus floor, bigram bpb", f"{facts['bigram_bpb']:.4f}"),
         ("float weights, bpb", f"{trained.raw.bpb:.4f}"),
-        ("averaged weights, bpb", f"{trained.averaged.bpb:.4f}"),
+        ("EMA and SWA weights, bpb", f"{trained.averaged.bpb:.4f}"),
+        ("int6 artifact, bpb", f"{scores.plain.bpb:.4f}"),
     ]

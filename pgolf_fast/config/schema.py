@@ -290,6 +290,8 @@ class TrainConfig:
     """What the learning-rate decay is measured in; time needs max_seconds."""
     warmdown_steps: int = 2500
     """Length of the cosine decay, in steps (converted to time by the measured pace)."""
+    warmdown_fraction: float | None = None
+    """Length of the cosine decay as a share of the run; None uses warmdown_steps."""
     lr_hold_steps: int = 25
     """Steps at the start during which the multiplier is 1 whatever the clock says."""
     adaptive_warmdown: bool = True
@@ -329,6 +331,10 @@ class TrainConfig:
         _need(
             not (self.schedule == "time" and self.max_seconds is None),
             "train.schedule 'time' needs train.max_seconds; set it, or use train.schedule steps",
+        )
+        _need(
+            self.warmdown_fraction is None or 0 < self.warmdown_fraction <= 1,
+            f"train.warmdown_fraction is {self.warmdown_fraction}; it must be above 0 and at most 1, or None",
         )
         _need(self.max_seconds is None or self.max_seconds > 0, "train.max_seconds must be positive, or None")
         _need(

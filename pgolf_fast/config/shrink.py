@@ -31,7 +31,7 @@ SIZES = {
         bigram_rows=4096,
         table_dim=64,
         seq_len=256,
-        batch_tokens=8192,
+        batch_tokens=2048,
         steps=100_000,
         seconds=600.0,
     ),
@@ -39,10 +39,10 @@ SIZES = {
         num_layers=4,
         model_dim=128,
         head_dim=32,
-        bigram_rows=2048,
-        table_dim=32,
+        bigram_rows=4096,
+        table_dim=48,
         seq_len=256,
-        batch_tokens=4096,
+        batch_tokens=2048,
         steps=600,
         seconds=None,
     ),
@@ -58,7 +58,8 @@ def shrink(base: RunConfig, size: str) -> RunConfig:
         raise PgolfError(f"unknown size {size!r}: sizes are {', '.join(SIZES)}")
     to = SIZES[size]
     model = _shrink_model(base.model, to)
-    meta = base.train.meta and replace(base.train.meta, freeze_blocks=min(1, model.num_layers))
+    # a micro-batch is the whole batch here: rarer meta steps keep their share of the work
+    meta = base.train.meta and replace(base.train.meta, every=32, freeze_blocks=1)
     train = replace(
         base.train,
         steps=to.steps,
@@ -69,13 +70,12 @@ def shrink(base: RunConfig, size: str) -> RunConfig:
         seq_len=min(to.seq_len, base.train.seq_len),
         # small batches make small updates, which bfloat16 tables would round away
         table_dtype="float32",
-        warmdown_steps=to.steps // 2,
-        adaptive_warmdown=base.train.adaptive_warmdown,
-        adaptive_min_step=200,
-        adaptive_every=50,
+        # the loss of one small batch is too noisy to time the decay; exp101's own began after a third
+        adaptive_warmdown=False,
+        warmdown_fraction=0.7,
         lr_hold_steps=10,
         val_every=None,
-        log_every=50,
+        log_every=100,
         checkpoint_minutes=2.0,
         meta=meta,
     )
@@ -86,10 +86,23 @@ def shrink(base: RunConfig, size: str) -> RunConfig:
         model=model,
         train=train,
         optim=replace(
-            base.optim, muon_momentum=0.95, muon_momentum_start=0.85, muon_momentum_warmup_steps=200
+            base.optim,
+            matrix_lr=0.04,
+            embed_lr=0.02,
+            scalar_lr=0.015,
+            muon_momentum=0.95,
+            muon_momentum_start=0.85,
+            muon_momentum_warmup_steps=200,
         ),
-        average=replace(base.average, ema_decay=0.99, ema_every=2, swa_every=10),
-        quant=replace(base.quant, calibration_sequences=16, calibration_length=seq_len, calibration_batch=16),
+        average=replace(base.average, ema_decay=0.98, ema_every=2, swa_every=10, swa_below=0.02),
+        quant=replace(
+            base.quant,
+            calibration_sequences=16,
+            calibration_length=seq_len,
+            calibration_batch=16,
+            # weights of a small model are small beside the fixed step of 1/31
+            scale_floor=False,
+        ),
         eval=replace(base.eval, seq_len=None, batch_seqs=32),
         ttt=replace(base.ttt, chunk_tokens=32 * seq_len, batch_seqs=16, epochs=1),
     )
@@ -102,7 +115,7 @@ def _shrink_model(model: ModelConfig, to: Size) -> ModelConfig:
     kv_heads = max(1, heads // group)
     while heads % kv_heads:
         kv_heads -= 1
-    with_ve = max(1, round(len(model.ve_layers) * layers / model.num_layers))
+    with_ve = -(-len(model.ve_layers) * layers // model.num_layers)
     return replace(
         model,
         num_layers=layers,

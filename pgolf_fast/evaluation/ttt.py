@@ -70,6 +70,11 @@ def legal_ttt(
             parameter.grad = grads[name]
 
 
+def chunk_lr(config: TTTConfig, chunk: int, chunks: int) -> float:
+    """Constant within a chunk, a half cosine from `config.lr` to zero across them."""
+    return 0.5 * config.lr * (1 + math.cos(math.pi * chunk / max(chunks - 1, 1)))
+
+
 class _Adapter:
     def __init__(
         self,
@@ -120,9 +125,8 @@ class _Adapter:
         begin = chunk * c.chunk_tokens
         length = min(c.chunk_tokens, self.stream.num_targets - begin)
         sequences = length // self.seq_len
-        lr = 0.5 * c.lr * (1 + math.cos(math.pi * chunk / max(self.chunks - 1, 1)))
         for group in self.sgd.param_groups:
-            group["lr"] = lr
+            group["lr"] = chunk_lr(c, chunk, self.chunks)
         for _ in range(c.epochs):
             for first in range(0, sequences, c.batch_seqs):
                 count = min(c.batch_seqs, sequences - first)

@@ -32,7 +32,8 @@ class Schedule:
         position, end, pace = self._position(step, elapsed)
         start = self.state.decay_start
         if start is None:
-            start = max(end - c.warmdown_steps * pace, 0.0)
+            length = c.warmdown_steps * pace if c.warmdown_fraction is None else c.warmdown_fraction * end
+            start = max(end - length, 0.0)
         if position < start:
             return 1.0
         return 0.5 * (1 + math.cos(math.pi * min((position - start) / max(end - start, 1e-9), 1.0)))

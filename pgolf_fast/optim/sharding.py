@@ -39,10 +39,10 @@ def mean_gradients(gradients: list[Tensor], world_size: int) -> None:
         gradient.div_(world_size)
 
 
-def fastest_agrees(stop: bool, world_size: int, device: torch.device) -> bool:
+def any_rank(flag: bool, world_size: int, device: torch.device) -> bool:
     """True everywhere as soon as one rank says so."""
     if world_size == 1:
-        return stop
-    flag = torch.tensor(float(stop), device=device)
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag.item())
+        return flag
+    votes = torch.tensor(float(flag), device=device)
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+    return bool(votes.item())

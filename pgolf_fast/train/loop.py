@@ -20,7 +20,7 @@ from pgolf_fast.evaluation.score import Score, Stream
 from pgolf_fast.evaluation.scores import plain_score
 from pgolf_fast.files import atomic_path, write_text
 from pgolf_fast.model.gpt import GPT
-from pgolf_fast.optim.sharding import fastest_agrees
+from pgolf_fast.optim.sharding import any_rank
 from pgolf_fast.tensor_file import load_tensors, save_tensors
 from pgolf_fast.train.checkpoint import load_weights, newest_checkpoint, save_checkpoint
 from pgolf_fast.train.progress import StepLog
@@ -178,13 +178,14 @@ class _Run:
 
     def _steps(self) -> None:
         t, c = self.trainer, self.config.train
-        last_save = time.monotonic()
-        while not self._done():
+        last_save, done = time.monotonic(), self._done()
+        while not done:
             start = time.perf_counter()
             result = t.advance()
             t.elapsed += time.perf_counter() - start
             self.metrics.write("step", step=t.step, elapsed=t.elapsed, **vars(result))
-            self.log.after_step(t.step, t.elapsed, result, last=self._done())
+            done = self._done()
+            self.log.after_step(t.step, t.elapsed, result, last=done)
             if c.val_every and t.step % c.val_every == 0:
                 self._validate("raw weights")
             if c.checkpoint_minutes is not None and time.monotonic() - last_save >= 60 * c.checkpoint_minutes:
@@ -197,7 +198,7 @@ class _Run:
         if t.step >= c.steps:
             return True
         out_of_time = c.max_seconds is not None and t.elapsed >= c.max_seconds
-        return fastest_agrees(out_of_time, self.world.world_size, self.world.device)
+        return any_rank(out_of_time, self.world.world_size, self.world.device)
 
     def _save(self) -> None:
         if self.world.is_main:

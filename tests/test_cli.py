@@ -1,0 +1,234 @@
+"""What a person types and what comes back."""
+
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from data_helpers import real_data
+from runs import make_dataset, pgolf, read_json, run_config, words
+
+from pgolf_fast import cli
+from pgolf_fast.artifact.container import sizes
+from pgolf_fast.data.source import open_source
+from pgolf_fast.evaluation.score import Stream
+from pgolf_fast.evaluation.scores import plain_score
+from pgolf_fast.pipeline import float_model, read_quantized
+from pgolf_fast.quant.state import dequantize_state
+from pgolf_fast.train.loop import train
+from pgolf_fast.train.run_folder import RunFolder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    """A trained run that the commands below share, each with files of its own."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    train(run_config(data), folder)
+    return folder
+
+
+def call(capsys, *arguments):
+    """Exit status, standard output and standard error of one command in this process."""
+    status = cli.main([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def refused(capsys, *arguments):
+    """The one line a refused command prints."""
+    status, out, err = call(capsys, *arguments)
+    assert status == 2
+    assert out == ""
+    lines = err.strip().splitlines()
+    assert len(lines) == 1, err
+    assert lines[0].startswith("pgolf: ")
+    return lines[0]
+
+
+def test_help_answers_at_once():
+    fastest = 9.9
+    for _ in range(5):
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-m", "pgolf_fast.cli", "--help"], capture_output=True, text=True, check=True
+        )
+        fastest = min(fastest, time.perf_counter() - start)
+    assert fastest < 0.5
+    for command in cli.COMMANDS:
+        assert command in done.stdout
+
+
+def test_importing_the_command_line_loads_nothing_heavy():
+    code = "import sys, pgolf_fast.cli; print([m for m in ('torch', 'numpy', 'triton', 'tyro') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("command", list(cli.COMMANDS))
+def test_every_command_has_help(command, capsys):
+    if command == "data":
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["data", "info", "--help"])
+    else:
+        with pytest.raises(SystemExit) as stop:
+            cli.main([command, "--help"])
+    assert stop.value.code == 0
+    assert "usage: pgolf" in capsys.readouterr().out
+
+
+def test_unknown_words_are_answered_in_one_line(capsys, run):
+    assert "unknown command 'trian': did you mean train?" in refused(capsys, "trian")
+    assert "unknown preset 'exp11'" in refused(capsys, "train", "exp11")
+    assert "did you mean --train.steps?" in refused(capsys, "config", "exp101", "--train.stepz", "3")
+    assert "did you mean --quant.bits?" in refused(capsys, "quantize", run, "--quant.bitz", "3")
+    assert "give a preset first" in refused(capsys, "train", "--train.steps", "3")
+    assert "run folder /nowhere does not exist" in refused(capsys, "eval", "/nowhere")
+    assert "pgolf data needs one of info, tokenize, download" in refused(capsys, "data", "inform")
+    assert "--train.meta is 'soon'" in refused(capsys, "config", "exp101", "--train.meta", "soon")
+    assert "num_heads 7" in refused(capsys, "config", "exp101", "--model.num-heads", "7")
+
+
+def test_config_prints_every_field_and_the_count(capsys):
+    status, out, _ = call(capsys, "config", "exp101", "--train.steps", "77", "--train.meta", "none")
+    assert status == 0
+    fields = dict(line.split(None, 1) for line in out.splitlines())
+    assert fields["train.steps"] == "77"
+    assert fields["train.meta"] == "null"
+    assert fields["model.ve_layers"] == "[7, 8, 9, 10]"
+    assert fields["parameters"] == "26,960,991"
+
+
+def test_config_diff_shows_only_differences(capsys):
+    _, out, _ = call(capsys, "config", "exp105a", "--diff", "exp101")
+    rows = [line.split()[0] for line in out.splitlines()[2:]]
+    assert rows
+    assert all(row.startswith("train.meta") for row in rows)
+    assert "do not differ" in call(capsys, "config", "exp101", "--diff", "exp101")[1]
+
+
+def test_config_from_env(capsys, tmp_path):
+    script = tmp_path / "run.sh"
+    script.write_text("export ITERATIONS=123 STRANGE=1\nTRIGRAM=1 python train_gpt.py\n")
+    _, out, _ = call(capsys, "config", "--from-env", script)
+    assert "train.steps" in out
+    assert "STRANGE=1" in out
+    assert "model.trigram" in out
+
+
+def test_doctor_checks_every_op(capsys):
+    status, out, _ = call(capsys, "doctor", "--check")
+    assert status == 0
+    assert "gqa_attention" in out
+    assert "WRONG" not in out
+    assert out.count(" ok") >= 8
+
+
+def test_data_info_on_the_real_files(capsys):
+    folder = real_data() / "datasets"
+    _, out, _ = call(capsys, "data", "info", folder / "webmix_sp1024")
+    assert "1,256,769" in out
+    assert "524,320" in out
+    _, out, _ = call(capsys, "data", "info", folder / "smoke_sp1024")
+    assert "90,060" in out
+
+
+def test_tokenizer_of_another_size_is_refused(capsys, tmp_path, data):
+    config = run_config(data)
+    line = refused(capsys, "train", "tiny", "--out", tmp_path / "r", *words(config), "--model.vocab_size", "512")
+    assert "384" in line
+    assert "512" in line
+    assert not (tmp_path / "r" / "model.safetensors").exists()
+
+
+def in_memory_bpb(folder):
+    """The non-overlapping score of the quantised weights before they went into an artifact."""
+    config = folder.read_config()
+    model = float_model(folder, config)
+    model.load_state_dict(dequantize_state(read_quantized(folder)), strict=True)
+    source = open_source(config.data, config.model.vocab_size)
+    stream = Stream(source.validation(config.eval_seq_len), source.table, torch.device("cpu"))
+    return plain_score(model, stream, config).bpb
+
+
+def test_from_training_to_text(capsys, run):
+    """quantize, pack, eval and generate on one run; each refuses to run before the one it needs."""
+    folder = RunFolder(run)
+    assert "run `pgolf quantize" in refused(capsys, "pack", run)
+    assert "run `pgolf pack" in refused(capsys, "eval", run)
+    status, out, _ = call(capsys, "quantize", run)
+    assert status == 0
+    assert "int6 tensors" in out
+    status, out, _ = call(capsys, "pack", run)
+    assert status == 0
+    packed = sizes(folder.artifact_file)
+    assert f"{packed.total_bytes:,}" in out
+    assert folder.artifact_file.stat().st_size == packed.total_bytes
+    status, out, _ = call(capsys, "eval", run)
+    assert status == 0
+    for name in ("non-overlapping", "sliding", "sliding + TTT"):
+        assert name in out
+    first = read_json(run / "scores_artifact.json")
+    # what was quantised and what is read back from the artifact score alike
+    assert first["non_overlapping"]["bpb"] == pytest.approx(in_memory_bpb(folder), abs=1e-6)
+    call(capsys, "eval", run)
+    assert read_json(run / "scores_artifact.json")["sliding"] == first["sliding"]
+    status, out, _ = call(capsys, "eval", run, "--weights", "float")
+    assert status == 0
+    real = read_json(run / "scores_float.json")
+    assert real["non_overlapping"]["bpb"] != first["non_overlapping"]["bpb"]
+    assert real["non_overlapping"]["bpb"] == pytest.approx(first["non_overlapping"]["bpb"], rel=0.2)
+    status, out, _ = call(capsys, "generate", run, "--prompt", "The ", "--tokens", "12")
+    assert status == 0
+    assert out.startswith("The")
+    assert out == call(capsys, "generate", run, "--prompt", "The ", "--tokens", "12")[1]
+    assert out != call(capsys, "generate", run, "--prompt", "The ", "--tokens", "12", "--seed", "1")[1]
+
+
+def test_damaged_artifact_names_its_section(capsys, data, tmp_path):
+    folder = train(run_config(data, train__steps=1), tmp_path / "run").folder
+    call(capsys, "quantize", folder.path, "--quant.method", "round")
+    call(capsys, "pack", folder.path)
+    content = bytearray(folder.artifact_file.read_bytes())
+    content[-5] ^= 0xFF
+    folder.artifact_file.write_bytes(content)
+    assert "section" in refused(capsys, "eval", folder.path)
+
+
+def test_pack_refuses_what_cannot_fit(capsys, data, tmp_path):
+    folder = train(run_config(data, train__steps=1), tmp_path / "run").folder
+    call(capsys, "quantize", folder.path, "--quant.method", "round")
+    line = refused(capsys, "pack", folder.path, "--pack.limit-bytes", "1000")
+    assert "1,000" in line
+    assert not folder.artifact_file.exists()
+
+
+def test_sequence_longer_than_the_data(capsys, data, tmp_path):
+    config = run_config(data)
+    longer = replace(
+        config, train=replace(config.train, seq_len=8192, micro_batch_tokens=8192, batch_tokens=8192)
+    )
+    line = refused(capsys, "train", "tiny", "--out", tmp_path / "r", *words(longer))
+    assert "8192" in line or "8193" in line or "8,192" in line
+
+
+@pytest.mark.slow
+def test_demo_from_start_to_table(tmp_path):
+    """The whole pipeline in a few seconds of training, in a fresh process and an empty cache."""
+    import os
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = pgolf("demo", "--seconds", "3", "--out", tmp_path / "demo", env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for words_of_table in ("tokens seen", "bigram bpb", "sliding + TTT", "= total", "loss.png", "all of it took"):
+        assert words_of_table in done.stdout
+    assert (tmp_path / "demo" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    again = pgolf("demo", "--seconds", "1", "--out", tmp_path, env=environment)
+    assert again.returncode == 2
+    assert "is not an earlier demo" in again.stderr

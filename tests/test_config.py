@@ -1,0 +1,179 @@
+"""Presets, strict conversion, overrides and the translation of run scripts."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from pgolf_fast.config.env import assignments, translate
+from pgolf_fast.config.presets import PRESETS, exp101, exp101_as_run, exp101_swiglu, exp105a, preset, small, tiny
+from pgolf_fast.config.schema import EvalConfig, ModelConfig, RunConfig, TrainConfig
+from pgolf_fast.config.serialize import flatten, replace_field, run_config_from_dict, run_config_to_dict
+from pgolf_fast.config.shrink import shrink
+from pgolf_fast.errors import PgolfError
+
+
+@pytest.mark.parametrize("make", [exp101, exp101_as_run, exp105a, exp101_swiglu])
+def test_full_presets_have_26960991_parameters(make):
+    assert make().model.num_parameters() == 26_960_991
+
+
+def test_sizes_of_the_small_presets():
+    assert small().model.num_parameters() == pytest.approx(3e6, rel=0.1)
+    assert tiny().model.num_parameters() == pytest.approx(1e6, rel=0.1)
+
+
+def difference(a, b):
+    left, right = dict(flatten(a)), dict(flatten(b))
+    return {n for n in left.keys() | right.keys() if left.get(n, ...) != right.get(n, ...)} - {"name"}
+
+
+def test_exp105a_is_exp101_without_meta_and_nothing_else():
+    assert replace(exp105a(), name="exp101", train=replace(exp105a().train, meta=exp101().train.meta)) == exp101()
+    assert exp105a().train.meta is None
+
+
+def test_exp101_as_run_differs_where_the_description_did():
+    assert difference(exp101(), exp101_as_run()) == {
+        "model.trigram",
+        "model.rope_bf16_tables",
+        "train.qat.banks",
+        "average.swa_apply",
+        "eval.repeat_tail",
+        "ttt.parameters",
+        "ttt.quantize_forward",
+    }
+
+
+def test_swiglu_shapes():
+    model = exp101_swiglu().model
+    assert (model.mlp_up_rows, model.mlp_hidden) == (2048, 1024)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("size", ["small", "tiny"])
+def test_shrink_takes_any_preset(name, size):
+    config = shrink(preset(name), size)
+    assert config.model.num_parameters() < 3.5e6
+    assert config.model.mlp_activation == preset(name).model.mlp_activation
+    assert (config.train.meta is None) == (preset(name).train.meta is None)
+    assert config.ttt.parameters == preset(name).ttt.parameters
+
+
+def test_unknown_names_are_answered_with_the_nearest():
+    with pytest.raises(PgolfError, match=r"unknown preset 'exp110'.*did you mean exp101\?"):
+        preset("exp110")
+    with pytest.raises(PgolfError, match="unknown size 'big': sizes are small, tiny"):
+        shrink(exp101(), "big")
+    with pytest.raises(PgolfError, match=r"unknown field train.stepz: did you mean train.steps\?"):
+        replace_field(exp101(), "train.stepz", 3)
+    with pytest.raises(PgolfError, match=r"unknown field trian: did you mean train\?"):
+        replace_field(exp101(), "trian.steps", 3)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_json_round_trip(name):
+    config = preset(name)
+    assert run_config_from_dict(json.loads(json.dumps(run_config_to_dict(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("train", "steps"), "many", r"train.steps is 'many'; it must be int"),
+        (("train", "steps"), True, r"train.steps is True; it must be int"),
+        (("train", "schedule"), "epochs", r"train.schedule is 'epochs'; it must be one of time, steps"),
+        (("model", "trigrm"), 1, r"unknown field model.trigrm: did you mean model.trigram\?"),
+        (("model",), 3, r"model is 3; it must be an object"),
+    ],
+)
+def test_json_is_read_strictly(path, value, message):
+    values = run_config_to_dict(exp101())
+    place = values
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    with pytest.raises(PgolfError, match=message):
+        run_config_from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ModelConfig(num_heads=7), "model_dim 512 is not a multiple of model.num_heads 7"),
+        (lambda: ModelConfig(num_kv_heads=3), "num_heads 8 is not a multiple of model.num_kv_heads 3"),
+        (lambda: ModelConfig(rope_dims=15), "rope_dims 15 must be even"),
+        (lambda: ModelConfig(rope_dims=66), "between 0 and the head dim 64"),
+        (lambda: ModelConfig(ve_layers=(3, 11)), r"ve_layers \[11\] do not exist: the model has blocks 0 to 10"),
+        (lambda: ModelConfig(frozen_skips=6), "a model of 11 layers has 5 skips"),
+        (lambda: ModelConfig(bigram_vocab_size=0), "model.trigram needs a hash table"),
+        (lambda: ModelConfig(tie_embeddings=False), "tie_embeddings=False is not supported"),
+        (lambda: ModelConfig(num_layers=0), "model.num_layers is 0; it must be positive"),
+        (lambda: TrainConfig(micro_batch_tokens=1000), "is not a multiple of train.seq_len 2048"),
+        (lambda: TrainConfig(batch_tokens=100_000), "batch_tokens 100000 is not a multiple"),
+        (lambda: TrainConfig(max_seconds=None), "schedule 'time' needs train.max_seconds"),
+        (lambda: EvalConfig(stride=0), "eval.stride must be positive"),
+        (lambda: RunConfig(eval=EvalConfig(stride=4096)), "stride 4096 is longer than the window of 2048"),
+    ],
+)
+def test_impossible_configurations_say_why(make, message):
+    with pytest.raises(PgolfError, match=message):
+        make()
+
+
+def test_setting_a_field_of_a_group_that_is_off_switches_it_on():
+    assert replace_field(exp105a(), "train.meta.every", 2).train.meta.every == 2
+    assert replace_field(exp101(), "train.qat", None).train.qat is None
+
+
+SCRIPT = """#!/bin/bash
+# the environment of PR 1501's scored run
+export SEED=42 ITERATIONS=7500 \\
+    MAX_WALLCLOCK_SECONDS="4800"
+export TRIGRAM=0   # innovation 2 is off
+export BIGRAM_VOCAB_SIZE=${BIGRAM_VOCAB_SIZE:-4096} BIGRAM_DIM=64 POS_CONDITIONAL_BIGRAM=1
+VE_LAYERS=7,8,9,10
+META_TTT_ENABLED=0 META_TTT_EVERY=2
+EVAL_STRIDE=64 QUUX=hello
+WARMDOWN_ITERS=2500 MATRIX_LR=0.03 TTT_LR=0.002 torchrun --standalone train_gpt.py
+"""
+
+
+def test_assignments_of_a_script():
+    found = assignments(SCRIPT)
+    assert found["MAX_WALLCLOCK_SECONDS"] == "4800"
+    assert found["BIGRAM_VOCAB_SIZE"] == "4096"
+    assert found["TTT_LR"] == "0.002"
+    assert "torchrun" not in found
+
+
+def test_run_script_becomes_a_configuration():
+    translated = translate(SCRIPT, exp101_as_run())
+    base = exp101_as_run()
+    want = replace(
+        base,
+        train=replace(base.train, meta=None),
+        optim=replace(base.optim, matrix_lr=0.03),
+        ttt=replace(base.ttt, lr=0.002),
+    )
+    assert translated.config == want
+    assert translated.unknown == {"QUUX": "hello"}
+    assert translated.used["VE_LAYERS"] == "model.ve_layers"
+
+
+def test_run_script_may_pass_through_impossible_states():
+    """Fields that only fit together are set together, in whatever order the script has them."""
+    script = "NUM_HEADS=6\nMODEL_DIM=384\nNUM_KV_HEADS=3\nTRAIN_SEQ_LEN=1024\n"
+    config = translate(script, exp101()).config
+    assert (config.model.num_heads, config.model.model_dim, config.model.num_kv_heads) == (6, 384, 3)
+
+
+def test_bad_values_in_a_run_script_are_named():
+    with pytest.raises(PgolfError, match=r"ITERATIONS='lots' does not fit train.steps"):
+        translate("ITERATIONS=lots", exp101())
+    with pytest.raises(PgolfError, match="ADAM_WD=0.1 contradicts an earlier variable"):
+        translate("MUON_WD=0.04\nADAM_WD=0.1", exp101())
+    with pytest.raises(PgolfError, match="not a multiple of model.num_heads 7"):
+        translate("NUM_HEADS=7", exp101())
+
+
