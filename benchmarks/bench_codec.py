@@ -30,7 +30,9 @@ def test_lzma_decompress(benchmark, codes, peer):
     benchmark.group = "LZMA, decompress"
     raw = codes.numpy().tobytes()
     packed = compress_bytes(raw, 9)
-    run = (lambda: decompress_bytes(packed, len(raw))) if peer == "pgolf" else (lambda: lzma.decompress(packed))
+    run = (
+        (lambda: decompress_bytes(packed, len(raw))) if peer == "pgolf" else (lambda: lzma.decompress(packed))
+    )
     assert benchmark.pedantic(run, rounds=5) == raw
 
 

@@ -1,4 +1,4 @@
-"""Training ops at the shapes of `small`, forward and backward, beside the same formula in eager and compiled PyTorch.
+"""Training ops at the shapes of `small`, forward and backward, beside eager and compiled PyTorch.
 
 Run with `make bench`; pytest-benchmark prints one table per op.
 """
@@ -42,7 +42,18 @@ def attention_case():
     heads = CONFIG.num_kv_heads
     return (
         lambda: ops.gqa_attention(
-            x, qo, kv, gain, None, cos, sin, 1, num_kv_heads=heads, xsa=True, grad_qo=grads[0], grad_kv=grads[1]
+            x,
+            qo,
+            kv,
+            gain,
+            None,
+            cos,
+            sin,
+            1,
+            num_kv_heads=heads,
+            xsa=True,
+            grad_qo=grads[0],
+            grad_kv=grads[1],
         ),
         lambda: reference.gqa_attention(x, qo, kv, gain, None, cos, sin, 1, heads, True),
     )
@@ -81,7 +92,9 @@ def test_forward_and_backward(benchmark, op, peer):
     benchmark.group = f"{op}, forward and backward"
     torch.manual_seed(0)
     ours, formula = CASES[op]()
-    run = {"pgolf": ours, "eager": formula, "compile": torch.compile(formula) if peer == "compile" else None}[peer]
+    run = {"pgolf": ours, "eager": formula, "compile": torch.compile(formula) if peer == "compile" else None}[
+        peer
+    ]
     torch.testing.assert_close(ours(), formula(), rtol=1e-3, atol=1e-3)
     dout = torch.randn_like(run())
     benchmark.extra_info.update(dtype="float32", threads=torch.get_num_threads(), tokens=BATCH * LENGTH)

@@ -1,9 +1,10 @@
-"""Everything a session on a GPU should run, in order of worth: GPU tests, then the training step beside its peers.
+"""What a session on a GPU should run, in order of worth: GPU tests, then the training step and its peers.
 
     python benchmarks/gpu_session.py --out benchmarks/results
 
-writes one JSON file with GPU, versions, commit, test outcome and, for each way of running one micro-batch of the
-preset (forward and backward), milliseconds and time by kernel class. `--device cpu --preset tiny` rehearses it.
+writes one JSON file with GPU, versions, commit, test outcome and, for each way of running one micro-batch of
+the preset (forward and backward), milliseconds and time by kernel class. Rehearse with
+`--device cpu --preset tiny`.
 """
 
 from __future__ import annotations
@@ -51,7 +52,10 @@ def main() -> int:
     arguments = parse()
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        print("gpu_session: this machine has no CUDA GPU; rehearse with --device cpu --preset tiny", file=sys.stderr)
+        print(
+            "gpu_session: this machine has no CUDA GPU; rehearse with --device cpu --preset tiny",
+            file=sys.stderr,
+        )
         return 2
     record: dict[str, object] = {
         "commit": commit(),
@@ -68,7 +72,9 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", default="benchmarks/results", help="folder of the JSON file")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--preset", default="exp101")
@@ -80,7 +86,9 @@ def parse() -> argparse.Namespace:
 
 def commit() -> str:
     """The checked-out commit, marked when files differ from it; 'unknown' outside a checkout."""
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
     return done.stdout.strip() or "unknown"
 
 
@@ -93,13 +101,19 @@ def run_tests() -> dict[str, object]:
     return {"status": done.returncode, "summary": lines[-1] if lines else ""}
 
 
-def measure_all(config: RunConfig, device: torch.device, arguments: argparse.Namespace) -> list[dict[str, object]]:
+def measure_all(
+    config: RunConfig, device: torch.device, arguments: argparse.Namespace
+) -> list[dict[str, object]]:
     rows = []
     for name in arguments.ways:
         plain, backend, mode = WAYS[name]
         try:
-            row = measure(config, device, plain, backend if device.type == "cuda" else "any", mode, arguments.rounds)
-        except RuntimeError as error:  # a backend that refuses the shape is a result, not the end of the session
+            row = measure(
+                config, device, plain, backend if device.type == "cuda" else "any", mode, arguments.rounds
+            )
+        except (
+            RuntimeError
+        ) as error:  # a backend that refuses the shape is a result, not the end of the session
             row = {"error": str(error).splitlines()[0]}
         rows.append({"way": name, **row})
         print(json.dumps(rows[-1]), flush=True)

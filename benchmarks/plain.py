@@ -1,7 +1,7 @@
 """The peer that training is judged by: the same network in plain PyTorch, open to torch.compile.
 
-Inside `plain_ops`, the model's calls to `pgolf_fast.ops` run the reference formulas with PyTorch's own attention and
-autograd, so that Inductor sees and fuses everything.
+Inside `plain_ops`, the model's calls to `pgolf_fast.ops` run the reference formulas with PyTorch's own
+attention and autograd, so that Inductor sees and fuses everything.
 """
 
 from __future__ import annotations

@@ -41,9 +41,15 @@ def parse(
 
 
 def _names(kind: type, default: object) -> list[str]:
-    names = [f.name for f in dataclasses.fields(kind)]
-    if default is not None and "config" in names:
-        names += [name for name, _ in flatten(default.config)]  # type: ignore[attr-defined]
+    """Every option of a command, by dotted name."""
+    names = []
+    for field in dataclasses.fields(kind):
+        value = getattr(default, field.name, None)
+        prefix = "" if field.name == "config" else f"{field.name}."
+        if dataclasses.is_dataclass(value):
+            names += [prefix + name for name, _ in flatten(value)]
+        else:
+            names.append(field.name)
     return names
 
 

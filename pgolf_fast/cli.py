@@ -36,12 +36,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PgolfError as error:
         print(f"pgolf: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("pgolf: interrupted; a training run continues with --resume", file=sys.stderr)
-        return 130
     except BrokenPipeError:  # the reader, say `head`, has seen enough
         sys.stdout = None  # type: ignore[assignment]
         return 0
+    except OSError as error:  # a full disk, a folder that may not be written, a file where a folder should be
+        if error.filename is None and error.strerror is None:
+            raise
+        print(f"pgolf: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("pgolf: interrupted; a training run continues with --resume", file=sys.stderr)
+        return 130
 
 
 def print_out(text: str) -> None:

@@ -37,6 +37,8 @@ def train(argv: list[str]) -> int:
 
     out = arguments.out or Path("runs") / arguments.config.name
     result = run_training(arguments.config, out, resume=arguments.resume)
+    if not result.is_main:
+        return 0
     rate = result.tokens / result.seconds if result.seconds else 0.0
     rows = [
         ("steps", f"{result.steps:,}"),
@@ -159,7 +161,7 @@ def eval(argv: list[str]) -> int:
     data = replace(
         config.data,
         path=str(arguments.data) if arguments.data else config.data.path,
-        tokenizer=str(arguments.tokenizer or folder.tokenizer_file),
+        tokenizer=str(arguments.tokenizer) if arguments.tokenizer else config.data.tokenizer,
     )
     report.setup_logging(folder.log_file)
     config = replace(config, eval=arguments.eval, ttt=arguments.ttt, data=data)
@@ -178,7 +180,7 @@ class _Generate:
     tokens: int = 200
     """Tokens to write."""
     temperature: float = 0.8
-    """Sampling temperature."""
+    """Sampling temperature; 0 takes the most likely token."""
     seed: int = 0
     """Seed of the sampling."""
 
@@ -191,8 +193,8 @@ def generate(argv: list[str]) -> int:
     arguments = parse("generate", _Generate, argv)
     if arguments.tokens < 1:
         raise PgolfError(f"--tokens is {arguments.tokens}; it must be at least 1")
-    if arguments.temperature <= 0:
-        raise PgolfError(f"--temperature is {arguments.temperature}; it must be positive")
+    if arguments.temperature < 0:
+        raise PgolfError(f"--temperature is {arguments.temperature}; it must not be negative")
     folder = RunFolder(existing(arguments.run, "run folder"))
     print_out(
         continue_text(

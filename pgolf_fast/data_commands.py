@@ -24,9 +24,11 @@ class _Info:
 def info(argv: list[str]) -> int:
     """pgolf data info DIR [--tokenizer MODEL]"""
     from pgolf_fast.data.info import describe
+    from pgolf_fast.data.shards import data_folder
     from pgolf_fast.data.tokenizer import Tokenizer, find_tokenizer
 
     arguments = parse("data info", _Info, argv)
+    data_folder(arguments.folder)
     tokenizer = Tokenizer.load(find_tokenizer(arguments.folder, arguments.tokenizer))
     rows = [
         (

@@ -70,7 +70,8 @@ def _clear(out: Path) -> None:
     if not out.exists():
         return
     folder = RunFolder(out)
-    if any(out.iterdir()) and (not folder.config_file.is_file() or folder.read_config().name != "demo"):
+    found = {entry.name for entry in out.iterdir()} - {folder.log_file.name}
+    if found and (not folder.config_file.is_file() or folder.read_config().name != "demo"):
         raise PgolfError(f"{out} is not an earlier demo: choose another --out")
     shutil.rmtree(out)
 

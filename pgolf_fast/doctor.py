@@ -15,7 +15,7 @@ from pgolf_fast.train.world import environment, resolve_dtype
 # No Triton kernel is registered under an op yet; every device runs the plain PyTorch implementation.
 IMPLEMENTATIONS = {
     "mlp": "PyTorch",
-    "gqa_attention": "PyTorch, flash attention of torch.nn.functional",
+    "gqa_attention": "PyTorch, with its flash attention",
     "ngram_hash_embed": "PyTorch",
     "residual_norm": "PyTorch",
     "smear_gate": "PyTorch",

@@ -3,5 +3,5 @@
 from __future__ import annotations
 
 
-class PgolfError(ValueError):
+class PgolfError(Exception):
     """Bad input. The command line prints its message as one line and exits with status 2."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Literal
 
@@ -9,26 +10,30 @@ import torch
 from torch import Tensor
 
 from pgolf_fast import report
-from pgolf_fast.artifact.pack import PackReport, load_model, pack
+from pgolf_fast.artifact.pack import PackReport, load_model, pack, unpack
 from pgolf_fast.config.schema import PackConfig, QuantConfig, RunConfig
-from pgolf_fast.config.serialize import run_config_to_dict
+from pgolf_fast.config.serialize import from_dict, run_config_to_dict
 from pgolf_fast.data.source import open_source
 from pgolf_fast.data.tokenizer import Tokenizer, byte_table
+from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.score import Stream
 from pgolf_fast.evaluation.scores import ThreeScores, three_scores
 from pgolf_fast.files import write_text
 from pgolf_fast.model.decoding import generate
 from pgolf_fast.model.gpt import GPT
-from pgolf_fast.quant.state import QuantizedState, QuantizedTensor, quantize_model
+from pgolf_fast.quant.state import QuantizedState, QuantizedTensor, bank_grids, quantize_model
 from pgolf_fast.tensor_file import load_tensors, save_tensors
 from pgolf_fast.train.checkpoint import load_weights, read_weights
 from pgolf_fast.train.run_folder import RunFolder
-from pgolf_fast.train.world import World, resolve_dtype
+from pgolf_fast.train.world import World, keep_freed_memory, resolve_dtype
 
 
 def this_process() -> World:
     """This process alone, on the GPU if there is one."""
-    return World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if torch.cuda.is_available():
+        return World(0, 1, torch.device("cuda"))
+    keep_freed_memory()
+    return World(0, 1, torch.device("cpu"))
 
 
 def float_model(folder: RunFolder, config: RunConfig) -> GPT:
@@ -64,13 +69,15 @@ def quantize_run(folder: RunFolder, quant: QuantConfig) -> dict[str, int]:
             bits[name] = value.bits
         else:
             tensors[name] = value
-    save_tensors(folder.quantized_file, tensors, {"bits": bits, "order": list(quantized.tensors)})
+    folder.retire(folder.artifact_file)
+    story = {"bits": bits, "order": list(quantized.tensors), "quant": dataclasses.asdict(quant)}
+    save_tensors(folder.quantized_file, tensors, story)
     counts = {f"int{b} tensors": sum(v == b for v in bits.values()) for b in sorted(set(bits.values()))}
     return {**counts, "float16 tensors": len(quantized.tensors) - len(bits)}
 
 
-def read_quantized(folder: RunFolder) -> QuantizedState:
-    """What `quantize_run` wrote."""
+def read_quantized(folder: RunFolder) -> tuple[QuantizedState, QuantConfig]:
+    """What `quantize_run` wrote, and under which settings."""
     tensors, story = load_tensors(folder.need(folder.quantized_file, "quantize"))
     state: dict[str, QuantizedTensor | Tensor] = {}
     for name in story["order"]:
@@ -79,22 +86,39 @@ def read_quantized(folder: RunFolder) -> QuantizedState:
             state[name] = QuantizedTensor(codes, scale, story["bits"][name])
         else:
             state[name] = tensors[name]
-    return QuantizedState(state)
+    return QuantizedState(state), from_dict(QuantConfig, story["quant"], "quant")
 
 
 def pack_run(folder: RunFolder, config: PackConfig) -> PackReport:
     """Write the run's artifact. Raises PgolfError when it cannot be made to fit the limit."""
-    run_config = run_config_to_dict(folder.read_config())
-    return pack(read_quantized(folder), run_config, folder.artifact_file, config)
+    quantized, quant = read_quantized(folder)
+    run_config = dataclasses.replace(folder.read_config(), quant=quant, pack=config)
+    return pack(quantized, run_config_to_dict(run_config), folder.artifact_file, config)
 
 
 def score_run(folder: RunFolder, config: RunConfig, weights: Literal["artifact", "float"]) -> ThreeScores:
-    """The three scores of a run on its validation data, also written to scores_<weights>.json."""
-    model = artifact_model(folder, config) if weights == "artifact" else float_model(folder, config)
+    """The three scores of a run on its validation data, also written to scores_<weights>.json.
+
+    Float weights adapt unquantised; the artifact's adapt on its own grid, if the configuration quantises.
+    """
+    grid = None
+    if weights == "artifact":
+        model = artifact_model(folder, config)
+        grid = bank_grids(unpack(folder.artifact_file)[1])
+    else:
+        model = float_model(folder, config)
+        if config.ttt.quantize_forward == "banks":
+            config = dataclasses.replace(config, ttt=dataclasses.replace(config.ttt, quantize_forward="none"))
     source = open_source(config.data, config.model.vocab_size)
+    if source.tokenizer.path.read_bytes() != folder.tokenizer_file.read_bytes():
+        raise PgolfError(
+            f"the shards in {source.folder} belong to tokenizer {source.tokenizer.path}, the run to another "
+            f"({folder.tokenizer_file}): use shards made with the run's, or name it with --tokenizer"
+        )
     stream = Stream(source.validation(config.eval_seq_len), source.table, this_process().device)
-    scores = three_scores(model, stream, config)
-    story = {"weights": weights, "eval": run_config_to_dict(config)["eval"], **scores.to_dict()}
+    scores = three_scores(model, stream, config, grid)
+    tree = run_config_to_dict(config)
+    story = {"weights": weights, "eval": tree["eval"], "ttt": tree["ttt"], **scores.to_dict()}
     write_text(folder.path / f"scores_{weights}.json", json.dumps(story, indent=2) + "\n")
     return scores
 

@@ -43,7 +43,7 @@ class MetricsWriter:
         self._file = None
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            cut = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+            cut = _ends_inside_a_line(path)
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the run
             if cut:  # by a crash: the next line must not be glued to the half one
                 self._file.write("\n")
@@ -56,6 +56,14 @@ class MetricsWriter:
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+
+
+def _ends_inside_a_line(path: Path) -> bool:
+    if not path.is_file() or path.stat().st_size == 0:
+        return False
+    with open(path, "rb") as handle:
+        handle.seek(-1, 2)
+        return handle.read(1) != b"\n"
 
 
 def read_metrics(path: Path) -> list[dict]:

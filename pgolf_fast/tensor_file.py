@@ -27,7 +27,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], story: dict[str, Any]) 
         try:
             save_file(ready, temporary, metadata={"story": json.dumps(story)})
         except SafetensorError as error:
-            if "os error 28" in str(error) or "No space left" in str(error):
+            if any(f"os error {code})" in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
                 raise OSError(errno.ENOSPC, "No space left on device") from error
             raise
 

@@ -59,10 +59,12 @@ def run_config(data: Path, **changes: object) -> RunConfig:
         seq_len=32,
         compute_dtype="float32",
         warmdown_steps=6,
+        warmdown_fraction=None,
         lr_hold_steps=1,
         adaptive_warmdown=False,
         log_every=4,
         checkpoint_minutes=None,
+        meta=replace(base.train.meta, every=4),
     )
     config = replace(
         base,
@@ -70,7 +72,8 @@ def run_config(data: Path, **changes: object) -> RunConfig:
         model=model,
         train=train,
         data=replace(base.data, path=str(data)),
-        average=replace(base.average, ema_decay=0.8, ema_every=1, swa_every=1),
+        optim=replace(base.optim, matrix_lr=0.025, embed_lr=0.035, scalar_lr=0.025),
+        average=replace(base.average, ema_decay=0.8, ema_every=1, swa_every=1, swa_below=0.2),
         quant=replace(base.quant, calibration_sequences=4, calibration_length=32),
         eval=replace(base.eval, stride=16),
         ttt=replace(base.ttt, chunk_tokens=1000, batch_seqs=8),

@@ -1,5 +1,7 @@
 """What a person types and what comes back."""
 
+import shutil
+import string
 import subprocess
 import sys
 import time
@@ -13,6 +15,7 @@ from runs import make_dataset, pgolf, read_json, run_config, words
 from pgolf_fast import cli
 from pgolf_fast.artifact.container import sizes
 from pgolf_fast.data.source import open_source
+from pgolf_fast.data.tokenizer import train_tokenizer
 from pgolf_fast.evaluation.score import Stream
 from pgolf_fast.evaluation.scores import plain_score
 from pgolf_fast.pipeline import float_model, read_quantized
@@ -66,7 +69,8 @@ def test_help_answers_at_once():
 
 
 def test_importing_the_command_line_loads_nothing_heavy():
-    code = "import sys, pgolf_fast.cli; print([m for m in ('torch', 'numpy', 'triton', 'tyro') if m in sys.modules])"
+    heavy = "('torch', 'numpy', 'triton', 'tyro')"
+    code = f"import sys, pgolf_fast.cli; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -89,6 +93,7 @@ def test_unknown_words_are_answered_in_one_line(capsys, run):
     assert "did you mean --train.steps?" in refused(capsys, "config", "exp101", "--train.stepz", "3")
     assert "did you mean --quant.bits?" in refused(capsys, "quantize", run, "--quant.bitz", "3")
     assert "give a preset first" in refused(capsys, "train", "--train.steps", "3")
+    assert "data folder /nowhere does not exist" in refused(capsys, "data", "info", "/nowhere")
     assert "run folder /nowhere does not exist" in refused(capsys, "eval", "/nowhere")
     assert "pgolf data needs one of info, tokenize, download" in refused(capsys, "data", "inform")
     assert "--train.meta is 'soon'" in refused(capsys, "config", "exp101", "--train.meta", "soon")
@@ -141,7 +146,9 @@ def test_data_info_on_the_real_files(capsys):
 
 def test_tokenizer_of_another_size_is_refused(capsys, tmp_path, data):
     config = run_config(data)
-    line = refused(capsys, "train", "tiny", "--out", tmp_path / "r", *words(config), "--model.vocab_size", "512")
+    line = refused(
+        capsys, "train", "tiny", "--out", tmp_path / "r", *words(config), "--model.vocab_size", "512"
+    )
     assert "384" in line
     assert "512" in line
     assert not (tmp_path / "r" / "model.safetensors").exists()
@@ -151,7 +158,7 @@ def in_memory_bpb(folder):
     """The non-overlapping score of the quantised weights before they went into an artifact."""
     config = folder.read_config()
     model = float_model(folder, config)
-    model.load_state_dict(dequantize_state(read_quantized(folder)), strict=True)
+    model.load_state_dict(dequantize_state(read_quantized(folder)[0]), strict=True)
     source = open_source(config.data, config.model.vocab_size)
     stream = Stream(source.validation(config.eval_seq_len), source.table, torch.device("cpu"))
     return plain_score(model, stream, config).bpb
@@ -218,6 +225,38 @@ def test_sequence_longer_than_the_data(capsys, data, tmp_path):
     assert "8192" in line or "8193" in line or "8,192" in line
 
 
+def test_system_errors_are_one_line(capsys, tmp_path, data):
+    config = words(run_config(data))
+    (tmp_path / "file").write_text("x")
+    assert "is a file: choose another --out" in refused(
+        capsys, "train", "tiny", "--out", tmp_path / "file", *config
+    )
+    assert "Is a directory" in refused(capsys, "config", "--from-env", tmp_path)
+
+
+def test_a_full_disk_while_metrics_are_written_is_one_line(capsys, tmp_path, data):
+    """metrics.jsonl on a device that is always full: the first thing a run writes every step."""
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "metrics.jsonl").symlink_to("/dev/full")
+    assert (
+        "No space left on device" in call(capsys, "train", "tiny", "--out", out, *words(run_config(data)))[2]
+    )
+
+
+def test_shards_of_another_tokenizer_are_refused(capsys, tmp_path, data):
+    """Same number of pieces, other pieces: scores would be meaningless."""
+    folder = train(run_config(data, train__steps=1), tmp_path / "run").folder
+    call(capsys, "quantize", folder.path, "--quant.method", "round")
+    call(capsys, "pack", folder.path)
+    other = tmp_path / "other"
+    shutil.copytree(data, other)
+    train_tokenizer(
+        ["completely different words " * 50, "äöü 1 2 3 " * 50, *string.printable], 384, other / "tokenizer"
+    )
+    assert "belong to tokenizer" in refused(capsys, "eval", folder.path, "--data", other)
+
+
 @pytest.mark.slow
 def test_demo_from_start_to_table(tmp_path):
     """The whole pipeline in a few seconds of training, in a fresh process and an empty cache."""
@@ -226,7 +265,14 @@ def test_demo_from_start_to_table(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
     done = pgolf("demo", "--seconds", "3", "--out", tmp_path / "demo", env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
-    for words_of_table in ("tokens seen", "bigram bpb", "sliding + TTT", "= total", "loss.png", "all of it took"):
+    for words_of_table in (
+        "tokens seen",
+        "bigram bpb",
+        "sliding + TTT",
+        "= total",
+        "loss.png",
+        "all of it took",
+    ):
         assert words_of_table in done.stdout
     assert (tmp_path / "demo" / "loss.png").read_bytes().startswith(b"\x89PNG")
     again = pgolf("demo", "--seconds", "1", "--out", tmp_path, env=environment)

@@ -6,8 +6,27 @@ from dataclasses import replace
 import pytest
 
 from pgolf_fast.config.env import assignments, translate
-from pgolf_fast.config.presets import PRESETS, exp101, exp101_as_run, exp101_swiglu, exp105a, preset, small, tiny
-from pgolf_fast.config.schema import EvalConfig, ModelConfig, RunConfig, TrainConfig
+from pgolf_fast.config.presets import (
+    PRESETS,
+    exp101,
+    exp101_as_run,
+    exp101_swiglu,
+    exp105a,
+    preset,
+    small,
+    tiny,
+)
+from pgolf_fast.config.schema import (
+    DataConfig,
+    EvalConfig,
+    MetaConfig,
+    ModelConfig,
+    OptimConfig,
+    QuantConfig,
+    RunConfig,
+    TrainConfig,
+    TTTConfig,
+)
 from pgolf_fast.config.serialize import flatten, replace_field, run_config_from_dict, run_config_to_dict
 from pgolf_fast.config.shrink import shrink
 from pgolf_fast.errors import PgolfError
@@ -29,7 +48,10 @@ def difference(a, b):
 
 
 def test_exp105a_is_exp101_without_meta_and_nothing_else():
-    assert replace(exp105a(), name="exp101", train=replace(exp105a().train, meta=exp101().train.meta)) == exp101()
+    assert (
+        replace(exp105a(), name="exp101", train=replace(exp105a().train, meta=exp101().train.meta))
+        == exp101()
+    )
     assert exp105a().train.meta is None
 
 
@@ -104,7 +126,10 @@ def test_json_is_read_strictly(path, value, message):
         (lambda: ModelConfig(num_kv_heads=3), "num_heads 8 is not a multiple of model.num_kv_heads 3"),
         (lambda: ModelConfig(rope_dims=15), "rope_dims 15 must be even"),
         (lambda: ModelConfig(rope_dims=66), "between 0 and the head dim 64"),
-        (lambda: ModelConfig(ve_layers=(3, 11)), r"ve_layers \[11\] do not exist: the model has blocks 0 to 10"),
+        (
+            lambda: ModelConfig(ve_layers=(3, 11)),
+            r"ve_layers \[11\] do not exist: the model has blocks 0 to 10",
+        ),
         (lambda: ModelConfig(frozen_skips=6), "a model of 11 layers has 5 skips"),
         (lambda: ModelConfig(bigram_vocab_size=0), "model.trigram needs a hash table"),
         (lambda: ModelConfig(tie_embeddings=False), "tie_embeddings=False is not supported"),
@@ -112,6 +137,21 @@ def test_json_is_read_strictly(path, value, message):
         (lambda: TrainConfig(micro_batch_tokens=1000), "is not a multiple of train.seq_len 2048"),
         (lambda: TrainConfig(batch_tokens=100_000), "batch_tokens 100000 is not a multiple"),
         (lambda: TrainConfig(max_seconds=None), "schedule 'time' needs train.max_seconds"),
+        (lambda: ModelConfig(ve_layers=(3, 3)), "repeats a block"),
+        (lambda: ModelConfig(xsa_last_n=-1), "model.xsa_last_n is -1; it must not be negative"),
+        (lambda: ModelConfig(ve_dim=0), "model.ve_dim must be positive"),
+        (lambda: DataConfig(seed=-1), "data.seed is -1"),
+        (lambda: MetaConfig(every=0), "train.meta.every is 0; it must be positive"),
+        (lambda: TrainConfig(adaptive_every=0), "train.adaptive_every is 0"),
+        (lambda: TrainConfig(warmdown_fraction=0.5), "give one and set the other to None"),
+        (lambda: TrainConfig(warmdown_steps=None), "give one and set the other to None"),
+        (lambda: TrainConfig(warmdown_steps=None, warmdown_fraction=1.5), "above 0 and at most 1"),
+        (lambda: OptimConfig(adam_beta1=1.5), r"optim.adam_beta1 is 1.5; it must be in \[0, 1\)"),
+        (lambda: QuantConfig(block_size=0), "quant.block_size is 0"),
+        (lambda: QuantConfig(bits=9), "quant.bits is 9; it must be 2 to 8"),
+        (lambda: TTTConfig(momentum=-1), "ttt.momentum is -1"),
+        (lambda: TTTConfig(grad_clip=0), "ttt.grad_clip must be positive"),
+        (lambda: EvalConfig(seq_len=0), "eval.seq_len must be positive"),
         (lambda: EvalConfig(stride=0), "eval.stride must be positive"),
         (lambda: RunConfig(eval=EvalConfig(stride=4096)), "stride 4096 is longer than the window of 2048"),
     ],
@@ -119,6 +159,11 @@ def test_json_is_read_strictly(path, value, message):
 def test_impossible_configurations_say_why(make, message):
     with pytest.raises(PgolfError, match=message):
         make()
+
+
+def test_a_preset_name_may_carry_a_size():
+    assert preset("exp105a_tiny") == shrink(exp105a(), "tiny")
+    assert preset("exp105a_tiny").name == "exp105a_tiny"
 
 
 def test_setting_a_field_of_a_group_that_is_off_switches_it_on():
@@ -163,17 +208,17 @@ def test_run_script_becomes_a_configuration():
 
 def test_run_script_may_pass_through_impossible_states():
     """Fields that only fit together are set together, in whatever order the script has them."""
-    script = "NUM_HEADS=6\nMODEL_DIM=384\nNUM_KV_HEADS=3\nTRAIN_SEQ_LEN=1024\n"
+    script = "NUM_HEADS=6\nMODEL_DIM=384\nNUM_KV_HEADS=3\nTRAIN_SEQ_LEN=1024\nTRAIN_BATCH_TOKENS=524288\n"
     config = translate(script, exp101()).config
+    assert (config.train.batch_tokens, config.train.micro_batch_tokens) == (524_288, 65_536)
+    assert translate("GRAD_ACCUM_TOTAL=4", exp101()).config.train.micro_batch_tokens == 196_608
     assert (config.model.num_heads, config.model.model_dim, config.model.num_kv_heads) == (6, 384, 3)
 
 
 def test_bad_values_in_a_run_script_are_named():
     with pytest.raises(PgolfError, match=r"ITERATIONS='lots' does not fit train.steps"):
         translate("ITERATIONS=lots", exp101())
-    with pytest.raises(PgolfError, match="ADAM_WD=0.1 contradicts an earlier variable"):
+    with pytest.raises(PgolfError, match=r"ADAM_WD=0\.1 contradicts an earlier variable"):
         translate("MUON_WD=0.04\nADAM_WD=0.1", exp101())
-    with pytest.raises(PgolfError, match="not a multiple of model.num_heads 7"):
+    with pytest.raises(PgolfError, match=r"not a multiple of model\.num_heads 7"):
         translate("NUM_HEADS=7", exp101())
-
-

@@ -9,7 +9,7 @@ import torch
 from helpers import randomize_, tiny_config
 
 from pgolf_fast.config.presets import exp101_as_run
-from pgolf_fast.config.schema import RunConfig, TTTConfig
+from pgolf_fast.config.schema import QuantConfig, RunConfig, TTTConfig
 from pgolf_fast.data.tokenizer import ByteTable, target_bytes
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.score import Score, Stream, frozen_losses, score_windows
@@ -17,6 +17,7 @@ from pgolf_fast.evaluation.scores import three_scores
 from pgolf_fast.evaluation.ttt import chunk_lr, legal_ttt, trainable_parameters
 from pgolf_fast.evaluation.windows import plain_windows, sliding_windows
 from pgolf_fast.model.gpt import GPT
+from pgolf_fast.quant.state import bank_grids, dequantize_state, quantize_state
 
 CPU = torch.device("cpu")
 SEQ = 16
@@ -179,6 +180,24 @@ def test_zero_epochs_is_the_sliding_score(model, table):
     assert run_ttt(model, data, table).score.nats != pytest.approx(plain.nats, rel=1e-4)
 
 
+def test_zero_epochs_on_an_artifact_is_the_sliding_score_exactly(model, table):
+    """Test-time training rounds to the artifact's own grid, on which its weights already lie."""
+    settings = QuantConfig(method="round", scale_floor=False, percentiles=(0.999,))
+    quantized = quantize_state(model.state_dict(), settings)
+    model.load_state_dict(dequantize_state(quantized))
+    config = replace(RunConfig(model=tiny_config()), quant=settings)
+    config = replace(config, eval=replace(config.eval, stride=4, seq_len=SEQ))
+    grid = bank_grids(quantized)
+    stream = Stream(tokens(300), table, CPU)
+    still = replace(config, ttt=replace(TTT, epochs=0, quantize_forward="banks"))
+    scores = three_scores(model, stream, still, grid)
+    assert scores.ttt.score.nats == pytest.approx(scores.sliding.nats, rel=1e-12)
+    moving = replace(config, ttt=replace(TTT, lr=1.0, quantize_forward="banks"))
+    assert three_scores(model, stream, moving, grid).ttt.score.nats != pytest.approx(
+        scores.sliding.nats, rel=1e-5
+    )
+
+
 def test_chunk_learning_rates_of_the_published_run():
     config = exp101_as_run().ttt
     for chunk, lr in ((0, 0.004), (1, 0.00399998897), (100, 0.00389072459), (473, 0.002), (900, 2.3291e-5)):
@@ -194,12 +213,16 @@ def test_published_run_adapts_all_but_4112_parameters():
 
 def test_three_scores_are_reported_together(model, table):
     config = RunConfig(model=tiny_config())
-    config = replace(config, train=replace(config.train, micro_batch_tokens=98_304, seq_len=SEQ), ttt=TTT)
-    config = replace(config, eval=replace(config.eval, stride=4, seq_len=None))
+    config = replace(config, eval=replace(config.eval, stride=4, seq_len=SEQ), ttt=TTT)
     scores = three_scores(model, Stream(tokens(257), table, CPU), config)
     assert [row[0] for row in scores.rows()] == ["non-overlapping", "sliding", "sliding + TTT"]
     values = scores.to_dict()
-    assert values["non_overlapping"]["tokens"] == values["sliding"]["tokens"] == values["sliding_ttt"]["tokens"] == 256
+    assert (
+        values["non_overlapping"]["tokens"]
+        == values["sliding"]["tokens"]
+        == values["sliding_ttt"]["tokens"]
+        == 256
+    )
     assert values["sliding_ttt"]["bpb"] == scores.ttt.by_chunk[-1].bpb
 
 

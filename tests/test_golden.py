@@ -138,7 +138,9 @@ def check_gptq(meta, values):
     weight, hessian = torch.tensor(values["weight"]), torch.tensor(values["hessian"])
     clip = meta["clip_range"]
     made = {
-        "gptq": gptq(weight, hessian, clip_range=clip, percentiles=PERCENTILES, block_size=meta["block_size"]),
+        "gptq": gptq(
+            weight, hessian, clip_range=clip, percentiles=PERCENTILES, block_size=meta["block_size"]
+        ),
         "per_row": quantize_rows(weight, clip_range=clip, percentiles=PERCENTILES),
         "int8": quantize_int8_rows(weight),
     }

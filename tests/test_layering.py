@@ -1,4 +1,4 @@
-"""Imports point one way (design, sections 1 and 2), and importing anything is quiet and needs no GPU."""
+"""Imports point one way (CONTRIBUTING.md), and importing anything is quiet and needs no GPU."""
 
 import ast
 import subprocess

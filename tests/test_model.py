@@ -13,7 +13,7 @@ from pgolf_fast.model.bank import BANK_NAMES, make_banks
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.model.rope import rope_base, rope_tables
 
-EXP101_SHAPES = {  # specification 1.1
+EXP101_SHAPES = {  # of the published checkpoint
     "qo_bank": (22, 512, 512),
     "kv_bank": (22, 256, 512),
     "mlp_up_bank": (11, 1536, 512),
@@ -80,7 +80,7 @@ def test_num_parameters(changes):
 
 
 def test_initial_values():
-    """Specification 1.12, every value rounded to bfloat16."""
+    """As in PR 1501, every value rounded to bfloat16."""
     config = tiny_config(model_dim=64, ve_dim=32, vocab_size=512, bigram_dim=32, num_layers=6, frozen_skips=2)
     model, n, eye = GPT(config), 6, torch.eye(64)
     for name, parameter in model.named_parameters():
@@ -128,7 +128,7 @@ def test_seed_decides_initial_values():
 
 
 def test_rope_tables():
-    """Specification 1.8: the base grows beyond 1024 tokens; channels turn at these frequencies."""
+    """The base grows beyond 1024 tokens; channels turn at these frequencies."""
     config, cpu = ModelConfig(), torch.device("cpu")
     assert rope_base(config, 1024) == 10_000
     assert rope_base(config, 2048) == pytest.approx(22_081.790273, rel=1e-9)

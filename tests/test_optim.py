@@ -40,7 +40,9 @@ def test_multiplier_holds_at_the_start_and_waits_for_the_warmdown():
 
 
 def test_step_schedule_ends_at_zero():
-    schedule = Schedule(TrainConfig(schedule="steps", max_seconds=None, steps=100, warmdown_steps=40, lr_hold_steps=0))
+    schedule = Schedule(
+        TrainConfig(schedule="steps", max_seconds=None, steps=100, warmdown_steps=40, lr_hold_steps=0)
+    )
     assert schedule.multiplier(60, 1e9) == 1.0
     assert schedule.multiplier(80, 0.0) == pytest.approx(0.5)
     assert schedule.multiplier(100, 0.0) == pytest.approx(0.0)
@@ -89,7 +91,7 @@ def test_every_parameter_is_in_one_group_with_its_rate():
 
 
 def test_muon_scales_tall_banks_and_decays():
-    """One step from zero momentum: each slot moves by lr * sqrt(rows/cols) along a nearly orthogonal matrix."""
+    """One step from zero momentum: each slot moves by lr * sqrt(rows/cols) along an orthogonal matrix."""
     bank = nn.Parameter(torch.ones(2, 48, 16))
     bank.grad = torch.randn_like(bank)
     Muon({"b": bank}, weight_decay=0.5, newton_schulz_steps=5).step(lr=0.1, momentum=0.0)

@@ -20,6 +20,7 @@ from pgolf_fast.data.source import open_source
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.score import Stream
 from pgolf_fast.evaluation.scores import three_scores
+from pgolf_fast.pipeline import pack_run, quantize_run
 from pgolf_fast.report import read_metrics
 from pgolf_fast.tensor_file import load_tensors, save_tensors
 from pgolf_fast.train.checkpoint import load_weights, newest_checkpoint, read_weights
@@ -128,13 +129,15 @@ def test_restored_state_continues_bit_for_bit(data, loader):
 
 def test_killed_run_resumes_bit_for_bit(data, tmp_path):
     """kill -9 in the middle, then --resume: final weights equal those of a run left alone."""
-    config = run_config(data, train__steps=120, train__checkpoint_minutes=0.0, train__warmdown_steps=60)
+    config = run_config(data, train__steps=120, train__checkpoint_minutes=0.0)
     straight = train(config, tmp_path / "straight")
     command = [sys.executable, "-m", "pgolf_fast.cli", "train", "tiny", "--out", str(tmp_path / "killed")]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     with subprocess.Popen([*command, *words(config)], env=environment, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 120
-        while (newest := newest_checkpoint(tmp_path / "killed" / "checkpoints")) is None or newest.stem < "step_00000010":
+        while (
+            newest := newest_checkpoint(tmp_path / "killed" / "checkpoints")
+        ) is None or newest.stem < "step_00000010":
             assert time.monotonic() < deadline
             assert process.poll() is None, "the run ended before it could be killed"
             time.sleep(0.02)
@@ -151,10 +154,31 @@ def test_resume_refuses_other_settings_and_a_second_start(data, tmp_path):
     train(config, tmp_path / "run")
     with pytest.raises(PgolfError, match="already holds a run: pass --resume"):
         train(config, tmp_path / "run")
-    with pytest.raises(PgolfError, match=r"optim.matrix_lr was 0.025 and is 0.5"):
-        train(run_config(data, optim__matrix_lr=0.5), tmp_path / "run", resume=True)
-    longer = train(run_config(data, train__steps=10), tmp_path / "run", resume=True)
+    with pytest.raises(PgolfError, match=r"train.seq_len was 32 and is 16"):
+        train(run_config(data, train__seq_len=16), tmp_path / "run", resume=True)
+    with pytest.raises(PgolfError, match=r"quant.bits was 6 and is 5"):
+        train(run_config(data, quant__bits=5), tmp_path / "run", resume=True)
+    longer = train(run_config(data, train__steps=10, optim__matrix_lr=0.5), tmp_path / "run", resume=True)
     assert longer.steps == 10
+    (note,) = [row for row in read_metrics(longer.folder.metrics_file) if row["kind"] == "resume"]
+    assert note["changed"] == ["optim.matrix_lr was 0.025 and is 0.5", "train.steps was 8 and is 10"]
+
+
+def test_a_start_that_fails_leaves_the_folder_free(data, tmp_path):
+    with pytest.raises(PgolfError, match="data folder /nowhere does not exist"):
+        train(run_config(data, data__path="/nowhere"), tmp_path / "run")
+    assert train(run_config(data), tmp_path / "run").steps == 8
+
+
+def test_new_weights_retire_what_was_made_of_the_old_ones(data, tmp_path):
+    folder = train(run_config(data), tmp_path / "run").folder
+    quantize_run(folder, folder.read_config().quant)
+    pack_run(folder, folder.read_config().pack)
+    train(run_config(data, train__steps=9), folder.path, resume=True)
+    assert not folder.artifact_file.exists()
+    assert folder.artifact_file.with_name("model.pgolf.stale").exists()
+    with pytest.raises(PgolfError, match="run `pgolf quantize"):
+        pack_run(folder, folder.read_config().pack)
 
 
 def test_checkpoint_of_another_model_is_refused_by_name(data, tmp_path):
@@ -198,9 +222,27 @@ def test_non_finite_loss_stops_with_step_and_last_checkpoint(data, tmp_path, mon
     assert all(bool(t.isfinite().all()) for t in tensors.values())
 
 
+def test_non_finite_gradient_stops_before_the_update(data, tmp_path, monkeypatch):
+    """A finite loss with a gradient that is not: no weight is touched."""
+    original = Trainer._mask_frozen_skips
+
+    def poisoned(self):
+        original(self)
+        if self.step == 7:
+            self.model.smear.gate.grad[0] = math.nan
+
+    monkeypatch.setattr(Trainer, "_mask_frozen_skips", poisoned)
+    config = run_config(data, optim__grad_clip=None)
+    with pytest.raises(PgolfError, match=r"the gradient norm at step 8 is nan"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
 def test_diverging_run_is_stopped(data, tmp_path):
     """No monkeypatch: weights that overflow give a non-finite loss by themselves."""
-    with pytest.raises(PgolfError, match=r"training stopped: the loss at step \d+ is (nan|inf)"):
+    with pytest.raises(
+        PgolfError, match=r"training stopped: the (loss|meta loss|gradient norm) at step \d+ is (nan|inf)"
+    ):
         train(run_config(data, optim__embed_lr=1e38, optim__scalar_lr=1e38), tmp_path / "run")
 
 
@@ -341,6 +383,21 @@ def test_ttt_with_quantised_forward_changes_the_score(data):
 
 
 @pytest.mark.slow
+def test_inductor_training_equals_eager(data):
+    """The compiler that CUDA runs use: losses and gradient banks over accumulation, with and without QAT."""
+    config = run_config(data, train__qat__below=0.6, train__meta=None)
+    eager, compiled = make_trainer(config), make_trainer(config)
+    compiled.loss_function = torch.compile(compiled.model.loss, dynamic=False, fullgraph=True)
+    a, b = run_steps(eager, 6), run_steps(compiled, 6)
+    assert a == pytest.approx(b, rel=1e-4)
+
+
+def test_meta_weight_is_divided_by_micro_batches_only_when_told(data):
+    diluted, whole = (weights_after(run_config(data, train__meta__dilute=d), 1) for d in (True, False))
+    assert differs(diluted.tensors(), whole.tensors())
+
+
+@pytest.mark.slow
 def test_two_processes_equal_one(data, tmp_path):
     """Two ranks of one micro-batch each are one rank of two: the same spans of tokens, the same weights."""
     config = run_config(data, train__meta=None, train__steps=4)
@@ -357,6 +414,42 @@ def test_two_processes_equal_one(data, tmp_path):
 
 
 @pytest.mark.slow
+def test_processes_keep_one_clock(data, tmp_path):
+    """Under a time schedule the learning rate depends on the clock, so both ranks must read the same one."""
+    config = run_config(data, train__steps=1000, train__max_seconds=2.0, train__schedule="time")
+    script = tmp_path / "both.py"
+    script.write_text(
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "from safetensors.torch import save_file\n"
+        "from pgolf_fast.train import loop\n"
+        "from pgolf_fast import cli\n"
+        "finish = loop._Run._finish\n"
+        "def keep(self):\n"
+        "    weights = {n: t.clone() for n, t in self.model.state_dict().items()}\n"
+        "    save_file(weights, Path(sys.argv[1]) / f'rank{os.environ[\"RANK\"]}.safetensors')\n"
+        "    return finish(self)\n"
+        "loop._Run._finish = keep\n"
+        "sys.exit(cli.main(sys.argv[2:]))\n"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(script),
+    ]
+    command += [str(tmp_path), "train", "tiny", "--out", str(tmp_path / "run"), *words(config)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("run folder") == 1
+    assert_same(load_file(tmp_path / "rank0.safetensors"), load_file(tmp_path / "rank1.safetensors"))
+
+
+@pytest.mark.slow
 def test_two_steps_of_the_whole_exp101_on_real_data():
     """26,960,991 parameters, real tokens, every feature on; a small batch."""
     from data_helpers import real_data
@@ -364,7 +457,12 @@ def test_two_steps_of_the_whole_exp101_on_real_data():
     data = real_data() / "datasets" / "smoke_sp1024"
     base = exp101()
     train_config = replace(
-        base.train, batch_tokens=512, micro_batch_tokens=512, seq_len=256, compute_dtype="float32", lr_hold_steps=0
+        base.train,
+        batch_tokens=512,
+        micro_batch_tokens=512,
+        seq_len=256,
+        compute_dtype="float32",
+        lr_hold_steps=0,
     )
     config = replace(base, train=train_config, data=replace(base.data, path=str(data)))
     trainer = make_trainer(config)

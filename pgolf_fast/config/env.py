@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from pgolf_fast.config.schema import MetaConfig, RunConfig
-from pgolf_fast.config.serialize import replace_field
+from pgolf_fast.config.serialize import run_config_from_dict, run_config_to_dict
 from pgolf_fast.errors import PgolfError
 
 Value = int | float | str | bool | None | tuple[int, ...] | MetaConfig
@@ -41,6 +42,7 @@ FIELDS: dict[str, tuple[str, Callable[[str], Value]]] = {
     "WARMUP_STEPS": ("train.warmup_steps", int),
     "WARMDOWN_ITERS": ("train.warmdown_steps", int),
     "TRAIN_BATCH_TOKENS": ("train.batch_tokens", int),
+    "GRAD_ACCUM_TOTAL": ("accumulation", int),
     "TRAIN_SEQ_LEN": ("train.seq_len", int),
     "VAL_LOSS_EVERY": ("train.val_every", _off_at_zero(int)),
     "TRAIN_LOG_EVERY": ("train.log_every", int),
@@ -146,8 +148,7 @@ def translate(script: str, base: RunConfig) -> Translation:
     used: dict[str, str] = {}
     unknown: dict[str, str] = {}
     values: dict[str, Value] = {}
-    # META_TTT_ENABLED first: it creates or removes the group the other META_TTT_* variables set
-    for name, text in sorted(assignments(script).items(), key=lambda item: item[0] != "META_TTT_ENABLED"):
+    for name, text in assignments(script).items():
         if name not in FIELDS:
             unknown[name] = text
             continue
@@ -162,23 +163,28 @@ def translate(script: str, base: RunConfig) -> Translation:
             )
         values[field] = value
         used[name] = field
-    return Translation(_apply(base, values), used, unknown)
+    return Translation(_with_values(base, values), used, unknown)
 
 
-def _apply(config: RunConfig, values: dict[str, Value]) -> RunConfig:
-    """Set all fields; where one alone would be an impossible state on the way, the others go first."""
-    waiting = list(values.items())
-    while waiting:
-        left, problem = [], None
-        for field, value in waiting:
-            if config.train.meta is None and field.startswith("train.meta."):
-                continue
-            try:
-                config = replace_field(config, field, value)
-            except PgolfError as error:
-                left.append((field, value))
-                problem = error
-        if problem is not None and len(left) == len(waiting):
-            raise problem
-        waiting = left
-    return config
+def _with_values(base: RunConfig, values: dict[str, Value]) -> RunConfig:
+    """`base` with all fields set at once, as some only fit together.
+
+    A batch without an accumulation count is cut into the original's eight micro-batches.
+    """
+    tree = run_config_to_dict(base)
+    accumulation = values.pop("accumulation", 8)
+    if "train.batch_tokens" in values or accumulation != 8:
+        batch = values.get("train.batch_tokens", base.train.batch_tokens)
+        assert isinstance(batch, int)
+        assert isinstance(accumulation, int)
+        values["train.micro_batch_tokens"] = max(1, batch // max(1, accumulation))
+    for field, value in sorted(values.items()):  # a group comes before its fields
+        *groups, last = field.split(".")
+        place = tree
+        for group in groups:
+            place = place[group]
+            if place is None:
+                break  # a field of a group that is off
+        else:
+            place[last] = dataclasses.asdict(value) if isinstance(value, MetaConfig) else value
+    return run_config_from_dict(tree)

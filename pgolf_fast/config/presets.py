@@ -7,12 +7,14 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from pgolf_fast.config.schema import QATConfig, RunConfig
-from pgolf_fast.config.shrink import shrink
+from pgolf_fast.config.shrink import SIZES, shrink
 from pgolf_fast.errors import PgolfError
 
 
 def exp101() -> RunConfig:
     """PR 1501 as its authors describe it, with every described part really acting (27 M parameters)."""
+    # The meta step keeps the original's division by the number of micro-batches (train.meta.dilute): what is
+    # described, a weight of 0.5, acts as 0.0625 with eight of them.
     return RunConfig(name="exp101")
 
 
@@ -60,7 +62,13 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
 
 
 def preset(name: str) -> RunConfig:
-    """The preset of that name. Raises PgolfError suggesting the nearest name."""
+    """The preset of that name, or `<preset>_<size>` for a shrunken one (exp105a_tiny).
+
+    Raises PgolfError suggesting the nearest name.
+    """
+    parent, _, size = name.rpartition("_")
+    if name not in PRESETS and parent in PRESETS and size in SIZES:
+        return shrink(PRESETS[parent](), size)
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}? " if near else ""

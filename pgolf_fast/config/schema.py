@@ -5,156 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pgolf_fast.errors import PgolfError
+from pgolf_fast.config.model import ModelConfig, need
 
-Activation = Literal["leaky_relu_squared", "relu_squared", "swiglu"]
 Dtype = Literal["auto", "float32", "bfloat16"]
-
-
-def _need(condition: bool, message: str) -> None:
-    if not condition:
-        raise PgolfError(message)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The network (PR 1501). Field names are those of the golden vectors."""
-
-    vocab_size: int = 1024
-    """Number of token ids; the tokenizer must have exactly as many."""
-    num_layers: int = 11
-    """Transformer blocks; the first half are U-Net encoders."""
-    model_dim: int = 512
-    """Width of the residual stream."""
-    num_heads: int = 8
-    """Query heads."""
-    num_kv_heads: int = 4
-    """Key/value heads; each serves num_heads / num_kv_heads query heads."""
-    mlp_mult: float = 3.0
-    """MLP hidden width over model_dim. A gated MLP has two up rows per hidden channel."""
-    mlp_activation: Activation = "leaky_relu_squared"
-    """leaky_relu_squared (slope 0.5), relu_squared, or swiglu (gated)."""
-    tie_embeddings: bool = True
-    """The output head is the token embedding. The only supported setting."""
-    tied_embed_init_std: float = 0.005
-    """Standard deviation of the initial token embedding."""
-    logit_softcap: float = 30.0
-    """logits = softcap * tanh(raw / softcap)."""
-    rope_base: float = 10000.0
-    """RoPE base at lengths up to rope_train_seq_len; beyond it the base grows (NTK scaling)."""
-    rope_dims: int = 16
-    """Leading channels of each head that are rotated; 0 means all of them."""
-    rope_train_seq_len: int = 1024
-    """Length up to which RoPE keeps its base."""
-    rope_bf16_tables: bool = False
-    """Round the RoPE tables to bfloat16, as the original did (its frequencies too at short lengths)."""
-    qk_gain_init: float = 1.5
-    """Initial per-head gain on normalised queries."""
-    bigram_vocab_size: int = 4096
-    """Rows of the hash n-gram table; 0 removes it."""
-    bigram_dim: int = 64
-    """Width of the hash n-gram table."""
-    trigram: bool = True
-    """Add a trigram row from the same table."""
-    pos_conditional: bool = True
-    """Word starts and other tokens use separate halves of the hash table."""
-    xsa_last_n: int = 11
-    """Exclusive self-attention in this many last blocks; 0 removes it."""
-    ln_scale: bool = True
-    """Scale the normalised input of block i by 1/sqrt(i+1)."""
-    ve_enabled: bool = True
-    """Add a value embedding of the token to the attention values of ve_layers."""
-    ve_dim: int = 128
-    """Width of the value-embedding table."""
-    ve_layers: tuple[int, ...] = (7, 8, 9, 10)
-    """Blocks that receive the value embedding."""
-    frozen_skips: int = 2
-    """The outermost U-Net skips that start at zero and get no gradient in training."""
-
-    def __post_init__(self) -> None:
-        for name in (
-            "vocab_size",
-            "num_layers",
-            "model_dim",
-            "num_heads",
-            "num_kv_heads",
-            "rope_train_seq_len",
-        ):
-            _need(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; it must be positive")
-        _need(
-            self.model_dim % self.num_heads == 0,
-            f"model.model_dim {self.model_dim} is not a multiple of model.num_heads {self.num_heads}",
-        )
-        _need(
-            self.num_heads % self.num_kv_heads == 0,
-            f"model.num_heads {self.num_heads} is not a multiple of model.num_kv_heads {self.num_kv_heads}",
-        )
-        _need(
-            0 <= self.rope_dims <= self.head_dim and self.rope_dims % 2 == 0,
-            f"model.rope_dims {self.rope_dims} must be even and between 0 and the head dim {self.head_dim}",
-        )
-        _need(self.rope_dims > 0 or self.head_dim % 2 == 0, f"head dim {self.head_dim} must be even for RoPE")
-        _need(
-            self.tie_embeddings,
-            "model.tie_embeddings=False is not supported: the head is the token embedding",
-        )
-        _need(
-            self.mlp_hidden > 0,
-            f"model.mlp_mult {self.mlp_mult} gives an empty MLP at width {self.model_dim}",
-        )
-        _need(self.logit_softcap > 0, f"model.logit_softcap is {self.logit_softcap}; it must be positive")
-        _need(
-            self.bigram_vocab_size == 0 or self.bigram_vocab_size >= 4,
-            f"model.bigram_vocab_size is {self.bigram_vocab_size}; use 0 (off) or at least 4",
-        )
-        _need(
-            not (self.bigram_vocab_size == 0 and self.trigram),
-            "model.trigram needs a hash table: set model.bigram_vocab_size above 0 or model.trigram to False",
-        )
-        bad = [i for i in self.ve_layers if not 0 <= i < self.num_layers] if self.ve_enabled else []
-        _need(not bad, f"model.ve_layers {bad} do not exist: the model has blocks 0 to {self.num_layers - 1}")
-        _need(
-            0 <= self.frozen_skips <= self.num_skips,
-            f"model.frozen_skips is {self.frozen_skips}; "
-            f"a model of {self.num_layers} layers has {self.num_skips} skips",
-        )
-
-    @property
-    def head_dim(self) -> int:
-        return self.model_dim // self.num_heads
-
-    @property
-    def kv_dim(self) -> int:
-        return self.num_kv_heads * self.head_dim
-
-    @property
-    def mlp_hidden(self) -> int:
-        return int(self.mlp_mult * self.model_dim)
-
-    @property
-    def mlp_up_rows(self) -> int:
-        return self.mlp_hidden * (2 if self.mlp_activation == "swiglu" else 1)
-
-    @property
-    def rotary_dims(self) -> int:
-        return self.rope_dims or self.head_dim
-
-    @property
-    def num_skips(self) -> int:
-        """U-Net joins: one per encoder block, as far as there are decoder blocks to take them."""
-        return self.num_layers // 2
-
-    def num_parameters(self) -> int:
-        """Parameters of the network, counted without building it."""
-        d, n = self.model_dim, self.num_layers
-        banks = 2 * n * d * d + 2 * n * self.kv_dim * d + n * self.mlp_up_rows * d + n * d * self.mlp_hidden
-        per_block = self.num_heads + 2 * d + 2 * d
-        total = banks + self.vocab_size * d + d + self.num_skips * d + n * per_block
-        if self.bigram_vocab_size:
-            total += self.bigram_vocab_size * self.bigram_dim + d * self.bigram_dim + 2
-        if self.ve_enabled:
-            total += self.vocab_size * self.ve_dim + self.kv_dim * self.ve_dim + 1 + len(self.ve_layers)
-        return total
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +24,13 @@ class DataConfig:
     """Seed of the shuffled document order."""
     val_tokens: int | None = None
     """Use only this many validation tokens (for quick looks); None uses all."""
+
+    def __post_init__(self) -> None:
+        need(self.seed >= 0, f"data.seed is {self.seed}; it must not be negative")
+        need(
+            self.val_tokens is None or self.val_tokens > 0,
+            "data.val_tokens must be positive, or None for all",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,8 +64,8 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         for name in ("matrix_lr", "embed_lr", "scalar_lr", "weight_decay"):
-            _need(getattr(self, name) >= 0, f"optim.{name} is {getattr(self, name)}; it must not be negative")
-        _need(
+            need(getattr(self, name) >= 0, f"optim.{name} is {getattr(self, name)}; it must not be negative")
+        need(
             self.grad_clip is None or self.grad_clip > 0, "optim.grad_clip must be positive, or None for off"
         )
 
@@ -226,9 +86,9 @@ class AverageConfig:
     """The final weights are the mean of the EMA snapshots; False collects and does not use them (as run)."""
 
     def __post_init__(self) -> None:
-        _need(0 <= self.ema_decay < 1, f"average.ema_decay is {self.ema_decay}; it must be in [0, 1)")
-        _need(self.ema_every > 0, "average.ema_every must be positive")
-        _need(
+        need(0 <= self.ema_decay < 1, f"average.ema_decay is {self.ema_decay}; it must be in [0, 1)")
+        need(self.ema_every > 0, "average.ema_every must be positive")
+        need(
             self.swa_every is None or self.swa_every > 0,
             "average.swa_every must be positive, or None for off",
         )
@@ -261,6 +121,10 @@ class MetaConfig:
     above: float = 0.5
     """Only while the learning-rate multiplier is above this."""
 
+    def __post_init__(self) -> None:
+        need(self.every > 0, f"train.meta.every is {self.every}; it must be positive")
+        need(self.freeze_blocks >= 0, "train.meta.freeze_blocks must not be negative")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -280,18 +144,18 @@ class TrainConfig:
     """Training sequence length."""
     compute_dtype: Dtype = "auto"
     """Activations and matmuls; auto is bfloat16 where the hardware has it."""
-    table_dtype: Dtype = "bfloat16"
-    """Storage of the embedding tables during training; auto and float32 both mean float32."""
+    table_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Storage of the embedding tables during training."""
     compile: bool | None = None
     """torch.compile the loss; None compiles on CUDA only."""
     warmup_steps: int = 20
     """Untimed steps before training whose effect is undone; they run only where compiling."""
     schedule: Literal["time", "steps"] = "time"
     """What the learning-rate decay is measured in; time needs max_seconds."""
-    warmdown_steps: int = 2500
+    warmdown_steps: int | None = 2500
     """Length of the cosine decay, in steps (converted to time by the measured pace)."""
     warmdown_fraction: float | None = None
-    """Length of the cosine decay as a share of the run; None uses warmdown_steps."""
+    """Length of the cosine decay as a share of the run, instead of warmdown_steps."""
     lr_hold_steps: int = 25
     """Steps at the start during which the multiplier is 1 whatever the clock says."""
     adaptive_warmdown: bool = True
@@ -307,7 +171,7 @@ class TrainConfig:
     val_every: int | None = 3000
     """Steps between validations; None validates at the end only."""
     log_every: int = 500
-    """Steps between progress lines (the first ten steps and the last are always printed)."""
+    """Steps between progress lines (the first step and the last are always printed)."""
     checkpoint_minutes: float | None = 10.0
     """Minutes between checkpoints; None writes only the final one."""
     meta: MetaConfig | None = field(default_factory=MetaConfig)
@@ -316,28 +180,35 @@ class TrainConfig:
     """Late quantisation-aware training; None is off."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_tokens", "micro_batch_tokens", "seq_len", "log_every"):
-            _need(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}; it must be positive")
-        _need(
+        for name in ("steps", "batch_tokens", "micro_batch_tokens", "seq_len", "log_every", "adaptive_every"):
+            need(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}; it must be positive")
+        need(
             self.micro_batch_tokens % self.seq_len == 0,
             f"train.micro_batch_tokens {self.micro_batch_tokens} is not a multiple of "
             f"train.seq_len {self.seq_len}",
         )
-        _need(
+        need(
             self.batch_tokens % self.micro_batch_tokens == 0,
             f"train.batch_tokens {self.batch_tokens} is not a multiple of "
             f"train.micro_batch_tokens {self.micro_batch_tokens}",
         )
-        _need(
+        need(
             not (self.schedule == "time" and self.max_seconds is None),
             "train.schedule 'time' needs train.max_seconds; set it, or use train.schedule steps",
         )
-        _need(
+        need(self.val_every is None or self.val_every > 0, "train.val_every must be positive, or None")
+        need(self.seed >= 0, f"train.seed is {self.seed}; it must not be negative")
+        need(
+            (self.warmdown_steps is None) != (self.warmdown_fraction is None),
+            f"train.warmdown_steps is {self.warmdown_steps} and train.warmdown_fraction is "
+            f"{self.warmdown_fraction}; give one and set the other to None",
+        )
+        need(
             self.warmdown_fraction is None or 0 < self.warmdown_fraction <= 1,
             f"train.warmdown_fraction is {self.warmdown_fraction}; it must be above 0 and at most 1, or None",
         )
-        _need(self.max_seconds is None or self.max_seconds > 0, "train.max_seconds must be positive, or None")
-        _need(
+        need(self.max_seconds is None or self.max_seconds > 0, "train.max_seconds must be positive, or None")
+        need(
             self.meta is None or self.seq_len % 2 == 0,
             f"train.meta splits sequences in halves: train.seq_len {self.seq_len} must be even",
         )
@@ -373,13 +244,15 @@ class QuantConfig:
     """Tensors with at most this many elements are stored as float16."""
 
     def __post_init__(self) -> None:
-        _need(2 <= self.bits <= 8, f"quant.bits is {self.bits}; it must be 2 to 8")
-        _need(len(self.percentiles) > 0, "quant.percentiles is empty")
-        _need(
+        need(2 <= self.bits <= 8, f"quant.bits is {self.bits}; it must be 2 to 8")
+        need(len(self.percentiles) > 0, "quant.percentiles is empty")
+        need(
             all(0 < p <= 1 for p in self.percentiles),
             f"quant.percentiles {self.percentiles} must be in (0, 1]",
         )
-        _need(self.temperature > 0, "quant.temperature must be positive")
+        for name in ("block_size", "calibration_sequences", "calibration_length", "calibration_batch"):
+            need(getattr(self, name) > 0, f"quant.{name} is {getattr(self, name)}; it must be positive")
+        need(self.temperature > 0, "quant.temperature must be positive")
 
     @property
     def clip_range(self) -> int:
@@ -414,9 +287,13 @@ class EvalConfig:
     """Score the last targets many times, as the original does (for parity only)."""
 
     def __post_init__(self) -> None:
-        _need(self.stride > 0, "eval.stride must be positive")
-        _need(self.batch_seqs > 0, "eval.batch_seqs must be positive")
-        _need(
+        need(self.stride > 0, "eval.stride must be positive")
+        need(self.batch_seqs > 0, "eval.batch_seqs must be positive")
+        need(
+            self.seq_len is None or self.seq_len > 0,
+            "eval.seq_len must be positive, or None for train.seq_len",
+        )
+        need(
             self.seq_len is None or self.stride <= self.seq_len,
             f"eval.stride {self.stride} is longer than the window eval.seq_len {self.seq_len}",
         )
@@ -446,11 +323,14 @@ class TTTConfig:
     """Fake-quantise the banks in scoring and adapting; or, adapting only, the projections (as run)."""
 
     def __post_init__(self) -> None:
-        _need(
+        need(
             self.chunk_tokens > 0 and self.batch_seqs > 0,
             "ttt.chunk_tokens and ttt.batch_seqs must be positive",
         )
-        _need(self.epochs >= 0, "ttt.epochs must not be negative")
+        need(self.epochs >= 0, "ttt.epochs must not be negative")
+        need(self.lr >= 0, "ttt.lr must not be negative")
+        need(0 <= self.momentum < 1, f"ttt.momentum is {self.momentum}; it must be in [0, 1)")
+        need(self.grad_clip > 0, "ttt.grad_clip must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -483,12 +363,12 @@ class RunConfig:
         return self.eval.seq_len or self.train.seq_len
 
     def __post_init__(self) -> None:
-        _need(
+        need(
             self.eval.stride <= self.eval_seq_len,
             f"eval.stride {self.eval.stride} is longer than the window of {self.eval_seq_len} tokens",
         )
         meta = self.train.meta
-        _need(
+        need(
             meta is None or meta.freeze_blocks <= self.model.num_layers,
             f"train.meta.freeze_blocks exceeds the model's {self.model.num_layers} layers",
         )

@@ -72,6 +72,7 @@ def shrink(base: RunConfig, size: str) -> RunConfig:
         table_dtype="float32",
         # the loss of one small batch is too noisy to time the decay; exp101's own began after a third
         adaptive_warmdown=False,
+        warmdown_steps=None,
         warmdown_fraction=0.7,
         lr_hold_steps=10,
         val_every=None,

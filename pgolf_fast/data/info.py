@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from pgolf_fast import report
-from pgolf_fast.data.shards import BOS_ID, Shard, Split, check_tokens, open_shard
+from pgolf_fast.data.shards import BOS_ID, Shard, Split, check_tokens, data_folder, open_shard
 from pgolf_fast.data.tokenizer import ByteTable, Tokenizer, byte_table, scored_bytes
 from pgolf_fast.errors import PgolfError
 
@@ -35,11 +35,7 @@ def describe(folder: Path | str, tokenizer: Tokenizer) -> list[ShardInfo]:
 
     Raises `PgolfError` if there is no shard, one is bad, or it has ids the tokenizer does not know.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise PgolfError(
-            f"data folder {folder} does not exist: give a folder of *_train_*.bin and *_val_*.bin shards"
-        )
+    folder = data_folder(folder)
     splits: tuple[Split, ...] = ("train", "val")
     found = [
         (path, split)

@@ -120,11 +120,8 @@ def write_shard(path: Path | str, tokens: np.ndarray) -> Shard:
     return Shard(Path(path), int(tokens.size))
 
 
-def find_shards(folder: Path | str, split: Split) -> list[Shard]:
-    """The shards `*_{split}_*.bin` of `folder`, in lexicographic order of their names.
-
-    Raises `PgolfError` if the folder or its shards are missing, or a shard is bad.
-    """
+def data_folder(folder: Path | str) -> Path:
+    """`folder` as a path. Raises `PgolfError` unless it is a folder."""
     folder = Path(folder)
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "does not exist"
@@ -132,6 +129,15 @@ def find_shards(folder: Path | str, split: Split) -> list[Shard]:
             f"data folder {folder} {what}: set data.path to a folder of *_train_*.bin and *_val_*.bin "
             "shards, or leave it out to use the built-in corpus"
         )
+    return folder
+
+
+def find_shards(folder: Path | str, split: Split) -> list[Shard]:
+    """The shards `*_{split}_*.bin` of `folder`, in lexicographic order of their names.
+
+    Raises `PgolfError` if the folder or its shards are missing, or a shard is bad.
+    """
+    folder = data_folder(folder)
     paths = sorted(folder.glob(f"*_{split}_*.bin"), key=lambda p: p.name)
     if not paths:
         raise PgolfError(

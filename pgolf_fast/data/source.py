@@ -9,7 +9,7 @@ import numpy as np
 
 from pgolf_fast.config.schema import DataConfig
 from pgolf_fast.data.corpus import build_corpus
-from pgolf_fast.data.shards import Shard, find_shards, load_validation
+from pgolf_fast.data.shards import Shard, data_folder, find_shards, load_validation
 from pgolf_fast.data.tokenizer import ByteTable, Tokenizer, byte_table, check_vocab, find_tokenizer
 
 
@@ -36,7 +36,7 @@ def open_source(config: DataConfig, vocab_size: int) -> Source:
 
     Raises PgolfError for a missing folder or a tokenizer of another size than the model.
     """
-    folder = build_corpus(vocab_size=vocab_size) if config.path is None else Path(config.path)
+    folder = build_corpus(vocab_size=vocab_size) if config.path is None else data_folder(Path(config.path))
     tokenizer = Tokenizer.load(find_tokenizer(folder, config.tokenizer))
     check_vocab(tokenizer, vocab_size)
     return Source(folder, tokenizer, byte_table(tokenizer), vocab_size, config.val_tokens)

@@ -14,6 +14,7 @@ from pgolf_fast import report
 from pgolf_fast.data.tokenizer import ByteTable, target_bytes
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.windows import Windows
+from pgolf_fast.model.bank import Transform
 from pgolf_fast.model.gpt import GPT
 
 
@@ -97,7 +98,7 @@ def score_windows(
     return total
 
 
-def frozen_losses(model: GPT, transform: Callable[[Tensor], Tensor] | None = None) -> LossFunction:
+def frozen_losses(model: GPT, transform: Transform = None) -> LossFunction:
     """Losses of `model` as it stands, without gradients; the banks are read through `transform`."""
 
     def losses(tokens: Tensor, targets: Tensor) -> Tensor:

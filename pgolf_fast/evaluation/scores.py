@@ -10,6 +10,7 @@ from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.evaluation.score import Score, Stream, frozen_losses, score_windows
 from pgolf_fast.evaluation.ttt import TTTResult, legal_ttt
 from pgolf_fast.evaluation.windows import plain_windows, sliding_windows
+from pgolf_fast.model.bank import Transform
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.quant.fake import make_fake
 
@@ -54,8 +55,12 @@ def plain_score(model: GPT, stream: Stream, config: RunConfig, what: str | None 
     return score_windows(frozen_losses(model), stream, windows, length, config.eval.batch_seqs, what)
 
 
-def three_scores(model: GPT, stream: Stream, config: RunConfig) -> ThreeScores:
-    """All three figures for a model as it stands; its weights are unchanged afterwards."""
+def three_scores(model: GPT, stream: Stream, config: RunConfig, grid: Transform = None) -> ThreeScores:
+    """All three figures for a model as it stands; its weights are unchanged afterwards.
+
+    `grid` is what test-time training with quantised forward rounds the banks to: give the artifact's own, so
+    that without an update the third figure is the second. None is the configured int6 grid.
+    """
     length, batch = config.eval_seq_len, config.eval.batch_seqs
     seconds: dict[str, float] = {}
 
@@ -72,9 +77,9 @@ def three_scores(model: GPT, stream: Stream, config: RunConfig) -> ThreeScores:
     )
     losses = frozen_losses(model)
     sliding = timed("sliding", lambda: score_windows(losses, stream, windows, length, batch, "sliding"))
-    fake = make_fake(config.quant.bits, config.quant.scale_floor)
+    grid = grid or make_fake(config.quant.bits, config.quant.scale_floor)
     ttt = timed(
         "sliding + TTT",
-        lambda: legal_ttt(model, stream, windows, length, batch, config.ttt, fake_quantize=fake),
+        lambda: legal_ttt(model, stream, windows, length, batch, config.ttt, grid=grid),
     )
     return ThreeScores(plain, sliding, ttt, seconds)

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pgolf_fast import report
 from pgolf_fast.config.schema import TTTConfig
 from pgolf_fast.evaluation.score import Score, Stream, frozen_losses, window_losses
 from pgolf_fast.evaluation.windows import Windows
+from pgolf_fast.model.bank import Transform
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.quant.fake import fake_int6
 
@@ -44,19 +45,20 @@ def legal_ttt(
     batch: int,
     config: TTTConfig,
     *,
-    fake_quantize: Callable[[Tensor], Tensor] = fake_int6,
+    grid: Transform = fake_int6,
     before_restore: Callable[[], object] | None = None,
 ) -> TTTResult:
     """Score every window, adapting on each chunk after it is scored and never after the last.
 
-    `fake_quantize` is what `config.quantize_forward` applies. The model's weights are what they were when
-    this returns or raises; `before_restore` is called while it still has the adapted ones.
+    `grid` is what `config.quantize_forward` rounds the banks to: the artifact's own grid, or int6 by
+    default; the projections, which are not on it, are rounded to int6. The model's weights are what they were
+    when this returns or raises; `before_restore` is called while it still has the adapted ones.
     """
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     grads = {name: p.grad for name, p in model.named_parameters()}
     try:
-        result = _Adapter(model, stream, seq_len, config, fake_quantize).run(windows, batch)
+        result = _Adapter(model, stream, seq_len, config, grid).run(windows, batch)
         if before_restore is not None:
             before_restore()
         return result
@@ -82,11 +84,11 @@ class _Adapter:
         stream: Stream,
         seq_len: int,
         config: TTTConfig,
-        fake_quantize: Callable[[Tensor], Tensor],
+        grid: Transform,
     ):
         self.model, self.stream, self.seq_len, self.config = model, stream, seq_len, config
-        self.bank_transform = fake_quantize if config.quantize_forward == "banks" else None
-        self.projection_transform = fake_quantize if config.quantize_forward == "projections" else None
+        self.bank_transform = grid if config.quantize_forward == "banks" else None
+        self.projection_transform = fake_int6 if config.quantize_forward == "projections" else None
         self.chunks = math.ceil(stream.num_targets / config.chunk_tokens)
         self.trainable = trainable_parameters(model, config)
         for parameter in model.parameters():

@@ -6,7 +6,7 @@ With n layers: `qo` is (2n, D, D), queries then output projections; `kv` is (2n,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -47,6 +47,18 @@ def make_banks(weights: list[Tensor], grads: list[Tensor] | None = None) -> Bank
     return Banks(*leaves, *grads)
 
 
+# What forward reads instead of the masters: one function for every bank, or one for each, or None
+Transform = Callable[[Tensor], Tensor] | tuple[Callable[[Tensor], Tensor], ...] | None
+
+
+def transformed(masters: Sequence[Tensor], transform: Transform) -> list[Tensor]:
+    """The four banks after `transform`."""
+    if transform is None:
+        return list(masters)
+    functions = transform if isinstance(transform, tuple) else (transform,) * len(masters)
+    return [function(master) for function, master in zip(functions, masters, strict=True)]
+
+
 class Shadow:
     """Compute-dtype copies of the master banks, refreshed when, and only when, a master has changed."""
 
@@ -54,16 +66,14 @@ class Shadow:
         self._key: object = None
         self._weights: list[Tensor] = []
 
-    def get(
-        self, masters: list[Tensor], dtype: torch.dtype, transform: Callable[[Tensor], Tensor] | None
-    ) -> list[Tensor]:
+    def get(self, masters: list[Tensor], dtype: torch.dtype, transform: Transform) -> list[Tensor]:
         """`masters` after `transform`, cast to `dtype`; the masters themselves where neither changes them."""
         if transform is None and all(m.dtype == dtype for m in masters):
             return [m.detach() for m in masters]
         key = (dtype, transform, *((id(m), m.data_ptr(), m._version) for m in masters))
         if key != self._key:
             with torch.no_grad(), torch.inference_mode(False):
-                new = [(m if transform is None else transform(m)).to(dtype) for m in masters]
+                new = [w.to(dtype) for w in transformed(masters, transform)]
             if [w.shape for w in self._weights] == [w.shape for w in new] and self._same_place(
                 dtype, masters
             ):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pgolf_fast import ops
 from pgolf_fast.config.schema import ModelConfig
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.model.bank import BANK_NAMES, Banks, Shadow, make_banks
+from pgolf_fast.model.bank import BANK_NAMES, Banks, Shadow, Transform, make_banks, transformed
 from pgolf_fast.model.embeddings import NgramHash, SmearGate, ValueEmbedding
 from pgolf_fast.model.rope import rope_tables
 
@@ -134,7 +134,7 @@ class GPT(nn.Module):
             if bank.grad is None:
                 bank.grad = torch.zeros_like(bank)
 
-    def banks(self, transform: Callable[[Tensor], Tensor] | None = None) -> Banks:
+    def banks(self, transform: Transform = None) -> Banks:
         """The banks for one forward: masters after `transform` (say, fake quantisation), in compute dtype.
 
         With gradient banks allocated, backward adds to them, straight through `transform`. Without, and with
@@ -143,8 +143,7 @@ class GPT(nn.Module):
         masters = self.bank_parameters()
         grads = [m.grad for m in masters if m.grad is not None]
         if torch.is_grad_enabled() and masters[0].requires_grad and not grads:
-            weights = masters if transform is None else [transform(m) for m in masters]
-            return make_banks([w.to(self.compute_dtype) for w in weights])
+            return make_banks([w.to(self.compute_dtype) for w in transformed(masters, transform)])
         weights = self._shadow.get(list(masters), self.compute_dtype, transform)
         return make_banks(weights, grads if grads and torch.is_grad_enabled() else None)
 

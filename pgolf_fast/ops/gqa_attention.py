@@ -111,7 +111,7 @@ def _gqa_attention(
     k_unit, k_rstd = _unit(k)
     turned_q, turned_k = _heads_first(q_unit, cos, sin, q_gain), _heads_first(k_unit, cos, sin, None)
     y, lse = _sdpa(turned_q, turned_k, v.transpose(1, 2))
-    context = reference.exclusive(y, v) if xsa else y
+    context = _exclusive(y, v) if xsa else y
     out = F.linear(context.flatten(2), qo_bank[layers + slot])
     saved = _Saved(q_unit, k_unit, v, q_rstd, k_rstd, y, lse)
     return (out, *(t.contiguous() for t in saved))  # type: ignore[return-value]  # eight by construction
@@ -152,26 +152,65 @@ def _heads_first(unit: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None) ->
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Causal attention (B, T, H, hd) and its logsumexp (B, H, T), by PyTorch's flash kernels."""
+    """Causal attention (B, T, H, hd) and its logsumexp (B, H, T), by PyTorch's flash kernels if they fit."""
     if q.numel() == 0:
         wide = torch.promote_types(q.dtype, torch.float32)
         return torch.empty_like(q.transpose(1, 2)), q.new_empty(q.shape[:3], dtype=wide)
     repeat = q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(repeat, dim=1) for t in (k, v))
-    if q.is_cuda:
+    if not q.is_cuda:
+        y, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
+    elif _flash_fits(q):
         y, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)
     else:
-        y, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
+        y, lse = _plain_sdpa(q, k, v)
     return y.transpose(1, 2), lse
 
 
 def _sdpa_grad(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
     """dq, dk, dv of `_sdpa`, all (B, H, T, hd)."""
-    if q.is_cuda:
-        length, no_dropout = q.shape[2], torch.zeros(2, dtype=torch.uint64, device=q.device)
-        backward = torch.ops.aten._scaled_dot_product_flash_attention_backward
-        return backward(dy, q, k, v, y, lse, None, None, length, length, 0.0, True, no_dropout, no_dropout)
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(dy, q, k, v, y, lse, 0.0, True)
+    if not q.is_cuda:
+        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        return backward(dy, q, k, v, y, lse, 0.0, True)
+    if not _flash_fits(q):
+        return _plain_sdpa_grad(dy, q, k, v, y, lse)
+    length, no_dropout = q.shape[2], torch.zeros(2, dtype=torch.uint64, device=q.device)
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_backward
+    return backward(dy, q, k, v, y, lse, None, None, length, length, 0.0, True, no_dropout, no_dropout)
+
+
+def _flash_fits(q: Tensor) -> bool:
+    """Whether the GPU's flash kernel takes these heads: 16 bits, channels in eights, Ampere or later."""
+    sixteen = q.dtype in (torch.float16, torch.bfloat16)
+    return sixteen and q.shape[-1] % 8 == 0 and torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+
+def _plain_scores(q: Tensor, k: Tensor) -> Tensor:
+    """Scaled causal scores (B, H, T, T) in at least float32."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = (q.to(wide) @ k.to(wide).mT).mul_(q.shape[-1] ** -0.5)
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+    return scores.masked_fill_(future, -torch.inf)
+
+
+def _plain_sdpa(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention with all scores in memory: for dtypes, widths and GPUs that have no flash kernel."""
+    scores = _plain_scores(q, k)
+    return (scores.softmax(-1) @ v.to(scores.dtype)).to(q.dtype), scores.logsumexp(-1)
+
+
+def _plain_sdpa_grad(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dS = P (dP - <dy, y>) P = exp(S - lse), dP = dy V^T; then dq = dS K, dk = dS^T q, dv = P^T dy."""
+    scores = _plain_scores(q, k)
+    probabilities = torch.exp(scores - lse.unsqueeze(-1))
+    dy, q_wide, k_wide, v_wide, y = (t.to(scores.dtype) for t in (dy, q, k, v, y))
+    along = (dy * y).sum(-1, keepdim=True)
+    dscores = probabilities * (dy @ v_wide.mT - along) * q.shape[-1] ** -0.5
+    grads = (dscores @ k_wide, dscores.mT @ q_wide, probabilities.mT @ dy)
+    dq, dk, dv = (grad.to(q.dtype) for grad in grads)
+    return dq, dk, dv
 
 
 @torch.library.custom_op("pgolf::gqa_attention_backward", mutates_args=("grad_qo", "grad_kv"))
@@ -190,7 +229,7 @@ def _gqa_attention_backward(
     grad_kv: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     s, layers = _Saved(*saved), qo_bank.shape[0] // 2
-    context = (reference.exclusive(s.y, s.v) if xsa else s.y).flatten(0, 1).flatten(1)
+    context = (_exclusive(s.y, s.v) if xsa else s.y).flatten(0, 1).flatten(1)
     dcontext = (dout @ qo_bank[layers + slot]).view(s.y.shape)
     dy, dv_own = _exclusive_backward(dcontext, s.y, s.v) if xsa else (dcontext, None)
     dq, dk, dv = _sdpa_backward(dy, s, q_gain, cos, sin)
@@ -235,17 +274,29 @@ def _(dout, x, qo_bank, kv_bank, q_gain, cos, sin, saved, slot, xsa, grad_qo, gr
     )
 
 
+def _own_value(v: Tensor) -> tuple[Tensor, Tensor]:
+    """The unit vector of each token's value, (B, T, KV, hd, 1), and its length, in at least float32."""
+    wide = v.to(torch.promote_types(v.dtype, torch.float32))
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min(reference.XSA_EPS)
+    return (wide / norm).unsqueeze(-1), norm
+
+
+def _exclusive(y: Tensor, v: Tensor) -> Tensor:
+    """`reference.exclusive` by small matrix products, which is what is quick on a CPU."""
+    unit, _ = _own_value(v)
+    groups = y.to(unit.dtype).unflatten(2, (v.shape[2], -1))
+    return (groups - (groups @ unit) @ unit.mT).flatten(2, 3).to(y.dtype)
+
+
 def _exclusive_backward(dcontext: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of y - (y.u) u, u = v / |v|: dy = g - (g.u) u; du = -((g.u) y + (y.u) g) over the group."""
-    wide = torch.promote_types(y.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(v.to(wide), dim=-1, keepdim=True).clamp_min(reference.XSA_EPS)
-    unit = (v.to(wide) / norm).unsqueeze(3)
-    groups, grad = (t.to(wide).unflatten(2, (v.shape[2], -1)) for t in (y, dcontext))
-    y_along, g_along = (groups * unit).sum(-1, keepdim=True), (grad * unit).sum(-1, keepdim=True)
-    dunit = -(g_along * groups + y_along * grad).sum(3)
-    unit3 = unit.squeeze(3)
+    unit, norm = _own_value(v)
+    groups, grad = (t.to(unit.dtype).unflatten(2, (v.shape[2], -1)) for t in (y, dcontext))
+    g_along = grad @ unit
+    dunit = -(g_along.mT @ groups + (groups @ unit).mT @ grad).squeeze(3)
+    unit3 = unit.squeeze(-1)
     dv = (dunit - (dunit * unit3).sum(-1, keepdim=True) * unit3) / norm
-    return (grad - g_along * unit).flatten(2, 3).to(y.dtype), dv
+    return (grad - g_along @ unit.mT).flatten(2, 3).to(y.dtype), dv
 
 
 def _sdpa_backward(

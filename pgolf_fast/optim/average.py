@@ -50,4 +50,6 @@ class WeightAverage:
         self.swa_count = swa_count
         for name in self.ema:
             self.ema[name].copy_(state[f"ema.{name}"])
-        self.swa = {name: state[f"swa.{name}"].clone() for name in self.ema} if swa_count else {}
+        self.swa = {}
+        if swa_count:
+            self.swa = {n: state[f"swa.{n}"].to(value.device, copy=True) for n, value in self.ema.items()}

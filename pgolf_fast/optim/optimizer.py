@@ -48,11 +48,13 @@ class Optimizer:
         share = step / c.muon_momentum_warmup_steps
         return (1 - share) * c.muon_momentum_start + share * c.muon_momentum
 
-    def clip(self) -> Tensor | None:
+    def clip(self) -> float:
         """Scale all gradients so that their global norm is at most grad_clip; returns the norm before."""
-        if self.config.grad_clip is None:
-            return None
-        return nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if self.config.grad_clip is not None:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.config.grad_clip, norm)
+        return float(norm)
 
     def step(self, step: int, multiplier: float) -> None:
         """One update of every parameter from its gradient."""
@@ -83,4 +85,7 @@ class Optimizer:
             for parameter in group["params"]:
                 name = self._names[id(parameter)]
                 keys = [k for k in state if k.startswith("adamw.") and k.split(".", 2)[2] == name]
-                self.adamw.state[parameter] = {k.split(".", 2)[1]: state[k].clone() for k in keys}
+                # a copy on the parameter's device: a checkpoint is read on the CPU
+                self.adamw.state[parameter] = {
+                    k.split(".", 2)[1]: state[k].to(parameter.device, copy=True) for k in keys
+                }

@@ -32,7 +32,9 @@ class Schedule:
         position, end, pace = self._position(step, elapsed)
         start = self.state.decay_start
         if start is None:
-            length = c.warmdown_steps * pace if c.warmdown_fraction is None else c.warmdown_fraction * end
+            length = (
+                (c.warmdown_fraction or 0.0) * end if c.warmdown_steps is None else c.warmdown_steps * pace
+            )
             start = max(end - length, 0.0)
         if position < start:
             return 1.0

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Sharding:
-    """Which part of the slots this process works on; the default is all of them."""
+    """Which slots this process orthogonalises; the default is all of them.
+
+    Only that work is divided: gradients are averaged whole, and every rank keeps all optimiser state.
+    """
 
     rank: int = 0
     world_size: int = 1
@@ -37,12 +39,3 @@ def mean_gradients(gradients: list[Tensor], world_size: int) -> None:
     for gradient in gradients:
         dist.all_reduce(gradient)
         gradient.div_(world_size)
-
-
-def any_rank(flag: bool, world_size: int, device: torch.device) -> bool:
-    """True everywhere as soon as one rank says so."""
-    if world_size == 1:
-        return flag
-    votes = torch.tensor(float(flag), device=device)
-    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-    return bool(votes.item())

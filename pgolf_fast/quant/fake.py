@@ -49,5 +49,29 @@ def make_fake(bits: int, scale_floor: bool = True) -> Callable[[Tensor], Tensor]
     return _fake(2 ** (bits - 1) - 1, scale_floor)
 
 
+class FixedGrid:
+    """Fake quantisation on given row steps, say an artifact's own: weights on the grid stay as they are.
+
+    step (..., R, 1) float32; codes are clamped to -clip_range .. clip_range.
+    """
+
+    def __init__(self, step: Tensor, clip_range: int):
+        self.step, self.clip_range = step, clip_range
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        return _RoundToSteps.apply(weight, self.step.to(weight.device), self.clip_range)
+
+
+class _RoundToSteps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight: Tensor, step: Tensor, clip_range: int) -> Tensor:
+        codes = torch.round(weight.float() / step).clamp_(-clip_range, clip_range)
+        return (codes * step).to(weight.dtype)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0], None, None
+
+
 fake_int6 = make_fake(6)
 """The original's grid: 6 bits, steps of at least 1/31."""

@@ -14,6 +14,7 @@ from pgolf_fast.errors import PgolfError
 from pgolf_fast.model.bank import BANK_NAMES
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.quant.calibration import collect_hessians, hessian_name, self_generate
+from pgolf_fast.quant.fake import FixedGrid
 from pgolf_fast.quant.gptq import gptq_shared
 from pgolf_fast.quant.grid import check_matrix, dequantize, quantize_int8_rows, quantize_rows
 from pgolf_fast.report import progress
@@ -180,6 +181,14 @@ def dequantize_state(quantized: QuantizedState) -> dict[str, Tensor]:
         for name, t in quantized.tensors.items()
     }
     return rebank(tensors)
+
+
+def bank_grids(quantized: QuantizedState) -> tuple[FixedGrid, ...]:
+    """Each bank's own grid, in the order of BANK_NAMES: what its weights are rounded to when they change."""
+    matrices = quantized.matrices()
+    steps = rebank({name: matrix.scale.float().unsqueeze(1) for name, matrix in matrices.items()})
+    bits = max(matrix.bits for matrix in matrices.values())
+    return tuple(FixedGrid(steps[name], 2 ** (bits - 1) - 1) for name in BANK_NAMES)
 
 
 @torch.no_grad()

@@ -20,12 +20,11 @@ from pgolf_fast.evaluation.score import Score, Stream
 from pgolf_fast.evaluation.scores import plain_score
 from pgolf_fast.files import atomic_path, write_text
 from pgolf_fast.model.gpt import GPT
-from pgolf_fast.optim.sharding import any_rank
 from pgolf_fast.tensor_file import load_tensors, save_tensors
 from pgolf_fast.train.checkpoint import load_weights, newest_checkpoint, save_checkpoint
 from pgolf_fast.train.progress import StepLog
 from pgolf_fast.train.run_folder import RunFolder
-from pgolf_fast.train.trainer import NonFiniteLossError, Trainer
+from pgolf_fast.train.trainer import NonFiniteError, Trainer
 from pgolf_fast.train.world import World, environment, join_world, resolve_dtype
 
 
@@ -39,6 +38,7 @@ class TrainResult:
     seconds: float
     raw: Score
     averaged: Score
+    is_main: bool
 
 
 def train(config: RunConfig, out: Path, *, resume: bool = False) -> TrainResult:
@@ -49,10 +49,11 @@ def train(config: RunConfig, out: Path, *, resume: bool = False) -> TrainResult:
     with join_world() as world:
         config = _resolved(config, world)
         folder = RunFolder(out)
-        _prepare_folder(folder, config, world, resume)
+        changed = _check_folder(folder, config, resume)
+        world.barrier()  # every rank has looked before one of them writes
         report.setup_logging(folder.log_file if world.is_main else None, quiet=not world.is_main)
         try:
-            return _Run(config, folder, world).run(resume)
+            return _Run(config, folder, world).run(resume, changed)
         finally:
             report.close_logging()
 
@@ -78,40 +79,47 @@ def _resolved(config: RunConfig, world: World) -> RunConfig:
     return replace(config, train=train)
 
 
-def _prepare_folder(folder: RunFolder, config: RunConfig, world: World, resume: bool) -> None:
-    if folder.config_file.is_file():
-        if not resume:
-            raise PgolfError(
-                f"{folder.path} already holds a run: pass --resume to continue it, or choose another --out"
-            )
-        _same_run(folder, config)
-    world.barrier()
-    if world.is_main:
-        folder.path.mkdir(parents=True, exist_ok=True)
-        folder.write_config(config)
-        write_text(folder.path / "env.json", json.dumps(environment(), indent=2) + "\n")
+def _check_folder(folder: RunFolder, config: RunConfig, resume: bool) -> list[str]:
+    """What differs from the run that the folder holds, if it holds one that may be continued so."""
+    if not folder.config_file.is_file():
+        if folder.path.exists() and not folder.path.is_dir():
+            raise PgolfError(f"{folder.path} is a file: choose another --out")
+        return []
+    if not resume:
+        raise PgolfError(
+            f"{folder.path} already holds a run: pass --resume to continue it, or choose another --out"
+        )
+    before, now = dict(flatten(folder.read_config())), dict(flatten(config))
+    changed = {
+        name: f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    }
+    refused = [
+        text for name, text in changed.items() if not name.startswith(_MAY_CHANGE) or name in _MUST_STAY
+    ]
+    if refused:
+        raise PgolfError(f"{folder.path} cannot be resumed with other settings: {'; '.join(refused)}")
+    return list(changed.values())
 
 
+# Settings under which a run may go on, by prefix: its length, reports and rates, and what comes after it.
 _MAY_CHANGE = (
+    "name",
+    "optim.",
     "train.steps",
     "train.max_seconds",
     "train.log_every",
     "train.val_every",
     "train.checkpoint_minutes",
+    "train.compute_dtype",
+    "train.compile",
+    "quant.",
+    "pack.",
+    "eval.",
+    "ttt.",
 )
-_FREE_GROUPS = ("name", "quant.", "pack.", "eval.", "ttt.")
-
-
-def _same_run(folder: RunFolder, config: RunConfig) -> None:
-    """Refuse to continue a run under settings that would make it another one."""
-    before, now = dict(flatten(folder.read_config())), dict(flatten(config))
-    changed = [
-        f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name) and name not in _MAY_CHANGE and not name.startswith(_FREE_GROUPS)
-    ]
-    if changed:
-        raise PgolfError(f"{folder.path} cannot be resumed with other settings: {'; '.join(changed)}")
+_MUST_STAY = ("quant.bits", "quant.scale_floor")  # the grid of quantisation-aware training
 
 
 class _Run:
@@ -135,23 +143,25 @@ class _Run:
         self.metrics = report.MetricsWriter(folder.metrics_file if world.is_main else None)
         self.log = StepLog(config.train, self.trainer.tokens_per_step, world)
 
-    def run(self, resume: bool) -> TrainResult:
+    def run(self, resume: bool, changed: list[str]) -> TrainResult:
         try:
-            self._start(resume)
+            self._start(resume, changed)
             self._steps()
             return self._finish()
-        except NonFiniteLossError as error:
+        except NonFiniteError as error:
             good = newest_checkpoint(self.folder.checkpoints)
             raise PgolfError(
                 f"training stopped: {error}. Last good checkpoint: {good or 'none yet'}. "
-                "Lower optim.matrix_lr or optim.embed_lr, or resume with train.compute_dtype float32"
+                "Resume with lower optim.matrix_lr and optim.embed_lr, or with train.compute_dtype float32"
             ) from error
         finally:
             self.loader.close()
             self.metrics.close()
 
-    def _start(self, resume: bool) -> None:
+    def _start(self, resume: bool, changed: list[str]) -> None:
         if self.world.is_main:
+            self.folder.write_config(self.config)
+            write_text(self.folder.path / "env.json", json.dumps(environment(), indent=2) + "\n")
             with atomic_path(self.folder.tokenizer_file) as temporary:
                 shutil.copyfile(self.source.tokenizer.path, temporary)
         c, t = self.config, self.trainer
@@ -173,32 +183,33 @@ class _Run:
         if found is not None:
             tensors, story = load_tensors(found)
             t.restore(tensors, story, str(found))
-            self.metrics.write("resume", step=t.step, checkpoint=found.name)
+            self.log.start_at(t.step, t.elapsed)
+            self.metrics.write("resume", step=t.step, checkpoint=found.name, changed=changed)
             report.logger.info("resumed from %s at step %d", found, t.step)
+            for text in changed:
+                report.logger.info("changed: %s", text)
 
     def _steps(self) -> None:
         t, c = self.trainer, self.config.train
-        last_save, done = time.monotonic(), self._done()
+        last_save, done = t.elapsed, self._done()
         while not done:
             start = time.perf_counter()
             result = t.advance()
-            t.elapsed += time.perf_counter() - start
-            self.metrics.write("step", step=t.step, elapsed=t.elapsed, **vars(result))
+            # one clock for all ranks: learning rate, switches and checkpoints depend on it
+            t.elapsed += self.world.same(time.perf_counter() - start)
             done = self._done()
+            self.metrics.write("step", step=t.step, elapsed=t.elapsed, **vars(result))
             self.log.after_step(t.step, t.elapsed, result, last=done)
             if c.val_every and t.step % c.val_every == 0:
                 self._validate("raw weights")
-            if c.checkpoint_minutes is not None and time.monotonic() - last_save >= 60 * c.checkpoint_minutes:
+            if c.checkpoint_minutes is not None and t.elapsed - last_save >= 60 * c.checkpoint_minutes:
                 self._save()
-                last_save = time.monotonic()
+                last_save = t.elapsed
         self._save()
 
     def _done(self) -> bool:
         t, c = self.trainer, self.config.train
-        if t.step >= c.steps:
-            return True
-        out_of_time = c.max_seconds is not None and t.elapsed >= c.max_seconds
-        return any_rank(out_of_time, self.world.world_size, self.world.device)
+        return t.step >= c.steps or (c.max_seconds is not None and t.elapsed >= c.max_seconds)
 
     def _save(self) -> None:
         if self.world.is_main:
@@ -226,11 +237,13 @@ class _Run:
         )
         averaged = self._validate(kind)
         if self.world.is_main:
+            self.folder.retire(self.folder.quantized_file, self.folder.artifact_file)
             story = {"step": t.step, "weights": kind, "config": run_config_to_dict(self.config)}
-            save_tensors(self.folder.model_file, final, story)
+            save_tensors(self.folder.model_file, self.model.state_dict(), story)  # what was just validated
             report.logger.info("wrote %s", self.folder.model_file)
         self.world.barrier()
-        return TrainResult(self.folder, t.step, t.step * t.tokens_per_step, t.elapsed, raw, averaged)
+        tokens = t.step * t.tokens_per_step
+        return TrainResult(self.folder, t.step, tokens, t.elapsed, raw, averaged, self.world.is_main)
 
 
 def build_model(config: RunConfig, source: Source, world: World) -> GPT:

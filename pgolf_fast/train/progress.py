@@ -18,7 +18,11 @@ class StepLog:
 
     def __init__(self, config: TrainConfig, tokens_per_step: int, world: World):
         self.config, self.tokens_per_step, self.world = config, tokens_per_step, world
-        self._since: tuple[int, float] | None = None
+        self._since = (0, 0.0)
+
+    def start_at(self, step: int, elapsed: float) -> None:
+        """Measure from here: the steps before were another process's."""
+        self._since = (step, elapsed)
 
     def after_step(self, step: int, elapsed: float, result: StepResult, *, last: bool) -> None:
         """Print if this step is due. `step` counts from 1."""
@@ -28,8 +32,7 @@ class StepLog:
             )
         if not (step == 1 or step % self.config.log_every == 0 or last):
             return
-        before = self._since or (step - 1, 0.0)
-        steps, seconds = step - before[0], elapsed - before[1]
+        steps, seconds = step - self._since[0], elapsed - self._since[1]
         self._since = (step, elapsed)
         pace = seconds / max(steps, 1)
         report.logger.info(

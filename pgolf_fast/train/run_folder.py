@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from pgolf_fast import report
 from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.config.serialize import run_config_from_dict, run_config_to_dict
 from pgolf_fast.errors import PgolfError
@@ -50,6 +51,14 @@ class RunFolder:
     @property
     def tokenizer_file(self) -> Path:
         return self.path / "tokenizer.model"
+
+    def retire(self, *products: Path) -> None:
+        """Rename what was made of weights that are now replaced to NAME.stale: it is not theirs."""
+        for product in products:
+            if product.is_file():
+                stale = product.with_name(f"{product.name}.stale")
+                product.replace(stale)
+                report.logger.info("%s was made of other weights and is now %s", product.name, stale.name)
 
     def write_config(self, config: RunConfig) -> None:
         write_text(self.config_file, json.dumps(run_config_to_dict(config), indent=2) + "\n")

@@ -30,12 +30,8 @@ class Loader(Protocol):
     def load_state(self, state: dict[str, Any]) -> None: ...
 
 
-class NonFiniteLossError(RuntimeError):
-    """The loss of a step was NaN or infinite; no update was made from it."""
-
-    def __init__(self, step: int, loss: float):
-        super().__init__(f"the loss at step {step} is {loss}")
-        self.step = step
+class NonFiniteError(RuntimeError):
+    """A loss or the gradient of a step was NaN or infinite; no update was made from it."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +40,7 @@ class StepResult:
 
     loss: float
     multiplier: float
-    grad_norm: float | None
+    grad_norm: float
     qat: bool
     meta_loss: float | None
     decay_triggered: bool
@@ -71,7 +67,7 @@ class Trainer:
         return self.micro_steps * self.config.train.micro_batch_tokens * self.world.world_size
 
     def advance(self) -> StepResult:
-        """One optimiser step. Raises NonFiniteLossError, before any update, when its loss is not finite."""
+        """One optimiser step. Raises NonFiniteError, before any update, when a number is not finite."""
         train = self.config.train
         multiplier = self.schedule.multiplier(self.step, self.elapsed)
         if train.qat is not None and multiplier < train.qat.below:
@@ -79,21 +75,24 @@ class Trainer:
         loss, tokens, targets = self._accumulate()
         meta_loss = self._meta(multiplier, tokens, targets)
         loss = self.world.mean(loss)
-        if not math.isfinite(loss):
-            raise NonFiniteLossError(self.step + 1, loss)
+        self._need_finite("loss", loss)
+        self._need_finite("meta loss", meta_loss)
         triggered = self.schedule.observe(self.step, loss, self.elapsed)
         self._mask_frozen_skips()
         mean_gradients(
             [p.grad for p in self.optimizer.parameters if p.grad is not None], self.world.world_size
         )
         norm = self.optimizer.clip()
+        self._need_finite("gradient norm", norm)
         self.optimizer.step(self.step, multiplier)
         self.optimizer.zero_grad()
         self.step += 1
         self.average.update(self.step, multiplier)
-        return StepResult(
-            loss, multiplier, None if norm is None else float(norm), self.qat, meta_loss, triggered
-        )
+        return StepResult(loss, multiplier, norm, self.qat, meta_loss, triggered)
+
+    def _need_finite(self, what: str, value: float | None) -> None:
+        if value is not None and not math.isfinite(value):
+            raise NonFiniteError(f"the {what} at step {self.step + 1} is {value}")
 
     def _accumulate(self) -> tuple[float, Tensor, Tensor]:
         """Gradients of the whole batch; its mean loss on this rank, and the last micro-batch."""

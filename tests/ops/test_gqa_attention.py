@@ -11,6 +11,7 @@ from helpers import (
 )
 
 from pgolf_fast.ops import gqa_attention, reference
+from pgolf_fast.ops.gqa_attention import _plain_sdpa, _plain_sdpa_grad
 
 # (B, T), heads, KV heads, head dim, rotated channels
 CASES = {
@@ -294,3 +295,19 @@ def test_sequences_are_separate(device):
     op = attention("aligned", tables, True)
     alone = op(x[:1], qo, kv, gain, value[:1])
     torch.testing.assert_close(op(x, qo, kv, gain, value)[:1], alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_plain_attention_equals_the_flash_kernel(dtype):
+    """What GPUs without a flash kernel for a shape run, against PyTorch's kernel on the CPU."""
+    q, k, v, dy = (torch.randn(2, 3, 37, 10).to(dtype) for _ in range(4))
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    want, want_lse = flash(q, k, v, 0.0, True)
+    y, lse = _plain_sdpa(q, k, v)
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(y, want, **tolerance)
+    torch.testing.assert_close(lse, want_lse, **tolerance)
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    wanted = backward(dy, q, k, v, want, want_lse, 0.0, True)
+    for got, grad in zip(_plain_sdpa_grad(dy, q, k, v, y, lse), wanted, strict=True):
+        torch.testing.assert_close(got, grad, **tolerance)

@@ -57,7 +57,7 @@ def split_rows(tokens, starts, num_rows, trigram):
     ],
 )
 def test_bigram_rows(previous, current, start, other, plain):
-    """Test vectors of the specification, 11.3."""
+    """Rows worked out by hand for PR 1501."""
     pair = [previous, current]
     assert rows_of(pair, torch.ones(1024, dtype=torch.bool)) == [4095, start]
     assert rows_of(pair, torch.zeros(1024, dtype=torch.bool)) == [4095, other]
