@@ -383,13 +383,21 @@ def test_ttt_with_quantised_forward_changes_the_score(data):
 
 
 @pytest.mark.slow
-def test_inductor_training_equals_eager(data):
-    """The compiler that CUDA runs use: losses and gradient banks over accumulation, with and without QAT."""
-    config = run_config(data, train__qat__below=0.6, train__meta=None)
+@pytest.mark.parametrize(("below", "steps"), [(0.0, 6), (2.0, 2)], ids=["float", "qat"])
+def test_inductor_training_equals_eager(data, below, steps):
+    """The compiler that CUDA runs use: losses and gradients over accumulation.
+
+    The first step is compared to rounding. Later ones drift: Newton-Schulz runs in bfloat16, and under QAT a
+    weight that lies on a rounding boundary of the grid may fall to either side.
+    """
+    config = run_config(data, train__qat__below=below, train__meta=None)
     eager, compiled = make_trainer(config), make_trainer(config)
     compiled.loss_function = torch.compile(compiled.model.loss, dynamic=False, fullgraph=True)
-    a, b = run_steps(eager, 6), run_steps(compiled, 6)
-    assert a == pytest.approx(b, rel=1e-4)
+    a, b = [[trainer.advance() for _ in range(steps)] for trainer in (eager, compiled)]
+    eager.loader.close()
+    compiled.loader.close()
+    assert (a[0].loss, a[0].grad_norm) == pytest.approx((b[0].loss, b[0].grad_norm), rel=1e-5)
+    assert [r.loss for r in a] == pytest.approx([r.loss for r in b], rel=2e-4)
 
 
 def test_meta_weight_is_divided_by_micro_batches_only_when_told(data):

@@ -65,6 +65,9 @@ class OptimConfig:
     def __post_init__(self) -> None:
         for name in ("matrix_lr", "embed_lr", "scalar_lr", "weight_decay"):
             need(getattr(self, name) >= 0, f"optim.{name} is {getattr(self, name)}; it must not be negative")
+        for name in ("muon_momentum", "muon_momentum_start", "adam_beta1", "adam_beta2"):
+            value = getattr(self, name)
+            need(0 <= value < 1, f"optim.{name} is {value}; it must be in [0, 1)")
         need(
             self.grad_clip is None or self.grad_clip > 0, "optim.grad_clip must be positive, or None for off"
         )
