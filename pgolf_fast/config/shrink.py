@@ -31,7 +31,7 @@ SIZES = {
         bigram_rows=4096,
         table_dim=64,
         seq_len=256,
-        batch_tokens=2048,
+        batch_tokens=4096,
         steps=100_000,
         seconds=600.0,
     ),
@@ -60,6 +60,8 @@ def shrink(base: RunConfig, size: str) -> RunConfig:
     model = _shrink_model(base.model, to)
     # a micro-batch is the whole batch here: rarer meta steps keep their share of the work
     meta = base.train.meta and replace(base.train.meta, every=32, freeze_blocks=1)
+    # the whole run is the decay: the base's threshold would spend a third of it in fake quantisation
+    qat = base.train.qat and replace(base.train.qat, below=0.05)
     train = replace(
         base.train,
         steps=to.steps,
@@ -73,12 +75,13 @@ def shrink(base: RunConfig, size: str) -> RunConfig:
         # the loss of one small batch is too noisy to time the decay; exp101's own began after a third
         adaptive_warmdown=False,
         warmdown_steps=None,
-        warmdown_fraction=0.7,
+        warmdown_fraction=1.0,
         lr_hold_steps=10,
         val_every=None,
         log_every=100,
         checkpoint_minutes=2.0,
         meta=meta,
+        qat=qat,
     )
     seq_len = train.seq_len
     return replace(
@@ -88,14 +91,14 @@ def shrink(base: RunConfig, size: str) -> RunConfig:
         train=train,
         optim=replace(
             base.optim,
-            matrix_lr=0.04,
-            embed_lr=0.02,
-            scalar_lr=0.015,
+            matrix_lr=0.035,
+            embed_lr=0.016,
+            scalar_lr=0.011,
             muon_momentum=0.95,
             muon_momentum_start=0.85,
             muon_momentum_warmup_steps=200,
         ),
-        average=replace(base.average, ema_decay=0.98, ema_every=2, swa_every=10, swa_below=0.02),
+        average=replace(base.average, ema_decay=0.95, ema_every=2, swa_every=10, swa_below=0.02),
         quant=replace(
             base.quant,
             calibration_sequences=16,
