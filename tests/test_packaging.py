@@ -4,7 +4,7 @@ Nothing is downloaded: the new environments see this one's torch through a .pth 
 of the checkout, so that they neither see nor change what lies in it.
 """
 
-import importlib.util
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -17,12 +17,14 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SITE_PACKAGES = sysconfig.get_path("purelib")
+# by metadata: looking for the module `pip` would make setuptools' distutils unavailable in this process
+INSTALLED = {distribution.metadata["Name"].lower() for distribution in importlib.metadata.distributions()}
 HAS_COMPILER = shutil.which(os.environ.get("CXX", "c++").split()[0]) is not None
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        any(importlib.util.find_spec(name) is None for name in ("pip", "setuptools", "pybind11")),
+        not {"pip", "setuptools", "pybind11"} <= INSTALLED,
         reason="building without downloads needs pip, setuptools and pybind11 here: pip install -e '.[test]'",
     ),
 ]

@@ -7,6 +7,7 @@ from pgolf_fast.ops.gqa_attention import gqa_attention
 from pgolf_fast.ops.int6 import int6_matmul, int6_pack, int6_unpack
 from pgolf_fast.ops.lzma import lzma_compress, lzma_decompress
 from pgolf_fast.ops.mlp import mlp
+from pgolf_fast.ops.muon_update import muon_apply, muon_momentum
 from pgolf_fast.ops.newton_schulz import newton_schulz
 from pgolf_fast.ops.ngram_hash import ngram_hash_embed
 from pgolf_fast.ops.reference import rms_norm
@@ -21,6 +22,8 @@ __all__ = [
     "lzma_compress",
     "lzma_decompress",
     "mlp",
+    "muon_apply",
+    "muon_momentum",
     "newton_schulz",
     "ngram_hash_embed",
     "residual_norm",

@@ -16,8 +16,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pgolf_fast.ops import native, reference_bytes
+from pgolf_fast.ops import launch, native, reference_bytes
 from pgolf_fast.ops.checks import expect_dtype, expect_floating, expect_shape, same_device
+from pgolf_fast.ops.launch import Launch
+
+launch.declare("int6_skinny", sm90=Launch(64, 64, 128, num_warps=4, num_stages=3))
+launch.declare("int6_codes", sm90=Launch(16, 256, 32, num_warps=4, num_stages=1))
+launch.declare(
+    "int6_matmul",
+    sm90=Launch(128, 256, 64, num_warps=8, num_stages=3),
+    sm80=Launch(128, 128, 32, num_warps=8, num_stages=3),
+)
+
+# For more rows of x than this, the matrix is unpacked once instead of in every tile of rows.
+SKINNY_ROWS = 64
 
 
 def row_bytes(columns: int) -> int:
@@ -68,10 +80,14 @@ def int6_matmul(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
     """y[..., n] = scale[n] * sum_k x[..., k] * codes[n, k], for inference: no autograd.
 
     x is (..., K), scale (N,), both floating point; packed uint8 (N, 3 * K8 / 4) holds codes (N, K).
-    The sum is taken in at least float32 and rounded once; y is (..., N) in x's dtype.
+    The sum is taken in at least float32 and rounded once; y is (..., N) in x's dtype. On a GPU, up to
+    SKINNY_ROWS rows of 16-bit x (decoding) are multiplied by the packed codes themselves; otherwise the codes
+    are first unpacked to x's dtype, in which they are exact. Both ways the scale multiplies a float32 sum.
     Raises ValueError where shapes, dtypes or devices do not fit together.
     """
     _check_matmul(x, packed, scale)
+    if launch.uses_kernels("int6_matmul", x):
+        return _matmul_kernels(x, packed, scale)
     return reference_bytes.scaled_matmul(x, _unpack(packed, x.shape[-1]), scale).contiguous()
 
 
@@ -79,6 +95,33 @@ def int6_matmul(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
 def _(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
     _check_matmul(x, packed, scale)
     return x.new_empty((*x.shape[:-1], packed.shape[0]))
+
+
+def _matmul_kernels(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
+    from pgolf_fast.kernels.int6_matmul import launch_int6_codes, launch_int6_matmul, launch_int6_skinny
+
+    columns, depth = packed.shape[0], x.shape[-1]
+    y = x.new_empty((*x.shape[:-1], columns))
+    if y.numel() == 0 or depth == 0:
+        return y.zero_()
+    rows, scale = x.reshape(-1, depth), scale.contiguous()
+    flat_y = y.view(-1, columns)
+    packed = packed.contiguous()
+    if packed.data_ptr() % 2:  # the low plane is read as 16-bit words
+        packed = packed.clone()
+    words = packed.view(-1).view(torch.int16)
+    with launch.on_device_of(x):
+        if len(rows) <= SKINNY_ROWS and x.dtype != torch.float32:
+            launch_int6_skinny(rows, words, packed, scale, flat_y, launch.launch("int6_skinny", x))
+            return y
+        codes = x.new_empty(columns, depth)
+        launch_int6_codes(words, packed, codes, launch.launch("int6_codes", x))
+        if x.dtype == torch.float32:
+            # Nothing is rounded in between. Triton 3.7 would take such a product in TF32 on sm_100.
+            torch.mul(rows @ codes.t(), scale.float(), out=flat_y)
+        else:
+            launch_int6_matmul(rows, codes, scale, flat_y, launch.launch("int6_matmul", x))
+    return y
 
 
 def _unpack(packed: Tensor, columns: int) -> Tensor:

@@ -6,11 +6,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pgolf_fast.ops import reference
+from pgolf_fast.ops import launch, reference
 from pgolf_fast.ops.bank_grad import add_matmul, expect_slot, scatter_slots
 from pgolf_fast.ops.checks import expect_shape, same_dtype_device
+from pgolf_fast.ops.launch import Launch
 
 ACTIVATIONS = ("leaky_relu_squared", "relu_squared", "swiglu")
+
+launch.declare(
+    "mlp_up",
+    sm90=Launch(128, 256, 64, num_warps=8, num_stages=3),
+    sm80=Launch(128, 128, 32, num_warps=8, num_stages=3),
+)
+launch.declare("mlp_up_float32", Launch(128, 128, 64, num_warps=8, num_stages=3))  # no tensor cores
+for _kernel in ("mlp_dpre", "mlp_dpre_swiglu"):  # swiglu reads and writes two tiles more
+    launch.declare(
+        _kernel,
+        sm90=Launch(128, 128, 64, num_warps=8, num_stages=3),
+        sm80=Launch(128, 128, 32, num_warps=8, num_stages=3),
+    )
 
 
 def mlp(
@@ -52,16 +66,51 @@ def _mlp(
     activation: str,
     grad_up: Tensor | None,
     grad_down: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The result and what backward needs: `saved` and `signs`.
+
+    PyTorch saves the pre-activation. The kernels save it for `swiglu` only; else the hidden layer, whose
+    square root is |leaky(pre)|, and for `leaky_relu_squared` the signs of pre, 32 to a word. Where that
+    square underflows (float16: |pre| below 2e-4, others: 1e-19), so does the gradient.
+    """
     _check(x, up_bank, down_bank, slot, activation)
+    if launch.uses_kernels("mlp", x):
+        return _mlp_kernels(x, up_bank[slot], down_bank[slot], activation)
     pre = F.linear(x, up_bank[slot]).contiguous()
-    return F.linear(_activate(pre, activation), down_bank[slot]).contiguous(), pre
+    out = F.linear(_activate(pre, activation), down_bank[slot]).contiguous()
+    return out, pre, x.new_empty(0, dtype=torch.int32)
+
+
+def _saved_shapes(x: Tensor, up_rows: int, activation: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of `saved` and `signs`."""
+    signs = launch.uses_kernels("mlp", x) and activation == "leaky_relu_squared"
+    return (*x.shape[:-1], up_rows), ((*x.shape[:-1], (up_rows + 31) // 32) if signs else (0,))
 
 
 @_mlp.register_fake
 def _(x, up_bank, down_bank, slot, activation, grad_up, grad_down):
     _check(x, up_bank, down_bank, slot, activation)
-    return x.new_empty(x.shape), x.new_empty(*x.shape[:-1], up_bank.shape[1])
+    saved, signs = _saved_shapes(x, up_bank.shape[1], activation)
+    return x.new_empty(x.shape), x.new_empty(saved), x.new_empty(signs, dtype=torch.int32)
+
+
+def _mlp_kernels(x: Tensor, up: Tensor, down: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
+    from pgolf_fast.kernels.mlp import launch_mlp_up
+
+    saved_shape, signs_shape = _saved_shapes(x, up.shape[0], activation)
+    saved, signs = x.new_empty(saved_shape), x.new_empty(signs_shape, dtype=torch.int32)
+    gated = activation == "swiglu"
+    hidden = x.new_empty(*x.shape[:-1], down.shape[1]) if gated else saved
+    if x.numel() and hidden.numel():
+        written = saved if gated else signs
+        tiles = launch.launch("mlp_up_float32" if x.dtype == torch.float32 else "mlp_up", x)
+        with launch.on_device_of(x):
+            launch_mlp_up(_rows(x), up, hidden, written, activation, tiles)
+    return F.linear(hidden, down).contiguous(), saved, signs  # a plain product: cuBLAS
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def _activate(pre: Tensor, activation: str) -> Tensor:
@@ -90,7 +139,8 @@ def _activate_backward(dhidden: Tensor, pre: Tensor, activation: str) -> Tensor:
 def _mlp_backward(
     dout: Tensor,
     x: Tensor,
-    pre: Tensor,
+    saved: Tensor,
+    signs: Tensor,
     up_bank: Tensor,
     down_bank: Tensor,
     slot: int,
@@ -98,11 +148,13 @@ def _mlp_backward(
     grad_up: Tensor | None,
     grad_down: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows = dout.reshape(-1, dout.shape[-1])
-    dpre = _activate_backward(dout @ down_bank[slot], pre, activation)
-    hidden = _activate(pre, activation).flatten(0, -2)
-    flat_dpre, flat_x = dpre.reshape(-1, dpre.shape[-1]), x.reshape(-1, x.shape[-1])
+    if launch.uses_kernels("mlp", x):
+        dpre, hidden = _dpre_kernels(dout, saved, signs, down_bank[slot], activation)
+    else:
+        dpre = _activate_backward(dout @ down_bank[slot], saved, activation)
+        hidden = _activate(saved, activation)
     dx = (dpre @ up_bank[slot]).contiguous()
+    rows, flat_dpre, flat_x, hidden = _rows(dout), _rows(dpre), _rows(x), _rows(hidden)
     if grad_up is None or grad_down is None:
         return dx, flat_dpre.T @ flat_x, rows.T @ hidden
     add_matmul(grad_up, slot, flat_dpre.T, flat_x)
@@ -111,22 +163,38 @@ def _mlp_backward(
 
 
 @_mlp_backward.register_fake
-def _(dout, x, pre, up_bank, down_bank, slot, activation, grad_up, grad_down):
+def _(dout, x, saved, signs, up_bank, down_bank, slot, activation, grad_up, grad_down):
     if grad_up is None or grad_down is None:
         return x.new_empty(x.shape), x.new_empty(up_bank.shape[1:]), x.new_empty(down_bank.shape[1:])
     return x.new_empty(x.shape), x.new_empty(0), x.new_empty(0)
 
 
+def _dpre_kernels(
+    dout: Tensor, saved: Tensor, signs: Tensor, down: Tensor, activation: str
+) -> tuple[Tensor, Tensor]:
+    """Gradient of the pre-activation, and the hidden layer, whose own gradient is never stored."""
+    from pgolf_fast.kernels.mlp import launch_mlp_dpre
+
+    gated = activation == "swiglu"
+    saved, dpre = saved.contiguous(), saved.new_empty(saved.shape)
+    hidden = saved.new_empty(*saved.shape[:-1], down.shape[1]) if gated else saved
+    if dout.numel() and hidden.numel():
+        tiles = launch.launch("mlp_dpre_swiglu" if gated else "mlp_dpre", dout)
+        with launch.on_device_of(dout):
+            launch_mlp_dpre(_rows(dout), down, saved, signs.contiguous(), dpre, hidden, activation, tiles)
+    return dpre, hidden
+
+
 def _setup_context(ctx, inputs, output) -> None:
     x, up_bank, down_bank, ctx.slot, ctx.activation, ctx.grad_up, ctx.grad_down = inputs
-    ctx.save_for_backward(x, output[1], up_bank, down_bank)
-    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, *output[1:], up_bank, down_bank)
+    ctx.mark_non_differentiable(*output[1:])
 
 
-def _backward(ctx, dout, _):
-    x, pre, up_bank, down_bank = ctx.saved_tensors
+def _backward(ctx, dout, *_):
+    x, saved, signs, up_bank, down_bank = ctx.saved_tensors
     dx, dup, ddown = torch.ops.pgolf.mlp_backward(
-        dout, x, pre, up_bank, down_bank, ctx.slot, ctx.activation, ctx.grad_up, ctx.grad_down
+        dout, x, saved, signs, up_bank, down_bank, ctx.slot, ctx.activation, ctx.grad_up, ctx.grad_down
     )
     if ctx.grad_up is None or ctx.grad_down is None:
         dup, ddown = (scatter_slots(b, [ctx.slot], [g]) for b, g in ((up_bank, dup), (down_bank, ddown)))

@@ -9,8 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pgolf_fast.ops import reference
-from pgolf_fast.ops.checks import expect_shape, same_dtype_device
+from pgolf_fast.ops import launch, reference
+from pgolf_fast.ops.checks import expect_shape, same_device, same_dtype_device
+from pgolf_fast.ops.launch import Launch
+
+# block_n is the widest row that is held whole
+launch.declare("residual_norm_fwd", sm90=Launch(4, 4096, num_warps=4))
+launch.declare("residual_norm_bwd", sm90=Launch(4, 4096, num_warps=4))
+launch.declare("smear_gate_fwd", sm90=Launch(16, 128, num_warps=4))
+launch.declare("smear_gate_bwd", sm90=Launch(16, 128, num_warps=4))
+
+# Programs that share the rows of a backward, each with its own partial sums of the per-channel gradients:
+# eight for each multiprocessor of an H100 or H200.
+_PROGRAMS = 1056
+_LEAST_ROWS = 8  # rows a program at least, or its partial sums cost more than its rows
 
 
 def residual_norm(
@@ -31,6 +43,7 @@ def _check(x: Tensor, branch: Tensor, x_scale: Tensor | None, branch_scale: Tens
     for name, scale in (("x_scale", x_scale), ("branch_scale", branch_scale)):
         if scale is not None:
             expect_shape("residual_norm", name, scale, (x.shape[-1],))
+            same_device("residual_norm", x=x, **{name: scale})
 
 
 @torch.library.custom_op("pgolf::residual_norm", mutates_args=())
@@ -38,6 +51,8 @@ def _residual_norm(
     x: Tensor, branch: Tensor, x_scale: Tensor | None, branch_scale: Tensor, layer_scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check(x, branch, x_scale, branch_scale)
+    if launch.uses_kernels("residual_norm", x):
+        return _kernels_forward(x, branch, x_scale, branch_scale, layer_scale)
     wide = torch.promote_types(x.dtype, torch.float32)
     mixed = torch.mul(branch, branch_scale.to(wide))
     mixed = mixed.add_(x) if x_scale is None else mixed.addcmul_(x.to(wide), x_scale.to(wide))
@@ -55,6 +70,41 @@ def _(x, branch, x_scale, branch_scale, layer_scale):
     return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(*x.shape[:-1], 1, dtype=wide)
 
 
+def _rows(t: Tensor) -> Tensor:
+    """(..., D) as (rows, D) with unit inner stride, copied only where it cannot be viewed so."""
+    rows = t.reshape(-1, t.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def _partials(rows: int) -> int:
+    return max(1, min(_PROGRAMS, rows // _LEAST_ROWS))
+
+
+def _kernels_forward(
+    x: Tensor, branch: Tensor, x_scale: Tensor | None, branch_scale: Tensor, layer_scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    from pgolf_fast.kernels.residual_norm import launch_residual_norm_fwd
+
+    mixed, normed = x.new_empty(x.shape), x.new_empty(x.shape)
+    rstd = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+    if not x.numel():
+        return mixed, normed, rstd.fill_(reference.RMS_EPS**-0.5)
+    with launch.on_device_of(x):
+        launch_residual_norm_fwd(
+            _rows(x),
+            _rows(branch),
+            None if x_scale is None else x_scale.contiguous(),
+            branch_scale.contiguous(),
+            mixed,
+            normed,
+            rstd,
+            layer_scale=layer_scale,
+            eps=reference.RMS_EPS,
+            config=launch.launch("residual_norm_fwd", x),
+        )
+    return mixed, normed, rstd
+
+
 @torch.library.custom_op("pgolf::residual_norm_backward", mutates_args=())
 def _residual_norm_backward(
     dmixed: Tensor,
@@ -67,6 +117,8 @@ def _residual_norm_backward(
     rstd: Tensor,
     layer_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if launch.uses_kernels("residual_norm", x):
+        return _kernels_backward(dmixed, dnormed, x, branch, x_scale, branch_scale, mixed, rstd, layer_scale)
     wide = rstd.dtype
     unit = mixed.to(wide) * rstd
     # d rms_norm: rstd (g - unit mean(g unit)), g the gradient of the normalised value
@@ -91,6 +143,54 @@ def _residual_norm_backward(
 def _(dmixed, dnormed, x, branch, x_scale, branch_scale, mixed, rstd, layer_scale):
     dx_scale = rstd.new_empty(0 if x_scale is None else x.shape[-1])
     return x.new_empty(x.shape), x.new_empty(x.shape), dx_scale, rstd.new_empty(x.shape[-1])
+
+
+def _kernels_backward(
+    dmixed: Tensor,
+    dnormed: Tensor,
+    x: Tensor,
+    branch: Tensor,
+    x_scale: Tensor | None,
+    branch_scale: Tensor,
+    mixed: Tensor,
+    rstd: Tensor,
+    layer_scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from pgolf_fast.kernels import residual_norm as kernels
+
+    width, vectors = x.shape[-1], 1 if x_scale is None else 2
+    dx, dbranch = x.new_empty(x.shape), x.new_empty(x.shape)
+    if x.numel():
+        config = launch.launch("residual_norm_bwd", x)
+        dmixed, dnormed, mixed = _rows(dmixed), _rows(dnormed), mixed.contiguous().view(-1, width)
+        rstd, along = rstd.contiguous(), None
+        partial = rstd.new_empty(vectors, _partials(len(mixed)), width)
+        with launch.on_device_of(x):
+            if not kernels.fits_tile(width, config):
+                along = torch.empty_like(rstd)
+                kernels.launch_residual_norm_bwd_along(
+                    dnormed, mixed, rstd, along, layer_scale=layer_scale, config=config
+                )
+            kernels.launch_residual_norm_bwd(
+                dmixed,
+                dnormed,
+                _rows(x),
+                _rows(branch),
+                None if x_scale is None else x_scale.contiguous(),
+                branch_scale.contiguous(),
+                mixed,
+                rstd,
+                along,
+                dx,
+                dbranch,
+                partial,
+                layer_scale=layer_scale,
+                config=config,
+            )
+        sums = partial.sum(1)
+    else:
+        sums = rstd.new_zeros(vectors, width)
+    return dx, dbranch, sums[1].clone() if vectors == 2 else sums.new_empty(0), sums[0].clone()
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -120,20 +220,58 @@ def smear_gate(x: Tensor, gate: Tensor) -> Tensor:
     return torch.ops.pgolf.smear_gate(x, gate)
 
 
-@torch.library.custom_op("pgolf::smear_gate", mutates_args=())
-def _smear_gate(x: Tensor, gate: Tensor) -> Tensor:
+def _check_smear(x: Tensor, gate: Tensor) -> None:
     expect_shape("smear_gate", "x", x, (None, None, None))
     expect_shape("smear_gate", "gate", gate, (x.shape[-1],))
+    same_device("smear_gate", x=x, gate=gate)
+
+
+@torch.library.custom_op("pgolf::smear_gate", mutates_args=())
+def _smear_gate(x: Tensor, gate: Tensor) -> Tensor:
+    _check_smear(x, gate)
+    if launch.uses_kernels("smear_gate", x):
+        return _smear_kernels_forward(x, gate)
     return reference.smear_gate(x, gate).contiguous()
 
 
 @_smear_gate.register_fake
 def _(x, gate):
+    _check_smear(x, gate)
     return x.new_empty(x.shape)
+
+
+def _unit_inner_stride(t: Tensor) -> Tensor:
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _smear_kernels_forward(x: Tensor, gate: Tensor) -> Tensor:
+    from pgolf_fast.kernels.smear_gate import launch_smear_gate_fwd
+
+    out = x.new_empty(x.shape)
+    if x.numel():
+        with launch.on_device_of(x):
+            config = launch.launch("smear_gate_fwd", x)
+            launch_smear_gate_fwd(_unit_inner_stride(x), gate.contiguous(), out, config)
+    return out
+
+
+def _smear_kernels_backward(dout: Tensor, x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    from pgolf_fast.kernels.smear_gate import launch_smear_gate_bwd
+
+    dx = x.new_empty(x.shape)
+    if not x.numel():
+        return dx, torch.zeros(gate.shape, dtype=gate.dtype, device=gate.device)
+    partial = x.new_empty(_partials(x.shape[0] * x.shape[1]), x.shape[2], dtype=torch.float32)
+    dout, x = _unit_inner_stride(dout), _unit_inner_stride(x)
+    with launch.on_device_of(x):
+        launch_smear_gate_bwd(dout, x, gate.contiguous(), dx, partial, launch.launch("smear_gate_bwd", x))
+    return dx, partial.sum(0).to(gate.dtype)
 
 
 @torch.library.custom_op("pgolf::smear_gate_backward", mutates_args=())
 def _smear_gate_backward(dout: Tensor, x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    if launch.uses_kernels("smear_gate", x):
+        return _smear_kernels_backward(dout, x, gate)
     wide = torch.promote_types(x.dtype, torch.float32)
     s = torch.sigmoid(gate.to(wide))
     dout, values = dout.to(wide), x.to(wide)

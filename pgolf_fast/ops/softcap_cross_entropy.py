@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from pgolf_fast.ops.checks import expect_shape, same_dtype_device
+from pgolf_fast.ops import launch
+from pgolf_fast.ops.checks import expect_shape, same_device, same_dtype_device
+from pgolf_fast.ops.launch import Launch
 
 _ROWS = 4096  # rows of logits alive at once: 16 MB at vocabulary 1024
+
+# 128 registers a thread on sm_90 either way, so that two blocks share a multiprocessor and overlap
+launch.declare("softcap_cross_entropy_fwd", sm90=Launch(128, 128, 64, num_warps=8, num_stages=2))
+launch.declare("softcap_cross_entropy_dlogits", sm90=Launch(128, 128, 64, num_warps=8, num_stages=3))
+
+# Elements of d loss / d logits alive at once in the kernels' backward: 64 MiB in 16 bits, 32768 rows at
+# vocabulary 1024. One tile kernel writes them and two library products read them. The alternative without
+# them makes every tile of logits twice, for dx and for dW, with the whole width as accumulators in registers:
+# four matrix products instead of three, the added one at a fraction of a library's speed.
+_DLOGITS = 2**25
 
 
 def softcap_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> Tensor:
@@ -15,6 +29,7 @@ def softcap_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, softcap: f
 
     x (..., D), weight (V, D) of x's dtype, targets (...) integer in 0..V-1; result has targets' shape.
     Raises ValueError for shapes or dtypes that do not fit; IndexError for a target outside the vocabulary.
+    On a GPU that check would stop the host, so kernels give a loss (and gradients) of NaN for such a target.
     """
     expect_shape("softcap_cross_entropy", "targets", targets, tuple(x.shape[:-1]))
     flat = torch.ops.pgolf.softcap_cross_entropy(
@@ -27,6 +42,11 @@ def _check(x: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> None:
     expect_shape("softcap_cross_entropy", "weight", weight, (None, x.shape[-1]))
     expect_shape("softcap_cross_entropy", "targets", targets, (x.shape[0],))
     same_dtype_device("softcap_cross_entropy", x=x, weight=weight)
+    same_device("softcap_cross_entropy", x=x, targets=targets)
+    if targets.is_floating_point():
+        raise ValueError(
+            f"pgolf::softcap_cross_entropy: targets.dtype is {targets.dtype}; it must be an integer type"
+        )
     if not softcap > 0:
         raise ValueError(f"pgolf::softcap_cross_entropy: softcap is {softcap}; it must be positive")
 
@@ -42,12 +62,25 @@ def _softcap_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, softcap: float
 ) -> tuple[Tensor, Tensor]:
     _check(x, weight, targets, softcap)
-    outside = targets[(targets < 0) | (targets >= weight.shape[0])]
+    if not launch.uses_kernels("softcap_cross_entropy", x):
+        _check_targets(targets, weight.shape[0])
+        return _forward(x, weight, targets, softcap)
+    if not x.is_cuda:
+        _check_targets(targets, weight.shape[0])
+    return _kernels_forward(x, weight, targets, softcap)
+
+
+def _check_targets(targets: Tensor, vocab: int) -> None:
+    targets = targets.long()
+    outside = targets[(targets < 0) | (targets >= vocab)]
     if len(outside):
         raise IndexError(
             f"pgolf::softcap_cross_entropy: targets hold {outside[0].item()}, "
-            f"but the vocabulary has ids 0 to {weight.shape[0] - 1}"
+            f"but the vocabulary has ids 0 to {vocab - 1}"
         )
+
+
+def _forward(x: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(x.dtype, torch.float32)
     loss, logsumexp = x.new_empty(x.shape[0], dtype=wide), x.new_empty(x.shape[0], dtype=wide)
     for start in range(0, x.shape[0], _ROWS):
@@ -67,10 +100,42 @@ def _(x, weight, targets, softcap):
     return x.new_empty(x.shape[0], dtype=wide), x.new_empty(x.shape[0], dtype=wide)
 
 
+def _unit_inner_stride(t: Tensor) -> Tensor:
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _launch(kernel: str, x: Tensor) -> Launch:
+    """float32 has no tensor cores to feed: smaller tiles, or its products spill."""
+    row = launch.launch(kernel, x)
+    if x.element_size() <= 2:
+        return row
+    return replace(row, block_m=min(row.block_m, 64), block_n=min(row.block_n, 64))
+
+
+def _kernels_forward(x: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
+    from pgolf_fast.kernels.softcap_cross_entropy import launch_softcap_cross_entropy_fwd
+
+    loss, logsumexp = (x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(2))
+    if x.shape[0]:
+        with launch.on_device_of(x):
+            launch_softcap_cross_entropy_fwd(
+                _unit_inner_stride(x),
+                _unit_inner_stride(weight),
+                targets,
+                loss,
+                logsumexp,
+                softcap=softcap,
+                config=_launch("softcap_cross_entropy_fwd", x),
+            )
+    return loss, logsumexp
+
+
 @torch.library.custom_op("pgolf::softcap_cross_entropy_backward", mutates_args=())
 def _softcap_cross_entropy_backward(
     dloss: Tensor, x: Tensor, weight: Tensor, targets: Tensor, logsumexp: Tensor, softcap: float
 ) -> tuple[Tensor, Tensor]:
+    if launch.uses_kernels("softcap_cross_entropy", x):
+        return _kernels_backward(dloss, x, weight, targets, logsumexp, softcap)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     accumulator = weight.new_zeros(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32))
     for start in range(0, x.shape[0], _ROWS):
@@ -90,6 +155,37 @@ def _softcap_cross_entropy_backward(
 @_softcap_cross_entropy_backward.register_fake
 def _(dloss, x, weight, targets, logsumexp, softcap):
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def _kernels_backward(
+    dloss: Tensor, x: Tensor, weight: Tensor, targets: Tensor, logsumexp: Tensor, softcap: float
+) -> tuple[Tensor, Tensor]:
+    from pgolf_fast.kernels.softcap_cross_entropy import launch_softcap_cross_entropy_dlogits
+
+    x, weight = _unit_inner_stride(x), _unit_inner_stride(weight)
+    dx, (vocab, _), count = x.new_empty(x.shape), weight.shape, x.shape[0]
+    config = _launch("softcap_cross_entropy_dlogits", x)
+    size = min(count, max(config.block_m, _DLOGITS // max(vocab, 1)))
+    dlogits = x.new_empty(size, vocab)
+    dweight = None if 0 < count <= size else weight.new_zeros(weight.shape, dtype=torch.float32)
+    for start in range(0, count, max(size, 1)):
+        rows = slice(start, min(start + size, count))
+        low = dlogits[: rows.stop - start]
+        with launch.on_device_of(x):
+            launch_softcap_cross_entropy_dlogits(
+                x[rows],
+                weight,
+                targets[rows],
+                logsumexp[rows],
+                dloss[rows],
+                low,
+                softcap=softcap,
+                config=config,
+            )
+        torch.mm(low, weight, out=dx[rows])
+        dweight = low.T @ x[rows] if dweight is None else dweight.add_(low.T @ x[rows])
+    assert dweight is not None
+    return dx, dweight.to(weight.dtype)
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pgolf_fast import ops
+from pgolf_fast.ops.muon_update import muon_apply, muon_momentum
 from pgolf_fast.optim.sharding import Sharding
 
 
@@ -29,22 +30,33 @@ class Muon:
         }
 
     @torch.no_grad()
-    def step(self, *, lr: float, momentum: float) -> None:
+    def step(
+        self,
+        *,
+        lr: float | Tensor,
+        momentum: float | Tensor,
+        shadows: dict[str, Tensor] | None = None,
+    ) -> None:
         """One update from the banks' gradients, which are read and left as they are.
 
-        Each rank orthogonalises its share of the slots; every rank ends with the same weights.
+        Each rank orthogonalises its share of the slots; every rank ends with the same weights. `lr` and
+        `momentum` may be tensors of one element, which a CUDA graph reads anew at every replay. `shadows`,
+        by bank name, receive the new weights in their own dtype.
         """
         for name, bank in self.banks.items():
             if bank.grad is None:
                 raise RuntimeError(f"Muon: {name} has no gradient; call backward first")
-            grad = bank.grad.bfloat16()
-            buffer = self.momentum_buffers[name]
-            buffer.mul_(momentum).add_(grad)
-            update = grad.add_(buffer, alpha=momentum)
+            update = muon_momentum(bank.grad, self.momentum_buffers[name], momentum)
             update = self.sharding.map_slots(update, lambda part: ops.newton_schulz(part, self.ns_steps))
             rows, cols = bank.shape[-2:]
-            bank.mul_(1 - lr * self.weight_decay)
-            bank.add_(update.to(bank.dtype), alpha=-lr * math.sqrt(max(1.0, rows / cols)))
+            muon_apply(
+                bank,
+                update,
+                lr,
+                weight_decay=self.weight_decay,
+                scale=math.sqrt(max(1.0, rows / cols)),
+                shadow=None if shadows is None else shadows.get(name),
+            )
 
     def state(self) -> dict[str, Tensor]:
         return {f"muon.{name}": buffer for name, buffer in self.momentum_buffers.items()}

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from helpers import assert_as_accurate
 
 from pgolf_fast.ops import native, reference_bytes
 from pgolf_fast.ops.int6 import int6_matmul, int6_pack, int6_unpack, row_bytes
 
+HAS_KERNELS = True
 SHAPES = [(4, 64), (3, 1), (5, 7), (2, 9), (3, 1027), (1, 8), (0, 8), (4, 0)]
 
 
@@ -83,28 +85,66 @@ def test_names_the_code_out_of_range(value, place, implementation):
         int6_pack(codes)
 
 
+# x and then N. Up to 64 rows of x are the skinny kernel's; interpreted tiles are 32 wide.
+MATMULS = [
+    *[(3, 64, 5), (2, 3, 27, 9), (7, 1), (45, 300, 70), (64, 8, 32), (0, 8, 3), (4, 0), (4, 0, 3)],
+    *[(96, 64, 32), (2, 35, 45, 70), (65, 7, 1)],
+]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(3, 64, 5), (2, 3, 27, 9), (7, 1), (0, 8, 3), (4, 0)], ids=str)
-def test_matmul_against_float64(dtype, shape, implementation):
+@pytest.mark.parametrize("shape", MATMULS, ids=str)
+def test_matmul_against_float64(dtype, shape, device):
     *lead, k, n = shape
-    x, codes, scale = torch.randn(*lead, k).to(dtype), random_codes(n, k), torch.rand(n).half()
+    x = torch.randn(*lead, k).to(device, dtype)
+    codes, scale = random_codes(n, k).to(device), torch.rand(n).half().to(device)
     y = int6_matmul(x, int6_pack(codes), scale)
     exact = x.double() @ (codes.double() * scale.double()[:, None]).t()
-    low = (x.to(torch.promote_types(dtype, torch.float32)) @ codes.to(x.dtype).to(y.dtype).t().to(
-        torch.promote_types(dtype, torch.float32)) * scale).to(dtype)  # fmt: skip
+    wide = torch.promote_types(dtype, torch.float32)
+    low = (x.to(wide) @ codes.to(wide).t() * scale.to(wide)).to(dtype)
+    assert y.is_contiguous()
     assert y.dtype == dtype
-    assert y.shape == exact.shape
-    if y.numel():
-        error, usual = (y.double() - exact).abs().max(), (low.double() - exact).abs().max()
-        assert error <= 2 * usual + 1e-6
+    assert_as_accurate(
+        y, low, exact, atol=1e-6 + torch.finfo(dtype).eps * float(exact.abs().max() if y.numel() else 0)
+    )
 
 
-def test_matmul_vector_and_strided():
-    codes, scale = random_codes(5, 20), torch.rand(10)[::2]
+@pytest.mark.parametrize("rows", [5, 70])
+@pytest.mark.parametrize("scale_dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_matmul_scale_of_any_dtype(scale_dtype, rows, device):
+    """Codes and scales that a narrow product could not hold: only a scaled float32 sum comes out right."""
+    codes = torch.full((2, 512), 31, dtype=torch.int8, device=device)
+    scale = torch.tensor([2.0**-3, -(2.0**-20)], dtype=scale_dtype, device=device)
+    x = torch.full((rows, 512), 8.0, dtype=torch.float16, device=device)
+    y = int6_matmul(x, int6_pack(codes), scale)  # the sum is 126,976, float16 ends at 65,504
+    assert y[:, 0].eq(126_976 / 8).all()
+    assert y[:, 1].eq(-126_976 / 2**20).all()
+
+
+@pytest.mark.parametrize("rows", [3, 70])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_matmul_vector_and_strided(dtype, rows, device):
+    codes, scale = random_codes(5, 20).to(device), 2.0 ** torch.arange(-5, 5, device=device)[::2]
     packed = int6_pack(codes)
-    x = torch.randn(20, 3).t()
-    torch.testing.assert_close(int6_matmul(x, packed, scale), x @ (codes * scale[:, None]).t())
-    torch.testing.assert_close(int6_matmul(x[0], packed, scale), int6_matmul(x, packed, scale)[0])
+    x = torch.randint(-4, 5, (20, rows), device=device).to(dtype).t()
+    want = (x.double() @ (codes * scale[:, None]).double().t()).to(dtype)
+
+    def agrees(x, packed, scale, want):
+        assert torch.equal(int6_matmul(x, packed, scale), want)  # sums of small integers are exact
+
+    agrees(x, packed, scale, want)
+    agrees(x[0], packed, scale, want[0])
+    agrees(x[:1].expand(rows, -1), packed, scale, want[:1].expand(rows, -1))
+    sliced = torch.full((rows, 27), float("nan"), dtype=dtype, device=device)
+    sliced[:, 3:23] = x
+    agrees(sliced[:, 3:23], packed, scale, want)
+    for layout in ("transposed", "chunked"):
+        agrees(x, LAYOUTS[layout](packed), scale, want)
+    unaligned = torch.cat([packed.new_zeros(1), packed.flatten()])[1:].view(packed.shape)
+    assert unaligned.data_ptr() % 2
+    agrees(x, unaligned, scale, want)
+    one = packed.new_zeros(1, packed.shape[1] + 3)[:, : packed.shape[1]].copy_(packed[:1])  # odd row stride
+    agrees(x, one, scale[:1], want[:, :1])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -121,17 +161,28 @@ def test_gpu_agrees_with_cpu():
 
 def test_opcheck():
     codes = random_codes(5, 20)
-    packed, scale = int6_pack(codes), torch.rand(5).half()
+    packed = int6_pack(codes)
     torch.library.opcheck(int6_pack, (codes,))
     torch.library.opcheck(int6_pack, (random_codes(20, 5).t(),))
     torch.library.opcheck(int6_unpack, (packed, 20))
     torch.library.opcheck(int6_unpack, (packed.t().contiguous().t(), 20))
-    torch.library.opcheck(int6_matmul, (torch.randn(2, 3, 20), packed, scale))
-    torch.library.opcheck(int6_matmul, (torch.randn(20, 3).t(), packed, scale))
 
 
-def test_compiles_without_graph_break():
-    x, codes, scale = torch.randn(3, 20), random_codes(5, 20), torch.rand(5)
+@pytest.mark.parametrize("rows", [3, 70])
+def test_opcheck_matmul(rows, device):
+    packed, scale = int6_pack(random_codes(5, 20)).to(device), torch.rand(5).half().to(device)
+    x = torch.randn(2, rows, 20, device=device, dtype=torch.float16)
+    torch.library.opcheck(int6_matmul, (x, packed, scale))
+    torch.library.opcheck(int6_matmul, (x[0].t().contiguous().t(), packed, scale))
+
+
+@pytest.mark.parametrize("rows", [3, 70])
+def test_compiles_without_graph_break(rows, device):
+    x, codes, scale = (
+        torch.randn(rows, 20).to(device),
+        random_codes(5, 20).to(device),
+        torch.rand(5).to(device),
+    )
 
     def pack_and_multiply(x, codes, scale):
         packed = int6_pack(codes)

@@ -9,11 +9,21 @@ from helpers import (
     results,
 )
 
-from pgolf_fast.ops import mlp, reference
+from pgolf_fast.ops import launch, mlp, reference
 from pgolf_fast.ops.mlp import ACTIVATIONS
 
-# shape of x, hidden channels
-SHAPES = [((2, 16, 32), 64), ((3, 5, 27), 19), ((1, 24), 7), ((1, 1, 1), 1), ((0, 8), 6), ((2, 0, 8), 6)]
+HAS_KERNELS = True
+# shape of x, hidden channels; interpreted tiles are 32 wide, so the second has several in every dimension
+SHAPES = [
+    ((2, 16, 32), 64),
+    ((5, 14, 45), 70),
+    ((3, 5, 27), 19),
+    ((1, 24), 7),
+    ((1, 1, 1), 1),
+    ((0, 8), 6),
+    ((2, 0, 8), 6),
+    ((3, 8), 0),
+]
 SLOTS, SLOT = 3, 1
 
 
@@ -21,7 +31,7 @@ def make(shape, hidden, activation, dtype=torch.float32, device="cpu"):
     dim, rows = shape[-1], hidden * (2 if activation == "swiglu" else 1)
     x = torch.randn(shape, device=device)
     up = torch.randn(SLOTS, rows, dim, device=device) * dim**-0.5
-    down = torch.randn(SLOTS, dim, hidden, device=device) * hidden**-0.5
+    down = torch.randn(SLOTS, dim, hidden, device=device) * max(1, hidden) ** -0.5
     return [t.to(dtype) for t in (x, up, down)]
 
 
@@ -33,6 +43,55 @@ def test_matches_reference(shape, hidden, dtype, activation, device):
     assert_matches_float64(
         lambda *t: mlp(*t, SLOT, activation), lambda *t: reference.mlp(*t, SLOT, activation), inputs
     )
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_extreme_activations(activation, device):
+    """Zeros of both signs, tiny and large pre-activations; a gate of every size."""
+    values = torch.tensor([0.0, 1e-15, 1e-4, 1.0, 30.0, 3e15])
+    pre = torch.cat([values, -values])
+    if activation == "swiglu":
+        pre = torch.cartesian_prod(
+            torch.cat([values, -values]).clamp(-80, 80), torch.tensor([-2.0, 0.0, 3.0])
+        ).flatten()
+    size = len(pre) // (2 if activation == "swiglu" else 1)
+    up, down = torch.eye(len(pre)), torch.zeros(len(pre), size)
+    down[:size] = torch.eye(size)
+    inputs = [pre[None].to(device), up[None].to(device), down[None].to(device)]
+    (got,), (dx, _, _), douts = results(lambda *t: mlp(*t, 0, activation), inputs)
+    (want,), (want_dx, _, _), _ = results(
+        lambda *t: reference.mlp(*t, 0, activation), [t.double() for t in inputs], douts
+    )
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-30)
+    torch.testing.assert_close(dx.double(), want_dx, rtol=1e-5, atol=1e-18)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_wide_tiles(activation, device, monkeypatch):
+    """Tiles of 64 columns, whose epilogue goes by halves as it does on a GPU."""
+    monkeypatch.setattr(launch, "_INTERPRETER", launch.Launch(32, 64, 32, 1, 1))
+    inputs = make((3, 14, 20), 150, activation, torch.float32, device)
+    assert_matches_float64(
+        lambda *t: mlp(*t, SLOT, activation), lambda *t: reference.mlp(*t, SLOT, activation), inputs
+    )
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_saves_one_tensor_and_a_bit(activation, device):
+    x, up, down = make((3, 13), 45, activation, device=device)
+    _, saved, signs = torch.ops.pgolf.mlp(x, up, down, SLOT, activation, None, None)
+    pre = x @ up[SLOT].T
+    if not launch.uses_kernels("mlp", x) or activation == "swiglu":
+        torch.testing.assert_close(saved, pre)
+    else:
+        torch.testing.assert_close(saved, reference.activation(pre, activation))
+    assert signs.dtype == torch.int32
+    if not launch.uses_kernels("mlp", x) or activation != "leaky_relu_squared":
+        assert signs.numel() == 0
+        return
+    assert signs.shape == (3, 2)
+    channels = torch.arange(45, device=device)
+    assert torch.equal((signs[:, channels // 32] >> (channels % 32)) & 1, (pre >= 0).int())
 
 
 @pytest.mark.parametrize("slot", range(SLOTS))
@@ -54,15 +113,16 @@ def test_strided_inputs(layout, activation, device):
 
 @pytest.mark.parametrize("banked", [False, True], ids=["dense", "banked"])
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
-def test_opcheck(layout, banked, device):
-    x, up, down = make((2, 5, 8), 6, "swiglu", device=device)
+@pytest.mark.parametrize("activation", ["swiglu", "leaky_relu_squared"])
+def test_opcheck(activation, layout, banked, device):
+    x, up, down = make((2, 5, 8), 6, activation, device=device)
     if layout != "contiguous":
         x, up, down = lay_out(layout, (x, up, down))
     banks = (torch.ones_like(up), torch.ones_like(down)) if banked else (None, None)
     leaves = [t.detach().requires_grad_() for t in (x, up, down)]
-    torch.library.opcheck(torch.ops.pgolf.mlp, (*leaves, SLOT, "swiglu", *banks))
-    out, pre = torch.ops.pgolf.mlp(x, up, down, SLOT, "swiglu", None, None)
-    args = (torch.randn_like(out), x, pre, up, down, SLOT, "swiglu", *banks)
+    torch.library.opcheck(torch.ops.pgolf.mlp, (*leaves, SLOT, activation, *banks))
+    out, saved, signs = torch.ops.pgolf.mlp(x, up, down, SLOT, activation, None, None)
+    args = (torch.randn_like(out), x, saved, signs, up, down, SLOT, activation, *banks)
     torch.library.opcheck(torch.ops.pgolf.mlp_backward, args)
 
 
@@ -73,14 +133,15 @@ def test_gradcheck(activation):
 
 
 @pytest.mark.parametrize("banked", [False, True], ids=["dense", "banked"])
-def test_compiles_without_graph_break(banked, device):
-    inputs = make((2, 5, 8), 6, "swiglu", device=device)
+@pytest.mark.parametrize("activation", ["swiglu", "leaky_relu_squared"])
+def test_compiles_without_graph_break(activation, banked, device):
+    inputs = make((2, 5, 8), 6, activation, device=device)
     eager_banks = [torch.randn_like(t) for t in inputs[1:]] if banked else [None, None]
     compiled_banks = [t if t is None else t.clone() for t in eager_banks]
     before = [t if t is None else t.clone() for t in eager_banks]
 
     def run(x, up, down, grad_up, grad_down):
-        return mlp(x, up, down, SLOT, "swiglu", grad_up=grad_up, grad_down=grad_down).sin()
+        return mlp(x, up, down, SLOT, activation, grad_up=grad_up, grad_down=grad_down).sin()
 
     def outcome(function, banks):
         leaves = [t.detach().requires_grad_() for t in inputs]
@@ -133,3 +194,19 @@ def test_one_gradient_bank_is_not_enough():
     grads = torch.autograd.grad(out.sum(), (up, down))
     assert all(g[SLOT].any() for g in grads)
     assert bool((grad_up == 1).all())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_offsets_beyond_32_bits(activation):
+    """The last rows of a batch whose hidden layer has more than 2^31 elements, 2,097,152 rows of 1,024."""
+    x, up, down = make((2_097_152 + 300, 64), 1024, activation, torch.bfloat16, "cuda")
+    dout = torch.randn_like(x)
+    tail = slice(-200, None)
+    outcomes = []
+    for part in (slice(None), tail):
+        leaf = x[part].clone().requires_grad_()
+        out = mlp(leaf, up, down, SLOT, activation)
+        (dx,) = torch.autograd.grad(out, leaf, dout[part])
+        outcomes.append((out[tail].detach(), dx[tail]))
+    torch.testing.assert_close(*outcomes, rtol=2e-2, atol=2e-2)

@@ -2,9 +2,12 @@ import pytest
 import torch
 from helpers import LAYOUTS, assert_as_accurate, lay_out
 
-from pgolf_fast.ops import newton_schulz, reference
+from pgolf_fast.ops import launch, newton_schulz, reference
 
+HAS_KERNELS = True
+# interpreted tiles are 32 x 32: the last two have several, and parts of tiles, in every dimension
 SHAPES = [(3, 32, 32), (2, 48, 16), (2, 16, 48), (4, 27, 13), (2, 1, 9), (2, 9, 1), (1, 1, 1)]
+SHAPES += [(2, 40, 70), (1, 67, 45)]
 EMPTY = [(0, 4, 4), (2, 0, 4), (2, 4, 0)]
 
 
@@ -92,3 +95,44 @@ def test_slots_are_separate(device):
     torch.testing.assert_close(got[:1], alone)
     assert not got[2].any()
     assert torch.isfinite(got).all()
+
+
+def test_a_bank_slice_of_other_strides_on_every_side(device):
+    """Slot, row and column strides all differ from those of a contiguous tensor, and from each other."""
+    buffer = torch.full((3, 2, 41, 2, 37), float("nan"), device=device)
+    g = buffer[:, 1, :, 1]
+    g.copy_(torch.randn(3, 41, 37, device=device))
+    for view in (g, g.mT):
+        assert not view.is_contiguous()
+        torch.testing.assert_close(newton_schulz(view, 2), newton_schulz(view.contiguous(), 2))
+
+
+def test_products_are_symmetric_where_tiles_meet(device):
+    """With singular vectors known, a tile stored on the wrong side of the diagonal cannot hide."""
+    q = torch.linalg.qr(torch.randn(1, 96, 96, device=device, dtype=torch.double))[0]
+    sizes = torch.linspace(0.2, 1, 96, device=device, dtype=torch.double)
+    g = (q * sizes) @ q.mT
+    got = newton_schulz(g.float(), 1).double()
+    s = sizes / sizes.square().sum().sqrt()
+    want = (q * (3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5)) @ q.mT
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("shape", [(22, 512, 512), (22, 256, 512), (11, 1536, 512), (3, 509, 1027)], ids=str)
+def test_real_tiles_on_a_gpu(shape):
+    g = torch.randn(shape, device="cuda").bfloat16()
+    exact = reference.newton_schulz(g.double(), 5)
+    assert_as_accurate(newton_schulz(g), reference.newton_schulz(g, 5), exact, atol=0.01)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_more_than_two_to_the_31_elements_on_a_gpu():
+    """The last slots lie beyond what 32 bits can address."""
+    slots = 2**31 // (128 * 256) + 2
+    g = torch.zeros(slots, 128, 256, dtype=torch.bfloat16, device="cuda")
+    g[-3:] = torch.randn(3, 128, 256, device="cuda")
+    assert launch.uses_kernels("newton_schulz", g)
+    got = newton_schulz(g, 2)
+    torch.testing.assert_close(got[-3:], newton_schulz(g[-3:].contiguous(), 2), rtol=0, atol=0)
+    assert not got[:5].any()

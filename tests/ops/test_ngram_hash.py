@@ -2,11 +2,13 @@ import pytest
 import torch
 from helpers import assert_as_accurate, assert_matches_float64, lay_out, results
 
-from pgolf_fast.ops import ngram_hash_embed, reference
+from pgolf_fast.ops import launch, ngram_hash, ngram_hash_embed, reference
 
-SHAPES = [((4, 16), 32), ((3, 7), 5), ((1, 1), 1), ((2, 2), 3), ((0, 5), 4), ((2, 0), 4)]
+HAS_KERNELS = True
+# interpreted tiles are 32 tokens by 32 columns: the second shape has parts of tiles both ways
+SHAPES = [((4, 16), 32), ((3, 23), 40), ((3, 7), 5), ((1, 1), 1), ((2, 2), 3), ((0, 5), 4), ((2, 0), 4)]
 VARIANTS = [(False, False), (True, False), (False, True), (True, True)]  # pos_conditional, trigram
-VOCAB, ROWS = 50, 23
+VOCAB, ROWS = 50, 13
 
 
 def make(shape, dim, dtype=torch.float32, device="cpu"):
@@ -17,12 +19,14 @@ def make(shape, dim, dtype=torch.float32, device="cpu"):
     return [tokens, table, starts, torch.tensor(0.7, device=device), torch.tensor(1.3, device=device)]
 
 
-def rows_of(tokens, starts=None, num_rows=4096, trigram=False):
+def rows_of(tokens, starts=None, num_rows=4096, trigram=False, device="cpu"):
     """Row numbers of one sequence, read through the public op from a table that holds its own row numbers."""
-    table = torch.arange(num_rows, dtype=torch.float64).unsqueeze(1)
-    one, split = torch.ones((), dtype=torch.float64), starts is not None
+    table = torch.arange(num_rows, dtype=torch.float32, device=device).unsqueeze(1)
+    one, split = torch.ones((), device=device), starts is not None
+    tokens = torch.tensor([tokens], device=device)
+    starts = starts if starts is None else starts.to(device)
     embed = [
-        ngram_hash_embed(torch.tensor([tokens]), table, starts, one, one, pos_conditional=split, trigram=t)
+        ngram_hash_embed(tokens, table, starts, one, one, pos_conditional=split, trigram=t)
         for t in (False, True)
     ]
     return (embed[1] - embed[0] if trigram else embed[0]).flatten().long().tolist()
@@ -56,12 +60,12 @@ def split_rows(tokens, starts, num_rows, trigram):
         (999, 17, 689, 2736, 315),
     ],
 )
-def test_bigram_rows(previous, current, start, other, plain):
+def test_bigram_rows(previous, current, start, other, plain, device):
     """Rows worked out by hand for PR 1501."""
     pair = [previous, current]
-    assert rows_of(pair, torch.ones(1024, dtype=torch.bool)) == [4095, start]
-    assert rows_of(pair, torch.zeros(1024, dtype=torch.bool)) == [4095, other]
-    assert rows_of(pair) == [4095, plain]
+    assert rows_of(pair, torch.ones(1024, dtype=torch.bool), device=device) == [4095, start]
+    assert rows_of(pair, torch.zeros(1024, dtype=torch.bool), device=device) == [4095, other]
+    assert rows_of(pair, device=device) == [4095, plain]
 
 
 @pytest.mark.parametrize(
@@ -69,28 +73,29 @@ def test_bigram_rows(previous, current, start, other, plain):
     [([1, 2, 3], 1282, 3329), ([5, 6, 7], 182, 2229), ([1023, 0, 512], 2028, 4075)],
     ids=str,
 )
-def test_trigram_rows(tokens, start, other):
-    assert rows_of(tokens, torch.ones(1024, dtype=torch.bool), trigram=True) == [4095, 4095, start]
-    assert rows_of(tokens, torch.zeros(1024, dtype=torch.bool), trigram=True) == [4095, 4095, other]
+def test_trigram_rows(tokens, start, other, device):
+    for flag, row in ((True, start), (False, other)):
+        starts = torch.full((1024,), flag)
+        assert rows_of(tokens, starts, trigram=True, device=device) == [4095, 4095, row]
 
 
-def test_sequence_with_one_word_start():
+def test_sequence_with_one_word_start(device):
     starts = torch.zeros(1024, dtype=torch.bool)
     starts[5] = True
-    assert rows_of([1023, 1023, 0, 5, 7], starts) == [4095, 3024, 3804, 1429, 3129]
+    assert rows_of([1023, 1023, 0, 5, 7], starts, device=device) == [4095, 3024, 3804, 1429, 3129]
 
 
 @pytest.mark.parametrize("trigram", [False, True])
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("num_rows", [4, 5, 4096, 10240])
-def test_rows_near_the_largest_ids(num_rows, split, trigram):
+def test_rows_near_the_largest_ids(num_rows, split, trigram, device):
     """Products of ids near 2^16 pass 2^31, and ids near 2^31 pass 2^32: the key is 64 bits wide."""
     tokens = [65535, 65535, 65534, 0, 65535, 1, 59139, 60000, 65535]
     starts = torch.zeros(65536, dtype=torch.bool)
     starts[::3] = True
     if not split:
         tokens += [2**31 - 1, 2**31 - 2, 2**31 - 1]
-    got = rows_of(tokens, starts if split else None, num_rows, trigram)
+    got = rows_of(tokens, starts if split else None, num_rows, trigram, device)
     assert got == split_rows(tokens, starts.tolist() if split else None, num_rows, trigram)
 
 
@@ -114,6 +119,68 @@ def test_matches_reference(shape, dim, pos_conditional, trigram, dtype, device):
         lambda *t: reference.ngram_hash_embed(*t, pos_conditional, trigram).to(t[1].dtype),
         inputs,
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("shape", "vocab"),
+    [((3, 50), 1), ((2, 75), 3), ((1100, 1), VOCAB)],
+    ids=["one bigram", "few bigrams", "no bigram"],
+)
+def test_rows_in_many_tokens(shape, vocab, dtype, device):
+    """Few rows that own all entries, some more than 32 pieces of 32 entries: sums over pieces."""
+    _, table, starts, scale, boost = make(shape, 3, dtype, device)
+    inputs = [torch.randint(vocab, shape, device=device), table, starts, scale, boost]
+    assert_matches_float64(
+        lambda *t: ngram_hash_embed(*t, pos_conditional=True, trigram=True),
+        lambda *t: reference.ngram_hash_embed(*t, True, True).to(t[1].dtype),
+        inputs,
+        factor=8.0,  # sums of thousands of numbers, one after the other in PyTorch's index_add_
+    )
+
+
+@pytest.mark.parametrize("num_rows", [4, 5, 100])
+def test_small_and_large_tables(num_rows, device):
+    """Tables whose rows are all in use, and one most of whose rows are not."""
+    tokens, _, starts, scale, boost = make((2, 40), 1, device=device)
+    inputs = [tokens, torch.randn(num_rows, 7, device=device), starts, scale, boost]
+    assert_matches_float64(
+        lambda *t: ngram_hash_embed(*t, pos_conditional=True, trigram=True),
+        lambda *t: reference.ngram_hash_embed(*t, True, True),
+        inputs,
+    )
+
+
+def test_table_gradient_is_the_same_every_time(device):
+    inputs = make((5, 40), 9, device=device)
+
+    def op(*t):
+        return ngram_hash_embed(*t, pos_conditional=False, trigram=True)
+
+    _, grads, douts = results(op, inputs)
+    for got, want in zip(results(op, inputs, douts)[1], grads, strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(("pos_conditional", "trigram"), VARIANTS)
+def test_atomic_table_gradient(pos_conditional, trigram, device, monkeypatch):
+    inputs = make((3, 23), 40, device=device)
+
+    def op(*t):
+        return ngram_hash_embed(*t, pos_conditional=pos_conditional, trigram=trigram)
+
+    def formula(*t):
+        return reference.ngram_hash_embed(*t, pos_conditional, trigram)
+
+    monkeypatch.setattr(ngram_hash, "_table_gradient", "sorted")  # restored after the test
+    ngram_hash.choose_table_gradient("atomic")
+    monkeypatch.setattr(ngram_hash, "_sorted_sums", None)
+    torch.use_deterministic_algorithms(False)
+    assert_matches_float64(op, formula, inputs)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    if launch.uses_kernels("ngram_hash_embed", inputs[1]):
+        with pytest.raises(TypeError, match="not callable"):  # the sorted sum was asked for
+            results(op, inputs)
 
 
 @pytest.mark.parametrize("trigram", [False, True])
@@ -149,6 +216,33 @@ def test_out_dtype(table_dtype, out_dtype, device):
     assert_as_accurate(out, exact.to(out_dtype), exact)
 
 
+@pytest.mark.parametrize("token_dtype", [torch.uint8, torch.int16, torch.uint16, torch.int32])
+def test_token_dtypes(token_dtype, device):
+    tokens, *others = make((4, 6), 5, device=device)
+    options = {"pos_conditional": True, "trigram": True}
+    got = results(lambda *t: ngram_hash_embed(tokens.to(token_dtype), *t, **options), others)
+    want = results(lambda *t: ngram_hash_embed(tokens, *t, **options), others, got[2])
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("wrong", [-1, VOCAB, 2**31 - 1])
+def test_token_without_word_start_entry(wrong, device):
+    """On a GPU the check would stop the host: there the token's row, and no other, is NaN."""
+    tokens, *others = make((3, 7), 5, device=device)
+    options = {"pos_conditional": True, "trigram": True}
+    want = ngram_hash_embed(tokens, *others, **options)
+    tokens[1, 6] = wrong
+    if device == "cpu":
+        with pytest.raises(IndexError, match=f"tokens hold {wrong}, but has_leading_space has ids 0 to 49"):
+            ngram_hash_embed(tokens, *others, **options)
+        if not launch.uses_kernels("ngram_hash_embed", others[0]):
+            return
+    got = ngram_hash._kernels_forward(tokens, *others, True, True, torch.empty_like(want))
+    assert torch.isnan(got[1, 6]).all()
+    got[1, 6] = want[1, 6]
+    assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("token_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("layout", ["sliced", "transposed", "expanded"])
 def test_strided_inputs(layout, token_dtype, device):
@@ -174,6 +268,7 @@ def test_strided_inputs(layout, token_dtype, device):
 @pytest.mark.parametrize(("pos_conditional", "trigram"), VARIANTS)
 def test_opcheck(pos_conditional, trigram, device):
     tokens, table, starts, scale, boost = make((3, 7), 5, device=device)
+    table = table[:6].contiguous()
     for words in (starts, None) if not pos_conditional else (starts,):
         leaves = [t.detach().requires_grad_() for t in (table, scale, boost)]
         args = (tokens, leaves[0], words, *leaves[1:], pos_conditional, trigram, torch.float32)
@@ -221,7 +316,7 @@ def test_rejects_bad_input():
     plain = {"pos_conditional": False, "trigram": True}
     with pytest.raises(ValueError, match=r"ngram_hash_embed: tokens\.shape is \(7,\), but \(any, any\)"):
         ngram_hash_embed(tokens[0], table, starts, scale, boost, **plain)
-    with pytest.raises(ValueError, match=r"table\.shape is \(23, 5, 1\)"):
+    with pytest.raises(ValueError, match=r"table\.shape is \(13, 5, 1\)"):
         ngram_hash_embed(tokens, table[..., None], starts, scale, boost, **plain)
     with pytest.raises(ValueError, match=r"tokens\.dtype is torch\.float32; it must be an integer type"):
         ngram_hash_embed(tokens.float(), table, starts, scale, boost, **plain)
@@ -229,6 +324,22 @@ def test_rejects_bad_input():
         ngram_hash_embed(tokens, table[:3], starts, scale, boost, **plain)
     with pytest.raises(ValueError, match=r"pos_conditional needs has_leading_space, which is None"):
         ngram_hash_embed(tokens, table, None, scale, boost, pos_conditional=True, trigram=True)
+    with pytest.raises(ValueError, match=r"table\.dtype is torch\.int64, but a floating-point type"):
+        ngram_hash_embed(tokens, table.long(), starts, scale, boost, **plain)
+    with pytest.raises(ValueError, match=r"has_leading_space\.dtype is torch\.uint8, but torch\.bool"):
+        ngram_hash_embed(tokens, table, starts.byte(), scale, boost, **plain)
+    with pytest.raises(ValueError, match=r"has_leading_space\.shape is \(50, 1\), but \(any,\)"):
+        ngram_hash_embed(tokens, table, starts[:, None], scale, boost, **plain)
+    with pytest.raises(ValueError, match=r"scale\.shape is \(1,\), but \(\) is needed"):
+        ngram_hash_embed(tokens, table, starts, scale[None], boost, **plain)
+    with pytest.raises(ValueError, match=r"boost\.shape is \(1,\), but \(\) is needed"):
+        ngram_hash_embed(tokens, table, starts, scale, boost[None], **plain)
+    with pytest.raises(ValueError, match=r"boost\.device is meta, but tokens\.device is cpu"):
+        ngram_hash_embed(tokens, table, starts, scale, boost.to("meta"), **plain)
+    with pytest.raises(ValueError, match=r"has_leading_space\.device is meta, but tokens\.device is cpu"):
+        ngram_hash_embed(tokens, table, starts.to("meta"), scale, boost, **plain)
+    with pytest.raises(ValueError, match=r"table gradient is 'fast'; use sorted or atomic"):
+        ngram_hash.choose_table_gradient("fast")
 
 
 @pytest.mark.parametrize(("pos_conditional", "trigram"), VARIANTS)
@@ -243,11 +354,9 @@ def test_later_tokens_are_not_in_the_key(pos_conditional, trigram, device):
 
     want, order = embed(tokens), 3 if trigram else 2
     for position in range(12):
-        touched = torch.zeros(12, dtype=torch.bool, device=device)
-        for shift in range(1, 20):
-            changed = tokens.clone()
-            changed[:, position] = (tokens[:, position] + shift) % VOCAB
-            touched |= (embed(changed) != want).any(-1).flatten()
+        changed = tokens.repeat(19, 1)
+        changed[:, position] = (tokens[:, position] + torch.arange(1, 20, device=device)) % VOCAB
+        touched = (embed(changed) != want).any(-1).any(0)
         assert touched.nonzero().flatten().tolist() == list(range(position, min(position + order, 12)))
 
 
@@ -258,3 +367,30 @@ def test_sequences_are_separate(device):
         for t in (tokens, tokens[1:2])
     )
     assert torch.equal(whole[1:2], alone)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize(("num_rows", "dim"), [(4096, 64), (3072, 112)])
+def test_real_tiles_on_a_gpu(num_rows, dim):
+    """A micro-batch of exp101, float32 table to bfloat16 rows, with frequent bigrams."""
+    ids = (torch.rand(48, 2048, device="cuda") ** 8 * 1024).long()
+    table = torch.randn(num_rows, dim, device="cuda")
+    _, _, _, scale, boost = make((1, 1), 1, device="cuda")
+    inputs = [ids, table, torch.rand(1024, device="cuda") < 0.4, scale, boost]
+    options = {"pos_conditional": True, "trigram": True, "out_dtype": torch.bfloat16}
+    out, grads, douts = results(lambda *t: ngram_hash_embed(*t, **options), inputs)
+    exact = [t.double() if t.is_floating_point() else t for t in inputs]
+    want, wants, _ = results(lambda *t: reference.ngram_hash_embed(*t, True, True), exact, douts)
+    torch.testing.assert_close(out[0].double(), want[0], rtol=2**-8, atol=1e-6)
+    for got, exact_grad in zip(grads, wants, strict=True):
+        largest = exact_grad.abs().max().item()
+        torch.testing.assert_close(got.double(), exact_grad, rtol=1e-5, atol=1e-5 * largest)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_more_than_two_to_the_31_elements_on_a_gpu():
+    """The last tokens' rows lie beyond what 32 bits can address."""
+    tokens, table, starts, scale, boost = make((2**31 // (64 * 1024) + 2, 1024), 64, torch.bfloat16, "cuda")
+    inputs, options = (table, starts, scale, boost), {"pos_conditional": True, "trigram": True}
+    got = ngram_hash_embed(tokens, *inputs, **options)[-2:]
+    torch.testing.assert_close(got, ngram_hash_embed(tokens[-2:], *inputs, **options), rtol=0, atol=0)

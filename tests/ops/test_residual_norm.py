@@ -3,9 +3,11 @@ import torch
 import torch.nn.functional as F
 from helpers import LAYOUTS, assert_matches_float64, assert_strides_do_not_matter, lay_out, results
 
-from pgolf_fast.ops import reference, residual_norm, rms_norm, smear_gate
+from pgolf_fast.ops import launch, reference, residual_norm, rms_norm, smear_gate
 
-SHAPES = [(2, 8, 64), (3, 5, 27), (1, 40), (2, 1, 7), (1, 1, 1), (0, 8), (2, 0, 8)]
+HAS_KERNELS = True
+# interpreted tiles are 32 x 32: wider rows go the kernels' other way; (3, 25, 45) has parts of tiles
+SHAPES = [(2, 8, 64), (3, 25, 45), (3, 5, 27), (1, 40), (2, 1, 7), (1, 1, 1), (0, 8), (2, 0, 8)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYER_SCALE = 0.5773
 
@@ -29,6 +31,12 @@ def make_smear(shape, dtype=torch.float32, device="cpu"):
     return [torch.randn(shape, device=device).to(dtype), torch.randn(shape[-1], device=device)]
 
 
+def residual_norm_module():
+    import sys
+
+    return sys.modules["pgolf_fast.ops.residual_norm"]  # the package gives its name to the function
+
+
 @pytest.mark.parametrize("scaled", [False, True], ids=["x", "scaled x"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -40,6 +48,26 @@ def test_matches_reference(shape, dtype, scaled, device):
 @pytest.mark.parametrize("shape", [s for s in SHAPES if len(s) == 3], ids=str)
 def test_smear_matches_reference(shape, dtype, device):
     assert_matches_float64(smear_gate, reference.smear_gate, make_smear(shape, dtype, device))
+
+
+@pytest.mark.parametrize("width", [20, 45, 64])
+@pytest.mark.parametrize("programs", [1, 2])
+def test_programs_that_walk_through_rows(programs, width, device, monkeypatch):
+    """Per-channel gradients from several tiles a program, the last of them partly or wholly empty."""
+    monkeypatch.setattr(residual_norm_module(), "_PROGRAMS", programs)
+    shape = (3, 47, width)
+    for scaled in (False, True):
+        assert_matches_float64(norm, norm_formula, make(shape, device=device, scaled=scaled))
+    assert_matches_float64(smear_gate, reference.smear_gate, make_smear(shape, device=device))
+
+
+@pytest.mark.parametrize("width", [27, 45])
+def test_norm_is_of_the_rounded_sum(width, device):
+    """`normed` belongs to `mixed` as it is stored, not to the sum before rounding."""
+    inputs = make((50, width), torch.bfloat16, device)
+    mixed, normed = norm(*inputs)
+    want = (LAYER_SCALE * F.rms_norm(mixed.float(), (width,), eps=reference.RMS_EPS)).bfloat16()
+    assert (normed != want).float().mean() < 0.01
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-4])
@@ -140,6 +168,12 @@ def test_rejects_bad_input():
         norm(x, branch, x_scale[:5], branch_scale)
     with pytest.raises(ValueError, match=r"branch_scale\.shape is \(1,\), but \(6,\) is needed"):
         norm(x, branch, None, branch_scale[:1])
+    with pytest.raises(ValueError, match=r"x_scale\.device is meta, but x\.device is cpu"):
+        norm(x, branch, x_scale.to("meta"), branch_scale)
+    with pytest.raises(ValueError, match=r"branch\.device is meta, but x\.device is cpu"):
+        norm(x, branch.to("meta"), x_scale, branch_scale)
+    with pytest.raises(ValueError, match=r"smear_gate: gate\.device is meta, but x\.device is cpu"):
+        smear_gate(x[None], x_scale.to("meta"))
     with pytest.raises(ValueError, match=r"smear_gate: x\.shape is \(4, 6\), but \(any, any, any\)"):
         smear_gate(x, x_scale)
     with pytest.raises(ValueError, match=r"smear_gate: gate\.shape is \(5,\), but \(6,\)"):
@@ -157,3 +191,35 @@ def test_smear_is_causal(device):
         changed[0, position] += 1
         touched = (smear_gate(changed, gate) != want).any(-1)
         assert touched.nonzero().tolist() == [[0, p] for p in range(position, min(position + 2, 6))]
+
+
+def test_smear_stays_within_sequences(device):
+    """Sequences that begin and end inside a tile of rows neither give to nor take from their neighbors."""
+    x, gate = make_smear((5, 13, 4), device=device)
+    whole = results(smear_gate, (x, gate))
+    for i in range(5):
+        alone = results(smear_gate, (x[i : i + 1], gate), [whole[2][0][i : i + 1]])
+        assert torch.equal(whole[0][0][i : i + 1], alone[0][0])
+        assert torch.equal(whole[1][0][i : i + 1], alone[1][0])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(4, 2048, 512), (3, 1001, 511), (2, 5, 5000), (70, 1, 8)], ids=str)
+def test_real_tiles_on_a_gpu(shape, dtype):
+    for scaled in (False, True):
+        assert_matches_float64(norm, norm_formula, make(shape, dtype, "cuda", scaled))
+    assert_matches_float64(smear_gate, reference.smear_gate, make_smear(shape, dtype, "cuda"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_more_than_two_to_the_31_elements_on_a_gpu():
+    """The last rows lie beyond what 32 bits can address."""
+    x = torch.randn(2**31 // (512 * 1024) + 2, 1024, 512, device="cuda", dtype=torch.bfloat16)
+    scale = torch.randn(512, device="cuda")
+    assert launch.uses_kernels("residual_norm", x)
+    for op in (lambda t: norm(t, t, scale, scale)[1], lambda t: smear_gate(t, scale)):
+        got, (grad,), (dout,) = results(op, (x,))
+        want, (want_grad,), _ = results(op, (x[-2:],), [dout[-2:]])
+        torch.testing.assert_close(got[0][-2:], want[0], rtol=0, atol=0)
+        torch.testing.assert_close(grad[-2:], want_grad, rtol=0, atol=0)

@@ -1,0 +1,45 @@
+"""The matmul main loop that the MLP, weight-gradient and int6 kernels share, and a tool for epilogues."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def dot_tile(
+    a_ptr,
+    b_ptr,
+    row,
+    col,
+    rows,
+    cols,
+    depth,
+    a_stride_row,
+    a_stride_depth,
+    b_stride_col,
+    b_stride_depth,
+    BLOCK_K: tl.constexpr,
+):
+    """sum_k a[row, k] * b[col, k] in float32, [len(row), len(col)]; 0 in rows and columns that overrun.
+
+    `row` and `col` are int64 vectors. Both operands are found by strides, so either may be transposed.
+    """
+    k = tl.arange(0, BLOCK_K).to(tl.int64)
+    step = tl.full([], BLOCK_K, tl.int64)  # a stride times a block may pass 2^31
+    a_ptrs = a_ptr + row[:, None] * a_stride_row + k[None, :] * a_stride_depth  # [BLOCK_M, BLOCK_K]
+    b_ptrs = b_ptr + k[:, None] * b_stride_depth + col[None, :] * b_stride_col  # [BLOCK_K, BLOCK_N]
+    acc = tl.zeros([row.shape[0], col.shape[0]], tl.float32)
+    for start in range(0, depth, BLOCK_K):
+        inside = k < depth - start
+        a = tl.load(a_ptrs, mask=(row[:, None] < rows) & inside[None, :], other=0.0)
+        b = tl.load(b_ptrs, mask=inside[:, None] & (col[None, :] < cols), other=0.0)
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+        a_ptrs += step * a_stride_depth
+        b_ptrs += step * b_stride_depth
+    return acc
+
+
+@triton.jit
+def halves(tile):
+    """Left and right half of a tile, for an epilogue that would not fit in registers whole."""
+    parts = tl.reshape(tile, [tile.shape[0], 2, tile.shape[1] // 2])
+    return tl.split(tl.permute(parts, [0, 2, 1]))

@@ -1,0 +1,216 @@
+"""Causal grouped-query attention, forward, XSA in its epilogue: no scores in memory, K and V not repeated.
+
+Query positions are the last ones of the sequence (all of them, or a window): row i of W stands at
+length - W + i. Scores of query head h are |gain_h| / sqrt(hd) q.k; q already carries the gain's sign, so that
+the scale is not negative and the running maximum may be taken before scaling. Softmax runs in base 2.
+"""
+
+import triton
+import triton.language as tl
+from pgolf_fast.kernels.attention_projection import padded_head_dim
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+XSA_EPS = tl.constexpr(1e-12)  # as pgolf_fast.ops.reference
+
+
+@triton.jit
+def _attend(
+    acc,
+    total,
+    top,
+    q,
+    k_base,
+    v_base,
+    low,
+    high,
+    position,
+    scale,
+    stride,
+    HEAD_DIM: tl.constexpr,
+    HD: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Online softmax over keys low..high in blocks; MASKED blocks may reach beyond a query's own position."""
+    in_block, channels = tl.arange(0, BLOCK_N), tl.arange(0, HD)
+    offsets = in_block[:, None] * stride + channels[None, :]
+    for start in range(low, high, BLOCK_N):
+        block = start * tl.cast(stride, tl.int64)
+        if MASKED:
+            # a query sees no key after the last query of its program, and `high` is just after that
+            inside = (start + in_block < high)[:, None] & (channels < HEAD_DIM)[None, :]
+            k = tl.load(k_base + block + offsets, mask=inside, other=0.0)
+            v = tl.load(v_base + block + offsets, mask=inside, other=0.0)
+        elif HD != HEAD_DIM:
+            k = tl.load(k_base + block + offsets, mask=(channels < HEAD_DIM)[None, :], other=0.0)
+            v = tl.load(v_base + block + offsets, mask=(channels < HEAD_DIM)[None, :], other=0.0)
+        else:
+            k = tl.load(k_base + block + offsets)
+            v = tl.load(v_base + block + offsets)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+        if MASKED:
+            visible = (start + in_block)[None, :] <= position[:, None]
+            scores = tl.where(visible, scores * scale, -float("inf"))
+            new_top = tl.maximum(top, tl.max(scores, axis=1))
+            p = tl.exp2(scores - new_top[:, None])
+        else:
+            new_top = tl.maximum(top, tl.max(scores, axis=1) * scale)
+            p = tl.exp2(scores * scale - new_top[:, None])
+        shrink = tl.exp2(top - new_top)
+        total = total * shrink + tl.sum(p, axis=1)
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        top = new_top
+    return acc, total, top
+
+
+@triton.jit
+def flash_attention_forward_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    gain_ptr,
+    context_ptr,
+    along_ptr,
+    lse_ptr,
+    queries,
+    length,
+    num_heads,
+    num_kv_heads,
+    inverse_sqrt,
+    HEAD_DIM: tl.constexpr,
+    HD: tl.constexpr,
+    XSA: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One block of queries of one head. Programs of a head run side by side, those with most keys first."""
+    blocks = tl.cdiv(queries, BLOCK_M)
+    pid = tl.program_id(0).to(tl.int64)
+    first = ((blocks - 1 - pid % blocks) * BLOCK_M).to(tl.int32)
+    batch, head = pid // blocks // num_heads, pid // blocks % num_heads
+    kv_head = head // (num_heads // num_kv_heads)
+    in_block, channels = tl.arange(0, BLOCK_M), tl.arange(0, HD)
+    position = length - queries + first + in_block
+    inside = (first + in_block < queries)[:, None] & (channels < HEAD_DIM)[None, :]
+    q_stride, kv_stride = num_heads * HEAD_DIM, num_kv_heads * HEAD_DIM
+    q_base = ((batch * queries + first) * num_heads + head) * HEAD_DIM
+    kv_base = (batch * length * num_kv_heads + kv_head) * HEAD_DIM
+    offsets = in_block[:, None] * q_stride + channels[None, :]
+    q = tl.load(q_ptr + q_base + offsets, mask=inside, other=0.0)
+    scale = tl.abs(tl.load(gain_ptr + head).to(tl.float32)) * inverse_sqrt * LOG2_E
+
+    acc = tl.zeros((BLOCK_M, HD), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    # key 0 is visible to all, so that `top` is finite after the first block
+    full = (length - queries + first + 1) // BLOCK_N * BLOCK_N
+    end = tl.minimum(length, length - queries + first + BLOCK_M)
+    k_base, v_base = k_ptr + kv_base, v_ptr + kv_base
+    acc, total, top = _attend(
+        acc, total, top, q, k_base, v_base, 0, full, position, scale, kv_stride, HEAD_DIM, HD, BLOCK_N, False
+    )
+    acc, total, top = _attend(
+        acc, total, top, q, k_base, v_base, full, end, position, scale, kv_stride, HEAD_DIM, HD, BLOCK_N, True
+    )
+
+    y = acc / total[:, None]
+    per_row = (batch * num_heads + head) * queries + first + in_block
+    row_inside = first + in_block < queries
+    tl.store(lse_ptr + per_row, (top + tl.log2(total)) * LN_2, mask=row_inside)
+    if XSA:
+        own = (length - queries + first).to(tl.int64) * kv_stride
+        own_offsets = in_block[:, None] * kv_stride + channels[None, :]
+        value = tl.load(v_base + own + own_offsets, mask=inside, other=0.0).to(tl.float32)
+        unit = value / tl.maximum(tl.sqrt(tl.sum(value * value, axis=1)), XSA_EPS)[:, None]
+        along = tl.sum(y * unit, axis=1)
+        y = y - along[:, None] * unit
+        tl.store(along_ptr + per_row, along, mask=row_inside)
+    tl.store(context_ptr + q_base + offsets, y.to(context_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def exclusive_kernel(
+    y_ptr,
+    v_ptr,
+    context_ptr,
+    along_ptr,
+    rows,
+    queries,
+    length,
+    num_heads,
+    num_kv_heads,
+    HEAD_DIM: tl.constexpr,
+    HD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """XSA on its own, behind an attention that is not ours: y - (y.u) u and y.u, u = v / |v|."""
+    pid = tl.program_id(0).to(tl.int64)
+    head, block = pid % num_heads, pid // num_heads
+    kv_head = head // (num_heads // num_kv_heads)
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    batch, query = row // queries, row % queries
+    channels, row_inside = tl.arange(0, HD), row < rows
+    inside = row_inside[:, None] & (channels < HEAD_DIM)[None, :]
+    offsets = ((row * num_heads + head) * HEAD_DIM)[:, None] + channels[None, :]
+    own = (batch * length + length - queries + query) * num_kv_heads + kv_head
+    value = tl.load(v_ptr + (own * HEAD_DIM)[:, None] + channels[None, :], mask=inside, other=0.0)
+    value = value.to(tl.float32)
+    y = tl.load(y_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    unit = value / tl.maximum(tl.sqrt(tl.sum(value * value, axis=1)), XSA_EPS)[:, None]
+    along = tl.sum(y * unit, axis=1)
+    y = y - along[:, None] * unit
+    tl.store(along_ptr + (batch * num_heads + head) * queries + query, along, mask=row_inside)
+    tl.store(context_ptr + offsets, y.to(context_ptr.dtype.element_ty), mask=inside)
+
+
+def launch_flash_attention_forward(q, k, v, gain, context, along, lse, *, xsa, launch):
+    """q (B, W, H, hd), k and v (B, T, KV, hd), gain (H,) -> context (B, W, H, hd) and lse (B, H, W) float32.
+
+    q as saved by the projection: of unit heads, times the sign of the gain. With xsa, context is the output
+    less its component along the token's own value, and along (B, H, W) float32 that component. lse is the
+    natural logsumexp. All contiguous.
+    """
+    batch, queries, num_heads, head_dim = q.shape
+    flash_attention_forward_kernel[(triton.cdiv(queries, launch.block_m) * batch * num_heads,)](
+        q,
+        k,
+        v,
+        gain,
+        context,
+        along if xsa else lse,
+        lse,
+        queries,
+        k.shape[1],
+        num_heads,
+        k.shape[2],
+        head_dim**-0.5,
+        HEAD_DIM=head_dim,
+        HD=padded_head_dim(head_dim),
+        XSA=xsa,
+        BLOCK_M=launch.block_m,
+        BLOCK_N=launch.block_n,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )
+
+
+def launch_exclusive(y, v, context, along, *, launch):
+    """y (B, W, H, hd), v (B, T, KV, hd) -> context (B, W, H, hd) and along (B, H, W) float32; contiguous."""
+    batch, queries, num_heads, head_dim = y.shape
+    rows = batch * queries
+    exclusive_kernel[(triton.cdiv(rows, launch.block_m) * num_heads,)](
+        y,
+        v,
+        context,
+        along,
+        rows,
+        queries,
+        v.shape[1],
+        num_heads,
+        v.shape[2],
+        HEAD_DIM=head_dim,
+        HD=padded_head_dim(head_dim),
+        BLOCK_M=launch.block_m,
+        num_warps=launch.num_warps,
+    )

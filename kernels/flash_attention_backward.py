@@ -1,0 +1,333 @@
+"""Causal grouped-query attention, backward: three deterministic passes without atomics.
+
+`prepare` takes the gradient of the context through XSA and leaves delta = dy . y by row; `dkdv` owns a block
+of keys of a KV head and walks over the queries of its group; `dq` owns a block of queries and walks over
+keys.
+
+XSA, context = y - (y.u) u with u = v / |v|, in terms of what is saved (context and s = y.u):
+dy = g - (g.u) u;  y = context + s u;  dv = -sum over the group of ((g.u) context + s dy) / |v|, which is
+orthogonal to u already. All of it from dy as it is rounded: the passes multiply that, and where a token sees
+itself only, gradients cancel to the bit.
+"""
+
+import triton
+import triton.language as tl
+from pgolf_fast.kernels.attention_projection import padded_head_dim
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+XSA_EPS = tl.constexpr(1e-12)  # as pgolf_fast.ops.reference
+
+
+@triton.jit
+def flash_attention_prepare_kernel(
+    dcontext_ptr,
+    context_ptr,
+    along_ptr,
+    v_ptr,
+    dy_ptr,
+    delta_ptr,
+    own_ptr,
+    y_ptr,
+    rows,
+    queries,
+    length,
+    num_heads,
+    num_kv_heads,
+    HEAD_DIM: tl.constexpr,
+    HD: tl.constexpr,
+    XSA: tl.constexpr,
+    WRITE_Y: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    pid = tl.program_id(0).to(tl.int64)
+    kv_head, block = pid % num_kv_heads, pid // num_kv_heads
+    group = num_heads // num_kv_heads
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    batch, query = row // queries, row % queries
+    channels, row_inside = tl.arange(0, HD), row < rows
+    inside = row_inside[:, None] & (channels < HEAD_DIM)[None, :]
+    own = tl.zeros((BLOCK_M, HD), tl.float32)
+    unit, norm = own, tl.zeros((BLOCK_M,), tl.float32)
+    if XSA:
+        own_row = (batch * length + length - queries + query) * num_kv_heads + kv_head
+        value_offsets = (own_row * HEAD_DIM)[:, None] + channels[None, :]
+        value = tl.load(v_ptr + value_offsets, mask=inside, other=0.0).to(tl.float32)
+        norm = tl.maximum(tl.sqrt(tl.sum(value * value, axis=1)), XSA_EPS)
+        unit = value / norm[:, None]
+    for member in range(0, group):
+        head = kv_head * group + member
+        offsets = ((row * num_heads + head) * HEAD_DIM)[:, None] + channels[None, :]
+        per_row = (batch * num_heads + head) * queries + query
+        g = tl.load(dcontext_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+        context = tl.load(context_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+        dy, y = g, context
+        if XSA:
+            g_along = tl.sum(g * unit, axis=1)[:, None]
+            along = tl.load(along_ptr + per_row, mask=row_inside, other=0.0)[:, None]
+            rounded = (g - g_along * unit).to(dy_ptr.dtype.element_ty)
+            tl.store(dy_ptr + offsets, rounded, mask=inside)
+            dy, y = rounded.to(tl.float32), context + along * unit
+            own -= g_along * context + along * dy
+            if WRITE_Y:
+                tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=inside)
+        tl.store(delta_ptr + per_row, tl.sum(dy * y, axis=1), mask=row_inside)
+    if XSA:
+        own_offsets = ((row * num_kv_heads + kv_head) * HEAD_DIM)[:, None] + channels[None, :]
+        tl.store(own_ptr + own_offsets, own / norm[:, None], mask=inside)
+
+
+@triton.jit
+def flash_attention_dkdv_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    gain_ptr,
+    dy_ptr,
+    lse_ptr,
+    delta_ptr,
+    own_ptr,
+    dk_ptr,
+    dv_ptr,
+    queries,
+    length,
+    num_heads,
+    num_kv_heads,
+    dv_stride,
+    inverse_sqrt,
+    HEAD_DIM: tl.constexpr,
+    HD: tl.constexpr,
+    XSA: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One block of keys of one KV head, first keys (which most queries see) first."""
+    blocks, group = tl.cdiv(length, BLOCK_N), num_heads // num_kv_heads
+    pid = tl.program_id(0).to(tl.int64)
+    first = (pid % blocks * BLOCK_N).to(tl.int32)
+    batch, kv_head = pid // blocks // num_kv_heads, pid // blocks % num_kv_heads
+    in_block, channels = tl.arange(0, BLOCK_N), tl.arange(0, HD)
+    key, offset = first + in_block, length - queries
+    inside = (key < length)[:, None] & (channels < HEAD_DIM)[None, :]
+    # 64 bits where a tile starts, 32 within it: wide offsets would cost a register pair for every element
+    kv_base = ((batch * length + first) * num_kv_heads + kv_head) * HEAD_DIM
+    kv_offsets = in_block[:, None] * (num_kv_heads * HEAD_DIM) + channels[None, :]
+    k = tl.load(k_ptr + kv_base + kv_offsets, mask=inside, other=0.0)
+    v = tl.load(v_ptr + kv_base + kv_offsets, mask=inside, other=0.0)
+    low = tl.maximum(0, first - offset) // BLOCK_M * BLOCK_M  # the first block of queries that see a key
+    stride = num_heads * HEAD_DIM
+    rows = tl.arange(0, BLOCK_M)
+    offsets = rows[:, None] * stride + channels[None, :]
+    dk, dv = tl.zeros((BLOCK_N, HD), tl.float32), tl.zeros((BLOCK_N, HD), tl.float32)
+    for member in range(0, group):
+        head = kv_head * group + member
+        scale = tl.abs(tl.load(gain_ptr + head).to(tl.float32)) * inverse_sqrt
+        base = (batch * queries * num_heads + head) * HEAD_DIM
+        per_row = (batch * num_heads + head) * queries
+        q_base, dy_base = q_ptr + base, dy_ptr + base
+        lse_base, delta_base = lse_ptr + per_row, delta_ptr + per_row
+        # One masked loop: a second one without the mask, for queries past all keys, would cost 25 registers
+        # a thread (sm_90, heads of 64), and this kernel has none to spare.
+        for start in range(low, queries, BLOCK_M):
+            block = start * tl.cast(stride, tl.int64)
+            row_inside = start + rows < queries
+            tile = row_inside[:, None] & (channels < HEAD_DIM)[None, :]
+            q = tl.load(q_base + block + offsets, mask=tile, other=0.0)
+            dy = tl.load(dy_base + block + offsets, mask=tile, other=0.0)
+            lse = tl.load(lse_base + start + rows, mask=row_inside, other=0.0) * LOG2_E
+            delta = tl.load(delta_base + start + rows, mask=row_inside, other=0.0) * scale
+            scores = tl.dot(k, tl.trans(q), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
+            p = tl.exp2(scores * (scale * LOG2_E) - lse[None, :])
+            p = tl.where(key[:, None] <= (offset + start + rows)[None, :], p, 0.0)
+            dv = tl.dot(p.to(dy.dtype), dy, dv, input_precision="ieee")
+            dp = tl.dot(v, tl.trans(dy), input_precision="ieee")
+            ds = p * (dp * scale - delta[None, :])  # scale times p (dp - delta)
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    tl.store(dk_ptr + kv_base + kv_offsets, dk.to(dk_ptr.dtype.element_ty), mask=inside)
+    if XSA:
+        own_base = ((batch * queries + first - offset) * num_kv_heads + kv_head) * HEAD_DIM
+        own_inside = inside & (key >= offset)[:, None]
+        dv += tl.load(own_ptr + own_base + kv_offsets, mask=own_inside, other=0.0)
+    dv_base = (batch * length + first) * dv_stride + kv_head * HEAD_DIM
+    dv_offsets = in_block[:, None] * dv_stride + channels[None, :]
+    tl.store(dv_ptr + dv_base + dv_offsets, dv.to(dv_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _gather_queries_gradient(
+    dq,
+    q,
+    dy,
+    lse,
+    delta,
+    k_base,
+    v_base,
+    low,
+    high,
+    position,
+    scale,
+    stride,
+    HEAD_DIM: tl.constexpr,
+    HD: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Adds what keys low..high contribute; MASKED blocks may reach beyond a query's own position."""
+    in_block, channels = tl.arange(0, BLOCK_N), tl.arange(0, HD)
+    offsets = in_block[:, None] * stride + channels[None, :]
+    for start in range(low, high, BLOCK_N):
+        block = start * tl.cast(stride, tl.int64)
+        inside = (start + in_block < high)[:, None] & (channels < HEAD_DIM)[None, :]
+        k = tl.load(k_base + block + offsets, mask=inside, other=0.0)
+        v = tl.load(v_base + block + offsets, mask=inside, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+        p = tl.exp2(scores * scale - lse[:, None])
+        if MASKED:
+            p = tl.where((start + in_block)[None, :] <= position[:, None], p, 0.0)
+        dp = tl.dot(dy, tl.trans(v), input_precision="ieee")
+        ds = p * (dp - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    return dq
+
+
+@triton.jit
+def flash_attention_dq_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    gain_ptr,
+    dy_ptr,
+    lse_ptr,
+    delta_ptr,
+    dq_ptr,
+    queries,
+    length,
+    num_heads,
+    num_kv_heads,
+    inverse_sqrt,
+    HEAD_DIM: tl.constexpr,
+    HD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One block of queries of one head; writes the gradient of gain * unit q, which is finite at gain 0."""
+    blocks = tl.cdiv(queries, BLOCK_M)
+    pid = tl.program_id(0).to(tl.int64)
+    first = ((blocks - 1 - pid % blocks) * BLOCK_M).to(tl.int32)
+    batch, head = pid // blocks // num_heads, pid // blocks % num_heads
+    kv_head = head // (num_heads // num_kv_heads)
+    in_block, channels = tl.arange(0, BLOCK_M), tl.arange(0, HD)
+    position, row_inside = length - queries + first + in_block, first + in_block < queries
+    inside = row_inside[:, None] & (channels < HEAD_DIM)[None, :]
+    q_base = ((batch * queries + first) * num_heads + head) * HEAD_DIM
+    offsets = in_block[:, None] * (num_heads * HEAD_DIM) + channels[None, :]
+    per_row = (batch * num_heads + head) * queries + first + in_block
+    q = tl.load(q_ptr + q_base + offsets, mask=inside, other=0.0)
+    dy = tl.load(dy_ptr + q_base + offsets, mask=inside, other=0.0)
+    lse = tl.load(lse_ptr + per_row, mask=row_inside, other=0.0) * LOG2_E
+    delta = tl.load(delta_ptr + per_row, mask=row_inside, other=0.0)
+    scale = tl.abs(tl.load(gain_ptr + head).to(tl.float32)) * inverse_sqrt * LOG2_E
+    full = (length - queries + first + 1) // BLOCK_N * BLOCK_N
+    end = tl.minimum(length, length - queries + first + BLOCK_M)
+    kv_base = (batch * length * num_kv_heads + kv_head) * HEAD_DIM
+    k_base, v_base, stride = k_ptr + kv_base, v_ptr + kv_base, num_kv_heads * HEAD_DIM
+    dq = tl.zeros((BLOCK_M, HD), tl.float32)
+    dq = _gather_queries_gradient(
+        dq, q, dy, lse, delta, k_base, v_base, 0, full, position, scale, stride, HEAD_DIM, HD, BLOCK_N, False
+    )
+    dq = _gather_queries_gradient(
+        dq, q, dy, lse, delta, k_base, v_base, full, end, position, scale, stride, HEAD_DIM, HD, BLOCK_N, True
+    )
+    dq = dq * inverse_sqrt
+    tl.store(dq_ptr + q_base + offsets, dq.to(dq_ptr.dtype.element_ty), mask=inside)
+
+
+def launch_flash_attention_prepare(dcontext, context, along, v, dy, delta, own, y=None, *, xsa, launch):
+    """dcontext and context (B, W, H, hd), v (B, T, KV, hd) -> delta (B, H, W) float32, and with xsa
+    dy (B, W, H, hd), which may be dcontext itself, and own (B, W, KV, hd) float32: what XSA adds to dv.
+
+    along (B, H, W) as saved by the forward; along, dy and own are not touched without xsa. With `y` (like
+    context) and xsa, also the attention output before XSA, for a backward that is not ours. All contiguous.
+    """
+    batch, queries, num_heads, head_dim = context.shape
+    rows, num_kv_heads = batch * queries, v.shape[2]
+    flash_attention_prepare_kernel[(triton.cdiv(rows, launch.block_m) * num_kv_heads,)](
+        dcontext,
+        context,
+        along if xsa else delta,
+        v,
+        dy,
+        delta,
+        own if xsa else dy,
+        dy if y is None else y,
+        rows,
+        queries,
+        v.shape[1],
+        num_heads,
+        num_kv_heads,
+        HEAD_DIM=head_dim,
+        HD=padded_head_dim(head_dim),
+        XSA=xsa,
+        WRITE_Y=y is not None,
+        BLOCK_M=launch.block_m,
+        num_warps=launch.num_warps,
+    )
+
+
+def launch_flash_attention_dkdv(q, k, v, gain, dy, lse, delta, own, dk, dv, *, launch):
+    """Gradients of k and v (B, T, KV, hd) summed over each group: dk like k, dv (B * T, KV * hd).
+
+    q, dy (B, W, H, hd), lse and delta (B, H, W), own as from `prepare`, or None without XSA. The rows of dv
+    may lie apart; the rest is contiguous.
+    """
+    batch, length, num_kv_heads, head_dim = k.shape
+    flash_attention_dkdv_kernel[(triton.cdiv(length, launch.block_n) * batch * num_kv_heads,)](
+        q,
+        k,
+        v,
+        gain,
+        dy,
+        lse,
+        delta,
+        dy if own is None else own,
+        dk,
+        dv,
+        q.shape[1],
+        length,
+        q.shape[2],
+        num_kv_heads,
+        dv.stride(0),
+        head_dim**-0.5,
+        HEAD_DIM=head_dim,
+        HD=padded_head_dim(head_dim),
+        XSA=own is not None,
+        BLOCK_M=launch.block_m,
+        BLOCK_N=launch.block_n,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )
+
+
+def launch_flash_attention_dq(q, k, v, gain, dy, lse, delta, dq, *, launch):
+    """Gradient of gain * q, dq (B, W, H, hd); the rest as for `dkdv`. All contiguous."""
+    batch, queries, num_heads, head_dim = q.shape
+    flash_attention_dq_kernel[(triton.cdiv(queries, launch.block_m) * batch * num_heads,)](
+        q,
+        k,
+        v,
+        gain,
+        dy,
+        lse,
+        delta,
+        dq,
+        queries,
+        k.shape[1],
+        num_heads,
+        k.shape[2],
+        head_dim**-0.5,
+        HEAD_DIM=head_dim,
+        HD=padded_head_dim(head_dim),
+        BLOCK_M=launch.block_m,
+        BLOCK_N=launch.block_n,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )

@@ -1,0 +1,190 @@
+"""Products with matrices of packed 6-bit codes, in the 4+2 split written down in ops/int6.py.
+
+Four neighboring codes, a quad, are one 16-bit word of the low plane and one byte of the high plane.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import triton
+import triton.language as tl
+from pgolf_fast.kernels.dot_tile import dot_tile
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@triton.jit
+def _load_quads(low_ptr, high_ptr, n, quad, columns, quads):
+    """Low word and high byte of each quad of rows `n` (int64): int32 [len(n), len(quad)], 0 past the ends."""
+    mask = (n[:, None] < columns) & (quad[None, :] < quads)
+    # a row is `quads` words and then `quads` bytes: 3 * quads bytes, an even number
+    low_offsets = n[:, None] * (quads // 2 * 3) + quad[None, :]
+    high_offsets = n[:, None] * (quads * 3) + quads * 2 + quad[None, :]
+    low = tl.load(low_ptr + low_offsets, mask=mask, other=0).to(tl.int32)
+    high = tl.load(high_ptr + high_offsets, mask=mask, other=0).to(tl.int32)
+    return low, high
+
+
+@triton.jit
+def _code(low, high, PLACE: tl.constexpr):
+    """The code in place 0..3 of each quad, as float32; -32..31 is exact in every floating-point type."""
+    return (((low >> (4 * PLACE)) & 15) + ((high >> (2 * PLACE)) & 3) * 16 - 32).to(tl.float32)
+
+
+@triton.jit
+def int6_skinny_kernel(
+    x_ptr,
+    low_ptr,
+    high_ptr,
+    scale_ptr,
+    y_ptr,
+    rows,
+    columns,
+    depth,
+    quads,
+    x_stride_row,
+    x_stride_col,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_QUADS: tl.constexpr,
+):
+    """y = x codes^T * scale for few rows of x; codes, unpacked in registers, have the tile's long side."""
+    pid = tl.program_id(0).to(tl.int64)
+    tiles = tl.cdiv(columns, BLOCK_N)
+    n = pid % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = pid // tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for start in range(0, quads, BLOCK_QUADS):
+        low, high = _load_quads(low_ptr, high_ptr, n, start + tl.arange(0, BLOCK_QUADS), columns, quads)
+        k = (start * 4 + tl.arange(0, 4 * BLOCK_QUADS)).to(tl.int64)
+        x_ptrs = x_ptr + m[:, None] * x_stride_row + k[None, :] * x_stride_col
+        x = tl.load(x_ptrs, mask=(m[:, None] < rows) & (k[None, :] < depth), other=0.0)
+        # the sum over k is taken place by place, so the codes never have to be put back in order
+        even, odd = tl.split(tl.reshape(x, [BLOCK_M, BLOCK_QUADS, 2, 2]))
+        x0, x2 = tl.split(even)
+        x1, x3 = tl.split(odd)
+        acc = tl.dot(_code(low, high, 0).to(x.dtype), tl.trans(x0), acc, input_precision="ieee")
+        acc = tl.dot(_code(low, high, 1).to(x.dtype), tl.trans(x1), acc, input_precision="ieee")
+        acc = tl.dot(_code(low, high, 2).to(x.dtype), tl.trans(x2), acc, input_precision="ieee")
+        acc = tl.dot(_code(low, high, 3).to(x.dtype), tl.trans(x3), acc, input_precision="ieee")
+    acc *= tl.load(scale_ptr + n, mask=n < columns, other=0.0).to(tl.float32)[:, None]
+    y_ptrs = y_ptr + m[None, :] * columns + n[:, None]
+    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(m[None, :] < rows) & (n[:, None] < columns))
+
+
+@triton.jit
+def int6_codes_kernel(
+    low_ptr, high_ptr, codes_ptr, columns, depth, quads, BLOCK_N: tl.constexpr, BLOCK_QUADS: tl.constexpr
+):
+    """The codes (columns, depth), unscaled, in codes' type."""
+    pid = tl.program_id(0).to(tl.int64)
+    tiles = tl.cdiv(quads, BLOCK_QUADS)
+    n = pid // tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = pid % tiles * BLOCK_QUADS
+    low, high = _load_quads(low_ptr, high_ptr, n, first + tl.arange(0, BLOCK_QUADS), columns, quads)
+    even = tl.join(_code(low, high, 0), _code(low, high, 2))
+    odd = tl.join(_code(low, high, 1), _code(low, high, 3))
+    codes = tl.reshape(tl.join(even, odd), [BLOCK_N, 4 * BLOCK_QUADS])
+    k = first * 4 + tl.arange(0, 4 * BLOCK_QUADS)
+    ptrs = codes_ptr + n[:, None] * depth + k[None, :]
+    tl.store(ptrs, codes.to(codes_ptr.dtype.element_ty), mask=(n[:, None] < columns) & (k[None, :] < depth))
+
+
+@triton.jit
+def int6_matmul_kernel(
+    x_ptr,
+    codes_ptr,
+    scale_ptr,
+    y_ptr,
+    rows,
+    columns,
+    depth,
+    x_stride_row,
+    x_stride_col,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """y = x codes^T * scale, codes (columns, depth) unpacked; scaled before the one rounding."""
+    pid = tl.program_id(0).to(tl.int64)
+    tiles = tl.cdiv(columns, BLOCK_N)
+    row = pid // tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    col = pid % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = dot_tile(
+        x_ptr, codes_ptr, row, col, rows, columns, depth, x_stride_row, x_stride_col, depth, 1, BLOCK_K
+    )
+    acc *= tl.load(scale_ptr + col, mask=col < columns, other=0.0).to(tl.float32)[None, :]
+    y_ptrs = y_ptr + row[:, None] * columns + col[None, :]
+    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(row[:, None] < rows) & (col[None, :] < columns))
+
+
+def launch_int6_skinny(x: Tensor, words: Tensor, packed: Tensor, scale: Tensor, y: Tensor, launch) -> None:
+    """y (M, N) = x (M, K) times codes (N, K) times scale (N,), read from packed uint8 (N, 3 * K8 / 4).
+
+    `words` is the same memory as int16; x has any strides, everything else is contiguous.
+    """
+    rows, depth = x.shape
+    columns, row_bytes = packed.shape
+    block_m = min(launch.block_m, max(16, triton.next_power_of_2(rows)))
+    grid = (triton.cdiv(columns, launch.block_n) * triton.cdiv(rows, block_m),)
+    int6_skinny_kernel[grid](
+        x,
+        words,
+        packed,
+        scale,
+        y,
+        rows,
+        columns,
+        depth,
+        row_bytes // 3,
+        *x.stride(),
+        BLOCK_M=block_m,
+        BLOCK_N=launch.block_n,
+        BLOCK_QUADS=launch.block_k // 4,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )
+
+
+def launch_int6_codes(words: Tensor, packed: Tensor, codes: Tensor, launch) -> None:
+    """codes (N, K), contiguous, from packed uint8 (N, 3 * K8 / 4); `words` is the same memory as int16."""
+    columns, depth = codes.shape
+    quads = packed.shape[1] // 3
+    block_quads = launch.block_n // 4
+    grid = (triton.cdiv(columns, launch.block_m) * triton.cdiv(quads, block_quads),)
+    int6_codes_kernel[grid](
+        words,
+        packed,
+        codes,
+        columns,
+        depth,
+        quads,
+        BLOCK_N=launch.block_m,
+        BLOCK_QUADS=block_quads,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )
+
+
+def launch_int6_matmul(x: Tensor, codes: Tensor, scale: Tensor, y: Tensor, launch) -> None:
+    """y (M, N) = x (M, K), any strides, times codes (N, K) times scale (N,), all contiguous."""
+    rows, depth = x.shape
+    columns = codes.shape[0]
+    grid = (triton.cdiv(rows, launch.block_m) * triton.cdiv(columns, launch.block_n),)
+    int6_matmul_kernel[grid](
+        x,
+        codes,
+        scale,
+        y,
+        rows,
+        columns,
+        depth,
+        *x.stride(),
+        BLOCK_M=launch.block_m,
+        BLOCK_N=launch.block_n,
+        BLOCK_K=launch.block_k,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )

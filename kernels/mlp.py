@@ -1,0 +1,266 @@
+"""The two MLP matmuls that carry the activation: up-projection forward, dhidden backward.
+
+The plain products around them (down-projection, dx) are left to cuBLAS.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import triton
+import triton.language as tl
+from pgolf_fast.kernels.dot_tile import dot_tile, halves
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@triton.jit
+def _swiglu(pre, pre_ptr, hidden_ptr, row, first_col, rows, columns):
+    """Epilogue of mlp_up for columns from `first_col` on, in which gate and up alternate."""
+    BLOCK_M: tl.constexpr = pre.shape[0]
+    BLOCK_N: tl.constexpr = pre.shape[1]
+    row_mask = row[:, None] < rows
+    col = first_col + tl.arange(0, BLOCK_N)
+    pre_ptrs = pre_ptr + row[:, None] * columns + col[None, :]
+    tl.store(pre_ptrs, pre.to(pre_ptr.dtype.element_ty), mask=row_mask & (col[None, :] < columns))
+    gate, up = tl.split(tl.reshape(pre, [BLOCK_M, BLOCK_N // 2, 2]))
+    hidden = gate * tl.sigmoid(gate) * up
+    half = first_col // 2 + tl.arange(0, BLOCK_N // 2)
+    half_ptrs = hidden_ptr + row[:, None] * (columns // 2) + half[None, :]
+    half_mask = row_mask & (half[None, :] < columns // 2)
+    tl.store(half_ptrs, hidden.to(hidden_ptr.dtype.element_ty), mask=half_mask)
+
+
+@triton.jit
+def mlp_up_kernel(
+    x_ptr,
+    w_ptr,
+    hidden_ptr,
+    saved_ptr,
+    rows,
+    columns,
+    depth,
+    x_stride_row,
+    x_stride_col,
+    w_stride_row,
+    w_stride_col,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """hidden = act(x W^T); saves signs for leaky_relu_squared and the pre-activation for swiglu."""
+    pid = tl.program_id(0).to(tl.int64)
+    tiles = tl.cdiv(columns, BLOCK_N)  # neighbors share rows of x; W stays in the L2 cache
+    first_col = pid % tiles * BLOCK_N
+    row = pid // tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    col = first_col + tl.arange(0, BLOCK_N)
+    pre = dot_tile(
+        x_ptr,
+        w_ptr,
+        row,
+        col,
+        rows,
+        columns,
+        depth,
+        x_stride_row,
+        x_stride_col,
+        w_stride_row,
+        w_stride_col,
+        BLOCK_K,
+    )
+    row_mask = row[:, None] < rows
+    offsets = row[:, None] * columns + col[None, :]
+    mask = row_mask & (col[None, :] < columns)
+    if ACTIVATION == "swiglu":
+        left, right = halves(pre)
+        _swiglu(left, saved_ptr, hidden_ptr, row, first_col, rows, columns)
+        _swiglu(right, saved_ptr, hidden_ptr, row, first_col + BLOCK_N // 2, rows, columns)
+    elif ACTIVATION == "leaky_relu_squared":
+        positive = pre >= 0
+        leaky = tl.where(positive, pre, 0.5 * pre)
+        tl.store(hidden_ptr + offsets, (leaky * leaky).to(hidden_ptr.dtype.element_ty), mask=mask)
+        # bit c % 32 of word c // 32; whole words, so that a warp packs in registers and two shuffles
+        bits = tl.reshape(positive.to(tl.int32), [BLOCK_M, BLOCK_N // 32, 32])
+        words = tl.sum(bits << tl.arange(0, 32)[None, None, :], axis=2)  # [BLOCK_M, BLOCK_N // 32]
+        words_a_row = (columns + 31) // 32
+        word = first_col // 32 + tl.arange(0, BLOCK_N // 32)
+        word_ptrs = saved_ptr + row[:, None] * words_a_row + word[None, :]
+        tl.store(word_ptrs, words, mask=row_mask & (word[None, :] < words_a_row))
+    else:
+        relu = tl.where(pre <= 0, 0.0, pre)  # NaN stays
+        tl.store(hidden_ptr + offsets, (relu * relu).to(hidden_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _swiglu_dpre(dhidden, pre_ptr, dpre_ptr, hidden_ptr, row, first_col, rows, columns):
+    """Epilogue of mlp_dpre for hidden columns from `first_col` on: gate and up in, both gradients out."""
+    BLOCK_M: tl.constexpr = dhidden.shape[0]
+    BLOCK_N: tl.constexpr = dhidden.shape[1]
+    pair = first_col * 2 + tl.arange(0, 2 * BLOCK_N)
+    pair_offsets = row[:, None] * (2 * columns) + pair[None, :]
+    pair_mask = (row[:, None] < rows) & (pair[None, :] < 2 * columns)
+    pre = tl.load(pre_ptr + pair_offsets, mask=pair_mask, other=0.0).to(tl.float32)
+    gate, up = tl.split(tl.reshape(pre, [BLOCK_M, BLOCK_N, 2]))
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    col = first_col + tl.arange(0, BLOCK_N)
+    hidden_ptrs = hidden_ptr + row[:, None] * columns + col[None, :]
+    mask = (row[:, None] < rows) & (col[None, :] < columns)
+    tl.store(hidden_ptrs, (silu * up).to(hidden_ptr.dtype.element_ty), mask=mask)
+    dgate = dhidden * up * sigmoid * (1 + gate * (1 - sigmoid))  # silu' = s (1 + g (1 - s))
+    dpre = tl.reshape(tl.join(dgate, dhidden * silu), [BLOCK_M, 2 * BLOCK_N])
+    tl.store(dpre_ptr + pair_offsets, dpre.to(dpre_ptr.dtype.element_ty), mask=pair_mask)
+
+
+@triton.jit
+def _swiglu_dpre_halves(dhidden, pre_ptr, dpre_ptr, hidden_ptr, row, first_col, rows, columns):
+    left, right = halves(dhidden)
+    _swiglu_dpre(left, pre_ptr, dpre_ptr, hidden_ptr, row, first_col, rows, columns)
+    middle = first_col + left.shape[1]
+    _swiglu_dpre(right, pre_ptr, dpre_ptr, hidden_ptr, row, middle, rows, columns)
+
+
+@triton.jit
+def _squared_dpre(
+    dhidden, hidden_ptr, signs_ptr, dpre_ptr, row, first_col, rows, columns, ACTIVATION: tl.constexpr
+):
+    """Epilogue of mlp_dpre for the squared activations, for columns from `first_col` on."""
+    BLOCK_M: tl.constexpr = dhidden.shape[0]
+    BLOCK_N: tl.constexpr = dhidden.shape[1]
+    col = first_col + tl.arange(0, BLOCK_N)
+    offsets = row[:, None] * columns + col[None, :]
+    mask = (row[:, None] < rows) & (col[None, :] < columns)
+    # hidden = leaky(pre)^2, so act'(pre) = 2 leaky(pre) leaky'(pre) is 2 sqrt(hidden), or -sqrt(hidden)
+    root = tl.sqrt(tl.load(hidden_ptr + offsets, mask=mask, other=0.0).to(tl.float32))
+    slope = 2.0 * root
+    if ACTIVATION == "leaky_relu_squared":
+        words_a_row = (columns + 31) // 32
+        word = first_col // 32 + tl.arange(0, BLOCK_N // 32)
+        word_ptrs = signs_ptr + row[:, None] * words_a_row + word[None, :]
+        word_mask = (row[:, None] < rows) & (word[None, :] < words_a_row)
+        words = tl.load(word_ptrs, mask=word_mask, other=0)
+        bits = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
+        slope = tl.where(tl.reshape(bits, [BLOCK_M, BLOCK_N]) != 0, slope, -root)
+    tl.store(dpre_ptr + offsets, (dhidden * slope).to(dpre_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def mlp_dpre_kernel(
+    dout_ptr,
+    w_ptr,
+    saved_ptr,
+    signs_ptr,
+    dpre_ptr,
+    hidden_ptr,
+    rows,
+    columns,
+    depth,
+    dout_stride_row,
+    dout_stride_col,
+    w_stride_row,
+    w_stride_col,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """dpre = (dout W) * act'(pre), W (depth, columns); for swiglu also hidden, from the saved pre."""
+    pid = tl.program_id(0).to(tl.int64)
+    tiles = tl.cdiv(columns, BLOCK_N)
+    first_col = pid % tiles * BLOCK_N
+    row = pid // tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    col = first_col + tl.arange(0, BLOCK_N)
+    dhidden = dot_tile(
+        dout_ptr,
+        w_ptr,
+        row,
+        col,
+        rows,
+        columns,
+        depth,
+        dout_stride_row,
+        dout_stride_col,
+        w_stride_col,
+        w_stride_row,
+        BLOCK_K,
+    )
+    middle = first_col + BLOCK_N // 2
+    if ACTIVATION == "swiglu":
+        left, right = halves(dhidden)
+        _swiglu_dpre_halves(left, saved_ptr, dpre_ptr, hidden_ptr, row, first_col, rows, columns)
+        _swiglu_dpre_halves(right, saved_ptr, dpre_ptr, hidden_ptr, row, middle, rows, columns)
+    elif BLOCK_N >= 64:  # a half has whole words of signs
+        left, right = halves(dhidden)
+        _squared_dpre(left, saved_ptr, signs_ptr, dpre_ptr, row, first_col, rows, columns, ACTIVATION)
+        _squared_dpre(right, saved_ptr, signs_ptr, dpre_ptr, row, middle, rows, columns, ACTIVATION)
+    else:
+        _squared_dpre(dhidden, saved_ptr, signs_ptr, dpre_ptr, row, first_col, rows, columns, ACTIVATION)
+
+
+def launch_mlp_up(x: Tensor, weight: Tensor, hidden: Tensor, saved: Tensor, activation: str, launch) -> None:
+    """hidden (rows, M) from x (rows, D) and weight (M, D), or (2M, D) for swiglu; both with any strides.
+
+    `saved`, contiguous like `hidden`: int32 (rows, ceil(M / 32)), bit c % 32 of word c // 32 set where
+    pre[c] >= 0 (leaky_relu_squared), or the pre-activation (rows, 2M) (swiglu); not touched for relu_squared.
+    """
+    rows, depth = x.shape
+    columns = weight.shape[0]
+    grid = (triton.cdiv(rows, launch.block_m) * triton.cdiv(columns, launch.block_n),)
+    mlp_up_kernel[grid](
+        x,
+        weight,
+        hidden,
+        saved,
+        rows,
+        columns,
+        depth,
+        *x.stride(),
+        *weight.stride(),
+        ACTIVATION=activation,
+        BLOCK_M=launch.block_m,
+        BLOCK_N=launch.block_n,
+        BLOCK_K=launch.block_k,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )
+
+
+def launch_mlp_dpre(
+    dout: Tensor,
+    weight: Tensor,
+    saved: Tensor,
+    signs: Tensor,
+    dpre: Tensor,
+    hidden: Tensor,
+    activation: str,
+    launch,
+) -> None:
+    """dpre (rows, M), or (rows, 2M) for swiglu, from dout (rows, D) and weight (D, M) with any strides.
+
+    `saved`: hidden (rows, M), but for swiglu the pre-activation (rows, 2M), and then `hidden` (rows, M) is
+    written; `signs` as `launch_mlp_up` left them. All but dout and weight are contiguous.
+    """
+    rows, depth = dout.shape
+    columns = weight.shape[1]
+    grid = (triton.cdiv(rows, launch.block_m) * triton.cdiv(columns, launch.block_n),)
+    mlp_dpre_kernel[grid](
+        dout,
+        weight,
+        saved,
+        signs,
+        dpre,
+        hidden,
+        rows,
+        columns,
+        depth,
+        *dout.stride(),
+        *weight.stride(),
+        ACTIVATION=activation,
+        BLOCK_M=launch.block_m,
+        BLOCK_N=launch.block_n,
+        BLOCK_K=launch.block_k,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )

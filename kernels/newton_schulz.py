@@ -1,0 +1,303 @@
+"""Newton-Schulz over a stack of matrices: Frobenius norm, then X X^T, b A + c A A and a X + P X per step.
+
+The two products in the middle are symmetric: tiles on and above the diagonal are computed, and those above it
+are stored a second time, transposed. Matrices come by pointer and strides, so a tall matrix is its own wide
+transpose. Every result is rounded once, at its store.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import triton
+import triton.language as tl
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@triton.jit
+def newton_schulz_norm_kernel(
+    g_ptr,
+    partial_ptr,
+    rows,
+    cols,
+    g_stride_slot,
+    g_stride_row,
+    g_stride_col,
+    parts,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Sum of squares of BLOCK_M whole rows of one matrix."""
+    program = tl.program_id(0).to(tl.int64)
+    slot, part = program // parts, program % parts
+    row = part * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_ptr = g_ptr + slot * g_stride_slot + row[:, None] * g_stride_row  # [BLOCK_M, 1]
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, cols, BLOCK_N):
+        col = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
+        mask = (row < rows)[:, None] & (col < cols)[None, :]
+        value = tl.load(row_ptr + col[None, :] * g_stride_col, mask=mask, other=0.0).to(tl.float32)
+        total += value * value
+    tl.store(partial_ptr + program, tl.sum(tl.sum(total, axis=1), axis=0))
+
+
+@triton.jit
+def newton_schulz_scale_kernel(
+    g_ptr,
+    partial_ptr,
+    x_ptr,
+    rows,
+    cols,
+    g_stride_slot,
+    g_stride_row,
+    g_stride_col,
+    parts,
+    PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One tile of g / (|g| + 1e-7), into contiguous x. PARTS is the power of two at or above `parts`."""
+    program = tl.program_id(0).to(tl.int64)
+    tiles_n = tl.cdiv(cols, BLOCK_N)
+    tiles = tl.cdiv(rows, BLOCK_M) * tiles_n
+    slot, tile = program // tiles, program % tiles
+    part = tl.arange(0, PARTS)
+    squares = tl.load(partial_ptr + slot * parts + part, mask=part < parts, other=0.0)
+    norm = tl.sqrt(tl.sum(squares, axis=0)) + 1e-7
+    row = tile // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    col = tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (row < rows)[:, None] & (col < cols)[None, :]
+    source = g_ptr + slot * g_stride_slot + row[:, None] * g_stride_row + col[None, :] * g_stride_col
+    value = tl.load(source, mask=mask, other=0.0).to(tl.float32) / norm
+    target = x_ptr + slot * rows * cols + row[:, None] * cols + col[None, :]
+    tl.store(target, value.to(x_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _store_symmetric(ptr, value, row, col, size, above_diagonal):
+    """Store `value` (rows `row`, columns `col` of a contiguous size x size matrix) and its mirror image."""
+    low = value.to(ptr.dtype.element_ty)
+    inside = (row < size)[:, None] & (col < size)[None, :]
+    tl.store(ptr + row[:, None] * size + col[None, :], low, mask=inside)
+    if above_diagonal:
+        mirrored = (col < size)[:, None] & (row < size)[None, :]
+        tl.store(ptr + col[:, None] * size + row[None, :], tl.trans(low), mask=mirrored)
+
+
+@triton.jit
+def newton_schulz_gram_kernel(
+    x_ptr,
+    gram_ptr,
+    rows,
+    cols,
+    x_stride_slot,
+    x_stride_row,
+    x_stride_col,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One tile of X X^T, and its mirror image; programs below the diagonal have nothing to do."""
+    program = tl.program_id(0).to(tl.int64)
+    tiles = tl.cdiv(rows, BLOCK)
+    slot, tile = program // (tiles * tiles), program % (tiles * tiles)
+    tile_m, tile_n = tile // tiles, tile % tiles
+    if tile_n < tile_m:
+        return
+    row = tile_m * BLOCK + tl.arange(0, BLOCK)
+    col = tile_n * BLOCK + tl.arange(0, BLOCK)
+    left_ptr = x_ptr + slot * x_stride_slot + row[:, None] * x_stride_row  # [BLOCK, 1]
+    right_ptr = x_ptr + slot * x_stride_slot + col[None, :] * x_stride_row  # [1, BLOCK]
+    acc = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
+    for start in range(0, cols, BLOCK_K):
+        k = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
+        left = tl.load(
+            left_ptr + k[None, :] * x_stride_col, mask=(row < rows)[:, None] & (k < cols)[None, :], other=0.0
+        )
+        right = tl.load(
+            right_ptr + k[:, None] * x_stride_col, mask=(k < cols)[:, None] & (col < rows)[None, :], other=0.0
+        )
+        acc = tl.dot(left, right, acc, input_precision=PRECISION)
+    _store_symmetric(gram_ptr + slot * rows * rows, acc, row, col, rows, tile_m < tile_n)
+
+
+@triton.jit
+def newton_schulz_poly_kernel(
+    gram_ptr,
+    poly_ptr,
+    size,
+    b,
+    c,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One tile of b A + c A A for contiguous symmetric A, and its mirror image."""
+    program = tl.program_id(0).to(tl.int64)
+    tiles = tl.cdiv(size, BLOCK)
+    slot, tile = program // (tiles * tiles), program % (tiles * tiles)
+    tile_m, tile_n = tile // tiles, tile % tiles
+    if tile_n < tile_m:
+        return
+    row = tile_m * BLOCK + tl.arange(0, BLOCK)
+    col = tile_n * BLOCK + tl.arange(0, BLOCK)
+    gram = gram_ptr + slot * size * size
+    acc = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
+    for start in range(0, size, BLOCK_K):
+        k = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
+        left = tl.load(
+            gram + row[:, None] * size + k[None, :],
+            mask=(row < size)[:, None] & (k < size)[None, :],
+            other=0.0,
+        )
+        right = tl.load(
+            gram + k[:, None] * size + col[None, :],
+            mask=(k < size)[:, None] & (col < size)[None, :],
+            other=0.0,
+        )
+        acc = tl.dot(left, right, acc, input_precision=PRECISION)
+    inside = (row < size)[:, None] & (col < size)[None, :]
+    once = tl.load(gram + row[:, None] * size + col[None, :], mask=inside, other=0.0).to(tl.float32)
+    _store_symmetric(poly_ptr + slot * size * size, b * once + c * acc, row, col, size, tile_m < tile_n)
+
+
+@triton.jit
+def newton_schulz_apply_kernel(
+    poly_ptr,
+    x_ptr,
+    out_ptr,
+    rows,
+    cols,
+    x_stride_slot,
+    x_stride_row,
+    x_stride_col,
+    a,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One tile of a X + P X; P is contiguous, out has the strides of X."""
+    program = tl.program_id(0).to(tl.int64)
+    tiles_n = tl.cdiv(cols, BLOCK_N)
+    tiles = tl.cdiv(rows, BLOCK_M) * tiles_n
+    slot, tile = program // tiles, program % tiles
+    row = tile // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    col = tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    poly = poly_ptr + slot * rows * rows + row[:, None] * rows  # [BLOCK_M, 1]
+    x_slot = x_ptr + slot * x_stride_slot
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, rows, BLOCK_K):
+        k = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
+        left = tl.load(poly + k[None, :], mask=(row < rows)[:, None] & (k < rows)[None, :], other=0.0)
+        right = tl.load(
+            x_slot + k[:, None] * x_stride_row + col[None, :] * x_stride_col,
+            mask=(k < rows)[:, None] & (col < cols)[None, :],
+            other=0.0,
+        )
+        acc = tl.dot(left, right, acc, input_precision=PRECISION)
+    inside = (row < rows)[:, None] & (col < cols)[None, :]
+    offset = slot * x_stride_slot + row[:, None] * x_stride_row + col[None, :] * x_stride_col
+    once = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + offset, (a * once + acc).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def norm_parts(rows: int, launch) -> int:
+    """Partial sums per matrix that `launch_newton_schulz_normalize` needs room for."""
+    return triton.cdiv(rows, launch.block_m)
+
+
+def launch_newton_schulz_normalize(g: Tensor, partial: Tensor, x: Tensor, launch) -> None:
+    """x = g / (|g| + 1e-7) for every matrix: g (slots, rows, cols) of any strides, x the same and contiguous,
+    partial float32 (slots, norm_parts(rows, launch)).
+    """
+    slots, rows, cols = g.shape
+    parts = partial.shape[1]
+    newton_schulz_norm_kernel[(slots * parts,)](
+        g,
+        partial,
+        rows,
+        cols,
+        *g.stride(),
+        parts,
+        BLOCK_M=launch.block_m,
+        BLOCK_N=launch.block_n,
+        num_warps=launch.num_warps,
+    )
+    tiles = triton.cdiv(rows, launch.block_m) * triton.cdiv(cols, launch.block_n)
+    newton_schulz_scale_kernel[(slots * tiles,)](
+        g,
+        partial,
+        x,
+        rows,
+        cols,
+        *g.stride(),
+        parts,
+        PARTS=triton.next_power_of_2(parts),
+        BLOCK_M=launch.block_m,
+        BLOCK_N=launch.block_n,
+        num_warps=launch.num_warps,
+    )
+
+
+def launch_newton_schulz_gram(x: Tensor, gram: Tensor, launch) -> None:
+    """gram (slots, rows, rows), contiguous, = x x^T for x (slots, rows, cols) of any strides.
+
+    Tiles are launch.block_m square.
+    """
+    slots, rows, cols = x.shape
+    newton_schulz_gram_kernel[(slots * triton.cdiv(rows, launch.block_m) ** 2,)](
+        x,
+        gram,
+        rows,
+        cols,
+        *x.stride(),
+        BLOCK=launch.block_m,
+        BLOCK_K=launch.block_k,
+        PRECISION="ieee",
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )
+
+
+def launch_newton_schulz_poly(gram: Tensor, poly: Tensor, b: float, c: float, launch) -> None:
+    """poly = b gram + c gram gram for symmetric gram; both (slots, size, size) and contiguous.
+
+    Tiles are launch.block_m square.
+    """
+    slots, size, _ = gram.shape
+    newton_schulz_poly_kernel[(slots * triton.cdiv(size, launch.block_m) ** 2,)](
+        gram,
+        poly,
+        size,
+        b,
+        c,
+        BLOCK=launch.block_m,
+        BLOCK_K=launch.block_k,
+        PRECISION="ieee",
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )
+
+
+def launch_newton_schulz_apply(poly: Tensor, x: Tensor, out: Tensor, a: float, launch) -> None:
+    """out = a x + poly x: poly (slots, rows, rows) contiguous; x, out (slots, rows, cols), same strides."""
+    slots, rows, cols = x.shape
+    tiles = triton.cdiv(rows, launch.block_m) * triton.cdiv(cols, launch.block_n)
+    newton_schulz_apply_kernel[(slots * tiles,)](
+        poly,
+        x,
+        out,
+        rows,
+        cols,
+        *x.stride(),
+        a,
+        BLOCK_M=launch.block_m,
+        BLOCK_N=launch.block_n,
+        BLOCK_K=launch.block_k,
+        PRECISION="ieee",
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )

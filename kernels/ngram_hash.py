@@ -1,0 +1,405 @@
+"""Triton kernels of the hashed n-gram embedding: gather forward; backward as a sorted sum or with atomics.
+
+Token n of the flattened (B, T) tokens is position n % T of sequence n // T. An entry is one use of a table
+row: entry n is the bigram of token n, entry count + n its trigram.
+"""
+
+from typing import TYPE_CHECKING
+
+import triton
+import triton.language as tl
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@triton.jit
+def _token_back(tokens_ptr, batch_stride, time_stride, batch, time, inside, BACK: tl.constexpr):
+    """The token BACK positions before, as int64; 0 before the start of the sequence."""
+    address = tokens_ptr + batch * batch_stride + (time - BACK) * time_stride
+    return tl.load(address, mask=inside & (time >= BACK), other=0).to(tl.int64)
+
+
+@triton.jit
+def _remainder(key, size):
+    """Remainder with the sign of `size`: ids that make a key negative must not reach outside the table."""
+    rest = key % size
+    return tl.where(rest < 0, rest + size, rest)
+
+
+@triton.jit
+def _row(key, start, usable, SPLIT: tl.constexpr):
+    if SPLIT:
+        half = usable // 2
+        row = _remainder(key, half) + tl.where(start, 0, half)
+    else:
+        row = _remainder(key, usable)
+    return row
+
+
+@triton.jit
+def _ngrams(
+    tokens_ptr,
+    starts_ptr,
+    scale_ptr,
+    boost_ptr,
+    batch_stride,
+    time_stride,
+    index,
+    count,
+    length,
+    num_rows,
+    vocab,
+    CURRENT: tl.constexpr,
+    PREVIOUS: tl.constexpr,
+    BEFORE: tl.constexpr,
+    TRIGRAM: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """Bigram row, trigram row (the bigram's without TRIGRAM), word start and factor of tokens `index`."""
+    inside = index < count
+    batch, time = index // length, index % length
+    current = _token_back(tokens_ptr, batch_stride, time_stride, batch, time, inside, 0)
+    previous = _token_back(tokens_ptr, batch_stride, time_stride, batch, time, inside, 1)
+    gate = tl.load(scale_ptr).to(tl.float32) + tl.zeros_like(index).to(tl.float32)
+    start = index < 0
+    if HAS_STARTS:
+        known = (current >= 0) & (current < vocab)
+        start = tl.load(starts_ptr + current, mask=inside & known, other=0) != 0
+        gate = tl.where(start, gate * tl.load(boost_ptr).to(tl.float32), gate)
+        gate = tl.where(known, gate, float("nan"))
+    usable = num_rows - 1
+    key = (CURRENT * current) ^ (PREVIOUS * previous)
+    bigram = tl.where(time < 1, usable, _row(key, start, usable, SPLIT))
+    trigram = bigram
+    if TRIGRAM:
+        before = _token_back(tokens_ptr, batch_stride, time_stride, batch, time, inside, 2)
+        trigram = tl.where(time < 2, usable, _row(key ^ (BEFORE * before), start, usable, SPLIT))
+    return bigram, trigram, start, gate
+
+
+@triton.jit
+def _table_rows(table_ptr, table_stride, bigram, trigram, column, mask, TRIGRAM: tl.constexpr):
+    """Sum of the table rows of some tokens, [tokens, columns] in float32."""
+    total = tl.load(table_ptr + bigram[:, None] * table_stride + column[None, :], mask=mask, other=0.0)
+    total = total.to(tl.float32)
+    if TRIGRAM:
+        third = tl.load(table_ptr + trigram[:, None] * table_stride + column[None, :], mask=mask, other=0.0)
+        total += third.to(tl.float32)
+    return total
+
+
+@triton.jit
+def ngram_hash_embed_fwd_kernel(
+    tokens_ptr,
+    table_ptr,
+    starts_ptr,
+    scale_ptr,
+    boost_ptr,
+    out_ptr,
+    batch_stride,
+    time_stride,
+    table_stride,
+    count,
+    length,
+    num_rows,
+    vocab,
+    width,
+    CURRENT: tl.constexpr,
+    PREVIOUS: tl.constexpr,
+    BEFORE: tl.constexpr,
+    TRIGRAM: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    index = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    bigram, trigram, _, gate = _ngrams(
+        tokens_ptr, starts_ptr, scale_ptr, boost_ptr, batch_stride, time_stride, index, count, length,
+        num_rows, vocab, CURRENT, PREVIOUS, BEFORE, TRIGRAM, HAS_STARTS, SPLIT,
+    )  # fmt: skip
+    mask = (index < count)[:, None] & (column < width)[None, :]
+    out = _table_rows(table_ptr, table_stride, bigram, trigram, column, mask, TRIGRAM) * gate[:, None]
+    address = out_ptr + index[:, None] * width + column[None, :]
+    tl.store(address, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def ngram_hash_embed_bwd_tokens_kernel(
+    dout_ptr,
+    tokens_ptr,
+    table_ptr,
+    starts_ptr,
+    scale_ptr,
+    boost_ptr,
+    rows_ptr,
+    gate_ptr,
+    partial_ptr,
+    dtable_ptr,
+    dout_stride,
+    batch_stride,
+    time_stride,
+    table_stride,
+    count,
+    length,
+    num_rows,
+    vocab,
+    width,
+    CURRENT: tl.constexpr,
+    PREVIOUS: tl.constexpr,
+    BEFORE: tl.constexpr,
+    TRIGRAM: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    ATOMIC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Row and factor of every entry, and this program's share of <dout, rows> at word starts and elsewhere.
+
+    With ATOMIC the gradient goes straight into dtable (float32, zeroed), and no rows are written.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    index = program * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = index < count
+    bigram, trigram, start, gate = _ngrams(
+        tokens_ptr, starts_ptr, scale_ptr, boost_ptr, batch_stride, time_stride, index, count, length,
+        num_rows, vocab, CURRENT, PREVIOUS, BEFORE, TRIGRAM, HAS_STARTS, SPLIT,
+    )  # fmt: skip
+    along = tl.zeros((BLOCK_M,), tl.float32)
+    for first in range(0, width, BLOCK_N):
+        column = first + tl.arange(0, BLOCK_N)
+        mask = inside[:, None] & (column < width)[None, :]
+        dout = tl.load(dout_ptr + index[:, None] * dout_stride + column[None, :], mask=mask, other=0.0)
+        dout = dout.to(tl.float32)
+        rows = _table_rows(table_ptr, table_stride, bigram, trigram, column, mask, TRIGRAM)
+        along += tl.sum(dout * rows, 1)
+        if ATOMIC:
+            change = dout * gate[:, None]
+            tl.atomic_add(dtable_ptr + bigram[:, None] * width + column[None, :], change, mask=mask)
+            if TRIGRAM:
+                tl.atomic_add(dtable_ptr + trigram[:, None] * width + column[None, :], change, mask=mask)
+    if not ATOMIC:
+        tl.store(gate_ptr + index, gate, mask=inside)
+        tl.store(rows_ptr + index, bigram.to(rows_ptr.dtype.element_ty), mask=inside)
+        if TRIGRAM:
+            tl.store(rows_ptr + count + index, trigram.to(rows_ptr.dtype.element_ty), mask=inside)
+    tl.store(partial_ptr + 2 * program, tl.sum(tl.where(start, along, 0.0), 0))
+    tl.store(partial_ptr + 2 * program + 1, tl.sum(tl.where(start, 0.0, along), 0))
+
+
+@triton.jit
+def ngram_hash_embed_bwd_scalars_kernel(
+    partial_ptr, scale_ptr, boost_ptr, dscale_ptr, dboost_ptr, partials, BLOCK: tl.constexpr
+):
+    """d scale and d boost from the shares of all programs, added in float64 in a fixed order."""
+    starts, others = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
+    for first in range(0, partials, BLOCK):
+        index = first + tl.arange(0, BLOCK)
+        mask = index < partials
+        starts += tl.load(partial_ptr + 2 * index, mask=mask, other=0.0).to(tl.float64)
+        others += tl.load(partial_ptr + 2 * index + 1, mask=mask, other=0.0).to(tl.float64)
+    at_starts, elsewhere = tl.sum(starts, 0), tl.sum(others, 0)
+    dscale = at_starts * tl.load(boost_ptr).to(tl.float64) + elsewhere
+    dboost = at_starts * tl.load(scale_ptr).to(tl.float64)
+    tl.store(dscale_ptr, dscale.to(tl.float32).to(dscale_ptr.dtype.element_ty))
+    tl.store(dboost_ptr, dboost.to(tl.float32).to(dboost_ptr.dtype.element_ty))
+
+
+@triton.jit
+def ngram_hash_embed_bwd_pieces_kernel(
+    dout_ptr,
+    gate_ptr,
+    rows_ptr,
+    order_ptr,
+    pieces_ptr,
+    dout_stride,
+    entries,
+    count,
+    num_rows,
+    width,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Sum, for every table row that occurs in one piece of BLOCK_M sorted entries, of its entries there.
+
+    The sum of row r in piece p is written to pieces[r + p]: along the sorted entries r and p never fall and
+    one of them rises from each sum to the next, so no two share a place.
+    """
+    piece = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    at = piece * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = at < entries
+    row = tl.load(rows_ptr + at, mask=inside, other=0).to(tl.int64)
+    row = tl.where(inside, row, num_rows)
+    entry = tl.load(order_ptr + at, mask=inside, other=0)
+    token = tl.where(entry < count, entry, entry - count)
+    gate = tl.load(gate_ptr + token, mask=inside, other=0.0)
+    mask = inside[:, None] & (column < width)[None, :]
+    dout = tl.load(dout_ptr + token[:, None] * dout_stride + column[None, :], mask=mask, other=0.0)
+    change = dout.to(tl.float32) * gate[:, None]
+    current = tl.min(row, 0)
+    while current < num_rows:
+        total = tl.sum(tl.where((row == current)[:, None], change, 0.0), 0)
+        tl.store(pieces_ptr + (current + piece) * width + column, total, mask=column < width)
+        current = tl.min(tl.where(row > current, row, num_rows), 0)
+
+
+@triton.jit
+def ngram_hash_embed_bwd_rows_kernel(
+    rows_ptr,
+    pieces_ptr,
+    dtable_ptr,
+    entries,
+    width,
+    steps,
+    PIECE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Gradient of one table row: the sum over the pieces that its sorted entries touch, in their order."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # bisection for the first entry of this row and that of the next
+    bound = tl.arange(0, 2)
+    low = tl.zeros((2,), tl.int64)
+    high = low + entries
+    for _ in range(steps):
+        middle = (low + high) // 2
+        found = tl.load(rows_ptr + middle, mask=low < high, other=0).to(tl.int64)
+        below = (low < high) & (found < row + bound)
+        high = tl.where(below, high, middle)
+        low = tl.where(below, middle + 1, low)
+    begin = tl.sum(tl.where(bound == 0, low, 0), 0)
+    end = tl.sum(tl.where(bound == 1, low, 0), 0)
+    first = begin // PIECE
+    touched = tl.where(begin < end, (end - 1) // PIECE - first + 1, 0)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for done in range(0, touched, BLOCK_M):
+        piece = done + tl.arange(0, BLOCK_M)
+        mask = (piece < touched)[:, None] & (column < width)[None, :]
+        address = pieces_ptr + (row + first + piece)[:, None] * width + column[None, :]
+        total += tl.load(address, mask=mask, other=0.0)
+    dtable = tl.sum(total, 0).to(dtable_ptr.dtype.element_ty)
+    tl.store(dtable_ptr + row * width + column, dtable, mask=column < width)
+
+
+def _columns(width: int, config) -> int:
+    return min(triton.next_power_of_2(max(width, 1)), config.block_n)
+
+
+def token_programs(count: int, config) -> int:
+    """Programs of the backward's pass over `count` tokens: rows of its `partial`."""
+    return triton.cdiv(count, config.block_m)
+
+
+def pieces(entries: int, config) -> int:
+    """Pieces that the sorted entries are cut into."""
+    return triton.cdiv(entries, config.block_m)
+
+
+def launch_ngram_hash_embed_fwd(
+    tokens: "Tensor",
+    table: "Tensor",
+    starts: "Tensor | None",
+    scale: "Tensor",
+    boost: "Tensor",
+    out: "Tensor",
+    *,
+    multipliers: tuple[int, int, int],
+    split: bool,
+    trigram: bool,
+    config,
+) -> None:
+    """tokens (B, T) of any strides, table (rows, D) with unit inner stride, starts (vocab,) uint8.
+
+    out (B, T, D). A token outside `starts` gives NaN.
+    """
+    (batch, length), (num_rows, width) = tokens.shape, table.shape
+    columns = _columns(width, config)
+    grid = (triton.cdiv(batch * length, config.block_m), triton.cdiv(width, columns))
+    ngram_hash_embed_fwd_kernel[grid](
+        tokens, table, starts, scale, boost, out, *tokens.stride(), table.stride(0), batch * length, length,
+        num_rows, 0 if starts is None else starts.shape[0], width, *multipliers, TRIGRAM=trigram,
+        HAS_STARTS=starts is not None, SPLIT=split, BLOCK_M=config.block_m, BLOCK_N=columns,
+        num_warps=config.num_warps,
+    )  # fmt: skip
+
+
+def launch_ngram_hash_embed_bwd_tokens(
+    dout: "Tensor",
+    tokens: "Tensor",
+    table: "Tensor",
+    starts: "Tensor | None",
+    scale: "Tensor",
+    boost: "Tensor",
+    rows: "Tensor | None",
+    gate: "Tensor | None",
+    partial: "Tensor",
+    dtable: "Tensor | None",
+    *,
+    multipliers: tuple[int, int, int],
+    split: bool,
+    trigram: bool,
+    config,
+) -> None:
+    """dout (B T, D) with unit inner stride, partial (token_programs, 2); the rest as forward.
+
+    rows (entries,) and gate (B T,) are written; or `dtable` (rows, D), float32 and zero, is added to.
+    """
+    (batch, length), (num_rows, width) = tokens.shape, table.shape
+    columns = _columns(width, config)
+    ngram_hash_embed_bwd_tokens_kernel[(partial.shape[0],)](
+        dout, tokens, table, starts, scale, boost, rows, gate, partial, dtable, dout.stride(0),
+        *tokens.stride(), table.stride(0), batch * length, length, num_rows,
+        0 if starts is None else starts.shape[0], width, *multipliers, TRIGRAM=trigram,
+        HAS_STARTS=starts is not None, SPLIT=split, ATOMIC=dtable is not None, BLOCK_M=config.block_m,
+        BLOCK_N=columns, num_warps=config.num_warps,
+    )  # fmt: skip
+
+
+def launch_ngram_hash_embed_bwd_scalars(
+    partial: "Tensor", scale: "Tensor", boost: "Tensor", dscale: "Tensor", dboost: "Tensor", config
+) -> None:
+    """partial (programs, 2) as written by the pass over tokens; the others are ()."""
+    ngram_hash_embed_bwd_scalars_kernel[(1,)](
+        partial, scale, boost, dscale, dboost, partial.shape[0], BLOCK=config.block_n,
+        num_warps=config.num_warps,
+    )  # fmt: skip
+
+
+def launch_ngram_hash_embed_bwd_pieces(
+    dout: "Tensor",
+    gate: "Tensor",
+    rows: "Tensor",
+    order: "Tensor",
+    sums: "Tensor",
+    *,
+    num_rows: int,
+    config,
+) -> None:
+    """rows (entries,) sorted, order (entries,) int64 the entries in that order, dout and gate as in the pass
+    over tokens, sums (num_rows + pieces, D) float32.
+    """
+    width = sums.shape[1]
+    columns = _columns(width, config)
+    grid = (pieces(rows.shape[0], config), triton.cdiv(width, columns))
+    ngram_hash_embed_bwd_pieces_kernel[grid](
+        dout, gate, rows, order, sums, dout.stride(0), rows.shape[0], gate.shape[0], num_rows, width,
+        BLOCK_M=config.block_m, BLOCK_N=columns, num_warps=config.num_warps,
+    )  # fmt: skip
+
+
+def launch_ngram_hash_embed_bwd_rows(
+    rows: "Tensor", sums: "Tensor", dtable: "Tensor", *, piece: int, config
+) -> None:
+    """rows (entries,) sorted, sums as left by the pass over pieces of size `piece`, dtable (num_rows, D)."""
+    num_rows, width = dtable.shape
+    columns = _columns(width, config)
+    ngram_hash_embed_bwd_rows_kernel[(num_rows, triton.cdiv(width, columns))](
+        rows, sums, dtable, rows.shape[0], width, rows.shape[0].bit_length(), PIECE=piece,
+        BLOCK_M=config.block_m, BLOCK_N=columns, num_warps=config.num_warps,
+    )  # fmt: skip

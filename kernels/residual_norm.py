@@ -1,0 +1,270 @@
+"""Triton kernels of the scaled residual sum and its RMS norm, on rows of `width` elements."""
+
+from typing import TYPE_CHECKING
+
+import triton
+import triton.language as tl
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_TILE = 4096  # elements of a tile at most: 32 a thread with four warps
+
+
+@triton.jit
+def _mixed(
+    x_ptr,
+    branch_ptr,
+    x_scale_ptr,
+    branch_scale_ptr,
+    mixed_ptr,
+    x_stride,
+    branch_stride,
+    row,
+    column,
+    mask,
+    width,
+    HAS_X_SCALE: tl.constexpr,
+):
+    """A tile of x_scale * x + branch_scale * branch, rounded to the dtype it is kept in, as float32."""
+    x = tl.load(x_ptr + row[:, None] * x_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    branch = tl.load(branch_ptr + row[:, None] * branch_stride + column[None, :], mask=mask, other=0.0)
+    branch_scale = tl.load(branch_scale_ptr + column, mask=column < width, other=0.0).to(tl.float32)
+    if HAS_X_SCALE:
+        x *= tl.load(x_scale_ptr + column, mask=column < width, other=0.0).to(tl.float32)[None, :]
+    mixed = x + branch.to(tl.float32) * branch_scale[None, :]
+    return mixed.to(mixed_ptr.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def residual_norm_fwd_kernel(
+    x_ptr,
+    branch_ptr,
+    x_scale_ptr,
+    branch_scale_ptr,
+    mixed_ptr,
+    normed_ptr,
+    rstd_ptr,
+    x_stride,
+    branch_stride,
+    rows,
+    width,
+    layer_scale,
+    eps,
+    HAS_X_SCALE: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One tile of rows. With WHOLE a row fits the tile; otherwise its columns are walked through twice."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.arange(0, BLOCK_N)
+    squares = tl.zeros((BLOCK_M,), tl.float32)
+    mixed = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    mask = (row < rows)[:, None] & (column < width)[None, :]
+    for first in range(0, BLOCK_N if WHOLE else width, BLOCK_N):
+        column = first + tl.arange(0, BLOCK_N)
+        mask = (row < rows)[:, None] & (column < width)[None, :]
+        mixed = _mixed(
+            x_ptr, branch_ptr, x_scale_ptr, branch_scale_ptr, mixed_ptr, x_stride, branch_stride, row, column,
+            mask, width, HAS_X_SCALE,
+        )  # fmt: skip
+        squares += tl.sum(mixed * mixed, 1)
+        address = mixed_ptr + row[:, None] * width + column[None, :]
+        tl.store(address, mixed.to(mixed_ptr.dtype.element_ty), mask=mask)
+    rstd = tl.rsqrt(squares / width + eps)
+    tl.store(rstd_ptr + row, rstd, mask=row < rows)
+    factor = (rstd * layer_scale)[:, None]
+    if WHOLE:
+        address = normed_ptr + row[:, None] * width + column[None, :]
+        tl.store(address, (mixed * factor).to(normed_ptr.dtype.element_ty), mask=mask)
+    else:
+        # mixed is worked out again: reading back what other threads stored would need a barrier
+        for first in range(0, width, BLOCK_N):
+            column = first + tl.arange(0, BLOCK_N)
+            mask = (row < rows)[:, None] & (column < width)[None, :]
+            mixed = _mixed(
+                x_ptr, branch_ptr, x_scale_ptr, branch_scale_ptr, mixed_ptr, x_stride, branch_stride, row,
+                column, mask, width, HAS_X_SCALE,
+            )  # fmt: skip
+            address = normed_ptr + row[:, None] * width + column[None, :]
+            tl.store(address, (mixed * factor).to(normed_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def residual_norm_bwd_along_kernel(
+    dnormed_ptr,
+    mixed_ptr,
+    rstd_ptr,
+    along_ptr,
+    dnormed_stride,
+    rows,
+    width,
+    layer_scale,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """mean(g unit) of each row, for rows wider than a tile: g the gradient of unit = rstd * mixed."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
+    along = tl.zeros((BLOCK_M,), tl.float32)
+    for first in range(0, width, BLOCK_N):
+        column = first + tl.arange(0, BLOCK_N)
+        mask = (row < rows)[:, None] & (column < width)[None, :]
+        g = tl.load(dnormed_ptr + row[:, None] * dnormed_stride + column[None, :], mask=mask, other=0.0)
+        mixed = tl.load(mixed_ptr + row[:, None] * width + column[None, :], mask=mask, other=0.0)
+        along += tl.sum(g.to(tl.float32) * layer_scale * (mixed.to(tl.float32) * rstd[:, None]), 1)
+    tl.store(along_ptr + row, along / width, mask=row < rows)
+
+
+@triton.jit
+def residual_norm_bwd_kernel(
+    dmixed_ptr,
+    dnormed_ptr,
+    x_ptr,
+    branch_ptr,
+    x_scale_ptr,
+    branch_scale_ptr,
+    mixed_ptr,
+    rstd_ptr,
+    along_ptr,
+    dx_ptr,
+    dbranch_ptr,
+    partial_ptr,
+    dmixed_stride,
+    dnormed_stride,
+    x_stride,
+    branch_stride,
+    rows,
+    width,
+    layer_scale,
+    tiles,
+    HAS_X_SCALE: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """`tiles` tiles of rows, one after another, with the per-channel gradients summed in registers."""
+    program = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = column < width
+    branch_scale = tl.load(branch_scale_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    dbranch_scale = tl.zeros((BLOCK_N,), tl.float32)
+    dx_scale = tl.zeros((BLOCK_N,), tl.float32)
+    if HAS_X_SCALE:
+        x_scale = tl.load(x_scale_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    for tile in range(tiles):
+        row = (program * tiles + tile) * BLOCK_M + tl.arange(0, BLOCK_M)
+        mask = (row < rows)[:, None] & inside[None, :]
+        rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)[:, None]
+        mixed = tl.load(mixed_ptr + row[:, None] * width + column[None, :], mask=mask, other=0.0)
+        unit = mixed.to(tl.float32) * rstd
+        g = tl.load(dnormed_ptr + row[:, None] * dnormed_stride + column[None, :], mask=mask, other=0.0)
+        g = g.to(tl.float32) * layer_scale
+        if WHOLE:  # noqa: SIM108 — read by Triton
+            along = tl.sum(g * unit, 1) / width
+        else:
+            along = tl.load(along_ptr + row, mask=row < rows, other=0.0)
+        # d rms_norm: rstd (g - unit mean(g unit))
+        dmixed = tl.load(dmixed_ptr + row[:, None] * dmixed_stride + column[None, :], mask=mask, other=0.0)
+        total = rstd * (g - unit * along[:, None]) + dmixed.to(tl.float32)
+        branch = tl.load(branch_ptr + row[:, None] * branch_stride + column[None, :], mask=mask, other=0.0)
+        dbranch_scale += tl.sum(total * branch.to(tl.float32), 0)
+        out = row[:, None] * width + column[None, :]
+        dbranch = (total * branch_scale[None, :]).to(dbranch_ptr.dtype.element_ty)
+        tl.store(dbranch_ptr + out, dbranch, mask=mask)
+        if HAS_X_SCALE:
+            x = tl.load(x_ptr + row[:, None] * x_stride + column[None, :], mask=mask, other=0.0)
+            dx_scale += tl.sum(total * x.to(tl.float32), 0)
+            total *= x_scale[None, :]
+        tl.store(dx_ptr + out, total.to(dx_ptr.dtype.element_ty), mask=mask)
+    tl.store(partial_ptr + program * width + column, dbranch_scale, mask=inside)
+    if HAS_X_SCALE:
+        after = tl.num_programs(0).to(tl.int64) * width
+        tl.store(partial_ptr + after + program * width + column, dx_scale, mask=inside)
+
+
+def _tile(width: int, config) -> tuple[int, int]:
+    """Rows and columns of a tile."""
+    columns = min(triton.next_power_of_2(max(width, 1)), config.block_n)
+    return max(1, min(config.block_m, _TILE // columns)), columns
+
+
+def fits_tile(width: int, config) -> bool:
+    """Whether a row fits a tile, so that backward needs no `along`."""
+    return width <= config.block_n
+
+
+def launch_residual_norm_fwd(
+    x: "Tensor",
+    branch: "Tensor",
+    x_scale: "Tensor | None",
+    branch_scale: "Tensor",
+    mixed: "Tensor",
+    normed: "Tensor",
+    rstd: "Tensor",
+    *,
+    layer_scale: float,
+    eps: float,
+    config,
+) -> None:
+    """x, branch (rows, D) with unit inner stride, scales (D,); mixed, normed (rows, D); rstd (rows,)."""
+    rows, width = x.shape
+    block_m, block_n = _tile(width, config)
+    residual_norm_fwd_kernel[(triton.cdiv(rows, block_m),)](
+        x, branch, x_scale, branch_scale, mixed, normed, rstd, x.stride(0), branch.stride(0), rows, width,
+        layer_scale, eps, HAS_X_SCALE=x_scale is not None, WHOLE=fits_tile(width, config), BLOCK_M=block_m,
+        BLOCK_N=block_n, num_warps=config.num_warps,
+    )  # fmt: skip
+
+
+def launch_residual_norm_bwd_along(
+    dnormed: "Tensor",
+    mixed: "Tensor",
+    rstd: "Tensor",
+    along: "Tensor",
+    *,
+    layer_scale: float,
+    config,
+) -> None:
+    """dnormed (rows, D) with unit inner stride, mixed (rows, D); rstd and along (rows,)."""
+    rows, width = mixed.shape
+    block_m, block_n = _tile(width, config)
+    residual_norm_bwd_along_kernel[(triton.cdiv(rows, block_m),)](
+        dnormed, mixed, rstd, along, dnormed.stride(0), rows, width, layer_scale, BLOCK_M=block_m,
+        BLOCK_N=block_n, num_warps=config.num_warps,
+    )  # fmt: skip
+
+
+def launch_residual_norm_bwd(
+    dmixed: "Tensor",
+    dnormed: "Tensor",
+    x: "Tensor",
+    branch: "Tensor",
+    x_scale: "Tensor | None",
+    branch_scale: "Tensor",
+    mixed: "Tensor",
+    rstd: "Tensor",
+    along: "Tensor | None",
+    dx: "Tensor",
+    dbranch: "Tensor",
+    partial: "Tensor",
+    *,
+    layer_scale: float,
+    config,
+) -> None:
+    """dmixed, dnormed, x, branch (rows, D) with unit inner stride; mixed, dx, dbranch (rows, D); rstd (rows,)
+
+    along (rows,) is read unless a row fits a tile; partial (1 or 2, programs, D) gets each program's share of
+    d branch_scale and, with x_scale, of d x_scale.
+    """
+    rows, width = mixed.shape
+    block_m, block_n = _tile(width, config)
+    programs = partial.shape[1]
+    tiles = triton.cdiv(triton.cdiv(rows, block_m), programs)
+    residual_norm_bwd_kernel[(programs, triton.cdiv(width, block_n))](
+        dmixed, dnormed, x, branch, x_scale, branch_scale, mixed, rstd, along, dx, dbranch, partial,
+        dmixed.stride(0), dnormed.stride(0), x.stride(0), branch.stride(0), rows, width, layer_scale, tiles,
+        HAS_X_SCALE=x_scale is not None, WHOLE=fits_tile(width, config), BLOCK_M=block_m, BLOCK_N=block_n,
+        num_warps=config.num_warps,
+    )  # fmt: skip

@@ -1,0 +1,107 @@
+"""Triton kernels of SmearGate: each position mixed with the one before it in its sequence.
+
+Row n of the flattened (B, T, D) input is position n % T of sequence n // T.
+"""
+
+from typing import TYPE_CHECKING
+
+import triton
+import triton.language as tl
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@triton.jit
+def smear_gate_fwd_kernel(
+    x_ptr,
+    gate_ptr,
+    out_ptr,
+    batch_stride,
+    time_stride,
+    rows,
+    length,
+    width,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    batch, time = row // length, row % length
+    mask = (row < rows)[:, None] & (column < width)[None, :]
+    before = mask & (time > 0)[:, None]
+    address = x_ptr + (batch * batch_stride + time * time_stride)[:, None] + column[None, :]
+    s = tl.sigmoid(tl.load(gate_ptr + column, mask=column < width, other=0.0).to(tl.float32))[None, :]
+    x = tl.load(address, mask=mask, other=0.0).to(tl.float32)
+    previous = tl.load(address - time_stride, mask=before, other=0.0).to(tl.float32)
+    out = (1 - s) * x + s * previous
+    tl.store(out_ptr + row[:, None] * width + column[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def smear_gate_bwd_kernel(
+    dout_ptr,
+    x_ptr,
+    gate_ptr,
+    dx_ptr,
+    partial_ptr,
+    dout_batch_stride,
+    dout_time_stride,
+    batch_stride,
+    time_stride,
+    rows,
+    length,
+    width,
+    tiles,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """`tiles` tiles of rows, one after another, with the gate's gradient summed in registers."""
+    program = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = column < width
+    s = tl.sigmoid(tl.load(gate_ptr + column, mask=inside, other=0.0).to(tl.float32))
+    dgate = tl.zeros((BLOCK_N,), tl.float32)
+    for tile in range(tiles):
+        row = (program * tiles + tile) * BLOCK_M + tl.arange(0, BLOCK_M)
+        batch, time = row // length, row % length
+        mask = (row < rows)[:, None] & inside[None, :]
+        before, after = mask & (time > 0)[:, None], mask & (time + 1 < length)[:, None]
+        address = x_ptr + (batch * batch_stride + time * time_stride)[:, None] + column[None, :]
+        x = tl.load(address, mask=mask, other=0.0).to(tl.float32)
+        previous = tl.load(address - time_stride, mask=before, other=0.0).to(tl.float32)
+        address = dout_ptr + (batch * dout_batch_stride + time * dout_time_stride)[:, None] + column[None, :]
+        dout = tl.load(address, mask=mask, other=0.0).to(tl.float32)
+        following = tl.load(address + dout_time_stride, mask=after, other=0.0).to(tl.float32)
+        # x_t is in position t with weight 1 - s and in position t + 1 with weight s
+        dx = (1 - s)[None, :] * dout + s[None, :] * following
+        tl.store(dx_ptr + row[:, None] * width + column[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        dgate += tl.sum(dout * (previous - x), 0)
+    tl.store(partial_ptr + program * width + column, dgate * s * (1 - s), mask=inside)
+
+
+def _columns(width: int, config) -> int:
+    return min(triton.next_power_of_2(max(width, 1)), config.block_n)
+
+
+def launch_smear_gate_fwd(x: "Tensor", gate: "Tensor", out: "Tensor", config) -> None:
+    """x (B, T, D) with unit inner stride, gate (D,), out (B, T, D)."""
+    batch, length, width = x.shape
+    columns = _columns(width, config)
+    smear_gate_fwd_kernel[(triton.cdiv(batch * length, config.block_m), triton.cdiv(width, columns))](
+        x, gate, out, x.stride(0), x.stride(1), batch * length, length, width, BLOCK_M=config.block_m,
+        BLOCK_N=columns, num_warps=config.num_warps,
+    )  # fmt: skip
+
+
+def launch_smear_gate_bwd(
+    dout: "Tensor", x: "Tensor", gate: "Tensor", dx: "Tensor", partial: "Tensor", config
+) -> None:
+    """dout, x (B, T, D) with unit inner stride, dx (B, T, D); partial (programs, D) gets shares of d gate."""
+    batch, length, width = x.shape
+    columns = _columns(width, config)
+    tiles = triton.cdiv(triton.cdiv(batch * length, config.block_m), partial.shape[0])
+    smear_gate_bwd_kernel[(partial.shape[0], triton.cdiv(width, columns))](
+        dout, x, gate, dx, partial, dout.stride(0), dout.stride(1), x.stride(0), x.stride(1), batch * length,
+        length, width, tiles, BLOCK_M=config.block_m, BLOCK_N=columns, num_warps=config.num_warps,
+    )  # fmt: skip

@@ -1,0 +1,244 @@
+"""Triton kernels of the softcapped head loss: logits are made tile by tile and never written.
+
+The forward walks a block of rows through the vocabulary with an online logsumexp. The backward makes each
+tile again and writes d loss / d raw logits for some rows; the op feeds these to two matrix products.
+"""
+
+from typing import TYPE_CHECKING
+
+import triton
+import triton.language as tl
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@triton.jit
+def _tanh(z):
+    """tanh(z) and its derivative, each within a few units in the last place of float32.
+
+    From e = exp(-2|z|): (1 - e) / (1 + e) and 4 e / (1 + e)^2. Where 1 - e would cancel, the odd series takes
+    over; at 0.3 the first term that it leaves out is 2e-9 of the value.
+    """
+    square = z * z
+    series = -1382.0 / 155925.0
+    series = series * square + 62.0 / 2835.0
+    series = series * square - 17.0 / 315.0
+    series = series * square + 2.0 / 15.0
+    series = series * square - 1.0 / 3.0
+    series = z + z * square * series
+    e = tl.exp(-2.0 * tl.abs(z))
+    ratio = (1.0 - e) / (1.0 + e)
+    tanh = tl.where(tl.abs(z) < 0.3, series, tl.where(z < 0, -ratio, ratio))
+    return tanh, 4.0 * e / ((1.0 + e) * (1.0 + e))
+
+
+@triton.jit
+def _halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The left and the right half of a tile's columns."""
+    return tl.split(tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _quarters(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A tile in four strips of columns: worked on in turn, they need a quarter of the registers at once."""
+    left, right = _halves(tile, BLOCK_M, BLOCK_N)
+    first, second = _halves(left, BLOCK_M, BLOCK_N // 2)
+    third, fourth = _halves(right, BLOCK_M, BLOCK_N // 2)
+    return first, second, third, fourth
+
+
+@triton.jit
+def _raw_logits(
+    x_ptr,
+    weight_ptr,
+    x_stride,
+    weight_stride,
+    row,
+    column,
+    rows,
+    vocab,
+    width,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """A tile of x W^T in float32, [BLOCK_M, BLOCK_N]; 0 outside."""
+    raw = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first in range(0, width, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        x_mask = (row < rows)[:, None] & (k < width)[None, :]
+        weight_mask = (column < vocab)[None, :] & (k < width)[:, None]
+        x = tl.load(x_ptr + row[:, None] * x_stride + k[None, :], mask=x_mask, other=0.0)
+        address = weight_ptr + column.to(tl.int64)[None, :] * weight_stride + k[:, None]
+        weight = tl.load(address, mask=weight_mask, other=0.0)
+        raw = tl.dot(x, weight, raw, input_precision=PRECISION)
+    return raw
+
+
+@triton.jit
+def _target(targets_ptr, targets_stride, row, rows, vocab):
+    """Targets of some rows, in 32 bits like the columns they are compared with; -1 outside the vocabulary."""
+    target = tl.load(targets_ptr + row * targets_stride, mask=row < rows, other=0).to(tl.int64)
+    return tl.where((target >= 0) & (target < vocab), target, -1).to(tl.int32)
+
+
+@triton.jit
+def _add_columns(raw, column, target, largest, total, chosen, vocab, softcap, inverse):
+    """Largest logit, sum of exp(logit - largest) and target logit with some more columns."""
+    tanh, _ = _tanh(raw * inverse)
+    logit = tl.where((column < vocab)[None, :], softcap * tanh, float("-inf"))
+    chosen += tl.sum(tl.where(column[None, :] == target[:, None], logit, 0.0), 1)
+    now = tl.maximum(largest, tl.max(logit, 1))
+    total = total * tl.exp(largest - now) + tl.sum(tl.exp(logit - now[:, None]), 1)
+    return now, total, chosen
+
+
+@triton.jit
+def softcap_cross_entropy_fwd_kernel(
+    x_ptr,
+    weight_ptr,
+    targets_ptr,
+    loss_ptr,
+    logsumexp_ptr,
+    x_stride,
+    weight_stride,
+    targets_stride,
+    rows,
+    vocab,
+    width,
+    softcap,
+    inverse,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    target = _target(targets_ptr, targets_stride, row, rows, vocab)
+    largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    chosen = tl.zeros((BLOCK_M,), tl.float32)
+    for first in range(0, vocab, BLOCK_N):
+        column = first + tl.arange(0, BLOCK_N)
+        raw = _raw_logits(
+            x_ptr, weight_ptr, x_stride, weight_stride, row, column, rows, vocab, width, PRECISION, BLOCK_M,
+            BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        strips = _halves(raw, BLOCK_M, BLOCK_N)
+        for i in tl.static_range(2):
+            strip = first + i * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+            largest, total, chosen = _add_columns(
+                strips[i], strip, target, largest, total, chosen, vocab, softcap, inverse
+            )
+    logsumexp = largest + tl.log(total)
+    tl.store(logsumexp_ptr + row, logsumexp, mask=row < rows)
+    tl.store(loss_ptr + row, tl.where(target < 0, float("nan"), logsumexp - chosen), mask=row < rows)
+
+
+@triton.jit
+def _store_dlogits(raw, row, column, target, logsumexp, dloss, dlogits_ptr, rows, vocab, softcap, inverse):
+    tanh, slope = _tanh(raw * inverse)
+    # d loss / d raw = (softmax - onehot) (1 - tanh^2)
+    grad = tl.exp(softcap * tanh - logsumexp[:, None])
+    grad = tl.where(column[None, :] == target[:, None], grad - 1.0, grad) * slope * dloss[:, None]
+    mask = (row < rows)[:, None] & (column < vocab)[None, :]
+    address = dlogits_ptr + row[:, None] * vocab + column[None, :]
+    tl.store(address, grad.to(dlogits_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def softcap_cross_entropy_dlogits_kernel(
+    x_ptr,
+    weight_ptr,
+    targets_ptr,
+    logsumexp_ptr,
+    dloss_ptr,
+    dlogits_ptr,
+    x_stride,
+    weight_stride,
+    targets_stride,
+    dloss_stride,
+    rows,
+    vocab,
+    width,
+    softcap,
+    inverse,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One tile of d loss / d (x W^T); tiles of the same rows run side by side and share x in the cache."""
+    tile = tl.program_id(0).to(tl.int64)
+    across = tl.cdiv(vocab, BLOCK_N)
+    row = (tile // across) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = ((tile % across) * BLOCK_N).to(tl.int32)
+    column = first + tl.arange(0, BLOCK_N)
+    raw = _raw_logits(
+        x_ptr, weight_ptr, x_stride, weight_stride, row, column, rows, vocab, width, PRECISION, BLOCK_M,
+        BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    target = _target(targets_ptr, targets_stride, row, rows, vocab)
+    logsumexp = tl.load(logsumexp_ptr + row, mask=row < rows, other=0.0)
+    dloss = tl.load(dloss_ptr + row * dloss_stride, mask=row < rows, other=0.0).to(tl.float32)
+    dloss = tl.where(target < 0, float("nan"), dloss)
+    strips = _quarters(raw, BLOCK_M, BLOCK_N)
+    for i in tl.static_range(4):
+        strip = first + i * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
+        _store_dlogits(
+            strips[i], row, strip, target, logsumexp, dloss, dlogits_ptr, rows, vocab, softcap, inverse
+        )
+
+
+def _tiles(x: "Tensor", config) -> dict[str, object]:
+    return {
+        "PRECISION": "ieee" if x.element_size() > 2 else "tf32",  # of no effect on 16-bit data
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+
+
+def launch_softcap_cross_entropy_fwd(
+    x: "Tensor",
+    weight: "Tensor",
+    targets: "Tensor",
+    loss: "Tensor",
+    logsumexp: "Tensor",
+    *,
+    softcap: float,
+    config,
+) -> None:
+    """x (N, D) and weight (V, D) with unit inner stride, targets (N,); loss and logsumexp (N,) float32.
+
+    A target outside the vocabulary gives a loss of NaN.
+    """
+    rows, width = x.shape
+    softcap_cross_entropy_fwd_kernel[(triton.cdiv(rows, config.block_m),)](
+        x, weight, targets, loss, logsumexp, x.stride(0), weight.stride(0), targets.stride(0), rows,
+        weight.shape[0], width, softcap, 1 / softcap, **_tiles(x, config),
+    )  # fmt: skip
+
+
+def launch_softcap_cross_entropy_dlogits(
+    x: "Tensor",
+    weight: "Tensor",
+    targets: "Tensor",
+    logsumexp: "Tensor",
+    dloss: "Tensor",
+    dlogits: "Tensor",
+    *,
+    softcap: float,
+    config,
+) -> None:
+    """As forward, with dloss (N,) of any stride; dlogits (N, V) contiguous."""
+    rows, vocab = dlogits.shape
+    grid = (triton.cdiv(rows, config.block_m) * triton.cdiv(vocab, config.block_n),)
+    softcap_cross_entropy_dlogits_kernel[grid](
+        x, weight, targets, logsumexp, dloss, dlogits, x.stride(0), weight.stride(0), targets.stride(0),
+        dloss.stride(0), rows, vocab, x.shape[1], softcap, 1 / softcap, **_tiles(x, config),
+    )  # fmt: skip

@@ -1,0 +1,160 @@
+"""grad += A^T B, summed over very many rows: output tiles are few, so programs split the rows as well."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import triton
+import triton.language as tl
+from pgolf_fast.kernels.dot_tile import dot_tile, halves
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@triton.jit
+def _add_to(ptrs, value, mask):
+    """*ptrs += value (float32), in float32 or, where memory is wider, in float64."""
+    before = tl.load(ptrs, mask=mask, other=0.0)
+    if ptrs.dtype.element_ty == tl.float64:
+        total = before + value.to(tl.float64)
+    else:
+        total = before.to(tl.float32) + value
+    tl.store(ptrs, total.to(ptrs.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def weight_grad_kernel(
+    a_ptr,
+    b_ptr,
+    out_ptr,
+    out_rows,
+    out_cols,
+    depth,
+    depth_a_split,
+    a_stride_row,
+    a_stride_depth,
+    b_stride_depth,
+    b_stride_col,
+    out_stride_split,
+    out_stride_row,
+    out_stride_col,
+    ADD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """out[split] = a[:, its depth] b[its depth, :]; with ADD there is one split, and it is added to out."""
+    pid = tl.program_id(0).to(tl.int64)
+    tiles_n = tl.cdiv(out_cols, BLOCK_N)
+    tiles = tl.cdiv(out_rows, BLOCK_M) * tiles_n
+    split = pid // tiles  # neighbors read the same part of a and b
+    tile = pid % tiles
+    row = tile // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    col = tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = split * depth_a_split
+    own = tl.minimum(depth - first, depth_a_split).to(tl.int32)
+    acc = dot_tile(
+        a_ptr + first * a_stride_depth,
+        b_ptr + first * b_stride_depth,
+        row,
+        col,
+        out_rows,
+        out_cols,
+        own,
+        a_stride_row,
+        a_stride_depth,
+        b_stride_col,
+        b_stride_depth,
+        BLOCK_K,
+    )
+    row_ptrs = out_ptr + split * out_stride_split + row[:, None] * out_stride_row
+    if ADD:
+        left, right = halves(acc)
+        half = tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+        mask = (row[:, None] < out_rows) & (half[None, :] < out_cols)
+        _add_to(row_ptrs + half[None, :] * out_stride_col, left, mask)
+        half += BLOCK_N // 2
+        mask = (row[:, None] < out_rows) & (half[None, :] < out_cols)
+        _add_to(row_ptrs + half[None, :] * out_stride_col, right, mask)
+    else:
+        mask = (row[:, None] < out_rows) & (col[None, :] < out_cols)
+        tl.store(row_ptrs + col[None, :] * out_stride_col, acc, mask=mask)
+
+
+@triton.jit
+def weight_grad_sum_kernel(
+    partial_ptr,
+    grad_ptr,
+    splits,
+    out_rows,
+    out_cols,
+    grad_stride_row,
+    grad_stride_col,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """grad += partial[0] + partial[1] + ..., in this order."""
+    pid = tl.program_id(0).to(tl.int64)
+    tiles_n = tl.cdiv(out_cols, BLOCK_N)
+    row = pid // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    col = pid % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (row[:, None] < out_rows) & (col[None, :] < out_cols)
+    partial_ptrs = partial_ptr + row[:, None] * out_cols + col[None, :]
+    matrix = tl.full([], out_rows, tl.int64) * out_cols
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for _ in range(splits):
+        total += tl.load(partial_ptrs, mask=mask, other=0.0)
+        partial_ptrs += matrix
+    _add_to(grad_ptr + row[:, None] * grad_stride_row + col[None, :] * grad_stride_col, total, mask)
+
+
+def launch_weight_grad(
+    left: Tensor, right: Tensor, grad: Tensor, partial: Tensor | None, depth_a_split: int, launch
+) -> None:
+    """grad (N, K) += left (N, rows) @ right (rows, K), all with any strides.
+
+    With `partial`, float32 (splits, N, K) and contiguous, split s writes the product over its `depth_a_split`
+    rows there and grad is left alone: `launch_weight_grad_sum` comes next.
+    """
+    out_rows, depth = left.shape
+    out_cols = right.shape[1]
+    tiles = triton.cdiv(out_rows, launch.block_m) * triton.cdiv(out_cols, launch.block_n)
+    splits = 1 if partial is None else partial.shape[0]
+    out = grad.unsqueeze(0) if partial is None else partial
+    weight_grad_kernel[(tiles * splits,)](
+        left,
+        right,
+        out,
+        out_rows,
+        out_cols,
+        depth,
+        depth_a_split,
+        *left.stride(),
+        *right.stride(),
+        *out.stride(),
+        ADD=partial is None,
+        BLOCK_M=launch.block_m,
+        BLOCK_N=launch.block_n,
+        BLOCK_K=launch.block_k,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )
+
+
+def launch_weight_grad_sum(partial: Tensor, grad: Tensor, launch) -> None:
+    """grad (N, K), any strides, += the sum of partial, float32 (splits, N, K), over its first dimension."""
+    splits, out_rows, out_cols = partial.shape
+    grid = (triton.cdiv(out_rows, launch.block_m) * triton.cdiv(out_cols, launch.block_n),)
+    weight_grad_sum_kernel[grid](
+        partial,
+        grad,
+        splits,
+        out_rows,
+        out_cols,
+        *grad.stride(),
+        BLOCK_M=launch.block_m,
+        BLOCK_N=launch.block_n,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )

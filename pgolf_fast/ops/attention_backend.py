@@ -1,0 +1,276 @@
+"""Who computes softmax(q k^T) v inside `gqa_attention`: our Triton kernels, PyTorch's, or a library.
+
+All speak (B, T, heads, hd) with K and V not repeated, and give the natural logsumexp (B, H, T) in float32,
+so that the backward of one follows the forward of another. `choose` forces one; otherwise a table decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pgolf_fast.ops import launch
+
+Gradients = tuple[Tensor, Tensor, Tensor]
+
+# What each is, for `pgolf doctor`.
+NAMES = {
+    "triton": "own Triton kernels, XSA inside",
+    "flash": "PyTorch's flash attention",
+    "cudnn": "cuDNN's attention, through PyTorch",
+    "fa3": "FlashAttention 3 (package flash_attn_interface)",
+    "fa4": "FlashAttention 4 (package flash_attn.cute)",
+    "plain": "all scores in memory",
+}
+
+# GPU architecture -> for 16-bit heads, in order of preference. Nothing here is measured yet: PyTorch's flash
+# kernels are the choice that is known to train well. float32 runs on our kernels, which are exact there.
+_PREFERRED: dict[str, tuple[str, ...]] = {
+    "sm80": ("flash", "triton"),
+    "sm90": ("flash", "triton"),
+    "sm100": ("flash", "triton"),
+}
+_SIXTEEN_BITS = (torch.float16, torch.bfloat16)
+LARGEST_HEAD_DIM = 128  # of our kernels
+
+_chosen: str | None = None
+
+
+class Shape(NamedTuple):
+    """What the choice depends on."""
+
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int
+    windowed: bool = False
+    """Whether queries are only the last positions: libraries disagree on what causal means then."""
+
+
+def choose(name: str) -> None:
+    """Force a backend in this process wherever it fits, or go back to "auto".
+
+    Raises ValueError for an unknown name, and for a package that is not installed.
+    """
+    global _chosen
+    if name != "auto" and name not in NAMES:
+        raise ValueError(f"no attention backend {name!r}; there are auto, {', '.join(NAMES)}")
+    if name in _PACKAGES and not _installed(_PACKAGES[name]):
+        raise ValueError(
+            f"attention backend {name!r} needs the package {_PACKAGES[name]}, which is not installed"
+        )
+    _chosen = None if name == "auto" else name
+
+
+def backend(shape: Shape) -> str:
+    """The name of the backend for calls of that shape where the op runs kernels."""
+    if _chosen is not None and why_not(_chosen, shape) is None:
+        return _chosen
+    if launch.forced() is not None:
+        return "triton"
+    if shape.dtype in _SIXTEEN_BITS and not shape.windowed:
+        for name in _PREFERRED[launch.architecture(shape.device)]:
+            if why_not(name, shape) is None:
+                return name
+    return "triton"
+
+
+def without_kernels(shape: Shape) -> str:
+    """The same where the op runs PyTorch only: a CPU, float64, an old GPU, or by `launch.choose`."""
+    return "plain" if why_not("flash", shape) else "flash"
+
+
+def why_not(name: str, shape: Shape) -> str | None:
+    """Why `name` cannot serve calls of that shape on this machine; None where it can."""
+    if name == "triton":
+        return None if shape.head_dim <= LARGEST_HEAD_DIM else f"heads wider than {LARGEST_HEAD_DIM}"
+    if name == "plain":
+        return None
+    if shape.windowed:
+        return "a window of queries"
+    if name == "flash" and shape.device.type == "cpu":
+        return None
+    if shape.device.type != "cuda":
+        return "no CUDA GPU"
+    if name in _PACKAGES and not _installed(_PACKAGES[name]):
+        return f"package {_PACKAGES[name]} is not installed"
+    if shape.dtype not in _SIXTEEN_BITS:
+        return "16-bit heads only"
+    if shape.head_dim % 8 or shape.head_dim > (256 if name == "flash" else 128):
+        return f"heads of {shape.head_dim} channels"
+    capability = torch.cuda.get_device_capability(shape.device)
+    if capability < (8, 0) or (name == "fa3" and capability[0] != 9) or (name == "fa4" and capability[0] < 9):
+        return f"compute capability {capability[0]}.{capability[1]}"
+    return None
+
+
+def available(device: torch.device, head_dim: int = 64) -> list[tuple[str, str, str]]:
+    """For each backend: its name, what it is, and "chosen", "available" or why not, for 16-bit heads."""
+    shape = Shape(device, torch.bfloat16, head_dim)
+    served = device.type == "cuda" or launch.forced() is not None
+    chosen = backend(shape) if served else "flash"
+    rows = []
+    for name, what in NAMES.items():
+        reason = "kernels need a CUDA GPU" if name == "triton" and not served else why_not(name, shape)
+        rows.append((name, what, "chosen" if name == chosen else reason or "available"))
+    return rows
+
+
+def forward(name: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Causal attention at scale 1 / sqrt(hd): q (B, W, H, hd), k and v (B, T, KV, hd) -> y like q, and lse.
+
+    W < T means the last W positions, which only "plain" takes. Not for "triton".
+    """
+    return _FORWARD[name](q, k, v)
+
+
+def backward(name: str, dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor) -> Gradients:
+    """Gradients of q, k and v, in float32 or the dtype of v. Of `y`, sums of dy * y by row are used only."""
+    return _BACKWARD[name](dy, q, k, v, y, lse)
+
+
+def _heads_first(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(t.transpose(1, 2) for t in tensors)
+
+
+def _repeated(t: Tensor, q: Tensor) -> Tensor:
+    """(B, T, KV, hd) with the heads repeated for each query head of their group."""
+    return t.repeat_interleave(q.shape[2] // t.shape[2], dim=2)
+
+
+def _sum_groups(grad: Tensor, kv_heads: int) -> Tensor:
+    """(B, T, H, hd) -> (B, T, KV, hd) in at least float32."""
+    return grad.to(_wide(grad)).unflatten(2, (kv_heads, -1)).sum(3)
+
+
+def _wide(t: Tensor) -> torch.dtype:
+    return torch.promote_types(t.dtype, torch.float32)
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    if q.device.type == "cpu":
+        # in float32, which is quicker there than bfloat16: 4.5 against 5.5 ms
+        heads = (t.to(_wide(q)) for t in _heads_first(q, _repeated(k, q), _repeated(v, q)))
+        y, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads, 0.0, True)
+        return y.transpose(1, 2).to(q.dtype), lse
+    y, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(*_heads_first(q, k, v), 0.0, True)
+    return y.transpose(1, 2), lse
+
+
+def _flash_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor) -> Gradients:
+    if q.device.type == "cpu":
+        # 11 ms against 17 in bfloat16
+        heads = (t.to(_wide(q)) for t in _heads_first(dy, q, _repeated(k, q), _repeated(v, q), y))
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*heads, lse, 0.0, True)
+        dq, dk, dv = _heads_first(*grads)
+        return dq, _sum_groups(dk, k.shape[2]), _sum_groups(dv, k.shape[2])
+    seed, length = torch.zeros(2, dtype=torch.uint64, device=q.device), q.shape[1]
+    grads = torch.ops.aten._scaled_dot_product_flash_attention_backward(
+        *_heads_first(dy, q, k, v, y), lse, None, None, length, length, 0.0, True, seed, seed
+    )
+    dq, dk, dv = _heads_first(*grads)
+    return dq, dk, dv
+
+
+def _cudnn(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    y, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        *_heads_first(q, k, v), None, True, 0.0, True
+    )
+    return y.transpose(1, 2), lse.reshape(q.shape[0], q.shape[2], q.shape[1])
+
+
+def _cudnn_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor) -> Gradients:
+    seed, length = torch.zeros((), dtype=torch.int64, device=q.device), q.shape[1]
+    heads = _heads_first(dy, q, k, v, y)
+    grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        *heads, lse.unsqueeze(-1), seed, seed, None, None, None, length, length, 0.0, True
+    )
+    dq, dk, dv = _heads_first(*grads)
+    return dq, dk, dv
+
+
+def _fa3(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    import flash_attn_interface  # type: ignore[import-not-found]  # noqa: F401  # registers the ops used here
+
+    y, lse, *_ = torch.ops.flash_attn_3.fwd(q, k, v, softmax_scale=q.shape[-1] ** -0.5, is_causal=True)
+    return y, lse
+
+
+def _fa3_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor) -> Gradients:
+    import flash_attn_interface  # noqa: F401
+
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    scale = q.shape[-1] ** -0.5
+    torch.ops.flash_attn_3.bwd(dy, q, k, v, y, lse, dq=dq, dk=dk, dv=dv, softmax_scale=scale, is_causal=True)
+    return dq, dk, dv
+
+
+def _fa4(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    from flash_attn.cute.interface import _flash_attn_fwd  # type: ignore[import-not-found]
+
+    y, lse, *_ = _flash_attn_fwd(q, k, v, causal=True, return_lse=True)
+    return y, lse
+
+
+def _fa4_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor) -> Gradients:
+    from flash_attn.cute.interface import _flash_attn_bwd
+
+    dq, dk, dv, *_ = _flash_attn_bwd(q, k, v, y, dy, lse, causal=True)
+    return dq, dk, dv
+
+
+def _scores(q: Tensor, k: Tensor) -> Tensor:
+    """Scaled causal scores (B, H, W, T) in at least float32 from heads (B, H, W, hd) and (B, H, T, hd)."""
+    scores = (q.to(_wide(q)) @ k.to(_wide(k)).mT).mul_(q.shape[-1] ** -0.5)
+    queries, keys = scores.shape[-2:]
+    future = torch.ones(queries, keys, dtype=torch.bool, device=q.device).triu(1 + keys - queries)
+    return scores.masked_fill_(future, -torch.inf)
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    q, k, v = _heads_first(q, _repeated(k, q), _repeated(v, q))
+    scores = _scores(q, k)
+    y = (scores.softmax(-1) @ v.to(scores.dtype)).to(q.dtype)
+    return y.transpose(1, 2), scores.logsumexp(-1)
+
+
+def _plain_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor) -> Gradients:
+    """dS = P (dP - <dy, y>), P = exp(S - lse), dP = dy V^T; then dq = dS K, dk = dS^T q, dv = P^T dy."""
+    kv_heads = k.shape[2]
+    dy, q, k, v, y = _heads_first(dy, q, _repeated(k, q), _repeated(v, q), y)
+    scores = _scores(q, k)
+    probabilities = torch.exp(scores - lse.unsqueeze(-1))
+    dy, q, k, v, y = (t.to(scores.dtype) for t in (dy, q, k, v, y))
+    along = (dy * y).sum(-1, keepdim=True)
+    dscores = probabilities * (dy @ v.mT - along) * q.shape[-1] ** -0.5
+    dq, dk, dv = _heads_first(dscores @ k, dscores.mT @ q, probabilities.mT @ dy)
+    return dq, _sum_groups(dk, kv_heads), _sum_groups(dv, kv_heads)
+
+
+_PACKAGES = {"fa3": "flash_attn_interface", "fa4": "flash_attn.cute"}
+
+
+def _installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:  # of the parent package
+        return False
+
+
+_FORWARD: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "flash": _flash,
+    "cudnn": _cudnn,
+    "fa3": _fa3,
+    "fa4": _fa4,
+    "plain": _plain,
+}
+_BACKWARD: dict[str, Callable[..., Gradients]] = {
+    "flash": _flash_backward,
+    "cudnn": _cudnn_backward,
+    "fa3": _fa3_backward,
+    "fa4": _fa4_backward,
+    "plain": _plain_backward,
+}

@@ -1,0 +1,169 @@
+"""pgolf::muon_momentum, pgolf::muon_apply — what Muon does before and after Newton-Schulz, in place.
+
+Momentum and learning rate are numbers or tensors of one element. A tensor on the GPU is read there, when the
+kernel runs: nothing waits for the GPU, and a captured CUDA graph replays with the value of the moment.
+Both ops are for the optimizer: no autograd is registered.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pgolf_fast.ops import launch
+from pgolf_fast.ops.checks import expect_floating, expect_shape
+from pgolf_fast.ops.launch import Launch
+
+launch.declare("muon_momentum", Launch(16, 128, num_warps=8))
+launch.declare("muon_apply", Launch(16, 128, num_warps=8))
+
+
+def muon_momentum(grad: Tensor, buffer: Tensor, momentum: float | Tensor) -> Tensor:
+    """Nesterov momentum: `buffer = momentum * buffer + grad` in place; returns `grad + momentum * buffer`.
+
+    grad, of any floating dtype, is rounded to the buffer's first; the result is like buffer, contiguous.
+    Products and sums are rounded to that dtype (bfloat16 in training), as in PR 1501.
+    Raises ValueError for shapes or devices that do not fit.
+    """
+    return torch.ops.pgolf.muon_momentum(grad, buffer, _as_tensor(momentum))
+
+
+def muon_apply(
+    master: Tensor,
+    update: Tensor,
+    lr: float | Tensor,
+    *,
+    weight_decay: float,
+    scale: float,
+    shadow: Tensor | None = None,
+) -> None:
+    """`master = (1 - lr * weight_decay) * master - lr * scale * update` in place.
+
+    With `shadow` (master's shape, any floating dtype), the new weights are also written there, rounded.
+    Raises ValueError for shapes or devices that do not fit.
+    """
+    torch.ops.pgolf.muon_apply(master, update, shadow, _as_tensor(lr), weight_decay, scale)
+
+
+def _as_tensor(value: float | Tensor) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+
+
+def _check(op: str, name: str, value: Tensor, **tensors: Tensor) -> None:
+    (first, like), *others = tensors.items()
+    expect_floating(op, first, like)
+    for other, tensor in others:
+        expect_shape(op, other, tensor, tuple(like.shape))
+        expect_floating(op, other, tensor)
+        if tensor.device != like.device:
+            raise ValueError(
+                f"pgolf::{op}: {other}.device is {tensor.device}, but {first}.device is {like.device}"
+            )
+    expect_floating(op, name, value)
+    if value.numel() != 1:
+        raise ValueError(f"pgolf::{op}: {name} has {value.numel()} elements, but one is needed")
+    if value.device not in (torch.device("cpu"), like.device):
+        raise ValueError(f"pgolf::{op}: {name}.device is {value.device}, but {first}.device is {like.device}")
+
+
+@torch.library.custom_op("pgolf::muon_momentum", mutates_args=("buffer",))
+def _muon_momentum(grad: Tensor, buffer: Tensor, momentum: Tensor) -> Tensor:
+    _check("muon_momentum", "momentum", momentum, buffer=buffer, grad=grad)
+    if launch.uses_kernels("muon", buffer):
+        return _muon_momentum_kernels(grad, buffer, momentum)
+    low = grad.to(buffer.dtype, copy=True, memory_format=torch.contiguous_format)
+    if momentum.device.type == "cpu":
+        share = momentum.item()
+        buffer.mul_(share).add_(low)
+        return low.add_(buffer, alpha=share)
+    return _momentum_unread(low, buffer, momentum.reshape(()))
+
+
+def _momentum_unread(low: Tensor, buffer: Tensor, momentum: Tensor) -> Tensor:
+    """For a number that is on a GPU, where reading it would wait."""
+    wide = torch.promote_types(buffer.dtype, torch.float32)
+    buffer.copy_(buffer.to(wide) * momentum.to(wide)).add_(low)
+    return (low.to(wide) + buffer.to(wide) * momentum.to(wide)).to(buffer.dtype)
+
+
+@_muon_momentum.register_fake
+def _(grad, buffer, momentum):
+    _check("muon_momentum", "momentum", momentum, buffer=buffer, grad=grad)
+    return torch.empty_like(buffer, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("pgolf::muon_apply", mutates_args=("master", "shadow"))
+def _muon_apply(
+    master: Tensor, update: Tensor, shadow: Tensor | None, lr: Tensor, weight_decay: float, scale: float
+) -> None:
+    _check_apply(master, update, shadow, lr)
+    if launch.uses_kernels("muon", master) and launch.uses_kernels("muon", update):
+        return _muon_apply_kernels(master, update, shadow, lr, weight_decay, scale)
+    if lr.device.type == "cpu":
+        rate = lr.item()
+        master.mul_(1 - rate * weight_decay)
+        master.add_(update.to(master.dtype), alpha=-rate * scale)
+    else:
+        _apply_unread(master, update, lr.reshape(()), weight_decay, scale)
+    if shadow is not None:
+        shadow.copy_(master)
+    return None
+
+
+@_muon_apply.register_fake
+def _(master, update, shadow, lr, weight_decay, scale):
+    _check_apply(master, update, shadow, lr)
+
+
+def _check_apply(master: Tensor, update: Tensor, shadow: Tensor | None, lr: Tensor) -> None:
+    others = {"update": update} if shadow is None else {"update": update, "shadow": shadow}
+    _check("muon_apply", "lr", lr, master=master, **others)
+
+
+def _apply_unread(master: Tensor, update: Tensor, lr: Tensor, weight_decay: float, scale: float) -> None:
+    wide = torch.promote_types(master.dtype, torch.float32)
+    lr = lr.to(wide)
+    master.copy_(master.to(wide) * (1 - lr * weight_decay) - update.to(wide) * (lr * scale))
+
+
+def _muon_momentum_kernels(grad: Tensor, buffer: Tensor, momentum: Tensor) -> Tensor:
+    from pgolf_fast.kernels.muon import launch_muon_momentum
+
+    update = torch.empty_like(buffer, memory_format=torch.contiguous_format)
+    if buffer.numel() == 0:
+        return update
+    dense, share = buffer.contiguous(), _on_device(momentum, buffer)
+    with launch.on_device_of(buffer):
+        launch_muon_momentum(grad.contiguous(), dense, update, share, launch.launch("muon_momentum", buffer))
+    _write_back(buffer, dense)
+    return update
+
+
+def _muon_apply_kernels(
+    master: Tensor, update: Tensor, shadow: Tensor | None, lr: Tensor, weight_decay: float, scale: float
+) -> None:
+    from pgolf_fast.kernels.muon import launch_muon_apply
+
+    if master.numel() == 0:
+        return
+    dense, rate = master.contiguous(), _on_device(lr, master)
+    dense_shadow = None if shadow is None else shadow.contiguous()
+    with launch.on_device_of(master):
+        row = launch.launch("muon_apply", master)
+        launch_muon_apply(dense, update.contiguous(), dense_shadow, rate, weight_decay, scale, row)
+    _write_back(master, dense)
+    if shadow is not None and dense_shadow is not None:
+        _write_back(shadow, dense_shadow)
+
+
+def _on_device(value: Tensor, like: Tensor) -> Tensor:
+    """One float32 on the device of `like`; a number from the CPU gets there by a fill, without waiting."""
+    if value.device == like.device:
+        return value.float()
+    return torch.full((), value.item(), dtype=torch.float32, device=like.device)
+
+
+def _write_back(tensor: Tensor, dense: Tensor) -> None:
+    """The kernels write contiguous memory: copy into a strided original."""
+    if dense.data_ptr() != tensor.data_ptr():
+        tensor.copy_(dense)

@@ -1,0 +1,100 @@
+"""grad_bank[slot] += left @ right: in the bank's own precision, for any strides, the same every time."""
+
+import pytest
+import torch
+from helpers import LAYOUTS, assert_as_accurate
+
+from pgolf_fast.ops import launch
+from pgolf_fast.ops.bank_grad import _depth_a_split, add_matmul
+from pgolf_fast.ops.launch import Launch
+
+HAS_KERNELS = True
+# rows of the weight, rows of data, columns of the weight; interpreted, 600 rows are summed in two parts
+SHAPES = [(64, 96, 32), (40, 600, 70), (33, 31, 1), (1, 1, 1), (1, 300, 1), (0, 5, 3), (4, 0, 5), (4, 5, 0)]
+
+
+def make(shape, dtype, bank_dtype=torch.float32, device="cpu"):
+    """A bank that starts out large, so that adding in a narrower dtype or overwriting shows."""
+    n, rows, k = shape
+    left = torch.randn(rows, n, device=device).to(dtype).T
+    right = torch.randn(rows, k, device=device).to(dtype)
+    return (100 * torch.randn(3, n, k, device=device)).to(bank_dtype), left, right
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_adds_to_its_slot(shape, dtype, device):
+    bank, left, right = make(shape, dtype, device=device)
+    before = bank.clone()
+    add_matmul(bank, 1, left, right)
+    exact = before[1].double() + left.double() @ right.double()
+    # PyTorch's float32 product rounds every time it adds to the large bank; the kernels only once
+    kept = launch.uses_kernels("weight_grad", left)
+    low = before[1] + (left.float() @ right.float() if kept else (left @ right).float())
+    rounding = 2**-20 * exact.abs().amax().item() if exact.numel() else 0
+    assert_as_accurate(bank[1], low, exact, atol=rounding)
+    assert torch.equal(bank[::2], before[::2])
+
+
+@pytest.mark.parametrize("bank_dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [5, 600])
+def test_banks_of_any_dtype(rows, bank_dtype, device):
+    bank, left, right = make((10, rows, 40), torch.bfloat16, bank_dtype, device)
+    bank /= 50
+    exact = bank[2].double() + left.double() @ right.double()
+    low = (bank[2].float() + (left @ right).float()).to(bank_dtype)
+    add_matmul(bank, 2, left, right)
+    assert_as_accurate(bank[2], low, exact, atol=torch.finfo(bank_dtype).eps * float(exact.abs().max()))
+    if bank_dtype == torch.float64 and launch.uses_kernels("weight_grad", left):
+        assert (bank[2] - exact).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("rows", [37, 600])
+@pytest.mark.parametrize("layout", [*LAYOUTS, "contiguous"])
+def test_strided_inputs(layout, rows, device):
+    bank, left, right = make((35, rows, 40), torch.float32, device=device)
+    if layout == "contiguous":
+        left, right = left.contiguous(), right.T.contiguous().T
+        strided_bank = bank.mT.contiguous().mT
+    else:
+        left, right = LAYOUTS[layout](left, 1), LAYOUTS[layout](right, 2)
+        strided_bank = LAYOUTS["transposed" if layout == "expanded" else layout](bank, 3)  # a copy
+    assert strided_bank.stride() != bank.stride()
+    add_matmul(strided_bank, 0, left, right)
+    add_matmul(bank, 0, left.contiguous(), right.contiguous())
+    torch.testing.assert_close(strided_bank, bank, rtol=1e-5, atol=1e-4)
+
+
+def test_same_bits_every_time(device):
+    bank, left, right = make((70, 700, 40), torch.bfloat16, device=device)
+    banks = [bank.clone(), bank.clone()]
+    for b in banks:
+        add_matmul(b, 1, left, right)
+    assert torch.equal(*banks)
+
+
+def test_rows_are_split_to_fill_a_gpu():
+    tiles = Launch(128, 256, 64)
+
+    def splits(n, k, depth):
+        own = _depth_a_split(torch.empty(n, k), depth, tiles)
+        assert own % tiles.block_k == 0
+        return -(-depth // own)
+
+    assert splits(1536, 512, 98_304) == 5  # 24 tiles for 132 multiprocessors
+    assert splits(1536, 512, 1_024) == 2  # short sums are worth fewer parts
+    assert splits(1536, 512, 100) == 1
+    assert splits(8192, 2048, 98_304) == 1  # enough tiles as it is
+    assert splits(1, 1, 1) == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_offsets_beyond_32_bits():
+    rows = 2**31 // 1024 + 1000
+    left = torch.zeros(rows, 1024, dtype=torch.bfloat16, device="cuda")
+    right = torch.zeros(rows, 128, dtype=torch.bfloat16, device="cuda")
+    left[-900:], right[-900:] = torch.randn_like(left[-900:]), torch.randn_like(right[-900:])
+    bank = torch.zeros(1, 1024, 128, device="cuda")
+    add_matmul(bank, 0, left.T, right)
+    exact = left[-900:].double().T @ right[-900:].double()
+    torch.testing.assert_close(bank[0].double(), exact, rtol=1e-4, atol=1e-3)
