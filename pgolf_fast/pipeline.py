@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -18,14 +20,14 @@ from pgolf_fast.data.tokenizer import Tokenizer, byte_table
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.score import Stream
 from pgolf_fast.evaluation.scores import ThreeScores, three_scores
-from pgolf_fast.files import write_text
+from pgolf_fast.files import atomic_path, write_text
 from pgolf_fast.model.decoding import generate
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.quant.state import QuantizedState, QuantizedTensor, bank_grids, quantize_model
 from pgolf_fast.tensor_file import load_tensors, save_tensors
 from pgolf_fast.train.checkpoint import load_weights, read_weights
 from pgolf_fast.train.run_folder import RunFolder
-from pgolf_fast.train.world import World, keep_freed_memory, resolve_dtype
+from pgolf_fast.train.world import World, choose_kernels, environment, keep_freed_memory, resolve_dtype
 
 
 def this_process() -> World:
@@ -40,6 +42,7 @@ def float_model(folder: RunFolder, config: RunConfig) -> GPT:
     """The run's averaged weights before quantisation."""
     table = byte_table(Tokenizer.load(folder.tokenizer_file))
     device = this_process().device
+    choose_kernels(config.kernels, device)
     dtype = resolve_dtype(config.train.compute_dtype, device)
     model = GPT(config.model, torch.from_numpy(table.has_leading_space), compute_dtype=dtype)
     path = folder.need(folder.model_file, "train PRESET --resume --out")
@@ -51,10 +54,31 @@ def artifact_model(folder: RunFolder, config: RunConfig) -> GPT:
     """The model of the run's artifact."""
     table = byte_table(Tokenizer.load(folder.tokenizer_file))
     device = this_process().device
+    choose_kernels(config.kernels, device)
     path = folder.need(folder.artifact_file, "pack")
     leading = torch.from_numpy(table.has_leading_space)
     model, _ = load_model(path, leading, resolve_dtype(config.train.compute_dtype, device))
     return model.to(device)
+
+
+def import_weights(weights: Path, config: RunConfig, folder: RunFolder) -> None:
+    """Make a run folder of published weights, strictly: what `quantize`, `pack` and `eval` go on from.
+
+    `weights` is a state dict (.pt, read without pickled code) or safetensors of a model of `config`; the data
+    named by `config` lends its tokenizer. Raises PgolfError where names or shapes differ, or the folder is
+    taken.
+    """
+    if folder.config_file.is_file():
+        raise PgolfError(f"{folder.path} already holds a run: choose another --out")
+    source = open_source(config.data, config.model.vocab_size)
+    model = GPT(config.model)
+    load_weights(model, read_weights(weights), str(weights))
+    folder.write_config(config)
+    write_text(folder.path / "env.json", json.dumps(environment(), indent=2) + "\n")
+    with atomic_path(folder.tokenizer_file) as temporary:
+        shutil.copyfile(source.tokenizer.path, temporary)
+    story = {"imported": str(weights), "config": run_config_to_dict(config)}
+    save_tensors(folder.model_file, model.state_dict(), story)
 
 
 def quantize_run(folder: RunFolder, quant: QuantConfig) -> dict[str, int]:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import tiny_config
+from helpers import randomize_, tiny_config
 from torch import nn
 
 from pgolf_fast.config.presets import exp101
@@ -15,6 +15,7 @@ from pgolf_fast.optim.average import WeightAverage
 from pgolf_fast.optim.muon import Muon
 from pgolf_fast.optim.optimizer import Optimizer
 from pgolf_fast.optim.schedule import Schedule
+from pgolf_fast.quant.fake import fake_int6
 
 
 def triggered_at(seconds):
@@ -128,3 +129,23 @@ def test_ema_uses_the_decay_of_the_steps_between_updates():
     for step in range(1, 11):
         average.update(step, 1.0)
     torch.testing.assert_close(average.ema["weight"], start + (1 - 0.980179), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("transform", [None, fake_int6], ids=["plain", "qat"])
+def test_shadows_are_written_with_the_masters(transform):
+    """After a step the compute-dtype banks are the new masters', in the same memory, without another cast."""
+    model = randomize_(GPT(tiny_config(), compute_dtype=torch.bfloat16), seed=1)
+    model.allocate_gradient_banks()
+    optimizer = Optimizer(model, OptimConfig())
+    tokens = torch.randint(0, 96, (2, 16))
+    for step in range(2):
+        banks = model.banks(transform)
+        addresses = [w.data_ptr() for w in banks.weights()]
+        model.loss(tokens, tokens, banks).backward()
+        optimizer.step(step, 1.0)
+        assert (model.current_shadows() is not None) == (transform is None)
+        again = list(model.banks(transform).weights())
+        assert [w.data_ptr() for w in again] == addresses
+        for weight, master in zip(again, model.bank_parameters(), strict=True):
+            want = (master if transform is None else transform(master)).detach().bfloat16()
+            assert torch.equal(weight.detach(), want)

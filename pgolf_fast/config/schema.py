@@ -151,6 +151,8 @@ class TrainConfig:
     """Storage of the embedding tables during training."""
     compile: bool | None = None
     """torch.compile the loss; None compiles on CUDA only."""
+    cuda_graph: bool | None = None
+    """Replay forward and backward of a micro-batch from a CUDA graph; None is off until it has been timed."""
     warmup_steps: int = 20
     """Untimed steps before training whose effect is undone; they run only where compiling."""
     schedule: Literal["time", "steps"] = "time"
@@ -337,6 +339,16 @@ class TTTConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KernelConfig:
+    """What ops run on a CUDA GPU; a CPU has one implementation of each."""
+
+    implementation: Literal["auto", "triton", "torch"] = "auto"
+    """Triton kernels or PyTorch for every op; auto goes by the table of `pgolf doctor`."""
+    attention: Literal["auto", "triton", "flash", "cudnn", "fa3", "fa4", "plain"] = "auto"
+    """Inner attention wherever it fits; auto goes by GPU and shape."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One run, from data to scores."""
 
@@ -360,6 +372,8 @@ class RunConfig:
     """Scores."""
     ttt: TTTConfig = field(default_factory=TTTConfig)
     """Test-time training."""
+    kernels: KernelConfig = field(default_factory=KernelConfig)
+    """Implementations."""
 
     @property
     def eval_seq_len(self) -> int:

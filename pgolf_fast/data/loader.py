@@ -316,14 +316,16 @@ class ShuffledLoader(_Loader):
 class Prefetcher:
     """Fetches up to `depth` batches ahead in a daemon thread, which starts with the first `next_batch`.
 
-    An exception in the thread is raised by the `next_batch` that would have returned its batch.
+    An exception in the thread is raised by the `next_batch` that would have returned its batch. With `pin`,
+    batches lie in pinned memory, from which a copy to the GPU does not make the host wait.
     """
 
-    def __init__(self, loader: SequentialLoader | ShuffledLoader, *, depth: int = 2):
+    def __init__(self, loader: SequentialLoader | ShuffledLoader, *, depth: int = 2, pin: bool = False):
         if depth < 1:
             raise PgolfError(f"prefetch depth is {depth}; it must be at least 1")
         self._loader = loader
         self._depth = depth
+        self._pin = pin
         self._state = loader.state()
         self._ready: deque[tuple[Batch, dict[str, object]]] = deque()
         self._error: Exception | None = None
@@ -339,7 +341,10 @@ class Prefetcher:
                     self._change.wait_for(lambda: self._stop or len(self._ready) < self._depth)
                     if self._stop:
                         return
-                item = (self._loader.next_batch(), self._loader.state())
+                tokens, targets = self._loader.next_batch()
+                if self._pin:
+                    tokens, targets = tokens.pin_memory(), targets.pin_memory()
+                item = ((tokens, targets), self._loader.state())
                 with self._change:
                     self._ready.append(item)
                     self._change.notify_all()
@@ -403,8 +408,9 @@ def make_loader(
     vocab_size: int,
     rank: int = 0,
     world_size: int = 1,
+    pin: bool = False,
 ) -> Prefetcher:
-    """The prefetching loader that `data_config.loader` asks for."""
+    """The prefetching loader that `data_config.loader` asks for; `pin` for batches that go to a GPU."""
     loader: SequentialLoader | ShuffledLoader
     sizes = {"micro_batch_tokens": train_config.micro_batch_tokens, "seq_len": train_config.seq_len}
     place = {"rank": rank, "world_size": world_size, "vocab_size": vocab_size}
@@ -412,7 +418,7 @@ def make_loader(
         loader = ShuffledLoader(shards, seed=data_config.seed, **sizes, **place)
     else:
         loader = SequentialLoader(shards, **sizes, **place)
-    return Prefetcher(loader)
+    return Prefetcher(loader, pin=pin)
 
 
 def _fields(position: dict[str, int], names: tuple[str, ...]) -> list[int]:

@@ -70,7 +70,7 @@ class Shadow:
         """`masters` after `transform`, cast to `dtype`; the masters themselves where neither changes them."""
         if transform is None and all(m.dtype == dtype for m in masters):
             return [m.detach() for m in masters]
-        key = (dtype, transform, *((id(m), m.data_ptr(), m._version) for m in masters))
+        key = self._key_of(masters, dtype, transform)
         if key != self._key:
             with torch.no_grad(), torch.inference_mode(False):
                 new = [w.to(dtype) for w in transformed(masters, transform)]
@@ -83,6 +83,19 @@ class Shadow:
                 self._weights = new
             self._key = key
         return self._weights
+
+    def current(self, masters: list[Tensor], dtype: torch.dtype) -> list[Tensor] | None:
+        """The copies, if they are those of the masters as they are: an optimiser may write both at once."""
+        held = self._weights and self._key == self._key_of(masters, dtype, None)
+        return self._weights if held else None
+
+    def written(self, masters: list[Tensor], dtype: torch.dtype) -> None:
+        """The copies were written together with the masters, and are current."""
+        self._key = self._key_of(masters, dtype, None)
+
+    @staticmethod
+    def _key_of(masters: list[Tensor], dtype: torch.dtype, transform: Transform) -> object:
+        return (dtype, transform, *((id(m), m.data_ptr(), m._version) for m in masters))
 
     def _same_place(self, dtype: torch.dtype, masters: list[Tensor]) -> bool:
         return all(

@@ -147,6 +147,14 @@ class GPT(nn.Module):
         weights = self._shadow.get(list(masters), self.compute_dtype, transform)
         return make_banks(weights, grads if grads and torch.is_grad_enabled() else None)
 
+    def current_shadows(self) -> list[Tensor] | None:
+        """The compute-dtype copies of the banks, if an optimiser may write them along with the masters."""
+        return self._shadow.current(list(self.bank_parameters()), self.compute_dtype)
+
+    def shadows_written(self) -> None:
+        """An optimiser has written masters and copies together."""
+        self._shadow.written(list(self.bank_parameters()), self.compute_dtype)
+
     def embed(self, tokens: Tensor) -> Tensor:
         """Normalised sum of token and hash n-gram embeddings, (B, T) -> (B, T, D), before SmearGate."""
         x = F.embedding(tokens, self.tok_emb.weight).to(self.compute_dtype)

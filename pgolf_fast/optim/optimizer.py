@@ -16,7 +16,7 @@ class Optimizer:
     """All parameters of a GPT, updated with one learning-rate multiplier (PR 1501)."""
 
     def __init__(self, model: GPT, config: OptimConfig, sharding: Sharding | None = None):
-        self.config = config
+        self.config, self.model = config, model
         self._names = {id(p): name for name, p in model.named_parameters()}
         self.parameters = list(model.parameters())
         self.muon = Muon(
@@ -48,20 +48,27 @@ class Optimizer:
         share = step / c.muon_momentum_warmup_steps
         return (1 - share) * c.muon_momentum_start + share * c.muon_momentum
 
-    def clip(self) -> float:
-        """Scale all gradients so that their global norm is at most grad_clip; returns the norm before."""
+    def clip(self) -> Tensor:
+        """Scale all gradients so that their global norm is at most grad_clip; returns the norm before, ()."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         if self.config.grad_clip is not None:
             nn.utils.clip_grads_with_norm_(self.parameters, self.config.grad_clip, norm)
-        return float(norm)
+        return norm
 
     def step(self, step: int, multiplier: float) -> None:
         """One update of every parameter from its gradient."""
         for group in self.adamw.param_groups:
             group["lr"] = group["base_lr"] * multiplier
         self.adamw.step()
-        self.muon.step(lr=self.config.matrix_lr * multiplier, momentum=self.muon_momentum(step))
+        shadows = self.model.current_shadows()
+        self.muon.step(
+            lr=self.config.matrix_lr * multiplier,
+            momentum=self.muon_momentum(step),
+            shadows=None if shadows is None else dict(zip(BANK_NAMES, shadows, strict=True)),
+        )
+        if shadows is not None:
+            self.model.shadows_written()
 
     def zero_grad(self) -> None:
         """Clear gradients in place: gradient banks keep their address."""

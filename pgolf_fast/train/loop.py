@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections import deque
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,10 +23,11 @@ from pgolf_fast.files import atomic_path, write_text
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.tensor_file import load_tensors, save_tensors
 from pgolf_fast.train.checkpoint import load_weights, newest_checkpoint, save_checkpoint
+from pgolf_fast.train.micro_step import compile_loss
 from pgolf_fast.train.progress import StepLog
 from pgolf_fast.train.run_folder import RunFolder
-from pgolf_fast.train.trainer import NonFiniteError, Trainer
-from pgolf_fast.train.world import World, environment, join_world, resolve_dtype
+from pgolf_fast.train.trainer import NonFiniteError, PendingStep, Trainer
+from pgolf_fast.train.world import World, choose_kernels, environment, join_world, resolve_dtype
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ def _resolved(config: RunConfig, world: World) -> RunConfig:
     """`config` with everything that depends on this machine decided, so that config.json says what ran."""
     dtype = str(resolve_dtype(config.train.compute_dtype, world.device)).removeprefix("torch.")
     compile_ = world.device.type == "cuda" if config.train.compile is None else config.train.compile
+    cuda_graph = bool(config.train.cuda_graph) and world.device.type == "cuda"
     share = config.train.batch_tokens // world.world_size
     micro = min(config.train.micro_batch_tokens, share)
     if config.train.batch_tokens % (micro * world.world_size) or micro % config.train.seq_len:
@@ -74,6 +77,7 @@ def _resolved(config: RunConfig, world: World) -> RunConfig:
         config.train,
         compute_dtype=dtype,  # type: ignore[arg-type]  # one of Dtype by construction
         compile=compile_,
+        cuda_graph=cuda_graph,
         micro_batch_tokens=micro,
     )
     return replace(config, train=train)
@@ -114,10 +118,12 @@ _MAY_CHANGE = (
     "train.checkpoint_minutes",
     "train.compute_dtype",
     "train.compile",
+    "train.cuda_graph",
     "quant.",
     "pack.",
     "eval.",
     "ttt.",
+    "kernels.",
 )
 _MUST_STAY = ("quant.bits", "quant.scale_floor")  # the grid of quantisation-aware training
 
@@ -127,6 +133,7 @@ class _Run:
 
     def __init__(self, config: RunConfig, folder: RunFolder, world: World):
         self.config, self.folder, self.world = config, folder, world
+        choose_kernels(config.kernels, world.device)
         self.source = open_source(config.data, config.model.vocab_size)
         self.model = build_model(config, self.source, world)
         self.stream = Stream(self.source.validation(config.eval_seq_len), self.source.table, world.device)
@@ -137,6 +144,7 @@ class _Run:
             vocab_size=config.model.vocab_size,
             rank=world.rank,
             world_size=world.world_size,
+            pin=world.device.type == "cuda",
         )
         self.loader = loader
         self.trainer = Trainer(self.model, config, loader, world)
@@ -176,7 +184,7 @@ class _Run:
             self.world.world_size,
         )
         if c.train.compile:
-            t.loss_function = torch.compile(self.model.loss, dynamic=False, fullgraph=True)
+            t.loss_function = compile_loss(self.model.loss)
             report.logger.info("compiling: %d warm-up steps whose effect is undone", c.train.warmup_steps)
             t.warm_up(c.train.warmup_steps)
         found = newest_checkpoint(self.folder.checkpoints) if resume else None
@@ -191,21 +199,34 @@ class _Run:
 
     def _steps(self) -> None:
         t, c = self.trainer, self.config.train
+        lag = _lag(self.world)
+        unread: deque[tuple[PendingStep, int, float]] = deque()
         last_save, done = t.elapsed, self._done()
         while not done:
             start = time.perf_counter()
-            result = t.advance()
+            pending = t.launch()
+            for earlier, _, _ in unread:
+                earlier.need_finite()  # waits, within the measured time
             # one clock for all ranks: learning rate, switches and checkpoints depend on it
             t.elapsed += self.world.same(time.perf_counter() - start)
             done = self._done()
-            self.metrics.write("step", step=t.step, elapsed=t.elapsed, **vars(result))
-            self.log.after_step(t.step, t.elapsed, result, last=done)
-            if c.val_every and t.step % c.val_every == 0:
+            unread.append((pending, t.step, t.elapsed))
+            validate = bool(c.val_every) and t.step % (c.val_every or 1) == 0
+            save = c.checkpoint_minutes is not None and t.elapsed - last_save >= 60 * c.checkpoint_minutes
+            while len(unread) > (0 if done or validate or save else lag):
+                self._read(*unread.popleft(), last=done and not unread)
+            if validate:
                 self._validate("raw weights")
-            if c.checkpoint_minutes is not None and t.elapsed - last_save >= 60 * c.checkpoint_minutes:
+            if save:
                 self._save()
                 last_save = t.elapsed
         self._save()
+
+    def _read(self, pending: PendingStep, step: int, elapsed: float, *, last: bool) -> None:
+        """Wait for a step's numbers, and write them down."""
+        result = pending.result()
+        self.metrics.write("step", step=step, elapsed=elapsed, **vars(result))
+        self.log.after_step(step, elapsed, result, last=last)
 
     def _done(self) -> bool:
         t, c = self.trainer, self.config.train
@@ -244,6 +265,11 @@ class _Run:
         self.world.barrier()
         tokens = t.step * t.tokens_per_step
         return TrainResult(self.folder, t.step, tokens, t.elapsed, raw, averaged, self.world.is_main)
+
+
+def _lag(world: World) -> int:
+    """Steps that are launched before the numbers of one are read: a GPU has work while its numbers travel."""
+    return 1 if world.device.type == "cuda" else 0
 
 
 def build_model(config: RunConfig, source: Source, world: World) -> GPT:

@@ -12,8 +12,8 @@ from pgolf_fast.model.gpt import GPT
 
 def fomaml_step(
     model: GPT, tokens: Tensor, targets: Tensor, config: MetaConfig, *, loss_scale: float
-) -> float:
-    """Add the meta-gradient of one micro-batch to the model's gradients; returns the outer loss.
+) -> Tensor:
+    """Add the meta-gradient of one micro-batch to the model's gradients; returns the outer loss, detached.
 
     The first half of each sequence takes one SGD step on the banks (all but the first blocks'); the loss of
     the second half, times `config.weight * loss_scale`, is differentiated at the stepped banks. Its bank
@@ -36,7 +36,7 @@ def fomaml_step(
     outer_banks = make_banks(stepped, [master.grad for master in masters if master.grad is not None])
     outer = model.loss(tokens[:, half:], targets[:, half:], outer_banks)
     (outer * (config.weight * loss_scale)).backward()
-    return float(outer.detach())
+    return outer.detach()
 
 
 def _freeze_first(grads: list[Tensor], blocks: int, num_layers: int) -> None:

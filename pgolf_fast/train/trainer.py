@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,6 +18,7 @@ from pgolf_fast.optim.sharding import Sharding, mean_gradients
 from pgolf_fast.quant.fake import make_fake
 from pgolf_fast.train.checkpoint import load_weights
 from pgolf_fast.train.meta import fomaml_step
+from pgolf_fast.train.micro_step import DirectStep, GraphStep, LossFunction, MicroStep
 from pgolf_fast.train.world import World
 
 
@@ -46,6 +46,39 @@ class StepResult:
     decay_triggered: bool
 
 
+class PendingStep:
+    """A step that was launched, whose numbers may still be on their way from the GPU."""
+
+    def __init__(self, trainer: Trainer, numbers: Tensor, meta: bool, multiplier: float):
+        self._trainer, self._meta, self._multiplier = trainer, meta, multiplier
+        self._step, self._elapsed, self._qat = trainer.step, trainer.elapsed, trainer.qat
+        self._event: torch.cuda.Event | None = None
+        self._numbers = numbers
+        if numbers.is_cuda:
+            self._numbers = torch.empty_like(numbers, device="cpu", pin_memory=True)
+            self._numbers.copy_(numbers, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def need_finite(self) -> tuple[float, float, float]:
+        """Wait for loss, gradient norm and meta loss. Raises NonFiniteError when one is not finite."""
+        if self._event is not None:
+            self._event.synchronize()
+        loss, norm, meta_loss = self._numbers.tolist()
+        for what, value in (("loss", loss), ("meta loss", meta_loss), ("gradient norm", norm)):
+            if not math.isfinite(value):
+                raise NonFiniteError(f"the {what} at step {self._step + 1} is {value}")
+        return loss, norm, meta_loss
+
+    def result(self) -> StepResult:
+        """The numbers, after a look at the adaptive decay. Raises NonFiniteError as `need_finite` does."""
+        loss, norm, meta_loss = self.need_finite()
+        triggered = self._trainer.schedule.observe(self._step, loss, self._elapsed)
+        return StepResult(
+            loss, self._multiplier, norm, self._qat, meta_loss if self._meta else None, triggered
+        )
+
+
 class Trainer:
     """Model, optimiser, schedule and averages of a run, advanced one step at a time (PR 1501)."""
 
@@ -58,7 +91,9 @@ class Trainer:
         self.micro_steps = max(
             1, config.train.batch_tokens // (config.train.micro_batch_tokens * world.world_size)
         )
-        self.loss_function: Callable[..., Tensor] = model.loss
+        self.loss_function: LossFunction = model.loss
+        scale = 1 / self.micro_steps
+        self.micro_step: MicroStep = GraphStep(model, scale) if config.train.cuda_graph else DirectStep(scale)
         self.step, self.elapsed, self.qat = 0, 0.0, False
         model.allocate_gradient_banks()
 
@@ -67,47 +102,50 @@ class Trainer:
         return self.micro_steps * self.config.train.micro_batch_tokens * self.world.world_size
 
     def advance(self) -> StepResult:
-        """One optimiser step. Raises NonFiniteError, before any update, when a number is not finite."""
+        """One optimiser step, and its numbers. Raises NonFiniteError when one of them is not finite."""
+        return self.launch().result()
+
+    def launch(self) -> PendingStep:
+        """One optimiser step, without waiting for the GPU.
+
+        On the CPU a number that is not finite raises NonFiniteError before any update; on a GPU the update is
+        made, and `PendingStep.result` raises.
+        """
         train = self.config.train
         multiplier = self.schedule.multiplier(self.step, self.elapsed)
         if train.qat is not None and multiplier < train.qat.below:
             self.qat = True
         loss, tokens, targets = self._accumulate()
         meta_loss = self._meta(multiplier, tokens, targets)
-        loss = self.world.mean(loss)
-        self._need_finite("loss", loss)
-        self._need_finite("meta loss", meta_loss)
-        triggered = self.schedule.observe(self.step, loss, self.elapsed)
         self._mask_frozen_skips()
         mean_gradients(
             [p.grad for p in self.optimizer.parameters if p.grad is not None], self.world.world_size
         )
         norm = self.optimizer.clip()
-        self._need_finite("gradient norm", norm)
+        numbers = torch.stack(
+            [n.double() for n in (loss, norm, loss * 0 if meta_loss is None else meta_loss)]
+        )
+        pending = PendingStep(self, self.world.mean_(numbers), meta_loss is not None, multiplier)
+        if self.world.device.type == "cpu":
+            pending.need_finite()
         self.optimizer.step(self.step, multiplier)
         self.optimizer.zero_grad()
         self.step += 1
         self.average.update(self.step, multiplier)
-        return StepResult(loss, multiplier, norm, self.qat, meta_loss, triggered)
+        return pending
 
-    def _need_finite(self, what: str, value: float | None) -> None:
-        if value is not None and not math.isfinite(value):
-            raise NonFiniteError(f"the {what} at step {self.step + 1} is {value}")
-
-    def _accumulate(self) -> tuple[float, Tensor, Tensor]:
+    def _accumulate(self) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of the whole batch; its mean loss on this rank, and the last micro-batch."""
         qat = self.config.train.qat
         fake = make_fake(self.config.quant.bits, self.config.quant.scale_floor)
         banks = self.model.banks(fake if self.qat and qat is not None and qat.banks else None)
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for _ in range(self.micro_steps):
             tokens, targets = (t.to(self.world.device, non_blocking=True) for t in self.loader.next_batch())
-            loss = self.loss_function(tokens, targets, banks)
-            (loss / self.micro_steps).backward()
-            total = total.to(loss.device) + loss.detach().double()
-        return float(total) / self.micro_steps, tokens, targets
+            total += self.micro_step(self.loss_function, tokens, targets, banks).double()
+        return total / self.micro_steps, tokens, targets
 
-    def _meta(self, multiplier: float, tokens: Tensor, targets: Tensor) -> float | None:
+    def _meta(self, multiplier: float, tokens: Tensor, targets: Tensor) -> Tensor | None:
         meta = self.config.train.meta
         if meta is None or self.step % meta.every != 0 or multiplier <= meta.above:
             return None

@@ -11,9 +11,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from pgolf_fast.config.schema import Dtype
+from pgolf_fast.config.schema import Dtype, KernelConfig
 from pgolf_fast.errors import PgolfError
+from pgolf_fast.ops import attention_backend, launch
+from pgolf_fast.ops.tuned import load_tuned
 
 
 @dataclass(frozen=True)
@@ -28,19 +31,18 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def mean(self, value: float) -> float:
-        """The mean of a number over ranks."""
-        if self.world_size == 1:
-            return value
-        total = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return float(total) / self.world_size
+    def mean_(self, values: Tensor) -> Tensor:
+        """Replace numbers by their means over ranks; nothing waits for a GPU."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+            values /= self.world_size
+        return values
 
     def same(self, value: float) -> float:
         """The main process's value of a number that every process measured for itself."""
         if self.world_size == 1:
             return value
-        shared = torch.tensor(value, dtype=torch.float64, device=self.device)
+        shared = torch.tensor(value, dtype=torch.float64)  # on the CPU: the GPU's queue is left alone
         dist.broadcast(shared, src=0)
         return float(shared)
 
@@ -68,7 +70,7 @@ def join_world() -> Iterator[World]:
     if world_size == 1:
         yield World(0, 1, device)
         return
-    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", device_id=device if cuda else None)
     try:
         yield World(rank, world_size, device)
     finally:
@@ -88,6 +90,21 @@ def keep_freed_memory() -> None:
     mallopt(trim_threshold, 2**31 - 1)
     mallopt(top_pad, 2**28)
     mallopt(mmap_threshold, 2**30)
+
+
+def choose_kernels(config: KernelConfig, device: torch.device) -> None:
+    """Make this process's ops run what is configured, with the launch rows that were measured on this GPU.
+
+    Raises PgolfError when a forced attention is not installed.
+    """
+    for op in launch.DEFAULTS:
+        launch.choose(op, config.implementation)
+    try:
+        attention_backend.choose(config.attention)
+    except ValueError as error:
+        raise PgolfError(f"kernels.attention: {error}") from error
+    if device.type == "cuda":
+        load_tuned(device)
 
 
 def resolve_dtype(name: Dtype, device: torch.device) -> torch.dtype:

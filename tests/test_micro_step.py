@@ -1,0 +1,66 @@
+"""Numbers that are read late, and micro-batches replayed from a CUDA graph, change nothing."""
+
+import pytest
+import torch
+from helpers import randomize_, tiny_config
+from runs import make_dataset, run_config
+from safetensors.torch import load_file
+
+from pgolf_fast.errors import PgolfError
+from pgolf_fast.model.gpt import GPT
+from pgolf_fast.report import read_metrics
+from pgolf_fast.train import loop
+from pgolf_fast.train.loop import train
+from pgolf_fast.train.micro_step import DirectStep, GraphStep
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("data"))
+
+
+def steps_of(run):
+    return [
+        {k: v for k, v in row.items() if k not in ("elapsed", "time")}
+        for row in read_metrics(run.folder.metrics_file)
+        if row["kind"] == "step"
+    ]
+
+
+def test_reading_a_step_late_changes_nothing(data, tmp_path, monkeypatch):
+    config = run_config(data, train__val_every=3)
+    now = train(config, tmp_path / "now")
+    monkeypatch.setattr(loop, "_lag", lambda world: 1)
+    late = train(config, tmp_path / "late")
+    assert steps_of(late) == steps_of(now)
+    assert len(steps_of(now)) == config.train.steps
+    one, two = load_file(now.folder.model_file), load_file(late.folder.model_file)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_bad_number_is_found_late_too(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "_lag", lambda world: 1)
+    config = run_config(data, optim__matrix_lr=1e30, optim__embed_lr=1e30, optim__grad_clip=None)
+    with pytest.raises(PgolfError, match=r"at step .* is (nan|inf)"):
+        train(config, tmp_path / "run")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_replayed_micro_step_adds_the_same_gradients():
+    tokens, targets = torch.randint(0, 96, (2, 3, 16), device="cuda").unbind()
+    found = []
+    for kind in (DirectStep, GraphStep):
+        model = randomize_(GPT(tiny_config()), seed=3).to("cuda")
+        model.allocate_gradient_banks()
+        scale = 0.5
+        step = DirectStep(scale) if kind is DirectStep else GraphStep(model, scale)
+        losses = [
+            float(step(model.loss, x, y, model.banks()))
+            for x, y in ((tokens, targets), (targets, tokens), (tokens, targets))
+        ]
+        found.append((losses, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+    (a, ga), (b, gb) = found
+    assert a == pytest.approx(b, rel=1e-6)
+    assert ga.keys() == gb.keys()
+    for name in ga:
+        torch.testing.assert_close(ga[name], gb[name], rtol=1e-4, atol=1e-5, msg=name)
