@@ -20,7 +20,7 @@ lint: install
 	$(BIN)/mypy
 
 bench: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest benchmarks --benchmark-only $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(wildcard benchmarks/bench_*.py) --benchmark-only $(PYTEST_ARGS)
 
 install: $(STAMP)
 

@@ -1,194 +1,250 @@
-"""What a session on a GPU should run, in order of worth: GPU tests, then the training step and its peers.
+"""Everything to run on a machine with a GPU, in one command that needs nothing but this checkout.
 
-    python benchmarks/gpu_session.py --out benchmarks/results
+    python benchmarks/gpu_session.py --minutes 9 --out DIR
 
-writes one JSON file with GPU, versions, commit, test outcome and, for each way of running one micro-batch of
-the preset (forward and backward), milliseconds and time by kernel class. Rehearse with
-`--device cpu --preset tiny`.
+runs the parts below, each in a process of its own with its share of the time, and writes DIR/<part>.json as
+soon as something is known and DIR/summary.json at the end. A part that crashes or overruns is recorded and
+the next one runs; the exit status is then 1.
+
+    correct  every op against float64: float32, bfloat16, offsets beyond 2^31; the GPU side of tests/ops
+    ops      every op beside its peers (as `pgolf bench`), also as ops.jsonl
+    step     the whole training step beside the same model in plain PyTorch; losses; time by kernel
+    tune     launch rows (as `pgolf tune`), as launches.json
+
+`--dry-run` walks through all of it on a CPU at toy sizes.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import statistics
+import os
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable
+from collections import deque
 from pathlib import Path
 
-import torch
-from plain import plain_ops
-from torch.profiler import ProfilerActivity, profile
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]  # the package need not be installed
 
-from pgolf_fast.config.presets import preset
-from pgolf_fast.config.schema import RunConfig
-from pgolf_fast.files import write_text
-from pgolf_fast.model.gpt import GPT
-from pgolf_fast.train.world import environment, resolve_dtype
-
-# First match wins; names are those of CUDA kernels.
-KERNEL_CLASSES = {
-    "attention": ("flash", "fmha", "cudnn_generated", "attention", "sdpa"),
-    "gemm": ("gemm", "cutlass", "nvjet", "cublas", "matmul", "addmm", "bmm", "aten::mm", "linear"),
-    "scatter and gather": ("index", "scatter", "gather", "embedding"),
-    "copies": ("memcpy", "memset", "copy"),
-    "fused by Inductor": ("triton",),
-}
-# name -> (plain PyTorch?, attention backend, torch.compile mode or None for eager)
-WAYS = {
-    "pgolf ops, eager": (False, "any", None),
-    "pgolf ops, compile": (False, "any", "default"),
-    "plain, eager, flash": (True, "flash", None),
-    "plain, compile, flash": (True, "flash", "default"),
-    "plain, compile, cudnn": (True, "cudnn", "default"),
-    "plain, compile max-autotune, flash": (True, "flash", "max-autotune-no-cudagraphs"),
-}
+# part -> its share of the time, in the order they run
+PARTS = {"correct": 0.2, "ops": 0.3, "step": 0.35, "tune": 0.15}
+GRACE = 15.0  # seconds between the end of a part's time and its end by force
+DRY_PRESET = "tiny"
 
 
 def main() -> int:
     arguments = parse()
-    device = torch.device(arguments.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        print(
-            "gpu_session: this machine has no CUDA GPU; rehearse with --device cpu --preset tiny",
-            file=sys.stderr,
-        )
+    out = output_folder(arguments.out)
+    if arguments.worker is not None:
+        return work(arguments, out)
+    import torch
+
+    if not arguments.dry_run and not torch.cuda.is_available():
+        print("gpu_session: this machine has no CUDA GPU; rehearse with --dry-run", file=sys.stderr)
         return 2
-    record: dict[str, object] = {
-        "commit": commit(),
-        "environment": environment(),
-        "device": str(device),
-        "preset": arguments.preset,
-        "tests": None if arguments.skip_tests else run_tests(),
-    }
-    record["steps"] = measure_all(preset(arguments.preset), device, arguments)
-    path = Path(arguments.out) / f"gpu_session_{time.strftime('%Y%m%d_%H%M%S')}.json"
-    write_text(path, json.dumps(record, indent=2) + "\n")
-    print(f"wrote {path}")
-    return 0
+    out.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + 60 * arguments.minutes
+    summary: dict[str, object] = {"build": None if arguments.dry_run else build_extension(), "parts": {}}
+    waiting = [part for part in PARTS if part in arguments.parts]
+    states = {}
+    while waiting:
+        part = waiting.pop(0)
+        left = end - time.monotonic() - GRACE
+        seconds = left * PARTS[part] / (PARTS[part] + sum(PARTS[p] for p in waiting))
+        states[part] = run_part(part, seconds, arguments, out)
+        write_summary(out, summary, states)
+    print(describe(out, states))
+    return 0 if all(state["ok"] for state in states.values()) else 1
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", default="benchmarks/results", help="folder of the JSON file")
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
+    parser.add_argument("--minutes", type=float, default=9.0, help="for all parts together (default 9)")
+    parser.add_argument("--out", type=Path, help="folder; default $OUT or benchmarks/results/session-<date>")
+    parser.add_argument("--dry-run", action="store_true", help="on a CPU, at toy sizes")
     parser.add_argument("--preset", default="exp101")
-    parser.add_argument("--rounds", type=int, default=10, help="timed repetitions of each way")
-    parser.add_argument("--skip-tests", action="store_true")
-    parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS))
-    return parser.parse_args()
+    parser.add_argument("--ops", nargs="*", default=[], help="ops by the beginning of their names")
+    parser.add_argument("--tokens", nargs="*", type=int, default=[], help="of part ops")
+    parser.add_argument("--peers", nargs="*", default=[], help="of part ops")
+    parser.add_argument("--ways", nargs="*", default=[], help="of part step, by a part of their names")
+    parser.add_argument("--steps", type=int, default=200, help="of part step, at most")
+    parser.add_argument("--worker", choices=list(PARTS), help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.minutes <= 0.5:
+        parser.error(f"--minutes is {arguments.minutes}; give at least 1")
+    return arguments
 
 
-def commit() -> str:
-    """The checked-out commit, marked when files differ from it; 'unknown' outside a checkout."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+def output_folder(given: Path | None) -> Path:
+    if given is not None:
+        return given
+    if os.environ.get("OUT"):
+        return Path(os.environ["OUT"])
+    return ROOT / "benchmarks" / "results" / f"session-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def build_extension() -> str:
+    """Compile the C++ codecs in place if they are missing; without them the Python ones are used."""
+    if list((ROOT / "pgolf_fast").glob("_C.*")):
+        return "there already"
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=90)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"failed: {error}"
+    return "built" if done.returncode == 0 else f"failed: {(done.stderr or done.stdout)[-500:]}"
+
+
+def run_part(part: str, seconds: float, arguments: argparse.Namespace, out: Path) -> dict[str, object]:
+    """Run a part in its own process and see that it ends in time; returns what became of it."""
+    print(f"--- {part}: {seconds:.0f} s", flush=True)
+    (out / f"{part}.json").unlink(missing_ok=True)
+    if seconds < 5:
+        return finish_part(out, part, "skipped: out of time", 0.0, None, [])
+    command = [sys.executable, str(Path(__file__).resolve()), "--worker", part, "--seconds", str(seconds)]
+    command += ["--out", str(out), "--preset", arguments.preset, "--steps", str(arguments.steps)]
+    command += ["--dry-run"] if arguments.dry_run else []
+    for name in ("ops", "tokens", "peers", "ways"):
+        values = getattr(arguments, name)
+        command += [f"--{name}", *map(str, values)] if values else []
+    start = time.monotonic()
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=environment,
+        start_new_session=True,  # so that compiler processes of the part end with it
     )
-    return done.stdout.strip() or "unknown"
+    tail: deque[str] = deque(maxlen=60)
+    reader = threading.Thread(target=echo, args=(process, tail), daemon=True)
+    reader.start()
+    status = "done"
+    try:
+        process.wait(timeout=seconds + GRACE / 2)
+    except subprocess.TimeoutExpired:
+        status = "stopped: out of time"
+    finally:
+        end_group(process)
+    reader.join(timeout=5)
+    if process.stdout is not None and not reader.is_alive():
+        process.stdout.close()
+    if status == "done" and process.returncode not in (0, 1):
+        status = f"crashed with exit status {process.returncode}"
+    return finish_part(out, part, status, time.monotonic() - start, process.returncode, list(tail))
 
 
-def run_tests() -> dict[str, object]:
-    """The tests that have a GPU side."""
-    command = [sys.executable, "-m", "pytest", "tests/ops", "-q", "-k", "cuda", "-p", "no:cacheprovider"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    print(done.stdout[-2000:])
-    lines = done.stdout.strip().splitlines()
-    return {"status": done.returncode, "summary": lines[-1] if lines else ""}
+def echo(process: subprocess.Popen[str], tail: deque[str]) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        tail.append(line.rstrip("\n"))
+        print(line, end="", flush=True)
 
 
-def measure_all(
-    config: RunConfig, device: torch.device, arguments: argparse.Namespace
-) -> list[dict[str, object]]:
-    rows = []
-    for name in arguments.ways:
-        plain, backend, mode = WAYS[name]
-        try:
-            row = measure(
-                config, device, plain, backend if device.type == "cuda" else "any", mode, arguments.rounds
-            )
-        except (
-            RuntimeError
-        ) as error:  # a backend that refuses the shape is a result, not the end of the session
-            row = {"error": str(error).splitlines()[0]}
-        rows.append({"way": name, **row})
-        print(json.dumps(rows[-1]), flush=True)
-    return rows
+def end_group(process: subprocess.Popen[str]) -> None:
+    """End the part and whatever it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
-def measure(
-    config: RunConfig, device: torch.device, plain: bool, backend: str, mode: str | None, rounds: int
+def finish_part(
+    out: Path, part: str, status: str, seconds: float, code: int | None, tail: list[str]
 ) -> dict[str, object]:
-    """Median milliseconds of forward and backward of one micro-batch, and where they go."""
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    dtype = resolve_dtype(config.train.compute_dtype, device)
-    model = GPT(config.model, compute_dtype=dtype).to(device)
-    if not plain:
-        model.allocate_gradient_banks()
-    length = config.train.seq_len
-    shape = (config.train.micro_batch_tokens // length, length)
-    tokens, targets = (torch.randint(config.model.vocab_size, shape, device=device) for _ in range(2))
-    loss = model.loss if mode is None else torch.compile(model.loss, mode=mode, fullgraph=True)
+    """Note in the part's file how it ended; whatever it had written stays."""
+    from pgolf_fast.files import write_text
 
-    def step() -> None:
-        loss(tokens, targets, model.banks()).backward()
-
-    def run() -> dict[str, object]:
-        times = timed(step, device, rounds)
-        peak = torch.cuda.max_memory_allocated(device) >> 20 if device.type == "cuda" else None
-        tokens_per_second = shape[0] * length / (statistics.median(times) / 1e3)
-        return {
-            "dtype": str(dtype).removeprefix("torch."),
-            "micro_batch": list(shape),
-            "median_ms": statistics.median(times),
-            "min_ms": min(times),
-            "tokens_per_second": tokens_per_second,
-            "peak_mib": peak,
-            "ms_by_class": by_class(step, device),
-        }
-
-    if plain:
-        with plain_ops(backend):
-            return run()
-    return run()
+    path = out / f"{part}.json"
+    content = json.loads(path.read_text()) if path.is_file() else {"part": part}
+    ok = status == "done" and code == 0 and content.get("status") == "done"
+    if status == "done" and content.get("status") != "done":
+        status = "crashed"
+    if not ok:
+        content["output_tail"] = tail
+    content.update(status=status, ok=ok, exit_status=code, seconds=round(seconds, 1))
+    write_text(path, json.dumps(content, indent=1) + "\n")
+    return {"status": status, "ok": ok, "seconds": round(seconds, 1)}
 
 
-def timed(step: Callable[[], None], device: torch.device, rounds: int) -> list[float]:
-    for _ in range(3):
-        step()
-    times = []
-    for _ in range(rounds):
-        synchronize(device)
-        start = time.perf_counter()
-        step()
-        synchronize(device)
-        times.append(1e3 * (time.perf_counter() - start))
-    return times
+def write_summary(out: Path, summary: dict[str, object], states: dict[str, dict[str, object]]) -> None:
+    from pgolf_fast.bench.store import provenance
+    from pgolf_fast.files import write_text
+
+    summary.update(provenance(), parts=states, text=describe(out, states).splitlines())
+    write_text(out / "summary.json", json.dumps(summary, indent=1) + "\n")
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def describe(out: Path, states: dict[str, dict[str, object]]) -> str:
+    """The session in a page: how the parts ended, ops against their best peers, the step."""
+    from pgolf_fast import report
+
+    rows = [(part, state["status"], state["ok"], state["seconds"]) for part, state in states.items()]
+    parts = [report.table(rows, ("part", "status", "ok", "seconds"))]
+    found = {part: json.loads((out / f"{part}.json").read_text()) for part in states}
+    wrong = [r for r in found.get("correct", {}).get("checks", []) if r["ok"] is False]
+    parts += [report.table([(r["what"], r["verdict"]) for r in wrong], ("wrong", "why"))] if wrong else []
+    parts += found.get("ops", {}).get("table", [])
+    for name in ("T1", "T2"):
+        steps = [
+            (r["way"], r["micro_batch_tokens"], *(shown(r[k]) for k in STEP_COLUMNS))
+            for r in found.get("step", {}).get(name, [])
+        ]
+        parts += [report.table(steps, (name, "micro-batch", *STEP_COLUMNS))] if steps else []
+    parts += found.get("tune", {}).get("table", [])
+    return "\n\n".join(parts)
 
 
-def by_class(step: Callable[[], None], device: torch.device) -> dict[str, float]:
-    """Milliseconds of one step by kernel class (of operators on a CPU)."""
-    cuda = device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as trace:
-        step()
-        synchronize(device)
-    totals: dict[str, float] = defaultdict(float)
-    for event in trace.key_averages():
-        spent = event.self_device_time_total if cuda else event.self_cpu_time_total
-        names = ((k, word) for k, words in KERNEL_CLASSES.items() for word in words)
-        kind = next((k for k, word in names if word in event.key.lower()), "elementwise and other")
-        totals[kind] += spent / 1e3
-    return dict(sorted(totals.items(), key=lambda item: -item[1]))
+STEP_COLUMNS = ("median_ms", "tokens_per_second", "mfu_percent", "peak_gib", "best_plain_over_this")
+
+
+def shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}" if value < 1e4 else f"{value:,.0f}"
+
+
+def work(arguments: argparse.Namespace, out: Path) -> int:
+    """Inside a part's process."""
+    started = time.monotonic()
+    if arguments.dry_run:
+        import torch
+
+        torch.set_num_threads(1)
+    from session_files import Session
+
+    from pgolf_fast import report
+
+    report.setup_logging()
+    session = Session(
+        out=out,
+        seconds=arguments.seconds,
+        started=started,
+        dry=arguments.dry_run,
+        preset=DRY_PRESET if arguments.dry_run else arguments.preset,
+        ops=tuple(arguments.ops),
+        tokens=tuple(arguments.tokens),
+        steps=4 if arguments.dry_run else arguments.steps,
+        peers=tuple(arguments.peers),
+        ways=tuple(arguments.ways),
+    )
+    if arguments.worker == "correct":
+        from session_correct import run
+    elif arguments.worker == "step":
+        from session_step import run
+    else:
+        import session_ops
+
+        run = session_ops.run_ops if arguments.worker == "ops" else session_ops.run_tune
+    return 0 if run(session) else 1
 
 
 if __name__ == "__main__":

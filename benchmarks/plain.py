@@ -1,41 +1,38 @@
-"""The peer that training is judged by: the same network in plain PyTorch, open to torch.compile.
+"""The peer that training is judged by: the same network and step in plain PyTorch, open to torch.compile.
 
 Inside `plain_ops`, the model's calls to `pgolf_fast.ops` run the reference formulas with PyTorch's own
-attention and autograd, so that Inductor sees and fuses everything.
+attention and autograd, so that Inductor sees and fuses everything, and none of our kernels runs. Banks are
+unbound once, so that their gradients are stacked once and no slice costs a bank of zeros.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pgolf_fast import ops
-from pgolf_fast.ops import reference
+from pgolf_fast.bench import formulas
+from pgolf_fast.config.schema import RunConfig
+from pgolf_fast.model.bank import Banks
+from pgolf_fast.model.gpt import GPT
+from pgolf_fast.ops import launch, reference
+from pgolf_fast.optim.optimizer import Optimizer
+from pgolf_fast.optim.schedule import Schedule
 
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "any": None}
 
 
 def attention(x, qo_bank, kv_bank, q_gain, value_embed, cos, sin, slot, *, num_kv_heads, xsa, **_) -> Tensor:
     """`ops.gqa_attention` from PyTorch's parts."""
-    layers, heads = qo_bank.shape[0] // 2, q_gain.shape[0]
-    q = F.linear(x, qo_bank[slot]).unflatten(-1, (heads, -1))
-    k = F.linear(x, kv_bank[slot]).unflatten(-1, (num_kv_heads, -1))
-    v = F.linear(x, kv_bank[layers + slot])
-    v = (v if value_embed is None else v + value_embed).unflatten(-1, (num_kv_heads, -1))
-    q = reference.rotate(reference.rms_norm(q), cos, sin) * q_gain.to(q.dtype)[:, None]
-    k = reference.rotate(reference.rms_norm(k), cos, sin)
-    q, k, values = (t.transpose(1, 2) for t in (q, k, v))
-    y = F.scaled_dot_product_attention(q, k, values, is_causal=True, enable_gqa=True).transpose(1, 2)
-    return F.linear((reference.exclusive(y, v) if xsa else y).flatten(2), qo_bank[layers + slot])
-
-
-def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> Tensor:
-    flat = reference.softcap_cross_entropy(x.flatten(0, -2), weight, targets.flatten(), softcap)
-    return flat.view(targets.shape)
+    n = len(qo_bank) // 2
+    weights = qo_bank[slot], kv_bank[slot], kv_bank[n + slot], qo_bank[n + slot]
+    return formulas.sdpa_attention(
+        x, *weights, q_gain, value_embed, cos, sin, num_kv_heads=num_kv_heads, xsa=xsa
+    )
 
 
 def ngram(tokens, table, spaces, scale, boost, *, pos_conditional, trigram, out_dtype=None) -> Tensor:
@@ -43,26 +40,97 @@ def ngram(tokens, table, spaces, scale, boost, *, pos_conditional, trigram, out_
     return rows.to(out_dtype or table.dtype)
 
 
-PLAIN = {
+PLAIN: dict[str, Callable[..., object]] = {
     "gqa_attention": attention,
-    "mlp": lambda x, up, down, slot, activation, **_: reference.mlp(x, up, down, slot, activation),
+    "mlp": lambda x, up, down, slot, kind, **_: formulas.mlp(x, up[slot], down[slot], kind),
     "residual_norm": reference.residual_norm,
     "smear_gate": reference.smear_gate,
-    "softcap_cross_entropy": cross_entropy,
+    "softcap_cross_entropy": formulas.softcap_cross_entropy,
     "ngram_hash_embed": ngram,
+    "newton_schulz": reference.newton_schulz,
 }
 
 
 @contextlib.contextmanager
-def plain_ops(backend: str = "any") -> Iterator[None]:
-    """Within this block models run in plain PyTorch, with that attention backend."""
+def plain_ops(
+    backend: str = "any", functions: Mapping[str, Callable[..., object]] | None = None
+) -> Iterator[None]:
+    """Within this block models and optimizers run in plain PyTorch, with that attention backend.
+
+    `functions` replaces some of PLAIN, say by compiled ones.
+    """
     kept = {name: getattr(ops, name) for name in PLAIN}
-    chosen = BACKENDS[backend]
-    with contextlib.nullcontext() if chosen is None else sdpa_kernel(chosen):
+    chosen = {op: launch._chosen.get(op, "auto") for op in launch.DEFAULTS}
+    kernel = BACKENDS[backend]
+    with contextlib.nullcontext() if kernel is None else sdpa_kernel(kernel):
         try:
-            for name, function in PLAIN.items():
+            for name, function in {**PLAIN, **(functions or {})}.items():
                 setattr(ops, name, function)
+            for op in chosen:  # ops that are reached another way (Muon's) take their PyTorch path
+                launch.choose(op, "torch")
             yield
         finally:
             for name, function in kept.items():
                 setattr(ops, name, function)
+            for op, implementation in chosen.items():
+                launch.choose(op, implementation)
+
+
+def plain_loss(model: GPT) -> Callable[[Tensor, Tensor], Tensor]:
+    """The mean loss as a function of a batch; call it inside `plain_ops`. Autograd reaches the masters."""
+
+    def loss(tokens: Tensor, targets: Tensor) -> Tensor:
+        weights = [m.to(model.compute_dtype).unbind() for m in model.bank_parameters()]
+        return model.loss(tokens, targets, Banks(*weights))  # type: ignore[arg-type]  # indexed by slot only
+
+    return loss
+
+
+class PlainTrainer:
+    """A training step as `pgolf_fast.train.Trainer` makes it: same optimizer, schedule and clipping."""
+
+    def __init__(
+        self,
+        model: GPT,
+        config: RunConfig,
+        next_batch: Callable[[], tuple[Tensor, Tensor]],
+        *,
+        backend: str = "any",
+        compile: dict[str, object] | None = None,
+    ):
+        self.model, self.config, self.next_batch, self.backend = model, config, next_batch, backend
+        self.optimizer, self.schedule = Optimizer(model, config.optim), Schedule(config.train)
+        self.micro_steps = config.train.batch_tokens // config.train.micro_batch_tokens
+        self.loss, self.functions, self.step = plain_loss(model), {}, 0
+        if compile is not None:
+            self.loss = torch.compile(self.loss, dynamic=False, fullgraph=True, **compile)  # type: ignore[call-overload]
+            self.functions = {"newton_schulz": torch.compile(reference.newton_schulz, dynamic=False)}
+            if "backend" in compile:  # a rehearsal
+                self.functions = {}
+
+    def advance(self) -> Tensor:
+        """One optimizer step; the mean loss of its batch, which may still be on its way from the GPU."""
+        with plain_ops(self.backend, self.functions):
+            total = torch.zeros((), device=self.model.qo_bank.device)
+            for _ in range(self.micro_steps):
+                loss = self.loss(*self.next_batch())
+                (loss / self.micro_steps).backward()
+                total += loss.detach()
+            frozen, gradient = self.config.model.frozen_skips, self.model.skip_weights.grad
+            if frozen and gradient is not None:
+                gradient[len(gradient) - frozen :] = 0
+            self.optimizer.clip()
+            self.optimizer.step(self.step, self.schedule.multiplier(self.step, 0.0))
+            self.optimizer.zero_grad()
+        self.step += 1
+        return total / self.micro_steps
+
+    def warm_up(self) -> None:
+        """One step whose effect on weights and optimizer is undone."""
+        weights = {name: value.clone() for name, value in self.model.state_dict().items()}
+        muon = {name: value.clone() for name, value in self.optimizer.muon.state().items()}
+        self.advance()
+        self.model.load_state_dict(weights)
+        self.optimizer.adamw.state.clear()
+        self.optimizer.muon.load_state(muon)
+        self.step = 0

@@ -10,6 +10,7 @@ from pgolf_fast.errors import PgolfError
 COMMANDS = {
     "demo": "train, quantise, pack and score a small model on text this machine already has",
     "train": "train a preset into a run folder: pgolf train exp101 --data.path DIR --out RUN",
+    "import": "make a run folder of published weights: pgolf import FILE.pt exp101 --data.path DIR --out RUN",
     "quantize": "turn a run's weights into integers",
     "pack": "write a run's artifact and count its bytes against the limit",
     "eval": "score a run's artifact: non-overlapping, sliding, sliding with test-time training",
@@ -17,6 +18,9 @@ COMMANDS = {
     "data": "info, tokenize, download: token shards and tokenizers",
     "config": "print a preset, compare two, or translate a run script's environment variables",
     "doctor": "what this machine has and which implementation each op uses",
+    "aot": "compile every Triton kernel for GPUs that need not be here: registers, spills, tensor cores",
+    "bench": "measure ops beside their peers, compare two results files, draw them",
+    "tune": "measure launch rows of the Triton kernels on this GPU and keep them",
 }
 
 
@@ -56,6 +60,7 @@ def print_out(text: str) -> None:
 
 def _command(name: str) -> Callable[[list[str]], int]:
     import difflib
+    import keyword
 
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
@@ -63,7 +68,7 @@ def _command(name: str) -> Callable[[list[str]], int]:
         raise PgolfError(f"unknown command {name!r}: {hint}")
     from pgolf_fast import commands
 
-    return getattr(commands, name)
+    return getattr(commands, f"{name}_" if keyword.iskeyword(name) else name)
 
 
 def _help() -> str:

@@ -54,6 +54,31 @@ def train(argv: list[str]) -> int:
 
 
 @dataclass(frozen=True)
+class _Import:
+    config: Annotated[RunConfig, _Flat]
+    out: Path | None = None
+    """Run folder; default runs/NAME of the weights file."""
+
+
+def import_(argv: list[str]) -> int:
+    """pgolf import FILE PRESET --data.path DIR [--out RUN] [--group.field value ...]"""
+    if argv and argv[0] in ("-h", "--help"):
+        parse("import FILE PRESET", _Import, argv, _Import(preset("exp101")))
+    if len(argv) < 2 or argv[0].startswith("-"):
+        raise PgolfError("give a weights file (.pt or .safetensors) and the preset it was trained as")
+    from pgolf_fast.pipeline import import_weights
+    from pgolf_fast.train.run_folder import RunFolder
+
+    weights = existing(Path(argv[0]), "weights file")
+    config, rest = preset_and_overrides(argv[1:])
+    arguments = parse("import FILE PRESET", _Import, rest, _Import(config))
+    folder = RunFolder(arguments.out or Path("runs") / weights.stem)
+    import_weights(weights, arguments.config, folder)
+    print_out(f"wrote {folder.model_file}; go on with `pgolf quantize {folder.path}`")
+    return 0
+
+
+@dataclass(frozen=True)
 class _Quantize:
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder."""
@@ -295,13 +320,63 @@ def demo(argv: list[str]) -> int:
 
 
 def doctor(argv: list[str]) -> int:
-    """pgolf doctor [--check]"""
+    """pgolf doctor [--check] [--table]"""
     from pgolf_fast.doctor import Doctor, examine
 
     arguments = parse("doctor", Doctor, argv)
-    text, healthy = examine(check=arguments.check)
+    text, healthy = examine(check=arguments.check, table=arguments.table)
     print_out(text)
     return 0 if healthy else 1
+
+
+@dataclass(frozen=True)
+class _Aot:
+    presets: tyro.conf.Positional[tuple[str, ...]] = ("exp101", "exp101_swiglu")
+    """Presets whose shapes are compiled."""
+    arch: tuple[int, ...] = (80, 90, 100)
+    """Compute capabilities: 80 (A100), 86, 89, 90 (H100, H200), 100 (B200), 120."""
+    out: Path | None = None
+    """JSON file for the table."""
+
+
+def aot(argv: list[str]) -> int:
+    """pgolf aot [PRESET ...] [--arch 80 90 100] [--out FILE.json]"""
+    arguments = parse("aot", _Aot, argv)
+    from pgolf_fast.bench import aot as bench
+
+    rows, misfits = bench.compile_presets(arguments.presets, arguments.arch)
+    print_out(bench.table(rows))
+    wrong = [*misfits, *bench.problems(rows)]
+    if arguments.out is not None:
+        bench.write(arguments.out, rows, arguments.presets)
+        print_out(f"wrote {arguments.out}")
+    for name in bench.unreached(rows):
+        print_out(f"{name}: not launched at these shapes")
+    for line in wrong:
+        print_out(line)
+    return 1 if wrong else 0
+
+
+def bench(argv: list[str]) -> int:
+    """pgolf bench [--preset P] [--ops ...] [--out FILE.jsonl] | --compare A B | --records FILE"""
+    from pgolf_fast.bench import commands as bench_commands
+
+    arguments = parse("bench", bench_commands.Bench, argv)
+    report.setup_logging()
+    text, status = bench_commands.bench(arguments)
+    print_out(text)
+    return status
+
+
+def tune(argv: list[str]) -> int:
+    """pgolf tune [--preset P] [--ops ...] [--kernels ...] [--minutes M]"""
+    from pgolf_fast.bench import commands as bench_commands
+
+    arguments = parse("tune", bench_commands.Tune, argv)
+    report.setup_logging()
+    text, status = bench_commands.tune_kernels(arguments)
+    print_out(text)
+    return status
 
 
 def data(argv: list[str]) -> int:

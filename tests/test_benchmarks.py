@@ -1,23 +1,32 @@
-"""The peers that benchmarks compare with are the same network, and the GPU script runs."""
+"""The peers that benchmarks compare with are the same network, and the GPU session runs from end to end."""
 
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import randomize_, tiny_config
 
 from pgolf_fast import ops
+from pgolf_fast.config.presets import exp101, tiny
+from pgolf_fast.model.bank import BANK_NAMES
 from pgolf_fast.model.gpt import GPT
+from pgolf_fast.ops import launch
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
 
-def test_plain_pytorch_computes_the_same_network(monkeypatch):
+@pytest.fixture(autouse=True)
+def benchmarks_can_be_imported(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
-    from plain import plain_ops
+
+
+def test_plain_pytorch_computes_the_same_network():
+    from plain import plain_loss, plain_ops
 
     model = GPT(tiny_config(), torch.arange(96) % 3 == 0)
     randomize_(model, 1)
@@ -29,32 +38,164 @@ def test_plain_pytorch_computes_the_same_network(monkeypatch):
     ours = ops.mlp
     with plain_ops():
         assert ops.mlp is not ours
-        plain = model.loss(tokens, targets)
+        assert {launch.implementation(op) for op in launch.DEFAULTS} == {"torch"}
+        plain = plain_loss(model)(tokens, targets)
         plain.backward()
     assert ops.mlp is ours
+    assert {launch.implementation(op) for op in launch.DEFAULTS} == set(launch.DEFAULTS.values())
     torch.testing.assert_close(plain, loss, rtol=1e-5, atol=1e-5)
     for name, parameter in model.named_parameters():
         scale = grads[name].abs().max().item()
         torch.testing.assert_close(parameter.grad, grads[name], rtol=1e-3, atol=1e-4 * scale, msg=name)
 
 
+def session(tmp_path):
+    from session_files import Session
+
+    return Session(out=tmp_path, seconds=60.0, started=0.0, dry=True, preset="tiny")
+
+
+def test_both_trainers_take_the_same_steps(tmp_path):
+    """In float32, from the same weights, ours and the plain one stay together; warming up has no effect."""
+    import session_step as step
+
+    config = step.run_config(session(tmp_path))
+    config = replace(config, train=replace(config.train, compute_dtype="float32", table_dtype="float32"))
+    pool = step.make_pool(config, torch.device("cpu"), 8)
+    runners = [
+        step.prepare(way, config, pool, session(tmp_path))
+        for way in (step.Way("ours, eager", True), step.Way(step.REFERENCE, False))
+    ]
+    for _ in range(6):
+        for runner in runners:
+            runner.step()
+    found = step.loss_differences(runners)["ours, eager"]
+    assert found["steps"] == 6
+    assert found["largest"] < 2e-3
+    assert runners[0].losses[-1] < runners[0].losses[0]  # something is learned
+    ours, plain = (dict(r.trainer.model.named_parameters()) for r in runners)
+    for name in (*BANK_NAMES, "blocks.1.mlp_scale"):  # Adam makes noise of gradients near zero
+        torch.testing.assert_close(ours[name], plain[name], rtol=0.05, atol=0.01, msg=name)
+
+
+def test_flops_of_a_token_are_those_of_the_design():
+    import session_step as step
+
+    assert step.flops_per_token(exp101().model, 2048) == pytest.approx(228.49e6, rel=1e-3)
+
+
+def test_tokens_of_a_session_can_be_learned():
+    import session_step as step
+
+    tokens = step.markov_tokens(50, 200, 100)
+    assert tokens.shape == (200, 100)
+    assert tokens.min() >= 0
+    assert tokens.max() < 50
+    counts = np.zeros((50, 50))
+    np.add.at(counts, (tokens[:, :-1].ravel(), tokens[:, 1:].ravel()), 1)
+    top_four = np.sort(counts, axis=1)[:, -4:].sum() / counts.sum()
+    assert top_four > 0.85
+    np.testing.assert_array_equal(tokens, step.markov_tokens(50, 200, 100))
+
+
+def run_session(*words, timeout=300):
+    command = [sys.executable, str(FOLDER / "gpu_session.py"), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout)
+
+
+def read(folder, name):
+    return json.loads((folder / f"{name}.json").read_text())
+
+
 @pytest.mark.slow
-def test_gpu_session_can_be_rehearsed(tmp_path):
-    command = [sys.executable, str(FOLDER / "gpu_session.py"), "--device", "cpu", "--preset", "tiny"]
-    command += ["--rounds", "1", "--skip-tests", "--out", str(tmp_path)]
-    command += ["--ways", "pgolf ops, eager", "plain, eager, flash"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    (path,) = tmp_path.glob("gpu_session_*.json")
-    record = json.loads(path.read_text())
-    assert [step["way"] for step in record["steps"]] == ["pgolf ops, eager", "plain, eager, flash"]
-    assert all(step["median_ms"] > 0 for step in record["steps"])
-    assert record["environment"]["torch"] == torch.__version__
+def test_whole_session_can_be_rehearsed(tmp_path):
+    done = run_session("--dry-run", "--out", str(tmp_path), "--minutes", "5")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    summary = read(tmp_path, "summary")
+    assert {part: state["ok"] for part, state in summary["parts"].items()} == {
+        "correct": True,
+        "ops": True,
+        "step": True,
+        "tune": True,
+    }
+    for part in summary["parts"]:
+        found = read(tmp_path, part)
+        assert found["status"] == "done", part
+        assert found["dry_run"], part
+        assert found["environment"]["torch"] == torch.__version__, part
+        assert {"commit", "time", "gpu_before", "gpu_after"} <= set(found), part
+    correct = read(tmp_path, "correct")
+    assert correct["wrong"] == 0
+    assert {row["ok"] for row in correct["checks"]} == {True}
+    assert any("2^31" in row["what"] for row in correct["checks"])
+    assert correct["tests"]["status"] == 0
+    records = [json.loads(line) for line in (tmp_path / "ops.jsonl").read_text().splitlines()]
+    assert {"ours", "eager", "dense", "compile"} <= {r["peer"] for r in records if "median_ms" in r}
+    step = read(tmp_path, "step")
+    ways = {row["way"]: row for row in step["T1"]}
+    assert set(ways) == {"ours, compile", "plain, compile, flash", "ours, eager", "plain, eager, flash"}
+    assert all(row["median_ms"] > 0 and row["mfu_percent"] > 0 for row in ways.values())
+    assert max(gap["largest"] for gap in step["T3"].values()) < 0.05
+    assert len(step["T2"]) == 2
+    assert set(step["profiles"]) == set(ways)
+    assert step["failed"] == {}
+    tuned = read(tmp_path, "tune")
+    assert [kernel["kernel"] for kernel in tuned["kernels"]] == ["smear_gate_fwd"]
+    assert len(list(tmp_path.iterdir())) <= 8  # as many files as come back from a machine
+
+
+def test_a_part_that_crashes_or_overruns_is_recorded(tmp_path, monkeypatch):
+    import gpu_session
+
+    script = tmp_path / "worker.py"
+    monkeypatch.setattr(gpu_session, "__file__", str(script))
+    monkeypatch.setattr(gpu_session, "GRACE", 0.0)
+    monkeypatch.setattr(sys, "argv", ["gpu_session.py"])
+    arguments = gpu_session.parse()
+    content = json.dumps({"measured": 3, "status": "running"})
+    begin = f"import sys, time, os\nopen({str(tmp_path / 'ops.json')!r}, 'w').write({content!r})\n"
+    for body, status in (
+        ("print('last words'); os._exit(7)", "crashed with exit status 7"),
+        ("print('last words', flush=True); time.sleep(100)", "stopped: out of time"),
+        ("print('last words'); raise ValueError", "crashed"),
+    ):
+        script.write_text(begin + body)
+        state = gpu_session.run_part("ops", 5.0, arguments, tmp_path)
+        assert (state["status"], state["ok"]) == (status, False)
+        left = read(tmp_path, "ops")
+        assert left["measured"] == 3  # what it had written stays
+        assert left["status"] == status
+        assert "last words" in left["output_tail"]
+    state = gpu_session.run_part("ops", 1.0, arguments, tmp_path)
+    assert state["status"] == "skipped: out of time"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_gpu_session_says_when_there_is_no_gpu():
-    command = [sys.executable, str(FOLDER / "gpu_session.py")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+def test_gpu_session_says_when_there_is_no_gpu(tmp_path):
+    done = run_session("--out", str(tmp_path / "out"))
     assert done.returncode == 2
-    assert "no CUDA GPU" in done.stderr
+    assert "no CUDA GPU; rehearse with --dry-run" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_session_needs_neither_tyro_nor_platformdirs(tmp_path):
+    """Nor pytest: a GPU machine may have PyTorch, Triton and NumPy only."""
+    code = f"""
+import sys
+for name in ("tyro", "platformdirs", "matplotlib", "tqdm", "sentencepiece", "pytest"):
+    sys.modules[name] = None
+sys.path[:0] = [{str(FOLDER.parent)!r}, {str(FOLDER)!r}]
+import gpu_session, session_files, session_correct, session_ops, session_step
+assert tuple(gpu_session.PARTS) == ("correct", "ops", "step", "tune")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_preset_of_a_rehearsal_is_small():
+    import gpu_session
+
+    assert gpu_session.DRY_PRESET == "tiny"
+    assert tiny().model.num_parameters() < 2_000_000

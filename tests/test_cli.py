@@ -258,6 +258,24 @@ def test_shards_of_another_tokenizer_are_refused(capsys, tmp_path, data):
 
 
 @pytest.mark.slow
+def test_published_weights_become_a_run(capsys, data, run, tmp_path):
+    """A .pt of exactly the model's names is taken over to the bit; one name less is refused by name."""
+    config = run_config(data)
+    state = float_model(RunFolder(run), config).state_dict()
+    torch.save(state, tmp_path / "final_model.pt")
+    out = tmp_path / "imported"
+    weights = tmp_path / "final_model.pt"
+    status, text, _ = call(capsys, "import", weights, "tiny", "--out", out, *words(config))
+    assert status == 0
+    assert "pgolf quantize" in text
+    again = float_model(RunFolder(out), config).state_dict()
+    assert all(torch.equal(again[name], state[name]) for name in state)
+    torch.save({k: v for k, v in state.items() if k != "smear.gate"}, tmp_path / "less.pt")
+    less, other = tmp_path / "less.pt", tmp_path / "other"
+    assert "missing smear.gate" in refused(capsys, "import", less, "tiny", "--out", other, *words(config))
+    assert "already holds a run" in refused(capsys, "import", weights, "tiny", "--out", out, *words(config))
+
+
 def test_demo_from_start_to_table(tmp_path):
     """The whole pipeline in a few seconds of training, in a fresh process and an empty cache."""
     import os

@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "quant": {"model", "ops"} | LEAVES,
     "evaluation": {"model", "quant"} | LEAVES,
     "artifact": {"quant", "model", "ops", "_C"} | LEAVES,
+    "bench": {"ops", "model", "optim", "train"} | LEAVES,
     "train": {"ops", "model", "optim", "quant", "evaluation"} | LEAVES,
 }
 

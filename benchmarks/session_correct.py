@@ -1,0 +1,131 @@
+"""Session part `correct`: is every op right on this GPU, in float32 and bfloat16, also far into memory?"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from session_files import PartFile, Session
+
+from pgolf_fast.bench import check, registry
+from pgolf_fast.bench.case import Case, Contender
+from pgolf_fast.bench.run import attempt
+from pgolf_fast.config.presets import preset
+
+TESTS = Path(__file__).parent.parent / "tests" / "ops"
+# Ops whose tensors are made larger than 2^31 elements, with the width that counts
+LARGE = {"residual_norm": 512, "smear_gate": 512, "ngram_hash_embed": 64, "mlp-leaky_relu_squared": 512}
+LARGE_BYTES = 80 << 30
+
+
+def run(session: Session) -> bool:
+    """Write correct.json; returns whether everything that was judged is right."""
+    file = PartFile(session, "correct")
+    rows: list[dict[str, object]] = []
+
+    def note(**row: object) -> None:
+        rows.append(row)
+        print(f"{row['what']}: {row['verdict']}", flush=True)
+        file.write(checks=rows)
+
+    doctor_rows(session, note)
+    preset_shapes(session, note)
+    large_offsets(session, note)
+    tests = run_tests(session)
+    wrong = [row for row in rows if row["ok"] is False]
+    ok = not wrong and tests.get("status") in (0, None)
+    file.finish(ok, tests=tests, wrong=len(wrong), skipped=sum(row["ok"] is None for row in rows))
+    return ok
+
+
+def doctor_rows(session: Session, note) -> None:
+    """What `pgolf doctor --check` says."""
+    from pgolf_fast.doctor_checks import check_ops
+
+    rows = attempt(lambda: check_ops(session.device, torch.bfloat16))
+    if isinstance(rows, str):
+        note(what="doctor", ok=False, verdict=rows)
+        return
+    for row in rows:
+        note(what=f"doctor: {' '.join(row[:3])}", ok=row[-1] == "ok", verdict=" ".join(row[3:]))
+
+
+def preset_shapes(session: Session, note) -> None:
+    """Every op of the registry at the preset's widths, forward and every gradient, against float64."""
+    config = preset(session.preset)
+    tokens = 64 if session.dry else 4 * config.train.seq_len
+    sizes = [
+        (name, m) for name in registry.select(session.ops) for m in registry.OPS[name].tokens or (tokens,)
+    ]
+    for dtype in (torch.bfloat16, torch.float32):
+        for name, count in sizes:
+            what = f"{name}, {count} tokens, {str(dtype).removeprefix('torch.')}"
+            if session.left < 0.3 * session.seconds:
+                note(what=what, ok=None, verdict="skipped: out of time")
+                continue
+            place = registry.Place(config, count, dtype, session.device)
+            verdicts = attempt(lambda name=name, place=place: judge_case(registry.make_case(name, place)))
+            if isinstance(verdicts, str):
+                verdicts = {"ours": verdicts}
+            for contender, verdict in verdicts.items():
+                ok = not isinstance(verdict, str) and verdict.ok
+                note(what=f"{what}, {contender}", ok=ok, verdict=str(verdict))
+
+
+def judge_case(case: Case) -> dict[str, check.Verdict | str]:
+    """Ours as it runs by default, and with everything that can be chosen on this machine."""
+    truth = check.truth_of(case, "fwd+bwd" if case.trained else "fwd")
+    contenders = [case.ours, *(v for v in case.variants.values() if isinstance(v, Contender))]
+    return {c.name: attempt(lambda c=c: check.judge(c, truth)) for c in contenders}
+
+
+def large_offsets(session: Session, note) -> None:
+    """Tensors of more than 2^31 elements: their last sequences must come out as if alone."""
+    config = preset(session.preset)
+    for name, width in LARGE.items():
+        what = f"{name}, more than 2^31 elements, bfloat16"
+        length = min(64, config.train.seq_len) if session.dry else config.train.seq_len
+        sequences = 4 if session.dry else 2**31 // (width * length) + 16
+        if session.left < 0.15 * session.seconds:
+            note(what=what, ok=None, verdict="skipped: out of time")
+            continue
+        if not session.dry and torch.cuda.mem_get_info()[0] < LARGE_BYTES:
+            note(what=what, ok=None, verdict=f"skipped: less than {LARGE_BYTES >> 30} GiB of memory free")
+            continue
+        place = registry.Place(config, sequences * length, torch.bfloat16, session.device)
+        verdict = attempt(
+            lambda name=name, place=place: check.judge_tail(registry.make_case(name, place), entries=2)
+        )
+        note(what=what, ok=not isinstance(verdict, str) and verdict.ok, verdict=str(verdict))
+        if not session.dry:
+            torch.cuda.empty_cache()
+
+
+def run_tests(session: Session) -> dict[str, object]:
+    """The GPU side of the op tests, if pytest is here and there is time."""
+    missing = [name for name in ("pytest", "hypothesis") if find_spec(name) is None]
+    if missing:
+        return {"status": None, "summary": f"not run: {missing[0]} is not installed"}
+    if session.left < 15 and not session.dry:
+        return {"status": None, "summary": "not run: out of time"}
+    files = [TESTS / "test_residual_norm.py"] if session.dry else [TESTS]
+    command = [sys.executable, "-m", "pytest", *map(str, files), "-q", "-k", "cuda", "-p", "no:cacheprovider"]
+    try:
+        done = subprocess.run(
+            command,
+            cwd=TESTS.parent.parent,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=max(20.0, session.left - 5),
+        )
+    except subprocess.TimeoutExpired as error:
+        output = error.stdout.decode() if isinstance(error.stdout, bytes) else error.stdout or ""
+        return {"status": None, "summary": "stopped: out of time", "output": output[-4000:]}
+    lines = done.stdout.strip().splitlines()
+    print("\n".join(lines[-15:]), flush=True)
+    status = 0 if done.returncode == 5 else done.returncode  # 5: no test was selected
+    return {"status": status, "summary": lines[-1] if lines else "", "output": done.stdout[-4000:]}

@@ -1,0 +1,132 @@
+"""Session parts `ops` and `tune`: what `pgolf bench` and `pgolf tune` do, within the session's time."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from unittest import mock
+
+import torch
+from session_files import PartFile, Session
+
+from pgolf_fast.bench import commands, peers, registry, run, store, tune
+from pgolf_fast.bench.case import MODES
+from pgolf_fast.config.presets import preset
+from pgolf_fast.ops import launch, tuned
+
+# Peers whose compilation takes seconds; the slower settings of torch.compile come when there is time left
+FIRST = (*peers.OWN, "eager", "dense", "sdpa-flash", "sdpa-cudnn", "compile", "liger", "gemlite")
+SLOW = ("compile", "compile-mix-off", "compile-cudnn", "compile-max-autotune")
+
+
+def run_ops(session: Session) -> bool:
+    """Write ops.json and ops.jsonl; returns whether our ops were right wherever they were measured."""
+    file = PartFile(session, "ops")
+    tuned.load_tuned()
+    (session.out / "ops.jsonl").unlink(missing_ok=True)
+    results = store.Store(session.out / "ops.jsonl")
+
+    def add(record: store.Record) -> None:
+        results.add(record)
+        file.write(measured=len(results.records), table=tables(results.records))
+
+    try:
+        for plan in plans(session):
+            run.measure(plan, add)
+    finally:
+        results.close()
+    late = "skipped: out of time"
+    wrong = [r for r in results.records if r["peer"] == "ours" and r.get("error", late) != late]
+    ok = not wrong and bool(store.timed(results.records))
+    file.finish(ok, roof=asdict_roof(session))
+    return ok
+
+
+def plans(session: Session) -> list[run.Plan]:
+    """The important size first, then the others, then the settings of torch.compile that take long."""
+    names, dtype = registry.select(session.ops), torch.float32 if session.dry else torch.bfloat16
+
+    def plan(tokens: tuple[int, ...], peers_wanted: tuple[str, ...], ops: list[str], modes=MODES) -> run.Plan:
+        return run.Plan(
+            config=preset(session.preset),
+            ops=ops,
+            tokens=tokens,
+            peers=peers_wanted,
+            dtype=dtype,
+            device=session.device,
+            modes=modes,
+            seconds=0.01 if session.dry else 0.3,
+            runs=5 if session.dry else 20,
+            deadline=session.deadline(0.95),
+        )
+
+    if session.dry:
+        compiled = [name for name in names if name == "smear_gate"]
+        return [plan((64,), peers.QUICK, names), plan((64,), ("compile",), compiled, ("fwd",))]
+    tokens = session.tokens or commands.GPU_TOKENS
+    if session.peers:
+        return [plan(tokens, session.peers, names)]
+    free = [name for name in names if registry.OPS[name].tokens is None]
+    found = [plan(tokens[:1], FIRST, names)]
+    found += [plan(tokens[1:], FIRST, free)] if tokens[1:] else []
+    return [*found, plan(tokens[:1], SLOW, names)]
+
+
+def tables(records: list[store.Record]) -> list[str]:
+    return [commands.describe(records)]
+
+
+def asdict_roof(session: Session) -> dict[str, object]:
+    from pgolf_fast.bench.roofline import measured_roof, roof
+
+    dtype = torch.float32 if session.dry else torch.bfloat16
+    found: dict[str, object] = {"used": asdict(roof(session.device, dtype))}
+    if session.left > 5:
+        found["measured"] = asdict(measured_roof(session.device, dtype))
+    return found
+
+
+def run_tune(session: Session) -> bool:
+    """Write tune.json and launches.json; returns whether any kernel was tuned."""
+    file = PartFile(session, "tune")
+    config = preset(session.preset)
+    plan = tune.TunePlan(
+        config=config,
+        ops=registry.select(session.ops),
+        tokens=64 if session.dry else config.train.micro_batch_tokens,
+        dtype=torch.float32 if session.dry else torch.bfloat16,
+        device=session.device,
+        candidates=3 if session.dry else 24,
+        runs=2 if session.dry else 10,
+        deadline=session.deadline(0.9),
+    )
+    found: list[tune.Found] = []
+
+    def done(one: tune.Found) -> None:
+        found.append(one)
+        tuned.save_rows(session.out / tuned.FILE_NAME, [tune.as_tuned(one, plan)])
+        file.write(kernels=[asdict(each) for each in found], table=[commands.tune_table(found)])
+
+    if session.dry:
+        with rehearsed_kernel():
+            tune.tune(plan, done)
+    else:
+        tune.tune(plan, done)
+    reached = {one.kernel for one in found}
+    file.finish(bool(found), not_reached=[name for name in launch.kernels() if name not in reached])
+    return bool(found)
+
+
+def rehearsed_kernel():
+    """On a CPU no op takes a row from the table: let smear_gate pretend to."""
+    original = registry.smear_gate
+
+    def make(place):
+        case = original(place)
+
+        def asking():
+            launch._TABLE["smear_gate_fwd"]["sm90"]
+            return case.ours.run()
+
+        return replace(case, ours=replace(case.ours, run=asking))
+
+    return mock.patch.dict(registry.OPS, {"smear_gate": registry.Entry(make)})

@@ -1,0 +1,408 @@
+"""Session part `step`: the whole training step, ours against the same model in plain PyTorch.
+
+T1: milliseconds of a step at the preset's micro-batch, all ways in turn. T3: their losses on the same tokens
+from the same weights. T2: the quickest of ours and of the peers again with larger micro-batches. Every step
+is a real one (forward, backward, clipping, optimizer); the tokens are a random Markov chain, so there is
+something to learn.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from plain import PlainTrainer
+from session_files import PartFile, Session
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from pgolf_fast.bench.aot import kernels_in_source
+from pgolf_fast.bench.peers import compile_settings
+from pgolf_fast.bench.registry import forced_attention
+from pgolf_fast.bench.roofline import roof
+from pgolf_fast.bench.run import attempt
+from pgolf_fast.bench.timer import gpu_state
+from pgolf_fast.config.model import ModelConfig
+from pgolf_fast.config.presets import preset
+from pgolf_fast.config.schema import RunConfig
+from pgolf_fast.model.gpt import GPT
+from pgolf_fast.ops.tuned import load_tuned
+from pgolf_fast.train.trainer import Trainer
+from pgolf_fast.train.world import World, resolve_dtype
+
+POOL_TOKENS = 128 * 98_304  # they are repeated
+LARGER = (2, 4)  # micro-batches of T2, over the preset's; they divide its eight
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to make a training step."""
+
+    name: str
+    ours: bool
+    compile: str | None = None
+    """A setting of torch.compile, as in `bench.peers`; None runs eagerly."""
+    backend: str = "any"
+    """Attention of plain PyTorch."""
+    attention: str = "auto"
+    """Attention of ours, as in `ops.attention_backend`."""
+    graph: bool = False
+    """Ours: replay micro-steps from a CUDA graph."""
+    dry: bool = False
+    """Also part of a rehearsal."""
+
+
+# In order of worth: when time is short, the last are left out.
+WAYS = (
+    Way("ours, compile", True, "compile", dry=True),
+    Way("plain, compile, flash", False, "compile", "flash", dry=True),
+    Way("ours, eager", True, dry=True),
+    Way("plain, compile-mix-off, flash", False, "compile-mix-off", "flash"),
+    Way("plain, compile, cudnn", False, "compile", "cudnn"),
+    Way("ours, CUDA graph", True, graph=True),
+    Way("ours, compile, cudnn attention", True, "compile", attention="cudnn"),
+    Way("ours, compile, triton attention", True, "compile", attention="triton"),
+    Way("ours, compile and CUDA graph", True, "compile", graph=True),
+    Way("plain, compile-max-autotune, flash", False, "compile-max-autotune", "flash"),
+    Way("plain, eager, flash", False, None, "flash", dry=True),
+)
+REFERENCE = "plain, compile, flash"  # whose losses the others are compared with
+
+
+def flops_per_token(model: ModelConfig, length: int) -> float:
+    """Of forward and backward, by the usual count: three times forward, causal attention counted once."""
+    d = model.model_dim
+    weights = model.num_layers * d * (2 * d + 2 * model.kv_dim + model.mlp_up_rows + model.mlp_hidden)
+    weights += model.vocab_size * d
+    if model.bigram_vocab_size:
+        weights += model.bigram_dim * d
+    if model.ve_enabled:
+        weights += model.ve_dim * model.kv_dim
+    attention = model.num_layers * 4.0 * model.num_heads * model.head_dim * (length + 1) / 2
+    return 3 * (2.0 * weights + attention)
+
+
+class Pool:
+    """A loader that hands out micro-batches which already lie on the device, round and round."""
+
+    def __init__(self, tokens: Tensor, targets: Tensor, sequences: int):
+        self.tokens, self.targets, self.sequences, self.position = tokens, targets, sequences, 0
+
+    def next_batch(self) -> tuple[Tensor, Tensor]:
+        start = self.position
+        self.position = (start + self.sequences) % len(self.tokens)
+        return self.tokens[start : start + self.sequences], self.targets[start : start + self.sequences]
+
+    def state(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state(self, state: dict[str, int]) -> None:
+        self.position = state["position"]
+
+
+def markov_tokens(vocab: int, sequences: int, length: int, seed: int = 0) -> np.ndarray:
+    """(sequences, length) ids: each token has four followers; one in ten is any token."""
+    generator = np.random.default_rng(seed)
+    followers = generator.integers(0, vocab, (vocab, 4))
+    tokens = np.empty((sequences, length), np.int64)
+    tokens[:, 0] = generator.integers(0, vocab, sequences)
+    for t in range(1, length):
+        next_tokens = followers[tokens[:, t - 1], generator.integers(0, 4, sequences)]
+        anything = generator.random(sequences) < 0.1
+        tokens[:, t] = np.where(anything, generator.integers(0, vocab, sequences), next_tokens)
+    return tokens
+
+
+@dataclass
+class Runner:
+    """A way that is ready to step."""
+
+    way: Way
+    trainer: Trainer | PlainTrainer
+    prepare_seconds: float
+    peak_bytes: int | None
+    ms: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+
+    def step(self) -> None:
+        """One timed step: from a quiet GPU until its loss is known."""
+        start = time.perf_counter()
+        with forced_attention(self.way.attention):
+            result = self.trainer.advance()
+        loss = float(result) if isinstance(result, Tensor) else result.loss
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.ms.append(1e3 * (time.perf_counter() - start))
+        self.losses.append(loss)
+
+
+def run_config(session: Session, micro: int = 1) -> RunConfig:
+    """The preset without what happens only every few steps, at constant learning rate."""
+    config = preset(session.preset)
+    micro_batch, batch, length = (
+        (64, 256, 32)
+        if session.dry
+        else (config.train.micro_batch_tokens, config.train.batch_tokens, config.train.seq_len)
+    )
+    train = replace(
+        config.train,
+        schedule="steps",
+        max_seconds=None,
+        steps=100_000,
+        adaptive_warmdown=False,
+        meta=None,
+        qat=None,
+        batch_tokens=batch,
+        micro_batch_tokens=micro * micro_batch,
+        seq_len=length,
+    )
+    if not session.dry:
+        return replace(config, train=train)
+    model = replace(config.model, num_layers=2, ve_layers=(1,), xsa_last_n=2, frozen_skips=0)
+    return replace(config, model=model, train=train, eval=replace(config.eval, stride=length))
+
+
+def make_pool(config: RunConfig, device: torch.device, micro_batches: int) -> tuple[Tensor, Tensor]:
+    length = config.train.seq_len
+    sequences = micro_batches * config.train.micro_batch_tokens // length
+    tokens = torch.from_numpy(markov_tokens(config.model.vocab_size, sequences, length + 1)).to(device)
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def prepare(way: Way, config: RunConfig, pool: tuple[Tensor, Tensor], session: Session) -> Runner:
+    """A trainer of that way after one step (everything is compiled) that was undone."""
+    start, device, train = time.monotonic(), session.device, config.train
+    settings = None
+    if way.compile is not None:
+        settings = {"backend": "aot_eager"} if session.dry else compile_settings(way.compile)
+    before = _memory(device)
+    torch.manual_seed(train.seed)
+    model = GPT(config.model, compute_dtype=resolve_dtype(train.compute_dtype, device)).to(device)
+    loader = Pool(*pool, train.micro_batch_tokens // train.seq_len)
+    trainer: Trainer | PlainTrainer
+    if way.ours:
+        ours = Trainer(
+            model,
+            replace(config, train=replace(train, cuda_graph=way.graph and not session.dry)),
+            loader,
+            World(0, 1, device),
+        )
+        if settings is not None:
+            ours.loss_function = torch.compile(model.loss, dynamic=False, fullgraph=True, **settings)
+        with forced_attention(way.attention):
+            ours.warm_up(1)
+        trainer = ours
+    else:
+        backend = "any" if session.dry else way.backend
+        plain = PlainTrainer(model, config, loader.next_batch, backend=backend, compile=settings)
+        plain.warm_up()
+        loader.load_state({"position": 0})
+        trainer = plain
+    peak = None if device.type == "cpu" else torch.cuda.max_memory_allocated(device) - before
+    return Runner(way, trainer, time.monotonic() - start, peak)
+
+
+def _memory(device: torch.device) -> int:
+    if device.type == "cpu":
+        return 0
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def prepare_all(
+    ways: Sequence[Way], config: RunConfig, session: Session, file: PartFile, deadline: float
+) -> tuple[list[Runner], dict[str, str]]:
+    """Every way that starts before the deadline; what failed, with its reason."""
+    batches = 8 if session.dry else max(8, POOL_TOKENS // config.train.micro_batch_tokens)
+    pool = make_pool(config, session.device, batches)
+    runners: list[Runner] = []
+    failed: dict[str, str] = {}
+    for way in ways:
+        if time.monotonic() > deadline and len(runners) > 1:
+            failed[way.name] = "skipped: out of time"
+            continue
+        runner = attempt(lambda way=way: prepare(way, config, pool, session))
+        if isinstance(runner, str):
+            failed[way.name] = runner
+            print(f"{way.name}: {runner}", flush=True)
+        else:
+            runners.append(runner)
+            print(f"{way.name}: ready after {runner.prepare_seconds:.0f} s", flush=True)
+        file.write(prepared={r.way.name: r.prepare_seconds for r in runners}, failed=failed)
+    return runners, failed
+
+
+def rounds(runners: list[Runner], deadline: float, most: int, note) -> None:
+    """One step of each way in turn until the deadline; a way that fails leaves, with its reason."""
+    longest = 0.0
+    for i in range(most):
+        if i >= 3 and time.monotonic() + longest > deadline:
+            break
+        start = time.monotonic()
+        for runner in list(runners):
+            problem = attempt(runner.step)
+            if isinstance(problem, str):
+                runners.remove(runner)
+                note({runner.way.name: problem})
+        longest = max(longest, time.monotonic() - start) if i else 0.0
+        if i in (0, 2) or i % 10 == 9:
+            note({})
+    note({})
+
+
+def rows(runners: Sequence[Runner], config: RunConfig, device: torch.device) -> list[dict[str, object]]:
+    """One record a way, with its time over that of the quickest plain one."""
+    tokens = config.train.batch_tokens
+    flops = tokens * flops_per_token(config.model, config.train.seq_len)
+    medians = {r.way.name: statistics.median(r.ms) for r in runners if r.ms}
+    plain = [medians[r.way.name] for r in runners if r.ms and not r.way.ours]
+    found = []
+    for runner in runners:
+        if not runner.ms:
+            continue
+        median = medians[runner.way.name]
+        peak = roof(device, resolve_dtype(config.train.compute_dtype, device)).flops
+        found.append(
+            {
+                "way": runner.way.name,
+                "median_ms": median,
+                "min_ms": min(runner.ms),
+                "max_ms": max(runner.ms),
+                "steps": len(runner.ms),
+                "tokens_per_second": tokens / median * 1e3,
+                "mfu_percent": 100 * flops / (median / 1e3) / peak,
+                "peak_gib": None if runner.peak_bytes is None else runner.peak_bytes / 2**30,
+                "best_plain_over_this": min(plain) / median if plain else None,
+                "micro_batch_tokens": config.train.micro_batch_tokens,
+                "prepare_seconds": runner.prepare_seconds,
+                "ms": [round(ms, 3) for ms in runner.ms],
+                "losses": runner.losses,
+            }
+        )
+    return found
+
+
+def loss_differences(runners: Sequence[Runner]) -> dict[str, dict[str, float]]:
+    """T3: losses of each way less those of the reference: the largest, and the mean of the last 50."""
+    curves = {r.way.name: r.losses for r in runners}
+    if REFERENCE not in curves:
+        return {}
+    found = {}
+    for name, losses in curves.items():
+        pairs = list(zip(losses, curves[REFERENCE], strict=False))
+        if name == REFERENCE or not pairs:
+            continue
+        gaps = [a - b for a, b in pairs]
+        last = gaps[-50:]
+        found[name] = {
+            "steps": len(gaps),
+            "largest": max(map(abs, gaps)),
+            "mean_of_last_50": sum(last) / len(last),
+            "last_loss": losses[-1],
+        }
+    return found
+
+
+# First match wins; names are those of CUDA kernels (of operators on a CPU).
+CLASSES = {
+    "attention, library": ("flash", "fmha", "cudnn_generated", "sdpa", "scaled_dot_product"),
+    "gemm, library": ("gemm", "cutlass", "nvjet", "cublas", "splitk", "aten::mm", "addmm", "linear", "bmm"),
+    "fused by Inductor": ("triton_",),
+    "scatter and gather": ("index", "scatter", "gather", "embedding", "sort"),
+    "copies and fills": ("memcpy", "memset", "copy", "fill"),
+    "optimizer": ("multi_tensor", "fused_adam", "adam"),
+}
+
+
+def time_by_class(runner: Runner, device: torch.device) -> dict[str, object]:
+    """Milliseconds of one step by kernel class, and the twenty longest kernels."""
+    cuda = device.type == "cuda"
+    ours = set(kernels_in_source())
+    activity = ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU
+    with forced_attention(runner.way.attention), profile(activities=[activity]) as trace:
+        runner.trainer.advance()
+        if cuda:
+            torch.cuda.synchronize(device)
+    totals: dict[str, float] = defaultdict(float)
+    kernels = []
+    for event in trace.key_averages():
+        ms = (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e3
+        totals[_class_of(event.key, ours)] += ms
+        kernels.append((ms, event.count, event.key[:120]))
+    ordered = dict(sorted(totals.items(), key=lambda item: -item[1]))
+    return {"ms_by_class": ordered, "longest": sorted(kernels, reverse=True)[:20]}
+
+
+def _class_of(kernel: str, ours: set[str]) -> str:
+    if kernel in ours:
+        return f"ours: {kernel}"
+    pairs = ((name, word) for name, words in CLASSES.items() for word in words)
+    return next((name for name, word in pairs if word in kernel.lower()), "elementwise and other")
+
+
+def run(session: Session) -> bool:
+    """Write step.json; returns whether our step and a plain one were measured."""
+    torch._dynamo.config.recompile_limit = 64  # every way compiles the same functions
+    file = PartFile(session, "step")
+    load_tuned()
+    best = compare_ways(session, file)
+    larger_micro_batches(session, file, best)
+    ok = {way.ours for way in best} == {True, False}
+    file.finish(ok)
+    return ok
+
+
+def compare_ways(session: Session, file: PartFile) -> list[Way]:
+    """T1 and T3, and where the time goes; returns the quickest way of ours and the quickest plain one."""
+    ways = [way for way in WAYS if (way.dry or not session.dry) and session.wants(way.name)]
+    config, device = run_config(session), session.device
+    runners, failed = prepare_all(ways, config, session, file, session.deadline(0.55))
+
+    def note(problems: dict[str, str]) -> None:
+        failed.update(problems)
+        differences = loss_differences(runners)
+        file.write(T1=rows(runners, config, device), T3=differences, failed=failed)
+
+    before = gpu_state(device)
+    rounds(runners, session.deadline(0.6), session.steps, note)
+    file.write(clocks=[before, gpu_state(device)])
+    profiles: dict[str, object] = {}
+    for runner in runners:
+        if session.left > 20 or session.dry:
+            profiles[runner.way.name] = attempt(lambda runner=runner: time_by_class(runner, device))
+            file.write(profiles=profiles)
+    best = []
+    for ours in (True, False):
+        side = [r for r in runners if r.ms and r.way.ours is ours]
+        best += [min(side, key=lambda r: statistics.median(r.ms)).way] if side else []
+    return best
+
+
+def larger_micro_batches(session: Session, file: PartFile, ways: Sequence[Way]) -> None:
+    """T2: the quickest way of each side again, with fewer and larger micro-batches."""
+    found: list[dict[str, object]] = []
+    for factor in LARGER[:1] if session.dry else LARGER:
+        if session.left < 60 and not session.dry:
+            break
+        release(session.device)
+        config = run_config(session, factor)
+        runners, failed = prepare_all(ways, config, session, file, session.deadline(0.5))
+        rounds(runners, session.deadline(0.4), 5, lambda problems, failed=failed: failed.update(problems))
+        found += rows(runners, config, session.device)
+        file.write(T2=found, T2_failed=failed)
+        del runners
+
+
+def release(device: torch.device) -> None:
+    """Give the memory of trainers that are gone back to the GPU."""
+    gc.collect()
+    torch._dynamo.reset()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

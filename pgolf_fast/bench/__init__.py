@@ -1,0 +1,1 @@
+"""Measurements and proofs about kernels: ahead-of-time compilation, timing, comparison."""

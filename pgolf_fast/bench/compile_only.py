@@ -1,0 +1,186 @@
+"""A Triton driver with no GPU behind it: launches are compiled for a named GPU and recorded, not run.
+
+Everything before the launch is real: the launchers of this project, Triton's specialisation on the arguments,
+its compiler, the assembler that ships with it, and the limit on shared memory. Works with triton 3.6 to 3.9.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shutil
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pgolf_fast.errors import PgolfError
+
+_devices = itertools.count(1000)
+
+# Bytes of shared memory that one block may use, by compute capability (CUDA C programming guide).
+SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+
+
+@dataclass
+class Compiled:
+    """What the assembler says about one specialisation of a kernel."""
+
+    kernel: str
+    arch: int
+    warps: int
+    stages: int
+    registers: int
+    spill_bytes: int
+    """Stack and local memory: 0 when nothing spilled."""
+    shared_bytes: int
+    instructions: Counter[str] = field(default_factory=Counter)
+    """How often each opcode stands in the machine code."""
+    launches: list[tuple[int, int, int]] = field(default_factory=list)
+    """The grid of every launch."""
+
+    def count(self, *fragments: str) -> int:
+        """Instructions whose opcode contains one of `fragments`."""
+        return sum(n for opcode, n in self.instructions.items() if any(f in opcode for f in fragments))
+
+    @property
+    def tensor_core_instructions(self) -> int:
+        """HMMA and relatives on Ampere, HGMMA on Hopper, UTC*MMA on Blackwell."""
+        return self.count("MMA")
+
+    @property
+    def tma_instructions(self) -> int:
+        """Bulk tensor copies (Hopper and later)."""
+        return self.count("UTMA")
+
+
+def _tool(name: str) -> str:
+    import triton.backends.nvidia as nvidia
+
+    shipped = Path(nvidia.__file__).parent / "bin" / name
+    found = str(shipped) if shipped.exists() else shutil.which(name)
+    if found is None:
+        raise PgolfError(
+            f"{name} is needed to read compiled kernels; it comes with triton's wheel or with CUDA"
+        )
+    return found
+
+
+def _inspect(cubin: bytes) -> tuple[dict[str, int], Counter[str]]:
+    """Resource usage and opcode counts of a device binary."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage, code = (
+            subprocess.run([_tool(tool), flag, path], capture_output=True, text=True, check=True).stdout
+            for tool, flag in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
+        )
+    numbers = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", usage)}
+    opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\S+\s+)?([A-Z][A-Z0-9_]*)", code, re.MULTILINE)
+    return numbers, Counter(opcodes)
+
+
+class _Launcher:
+    """Stands where Triton's C launcher would: notes the grid, and what the compiler settled on."""
+
+    def __init__(self, source: object, metadata: Any):
+        self.warps, self.stages = metadata.num_warps, metadata.num_stages
+
+    def __call__(self, x: int, y: int, z: int, stream: int, function: Compiled, *rest: object) -> None:
+        function.warps, function.stages = self.warps, self.stages
+        function.launches.append((x, y, z))
+
+
+class _Driver:
+    """The methods of Triton's CUDA driver that compiling a launch needs."""
+
+    launcher_cls = _Launcher
+
+    def __init__(self, arch: int):
+        self.arch, self.device = arch, next(_devices)
+        self.utils = self
+        self.compiled: list[Compiled] = []
+
+    def is_active(self) -> bool:
+        return True
+
+    def get_current_target(self) -> object:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return (
+            self.device
+        )  # a new one every time: Triton keeps compiled kernels by device and would say nothing
+
+    def set_current_device(self, device: int) -> None:
+        pass
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_device_interface(self) -> object:
+        return torch.cpu
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {
+            "max_shared_mem": SHARED_LIMIT[self.arch],
+            "multiprocessor_count": 132,
+            "max_num_regs": 65536,
+            "warpSize": 32,
+            "mem_clock_rate": 1,
+            "mem_bus_width": 1,
+            "sm_clock_rate": 1,
+        }
+
+    def load_binary(
+        self, name: str, cubin: bytes, shared: int, device: int
+    ) -> tuple[Compiled, Compiled, int, int, int]:
+        usage, opcodes = _inspect(cubin)
+        spill = usage.get("STACK", 0) + usage.get("LOCAL", 0)
+        entry = Compiled(name, self.arch, 0, 0, usage.get("REG", 0), spill, shared, opcodes)
+        self.compiled.append(entry)
+        # the first is the module: without one, Triton would load the binary anew at every launch
+        return entry, entry, entry.registers, spill, 1024
+
+    def unload_module(self, module: object) -> None:
+        pass
+
+    def map_python_to_cpp_type(self, kind: str) -> str:
+        return kind
+
+    def assemble_tensormap_to_arg(self, information: object, arguments: object) -> object:
+        return arguments
+
+
+@contextmanager
+def compile_only(arch: int) -> Iterator[list[Compiled]]:
+    """Within, Triton launches (on CPU tensors) compile for compute capability `arch` (90 is sm_90).
+
+    Yields the list that fills with one entry a specialisation. Raises PgolfError when Triton was imported
+    with its interpreter on, or `arch` is not one of SHARED_LIMIT.
+    """
+    import triton
+    from triton.runtime.driver import driver
+
+    if arch not in SHARED_LIMIT:
+        raise PgolfError(f"no architecture sm_{arch}: use one of {', '.join(map(str, SHARED_LIMIT))}")
+    if triton.knobs.runtime.interpret:
+        raise PgolfError("TRITON_INTERPRET=1 is set: kernels cannot be compiled in this process")
+    stand_in = _Driver(arch)
+    before = getattr(driver, "_active", None)
+    driver.set_active(stand_in)
+    try:
+        yield stand_in.compiled
+    finally:
+        driver._active = before

@@ -1,0 +1,80 @@
+"""Two pictures of a results file: the roofline, and bars of each peer's time over ours (matplotlib)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pgolf_fast.bench.store import Record, timed
+from pgolf_fast.errors import PgolfError
+from pgolf_fast.files import atomic_path
+
+
+def _axes(width: float, height: float) -> tuple[Any, Any]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise PgolfError("plots need matplotlib: pip install pgolf-fast[plot]") from error
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _save(figure: Any, path: Path) -> None:
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+
+
+def _machine(records: Sequence[Record]) -> str:
+    environment = records[-1]["environment"]
+    return f"{environment.get('gpu') or environment.get('processor')}, torch {environment.get('torch')}"
+
+
+def plot_roofline(records: Sequence[Record], path: Path) -> None:
+    """Our ops as points, TFLOP/s over FLOP per byte, under the limits of the machine."""
+    ours = [r for r in timed(records) if r["peer"] == "ours"]
+    if not ours:
+        raise PgolfError("there is no time of our own ops to plot")
+    figure, axes = _axes(8, 5.5)
+    intensities = [r["flops"] / r["ideal_bytes"] for r in ours]
+    low, high = min(intensities) / 2, max(intensities) * 2
+    for flops, moved, source in {
+        (r["roof_tflops"], r["roof_gbytes_per_second"], r["roof_source"]) for r in ours
+    }:
+        knee = 1e3 * flops / moved
+        points = sorted({low, min(max(knee, low), high), high})
+        limits = [min(flops, x * moved / 1e3) for x in points]
+        axes.plot(points, limits, color="black", label=f"{flops:.3g} TFLOP/s, {moved:.4g} GB/s ({source})")
+    for op in dict.fromkeys(r["op"] for r in ours):
+        group = [r for r in ours if r["op"] == op]
+        xs, ys = [r["flops"] / r["ideal_bytes"] for r in group], [r["tflops"] for r in group]
+        axes.scatter(xs, ys, label=op, s=24)
+    axes.set(xscale="log", yscale="log", xlabel="FLOP per byte of ideal traffic", ylabel="TFLOP/s")
+    axes.set_title(_machine(records), fontsize=10)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=7)
+    _save(figure, path)
+
+
+def plot_ratios(records: Sequence[Record], path: Path) -> None:
+    """For each op, mode and size, the time of every peer over ours: above one, ours is faster."""
+    groups: dict[str, dict[str, float]] = {}
+    for record in timed(records):
+        name = f"{record['op']}, {record['mode']}, {record['tokens']}"
+        groups.setdefault(name, {})[record["peer"]] = record["median_ms"]
+    groups = {name: times for name, times in groups.items() if "ours" in times and len(times) > 1}
+    if not groups:
+        raise PgolfError("there is no op with both our time and a peer's to plot")
+    peers = list(dict.fromkeys(p for times in groups.values() for p in times if p != "ours"))
+    figure, axes = _axes(8, 1.2 + 0.16 * sum(len(times) for times in groups.values()))
+    height = 0.8 / len(peers)
+    for i, peer in enumerate(peers):
+        places = [row + i * height for row, times in enumerate(groups.values()) if peer in times]
+        ratios = [times[peer] / times["ours"] for times in groups.values() if peer in times]
+        axes.barh(places, ratios, height=height, label=peer)
+    axes.axvline(1.0, color="black", linewidth=1)
+    axes.set_yticks([row + 0.4 - height / 2 for row in range(len(groups))], list(groups), fontsize=7)
+    axes.invert_yaxis()
+    axes.set(xlabel="time of the peer / our time", title=_machine(records))
+    axes.legend(fontsize=7)
+    _save(figure, path)

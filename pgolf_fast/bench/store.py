@@ -1,0 +1,129 @@
+"""Records of measurements: JSON lines with everything a reader needs, and the comparison of two files."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pgolf_fast import report
+from pgolf_fast.errors import PgolfError
+from pgolf_fast.train.world import environment
+
+Record = dict[str, Any]
+_KEY = ("preset", "op", "peer", "mode", "tokens", "dtype", "device")
+
+
+def commit() -> str:
+    """The checked-out commit of this package, marked when files differ from it; 'unknown' elsewhere."""
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+def provenance() -> Record:
+    """Commit, versions and machine, as every record carries them."""
+    return {"commit": commit(), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "environment": environment()}
+
+
+class Store:
+    """Appends records to a JSONL file, each complete on disk before the next; keeps them in memory too."""
+
+    def __init__(self, path: Path | None):
+        self.path, self.records = path, list[Record]()
+        self._writer = report.MetricsWriter(path)
+        self._provenance = provenance()
+
+    def add(self, record: Record) -> None:
+        whole = {**record, **self._provenance}
+        self.records.append(whole)
+        self._writer.write("bench", **whole)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def read_records(path: Path) -> list[Record]:
+    """All records of a file. Raises PgolfError when it holds none."""
+    if not path.is_file():
+        raise PgolfError(f"no file {path}: give one that `pgolf bench --out FILE` wrote")
+    records = [row for row in report.read_metrics(path) if row.get("kind") == "bench"]
+    if not records:
+        raise PgolfError(f"{path} holds no benchmark records: give a file that `pgolf bench --out` wrote")
+    return records
+
+
+def timed(records: Sequence[Record]) -> list[Record]:
+    """Records that hold a time (not a refusal), the last one of each key."""
+    last = {tuple(record.get(k) for k in _KEY): record for record in records}
+    return [record for record in last.values() if "median_ms" in record]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Ratios of two files, after over before."""
+
+    rows: list[tuple[str, ...]]
+    slower: list[str]
+    """Our ops that became slower than the threshold allows, or disappeared."""
+
+
+def compare(before: Sequence[Record], after: Sequence[Record], threshold: float) -> Comparison:
+    """Medians of `after` over those of `before`; a ratio above `threshold` for one of our ops counts."""
+    new = {tuple(r.get(k) for k in _KEY): r for r in timed(after)}
+    rows: list[tuple[str, ...]] = []
+    slower: list[str] = []
+    for old in timed(before):
+        key = tuple(old.get(k) for k in _KEY)
+        name = f"{old['op']} {old['mode']} {old['tokens']} {old['peer']}"
+        other = new.get(key)
+        if other is None:
+            rows.append((name, f"{old['median_ms']:.4f}", "-", "missing"))
+            slower += [f"{name} is missing"] if old["peer"] == "ours" else []
+            continue
+        ratio = other["median_ms"] / old["median_ms"]
+        rows.append((name, f"{old['median_ms']:.4f}", f"{other['median_ms']:.4f}", f"{ratio:.3f}"))
+        if old["peer"] == "ours" and ratio > threshold:
+            slower.append(f"{name}: {ratio:.3f} times as long")
+    if not any(row[-1] != "missing" for row in rows):
+        raise PgolfError("the two files have no measurement in common: same preset, dtype and device?")
+    gpus = {r["environment"].get("gpu") or r["environment"].get("processor") for r in (*before, *after)}
+    if len(gpus) > 1:
+        report.logger.warning("the files come from different machines: %s", ", ".join(map(str, sorted(gpus))))
+    return Comparison(rows, slower)
+
+
+def summary(records: Sequence[Record]) -> list[tuple[str, ...]]:
+    """One line an op, mode and size: our median, the best peer and its median, peer over ours."""
+    groups: dict[tuple[str, str, int], list[Record]] = {}
+    for record in timed(records):
+        groups.setdefault((record["op"], record["mode"], record["tokens"]), []).append(record)
+    rows: list[tuple[str, ...]] = []
+    for (op, mode, tokens), group in groups.items():
+        ours = next((r for r in group if r["peer"] == "ours"), None)
+        peers = [r for r in group if not r["peer"].startswith("ours")]
+        if ours is None:
+            continue
+        best = min(peers, key=lambda r: r["median_ms"], default=None)
+        against = ["-", "-", "-"]
+        if best is not None:
+            ratio = best["median_ms"] / ours["median_ms"]
+            against = [best["peer"], f"{best['median_ms']:.4f}", f"{ratio:.2f}"]
+        roof = f"{ours['roofline_percent']:.0f}%"
+        rows.append((op, mode, f"{tokens}", f"{ours['median_ms']:.4f}", roof, *against))
+    return rows
+
+
+SUMMARY_HEADER = ("op", "mode", "tokens", "ours ms", "of roofline", "best peer", "its ms", "peer / ours")
+
+
+def failures(records: Sequence[Record]) -> list[tuple[str, ...]]:
+    """Records without a time: which, and why."""
+    return [(r["op"], r["mode"], str(r["tokens"]), r["peer"], r["error"]) for r in records if "error" in r]

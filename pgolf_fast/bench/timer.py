@@ -1,0 +1,137 @@
+"""The one timer: contenders in turn, medians and quantiles; what the GPU's clock was meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+FLUSH_BYTES = 256 << 20  # more than any L2: 60 MB on an H200
+WANTED_RUNS, FEWEST_RUNS = 20, 5
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of every timed run of one contender."""
+
+    samples: list[float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    def quantile(self, share: float) -> float:
+        ordered = sorted(self.samples)
+        return ordered[min(len(ordered) - 1, round(share * (len(ordered) - 1)))]
+
+
+def time_in_turn(
+    calls: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    *,
+    seconds: float,
+    rounds: int = 7,
+    runs: int = WANTED_RUNS,
+) -> dict[str, Timing]:
+    """Milliseconds of each call, A B C A B C ..., so that a drift of the machine meets all of them.
+
+    `runs` each within `seconds` a call, and at least five however slow. On a GPU: CUDA events, a cold L2,
+    and at least five warm-up runs; below about 0.1 ms launching is part of what is measured. On a CPU: one
+    thread and one warm-up run.
+    """
+    if device.type == "cuda":
+        return _time_cuda(calls, device, seconds, rounds, runs)
+    return _time_cpu(calls, seconds, runs)
+
+
+def _time_cpu(calls: Mapping[str, Callable[[], object]], seconds: float, runs: int) -> dict[str, Timing]:
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    with one_thread():
+        for call in calls.values():
+            call()
+        end = time.perf_counter() + seconds * len(calls)
+        for done in range(runs):
+            if done >= FEWEST_RUNS and time.perf_counter() > end:
+                break
+            for name, call in calls.items():
+                start = time.perf_counter()
+                call()
+                samples[name].append(1e3 * (time.perf_counter() - start))
+    return {name: Timing(values) for name, values in samples.items()}
+
+
+def _time_cuda(
+    calls: Mapping[str, Callable[[], object]], device: torch.device, seconds: float, rounds: int, runs: int
+) -> dict[str, Timing]:
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    each = {}
+    for name, call in calls.items():
+        first = min(_run_cuda(call, flush, 2))
+        _run_cuda(call, flush, 1 if first > 200 else 3)
+        affordable = int(1e3 * seconds / max(first, 1e-3))
+        each[name] = -(-min(runs, max(FEWEST_RUNS, affordable)) // rounds)
+    for _ in range(rounds):
+        for name, call in calls.items():
+            samples[name] += _run_cuda(call, flush, each[name])
+    return {name: Timing(values) for name, values in samples.items()}
+
+
+def _run_cuda(call: Callable[[], object], flush: torch.Tensor, runs: int) -> list[float]:
+    """Milliseconds of `runs` calls, each after the L2 was overwritten."""
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
+    for start, end in events:
+        flush.zero_()  # also gives the host time to queue the call before the GPU gets to it
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize(flush.device)
+    return [start.elapsed_time(end) for start, end in events]
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """With more, medians on a busy machine say little: 16 ms against 8 us was seen for one op."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
+    """Memory that one call needs beyond what is there already; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    result = call()
+    torch.cuda.synchronize(device)
+    del result
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+_QUERY = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu", "driver_version")
+
+
+def gpu_state(device: torch.device) -> dict[str, str]:
+    """Clocks, power, temperature and driver as nvidia-smi reads them (it sets nothing); {} without it."""
+    if device.type != "cuda":
+        return {}
+    command = ["nvidia-smi", f"--query-gpu={','.join(_QUERY)}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    lines = done.stdout.strip().splitlines()
+    index = device.index or 0
+    if index >= len(lines):
+        return {}
+    return dict(zip(_QUERY, (value.strip() for value in lines[index].split(",")), strict=False))
