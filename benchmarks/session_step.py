@@ -33,6 +33,7 @@ from pgolf_fast.config.presets import preset
 from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.ops.tuned import load_tuned
+from pgolf_fast.train.micro_step import tag_compile_cache
 from pgolf_fast.train.trainer import Trainer
 from pgolf_fast.train.world import World, resolve_dtype
 
@@ -194,6 +195,7 @@ def prepare(way: Way, config: RunConfig, pool: tuple[Tensor, Tensor], session: S
             World(0, 1, device),
         )
         if settings is not None:
+            tag_compile_cache()
             ours.loss_function = torch.compile(model.loss, dynamic=False, fullgraph=True, **settings)
         with forced_attention(way.attention):
             ours.warm_up(1)

@@ -8,10 +8,11 @@ from safetensors.torch import load_file
 
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.model.gpt import GPT
+from pgolf_fast.ops import launch
 from pgolf_fast.report import read_metrics
 from pgolf_fast.train import loop
 from pgolf_fast.train.loop import train
-from pgolf_fast.train.micro_step import DirectStep, GraphStep
+from pgolf_fast.train.micro_step import DirectStep, GraphStep, tag_compile_cache
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,16 @@ def test_a_bad_number_is_found_late_too(data, tmp_path, monkeypatch):
     config = run_config(data, optim__matrix_lr=1e30, optim__embed_lr=1e30, optim__grad_clip=None)
     with pytest.raises(PgolfError, match=r"at step .* is (nan|inf)"):
         train(config, tmp_path / "run")
+
+
+def test_compiled_graphs_of_other_choices_are_not_found_again():
+    """What PyTorch keeps on disk is apart for each choice of implementations."""
+    tags = []
+    for implementation in ("auto", "torch", "auto"):
+        launch.choose("mlp", implementation)
+        tag_compile_cache()
+        tags.append(torch.compiler.config.cache_key_tag)
+    assert tags[0] == tags[2] != tags[1]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -33,7 +33,8 @@ def _tables(config: ModelConfig, length: int, context: int, device: torch.device
         return cos.float(), sin.float()
 
 
-_cached_tables = functools.lru_cache(maxsize=32)(_tables)
+# never dropped: a captured CUDA graph goes on reading them
+_cached_tables = functools.cache(_tables)
 
 
 def rope_tables(

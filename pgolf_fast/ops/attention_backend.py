@@ -167,7 +167,7 @@ def _flash_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse:
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*heads, lse, 0.0, True)
         dq, dk, dv = _heads_first(*grads)
         return dq, _sum_groups(dk, k.shape[2]), _sum_groups(dv, k.shape[2])
-    seed, length = torch.zeros(2, dtype=torch.uint64, device=q.device), q.shape[1]
+    seed, length = torch.empty(2, dtype=torch.uint64, device=q.device), q.shape[1]
     grads = torch.ops.aten._scaled_dot_product_flash_attention_backward(
         *_heads_first(dy, q, k, v, y), lse, None, None, length, length, 0.0, True, seed, seed
     )

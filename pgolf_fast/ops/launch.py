@@ -79,9 +79,12 @@ def launch(kernel: str, x: Tensor) -> Launch:
 
 
 def architecture(device: torch.device) -> str:
-    """The row name of a CUDA device: sm80 (also for 86 and 89), sm90 or sm100 (also for what came later)."""
+    """The row name of a CUDA device: sm80, sm90 or sm100.
+
+    sm80 also serves 86, 89 and 120, whose blocks have 99 KiB of shared memory.
+    """
     major, _ = torch.cuda.get_device_capability(device)
-    return "sm80" if major < 9 else "sm90" if major == 9 else "sm100"
+    return "sm90" if major == 9 else "sm100" if major in (10, 11) else "sm80"
 
 
 def choose(op: str, implementation: Implementation) -> None:

@@ -29,7 +29,8 @@ def softcap_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, softcap: f
 
     x (..., D), weight (V, D) of x's dtype, targets (...) integer in 0..V-1; result has targets' shape.
     Raises ValueError for shapes or dtypes that do not fit; IndexError for a target outside the vocabulary.
-    On a GPU that check would stop the host, so kernels give a loss (and gradients) of NaN for such a target.
+    On a GPU that check would stop the host: there, kernels give a loss (and gradients) of NaN for such a
+    target, and PyTorch ends with a device-side assertion.
     """
     expect_shape("softcap_cross_entropy", "targets", targets, tuple(x.shape[:-1]))
     flat = torch.ops.pgolf.softcap_cross_entropy(
@@ -62,11 +63,10 @@ def _softcap_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, softcap: float
 ) -> tuple[Tensor, Tensor]:
     _check(x, weight, targets, softcap)
+    if not x.is_cuda:  # on a GPU a look at them would stop the host, and end a capture
+        _check_targets(targets, weight.shape[0])
     if not launch.uses_kernels("softcap_cross_entropy", x):
-        _check_targets(targets, weight.shape[0])
         return _forward(x, weight, targets, softcap)
-    if not x.is_cuda:
-        _check_targets(targets, weight.shape[0])
     return _kernels_forward(x, weight, targets, softcap)
 
 
