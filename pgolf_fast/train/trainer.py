@@ -122,9 +122,8 @@ class Trainer:
             [p.grad for p in self.optimizer.parameters if p.grad is not None], self.world.world_size
         )
         norm = self.optimizer.clip()
-        numbers = torch.stack(
-            [n.double() for n in (loss, norm, loss * 0 if meta_loss is None else meta_loss)]
-        )
+        meta_number = torch.zeros_like(loss) if meta_loss is None else meta_loss
+        numbers = torch.stack([number.double() for number in (loss, norm, meta_number)])
         pending = PendingStep(self, self.world.mean_(numbers), meta_loss is not None, multiplier)
         if self.world.device.type == "cpu":
             pending.need_finite()
