@@ -178,9 +178,13 @@ def extensions() -> list[Extension]:
                 "-O3",
                 "-g0",
                 "-fvisibility=hidden",
+                "-pthread",
                 *(lzma.compile_args if lzma else []),
             ],
-            extra_link_args=lzma.link_args if lzma else ([] if sys.platform == "darwin" else ["-ldl"]),
+            extra_link_args=[
+                "-pthread",
+                *(lzma.link_args if lzma else [] if sys.platform == "darwin" else ["-ldl"]),
+            ],
             language="c++",
             optional=wanted == "auto",
         )

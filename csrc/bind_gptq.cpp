@@ -1,0 +1,7 @@
+#include "bind.h"
+
+namespace pgolf {
+
+void bind_gptq(py::module_&) {}
+
+}  // namespace pgolf

@@ -1,0 +1,39 @@
+#include "bind.h"
+#include "lzma_api.h"
+#include "lzma_codec.h"
+
+namespace pgolf {
+namespace {
+
+py::bytes compress(const py::buffer& data, int preset, bool extreme) {
+    const View in(data);
+    std::string out;
+    {
+        py::gil_scoped_release unlocked;
+        out = lzma_compress(in.data(), in.size(), preset, extreme);
+    }
+    return py::bytes(out);
+}
+
+py::bytes decompress(const py::buffer& data, py::ssize_t size) {
+    if (size < 0) throw py::value_error("size is " + std::to_string(size) + ", but it must not be negative");
+    const View in(data);
+    auto out = new_bytes(static_cast<size_t>(size));
+    uint8_t* target = data_of(out);
+    {
+        py::gil_scoped_release unlocked;
+        lzma_decompress(in.data(), in.size(), target, static_cast<size_t>(size));
+    }
+    return out;
+}
+
+}  // namespace
+
+void bind_lzma(py::module_& m) {
+    m.def("lzma_compress", &compress, py::arg("data"), py::arg("preset") = 9, py::arg("extreme") = false);
+    m.def("lzma_decompress", &decompress, py::arg("data"), py::arg("size"));
+    m.def("lzma_version", [] { return lzma_api().version(); });
+    m.def("lzma_how", &lzma_how);
+}
+
+}  // namespace pgolf
