@@ -107,13 +107,13 @@ def test_one_percentile_serves_the_whole_matrix():
     assert torch.equal(codes, round_to_grid(weight, scale, 31))
 
 
-def test_large_matrices_do_not_exceed_torch_quantile(monkeypatch):
-    weight = torch.randn(10, 33)
-    whole = row_clips(weight, (0.97, 1.0, 0.5))
-    assert torch.equal(whole[1], weight.abs().amax(1))
-    assert torch.equal(whole[2], weight.abs().median(1).values)
-    monkeypatch.setattr("pgolf_fast.quant.grid._QUANTILE_ELEMENTS", 100)
-    assert torch.equal(row_clips(weight, (0.97, 1.0, 0.5)), whole)
+@pytest.mark.parametrize("columns", [1, 2, 33, 1000])
+def test_row_clips_are_quantiles_to_the_bit(columns):
+    weight = torch.randn(10, columns)
+    percentiles = (0.97, 1.0, 0.5, 0.999, 0.0, 0.99999)
+    want = torch.quantile(weight.abs(), torch.tensor(percentiles), dim=1)
+    assert torch.equal(row_clips(weight, percentiles), want)
+    assert torch.equal(row_clips(weight, (1.0,))[0], weight.abs().amax(1))
 
 
 def test_without_floor_the_error_is_smaller():
