@@ -200,5 +200,5 @@ def quantize_model(model: GPT, config: QuantConfig, *, seq_len: int) -> Quantize
     hessians = None
     if config.method == "gptq":
         text = self_generate(model, config, seq_len)
-        hessians = collect_hessians(model, text, batch=config.calibration_batch)
+        hessians = collect_hessians(model, text)
     return quantize_state(model.state_dict(), config, hessians)
