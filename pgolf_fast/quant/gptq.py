@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -60,36 +60,103 @@ def gptq_shared(
 
     Rows do not influence each other, so all matrices and all candidate scales go through in one pass.
     """
-    names = ", ".join(weights)
+    return gptq_groups(
+        [(weights, hessian)],
+        clip_range=clip_range,
+        percentiles=percentiles,
+        scale_floor=scale_floor,
+        block_size=block_size,
+        damping=damping,
+    )
+
+
+def gptq_groups(
+    groups: Iterable[tuple[Mapping[str, Tensor], Tensor]],
+    *,
+    clip_range: int = 31,
+    percentiles: Sequence[float] = PERCENTILES,
+    scale_floor: bool = True,
+    block_size: int = 128,
+    damping: float = 0.01,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """`gptq_shared` of many pairs (weights, hessian); results by the names of all weights, which must differ.
+
+    On the CPU one pair after another as `groups` gives them, so that memory is that of one. On a GPU, where
+    a column of one pair is too little work, all pairs of one shape at once.
+    """
+    results = {}
+    waiting: dict[torch.Size, list[_Group]] = {}
+    for weights, hessian in groups:
+        group = _prepare(weights, hessian, clip_range, percentiles, scale_floor, damping)
+        if group.columns.is_cuda:
+            waiting.setdefault(group.columns.shape, []).append(group)
+        else:
+            results.update(_round_groups([group], clip_range, block_size))
+    for stack in waiting.values():
+        results.update(_round_groups(stack, clip_range, block_size))
+    return results
+
+
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """Matrices of C columns with one input, ready to be rounded: N is all rows times their candidates."""
+
+    weights: Mapping[str, Tensor]
+    candidates: dict[str, list[Tensor]]  # row scales float16 (R,)
+    order: Tensor  # (C,) of the columns
+    columns: Tensor  # float32 (C, N)
+    factor: Tensor  # (C, C)
+
+    def steps(self) -> Tensor:
+        """Steps float32 (N,)."""
+        return torch.cat([scale for scales in self.candidates.values() for scale in scales]).float()
+
+    def best(self, codes: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Codes int8 (R, C) and scale of every matrix, by the rounded columns int8 (C, N)."""
+        rows = torch.empty_like(codes.T)
+        rows[:, self.order] = codes.T
+        parts = iter(rows.split([len(s) for scales in self.candidates.values() for s in scales]))
+        return {
+            name: best_candidate(weight, [(next(parts), scale) for scale in self.candidates[name]])
+            for name, weight in self.weights.items()
+        }
+
+
+def _prepare(
+    weights: Mapping[str, Tensor],
+    hessian: Tensor,
+    clip_range: int,
+    percentiles: Sequence[float],
+    scale_floor: bool,
+    damping: float,
+) -> _Group:
     for name, weight in weights.items():
         _check(name, weight, hessian)
-    order = torch.argsort(torch.diagonal(hessian), descending=True, stable=True)
+    order, factor = inverse_factor(hessian, damping, ", ".join(weights))
     dead = torch.diagonal(hessian) == 0
-    factor = _inverse_factor(hessian[order][:, order], damping, names)
-    rows, scales, owners = [], [], []
-    for name, weight in weights.items():
-        live = weight.float().masked_fill(dead, 0.0)[:, order]
-        for scale in scale_candidates(weight, clip_range, percentiles, scale_floor):
-            rows.append(live)
-            scales.append(scale)
-            owners.append(name)
+    candidates = {
+        name: scale_candidates(weight, clip_range, percentiles, scale_floor)
+        for name, weight in weights.items()
+    }
+    columns = [
+        weight.float().masked_fill(dead, 0.0).T[order].repeat(1, len(candidates[name]))
+        for name, weight in weights.items()
+    ]
+    return _Group(weights, candidates, order, torch.cat(columns, dim=1), factor)
+
+
+def _round_groups(
+    groups: Sequence[_Group], clip_range: int, block_size: int
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The results of groups of one shape."""
     codes = round_columns(
-        torch.cat(rows).T,
-        torch.cat(scales).float(),
-        factor,
+        torch.stack([group.columns for group in groups]),
+        torch.stack([group.steps() for group in groups]),
+        torch.stack([group.factor for group in groups]),
         clip_range=clip_range,
         block_size=block_size,
     )
-    undone = torch.empty_like(codes)
-    undone[order] = codes
-    parts = undone.T.split([len(s) for s in scales])
-    results = {}
-    for name, weight in weights.items():
-        mine = [
-            (c.contiguous(), s) for c, s, owner in zip(parts, scales, owners, strict=True) if owner == name
-        ]
-        results[name] = best_candidate(weight, mine)
-    return results
+    return {name: best for g, c in zip(groups, codes, strict=True) for name, best in g.best(c).items()}
 
 
 def _check(name: str, weight: Tensor, hessian: Tensor) -> None:
@@ -104,26 +171,43 @@ def _check(name: str, weight: Tensor, hessian: Tensor) -> None:
         raise PgolfError(f"the hessian of {name} has values that are not finite: check the calibration text")
 
 
-def _inverse_factor(hessian: Tensor, damping: float, names: str) -> Tensor:
-    """Upper U, float32 (C, C), with U^T U = (H + damping mean(diag H) I)^-1.
+def inverse_factor(hessian: Tensor, damping: float = 0.01, name: str = "weight") -> tuple[Tensor, Tensor]:
+    """The order (C,) of GPTQ's columns, and upper U float32 (C, C), U^T U = (H + damping mean(diag H) I)^-1.
 
-    With J reversing the order, J H J = L L^T gives H = (J L J)(J L J)^T, and J L J is upper: U = (J L J)^-1.
-    In float64, where it costs little and Hessians of long, repetitive text stay positive definite.
+    Columns go in descending order of the diagonal of hessian (C, C), and U is for H in that order. With J
+    reversing it, J H J = L L^T gives H = (J L J)(J L J)^T, and J L J is upper: U = (J L J)^-1 = J L^-1 J. In
+    float64, where it costs little and Hessians of long, repetitive text stay positive definite.
+    Raises PgolfError for a hessian (of `name`) that is not positive definite with 100 times the damping.
     """
-    wide = hessian.double()
+    order = torch.argsort(torch.diagonal(hessian), descending=True, stable=True)
+    backwards = order.flip(0)
+    wide = hessian[backwards][:, backwards].double()
     diagonal = torch.diagonal(wide)
     diagonal.masked_fill_(diagonal == 0, 1.0)
-    mean = diagonal.mean().item()
+    undamped, mean = diagonal.clone(), diagonal.mean()
     for strength in (damping, 10 * damping, 100 * damping):
-        damped = wide + strength * mean * torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        diagonal.copy_(undamped + strength * mean)
+        lower, failed = torch.linalg.cholesky_ex(wide)
         if not failed.item():
-            eye = torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
-            return torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True).float()
+            return order, _inverse_of_lower(lower).flip(0, 1).float()
     raise PgolfError(
-        f"the hessian of {names} is not positive definite, even with {100 * damping:g} of its mean "
+        f"the hessian of {name} is not positive definite, even with {100 * damping:g} of its mean "
         "diagonal added: calibrate with more text, raise quant.damping, or use quant.method round"
     )
+
+
+def _inverse_of_lower(lower: Tensor) -> Tensor:
+    """The inverse of a lower triangular matrix by halves, which leaves the products with zeros out."""
+    size = len(lower)
+    if size <= 128:
+        eye = torch.eye(size, dtype=lower.dtype, device=lower.device)
+        return torch.linalg.solve_triangular(lower, eye, upper=False)
+    half = size // 2
+    inverse = torch.zeros_like(lower)
+    first, second = _inverse_of_lower(lower[:half, :half]), _inverse_of_lower(lower[half:, half:])
+    inverse[:half, :half], inverse[half:, half:] = first, second
+    inverse[half:, :half] = second @ (lower[half:, :half] @ first).neg_()
+    return inverse
 
 
 def round_columns(
