@@ -16,6 +16,7 @@ from pgolf_fast.artifact.container import (
     ContainerSizes,
     SectionSize,
     TensorRecord,
+    container_bytes,
     read_container,
     write_container,
 )
@@ -25,9 +26,19 @@ from pgolf_fast.errors import PgolfError
 from pgolf_fast.files import atomic_path
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.ops.lzma import compress_bytes
-from pgolf_fast.quant.state import TABLE_BITS, QuantizedState, QuantizedTensor, dequantize_state, is_slot
+from pgolf_fast.ops.native import extension
+from pgolf_fast.quant.state import (
+    QuantizedState,
+    QuantizedTensor,
+    code_bits,
+    dequantize_state,
+    group_of,
+    is_slot,
+)
 
 CODES, SCALE = ".q", ".scale"  # endings of a quantised tensor's two records
+COLUMNS = ".columns"  # ending of the column steps that matrices of one input share
+LEFT, RIGHT = ".left", ".right"  # endings of a low-rank correction
 HEADER_MARGIN = 64  # bytes by which the header may grow when a section's size and checksum change
 
 
@@ -56,17 +67,48 @@ class PackReport:
 def build_records(quantized: QuantizedState) -> list[TensorRecord]:
     """The records of a quantised model: `X.q` and `X.scale` for a matrix X, `X` for what is float16.
 
-    Codes of bank matrices and of tables lie in different sections, as their statistics differ.
+    Column steps are `G.columns`, once for every group G of matrices with one input, and corrections `X.left`
+    and `X.right`. Codes of bank matrices and of tables lie in different sections, as their statistics differ.
     """
     records = []
+    columns: dict[str, Tensor] = {}
     for name, tensor in quantized.tensors.items():
         if isinstance(tensor, QuantizedTensor):
             section = "codes" if is_slot(name) else "embeddings"
             records.append(TensorRecord.of(name + CODES, "codes", tensor.codes.numpy(), section))
             records.append(TensorRecord.of(name + SCALE, "scales", tensor.scale.numpy()))
+            if tensor.low_rank is not None:
+                for ending, factor in zip((LEFT, RIGHT), tensor.low_rank, strict=True):
+                    records.append(TensorRecord.of(name + ending, "scales", factor.numpy()))
+            if tensor.column_scale is not None:
+                columns.setdefault(group_of(name), tensor.column_scale)
         else:
             records.append(TensorRecord.of(name, "float16", tensor.numpy()))
-    return records
+    return records + [TensorRecord.of(group + COLUMNS, "scales", c.numpy()) for group, c in columns.items()]
+
+
+def contents(
+    quantized: QuantizedState, run_config: dict[str, Any]
+) -> tuple[dict[str, Any], list[TensorRecord]]:
+    """What goes into the container: its configuration and its records.
+
+    The configuration names the bits of a section's codes where they are the same for all; elsewhere they are
+    the fewest that hold a matrix's codes.
+    """
+    widths: dict[str, set[int]] = {"codes": set(), "embeddings": set()}
+    for name, tensor in quantized.tensors.items():
+        if isinstance(tensor, QuantizedTensor):
+            widths["codes" if is_slot(name) else "embeddings"].add(tensor.bits)
+    bits = {section: width.pop() for section, width in widths.items() if len(width) == 1}
+    return {"run": run_config, "bits": bits}, build_records(quantized)
+
+
+def artifact_bytes(quantized: QuantizedState, run_config: dict[str, Any], config: PackConfig) -> int:
+    """Bytes of the file that `pack` would write without pruning, by our own coder if it is there: at most
+    some bytes above the smallest codec of every section, which takes a hundred times as long to find."""
+    tree, records = contents(quantized, run_config)
+    codecs = ("lzma",) if extension() is None else ("rans",)
+    return container_bytes(tree, records, codecs=codecs, preset=config.lzma_preset)
 
 
 def pack(
@@ -78,9 +120,7 @@ def pack(
     weights and code do not fit into `config.limit_bytes`.
     """
     code = code_bytes() if config.code_bytes is None else config.code_bytes
-    records = build_records(quantized)
-    bits = {t.bits for t in quantized.matrices().values()}
-    tree = {"run": run_config, "bits": {"codes": max(bits, default=0), "embeddings": TABLE_BITS}}
+    tree, records = contents(quantized, run_config)
     pruned, compressions = None, 1
     with atomic_path(path) as temporary:
         sizes = write_container(temporary, tree, records, preset=config.lzma_preset)
@@ -167,15 +207,32 @@ def unpack(path: Path | str) -> tuple[dict[str, Any], QuantizedState]:
             scale = found.get(whole + SCALE)
             if record.array.ndim != 2 or scale is None or scale.array.shape != record.array.shape[:1]:
                 raise PgolfError(f"artifact {path}: {whole} has no scale for each of its rows; pack it again")
-            width = int(bits.get(str(record.section), TABLE_BITS))
-            tensors[whole] = QuantizedTensor(
-                torch.from_numpy(record.array), torch.from_numpy(scale.array), width
-            )
+            codes = torch.from_numpy(record.array)
+            width = int(bits.get(str(record.section), 0)) or code_bits(codes)
+            columns, low_rank = _columns_and_correction(path, found, whole, codes.shape)
+            tensors[whole] = QuantizedTensor(codes, torch.from_numpy(scale.array), width, columns, low_rank)
         elif record.kind == "float16":
             tensors[name] = torch.from_numpy(record.array)
         elif record.kind != "scales":
             raise PgolfError(f"artifact {path}: {name} of kind {record.kind} is no part of a packed model")
     return run_config, QuantizedState(tensors)
+
+
+def _columns_and_correction(
+    path: Path | str, found: dict[str, TensorRecord], name: str, shape: torch.Size
+) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
+    """Column steps and low-rank factors of a matrix, as far as the artifact has them."""
+    columns, left, right = (found.get(n) for n in (group_of(name) + COLUMNS, name + LEFT, name + RIGHT))
+    rank = None if left is None else left.array.shape[-1]
+    wanted = ((columns, (shape[1],)), (left, (shape[0], rank)), (right, (rank, shape[1])))
+    if (left is None) != (right is None) or any(r and r.array.shape != size for r, size in wanted):
+        raise PgolfError(
+            f"artifact {path}: column steps or correction of {name} do not fit it; pack it again"
+        )
+    steps = None if columns is None else torch.from_numpy(columns.array)
+    if left is None or right is None:
+        return steps, None
+    return steps, (torch.from_numpy(left.array), torch.from_numpy(right.array))
 
 
 def load_artifact(path: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -16,7 +16,7 @@ from pgolf_fast.model.gpt import GPT
 from pgolf_fast.quant.calibration import collect_hessians, hessian_name, self_generate
 from pgolf_fast.quant.fake import FixedGrid
 from pgolf_fast.quant.gptq import gptq_groups
-from pgolf_fast.quant.grid import check_matrix, dequantize, quantize_int8_rows, quantize_rows
+from pgolf_fast.quant.grid import check_matrix, quantize_int8_rows, quantize_rows
 from pgolf_fast.report import progress
 
 # Slots of each bank, layer by layer, in the order of the stack.
@@ -39,11 +39,30 @@ _SLOT = re.compile(r"blocks\.(\d+)\.((?:attn|mlp)\.\w+\.weight)")
 
 @dataclass(frozen=True, eq=False)
 class QuantizedTensor:
-    """A matrix as codes int8 (R, C) of `bits` bits and a scale float16 (R,) per row."""
+    """A matrix as codes int8 (R, C) of `bits` bits, float16: codes * scale * column_scale + left @ right.
+
+    scale (R,); column_scale (C,), None for ones; low_rank: left (R, k) and right (k, C), None for nothing.
+    """
 
     codes: Tensor
     scale: Tensor
     bits: int
+    column_scale: Tensor | None = None
+    low_rank: tuple[Tensor, Tensor] | None = None
+
+    def step(self) -> Tensor:
+        """The step of every row (R, 1), or of every element (R, C), float32."""
+        rows = self.scale.float()[:, None]
+        return rows if self.column_scale is None else rows * self.column_scale.float()
+
+    def correction(self) -> Tensor | None:
+        """left @ right, float32 (R, C)."""
+        return None if self.low_rank is None else self.low_rank[0].float() @ self.low_rank[1].float()
+
+    def dequantized(self) -> Tensor:
+        """The matrix, float32."""
+        on_grid = self.codes.float() * self.step()
+        return on_grid if (low := self.correction()) is None else on_grid + low
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +79,18 @@ class QuantizedState:
 def is_slot(name: str) -> bool:
     """Whether an unbanked name is a matrix of a bank."""
     return _SLOT.fullmatch(name) is not None
+
+
+def group_of(name: str) -> str:
+    """What matrices with one input share: the name of their Hessian; of no bank, the matrix alone."""
+    if (slot := _SLOT.fullmatch(name)) is None:
+        return name
+    return hessian_name(int(slot[1]), next(which for which, slots in READERS.items() if slot[2] in slots))
+
+
+def code_bits(codes: Tensor) -> int:
+    """The fewest bits, at least 2, of signed codes that reach as far from zero on both sides."""
+    return max(2, 1 + int(codes.abs().amax()).bit_length()) if codes.numel() else 2
 
 
 def unbank(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -101,8 +132,11 @@ def quantize_state(
     """Integers and float16 for a model's state dict: bank matrices, large tables, everything else.
 
     hessians: as from `collect_hessians`, for method gptq; plain rounding does not look at them.
-    Raises PgolfError for values that are not finite, or gptq without Hessians.
+    Raises PgolfError for values that are not finite, gptq without Hessians, or grid rd, which needs a price
+    (see `RateDistortion`).
     """
+    if config.grid == "rd":
+        raise PgolfError("grid rd needs a byte target: use `pgolf quantize --grid rd`")
     tensors = unbank(state)
     done: dict[str, QuantizedTensor | Tensor] = dict(_quantize_slots(tensors, config, hessians))
     for name, tensor in tensors.items():
@@ -116,11 +150,12 @@ def quantize_state(
             codes, scale = quantize_int8_rows(tensor, scale_floor=config.scale_floor)
             done[name] = QuantizedTensor(codes.cpu(), scale.cpu(), TABLE_BITS)
         else:
-            done[name] = _float16(name, tensor)
+            done[name] = to_float16(name, tensor)
     return QuantizedState({name: done[name] for name in tensors})
 
 
-def _float16(name: str, tensor: Tensor) -> Tensor:
+def to_float16(name: str, tensor: Tensor) -> Tensor:
+    """A copy in float16, on the CPU. Raises PgolfError for values that it cannot hold."""
     half = tensor.detach().half().cpu()
     if not bool(torch.isfinite(half).all()):
         raise PgolfError(f"{name} has values that are not finite or beyond the 65504 of float16")
@@ -170,7 +205,7 @@ def _hessian(hessians: Mapping[str, Tensor] | None, name: str) -> Tensor:
 def dequantize_state(quantized: QuantizedState) -> dict[str, Tensor]:
     """The state dict with banks, all float32, that the integers stand for."""
     tensors = {
-        name: dequantize(t.codes, t.scale) if isinstance(t, QuantizedTensor) else t.float()
+        name: t.dequantized() if isinstance(t, QuantizedTensor) else t.float()
         for name, t in quantized.tensors.items()
     }
     return rebank(tensors)
@@ -179,9 +214,13 @@ def dequantize_state(quantized: QuantizedState) -> dict[str, Tensor]:
 def bank_grids(quantized: QuantizedState) -> tuple[FixedGrid, ...]:
     """Each bank's own grid, in the order of BANK_NAMES: what its weights are rounded to when they change."""
     matrices = quantized.matrices()
-    steps = rebank({name: matrix.scale.float().unsqueeze(1) for name, matrix in matrices.items()})
+    steps = rebank({name: matrix.step() for name, matrix in matrices.items()})
+    offsets: dict[str, Tensor] = {}
+    if any(matrix.low_rank is not None for matrix in matrices.values()):
+        low = {name: (matrix.correction(), matrix.codes) for name, matrix in matrices.items()}
+        offsets = rebank({n: torch.zeros(c.shape) if part is None else part for n, (part, c) in low.items()})
     bits = max(matrix.bits for matrix in matrices.values())
-    return tuple(FixedGrid(steps[name], 2 ** (bits - 1) - 1) for name in BANK_NAMES)
+    return tuple(FixedGrid(steps[n], 2 ** (bits - 1) - 1, offsets.get(n)) for n in BANK_NAMES)
 
 
 @torch.no_grad()
