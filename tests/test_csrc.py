@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ["tests/csrc/fuzz_codec.cpp", "csrc/int6.cpp", "csrc/lzma_api.cpp", "csrc/lzma_codec.cpp"]
+CODECS = ("bits", "bits_avx2", "lzma_api", "lzma_codec")
+SOURCES = ["tests/csrc/fuzz_codec.cpp", *(f"csrc/{name}.cpp" for name in CODECS)]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1"]
 
 
@@ -40,7 +41,7 @@ def test_survives_random_bytes(way, sanitizers, tmp_path):
         pytest.skip("no liblzma to link with (on Debian: liblzma-dev)")
     library = ["-llzma"] if way == "linked" else ["-DPGOLF_LZMA_DLOPEN", "-ldl"]
     driver = tmp_path / "fuzz_codec"
-    assert compile_with(*flags, "-Icsrc", *SOURCES, *library, output=driver) is None
+    assert compile_with(*flags, "-Icsrc", "-pthread", *SOURCES, *library, output=driver) is None
     iterations = "20000" if way == "linked" or not can_link else "1000"
     environment = {**os.environ, "ASAN_OPTIONS": "allocator_may_return_null=1:detect_leaks=1"}
     done = subprocess.run(

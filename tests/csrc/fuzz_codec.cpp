@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "int6.h"
+#include "bits.h"
 #include "lzma_codec.h"
 
 namespace {
@@ -56,20 +56,26 @@ void fuzz_lzma(Random& random, size_t& refused) {
     decode_anything(stream, below(random, 2) ? size : below(random, 800), refused);
 }
 
-void fuzz_int6(Random& random, size_t& refused) {
-    const size_t rows = below(random, 5), columns = below(random, 70), row_bytes = pgolf::int6_row_bytes(columns);
-    const Bytes packed = random_bytes(random, rows * row_bytes);
+void fuzz_bits(Random& random, size_t& refused) {
+    const int bits = 4 + int(below(random, 5));
+    const size_t rows = below(random, 5), columns = below(random, 70);
+    const pgolf::BitsOptions options{1, below(random, 2) == 0};
+    const Bytes packed = random_bytes(random, rows * pgolf::packed_row_bytes(columns, bits));
     std::vector<int8_t> codes(rows * columns), again(rows * columns);
     Bytes repacked(packed.size());
-    pgolf::int6_unpack(packed.data(), rows, columns, codes.data());
-    for (int8_t code : codes) require(code >= -32 && code <= 31, "int6 code out of range");
-    pgolf::int6_pack(codes.data(), rows, columns, repacked.data());
-    pgolf::int6_unpack(repacked.data(), rows, columns, again.data());
-    require(again == codes, "int6 round trip");
+    pgolf::unpack_bits(packed.data(), rows, columns, bits, codes.data(), options);
+    for (int8_t code : codes) require(code >= -(1 << (bits - 1)) && code < 1 << (bits - 1), "code out of range");
+    pgolf::pack_bits(codes.data(), rows, columns, bits, repacked.data(), options);
+    pgolf::unpack_bits(repacked.data(), rows, columns, bits, again.data(), options);
+    require(again == codes, "round trip of packed codes");
+    const std::vector<float> scale(rows, 0.5f);
+    std::vector<float> values(codes.size());
+    pgolf::dequantize_bits(packed.data(), scale.data(), rows, columns, bits, values.data(), options);
+    for (size_t i = 0; i < codes.size(); i++) require(values[i] == 0.5f * codes[i], "codes times scales");
     if (codes.empty()) return;
     codes[below(random, codes.size())] = int8_t(random());
     try {
-        pgolf::int6_pack(codes.data(), rows, columns, repacked.data());
+        pgolf::pack_bits(codes.data(), rows, columns, bits, repacked.data(), options);
     } catch (const std::invalid_argument&) {
         refused++;
     }
@@ -83,7 +89,7 @@ int main(int argc, char** argv) {
     size_t refused = 0;
     for (long i = 0; i < iterations; i++) {
         fuzz_lzma(random, refused);
-        fuzz_int6(random, refused);
+        fuzz_bits(random, refused);
     }
     std::printf("%ld iterations, %zu inputs refused\n", iterations, refused);
 }
