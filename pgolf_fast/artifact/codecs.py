@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pgolf_fast.ops import native
 from pgolf_fast.ops.lzma import compress_bytes, decompress_bytes
 
 Shape = tuple[int, int, int]  # rows, columns, item size in bytes
@@ -16,6 +17,8 @@ def encode(codec: str, data: bytes, shapes: Sequence[Shape], *, preset: int = 9)
         return data
     if codec == "lzma":
         return compress_bytes(data, preset)
+    if codec == "rans" and (extension := native.extension()):
+        return extension.rans_encode(data, shapes)
     raise ValueError(f"codec {codec} is not available here")
 
 
@@ -27,6 +30,8 @@ def decode(codec: str, stored: bytes, raw_bytes: int, shapes: Sequence[Shape]) -
         return stored
     if codec == "lzma":
         return decompress_bytes(stored, raw_bytes)
+    if codec == "rans" and (extension := native.extension()):
+        return extension.rans_decode(stored, shapes, raw_bytes)
     raise ValueError(f"codec {codec} is not available here")
 
 
@@ -36,7 +41,7 @@ def smallest(
     """The candidate that stores `data` in the fewest bytes, and those; raw if none is smaller."""
     stored = {"raw": data}
     for codec in candidates:
-        if codec in ("raw", "lzma"):
+        if codec in ("raw", "lzma") or native.extension():
             stored[codec] = encode(codec, data, shapes, preset=preset)
     best = min(stored, key=lambda codec: len(stored[codec]))
     return best, stored[best]

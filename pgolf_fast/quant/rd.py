@@ -5,8 +5,8 @@ and GPTQ turns its rounding error of s^2 / 12 into 1/2 f_r s^2 / (12 U_ii^2) nat
 importance, U the factor of the inverse Hessian (`inverse_factor`). At a price of `price` nats per bit their
 sum is least for s = sqrt(12 price / ln 2) U_ii / sqrt(f_r): every column pivot of every row of every matrix
 suffers the same loss. This is reverse water-filling (Cover and Thomas, ch. 10), as WaterSIC does it for the
-columns of a layer (Lifar et al., arXiv 2603.04956), with rows and layers weighed by the loss as in GuidedQuant (Kim
-et al., arXiv 2505.07004); the one number `price` decides about all matrices and tables.
+columns of a layer (Lifar et al., arXiv 2603.04956), with rows and layers weighed by the loss as in
+GuidedQuant (Kim et al., arXiv 2505.07004); the one number `price` decides about all matrices and tables.
 """
 
 from __future__ import annotations
