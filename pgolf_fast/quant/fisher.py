@@ -7,7 +7,8 @@ is needed, and their mean square is the Fisher information, not its empirical st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import functools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -110,23 +111,19 @@ def _smooth(rows: Tensor) -> Tensor:
 
 def _fit(gradients: Tensor, tokens: int) -> Fisher:
     """Both factors of one matrix by gradients (batches, R, C); the hessian has mean diagonal 1."""
-    rows = _smooth(_mean_over(gradients, tokens, lambda g: g.square().mean(dim=1)))
-    hessian = torch.eye(gradients.shape[2], device=rows.device)
+    hessian = torch.eye(gradients.shape[2], device=gradients.device)
+    rows = _fitted_rows(gradients, hessian, tokens)
     for _ in range(_ROUNDS):
-        scale = rows.rsqrt()[:, None]
-        gram = _mean_over(gradients, tokens, lambda g, scale=scale: (g * scale).T @ (g * scale))
+        weighed = (gradient.float() * rows.rsqrt()[:, None] for gradient in gradients)
+        gram = functools.reduce(torch.add, (w.T @ w for w in weighed))
         mean = torch.diagonal(gram).mean()
         if mean <= 0:
             break
         hessian = gram / mean
-        root = _square_root(hessian, TABLE_DAMPING, "a table")
-        rows = _smooth(_mean_over(gradients, tokens, lambda g, root=root: _row_sums(g, root)))
+        rows = _fitted_rows(gradients, _square_root(hessian, TABLE_DAMPING, "a table"), tokens)
     return Fisher(rows, hessian, TABLE_DAMPING)
 
 
-def _mean_over(gradients: Tensor, tokens: int, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """The sum of a function of every batch's gradient, in float32, per token."""
-    total = function(gradients[0].float())
-    for gradient in gradients[1:]:
-        total += function(gradient.float())
-    return total / tokens
+def _fitted_rows(gradients: Tensor, root: Tensor, tokens: int) -> Tensor:
+    sums = (_row_sums(gradient.float(), root) for gradient in gradients)
+    return _smooth(functools.reduce(torch.add, sums) / tokens)
