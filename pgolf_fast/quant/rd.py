@@ -202,7 +202,7 @@ class RateDistortion:
         column_scale = steps.half().cpu()
         parts = zip(undone.cpu().split(group.rows), row_step.half().cpu().split(group.rows), strict=True)
         done = {
-            name: QuantizedTensor(c.contiguous(), scale, code_bits(c), column_scale)
+            name: QuantizedTensor(c.contiguous(), scale, code_bits(c), column_scale.clone())
             for name, (c, scale) in zip(group.names, parts, strict=True)
         }
         if self.config.rank:
