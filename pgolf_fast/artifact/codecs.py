@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pgolf_fast.ops import native
 from pgolf_fast.ops.lzma import compress_bytes, decompress_bytes
@@ -26,7 +26,7 @@ def decode(codec: str, stored: bytes, raw_bytes: int, shapes: Sequence[Shape]) -
     """The exactly `raw_bytes` bytes that `encode` was given; ValueError when `stored` holds anything else."""
     if codec == "raw":
         if len(stored) != raw_bytes:
-            raise ValueError(f"it holds {len(stored)} bytes, but {raw_bytes} were stated")
+            raise ValueError(f"the raw bytes hold {len(stored)} bytes, but {raw_bytes} were stated")
         return stored
     if codec == "lzma":
         return decompress_bytes(stored, raw_bytes)
@@ -36,12 +36,15 @@ def decode(codec: str, stored: bytes, raw_bytes: int, shapes: Sequence[Shape]) -
 
 
 def smallest(
-    data: bytes, shapes: Sequence[Shape], candidates: Sequence[str] = ("rans", "lzma"), *, preset: int = 9
+    data: bytes,
+    shapes: Sequence[Shape],
+    candidates: Sequence[str] = ("rans", "lzma"),
+    settings: Mapping[str, Mapping[str, int]] | None = None,
 ) -> tuple[str, bytes]:
     """The candidate that stores `data` in the fewest bytes, and those; raw if none is smaller."""
     stored = {"raw": data}
     for codec in candidates:
         if codec in ("raw", "lzma") or native.extension():
-            stored[codec] = encode(codec, data, shapes, preset=preset)
+            stored[codec] = encode(codec, data, shapes, **(settings or {}).get(codec, {}))
     best = min(stored, key=lambda codec: len(stored[codec]))
     return best, stored[best]
