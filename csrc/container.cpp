@@ -59,7 +59,7 @@ void unpack(const char* section, uint64_t offset, Codec codec, const uint8_t* st
     if (codec == Codec::kLzma) return lzma_decompress(stored, size, out, out_size);
     if (codec == Codec::kRans) return rans_decode(stored, size, shapes.data(), shapes.size(), out, out_size);
     if (size != out_size)
-        throw std::invalid_argument("it holds " + to_string(size) + " bytes, but " + to_string(out_size) +
+        throw std::invalid_argument("the raw bytes hold " + to_string(size) + " bytes, but " + to_string(out_size) +
                                     " were stated");
     std::copy(stored, stored + size, out);
 } catch (const std::invalid_argument& error) {
