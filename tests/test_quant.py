@@ -206,6 +206,7 @@ def test_groups_are_quantised_as_if_alone(device):
 def test_other_bits_and_inputs_left_alone():
     weight, hessian = problem()
     before = weight.clone(), hessian.clone()
+    weight = torch.nn.Parameter(weight)
     codes, _ = gptq(weight, hessian, clip_range=3)
     assert codes.abs().max() <= 3
     assert torch.equal(weight, before[0])

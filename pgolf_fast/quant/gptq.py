@@ -70,6 +70,7 @@ def gptq_shared(
     )
 
 
+@torch.no_grad()
 def gptq_groups(
     groups: Iterable[tuple[Mapping[str, Tensor], Tensor]],
     *,
@@ -210,6 +211,7 @@ def _inverse_of_lower(lower: Tensor) -> Tensor:
     return inverse
 
 
+@torch.no_grad()
 def round_columns(
     columns: Tensor,
     row_step: Tensor,
