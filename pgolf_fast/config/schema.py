@@ -272,8 +272,11 @@ class PackConfig:
     """Weights plus code may not exceed this (decimal megabytes)."""
     code_bytes: int | None = None
     """Bytes counted for code; None counts the package's own Python and C++ sources that evaluation needs."""
+    codecs: tuple[Literal["rans", "lzma", "zstd", "brotli"], ...] = ("rans",)
+    """Codecs tried on every section, of which the smallest stays. LZMA takes half a minute for an artifact of
+    16 MB and does not win; it stands in for rans where the C++ extension is missing."""
     lzma_preset: int = 9
-    """xz preset of each section."""
+    """xz preset of sections that LZMA codes."""
     prune: bool = True
     """Zero +-1 codes of the finest rows, as many as needed and no more, when the artifact is too large."""
 

@@ -13,10 +13,11 @@ from pgolf_fast.config.schema import QuantConfig
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.model.bank import BANK_NAMES
 from pgolf_fast.model.gpt import GPT
+from pgolf_fast.ops.bits import dequantize_bytes
 from pgolf_fast.quant.calibration import collect_hessians, hessian_name, self_generate
 from pgolf_fast.quant.fake import FixedGrid
 from pgolf_fast.quant.gptq import gptq_groups
-from pgolf_fast.quant.grid import check_matrix, dequantize, quantize_int8_rows, quantize_rows
+from pgolf_fast.quant.grid import check_matrix, quantize_int8_rows, quantize_rows
 from pgolf_fast.report import progress
 
 # Slots of each bank, layer by layer, in the order of the stack.
@@ -168,12 +169,21 @@ def _hessian(hessians: Mapping[str, Tensor] | None, name: str) -> Tensor:
 
 
 def dequantize_state(quantized: QuantizedState) -> dict[str, Tensor]:
-    """The state dict with banks, all float32, that the integers stand for."""
-    tensors = {
-        name: dequantize(t.codes, t.scale) if isinstance(t, QuantizedTensor) else t.float()
-        for name, t in quantized.tensors.items()
+    """The state dict with banks, all float32, that the integers stand for. Raises PgolfError as `rebank`."""
+    matrices = quantized.matrices()
+    # banks are put together as bytes, a quarter of what they are as floats
+    codes = rebank({name: matrix.codes for name, matrix in matrices.items()})
+    scale = rebank({name: matrix.scale for name, matrix in matrices.items()})
+    state = {
+        name: dequantize_bytes(bank.flatten(0, 1), scale[name].flatten()).view_as(bank)
+        for name, bank in codes.items()
     }
-    return rebank(tensors)
+    for name, tensor in quantized.tensors.items():
+        if isinstance(tensor, Tensor):
+            state[name] = tensor.float()
+        elif name not in matrices:
+            state[name] = dequantize_bytes(tensor.codes, tensor.scale)
+    return state
 
 
 def bank_grids(quantized: QuantizedState) -> tuple[FixedGrid, ...]:
