@@ -212,9 +212,10 @@ def test_damage_reaches_the_reader_with_section_and_byte(quantized, tmp_path):
     path = tmp_path / "m"
     report = write(quantized, path)
     content = bytearray(path.read_bytes())
-    content[report.header_bytes + 100] ^= 0xFF
+    start = report.header_bytes - 32  # the digest comes last
+    content[start + 100] ^= 0xFF
     path.write_bytes(content)
-    with pytest.raises(PgolfError, match=rf"{re.escape(str(path))} .*'codes' at byte {report.header_bytes}"):
+    with pytest.raises(PgolfError, match=rf"{re.escape(str(path))} .*'codes' at byte {start}"):
         load_model(path)
     path.write_bytes(content[:-5])
     with pytest.raises(PgolfError, match="damaged"):

@@ -1,0 +1,42 @@
+"""How the bytes of a section are coded: one interface over all codecs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pgolf_fast.ops.lzma import compress_bytes, decompress_bytes
+
+Shape = tuple[int, int, int]  # rows, columns, item size in bytes
+CODECS = {"raw": 0, "lzma": 1, "rans": 2, "zstd": 3, "brotli": 4}
+
+
+def encode(codec: str, data: bytes, shapes: Sequence[Shape], *, preset: int = 9) -> bytes:
+    """`data`, which is arrays of these shapes one after another, as `codec` stores it."""
+    if codec == "raw":
+        return data
+    if codec == "lzma":
+        return compress_bytes(data, preset)
+    raise ValueError(f"codec {codec} is not available here")
+
+
+def decode(codec: str, stored: bytes, raw_bytes: int, shapes: Sequence[Shape]) -> bytes:
+    """The exactly `raw_bytes` bytes that `encode` was given; ValueError when `stored` holds anything else."""
+    if codec == "raw":
+        if len(stored) != raw_bytes:
+            raise ValueError(f"it holds {len(stored)} bytes, but {raw_bytes} were stated")
+        return stored
+    if codec == "lzma":
+        return decompress_bytes(stored, raw_bytes)
+    raise ValueError(f"codec {codec} is not available here")
+
+
+def smallest(
+    data: bytes, shapes: Sequence[Shape], candidates: Sequence[str] = ("rans", "lzma"), *, preset: int = 9
+) -> tuple[str, bytes]:
+    """The candidate that stores `data` in the fewest bytes, and those; raw if none is smaller."""
+    stored = {"raw": data}
+    for codec in candidates:
+        if codec in ("raw", "lzma"):
+            stored[codec] = encode(codec, data, shapes, preset=preset)
+    best = min(stored, key=lambda codec: len(stored[codec]))
+    return best, stored[best]
