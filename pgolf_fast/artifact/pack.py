@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pgolf_fast.artifact.budget import Pruned, code_bytes, prune_to_fit
+from pgolf_fast.artifact.budget import Pruned, prune_to_fit
 from pgolf_fast.artifact.container import (
     ContainerSizes,
     SectionSize,
@@ -19,6 +19,7 @@ from pgolf_fast.artifact.container import (
     read_container,
     write_container,
 )
+from pgolf_fast.artifact.submission import code_bytes
 from pgolf_fast.config.schema import PackConfig, RunConfig
 from pgolf_fast.config.serialize import run_config_from_dict
 from pgolf_fast.errors import PgolfError

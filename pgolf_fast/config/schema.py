@@ -271,7 +271,7 @@ class PackConfig:
     limit_bytes: int = 16_000_000
     """Weights plus code may not exceed this (decimal megabytes)."""
     code_bytes: int | None = None
-    """Bytes counted for code; None counts the package's own Python and C++ sources that evaluation needs."""
+    """Bytes counted for code; None counts the evaluation script that `pgolf submit` writes."""
     lzma_preset: int = 9
     """xz preset of each section."""
     prune: bool = True

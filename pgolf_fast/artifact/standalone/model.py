@@ -36,7 +36,7 @@ class Model:
         self.clip = 2 ** (config.bits.codes - 1) - 1
 
     def banks(self, on_grid: bool) -> list[tuple[Tensor, ...]]:
-        """The matrices of each bank as forward reads them; with `on_grid`, rounded to the artifact's steps."""
+        """The matrices of each bank as forward reads them; `on_grid`: rounded to the artifact's steps."""
         masters = self.masters
         if on_grid:
             masters = [rounded(w, s, -self.clip, self.clip) for w, s in zip(masters, self.steps, strict=True)]
@@ -86,7 +86,8 @@ class Model:
             extra = {
                 layer: shared * s[f"ve_layer_scales.{i}"].to(dtype) for i, layer in enumerate(c.ve_layers)
             }
-        rope, skips, n, first_xsa = self.rope(tokens.shape[1]), [], c.num_layers, c.num_layers - c.xsa_last_n
+        rope, n, first_xsa = self.rope(tokens.shape[1]), c.num_layers, c.num_layers - c.xsa_last_n
+        skips: list[Tensor] = []
         for i in range(n):
             if i >= n // 2 and skips:
                 x = torch.addcmul(x, skips.pop(), s["skip_weights"][i - n // 2].to(dtype))

@@ -1,4 +1,4 @@
-"""Parts of the network with the backward passes of the package's ops, so that gradients are rounded where theirs are."""
+"""Parts of the network, with the backward passes of the package's ops: their gradients are rounded alike."""
 
 from collections.abc import Callable
 
@@ -129,7 +129,7 @@ def activated(pre: Tensor, kind: str) -> Tensor:
 
 
 class Attention(torch.autograd.Function):
-    """Causal grouped-query attention with QK norm, RoPE, gain and XSA; see the package's ops/gqa_attention.py."""
+    """Causal grouped-query attention with QK norm, RoPE, gain and XSA, from input to projection."""
 
     @staticmethod
     def forward(ctx, x, wq, wk, wv, wo, gain, extra, cos, sin, kv_heads, xsa):
@@ -198,7 +198,7 @@ def causal(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Callable]:
     if q.is_cuda:
         with torch.enable_grad():
             heads = [t.detach().requires_grad_() for t in heads]
-            out = F.scaled_dot_product_attention(*heads, is_causal=True)
+            out = F.scaled_dot_product_attention(heads[0], heads[1], heads[2], is_causal=True)
         y = out.detach().transpose(1, 2)
         return y, lambda grad, _: summed(*torch.autograd.grad(out, heads, grad.transpose(1, 2)))
     heads = [t.float() for t in heads]

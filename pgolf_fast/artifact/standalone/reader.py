@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pgolf_fast.artifact.rans_decoder import rans_decode
+from pgolf_fast.artifact.rans_decoder import decode
 
 SHA256 = ""  # of the artifact that this script was written for; empty accepts any
 DTYPES = ("i1", "u1", "<i2", "<u2", "<i4", "<u4", "<i8", "<f2", "<f4")
@@ -38,21 +38,23 @@ def read_artifact(content: bytes) -> tuple[SimpleNamespace, dict[str, np.ndarray
 
     config = unpack(f"{unpack('<I')[0]}s")[0]
     sections = [unpack("<BBQQI") for _ in range(unpack("<H")[0])]
-    tensors: list[list] = [[] for _ in sections]
+    tensors = []
     for _ in range(unpack("<I")[0]):
         section, _, dtype, dimensions = unpack("4B")
         shape = unpack(f"<{dimensions}I")
         name = unpack(f"{unpack('<H')[0]}s")[0].decode()
-        tensors[section].append((name, shape, np.dtype(DTYPES[dtype])))
+        tensors.append((section, name, shape, np.dtype(DTYPES[dtype])))
     arrays = {}
-    for (_, codec, raw, stored, _), inside in zip(sections, tensors, strict=True):
+    for number, codec, raw, stored, _ in sections:
+        inside = [tensor for section, *tensor in tensors if section == number]
         shapes = [(math.prod(s[:-1]), s[-1] if s else 1, dtype.itemsize) for _, s, dtype in inside]
         data, begin = decompress(codec, content[at : at + stored], raw, shapes), 0
         at += stored
         for name, shape, dtype in inside:
             arrays[name] = np.frombuffer(data, dtype, math.prod(shape), begin).reshape(shape)
             begin += arrays[name].nbytes
-    return json.loads(config, object_hook=lambda tree: SimpleNamespace(**tree)), arrays
+    config = json.loads(config, object_hook=lambda tree: SimpleNamespace(**tree))
+    return config, {name: arrays[name] for _, name, *_ in tensors}
 
 
 def decompress(codec: int, stored: bytes, raw: int, shapes: list) -> bytes:
@@ -60,7 +62,7 @@ def decompress(codec: int, stored: bytes, raw: int, shapes: list) -> bytes:
     if codec > 2:
         sys.exit("the artifact needs zstd or brotli, which Python does not bring: pack it with rans and lzma")
     if codec == 2:
-        return rans_decode(stored, raw, shapes)
+        return decode(stored, shapes, raw)
     return lzma.decompress(stored) if codec else stored
 
 

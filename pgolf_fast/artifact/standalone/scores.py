@@ -1,8 +1,8 @@
 """Score an artifact: its bytes against 16,000,000, then bits per byte in three ways.
 
 `pgolf submit` writes this script beside an artifact; it is the code that counts. It needs torch, numpy and
-sentencepiece. Formulas, windows and rounding, of gradients too, are those of `pgolf eval` without Triton kernels, so
-that the scores agree.
+sentencepiece. Formulas, windows and rounding, of gradients too, are those of `pgolf eval` without Triton
+kernels, so that the scores agree.
 """
 
 import argparse
@@ -72,10 +72,10 @@ class Scorer:
         learned = list(model.masters)
         if c.parameters == "all":
             learned += [p for name, p in model.state.items() if not name.startswith(frozen)]
-        for p in learned:
+        gradients, velocities = ([torch.zeros_like(p) for p in learned] for _ in range(2))
+        for p, gradient in zip(learned, gradients, strict=True):
             p.requires_grad_()
-            p.grad = torch.zeros_like(p)
-        sgd = torch.optim.SGD(learned, lr=0.0, momentum=c.momentum)
+            p.grad = gradient  # backward adds to it
         on_grid, fake = c.quantize_forward == "banks", c.quantize_forward == "projections"
         total = np.zeros(3)
         for chunk in range(chunks):
@@ -84,15 +84,17 @@ class Scorer:
                 break
             begin = chunk * c.chunk_tokens
             sequences = min(c.chunk_tokens, count - begin) // self.length
-            sgd.param_groups[0]["lr"] = 0.5 * c.lr * (1 + math.cos(math.pi * chunk / max(chunks - 1, 1)))
+            lr = 0.5 * c.lr * (1 + math.cos(math.pi * chunk / max(chunks - 1, 1)))
             for first in [*range(0, sequences, c.batch_seqs)] * c.epochs:
                 at = begin + first * self.length
                 end = at + min(c.batch_seqs, sequences - first) * self.length
                 x, y = (self.tokens[at + i : end + i].view(-1, self.length) for i in (0, 1))
                 model.losses(x, y, model.banks(on_grid), fake).mean().backward()
                 torch.nn.utils.clip_grad_norm_(learned, c.grad_clip)
-                sgd.step()
-                sgd.zero_grad(set_to_none=False)
+                with torch.no_grad():
+                    for p, gradient, velocity in zip(learned, gradients, velocities, strict=True):
+                        p.add_(velocity.mul_(c.momentum).add_(gradient), alpha=-lr)
+                        gradient.zero_()
         return total
 
 
@@ -149,11 +151,15 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
 
+    if not options.artifact.is_file():
+        sys.exit(f"artifact {options.artifact} does not exist")
     code, weights = here.stat().st_size, options.artifact.stat().st_size
     print(f"code {code:,} + artifact {weights:,} = {code + weights:,} bytes of {LIMIT:,}")
     if code + weights > LIMIT:
         sys.exit(f"too large by {code + weights - LIMIT:,} bytes")
     config, arrays = read_artifact(options.artifact.read_bytes())
+    if not Path(options.tokenizer).is_file():
+        sys.exit(f"tokenizer {options.tokenizer} does not exist")
     run, tokenizer = config.run, SentencePieceProcessor()
     tokenizer.load(options.tokenizer)
     table = byte_table(tokenizer)
@@ -177,9 +183,8 @@ def main() -> None:
         begin = time.perf_counter()
         nats, count, size = score()
         seconds = time.perf_counter() - begin
-        print(
-            f"{name} val_loss:{nats / count:.8f} val_bpb:{nats / math.log(2) / size:.8f} seconds:{seconds:.1f}"
-        )
+        bpb = nats / (math.log(2) * size)
+        print(f"{name} val_loss:{nats / count:.8f} val_bpb:{bpb:.8f} seconds:{seconds:.1f}", flush=True)
 
 
 if __name__ == "__main__":
