@@ -7,11 +7,14 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from runs import make_dataset, read_json, run_config
 
 from pgolf_fast import cli, pipeline
 from pgolf_fast.artifact import submission
+from pgolf_fast.artifact.container import TensorRecord, write_container
+from pgolf_fast.artifact.standalone import reader
 from pgolf_fast.config.serialize import run_config_to_dict
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.submit import About, write_submission
@@ -188,6 +191,35 @@ def test_script_imports_nothing_else():
         assert names - sys.stdlib_module_names == ALLOWED
     assert len(script.wrapped) < len(script.minified) < len(script.readable)
     assert script == submission.build_script()
+
+
+@pytest.mark.parametrize("codec", ["raw", "lzma", "rans"])
+def test_reader_reads_what_the_container_writes(tmp_path, codec):
+    rng = np.random.default_rng(0)
+    arrays = {
+        "a.q": rng.normal(0, 5, (40, 70)).round().astype(np.int8),
+        "a.scale": rng.random(40).astype(np.float16),
+        "table.q": rng.normal(0, 20, (1000, 3)).round().astype(np.int8),
+        "table.scale": np.ones(1000, np.float16),
+        "gain": np.full((2, 500), 0.5, np.float16),
+        "number": np.float16(3).reshape(()),
+        "none": np.zeros((0, 4), np.float16),
+        "ids": np.arange(300, dtype=np.int64),
+    }
+    kinds = {"q": "codes", "scale": "scales", "ids": "integer"}
+    records = [
+        TensorRecord.of(name, kinds.get(name.split(".")[-1], "float16"), array, section)
+        for (name, array), section in zip(
+            arrays.items(), [None, None, "embeddings", None, None, None, None, None], strict=True
+        )
+    ]
+    write_container(tmp_path / "m", {"run": {"model": {"size": [1, 2]}}}, records, codecs=(codec,))
+    config, found = reader.read_artifact((tmp_path / "m").read_bytes())
+    assert config.run.model.size == [1, 2]
+    assert list(found) == list(arrays)
+    for name, array in arrays.items():
+        assert found[name].dtype == array.dtype
+        assert np.array_equal(found[name], array)
 
 
 def test_script_refuses_what_is_not_its_artifact(run, data, tmp_path):

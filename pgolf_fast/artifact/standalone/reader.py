@@ -62,7 +62,7 @@ def decompress(codec: int, stored: bytes, raw: int, shapes: list) -> bytes:
     if codec > 2:
         sys.exit("the artifact needs zstd or brotli, which Python does not bring: pack it with rans and lzma")
     if codec == 2:
-        return decode(stored, shapes, raw)
+        return decode(stored, shapes)
     return lzma.decompress(stored) if codec else stored
 
 
