@@ -211,6 +211,13 @@ Bytes raw_payload(const uint8_t* data, size_t size) {
 Bytes encode(const uint8_t* data, size_t size, const Shape* shapes, size_t count, size_t threads) {
     const Palettes palettes = Palettes::choose(data, shapes, count);
     Matrices<const uint8_t> matrices = matrices_of(data, shapes, count, palettes);
+    uint8_t* planes = matrices.planes.data();
+    for_arrays(shapes, count, [&](const Shape& shape, size_t offset) {
+        if (shape.itemsize == 1) return;
+        const size_t items = shape.rows * shape.columns;
+        palettes.split(data + offset, items, shape.itemsize, planes);
+        planes += items * palettes.planes_of(shape.itemsize);
+    });
     Models models = choose_models(matrices.all, matrices.whole, kMaxModels * 3 / 4, threads);
     if (models.bits / 8 > double(size)) return raw_payload(data, size);
     std::vector<Source> vectors = class_vectors(matrices.all);
