@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pgolf_fast import report
+from pgolf_fast.artifact.container import sizes
 from pgolf_fast.artifact.pack import PackReport, load_model, pack, unpack
 from pgolf_fast.config.schema import PackConfig, QuantConfig, RunConfig
 from pgolf_fast.config.serialize import from_dict, run_config_to_dict
@@ -125,10 +126,11 @@ def score_run(folder: RunFolder, config: RunConfig, weights: Literal["artifact",
 
     Float weights adapt unquantised; the artifact's adapt on its own grid, if the configuration quantises.
     """
-    grid = None
+    grid = digest = None
     if weights == "artifact":
         model = artifact_model(folder, config)
         grid = bank_grids(unpack(folder.artifact_file)[1])
+        digest = sizes(folder.artifact_file).sha256
     else:
         model = float_model(folder, config)
         if config.ttt.quantize_forward == "banks":
@@ -142,7 +144,8 @@ def score_run(folder: RunFolder, config: RunConfig, weights: Literal["artifact",
     stream = Stream(source.validation(config.eval_seq_len), source.table, this_process().device)
     scores = three_scores(model, stream, config, grid)
     tree = run_config_to_dict(config)
-    story = {"weights": weights, "eval": tree["eval"], "ttt": tree["ttt"], **scores.to_dict()}
+    settings = {"artifact_sha256": digest, "eval": tree["eval"], "ttt": tree["ttt"]}
+    story = {"weights": weights, **settings, **scores.to_dict()}
     write_text(folder.path / f"scores_{weights}.json", json.dumps(story, indent=2) + "\n")
     return scores
 

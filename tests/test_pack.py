@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 import subprocess
@@ -15,10 +14,10 @@ import pytest
 import torch
 from helpers import randomize_, tiny_config
 
-import pgolf_fast
 from pgolf_fast.artifact import budget
 from pgolf_fast.artifact.container import TensorRecord, read_container, write_container
 from pgolf_fast.artifact.pack import build_records, load_artifact, load_model, pack, unpack
+from pgolf_fast.artifact.submission import code_bytes
 from pgolf_fast.config.schema import PackConfig, QuantConfig, RunConfig
 from pgolf_fast.config.serialize import run_config_to_dict
 from pgolf_fast.errors import PgolfError
@@ -120,34 +119,13 @@ def test_the_same_model_gives_the_same_bytes(quantized, tmp_path):
 # The budget
 
 
-def test_code_bytes_count_every_module_that_evaluation_imports():
-    """What artifact/pack.py and evaluation/ import, followed to the end, is in the list."""
-    package = Path(pgolf_fast.__file__).parent
-    counted = set(budget.code_files())
-    todo = [package / "artifact" / "pack.py", *(package / "evaluation").glob("*.py")]
-    seen: set[Path] = set()
-    while todo:
-        file = todo.pop()
-        if file in seen:
-            continue
-        seen.add(file)
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pgolf_fast"):
-                base = package.joinpath(*node.module.split(".")[1:])
-                places = [base, *(base / alias.name for alias in node.names)]
-                todo += [f for p in places for f in (p.with_suffix(".py"), p / "__init__.py") if f.is_file()]
-    missing = {file.relative_to(package).as_posix() for file in seen - counted}
-    assert not missing, f"add these to EVALUATION_SOURCES: {missing}"
-    assert sum(file.stat().st_size for file in counted) == budget.code_bytes() > 50_000
-
-
 def test_code_counts_against_the_limit(quantized, tmp_path):
     size = write(quantized, tmp_path / "m").weights_bytes
     assert write(quantized, tmp_path / "m", PackConfig(code_bytes=100, limit_bytes=size + 100)).pruned == 0
     with pytest.raises(PgolfError, match=rf"weights {size:,} \+ code 100 = {size + 100:,} bytes > .*prune"):
         write(quantized, tmp_path / "m", PackConfig(code_bytes=100, limit_bytes=size + 99, prune=False))
     counted = write(quantized, tmp_path / "m", PackConfig())
-    assert counted.code_bytes == budget.code_bytes()
+    assert counted.code_bytes == code_bytes()
     assert counted.total_bytes == counted.weights_bytes + counted.code_bytes
 
 

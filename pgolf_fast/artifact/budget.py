@@ -1,54 +1,16 @@
-"""Fitting a model into its bytes: what the code costs, and which weights become zero when it is too large."""
+"""Fitting a model into its bytes: which weights become zero when it is too large."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-import pgolf_fast
 from pgolf_fast.report import logger
 
-# What loading and scoring an artifact runs, by folder of the package; None stands for every file.
-EVALUATION_SOURCES: dict[str, tuple[str, ...] | None] = {
-    ".": ("__init__.py", "errors.py", "files.py", "report.py"),
-    "artifact": None,
-    "config": None,
-    "data": ("__init__.py", "shards.py", "tokenizer.py"),
-    "evaluation": None,
-    "kernels": None,
-    "model": None,
-    "ops": None,
-    "quant": None,
-    "csrc": None,
-}
-_BESIDE_THE_PACKAGE = ("kernels", "csrc")  # in a source checkout
-_SUFFIXES = (".py", ".cpp", ".h")
 PROBES = 10  # sizes that look for the number of codes to prune, after the first and before the last
-
-
-def code_files() -> list[Path]:
-    """The sources that `code_bytes` counts: all of EVALUATION_SOURCES that is installed.
-
-    An installed wheel has no csrc/ (Python's lzma module can stand in for it), a source checkout has.
-    """
-    package = Path(pgolf_fast.__file__).parent
-    files: list[Path] = []
-    for folder, names in EVALUATION_SOURCES.items():
-        place = package / folder
-        if folder in _BESIDE_THE_PACKAGE and not place.is_dir():
-            place = package.parent / folder
-        found = place.iterdir() if names is None and place.is_dir() else (place / n for n in names or ())
-        files += sorted(file for file in found if file.suffix in _SUFFIXES and file.is_file())
-    return files
-
-
-def code_bytes() -> int:
-    """Bytes of the package's sources that evaluation needs, uncompressed and with their comments."""
-    return sum(file.stat().st_size for file in code_files())
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pgolf_fast.artifact import codecs
-from pgolf_fast.artifact.budget import Pruned, code_bytes, prune_to_fit
+from pgolf_fast.artifact.budget import Pruned, prune_to_fit
 from pgolf_fast.artifact.container import (
     ContainerSizes,
     SectionSize,
@@ -21,6 +21,7 @@ from pgolf_fast.artifact.container import (
     read_container,
     write_container,
 )
+from pgolf_fast.artifact.submission import code_bytes
 from pgolf_fast.config.schema import PackConfig, RunConfig
 from pgolf_fast.config.serialize import run_config_from_dict
 from pgolf_fast.errors import PgolfError

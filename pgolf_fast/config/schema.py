@@ -271,7 +271,7 @@ class PackConfig:
     limit_bytes: int = 16_000_000
     """Weights plus code may not exceed this (decimal megabytes)."""
     code_bytes: int | None = None
-    """Bytes counted for code; None counts the package's own Python and C++ sources that evaluation needs."""
+    """Bytes counted for code; None counts the evaluation script that `pgolf submit` writes."""
     codecs: tuple[Literal["rans", "lzma", "zstd", "brotli"], ...] = ("rans",)
     """Codecs tried on every section, of which the smallest stays. LZMA takes half a minute for an artifact of
     16 MB and does not win; it stands in for rans where the C++ extension is missing."""
