@@ -15,7 +15,7 @@ from pgolf_fast.report import logger
 
 # What loading and scoring an artifact runs, by folder of the package; None stands for every file.
 EVALUATION_SOURCES: dict[str, tuple[str, ...] | None] = {
-    ".": ("__init__.py", "errors.py", "files.py", "report.py"),
+    ".": ("__init__.py", "errors.py", "files.py", "report.py", "tensor_file.py"),
     "artifact": None,
     "config": None,
     "data": ("__init__.py", "shards.py", "tokenizer.py"),

@@ -123,9 +123,9 @@ def chunk_lr(config: TTTConfig, chunk: int, chunks: int) -> float:
 class SGD:
     """Clipped SGD with momentum on a model's own parameters, to be used while it is `borrowed` (PR 1501).
 
-    A chunk is passed over `epochs` times, in batches of sequences in order; a rest shorter than a sequence is
-    left out, and momentum lives on from chunk to chunk. Gradients go to gradient banks, and what forward reads
-    is written once per update. Nothing waits for a GPU.
+    A chunk is passed over `epochs` times, in batches of sequences in order; a rest shorter than a sequence
+    is left out, and momentum lives on from chunk to chunk. Gradients go to gradient banks, and forward reads
+    copies that are written once per update. Nothing waits for a GPU.
     """
 
     def __init__(
