@@ -179,6 +179,7 @@ def eval(argv: list[str]) -> int:
 
     from pgolf_fast.pipeline import score_run
     from pgolf_fast.train.run_folder import RunFolder
+    from pgolf_fast.train.world import join_world
 
     folder = _first_run(argv, RunFolder)
     config = folder.read_config()
@@ -188,11 +189,13 @@ def eval(argv: list[str]) -> int:
         path=str(arguments.data) if arguments.data else config.data.path,
         tokenizer=str(arguments.tokenizer) if arguments.tokenizer else config.data.tokenizer,
     )
-    report.setup_logging(folder.log_file)
     config = replace(config, eval=arguments.eval, ttt=arguments.ttt, data=data)
-    scores = score_run(folder, config, arguments.weights)
-    print_out(report.table(scores.rows(), ("windows", "bpb", "nats/token", "seconds")))
-    print_out(f"wrote {folder.path / f'scores_{arguments.weights}.json'}")
+    with join_world() as world:
+        report.setup_logging(folder.log_file if world.is_main else None, quiet=not world.is_main)
+        scores = score_run(folder, config, arguments.weights, world)
+    if world.is_main:
+        print_out(report.table(scores.rows(), ("windows", "bpb", "nats/token", "seconds")))
+        print_out(f"wrote {folder.path / f'scores_{arguments.weights}.json'}")
     return 0
 
 

@@ -289,14 +289,20 @@ class EvalConfig:
     """Window length; None uses train.seq_len."""
     stride: int = 64
     """Tokens between sliding windows."""
-    batch_seqs: int = 16
-    """Windows scored at once."""
+    batch_seqs: int | None = None
+    """Windows scored at once; None takes what suits a CPU's cache, or half of a GPU's free memory."""
     repeat_tail: bool = False
     """Score the last targets many times, as the original does (for parity only)."""
+    compile: bool | None = None
+    """torch.compile scoring and test-time training; None compiles on CUDA only."""
+    cuda_graph: bool | None = None
+    """Replay test-time training updates from a CUDA graph; None does on CUDA."""
+    checkpoint_minutes: float | None = 2.0
+    """Minutes between states that an interrupted `pgolf eval` goes on from; None leaves none."""
 
     def __post_init__(self) -> None:
         need(self.stride > 0, "eval.stride must be positive")
-        need(self.batch_seqs > 0, "eval.batch_seqs must be positive")
+        need(self.batch_seqs is None or self.batch_seqs > 0, "eval.batch_seqs must be positive, or None")
         need(
             self.seq_len is None or self.seq_len > 0,
             "eval.seq_len must be positive, or None for train.seq_len",
