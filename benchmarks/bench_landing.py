@@ -3,8 +3,8 @@
     python benchmarks/bench_landing.py [--target 14000000]
 
 Weights are normal with the RMS of exp101's trained banks, Hessians those of random correlated inputs, rows
-of log-normal importance. Calibration is not part of it: see bench_export.py. Prints wall-clock seconds on as many
-threads as PyTorch takes (set OMP_NUM_THREADS).
+of log-normal importance. Calibration is not part of it: see bench_export.py. Prints wall-clock seconds on as
+many threads as PyTorch takes (set OMP_NUM_THREADS).
 """
 
 from __future__ import annotations

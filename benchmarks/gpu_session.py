@@ -9,6 +9,7 @@ the next one runs; the exit status is then 1.
     correct  every op against float64: float32, bfloat16, offsets beyond 2^31; the GPU side of tests/ops
     ops      every op beside its peers (as `pgolf bench`), also as ops.jsonl
     step     the whole training step beside the same model in plain PyTorch; losses; time by kernel
+    eval     a chunk of scoring and test-time training beside the same model in plain PyTorch
     tune     launch rows (as `pgolf tune`), as launches.json
 
 `--dry-run` walks through all of it on a CPU at toy sizes.
@@ -32,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]  # the package need not be installed
 
 # part -> its share of the time, in the order they run
-PARTS = {"correct": 0.2, "ops": 0.3, "step": 0.35, "tune": 0.15}
+PARTS = {"correct": 0.15, "ops": 0.25, "step": 0.3, "eval": 0.2, "tune": 0.1}
 GRACE = 15.0  # seconds between the end of a part's time and its end by force
 DRY_PRESET = "tiny"
 
@@ -201,10 +202,13 @@ def describe(out: Path, states: dict[str, dict[str, object]]) -> str:
             for r in found.get("step", {}).get(name, [])
         ]
         parts += [report.table(steps, (name, "micro-batch", *STEP_COLUMNS))] if steps else []
+    chunks = [(r["way"], *(shown(r[k]) for k in CHUNK_COLUMNS)) for r in found.get("eval", {}).get("E1", [])]
+    parts += [report.table(chunks, ("E1", *CHUNK_COLUMNS))] if chunks else []
     parts += found.get("tune", {}).get("table", [])
     return "\n\n".join(parts)
 
 
+CHUNK_COLUMNS = ("chunk_ms", "score_ms", "adapt_ms", "plain_eager_over_this", "plain_compile_over_this")
 STEP_COLUMNS = ("median_ms", "tokens_per_second", "mfu_percent", "peak_gib", "best_plain_over_this")
 
 
@@ -240,6 +244,8 @@ def work(arguments: argparse.Namespace, out: Path) -> int:
         from session_correct import run
     elif arguments.worker == "step":
         from session_step import run
+    elif arguments.worker == "eval":
+        from session_eval import run
     else:
         import session_ops
 

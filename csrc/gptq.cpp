@@ -87,7 +87,7 @@ PGOLF_CLONES void round_tile(const GptqBlock& block, Tile& tile) {
 void gptq_round_block(const GptqBlock& block, float* work, int8_t* codes, size_t threads) {
     const size_t tiles = (block.rows + kLanes - 1) / kLanes;
     // a thread takes a stretch of tiles, so that its buffers are made once
-    const size_t stretch = 16;
+    const size_t stretch = 4;
     parallel_for((tiles + stretch - 1) / stretch, threads, [&](size_t piece) {
         Tile tile(block.columns);
         for (size_t t = piece * stretch; t < std::min(tiles, (piece + 1) * stretch); t++) {

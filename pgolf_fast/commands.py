@@ -190,6 +190,7 @@ def eval(argv: list[str]) -> int:
 
     from pgolf_fast.pipeline import score_run
     from pgolf_fast.train.run_folder import RunFolder
+    from pgolf_fast.train.world import join_world
 
     folder = _first_run(argv, RunFolder)
     config = folder.read_config()
@@ -199,11 +200,49 @@ def eval(argv: list[str]) -> int:
         path=str(arguments.data) if arguments.data else config.data.path,
         tokenizer=str(arguments.tokenizer) if arguments.tokenizer else config.data.tokenizer,
     )
-    report.setup_logging(folder.log_file)
     config = replace(config, eval=arguments.eval, ttt=arguments.ttt, data=data)
-    scores = score_run(folder, config, arguments.weights)
-    print_out(report.table(scores.rows(), ("windows", "bpb", "nats/token", "seconds")))
-    print_out(f"wrote {folder.path / f'scores_{arguments.weights}.json'}")
+    with join_world() as world:
+        report.setup_logging(folder.log_file if world.is_main else None, quiet=not world.is_main)
+        scores = score_run(folder, config, arguments.weights, world)
+    if world.is_main:
+        print_out(report.table(scores.rows(), ("windows", "bpb", "nats/token", "seconds")))
+        print_out(f"wrote {folder.path / f'scores_{arguments.weights}.json'}")
+    return 0
+
+
+@dataclass(frozen=True)
+class _Submit:
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder, packed and scored."""
+    out: Path | None = None
+    """Folder to write; default RUN/submission."""
+    author: str = "your name"
+    """Who submits it."""
+    github_id: str = "your-github-id"
+    """That person's account."""
+    name: str | None = None
+    """Title; default: the preset's name."""
+    blurb: str | None = None
+    """What it is in a sentence or two; default: made from the configuration."""
+    track: str = "non_record_16mb"
+    """The track it is for."""
+    readable: bool = False
+    """Write the script's readable source, and count that."""
+
+
+def submit(argv: list[str]) -> int:
+    """pgolf submit RUN [--out DIR] [--author NAME] [--github-id ID] [--name TITLE] [--readable]"""
+    from pgolf_fast.submit import About, write_submission
+    from pgolf_fast.train.run_folder import RunFolder
+
+    arguments = parse("submit", _Submit, argv)
+    folder = RunFolder(existing(arguments.run, "run folder"))
+    out = arguments.out or folder.path / "submission"
+    a = arguments
+    about = About(a.author, a.github_id, a.name, a.blurb, a.track)
+    written = write_submission(folder, out, about, readable=a.readable)
+    print_out(report.table([(what, f"{size:,}") for what, size in written.items()], ("part", "bytes")))
+    print_out(f"wrote {out}")
     return 0
 
 

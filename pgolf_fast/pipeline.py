@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 
 from pgolf_fast import report
-from pgolf_fast.artifact.budget import code_bytes
+from pgolf_fast.artifact.container import sizes
 from pgolf_fast.artifact.landing import land
 from pgolf_fast.artifact.pack import PackReport, artifact_bytes, load_model, pack, unpack
+from pgolf_fast.artifact.submission import code_bytes
 from pgolf_fast.config.schema import PackConfig, QuantConfig, RunConfig
 from pgolf_fast.config.serialize import from_dict, run_config_to_dict
 from pgolf_fast.data.source import open_source
 from pgolf_fast.data.tokenizer import Tokenizer, byte_table
 from pgolf_fast.errors import PgolfError
+from pgolf_fast.evaluation.resume import Resume, identity
 from pgolf_fast.evaluation.score import Stream
 from pgolf_fast.evaluation.scores import ThreeScores, three_scores
 from pgolf_fast.files import atomic_path, write_text
@@ -42,10 +44,10 @@ def this_process() -> World:
     return World(0, 1, torch.device("cpu"))
 
 
-def float_model(folder: RunFolder, config: RunConfig) -> GPT:
+def float_model(folder: RunFolder, config: RunConfig, world: World | None = None) -> GPT:
     """The run's averaged weights before quantisation."""
     table = byte_table(Tokenizer.load(folder.tokenizer_file))
-    device = this_process().device
+    device = (world or this_process()).device
     choose_kernels(config.kernels, device)
     dtype = resolve_dtype(config.train.compute_dtype, device)
     model = GPT(config.model, torch.from_numpy(table.has_leading_space), compute_dtype=dtype)
@@ -54,10 +56,10 @@ def float_model(folder: RunFolder, config: RunConfig) -> GPT:
     return model.to(device)
 
 
-def artifact_model(folder: RunFolder, config: RunConfig) -> GPT:
+def artifact_model(folder: RunFolder, config: RunConfig, world: World | None = None) -> GPT:
     """The model of the run's artifact."""
     table = byte_table(Tokenizer.load(folder.tokenizer_file))
-    device = this_process().device
+    device = (world or this_process()).device
     choose_kernels(config.kernels, device)
     path = folder.need(folder.artifact_file, "pack")
     leading = torch.from_numpy(table.has_leading_space)
@@ -154,17 +156,26 @@ def pack_run(folder: RunFolder, config: PackConfig) -> PackReport:
     return pack(quantized, run_config_to_dict(run_config), folder.artifact_file, config)
 
 
-def score_run(folder: RunFolder, config: RunConfig, weights: Literal["artifact", "float"]) -> ThreeScores:
+def score_run(
+    folder: RunFolder,
+    config: RunConfig,
+    weights: Literal["artifact", "float"],
+    world: World | None = None,
+) -> ThreeScores:
     """The three scores of a run on its validation data, also written to scores_<weights>.json.
 
     Float weights adapt unquantised; the artifact's adapt on its own grid, if the configuration quantises.
+    With a `world` of several processes each scores a share. When interrupted, the next call with the same
+    weights, data and settings goes on where this one was, and writes the same file.
     """
-    grid = None
+    world = world or this_process()
+    grid = digest = None
     if weights == "artifact":
-        model = artifact_model(folder, config)
+        model = artifact_model(folder, config, world)
         grid = bank_grids(unpack(folder.artifact_file)[1])
+        digest = sizes(folder.artifact_file).sha256
     else:
-        model = float_model(folder, config)
+        model = float_model(folder, config, world)
         if config.ttt.quantize_forward == "banks":
             config = replace(config, ttt=replace(config.ttt, quantize_forward="none"))
     source = open_source(config.data, config.model.vocab_size)
@@ -173,11 +184,20 @@ def score_run(folder: RunFolder, config: RunConfig, weights: Literal["artifact",
             f"the shards in {source.folder} belong to tokenizer {source.tokenizer.path}, the run to another "
             f"({folder.tokenizer_file}): use shards made with the run's, or name it with --tokenizer"
         )
-    stream = Stream(source.validation(config.eval_seq_len), source.table, this_process().device)
-    scores = three_scores(model, stream, config, grid)
-    tree = run_config_to_dict(config)
-    story = {"weights": weights, "eval": tree["eval"], "ttt": tree["ttt"], **scores.to_dict()}
-    write_text(folder.path / f"scores_{weights}.json", json.dumps(story, indent=2) + "\n")
+    stream = Stream(source.validation(config.eval_seq_len), source.table, world.device)
+    result = folder.path / f"scores_{weights}.json"
+    tree, resume = run_config_to_dict(config), None
+    if config.eval.checkpoint_minutes is not None:
+        shaping = [tree["eval"], tree["ttt"], tree["quant"], config.eval_seq_len, str(model.compute_dtype)]
+        mark = identity(model, stream, shaping)
+        resume = Resume(result, mark, 60 * config.eval.checkpoint_minutes, world.is_main)
+    scores = three_scores(model, stream, config, grid, ranks=world, resume=resume)
+    if world.is_main:
+        settings = {"artifact_sha256": digest, "eval": tree["eval"], "ttt": tree["ttt"]}
+        story = {"weights": weights, **settings, **scores.to_dict()}
+        write_text(result, json.dumps(story, indent=2) + "\n")
+        if resume is not None:
+            resume.forget()
     return scores
 
 

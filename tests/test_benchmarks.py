@@ -84,6 +84,40 @@ def test_flops_of_a_token_are_those_of_the_design():
     assert step.flops_per_token(exp101().model, 2048) == pytest.approx(228.49e6, rel=1e-3)
 
 
+def test_flops_of_scoring_are_those_of_the_design():
+    """76.16 MF a position in full; last block and head for 64 of 2,048 positions save 9.3 %."""
+    from naive_eval import forward_flops
+
+    full = forward_flops(exp101().model, 2048, 2048)
+    assert full / 2048 == pytest.approx(76.16e6, rel=1e-3)
+    assert forward_flops(exp101().model, 2048, 64) / full == pytest.approx(0.907, abs=2e-3)
+
+
+def test_naive_evaluation_is_ours():
+    """What scoring is timed against gives the same losses, also with test-time training."""
+    import naive_eval
+
+    from pgolf_fast.config.schema import TTTConfig
+    from pgolf_fast.data.tokenizer import ByteTable
+    from pgolf_fast.evaluation.adapt import SGD, borrowed
+    from pgolf_fast.evaluation.protocol import score_and_adapt, target_chunks
+    from pgolf_fast.evaluation.score import Scorer, Stream
+    from pgolf_fast.evaluation.windows import sliding_windows
+
+    model = randomize_(GPT(tiny_config(), torch.arange(96) % 3 == 0), 1)
+    table = ByteTable(np.ones(96, np.int16), np.arange(96) % 3 == 0, np.arange(96) < 4)
+    stream = Stream(np.random.default_rng(0).integers(0, 96, 250), table, torch.device("cpu"))
+    windows = sliding_windows(249, 16, 4)
+    chunks = target_chunks(windows, 249, 64)
+    config = TTTConfig(epochs=2, lr=0.1, batch_seqs=2, parameters="banks", quantize_forward="none")
+    scorer = Scorer(stream, windows, 16, lambda length: 5)
+    with borrowed(model):
+        score_and_adapt(SGD(model, config, 16), scorer, chunks, "test")
+    learner = naive_eval.SGD(model.loss, model.bank_parameters(), config, 16)
+    naive = naive_eval.score_and_adapt(model.token_losses, learner, stream.tokens, windows, chunks, 16, 5)
+    torch.testing.assert_close(scorer.losses, naive, rtol=1e-4, atol=1e-4)
+
+
 def test_tokens_of_a_session_can_be_learned():
     import session_step as step
 
@@ -116,6 +150,7 @@ def test_whole_session_can_be_rehearsed(tmp_path):
         "correct": True,
         "ops": True,
         "step": True,
+        "eval": True,
         "tune": True,
     }
     for part in summary["parts"]:
@@ -139,6 +174,10 @@ def test_whole_session_can_be_rehearsed(tmp_path):
     assert len(step["T2"]) == 2
     assert set(step["profiles"]) == set(ways)
     assert step["failed"] == {}
+    evaluated = read(tmp_path, "eval")
+    assert {row["way"] for row in evaluated["E1"]} == {"ours, eager", "plain, eager"}
+    assert evaluated["E2"]["largest_difference_nats"] < 1e-3
+    assert evaluated["failed"] == {}
     tuned = read(tmp_path, "tune")
     assert [kernel["kernel"] for kernel in tuned["kernels"]] == ["smear_gate_fwd"]
     assert len(list(tmp_path.iterdir())) <= 8  # as many files as come back from a machine
@@ -185,8 +224,8 @@ import sys
 for name in ("tyro", "platformdirs", "matplotlib", "tqdm", "sentencepiece", "pytest"):
     sys.modules[name] = None
 sys.path[:0] = [{str(FOLDER.parent)!r}, {str(FOLDER)!r}]
-import gpu_session, session_files, session_correct, session_ops, session_step
-assert tuple(gpu_session.PARTS) == ("correct", "ops", "step", "tune")
+import gpu_session, session_files, session_correct, session_ops, session_step, session_eval
+assert tuple(gpu_session.PARTS) == ("correct", "ops", "step", "eval", "tune")
 """
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path
@@ -199,3 +238,18 @@ def test_preset_of_a_rehearsal_is_small():
 
     assert gpu_session.DRY_PRESET == "tiny"
     assert tiny().model.num_parameters() < 2_000_000
+
+
+def test_export_benchmark_runs(tmp_path):
+    out = tmp_path / "export.json"
+    command = [sys.executable, str(FOLDER / "bench_export.py"), "--smoke", "--out", str(out)]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "uncached / cached" in shown
+    results = json.loads(out.read_text())
+    assert {"commit", "environment"} <= results["provenance"].keys()
+    assert all(row["matrices"] == 24 and row["same codes"] > 0.999 for row in results["gptq"])
+    assert {row["steps"] for row in results["gptq"]} == {"free", "1/31 or more"}
+    assert results["calibration"]["largest logit difference"] < 1e-4
+    lengths = [int(length) for length in results["calibration"]["lengths"]]
+    assert lengths[0] == 1
+    assert lengths[-1] == 39

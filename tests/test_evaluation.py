@@ -12,9 +12,10 @@ from pgolf_fast.config.presets import exp101_as_run
 from pgolf_fast.config.schema import QuantConfig, RunConfig, TTTConfig
 from pgolf_fast.data.tokenizer import ByteTable, target_bytes
 from pgolf_fast.errors import PgolfError
+from pgolf_fast.evaluation.adapt import chunk_lr, trainable_parameters
 from pgolf_fast.evaluation.score import Score, Stream, frozen_losses, score_windows
 from pgolf_fast.evaluation.scores import three_scores
-from pgolf_fast.evaluation.ttt import chunk_lr, legal_ttt, trainable_parameters
+from pgolf_fast.evaluation.ttt import legal_ttt
 from pgolf_fast.evaluation.windows import plain_windows, sliding_windows
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.quant.state import bank_grids, dequantize_state, quantize_state
@@ -159,10 +160,10 @@ def test_ttt_restores_weights_gradients_and_flags_even_after_an_error(model, tab
     model.qo_bank.grad.fill_(7.0)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
 
-    def broken(*_):
+    def broken(*_, **__):
         raise RuntimeError("stop")
 
-    monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", broken)
+    monkeypatch.setattr("torch._fused_sgd_", broken)
     with pytest.raises(RuntimeError, match="stop"):
         run_ttt(model, tokens(300), table)
     for name, parameter in model.named_parameters():

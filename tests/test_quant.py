@@ -197,6 +197,7 @@ def test_groups_are_quantised_as_if_alone(device):
         groups.append(({f"{index}.a": weight, f"{index}.b": weight[:7] * 0.5}, hessian))
     together = gptq_groups([({n: w.to(device) for n, w in ws.items()}, h.to(device)) for ws, h in groups])
     assert list(together) == [name for weights, _ in groups for name in weights]
+    assert all(codes.untyped_storage().nbytes() == codes.numel() for codes, _ in together.values())
     for weights, hessian in groups:
         for name, (codes, scale) in gptq_shared(weights, hessian).items():
             assert torch.equal(together[name][1].cpu(), scale)
@@ -206,6 +207,7 @@ def test_groups_are_quantised_as_if_alone(device):
 def test_other_bits_and_inputs_left_alone():
     weight, hessian = problem()
     before = weight.clone(), hessian.clone()
+    weight = torch.nn.Parameter(weight)
     codes, _ = gptq(weight, hessian, clip_range=3)
     assert codes.abs().max() <= 3
     assert torch.equal(weight, before[0])

@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-from pgolf_fast.artifact.budget import Pruned, code_bytes, prune_to_fit
+from pgolf_fast.artifact import codecs
+from pgolf_fast.artifact.budget import Pruned, prune_to_fit
 from pgolf_fast.artifact.container import (
     ContainerSizes,
     SectionSize,
@@ -20,25 +22,27 @@ from pgolf_fast.artifact.container import (
     read_container,
     write_container,
 )
+from pgolf_fast.artifact.submission import code_bytes
 from pgolf_fast.config.schema import PackConfig, RunConfig
 from pgolf_fast.config.serialize import run_config_from_dict
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.files import atomic_path
 from pgolf_fast.model.gpt import GPT
-from pgolf_fast.ops.lzma import compress_bytes
-from pgolf_fast.ops.native import extension
+from pgolf_fast.ops import native
 from pgolf_fast.quant.state import (
+    TABLE_BITS,
     QuantizedState,
     QuantizedTensor,
     code_bits,
+    columns_owner,
     dequantize_state,
-    group_of,
     is_slot,
 )
 
 CODES, SCALE = ".q", ".scale"  # endings of a quantised tensor's two records
 COLUMNS = ".columns"  # ending of the column steps that matrices of one input share
 LEFT, RIGHT = ".left", ".right"  # endings of a low-rank correction
+TOLERANCE = 128  # bytes under the limit at which pruning is content, besides the margin
 HEADER_MARGIN = 64  # bytes by which the header may grow when a section's size and checksum change
 
 
@@ -67,11 +71,10 @@ class PackReport:
 def build_records(quantized: QuantizedState) -> list[TensorRecord]:
     """The records of a quantised model: `X.q` and `X.scale` for a matrix X, `X` for what is float16.
 
-    Column steps are `G.columns`, once for every group G of matrices with one input, and corrections `X.left`
-    and `X.right`. Codes of bank matrices and of tables lie in different sections, as their statistics differ.
+    Column steps are `X.columns`, those of K and V with Q, and corrections `X.left` and `X.right`. Codes of bank
+    matrices and of tables lie in different sections, as their statistics differ.
     """
     records = []
-    columns: dict[str, Tensor] = {}
     for name, tensor in quantized.tensors.items():
         if isinstance(tensor, QuantizedTensor):
             section = "codes" if is_slot(name) else "embeddings"
@@ -80,35 +83,34 @@ def build_records(quantized: QuantizedState) -> list[TensorRecord]:
             if tensor.low_rank is not None:
                 for ending, factor in zip((LEFT, RIGHT), tensor.low_rank, strict=True):
                     records.append(TensorRecord.of(name + ending, "scales", factor.numpy()))
-            if tensor.column_scale is not None:
-                columns.setdefault(group_of(name), tensor.column_scale)
+            if tensor.column_scale is not None and columns_owner(name) == name:
+                records.append(TensorRecord.of(name + COLUMNS, "scales", tensor.column_scale.numpy()))
         else:
             records.append(TensorRecord.of(name, "float16", tensor.numpy()))
-    return records + [TensorRecord.of(group + COLUMNS, "scales", c.numpy()) for group, c in columns.items()]
+    return records
 
 
 def contents(
     quantized: QuantizedState, run_config: dict[str, Any]
 ) -> tuple[dict[str, Any], list[TensorRecord]]:
-    """What goes into the container: its configuration and its records.
-
-    The configuration names the bits of a section's codes where they are the same for all; elsewhere they are
-    the fewest that hold a matrix's codes.
-    """
-    widths: dict[str, set[int]] = {"codes": set(), "embeddings": set()}
+    """What goes into the container: its configuration, with the most bits of a section, and its records."""
+    bits = {"codes": 0, "embeddings": 0}
     for name, tensor in quantized.tensors.items():
         if isinstance(tensor, QuantizedTensor):
-            widths["codes" if is_slot(name) else "embeddings"].add(tensor.bits)
-    bits = {section: width.pop() for section, width in widths.items() if len(width) == 1}
+            section = "codes" if is_slot(name) else "embeddings"
+            bits[section] = max(bits[section], tensor.bits)
     return {"run": run_config, "bits": bits}, build_records(quantized)
 
 
 def artifact_bytes(quantized: QuantizedState, run_config: dict[str, Any], config: PackConfig) -> int:
-    """Bytes of the file that `pack` would write without pruning, by our own coder if it is there: at most
-    some bytes above the smallest codec of every section, which takes a hundred times as long to find."""
+    """Bytes of the file that `pack` would write without pruning."""
     tree, records = contents(quantized, run_config)
-    codecs = ("lzma",) if extension() is None else ("rans",)
-    return container_bytes(tree, records, codecs=codecs, preset=config.lzma_preset)
+    return container_bytes(tree, records, codecs=_available(config), preset=config.lzma_preset)
+
+
+def _available(config: PackConfig) -> tuple[str, ...]:
+    """The codecs to try: LZMA stands in for rANS where the C++ extension is missing."""
+    return tuple("lzma" if c == "rans" and native.extension() is None else c for c in config.codecs)
 
 
 def pack(
@@ -121,15 +123,16 @@ def pack(
     """
     code = code_bytes() if config.code_bytes is None else config.code_bytes
     tree, records = contents(quantized, run_config)
+    tried = _available(config)
     pruned, compressions = None, 1
     with atomic_path(path) as temporary:
-        sizes = write_container(temporary, tree, records, preset=config.lzma_preset)
+        sizes = write_container(temporary, tree, records, codecs=tried, preset=config.lzma_preset)
         if sizes.total_bytes + code > config.limit_bytes:
             if not config.prune:
                 raise _too_large(sizes.total_bytes, code, config.limit_bytes, "pack.prune is off; turn it on")
             pruned = _prune(records, sizes, code, config)
             records = _with_codes(records, pruned.codes)
-            sizes = write_container(temporary, tree, records, preset=config.lzma_preset)
+            sizes = write_container(temporary, tree, records, codecs=tried, preset=config.lzma_preset)
             compressions += pruned.compressions + 1
             if sizes.total_bytes + code > config.limit_bytes:  # the header's few bytes are in the margin
                 raise _too_large(sizes.total_bytes, code, config.limit_bytes, "pruning missed the limit")
@@ -141,26 +144,30 @@ def pack(
         code_bytes=code,
         limit_bytes=config.limit_bytes,
         pruned=pruned.count if pruned else 0,
-        candidates=sum(int((t.codes.abs() == 1).sum()) for t in quantized.matrices().values()),
+        candidates=sum(int((np.abs(t.codes.numpy()) == 1).sum()) for t in quantized.matrices().values()),
         compressions=compressions,
     )
 
 
 def _prune(records: list[TensorRecord], sizes: ContainerSizes, code: int, config: PackConfig) -> Pruned:
     """Codes that fit. Raises PgolfError when even pruning all of them is not enough."""
-    codes, scales = _matrix_arrays(records)
-    now = next((s.stored_bytes for s in sizes.sections if s.name == "codes"), 0)
+    matrices, scales = _matrix_arrays(records)
+    now, codec = next(((s.stored_bytes, s.codec) for s in sizes.sections if s.name == "codes"), (0, "raw"))
     others = sizes.total_bytes - now
     budget = config.limit_bytes - code - others - HEADER_MARGIN
-    if not codes or budget <= 0:
+    if not matrices or budget <= 0:
         hint = "even no bank weights at all would not fit; raise pack.limit_bytes or make the tables smaller"
         raise _too_large(sizes.total_bytes, code, config.limit_bytes, hint)
 
-    def compressed_size(raw: bytes) -> int:
-        return min(len(compress_bytes(raw, config.lzma_preset)), len(raw))
+    shapes = [(*array.shape, 1) for array in matrices]
+    extension = native.extension()
 
-    tolerance = max(64, config.limit_bytes // 8_000)
-    pruned = prune_to_fit(list(zip(codes, scales, strict=True)), budget, now, compressed_size, tolerance)
+    def coded_size(flat: NDArray[np.int8]) -> int:
+        if extension is not None and codec == "rans":
+            return extension.rans_size(flat, shapes)
+        return min(len(codecs.encode(codec, flat.tobytes(), shapes, preset=config.lzma_preset)), flat.size)
+
+    pruned = prune_to_fit(list(zip(matrices, scales, strict=True)), budget, now, coded_size, TOLERANCE)
     if not pruned.fits:
         hint = (
             f"zeroing all {pruned.candidates:,} codes of +-1 is not enough; "
@@ -208,8 +215,9 @@ def unpack(path: Path | str) -> tuple[dict[str, Any], QuantizedState]:
             if record.array.ndim != 2 or scale is None or scale.array.shape != record.array.shape[:1]:
                 raise PgolfError(f"artifact {path}: {whole} has no scale for each of its rows; pack it again")
             codes = torch.from_numpy(record.array)
-            width = int(bits.get(str(record.section), 0)) or code_bits(codes)
             columns, low_rank = _columns_and_correction(path, found, whole, codes.shape)
+            # grid rd gives every matrix the bits it needs, the others all the same
+            width = int(bits.get(str(record.section), TABLE_BITS)) if columns is None else code_bits(codes)
             tensors[whole] = QuantizedTensor(codes, torch.from_numpy(scale.array), width, columns, low_rank)
         elif record.kind == "float16":
             tensors[name] = torch.from_numpy(record.array)
@@ -222,7 +230,7 @@ def _columns_and_correction(
     path: Path | str, found: dict[str, TensorRecord], name: str, shape: torch.Size
 ) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
     """Column steps and low-rank factors of a matrix, as far as the artifact has them."""
-    columns, left, right = (found.get(n) for n in (group_of(name) + COLUMNS, name + LEFT, name + RIGHT))
+    columns, left, right = (found.get(n) for n in (columns_owner(name) + COLUMNS, name + LEFT, name + RIGHT))
     rank = None if left is None else left.array.shape[-1]
     wanted = ((columns, (shape[1],)), (left, (shape[0], rank)), (right, (rank, shape[1])))
     if (left is None) != (right is None) or any(r and r.array.shape != size for r, size in wanted):
@@ -244,6 +252,16 @@ def load_artifact(path: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise PgolfError(f"artifact {path}: {error}") from error
 
 
+class _NoInitialValues(TorchFunctionMode):
+    """Modules made under it stay unfilled: to draw values on the meta device imports PyTorch's compiler."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        return (
+            kwargs["tensor"] if getattr(func, "__module__", "") == "torch.nn.init" else func(*args, **kwargs)
+        )
+
+
 def load_model(
     path: Path | str,
     has_leading_space: Tensor | None = None,
@@ -258,7 +276,7 @@ def load_model(
     run_config = run_config_from_dict(values)
     if has_leading_space is None:
         has_leading_space = torch.zeros(run_config.model.vocab_size, dtype=torch.bool)
-    with torch.device("meta"):  # initial values would be thrown away
+    with torch.device("meta"), _NoInitialValues():
         model = GPT(run_config.model, has_leading_space, compute_dtype=compute_dtype)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     problems = [f"{name} is missing" for name in expected if name not in state]

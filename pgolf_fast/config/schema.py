@@ -287,9 +287,12 @@ class PackConfig:
     limit_bytes: int = 16_000_000
     """Weights plus code may not exceed this (decimal megabytes)."""
     code_bytes: int | None = None
-    """Bytes counted for code; None counts the package's own Python and C++ sources that evaluation needs."""
+    """Bytes counted for code; None counts the evaluation script that `pgolf submit` writes."""
+    codecs: tuple[Literal["rans", "lzma", "zstd", "brotli"], ...] = ("rans",)
+    """Codecs tried on every section, of which the smallest stays. LZMA takes half a minute for an artifact of
+    16 MB and does not win; it stands in for rans where the C++ extension is missing."""
     lzma_preset: int = 9
-    """xz preset of each section."""
+    """xz preset of sections that LZMA codes."""
     prune: bool = True
     """Zero +-1 codes of the finest rows, as many as needed and no more, when the artifact is too large."""
 
@@ -302,14 +305,20 @@ class EvalConfig:
     """Window length; None uses train.seq_len."""
     stride: int = 64
     """Tokens between sliding windows."""
-    batch_seqs: int = 16
-    """Windows scored at once."""
+    batch_seqs: int | None = None
+    """Windows scored at once; None takes what suits a CPU's cache, or half of a GPU's free memory."""
     repeat_tail: bool = False
     """Score the last targets many times, as the original does (for parity only)."""
+    compile: bool | None = None
+    """torch.compile scoring and test-time training; None compiles on CUDA only."""
+    cuda_graph: bool | None = None
+    """Replay test-time training updates from a CUDA graph; None does on CUDA."""
+    checkpoint_minutes: float | None = 2.0
+    """Minutes between states that an interrupted `pgolf eval` goes on from; None leaves none."""
 
     def __post_init__(self) -> None:
         need(self.stride > 0, "eval.stride must be positive")
-        need(self.batch_seqs > 0, "eval.batch_seqs must be positive")
+        need(self.batch_seqs is None or self.batch_seqs > 0, "eval.batch_seqs must be positive, or None")
         need(
             self.seq_len is None or self.seq_len > 0,
             "eval.seq_len must be positive, or None for train.seq_len",

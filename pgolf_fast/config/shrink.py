@@ -107,7 +107,7 @@ def shrink(base: RunConfig, size: str) -> RunConfig:
             # weights of a small model are small beside the fixed step of 1/31
             grid="percentile",
         ),
-        eval=replace(base.eval, seq_len=None, batch_seqs=32),
+        eval=replace(base.eval, seq_len=None, batch_seqs=None),
         ttt=replace(base.ttt, chunk_tokens=32 * seq_len, batch_seqs=16, epochs=1),
     )
 

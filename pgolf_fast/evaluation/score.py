@@ -1,21 +1,31 @@
-"""Bits per byte of a token stream: sums of losses, tokens and bytes over windows, in float64."""
+"""Bits per byte of a token stream: losses of windows, batch by batch, summed in float64.
+
+Every scored target leaves its loss in one row of float32 numbers, in the order of the windows, and sums are
+taken over that row. So a score depends neither on how windows are batched and shared out over processes nor
+on the order in which they are computed, as far as a loss itself does not.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pgolf_fast import report
+from pgolf_fast.config.schema import ModelConfig
 from pgolf_fast.data.tokenizer import ByteTable, target_bytes
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.evaluation.windows import Windows
+from pgolf_fast.evaluation.ranks import ALONE, Ranks
+from pgolf_fast.evaluation.windows import Batch, BatchSize, Windows, batches
 from pgolf_fast.model.bank import Transform
 from pgolf_fast.model.gpt import GPT
+
+CPU_TOKENS = 2048  # of a batch, per thread: the widest activation of `small` then fits a cache of a few MB
+GPU_TOKENS = 2**20  # more are no quicker, and offsets stay below 2^31 up to a width of 2048
 
 
 @dataclass(frozen=True)
@@ -55,54 +65,121 @@ class Stream:
         return len(self.tokens) - 1
 
 
-# (tokens, targets) both (B, T) -> losses (B, T)
-LossFunction = Callable[[Tensor, Tensor], Tensor]
+# tokens (B, T), targets (B, W) of the last W positions, length positions are encoded for -> losses (B, W)
+LossFunction = Callable[[Tensor, Tensor, int], Tensor]
 
 
-def window_losses(
-    token_losses: LossFunction, stream: Stream, windows: Windows, seq_len: int, batch: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Per batch of windows: indices of the scored targets and their losses in float64.
+def frozen_losses(
+    model: GPT, transform: Transform = None, token_losses: Callable[..., Tensor] | None = None
+) -> LossFunction:
+    """Losses of `model` as it stands now, without gradients; the banks are read through `transform`.
 
-    Every window is padded to `seq_len` with token 0: harmless, as the model is causal and padding unscored.
+    `token_losses` stands in for `model.token_losses`, say compiled.
     """
-    offsets = torch.arange(seq_len, device=stream.tokens.device)
-    for at in range(0, len(windows), batch):
-        part = windows[at : at + batch]
-        start, end = (torch.from_numpy(t).to(offsets.device)[:, None] for t in (part.start, part.end))
-        index = start + offsets
-        inside = index < end
-        index = torch.where(inside, index, 0)
-        x = torch.where(inside, stream.tokens[index], 0)
-        y = torch.where(inside, stream.tokens[index + 1], 0)
-        losses = token_losses(x, y).double().cpu().numpy()
-        scored = (inside & (index >= torch.from_numpy(part.first).to(offsets.device)[:, None])).cpu().numpy()
-        yield index.cpu().numpy()[scored], losses[scored]
+    token_losses = token_losses or model.token_losses
+    with torch.no_grad():
+        banks = model.banks(transform)
+
+    def losses(tokens: Tensor, targets: Tensor, context: int) -> Tensor:
+        with torch.no_grad():
+            return token_losses(tokens, targets, banks, context=context)
+
+    return losses
+
+
+def batch_size(
+    batch: int | None, config: ModelConfig, dtype: torch.dtype, device: torch.device, ranks: Ranks = ALONE
+) -> BatchSize:
+    """Windows of one batch: as many as told, or (None) as a CPU's cache or half of a GPU's free memory holds.
+
+    Powers of two, and the first rank's on every rank, so that the batches are the same everywhere.
+    """
+    if batch is not None:
+        return lambda length: batch
+    tokens = CPU_TOKENS
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        free -= torch.cuda.memory_allocated(device)
+        tokens = min(GPU_TOKENS, free // 2 // (_numbers_a_token(config) * dtype.itemsize))
+        tokens = int(ranks.same(tokens))
+    return lambda length: 2 ** max(0, (tokens // length).bit_length() - 1)
+
+
+def _numbers_a_token(config: ModelConfig) -> int:
+    """A generous count of the activations that one position keeps alive at the widest place of a forward."""
+    streams = config.num_layers // 2 + 12  # skips; x, x0, the norms, q, the context, ... some in float32
+    return streams * config.model_dim + 8 * config.kv_dim + 2 * config.mlp_up_rows + config.mlp_hidden
+
+
+class Scorer:
+    """Fills in the losses of windows, part by part; with several processes, each computes its share."""
+
+    def __init__(
+        self,
+        stream: Stream,
+        windows: Windows,
+        seq_len: int,
+        size: BatchSize,
+        ranks: Ranks = ALONE,
+        *,
+        pad: bool | None = None,
+    ):
+        """`pad` fills every batch up to the size of its run's first, for programs that are compiled for one
+        shape; None does so on a GPU."""
+        device = stream.tokens.device
+        self.stream, self.windows, self.seq_len, self.size, self.ranks = stream, windows, seq_len, size, ranks
+        self.places = windows.places()
+        self.losses = torch.zeros(int(self.places[-1]), dtype=torch.float32, device=device)
+        """Of all scored targets, in nats, in the order of the windows."""
+        self._pad = device.type == "cuda" if pad is None else pad
+        self._start = torch.from_numpy(windows.start).to(device)
+        self._bytes = np.concatenate(([0], np.cumsum(stream.target_bytes)))
+
+    def score(self, losses_of: LossFunction, low: int, high: int) -> Score:
+        """The sums over windows low .. high-1, on every rank."""
+        mine = batches(self.windows, low, high, self.size)[self.ranks.rank :: self.ranks.world_size]
+        _on_every_thread(lambda batch: self._fill(losses_of, batch), mine, self._start.device)
+        self.ranks.sum_(self.losses[self.places[low] : self.places[high]])
+        return self.sums(low, high)
+
+    def sums(self, low: int, high: int) -> Score:
+        """The sums over windows low .. high-1 whose losses are filled in."""
+        losses = self.losses[self.places[low] : self.places[high]].cpu().numpy()
+        part = self.windows[low:high]
+        text_bytes = int((self._bytes[part.end] - self._bytes[part.first]).sum())
+        return Score(float(losses.sum(dtype=np.float64)), len(losses), text_bytes)
+
+    def _fill(self, losses_of: LossFunction, batch: Batch) -> None:
+        start = self._start[batch.low : batch.high]
+        if self._pad and len(start) < batch.full:
+            start = torch.cat((start, start[-1:].expand(batch.full - len(start))))
+        spans = self.stream.tokens.unfold(0, batch.length + 1, 1)[start]  # (B, length + 1)
+        tokens, targets = spans[:, :-1].contiguous(), spans[:, 1 + batch.length - batch.scored :].contiguous()
+        losses = losses_of(tokens, targets, self.seq_len)[: batch.high - batch.low]
+        place = self.places[batch.low]
+        self.losses[place : place + losses.numel()] = losses.flatten()
+
+
+def _on_every_thread(function: Callable[[Batch], None], items: list[Batch], device: torch.device) -> None:
+    """On a CPU a batch is one thread's work: no thread waits for another within it, and its bits are the same
+    for any number of threads."""
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1:
+        for item in items:
+            function(item)
+        return
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            for _ in pool.map(function, items):
+                pass
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)  # a matrix library may keep one number for all threads
 
 
 def score_windows(
-    token_losses: LossFunction,
-    stream: Stream,
-    windows: Windows,
-    seq_len: int,
-    batch: int,
-    what: str | None = None,
+    token_losses: LossFunction, stream: Stream, windows: Windows, seq_len: int, batch: int
 ) -> Score:
-    """The sums over all scored targets. With `what`, progress is shown under that name."""
-    total = Score()
-    batches = window_losses(token_losses, stream, windows, seq_len, batch)
-    if what is not None:
-        batches = report.progress(batches, what, total=-(-len(windows) // batch), unit="batch")
-    for targets, losses in batches:
-        total = total + Score(float(losses.sum()), len(losses), int(stream.target_bytes[targets].sum()))
-    return total
-
-
-def frozen_losses(model: GPT, transform: Transform = None) -> LossFunction:
-    """Losses of `model` as it stands, without gradients; the banks are read through `transform`."""
-
-    def losses(tokens: Tensor, targets: Tensor) -> Tensor:
-        with torch.no_grad():
-            return model.token_losses(tokens, targets, model.banks(transform))
-
-    return losses
+    """The sums over all scored targets, by this process alone."""
+    scorer = Scorer(stream, windows, seq_len, lambda length: batch)
+    return scorer.score(token_losses, 0, len(windows))

@@ -7,9 +7,13 @@ from dataclasses import dataclass
 
 from pgolf_fast import report
 from pgolf_fast.config.schema import RunConfig
-from pgolf_fast.evaluation.score import Score, Stream, frozen_losses, score_windows
+from pgolf_fast.evaluation.adapt import Frozen
+from pgolf_fast.evaluation.protocol import score_and_adapt, window_chunks
+from pgolf_fast.evaluation.ranks import ALONE, Ranks
+from pgolf_fast.evaluation.resume import Resume
+from pgolf_fast.evaluation.score import Score, Scorer, Stream, batch_size, frozen_losses
 from pgolf_fast.evaluation.ttt import TTTResult, legal_ttt
-from pgolf_fast.evaluation.windows import plain_windows, sliding_windows
+from pgolf_fast.evaluation.windows import BatchSize, Windows, plain_windows, sliding_windows
 from pgolf_fast.model.bank import Transform
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.quant.fake import make_fake
@@ -32,7 +36,7 @@ class ThreeScores:
         ]
 
     def to_dict(self) -> dict[str, object]:
-        """Plain values for JSON."""
+        """Plain values for JSON, and nothing that differs when the same is scored again."""
 
         def figures(score: Score) -> dict[str, float]:
             return {"bpb": score.bpb, "loss": score.loss, "tokens": score.tokens, "bytes": score.text_bytes}
@@ -44,42 +48,81 @@ class ThreeScores:
             "ttt_updates": self.ttt.updates,
             "ttt_trainable_parameters": self.ttt.trainable,
             "ttt_bpb_by_chunk": [score.bpb for score in self.ttt.by_chunk],
-            "seconds": self.seconds,
         }
 
 
-def plain_score(model: GPT, stream: Stream, config: RunConfig, what: str | None = None) -> Score:
-    """Bits per byte over non-overlapping windows."""
-    length = config.eval_seq_len
-    windows = plain_windows(stream.num_targets, length)
-    return score_windows(frozen_losses(model), stream, windows, length, config.eval.batch_seqs, what)
+def plain_score(model: GPT, stream: Stream, config: RunConfig, ranks: Ranks = ALONE) -> Score:
+    """Bits per byte over non-overlapping windows, by all ranks together; every rank has the result."""
+    windows = plain_windows(stream.num_targets, config.eval_seq_len)
+    scorer = Scorer(stream, windows, config.eval_seq_len, _size(model, config, ranks), ranks)
+    return scorer.score(frozen_losses(model), 0, len(windows))
 
 
-def three_scores(model: GPT, stream: Stream, config: RunConfig, grid: Transform = None) -> ThreeScores:
+def _size(model: GPT, config: RunConfig, ranks: Ranks) -> BatchSize:
+    device = model.qo_bank.device
+    return batch_size(config.eval.batch_seqs, config.model, model.compute_dtype, device, ranks)
+
+
+def three_scores(
+    model: GPT,
+    stream: Stream,
+    config: RunConfig,
+    grid: Transform = None,
+    *,
+    ranks: Ranks = ALONE,
+    resume: Resume | None = None,
+) -> ThreeScores:
     """All three figures for a model as it stands; its weights are unchanged afterwards.
 
     `grid` is what test-time training with quantised forward rounds the banks to: give the artifact's own, so
-    that without an update the third figure is the second. None is the configured int6 grid.
+    that without an update the third figure is the second. None is the configured int6 grid. With several
+    `ranks`, each scores its share of the windows. With `resume`, goes on from states that were left there.
     """
-    length, batch = config.eval_seq_len, config.eval.batch_seqs
+    length, size = config.eval_seq_len, _size(model, config, ranks)
+    cuda = model.qo_bank.device.type == "cuda"
+    compile_ = cuda if config.eval.compile is None else config.eval.compile
+    cuda_graph = cuda and config.eval.cuda_graph is not False
     seconds: dict[str, float] = {}
 
     def timed(name, function):
         start = time.perf_counter()
-        result = function()
+        result = function(None if resume is None else resume.of(name.replace(" + ", "_")))
         seconds[name] = time.perf_counter() - start
         report.logger.info("%s: done in %s", name, report.duration(seconds[name]))
         return result
 
-    plain = timed("non-overlapping", lambda: plain_score(model, stream, config, "non-overlapping"))
+    def frozen(name: str, windows: Windows) -> Score:
+        scorer = Scorer(stream, windows, length, size, ranks)
+        adapter, chunks = Frozen(model, compile=compile_), window_chunks(windows, size)
+        return timed(name, lambda saved: score_and_adapt(adapter, scorer, chunks, name, saved)[-1])
+
+    plain = frozen("non-overlapping", plain_windows(stream.num_targets, length))
     windows = sliding_windows(
         stream.num_targets, length, config.eval.stride, repeat_tail=config.eval.repeat_tail
     )
-    losses = frozen_losses(model)
-    sliding = timed("sliding", lambda: score_windows(losses, stream, windows, length, batch, "sliding"))
-    grid = grid or make_fake(config.quant.bits, config.quant.scale_floor)
+    sliding = frozen("sliding", windows)
     ttt = timed(
         "sliding + TTT",
-        lambda: legal_ttt(model, stream, windows, length, batch, config.ttt, grid=grid),
+        lambda saved: legal_ttt(
+            model,
+            stream,
+            windows,
+            length,
+            _shared_size(size, config),
+            config.ttt,
+            grid=grid or make_fake(config.quant.bits, config.quant.scale_floor),
+            ranks=ranks,
+            saved=saved,
+            compile=compile_,
+            cuda_graph=cuda_graph,
+        ),
     )
     return ThreeScores(plain, sliding, ttt, seconds)
+
+
+def _shared_size(size: BatchSize, config: RunConfig) -> BatchSize:
+    """Batches small enough that a chunk of test-time training has some for each of eight processes."""
+    if config.eval.batch_seqs is not None:
+        return size
+    windows = config.ttt.chunk_tokens // config.eval.stride
+    return lambda length: max(1, min(size(length), windows // 8))

@@ -5,7 +5,9 @@ A stream of N + 1 tokens has N targets; target t (0-based) is token t + 1, predi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -25,6 +27,48 @@ class Windows:
 
     def __getitem__(self, index: slice | np.ndarray) -> Windows:
         return Windows(self.start[index], self.end[index], self.first[index])
+
+    def places(self) -> np.ndarray:
+        """Where each window's losses begin in the row of all scored losses, and at the end their number."""
+        return np.concatenate(([0], np.cumsum(self.end - self.first)))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Windows low .. high-1, all of one shape: `length` inputs, of which the last `scored` are scored.
+
+    Full batches of that run of windows have `full` windows; only its last one may have fewer.
+    """
+
+    low: int
+    high: int
+    length: int
+    scored: int
+    full: int
+
+
+# Windows of one batch, by their length
+BatchSize = Callable[[int], int]
+
+
+def batches(windows: Windows, low: int, high: int, size: BatchSize) -> list[Batch]:
+    """Windows low .. high-1 cut, in order, into batches of one shape.
+
+    The cut depends on nothing but the windows and `size`, so that a window is computed in the same company
+    however many processes share the batches.
+    """
+    if low == high:
+        return []
+    length = (windows.end - windows.start)[low:high]
+    scored = (windows.end - windows.first)[low:high]
+    changes = low + 1 + np.flatnonzero((np.diff(length) != 0) | (np.diff(scored) != 0))
+    found = []
+    for begin, end in pairwise([low, *changes.tolist(), high]):
+        for at in range(begin, end, size(int(length[begin - low]))):
+            shape = int(length[begin - low]), int(scored[begin - low])
+            full = min(size(shape[0]), end - begin)
+            found.append(Batch(at, min(at + full, end), *shape, full))
+    return found
 
 
 def plain_windows(num_targets: int, seq_len: int) -> Windows:

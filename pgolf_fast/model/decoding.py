@@ -75,7 +75,7 @@ class Decoder:
         self.length += 1
         if not self.static or self.length < WINDOW:
             return self._growing_step()
-        return self._replay() if tokens.is_cuda else self._static_step()
+        return self._replay() if self._keys.is_cuda else self._static_step()
 
     def _growing_step(self) -> Tensor:
         window = self._tokens[:, max(0, self.length - WINDOW) : self.length]

@@ -44,7 +44,8 @@ class Block(nn.Module):
         self.attn = _Attention(config)
         self.attn_scale = nn.Parameter(torch.full((dim,), 0.1 if layer == 0 else 1.0))
         self.mlp_scale = nn.Parameter(torch.ones(dim))
-        self.resid_mix = nn.Parameter(torch.stack((torch.ones(dim), torch.zeros(dim))))
+        self.resid_mix = nn.Parameter(torch.ones(2, dim))
+        self.resid_mix.data[1] = 0
         self.layer_scale = 1 / math.sqrt(layer + 1) if config.ln_scale else 1.0
 
 
@@ -101,7 +102,9 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initial values of PR 1501; like the original's, every one is rounded to bfloat16."""
+        """Initial values of PR 1501; like the original's, every one is rounded to bfloat16. None on meta."""
+        if self.qo_bank.is_meta:
+            return
         n = self.config.num_layers
         nn.init.normal_(self.tok_emb.weight, std=self.config.tied_embed_init_std)
         for i in range(n):
@@ -186,15 +189,20 @@ class GPT(nn.Module):
         banks: Banks,
         attend: Attend,
         observer: Observer | None = None,
+        last: int | None = None,
     ) -> Tensor:
-        """All blocks and the final norm, (B, T, D) -> (B, T, D). The first half of the blocks encode."""
+        """All blocks and the final norm, (B, T, D) -> (B, T, D). The first half of the blocks encode.
+
+        With `last`, only that many last positions leave the last block, whose `attend` must give only these.
+        """
         x0 = x
         skips: list[Tensor] = []
         encoders = self.config.num_layers // 2
         for i in range(self.config.num_layers):
             if i >= encoders and skips:
                 x = torch.addcmul(x, skips.pop(), self.skip_weights[i - encoders].to(x.dtype))
-            x = self._block(i, x, x0, value_embeds.get(i), banks, attend, observer)
+            cut = last if i == self.config.num_layers - 1 else None
+            x = self._block(i, x, x0, value_embeds.get(i), banks, attend, observer, cut)
             if i < encoders:
                 skips.append(x)
         return ops.rms_norm(x)
@@ -208,12 +216,15 @@ class GPT(nn.Module):
         banks: Banks,
         attend: Attend,
         observer: Observer | None,
+        last: int | None,
     ) -> Tensor:
         block = self.block(layer)
         scale = block.layer_scale
         u, normed = ops.residual_norm(x, x0, block.resid_mix[0], block.resid_mix[1], scale)
         if observer is not None:
             observer.attention_input(layer, normed, value_embed)
+        if last is not None:  # keys and values need every position, the rest of the block does not
+            u = u[:, u.shape[1] - last :].contiguous()
         h, normed = ops.residual_norm(u, attend(layer, normed, value_embed), None, block.attn_scale, scale)
         if observer is not None:
             observer.mlp_input(layer, normed)
@@ -237,10 +248,21 @@ class GPT(nn.Module):
         """Whether that block's attention is exclusive: the last xsa_last_n blocks are."""
         return layer >= self.config.num_layers - self.config.xsa_last_n
 
-    def hidden(self, tokens: Tensor, banks: Banks | None = None, observer: Observer | None = None) -> Tensor:
-        """Final normalised states, (B, T) -> (B, T, D)."""
+    def hidden(
+        self,
+        tokens: Tensor,
+        banks: Banks | None = None,
+        observer: Observer | None = None,
+        *,
+        last: int | None = None,
+        context: int | None = None,
+    ) -> Tensor:
+        """Final normalised states, (B, T) -> (B, T, D), or with `last` of the last positions, (B, last, D).
+
+        `context` is the length for which positions are encoded (default T), as if tokens followed up to it.
+        """
         banks = banks or self.banks()
-        cos, sin = rope_tables(self.config, tokens.shape[1], tokens.device)
+        cos, sin = rope_tables(self.config, tokens.shape[1], tokens.device, context)
 
         def attend(layer: int, x: Tensor, value_embed: Tensor | None) -> Tensor:
             return ops.gqa_attention(
@@ -256,15 +278,24 @@ class GPT(nn.Module):
                 xsa=self.uses_xsa(layer),
                 grad_qo=banks.grad_qo,
                 grad_kv=banks.grad_kv,
+                window=last if layer == self.config.num_layers - 1 else None,
             )
 
         x = self.smear(self.embed(tokens))
-        return self.trunk(x, self.value_embeddings(tokens), banks, attend, observer)
+        return self.trunk(x, self.value_embeddings(tokens), banks, attend, observer, last)
 
-    def token_losses(self, tokens: Tensor, targets: Tensor, banks: Banks | None = None) -> Tensor:
-        """Cross-entropy of every target in nats, (B, T) float32."""
+    def token_losses(
+        self, tokens: Tensor, targets: Tensor, banks: Banks | None = None, *, context: int | None = None
+    ) -> Tensor:
+        """Cross-entropy in nats of the targets of the last W positions, (B, T) and (B, W) -> (B, W) float32.
+
+        Nothing is computed that only other positions need: in the last block their queries, output projection
+        and MLP, and their logits. `context` is as in `hidden`.
+        """
+        last = None if targets.shape[1] == tokens.shape[1] else targets.shape[1]
+        hidden = self.hidden(tokens, banks, last=last, context=context)
         head = self.tok_emb.weight.to(self.compute_dtype)
-        return ops.softcap_cross_entropy(self.hidden(tokens, banks), head, targets, self.config.logit_softcap)
+        return ops.softcap_cross_entropy(hidden, head, targets, self.config.logit_softcap)
 
     def loss(self, tokens: Tensor, targets: Tensor, banks: Banks | None = None) -> Tensor:
         """Mean cross-entropy of the batch in nats."""

@@ -83,6 +83,26 @@ def dequantize_bits(packed: Tensor, scale: Tensor, columns: int, bits: int, dtyp
     Raises ValueError where shapes, dtypes or devices do not fit together.
     """
     _check_dequantize(packed, scale, columns, bits, dtype)
+    return _dequantize(packed, scale, columns, bits, dtype)
+
+
+@dequantize_bits.register_fake
+def _(packed: Tensor, scale: Tensor, columns: int, bits: int, dtype: torch.dtype) -> Tensor:
+    _check_dequantize(packed, scale, columns, bits, dtype)
+    return packed.new_empty((packed.shape[0], columns), dtype=dtype)
+
+
+def dequantize_bytes(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """codes * scale[:, None] of int8 codes (R, C), as `dequantize_bits` of 8 bits but not as an op.
+
+    For loading: the first call of any op written in Python imports PyTorch's compiler, which takes longer.
+    """
+    packed = codes.view(torch.uint8)
+    _check_dequantize(packed, scale, codes.shape[1], 8, dtype)
+    return _dequantize(packed, scale, codes.shape[1], 8, dtype)
+
+
+def _dequantize(packed: Tensor, scale: Tensor, columns: int, bits: int, dtype: torch.dtype) -> Tensor:
     extension = native.extension()
     if extension is None or packed.device.type != "cpu":
         return reference_bytes.dequantize_bits(packed, scale, columns, bits, dtype)
@@ -93,12 +113,6 @@ def dequantize_bits(packed: Tensor, scale: Tensor, columns: int, bits: int, dtyp
         packed.contiguous().numpy(), factors.numpy(), bits, target.numpy(), torch.get_num_threads()
     )
     return values
-
-
-@dequantize_bits.register_fake
-def _(packed: Tensor, scale: Tensor, columns: int, bits: int, dtype: torch.dtype) -> Tensor:
-    _check_dequantize(packed, scale, columns, bits, dtype)
-    return packed.new_empty((packed.shape[0], columns), dtype=dtype)
 
 
 def check_packed(op: str, packed: Tensor, columns: int, bits: int) -> None:

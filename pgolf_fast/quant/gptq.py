@@ -70,6 +70,7 @@ def gptq_shared(
     )
 
 
+@torch.no_grad()
 def gptq_groups(
     groups: Iterable[tuple[Mapping[str, Tensor], Tensor]],
     *,
@@ -113,13 +114,14 @@ class _Group:
 
     def best(self, codes: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Codes int8 (R, C) and scale of every matrix, by the rounded columns int8 (C, N)."""
-        rows = torch.empty_like(codes.T)
+        rows = torch.empty_like(codes.T, memory_format=torch.contiguous_format)
         rows[:, self.order] = codes.T
         parts = iter(rows.split([len(s) for scales in self.candidates.values() for s in scales]))
-        return {
-            name: best_candidate(weight, [(next(parts), scale) for scale in self.candidates[name]])
-            for name, weight in self.weights.items()
-        }
+        results = {}
+        for name, weight in self.weights.items():
+            best, scale = best_candidate(weight, [(next(parts), scale) for scale in self.candidates[name]])
+            results[name] = best.clone(), scale  # of its own, so that the other candidates' memory is free
+        return results
 
 
 def _prepare(
@@ -210,6 +212,7 @@ def _inverse_of_lower(lower: Tensor) -> Tensor:
     return inverse
 
 
+@torch.no_grad()
 def round_columns(
     columns: Tensor,
     row_step: Tensor,

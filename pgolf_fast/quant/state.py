@@ -13,6 +13,7 @@ from pgolf_fast.config.schema import QuantConfig
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.model.bank import BANK_NAMES
 from pgolf_fast.model.gpt import GPT
+from pgolf_fast.ops.bits import dequantize_bytes
 from pgolf_fast.quant.calibration import collect_hessians, hessian_name, self_generate
 from pgolf_fast.quant.fake import FixedGrid
 from pgolf_fast.quant.gptq import gptq_groups
@@ -61,8 +62,13 @@ class QuantizedTensor:
 
     def dequantized(self) -> Tensor:
         """The matrix, float32."""
-        on_grid = self.codes.float() * self.step()
-        return on_grid if (low := self.correction()) is None else on_grid + low
+        return self.finish_(self.codes.float() * self.scale.float()[:, None])
+
+    def finish_(self, by_rows: Tensor) -> Tensor:
+        """codes * scale (R, C) float32 made the matrix, in place."""
+        if self.column_scale is not None:
+            by_rows *= self.column_scale.float()
+        return by_rows if (low := self.correction()) is None else by_rows.add_(low)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +94,11 @@ def group_of(name: str) -> str:
     return hessian_name(int(slot[1]), next(which for which, slots in READERS.items() if slot[2] in slots))
 
 
+def columns_owner(name: str) -> str:
+    """The first of the matrices that share column steps with this one: Q for K and V, else the matrix."""
+    return re.sub(r"attn\.c_[kv]", "attn.c_q", name) if is_slot(name) else name
+
+
 def code_bits(codes: Tensor) -> int:
     """The fewest bits, at least 2, of signed codes that reach as far from zero on both sides."""
     return max(2, 1 + int(codes.abs().amax()).bit_length()) if codes.numel() else 2
@@ -101,12 +112,18 @@ def unbank(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     missing = [name for name in BANK_NAMES if name not in state]
     if missing:
         raise PgolfError(f"the state has no {', '.join(missing)}: it is not a model with weight banks")
-    split = {}
-    for bank, slots in SLOTS.items():
-        layers = len(state[bank]) // len(slots)
-        for index, matrix in enumerate(state[bank].unbind(0)):
-            split[f"blocks.{index % layers}.{slots[index // layers]}"] = matrix
+    split: dict[str, Tensor] = {}
+    for bank in SLOTS:
+        split.update(_slots_of(bank, state[bank]))
     return {**split, **{name: tensor for name, tensor in state.items() if name not in BANK_NAMES}}
+
+
+def _slots_of(name: str, bank: Tensor) -> dict[str, Tensor]:
+    """The matrices of a bank, views, by their unbanked names."""
+    layers = len(bank) // len(SLOTS[name])
+    return {
+        f"blocks.{i % layers}.{SLOTS[name][i // layers]}": matrix for i, matrix in enumerate(bank.unbind(0))
+    }
 
 
 def rebank(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -203,12 +220,24 @@ def _hessian(hessians: Mapping[str, Tensor] | None, name: str) -> Tensor:
 
 
 def dequantize_state(quantized: QuantizedState) -> dict[str, Tensor]:
-    """The state dict with banks, all float32, that the integers stand for."""
-    tensors = {
-        name: t.dequantized() if isinstance(t, QuantizedTensor) else t.float()
-        for name, t in quantized.tensors.items()
+    """The state dict with banks, all float32, that the integers stand for. Raises PgolfError as `rebank`."""
+    matrices = quantized.matrices()
+    # banks are put together as bytes, a quarter of what they are as floats
+    codes = rebank({name: matrix.codes for name, matrix in matrices.items()})
+    scale = rebank({name: matrix.scale for name, matrix in matrices.items()})
+    state = {
+        name: dequantize_bytes(bank.flatten(0, 1), scale[name].flatten()).view_as(bank)
+        for name, bank in codes.items()
     }
-    return rebank(tensors)
+    slots = {name: slot for bank in SLOTS for name, slot in _slots_of(bank, state[bank]).items()}
+    for name, tensor in quantized.tensors.items():
+        if isinstance(tensor, Tensor):
+            state[name] = tensor.float()
+        else:
+            if name not in matrices:
+                slots[name] = state[name] = dequantize_bytes(tensor.codes, tensor.scale)
+            tensor.finish_(slots[name])
+    return state
 
 
 def bank_grids(quantized: QuantizedState) -> tuple[FixedGrid, ...]:

@@ -239,7 +239,7 @@ class _Run:
         self.world.barrier()
 
     def _validate(self, what: str) -> Score:
-        score = plain_score(self.model, self.stream, self.config)
+        score = plain_score(self.model, self.stream, self.config, self.world)
         self.metrics.write("val", step=self.trainer.step, weights=what, loss=score.loss, bpb=score.bpb)
         report.logger.info(
             "step %d val (%s): loss %.4f, %.4f bpb", self.trainer.step, what, score.loss, score.bpb

@@ -2,37 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from pgolf_fast.model.bank import Banks
+from pgolf_fast.model.compiled import compiled
 from pgolf_fast.model.gpt import GPT
-from pgolf_fast.ops import launch
 
 LossFunction = Callable[[Tensor, Tensor, Banks], Tensor]
 
 
 def compile_loss(loss_function: LossFunction) -> LossFunction:
     """`loss_function` under torch.compile: one graph, static shapes."""
-    tag_compile_cache()
-    return torch.compile(loss_function, dynamic=False, fullgraph=True)
-
-
-def tag_compile_cache() -> None:
-    """Keep PyTorch's cache of compiled graphs on disk apart for every version and choice of our ops.
-
-    Its key holds an op's name but neither its fake and backward nor which implementation is chosen, on which
-    the saved tensors depend: without the tag, a changed op may meet a graph of the old one.
-    """
-    sources = sorted(Path(launch.__file__).parent.glob("*.py"))
-    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources))
-    digest.update(repr([(op, launch.implementation(op)) for op in launch.DEFAULTS]).encode())
-    torch.compiler.config.cache_key_tag = f"pgolf-{digest.hexdigest()[:16]}"
+    return compiled(loss_function)
 
 
 class MicroStep(Protocol):

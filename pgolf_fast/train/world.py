@@ -38,6 +38,12 @@ class World:
             values /= self.world_size
         return values
 
+    def sum_(self, values: Tensor) -> Tensor:
+        """Replace numbers by their sums over ranks."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
     def same(self, value: float) -> float:
         """The main process's value of a number that every process measured for itself."""
         if self.world_size == 1:

@@ -1,0 +1,211 @@
+"""Scoring beside a naive evaluator, in one run on a CPU: sliding windows, and with test-time training.
+
+    python benchmarks/bench_eval.py [--run RUN] [--data DIR] [--tokens 65536] [--stride 64]
+
+The naive one computes every position of every layer of every window, in the batch size that is quickest for
+it here. From the multiplications that exact scoring may leave out follows the speed-up they allow; the fast
+path is to reach 90 % of it, and with test-time training is never to be slower. Both take turns; the quickest
+round of each counts, and all rounds are printed. On a GPU: `gpu_session.py --parts eval`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import naive_eval
+import torch
+from torch import Tensor
+
+from pgolf_fast import report
+from pgolf_fast.config.presets import preset
+from pgolf_fast.data.source import open_source
+from pgolf_fast.evaluation.adapt import SGD, Frozen, borrowed, trainable_parameters
+from pgolf_fast.evaluation.protocol import score_and_adapt, target_chunks
+from pgolf_fast.evaluation.score import Scorer, Stream, batch_size
+from pgolf_fast.evaluation.windows import sliding_windows
+from pgolf_fast.files import write_text
+from pgolf_fast.model.gpt import GPT
+from pgolf_fast.pipeline import float_model
+from pgolf_fast.train.run_folder import RunFolder
+from pgolf_fast.train.world import keep_freed_memory, resolve_dtype
+
+NAIVE_BATCHES = (4, 8, 16, 32, 64)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", type=Path, help="a trained run folder; default: random weights of --preset")
+    parser.add_argument("--preset", default="small")
+    parser.add_argument("--data", help="folder of shards; default: the run's, or the zero-download corpus")
+    parser.add_argument("--tokens", type=int, default=65_536)
+    parser.add_argument("--stride", type=int, default=64)
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), help="default: the run's")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="JSON file for the figures")
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = parse()
+    keep_freed_memory()
+    folder = RunFolder(arguments.run) if arguments.run else None
+    config = folder.read_config() if folder else preset(arguments.preset)
+    if arguments.dtype:
+        config = replace(config, train=replace(config.train, compute_dtype=arguments.dtype))
+    if arguments.data:
+        config = replace(config, data=replace(config.data, path=arguments.data))
+    source = open_source(config.data, config.model.vocab_size)
+    if folder:
+        model = float_model(folder, config)
+    else:
+        torch.manual_seed(0)
+        dtype = resolve_dtype(config.train.compute_dtype, torch.device("cpu"))
+        model = GPT(config.model, torch.from_numpy(source.table.has_leading_space), compute_dtype=dtype)
+    tokens = source.validation(config.eval_seq_len)[: arguments.tokens + 1]
+    bench = Bench(model, Stream(tokens, source.table, torch.device("cpu")), config, arguments.stride)
+    found = bench.run(arguments.rounds)
+    print(bench.describe(found))
+    if arguments.out:
+        write_text(arguments.out, json.dumps(found, indent=1) + "\n")
+    return 0
+
+
+class Bench:
+    """Both evaluators on one stream."""
+
+    def __init__(self, model: GPT, stream: Stream, config, stride: int):
+        self.model, self.stream, self.stride = model, stream, stride
+        self.length = config.eval_seq_len
+        self.ttt = replace(config.ttt, quantize_forward="none")
+        self.windows = sliding_windows(stream.num_targets, self.length, stride)
+        self.chunks = target_chunks(self.windows, stream.num_targets, self.ttt.chunk_tokens)
+        self.size = batch_size(None, config.model, model.compute_dtype, stream.tokens.device)
+        self.batch = 0
+
+    def allowed(self) -> float:
+        """Naive over exact multiplications, over all windows."""
+        lengths = (self.windows.end - self.windows.start).tolist()
+        scored = (self.windows.end - self.windows.first).tolist()
+        count = naive_eval.forward_flops
+        naive = len(lengths) * count(self.model.config, self.length, self.length)
+        return naive / sum(count(self.model.config, n, w) for n, w in zip(lengths, scored, strict=True))
+
+    def naive_losses(self) -> naive_eval.Losses:
+        with torch.no_grad():
+            banks = self.model.banks()
+        return lambda x, y: self.model.token_losses(x, y, banks)
+
+    def choose_batch(self) -> dict[int, float]:
+        """Seconds of the naive evaluator on a part of the windows, by batch size; the quickest is taken."""
+        part, losses = self.windows[1:129], self.naive_losses()
+        seconds = {}
+        for batch in (*NAIVE_BATCHES[:1], *NAIVE_BATCHES):  # the first warms up
+            start = time.perf_counter()
+            naive_eval.score(losses, self.stream.tokens, part, self.length, batch)
+            seconds[batch] = time.perf_counter() - start
+        self.batch = min(seconds, key=seconds.__getitem__)
+        return seconds
+
+    def naive_sliding(self) -> Tensor:
+        return naive_eval.score(
+            self.naive_losses(), self.stream.tokens, self.windows, self.length, self.batch
+        )
+
+    def fast_sliding(self) -> Tensor:
+        scorer = Scorer(self.stream, self.windows, self.length, self.size)
+        scorer.score(Frozen(self.model).score, 0, len(self.windows))
+        return scorer.losses
+
+    def naive_ttt(self) -> Tensor:
+        model = self.model
+        with borrowed(model):
+            parameters = trainable_parameters(model, self.ttt)
+            for parameter in model.parameters():
+                parameter.requires_grad_(False)
+                parameter.grad = None
+            for parameter in parameters:
+                parameter.requires_grad_()
+            learner = naive_eval.SGD(model.loss, parameters, self.ttt, self.length)
+            # a model without gradient banks: forward casts the banks anew, as autograd wants it
+            return naive_eval.score_and_adapt(
+                model.token_losses,
+                learner,
+                self.stream.tokens,
+                self.windows,
+                self.chunks,
+                self.length,
+                self.batch,
+            )
+
+    def fast_ttt(self) -> Tensor:
+        scorer = Scorer(self.stream, self.windows, self.length, self.size)
+        with borrowed(self.model):
+            score_and_adapt(SGD(self.model, self.ttt, self.length), scorer, self.chunks, "sliding + TTT")
+        return scorer.losses
+
+    def run(self, rounds: int) -> dict[str, object]:
+        by_batch = self.choose_batch()
+        ways: dict[str, Callable[[], Tensor]] = {
+            "naive sliding": self.naive_sliding,
+            "fast sliding": self.fast_sliding,
+            "naive sliding + TTT": self.naive_ttt,
+            "fast sliding + TTT": self.fast_ttt,
+        }
+        seconds: dict[str, list[float]] = {way: [] for way in ways}
+        losses: dict[str, Tensor] = {}
+        for _ in range(rounds):
+            for way, function in ways.items():
+                start = time.perf_counter()
+                losses[way] = function()
+                seconds[way].append(time.perf_counter() - start)
+                print(f"{way}: {seconds[way][-1]:.2f} s", flush=True)
+        best = {way: min(times) for way, times in seconds.items()}
+        speed_up, allowed = best["naive sliding"] / best["fast sliding"], self.allowed()
+        return {
+            "tokens": self.stream.num_targets,
+            "windows": len(self.windows),
+            "seq_len": self.length,
+            "stride": self.stride,
+            "compute_dtype": str(self.model.compute_dtype),
+            "threads": torch.get_num_threads(),
+            "naive_batch": self.batch,
+            "naive_seconds_by_batch": by_batch,
+            "fast_batch": self.size(self.length),
+            "seconds": seconds,
+            "sliding_speed_up": speed_up,
+            "sliding_speed_up_allowed": allowed,
+            "sliding_reached": speed_up / allowed,
+            "ttt_speed_up": best["naive sliding + TTT"] / best["fast sliding + TTT"],
+            "largest_difference": (losses["naive sliding"] - losses["fast sliding"]).abs().max().item(),
+            "loss": {way: found.double().mean().item() for way, found in losses.items()},
+        }
+
+    def describe(self, found) -> str:
+        rows = [
+            (way, f"{min(times):.2f}", f"{found['tokens'] / min(times):,.0f}", f"{found['loss'][way]:.6f}")
+            for way, times in found["seconds"].items()
+        ]
+        dtype = found["compute_dtype"].removeprefix("torch.")
+        lines = [
+            f"{found['tokens']:,} targets in {found['windows']:,} windows of {found['seq_len']}, stride "
+            f"{found['stride']}, {dtype}, {found['threads']} threads; "
+            f"batches of {found['naive_batch']} (naive) and {found['fast_batch']} (fast)",
+            report.table(rows, ("way", "seconds", "targets/s", "nats/token")),
+            f"largest difference of a loss, sliding: {found['largest_difference']:.1e} nats",
+            f"sliding: {found['sliding_speed_up']:.2f} times naive; exact savings allow "
+            f"{found['sliding_speed_up_allowed']:.2f}: {found['sliding_reached']:.0%} of it",
+            f"sliding + TTT: {found['ttt_speed_up']:.2f} times naive",
+        ]
+        return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

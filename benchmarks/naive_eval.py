@@ -1,0 +1,97 @@
+"""What fast scoring is judged by: sliding windows in batches, every position of every layer computed.
+
+Nothing is skipped, nothing is shared between windows, and test-time training is PyTorch's own SGD.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pgolf_fast.config.model import ModelConfig
+from pgolf_fast.config.schema import TTTConfig
+from pgolf_fast.evaluation.adapt import chunk_lr
+from pgolf_fast.evaluation.protocol import Chunk
+from pgolf_fast.evaluation.windows import Windows
+
+# (tokens, targets), both (B, T) -> losses (B, T)
+Losses = Callable[[Tensor, Tensor], Tensor]
+
+
+def score(losses_of: Losses, tokens: Tensor, windows: Windows, seq_len: int, batch: int) -> Tensor:
+    """The loss of every scored target, in the order of the windows."""
+    offsets = torch.arange(seq_len, device=tokens.device)
+    found = []
+    for at in range(0, len(windows), batch):
+        part = windows[at : at + batch]
+        start, end, first = (torch.from_numpy(t).to(tokens.device)[:, None] for t in vars(part).values())
+        index = start + offsets
+        inside = index < end
+        index = torch.where(inside, index, 0)
+        with torch.no_grad():
+            losses = losses_of(tokens[index], tokens[index + 1])
+        found.append(losses[inside & (index >= first)])
+    return torch.cat(found)
+
+
+class SGD:
+    """Test-time training of some parameters as a program has it that does not think of speed."""
+
+    def __init__(
+        self, mean_loss: Losses, parameters: Sequence[nn.Parameter], config: TTTConfig, seq_len: int
+    ):
+        self.mean_loss, self.parameters, self.config, self.seq_len = mean_loss, parameters, config, seq_len
+        self.sgd = torch.optim.SGD(parameters, lr=config.lr, momentum=config.momentum)
+
+    def adapt(self, tokens: Tensor, chunk: int, chunks: int) -> None:
+        """Learn from a chunk's tokens (n + 1,)."""
+        for group in self.sgd.param_groups:
+            group["lr"] = chunk_lr(self.config, chunk, chunks)
+        sequences = (len(tokens) - 1) // self.seq_len
+        x, y = (tokens[i : i + sequences * self.seq_len].view(sequences, -1) for i in (0, 1))
+        for _ in range(self.config.epochs):
+            for first in range(0, sequences, self.config.batch_seqs):
+                rows = slice(first, first + self.config.batch_seqs)
+                self.mean_loss(x[rows], y[rows]).backward()
+                nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
+                self.sgd.step()
+                self.sgd.zero_grad()
+
+
+def score_and_adapt(
+    losses_of: Losses,
+    learner: SGD,
+    tokens: Tensor,
+    windows: Windows,
+    chunks: Sequence[Chunk],
+    seq_len: int,
+    batch: int,
+) -> Tensor:
+    """`score`, learning from each chunk but the last once it is scored."""
+    found = []
+    for number, chunk in enumerate(chunks):
+        found.append(score(losses_of, tokens, windows[chunk.low : chunk.high], seq_len, batch))
+        if number < len(chunks) - 1:
+            learner.adapt(tokens[chunk.begin : chunk.end + 1], number, len(chunks))
+    return torch.cat(found)
+
+
+def forward_flops(model: ModelConfig, length: int, scored: int) -> float:
+    """Multiply-adds, twice, of the losses of the last `scored` positions of one window of `length` tokens.
+
+    Products with weights and attention (each query with the keys it sees); the rest is not counted. All but
+    queries, output projection, attention and MLP of the last block, and the head, need every position.
+    """
+    d, kv = model.model_dim, model.kv_dim
+    by_query = 2 * d * d + d * (model.mlp_up_rows + model.mlp_hidden)
+    keys_seen = length * (length + 1) / 2
+    before = length - scored
+    keys_seen_last = keys_seen - before * (before + 1) / 2
+    full = (model.num_layers - 1) * (length * (by_query + 2 * d * kv) + 2 * d * keys_seen)
+    last = scored * by_query + length * 2 * d * kv + 2 * d * keys_seen_last
+    ends = scored * d * model.vocab_size
+    ends += length * model.bigram_dim * d if model.bigram_vocab_size else 0
+    ends += length * model.ve_dim * kv if model.ve_enabled else 0
+    return 2.0 * (full + last + ends)

@@ -1,0 +1,290 @@
+"""Session part `eval`: scoring and test-time training, ours against the same model in plain PyTorch.
+
+E1: one chunk of legal test-time training at the preset's settings (exp101: 1,024 windows of 2,048 scored,
+then four epochs of two steps), all ways in turn. E2: its scoring alone, with and without the cut of the last
+block to the scored positions, and how far their losses are apart. The plain ways score all positions; ours
+use an automatic batch, the plain ones that of the published run.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import naive_eval
+import torch
+from plain import plain_loss, plain_ops
+from session_files import PartFile, Session
+from session_step import markov_tokens
+from torch import Tensor
+
+from pgolf_fast.bench.peers import compile_settings
+from pgolf_fast.bench.run import attempt
+from pgolf_fast.config.presets import preset
+from pgolf_fast.config.schema import RunConfig
+from pgolf_fast.data.tokenizer import ByteTable
+from pgolf_fast.evaluation.adapt import SGD, Frozen, Scored, trainable_parameters
+from pgolf_fast.evaluation.score import Scorer, Stream, batch_size
+from pgolf_fast.evaluation.windows import Windows, sliding_windows
+from pgolf_fast.model.bank import Banks
+from pgolf_fast.model.compiled import tag_compile_cache
+from pgolf_fast.model.gpt import GPT
+from pgolf_fast.ops.tuned import load_tuned
+from pgolf_fast.train.world import resolve_dtype
+
+PLAIN_BATCH = 128  # windows, as in the published run
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to evaluate."""
+
+    name: str
+    ours: bool
+    compile: bool
+    dry: bool = False
+    """Also part of a rehearsal."""
+
+
+# In order of worth: when time is short, the last are left out.
+WAYS = (
+    Way("ours, compile and CUDA graph", True, True),
+    Way("plain, compile", False, True),
+    Way("ours, eager", True, False, dry=True),
+    Way("plain, eager", False, False, dry=True),
+)
+
+
+@dataclass
+class Chunk:
+    """What is evaluated: the windows of one chunk after the first, and its tokens."""
+
+    stream: Stream
+    windows: Windows
+    tokens: Tensor
+    config: RunConfig
+
+    @property
+    def seq_len(self) -> int:
+        return self.config.eval_seq_len
+
+
+@dataclass
+class Runner:
+    """A way that is ready."""
+
+    way: Way
+    score: Callable[[], Tensor]
+    adapt: Callable[[], None]
+    score_ms: list[float] = field(default_factory=list)
+    adapt_ms: list[float] = field(default_factory=list)
+
+    def round(self) -> Tensor:
+        """Score and adapt once, timed; the losses."""
+        losses, ms = timed(self.score)
+        self.score_ms.append(ms)
+        self.adapt_ms.append(timed(self.adapt)[1])
+        return losses
+
+
+def timed(function):
+    """The result of a call and its milliseconds, from a quiet GPU to a quiet GPU."""
+    _synchronize()
+    start = time.perf_counter()
+    result = function()
+    _synchronize()
+    return result, 1e3 * (time.perf_counter() - start)
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def run_config(session: Session) -> RunConfig:
+    """The preset with test-time training of the banks as floats, which both sides do alike."""
+    config = preset(session.preset)
+    ttt = replace(config.ttt, quantize_forward="none", parameters="banks")
+    if not session.dry:
+        return replace(config, ttt=ttt)
+    model = replace(config.model, num_layers=2, ve_layers=(1,), xsa_last_n=2, frozen_skips=0)
+    ttt = replace(ttt, chunk_tokens=128, batch_seqs=2)
+    return replace(config, model=model, ttt=ttt, eval=replace(config.eval, seq_len=32, stride=8))
+
+
+def make_chunk(config: RunConfig, device: torch.device) -> Chunk:
+    vocab, size = config.model.vocab_size, config.ttt.chunk_tokens
+    ids = markov_tokens(vocab, 1, 2 * size + 1)[0]
+    ones = torch.ones(vocab, dtype=torch.int16).numpy()
+    stream = Stream(ids, ByteTable(ones, ones > 1, ones > 1), device)
+    windows = sliding_windows(stream.num_targets, config.eval_seq_len, config.eval.stride)
+    inside = (windows.first >= size) & (windows.first < 2 * size)
+    return Chunk(stream, windows[inside], stream.tokens[size : 2 * size + 1].clone(), config)
+
+
+def prepare(way: Way, chunk: Chunk, session: Session) -> Runner:
+    """Everything compiled and captured; what that did to the weights stays, as it does in an evaluation."""
+    config, device = chunk.config, session.device
+    torch.manual_seed(0)
+    dtype = resolve_dtype(config.train.compute_dtype, device)
+    model = GPT(config.model, compute_dtype=dtype).to(device)
+    runner = ours(way, chunk, model) if way.ours else plain(way, chunk, model)
+    runner.score()
+    runner.adapt()
+    return runner
+
+
+def ours(way: Way, chunk: Chunk, model: GPT) -> Runner:
+    config, device = chunk.config, model.qo_bank.device
+    size = batch_size(config.eval.batch_seqs, config.model, model.compute_dtype, device)
+    scorer = Scorer(chunk.stream, chunk.windows, chunk.seq_len, size)
+    graph = way.compile and device.type == "cuda"
+    adapter = SGD(model, config.ttt, chunk.seq_len, None, compile=way.compile, cuda_graph=graph)
+
+    def score() -> Tensor:
+        scorer.score(adapter.score, 0, len(chunk.windows))
+        return scorer.losses
+
+    return Runner(way, score, lambda: adapter.adapt(Scored(chunk.tokens, 1, 947)))
+
+
+def plain(way: Way, chunk: Chunk, model: GPT) -> Runner:
+    parameters = trainable_parameters(model, chunk.config.ttt)
+    for parameter in model.parameters():
+        parameter.requires_grad_(any(parameter is p for p in parameters))
+
+    def token_losses(x: Tensor, y: Tensor) -> Tensor:
+        weights = [m.to(model.compute_dtype).unbind() for m in model.bank_parameters()]
+        return model.token_losses(x, y, Banks(*weights))  # type: ignore[arg-type]  # indexed by slot only
+
+    mean_loss = plain_loss(model)
+    if way.compile:
+        settings = compile_settings("compile")
+        token_losses = torch.compile(token_losses, dynamic=False, fullgraph=True, **settings)
+        mean_loss = torch.compile(mean_loss, dynamic=False, fullgraph=True, **settings)
+    learner = naive_eval.SGD(mean_loss, parameters, chunk.config.ttt, chunk.seq_len)
+
+    def score() -> Tensor:
+        with plain_ops():
+            return naive_eval.score(
+                token_losses, chunk.stream.tokens, chunk.windows, chunk.seq_len, PLAIN_BATCH
+            )
+
+    def adapt() -> None:
+        with plain_ops():
+            learner.adapt(chunk.tokens, 1, 947)
+
+    return Runner(way, score, adapt)
+
+
+def rows(runners: Sequence[Runner], chunk: Chunk) -> list[dict[str, object]]:
+    """One record a way: E1, its two parts, and 947 chunks of it."""
+    found = []
+    positions = len(chunk.windows) * chunk.seq_len
+    plain_ms = {r.way.compile: statistics.median(_both(r)) for r in runners if not r.way.ours and r.score_ms}
+    for runner in runners:
+        if not runner.score_ms:
+            continue
+        score, both = statistics.median(runner.score_ms), statistics.median(_both(runner))
+        found.append(
+            {
+                "way": runner.way.name,
+                "chunk_ms": both,
+                "score_ms": score,
+                "adapt_ms": statistics.median(runner.adapt_ms),
+                "positions_per_second": positions / score * 1e3,
+                "seconds_of_947_chunks": 0.947 * both,
+                "plain_eager_over_this": plain_ms[False] / both if False in plain_ms else None,
+                "plain_compile_over_this": plain_ms[True] / both if True in plain_ms else None,
+                "rounds": list(zip(runner.score_ms, runner.adapt_ms, strict=True)),
+            }
+        )
+    return found
+
+
+def _both(runner: Runner) -> list[float]:
+    return [a + b for a, b in zip(runner.score_ms, runner.adapt_ms, strict=True)]
+
+
+def cut_or_whole(chunk: Chunk, session: Session) -> dict[str, object]:
+    """E2: our scoring with and without the cut, in turn, on the same weights."""
+    config, device = chunk.config, session.device
+    torch.manual_seed(0)
+    dtype = resolve_dtype(config.train.compute_dtype, device)
+    model = GPT(config.model, compute_dtype=dtype).to(device)
+    frozen = Frozen(model, compile=not session.dry)
+
+    def whole(tokens: Tensor, targets: Tensor, context: int) -> Tensor:
+        rest = tokens[:, 1 : tokens.shape[1] - targets.shape[1] + 1]
+        return frozen.score(tokens, torch.cat((rest, targets), dim=1), context)[:, rest.shape[1] :]
+
+    size = batch_size(config.eval.batch_seqs, config.model, dtype, device)
+    scorers = {way: Scorer(chunk.stream, chunk.windows, chunk.seq_len, size) for way in ("cut", "whole")}
+    losses = {"cut": frozen.score, "whole": whole}
+    ms: dict[str, list[float]] = {way: [] for way in scorers}
+    for i in range(6):
+        for way, scorer in scorers.items():
+            taken = timed(lambda: scorer.score(losses[way], 0, len(chunk.windows)))[1]  # noqa: B023 - at once
+            ms[way] += [taken] if i else []
+    gap = (scorers["cut"].losses - scorers["whole"].losses).abs()
+    count = naive_eval.forward_flops
+    return {
+        "windows_a_batch": size(chunk.seq_len),
+        "ms": ms,
+        "median_ms": {way: statistics.median(times) for way, times in ms.items()},
+        "speed_up": statistics.median(ms["whole"]) / statistics.median(ms["cut"]),
+        "speed_up_allowed": count(config.model, chunk.seq_len, chunk.seq_len)
+        / count(config.model, chunk.seq_len, config.eval.stride),
+        "largest_difference_nats": gap.max().item(),
+        "difference_of_means_nats": abs(
+            scorers["cut"].losses.double().mean().item() - scorers["whole"].losses.double().mean().item()
+        ),
+    }
+
+
+def run(session: Session) -> bool:
+    """Write eval.json; returns whether our evaluation and a plain one were measured and agree."""
+    torch._dynamo.config.recompile_limit = 64
+    file = PartFile(session, "eval")
+    load_tuned()
+    tag_compile_cache()
+    chunk = make_chunk(run_config(session), session.device)
+    runners, failed, first = [], {}, {}
+    for way in WAYS:
+        if session.dry and not way.dry:
+            continue
+        if session.left < 30 and not session.dry:
+            failed[way.name] = "skipped: out of time"
+            continue
+        made = attempt(lambda way=way: prepare(way, chunk, session))
+        if isinstance(made, str):
+            failed[way.name] = made
+            print(f"{way.name}: {made}", flush=True)
+        else:
+            runners.append(made)
+            print(f"{way.name}: ready", flush=True)
+        file.write(failed=failed)
+    deadline = session.deadline(0.6)
+    for i in range(2 if session.dry else 7):
+        if i >= 3 and time.monotonic() > deadline:
+            break
+        for runner in list(runners):
+            losses = attempt(runner.round)
+            if isinstance(losses, str):
+                failed[runner.way.name] = losses
+                runners.remove(runner)
+            elif i == 0:
+                first[runner.way.name] = losses.double().mean().item()
+        file.write(E1=rows(runners, chunk), loss_of_first_round=first, failed=failed)
+    del runners[:]
+    gc.collect()
+    cut = attempt(lambda: cut_or_whole(chunk, session))
+    file.write(E2=cut)
+    sides = {name.split(",")[0] for name in first}
+    together = max(first.values()) - min(first.values()) < 2e-3 if first else False
+    ok = sides == {"ours", "plain"} and together and not isinstance(cut, str)
+    file.finish(ok)
+    return ok

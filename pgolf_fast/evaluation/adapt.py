@@ -1,0 +1,240 @@
+"""What a model may do with tokens that are scored: the protocol of adapters, and SGD as the first of them.
+
+`evaluation.protocol` scores a chunk through an adapter and then hands it that chunk's tokens, and no others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pgolf_fast.config.schema import TTTConfig
+from pgolf_fast.evaluation.capture import Replay
+from pgolf_fast.evaluation.score import frozen_losses
+from pgolf_fast.model.bank import Banks, Transform, make_banks, transformed
+from pgolf_fast.model.compiled import compiled
+from pgolf_fast.model.gpt import GPT
+from pgolf_fast.quant.fake import fake_int6
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A chunk that may be learned from: every target in it has its final score.
+
+    `tokens` (n + 1,) is a copy that nothing else is reached from: inputs tokens[:-1], targets tokens[1:].
+    """
+
+    tokens: Tensor
+    chunk: int
+    chunks: int
+
+
+class Adapter(Protocol):
+    """Gives losses, and learns from what was scored.
+
+    The evaluator calls `score` for all windows of a chunk, on a CPU from several threads at once, and then
+    `adapt` once; never `adapt` after the last chunk. With several processes, each calls `adapt` with the same
+    tokens, so the results must be the same on each.
+    """
+
+    trainable: int
+    """Numbers that adapt."""
+    updates: int
+    """Gradient steps so far."""
+
+    def score(self, tokens: Tensor, targets: Tensor, context: int) -> Tensor:
+        """Losses in nats of the targets (B, W) of the last W positions of tokens (B, T), as (B, W).
+
+        Positions are encoded for windows of `context` tokens. Nothing may be learned here.
+        """
+
+    def adapt(self, scored: Scored) -> None:
+        """Learn from a chunk."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that `adapt` changes and a resumed evaluation needs."""
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Go on from a `state`."""
+
+
+class Frozen:
+    """No adaptation: a model as it stands."""
+
+    trainable, updates = 0, 0
+
+    def __init__(self, model: GPT, transform: Transform = None, *, compile: bool = False):
+        """`compile` runs batches of several windows, which all have one shape, under torch.compile."""
+        eager = frozen_losses(model, transform)
+        fast = frozen_losses(model, transform, compiled(model.token_losses)) if compile else eager
+
+        def score(tokens: Tensor, targets: Tensor, context: int) -> Tensor:
+            return (fast if len(tokens) > 1 else eager)(tokens, targets, context)
+
+        self.score = score
+
+    def adapt(self, scored: Scored) -> None:
+        pass
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        pass
+
+
+@contextmanager
+def borrowed(model: GPT) -> Iterator[None]:
+    """Afterwards the model has the weights, gradients and flags that it had before, whatever happened."""
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    try:
+        yield
+    finally:
+        model.projection_transform = None
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(before[name])
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(flags[name])
+            parameter.grad = grads[name]
+
+
+def trainable_parameters(model: GPT, config: TTTConfig) -> list[nn.Parameter]:
+    """The parameters that adapt: the banks, or all but the first blocks' own scalars."""
+    if config.parameters == "banks":
+        return model.bank_parameters()
+    frozen = tuple(f"blocks.{i}." for i in range(config.freeze_blocks))
+    return [p for name, p in model.named_parameters() if not name.startswith(frozen)]
+
+
+def chunk_lr(config: TTTConfig, chunk: int, chunks: int) -> float:
+    """Constant within a chunk, a half cosine from `config.lr` to zero across them."""
+    return 0.5 * config.lr * (1 + math.cos(math.pi * chunk / max(chunks - 1, 1)))
+
+
+class SGD:
+    """Clipped SGD with momentum on a model's own parameters, to be used while it is `borrowed` (PR 1501).
+
+    A chunk is passed over `epochs` times, in batches of sequences in order; a rest shorter than a sequence
+    is left out, and momentum lives on from chunk to chunk. Gradients go to gradient banks, and forward reads
+    copies that are written once per update. Nothing waits for a GPU.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        config: TTTConfig,
+        seq_len: int,
+        grid: Transform = fake_int6,
+        *,
+        compile: bool = False,
+        cuda_graph: bool = False,
+    ):
+        """`grid` is what `config.quantize_forward` rounds the banks to; `cuda_graph` replays each update."""
+        self.model, self.config, self.seq_len = model, config, seq_len
+        self._grid = grid if config.quantize_forward == "banks" else None
+        self._projections = fake_int6 if config.quantize_forward == "projections" else None
+        self._parameters = trainable_parameters(model, config)
+        self.trainable, self.updates = sum(p.numel() for p in self._parameters), 0
+        for parameter in model.parameters():
+            parameter.grad = None
+            parameter.requires_grad_(False)
+        for parameter in self._parameters:
+            parameter.requires_grad_()
+            parameter.grad = torch.zeros_like(parameter)
+        self._grads = [p.grad for p in self._parameters if p.grad is not None]
+        self._momenta = [torch.zeros_like(p) for p in self._parameters]
+        self._lr = torch.zeros((), dtype=torch.float32, device=model.qo_bank.device)
+        masters = model.bank_parameters()
+        kept = self._grid is None and all(m.dtype == model.compute_dtype for m in masters)
+        self._weights = [
+            m.detach() if kept else m.detach().to(model.compute_dtype, copy=True) for m in masters
+        ]
+        self._refresh()
+        self._banks = make_banks(self._weights, [m.grad for m in masters if m.grad is not None])
+        self._loss = compiled(model.loss) if compile else model.loss
+        self._token_losses = compiled(model.token_losses) if compile else model.token_losses
+        self._replays: dict[torch.Size, Replay] | None = {} if cuda_graph else None
+
+    def score(self, tokens: Tensor, targets: Tensor, context: int) -> Tensor:
+        losses = self._token_losses if len(tokens) > 1 else self.model.token_losses
+        with torch.no_grad():
+            return losses(tokens, targets, Banks(*self._weights), context=context)
+
+    def adapt(self, scored: Scored) -> None:
+        sequences = (len(scored.tokens) - 1) // self.seq_len
+        length = sequences * self.seq_len
+        x, y = (scored.tokens[i : i + length].view(sequences, self.seq_len) for i in (0, 1))
+        self._lr.fill_(chunk_lr(self.config, scored.chunk, scored.chunks))
+        step = self.config.batch_seqs
+        for _ in range(self.config.epochs):
+            for first in range(0, sequences, step):
+                self._run(x[first : first + step], y[first : first + step])
+                self.updates += 1
+
+    def _run(self, x: Tensor, y: Tensor) -> None:
+        if self._replays is None:
+            return self._update(x, y)
+        if x.shape not in self._replays:
+            changed = [*self._parameters, *self._grads, *self._momenta, *self._weights]
+            self._replays[x.shape] = Replay(self._update, (x, y), changed)
+        self._replays[x.shape](x, y)
+
+    def _update(self, x: Tensor, y: Tensor) -> None:
+        self.model.projection_transform = self._projections
+        self._loss(x, y, self._banks).backward()
+        self.model.projection_transform = None
+        self._step()
+        self._refresh()
+
+    @torch.no_grad()
+    def _step(self) -> None:
+        """Clip to the global norm, momentum and update: one pass over the parameters of each dtype."""
+        norms = [norm.float() for norm in torch._foreach_norm(self._grads)]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+        # gradients are divided by this: norm / limit where that is above 1
+        divisor = ((norm + 1e-6) / self.config.grad_clip).clamp_min_(1.0)
+        for dtype in {p.dtype for p in self._parameters}:
+            own = [i for i, p in enumerate(self._parameters) if p.dtype == dtype]
+            lists = [[tensors[i] for i in own] for tensors in (self._parameters, self._grads, self._momenta)]
+            torch._fused_sgd_(
+                *lists,
+                weight_decay=0.0,
+                momentum=self.config.momentum,
+                lr=self._lr,
+                dampening=0.0,
+                nesterov=False,
+                maximize=False,
+                is_first_step=False,  # momenta start at zero, which is the same
+                grad_scale=divisor,
+            )
+        torch._foreach_zero_(self._grads)
+
+    @torch.no_grad()
+    def _refresh(self) -> None:
+        """Write what forward reads of the banks."""
+        masters = list(self.model.bank_parameters())
+        for weight, fresh in zip(self._weights, transformed(masters, self._grid), strict=True):
+            if weight.data_ptr() != fresh.data_ptr():
+                weight.copy_(fresh)
+
+    def state(self) -> dict[str, Tensor]:
+        named = {f"momentum.{i}": t for i, t in enumerate(self._momenta)}
+        named |= {f"parameter.{i}": t.detach() for i, t in enumerate(self._parameters)}
+        return {**named, "updates": torch.tensor(self.updates)}
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        for kind, tensors in (("momentum", self._momenta), ("parameter", self._parameters)):
+            for i, tensor in enumerate(tensors):
+                tensor.copy_(state[f"{kind}.{i}"])
+        self.updates = int(state["updates"])
+        self._refresh()

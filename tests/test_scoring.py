@@ -1,0 +1,296 @@
+"""Fast scoring: against a naive evaluator on real tokens, and independent of batches, threads and ranks."""
+
+import functools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from data_helpers import real_data
+from helpers import randomize_, tiny_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pgolf_fast.config.presets import small
+from pgolf_fast.config.schema import DataConfig, TTTConfig
+from pgolf_fast.data.source import open_source
+from pgolf_fast.data.tokenizer import ByteTable
+from pgolf_fast.evaluation.adapt import SGD, Frozen, Scored, borrowed, trainable_parameters
+from pgolf_fast.evaluation.protocol import Ledger, score_and_adapt, target_chunks, window_chunks
+from pgolf_fast.evaluation.ranks import ALONE
+from pgolf_fast.evaluation.score import Scorer, Stream, batch_size, frozen_losses
+from pgolf_fast.evaluation.ttt import legal_ttt
+from pgolf_fast.evaluation.windows import batches, plain_windows, sliding_windows
+from pgolf_fast.model.gpt import GPT
+
+CPU = torch.device("cpu")
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+def naive_losses(model, tokens, seq_len, stride):
+    """The loss of every target, one window at a time: all positions of all layers, right-padded, softmax."""
+    ids = torch.from_numpy(tokens.astype(np.int64))
+    losses = torch.zeros(len(ids) - 1)
+    start = done = 0
+    while done < len(losses):
+        end = min(start + seq_len, len(losses))
+        window = F.pad(ids[start:end], (0, seq_len - (end - start)))
+        with torch.no_grad():
+            logits = model.logits(window[None])[0, : end - start]
+        found = F.cross_entropy(logits, ids[start + 1 : end + 1], reduction="none")
+        losses[done:end] = found[done - start :]
+        start, done = start + stride, end
+    return losses
+
+
+@functools.cache
+def small_and_tokens():
+    config = replace(DataConfig(), path=str(real_data() / "datasets" / "webmix_sp1024"))
+    source = open_source(config, 1024)
+    model = GPT(small().model, torch.from_numpy(source.table.has_leading_space))
+    randomize_(model, 5)
+    with torch.no_grad():
+        model.tok_emb.weight *= 0.3  # losses of a size that a model has: 7 nats, not 20
+    return model, source.validation(256), source.table
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "stride", "targets"),
+    [
+        (256, 64, 256 + 3 * 64 + 37),
+        (256, 16, 256 + 5 * 16 + 3),
+        (200, 64, 512),
+        (96, 1, 150),
+        (2048, 64, 2048 + 64 + 11),  # longer than the model was made for: another RoPE base
+        (2048, 2048, 2048 + 300),
+        (256, 256, 100),  # one window, and shorter
+    ],
+)
+def test_losses_of_small_on_real_tokens_equal_a_naive_evaluator(seq_len, stride, targets):
+    model, tokens, table = small_and_tokens()
+    tokens = tokens[1000 : 1000 + targets + 1]
+    want = naive_losses(model, tokens, seq_len, stride)
+    windows = sliding_windows(targets, seq_len, stride)
+    size = batch_size(None, model.config, torch.float32, CPU)
+    scorer = Scorer(Stream(tokens, table, CPU), windows, seq_len, size)
+    total = scorer.score(frozen_losses(model), 0, len(windows))
+    torch.testing.assert_close(scorer.losses, want, rtol=0, atol=1e-5)
+    assert total.nats == pytest.approx(want.double().sum().item(), abs=1e-5 * targets)
+    assert total.tokens == targets
+
+
+def test_chunks_of_test_time_training_give_the_same_losses():
+    """Without an update, chunk by chunk, and a last chunk shorter than a window."""
+    model, tokens, table = small_and_tokens()
+    tokens = tokens[: 2 * 512 + 78]
+    stream, windows = Stream(tokens, table, CPU), sliding_windows(len(tokens) - 1, 256, 64)
+    scorer = Scorer(stream, windows, 256, lambda length: 3)
+    chunks = target_chunks(windows, stream.num_targets, 512)
+    scores = score_and_adapt(Frozen(model), scorer, chunks, "test")
+    assert [c.end - c.begin for c in chunks] == [512, 512, 77]
+    torch.testing.assert_close(scorer.losses, naive_losses(model, tokens, 256, 64), rtol=0, atol=1e-5)
+    assert scores[-1].tokens == stream.num_targets
+    assert scores[-1].text_bytes == stream.target_bytes.sum()
+
+
+@pytest.fixture
+def model():
+    return randomize_(GPT(tiny_config(), torch.arange(96) % 3 == 0), 3)
+
+
+@pytest.fixture
+def stream():
+    rng = np.random.default_rng(0)
+    table = ByteTable(rng.integers(0, 6, 96).astype(np.int16), np.arange(96) % 3 == 0, np.arange(96) < 4)
+    return Stream(rng.integers(0, 96, 300).astype(np.uint16), table, CPU)
+
+
+@given(
+    count=st.integers(1, 300),
+    stride=st.integers(1, 16),
+    size=st.integers(1, 9),
+    repeat_tail=st.booleans(),
+    share=st.floats(0, 1),
+)
+@settings(max_examples=60, deadline=None)
+def test_batches_hold_every_window_once_and_are_of_one_shape(count, stride, size, repeat_tail, share):
+    windows = sliding_windows(count, 16, stride, repeat_tail=repeat_tail)
+    low = int(share * len(windows))
+    found = batches(windows, low, len(windows), lambda length: size)
+    assert [i for b in found for i in range(b.low, b.high)] == list(range(low, len(windows)))
+    for batch in found:
+        part = windows[batch.low : batch.high]
+        assert (part.end - part.start == batch.length).all()
+        assert (part.end - part.first == batch.scored).all()
+        assert 1 <= len(part) <= batch.full <= size
+
+
+def losses_by(model, stream, *, size=4, ranks=ALONE, pad=None):
+    windows = sliding_windows(stream.num_targets, 16, 4)
+    scorer = Scorer(stream, windows, 16, lambda length: size, ranks, pad=pad)
+    scorer.score(frozen_losses(model), 0, len(windows))
+    return scorer.losses
+
+
+class OneOf:
+    """A rank that sees its own share only."""
+
+    def __init__(self, rank, world_size):
+        self.rank, self.world_size = rank, world_size
+
+    def sum_(self, values):
+        return values
+
+    def same(self, value):
+        return value
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 7])
+def test_shares_of_ranks_add_up_to_the_same_bits(model, stream, world_size):
+    shares = [losses_by(model, stream, ranks=OneOf(rank, world_size)) for rank in range(world_size)]
+    assert all((share == 0).any() for share in shares)
+    assert torch.equal(sum(shares), losses_by(model, stream))
+
+
+def test_neither_threads_nor_padding_change_a_bit(model, stream):
+    want, threads = losses_by(model, stream), torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(losses_by(model, stream), want)
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(losses_by(model, stream, size=5, pad=True), want, rtol=1e-6, atol=1e-6)
+
+
+def test_an_error_in_a_thread_is_not_lost(model, stream):
+    def broken(tokens, targets, context):
+        raise RuntimeError("stop")
+
+    windows, threads = plain_windows(stream.num_targets, 16), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(RuntimeError, match="stop"):
+            Scorer(stream, windows, 16, lambda length: 4).score(broken, 0, len(windows))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_only_scored_tokens_are_handed_over_and_nothing_is_reached_from_them(stream):
+    windows = sliding_windows(stream.num_targets, 16, 4)
+    chunks, ledger = target_chunks(windows, stream.num_targets, 64), Ledger(stream)
+    with pytest.raises(AssertionError, match=r"unscored targets in 0\.\.64"):
+        ledger.hand_over(chunks, 0)
+    ledger.note(windows[: chunks[0].high])
+    scored = ledger.hand_over(chunks, 0)
+    assert torch.equal(scored.tokens, stream.tokens[:65])
+    assert scored.tokens.untyped_storage().nbytes() == 65 * 8
+    with pytest.raises(AssertionError, match=r"unscored targets in 64\.\.128"):
+        ledger.hand_over(chunks, 1)
+
+
+def test_chunks_of_the_published_run():
+    windows = sliding_windows(62_021_632, 2048, 64, repeat_tail=True)
+    chunks = target_chunks(windows, 62_021_632, 65_536)
+    sizes = [chunk.high - chunk.low for chunk in chunks]
+    assert (len(sizes), sizes[0], set(sizes[1:-1]), sizes[-1]) == (947, 993, {1024}, 415)
+    assert chunks[-1].end == 62_021_632
+    frozen = window_chunks(windows, lambda length: 512)
+    assert [(c.low, c.high) for c in frozen][-1] == (29 * 32_768, 969_088)
+
+
+@pytest.mark.parametrize("parameters", ["all", "banks"])
+def test_sgd_takes_the_steps_of_the_library(model, stream, parameters):
+    """Gradient banks, clipping, momentum and update against autograd, clip_grad_norm_ and torch.optim.SGD."""
+    config = TTTConfig(
+        epochs=2, lr=0.3, batch_seqs=2, parameters=parameters, quantize_forward="none", grad_clip=0.5
+    )
+    scored = Scored(stream.tokens[:81], 1, 4)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with borrowed(model):
+        adapter = SGD(model, config, 16)
+        adapter.adapt(scored)
+        assert adapter.updates == 2 * 3
+        got = {name: p.detach().clone() for name, p in model.named_parameters()}
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    trained = trainable_parameters(model, config)
+    sgd = torch.optim.SGD(trained, lr=0.3 * 0.75, momentum=config.momentum)  # (1 + cos(pi / 3)) / 2
+    for _ in range(2):
+        for first in (0, 2, 4):
+            count = min(2, 5 - first)
+            span = stream.tokens[16 * first : 16 * (first + count) + 1]
+            model.loss(span[:-1].view(count, 16), span[1:].view(count, 16)).backward()
+            norm = torch.nn.utils.clip_grad_norm_(trained, config.grad_clip)
+            assert norm > config.grad_clip
+            sgd.step()
+            model.zero_grad()
+    moved = 0
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(got[name], parameter.detach(), rtol=1e-4, atol=1e-5, msg=name)
+        moved += not torch.equal(got[name], before[name])
+    assert moved == len(trained)
+
+
+def test_sgd_goes_on_from_its_state(model, stream):
+    config = TTTConfig(epochs=1, lr=0.3, batch_seqs=2, quantize_forward="banks")
+    first, second = Scored(stream.tokens[:65], 0, 4), Scored(stream.tokens[64:129], 1, 4)
+    x, y = stream.tokens[None, 100:116], stream.tokens[None, 109:117]
+    found = []
+    with borrowed(model):
+        adapter = SGD(model, config, 16)
+        adapter.adapt(first)
+        kept = {name: tensor.clone() for name, tensor in adapter.state().items()}
+        adapter.adapt(second)
+        found.append((adapter.updates, adapter.score(x, y, 16)))
+    with borrowed(model):
+        adapter = SGD(model, config, 16)
+        fresh = adapter.score(x, y, 16)
+        adapter.load_state(kept)
+        adapter.adapt(second)
+        found.append((adapter.updates, adapter.score(x, y, 16)))
+    assert found[0][0] == found[1][0] == 4
+    assert torch.equal(found[0][1], found[1][1])
+    assert not torch.equal(found[0][1], fresh)
+
+
+def test_cut_scoring_and_adapting_compile_to_one_graph(model, stream):
+    compile_ = functools.partial(torch.compile, dynamic=False, fullgraph=True, backend="aot_eager")
+    x, y = stream.tokens[:32].view(2, 16), stream.tokens[1:33].view(2, 16)
+    eager = frozen_losses(model)(x, y[:, -4:], 40)
+    fast = frozen_losses(model, None, compile_(model.token_losses))(x, y[:, -4:], 40)
+    torch.testing.assert_close(fast, eager)
+    config, found = TTTConfig(epochs=1, lr=0.3, batch_seqs=2, quantize_forward="projections"), []
+    for wrap in (lambda f: f, compile_):
+        with borrowed(model):
+            adapter = SGD(model, config, 16)
+            adapter._loss = wrap(model.loss)
+            adapter.adapt(Scored(stream.tokens[:65], 0, 4))
+            found.append(adapter.score(x, y, 16))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+
+
+@NO_GPU
+def test_compiled_and_replayed_evaluation_on_a_gpu_equals_the_plain_one(model, stream):
+    model.to("cuda")
+    on_gpu = Stream(stream.tokens.numpy(), ByteTable(*(np.ones(96, np.int16),) * 3), torch.device("cuda"))
+    windows = sliding_windows(on_gpu.num_targets, 16, 4)
+    for quantize in ("none", "banks", "projections"):
+        config = TTTConfig(chunk_tokens=64, epochs=2, lr=0.05, batch_seqs=3, quantize_forward=quantize)
+        found = [
+            legal_ttt(model, on_gpu, windows, 16, 4, config, compile=compile_, cuda_graph=graph)
+            for compile_, graph in ((False, False), (False, True), (True, True))
+        ]
+        want = [score.nats for score in found[0].by_chunk]
+        for other in found[1:]:
+            assert other.updates == found[0].updates
+            assert [score.nats for score in other.by_chunk] == pytest.approx(want, rel=1e-4)
+
+
+@NO_GPU
+def test_automatic_batch_on_a_gpu_fits(model):
+    size = batch_size(None, small().model, torch.bfloat16, torch.device("cuda"))
+    assert 1 <= size(2048) <= 512
+    assert size(2048).bit_count() == 1
