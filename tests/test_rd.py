@@ -11,6 +11,7 @@ from helpers import randomize_, tiny_config
 
 from pgolf_fast.artifact.landing import TOLERANCE, land, mixed
 from pgolf_fast.artifact.pack import artifact_bytes, load_artifact, pack, unpack
+from pgolf_fast.artifact.standalone import reader
 from pgolf_fast.config.schema import PackConfig, QuantConfig, RunConfig
 from pgolf_fast.config.serialize import from_dict, run_config_to_dict
 from pgolf_fast.errors import PgolfError
@@ -276,6 +277,11 @@ def test_pack_and_load_bit_for_bit(model, fishers, tmp_path, rank):
     assert (quantized.tensors["tok_emb.weight"].low_rank is not None) == (rank > 0)
     want = dequantize_state(quantized)
     assert all(torch.equal(t, want[n]) for n, t in load_artifact(tmp_path / "m")[1].items())
+    alone, steps, shifts = reader.dequantized(reader.read_artifact((tmp_path / "m").read_bytes())[1])
+    banks = dict(zip(BANK_NAMES, reader.banked(alone, RUN.model.num_layers), strict=True))
+    assert all(torch.equal(t, want[n]) for n, t in {**alone, **banks}.items())
+    assert torch.equal(steps["blocks.0.attn.c_v.weight"], again.tensors["blocks.0.attn.c_v.weight"].step())
+    assert bool(shifts) == (rank > 0)
 
 
 def test_banks_on_their_grid_stay_there(model, grids):

@@ -71,8 +71,8 @@ class PackReport:
 def build_records(quantized: QuantizedState) -> list[TensorRecord]:
     """The records of a quantised model: `X.q` and `X.scale` for a matrix X, `X` for what is float16.
 
-    Column steps are `X.columns`, those of K and V with Q, and corrections `X.left` and `X.right`. Codes of bank
-    matrices and of tables lie in different sections, as their statistics differ.
+    Column steps are `X.columns`, those of K and V with Q, and corrections `X.left` and `X.right`. Codes of
+    bank matrices and of tables lie in different sections, as their statistics differ.
     """
     records = []
     for name, tensor in quantized.tensors.items():
