@@ -15,9 +15,8 @@ from pgolf_fast.quant.state import QuantizedState, QuantizedTensor, code_bits
 from pgolf_fast.report import logger
 
 TOLERANCE = 100  # bytes under the target that are good enough
-BRACKET = 1.05  # ratio of the two prices whose rows are mixed
+BRACKET = 1.1  # ratio of the two prices whose rows are mixed
 COARSEST_PRICE = 1.0  # nats per bit; nothing is left of a model long before
-_SLOPE = -0.35  # of log bytes over log price, before two sizes say
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,93 +31,94 @@ class Landing:
 def land(grids: RateDistortion, artifact_bytes: Callable[[QuantizedState], int], target: int) -> Landing:
     """The best state whose exact `artifact_bytes` do not exceed `target`, ending within TOLERANCE bytes.
 
-    A secant search brackets the target between two prices; then as few rows as possible, in the order of the
-    file, come from the coarser of the two. Stops at the finest useful price if everything fits there.
-    Raises PgolfError when not even the coarsest grid fits.
+    Prices come from the expected bytes, corrected by every exact size, until two of them enclose the target;
+    then as few rows as needed, in the order of the file, come from the coarser of the two. Stops at the
+    finest useful price if everything fits there. Raises PgolfError when not even the coarsest grid fits.
     """
-    size: dict[float, int] = {}
 
-    def tried(price: float, like: QuantizedState | None = None) -> QuantizedState:
-        state = grids.quantize(price, like)
-        size[price] = artifact_bytes(state)
-        logger.info("price %.3e nats/bit: %d bytes, target %d", price, size[price], target)
-        return state
+    fine: Landing | None = None  # too large; all that come after it are coarser, and share its columns
+    coarse: Landing | None = None  # fits
+    mixable = False
 
-    price, fine, coarse = _first_price(grids, target), None, None
-    while fine is None or coarse is None or coarse / fine > BRACKET:
-        state = tried(price)
-        if size[price] <= target:
-            coarse = price
+    def tried(price: float) -> Landing:
+        state = grids.quantize(price, None if fine is None else fine.state)
+        landing = Landing(state, artifact_bytes(state), price)
+        logger.info("price %.3e nats/bit: %d bytes, target %d", price, landing.artifact_bytes, target)
+        return landing
+
+    price = _expected_price(grids, target)
+    while fine is None or coarse is None or coarse.price / fine.price > BRACKET:
+        found = tried(price)
+        if found.artifact_bytes <= target:
+            coarse, mixable = found, fine is not None
             if price <= grids.finest_price:
-                return Landing(state, size[price], price)
+                return found
         elif price >= COARSEST_PRICE:
             raise PgolfError(
-                f"{size[price]:,} bytes are needed even when hardly a weight is left, but {target:,} are the "
-                "target: raise quant.target_bytes or pack.limit_bytes"
+                f"{found.artifact_bytes:,} bytes are needed even when hardly a weight is left, more than the "
+                f"{target:,} of the target: raise quant.target_bytes or pack.limit_bytes"
             )
         else:
-            fine = price
-        price = _next_price(size, fine, coarse, target, grids.finest_price)
-    finer = tried(fine)
-    coarser = tried(coarse, finer)
-    while size[coarse] > target:  # its own columns were a little cheaper
-        coarse *= BRACKET
-        coarser = tried(coarse, finer)
-    return _mix(finer, coarser, artifact_bytes, target, Landing(coarser, size[coarse], coarse))
+            fine = found
+        ratio = found.artifact_bytes / grids.expected_bytes(price)
+        price = _next_price(grids, _expected_price(grids, target / ratio), fine, coarse)
+    if not mixable:
+        coarse = tried(coarse.price)
+    while coarse.artifact_bytes > target:  # its own columns were a little cheaper
+        coarse = tried(coarse.price * BRACKET)
+    return _mix(fine, coarse, artifact_bytes, target)
 
 
-def _first_price(grids: RateDistortion, target: int) -> float:
+def _expected_price(grids: RateDistortion, target: float) -> float:
     """Where the expected bytes are the target, by bisection."""
     low, high = math.log(grids.finest_price), math.log(COARSEST_PRICE)
     if grids.expected_bytes(math.exp(low)) <= target:
         return grids.finest_price
-    for _ in range(20):
+    for _ in range(30):
         middle = (low + high) / 2
         if grids.expected_bytes(math.exp(middle)) > target:
             low = middle
         else:
             high = middle
-    return math.exp(high)
+    return COARSEST_PRICE if high == math.log(COARSEST_PRICE) else math.exp(high)
 
 
-def _next_price(
-    size: dict[float, int], fine: float | None, coarse: float | None, target: int, finest: float
-) -> float:
-    """Where the line through the two nearest sizes meets the target, a little on the side still missing."""
-    known = sorted(size, key=lambda price: abs(math.log(size[price] / target)))[:2]
-    slope = _SLOPE
-    if len(known) == 2:
-        rise = math.log(size[known[0]] / size[known[1]]) / math.log(known[0] / known[1])
-        slope = min(max(rise, 4 * _SLOPE), _SLOPE / 4)
-    guess = math.log(known[0]) + math.log(target / size[known[0]]) / slope
-    side = 0.4 * math.log(BRACKET)
-    if fine is None or (coarse is not None and math.exp(guess) - fine > coarse - math.exp(guess)):
-        guess -= side
+def _next_price(grids: RateDistortion, guess: float, fine: Landing | None, coarse: Landing | None) -> float:
+    """The guess, a little on the side that is missing or farther away, and inside what is known."""
+    side = BRACKET**0.4
+    if fine is None or (coarse is not None and guess / fine.price > coarse.price / guess):
+        price = guess / side
     else:
-        guess += side
-    price = min(max(math.exp(guess), finest), COARSEST_PRICE)
-    if fine is not None and coarse is not None and not fine < price < coarse:
-        return math.sqrt(fine * coarse)
-    return price
+        price = guess * side
+    below = grids.finest_price if fine is None else fine.price
+    above = COARSEST_PRICE if coarse is None else coarse.price
+    if fine is not None and coarse is not None and not below < price < above:
+        return math.sqrt(below * above)
+    if fine is None and coarse is not None:
+        price = min(price, coarse.price / side)
+    if coarse is None and fine is not None:
+        price = max(price, fine.price * side)
+    return min(max(price, grids.finest_price), COARSEST_PRICE)
 
 
 def _mix(
-    fine: QuantizedState,
-    coarse: QuantizedState,
-    artifact_bytes: Callable[[QuantizedState], int],
-    target: int,
-    best: Landing,
+    fine: Landing, coarse: Landing, artifact_bytes: Callable[[QuantizedState], int], target: int
 ) -> Landing:
-    """The fewest rows from `coarse`, the rest from `fine`, that fit; `best` has all from `coarse`."""
-    low, high = 0, sum(len(t.codes) for t in fine.tensors.values() if isinstance(t, QuantizedTensor))
-    while high - low > 1 and target - best.artifact_bytes > TOLERANCE:
-        middle = (low + high) // 2
-        state = mixed(fine, coarse, middle)
+    """The fewest rows from `coarse`, the rest from `fine`, that fit; by interpolation and halving in turn."""
+    best, low, above = coarse, 0, fine.artifact_bytes
+    high = sum(len(t.codes) for t in fine.state.tensors.values() if isinstance(t, QuantizedTensor))
+    for step in range(64):
+        if high - low <= 1 or target - best.artifact_bytes <= TOLERANCE:
+            break
+        share = (above - target + TOLERANCE / 2) / max(above - best.artifact_bytes, 1)
+        middle = (low + high) // 2 if step % 3 == 2 else low + round(share * (high - low))
+        middle = min(max(middle, low + 1), high - 1)
+        state = mixed(fine.state, coarse.state, middle)
         size = artifact_bytes(state)
         if size <= target:
-            high, best = middle, Landing(state, size, best.price)
+            high, best = middle, Landing(state, size, coarse.price)
         else:
-            low = middle
+            low, above = middle, size
     logger.info("%d bytes: %d rows at the coarser price", best.artifact_bytes, high)
     return best
 

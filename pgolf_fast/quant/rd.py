@@ -11,6 +11,7 @@ GuidedQuant (Kim et al., arXiv 2505.07004); the one number `price` decides about
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -101,9 +102,23 @@ class _Group:
 
     def spreads(self, row_step: Tensor, column_step: Tensor) -> tuple[Tensor, Tensor]:
         """log2 of the root mean square code of rows (N,), and of columns (C,) beside it."""
-        square = (self.columns / (row_step * column_step[:, None])).square()
-        rows, columns = (0.5 * torch.log2(square.mean(dim) + 0.02) for dim in (0, 1))
-        return rows, columns - columns.mean()
+        square = self.columns.square()
+        by_row, by_column = row_step**-2, column_step**-2
+        rows = by_row * (square.T @ by_column) / len(by_column)
+        columns = by_column * (square @ by_row) / len(by_row)
+        logs = [0.5 * torch.log2(mean + 0.02) for mean in (rows, columns)]
+        return logs[0], logs[1] - logs[1].mean()
+
+    @functools.cached_property
+    def variances(self) -> Tensor:
+        """Mean square codes at price 1, (rows, columns): of every 16th row, as a sample."""
+        rows = slice(None, None, 16)
+        row_step = math.sqrt(12 / math.log(2)) * self.mean_pivot * self.importance[rows].rsqrt()
+        of_rows, of_columns = (
+            (self.columns[:, rows] / (row_step * self.column_step[:, None])).square().mean(dim)
+            for dim in (0, 1)
+        )
+        return of_rows[:, None] * (of_columns / of_columns.mean())
 
 
 class RateDistortion:
@@ -151,13 +166,10 @@ class RateDistortion:
 
     def expected_bytes(self, price: float) -> float:
         """Bytes of codes and float16 at that price, by the entropy of normal weights; within some percent."""
-        bits = 16.0 * sum(t.numel() for t in self.tensors.values()) - 16.0 * self.weights
+        bits = 16.0 * (sum(t.numel() for t in self.tensors.values()) - self.weights)
         for group in self._groups:
-            row_step = group.row_step(price)
-            rows, columns = group.spreads(row_step, group.column_steps(row_step))
-            squares = torch.exp2(2 * (rows + columns[:, None])) - 0.02
-            bits += 0.5 * torch.log2(1 + 2 * math.pi * math.e * squares.clamp_min(0)).sum().item()
-            bits += 8.0 * (len(rows) + len(columns))
+            per_code = 0.5 * torch.log2(1 + 2 * math.pi * math.e / price * group.variances).mean().item()
+            bits += per_code * group.columns.numel() + 8.0 * sum(group.columns.shape)
         return bits / 8
 
     def quantize(self, price: float, like: QuantizedState | None = None) -> QuantizedState:
