@@ -129,10 +129,10 @@ VARIANTS = {
     },
     "grid rd": {
         "quant__grid": "rd",
-        "quant__target_bytes": 6000,
+        "quant__target_bytes": 15000,
         "quant__rank": 2,
         "eval__batch_seqs": 8,
-        "ttt__lr": 10.0,
+        "ttt__lr": 0.05,
     },
     "plain hash": {"model__pos_conditional": False, "quant__bits": 5, "quant__small_tensor": 1000},
 }

@@ -42,7 +42,9 @@ HEADROOM = 110  # largest code before GPTQ moves the weights
 # the sum over matrices does not see (`small` in 600,000 bytes: a divergence of 0.0367 bits per byte at 0.4,
 # 0.0354 at 0.8, 0.0372 at 1.3).
 ROUNDING_PRICE = 0.8
-FINEST_LOSS = 1e-4  # nats per token that all errors together may cost before finer grids are useless
+# Nats per token that errors may cost before finer grids are useless: so few that all codes have 8 bits. Much
+# earlier, a model that is hardly trained loses weights that have no importance yet.
+FINEST_LOSS = 1e-12
 _MANTISSA = 4  # steps per octave of a step: float16 whose lower byte is zero, which costs no bits
 _PER_OCTAVE = 3  # classes of the cost table per factor of two
 _ROW_CLASSES, _COLUMN_CLASSES = 41, 25
@@ -91,14 +93,25 @@ class _Group:
     def rows(self) -> list[int]:
         return list(self.names.values())
 
-    def row_step(self, price: float) -> Tensor:
-        """Steps (N,) of a column of step 1."""
-        return short_steps(math.sqrt(12 * price / math.log(2)) * self.mean_pivot * self.importance.rsqrt())
+    def row_steps(self, price: float, column_step: Tensor) -> Tensor:
+        """Steps (N,) of a column of step 1; larger where codes of 8 bits would not hold the row."""
+        largest = (self.columns.abs() / column_step[:, None]).amax(dim=0)
+        return short_steps(torch.maximum(_root(price) * self.row_unit, 1.125 / HEADROOM * largest))
 
-    def column_steps(self, row_step: Tensor) -> Tensor:
-        """Column steps (C,), larger where codes of 8 bits would not reach the largest weights."""
-        needed = (self.columns.abs() / row_step).amax(dim=1) / HEADROOM
-        return torch.where(needed > self.column_step, short_steps(1.125 * needed), self.column_step)
+    def column_steps(self, price: float) -> Tensor:
+        """Column steps (C,); larger where 8 bits hold most columns, but not four times the median of this."""
+        excess = (4.5 / HEADROOM / _root(price) * self.medians / self.column_step).clamp_min(1.0)
+        return short_steps(self.column_step * (excess / excess.median()).clamp_min(1.0))
+
+    @property
+    def row_unit(self) -> Tensor:
+        """Steps (N,) at a price of ln 2 / 12 nats per bit."""
+        return self.mean_pivot * self.importance.rsqrt()
+
+    @functools.cached_property
+    def medians(self) -> Tensor:
+        """The median size of the weights of each column (C,), in units of their rows."""
+        return (self.columns.abs() / self.row_unit).median(dim=1).values
 
     def spreads(self, row_step: Tensor, column_step: Tensor) -> tuple[Tensor, Tensor]:
         """log2 of the root mean square code of rows (N,), and of columns (C,) beside it."""
@@ -113,11 +126,8 @@ class _Group:
     def variances(self) -> Tensor:
         """Mean square codes at price 1, (rows, columns): of every 16th row, as a sample."""
         rows = slice(None, None, 16)
-        row_step = math.sqrt(12 / math.log(2)) * self.mean_pivot * self.importance[rows].rsqrt()
-        of_rows, of_columns = (
-            (self.columns[:, rows] / (row_step * self.column_step[:, None])).square().mean(dim)
-            for dim in (0, 1)
-        )
+        steps = _root(1.0) * self.row_unit[rows] * self.column_step[:, None]
+        of_rows, of_columns = ((self.columns[:, rows] / steps).square().mean(dim) for dim in (0, 1))
         return of_rows[:, None] * (of_columns / of_columns.mean())
 
 
@@ -168,8 +178,9 @@ class RateDistortion:
         """Bytes of codes and float16 at that price, by the entropy of normal weights; within some percent."""
         bits = 16.0 * (sum(t.numel() for t in self.tensors.values()) - self.weights)
         for group in self._groups:
-            per_code = 0.5 * torch.log2(1 + 2 * math.pi * math.e / price * group.variances).mean().item()
-            bits += per_code * group.columns.numel() + 8.0 * sum(group.columns.shape)
+            entropy = 0.5 * torch.log2(1 + 2 * math.pi * math.e / price * group.variances)
+            bits += entropy.clamp_max(7.0).mean().item() * group.columns.numel()  # of codes of 8 bits, about
+            bits += 8.0 * sum(group.columns.shape)
         return bits / 8
 
     def quantize(self, price: float, like: QuantizedState | None = None) -> QuantizedState:
@@ -191,10 +202,10 @@ class RateDistortion:
         self, group: _Group, price: float, like: Mapping[str, QuantizedTensor | Tensor]
     ) -> dict[str, QuantizedTensor]:
         shared = [t for t in (like.get(name) for name in group.names) if isinstance(t, QuantizedTensor)]
-        row_step = group.row_step(price)
-        column_step = group.column_steps(row_step)
+        column_step = group.column_steps(price)
         if shared and shared[0].column_scale is not None:
             column_step = shared[0].column_scale.to(column_step.device).float()[group.order]
+        row_step = group.row_steps(price, column_step)
         rows, columns = group.spreads(row_step, column_step)
         lattice = torch.arange(_ROW_CLASSES + _COLUMN_CLASSES - 1, device=rows.device)
         codes = round_columns(
@@ -256,6 +267,11 @@ class RateDistortion:
         )
         left = torch.linalg.lstsq(basis, white.T).solution.T
         return short_floats(left).half().cpu(), right.cpu()
+
+
+def _root(price: float) -> float:
+    """The step of unit importance and pivot at that price."""
+    return math.sqrt(12 * price / math.log(2))
 
 
 def _classes(spreads: Tensor, zero: int, count: int) -> Tensor:
