@@ -1,18 +1,24 @@
 # Everything from a bare checkout: `make demo`. The first call makes .venv and installs into it; later calls only check.
 PYTHON ?= python3
 PYTEST_ARGS ?=
+FUZZ_SECONDS ?= 600
 
 BIN := .venv/bin
 STAMP := .venv/.pgolf-installed
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 
-.PHONY: demo test lint bench install clean
+.PHONY: demo test fuzz lint bench install clean
 
 demo: install
 	$(BIN)/pgolf demo
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Damaged input for the C++ codecs, FUZZ_SECONDS in all, with libFuzzer where clang++ has it. A driver that fails says
+# how to run the input again that made it fail.
+fuzz:
+	$(MAKE) -C tests/csrc run SECONDS=$$(($(FUZZ_SECONDS) / $(words $(filter-out %main.cpp %libfuzzer.cpp,$(wildcard tests/csrc/fuzz_*.cpp)))))
 
 lint: install
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ COMMANDS = {
     "quantize": "turn a run's weights into integers",
     "pack": "write a run's artifact and count its bytes against the limit",
     "eval": "score a run's artifact: non-overlapping, sliding, sliding with test-time training",
+    "submit": "write a run as a folder for a pull request: README, submission.json, log, artifact, script",
     "generate": "let a run continue a prompt",
     "data": "info, tokenize, download: token shards and tokenizers",
     "config": "print a preset, compare two, or translate a run script's environment variables",

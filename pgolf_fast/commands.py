@@ -200,6 +200,42 @@ def eval(argv: list[str]) -> int:
 
 
 @dataclass(frozen=True)
+class _Submit:
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder, packed and scored."""
+    out: Path | None = None
+    """Folder to write; default RUN/submission."""
+    author: str = "your name"
+    """Who submits it."""
+    github_id: str = "your-github-id"
+    """That person's account."""
+    name: str | None = None
+    """Title; default: the preset's name."""
+    blurb: str | None = None
+    """What it is in a sentence or two; default: made from the configuration."""
+    track: str = "non_record_16mb"
+    """The track it is for."""
+    readable: bool = False
+    """Write the script's readable source, and count that."""
+
+
+def submit(argv: list[str]) -> int:
+    """pgolf submit RUN [--out DIR] [--author NAME] [--github-id ID] [--name TITLE] [--readable]"""
+    from pgolf_fast.submit import About, write_submission
+    from pgolf_fast.train.run_folder import RunFolder
+
+    arguments = parse("submit", _Submit, argv)
+    folder = RunFolder(existing(arguments.run, "run folder"))
+    out = arguments.out or folder.path / "submission"
+    a = arguments
+    about = About(a.author, a.github_id, a.name, a.blurb, a.track)
+    written = write_submission(folder, out, about, readable=a.readable)
+    print_out(report.table([(what, f"{size:,}") for what, size in written.items()], ("part", "bytes")))
+    print_out(f"wrote {out}")
+    return 0
+
+
+@dataclass(frozen=True)
 class _Generate:
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pgolf_fast import report
+from pgolf_fast.artifact.container import sizes
 from pgolf_fast.artifact.pack import PackReport, load_model, pack, unpack
 from pgolf_fast.config.schema import PackConfig, QuantConfig, RunConfig
 from pgolf_fast.config.serialize import from_dict, run_config_to_dict
@@ -133,10 +134,12 @@ def score_run(
     With a `world` of several processes each scores a share. When interrupted, the next call with the same
     weights, data and settings goes on where this one was, and writes the same file.
     """
-    world, grid = world or this_process(), None
+    world = world or this_process()
+    grid = digest = None
     if weights == "artifact":
         model = artifact_model(folder, config, world)
         grid = bank_grids(unpack(folder.artifact_file)[1])
+        digest = sizes(folder.artifact_file).sha256
     else:
         model = float_model(folder, config, world)
         if config.ttt.quantize_forward == "banks":
@@ -151,12 +154,13 @@ def score_run(
     result = folder.path / f"scores_{weights}.json"
     tree, resume = run_config_to_dict(config), None
     if config.eval.checkpoint_minutes is not None:
-        settings = [tree["eval"], tree["ttt"], tree["quant"], config.eval_seq_len, str(model.compute_dtype)]
-        mark = identity(model, stream, settings)
+        shaping = [tree["eval"], tree["ttt"], tree["quant"], config.eval_seq_len, str(model.compute_dtype)]
+        mark = identity(model, stream, shaping)
         resume = Resume(result, mark, 60 * config.eval.checkpoint_minutes, world.is_main)
     scores = three_scores(model, stream, config, grid, ranks=world, resume=resume)
     if world.is_main:
-        story = {"weights": weights, "eval": tree["eval"], "ttt": tree["ttt"], **scores.to_dict()}
+        settings = {"artifact_sha256": digest, "eval": tree["eval"], "ttt": tree["ttt"]}
+        story = {"weights": weights, **settings, **scores.to_dict()}
         write_text(result, json.dumps(story, indent=2) + "\n")
         if resume is not None:
             resume.forget()

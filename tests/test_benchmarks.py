@@ -238,3 +238,18 @@ def test_preset_of_a_rehearsal_is_small():
 
     assert gpu_session.DRY_PRESET == "tiny"
     assert tiny().model.num_parameters() < 2_000_000
+
+
+def test_export_benchmark_runs(tmp_path):
+    out = tmp_path / "export.json"
+    command = [sys.executable, str(FOLDER / "bench_export.py"), "--smoke", "--out", str(out)]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "uncached / cached" in shown
+    results = json.loads(out.read_text())
+    assert {"commit", "environment"} <= results["provenance"].keys()
+    assert all(row["matrices"] == 24 and row["same codes"] > 0.999 for row in results["gptq"])
+    assert {row["steps"] for row in results["gptq"]} == {"free", "1/31 or more"}
+    assert results["calibration"]["largest logit difference"] < 1e-4
+    lengths = [int(length) for length in results["calibration"]["lengths"]]
+    assert lengths[0] == 1
+    assert lengths[-1] == 39

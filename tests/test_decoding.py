@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pgolf_fast.config.presets import small
 from pgolf_fast.config.schema import ModelConfig
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.model.decoding import Decoder, generate, sample
@@ -59,8 +60,8 @@ def random_tokens(batch: int, length: int, vocab: int = 96) -> torch.Tensor:
     return torch.randint(vocab, (batch, length), generator=torch.Generator().manual_seed(7))
 
 
-def stepwise(model: GPT, tokens: torch.Tensor, context: int | None = None) -> torch.Tensor:
-    decoder = Decoder(model, tokens.shape[0], tokens.shape[1], context=context)
+def stepwise(model: GPT, tokens: torch.Tensor, **settings: object) -> torch.Tensor:
+    decoder = Decoder(model, tokens.shape[0], tokens.shape[1], **settings)  # type: ignore[arg-type]
     return torch.stack([decoder.step(column) for column in tokens.unbind(1)], dim=1)
 
 
@@ -82,6 +83,51 @@ def test_across_the_ntk_border():
     torch.testing.assert_close(stepwise(model, tokens), full, atol=5e-4, rtol=1e-3)
     other_base = stepwise(model, tokens, context=1024)
     assert (other_base - full).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_static_steps_equal_growing_ones(variant):
+    model, tokens = random_model(**VARIANTS[variant]), random_tokens(3, 20)
+    torch.testing.assert_close(
+        stepwise(model, tokens, static=True), stepwise(model, tokens, static=False), atol=1e-4, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("static", [False, True])
+@torch.no_grad()
+def test_the_small_preset_to_1e_4(static):
+    """As calibration decodes it: float32, texts beyond the length at which RoPE changes its base."""
+    config = small().model
+    length = 1100 if not static else 300
+    model, tokens = GPT(config), random_tokens(2, length, config.vocab_size)
+    for parameter in model.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    full = model.logits(tokens)
+    assert full.std() > 1
+    assert (stepwise(model, tokens, static=static) - full).abs().max() <= 1e-4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_captured_step_equals_the_full_forward(dtype):
+    """Twice, so that one decoder's graph does not write into another's memory."""
+    config = small().model
+    model, tokens = GPT(config, compute_dtype=dtype), random_tokens(4, 60, config.vocab_size)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        exact = model.logits(tokens)  # on the CPU
+        model, tokens = model.cuda(), tokens.cuda()
+        full = model.logits(tokens)
+    decoders = [Decoder(model, 4, 60), Decoder(model, 4, 60), Decoder(model, 4, 60, static=False)]
+    steps = [[decoder.step(column) for decoder in decoders] for column in tokens.unbind(1)]
+    assert all(decoder._graph is not None for decoder in decoders[:2])
+    replayed, again, growing = (torch.stack(logits, dim=1) for logits in zip(*steps, strict=True))
+    assert torch.equal(replayed, again)
+    tolerance = 1e-3 if dtype == torch.float32 else 0.3
+    assert (replayed - growing).abs().max() <= tolerance
+    assert (replayed - full).abs().max() <= tolerance
+    assert (replayed.cpu() - exact).abs().max() <= tolerance
 
 
 def test_bfloat16_stays_close_to_float32():

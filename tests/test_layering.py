@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "pgolf_fast"
+ALONE = PACKAGE / "artifact" / "standalone"  # becomes a program of its own, which the package never imports
 LEAVES = {"errors", "files", "report", "config", "data", "tensor_file"}
 # What each room may import of pgolf_fast, besides itself. Rooms that are not named may import anything.
 MAY_IMPORT = {
@@ -131,11 +132,22 @@ def test_print_only_in_the_command_line():
     printing = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for path in PACKAGE.rglob("*.py")
-        if path != PACKAGE / "cli.py" and PACKAGE / "cli" not in path.parents
+        if path != PACKAGE / "cli.py" and not {PACKAGE / "cli", ALONE} & {*path.parents}
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
     ]
     assert not printing, "use pgolf_fast.report"
+
+
+def test_nothing_imports_the_script_of_a_submission():
+    importing = {
+        str(path.relative_to(ROOT))
+        for path in PACKAGE.rglob("*.py")
+        if ALONE not in path.parents
+        for name in modules_named(ast.parse(path.read_text(encoding="utf-8")), "pgolf_fast")
+        if "standalone" in name.split(".")
+    }
+    assert not importing
 
 
 def test_files_stay_readable():

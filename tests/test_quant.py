@@ -18,7 +18,7 @@ from pgolf_fast.model.rope import rope_tables
 from pgolf_fast.ops import reference
 from pgolf_fast.quant.calibration import INPUTS, collect_hessians, hessian_name, self_generate
 from pgolf_fast.quant.fake import fake_int6, fake_quantize_rows, make_fake
-from pgolf_fast.quant.gptq import gptq, gptq_shared
+from pgolf_fast.quant.gptq import gptq, gptq_groups, gptq_shared
 from pgolf_fast.quant.grid import (
     dequantize,
     quantize_int8_rows,
@@ -72,8 +72,11 @@ def random_model(seed: int = 0, **changes: object) -> GPT:
 # Grids
 
 
+@pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("name", ["a", "b"])
-def test_golden_codes_and_scales(name):
+def test_golden_codes_and_scales(name, native, monkeypatch):
+    if not native:
+        monkeypatch.setattr("pgolf_fast.quant.gptq.extension", lambda: None)
     expected = golden(name)
     weight = expected["weight"]
     results = {
@@ -107,13 +110,13 @@ def test_one_percentile_serves_the_whole_matrix():
     assert torch.equal(codes, round_to_grid(weight, scale, 31))
 
 
-def test_large_matrices_do_not_exceed_torch_quantile(monkeypatch):
-    weight = torch.randn(10, 33)
-    whole = row_clips(weight, (0.97, 1.0, 0.5))
-    assert torch.equal(whole[1], weight.abs().amax(1))
-    assert torch.equal(whole[2], weight.abs().median(1).values)
-    monkeypatch.setattr("pgolf_fast.quant.grid._QUANTILE_ELEMENTS", 100)
-    assert torch.equal(row_clips(weight, (0.97, 1.0, 0.5)), whole)
+@pytest.mark.parametrize("columns", [1, 2, 33, 1000])
+def test_row_clips_are_quantiles_to_the_bit(columns):
+    weight = torch.randn(10, columns)
+    percentiles = (0.97, 1.0, 0.5, 0.999, 0.0, 0.99999)
+    want = torch.quantile(weight.abs(), torch.tensor(percentiles), dim=1)
+    assert torch.equal(row_clips(weight, percentiles), want)
+    assert torch.equal(row_clips(weight, (1.0,))[0], weight.abs().amax(1))
 
 
 def test_without_floor_the_error_is_smaller():
@@ -185,9 +188,26 @@ def test_sharing_and_blocks_change_nothing(floor, block_size):
         assert (together[name][0] == codes).float().mean() >= 0.999
 
 
+def test_groups_are_quantised_as_if_alone(device):
+    """On a GPU those of one shape are stacked: here two of three, and one has more candidates."""
+    groups = []
+    for index, (rows, columns, largest) in enumerate([(20, 96, 0.5), (20, 96, 0.5), (33, 40, 4.0)]):
+        weight, hessian = problem(rows, columns, seed=index)
+        weight[0, 0] = largest
+        groups.append(({f"{index}.a": weight, f"{index}.b": weight[:7] * 0.5}, hessian))
+    together = gptq_groups([({n: w.to(device) for n, w in ws.items()}, h.to(device)) for ws, h in groups])
+    assert list(together) == [name for weights, _ in groups for name in weights]
+    assert all(codes.untyped_storage().nbytes() == codes.numel() for codes, _ in together.values())
+    for weights, hessian in groups:
+        for name, (codes, scale) in gptq_shared(weights, hessian).items():
+            assert torch.equal(together[name][1].cpu(), scale)
+            assert (together[name][0].cpu() == codes).float().mean() >= 0.995
+
+
 def test_other_bits_and_inputs_left_alone():
     weight, hessian = problem()
     before = weight.clone(), hessian.clone()
+    weight = torch.nn.Parameter(weight)
     codes, _ = gptq(weight, hessian, clip_range=3)
     assert codes.abs().max() <= 3
     assert torch.equal(weight, before[0])

@@ -1,55 +1,16 @@
-"""Fitting a model into its bytes: what the code costs, and which weights become zero when it is too large."""
+"""Fitting a model into its bytes: which weights become zero when it is too large."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-import pgolf_fast
 from pgolf_fast.report import logger
 
-# What loading and scoring an artifact runs, by folder of the package; None stands for every file.
-EVALUATION_SOURCES: dict[str, tuple[str, ...] | None] = {
-    ".": ("__init__.py", "errors.py", "files.py", "report.py", "tensor_file.py"),
-    "artifact": None,
-    "config": None,
-    "data": ("__init__.py", "shards.py", "tokenizer.py"),
-    "evaluation": None,
-    "kernels": None,
-    "model": None,
-    "ops": None,
-    "quant": None,
-    "csrc": None,
-}
-_BESIDE_THE_PACKAGE = ("kernels", "csrc")  # in a source checkout
-_SUFFIXES = (".py", ".cpp", ".h")
-PROBES = 6  # compressions that look for the number of codes to prune, after the first and before the last
-
-
-def code_files() -> list[Path]:
-    """The sources that `code_bytes` counts: all of EVALUATION_SOURCES that is installed.
-
-    An installed wheel has no csrc/ (Python's lzma module can stand in for it), a source checkout has.
-    """
-    package = Path(pgolf_fast.__file__).parent
-    files: list[Path] = []
-    for folder, names in EVALUATION_SOURCES.items():
-        place = package / folder
-        if folder in _BESIDE_THE_PACKAGE and not place.is_dir():
-            place = package.parent / folder
-        found = place.iterdir() if names is None and place.is_dir() else (place / n for n in names or ())
-        files += sorted(file for file in found if file.suffix in _SUFFIXES and file.is_file())
-    return files
-
-
-def code_bytes() -> int:
-    """Bytes of the package's sources that evaluation needs, uncompressed and with their comments."""
-    return sum(file.stat().st_size for file in code_files())
+PROBES = 10  # sizes that look for the number of codes to prune, after the first and before the last
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,17 +28,18 @@ def prune_to_fit(
     matrices: Sequence[tuple[NDArray[np.int8], NDArray[np.float16]]],
     budget: int,
     first_size: int,
-    compressed_size: Callable[[bytes], int],
+    coded_size: Callable[[NDArray[np.int8]], int],
     tolerance: int,
 ) -> Pruned:
     """Zero +-1 codes, those of the rows with the smallest squared scale first, until the codes fit (PR 1501).
 
     matrices: (codes (R, C), scale (R,)), in file order; ties go in file order too, which is what saves most:
     entropy falls once a matrix has lost all its +-1 codes, and hardly when every matrix has lost a few.
-    budget: bytes that the compressed codes may take; first_size: what they take now.
+    budget: bytes that the codes may take; first_size: what they take now; coded_size: what the codec makes of
+    all of them, one after another, flat.
     The smallest number that fits is searched with the order-0 entropy of each matrix as a stand-in for the
-    compressor, corrected by every real compression; it ends within `tolerance` bytes under the budget or
-    after PROBES compressions, with the smallest number found to fit.
+    codec, corrected by every real size; it ends within `tolerance` bytes under the budget or after PROBES
+    sizes, with the smallest number found to fit.
     """
     order = _Order(matrices)
     low, low_size, high, high_size, probes = 0, first_size, None, 0, 0
@@ -87,7 +49,7 @@ def prune_to_fit(
         )
         if high is None and probes == PROBES - 1:
             guess = order.candidates
-        size, probes = compressed_size(order.pruned(guess).tobytes()), probes + 1
+        size, probes = coded_size(order.pruned(guess)), probes + 1
         logger.info("prune: %d of %d codes -> %d bytes, budget %d", guess, order.candidates, size, budget)
         if size <= budget:
             high, high_size = guess, size
@@ -96,10 +58,7 @@ def prune_to_fit(
         else:
             low, low_size = guess, size
     assert high is not None  # the last probe prunes everything if none before fitted
-    flat = order.pruned(high)
-    ends = np.cumsum([codes.size for codes, _ in matrices])[:-1]
-    parts = [part.reshape(m[0].shape) for part, m in zip(np.split(flat, ends), matrices, strict=True)]
-    return Pruned(parts, high, order.candidates, probes, True)
+    return Pruned(order.split(order.pruned(high)), high, order.candidates, probes, True)
 
 
 def _guess(order: _Order, low: tuple[int, int], high: tuple[int, int] | None, target: int) -> int:
@@ -122,39 +81,67 @@ def _guess(order: _Order, low: tuple[int, int], high: tuple[int, int] | None, ta
 
 
 class _Order:
-    """The order in which +-1 codes are zeroed, and the entropy after any number of them."""
+    """The order in which +-1 codes are zeroed, and the entropy after any number of them.
+
+    Rows are put in order, not codes: millions of codes share the thousands of scales there are.
+    """
 
     def __init__(self, matrices: Sequence[tuple[NDArray[np.int8], NDArray[np.float16]]]):
+        self.shapes = [codes.shape for codes, _ in matrices]
         self.flat = np.concatenate([codes.ravel() for codes, _ in matrices])
-        places, costs, owners, start = [], [], [], 0
-        for index, (codes, scale) in enumerate(matrices):
-            flat = codes.ravel()
-            ones = np.flatnonzero(np.abs(flat) == 1)
-            places.append(start + ones)
-            costs.append(np.square(scale.astype(np.float32))[ones // codes.shape[1]])
-            owners.append(2 * index + (flat[ones] > 0))
-            start += flat.size
-        rank = np.argsort(np.concatenate(costs), kind="stable")
-        self.places, self.owners = np.concatenate(places)[rank], np.concatenate(owners)[rank]
-        self.candidates = len(rank)
-        self.counts = np.stack(
-            [np.bincount(c.ravel().astype(np.int64) + 128, minlength=256) for c, _ in matrices]
-        )
+        size = np.abs(np.concatenate([scale for _, scale in matrices]))
+        self.rank = np.argsort(size, kind="stable")  # as squares would be
+        self.owners = np.repeat(np.arange(len(matrices)), [rows for rows, _ in self.shapes])[self.rank]
+        # +1 and -1 codes of every row, (rows, 2), and how many there are up to and with it, in that order
+        parts = self.split(self.flat)
+        ones = [np.stack([np.count_nonzero(p == sign, axis=1) for sign in (1, -1)], axis=1) for p in parts]
+        self.ones = np.concatenate(ones)[self.rank]
+        self.ends = self.ones.sum(1).cumsum()
+        self.candidates = int(self.ends[-1])
+        self.counts = np.stack([np.bincount(p.ravel().view(np.uint8), minlength=256) for p in parts])
+
+    def split(self, flat: NDArray[np.int8]) -> list[NDArray[np.int8]]:
+        """Views of the matrices in their concatenation."""
+        ends = np.cumsum([rows * columns for rows, columns in self.shapes])[:-1]
+        return [part.reshape(shape) for part, shape in zip(np.split(flat, ends), self.shapes, strict=True)]
+
+    def whole_rows(self, number: int) -> tuple[int, int]:
+        """How many rows lose all their candidates among the first `number`, and how many codes the next."""
+        whole = int(np.searchsorted(self.ends, number, side="right"))
+        return whole, number - (int(self.ends[whole - 1]) if whole else 0)
 
     def pruned(self, number: int) -> NDArray[np.int8]:
         """All codes, flat, with the first `number` candidates zero."""
         flat = self.flat.copy()
-        flat[self.places[:number]] = 0
+        whole, rest = self.whole_rows(number)
+        gone = np.zeros(len(self.rank), np.bool_)
+        gone[self.rank[:whole]] = True
+        start = 0
+        for part in self.split(flat):
+            rows = gone[start : start + len(part)]
+            kept = part[rows]
+            kept *= np.abs(kept) != 1
+            part[rows] = kept
+            if rest and start <= (row := self.rank[whole]) < start + len(part):
+                row = part[row - start]
+                row[np.flatnonzero(np.abs(row) == 1)[:rest]] = 0
+            start += len(part)
         return flat
 
     def entropy_bytes(self, number: int) -> float:
         """Bytes of an ideal order-0 coder that knows each matrix's histogram."""
-        removed = np.bincount(self.owners[:number], minlength=2 * len(self.counts)).reshape(-1, 2)
-        counts: NDArray[Any] = self.counts.copy()
-        counts[:, 127] -= removed[:, 0]
-        counts[:, 129] -= removed[:, 1]
-        counts[:, 128] += removed.sum(1)
+        whole, rest = self.whole_rows(number)
+        removed = np.zeros((len(self.counts), 2))
+        for sign in (0, 1):
+            removed[:, sign] = np.bincount(
+                self.owners[:whole], self.ones[:whole, sign], minlength=len(self.counts)
+            )
+        if rest:  # as if the signs of the row's first candidates were mixed as those of all
+            removed[self.owners[whole]] += rest * self.ones[whole] / self.ones[whole].sum()
+        counts = self.counts.astype(np.float64)
+        counts[:, 1] -= removed[:, 0]
+        counts[:, 255] -= removed[:, 1]
+        counts[:, 0] += removed.sum(1)
         totals = counts.sum(1, keepdims=True)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            bits = np.where(counts > 0, counts * np.log2(totals / counts), 0.0)
+        bits = counts * np.log2(np.divide(totals, counts, out=np.ones_like(counts), where=counts > 0))
         return float(bits.sum() / 8)

@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-from pgolf_fast.artifact.budget import Pruned, code_bytes, prune_to_fit
+from pgolf_fast.artifact import codecs
+from pgolf_fast.artifact.budget import Pruned, prune_to_fit
 from pgolf_fast.artifact.container import (
     ContainerSizes,
     SectionSize,
@@ -19,15 +21,17 @@ from pgolf_fast.artifact.container import (
     read_container,
     write_container,
 )
+from pgolf_fast.artifact.submission import code_bytes
 from pgolf_fast.config.schema import PackConfig, RunConfig
 from pgolf_fast.config.serialize import run_config_from_dict
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.files import atomic_path
 from pgolf_fast.model.gpt import GPT
-from pgolf_fast.ops.lzma import compress_bytes
+from pgolf_fast.ops import native
 from pgolf_fast.quant.state import TABLE_BITS, QuantizedState, QuantizedTensor, dequantize_state, is_slot
 
 CODES, SCALE = ".q", ".scale"  # endings of a quantised tensor's two records
+TOLERANCE = 128  # bytes under the limit at which pruning is content, besides the margin
 HEADER_MARGIN = 64  # bytes by which the header may grow when a section's size and checksum change
 
 
@@ -81,15 +85,16 @@ def pack(
     records = build_records(quantized)
     bits = {t.bits for t in quantized.matrices().values()}
     tree = {"run": run_config, "bits": {"codes": max(bits, default=0), "embeddings": TABLE_BITS}}
+    tried = tuple("lzma" if c == "rans" and native.extension() is None else c for c in config.codecs)
     pruned, compressions = None, 1
     with atomic_path(path) as temporary:
-        sizes = write_container(temporary, tree, records, preset=config.lzma_preset)
+        sizes = write_container(temporary, tree, records, codecs=tried, preset=config.lzma_preset)
         if sizes.total_bytes + code > config.limit_bytes:
             if not config.prune:
                 raise _too_large(sizes.total_bytes, code, config.limit_bytes, "pack.prune is off; turn it on")
             pruned = _prune(records, sizes, code, config)
             records = _with_codes(records, pruned.codes)
-            sizes = write_container(temporary, tree, records, preset=config.lzma_preset)
+            sizes = write_container(temporary, tree, records, codecs=tried, preset=config.lzma_preset)
             compressions += pruned.compressions + 1
             if sizes.total_bytes + code > config.limit_bytes:  # the header's few bytes are in the margin
                 raise _too_large(sizes.total_bytes, code, config.limit_bytes, "pruning missed the limit")
@@ -101,26 +106,30 @@ def pack(
         code_bytes=code,
         limit_bytes=config.limit_bytes,
         pruned=pruned.count if pruned else 0,
-        candidates=sum(int((t.codes.abs() == 1).sum()) for t in quantized.matrices().values()),
+        candidates=sum(int((np.abs(t.codes.numpy()) == 1).sum()) for t in quantized.matrices().values()),
         compressions=compressions,
     )
 
 
 def _prune(records: list[TensorRecord], sizes: ContainerSizes, code: int, config: PackConfig) -> Pruned:
     """Codes that fit. Raises PgolfError when even pruning all of them is not enough."""
-    codes, scales = _matrix_arrays(records)
-    now = next((s.stored_bytes for s in sizes.sections if s.name == "codes"), 0)
+    matrices, scales = _matrix_arrays(records)
+    now, codec = next(((s.stored_bytes, s.codec) for s in sizes.sections if s.name == "codes"), (0, "raw"))
     others = sizes.total_bytes - now
     budget = config.limit_bytes - code - others - HEADER_MARGIN
-    if not codes or budget <= 0:
+    if not matrices or budget <= 0:
         hint = "even no bank weights at all would not fit; raise pack.limit_bytes or make the tables smaller"
         raise _too_large(sizes.total_bytes, code, config.limit_bytes, hint)
 
-    def compressed_size(raw: bytes) -> int:
-        return min(len(compress_bytes(raw, config.lzma_preset)), len(raw))
+    shapes = [(*array.shape, 1) for array in matrices]
+    extension = native.extension()
 
-    tolerance = max(64, config.limit_bytes // 8_000)
-    pruned = prune_to_fit(list(zip(codes, scales, strict=True)), budget, now, compressed_size, tolerance)
+    def coded_size(flat: NDArray[np.int8]) -> int:
+        if extension is not None and codec == "rans":
+            return extension.rans_size(flat, shapes)
+        return min(len(codecs.encode(codec, flat.tobytes(), shapes, preset=config.lzma_preset)), flat.size)
+
+    pruned = prune_to_fit(list(zip(matrices, scales, strict=True)), budget, now, coded_size, TOLERANCE)
     if not pruned.fits:
         hint = (
             f"zeroing all {pruned.candidates:,} codes of +-1 is not enough; "
@@ -187,6 +196,16 @@ def load_artifact(path: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise PgolfError(f"artifact {path}: {error}") from error
 
 
+class _NoInitialValues(TorchFunctionMode):
+    """Modules made under it stay unfilled: to draw values on the meta device imports PyTorch's compiler."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        return (
+            kwargs["tensor"] if getattr(func, "__module__", "") == "torch.nn.init" else func(*args, **kwargs)
+        )
+
+
 def load_model(
     path: Path | str,
     has_leading_space: Tensor | None = None,
@@ -201,7 +220,7 @@ def load_model(
     run_config = run_config_from_dict(values)
     if has_leading_space is None:
         has_leading_space = torch.zeros(run_config.model.vocab_size, dtype=torch.bool)
-    with torch.device("meta"):  # initial values would be thrown away
+    with torch.device("meta"), _NoInitialValues():
         model = GPT(run_config.model, has_leading_space, compute_dtype=compute_dtype)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     problems = [f"{name} is missing" for name in expected if name not in state]

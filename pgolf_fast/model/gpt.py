@@ -44,7 +44,8 @@ class Block(nn.Module):
         self.attn = _Attention(config)
         self.attn_scale = nn.Parameter(torch.full((dim,), 0.1 if layer == 0 else 1.0))
         self.mlp_scale = nn.Parameter(torch.ones(dim))
-        self.resid_mix = nn.Parameter(torch.stack((torch.ones(dim), torch.zeros(dim))))
+        self.resid_mix = nn.Parameter(torch.ones(2, dim))
+        self.resid_mix.data[1] = 0
         self.layer_scale = 1 / math.sqrt(layer + 1) if config.ln_scale else 1.0
 
 
@@ -101,7 +102,9 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initial values of PR 1501; like the original's, every one is rounded to bfloat16."""
+        """Initial values of PR 1501; like the original's, every one is rounded to bfloat16. None on meta."""
+        if self.qo_bank.is_meta:
+            return
         n = self.config.num_layers
         nn.init.normal_(self.tok_emb.weight, std=self.config.tied_embed_init_std)
         for i in range(n):

@@ -9,7 +9,6 @@ from torch import Tensor
 from pgolf_fast import ops
 from pgolf_fast.config.schema import QuantConfig
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.model.bank import Banks
 from pgolf_fast.model.decoding import Decoder, sample
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.model.rope import rope_tables
@@ -30,8 +29,10 @@ def hessian_name(layer: int, which: str) -> str:
 def self_generate(model: GPT, config: QuantConfig, seq_len: int) -> Tensor:
     """Text by the model, int64 (calibration_sequences, min(calibration_length, seq_len)).
 
-    The first token is uniform over all ids, the others are drawn at `config.temperature`; all from one
-    generator with `config.seed`. RoPE has the base of the final length.
+    `calibration_batch` sequences grow together, a token each at a time. The first is uniform over all ids,
+    the others come from softmax(logits / temperature), drawn by `sample`; all from one generator of the
+    model's device with `config.seed`, so text depends on device, dtype and calibration_batch, too. RoPE has
+    the base of the final length. Memory: that of `Decoder`.
     Raises PgolfError for lengths below 2.
     """
     length = min(config.calibration_length, seq_len)
@@ -70,11 +71,10 @@ def collect_hessians(model: GPT, tokens: Tensor, batch: int = 8) -> dict[str, Te
     """
     if tokens.ndim != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
         raise PgolfError(f"Hessians need (sequences, length of 2 or more) tokens, not {tuple(tokens.shape)}")
-    banks = model.banks()
     parts = tokens.to(model.tok_emb.weight.device)[:, :-1].split(batch)
-    grams = _Grams(model, banks, tokens.shape[1] - 1)
+    grams = _Grams(model)
     for part in progress(parts, "Hessians", unit="batch"):
-        model.hidden(part, banks, observer=grams)
+        grams.add_text(part)
     for gram in grams.sums.values():
         gram /= tokens.shape[0]
         diagonal = torch.diagonal(gram)
@@ -83,22 +83,28 @@ def collect_hessians(model: GPT, tokens: Tensor, batch: int = 8) -> dict[str, Te
 
 
 class _Grams:
-    """The `Observer` that sums x^T x of what enters every bank matrix."""
+    """Sums x^T x, float32, of what enters every bank matrix; the `Observer` of its own forward."""
 
-    def __init__(self, model: GPT, banks: Banks, length: int):
-        self.model, self.banks, self.sums = model, banks, dict[str, Tensor]()
-        self.tables = rope_tables(model.config, length, model.tok_emb.weight.device)
+    def __init__(self, model: GPT):
+        self.model, self.banks, self.sums = model, model.banks(), dict[str, Tensor]()
+        # one layer's banks with the identity as output projection give that projection's input
+        self.identity = torch.eye(
+            model.config.model_dim, dtype=self.banks.qo.dtype, device=self.banks.qo.device
+        )
 
-    def attention_input(self, layer: int, x: Tensor, value_embed: Tensor | None) -> None:
-        self._add(layer, "attn_in", x)
+    def add_text(self, tokens: Tensor) -> None:
+        """One forward of tokens (B, T), as `GPT.hidden`."""
+        self.tables = rope_tables(self.model.config, tokens.shape[1], tokens.device)
+        x = self.model.smear(self.model.embed(tokens))
+        self.model.trunk(x, self.model.value_embeddings(tokens), self.banks, self.attend, self)
+
+    def attend(self, layer: int, x: Tensor, value_embed: Tensor | None) -> Tensor:
         config, banks, n = self.model.config, self.banks, self.model.config.num_layers
-        # one layer's banks with the identity as output projection: the result is that projection's input
-        identity = torch.eye(config.model_dim, dtype=banks.qo.dtype, device=banks.qo.device)
         context = ops.gqa_attention(
             x,
-            torch.stack((banks.qo[layer], identity)),
+            torch.stack((banks.qo[layer], self.identity)),
             torch.stack((banks.kv[layer], banks.kv[n + layer])),
-            self.model.blocks[layer].get_parameter("attn.q_gain"),
+            self.model.block(layer).attn.q_gain,
             value_embed,
             *self.tables,
             0,
@@ -106,6 +112,10 @@ class _Grams:
             xsa=self.model.uses_xsa(layer),
         )
         self._add(layer, "attn_out", context)
+        return F.linear(context, banks.qo[n + layer])
+
+    def attention_input(self, layer: int, x: Tensor, value_embed: Tensor | None) -> None:
+        self._add(layer, "attn_in", x)
 
     def mlp_input(self, layer: int, x: Tensor) -> None:
         self._add(layer, "mlp_in", x)

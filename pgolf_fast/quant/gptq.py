@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from pgolf_fast.errors import PgolfError
+from pgolf_fast.ops.native import extension
 from pgolf_fast.quant.grid import PERCENTILES, best_candidate, check_matrix, scale_candidates
 
-# Elements up to which torch keeps an elementwise operation on one thread. Tens of thousands of small ones
-# that wait for a second thread took 15 to 40 s for exp101 on two busy cores, against 4.5 s on one thread.
-_ONE_THREAD = 32_768
+COSTS = 256  # codes q at q + 128
 
 
 def gptq(
@@ -59,33 +60,105 @@ def gptq_shared(
 
     Rows do not influence each other, so all matrices and all candidate scales go through in one pass.
     """
-    names = ", ".join(weights)
+    return gptq_groups(
+        [(weights, hessian)],
+        clip_range=clip_range,
+        percentiles=percentiles,
+        scale_floor=scale_floor,
+        block_size=block_size,
+        damping=damping,
+    )
+
+
+@torch.no_grad()
+def gptq_groups(
+    groups: Iterable[tuple[Mapping[str, Tensor], Tensor]],
+    *,
+    clip_range: int = 31,
+    percentiles: Sequence[float] = PERCENTILES,
+    scale_floor: bool = True,
+    block_size: int = 128,
+    damping: float = 0.01,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """`gptq_shared` of many pairs (weights, hessian); results by the names of all weights, which must differ.
+
+    On the CPU one pair after another as `groups` gives them, so that memory is that of one. On a GPU, where
+    a column of one pair is too little work, all pairs of one shape at once.
+    """
+    results = {}
+    waiting: dict[torch.Size, list[_Group]] = {}
+    for weights, hessian in groups:
+        group = _prepare(weights, hessian, clip_range, percentiles, scale_floor, damping)
+        if group.columns.is_cuda:
+            waiting.setdefault(group.columns.shape, []).append(group)
+        else:
+            results.update(_round_groups([group], clip_range, block_size))
+    for stack in waiting.values():
+        results.update(_round_groups(stack, clip_range, block_size))
+    return results
+
+
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """Matrices of C columns with one input, ready to be rounded: N is all rows times their candidates."""
+
+    weights: Mapping[str, Tensor]
+    candidates: dict[str, list[Tensor]]  # row scales float16 (R,)
+    order: Tensor  # (C,) of the columns
+    columns: Tensor  # float32 (C, N)
+    factor: Tensor  # (C, C)
+
+    def steps(self) -> Tensor:
+        """Steps float32 (N,)."""
+        return torch.cat([scale for scales in self.candidates.values() for scale in scales]).float()
+
+    def best(self, codes: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Codes int8 (R, C) and scale of every matrix, by the rounded columns int8 (C, N)."""
+        rows = torch.empty_like(codes.T, memory_format=torch.contiguous_format)
+        rows[:, self.order] = codes.T
+        parts = iter(rows.split([len(s) for scales in self.candidates.values() for s in scales]))
+        results = {}
+        for name, weight in self.weights.items():
+            best, scale = best_candidate(weight, [(next(parts), scale) for scale in self.candidates[name]])
+            results[name] = best.clone(), scale  # of its own, so that the other candidates' memory is free
+        return results
+
+
+def _prepare(
+    weights: Mapping[str, Tensor],
+    hessian: Tensor,
+    clip_range: int,
+    percentiles: Sequence[float],
+    scale_floor: bool,
+    damping: float,
+) -> _Group:
     for name, weight in weights.items():
         _check(name, weight, hessian)
-    order = torch.argsort(torch.diagonal(hessian), descending=True, stable=True)
+    order, factor = inverse_factor(hessian, damping, ", ".join(weights))
     dead = torch.diagonal(hessian) == 0
-    factor = _inverse_factor(hessian[order][:, order], damping, names)
-    rows, scales, owners = [], [], []
-    for name, weight in weights.items():
-        live = weight.float().masked_fill(dead, 0.0)[:, order]
-        for scale in scale_candidates(weight, clip_range, percentiles, scale_floor):
-            rows.append(live)
-            scales.append(scale)
-            owners.append(name)
-    # columns are worked on one by one, so they lie contiguous: (C, all rows)
-    codes = _round_columns(
-        torch.cat(rows).T.contiguous(), torch.cat(scales).float(), factor, clip_range, block_size
+    candidates = {
+        name: scale_candidates(weight, clip_range, percentiles, scale_floor)
+        for name, weight in weights.items()
+    }
+    columns = [
+        weight.float().masked_fill(dead, 0.0).T[order].repeat(1, len(candidates[name]))
+        for name, weight in weights.items()
+    ]
+    return _Group(weights, candidates, order, torch.cat(columns, dim=1), factor)
+
+
+def _round_groups(
+    groups: Sequence[_Group], clip_range: int, block_size: int
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The results of groups of one shape."""
+    codes = round_columns(
+        torch.stack([group.columns for group in groups]),
+        torch.stack([group.steps() for group in groups]),
+        torch.stack([group.factor for group in groups]),
+        clip_range=clip_range,
+        block_size=block_size,
     )
-    undone = torch.empty_like(codes)
-    undone[order] = codes
-    parts = undone.T.split([len(s) for s in scales])
-    results = {}
-    for name, weight in weights.items():
-        mine = [
-            (c.contiguous(), s) for c, s, owner in zip(parts, scales, owners, strict=True) if owner == name
-        ]
-        results[name] = best_candidate(weight, mine)
-    return results
+    return {name: best for g, c in zip(groups, codes, strict=True) for name, best in g.best(c).items()}
 
 
 def _check(name: str, weight: Tensor, hessian: Tensor) -> None:
@@ -100,52 +173,221 @@ def _check(name: str, weight: Tensor, hessian: Tensor) -> None:
         raise PgolfError(f"the hessian of {name} has values that are not finite: check the calibration text")
 
 
-def _inverse_factor(hessian: Tensor, damping: float, names: str) -> Tensor:
-    """Upper U, float32 (C, C), with U^T U = (H + damping mean(diag H) I)^-1.
+def inverse_factor(hessian: Tensor, damping: float = 0.01, name: str = "weight") -> tuple[Tensor, Tensor]:
+    """The order (C,) of GPTQ's columns, and upper U float32 (C, C), U^T U = (H + damping mean(diag H) I)^-1.
 
-    With J reversing the order, J H J = L L^T gives H = (J L J)(J L J)^T, and J L J is upper: U = (J L J)^-1.
-    In float64, where it costs little and Hessians of long, repetitive text stay positive definite.
+    Columns go in descending order of the diagonal of hessian (C, C), and U is for H in that order. With J
+    reversing it, J H J = L L^T gives H = (J L J)(J L J)^T, and J L J is upper: U = (J L J)^-1 = J L^-1 J. In
+    float64, where it costs little and Hessians of long, repetitive text stay positive definite.
+    Raises PgolfError for a hessian (of `name`) that is not positive definite with 100 times the damping.
     """
-    wide = hessian.double()
+    order = torch.argsort(torch.diagonal(hessian), descending=True, stable=True)
+    backwards = order.flip(0)
+    wide = hessian[backwards][:, backwards].double()
     diagonal = torch.diagonal(wide)
     diagonal.masked_fill_(diagonal == 0, 1.0)
-    mean = diagonal.mean().item()
+    undamped, mean = diagonal.clone(), diagonal.mean()
     for strength in (damping, 10 * damping, 100 * damping):
-        damped = wide + strength * mean * torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        diagonal.copy_(undamped + strength * mean)
+        lower, failed = torch.linalg.cholesky_ex(wide)
         if not failed.item():
-            eye = torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
-            return torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True).float()
+            return order, _inverse_of_lower(lower).flip(0, 1).float()
     raise PgolfError(
-        f"the hessian of {names} is not positive definite, even with {100 * damping:g} of its mean "
+        f"the hessian of {name} is not positive definite, even with {100 * damping:g} of its mean "
         "diagonal added: calibrate with more text, raise quant.damping, or use quant.method round"
     )
 
 
-def _round_columns(
-    columns: Tensor, scale: Tensor, factor: Tensor, clip_range: int, block_size: int
+def _inverse_of_lower(lower: Tensor) -> Tensor:
+    """The inverse of a lower triangular matrix by halves, which leaves the products with zeros out."""
+    size = len(lower)
+    if size <= 128:
+        eye = torch.eye(size, dtype=lower.dtype, device=lower.device)
+        return torch.linalg.solve_triangular(lower, eye, upper=False)
+    half = size // 2
+    inverse = torch.zeros_like(lower)
+    first, second = _inverse_of_lower(lower[:half, :half]), _inverse_of_lower(lower[half:, half:])
+    inverse[:half, :half], inverse[half:, half:] = first, second
+    inverse[half:, :half] = second @ (lower[half:, :half] @ first).neg_()
+    return inverse
+
+
+@torch.no_grad()
+def round_columns(
+    columns: Tensor,
+    row_step: Tensor,
+    factor: Tensor,
+    *,
+    clip_range: int,
+    column_step: Tensor | None = None,
+    cost: Tensor | None = None,
+    row_class: Tensor | None = None,
+    column_class: Tensor | None = None,
+    lam: Tensor | float = 0.0,
+    block_size: int = 128,
+    threads: int = 0,
 ) -> Tensor:
-    """Codes int8 (C, N) of `columns` float32 (C, N), which is used up; scale (N,), factor (C, C)."""
-    total, width = columns.shape
-    codes, errors = torch.empty_like(columns), torch.empty_like(columns)
-    own = torch.diagonal(factor).tolist()
-    tile = min(block_size, max(1, _ONE_THREAD // max(width, 1)))
-    for start in range(0, total, block_size):
-        end = min(start + block_size, total)
-        for first in range(start, end, tile):
-            last = min(first + tile, end)
-            for i in range(first, last):
-                code, error = codes[i], errors[i]
-                torch.div(columns[i], scale, out=code).round_().clamp_(-clip_range, clip_range)
-                torch.addcmul(columns[i], code, scale, value=-1, out=error).div_(own[i])
-                if i + 1 < last:
-                    columns[i + 1 : last].addr_(factor[i, i + 1 : last], error, alpha=-1)
-            _pass_on(columns, errors, factor, slice(first, last), slice(last, end))
-        _pass_on(columns, errors, factor, slice(start, end), slice(end, total))
-    return codes.to(torch.int8)
+    """Codes int8 (C, N) of a transposed weight, float32 (C, N), with its columns in GPTQ's order.
+
+    Column by column, element (i, n) becomes q = clamp(round(w / step)), step = row_step[n] * column_step[i];
+    then err = (w - q step) / factor[i, i] times factor[i, j] comes off every later column j. row_step (N,),
+    column_step (C,) or None for ones, factor float32 (C, C), upper, with factor^T factor = H^-1.
+
+    With `cost` float32 (K, 256), the bits of code q at index q + 128, the choice is among that q, its
+    neighbour towards zero and zero: the first with the least
+    (w - q step)^2 / factor[i, i]^2 + lam[n] cost[row_class[n] + column_class[i], q + 128],
+    GPTQ's own loss and what the code costs, as video coders quantise. row_class (N,) and column_class (C,)
+    are int32 or None for zeros; lam, (N,) or a number, is the price of a bit over the row's importance.
+
+    Everything but `cost` may have one more dimension in front: so many problems at once. On the CPU, blocks
+    of `block_size` columns are done in C++ on `threads` threads (0: all cores) if the extension is built,
+    else all is done in torch; codes differ only where sums in another order round otherwise.
+    Raises PgolfError for shapes that do not fit, clip_range outside 1..127 or classes that cost lacks.
+    """
+    if columns.ndim == 2:
+        vectors = (None if v is None else v[None] for v in (column_step, row_class, column_class))
+        column_step, row_class, column_class = vectors
+        return round_columns(
+            columns[None],
+            row_step[None],
+            factor[None],
+            clip_range=clip_range,
+            column_step=column_step,
+            cost=cost,
+            row_class=row_class,
+            column_class=column_class,
+            lam=lam,
+            block_size=block_size,
+            threads=threads,
+        )[0]
+    batch, total, width = columns.shape
+    work = columns.float().clone(memory_format=torch.contiguous_format)
+    rule = _Rule(
+        clip_range=clip_range,
+        row_step=row_step.float().contiguous(),
+        column_step=work.new_ones(batch, total) if column_step is None else column_step.float().contiguous(),
+        cost=None if cost is None else cost.float().contiguous(),
+        row_class=_classes(row_class, batch, width, work.device),
+        column_class=_classes(column_class, batch, total, work.device),
+        lam=torch.as_tensor(lam, dtype=torch.float32, device=work.device).expand(batch, width).contiguous(),
+    )
+    rule.check(work, factor)
+    native = extension() if work.device.type == "cpu" else None
+    codes = torch.empty_like(work, dtype=torch.int8)
+
+    def finish(first: int, last: int) -> None:
+        """Codes of these columns, and their errors in place of their values."""
+        if native is not None and last - first <= block_size:
+            _round_block(native, work, codes, factor, rule, slice(first, last), threads)
+        elif last - first == 1:
+            _round_column(work[:, first], codes[:, first], factor[:, first, first, None], rule, first)
+        else:
+            middle = (first + last) // 2
+            finish(first, middle)
+            passed_on = factor[:, first:middle, middle:last].mT
+            work[:, middle:last].baddbmm_(passed_on, work[:, first:middle], alpha=-1)
+            finish(middle, last)
+
+    if work.numel():
+        finish(0, total)
+    return codes
 
 
-def _pass_on(columns: Tensor, errors: Tensor, factor: Tensor, done: slice, later: slice) -> None:
-    """Take what the errors of the columns `done` call for off the columns `later`."""
-    if later.start < later.stop:
-        columns[later].addmm_(factor[done, later].T, errors[done], alpha=-1)
+@dataclass(frozen=True, eq=False)
+class _Rule:
+    """How `round_columns` chooses codes: its arguments, with a dimension in front and none left out."""
+
+    clip_range: int
+    row_step: Tensor  # (B, N)
+    column_step: Tensor  # (B, C)
+    cost: Tensor | None  # (K, 256)
+    row_class: Tensor  # (B, N)
+    column_class: Tensor  # (B, C)
+    lam: Tensor  # (B, N)
+
+    def check(self, columns: Tensor, factor: Tensor) -> None:
+        batch, total, width = columns.shape
+        wanted = {
+            "factor": (factor, (batch, total, total)),
+            "row_step": (self.row_step, (batch, width)),
+            "column_step": (self.column_step, (batch, total)),
+            "row_class": (self.row_class, (batch, width)),
+            "column_class": (self.column_class, (batch, total)),
+        }
+        for name, (tensor, shape) in wanted.items():
+            if tensor.shape != shape:
+                raise PgolfError(
+                    f"to round columns {tuple(columns.shape)}, {name} must be {shape}, "
+                    f"but it is {tuple(tensor.shape)}"
+                )
+        if not 1 <= self.clip_range <= 127:
+            raise PgolfError(f"clip_range is {self.clip_range}; codes of 8 bits or less need 1 to 127")
+        if self.cost is not None and columns.numel():
+            if self.cost.ndim != 2 or self.cost.shape[1] != COSTS:
+                raise PgolfError(f"cost is {tuple(self.cost.shape)}, but it must be (classes, {COSTS})")
+            ends = [(int(c.min()), int(c.max())) for c in (self.row_class, self.column_class)]
+            if min(low for low, _ in ends) < 0 or sum(high for _, high in ends) >= len(self.cost):
+                raise PgolfError(
+                    f"row_class and column_class, in {ends[0]} and {ends[1]}, lead out of the "
+                    f"{len(self.cost)} classes of cost"
+                )
+
+    def codes(self, values: Tensor, column: int, own: Tensor) -> Tensor:
+        """The codes, float32 (B, N), of the values (B, N) of a column; own (B, 1) is factor[i, i]."""
+        step = self.step(column)
+        nearest = torch.round(values / step).clamp_(-self.clip_range, self.clip_range)
+        if self.cost is None:
+            return nearest
+        choices = torch.stack((nearest, nearest - nearest.sign(), torch.zeros_like(nearest)))
+        classes = self.row_class + self.column_class[:, column, None]
+        bits = self.cost[classes, choices.long() + COSTS // 2]
+        loss = (values - choices * step).square() / own.square() + self.lam * bits
+        return choices.gather(0, loss.argmin(0, keepdim=True)).squeeze(0)
+
+    def step(self, column: int) -> Tensor:
+        """Steps (B, N) of a column."""
+        return self.row_step * self.column_step[:, column, None]
+
+
+def _round_column(values: Tensor, codes: Tensor, own: Tensor, rule: _Rule, column: int) -> None:
+    """One column (B, N): its codes, and errors in place of its values."""
+    code = rule.codes(values, column, own)
+    values.addcmul_(code, rule.step(column), value=-1).div_(own)
+    codes.copy_(code)
+
+
+def _round_block(
+    native: ModuleType,
+    work: Tensor,
+    codes: Tensor,
+    factor: Tensor,
+    rule: _Rule,
+    block: slice,
+    threads: int,
+) -> None:
+    """Columns `block` of work and codes (B, C, N) in C++: codes, and errors in place of values."""
+    for i in range(len(work)):
+        costs = {}
+        if rule.cost is not None:
+            costs = {
+                "cost": rule.cost.numpy(),
+                "row_class": rule.row_class[i].numpy(),
+                "column_class": rule.column_class[i, block].numpy(),
+                "lam": rule.lam[i].numpy(),
+            }
+        native.gptq_round_block(
+            work[i, block].numpy(),
+            codes[i, block].numpy(),
+            rule.row_step[i].numpy(),
+            rule.column_step[i, block].numpy(),
+            factor[i, block, block].contiguous().numpy(),
+            rule.clip_range,
+            **costs,
+            threads=threads,
+        )
+
+
+def _classes(classes: Tensor | None, batch: int, size: int, device: torch.device) -> Tensor:
+    if classes is None:
+        return torch.zeros(batch, size, dtype=torch.int32, device=device)
+    return classes.to(device, torch.int32).contiguous()

@@ -12,7 +12,6 @@ from pgolf_fast.errors import PgolfError
 PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
 INT8_PERCENTILE = 0.9999984
 SMALLEST_SCALE = 2.0**-24  # of float16, so that a row of zeros has a step to be divided by
-_QUANTILE_ELEMENTS = 1 << 24  # more at once than torch.quantile takes
 
 
 def row_scale(row_clip: Tensor, clip_range: int, *, floor: bool = True) -> Tensor:
@@ -22,15 +21,17 @@ def row_scale(row_clip: Tensor, clip_range: int, *, floor: bool = True) -> Tenso
 
 
 def row_clips(weight: Tensor, percentiles: Sequence[float]) -> Tensor:
-    """Quantiles of |row|, float32 (percentiles, R), interpolated linearly; the largest |value| for 1.0."""
+    """Quantiles of |row|, float32 (percentiles, R), interpolated linearly: `torch.quantile` to the bit.
+
+    Of a row only the largest values are put in order, as many as the lowest percentile reaches down to.
+    """
     size = weight.float().abs()
-    below = size.new_tensor([p for p in percentiles if p < 1.0])
-    clips = size.amax(dim=1).repeat(len(percentiles), 1)
-    if len(below):
-        rows = max(1, _QUANTILE_ELEMENTS // size.shape[1])
-        quantiles = [torch.quantile(part, below, dim=1) for part in size.split(rows)]
-        clips[[p < 1.0 for p in percentiles]] = torch.cat(quantiles, dim=1)
-    return clips
+    last = size.shape[1] - 1
+    ranks = torch.tensor(percentiles, dtype=torch.float32) * last
+    below, above = ranks.floor().long(), ranks.ceil().long()
+    largest = size.topk(last - int(below.min()) + 1, dim=1).values.T
+    share = (ranks - below).to(size.device)[:, None]
+    return torch.lerp(largest[(last - below).to(size.device)], largest[(last - above).to(size.device)], share)
 
 
 def scale_candidates(

@@ -13,10 +13,11 @@ from pgolf_fast.config.schema import QuantConfig
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.model.bank import BANK_NAMES
 from pgolf_fast.model.gpt import GPT
+from pgolf_fast.ops.bits import dequantize_bytes
 from pgolf_fast.quant.calibration import collect_hessians, hessian_name, self_generate
 from pgolf_fast.quant.fake import FixedGrid
-from pgolf_fast.quant.gptq import gptq_shared
-from pgolf_fast.quant.grid import check_matrix, dequantize, quantize_int8_rows, quantize_rows
+from pgolf_fast.quant.gptq import gptq_groups
+from pgolf_fast.quant.grid import check_matrix, quantize_int8_rows, quantize_rows
 from pgolf_fast.report import progress
 
 # Slots of each bank, layer by layer, in the order of the stack.
@@ -131,56 +132,58 @@ def _quantize_slots(
     tensors: Mapping[str, Tensor], config: QuantConfig, hessians: Mapping[str, Tensor] | None
 ) -> dict[str, QuantizedTensor]:
     layers = sum(_SLOT.fullmatch(name) is not None for name in tensors) // 6
-    groups = [(layer, which) for layer in range(layers) for which in READERS]
-    done = {}
-    for layer, which in progress(groups, f"quantise ({config.method})", unit="group"):
-        weights = {
+    groups = {
+        hessian_name(layer, which): {
             name: tensors[name].detach() for name in (f"blocks.{layer}.{slot}" for slot in READERS[which])
         }
-        for name, (codes, scale) in _quantize_group(
-            weights, hessian_name(layer, which), config, hessians
-        ).items():
-            done[name] = QuantizedTensor(codes.cpu(), scale.cpu(), config.bits)
-    return done
-
-
-def _quantize_group(
-    weights: Mapping[str, Tensor], hessian: str, config: QuantConfig, hessians: Mapping[str, Tensor] | None
-) -> dict[str, tuple[Tensor, Tensor]]:
+        for layer in range(layers)
+        for which in READERS
+    }
+    steps = progress(groups, f"quantise ({config.method})", unit="group")
+    done: dict[str, tuple[Tensor, Tensor]] = {}
     if config.method == "gptq":
-        if hessians is None or hessian not in hessians:
-            raise PgolfError(
-                f"quant.method gptq needs the Hessian {hessian}: collect it, or use quant.method round"
-            )
-        return gptq_shared(
-            weights,
-            hessians[hessian],
+        done = gptq_groups(
+            ((groups[group], _hessian(hessians, group)) for group in steps),
             clip_range=config.clip_range,
             percentiles=config.percentiles,
             scale_floor=config.scale_floor,
             block_size=config.block_size,
             damping=config.damping,
         )
-    for name, weight in weights.items():
-        check_matrix(weight, name)
-    return {
-        name: quantize_rows(
-            weight,
-            clip_range=config.clip_range,
-            percentiles=config.percentiles,
-            scale_floor=config.scale_floor,
-        )
-        for name, weight in weights.items()
-    }
+    else:
+        for name, weight in (item for group in steps for item in groups[group].items()):
+            check_matrix(weight, name)
+            done[name] = quantize_rows(
+                weight,
+                clip_range=config.clip_range,
+                percentiles=config.percentiles,
+                scale_floor=config.scale_floor,
+            )
+    return {n: QuantizedTensor(codes.cpu(), scale.cpu(), config.bits) for n, (codes, scale) in done.items()}
+
+
+def _hessian(hessians: Mapping[str, Tensor] | None, name: str) -> Tensor:
+    if hessians is None or name not in hessians:
+        raise PgolfError(f"quant.method gptq needs the Hessian {name}: collect it, or use quant.method round")
+    return hessians[name]
 
 
 def dequantize_state(quantized: QuantizedState) -> dict[str, Tensor]:
-    """The state dict with banks, all float32, that the integers stand for."""
-    tensors = {
-        name: dequantize(t.codes, t.scale) if isinstance(t, QuantizedTensor) else t.float()
-        for name, t in quantized.tensors.items()
+    """The state dict with banks, all float32, that the integers stand for. Raises PgolfError as `rebank`."""
+    matrices = quantized.matrices()
+    # banks are put together as bytes, a quarter of what they are as floats
+    codes = rebank({name: matrix.codes for name, matrix in matrices.items()})
+    scale = rebank({name: matrix.scale for name, matrix in matrices.items()})
+    state = {
+        name: dequantize_bytes(bank.flatten(0, 1), scale[name].flatten()).view_as(bank)
+        for name, bank in codes.items()
     }
-    return rebank(tensors)
+    for name, tensor in quantized.tensors.items():
+        if isinstance(tensor, Tensor):
+            state[name] = tensor.float()
+        elif name not in matrices:
+            state[name] = dequantize_bytes(tensor.codes, tensor.scale)
+    return state
 
 
 def bank_grids(quantized: QuantizedState) -> tuple[FixedGrid, ...]:
@@ -200,5 +203,5 @@ def quantize_model(model: GPT, config: QuantConfig, *, seq_len: int) -> Quantize
     hessians = None
     if config.method == "gptq":
         text = self_generate(model, config, seq_len)
-        hessians = collect_hessians(model, text, batch=config.calibration_batch)
+        hessians = collect_hessians(model, text)
     return quantize_state(model.state_dict(), config, hessians)

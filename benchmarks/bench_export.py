@@ -1,0 +1,229 @@
+"""Quantising a full-size model and writing calibration text, beside what they replace.
+
+    python benchmarks/bench_export.py [gptq] [calibration] [--smoke] [--out export.json]
+
+`gptq` quantises the 66 bank matrices of exp101 (26 M weights of the RMS that its trained banks have, Hessians
+of random correlated activations) in C++ and in torch: with the floor of 1/31 under all steps, which leaves
+one candidate for the row scales, and without, which leaves five. The codes of the first layer are compared.
+
+`calibration` writes 64 texts of 2,048 tokens with the network of `small` in float32, keeping keys and values,
+and compares the logits of every position with those of the full forward. What it replaces, a forward of the
+whole prefix for every token in batches of 8, would take hours: its time is measured at eight lengths from 1
+to 2,047, and the straight lines between them are summed over all lengths, which is at most 1 % too much for
+a time that grows with the square of the length.
+
+Every measurement runs in a process of its own, whose peak memory is reported. Times are wall-clock seconds on
+as many threads as PyTorch takes (set OMP_NUM_THREADS). Prints tables and writes JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pgolf_fast.bench.store import provenance
+from pgolf_fast.config.model import ModelConfig
+from pgolf_fast.config.presets import exp101, small, tiny
+from pgolf_fast.config.schema import QuantConfig
+from pgolf_fast.files import write_text
+from pgolf_fast.model.decoding import Decoder
+from pgolf_fast.model.gpt import GPT
+from pgolf_fast.ops.native import extension
+from pgolf_fast.quant import gptq
+from pgolf_fast.quant.calibration import self_generate
+from pgolf_fast.quant.state import READERS
+from pgolf_fast.report import table
+from pgolf_fast.train.world import keep_freed_memory
+
+# of exp101's trained banks, and what the matrices of each are called
+RMS = {"c_q": 0.176, "attn.proj": 0.176, "c_k": 0.197, "c_v": 0.197, "fc": 0.202, "mlp.proj": 0.118}
+LENGTHS = 8
+UNCACHED_BATCH = 8  # as the original
+COMPARED_TEXTS = 4
+
+Groups = list[tuple[dict[str, Tensor], Tensor]]
+
+
+def main() -> int:
+    arguments = parse()
+    if arguments.worker is not None:
+        print(json.dumps(WORKERS[arguments.worker](arguments.smoke)))
+        return 0
+    results: dict[str, object] = {"provenance": provenance(), "threads": torch.get_num_threads()}
+    if "gptq" in arguments.parts:
+        paths = ["C++", "torch"] if extension() is not None else ["torch"]
+        runs = [run(f"{path}, {steps}", arguments.smoke) for steps in ("free", "floor") for path in paths]
+        results["gptq"] = runs
+        columns = ("path", "steps", "matrices", "weights", "seconds", "inputs MiB", "peak MiB", "same codes")
+        print(table([[r[c] for c in columns] for r in runs], columns), end="\n\n", flush=True)
+    if "calibration" in arguments.parts:
+        done = run("calibration", arguments.smoke)
+        results["calibration"] = done
+        print(table(list(done["lengths"].items()), ("prefix", "uncached s a token")), end="\n\n")
+        print(table([(name, value) for name, value in done.items() if name != "lengths"]))
+    if arguments.out is not None:
+        write_text(arguments.out, json.dumps(results, indent=1) + "\n")
+    return 0
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parts = ("gptq", "calibration")
+    parser.add_argument("parts", nargs="*", default=list(parts), help="gptq, calibration (default: both)")
+    parser.add_argument("--smoke", action="store_true", help="toy sizes, to see that it runs")
+    parser.add_argument("--out", type=Path, help="JSON file")
+    parser.add_argument("--worker", choices=list(WORKERS), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if wrong := [part for part in arguments.parts if part not in parts]:
+        parser.error(f"no part {wrong[0]}; there are {', '.join(parts)}")
+    return arguments
+
+
+def run(worker: str, smoke: bool) -> dict[str, Any]:
+    """What a worker returns, run in a process of its own."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--worker", worker, *["--smoke"] * smoke]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def timed(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def peak_mib() -> int:
+    """The most memory this process has held."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit >> 20
+
+
+# GPTQ
+
+
+def bank_matrices(config: ModelConfig) -> Groups:
+    """Every group of matrices with its Hessian, layer by layer."""
+    generator = torch.Generator().manual_seed(0)
+    d = config.model_dim
+    rows = {"c_q": d, "attn.proj": d, "c_k": config.kv_dim, "c_v": config.kv_dim, "mlp.proj": d}
+    rows["fc"] = config.mlp_up_rows
+    groups: Groups = []
+    for layer in range(config.num_layers):
+        for which, readers in READERS.items():
+            columns = config.mlp_hidden if which == "mlp_hidden" else d
+            weights = {}
+            for reader in readers:
+                kind = next(kind for kind in rows if kind in reader)
+                weight = torch.randn(rows[kind], columns, generator=generator)
+                weights[f"blocks.{layer}.{reader}"] = weight * RMS[kind]
+            mix = torch.randn(columns, columns, generator=generator) * columns**-0.5
+            inputs = torch.randn(2 * columns, columns, generator=generator) @ mix
+            groups.append((weights, inputs.T @ inputs))
+    return groups
+
+
+def measure_gptq(path: str, floor: bool, smoke: bool) -> dict[str, object]:
+    keep_freed_memory()
+    config = (tiny() if smoke else exp101()).model
+    groups = bank_matrices(config)
+    before = peak_mib()
+    with mock.patch.object(gptq, "extension", return_value=extension() if path == "C++" else None):
+        start = time.perf_counter()
+        done = gptq.gptq_groups(groups, scale_floor=floor)
+        seconds, peak = time.perf_counter() - start, peak_mib()
+    other = gptq.gptq_groups(groups[: len(READERS)], scale_floor=floor)
+    with mock.patch.object(gptq, "extension", return_value=None):
+        in_torch = gptq.gptq_groups(groups[: len(READERS)], scale_floor=floor)
+    same = [(other[name][0] == codes).flatten() for name, (codes, _) in in_torch.items()]
+    return {
+        "path": path,
+        "steps": "1/31 or more" if floor else "free",
+        "matrices": len(done),
+        "weights": sum(codes.numel() for codes, _ in done.values()),
+        "seconds": round(seconds, 3),
+        "inputs MiB": before,
+        "peak MiB": peak,
+        "same codes": round(torch.cat(same).float().mean().item(), 6),
+    }
+
+
+# Calibration
+
+
+@torch.no_grad()
+def measure_calibration(smoke: bool) -> dict[str, object]:
+    keep_freed_memory()
+    config = QuantConfig()
+    if smoke:
+        config = replace(config, calibration_sequences=8, calibration_length=40)
+    count, length = config.calibration_sequences, config.calibration_length
+    model = random_model((tiny() if smoke else small()).model)
+    self_generate(model, replace(config, calibration_length=8), length)  # loads what is loaded once
+    cached = timed(lambda: self_generate(model, config, length))
+    peak = peak_mib()
+    text = torch.randint(model.config.vocab_size, (UNCACHED_BATCH, length))
+    difference = largest_difference(model, text[:COMPARED_TEXTS])
+    lengths = np.unique(np.linspace(1, length - 1, LENGTHS).astype(int))
+    batches = -(-count // UNCACHED_BATCH)
+    seconds = [batches * uncached_token(model, text[:, :n]) for n in lengths]
+    uncached = float(np.interp(np.arange(1, length), lengths, seconds).sum())
+    return {
+        "texts": count,
+        "tokens of each": length,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "cached s": round(cached, 2),
+        "peak MiB": peak,
+        "uncached s, integrated": round(uncached, 1),
+        "uncached / cached": round(uncached / cached, 1),
+        "largest logit difference": difference,
+        "lengths": {int(n): round(s, 5) for n, s in zip(lengths, seconds, strict=True)},
+    }
+
+
+def random_model(config: ModelConfig) -> GPT:
+    """Every parameter away from where training starts, so that logits spread."""
+    torch.manual_seed(0)
+    model = GPT(config)
+    for parameter in model.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def uncached_token(model: GPT, prefix: Tensor) -> float:
+    """Seconds for the logits after prefix (B, n), without any of an earlier token's work."""
+    return min(timed(lambda: model.head(model.hidden(prefix)[:, -1])) for _ in range(2))
+
+
+def largest_difference(model: GPT, text: Tensor) -> float:
+    """Between cached and full logits, over all positions of text (B, T)."""
+    decoder, full = Decoder(model, *text.shape), model.logits(text)
+    steps = zip(text.unbind(1), full.unbind(1), strict=True)
+    return max((decoder.step(tokens) - logits).abs().max().item() for tokens, logits in steps)
+
+
+WORKERS: dict[str, Callable[[bool], dict[str, object]]] = {
+    "C++, free": lambda smoke: measure_gptq("C++", False, smoke),
+    "C++, floor": lambda smoke: measure_gptq("C++", True, smoke),
+    "torch, free": lambda smoke: measure_gptq("torch", False, smoke),
+    "torch, floor": lambda smoke: measure_gptq("torch", True, smoke),
+    "calibration": measure_calibration,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""The network of PR 1501 from an artifact's tensors."""
+
+import math
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pgolf_fast.artifact.standalone.parts import (
+    Attention,
+    CrossEntropy,
+    Mlp,
+    Ngrams,
+    Residual,
+    Smear,
+    int6,
+    rms_norm,
+    rounded,
+)
+from pgolf_fast.artifact.standalone.reader import banked, dequantized
+
+
+class Model:
+    """The network of PR 1501: parameters in float32, activations in `dtype`."""
+
+    def __init__(
+        self, config: SimpleNamespace, arrays: dict[str, np.ndarray], space: Tensor, dtype: torch.dtype
+    ):
+        self.config, self.space, self.dtype = config.run.model, space, dtype
+        found = [{n: t.to(space.device) for n, t in tree.items()} for tree in dequantized(arrays)]
+        self.masters, self.steps = (banked(tree, self.config.num_layers) for tree in found)
+        self.state = found[0]
+        self.clip = 2 ** (config.bits.codes - 1) - 1
+
+    def banks(self, on_grid: bool) -> list[tuple[Tensor, ...]]:
+        """The matrices of each bank as forward reads them; `on_grid`: rounded to the artifact's steps."""
+        masters = self.masters
+        if on_grid:
+            masters = [rounded(w, s, -self.clip, self.clip) for w, s in zip(masters, self.steps, strict=True)]
+        return [bank.to(self.dtype).unbind() for bank in masters]
+
+    def rope(self, length: int) -> list[Tensor]:
+        """cos and sin, each (length, 1, r/2)."""
+        c, arange = self.config, partial(torch.arange, dtype=torch.float32, device=self.space.device)
+        dims = c.rope_dims or c.model_dim // c.num_heads
+        base, long = c.rope_base, length > c.rope_train_seq_len
+        if long and dims > 2:
+            base *= (length / c.rope_train_seq_len) ** (dims / (dims - 2))
+        frequencies, positions = base ** -(arange(0, dims, 2) / dims), arange(length)
+        if c.rope_bf16_tables and not long:
+            frequencies, positions = frequencies.bfloat16(), positions.bfloat16()
+        angles = torch.outer(positions, frequencies)
+        tables = angles.cos(), angles.sin()
+        return [(t.bfloat16() if c.rope_bf16_tables else t).float()[:, None] for t in tables]
+
+    def ngrams(self, tokens: Tensor) -> Tensor:
+        """Scaled and gated rows of the hash n-gram table, (B, T, width)."""
+        c, table, starts = self.config, self.state["bigram.embed.weight"], self.space[tokens]
+        before, second = (F.pad(tokens, (n, 0))[:, :-n] for n in (1, 2))
+        key = (36313 * tokens) ^ (27191 * before)
+        indices, last = [key, key ^ (51497 * second)][: 1 + c.trigram], len(table) - 1
+        for i, index in enumerate(indices):
+            indices[i] = index % (last // 2) + ~starts * (last // 2) if c.pos_conditional else index % last
+            indices[i][:, : i + 1] = last
+        return Ngrams.apply(
+            table, self.state["bigram.scale"], self.state["word_start_boost"], starts, indices, self.dtype
+        )
+
+    def losses(self, tokens: Tensor, targets: Tensor, banks: list, fake_projections: bool = False) -> Tensor:
+        """Cross-entropy of every target in nats, (B, T) float32."""
+        c, s, dtype, (qo, kv, up, down) = self.config, self.state, self.dtype, banks
+        project = int6 if fake_projections else Tensor.float
+        x = F.embedding(tokens, s["tok_emb.weight"]).to(dtype)
+        if c.bigram_vocab_size:
+            x = x + F.linear(self.ngrams(tokens), project(s["bigram.proj.weight"]).to(dtype))
+        x0 = x = Smear.apply(rms_norm(x), s["smear.gate"])
+        extra: dict[int, Tensor] = {}
+        if c.ve_enabled:
+            rows = F.embedding(tokens, s["ve_shared.embed.weight"]).to(dtype)
+            shared = F.linear(rows, project(s["ve_shared.proj.weight"]).to(dtype)) * s["ve_shared.scale"].to(
+                dtype
+            )
+            extra = {
+                layer: shared * s[f"ve_layer_scales.{i}"].to(dtype) for i, layer in enumerate(c.ve_layers)
+            }
+        rope, n, first_xsa = self.rope(tokens.shape[1]), c.num_layers, c.num_layers - c.xsa_last_n
+        skips: list[Tensor] = []
+        for i in range(n):
+            if i >= n // 2 and skips:
+                x = torch.addcmul(x, skips.pop(), s["skip_weights"][i - n // 2].to(dtype))
+            parts = ("resid_mix", "attn.q_gain", "attn_scale", "mlp_scale")
+            mix, gain, attn_scale, mlp_scale = (s[f"blocks.{i}.{part}"] for part in parts)
+            scale = 1 / math.sqrt(i + 1) if c.ln_scale else 1.0
+            u, normed = Residual.apply(x, x0, mix[0], mix[1], scale)
+            weights = qo[i], kv[i], kv[n + i], qo[n + i]
+            y = Attention.apply(normed, *weights, gain, extra.get(i), *rope, c.num_kv_heads, i >= first_xsa)
+            h, normed = Residual.apply(u, y, None, attn_scale, scale)
+            x = torch.addcmul(h, Mlp.apply(normed, up[i], down[i], c.mlp_activation), mlp_scale.to(dtype))
+            if i < n // 2:
+                skips.append(x)
+        head = s["tok_emb.weight"].to(dtype)
+        return CrossEntropy.apply(
+            rms_norm(x).flatten(0, 1), head, targets.flatten(), c.logit_softcap
+        ).view_as(targets)

@@ -1,0 +1,86 @@
+"""The artifact file (docs/artifact.md) to named tensors."""
+
+import hashlib
+import json
+import lzma
+import math
+import struct
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pgolf_fast.artifact.rans_decoder import decode
+
+SHA256 = ""  # of the artifact that this script was written for; empty accepts any
+DTYPES = ("i1", "u1", "<i2", "<u2", "<i4", "<u4", "<i8", "<f2", "<f4")
+BANKS = (("attn.c_q", "attn.proj"), ("attn.c_k", "attn.c_v"), ("mlp.fc",), ("mlp.proj",))
+
+
+def read_artifact(content: bytes) -> tuple[SimpleNamespace, dict[str, np.ndarray]]:
+    """The configuration and the arrays by name. Exits with a message when the digest does not fit."""
+    digest = hashlib.sha256(content[:-32])
+    if content[:8] != b"\x89PGOLF\r\n" or digest.digest() != content[-32:]:
+        sys.exit("the artifact is damaged: its SHA-256 is not that of its bytes")
+    if SHA256 not in ("", digest.hexdigest()):
+        sys.exit(f"this is another artifact: its SHA-256 is {digest.hexdigest()}, not {SHA256}")
+    codec, stored, raw = struct.unpack_from("<III", content, 12)
+    at = 36 + stored
+    header = decompress(codec, content[36:at], raw, [])
+    place = 0
+
+    def unpack(form: str) -> tuple:
+        nonlocal place
+        place += struct.calcsize(form)
+        return struct.unpack_from(form, header, place - struct.calcsize(form))
+
+    config = unpack(f"{unpack('<I')[0]}s")[0]
+    sections = [unpack("<BBQQI") for _ in range(unpack("<H")[0])]
+    tensors = []
+    for _ in range(unpack("<I")[0]):
+        section, _, dtype, dimensions = unpack("4B")
+        shape = unpack(f"<{dimensions}I")
+        name = unpack(f"{unpack('<H')[0]}s")[0].decode()
+        tensors.append((section, name, shape, np.dtype(DTYPES[dtype])))
+    arrays = {}
+    for number, codec, raw, stored, _ in sections:
+        inside = [tensor for section, *tensor in tensors if section == number]
+        shapes = [(math.prod(s[:-1]), s[-1] if s else 1, dtype.itemsize) for _, s, dtype in inside]
+        data, begin = decompress(codec, content[at : at + stored], raw, shapes), 0
+        at += stored
+        for name, shape, dtype in inside:
+            arrays[name] = np.frombuffer(data, dtype, math.prod(shape), begin).reshape(shape)
+            begin += arrays[name].nbytes
+    config = json.loads(config, object_hook=lambda tree: SimpleNamespace(**tree))
+    return config, {name: arrays[name] for _, name, *_ in tensors}
+
+
+def decompress(codec: int, stored: bytes, raw: int, shapes: list) -> bytes:
+    """The `raw` bytes that a codec's bytes stand for."""
+    if codec > 2:
+        sys.exit("the artifact needs zstd or brotli, which Python does not bring: pack it with rans and lzma")
+    if codec == 2:
+        return decode(stored, shapes)
+    return lzma.decompress(stored) if codec else stored
+
+
+def dequantized(arrays: dict[str, np.ndarray]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Tensors by name and, of matrices, the steps (R, 1) of their rows; all float32.
+
+    A matrix X is the codes X.q (R, C) times the step X.scale (R,) of each row.
+    """
+    wide = {name: torch.from_numpy(array.astype(np.float32)) for name, array in arrays.items()}
+    steps = {name[:-2]: wide.pop(name[:-2] + ".scale")[:, None] for name in arrays if name.endswith(".q")}
+    tensors = {}
+    for name, tensor in wide.items():
+        name = name.removesuffix(".q")
+        tensors[name] = tensor * steps[name] if name in steps else tensor
+    return tensors, steps
+
+
+def banked(tensors: dict[str, Tensor], layers: int) -> list[Tensor]:
+    """The four banks, made of the matrices that are taken out of `tensors`."""
+    names = [[f"blocks.{i}.{slot}.weight" for slot in slots for i in range(layers)] for slots in BANKS]
+    return [torch.stack([tensors.pop(name) for name in bank]) for bank in names]

@@ -1,0 +1,191 @@
+"""Score an artifact: its bytes against 16,000,000, then bits per byte in three ways.
+
+`pgolf submit` writes this script beside an artifact; it is the code that counts. It needs torch, numpy and
+sentencepiece. Formulas, windows and rounding, of gradients too, are those of `pgolf eval` without Triton
+kernels, so that the scores agree.
+"""
+
+import argparse
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from sentencepiece import SentencePieceProcessor
+
+from pgolf_fast.artifact.standalone.model import Model
+from pgolf_fast.artifact.standalone.reader import read_artifact
+
+LIMIT = 16_000_000
+
+
+class Scorer:
+    """Sums of nats, targets and bytes over windows, and learning from what has been scored."""
+
+    def __init__(self, model: Model, config: SimpleNamespace, tokens: np.ndarray, target_bytes: np.ndarray):
+        self.model, self.config, self.target_bytes = model, config.run, target_bytes
+        self.tokens = torch.from_numpy(tokens).to(model.space.device)
+        self.length = self.config.eval.seq_len or self.config.train.seq_len
+
+    def windows(self, stride: int, repeat_tail: bool = False) -> np.ndarray:
+        """(3, windows): begin and end of the inputs, and the first target that counts."""
+        count = len(self.target_bytes)
+        start = np.arange(0, count, stride)
+        end = np.minimum(start + self.length, count)
+        if repeat_tail:
+            keep = (end - start >= stride) | (start == 0)
+            start, end = start[keep], end[keep]
+            return np.stack((start, end, np.where(start == 0, 0, np.maximum(end - stride, start))))
+        last = int(np.searchsorted(end, count)) + 1
+        return np.stack((start[:last], end[:last], np.concatenate(([0], end[: last - 1]))))
+
+    def score(self, windows: np.ndarray, on_grid: bool = False) -> np.ndarray:
+        """Nats, targets and bytes."""
+        total, batch = np.zeros(3), self.config.eval.batch_seqs
+        with torch.no_grad():
+            banks = self.model.banks(on_grid)
+            for at in range(0, windows.shape[1], batch):
+                start, end, first = torch.from_numpy(windows[:, at : at + batch]).to(self.tokens.device)[
+                    ..., None
+                ]
+                index = start + torch.arange(self.length, device=start.device)
+                inside = index < end
+                x, y = (
+                    torch.where(inside, self.tokens[torch.where(inside, index, 0) + i], 0) for i in (0, 1)
+                )
+                scored = inside & (index >= first)
+                losses = self.model.losses(x, y, banks)[scored].double().cpu().numpy()
+                counted = self.target_bytes[index[scored].cpu().numpy()]
+                total += losses.sum(), len(losses), counted.sum()
+        return total
+
+    def score_and_learn(self, windows: np.ndarray) -> np.ndarray:
+        """Legal test-time training: every chunk is scored before it is learned from, the last never is."""
+        c, model, count = self.config.ttt, self.model, len(self.target_bytes)
+        chunks = math.ceil(count / c.chunk_tokens)
+        chunk_of = np.minimum(windows[2] // c.chunk_tokens, chunks - 1)
+        frozen = tuple(f"blocks.{i}." for i in range(c.freeze_blocks))
+        learned = list(model.masters)
+        if c.parameters == "all":
+            learned += [p for name, p in model.state.items() if not name.startswith(frozen)]
+        gradients, velocities = ([torch.zeros_like(p) for p in learned] for _ in range(2))
+        for p, gradient in zip(learned, gradients, strict=True):
+            p.requires_grad_()
+            p.grad = gradient  # backward adds to it
+        on_grid, fake = c.quantize_forward == "banks", c.quantize_forward == "projections"
+        total = np.zeros(3)
+        for chunk in range(chunks):
+            total += self.score(windows[:, chunk_of == chunk], on_grid)
+            if chunk == chunks - 1:
+                break
+            begin = chunk * c.chunk_tokens
+            sequences = min(c.chunk_tokens, count - begin) // self.length
+            lr = 0.5 * c.lr * (1 + math.cos(math.pi * chunk / max(chunks - 1, 1)))
+            for first in [*range(0, sequences, c.batch_seqs)] * c.epochs:
+                at = begin + first * self.length
+                end = at + min(c.batch_seqs, sequences - first) * self.length
+                x, y = (self.tokens[at + i : end + i].view(-1, self.length) for i in (0, 1))
+                model.losses(x, y, model.banks(on_grid), fake).mean().backward()
+                torch.nn.utils.clip_grad_norm_(learned, c.grad_clip)
+                with torch.no_grad():
+                    for p, gradient, velocity in zip(learned, gradients, velocities, strict=True):
+                        p.add_(velocity.mul_(c.momentum).add_(gradient), alpha=-lr)
+                        gradient.zero_()
+        return total
+
+
+# The data
+
+
+def byte_table(tokenizer: SentencePieceProcessor) -> np.ndarray:
+    """(3, vocabulary): bytes without a leading space, whether there is one, whether a piece is no text."""
+    table = np.zeros((3, len(tokenizer)), np.int64)
+    for i in range(len(tokenizer)):
+        if tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i):
+            table[2, i] = 1
+        elif tokenizer.is_byte(i):
+            table[0, i] = 1
+        else:
+            piece = tokenizer.id_to_piece(i)
+            table[0, i], table[1, i] = len(piece.removeprefix("\u2581").encode()), piece.startswith("\u2581")
+    return table
+
+
+def validation_tokens(folder: str, length: int, limit: int | None) -> np.ndarray:
+    """A whole number of sequences and one token more, from *_val_*.bin in the order of their names."""
+    parts = []
+    for path in sorted(Path(folder).glob("*_val_*.bin")):
+        header, tokens = np.fromfile(path, "<i4", 3), np.fromfile(path, "<u2", offset=1024)
+        if list(header) != [20240520, 1, len(tokens)]:
+            sys.exit(f"{path} is no complete shard of tokens")
+        parts.append(tokens)
+    tokens = np.concatenate(parts or [np.zeros(0, np.uint16)])
+    count = len(tokens) if limit is None else min(len(tokens), limit + 1)
+    if count <= length:
+        sys.exit(
+            f"{folder} has {len(tokens)} validation tokens; a sequence of {length} needs one more than that"
+        )
+    return tokens[: (count - 1) // length * length + 1].astype(np.int64)
+
+
+def multiplies_bfloat16(device: str) -> bool:
+    """Whether the hardware does."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="bytes and bits per byte of an artifact")
+    here = Path(__file__)
+    parser.add_argument("--artifact", type=Path, default=here.with_name("model.pgolf"))
+    parser.add_argument("--data", default=os.environ.get("DATA_PATH", "data/datasets/fineweb10B_sp1024"))
+    default = os.environ.get("TOKENIZER_PATH", "data/tokenizers/fineweb_1024_bpe.model")
+    parser.add_argument("--tokenizer", default=default)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of activations; default: the run's")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+
+    if not options.artifact.is_file():
+        sys.exit(f"artifact {options.artifact} does not exist")
+    code, weights = here.stat().st_size, options.artifact.stat().st_size
+    print(f"code {code:,} + artifact {weights:,} = {code + weights:,} bytes of {LIMIT:,}")
+    if code + weights > LIMIT:
+        sys.exit(f"too large by {code + weights - LIMIT:,} bytes")
+    config, arrays = read_artifact(options.artifact.read_bytes())
+    if not Path(options.tokenizer).is_file():
+        sys.exit(f"tokenizer {options.tokenizer} does not exist")
+    run, tokenizer = config.run, SentencePieceProcessor()
+    tokenizer.load(options.tokenizer)
+    table = byte_table(tokenizer)
+    if len(tokenizer) != run.model.vocab_size:
+        sys.exit(f"{options.tokenizer} has {len(tokenizer)} pieces, the model {run.model.vocab_size}")
+    tokens = validation_tokens(options.data, run.eval.seq_len or run.train.seq_len, run.data.val_tokens)
+    target_bytes = table[0, tokens[1:]] + (table[1, tokens[1:]] & ~table[2, tokens[:-1]])
+    dtype = options.dtype or run.train.compute_dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if multiplies_bfloat16(options.device) else "float32"
+    space = torch.from_numpy(table[1] > 0).to(options.device)
+    model = Model(config, arrays, space, getattr(torch, dtype))
+    scorer = Scorer(model, config, tokens, target_bytes)
+    sliding = scorer.windows(run.eval.stride, run.eval.repeat_tail)
+    scores = {
+        "non_overlapping": lambda: scorer.score(scorer.windows(scorer.length)),
+        "sliding": lambda: scorer.score(sliding),
+        "sliding_ttt": lambda: scorer.score_and_learn(sliding),
+    }
+    for name, score in scores.items():
+        begin = time.perf_counter()
+        nats, count, size = score()
+        seconds = time.perf_counter() - begin
+        bpb = nats / (math.log(2) * size)
+        print(f"{name} val_loss:{nats / count:.8f} val_bpb:{bpb:.8f} seconds:{seconds:.1f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

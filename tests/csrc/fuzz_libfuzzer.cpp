@@ -1,0 +1,15 @@
+// Lets libFuzzer start from, and now and then go back to, the inputs that a driver makes itself.
+#include <cstring>
+
+#include "fuzz.h"
+
+extern "C" size_t LLVMFuzzerMutate(uint8_t* data, size_t size, size_t max_size);
+
+extern "C" size_t LLVMFuzzerCustomMutator(uint8_t* data, size_t size, size_t max_size, unsigned int seed) {
+    fuzz::Random random(seed);
+    if (size > 1 && !random.one_in(16)) return LLVMFuzzerMutate(data, size, max_size);
+    const fuzz::Bytes made = fuzz::make_input(random);
+    const size_t length = std::min(made.size(), max_size);
+    if (length > 0) std::memcpy(data, made.data(), length);
+    return length;
+}

@@ -1,0 +1,277 @@
+"""A submission's folder, and its script, which finds the scores of `pgolf eval` on its own."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from runs import make_dataset, read_json, run_config
+
+from pgolf_fast import cli, pipeline
+from pgolf_fast.artifact import submission
+from pgolf_fast.artifact.container import TensorRecord, write_container
+from pgolf_fast.artifact.standalone import reader
+from pgolf_fast.config.serialize import run_config_to_dict
+from pgolf_fast.errors import PgolfError
+from pgolf_fast.submit import About, write_submission
+from pgolf_fast.train.loop import train
+from pgolf_fast.train.run_folder import RunFolder
+
+ABOUT = About("A. Person", "person", None, None, "non_record_16mb")
+NAMES = ("non_overlapping", "sliding", "sliding_ttt")
+ALLOWED = {"torch", "numpy", "sentencepiece"}
+# Runs a script where this package, and what it needs beyond the script's three, cannot be imported.
+ALONE = """
+import runpy, sys
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+    def find_spec(self, name, *rest):
+        missing = ("pgolf_fast", "safetensors", "tyro", "tqdm", "platformdirs", "triton")
+        return None if name.split(".")[0] in missing else self.finder.find_spec(name, *rest)
+sys.meta_path[:] = map(Without, sys.meta_path)
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("data"))
+
+
+def finished(data, path, **changes):
+    """A trained, packed and scored run."""
+    train(run_config(data, **changes), path)
+    folder = RunFolder(path)
+    config = folder.read_config()
+    pipeline.quantize_run(folder, config.quant)
+    pipeline.pack_run(folder, config.pack)
+    pipeline.score_run(folder, config, "artifact")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    return finished(data, tmp_path_factory.mktemp("runs") / "run")
+
+
+def call(script, data, *options, status=0):
+    """Standard output, or with another `status` standard error, of the script on its own."""
+    words = [script, "--data", data, "--tokenizer", data / "tokenizer.model", *options]
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", ALONE, *map(str, words)],
+        cwd=script.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stderr if status else done.stdout
+
+
+def printed(out):
+    """Nats per token and bits per byte by score."""
+    lines = [line.split() for line in out.splitlines()[1:]]
+    return {name: tuple(float(field.split(":")[1]) for field in fields[:2]) for name, *fields in lines}
+
+
+def same_scores(folder, out):
+    scores = read_json(folder.path / "scores_artifact.json")
+    found = printed(out)
+    assert tuple(found) == NAMES
+    for name in NAMES:
+        assert found[name] == pytest.approx((scores[name]["loss"], scores[name]["bpb"]), abs=1e-7)
+    return scores
+
+
+# What differs between the presets, and between ways to score: everything that the script must know of.
+VARIANTS = {
+    "exp101": {},
+    "exp101 in bfloat16": {"train__compute_dtype": "bfloat16", "ttt__lr": 0.05, "ttt__epochs": 2},
+    "exp101_as_run in bfloat16": {
+        "train__compute_dtype": "bfloat16",
+        "model__trigram": False,
+        "model__rope_bf16_tables": True,
+        "eval__repeat_tail": True,
+        "ttt__parameters": "all",
+        "ttt__quantize_forward": "projections",
+        "ttt__freeze_blocks": 1,
+        "ttt__lr": 0.05,
+    },
+    "exp101_swiglu": {
+        "model__mlp_activation": "swiglu",
+        "ttt__quantize_forward": "none",
+        "train__compute_dtype": "bfloat16",
+    },
+    "long windows, full rotation": {
+        "model__rope_train_seq_len": 16,
+        "model__rope_dims": 0,
+        "model__rope_bf16_tables": True,
+        "eval__seq_len": 48,
+        "data__val_tokens": 3000,
+        "ttt__parameters": "all",
+    },
+    "bare": {
+        "model__mlp_activation": "relu_squared",
+        "model__ve_enabled": False,
+        "model__ve_layers": [],
+        "model__trigram": False,
+        "model__bigram_vocab_size": 0,
+        "model__xsa_last_n": 1,
+        "model__ln_scale": False,
+        "ttt__parameters": "all",
+    },
+    "plain hash": {"model__pos_conditional": False, "quant__bits": 5, "quant__small_tensor": 1000},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_script_alone_prints_the_scores_of_eval(data, tmp_path, variant):
+    folder = finished(data, tmp_path / "run", **VARIANTS[variant])
+    write_submission(folder, tmp_path / "out", ABOUT)
+    scores = same_scores(folder, call(tmp_path / "out" / "train_gpt.py", data))
+    assert scores["ttt_updates"] > 0
+    assert scores["sliding"]["loss"] != scores["sliding_ttt"]["loss"]
+
+
+def test_folder(run, data, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert cli.main(["submit", str(run.path), "--out", str(out), "--author", "A. Person"]) == 0
+    table = capsys.readouterr().out
+    assert {p.name for p in out.iterdir()} == {
+        "README.md",
+        "submission.json",
+        "train.log",
+        "model.pgolf",
+        "train_gpt.py",
+    }
+    scores = read_json(run.path / "scores_artifact.json")
+    told = read_json(out / "submission.json")
+    code, weights = (out / "train_gpt.py").stat().st_size, (out / "model.pgolf").stat().st_size
+    assert (told["bytes_code"], told["bytes_total"]) == (code, code + weights)
+    assert told["val_bpb"] == scores["sliding_ttt"]["bpb"]
+    assert (told["author"], told["seed"], told["step_stop"]) == ("A. Person", 42, 8)
+    assert code == submission.code_bytes() < 16_000
+    assert f"{code + weights:,}" in table
+    readme = (out / "README.md").read_text()
+    for name in NAMES:
+        assert f"| {scores[name]['bpb']:.6f} |" in readme
+    assert scores["artifact_sha256"] in readme
+    assert str(data) not in readme
+    assert (out / "train.log").read_bytes() == run.log_file.read_bytes()
+    assert (out / "model.pgolf").read_bytes() == run.artifact_file.read_bytes()
+
+
+def test_every_form_of_the_script_is_the_same_program(run, data, tmp_path, monkeypatch):
+    write_submission(run, tmp_path / "readable", ABOUT, readable=True)
+    script = tmp_path / "readable" / "train_gpt.py"
+    same_scores(run, call(script, data))
+    assert read_json(script.with_name("submission.json"))["bytes_code"] == script.stat().st_size
+    monkeypatch.setattr(submission, "find_spec", lambda name: None)  # python-minifier is not installed
+    submission._parts.cache_clear()
+    try:
+        write_submission(run, tmp_path / "out", ABOUT)
+    finally:
+        submission._parts.cache_clear()
+    same_scores(run, call(tmp_path / "out" / "train_gpt.py", data))
+
+
+def test_script_imports_nothing_else():
+    script = submission.build_script()
+    for form in (script.readable, script.minified):
+        nodes = list(ast.walk(ast.parse(form)))
+        names = {n.name.split(".")[0] for node in nodes if isinstance(node, ast.Import) for n in node.names}
+        names |= {str(node.module).split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom)}
+        assert names - sys.stdlib_module_names == ALLOWED
+    assert len(script.wrapped) < len(script.minified) < len(script.readable)
+    assert script == submission.build_script()
+
+
+@pytest.mark.parametrize("codec", ["raw", "lzma", "rans"])
+def test_reader_reads_what_the_container_writes(tmp_path, codec):
+    rng = np.random.default_rng(0)
+    arrays = {
+        "a.q": rng.normal(0, 5, (40, 70)).round().astype(np.int8),
+        "a.scale": rng.random(40).astype(np.float16),
+        "table.q": rng.normal(0, 20, (1000, 3)).round().astype(np.int8),
+        "table.scale": np.ones(1000, np.float16),
+        "gain": np.full((2, 500), 0.5, np.float16),
+        "number": np.float16(3).reshape(()),
+        "none": np.zeros((0, 4), np.float16),
+        "ids": np.arange(300, dtype=np.int64),
+    }
+    kinds = {"q": "codes", "scale": "scales", "ids": "integer"}
+    records = [
+        TensorRecord.of(name, kinds.get(name.split(".")[-1], "float16"), array, section)
+        for (name, array), section in zip(
+            arrays.items(), [None, None, "embeddings", None, None, None, None, None], strict=True
+        )
+    ]
+    write_container(tmp_path / "m", {"run": {"model": {"size": [1, 2]}}}, records, codecs=(codec,))
+    config, found = reader.read_artifact((tmp_path / "m").read_bytes())
+    assert config.run.model.size == [1, 2]
+    assert list(found) == list(arrays)
+    for name, array in arrays.items():
+        assert found[name].dtype == array.dtype
+        assert np.array_equal(found[name], array)
+
+
+def test_script_refuses_what_is_not_its_artifact(run, data, tmp_path):
+    write_submission(run, tmp_path, ABOUT)
+    script, artifact = tmp_path / "train_gpt.py", tmp_path / "model.pgolf"
+    content = bytearray(artifact.read_bytes())
+    content[len(content) // 2] ^= 1
+    artifact.write_bytes(content)
+    assert "the artifact is damaged" in call(script, data, status=1)
+    config = run.read_config()
+    other = replace(config, eval=replace(config.eval, stride=8))
+    pipeline.pack(pipeline.read_quantized(run)[0], run_config_to_dict(other), artifact, config.pack)
+    assert "this is another artifact" in call(script, data, status=1)
+
+
+def test_script_refuses_too_many_bytes(run, data, tmp_path):
+    write_submission(run, tmp_path, ABOUT)
+    script = tmp_path / "train_gpt.py"
+    space = 16_000_000 - script.stat().st_size - (tmp_path / "model.pgolf").stat().st_size
+    with open(script, "a", encoding="utf-8") as file:
+        file.write("#" * space)
+    assert "tokenizer /nowhere does not exist" in call(script, data, "--tokenizer", "/nowhere", status=1)
+    with open(script, "a", encoding="utf-8") as file:
+        file.write("#")
+    assert "too large by 1 bytes" in call(script, data, status=1)
+
+
+def test_submit_refuses_scores_of_something_else(run, tmp_path):
+    path = run.path / "scores_artifact.json"
+    before = path.read_text()
+    try:
+        path.write_text(json.dumps({**read_json(path), "artifact_sha256": "0" * 64}))
+        with pytest.raises(PgolfError, match=r"scores of another artifact: run `pgolf eval"):
+            write_submission(run, tmp_path, ABOUT)
+        path.write_text(before)
+        scores = read_json(path)
+        path.write_text(json.dumps({**scores, "ttt": {**scores["ttt"], "epochs": 9}}))
+        with pytest.raises(PgolfError, match="other ttt settings"):
+            write_submission(run, tmp_path, ABOUT)
+        path.unlink()
+        with pytest.raises(PgolfError, match="pgolf eval"):
+            write_submission(run, tmp_path, ABOUT)
+    finally:
+        path.write_text(before)
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_name_has_one_meaning_in_the_script(monkeypatch, tmp_path):
+    for name in ("main", "part"):
+        (tmp_path / f"{name}.py").write_text("def same(): ...\n")
+    (tmp_path / "main.py").write_text("from pgolf_fast.part import other\ndef same(): ...\n")
+    monkeypatch.setattr(submission, "_MAIN", "pgolf_fast.main")
+    monkeypatch.setattr(submission.pgolf_fast, "__file__", str(tmp_path / "__init__.py"))
+    with pytest.raises(AssertionError, match=r"same comes from pgolf_fast\.part and from pgolf_fast\.main"):
+        submission._bundle()
