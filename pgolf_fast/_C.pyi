@@ -6,10 +6,33 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Buffer
 
-def lzma_compress(data: Buffer, preset: int = 9, extreme: bool = False) -> bytes: ...
+def lzma_compress(
+    data: Buffer,
+    preset: int = 9,
+    extreme: bool = False,
+    *,
+    lc: int = -1,
+    lp: int = -1,
+    pb: int = -1,
+    nice_len: int = -1,
+    mode: int = -1,
+) -> bytes: ...
 def lzma_decompress(data: Buffer, size: int) -> bytes: ...
-def int6_pack(codes: NDArray[np.int8]) -> NDArray[np.uint8]: ...
-def int6_unpack(packed: NDArray[np.uint8], columns: int) -> NDArray[np.int8]: ...
+def pack_bits(
+    codes: NDArray[np.int8], bits: int, threads: int = 0, simd: bool = True
+) -> NDArray[np.uint8]: ...
+def unpack_bits(
+    packed: NDArray[np.uint8], columns: int, bits: int, threads: int = 0, simd: bool = True
+) -> NDArray[np.int8]: ...
+def dequantize_bits(
+    packed: NDArray[np.uint8],
+    scale: NDArray[np.float32],
+    bits: int,
+    values: NDArray[np.float32] | NDArray[np.uint16],
+    threads: int = 0,
+    simd: bool = True,
+) -> None: ...
+def bits_simd() -> str: ...
 def lzma_version() -> str: ...
 def lzma_how() -> str: ...
 def rans_encode(data: Buffer, shapes: Sequence[tuple[int, int, int]], threads: int = 0) -> bytes: ...
@@ -17,3 +40,11 @@ def rans_size(data: Buffer, shapes: Sequence[tuple[int, int, int]], threads: int
 def rans_decode(
     payload: Buffer, shapes: Sequence[tuple[int, int, int]], size: int, threads: int = 0
 ) -> bytes: ...
+def read_container(
+    data: Buffer,
+) -> tuple[
+    bytes,
+    list[tuple[int, int, int, int, int, int]],
+    list[tuple[str, int, int, int, tuple[int, ...], int]],
+    list[bytes | None],
+]: ...

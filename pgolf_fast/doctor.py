@@ -48,8 +48,13 @@ def examine(*, check: bool, table: bool = False) -> tuple[str, bool]:
 def implementations(device: torch.device, dtype: torch.dtype) -> list[tuple[str, str]]:
     """What each op runs on tensors of that device and dtype."""
     rows = [(op, _implementation(op, device, dtype)) for op in launch.DEFAULTS]
-    codec = "C++" if native.extension() is not None else "PyTorch"
-    return [*rows, ("int6_pack, int6_unpack", codec), ("lzma_compress, lzma_decompress", lzma.backend())]
+    extension = native.extension()
+    codec = "PyTorch" if extension is None else f"C++, SIMD: {extension.bits_simd()}"
+    return [
+        *rows,
+        ("pack_bits, unpack_bits, dequantize_bits", codec),
+        ("lzma_compress, lzma_decompress", lzma.backend()),
+    ]
 
 
 def _implementation(op: str, device: torch.device, dtype: torch.dtype) -> str:

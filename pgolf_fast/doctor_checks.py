@@ -273,9 +273,15 @@ def _int6() -> Check:
     )
 
 
-def _int6_codec() -> Check:
-    codes = torch.randint(-32, 32, (7, 37), dtype=torch.int8)
-    return Check(lambda t: ops.int6_unpack(ops.int6_pack(t), 37), lambda t: t, [codes], backward=False)
+def _bits(bits: int) -> Check:
+    codes = torch.randint(-(1 << bits - 1), 1 << bits - 1, (7, 37), dtype=torch.int8)
+
+    def op(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        packed = ops.pack_bits(codes, bits)
+        return ops.unpack_bits(packed, 37, bits), ops.dequantize_bits(packed, scale, 37, bits, torch.float32)
+
+    inputs = [codes, torch.rand(7)]
+    return Check(op, lambda codes, scale: (codes, codes * scale[:, None]), inputs, backward=False)
 
 
 def _lzma() -> Check:
@@ -300,6 +306,6 @@ CHECKS: dict[str, Callable[[], Check]] = {
     "muon_momentum": _momentum,
     "muon_apply": _apply,
     "int6_matmul": _int6,
-    "int6_pack + int6_unpack": _int6_codec,
+    **{f"pack_bits + unpack_bits + dequantize_bits, {b} bits": partial(_bits, b) for b in range(4, 9)},
     "lzma_compress + lzma_decompress": _lzma,
 }

@@ -25,7 +25,7 @@ from pgolf_fast.errors import PgolfError
 from pgolf_fast.files import write_text
 from pgolf_fast.model.rope import rope_tables
 from pgolf_fast.ops import attention_backend, launch
-from pgolf_fast.ops.int6 import row_bytes
+from pgolf_fast.ops.bits import row_bytes
 from pgolf_fast.ops.muon_update import muon_apply, muon_momentum
 from pgolf_fast.ops.ngram_hash import choose_table_gradient
 
@@ -278,7 +278,7 @@ def _cross_entropy(c: ModelConfig) -> None:
 
 def _int6(c: ModelConfig, tokens: int) -> None:
     for _, rows, columns in _bank_shapes(c).values():
-        packed = torch.zeros(rows, row_bytes(columns), dtype=torch.uint8)
+        packed = torch.zeros(rows, row_bytes(columns, 6), dtype=torch.uint8)
         ops.int6_matmul(torch.zeros(tokens, columns, dtype=DTYPE), packed, torch.ones(rows))
 
 

@@ -65,5 +65,5 @@ def ngram_hash_embed(
 
 def int6_matmul(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
     """`ops.int6_matmul`, unpacking at every call and multiplying in x's dtype."""
-    codes = reference_bytes.int6_unpack(packed, x.shape[-1])
+    codes = reference_bytes.unpack_bits(packed, x.shape[-1], 6)
     return F.linear(x, (codes.to(scale.dtype) * scale[:, None]).to(x.dtype))

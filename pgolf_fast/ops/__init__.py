@@ -3,6 +3,7 @@
 One file per op; `reference.py` holds the formulas they are judged against.
 """
 
+from pgolf_fast.ops.bits import dequantize_bits, pack_bits, unpack_bits
 from pgolf_fast.ops.gqa_attention import gqa_attention
 from pgolf_fast.ops.int6 import int6_matmul, int6_pack, int6_unpack
 from pgolf_fast.ops.lzma import lzma_compress, lzma_decompress
@@ -15,6 +16,7 @@ from pgolf_fast.ops.residual_norm import residual_norm, smear_gate
 from pgolf_fast.ops.softcap_cross_entropy import softcap_cross_entropy
 
 __all__ = [
+    "dequantize_bits",
     "gqa_attention",
     "int6_matmul",
     "int6_pack",
@@ -26,8 +28,10 @@ __all__ = [
     "muon_momentum",
     "newton_schulz",
     "ngram_hash_embed",
+    "pack_bits",
     "residual_norm",
     "rms_norm",
     "smear_gate",
     "softcap_cross_entropy",
+    "unpack_bits",
 ]

@@ -17,7 +17,7 @@ def extension() -> ModuleType | None:
         from pgolf_fast import _C
     except ImportError as error:
         _log.warning(
-            "the C++ codecs are not in use (%s): int6 packing and LZMA run in Python, with the same results; "
+            "the C++ codecs are not in use (%s): bit packing and LZMA run in Python, with the same results; "
             "to build them, run `pip install -e .` in the checkout with a C++ compiler installed",
             error,
         )

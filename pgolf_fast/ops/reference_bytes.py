@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import lzma
 
 import torch
@@ -10,15 +11,22 @@ from torch import Tensor
 # Repeated in csrc/lzma_codec.h.
 DECODER_MEMORY_LIMIT = 256 << 20
 PRESET_DICTIONARY = (256 << 10, *(n << 20 for n in (1, 2, 4, 4, 8, 8, 16, 32, 64)))
+LZMA_RANGES = {"lc": (0, 4), "lp": (0, 4), "pb": (0, 4), "nice_len": (2, 273), "mode": (1, 2)}
 
 
-def lzma_compress(data: bytes, preset: int, extreme: bool) -> bytes:
+def lzma_compress(data: bytes, preset: int, extreme: bool, **settings: int) -> bytes:
     """`data` as one .xz stream (LZMA2, CRC32) with a dictionary no larger than the data needs.
 
-    Raises ValueError for a preset outside 0..9.
+    settings: those of LZMA_RANGES that are not the preset's. Raises ValueError for anything out of range.
     """
     if not 0 <= preset <= 9:
         raise ValueError(f"preset is {preset}, but LZMA presets are 0..9")
+    for name, value in settings.items():
+        low, high = LZMA_RANGES[name]
+        if not low <= value <= high:
+            raise ValueError(f"{name} is {value}, but it must lie in {low}..{high}")
+    if (literal := settings.get("lc", 3) + settings.get("lp", 0)) > 4:
+        raise ValueError(f"lc + lp is {literal}, but it must be at most 4")
     dictionary = 4096
     while dictionary < min(len(data), PRESET_DICTIONARY[preset]):
         dictionary *= 2
@@ -26,6 +34,7 @@ def lzma_compress(data: bytes, preset: int, extreme: bool) -> bytes:
         "id": lzma.FILTER_LZMA2,
         "preset": preset | (lzma.PRESET_EXTREME if extreme else 0),
         "dict_size": dictionary,
+        **settings,
     }
     return lzma.compress(data, format=lzma.FORMAT_XZ, check=lzma.CHECK_CRC32, filters=[lzma2])
 
@@ -55,34 +64,52 @@ def lzma_decompress(data: bytes, size: int) -> bytes:
     return out
 
 
-def int6_pack(codes: Tensor) -> Tensor:
-    """int8 (R, K) -> uint8 (R, 3 * K8 / 4), the 4+2 split written down in ops/int6.py."""
-    outside = ((codes < -32) | (codes > 31)).nonzero()
+# Planes of a packed row by width: (bits of u in the plane, its lowest bit), as written down in ops/bits.py.
+PLANES = {4: ((4, 0),), 5: ((4, 0), (1, 4)), 6: ((4, 0), (2, 4)), 7: ((4, 0), (2, 4), (1, 6))}
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """int8 (R, C) -> uint8 (R, row_bytes(C, bits)), the planes written down in ops/bits.py."""
+    if bits == 8:
+        return codes.contiguous().view(torch.uint8).clone()
+    half = 1 << (bits - 1)
+    outside = ((codes < -half) | (codes >= half)).nonzero()
     if len(outside):
         row, column = outside[0].tolist()
         value = codes[row, column].item()
-        raise ValueError(f"codes[{row}, {column}] is {value}, but int6 codes lie in -32..31")
-    padding = -codes.shape[1] % 8
-    u = torch.nn.functional.pad(codes, (0, padding)).add(32).to(torch.uint8)
-    low, high = u & 15, u >> 4
-    low = low[:, 0::2] | low[:, 1::2] << 4
-    high = high[:, 0::4] | high[:, 1::4] << 2 | high[:, 2::4] << 4 | high[:, 3::4] << 6
-    return torch.cat([low, high], dim=1)
+        raise ValueError(
+            f"codes[{row}, {column}] is {value}, but {bits}-bit codes lie in {-half}..{half - 1}"
+        )
+    u = torch.nn.functional.pad(codes, (0, -codes.shape[1] % 8)).add(half).to(torch.uint8)
+    planes = []
+    for width, lowest in PLANES[bits]:
+        piece, step = u >> lowest & (1 << width) - 1, 8 // width
+        shifted = (piece[:, i::step] << i * width for i in range(step))
+        planes.append(functools.reduce(torch.bitwise_or, shifted))
+    return torch.cat(planes, dim=1)
 
 
-def int6_unpack(packed: Tensor, columns: int) -> Tensor:
-    """uint8 (R, 3 * K8 / 4) -> int8 (R, columns); padding is dropped."""
-    row_bytes = packed.shape[1]
-    low, high = packed.split([row_bytes // 3 * 2, row_bytes // 3], dim=1)
-    low = torch.stack([low & 15, low >> 4], dim=-1).flatten(1)
-    high = torch.stack([high >> shift & 3 for shift in (0, 2, 4, 6)], dim=-1).flatten(1)
-    codes = (low | high << 4).to(torch.int8) - 32
-    return codes[:, :columns].contiguous()
+def unpack_bits(packed: Tensor, columns: int, bits: int) -> Tensor:
+    """uint8 (R, row_bytes(columns, bits)) -> int8 (R, columns); padding is dropped."""
+    if bits == 8:
+        return packed.contiguous().view(torch.int8).clone()
+    eighth = packed.shape[1] // bits
+    planes = packed.split([eighth * width for width, _ in PLANES[bits]], dim=1)
+    u = torch.zeros(len(packed), 8 * eighth, dtype=torch.uint8, device=packed.device)
+    for plane, (width, lowest) in zip(planes, PLANES[bits], strict=True):
+        pieces = [plane >> shift & (1 << width) - 1 for shift in range(0, 8, width)]
+        u |= torch.stack(pieces, dim=-1).flatten(1) << lowest
+    return (u.to(torch.int8) - (1 << (bits - 1)))[:, :columns].contiguous()
+
+
+def dequantize_bits(packed: Tensor, scale: Tensor, columns: int, bits: int, dtype: torch.dtype) -> Tensor:
+    """codes * scale (R, columns), multiplied in float32 and rounded once to `dtype`."""
+    return (unpack_bits(packed, columns, bits).float() * scale.float()[:, None]).to(dtype)
 
 
 def int6_matmul(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
     """x (..., K) times the transposed matrix of codes * scale; see ops/int6.py."""
-    return scaled_matmul(x, int6_unpack(packed, x.shape[-1]), scale)
+    return scaled_matmul(x, unpack_bits(packed, x.shape[-1], 6), scale)
 
 
 def scaled_matmul(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:

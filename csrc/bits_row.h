@@ -1,0 +1,62 @@
+// One row of packed codes: where its planes are, and what the paths of bits.cpp and bits_avx2.cpp share.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+namespace pgolf {
+
+// The planes of one row from some column on, a multiple of 8. Byte is uint8_t, or const uint8_t where it is read.
+template <int bits, class Byte>
+struct Planes {
+    static constexpr bool has_two = bits >= 6, has_one = bits % 2 == 1;
+    Byte *low, *two, *one;
+
+    Planes(Byte* row, size_t columns)
+        : low(row), two(row + (columns + 7) / 8 * 4), one(two + (has_two ? (columns + 7) / 8 * 2 : 0)) {}
+
+    void skip(size_t columns) {
+        low += columns / 2;
+        if (has_two) two += columns / 4;
+        if (has_one) one += columns / 8;
+    }
+};
+
+inline float scaled(int8_t code, float scale, const float*) { return float(code) * scale; }
+
+inline uint16_t scaled(int8_t code, float scale, const uint16_t*) {
+    const float product = float(code) * scale;
+    uint32_t word;
+    std::memcpy(&word, &product, 4);
+    const uint32_t rounded = (word + 0x7fff + (word >> 16 & 1)) >> 16;
+    return uint16_t((word & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);  // rounding could carry a NaN to zero
+}
+
+// A plain loop that compilers vectorise, inlined so that it is compiled for the target of its caller.
+template <class Value>
+__attribute__((always_inline)) inline void scale_codes(const int8_t* codes, size_t count, float scale, Value* values) {
+    for (size_t i = 0; i < count; i++) values[i] = scaled(codes[i], scale, values);
+}
+
+// The AVX2 path. Callers ask has_avx2() first; elsewhere than on x86-64 it is false and the rest is never called.
+#if defined(__x86_64__)
+#define PGOLF_AVX2 __attribute__((target("avx2")))
+#else
+#define PGOLF_AVX2
+#endif
+
+bool has_avx2();
+
+// Packs whole blocks of 32 codes; returns how many codes that were, and clears `good` when one is out of range. Planes
+// go by value: behind a reference, compilers take every stored byte for one of its pointers.
+template <int bits>
+PGOLF_AVX2 size_t pack_blocks_avx2(const int8_t* codes, size_t count, Planes<bits, uint8_t> planes, bool& good);
+
+template <int bits>
+PGOLF_AVX2 size_t unpack_blocks_avx2(Planes<bits, const uint8_t> planes, size_t count, int8_t* codes);
+
+PGOLF_AVX2 void scale_codes_avx2(const int8_t* codes, size_t count, float scale, float* values);
+PGOLF_AVX2 void scale_codes_avx2(const int8_t* codes, size_t count, float scale, uint16_t* values);
+
+}  // namespace pgolf
