@@ -15,7 +15,15 @@ from pgolf_fast.report import logger
 # What loading and scoring an artifact runs, by folder of the package; None stands for every file.
 EVALUATION_SOURCES: dict[str, tuple[str, ...] | None] = {
     ".": ("__init__.py", "errors.py", "files.py", "report.py"),
-    "artifact": None,
+    "artifact": (
+        "__init__.py",
+        "budget.py",
+        "codecs.py",
+        "container.py",
+        "pack.py",
+        "rans_decoder.py",
+        "reader.py",
+    ),
     "config": None,
     "data": ("__init__.py", "shards.py", "tokenizer.py"),
     "evaluation": None,
