@@ -2,10 +2,12 @@
 
 #include <algorithm>
 #include <array>
+#include <iterator>
 #include <stdexcept>
 #include <unordered_map>
 
 #include "lzma_codec.h"
+#include "rans.h"
 #include "sha256.h"
 
 namespace pgolf {
@@ -51,15 +53,32 @@ void check_crc(const char* section, uint64_t offset, uint32_t got, uint32_t want
         damaged(section, offset, "its checksum is " + hexadecimal(got) + ", but " + hexadecimal(want) + " was written");
 }
 
-void unpack(const char* section, uint64_t offset, Codec codec, const uint8_t* stored, size_t size, uint8_t* out,
-            size_t out_size) try {
+// Fills `out_size` bytes at `out`, which are arrays of these shapes.
+void unpack(const char* section, uint64_t offset, Codec codec, const uint8_t* stored, size_t size,
+            const std::vector<Shape>& shapes, uint8_t* out, size_t out_size) try {
     if (codec == Codec::kLzma) return lzma_decompress(stored, size, out, out_size);
+    if (codec == Codec::kRans) return rans_decode(stored, size, shapes.data(), shapes.size(), out, out_size);
     if (size != out_size)
-        throw std::invalid_argument("it holds " + to_string(size) + " bytes, but " + to_string(out_size) +
+        throw std::invalid_argument("the raw bytes hold " + to_string(size) + " bytes, but " + to_string(out_size) +
                                     " were stated");
     std::copy(stored, stored + size, out);
 } catch (const std::invalid_argument& error) {
     damaged(section, offset, error.what());
+}
+
+// The matrices of a section as a codec sees them: all dimensions but the last are rows.
+std::vector<Shape> shapes_of(const std::vector<Tensor>& tensors, uint8_t section) {
+    std::vector<Shape> shapes;
+    for (const Tensor& tensor : tensors) {
+        if (tensor.section != section) continue;
+        Shape shape = {1, 1, kItemBytes[tensor.dtype]};
+        for (const uint32_t size : tensor.shape) {
+            shape.rows *= shape.columns;
+            shape.columns = size;
+        }
+        shapes.push_back(shape);
+    }
+    return shapes;
 }
 
 // Takes the fields of the unpacked header, one after another.
@@ -224,7 +243,7 @@ std::vector<uint8_t> unpack_header(const uint8_t* file, size_t size) {
         damaged("header", 20, "it claims " + to_string(raw) + " bytes unpacked, but " + to_string(kMaxHeaderBytes) +
                                   " are the limit");
     std::vector<uint8_t> header(raw);
-    unpack("header", kStart, static_cast<Codec>(codec), file + kStart, stored, header.data(), header.size());
+    unpack("header", kStart, static_cast<Codec>(codec), file + kStart, stored, {}, header.data(), header.size());
     return header;
 }
 
@@ -274,11 +293,11 @@ Container parse_container(const uint8_t* file, size_t size) {
     return container;
 }
 
-bool can_decode(Codec codec) { return codec == Codec::kRaw || codec == Codec::kLzma; }
+bool can_decode(Codec codec) { return codec <= Codec::kRans; }
 
-void decode_section(const uint8_t* file, const Container&, const Section& section, uint8_t* out) {
-    unpack(kSections[section.name], section.offset, section.codec, file + section.offset, section.stored_bytes, out,
-           section.raw_bytes);
+void decode_section(const uint8_t* file, const Container& container, const Section& section, uint8_t* out) {
+    unpack(kSections[section.name], section.offset, section.codec, file + section.offset, section.stored_bytes,
+           shapes_of(container.tensors, section.name), out, section.raw_bytes);
 }
 
 }  // namespace pgolf

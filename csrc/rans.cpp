@@ -17,8 +17,9 @@ using namespace rans;
 using Bytes = std::vector<uint8_t>;
 using std::to_string;
 
-enum Kind : uint8_t { kRaw = 0, kPlain = 1, kClassed = 2 };  // the payload's first byte
-constexpr size_t kPrefix = 5;                                // kind, bytes of the header (u32)
+enum Kind : uint8_t { kRaw = 0, kCoded = 1 };  // the payload's first byte
+constexpr size_t kPrefix = 5;                  // kind, bytes of the header (u32)
+constexpr size_t kMaxSegments = 64;
 
 [[noreturn]] void fail(const std::string& what) { throw std::invalid_argument("the rANS payload is corrupt: " + what); }
 
@@ -50,12 +51,14 @@ void for_arrays(const Shape* shapes, size_t count, const Visit& visit) {
     }
 }
 
-// Calls visit(classes) for all row and column classes; they are coded as arrays of their own, of one row each.
-template <class Byte, class Visit>
-void for_classes(std::vector<Matrix<Byte>>& matrices, const Visit& visit) {
-    for (auto& matrix : matrices)
-        for (auto* classes : {&matrix.row_classes, &matrix.column_classes})
-            if (!classes->empty()) visit(*classes);
+// All row and column classes as matrices of one row each, which is how they are coded.
+std::vector<Source> class_vectors(const std::vector<Source>& matrices) {
+    std::vector<Source> vectors;
+    for (const Source& matrix : matrices)
+        for (const auto* classes : {&matrix.row_classes, &matrix.column_classes})
+            if (!classes->empty())
+                vectors.push_back({1, classes->size(), reinterpret_cast<const uint8_t*>(classes->data()), 0, {}, {}});
+    return vectors;
 }
 
 template <class Byte>
@@ -65,29 +68,30 @@ size_t symbols_of(const std::vector<Matrix<Byte>>& matrices) {
     return symbols;
 }
 
-// First symbols of the segments, and one behind the last.
-std::vector<size_t> segment_bounds(size_t symbols, size_t lanes, size_t segments) {
-    const size_t steps = (symbols + lanes - 1) / lanes, each = (steps + segments - 1) / segments * lanes;
-    std::vector<size_t> bounds(segments + 1);
-    for (size_t i = 0; i <= segments; i++) bounds[i] = std::min(i * each, symbols);
-    return bounds;
+// Enough lanes for a decoder that handles all of them at once, as long as the states, 4 bytes a lane, are about 1/3000
+// of the segment; at least one for 2^16 symbols.
+size_t choose_lanes(size_t symbols, double bytes) {
+    size_t lanes = 1;
+    while (lanes < kMaxLanes && (bytes > double(12288 * lanes) || symbols >> 16 > lanes)) lanes *= 2;
+    return lanes;
 }
 
-// Enough lanes for a decoder that handles all of them at once, and segments for threads, as long as the states, 4 bytes
-// a lane, are about 1/2000 of the payload.
-int choose_log2_lanes(size_t symbols, double bytes) {
-    int log2_lanes = 0;
-    while ((1 << log2_lanes) < int(kMaxLanes) &&
-           (bytes > double(16384 << log2_lanes) || symbols >> 17 > size_t(1) << log2_lanes))
-        log2_lanes++;
-    return log2_lanes;
-}
+// For threads: four from 4 MB, eight from 16 MB.
+size_t choose_segments(double bytes) { return bytes > 16e6 ? 8 : bytes > 4e6 ? 4 : bytes > 1e6 ? 2 : 1; }
 
-size_t choose_segments(double bytes) { return bytes > (16 << 20) ? 8 : bytes > (4 << 20) ? 4 : bytes > (1 << 20) ? 2 : 1; }
+// Matrices cut into segments of `each` symbols.
+std::vector<Segment> segments_of(size_t symbols, size_t each, size_t lanes) {
+    std::vector<Segment> segments;
+    for (size_t first = 0; first < symbols; first += each)
+        segments.push_back({first, std::min(first + each, symbols), lanes, {}, {}});
+    return segments;
+}
 
 void append32(Bytes& out, uint32_t n) {
     for (int shift = 0; shift < 32; shift += 8) out.push_back(uint8_t(n >> shift));
 }
+
+uint32_t load32(const uint8_t* p) { return p[0] | uint32_t(p[1]) << 8 | uint32_t(p[2]) << 16 | uint32_t(p[3]) << 24; }
 
 void append(Bytes& out, const Segment& segment) {
     for (uint32_t state : segment.states) append32(out, state);
@@ -97,147 +101,97 @@ void append(Bytes& out, const Segment& segment) {
     for (uint16_t word : segment.words) *to++ = uint8_t(word), *to++ = uint8_t(word >> 8);
 }
 
-// The matrices of an encoder and where their bytes are.
-struct Sources {
-    std::vector<Source> all, coded;  // coded: those that are not constant
-    std::vector<bool> classed;       // of the coded ones: whether row and column classes are considered
+// Matrices of bytes: those of single bytes are in place, others are planes.
+template <class Byte>
+struct Matrices {
+    std::vector<Matrix<Byte>> all;
+    std::vector<bool> whole;  // whether it is an array of single bytes
     Bytes planes;
 };
 
-bool is_constant(const Source& matrix) {
-    return std::all_of(matrix.bytes, matrix.bytes + matrix.size(), [&](uint8_t byte) { return byte == *matrix.bytes; });
-}
-
-Sources sources_of(const uint8_t* data, const Shape* shapes, size_t count, const Palettes& palettes, bool classed) {
-    Sources sources;
+template <class Byte>
+Matrices<Byte> matrices_of(Byte* bytes, const Shape* shapes, size_t count, const Palettes& palettes) {
+    Matrices<Byte> matrices;
     size_t room = 0;
     for_arrays(shapes, count, [&](const Shape& s, size_t) {
         room += s.itemsize == 1 ? 0 : s.rows * s.columns * palettes.planes_of(s.itemsize);
     });
-    sources.planes.resize(room);
-    uint8_t* planes = sources.planes.data();
-    const auto take = [&](Source matrix, bool may_be_classed) {
-        sources.all.push_back(matrix);
-        if (is_constant(matrix)) return;
-        sources.coded.push_back(std::move(matrix));
-        sources.classed.push_back(classed && may_be_classed);
-    };
+    matrices.planes.resize(room);
+    uint8_t* planes = matrices.planes.data();
     for_arrays(shapes, count, [&](const Shape& shape, size_t offset) {
         const size_t items = shape.rows * shape.columns;
-        if (shape.itemsize == 1) return take({shape.rows, shape.columns, data + offset, 0, {}, {}}, true);
-        palettes.split(data + offset, items, shape.itemsize, planes);
-        for (size_t i = palettes.planes_of(shape.itemsize); i > 0; i--, planes += items)
-            take({1, items, planes, 0, {}, {}}, false);
-    });
-    return sources;
-}
-
-Bytes raw_payload(const uint8_t* data, size_t size) {
-    Bytes out(size + 1, kRaw);
-    std::copy(data, data + size, out.begin() + 1);
-    return out;
-}
-
-Bytes encode(const uint8_t* data, size_t size, const Shape* shapes, size_t count, bool classed, size_t threads) {
-    if (size == 0) return {};
-    const Palettes palettes = Palettes::choose(data, shapes, count);
-    Sources sources = sources_of(data, shapes, count, palettes, classed);
-    const Models models = choose_models(sources.coded, sources.classed, threads);
-    if (models.bits / 8 > double(size)) return raw_payload(data, size);
-
-    Bytes classes;
-    std::vector<Shape> class_shapes;
-    for_classes(sources.coded, [&](const std::vector<int8_t>& some) {
-        classes.insert(classes.end(), some.begin(), some.end());
-        class_shapes.push_back({1, some.size(), 1});
-    });
-    const Kind kind = classes.empty() ? kPlain : kClassed;
-    classes = encode(classes.data(), classes.size(), class_shapes.data(), class_shapes.size(), false, threads);
-
-    const size_t symbols = symbols_of(sources.coded);
-    const int log2_lanes = choose_log2_lanes(symbols, models.bits / 8);
-    std::vector<Segment> segments(symbols == 0 ? 0 : choose_segments(models.bits / 8));
-    if (symbols > 0) {
-        const std::vector<size_t> bounds = segment_bounds(symbols, size_t(1) << log2_lanes, segments.size());
-        std::vector<Frequencies> frequencies;
-        for (const Levels& levels : models.levels) frequencies.push_back(frequencies_of(levels));
-        parallel_for(segments.size(), threads, [&](size_t i) {
-            segments[i].first = bounds[i];
-            segments[i].last = bounds[i + 1];
-            encode_segment(sources.coded, frequencies, size_t(1) << log2_lanes, segments[i]);
-        });
-    }
-
-    BitWriter header;
-    palettes.write(header);
-    header.number(models.levels.size());
-    for (size_t i = 0; i < models.levels.size(); i++) {
-        const bool again = i > 0 && models.levels[i] == models.levels[i - 1];
-        if (i > 0) header.bits(again, 1);
-        if (!again) write_levels(header, models.levels[i]);
-    }
-    auto coded = sources.coded.begin();
-    for (const Source& matrix : sources.all) {
-        if (coded == sources.coded.end() || coded->bytes != matrix.bytes) {
-            header.number(0);
-            header.bits(*matrix.bytes, 8);
-            continue;
+        const bool whole = shape.itemsize == 1;
+        for (size_t i = whole ? 1 : palettes.planes_of(shape.itemsize); i > 0; i--) {
+            matrices.all.push_back({whole ? shape.rows : 1, whole ? shape.columns : items, whole ? bytes + offset : planes, 0, {}, {}});
+            matrices.whole.push_back(whole);
+            if (!whole) planes += items;
         }
-        header.number(uint64_t(coded->model) + 1);
-        if (kind == kClassed) header.bits(!coded->row_classes.empty() * 2 + !coded->column_classes.empty(), 2);
-        ++coded;
-    }
-    if (kind == kClassed) header.number(classes.size());
-    header.number(uint64_t(log2_lanes));
-    header.number(segments.size());
-    for (const Segment& segment : segments) header.number(segment.words.size());
-
-    Bytes out{kind};
-    append32(out, uint32_t(header.bytes().size()));
-    out.insert(out.end(), header.bytes().begin(), header.bytes().end());
-    out.insert(out.end(), classes.begin(), classes.end());
-    for (const Segment& segment : segments) append(out, segment);
-    return out.size() <= size ? out : raw_payload(data, size);
+    });
+    return matrices;
 }
 
-// The matrices of a decoder and where their bytes go: arrays of single bytes to their place, others to planes first.
-struct Targets {
-    std::vector<Target> all;
-    Bytes planes;
-};
-
-Targets targets_of(uint8_t* out, const Shape* shapes, size_t count, const Palettes& palettes) {
-    Targets targets;
-    size_t room = 0;
-    for_arrays(shapes, count, [&](const Shape& s, size_t) {
-        room += s.itemsize == 1 ? 0 : s.rows * s.columns * palettes.planes_of(s.itemsize);
-    });
-    targets.planes.resize(room);
-    uint8_t* planes = targets.planes.data();
-    for_arrays(shapes, count, [&](const Shape& shape, size_t offset) {
-        const size_t items = shape.rows * shape.columns;
-        if (shape.itemsize == 1) return targets.all.push_back({shape.rows, shape.columns, out + offset, 0, {}, {}});
-        for (size_t i = palettes.planes_of(shape.itemsize); i > 0; i--, planes += items)
-            targets.all.push_back({1, items, planes, 0, {}, {}});
-    });
-    return targets;
+// A model, and how often it is repeated for the next ones.
+void write_models(BitWriter& header, const std::vector<Levels>& models) {
+    std::vector<std::pair<const Levels*, uint64_t>> runs;
+    for (const Levels& levels : models) {
+        if (runs.empty() || *runs.back().first != levels)
+            runs.emplace_back(&levels, 0);
+        else
+            runs.back().second++;
+    }
+    header.number(runs.size());
+    for (const auto& [levels, repeats] : runs) {
+        write_levels(header, *levels);
+        header.number(repeats);
+    }
 }
 
 std::vector<Frequencies> read_models(BitReader& header) {
-    const uint64_t count = header.number();
-    if (count > kMaxModels) fail("it has " + to_string(count) + " models, but at most 256 are possible");
     std::vector<Frequencies> models;
-    for (uint64_t i = 0; i < count; i++) {
-        if (i > 0 && header.bits(1))
-            models.push_back(models.back());
-        else
-            models.push_back(frequencies_of(read_levels(header)));
+    for (uint64_t runs = header.number(); runs > 0; runs--) {
+        const Frequencies frequencies = frequencies_of(read_levels(header));
+        const uint64_t repeats = header.number();
+        if (models.size() + repeats >= kMaxModels) fail("it has more than 256 models");
+        models.insert(models.end(), repeats + 1, frequencies);
     }
     return models;
 }
 
+// Classes of `length` rows or columns are announced by 0 (there are none), or by 1 + their model.
+void write_matrices(BitWriter& header, const std::vector<Source>& matrices, const std::vector<Source>& vectors) {
+    auto vector = vectors.begin();
+    for (const Source& matrix : matrices) {
+        header.number(uint64_t(matrix.model));
+        for (const auto* classes : {&matrix.row_classes, &matrix.column_classes})
+            header.number(classes->empty() ? 0 : uint64_t(vector++->model) + 1);
+    }
+}
+
+// The matrices that hold the classes, to be decoded first; they point into the matrices' own.
+std::vector<Target> read_matrices(BitReader& header, std::vector<Target>& matrices, size_t models) {
+    std::vector<Target> vectors;
+    const auto number_below = [&](uint64_t limit) {
+        const uint64_t n = header.number();
+        if (n >= limit) fail("a matrix has model " + to_string(n) + " of " + to_string(limit));
+        return int(n);
+    };
+    for (Target& matrix : matrices) {
+        matrix.model = number_below(models);
+        const size_t lengths[] = {matrix.rows, matrix.columns};
+        std::vector<int8_t>* classes = &matrix.row_classes;
+        for (size_t length : lengths) {
+            if (const int model = number_below(models + 1)) {
+                classes->resize(length);
+                vectors.push_back({1, length, reinterpret_cast<uint8_t*>(classes->data()), model - 1, {}, {}});
+            }
+            classes = &matrix.column_classes;
+        }
+    }
+    return vectors;
+}
+
 // Whether every sum of model, row class and column class is one of `models` models.
-void check_models(const Target& matrix, size_t models) {
+void check_classes(const Target& matrix, size_t models) {
     int low = matrix.model, high = matrix.model;
     for (const auto* classes : {&matrix.row_classes, &matrix.column_classes}) {
         if (classes->empty()) continue;
@@ -248,80 +202,96 @@ void check_models(const Target& matrix, size_t models) {
     if (low < 0 || high >= int(models)) fail("a class leads to a model that is not there");
 }
 
-void decode(const uint8_t* payload, size_t size, const Shape* shapes, size_t count, uint8_t* out, size_t out_size,
-            bool classed, size_t threads) {
-    if (out_size == 0 && size == 0) return;
-    if (out_size == 0 || size == 0) fail("it has " + to_string(size) + " bytes for " + to_string(out_size));
-    const uint8_t kind = payload[0];
-    if (kind == kRaw) {
-        if (size - 1 != out_size) fail("it holds " + to_string(size - 1) + " bytes, but " + to_string(out_size) + " were stated");
-        std::memcpy(out, payload + 1, out_size);
-        return;
+Bytes raw_payload(const uint8_t* data, size_t size) {
+    Bytes out(size + 1, kRaw);
+    std::copy(data, data + size, out.begin() + 1);
+    return out;
+}
+
+Bytes encode(const uint8_t* data, size_t size, const Shape* shapes, size_t count, size_t threads) {
+    const Palettes palettes = Palettes::choose(data, shapes, count);
+    Matrices<const uint8_t> matrices = matrices_of(data, shapes, count, palettes);
+    uint8_t* planes = matrices.planes.data();
+    for_arrays(shapes, count, [&](const Shape& shape, size_t offset) {
+        if (shape.itemsize == 1) return;
+        const size_t items = shape.rows * shape.columns;
+        palettes.split(data + offset, items, shape.itemsize, planes);
+        planes += items * palettes.planes_of(shape.itemsize);
+    });
+    Models models = choose_models(matrices.all, matrices.whole, kMaxModels * 3 / 4, threads);
+    if (models.bits / 8 > double(size)) return raw_payload(data, size);
+    std::vector<Source> vectors = class_vectors(matrices.all);
+    const Models class_models = choose_models(vectors, {}, kMaxModels / 4, threads);
+    for (Source& vector : vectors) vector.model += int(models.levels.size());
+    models.levels.insert(models.levels.end(), class_models.levels.begin(), class_models.levels.end());
+
+    const size_t symbols = symbols_of(matrices.all), class_symbols = symbols_of(vectors);
+    const size_t lanes = choose_lanes(symbols, models.bits / 8), parts = choose_segments(models.bits / 8);
+    const size_t each = (symbols + parts * lanes - 1) / (parts * lanes) * lanes;
+    std::vector<Segment> segments = segments_of(symbols, each, lanes);
+    Segment classes{0, class_symbols, choose_lanes(class_symbols, class_models.bits / 8), {}, {}};
+    const Encoder encoder(models.levels);
+    parallel_for(segments.size() + 1, threads, [&](size_t i) {
+        if (i < segments.size())
+            encoder.encode_segment(matrices.all, segments[i]);
+        else
+            encoder.encode_segment(vectors, classes);
+    });
+    segments.insert(segments.begin(), std::move(classes));
+
+    BitWriter header;
+    palettes.write(header);
+    write_models(header, models.levels);
+    write_matrices(header, matrices.all, vectors);
+    for (size_t i = 0; i < segments.size(); i++) {
+        if (i == 1) header.number(each);
+        header.number(segments[i].lanes - 1);
+        header.number(segments[i].words.size());
     }
-    if (kind != kPlain && !(kind == kClassed && classed)) fail("its kind is " + to_string(kind));
+    Bytes out{kCoded};
+    append32(out, uint32_t(header.bytes().size()));
+    out.insert(out.end(), header.bytes().begin(), header.bytes().end());
+    for (const Segment& segment : segments) append(out, segment);
+    return out.size() <= size ? out : raw_payload(data, size);
+}
+
+void decode(const uint8_t* payload, size_t size, const Shape* shapes, size_t count, uint8_t* out, size_t out_size, size_t threads) {
     if (size < kPrefix) fail("it ends within its first 5 bytes");
-    const uint64_t header_size = payload[1] | payload[2] << 8 | payload[3] << 16 | uint64_t(payload[4]) << 24;
+    if (payload[0] != kCoded) fail("its kind is " + to_string(payload[0]));
+    const uint64_t header_size = load32(payload + 1);
     if (header_size > size - kPrefix) fail("its header is longer than the payload");
     BitReader header(payload + kPrefix, header_size);
     const uint8_t *body = payload + kPrefix + header_size, *end = payload + size;
 
-    const Palettes palettes = Palettes::read(header, shapes, count);
+    const Palettes palettes = Palettes::read(header);
     const std::vector<Frequencies> models = read_models(header);
-    Targets targets = targets_of(out, shapes, count, palettes);
-    std::vector<Target> coded;
-    for (Target& matrix : targets.all) {
-        const uint64_t model = header.number();
-        if (model == 0) {
-            std::memset(matrix.bytes, int(header.bits(8)), matrix.size());
-            continue;
-        }
-        if (model > models.size()) fail("a matrix has a model that is not there");
-        matrix.model = int(model) - 1;
-        const uint64_t by = kind == kClassed ? header.bits(2) : 0;
-        matrix.row_classes.resize(by & 2 ? matrix.rows : 0);
-        matrix.column_classes.resize(by & 1 ? matrix.columns : 0);
-        if (by == 0) matrix.columns = matrix.size(), matrix.rows = 1;
-        coded.push_back(std::move(matrix));
-    }
-    if (kind == kClassed) {
-        const uint64_t bytes = header.number();
-        if (bytes > size_t(end - body)) fail("its classes are longer than the payload");
-        Bytes classes;
-        std::vector<Shape> class_shapes;
-        for_classes(coded, [&](const std::vector<int8_t>& some) { class_shapes.push_back({1, some.size(), 1}); });
-        for (const Shape& shape : class_shapes) classes.resize(classes.size() + shape.columns);
-        decode(body, bytes, class_shapes.data(), class_shapes.size(), classes.data(), classes.size(), false, threads);
-        const uint8_t* next = classes.data();
-        for_classes(coded, [&](std::vector<int8_t>& some) {
-            std::memcpy(some.data(), next, some.size());
-            next += some.size();
-        });
-        body += bytes;
-    }
-    for (const Target& matrix : coded) check_models(matrix, models.size());
+    Matrices<uint8_t> matrices = matrices_of(out, shapes, count, palettes);
+    const std::vector<Target> vectors = read_matrices(header, matrices.all, models.size());
+    const Decoder decoder(models);
 
-    const size_t symbols = symbols_of(coded);
-    const uint64_t log2_lanes = header.number(), segments = header.number();
-    if (log2_lanes > 8) fail("it has 2^" + to_string(log2_lanes) + " lanes, but at most 256 are possible");
-    const size_t lanes = size_t(1) << log2_lanes;
-    if ((segments == 0) != (symbols == 0) || segments > size_t(end - body) / 4) fail("it has " + to_string(segments) + " segments");
-    std::vector<WordsView> views;
-    for (uint64_t i = 0; i < segments; i++) {
-        const uint64_t words = header.number(), bytes = 4 * lanes + 2 * words;
-        if (bytes > size_t(end - body)) fail("segment " + to_string(i) + " is longer than the payload");
-        views.push_back({body, words});
-        body += bytes;
+    const auto read_segment = [&](size_t first, size_t last) {
+        const uint64_t lanes = header.number() + 1, words = header.number();
+        if (lanes > kMaxLanes) fail("it has " + to_string(lanes) + " lanes, but at most 256 are possible");
+        if (4 * lanes + 2 * words > size_t(end - body)) fail("a segment is longer than the payload");
+        const StoredSegment segment{first, last, lanes, words, body};
+        body += 4 * lanes + 2 * words;
+        return segment;
+    };
+    decoder.decode_segment(vectors, read_segment(0, symbols_of(vectors)));
+    for (Target& matrix : matrices.all) {
+        check_classes(matrix, models.size());
+        if (matrix.row_classes.empty() && matrix.column_classes.empty()) matrix.columns = matrix.size(), matrix.rows = 1;
     }
+    const size_t each = header.number(), symbols = symbols_of(matrices.all);
+    if (each == 0 || symbols / each > kMaxSegments) fail("it has over " + to_string(kMaxSegments) + " segments");
+    std::vector<StoredSegment> segments;
+    for (size_t first = 0; first < symbols; first += std::min(each, symbols - first))
+        segments.push_back(read_segment(first, first + std::min(each, symbols - first)));
     if (body != end) fail("bytes are left over at its end");
     if (header.left() >= 8) fail("bits are left over in its header");
-    if (segments > 0) {
-        const Decoder decoder(models);
-        const std::vector<size_t> bounds = segment_bounds(symbols, lanes, segments);
-        parallel_for(segments, threads, [&](size_t i) {
-            decoder.decode_segment(coded, lanes, bounds[i], bounds[i + 1], views[i]);
-        });
-    }
-    const uint8_t* planes = targets.planes.data();
+    parallel_for(segments.size(), threads, [&](size_t i) { decoder.decode_segment(matrices.all, segments[i]); });
+
+    const uint8_t* planes = matrices.planes.data();
     for_arrays(shapes, count, [&](const Shape& shape, size_t offset) {
         if (shape.itemsize == 1) return;
         const size_t items = shape.rows * shape.columns;
@@ -335,13 +305,16 @@ void decode(const uint8_t* payload, size_t size, const Shape* shapes, size_t cou
 std::vector<uint8_t> rans_encode(const uint8_t* data, size_t size, const Shape* shapes, size_t count,
                                  const RansOptions& options) {
     check_shapes(shapes, count, size);
-    return encode(data, size, shapes, count, true, options.threads);
+    return size == 0 ? Bytes{} : encode(data, size, shapes, count, options.threads);
 }
 
 void rans_decode(const uint8_t* payload, size_t size, const Shape* shapes, size_t count, uint8_t* out, size_t out_size,
                  const RansOptions& options) {
     check_shapes(shapes, count, out_size);
-    decode(payload, size, shapes, count, out, out_size, true, options.threads);
+    const bool raw = size == 0 || out_size == 0 || payload[0] == kRaw;
+    if (!raw) return decode(payload, size, shapes, count, out, out_size, options.threads);
+    if (size != out_size + (out_size > 0)) fail("it has " + to_string(size) + " bytes for " + to_string(out_size) + ", which is not what raw ones take");
+    if (size > 0) std::memcpy(out, payload + 1, out_size);
 }
 
 size_t rans_size(const uint8_t* data, size_t size, const Shape* shapes, size_t count, const RansOptions& options) {

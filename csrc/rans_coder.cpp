@@ -32,31 +32,24 @@ void for_pieces(const std::vector<Matrix<Byte>>& matrices, size_t lanes, size_t 
     }
 }
 
-// How to divide by a frequency: with q = x * reciprocal >> 46, exact for x < frequency * 2^18,
-// x turns into (q << 14) + start + x % frequency.
-struct Step {
-    uint64_t reciprocal;
-    uint32_t frequency, start;
-};
-using Steps = std::array<Step, 256>;  // by byte
+}  // namespace
 
-std::vector<Steps> steps_of(const std::vector<Frequencies>& models) {
-    std::vector<Steps> tables(models.size());
+Encoder::Encoder(const std::vector<Levels>& models) : tables_(models.size()) {
     for (size_t i = 0; i < models.size(); i++) {
+        const Frequencies frequencies = frequencies_of(models[i]);
         uint32_t start = 0;
         for (int symbol = 0; symbol < 256; symbol++) {
-            const uint32_t frequency = models[i][symbol];
+            const uint32_t frequency = frequencies[symbol];
             const uint64_t reciprocal = frequency == 0 ? 0 : ((uint64_t(1) << 46) + frequency - 1) / frequency;
-            tables[i][symbol ^ kSymbolFlip] = {reciprocal, frequency, start};
+            tables_[i][symbol ^ kSymbolFlip] = {reciprocal, frequency, start};
             start += frequency;
         }
     }
-    return tables;
 }
 
 template <bool kColumns>
-void encode_run(const uint8_t* in, size_t length, const Steps* models, const int8_t* classes, uint32_t* states,
-                uint16_t*& words) {
+void Encoder::encode_run(const uint8_t* in, size_t length, const Table* models, const int8_t* classes,
+                         uint32_t* states, uint16_t*& words) {
     uint16_t* word = words;
     for (size_t i = length; i-- > 0;) {
         const Step& step = models[kColumns ? classes[i] : 0][in[i]];
@@ -71,35 +64,31 @@ void encode_run(const uint8_t* in, size_t length, const Steps* models, const int
     words = word;
 }
 
-}  // namespace
-
-void encode_segment(const std::vector<Source>& matrices, const std::vector<Frequencies>& models, size_t lanes,
-                    Segment& segment) {
+void Encoder::encode_segment(const std::vector<Source>& matrices, Segment& segment) const {
     struct Piece {
         const uint8_t* in;
         uint32_t length, lane;
-        const Steps* model;
+        const Table* models;
         const int8_t* classes;
     };
-    const std::vector<Steps> tables = steps_of(models);
     std::vector<Piece> pieces;
-    for_pieces(matrices, lanes, segment.first, segment.last,
+    for_pieces(matrices, segment.lanes, segment.first, segment.last,
                [&](const Source& m, size_t row, size_t column, size_t length, size_t lane) {
                    const int8_t* classes = m.column_classes.empty() ? nullptr : m.column_classes.data() + column;
                    pieces.push_back({m.bytes + row * m.columns + column, uint32_t(length), uint32_t(lane),
-                                     tables.data() + m.row_model(row), classes});
+                                     tables_.data() + m.row_model(row), classes});
                });
     // The last symbol is coded first. One symbol gives one word at most, and one more is scratch.
     const size_t room = segment.last - segment.first + 1;
     const std::unique_ptr<uint16_t[]> words(new uint16_t[room]);
     uint16_t* word = words.get() + room;
-    segment.states.assign(lanes, kLow);
+    segment.states.assign(segment.lanes, kLow);
     for (auto piece = pieces.rbegin(); piece != pieces.rend(); ++piece) {
         uint32_t* states = segment.states.data() + piece->lane;
         if (piece->classes)
-            encode_run<true>(piece->in, piece->length, piece->model, piece->classes, states, word);
+            encode_run<true>(piece->in, piece->length, piece->models, piece->classes, states, word);
         else
-            encode_run<false>(piece->in, piece->length, piece->model, nullptr, states, word);
+            encode_run<false>(piece->in, piece->length, piece->models, nullptr, states, word);
     }
     segment.words.assign(word, words.get() + room);
 }
@@ -123,14 +112,13 @@ Decoder::Decoder(const std::vector<Frequencies>& models) : tables_(models.size()
     }
 }
 
-// kCareful: words may end within the run. A missing word reads as 0 and counts, which shows at the end.
+// kCareful: the words may end within the run; otherwise there is one for each of its symbols.
 template <bool kCareful, bool kColumns>
-void Decoder::decode_run(uint8_t* out, size_t length, int model, const int8_t* classes, uint32_t* states,
-                         const uint8_t*& word, const uint8_t* end) const {
-    const Table* tables = tables_.data() + model;
+void Decoder::decode_run(uint8_t* out, size_t length, const Table* models, const int8_t* classes, uint32_t* states,
+                         const uint8_t*& word, const uint8_t* end) {
     const uint8_t* next = word;
     for (size_t i = 0; i < length; i++) {
-        const Table& table = tables[kColumns ? classes[i] : 0];
+        const Table& table = models[kColumns ? classes[i] : 0];
         uint32_t x = states[i];
         const uint32_t slot = x & kSlotMask;
         uint32_t at = table.guess[slot >> (kFrequencyBits - kGuessBits)];
@@ -148,25 +136,23 @@ void Decoder::decode_run(uint8_t* out, size_t length, int model, const int8_t* c
     word = next;
 }
 
-void Decoder::decode_segment(const std::vector<Target>& matrices, size_t lanes, size_t first, size_t last,
-                             const WordsView& view) const {
+void Decoder::decode_segment(const std::vector<Target>& matrices, const StoredSegment& segment) const {
     uint32_t states[kMaxLanes];
-    for (size_t i = 0; i < lanes; i++) {
-        states[i] = load32(view.states + 4 * i);
+    for (size_t i = 0; i < segment.lanes; i++) {
+        states[i] = load32(segment.bytes + 4 * i);
         if (states[i] < kLow) throw std::invalid_argument("the rANS payload is corrupt: a state is out of range");
     }
-    const uint8_t *word = view.states + 4 * lanes, *end = word + 2 * view.words;
-    for_pieces(matrices, lanes, first, last, [&](const Target& m, size_t row, size_t column, size_t length, size_t lane) {
-        const bool careful = size_t(end - word) < 2 * length;
-        uint8_t* out = m.bytes + row * m.columns + column;
-        const int8_t* classes = m.column_classes.empty() ? nullptr : m.column_classes.data() + column;
-        const int model = m.row_model(row);
-        const auto run = careful ? (classes ? &Decoder::decode_run<true, true> : &Decoder::decode_run<true, false>)
-                                 : (classes ? &Decoder::decode_run<false, true> : &Decoder::decode_run<false, false>);
-        (this->*run)(out, length, model, classes, states + lane, word, end);
-    });
+    const uint8_t *word = segment.bytes + 4 * segment.lanes, *end = word + 2 * segment.words;
+    for_pieces(matrices, segment.lanes, segment.first, segment.last,
+               [&](const Target& m, size_t row, size_t column, size_t length, size_t lane) {
+                   const bool careful = size_t(end - word) < 2 * length, columns = !m.column_classes.empty();
+                   const auto run = careful ? (columns ? decode_run<true, true> : decode_run<true, false>)
+                                            : (columns ? decode_run<false, true> : decode_run<false, false>);
+                   run(m.bytes + row * m.columns + column, length, tables_.data() + m.row_model(row),
+                       columns ? m.column_classes.data() + column : nullptr, states + lane, word, end);
+               });
     if (word != end) throw std::invalid_argument("the rANS payload is corrupt: words are left over");
-    for (size_t i = 0; i < lanes; i++)
+    for (size_t i = 0; i < segment.lanes; i++)
         if (states[i] != kLow) throw std::invalid_argument("the rANS payload is corrupt: a state does not end as it must");
 }
 

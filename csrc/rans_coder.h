@@ -27,42 +27,59 @@ struct Matrix {
 using Source = Matrix<const uint8_t>;
 using Target = Matrix<uint8_t>;
 
-// Symbols first..last-1 of all matrices in a row, coded on their own: lane i codes those whose number is i modulo
-// `lanes`. The decoder starts with `states` and takes one of `words` whenever a state falls below 2^16.
+// Symbols first..last-1 of all matrices in a row, coded on their own: lane i codes those whose number in the segment is
+// i modulo `lanes`. The decoder starts with `states` and takes one of `words` whenever a state falls below 2^16.
 struct Segment {
-    size_t first = 0, last = 0;
+    size_t first = 0, last = 0, lanes = 1;
     std::vector<uint32_t> states;
     std::vector<uint16_t> words;
 };
 
-// Models of all matrices must lie in 0..models.size()-1 and give every symbol that occurs a frequency.
-void encode_segment(const std::vector<Source>& matrices, const std::vector<Frequencies>& models, size_t lanes,
-                    Segment& segment);
+// The same in a payload: 4 bytes a state at `bytes`, then 2 bytes a word, little-endian.
+struct StoredSegment {
+    size_t first, last, lanes, words;
+    const uint8_t* bytes;
+};
 
-struct WordsView {
-    const uint8_t* states;  // lanes times 4 bytes, then words of 2 bytes, little-endian
-    size_t words;
+// Models of all matrices must be models of the coder, and in an encoder have each symbol that occurs.
+class Encoder {
+   public:
+    explicit Encoder(const std::vector<Levels>& models);
+    void encode_segment(const std::vector<Source>& matrices, Segment& segment) const;
+
+   private:
+    // How to divide by a frequency: with q = x * reciprocal >> 46, exact for x < frequency * 2^18, state x turns into
+    // (q << 14) + start + x % frequency.
+    struct Step {
+        uint64_t reciprocal;
+        uint32_t frequency, start;
+    };
+    using Table = std::array<Step, 256>;  // by byte
+    template <bool kColumns>
+    static void encode_run(const uint8_t* in, size_t length, const Table* models, const int8_t* classes,
+                           uint32_t* states, uint16_t*& words);
+
+    std::vector<Table> tables_;
 };
 
 class Decoder {
    public:
     explicit Decoder(const std::vector<Frequencies>& models);
-    // Models of all matrices must lie in 0..models.size()-1. Throws std::invalid_argument when words are missing or
-    // left over, or a state does not start in range or end at 2^16.
-    void decode_segment(const std::vector<Target>& matrices, size_t lanes, size_t first, size_t last,
-                        const WordsView& view) const;
+    // Throws std::invalid_argument when words are missing or left over, or a state does not start in range or end at 2^16.
+    void decode_segment(const std::vector<Target>& matrices, const StoredSegment& segment) const;
 
    private:
     static constexpr int kGuessBits = 10;
-    // A slot of 2^14 finds its symbol by a guess for its group of 16 slots, and a few steps from there.
+    // A slot of 2^14 finds its symbol by a guess for its group of 16 slots, and a few steps from there: small tables
+    // stay in the first-level cache.
     struct Table {
         uint8_t guess[1 << kGuessBits];
         uint16_t start[257];
         uint8_t byte[256];
     };
     template <bool kCareful, bool kColumns>
-    void decode_run(uint8_t* out, size_t length, int model, const int8_t* classes, uint32_t* states,
-                    const uint8_t*& word, const uint8_t* end) const;
+    static void decode_run(uint8_t* out, size_t length, const Table* models, const int8_t* classes, uint32_t* states,
+                           const uint8_t*& word, const uint8_t* end);
 
     std::vector<Table> tables_;
 };

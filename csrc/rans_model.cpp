@@ -141,7 +141,7 @@ Candidate best_candidate(const Source& matrix, double width) {
 // n * width^2 / 12 nats, and a class takes -ln(width) nats and a constant.
 double class_width(const std::vector<Source>& matrices, const std::vector<bool>& classed) {
     double classes = 0, symbols = 0;
-    for (size_t i = 0; i < matrices.size(); i++) {
+    for (size_t i = 0; i < classed.size(); i++) {
         if (!classed[i]) continue;
         classes += double(matrices[i].rows + matrices[i].columns);
         symbols += 2 * double(matrices[i].size());
@@ -192,7 +192,7 @@ struct Plan {
 };
 
 // Large matrices first, each joins the group that makes the whole smallest, or opens one.
-Plan make_plan(const std::vector<Candidate>& candidates, const std::vector<Source>& matrices) {
+Plan make_plan(const std::vector<Candidate>& candidates, const std::vector<Source>& matrices, size_t limit) {
     Plan plan;
     plan.group_of.resize(candidates.size());
     std::vector<size_t> order(candidates.size());
@@ -209,7 +209,7 @@ Plan make_plan(const std::vector<Candidate>& candidates, const std::vector<Sourc
         }
         double alone = 0;
         for (const Counts& counts : candidate.counts) alone += entropy_bits(counts) + model_bits(counts);
-        if (alone < least && (least == HUGE_VAL || plan.models + candidate.counts.size() <= kMaxModels / 2)) {
+        if (alone < least && (least == HUGE_VAL || plan.models + candidate.counts.size() <= limit / 2)) {
             plan.group_of[i] = plan.groups.size();
             plan.groups.push_back({candidate.lowest, {}, single});
         }
@@ -273,15 +273,16 @@ double model_bits(const Counts& counts) {
     return present == 0 ? 0 : 24 + 3 * double(present);
 }
 
-Models choose_models(std::vector<Source>& matrices, const std::vector<bool>& classed, size_t threads) {
+Models choose_models(std::vector<Source>& matrices, const std::vector<bool>& classed, size_t limit, size_t threads) {
+    const auto is_classed = [&](size_t i) { return !classed.empty() && classed[i]; };
     const double width = class_width(matrices, classed);
     std::vector<Candidate> plain(matrices.size()), best(matrices.size());
     parallel_for(matrices.size(), threads, [&](size_t i) {
         plain[i].counts = {count_bytes(matrices[i].bytes, matrices[i].size())};
-        best[i] = classed[i] ? best_candidate(matrices[i], width) : plain[i];
+        best[i] = is_classed(i) ? best_candidate(matrices[i], width) : plain[i];
     });
-    const Plan with = make_plan(best, matrices), without = make_plan(plain, matrices);
-    const bool use = with.bits < without.bits && with.models <= kMaxModels;
+    const Plan with = make_plan(best, matrices, limit), without = make_plan(plain, matrices, limit);
+    const bool use = with.bits < without.bits && with.models <= limit;
     const Plan& plan = use ? with : without;
     const std::vector<Candidate>& chosen = use ? best : plain;
 

@@ -16,8 +16,9 @@ struct Models {
 };
 
 // Chooses by description length. Sets model and classes of every matrix; those without classes become one row. A matrix
-// is considered for classes when `classed` says so, which takes its bytes for int8. No matrix may be empty.
-Models choose_models(std::vector<Source>& matrices, const std::vector<bool>& classed, size_t threads);
+// is considered for classes when `classed` (empty: none) says so, which takes its bytes for int8. No matrix may be empty.
+// Gives at most `limit` models.
+Models choose_models(std::vector<Source>& matrices, const std::vector<bool>& classed, size_t limit, size_t threads);
 
 Counts count_bytes(const uint8_t* bytes, size_t size);  // by symbol
 double entropy_bits(const Counts& counts);              // of all symbols together

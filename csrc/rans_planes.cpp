@@ -40,17 +40,13 @@ std::vector<uint64_t> choose_values(const uint8_t* data, const Shape* shapes, si
         indices[values.size() ^ kSymbolFlip] = times;
         values.push_back(value);
     }
-    double saved = -bits_of(indices) - double(values.size() * itemsize * 8);
+    double saved = -bits_of(indices);
+    for (size_t i = 0; i < values.size(); i++) saved -= gamma_bits(values[i] - (i > 0 ? values[i - 1] : 0));
     for (const Counts& counts : planes) saved += bits_of(counts);
     return saved > 0 ? values : std::vector<uint64_t>{};
 }
 
 }  // namespace
-
-Palettes::Palettes(const Shape* shapes, size_t count) : palettes_{{{2, false, {}}, {4, false, {}}, {8, false, {}}}} {
-    for (Palette& palette : palettes_)
-        palette.used = std::any_of(shapes, shapes + count, [&](const Shape& s) { return s.itemsize == palette.itemsize; });
-}
 
 const std::vector<uint64_t>& Palettes::values_of(size_t itemsize) const {
     static const std::vector<uint64_t> none;
@@ -60,28 +56,36 @@ const std::vector<uint64_t>& Palettes::values_of(size_t itemsize) const {
 }
 
 Palettes Palettes::choose(const uint8_t* data, const Shape* shapes, size_t count) {
-    Palettes palettes(shapes, count);
+    Palettes palettes;
     for (Palette& palette : palettes.palettes_)
-        if (palette.used) palette.values = choose_values(data, shapes, count, palette.itemsize);
+        palette.values = choose_values(data, shapes, count, palette.itemsize);
     return palettes;
 }
 
-Palettes Palettes::read(BitReader& in, const Shape* shapes, size_t count) {
-    Palettes palettes(shapes, count);
+Palettes Palettes::read(BitReader& in) {
+    Palettes palettes;
     for (Palette& palette : palettes.palettes_) {
-        const uint64_t values = palette.used ? in.number() : 0;
+        const uint64_t values = in.number(), limit = uint64_t(1) << palette.itemsize * 8;
         if (values > kMostValues)
             throw std::invalid_argument("the rANS payload is corrupt: a palette has over 256 values");
-        for (uint64_t i = 0; i < values; i++) palette.values.push_back(in.bits(int(palette.itemsize) * 8));
+        for (uint64_t i = 0, value = 0; i < values; i++) {
+            value += in.number();
+            if (value >= limit)
+                throw std::invalid_argument("the rANS payload is corrupt: a value of a palette does not fit its items");
+            palette.values.push_back(value);
+        }
     }
     return palettes;
 }
 
 void Palettes::write(BitWriter& out) const {
     for (const Palette& palette : palettes_) {
-        if (!palette.used) continue;
         out.number(palette.values.size());
-        for (uint64_t value : palette.values) out.bits(value, int(palette.itemsize) * 8);
+        uint64_t last = 0;
+        for (uint64_t value : palette.values) {
+            out.number(value - last);
+            last = value;
+        }
     }
 }
 

@@ -1,5 +1,6 @@
 // Arrays as matrices of bytes. Items of several bytes are cut into planes: their first bytes, their second bytes and
-// so on; or into one plane of indices into a palette of the at most 256 values that all arrays of that item size hold.
+// so on. Items of 2 or 4 bytes may instead be one plane of indices into a palette of the at most 256 values that all
+// arrays of that item size hold.
 #pragma once
 
 #include <array>
@@ -14,7 +15,7 @@ namespace rans {
 class Palettes {
    public:
     static Palettes choose(const uint8_t* data, const Shape* shapes, size_t count);
-    static Palettes read(BitReader& in, const Shape* shapes, size_t count);  // throws std::invalid_argument
+    static Palettes read(BitReader& in);  // throws std::invalid_argument
     void write(BitWriter& out) const;
 
     size_t planes_of(size_t itemsize) const { return values_of(itemsize).empty() ? itemsize : 1; }
@@ -25,13 +26,11 @@ class Palettes {
    private:
     struct Palette {
         size_t itemsize;
-        bool used;                     // whether an array has that item size
         std::vector<uint64_t> values;  // in rising order; none: planes
     };
-    explicit Palettes(const Shape* shapes, size_t count);
     const std::vector<uint64_t>& values_of(size_t itemsize) const;
 
-    std::array<Palette, 3> palettes_;
+    std::array<Palette, 2> palettes_{{{2, {}}, {4, {}}}};
 };
 
 }  // namespace rans

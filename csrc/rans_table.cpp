@@ -9,11 +9,15 @@ namespace {
 
 constexpr int kStepsPerBit = 16, kLevels = 256;
 
-// 2^31 * 2^(-level/16) in integers, the same everywhere: 62757 is 65536 * 2^(-1/16).
+// 2^(31 - level / 16), rounded down.
+constexpr uint64_t kSixteenths[kStepsPerBit] = {
+    2147483648, 2056437386, 1969251187, 1885761398, 1805811301, 1729250826, 1655936264, 1585729999,
+    1518500249, 1454120821, 1392470868, 1333434672, 1276901416, 1222764985, 1170923761, 1121280435,
+};
+
 std::array<uint64_t, kLevels> make_weights() {
     std::array<uint64_t, kLevels> weights{};
-    weights[0] = uint64_t(1) << 31;
-    for (int i = 1; i < kLevels; i++) weights[i] = weights[i - 1] * 62757 >> 16;
+    for (int i = 0; i < kLevels; i++) weights[i] = kSixteenths[i % kStepsPerBit] >> i / kStepsPerBit;
     return weights;
 }
 

@@ -30,3 +30,11 @@ def rans_size(data: Buffer, shapes: Sequence[tuple[int, int, int]], threads: int
 def rans_decode(
     payload: Buffer, shapes: Sequence[tuple[int, int, int]], size: int, threads: int = 0
 ) -> bytes: ...
+def read_container(
+    data: Buffer,
+) -> tuple[
+    bytes,
+    list[tuple[int, int, int, int, int, int]],
+    list[tuple[str, int, int, int, tuple[int, ...], int]],
+    list[bytes | None],
+]: ...

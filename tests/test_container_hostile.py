@@ -230,7 +230,7 @@ def test_forgery_is_refused(case):
     [
         ({"stored": 1 << 31}, "at byte 16: it claims 2147483648 bytes, but 55 are left"),
         ({"raw": 1 << 31, "codec": 1}, "at byte 20: it claims 2147483648 bytes unpacked"),
-        ({"raw": 50}, "at byte 36: it holds 49 bytes, but 50 were stated"),
+        ({"raw": 50}, "at byte 36: the raw bytes hold 49 bytes, but 50 were stated"),
         ({"codec": 2}, "at byte 12: its codec is 2"),
         ({"codec": 1}, "at byte 36: the bytes are not an LZMA"),
         ({"file_bytes": (1 << 64) - 1}, "at byte 24: the file has 123 bytes, but 18446744073709551615 were"),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from pgolf_fast.ops import native
 from pgolf_fast.ops.lzma import compress_bytes, decompress_bytes
 
 Shape = tuple[int, int, int]  # rows, columns, item size in bytes
@@ -16,6 +17,8 @@ def encode(codec: str, data: bytes, shapes: Sequence[Shape], *, preset: int = 9)
         return data
     if codec == "lzma":
         return compress_bytes(data, preset)
+    if codec == "rans" and (extension := native.extension()):
+        return extension.rans_encode(data, shapes)
     raise ValueError(f"codec {codec} is not available here")
 
 
@@ -23,20 +26,25 @@ def decode(codec: str, stored: bytes, raw_bytes: int, shapes: Sequence[Shape]) -
     """The exactly `raw_bytes` bytes that `encode` was given; ValueError when `stored` holds anything else."""
     if codec == "raw":
         if len(stored) != raw_bytes:
-            raise ValueError(f"it holds {len(stored)} bytes, but {raw_bytes} were stated")
+            raise ValueError(f"the raw bytes hold {len(stored)} bytes, but {raw_bytes} were stated")
         return stored
     if codec == "lzma":
         return decompress_bytes(stored, raw_bytes)
+    if codec == "rans" and (extension := native.extension()):
+        return extension.rans_decode(stored, shapes, raw_bytes)
     raise ValueError(f"codec {codec} is not available here")
 
 
 def smallest(
-    data: bytes, shapes: Sequence[Shape], candidates: Sequence[str] = ("rans", "lzma"), *, preset: int = 9
+    data: bytes,
+    shapes: Sequence[Shape],
+    candidates: Sequence[str] = ("rans", "lzma"),
+    settings: Mapping[str, Mapping[str, int]] | None = None,
 ) -> tuple[str, bytes]:
     """The candidate that stores `data` in the fewest bytes, and those; raw if none is smaller."""
     stored = {"raw": data}
     for codec in candidates:
-        if codec in ("raw", "lzma"):
-            stored[codec] = encode(codec, data, shapes, preset=preset)
+        if codec in ("raw", "lzma") or native.extension():
+            stored[codec] = encode(codec, data, shapes, **(settings or {}).get(codec, {}))
     best = min(stored, key=lambda codec: len(stored[codec]))
     return best, stored[best]

@@ -209,7 +209,7 @@ def _lay_out(
         arrays = [r.array for r in tensors if r.section == section]
         raw = b"".join(np.ascontiguousarray(a, _little_endian(a.dtype.name)).tobytes() for a in arrays)
         shapes = [reader.codec_shape(a.shape, a.itemsize) for a in arrays]
-        codec, stored = codecs.smallest(raw, shapes, candidates, preset=preset)
+        codec, stored = codecs.smallest(raw, shapes, candidates, {"lzma": {"preset": preset}})
         return SectionSize(section, len(raw), len(stored), codec), stored
 
     used = [name for name in SECTIONS if any(record.section == name for record in tensors)]
@@ -249,7 +249,7 @@ def _header(
         raise PgolfError(
             f"the artifact's header would be {len(raw)} bytes: the limit is {MAX_HEADER_BYTES} bytes"
         )
-    codec, stored = codecs.smallest(raw, [(1, len(raw), 1)], ("lzma",), preset=preset)
+    codec, stored = codecs.smallest(raw, [(1, len(raw), 1)], ("lzma",), {"lzma": {"preset": preset}})
     end = reader.START + len(stored) + sum(len(blob) for _, blob in sections)
     prefix = reader.PREFIX.pack(
         reader.MAGIC,

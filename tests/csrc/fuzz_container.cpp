@@ -6,6 +6,7 @@
 #include "container.h"
 #include "fuzz.h"
 #include "lzma_codec.h"
+#include "rans.h"
 #include "sha256.h"
 
 namespace {
@@ -44,11 +45,16 @@ void put_right(Bytes& file) {
 }
 
 // The bytes under a codec, raw where that would not be smaller, and the codec's number.
-std::pair<Bytes, uint8_t> coded(const Bytes& raw, bool with_lzma) {
-    if (!with_lzma) return {raw, 0};
-    const std::string packed = pgolf::lzma_compress(raw.data(), raw.size(), 0, false);
+std::pair<Bytes, uint8_t> coded(const Bytes& raw, uint8_t codec, const std::vector<pgolf::Shape>& shapes) {
+    Bytes packed = raw;
+    if (codec == 1) {
+        const std::string stream = pgolf::lzma_compress(raw.data(), raw.size(), 0, false);
+        packed.assign(stream.begin(), stream.end());
+    } else if (codec == 2) {
+        packed = pgolf::rans_encode(raw.data(), raw.size(), shapes.data(), shapes.size(), {1});
+    }
     if (packed.size() >= raw.size()) return {raw, 0};
-    return {Bytes(packed.begin(), packed.end()), 1};
+    return {packed, codec};
 }
 
 void append(Bytes& to, const Bytes& more) { to.insert(to.end(), more.begin(), more.end()); }
@@ -59,6 +65,7 @@ Bytes artifact(Random& random) {
         uint8_t kind, dtype, item_bytes;
     } kTypes[] = {{0, 0, 1}, {1, 7, 2}, {2, 7, 2}, {3, 8, 4}, {4, 1, 1}, {4, 3, 2}, {4, 4, 4}, {4, 6, 8}};
     Bytes sections[4], tensors;
+    std::vector<pgolf::Shape> shapes[4];
     bool used[4] = {};
     const size_t count = random.below(5);
     append(tensors, count, 4);
@@ -66,23 +73,27 @@ Bytes artifact(Random& random) {
         const auto& type = kTypes[random.below(std::size(kTypes))];
         const size_t section = random.below(4), dimensions = random.below(4);
         append(tensors, {uint8_t(section), type.kind, type.dtype, uint8_t(dimensions)});
-        size_t bytes = type.item_bytes;
+        pgolf::Shape shape = {1, 1, type.item_bytes};
         for (size_t d = 0; d < dimensions; d++) {
-            const size_t size = random.one_in(9) ? random.below(40) : random.below(5);
+            const size_t size = random.one_in(4) ? random.below(30) : random.below(5);
             append(tensors, size, 4);
-            bytes *= size;
+            shape.rows *= shape.columns;
+            shape.columns = size;
         }
+        shapes[section].push_back(shape);
         const std::string name = "t" + std::to_string(i);
         append(tensors, name.size(), 2);
         tensors.insert(tensors.end(), name.begin(), name.end());
-        for (size_t b = 0; b < bytes; b++) sections[section].push_back(uint8_t(random() & 3));
+        const uint64_t values = random.below(4);
+        for (size_t b = shape.rows * shape.columns * shape.itemsize; b > 0; b--)
+            sections[section].push_back(uint8_t(random() & values));
         used[section] = true;
     }
     Bytes header = {2, 0, 0, 0, '{', '}'}, body;
     append(header, size_t(std::count(used, used + 4, true)), 2);
     for (uint8_t name = 0; name < 4; name++) {
         if (!used[name]) continue;
-        const auto [stored, codec] = coded(sections[name], !random.one_in(3));
+        const auto [stored, codec] = coded(sections[name], uint8_t(random.below(3)), shapes[name]);
         append(header, {name, codec});
         append(header, sections[name].size(), 8);
         append(header, stored.size(), 8);
@@ -90,7 +101,7 @@ Bytes artifact(Random& random) {
         append(body, stored);
     }
     append(header, tensors);
-    const auto [stored, codec] = coded(header, random.one_in(8));
+    const auto [stored, codec] = coded(header, random.one_in(8), {});
     Bytes file = {0x89, 'P', 'G', 'O', 'L', 'F', '\r', '\n', 1, 0, 0, 0, codec, 0, 0, 0};
     append(file, stored.size(), 4);
     append(file, header.size(), 4);
