@@ -126,7 +126,8 @@ def _prune(records: list[TensorRecord], sizes: ContainerSizes, code: int, config
     def coded_size(flat: NDArray[np.int8]) -> int:
         if extension is not None and codec == "rans":
             return extension.rans_size(flat, shapes)
-        return min(len(codecs.encode(codec, flat.tobytes(), shapes, preset=config.lzma_preset)), flat.size)
+        settings = {"preset": config.lzma_preset} if codec == "lzma" else {}
+        return min(len(codecs.encode(codec, flat.tobytes(), shapes, **settings)), flat.size)
 
     pruned = prune_to_fit(list(zip(matrices, scales, strict=True)), budget, now, coded_size, TOLERANCE)
     if not pruned.fits:

@@ -1,4 +1,4 @@
-"""`pgolf pack --table`: where an artifact's bytes are, what entropy allows, and what every codec makes of it."""
+"""`pgolf pack --table`: where an artifact's bytes are, what entropy allows, what every codec makes of them."""
 
 from __future__ import annotations
 
@@ -81,24 +81,24 @@ class ArtifactTable:
 
     def _sections(self) -> str:
         values = {s.name: sum(t.values for t in self.tensors if t.section == s.name) for s in self.sections}
-        rows = [
+        rows = [(s.name, s.codec, values[s.name], s.raw_bytes, s.stored_bytes) for s in self.sections]
+        raw_bytes = sum(s.raw_bytes for s in self.sections)
+        rows.append(("header", "-", 0, 0, self.header_bytes))
+        rows.append(("= artifact", "-", sum(values.values()), raw_bytes, self.total_bytes))
+        cells = [
             (
-                s.name,
-                s.codec,
-                f"{values[s.name]:,}",
-                f"{s.raw_bytes:,}",
-                f"{s.stored_bytes:,}",
-                f"{8 * s.stored_bytes / max(values[s.name], 1):.3f}",
-                f"{s.stored_bytes / self.total_bytes:.1%}",
+                name,
+                codec,
+                f"{count:,}",
+                f"{raw:,}",
+                f"{stored:,}",
+                f"{8 * stored / count:.3f}" if count else "0",
+                f"{stored / self.total_bytes:.1%}",
             )
-            for s in self.sections
+            for name, codec, count, raw, stored in rows
         ]
-        rows.append(("header", "", "0", "0", f"{self.header_bytes:,}", "0", ""))
-        rows.append(("= artifact", "", f"{sum(values.values()):,}", "0", f"{self.total_bytes:,}", "0", ""))
-        rows = [tuple("" if cell == "0" else cell for cell in row) for row in rows]
-        return report.table(
-            rows, ("section", "codec", "values", "raw bytes", "stored bytes", "bits/value", "share")
-        )
+        header = ("section", "codec", "values", "raw bytes", "stored bytes", "bits/value", "share")
+        return report.table(cells, header)
 
     def _tensors(self) -> str:
         rows = [
@@ -112,7 +112,9 @@ class ArtifactTable:
             for t in self.tensors
         ]
         note = "stored bytes of a tensor: coded alone, scaled to its section's"
-        return report.table(rows, ("tensor", "shape", "raw bytes", "stored bytes", "bits/value")) + f"\n{note}"
+        return (
+            report.table(rows, ("tensor", "shape", "raw bytes", "stored bytes", "bits/value")) + f"\n{note}"
+        )
 
     def _bounds(self) -> str:
         stored = {s.name: s.stored_bytes for s in self.sections}
@@ -197,7 +199,7 @@ def _tensor_bytes(section: SectionSize, records: Sequence[TensorRecord]) -> list
 
 
 def _section_bounds(records: Sequence[TensorRecord]) -> dict[str, Bound]:
-    """The static bounds where a section holds int8 matrices, else order 0 by byte, low and high bytes apart."""
+    """The static bounds where a section holds int8 matrices, else order 0 of low and high bytes, each alone."""
     if all(r.array.dtype == np.int8 for r in records):
         return static_bounds([r.array.reshape(_shape(r)[:2]) for r in records])
     items = {r.array.itemsize for r in records}

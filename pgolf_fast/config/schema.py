@@ -264,6 +264,9 @@ class QuantConfig:
         return 2 ** (self.bits - 1) - 1
 
 
+Codec = Literal["raw", "rans", "lzma", "zstd", "brotli"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class PackConfig:
     """The artifact and its byte budget."""
@@ -272,7 +275,7 @@ class PackConfig:
     """Weights plus code may not exceed this (decimal megabytes)."""
     code_bytes: int | None = None
     """Bytes counted for code; None counts the package's own Python and C++ sources that evaluation needs."""
-    codecs: tuple[Literal["rans", "lzma", "zstd", "brotli"], ...] = ("rans",)
+    codecs: tuple[Codec, ...] = ("rans",)
     """Codecs tried on every section, of which the smallest stays. LZMA takes half a minute for an artifact of
     16 MB and does not win; it stands in for rans where the C++ extension is missing."""
     lzma_preset: int = 9
