@@ -227,7 +227,7 @@ Bytes encode(const uint8_t* data, size_t size, const Shape* shapes, size_t count
 
     const size_t symbols = symbols_of(matrices.all), class_symbols = symbols_of(vectors);
     const size_t lanes = choose_lanes(symbols, models.bits / 8), parts = choose_segments(models.bits / 8);
-    const size_t each = (symbols + parts * lanes - 1) / (parts * lanes) * lanes;
+    const size_t each = std::min((symbols + parts * lanes - 1) / (parts * lanes) * lanes, symbols);
     std::vector<Segment> segments = segments_of(symbols, each, lanes);
     Segment classes{0, class_symbols, choose_lanes(class_symbols, class_models.bits / 8), {}, {}};
     const Encoder encoder(models.levels);
@@ -283,6 +283,7 @@ void decode(const uint8_t* payload, size_t size, const Shape* shapes, size_t cou
         if (matrix.row_classes.empty() && matrix.column_classes.empty()) matrix.columns = matrix.size(), matrix.rows = 1;
     }
     const size_t each = header.number(), symbols = symbols_of(matrices.all);
+    if (each > symbols) fail("it holds at least " + to_string(each) + " symbols, but " + to_string(symbols) + " were stated");
     if (each == 0 || symbols / each > kMaxSegments) fail("it has over " + to_string(kMaxSegments) + " segments");
     std::vector<StoredSegment> segments;
     for (size_t first = 0; first < symbols; first += std::min(each, symbols - first))
