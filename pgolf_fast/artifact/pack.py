@@ -84,16 +84,15 @@ def pack(
     records = build_records(quantized)
     bits = {t.bits for t in quantized.matrices().values()}
     tree = {"run": run_config, "bits": {"codes": max(bits, default=0), "embeddings": TABLE_BITS}}
-    tried = tuple("lzma" if c == "rans" and native.extension() is None else c for c in config.codecs)
     pruned, compressions = None, 1
     with atomic_path(path) as temporary:
-        sizes = write_container(temporary, tree, records, codecs=tried, preset=config.lzma_preset)
+        sizes = write_container(temporary, tree, records, codecs=config.codecs, preset=config.lzma_preset)
         if sizes.total_bytes + code > config.limit_bytes:
             if not config.prune:
                 raise _too_large(sizes.total_bytes, code, config.limit_bytes, "pack.prune is off; turn it on")
             pruned = _prune(records, sizes, code, config)
             records = _with_codes(records, pruned.codes)
-            sizes = write_container(temporary, tree, records, codecs=tried, preset=config.lzma_preset)
+            sizes = write_container(temporary, tree, records, codecs=config.codecs, preset=config.lzma_preset)
             compressions += pruned.compressions + 1
             if sizes.total_bytes + code > config.limit_bytes:  # the header's few bytes are in the margin
                 raise _too_large(sizes.total_bytes, code, config.limit_bytes, "pruning missed the limit")

@@ -1,4 +1,4 @@
-"""`pgolf pack --table`: where an artifact's bytes are, what entropy allows, what every codec makes of them."""
+"""`pgolf pack --table`: where an artifact's bytes are, what entropy allows, what each codec makes of them."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ def _tensor_bytes(section: SectionSize, records: Sequence[TensorRecord]) -> list
 
 
 def _section_bounds(records: Sequence[TensorRecord]) -> dict[str, Bound]:
-    """The static bounds where a section holds int8 matrices, else order 0 of low and high bytes, each alone."""
+    """The static bounds where a section holds int8 matrices, else order 0 of low and of high bytes."""
     if all(r.array.dtype == np.int8 for r in records):
         return static_bounds([r.array.reshape(_shape(r)[:2]) for r in records])
     items = {r.array.itemsize for r in records}
