@@ -3,8 +3,8 @@
 Every bound is the plug-in entropy of the codes under the histograms of the codes themselves, so that no
 static coder with these classes does better. What a decoder has to be told besides, histograms and classes, is
 not in `Bound.bytes`; `Bound.side_bytes` estimates it. A histogram for each row would be told rather than
-coded: 512 codes of 63 values have a plug-in entropy some 0.05 bits too low. So rows and columns enter by their
-scale only, one number each on a lattice of 1/8 octave, and all elements of a class share a histogram.
+coded: 512 codes of 63 values have a plug-in entropy some 0.05 bits too low. So rows and columns enter by
+their scale only, one number each on a lattice of 1/8 octave, and all elements of a class share a histogram.
 
 order 0       one histogram for each matrix
 row           the class is the root mean square of the row; classes are shared by all matrices
