@@ -21,6 +21,7 @@ from pgolf_fast.artifact.container import (
     read_container,
     write_container,
 )
+from pgolf_fast.artifact.reader import SECTIONS
 from pgolf_fast.config.schema import PackConfig, RunConfig
 from pgolf_fast.config.serialize import run_config_from_dict
 from pgolf_fast.errors import PgolfError
@@ -84,15 +85,16 @@ def pack(
     records = build_records(quantized)
     bits = {t.bits for t in quantized.matrices().values()}
     tree = {"run": run_config, "bits": {"codes": max(bits, default=0), "embeddings": TABLE_BITS}}
+    tried = _codecs(records, config)
     pruned, compressions = None, 1
     with atomic_path(path) as temporary:
-        sizes = write_container(temporary, tree, records, codecs=config.codecs, preset=config.lzma_preset)
+        sizes = write_container(temporary, tree, records, codecs=tried, preset=config.lzma_preset)
         if sizes.total_bytes + code > config.limit_bytes:
             if not config.prune:
                 raise _too_large(sizes.total_bytes, code, config.limit_bytes, "pack.prune is off; turn it on")
             pruned = _prune(records, sizes, code, config)
             records = _with_codes(records, pruned.codes)
-            sizes = write_container(temporary, tree, records, codecs=config.codecs, preset=config.lzma_preset)
+            sizes = write_container(temporary, tree, records, codecs=tried, preset=config.lzma_preset)
             compressions += pruned.compressions + 1
             if sizes.total_bytes + code > config.limit_bytes:  # the header's few bytes are in the margin
                 raise _too_large(sizes.total_bytes, code, config.limit_bytes, "pruning missed the limit")
@@ -107,6 +109,13 @@ def pack(
         candidates=sum(int((np.abs(t.codes.numpy()) == 1).sum()) for t in quantized.matrices().values()),
         compressions=compressions,
     )
+
+
+def _codecs(records: list[TensorRecord], config: PackConfig) -> dict[str, tuple[str, ...]]:
+    """The codecs that may compete for each section."""
+    size = {name: sum(r.array.nbytes for r in records if r.section == name) for name in SECTIONS}
+    quick = tuple(codec for codec in config.codecs if codec != "lzma") or config.codecs
+    return {n: config.codecs if size[n] <= config.lzma_limit_bytes else quick for n in SECTIONS}
 
 
 def _prune(records: list[TensorRecord], sizes: ContainerSizes, code: int, config: PackConfig) -> Pruned:

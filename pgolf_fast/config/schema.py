@@ -275,9 +275,12 @@ class PackConfig:
     """Weights plus code may not exceed this (decimal megabytes)."""
     code_bytes: int | None = None
     """Bytes counted for code; None counts the package's own Python and C++ sources that evaluation needs."""
-    codecs: tuple[Codec, ...] = ("rans",)
-    """Codecs tried on every section, of which the smallest stays. LZMA takes half a minute for an artifact of
-    16 MB and does not win; it stands in for rans where the C++ extension is missing."""
+    codecs: tuple[Codec, ...] = ("rans", "lzma")
+    """Codecs tried on every section, of which the smallest stays; LZMA stands in for rans where the C++
+    extension is missing."""
+    lzma_limit_bytes: int = 4_194_304
+    """Larger sections, raw, are left to the other codecs: LZMA takes a second or two for each megabyte, and so
+    far it was smaller than rans on embedding tables only."""
     lzma_preset: int = 9
     """xz preset of sections that LZMA codes."""
     prune: bool = True
