@@ -21,6 +21,7 @@ from pgolf_fast.artifact.container import (
     read_container,
     write_container,
 )
+from pgolf_fast.artifact.reader import SECTIONS
 from pgolf_fast.artifact.submission import code_bytes
 from pgolf_fast.config.schema import PackConfig, RunConfig
 from pgolf_fast.config.serialize import run_config_from_dict
@@ -85,7 +86,7 @@ def pack(
     records = build_records(quantized)
     bits = {t.bits for t in quantized.matrices().values()}
     tree = {"run": run_config, "bits": {"codes": max(bits, default=0), "embeddings": TABLE_BITS}}
-    tried = tuple("lzma" if c == "rans" and native.extension() is None else c for c in config.codecs)
+    tried = _codecs(records, config)
     pruned, compressions = None, 1
     with atomic_path(path) as temporary:
         sizes = write_container(temporary, tree, records, codecs=tried, preset=config.lzma_preset)
@@ -111,6 +112,13 @@ def pack(
     )
 
 
+def _codecs(records: list[TensorRecord], config: PackConfig) -> dict[str, tuple[str, ...]]:
+    """The codecs that may compete for each section."""
+    size = {name: sum(r.array.nbytes for r in records if r.section == name) for name in SECTIONS}
+    quick = tuple(codec for codec in config.codecs if codec != "lzma") or config.codecs
+    return {n: config.codecs if size[n] <= config.lzma_limit_bytes else quick for n in SECTIONS}
+
+
 def _prune(records: list[TensorRecord], sizes: ContainerSizes, code: int, config: PackConfig) -> Pruned:
     """Codes that fit. Raises PgolfError when even pruning all of them is not enough."""
     matrices, scales = _matrix_arrays(records)
@@ -127,7 +135,8 @@ def _prune(records: list[TensorRecord], sizes: ContainerSizes, code: int, config
     def coded_size(flat: NDArray[np.int8]) -> int:
         if extension is not None and codec == "rans":
             return extension.rans_size(flat, shapes)
-        return min(len(codecs.encode(codec, flat.tobytes(), shapes, preset=config.lzma_preset)), flat.size)
+        settings = {"preset": config.lzma_preset} if codec == "lzma" else {}
+        return min(len(codecs.encode(codec, flat.tobytes(), shapes, **settings)), flat.size)
 
     pruned = prune_to_fit(list(zip(matrices, scales, strict=True)), budget, now, coded_size, TOLERANCE)
     if not pruned.fits:

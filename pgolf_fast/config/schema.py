@@ -264,6 +264,9 @@ class QuantConfig:
         return 2 ** (self.bits - 1) - 1
 
 
+Codec = Literal["raw", "rans", "lzma", "zstd", "brotli"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class PackConfig:
     """The artifact and its byte budget."""
@@ -272,9 +275,12 @@ class PackConfig:
     """Weights plus code may not exceed this (decimal megabytes)."""
     code_bytes: int | None = None
     """Bytes counted for code; None counts the evaluation script that `pgolf submit` writes."""
-    codecs: tuple[Literal["rans", "lzma", "zstd", "brotli"], ...] = ("rans",)
-    """Codecs tried on every section, of which the smallest stays. LZMA takes half a minute for an artifact of
-    16 MB and does not win; it stands in for rans where the C++ extension is missing."""
+    codecs: tuple[Codec, ...] = ("rans", "lzma")
+    """Codecs tried on every section, of which the smallest stays; LZMA stands in for rans where the C++
+    extension is missing."""
+    lzma_limit_bytes: int = 4_194_304
+    """Larger sections, raw, are left to the other codecs: LZMA takes a second or two for each megabyte, and
+    so far it was smaller than rans on embedding tables only."""
     lzma_preset: int = 9
     """xz preset of sections that LZMA codes."""
     prune: bool = True
