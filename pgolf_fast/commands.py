@@ -84,17 +84,28 @@ class _Quantize:
     """Run folder."""
     quant: QuantConfig = field(default_factory=QuantConfig)
     """Quantisation settings; default: the run's."""
+    grid: Literal["reference", "percentile", "rd"] | None = None
+    """Short for --quant.grid."""
+    target_bytes: int | None = None
+    """Short for --quant.target-bytes."""
 
 
 def quantize(argv: list[str]) -> int:
-    """pgolf quantize RUN [--quant.field value ...]"""
+    """pgolf quantize RUN [--grid reference|percentile|rd] [--target-bytes N] [--quant.field value ...]"""
+    from dataclasses import replace
+
     from pgolf_fast.pipeline import quantize_run
     from pgolf_fast.train.run_folder import RunFolder
 
     folder = _first_run(argv, RunFolder)
     arguments = parse("quantize", _Quantize, argv, _Quantize(folder.path, folder.read_config().quant))
     report.setup_logging(folder.log_file)
-    counts = quantize_run(folder, arguments.quant)
+    quant = arguments.quant
+    if arguments.grid is not None:
+        quant = replace(quant, grid=arguments.grid)
+    if arguments.target_bytes is not None:
+        quant = replace(quant, target_bytes=arguments.target_bytes)
+    counts = quantize_run(folder, quant)
     print_out(report.table([(what, f"{count:,}") for what, count in counts.items()]))
     print_out(f"wrote {folder.quantized_file}")
     return 0

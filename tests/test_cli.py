@@ -200,6 +200,19 @@ def test_from_training_to_text(capsys, run):
     assert out != call(capsys, "generate", run, "--prompt", "The ", "--tokens", "12", "--seed", "1")[1]
 
 
+def test_grid_rd_lands_at_a_target(capsys, run):
+    folder, target = RunFolder(run), 5_000
+    status, _, _ = call(capsys, "quantize", run, "--grid", "rd", "--target-bytes", target)
+    assert status == 0
+    quant = read_quantized(folder)[1]
+    assert (quant.grid, quant.target_bytes) == ("rd", target)
+    call(capsys, "pack", run)
+    assert target - 200 <= folder.artifact_file.stat().st_size <= target
+    call(capsys, "eval", run)
+    score = read_json(run / "scores_artifact.json")["non_overlapping"]["bpb"]
+    assert score == pytest.approx(in_memory_bpb(folder), abs=1e-6)
+
+
 def test_damaged_artifact_names_its_section(capsys, data, tmp_path):
     folder = train(run_config(data, train__steps=1), tmp_path / "run").folder
     call(capsys, "quantize", folder.path, "--quant.method", "round")

@@ -128,6 +128,13 @@ VARIANTS = {
         "model__ln_scale": False,
         "ttt__parameters": "all",
     },
+    "grid rd": {
+        "quant__grid": "rd",
+        "quant__target_bytes": 5000,
+        "quant__rank": 2,
+        "eval__batch_seqs": 8,
+        "ttt__lr": 0.05,
+    },
     "plain hash": {"model__pos_conditional": False, "quant__bits": 5, "quant__small_tensor": 1000},
 }
 

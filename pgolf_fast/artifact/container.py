@@ -124,6 +124,18 @@ def write_container(
     return ContainerSizes(header_bytes, tuple(size for size, _ in parts.sections), digest.hexdigest())
 
 
+def container_bytes(
+    config: dict[str, Any],
+    tensors: Sequence[TensorRecord],
+    *,
+    codecs: Sequence[str] = ("rans", "lzma"),
+    preset: int = 9,
+) -> int:
+    """Bytes of the file that `write_container` would write. Raises PgolfError as that does."""
+    parts = _lay_out(config, tensors, codecs, preset)
+    return len(parts.header) + sum(len(blob) for _, blob in parts.sections) + reader.DIGEST_BYTES
+
+
 def read_container(source: Path | str | bytes) -> tuple[dict[str, Any], list[TensorRecord]]:
     """The configuration and the tensors, in the order in which they were written; arrays are writable copies.
 

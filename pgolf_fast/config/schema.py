@@ -223,14 +223,20 @@ class TrainConfig:
 class QuantConfig:
     """Weights to integers (PR 1501)."""
 
+    grid: Literal["reference", "percentile", "rd"] = "reference"
+    """Steps: reference never goes below 1/clip_range for a row (1/31 at 6 bits); percentile follows each row;
+    rd gives every row and column the step at which its errors cost what its bits are worth."""
+    target_bytes: int | None = None
+    """Bytes of the artifact that grid rd lands at; None is what pack.limit_bytes leaves beside the code."""
+    rank: int = 0
+    """Grid rd corrects its errors by matrices up to this rank where that is worth the bytes (LQER)."""
     method: Literal["gptq", "round"] = "gptq"
     """gptq uses Hessians of self-generated text; round is plain rounding to nearest."""
     bits: int = 6
-    """Bits of bank weights; codes run from -(2^(bits-1) - 1) to 2^(bits-1) - 1."""
+    """Bits of bank weights; codes run from -(2^(bits-1) - 1) to 2^(bits-1) - 1.
+    Grid rd takes what each matrix needs."""
     percentiles: tuple[float, ...] = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
     """Row-clip candidates, as quantiles of |row|."""
-    scale_floor: bool = True
-    """Never let a row's step go below 1/clip_range (1/31 at 6 bits), as the original does."""
     block_size: int = 128
     """GPTQ column block."""
     damping: float = 0.01
@@ -249,6 +255,11 @@ class QuantConfig:
     """Tensors with at most this many elements are stored as float16."""
 
     def __post_init__(self) -> None:
+        need(
+            self.target_bytes is None or self.target_bytes > 0,
+            f"quant.target_bytes is {self.target_bytes}; it must be positive, or None for what is left",
+        )
+        need(0 <= self.rank <= 8, f"quant.rank is {self.rank}; it must be 0 to 8")
         need(2 <= self.bits <= 8, f"quant.bits is {self.bits}; it must be 2 to 8")
         need(len(self.percentiles) > 0, "quant.percentiles is empty")
         need(
@@ -262,6 +273,11 @@ class QuantConfig:
     @property
     def clip_range(self) -> int:
         return 2 ** (self.bits - 1) - 1
+
+    @property
+    def scale_floor(self) -> bool:
+        """Whether a row's step stays at 1 / clip_range or above, as the original's does."""
+        return self.grid == "reference"
 
 
 Codec = Literal["raw", "rans", "lzma", "zstd", "brotli"]
@@ -278,7 +294,7 @@ class PackConfig:
     codecs: tuple[Codec, ...] = ("rans", "lzma")
     """Codecs tried on every section, of which the smallest stays; LZMA stands in for rans where the C++
     extension is missing."""
-    lzma_limit_bytes: int = 4_194_304
+    lzma_limit_bytes: int = 1_048_576
     """Larger sections, raw, are left to the other codecs: LZMA takes a second or two for each megabyte, and
     so far it was smaller than rans on embedding tables only."""
     lzma_preset: int = 9

@@ -105,7 +105,7 @@ def shrink(base: RunConfig, size: str) -> RunConfig:
             calibration_length=seq_len,
             calibration_batch=16,
             # weights of a small model are small beside the fixed step of 1/31
-            scale_floor=False,
+            grid="percentile",
         ),
         eval=replace(base.eval, seq_len=None, batch_seqs=None),
         ttt=replace(base.ttt, chunk_tokens=32 * seq_len, batch_seqs=16, epochs=1),
