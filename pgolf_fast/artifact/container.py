@@ -128,7 +128,7 @@ def container_bytes(
     config: dict[str, Any],
     tensors: Sequence[TensorRecord],
     *,
-    codecs: Sequence[str] = ("rans", "lzma"),
+    codecs: Codecs = ("rans", "lzma"),
     preset: int = 9,
 ) -> int:
     """Bytes of the file that `write_container` would write. Raises PgolfError as that does."""
