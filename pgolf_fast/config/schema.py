@@ -279,8 +279,8 @@ class PackConfig:
     """Codecs tried on every section, of which the smallest stays; LZMA stands in for rans where the C++
     extension is missing."""
     lzma_limit_bytes: int = 4_194_304
-    """Larger sections, raw, are left to the other codecs: LZMA takes a second or two for each megabyte, and so
-    far it was smaller than rans on embedding tables only."""
+    """Larger sections, raw, are left to the other codecs: LZMA takes a second or two for each megabyte, and
+    has been smaller than rans on embedding tables only."""
     lzma_preset: int = 9
     """xz preset of sections that LZMA codes."""
     prune: bool = True
