@@ -27,7 +27,7 @@ def artifact(tmp_path_factory):
     quantized = quantize_state(model.state_dict(), QuantConfig(method="round", small_tensor=600))
     path = tmp_path_factory.mktemp("artifact") / "model.pgolf"
     run = run_config_to_dict(RunConfig(name="test", model=config))
-    return pack(quantized, run, path, PackConfig(code_bytes=0))
+    return pack(quantized, run, path, PackConfig(code_bytes=0, codecs=("rans",)))
 
 
 def gaussian(shape, rows=0.0, columns=0.0, seed=0):

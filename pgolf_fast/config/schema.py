@@ -296,7 +296,7 @@ class PackConfig:
     extension is missing."""
     lzma_limit_bytes: int = 1_048_576
     """Larger sections, raw, are left to the other codecs: LZMA takes a second or two for each megabyte, and
-    so far it was smaller than rans on embedding tables only."""
+    has been smaller than rans on embedding tables only."""
     lzma_preset: int = 9
     """xz preset of sections that LZMA codes."""
     prune: bool = True
