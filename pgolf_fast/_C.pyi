@@ -6,7 +6,17 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Buffer
 
-def lzma_compress(data: Buffer, preset: int = 9, extreme: bool = False) -> bytes: ...
+def lzma_compress(
+    data: Buffer,
+    preset: int = 9,
+    extreme: bool = False,
+    *,
+    lc: int = -1,
+    lp: int = -1,
+    pb: int = -1,
+    nice_len: int = -1,
+    mode: int = -1,
+) -> bytes: ...
 def lzma_decompress(data: Buffer, size: int) -> bytes: ...
 def pack_bits(
     codes: NDArray[np.int8], bits: int, threads: int = 0, simd: bool = True
