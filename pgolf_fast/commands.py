@@ -236,6 +236,13 @@ def eval(argv: list[str]) -> int:
     return 0
 
 
+def ttt_sweep(argv: list[str]) -> int:
+    """pgolf ttt-sweep RUN [--adapters NAME ...] [--stride N] [--tokens N]"""
+    from pgolf_fast.ttt_commands import sweep
+
+    return sweep(argv)
+
+
 @dataclass(frozen=True)
 class _Submit:
     run: Annotated[Path, tyro.conf.Positional]

@@ -135,6 +135,16 @@ VARIANTS = {
         "eval__batch_seqs": 8,
         "ttt__lr": 0.05,
     },
+    "adamw": {
+        "train__compute_dtype": "bfloat16",
+        "ttt__adapter": "adamw",
+        "ttt__parameters": "all",
+        "ttt__freeze_blocks": 0,
+        "ttt__quantize_forward": "none",
+        "ttt__decay": "constant",
+        "ttt__lr": 0.001,
+        "ttt__weight_decay": 0.1,
+    },
     "plain hash": {"model__pos_conditional": False, "quant__bits": 5, "quant__small_tensor": 1000},
 }
 
