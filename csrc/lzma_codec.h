@@ -20,7 +20,8 @@ struct LzmaSettings {
 // `preset` is 0..9. The dictionary is never larger than the data needs: the bytes stay as good, and a small buffer
 // does not cost the hundreds of megabytes preset 9 would reserve.
 // Throws std::invalid_argument on a bad preset or setting, std::bad_alloc, std::runtime_error.
-std::string lzma_compress(const uint8_t* data, size_t size, int preset, bool extreme, const LzmaSettings& settings = {});
+std::string lzma_compress(const uint8_t* data, size_t size, int preset, bool extreme,
+                          const LzmaSettings& settings = {});
 
 // Fills exactly `out_size` bytes at `out`, never more. Throws std::invalid_argument that says whether the stream is
 // truncated, corrupt (and near which byte), longer or shorter than stated, or followed by other bytes.

@@ -17,7 +17,7 @@ from pgolf_fast.artifact.container import sizes
 from pgolf_fast.artifact.landing import land
 from pgolf_fast.artifact.pack import PackReport, artifact_bytes, load_model, pack, unpack
 from pgolf_fast.artifact.submission import code_bytes
-from pgolf_fast.config.schema import PackConfig, QuantConfig, RunConfig
+from pgolf_fast.config.schema import PackConfig, QuantConfig, RunConfig, TTTConfig
 from pgolf_fast.config.serialize import from_dict, run_config_to_dict
 from pgolf_fast.data.source import open_source
 from pgolf_fast.data.tokenizer import Tokenizer, byte_table
@@ -25,6 +25,7 @@ from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.resume import Resume, identity
 from pgolf_fast.evaluation.score import Stream
 from pgolf_fast.evaluation.scores import ThreeScores, three_scores
+from pgolf_fast.evaluation.sweep import Comparison, sweep
 from pgolf_fast.files import atomic_path, write_text
 from pgolf_fast.model.decoding import generate
 from pgolf_fast.model.gpt import GPT
@@ -156,6 +157,17 @@ def pack_run(folder: RunFolder, config: PackConfig) -> PackReport:
     return pack(quantized, run_config_to_dict(run_config), folder.artifact_file, config)
 
 
+def validation_stream(folder: RunFolder, config: RunConfig, device: torch.device) -> Stream:
+    """The validation tokens `config.data` names. Raises PgolfError unless the run's tokenizer made them."""
+    source = open_source(config.data, config.model.vocab_size)
+    if source.tokenizer.path.read_bytes() != folder.tokenizer_file.read_bytes():
+        raise PgolfError(
+            f"the shards in {source.folder} belong to tokenizer {source.tokenizer.path}, the run to another "
+            f"({folder.tokenizer_file}): use shards made with the run's, or name it with --tokenizer"
+        )
+    return Stream(source.validation(config.eval_seq_len), source.table, device)
+
+
 def score_run(
     folder: RunFolder,
     config: RunConfig,
@@ -178,13 +190,7 @@ def score_run(
         model = float_model(folder, config, world)
         if config.ttt.quantize_forward == "banks":
             config = replace(config, ttt=replace(config.ttt, quantize_forward="none"))
-    source = open_source(config.data, config.model.vocab_size)
-    if source.tokenizer.path.read_bytes() != folder.tokenizer_file.read_bytes():
-        raise PgolfError(
-            f"the shards in {source.folder} belong to tokenizer {source.tokenizer.path}, the run to another "
-            f"({folder.tokenizer_file}): use shards made with the run's, or name it with --tokenizer"
-        )
-    stream = Stream(source.validation(config.eval_seq_len), source.table, world.device)
+    stream = validation_stream(folder, config, world.device)
     result = folder.path / f"scores_{weights}.json"
     tree, resume = run_config_to_dict(config), None
     if config.eval.checkpoint_minutes is not None:
@@ -199,6 +205,30 @@ def score_run(
         if resume is not None:
             resume.forget()
     return scores
+
+
+def sweep_run(
+    folder: RunFolder, config: RunConfig, adapters: dict[str, TTTConfig], world: World | None = None
+) -> list[Comparison]:
+    """Adapters compared on the run's artifact and validation data, also written to ttt_sweep.json.
+
+    Finished adapters are kept in the folder ttt_sweep, and not repeated.
+    """
+    world = world or this_process()
+    model = artifact_model(folder, config, world)
+    grid = bank_grids(unpack(folder.artifact_file)[1])
+    stream = validation_stream(folder, config, world.device)
+    found = sweep(model, stream, config, adapters, grid, folder.path / "ttt_sweep", world)
+    if world.is_main:
+        story = {
+            "artifact_sha256": sizes(folder.artifact_file).sha256,
+            "tokens": stream.num_targets,
+            "stride": config.eval.stride,
+            "adapters": {row.name: dataclasses.asdict(row) for row in found},
+            "settings": {name: dataclasses.asdict(ttt) for name, ttt in adapters.items()},
+        }
+        write_text(folder.path / "ttt_sweep.json", json.dumps(story, indent=2) + "\n")
+    return found
 
 
 def continue_text(folder: RunFolder, prompt: str, tokens: int, *, temperature: float, seed: int) -> str:

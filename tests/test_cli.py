@@ -172,9 +172,11 @@ def test_from_training_to_text(capsys, run):
     status, out, _ = call(capsys, "quantize", run)
     assert status == 0
     assert "int6 tensors" in out
-    status, out, _ = call(capsys, "pack", run)
+    status, out, _ = call(capsys, "pack", run, "--table", "--measure", "raw", "--json", run / "bytes.json")
     assert status == 0
+    assert "blocks.0.mlp.fc.weight" in out
     packed = sizes(folder.artifact_file)
+    assert read_json(run / "bytes.json")["total_bytes"] == packed.total_bytes
     assert f"{packed.total_bytes:,}" in out
     assert folder.artifact_file.stat().st_size == packed.total_bytes
     status, out, _ = call(capsys, "eval", run)

@@ -3,6 +3,7 @@
 import contextlib
 import sys
 import tracemalloc
+from importlib.util import find_spec
 from itertools import product
 
 import numpy as np
@@ -63,8 +64,9 @@ def test_round_trip(codec, section):
 @settings(max_examples=40, deadline=None)
 def test_any_bytes(data):
     shapes = [(1, len(data), 1)]
+    missing = {name for name, package in EXTRAS.items() if find_spec(package) is None}
     for name in CODECS:
-        if (name != "rans" or BUILT) and (name not in EXTRAS or EXTRAS[name] in sys.modules):
+        if name not in missing and (name != "rans" or BUILT):
             assert decode(name, encode(name, data, shapes), len(data), shapes) == data
 
 

@@ -22,6 +22,7 @@ from pgolf_fast.artifact.container import (
     read_container,
     write_container,
 )
+from pgolf_fast.artifact.reader import SECTIONS
 from pgolf_fast.artifact.submission import code_bytes
 from pgolf_fast.config.schema import PackConfig, RunConfig
 from pgolf_fast.config.serialize import run_config_from_dict
@@ -105,12 +106,7 @@ def contents(
 def artifact_bytes(quantized: QuantizedState, run_config: dict[str, Any], config: PackConfig) -> int:
     """Bytes of the file that `pack` would write without pruning."""
     tree, records = contents(quantized, run_config)
-    return container_bytes(tree, records, codecs=_available(config), preset=config.lzma_preset)
-
-
-def _available(config: PackConfig) -> tuple[str, ...]:
-    """The codecs to try: LZMA stands in for rANS where the C++ extension is missing."""
-    return tuple("lzma" if c == "rans" and native.extension() is None else c for c in config.codecs)
+    return container_bytes(tree, records, codecs=_codecs(records, config), preset=config.lzma_preset)
 
 
 def pack(
@@ -123,7 +119,7 @@ def pack(
     """
     code = code_bytes() if config.code_bytes is None else config.code_bytes
     tree, records = contents(quantized, run_config)
-    tried = _available(config)
+    tried = _codecs(records, config)
     pruned, compressions = None, 1
     with atomic_path(path) as temporary:
         sizes = write_container(temporary, tree, records, codecs=tried, preset=config.lzma_preset)
@@ -149,6 +145,13 @@ def pack(
     )
 
 
+def _codecs(records: list[TensorRecord], config: PackConfig) -> dict[str, tuple[str, ...]]:
+    """The codecs that may compete for each section."""
+    size = {name: sum(r.array.nbytes for r in records if r.section == name) for name in SECTIONS}
+    quick = tuple(codec for codec in config.codecs if codec != "lzma") or config.codecs
+    return {n: config.codecs if size[n] <= config.lzma_limit_bytes else quick for n in SECTIONS}
+
+
 def _prune(records: list[TensorRecord], sizes: ContainerSizes, code: int, config: PackConfig) -> Pruned:
     """Codes that fit. Raises PgolfError when even pruning all of them is not enough."""
     matrices, scales = _matrix_arrays(records)
@@ -165,7 +168,8 @@ def _prune(records: list[TensorRecord], sizes: ContainerSizes, code: int, config
     def coded_size(flat: NDArray[np.int8]) -> int:
         if extension is not None and codec == "rans":
             return extension.rans_size(flat, shapes)
-        return min(len(codecs.encode(codec, flat.tobytes(), shapes, preset=config.lzma_preset)), flat.size)
+        settings = {"preset": config.lzma_preset} if codec == "lzma" else {}
+        return min(len(codecs.encode(codec, flat.tobytes(), shapes, **settings)), flat.size)
 
     pruned = prune_to_fit(list(zip(matrices, scales, strict=True)), budget, now, coded_size, TOLERANCE)
     if not pruned.fits:
