@@ -145,6 +145,14 @@ VARIANTS = {
         "ttt__lr": 0.001,
         "ttt__weight_decay": 0.1,
     },
+    "low-rank changes": {
+        "train__compute_dtype": "bfloat16",
+        "ttt__adapter": "lora",
+        "ttt__lora__documents": 3,
+        "ttt__lora__segment_tokens": 16,
+        "ttt__lora__lr": 0.01,
+        "ttt__lora__epochs": 2,
+    },
     "plain hash": {"model__pos_conditional": False, "quant__bits": 5, "quant__small_tensor": 1000},
 }
 

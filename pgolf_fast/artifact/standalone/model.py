@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pgolf_fast.artifact.standalone.lora import Changed
 from pgolf_fast.artifact.standalone.parts import (
     Attention,
     CrossEntropy,
@@ -72,8 +73,18 @@ class Model:
             table, self.state["bigram.scale"], self.state["word_start_boost"], starts, indices, self.dtype
         )
 
-    def losses(self, tokens: Tensor, targets: Tensor, banks: list, fake_projections: bool = False) -> Tensor:
-        """Cross-entropy of every target in nats, (B, T) float32."""
+    def losses(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        banks: list,
+        fake_projections: bool = False,
+        changes: list | None = None,
+    ) -> Tensor:
+        """Cross-entropy of every target in nats, (B, T) float32.
+
+        With low-rank `changes` of each row's matrices, targets may be those of the last positions only.
+        """
         c, s, dtype, (qo, kv, up, down) = self.config, self.state, self.dtype, banks
         project = int6 if fake_projections else Tensor.float
         x = F.embedding(tokens, s["tok_emb.weight"]).to(dtype)
@@ -89,6 +100,7 @@ class Model:
             extra = {
                 layer: shared * s[f"ve_layer_scales.{i}"].to(dtype) for i, layer in enumerate(c.ve_layers)
             }
+        changed = changes and Changed(changes, dtype)
         rope, n, first_xsa = self.rope(tokens.shape[1]), c.num_layers, c.num_layers - c.xsa_last_n
         skips: list[Tensor] = []
         for i in range(n):
@@ -99,12 +111,20 @@ class Model:
             scale = 1 / math.sqrt(i + 1) if c.ln_scale else 1.0
             u, normed = Residual.apply(x, x0, mix[0], mix[1], scale)
             weights = qo[i], kv[i], kv[n + i], qo[n + i]
-            y = Attention.apply(normed, *weights, gain, extra.get(i), *rope, c.num_kv_heads, i >= first_xsa)
+            inputs = normed, *weights, gain, extra.get(i), *rope, c.num_kv_heads, i >= first_xsa
+            last = targets.shape[1] if i == n - 1 else None
+            y = changed.attend(*inputs, i, last) if changed else Attention.apply(*inputs)
+            if last:
+                u = u[:, -last:].contiguous()
             h, normed = Residual.apply(u, y, None, attn_scale, scale)
-            x = torch.addcmul(h, Mlp.apply(normed, up[i], down[i], c.mlp_activation), mlp_scale.to(dtype))
+            mlp = normed, up[i], down[i], c.mlp_activation
+            out = changed.mlp(*mlp, i) if changed else Mlp.apply(*mlp)
+            x = torch.addcmul(h, out, mlp_scale.to(dtype))
             if i < n // 2:
                 skips.append(x)
         head = s["tok_emb.weight"].to(dtype)
+        if changed:
+            return changed.losses(rms_norm(x), head, targets, c.logit_softcap)
         return CrossEntropy.apply(
             rms_norm(x).flatten(0, 1), head, targets.flatten(), c.logit_softcap
         ).view_as(targets)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from sentencepiece import SentencePieceProcessor
 
+from pgolf_fast.artifact.standalone.lora import Learner
 from pgolf_fast.artifact.standalone.model import Model
 from pgolf_fast.artifact.standalone.reader import read_artifact
 
@@ -43,22 +44,22 @@ class Scorer:
         last = int(np.searchsorted(end, count)) + 1
         return np.stack((start[:last], end[:last], np.concatenate(([0], end[: last - 1]))))
 
-    def score(self, windows: np.ndarray, on_grid: bool = False) -> np.ndarray:
-        """Nats, targets and bytes."""
+    def score(self, windows: np.ndarray, on_grid: bool = False, changes: list | None = None) -> np.ndarray:
+        """Nats, targets and bytes; with the low-rank `changes` of document windows[3, i] for window i."""
         total, batch = np.zeros(3), self.config.eval.batch_seqs or 16
         with torch.no_grad():
             banks = self.model.banks(on_grid)
             for at in range(0, windows.shape[1], batch):
-                start, end, first = torch.from_numpy(windows[:, at : at + batch]).to(self.tokens.device)[
-                    ..., None
-                ]
+                part = torch.from_numpy(windows[:, at : at + batch]).to(self.tokens.device)
+                start, end, first = part[:3, :, None]
                 index = start + torch.arange(self.length, device=start.device)
                 inside = index < end
                 x, y = (
                     torch.where(inside, self.tokens[torch.where(inside, index, 0) + i], 0) for i in (0, 1)
                 )
                 scored = inside & (index >= first)
-                losses = self.model.losses(x, y, banks)[scored].double().cpu().numpy()
+                own = changes and [t[part[3]] for t in changes]
+                losses = self.model.losses(x, y, banks, changes=own)[scored].double().cpu().numpy()
                 counted = self.target_bytes[index[scored].cpu().numpy()]
                 total += losses.sum(), len(losses), counted.sum()
         return total
@@ -66,8 +67,10 @@ class Scorer:
     def score_and_learn(self, windows: np.ndarray) -> np.ndarray:
         """Legal test-time training: every chunk is scored before it is learned from, the last never is."""
         c, model, count = self.config.ttt, self.model, len(self.target_bytes)
-        if c.adapter not in ("sgd", "adamw"):
-            sys.exit(f"this script adapts by sgd or adamw; the artifact's configuration says {c.adapter}")
+        if c.adapter == "lora":
+            return self.score_documents(windows)
+        if c.adapter == "phased":
+            sys.exit("this script does not adapt in phases: pack the run with ttt.adapter sgd, adamw or lora")
         chunks = math.ceil(count / c.chunk_tokens)
         chunk_of = np.minimum(windows[2] // c.chunk_tokens, chunks - 1)
         frozen = tuple(f"blocks.{i}." for i in range(c.freeze_blocks))
@@ -104,6 +107,32 @@ class Scorer:
                 torch._foreach_div_(gradients, ((norm + 1e-6) / c.grad_clip).clamp(min=1))
                 rule.step()
                 rule.zero_grad(False)
+        return total
+
+    def score_documents(self, windows: np.ndarray) -> np.ndarray:
+        """The same with changes for each document alone, many documents in step, segment by segment."""
+        c, count = self.config.ttt.lora, len(self.target_bytes)
+        on_grid = self.config.ttt.quantize_forward == "banks"
+        bos = np.flatnonzero(self.tokens[:-1].cpu().numpy() == 1)
+        starts = np.union1d([0], bos)
+        ends = np.append(starts[1:], count)
+        first = np.union1d(windows[2], starts)  # windows are cut where documents start
+        inputs = windows[0, np.searchsorted(windows[2], first, side="right") - 1]
+        cut = np.stack((inputs, np.append(first[1:], count), first))
+        segments = -(-(ends - starts) // c.segment_tokens)
+        order, total = np.argsort(-segments, kind="stable"), np.zeros(3)
+        for at in range(0, len(order), c.documents):
+            batch = order[at : at + c.documents]
+            learner = Learner(self.model, self.config, len(batch))
+            for number in range(segments[batch[0]]):
+                begin = starts[batch] + number * c.segment_tokens
+                end = np.maximum(begin, np.minimum(begin + c.segment_tokens, ends[batch]))
+                low, high = (np.searchsorted(first, edge) for edge in (begin, end))
+                found = np.concatenate([np.arange(a, b) for a, b in zip(low, high, strict=True)])
+                row = np.repeat(np.arange(len(low)), high - low)
+                total += self.score(np.vstack((cut[:, found], row)), on_grid, learner.tensors)
+                if more := int((segments[batch] > number + 1).sum()):
+                    learner.learn(self.tokens[begin[:more, None] + np.arange(c.segment_tokens + 1)])
         return total
 
 
