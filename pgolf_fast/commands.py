@@ -199,6 +199,13 @@ def eval(argv: list[str]) -> int:
     return 0
 
 
+def audit(argv: list[str]) -> int:
+    """pgolf audit RUN_OR_ARTIFACT [--tokens N] [--only C1 C2 ...] [--json FILE] [--ttt.field value]"""
+    from pgolf_fast.audit_commands import audit as run
+
+    return run(argv)
+
+
 @dataclass(frozen=True)
 class _Submit:
     run: Annotated[Path, tyro.conf.Positional]

@@ -45,7 +45,7 @@ class Scorer:
 
     def score(self, windows: np.ndarray, on_grid: bool = False) -> np.ndarray:
         """Nats, targets and bytes."""
-        total, batch = np.zeros(3), self.config.eval.batch_seqs
+        total, batch = np.zeros(3), self.config.eval.batch_seqs or 16
         with torch.no_grad():
             banks = self.model.banks(on_grid)
             for at in range(0, windows.shape[1], batch):
