@@ -44,15 +44,14 @@ class Result:
 def run_checks(checks: Iterable[Check]) -> list[Result]:
     """Every check in turn. One that raises has failed: what it audits could not be followed to the end."""
     results = []
-    for check in checks:
+    for check in report.progress(list(checks), "audit", unit="check"):
         start = time.perf_counter()
         try:
             finding = check.run()
         except Exception as error:  # noqa: BLE001 - whatever the audited code raises is evidence against it
             finding = Finding(False, f"stopped by {type(error).__name__}: {error}")
-        result = Result(check.id, check.title, finding.passed, finding.evidence, time.perf_counter() - start)
-        report.logger.info("%s %s (%s)", result.id, result.verdict, report.duration(result.seconds))
-        results.append(result)
+        seconds = time.perf_counter() - start
+        results.append(Result(check.id, check.title, finding.passed, finding.evidence, seconds))
     return results
 
 

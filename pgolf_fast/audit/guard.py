@@ -46,7 +46,7 @@ def write():
         json.dump(seen, file)
 
 atexit.register(write)
-del sys.argv[:2]
+del sys.argv[:3]
 sys.addaudithook(hook)
 exec(compile(code, "<audited>", "exec"), {"__name__": "__main__"})
 """

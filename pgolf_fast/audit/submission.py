@@ -55,7 +55,7 @@ def self_contained(artifact: Path, tokenizer: Path, tokens: np.ndarray) -> Findi
         words = (folder / "train_gpt.py", "--data", folder, "--tokenizer", folder / "tokenizer.model")
         events = (*NETWORK, *PROGRAMS)
         seen = run_watched(_SCRIPT, words, modules=("pgolf_fast",), events=events, cwd=folder)
-        own = sorted(path.name for path in seen.opened if folder in path.parents)
+        own = sorted(path.name for path in seen.opened if path.parent == folder and path.is_file())
         outside = [path for path in seen.opened if folder not in path.parents and not _is_installed(path)]
     if seen.refused:
         return Finding(False, f"the script wants {', '.join(dict.fromkeys(seen.refused))}")
