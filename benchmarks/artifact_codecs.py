@@ -1,4 +1,4 @@
-"""General compressors and our codecs on one artifact: bytes, seconds there and back, memory.
+"""General compressors and our container on one artifact: bytes, seconds there and back, memory.
 
 `python artifact_codecs.py CONTENDER FOLDER` measures one in a process of its own and prints a line of JSON.
 What this machine lacks is skipped with the reason. Every result is decoded and compared.
@@ -163,32 +163,35 @@ def measure_peer(name: str, folder: Path) -> Found:
 
 
 def measure_container(
-    folder: Path, reading: contextlib.AbstractContextManager[object] | None = None
+    folder: Path,
+    codecs: Sequence[str] = (),
+    reading: contextlib.AbstractContextManager[object] | None = None,
 ) -> Found:
-    """Our file: every section with the codec that makes it smallest, configuration and checksums included."""
+    """Our file, configuration and checksums too: as `pgolf pack` writes it, or the smallest of `codecs`."""
     from pgolf_fast.artifact.container import read_container, write_container
     from pgolf_fast.artifact.pack import build_records
+    from pgolf_fast.config.schema import PackConfig
 
+    codecs = codecs or PackConfig().codecs
     quantized, run = read_artifact(folder)
     records = build_records(quantized)
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / "model.pgolf"
         before = peak_mib()
-        sizes, encode_s, runs = best_of(lambda: write_container(path, {"run": run}, records))
+        sizes, encode_s, runs = best_of(lambda: write_container(path, {"run": run}, records, codecs=codecs))
         with reading or contextlib.nullcontext():
             (_, again), decode_s, _ = best_of(lambda: read_container(path))
         memory, total = peak_mib() - before, path.stat().st_size
-    same = [(a.name, a.array.tobytes()) for a in again] == [(r.name, r.array.tobytes()) for r in records]
-    if not same:
+    if [(r.name, r.array.tobytes()) for r in again] != [(r.name, r.array.tobytes()) for r in records]:
         raise RuntimeError("the container gave back other tensors")
     return {
         "bytes": total,
-        "codes_bytes": next((s.stored_bytes for s in sizes.sections if s.name == "codes"), 0),
+        "codes_bytes": next(s.stored_bytes for s in sizes.sections if s.name == "codes"),
         "encode_s": encode_s,
         "decode_s": decode_s,
         "runs": runs,
         "memory_mib": memory,
-        "sections": {s.name: [getattr(s, "codec", "lzma"), s.stored_bytes] for s in sizes.sections},
+        "sections": {s.name: [s.codec, s.stored_bytes] for s in sizes.sections},
     }
 
 
@@ -203,27 +206,15 @@ def measure_plain_reader(folder: Path) -> Found:
     from pgolf_fast.ops import native
 
     none = mock.patch.multiple(native, extension=lambda: None, lzma_extension=lambda: None)
-    return measure_container(folder, none)
-
-
-def _rans_inputs(folder: Path) -> tuple[Any, bytes, list[tuple[int, int, int]]]:
-    codecs = _ours("pgolf_fast.artifact.codecs")
-    matrices = read_artifact(folder)[0].matrices().values()
-    return codecs, (folder / CODES).read_bytes(), [(*m.codes.shape, 1) for m in matrices]
-
-
-def _ours(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name != name:
-            raise
-        raise UnavailableError(f"this checkout has no {name}") from error
+    return measure_container(folder, reading=none)
 
 
 def measure_rans(folder: Path) -> Found:
     """The entropy coder alone on the bank codes alone."""
-    codecs, plain, shapes = _rans_inputs(folder)
+    from pgolf_fast.artifact import codecs
+
+    shapes = [(*matrix.codes.shape, 1) for matrix in read_artifact(folder)[0].matrices().values()]
+    plain = (folder / CODES).read_bytes()
     before = peak_mib()
     packed, encode_s, runs = best_of(lambda: codecs.encode("rans", plain, shapes))
     again, decode_s, _ = best_of(lambda: codecs.decode("rans", packed, len(plain), shapes))
@@ -241,7 +232,8 @@ def measure_rans(folder: Path) -> Found:
 OURS: dict[str, Callable[[Path], Found]] = {
     "container": measure_container,
     "container, 1 core": measure_one_core,
-    "container, no C++ reader": measure_plain_reader,
+    "container, read in Python": measure_plain_reader,
+    "container, rans or lzma": lambda folder: measure_container(folder, ("rans", "lzma")),
     "rans, codes only": measure_rans,
 }
 CONTENDERS = (*PEERS, *OURS)

@@ -28,12 +28,12 @@ ROOT = Path(__file__).resolve().parent.parent
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(ROOT), str(HERE)]  # the package need not be installed
 
-import artifact_bounds  # noqa: E402 - after the path is set
-import artifact_codecs  # noqa: E402
+import artifact_codecs  # noqa: E402 - after the path is set
 import artifact_files  # noqa: E402
 import artifact_verdict  # noqa: E402
 from synthetic_artifact import synthetic  # noqa: E402
 
+from pgolf_fast.artifact.bounds import static_bounds  # noqa: E402
 from pgolf_fast.bench.store import provenance  # noqa: E402
 from pgolf_fast.config.presets import exp101, tiny  # noqa: E402
 from pgolf_fast.config.schema import RunConfig  # noqa: E402
@@ -155,7 +155,7 @@ class Results:
 
     def begin(self, artifact: Artifact, folder: Path) -> None:
         matrices = [matrix.codes.numpy() for matrix in artifact.quantized.matrices().values()]
-        found = artifact_bounds.static_bounds(matrices)
+        found = static_bounds(matrices)
         bounds = {name: asdict(bound) for name, bound in found.items()}
         if artifact.oracle_bits is not None:
             bounds["oracle"] = {"bytes": artifact.oracle_bits / 8, "side_bytes": 0.0}
@@ -164,7 +164,7 @@ class Results:
             "codes": sum(m.size for m in matrices),
             "reference_bytes": (folder / artifact_files.REFERENCE).stat().st_size,
             "bounds": bounds,
-            "best_bound": artifact_bounds.best(found),
+            "best_bound": min(found, key=lambda name: found[name].bytes),
             "contenders": {},
         }
 

@@ -1,3 +1,5 @@
+#include <exception>
+#include <utility>
 #include <vector>
 
 #include "bind.h"
@@ -44,12 +46,19 @@ py::tuple read_container(const py::buffer& data) {
         } else {
             unpacked.append(py::none());
         }
+    std::vector<std::exception_ptr> failures(work.size());  // of several, the first section's is thrown
     {
         py::gil_scoped_release unlocked;
         parallel_for(work.size(), 0, [&](size_t i) {
-            decode_section(in.data(), container, *work[i].first, work[i].second);
+            try {
+                decode_section(in.data(), container, *work[i].first, work[i].second);
+            } catch (...) {
+                failures[i] = std::current_exception();
+            }
         });
     }
+    for (const auto& failure : failures)
+        if (failure) std::rethrow_exception(failure);
     return py::make_tuple(py::bytes(container.config), sections_of(container), tensors_of(container), unpacked);
 }
 

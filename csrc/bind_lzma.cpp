@@ -5,12 +5,12 @@
 namespace pgolf {
 namespace {
 
-py::bytes compress(const py::buffer& data, int preset, bool extreme) {
+py::bytes compress(const py::buffer& data, int preset, bool extreme, int lc, int lp, int pb, int nice_len, int mode) {
     const View in(data);
     std::string out;
     {
         py::gil_scoped_release unlocked;
-        out = lzma_compress(in.data(), in.size(), preset, extreme);
+        out = lzma_compress(in.data(), in.size(), preset, extreme, {lc, lp, pb, nice_len, mode});
     }
     return py::bytes(out);
 }
@@ -30,7 +30,9 @@ py::bytes decompress(const py::buffer& data, py::ssize_t size) {
 }  // namespace
 
 void bind_lzma(py::module_& m) {
-    m.def("lzma_compress", &compress, py::arg("data"), py::arg("preset") = 9, py::arg("extreme") = false);
+    m.def("lzma_compress", &compress, py::arg("data"), py::arg("preset") = 9, py::arg("extreme") = false,
+          py::kw_only(), py::arg("lc") = -1, py::arg("lp") = -1, py::arg("pb") = -1, py::arg("nice_len") = -1,
+          py::arg("mode") = -1);
     m.def("lzma_decompress", &decompress, py::arg("data"), py::arg("size"));
     m.def("lzma_version", [] { return lzma_api().version(); });
     m.def("lzma_how", &lzma_how);

@@ -37,7 +37,8 @@ uint32_t crc32(const uint8_t* data, size_t size, uint32_t before = 0);
 
 // What a whole file says about itself, after every check but those that unpacking makes: lengths, limits, checksums,
 // digest, and that tensors fill their sections. Memory is bounded by the limits, whatever the file says.
-// Throws std::invalid_argument that says what the file is or, for a damaged one, names section and byte; std::bad_alloc.
+// Throws std::invalid_argument that says what the file is or, for a damaged one, names section and byte;
+// std::bad_alloc; std::runtime_error when the header needs a liblzma that is not there.
 Container parse_container(const uint8_t* file, size_t size);
 
 // Whether decode_section knows the codec: zstd and brotli are left to Python.

@@ -40,6 +40,25 @@ uint32_t dictionary_for(size_t size, uint32_t at_most) {
     return std::min(dictionary, at_most);
 }
 
+template <class Number>
+void replace(Number& option, int setting, int low, int high, const char* name) {
+    if (setting == -1) return;
+    if (setting < low || setting > high)
+        throw std::invalid_argument(std::string(name) + " is " + to_string(setting) + ", but it must lie in " +
+                                    to_string(low) + ".." + to_string(high));
+    option = static_cast<Number>(setting);
+}
+
+void replace_all(lzma_abi::Options& options, const LzmaSettings& settings) {
+    replace(options.lc, settings.lc, 0, 4, "lc");
+    replace(options.lp, settings.lp, 0, 4, "lp");
+    replace(options.pb, settings.pb, 0, 4, "pb");
+    replace(options.nice_len, settings.nice_len, 2, 273, "nice_len");
+    replace(options.mode, settings.mode, 1, 2, "mode");
+    if (options.lc + options.lp > 4)
+        throw std::invalid_argument("lc + lp is " + to_string(options.lc + options.lp) + ", but it must be at most 4");
+}
+
 void grow(std::string& out, lzma_abi::Stream& state) {
     const size_t used = out.size() - state.avail_out;
     out.resize(out.size() * 2);
@@ -71,7 +90,7 @@ void grow(std::string& out, lzma_abi::Stream& state) {
 
 }  // namespace
 
-std::string lzma_compress(const uint8_t* data, size_t size, int preset, bool extreme) {
+std::string lzma_compress(const uint8_t* data, size_t size, int preset, bool extreme, const LzmaSettings& settings) {
     if (preset < 0 || preset > 9)
         throw std::invalid_argument("preset is " + to_string(preset) + ", but LZMA presets are 0..9");
     const LzmaApi& api = lzma_api();
@@ -79,6 +98,7 @@ std::string lzma_compress(const uint8_t* data, size_t size, int preset, bool ext
     if (api.preset(&options, static_cast<uint32_t>(preset) | (extreme ? lzma_abi::kExtreme : 0)))
         throw std::runtime_error("liblzma does not know preset " + to_string(preset));
     options.dict_size = dictionary_for(size, options.dict_size);
+    replace_all(options, settings);
     const lzma_abi::Filter filters[] = {{lzma_abi::kFilterLzma2, &options}, {lzma_abi::kFilterEnd, nullptr}};
 
     Stream stream(api);

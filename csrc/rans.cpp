@@ -37,7 +37,8 @@ void check_shapes(const Shape* shapes, size_t count, size_t size) {
         left -= rows * columns * itemsize;
     }
     if (left > 0)
-        throw std::invalid_argument("the shapes hold " + to_string(size - left) + " bytes, but there are " + to_string(size));
+        throw std::invalid_argument("the shapes hold " + to_string(size - left) + " bytes, but there are " +
+                                    to_string(size));
 }
 
 // Calls visit(shape, offset) for every array that is not empty.
@@ -91,7 +92,9 @@ void append32(Bytes& out, uint32_t n) {
     for (int shift = 0; shift < 32; shift += 8) out.push_back(uint8_t(n >> shift));
 }
 
-uint32_t load32(const uint8_t* p) { return p[0] | uint32_t(p[1]) << 8 | uint32_t(p[2]) << 16 | uint32_t(p[3]) << 24; }
+uint32_t load32(const uint8_t* p) {
+    return p[0] | uint32_t(p[1]) << 8 | uint32_t(p[2]) << 16 | uint32_t(p[3]) << 24;
+}
 
 void append(Bytes& out, const Segment& segment) {
     for (uint32_t state : segment.states) append32(out, state);
@@ -122,9 +125,13 @@ Matrices<Byte> matrices_of(Byte* bytes, const Shape* shapes, size_t count, const
         const size_t items = shape.rows * shape.columns;
         const bool whole = shape.itemsize == 1;
         for (size_t i = whole ? 1 : palettes.planes_of(shape.itemsize); i > 0; i--) {
-            matrices.all.push_back({whole ? shape.rows : 1, whole ? shape.columns : items, whole ? bytes + offset : planes, 0, {}, {}});
             matrices.whole.push_back(whole);
-            if (!whole) planes += items;
+            if (whole) {
+                matrices.all.push_back({shape.rows, shape.columns, bytes + offset, 0, {}, {}});
+            } else {
+                matrices.all.push_back({1, items, planes, 0, {}, {}});
+                planes += items;
+            }
         }
     });
     return matrices;
@@ -227,7 +234,7 @@ Bytes encode(const uint8_t* data, size_t size, const Shape* shapes, size_t count
 
     const size_t symbols = symbols_of(matrices.all), class_symbols = symbols_of(vectors);
     const size_t lanes = choose_lanes(symbols, models.bits / 8), parts = choose_segments(models.bits / 8);
-    const size_t each = (symbols + parts * lanes - 1) / (parts * lanes) * lanes;
+    const size_t each = std::min((symbols + parts * lanes - 1) / (parts * lanes) * lanes, symbols);
     std::vector<Segment> segments = segments_of(symbols, each, lanes);
     Segment classes{0, class_symbols, choose_lanes(class_symbols, class_models.bits / 8), {}, {}};
     const Encoder encoder(models.levels);
@@ -255,7 +262,7 @@ Bytes encode(const uint8_t* data, size_t size, const Shape* shapes, size_t count
     return out.size() <= size ? out : raw_payload(data, size);
 }
 
-void decode(const uint8_t* payload, size_t size, const Shape* shapes, size_t count, uint8_t* out, size_t out_size, size_t threads) {
+void decode(const uint8_t* payload, size_t size, const Shape* shapes, size_t count, uint8_t* out, size_t threads) {
     if (size < kPrefix) fail("it ends within its first 5 bytes");
     if (payload[0] != kCoded) fail("its kind is " + to_string(payload[0]));
     const uint64_t header_size = load32(payload + 1);
@@ -280,9 +287,13 @@ void decode(const uint8_t* payload, size_t size, const Shape* shapes, size_t cou
     decoder.decode_segment(vectors, read_segment(0, symbols_of(vectors)));
     for (Target& matrix : matrices.all) {
         check_classes(matrix, models.size());
-        if (matrix.row_classes.empty() && matrix.column_classes.empty()) matrix.columns = matrix.size(), matrix.rows = 1;
+        if (matrix.row_classes.empty() && matrix.column_classes.empty()) {
+            matrix.columns = matrix.size();
+            matrix.rows = 1;
+        }
     }
     const size_t each = header.number(), symbols = symbols_of(matrices.all);
+    if (each > symbols) fail("it holds " + to_string(each) + " symbols, but " + to_string(symbols) + " were stated");
     if (each == 0 || symbols / each > kMaxSegments) fail("it has over " + to_string(kMaxSegments) + " segments");
     std::vector<StoredSegment> segments;
     for (size_t first = 0; first < symbols; first += std::min(each, symbols - first))
@@ -312,8 +323,9 @@ void rans_decode(const uint8_t* payload, size_t size, const Shape* shapes, size_
                  const RansOptions& options) {
     check_shapes(shapes, count, out_size);
     const bool raw = size == 0 || out_size == 0 || payload[0] == kRaw;
-    if (!raw) return decode(payload, size, shapes, count, out, out_size, options.threads);
-    if (size != out_size + (out_size > 0)) fail("it has " + to_string(size) + " bytes for " + to_string(out_size) + ", which is not what raw ones take");
+    if (!raw) return decode(payload, size, shapes, count, out, options.threads);
+    if (size != out_size + (out_size > 0))
+        fail("it has " + to_string(size) + " bytes for " + to_string(out_size) + " that are stored as they are");
     if (size > 0) std::memcpy(out, payload + 1, out_size);
 }
 

@@ -17,7 +17,8 @@ uint32_t load32(const uint8_t* p) { return load16(p) | load16(p + 2) << 16; }
 // Calls visit(matrix, row, column, length, lane) for pieces of one row and at most lanes - lane symbols, that is for
 // symbols first..last-1 in order.
 template <class Byte, class Visit>
-void for_pieces(const std::vector<Matrix<Byte>>& matrices, size_t lanes, size_t first, size_t last, const Visit& visit) {
+void for_pieces(const std::vector<Matrix<Byte>>& matrices, size_t lanes, size_t first, size_t last,
+                const Visit& visit) {
     size_t begin = 0;  // number of the matrix's first symbol
     for (const auto& matrix : matrices) {
         const size_t end = begin + matrix.size(), stop = std::min(end, last);
@@ -153,7 +154,8 @@ void Decoder::decode_segment(const std::vector<Target>& matrices, const StoredSe
                });
     if (word != end) throw std::invalid_argument("the rANS payload is corrupt: words are left over");
     for (size_t i = 0; i < segment.lanes; i++)
-        if (states[i] != kLow) throw std::invalid_argument("the rANS payload is corrupt: a state does not end as it must");
+        if (states[i] != kLow)
+            throw std::invalid_argument("the rANS payload is corrupt: a state does not end as it must");
 }
 
 }  // namespace rans

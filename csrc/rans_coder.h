@@ -65,7 +65,8 @@ class Encoder {
 class Decoder {
    public:
     explicit Decoder(const std::vector<Frequencies>& models);
-    // Throws std::invalid_argument when words are missing or left over, or a state does not start in range or end at 2^16.
+    // Throws std::invalid_argument when words are missing or left over, or a state does not start in range or does not
+    // end at 2^16.
     void decode_segment(const std::vector<Target>& matrices, const StoredSegment& segment) const;
 
    private:

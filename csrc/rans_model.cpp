@@ -120,11 +120,14 @@ Candidate best_candidate(const Source& matrix, double width) {
     best.counts = {count_bytes(matrix.bytes, matrix.size())};
     best.bits = entropy_bits(best.counts[0]);
     const auto consider = [&](std::vector<int> rows, std::vector<int> columns) {
-        Candidate candidate{std::move(rows), std::move(columns)};
+        Candidate candidate;
+        candidate.row_classes = std::move(rows);
+        candidate.column_classes = std::move(columns);
         count(matrix, candidate);
         if (candidate.bits < best.bits) best = std::move(candidate);
     };
-    const bool by_row = gain_bits(scales.row, matrix.columns) > 0, by_column = gain_bits(scales.column, matrix.rows) > 0;
+    const bool by_row = gain_bits(scales.row, matrix.columns) > 0;
+    const bool by_column = gain_bits(scales.column, matrix.rows) > 0;
     if (by_row) consider(classes_of(scales.row, width), {});
     if (by_column) consider({}, classes_of(scales.column, width));
     if (!by_row || !by_column) return best;
@@ -197,7 +200,8 @@ Plan make_plan(const std::vector<Candidate>& candidates, const std::vector<Sourc
     plan.group_of.resize(candidates.size());
     std::vector<size_t> order(candidates.size());
     for (size_t i = 0; i < order.size(); i++) order[i] = i;
-    std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return matrices[a].size() > matrices[b].size(); });
+    std::stable_sort(order.begin(), order.end(),
+                     [&](size_t a, size_t b) { return matrices[a].size() > matrices[b].size(); });
     for (size_t i : order) {
         const Candidate& candidate = candidates[i];
         const bool single = candidate.row_classes.empty() && candidate.column_classes.empty();

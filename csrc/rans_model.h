@@ -15,9 +15,9 @@ struct Models {
     double bits = 0;  // about what symbols, classes and models take
 };
 
-// Chooses by description length. Sets model and classes of every matrix; those without classes become one row. A matrix
-// is considered for classes when `classed` (empty: none) says so, which takes its bytes for int8. No matrix may be empty.
-// Gives at most `limit` models.
+// Chooses by description length, at most `limit` models. Sets model and classes of every matrix; those without classes
+// become one row. A matrix is considered for classes when `classed` (empty: none) says so, which takes its bytes for
+// int8. No matrix may be empty.
 Models choose_models(std::vector<Source>& matrices, const std::vector<bool>& classed, size_t limit, size_t threads);
 
 Counts count_bytes(const uint8_t* bytes, size_t size);  // by symbol

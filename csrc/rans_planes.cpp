@@ -92,10 +92,12 @@ void Palettes::write(BitWriter& out) const {
 void Palettes::split(const uint8_t* items, size_t count, size_t itemsize, uint8_t* planes) const {
     const std::vector<uint64_t>& values = values_of(itemsize);
     for (size_t i = 0; i < count; i++, items += itemsize) {
-        if (!values.empty())
-            planes[i] = uint8_t(std::lower_bound(values.begin(), values.end(), load_item(items, itemsize)) - values.begin());
-        else
-            for (size_t plane = 0; plane < itemsize; plane++) planes[plane * count + i] = items[plane];
+        if (!values.empty()) {
+            const auto found = std::lower_bound(values.begin(), values.end(), load_item(items, itemsize));
+            planes[i] = uint8_t(found - values.begin());
+            continue;
+        }
+        for (size_t plane = 0; plane < itemsize; plane++) planes[plane * count + i] = items[plane];
     }
 }
 

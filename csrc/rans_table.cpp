@@ -53,7 +53,8 @@ Levels fit_levels(const Counts& counts) {
         for (int level = 0; level < kLevels; level++) {
             // Bits of the symbols at this level, and of all others for the share it takes from them.
             const double share = most * double(weights()[level]) / double(weights()[0]);
-            const double bits = count * level / kStepsPerBit + share * M_LOG2E + gamma_bits(zigzag(level - curve.next()));
+            const double data_bits = count * level / kStepsPerBit + share * M_LOG2E;
+            const double bits = data_bits + gamma_bits(zigzag(level - curve.next()));
             if (bits < least) least = bits, levels[symbol] = level;
         }
         curve.move(levels[symbol]);
@@ -105,7 +106,8 @@ Levels read_levels(BitReader& in) {
     for (uint64_t runs = in.number() + 1; runs > 0; runs--) {
         symbol += in.number();
         const uint64_t length = in.number() + 1;
-        if (symbol + length > 256) throw std::invalid_argument("the rANS payload is corrupt: a model has over 256 symbols");
+        if (symbol + length > 256)
+            throw std::invalid_argument("the rANS payload is corrupt: a model has over 256 symbols");
         curve.step = 0;
         for (const uint64_t end = symbol + length; symbol < end; symbol++) {
             const int64_t level = curve.next() + unzigzag(in.number());

@@ -6,8 +6,31 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Buffer
 
-def lzma_compress(data: Buffer, preset: int = 9, extreme: bool = False) -> bytes: ...
+def lzma_compress(
+    data: Buffer,
+    preset: int = 9,
+    extreme: bool = False,
+    *,
+    lc: int = -1,
+    lp: int = -1,
+    pb: int = -1,
+    nice_len: int = -1,
+    mode: int = -1,
+) -> bytes: ...
 def lzma_decompress(data: Buffer, size: int) -> bytes: ...
+def gptq_round_block(
+    work: NDArray[np.float32],
+    codes: NDArray[np.int8],
+    row_step: NDArray[np.float32],
+    column_step: NDArray[np.float32],
+    factor: NDArray[np.float32],
+    clip_range: int,
+    cost: NDArray[np.float32] | None = None,
+    row_class: NDArray[np.int32] | None = None,
+    column_class: NDArray[np.int32] | None = None,
+    lam: NDArray[np.float32] | None = None,
+    threads: int = 0,
+) -> None: ...
 def pack_bits(
     codes: NDArray[np.int8], bits: int, threads: int = 0, simd: bool = True
 ) -> NDArray[np.uint8]: ...
@@ -23,19 +46,6 @@ def dequantize_bits(
     simd: bool = True,
 ) -> None: ...
 def bits_simd() -> str: ...
-def gptq_round_block(
-    work: NDArray[np.float32],
-    codes: NDArray[np.int8],
-    row_step: NDArray[np.float32],
-    column_step: NDArray[np.float32],
-    factor: NDArray[np.float32],
-    clip_range: int,
-    cost: NDArray[np.float32] | None = None,
-    row_class: NDArray[np.int32] | None = None,
-    column_class: NDArray[np.int32] | None = None,
-    lam: NDArray[np.float32] | None = None,
-    threads: int = 0,
-) -> None: ...
 def lzma_version() -> str: ...
 def lzma_how() -> str: ...
 def rans_encode(data: Buffer, shapes: Sequence[tuple[int, int, int]], threads: int = 0) -> bytes: ...

@@ -15,6 +15,7 @@ COMMANDS = {
     "pack": "write a run's artifact and count its bytes against the limit",
     "eval": "score a run's artifact: non-overlapping, sliding, sliding with test-time training",
     "audit": "check a run or an artifact against the rules: what a score may depend on, and what it may not",
+    "ttt-sweep": "compare adapters of test-time training on a run's artifact, with intervals",
     "submit": "write a run as a folder for a pull request: README, submission.json, log, artifact, script",
     "generate": "let a run continue a prompt",
     "data": "info, tokenize, download: token shards and tokenizers",
@@ -70,7 +71,7 @@ def _command(name: str) -> Callable[[list[str]], int]:
         raise PgolfError(f"unknown command {name!r}: {hint}")
     from pgolf_fast import commands
 
-    return getattr(commands, f"{name}_" if keyword.iskeyword(name) else name)
+    return getattr(commands, f"{name}_" if keyword.iskeyword(name) else name.replace("-", "_"))
 
 
 def _help() -> str:

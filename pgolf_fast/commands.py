@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import tyro
 
@@ -13,7 +13,7 @@ from pgolf_fast import report
 from pgolf_fast.arguments import existing, parse, preset_and_overrides
 from pgolf_fast.cli import print_out
 from pgolf_fast.config.presets import PRESETS, preset
-from pgolf_fast.config.schema import EvalConfig, PackConfig, QuantConfig, RunConfig, TTTConfig
+from pgolf_fast.config.schema import Codec, EvalConfig, PackConfig, QuantConfig, RunConfig, TTTConfig
 from pgolf_fast.config.serialize import flatten
 from pgolf_fast.errors import PgolfError
 
@@ -84,17 +84,28 @@ class _Quantize:
     """Run folder."""
     quant: QuantConfig = field(default_factory=QuantConfig)
     """Quantisation settings; default: the run's."""
+    grid: Literal["reference", "percentile", "rd"] | None = None
+    """Short for --quant.grid."""
+    target_bytes: int | None = None
+    """Short for --quant.target-bytes."""
 
 
 def quantize(argv: list[str]) -> int:
-    """pgolf quantize RUN [--quant.field value ...]"""
+    """pgolf quantize RUN [--grid reference|percentile|rd] [--target-bytes N] [--quant.field value ...]"""
+    from dataclasses import replace
+
     from pgolf_fast.pipeline import quantize_run
     from pgolf_fast.train.run_folder import RunFolder
 
     folder = _first_run(argv, RunFolder)
     arguments = parse("quantize", _Quantize, argv, _Quantize(folder.path, folder.read_config().quant))
     report.setup_logging(folder.log_file)
-    counts = quantize_run(folder, arguments.quant)
+    quant = arguments.quant
+    if arguments.grid is not None:
+        quant = replace(quant, grid=arguments.grid)
+    if arguments.target_bytes is not None:
+        quant = replace(quant, target_bytes=arguments.target_bytes)
+    counts = quantize_run(folder, quant)
     print_out(report.table([(what, f"{count:,}") for what, count in counts.items()]))
     print_out(f"wrote {folder.quantized_file}")
     return 0
@@ -125,10 +136,18 @@ class _Pack:
     """Run folder."""
     pack: PackConfig = field(default_factory=PackConfig)
     """Artifact settings; default: the run's."""
+    table: bool = False
+    """Also print bytes by section and tensor, entropy bounds, and what every codec makes of the artifact."""
+    measure: tuple[Codec, ...] = get_args(Codec)
+    """Codecs that --table measures, if installed; at full size lzma, zstd and brotli take a minute each."""
+    json: Path | None = None
+    """File for the table as JSON."""
+    treemap: Path | None = None
+    """PNG file for a treemap of the bytes."""
 
 
 def pack(argv: list[str]) -> int:
-    """pgolf pack RUN [--pack.field value ...]"""
+    """pgolf pack RUN [--table] [--json FILE] [--treemap FILE.png] [--pack.field value ...]"""
     from pgolf_fast.pipeline import pack_run
     from pgolf_fast.train.run_folder import RunFolder
 
@@ -138,7 +157,25 @@ def pack(argv: list[str]) -> int:
     packed = pack_run(folder, arguments.pack)
     print_out(report.table(byte_rows(packed), ("part", "bytes")))
     print_out(f"wrote {packed.path}")
+    if arguments.table or arguments.json or arguments.treemap:
+        _show_bytes(packed.path, arguments)
     return 0
+
+
+def _show_bytes(path: Path, arguments: _Pack) -> None:
+    from pgolf_fast.artifact.table import artifact_table
+    from pgolf_fast.artifact.treemap import plot_treemap
+    from pgolf_fast.files import write_text
+
+    found = artifact_table(path, arguments.measure if arguments.table or arguments.json else ())
+    if arguments.table:
+        print_out("\n" + found.text())
+    if arguments.json is not None:
+        write_text(arguments.json, json.dumps(found.to_dict(), indent=1) + "\n")
+        print_out(f"wrote {arguments.json}")
+    if arguments.treemap is not None:
+        plot_treemap(found, arguments.treemap)
+        print_out(f"wrote {arguments.treemap}")
 
 
 def byte_rows(packed) -> list[tuple[str, str]]:
@@ -204,6 +241,13 @@ def audit(argv: list[str]) -> int:
     from pgolf_fast.audit_commands import audit as run
 
     return run(argv)
+
+
+def ttt_sweep(argv: list[str]) -> int:
+    """pgolf ttt-sweep RUN [--adapters NAME ...] [--stride N] [--tokens N]"""
+    from pgolf_fast.ttt_commands import sweep
+
+    return sweep(argv)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,8 +14,10 @@ from torch import Tensor
 
 from pgolf_fast import report
 from pgolf_fast.artifact.container import sizes
-from pgolf_fast.artifact.pack import PackReport, load_model, pack, unpack
-from pgolf_fast.config.schema import PackConfig, QuantConfig, RunConfig
+from pgolf_fast.artifact.landing import land
+from pgolf_fast.artifact.pack import PackReport, artifact_bytes, load_model, pack, unpack
+from pgolf_fast.artifact.submission import code_bytes
+from pgolf_fast.config.schema import PackConfig, QuantConfig, RunConfig, TTTConfig
 from pgolf_fast.config.serialize import from_dict, run_config_to_dict
 from pgolf_fast.data.source import open_source
 from pgolf_fast.data.tokenizer import Tokenizer, byte_table
@@ -22,9 +25,11 @@ from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.resume import Resume, identity
 from pgolf_fast.evaluation.score import Stream
 from pgolf_fast.evaluation.scores import ThreeScores, three_scores
+from pgolf_fast.evaluation.sweep import Comparison, sweep
 from pgolf_fast.files import atomic_path, write_text
 from pgolf_fast.model.decoding import generate
 from pgolf_fast.model.gpt import GPT
+from pgolf_fast.quant.rd import rate_distortion
 from pgolf_fast.quant.state import QuantizedState, QuantizedTensor, bank_grids, quantize_model
 from pgolf_fast.tensor_file import load_tensors, save_tensors
 from pgolf_fast.train.checkpoint import load_weights, read_weights
@@ -83,15 +88,27 @@ def import_weights(weights: Path, config: RunConfig, folder: RunFolder) -> None:
     save_tensors(folder.model_file, model.state_dict(), story)
 
 
+_PARTS = ("codes", "scale", "column_scale", "left", "right")  # of a quantised tensor, in the run's file
+
+
 def quantize_run(folder: RunFolder, quant: QuantConfig) -> dict[str, int]:
-    """Write the run's quantised weights; returns how many tensors became what."""
-    config = folder.read_config()
-    quantized = quantize_model(float_model(folder, config), quant, seq_len=config.train.seq_len)
+    """Write the run's quantised weights; returns how many tensors became what.
+
+    Grid rd lands the artifact, as the run's own pack settings make it, at `quant.target_bytes`. Raises
+    PgolfError when that cannot be reached.
+    """
+    config = replace(folder.read_config(), quant=quant)
+    model = float_model(folder, config)
+    if quant.grid == "rd":
+        quantized = _land(model, config)
+    else:
+        quantized = quantize_model(model, quant, seq_len=config.train.seq_len)
     tensors: dict[str, Tensor] = {}
     bits: dict[str, int] = {}
     for name, value in quantized.tensors.items():
         if isinstance(value, QuantizedTensor):
-            tensors[f"{name}.codes"], tensors[f"{name}.scale"] = value.codes, value.scale
+            parts = (value.codes, value.scale, value.column_scale, *(value.low_rank or (None, None)))
+            tensors |= {f"{name}.{p}": t for p, t in zip(_PARTS, parts, strict=True) if t is not None}
             bits[name] = value.bits
         else:
             tensors[name] = value
@@ -102,14 +119,32 @@ def quantize_run(folder: RunFolder, quant: QuantConfig) -> dict[str, int]:
     return {**counts, "float16 tensors": len(quantized.tensors) - len(bits)}
 
 
+def _land(model: GPT, config: RunConfig) -> QuantizedState:
+    """The model on grid rd, at the price at which its artifact has the bytes that are asked for."""
+    quant, packing = config.quant, config.pack
+    target = quant.target_bytes
+    if target is None:
+        code = code_bytes() if packing.code_bytes is None else packing.code_bytes
+        target = packing.limit_bytes - code
+    tree = run_config_to_dict(config)
+    grids = rate_distortion(model, quant, seq_len=config.train.seq_len)
+    landed = land(grids, lambda state: artifact_bytes(state, tree, packing), target)
+    report.logger.info(
+        "%s of %s bytes, at %.2e nats a bit", f"{landed.artifact_bytes:,}", f"{target:,}", landed.price
+    )
+    return landed.state
+
+
 def read_quantized(folder: RunFolder) -> tuple[QuantizedState, QuantConfig]:
     """What `quantize_run` wrote, and under which settings."""
     tensors, story = load_tensors(folder.need(folder.quantized_file, "quantize"))
     state: dict[str, QuantizedTensor | Tensor] = {}
     for name in story["order"]:
         if name in story["bits"]:
-            codes, scale = tensors[f"{name}.codes"], tensors[f"{name}.scale"]
-            state[name] = QuantizedTensor(codes, scale, story["bits"][name])
+            codes, scale, columns, left, right = (tensors.get(f"{name}.{part}") for part in _PARTS)
+            assert codes is not None and scale is not None  # noqa: PT018
+            low_rank = None if left is None or right is None else (left, right)
+            state[name] = QuantizedTensor(codes, scale, story["bits"][name], columns, low_rank)
         else:
             state[name] = tensors[name]
     return QuantizedState(state), from_dict(QuantConfig, story["quant"], "quant")
@@ -118,8 +153,19 @@ def read_quantized(folder: RunFolder) -> tuple[QuantizedState, QuantConfig]:
 def pack_run(folder: RunFolder, config: PackConfig) -> PackReport:
     """Write the run's artifact. Raises PgolfError when it cannot be made to fit the limit."""
     quantized, quant = read_quantized(folder)
-    run_config = dataclasses.replace(folder.read_config(), quant=quant, pack=config)
+    run_config = replace(folder.read_config(), quant=quant, pack=config)
     return pack(quantized, run_config_to_dict(run_config), folder.artifact_file, config)
+
+
+def validation_stream(folder: RunFolder, config: RunConfig, device: torch.device) -> Stream:
+    """The validation tokens `config.data` names. Raises PgolfError unless the run's tokenizer made them."""
+    source = open_source(config.data, config.model.vocab_size)
+    if source.tokenizer.path.read_bytes() != folder.tokenizer_file.read_bytes():
+        raise PgolfError(
+            f"the shards in {source.folder} belong to tokenizer {source.tokenizer.path}, the run to another "
+            f"({folder.tokenizer_file}): use shards made with the run's, or name it with --tokenizer"
+        )
+    return Stream(source.validation(config.eval_seq_len), source.table, device)
 
 
 def score_run(
@@ -143,14 +189,8 @@ def score_run(
     else:
         model = float_model(folder, config, world)
         if config.ttt.quantize_forward == "banks":
-            config = dataclasses.replace(config, ttt=dataclasses.replace(config.ttt, quantize_forward="none"))
-    source = open_source(config.data, config.model.vocab_size)
-    if source.tokenizer.path.read_bytes() != folder.tokenizer_file.read_bytes():
-        raise PgolfError(
-            f"the shards in {source.folder} belong to tokenizer {source.tokenizer.path}, the run to another "
-            f"({folder.tokenizer_file}): use shards made with the run's, or name it with --tokenizer"
-        )
-    stream = Stream(source.validation(config.eval_seq_len), source.table, world.device)
+            config = replace(config, ttt=replace(config.ttt, quantize_forward="none"))
+    stream = validation_stream(folder, config, world.device)
     result = folder.path / f"scores_{weights}.json"
     tree, resume = run_config_to_dict(config), None
     if config.eval.checkpoint_minutes is not None:
@@ -165,6 +205,30 @@ def score_run(
         if resume is not None:
             resume.forget()
     return scores
+
+
+def sweep_run(
+    folder: RunFolder, config: RunConfig, adapters: dict[str, TTTConfig], world: World | None = None
+) -> list[Comparison]:
+    """Adapters compared on the run's artifact and validation data, also written to ttt_sweep.json.
+
+    Finished adapters are kept in the folder ttt_sweep, and not repeated.
+    """
+    world = world or this_process()
+    model = artifact_model(folder, config, world)
+    grid = bank_grids(unpack(folder.artifact_file)[1])
+    stream = validation_stream(folder, config, world.device)
+    found = sweep(model, stream, config, adapters, grid, folder.path / "ttt_sweep", world)
+    if world.is_main:
+        story = {
+            "artifact_sha256": sizes(folder.artifact_file).sha256,
+            "tokens": stream.num_targets,
+            "stride": config.eval.stride,
+            "adapters": {row.name: dataclasses.asdict(row) for row in found},
+            "settings": {name: dataclasses.asdict(ttt) for name, ttt in adapters.items()},
+        }
+        write_text(folder.path / "ttt_sweep.json", json.dumps(story, indent=2) + "\n")
+    return found
 
 
 def continue_text(folder: RunFolder, prompt: str, tokens: int, *, temperature: float, seed: int) -> str:

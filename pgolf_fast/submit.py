@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -125,8 +125,7 @@ def _scores(folder: RunFolder, config: RunConfig, digest: str) -> dict[str, Any]
     if scores.get("artifact_sha256") != digest:
         raise PgolfError(f"{path} holds the scores of another artifact: {again}")
     for group in ("eval", "ttt"):
-        ours = dict(flatten(getattr(config, group)))
-        if scores[group] != ours:
+        if scores[group] != asdict(getattr(config, group)):
             raise PgolfError(
                 f"{path} was computed with other {group} settings than the artifact holds, with which the "
                 f"script scores: {again} without --{group} options, or change config.json and pack again"

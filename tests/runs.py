@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from pgolf_fast.config.presets import tiny
-from pgolf_fast.config.schema import RunConfig
+from pgolf_fast.config.schema import RunConfig, TTTConfig
 from pgolf_fast.config.serialize import flatten, replace_field
 from pgolf_fast.data.shards import write_shard
 from pgolf_fast.data.tokenizer import Tokenizer, train_tokenizer
@@ -76,7 +76,7 @@ def run_config(data: Path, **changes: object) -> RunConfig:
         average=replace(base.average, ema_decay=0.8, ema_every=1, swa_every=1, swa_below=0.2),
         quant=replace(base.quant, calibration_sequences=4, calibration_length=32),
         eval=replace(base.eval, stride=16),
-        ttt=replace(base.ttt, chunk_tokens=1000, batch_seqs=8),
+        ttt=TTTConfig(chunk_tokens=1000, batch_seqs=8, epochs=1),
     )
     for name, value in changes.items():
         config = replace_field(config, name.replace("__", "."), value)

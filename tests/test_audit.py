@@ -4,6 +4,7 @@ import inspect
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from pgolf_fast.artifact.submission import Script, code_bytes
 from pgolf_fast.audit import guard, provenance, scoring, submission
 from pgolf_fast.audit.check import Check, broken, run_checks
 from pgolf_fast.audit.subject import checks, open_subject
+from pgolf_fast.audit.watch import watch
+from pgolf_fast.config.schema import TTTConfig
 from pgolf_fast.evaluation.protocol import Ledger
 from pgolf_fast.files import write_text
 from pgolf_fast.model import embeddings
@@ -26,14 +29,10 @@ from pgolf_fast.train.run_folder import RunFolder
 SLOW = ("C8", "C9", "C11")  # train, and start programs
 ALL = [f"C{number}" for number in range(1, 18)]
 ADAPTERS = [
-    {"parameters": parameters, "quantize_forward": quantize, "epochs": epochs}
-    for parameters, quantize, epochs in (
-        ("banks", "banks", 2),
-        ("banks", "none", 1),
-        ("all", "none", 2),
-        ("all", "projections", 1),
-        ("banks", "banks", 0),
-    )
+    *({"adapter": adapter} for adapter in get_args(get_type_hints(TTTConfig)["adapter"])),
+    {"quantize_forward": "none", "epochs": 1},
+    {"parameters": "all", "quantize_forward": "projections"},
+    {"epochs": 0},
 ]
 
 
@@ -79,8 +78,10 @@ def test_everything_holds_for_a_run(run, tmp_path, capsys):
 
 @pytest.mark.parametrize("settings", ADAPTERS, ids=lambda s: "-".join(map(str, s.values())))
 def test_every_adapter_keeps_the_rules(run, settings):
-    ttt = replace(run.read_config().ttt, **settings)
-    assert failing(open_subject(run.path, ttt=ttt)) == []
+    subject = open_subject(run.path, ttt=replace(run.read_config().ttt, **settings))
+    assert failing(subject) == []
+    steps = 0 if settings.get("epochs") == 0 else 3
+    assert watch(subject.method, subject.stream(subject.tokens), subject.model).updates >= steps
 
 
 def test_an_artifact_alone_and_a_run_that_is_not_packed(run, tmp_path):

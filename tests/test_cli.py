@@ -172,9 +172,11 @@ def test_from_training_to_text(capsys, run):
     status, out, _ = call(capsys, "quantize", run)
     assert status == 0
     assert "int6 tensors" in out
-    status, out, _ = call(capsys, "pack", run)
+    status, out, _ = call(capsys, "pack", run, "--table", "--measure", "raw", "--json", run / "bytes.json")
     assert status == 0
+    assert "blocks.0.mlp.fc.weight" in out
     packed = sizes(folder.artifact_file)
+    assert read_json(run / "bytes.json")["total_bytes"] == packed.total_bytes
     assert f"{packed.total_bytes:,}" in out
     assert folder.artifact_file.stat().st_size == packed.total_bytes
     status, out, _ = call(capsys, "eval", run)
@@ -196,6 +198,19 @@ def test_from_training_to_text(capsys, run):
     assert out.startswith("The")
     assert out == call(capsys, "generate", run, "--prompt", "The ", "--tokens", "12")[1]
     assert out != call(capsys, "generate", run, "--prompt", "The ", "--tokens", "12", "--seed", "1")[1]
+
+
+def test_grid_rd_lands_at_a_target(capsys, run):
+    folder, target = RunFolder(run), 5_000
+    status, _, _ = call(capsys, "quantize", run, "--grid", "rd", "--target-bytes", target)
+    assert status == 0
+    quant = read_quantized(folder)[1]
+    assert (quant.grid, quant.target_bytes) == ("rd", target)
+    call(capsys, "pack", run)
+    assert target - 200 <= folder.artifact_file.stat().st_size <= target
+    call(capsys, "eval", run)
+    score = read_json(run / "scores_artifact.json")["non_overlapping"]["bpb"]
+    assert score == pytest.approx(in_memory_bpb(folder), abs=1e-6)
 
 
 def test_damaged_artifact_names_its_section(capsys, data, tmp_path):

@@ -1,5 +1,7 @@
 """The artifact container: what goes in comes out, in both readers, and its bytes are the documented ones."""
 
+import hashlib
+import json
 import re
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from pgolf_fast.artifact import container, reader
+from pgolf_fast.artifact.codecs import CODECS
 from pgolf_fast.artifact.container import (
     DTYPES,
     SECTIONS,
@@ -21,6 +24,7 @@ from pgolf_fast.artifact.container import (
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.ops import native
 
+GOLDEN = Path(__file__).parent / "golden_artifacts"
 DOCUMENT = Path(__file__).parent.parent / "docs" / "artifact.md"
 CONFIG = {"dim": 64, "name": "tiny, ünïcode", "rates": [0.1, 1e-30], "nested": {"on": True, "off": None}}
 
@@ -138,6 +142,42 @@ def test_the_documented_example_is_what_is_written(tmp_path):
     ]
     write_container(tmp_path / "x", {"dim": 3}, records)
     assert (tmp_path / "x").read_bytes().hex(" ") == documented.hex(" ")
+
+
+@pytest.mark.usefixtures("each_reader")
+@pytest.mark.parametrize(
+    ("name", "module"), [("v1", None), ("v1_zstd", "zstandard"), ("v1_brotli", "brotli")]
+)
+def test_a_committed_artifact_loads(name, module):
+    if module:
+        pytest.importorskip(module)
+    golden = json.loads((GOLDEN / "v1.json").read_text(encoding="utf-8"))
+    path, described = GOLDEN / f"{name}.pgolf", golden["files"][name]
+    config, records = read_container(path)
+    assert config == golden["config"]
+    assert [record.name for record in records] == list(golden["tensors"])
+    for record in records:
+        content = record.array.astype(record.array.dtype.newbyteorder("<")).tobytes()
+        found = [
+            record.kind,
+            record.dtype,
+            list(record.shape),
+            record.section,
+            hashlib.sha256(content).hexdigest(),
+        ]
+        assert found == golden["tensors"][record.name], record.name
+    summary = sizes(path)
+    assert (summary.sha256, summary.total_bytes) == (described["sha256"], described["bytes"])
+    assert {section.name: section.codec for section in summary.sections} == described["codecs"]
+
+
+def test_committed_artifacts_have_everything():
+    golden = json.loads((GOLDEN / "v1.json").read_text(encoding="utf-8"))
+    assert {path.stem for path in GOLDEN.glob("*.pgolf")} == set(golden["files"])
+    used = {codec for described in golden["files"].values() for codec in described["codecs"].values()}
+    assert used == set(CODECS)
+    found = {(kind, dtype) for kind, dtype, *_ in golden["tensors"].values()}
+    assert found == {(kind, dtype) for kind in DTYPES for dtype in DTYPES[kind]}
 
 
 json_values = st.recursive(

@@ -183,7 +183,7 @@ def test_zero_epochs_is_the_sliding_score(model, table):
 
 def test_zero_epochs_on_an_artifact_is_the_sliding_score_exactly(model, table):
     """Test-time training rounds to the artifact's own grid, on which its weights already lie."""
-    settings = QuantConfig(method="round", scale_floor=False, percentiles=(0.999,))
+    settings = QuantConfig(method="round", grid="percentile", percentiles=(0.999,))
     quantized = quantize_state(model.state_dict(), settings)
     model.load_state_dict(dequantize_state(quantized))
     config = replace(RunConfig(model=tiny_config()), quant=settings)

@@ -110,6 +110,21 @@ def test_packs_and_prunes_without_the_extension(quantized, tmp_path, monkeypatch
     assert {s.codec for s in report.sections} <= {"lzma", "raw"}
 
 
+def test_which_codecs_compete_for_which_sections(quantized, tmp_path):
+    def used(**settings):
+        return {s.codec for s in write(quantized, tmp_path / "m", replace(FREE_CODE, **settings)).sections}
+
+    assert used(codecs=("lzma",), lzma_limit_bytes=0) <= {"lzma", "raw"}
+    assert used(codecs=("raw",)) == {"raw"}
+    if native.extension() is not None:
+        assert used(lzma_limit_bytes=0) <= {"rans", "raw"}
+    sizes = [
+        write(quantized, tmp_path / "m", replace(FREE_CODE, codecs=codecs)).weights_bytes
+        for codecs in (("lzma",), ("rans",), ("rans", "lzma"))
+    ]
+    assert sizes[2] <= min(sizes) + 16  # the header names the codecs
+
+
 def test_the_same_model_gives_the_same_bytes(quantized, tmp_path):
     for name in ("a", "b"):
         write(quantized, tmp_path / name)

@@ -9,12 +9,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from runs import make_dataset, read_json, run_config
 
 from pgolf_fast import cli, pipeline
 from pgolf_fast.artifact import submission
 from pgolf_fast.artifact.container import TensorRecord, write_container
-from pgolf_fast.artifact.standalone import reader
+from pgolf_fast.artifact.standalone import parts, reader
 from pgolf_fast.config.serialize import run_config_to_dict
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.submit import About, write_submission
@@ -127,6 +128,23 @@ VARIANTS = {
         "model__ln_scale": False,
         "ttt__parameters": "all",
     },
+    "grid rd": {
+        "quant__grid": "rd",
+        "quant__target_bytes": 5000,
+        "quant__rank": 2,
+        "eval__batch_seqs": 8,
+        "ttt__lr": 0.05,
+    },
+    "adamw": {
+        "train__compute_dtype": "bfloat16",
+        "ttt__adapter": "adamw",
+        "ttt__parameters": "all",
+        "ttt__freeze_blocks": 0,
+        "ttt__quantize_forward": "none",
+        "ttt__decay": "constant",
+        "ttt__lr": 0.001,
+        "ttt__weight_decay": 0.1,
+    },
     "plain hash": {"model__pos_conditional": False, "quant__bits": 5, "quant__small_tensor": 1000},
 }
 
@@ -220,6 +238,17 @@ def test_reader_reads_what_the_container_writes(tmp_path, codec):
     for name, array in arrays.items():
         assert found[name].dtype == array.dtype
         assert np.array_equal(found[name], array)
+
+
+def test_attention_on_a_gpu_is_that_on_a_cpu():
+    """Here both run on the CPU: PyTorch's own choice of attention, and the one that `pgolf eval` calls."""
+    generator = torch.Generator().manual_seed(0)
+    heads = [torch.randn(2, 4, 9, 16, generator=generator) for _ in range(3)]
+    grad = torch.randn(2, 4, 9, 16, generator=generator)
+    (y, back), (other, other_back) = parts.by_autograd(heads), parts.by_flash(heads)
+    torch.testing.assert_close(y, other)
+    for found, expected in zip(back(grad, y), other_back(grad, y), strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 def test_script_refuses_what_is_not_its_artifact(run, data, tmp_path):

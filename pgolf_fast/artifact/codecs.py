@@ -1,50 +1,192 @@
-"""How the bytes of a section are coded: one interface over all codecs."""
+"""The codecs of an artifact's sections behind one interface: raw, LZMA, rANS, and zstd and brotli as extras.
+
+A section is a list of arrays, coded as one string of bytes. Every codec is given their shapes; rANS uses
+them. Whatever is wrong with stored bytes is a ValueError; no decoder takes much more memory than it fills.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
 
+from pgolf_fast.artifact import rans_decoder
+from pgolf_fast.errors import PgolfError
 from pgolf_fast.ops import native
 from pgolf_fast.ops.lzma import compress_bytes, decompress_bytes
 
-Shape = tuple[int, int, int]  # rows, columns, item size in bytes
-CODECS = {"raw": 0, "lzma": 1, "rans": 2, "zstd": 3, "brotli": 4}
+Shape = tuple[int, int, int]  # rows, columns, bytes of an item; row-major, little-endian
+Settings = Mapping[str, int | bool | str]
+
+CODECS: dict[str, int] = {"raw": 0, "lzma": 1, "rans": 2, "zstd": 3, "brotli": 4}  # the numbers in a file
+
+# What a search tries besides the preset's own lc 3, lp 0, pb 2: literals without context, as codes offer
+# none, and positions modulo 1 or 2, the latter for 16-bit items.
+LZMA_SEARCH = tuple(
+    {"lc": lc, "lp": lp, "pb": pb, "nice_len": 273} for lc in (0, 3) for lp, pb in ((0, 0), (0, 2), (1, 1))
+)
+_ZSTD_STEP = 256  # bytes of input; they cannot become more than 11 MiB of output
 
 
-def encode(codec: str, data: bytes, shapes: Sequence[Shape], *, preset: int = 9) -> bytes:
-    """`data`, which is arrays of these shapes one after another, as `codec` stores it."""
-    if codec == "raw":
-        return data
-    if codec == "lzma":
-        return compress_bytes(data, preset)
-    if codec == "rans" and (extension := native.extension()):
-        return extension.rans_encode(data, shapes)
-    raise ValueError(f"codec {codec} is not available here")
+def encode(codec: str, data: bytes, shapes: Sequence[Shape], **settings: int | bool | str) -> bytes:
+    """`data`, which holds arrays of `shapes` one after another, as stored bytes.
+
+    settings, by codec. lzma: those of `compress_bytes`, and search=True to try LZMA_SEARCH as well, in
+    parallel threads. rans: threads (0: one per core). zstd: level (22; always with long-distance matching).
+    brotli: quality (11). Raises PgolfError for an unknown codec, or one that is not installed; ValueError
+    for settings out of range, and where shapes do not add up to the data.
+    """
+    _check_shapes(shapes, len(data))
+    return _ENCODERS[_known(codec)](data, shapes, **settings)
 
 
 def decode(codec: str, stored: bytes, raw_bytes: int, shapes: Sequence[Shape]) -> bytes:
-    """The exactly `raw_bytes` bytes that `encode` was given; ValueError when `stored` holds anything else."""
-    if codec == "raw":
-        if len(stored) != raw_bytes:
-            raise ValueError(f"the raw bytes hold {len(stored)} bytes, but {raw_bytes} were stated")
-        return stored
-    if codec == "lzma":
-        return decompress_bytes(stored, raw_bytes)
-    if codec == "rans" and (extension := native.extension()):
-        return extension.rans_decode(stored, shapes, raw_bytes)
-    raise ValueError(f"codec {codec} is not available here")
+    """The `raw_bytes` bytes of arrays of `shapes` that were stored as `stored`.
+
+    Raises ValueError when the stored bytes are damaged or hold another number; PgolfError as `encode`.
+    """
+    _check_shapes(shapes, raw_bytes)
+    data = _DECODERS[_known(codec)](stored, raw_bytes, shapes)
+    if len(data) != raw_bytes:
+        raise ValueError(f"the {codec} bytes hold {len(data)} bytes, but {raw_bytes} were stated")
+    return data
 
 
 def smallest(
     data: bytes,
     shapes: Sequence[Shape],
     candidates: Sequence[str] = ("rans", "lzma"),
-    settings: Mapping[str, Mapping[str, int]] | None = None,
+    settings: Mapping[str, Settings] | None = None,
 ) -> tuple[str, bytes]:
-    """The candidate that stores `data` in the fewest bytes, and those; raw if none is smaller."""
-    stored = {"raw": data}
-    for codec in candidates:
-        if codec in ("raw", "lzma") or native.extension():
-            stored[codec] = encode(codec, data, shapes, **(settings or {}).get(codec, {}))
-    best = min(stored, key=lambda codec: len(stored[codec]))
-    return best, stored[best]
+    """The candidate that makes `data` smallest, and its bytes; ("raw", data) when none makes it smaller.
+
+    Candidates run in parallel threads; of equals, the first wins. settings: by codec, what `encode` takes.
+    Without the C++ extension, LZMA stands in for rANS.
+    """
+    names = list(dict.fromkeys(_known(name) for name in candidates))
+    if native.extension() is None:
+        names = list(dict.fromkeys("lzma" if name == "rans" else name for name in names))
+    chosen = settings or {}
+    with ThreadPoolExecutor(max(1, len(names))) as pool:
+        packed = list(pool.map(lambda name: encode(name, data, shapes, **chosen.get(name, {})), names))
+    best = min(zip(names, packed, strict=True), key=lambda pair: len(pair[1]), default=("raw", data))
+    return best if len(best[1]) < len(data) else ("raw", data)
+
+
+def _known(codec: str) -> str:
+    if codec not in CODECS:
+        raise PgolfError(f"there is no codec {codec!r}: use one of {', '.join(CODECS)}")
+    return codec
+
+
+def _check_shapes(shapes: Sequence[Shape], size: int) -> None:
+    total = 0
+    for rows, columns, itemsize in shapes:
+        if rows < 0 or columns < 0 or itemsize not in (1, 2, 4, 8):
+            raise ValueError(f"shape {(rows, columns, itemsize)} is not (rows, columns, 1, 2, 4 or 8)")
+        total += rows * columns * itemsize
+    if total != size:
+        raise ValueError(f"the shapes hold {total} bytes, but there are {size}")
+
+
+def _encode_lzma(data: bytes, shapes: Sequence[Shape], search: bool = False, **settings: int) -> bytes:
+    tried = [settings, *({**settings, **more} for more in LZMA_SEARCH if search)]
+    with ThreadPoolExecutor() as pool:
+        return min(pool.map(lambda some: compress_bytes(data, **some), tried), key=len)
+
+
+def _encode_rans(data: bytes, shapes: Sequence[Shape], threads: int = 0) -> bytes:
+    extension = native.extension()
+    if extension is None:
+        raise PgolfError(
+            "rANS encoding needs the C++ extension: run `pip install -e .` with a C++ compiler installed"
+        )
+    return bytes(extension.rans_encode(data, list(shapes), threads))
+
+
+def _decode_rans(stored: bytes, raw_bytes: int, shapes: Sequence[Shape]) -> bytes:
+    extension = native.extension()
+    if extension is not None:
+        return bytes(extension.rans_decode(stored, list(shapes), raw_bytes))
+    try:
+        return bytes(rans_decoder.decode(stored, shapes))
+    except (IndexError, OverflowError, TypeError) as error:
+        raise ValueError(f"the rANS payload is corrupt: {error}") from error
+
+
+def _extra(codec: str, package: str) -> ModuleType:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise PgolfError(
+            f"the codec {codec} needs the package {package}: pip install 'pgolf-fast[codecs]'"
+        ) from error
+
+
+def _encode_zstd(data: bytes, shapes: Sequence[Shape], level: int = 22) -> bytes:
+    zstandard = _extra("zstd", "zstandard")
+    parameters = zstandard.ZstdCompressionParameters.from_level(
+        level, source_size=len(data), window_log=_window_log(len(data)), enable_ldm=True
+    )
+    return bytes(zstandard.ZstdCompressor(compression_params=parameters).compress(data))
+
+
+def _window_log(size: int) -> int:
+    """A window of 2 to this power holds `size` bytes; zstd knows 10..27 without being told otherwise."""
+    return min(max(10, (size - 1).bit_length()), 27)
+
+
+def _decode_zstd(stored: bytes, raw_bytes: int, shapes: Sequence[Shape]) -> bytes:
+    zstandard = _extra("zstd", "zstandard")
+    stream = zstandard.ZstdDecompressor(max_window_size=1 << _window_log(raw_bytes)).decompressobj()
+    out = bytearray()
+    try:
+        for start in range(0, len(stored), _ZSTD_STEP):
+            if stream.eof:
+                raise ValueError("bytes follow the end of the zstd frame")
+            out += stream.decompress(stored[start : start + _ZSTD_STEP])
+            if len(out) > raw_bytes:
+                raise ValueError(f"the zstd frame holds more than the stated {raw_bytes} bytes")
+    except zstandard.ZstdError as error:
+        raise ValueError(f"the zstd frame is corrupt: {error}") from error
+    if not stream.eof or stream.unused_data:
+        raise ValueError(
+            "bytes follow the end of the zstd frame" if stream.eof else "the zstd frame is truncated"
+        )
+    return bytes(out)
+
+
+def _encode_brotli(data: bytes, shapes: Sequence[Shape], quality: int = 11) -> bytes:
+    return bytes(_extra("brotli", "brotli").compress(data, quality=quality, lgwin=24))
+
+
+def _decode_brotli(stored: bytes, raw_bytes: int, shapes: Sequence[Shape]) -> bytes:
+    brotli = _extra("brotli", "brotli")
+    stream, out, left = brotli.Decompressor(), bytearray(), stored
+    try:
+        while not stream.is_finished() and len(out) <= raw_bytes:
+            more = stream.process(left, output_buffer_limit=raw_bytes + 1 - len(out))
+            if not more and not left:
+                raise ValueError("the brotli stream is truncated")
+            out += more
+            left = b""
+    except brotli.error as error:
+        raise ValueError(f"the brotli stream is corrupt: {error}") from error
+    return bytes(out)
+
+
+_ENCODERS: dict[str, Callable[..., bytes]] = {
+    "raw": lambda data, shapes: data,
+    "lzma": _encode_lzma,
+    "rans": _encode_rans,
+    "zstd": _encode_zstd,
+    "brotli": _encode_brotli,
+}
+_DECODERS: dict[str, Callable[[bytes, int, Sequence[Shape]], bytes]] = {
+    "raw": lambda stored, raw_bytes, shapes: stored,
+    "lzma": lambda stored, raw_bytes, shapes: decompress_bytes(stored, raw_bytes),
+    "rans": _decode_rans,
+    "zstd": _decode_zstd,
+    "brotli": _decode_brotli,
+}

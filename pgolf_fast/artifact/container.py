@@ -13,7 +13,7 @@ import itertools
 import json
 import math
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +40,7 @@ DTYPES: dict[str, tuple[str, ...]] = {
     kind: tuple(reader.DTYPES[number] for number in numbers)
     for kind, numbers in zip(reader.KINDS, reader.KIND_DTYPES, strict=True)
 }
+Codecs = Sequence[str] | Mapping[str, Sequence[str]]  # for all sections, or by the name of each
 _DEFAULT_SECTION = {"codes": "codes", "scales": "scales"}  # every other kind: "small"
 
 
@@ -102,13 +103,14 @@ def write_container(
     config: dict[str, Any],
     tensors: Sequence[TensorRecord],
     *,
-    codecs: Sequence[str] = ("rans", "lzma"),
+    codecs: Codecs = ("rans", "lzma"),
     preset: int = 9,
 ) -> ContainerSizes:
     """Write a container, all of it or nothing; the same input gives the same bytes (for one liblzma).
 
-    config: JSON values only. Sections are coded in parallel, each by the one of `codecs` that makes it
-    smallest, or stored plain if none does; `preset`, 0 (fast) to 9 (small), is that of LZMA.
+    config: JSON values only. Sections are coded in parallel, each by the one of `codecs` (for all sections,
+    or by the name of each) that makes it smallest, or stored plain if none does; `preset`, 0 (fast) to 9
+    (small), is that of LZMA.
     Raises PgolfError for a duplicate name, a config that is no JSON, or more than 1 GiB of tensors.
     """
     parts = _lay_out(config, tensors, codecs, preset)
@@ -120,6 +122,18 @@ def write_container(
         file.write(digest.digest())
     header_bytes = len(parts.header) + reader.DIGEST_BYTES
     return ContainerSizes(header_bytes, tuple(size for size, _ in parts.sections), digest.hexdigest())
+
+
+def container_bytes(
+    config: dict[str, Any],
+    tensors: Sequence[TensorRecord],
+    *,
+    codecs: Codecs = ("rans", "lzma"),
+    preset: int = 9,
+) -> int:
+    """Bytes of the file that `write_container` would write. Raises PgolfError as that does."""
+    parts = _lay_out(config, tensors, codecs, preset)
+    return len(parts.header) + sum(len(blob) for _, blob in parts.sections) + reader.DIGEST_BYTES
 
 
 def read_container(source: Path | str | bytes) -> tuple[dict[str, Any], list[TensorRecord]]:
@@ -201,7 +215,7 @@ class _Parts:
 
 
 def _lay_out(
-    config: dict[str, Any], tensors: Sequence[TensorRecord], candidates: Sequence[str], preset: int
+    config: dict[str, Any], tensors: Sequence[TensorRecord], candidates: Codecs, preset: int
 ) -> _Parts:
     _refuse_too_much(tensors)
 
@@ -209,7 +223,8 @@ def _lay_out(
         arrays = [r.array for r in tensors if r.section == section]
         raw = b"".join(np.ascontiguousarray(a, _little_endian(a.dtype.name)).tobytes() for a in arrays)
         shapes = [reader.codec_shape(a.shape, a.itemsize) for a in arrays]
-        codec, stored = codecs.smallest(raw, shapes, candidates, {"lzma": {"preset": preset}})
+        tried = candidates[section] if isinstance(candidates, Mapping) else candidates
+        codec, stored = codecs.smallest(raw, shapes, tried, {"lzma": {"preset": preset}})
         return SectionSize(section, len(raw), len(stored), codec), stored
 
     used = [name for name in SECTIONS if any(record.section == name for record in tensors)]

@@ -18,9 +18,11 @@ from pgolf_fast.artifact.container import (
     ContainerSizes,
     SectionSize,
     TensorRecord,
+    container_bytes,
     read_container,
     write_container,
 )
+from pgolf_fast.artifact.reader import SECTIONS
 from pgolf_fast.artifact.submission import code_bytes
 from pgolf_fast.config.schema import PackConfig, RunConfig
 from pgolf_fast.config.serialize import run_config_from_dict
@@ -28,9 +30,19 @@ from pgolf_fast.errors import PgolfError
 from pgolf_fast.files import atomic_path
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.ops import native
-from pgolf_fast.quant.state import TABLE_BITS, QuantizedState, QuantizedTensor, dequantize_state, is_slot
+from pgolf_fast.quant.state import (
+    TABLE_BITS,
+    QuantizedState,
+    QuantizedTensor,
+    code_bits,
+    columns_owner,
+    dequantize_state,
+    is_slot,
+)
 
 CODES, SCALE = ".q", ".scale"  # endings of a quantised tensor's two records
+COLUMNS = ".columns"  # ending of the column steps that matrices of one input share
+LEFT, RIGHT = ".left", ".right"  # endings of a low-rank correction
 TOLERANCE = 128  # bytes under the limit at which pruning is content, besides the margin
 HEADER_MARGIN = 64  # bytes by which the header may grow when a section's size and checksum change
 
@@ -60,7 +72,8 @@ class PackReport:
 def build_records(quantized: QuantizedState) -> list[TensorRecord]:
     """The records of a quantised model: `X.q` and `X.scale` for a matrix X, `X` for what is float16.
 
-    Codes of bank matrices and of tables lie in different sections, as their statistics differ.
+    Column steps are `X.columns`, those of K and V with Q, and corrections `X.left` and `X.right`. Codes of
+    bank matrices and of tables lie in different sections, as their statistics differ.
     """
     records = []
     for name, tensor in quantized.tensors.items():
@@ -68,9 +81,32 @@ def build_records(quantized: QuantizedState) -> list[TensorRecord]:
             section = "codes" if is_slot(name) else "embeddings"
             records.append(TensorRecord.of(name + CODES, "codes", tensor.codes.numpy(), section))
             records.append(TensorRecord.of(name + SCALE, "scales", tensor.scale.numpy()))
+            if tensor.low_rank is not None:
+                for ending, factor in zip((LEFT, RIGHT), tensor.low_rank, strict=True):
+                    records.append(TensorRecord.of(name + ending, "scales", factor.numpy()))
+            if tensor.column_scale is not None and columns_owner(name) == name:
+                records.append(TensorRecord.of(name + COLUMNS, "scales", tensor.column_scale.numpy()))
         else:
             records.append(TensorRecord.of(name, "float16", tensor.numpy()))
     return records
+
+
+def contents(
+    quantized: QuantizedState, run_config: dict[str, Any]
+) -> tuple[dict[str, Any], list[TensorRecord]]:
+    """What goes into the container: its configuration, with the most bits of a section, and its records."""
+    bits = {"codes": 0, "embeddings": 0}
+    for name, tensor in quantized.tensors.items():
+        if isinstance(tensor, QuantizedTensor):
+            section = "codes" if is_slot(name) else "embeddings"
+            bits[section] = max(bits[section], tensor.bits)
+    return {"run": run_config, "bits": bits}, build_records(quantized)
+
+
+def artifact_bytes(quantized: QuantizedState, run_config: dict[str, Any], config: PackConfig) -> int:
+    """Bytes of the file that `pack` would write without pruning."""
+    tree, records = contents(quantized, run_config)
+    return container_bytes(tree, records, codecs=_codecs(records, config), preset=config.lzma_preset)
 
 
 def pack(
@@ -82,10 +118,8 @@ def pack(
     weights and code do not fit into `config.limit_bytes`.
     """
     code = code_bytes() if config.code_bytes is None else config.code_bytes
-    records = build_records(quantized)
-    bits = {t.bits for t in quantized.matrices().values()}
-    tree = {"run": run_config, "bits": {"codes": max(bits, default=0), "embeddings": TABLE_BITS}}
-    tried = tuple("lzma" if c == "rans" and native.extension() is None else c for c in config.codecs)
+    tree, records = contents(quantized, run_config)
+    tried = _codecs(records, config)
     pruned, compressions = None, 1
     with atomic_path(path) as temporary:
         sizes = write_container(temporary, tree, records, codecs=tried, preset=config.lzma_preset)
@@ -111,6 +145,13 @@ def pack(
     )
 
 
+def _codecs(records: list[TensorRecord], config: PackConfig) -> dict[str, tuple[str, ...]]:
+    """The codecs that may compete for each section."""
+    size = {name: sum(r.array.nbytes for r in records if r.section == name) for name in SECTIONS}
+    quick = tuple(codec for codec in config.codecs if codec != "lzma") or config.codecs
+    return {n: config.codecs if size[n] <= config.lzma_limit_bytes else quick for n in SECTIONS}
+
+
 def _prune(records: list[TensorRecord], sizes: ContainerSizes, code: int, config: PackConfig) -> Pruned:
     """Codes that fit. Raises PgolfError when even pruning all of them is not enough."""
     matrices, scales = _matrix_arrays(records)
@@ -127,7 +168,8 @@ def _prune(records: list[TensorRecord], sizes: ContainerSizes, code: int, config
     def coded_size(flat: NDArray[np.int8]) -> int:
         if extension is not None and codec == "rans":
             return extension.rans_size(flat, shapes)
-        return min(len(codecs.encode(codec, flat.tobytes(), shapes, preset=config.lzma_preset)), flat.size)
+        settings = {"preset": config.lzma_preset} if codec == "lzma" else {}
+        return min(len(codecs.encode(codec, flat.tobytes(), shapes, **settings)), flat.size)
 
     pruned = prune_to_fit(list(zip(matrices, scales, strict=True)), budget, now, coded_size, TOLERANCE)
     if not pruned.fits:
@@ -176,15 +218,33 @@ def unpack(path: Path | str) -> tuple[dict[str, Any], QuantizedState]:
             scale = found.get(whole + SCALE)
             if record.array.ndim != 2 or scale is None or scale.array.shape != record.array.shape[:1]:
                 raise PgolfError(f"artifact {path}: {whole} has no scale for each of its rows; pack it again")
-            width = int(bits.get(str(record.section), TABLE_BITS))
-            tensors[whole] = QuantizedTensor(
-                torch.from_numpy(record.array), torch.from_numpy(scale.array), width
-            )
+            codes = torch.from_numpy(record.array)
+            columns, low_rank = _columns_and_correction(path, found, whole, codes.shape)
+            # grid rd gives every matrix the bits it needs, the others all the same
+            width = int(bits.get(str(record.section), TABLE_BITS)) if columns is None else code_bits(codes)
+            tensors[whole] = QuantizedTensor(codes, torch.from_numpy(scale.array), width, columns, low_rank)
         elif record.kind == "float16":
             tensors[name] = torch.from_numpy(record.array)
         elif record.kind != "scales":
             raise PgolfError(f"artifact {path}: {name} of kind {record.kind} is no part of a packed model")
     return run_config, QuantizedState(tensors)
+
+
+def _columns_and_correction(
+    path: Path | str, found: dict[str, TensorRecord], name: str, shape: torch.Size
+) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
+    """Column steps and low-rank factors of a matrix, as far as the artifact has them."""
+    columns, left, right = (found.get(n) for n in (columns_owner(name) + COLUMNS, name + LEFT, name + RIGHT))
+    rank = None if left is None else left.array.shape[-1]
+    wanted = ((columns, (shape[1],)), (left, (shape[0], rank)), (right, (rank, shape[1])))
+    if (left is None) != (right is None) or any(r and r.array.shape != size for r, size in wanted):
+        raise PgolfError(
+            f"artifact {path}: column steps or correction of {name} do not fit it; pack it again"
+        )
+    steps = None if columns is None else torch.from_numpy(columns.array)
+    if left is None or right is None:
+        return steps, None
+    return steps, (torch.from_numpy(left.array), torch.from_numpy(right.array))
 
 
 def load_artifact(path: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pgolf_fast import pipeline
 from pgolf_fast.artifact.pack import load_model, unpack
@@ -20,11 +22,13 @@ from pgolf_fast.config.schema import EvalConfig, PackConfig, RunConfig, TTTConfi
 from pgolf_fast.config.serialize import run_config_from_dict
 from pgolf_fast.data.source import open_source
 from pgolf_fast.data.tokenizer import ByteTable, Tokenizer
-from pgolf_fast.evaluation.adapt import SGD, Adapter, Frozen, borrowed
-from pgolf_fast.evaluation.protocol import score_and_adapt, target_chunks
+from pgolf_fast.evaluation.adapt import Adapter, DocumentAdapter, Frozen, borrowed
+from pgolf_fast.evaluation.adapters import make_adapter
+from pgolf_fast.evaluation.protocol import Chunk, Segment, score_and_adapt, window_chunks
 from pgolf_fast.evaluation.ranks import Ranks
 from pgolf_fast.evaluation.score import LossFunction, Stream, batch_size
-from pgolf_fast.evaluation.windows import Windows, plain_windows, sliding_windows
+from pgolf_fast.evaluation.ttt import adapting_chunks
+from pgolf_fast.evaluation.windows import BatchSize, Windows, plain_windows, sliding_windows
 from pgolf_fast.model.bank import Transform
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.quant.state import bank_grids
@@ -33,7 +37,6 @@ from pgolf_fast.train.run_folder import RunFolder
 from pgolf_fast.train.world import choose_kernels, resolve_dtype
 
 CHUNKS = 4  # of the stream that is audited: three to learn from, and a last one
-BATCH = 4  # windows at once, at most, so that every chunk has some for each of several ranks
 LENGTHS = (2, 17, 64)  # at which causality is looked at, besides the windows' own
 
 
@@ -51,8 +54,8 @@ class Subject:
     table: ByteTable
     method: Method
     """The evaluation that adapts."""
-    frozen: Callable[[], AbstractContextManager[Adapter]]
-    """The evaluation's adapter that does not."""
+    frozen: Method
+    """The one that does not."""
     windows: Callable[[int], Windows]
     """Sliding windows over so many targets."""
     folder: RunFolder | None = None
@@ -104,7 +107,9 @@ def open_subject(
     count = min(tokens or 8 * config.eval_seq_len, len(validation) - 1)
     # the whole protocol, on a short stream: as many chunks as show every rule
     chunk_tokens = min(config.ttt.chunk_tokens, -(-count // CHUNKS))
-    config = replace(config, ttt=replace(config.ttt, chunk_tokens=chunk_tokens))
+    segment = min(config.ttt.lora.segment_tokens, chunk_tokens // 2)
+    lora = replace(config.ttt.lora, segment_tokens=segment)
+    config = replace(config, ttt=replace(config.ttt, chunk_tokens=chunk_tokens, lora=lora))
     device = pipeline.this_process().device
     choose_kernels(config.kernels, device)
     grid: Transform = None
@@ -126,7 +131,7 @@ def open_subject(
         tokenizer=source.tokenizer,
         table=source.table,
         method=learning(model, config, windows, grid),
-        frozen=partial(_frozen, model),
+        frozen=frozen(model, config, windows),
         windows=windows,
         folder=folder,
         artifact=artifact,
@@ -140,26 +145,47 @@ def sliding(config: RunConfig) -> Callable[[int], Windows]:
 
 
 def learning(model: GPT, config: RunConfig, windows: Callable[[int], Windows], grid: Transform) -> Method:
-    """Sliding windows with the configured test-time training, as `evaluation.ttt.legal_ttt` does it."""
-    length = config.eval_seq_len
-
-    def plan(stream: Stream):
-        found = windows(stream.num_targets)
-        return found, target_chunks(found, stream.num_targets, config.ttt.chunk_tokens)
+    """Sliding windows with the configured adapter, as `evaluation.ttt.legal_ttt` puts them together."""
 
     @contextmanager
     def adapter() -> Iterator[Adapter]:
         with borrowed(model):
-            yield SGD(model, config.ttt, length, grid)
+            yield make_adapter(model, config.ttt, config.eval_seq_len, grid)
 
+    def plan(stream: Stream) -> tuple[Windows, Sequence[Chunk | Segment]]:
+        return adapting_chunks(windows(stream.num_targets), stream, config.ttt)
+
+    return Method(plan, adapter, score_and_adapt, config.eval_seq_len, _size(model, config))
+
+
+def frozen(model: GPT, config: RunConfig, windows: Callable[[int], Windows]) -> Method:
+    """Sliding windows and a model as it stands."""
+    size = _size(model, config)
+
+    def plan(stream: Stream) -> tuple[Windows, Sequence[Chunk | Segment]]:
+        found = windows(stream.num_targets)
+        return found, window_chunks(found, size)
+
+    return Method(plan, lambda: nullcontext(Frozen(model)), score_and_adapt, config.eval_seq_len, size)
+
+
+def _size(model: GPT, config: RunConfig) -> BatchSize:
     device = model.qo_bank.device
-    size = batch_size(config.eval.batch_seqs, config.model, model.compute_dtype, device)
-    return Method(plan, adapter, score_and_adapt, length, lambda tokens: min(size(tokens), BATCH))
+    return batch_size(config.eval.batch_seqs, config.model, model.compute_dtype, device)
 
 
-@contextmanager
-def _frozen(model: GPT) -> Iterator[Adapter]:
-    yield Frozen(model)
+def _fresh_losses(adapter: Adapter) -> LossFunction:
+    """Losses as the adapter gives them before it has learned, of one document if it learns by document."""
+    begin = getattr(adapter, "begin", None)
+    if begin is None:
+        return adapter.score
+    begin(1)
+
+    def losses(tokens: Tensor, targets: Tensor, context: int) -> Tensor:
+        rows = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
+        return cast(DocumentAdapter, adapter).score(tokens, targets, context, rows)
+
+    return losses
 
 
 def checks(subject: Subject) -> list[Check]:
@@ -180,7 +206,7 @@ def checks(subject: Subject) -> list[Check]:
 
         def run() -> Finding:
             with s.method.adapter() as adapter:
-                return function(adapter.score)
+                return function(_fresh_losses(adapter))
 
         return run
 
@@ -190,7 +216,11 @@ def checks(subject: Subject) -> list[Check]:
         return scoring.once_each(seen(), stream.target_bytes, whole, count)
 
     def shared_out() -> Finding:
-        ways = {"frozen": replace(s.method, adapter=s.frozen), "adapting": s.method}
+        # one window at a time, so that every rank gets some of each chunk
+        ways = {
+            "frozen": replace(s.frozen, size=lambda _: 1),
+            "adapting": replace(s.method, size=lambda _: 1),
+        }
         return scoring.shared_out({name: _by_rank(way, stream) for name, way in ways.items()})
 
     def packed(function: Callable[[Path], Finding]) -> Callable[[], Finding]:

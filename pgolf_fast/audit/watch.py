@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pgolf_fast.evaluation.adapt import Adapter, Scored
+from pgolf_fast.evaluation.protocol import Chunk, Segment
 from pgolf_fast.evaluation.ranks import ALONE, Ranks
 from pgolf_fast.evaluation.score import LossFunction, Score, Scorer, Stream
 from pgolf_fast.evaluation.windows import BatchSize, Windows
@@ -26,7 +27,7 @@ from pgolf_fast.evaluation.windows import BatchSize, Windows
 class Method:
     """How an evaluation is put together. Each piece can be replaced, by what is to be audited instead."""
 
-    plan: Callable[[Stream], tuple[Windows, Sequence[Any]]]
+    plan: Callable[[Stream], tuple[Windows, Sequence[Chunk | Segment]]]
     """The windows of a stream, and its chunks of them."""
     adapter: Callable[[], AbstractContextManager[Adapter]]
     """A fresh adapter, after which everything is as before."""

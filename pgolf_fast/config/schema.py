@@ -223,14 +223,20 @@ class TrainConfig:
 class QuantConfig:
     """Weights to integers (PR 1501)."""
 
+    grid: Literal["reference", "percentile", "rd"] = "reference"
+    """Steps: reference never goes below 1/clip_range for a row (1/31 at 6 bits); percentile follows each row;
+    rd gives every row and column the step at which its errors cost what its bits are worth."""
+    target_bytes: int | None = None
+    """Bytes of the artifact that grid rd lands at; None is what pack.limit_bytes leaves beside the code."""
+    rank: int = 0
+    """Grid rd corrects its errors by matrices up to this rank where that is worth the bytes (LQER)."""
     method: Literal["gptq", "round"] = "gptq"
     """gptq uses Hessians of self-generated text; round is plain rounding to nearest."""
     bits: int = 6
-    """Bits of bank weights; codes run from -(2^(bits-1) - 1) to 2^(bits-1) - 1."""
+    """Bits of bank weights; codes run from -(2^(bits-1) - 1) to 2^(bits-1) - 1.
+    Grid rd takes what each matrix needs."""
     percentiles: tuple[float, ...] = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
     """Row-clip candidates, as quantiles of |row|."""
-    scale_floor: bool = True
-    """Never let a row's step go below 1/clip_range (1/31 at 6 bits), as the original does."""
     block_size: int = 128
     """GPTQ column block."""
     damping: float = 0.01
@@ -249,6 +255,11 @@ class QuantConfig:
     """Tensors with at most this many elements are stored as float16."""
 
     def __post_init__(self) -> None:
+        need(
+            self.target_bytes is None or self.target_bytes > 0,
+            f"quant.target_bytes is {self.target_bytes}; it must be positive, or None for what is left",
+        )
+        need(0 <= self.rank <= 8, f"quant.rank is {self.rank}; it must be 0 to 8")
         need(2 <= self.bits <= 8, f"quant.bits is {self.bits}; it must be 2 to 8")
         need(len(self.percentiles) > 0, "quant.percentiles is empty")
         need(
@@ -263,6 +274,14 @@ class QuantConfig:
     def clip_range(self) -> int:
         return 2 ** (self.bits - 1) - 1
 
+    @property
+    def scale_floor(self) -> bool:
+        """Whether a row's step stays at 1 / clip_range or above, as the original's does."""
+        return self.grid == "reference"
+
+
+Codec = Literal["raw", "rans", "lzma", "zstd", "brotli"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class PackConfig:
@@ -272,9 +291,12 @@ class PackConfig:
     """Weights plus code may not exceed this (decimal megabytes)."""
     code_bytes: int | None = None
     """Bytes counted for code; None counts the evaluation script that `pgolf submit` writes."""
-    codecs: tuple[Literal["rans", "lzma", "zstd", "brotli"], ...] = ("rans",)
-    """Codecs tried on every section, of which the smallest stays. LZMA takes half a minute for an artifact of
-    16 MB and does not win; it stands in for rans where the C++ extension is missing."""
+    codecs: tuple[Codec, ...] = ("rans", "lzma")
+    """Codecs tried on every section, of which the smallest stays; LZMA stands in for rans where the C++
+    extension is missing."""
+    lzma_limit_bytes: int = 1_048_576
+    """Larger sections, raw, are left to the other codecs: LZMA takes a second or two for each megabyte, and
+    has been smaller than rans on embedding tables only."""
     lzma_preset: int = 9
     """xz preset of sections that LZMA codes."""
     prune: bool = True
@@ -314,27 +336,59 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank changes of every matrix, for each document anew (Hu et al. 2021), learned by AdamW."""
+
+    rank: int = 8
+    """Rank of the change of each Q, K, V, output, MLP and head matrix."""
+    lr: float = 0.003
+    """AdamW learning rate, constant."""
+    segment_tokens: int = 256
+    """Tokens of a document that are scored before each adaptation on them."""
+    epochs: int = 1
+    """AdamW steps on each scored segment."""
+    documents: int = 16
+    """Documents adapted side by side, in step, those of similar length together."""
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "segment_tokens", "documents"):
+            need(getattr(self, name) > 0, f"ttt.lora.{name} is {getattr(self, name)}; it must be positive")
+        need(self.epochs >= 0 and self.lr >= 0, "ttt.lora.epochs and ttt.lora.lr must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TTTConfig:
     """Legal test-time training: score a chunk, then learn from it (PR 1501)."""
 
+    adapter: Literal["sgd", "adamw", "lora", "phased"] = "sgd"
+    """sgd and adamw learn the model's own parameters; lora a low-rank change for each document alone; phased
+    does both: lora within chunks of whole documents, AdamW after each."""
     chunk_tokens: int = 65_536
-    """Tokens scored before each adaptation."""
+    """Tokens scored before each adaptation; for phased, the next whole number of documents."""
     epochs: int = 4
     """Passes over the scored chunk; 0 scores without adapting."""
     lr: float = 0.004
-    """SGD learning rate of the first chunk; cosine to zero over the chunks."""
+    """Learning rate of the first chunk."""
+    decay: Literal["cosine", "constant"] = "cosine"
+    """Learning rate of later chunks: a half cosine to zero at the last, or the same."""
     momentum: float = 0.9
-    """SGD momentum, kept across chunks."""
+    """SGD momentum, kept across chunks; AdamW's first moment decay."""
+    beta2: float = 0.99
+    """AdamW's second moment decay."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
     batch_seqs: int = 16
-    """Sequences of one SGD step."""
+    """Sequences of one step."""
     grad_clip: float = 1.0
-    """Global gradient-norm limit over the adapted parameters."""
+    """Global gradient-norm limit over the adapted parameters; for lora, over each document's."""
     parameters: Literal["all", "banks"] = "banks"
     """What is adapted; all leaves out the first freeze_blocks blocks' own scalars, as run."""
     freeze_blocks: int = 2
     """Blocks whose own (un-banked) parameters are left alone when adapting all."""
     quantize_forward: Literal["none", "banks", "projections"] = "banks"
     """Fake-quantise the banks in scoring and adapting; or, adapting only, the projections (as run)."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """The low-rank changes of lora and phased."""
 
     def __post_init__(self) -> None:
         need(
@@ -342,9 +396,16 @@ class TTTConfig:
             "ttt.chunk_tokens and ttt.batch_seqs must be positive",
         )
         need(self.epochs >= 0, "ttt.epochs must not be negative")
-        need(self.lr >= 0, "ttt.lr must not be negative")
-        need(0 <= self.momentum < 1, f"ttt.momentum is {self.momentum}; it must be in [0, 1)")
+        need(self.lr >= 0 and self.weight_decay >= 0, "ttt.lr and ttt.weight_decay must not be negative")
+        for name in ("momentum", "beta2"):
+            value = getattr(self, name)
+            need(0 <= value < 1, f"ttt.{name} is {value}; it must be in [0, 1)")
         need(self.grad_clip > 0, "ttt.grad_clip must be positive")
+
+    @property
+    def by_document(self) -> bool:
+        """Whether documents are scored in step, each with a change of its own."""
+        return self.adapter in ("lora", "phased")
 
 
 @dataclass(frozen=True, kw_only=True)

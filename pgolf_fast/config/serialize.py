@@ -14,6 +14,9 @@ from pgolf_fast.errors import PgolfError
 
 Config = TypeVar("Config")
 
+# What run folders of earlier versions say: name -> its name now, and what its values are now
+_FORMER = {"quant.scale_floor": ("grid", {True: "reference", False: "percentile"})}
+
 
 def run_config_to_dict(config: RunConfig) -> dict[str, Any]:
     """Plain JSON values (tuples become lists)."""
@@ -33,9 +36,13 @@ def from_dict(cls: type[Config], values: object, where: str = "") -> Config:
     names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     arguments = {}
     for name, value in values.items():
-        if name not in names:
-            raise PgolfError(unknown_field(f"{where}.{name}" if where else name, names))
-        arguments[name] = _convert(hints[name], value, f"{where}.{name}" if where else name)
+        full = f"{where}.{name}" if where else name
+        if full in _FORMER and isinstance(value, bool):
+            name, meaning = _FORMER[full]
+            value = meaning[value]
+        elif name not in names:
+            raise PgolfError(unknown_field(full, names))
+        arguments[name] = _convert(hints[name], value, full)
     return cls(**arguments)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from pgolf_fast.config.schema import ModelConfig, RunConfig
+from pgolf_fast.config.adapters import adapters
+from pgolf_fast.config.schema import ModelConfig, RunConfig, TTTConfig
 from pgolf_fast.errors import PgolfError
 
 
@@ -105,10 +106,13 @@ def shrink(base: RunConfig, size: str) -> RunConfig:
             calibration_length=seq_len,
             calibration_batch=16,
             # weights of a small model are small beside the fixed step of 1/31
-            scale_floor=False,
+            grid="percentile",
         ),
         eval=replace(base.eval, seq_len=None, batch_seqs=None),
-        ttt=replace(base.ttt, chunk_tokens=32 * seq_len, batch_seqs=16, epochs=1),
+        # a preset that says how it adapts keeps that, with chunks to the data's size
+        ttt=adapters(seq_len)["adamw"]
+        if base.ttt == TTTConfig()
+        else replace(base.ttt, chunk_tokens=32 * seq_len, batch_seqs=16, epochs=1),
     )
 
 

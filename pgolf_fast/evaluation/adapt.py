@@ -1,4 +1,4 @@
-"""What a model may do with tokens that are scored: the protocol of adapters, and SGD as the first of them.
+"""What a model may do with tokens that are scored: the protocol of adapters, and those of all its parameters.
 
 `evaluation.protocol` scores a chunk through an adapter and then hands it that chunk's tokens, and no others.
 """
@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Protocol
 
 import torch
@@ -22,12 +24,16 @@ from pgolf_fast.model.compiled import compiled
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.quant.fake import fake_int6
 
+ADAM_EPS = 1e-8
+Tensors = list[Tensor]
+
 
 @dataclass(frozen=True)
 class Scored:
     """A chunk that may be learned from: every target in it has its final score.
 
-    `tokens` (n + 1,) is a copy that nothing else is reached from: inputs tokens[:-1], targets tokens[1:].
+    `tokens` (n + 1,) is a copy that nothing else is reached from: inputs tokens[:-1], targets tokens[1:]. Of
+    documents in step it is (m, n + 1), the newest n of each of the first m documents.
     """
 
     tokens: Tensor
@@ -62,6 +68,16 @@ class Adapter(Protocol):
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Go on from a `state`."""
+
+
+class DocumentAdapter(Adapter, Protocol):
+    """An adapter that learns from several documents in step, from each for itself."""
+
+    def begin(self, documents: int) -> None:
+        """So many new documents begin; what was learned from each of those before is forgotten."""
+
+    def score(self, tokens: Tensor, targets: Tensor, context: int, rows: Tensor | None = None) -> Tensor:
+        """As `Adapter.score`; window i is of document rows[i]."""
 
 
 class Frozen:
@@ -116,17 +132,22 @@ def trainable_parameters(model: GPT, config: TTTConfig) -> list[nn.Parameter]:
 
 
 def chunk_lr(config: TTTConfig, chunk: int, chunks: int) -> float:
-    """Constant within a chunk, a half cosine from `config.lr` to zero across them."""
+    """Constant within a chunk; across them constant too, or a half cosine from `config.lr` to zero."""
+    if config.decay == "constant":
+        return config.lr
     return 0.5 * config.lr * (1 + math.cos(math.pi * chunk / max(chunks - 1, 1)))
 
 
-class SGD:
-    """Clipped SGD with momentum on a model's own parameters, to be used while it is `borrowed` (PR 1501).
+class Descent(ABC):
+    """Clipped gradient steps on a model's own parameters, to be used while it is `borrowed` (PR 1501).
 
     A chunk is passed over `epochs` times, in batches of sequences in order; a rest shorter than a sequence
-    is left out, and momentum lives on from chunk to chunk. Gradients go to gradient banks, and forward reads
-    copies that are written once per update. Nothing waits for a GPU.
+    is left out, and what the rule remembers lives on from chunk to chunk. Gradients go to gradient banks, and
+    forward reads copies that are written once per update. Nothing waits for a GPU.
     """
+
+    MEMORIES: tuple[str, ...]
+    """What the rule remembers of each parameter, as tensors like it that start at zero."""
 
     def __init__(
         self,
@@ -142,17 +163,17 @@ class SGD:
         self.model, self.config, self.seq_len = model, config, seq_len
         self._grid = grid if config.quantize_forward == "banks" else None
         self._projections = fake_int6 if config.quantize_forward == "projections" else None
-        self._parameters = trainable_parameters(model, config)
+        self._parameters: list[Tensor] = [*trainable_parameters(model, config)]
         self.trainable, self.updates = sum(p.numel() for p in self._parameters), 0
         for parameter in model.parameters():
             parameter.grad = None
             parameter.requires_grad_(False)
-        for parameter in self._parameters:
-            parameter.requires_grad_()
-            parameter.grad = torch.zeros_like(parameter)
+        for adapting in self._parameters:
+            adapting.requires_grad_()
+            adapting.grad = torch.zeros_like(adapting)
         self._grads = [p.grad for p in self._parameters if p.grad is not None]
-        self._momenta = [torch.zeros_like(p) for p in self._parameters]
-        self._lr = torch.zeros((), dtype=torch.float32, device=model.qo_bank.device)
+        self._memories = {name: [torch.zeros_like(p) for p in self._parameters] for name in self.MEMORIES}
+        self._lr, self._step_number = torch.zeros(2, device=model.qo_bank.device).unbind()
         masters = model.bank_parameters()
         kept = self._grid is None and all(m.dtype == model.compute_dtype for m in masters)
         self._weights = [
@@ -164,10 +185,18 @@ class SGD:
         self._token_losses = compiled(model.token_losses) if compile else model.token_losses
         self._replays: dict[torch.Size, Replay] | None = {} if cuda_graph else None
 
+    @abstractmethod
+    def _rule(self, parameters: Tensors, grads: Tensors, memories: list[Tensors], divisor: Tensor) -> None:
+        """One update of parameters of one dtype by their gradients, which are divided by `divisor` first."""
+
+    def banks(self) -> Banks:
+        """What forward reads now."""
+        return Banks(*self._weights)
+
     def score(self, tokens: Tensor, targets: Tensor, context: int) -> Tensor:
         losses = self._token_losses if len(tokens) > 1 else self.model.token_losses
         with torch.no_grad():
-            return losses(tokens, targets, Banks(*self._weights), context=context)
+            return losses(tokens, targets, self.banks(), context=context)
 
     def adapt(self, scored: Scored) -> None:
         sequences = (len(scored.tokens) - 1) // self.seq_len
@@ -184,7 +213,8 @@ class SGD:
         if self._replays is None:
             return self._update(x, y)
         if x.shape not in self._replays:
-            changed = [*self._parameters, *self._grads, *self._momenta, *self._weights]
+            memories = chain(*self._memories.values())
+            changed = [*self._parameters, *self._grads, *memories, *self._weights, self._step_number]
             self._replays[x.shape] = Replay(self._update, (x, y), changed)
         self._replays[x.shape](x, y)
 
@@ -197,25 +227,17 @@ class SGD:
 
     @torch.no_grad()
     def _step(self) -> None:
-        """Clip to the global norm, momentum and update: one pass over the parameters of each dtype."""
+        """Clip to the global norm and update: one pass over the parameters of each dtype."""
         norms = [norm.float() for norm in torch._foreach_norm(self._grads)]
         norm = torch.linalg.vector_norm(torch.stack(norms))
         # gradients are divided by this: norm / limit where that is above 1
         divisor = ((norm + 1e-6) / self.config.grad_clip).clamp_min_(1.0)
+        self._step_number += 1
         for dtype in {p.dtype for p in self._parameters}:
             own = [i for i, p in enumerate(self._parameters) if p.dtype == dtype]
-            lists = [[tensors[i] for i in own] for tensors in (self._parameters, self._grads, self._momenta)]
-            torch._fused_sgd_(
-                *lists,
-                weight_decay=0.0,
-                momentum=self.config.momentum,
-                lr=self._lr,
-                dampening=0.0,
-                nesterov=False,
-                maximize=False,
-                is_first_step=False,  # momenta start at zero, which is the same
-                grad_scale=divisor,
-            )
+            every = (self._parameters, self._grads, *self._memories.values())
+            parameters, grads, *memories = [[tensors[i] for i in own] for tensors in every]
+            self._rule(parameters, grads, memories, divisor)
         torch._foreach_zero_(self._grads)
 
     @torch.no_grad()
@@ -226,15 +248,64 @@ class SGD:
             if weight.data_ptr() != fresh.data_ptr():
                 weight.copy_(fresh)
 
+    def _lists(self) -> dict[str, Tensors]:
+        return {**self._memories, "parameter": self._parameters}
+
     def state(self) -> dict[str, Tensor]:
-        named = {f"momentum.{i}": t for i, t in enumerate(self._momenta)}
-        named |= {f"parameter.{i}": t.detach() for i, t in enumerate(self._parameters)}
+        lists = self._lists().items()
+        named = {f"{kind}.{i}": t.detach() for kind, tensors in lists for i, t in enumerate(tensors)}
         return {**named, "updates": torch.tensor(self.updates)}
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:
-        for kind, tensors in (("momentum", self._momenta), ("parameter", self._parameters)):
+        for kind, tensors in self._lists().items():
             for i, tensor in enumerate(tensors):
                 tensor.copy_(state[f"{kind}.{i}"])
         self.updates = int(state["updates"])
+        self._step_number.fill_(self.updates)
         self._refresh()
+
+
+class SGD(Descent):
+    """Stochastic gradient descent with momentum, as run in PR 1501."""
+
+    MEMORIES = ("momentum",)
+
+    def _rule(self, parameters: Tensors, grads: Tensors, memories: list[Tensors], divisor: Tensor) -> None:
+        torch._fused_sgd_(
+            parameters,
+            grads,
+            memories[0],
+            weight_decay=0.0,
+            momentum=self.config.momentum,
+            lr=self._lr,
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+            is_first_step=False,  # momenta start at zero, which is the same
+            grad_scale=divisor,
+        )
+
+
+class AdamW(Descent):
+    """Adam with decoupled weight decay (Kingma and Ba 2014; Loshchilov and Hutter 2017)."""
+
+    MEMORIES = ("mean", "square")
+
+    def _rule(self, parameters: Tensors, grads: Tensors, memories: list[Tensors], divisor: Tensor) -> None:
+        torch._fused_adamw_(
+            parameters,
+            grads,
+            memories[0],
+            memories[1],
+            [],
+            [self._step_number] * len(parameters),
+            lr=self._lr,
+            beta1=self.config.momentum,
+            beta2=self.config.beta2,
+            weight_decay=self.config.weight_decay,
+            eps=ADAM_EPS,
+            amsgrad=False,
+            maximize=False,
+            grad_scale=divisor,
+        )

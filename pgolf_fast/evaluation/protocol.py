@@ -10,13 +10,16 @@ test-time training or without, as far as the hardware repeats its own arithmetic
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import cast
 
 import numpy as np
+import torch
 
 from pgolf_fast import report
-from pgolf_fast.evaluation.adapt import Adapter, Scored
+from pgolf_fast.evaluation.adapt import Adapter, DocumentAdapter, Scored
 from pgolf_fast.evaluation.resume import SavedState
 from pgolf_fast.evaluation.score import Score, Scorer, Stream
 from pgolf_fast.evaluation.windows import BatchSize, Windows
@@ -32,6 +35,22 @@ class Chunk:
     high: int
     begin: int
     end: int
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Windows low .. high-1 of documents in step, each of its own row.
+
+    Once they are scored, each of the first len(begin) documents may learn from its targets begin[i] ..
+    begin[i] + length-1; the others end here, and nothing of them is scored that learning could serve.
+    """
+
+    low: int
+    high: int
+    begin: np.ndarray
+    length: int
+    opens: int
+    """How many documents begin here, in place of those before; 0 where they go on."""
 
 
 def target_chunks(windows: Windows, num_targets: int, chunk_tokens: int) -> list[Chunk]:
@@ -63,27 +82,36 @@ class Ledger:
 
     def note(self, windows: Windows) -> None:
         """The targets of these windows are scored."""
-        if len(windows):
-            low, high = int(windows.first.min()), int(windows.end.max())
-            steps = np.zeros(high - low + 1, dtype=np.int64)
-            np.add.at(steps, windows.first - low, 1)
-            np.add.at(steps, windows.end - low, -1)
-            self._scored[low:high] |= np.cumsum(steps)[:-1] > 0
+        counts = windows.end - windows.first
+        ahead = np.repeat(windows.first - windows.places()[:-1], counts)
+        self._scored[ahead + np.arange(len(ahead))] = True
 
-    def hand_over(self, chunks: list[Chunk], number: int) -> Scored:
+    def hand_over(self, chunks: Sequence[Chunk | Segment], number: int) -> Scored:
         """The tokens of a chunk, copied. Raises AssertionError unless each of its targets is scored."""
-        begin, end = chunks[number].begin, chunks[number].end
-        if not self._scored[begin:end].all():
-            raise AssertionError(f"test-time training would use unscored targets in {begin}..{end}")
-        return Scored(self._tokens[begin : end + 1].clone(), number, len(chunks))
+        chunk = chunks[number]
+        if isinstance(chunk, Segment):
+            targets = chunk.begin[:, None] + np.arange(chunk.length)
+        else:
+            targets = np.arange(chunk.begin, chunk.end)
+        if not self._scored[targets].all():
+            raise AssertionError(
+                f"test-time training would use unscored targets in {targets.min()}..{targets.max() + 1}"
+            )
+        positions = np.concatenate((targets, targets[..., -1:] + 1), axis=-1)
+        tokens = self._tokens[torch.from_numpy(positions).to(self._tokens.device)]
+        return Scored(tokens, number, len(chunks))
 
 
 def score_and_adapt(
-    adapter: Adapter, scorer: Scorer, chunks: list[Chunk], what: str, saved: SavedState | None = None
+    adapter: Adapter,
+    scorer: Scorer,
+    chunks: Sequence[Chunk | Segment],
+    what: str,
+    saved: SavedState | None = None,
 ) -> list[Score]:
     """The running score after each chunk; the last is the result. Progress is shown as `what`.
 
-    With `saved`, goes on from there, and leaves a state there now and then.
+    Segments need a `DocumentAdapter`. With `saved`, goes on from there, and leaves states there now and then.
     """
     scores = saved.load(scorer, adapter) if saved is not None else []
     ledger = Ledger(scorer.stream)
@@ -93,10 +121,12 @@ def score_and_adapt(
     numbers = report.progress(left, what, total=len(left), unit="chunk") if scorer.ranks.rank == 0 else left
     for number in numbers:
         chunk, last = chunks[number], number == len(chunks) - 1
+        if isinstance(chunk, Segment) and chunk.opens:
+            cast(DocumentAdapter, adapter).begin(chunk.opens)
         score = scorer.score(adapter.score, chunk.low, chunk.high)
         scores.append(scores[-1] + score if scores else score)
         ledger.note(scorer.windows[chunk.low : chunk.high])
-        if not last:
+        if not last and not (isinstance(chunk, Segment) and len(chunk.begin) == 0):
             adapter.adapt(ledger.hand_over(chunks, number))
         if saved is not None:
             saved.save(scorer, adapter, scores, last=last)

@@ -66,8 +66,9 @@ class Stream:
         return len(self.tokens) - 1
 
 
-# tokens (B, T), targets (B, W) of the last W positions, length positions are encoded for -> losses (B, W)
-LossFunction = Callable[[Tensor, Tensor, int], Tensor]
+# tokens (B, T), targets (B, W) of the last W positions, length positions are encoded for, and where windows
+# have rows these (B,) -> losses (B, W)
+LossFunction = Callable[..., Tensor]
 
 
 def frozen_losses(
@@ -134,10 +135,13 @@ class Scorer:
         """Of all scored targets, in nats, in the order of the windows."""
         self._pad = device.type == "cuda" if pad is None else pad
         self._start = torch.from_numpy(windows.start).to(device)
+        self._row = None if windows.row is None else torch.from_numpy(windows.row).to(device)
         self._bytes = np.concatenate(([0], np.cumsum(stream.target_bytes)))
 
     def score(self, losses_of: LossFunction, low: int, high: int) -> Score:
         """The sums over windows low .. high-1, on every rank."""
+        if low == high:
+            return Score()
         mine = batches(self.windows, low, high, self.size)[self.ranks.rank :: self.ranks.world_size]
         _on_every_thread(lambda batch: self._fill(losses_of, batch), mine, self._start.device)
         self.ranks.sum_(self.losses[self.places[low] : self.places[high]])
@@ -150,15 +154,27 @@ class Scorer:
         text_bytes = int((self._bytes[part.end] - self._bytes[part.first]).sum())
         return Score(float(losses.sum(dtype=np.float64)), len(losses), text_bytes)
 
+    def by_target(self) -> np.ndarray:
+        """All losses in the order of the stream, (targets,) float32; for windows that score each once."""
+        found = np.empty(self.stream.num_targets, dtype=np.float32)
+        ahead = np.repeat(self.windows.first - self.places[:-1], np.diff(self.places))
+        targets = ahead + np.arange(self.places[-1])
+        found[targets] = self.losses.cpu().numpy()
+        return found
+
     def _fill(self, losses_of: LossFunction, batch: Batch) -> None:
-        start = self._start[batch.low : batch.high]
-        if self._pad and len(start) < batch.full:
-            start = torch.cat((start, start[-1:].expand(batch.full - len(start))))
+        start, *rows = (self._padded(t, batch) for t in (self._start, self._row) if t is not None)
         spans = self.stream.tokens.unfold(0, batch.length + 1, 1)[start]  # (B, length + 1)
         tokens, targets = spans[:, :-1].contiguous(), spans[:, 1 + batch.length - batch.scored :].contiguous()
-        losses = losses_of(tokens, targets, self.seq_len)[: batch.high - batch.low]
+        losses = losses_of(tokens, targets, self.seq_len, *rows)[: batch.high - batch.low]
         place = self.places[batch.low]
         self.losses[place : place + losses.numel()] = losses.flatten()
+
+    def _padded(self, values: Tensor, batch: Batch) -> Tensor:
+        """Those of a batch's windows, where all batches must be of one size with the last repeated."""
+        own = values[batch.low : batch.high]
+        missing = batch.full - len(own) if self._pad else 0
+        return torch.cat((own, own[-1:].expand(missing))) if missing else own
 
 
 def _on_every_thread(function: Callable[[Batch], None], items: list[Batch], device: torch.device) -> None:

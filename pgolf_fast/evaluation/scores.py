@@ -54,13 +54,21 @@ class ThreeScores:
 def plain_score(model: GPT, stream: Stream, config: RunConfig, ranks: Ranks = ALONE) -> Score:
     """Bits per byte over non-overlapping windows, by all ranks together; every rank has the result."""
     windows = plain_windows(stream.num_targets, config.eval_seq_len)
-    scorer = Scorer(stream, windows, config.eval_seq_len, _size(model, config, ranks), ranks)
+    scorer = Scorer(stream, windows, config.eval_seq_len, window_batches(model, config, ranks), ranks)
     return scorer.score(frozen_losses(model), 0, len(windows))
 
 
-def _size(model: GPT, config: RunConfig, ranks: Ranks) -> BatchSize:
+def window_batches(model: GPT, config: RunConfig, ranks: Ranks = ALONE) -> BatchSize:
+    """How many windows are scored at once."""
     device = model.qo_bank.device
     return batch_size(config.eval.batch_seqs, config.model, model.compute_dtype, device, ranks)
+
+
+def compiles(model: GPT, config: RunConfig) -> tuple[bool, bool]:
+    """Whether scoring and adapting are compiled, and whether updates are replayed from CUDA graphs."""
+    cuda = model.qo_bank.device.type == "cuda"
+    compile_ = cuda if config.eval.compile is None else config.eval.compile
+    return compile_, cuda and config.eval.cuda_graph is not False
 
 
 def three_scores(
@@ -78,10 +86,8 @@ def three_scores(
     that without an update the third figure is the second. None is the configured int6 grid. With several
     `ranks`, each scores its share of the windows. With `resume`, goes on from states that were left there.
     """
-    length, size = config.eval_seq_len, _size(model, config, ranks)
-    cuda = model.qo_bank.device.type == "cuda"
-    compile_ = cuda if config.eval.compile is None else config.eval.compile
-    cuda_graph = cuda and config.eval.cuda_graph is not False
+    length, size = config.eval_seq_len, window_batches(model, config, ranks)
+    compile_, cuda_graph = compiles(model, config)
     seconds: dict[str, float] = {}
 
     def timed(name, function):
@@ -108,7 +114,7 @@ def three_scores(
             stream,
             windows,
             length,
-            _shared_size(size, config),
+            shared_size(size, config),
             config.ttt,
             grid=grid or make_fake(config.quant.bits, config.quant.scale_floor),
             ranks=ranks,
@@ -120,9 +126,11 @@ def three_scores(
     return ThreeScores(plain, sliding, ttt, seconds)
 
 
-def _shared_size(size: BatchSize, config: RunConfig) -> BatchSize:
-    """Batches small enough that a chunk of test-time training has some for each of eight processes."""
+def shared_size(size: BatchSize, config: RunConfig) -> BatchSize:
+    """Batches small enough that a chunk of test-time training has some for each of eight processes, but of
+    four windows at least."""
     if config.eval.batch_seqs is not None:
         return size
-    windows = config.ttt.chunk_tokens // config.eval.stride
-    return lambda length: max(1, min(size(length), windows // 8))
+    lora = config.ttt.lora
+    tokens = lora.segment_tokens * lora.documents if config.ttt.by_document else config.ttt.chunk_tokens
+    return lambda length: min(size(length), max(4, tokens // config.eval.stride // 8))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pgolf_fast.config.schema import TTTConfig
-from pgolf_fast.evaluation.adapt import SGD, borrowed
-from pgolf_fast.evaluation.protocol import score_and_adapt, target_chunks
+from pgolf_fast.evaluation.adapt import borrowed
+from pgolf_fast.evaluation.adapters import make_adapter
+from pgolf_fast.evaluation.documents import document_chunks, document_starts
+from pgolf_fast.evaluation.protocol import Chunk, Segment, score_and_adapt, target_chunks
 from pgolf_fast.evaluation.ranks import ALONE, Ranks
 from pgolf_fast.evaluation.resume import SavedState
 from pgolf_fast.evaluation.score import Score, Scorer, Stream
@@ -25,6 +27,8 @@ class TTTResult:
     trainable: int
     updates: int
     by_chunk: list[Score]
+    scorer: Scorer
+    """Holds the losses themselves."""
 
 
 def legal_ttt(
@@ -39,22 +43,32 @@ def legal_ttt(
     before_restore: Callable[[], object] | None = None,
     ranks: Ranks = ALONE,
     saved: SavedState | None = None,
+    what: str = "sliding + TTT",
     compile: bool = False,
     cuda_graph: bool = False,
 ) -> TTTResult:
-    """Score every window, adapting by SGD on each chunk after it is scored and never after the last.
+    """Score every window, adapting on each chunk after it is scored and never after the last.
 
     `grid` is what `config.quantize_forward` rounds the banks to: the artifact's own grid, or int6 by
     default; the projections, which are not on it, are rounded to int6. The model's weights are what they were
-    when this returns or raises; `before_restore` is called while it still has the adapted ones. `compile` and
-    `cuda_graph` are for GPUs.
+    when this returns or raises; `before_restore` is called while it still has the adapted ones. Progress is
+    shown as `what`; `compile` and `cuda_graph` are for GPUs.
     """
     size = batch if callable(batch) else lambda length: batch
+    windows, chunks = adapting_chunks(windows, stream, config)
     scorer = Scorer(stream, windows, seq_len, size, ranks)
-    chunks = target_chunks(windows, stream.num_targets, config.chunk_tokens)
     with borrowed(model):
-        adapter = SGD(model, config, seq_len, grid, compile=compile, cuda_graph=cuda_graph)
-        by_chunk = score_and_adapt(adapter, scorer, chunks, "sliding + TTT", saved)
+        adapter = make_adapter(model, config, seq_len, grid, compile=compile, cuda_graph=cuda_graph)
+        by_chunk = score_and_adapt(adapter, scorer, chunks, what, saved)
         if before_restore is not None:
             before_restore()
-    return TTTResult(by_chunk[-1], adapter.trainable, adapter.updates, by_chunk)
+    return TTTResult(by_chunk[-1], adapter.trainable, adapter.updates, by_chunk, scorer)
+
+
+def adapting_chunks(
+    windows: Windows, stream: Stream, config: TTTConfig
+) -> tuple[Windows, Sequence[Chunk | Segment]]:
+    """The windows in the order in which the configured adapter has them scored, and its chunks of them."""
+    if config.by_document:
+        return document_chunks(windows, document_starts(stream.tokens.cpu().numpy()), config)
+    return windows, target_chunks(windows, stream.num_targets, config.chunk_tokens)

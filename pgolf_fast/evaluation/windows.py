@@ -16,17 +16,22 @@ from pgolf_fast.errors import PgolfError
 
 @dataclass(frozen=True)
 class Windows:
-    """Window i reads inputs start[i] .. end[i]-1 and scores the targets first[i] .. end[i]-1."""
+    """Window i reads inputs start[i] .. end[i]-1 and scores the targets first[i] .. end[i]-1.
+
+    Where documents are scored in step, it is of number row[i] of those.
+    """
 
     start: np.ndarray
     end: np.ndarray
     first: np.ndarray
+    row: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.start)
 
     def __getitem__(self, index: slice | np.ndarray) -> Windows:
-        return Windows(self.start[index], self.end[index], self.first[index])
+        row = None if self.row is None else self.row[index]
+        return Windows(self.start[index], self.end[index], self.first[index], row)
 
     def places(self) -> np.ndarray:
         """Where each window's losses begin in the row of all scored losses, and at the end their number."""

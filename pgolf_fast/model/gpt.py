@@ -19,6 +19,8 @@ from pgolf_fast.model.rope import rope_tables
 
 # (layer, normalised input, value embedding or None) -> attention output, all (B, T, ...)
 Attend = Callable[[int, Tensor, Tensor | None], Tensor]
+# (layer, normalised input) -> MLP output, all (B, T, ...)
+Feed = Callable[[int, Tensor], Tensor]
 
 
 class Observer(Protocol):
@@ -190,10 +192,12 @@ class GPT(nn.Module):
         attend: Attend,
         observer: Observer | None = None,
         last: int | None = None,
+        feed: Feed | None = None,
     ) -> Tensor:
         """All blocks and the final norm, (B, T, D) -> (B, T, D). The first half of the blocks encode.
 
         With `last`, only that many last positions leave the last block, whose `attend` must give only these.
+        `feed` stands in for the blocks' own MLP.
         """
         x0 = x
         skips: list[Tensor] = []
@@ -202,7 +206,7 @@ class GPT(nn.Module):
             if i >= encoders and skips:
                 x = torch.addcmul(x, skips.pop(), self.skip_weights[i - encoders].to(x.dtype))
             cut = last if i == self.config.num_layers - 1 else None
-            x = self._block(i, x, x0, value_embeds.get(i), banks, attend, observer, cut)
+            x = self._block(i, x, x0, value_embeds.get(i), banks, attend, observer, cut, feed)
             if i < encoders:
                 skips.append(x)
         return ops.rms_norm(x)
@@ -217,6 +221,7 @@ class GPT(nn.Module):
         attend: Attend,
         observer: Observer | None,
         last: int | None,
+        feed: Feed | None,
     ) -> Tensor:
         block = self.block(layer)
         scale = block.layer_scale
@@ -228,8 +233,12 @@ class GPT(nn.Module):
         h, normed = ops.residual_norm(u, attend(layer, normed, value_embed), None, block.attn_scale, scale)
         if observer is not None:
             observer.mlp_input(layer, normed)
-        out = ops.mlp(
-            normed,
+        out = self._mlp(layer, normed, banks) if feed is None else feed(layer, normed)
+        return torch.addcmul(h, out, block.mlp_scale.to(h.dtype))
+
+    def _mlp(self, layer: int, x: Tensor, banks: Banks) -> Tensor:
+        return ops.mlp(
+            x,
             banks.up,
             banks.down,
             layer,
@@ -237,7 +246,6 @@ class GPT(nn.Module):
             grad_up=banks.grad_up,
             grad_down=banks.grad_down,
         )
-        return torch.addcmul(h, out, block.mlp_scale.to(h.dtype))
 
     def block(self, layer: int) -> Block:
         block = self.blocks[layer]

@@ -6,6 +6,8 @@ The interpreter lock is free meanwhile, so threads compress in parallel.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,15 +15,36 @@ from torch import Tensor
 from pgolf_fast.ops import native, reference_bytes
 from pgolf_fast.ops.checks import expect_dtype, expect_shape
 
+MODES = ("fast", "normal")
 
-def compress_bytes(data: bytes, preset: int = 9, *, extreme: bool = False) -> bytes:
+
+def compress_bytes(
+    data: bytes,
+    preset: int = 9,
+    *,
+    extreme: bool = False,
+    lc: int | None = None,
+    lp: int | None = None,
+    pb: int | None = None,
+    nice_len: int | None = None,
+    mode: Literal["fast", "normal"] | None = None,
+) -> bytes:
     """`data` as one .xz stream; `preset` 0 (fast) to 9 (small), `extreme` tries harder still.
 
-    Raises ValueError for another preset. The bytes depend on the version of liblzma; what they decompress
-    to does not.
+    The others replace what the preset says. A literal is predicted from lc bits (0..4) of the byte before it
+    and lp bits (0..4, lc + lp at most 4) of its position, all else from pb bits (0..4) of the position;
+    nice_len (2..273) is a match that is long enough; mode is how hard matches are looked for.
+    Raises ValueError for settings out of range. The bytes depend on the version of liblzma; what they
+    decompress to does not.
     """
+    given = {"lc": lc, "lp": lp, "pb": pb, "nice_len": nice_len}
+    settings = {name: value for name, value in given.items() if value is not None}
+    if mode is not None:
+        if mode not in MODES:
+            raise ValueError(f"mode is {mode!r}, but LZMA's modes are fast and normal")
+        settings["mode"] = 1 + MODES.index(mode)
     codec = native.lzma_extension()
-    return (codec or reference_bytes).lzma_compress(data, preset, extreme)
+    return (codec or reference_bytes).lzma_compress(data, preset, extreme, **settings)
 
 
 def decompress_bytes(data: bytes, size: int) -> bytes:

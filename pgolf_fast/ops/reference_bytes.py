@@ -11,15 +11,22 @@ from torch import Tensor
 # Repeated in csrc/lzma_codec.h.
 DECODER_MEMORY_LIMIT = 256 << 20
 PRESET_DICTIONARY = (256 << 10, *(n << 20 for n in (1, 2, 4, 4, 8, 8, 16, 32, 64)))
+LZMA_RANGES = {"lc": (0, 4), "lp": (0, 4), "pb": (0, 4), "nice_len": (2, 273), "mode": (1, 2)}
 
 
-def lzma_compress(data: bytes, preset: int, extreme: bool) -> bytes:
+def lzma_compress(data: bytes, preset: int, extreme: bool, **settings: int) -> bytes:
     """`data` as one .xz stream (LZMA2, CRC32) with a dictionary no larger than the data needs.
 
-    Raises ValueError for a preset outside 0..9.
+    settings: those of LZMA_RANGES that are not the preset's. Raises ValueError for anything out of range.
     """
     if not 0 <= preset <= 9:
         raise ValueError(f"preset is {preset}, but LZMA presets are 0..9")
+    for name, value in settings.items():
+        low, high = LZMA_RANGES[name]
+        if not low <= value <= high:
+            raise ValueError(f"{name} is {value}, but it must lie in {low}..{high}")
+    if (literal := settings.get("lc", 3) + settings.get("lp", 0)) > 4:
+        raise ValueError(f"lc + lp is {literal}, but it must be at most 4")
     dictionary = 4096
     while dictionary < min(len(data), PRESET_DICTIONARY[preset]):
         dictionary *= 2
@@ -27,6 +34,7 @@ def lzma_compress(data: bytes, preset: int, extreme: bool) -> bytes:
         "id": lzma.FILTER_LZMA2,
         "preset": preset | (lzma.PRESET_EXTREME if extreme else 0),
         "dict_size": dictionary,
+        **settings,
     }
     return lzma.compress(data, format=lzma.FORMAT_XZ, check=lzma.CHECK_CRC32, filters=[lzma2])
 

@@ -50,27 +50,30 @@ def make_fake(bits: int, scale_floor: bool = True) -> Callable[[Tensor], Tensor]
 
 
 class FixedGrid:
-    """Fake quantisation on given row steps, say an artifact's own: weights on the grid stay as they are.
+    """Fake quantisation on given steps, say an artifact's own: weights on the grid stay as they are.
 
-    step (..., R, 1) float32; codes are clamped to -clip_range .. clip_range.
+    step float32 (..., R, 1) of rows, or (..., R, C) of elements; codes are clamped to -clip_range ..
+    clip_range. offset, float32 of the weights' shape, is where code 0 lies; None for zero.
     """
 
-    def __init__(self, step: Tensor, clip_range: int):
-        self.step, self.clip_range = step, clip_range
+    def __init__(self, step: Tensor, clip_range: int, offset: Tensor | None = None):
+        self.step, self.clip_range, self.offset = step, clip_range, offset
 
     def __call__(self, weight: Tensor) -> Tensor:
-        return _RoundToSteps.apply(weight, self.step.to(weight.device), self.clip_range)
+        offset = None if self.offset is None else self.offset.to(weight.device)
+        return _RoundToSteps.apply(weight, self.step.to(weight.device), self.clip_range, offset)
 
 
 class _RoundToSteps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight: Tensor, step: Tensor, clip_range: int) -> Tensor:
-        codes = torch.round(weight.float() / step).clamp_(-clip_range, clip_range)
-        return (codes * step).to(weight.dtype)
+    def forward(ctx, weight: Tensor, step: Tensor, clip_range: int, offset: Tensor | None) -> Tensor:
+        wide = weight.float() if offset is None else weight.float() - offset
+        on_grid = torch.round(wide / step).clamp_(-clip_range, clip_range) * step
+        return (on_grid if offset is None else on_grid + offset).to(weight.dtype)
 
     @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return grads[0], None, None
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return grads[0], None, None, None
 
 
 fake_int6 = make_fake(6)

@@ -40,11 +40,35 @@ _SLOT = re.compile(r"blocks\.(\d+)\.((?:attn|mlp)\.\w+\.weight)")
 
 @dataclass(frozen=True, eq=False)
 class QuantizedTensor:
-    """A matrix as codes int8 (R, C) of `bits` bits and a scale float16 (R,) per row."""
+    """A matrix as codes int8 (R, C) of `bits` bits, float16: codes * scale * column_scale + left @ right.
+
+    scale (R,); column_scale (C,), None for ones; low_rank: left (R, k) and right (k, C), None for nothing.
+    """
 
     codes: Tensor
     scale: Tensor
     bits: int
+    column_scale: Tensor | None = None
+    low_rank: tuple[Tensor, Tensor] | None = None
+
+    def step(self) -> Tensor:
+        """The step of every row (R, 1), or of every element (R, C), float32."""
+        rows = self.scale.float()[:, None]
+        return rows if self.column_scale is None else rows * self.column_scale.float()
+
+    def correction(self) -> Tensor | None:
+        """left @ right, float32 (R, C)."""
+        return None if self.low_rank is None else self.low_rank[0].float() @ self.low_rank[1].float()
+
+    def dequantized(self) -> Tensor:
+        """The matrix, float32."""
+        return self.finish_(self.codes.float() * self.scale.float()[:, None])
+
+    def finish_(self, by_rows: Tensor) -> Tensor:
+        """codes * scale (R, C) float32 made the matrix, in place."""
+        if self.column_scale is not None:
+            by_rows *= self.column_scale.float()
+        return by_rows if (low := self.correction()) is None else by_rows.add_(low)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +87,23 @@ def is_slot(name: str) -> bool:
     return _SLOT.fullmatch(name) is not None
 
 
+def group_of(name: str) -> str:
+    """What matrices with one input share: the name of their Hessian; of no bank, the matrix alone."""
+    if (slot := _SLOT.fullmatch(name)) is None:
+        return name
+    return hessian_name(int(slot[1]), next(which for which, slots in READERS.items() if slot[2] in slots))
+
+
+def columns_owner(name: str) -> str:
+    """The first of the matrices that share column steps with this one: Q for K and V, else the matrix."""
+    return re.sub(r"attn\.c_[kv]", "attn.c_q", name) if is_slot(name) else name
+
+
+def code_bits(codes: Tensor) -> int:
+    """The fewest bits, at least 2, of signed codes that reach as far from zero on both sides."""
+    return max(2, 1 + int(codes.abs().amax()).bit_length()) if codes.numel() else 2
+
+
 def unbank(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state dict with every bank split into its matrices, named as the community names them.
 
@@ -71,12 +112,18 @@ def unbank(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     missing = [name for name in BANK_NAMES if name not in state]
     if missing:
         raise PgolfError(f"the state has no {', '.join(missing)}: it is not a model with weight banks")
-    split = {}
-    for bank, slots in SLOTS.items():
-        layers = len(state[bank]) // len(slots)
-        for index, matrix in enumerate(state[bank].unbind(0)):
-            split[f"blocks.{index % layers}.{slots[index // layers]}"] = matrix
+    split: dict[str, Tensor] = {}
+    for bank in SLOTS:
+        split.update(_slots_of(bank, state[bank]))
     return {**split, **{name: tensor for name, tensor in state.items() if name not in BANK_NAMES}}
+
+
+def _slots_of(name: str, bank: Tensor) -> dict[str, Tensor]:
+    """The matrices of a bank, views, by their unbanked names."""
+    layers = len(bank) // len(SLOTS[name])
+    return {
+        f"blocks.{i % layers}.{SLOTS[name][i // layers]}": matrix for i, matrix in enumerate(bank.unbind(0))
+    }
 
 
 def rebank(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -102,8 +149,11 @@ def quantize_state(
     """Integers and float16 for a model's state dict: bank matrices, large tables, everything else.
 
     hessians: as from `collect_hessians`, for method gptq; plain rounding does not look at them.
-    Raises PgolfError for values that are not finite, or gptq without Hessians.
+    Raises PgolfError for values that are not finite, gptq without Hessians, or grid rd, which needs a price
+    (see `RateDistortion`).
     """
+    if config.grid == "rd":
+        raise PgolfError("grid rd needs a byte target: use `pgolf quantize --grid rd`")
     tensors = unbank(state)
     done: dict[str, QuantizedTensor | Tensor] = dict(_quantize_slots(tensors, config, hessians))
     for name, tensor in tensors.items():
@@ -117,11 +167,12 @@ def quantize_state(
             codes, scale = quantize_int8_rows(tensor, scale_floor=config.scale_floor)
             done[name] = QuantizedTensor(codes.cpu(), scale.cpu(), TABLE_BITS)
         else:
-            done[name] = _float16(name, tensor)
+            done[name] = to_float16(name, tensor)
     return QuantizedState({name: done[name] for name in tensors})
 
 
-def _float16(name: str, tensor: Tensor) -> Tensor:
+def to_float16(name: str, tensor: Tensor) -> Tensor:
+    """A copy in float16, on the CPU. Raises PgolfError for values that it cannot hold."""
     half = tensor.detach().half().cpu()
     if not bool(torch.isfinite(half).all()):
         raise PgolfError(f"{name} has values that are not finite or beyond the 65504 of float16")
@@ -178,20 +229,27 @@ def dequantize_state(quantized: QuantizedState) -> dict[str, Tensor]:
         name: dequantize_bytes(bank.flatten(0, 1), scale[name].flatten()).view_as(bank)
         for name, bank in codes.items()
     }
+    slots = {name: slot for bank in SLOTS for name, slot in _slots_of(bank, state[bank]).items()}
     for name, tensor in quantized.tensors.items():
         if isinstance(tensor, Tensor):
             state[name] = tensor.float()
-        elif name not in matrices:
-            state[name] = dequantize_bytes(tensor.codes, tensor.scale)
+        else:
+            if name not in matrices:
+                slots[name] = state[name] = dequantize_bytes(tensor.codes, tensor.scale)
+            tensor.finish_(slots[name])
     return state
 
 
 def bank_grids(quantized: QuantizedState) -> tuple[FixedGrid, ...]:
     """Each bank's own grid, in the order of BANK_NAMES: what its weights are rounded to when they change."""
     matrices = quantized.matrices()
-    steps = rebank({name: matrix.scale.float().unsqueeze(1) for name, matrix in matrices.items()})
+    steps = rebank({name: matrix.step() for name, matrix in matrices.items()})
+    offsets: dict[str, Tensor] = {}
+    if any(matrix.low_rank is not None for matrix in matrices.values()):
+        low = {name: (matrix.correction(), matrix.codes) for name, matrix in matrices.items()}
+        offsets = rebank({n: torch.zeros(c.shape) if part is None else part for n, (part, c) in low.items()})
     bits = max(matrix.bits for matrix in matrices.values())
-    return tuple(FixedGrid(steps[name], 2 ** (bits - 1) - 1) for name in BANK_NAMES)
+    return tuple(FixedGrid(steps[n], 2 ** (bits - 1) - 1, offsets.get(n)) for n in BANK_NAMES)
 
 
 @torch.no_grad()

@@ -125,7 +125,7 @@ _MAY_CHANGE = (
     "ttt.",
     "kernels.",
 )
-_MUST_STAY = ("quant.bits", "quant.scale_floor")  # the grid of quantisation-aware training
+_MUST_STAY = ("quant.bits", "quant.grid")  # the grid of quantisation-aware training
 
 
 class _Run:

@@ -1,6 +1,7 @@
-// What the fuzz drivers share. A driver is one fuzz_<target>.cpp that defines LLVMFuzzerTestOneInput, which must survive
-// any input, and fuzz::make_input. With fuzz_main.cpp it is a program of its own; with clang's -fsanitize=fuzzer and
-// fuzz_libfuzzer.cpp it is a libFuzzer target. Either way, `fuzz_<target> FILE` runs one input again.
+// What the fuzz drivers share. A driver is one fuzz_<target>.cpp that defines LLVMFuzzerTestOneInput, which must
+// survive any input, and fuzz::make_input. With fuzz_main.cpp it is a program of its own; with clang's
+// -fsanitize=fuzzer and fuzz_libfuzzer.cpp it is a libFuzzer target. Either way, `fuzz_<target> FILE` runs one input
+// again.
 #pragma once
 
 #include <algorithm>

@@ -1,10 +1,9 @@
-// Packing of codes of 4 to 8 bits. Input: rows (1 byte), columns (1), width and path (1), then packed bytes, repeated as
-// often as needed.
-#include "bits.h"
-
+// Packing of codes of 4 to 8 bits. Input: rows (1 byte), columns (1), width and path (1), then packed bytes, repeated
+// as often as needed.
 #include <cstring>
 #include <stdexcept>
 
+#include "bits.h"
 #include "fuzz.h"
 
 namespace fuzz {

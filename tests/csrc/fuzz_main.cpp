@@ -1,6 +1,7 @@
-// Makes a fuzz driver a program that needs no clang: fuzz_<target> [-runs=N] [-max_total_time=SECONDS] [-seed=S] [FILE...]
-// with the meaning libFuzzer gives to these. Input number i depends on seed and i only, so when the child that runs them
-// dies, or hangs for a minute, the parent makes the same input again and leaves it in a file.
+// Makes a fuzz driver a program that needs no clang:
+//   fuzz_<target> [-runs=N] [-max_total_time=SECONDS] [-seed=S] [FILE...]
+// with the meaning libFuzzer gives to these. Input number i depends on seed and i only, so when the child that runs
+// them dies, or hangs for a minute, the parent makes the same input again and leaves it in a file.
 #include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -86,7 +87,8 @@ int main(int argc, char** argv) {
     if (status == 0) return 0;
     const std::string path = std::string(argv[0]) + "-crash-" + std::to_string(seed) + "-" + std::to_string(run);
     const Bytes bytes = input(seed, run);
-    std::ofstream(path, std::ios::binary).write(reinterpret_cast<const char*>(bytes.data()), std::streamsize(bytes.size()));
+    std::ofstream file(path, std::ios::binary);
+    file.write(reinterpret_cast<const char*>(bytes.data()), std::streamsize(bytes.size()));
     std::fprintf(stderr, "execution %llu failed; again: %s %s\n", static_cast<unsigned long long>(run), argv[0],
                  path.c_str());
     return 1;

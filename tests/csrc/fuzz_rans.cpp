@@ -43,6 +43,10 @@ Bytes weights(const std::vector<Shape>& shapes, Random& random) {
     return data;
 }
 
+Bytes encoded(const Bytes& data, const std::vector<Shape>& shapes) {
+    return pgolf::rans_encode(data.data(), data.size(), shapes.data(), shapes.size(), kOneThread);
+}
+
 Bytes described(const std::vector<Shape>& shapes, uint8_t mode) {
     Bytes input = {mode, uint8_t(shapes.size())};
     for (const auto& [rows, columns, itemsize] : shapes) {
@@ -67,9 +71,9 @@ const std::vector<Example>& examples() {
             std::vector<Shape> shapes(random.below(5));
             const size_t scale = random.one_in(8) ? 100 : 12;
             for (Shape& shape : shapes)
-                shape = {random.below(scale), random.below(scale), random.one_in(3) ? UINT64_C(1) << random.below(4) : 1};
-            const Bytes data = weights(shapes, random);
-            const auto packed = pgolf::rans_encode(data.data(), data.size(), shapes.data(), shapes.size(), kOneThread);
+                shape = {random.below(scale), random.below(scale),
+                         random.one_in(3) ? UINT64_C(1) << random.below(4) : 1};
+            const Bytes data = weights(shapes, random), packed = encoded(data, shapes);
             Example example = {described(shapes, 0), described(shapes, 1), 0};
             example.payload = example.to_decode.size();
             example.to_decode.insert(example.to_decode.end(), packed.begin(), packed.end());
@@ -81,11 +85,16 @@ const std::vector<Example>& examples() {
     return made;
 }
 
+void decode(const Bytes& payload, const std::vector<Shape>& shapes, Bytes& out) {
+    pgolf::rans_decode(payload.data(), payload.size(), shapes.data(), shapes.size(), out.data(), out.size(),
+                       kOneThread);
+}
+
 void there_and_back(const Bytes& data, const std::vector<Shape>& shapes) {
-    const auto payload = pgolf::rans_encode(data.data(), data.size(), shapes.data(), shapes.size(), kOneThread);
+    const Bytes payload = encoded(data, shapes);
     fuzz::require(payload.size() <= data.size() + 1, "a payload is at most one byte longer than the data");
     Bytes out(data.size());
-    pgolf::rans_decode(payload.data(), payload.size(), shapes.data(), shapes.size(), out.data(), out.size(), kOneThread);
+    decode(payload, shapes, out);
     fuzz::require(out == data, "rANS round trip");
 }
 
@@ -127,7 +136,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
         if (data[0] & 1) {
             there_and_back(rest, shapes);
         } else {
-            pgolf::rans_decode(rest.data(), rest.size(), shapes.data(), shapes.size(), out.data(), out.size(), kOneThread);
+            decode(rest, shapes, out);
             fuzz::require(out.size() == room, "only shapes that fill the output are accepted");
         }
         fuzz::accepted++;

@@ -31,7 +31,9 @@ class Model:
     ):
         self.config, self.space, self.dtype = config.run.model, space, dtype
         found = [{n: t.to(space.device) for n, t in tree.items()} for tree in dequantized(arrays)]
-        self.masters, self.steps = (banked(tree, self.config.num_layers) for tree in found)
+        layers = self.config.num_layers
+        self.masters, self.steps = (banked(tree, layers) for tree in found[:2])
+        self.shifts = banked(found[2], layers) if found[2] else [torch.zeros((), device=space.device)] * 4
         self.state = found[0]
         self.clip = 2 ** (config.bits.codes - 1) - 1
 
@@ -39,7 +41,8 @@ class Model:
         """The matrices of each bank as forward reads them; `on_grid`: rounded to the artifact's steps."""
         masters = self.masters
         if on_grid:
-            masters = [rounded(w, s, -self.clip, self.clip) for w, s in zip(masters, self.steps, strict=True)]
+            parts = zip(masters, self.steps, self.shifts, strict=True)
+            masters = [rounded(w - at, s, -self.clip, self.clip) + at for w, s, at in parts]
         return [bank.to(self.dtype).unbind() for bank in masters]
 
     def rope(self, length: int) -> list[Tensor]:

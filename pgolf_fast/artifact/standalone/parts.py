@@ -187,33 +187,31 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Callable]:
-    """Causal attention (B, T, H, hd), and the function from its gradient to those of q, k and v."""
+    """Causal attention (B, T, H, hd), and the function from its gradient, and it, to those of q, k and v."""
     kv_heads, groups = k.shape[2], q.shape[2] // k.shape[2]
     heads = [t.repeat_interleave(n, 2).transpose(1, 2) for t, n in ((q, 1), (k, groups), (v, groups))]
-
-    def summed(of_q: Tensor, of_k: Tensor, of_v: Tensor) -> list[Tensor]:
-        of_k, of_v = (t.transpose(1, 2).float().unflatten(2, (kv_heads, -1)).sum(3) for t in (of_k, of_v))
-        return [of_q.transpose(1, 2), of_k, of_v]
-
-    if q.is_cuda:
-        with torch.enable_grad():
-            heads = [t.detach().requires_grad_() for t in heads]
-            out = F.scaled_dot_product_attention(heads[0], heads[1], heads[2], is_causal=True)
-        y = out.detach().transpose(1, 2)
-        return y, lambda grad, _: summed(*torch.autograd.grad(out, heads, grad.transpose(1, 2)))
-    heads = [t.float() for t in heads]
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    out, lse = flash(*heads, 0.0, True)
+    y, inner = (by_autograd if q.is_cuda else by_flash)(heads)
 
     def backward(*grad_and_y: Tensor) -> list[Tensor]:
-        grad, y = (t.transpose(1, 2).float() for t in grad_and_y)
-        return summed(
-            *torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                grad, *heads, y, lse, 0.0, True
-            )
-        )
+        of_q, of_k, of_v = (t.transpose(1, 2) for t in inner(*(t.transpose(1, 2) for t in grad_and_y)))
+        return [of_q, *(t.float().unflatten(2, (kv_heads, -1)).sum(3) for t in (of_k, of_v))]
 
-    return out.transpose(1, 2).to(q.dtype), backward
+    return y.transpose(1, 2).to(q.dtype), backward
+
+
+def by_autograd(heads: list[Tensor]) -> tuple[Tensor, Callable]:
+    with torch.enable_grad():
+        heads = [t.detach().requires_grad_() for t in heads]
+        y = F.scaled_dot_product_attention(heads[0], heads[1], heads[2], is_causal=True)
+    return y.detach(), lambda grad, _: torch.autograd.grad(y, heads, grad)
+
+
+def by_flash(heads: list[Tensor]) -> tuple[Tensor, Callable]:
+    """In float32, on a CPU, and the gradient from the rounded result."""
+    ops, heads = torch.ops.aten, [t.float() for t in heads]
+    y, lse = ops._scaled_dot_product_flash_attention_for_cpu(*heads, 0.0, True)
+    inner = ops._scaled_dot_product_flash_attention_for_cpu_backward
+    return y, lambda grad, y: inner(grad.float(), *heads, y.float(), lse, 0.0, True)
 
 
 def own_value(v: Tensor) -> tuple[Tensor, Tensor]:

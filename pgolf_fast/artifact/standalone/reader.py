@@ -4,6 +4,7 @@ import hashlib
 import json
 import lzma
 import math
+import re
 import struct
 import sys
 from types import SimpleNamespace
@@ -66,18 +67,27 @@ def decompress(codec: int, stored: bytes, raw: int, shapes: list) -> bytes:
     return lzma.decompress(stored) if codec else stored
 
 
-def dequantized(arrays: dict[str, np.ndarray]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Tensors by name and, of matrices, the steps (R, 1) of their rows; all float32.
+def dequantized(arrays: dict[str, np.ndarray]) -> tuple[dict[str, Tensor], ...]:
+    """Tensors by name; of matrices, the steps (R, 1) or (R, C), and what is added to codes times steps.
 
-    A matrix X is the codes X.q (R, C) times the step X.scale (R,) of each row.
+    A matrix X is the codes X.q (R, C) times the step X.scale (R,) of each row and the X.columns (C,) of each
+    column, which K and V share with Q, plus X.left (R, k) times X.right (k, C). Corrections are there for all
+    matrices or none. Everything is float32.
     """
     wide = {name: torch.from_numpy(array.astype(np.float32)) for name, array in arrays.items()}
-    steps = {name[:-2]: wide.pop(name[:-2] + ".scale")[:, None] for name in arrays if name.endswith(".q")}
-    tensors = {}
-    for name, tensor in wide.items():
-        name = name.removesuffix(".q")
-        tensors[name] = tensor * steps[name] if name in steps else tensor
-    return tensors, steps
+    tensors, steps, shifts = dict(wide), {}, {}
+    corrected = any(name.endswith(".left") for name in wide)
+    for name in [name[:-2] for name in wide if name.endswith(".q")]:
+        columns = re.sub("attn.c_[kv]", "attn.c_q", name) + ".columns"
+        steps[name] = wide[name + ".scale"][:, None] * wide.get(columns, 1)
+        tensors[name] = tensors[name + ".q"] * steps[name]
+        if corrected:
+            left = name + ".left"
+            shifts[name] = wide[left] @ wide[name + ".right"] if left in wide else 0 * tensors[name]
+            tensors[name] += shifts[name]
+        for part in ".q", ".scale", ".columns", ".left", ".right":
+            tensors.pop(name + part, None)
+    return tensors, steps, shifts
 
 
 def banked(tensors: dict[str, Tensor], layers: int) -> list[Tensor]:

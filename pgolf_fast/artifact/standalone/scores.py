@@ -66,16 +66,22 @@ class Scorer:
     def score_and_learn(self, windows: np.ndarray) -> np.ndarray:
         """Legal test-time training: every chunk is scored before it is learned from, the last never is."""
         c, model, count = self.config.ttt, self.model, len(self.target_bytes)
+        if c.adapter not in ("sgd", "adamw"):
+            sys.exit(f"this script adapts by sgd or adamw; the artifact's configuration says {c.adapter}")
         chunks = math.ceil(count / c.chunk_tokens)
         chunk_of = np.minimum(windows[2] // c.chunk_tokens, chunks - 1)
         frozen = tuple(f"blocks.{i}." for i in range(c.freeze_blocks))
         learned = list(model.masters)
         if c.parameters == "all":
             learned += [p for name, p in model.state.items() if not name.startswith(frozen)]
-        gradients, velocities = ([torch.zeros_like(p) for p in learned] for _ in range(2))
-        for p, gradient in zip(learned, gradients, strict=True):
+        for p in learned:
             p.requires_grad_()
-            p.grad = gradient  # backward adds to it
+            p.grad = torch.zeros_like(p)  # backward adds to it
+        if c.adapter == "sgd":
+            rule = torch.optim.SGD(learned, momentum=c.momentum, fused=True)
+        else:
+            betas = c.momentum, c.beta2
+            rule = torch.optim.AdamW(learned, betas=betas, weight_decay=c.weight_decay, fused=True)
         on_grid, fake = c.quantize_forward == "banks", c.quantize_forward == "projections"
         total = np.zeros(3)
         for chunk in range(chunks):
@@ -84,17 +90,20 @@ class Scorer:
                 break
             begin = chunk * c.chunk_tokens
             sequences = min(c.chunk_tokens, count - begin) // self.length
-            lr = 0.5 * c.lr * (1 + math.cos(math.pi * chunk / max(chunks - 1, 1)))
+            lr = c.lr
+            if c.decay == "cosine":
+                lr *= 0.5 * (1 + math.cos(math.pi * chunk / max(chunks - 1, 1)))
+            rule.param_groups[0]["lr"] = torch.tensor(lr)
             for first in [*range(0, sequences, c.batch_seqs)] * c.epochs:
                 at = begin + first * self.length
                 end = at + min(c.batch_seqs, sequences - first) * self.length
                 x, y = (self.tokens[at + i : end + i].view(-1, self.length) for i in (0, 1))
                 model.losses(x, y, model.banks(on_grid), fake).mean().backward()
-                torch.nn.utils.clip_grad_norm_(learned, c.grad_clip)
-                with torch.no_grad():
-                    for p, gradient, velocity in zip(learned, gradients, velocities, strict=True):
-                        p.add_(velocity.mul_(c.momentum).add_(gradient), alpha=-lr)
-                        gradient.zero_()
+                gradients = [p.grad for p in learned]
+                norm = torch.nn.utils.get_total_norm(gradients)
+                torch._foreach_div_(gradients, ((norm + 1e-6) / c.grad_clip).clamp(min=1))
+                rule.step()
+                rule.zero_grad(False)
         return total
 
 

@@ -1,0 +1,153 @@
+"""Adapters compared on one model: what each gains over sliding windows without test-time training."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from pgolf_fast import report
+from pgolf_fast.config.schema import RunConfig, TTTConfig
+from pgolf_fast.evaluation.adapt import Frozen
+from pgolf_fast.evaluation.documents import document_starts
+from pgolf_fast.evaluation.protocol import score_and_adapt, window_chunks
+from pgolf_fast.evaluation.ranks import ALONE, Ranks
+from pgolf_fast.evaluation.resume import identity
+from pgolf_fast.evaluation.score import Scorer, Stream
+from pgolf_fast.evaluation.scores import compiles, shared_size, window_batches
+from pgolf_fast.evaluation.ttt import legal_ttt
+from pgolf_fast.evaluation.windows import sliding_windows
+from pgolf_fast.files import write_text
+from pgolf_fast.model.bank import Transform
+from pgolf_fast.model.gpt import GPT
+from pgolf_fast.quant.fake import make_fake
+
+BASELINE = "sliding"
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One adapter's pass over the stream; `nats` are summed over each document."""
+
+    name: str
+    identity: str
+    nats: list[float]
+    seconds: float
+    updates: int
+    trainable: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One adapter beside the baseline: bits per byte, and a 95 % interval of what is gained of them."""
+
+    name: str
+    bpb: float
+    gain: float
+    low: float
+    high: float
+    microseconds_a_token: float
+    updates: int
+    trainable: int
+
+
+def bootstrap_gain(
+    before: np.ndarray, after: np.ndarray, text_bytes: np.ndarray, *, seed: int = 0
+) -> tuple[float, float, float]:
+    """Bits per byte gained from `before` to `after`, and the 2.5 % and 97.5 % points of the paired bootstrap.
+
+    All three are sums by document (documents,), in nats and bytes. Documents are drawn with replacement
+    RESAMPLES times (Efron 1979). What an adapter carries over from one document to the next stays as it was:
+    the interval is about other documents, not about another order of them.
+    """
+    gained, count = before - after, len(text_bytes)
+    rng, found = np.random.default_rng(seed), []
+    at_once = max(1, 2**22 // count)
+    for first in range(0, RESAMPLES, at_once):
+        times = rng.multinomial(count, np.full(count, 1 / count), size=min(at_once, RESAMPLES - first))
+        found.append(times @ gained / (math.log(2) * np.maximum(times @ text_bytes, 1)))
+    low, high = np.quantile(np.concatenate(found), (0.025, 0.975))
+    return float(gained.sum() / (math.log(2) * text_bytes.sum())), float(low), float(high)
+
+
+def sweep(
+    model: GPT,
+    stream: Stream,
+    config: RunConfig,
+    adapters: dict[str, TTTConfig],
+    grid: Transform,
+    folder: Path,
+    ranks: Ranks = ALONE,
+) -> list[Comparison]:
+    """The baseline and each of `adapters`, on the windows of `config.eval`; the model stays as it is.
+
+    Targets are scored once each. `grid` is as in `three_scores`. Every finished pass leaves
+    `folder`/NAME.json, and is not repeated for the same weights, tokens and settings.
+    """
+    config = replace(config, eval=replace(config.eval, repeat_tail=False))
+    length, size = config.eval_seq_len, window_batches(model, config, ranks)
+    windows = sliding_windows(stream.num_targets, length, config.eval.stride)
+    starts = document_starts(stream.tokens.cpu().numpy())
+    compile_, cuda_graph = compiles(model, config)
+
+    def without() -> tuple[Scorer, int, int]:
+        scorer, adapter = Scorer(stream, windows, length, size, ranks), Frozen(model, compile=compile_)
+        score_and_adapt(adapter, scorer, window_chunks(windows, size), BASELINE)
+        return scorer, 0, 0
+
+    def adapting(name: str, ttt: TTTConfig) -> tuple[Scorer, int, int]:
+        result = legal_ttt(
+            model,
+            stream,
+            windows,
+            length,
+            shared_size(size, replace(config, ttt=ttt)),
+            ttt,
+            grid=grid or make_fake(config.quant.bits, config.quant.scale_floor),
+            ranks=ranks,
+            what=name,
+            compile=compile_,
+            cuda_graph=cuda_graph,
+        )
+        return result.scorer, result.updates, result.trainable
+
+    def outcome(name: str, ttt: TTTConfig | None, work: Callable[[], tuple[Scorer, int, int]]) -> Outcome:
+        settings = [asdict(config.eval), length, str(model.compute_dtype), ttt and asdict(ttt)]
+        mark, path = identity(model, stream, settings), folder / f"{name}.json"
+        if (known := _read(path)) is not None and known.identity == mark:
+            report.logger.info("%s: already in %s", name, path)
+            return known
+        begin = time.perf_counter()
+        scorer, updates, trainable = work()
+        seconds = time.perf_counter() - begin
+        nats = np.add.reduceat(scorer.by_target().astype(np.float64), starts)
+        made = Outcome(name, mark, nats.tolist(), seconds, updates, trainable)
+        if ranks.rank == 0:
+            write_text(path, json.dumps(asdict(made)) + "\n")
+        return made
+
+    base = outcome(BASELINE, None, without)
+    rest = [outcome(name, ttt, partial(adapting, name, ttt)) for name, ttt in adapters.items()]
+    text_bytes = np.add.reduceat(stream.target_bytes, starts)
+    return [compare(base, other, text_bytes, stream.num_targets) for other in (base, *rest)]
+
+
+def compare(base: Outcome, other: Outcome, text_bytes: np.ndarray, tokens: int) -> Comparison:
+    """`other` beside `base`, which have scored the same documents."""
+    before, after = np.array(base.nats), np.array(other.nats)
+    bpb = after.sum() / (math.log(2) * text_bytes.sum())
+    gain = bootstrap_gain(before, after, text_bytes)
+    return Comparison(
+        other.name, float(bpb), *gain, 1e6 * other.seconds / tokens, other.updates, other.trainable
+    )
+
+
+def _read(path: Path) -> Outcome | None:
+    return Outcome(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None

@@ -1,0 +1,264 @@
+"""Rate and distortion: a grid for every row and column, by what errors cost and what bits cost.
+
+With an ideal entropy coder a code of step s costs h - log2 s bits, h being the weight's differential entropy,
+and GPTQ turns its rounding error of s^2 / 12 into 1/2 f_r s^2 / (12 U_ii^2) nats: f_r is the row's
+importance, U the factor of the inverse Hessian (`inverse_factor`). At a price of `price` nats per bit their
+sum is least for s = sqrt(12 price / ln 2) U_ii / sqrt(f_r): every column pivot of every row of every matrix
+suffers the same loss. This is reverse water-filling (Cover and Thomas, ch. 10), as WaterSIC does it for the
+columns of a layer (Lifar et al., arXiv 2603.04956), with rows and layers weighed by the loss as in
+GuidedQuant (Kim et al., arXiv 2505.07004); the one number `price` decides about all matrices and tables.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pgolf_fast.config.schema import QuantConfig
+from pgolf_fast.errors import PgolfError
+from pgolf_fast.model.gpt import GPT
+from pgolf_fast.quant.calibration import collect_hessians, self_generate
+from pgolf_fast.quant.fisher import Fisher, collect_fisher
+from pgolf_fast.quant.gptq import inverse_factor, round_columns
+from pgolf_fast.quant.grid import check_matrix
+from pgolf_fast.quant.state import (
+    QuantizedState,
+    QuantizedTensor,
+    code_bits,
+    group_of,
+    to_float16,
+    unbank,
+)
+from pgolf_fast.report import progress
+
+CLIP_RANGE = 127
+HEADROOM = 110  # largest code before GPTQ moves the weights
+# Rounding pays this part of the price: above it, weights shrink so much that errors add up over layers, which
+# the sum over matrices does not see (`small` in 600,000 bytes: a divergence of 0.0367 bits per byte at 0.4,
+# 0.0354 at 0.8, 0.0372 at 1.3).
+ROUNDING_PRICE = 0.8
+FINEST_LOSS = 1e-4  # nats per token that all errors together may cost before finer grids are useless
+_MANTISSA = 4  # steps per octave of a step: float16 whose lower byte is zero, which costs no bits
+_PER_OCTAVE = 3  # classes of the cost table per factor of two
+_ROW_CLASSES, _COLUMN_CLASSES = 41, 25
+_ROW_ZERO, _COLUMN_ZERO = 12, 12  # the classes of rows with a spread of one step, and of average columns
+_FACTOR_BITS = 6.5  # of an element of a correction's factors, as the entropy coder spends them
+
+
+def short_steps(steps: Tensor) -> Tensor:
+    """The nearest steps float32 whose float16 has two bits of mantissa: 1, 1.25, 1.5, 1.75 times 2^k."""
+    octave = torch.exp2(torch.floor(torch.log2(steps.clamp(2.0**-14, 2.0**15))))
+    return (torch.round(steps / octave * _MANTISSA) / _MANTISSA * octave).clamp(2.0**-14, 2.0**15)
+
+
+def short_floats(values: Tensor) -> Tensor:
+    """The values as `short_steps`, with their signs; zero below 2^-14."""
+    return torch.where(values.abs() < 2.0**-14, 0.0, values.sign() * short_steps(values.abs()))
+
+
+def code_costs(spreads: Tensor) -> Tensor:
+    """Bits (K, 256) of codes -128..127 that are rounded normal numbers of these spreads (K,), in steps.
+
+    With 2 % of a Laplace distribution of the same spread, as weights have outliers.
+    """
+    codes = torch.arange(-128.0, 128.0, device=spreads.device)
+    edges = (codes[:, None] + codes.new_tensor([-0.5, 0.5])).T  # (2, 256)
+    wide = spreads[:, None]
+    normal = torch.special.ndtr(edges[1] / wide) - torch.special.ndtr(edges[0] / wide)
+    tail = torch.exp(-math.sqrt(2) * codes.abs() / wide)
+    tail = tail / tail.sum(dim=1, keepdim=True)
+    return -torch.log2(0.98 * normal + 0.02 * tail.clamp_min(1e-12))
+
+
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """Matrices with one input as columns float32 (C, N) in GPTQ's order; N is the rows of all of them."""
+
+    names: dict[str, int]  # name -> rows
+    columns: Tensor
+    order: Tensor  # (C,)
+    factor: Tensor  # (C, C)
+    importance: Tensor  # (N,)
+    column_step: Tensor  # (C,) U_ii over their geometric mean, short
+    mean_pivot: float
+
+    @property
+    def rows(self) -> list[int]:
+        return list(self.names.values())
+
+    def row_step(self, price: float) -> Tensor:
+        """Steps (N,) of a column of step 1."""
+        return short_steps(math.sqrt(12 * price / math.log(2)) * self.mean_pivot * self.importance.rsqrt())
+
+    def column_steps(self, row_step: Tensor) -> Tensor:
+        """Column steps (C,), larger where codes of 8 bits would not reach the largest weights."""
+        needed = (self.columns.abs() / row_step).amax(dim=1) / HEADROOM
+        return torch.where(needed > self.column_step, short_steps(1.125 * needed), self.column_step)
+
+    def spreads(self, row_step: Tensor, column_step: Tensor) -> tuple[Tensor, Tensor]:
+        """log2 of the root mean square code of rows (N,), and of columns (C,) beside it."""
+        square = (self.columns / (row_step * column_step[:, None])).square()
+        rows, columns = (0.5 * torch.log2(square.mean(dim) + 0.02) for dim in (0, 1))
+        return rows, columns - columns.mean()
+
+
+class RateDistortion:
+    """A model ready to be quantised at any price of a bit.
+
+    state: a state dict; fishers: of every matrix, as from `collect_fisher`. Matrices that `fishers` lacks and
+    vectors become float16. Raises PgolfError for values that are not finite.
+    """
+
+    def __init__(self, state: Mapping[str, Tensor], fishers: Mapping[str, Fisher], config: QuantConfig):
+        self.tensors, self.config = unbank(state), config
+        members: dict[str, list[str]] = {}
+        for name in self.tensors:
+            if name in fishers:
+                members.setdefault(group_of(name), []).append(name)
+        self._groups = [self._prepare(names, fishers) for names in members.values()]
+
+    def _prepare(self, names: list[str], fishers: Mapping[str, Fisher]) -> _Group:
+        weights = {name: self.tensors[name].detach().float() for name in names}
+        for name, weight in weights.items():
+            check_matrix(weight, name)
+        shared = fishers[names[0]]
+        order, factor = inverse_factor(shared.hessian, shared.damping, ", ".join(names))
+        pivots = torch.diagonal(factor)
+        mean = pivots.log().mean().exp()
+        return _Group(
+            {name: len(weight) for name, weight in weights.items()},
+            torch.cat([weight.T[order] for weight in weights.values()], dim=1),
+            order,
+            factor,
+            torch.cat([fishers[name].rows for name in names]),
+            short_steps(pivots / mean),
+            mean.item(),
+        )
+
+    @property
+    def weights(self) -> int:
+        """Number of weights that become codes."""
+        return sum(group.columns.numel() for group in self._groups)
+
+    @property
+    def finest_price(self) -> float:
+        """The price below which more bits buy nothing: there all errors together cost FINEST_LOSS."""
+        return 2 * math.log(2) * FINEST_LOSS / max(self.weights, 1)
+
+    def expected_bytes(self, price: float) -> float:
+        """Bytes of codes and float16 at that price, by the entropy of normal weights; within some percent."""
+        bits = 16.0 * sum(t.numel() for t in self.tensors.values()) - 16.0 * self.weights
+        for group in self._groups:
+            row_step = group.row_step(price)
+            rows, columns = group.spreads(row_step, group.column_steps(row_step))
+            squares = torch.exp2(2 * (rows + columns[:, None])) - 0.02
+            bits += 0.5 * torch.log2(1 + 2 * math.pi * math.e * squares.clamp_min(0)).sum().item()
+            bits += 8.0 * (len(rows) + len(columns))
+        return bits / 8
+
+    def quantize(self, price: float, like: QuantizedState | None = None) -> QuantizedState:
+        """Codes and steps at `price` nats per bit.
+
+        What columns have in common, their steps and the right factors of corrections, is that of `like` (of a
+        finer state) where it is given. The two then differ in rows only, and rows are independent of each
+        other, so any mixture of their rows is as good a state.
+        """
+        done: dict[str, QuantizedTensor | Tensor] = {}
+        for group in progress(self._groups, f"price {price:.2e}", unit="group"):
+            done.update(self._quantize_group(group, price, like.tensors if like else {}))
+        for name, tensor in self.tensors.items():
+            if name not in done:
+                done[name] = to_float16(name, tensor)
+        return QuantizedState({name: done[name] for name in self.tensors})
+
+    def _quantize_group(
+        self, group: _Group, price: float, like: Mapping[str, QuantizedTensor | Tensor]
+    ) -> dict[str, QuantizedTensor]:
+        shared = [t for t in (like.get(name) for name in group.names) if isinstance(t, QuantizedTensor)]
+        row_step = group.row_step(price)
+        column_step = group.column_steps(row_step)
+        if shared and shared[0].column_scale is not None:
+            column_step = shared[0].column_scale.to(column_step.device).float()[group.order]
+        rows, columns = group.spreads(row_step, column_step)
+        lattice = torch.arange(_ROW_CLASSES + _COLUMN_CLASSES - 1, device=rows.device)
+        codes = round_columns(
+            group.columns,
+            row_step,
+            group.factor,
+            clip_range=CLIP_RANGE,
+            column_step=column_step,
+            cost=code_costs(torch.exp2((lattice - _ROW_ZERO - _COLUMN_ZERO) / _PER_OCTAVE)),
+            row_class=_classes(rows, _ROW_ZERO, _ROW_CLASSES),
+            column_class=_classes(columns, _COLUMN_ZERO, _COLUMN_CLASSES),
+            lam=2 * ROUNDING_PRICE * price / group.importance,
+            block_size=self.config.block_size,
+        )
+        undone, steps = torch.empty_like(codes.T), torch.empty_like(column_step)
+        undone[:, group.order], steps[group.order] = codes.T, column_step
+        column_scale = steps.half().cpu()
+        parts = zip(undone.cpu().split(group.rows), row_step.half().cpu().split(group.rows), strict=True)
+        done = {
+            name: QuantizedTensor(c.contiguous(), scale, code_bits(c), column_scale.clone())
+            for name, (c, scale) in zip(group.names, parts, strict=True)
+        }
+        if self.config.rank:
+            errors = (group.columns - codes * row_step * column_step[:, None]).split(group.rows, dim=1)
+            for name, error, importance in zip(
+                group.names, errors, group.importance.split(group.rows), strict=True
+            ):
+                old = like.get(name)
+                right = old.low_rank[1] if isinstance(old, QuantizedTensor) and old.low_rank else None
+                if name in like and right is None:
+                    continue
+                low_rank = self._correction(group, error, importance, price, right)
+                done[name] = replace(done[name], low_rank=low_rank)
+        return done
+
+    def _correction(
+        self, group: _Group, error: Tensor, importance: Tensor, price: float, right: Tensor | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """left and right float16 that take most off `error` (C, R); None if not worth their bytes.
+
+        With the errors whitened by importance and Hessian, singular vectors are the best (LQER, Zhang et al.
+        2024); each of the first `config.rank` must save more nats than its bytes cost.
+        """
+        # e^T H e = |w|^2 for w = U^-T e
+        white = torch.linalg.solve_triangular(group.factor.T, error, upper=False).T
+        if right is None:
+            weighed = white * importance.sqrt()[:, None]
+            _, values, directions = torch.linalg.svd(weighed, full_matrices=False)
+            saved, cost = 0.5 * values[: self.config.rank].square(), price * _FACTOR_BITS * sum(error.shape)
+            count = int((saved > cost).sum())
+            if count == 0:
+                return None
+            ordered = directions[:count] @ group.factor  # back from white to columns
+            right = torch.empty_like(ordered)
+            right[:, group.order] = ordered
+            right = short_floats(right / right.abs().amax(dim=1, keepdim=True)).half()
+        basis = torch.linalg.solve_triangular(
+            group.factor.T, right.to(error.device).float()[:, group.order].T, upper=False
+        )
+        left = torch.linalg.lstsq(basis, white.T).solution.T
+        return short_floats(left).half().cpu(), right.cpu()
+
+
+def _classes(spreads: Tensor, zero: int, count: int) -> Tensor:
+    return (torch.round(_PER_OCTAVE * spreads) + zero).clamp_(0, count - 1).int()
+
+
+def rate_distortion(model: GPT, config: QuantConfig, *, seq_len: int) -> RateDistortion:
+    """`RateDistortion` of a model, on text it writes itself. The model is not changed.
+
+    seq_len: the length the model was trained at; calibration text is no longer.
+    Raises PgolfError unless the method is gptq.
+    """
+    if config.method != "gptq":
+        raise PgolfError(f"quant.grid rd needs quant.method gptq, not {config.method}")
+    text = self_generate(model, config, seq_len)
+    hessians = collect_hessians(model, text)
+    fishers = collect_fisher(model, text, hessians, damping=config.damping, seed=config.seed)
+    return RateDistortion(model.state_dict(), fishers, config)

@@ -1,0 +1,78 @@
+"""`pgolf ttt-sweep`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from pgolf_fast import report
+from pgolf_fast.arguments import existing, parse
+from pgolf_fast.cli import print_out
+from pgolf_fast.config.adapters import adapters
+from pgolf_fast.errors import PgolfError
+
+OWN = "run"
+HEADER = ("adapter", "bpb", "gain", "95 % interval", "us/token", "updates", "trainable")
+
+
+@dataclass(frozen=True)
+class _Sweep:
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder, packed."""
+    adapters: tuple[str, ...] = ()
+    """Which; default: all that have a name, and `run`, the run's own settings."""
+    stride: int | None = None
+    """Tokens between windows; default: the run's."""
+    tokens: int | None = None
+    """Score only this many validation tokens; default: all."""
+    data: Path | None = None
+    """Folder of validation shards; default: the run's."""
+
+
+def sweep(argv: list[str]) -> int:
+    """pgolf ttt-sweep RUN [--adapters NAME ...] [--stride N] [--tokens N]"""
+    from pgolf_fast.pipeline import sweep_run
+    from pgolf_fast.train.run_folder import RunFolder
+    from pgolf_fast.train.world import join_world
+
+    arguments = parse("ttt-sweep", _Sweep, argv)
+    folder = RunFolder(existing(arguments.run, "run folder"))
+    config = folder.read_config()
+    known = {**adapters(config.eval_seq_len), OWN: config.ttt}
+    if unknown := set(arguments.adapters) - set(known):
+        raise PgolfError(f"unknown adapter {min(unknown)!r}: adapters are {', '.join(known)}")
+    chosen = {name: known[name] for name in arguments.adapters or _different(known)}
+    data = config.data
+    if arguments.data is not None:
+        data = replace(data, path=str(arguments.data))
+    if arguments.tokens is not None:
+        data = replace(data, val_tokens=arguments.tokens)
+    stride = arguments.stride or config.eval.stride
+    config = replace(config, data=data, eval=replace(config.eval, stride=stride))
+    with join_world() as world:
+        report.setup_logging(folder.log_file if world.is_main else None, quiet=not world.is_main)
+        found = sweep_run(folder, config, chosen, world)
+    if world.is_main:
+        rows = [
+            (
+                row.name,
+                f"{row.bpb:.6f}",
+                f"{row.gain:+.6f}",
+                f"{row.low:+.5f} to {row.high:+.5f}",
+                f"{row.microseconds_a_token:.1f}",
+                f"{row.updates:,}",
+                f"{row.trainable:,}",
+            )
+            for row in found
+        ]
+        print_out(report.table(rows, HEADER))
+        print_out(f"wrote {folder.path / 'ttt_sweep.json'}")
+    return 0
+
+
+def _different(known: dict) -> list[str]:
+    """All names but that of the run's own settings where another has the same."""
+    return [name for name in known if name != OWN or known[OWN] not in [known[n] for n in known if n != OWN]]
