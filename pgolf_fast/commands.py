@@ -236,6 +236,13 @@ def eval(argv: list[str]) -> int:
     return 0
 
 
+def audit(argv: list[str]) -> int:
+    """pgolf audit RUN_OR_ARTIFACT [--tokens N] [--only C1 C2 ...] [--json FILE] [--ttt.field value]"""
+    from pgolf_fast.audit_commands import audit as run
+
+    return run(argv)
+
+
 def ttt_sweep(argv: list[str]) -> int:
     """pgolf ttt-sweep RUN [--adapters NAME ...] [--stride N] [--tokens N]"""
     from pgolf_fast.ttt_commands import sweep

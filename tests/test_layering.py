@@ -29,6 +29,8 @@ MAY_IMPORT = {
     "artifact": {"quant", "model", "ops", "_C"} | LEAVES,
     "bench": {"ops", "model", "optim", "train"} | LEAVES,
     "train": {"ops", "model", "optim", "quant", "evaluation"} | LEAVES,
+    "pipeline": {"model", "quant", "evaluation", "artifact", "train"} | LEAVES,
+    "audit": {"model", "quant", "evaluation", "artifact", "train", "pipeline"} | LEAVES,
 }
 
 

@@ -1,0 +1,101 @@
+"""A Python program that is watched while it runs: which files it opens, what it starts, whom it calls.
+
+The watch hears what Python opens (PEP 578). A library that opens a file by itself is not heard, as
+SentencePiece does with its model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+import pgolf_fast
+
+_PROGRAM = """
+import atexit, fnmatch, json, os, sys
+
+asked, code = json.loads(sys.argv[1]), sys.argv[2]
+seen = {"opened": [], "refused": []}
+
+def refuse(what):
+    seen["refused"].append(what)
+    raise PermissionError(13, "refused by the audit", what)
+
+def hook(event, args):
+    if event == "open" and isinstance(args[0], (str, bytes)):
+        path = os.path.realpath(os.fsdecode(args[0]))
+        if path != asked["log"]:
+            if any(fnmatch.fnmatch(path, pattern) for pattern in asked["files"]):
+                refuse(path)
+            seen["opened"].append(path)
+    elif event == "import" and args[0].split(".")[0] in asked["modules"]:
+        refuse("import " + args[0])
+    elif event in asked["events"]:
+        refuse(event)
+
+def write():
+    with open(asked["log"], "w") as file:
+        json.dump(seen, file)
+
+atexit.register(write)
+del sys.argv[:3]
+sys.addaudithook(hook)
+exec(compile(code, "<audited>", "exec"), {"__name__": "__main__"})
+"""
+NETWORK = ("socket.connect", "socket.getaddrinfo", "socket.bind", "socket.sendto")
+PROGRAMS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """How a program ended, what it printed, the files it opened and what it was refused."""
+
+    status: int
+    output: str
+    opened: list[Path]
+    refused: list[str]
+
+
+def run_watched(
+    code: str,
+    arguments: Sequence[str | Path] = (),
+    *,
+    files: Sequence[str] = (),
+    modules: Sequence[str] = (),
+    events: Sequence[str] = (),
+    cwd: Path | None = None,
+) -> Seen:
+    """Run a program in a Python of its own, with `arguments` as sys.argv.
+
+    files: patterns of paths that do not open; modules: names that are not imported; events: audit events of
+    Python that are refused.
+    """
+    package = str(Path(pgolf_fast.__file__).parents[1])
+    paths = [package, os.environ.get("PYTHONPATH", "")]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }
+    with TemporaryDirectory() as folder:
+        log = Path(folder).resolve() / "seen.json"
+        asked = {"log": str(log), "files": list(files), "modules": list(modules), "events": list(events)}
+        done = subprocess.run(
+            [sys.executable, "-c", _PROGRAM, json.dumps(asked), code, *map(str, arguments)],
+            cwd=cwd,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        seen = json.loads(log.read_text()) if log.is_file() else {"opened": [], "refused": []}
+    opened = [Path(path) for path in dict.fromkeys(seen["opened"])]
+    return Seen(done.returncode, done.stdout + done.stderr, opened, seen["refused"])

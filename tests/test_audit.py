@@ -1,0 +1,435 @@
+"""The audit: what keeps the rules passes, and each way of breaking one fails under its number."""
+
+import inspect
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import numpy as np
+import pytest
+import torch
+from runs import make_dataset, read_json, run_config
+
+from pgolf_fast import cli, ops, pipeline
+from pgolf_fast.artifact.submission import Script, code_bytes
+from pgolf_fast.audit import guard, provenance, scoring, submission
+from pgolf_fast.audit.check import Check, broken, run_checks
+from pgolf_fast.audit.subject import checks, open_subject
+from pgolf_fast.audit.watch import watch
+from pgolf_fast.config.schema import TTTConfig
+from pgolf_fast.evaluation.protocol import Ledger
+from pgolf_fast.files import write_text
+from pgolf_fast.model import embeddings
+from pgolf_fast.ops import reference
+from pgolf_fast.quant import state
+from pgolf_fast.train import loop
+from pgolf_fast.train.run_folder import RunFolder
+
+SLOW = ("C8", "C9", "C11")  # train, and start programs
+ALL = [f"C{number}" for number in range(1, 18)]
+ADAPTERS = [
+    *({"adapter": adapter} for adapter in get_args(get_type_hints(TTTConfig)["adapter"])),
+    {"quantize_forward": "none", "epochs": 1},
+    {"parameters": "all", "quantize_forward": "projections"},
+    {"epochs": 0},
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A trained and packed run."""
+    data, path = make_dataset(tmp_path_factory.mktemp("data")), tmp_path_factory.mktemp("runs") / "run"
+    loop.train(run_config(data, eval__stride=8, ttt__lr=0.05), path)
+    pack(RunFolder(path))
+    return RunFolder(path)
+
+
+def pack(folder):
+    config = folder.read_config()
+    pipeline.quantize_run(folder, config.quant)
+    pipeline.pack_run(folder, config.pack)
+
+
+@pytest.fixture
+def subject(run):
+    return open_subject(run.path)
+
+
+def failing(subject, *extra):
+    """Numbers of what does not hold; of the slow checks, only those that are named are made."""
+    chosen = [check for check in checks(subject) if check.id not in SLOW or check.id in extra]
+    return broken(run_checks(chosen))
+
+
+# What keeps the rules
+
+
+def test_everything_holds_for_a_run(run, tmp_path, capsys):
+    out = tmp_path / "audit.json"
+    words = ["--train-limit", "600", "--json", str(out)]
+    assert cli.main(["audit", str(run.path), *words]) == 0
+    found = {finding["id"]: finding for finding in read_json(out)["findings"]}
+    assert list(found) == ALL
+    table = capsys.readouterr().out
+    assert all(finding["verdict"] == "pass" for finding in found.values()), table
+    assert all(finding["evidence"] in table and finding["title"] in table for finding in found.values())
+
+
+@pytest.mark.parametrize("settings", ADAPTERS, ids=lambda s: "-".join(map(str, s.values())))
+def test_every_adapter_keeps_the_rules(run, settings):
+    subject = open_subject(run.path, ttt=replace(run.read_config().ttt, **settings))
+    assert failing(subject) == []
+    steps = 0 if settings.get("epochs") == 0 else 3
+    assert watch(subject.method, subject.stream(subject.tokens), subject.model).updates >= steps
+
+
+def test_an_artifact_alone_and_a_run_that_is_not_packed(run, tmp_path):
+    found = checks(open_subject(run.artifact_file))
+    results = run_checks(check for check in found if check.id not in ("C8", "C11"))
+    assert [r.id for r in results if r.passed is None] == ["C9", "C12"]
+    assert broken(results) == []
+    bare = RunFolder(tmp_path / "run")
+    bare.write_config(run.read_config())
+    for path in (run.model_file, run.tokenizer_file):
+        (bare.path / path.name).write_bytes(path.read_bytes())
+    results = run_checks(check for check in checks(open_subject(bare.path)) if check.id != "C8")
+    assert [r.id for r in results if r.passed is None] == ["C9", "C10", "C11", "C12"]
+    assert broken(results) == []
+
+
+# Ten ways to break them
+
+
+def test_target_in_the_hash_key(subject, monkeypatch):
+    honest = embeddings.NgramHash.forward
+
+    def forward(self, tokens, has_leading_space, boost, projection):
+        upcoming = torch.cat((tokens[:, 1:], tokens[:, -1:]), dim=1) % len(self.embed.weight)
+        peek = self.embed(upcoming).to(projection.dtype) @ projection.T
+        return honest(self, tokens, has_leading_space, boost, projection) + peek
+
+    monkeypatch.setattr(embeddings.NgramHash, "forward", forward)
+    assert failing(subject) == ["C1", "C6"]
+
+
+def test_training_before_scoring(subject):
+    def eager(adapter, scorer, chunks, what):
+        total = []
+        for number, chunk in enumerate(chunks):
+            if number < len(chunks) - 1:
+                ledger = Ledger(scorer.stream)
+                ledger._scored[:] = True
+                adapter.adapt(ledger.hand_over(chunks, number))
+            score = scorer.score(adapter.score, chunk.low, chunk.high)
+            total.append(total[-1] + score if total else score)
+        return total
+
+    assert failing(replace(subject, method=replace(subject.method, protocol=eager))) == ["C2", "C3"]
+
+
+def test_training_on_the_last_chunk(subject):
+    honest = subject.method.protocol
+
+    def insatiable(adapter, scorer, chunks, what):
+        scores = honest(adapter, scorer, chunks, what)
+        ledger = Ledger(scorer.stream)
+        ledger.note(scorer.windows)
+        adapter.adapt(ledger.hand_over(chunks, len(chunks) - 1))
+        return scores
+
+    assert failing(replace(subject, method=replace(subject.method, protocol=insatiable))) == ["C4"]
+
+
+def test_attention_mask_off_by_one(subject, monkeypatch):
+    code = inspect.getsource(reference.attention_context)
+    assert code.count(".triu(1)") == 1
+    exec(code.replace(".triu(1)", ".triu(2)"), names := dict(vars(reference)))
+
+    def attention(x, qo, kv, gain, value, cos, sin, slot, *, num_kv_heads, xsa, window=None, **_):
+        context = names["attention_context"](x, qo, kv, gain, value, cos, sin, slot, num_kv_heads, xsa)
+        return (context @ qo[len(qo) // 2 + slot].T)[:, -(window or x.shape[1]) :]
+
+    monkeypatch.setattr(ops, "gqa_attention", attention)
+    found = failing(subject)  # one token further in each layer, which may be too little for the losses of C2
+    assert "C1" in found
+    assert set(found) <= {"C1", "C2"}
+    assert "attention (XSA) of layer 0" in evidence(subject, "C1")
+
+
+def test_smear_from_the_future(subject, monkeypatch):
+    def forward(self, x):
+        s = torch.sigmoid(self.gate)
+        return (1 - s) * x + s * torch.cat((x[:, 1:], x[:, -1:]), dim=1)
+
+    monkeypatch.setattr(embeddings.SmearGate, "forward", forward)
+    assert failing(subject) == ["C1"]
+    assert evidence(subject, "C1").startswith("smear: position 0 of 2 changes with token 1")
+
+
+def test_double_counted_tail(run):
+    evaluation = replace(run.read_config().eval, repeat_tail=True)
+    subject = open_subject(run.path, evaluation=evaluation)
+    assert failing(subject) == ["C5"]
+    assert "of 256 targets 0 have no score, 8 have several" in evidence(subject, "C5")
+
+
+def test_selection_by_validation_loss(subject, monkeypatch):
+    honest = loop._Run._finish
+
+    def finish(self):
+        before = self._validate("raw weights")
+        raw = {name: value.clone() for name, value in self.model.state_dict().items()}
+        result = honest(self)
+        if before.loss < result.averaged.loss:
+            loop.save_tensors(self.folder.model_file, raw, {})
+        return result
+
+    monkeypatch.setattr(loop._Run, "_finish", finish)
+    assert failing(subject, "C8") == ["C8"]
+
+
+def test_validation_tokens_in_calibration(run, tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path / "run")
+    folder.write_config(run.read_config())
+    for path in (run.model_file, run.tokenizer_file, run.path / "env.json"):
+        (folder.path / path.name).write_bytes(path.read_bytes())
+    validation = open_subject(run.path).validation[: 4 * 32].astype(np.int64)
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "self_generate", lambda *_, **__: torch.from_numpy(validation).view(4, 32))
+        pack(folder)
+    assert failing(open_subject(folder.path), "C9") == ["C9"]
+
+
+def test_unnormalised_head(subject, monkeypatch):
+    honest = ops.softcap_cross_entropy
+    monkeypatch.setattr(ops, "softcap_cross_entropy", lambda *arguments: 0.9 * honest(*arguments))
+    assert failing(subject) == ["C7"]
+
+
+def test_artifact_one_byte_too_large(subject):
+    total = subject.artifact.stat().st_size + code_bytes()
+    assert failing(replace(subject, limit_bytes=total)) == []
+    assert failing(replace(subject, limit_bytes=total - 1)) == ["C10"]
+    assert f"1 over {total - 1:,}" in evidence(replace(subject, limit_bytes=total - 1), "C10")
+
+
+# The other numbers, and other ways
+
+
+def test_targets_that_reach_the_network(subject, monkeypatch):
+    """Not through tokens, but from the targets that a loss function is given."""
+    honest = type(subject.model).token_losses
+
+    def token_losses(self, tokens, targets, banks=None, *, context=None):
+        seen = torch.cat((tokens[:, 1:], targets[:, -1:]), dim=1)
+        return honest(self, tokens, targets, banks, context=context) + 0.01 * self.embed(seen).mean()
+
+    monkeypatch.setattr(type(subject.model), "token_losses", token_losses)
+    found = failing(subject)
+    assert "C6" in found
+    assert {"C3", "C4", "C5", "C13", "C14"}.isdisjoint(found)
+    assert "targets enter aten.embedding, before the loss" in evidence(subject, "C6")
+
+
+def test_word_starts_of_targets(subject, monkeypatch):
+    honest = embeddings.NgramHash.forward
+
+    def forward(self, tokens, has_leading_space, boost, projection):
+        upcoming = has_leading_space[torch.cat((tokens[:, 1:], tokens[:, -1:]), dim=1)]
+        return honest(self, tokens, has_leading_space, boost, projection) * (1 + upcoming[..., None].float())
+
+    monkeypatch.setattr(embeddings.NgramHash, "forward", forward)
+    assert failing(subject) == ["C1", "C6", "C14"]
+
+
+class Wrapped:
+    """An adapter that does something else when it scores."""
+
+    def __init__(self, inner):
+        self.inner, self.calls = inner, 0
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+
+class Slot(Wrapped):
+    """Optimises on what is being scored, then scores it."""
+
+    def score(self, tokens, targets, context):
+        self.inner._update(tokens[:, -targets.shape[1] :], targets)
+        return self.inner.score(tokens, targets, context)
+
+
+class Secret(Wrapped):
+    """The same, and everything is as before when it has scored."""
+
+    def score(self, tokens, targets, context):
+        kept = {name: tensor.clone() for name, tensor in self.inner.state().items()}
+        self.inner._update(tokens[:, -targets.shape[1] :], targets)
+        losses = self.inner.score(tokens, targets, context)
+        self.inner.load_state(kept)
+        return losses
+
+
+class Counting(Wrapped):
+    """Scores get worse with the number of batches that this process has scored."""
+
+    def score(self, tokens, targets, context):
+        self.calls += 1
+        return self.inner.score(tokens, targets, context) + 1e-3 * self.calls
+
+
+class Noisy(Wrapped):
+    def score(self, tokens, targets, context):
+        losses = self.inner.score(tokens, targets, context)
+        return losses + 1e-3 * torch.rand_like(losses)
+
+
+@pytest.mark.parametrize(
+    ("kind", "broken_", "kept"),
+    [
+        (Slot, {"C2", "C3", "C7", "C16"}, {"C4", "C5", "C13", "C14"}),
+        (Secret, {"C2", "C7", "C16"}, {"C4", "C5", "C13", "C14"}),
+        (Counting, {"C17"}, {"C2", "C3", "C4", "C5", "C6", "C15", "C16"}),
+        (Noisy, {"C15"}, {"C3", "C4", "C5", "C6", "C16"}),
+    ],
+)
+def test_adapters_that_do_something_else(subject, kind, broken_, kept):
+    @contextmanager
+    def adapter():
+        with subject.method.adapter() as inner:
+            inner._lr.fill_(0.05)
+            yield kind(inner)
+
+    found = set(failing(replace(subject, method=replace(subject.method, adapter=adapter))))
+    assert broken_ <= found
+    assert kept.isdisjoint(found)
+
+
+def test_a_figure_that_is_not_the_sum_of_the_scores(subject):
+    honest = subject.method.protocol
+
+    def generous(adapter, scorer, chunks, what):
+        scores = honest(adapter, scorer, chunks, what)
+        return [replace(score, nats=score.nats * 0.999) for score in scores]
+
+    assert failing(replace(subject, method=replace(subject.method, protocol=generous))) == ["C5"]
+
+
+def test_bytes_that_are_not_those_of_the_text(subject):
+    table = replace(subject.table, has_leading_space=np.zeros_like(subject.table.has_leading_space))
+    finding = scoring.byte_counts(subject.validation, table, subject.tokenizer)
+    assert finding.passed is False
+    assert "bytes counted, the text has" in finding.evidence
+    assert scoring.byte_counts(subject.validation[:50], table, subject.tokenizer).passed is None
+
+
+def test_training_that_does_not_validate_at_all(subject, tmp_path):
+    """Then nothing was shown."""
+
+    def blind(config, out):
+        val = next(Path(config.data.path).glob("*_val_*.bin"))
+        val.write_bytes((val.parent / "audit_train_000000.bin").read_bytes())
+        loop.train(config, out)
+
+    finding = provenance.training_ignores_validation(
+        blind, subject.config, subject.tokens, subject.tokenizer.path
+    )
+    assert (finding.passed, finding.evidence[:26]) == (False, "two validation sets have t")
+
+
+def test_quantising_that_reads_shards(run):
+    """Without the shards it stops, which is told by what it was refused."""
+    path = next(Path(run.read_config().data.path).glob("*_val_*.bin"))
+
+    def reads(folder):
+        return guard.run_watched(f"open({str(path)!r})", files=provenance.SHARDS)
+
+    finding = provenance.calibration_ignores_data(run, reads)
+    assert (finding.passed, finding.evidence) == (False, f"quantising opens {path.name}")
+
+
+def test_another_machine_quantised(run, monkeypatch):
+    def other(folder):
+        with monkeypatch.context() as patch:
+            patch.setattr(state, "self_generate", lambda *_, **__: torch.ones(4, 32, dtype=torch.int64))
+            pack(folder)
+        return guard.Seen(0, "", [], [])
+
+    assert provenance.calibration_ignores_data(run, other).passed is False
+    monkeypatch.setattr(provenance, "environment", lambda: {"torch": "0.1"})
+    finding = provenance.calibration_ignores_data(run, other)
+    assert finding.passed is None
+    assert f"torch {torch.__version__}" in finding.evidence
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        ("import pgolf_fast", "the script wants import pgolf_fast"),
+        ("import socket; socket.create_connection(('localhost', 9))", "the script wants socket."),
+        ("import os; os.system('true')", "the script wants os.system"),
+        ("open('/opt/elsewhere')", "the script fails: FileNotFoundError"),
+        ("open({outside!r}).read()", "the script opens {outside}"),
+        ("raise SystemExit('no')", "the script fails: no"),
+    ],
+)
+def test_scripts_that_need_more(subject, tmp_path, monkeypatch, code, told):
+    outside = tmp_path / "outside.txt"
+    outside.write_text("more weights")
+    code, told = (text.format(outside=str(outside)) for text in (code, told))
+    monkeypatch.setattr(submission, "build_script", lambda digest: Script("", "", code))
+    finding = submission.self_contained(subject.artifact, subject.tokenizer.path, subject.tokens)
+    assert finding.passed is False
+    assert finding.evidence.startswith(told)
+
+
+def test_a_script_that_imports_more(subject, monkeypatch):
+    monkeypatch.setattr(submission, "build_script", lambda digest: Script("import math, requests", "", ""))
+    finding = submission.self_contained(subject.artifact, subject.tokenizer.path, subject.tokens)
+    assert (finding.passed, finding.evidence) == (False, "the script imports requests")
+
+
+def test_times_are_those_of_the_logs(tmp_path):
+    folder = RunFolder(tmp_path)
+    assert submission.within_time(folder, 600, None).passed is False  # not logged
+    write_text(folder.metrics_file, '{"kind": "step", "step": 1, "elapsed": 590.5}\n')
+    log = "non-overlapping: done in 50.5s\nsliding: done in 2m25s\nsliding + TTT: done in 1h01m\n"
+    write_text(folder.log_file, "sliding: done in 3.0s\n" + log)
+    seconds = 590.5, 50.5 + 145 + 3660
+    assert submission.within_time(folder, *seconds).passed is True
+    assert submission.within_time(folder, 590.4, None).passed is False
+    assert submission.within_time(folder, None, seconds[1] - 0.1).passed is False
+    finding = submission.within_time(folder, None, None)
+    assert finding.passed is None
+    assert "training 9m50s, evaluation 1h04m" in finding.evidence
+
+
+def test_what_stops_a_check_is_told(capsys):
+    def stops():
+        raise AssertionError("would use unscored targets")
+
+    (result,) = run_checks([Check("C3", "title", stops)])
+    assert result.verdict == "FAIL"
+    assert result.evidence == "stopped by AssertionError: would use unscored targets"
+
+
+def test_command_line(run, tmp_path, capsys):
+    assert cli.main(["audit", str(run.artifact_file), "--only", "C5", "C10", "--limit-bytes", "1000"]) == 1
+    out = capsys.readouterr().out
+    assert "C5   each target scored once  pass" in out.replace("    ", "  ")
+    assert "1 of 2 do not hold: C10" in out
+    for words, message in (
+        ([], "give a run folder or an artifact file first"),
+        ([str(tmp_path / "none")], "does not exist"),
+        ([str(run.path), "--only", "C18"], "there is no check C18; they are C1 to C17"),
+        ([str(run.path), "--tokens", "5"], "--tokens is 5; it must be at least a window of 32"),
+    ):
+        assert cli.main(["audit", *words]) == 2
+        assert message in capsys.readouterr().err
+
+
+def evidence(subject, number):
+    (result,) = run_checks(check for check in checks(subject) if check.id == number)
+    return result.evidence
