@@ -13,7 +13,8 @@ def fresh_changes(banks: list, head: Tensor, rank: int, documents: int) -> list[
     They are Q, K, V, output, MLP up and down, and the head; B A is added to each.
     """
     qo, kv, up, down = banks
-    sampler, tensors = torch.Generator().manual_seed(1337), []
+    sampler = torch.Generator().manual_seed(1337)
+    tensors: list[Tensor] = []
     for weight in (qo[0], kv[0], kv[0], qo[0], up[0], down[0], head):
         (rows, columns), count = weight.shape, 1 if weight is head else len(up)
         a = torch.randn(count, rank, columns, generator=sampler) * columns**-0.5
@@ -88,10 +89,10 @@ class Learner:
             own, means, squares = ([t[:many] for t in ts] for ts in (self.tensors, self.means, self.squares))
             leaves = [t.detach().requires_grad_() for t in own]
             losses = self.model.losses(self.text[:, :-1], tokens[:, 1:], self.banks, changes=leaves)
-            grads = torch.autograd.grad(losses.mean(1).sum(), leaves)
-            norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in grads])
+            raw = torch.autograd.grad(losses.mean(1).sum(), leaves)
+            norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in raw])
             scale = (c.grad_clip / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp_(max=1.0)
-            grads = [g * scale[:, None, None, None] for g in grads]
+            grads = [g * scale[:, None, None, None] for g in raw]
             self.steps += 1
             torch._fused_adamw_(
                 own,

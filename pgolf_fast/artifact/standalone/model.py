@@ -101,7 +101,7 @@ class Model:
                 layer: shared * s[f"ve_layer_scales.{i}"].to(dtype) for i, layer in enumerate(c.ve_layers)
             }
         changed = changes and Changed(changes, dtype)
-        rope, n, first_xsa = self.rope(tokens.shape[1]), c.num_layers, c.num_layers - c.xsa_last_n
+        (cos, sin), n, first_xsa = self.rope(tokens.shape[1]), c.num_layers, c.num_layers - c.xsa_last_n
         skips: list[Tensor] = []
         for i in range(n):
             if i >= n // 2 and skips:
@@ -110,8 +110,8 @@ class Model:
             mix, gain, attn_scale, mlp_scale = (s[f"blocks.{i}.{part}"] for part in parts)
             scale = 1 / math.sqrt(i + 1) if c.ln_scale else 1.0
             u, normed = Residual.apply(x, x0, mix[0], mix[1], scale)
-            weights = qo[i], kv[i], kv[n + i], qo[n + i]
-            inputs = normed, *weights, gain, extra.get(i), *rope, c.num_kv_heads, i >= first_xsa
+            weights = (qo[i], kv[i], kv[n + i], qo[n + i])
+            inputs = normed, *weights, gain, extra.get(i), cos, sin, c.num_kv_heads, i >= first_xsa
             last = targets.shape[1] if i == n - 1 else None
             y = changed.attend(*inputs, i, last) if changed else Attention.apply(*inputs)
             if last:
