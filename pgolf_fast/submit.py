@@ -15,7 +15,7 @@ from pgolf_fast.artifact.container import sizes
 from pgolf_fast.artifact.pack import unpack
 from pgolf_fast.artifact.submission import build_script
 from pgolf_fast.config.presets import preset
-from pgolf_fast.config.schema import RunConfig
+from pgolf_fast.config.schema import RunConfig, TTTConfig
 from pgolf_fast.config.serialize import flatten, run_config_from_dict
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.files import atomic_path, write_text
@@ -209,8 +209,7 @@ validation shards ({vocab_size:,} pieces, SHA-256
 - Quantisation: {method}, int{bits} bank weights, int8 tables, the rest float16, stored by entropy coding.
   {calibration}
 - Sliding windows of {seq_len:,} tokens, {stride} apart; each target is scored {how_often}.
-- Test-time training: {epochs} epochs of SGD over each chunk of {chunk_tokens:,} tokens after the chunk was
-  scored, never after the last; it adapts {adapted}, with a learning rate of {lr} falling to 0.
+- Test-time training: {adaptation}
 - No score reads the token it predicts or a later one, and no key of a lookup holds it.
 """
 
@@ -252,10 +251,26 @@ def _readme(facts: _Facts, tokenizer: str, form: str) -> str:
         seq_len=c.eval_seq_len,
         stride=c.eval.stride,
         how_often="once, the last ones repeatedly" if c.eval.repeat_tail else "once",
-        epochs=c.ttt.epochs,
-        chunk_tokens=c.ttt.chunk_tokens,
-        adapted="the banks" if c.ttt.parameters == "banks" else "all but the first blocks' own scalars",
-        lr=c.ttt.lr,
+        adaptation=_adaptation(c.ttt),
+    )
+
+
+def _adaptation(ttt: TTTConfig) -> str:
+    """What test-time training does, in a sentence or two."""
+    if ttt.by_document:
+        lora = ttt.lora
+        also = "" if ttt.adapter == "lora" else " The model itself learns from whole documents after that."
+        return (
+            f"{lora.epochs} AdamW steps (learning rate {lora.lr}) on each segment of {lora.segment_tokens:,} "
+            f"tokens\n  of a document after the segment was scored, never after its last, of a change of rank "
+            f"{lora.rank} of every\n  matrix; each document starts without.{also}"
+        )
+    adapted = "the banks" if ttt.parameters == "banks" else "all but the first blocks' own scalars"
+    rule = "SGD" if ttt.adapter == "sgd" else "AdamW"
+    fall = " falling to 0" if ttt.decay == "cosine" else ""
+    return (
+        f"{ttt.epochs} epochs of {rule} over each chunk of {ttt.chunk_tokens:,} tokens after the chunk was\n"
+        f"  scored, never after the last; it adapts {adapted}, with a learning rate of {ttt.lr}{fall}."
     )
 
 

@@ -10,7 +10,7 @@ from helpers import randomize_, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgolf_fast.config.schema import LoraConfig, TTTConfig
+from pgolf_fast.config.schema import LoraConfig, RunConfig, TTTConfig
 from pgolf_fast.data.tokenizer import ByteTable
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.adapt import AdamW, Scored, borrowed, trainable_parameters
@@ -20,6 +20,7 @@ from pgolf_fast.evaluation.lora import Lora, changed_losses, fresh_factors
 from pgolf_fast.evaluation.protocol import Chunk, Ledger, Segment, score_and_adapt
 from pgolf_fast.evaluation.resume import Resume
 from pgolf_fast.evaluation.score import Scorer, Stream, frozen_losses
+from pgolf_fast.evaluation.sweep import bootstrap_gain, sweep
 from pgolf_fast.evaluation.ttt import adapting_chunks, legal_ttt
 from pgolf_fast.evaluation.windows import sliding_windows
 from pgolf_fast.model.gpt import GPT
@@ -226,6 +227,39 @@ def test_segments_score_every_target_once_and_before_it_is_handed_over(
             assert ledger.hand_over(chunks, number).tokens.shape == (len(chunk.begin), segment + 1)
     assert at == len(windows)
     assert isinstance(chunks[-1], Segment)
+
+
+def test_bootstrap_of_the_gain():
+    """A gain that is the same on every byte has no spread; one of a few documents only does not exclude 0."""
+    rng = np.random.default_rng(0)
+    text_bytes = rng.integers(100, 1000, 60)
+    before = rng.normal(2, 0.5, 60) * text_bytes
+    gain, low, high = bootstrap_gain(before, before - 0.01 * np.log(2) * text_bytes, text_bytes)
+    assert (gain, low, high) == pytest.approx((0.01, 0.01, 0.01), rel=1e-6)
+    after = before.copy()
+    after[0] -= 50
+    gain, low, high = bootstrap_gain(before, after, text_bytes)
+    assert gain == pytest.approx(50 / (np.log(2) * text_bytes.sum()))
+    assert low == pytest.approx(0, abs=1e-9)
+    assert high > gain
+
+
+def test_sweep_compares_on_the_same_windows_and_repeats_nothing(model, tmp_path, monkeypatch):
+    config = RunConfig(model=tiny_config())
+    config = replace(config, eval=replace(config.eval, stride=STRIDE, seq_len=SEQ))
+    chosen = {name: CONFIGS[name] for name in ("adamw", "lora")}
+    rows = sweep(model, stream_of(text()), config, chosen, None, tmp_path)
+    assert [row.name for row in rows] == ["sliding", "adamw", "lora"]
+    assert (rows[0].gain, rows[0].updates) == (0, 0)
+    for row in rows[1:]:
+        assert row.gain == pytest.approx(rows[0].bpb - row.bpb)
+        assert row.low <= row.gain <= row.high
+        assert row.bpb == pytest.approx(run(model, text(), chosen[row.name]).score.bpb, abs=1e-6)
+    monkeypatch.setattr("pgolf_fast.evaluation.sweep.legal_ttt", None)
+    assert sweep(model, stream_of(text()), config, chosen, None, tmp_path) == rows
+    other = {"lora": replace(chosen["lora"], grad_clip=0.1)}
+    with pytest.raises(TypeError):
+        sweep(model, stream_of(text()), config, other, None, tmp_path)
 
 
 def test_windows_that_score_twice_have_no_documents():

@@ -23,7 +23,7 @@ def adapters(seq_len: int) -> dict[str, TTTConfig]:
         freeze_blocks=0,
         quantize_forward="none",
     )
-    lora = replace(adamw, adapter="lora", lora=LoraConfig(segment_tokens=seq_len))
+    lora = replace(sgd, adapter="lora", lora=LoraConfig(segment_tokens=seq_len))
     return {
         "sgd": sgd,
         "sgd-as-run": replace(sgd, parameters="all", quantize_forward="projections"),
@@ -31,5 +31,5 @@ def adapters(seq_len: int) -> dict[str, TTTConfig]:
         "adamw-banks": replace(adamw, parameters="banks"),
         "adamw-quantised": replace(adamw, parameters="banks", quantize_forward="banks"),
         "lora": lora,
-        "phased": replace(lora, adapter="phased"),
+        "phased": replace(adamw, adapter="phased", chunk_tokens=32 * seq_len, epochs=1, lora=lora.lora),
     }

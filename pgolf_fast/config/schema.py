@@ -341,11 +341,11 @@ class LoraConfig:
 
     rank: int = 8
     """Rank of the change of each Q, K, V, output, MLP and head matrix."""
-    lr: float = 0.003
+    lr: float = 0.005
     """AdamW learning rate, constant."""
     segment_tokens: int = 256
     """Tokens of a document that are scored before each adaptation on them."""
-    epochs: int = 1
+    epochs: int = 2
     """AdamW steps on each scored segment."""
     documents: int = 16
     """Documents adapted side by side, in step, those of similar length together."""

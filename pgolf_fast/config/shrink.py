@@ -109,8 +109,8 @@ def shrink(base: RunConfig, size: str) -> RunConfig:
             grid="percentile",
         ),
         eval=replace(base.eval, seq_len=None, batch_seqs=None),
-        # a preset that says how it adapts keeps that, with chunks to the data's size
-        ttt=adapters(seq_len)["adamw"]
+        # a preset that says how it adapts keeps that, in smaller chunks
+        ttt=adapters(seq_len)["lora"]
         if base.ttt == TTTConfig()
         else replace(base.ttt, chunk_tokens=32 * seq_len, batch_seqs=16, epochs=1),
     )
