@@ -14,6 +14,7 @@ COMMANDS = {
     "quantize": "turn a run's weights into integers",
     "pack": "write a run's artifact and count its bytes against the limit",
     "eval": "score a run's artifact: non-overlapping, sliding, sliding with test-time training",
+    "seeds": "mean and deviation of scored runs, and whether they beat others by 0.005 nats",
     "ttt-sweep": "compare adapters of test-time training on a run's artifact, with intervals",
     "submit": "write a run as a folder for a pull request: README, submission.json, log, artifact, script",
     "generate": "let a run continue a prompt",
