@@ -26,6 +26,7 @@ from pgolf_fast import report
 from pgolf_fast.config.presets import preset
 from pgolf_fast.data.source import open_source
 from pgolf_fast.evaluation.adapt import SGD, Frozen, borrowed, trainable_parameters
+from pgolf_fast.evaluation.estimate import forward_flops, windows_flops
 from pgolf_fast.evaluation.protocol import score_and_adapt, target_chunks
 from pgolf_fast.evaluation.score import Scorer, Stream, batch_size
 from pgolf_fast.evaluation.windows import sliding_windows
@@ -92,11 +93,8 @@ class Bench:
 
     def allowed(self) -> float:
         """Naive over exact multiplications, over all windows."""
-        lengths = (self.windows.end - self.windows.start).tolist()
-        scored = (self.windows.end - self.windows.first).tolist()
-        count = naive_eval.forward_flops
-        naive = len(lengths) * count(self.model.config, self.length, self.length)
-        return naive / sum(count(self.model.config, n, w) for n, w in zip(lengths, scored, strict=True))
+        naive = len(self.windows) * forward_flops(self.model.config, self.length, self.length)
+        return naive / windows_flops(self.model.config, self.windows)
 
     def naive_losses(self) -> naive_eval.Losses:
         with torch.no_grad():

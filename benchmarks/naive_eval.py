@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from pgolf_fast.config.model import ModelConfig
 from pgolf_fast.config.schema import TTTConfig
 from pgolf_fast.evaluation.adapt import chunk_lr
 from pgolf_fast.evaluation.protocol import Chunk
@@ -76,22 +75,3 @@ def score_and_adapt(
         if number < len(chunks) - 1:
             learner.adapt(tokens[chunk.begin : chunk.end + 1], number, len(chunks))
     return torch.cat(found)
-
-
-def forward_flops(model: ModelConfig, length: int, scored: int) -> float:
-    """Multiply-adds, twice, of the losses of the last `scored` positions of one window of `length` tokens.
-
-    Products with weights and attention (each query with the keys it sees); the rest is not counted. All but
-    queries, output projection, attention and MLP of the last block, and the head, need every position.
-    """
-    d, kv = model.model_dim, model.kv_dim
-    by_query = 2 * d * d + d * (model.mlp_up_rows + model.mlp_hidden)
-    keys_seen = length * (length + 1) / 2
-    before = length - scored
-    keys_seen_last = keys_seen - before * (before + 1) / 2
-    full = (model.num_layers - 1) * (length * (by_query + 2 * d * kv) + 2 * d * keys_seen)
-    last = scored * by_query + length * 2 * d * kv + 2 * d * keys_seen_last
-    ends = scored * d * model.vocab_size
-    ends += length * model.bigram_dim * d if model.bigram_vocab_size else 0
-    ends += length * model.ve_dim * kv if model.ve_enabled else 0
-    return 2.0 * (full + last + ends)

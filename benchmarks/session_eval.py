@@ -27,6 +27,7 @@ from pgolf_fast.config.presets import preset
 from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.data.tokenizer import ByteTable
 from pgolf_fast.evaluation.adapt import SGD, Frozen, Scored, trainable_parameters
+from pgolf_fast.evaluation.estimate import forward_flops
 from pgolf_fast.evaluation.score import Scorer, Stream, batch_size
 from pgolf_fast.evaluation.windows import Windows, sliding_windows
 from pgolf_fast.model.bank import Banks
@@ -230,14 +231,13 @@ def cut_or_whole(chunk: Chunk, session: Session) -> dict[str, object]:
             taken = timed(lambda: scorer.score(losses[way], 0, len(chunk.windows)))[1]  # noqa: B023 - at once
             ms[way] += [taken] if i else []
     gap = (scorers["cut"].losses - scorers["whole"].losses).abs()
-    count = naive_eval.forward_flops
     return {
         "windows_a_batch": size(chunk.seq_len),
         "ms": ms,
         "median_ms": {way: statistics.median(times) for way, times in ms.items()},
         "speed_up": statistics.median(ms["whole"]) / statistics.median(ms["cut"]),
-        "speed_up_allowed": count(config.model, chunk.seq_len, chunk.seq_len)
-        / count(config.model, chunk.seq_len, config.eval.stride),
+        "speed_up_allowed": forward_flops(config.model, chunk.seq_len, chunk.seq_len)
+        / forward_flops(config.model, chunk.seq_len, config.eval.stride),
         "largest_difference_nats": gap.max().item(),
         "difference_of_means_nats": abs(
             scorers["cut"].losses.double().mean().item() - scorers["whole"].losses.double().mean().item()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -94,3 +95,22 @@ def existing(path: Path, what: str) -> Path:
     if not path.exists():
         raise PgolfError(f"{what} {path} does not exist")
     return path
+
+
+def first_run(argv: list[str], kind):
+    """The run folder named first, so that its settings can be the defaults of the rest."""
+    if not argv or argv[0].startswith("-"):
+        if argv and argv[0] in ("-h", "--help"):
+            return _Help(Path("RUN"))
+        raise PgolfError("give a run folder first (the --out of a training run)")
+    return kind(existing(Path(argv[0]), "run folder"))
+
+
+@dataclass(frozen=True)
+class _Help:
+    """Stands for a run folder while `--help` is printed."""
+
+    path: Path
+
+    def read_config(self) -> RunConfig:
+        return preset("exp101")

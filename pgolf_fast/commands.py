@@ -10,10 +10,10 @@ from typing import Annotated, Literal, get_args
 import tyro
 
 from pgolf_fast import report
-from pgolf_fast.arguments import existing, parse, preset_and_overrides
+from pgolf_fast.arguments import existing, first_run, parse, preset_and_overrides
 from pgolf_fast.cli import print_out
 from pgolf_fast.config.presets import PRESETS, preset
-from pgolf_fast.config.schema import Codec, EvalConfig, PackConfig, QuantConfig, RunConfig, TTTConfig
+from pgolf_fast.config.schema import Codec, PackConfig, QuantConfig, RunConfig
 from pgolf_fast.config.serialize import flatten
 from pgolf_fast.errors import PgolfError
 
@@ -97,7 +97,7 @@ def quantize(argv: list[str]) -> int:
     from pgolf_fast.pipeline import quantize_run
     from pgolf_fast.train.run_folder import RunFolder
 
-    folder = _first_run(argv, RunFolder)
+    folder = first_run(argv, RunFolder)
     arguments = parse("quantize", _Quantize, argv, _Quantize(folder.path, folder.read_config().quant))
     report.setup_logging(folder.log_file)
     quant = arguments.quant
@@ -109,25 +109,6 @@ def quantize(argv: list[str]) -> int:
     print_out(report.table([(what, f"{count:,}") for what, count in counts.items()]))
     print_out(f"wrote {folder.quantized_file}")
     return 0
-
-
-def _first_run(argv: list[str], kind):
-    """The run folder named first, so that its settings can be the defaults of the rest."""
-    if not argv or argv[0].startswith("-"):
-        if argv and argv[0] in ("-h", "--help"):
-            return _Help(Path("RUN"))
-        raise PgolfError("give a run folder first (the --out of a training run)")
-    return kind(existing(Path(argv[0]), "run folder"))
-
-
-@dataclass(frozen=True)
-class _Help:
-    """Stands for a run folder while `--help` is printed."""
-
-    path: Path
-
-    def read_config(self) -> RunConfig:
-        return preset("exp101")
 
 
 @dataclass(frozen=True)
@@ -151,7 +132,7 @@ def pack(argv: list[str]) -> int:
     from pgolf_fast.pipeline import pack_run
     from pgolf_fast.train.run_folder import RunFolder
 
-    folder = _first_run(argv, RunFolder)
+    folder = first_run(argv, RunFolder)
     arguments = parse("pack", _Pack, argv, _Pack(folder.path, folder.read_config().pack))
     report.setup_logging(folder.log_file)
     packed = pack_run(folder, arguments.pack)
@@ -194,46 +175,18 @@ def byte_rows(packed) -> list[tuple[str, str]]:
     return rows
 
 
-@dataclass(frozen=True)
-class _Eval:
-    run: Annotated[Path, tyro.conf.Positional]
-    """Run folder."""
-    eval: EvalConfig = field(default_factory=EvalConfig)
-    """Window settings; default: the run's."""
-    ttt: TTTConfig = field(default_factory=TTTConfig)
-    """Test-time training settings; default: the run's."""
-    weights: Literal["artifact", "float"] = "artifact"
-    """Score the packed artifact, or the float weights before quantisation."""
-    data: Path | None = None
-    """Folder of validation shards; default: the run's."""
-    tokenizer: Path | None = None
-    """Tokenizer of those shards; default: the one the run was trained with."""
-
-
 def eval(argv: list[str]) -> int:
-    """pgolf eval RUN [--weights artifact|float] [--eval.field value] [--ttt.field value]"""
-    from dataclasses import replace
+    """pgolf eval RUN [--weights artifact|float] [--figures] [--estimate] [--eval.field value] [...]"""
+    from pgolf_fast.eval_commands import evaluate
 
-    from pgolf_fast.pipeline import score_run
-    from pgolf_fast.train.run_folder import RunFolder
-    from pgolf_fast.train.world import join_world
+    return evaluate(argv)
 
-    folder = _first_run(argv, RunFolder)
-    config = folder.read_config()
-    arguments = parse("eval", _Eval, argv, _Eval(folder.path, config.eval, config.ttt))
-    data = replace(
-        config.data,
-        path=str(arguments.data) if arguments.data else config.data.path,
-        tokenizer=str(arguments.tokenizer) if arguments.tokenizer else config.data.tokenizer,
-    )
-    config = replace(config, eval=arguments.eval, ttt=arguments.ttt, data=data)
-    with join_world() as world:
-        report.setup_logging(folder.log_file if world.is_main else None, quiet=not world.is_main)
-        scores = score_run(folder, config, arguments.weights, world)
-    if world.is_main:
-        print_out(report.table(scores.rows(), ("windows", "bpb", "nats/token", "seconds")))
-        print_out(f"wrote {folder.path / f'scores_{arguments.weights}.json'}")
-    return 0
+
+def seeds(argv: list[str]) -> int:
+    """pgolf seeds RUN RUN ... [--against RUN RUN ...] [--margin NATS]"""
+    from pgolf_fast.eval_commands import seeds as compare
+
+    return compare(argv)
 
 
 def audit(argv: list[str]) -> int:

@@ -20,8 +20,10 @@ from pgolf_fast.artifact.submission import code_bytes
 from pgolf_fast.config.schema import PackConfig, QuantConfig, RunConfig, TTTConfig
 from pgolf_fast.config.serialize import from_dict, run_config_to_dict
 from pgolf_fast.data.source import open_source
-from pgolf_fast.data.tokenizer import Tokenizer, byte_table
+from pgolf_fast.data.tokenizer import ByteTable, Tokenizer, byte_table
 from pgolf_fast.errors import PgolfError
+from pgolf_fast.evaluation.estimate import Estimate, estimate
+from pgolf_fast.evaluation.figures import figures, token_classes
 from pgolf_fast.evaluation.resume import Resume, identity
 from pgolf_fast.evaluation.score import Stream
 from pgolf_fast.evaluation.scores import ThreeScores, three_scores
@@ -47,14 +49,17 @@ def this_process() -> World:
 
 def float_model(folder: RunFolder, config: RunConfig, world: World | None = None) -> GPT:
     """The run's averaged weights before quantisation."""
-    table = byte_table(Tokenizer.load(folder.tokenizer_file))
-    device = (world or this_process()).device
-    choose_kernels(config.kernels, device)
-    dtype = resolve_dtype(config.train.compute_dtype, device)
-    model = GPT(config.model, torch.from_numpy(table.has_leading_space), compute_dtype=dtype)
+    model = _new_model(byte_table(Tokenizer.load(folder.tokenizer_file)), config, world or this_process())
     path = folder.need(folder.model_file, "train PRESET --resume --out")
     load_weights(model, read_weights(path), str(path))
-    return model.to(device)
+    return model
+
+
+def _new_model(table: ByteTable, config: RunConfig, world: World) -> GPT:
+    choose_kernels(config.kernels, world.device)
+    dtype = resolve_dtype(config.train.compute_dtype, world.device)
+    leading = torch.from_numpy(table.has_leading_space)
+    return GPT(config.model, leading, compute_dtype=dtype).to(world.device)
 
 
 def artifact_model(folder: RunFolder, config: RunConfig, world: World | None = None) -> GPT:
@@ -174,7 +179,7 @@ def score_run(
     weights: Literal["artifact", "float"],
     world: World | None = None,
 ) -> ThreeScores:
-    """The three scores of a run on its validation data, also written to scores_<weights>.json.
+    """The three scores of a run on its validation data; they and their `figures` go to scores_<weights>.json.
 
     Float weights adapt unquantised; the artifact's adapt on its own grid, if the configuration quantises.
     With a `world` of several processes each scores a share. When interrupted, the next call with the same
@@ -188,8 +193,7 @@ def score_run(
         digest = sizes(folder.artifact_file).sha256
     else:
         model = float_model(folder, config, world)
-        if config.ttt.quantize_forward == "banks":
-            config = replace(config, ttt=replace(config.ttt, quantize_forward="none"))
+        config = _unquantised(config)
     stream = validation_stream(folder, config, world.device)
     result = folder.path / f"scores_{weights}.json"
     tree, resume = run_config_to_dict(config), None
@@ -200,11 +204,42 @@ def score_run(
     scores = three_scores(model, stream, config, grid, ranks=world, resume=resume)
     if world.is_main:
         settings = {"artifact_sha256": digest, "eval": tree["eval"], "ttt": tree["ttt"]}
-        story = {"weights": weights, **settings, **scores.to_dict()}
+        classes = token_classes(Tokenizer.load(folder.tokenizer_file))
+        parts = {name: figures(scorer, classes).to_dict() for name, scorer in scores.scorers.items()}
+        story = {"weights": weights, **settings, **scores.to_dict(), "figures": parts}
         write_text(result, json.dumps(story, indent=2) + "\n")
         if resume is not None:
             resume.forget()
     return scores
+
+
+def estimate_run(
+    folder: RunFolder | None, config: RunConfig, weights: Literal["artifact", "float"]
+) -> tuple[list[Estimate], str]:
+    """What `score_run` will do, in how long by this process alone, and the weights that was tried with.
+
+    Where the run has no such weights yet, or there is no run, they are those that training starts from.
+    """
+    world = this_process()
+    path = None
+    if folder is not None:
+        path = folder.artifact_file if weights == "artifact" else folder.model_file
+    if folder is None or path is None or not path.is_file():
+        source = open_source(config.data, config.model.vocab_size)
+        stream = Stream(source.validation(config.eval_seq_len), source.table, world.device)
+        return estimate(_new_model(source.table, config, world), stream, config), "new weights"
+    stream = validation_stream(folder, config, world.device)
+    if weights == "artifact":
+        grid = bank_grids(unpack(path)[1])
+        return estimate(artifact_model(folder, config, world), stream, config, grid), "the artifact"
+    return estimate(float_model(folder, config, world), stream, _unquantised(config)), "the float weights"
+
+
+def _unquantised(config: RunConfig) -> RunConfig:
+    """Float weights adapt as they are: test-time training does not round the banks."""
+    if config.ttt.quantize_forward != "banks":
+        return config
+    return replace(config, ttt=replace(config.ttt, quantize_forward="none"))
 
 
 def sweep_run(

@@ -7,7 +7,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -78,13 +78,25 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def progress(
-    items: Iterable[Item], what: str, *, total: int | None = None, unit: str = "it"
+    items: Iterable[Item],
+    what: str,
+    *,
+    total: int | None = None,
+    unit: str = "it",
+    note: Callable[[], str] | None = None,
 ) -> Iterator[Item]:
-    """Iterate with a progress bar on a terminal; a log line every 10 s with rate and ETA elsewhere."""
+    """Iterate with a progress bar on a terminal; a log line every 10 s with rate and ETA elsewhere.
+
+    `note` is asked after each item for what else there is to say.
+    """
     if sys.stderr.isatty():
         from tqdm import tqdm
 
-        yield from tqdm(items, desc=what, total=total, unit=unit, leave=False)
+        with tqdm(items, desc=what, total=total, unit=unit, leave=False) as bar:
+            for item in bar:
+                yield item
+                if note is not None:
+                    bar.set_postfix_str(note(), refresh=False)
         return
     if total is None and hasattr(items, "__len__"):
         total = len(items)  # type: ignore[arg-type]
@@ -96,9 +108,9 @@ def progress(
             last = now
             rate = done / (now - start)
             eta = f", ETA {duration((total - done) / rate)}" if total else ""
-            logger.info(
-                "%s: %d%s %s, %.3g %s/s%s", what, done, f"/{total}" if total else "", unit, rate, unit, eta
-            )
+            of = f"/{total}" if total else ""
+            more = f", {note()}" if note is not None else ""
+            logger.info("%s: %d%s %s%s, %.3g %s/s%s", what, done, of, unit, more, rate, unit, eta)
 
 
 def duration(seconds: float) -> str:

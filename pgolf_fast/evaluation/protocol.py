@@ -10,7 +10,7 @@ test-time training or without, as far as the hardware repeats its own arithmetic
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import cast
@@ -118,7 +118,11 @@ def score_and_adapt(
     if scores:
         ledger.note(scorer.windows[: chunks[len(scores) - 1].high])
     left = range(len(scores), len(chunks))
-    numbers = report.progress(left, what, total=len(left), unit="chunk") if scorer.ranks.rank == 0 else left
+    numbers: Iterable[int] = left
+    if scorer.ranks.rank == 0:
+        numbers = report.progress(
+            left, what, total=len(left), unit="chunk", note=lambda: f"bpb {scores[-1].bpb:.4f} so far"
+        )
     for number in numbers:
         chunk, last = chunks[number], number == len(chunks) - 1
         if isinstance(chunk, Segment) and chunk.opens:

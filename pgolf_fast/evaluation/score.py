@@ -50,6 +50,12 @@ class Score:
         """Bits per byte: sum of losses / (ln 2 * sum of bytes)."""
         return self.nats / (math.log(2) * self.text_bytes) if self.text_bytes else math.nan
 
+    def to_dict(self) -> dict[str, float | None]:
+        """Plain values for JSON; None for what nothing can be divided by."""
+        bpb = self.bpb if self.text_bytes else None
+        loss = self.loss if self.tokens else None
+        return {"bpb": bpb, "loss": loss, "tokens": self.tokens, "bytes": self.text_bytes}
+
 
 class Stream:
     """Tokens on the model's device with the byte count of every target."""
@@ -157,10 +163,14 @@ class Scorer:
     def by_target(self) -> np.ndarray:
         """All losses in the order of the stream, (targets,) float32; for windows that score each once."""
         found = np.empty(self.stream.num_targets, dtype=np.float32)
-        ahead = np.repeat(self.windows.first - self.places[:-1], np.diff(self.places))
-        targets = ahead + np.arange(self.places[-1])
-        found[targets] = self.losses.cpu().numpy()
+        found[self.targets(0, len(self.windows))] = self.losses.cpu().numpy()
         return found
+
+    def targets(self, low: int, high: int) -> np.ndarray:
+        """The targets of windows low .. high-1 in the order of their losses, (scored,) int64."""
+        places = self.places[low : high + 1]
+        ahead = np.repeat(self.windows.first[low:high] - places[:-1], np.diff(places))
+        return ahead + np.arange(places[0], places[-1])
 
     def _fill(self, losses_of: LossFunction, batch: Batch) -> None:
         start, *rows = (self._padded(t, batch) for t in (self._start, self._row) if t is not None)

@@ -27,6 +27,8 @@ class ThreeScores:
     sliding: Score
     ttt: TTTResult
     seconds: dict[str, float]
+    scorers: dict[str, Scorer]
+    """What holds the losses of each, by the name in `to_dict`."""
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """(what, bpb, loss in nats per token, seconds) of each."""
@@ -37,14 +39,10 @@ class ThreeScores:
 
     def to_dict(self) -> dict[str, object]:
         """Plain values for JSON, and nothing that differs when the same is scored again."""
-
-        def figures(score: Score) -> dict[str, float]:
-            return {"bpb": score.bpb, "loss": score.loss, "tokens": score.tokens, "bytes": score.text_bytes}
-
         return {
-            "non_overlapping": figures(self.plain),
-            "sliding": figures(self.sliding),
-            "sliding_ttt": figures(self.ttt.score),
+            "non_overlapping": self.plain.to_dict(),
+            "sliding": self.sliding.to_dict(),
+            "sliding_ttt": self.ttt.score.to_dict(),
             "ttt_updates": self.ttt.updates,
             "ttt_trainable_parameters": self.ttt.trainable,
             "ttt_bpb_by_chunk": [score.bpb for score in self.ttt.by_chunk],
@@ -97,16 +95,16 @@ def three_scores(
         report.logger.info("%s: done in %s", name, report.duration(seconds[name]))
         return result
 
-    def frozen(name: str, windows: Windows) -> Score:
+    def frozen(name: str, windows: Windows) -> tuple[Score, Scorer]:
         scorer = Scorer(stream, windows, length, size, ranks)
         adapter, chunks = Frozen(model, compile=compile_), window_chunks(windows, size)
-        return timed(name, lambda saved: score_and_adapt(adapter, scorer, chunks, name, saved)[-1])
+        return timed(name, lambda saved: score_and_adapt(adapter, scorer, chunks, name, saved)[-1]), scorer
 
-    plain = frozen("non-overlapping", plain_windows(stream.num_targets, length))
+    plain, plain_scorer = frozen("non-overlapping", plain_windows(stream.num_targets, length))
     windows = sliding_windows(
         stream.num_targets, length, config.eval.stride, repeat_tail=config.eval.repeat_tail
     )
-    sliding = frozen("sliding", windows)
+    sliding, sliding_scorer = frozen("sliding", windows)
     ttt = timed(
         "sliding + TTT",
         lambda saved: legal_ttt(
@@ -123,7 +121,8 @@ def three_scores(
             cuda_graph=cuda_graph,
         ),
     )
-    return ThreeScores(plain, sliding, ttt, seconds)
+    scorers = {"non_overlapping": plain_scorer, "sliding": sliding_scorer, "sliding_ttt": ttt.scorer}
+    return ThreeScores(plain, sliding, ttt, seconds, scorers)
 
 
 def shared_size(size: BatchSize, config: RunConfig) -> BatchSize:

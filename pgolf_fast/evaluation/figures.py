@@ -1,0 +1,167 @@
+"""Where the bits go: one score taken apart by kind of target, context, document length and size of loss.
+
+Every part is over the same losses as the score, so each table's sums are the score's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pgolf_fast.data.tokenizer import SPACE, Tokenizer
+from pgolf_fast.evaluation.documents import document_starts
+from pgolf_fast.evaluation.score import Score, Scorer
+
+CLASSES = ("word start", "within word", "byte", "after BOS", "BOS")
+"""A target is of the last class that fits: BOS, any control, unknown or unused piece, which has no bytes and
+is mostly where a document ends; after BOS, one whose input is such a piece; byte, a piece of one raw byte;
+word start, a piece with a leading space; within word, any other."""
+_WORD_START, _WITHIN, _BYTE, _AFTER, _SILENT = range(5)
+PERCENTS = (1, 5, 10, 25, 50, 75, 90, 95, 99)
+HARDEST = (1, 2, 5, 10, 25, 50)
+THRESHOLDS = (1, 3, 5, 7, 10)
+SHORTEST_CONTEXT, SHORTEST_DOCUMENT = 16, 128  # the first bucket's upper end; each next one's is twice that
+_BLOCK = 2**22
+
+
+@dataclass(frozen=True)
+class Above:
+    """Targets with a loss above a threshold: their share of all, and their share of the summed loss."""
+
+    targets: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One score in parts."""
+
+    by_class: dict[str, Score]
+    """By `CLASSES`."""
+    by_context: dict[str, Score]
+    """By the number of tokens in the window up to and with the one the target is predicted at."""
+    by_document: dict[str, Score]
+    """By the tokens of the document, its BOS with it."""
+    quantiles: dict[str, float]
+    """Losses in nats that `PERCENTS` of all targets do not exceed, interpolated linearly."""
+    hardest: dict[str, float]
+    """Share of the summed loss that the hardest targets carry, by percent of targets, rounded up."""
+    above: dict[str, Above]
+    """By `THRESHOLDS` in nats (the table of PR 296)."""
+
+    @property
+    def easiest_half(self) -> float:
+        """Share of the summed loss that the easier half of the targets carries."""
+        return 1 - self.hardest["50"]
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values for JSON."""
+        parts = {"class": self.by_class, "context": self.by_context, "document_tokens": self.by_document}
+        return {
+            **{f"by_{name}": {k: s.to_dict() for k, s in part.items()} for name, part in parts.items()},
+            "loss_quantiles": self.quantiles,
+            "loss_share_of_hardest_percent": self.hardest,
+            "loss_share_of_easiest_half": self.easiest_half,
+            "above_nats": {k: {"targets": a.targets, "loss": a.loss} for k, a in self.above.items()},
+        }
+
+
+def token_classes(tokenizer: Tokenizer) -> np.ndarray:
+    """The class of each id as a target whatever comes before it: uint8 (V,), indices of `CLASSES`."""
+    return np.array(
+        [
+            _SILENT
+            if tokenizer.is_silent(i)
+            else _BYTE
+            if tokenizer.is_byte(i)
+            else _WORD_START
+            if tokenizer.piece(i).startswith(SPACE)
+            else _WITHIN
+            for i in range(tokenizer.vocab_size)
+        ],
+        dtype=np.uint8,
+    )
+
+
+def target_classes(tokens: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """The class of each target tokens[1:], uint8 (targets,); `classes` (V,) are those of `token_classes`."""
+    own = classes[tokens]
+    return np.where((own[:-1] == _SILENT) & (own[1:] != _SILENT), np.uint8(_AFTER), own[1:])
+
+
+def doubling(values: np.ndarray, first: int) -> np.ndarray:
+    """Buckets 1 .. first, first+1 .. 2 first, ...: the index of each of these positive integers' bucket."""
+    edges = first * 2 ** np.arange(40)
+    return np.searchsorted(edges, values)
+
+
+def _names(count: int, first: int) -> list[str]:
+    ends = [first * 2**i for i in range(count)]
+    return [f"{low + 1}-{high}" for low, high in zip((0, *ends), ends, strict=False)]
+
+
+class _Sums:
+    """Losses, targets and bytes added up by group."""
+
+    def __init__(self) -> None:
+        self._sums = np.zeros((3, 64))
+
+    def add(self, groups: np.ndarray, losses: np.ndarray, text_bytes: np.ndarray) -> None:
+        for row, weights in enumerate((losses, None, text_bytes)):
+            self._sums[row] += np.bincount(groups, weights, minlength=64)
+
+    def scores(self, names: Sequence[str] | None = None, first: int = 0) -> dict[str, Score]:
+        """By name; without names, those of the buckets of `doubling`, less the empty ones at either end."""
+        used = np.flatnonzero(self._sums[1])
+        chosen = range(used[0], used[-1] + 1) if names is None else range(len(names))
+        names = _names(used[-1] + 1, first) if names is None else names
+        nats, tokens, text_bytes = self._sums
+        return {names[i]: Score(float(nats[i]), int(tokens[i]), int(text_bytes[i])) for i in chosen}
+
+
+def figures(scorer: Scorer, classes: np.ndarray) -> Figures:
+    """The parts of the score whose losses are filled in; `classes` as of `token_classes`."""
+    stream, windows = scorer.stream, scorer.windows
+    tokens = stream.tokens.cpu().numpy()
+    losses = scorer.losses.cpu().numpy()
+    starts = document_starts(tokens)
+    lengths = np.diff(np.append(starts, stream.num_targets))
+    class_of = target_classes(tokens, classes)
+    document_of = np.repeat(doubling(lengths, SHORTEST_DOCUMENT).astype(np.uint8), lengths)
+    by_class, by_context, by_document = _Sums(), _Sums(), _Sums()
+    step = max(1, _BLOCK // scorer.seq_len)
+    for low in range(0, len(windows), step):
+        part = windows[low : low + step]
+        targets = scorer.targets(low, low + len(part))
+        context = targets - np.repeat(part.start, part.end - part.first) + 1
+        own = losses[scorer.places[low] : scorer.places[low + len(part)]]
+        text_bytes = stream.target_bytes[targets]
+        by_class.add(class_of[targets], own, text_bytes)
+        by_context.add(doubling(context, SHORTEST_CONTEXT), own, text_bytes)
+        by_document.add(document_of[targets], own, text_bytes)
+    return Figures(
+        by_class.scores(CLASSES),
+        by_context.scores(first=SHORTEST_CONTEXT),
+        by_document.scores(first=SHORTEST_DOCUMENT),
+        *spread(losses),
+    )
+
+
+def spread(losses: np.ndarray) -> tuple[dict[str, float], dict[str, float], dict[str, Above]]:
+    """`quantiles`, `hardest` and `above` of `Figures`, of losses (targets,) in nats in any order."""
+    ordered = np.sort(losses).astype(np.float64)
+    count, total = len(ordered), float(ordered.sum())
+
+    def share(first: int) -> float:
+        """Of the summed loss, that of ordered[first:]."""
+        return float(ordered[first:].sum()) / total
+
+    quantiles = {f"p{p}": float(q) for p, q in zip(PERCENTS, np.percentile(ordered, PERCENTS), strict=True)}
+    hardest = {str(p): share(count - -(-count * p // 100)) for p in HARDEST}
+    above = {}
+    for threshold in THRESHOLDS:
+        first = int(np.searchsorted(ordered, threshold, side="right"))
+        above[str(threshold)] = Above((count - first) / count, share(first))
+    return quantiles, hardest, above

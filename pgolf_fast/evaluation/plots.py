@@ -1,0 +1,71 @@
+"""The picture of a scores file: bits by class, context, document length and chunk."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pgolf_fast import report
+from pgolf_fast.files import atomic_path
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def draw_scores(story: dict, path: Path) -> Path | None:
+    """Write a PNG of what `pgolf eval` wrote as JSON; None, with a line saying why, without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        report.logger.warning("no picture of scores: matplotlib is missing (pip install 'pgolf-fast[plot]')")
+        return None
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    (by_class, by_context), (by_document, course) = figure.subplots(2, 2)
+    figures = story["figures"]
+    sliding, ttt = figures["sliding"], figures["sliding_ttt"]
+    _classes(by_class, sliding["by_class"])
+    _bits(by_context, {"non-overlapping": figures["non_overlapping"]["by_context"]})
+    by_context.set(xlabel="tokens of context", title="by context")
+    _bits(by_document, {"sliding": sliding["by_document_tokens"], "sliding + TTT": ttt["by_document_tokens"]})
+    by_document.set(xlabel="tokens of the document", title="by document length")
+    _course(course, story)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+    return path
+
+
+def _classes(axes: Axes, parts: dict) -> None:
+    total = {unit: sum(p[unit] for p in parts.values()) for unit in ("tokens", "bytes")}
+    nats = {name: p["tokens"] * (p["loss"] or 0.0) for name, p in parts.items()}
+    shares = {
+        "targets": [p["tokens"] / total["tokens"] for p in parts.values()],
+        "bytes": [p["bytes"] / max(total["bytes"], 1) for p in parts.values()],
+        "loss": [n / sum(nats.values()) for n in nats.values()],
+    }
+    for i, (label, values) in enumerate(shares.items()):
+        axes.bar([x + 0.27 * (i - 1) for x in range(len(parts))], values, 0.27, label=label)
+    axes.set_xticks(range(len(parts)), list(parts))
+    axes.set(ylabel="share", title="sliding, by class of target")
+    axes.legend()
+
+
+def _bits(axes: Axes, curves: dict[str, dict]) -> None:
+    for label, parts in curves.items():
+        bpb = [math.nan if p["bpb"] is None else p["bpb"] for p in parts.values()]
+        axes.plot(list(parts), bpb, "o-", label=label)
+    axes.tick_params(axis="x", rotation=30)
+    axes.set(ylabel="bits per byte")
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def _course(axes: Axes, story: dict) -> None:
+    course = story["ttt_bpb_by_chunk"]
+    axes.plot(range(1, len(course) + 1), course, label="sliding + TTT, so far")
+    axes.axhline(story["sliding"]["bpb"], color="0.5", linestyle=":", label="sliding, whole stream")
+    axes.set(xlabel="chunk", ylabel="bits per byte", title="test-time training")
+    axes.grid(alpha=0.3)
+    axes.legend()

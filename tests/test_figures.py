@@ -1,0 +1,293 @@
+"""Scores taken apart, estimated before they are made, and compared over seeds."""
+
+import json
+import math
+import shutil
+import sys
+from dataclasses import replace
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+from pgolf_fast import report
+from pgolf_fast.cli import main
+from pgolf_fast.config.schema import LoraConfig, TTTConfig
+from pgolf_fast.data.source import open_source
+from pgolf_fast.data.tokenizer import ByteTable
+from pgolf_fast.errors import PgolfError
+from pgolf_fast.evaluation.estimate import estimate, forward_flops, learning, windows_flops
+from pgolf_fast.evaluation.figures import (
+    CLASSES,
+    doubling,
+    figures,
+    spread,
+    target_classes,
+    token_classes,
+)
+from pgolf_fast.evaluation.plots import draw_scores
+from pgolf_fast.evaluation.score import Stream
+from pgolf_fast.evaluation.scores import three_scores
+from pgolf_fast.evaluation.seeds import incomplete_beta, student_tail, welch
+from pgolf_fast.evaluation.ttt import adapting_chunks
+from pgolf_fast.evaluation.windows import sliding_windows
+from pgolf_fast.model.gpt import GPT
+from pgolf_fast.tensor_file import save_tensors
+from pgolf_fast.train.run_folder import RunFolder
+from tests.helpers import randomize_
+from tests.runs import make_dataset, run_config
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("data") / "set")
+
+
+@pytest.fixture(scope="module")
+def config(data):
+    return run_config(data, data__val_tokens=700, ttt__chunk_tokens=200, ttt__lr=0.05, ttt__epochs=2)
+
+
+@pytest.fixture(scope="module")
+def source(config):
+    return open_source(config.data, config.model.vocab_size)
+
+
+@pytest.fixture(scope="module")
+def model(config, source):
+    return randomize_(GPT(config.model, torch.from_numpy(source.table.has_leading_space)), 3)
+
+
+def stream_of(config, source):
+    return Stream(source.validation(config.eval_seq_len), source.table, CPU)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["once", "repeat_tail"])
+def scored(request, config, source, model):
+    config = replace(config, eval=replace(config.eval, repeat_tail=request.param))
+    return three_scores(model, stream_of(config, source), config)
+
+
+def test_parts_add_up_to_each_score(scored, source):
+    classes = token_classes(source.tokenizer)
+    whole = {"non_overlapping": scored.plain, "sliding": scored.sliding, "sliding_ttt": scored.ttt.score}
+    for name, scorer in scored.scorers.items():
+        found = figures(scorer, classes)
+        for parts in (found.by_class, found.by_context, found.by_document):
+            assert sum(p.tokens for p in parts.values()) == whole[name].tokens
+            assert sum(p.text_bytes for p in parts.values()) == whole[name].text_bytes
+            assert sum(p.nats for p in parts.values()) == pytest.approx(whole[name].nats, rel=1e-12)
+        assert tuple(found.by_class) == CLASSES
+        assert found.by_class["BOS"].text_bytes == 0
+        assert found.to_dict()["by_class"]["BOS"]["bpb"] is None
+        json.dumps(found.to_dict(), allow_nan=False)
+    contexts = figures(scored.scorers["non_overlapping"], classes).by_context
+    assert list(contexts) == ["1-16", "17-32"]
+    assert contexts["1-16"].tokens == contexts["17-32"].tokens
+
+
+def test_each_target_is_of_one_class(source):
+    """Against a plain reading of the pieces, in the order of the definition."""
+    tokenizer, tokens = source.tokenizer, source.validation(32)
+    byte = next(i for i in range(tokenizer.vocab_size) if tokenizer.is_byte(i))
+    tokens = np.concatenate((tokens, [byte, 1, byte, byte, 1, 2, tokens[1]]))
+    found = target_classes(tokens, token_classes(tokenizer))
+    for before, target, index in zip(tokens[:-1].tolist(), tokens[1:].tolist(), found, strict=True):
+        if tokenizer.is_silent(target):
+            want = "BOS"
+        elif tokenizer.is_silent(before):
+            want = "after BOS"
+        elif tokenizer.is_byte(target):
+            want = "byte"
+        else:
+            want = "word start" if tokenizer.piece(target)[0] == "\u2581" else "within word"
+        assert CLASSES[index] == want
+    assert {CLASSES[i] for i in found} == set(CLASSES)
+
+
+def test_parts_of_documents_and_contexts_are_the_right_ones(scored, source):
+    """Loss by loss, slowly."""
+    scorer = scored.scorers["sliding"]
+    tokens, windows = scorer.stream.tokens.tolist(), scorer.windows
+    starts = [i for i, t in enumerate(tokens[:-1]) if t == 1 or i == 0]
+    nats = {"context": {}, "document": {}}
+    place = 0
+    for start, end, first in zip(windows.start, windows.end, windows.first, strict=True):
+        for target in range(first, end):
+            loss = float(scorer.losses[place])
+            place += 1
+            begin = max(s for s in starts if s <= target)
+            length = min([s for s in starts if s > target] + [len(tokens) - 1]) - begin
+            for part, value, low in (("context", target - start + 1, 16), ("document", length, 128)):
+                high = low
+                while high < value:
+                    high *= 2
+                name = f"{1 if high == low else high // 2 + 1}-{high}"
+                nats[part][name] = nats[part].get(name, 0.0) + loss
+    found = figures(scorer, token_classes(source.tokenizer))
+    for part, want in ((found.by_context, nats["context"]), (found.by_document, nats["document"])):
+        assert {n: s.nats for n, s in part.items() if s.tokens} == pytest.approx(want)
+
+
+def test_buckets_double():
+    assert doubling(np.array([1, 16, 17, 32, 33, 64, 65, 2048]), 16).tolist() == [0, 0, 1, 1, 2, 2, 3, 7]
+
+
+def test_spread_of_a_made_up_case():
+    losses = np.random.default_rng(0).permutation(np.arange(1, 101)).astype(np.float32) / 10
+    quantiles, hardest, above = spread(losses)
+    assert quantiles["p1"] == pytest.approx(0.199)  # 0.99 of the way from 0.1 to 0.2
+    assert quantiles["p50"] == pytest.approx(5.05)
+    assert quantiles["p99"] == pytest.approx(9.901)
+    assert hardest["1"] == pytest.approx(100 / 5050)
+    assert hardest["10"] == pytest.approx(sum(range(91, 101)) / 5050)
+    assert hardest["50"] == pytest.approx(1 - 1275 / 5050)
+    assert above["10"].targets == above["10"].loss == 0
+    assert (above["7"].targets, above["7"].loss) == (0.3, pytest.approx(sum(range(71, 101)) / 5050))
+
+
+@pytest.mark.parametrize("adapter", ["sgd", "lora", "phased"])
+def test_estimate_counts_what_the_evaluator_does(config, source, model, adapter, monkeypatch):
+    monkeypatch.setattr("pgolf_fast.evaluation.estimate.SAMPLE_SECONDS", 0.0)
+    lora = LoraConfig(segment_tokens=40, documents=2, epochs=2)
+    config = replace(config, ttt=replace(config.ttt, adapter=adapter, batch_seqs=4, lora=lora))
+    stream = stream_of(config, source)
+    before = [p.detach().clone() for p in model.parameters()]
+    guess = estimate(model, stream, config)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    done = three_scores(model, stream, config)
+    assert [e.windows for e in guess] == [len(s.windows) for s in done.scorers.values()]
+    assert [e.tokens for e in guess] == [done.plain.tokens, done.sliding.tokens, done.ttt.score.tokens]
+    assert [e.updates for e in guess] == [0, 0, done.ttt.updates]
+    assert done.ttt.updates > 0
+    assert all(e.seconds > 0 for e in guess)
+    assert guess[0].flops < guess[1].flops < guess[2].flops
+
+
+def test_operations_of_a_sliding_pass_are_those_of_its_windows(config):
+    """Counted window by window; 700 targets in windows of 32 every 16."""
+    windows = sliding_windows(704, 32, 16)
+    model = config.model
+    whole, cut = forward_flops(model, 32, 32), forward_flops(model, 32, 16)
+    assert cut < whole
+    assert windows_flops(model, windows) == pytest.approx(whole + (len(windows) - 1) * cut)
+    stream = Stream(np.ones(705, np.uint16), _flat_table(), CPU)
+    ttt = TTTConfig(chunk_tokens=100, batch_seqs=2, epochs=3)
+    learned = learning(adapting_chunks(windows, stream, ttt)[1], ttt, model, 32)
+    assert learned.updates == 7 * 3 * 2  # 7 chunks of 100 are followed by another; 3 sequences, 2 at once
+    assert learned.chunks == pytest.approx(7 * 3 * 3 * 3 * whole)
+
+
+def _flat_table():
+    return ByteTable(np.ones(4, np.int16), np.zeros(4, bool), np.zeros(4, bool))
+
+
+def test_student_tail_against_exact_and_published_values():
+    for t in (-3.0, 0.0, 0.3, 5.0, 1e4):
+        assert student_tail(t, 1) == pytest.approx(0.5 - math.atan(t) / math.pi, rel=1e-10)
+        assert student_tail(t, 2) == pytest.approx(0.5 - t / (2 * math.sqrt(2 + t * t)), rel=1e-7)
+    # critical values of the usual table
+    for degrees, t, p in ((5, 2.015048, 0.05), (10, 2.763769, 0.01), (30, 2.750, 0.005), (100, 3.174, 0.001)):
+        assert student_tail(t, degrees) == pytest.approx(p, rel=2e-3)
+    # for whole numbers the incomplete beta function is a binomial sum
+    want = sum(math.comb(9, j) * Fraction(3, 10) ** j * Fraction(7, 10) ** (9 - j) for j in range(4, 10))
+    assert incomplete_beta(4, 6, 0.3) == pytest.approx(float(want), rel=1e-12)
+
+
+def test_welch_against_a_published_example():
+    """Example 1 of Wikipedia's article on the test: t = -2.46, 25.0 degrees, two-sided P = 0.021."""
+    a = [27.5, 21.0, 19.0, 23.6, 17.0, 17.9, 16.9, 20.1, 21.9, 22.6, 23.1, 19.6, 19.0, 21.7, 21.4]
+    b = [27.1, 22.0, 20.8, 23.4, 23.4, 23.5, 25.8, 22.0, 24.8, 20.2, 21.9, 22.1, 22.9, 20.5, 24.4]
+    found = welch(a, b)
+    assert found.t == pytest.approx(2.46, abs=0.005)
+    assert found.degrees == pytest.approx(25.0, abs=0.05)
+    assert 2 * found.p == pytest.approx(0.021, abs=0.0005)
+    assert welch(a, [x + 5 for x in b], 5).p == pytest.approx(found.p)
+    assert welch(b, a).p == pytest.approx(1 - found.p)
+    with pytest.raises(PgolfError, match="at least 2 runs"):
+        welch(a, b[:1])
+    with pytest.raises(PgolfError, match="same score"):
+        welch([1.0, 1.0], [2.0, 2.0])
+
+
+def scored_run(folder, loss, tokens=100):
+    folder.mkdir()
+    score = {"bpb": loss / 2, "loss": loss, "tokens": tokens, "bytes": 240}
+    story = dict.fromkeys(("non_overlapping", "sliding", "sliding_ttt"), score)
+    (folder / "scores_artifact.json").write_text(json.dumps(story))
+    return str(folder)
+
+
+def test_seeds_command(capsys, tmp_path):
+    ours = [scored_run(tmp_path / f"a{i}", loss) for i, loss in enumerate((3.310, 3.312, 3.311))]
+    theirs = [scored_run(tmp_path / f"b{i}", loss) for i, loss in enumerate((3.320, 3.321, 3.322))]
+    assert main(["seeds", *ours, "--against", *theirs]) == 0
+    out = capsys.readouterr().out
+    assert out.count("3.311000") == out.count("3.321000") == 3
+    # a gain of 0.010 in which 0.005 is asked for: t = 0.005 / (0.001 sqrt(2 / 3)), 4 degrees
+    assert [line.split()[-4:] for line in out.splitlines()[-3:]] == 3 * [
+        ["+0.010000", "6.124", "4.00", "0.0018"]
+    ]
+    refusals = {
+        (ours[0],): "needs at least 2 runs",
+        (*ours, "--against", theirs[0]): "--against needs at least 2 runs",
+        (*ours, ours[0]): "named twice",
+        (*ours, scored_run(tmp_path / "c", 3.0, tokens=99)): "compare runs on the same text",
+        (*ours, str(tmp_path)): "does not hold three scores",
+    }
+    for words, message in refusals.items():
+        assert main(["seeds", *words]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_eval_command_prints_writes_and_draws(capsys, config, model, source, tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.write_config(config)
+    shutil.copyfile(source.tokenizer.path, folder.tokenizer_file)
+    save_tensors(folder.model_file, model.state_dict(), {})
+    words = ["eval", str(folder.path), "--weights", "float"]
+    assert main([*words, "--estimate"]) == 0
+    out = capsys.readouterr().out
+    assert "by the float weights" in out
+    assert not list(folder.path.glob("scores_*"))
+    assert main([*words, "--figures"]) == 0
+    every = capsys.readouterr().out
+    for title in (*CLASSES, "document tokens", "context", "easiest 50 %", "> 10", "p99"):
+        assert title in every
+    first = (folder.path / "scores_float.json").read_bytes()
+    assert (folder.path / "scores_float.png").read_bytes()[1:4] == b"PNG"
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert "word start" in shown
+    assert "p99" not in shown
+    assert (folder.path / "scores_float.json").read_bytes() == first
+
+
+def test_estimate_of_a_preset_and_of_a_run_without_weights(capsys, config, source, tmp_path, data):
+    folder = RunFolder(tmp_path / "run")
+    folder.write_config(config)
+    shutil.copyfile(source.tokenizer.path, folder.tokenizer_file)
+    assert main(["eval", str(folder.path), "--estimate"]) == 0
+    assert "by new weights" in capsys.readouterr().out
+    assert main(["eval", "tiny", "--estimate", "--data", str(data)]) == 2  # another vocabulary, but a preset
+    assert "384 pieces" in capsys.readouterr().err
+    assert main(["eval", "tiny", "--data", str(data)]) == 2
+    assert "run folder tiny does not exist" in capsys.readouterr().err
+
+
+def test_without_matplotlib_there_is_no_picture(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert draw_scores({}, tmp_path / "scores.png") is None
+
+
+def test_progress_tells_the_running_score(monkeypatch):
+    times, lines = iter(range(0, 1000, 11)), []
+    monkeypatch.setattr(report.time, "monotonic", lambda: next(times))
+    monkeypatch.setattr(report.sys.stderr, "isatty", lambda: False)
+    monkeypatch.setattr(report.logger, "info", lambda text, *values: lines.append(text % values))
+    for _ in report.progress(range(3), "sliding + TTT", unit="chunk", note=lambda: "bpb 1.2345 so far"):
+        pass
+    assert lines[0] == "sliding + TTT: 1/3 chunk, bpb 1.2345 so far, 0.0909 chunk/s, ETA 22.0s"
