@@ -80,6 +80,7 @@ class Scorer:
         for p in learned:
             p.requires_grad_()
             p.grad = torch.zeros_like(p)  # backward adds to it
+        rule: torch.optim.Optimizer
         if c.adapter == "sgd":
             rule = torch.optim.SGD(learned, momentum=c.momentum, fused=True)
         else:
@@ -102,7 +103,7 @@ class Scorer:
                 end = at + min(c.batch_seqs, sequences - first) * self.length
                 x, y = (self.tokens[at + i : end + i].view(-1, self.length) for i in (0, 1))
                 model.losses(x, y, model.banks(on_grid), fake).mean().backward()
-                gradients = [p.grad for p in learned]
+                gradients = [p.grad for p in learned if p.grad is not None]
                 norm = torch.nn.utils.get_total_norm(gradients)
                 torch._foreach_div_(gradients, ((norm + 1e-6) / c.grad_clip).clamp(min=1))
                 rule.step()
