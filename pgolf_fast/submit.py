@@ -262,8 +262,8 @@ def _adaptation(ttt: TTTConfig) -> str:
         also = "" if ttt.adapter == "lora" else " The model itself learns from whole documents after that."
         return (
             f"{lora.epochs} AdamW steps (learning rate {lora.lr}) on each segment of {lora.segment_tokens:,} "
-            f"tokens\n  of a document after the segment was scored, never after its last, of a change of "
-            f"rank {lora.rank} of every\n  matrix; each document starts without.{also}"
+            f"tokens\n  of a document after the segment was scored, never after its last. They learn "
+            f"a\n  change of rank {lora.rank} of every matrix, with which each document starts at zero.{also}"
         )
     adapted = "the banks" if ttt.parameters == "banks" else "all but the first blocks' own scalars"
     rule = "SGD" if ttt.adapter == "sgd" else "AdamW"

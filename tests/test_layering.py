@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "model": {"ops", "config", "errors", "report"},
     "optim": {"ops", "model", "config", "errors"},
     "quant": {"model", "ops"} | LEAVES,
-    "evaluation": {"model", "quant"} | LEAVES,
+    "evaluation": {"model", "quant", "ops"} | LEAVES,
     "artifact": {"quant", "model", "ops", "_C"} | LEAVES,
     "bench": {"ops", "model", "optim", "train"} | LEAVES,
     "train": {"ops", "model", "optim", "quant", "evaluation"} | LEAVES,

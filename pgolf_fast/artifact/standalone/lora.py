@@ -33,7 +33,7 @@ class Changed:
         a, b = self.changes[2 * which : 2 * which + 2]
         return torch.baddbmm(F.linear(x, weight), x @ a[:, layer].mT, b[:, layer].mT)
 
-    def attend(self, x, wq, wk, wv, wo, gain, extra, cos, sin, kv_heads, xsa, layer, last) -> Tensor:
+    def attend(self, layer, last, x, wq, wk, wv, wo, gain, extra, cos, sin, kv_heads, xsa) -> Tensor:
         queries = x if last is None else x[:, -last:]
         first, groups = x.shape[1] - queries.shape[1], len(gain) // kv_heads
         q = self.linear(queries, wq, 0, layer).unflatten(-1, (len(gain), -1))
@@ -56,7 +56,7 @@ class Changed:
             y = (parts - (parts * unit).sum(-1, keepdim=True) * unit).to(x.dtype)
         return self.linear(y.reshape(*y.shape[:2], -1), wo, 3, layer)
 
-    def mlp(self, x: Tensor, up: Tensor, down: Tensor, kind: str, layer: int) -> Tensor:
+    def mlp(self, layer: int, x: Tensor, up: Tensor, down: Tensor, kind: str) -> Tensor:
         wide = self.linear(x, up, 4, layer).float()
         if kind == "swiglu":
             hidden = F.silu(wide[..., 0::2]) * wide[..., 1::2]
@@ -86,17 +86,18 @@ class Learner:
         length = max(self.config.eval.seq_len or self.config.train.seq_len, size)
         self.text = torch.cat((self.text[:many], tokens[:, bool(self.text.shape[1]) :]), 1)[:, -length - 1 :]
         for _ in range(c.lora.epochs):
-            own, means, squares = ([t[:many] for t in ts] for ts in (self.tensors, self.means, self.squares))
+            kinds = (self.tensors, self.means, self.squares)
+            own, means, squares = ([t[:many] for t in tensors] for tensors in kinds)
             leaves = [t.detach().requires_grad_() for t in own]
             losses = self.model.losses(self.text[:, :-1], tokens[:, 1:], self.banks, changes=leaves)
-            raw = torch.autograd.grad(losses.mean(1).sum(), leaves)
-            norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in raw])
+            grads = torch.autograd.grad(losses.mean(1).sum(), leaves)
+            norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in grads])
             scale = (c.grad_clip / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp_(max=1.0)
-            grads = [g * scale[:, None, None, None] for g in raw]
+            clipped = [g * scale[:, None, None, None] for g in grads]
             self.steps += 1
             torch._fused_adamw_(
                 own,
-                grads,
+                clipped,
                 means,
                 squares,
                 [],

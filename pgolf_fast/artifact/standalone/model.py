@@ -113,12 +113,12 @@ class Model:
             weights = (qo[i], kv[i], kv[n + i], qo[n + i])
             inputs = normed, *weights, gain, extra.get(i), cos, sin, c.num_kv_heads, i >= first_xsa
             last = targets.shape[1] if i == n - 1 else None
-            y = changed.attend(*inputs, i, last) if changed else Attention.apply(*inputs)
+            y = changed.attend(i, last, *inputs) if changed else Attention.apply(*inputs)
             if last:
                 u = u[:, -last:].contiguous()
             h, normed = Residual.apply(u, y, None, attn_scale, scale)
             mlp = normed, up[i], down[i], c.mlp_activation
-            out = changed.mlp(*mlp, i) if changed else Mlp.apply(*mlp)
+            out = changed.mlp(i, *mlp) if changed else Mlp.apply(*mlp)
             x = torch.addcmul(h, out, mlp_scale.to(dtype))
             if i < n // 2:
                 skips.append(x)
