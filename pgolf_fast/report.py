@@ -146,6 +146,8 @@ def table(rows: Sequence[Sequence[object]], header: Sequence[str] | None = None)
 
 
 def _is_number(text: str) -> bool:
+    if text == "-":  # stands for one that there is not
+        return True
     try:
         float(text.replace(",", "").removesuffix("%"))
     except ValueError:

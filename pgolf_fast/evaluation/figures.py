@@ -113,10 +113,9 @@ class _Sums:
             self._sums[row] += np.bincount(groups, weights, minlength=64)
 
     def scores(self, names: Sequence[str] | None = None, first: int = 0) -> dict[str, Score]:
-        """By name; without names, those of the buckets of `doubling`, less the empty ones at either end."""
-        used = np.flatnonzero(self._sums[1])
-        chosen = range(used[0], used[-1] + 1) if names is None else range(len(names))
-        names = _names(used[-1] + 1, first) if names is None else names
+        """By name; without names, by the buckets of `doubling` that hold anything."""
+        chosen = np.flatnonzero(self._sums[1]).tolist() if names is None else range(len(names))
+        names = _names(chosen[-1] + 1, first) if names is None else names
         nats, tokens, text_bytes = self._sums
         return {names[i]: Score(float(nats[i]), int(tokens[i]), int(text_bytes[i])) for i in chosen}
 
