@@ -72,7 +72,7 @@ def contender_table(found: Found) -> str:
     rows, notes = [], []
     base = found["contenders"].get(BASELINE, {})
     for name, c in found["contenders"].items():
-        if "codes_bytes" not in c:
+        if "encode_s" not in c:
             notes.append(
                 f"{name}: " + (f"skipped, {c['skipped']}" if "skipped" in c else f"FAILED, {c['error']}")
             )
@@ -82,9 +82,9 @@ def contender_table(found: Found) -> str:
                 name,
                 shown(c.get("bytes", "-")),
                 _ratio(c, base, "bytes"),
-                shown(c["codes_bytes"]),
+                shown(c.get("codes_bytes", "-")),
                 _ratio(c, base, "codes_bytes"),
-                f"{over_bound(found, c['codes_bytes']):+.2f}%",
+                f"{over_bound(found, c['codes_bytes']):+.2f}%" if "codes_bytes" in c else "-",
                 f"{c['encode_s']:.3f}",
                 f"{c['decode_s']:.3f}",
                 f"{c['memory_mib']:.0f}",
@@ -126,14 +126,14 @@ def verdicts(content: Found) -> list[Verdict]:
 
 
 def _codec_verdicts(name: str, found: Found) -> list[Verdict]:
-    measured = {n: c for n, c in found["contenders"].items() if "codes_bytes" in c}
+    measured = {n: c for n, c in found["contenders"].items() if "encode_s" in c}
     ours, base = measured.get(CONTAINER), measured.get(BASELINE)
     peers = {n: c for n, c in measured.items() if n in PEERS}
     if ours is None or base is None:
         return []
     rows = []
     for key, what in {"bytes": "bytes", "codes_bytes": "bytes of the codes"}.items():
-        peer = min(peers, key=lambda n: peers[n][key])
+        peer = min((n for n in peers if key in peers[n]), key=lambda n: peers[n][key])
         rows.append(_at_most(f"{name}: {what}, best peer {peer}", ours[key], peers[peer][key]))
     over = over_bound(found, ours["codes_bytes"])
     rows.append(_at_most(f"{name}: codes over the bound '{found['best_bound']}', percent", over, OVER_BOUND))

@@ -106,7 +106,7 @@ def contents(
 def artifact_bytes(quantized: QuantizedState, run_config: dict[str, Any], config: PackConfig) -> int:
     """Bytes of the file that `pack` would write without pruning."""
     tree, records = contents(quantized, run_config)
-    return container_bytes(tree, records, codecs=_codecs(records, config), preset=config.lzma_preset)
+    return container_bytes(tree, records, codecs=section_codecs(records, config), preset=config.lzma_preset)
 
 
 def pack(
@@ -119,7 +119,7 @@ def pack(
     """
     code = code_bytes() if config.code_bytes is None else config.code_bytes
     tree, records = contents(quantized, run_config)
-    tried = _codecs(records, config)
+    tried = section_codecs(records, config)
     pruned, compressions = None, 1
     with atomic_path(path) as temporary:
         sizes = write_container(temporary, tree, records, codecs=tried, preset=config.lzma_preset)
@@ -145,7 +145,7 @@ def pack(
     )
 
 
-def _codecs(records: list[TensorRecord], config: PackConfig) -> dict[str, tuple[str, ...]]:
+def section_codecs(records: list[TensorRecord], config: PackConfig) -> dict[str, tuple[str, ...]]:
     """The codecs that may compete for each section."""
     size = {name: sum(r.array.nbytes for r in records if r.section == name) for name in SECTIONS}
     quick = tuple(codec for codec in config.codecs if codec != "lzma") or config.codecs
