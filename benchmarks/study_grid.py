@@ -25,6 +25,7 @@ from torch import Tensor
 from pgolf_fast import report
 from pgolf_fast.artifact.landing import land
 from pgolf_fast.artifact.pack import artifact_bytes
+from pgolf_fast.bench.store import provenance
 from pgolf_fast.config.schema import PackConfig, QuantConfig
 from pgolf_fast.config.serialize import run_config_to_dict
 from pgolf_fast.data.source import open_source
@@ -265,7 +266,7 @@ def main() -> None:
     if not arguments.no_parts:
         result["parts_target"] = targets[0]
         result["parts"] = parts(study, targets[0])
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    arguments.out.write_text(json.dumps({**result, **provenance()}, indent=2) + "\n")
     draw(arguments.out.with_suffix(".png"), result)
     lines = [
         (f"{r['target']:,}", r["grid"], r["how"], f"{r['bytes']:,}", f"{r['bpb']:.5f}")
