@@ -240,9 +240,12 @@ def draw(path: Path, result: dict) -> None:
         points = sorted(
             (r["bytes"], r["bpb"]) for r in [*result["rows"], *result["curve"]] if r["grid"] == grid
         )
-        axes.plot(*np.array(points).T, "o-", label=grid, color=colour)
-    axes.axhline(result["float_bpb"], color="grey", linestyle=":", label="float weights")
-    axes.set(xlabel="bytes of the artifact", ylabel="bits per byte, non-overlapping", title=result["run"])
+        sizes, scores = np.array(points).T
+        axes.plot(sizes, scores - result["float_bpb"], "o-", label=grid, color=colour)
+    title = f"{result['run']}, non-overlapping; float weights: {result['float_bpb']:.4f}"
+    axes.set(xlabel="bytes of the artifact", ylabel="bits per byte above the float weights", title=title)
+    axes.set_yscale("log")
+    axes.grid(alpha=0.3, which="both")
     axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:.1f} M")
     axes.legend()
     figure.tight_layout()

@@ -138,6 +138,8 @@ def mixed(fine: QuantizedState, coarse: QuantizedState, rows: int) -> QuantizedS
 
 
 def _mixed_rows(fine: QuantizedTensor, coarse: QuantizedTensor, rows: int) -> QuantizedTensor:
+    if rows in (0, len(fine.codes)):
+        return coarse if rows else fine
     codes = torch.cat((coarse.codes[:rows], fine.codes[rows:]))
     low_rank = fine.low_rank
     if low_rank is not None and coarse.low_rank is not None:
