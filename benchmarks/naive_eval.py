@@ -25,7 +25,8 @@ def score(losses_of: Losses, tokens: Tensor, windows: Windows, seq_len: int, bat
     found = []
     for at in range(0, len(windows), batch):
         part = windows[at : at + batch]
-        start, end, first = (torch.from_numpy(t).to(tokens.device)[:, None] for t in vars(part).values())
+        edges = (part.start, part.end, part.first)
+        start, end, first = (torch.from_numpy(t).to(tokens.device)[:, None] for t in edges)
         index = start + offsets
         inside = index < end
         index = torch.where(inside, index, 0)

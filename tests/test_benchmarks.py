@@ -86,7 +86,7 @@ def test_flops_of_a_token_are_those_of_the_design():
 
 def test_flops_of_scoring_are_those_of_the_design():
     """76.16 MF a position in full; last block and head for 64 of 2,048 positions save 9.3 %."""
-    from naive_eval import forward_flops
+    from pgolf_fast.evaluation.estimate import forward_flops
 
     full = forward_flops(exp101().model, 2048, 2048)
     assert full / 2048 == pytest.approx(76.16e6, rel=1e-3)

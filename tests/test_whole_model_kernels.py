@@ -87,8 +87,8 @@ def test_golden_forward(name, interpreted, monkeypatch):
     states = []
     hidden = model.hidden
 
-    def keep(*arguments):
-        states.append(hidden(*arguments))
+    def keep(*arguments, **settings):
+        states.append(hidden(*arguments, **settings))
         return states[-1]
 
     monkeypatch.setattr(model, "hidden", keep)
