@@ -1,6 +1,7 @@
 # Everything from a bare checkout: `make demo`. The first call makes .venv and installs into it; later calls only check.
 PYTHON ?= python3
 PYTEST_ARGS ?=
+TEST_WORKERS ?= 2
 FUZZ_SECONDS ?= 600
 
 BIN := .venv/bin
@@ -13,7 +14,7 @@ demo: install
 	$(BIN)/pgolf demo
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) $(PYTEST_ARGS)
 
 # Damaged input for the C++ codecs, FUZZ_SECONDS in all, with libFuzzer where clang++ has it. A driver that fails says
 # how to run the input again that made it fail.
