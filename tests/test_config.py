@@ -16,10 +16,10 @@ from pgolf_fast.config.presets import (
     small,
     tiny,
 )
+from pgolf_fast.config.meta import MetaConfig
 from pgolf_fast.config.schema import (
     DataConfig,
     EvalConfig,
-    MetaConfig,
     ModelConfig,
     OptimConfig,
     QuantConfig,

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from pgolf_fast.config.schema import MetaConfig, ModelConfig, TTTConfig
+from pgolf_fast.config.meta import MetaConfig
+from pgolf_fast.config.schema import ModelConfig, TTTConfig
 from pgolf_fast.data.tokenizer import ByteTable
 from pgolf_fast.evaluation.score import Stream
 from pgolf_fast.evaluation.ttt import legal_ttt

@@ -8,7 +8,8 @@ import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pgolf_fast.config.schema import MetaConfig, RunConfig
+from pgolf_fast.config.meta import MetaConfig
+from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.config.serialize import run_config_from_dict, run_config_to_dict
 from pgolf_fast.errors import PgolfError
 

@@ -58,6 +58,10 @@ class ModelConfig:
     """Add a trigram row from the same table."""
     pos_conditional: bool = True
     """Word starts and other tokens use separate halves of the hash table."""
+    word_start_boost: bool = True
+    """Learn a factor on the hash row where a word starts."""
+    smear: bool = True
+    """Mix each position's embedding with the one before it (SmearGate)."""
     xsa_last_n: int = 11
     """Exclusive self-attention in this many last blocks; 0 removes it."""
     ln_scale: bool = True
@@ -157,9 +161,10 @@ class ModelConfig:
         d, n = self.model_dim, self.num_layers
         banks = 2 * n * d * d + 2 * n * self.kv_dim * d + n * self.mlp_up_rows * d + n * d * self.mlp_hidden
         per_block = self.num_heads + 2 * d + 2 * d
-        total = banks + self.vocab_size * d + d + self.num_skips * d + n * per_block
+        total = banks + self.vocab_size * d + d * self.smear + self.num_skips * d + n * per_block
         if self.bigram_vocab_size:
-            total += self.bigram_vocab_size * self.bigram_dim + d * self.bigram_dim + 2
+            total += self.bigram_vocab_size * self.bigram_dim + d * self.bigram_dim + 1
+            total += self.word_start_boost
         if self.ve_enabled:
             total += self.vocab_size * self.ve_dim + self.kv_dim * self.ve_dim + 1 + len(self.ve_layers)
         return total

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pgolf_fast.config.meta import MetaConfig, ReptileConfig
 from pgolf_fast.config.model import ModelConfig, need
 
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -108,28 +109,6 @@ class QATConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MetaConfig:
-    """First-order MAML on the last micro-batch (PR 1501)."""
-
-    every: int = 4
-    """Optimiser steps between meta steps."""
-    inner_lr: float = 0.002
-    """Learning rate of the inner SGD step on the banks."""
-    weight: float = 0.5
-    """Weight of the outer loss."""
-    dilute: bool = True
-    """Divide the outer loss by the number of micro-batches, as the original did."""
-    freeze_blocks: int = 2
-    """First blocks whose banks the inner step leaves alone."""
-    above: float = 0.5
-    """Only while the learning-rate multiplier is above this."""
-
-    def __post_init__(self) -> None:
-        need(self.every > 0, f"train.meta.every is {self.every}; it must be positive")
-        need(self.freeze_blocks >= 0, "train.meta.freeze_blocks must not be negative")
-
-
-@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """The training loop."""
 
@@ -158,9 +137,13 @@ class TrainConfig:
     schedule: Literal["time", "steps"] = "time"
     """What the learning-rate decay is measured in; time needs max_seconds."""
     warmdown_steps: int | None = 2500
-    """Length of the cosine decay, in steps (converted to time by the measured pace)."""
+    """Length of the decay, in steps (converted to time by the measured pace)."""
     warmdown_fraction: float | None = None
-    """Length of the cosine decay as a share of the run, instead of warmdown_steps."""
+    """Length of the decay as a share of the run, instead of warmdown_steps."""
+    warmdown_shape: Literal["cosine", "linear"] = "cosine"
+    """How the multiplier falls to 0."""
+    z_loss: float = 0.0
+    """Weight of the mean squared log-partition function, added to the training loss (PR 301)."""
     lr_hold_steps: int = 25
     """Steps at the start during which the multiplier is 1 whatever the clock says."""
     adaptive_warmdown: bool = True
@@ -181,6 +164,8 @@ class TrainConfig:
     """Minutes between checkpoints; None writes only the final one."""
     meta: MetaConfig | None = field(default_factory=MetaConfig)
     """Meta-learning step; None is off."""
+    reptile: ReptileConfig | None = None
+    """Meta-learning phase at the end; None is off."""
     qat: QATConfig | None = field(default_factory=QATConfig)
     """Late quantisation-aware training; None is off."""
 
@@ -202,6 +187,7 @@ class TrainConfig:
             "train.schedule 'time' needs train.max_seconds; set it, or use train.schedule steps",
         )
         need(self.val_every is None or self.val_every > 0, "train.val_every must be positive, or None")
+        need(self.z_loss >= 0, f"train.z_loss is {self.z_loss}; it must not be negative")
         need(self.seed >= 0, f"train.seed is {self.seed}; it must not be negative")
         need(
             (self.warmdown_steps is None) != (self.warmdown_fraction is None),
@@ -251,6 +237,8 @@ class QuantConfig:
     """Sampling temperature of calibration text."""
     seed: int = 42
     """Seed of calibration text."""
+    tables: Literal["int8", "float16"] = "int8"
+    """How embedding tables larger than small_tensor are stored."""
     small_tensor: int = 65_536
     """Tensors with at most this many elements are stored as float16."""
 

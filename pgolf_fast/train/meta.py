@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pgolf_fast.config.schema import MetaConfig
+from pgolf_fast.config.meta import MetaConfig
 from pgolf_fast.model.bank import make_banks
 from pgolf_fast.model.gpt import GPT
 
