@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from pgolf_fast.config.env import assignments, translate
+from pgolf_fast.config.meta import MetaConfig
 from pgolf_fast.config.presets import (
     PRESETS,
     exp101,
@@ -16,7 +17,6 @@ from pgolf_fast.config.presets import (
     small,
     tiny,
 )
-from pgolf_fast.config.meta import MetaConfig
 from pgolf_fast.config.schema import (
     DataConfig,
     EvalConfig,
