@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from pgolf_fast import report
+from pgolf_fast.config.adapters import adapters
 from pgolf_fast.config.presets import preset
 from pgolf_fast.data.source import open_source
 from pgolf_fast.evaluation.adapt import SGD, Frozen, borrowed, trainable_parameters
@@ -85,7 +86,9 @@ class Bench:
     def __init__(self, model: GPT, stream: Stream, config, stride: int):
         self.model, self.stream, self.stride = model, stream, stride
         self.length = config.eval_seq_len
-        self.ttt = replace(config.ttt, quantize_forward="none")
+        # what the naive evaluator does too: SGD over chunks
+        ttt = config.ttt if config.ttt.adapter == "sgd" else adapters(self.length)["sgd"]
+        self.ttt = replace(ttt, quantize_forward="none")
         self.windows = sliding_windows(stream.num_targets, self.length, stride)
         self.chunks = target_chunks(self.windows, stream.num_targets, self.ttt.chunk_tokens)
         self.size = batch_size(None, config.model, model.compute_dtype, stream.tokens.device)

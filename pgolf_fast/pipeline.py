@@ -243,9 +243,16 @@ def _unquantised(config: RunConfig) -> RunConfig:
 
 
 def sweep_run(
-    folder: RunFolder, config: RunConfig, adapters: dict[str, TTTConfig], world: World | None = None
+    folder: RunFolder,
+    config: RunConfig,
+    adapters: dict[str, TTTConfig],
+    world: World | None = None,
+    *,
+    after: int = 0,
 ) -> list[Comparison]:
     """Adapters compared on the run's artifact and validation data, also written to ttt_sweep.json.
+
+    `after` is as in `evaluation.sweep`.
 
     Finished adapters are kept in the folder ttt_sweep, and not repeated.
     """
@@ -253,11 +260,12 @@ def sweep_run(
     model = artifact_model(folder, config, world)
     grid = bank_grids(unpack(folder.artifact_file)[1])
     stream = validation_stream(folder, config, world.device)
-    found = sweep(model, stream, config, adapters, grid, folder.path / "ttt_sweep", world)
+    found = sweep(model, stream, config, adapters, grid, folder.path / "ttt_sweep", world, after=after)
     if world.is_main:
         story = {
             "artifact_sha256": sizes(folder.artifact_file).sha256,
             "tokens": stream.num_targets,
+            "after": after,
             "stride": config.eval.stride,
             "adapters": {row.name: dataclasses.asdict(row) for row in found},
             "settings": {name: dataclasses.asdict(ttt) for name, ttt in adapters.items()},

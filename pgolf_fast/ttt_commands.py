@@ -28,12 +28,14 @@ class _Sweep:
     """Tokens between windows; default: the run's."""
     tokens: int | None = None
     """Score only this many validation tokens; default: all."""
+    after: int = 0
+    """Compare only the documents that begin at this target or later."""
     data: Path | None = None
     """Folder of validation shards; default: the run's."""
 
 
 def sweep(argv: list[str]) -> int:
-    """pgolf ttt-sweep RUN [--adapters NAME ...] [--stride N] [--tokens N]"""
+    """pgolf ttt-sweep RUN [--adapters NAME ...] [--stride N] [--tokens N] [--after N]"""
     from pgolf_fast.pipeline import sweep_run
     from pgolf_fast.train.run_folder import RunFolder
     from pgolf_fast.train.world import join_world
@@ -54,7 +56,7 @@ def sweep(argv: list[str]) -> int:
     config = replace(config, data=data, eval=replace(config.eval, stride=stride))
     with join_world() as world:
         report.setup_logging(folder.log_file if world.is_main else None, quiet=not world.is_main)
-        found = sweep_run(folder, config, chosen, world)
+        found = sweep_run(folder, config, chosen, world, after=arguments.after)
     if world.is_main:
         rows = [
             (

@@ -1,6 +1,7 @@
 """Adapters of test-time training: their formulas, low-rank changes by document, and the rules they keep."""
 
 import functools
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -257,6 +258,16 @@ def test_sweep_compares_on_the_same_windows_and_repeats_nothing(model, tmp_path,
         assert row.bpb == pytest.approx(run(model, text(), chosen[row.name]).score.bpb, abs=1e-6)
     monkeypatch.setattr("pgolf_fast.evaluation.sweep.legal_ttt", None)
     assert sweep(model, stream_of(text()), config, chosen, None, tmp_path) == rows
+    starts = document_starts(text())
+    after = int(starts[len(starts) // 2])
+    later = sweep(model, stream_of(text()), config, chosen, None, tmp_path, after=after)
+    nats = [json.loads((tmp_path / f"{n}.json").read_text())["nats"] for n in ("sliding", "lora")]
+    gained = sum(nats[0][len(starts) // 2 :]) - sum(nats[1][len(starts) // 2 :])
+    size = stream_of(text()).target_bytes[after:].sum()
+    assert later[2].gain == pytest.approx(gained / np.log(2) / size)
+    assert later[2].gain != pytest.approx(rows[2].gain)
+    with pytest.raises(PgolfError, match="no document begins at target 1,000,000 or later"):
+        sweep(model, stream_of(text()), config, chosen, None, tmp_path, after=10**6)
     other = {"lora": replace(chosen["lora"], grad_clip=0.1)}
     with pytest.raises(TypeError):
         sweep(model, stream_of(text()), config, other, None, tmp_path)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pgolf_fast.artifact import codecs
-from pgolf_fast.artifact.codecs import CODECS, decode, encode, smallest
+from pgolf_fast.artifact.codecs import CODECS, TRY_FROM, TRY_PRESET, decode, encode, smallest
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.ops import native
 
@@ -140,6 +140,26 @@ def test_smallest_takes_the_smallest():
     assert smallest(data, shapes, ("lzma", "raw"))[0] == "lzma"
     text = b"the same words again and again, " * 100  # LZMA finds repetitions, rANS does not
     assert smallest(text, [(1, len(text), 1)])[0] == "lzma"
+
+
+def test_lzma_is_done_in_earnest_only_where_it_may_win(monkeypatch):
+    random = np.random.default_rng(2)
+    noise = random.normal(0, 8, 2 * TRY_FROM).round().clip(-127, 127).astype(np.int8).tobytes()
+    text = b"the same words again and again, " * (TRY_FROM // 8)
+    presets = []
+    original = codecs.compress_bytes
+
+    def watched(data, preset=9):
+        presets.append(preset)
+        return original(data, preset=preset)
+
+    monkeypatch.setattr(codecs, "compress_bytes", watched)
+    assert smallest(noise, [(256, len(noise) // 256, 1)])[0] == "rans"
+    assert presets == [TRY_PRESET]
+    assert smallest(text, [(1, len(text), 1)])[0] == "lzma"
+    assert presets == [TRY_PRESET, TRY_PRESET, 9]
+    assert smallest(noise[:TRY_FROM], [(1, TRY_FROM, 1)])[0] == "rans"
+    assert presets[3:] == [9]
 
 
 def test_smallest_keeps_what_cannot_shrink():

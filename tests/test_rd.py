@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import randomize_, tiny_config
 
+from pgolf_fast.artifact import landing
 from pgolf_fast.artifact.landing import TOLERANCE, land, mixed
 from pgolf_fast.artifact.pack import artifact_bytes, load_artifact, pack, unpack
 from pgolf_fast.artifact.standalone import reader
@@ -216,6 +217,28 @@ def test_lands_under_the_target(model, fishers, share, rank):
     landed = land(grids, size, target)
     assert landed.artifact_bytes == size(landed.state)
     assert target - TOLERANCE <= landed.artifact_bytes <= target
+
+
+def test_a_sample_saves_a_round(model, fishers, monkeypatch):
+    """A large model's first price comes from some of its rows; the landing is as exact as without."""
+    grids = RateDistortion(model.state_dict(), fishers, QUANT)
+    target = int(0.6 * size(grids.quantize(1e-9)))
+    monkeypatch.setattr(landing, "SAMPLE_WEIGHTS", grids.weights // 3)
+    prices = []
+    original = RateDistortion.quantize
+
+    def counted(self, price, like=None):
+        prices.append((price, self is grids))
+        return original(self, price, like)
+
+    monkeypatch.setattr(RateDistortion, "quantize", counted)
+    landed = land(grids, size, target)
+    assert target - TOLERANCE <= landed.artifact_bytes <= target
+    assert not prices[0][1]
+    assert sum(whole for _, whole in prices) <= 4
+    sampled = grids.sampled(3)
+    for name, tensor in original(sampled, prices[0][0]).matrices().items():
+        assert len(tensor.codes) == -(-len(grids.tensors[name]) // 3)
 
 
 def test_stops_where_bits_buy_nothing(model, grids, text):

@@ -26,6 +26,8 @@ CODECS: dict[str, int] = {"raw": 0, "lzma": 1, "rans": 2, "zstd": 3, "brotli": 4
 LZMA_SEARCH = tuple(
     {"lc": lc, "lp": lp, "pb": pb, "nice_len": 273} for lc in (0, 3) for lp, pb in ((0, 0), (0, 2), (1, 1))
 )
+# LZMA is tried in a hurry first, on more bytes than this, and done in earnest if that comes near the others.
+TRY_FROM, TRY_PRESET, TRY_MARGIN = 65_536, 0, 1.03
 _ZSTD_STEP = 256  # bytes of input; they cannot become more than 11 MiB of output
 
 
@@ -61,17 +63,30 @@ def smallest(
 ) -> tuple[str, bytes]:
     """The candidate that makes `data` smallest, and its bytes; ("raw", data) when none makes it smaller.
 
-    Candidates run in parallel threads; of equals, the first wins. settings: by codec, what `encode` takes.
+    Candidates run in parallel threads; of equals, the first wins. LZMA, which takes as long as all others
+    together, is left out where a quick try of it falls far behind. settings: by codec, what `encode` takes.
     Without the C++ extension, LZMA stands in for rANS.
     """
     names = list(dict.fromkeys(_known(name) for name in candidates))
     if native.extension() is None:
         names = list(dict.fromkeys("lzma" if name == "rans" else name for name in names))
     chosen = settings or {}
-    with ThreadPoolExecutor(max(1, len(names))) as pool:
-        packed = list(pool.map(lambda name: encode(name, data, shapes, **chosen.get(name, {})), names))
-    best = min(zip(names, packed, strict=True), key=lambda pair: len(pair[1]), default=("raw", data))
+
+    def packed(name: str) -> bytes:
+        return encode(name, data, shapes, **chosen.get(name, {}))
+
+    others = [name for name in names if name != "lzma"]
+    with ThreadPoolExecutor(max(1, len(others))) as pool:
+        made = dict(zip(others, pool.map(packed, others), strict=True))
+    if "lzma" in names and (not made or len(data) <= TRY_FROM or _promising(data, made)):
+        made["lzma"] = packed("lzma")
+    best = min(((n, made[n]) for n in names if n in made), key=lambda p: len(p[1]), default=("raw", data))
     return best if len(best[1]) < len(data) else ("raw", data)
+
+
+def _promising(data: bytes, made: Mapping[str, bytes]) -> bool:
+    """Whether LZMA in a hurry comes near the best of the others."""
+    return len(compress_bytes(data, preset=TRY_PRESET)) <= TRY_MARGIN * min(map(len, made.values()))
 
 
 def _known(codec: str) -> str:

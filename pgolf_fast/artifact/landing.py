@@ -16,6 +16,8 @@ from pgolf_fast.report import logger
 
 TOLERANCE = 100  # bytes under the target that are good enough
 BRACKET = 1.1  # ratio of the two prices whose rows are mixed
+SIDE = BRACKET**0.4  # how far from a guess each of them is meant to be
+SAMPLE_WEIGHTS = 2_000_000  # what the size of a whole model is first judged by
 COARSEST_PRICE = 1.0  # nats per bit; nothing is left of a model long before
 
 
@@ -31,7 +33,8 @@ class Landing:
 def land(grids: RateDistortion, artifact_bytes: Callable[[QuantizedState], int], target: int) -> Landing:
     """The best state whose exact `artifact_bytes` do not exceed `target`, ending within TOLERANCE bytes.
 
-    Prices come from the expected bytes, corrected by every exact size, until two of them enclose the target;
+    Prices come from the expected bytes, corrected by every exact size (of a large model, that of some of its
+    rows is taken first, to save a whole round), until two of them enclose the target;
     then as few rows as needed, in the order of the file, come from the coarser of the two. Stops at the
     finest useful price if everything fits there. Raises PgolfError when not even the coarsest grid fits.
     """
@@ -46,7 +49,7 @@ def land(grids: RateDistortion, artifact_bytes: Callable[[QuantizedState], int],
         logger.info("price %.3e nats/bit: %d bytes, target %d", price, landing.artifact_bytes, target)
         return landing
 
-    price = _expected_price(grids, target)
+    price = _first_price(grids, artifact_bytes, target)
     while fine is None or coarse is None or coarse.price / fine.price > BRACKET:
         found = tried(price)
         if found.artifact_bytes <= target:
@@ -69,6 +72,18 @@ def land(grids: RateDistortion, artifact_bytes: Callable[[QuantizedState], int],
     return _mix(fine, coarse, artifact_bytes, target)
 
 
+def _first_price(
+    grids: RateDistortion, artifact_bytes: Callable[[QuantizedState], int], target: int
+) -> float:
+    """Where to begin: the expected price, or just below what a sample of the rows says."""
+    price, every = _expected_price(grids, target), grids.weights // SAMPLE_WEIGHTS
+    if every < 2:
+        return price
+    sample = grids.sampled(every)
+    ratio = artifact_bytes(sample.quantize(price)) / sample.expected_bytes(price)
+    return max(_expected_price(grids, target / ratio) / SIDE, grids.finest_price)
+
+
 def _expected_price(grids: RateDistortion, target: float) -> float:
     """Where the expected bytes are the target, by bisection."""
     low, high = math.log(grids.finest_price), math.log(COARSEST_PRICE)
@@ -85,19 +100,18 @@ def _expected_price(grids: RateDistortion, target: float) -> float:
 
 def _next_price(grids: RateDistortion, guess: float, fine: Landing | None, coarse: Landing | None) -> float:
     """The guess, a little on the side that is missing or farther away, and inside what is known."""
-    side = BRACKET**0.4
     if fine is None or (coarse is not None and guess / fine.price > coarse.price / guess):
-        price = guess / side
+        price = guess / SIDE
     else:
-        price = guess * side
+        price = guess * SIDE
     below = grids.finest_price if fine is None else fine.price
     above = COARSEST_PRICE if coarse is None else coarse.price
     if fine is not None and coarse is not None and not below < price < above:
         return math.sqrt(below * above)
     if fine is None and coarse is not None:
-        price = min(price, coarse.price / side)
+        price = min(price, coarse.price / SIDE)
     if coarse is None and fine is not None:
-        price = max(price, fine.price * side)
+        price = max(price, fine.price * SIDE)
     return min(max(price, grids.finest_price), COARSEST_PRICE)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from pgolf_fast import report
 from pgolf_fast.config.schema import RunConfig, TTTConfig
+from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.adapt import Frozen
 from pgolf_fast.evaluation.documents import document_starts
 from pgolf_fast.evaluation.protocol import score_and_adapt, window_chunks
@@ -85,11 +86,15 @@ def sweep(
     grid: Transform,
     folder: Path,
     ranks: Ranks = ALONE,
+    *,
+    after: int = 0,
 ) -> list[Comparison]:
     """The baseline and each of `adapters`, on the windows of `config.eval`; the model stays as it is.
 
-    Targets are scored once each. `grid` is as in `three_scores`. Every finished pass leaves
-    `folder`/NAME.json, and is not repeated for the same weights, tokens and settings.
+    Targets are scored once each, all of them; compared are the documents that begin at target `after` or
+    later. (Settings that were chosen on what comes before are judged fairly by these.) `grid` is as in
+    `three_scores`. Every finished pass leaves `folder`/NAME.json, and is not repeated for the same weights,
+    tokens and settings. Raises PgolfError where no document begins so late.
     """
     config = replace(config, eval=replace(config.eval, repeat_tail=False))
     length, size = config.eval_seq_len, window_batches(model, config, ranks)
@@ -136,14 +141,21 @@ def sweep(
     base = outcome(BASELINE, None, without)
     rest = [outcome(name, ttt, partial(adapting, name, ttt)) for name, ttt in adapters.items()]
     text_bytes = np.add.reduceat(stream.target_bytes, starts)
-    return [compare(base, other, text_bytes, stream.num_targets) for other in (base, *rest)]
+    counted = starts >= after
+    if not counted.any():
+        raise PgolfError(
+            f"no document begins at target {after:,} or later: the last begins at {starts[-1]:,}"
+        )
+    return [compare(base, other, text_bytes, counted, stream.num_targets) for other in (base, *rest)]
 
 
-def compare(base: Outcome, other: Outcome, text_bytes: np.ndarray, tokens: int) -> Comparison:
-    """`other` beside `base`, which have scored the same documents."""
-    before, after = np.array(base.nats), np.array(other.nats)
-    bpb = after.sum() / (math.log(2) * text_bytes.sum())
-    gain = bootstrap_gain(before, after, text_bytes)
+def compare(
+    base: Outcome, other: Outcome, text_bytes: np.ndarray, counted: np.ndarray, tokens: int
+) -> Comparison:
+    """`other` beside `base` on the `counted` documents; both took their seconds for all `tokens`."""
+    before, changed, size = np.array(base.nats)[counted], np.array(other.nats)[counted], text_bytes[counted]
+    bpb = changed.sum() / (math.log(2) * size.sum())
+    gain = bootstrap_gain(before, changed, size)
     return Comparison(
         other.name, float(bpb), *gain, 1e6 * other.seconds / tokens, other.updates, other.trainable
     )

@@ -11,6 +11,7 @@ GuidedQuant (Kim et al., arXiv 2505.07004); the one number `price` decides about
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Mapping
@@ -92,6 +93,13 @@ class _Group:
     @property
     def rows(self) -> list[int]:
         return list(self.names.values())
+
+    def sampled(self, every: int) -> _Group:
+        """The same columns with every `every`-th row of each matrix."""
+        kept = torch.cat([torch.arange(rows) % every == 0 for rows in self.rows]).to(self.columns.device)
+        names = {name: -(-rows // every) for name, rows in self.names.items()}
+        columns = self.columns[:, kept].contiguous()
+        return replace(self, names=names, columns=columns, importance=self.importance[kept])
 
     def row_steps(self, price: float, column_step: Tensor) -> Tensor:
         """Steps (N,) of a column of step 1; larger where codes of 8 bits would not hold the row."""
@@ -184,6 +192,13 @@ class RateDistortion:
             bits += entropy.clamp_max(7.0).mean().item() * group.columns.numel()  # of codes of 8 bits, about
             bits += 8.0 * sum(group.columns.shape)
         return bits / 8
+
+    def sampled(self, every: int) -> RateDistortion:
+        """Every `every`-th row of every matrix, and nothing else: enough to learn what a price costs."""
+        sample = copy.copy(self)
+        sample._groups = [group.sampled(every) for group in self._groups]
+        sample.tensors = {name: self.tensors[name][::every] for group in self._groups for name in group.names}
+        return sample
 
     def quantize(self, price: float, like: QuantizedState | None = None) -> QuantizedState:
         """Codes and steps at `price` nats per bit.
