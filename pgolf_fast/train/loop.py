@@ -300,7 +300,7 @@ class _Run:
             report.logger.info("slot rates of the inner step: %s", t.rates.summary())
         if t.reptile is not None and not t.in_reptile:
             report.logger.warning(
-                "the run ended at step %d, %s, before the Reptile phase that train.schedule %s puts at its end",
+                "the run ended at step %d, %s, before its Reptile phase, which train.schedule %s puts later",
                 t.step,
                 report.duration(t.elapsed),
                 self.config.train.schedule,

@@ -29,12 +29,11 @@ def meta_step(
 ) -> Tensor:
     """Add the meta-gradient of one micro-batch to the model's gradients; returns the outer loss, detached.
 
-    The banks, all but the first blocks', take one SGD step on the inner half: by `inner_lr`, times each slot's
-    rate if there are `rates`. The objective is `(weight + delta_weight) * after - delta_weight * before`, of the
-    outer half's loss at the stepped banks, which is returned, (), and at the banks as they are. Times
-    `loss_scale`, it is differentiated by every parameter outside the banks; by the stepped banks, whose
-    gradient the real ones receive as it is; by the real ones, in `before`; and by the rates.
-    tokens and targets are (B, T).
+    The banks, all but the first blocks', take one SGD step on the inner half: by `inner_lr`, times the slots'
+    rates if there are `rates`. With the outer half's loss after it (which is returned) and before it,
+    `loss_scale * ((weight + delta_weight) * after - delta_weight * before)` is differentiated: by every
+    parameter outside the banks; by the stepped banks, whose gradient the real ones receive as it is; by the
+    real ones, in `before`; and by the rates. tokens and targets are (B, T).
     """
     model.allocate_gradient_banks()
     inner, outer = _halves(tokens, targets, across_batch=config.method != "fomaml")
