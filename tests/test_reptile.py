@@ -10,6 +10,7 @@ import torch
 from runs import assert_same, differs, make_dataset, make_trainer, pgolf, run_config, run_steps, words
 from safetensors.torch import load_file
 
+from pgolf_fast.arguments import preset_and_overrides
 from pgolf_fast.config.meta import ReptileConfig
 from pgolf_fast.config.schema import TrainConfig
 from pgolf_fast.errors import PgolfError
@@ -222,15 +223,18 @@ def test_how_many_blocks_move():
 
 
 def test_the_phase_is_switched_on_and_off_by_words():
-    def fields(*arguments):
-        done = pgolf("config", "exp101", *arguments)
-        assert done.returncode == 0, done.stderr
-        return dict(line.split(None, 1) for line in done.stdout.splitlines())
-
-    on = fields("--train.reptile.inner-steps", "5", "--train.meta.slot-rates", "--train.meta.method", "sam")
-    assert (on["train.reptile.inner_steps"], on["train.reptile.share"]) == ("5", "0.2")
-    assert (on["train.meta.slot_rates"], on["train.meta.method"]) == ("true", "sam")
-    assert fields("--train.reptile.share", "0.1", "--train.reptile", "none")["train.reptile"] == "null"
+    words = ["--train.reptile.inner-steps", "5", "--train.meta.slot-rates", "--train.meta.method=sam"]
+    config, rest = preset_and_overrides(["exp101", *words])
+    assert (config.train.reptile, rest) == (ReptileConfig(), words)
+    done = pgolf("config", "exp101", *words)
+    assert done.returncode == 0, done.stderr
+    fields = dict(line.split(None, 1) for line in done.stdout.splitlines())
+    assert (fields["train.reptile.inner_steps"], fields["train.reptile.share"]) == ("5", "0.2")
+    assert (fields["train.meta.slot_rates"], fields["train.meta.method"]) == ("true", "sam")
+    config, rest = preset_and_overrides(["exp101", "--train.reptile.share", "0.1", "--train.reptile", "none"])
+    assert config.train.reptile is None
+    with pytest.raises(PgolfError, match=r"--train.reptile is '0.1'; it can be none, or set"):
+        preset_and_overrides(["exp101", "--train.reptile", "0.1"])
 
 
 @pytest.mark.slow
