@@ -41,8 +41,8 @@ def meta_step(
     gradients = [master.grad for master in masters if master.grad is not None]
     steps = _inner_gradients(model, inner, config)
     with torch.no_grad():
-        scaled = steps if rates is None else rates.scale(steps)
-        stepped = [torch.sub(m, step, alpha=config.inner_lr) for m, step in zip(masters, scaled, strict=True)]
+        ways = zip(masters, steps if rates is None else rates.scale(steps), strict=True)
+        stepped = [torch.sub(m, way, alpha=config.inner_lr).to(model.compute_dtype) for m, way in ways]
     # rates learn from what this loss alone adds
     received = gradients if rates is None else [torch.zeros_like(gradient) for gradient in gradients]
     weight = config.weight + config.delta_weight
