@@ -110,17 +110,17 @@ def test_every_gradient_is_that_of_the_definition(method, delta, rated):
     want, gradients, rate_gradients = by_hand(model, tokens, targets, config, 0.25, rates)
     model.allocate_gradient_banks()
     before, learned = {}, {} if rates is None else dict(rates.named_parameters())
-    for name, parameter in (*model.named_parameters(), *learned.items()):  # a meta step adds to what is there
+    for parameter in (*model.parameters(), *learned.values()):  # a meta step adds to what is there
         parameter.grad = torch.randn_like(parameter)
-        before[name] = parameter.grad.clone()
+        before[parameter] = parameter.grad.clone()
     got = meta_step(model, tokens, targets, config, loss_scale=0.25, rates=rates)
     torch.testing.assert_close(got, want)
     assert not got.requires_grad
     for name, parameter in model.named_parameters():
-        added = parameter.grad - before[name]
+        added = parameter.grad - before[parameter]
         torch.testing.assert_close(added, gradients[name], rtol=1e-7, atol=1e-10, msg=name)
     for name, wanted in rate_gradients.items():
-        added = learned[name].grad - before[name]
+        added = learned[name].grad - before[learned[name]]
         torch.testing.assert_close(added, wanted, rtol=1e-7, atol=1e-12, msg=name)
         assert wanted.abs().max() > 1e-6
         assert not wanted[0]  # the first block is frozen
