@@ -116,11 +116,15 @@ def test_compute_copies_follow_the_weights(data):
     assert not torch.equal(banks.up.detach(), before)
 
 
-def test_the_averages_and_the_optimiser_rest_in_the_phase(data):
-    trainer, _ = at_the_phase(run_config(data, **PHASE))
+def test_averages_optimiser_and_schedule_rest_in_the_phase(data):
+    adaptive = {"adaptive_warmdown": True, "adaptive_min_step": 4, "adaptive_every": 1}
+    config = run_config(data, **PHASE, **{f"train__{name}": value for name, value in adaptive.items()})
+    trainer, _ = at_the_phase(config)
     before = {n: v.clone() for n, v in trainer.tensors().items() if not n.startswith("model.")}
+    schedule = trainer.schedule.state_dict()
     run_steps(trainer, 3)
     assert_same(before, {n: v for n, v in trainer.tensors().items() if not n.startswith("model.")})
+    assert trainer.schedule.state_dict() == schedule
 
 
 @pytest.mark.parametrize("stop", [3, 4, 6], ids=["before", "at the border", "inside"])
