@@ -25,7 +25,7 @@ class Schedule:
         self.state = ScheduleState()
 
     def multiplier(self, step: int, elapsed: float) -> float:
-        """1 before the decay, then a half cosine that reaches 0 at the run's end, or where Reptile begins."""
+        """1 before the decay, then a half cosine that reaches 0 at the end of the run."""
         c = self.config
         if step < c.lr_hold_steps:
             return 1.0
