@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -18,6 +17,8 @@ from pgolf_fast.errors import PgolfError
 
 Arguments = TypeVar("Arguments")
 _OFF = ("none", "None", "off")
+_GROUPS = ("train.meta", "train.reptile", "train.qat")
+"""Settings that may be off altogether."""
 
 
 def parse(
@@ -73,7 +74,7 @@ def preset_and_overrides(argv: list[str], what: str = "preset") -> tuple[RunConf
     for word in words:
         name, equals, value = word.lstrip("-").partition("=")
         name = name.replace("-", "_")
-        if name in ("train.meta", "train.qat"):
+        if name in _GROUPS:
             value = value if equals else next(words, "")
             if value not in _OFF:
                 raise PgolfError(
@@ -81,8 +82,8 @@ def preset_and_overrides(argv: list[str], what: str = "preset") -> tuple[RunConf
                 )
             config = replace_field(config, name, None)
         else:
-            if re.match(r"train\.(meta|qat)\.", name):  # setting a field switches the group on
-                group = ".".join(name.split(".")[:2])
+            group = ".".join(name.split(".")[:2])
+            if group in _GROUPS and name != group:  # setting a field switches the group on
                 current = dict(flatten(config))
                 if current.get(group, ...) is None:
                     config = replace_field(config, group, {})

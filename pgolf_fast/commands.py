@@ -45,7 +45,7 @@ def train(argv: list[str]) -> int:
         ("tokens", f"{result.tokens:,}"),
         ("tokens/s", f"{rate:,.0f}"),
         ("training time", report.duration(result.seconds)),
-        ("bpb, raw weights", f"{result.raw.bpb:.4f}"),
+        ("bpb, after Reptile" if result.keeps_raw else "bpb, raw weights", f"{result.raw.bpb:.4f}"),
         ("bpb, averaged weights", f"{result.averaged.bpb:.4f}"),
         ("run folder", str(result.folder.path)),
     ]

@@ -10,14 +10,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from pgolf_fast.config.presets import tiny
 from pgolf_fast.config.schema import RunConfig, TTTConfig
 from pgolf_fast.config.serialize import flatten, replace_field
+from pgolf_fast.data.loader import make_loader
 from pgolf_fast.data.shards import write_shard
+from pgolf_fast.data.source import open_source
 from pgolf_fast.data.tokenizer import Tokenizer, train_tokenizer
+from pgolf_fast.train.loop import build_model
+from pgolf_fast.train.trainer import Trainer
+from pgolf_fast.train.world import World
 
 VOCAB = 384
+ALONE = World(0, 1, torch.device("cpu"))
 
 
 def make_dataset(folder: Path) -> Path:
@@ -110,3 +117,31 @@ def pgolf(*arguments: object, **settings: object) -> subprocess.CompletedProcess
 
 def read_json(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def make_trainer(config, world=ALONE):
+    source = open_source(config.data, config.model.vocab_size)
+    loader = make_loader(source.train_shards(), config.data, config.train, vocab_size=config.model.vocab_size)
+    return Trainer(build_model(config, source, world), config, loader, world)
+
+
+def run_steps(trainer, count):
+    losses = [trainer.advance().loss for _ in range(count)]
+    trainer.loader.close()
+    return losses
+
+
+def weights_after(config, steps=8):
+    trainer = make_trainer(config)
+    run_steps(trainer, steps)
+    return trainer
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def differs(a, b):
+    return any(not torch.equal(a[name], b[name]) for name in a)

@@ -206,6 +206,15 @@ def test_run_script_becomes_a_configuration():
     assert translated.used["VE_LAYERS"] == "model.ve_layers"
 
 
+def test_meta_learning_of_a_run_script():
+    """The variables of PR 1502's script, and of PR 1601's, which keeps the split and the delta loss."""
+    shared = "META_TTT_ENABLED=1 META_TTT_SPLIT=batch META_TTT_DELTA_WEIGHT=0.3 "
+    meta = translate(shared + "META_SGD_ENABLED=1", exp101()).config.train.meta
+    assert meta == MetaConfig(method="cross_chunk", delta_weight=0.3, slot_rates=True)
+    meta = translate(shared + "META_TTT_SAM_ENABLED=1 META_TTT_SAM_RHO=0.1", exp101()).config.train.meta
+    assert meta == MetaConfig(method="sam", delta_weight=0.3, sam_radius=0.1)
+
+
 def test_run_script_may_pass_through_impossible_states():
     """Fields that only fit together are set together, in whatever order the script has them."""
     script = "NUM_HEADS=6\nMODEL_DIM=384\nNUM_KV_HEADS=3\nTRAIN_SEQ_LEN=1024\nTRAIN_BATCH_TOKENS=524288\n"

@@ -302,6 +302,27 @@ def test_prefetcher_state_leaves_out_what_was_not_handed_out(tmp_path: Path) -> 
         assert all(same(ahead.next_batch(), batch) for batch in batches[3:])
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_size_of_batches_changes_and_no_token_is_passed_over(tmp_path: Path, rank: int) -> None:
+    shards, sizes = counting_shards(tmp_path, 500), {"seq_len": 4, "rank": rank, "world_size": 2}
+    loader = SequentialLoader(shards, micro_batch_tokens=16, **sizes)
+    with Prefetcher(loader, depth=2) as ahead:
+        assert ahead.next_batch()[0][0, 0] == 17 * rank
+        wait_for(lambda: len(ahead._ready) == 2)
+        ahead.set_batch(4)
+        for number in range(3):  # the first batches of both ranks had 17 tokens each, now it is 5
+            tokens, targets = ahead.next_batch()
+            start = 2 * 17 + (2 * number + rank) * 5
+            assert tokens.tolist() == [[*range(start, start + 4)]]
+            assert targets.tolist() == [[*range(start + 1, start + 5)]]
+        state, expected = ahead.state(), ahead.next_batch()
+    resumed = SequentialLoader(shards, micro_batch_tokens=4, **sizes)
+    resumed.load_state(state)
+    assert same(resumed.next_batch(), expected)
+    with pytest.raises(PgolfError, match=r"micro_batch_tokens 6 is not a positive multiple of .* 4"):
+        resumed.set_batch(6)
+
+
 class Failing:
     """Two batches, then an exception."""
 

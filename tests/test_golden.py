@@ -25,10 +25,12 @@ from pgolf_fast.ops import reference
 from pgolf_fast.optim.muon import Muon
 from pgolf_fast.quant.gptq import gptq
 from pgolf_fast.quant.grid import quantize_int8_rows, quantize_rows
-from pgolf_fast.train.meta import fomaml_step
+from pgolf_fast.train.meta.rates import SlotRates
+from pgolf_fast.train.meta.step import meta_step
 
 FOLDER = Path(os.environ.get("PGOLF_GOLDEN_DIR", Path(__file__).parent / "golden"))
 FILES = sorted(FOLDER.glob("*.npz"))
+RATES = {"qo": "qo_bank", "kv": "kv_bank", "up": "mlp_up_bank", "down": "mlp_down_bank"}
 PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
 
 
@@ -89,9 +91,34 @@ def check_fomaml(meta, values):
         inner_lr=meta["inner_lr"], weight=meta["loss_weight"], freeze_blocks=meta["freeze_blocks"]
     )
     tokens, targets = torch.tensor(values["input_ids"]), torch.tensor(values["target_ids"])
-    outer = fomaml_step(model, tokens, targets, config, loss_scale=meta["grad_scale"])
+    outer = meta_step(model, tokens, targets, config, loss_scale=meta["grad_scale"])
     assert abs(outer - float(values["outer_loss"])) <= 1e-5
     assert_gradients(model, values)
+
+
+def check_metasgd(meta, values):
+    given = {
+        name: [torch.tensor(values.pop(f"{kind}/meta_sgd_{short}")) for kind in ("param", "grad")]
+        for short, name in RATES.items()
+    }
+    model = golden_model(meta, values)
+    rates = SlotRates(model)
+    rates.load_state_dict({name: rate for name, (rate, _) in given.items()})
+    config = MetaConfig(
+        method="cross_chunk",
+        inner_lr=meta["inner_lr"],
+        weight=meta["loss_weight"],
+        delta_weight=meta["delta_weight"],
+        freeze_blocks=meta["freeze_blocks"],
+        slot_rates=True,
+    )
+    tokens, targets = torch.tensor(values["input_ids"]), torch.tensor(values["target_ids"])
+    outer = meta_step(model, tokens, targets, config, loss_scale=meta["grad_scale"], rates=rates)
+    assert abs(outer - float(values["outer_loss"])) <= 1e-5
+    assert_gradients(model, values)
+    for name, rate in rates.named_parameters():
+        error = (rate.grad - given[name][1]).abs().max() / given[name][1].abs().max()
+        assert error <= 1e-3, f"{name}: rates' gradient off by {error:.1e} of its maximum"
 
 
 def check_legal_ttt(meta, values):
@@ -169,6 +196,7 @@ def check_muon(meta, values):
 CHECKS = {
     "forward_": check_forward,
     "fomaml_": check_fomaml,
+    "metasgd_": check_metasgd,
     "legal_ttt_": check_legal_ttt,
     "gptq_": check_gptq,
     "muon": check_muon,
@@ -181,8 +209,6 @@ def test_there_are_golden_files():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_golden(path):
-    if path.name.startswith("metasgd_"):
-        pytest.skip("metasgd: MetaSGD rates and the delta loss (PR 1502) are not supported yet")
     check = next((check for prefix, check in CHECKS.items() if path.name.startswith(prefix)), None)
     assert check is not None, f"{path.name} has no known prefix: {', '.join(CHECKS)}"
     check(*read(path))

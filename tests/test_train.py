@@ -10,12 +10,23 @@ from dataclasses import replace
 
 import pytest
 import torch
-from runs import make_dataset, pgolf, read_json, run_config, words
+from runs import (
+    ALONE,
+    assert_same,
+    differs,
+    make_dataset,
+    make_trainer,
+    pgolf,
+    read_json,
+    run_config,
+    run_steps,
+    weights_after,
+    words,
+)
 from safetensors.torch import load_file
 
 from pgolf_fast.config.presets import exp101
 from pgolf_fast.config.schema import DataConfig
-from pgolf_fast.data.loader import make_loader
 from pgolf_fast.data.source import open_source
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.score import Stream
@@ -27,42 +38,11 @@ from pgolf_fast.train.checkpoint import load_weights, newest_checkpoint, read_we
 from pgolf_fast.train.loop import build_model, train
 from pgolf_fast.train.micro_step import compile_loss
 from pgolf_fast.train.trainer import Trainer
-from pgolf_fast.train.world import World
-
-ALONE = World(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return make_dataset(tmp_path_factory.mktemp("data"))
-
-
-def make_trainer(config, world=ALONE):
-    source = open_source(config.data, config.model.vocab_size)
-    loader = make_loader(source.train_shards(), config.data, config.train, vocab_size=config.model.vocab_size)
-    return Trainer(build_model(config, source, world), config, loader, world)
-
-
-def run_steps(trainer, count):
-    losses = [trainer.advance().loss for _ in range(count)]
-    trainer.loader.close()
-    return losses
-
-
-def weights_after(config, steps=8):
-    trainer = make_trainer(config)
-    run_steps(trainer, steps)
-    return trainer
-
-
-def assert_same(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
-
-
-def differs(a, b):
-    return any(not torch.equal(a[name], b[name]) for name in a)
 
 
 def test_a_run_leaves_everything_behind(data, tmp_path):

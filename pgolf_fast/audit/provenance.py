@@ -82,6 +82,7 @@ def _tiny(config: RunConfig) -> RunConfig:
     """The configuration at a size that trains in a second, with every switch of it as it was."""
     small = shrink(config, "tiny")
     meta = config.train.meta and replace(config.train.meta, every=2, freeze_blocks=1, above=0.0)
+    reptile = config.train.reptile and replace(config.train.reptile, share=0.5)
     train = replace(
         config.train,
         steps=_STEPS,
@@ -102,6 +103,7 @@ def _tiny(config: RunConfig) -> RunConfig:
         log_every=1,
         checkpoint_minutes=None,
         meta=meta,
+        reptile=reptile,
     )
     average = replace(config.average, ema_decay=0.8, ema_every=1, swa_every=config.average.swa_every and 2)
     evaluation = replace(config.eval, seq_len=None, stride=min(config.eval.stride, _LENGTH))

@@ -32,6 +32,10 @@ def _layers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(",") if part.strip())
 
 
+def _method(split: str) -> str:
+    return "cross_chunk" if split == "batch" else "fomaml"
+
+
 def _meta(text: str) -> MetaConfig | None:
     return MetaConfig() if _flag(text) else None
 
@@ -56,6 +60,11 @@ FIELDS: dict[str, tuple[str, Callable[[str], Value]]] = {
     "META_TTT_EVERY": ("train.meta.every", int),
     "META_TTT_LOSS_WEIGHT": ("train.meta.weight", float),
     "META_TTT_FREEZE_BLOCKS": ("train.meta.freeze_blocks", int),
+    "META_TTT_SPLIT": ("train.meta.method", _method),
+    "META_TTT_DELTA_WEIGHT": ("train.meta.delta_weight", float),
+    "META_TTT_SAM_ENABLED": ("sam", _flag),
+    "META_TTT_SAM_RHO": ("train.meta.sam_radius", float),
+    "META_SGD_ENABLED": ("train.meta.slot_rates", _flag),
     "LATE_QAT_THRESHOLD": ("train.qat.below", float),
     "DATA_PATH": ("data.path", str),
     "TOKENIZER_PATH": ("data.tokenizer", str),
@@ -170,9 +179,12 @@ def translate(script: str, base: RunConfig) -> Translation:
 def _with_values(base: RunConfig, values: dict[str, Value]) -> RunConfig:
     """`base` with all fields set at once, as some only fit together.
 
-    A batch without an accumulation count is cut into the original's eight micro-batches.
+    A batch without an accumulation count is cut into the original's eight micro-batches. PR 1601's SAM,
+    which splits the batch as PR 1502 does, is a method of its own here.
     """
     tree = run_config_to_dict(base)
+    if values.pop("sam", False):
+        values["train.meta.method"] = "sam"
     accumulation = values.pop("accumulation", 8)
     if "train.batch_tokens" in values or accumulation != 8:
         batch = values.get("train.batch_tokens", base.train.batch_tokens)

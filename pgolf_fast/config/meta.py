@@ -10,20 +10,21 @@ from pgolf_fast.config.model import need
 
 @dataclass(frozen=True, kw_only=True)
 class MetaConfig:
-    """A step of meta-learning beside the ordinary one, on the last micro-batch (first order)."""
+    """A first-order step of meta-learning beside the ordinary one, on the last micro-batch (docs/meta.md)."""
 
     method: Literal["fomaml", "cross_chunk", "sam"] = "fomaml"
     """fomaml: first halves of the sequences adapt, second halves judge (PR 1501); cross_chunk: the first half
-    of the batch adapts, the rest judges (PR 1502); sam: fomaml whose inner gradient is taken at the sharpest
-    nearby banks (PR 1601)."""
+    of the batch adapts, the rest judges (PR 1502); sam: the same, and the inner gradient is taken at the
+    sharpest nearby banks (PR 1601). A batch of one sequence is always split as by fomaml."""
     every: int = 4
     """Optimiser steps between meta steps."""
     inner_lr: float = 0.002
     """Learning rate of the inner SGD step on the banks."""
     weight: float = 0.5
-    """Weight of the outer loss."""
+    """Weight of the loss after the inner step."""
     dilute: bool = True
-    """Divide the outer loss by the number of micro-batches, as the original did."""
+    """Divide the objective by the number of micro-batches, as the originals did; False gives it the stated
+    weight."""
     freeze_blocks: int = 2
     """First blocks whose banks the inner step leaves alone."""
     above: float = 0.5
@@ -37,9 +38,20 @@ class MetaConfig:
 
     def __post_init__(self) -> None:
         need(self.every > 0, f"train.meta.every is {self.every}; it must be positive")
-        need(self.freeze_blocks >= 0, "train.meta.freeze_blocks must not be negative")
-        need(self.delta_weight >= 0, "train.meta.delta_weight must not be negative")
+        for name in ("inner_lr", "weight", "freeze_blocks", "delta_weight"):
+            value = getattr(self, name)
+            need(value >= 0, f"train.meta.{name} is {value}; it must not be negative")
         need(self.sam_radius > 0, f"train.meta.sam_radius is {self.sam_radius}; it must be positive")
+        need(
+            self.weight + self.delta_weight > 0,
+            "train.meta.weight and train.meta.delta_weight are both 0, so a meta step would change nothing: "
+            "raise one, or pass --train.meta none",
+        )
+        for name in ("delta_weight", "slot_rates"):
+            need(
+                self.inner_lr > 0 or not getattr(self, name),
+                f"train.meta.inner_lr is 0, so nothing adapts: train.meta.{name} needs it positive",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +59,8 @@ class ReptileConfig:
     """A last phase of training that moves chosen weights to where inner SGD leads (PR 296; Nichol 2018)."""
 
     share: float = 0.2
-    """Share of the run, at its end, that the phase takes."""
+    """Share of the run, at its end, that the phase takes, in what train.schedule is measured in. The
+    learning-rate schedule ends where it begins."""
     inner_steps: int = 3
     """SGD steps from the current weights, each on another segment."""
     inner_lr: float = 0.1
@@ -55,7 +68,7 @@ class ReptileConfig:
     outer_lr: float = 0.01
     """How far the weights then go towards where the inner steps led."""
     batch_seqs: int = 1
-    """Sequences of one inner step."""
+    """Sequences of one inner step, of train.seq_len tokens."""
     block_share: float = 0.25
     """The MLP matrices of this share of the blocks, the last ones, are what moves (at least one block)."""
 
@@ -65,8 +78,17 @@ class ReptileConfig:
             value = getattr(self, name)
             need(value > 0, f"train.reptile.{name} is {value}; it must be positive")
         for name in ("inner_lr", "outer_lr"):
-            need(getattr(self, name) >= 0, f"train.reptile.{name} must not be negative")
+            value = getattr(self, name)
+            need(value >= 0, f"train.reptile.{name} is {value}; it must not be negative")
         need(
             0 < self.block_share <= 1,
             f"train.reptile.block_share is {self.block_share}; it must be above 0 and at most 1",
         )
+
+    def blocks(self, layers: int) -> int:
+        """How many of that many blocks move."""
+        return max(1, int(self.block_share * layers + 1e-9))  # a share like 0.29 of 100 is a little below 29
+
+    def steps(self, steps: int) -> int:
+        """How many of that many steps are the phase's, in a schedule measured in steps."""
+        return round(self.share * steps)

@@ -203,6 +203,13 @@ class TrainConfig:
             self.meta is None or self.seq_len % 2 == 0,
             f"train.meta splits sequences in halves: train.seq_len {self.seq_len} must be even",
         )
+        need(
+            self.reptile is None
+            or self.schedule == "time"
+            or 0 < self.reptile.steps(self.steps) < self.steps,
+            f"train.reptile needs a step, and one before it: train.reptile.share of train.steps {self.steps} "
+            "leaves none; change one of them",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -447,3 +454,9 @@ class RunConfig:
             meta is None or meta.freeze_blocks <= self.model.num_layers,
             f"train.meta.freeze_blocks exceeds the model's {self.model.num_layers} layers",
         )
+        for name in ("delta_weight", "slot_rates"):
+            need(
+                meta is None or meta.freeze_blocks < self.model.num_layers or not getattr(meta, name),
+                f"train.meta.freeze_blocks freezes all {self.model.num_layers} layers, so nothing adapts: "
+                f"train.meta.{name} needs one that does",
+            )

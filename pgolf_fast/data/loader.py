@@ -202,11 +202,8 @@ class _Loader:
     kind = ""
 
     def __init__(self, stream: _Stream, *, micro_batch_tokens: int, seq_len: int, rank: int, world_size: int):
-        if seq_len < 1 or micro_batch_tokens < 1 or micro_batch_tokens % seq_len:
-            raise PgolfError(
-                f"train.micro_batch_tokens {micro_batch_tokens} is not a positive multiple of train.seq_len "
-                f"{seq_len}"
-            )
+        self._seq_len = seq_len
+        self.set_batch(micro_batch_tokens)
         if not 0 <= rank < world_size:
             raise PgolfError(
                 f"rank {rank} does not exist: with world_size {world_size} it is 0 to {world_size - 1}"
@@ -217,10 +214,17 @@ class _Loader:
                 f"sequence of {seq_len} needs {seq_len + 1}; use a shorter train.seq_len or more text"
             )
         self._stream = stream
-        self._seq_len = seq_len
-        self._span = micro_batch_tokens + 1
         self._rank = rank
         self._world_size = world_size
+
+    def set_batch(self, micro_batch_tokens: int) -> None:
+        """From the next batch on, that many tokens each. Raises `PgolfError` unless these are sequences."""
+        if self._seq_len < 1 or micro_batch_tokens < 1 or micro_batch_tokens % self._seq_len:
+            raise PgolfError(
+                f"train.micro_batch_tokens {micro_batch_tokens} is not a positive multiple of train.seq_len "
+                f"{self._seq_len}"
+            )
+        self._span = micro_batch_tokens + 1
 
     def next_batch(self) -> Batch:
         """Inputs and targets, two int64 tensors of shape (micro_batch_tokens // seq_len, seq_len)."""
@@ -378,6 +382,12 @@ class Prefetcher:
         self._halt()
         self._loader.load_state(state)
         self._state = self._loader.state()
+
+    def set_batch(self, micro_batch_tokens: int) -> None:
+        """From the next batch on, that many tokens each; no token is passed over for it."""
+        self._halt()
+        self._loader.set_batch(micro_batch_tokens)
+        self._loader.load_state(self._state)
 
     def _halt(self) -> None:
         with self._change:

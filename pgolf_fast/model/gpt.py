@@ -264,10 +264,12 @@ class GPT(nn.Module):
         *,
         last: int | None = None,
         context: int | None = None,
+        feed: Feed | None = None,
     ) -> Tensor:
         """Final normalised states, (B, T) -> (B, T, D), or with `last` of the last positions, (B, last, D).
 
         `context` is the length for which positions are encoded (default T), as if tokens followed up to it.
+        `feed` stands in for the blocks' own MLP.
         """
         banks = banks or self.banks()
         cos, sin = rope_tables(self.config, tokens.shape[1], tokens.device, context)
@@ -290,18 +292,24 @@ class GPT(nn.Module):
             )
 
         x = self.smear(self.embed(tokens))
-        return self.trunk(x, self.value_embeddings(tokens), banks, attend, observer, last)
+        return self.trunk(x, self.value_embeddings(tokens), banks, attend, observer, last, feed)
 
     def token_losses(
-        self, tokens: Tensor, targets: Tensor, banks: Banks | None = None, *, context: int | None = None
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        banks: Banks | None = None,
+        *,
+        context: int | None = None,
+        feed: Feed | None = None,
     ) -> Tensor:
         """Cross-entropy in nats of the targets of the last W positions, (B, T) and (B, W) -> (B, W) float32.
 
         Nothing is computed that only other positions need: in the last block their queries, output projection
-        and MLP, and their logits. `context` is as in `hidden`.
+        and MLP, and their logits. `context` and `feed` are as in `hidden`.
         """
         last = None if targets.shape[1] == tokens.shape[1] else targets.shape[1]
-        hidden = self.hidden(tokens, banks, last=last, context=context)
+        hidden = self.hidden(tokens, banks, last=last, context=context, feed=feed)
         head = self.tok_emb.weight.to(self.compute_dtype)
         return ops.softcap_cross_entropy(hidden, head, targets, self.config.logit_softcap)
 

@@ -13,12 +13,23 @@ from pgolf_fast.optim.sharding import Sharding
 
 
 class Optimizer:
-    """All parameters of a GPT, updated with one learning-rate multiplier (PR 1501)."""
+    """All parameters of a GPT, updated with one learning-rate multiplier (PR 1501).
 
-    def __init__(self, model: GPT, config: OptimConfig, sharding: Sharding | None = None):
-        self.config, self.model = config, model
-        self._names = {id(p): name for name, p in model.named_parameters()}
-        self.parameters = list(model.parameters())
+    `extra` are parameters by name that are not the model's and learn as its small ones do, clipped with them
+    and by AdamW, but only at steps that gave them a gradient.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        config: OptimConfig,
+        sharding: Sharding | None = None,
+        extra: dict[str, nn.Parameter] | None = None,
+    ):
+        self.config, self.model, self._extra = config, model, extra or {}
+        named = {**dict(model.named_parameters()), **self._extra}
+        self._names = {id(p): name for name, p in named.items()}
+        self.parameters = list(named.values())
         self.muon = Muon(
             dict(zip(BANK_NAMES, model.bank_parameters(), strict=True)),
             weight_decay=config.weight_decay,
@@ -27,7 +38,7 @@ class Optimizer:
         )
         tables = model.tables()
         taken = {id(p) for p in (*tables, *model.bank_parameters())}
-        scalars = [p for p in model.parameters() if id(p) not in taken]
+        scalars = [p for p in self.parameters if id(p) not in taken]
         # one group a dtype: the fused kernel wants them alike
         groups = [{"params": [table], "base_lr": config.embed_lr} for table in tables]
         groups.append({"params": scalars, "base_lr": config.scalar_lr})
@@ -71,10 +82,12 @@ class Optimizer:
             self.model.shadows_written()
 
     def zero_grad(self) -> None:
-        """Clear gradients in place: gradient banks keep their address."""
-        for parameter in self.parameters:
+        """Clear gradients in place: gradient banks keep their address. Extra parameters lose theirs."""
+        for parameter in self.model.parameters():
             if parameter.grad is not None:
                 parameter.grad.zero_()
+        for parameter in self._extra.values():
+            parameter.grad = None
 
     def state(self) -> dict[str, Tensor]:
         """Every optimiser tensor by name."""

@@ -40,12 +40,20 @@ class Schedule:
             return 1.0
         return 0.5 * (1 + math.cos(math.pi * min((position - start) / max(end - start, 1e-9), 1.0)))
 
+    def over(self, step: int, elapsed: float) -> bool:
+        """Whether the decay has come to its end, where the Reptile phase begins if there is one."""
+        position, end, _ = self._position(step, elapsed)
+        return position >= end
+
     def _position(self, step: int, elapsed: float) -> tuple[float, float, float]:
-        """Where the run is, where it ends, and how far a step goes, in the schedule's measure."""
-        if self.config.schedule == "time":
-            assert self.config.max_seconds is not None
-            return elapsed, self.config.max_seconds, elapsed / max(step, 1)
-        return float(step), float(self.config.steps), 1.0
+        """Where the run is, where the decay ends, and how far a step goes, in the schedule's measure."""
+        c = self.config
+        if c.schedule == "time":
+            assert c.max_seconds is not None
+            share = 0.0 if c.reptile is None else c.reptile.share
+            return elapsed, (1 - share) * c.max_seconds, elapsed / max(step, 1)
+        steps = c.steps if c.reptile is None else c.steps - c.reptile.steps(c.steps)
+        return float(step), float(steps), 1.0
 
     def observe(self, step: int, loss: float, elapsed: float) -> bool:
         """Look at this step's training loss; True on the step at which the decay is triggered."""

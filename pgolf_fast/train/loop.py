@@ -32,7 +32,10 @@ from pgolf_fast.train.world import World, choose_kernels, environment, join_worl
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Where the run is and what it reached."""
+    """Where the run is and what it reached: with its weights as the last step left them, and their average.
+
+    The average is what the run folder keeps, unless a Reptile phase started from it and left the raw weights.
+    """
 
     folder: RunFolder
     steps: int
@@ -41,6 +44,7 @@ class TrainResult:
     raw: Score
     averaged: Score
     is_main: bool
+    keeps_raw: bool = False
 
 
 def train(config: RunConfig, out: Path, *, resume: bool = False) -> TrainResult:
@@ -149,7 +153,7 @@ class _Run:
         self.loader = loader
         self.trainer = Trainer(self.model, config, loader, world)
         self.metrics = report.MetricsWriter(folder.metrics_file if world.is_main else None)
-        self.log = StepLog(config.train, self.trainer.tokens_per_step, world)
+        self.log = StepLog(config.train, world)
 
     def run(self, resume: bool, changed: list[str]) -> TrainResult:
         try:
@@ -205,6 +209,7 @@ class _Run:
         while not done:
             start = time.perf_counter()
             pending = t.launch()
+            self._note_reptile()
             for earlier, _, _ in unread:
                 earlier.need_finite()  # waits, within the measured time
             # one clock for all ranks: learning rate, switches and checkpoints depend on it
@@ -215,12 +220,35 @@ class _Run:
             save = c.checkpoint_minutes is not None and t.elapsed - last_save >= 60 * c.checkpoint_minutes
             while len(unread) > (0 if done or validate or save else lag):
                 self._read(*unread.popleft(), last=done and not unread)
+            if t.rates is not None and (done or t.step % c.log_every == 0):
+                self.metrics.write("slot_rates", step=t.step, **t.rates.values())
             if validate:
-                self._validate("raw weights")
+                self._validate(self._raw_name)
             if save:
                 self._save()
                 last_save = t.elapsed
         self._save()
+
+    def _note_reptile(self) -> None:
+        """Say so when the step just launched is the first of the Reptile phase."""
+        t = self.trainer
+        if t.reptile is not None and t.reptile_from == t.step - 1:
+            report.logger.info(
+                "step %d: Reptile from here: from the averaged weights (%s), the MLP of blocks %d to %d",
+                t.step,
+                self._average_name,
+                t.reptile.first,
+                self.config.model.num_layers - 1,
+            )
+
+    @property
+    def _raw_name(self) -> str:
+        return "after Reptile" if self.trainer.in_reptile else "raw weights"
+
+    @property
+    def _average_name(self) -> str:
+        average = self.trainer.average
+        return f"mean of {average.swa_count} EMA snapshots" if average.final() is average.swa else "EMA"
 
     def _read(self, pending: PendingStep, step: int, elapsed: float, *, last: bool) -> None:
         """Wait for a step's numbers, and write them down."""
@@ -248,23 +276,35 @@ class _Run:
 
     def _finish(self) -> TrainResult:
         t = self.trainer
-        raw = self._validate("raw weights")
+        self._sum_up()
+        raw, left = self._validate(self._raw_name), {n: v.clone() for n, v in self.model.state_dict().items()}
         final = {name: value.to(self.world.device) for name, value in t.average.final().items()}
         load_weights(self.model, final, "the average")
-        kind = (
-            f"mean of {t.average.swa_count} EMA snapshots"
-            if final and t.average.final() is t.average.swa
-            else "EMA"
-        )
-        averaged = self._validate(kind)
+        averaged = self._validate(self._average_name)
+        if t.in_reptile:  # the average is where it began
+            load_weights(self.model, left, "the last step")
         if self.world.is_main:
             self.folder.retire(self.folder.quantized_file, self.folder.artifact_file)
+            kind = self._raw_name if t.in_reptile else self._average_name
             story = {"step": t.step, "weights": kind, "config": run_config_to_dict(self.config)}
-            save_tensors(self.folder.model_file, self.model.state_dict(), story)  # what was just validated
+            save_tensors(self.folder.model_file, self.model.state_dict(), story)  # as validated
             report.logger.info("wrote %s", self.folder.model_file)
         self.world.barrier()
-        tokens = t.step * t.tokens_per_step
-        return TrainResult(self.folder, t.step, tokens, t.elapsed, raw, averaged, self.world.is_main)
+        ends = (raw, averaged, self.world.is_main, t.in_reptile)
+        return TrainResult(self.folder, t.step, t.tokens, t.elapsed, *ends)
+
+    def _sum_up(self) -> None:
+        """What is to be said of meta-learning when the run has ended."""
+        t = self.trainer
+        if t.rates is not None:
+            report.logger.info("slot rates of the inner step: %s", t.rates.summary())
+        if t.reptile is not None and not t.in_reptile:
+            report.logger.warning(
+                "the run ended at step %d, %s, before its Reptile phase, which train.schedule %s puts later",
+                t.step,
+                report.duration(t.elapsed),
+                self.config.train.schedule,
+            )
 
 
 def _lag(world: World) -> int:

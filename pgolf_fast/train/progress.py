@@ -16,9 +16,9 @@ from pgolf_fast.train.world import World
 class StepLog:
     """Step, loss, tokens/s, ms/step, time left and memory, at the configured interval."""
 
-    def __init__(self, config: TrainConfig, tokens_per_step: int, world: World):
-        self.config, self.tokens_per_step, self.world = config, tokens_per_step, world
-        self._since = (0, 0.0)
+    def __init__(self, config: TrainConfig, world: World):
+        self.config, self.world = config, world
+        self._since, self._tokens = (0, 0.0), 0
 
     def start_at(self, step: int, elapsed: float) -> None:
         """Measure from here: the steps before were another process's."""
@@ -30,19 +30,20 @@ class StepLog:
             report.logger.info(
                 "step %d: training loss has stopped improving; learning rate decays from here", step
             )
+        self._tokens += result.tokens
         if not (step == 1 or step % self.config.log_every == 0 or last):
             return
         steps, seconds = step - self._since[0], elapsed - self._since[1]
-        self._since = (step, elapsed)
-        pace = seconds / max(steps, 1)
+        pace, rate = seconds / max(steps, 1), self._tokens / max(seconds, 1e-9)
+        self._since, self._tokens = (step, elapsed), 0
         report.logger.info(
-            "step %d/%d  loss %.4f  lr x%.3f%s  %s tok/s  %.0f ms/step  %s elapsed, ETA %s  %d MiB",
+            "step %d/%d  loss %.4f  %s%s  %s tok/s  %.0f ms/step  %s elapsed, ETA %s  %d MiB",
             step,
             self.config.steps,
             result.loss,
-            result.multiplier,
+            "reptile" if result.reptile else f"lr x{result.multiplier:.3f}",
             "  int6" if result.qat else "",
-            f"{self.tokens_per_step / max(pace, 1e-9):,.0f}",
+            f"{rate:,.0f}",
             1e3 * pace,
             report.duration(elapsed),
             report.duration(self._time_left(step, elapsed, pace)),

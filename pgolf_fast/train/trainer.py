@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.model.gpt import GPT
@@ -17,7 +18,9 @@ from pgolf_fast.optim.schedule import Schedule
 from pgolf_fast.optim.sharding import Sharding, mean_gradients
 from pgolf_fast.quant.fake import make_fake
 from pgolf_fast.train.checkpoint import load_weights
-from pgolf_fast.train.meta import fomaml_step
+from pgolf_fast.train.meta.rates import SlotRates
+from pgolf_fast.train.meta.reptile import Reptile
+from pgolf_fast.train.meta.step import meta_step
 from pgolf_fast.train.micro_step import DirectStep, GraphStep, LossFunction, MicroStep
 from pgolf_fast.train.world import World
 
@@ -28,6 +31,7 @@ class Loader(Protocol):
     def next_batch(self) -> tuple[Tensor, Tensor]: ...
     def state(self) -> dict[str, Any]: ...
     def load_state(self, state: dict[str, Any]) -> None: ...
+    def set_batch(self, micro_batch_tokens: int) -> None: ...
 
 
 class NonFiniteError(RuntimeError):
@@ -36,7 +40,7 @@ class NonFiniteError(RuntimeError):
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step reports: numbers for the log."""
+    """What one step reports: numbers for the log. In the Reptile phase: means of inner steps."""
 
     loss: float
     multiplier: float
@@ -44,6 +48,8 @@ class StepResult:
     qat: bool
     meta_loss: float | None
     decay_triggered: bool
+    tokens: int
+    reptile: bool
 
 
 class PendingStep:
@@ -52,6 +58,8 @@ class PendingStep:
     def __init__(self, trainer: Trainer, numbers: Tensor, meta: bool, multiplier: float):
         self._trainer, self._meta, self._multiplier = trainer, meta, multiplier
         self._step, self._elapsed, self._qat = trainer.step, trainer.elapsed, trainer.qat
+        self._reptile = trainer.in_reptile
+        self._tokens = trainer.tokens_per_outer_step if self._reptile else trainer.tokens_per_step
         self._event: torch.cuda.Event | None = None
         self._numbers = numbers
         if numbers.is_cuda:
@@ -73,9 +81,16 @@ class PendingStep:
     def result(self) -> StepResult:
         """The numbers, after a look at the adaptive decay. Raises NonFiniteError as `need_finite` does."""
         loss, norm, meta_loss = self.need_finite()
-        triggered = self._trainer.schedule.observe(self._step, loss, self._elapsed)
+        triggered = not self._reptile and self._trainer.schedule.observe(self._step, loss, self._elapsed)
         return StepResult(
-            loss, self._multiplier, norm, self._qat, meta_loss if self._meta else None, triggered
+            loss=loss,
+            multiplier=self._multiplier,
+            grad_norm=norm,
+            qat=self._qat,
+            meta_loss=meta_loss if self._meta else None,
+            decay_triggered=triggered,
+            tokens=self._tokens,
+            reptile=self._reptile,
         )
 
 
@@ -85,7 +100,12 @@ class Trainer:
     def __init__(self, model: GPT, config: RunConfig, loader: Loader, world: World):
         self.model, self.config, self.loader, self.world = model, config, loader, world
         self.sharding = Sharding(world.rank, world.world_size)
-        self.optimizer = Optimizer(model, config.optim, self.sharding)
+        meta, reptile = config.train.meta, config.train.reptile
+        self.rates = SlotRates(model) if meta is not None and meta.slot_rates else None
+        self.reptile = None if reptile is None else Reptile(model, reptile)
+        self.reptile_from: int | None = None
+        """Steps before the Reptile phase, once it has begun."""
+        self.optimizer = Optimizer(model, config.optim, self.sharding, self._rates())
         self.schedule = Schedule(config.train)
         self.average = WeightAverage(model, config.average)
         self.micro_steps = max(
@@ -98,8 +118,26 @@ class Trainer:
         model.allocate_gradient_banks()
 
     @property
+    def in_reptile(self) -> bool:
+        return self.reptile_from is not None
+
+    @property
     def tokens_per_step(self) -> int:
+        """Tokens of a step before the Reptile phase, over all ranks."""
         return self.micro_steps * self.config.train.micro_batch_tokens * self.world.world_size
+
+    @property
+    def tokens_per_outer_step(self) -> int:
+        """Tokens of a step of the Reptile phase, over all ranks."""
+        train = self.config.train
+        segments = 0 if train.reptile is None else train.reptile.inner_steps * train.reptile.batch_seqs
+        return segments * train.seq_len * self.world.world_size
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all steps so far, over all ranks."""
+        plain = self.step if self.reptile_from is None else self.reptile_from
+        return plain * self.tokens_per_step + (self.step - plain) * self.tokens_per_outer_step
 
     def advance(self) -> StepResult:
         """One optimiser step, and its numbers. Raises NonFiniteError when one of them is not finite."""
@@ -112,6 +150,8 @@ class Trainer:
         made, and `PendingStep.result` raises.
         """
         train = self.config.train
+        if self.reptile is not None and (self.in_reptile or self.schedule.over(self.step, self.elapsed)):
+            return self._outer_step(self.reptile)
         multiplier = self.schedule.multiplier(self.step, self.elapsed)
         if train.qat is not None and multiplier < train.qat.below:
             self.qat = True
@@ -123,24 +163,57 @@ class Trainer:
         )
         norm = self.optimizer.clip()
         meta_number = torch.zeros_like(loss) if meta_loss is None else meta_loss
-        numbers = torch.stack([number.double() for number in (loss, norm, meta_number)])
-        pending = PendingStep(self, self.world.mean_(numbers), meta_loss is not None, multiplier)
-        if self.world.device.type == "cpu":
-            pending.need_finite()
+        pending = self._pending((loss, norm, meta_number), meta_loss is not None, multiplier)
         self.optimizer.step(self.step, multiplier)
         self.optimizer.zero_grad()
         self.step += 1
         self.average.update(self.step, multiplier)
         return pending
 
+    def _pending(self, numbers: tuple[Tensor, ...], meta: bool, multiplier: float) -> PendingStep:
+        """The step's numbers, as means over ranks, on their way; on the CPU they must be finite."""
+        means = self.world.mean_(torch.stack([number.double() for number in numbers]))
+        pending = PendingStep(self, means, meta, multiplier)
+        if self.world.device.type == "cpu":
+            pending.need_finite()
+        return pending
+
+    def _outer_step(self, reptile: Reptile) -> PendingStep:
+        """One step of the Reptile phase, in which the schedule and the averages have no part any more."""
+        if not self.in_reptile:
+            load_weights(self.model, self.average.final(), "the average")
+            self._read_segments_from(self.step)
+        batches = (self._next_batch() for _ in range(reptile.config.inner_steps))
+        way = reptile.adapt(batches, self._rounding())
+        mean_gradients(way.ends, self.world.world_size)
+        pending = self._pending((way.loss, way.grad_norm, torch.zeros_like(way.loss)), False, 0.0)
+        reptile.move(way.ends)
+        self.step += 1
+        return pending
+
+    def _read_segments_from(self, step: int) -> None:
+        assert self.reptile is not None
+        self.reptile_from = step
+        self.loader.set_batch(self.reptile.config.batch_seqs * self.config.train.seq_len)
+
+    def _next_batch(self) -> tuple[Tensor, Tensor]:
+        tokens, targets = self.loader.next_batch()
+        device = self.world.device
+        return tokens.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+
+    def _rounding(self) -> Callable[[Tensor], Tensor] | None:
+        """What forward does to the banks: fake quantisation once it is switched on."""
+        qat = self.config.train.qat
+        if not self.qat or qat is None or not qat.banks:
+            return None
+        return make_fake(self.config.quant.bits, self.config.quant.scale_floor)
+
     def _accumulate(self) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of the whole batch; its mean loss on this rank, and the last micro-batch."""
-        qat = self.config.train.qat
-        fake = make_fake(self.config.quant.bits, self.config.quant.scale_floor)
-        banks = self.model.banks(fake if self.qat and qat is not None and qat.banks else None)
+        banks = self.model.banks(self._rounding())
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for _ in range(self.micro_steps):
-            tokens, targets = (t.to(self.world.device, non_blocking=True) for t in self.loader.next_batch())
+            tokens, targets = self._next_batch()
             total += self.micro_step(self.loss_function, tokens, targets, banks).double()
         return total / self.micro_steps, tokens, targets
 
@@ -149,7 +222,7 @@ class Trainer:
         if meta is None or self.step % meta.every != 0 or multiplier <= meta.above:
             return None
         scale = 1 / self.micro_steps if meta.dilute else 1.0
-        return fomaml_step(self.model, tokens, targets, meta, loss_scale=scale)
+        return meta_step(self.model, tokens, targets, meta, loss_scale=scale, rates=self.rates)
 
     def _mask_frozen_skips(self) -> None:
         frozen, gradient = self.config.model.frozen_skips, self.model.skip_weights.grad
@@ -168,7 +241,12 @@ class Trainer:
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that a step changes."""
         weights = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        return {**weights, **self.optimizer.state(), **self.average.state()}
+        rates = {name: rate.detach() for name, rate in self._rates().items()}
+        return {**weights, **rates, **self.optimizer.state(), **self.average.state()}
+
+    def _rates(self) -> dict[str, nn.Parameter]:
+        named = () if self.rates is None else self.rates.named_parameters()
+        return {f"slot_rates.{name}": rate for name, rate in named}
 
     def story(self) -> dict[str, Any]:
         """Everything else that a step changes, as JSON values."""
@@ -177,6 +255,7 @@ class Trainer:
             "elapsed": self.elapsed,
             "qat": self.qat,
             "swa_count": self.average.swa_count,
+            "reptile_from": self.reptile_from,
             "schedule": self.schedule.state_dict(),
             "loader": self.loader.state(),
         }
@@ -187,8 +266,12 @@ class Trainer:
         """Continue from `tensors` and `story`. Raises PgolfError when they belong to another model."""
         weights = {name[6:]: value for name, value in tensors.items() if name.startswith("model.")}
         load_weights(self.model, weights, origin)
+        for name, rate in self._rates().items():
+            rate.data.copy_(tensors[name])
         self.optimizer.load_state(tensors)
         self.average.load_state(tensors, story["swa_count"])
         self.schedule.load_state(story["schedule"])
+        if story.get("reptile_from") is not None:  # which earlier versions did not write
+            self._read_segments_from(story["reptile_from"])
         self.loader.load_state(story["loader"])
         self.step, self.elapsed, self.qat = story["step"], story["elapsed"], story["qat"]
