@@ -189,6 +189,13 @@ def seeds(argv: list[str]) -> int:
     return compare(argv)
 
 
+def ablate(argv: list[str]) -> int:
+    """pgolf ablate PRESET --flip FIELD=VALUE ... [--flip ...] [--seeds N ...] [--budget steps|time|both]"""
+    from pgolf_fast.ablate_commands import ablate as run
+
+    return run(argv)
+
+
 def audit(argv: list[str]) -> int:
     """pgolf audit RUN_OR_ARTIFACT [--tokens N] [--only C1 C2 ...] [--json FILE] [--ttt.field value]"""
     from pgolf_fast.audit_commands import audit as run
