@@ -128,7 +128,7 @@ def _statement(
         "- What a hash table or a meta step is worth may change with size and with training.",
         "- Seeds are of the initial weights. All runs read the same text in the same order and are scored on",
         "  one text. Intervals over seeds do not cover other text; those over documents, not other seeds.",
-        f"- With {len(settings['seeds'])} seeds Student's interval is wide: what it does not show may be there.",
+        f"- With {len(settings['seeds'])} seeds intervals are wide: what they do not show may be there.",
         "- FOMAML has the share of the work that it had: every 32nd step here, every 4th on one of 8",
         "  micro-batches there. That is 8 times fewer meta steps, each of 8 times the weight.",
         "- Windows are of 256 tokens here and of 2,048 there: what sliding them gains depends on that.",

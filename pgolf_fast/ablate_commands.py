@@ -111,8 +111,6 @@ def split_flips(argv: list[str]) -> tuple[list[str], list[list[str]]]:
         else:
             inside = False
             words.append(word)
-    if empty := [f for f in flips if not f]:
-        raise PgolfError(
-            f"--flip without FIELD=VALUE ({len(empty)} times): write it like --flip train.meta=none"
-        )
+    if not all(flips):
+        raise PgolfError("--flip has no FIELD=VALUE: write it like --flip train.meta=none")
     return words, flips
