@@ -5,15 +5,14 @@
 Five parts, each resumable and each alone with --parts; finished runs are not repeated:
 
 steps    the baseline and its variants with each seed, all with the same number of steps
-measure  what a step of each variant costs, in turn with the baseline; alone, on a quiet machine
+measure  what a step of each kind costs, one after the other in this process; on a quiet machine
 time     the variant without FOMAML with as many steps more as its cheaper steps leave time for
 ttt      test-time training on the artifacts, beside sliding windows without it
 report   systems.json, systems.png and systems.txt
 
 Equal time is not raced for. A race on a machine that does other things measures those, and its runs could not
-share the cores. Instead the measured ratio of costs says how many steps the variant gets, and it runs with
-that number: the same comparison, which anyone can repeat. FOMAML costs only while it acts, which is until the
-learning rate has fallen to train.meta.above of its start; that share of the steps is counted.
+share the cores. Instead it is measured how many plain steps a step with FOMAML is worth, side by side. The
+variant gets that many more for each that the baseline has: the same comparison, which anyone can repeat.
 
 Bits per byte throughout; a negative difference is better. Intervals are 95 %: Student's t over seeds, paired,
 and for each seed the paired bootstrap over documents.
@@ -43,6 +42,7 @@ from pgolf_fast.ablation.table import Run, make_rows, read_runs, to_dict
 from pgolf_fast.ablation.worker import end_with_parent
 from pgolf_fast.bench.store import provenance
 from pgolf_fast.config.adapters import adapters
+from pgolf_fast.config.flip import flip
 from pgolf_fast.config.presets import small
 from pgolf_fast.config.schema import RunConfig, TTTConfig
 from pgolf_fast.data.loader import make_loader
@@ -65,7 +65,7 @@ QUESTIONS = {
     NO_META: "(c) without FOMAML",
 }
 SGD, LORA = "sgd-as-run", "lora"
-ROUNDS = 12  # of measuring; one is as many steps of each variant as lie between two meta steps
+PLAIN, META_STEP, ROUNDS = "plain step", "step with FOMAML", 20  # of measuring
 
 
 def main() -> None:
@@ -118,7 +118,7 @@ class Study:
         self.base = replace(base, data=data)
         self.source = open_source(data, base.model.vocab_size)
         self.fingerprint = fingerprint(self.source)
-        self.variants = make_variants(self.base, [[word] for word in FLIPS])
+        self.variants = make_variants(self.base, [name.split("+") for name in FLIPS])
         self.cost_file = self.runs / "cost.json"
 
     def jobs(self, variants: list[Variant], steps: int, folder: str = "") -> list[Job]:
@@ -132,7 +132,7 @@ class Study:
     def time_jobs(self) -> list[Job]:
         """Of the variant without FOMAML. Raises PgolfError before costs are measured."""
         without = [variant for variant in self.variants if variant.name == NO_META]
-        jobs = self.jobs(without, self.equal_time_steps(NO_META), "equal_time")
+        jobs = self.jobs(without, self.equal_time_steps(), "equal_time")
         return [replace(job, budget="time") for job in jobs]
 
     def steps(self) -> None:
@@ -152,62 +152,44 @@ class Study:
     # What a step costs
 
     def measure(self) -> None:
-        """Milliseconds a step of each variant, block by block in turn, and ratios to the baseline.
+        """Milliseconds of one step of each kind, in turn, and how many plain steps each is worth.
 
-        A block is as long as the meta step is rare, so that one of the baseline has one meta step.
+        A plain step is one without FOMAML; the baseline's others are like it, but for every 32nd.
         """
         keep_freed_memory()
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, torch.get_num_threads() // self.arguments.workers))
         choose_kernels(self.base.kernels, torch.device("cpu"))
-        meta = self.base.train.meta
-        assert meta is not None
-        block = meta.every
-        trainers = {variant.name: self._trainer(variant.config) for variant in self.variants}
-        blocks: dict[str, list[float]] = {name: [] for name in trainers}
-        for number in range(ROUNDS + 1):
+        kinds = {PLAIN: flip(self.base, [NO_META]), META_STEP: flip(self.base, ["train.meta.every=1"])}
+        kinds |= {name: flip(kinds[PLAIN], [name]) for name in (NO_SPLIT, NO_TRIGRAM)}
+        trainers = {name: self._trainer(config) for name, config in kinds.items()}
+        seconds: dict[str, list[float]] = {name: [] for name in trainers}
+        for number in range(ROUNDS + 2):
             for name, trainer in trainers.items():
                 begin = time.perf_counter()
-                for _ in range(block):
-                    trainer.advance()
-                blocks[name].append(time.perf_counter() - begin)
-            report.logger.info("%d of %d", number, ROUNDS)
+                trainer.advance()
+                if number >= 2:  # the first ones warm up
+                    seconds[name].append(time.perf_counter() - begin)
         for trainer in trainers.values():
             trainer.loader.close()
-        found = {}
-        for name, seconds in blocks.items():
-            ratios = np.array(seconds[1:]) / np.array(blocks[BASELINE][1:])  # the first warms up
+        cost = {}
+        for name, taken in seconds.items():
+            ratios = np.array(taken) / np.array(seconds[PLAIN])
             low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75)).tolist()
-            found[name] = {
-                "ms_per_step": 1e3 * statistics.median(seconds[1:]) / block,
-                "of_baseline": middle,
-                "quartiles": [low, high],
-            }
-        story = {
-            "threads": torch.get_num_threads(),
-            "block": block,
-            "rounds": ROUNDS,
-            "cost": found,
-            "seconds": blocks,
-        }
-        write_text(self.cost_file, json.dumps({**story, **provenance()}, indent=2) + "\n")
+            ms = 1e3 * statistics.median(taken)
+            cost[name] = {"ms": ms, "plain_steps": middle, "quartiles": [low, high]}
+        story = {"threads": torch.get_num_threads(), "cost": cost, "seconds": seconds, **provenance()}
+        write_text(self.cost_file, json.dumps(story, indent=2) + "\n")
         rows = [
-            (
-                name,
-                f"{c['ms_per_step']:.1f}",
-                f"{c['of_baseline']:.4f}",
-                "{:.4f} to {:.4f}".format(*c["quartiles"]),
-            )
-            for name, c in found.items()
+            (name, f"{c['ms']:.1f}", f"{c['plain_steps']:.3f}", *(f"{q:.3f}" for q in c["quartiles"]))
+            for name, c in cost.items()
         ]
-        report.logger.info(
-            "%s", report.table(rows, ("variant", "ms/step", "of baseline", "quartile", "quartile"))
-        )
+        report.logger.info("%s", report.table(rows, ("step", "ms", "of plain", "quartile", "quartile")))
 
     def _trainer(self, config: RunConfig) -> Trainer:
         world = World(0, 1, torch.device("cpu"))
         dtype = str(resolve_dtype(config.train.compute_dtype, world.device)).removeprefix("torch.")
-        # the learning rate is far from falling, so that FOMAML acts throughout
+        # so many steps that the learning rate does not fall yet, and FOMAML acts
         train = replace(config.train, schedule="steps", steps=10**6, max_seconds=None, compute_dtype=dtype)
         config = replace(config, train=train)
         size = config.model.vocab_size
@@ -219,18 +201,17 @@ class Study:
             raise PgolfError(f"{self.cost_file} does not exist: run --parts measure on a quiet machine")
         return json.loads(self.cost_file.read_text(encoding="utf-8"))
 
-    def equal_time_steps(self, name: str) -> int:
-        """Steps that the variant has time for while the baseline makes --steps of them."""
-        steps = self.arguments.steps
-        return round(steps * (1 + self.acting_share() * (1 / self.cost()["cost"][name]["of_baseline"] - 1)))
+    def equal_time_steps(self) -> int:
+        """Plain steps in the time of the baseline's run."""
+        worth = self.cost()["cost"][META_STEP]["plain_steps"]
+        return round(self.arguments.steps + self.meta_steps() * (worth - 1))
 
-    def acting_share(self) -> float:
-        """The share of the baseline's steps within which FOMAML acts."""
+    def meta_steps(self) -> int:
+        """How often FOMAML acts in a run of the baseline."""
         train = next(job.config.train for job in self.step_jobs if job.variant == BASELINE)
         schedule, meta = Schedule(train), train.meta
         assert meta is not None
-        every = range(0, train.steps, meta.every)
-        return sum(schedule.multiplier(step, 0.0) > meta.above for step in every) / len(every)
+        return sum(schedule.multiplier(step, 0.0) > meta.above for step in range(0, train.steps, meta.every))
 
     # Test-time training
 
@@ -261,8 +242,8 @@ class Study:
         if self.cost_file.is_file() and (later := read_runs(self.time_jobs)):
             base = [Run(replace(r.job, budget="time"), r.result) for r in runs if r.job.variant == BASELINE]
             timed = [row for row in make_rows([*base, *later]) if row.variant != BASELINE]
-            cost = self.cost()["cost"][NO_META]
-            timing = Timing(timed, cost["of_baseline"], tuple(cost["quartiles"]), self.acting_share())
+            cost = self.cost()["cost"][META_STEP]
+            timing = Timing(timed, cost["plain_steps"], tuple(cost["quartiles"]), self.meta_steps())
             runs = [*runs, *later]
         gains = self._gains()
         settings = {

@@ -35,10 +35,11 @@ class Timing:
     """The comparison at equal time, and the measured costs behind it."""
 
     rows: list[Row]
-    of_baseline: float
+    plain_steps: float
+    """That a step with FOMAML takes the time of."""
     quartiles: tuple[float, ...]
-    share: float
-    """Of the steps, in which FOMAML acts."""
+    meta_steps: int
+    """How often FOMAML acts in a run."""
 
 
 def make_gain(pairs: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Gain:
@@ -80,9 +81,9 @@ def text(
 def _timing(timing: Timing) -> str:
     low, high = timing.quartiles
     return (
-        f"A step without FOMAML costs {timing.of_baseline:.4f} of one with it (quartiles {low:.4f} to "
-        f"{high:.4f}), and it acts in {timing.share:.0%} of the steps.\nThe variant makes as many more steps "
-        "as that leaves time for; the baseline's runs are those above."
+        f"A step with FOMAML takes the time of {timing.plain_steps:.3f} without (quartiles {low:.3f} to "
+        f"{high:.3f}); the baseline has {timing.meta_steps} of them.\nThe variant makes as many more "
+        "steps as that leaves time for. The baseline's runs are those above."
     )
 
 
