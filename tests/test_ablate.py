@@ -18,7 +18,7 @@ from pgolf_fast import cli
 from pgolf_fast.ablate_commands import split_flips
 from pgolf_fast.ablation.job import documents, fingerprint, finished, prepare, run_job, step_times
 from pgolf_fast.ablation.plan import BASELINE, Job, make_jobs, make_variants, with_budget
-from pgolf_fast.ablation.plot import draw_ablation
+from pgolf_fast.ablation.plot import draw_ablation, seed_differences
 from pgolf_fast.ablation.processes import Task, make_slots, run_tasks
 from pgolf_fast.ablation.statistics import over_documents, over_seeds
 from pgolf_fast.ablation.table import Run, make_rows, print_table, read_runs
@@ -219,6 +219,7 @@ def test_table_pairs_seeds_and_says_which_sign_is_better(tmp_path):
     assert base.difference is None
     assert other.difference.mean == pytest.approx(-0.02)  # not 2.08 - 2.1
     assert other.difference.high == pytest.approx(-0.02 + 12.7062 * 0.01, abs=1e-5)
+    assert seed_differences(other, runs) == pytest.approx([-0.01, -0.03])
     text = print_table([base, other])
     assert "negative is better than the baseline" in text
     assert "Student's t" in text

@@ -31,19 +31,14 @@ def draw_ablation(rows: Sequence[Row], runs: Sequence[Run], path: Path) -> Path 
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(len(budgets), len(scores), sharex=True, sharey=True, squeeze=False)
-    bpb = {
-        (run.job.budget, run.job.variant, run.job.seed, score): run.bpb(score)
-        for run in runs
-        for score in run.result["scores"]
-    }
     for row in compared:
         axes = grid[budgets.index(row.budget)][scores.index(row.score)]
         y, d = names.index(row.variant), row.difference
         assert d is not None
-        pairs = [((row.budget, n, s, row.score) for n in (row.variant, BASELINE)) for s in row.seeds]
-        points = [bpb[a] - bpb[b] for a, b in pairs if a in bpb and b in bpb]
-        axes.plot(points, [y] * len(points), "o", color="0.6", markersize=4)
+        points = seed_differences(row, runs)
         axes.errorbar(d.mean, y, xerr=[[d.mean - d.low], [d.high - d.mean]], fmt="D", color="C0", capsize=4)
+        axes.plot(points, [y] * len(points), "o", color="0.55", markersize=4, zorder=3)
+    grid[0][0].invert_yaxis()  # shared by all: the order of the table
     for i, budget in enumerate(budgets):
         for j, score in enumerate(scores):
             axes = grid[i][j]
@@ -56,3 +51,14 @@ def draw_ablation(rows: Sequence[Row], runs: Sequence[Run], path: Path) -> Path 
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
     return path
+
+
+def seed_differences(row: Row, runs: Sequence[Run]) -> list[float]:
+    """Variant - baseline for each seed that both have."""
+    bpb = {
+        (run.job.variant, run.job.seed): run.bpb(row.score)
+        for run in runs
+        if run.job.budget == row.budget and row.score in run.result["scores"]
+    }
+    shared = [seed for seed in row.seeds if (BASELINE, seed) in bpb]
+    return [bpb[row.variant, seed] - bpb[BASELINE, seed] for seed in shared]

@@ -84,7 +84,7 @@ def need_tracker(name: TrackerName) -> None:
             import torch.utils.tensorboard  # noqa: F401
     except ImportError as error:
         raise PgolfError(
-            f"--track {name} needs a package that is missing: pip install 'pgolf-fast[{name}]'"
+            f"--track {name} cannot be imported ({_first_line(error)}): pip install 'pgolf-fast[{name}]'"
         ) from error
 
 
