@@ -15,6 +15,7 @@ COMMANDS = {
     "pack": "write a run's artifact and count its bytes against the limit",
     "eval": "score a run's artifact: non-overlapping, sliding, sliding with test-time training",
     "audit": "check a run or an artifact against the rules: what a score may depend on, and what it may not",
+    "ablate": "train a preset and variants of it under one budget, and compare their scores with intervals",
     "seeds": "mean and deviation of scored runs, and whether they beat others by 0.005 nats",
     "ttt-sweep": "compare adapters of test-time training on a run's artifact, with intervals",
     "submit": "write a run as a folder for a pull request: README, submission.json, log, artifact, script",

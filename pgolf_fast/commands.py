@@ -27,16 +27,18 @@ class _Train:
     """Run folder; default runs/PRESET."""
     resume: bool = False
     """Continue the run in that folder from its newest checkpoint."""
+    track: Literal["wandb", "tensorboard"] | None = None
+    """Send metrics there too; metrics.jsonl is always written."""
 
 
 def train(argv: list[str]) -> int:
-    """pgolf train PRESET [--out RUN] [--resume] [--group.field value ...]"""
+    """pgolf train PRESET [--out RUN] [--resume] [--track wandb|tensorboard] [--group.field value ...]"""
     config, rest = preset_and_overrides(argv)
     arguments = parse("train PRESET", _Train, rest, _Train(config))
     from pgolf_fast.train.loop import train as run_training
 
     out = arguments.out or Path("runs") / arguments.config.name
-    result = run_training(arguments.config, out, resume=arguments.resume)
+    result = run_training(arguments.config, out, resume=arguments.resume, track=arguments.track)
     if not result.is_main:
         return 0
     rate = result.tokens / result.seconds if result.seconds else 0.0
@@ -187,6 +189,13 @@ def seeds(argv: list[str]) -> int:
     from pgolf_fast.eval_commands import seeds as compare
 
     return compare(argv)
+
+
+def ablate(argv: list[str]) -> int:
+    """pgolf ablate PRESET --flip FIELD=VALUE ... [--flip ...] [--seeds N ...] [--budget steps|time|both]"""
+    from pgolf_fast.ablate_commands import ablate as run
+
+    return run(argv)
 
 
 def audit(argv: list[str]) -> int:

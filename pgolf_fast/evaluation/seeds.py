@@ -97,6 +97,17 @@ def student_tail(t: float, degrees: float) -> float:
     return half if t >= 0 else 1 - half
 
 
+def student_quantile(p: float, degrees: float) -> float:
+    """The t that Student's t with so many degrees of freedom stays below with chance `p`, 0.5 <= p < 1."""
+    low, high = 0.0, 1.0
+    while student_tail(high, degrees) > 1 - p:
+        low, high = high, 2 * high
+    for _ in range(60):  # halvings: to the last bit
+        middle = (low + high) / 2
+        low, high = (middle, high) if student_tail(middle, degrees) > 1 - p else (low, middle)
+    return (low + high) / 2
+
+
 def incomplete_beta(a: float, b: float, x: float) -> float:
     """The regularised incomplete beta function I_x(a, b) by its continued fraction (DLMF 8.17.22)."""
     if x in (0.0, 1.0):

@@ -26,6 +26,7 @@ from pgolf_fast.train.checkpoint import load_weights, newest_checkpoint, save_ch
 from pgolf_fast.train.micro_step import compile_loss
 from pgolf_fast.train.progress import StepLog
 from pgolf_fast.train.run_folder import RunFolder
+from pgolf_fast.train.track import Metrics, TrackerName, need_tracker, open_tracker
 from pgolf_fast.train.trainer import NonFiniteError, PendingStep, Trainer
 from pgolf_fast.train.world import World, choose_kernels, environment, join_world, resolve_dtype
 
@@ -47,11 +48,16 @@ class TrainResult:
     keeps_raw: bool = False
 
 
-def train(config: RunConfig, out: Path, *, resume: bool = False) -> TrainResult:
+def train(
+    config: RunConfig, out: Path, *, resume: bool = False, track: TrackerName | None = None
+) -> TrainResult:
     """Train `config` into the folder `out`. With `resume`, continue its newest checkpoint if there is one.
 
-    Raises PgolfError for a folder that holds another run, data that does not fit, or a non-finite loss.
+    With `track`, metrics go to that tracker too. Raises PgolfError for a folder that holds another run, data
+    that does not fit, a tracker that does not start, or a non-finite loss.
     """
+    if track is not None:
+        need_tracker(track)
     with join_world() as world:
         config = _resolved(config, world)
         folder = RunFolder(out)
@@ -59,7 +65,7 @@ def train(config: RunConfig, out: Path, *, resume: bool = False) -> TrainResult:
         world.barrier()  # every rank has looked before one of them writes
         report.setup_logging(folder.log_file if world.is_main else None, quiet=not world.is_main)
         try:
-            return _Run(config, folder, world).run(resume, changed)
+            return _Run(config, folder, world).run(resume, changed, track)
         finally:
             report.close_logging()
 
@@ -152,12 +158,16 @@ class _Run:
         )
         self.loader = loader
         self.trainer = Trainer(self.model, config, loader, world)
-        self.metrics = report.MetricsWriter(folder.metrics_file if world.is_main else None)
+        lines = report.MetricsWriter(folder.metrics_file if world.is_main else None)
+        self.metrics = Metrics(lines, config.train.batch_tokens)
         self.log = StepLog(config.train, world)
 
-    def run(self, resume: bool, changed: list[str]) -> TrainResult:
+    def run(self, resume: bool, changed: list[str], track: TrackerName | None) -> TrainResult:
         try:
             self._start(resume, changed)
+            if track is not None and self.world.is_main:
+                tracker = open_tracker(track, self.config, self.folder, self.trainer.step + 1)
+                self.metrics.track(tracker, self.trainer.elapsed)
             self._steps()
             return self._finish()
         except NonFiniteError as error:

@@ -83,6 +83,11 @@ def join_world() -> Iterator[World]:
         dist.destroy_process_group()
 
 
+def devices() -> int:
+    """How many GPUs this process can use."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep freed blocks instead of returning them to the system, which CPU training asks for again.
 

@@ -1,0 +1,452 @@
+"""Ablations: what is run, what is said about differences, and that nothing is run twice."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from runs import make_dataset, pgolf, read_json, run_config, words
+
+from pgolf_fast import cli
+from pgolf_fast.ablate_commands import split_flips
+from pgolf_fast.ablation.job import documents, fingerprint, finished, prepare, run_job, step_times
+from pgolf_fast.ablation.plan import BASELINE, Job, make_jobs, make_variants, with_budget
+from pgolf_fast.ablation.plot import draw_ablation, seed_differences
+from pgolf_fast.ablation.processes import Task, make_slots, run_tasks
+from pgolf_fast.ablation.statistics import over_documents, over_seeds
+from pgolf_fast.ablation.table import Run, make_rows, print_table, read_runs
+from pgolf_fast.config.flip import flip
+from pgolf_fast.config.presets import small, tiny
+from pgolf_fast.data.source import open_source
+from pgolf_fast.errors import PgolfError
+from pgolf_fast.evaluation.seeds import student_quantile
+from pgolf_fast.train.checkpoint import newest_checkpoint
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("data"))
+
+
+# Flips
+
+
+def test_flip_reads_every_kind_of_field():
+    words = ("model.trigram=false", "train.meta=none", "optim.weight-decay=0.1", "train.warmdown_steps=7")
+    words += ("train.warmdown_fraction=off", "model.ve_layers=1,3", "quant.method=round", "data.path=7")
+    found = flip(tiny(), words)
+    assert found.model.trigram is False
+    assert found.train.meta is None
+    assert found.optim.weight_decay == 0.1
+    assert (found.train.warmdown_steps, found.train.warmdown_fraction) == (7, None)
+    assert found.model.ve_layers == (1, 3)
+    assert found.quant.method == "round"
+    assert found.data.path == "7"
+    assert flip(found, ["model.ve_layers=2"]).model.ve_layers == (2,)
+
+
+def test_flip_of_a_field_switches_its_group_on():
+    off = flip(tiny(), ["train.meta=none"])
+    assert flip(off, ["train.meta.every=8"]).train.meta.every == 8
+
+
+def test_fields_of_one_flip_need_to_fit_together_only():
+    """Without the table there is no trigram: one field alone is refused, in either order."""
+    both = flip(tiny(), ["model.bigram_vocab_size=0", "model.trigram=false"])
+    assert both.model.bigram_vocab_size == 0
+    with pytest.raises(PgolfError, match="needs a hash table"):
+        flip(tiny(), ["model.bigram_vocab_size=0"])
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("model.trigram", "is not FIELD=VALUE"),
+        ("model.trigam=false", "unknown field model.trigam: did you mean model.trigram"),
+        ("modell.trigram=false", "unknown field modell: did you mean model"),
+        ("model.trigram.x=1", "model.trigram is a value, not a group"),
+        ("model.trigram=maybe", "model.trigram is 'maybe'; it must be bool"),
+        ("train.log_every=2.5", "train.log_every is '2.5'; it must be int"),
+        ("train.log_every=0", "must be positive"),
+        ("model.trigram=none", "must be bool"),
+        ("train.meta=yes", r"train.meta is a group|is a group: set its fields .* or none"),
+        ("quant.method=best", "must be one of gptq, round"),
+    ],
+)
+def test_flip_refuses(word, message):
+    with pytest.raises(PgolfError, match=message):
+        flip(tiny(), [word])
+
+
+# The plan
+
+
+def test_runs_interleave_and_share_all_but_the_flip(tmp_path):
+    flips = [["model.trigram=false"], ["train.meta=none", "model.smear=false"]]
+    jobs = make_jobs(make_variants(tiny(), flips), (1, 2), ["steps", "time"], tmp_path, steps=9, seconds=3.0)
+    names = [BASELINE, "model.trigram=false", "train.meta=none+model.smear=false"]
+    assert [(j.seed, j.budget, j.variant) for j in jobs] == [
+        (seed, budget, name) for seed in (1, 2) for budget in ("steps", "time") for name in names
+    ]
+    assert jobs[0].path == tmp_path / "steps" / "baseline" / "seed1"
+    for job in jobs:
+        train = job.config.train
+        assert train.seed == job.seed
+        assert (train.schedule, train.max_seconds) == (
+            ("steps", None) if job.budget == "steps" else ("time", 3.0)
+        )
+        assert (train.steps == 9) == (job.budget == "steps")
+    by_name = {
+        job.variant: job.config for job in jobs if job.name.endswith("seed1") and job.budget == "steps"
+    }
+    plain = by_name[BASELINE]
+    assert by_name["model.trigram=false"] == replace(plain, model=replace(plain.model, trigram=False))
+
+
+@pytest.mark.parametrize(
+    ("flips", "message"),
+    [
+        ([], "nothing to compare"),
+        ([["model.trigram=true"]], "changes nothing: tiny has this already"),
+        ([["model.trigram=false"], ["model.trigram=False"]], "is the same as model.trigram=false"),
+        ([["train.seed=3"]], "train.seed is the same for all variants .give --seeds"),
+        ([["train.steps=3", "model.trigram=false"]], "give --steps"),
+        ([["data.val_tokens=100"]], "same text"),
+        ([["train.seq_len=128"]], "add eval.seq_len=256"),
+    ],
+)
+def test_variants_that_would_not_compare_are_refused(flips, message):
+    with pytest.raises(PgolfError, match=message):
+        make_variants(tiny(), flips)
+
+
+def test_a_budget_of_the_other_kind_must_be_given():
+    assert with_budget(tiny(), "steps").train.steps == 600
+    assert with_budget(small(), "time").train.max_seconds == 600
+    with pytest.raises(PgolfError, match="give --steps"):
+        with_budget(small(), "steps")
+    with pytest.raises(PgolfError, match="give --seconds"):
+        with_budget(tiny(), "time")
+    with pytest.raises(PgolfError, match="each once"):
+        make_jobs(make_variants(tiny(), [["model.trigram=false"]]), (1, 1), ["steps"], Path("x"))
+
+
+def test_words_of_flips():
+    argv = ["tiny", "--flip", "a=1", "b=2", "--seeds", "1", "2", "--flip=c=3", "--flip", "d=4"]
+    assert split_flips(argv) == (["tiny", "--seeds", "1", "2"], [["a=1", "b=2"], ["c=3"], ["d=4"]])
+    with pytest.raises(PgolfError, match="no FIELD=VALUE"):
+        split_flips(["tiny", "--flip", "--seeds", "1"])
+
+
+# Statistics
+
+
+@pytest.mark.parametrize(
+    ("p", "degrees", "t"),  # from printed tables of Student's distribution
+    [(0.975, 1, 12.7062), (0.975, 2, 4.30265), (0.975, 4, 2.77645), (0.975, 30, 2.04227), (0.95, 9, 1.83311)],
+)
+def test_quantiles_of_student(p, degrees, t):
+    assert student_quantile(p, degrees) == pytest.approx(t, abs=1e-5)
+
+
+def test_quantile_of_one_degree_has_a_formula():
+    """With one degree of freedom it is the tangent: Cauchy's distribution."""
+    for p in (0.5, 0.6, 0.9, 0.999):
+        assert student_quantile(p, 1) == pytest.approx(math.tan(math.pi * (p - 0.5)), rel=1e-9, abs=1e-9)
+
+
+def test_interval_over_seeds_by_hand():
+    """Differences -0.1, +0.1, -0.3: mean -0.1, deviation 0.2, t of two degrees 4.30265."""
+    found = over_seeds([1.0, 2.0, 3.0], [0.9, 2.1, 2.7])
+    half = 4.30265 * 0.2 / math.sqrt(3)
+    assert (found.mean, found.low, found.high) == pytest.approx((-0.1, -0.1 - half, -0.1 + half), abs=1e-5)
+    assert (found.over, found.count) == ("seeds", 3)
+    with pytest.raises(PgolfError, match="at least 2 seeds, and has 1"):
+        over_seeds([1.0], [2.0])
+
+
+def test_interval_over_documents_is_paired_and_signed():
+    rng = np.random.default_rng(0)
+    text_bytes = rng.integers(50, 500, 200)
+    before = text_bytes * rng.uniform(0.5, 3.0, 200)  # documents differ far more than models do
+    better = before - text_bytes * math.log(2) * (0.01 + 0.005 * rng.standard_normal(200))
+    found = over_documents(before, better, text_bytes)
+    assert (found.over, found.count) == ("documents", 200)
+    assert -0.012 < found.low < found.mean < found.high < -0.008
+    same = over_documents(before, before, text_bytes)
+    assert (same.mean, same.low, same.high) == (0, 0, 0)
+
+
+def test_step_times_leave_out_the_first_and_what_was_repeated():
+    rows = [{"kind": "step", "step": s, "elapsed": e} for s, e in ((1, 9.0), (2, 10.0), (3, 12.0), (4, 15.0))]
+    again = [
+        {"kind": "resume", "step": 2},
+        *({"kind": "step", "step": s, "elapsed": 10.0 + s} for s in (3, 4)),
+    ]
+    assert step_times(rows) == [1.0, 2.0, 3.0]
+    assert step_times([*rows, *again]) == [1.0, 3.0, 1.0]
+
+
+# The table
+
+
+def made_up_run(folder, variant, seed, sliding, budget="steps", tokens=100):
+    path = folder / budget / variant / f"seed{seed}"
+    path.mkdir(parents=True)
+    text_bytes = np.array([100, 150])
+    nats = sliding * math.log(2) * text_bytes
+    scores = {"sliding": {"bpb": sliding, "loss": 1.0, "tokens": tokens, "bytes": 250}}
+    result = {"scores": scores, "steps": 8, "ms_per_step": 2.0, "ms_per_step_mean": 3.0, "commit": "c"}
+    result |= {"artifact_bytes": 1000, "artifact_sha256": "none"}
+    (path / "result.json").write_text(json.dumps(result))
+    story = {"text_bytes": text_bytes.tolist(), "nats": {"sliding": nats.tolist()}}
+    (path / "documents.json").write_text(json.dumps(story))
+    return Job(budget, variant, seed, tiny(), path)
+
+
+def test_table_pairs_seeds_and_says_which_sign_is_better(tmp_path):
+    jobs = [made_up_run(tmp_path, BASELINE, seed, bpb) for seed, bpb in ((1, 2.0), (2, 2.1), (3, 2.2))]
+    jobs += [made_up_run(tmp_path, "x", seed, bpb) for seed, bpb in ((3, 2.19), (1, 1.97))]
+    runs = read_runs(jobs)
+    base, other = make_rows(runs)
+    assert base.difference is None
+    assert other.difference.mean == pytest.approx(-0.02)  # not 2.08 - 2.1
+    assert other.difference.high == pytest.approx(-0.02 + 12.7062 * 0.01, abs=1e-5)
+    assert seed_differences(other, runs) == pytest.approx([-0.01, -0.03])
+    text = print_table([base, other])
+    assert "negative is better than the baseline" in text
+    assert "Student's t" in text
+    assert "bootstrap" not in text
+    assert "-0.02000" in text
+    assert draw_ablation([base, other], runs, tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_table_of_one_seed_says_what_its_interval_leaves_out(tmp_path):
+    jobs = [made_up_run(tmp_path, BASELINE, 1, 2.0), made_up_run(tmp_path, "x", 1, 2.5)]
+    rows = make_rows(read_runs(jobs))
+    assert (rows[1].difference.over, rows[1].difference.count) == ("documents", 2)
+    assert rows[1].difference.mean == pytest.approx(0.5)
+    assert "NOT covered" in print_table(rows)
+    with pytest.raises(PgolfError, match="at least 2 seeds"):
+        make_rows(read_runs(jobs), "seeds")
+    jobs += [made_up_run(tmp_path, BASELINE, 2, 2.0), made_up_run(tmp_path, "x", 2, 2.5)]
+    with pytest.raises(PgolfError, match="is of one seed"):
+        make_rows(read_runs(jobs), "documents")
+
+
+def test_table_refuses_other_text(tmp_path):
+    jobs = [made_up_run(tmp_path, BASELINE, 1, 2.0), made_up_run(tmp_path, "x", 1, 2.5, tokens=99)]
+    with pytest.raises(PgolfError, match="not scored on the same text"):
+        make_rows(read_runs(jobs))
+
+
+# Processes
+
+
+def test_slots(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("pgolf_fast.ablation.processes._cores", lambda: 8)
+    assert make_slots(None, 0, timed=True) == [{}]
+    assert make_slots(3, 0, timed=False) == 3 * [{"OMP_NUM_THREADS": "2"}]
+    assert make_slots(None, 2, timed=True) == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert make_slots(1, 2, timed=True) == [{"CUDA_VISIBLE_DEVICES": "5"}]
+    for workers, devices, message in ((2, 0, "compete for this CPU"), (3, 2, "2 GPUs"), (0, 0, "at least 1")):
+        with pytest.raises(PgolfError, match=message):
+            make_slots(workers, devices, timed=True)
+
+
+def test_tasks_run_side_by_side_and_failures_are_told(tmp_path):
+    """Two that wait for each other both end, which one after the other could not; the third fails."""
+    meet = "import sys, pathlib, time\nmine, other = map(pathlib.Path, sys.argv[1:])\nmine.touch()\n"
+    meet += "while not other.exists(): time.sleep(0.01)"
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    commands = [("-c", meet, a, b), ("-c", meet, b, a), ("-c", "print('no disk'); raise SystemExit(2)")]
+    commands.append(("-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"))
+    tasks = [
+        Task(f"task {i}", (sys.executable, *command), tmp_path / f"{i}.log")
+        for i, command in enumerate(commands)
+    ]
+    failures = run_tasks(tasks, [{}, {}])
+    assert sorted((f.name, f.reason) for f in failures) == [
+        ("task 2", "no disk"),
+        ("task 3", "ended by signal 9"),
+    ]
+
+
+def test_a_worker_ends_with_its_parent():
+    code = "from pgolf_fast.ablation.worker import end_with_parent\nimport time\nend_with_parent()\n"
+    code += "print('here', flush=True)\ntime.sleep(60)"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout.readline() == b"here\n"
+        assert process.poll() is None
+        process.stdin.close()
+        assert process.wait(timeout=30) == 1
+
+
+# Runs
+
+
+def planned(data, out, **changes):
+    config = run_config(data, **changes)
+    source = open_source(config.data, config.model.vocab_size)
+    jobs = make_jobs(make_variants(config, [["train.meta=none"]]), (42,), ["steps"], out)
+    return jobs, fingerprint(source)
+
+
+def shown(runs):
+    """What a table says, without times."""
+    rows = make_rows(runs)
+    return [replace(row, ms_per_step=0.0, ms_per_step_mean=0.0) for row in rows]
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_the_same_command_gives_the_same_table(data, tmp_path, capsys):
+    """kill -9 of the command while a run trains; again: as if left alone, and a third time nothing runs."""
+    changes = {"train__steps": 30, "train__checkpoint_minutes": 0.0, "eval__stride": 32}
+    jobs, mark = planned(data, tmp_path / "straight", **changes)
+    for job in jobs:
+        assert prepare(job, mark, "sliding")
+        run_job(job.path)
+    out = tmp_path / "killed"
+    arguments = ["ablate", "tiny", "--flip", "train.meta=none", "--scores", "sliding", "--out", str(out)]
+    arguments += words(run_config(data, **changes))
+    command = [sys.executable, "-m", "pgolf_fast.cli", *arguments]
+    first = out / "steps" / BASELINE / "seed42"
+    with subprocess.Popen(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL
+    ) as process:
+        deadline = time.monotonic() + 240
+        while (newest := newest_checkpoint(first / "checkpoints")) is None or newest.stem < "step_00000005":
+            assert time.monotonic() < deadline
+            assert process.poll() is None, "the command ended before it could be killed"
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    assert not (first / "model.safetensors").exists()
+    done = pgolf(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert "resumed from" in (first / "train.log").read_text()
+    found, _ = planned(data, out, **changes)
+    assert shown(read_runs(found)) == shown(read_runs(jobs))
+    comparison = read_json(out / "ablation.json")["comparison"]
+    assert [(row["variant"], row["score"]) for row in comparison] == [
+        (variant, score)
+        for variant in (BASELINE, "train.meta=none")
+        for score in ("non_overlapping", "sliding")
+    ]
+    assert comparison[3]["difference"]["over"] == "documents"
+    assert (out / "ablation.png").is_file()
+    before = (out / "ablation.json").read_text()
+    assert cli.main(arguments) == 0
+    assert "2 runs, 2 of them finished" in capsys.readouterr().err
+    assert (out / "ablation.json").read_text() == before
+    assert cli.main([*arguments, "--steps", "31"]) == 2
+    assert "train.steps was 30 and is 31. Choose another --out" in capsys.readouterr().err
+
+
+def test_more_scores_of_a_finished_run_do_not_train_it_again(data, tmp_path):
+    jobs, mark = planned(data, tmp_path)
+    job = jobs[0]
+    assert prepare(job, mark, "plain")
+    run_job(job.path)
+    weights = (job.path / "model.safetensors").stat().st_mtime_ns
+    first = finished(job)
+    assert list(first["scores"]) == ["non_overlapping"]
+    assert first["steps"] == 8
+    assert first["artifact_bytes"] == (job.path / "model.pgolf").stat().st_size
+    assert not prepare(job, mark, "plain")
+    assert prepare(job, mark, "all")
+    run_job(job.path)
+    assert (job.path / "model.safetensors").stat().st_mtime_ns == weights
+    scores = finished(job)["scores"]
+    assert scores["non_overlapping"] == first["scores"]["non_overlapping"]
+    assert scores == {name: read_json(job.path / "scores_artifact.json")[name] for name in scores}
+    found = documents(job.path)
+    for name, score in scores.items():
+        bpb = found[name].sum() / (math.log(2) * found["text_bytes"].sum())
+        assert bpb == pytest.approx(score["bpb"], rel=1e-12)
+    assert not prepare(job, mark, "sliding")
+    with pytest.raises(PgolfError, match="other tokens"):
+        prepare(job, "another", "all")
+    (job.path / "model.pgolf").unlink()
+    (job.path / "result.json").unlink()
+    assert prepare(job, mark, "all")
+
+
+def test_a_folder_of_something_else_is_left_alone(data, tmp_path):
+    jobs, mark = planned(data, tmp_path)
+    jobs[0].path.mkdir(parents=True)
+    (jobs[0].path / "thesis.txt").write_text("mine")
+    with pytest.raises(PgolfError, match="holds something else"):
+        prepare(jobs[0], mark, "plain")
+
+
+def test_fingerprint_sees_the_tokens(data, tmp_path):
+    config = run_config(data)
+    before = fingerprint(open_source(config.data, config.model.vocab_size))
+    for file in data.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    moved = run_config(tmp_path)
+    assert fingerprint(open_source(moved.data, config.model.vocab_size)) == before
+    shard = next(tmp_path.glob("*_val_*.bin"))
+    content = bytearray(shard.read_bytes())
+    content[-2] ^= 1
+    shard.write_bytes(content)
+    assert fingerprint(open_source(moved.data, config.model.vocab_size)) != before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["tiny"], "nothing to compare"),
+        (["--flip", "model.trigram=false"], "give a preset first"),
+        (["tiny", "--flip", "model.trigram=false", "--interval", "seeds"], "at least 2 --seeds, and has 1"),
+        (
+            ["tiny", "--flip", "model.trigram=false", "--seeds", "1", "2", "--interval", "documents"],
+            "is of one seed",
+        ),
+        (["small", "--flip", "model.trigram=false"], "give --steps"),
+        (["tiny", "--flip", "model.trigram=false", "--budget", "time"], "give --seconds"),
+        (
+            ["tiny", "--flip", "model.trigram=false", "--flop", "3"],
+            "unknown field --flop: did you mean --flip",
+        ),
+    ],
+)
+def test_command_refuses_in_one_line(words, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["ablate", *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_time_on_a_shared_cpu_and_torchrun_are_refused(capsys, monkeypatch):
+    monkeypatch.setattr("pgolf_fast.train.world.devices", lambda: 0)
+    words = ["ablate", "tiny", "--flip", "model.trigram=false"]
+    assert cli.main([*words, "--budget", "both", "--seconds", "5", "--workers", "2"]) == 2
+    assert "compete for this CPU" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(words) == 2
+    assert "without torchrun" in capsys.readouterr().err
+
+
+def test_runs_of_a_table_name_their_versions(tmp_path):
+    from pgolf_fast.ablation.table import commits
+
+    job = made_up_run(tmp_path, BASELINE, 1, 2.0)
+    assert commits([Run(job, {"commit": "b"}), Run(job, {"commit": "a"}), Run(job, {"commit": "b"})]) == [
+        "a",
+        "b",
+    ]
