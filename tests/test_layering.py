@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "bench": {"ops", "model", "optim", "train"} | LEAVES,
     "train": {"ops", "model", "optim", "quant", "evaluation"} | LEAVES,
     "pipeline": {"model", "quant", "evaluation", "artifact", "train"} | LEAVES,
+    "analysis": {"model", "ops", "quant", "evaluation", "artifact", "train"} | LEAVES,
     "audit": {"model", "quant", "evaluation", "artifact", "train", "pipeline"} | LEAVES,
 }
 
