@@ -17,6 +17,7 @@ COMMANDS = {
     "audit": "check a run or an artifact against the rules: what a score may depend on, and what it may not",
     "seeds": "mean and deviation of scored runs, and whether they beat others by 0.005 nats",
     "ttt-sweep": "compare adapters of test-time training on a run's artifact, with intervals",
+    "analyze": "study models: weights, spectra, rounding, curvature; as published and as it should be",
     "submit": "write a run as a folder for a pull request: README, submission.json, log, artifact, script",
     "generate": "let a run continue a prompt",
     "data": "info, tokenize, download: token shards and tokenizers",

@@ -38,14 +38,17 @@ class Subject:
     folder: RunFolder | None
     """The run folder that it is, or lies in."""
 
-    def model(self, table: ByteTable, device: torch.device | None = None) -> GPT:
-        """The network, computing in float32; `table` is that of its tokenizer.
+    def model(
+        self, table: ByteTable, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> GPT:
+        """The network, with weights and activations of `dtype`; `table` is that of its tokenizer.
 
         Raises PgolfError when its configuration is not known, or the weights are those of another.
         """
-        model = GPT(self.known().model, torch.from_numpy(table.has_leading_space))
+        leading = torch.from_numpy(table.has_leading_space)
+        model = GPT(self.known().model, leading, compute_dtype=dtype)
         load_weights(model, self.state, str(self.path))
-        return model.to(device or torch.device("cpu"))
+        return model.to(device, dtype)
 
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer kept in its run folder, if there is one."""

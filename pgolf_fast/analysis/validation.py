@@ -59,3 +59,13 @@ def open_validation(subjects: Sequence[Subject], options: Options) -> Validation
                 f"to another ({own.path}): use shards made with that, or name it with --data.tokenizer"
             )
     return Validation(source, length, source.validation(length).astype(np.int64))
+
+
+def validation_or_why(subjects: Sequence[Subject], options: Options) -> Validation | str:
+    """`open_validation`, or in a line why there are no tokens. Raises PgolfError where data was asked for."""
+    try:
+        return open_validation(subjects, options)
+    except PgolfError as error:
+        if options.data is not None:
+            raise
+        return str(error)

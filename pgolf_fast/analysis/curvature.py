@@ -1,0 +1,143 @@
+"""Curvature of a model's loss: products with its Hessian, the Hessian's trace, its extreme eigenvalues.
+
+The ops' backward passes have no derivative of their own, so a product with the Hessian is a central
+difference of two gradients, in float64, along a step of 1e-6 of the weights' length.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from pgolf_fast.evaluation.score import CPU_TOKENS
+from pgolf_fast.model.gpt import GPT
+
+STEP = 1e-6
+Product = Callable[[Tensor], Tensor]
+
+
+class LossSurface:
+    """The mean loss of fixed windows as a function of all parameters, as one vector (size,) float64."""
+
+    def __init__(self, model: GPT, tokens: Tensor, targets: Tensor):
+        """`model` in float64, computing in it; tokens and targets (windows, T).
+
+        Products move its weights and put them back, up to rounding.
+        """
+        self._model = model
+        self._parameters = list(model.parameters())
+        batch = max(1, CPU_TOKENS // tokens.shape[1])
+        self._batches = list(zip(tokens.split(batch), targets.split(batch), strict=True))
+        self._count = targets.numel()
+        model.allocate_gradient_banks()
+        self.size = sum(p.numel() for p in self._parameters)
+        self.blocks: dict[str, slice] = {}
+        """Where each parameter lies in the vector."""
+        start = 0
+        for name, parameter in model.named_parameters():
+            self.blocks[name] = slice(start, start + parameter.numel())
+            start += parameter.numel()
+        self._step = STEP * max(
+            1.0, math.sqrt(sum(float(p.detach().square().sum()) for p in self._parameters))
+        )
+
+    def gradient(self) -> tuple[float, Tensor]:
+        """The loss in nats, and its gradient (size,)."""
+        self._model.zero_grad(set_to_none=False)
+        total = 0.0
+        for tokens, targets in self._batches:
+            loss = self._model.token_losses(tokens, targets).sum() / self._count
+            loss.backward()
+            total += loss.item()
+        parts = [
+            torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in self._parameters
+        ]
+        return total, torch.cat(parts)
+
+    def product(self, vector: Tensor) -> Tensor:
+        """The Hessian times a vector (size,)."""
+        length = float(vector.norm())
+        if not length:
+            return torch.zeros_like(vector)
+        step = self._step / length
+        self._move(vector, step)
+        ahead = self.gradient()[1]
+        self._move(vector, -2 * step)
+        behind = self.gradient()[1]
+        self._move(vector, step)
+        return (ahead - behind) / (2 * step)
+
+    @torch.no_grad()
+    def _move(self, vector: Tensor, step: float) -> None:
+        for parameter, place in zip(self._parameters, self.blocks.values(), strict=True):
+            parameter.add_(vector[place].view_as(parameter), alpha=step)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over random vectors and the standard error of it."""
+
+    value: float
+    error: float
+
+
+def random_signs(size: int, seed: int, device: torch.device) -> Iterator[Tensor]:
+    """Vectors (size,) of independent ±1, float64, the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield torch.randint(0, 2, (size,), generator=generator).to(device).mul(2).sub(1).double()
+
+
+def trace(
+    product: Product, size: int, probes: int, *, seed: int, device: torch.device, blocks: dict[str, slice]
+) -> tuple[Estimate, dict[str, Estimate]]:
+    """The trace of a symmetric matrix, and of its diagonal blocks (Hutchinson 1990).
+
+    v^T H v over vectors v of random signs has the trace as its mean; v_b^T (H v)_b that of block b.
+    """
+    whole: list[Tensor] = []
+    for vector in islice(random_signs(size, seed, device), probes):
+        terms = vector * product(vector)
+        whole.append(torch.stack([terms[place].sum() for place in blocks.values()] + [terms.sum()]).cpu())
+    found = torch.stack(whole)
+    means, errors = found.mean(0).tolist(), (found.std(0) / math.sqrt(probes)).tolist()
+    every = [Estimate(value, error) for value, error in zip(means, errors, strict=True)]
+    return every[-1], dict(zip(blocks, every, strict=False))
+
+
+def extremes(
+    product: Product, size: int, steps: int, *, seed: int, device: torch.device
+) -> tuple[Estimate, Estimate]:
+    """The largest and the smallest eigenvalue of a symmetric matrix by Lanczos's method (1950).
+
+    Each with the length of its residual, within which an eigenvalue certainly lies. All vectors are kept
+    orthogonal; memory is `steps` vectors.
+    """
+    start = next(random_signs(size, seed, device))
+    basis = [start / start.norm()]
+    diagonal: list[float] = []
+    beside: list[float] = []
+    for _ in range(min(steps, size)):
+        image = product(basis[-1])
+        diagonal.append(float(image @ basis[-1]))
+        for _ in range(2):  # once leaves rounding errors of the size that ruins small matrices
+            for known in basis:
+                image = image - (image @ known) * known
+        beside.append(float(image.norm()))
+        if beside[-1] <= 1e-10 * max(map(abs, diagonal)):  # the space is closed: eigenvalues are exact
+            beside[-1] = 0.0
+            break
+        basis.append(image / beside[-1])
+    band = torch.tensor(beside[:-1], dtype=torch.float64)
+    small = (
+        torch.diag(torch.tensor(diagonal, dtype=torch.float64)) + torch.diag(band, 1) + torch.diag(band, -1)
+    )
+    values, vectors = torch.linalg.eigh(small)
+    residuals = beside[-1] * vectors[-1].abs()
+    top, bottom = (Estimate(float(values[i]), float(residuals[i])) for i in (-1, 0))
+    return top, bottom
