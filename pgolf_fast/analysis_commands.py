@@ -151,14 +151,10 @@ def _write(
             table = {"header": finding.header, "rows": finding.rows}
             found.append({**story, **table, "values": finding.values, "plots": files})
         analyses[one.name] = {"seconds": one.seconds, "findings": found}
-    settings = {
-        name: str(value) if name in ("data", "tokenizer", "device") else value
-        for name, value in vars(options).items()
-        if value is not None
-    }
+    settings = {key: v if isinstance(v, int) else str(v) for key, v in vars(options).items() if v is not None}
     models = [{"name": s.name, "path": str(s.path), "parameters": _parameters(s)} for s in subjects]
-    story = {"models": models, "options": settings, "analyses": analyses, "left_out": dict(left_out)}
-    write_text(out / "analysis.json", json.dumps(_plain(story), indent=1, allow_nan=False) + "\n")
+    tree = {"models": models, "options": settings, "analyses": analyses, "left_out": dict(left_out)}
+    write_text(out / "analysis.json", json.dumps(_plain(tree), indent=1, allow_nan=False) + "\n")
     write_text(out / "report.html", _page(subjects, done, left_out))
 
 

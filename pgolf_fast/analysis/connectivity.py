@@ -114,7 +114,7 @@ def corrected(a: Subject, b: Subject, name: str, validation: Validation, options
         "excess_error": errors.tolist(),
         "barrier": barrier,
     }
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (f"{share:.3f}", f"{loss:.4f}", f"{more:+.4f}", number(error, ".1e"))
         for share, loss, more, error in zip(shares, values["loss"], means, errors, strict=True)
     ]

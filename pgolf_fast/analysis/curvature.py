@@ -7,9 +7,8 @@ difference of two gradients, in float64, along a step of 1e-6 of the weights' le
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 from torch import Tensor
@@ -80,7 +79,7 @@ class LossSurface:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over random vectors and the standard error of it."""
+    """A number and how far off it may be: a mean's standard error, an eigenvalue's residual."""
 
     value: float
     error: float
@@ -94,42 +93,39 @@ def random_signs(size: int, seed: int, device: torch.device) -> Iterator[Tensor]
 
 
 def trace(
-    product: Product, size: int, probes: int, *, seed: int, device: torch.device, blocks: dict[str, slice]
+    product: Product, vectors: Iterable[Tensor], blocks: Mapping[str, slice]
 ) -> tuple[Estimate, dict[str, Estimate]]:
     """The trace of a symmetric matrix, and of its diagonal blocks (Hutchinson 1990).
 
     v^T H v over vectors v of random signs has the trace as its mean; v_b^T (H v)_b that of block b.
     """
-    whole: list[Tensor] = []
-    for vector in islice(random_signs(size, seed, device), probes):
+    samples: list[Tensor] = []
+    for vector in vectors:
         terms = vector * product(vector)
-        whole.append(torch.stack([terms[place].sum() for place in blocks.values()] + [terms.sum()]).cpu())
-    found = torch.stack(whole)
-    means, errors = found.mean(0).tolist(), (found.std(0) / math.sqrt(probes)).tolist()
-    every = [Estimate(value, error) for value, error in zip(means, errors, strict=True)]
-    return every[-1], dict(zip(blocks, every, strict=False))
+        samples.append(torch.stack([*(terms[place].sum() for place in blocks.values()), terms.sum()]).cpu())
+    found = torch.stack(samples)
+    means, errors = found.mean(0).tolist(), (found.std(0) / math.sqrt(len(found))).tolist()
+    *parts, whole = (Estimate(value, error) for value, error in zip(means, errors, strict=True))
+    return whole, dict(zip(blocks, parts, strict=True))
 
 
-def extremes(
-    product: Product, size: int, steps: int, *, seed: int, device: torch.device
-) -> tuple[Estimate, Estimate]:
+def extremes(product: Product, start: Tensor, steps: int) -> tuple[Estimate, Estimate]:
     """The largest and the smallest eigenvalue of a symmetric matrix by Lanczos's method (1950).
 
     Each with the length of its residual, within which an eigenvalue certainly lies. All vectors are kept
-    orthogonal; memory is `steps` vectors.
+    orthogonal, which takes the memory of `steps` of them.
     """
-    start = next(random_signs(size, seed, device))
     basis = [start / start.norm()]
     diagonal: list[float] = []
     beside: list[float] = []
-    for _ in range(min(steps, size)):
+    for _ in range(min(steps, len(start))):
         image = product(basis[-1])
         diagonal.append(float(image @ basis[-1]))
-        for _ in range(2):  # once leaves rounding errors of the size that ruins small matrices
+        for _ in range(2):  # after one pass the rounding errors of a small remainder are as large as it is
             for known in basis:
                 image = image - (image @ known) * known
         beside.append(float(image.norm()))
-        if beside[-1] <= 1e-10 * max(map(abs, diagonal)):  # the space is closed: eigenvalues are exact
+        if beside[-1] <= 1e-10 * max(map(abs, diagonal)):  # nothing is left out: eigenvalues are exact
             beside[-1] = 0.0
             break
         basis.append(image / beside[-1])

@@ -68,7 +68,7 @@ def published(a: Subject, b: Subject) -> Finding:
             "aligned": float((cosines > ALIGNED).double().mean()),
             "cosines": cosines.tolist(),
         }
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (n, f"{v['directions']}", f"{v['dimension']}", f"{v['mean_cosine']:.3f}", f"{v['aligned']:.3f}")
         for n, v in found.items()
     ]

@@ -96,7 +96,7 @@ def corrected(subjects: Sequence[Subject]) -> Finding:
         found[subject.name], curves[subject.name] = {}, {}
         for name in BANK_NAMES:
             every = singular_values(subject.state[name])
-            kinds = {
+            kinds: dict[str, list[float | None]] = {
                 "largest": [float(values[0]) for values in every],
                 "stable_rank": [stable_rank(values) for values in every],
                 "effective_rank": [effective_rank(values) for values in every],
@@ -106,7 +106,15 @@ def corrected(subjects: Sequence[Subject]) -> Finding:
             tops = every[:, :ENDS].tolist()
             found[subject.name][name] = {"full_rank": full, **kinds, "top": tops}
             curves[subject.name][name] = every.mean(0)
-            rows.append((subject.name, name, f"{len(every)}", f"{full}", *map(spread, kinds.values())))
+            rows.append(
+                (
+                    subject.name,
+                    name,
+                    f"{len(every)}",
+                    f"{full}",
+                    *(spread(values) for values in kinds.values()),
+                )
+            )
     return Finding(
         "spectra of slots",
         "corrected",

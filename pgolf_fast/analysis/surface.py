@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pgolf_fast.analysis.curvature import Estimate, LossSurface, extremes, trace
+from pgolf_fast.analysis.curvature import Estimate, LossSurface, extremes, random_signs, trace
 from pgolf_fast.analysis.finding import Finding
 from pgolf_fast.analysis.options import Options
 from pgolf_fast.analysis.plots import drawn
@@ -79,9 +80,9 @@ def corrected(subjects: Sequence[Subject], validation: Validation, options: Opti
         model = subject.model(validation.source.table, options.device, torch.float64)
         surface = LossSurface(model, tokens, targets)
         loss, gradient = surface.gradient()
-        place = {"seed": options.seed, "device": options.device}
-        whole, parts = trace(surface.product, surface.size, options.probes, **place, blocks=_blocks(surface))
-        top, bottom = extremes(surface.product, surface.size, options.lanczos_steps, **place)
+        signs = random_signs(surface.size, options.seed, options.device)
+        top, bottom = extremes(surface.product, next(signs), options.lanczos_steps)
+        whole, parts = trace(surface.product, islice(signs, options.probes), _blocks(surface))
         found[subject.name] = {
             "loss": loss,
             "gradient": float(gradient.norm()),
@@ -123,7 +124,7 @@ def _curvature(found: dict[str, Any], targets: int, options: Options) -> Finding
 
 
 def _by_part(found: dict[str, Any]) -> Finding:
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (name, part, _shown(value))
         for name, model in found.items()
         for part, value in model["trace_by_part"].items()
