@@ -48,7 +48,9 @@ class _Analyze:
     """The network of files that do not say, as .pt files do not."""
     data: _Data = field(default_factory=_Data)
     tokens: int = Options.tokens
-    """Validation targets that losses and Hessians are taken over."""
+    """Validation targets that losses are taken over."""
+    calibration_tokens: int = Options.calibration_tokens
+    """Of these, inputs that rounding errors are weighted by."""
     points: int = Options.points
     """Places on the line between two models where the loss is measured."""
     curvature_tokens: int = Options.curvature_tokens
@@ -83,6 +85,7 @@ def analyze(argv: list[str]) -> int:
         tokenizer=a.data.tokenizer,
         tokens=a.tokens,
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        calibration_tokens=a.calibration_tokens,
         points=a.points,
         curvature_tokens=a.curvature_tokens,
         probes=a.probes,

@@ -1,7 +1,9 @@
 """Curvature of a model's loss: products with its Hessian, the Hessian's trace, its extreme eigenvalues.
 
-The ops' backward passes have no derivative of their own, so a product with the Hessian is a central
-difference of two gradients, in float64, along a step of 1e-6 of the weights' length.
+The ops' backward passes have no derivative of their own, so a product with the Hessian is a difference of two
+gradients in float64: at the weights, which all products share, and a step of 1e-9 of the weights' length away.
+Of v^T H v on `small`, one window, that missed 1.5e-6 along the top eigenvector and 1e-7 along a random vector;
+central differences with a step of 1e-6 missed 1e-3 of the former.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch import Tensor
 from pgolf_fast.evaluation.score import CPU_TOKENS
 from pgolf_fast.model.gpt import GPT
 
-STEP = 1e-6
+STEP = 1e-9
 Product = Callable[[Tensor], Tensor]
 
 
@@ -24,16 +26,12 @@ class LossSurface:
     """The mean loss of fixed windows as a function of all parameters, as one vector (size,) float64."""
 
     def __init__(self, model: GPT, tokens: Tensor, targets: Tensor):
-        """`model` in float64, computing in it; tokens and targets (windows, T).
-
-        Products move its weights and put them back, up to rounding.
-        """
+        """`model` in float64, computing in it; tokens and targets (windows, T)."""
         self._model = model
         self._parameters = list(model.parameters())
         batch = max(1, CPU_TOKENS // tokens.shape[1])
         self._batches = list(zip(tokens.split(batch), targets.split(batch), strict=True))
         self._count = targets.numel()
-        model.allocate_gradient_banks()
         self.size = sum(p.numel() for p in self._parameters)
         self.blocks: dict[str, slice] = {}
         """Where each parameter lies in the vector."""
@@ -41,40 +39,33 @@ class LossSurface:
         for name, parameter in model.named_parameters():
             self.blocks[name] = slice(start, start + parameter.numel())
             start += parameter.numel()
-        self._step = STEP * max(
-            1.0, math.sqrt(sum(float(p.detach().square().sum()) for p in self._parameters))
-        )
+        self._step = STEP * math.sqrt(sum(float(p.detach().square().sum()) for p in self._parameters))
+        model.allocate_gradient_banks()
+        self.loss, self.gradient = self._loss_and_gradient()
+        """In nats, and (size,)."""
 
-    def gradient(self) -> tuple[float, Tensor]:
-        """The loss in nats, and its gradient (size,)."""
+    def product(self, vector: Tensor) -> Tensor:
+        """The Hessian times a vector (size,)."""
+        step = self._step / float(vector.norm())
+        weights = [p.detach().clone() for p in self._parameters]
+        with torch.no_grad():
+            for parameter, place in zip(self._parameters, self.blocks.values(), strict=True):
+                parameter.add_(vector[place].view_as(parameter), alpha=step)
+        ahead = self._loss_and_gradient()[1]
+        with torch.no_grad():
+            for parameter, weight in zip(self._parameters, weights, strict=True):
+                parameter.copy_(weight)
+        return (ahead - self.gradient) / step
+
+    def _loss_and_gradient(self) -> tuple[float, Tensor]:
         self._model.zero_grad(set_to_none=False)
         total = 0.0
         for tokens, targets in self._batches:
             loss = self._model.token_losses(tokens, targets).sum() / self._count
             loss.backward()
             total += loss.item()
-        parts = [
-            torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in self._parameters
-        ]
-        return total, torch.cat(parts)
-
-    def product(self, vector: Tensor) -> Tensor:
-        """The Hessian times a vector (size,)."""
-        length = float(vector.norm())
-        if not length:
-            return torch.zeros_like(vector)
-        step = self._step / length
-        self._move(vector, step)
-        ahead = self.gradient()[1]
-        self._move(vector, -2 * step)
-        behind = self.gradient()[1]
-        self._move(vector, step)
-        return (ahead - behind) / (2 * step)
-
-    @torch.no_grad()
-    def _move(self, vector: Tensor, step: float) -> None:
-        for parameter, place in zip(self._parameters, self.blocks.values(), strict=True):
-            parameter.add_(vector[place].view_as(parameter), alpha=step)
+        parts = (torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters)
+        return total, torch.cat([grad.flatten() for grad in parts])
 
 
 @dataclass(frozen=True)

@@ -19,22 +19,24 @@ class Options:
     tokenizer: Path | None = None
     """Tokenizer of those shards; None takes the one that belongs to them."""
     tokens: int = 16_384
-    """Targets that losses and Hessians are taken over, from the beginning of the validation data."""
+    """Targets that losses are taken over, from the beginning of the validation data."""
     device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
     """Where models run."""
+    calibration_tokens: int = 4096
+    """Of these, inputs that rounding errors are weighted by."""
     points: int = 7
     """Places on the line between two models, its ends included, where the loss is measured."""
     curvature_tokens: int = 1024
     """Targets whose mean loss is the error surface, at least one window."""
     probes: int = 8
     """Random vectors of the trace estimate."""
-    lanczos_steps: int = 12
+    lanczos_steps: int = 10
     """Hessian-vector products that the extreme eigenvalues are taken from."""
     seed: int = 0
     """Seed of all random vectors."""
 
     def __post_init__(self) -> None:
-        for name, least in (("tokens", 1), ("curvature_tokens", 1), ("points", 3), ("probes", 2)):
-            value = getattr(self, name)
-            need(value >= least, f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
-        need(self.lanczos_steps >= 2, f"--lanczos-steps is {self.lanczos_steps}; it must be at least 2")
+        least = {"points": 3, "probes": 2, "lanczos_steps": 2}
+        for name in ("tokens", "calibration_tokens", "curvature_tokens", *least):
+            value, lowest = getattr(self, name), least.get(name, 1)
+            need(value >= lowest, f"--{name.replace('_', '-')} is {value}; it must be at least {lowest}")

@@ -62,13 +62,15 @@ def quant_findings(subjects: Sequence[Subject], options: Options) -> list[Findin
 def calibrate(subject: Subject, options: Options) -> tuple[Mapping[str, Tensor] | None, str]:
     """Hessians by group name, float32, and what they were taken on; or None, and what to give.
 
-    On `options.tokens` validation tokens, or without data on text the model writes as its run's settings say.
+    On `options.calibration_tokens` validation tokens, or without data on text the model writes, as much as
+    its run's settings say.
     """
     validation = validation_or_why([subject], options)
     tokenizer = subject.tokenizer()
     if not isinstance(validation, str):
         model = subject.model(validation.source.table, options.device)
-        text = torch.from_numpy(validation.tokens).unfold(0, validation.seq_len + 1, validation.seq_len)
+        ids = torch.from_numpy(validation.first(options.calibration_tokens))
+        text = ids.unfold(0, validation.seq_len + 1, validation.seq_len)
         return collect_hessians(model, text), f"{len(text) * validation.seq_len:,} validation tokens"
     if tokenizer is None or subject.config is None:
         return None, validation

@@ -79,13 +79,12 @@ def corrected(subjects: Sequence[Subject], validation: Validation, options: Opti
     for subject in subjects:
         model = subject.model(validation.source.table, options.device, torch.float64)
         surface = LossSurface(model, tokens, targets)
-        loss, gradient = surface.gradient()
         signs = random_signs(surface.size, options.seed, options.device)
         top, bottom = extremes(surface.product, next(signs), options.lanczos_steps)
         whole, parts = trace(surface.product, islice(signs, options.probes), _blocks(surface))
         found[subject.name] = {
-            "loss": loss,
-            "gradient": float(gradient.norm()),
+            "loss": surface.loss,
+            "gradient": float(surface.gradient.norm()),
             "trace": asdict(whole),
             "trace_by_part": {name: asdict(part) for name, part in parts.items()},
             "largest_eigenvalue": asdict(top),
