@@ -1,9 +1,9 @@
 """Curvature of a model's loss: products with its Hessian, the Hessian's trace, its extreme eigenvalues.
 
-The ops' backward passes have no derivative of their own, so a product with the Hessian is a difference of two
-gradients in float64: at the weights, which all products share, and a step of 1e-9 of the weights' length away.
-Of v^T H v on `small`, one window, that missed 1.5e-6 along the top eigenvector and 1e-7 along a random vector;
-central differences with a step of 1e-6 missed 1e-3 of the former.
+The ops' backward passes have no derivative of their own, so a product with the Hessian is a difference of
+two gradients in float64: at the weights, which all products share, and a step of 1e-9 of the weights' length
+away. Of v^T H v on `small`, one window, that missed 1.5e-6 along the top eigenvector and 1e-7 along a random
+vector; central differences with a step of 1e-6 missed 1e-3 of the former.
 """
 
 from __future__ import annotations
