@@ -26,7 +26,7 @@ from pgolf_fast.quant.state import quantize_state, unbank
 from pgolf_fast.tensor_file import save_tensors
 from pgolf_fast.train.run_folder import RunFolder
 
-OWN = ("deltas", "quant", "spectra", "overlap", "connectivity", "surface", "triangle")
+OWN = ("deltas", "quant", "spectra", "overlap", "connectivity", "surface")
 QUICK = [
     "--tokens",
     "256",
@@ -124,14 +124,14 @@ def test_a_model_that_diverged_is_refused(runs, tmp_path):
         open_subject(tmp_path / "y.safetensors")
 
 
-def test_analyses_of_three_runs(runs, tmp_path, capsys):
+def test_analyses_of_two_runs(runs, tmp_path, capsys):
     out = tmp_path / "out"
-    paths = [folder.path for folder in runs]
+    paths = [folder.path for folder in runs[:2]]
     status, printed, _ = run(*paths, "--only", *OWN, "--out", out, *QUICK, capsys=capsys)
     assert status == 0
     story = read_json(out / "analysis.json")
     assert list(story["analyses"]) == list(OWN)
-    assert [model["name"] for model in story["models"]] == ["one", "two", "three"]
+    assert [model["name"] for model in story["models"]] == ["one", "two"]
     assert story["left_out"] == {}
     page = (out / "report.html").read_text(encoding="utf-8")
     for name, analysis in story["analyses"].items():
@@ -146,6 +146,14 @@ def test_analyses_of_three_runs(runs, tmp_path, capsys):
             for file in finding["plots"].values():
                 assert (out / file).read_bytes().startswith(b"\x89PNG")
     assert "http" not in page.replace("http-equiv", "").replace("http://www.w3.org", "")
+
+
+def test_triangle_of_three_runs(runs, tmp_path, capsys):
+    paths = [folder.path for folder in runs]
+    status, printed, _ = run(*paths, "--only", "triangle", "--out", tmp_path, capsys=capsys)
+    assert status == 0
+    assert "triangle of one, two, three [published]" in printed
+    assert "angles of one, two, three [corrected]" in printed
 
 
 def test_without_names_what_the_models_allow(runs, tmp_path, monkeypatch, capsys):
@@ -215,12 +223,15 @@ def test_what_cannot_be_measured_says_what_to_give(runs, tmp_path, capsys):
 
 
 def test_data_of_another_tokenizer_is_refused(runs, tmp_path, capsys):
-    other = make_dataset(tmp_path / "other")
-    (other / "tokenizer.model").write_bytes(b"")
-    arguments = [runs[0].path, "--only", "surface", "--data.path", other, "--out", tmp_path / "out"]
-    status, _, error = run(*arguments, capsys=capsys)
+    shutil.copytree(runs[0].path, tmp_path / "other")
+    with open(tmp_path / "other/tokenizer.model", "ab") as handle:
+        handle.write(b"\xfa\x07\x00")  # an empty field that SentencePiece does not know: another file
+    arguments = [runs[1].path, tmp_path / "other", "--only", "surface", "--out", tmp_path / "out"]
+    shards = runs[0].read_config().data.path
+    status, _, error = run(*arguments, "--data.path", shards, capsys=capsys)
     assert status == 2
-    assert "not a SentencePiece model" in error or "belong to tokenizer" in error
+    assert "belong to tokenizer" in error
+    assert "other to another" in error
 
 
 def test_validation_is_cut_to_whole_windows(runs):

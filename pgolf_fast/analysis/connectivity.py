@@ -74,6 +74,7 @@ def expected(a: Subject, b: Subject) -> Finding:
         angle = cosine(x, y)
         found[name] = {
             "cosine": angle,
+            "length": ratio(norm(y), norm(x)),
             "ratio": ratio(norm(middle(x, y)), norm(x)),
             "from_cosine": None if angle is None else math.sqrt((1 + angle) / 2),
         }
@@ -81,8 +82,8 @@ def expected(a: Subject, b: Subject) -> Finding:
         f"midpoint norms, {a.name} to {b.name}",
         "corrected",
         "Shows that the published ratio repeats the cosine: sqrt((1 + cosine) / 2) for weights of equal "
-        f"length, {math.sqrt(0.5):.4f} for independent ones; it cannot show more than the cosine does.",
-        ("bank", "cosine", "|(A+B)/2|/|A|", "sqrt((1+cosine)/2)"),
+        f"length, {math.sqrt(0.5):.4f} for independent ones; cannot show more than the cosine does.",
+        ("bank", "cosine", "|B|/|A|", "|(A+B)/2|/|A|", "sqrt((1+cosine)/2)"),
         [(name, *(number(value, ".4f") for value in part.values())) for name, part in found.items()],
         found,
     )

@@ -103,8 +103,8 @@ def corrected(a: Subject, b: Subject) -> Finding:
         f"weight deltas by slot, {a.name} to {b.name}",
         "corrected",
         "Shows for each matrix whether two models share a direction beyond what independent weights would; "
-        "hidden channels and heads are not aligned first (that is not attempted), so a cosine near 0 says "
-        "nothing about what the networks compute.",
+        "cannot show whether they compute the same, as hidden channels and heads are not aligned first (that "
+        "is not attempted).",
         (
             "bank",
             "slots",

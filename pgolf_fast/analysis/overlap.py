@@ -121,8 +121,8 @@ def corrected(a: Subject, b: Subject) -> Finding:
         f"subspace overlap by slot, {a.name} and {b.name}",
         "corrected",
         "Shows whether the strongest outputs and inputs of the same matrix lie in a common subspace more "
-        "than random ones would; models that share an initial draw or a data set's embeddings overlap for "
-        "that reason, and outputs of hidden layers can be compared only up to the order of channels.",
+        "than random ones would; cannot show why (a common initial draw or data set is enough), and compares "
+        "hidden layers' outputs only in the order their channels happen to have.",
         ("bank", "side", "slots", "directions", "of", "mean cosine²", "spread", "if random"),
         rows,
         found,

@@ -115,7 +115,8 @@ def published(subjects: Sequence[Subject]) -> Finding:
         "quantisation errors on the published grid",
         "published",
         "Shows the error of the step 1/31, which is step² / 12 = 8.67e-5 for any bank whose rows stay below "
-        "1; cannot tell two models apart, since it does not depend on their weights.",
+        "1 and whose weights spread over more than a step; cannot show which of two such models rounds "
+        "better, since it hardly depends on their weights.",
         ("bank", *names, *(["ratio", f"lower in {names[0]}"] if two else [])),
         rows,
         {"step_squared_over_12": FIXED_STEP_MSE, "models": values},

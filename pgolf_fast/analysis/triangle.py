@@ -52,8 +52,8 @@ def published(three: Sequence[Subject]) -> Finding:
     return Finding(
         f"triangle of {_names(three)}",
         "published",
-        "Shows the distances between each two models; a near-equilateral triangle cannot show that they are "
-        "different solutions, since any three weights of one length and one common cosine form one.",
+        "Shows the distances between each two models; cannot show that they are different solutions, since "
+        "any three weights of one length and one common cosine form an equilateral triangle.",
         ("side", "banks", "others", "total"),
         rows,
         {"sides": sides, "near_equilateral": equilateral, "centroid_ratio": share},
@@ -92,8 +92,8 @@ def corrected(three: Sequence[Subject]) -> Finding:
         f"angles of {_names(three)}",
         "corrected",
         "Shows whether two models lie in a common direction as seen from the third, more (a smaller angle) "
-        "than independent weights of these lengths would; hidden channels are not aligned first, so angles "
-        "as of independent weights say nothing about what the networks compute.",
+        "than independent weights of these lengths would; cannot show whether they compute the same, as "
+        "hidden channels and heads are not aligned first.",
         ("part", "at", "degrees", "if independent"),
         rows,
         found,
