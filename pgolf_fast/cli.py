@@ -18,6 +18,7 @@ COMMANDS = {
     "ablate": "train a preset and variants of it under one budget, and compare their scores with intervals",
     "seeds": "mean and deviation of scored runs, and whether they beat others by 0.005 nats",
     "ttt-sweep": "compare adapters of test-time training on a run's artifact, with intervals",
+    "analyze": "study models: weights, spectra, rounding, curvature; as published and as it should be",
     "submit": "write a run as a folder for a pull request: README, submission.json, log, artifact, script",
     "generate": "let a run continue a prompt",
     "data": "info, tokenize, download: token shards and tokenizers",

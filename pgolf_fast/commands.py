@@ -205,6 +205,13 @@ def audit(argv: list[str]) -> int:
     return run(argv)
 
 
+def analyze(argv: list[str]) -> int:
+    """pgolf analyze A [B ...] [--only deltas quant ...] [--out DIR] [--data.path DIR] [--tokens N]"""
+    from pgolf_fast.analysis_commands import analyze as run
+
+    return run(argv)
+
+
 def ttt_sweep(argv: list[str]) -> int:
     """pgolf ttt-sweep RUN [--adapters NAME ...] [--stride N] [--tokens N]"""
     from pgolf_fast.ttt_commands import sweep

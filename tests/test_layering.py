@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "train": {"ops", "model", "optim", "quant", "evaluation"} | LEAVES,
     "pipeline": {"model", "quant", "evaluation", "artifact", "train"} | LEAVES,
     "ablation": {"evaluation", "artifact", "bench", "train", "pipeline"} | LEAVES,
+    "analysis": {"model", "ops", "quant", "evaluation", "artifact", "train"} | LEAVES,
     "audit": {"model", "quant", "evaluation", "artifact", "train", "pipeline"} | LEAVES,
 }
 

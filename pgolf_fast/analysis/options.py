@@ -1,0 +1,42 @@
+"""How much an analysis looks at, and where."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pgolf_fast.config.model import need
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Settings of all analyses; each reads those that it has a use for."""
+
+    data: Path | None = None
+    """Folder of validation shards; None takes that of the first model's run."""
+    tokenizer: Path | None = None
+    """Tokenizer of those shards; None takes the one that belongs to them."""
+    tokens: int = 16_384
+    """Targets that losses are taken over, from the beginning of the validation data."""
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
+    """Where models run."""
+    calibration_tokens: int = 4096
+    """Of these, inputs that rounding errors are weighted by."""
+    points: int = 7
+    """Places on the line between two models, its ends included, where the loss is measured."""
+    curvature_tokens: int = 1024
+    """Targets whose mean loss is the error surface, at least one window."""
+    probes: int = 8
+    """Random vectors of the trace estimate."""
+    lanczos_steps: int = 10
+    """Hessian-vector products that the extreme eigenvalues are taken from."""
+    seed: int = 0
+    """Seed of all random vectors."""
+
+    def __post_init__(self) -> None:
+        least = {"points": 3, "probes": 2, "lanczos_steps": 2}
+        for name in ("tokens", "calibration_tokens", "curvature_tokens", *least):
+            value, lowest = getattr(self, name), least.get(name, 1)
+            need(value >= lowest, f"--{name.replace('_', '-')} is {value}; it must be at least {lowest}")

@@ -1,0 +1,56 @@
+"""PNG pictures of findings, each for light and for dark pages."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING
+
+from pgolf_fast import report
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+DARK = "_dark"
+"""Ending of the name of a picture that is another one's version for dark pages."""
+
+
+def drawn(
+    name: str,
+    paint: Callable[[list[Axes]], None],
+    panels: int = 1,
+    *,
+    width: float = 7.0,
+    height: float = 3.4,
+) -> dict[str, bytes]:
+    """PNGs `name` and `name_dark` of what `paint` draws on so many axes beside each other; inches.
+
+    Without matplotlib there are none, and one line says so.
+    """
+    if not _matplotlib():
+        return {}
+    from matplotlib import rc_context, style
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    pictures = {}
+    for ending, look in (("", {}), (DARK, style.library["dark_background"])):
+        with rc_context(look):
+            figure = Figure(figsize=(width, height), layout="constrained")
+            FigureCanvasAgg(figure)
+            paint(list(figure.subplots(1, panels, squeeze=False)[0]))
+            png = io.BytesIO()
+            figure.savefig(png, format="png", dpi=110)
+        pictures[name + ending] = png.getvalue()
+    return pictures
+
+
+@cache
+def _matplotlib() -> bool:
+    try:
+        import matplotlib  # noqa: F401 - asked whether it is there
+    except ImportError:
+        report.logger.warning("no pictures: matplotlib is missing (pip install 'pgolf-fast[plot]')")
+        return False
+    return True

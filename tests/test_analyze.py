@@ -1,0 +1,304 @@
+"""`pgolf analyze`: what it opens, what it runs, what it writes, and what it refuses."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from runs import make_dataset, read_json, run_config
+
+from pgolf_fast.analysis import connectivity, quant, surface
+from pgolf_fast.analysis.finding import Finding
+from pgolf_fast.analysis.options import Options
+from pgolf_fast.analysis.registry import ANALYSES
+from pgolf_fast.analysis.subject import open_subject, open_subjects
+from pgolf_fast.analysis.validation import open_validation
+from pgolf_fast.artifact.pack import pack
+from pgolf_fast.cli import main
+from pgolf_fast.config.schema import PackConfig, QuantConfig
+from pgolf_fast.config.serialize import run_config_to_dict
+from pgolf_fast.errors import PgolfError
+from pgolf_fast.model.bank import BANK_NAMES
+from pgolf_fast.model.gpt import GPT
+from pgolf_fast.quant.state import quantize_state, unbank
+from pgolf_fast.tensor_file import save_tensors
+from pgolf_fast.train.run_folder import RunFolder
+
+OWN = ("deltas", "quant", "spectra", "overlap", "connectivity", "surface")
+QUICK = [
+    "--tokens",
+    "256",
+    "--curvature-tokens",
+    "32",
+    "--probes",
+    "2",
+    "--lanczos-steps",
+    "2",
+    "--points",
+    "3",
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def runs(data, tmp_path_factory):
+    """Three run folders of untrained weights from three seeds; the first is packed as well."""
+    found = [RunFolder(tmp_path_factory.mktemp("runs") / name) for name in ("one", "two", "three")]
+    for seed, folder in enumerate(found):
+        config = run_config(data)
+        torch.manual_seed(seed)
+        model = GPT(config.model)
+        for parameter in model.parameters():  # nothing of it zero
+            parameter.data += 0.05 * torch.randn(parameter.shape)
+        folder.write_config(config)
+        shutil.copyfile(data / "tokenizer.model", folder.tokenizer_file)
+        save_tensors(folder.model_file, model.state_dict(), {"config": run_config_to_dict(config)})
+        if seed == 0:
+            state = quantize_state(model.state_dict(), QuantConfig(method="round", grid="percentile"))
+            pack(state, run_config_to_dict(config), folder.artifact_file, PackConfig(code_bytes=0))
+    return found
+
+
+def run(*arguments, capsys):
+    """Exit status, standard output, standard error."""
+    status = main(["analyze", *map(str, arguments)])
+    return status, *capsys.readouterr()
+
+
+def test_every_kind_of_file_is_a_subject(runs, tmp_path):
+    folder = runs[0]
+    whole = open_subject(folder.path)
+    assert (whole.name, whole.config, whole.folder) == ("one", folder.read_config(), folder)
+    assert all(t.dtype == torch.float32 for t in whole.state.values())
+
+    checkpoint = tmp_path / "step.safetensors"
+    state = {f"model.{name}": tensor for name, tensor in whole.state.items()}
+    config = replace(folder.read_config(), name="elsewhere")
+    save_tensors(checkpoint, {**state, "optimizer.x": torch.ones(2)}, {"config": run_config_to_dict(config)})
+    found = open_subject(checkpoint)
+    assert (found.name, found.config.name, found.folder) == ("step", "elsewhere", None)
+    assert all(torch.equal(found.state[n], t) for n, t in whole.state.items())
+
+    inside = open_subject(folder.model_file)
+    assert (inside.name, inside.folder) == ("one/model", folder)
+
+    community = tmp_path / "final_model.pt"
+    torch.save(unbank({n: t.bfloat16() for n, t in whole.state.items()}), community)
+    unbanked = open_subject(community, config=folder.read_config())
+    assert set(unbanked.state) == set(whole.state)
+    for name, tensor in whole.state.items():
+        torch.testing.assert_close(unbanked.state[name], tensor.bfloat16().float(), rtol=0, atol=0)
+    assert open_subject(community).config is None
+
+    rounded = open_subject(folder.path, "artifact")
+    packed = open_subject(folder.artifact_file)
+    assert torch.equal(rounded.state["qo_bank"], packed.state["qo_bank"])
+    error = (rounded.state["qo_bank"] - whole.state["qo_bank"]).norm() / whole.state["qo_bank"].norm()
+    assert 0 < error < 0.1
+    names = [s.name for s in open_subjects([folder.path, folder.path, folder.artifact_file])]
+    assert names == ["one", "one (2)", "one/model"]
+
+
+def test_a_run_that_has_its_artifact_only(runs, tmp_path):
+    shutil.copytree(runs[0].path, tmp_path / "packed")
+    (tmp_path / "packed/model.safetensors").unlink()
+    assert open_subject(tmp_path / "packed").state["qo_bank"].isfinite().all()
+    with pytest.raises(PgolfError, match=r"model.safetensors does not exist yet"):
+        open_subject(tmp_path / "packed", "float")
+
+
+def test_a_model_that_diverged_is_refused(runs, tmp_path):
+    state = open_subject(runs[0].path).state
+    state["kv_bank"][1, 2, 3] = torch.nan
+    save_tensors(tmp_path / "x.safetensors", state, {})
+    with pytest.raises(PgolfError, match="kv_bank has values that are not finite"):
+        open_subject(tmp_path / "x.safetensors")
+    save_tensors(tmp_path / "y.safetensors", {"weight": torch.ones(2)}, {})
+    with pytest.raises(PgolfError, match=r"has no qo_bank, .*not a model with weight banks"):
+        open_subject(tmp_path / "y.safetensors")
+
+
+def test_analyses_of_two_runs(runs, tmp_path, capsys):
+    out = tmp_path / "out"
+    paths = [folder.path for folder in runs[:2]]
+    status, printed, _ = run(*paths, "--only", *OWN, "--out", out, *QUICK, capsys=capsys)
+    assert status == 0
+    story = read_json(out / "analysis.json")
+    assert list(story["analyses"]) == list(OWN)
+    assert [model["name"] for model in story["models"]] == ["one", "two"]
+    assert story["left_out"] == {}
+    page = (out / "report.html").read_text(encoding="utf-8")
+    for name, analysis in story["analyses"].items():
+        assert f"{name} " in printed
+        forms = [finding["form"] for finding in analysis["findings"]]
+        assert {"published", "corrected"} == set(forms)
+        for finding in analysis["findings"]:
+            assert f"{finding['name']} [{finding['form']}]" in printed
+            assert finding["shows"] in printed
+            assert "not_measured" not in finding["values"]
+            assert finding["name"].replace("&", "&amp;") in page
+            for file in finding["plots"].values():
+                assert (out / file).read_bytes().startswith(b"\x89PNG")
+    assert "http" not in page.replace("http-equiv", "").replace("http://www.w3.org", "")
+
+
+def test_triangle_of_three_runs(runs, tmp_path, capsys):
+    paths = [folder.path for folder in runs]
+    status, printed, _ = run(*paths, "--only", "triangle", "--out", tmp_path, capsys=capsys)
+    assert status == 0
+    assert "triangle of one, two, three [published]" in printed
+    assert "angles of one, two, three [corrected]" in printed
+
+
+def test_without_names_what_the_models_allow(runs, tmp_path, monkeypatch, capsys):
+    for name in ("hash", "losses"):
+        monkeypatch.delitem(ANALYSES, name)
+    out = tmp_path / "out"
+    status, printed, _ = run(runs[0].path, "--out", out, *QUICK, capsys=capsys)
+    assert status == 0
+    story = read_json(out / "analysis.json")
+    assert list(story["analyses"]) == ["quant", "spectra", "surface"]
+    assert list(story["left_out"]) == ["deltas", "overlap", "connectivity", "triangle"]
+    assert "triangle compares 3 models or more, and 1 was given" in printed
+    assert "Left out" in (out / "report.html").read_text(encoding="utf-8")
+
+
+def test_nan_is_null_in_json(runs, tmp_path, monkeypatch, capsys):
+    def findings(subjects, options):
+        return [Finding("x", "published", "Shows.", (), [], {"a": [float("nan"), (1.0, float("inf"))]})]
+
+    monkeypatch.setattr(quant, "quant_findings", findings)
+    run(runs[0].path, "--only", "quant", "--out", tmp_path, capsys=capsys)
+    values = read_json(tmp_path / "analysis.json")["analyses"]["quant"]["findings"][0]["values"]
+    assert values == {"a": [None, [1.0, None]]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--only", "deltas"], "deltas compares 2 models or more, and 1 was given"),
+        (["--only", "delta"], "unknown analysis 'delta': did you mean deltas?"),
+        (["--only", "xyzzy"], "unknown analysis 'xyzzy': they are deltas, quant"),
+        (["--points", "2"], "--points is 2; it must be at least 3"),
+        (["--data.path", "nowhere"], "data folder nowhere does not exist"),
+        (["--preset", "exp999"], "unknown preset 'exp999'"),
+        (["--tokns", "3"], "unknown field --tokns: did you mean --tokens?"),
+    ],
+)
+def test_bad_input_is_one_line(runs, tmp_path, capsys, arguments, line):
+    status, _, error = run(runs[0].path, *arguments, "--out", tmp_path / "out", capsys=capsys)
+    assert status == 2
+    assert line in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_model_or_a_missing_one(capsys):
+    assert "give at least one model" in run(capsys=capsys)[2]
+    assert "model nowhere does not exist" in run("nowhere", capsys=capsys)[2]
+
+
+def test_what_cannot_be_measured_says_what_to_give(runs, tmp_path, capsys):
+    """A file of weights alone has spectra and rounding errors, and no loss."""
+    bare = tmp_path / "bare.safetensors"
+    save_tensors(bare, open_subject(runs[0].path).state, {})
+    status, printed, _ = run(bare, "--only", "quant", "surface", "--out", tmp_path / "out", capsys=capsys)
+    assert status == 0
+    assert printed.count("Not measured") == 2
+    assert "no calibration" in printed
+    assert printed.count("name its preset with --preset") == 2
+    stated = tmp_path / "stated.safetensors"
+    config = run_config_to_dict(
+        replace(runs[0].read_config(), data=replace(runs[0].read_config().data, path=None))
+    )
+    save_tensors(stated, open_subject(runs[0].path).state, {"config": config})
+    printed = run(stated, "--only", "surface", "--out", tmp_path / "out", capsys=capsys)[1]
+    assert "give a folder of shards with --data.path" in printed
+
+
+def test_data_of_another_tokenizer_is_refused(runs, tmp_path, capsys):
+    shutil.copytree(runs[0].path, tmp_path / "other")
+    with open(tmp_path / "other/tokenizer.model", "ab") as handle:
+        handle.write(b"\xfa\x07\x00")  # an empty field that SentencePiece does not know: another file
+    arguments = [runs[1].path, tmp_path / "other", "--only", "surface", "--out", tmp_path / "out"]
+    shards = runs[0].read_config().data.path
+    status, _, error = run(*arguments, "--data.path", shards, capsys=capsys)
+    assert status == 2
+    assert "belong to tokenizer" in error
+    assert "other to another" in error
+
+
+def test_validation_is_cut_to_whole_windows(runs):
+    subjects = open_subjects([folder.path for folder in runs])
+    length = subjects[0].known().eval_seq_len
+    found = open_validation(subjects, Options(tokens=length + 1))
+    assert len(found.tokens) == 2 * length + 1
+    assert len(found.first(1)) == length + 1
+    everything = open_validation(subjects, Options(tokens=10**9))
+    assert (len(everything.tokens) - 1) % length == 0
+    np.testing.assert_array_equal(everything.tokens[: 2 * length + 1], found.tokens)
+
+
+def test_calibration_on_text_the_model_writes(runs, tmp_path):
+    """A run whose data is gone has its tokenizer and can write for itself."""
+    shutil.copytree(runs[0].path, tmp_path / "moved")
+    config = runs[0].read_config()
+    RunFolder(tmp_path / "moved").write_config(replace(config, data=replace(config.data, path="/gone")))
+    one = open_subject(tmp_path / "moved")
+    hessians, how = quant.calibrate(one, Options())
+    assert how == f"{4 * 32:,} tokens the model wrote itself"
+    assert len(hessians) == 4 * config.model.num_layers
+    hessians, how = quant.calibrate(one, Options(data=Path(config.data.path), calibration_tokens=70))
+    assert how == "96 validation tokens"
+    with pytest.raises(PgolfError, match="nowhere"):
+        quant.calibrate(one, Options(data=Path("nowhere")))
+
+
+def test_loss_on_the_line_is_the_models_own(runs):
+    a, b = open_subjects([folder.path for folder in runs[:2]])
+    options = Options(tokens=96, points=3)
+    validation = open_validation([a, b], options)
+    losses = connectivity.path_losses(a, b, validation, options)
+    tokens = torch.from_numpy(validation.tokens)
+    inputs, targets = (part.view(-1, validation.seq_len) for part in (tokens[:-1], tokens[1:]))
+    middle = replace(a, state={n: (t + b.state[n]) / 2 for n, t in a.state.items()})
+    for subject, found in zip((a, middle, b), losses, strict=True):
+        with torch.no_grad():
+            want = subject.model(validation.source.table).token_losses(inputs, targets).mean(1)
+        np.testing.assert_allclose(found, want.numpy(), rtol=1e-5)
+    finding = connectivity.corrected(a, b, "x", validation, options).values
+    excess = losses[1] - (losses[0] + losses[2]) / 2
+    assert finding["excess"] == pytest.approx([0, excess.mean(), 0], abs=1e-9)
+    assert finding["excess_error"][1] == pytest.approx(excess.std(ddof=1) / len(excess) ** 0.5)
+    assert finding["barrier"]["height"] == pytest.approx(max(0, excess.mean()), abs=1e-9)
+
+
+def test_no_line_between_different_networks(runs):
+    a, b = open_subjects([folder.path for folder in runs[:2]])
+    config = b.known()
+    other = replace(b, config=replace(config, model=replace(config.model, pos_conditional=False)))
+    options = Options(tokens=64)
+    with pytest.raises(PgolfError, match="one and two are different networks"):
+        connectivity.path_losses(a, other, open_validation([a], options), options)
+
+
+def test_curvature_of_a_run_by_parts(runs):
+    one = open_subject(runs[0].path)
+    options = Options(tokens=64, curvature_tokens=33, probes=2, lanczos_steps=2)
+    validation = open_validation([one], options)
+    curvature, parts = surface.corrected([one], validation, options)
+    found = curvature.values["models"]["one"]
+    assert curvature.values["targets"] == 64
+    tokens = torch.from_numpy(validation.tokens)
+    inputs, targets = (part.view(-1, validation.seq_len) for part in (tokens[:-1], tokens[1:]))
+    model = one.model(validation.source.table, dtype=torch.float64)
+    assert found["loss"] == pytest.approx(model.loss(inputs, targets).item())
+    assert list(parts.values["one"]) == [*BANK_NAMES, "others"]
+    total = sum(part["value"] for part in parts.values["one"].values())
+    assert total == pytest.approx(found["trace"]["value"])
