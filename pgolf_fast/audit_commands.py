@@ -40,11 +40,12 @@ class _Audit:
     tokenizer: Path | None = None
     """Tokenizer of those shards; default: the one that belongs to them."""
     json: Path | None = None
-    """File for the findings."""
+    """File for the findings; default: audit.json in a run folder that all checks are made of."""
 
 
 def audit(argv: list[str]) -> int:
     """pgolf audit RUN_OR_ARTIFACT [--tokens N] [--only C1 C2 ...] [--json FILE] [--ttt.field value]"""
+    from pgolf_fast.artifact.container import sizes
     from pgolf_fast.audit.check import broken, run_checks
     from pgolf_fast.audit.subject import checks, open_subject, settings
 
@@ -68,11 +69,19 @@ def audit(argv: list[str]) -> int:
     results = run_checks(check for check in found if not a.only or check.id in a.only)
     rows = [(r.id, r.title, r.verdict, f"{r.seconds:.1f}", r.evidence) for r in results]
     print_out(report.table(rows, ("", "property", "", "seconds", "evidence")))
-    if a.json is not None:
+    path = a.json
+    if path is None and subject.folder is not None and not a.only:
+        path = subject.folder.audit_file
+    if path is not None:
         findings = [{**asdict(r), "verdict": r.verdict} for r in results]
-        story = {"audited": str(target), "tokens": len(subject.tokens) - 1, "findings": findings}
-        write_text(a.json, json.dumps(story, indent=2) + "\n")
-        print_out(f"wrote {a.json}")
+        story = {
+            "audited": str(target),
+            "artifact_sha256": None if subject.artifact is None else sizes(subject.artifact).sha256,
+            "tokens": len(subject.tokens) - 1,
+            "findings": findings,
+        }
+        write_text(path, json.dumps(story, indent=2) + "\n")
+        print_out(f"wrote {path}")
     wrong = broken(results)
     if wrong:
         print_out(f"{len(wrong)} of {len(results)} do not hold: {', '.join(wrong)}")

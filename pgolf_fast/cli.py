@@ -15,6 +15,7 @@ COMMANDS = {
     "pack": "write a run's artifact and count its bytes against the limit",
     "eval": "score a run's artifact: non-overlapping, sliding, sliding with test-time training",
     "audit": "check a run or an artifact against the rules: what a score may depend on, and what it may not",
+    "report": "one page about a run that opens offline: curves, scores, bytes, audit, and what is missing",
     "ablate": "train a preset and variants of it under one budget, and compare their scores with intervals",
     "seeds": "mean and deviation of scored runs, and whether they beat others by 0.005 nats",
     "ttt-sweep": "compare adapters of test-time training on a run's artifact, with intervals",
@@ -66,7 +67,6 @@ def print_out(text: str) -> None:
 
 def _command(name: str) -> Callable[[list[str]], int]:
     import difflib
-    import keyword
 
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
@@ -74,7 +74,9 @@ def _command(name: str) -> Callable[[list[str]], int]:
         raise PgolfError(f"unknown command {name!r}: {hint}")
     from pgolf_fast import commands
 
-    return getattr(commands, f"{name}_" if keyword.iskeyword(name) else name.replace("-", "_"))
+    function = name.replace("-", "_")
+    # `import` and `report` mean something else there, so these have an underscore behind them
+    return getattr(commands, f"{function}_", None) or getattr(commands, function)
 
 
 def _help() -> str:

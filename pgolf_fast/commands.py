@@ -205,6 +205,13 @@ def audit(argv: list[str]) -> int:
     return run(argv)
 
 
+def report_(argv: list[str]) -> int:
+    """pgolf report RUN [--out FILE.html] [--audit]"""
+    from pgolf_fast.report_commands import report_run
+
+    return report_run(argv)
+
+
 def analyze(argv: list[str]) -> int:
     """pgolf analyze A [B ...] [--only deltas quant ...] [--out DIR] [--data.path DIR] [--tokens N]"""
     from pgolf_fast.analysis_commands import analyze as run

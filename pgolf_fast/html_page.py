@@ -14,6 +14,7 @@ from html import escape
 from typing import Literal
 
 Label = Literal["", "published", "corrected"]
+SHORT = 24  # characters of a cell that stays on one line
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,10 @@ def _table(table: Table) -> str:
     if wrong:
         raise ValueError(f"table {table.caption!r}: {wrong[0]} does not fit the header {table.header}")
     columns = zip(*table.rows, strict=True) if table.rows else ((),) * len(table.header)
-    kinds = [' class="n"' if _are_numbers(column) else "" for column in columns]
+    kinds = [
+        ' class="n"' if _are_numbers(column) else ' class="s"' if _are_short(column) else ""
+        for column in columns
+    ]
     header = "".join(f'<th scope="col"{k}>{escape(c)}</th>' for k, c in zip(kinds, table.header, strict=True))
     body = "\n".join(f"<tr>{_row(row, kinds)}</tr>" for row in table.rows)
     caption = f"<caption>{_inline(table.caption)}</caption>" if table.caption else ""
@@ -109,7 +113,7 @@ def _table(table: Table) -> str:
 
 def _row(row: Sequence[str], kinds: Sequence[str]) -> str:
     """Cells; the first names the row, unless it is a number."""
-    first = "td" if kinds[0] else "th"
+    first = "td" if "n" in kinds[0] else "th"
     tags = [first, *["td"] * (len(row) - 1)]
     scopes = [' scope="row"' if tag == "th" else "" for tag in tags]
     return "".join(
@@ -127,11 +131,16 @@ def _are_numbers(cells: Sequence[str]) -> bool:
     return bool(held) and all(_NUMBER.fullmatch(cell) for cell in held)
 
 
+def _are_short(cells: Sequence[str]) -> bool:
+    """Whether these had better not be broken over lines."""
+    return all(len(cell) <= SHORT for cell in cells)
+
+
 def _figure(figure: Figure) -> str:
     if figure.png is None and figure.svg is None:
         raise ValueError(f"figure {figure.caption or figure.alt!r} has neither a PNG nor an SVG")
     caption = f"<figcaption>{_inline(figure.caption)}</figcaption>" if figure.caption else ""
-    return f"<figure>{_picture(figure)}{caption}</figure>\n"
+    return f'<figure><div tabindex="0">{_picture(figure)}</div>{caption}</figure>\n'
 
 
 def _picture(figure: Figure) -> str:
@@ -169,30 +178,34 @@ p{{margin:.5rem 0;max-width:48rem;overflow-wrap:anywhere}}
 a{{color:var(--link)}}
 code{{font:.9em ui-monospace,SFMono-Regular,Consolas,"Liberation Mono",monospace;background:var(--band);
 padding:.1em .3em;border-radius:3px;overflow-wrap:anywhere}}
-nav ol{{columns:15rem;margin:1rem 0 0;padding-left:1.5rem;font-size:.95rem}}
+nav ol{{columns:17rem;column-gap:2.5rem;margin:1rem 0 0;padding-left:1.5rem;font-size:.95rem}}
 nav li{{break-inside:avoid}}
 .label{{font-size:.75rem;font-weight:600;vertical-align:.15em;padding:.1rem .45rem;border:1px solid;
-border-radius:1rem;white-space:nowrap}}
+border-radius:1rem;display:inline-block;line-height:1.2}}
 .published{{color:var(--old)}}.corrected{{color:var(--new)}}
 .wide{{overflow-x:auto;margin:1rem 0;max-width:100%}}
-.wide:focus-visible,a:focus-visible{{outline:2px solid var(--link);outline-offset:2px}}
+:focus-visible{{outline:2px solid var(--link);outline-offset:2px}}
 table{{border-collapse:collapse;font-size:.9rem;line-height:1.4}}
 caption{{text-align:left;color:var(--faint);padding:0 0 .35rem;min-width:16rem}}
 th,td{{text-align:left;vertical-align:top;padding:.3rem .75rem;border-bottom:1px solid var(--line)}}
 thead th{{color:var(--faint);font-weight:600;vertical-align:bottom}}
 tbody th{{font-weight:400}}
 tbody tr:nth-child(even){{background:var(--band)}}
-.n{{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}}
+.n,.s{{white-space:nowrap}}
+.n{{text-align:right;font-variant-numeric:tabular-nums}}
 figure{{margin:1.25rem 0}}
-figure img,figure svg{{display:block;max-width:100%;height:auto}}
+figure>div{{overflow-x:auto}}
+figure img,figure svg{{display:block;max-width:100%;min-width:36rem;height:auto}}
 .paper{{background:#fff;padding:.4rem;border-radius:4px}}
 figcaption{{color:var(--faint);font-size:.9rem;margin-top:.35rem;max-width:48rem}}
+@media (max-width:40rem){{th,td{{padding:.3rem .45rem}}}}
 @media print{{
 body{{max-width:none;padding:0;font-size:10pt}}
 nav{{display:none}}
 h2{{break-after:avoid}}
 figure,tr{{break-inside:avoid}}
-.wide{{overflow:visible}}
+.wide,figure>div{{overflow:visible}}
+figure img,figure svg{{min-width:0}}
 table{{font-size:8pt}}
 }}
 """

@@ -1,12 +1,20 @@
-"""The picture of a run: training loss, validation and learning rate over tokens or steps."""
+"""The picture of a run: training loss, validation and learning rate over steps."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pgolf_fast import report
 from pgolf_fast.files import atomic_path
 from pgolf_fast.train.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+CEILING = 0.99  # quantile of the losses that the picture has room for, besides the first: spikes are cut off
 
 
 def draw_loss_curve(folder: RunFolder) -> Path | None:
@@ -22,41 +30,63 @@ def draw_loss_curve(folder: RunFolder) -> Path | None:
     if not steps:
         report.logger.warning("no loss curve: %s holds no steps", folder.metrics_file)
         return None
-    x = sorted(steps)
-    losses = [steps[s]["loss"] for s in x]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    axes.plot(x, losses, color="0.75", linewidth=0.8, label="batch")
-    axes.plot(x, _smooth(losses), color="C0", label="smoothed")
-    values = [row for row in rows if row["kind"] == "val"]
-    if values:
-        axes.plot(
-            [row["step"] for row in values],
-            [row["loss"] for row in values],
-            "o",
-            color="C3",
-            label="validation",
-        )
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=folder.path.name)
-    axes.grid(alpha=0.3)
-    rate = axes.twinx()
-    rate.plot(x, [steps[s]["multiplier"] for s in x], color="C2", linestyle=":", linewidth=1)
-    rate.set(ylabel="learning-rate multiplier", ylim=(0, 1.05))
-    qat = next((s for s in x if steps[s]["qat"]), None)
-    if qat is not None:
-        axes.axvline(qat, color="C4", linewidth=0.8, label="int6 from here")
-    axes.legend()
+    paint_training(figure, steps, [row for row in rows if row["kind"] == "val"])
+    figure.suptitle(folder.path.name)
     path = folder.path / "loss.png"
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
     return path
 
 
+def paint_training(
+    figure: Figure, steps: Mapping[int, Mapping[str, Any]], validations: Sequence[Mapping[str, Any]]
+) -> None:
+    """Loss and, below it, learning-rate multiplier, on an empty figure; of rows as metrics.jsonl holds them.
+
+    Losses that are not finite leave a gap, and a cross below.
+    """
+    x = sorted(steps)
+    losses = [number(steps[s].get("loss")) for s in x]
+    smoothed = _smooth(losses)
+    axes, rate = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    axes.plot(x, losses, color="0.6", alpha=0.6, linewidth=0.7, label="batch")
+    axes.plot(x, smoothed, color="C0", label="smoothed")
+    checked = [(row["step"], loss) for row in validations if math.isfinite(loss := number(row.get("loss")))]
+    if checked:
+        axes.plot(*zip(*checked, strict=True), "o", color="C1", markersize=5, label="validation")
+    broken = [s for s, loss in zip(x, losses, strict=True) if not math.isfinite(loss)]
+    if broken:
+        at_bottom = axes.get_xaxis_transform()
+        axes.plot(broken, [0.02] * len(broken), "x", color="C3", transform=at_bottom, label="not finite")
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    if finite:
+        usual = sorted(finite)[int(CEILING * (len(finite) - 1))]
+        low, high = min(finite), max(usual, finite[0], *(loss for _, loss in checked))
+        room = max(high - low, 0.1)
+        axes.set_ylim(low - 0.05 * room, high + 0.1 * room)
+    qat = next((s for s in x if steps[s].get("qat")), None)
+    if qat is not None:
+        axes.axvline(qat, color="C2", linewidth=0.8, linestyle="--", label="int6 from here")
+    axes.set(ylabel="loss, nats per token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    rate.plot(x, [number(steps[s].get("multiplier")) for s in x], color="C2", linewidth=1.2)
+    rate.set(xlabel="step", ylabel="learning rate", ylim=(0, 1.05))
+    rate.grid(alpha=0.3)
+
+
+def number(value: object) -> float:
+    """A number from a log; NaN for anything else."""
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+
+
 def _smooth(values: list[float], keep: float = 0.95) -> list[float]:
-    """Exponential average without start-up bias."""
+    """Exponential average without start-up bias, over the values that are finite; NaN for the others."""
     smoothed, total, weight = [], 0.0, 0.0
     for value in values:
-        total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
-        smoothed.append(total / weight)
+        if math.isfinite(value):
+            total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
+        smoothed.append(total / weight if math.isfinite(value) else math.nan)
     return smoothed

@@ -6,11 +6,14 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pgolf_fast.artifact.table import ArtifactTable, TensorBytes
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.files import atomic_path
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 WIDTH, HEIGHT, DPI = 13.0, 8.0, 150  # inches
 # The light scheme of P. Tol, "Colour Schemes" (SRON 2021): apart for colour-blind eyes, black text stands out
@@ -61,8 +64,18 @@ def plot_treemap(table: ArtifactTable, path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise PgolfError("the treemap needs matplotlib: pip install pgolf-fast[plot]") from error
-    groups = _groups(table)
     figure = Figure(figsize=(WIDTH, HEIGHT))
+    paint_treemap(figure, table)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=DPI)
+
+
+def paint_treemap(figure: Figure, table: ArtifactTable) -> None:
+    """The same on an empty figure of WIDTH x HEIGHT inches, headings in its text colour.
+
+    Raises PgolfError when squarify is not installed.
+    """
+    groups = _groups(table)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, WIDTH), ylim=(0, HEIGHT))
     axes.axis("off")
@@ -73,8 +86,6 @@ def plot_treemap(table: ArtifactTable, path: Path) -> None:
     for index, ((name, tiles), box) in enumerate(zip(groups, boxes, strict=True)):
         colour = REST_COLOUR if name == REST else COLOURS[index % len(COLOURS)]
         _draw_group(axes, name, tiles, box, colour, table.total_bytes)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=DPI)
 
 
 def _groups(table: ArtifactTable) -> list[tuple[str, list[_Tile]]]:
@@ -132,15 +143,16 @@ def _draw_group(
 def _draw_tile(axes: Any, tile: _Tile, box: _Box, colour: str) -> None:
     from matplotlib.patches import Rectangle
 
+    ground = axes.get_figure().get_facecolor()
     axes.add_patch(
-        Rectangle((box.x, box.y), box.width, box.height, facecolor=colour, edgecolor="white", linewidth=0.8)
+        Rectangle((box.x, box.y), box.width, box.height, facecolor=colour, edgecolor=ground, linewidth=0.8)
     )
     size = _short(tile.bytes)
     for lines in ([tile.label, size], [*tile.label.split("."), size], [tile.label]):
         font = _font(max(lines, key=len), box.width, box.height / len(lines), 9)
         if font:
             middle = (box.x + box.width / 2, box.y + box.height / 2)
-            axes.text(*middle, "\n".join(lines), fontsize=font, ha="center", va="center")
+            axes.text(*middle, "\n".join(lines), fontsize=font, ha="center", va="center", color="black")
             break
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,16 @@ def draw_scores(story: dict, path: Path) -> Path | None:
     figure = Figure(figsize=(11, 7), layout="constrained")
     FigureCanvasAgg(figure)
     (by_class, by_context), (by_document, course) = figure.subplots(2, 2)
+    paint_parts((by_class, by_context, by_document), story)
+    paint_course(course, story)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+    return path
+
+
+def paint_parts(panels: Sequence[Axes], story: dict) -> None:
+    """The `figures` of a story on three: shares by class, bits by context, bits by length of document."""
+    by_class, by_context, by_document = panels
     figures = story["figures"]
     sliding, ttt = figures["sliding"], figures["sliding_ttt"]
     _classes(by_class, sliding["by_class"])
@@ -31,10 +42,6 @@ def draw_scores(story: dict, path: Path) -> Path | None:
     by_context.set(xlabel="tokens of context", title="by context")
     _bits(by_document, {"sliding": sliding["by_document_tokens"], "sliding + TTT": ttt["by_document_tokens"]})
     by_document.set(xlabel="tokens of the document", title="by document length")
-    _course(course, story)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
-    return path
 
 
 def _classes(axes: Axes, parts: dict) -> None:
@@ -47,7 +54,7 @@ def _classes(axes: Axes, parts: dict) -> None:
     }
     for i, (label, values) in enumerate(shares.items()):
         axes.bar([x + 0.27 * (i - 1) for x in range(len(parts))], values, 0.27, label=label)
-    axes.set_xticks(range(len(parts)), list(parts))
+    _name_ticks(axes, parts)
     axes.set(ylabel="share", title="sliding, by class of target")
     axes.legend()
 
@@ -55,14 +62,19 @@ def _classes(axes: Axes, parts: dict) -> None:
 def _bits(axes: Axes, curves: dict[str, dict]) -> None:
     for label, parts in curves.items():
         bpb = [math.nan if p["bpb"] is None else p["bpb"] for p in parts.values()]
-        axes.plot(list(parts), bpb, "o-", label=label)
-    axes.tick_params(axis="x", rotation=30)
+        axes.plot(range(len(parts)), bpb, "o-", label=label)
+        _name_ticks(axes, parts)
     axes.set(ylabel="bits per byte")
     axes.grid(alpha=0.3)
     axes.legend()
 
 
-def _course(axes: Axes, story: dict) -> None:
+def _name_ticks(axes: Axes, parts: dict) -> None:
+    axes.set_xticks(range(len(parts)), list(parts), rotation=30, horizontalalignment="right")
+
+
+def paint_course(axes: Axes, story: dict) -> None:
+    """Bits per byte so far, chunk by chunk of test-time training, over the sliding score without it."""
     course = story["ttt_bpb_by_chunk"]
     axes.plot(range(1, len(course) + 1), course, label="sliding + TTT, so far")
     axes.axhline(story["sliding"]["bpb"], color="0.5", linestyle=":", label="sliding, whole stream")

@@ -68,14 +68,24 @@ def bootstrap_gain(
     RESAMPLES times (Efron 1979). What an adapter carries over from one document to the next stays as it was:
     the interval is about other documents, not about another order of them.
     """
-    gained, count = before - after, len(text_bytes)
+    gained = before - after
+    low, high = bootstrap_ratio(gained, math.log(2) * text_bytes, seed=seed)
+    return float(gained.sum() / (math.log(2) * text_bytes.sum())), low, high
+
+
+def bootstrap_ratio(part: np.ndarray, whole: np.ndarray, *, seed: int = 0) -> tuple[float, float]:
+    """The 2.5 % and 97.5 % points of sum(part) / sum(whole) over documents drawn with replacement.
+
+    Both are sums by document, (documents,); `whole` is not negative.
+    """
+    count = len(whole)
     rng, found = np.random.default_rng(seed), []
     at_once = max(1, 2**22 // count)
     for first in range(0, RESAMPLES, at_once):
         times = rng.multinomial(count, np.full(count, 1 / count), size=min(at_once, RESAMPLES - first))
-        found.append(times @ gained / (math.log(2) * np.maximum(times @ text_bytes, 1)))
+        found.append((times @ part) / np.maximum(times @ whole, math.log(2)))  # one byte, if there is none
     low, high = np.quantile(np.concatenate(found), (0.025, 0.975))
-    return float(gained.sum() / (math.log(2) * text_bytes.sum())), float(low), float(high)
+    return float(low), float(high)
 
 
 def sweep(

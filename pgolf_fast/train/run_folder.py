@@ -49,6 +49,10 @@ class RunFolder:
         return self.path / "model.pgolf"
 
     @property
+    def audit_file(self) -> Path:
+        return self.path / "audit.json"
+
+    @property
     def tokenizer_file(self) -> Path:
         return self.path / "tokenizer.model"
 

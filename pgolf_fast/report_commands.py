@@ -1,0 +1,37 @@
+"""`pgolf report`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from pgolf_fast.arguments import existing, parse
+from pgolf_fast.cli import print_out
+
+
+@dataclass(frozen=True)
+class _Report:
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder, in whatever state."""
+    out: Path | None = None
+    """The page; default RUN/report.html."""
+    audit: bool = False
+    """Audit the run first, as `pgolf audit` does."""
+
+
+def report_run(argv: list[str]) -> int:
+    """pgolf report RUN [--out FILE.html] [--audit]"""
+    from pgolf_fast.audit_commands import audit
+    from pgolf_fast.reporting.page import write_report
+    from pgolf_fast.train.run_folder import RunFolder
+
+    arguments = parse("report", _Report, argv)
+    folder = RunFolder(existing(arguments.run, "run folder"))
+    folder.read_config()
+    status = audit([str(folder.path)]) if arguments.audit else 0
+    path = write_report(folder, arguments.out or folder.path / "report.html")
+    print_out(f"wrote {path}")
+    return status

@@ -1,0 +1,185 @@
+"""Where the loss is, and whether probabilities mean what they say."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers import randomize_, tiny_config
+from runs import make_dataset, run_config
+
+from pgolf_fast.analysis.calibration import BINS, Calibration
+from pgolf_fast.analysis.losses import PR296, PR296_MEAN, SHOWN, least_shares, loss_findings
+from pgolf_fast.analysis.options import Options
+from pgolf_fast.analysis.subject import open_subjects
+from pgolf_fast.analysis.validation import open_validation
+from pgolf_fast.evaluation.sweep import bootstrap_ratio
+from pgolf_fast.model.gpt import GPT
+from pgolf_fast.tensor_file import save_tensors
+from pgolf_fast.train.run_folder import RunFolder
+
+TOKENS = 640
+
+
+@pytest.fixture(scope="module")
+def subjects(tmp_path_factory):
+    """Two models of one shape with random weights, in run folders."""
+    config = run_config(make_dataset(tmp_path_factory.mktemp("data")))
+    paths = []
+    for seed, name in ((3, "one"), (4, "two")):
+        folder = RunFolder(tmp_path_factory.mktemp("runs") / name)
+        folder.write_config(config)
+        save_tensors(folder.model_file, randomize_(GPT(config.model), seed).state_dict(), {})
+        paths.append(folder.path)
+    return open_subjects(paths)
+
+
+@pytest.fixture(scope="module")
+def validation(subjects):
+    return open_validation(subjects, Options(tokens=TOKENS))
+
+
+@pytest.fixture(scope="module")
+def findings(subjects):
+    return {f.name: f for f in loss_findings(subjects, Options(tokens=TOKENS))}
+
+
+@pytest.fixture(scope="module")
+def logits(subjects, validation):
+    """Of the first model, window by window: float64 (targets, V)."""
+    model = subjects[0].model(validation.source.table)
+    windows = torch.from_numpy(validation.tokens[:-1].reshape(-1, validation.seq_len))
+    with torch.no_grad():
+        return model.logits(windows).flatten(0, 1).double()
+
+
+@pytest.fixture(scope="module")
+def losses(logits, validation):
+    targets = torch.from_numpy(validation.tokens[1:])
+    return torch.nn.functional.cross_entropy(logits, targets, reduction="none").numpy()
+
+
+def test_every_table_is_whole(findings):
+    assert [(f.name, f.form) for f in findings.values()] == [
+        ("losses by word start", "published"),
+        ("losses by class of target", "corrected"),
+        ("losses by size", "published"),
+        ("losses by size, with intervals", "corrected"),
+        ("quantiles of the loss", "corrected"),
+        ("hardest targets", "corrected"),
+        ("calibration of the likeliest token", "corrected"),
+        ("calibration of the target's probability", "corrected"),
+    ]
+    for finding in findings.values():
+        assert {len(row) for row in finding.rows} == {len(finding.header)}
+        assert {row[0] for row in finding.rows} == {"one", "two"}
+        json.dumps(finding.values, allow_nan=False)
+    pictures = {name for f in findings.values() for name in f.plots}
+    assert pictures == {"losses", "losses_dark", "reliability", "reliability_dark"}
+
+
+def test_shares_by_word_start(findings, losses, validation):
+    starts = validation.source.table.has_leading_space[validation.tokens[1:]]
+    found = findings["losses by word start"].values["one"]
+    assert found["word start"]["targets"] == pytest.approx(starts.mean())
+    assert found["word start"]["loss"] == pytest.approx(losses[starts].mean(), rel=1e-5)
+    assert found["word start"]["loss_share"] == pytest.approx(losses[starts].sum() / losses.sum(), rel=1e-5)
+    assert sum(part["loss_share"] for part in found.values()) == pytest.approx(1)
+    classes = findings["losses by class of target"].values["one"]
+    assert sum(part["tokens"] for part in classes.values()) == len(losses)
+
+
+def test_shares_by_size(findings, losses):
+    published = findings["losses by size"].values["models"]["one"]
+    corrected = findings["losses by size, with intervals"].values["one"]
+    for nats in (1, 3, 5, 7, 10):
+        above = losses > nats
+        for found in (published[str(nats)], corrected[str(nats)]):
+            assert found["targets"] == pytest.approx(above.mean(), abs=2 / len(losses))
+            assert found["loss_share"] == pytest.approx(losses[above].sum() / losses.sum(), abs=1e-2)
+        one = corrected[str(nats)]
+        assert one["least"] <= one["loss_share"]
+        assert one["low"] <= one["loss_share"] <= one["high"]
+
+
+def test_the_published_shares_cannot_follow_from_their_counts():
+    least = least_shares({nats: targets for nats, (targets, _) in PR296.items()}, PR296_MEAN)
+    by_hand = (0.327 - 0.116) * 3 + (0.116 - 0.027) * 5 + (0.027 - 0.002) * 7 + 0.002 * 10
+    assert least[3] == pytest.approx(by_hand / 1.9668)
+    assert {nats for nats, (_, share) in PR296.items() if share < least[nats]} == {3, 5}
+    assert least_shares({1: 1.0}, 1.0) == {1: 1.0}
+
+
+def test_hardest_targets_are_decoded_with_what_came_before(findings, logits, losses, validation):
+    found = findings["hardest targets"].values["one"]
+    order = np.argsort(-losses, kind="stable")[:SHOWN]
+    assert [one["position"] - 1 for one in found] == order.tolist()
+    tokenizer = validation.source.tokenizer
+    for one in found:
+        target = one["position"] - 1
+        assert one["loss"] == pytest.approx(losses[target], rel=1e-5)
+        assert one["target"] == tokenizer.piece(int(validation.tokens[target + 1]))
+        probability, guess = logits[target].softmax(-1).max(-1)
+        assert one["guess"] == tokenizer.piece(int(guess))
+        assert one["guess_probability"] == pytest.approx(float(probability), rel=1e-4)
+        before = tokenizer.decode(validation.tokens[max(target - 23, 0) : target + 1].tolist())
+        assert one["context"] == " ".join(before.split())
+
+
+def test_calibration_against_a_plain_count(findings, logits, validation):
+    probabilities = logits.softmax(-1).numpy()
+    targets = validation.tokens[1:]
+    confidence, guess = probabilities.max(-1), probabilities.argmax(-1)
+    found = findings["calibration of the likeliest token"].values["one"]
+    assert found["accuracy"] == pytest.approx((guess == targets).mean())
+    assert found["confidence"] == pytest.approx(confidence.mean(), rel=1e-5)
+    error = 0.0
+    for i in range(BINS):
+        mine = (confidence > i / BINS) & (confidence <= (i + 1) / BINS)
+        assert found["likeliest"][i]["count"] == mine.sum()
+        error += abs((guess[mine] == targets[mine]).sum() - confidence[mine].sum()) / len(targets)
+    assert found["expected_error"] == pytest.approx(error, abs=1e-3)
+    every = found["every_token"]
+    assert sum(one["count"] for one in every) == probabilities.size
+    assert sum(one["count"] * one["frequency"] for one in every) == pytest.approx(len(targets))
+    assert sum(one["count"] * one["probability"] for one in every) == pytest.approx(len(targets), rel=1e-5)
+    for one in every:
+        mine = (probabilities > one["from"]) & (probabilities <= one["to"])
+        assert one["count"] == pytest.approx(mine.sum(), abs=2)
+    scalars = findings["calibration of the target's probability"].values["one"]
+    entropy = -(probabilities * np.log(probabilities)).sum(-1).mean()
+    assert scalars["mean_entropy"] == pytest.approx(entropy, rel=1e-4)
+    assert scalars["mean_expected_target_probability"] == pytest.approx(
+        np.square(probabilities).sum(-1).mean(), rel=1e-4
+    )
+    picked = probabilities[np.arange(len(targets)), targets]
+    assert scalars["mean_target_probability"] == pytest.approx(picked.mean(), rel=1e-4)
+    assert scalars["mean_loss"] == pytest.approx(-np.log(picked).mean(), rel=1e-4)
+
+
+def test_targets_drawn_from_the_predictions_are_calibrated_and_others_are_not():
+    rng = torch.Generator().manual_seed(0)
+    logs = (3 * torch.randn(20_000, 16, generator=rng)).log_softmax(-1)
+    drawn = torch.multinomial(logs.exp(), 1, generator=rng)[:, 0]
+    errors = {}
+    for name, said in (("right", logs), ("overconfident", (2 * logs).log_softmax(-1))):
+        calibration = Calibration(GPT(tiny_config()))
+        calibration._add(said, drawn, -said.gather(1, drawn[:, None])[:, 0])
+        errors[name] = calibration.top_error, calibration.every_error
+        if name == "right":
+            assert calibration.loss == pytest.approx(calibration.entropy, rel=0.02)
+            assert calibration.target_probability == pytest.approx(calibration.expected_probability, rel=0.02)
+        else:
+            assert calibration.loss > 1.2 * calibration.entropy
+    assert max(errors["right"]) < 0.02
+    assert min(errors["overconfident"]) > 0.05
+
+
+def test_interval_of_a_share():
+    rng = np.random.default_rng(1)
+    whole = rng.uniform(50, 150, 400)
+    part = whole * np.clip(rng.normal(0.3, 0.1, 400), 0, 1)
+    low, high = bootstrap_ratio(part, whole)
+    assert low < part.sum() / whole.sum() < high
+    assert high - low == pytest.approx(4 * 0.1 / np.sqrt(400), rel=0.3)
+    assert bootstrap_ratio(part, whole) == (low, high)
