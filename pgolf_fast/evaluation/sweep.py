@@ -85,9 +85,12 @@ def sweep(
     grid: Transform,
     folder: Path,
     ranks: Ranks = ALONE,
+    *,
+    allow_illegal: bool = False,
 ) -> list[Comparison]:
     """The baseline and each of `adapters`, on the windows of `config.eval`; the model stays as it is.
 
+    Raises PgolfError for an adapter that breaks the rules, unless `allow_illegal`.
     Targets are scored once each. `grid` is as in `three_scores`. Every finished pass leaves
     `folder`/NAME.json, and is not repeated for the same weights, tokens and settings.
     """
@@ -115,6 +118,7 @@ def sweep(
             what=name,
             compile=compile_,
             cuda_graph=cuda_graph,
+            allow_illegal=allow_illegal,
         )
         return result.scorer, result.updates, result.trainable
 

@@ -243,8 +243,8 @@ def test_rejects_targets_outside_the_vocabulary(wrong, device):
             softcap_cross_entropy(x, weight, targets, 30.0)
         if not launch.uses_kernels("softcap_cross_entropy", x):
             return
-    got, logsumexp = op_module()._kernels_forward(x, weight, targets, 30.0)
-    dx, dweight = op_module()._kernels_backward(douts[0], x, weight, targets, logsumexp, 30.0)
+    got, logsumexp = op_module()._kernels_forward(x, weight, targets, 30.0, 0.0)
+    dx, dweight = op_module()._kernels_backward(douts[0], x, weight, targets, logsumexp, 30.0, 0.0)
     others = torch.tensor([0, 1, 3], device=device)
     assert got[2].isnan()
     assert dx[2].isnan().all()
