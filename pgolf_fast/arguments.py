@@ -80,7 +80,7 @@ def preset_and_overrides(argv: list[str], what: str = "preset") -> tuple[RunConf
     for word in words:
         name, equals, value = word.lstrip("-").partition("=")
         name = name.replace("-", "_")
-        if name in ("train.meta", "train.qat", "train.reptile"):
+        if name in ("train.meta", "train.qat"):
             value = value if equals else next(words, "")
             if value not in _OFF:
                 raise PgolfError(
@@ -88,7 +88,7 @@ def preset_and_overrides(argv: list[str], what: str = "preset") -> tuple[RunConf
                 )
             config = replace_field(config, name, None)
         else:
-            if re.match(r"train\.(meta|qat|reptile)\.", name):  # setting a field switches the group on
+            if re.match(r"train\.(meta|qat)\.", name):  # setting a field switches the group on
                 group = ".".join(name.split(".")[:2])
                 current = dict(flatten(config))
                 if current.get(group, ...) is None:

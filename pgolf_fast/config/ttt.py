@@ -58,6 +58,14 @@ class GuidedConfig:
             need(value > 0, f"ttt.guided.{name} is {value}; it must be positive")
         need(self.lr >= 0, f"ttt.guided.lr is {self.lr}; it must not be negative")
 
+    def blocks(self, layers: int) -> int:
+        """How many of that many blocks change."""
+        return max(1, int(self.block_share * layers + 1e-9))  # a share like 0.29 of 100 is a little below 29
+
+    def lessons(self, windows: int) -> int:
+        """How many of that many windows are learned from."""
+        return max(1, int(self.share * windows + 1e-9))
+
 
 @dataclass(frozen=True, kw_only=True)
 class TTTConfig:

@@ -293,7 +293,7 @@ class SGD(Descent):
         torch._fused_sgd_(
             parameters,
             grads,
-            memories[0],
+            memories[0] if self.config.momentum else [],
             weight_decay=0.0,
             momentum=self.config.momentum,
             lr=self._lr,

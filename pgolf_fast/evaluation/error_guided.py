@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pgolf_fast import ops
 from pgolf_fast.config.ttt import GuidedConfig, TTTConfig
 from pgolf_fast.evaluation.adapt import Adapter, Scored
 from pgolf_fast.evaluation.protocol import Chunk, Segment, score_and_adapt
@@ -39,7 +40,7 @@ class ErrorGuided:
     def __init__(self, model: GPT, config: TTTConfig, banks: Banks):
         """`banks` is what forward reads; the model's parameters must need no gradient."""
         self.model, self.config, self._banks = model, config, banks
-        c, layers = model.config, guided_blocks(config.guided, model.config.num_layers)
+        c, layers = model.config, config.guided.blocks(model.config.num_layers)
         self._first = c.num_layers - layers
         sampler, rank, device = torch.Generator().manual_seed(_SEED), config.guided.rank, banks.up.device
         self._factors: list[Tensor] = []
@@ -67,14 +68,12 @@ class ErrorGuided:
 
     def _feed(self, layer: int, x: Tensor) -> Tensor:
         """The MLP of a block, changed if it is one of the last."""
-        up, down, kind = self._banks.up[layer], self._banks.down[layer], self.model.config.mlp_activation
-        change = [f[layer - self._first].to(x.dtype) for f in self._factors] if layer >= self._first else None
-        pre = F.linear(x, up)
-        if change is not None:
-            pre = pre + x @ change[0].T @ change[1].T
-        hidden = reference.activation(pre, kind)
-        out = F.linear(hidden, down)
-        return out if change is None else out + hidden @ change[2].T @ change[3].T
+        banks, kind = self._banks, self.model.config.mlp_activation
+        if layer < self._first:
+            return ops.mlp(x, banks.up, banks.down, layer, kind)
+        a_up, b_up, a_down, b_down = (factor[layer - self._first].to(x.dtype) for factor in self._factors)
+        hidden = reference.activation(F.linear(x, banks.up[layer]) + x @ a_up.T @ b_up.T, kind)
+        return F.linear(hidden, banks.down[layer]) + hidden @ a_down.T @ b_down.T
 
     def state(self) -> dict[str, Tensor]:
         factors = {f"factor.{i}": factor.detach() for i, factor in enumerate(self._factors)}
@@ -85,16 +84,6 @@ class ErrorGuided:
         for i, factor in enumerate(self._factors):
             factor.copy_(state[f"factor.{i}"])
         self.updates = int(state["updates"])
-
-
-def guided_blocks(config: GuidedConfig, num_layers: int) -> int:
-    """How many blocks, the last ones, have changes of their MLP."""
-    return max(1, int(config.block_share * num_layers))
-
-
-def lessons(config: GuidedConfig, windows: int) -> int:
-    """How many of so many windows are learned from."""
-    return max(1, int(config.share * windows))
 
 
 def learn_and_score(
@@ -115,7 +104,7 @@ def learn_and_score(
     first = Scorer(stream, windows, config.window_tokens, scorer.size)
     first.score(adapter.score, 0, len(windows))
     nats = np.add.reduceat(first.losses.double().cpu().numpy(), first.places[:-1])
-    hardest = np.argsort(-nats / np.diff(first.places), kind="stable")[: lessons(config, len(windows))]
+    hardest = np.argsort(-nats / np.diff(first.places), kind="stable")[: config.lessons(len(windows))]
     for _ in range(config.epochs):
         for number, window in enumerate(hardest):
             tokens = stream.tokens[windows.start[window] : windows.end[window] + 1].clone()

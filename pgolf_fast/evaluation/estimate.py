@@ -18,7 +18,6 @@ from pgolf_fast.config.model import ModelConfig
 from pgolf_fast.config.schema import RunConfig, TTTConfig
 from pgolf_fast.evaluation.adapt import Adapter, DocumentAdapter, Frozen, Scored, borrowed
 from pgolf_fast.evaluation.adapters import make_adapter
-from pgolf_fast.evaluation.error_guided import lessons
 from pgolf_fast.evaluation.protocol import Chunk, Segment
 from pgolf_fast.evaluation.score import Scorer, Stream
 from pgolf_fast.evaluation.scores import compiles, shared_size, window_batches
@@ -95,7 +94,7 @@ def learning(
     if config.adapter == "error_guided":
         assert isinstance(chunks[-1], Chunk)
         windows = -(-chunks[-1].end // config.guided.window_tokens)
-        updates = config.guided.epochs * lessons(config.guided, windows)
+        updates = config.guided.epochs * config.guided.lessons(windows)
         whole = forward_flops(model, config.guided.window_tokens, config.guided.window_tokens)
         return Learning(updates, (windows + INPUT_GRADIENTS * updates) * whole)
     updates, on_chunks, on_segments, held = 0, 0.0, 0.0, 0

@@ -274,7 +274,7 @@ class GPT(nn.Module):
         """Final normalised states, (B, T) -> (B, T, D), or with `last` of the last positions, (B, last, D).
 
         `context` is the length for which positions are encoded (default T), as if tokens followed up to it.
-        `feed` is as in `trunk`.
+        `feed` stands in for the blocks' own MLP.
         """
         banks = banks or self.banks()
         cos, sin = rope_tables(self.config, tokens.shape[1], tokens.device, context)
