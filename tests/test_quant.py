@@ -419,10 +419,8 @@ def test_tables_that_stay_float16(grid, tmp_path):
         return quantize_model(model, config, seq_len=24)
 
     found, usual = quantized(config).tensors, quantized(replace(config, tables="int8")).tensors
-    as_codes = [
-        {n for n, t in tensors.items() if isinstance(t, QuantizedTensor)} for tensors in (found, usual)
-    ]
-    assert as_codes[1] - as_codes[0] == set(TABLES)
+    codes, more = ({n for n, t in s.items() if isinstance(t, QuantizedTensor)} for s in (found, usual))
+    assert more - codes == set(TABLES)
     run = RunConfig(name="test", model=model.config, quant=config)
     pack(QuantizedState(found), run_config_to_dict(run), tmp_path / "m", PackConfig(code_bytes=0))
     again, told = load_model(tmp_path / "m", model.has_leading_space)

@@ -326,10 +326,8 @@ def test_error_guided_learns_from_the_hardest_windows():
 def test_frozen_blocks_stay_as_they_are(parameters, rule):
     """Nothing of the first blocks moves, weight decay included; of the others, exactly what is named."""
     model, stream = guided_model()
-    config = TTTConfig(
-        parameters=parameters, freeze_blocks=1, quantize_forward="none", lr=0.05, grad_clip=None
-    )
-    config = replace(config, weight_decay=0.1, batch_seqs=2, epochs=1)
+    config = TTTConfig(parameters=parameters, freeze_blocks=1, quantize_forward="none", lr=0.05, epochs=1)
+    config = replace(config, weight_decay=0.1, batch_seqs=2, grad_clip=None)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     n = model.config.num_layers
     with borrowed(model):
