@@ -110,6 +110,7 @@ def softcap_cross_entropy_fwd_kernel(
     width,
     softcap,
     inverse,
+    z_loss,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -134,14 +135,17 @@ def softcap_cross_entropy_fwd_kernel(
             )
     logsumexp = largest + tl.log(total)
     tl.store(logsumexp_ptr + row, logsumexp, mask=row < rows)
-    tl.store(loss_ptr + row, tl.where(target < 0, float("nan"), logsumexp - chosen), mask=row < rows)
+    loss = logsumexp - chosen + z_loss * logsumexp * logsumexp
+    tl.store(loss_ptr + row, tl.where(target < 0, float("nan"), loss), mask=row < rows)
 
 
 @triton.jit
-def _store_dlogits(raw, row, column, target, logsumexp, dloss, dlogits_ptr, rows, vocab, softcap, inverse):
+def _store_dlogits(
+    raw, row, column, target, logsumexp, pull, dloss, dlogits_ptr, rows, vocab, softcap, inverse
+):
     tanh, slope = _tanh(raw * inverse)
-    # d loss / d raw = (softmax - onehot) (1 - tanh^2)
-    grad = tl.exp(softcap * tanh - logsumexp[:, None])
+    # d loss / d raw = (pull softmax - onehot) (1 - tanh^2) with pull = 1 + 2 z_loss log Z
+    grad = tl.exp(softcap * tanh - logsumexp[:, None]) * pull[:, None]
     grad = tl.where(column[None, :] == target[:, None], grad - 1.0, grad) * slope * dloss[:, None]
     mask = (row < rows)[:, None] & (column < vocab)[None, :]
     address = dlogits_ptr + row[:, None] * vocab + column[None, :]
@@ -165,6 +169,7 @@ def softcap_cross_entropy_dlogits_kernel(
     width,
     softcap,
     inverse,
+    z_loss,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -184,11 +189,12 @@ def softcap_cross_entropy_dlogits_kernel(
     logsumexp = tl.load(logsumexp_ptr + row, mask=row < rows, other=0.0)
     dloss = tl.load(dloss_ptr + row * dloss_stride, mask=row < rows, other=0.0).to(tl.float32)
     dloss = tl.where(target < 0, float("nan"), dloss)
+    pull = 1.0 + 2.0 * z_loss * logsumexp
     strips = _quarters(raw, BLOCK_M, BLOCK_N)
     for i in tl.static_range(4):
         strip = first + i * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
         _store_dlogits(
-            strips[i], row, strip, target, logsumexp, dloss, dlogits_ptr, rows, vocab, softcap, inverse
+            strips[i], row, strip, target, logsumexp, pull, dloss, dlogits_ptr, rows, vocab, softcap, inverse
         )
 
 
@@ -211,6 +217,7 @@ def launch_softcap_cross_entropy_fwd(
     logsumexp: "Tensor",
     *,
     softcap: float,
+    z_loss: float,
     config,
 ) -> None:
     """x (N, D) and weight (V, D) with unit inner stride, targets (N,); loss and logsumexp (N,) float32.
@@ -220,7 +227,7 @@ def launch_softcap_cross_entropy_fwd(
     rows, width = x.shape
     softcap_cross_entropy_fwd_kernel[(triton.cdiv(rows, config.block_m),)](
         x, weight, targets, loss, logsumexp, x.stride(0), weight.stride(0), targets.stride(0), rows,
-        weight.shape[0], width, softcap, 1 / softcap, **_tiles(x, config),
+        weight.shape[0], width, softcap, 1 / softcap, z_loss, **_tiles(x, config),
     )  # fmt: skip
 
 
@@ -233,6 +240,7 @@ def launch_softcap_cross_entropy_dlogits(
     dlogits: "Tensor",
     *,
     softcap: float,
+    z_loss: float,
     config,
 ) -> None:
     """As forward, with dloss (N,) of any stride; dlogits (N, V) contiguous."""
@@ -240,5 +248,5 @@ def launch_softcap_cross_entropy_dlogits(
     grid = (triton.cdiv(rows, config.block_m) * triton.cdiv(vocab, config.block_n),)
     softcap_cross_entropy_dlogits_kernel[grid](
         x, weight, targets, logsumexp, dloss, dlogits, x.stride(0), weight.stride(0), targets.stride(0),
-        dloss.stride(0), rows, vocab, x.shape[1], softcap, 1 / softcap, **_tiles(x, config),
+        dloss.stride(0), rows, vocab, x.shape[1], softcap, 1 / softcap, z_loss, **_tiles(x, config),
     )  # fmt: skip

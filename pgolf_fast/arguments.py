@@ -13,6 +13,7 @@ import tyro
 from pgolf_fast.config.presets import preset
 from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.config.serialize import flatten, replace_field
+from pgolf_fast.config.shrink import shrink
 from pgolf_fast.errors import PgolfError
 
 Arguments = TypeVar("Arguments")
@@ -65,12 +66,18 @@ def _unknown(command: str, word: str, known: list[str]) -> str:
 
 
 def preset_and_overrides(argv: list[str], what: str = "preset") -> tuple[RunConfig, list[str]]:
-    """The preset named first, with optional groups switched off where `--train.meta none` says so."""
+    """The preset named first, at the size of `--shrink`, and the words that are left.
+
+    Optional groups are switched off where `--train.meta none` says so.
+    """
     if not argv or argv[0].startswith("-"):
         if argv and argv[0] in ("-h", "--help"):
             return preset("exp101"), argv
         raise PgolfError(f"give a {what} first, for example exp101; `pgolf config --help` lists them")
-    config, rest, words = preset(argv[0]), [], iter(argv[1:])
+    size, others = _take("--shrink", argv[1:])
+    config, rest, words = preset(argv[0]), [], iter(others)
+    if size is not None:
+        config = shrink(config, size)
     for word in words:
         name, equals, value = word.lstrip("-").partition("=")
         name = name.replace("-", "_")
@@ -89,6 +96,18 @@ def preset_and_overrides(argv: list[str], what: str = "preset") -> tuple[RunConf
                     config = replace_field(config, group, {})
             rest.append(word)
     return config, rest
+
+
+def _take(option: str, argv: list[str]) -> tuple[str | None, list[str]]:
+    """The value of an option, the last of several, and the words without it."""
+    value, rest, words = None, [], iter(argv)
+    for word in words:
+        name, equals, text = word.partition("=")
+        if name == option:
+            value = text if equals else next(words, "")
+        else:
+            rest.append(word)
+    return value, rest
 
 
 def existing(path: Path, what: str) -> Path:

@@ -18,6 +18,7 @@ from pgolf_fast.config.serialize import flatten
 from pgolf_fast.errors import PgolfError
 
 _Flat = tyro.conf.arg(name="")
+Size = Literal["tiny", "small"]
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,12 @@ class _Train:
     """Continue the run in that folder from its newest checkpoint."""
     track: Literal["wandb", "tensorboard"] | None = None
     """Send metrics there too; metrics.jsonl is always written."""
+    shrink: Size | None = None
+    """Train the preset at that size, under the name PRESET_SIZE; settings change it from there."""
 
 
 def train(argv: list[str]) -> int:
-    """pgolf train PRESET [--out RUN] [--resume] [--track wandb|tensorboard] [--group.field value ...]"""
+    """pgolf train PRESET [--shrink SIZE] [--out RUN] [--resume] [--track NAME] [--group.field value ...]"""
     config, rest = preset_and_overrides(argv)
     arguments = parse("train PRESET", _Train, rest, _Train(config))
     from pgolf_fast.train.loop import train as run_training
@@ -178,7 +181,7 @@ def byte_rows(packed) -> list[tuple[str, str]]:
 
 
 def eval(argv: list[str]) -> int:
-    """pgolf eval RUN [--weights artifact|float] [--figures] [--estimate] [--eval.field value] [...]"""
+    """pgolf eval RUN [--weights artifact|float] [--figures] [--estimate] [--allow-illegal] [...]"""
     from pgolf_fast.eval_commands import evaluate
 
     return evaluate(argv)
@@ -220,7 +223,7 @@ def analyze(argv: list[str]) -> int:
 
 
 def ttt_sweep(argv: list[str]) -> int:
-    """pgolf ttt-sweep RUN [--adapters NAME ...] [--stride N] [--tokens N]"""
+    """pgolf ttt-sweep RUN [--adapters NAME ...] [--stride N] [--tokens N] [--after N] [--allow-illegal]"""
     from pgolf_fast.ttt_commands import sweep
 
     return sweep(argv)
@@ -300,6 +303,8 @@ class _Config:
     config: Annotated[RunConfig, _Flat]
     diff: str | None = None
     """Print only what differs from this other preset."""
+    shrink: Size | None = None
+    """Print the preset at that size."""
 
 
 @dataclass(frozen=True)
@@ -311,7 +316,7 @@ class _FromEnv:
 
 
 def config(argv: list[str]) -> int:
-    """pgolf config PRESET [--diff OTHER] [--group.field value ...], or pgolf config --from-env run.sh"""
+    """pgolf config PRESET [--shrink SIZE] [--diff OTHER] [--group.field value ...], or --from-env run.sh"""
     if any(word.split("=")[0] in ("--from-env", "--from_env") for word in argv):
         return _from_env(parse("config", _FromEnv, argv))
     if not argv:

@@ -43,10 +43,12 @@ class Eval:
     """Print all tables of the figures, not only that by class."""
     estimate: bool = False
     """Print what there is to do and how long it will take here, and score nothing."""
+    allow_illegal: bool = False
+    """Score also with test-time training that breaks the rules; the result is marked."""
 
 
 def evaluate(argv: list[str]) -> int:
-    """pgolf eval RUN [--weights artifact|float] [--figures] [--estimate] [--eval.field value] [...]"""
+    """pgolf eval RUN [--weights artifact|float] [--figures] [--estimate] [--allow-illegal] [...]"""
     from pgolf_fast.train.run_folder import RunFolder
 
     is_preset = "--estimate" in argv and argv[0] in PRESETS and not Path(argv[0]).exists()
@@ -71,13 +73,16 @@ def _score(folder: RunFolder, config: RunConfig, arguments: Eval) -> int:
 
     with join_world() as world:
         report.setup_logging(folder.log_file if world.is_main else None, quiet=not world.is_main)
-        scores = score_run(folder, config, arguments.weights, world)
+        allowed = arguments.allow_illegal
+        scores = score_run(folder, config, arguments.weights, world, allow_illegal=allowed)
     if not world.is_main:
         return 0
     path = folder.path / f"scores_{arguments.weights}.json"
     story = json.loads(path.read_text(encoding="utf-8"))
     print_out(report.table(scores.rows(), ("windows", "bpb", "nats/token", "seconds")))
-    for table in tables(story["figures"], every=arguments.figures):
+    if scores.illegal:
+        print_out(f"\nThe third score BREAKS THE RULES of the challenge: {scores.illegal}.")
+    for table in tables(story["figures"], every=arguments.figures, illegal=scores.illegal):
         print_out(f"\n{table}")
     print_out(f"\nwrote {path}")
     if (picture := draw_scores(story, path.with_suffix(".png"))) is not None:
@@ -85,10 +90,16 @@ def _score(folder: RunFolder, config: RunConfig, arguments: Eval) -> int:
     return 0
 
 
-def tables(figures: dict, *, every: bool) -> list[str]:
-    """Of the figures in a scores file: the sliding score by class; with `every`, all that there is."""
+def tables(figures: dict, *, every: bool, illegal: str | None = None) -> list[str]:
+    """Of the figures in a scores file: the sliding score by class; with `every`, all that there is.
+
+    illegal: why its test-time training breaks the rules; every column of it is marked.
+    """
+    from pgolf_fast.evaluation.scores import TTT, mark
+
     plain, sliding, ttt = (figures[name] for name in ("non_overlapping", "sliding", "sliding_ttt"))
-    found = [_parts("class (sliding)", sliding["by_class"], ttt["by_class"])]
+    column = mark("bpb with TTT", illegal)
+    found = [_parts("class (sliding)", sliding["by_class"], ttt["by_class"], column)]
     if not every:
         return found
     both = [scored["loss_quantiles"] for scored in (sliding, ttt)]
@@ -99,15 +110,15 @@ def tables(figures: dict, *, every: bool) -> list[str]:
     above = [(f"> {k}", f"{a['targets']:.1%}", f"{a['loss']:.1%}") for k, a in sliding["above_nats"].items()]
     return [
         *found,
-        _parts("document tokens (sliding)", sliding["by_document_tokens"], ttt["by_document_tokens"]),
+        _parts("document tokens (sliding)", sliding["by_document_tokens"], ttt["by_document_tokens"], column),
         _parts("context (non-overlapping)", plain["by_context"]),
-        report.table(quantiles, ("quantile of nats", "sliding", "sliding + TTT")),
+        report.table(quantiles, ("quantile of nats", "sliding", mark(TTT, illegal))),
         report.table(shares, ("hardest targets (sliding)", "of the loss")),
         report.table(above, ("nats (sliding)", "of targets", "of the loss")),
     ]
 
 
-def _parts(title: str, parts: dict, with_ttt: dict | None = None) -> str:
+def _parts(title: str, parts: dict, with_ttt: dict | None = None, column: str = "") -> str:
     """A row for each part: how much of the score it is, and its own figures."""
     targets, text_bytes = (sum(p[unit] for p in parts.values()) for unit in ("tokens", "bytes"))
     nats = {name: p["tokens"] * (p["loss"] or 0.0) for name, p in parts.items()}
@@ -117,7 +128,7 @@ def _parts(title: str, parts: dict, with_ttt: dict | None = None) -> str:
         own = [_shown(part["bpb"]), _shown(part["loss"])]
         more = [] if with_ttt is None else [_shown(with_ttt[name]["bpb"])]
         rows.append((name, *(f"{share:.2%}" for share in shares), *own, *more))
-    header = (title, "targets", "bytes", "loss", "bpb", "nats/token", "bpb with TTT")
+    header = (title, "targets", "bytes", "loss", "bpb", "nats/token", column)
     return report.table(rows, header[: len(rows[0])])
 
 
@@ -163,6 +174,7 @@ class Seeds:
 
 def seeds(argv: list[str]) -> int:
     """pgolf seeds RUN RUN ... [--against RUN RUN ...] [--margin NATS]"""
+    from pgolf_fast.evaluation.scores import mark
     from pgolf_fast.evaluation.seeds import SCORES, check_comparable, group, read_scores
 
     arguments = parse("seeds", Seeds, argv)
@@ -182,7 +194,8 @@ def seeds(argv: list[str]) -> int:
     for name, found in stories.items():
         for score, title in SCORES.items():
             one = group(found, score)
-            what = f"{title}, {name}" if name else title
+            illegal = score == "sliding_ttt" and any(story.get("illegal") for story in found)
+            what = mark(f"{title}, {name}" if name else title, illegal)
             units = (one.bpb, one.bpb_deviation, one.loss, one.loss_deviation)
             rows.append((what, str(one.runs), *(f"{value:.6f}" for value in units)))
     print_out(report.table(rows, ("score", "runs", "bpb", "deviation", "nats/token", "deviation")))

@@ -28,6 +28,7 @@ from pgolf_fast.evaluation.resume import Resume, identity
 from pgolf_fast.evaluation.score import Stream
 from pgolf_fast.evaluation.scores import ThreeScores, three_scores
 from pgolf_fast.evaluation.sweep import Comparison, sweep
+from pgolf_fast.evaluation.ttt import need_legal
 from pgolf_fast.files import atomic_path, write_text
 from pgolf_fast.model.decoding import generate
 from pgolf_fast.model.gpt import GPT
@@ -178,8 +179,12 @@ def score_run(
     config: RunConfig,
     weights: Literal["artifact", "float"],
     world: World | None = None,
+    *,
+    allow_illegal: bool = False,
 ) -> ThreeScores:
     """The three scores of a run on its validation data; they and their `figures` go to scores_<weights>.json.
+
+    Raises PgolfError for test-time training that breaks the rules, unless `allow_illegal`; the file tells.
 
     Float weights adapt unquantised; the artifact's adapt on its own grid, if the configuration quantises.
     With a `world` of several processes each scores a share. When interrupted, the next call with the same
@@ -201,7 +206,9 @@ def score_run(
         shaping = [tree["eval"], tree["ttt"], tree["quant"], config.eval_seq_len, str(model.compute_dtype)]
         mark = identity(model, stream, shaping)
         resume = Resume(result, mark, 60 * config.eval.checkpoint_minutes, world.is_main)
-    scores = three_scores(model, stream, config, grid, ranks=world, resume=resume)
+    scores = three_scores(
+        model, stream, config, grid, ranks=world, resume=resume, allow_illegal=allow_illegal
+    )
     if world.is_main:
         settings = {"artifact_sha256": digest, "eval": tree["eval"], "ttt": tree["ttt"]}
         classes = token_classes(Tokenizer.load(folder.tokenizer_file))
@@ -249,18 +256,23 @@ def sweep_run(
     world: World | None = None,
     *,
     after: int = 0,
+    allow_illegal: bool = False,
 ) -> list[Comparison]:
     """Adapters compared on the run's artifact and validation data, also written to ttt_sweep.json.
 
-    `after` is as in `evaluation.sweep`.
-
-    Finished adapters are kept in the folder ttt_sweep, and not repeated.
+    `after` is as in `evaluation.sweep`. Raises PgolfError for an adapter that breaks the rules, unless
+    `allow_illegal`; the file tells. Finished adapters are kept in the folder ttt_sweep, and not repeated.
     """
+    for ttt in adapters.values():
+        need_legal(ttt, allow_illegal)
     world = world or this_process()
     model = artifact_model(folder, config, world)
     grid = bank_grids(unpack(folder.artifact_file)[1])
     stream = validation_stream(folder, config, world.device)
-    found = sweep(model, stream, config, adapters, grid, folder.path / "ttt_sweep", world, after=after)
+    beside = folder.path / "ttt_sweep"
+    found = sweep(
+        model, stream, config, adapters, grid, beside, world, after=after, allow_illegal=allow_illegal
+    )
     if world.is_main:
         story = {
             "artifact_sha256": sizes(folder.artifact_file).sha256,
@@ -269,6 +281,7 @@ def sweep_run(
             "stride": config.eval.stride,
             "adapters": {row.name: dataclasses.asdict(row) for row in found},
             "settings": {name: dataclasses.asdict(ttt) for name, ttt in adapters.items()},
+            "illegal": {name: ttt.illegal for name, ttt in adapters.items() if ttt.illegal},
         }
         write_text(folder.path / "ttt_sweep.json", json.dumps(story, indent=2) + "\n")
     return found

@@ -53,12 +53,18 @@ def write_submission(folder: RunFolder, out: Path, about: About, *, readable: bo
 
     readable: write the script's readable source instead of the compressed one, and count that. Returns
     bytes by part. Raises PgolfError when the run is not packed or not scored, when its scores are those of
-    another artifact or other settings, or when code and artifact exceed LIMIT_BYTES.
+    another artifact or other settings, when they break the rules (nothing allows that here), or when code
+    and artifact exceed LIMIT_BYTES.
     """
     artifact = folder.need(folder.artifact_file, "pack")
     log = folder.need(folder.log_file, "train PRESET --out")
     config = run_config_from_dict(unpack(artifact)[0])
     digest = sizes(artifact).sha256
+    if config.ttt.illegal is not None:
+        raise PgolfError(
+            f"ttt.adapter {config.ttt.adapter} breaks the rules: {config.ttt.illegal}. "
+            "There is no submission of it: set another ttt.adapter in config.json, pack and score again"
+        )
     scores = _scores(folder, config, digest)
     forms = build_script(digest)
     script = forms.readable if readable else forms.wrapped
@@ -112,7 +118,7 @@ class _Facts:
         m, q = self.config.model, self.config.quant
         return self.about.blurb or (
             f"{m.num_layers} layers x {m.model_dim}, {m.num_parameters():,} parameters, {m.mlp_activation} "
-            f"MLP; int{q.bits} weights ({q.method}) and int8 tables, entropy coded; scored with legal "
+            f"MLP; int{q.bits} weights ({q.method}) and {q.tables} tables, entropy coded; scored with legal "
             "test-time training."
         )
 
@@ -206,7 +212,7 @@ validation shards ({vocab_size:,} pieces, SHA-256
 - Training: {training}, PyTorch {torch}, seed {seed}, one run; the log is `train.log`. The training program is
   pgolf_fast {version}, preset `{preset}`; the script here only evaluates.
 - Changed from the preset: {changes}.
-- Quantisation: {method}, int{bits} bank weights, int8 tables, the rest float16, stored by entropy coding.
+- Quantisation: {method}, int{bits} bank weights, {tables} tables, the rest float16, stored by entropy coding.
   {calibration}
 - Sliding windows of {seq_len:,} tokens, {stride} apart; each target is scored {how_often}.
 - Test-time training: {adaptation}
@@ -247,6 +253,7 @@ def _readme(facts: _Facts, tokenizer: str, form: str) -> str:
         changes=", ".join(_changes(c)) or "nothing",
         method="GPTQ" if gptq else "rounding to nearest",
         bits=c.quant.bits,
+        tables=c.quant.tables,
         calibration=own_text if gptq else "There is no calibration.",
         seq_len=c.eval_seq_len,
         stride=c.eval.stride,
@@ -265,7 +272,14 @@ def _adaptation(ttt: TTTConfig) -> str:
             f"tokens\n  of a document after the segment was scored, never after its last. They learn "
             f"a\n  change of rank {lora.rank} of every matrix, with which each document starts at zero.{also}"
         )
-    adapted = "the banks" if ttt.parameters == "banks" else "all but the first blocks' own scalars"
+    if ttt.epochs == 0:
+        return "none; the third score is of the model as it stands."
+    adapted = {
+        "banks": "the banks",
+        "all": "all but the first blocks' own scalars",
+        "blocks": f"matrices and scalars of all blocks but the first {ttt.freeze_blocks}",
+        "mlps": f"the MLP matrices of all blocks but the first {ttt.freeze_blocks}",
+    }[ttt.parameters]
     rule = "SGD" if ttt.adapter == "sgd" else "AdamW"
     fall = " falling to 0" if ttt.decay == "cosine" else ""
     return (

@@ -32,10 +32,13 @@ class _Sweep:
     """Compare only the documents that begin at this target or later."""
     data: Path | None = None
     """Folder of validation shards; default: the run's."""
+    allow_illegal: bool = False
+    """Compare also what breaks the rules; its row is marked."""
 
 
 def sweep(argv: list[str]) -> int:
-    """pgolf ttt-sweep RUN [--adapters NAME ...] [--stride N] [--tokens N] [--after N]"""
+    """pgolf ttt-sweep RUN [--adapters NAME ...] [--stride N] [--tokens N] [--after N] [--allow-illegal]"""
+    from pgolf_fast.evaluation.scores import mark
     from pgolf_fast.pipeline import sweep_run
     from pgolf_fast.train.run_folder import RunFolder
     from pgolf_fast.train.world import join_world
@@ -56,11 +59,13 @@ def sweep(argv: list[str]) -> int:
     config = replace(config, data=data, eval=replace(config.eval, stride=stride))
     with join_world() as world:
         report.setup_logging(folder.log_file if world.is_main else None, quiet=not world.is_main)
-        found = sweep_run(folder, config, chosen, world, after=arguments.after)
+        found = sweep_run(
+            folder, config, chosen, world, after=arguments.after, allow_illegal=arguments.allow_illegal
+        )
     if world.is_main:
         rows = [
             (
-                row.name,
+                mark(row.name, row.name in chosen and chosen[row.name].illegal),
                 f"{row.bpb:.6f}",
                 f"{row.gain:+.6f}",
                 f"{row.low:+.5f} to {row.high:+.5f}",
@@ -71,6 +76,9 @@ def sweep(argv: list[str]) -> int:
             for row in found
         ]
         print_out(report.table(rows, HEADER))
+        for name, ttt in chosen.items():
+            if ttt.illegal:
+                print_out(f"{name} BREAKS THE RULES of the challenge: {ttt.illegal}.")
         print_out(f"wrote {folder.path / 'ttt_sweep.json'}")
     return 0
 

@@ -11,7 +11,8 @@ from helpers import randomize_, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgolf_fast.config.schema import LoraConfig, RunConfig, TTTConfig
+from pgolf_fast.config.schema import RunConfig
+from pgolf_fast.config.ttt import LoraConfig, TTTConfig
 from pgolf_fast.data.tokenizer import ByteTable
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.adapt import AdamW, Scored, borrowed, trainable_parameters

@@ -28,8 +28,11 @@ from pgolf_fast.train.run_folder import RunFolder
 
 SLOW = ("C8", "C9", "C11")  # train, and start programs
 ALL = [f"C{number}" for number in range(1, 18)]
+LEGAL = [a for a in get_args(get_type_hints(TTTConfig)["adapter"]) if TTTConfig(adapter=a).illegal is None]
 ADAPTERS = [
-    *({"adapter": adapter} for adapter in get_args(get_type_hints(TTTConfig)["adapter"])),
+    *({"adapter": adapter} for adapter in LEGAL),
+    {"parameters": "blocks", "freeze_blocks": 1, "grad_clip": None},
+    {"parameters": "mlps", "freeze_blocks": 2, "momentum": 0.0},
     {"quantize_forward": "none", "epochs": 1},
     {"parameters": "all", "quantize_forward": "projections"},
     {"epochs": 0},

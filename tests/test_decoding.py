@@ -38,6 +38,8 @@ VARIANTS = {
     "bf16_rope_tables": {"rope_bf16_tables": True},
     "swiglu": {"mlp_activation": "swiglu", "mlp_mult": 2.0},
     "relu_squared": {"mlp_activation": "relu_squared"},
+    "no_smear": {"smear": False},
+    "no_boost": {"word_start_boost": False, "pos_conditional": False},
     "grouped_heads": {"num_heads": 4, "num_kv_heads": 2},
     "five_layers": {"num_layers": 5, "ln_scale": False},
 }

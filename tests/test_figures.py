@@ -13,7 +13,7 @@ import torch
 
 from pgolf_fast import report
 from pgolf_fast.cli import main
-from pgolf_fast.config.schema import LoraConfig, TTTConfig
+from pgolf_fast.config.ttt import LoraConfig, TTTConfig
 from pgolf_fast.data.source import open_source
 from pgolf_fast.data.tokenizer import ByteTable
 from pgolf_fast.errors import PgolfError

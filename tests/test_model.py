@@ -43,6 +43,9 @@ CONFIGS = {
     "odd layers": {"num_layers": 5, "frozen_skips": 1},
     "one layer": {"num_layers": 1, "ve_layers": (0,)},
     "plain": {"xsa_last_n": 0, "ln_scale": False, "pos_conditional": False, "trigram": False, "rope_dims": 0},
+    "no smear": {"smear": False},
+    "no boost": {"word_start_boost": False},
+    "no boost, no split": {"word_start_boost": False, "pos_conditional": False},
     "grouped": {"num_heads": 4, "num_kv_heads": 2, "xsa_last_n": 2},
 }
 

@@ -8,7 +8,7 @@ import torch
 from helpers import randomize_, tiny_config
 from torch import nn
 
-from pgolf_fast.config.presets import exp101
+from pgolf_fast.config.presets import exp101, preset
 from pgolf_fast.config.schema import AverageConfig, OptimConfig, TrainConfig
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.optim.average import WeightAverage
@@ -47,6 +47,34 @@ def test_step_schedule_ends_at_zero():
     assert schedule.multiplier(60, 1e9) == 1.0
     assert schedule.multiplier(80, 0.0) == pytest.approx(0.5)
     assert schedule.multiplier(100, 0.0) == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize(
+    ("length", "wanted"), [(40, [1, 1, 1, 1, 0.5, 0]), (100, [1, 0.8, 0.6, 0.4, 0.2, 0]), (200, None)]
+)
+def test_linear_decay(length, wanted):
+    """A line to zero at the end; one that is longer than the run begins below 1 (PR 301: 0.6)."""
+    config = TrainConfig(
+        schedule="steps",
+        max_seconds=None,
+        steps=100,
+        warmdown_steps=length,
+        warmdown_shape="linear",
+        lr_hold_steps=0,
+    )
+    found = [Schedule(config).multiplier(step, 0.0) for step in range(0, 101, 20)]
+    assert found == pytest.approx(wanted or [0.5, 0.4, 0.3, 0.2, 0.1, 0])
+
+
+def test_linear_decay_of_pr_301():
+    """20,000 steps of 49.7 ms are 994 s of a run of 600 s."""
+    schedule = Schedule(preset("pr301").train)
+    assert schedule.multiplier(0, 0.0) == 1
+    for elapsed in (60.0, 300.0, 480.0):
+        step = round(elapsed / 0.0497)
+        assert schedule.multiplier(step, elapsed) == pytest.approx((600 - elapsed) / 994, rel=1e-3)
+    assert schedule.multiplier(12072, 600.0) == 0
+    assert schedule.multiplier(round(480 / 0.0497), 481.0) < preset("pr301").train.qat.below
 
 
 def test_adaptive_trigger_watches_every_hundredth_training_loss():

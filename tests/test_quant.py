@@ -10,8 +10,11 @@ import pytest
 import torch
 from helpers import randomize_, tiny_config
 
+from pgolf_fast.artifact.pack import load_model, pack
+from pgolf_fast.artifact.standalone import reader
 from pgolf_fast.config.presets import exp101
-from pgolf_fast.config.schema import QuantConfig
+from pgolf_fast.config.schema import PackConfig, QuantConfig, RunConfig
+from pgolf_fast.config.serialize import run_config_to_dict
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.model.rope import rope_tables
@@ -27,7 +30,10 @@ from pgolf_fast.quant.grid import (
     row_clips,
     row_scale,
 )
+from pgolf_fast.quant.rd import rate_distortion
 from pgolf_fast.quant.state import (
+    TABLES,
+    QuantizedState,
     QuantizedTensor,
     dequantize_state,
     quantize_model,
@@ -399,6 +405,32 @@ def test_exp101_gets_66_int6_3_int8_and_55_float16_tensors():
         "ve_shared.embed.weight",
     }
     assert sum(t.numel() for t in done.values() if isinstance(t, torch.Tensor)) == 91_231
+
+
+@pytest.mark.parametrize("grid", ["reference", "percentile", "rd"])
+def test_tables_that_stay_float16(grid, tmp_path):
+    """Codes for everything that had them but the tables, and these come back from an artifact as float16."""
+    model = random_model()
+    config = replace(QUICK, grid=grid, tables="float16", small_tensor=10)
+
+    def quantized(config):
+        if grid == "rd":
+            return rate_distortion(model, config, seq_len=24).quantize(1e-6)
+        return quantize_model(model, config, seq_len=24)
+
+    found, usual = quantized(config).tensors, quantized(replace(config, tables="int8")).tensors
+    codes, more = ({n for n, t in s.items() if isinstance(t, QuantizedTensor)} for s in (found, usual))
+    assert more - codes == set(TABLES)
+    run = RunConfig(name="test", model=model.config, quant=config)
+    pack(QuantizedState(found), run_config_to_dict(run), tmp_path / "m", PackConfig(code_bytes=0))
+    again, told = load_model(tmp_path / "m", model.has_leading_space)
+    assert told.quant.tables == "float16"
+    _, arrays = reader.read_artifact((tmp_path / "m").read_bytes())
+    alone = reader.dequantized(arrays)[0]
+    for name in TABLES:
+        table = model.get_parameter(name).detach().half().float()
+        assert torch.equal(again.get_parameter(name), table)
+        assert torch.equal(alone[name], table)
 
 
 @pytest.mark.parametrize("method", ["gptq", "round"])

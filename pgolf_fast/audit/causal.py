@@ -62,7 +62,8 @@ def all_parts(model: GPT, tokens: Tensor) -> dict[str, Tensor]:
     seen = _Seen(model)
     logits = model.head(model.hidden(tokens, observer=seen))
     parts = embedding_parts(model, tokens)
-    return {**parts, "smear": model.smear(parts["embedding"]), **seen.parts, "logits": logits}
+    smear = {"smear": model.smear(parts["embedding"])} if model.config.smear else {}
+    return {**parts, **smear, **seen.parts, "logits": logits}
 
 
 def causality(model: GPT, losses_of: LossFunction, tokens: Tensor, lengths: Sequence[int]) -> Finding:
@@ -118,8 +119,8 @@ def no_target_in_keys(model: GPT, losses_of: LossFunction, tokens: Tensor, lengt
 @torch.no_grad()
 def word_starts_of_inputs(model: GPT, tokens: Tensor) -> Finding:
     """C14: the word-start gate at a position is that of its input token, not of the target."""
-    if model.bigram is None:
-        return Finding(None, "the model has no word-start gate")
+    if model.bigram is None or not (model.config.word_start_boost or model.config.pos_conditional):
+        return Finding(None, "nothing in the model asks where words start")
     length = min(64, len(tokens) - 1)
     span = tokens[:length]
     whole = embedding_parts(model, span[None])["hash n-grams"][0]

@@ -27,7 +27,7 @@ from pgolf_fast.evaluation.adapters import make_adapter
 from pgolf_fast.evaluation.protocol import Chunk, Segment, score_and_adapt, window_chunks
 from pgolf_fast.evaluation.ranks import Ranks
 from pgolf_fast.evaluation.score import LossFunction, Stream, batch_size
-from pgolf_fast.evaluation.ttt import adapting_chunks
+from pgolf_fast.evaluation.ttt import adapting_chunks, protocol_of
 from pgolf_fast.evaluation.windows import BatchSize, Windows, plain_windows, sliding_windows
 from pgolf_fast.model.bank import Transform
 from pgolf_fast.model.gpt import GPT
@@ -109,7 +109,9 @@ def open_subject(
     chunk_tokens = min(config.ttt.chunk_tokens, -(-count // CHUNKS))
     segment = min(config.ttt.lora.segment_tokens, chunk_tokens // 2)
     lora = replace(config.ttt.lora, segment_tokens=segment)
-    config = replace(config, ttt=replace(config.ttt, chunk_tokens=chunk_tokens, lora=lora))
+    guided = replace(config.ttt.guided, window_tokens=min(config.ttt.guided.window_tokens, chunk_tokens))
+    ttt = replace(config.ttt, chunk_tokens=chunk_tokens, lora=lora, guided=guided)
+    config = replace(config, ttt=ttt)
     device = pipeline.this_process().device
     choose_kernels(config.kernels, device)
     grid: Transform = None
@@ -155,7 +157,7 @@ def learning(model: GPT, config: RunConfig, windows: Callable[[int], Windows], g
     def plan(stream: Stream) -> tuple[Windows, Sequence[Chunk | Segment]]:
         return adapting_chunks(windows(stream.num_targets), stream, config.ttt)
 
-    return Method(plan, adapter, score_and_adapt, config.eval_seq_len, _size(model, config))
+    return Method(plan, adapter, protocol_of(config.ttt), config.eval_seq_len, _size(model, config))
 
 
 def frozen(model: GPT, config: RunConfig, windows: Callable[[int], Windows]) -> Method:

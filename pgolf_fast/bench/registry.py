@@ -302,7 +302,7 @@ def softcap_cross_entropy(place: Place) -> Case:
         trained=("x", "weight"),
         ours=Contender(
             "ours",
-            lambda: (ops.softcap_cross_entropy(**inputs, softcap=softcap),),
+            lambda: (ops.softcap_cross_entropy(inputs["x"], inputs["weight"], targets, softcap),),
             {n: inputs[n] for n in ("x", "weight")},
         ),
         formulas={"eager": Formula(formula)},

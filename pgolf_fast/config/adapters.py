@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pgolf_fast.config.schema import LoraConfig, TTTConfig
+from pgolf_fast.config.ttt import LoraConfig, TTTConfig
 
 
 def adapters(seq_len: int) -> dict[str, TTTConfig]:

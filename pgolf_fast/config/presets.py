@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from pgolf_fast.config.schema import QATConfig, RunConfig
 from pgolf_fast.config.shrink import SIZES, shrink
+from pgolf_fast.config.systems import baseline, pr296_error_guided, pr296_reptile, pr301, pr1250
 from pgolf_fast.errors import PgolfError
 
 
@@ -38,6 +39,14 @@ def exp105a() -> RunConfig:
     return replace(base, name="exp105a", train=replace(base.train, meta=None))
 
 
+def exp106() -> RunConfig:
+    """PR 1502: exp101 with meta-learning across the batch, paid for what adapting gains, and slot rates."""
+    base = exp101()
+    assert base.train.meta is not None
+    meta = replace(base.train.meta, method="cross_chunk", delta_weight=0.3, slot_rates=True)
+    return replace(base, name="exp106", train=replace(base.train, meta=meta))
+
+
 def exp101_swiglu() -> RunConfig:
     """exp101 with a gated MLP of equal parameter count: 2 x 1024 up rows and 1024 hidden channels."""
     base = exp101()
@@ -57,7 +66,21 @@ def tiny() -> RunConfig:
 
 
 PRESETS: dict[str, Callable[[], RunConfig]] = {
-    function.__name__: function for function in (exp101, exp101_as_run, exp105a, exp101_swiglu, small, tiny)
+    function.__name__: function
+    for function in (
+        exp101,
+        exp101_as_run,
+        exp105a,
+        exp106,
+        exp101_swiglu,
+        baseline,
+        pr296_reptile,
+        pr296_error_guided,
+        pr301,
+        pr1250,
+        small,
+        tiny,
+    )
 }
 
 

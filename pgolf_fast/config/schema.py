@@ -7,6 +7,7 @@ from typing import Literal
 
 from pgolf_fast.config.meta import MetaConfig, ReptileConfig
 from pgolf_fast.config.model import ModelConfig, need
+from pgolf_fast.config.ttt import TTTConfig
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 
@@ -141,9 +142,10 @@ class TrainConfig:
     warmdown_fraction: float | None = None
     """Length of the decay as a share of the run, instead of warmdown_steps."""
     warmdown_shape: Literal["cosine", "linear"] = "cosine"
-    """How the multiplier falls to 0."""
+    """How the multiplier falls to 0. A linear decay that is longer than the run begins below 1."""
     z_loss: float = 0.0
-    """Weight of the mean squared log-partition function, added to the training loss (PR 301)."""
+    """Weight of the mean squared log-partition function, added to the training loss (PR 301); no score has
+    it."""
     lr_hold_steps: int = 25
     """Steps at the start during which the multiplier is 1 whatever the clock says."""
     adaptive_warmdown: bool = True
@@ -245,7 +247,8 @@ class QuantConfig:
     seed: int = 42
     """Seed of calibration text."""
     tables: Literal["int8", "float16"] = "int8"
-    """How embedding tables larger than small_tensor are stored."""
+    """How embedding tables are stored (PR 301: float16); those of at most small_tensor elements are float16
+    anyway, but for grid rd."""
     small_tensor: int = 65_536
     """Tensors with at most this many elements are stored as float16."""
 
@@ -331,79 +334,6 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraConfig:
-    """Low-rank changes of every matrix, for each document anew (Hu et al. 2021), learned by AdamW."""
-
-    rank: int = 8
-    """Rank of the change of each Q, K, V, output, MLP and head matrix."""
-    lr: float = 0.005
-    """AdamW learning rate, constant."""
-    segment_tokens: int = 256
-    """Tokens of a document that are scored before each adaptation on them."""
-    epochs: int = 2
-    """AdamW steps on each scored segment."""
-    documents: int = 16
-    """Documents adapted side by side, in step, those of similar length together."""
-
-    def __post_init__(self) -> None:
-        for name in ("rank", "segment_tokens", "documents"):
-            need(getattr(self, name) > 0, f"ttt.lora.{name} is {getattr(self, name)}; it must be positive")
-        need(self.epochs >= 0 and self.lr >= 0, "ttt.lora.epochs and ttt.lora.lr must not be negative")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TTTConfig:
-    """Legal test-time training: score a chunk, then learn from it (PR 1501)."""
-
-    adapter: Literal["sgd", "adamw", "lora", "phased"] = "sgd"
-    """sgd and adamw learn the model's own parameters; lora a low-rank change for each document alone; phased
-    does both: lora within chunks of whole documents, AdamW after each."""
-    chunk_tokens: int = 65_536
-    """Tokens scored before each adaptation; for phased, the next whole number of documents."""
-    epochs: int = 4
-    """Passes over the scored chunk; 0 scores without adapting."""
-    lr: float = 0.004
-    """Learning rate of the first chunk."""
-    decay: Literal["cosine", "constant"] = "cosine"
-    """Learning rate of later chunks: a half cosine to zero at the last, or the same."""
-    momentum: float = 0.9
-    """SGD momentum, kept across chunks; AdamW's first moment decay."""
-    beta2: float = 0.99
-    """AdamW's second moment decay."""
-    weight_decay: float = 0.0
-    """AdamW's decoupled weight decay."""
-    batch_seqs: int = 16
-    """Sequences of one step."""
-    grad_clip: float = 1.0
-    """Global gradient-norm limit over the adapted parameters; for lora, over each document's."""
-    parameters: Literal["all", "banks"] = "banks"
-    """What is adapted; all leaves out the first freeze_blocks blocks' own scalars, as run."""
-    freeze_blocks: int = 2
-    """Blocks whose own (un-banked) parameters are left alone when adapting all."""
-    quantize_forward: Literal["none", "banks", "projections"] = "banks"
-    """Fake-quantise the banks in scoring and adapting; or, adapting only, the projections (as run)."""
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    """The low-rank changes of lora and phased."""
-
-    def __post_init__(self) -> None:
-        need(
-            self.chunk_tokens > 0 and self.batch_seqs > 0,
-            "ttt.chunk_tokens and ttt.batch_seqs must be positive",
-        )
-        need(self.epochs >= 0, "ttt.epochs must not be negative")
-        need(self.lr >= 0 and self.weight_decay >= 0, "ttt.lr and ttt.weight_decay must not be negative")
-        for name in ("momentum", "beta2"):
-            value = getattr(self, name)
-            need(0 <= value < 1, f"ttt.{name} is {value}; it must be in [0, 1)")
-        need(self.grad_clip > 0, "ttt.grad_clip must be positive")
-
-    @property
-    def by_document(self) -> bool:
-        """Whether documents are scored in step, each with a change of its own."""
-        return self.adapter in ("lora", "phased")
-
-
-@dataclass(frozen=True, kw_only=True)
 class KernelConfig:
     """What ops run on a CUDA GPU; a CPU has one implementation of each."""
 
@@ -448,6 +378,11 @@ class RunConfig:
         need(
             self.eval.stride <= self.eval_seq_len,
             f"eval.stride {self.eval.stride} is longer than the window of {self.eval_seq_len} tokens",
+        )
+        need(
+            self.ttt.frozen_slots < self.model.num_layers,
+            f"ttt.freeze_blocks {self.ttt.freeze_blocks} leaves nothing to adapt: the model has "
+            f"{self.model.num_layers} layers",
         )
         meta = self.train.meta
         need(

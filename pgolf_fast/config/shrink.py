@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from pgolf_fast.config.adapters import adapters
-from pgolf_fast.config.schema import ModelConfig, RunConfig, TTTConfig
+from pgolf_fast.config.schema import AverageConfig, ModelConfig, RunConfig, TTTConfig
 from pgolf_fast.errors import PgolfError
 
 
@@ -61,8 +61,11 @@ def shrink(base: RunConfig, size: str) -> RunConfig:
     model = _shrink_model(base.model, to)
     # a micro-batch is the whole batch here: rarer meta steps keep their share of the work
     meta = base.train.meta and replace(base.train.meta, every=32, freeze_blocks=1)
-    # the whole run is the decay: the base's threshold would spend a third of it in fake quantisation
-    qat = base.train.qat and replace(base.train.qat, below=0.05)
+    qat, average = base.train.qat, base.average
+    if base.train.warmdown_shape == "cosine":
+        # the whole run is the decay: the base's threshold would spend a third of it in fake quantisation
+        qat = qat and replace(qat, below=0.05)
+        average = replace(average, swa_below=0.02)
     train = replace(
         base.train,
         steps=to.steps,
@@ -99,7 +102,7 @@ def shrink(base: RunConfig, size: str) -> RunConfig:
             muon_momentum_start=0.85,
             muon_momentum_warmup_steps=200,
         ),
-        average=replace(base.average, ema_decay=0.95, ema_every=2, swa_every=10, swa_below=0.02),
+        average=_shrink_average(average),
         quant=replace(
             base.quant,
             calibration_sequences=16,
@@ -110,9 +113,30 @@ def shrink(base: RunConfig, size: str) -> RunConfig:
         ),
         eval=replace(base.eval, seq_len=None, batch_seqs=None),
         # a preset that says how it adapts keeps that, in smaller chunks
-        ttt=adapters(seq_len)["lora"]
-        if base.ttt == TTTConfig()
-        else replace(base.ttt, chunk_tokens=32 * seq_len, batch_seqs=16, epochs=1),
+        ttt=adapters(seq_len)["lora"] if base.ttt == TTTConfig() else _shrink_ttt(base, model, seq_len),
+    )
+
+
+def _shrink_average(average: AverageConfig) -> AverageConfig:
+    """Averages over fewer steps; what is off stays off."""
+    swa = replace(average, swa_every=average.swa_every and 10)
+    return replace(swa, ema_decay=0.95, ema_every=2) if average.ema_decay else swa
+
+
+def _shrink_ttt(base: RunConfig, model: ModelConfig, seq_len: int) -> TTTConfig:
+    """The preset's own adapter: chunks of at most 32 sequences, one epoch, the same share of the blocks."""
+    ttt = base.ttt
+    sequences = min(32, max(1, ttt.chunk_tokens // base.eval_seq_len))
+    frozen = ttt.freeze_blocks
+    if ttt.frozen_slots:
+        frozen = min(model.num_layers - 1, round(frozen * model.num_layers / base.model.num_layers))
+    return replace(
+        ttt,
+        chunk_tokens=sequences * seq_len,
+        batch_seqs=min(16, ttt.batch_seqs),
+        epochs=min(1, ttt.epochs),
+        freeze_blocks=frozen,
+        guided=replace(ttt.guided, window_tokens=min(seq_len, ttt.guided.window_tokens)),
     )
 
 

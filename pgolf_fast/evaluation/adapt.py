@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Protocol
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from pgolf_fast.config.schema import TTTConfig
 from pgolf_fast.evaluation.capture import Replay
 from pgolf_fast.evaluation.score import frozen_losses
-from pgolf_fast.model.bank import Banks, Transform, make_banks, transformed
+from pgolf_fast.model.bank import BANK_NAMES, Banks, Transform, make_banks, transformed
 from pgolf_fast.model.compiled import compiled
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.quant.fake import fake_int6
@@ -124,11 +125,26 @@ def borrowed(model: GPT) -> Iterator[None]:
 
 
 def trainable_parameters(model: GPT, config: TTTConfig) -> list[nn.Parameter]:
-    """The parameters that adapt: the banks, or all but the first blocks' own scalars."""
+    """The parameters that adapt, as `TTTConfig.parameters` says; of banks, `moving_slots` do."""
     if config.parameters == "banks":
         return model.bank_parameters()
+    if config.parameters == "mlps":
+        return [model.mlp_up_bank, model.mlp_down_bank]
     frozen = tuple(f"blocks.{i}." for i in range(config.freeze_blocks))
-    return [p for name, p in model.named_parameters() if not name.startswith(frozen)]
+    names = ("",) if config.parameters == "all" else (*BANK_NAMES, "blocks.", "skip_weights")
+    return [
+        p for name, p in model.named_parameters() if name.startswith(names) and not name.startswith(frozen)
+    ]
+
+
+def moving_slots(tensor: Tensor, num_layers: int, frozen: int) -> list[Tensor]:
+    """Views of a bank's slots (slots, rows, columns) but for those of the first `frozen` blocks.
+
+    Any other tensor, and a bank of which nothing is frozen, is one view.
+    """
+    if not frozen or tensor.ndim < 3:
+        return [tensor]
+    return [tensor[at + frozen : at + num_layers] for at in range(0, len(tensor), num_layers)]
 
 
 def chunk_lr(config: TTTConfig, chunk: int, chunks: int) -> float:
@@ -163,18 +179,20 @@ class Descent(ABC):
         self.model, self.config, self.seq_len = model, config, seq_len
         self._grid = grid if config.quantize_forward == "banks" else None
         self._projections = fake_int6 if config.quantize_forward == "projections" else None
-        self._parameters: list[Tensor] = [*trainable_parameters(model, config)]
-        self.trainable, self.updates = sum(p.numel() for p in self._parameters), 0
+        masters, adapting = model.bank_parameters(), trainable_parameters(model, config)
         for parameter in model.parameters():
             parameter.grad = None
             parameter.requires_grad_(False)
-        for adapting in self._parameters:
-            adapting.requires_grad_()
-            adapting.grad = torch.zeros_like(adapting)
-        self._grads = [p.grad for p in self._parameters if p.grad is not None]
+        for parameter in (*adapting, *masters):  # gradient banks are all there or none
+            parameter.grad = torch.zeros_like(parameter)
+        for parameter in adapting:
+            parameter.requires_grad_()
+        slots = partial(moving_slots, num_layers=model.config.num_layers, frozen=config.frozen_slots)
+        self._parameters = [part for p in adapting for part in slots(p.detach())]
+        self._grads = [part for p in adapting if p.grad is not None for part in slots(p.grad)]
+        self.trainable, self.updates = sum(p.numel() for p in self._parameters), 0
         self._memories = {name: [torch.zeros_like(p) for p in self._parameters] for name in self.MEMORIES}
         self._lr, self._step_number = torch.zeros(2, device=model.qo_bank.device).unbind()
-        masters = model.bank_parameters()
         kept = self._grid is None and all(m.dtype == model.compute_dtype for m in masters)
         self._weights = [
             m.detach() if kept else m.detach().to(model.compute_dtype, copy=True) for m in masters
@@ -231,7 +249,7 @@ class Descent(ABC):
         norms = [norm.float() for norm in torch._foreach_norm(self._grads)]
         norm = torch.linalg.vector_norm(torch.stack(norms))
         # gradients are divided by this: norm / limit where that is above 1
-        divisor = ((norm + 1e-6) / self.config.grad_clip).clamp_min_(1.0)
+        divisor = ((norm + 1e-6) / (self.config.grad_clip or math.inf)).clamp_min_(1.0)
         self._step_number += 1
         for dtype in {p.dtype for p in self._parameters}:
             own = [i for i, p in enumerate(self._parameters) if p.dtype == dtype]
@@ -275,7 +293,7 @@ class SGD(Descent):
         torch._fused_sgd_(
             parameters,
             grads,
-            memories[0],
+            memories[0] if self.config.momentum else [],
             weight_decay=0.0,
             momentum=self.config.momentum,
             lr=self._lr,

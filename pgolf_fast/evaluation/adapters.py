@@ -6,6 +6,7 @@ from torch import Tensor
 
 from pgolf_fast.config.schema import TTTConfig
 from pgolf_fast.evaluation.adapt import SGD, AdamW, Adapter, Descent, Scored
+from pgolf_fast.evaluation.error_guided import ErrorGuided
 from pgolf_fast.evaluation.lora import Lora
 from pgolf_fast.model.bank import Transform
 from pgolf_fast.model.gpt import GPT
@@ -50,14 +51,16 @@ def make_adapter(
 ) -> Adapter:
     """The configured adapter of a model that is `borrowed`; arguments as of `Descent`.
 
-    Low-rank changes run without `compile` and `cuda_graph`.
+    Low-rank changes run without `compile` and `cuda_graph`. An adapter that is not legal is made like any
+    other: who scores with it is asked in `evaluation.ttt`.
     """
-    if config.adapter == "lora":
+    if config.adapter in ("lora", "error_guided"):
         for parameter in model.parameters():
             parameter.requires_grad_(False)
             parameter.grad = None
         banks = model.banks(grid if config.quantize_forward == "banks" else None)
-        return Lora(model, config, seq_len, lambda: banks)
+        guided = config.adapter == "error_guided"
+        return ErrorGuided(model, config, banks) if guided else Lora(model, config, seq_len, lambda: banks)
     rule = SGD if config.adapter == "sgd" else AdamW
     stream = rule(model, config, seq_len, grid, compile=compile, cuda_graph=cuda_graph)
     return (

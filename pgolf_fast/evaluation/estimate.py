@@ -91,6 +91,12 @@ def learning(
     chunks: Sequence[Chunk | Segment], config: TTTConfig, model: ModelConfig, seq_len: int
 ) -> Learning:
     """What is learned from these chunks, as `score_and_adapt` goes through them."""
+    if config.adapter == "error_guided":
+        assert isinstance(chunks[-1], Chunk)
+        windows = -(-chunks[-1].end // config.guided.window_tokens)
+        updates = config.guided.epochs * config.guided.lessons(windows)
+        whole = forward_flops(model, config.guided.window_tokens, config.guided.window_tokens)
+        return Learning(updates, (windows + INPUT_GRADIENTS * updates) * whole)
     updates, on_chunks, on_segments, held = 0, 0.0, 0.0, 0
     whole = forward_flops(model, seq_len, seq_len)
     for chunk in chunks[:-1]:
@@ -125,7 +131,9 @@ def estimate(model: GPT, stream: Stream, config: RunConfig, grid: Transform = No
     windows, chunks = adapting_chunks(sliding, stream, config.ttt)
     learned = learning(chunks, config.ttt, model.config, length)
     scored = windows_flops(model.config, windows)
+    alone = config.ttt.adapter == "error_guided"  # it learns from one window at a time
     sample = replace(config.ttt, epochs=1, lora=replace(config.ttt.lora, epochs=1))
+    sample = replace(sample, batch_seqs=1 if alone else sample.batch_seqs)
     grid = grid or make_fake(config.quant.bits, config.quant.scale_floor)
     with borrowed(model):
         adapter = make_adapter(model, sample, length, grid, compile=compile_, cuda_graph=cuda_graph)

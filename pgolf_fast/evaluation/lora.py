@@ -7,6 +7,7 @@ with the model as it is. The documents of a batch are one dimension of A and B; 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -152,7 +153,7 @@ class Lora:
         with torch.no_grad():
             norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in grads])
             norm = torch.linalg.vector_norm(norms, dim=0)
-            scale = (self.config.grad_clip / (norm + 1e-6)).clamp_(max=1.0)
+            scale = ((self.config.grad_clip or math.inf) / (norm + 1e-6)).clamp_(max=1.0)
             self._steps += 1
             torch._fused_adamw_(
                 own[0],

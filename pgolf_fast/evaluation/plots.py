@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pgolf_fast import report
+from pgolf_fast.evaluation.scores import TTT, mark
 from pgolf_fast.files import atomic_path
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ def paint_parts(panels: Sequence[Axes], story: dict) -> None:
     _classes(by_class, sliding["by_class"])
     _bits(by_context, {"non-overlapping": figures["non_overlapping"]["by_context"]})
     by_context.set(xlabel="tokens of context", title="by context")
-    _bits(by_document, {"sliding": sliding["by_document_tokens"], "sliding + TTT": ttt["by_document_tokens"]})
+    marked = mark(TTT, story.get("illegal"))
+    _bits(by_document, {"sliding": sliding["by_document_tokens"], marked: ttt["by_document_tokens"]})
     by_document.set(xlabel="tokens of the document", title="by document length")
 
 
@@ -76,7 +78,8 @@ def _name_ticks(axes: Axes, parts: dict) -> None:
 def paint_course(axes: Axes, story: dict) -> None:
     """Bits per byte so far, chunk by chunk of test-time training, over the sliding score without it."""
     course = story["ttt_bpb_by_chunk"]
-    axes.plot(range(1, len(course) + 1), course, label="sliding + TTT, so far")
+    label = f"{mark(TTT, story.get('illegal'))}, so far"
+    axes.plot(range(1, len(course) + 1), course, "o-" if len(course) == 1 else "-", label=label)
     axes.axhline(story["sliding"]["bpb"], color="0.5", linestyle=":", label="sliding, whole stream")
     axes.set(xlabel="chunk", ylabel="bits per byte", title="test-time training")
     axes.grid(alpha=0.3)

@@ -12,16 +12,18 @@ from pgolf_fast.evaluation.protocol import score_and_adapt, window_chunks
 from pgolf_fast.evaluation.ranks import ALONE, Ranks
 from pgolf_fast.evaluation.resume import Resume
 from pgolf_fast.evaluation.score import Score, Scorer, Stream, batch_size, frozen_losses
-from pgolf_fast.evaluation.ttt import TTTResult, legal_ttt
+from pgolf_fast.evaluation.ttt import TTTResult, legal_ttt, need_legal
 from pgolf_fast.evaluation.windows import BatchSize, Windows, plain_windows, sliding_windows
 from pgolf_fast.model.bank import Transform
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.quant.fake import make_fake
 
+TTT = "sliding + TTT"
+
 
 @dataclass(frozen=True)
 class ThreeScores:
-    """Non-overlapping windows; sliding windows; sliding windows with legal test-time training."""
+    """Non-overlapping windows; sliding windows; sliding windows with test-time training."""
 
     plain: Score
     sliding: Score
@@ -29,12 +31,16 @@ class ThreeScores:
     seconds: dict[str, float]
     scorers: dict[str, Scorer]
     """What holds the losses of each, by the name in `to_dict`."""
+    illegal: str | None = None
+    """Why the third breaks the rules, if it was allowed to."""
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """(what, bpb, loss in nats per token, seconds) of each."""
-        scores = {"non-overlapping": self.plain, "sliding": self.sliding, "sliding + TTT": self.ttt.score}
+        scores = {"non-overlapping": self.plain, "sliding": self.sliding, TTT: self.ttt.score}
+        marked = {TTT: mark(TTT, self.illegal)}
         return [
-            (name, f"{s.bpb:.6f}", f"{s.loss:.6f}", f"{self.seconds[name]:.1f}") for name, s in scores.items()
+            (marked.get(name, name), f"{s.bpb:.6f}", f"{s.loss:.6f}", f"{self.seconds[name]:.1f}")
+            for name, s in scores.items()
         ]
 
     def to_dict(self) -> dict[str, object]:
@@ -43,10 +49,16 @@ class ThreeScores:
             "non_overlapping": self.plain.to_dict(),
             "sliding": self.sliding.to_dict(),
             "sliding_ttt": self.ttt.score.to_dict(),
+            "illegal": self.illegal,
             "ttt_updates": self.ttt.updates,
             "ttt_trainable_parameters": self.ttt.trainable,
             "ttt_bpb_by_chunk": [score.bpb for score in self.ttt.by_chunk],
         }
+
+
+def mark(name: str, illegal: object) -> str:
+    """What a table calls that score, or that adapter: with a word to it if it breaks the rules."""
+    return f"{name} (ILLEGAL)" if illegal else name
 
 
 def plain_score(model: GPT, stream: Stream, config: RunConfig, ranks: Ranks = ALONE) -> Score:
@@ -77,13 +89,18 @@ def three_scores(
     *,
     ranks: Ranks = ALONE,
     resume: Resume | None = None,
+    allow_illegal: bool = False,
 ) -> ThreeScores:
     """All three figures for a model as it stands; its weights are unchanged afterwards.
+
+    Raises PgolfError, before anything is scored, for test-time training that breaks the rules, unless
+    `allow_illegal`.
 
     `grid` is what test-time training with quantised forward rounds the banks to: give the artifact's own, so
     that without an update the third figure is the second. None is the configured int6 grid. With several
     `ranks`, each scores its share of the windows. With `resume`, goes on from states that were left there.
     """
+    need_legal(config.ttt, allow_illegal)
     length, size = config.eval_seq_len, window_batches(model, config, ranks)
     compile_, cuda_graph = compiles(model, config)
     seconds: dict[str, float] = {}
@@ -106,7 +123,7 @@ def three_scores(
     )
     sliding, sliding_scorer = frozen("sliding", windows)
     ttt = timed(
-        "sliding + TTT",
+        TTT,
         lambda saved: legal_ttt(
             model,
             stream,
@@ -119,10 +136,11 @@ def three_scores(
             saved=saved,
             compile=compile_,
             cuda_graph=cuda_graph,
+            allow_illegal=allow_illegal,
         ),
     )
     scorers = {"non_overlapping": plain_scorer, "sliding": sliding_scorer, "sliding_ttt": ttt.scorer}
-    return ThreeScores(plain, sliding, ttt, seconds, scorers)
+    return ThreeScores(plain, sliding, ttt, seconds, scorers, config.ttt.illegal)
 
 
 def shared_size(size: BatchSize, config: RunConfig) -> BatchSize:

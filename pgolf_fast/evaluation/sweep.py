@@ -98,13 +98,15 @@ def sweep(
     ranks: Ranks = ALONE,
     *,
     after: int = 0,
+    allow_illegal: bool = False,
 ) -> list[Comparison]:
     """The baseline and each of `adapters`, on the windows of `config.eval`; the model stays as it is.
 
     Targets are scored once each, all of them; compared are the documents that begin at target `after` or
     later. (Settings that were chosen on what comes before are judged fairly by these.) `grid` is as in
     `three_scores`. Every finished pass leaves `folder`/NAME.json, and is not repeated for the same weights,
-    tokens and settings. Raises PgolfError where no document begins so late.
+    tokens and settings. Raises PgolfError where no document begins so late, and for an adapter that breaks
+    the rules, unless `allow_illegal`.
     """
     config = replace(config, eval=replace(config.eval, repeat_tail=False))
     length, size = config.eval_seq_len, window_batches(model, config, ranks)
@@ -130,6 +132,7 @@ def sweep(
             what=name,
             compile=compile_,
             cuda_graph=cuda_graph,
+            allow_illegal=allow_illegal,
         )
         return result.scorer, result.updates, result.trainable
 

@@ -58,6 +58,7 @@ class GPT(nn.Module):
     """
 
     has_leading_space: Tensor
+    word_start_boost: Tensor
 
     def __init__(
         self,
@@ -74,7 +75,7 @@ class GPT(nn.Module):
         self.mlp_up_bank = nn.Parameter(torch.zeros(n, config.mlp_up_rows, d))
         self.mlp_down_bank = nn.Parameter(torch.zeros(n, d, config.mlp_hidden))
         self.tok_emb = nn.Embedding(config.vocab_size, d)
-        self.smear = SmearGate(d)
+        self.smear = SmearGate(d) if config.smear else nn.Identity()
         self.blocks = nn.ModuleList(Block(config, i) for i in range(n))
         self.skip_weights = nn.Parameter(torch.ones(config.num_skips, d))
         self.bigram: NgramHash | None = None
@@ -86,7 +87,6 @@ class GPT(nn.Module):
                 pos_conditional=config.pos_conditional,
                 trigram=config.trigram,
             )
-            self.word_start_boost = nn.Parameter(torch.tensor(1.0))
         self.ve_shared: ValueEmbedding | None = None
         if config.ve_enabled:
             self.ve_shared = ValueEmbedding(config.vocab_size, config.ve_dim, config.kv_dim)
@@ -99,6 +99,11 @@ class GPT(nn.Module):
                 f"{config.vocab_size}: use the tokenizer the model was made for"
             )
         self.register_buffer("has_leading_space", has_leading_space.bool(), persistent=False)
+        boost = torch.ones((), device=has_leading_space.device)
+        if config.bigram_vocab_size and config.word_start_boost:
+            self.word_start_boost = nn.Parameter(boost)
+        else:
+            self.register_buffer("word_start_boost", boost, persistent=False)
         self._shadow = Shadow()
         self.reset_parameters()
 
@@ -302,20 +307,24 @@ class GPT(nn.Module):
         *,
         context: int | None = None,
         feed: Feed | None = None,
+        z_loss: float = 0.0,
     ) -> Tensor:
         """Cross-entropy in nats of the targets of the last W positions, (B, T) and (B, W) -> (B, W) float32.
 
         Nothing is computed that only other positions need: in the last block their queries, output projection
-        and MLP, and their logits. `context` and `feed` are as in `hidden`.
+        and MLP, and their logits. `context` and `feed` are as in `hidden`. `z_loss` times the squared
+        log-partition function is added to each.
         """
         last = None if targets.shape[1] == tokens.shape[1] else targets.shape[1]
         hidden = self.hidden(tokens, banks, last=last, context=context, feed=feed)
         head = self.tok_emb.weight.to(self.compute_dtype)
-        return ops.softcap_cross_entropy(hidden, head, targets, self.config.logit_softcap)
+        return ops.softcap_cross_entropy(hidden, head, targets, self.config.logit_softcap, z_loss)
 
-    def loss(self, tokens: Tensor, targets: Tensor, banks: Banks | None = None) -> Tensor:
-        """Mean cross-entropy of the batch in nats."""
-        return self.token_losses(tokens, targets, banks).mean()
+    def loss(
+        self, tokens: Tensor, targets: Tensor, banks: Banks | None = None, *, z_loss: float = 0.0
+    ) -> Tensor:
+        """Mean cross-entropy of the batch in nats, and `z_loss` as in `token_losses`."""
+        return self.token_losses(tokens, targets, banks, z_loss=z_loss).mean()
 
     forward = loss
 

@@ -178,10 +178,16 @@ def ngram_hash_embed(
     return rows * gate
 
 
-def softcap_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> Tensor:
-    """-log softmax(softcap * tanh(x W^T / softcap))[target] by row; x (N, D), weight (V, D), targets (N,)."""
+def softcap_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, softcap: float, z_loss: float = 0.0
+) -> Tensor:
+    """-log softmax(softcap * tanh(x W^T / softcap))[target] + z_loss * (log of softmax's denominator)^2.
+
+    By row; x (N, D), weight (V, D), targets (N,).
+    """
     logits = softcap * torch.tanh(_wide(x @ weight.T) / softcap)
-    return F.cross_entropy(logits, targets.long(), reduction="none")
+    loss = F.cross_entropy(logits, targets.long(), reduction="none")
+    return loss + z_loss * logits.logsumexp(1).square()
 
 
 def newton_schulz(g: Tensor, steps: int) -> Tensor:

@@ -24,9 +24,13 @@ launch.declare("softcap_cross_entropy_dlogits", sm90=Launch(128, 128, 64, num_wa
 _DLOGITS = 2**25
 
 
-def softcap_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> Tensor:
+def softcap_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, softcap: float, z_loss: float = 0.0
+) -> Tensor:
     """Per-token `-log softmax(softcap * tanh(x W^T / softcap))[target]`, float32 (float64 for float64 input).
 
+    To it is added `z_loss` times the square of log Z, the logarithm of softmax's denominator, which keeps
+    logits from drifting (Chowdhery et al. 2022, section 5; PR 301).
     x (..., D), weight (V, D) of x's dtype, targets (...) integer in 0..V-1; result has targets' shape.
     Raises ValueError for shapes or dtypes that do not fit; IndexError for a target outside the vocabulary.
     On a GPU that check would stop the host: there, kernels give a loss (and gradients) of NaN for such a
@@ -34,12 +38,12 @@ def softcap_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, softcap: f
     """
     expect_shape("softcap_cross_entropy", "targets", targets, tuple(x.shape[:-1]))
     flat = torch.ops.pgolf.softcap_cross_entropy(
-        x.reshape(-1, x.shape[-1]), weight, targets.reshape(-1), softcap
+        x.reshape(-1, x.shape[-1]), weight, targets.reshape(-1), softcap, z_loss
     )
     return flat[0].view(targets.shape)
 
 
-def _check(x: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> None:
+def _check(x: Tensor, weight: Tensor, targets: Tensor, softcap: float, z_loss: float) -> None:
     expect_shape("softcap_cross_entropy", "weight", weight, (None, x.shape[-1]))
     expect_shape("softcap_cross_entropy", "targets", targets, (x.shape[0],))
     same_dtype_device("softcap_cross_entropy", x=x, weight=weight)
@@ -50,6 +54,8 @@ def _check(x: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> None:
         )
     if not softcap > 0:
         raise ValueError(f"pgolf::softcap_cross_entropy: softcap is {softcap}; it must be positive")
+    if not z_loss >= 0:
+        raise ValueError(f"pgolf::softcap_cross_entropy: z_loss is {z_loss}; it must not be negative")
 
 
 def _capped(x: Tensor, weight: Tensor, softcap: float) -> Tensor:
@@ -60,14 +66,14 @@ def _capped(x: Tensor, weight: Tensor, softcap: float) -> Tensor:
 
 @torch.library.custom_op("pgolf::softcap_cross_entropy", mutates_args=())
 def _softcap_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, softcap: float
+    x: Tensor, weight: Tensor, targets: Tensor, softcap: float, z_loss: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    _check(x, weight, targets, softcap)
+    _check(x, weight, targets, softcap, z_loss)
     if not x.is_cuda:  # on a GPU a look at them would stop the host, and end a capture
         _check_targets(targets, weight.shape[0])
     if not launch.uses_kernels("softcap_cross_entropy", x):
-        return _forward(x, weight, targets, softcap)
-    return _kernels_forward(x, weight, targets, softcap)
+        return _forward(x, weight, targets, softcap, z_loss)
+    return _kernels_forward(x, weight, targets, softcap, z_loss)
 
 
 def _check_targets(targets: Tensor, vocab: int) -> None:
@@ -80,7 +86,9 @@ def _check_targets(targets: Tensor, vocab: int) -> None:
         )
 
 
-def _forward(x: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
+def _forward(
+    x: Tensor, weight: Tensor, targets: Tensor, softcap: float, z_loss: float
+) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(x.dtype, torch.float32)
     loss, logsumexp = x.new_empty(x.shape[0], dtype=wide), x.new_empty(x.shape[0], dtype=wide)
     for start in range(0, x.shape[0], _ROWS):
@@ -89,13 +97,13 @@ def _forward(x: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> tupl
         chosen = logits.gather(1, targets[rows].long().unsqueeze(1)).squeeze(1)
         # |logit| <= softcap, so the exponentials cannot overflow below softcap 88
         logsumexp[rows] = logits.exp_().sum(1).log_() if softcap < 80 else logits.logsumexp(1)
-        loss[rows] = logsumexp[rows] - chosen
+        loss[rows] = logsumexp[rows] - chosen + z_loss * logsumexp[rows].square()
     return loss, logsumexp
 
 
 @_softcap_cross_entropy.register_fake
-def _(x, weight, targets, softcap):
-    _check(x, weight, targets, softcap)
+def _(x, weight, targets, softcap, z_loss=0.0):
+    _check(x, weight, targets, softcap, z_loss)
     wide = torch.promote_types(x.dtype, torch.float32)
     return x.new_empty(x.shape[0], dtype=wide), x.new_empty(x.shape[0], dtype=wide)
 
@@ -112,7 +120,9 @@ def _launch(kernel: str, x: Tensor) -> Launch:
     return replace(row, block_m=min(row.block_m, 64), block_n=min(row.block_n, 64))
 
 
-def _kernels_forward(x: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
+def _kernels_forward(
+    x: Tensor, weight: Tensor, targets: Tensor, softcap: float, z_loss: float
+) -> tuple[Tensor, Tensor]:
     from pgolf_fast.kernels.softcap_cross_entropy import launch_softcap_cross_entropy_fwd
 
     loss, logsumexp = (x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(2))
@@ -125,6 +135,7 @@ def _kernels_forward(x: Tensor, weight: Tensor, targets: Tensor, softcap: float)
                 loss,
                 logsumexp,
                 softcap=softcap,
+                z_loss=z_loss,
                 config=_launch("softcap_cross_entropy_fwd", x),
             )
     return loss, logsumexp
@@ -132,17 +143,25 @@ def _kernels_forward(x: Tensor, weight: Tensor, targets: Tensor, softcap: float)
 
 @torch.library.custom_op("pgolf::softcap_cross_entropy_backward", mutates_args=())
 def _softcap_cross_entropy_backward(
-    dloss: Tensor, x: Tensor, weight: Tensor, targets: Tensor, logsumexp: Tensor, softcap: float
+    dloss: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    logsumexp: Tensor,
+    softcap: float,
+    z_loss: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     if launch.uses_kernels("softcap_cross_entropy", x):
-        return _kernels_backward(dloss, x, weight, targets, logsumexp, softcap)
+        return _kernels_backward(dloss, x, weight, targets, logsumexp, softcap, z_loss)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     accumulator = weight.new_zeros(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32))
     for start in range(0, x.shape[0], _ROWS):
         rows = slice(start, start + _ROWS)
         tanh = _capped(x[rows], weight, softcap)
-        # d loss / d raw = (softmax - onehot) (1 - tanh^2)
+        # d loss / d raw = ((1 + 2 z_loss log Z) softmax - onehot) (1 - tanh^2)
         grad = torch.exp(tanh * softcap - logsumexp[rows].unsqueeze(1))
+        if z_loss:
+            grad.mul_((1 + 2 * z_loss * logsumexp[rows]).unsqueeze(1))
         ones = grad.new_full((grad.shape[0], 1), -1.0)
         grad.scatter_add_(1, targets[rows].long().unsqueeze(1), ones)
         grad.mul_(tanh.square_().neg_().add_(1.0)).mul_(dloss[rows].unsqueeze(1))
@@ -153,12 +172,18 @@ def _softcap_cross_entropy_backward(
 
 
 @_softcap_cross_entropy_backward.register_fake
-def _(dloss, x, weight, targets, logsumexp, softcap):
+def _(dloss, x, weight, targets, logsumexp, softcap, z_loss=0.0):
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
 def _kernels_backward(
-    dloss: Tensor, x: Tensor, weight: Tensor, targets: Tensor, logsumexp: Tensor, softcap: float
+    dloss: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    logsumexp: Tensor,
+    softcap: float,
+    z_loss: float,
 ) -> tuple[Tensor, Tensor]:
     from pgolf_fast.kernels.softcap_cross_entropy import launch_softcap_cross_entropy_dlogits
 
@@ -180,6 +205,7 @@ def _kernels_backward(
                 dloss[rows],
                 low,
                 softcap=softcap,
+                z_loss=z_loss,
                 config=config,
             )
         torch.mm(low, weight, out=dx[rows])
@@ -189,7 +215,7 @@ def _kernels_backward(
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, weight, targets, ctx.softcap = inputs
+    x, weight, targets, ctx.softcap, ctx.z_loss = inputs
     ctx.save_for_backward(x, weight, targets, output[1])
     ctx.mark_non_differentiable(output[1])
 
@@ -197,9 +223,9 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, dloss, _):
     x, weight, targets, logsumexp = ctx.saved_tensors
     dx, dweight = torch.ops.pgolf.softcap_cross_entropy_backward(
-        dloss, x, weight, targets, logsumexp, ctx.softcap
+        dloss, x, weight, targets, logsumexp, ctx.softcap, ctx.z_loss
     )
-    return dx, dweight, None, None
+    return dx, dweight, None, None, None
 
 
 _softcap_cross_entropy.register_autograd(_backward, setup_context=_setup_context)

@@ -1,4 +1,4 @@
-"""The learning-rate multiplier: constant, then a cosine to zero over time or steps (PR 1501)."""
+"""The learning-rate multiplier: constant, then a fall to zero over time or steps (PR 1501, PR 301)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ class Schedule:
         self.state = ScheduleState()
 
     def multiplier(self, step: int, elapsed: float) -> float:
-        """1 before the decay, then a half cosine that reaches 0 at the end of the run."""
+        """1 before the decay, then a half cosine or a line that reaches 0 at the end of the run.
+
+        A decay longer than the run is squeezed into it if it is a cosine; a line begins below 1.
+        """
         c = self.config
         if step < c.lr_hold_steps:
             return 1.0
@@ -35,10 +38,11 @@ class Schedule:
             length = (
                 (c.warmdown_fraction or 0.0) * end if c.warmdown_steps is None else c.warmdown_steps * pace
             )
-            start = max(end - length, 0.0)
+            start = end - length if c.warmdown_shape == "linear" else max(end - length, 0.0)
         if position < start:
             return 1.0
-        return 0.5 * (1 + math.cos(math.pi * min((position - start) / max(end - start, 1e-9), 1.0)))
+        done = min((position - start) / max(end - start, 1e-9), 1.0)
+        return 1 - done if c.warmdown_shape == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
     def over(self, step: int, elapsed: float) -> bool:
         """Whether the decay has come to its end, where the Reptile phase begins if there is one."""

@@ -32,6 +32,7 @@ from pgolf_fast.quant.state import (
     QuantizedTensor,
     code_bits,
     group_of,
+    stays_float,
     to_float16,
     unbank,
 )
@@ -144,15 +145,16 @@ class _Group:
 class RateDistortion:
     """A model ready to be quantised at any price of a bit.
 
-    state: a state dict; fishers: of every matrix, as from `collect_fisher`. Matrices that `fishers` lacks and
-    vectors become float16. Raises PgolfError for values that are not finite.
+    state: a state dict; fishers: of every matrix, as from `collect_fisher`. Matrices that `fishers` lacks,
+    tables that are to stay float16, and vectors become float16. Raises PgolfError for values that are not
+    finite.
     """
 
     def __init__(self, state: Mapping[str, Tensor], fishers: Mapping[str, Fisher], config: QuantConfig):
         self.tensors, self.config = unbank(state), config
         members: dict[str, list[str]] = {}
         for name in self.tensors:
-            if name in fishers:
+            if name in fishers and not stays_float(name, config):
                 members.setdefault(group_of(name), []).append(name)
         self._groups = [self._prepare(names, fishers) for names in members.values()]
 

@@ -34,6 +34,8 @@ READERS = {
     "mlp_in": ("mlp.fc.weight",),
     "mlp_hidden": ("mlp.proj.weight",),
 }
+# Embedding tables, which QuantConfig.tables speaks of; other large matrices are projections.
+TABLES = ("tok_emb.weight", "bigram.embed.weight", "ve_shared.embed.weight")
 TABLE_BITS = 8
 _SLOT = re.compile(r"blocks\.(\d+)\.((?:attn|mlp)\.\w+\.weight)")
 
@@ -162,13 +164,19 @@ def quantize_state(
         # The original makes float16 of whatever has at most 65,536 elements before it looks for bank
         # matrices, none of which is so small in exp101. Here bank matrices come first, so that small models
         # are quantised too; the 66 / 3 / 55 tensors of exp101 come out the same.
-        if name.endswith(".weight") and tensor.ndim == 2 and tensor.numel() > config.small_tensor:
+        large = name.endswith(".weight") and tensor.ndim == 2 and tensor.numel() > config.small_tensor
+        if large and not stays_float(name, config):
             check_matrix(tensor, name)
             codes, scale = quantize_int8_rows(tensor, scale_floor=config.scale_floor)
             done[name] = QuantizedTensor(codes.cpu(), scale.cpu(), TABLE_BITS)
         else:
             done[name] = to_float16(name, tensor)
     return QuantizedState({name: done[name] for name in tensors})
+
+
+def stays_float(name: str, config: QuantConfig) -> bool:
+    """Whether that tensor is an embedding table that the configuration stores as float16."""
+    return config.tables == "float16" and name in TABLES
 
 
 def to_float16(name: str, tensor: Tensor) -> Tensor:

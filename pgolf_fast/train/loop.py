@@ -198,7 +198,7 @@ class _Run:
             self.world.world_size,
         )
         if c.train.compile:
-            t.loss_function = compile_loss(self.model.loss)
+            t.loss_function = compile_loss(t.loss_function)
             report.logger.info("compiling: %d warm-up steps whose effect is undone", c.train.warmup_steps)
             t.warm_up(c.train.warmup_steps)
         found = newest_checkpoint(self.folder.checkpoints) if resume else None

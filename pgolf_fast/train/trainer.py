@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -111,7 +112,8 @@ class Trainer:
         self.micro_steps = max(
             1, config.train.batch_tokens // (config.train.micro_batch_tokens * world.world_size)
         )
-        self.loss_function: LossFunction = model.loss
+        z_loss = config.train.z_loss
+        self.loss_function: LossFunction = partial(model.loss, z_loss=z_loss) if z_loss else model.loss
         scale = 1 / self.micro_steps
         self.micro_step: MicroStep = GraphStep(model, scale) if config.train.cuda_graph else DirectStep(scale)
         self.step, self.elapsed, self.qat = 0, 0.0, False

@@ -21,13 +21,13 @@ def make(leading, dim, vocab, dtype=torch.float32, device="cpu", spread=4.0):
     return [x.to(dtype), weight.to(dtype), torch.randint(vocab, leading, device=device)]
 
 
-def loss(softcap):
-    return lambda x, weight, targets: softcap_cross_entropy(x, weight, targets, softcap)
+def loss(softcap, z_loss=0.0):
+    return lambda x, weight, targets: softcap_cross_entropy(x, weight, targets, softcap, z_loss)
 
 
-def formula(softcap):
+def formula(softcap, z_loss=0.0):
     def run(x, weight, targets):
-        flat = reference.softcap_cross_entropy(x.flatten(0, -2), weight, targets.flatten(), softcap)
+        flat = reference.softcap_cross_entropy(x.flatten(0, -2), weight, targets.flatten(), softcap, z_loss)
         return flat.view(targets.shape)
 
     return run
@@ -39,6 +39,25 @@ def formula(softcap):
 def test_matches_reference(leading, dim, vocab, dtype, softcap, device):
     inputs = make(leading, dim, vocab, dtype, device)
     assert_matches_float64(loss(softcap), formula(softcap), inputs)
+
+
+@pytest.mark.parametrize("z_loss", [1e-4, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("leading", "dim", "vocab"), [SHAPES[0], SHAPES[2], SHAPES[5]], ids=str)
+def test_z_loss_matches_reference(leading, dim, vocab, dtype, z_loss, device):
+    inputs = make(leading, dim, vocab, dtype, device)
+    assert_matches_float64(loss(15.0, z_loss), formula(15.0, z_loss), inputs)
+
+
+def test_no_z_loss_changes_no_bit(device):
+    """The gradient's added factor is 1, exactly: what was trained without z-loss trains the same."""
+    inputs = make((70,), 45, 75, device=device)
+    got, grads, douts = results(lambda x, w, t: softcap_cross_entropy(x, w, t, 15.0), inputs)
+    same, same_grads, _ = results(loss(15.0, 0.0), inputs, douts)
+    more, more_grads, _ = results(loss(15.0, 0.1), inputs, douts)
+    for a, b, c in zip(got + grads, same + same_grads, more + more_grads, strict=True):
+        assert torch.equal(a, b)
+        assert not torch.equal(a, c)
 
 
 def op_module():
@@ -188,24 +207,26 @@ def test_opcheck(layout, softcap, device):
     if layout != "contiguous":
         x, weight, targets = lay_out(layout, (x, weight, targets))
     leaves = [t.detach().requires_grad_() for t in (x, weight)]
-    torch.library.opcheck(torch.ops.pgolf.softcap_cross_entropy, (*leaves, targets, softcap))
-    losses, logsumexp = torch.ops.pgolf.softcap_cross_entropy(x, weight, targets, softcap)
-    backward = (torch.randn_like(losses), x, weight, targets, logsumexp, softcap)
+    z_loss = 0.1
+    torch.library.opcheck(torch.ops.pgolf.softcap_cross_entropy, (*leaves, targets, softcap, z_loss))
+    losses, logsumexp = torch.ops.pgolf.softcap_cross_entropy(x, weight, targets, softcap, z_loss)
+    backward = (torch.randn_like(losses), x, weight, targets, logsumexp, softcap, z_loss)
     torch.library.opcheck(torch.ops.pgolf.softcap_cross_entropy_backward, backward)
 
 
+@pytest.mark.parametrize("z_loss", [0.0, 0.3])
 @pytest.mark.parametrize("softcap", [2.0, 90.0])
-def test_gradcheck(softcap):
+def test_gradcheck(softcap, z_loss):
     x, weight, targets = make((2, 3), 4, 5, torch.double)
     torch.autograd.gradcheck(
-        lambda a, b: softcap_cross_entropy(a, b, targets, softcap),
+        lambda a, b: softcap_cross_entropy(a, b, targets, softcap, z_loss),
         (x.requires_grad_(), weight.requires_grad_()),
     )
 
 
 def test_compiles_without_graph_break(device):
     def run(x, weight, targets):
-        return softcap_cross_entropy(x.sin(), weight, targets, 30.0).mean()
+        return softcap_cross_entropy(x.sin(), weight, targets, 30.0, 0.1).mean()
 
     inputs = make((3, 7), 12, 20, device=device)
     want, wants, douts = results(run, inputs)
@@ -230,6 +251,9 @@ def test_rejects_bad_input():
     for softcap in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match=r"softcap is .*; it must be positive"):
             softcap_cross_entropy(x, weight, targets, softcap)
+    for z_loss in (-1.0, math.nan):
+        with pytest.raises(ValueError, match=r"z_loss is .*; it must not be negative"):
+            softcap_cross_entropy(x, weight, targets, 30.0, z_loss)
 
 
 @pytest.mark.parametrize("wrong", [-1, 9, -100, 2**31 - 1])
@@ -243,8 +267,8 @@ def test_rejects_targets_outside_the_vocabulary(wrong, device):
             softcap_cross_entropy(x, weight, targets, 30.0)
         if not launch.uses_kernels("softcap_cross_entropy", x):
             return
-    got, logsumexp = op_module()._kernels_forward(x, weight, targets, 30.0)
-    dx, dweight = op_module()._kernels_backward(douts[0], x, weight, targets, logsumexp, 30.0)
+    got, logsumexp = op_module()._kernels_forward(x, weight, targets, 30.0, 0.0)
+    dx, dweight = op_module()._kernels_backward(douts[0], x, weight, targets, logsumexp, 30.0, 0.0)
     others = torch.tensor([0, 1, 3], device=device)
     assert got[2].isnan()
     assert dx[2].isnan().all()

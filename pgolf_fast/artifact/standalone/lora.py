@@ -1,5 +1,7 @@
 """Low-rank changes of the network's matrices, of their own for each of several documents."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -92,7 +94,8 @@ class Learner:
             losses = self.model.losses(self.text[:, :-1], tokens[:, 1:], self.banks, changes=leaves)
             grads = torch.autograd.grad(losses.mean(1).sum(), leaves)
             norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in grads])
-            scale = (c.grad_clip / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp_(max=1.0)
+            limit = c.grad_clip or math.inf
+            scale = (limit / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp_(max=1.0)
             clipped = [g * scale[:, None, None, None] for g in grads]
             self.steps += 1
             torch._fused_adamw_(

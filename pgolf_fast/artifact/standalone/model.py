@@ -69,9 +69,8 @@ class Model:
         for i, index in enumerate(indices):
             indices[i] = index % (last // 2) + ~starts * (last // 2) if c.pos_conditional else index % last
             indices[i][:, : i + 1] = last
-        return Ngrams.apply(
-            table, self.state["bigram.scale"], self.state["word_start_boost"], starts, indices, self.dtype
-        )
+        boost = self.state.get("word_start_boost", torch.ones((), device=table.device))
+        return Ngrams.apply(table, self.state["bigram.scale"], boost, starts, indices, self.dtype)
 
     def losses(
         self,
@@ -90,7 +89,8 @@ class Model:
         x = F.embedding(tokens, s["tok_emb.weight"]).to(dtype)
         if c.bigram_vocab_size:
             x = x + F.linear(self.ngrams(tokens), project(s["bigram.proj.weight"]).to(dtype))
-        x0 = x = Smear.apply(rms_norm(x), s["smear.gate"])
+        x = rms_norm(x)
+        x0 = x = Smear.apply(x, s["smear.gate"]) if "smear.gate" in s else x
         extra: dict[int, Tensor] = {}
         if c.ve_enabled:
             rows = F.embedding(tokens, s["ve_shared.embed.weight"]).to(dtype)

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from sentencepiece import SentencePieceProcessor
+from torch import Tensor
 
 from pgolf_fast.artifact.standalone.lora import Learner
 from pgolf_fast.artifact.standalone.model import Model
@@ -69,17 +70,21 @@ class Scorer:
         c, model, count = self.config.ttt, self.model, len(self.target_bytes)
         if c.adapter == "lora":
             return self.score_documents(windows)
-        if c.adapter == "phased":
-            sys.exit("this script does not adapt in phases: pack the run with ttt.adapter sgd, adamw or lora")
+        if c.adapter not in ("sgd", "adamw"):
+            sys.exit(f"this script has no adapter {c.adapter}: pack the run with sgd, adamw or lora")
         chunks = math.ceil(count / c.chunk_tokens)
         chunk_of = np.minimum(windows[2] // c.chunk_tokens, chunks - 1)
         frozen = tuple(f"blocks.{i}." for i in range(c.freeze_blocks))
-        learned = list(model.masters)
-        if c.parameters == "all":
-            learned += [p for name, p in model.state.items() if not name.startswith(frozen)]
+        names = {"all": ("",), "blocks": ("blocks.", "skip_weights")}.get(c.parameters, ())
+        some = {n: p for n, p in model.state.items() if n.startswith(names) and not n.startswith(frozen)}
+        learned = [*model.masters, *some.values()]
         for p in learned:
             p.requires_grad_()
             p.grad = torch.zeros_like(p)  # backward adds to it
+        if c.parameters in ("blocks", "mlps"):
+            banks = model.masters[2 * (c.parameters == "mlps") :]
+            slots = [slot for p in banks for slot in self.moving_slots(p)]
+            learned = slots + learned[4:]
         rule: torch.optim.Optimizer
         if c.adapter == "sgd":
             rule = torch.optim.SGD(learned, momentum=c.momentum, fused=True)
@@ -105,10 +110,19 @@ class Scorer:
                 model.losses(x, y, model.banks(on_grid), fake).mean().backward()
                 gradients = [p.grad for p in learned if p.grad is not None]
                 norm = torch.nn.utils.get_total_norm(gradients)
-                torch._foreach_div_(gradients, ((norm + 1e-6) / c.grad_clip).clamp(min=1))
+                torch._foreach_div_(gradients, ((norm + 1e-6) / (c.grad_clip or math.inf)).clamp(min=1))
                 rule.step()
                 rule.zero_grad(False)
         return total
+
+    def moving_slots(self, bank: Tensor) -> list[Tensor]:
+        """A bank without the slots of the first blocks, which are left alone: views, with their gradients."""
+        layers, frozen = self.config.model.num_layers, self.config.ttt.freeze_blocks
+        spans = [slice(at + frozen, at + layers) for at in range(0, len(bank), layers)]
+        parts = [bank.detach()[span] for span in spans]
+        for part, span in zip(parts, spans, strict=True):
+            part.grad = bank.grad[span] if bank.grad is not None else None
+        return parts
 
     def score_documents(self, windows: np.ndarray) -> np.ndarray:
         """The same with changes for each document alone, many documents in step, segment by segment."""
