@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -15,6 +16,9 @@ from pgolf_fast.arguments import parse, preset_and_overrides
 from pgolf_fast.cli import print_out
 from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.errors import PgolfError
+
+if TYPE_CHECKING:
+    from pgolf_fast.ablation.plan import Variant
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,8 @@ def ablate(argv: list[str]) -> int:
     out = a.out or Path("runs") / f"ablate_{config.name}"
     budgets: tuple[Budget, ...] = ("steps", "time") if a.budget == "both" else (a.budget,)
     variants = make_variants(a.config, flips)
+    if a.scores == "all":
+        _need_legal(variants)
     jobs = make_jobs(variants, a.seeds, budgets, out, steps=a.steps, seconds=a.seconds)
     slots = make_slots(a.workers, devices(), timed="time" in budgets)
     data = fingerprint(open_source(a.config.data, a.config.model.vocab_size))
@@ -77,6 +83,16 @@ def ablate(argv: list[str]) -> int:
             "the same command tries them again"
         )
     return 0
+
+
+def _need_legal(variants: Sequence[Variant]) -> None:
+    """Raise PgolfError for test-time training that would be refused when all is trained."""
+    for variant in variants:
+        if (why := variant.config.ttt.illegal) is not None:
+            raise PgolfError(
+                f"{variant.name}: ttt.adapter {variant.config.ttt.adapter} breaks the rules: {why}. Give "
+                "--scores sliding, and score single runs with pgolf eval --allow-illegal"
+            )
 
 
 def _show(jobs: list, out: Path, interval: Literal["seeds", "documents"] | None) -> None:

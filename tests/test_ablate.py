@@ -416,6 +416,10 @@ def test_fingerprint_sees_the_tokens(data, tmp_path):
             "is of one seed",
         ),
         (["small", "--flip", "model.trigram=false"], "give --steps"),
+        (
+            ["tiny", "--flip", "ttt.adapter=error_guided"],
+            "ttt.adapter=error_guided: ttt.adapter error_guided breaks the rules",
+        ),
         (["tiny", "--flip", "model.trigram=false", "--budget", "time"], "give --seconds"),
         (
             ["tiny", "--flip", "model.trigram=false", "--flop", "3"],

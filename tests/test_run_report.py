@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import sys
+from dataclasses import asdict
 
 import pytest
 from pages import browser, check_page, visit
@@ -13,6 +14,7 @@ from pgolf_fast import cli
 from pgolf_fast.artifact.container import sizes
 from pgolf_fast.audit.check import Check, Finding
 from pgolf_fast.config.presets import tiny
+from pgolf_fast.config.ttt import TTTConfig
 from pgolf_fast.loss_curve import paint_training
 from pgolf_fast.reporting.pace import pace_rows, step_seconds
 from pgolf_fast.train.loop import train
@@ -257,6 +259,27 @@ def test_a_resumed_run_and_a_sweep(run, capsys, undrawn):
     assert "+0.01000 to +0.09000" in section(found, "Test-time training")
     rates = found.cells[found.cells.index("qo_bank") :][:5]
     assert rates == ["qo_bank", "3", "0.5000", "0.7500", "1.0000"]
+
+
+def test_what_breaks_the_rules_is_marked_everywhere(run, capsys, undrawn):
+    """A page is what goes to others: no score of two passes may look like one that is allowed."""
+    broken = TTTConfig(adapter="error_guided")
+    for weights in ("artifact", "float"):
+        story = {"illegal": broken.illegal, "ttt": asdict(broken)}
+        rewrite(run.path / f"scores_{weights}.json", lambda scores, story=story: scores.update(story))
+    row = {"bpb": 2.0, "gain": 0.05, "low": 0.01, "high": 0.09, "updates": 12}
+    sweep = {"tokens": 640, "adapters": {"run": row, "lora": row}, "illegal": {"run": broken.illegal}}
+    (run.path / "ttt_sweep.json").write_text(json.dumps(sweep))
+    found = text_of(run, capsys)
+    for title, times in (("At a glance", 2), ("Scores", 4), ("Quantisation gap", 1)):
+        assert section(found, title).count("test-time training (ILLEGAL)") == times, title
+    adaptation = section(found, "Test-time training")
+    assert f"BREAKS THE RULES of the challenge: {broken.illegal};" in adaptation
+    assert "each scored before" not in adaptation
+    assert "<code>share 0.02</code>" in adaptation
+    assert "chunk_tokens" not in adaptation
+    assert "run (ILLEGAL)" in found.cells
+    assert "lora" in found.cells
 
 
 def test_names_are_not_markup(run, capsys, undrawn):

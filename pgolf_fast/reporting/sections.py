@@ -14,6 +14,7 @@ from pgolf_fast.config.presets import preset
 from pgolf_fast.config.serialize import flatten
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.plots import paint_course, paint_parts
+from pgolf_fast.evaluation.scores import mark
 from pgolf_fast.html_page import Figure, Section, Table
 from pgolf_fast.loss_curve import number, paint_training
 from pgolf_fast.reporting.pace import pace_rows, paint_pace
@@ -61,7 +62,7 @@ def glance(run: Run) -> Section:
         found = [(key, story[key]) for key in SCORES if _scored(story, key)]
         if found:
             key, score = found[-1]
-            rows.append((f"score, {weights} weights", f"{score['bpb']:.6f} bits per byte ({SCORES[key]})"))
+            rows.append((f"score, {weights} weights", f"{score['bpb']:.6f} bits per byte ({_title(story, key)})"))
     if run.artifact is not None:
         rows.append(("artifact", f"{run.artifact.total_bytes:,} bytes"))
     if run.audit:
@@ -214,8 +215,13 @@ def scores(run: Run) -> Section:
     tables = []
     for weights, story in run.scores.items():
         rows = [
-            (title, f"{story[key]['bpb']:.6f}", f"{story[key]['loss']:.6f}", f"{story[key]['tokens']:,}")
-            for key, title in SCORES.items()
+            (
+                _title(story, key),
+                f"{story[key]['bpb']:.6f}",
+                f"{story[key]['loss']:.6f}",
+                f"{story[key]['tokens']:,}",
+            )
+            for key in SCORES
             if _scored(story, key)
         ]
         what = "The artifact" if weights == "artifact" else "The float weights, before quantisation"
@@ -232,7 +238,7 @@ def scores(run: Run) -> Section:
 def _gains(story: dict[str, Any]) -> Table:
     steps = (
         ("sliding windows", "non_overlapping", "sliding"),
-        ("test-time training", "sliding", "sliding_ttt"),
+        (mark("test-time training", story.get("illegal")), "sliding", "sliding_ttt"),
     )
     rows = tuple(
         (
@@ -244,6 +250,11 @@ def _gains(story: dict[str, Any]) -> Table:
         if _scored(story, old) and _scored(story, new)
     )
     return Table(("change by", "bits/byte", "nats/token"), rows)
+
+
+def _title(story: dict[str, Any], key: str) -> str:
+    """What that score is called, with a word to it if it breaks the rules."""
+    return mark(SCORES[key], key == "sliding_ttt" and story.get("illegal"))
 
 
 def _scored(story: dict[str, Any], key: str) -> bool:
@@ -261,7 +272,7 @@ def quantisation_gap(run: Run) -> Section:
     both = [key for key in SCORES if _scored(ours, key) and _scored(theirs, key)]
     if [key for key in both if ours[key]["tokens"] != theirs[key]["tokens"]]:
         return Section(title, "Not known: float weights and artifact were scored on different targets.")
-    pairs = [(SCORES[key], theirs[key], ours[key]) for key in both]
+    pairs = [(_title(ours, key), theirs[key], ours[key]) for key in both]
     text = "What the artifact loses against the float weights on the same targets; positive is worse."
     if not pairs and run.trained and run.validations and _scored(ours, "non_overlapping"):
         pairs = [(SCORES["non_overlapping"], run.validations[-1], ours["non_overlapping"])]
@@ -294,14 +305,18 @@ def adaptation(run: Run) -> Section:
         return Section(title, "There is no score with test-time training.", tables)
     ttt = story.get("ttt", {})
     told = ("chunk_tokens", "epochs", "lr", "parameters")
-    if ttt.get("adapter") in ("lora", "phased"):
-        ttt, told = {"adapter": ttt["adapter"], **ttt["lora"]}, tuple(ttt["lora"])
+    own = {"lora": "lora", "phased": "lora", "error_guided": "guided"}.get(ttt.get("adapter"))
+    if own is not None:
+        ttt, told = {"adapter": ttt["adapter"], **ttt[own]}, tuple(ttt[own])
     how = ", ".join(f"`{name} {ttt[name]}`" for name in ("adapter", *told) if name in ttt)
     updates, trainable = story.get("ttt_updates", 0), story.get("ttt_trainable_parameters", 0)
     gain = story["sliding"]["bpb"] - story["sliding_ttt"]["bpb"]
+    order = f"{len(course):,} chunks, each scored before anything learned from it"
+    if illegal := story.get("illegal"):
+        order = f"This BREAKS THE RULES of the challenge: {illegal}"
     text = (
-        f"{len(course):,} chunks, each scored before anything learned from it; {updates:,} updates of "
-        f"{trainable:,} parameters. It gained {gain:+.6f} bits per byte over the same windows without it."
+        f"{order}; {updates:,} updates of {trainable:,} parameters. It gained {gain:+.6f} bits per byte over "
+        "the same windows without it."
     )
     if how:
         text += f" Settings: {how}."
@@ -318,12 +333,12 @@ def adaptation(run: Run) -> Section:
 
 
 def _sweep(run: Run) -> tuple[Table, ...]:
-    found = run.sweep.get("adapters")
+    found, illegal = run.sweep.get("adapters"), run.sweep.get("illegal", {})
     if not found:
         return ()
     rows = tuple(
         (
-            name,
+            mark(name, name in illegal),
             f"{a['bpb']:.6f}",
             f"{a['gain']:+.6f}",
             f"{a['low']:+.5f} to {a['high']:+.5f}",
