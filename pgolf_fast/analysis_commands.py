@@ -93,6 +93,9 @@ def analyze(argv: list[str]) -> int:
         seed=a.seed,
     )
     subjects = open_subjects(a.models, a.weights, config)
+    for name in a.only:  # before the others have taken their time
+        if (why := lacking(name, subjects)) is not None:
+            raise PgolfError(why)
     done, left_out = _run_all(a.only, subjects, options)
     if left_out:
         print_out("\n".join(["left out:", *(f"  {name}: {why}" for name, why in left_out.items())]) + "\n")

@@ -205,10 +205,12 @@ def seeds(argv: list[str]) -> int:
 
 
 def _tests(ours: Sequence[dict], theirs: Sequence[dict], margin: float) -> str:
+    from pgolf_fast.evaluation.scores import mark
     from pgolf_fast.evaluation.seeds import SCORES, welch
 
     rows = []
-    for score, title in SCORES.items():
+    for score, name in SCORES.items():
+        title = mark(name, score == "sliding_ttt" and any(s.get("illegal") for s in (*ours, *theirs)))
         a, b = ([story[score]["loss"] for story in stories] for stories in (ours, theirs))
         test = welch(a, b, margin)
         gain = statistics.fmean(b) - statistics.fmean(a)

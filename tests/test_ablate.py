@@ -241,6 +241,15 @@ def test_table_of_one_seed_says_what_its_interval_leaves_out(tmp_path):
         make_rows(read_runs(jobs), "documents")
 
 
+def test_runs_of_one_step_have_no_times(tmp_path):
+    job = made_up_run(tmp_path, BASELINE, 1, 2.0)
+    (run,) = read_runs([job])
+    timeless = Run(job, {**run.result, "ms_per_step": None, "ms_per_step_mean": None})
+    (row,) = make_rows([timeless])
+    assert (row.ms_per_step, row.ms_per_step_mean) == (None, None)
+    assert print_table([row]).splitlines()[-1].split()[:6] == ["steps", BASELINE, "1", "8", "-", "-"]
+
+
 def test_table_refuses_other_text(tmp_path):
     jobs = [made_up_run(tmp_path, BASELINE, 1, 2.0), made_up_run(tmp_path, "x", 1, 2.5, tokens=99)]
     with pytest.raises(PgolfError, match="not scored on the same text"):

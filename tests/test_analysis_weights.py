@@ -109,7 +109,7 @@ def test_published_connectivity_is_sums_of_norms(two):
 
 @pytest.mark.parametrize("scale", [0.15, 0.2])
 def test_published_rounding_error_is_the_step_s_whatever_the_weights(scale):
-    """8.67e-5 for any bank whose rows stay below 1 (spec: (1/31)^2 / 12)."""
+    """8.67e-5 for any bank whose rows stay below 1 ((1/31)^2 / 12)."""
     generator = torch.Generator().manual_seed(3)
     bank = scale * torch.randn(4, 256, 256, generator=generator).clamp_(-4.5, 4.5)
     assert bank.abs().max() < 1
@@ -211,7 +211,7 @@ def test_effective_and_stable_rank_of_known_matrices():
 
 
 def test_directions_that_the_published_overlap_compares():
-    """5 of 22 slots, 2 of 11 (spec 6.2: the published table says 32)."""
+    """5 of 22 slots, 2 of 11 (the published table says 32)."""
     assert [leading(n) for n in (22, 11, 512, 128, 64, 3)] == [5, 2, 32, 32, 16, 1]
     found = overlap.published(banks("a", 22), banks("b", 22, 1)).values["tensors"]
     assert {n: (p["directions"], p["dimension"]) for n, p in found.items()} == {

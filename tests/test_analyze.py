@@ -183,6 +183,7 @@ def test_nan_is_null_in_json(runs, tmp_path, monkeypatch, capsys):
     ("arguments", "line"),
     [
         (["--only", "deltas"], "deltas compares 2 models or more, and 1 was given"),
+        (["--only", "spectra", "triangle"], "triangle compares 3 models or more, and 1 was given"),
         (["--only", "delta"], "unknown analysis 'delta': did you mean deltas?"),
         (["--only", "xyzzy"], "unknown analysis 'xyzzy': they are deltas, quant"),
         (["--points", "2"], "--points is 2; it must be at least 3"),
@@ -192,8 +193,8 @@ def test_nan_is_null_in_json(runs, tmp_path, monkeypatch, capsys):
     ],
 )
 def test_bad_input_is_one_line(runs, tmp_path, capsys, arguments, line):
-    status, _, error = run(runs[0].path, *arguments, "--out", tmp_path / "out", capsys=capsys)
-    assert status == 2
+    status, printed, error = run(runs[0].path, *arguments, "--out", tmp_path / "out", capsys=capsys)
+    assert (status, printed) == (2, "")
     assert line in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()

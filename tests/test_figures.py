@@ -243,6 +243,17 @@ def test_seeds_command(capsys, tmp_path):
         assert message in capsys.readouterr().err
 
 
+def test_seeds_that_break_the_rules_are_marked_in_every_table(capsys, tmp_path):
+    ours, theirs = (
+        [scored_run(tmp_path / f"{name}{i}", loss) for i, loss in enumerate((3.31, 3.32))] for name in "ab"
+    )
+    path = tmp_path / "b1" / "scores_artifact.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "illegal": "it learns first"}))
+    assert main(["seeds", *ours, "--against", *theirs]) == 0
+    scores, tests = capsys.readouterr().out.split("\n\n")
+    assert (scores.count("(ILLEGAL)"), tests.count("(ILLEGAL)")) == (1, 1)
+
+
 def test_eval_command_prints_writes_and_draws(capsys, config, model, source, tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.write_config(config)

@@ -50,9 +50,10 @@ class Row:
     variant: str
     seeds: tuple[int, ...]
     steps: float
-    ms_per_step: float
-    """Median of a run's steps but the first: the cost of rare ones, as of meta-learning, is not in it."""
-    ms_per_step_mean: float
+    ms_per_step: float | None
+    """Median of a run's steps but the first: the cost of rare ones, as of meta-learning, is not in it. None
+    where a run has one step only."""
+    ms_per_step_mean: float | None
     """With the rare steps, and with whatever else the machine did."""
     artifact_bytes: float
     score: str
@@ -95,13 +96,14 @@ def _row(
     def mean(name: str) -> float:
         return statistics.fmean(run.result[name] for run in runs.values())
 
+    timed = all(run.result["ms_per_step"] is not None for run in runs.values())
     return Row(
         budget,
         variant,
         tuple(runs),
         mean("steps"),
-        mean("ms_per_step"),
-        mean("ms_per_step_mean"),
+        mean("ms_per_step") if timed else None,
+        mean("ms_per_step_mean") if timed else None,
         mean("artifact_bytes"),
         score,
         statistics.fmean(run.bpb(score) for run in runs.values()),
@@ -139,8 +141,7 @@ def print_table(rows: Sequence[Row]) -> str:
             row.variant,
             str(len(row.seeds)),
             f"{row.steps:,.0f}",
-            f"{row.ms_per_step:.1f}",
-            f"{row.ms_per_step_mean:.1f}",
+            *("-" if ms is None else f"{ms:.1f}" for ms in (row.ms_per_step, row.ms_per_step_mean)),
             f"{row.artifact_bytes:,.0f}",
             SCORES[row.score],
             f"{row.bpb:.5f}",

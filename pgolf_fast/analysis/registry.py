@@ -57,4 +57,5 @@ def lacking(name: str, subjects: Sequence[Subject]) -> str | None:
     least = ANALYSES[name].models
     if len(subjects) >= least:
         return None
-    return f"{name} compares {least} models or more, and {len(subjects)} was given: name another"
+    given = "1 was" if len(subjects) == 1 else f"{len(subjects)} were"
+    return f"{name} compares {least} models or more, and {given} given: name another"

@@ -62,7 +62,8 @@ def glance(run: Run) -> Section:
         found = [(key, story[key]) for key in SCORES if _scored(story, key)]
         if found:
             key, score = found[-1]
-            rows.append((f"score, {weights} weights", f"{score['bpb']:.6f} bits per byte ({_title(story, key)})"))
+            shown = f"{score['bpb']:.6f} bits per byte ({_title(story, key)})"
+            rows.append((f"score, {weights} weights", shown))
     if run.artifact is not None:
         rows.append(("artifact", f"{run.artifact.total_bytes:,} bytes"))
     if run.audit:
