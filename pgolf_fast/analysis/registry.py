@@ -57,4 +57,4 @@ def lacking(name: str, subjects: Sequence[Subject]) -> str | None:
     least = ANALYSES[name].models
     if len(subjects) >= least:
         return None
-    return f"{name} compares {least} models or more, and {len(subjects)} was given: name another"
+    return f"{name} needs {least} models or more, not {len(subjects)}: name another"
