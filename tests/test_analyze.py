@@ -165,7 +165,7 @@ def test_without_names_what_the_models_allow(runs, tmp_path, monkeypatch, capsys
     story = read_json(out / "analysis.json")
     assert list(story["analyses"]) == ["quant", "spectra", "surface"]
     assert list(story["left_out"]) == ["deltas", "overlap", "connectivity", "triangle"]
-    assert "triangle compares 3 models or more, and 1 was given" in printed
+    assert "triangle needs 3 models or more, not 1" in printed
     assert "Left out" in (out / "report.html").read_text(encoding="utf-8")
 
 
@@ -182,8 +182,8 @@ def test_nan_is_null_in_json(runs, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["--only", "deltas"], "deltas compares 2 models or more, and 1 was given"),
-        (["--only", "spectra", "triangle"], "triangle compares 3 models or more, and 1 was given"),
+        (["--only", "deltas"], "deltas needs 2 models or more, not 1: name another"),
+        (["--only", "spectra", "triangle"], "triangle needs 3 models or more, not 1: name another"),
         (["--only", "delta"], "unknown analysis 'delta': did you mean deltas?"),
         (["--only", "xyzzy"], "unknown analysis 'xyzzy': they are deltas, quant"),
         (["--points", "2"], "--points is 2; it must be at least 3"),

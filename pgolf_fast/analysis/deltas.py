@@ -126,6 +126,7 @@ def _paint(axes: list[Axes], values: dict[str, Any]) -> None:
     for name, bank in values.items():
         (line,) = axes[0].plot(bank["cosine_by_slot"], "o-", markersize=3, label=name)
         width = 2 * bank["cosine_spread_if_independent"]
-        axes[0].axhspan(-width, width, color=line.get_color(), alpha=0.2, linewidth=0)
-    axes[0].set(xlabel="slot", ylabel="cosine", title="cosine by slot (bands: independent weights, ± 2 sd)")
+        for level in (-width, width):
+            axes[0].axhline(level, color=line.get_color(), linestyle=":", linewidth=1)
+    axes[0].set(xlabel="slot", ylabel="cosine", title="cosine by slot (dotted: independent weights, ± 2 sd)")
     axes[0].legend(fontsize=8)

@@ -26,11 +26,11 @@ class Options:
     """Of these, inputs that rounding errors are weighted by."""
     points: int = 7
     """Places on the line between two models, its ends included, where the loss is measured."""
-    curvature_tokens: int = 1024
+    curvature_tokens: int = 512
     """Targets whose mean loss is the error surface, at least one window."""
-    probes: int = 8
+    probes: int = 6
     """Random vectors of the trace estimate."""
-    lanczos_steps: int = 10
+    lanczos_steps: int = 8
     """Hessian-vector products that the extreme eigenvalues are taken from."""
     seed: int = 0
     """Seed of all random vectors."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING
 
 from pgolf_fast import report
+from pgolf_fast.drawing import png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 DARK = "_dark"
 """Ending of the name of a picture that is another one's version for dark pages."""
@@ -30,20 +31,12 @@ def drawn(
     """
     if not _matplotlib():
         return {}
-    from matplotlib import rc_context, style
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
-    pictures = {}
-    for ending, look in (("", {}), (DARK, style.library["dark_background"])):
-        with rc_context(look):
-            figure = Figure(figsize=(width, height), layout="constrained")
-            FigureCanvasAgg(figure)
-            paint(list(figure.subplots(1, panels, squeeze=False)[0]))
-            png = io.BytesIO()
-            figure.savefig(png, format="png", dpi=110)
-        pictures[name + ending] = png.getvalue()
-    return pictures
+    def painted(figure: Figure) -> None:
+        paint(list(figure.subplots(1, panels, squeeze=False)[0]))
+
+    size = width, height
+    return {name: png(painted, size), name + DARK: png(painted, size, dark=True)}
 
 
 @cache

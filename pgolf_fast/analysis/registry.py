@@ -57,5 +57,4 @@ def lacking(name: str, subjects: Sequence[Subject]) -> str | None:
     least = ANALYSES[name].models
     if len(subjects) >= least:
         return None
-    given = "1 was" if len(subjects) == 1 else f"{len(subjects)} were"
-    return f"{name} compares {least} models or more, and {given} given: name another"
+    return f"{name} needs {least} models or more, not {len(subjects)}: name another"
