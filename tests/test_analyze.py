@@ -261,6 +261,22 @@ def test_calibration_on_text_the_model_writes(runs, tmp_path):
         quant.calibrate(one, Options(data=Path("nowhere")))
 
 
+def test_models_are_calibrated_on_one_text_or_each_is_named_with_its_own(runs, tmp_path):
+    """Not each on the data of its own run, which may differ; and never under another's label."""
+    shutil.copytree(runs[0].path, tmp_path / "moved")
+    config = runs[0].read_config()
+    RunFolder(tmp_path / "moved").write_config(replace(config, data=replace(config.data, path="/gone")))
+    here, moved = open_subjects([runs[1].path, tmp_path / "moved"])
+    one = quant.quant_findings([here, moved], Options(calibration_tokens=64))[-1].values
+    assert one["calibration"] == "64 validation tokens"
+    alone = quant.quant_findings([here], Options(calibration_tokens=64))[-1].values
+    assert one["two"] == alone["two"]
+    # the first names no data, so each has a text of its own
+    assert quant.calibrate(moved, Options(), moved)[1] == quant.calibrate(here, Options(), moved)[1]
+    bare = replace(here, config=None)
+    assert "name its preset with --preset" in quant.quant_findings([moved, bare], Options())[-1].shows
+
+
 def test_loss_on_the_line_is_the_models_own(runs):
     a, b = open_subjects([folder.path for folder in runs[:2]])
     options = Options(tokens=96, points=3)

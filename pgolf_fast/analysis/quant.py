@@ -16,6 +16,7 @@ from pgolf_fast.analysis.tables import NONE, number, ratio, unmeasured
 from pgolf_fast.analysis.validation import validation_or_why
 from pgolf_fast.analysis.weights import common
 from pgolf_fast.data.tokenizer import byte_table
+from pgolf_fast.errors import PgolfError
 from pgolf_fast.model.bank import BANK_NAMES
 from pgolf_fast.quant.calibration import collect_hessians, self_generate
 from pgolf_fast.quant.grid import dequantize, quantize_rows
@@ -51,21 +52,30 @@ def quant_findings(subjects: Sequence[Subject], options: Options) -> list[Findin
     """
     findings = [published(subjects), corrected(subjects)]
     hessians: dict[str, Mapping[str, Tensor]] = {}
+    texts: dict[str, str] = {}
     for subject in subjects:
-        found, how = calibrate(subject, options)
+        found, how = calibrate(subject, options, subjects[0])
         if found is None:
             return [*findings, unmeasured("quantisation errors, Hessian-weighted", f"no calibration: {how}")]
-        hessians[subject.name] = found
+        hessians[subject.name], texts[subject.name] = found, how
+    if len(set(texts.values())) > 1:
+        how = "; ".join(f"{name}: {text}" for name, text in texts.items())
     return [*findings, weighted(subjects, hessians, how)]
 
 
-def calibrate(subject: Subject, options: Options) -> tuple[Mapping[str, Tensor] | None, str]:
+def calibrate(
+    subject: Subject, options: Options, first: Subject | None = None
+) -> tuple[Mapping[str, Tensor] | None, str]:
     """Hessians by group name, float32, and what they were taken on; or None, and what to give.
 
-    On `options.calibration_tokens` validation tokens, or without data on text the model writes, as much as
-    its run's settings say.
+    On `options.calibration_tokens` validation tokens of the `first` model's run (its own by default), or
+    without data on text the model writes, as much as its run's settings say.
     """
-    validation = validation_or_why([subject], options)
+    try:
+        subject.known()
+    except PgolfError as error:
+        return None, str(error)
+    validation = validation_or_why([first or subject, subject], options)
     tokenizer = subject.tokenizer()
     if not isinstance(validation, str):
         model = subject.model(validation.source.table, options.device)
