@@ -100,11 +100,13 @@ def trace(
     return whole, dict(zip(blocks, parts, strict=True))
 
 
-def extremes(product: Product, start: Tensor, steps: int) -> tuple[Estimate, Estimate]:
-    """The largest and the smallest eigenvalue of a symmetric matrix by Lanczos's method (1950).
+def extremes(
+    product: Product, start: Tensor, steps: int, largest: int = 1
+) -> tuple[list[Estimate], Estimate]:
+    """The `largest` eigenvalues of a symmetric matrix, falling, and the smallest, by Lanczos's method (1950).
 
-    Each with the length of its residual, within which an eigenvalue certainly lies. All vectors are kept
-    orthogonal, which takes the memory of `steps` of them.
+    Each with the length of its residual, within which an eigenvalue certainly lies; no more than there were
+    steps. All vectors are kept orthogonal, which takes the memory of `steps` of them.
     """
     basis = [start / start.norm()]
     diagonal: list[float] = []
@@ -126,5 +128,5 @@ def extremes(product: Product, start: Tensor, steps: int) -> tuple[Estimate, Est
     )
     values, vectors = torch.linalg.eigh(small)
     residuals = beside[-1] * vectors[-1].abs()
-    top, bottom = (Estimate(float(values[i]), float(residuals[i])) for i in (-1, 0))
-    return top, bottom
+    found = [Estimate(*pair) for pair in zip(values.tolist(), residuals.tolist(), strict=True)]
+    return found[::-1][:largest], found[0]

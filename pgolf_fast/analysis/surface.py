@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 OTHERS = "others"
+LARGEST = 3  # Hessian eigenvalues from the top
 
 
 def surface_findings(subjects: Sequence[Subject], options: Options) -> list[Finding]:
@@ -80,14 +81,14 @@ def corrected(subjects: Sequence[Subject], validation: Validation, options: Opti
         model = subject.model(validation.source.table, options.device, torch.float64)
         surface = LossSurface(model, tokens, targets)
         signs = random_signs(surface.size, options.seed, options.device)
-        top, bottom = extremes(surface.product, next(signs), options.lanczos_steps)
+        top, bottom = extremes(surface.product, next(signs), options.lanczos_steps, LARGEST)
         whole, parts = trace(surface.product, islice(signs, options.probes), _blocks(surface))
         found[subject.name] = {
             "loss": surface.loss,
             "gradient": float(surface.gradient.norm()),
             "trace": asdict(whole),
             "trace_by_part": {name: asdict(part) for name, part in parts.items()},
-            "largest_eigenvalue": asdict(top),
+            "largest_eigenvalues": [asdict(value) for value in top],
             "smallest_eigenvalue": asdict(bottom),
         }
     return [_curvature(found, targets.numel(), options), _by_part(found)]
@@ -100,12 +101,14 @@ def _blocks(surface: LossSurface) -> dict[str, slice]:
 
 
 def _curvature(found: dict[str, Any], targets: int, options: Options) -> Finding:
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             name,
             f"{part['loss']:.4f}",
             number(part["gradient"]),
-            *(_shown(part[key]) for key in ("trace", "largest_eigenvalue", "smallest_eigenvalue")),
+            _shown(part["trace"]),
+            "; ".join(map(_shown, part["largest_eigenvalues"])),
+            _shown(part["smallest_eigenvalue"]),
         )
         for name, part in found.items()
     ]
@@ -116,7 +119,7 @@ def _curvature(found: dict[str, Any], targets: int, options: Options) -> Finding
         f"Hessian's trace (± standard error, {options.probes} random vectors) and extreme eigenvalues (± "
         f"residual, {options.lanczos_steps} Lanczos steps); cannot show which model generalises, as "
         "rescaling weights that a norm follows changes curvature and not the function.",
-        ("model", "loss", "|gradient|", "trace", "largest eigenvalue", "smallest"),
+        ("model", "loss", "|gradient|", "trace", "largest eigenvalues", "smallest"),
         rows,
         {"targets": targets, "models": found},
     )
