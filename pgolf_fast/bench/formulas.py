@@ -40,9 +40,11 @@ def sdpa_attention(
     return F.linear((reference.exclusive(y, v) if xsa else y).flatten(2), out)
 
 
-def softcap_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> Tensor:
+def softcap_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, softcap: float, z_loss: float = 0.0
+) -> Tensor:
     """`ops.softcap_cross_entropy` for states of any leading shape."""
-    flat = reference.softcap_cross_entropy(x.flatten(0, -2), weight, targets.flatten(), softcap)
+    flat = reference.softcap_cross_entropy(x.flatten(0, -2), weight, targets.flatten(), softcap, z_loss)
     return flat.view(targets.shape)
 
 
