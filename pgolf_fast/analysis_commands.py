@@ -49,6 +49,8 @@ class _Analyze:
     data: _Data = field(default_factory=_Data)
     tokens: int = Options.tokens
     """Validation targets that losses are taken over."""
+    hash_rows: tuple[int, ...] = Options.hash_rows
+    """Rows of further hash tables whose buckets are counted, say 3072 4096 10240."""
     calibration_tokens: int = Options.calibration_tokens
     """Of these, inputs that rounding errors are weighted by."""
     points: int = Options.points
@@ -78,6 +80,8 @@ def analyze(argv: list[str]) -> int:
     if not a.models:
         raise PgolfError("give at least one model: a run folder, a checkpoint, an artifact or a .pt file")
     check_names(a.only)
+    if a.out.exists() and not a.out.is_dir():
+        raise PgolfError(f"--out {a.out} is a file; give a folder")
     report.setup_logging()
     config = None if a.preset is None else preset(a.preset)
     options = Options(
@@ -85,6 +89,7 @@ def analyze(argv: list[str]) -> int:
         tokenizer=a.data.tokenizer,
         tokens=a.tokens,
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        hash_rows=a.hash_rows,
         calibration_tokens=a.calibration_tokens,
         points=a.points,
         curvature_tokens=a.curvature_tokens,

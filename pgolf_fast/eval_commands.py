@@ -16,7 +16,7 @@ import tyro
 from pgolf_fast import report
 from pgolf_fast.arguments import existing, first_run, parse
 from pgolf_fast.cli import print_out
-from pgolf_fast.config.presets import PRESETS, preset
+from pgolf_fast.config.presets import is_preset, preset
 from pgolf_fast.config.schema import EvalConfig, RunConfig, TTTConfig
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.seeds import MARGIN
@@ -51,9 +51,9 @@ def evaluate(argv: list[str]) -> int:
     """pgolf eval RUN [--weights artifact|float] [--figures] [--estimate] [--allow-illegal] [...]"""
     from pgolf_fast.train.run_folder import RunFolder
 
-    is_preset = "--estimate" in argv and argv[0] in PRESETS and not Path(argv[0]).exists()
-    folder = RunFolder(Path(argv[0])) if is_preset else first_run(argv, RunFolder)
-    config = preset(argv[0]) if is_preset else folder.read_config()
+    new = "--estimate" in argv and is_preset(argv[0]) and not Path(argv[0]).exists()
+    folder = RunFolder(Path(argv[0])) if new else first_run(argv, RunFolder)
+    config = preset(argv[0]) if new else folder.read_config()
     arguments = parse("eval", Eval, argv, Eval(folder.path, config.eval, config.ttt))
     data = replace(
         config.data,
@@ -62,7 +62,7 @@ def evaluate(argv: list[str]) -> int:
     )
     config = replace(config, eval=arguments.eval, ttt=arguments.ttt, data=data)
     if arguments.estimate:
-        return _estimate(None if is_preset else folder, config, arguments.weights)
+        return _estimate(None if new else folder, config, arguments.weights)
     return _score(folder, config, arguments)
 
 

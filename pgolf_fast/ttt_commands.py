@@ -49,6 +49,8 @@ def sweep(argv: list[str]) -> int:
     known = {**adapters(config.eval_seq_len), OWN: config.ttt}
     if unknown := set(arguments.adapters) - set(known):
         raise PgolfError(f"unknown adapter {min(unknown)!r}: adapters are {', '.join(known)}")
+    if arguments.after < 0:
+        raise PgolfError(f"--after is {arguments.after}; it must not be negative")
     chosen = {name: known[name] for name in arguments.adapters or _different(known)}
     data = config.data
     if arguments.data is not None:

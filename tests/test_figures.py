@@ -285,6 +285,8 @@ def test_estimate_of_a_preset_and_of_a_run_without_weights(capsys, config, sourc
     assert "by new weights" in capsys.readouterr().out
     assert main(["eval", "tiny", "--estimate", "--data", str(data)]) == 2  # another vocabulary, but a preset
     assert "384 pieces" in capsys.readouterr().err
+    assert main(["eval", "pr301_tiny", "--estimate", "--data", str(data)]) == 2
+    assert "384 pieces" in capsys.readouterr().err
     assert main(["eval", "tiny", "--data", str(data)]) == 2
     assert "run folder tiny does not exist" in capsys.readouterr().err
 

@@ -197,7 +197,8 @@ def by_name(findings):
 
 def test_findings_of_a_run(subject, monkeypatch):
     monkeypatch.setattr("pgolf_fast.analysis.hash_table.drawn", lambda *a, **k: {"buckets": b"PNG"})
-    found = by_name(hash_findings([subject], Options(tokens=640)))
+    found = by_name(hash_findings([subject], Options(tokens=640, hash_rows=(128,))))
+    assert "127 split" in found["buckets on real tokens", "corrected"].values["layouts"]
     assert list(found) == [
         ("contexts per bucket, all n-grams", "published"),
         ("buckets on real tokens", "corrected"),

@@ -49,7 +49,9 @@ def hash_findings(subjects: Sequence[Subject], options: Options) -> list[Finding
     validation = open_validation(having, options)
     table = validation.source.table
     configs = {subject.name: subject.known().model for subject in having}
-    found = layout_findings(configs, validation.tokens, table.has_leading_space)
+    first = having[0].known().model
+    asked = {f"{rows:,} rows": replace(first, bigram_vocab_size=rows) for rows in options.hash_rows}
+    found = layout_findings({**configs, **asked}, validation.tokens, table.has_leading_space)
     models = {s.name: s.model(table, options.device) for s in having}
     found.append(_learned(models))
     found.append(_added(models, validation, options))

@@ -22,6 +22,8 @@ class Options:
     """Targets that losses are taken over, from the beginning of the validation data."""
     device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
     """Where models run."""
+    hash_rows: tuple[int, ...] = ()
+    """Rows of further hash tables whose buckets are counted, beside those of the models."""
     calibration_tokens: int = 4096
     """Of these, inputs that rounding errors are weighted by."""
     points: int = 7
@@ -40,3 +42,5 @@ class Options:
         for name in ("tokens", "calibration_tokens", "curvature_tokens", *least):
             value, lowest = getattr(self, name), least.get(name, 1)
             need(value >= lowest, f"--{name.replace('_', '-')} is {value}; it must be at least {lowest}")
+        for rows in self.hash_rows:
+            need(rows >= 4, f"--hash-rows is {rows}; it must be at least 4")

@@ -84,6 +84,12 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
 }
 
 
+def is_preset(name: str) -> bool:
+    """Whether `preset` knows that name."""
+    parent, _, size = name.rpartition("_")
+    return name in PRESETS or (parent in PRESETS and size in SIZES)
+
+
 def preset(name: str) -> RunConfig:
     """The preset of that name, or `<preset>_<size>` for a shrunken one (exp105a_tiny).
 

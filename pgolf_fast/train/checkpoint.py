@@ -58,9 +58,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
-            raise PgolfError(
-                f"{path} cannot be read as a PyTorch state dict: {str(error).splitlines()[0]}"
-            ) from error
+            why = f"{type(error).__name__} {str(error).splitlines()[0]}"
+            raise PgolfError(f"{path} cannot be read as a PyTorch state dict: {why}") from error
         if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
             raise PgolfError(
                 f"{path} is not a state dict of tensors: save model.state_dict() and nothing else"
