@@ -2,8 +2,8 @@
 
     python benchmarks/bench_export.py [gptq] [calibration] [--smoke] [--out export.json]
 
-`gptq` quantises the 66 bank matrices of exp101 (26 M weights of the RMS that its trained banks have, Hessians
-of random correlated activations) in C++ and in torch: with the floor of 1/31 under all steps, which leaves
+`gptq` quantises the 66 bank matrices of exp101 (26 M weights and Hessians made up as
+`bench_artifact.py` makes them up) in C++ and in torch: with the floor of 1/31 under all steps, which leaves
 one candidate for the row scales, and without, which leaves five. The codes of the first layer are compared.
 
 `calibration` writes 64 texts of 2,048 tokens with the network of `small` in float32, keeping keys and values,
@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -32,24 +31,24 @@ from unittest import mock
 
 import numpy as np
 import torch
+from artifact_files import peak_mib
+from artifact_pipeline import synthetic_hessians, synthetic_weights, timed
 from torch import Tensor
 
 from pgolf_fast.bench.store import provenance
 from pgolf_fast.config.model import ModelConfig
 from pgolf_fast.config.presets import exp101, small, tiny
-from pgolf_fast.config.schema import QuantConfig
+from pgolf_fast.config.schema import QuantConfig, RunConfig
 from pgolf_fast.files import write_text
 from pgolf_fast.model.decoding import Decoder
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.ops.native import extension
 from pgolf_fast.quant import gptq
-from pgolf_fast.quant.calibration import self_generate
-from pgolf_fast.quant.state import READERS
+from pgolf_fast.quant.calibration import hessian_name, self_generate
+from pgolf_fast.quant.state import READERS, unbank
 from pgolf_fast.report import table
 from pgolf_fast.train.world import keep_freed_memory
 
-# of exp101's trained banks, and what the matrices of each are called
-RMS = {"c_q": 0.176, "attn.proj": 0.176, "c_k": 0.197, "c_v": 0.197, "fc": 0.202, "mlp.proj": 0.118}
 LENGTHS = 8
 UNCACHED_BATCH = 8  # as the original
 COMPARED_TEXTS = 4
@@ -101,51 +100,31 @@ def run(worker: str, smoke: bool) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def timed(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def peak_mib() -> int:
-    """The most memory this process has held."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit >> 20
-
-
 # GPTQ
 
 
-def bank_matrices(config: ModelConfig) -> Groups:
-    """Every group of matrices with its Hessian, layer by layer."""
-    generator = torch.Generator().manual_seed(0)
-    d = config.model_dim
-    rows = {"c_q": d, "attn.proj": d, "c_k": config.kv_dim, "c_v": config.kv_dim, "mlp.proj": d}
-    rows["fc"] = config.mlp_up_rows
-    groups: Groups = []
-    for layer in range(config.num_layers):
-        for which, readers in READERS.items():
-            columns = config.mlp_hidden if which == "mlp_hidden" else d
-            weights = {}
-            for reader in readers:
-                kind = next(kind for kind in rows if kind in reader)
-                weight = torch.randn(rows[kind], columns, generator=generator)
-                weights[f"blocks.{layer}.{reader}"] = weight * RMS[kind]
-            mix = torch.randn(columns, columns, generator=generator) * columns**-0.5
-            inputs = torch.randn(2 * columns, columns, generator=generator) @ mix
-            groups.append((weights, inputs.T @ inputs))
-    return groups
+def bank_matrices(config: RunConfig) -> Groups:
+    """Every group of matrices with its Hessian, layer by layer, as `artifact_pipeline.py` makes them up."""
+    state = synthetic_weights(config)
+    matrices, hessians = unbank(state), synthetic_hessians(state)
+    return [
+        (
+            {name: matrices[name] for name in (f"blocks.{layer}.{reader}" for reader in readers)},
+            hessians[hessian_name(layer, which)],
+        )
+        for layer in range(config.model.num_layers)
+        for which, readers in READERS.items()
+    ]
 
 
 def measure_gptq(path: str, floor: bool, smoke: bool) -> dict[str, object]:
     keep_freed_memory()
-    config = (tiny() if smoke else exp101()).model
-    groups = bank_matrices(config)
-    before = peak_mib()
+    groups = bank_matrices(tiny() if smoke else exp101())
+    before = round(peak_mib())
     with mock.patch.object(gptq, "extension", return_value=extension() if path == "C++" else None):
         start = time.perf_counter()
         done = gptq.gptq_groups(groups, scale_floor=floor)
-        seconds, peak = time.perf_counter() - start, peak_mib()
+        seconds, peak = time.perf_counter() - start, round(peak_mib())
     other = gptq.gptq_groups(groups[: len(READERS)], scale_floor=floor)
     with mock.patch.object(gptq, "extension", return_value=None):
         in_torch = gptq.gptq_groups(groups[: len(READERS)], scale_floor=floor)
@@ -174,8 +153,8 @@ def measure_calibration(smoke: bool) -> dict[str, object]:
     count, length = config.calibration_sequences, config.calibration_length
     model = random_model((tiny() if smoke else small()).model)
     self_generate(model, replace(config, calibration_length=8), length)  # loads what is loaded once
-    cached = timed(lambda: self_generate(model, config, length))
-    peak = peak_mib()
+    _, cached = timed(lambda: self_generate(model, config, length))
+    peak = round(peak_mib())
     text = torch.randint(model.config.vocab_size, (UNCACHED_BATCH, length))
     difference = largest_difference(model, text[:COMPARED_TEXTS])
     lengths = np.unique(np.linspace(1, length - 1, LENGTHS).astype(int))
@@ -206,7 +185,7 @@ def random_model(config: ModelConfig) -> GPT:
 
 def uncached_token(model: GPT, prefix: Tensor) -> float:
     """Seconds for the logits after prefix (B, n), without any of an earlier token's work."""
-    return min(timed(lambda: model.head(model.hidden(prefix)[:, -1])) for _ in range(2))
+    return min(timed(lambda: model.head(model.hidden(prefix)[:, -1]))[1] for _ in range(2))
 
 
 def largest_difference(model: GPT, text: Tensor) -> float:

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -34,7 +35,10 @@ void parallel_for(size_t count, size_t threads, const Work& work) {
             }
     };
     std::vector<std::thread> others;
-    for (size_t i = 1; i < threads; i++) others.emplace_back(run);
+    try {
+        for (size_t i = 1; i < threads; i++) others.emplace_back(run);
+    } catch (const std::system_error&) {  // the machine has no more threads to give: those there are do it all
+    }
     run();
     for (auto& thread : others) thread.join();
     if (failure) std::rethrow_exception(failure);

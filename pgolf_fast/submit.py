@@ -15,9 +15,10 @@ from pgolf_fast.artifact.container import sizes
 from pgolf_fast.artifact.pack import unpack
 from pgolf_fast.artifact.submission import build_script
 from pgolf_fast.config.presets import preset
-from pgolf_fast.config.schema import RunConfig, TTTConfig
+from pgolf_fast.config.schema import QuantConfig, RunConfig, TTTConfig
 from pgolf_fast.config.serialize import flatten, run_config_from_dict
 from pgolf_fast.errors import PgolfError
+from pgolf_fast.evaluation.seeds import read_scores
 from pgolf_fast.files import atomic_path, write_text
 from pgolf_fast.train.run_folder import RunFolder
 
@@ -28,6 +29,9 @@ _SCORES = {
     "sliding": "sliding windows",
     "sliding_ttt": "sliding windows, legal test-time training",
 }
+# what the evaluation script knows
+_ADAPTERS = ("sgd", "adamw", "lora")
+_CODECS = ("raw", "lzma", "rans")
 _PLAIN = "The script is one plain file."
 _PACKED = (
     "The script unpacks itself;\nits source is `pgolf_fast/artifact/standalone`, and `pgolf submit "
@@ -53,8 +57,8 @@ def write_submission(folder: RunFolder, out: Path, about: About, *, readable: bo
 
     readable: write the script's readable source instead of the compressed one, and count that. Returns
     bytes by part. Raises PgolfError when the run is not packed or not scored, when its scores are those of
-    another artifact or other settings, when they break the rules (nothing allows that here), or when code
-    and artifact exceed LIMIT_BYTES.
+    another artifact or other settings, when they break the rules (nothing allows that here), when the script
+    lacks the run's adapter or the artifact's codecs, or when code and artifact exceed LIMIT_BYTES.
     """
     artifact = folder.need(folder.artifact_file, "pack")
     log = folder.need(folder.log_file, "train PRESET --out")
@@ -65,6 +69,7 @@ def write_submission(folder: RunFolder, out: Path, about: About, *, readable: bo
             f"ttt.adapter {config.ttt.adapter} breaks the rules: {config.ttt.illegal}. "
             "There is no submission of it: set another ttt.adapter in config.json, pack and score again"
         )
+    _need_script(config.ttt, {section.codec for section in sizes(artifact).sections})
     scores = _scores(folder, config, digest)
     forms = build_script(digest)
     script = forms.readable if readable else forms.wrapped
@@ -93,6 +98,20 @@ def write_submission(folder: RunFolder, out: Path, about: About, *, readable: bo
     }
 
 
+def _need_script(ttt: TTTConfig, codecs: set[str]) -> None:
+    """Raise PgolfError for what the script does not know."""
+    if ttt.adapter not in _ADAPTERS:
+        raise PgolfError(
+            f"the evaluation script has no ttt.adapter {ttt.adapter}, only {', '.join(_ADAPTERS)}: set one "
+            "of these in config.json, pack and score again"
+        )
+    if unknown := sorted(codecs.difference(_CODECS)):
+        raise PgolfError(
+            f"the evaluation script cannot read {' and '.join(unknown)}, only {', '.join(_CODECS)}: pack "
+            "again with --pack.codecs rans lzma, and score again"
+        )
+
+
 @dataclass(frozen=True)
 class _Facts:
     about: About
@@ -118,7 +137,7 @@ class _Facts:
         m, q = self.config.model, self.config.quant
         return self.about.blurb or (
             f"{m.num_layers} layers x {m.model_dim}, {m.num_parameters():,} parameters, {m.mlp_activation} "
-            f"MLP; int{q.bits} weights ({q.method}) and {q.tables} tables, entropy coded; scored with legal "
+            f"MLP; {_widths(q)} weights ({q.method}) and {q.tables} tables, entropy coded; scored with legal "
             "test-time training."
         )
 
@@ -126,12 +145,12 @@ class _Facts:
 def _scores(folder: RunFolder, config: RunConfig, digest: str) -> dict[str, Any]:
     """What `pgolf eval` wrote, if it is about this artifact under its own settings."""
     path = folder.need(folder.path / "scores_artifact.json", "eval")
-    scores = json.loads(path.read_text(encoding="utf-8"))
+    scores = read_scores(path)
     again = f"run `pgolf eval {folder.path}` again"
     if scores.get("artifact_sha256") != digest:
         raise PgolfError(f"{path} holds the scores of another artifact: {again}")
     for group in ("eval", "ttt"):
-        if scores[group] != asdict(getattr(config, group)):
+        if scores.get(group) != asdict(getattr(config, group)):
             raise PgolfError(
                 f"{path} was computed with other {group} settings than the artifact holds, with which the "
                 f"script scores: {again} without --{group} options, or change config.json and pack again"
@@ -212,7 +231,7 @@ validation shards ({vocab_size:,} pieces, SHA-256
 - Training: {training}, PyTorch {torch}, seed {seed}, one run; the log is `train.log`. The training program is
   pgolf_fast {version}, preset `{preset}`; the script here only evaluates.
 - Changed from the preset: {changes}.
-- Quantisation: {method}, int{bits} bank weights, {tables} tables, the rest float16, stored by entropy coding.
+- Quantisation: {method}, {widths} bank weights, {tables} tables, the rest float16, stored by entropy coding.
   {calibration}
 - Sliding windows of {seq_len:,} tokens, {stride} apart; each target is scored {how_often}.
 - Test-time training: {adaptation}
@@ -252,7 +271,7 @@ def _readme(facts: _Facts, tokenizer: str, form: str) -> str:
         preset=c.name,
         changes=", ".join(_changes(c)) or "nothing",
         method="GPTQ" if gptq else "rounding to nearest",
-        bits=c.quant.bits,
+        widths=_widths(c.quant),
         tables=c.quant.tables,
         calibration=own_text if gptq else "There is no calibration.",
         seq_len=c.eval_seq_len,
@@ -262,15 +281,19 @@ def _readme(facts: _Facts, tokenizer: str, form: str) -> str:
     )
 
 
+def _widths(quant: QuantConfig) -> str:
+    """What integers bank weights are stored as."""
+    return "int2 to int8 (a rate-distortion grid)" if quant.grid == "rd" else f"int{quant.bits}"
+
+
 def _adaptation(ttt: TTTConfig) -> str:
     """What test-time training does, in a sentence or two."""
     if ttt.by_document:
         lora = ttt.lora
-        also = "" if ttt.adapter == "lora" else " The model itself learns from whole documents after that."
         return (
             f"{lora.epochs} AdamW steps (learning rate {lora.lr}) on each segment of {lora.segment_tokens:,} "
             f"tokens\n  of a document after the segment was scored, never after its last. They learn "
-            f"a\n  change of rank {lora.rank} of every matrix, with which each document starts at zero.{also}"
+            f"a\n  change of rank {lora.rank} of every matrix, with which each document starts at zero."
         )
     if ttt.epochs == 0:
         return "none; the third score is of the model as it stands."

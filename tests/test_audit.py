@@ -123,7 +123,7 @@ def test_training_before_scoring(subject):
             if number < len(chunks) - 1:
                 ledger = Ledger(scorer.stream)
                 ledger._scored[:] = True
-                adapter.adapt(ledger.hand_over(chunks, number))
+                adapter.adapt(ledger.hand_over(chunks[number]))
             score = scorer.score(adapter.score, chunk.low, chunk.high)
             total.append(total[-1] + score if total else score)
         return total
@@ -138,7 +138,7 @@ def test_training_on_the_last_chunk(subject):
         scores = honest(adapter, scorer, chunks, what)
         ledger = Ledger(scorer.stream)
         ledger.note(scorer.windows)
-        adapter.adapt(ledger.hand_over(chunks, len(chunks) - 1))
+        adapter.adapt(ledger.hand_over(chunks[-1]))
         return scores
 
     assert failing(replace(subject, method=replace(subject.method, protocol=insatiable))) == ["C4"]

@@ -281,6 +281,14 @@ def test_containers_that_are_no_packed_model(quantized, tmp_path):
     write_container(path, tree, [*records, TensorRecord.of("x", "integer", np.zeros(1, np.int32))])
     with pytest.raises(PgolfError, match="x of kind integer"):
         load_model(path)
+    for bits in ("6", 99, None):
+        write_container(path, {**tree, "bits": {"codes": bits}}, records)
+        with pytest.raises(PgolfError, match="codes have 2 to 8 bits"):
+            load_model(path)
+    left = TensorRecord.of("tok_emb.weight.left", "scales", np.float16(1).reshape(()))
+    write_container(path, tree, [*records, left])
+    with pytest.raises(PgolfError, match=r"correction of tok_emb\.weight do not fit"):
+        load_model(path)
     tree["run"]["model"]["num_layer"] = 4
     write_container(path, tree, records)
     with pytest.raises(PgolfError, match="did you mean"):

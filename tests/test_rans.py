@@ -1,6 +1,8 @@
 """rANS: two decoders that agree, payloads that lie, and sizes beside the entropy."""
 
 import ast
+import subprocess
+import sys
 from itertools import product
 from pathlib import Path
 
@@ -196,6 +198,65 @@ def test_damage_is_refused_or_harmless(section):
     for some in random.choice(np.array(cut + changed, object), 100):
         found = outcome(rans_decoder.decode, some, shapes)
         assert found is None or len(found) == len(data) or some[:1] != bytes([CODED])
+
+
+def gamma(*numbers):
+    """These numbers as the bits of a header."""
+    return "".join(bin(n + 1)[2:].rjust(2 * (n + 1).bit_length() - 1, "0") for n in numbers)
+
+
+MODEL = (0, 0, 0, 0)  # one symbol, byte 128
+FORGED = {
+    "right": (gamma(0, 0, 1, *MODEL, 0, 0, 0, 0, 0, 0, 8, 0, 0), b"", None),
+    "257 models": (gamma(0, 0, 1, *MODEL, 256, 0, 0, 0, 0, 0, 8, 0, 0), b"", "more than 256 models"),
+    "one run of models too many": (
+        gamma(0, 0, 257, *(*MODEL, 0) * 257, 0, 0, 0, 0, 0, 8, 0, 0),
+        b"",
+        "more than 256 models",
+    ),
+    "a level below 0": (gamma(0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 8, 0, 0), b"", "level is not 0"),
+    # the model has byte 255 only, so both rows of the matrix, of model 0, are of class -1
+    "a class below 0": (
+        gamma(0, 0, 1, 0, 127, 0, 0, 0, 0, 1, 0, 0, 0, 8, 0, 0),
+        b"",
+        "a model that is not there",
+    ),
+    "bytes left over": (gamma(0, 0, 1, *MODEL, 0, 0, 0, 0, 0, 0, 8, 0, 0), b"?", "left over at its end"),
+    "another kind": (gamma(0, 0, 1, *MODEL, 0, 0, 0, 0, 0, 0, 8, 0, 0), b"", "kind is 2"),
+}
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_both_decoders_refuse_what_no_encoder_writes(name):
+    """Two rows of four bytes, in lanes that hold nothing but their ends."""
+    bits, after, message = FORGED[name]
+    header = int(bits.ljust(-(-len(bits) // 8) * 8, "0"), 2).to_bytes(-(-len(bits) // 8), "big")
+    kind = bytes([2 if name == "another kind" else CODED])
+    ends = 2 * (1 << 16).to_bytes(4, "little")  # of the classes' lane and of the symbols'
+    payload = kind + len(header).to_bytes(4, "little") + header + ends + after
+    if message is None:
+        assert codec.rans_decode(payload, [(2, 4, 1)], 8) == bytes([128]) * 8
+        assert rans_decoder.decode(payload, [(2, 4, 1)]) == bytes([128]) * 8
+        return
+    with pytest.raises(ValueError, match=message):
+        codec.rans_decode(payload, [(2, 4, 1)], 8)
+    with pytest.raises((ValueError, IndexError)):
+        rans_decoder.decode(payload, [(2, 4, 1)])
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="limits on memory are Linux's here")
+def test_a_machine_without_more_threads_uses_those_it_has():
+    program = """
+import resource
+from pgolf_fast import _C
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_STACK, (8 << 20, resource.getrlimit(resource.RLIMIT_STACK)[1]))
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (100 << 20),) * 2)
+data, shapes = bytes(range(256)) * 100, [(16, 16, 1)] * 100
+assert _C.rans_decode(_C.rans_encode(data, shapes, 100), shapes, len(data), 100) == data
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_refusals_say_what_is_wrong():

@@ -183,13 +183,13 @@ def test_only_scored_tokens_are_handed_over_and_nothing_is_reached_from_them(str
     windows = sliding_windows(stream.num_targets, 16, 4)
     chunks, ledger = target_chunks(windows, stream.num_targets, 64), Ledger(stream)
     with pytest.raises(AssertionError, match=r"unscored targets in 0\.\.64"):
-        ledger.hand_over(chunks, 0)
+        ledger.hand_over(chunks[0])
     ledger.note(windows[: chunks[0].high])
-    scored = ledger.hand_over(chunks, 0)
+    scored = ledger.hand_over(chunks[0])
     assert torch.equal(scored.tokens, stream.tokens[:65])
     assert scored.tokens.untyped_storage().nbytes() == 65 * 8
     with pytest.raises(AssertionError, match=r"unscored targets in 64\.\.128"):
-        ledger.hand_over(chunks, 1)
+        ledger.hand_over(chunks[1])
 
 
 def test_chunks_of_the_published_run():

@@ -163,6 +163,9 @@ def test_script_alone_prints_the_scores_of_eval(data, tmp_path, variant):
     write_submission(folder, tmp_path / "out", ABOUT)
     scores = same_scores(folder, call(tmp_path / "out" / "train_gpt.py", data))
     assert scores["ttt_updates"] > 0
+    widths = "int2 to int8" if variant == "grid rd" else f"int{folder.read_config().quant.bits}"
+    assert f"; {widths}" in read_json(tmp_path / "out" / "submission.json")["blurb"]
+    assert f"GPTQ, {widths}" in (tmp_path / "out" / "README.md").read_text()
     assert scores["sliding"]["loss"] != scores["sliding_ttt"]["loss"]
 
 
@@ -296,12 +299,31 @@ def test_submit_refuses_scores_of_something_else(run, tmp_path):
         path.write_text(json.dumps({**scores, "ttt": {**scores["ttt"], "epochs": 9}}))
         with pytest.raises(PgolfError, match="other ttt settings"):
             write_submission(run, tmp_path, ABOUT)
+        path.write_text(before[:99])
+        with pytest.raises(PgolfError, match="does not hold three scores: run `pgolf eval"):
+            write_submission(run, tmp_path, ABOUT)
         path.unlink()
         with pytest.raises(PgolfError, match="pgolf eval"):
             write_submission(run, tmp_path, ABOUT)
     finally:
         path.write_text(before)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ttt__adapter": "phased", "ttt__epochs": 0}, r"has no ttt\.adapter phased, only sgd, adamw, lora"),
+        ({"pack__codecs": ["zstd"]}, "cannot read zstd, only raw, lzma, rans: pack again"),
+    ],
+)
+def test_submit_refuses_what_the_script_cannot_do(data, tmp_path, changes, message):
+    if "pack__codecs" in changes:
+        pytest.importorskip("zstandard")
+    folder = finished(data, tmp_path / "run", **changes)
+    with pytest.raises(PgolfError, match=message):
+        write_submission(folder, tmp_path / "out", ABOUT)
+    assert not (tmp_path / "out").exists()
 
 
 def test_one_name_has_one_meaning_in_the_script(monkeypatch, tmp_path):

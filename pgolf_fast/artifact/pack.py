@@ -221,7 +221,9 @@ def unpack(path: Path | str) -> tuple[dict[str, Any], QuantizedState]:
             codes = torch.from_numpy(record.array)
             columns, low_rank = _columns_and_correction(path, found, whole, codes.shape)
             # grid rd gives every matrix the bits it needs, the others all the same
-            width = int(bits.get(str(record.section), TABLE_BITS)) if columns is None else code_bits(codes)
+            width = bits.get(str(record.section), TABLE_BITS) if columns is None else code_bits(codes)
+            if not isinstance(width, int) or not 2 <= width <= 8:
+                raise PgolfError(f"artifact {path}: codes have 2 to 8 bits, not {width!r}; pack it again")
             tensors[whole] = QuantizedTensor(codes, torch.from_numpy(scale.array), width, columns, low_rank)
         elif record.kind == "float16":
             tensors[name] = torch.from_numpy(record.array)
@@ -235,7 +237,7 @@ def _columns_and_correction(
 ) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
     """Column steps and low-rank factors of a matrix, as far as the artifact has them."""
     columns, left, right = (found.get(n) for n in (columns_owner(name) + COLUMNS, name + LEFT, name + RIGHT))
-    rank = None if left is None else left.array.shape[-1]
+    rank = None if left is None or not left.shape else left.shape[-1]
     wanted = ((columns, (shape[1],)), (left, (shape[0], rank)), (right, (rank, shape[1])))
     if (left is None) != (right is None) or any(r and r.array.shape != size for r, size in wanted):
         raise PgolfError(

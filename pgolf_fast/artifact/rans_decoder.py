@@ -26,7 +26,7 @@ def read_model(number):  # of slots 0..2^14-1: the byte, its frequency, its firs
         symbol += number()
         changes = np.array([number() for _ in range(number() + 1)])
         levels = level + np.cumsum(np.cumsum(changes >> 1 ^ -(changes & 1)))
-        weights[symbol : symbol + len(levels)] = WEIGHTS[levels]
+        weights[symbol : symbol + len(levels)] = WEIGHTS[levels.astype(np.uint32)]  # none is negative
         symbol, level = symbol + len(levels), levels[-1]
     counts = np.where(weights > 0, np.maximum(1, (weights << 14) // weights.sum()), 0)
     counts[counts.argmax()] += 2**14 - counts.sum()
@@ -36,7 +36,7 @@ def read_model(number):  # of slots 0..2^14-1: the byte, its frequency, its firs
 def decode_segment(number, body, slots, models):
     states = np.frombuffer(body.read(4 * number() + 4), "<u4").astype(np.int64)  # one for each lane
     words = np.frombuffer(body.read(2 * number()), "<u2")
-    symbols, first_slots = np.empty(len(models), np.uint8), models.astype(np.int64) << 14
+    symbols, first_slots = np.empty(len(models), np.uint8), models.astype(np.uint32).astype(np.int64) << 14
     for i in range(0, len(models), len(states)):
         x = states[: len(models) - i]
         slot = x & 16383
@@ -55,8 +55,8 @@ def decode(payload, shapes):
     body, shapes = BytesIO(payload[5:]), [shape for shape in shapes if shape[0] * shape[1]]
     number = numbers(body.read(int.from_bytes(payload[1:5], "little"))).__next__
     palettes = {k: np.cumsum([number() for _ in range(number())], dtype=f"<u{k}") for k in (2, 4)}
-    models = [m for _ in range(min(number(), 256)) for m in [read_model(number)] * min(number() + 1, 256)]
-    slots, arrays, matrices, vectors = np.concatenate(models[:256], axis=1), [], [], []
+    tables = [t for _ in range(min(number(), 257)) for t in [read_model(number)] * min(number() + 1, 257)]
+    slots, arrays, matrices, vectors = np.concatenate(tables[:256], axis=1), [], [], []
     for rows, columns, itemsize in shapes:
         palette = palettes.get(itemsize, ())
         arrays.append((palette, 1 if len(palette) else itemsize))
@@ -70,6 +70,8 @@ def decode(payload, shapes):
     models = [m + np.add.outer(classes[2 * i], classes[2 * i + 1]).ravel() for i, m in enumerate(matrices)]
     ends, models, each = np.cumsum([len(some) for some in models]), np.concatenate(models), number()
     parts = [decode_segment(number, body, slots, models[i : i + each]) for i in range(0, len(models), each)]
+    if payload[0] != 1 or len(tables) > 256 or body.read(1):
+        raise ValueError("the rANS payload is corrupt: its kind, too many models, or bytes left over")
     planes = iter(np.split(np.concatenate(parts), ends))
     items = [(palette, np.stack([next(planes) for _ in range(count)], axis=1)) for palette, count in arrays]
     return b"".join((palette[some] if len(palette) else some).tobytes() for palette, some in items)

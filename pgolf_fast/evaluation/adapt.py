@@ -34,12 +34,13 @@ class Scored:
     """A chunk that may be learned from: every target in it has its final score.
 
     `tokens` (n + 1,) is a copy that nothing else is reached from: inputs tokens[:-1], targets tokens[1:]. Of
-    documents in step it is (m, n + 1), the newest n of each of the first m documents.
+    documents in step it is (m, n + 1), the newest n of each of the first m documents. `chunk` of `chunks` is
+    `protocol.Chunk`'s number and count.
     """
 
     tokens: Tensor
-    chunk: int
-    chunks: int
+    chunk: int = 0
+    chunks: int = 1
 
 
 class Adapter(Protocol):

@@ -69,7 +69,9 @@ def document_chunks(
                 )
                 scored += len(found)
         if config.adapter == "phased":
-            chunks.append(Chunk(scored, scored, int(starts[phase[0]]), int(ends[phase[-1]])))
+            first, last = int(starts[phase[0]]), int(ends[phase[-1]])
+            place = first // config.chunk_tokens, -(-int(ends[-1]) // config.chunk_tokens)
+            chunks.append(Chunk(scored, scored, first, last, *place))
     if isinstance(chunks[-1], Chunk):  # nothing is scored after it
         chunks.pop()
     chosen = windows[np.concatenate(order)]

@@ -29,12 +29,18 @@ BATCHES_A_CHUNK = 64  # where nothing is learned in between: enough to share out
 
 @dataclass(frozen=True)
 class Chunk:
-    """Windows low .. high-1; once they are scored, targets begin .. end-1 may be learned from."""
+    """Windows low .. high-1; once they are scored, targets begin .. end-1 may be learned from.
+
+    It is `number` of `count` for a learning rate that falls along the stream: both follow from where the
+    chunk begins and how long the stream is, for no later token may have a say in them.
+    """
 
     low: int
     high: int
     begin: int
     end: int
+    number: int = 0
+    count: int = 1
 
 
 @dataclass(frozen=True)
@@ -59,8 +65,8 @@ def target_chunks(windows: Windows, num_targets: int, chunk_tokens: int) -> list
     edges = [*np.searchsorted(windows.first, begins).tolist(), len(windows)]
     ends = np.minimum(begins + chunk_tokens, num_targets)
     return [
-        Chunk(low, high, int(begin), int(end))
-        for low, high, begin, end in zip(edges, edges[1:], begins, ends, strict=False)
+        Chunk(low, high, int(begin), int(end), number, len(begins))
+        for number, (low, high, begin, end) in enumerate(zip(edges, edges[1:], begins, ends, strict=False))
     ]
 
 
@@ -86,9 +92,8 @@ class Ledger:
         ahead = np.repeat(windows.first - windows.places()[:-1], counts)
         self._scored[ahead + np.arange(len(ahead))] = True
 
-    def hand_over(self, chunks: Sequence[Chunk | Segment], number: int) -> Scored:
+    def hand_over(self, chunk: Chunk | Segment) -> Scored:
         """The tokens of a chunk, copied. Raises AssertionError unless each of its targets is scored."""
-        chunk = chunks[number]
         if isinstance(chunk, Segment):
             targets = chunk.begin[:, None] + np.arange(chunk.length)
         else:
@@ -99,7 +104,7 @@ class Ledger:
             )
         positions = np.concatenate((targets, targets[..., -1:] + 1), axis=-1)
         tokens = self._tokens[torch.from_numpy(positions).to(self._tokens.device)]
-        return Scored(tokens, number, len(chunks))
+        return Scored(tokens) if isinstance(chunk, Segment) else Scored(tokens, chunk.number, chunk.count)
 
 
 def score_and_adapt(
@@ -131,7 +136,7 @@ def score_and_adapt(
         scores.append(scores[-1] + score if scores else score)
         ledger.note(scorer.windows[chunk.low : chunk.high])
         if not last and not (isinstance(chunk, Segment) and len(chunk.begin) == 0):
-            adapter.adapt(ledger.hand_over(chunks, number))
+            adapter.adapt(ledger.hand_over(chunk))
         if saved is not None:
             saved.save(scorer, adapter, scores, last=last)
     return scores
