@@ -203,7 +203,8 @@ def score_run(
     result = folder.path / f"scores_{weights}.json"
     tree, resume = run_config_to_dict(config), None
     if config.eval.checkpoint_minutes is not None:
-        shaping = [tree["eval"], tree["ttt"], tree["quant"], config.eval_seq_len, str(model.compute_dtype)]
+        shaping = [*(tree[group] for group in ("eval", "ttt", "quant", "kernels")), digest]
+        shaping += [config.eval_seq_len, str(model.compute_dtype)]
         mark = identity(model, stream, shaping)
         resume = Resume(result, mark, 60 * config.eval.checkpoint_minutes, world.is_main)
     scores = three_scores(

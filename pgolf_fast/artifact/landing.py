@@ -57,10 +57,7 @@ def land(grids: RateDistortion, artifact_bytes: Callable[[QuantizedState], int],
             if price <= grids.finest_price:
                 return found
         elif price >= COARSEST_PRICE:
-            raise PgolfError(
-                f"{found.artifact_bytes:,} bytes are needed even when hardly a weight is left, more than the "
-                f"{target:,} of the target: raise quant.target_bytes or pack.limit_bytes"
-            )
+            raise _too_small(found.artifact_bytes, target)
         else:
             fine = found
         ratio = found.artifact_bytes / grids.expected_bytes(price)
@@ -68,8 +65,17 @@ def land(grids: RateDistortion, artifact_bytes: Callable[[QuantizedState], int],
     if not mixable:
         coarse = tried(coarse.price)
     while coarse.artifact_bytes > target:  # its own columns were a little cheaper
+        if coarse.price >= COARSEST_PRICE:
+            raise _too_small(coarse.artifact_bytes, target)
         coarse = tried(coarse.price * BRACKET)
     return _mix(fine, coarse, artifact_bytes, target)
+
+
+def _too_small(needed: int, target: int) -> PgolfError:
+    return PgolfError(
+        f"{needed:,} bytes are needed even when hardly a weight is left, more than the {target:,} of the "
+        "target: raise quant.target_bytes or pack.limit_bytes"
+    )
 
 
 def _first_price(

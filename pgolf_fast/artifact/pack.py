@@ -212,9 +212,11 @@ def unpack(path: Path | str) -> tuple[dict[str, Any], QuantizedState]:
         raise PgolfError(f"artifact {path} holds no packed model: its configuration lacks 'run' or 'bits'")
     found = {record.name: record for record in records}
     tensors: dict[str, QuantizedTensor | Tensor] = {}
+    owned: set[str] = set()
     for name, record in found.items():
         if record.kind == "codes" and name.endswith(CODES):
             whole = name.removesuffix(CODES)
+            owned |= {whole + SCALE, columns_owner(whole) + COLUMNS, whole + LEFT, whole + RIGHT}
             scale = found.get(whole + SCALE)
             if record.array.ndim != 2 or scale is None or scale.array.shape != record.array.shape[:1]:
                 raise PgolfError(f"artifact {path}: {whole} has no scale for each of its rows; pack it again")
@@ -229,6 +231,8 @@ def unpack(path: Path | str) -> tuple[dict[str, Any], QuantizedState]:
             tensors[name] = torch.from_numpy(record.array)
         elif record.kind != "scales":
             raise PgolfError(f"artifact {path}: {name} of kind {record.kind} is no part of a packed model")
+    if stray := [name for name, record in found.items() if record.kind == "scales" and name not in owned]:
+        raise PgolfError(f"artifact {path}: {stray[0]} belongs to no matrix of it; pack it again")
     return run_config, QuantizedState(tensors)
 
 
@@ -280,8 +284,9 @@ def load_model(
     """
     values, state = load_artifact(path)
     run_config = run_config_from_dict(values)
-    if has_leading_space is None:
-        has_leading_space = torch.zeros(run_config.model.vocab_size, dtype=torch.bool)
+    if has_leading_space is None:  # as long as the table that is there: what a file says may be absurd
+        table = state.get("tok_emb.weight", torch.zeros(0, 0))
+        has_leading_space = torch.zeros(len(table), dtype=torch.bool)
     with torch.device("meta"), _NoInitialValues():
         model = GPT(run_config.model, has_leading_space, compute_dtype=compute_dtype)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -56,7 +56,9 @@ class SavedState:
     def __init__(self, path: Path, resume: Resume):
         self.path, self.identity, self.seconds = path, resume.identity, resume.seconds
         self.writes = resume.writes
-        self._last = time.monotonic()
+        self.spent = 0.0
+        """Seconds that earlier processes took for the chunks they left here."""
+        self._begin = self._last = time.monotonic()
 
     def load(self, scorer: Scorer, adapter: Adapter) -> list[Score]:
         """Bring losses and adapter to where the file was written; the running scores up to there."""
@@ -69,6 +71,7 @@ class SavedState:
         losses = tensors.pop("losses")
         scorer.losses[: len(losses)] = losses.to(scorer.losses.device)
         adapter.load_state(tensors)
+        self.spent = story["seconds"]
         report.logger.info("%s: going on after %d chunks", self.path, len(story["scores"]))
         return [Score(*score) for score in story["scores"]]
 
@@ -80,6 +83,7 @@ class SavedState:
         story = {
             "identity": self.identity,
             "scores": [(score.nats, score.tokens, score.text_bytes) for score in scores],
+            "seconds": self.spent + time.monotonic() - self._begin,
         }
         save_tensors(self.path, {**adapter.state(), "losses": losses}, story)
         self._last = time.monotonic()

@@ -107,8 +107,9 @@ def three_scores(
 
     def timed(name, function):
         start = time.perf_counter()
-        result = function(None if resume is None else resume.of(name.replace(" + ", "_")))
-        seconds[name] = time.perf_counter() - start
+        saved = None if resume is None else resume.of(name.replace(" + ", "_"))
+        result = function(saved)
+        seconds[name] = time.perf_counter() - start + (0.0 if saved is None else saved.spent)
         report.logger.info("%s: done in %s", name, report.duration(seconds[name]))
         return result
 
