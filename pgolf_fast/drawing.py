@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pgolf_fast import html_page
+from pgolf_fast import html_page, report
 from pgolf_fast.errors import PgolfError
+from pgolf_fast.files import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,6 +41,20 @@ def png(paint: Paint, size: tuple[float, float], *, dark: bool = False) -> bytes
         file = io.BytesIO()
         figure.savefig(file, format="png", dpi=DPI)
     return file.getvalue()
+
+
+def write_png(path: Path, paint: Paint, size: tuple[float, float], what: str) -> Path | None:
+    """`png` as a file, whole or not at all, and its path.
+
+    Without matplotlib None, and a line says that there is no `what`.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401 - asked whether it is there
+    except ImportError:
+        report.logger.warning("no %s: matplotlib is missing (pip install 'pgolf-fast[plot]')", what)
+        return None
+    write_bytes(path, png(paint, size))
+    return path
 
 
 def figure(paint: Paint, size: tuple[float, float], *, alt: str, caption: str = "") -> html_page.Figure:

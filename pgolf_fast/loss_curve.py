@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pgolf_fast import report
-from pgolf_fast.files import atomic_path
+from pgolf_fast.drawing import write_png
 from pgolf_fast.train.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -19,25 +19,17 @@ CEILING = 0.99  # quantile of the losses that the picture has room for, besides 
 
 def draw_loss_curve(folder: RunFolder) -> Path | None:
     """Write loss.png beside the metrics; None, with a line saying why, without matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        report.logger.warning("no loss curve: matplotlib is missing (pip install 'pgolf-fast[plot]')")
-        return None
     rows = report.read_metrics(folder.metrics_file)
     steps = {row["step"]: row for row in rows if row["kind"] == "step"}
     if not steps:
         report.logger.warning("no loss curve: %s holds no steps", folder.metrics_file)
         return None
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    paint_training(figure, steps, [row for row in rows if row["kind"] == "val"])
-    figure.suptitle(folder.path.name)
-    path = folder.path / "loss.png"
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
-    return path
+
+    def paint(figure: Figure) -> None:
+        paint_training(figure, steps, [row for row in rows if row["kind"] == "val"])
+        figure.suptitle(folder.path.name)
+
+    return write_png(folder.path / "loss.png", paint, (8, 4.5), "loss curve")
 
 
 def paint_training(

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "files": {"errors"},
     "report": {"errors", "files"},
     "html_page": set(),
-    "drawing": {"errors", "html_page"},
+    "drawing": {"errors", "files", "html_page", "report"},
     "tensor_file": {"errors", "files"},
     "config": {"errors"},
     "data": {"config", "errors", "files", "report"},

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pgolf_fast import report
 from pgolf_fast.ablation.plan import BASELINE
 from pgolf_fast.ablation.table import Row, Run
+from pgolf_fast.drawing import write_png
 from pgolf_fast.evaluation.seeds import SCORES
-from pgolf_fast.files import atomic_path
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def draw_ablation(rows: Sequence[Row], runs: Sequence[Run], path: Path) -> Path | None:
     """Write a PNG, a panel for each budget and score; None, with a line saying why, where there is none."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        report.logger.warning("no picture: matplotlib is missing (pip install 'pgolf-fast[plot]')")
-        return None
     compared = [row for row in rows if row.difference is not None]
     if not compared:
         return None
@@ -28,8 +25,20 @@ def draw_ablation(rows: Sequence[Row], runs: Sequence[Run], path: Path) -> Path 
         for field in ("budget", "score", "variant")
     )
     size = (2 + 3.6 * len(scores), len(budgets) * (1.4 + 0.45 * len(names)))
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
+    return write_png(
+        path, lambda figure: _paint(figure, compared, runs, budgets, scores, names), size, "picture"
+    )
+
+
+def _paint(
+    figure: Figure,
+    compared: Sequence[Row],
+    runs: Sequence[Run],
+    budgets: list[str],
+    scores: list[str],
+    names: list[str],
+) -> None:
+    """A row of panels for each budget, a column for each score, a line for each variant."""
     grid = figure.subplots(len(budgets), len(scores), sharex=True, sharey=True, squeeze=False)
     for row in compared:
         axes = grid[budgets.index(row.budget)][scores.index(row.score)]
@@ -48,9 +57,6 @@ def draw_ablation(rows: Sequence[Row], runs: Sequence[Run], path: Path) -> Path 
             axes.margins(y=0.3)
             axes.grid(alpha=0.3, axis="x")
     figure.supxlabel("bits per byte above the baseline (left is better); bars: 95 % intervals, dots: seeds")
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
-    return path
 
 
 def seed_differences(row: Row, runs: Sequence[Run]) -> list[float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pgolf_fast.config.model import need
+from pgolf_fast.config.model import blocks_of, need
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +87,7 @@ class ReptileConfig:
 
     def blocks(self, layers: int) -> int:
         """How many of that many blocks move."""
-        return max(1, int(self.block_share * layers + 1e-9))  # a share like 0.29 of 100 is a little below 29
+        return blocks_of(self.block_share, layers)
 
     def steps(self, steps: int) -> int:
         """How many of that many steps are the phase's, in a schedule measured in steps."""

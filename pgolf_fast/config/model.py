@@ -16,6 +16,11 @@ def need(condition: bool, message: str) -> None:
         raise PgolfError(message)
 
 
+def blocks_of(share: float, layers: int) -> int:
+    """How many of `layers` blocks a share of them is: rounded down, at least one."""
+    return max(1, int(share * layers + 1e-9))  # a share like 0.29 of 100 is a little below 29
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The network (PR 1501). Field names are those of the golden vectors."""

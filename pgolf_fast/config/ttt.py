@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pgolf_fast.config.model import need
+from pgolf_fast.config.model import blocks_of, need
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class GuidedConfig:
 
     def blocks(self, layers: int) -> int:
         """How many of that many blocks change."""
-        return max(1, int(self.block_share * layers + 1e-9))  # a share like 0.29 of 100 is a little below 29
+        return blocks_of(self.block_share, layers)
 
     def lessons(self, windows: int) -> int:
         """How many of that many windows are learned from."""

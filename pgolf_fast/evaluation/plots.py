@@ -7,30 +7,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pgolf_fast import report
+from pgolf_fast.drawing import write_png
 from pgolf_fast.evaluation.scores import TTT, mark
-from pgolf_fast.files import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 def draw_scores(story: dict, path: Path) -> Path | None:
     """Write a PNG of what `pgolf eval` wrote as JSON; None, with a line saying why, without matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        report.logger.warning("no picture of scores: matplotlib is missing (pip install 'pgolf-fast[plot]')")
-        return None
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    FigureCanvasAgg(figure)
-    (by_class, by_context), (by_document, course) = figure.subplots(2, 2)
-    paint_parts((by_class, by_context, by_document), story)
-    paint_course(course, story)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
-    return path
+
+    def paint(figure: Figure) -> None:
+        (by_class, by_context), (by_document, course) = figure.subplots(2, 2)
+        paint_parts((by_class, by_context, by_document), story)
+        paint_course(course, story)
+
+    return write_png(path, paint, (11, 7), "picture of scores")
 
 
 def paint_parts(panels: Sequence[Axes], story: dict) -> None:
