@@ -123,11 +123,11 @@ def measure_gptq(path: str, floor: bool, smoke: bool) -> dict[str, object]:
     before = round(peak_mib())
     with mock.patch.object(gptq, "extension", return_value=extension() if path == "C++" else None):
         start = time.perf_counter()
-        done = gptq.gptq_groups(groups, scale_floor=floor)
+        done = gptq.gptq(groups, scale_floor=floor)
         seconds, peak = time.perf_counter() - start, round(peak_mib())
-    other = gptq.gptq_groups(groups[: len(READERS)], scale_floor=floor)
+    other = gptq.gptq(groups[: len(READERS)], scale_floor=floor)
     with mock.patch.object(gptq, "extension", return_value=None):
-        in_torch = gptq.gptq_groups(groups[: len(READERS)], scale_floor=floor)
+        in_torch = gptq.gptq(groups[: len(READERS)], scale_floor=floor)
     same = [(other[name][0] == codes).flatten() for name, (codes, _) in in_torch.items()]
     return {
         "path": path,

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from pgolf_fast import report
+from pgolf_fast import drawing, report
 from pgolf_fast.ablation.statistics import Interval, over_documents, over_seeds
 from pgolf_fast.ablation.table import Row, Run, commits, print_table, show_interval
-from pgolf_fast.files import atomic_path
+from pgolf_fast.files import write_bytes
 
 TOKENS_A_PARAMETER = 205  # of exp101: 7,020 steps of 786,432 tokens, 26,960,991 parameters
 
@@ -144,31 +144,29 @@ def _statement(
 
 def write_plot(rows: Sequence[Row], gains: dict[str, Gain], runs: Sequence[Run], path: Path) -> None:
     """Variants beside the baseline, and passes beside each other: means, intervals over seeds, seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.8), layout="constrained")
     bpb = {(r.job.budget, r.job.variant, r.job.seed): r.bpb("sliding") for r in runs if r.result["scores"]}
     compared = [row for row in rows if row.difference is not None and row.score == "sliding"]
-    for y, row in enumerate(compared):
-        base = {seed: bpb["steps", "baseline", seed] for seed in row.seeds}
-        points = [bpb[row.budget, row.variant, seed] - base[seed] for seed in row.seeds]
-        _interval(left, y, points, row.difference)
-    left.set_yticks(range(len(compared)), [f"{row.variant}\nequal {row.budget}" for row in compared])
-    left.set(title="variants, sliding windows", xlabel="bpb above the baseline (left is better)")
-    for y, gain in enumerate(gains.values()):
-        _interval(right, y, [interval.mean for interval in gain.by_seed.values()], gain.over_seeds)
-    right.set_yticks(range(len(gains)), list(gains))
-    right.set(title="test-time training and the sliding window", xlabel="difference in bpb (left is better)")
-    for axes in (left, right):
-        axes.axvline(0, color="0.3", linewidth=0.8)
-        axes.grid(alpha=0.3, axis="x")
-        axes.invert_yaxis()
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
-    plt.close(figure)
+
+    def paint(figure: Any) -> None:
+        left, right = figure.subplots(1, 2)
+        for y, row in enumerate(compared):
+            base = {seed: bpb["steps", "baseline", seed] for seed in row.seeds}
+            points = [bpb[row.budget, row.variant, seed] - base[seed] for seed in row.seeds]
+            _interval(left, y, points, row.difference)
+        left.set_yticks(range(len(compared)), [f"{row.variant}\nequal {row.budget}" for row in compared])
+        left.set(title="variants, sliding windows", xlabel="bpb above the baseline (left is better)")
+        for y, gain in enumerate(gains.values()):
+            _interval(right, y, [interval.mean for interval in gain.by_seed.values()], gain.over_seeds)
+        right.set_yticks(range(len(gains)), list(gains))
+        right.set(
+            title="test-time training and the sliding window", xlabel="difference in bpb (left is better)"
+        )
+        for axes in (left, right):
+            axes.axvline(0, color="0.3", linewidth=0.8)
+            axes.grid(alpha=0.3, axis="x")
+            axes.invert_yaxis()
+
+    write_bytes(path, drawing.png(paint, (13, 4.8)))
 
 
 def _interval(axes: Any, y: int, points: list[float], interval: Interval | None) -> None:

@@ -137,14 +137,16 @@ def _shown(value: float | None) -> str:
 
 
 def _estimate(folder: RunFolder | None, config: RunConfig, weights: Literal["artifact", "float"]) -> int:
+    from pgolf_fast.evaluation.scores import TTT, mark
     from pgolf_fast.pipeline import estimate_run
 
     report.setup_logging()
     begin = time.perf_counter()
     found, source = estimate_run(folder, config, weights)
+    illegal = config.ttt.illegal
     rows = [
         (
-            e.name,
+            mark(e.name, illegal if e.name == TTT else None),
             f"{e.windows:,}",
             f"{e.tokens:,}",
             f"{e.updates:,}",

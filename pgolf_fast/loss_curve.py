@@ -19,7 +19,7 @@ CEILING = 0.99  # quantile of the losses that the picture has room for, besides 
 
 def draw_loss_curve(folder: RunFolder) -> Path | None:
     """Write loss.png beside the metrics; None, with a line saying why, without matplotlib."""
-    rows = report.read_metrics(folder.metrics_file)
+    rows = folder.history()
     steps = {row["step"]: row for row in rows if row["kind"] == "step"}
     if not steps:
         report.logger.warning("no loss curve: %s holds no steps", folder.metrics_file)

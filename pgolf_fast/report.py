@@ -67,14 +67,14 @@ def _ends_inside_a_line(path: Path) -> bool:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """All complete lines of a metrics file; lines cut by a crash are left out."""
+    """All complete lines of a metrics file, which are objects; lines cut by a crash are left out."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
             continue
-    return rows
+    return [row for row in rows if isinstance(row, dict)]
 
 
 def progress(

@@ -10,7 +10,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from pgolf_fast import report
 from pgolf_fast.artifact.container import sizes
 from pgolf_fast.artifact.pack import unpack
 from pgolf_fast.artifact.submission import build_script
@@ -165,8 +164,7 @@ def _environment(folder: RunFolder) -> dict[str, Any]:
 
 def _training(folder: RunFolder) -> dict[str, Any] | None:
     """Steps and seconds of the training; None for imported weights."""
-    lines = report.read_metrics(folder.metrics_file) if folder.metrics_file.is_file() else []
-    steps = [line for line in lines if line["kind"] == "step"]
+    steps = [line for line in folder.history() if line["kind"] == "step"]
     return {"steps": steps[-1]["step"], "seconds": steps[-1]["elapsed"]} if steps else None
 
 

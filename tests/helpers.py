@@ -7,6 +7,14 @@ import torch
 from torch import Tensor
 
 from pgolf_fast.config.schema import ModelConfig
+from pgolf_fast.quant.gptq import gptq
+
+
+def gptq_alone(
+    weight: Tensor, hessian: Tensor, name: str = "weight", **settings: Any
+) -> tuple[Tensor, Tensor]:
+    """`gptq` of one matrix."""
+    return gptq([({name: weight}, hessian)], **settings)[name]
 
 
 def assert_as_accurate(got, low, exact, factor=2.0, atol=1e-6):

@@ -28,6 +28,7 @@ from pgolf_fast.data.source import open_source
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.seeds import student_quantile
 from pgolf_fast.train.checkpoint import newest_checkpoint
+from pgolf_fast.train.run_folder import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -184,14 +185,23 @@ def test_interval_over_documents_is_paired_and_signed():
     assert (same.mean, same.low, same.high) == (0, 0, 0)
 
 
-def test_step_times_leave_out_the_first_and_what_was_repeated():
+def test_step_times_leave_out_the_first_and_what_was_repeated(tmp_path):
     rows = [{"kind": "step", "step": s, "elapsed": e} for s, e in ((1, 9.0), (2, 10.0), (3, 12.0), (4, 15.0))]
     again = [
         {"kind": "resume", "step": 2},
         *({"kind": "step", "step": s, "elapsed": 10.0 + s} for s in (3, 4)),
     ]
-    assert step_times(rows) == [1.0, 2.0, 3.0]
-    assert step_times([*rows, *again]) == [1.0, 3.0, 1.0]
+    folder = RunFolder(tmp_path)
+
+    def logged(*lines):
+        folder.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return folder.history()
+
+    assert step_times(logged(*rows)) == [1.0, 2.0, 3.0]
+    assert step_times(logged(*rows, *again)) == [1.0, 3.0, 1.0]
+    assert step_times(logged(*rows, *again[:2])) == [1.0, 3.0]  # ended earlier than the first time
+    assert logged(*rows, again[0]) == [*rows[:2], again[0]]
+    assert logged(*rows, *rows) == rows  # begun anew: there was no checkpoint yet
 
 
 # The table

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import gptq_alone
 from torch import nn
 
 from pgolf_fast.config.meta import MetaConfig
@@ -23,7 +24,6 @@ from pgolf_fast.model.bank import BANK_NAMES
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.ops import reference
 from pgolf_fast.optim.muon import Muon
-from pgolf_fast.quant.gptq import gptq
 from pgolf_fast.quant.grid import quantize_int8_rows, quantize_rows
 from pgolf_fast.train.meta.rates import SlotRates
 from pgolf_fast.train.meta.step import meta_step
@@ -166,7 +166,7 @@ def check_gptq(meta, values):
     weight, hessian = torch.tensor(values["weight"]), torch.tensor(values["hessian"])
     clip = meta["clip_range"]
     made = {
-        "gptq": gptq(
+        "gptq": gptq_alone(
             weight, hessian, clip_range=clip, percentiles=PERCENTILES, block_size=meta["block_size"]
         ),
         "per_row": quantize_rows(weight, clip_range=clip, percentiles=PERCENTILES),

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import randomize_, tiny_config
+from helpers import gptq_alone, randomize_, tiny_config
 
 from pgolf_fast.artifact.pack import load_model, pack
 from pgolf_fast.artifact.standalone import reader
@@ -21,7 +21,7 @@ from pgolf_fast.model.rope import rope_tables
 from pgolf_fast.ops import reference
 from pgolf_fast.quant.calibration import INPUTS, collect_hessians, hessian_name, self_generate
 from pgolf_fast.quant.fake import fake_int6, fake_quantize_rows, make_fake
-from pgolf_fast.quant.gptq import gptq, gptq_groups, gptq_shared
+from pgolf_fast.quant.gptq import gptq
 from pgolf_fast.quant.grid import (
     dequantize,
     quantize_int8_rows,
@@ -88,7 +88,7 @@ def test_golden_codes_and_scales(name, native, monkeypatch):
     results = {
         "per_row": quantize_rows(weight),
         "int8": quantize_int8_rows(weight),
-        "gptq": gptq(weight, expected["hessian"]),
+        "gptq": gptq_alone(weight, expected["hessian"]),
     }
     for kind, (codes, scale) in results.items():
         assert torch.equal(scale.float(), expected[f"scale_{kind}"]), kind
@@ -149,7 +149,7 @@ def test_what_cannot_be_quantised(bad):
 
 def test_gptq_beats_rounding_where_it_counts():
     weight, hessian = problem(512, 512)
-    codes, scale = gptq(weight, hessian)
+    codes, scale = gptq_alone(weight, hessian)
     plain = quantize_rows(weight)
     assert scale.unique().tolist() == [0.032257080078125]
     assert hessian_error(weight, codes, scale, hessian) < 0.9 * hessian_error(weight, *plain, hessian)
@@ -158,7 +158,7 @@ def test_gptq_beats_rounding_where_it_counts():
 
 def test_gptq_with_an_uncorrelated_hessian_is_rounding():
     weight, _ = problem()
-    codes, scale = gptq(weight, torch.eye(96))
+    codes, scale = gptq_alone(weight, torch.eye(96))
     want = quantize_rows(weight)
     assert torch.equal(codes, want[0])
     assert torch.equal(scale, want[1])
@@ -167,7 +167,7 @@ def test_gptq_with_an_uncorrelated_hessian_is_rounding():
 def test_gptq_as_the_paper_writes_it():
     """Column by column with an explicit inverse, removing each column from the inverse by elimination."""
     weight, hessian = problem(20, 40, seed=3)
-    codes, scale = gptq(weight, hessian, damping=0.01, block_size=7)
+    codes, scale = gptq_alone(weight, hessian, damping=0.01, block_size=7)
     h = hessian.double() + 0.01 * hessian.double().diagonal().mean() * torch.eye(40)
     left = hessian.diagonal().argsort(descending=True).tolist()
     w, step, inverse = weight.double(), scale.double()[:, None], torch.linalg.inv(h)
@@ -187,9 +187,9 @@ def test_gptq_as_the_paper_writes_it():
 def test_sharing_and_blocks_change_nothing(floor, block_size):
     _, hessian = problem()
     weights = {str(rows): problem(rows, seed=rows)[0] for rows in (5, 48, 13)}
-    together = gptq_shared(weights, hessian, scale_floor=floor, block_size=block_size)
+    together = gptq([(weights, hessian)], scale_floor=floor, block_size=block_size)
     for name, weight in weights.items():
-        codes, scale = gptq(weight, hessian, scale_floor=floor)
+        codes, scale = gptq_alone(weight, hessian, scale_floor=floor)
         assert torch.equal(together[name][1], scale)
         assert (together[name][0] == codes).float().mean() >= 0.999
 
@@ -201,11 +201,11 @@ def test_groups_are_quantised_as_if_alone(device):
         weight, hessian = problem(rows, columns, seed=index)
         weight[0, 0] = largest
         groups.append(({f"{index}.a": weight, f"{index}.b": weight[:7] * 0.5}, hessian))
-    together = gptq_groups([({n: w.to(device) for n, w in ws.items()}, h.to(device)) for ws, h in groups])
+    together = gptq([({n: w.to(device) for n, w in ws.items()}, h.to(device)) for ws, h in groups])
     assert list(together) == [name for weights, _ in groups for name in weights]
     assert all(codes.untyped_storage().nbytes() == codes.numel() for codes, _ in together.values())
     for weights, hessian in groups:
-        for name, (codes, scale) in gptq_shared(weights, hessian).items():
+        for name, (codes, scale) in gptq([(weights, hessian)]).items():
             assert torch.equal(together[name][1].cpu(), scale)
             assert (together[name][0].cpu() == codes).float().mean() >= 0.995
 
@@ -214,7 +214,7 @@ def test_other_bits_and_inputs_left_alone():
     weight, hessian = problem()
     before = weight.clone(), hessian.clone()
     weight = torch.nn.Parameter(weight)
-    codes, _ = gptq(weight, hessian, clip_range=3)
+    codes, _ = gptq_alone(weight, hessian, clip_range=3)
     assert codes.abs().max() <= 3
     assert torch.equal(weight, before[0])
     assert torch.equal(hessian, before[1])
@@ -223,22 +223,22 @@ def test_other_bits_and_inputs_left_alone():
 def test_dead_inputs_and_singular_hessians_are_damped():
     weight, hessian = problem()
     hessian[7] = hessian[:, 7] = 0
-    codes, _ = gptq(weight, hessian)
+    codes, _ = gptq_alone(weight, hessian)
     assert torch.equal(codes[:, 7], torch.zeros(48, dtype=torch.int8))
     one = torch.ones(96, 96)
-    assert torch.isfinite(dequantize(*gptq(weight, one))).all()
+    assert torch.isfinite(dequantize(*gptq_alone(weight, one))).all()
     slightly_negative = one - 1.5 * torch.eye(96) * 0.03
-    assert gptq(weight, slightly_negative)[0].abs().max() > 0
+    assert gptq_alone(weight, slightly_negative)[0].abs().max() > 0
 
 
 def test_hessians_that_do_not_fit():
     weight, hessian = problem()
     with pytest.raises(PgolfError, match=r"blocks\.3.*not positive definite"):
-        gptq(weight, -hessian, name="blocks.3.mlp.fc.weight")
+        gptq_alone(weight, -hessian, name="blocks.3.mlp.fc.weight")
     with pytest.raises(PgolfError, match=r"\(96, 96\)"):
-        gptq(weight, hessian[:5, :5])
+        gptq_alone(weight, hessian[:5, :5])
     with pytest.raises(PgolfError, match="hessian of weight has values that are not finite"):
-        gptq(weight, hessian * torch.inf)
+        gptq_alone(weight, hessian * torch.inf)
 
 
 # Fake quantisation

@@ -186,7 +186,7 @@ def _write(
     }
     text_bytes = np.add.reduceat(stream.target_bytes, starts).tolist()
     write_text(path / DOCUMENTS, json.dumps({"text_bytes": text_bytes, "nats": nats}) + "\n")
-    rows = report.read_metrics(folder.metrics_file)
+    rows = folder.history()
     steps = {row["step"]: row["elapsed"] for row in rows if row["kind"] == "step"}
     times, tree = step_times(rows), run_config_to_dict(config)
     result = {
@@ -206,9 +206,6 @@ def _write(
 
 
 def step_times(rows: Sequence[dict[str, Any]]) -> list[float]:
-    """Seconds of every training step but the first, from the lines of a metrics file.
-
-    Steps that were made again after an interruption count as they were the last time.
-    """
+    """Seconds of every training step but the first, from a run's `history`."""
     clock = {row["step"]: row["elapsed"] for row in rows if row["kind"] == "step"}
     return [clock[step] - clock[step - 1] for step in sorted(clock) if step - 1 in clock]

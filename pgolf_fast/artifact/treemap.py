@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pgolf_fast import drawing
 from pgolf_fast.artifact.table import ArtifactTable, TensorBytes
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.files import atomic_path
+from pgolf_fast.files import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-WIDTH, HEIGHT, DPI = 13.0, 8.0, 150  # inches
+WIDTH, HEIGHT = 13.0, 8.0  # inches
 # The light scheme of P. Tol, "Colour Schemes" (SRON 2021): apart for colour-blind eyes, black text stands out
 COLOURS = ("#77AADD", "#EE8866", "#44BB99", "#EEDD88", "#FFAABB", "#BBCC33", "#99DDFF", "#AAAA00")
 REST, REST_COLOUR = "all else", "#DDDDDD"
@@ -60,14 +61,7 @@ def plot_treemap(table: ArtifactTable, path: Path) -> None:
 
     Raises PgolfError when matplotlib or squarify is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise PgolfError("the treemap needs matplotlib: pip install pgolf-fast[plot]") from error
-    figure = Figure(figsize=(WIDTH, HEIGHT))
-    paint_treemap(figure, table)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=DPI)
+    write_bytes(path, drawing.png(lambda figure: paint_treemap(figure, table), (WIDTH, HEIGHT)))
 
 
 def paint_treemap(figure: Figure, table: ArtifactTable) -> None:

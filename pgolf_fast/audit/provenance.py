@@ -14,7 +14,6 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
-from pgolf_fast import report
 from pgolf_fast.artifact.container import sizes
 from pgolf_fast.artifact.pack import build_records, unpack
 from pgolf_fast.audit.check import Finding
@@ -112,7 +111,7 @@ def _tiny(config: RunConfig) -> RunConfig:
 
 def _decisions(folder: RunFolder) -> tuple[list[dict], list[float]]:
     """What each step did, and the validation losses."""
-    rows = report.read_metrics(folder.metrics_file)
+    rows = folder.history()
     steps = [{k: v for k, v in row.items() if k != "elapsed"} for row in rows if row["kind"] == "step"]
     return steps, [row["loss"] for row in rows if row["kind"] == "val"]
 

@@ -29,10 +29,11 @@ _ROWS = 32  # side by side: low-rank changes are copied for each
 Losses = Callable[[np.ndarray], np.ndarray]
 
 
-def state_causality(losses_of: Losses, tokens: np.ndarray, vocab_size: int, dtype: torch.dtype) -> Finding:
+def state_causality(losses_of: Losses, tokens: np.ndarray, vocab_size: int, rounding: float = 0.0) -> Finding:
     """C2: streams that differ from token k on have the same losses before it, through all that is learned.
 
-    Once with document borders where they were, and once with all other tokens, and the borders gone.
+    Once with document borders where they were, and once with all other tokens, and the borders gone, where
+    losses may differ by `rounding`.
     """
     before, told = losses_of(tokens), []
     rng = np.random.default_rng(2)
@@ -49,7 +50,7 @@ def state_causality(losses_of: Losses, tokens: np.ndarray, vocab_size: int, dtyp
         after = losses_of(other)
         past, future = (np.abs(after - before)[part] for part in (slice(k - 1), slice(k, None)))
         worst = float(past.max())
-        limit = 0.0 if borders else ROUNDING[dtype]
+        limit = 0.0 if borders else rounding
         if not worst <= limit:
             where = int(np.argmax(~(past <= limit))) + 1
             return Finding(

@@ -245,7 +245,10 @@ def checks(subject: Subject) -> list[Check]:
             lambda score: causal.causality(s.model, score, tokens, lengths)
         ),
         "nor does what is learned": lambda: scoring.state_causality(
-            losses, s.tokens, vocab, s.model.compute_dtype
+            losses,
+            s.tokens,
+            vocab,
+            scoring.ROUNDING[s.model.compute_dtype] if s.config.ttt.by_document else 0.0,
         ),
         "scored before learned from": lambda: scoring.score_before_train(seen()),
         "last chunk not learned from": lambda: scoring.nothing_after_last_score(seen()),

@@ -102,8 +102,7 @@ def within_time(folder: RunFolder, training_limit: float | None, evaluation_limi
 
 
 def _training_seconds(folder: RunFolder) -> float | None:
-    rows = report.read_metrics(folder.metrics_file) if folder.metrics_file.is_file() else []
-    return max((row["elapsed"] for row in rows if row["kind"] == "step"), default=None)
+    return max((row["elapsed"] for row in folder.history() if row["kind"] == "step"), default=None)
 
 
 def _evaluation_seconds(folder: RunFolder) -> float | None:

@@ -4,25 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+from pgolf_fast import drawing
 from pgolf_fast.bench.store import Record, timed
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.files import atomic_path
+from pgolf_fast.files import write_bytes
 
-
-def _axes(width: float, height: float) -> tuple[Any, Any]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise PgolfError("plots need matplotlib: pip install pgolf-fast[plot]") from error
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.add_subplot()
-
-
-def _save(figure: Any, path: Path) -> None:
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def _machine(records: Sequence[Record]) -> str:
@@ -35,25 +25,28 @@ def plot_roofline(records: Sequence[Record], path: Path) -> None:
     ours = [r for r in timed(records) if r["peer"] == "ours"]
     if not ours:
         raise PgolfError("there is no time of our own ops to plot")
-    figure, axes = _axes(8, 5.5)
-    intensities = [r["flops"] / r["ideal_bytes"] for r in ours]
-    low, high = min(intensities) / 2, max(intensities) * 2
-    for flops, moved, source in {
-        (r["roof_tflops"], r["roof_gbytes_per_second"], r["roof_source"]) for r in ours
-    }:
-        knee = 1e3 * flops / moved
-        points = sorted({low, min(max(knee, low), high), high})
-        limits = [min(flops, x * moved / 1e3) for x in points]
-        axes.plot(points, limits, color="black", label=f"{flops:.3g} TFLOP/s, {moved:.4g} GB/s ({source})")
-    for op in dict.fromkeys(r["op"] for r in ours):
-        group = [r for r in ours if r["op"] == op]
-        xs, ys = [r["flops"] / r["ideal_bytes"] for r in group], [r["tflops"] for r in group]
-        axes.scatter(xs, ys, label=op, s=24)
-    axes.set(xscale="log", yscale="log", xlabel="FLOP per byte of ideal traffic", ylabel="TFLOP/s")
-    axes.set_title(_machine(records), fontsize=10)
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=7)
-    _save(figure, path)
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        intensities = [r["flops"] / r["ideal_bytes"] for r in ours]
+        low, high = min(intensities) / 2, max(intensities) * 2
+        for flops, moved, source in {
+            (r["roof_tflops"], r["roof_gbytes_per_second"], r["roof_source"]) for r in ours
+        }:
+            knee = 1e3 * flops / moved
+            points = sorted({low, min(max(knee, low), high), high})
+            limits = [min(flops, x * moved / 1e3) for x in points]
+            axes.plot(points, limits, color="0.5", label=f"{flops:.3g} TFLOP/s, {moved:.4g} GB/s ({source})")
+        for op in dict.fromkeys(r["op"] for r in ours):
+            group = [r for r in ours if r["op"] == op]
+            xs, ys = [r["flops"] / r["ideal_bytes"] for r in group], [r["tflops"] for r in group]
+            axes.scatter(xs, ys, label=op, s=24)
+        axes.set(xscale="log", yscale="log", xlabel="FLOP per byte of ideal traffic", ylabel="TFLOP/s")
+        axes.set_title(_machine(records), fontsize=10)
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(fontsize=7)
+
+    write_bytes(path, drawing.png(paint, (8, 5.5)))
 
 
 def plot_ratios(records: Sequence[Record], path: Path) -> None:
@@ -66,15 +59,19 @@ def plot_ratios(records: Sequence[Record], path: Path) -> None:
     if not groups:
         raise PgolfError("there is no op with both our time and a peer's to plot")
     peers = list(dict.fromkeys(p for times in groups.values() for p in times if p != "ours"))
-    figure, axes = _axes(8, 1.2 + 0.16 * sum(len(times) for times in groups.values()))
-    height = 0.8 / len(peers)
-    for i, peer in enumerate(peers):
-        places = [row + i * height for row, times in enumerate(groups.values()) if peer in times]
-        ratios = [times[peer] / times["ours"] for times in groups.values() if peer in times]
-        axes.barh(places, ratios, height=height, label=peer)
-    axes.axvline(1.0, color="black", linewidth=1)
-    axes.set_yticks([row + 0.4 - height / 2 for row in range(len(groups))], list(groups), fontsize=7)
-    axes.invert_yaxis()
-    axes.set(xlabel="time of the peer / our time", title=_machine(records))
-    axes.legend(fontsize=7)
-    _save(figure, path)
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        thick = 0.8 / len(peers)
+        for i, peer in enumerate(peers):
+            places = [row + i * thick for row, times in enumerate(groups.values()) if peer in times]
+            ratios = [times[peer] / times["ours"] for times in groups.values() if peer in times]
+            axes.barh(places, ratios, height=thick, label=peer)
+        axes.axvline(1.0, color="0.5", linewidth=1)
+        axes.set_yticks([row + 0.4 - thick / 2 for row in range(len(groups))], list(groups), fontsize=7)
+        axes.invert_yaxis()
+        axes.set(xlabel="time of the peer / our time", title=_machine(records))
+        axes.legend(fontsize=7)
+
+    height = 1.2 + 0.16 * sum(len(times) for times in groups.values())
+    write_bytes(path, drawing.png(paint, (8, height)))

@@ -17,8 +17,9 @@ def extension() -> ModuleType | None:
         from pgolf_fast import _C
     except ImportError as error:
         _log.warning(
-            "the C++ codecs are not in use (%s): bit packing and LZMA run in Python, with the same results; "
-            "to build them, run `pip install -e .` in the checkout with a C++ compiler installed",
+            "the C++ codecs are not in use (%s): bits, LZMA and reading artifacts run in Python, with the "
+            "same results, but artifacts written here are larger, for nothing else writes rANS; to build "
+            "them, run `pip install -e .` in the checkout with a C++ compiler installed",
             error,
         )
         return None

@@ -16,62 +16,8 @@ from pgolf_fast.quant.grid import PERCENTILES, best_candidate, check_matrix, sca
 COSTS = 256  # codes q at q + 128
 
 
-def gptq(
-    weight: Tensor,
-    hessian: Tensor,
-    *,
-    clip_range: int = 31,
-    percentiles: Sequence[float] = PERCENTILES,
-    scale_floor: bool = True,
-    block_size: int = 128,
-    damping: float = 0.01,
-    name: str = "weight",
-) -> tuple[Tensor, Tensor]:
-    """Codes int8 (R, C) and scale float16 (R,) of weight (R, C) that keep x W^T close for inputs x.
-
-    hessian (C, C) is the sum of x^T x, to any factor. Columns go in descending order of its diagonal, to
-    which `damping` times its mean is added; row scales are searched as in `quantize_rows` (PR 1501).
-    Raises PgolfError for shapes that do not fit, values that are not finite, or a hessian that is not
-    positive definite even with 100 times the damping.
-    """
-    weights = {name: weight}
-    return gptq_shared(
-        weights,
-        hessian,
-        clip_range=clip_range,
-        percentiles=percentiles,
-        scale_floor=scale_floor,
-        block_size=block_size,
-        damping=damping,
-    )[name]
-
-
-def gptq_shared(
-    weights: Mapping[str, Tensor],
-    hessian: Tensor,
-    *,
-    clip_range: int = 31,
-    percentiles: Sequence[float] = PERCENTILES,
-    scale_floor: bool = True,
-    block_size: int = 128,
-    damping: float = 0.01,
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """`gptq` of several matrices with one input (say, of Q, K and V), for the price of one factorisation.
-
-    Rows do not influence each other, so all matrices and all candidate scales go through in one pass.
-    """
-    return gptq_groups(
-        [(weights, hessian)],
-        clip_range=clip_range,
-        percentiles=percentiles,
-        scale_floor=scale_floor,
-        block_size=block_size,
-        damping=damping,
-    )
-
-
 @torch.no_grad()
-def gptq_groups(
+def gptq(
     groups: Iterable[tuple[Mapping[str, Tensor], Tensor]],
     *,
     clip_range: int = 31,
@@ -80,10 +26,18 @@ def gptq_groups(
     block_size: int = 128,
     damping: float = 0.01,
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """`gptq_shared` of many pairs (weights, hessian); results by the names of all weights, which must differ.
+    """Codes int8 (R, C) and scale float16 (R,) of every weight (R, C), that keep x W^T close for inputs x.
 
-    On the CPU one pair after another as `groups` gives them, so that memory is that of one. On a GPU, where
-    a column of one pair is too little work, all pairs of one shape at once.
+    Each of `groups` is matrices with one input (say, Q, K and V), by names that no other has, and its
+    hessian (C, C): the sum of x^T x, to any factor. Columns go in descending order of its diagonal, to which
+    `damping` times its mean is added; row scales are searched as in `quantize_rows` (PR 1501). As rows do
+    not influence each other, a group with all its candidate scales takes one pass and one factorisation.
+
+    On the CPU one group after another as `groups` gives them, so that memory is that of one. On a GPU, where
+    a column of one group is too little work, all groups of one shape at once.
+
+    Raises PgolfError for shapes that do not fit, values that are not finite, or a hessian that is not
+    positive definite even with 100 times the damping.
     """
     results = {}
     waiting: dict[torch.Size, list[_Group]] = {}

@@ -16,7 +16,7 @@ from pgolf_fast.model.gpt import GPT
 from pgolf_fast.ops.bits import dequantize_bytes
 from pgolf_fast.quant.calibration import collect_hessians, hessian_name, self_generate
 from pgolf_fast.quant.fake import FixedGrid
-from pgolf_fast.quant.gptq import gptq_groups
+from pgolf_fast.quant.gptq import gptq
 from pgolf_fast.quant.grid import check_matrix, quantize_int8_rows, quantize_rows
 from pgolf_fast.report import progress
 
@@ -201,7 +201,7 @@ def _quantize_slots(
     steps = progress(groups, f"quantise ({config.method})", unit="group")
     done: dict[str, tuple[Tensor, Tensor]] = {}
     if config.method == "gptq":
-        done = gptq_groups(
+        done = gptq(
             ((groups[group], _hessian(hessians, group)) for group in steps),
             clip_range=config.clip_range,
             percentiles=config.percentiles,

@@ -153,8 +153,8 @@ def read_run(folder: RunFolder) -> Run:
 def _metrics(folder: RunFolder) -> dict[str, list[dict[str, Any]]]:
     """The lines of metrics.jsonl that belong to a step, by kind."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for row in report.read_metrics(folder.metrics_file) if folder.metrics_file.is_file() else []:
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
+    for row in folder.history():
+        if isinstance(row.get("step"), int):
             found.setdefault(str(row.get("kind")), []).append(row)
     return found
 

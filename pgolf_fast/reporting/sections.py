@@ -138,6 +138,8 @@ def training(run: Run) -> Section:
     text = (
         f"Loss of batches of {run.config.train.batch_tokens:,} tokens, before the step that learns from them."
     )
+    if weight := run.config.train.z_loss:
+        text += f" It holds z-loss, {weight:g} times the squared log-sum-exp of the logits."
     if finite:
         (first, begin), (last, end) = finite[0], finite[-1]
         text += f" Step {first:,} had {begin:.4f} nats per token, step {last:,} had {end:.4f}."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pgolf_fast import report
 from pgolf_fast.config.schema import RunConfig
@@ -55,6 +56,24 @@ class RunFolder:
     @property
     def tokenizer_file(self) -> Path:
         return self.path / "tokenizer.model"
+
+    def history(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl that tell of the run as it stands; [] without the file.
+
+        What follows the checkpoint that a later start went back to was made again, and is left out.
+        """
+        lines: list[dict[str, Any]] = []
+        last = 0
+        for line in report.read_metrics(self.metrics_file) if self.metrics_file.is_file() else []:
+            if line.get("kind") in ("step", "resume"):
+                first = line["step"] + (line["kind"] == "resume")  # of what comes now
+                if first <= last:
+                    lines = [
+                        old for old in lines if old.get("kind") == "resume" or old.get("step", 0) < first
+                    ]
+                last = line["step"]
+            lines.append(line)
+        return lines
 
     def retire(self, *products: Path) -> None:
         """Rename what was made of weights that are now replaced to NAME.stale: it is not theirs."""
