@@ -1,6 +1,8 @@
 """What the parts of exp101 are worth, on `small`: word-start split, trigram, FOMAML, and the sliding window.
 
     python benchmarks/study_systems.py --data DATA/datasets/webmix_sp1024
+    python benchmarks/study_systems.py --data ... --base train.meta.every=4 --flips train.meta=none \
+        --runs runs/study_fomaml --name fomaml --parts steps measure time report
 
 Five parts, each resumable and each alone with --parts; finished runs are not repeated:
 
@@ -8,7 +10,7 @@ steps    the baseline and its variants with each seed, all with the same number 
 measure  what a step of each kind costs, one after the other in this process; on a quiet machine
 time     the variant without FOMAML with as many steps more as its cheaper steps leave time for
 ttt      test-time training on the artifacts, beside sliding windows without it
-report   systems.json, systems.png and systems.txt
+report   NAME.json, NAME.png and NAME.txt
 
 Equal time is not raced for. A race on a machine that does other things measures those, and its runs could not
 share the cores. Instead it is measured how many plain steps a step with FOMAML is worth, side by side. The
@@ -32,6 +34,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from inner_step import DTYPES
+from inner_step import kept as inner_step
 from systems_report import Gain, Timing, make_gain, text, write_plot
 
 from pgolf_fast import report
@@ -76,6 +80,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=(42, 43, 44))
     parser.add_argument("--val-tokens", type=int, default=262_144, help="validation tokens that are scored")
     parser.add_argument("--workers", type=int, default=2, help="runs at the same time, which share the cores")
+    parser.add_argument("--base", nargs="+", default=(), metavar="FIELD=VALUE", help="of small, in all runs")
+    parser.add_argument("--flips", nargs="+", choices=FLIPS, default=FLIPS, help="the variants")
+    parser.add_argument("--name", default="systems", help="of the files that the report writes")
     parser.add_argument("--runs", type=Path, default=Path("runs/study_systems"), help="folder of the runs")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "studies")
     parser.add_argument("--adapt", nargs="+", metavar=("RUN", "ADAPTER"), help=argparse.SUPPRESS)
@@ -113,12 +120,12 @@ class Study:
 
     def __init__(self, arguments: argparse.Namespace):
         self.arguments, self.runs, self.seeds = arguments, arguments.runs, tuple(arguments.seeds)
-        base = small()
+        base = flip(small(), arguments.base)
         data = replace(base.data, path=arguments.data, val_tokens=arguments.val_tokens)
         self.base = replace(base, data=data)
         self.source = open_source(data, base.model.vocab_size)
         self.fingerprint = fingerprint(self.source)
-        self.variants = make_variants(self.base, [name.split("+") for name in FLIPS])
+        self.variants = make_variants(self.base, [[name] for name in arguments.flips])
         self.cost_file = self.runs / "cost.json"
 
     def jobs(self, variants: list[Variant], steps: int, folder: str = "") -> list[Job]:
@@ -215,6 +222,12 @@ class Study:
 
     # Test-time training
 
+    def adapted_tokens(self) -> int:
+        """Tokens that SGD learns from in one pass over the validation text, epochs counted."""
+        ttt = known_adapters(self.base.eval_seq_len)[SGD]
+        chunks = -(-self.arguments.val_tokens // ttt.chunk_tokens)
+        return ttt.epochs * ttt.chunk_tokens * (chunks - 1)
+
     def adapted(self) -> dict[str, list[str]]:
         """The adapters that are tried on the artifacts of each variant, by the folder of its runs."""
         found = {f"steps/{BASELINE}": [SGD, LORA], f"steps/{NO_META}": [SGD]}
@@ -235,15 +248,15 @@ class Study:
     # What came out
 
     def report(self) -> None:
-        runs = read_runs(self.step_jobs)
+        runs = self._finished(self.step_jobs)
         if not runs:
             raise PgolfError(f"nothing in {self.runs} is finished: run --parts steps first")
         rows, timing = make_rows(runs), None
-        if self.cost_file.is_file() and (later := read_runs(self.time_jobs)):
+        if self.cost_file.is_file() and (later := self._finished(self.time_jobs)):
             base = [Run(replace(r.job, budget="time"), r.result) for r in runs if r.job.variant == BASELINE]
             timed = [row for row in make_rows([*base, *later]) if row.variant != BASELINE]
             cost = self.cost()["cost"][META_STEP]
-            timing = Timing(timed, cost["plain_steps"], tuple(cost["quartiles"]), self.meta_steps())
+            timing = Timing(timed, cost["plain_steps"], tuple(cost["quartiles"]), self.equal_time_steps())
             runs = [*runs, *later]
         gains = self._gains()
         settings = {
@@ -252,13 +265,20 @@ class Study:
             "questions": QUESTIONS,
             "parameters": self.base.model.num_parameters(),
             "batch_tokens": self.base.train.batch_tokens,
+            "meta_steps": self.meta_steps(),
+            "meta_every": self.base.train.meta and self.base.train.meta.every,
+            "base": " ".join(self.arguments.base),
+            "adapted_tokens": self.adapted_tokens(),
         }
-        told = text(settings, rows, timing, gains, runs)
+        trained = [run for run in runs if run.job.variant == BASELINE]
+        kept = [(run.job.seed, inner_step(run.job.path, dtype)) for run in trained for dtype in DTYPES]
+        told = text(settings, rows, timing, gains, kept, runs)
         sys.stdout.write(told)
         story = {
             "settings": {**settings, "config": {**asdict(self.base), "data": None}},
             **to_dict([*rows, *(timing.rows if timing else [])], runs),
             "cost": self.cost() if self.cost_file.is_file() else None,
+            "inner_step": [{"seed": seed, **asdict(step)} for seed, step in kept],
             "test_time_training": {name: asdict(gain) for name, gain in gains.items()},
             "adapters": {n: asdict(ttt) for n, ttt in known_adapters(self.base.eval_seq_len).items()},
             **provenance(),
@@ -266,10 +286,15 @@ class Study:
         for run in story["runs"]:
             for what in ("config", "folder", "environment"):  # settings and the variant's name say it
                 run.pop(what)
-        out = self.arguments.out
-        write_text(out / "systems.json", json.dumps(story, indent=2) + "\n")
-        write_text(out / "systems.txt", told)
-        write_plot([*rows, *(timing.rows if timing else [])], gains, runs, out / "systems.png")
+        out = self.arguments.out / self.arguments.name
+        write_text(out.with_suffix(".json"), json.dumps(story, indent=2) + "\n")
+        write_text(out.with_suffix(".txt"), told)
+        write_plot([*rows, *(timing.rows if timing else [])], gains, runs, out.with_suffix(".png"))
+
+    def _finished(self, jobs: list[Job]) -> list[Run]:
+        """Those that are finished. Raises PgolfError where a folder holds a run of other settings."""
+        begun = [job for job in jobs if job.path.is_dir()]
+        return read_runs(job for job in begun if not prepare(job, self.fingerprint, "sliding"))
 
     def _gains(self) -> dict[str, Gain]:
         """Differences between finished passes, over the same artifacts or over others."""

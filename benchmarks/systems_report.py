@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
+import statistics
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from inner_step import HEADER, Kept
 
 from pgolf_fast import drawing, report
+from pgolf_fast.ablation.plan import BASELINE
 from pgolf_fast.ablation.statistics import Interval, over_documents, over_seeds
 from pgolf_fast.ablation.table import Row, Run, commits, print_table, show_interval
 from pgolf_fast.files import write_bytes
 
-TOKENS_A_PARAMETER = 205  # of exp101: 7,020 steps of 786,432 tokens, 26,960,991 parameters
+# Of exp101: 7,020 steps of 786,432 tokens, 26,960,991 parameters; 4 epochs on 62 M validation tokens
+TOKENS_A_PARAMETER, META_STEPS, ADAPTED = 205, 1140, 0.045
 
 
 @dataclass(frozen=True)
@@ -38,8 +43,8 @@ class Timing:
     plain_steps: float
     """That a step with FOMAML takes the time of."""
     quartiles: tuple[float, ...]
-    meta_steps: int
-    """How often FOMAML acts in a run."""
+    steps: int
+    """Of the variant, in the time of the baseline's run."""
 
 
 def make_gain(pairs: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Gain:
@@ -58,19 +63,26 @@ def text(
     rows: Sequence[Row],
     timing: Timing | None,
     gains: dict[str, Gain],
+    kept: Sequence[tuple[int, Kept]],
     runs: Sequence[Run],
 ) -> str:
     """The tables and what they say."""
     seeds = ", ".join(map(str, settings["seeds"]))
+    compared = dict.fromkeys(row.variant for row in rows if row.difference is not None)
+    model = f"small ({settings['parameters']:,} parameters)"
     parts = [
-        f"Preset small ({settings['parameters']:,} parameters), {settings['steps']:,} steps of "
+        f"Preset {', '.join(filter(None, (model, settings['base'])))}, {settings['steps']:,} steps of "
         f"{settings['batch_tokens']:,} tokens of {settings['data']}, seeds {seeds}.\n"
         f"Scores are of the int6 artifacts on {settings['val_tokens']:,} validation tokens.",
-        "AT EQUAL STEPS\n" + print_table(rows),
-        "\n".join(f"{name}: {question}" for name, question in settings["questions"].items()),
+        "AT EQUAL STEPS\n" + print_table(rows, timed=False),
+        "\n".join(f"{row}: {settings['questions'][row]}" for row in compared),
     ]
     if timing is not None:
-        parts.append("AT EQUAL TIME\n" + _timing(timing) + "\n\n" + print_table(timing.rows))
+        told = _timing(timing, settings)
+        parts.append("AT EQUAL TIME\n" + told + "\n\n" + print_table(timing.rows, timed=False))
+    if kept:
+        lines = report.table([(f"seed {seed}", *step.row()) for seed, step in kept], HEADER)
+        parts.append("THE INNER STEP OF FOMAML (benchmarks/inner_step.py), on the final weights\n" + lines)
     if gains:
         parts.append("(d) TEST-TIME TRAINING AND THE SLIDING WINDOW\n" + _gains(gains))
     every = [*rows, *(timing.rows if timing is not None else [])]
@@ -78,12 +90,13 @@ def text(
     return "\n\n".join(parts) + "\n"
 
 
-def _timing(timing: Timing) -> str:
+def _timing(timing: Timing, settings: dict[str, Any]) -> str:
     low, high = timing.quartiles
     return (
         f"A step with FOMAML takes the time of {timing.plain_steps:.3f} without (quartiles {low:.3f} to "
-        f"{high:.3f}); the baseline has {timing.meta_steps} of them.\nThe variant makes as many more "
-        "steps as that leaves time for. The baseline's runs are those above."
+        f"{high:.3f}); the baseline has {settings['meta_steps']} of them.\nThe variant makes as many more "
+        f"steps as that leaves time for: {timing.steps} instead of {settings['steps']}. The baseline's runs "
+        "are those above."
     )
 
 
@@ -95,11 +108,14 @@ def _gains(gains: dict[str, Gain]) -> str:
     header = ("difference in bpb", "mean", "95 % over seeds", "by seed (95 % over documents)")
     lines = [report.table(rows, header)]
     if {"sliding window", "both, as published"} <= gains.keys():
-        share = gains["sliding window"].mean / gains["both, as published"].mean
-        lines.append(
-            f"\nThe sliding window alone is {share:.1%} of the gain of TTT as published: SGD with sliding "
-            "windows against windows that do not overlap, without it."
+        window, both = (gains[name].by_seed for name in ("sliding window", "both, as published"))
+        shares = [window[seed].mean / both[seed].mean for seed in both if seed in window]
+        by_seed = ", ".join(f"{share:.1%}" for share in shares)
+        told = (
+            f"The sliding window alone is {statistics.fmean(shares):.1%} of the gain of TTT as published (by "
+            f"seed {by_seed}): SGD with sliding windows against windows that do not overlap, without it."
         )
+        lines += ["", textwrap.fill(told, 110)]
     return "\n".join(lines)
 
 
@@ -117,29 +133,40 @@ def verdict(interval: Interval) -> str:
 def _statement(
     settings: dict[str, Any], rows: Sequence[Row], gains: dict[str, Gain], runs: Sequence[Run]
 ) -> str:
-    lines = ["WHAT THESE SIZES SAY"]
-    for row in rows:
-        if row.difference is not None and row.score == "sliding":
-            question = settings["questions"][row.variant]
-            lines.append(f"- {question}, equal {row.budget}: {verdict(row.difference)}.")
-    for name, gain in gains.items():
-        if gain.over_seeds is not None:
-            lines.append(f"- {name}: {verdict(gain.over_seeds)}.")
-    tokens = settings["steps"] * settings["batch_tokens"] / settings["parameters"]
-    lines += [
-        "WHAT THEY CANNOT SAY",
-        f"- These models saw {tokens:.1f} tokens for each parameter, the originals {TOKENS_A_PARAMETER}.",
-        "- What a hash table or a meta step is worth may change with size and with training.",
-        "- Seeds are of the initial weights. All runs read the same text in the same order and are scored on",
-        "  one text. Intervals over seeds do not cover other text; those over documents, not other seeds.",
-        f"- With {len(settings['seeds'])} seeds intervals are wide: what they do not show may be there.",
-        "- FOMAML has the share of the work that it had: every 32nd step here, every 4th on one of 8",
-        "  micro-batches there. That is 8 times fewer meta steps, each of 8 times the weight.",
-        "- Windows are of 256 tokens here and of 2,048 there: what sliding them gains depends on that.",
+    says = [
+        f"{settings['questions'][row.variant]}, equal {row.budget}: {verdict(row.difference)}."
+        for row in rows
+        if row.difference is not None and row.score == "sliding"
     ]
+    says += [f"{name}: {verdict(g.over_seeds)}." for name, g in gains.items() if g.over_seeds is not None]
+    trained = settings["steps"] * settings["batch_tokens"]
+    cannot = [
+        f"These models saw {trained / settings['parameters']:.2f} tokens for each parameter, the originals "
+        f"{TOKENS_A_PARAMETER}. What a hash table or a meta step is worth may change with size and training.",
+        "Seeds are of the initial weights. All runs read the same text in the same order and are scored on "
+        "one text. Intervals over seeds do not cover other text; those over documents, not other seeds.",
+        f"With {len(settings['seeds'])} seeds intervals are wide: what they do not show may be there. Of the "
+        f"{len(says)} intervals of this page one in twenty misses by chance.",
+        f"FOMAML acts in {settings['meta_steps']} of {settings['steps']:,} steps here, once in "
+        f"{settings['meta_every']} while the learning rate is high, with the stated weight of 0.5; there in "
+        f"{META_STEPS:,} of 7,020, once in 4, with an eighth of it. The inner rate is the original's: what a "
+        "step of it does to a model of that size and training is not known.",
+    ]
+    if gains:
+        cannot += [
+            f"SGD learns from {settings['adapted_tokens'] / trained:.0%} as many tokens as training did, "
+            f"epochs counted; there from {ADAPTED:.1%}. What it gains here may be training that was not "
+            "finished.",
+            "Windows are of 256 tokens here, of 2,048 there: what sliding them gains depends on that.",
+        ]
     if len(made_by := commits(runs)) > 1:
-        lines.append(f"The runs were made by commits {', '.join(made_by)}.")
-    return "\n".join(lines)
+        cannot.append(f"The runs were made by commits {', '.join(made_by)}.")
+    told = {"WHAT THESE SIZES SAY": says, "WHAT THEY CANNOT SAY": cannot}
+    return "\n".join(line for title, items in told.items() for line in (title, *map(_item, items)))
+
+
+def _item(words: str) -> str:
+    return textwrap.fill(words, 110, initial_indent="- ", subsequent_indent="  ")
 
 
 def write_plot(rows: Sequence[Row], gains: dict[str, Gain], runs: Sequence[Run], path: Path) -> None:
@@ -150,8 +177,8 @@ def write_plot(rows: Sequence[Row], gains: dict[str, Gain], runs: Sequence[Run],
     def paint(figure: Any) -> None:
         left, right = figure.subplots(1, 2)
         for y, row in enumerate(compared):
-            base = {seed: bpb["steps", "baseline", seed] for seed in row.seeds}
-            points = [bpb[row.budget, row.variant, seed] - base[seed] for seed in row.seeds]
+            shared = [seed for seed in row.seeds if ("steps", BASELINE, seed) in bpb]
+            points = [bpb[row.budget, row.variant, s] - bpb["steps", BASELINE, s] for s in shared]
             _interval(left, y, points, row.difference)
         left.set_yticks(range(len(compared)), [f"{row.variant}\nequal {row.budget}" for row in compared])
         left.set(title="variants, sliding windows", xlabel="bpb above the baseline (left is better)")

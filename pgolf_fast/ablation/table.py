@@ -133,15 +133,15 @@ def _check_same_text(runs: Sequence[Run], score: str) -> None:
         raise PgolfError(f"{runs[0].job.name} and others of its table were not scored on the same text")
 
 
-def print_table(rows: Sequence[Row]) -> str:
-    """The rows as text, with what the signs and intervals mean above."""
+def print_table(rows: Sequence[Row], *, timed: bool = True) -> str:
+    """The rows as text, with what the signs and intervals mean above; without `timed`, no milliseconds."""
     lines = [
         (
             row.budget,
             row.variant,
             str(len(row.seeds)),
             f"{row.steps:,.0f}",
-            *("-" if ms is None else f"{ms:.1f}" for ms in (row.ms_per_step, row.ms_per_step_mean)),
+            *("-" if ms is None else f"{ms:.1f}" for ms in (row.ms_per_step, row.ms_per_step_mean) if timed),
             f"{row.artifact_bytes:,.0f}",
             SCORES[row.score],
             f"{row.bpb:.5f}",
@@ -151,8 +151,10 @@ def print_table(rows: Sequence[Row]) -> str:
     ]
     kinds = {row.difference.over for row in rows if row.difference is not None}
     notes = [SIGN, *(INTERVALS[kind] for kind in sorted(kinds, reverse=True))]
-    notes.append("ms/step: median of a run's steps but the first; mean: with rare steps and other load")
-    return "\n".join([*notes, "", report.table(lines, HEADER)])
+    if timed:
+        notes.append("ms/step: median of a run's steps but the first; mean: with rare steps and other load")
+    header = [name for name in HEADER if timed or name not in ("ms/step", "mean")]
+    return "\n".join([*notes, "", report.table(lines, header)])
 
 
 INTERVALS = {

@@ -36,10 +36,10 @@ def meta_step(
     real ones, in `before`; and by the rates. tokens and targets are (B, T).
     """
     model.allocate_gradient_banks()
-    inner, outer = _halves(tokens, targets, across_batch=config.method != "fomaml")
+    inner, outer = halves(tokens, targets, across_batch=config.method != "fomaml")
     masters = model.bank_parameters()
     gradients = [master.grad for master in masters if master.grad is not None]
-    steps = _inner_gradients(model, inner, config)
+    steps = inner_gradients(model, inner, config)
     with torch.no_grad():
         ways = zip(masters, steps if rates is None else rates.scale(steps), strict=True)
         stepped = [torch.sub(m, way, alpha=config.inner_lr).to(model.compute_dtype) for m, way in ways]
@@ -55,7 +55,7 @@ def meta_step(
     return after
 
 
-def _halves(tokens: Tensor, targets: Tensor, *, across_batch: bool) -> tuple[Batch, Batch]:
+def halves(tokens: Tensor, targets: Tensor, *, across_batch: bool) -> tuple[Batch, Batch]:
     """What adapts and what judges: of the sequences, or of each sequence, as of a batch that is only one."""
     dim = 0 if across_batch and len(tokens) > 1 else 1
     sizes = [tokens.shape[dim] // 2, -(-tokens.shape[dim] // 2)]
@@ -72,21 +72,21 @@ def _add_gradients(
     return loss.detach()
 
 
-def _inner_gradients(model: GPT, inner: Batch, config: MetaConfig) -> list[Tensor]:
+def inner_gradients(model: GPT, inner: Batch, config: MetaConfig) -> list[Tensor]:
     """The direction of the inner step for each bank, zero in the first blocks.
 
     For `sam` it is the gradient `sam_radius` along the plain one, over all four banks (Foret et al. 2021).
     """
     masters = [master.detach() for master in model.bank_parameters()]
-    gradients = _bank_gradients(model, inner, masters, config.freeze_blocks)
+    gradients = bank_gradients(model, inner, masters, config.freeze_blocks)
     if config.method != "sam":
         return gradients
     length = nn.utils.get_total_norm(gradients).clamp_min(1e-12)
     uphill = [m + g * (config.sam_radius / length) for m, g in zip(masters, gradients, strict=True)]
-    return _bank_gradients(model, inner, uphill, config.freeze_blocks)
+    return bank_gradients(model, inner, uphill, config.freeze_blocks)
 
 
-def _bank_gradients(model: GPT, batch: Batch, weights: list[Tensor], frozen: int) -> list[Tensor]:
+def bank_gradients(model: GPT, batch: Batch, weights: list[Tensor], frozen: int) -> list[Tensor]:
     """The loss's gradients by these banks, zero in the first `frozen` blocks; nothing else gets any."""
     gradients = [torch.zeros_like(weight) for weight in weights]
     banks = make_banks(_compute(model, weights), gradients)
