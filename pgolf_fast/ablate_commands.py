@@ -40,7 +40,8 @@ class _Ablate:
     interval: Literal["seeds", "documents"] | None = None
     """What intervals are over; default: seeds where there are several, else documents."""
     out: Path | None = None
-    """Folder of all runs; default runs/ablate_PRESET. The same command goes on where it was interrupted."""
+    """Folder of all runs; default runs/ablate_PRESET. The same command goes on where it was interrupted; one
+    with other flips takes over the runs that both have, and writes ablation.json and ablation.png anew."""
     workers: int | None = None
     """Runs at the same time; default: one on each GPU, or one. On a CPU they share its cores."""
 
@@ -54,6 +55,7 @@ def ablate(argv: list[str]) -> int:
     from pgolf_fast.ablation.plan import Budget, make_jobs, make_variants
     from pgolf_fast.ablation.processes import job_task, make_slots, run_tasks
     from pgolf_fast.data.source import open_source
+    from pgolf_fast.files import locked
     from pgolf_fast.train.world import devices
 
     if "WORLD_SIZE" in os.environ:
@@ -70,13 +72,20 @@ def ablate(argv: list[str]) -> int:
     jobs = make_jobs(variants, a.seeds, budgets, out, steps=a.steps, seconds=a.seconds)
     slots = make_slots(a.workers, devices(), timed="time" in budgets)
     data = fingerprint(open_source(a.config.data, a.config.model.vocab_size))
-    left = [job for job in jobs if prepare(job, data, a.scores)]
-    report.setup_logging()
-    report.logger.info(
-        "%d runs, %d of them finished; %d at a time", len(jobs), len(jobs) - len(left), len(slots)
-    )
-    failures = run_tasks([job_task(job.name, job.path) for job in left], slots)
-    _show(jobs, out, None if failures else a.interval)
+    busy = f"another pgolf ablate is at work in {out}: wait until it has ended, or choose another --out"
+    with locked(out / "ablation.lock", busy):
+        left = [job for job in jobs if prepare(job, data, a.scores)]
+        report.setup_logging()
+        report.logger.info(
+            "%d runs, %d of them finished; %d at a time", len(jobs), len(jobs) - len(left), len(slots)
+        )
+        if "steps" in budgets and len({variant.config.train.reptile for variant in variants}) > 1:
+            report.logger.warning(
+                "variants differ in train.reptile, whose steps read other numbers of tokens than plain ones, "
+                "so equal steps are not equal work: compare these by --budget time"
+            )
+        failures = run_tasks([job_task(job.name, job.path) for job in left], slots)
+        _show(jobs, out, None if failures else a.interval)
     if failures:
         raise PgolfError(
             f"{len(failures)} of {len(jobs)} runs failed, first {failures[0].name} ({failures[0].reason}); "

@@ -27,12 +27,12 @@ VOCAB = 384
 ALONE = World(0, 1, torch.device("cpu"))
 
 
-def make_dataset(folder: Path) -> Path:
-    """Shards and a tokenizer of VOCAB pieces, from the help topics of this Python."""
+def make_dataset(folder: Path, vocab: int = VOCAB) -> Path:
+    """Shards and a tokenizer of so many pieces, from the help topics of this Python."""
     from pydoc_data.topics import topics
 
     texts = [topics[name] for name in sorted(topics)][:40]
-    train_tokenizer(texts, VOCAB, folder / "tokenizer")
+    train_tokenizer(texts, vocab, folder / "tokenizer")
     tokenizer = Tokenizer.load(folder / "tokenizer.model")
     for split, part in (("train", texts[4:]), ("val", texts[:4])):
         ids = np.concatenate([tokenizer.encode_document(text) for text in part]).astype(np.uint16)

@@ -1,4 +1,4 @@
-"""Ablations: what is run, what is said about differences, and that nothing is run twice."""
+"""Ablations: what is said about differences, and that nothing is run twice."""
 
 import json
 import math
@@ -8,25 +8,23 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 from runs import make_dataset, pgolf, read_json, run_config, words
 
 from pgolf_fast import cli
-from pgolf_fast.ablate_commands import split_flips
 from pgolf_fast.ablation.job import documents, fingerprint, finished, prepare, run_job, step_times
-from pgolf_fast.ablation.plan import BASELINE, Job, make_jobs, make_variants, with_budget
+from pgolf_fast.ablation.plan import BASELINE, Job, make_jobs, make_variants
 from pgolf_fast.ablation.plot import draw_ablation, seed_differences
 from pgolf_fast.ablation.processes import Task, make_slots, run_tasks
 from pgolf_fast.ablation.statistics import over_documents, over_seeds
 from pgolf_fast.ablation.table import Run, make_rows, print_table, read_runs
-from pgolf_fast.config.flip import flip
-from pgolf_fast.config.presets import small, tiny
+from pgolf_fast.config.presets import tiny
 from pgolf_fast.data.source import open_source
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.seeds import student_quantile
+from pgolf_fast.files import locked
 from pgolf_fast.train.checkpoint import newest_checkpoint
 from pgolf_fast.train.run_folder import RunFolder
 
@@ -34,116 +32,6 @@ from pgolf_fast.train.run_folder import RunFolder
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return make_dataset(tmp_path_factory.mktemp("data"))
-
-
-# Flips
-
-
-def test_flip_reads_every_kind_of_field():
-    words = ("model.trigram=false", "train.meta=none", "optim.weight-decay=0.1", "train.warmdown_steps=7")
-    words += ("train.warmdown_fraction=off", "model.ve_layers=1,3", "quant.method=round", "data.path=7")
-    found = flip(tiny(), words)
-    assert found.model.trigram is False
-    assert found.train.meta is None
-    assert found.optim.weight_decay == 0.1
-    assert (found.train.warmdown_steps, found.train.warmdown_fraction) == (7, None)
-    assert found.model.ve_layers == (1, 3)
-    assert found.quant.method == "round"
-    assert found.data.path == "7"
-    assert flip(found, ["model.ve_layers=2"]).model.ve_layers == (2,)
-
-
-def test_flip_of_a_field_switches_its_group_on():
-    off = flip(tiny(), ["train.meta=none"])
-    assert flip(off, ["train.meta.every=8"]).train.meta.every == 8
-
-
-def test_fields_of_one_flip_need_to_fit_together_only():
-    """Without the table there is no trigram: one field alone is refused, in either order."""
-    both = flip(tiny(), ["model.bigram_vocab_size=0", "model.trigram=false"])
-    assert both.model.bigram_vocab_size == 0
-    with pytest.raises(PgolfError, match="needs a hash table"):
-        flip(tiny(), ["model.bigram_vocab_size=0"])
-
-
-@pytest.mark.parametrize(
-    ("word", "message"),
-    [
-        ("model.trigram", "is not FIELD=VALUE"),
-        ("model.trigam=false", "unknown field model.trigam: did you mean model.trigram"),
-        ("modell.trigram=false", "unknown field modell: did you mean model"),
-        ("model.trigram.x=1", "model.trigram is a value, not a group"),
-        ("model.trigram=maybe", "model.trigram is 'maybe'; it must be bool"),
-        ("train.log_every=2.5", "train.log_every is '2.5'; it must be int"),
-        ("train.log_every=0", "must be positive"),
-        ("model.trigram=none", "must be bool"),
-        ("train.meta=yes", r"train.meta is a group|is a group: set its fields .* or none"),
-        ("quant.method=best", "must be one of gptq, round"),
-    ],
-)
-def test_flip_refuses(word, message):
-    with pytest.raises(PgolfError, match=message):
-        flip(tiny(), [word])
-
-
-# The plan
-
-
-def test_runs_interleave_and_share_all_but_the_flip(tmp_path):
-    flips = [["model.trigram=false"], ["train.meta=none", "model.smear=false"]]
-    jobs = make_jobs(make_variants(tiny(), flips), (1, 2), ["steps", "time"], tmp_path, steps=9, seconds=3.0)
-    names = [BASELINE, "model.trigram=false", "train.meta=none+model.smear=false"]
-    assert [(j.seed, j.budget, j.variant) for j in jobs] == [
-        (seed, budget, name) for seed in (1, 2) for budget in ("steps", "time") for name in names
-    ]
-    assert jobs[0].path == tmp_path / "steps" / "baseline" / "seed1"
-    for job in jobs:
-        train = job.config.train
-        assert train.seed == job.seed
-        assert (train.schedule, train.max_seconds) == (
-            ("steps", None) if job.budget == "steps" else ("time", 3.0)
-        )
-        assert (train.steps == 9) == (job.budget == "steps")
-    by_name = {
-        job.variant: job.config for job in jobs if job.name.endswith("seed1") and job.budget == "steps"
-    }
-    plain = by_name[BASELINE]
-    assert by_name["model.trigram=false"] == replace(plain, model=replace(plain.model, trigram=False))
-
-
-@pytest.mark.parametrize(
-    ("flips", "message"),
-    [
-        ([], "nothing to compare"),
-        ([["model.trigram=true"]], "changes nothing: tiny has this already"),
-        ([["model.trigram=false"], ["model.trigram=False"]], "is the same as model.trigram=false"),
-        ([["train.seed=3"]], "train.seed is the same for all variants .give --seeds"),
-        ([["train.steps=3", "model.trigram=false"]], "give --steps"),
-        ([["data.val_tokens=100"]], "same text"),
-        ([["train.seq_len=128"]], "add eval.seq_len=256"),
-    ],
-)
-def test_variants_that_would_not_compare_are_refused(flips, message):
-    with pytest.raises(PgolfError, match=message):
-        make_variants(tiny(), flips)
-
-
-def test_a_budget_of_the_other_kind_must_be_given():
-    assert with_budget(tiny(), "steps").train.steps == 600
-    assert with_budget(small(), "time").train.max_seconds == 600
-    with pytest.raises(PgolfError, match="give --steps"):
-        with_budget(small(), "steps")
-    with pytest.raises(PgolfError, match="give --seconds"):
-        with_budget(tiny(), "time")
-    with pytest.raises(PgolfError, match="each once"):
-        make_jobs(make_variants(tiny(), [["model.trigram=false"]]), (1, 1), ["steps"], Path("x"))
-
-
-def test_words_of_flips():
-    argv = ["tiny", "--flip", "a=1", "b=2", "--seeds", "1", "2", "--flip=c=3", "--flip", "d=4"]
-    assert split_flips(argv) == (["tiny", "--seeds", "1", "2"], [["a=1", "b=2"], ["c=3"], ["d=4"]])
-    with pytest.raises(PgolfError, match="no FIELD=VALUE"):
-        split_flips(["tiny", "--flip", "--seeds", "1"])
 
 
 # Statistics
@@ -400,6 +288,47 @@ def test_more_scores_of_a_finished_run_do_not_train_it_again(data, tmp_path):
     (job.path / "model.pgolf").unlink()
     (job.path / "result.json").unlink()
     assert prepare(job, mark, "all")
+
+
+def test_a_job_that_an_earlier_version_prepared_goes_on(data, tmp_path):
+    """It lacks fields that came later; they have their defaults, as when it was trained."""
+    (job, other), mark = planned(data, tmp_path)
+    assert prepare(job, mark, "plain")
+    story = read_json(job.path / "job.json")
+    for name in ("z_loss", "reptile"):
+        del story["config"]["train"][name]
+    (job.path / "job.json").write_text(json.dumps(story))
+    assert prepare(job, mark, "plain")
+    with pytest.raises(PgolfError, match=r"variant was 'baseline' and is 'train.meta=none'"):
+        prepare(replace(job, variant=other.variant), mark, "plain")
+    story["config"]["train"]["seed"] = 7
+    (job.path / "job.json").write_text(json.dumps(story))
+    with pytest.raises(PgolfError, match=r"train\.seed was 7 and is 42"):
+        prepare(job, mark, "plain")
+
+
+def test_a_result_outlives_its_artifact_but_not_a_newer_one(tmp_path):
+    job = made_up_run(tmp_path, BASELINE, 1, 2.0)
+    assert finished(job) is not None  # deleted to save space
+    (job.path / "model.pgolf.stale").touch()
+    assert finished(job) is None
+
+
+def test_one_command_at_a_time_in_a_folder(data, tmp_path, capsys, monkeypatch):
+    """A second one is refused in a line, and what a step is worth in the Reptile phase is said in one."""
+    begun = []
+    monkeypatch.setattr("pgolf_fast.ablation.processes.run_tasks", lambda tasks, _: begun.append(tasks) or [])
+    out = tmp_path / "out"
+    arguments = ["ablate", "tiny", "--out", str(out), *words(run_config(data))]
+    with locked(out / "ablation.lock", "busy"):
+        assert cli.main([*arguments, "--flip", "model.trigram=false"]) == 2
+    assert f"another pgolf ablate is at work in {out}: wait" in capsys.readouterr().err
+    assert not begun
+    assert cli.main([*arguments, "--flip", "model.trigram=false"]) == 0
+    assert "equal steps" not in capsys.readouterr().err
+    assert cli.main([*arguments, "--flip", "train.reptile.share=0.5"]) == 0
+    assert "equal steps are not equal work: compare these by --budget time" in capsys.readouterr().err
+    assert len(begun) == 2
 
 
 def test_a_folder_of_something_else_is_left_alone(data, tmp_path):

@@ -9,7 +9,8 @@ from helpers import randomize_, tiny_config
 from torch import nn
 
 from pgolf_fast.config.presets import exp101, preset
-from pgolf_fast.config.schema import AverageConfig, OptimConfig, TrainConfig
+from pgolf_fast.config.schema import AverageConfig, OptimConfig, QATConfig, TrainConfig
+from pgolf_fast.errors import PgolfError
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.optim.average import WeightAverage
 from pgolf_fast.optim.muon import Muon
@@ -74,7 +75,29 @@ def test_linear_decay_of_pr_301():
         step = round(elapsed / 0.0497)
         assert schedule.multiplier(step, elapsed) == pytest.approx((600 - elapsed) / 994, rel=1e-3)
     assert schedule.multiplier(12072, 600.0) == 0
-    assert schedule.multiplier(round(480 / 0.0497), 481.0) < preset("pr301").train.qat.below
+
+
+@pytest.mark.parametrize("pace", [0.0497, 0.4], ids=["eight GPUs", "one GPU"])
+def test_qat_of_pr_301_is_the_last_fifth_of_the_time(pace):
+    schedule = Schedule(preset("pr301").train)
+    steps = [step for step in range(round(600 / pace)) if schedule.quantises(step, step * pace)]
+    assert steps == list(range(math.ceil(480 / pace), round(600 / pace)))
+
+
+def test_qat_of_pr_301_is_the_last_fifth_of_the_steps():
+    schedule = Schedule(preset("pr301_tiny").train)
+    assert [step for step in range(600) if schedule.quantises(step, 1.0)] == list(range(480, 600))
+
+
+def test_qat_is_switched_on_in_one_way():
+    assert not Schedule(TrainConfig(qat=None)).quantises(7499, 4799.0)
+    with pytest.raises(PgolfError, match=r"below is 0\.25 and .*from_share is 0\.8; give one and set"):
+        QATConfig(from_share=0.8)
+    with pytest.raises(PgolfError, match="give one and set the other to None"):
+        QATConfig(below=None)
+    for share in (-0.1, 1.0):
+        with pytest.raises(PgolfError, match=r"from_share is .*; it must be at least 0 and below 1"):
+            QATConfig(below=None, from_share=share)
 
 
 def test_adaptive_trigger_watches_every_hundredth_training_loss():

@@ -229,6 +229,46 @@ def test_the_script_alone_finds_the_same_scores(made, data, tmp_path, name):
     assert f"{preset(name).quant.tables} tables" in readme
 
 
+# The networks of --shrink tiny as they are, by the commands a person types
+
+
+@pytest.fixture(scope="module")
+def challenge_data(tmp_path_factory):
+    """With as many tokens in the vocabulary as the presets have."""
+    return make_dataset(tmp_path_factory.mktemp("data"), 1024)
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_commands_make_the_tiny_form_of_a_preset(challenge_data, tmp_path, name):
+    """Ten steps, in which every phase of it acts."""
+    out = str(tmp_path / "run")
+    settings = {"data.path": challenge_data, "data.val-tokens": 1024, "train.steps": 10}
+    settings |= {"train.lr-hold-steps": 2, "train.batch-tokens": 1024, "train.micro-batch-tokens": 1024}
+    settings |= {"quant.calibration-length": 32, "quant.calibration-sequences": 4}
+    words = [str(word) for flag, value in settings.items() for word in (f"--{flag}", value)]
+    assert cli.main(["train", name, "--shrink", "tiny", *words, "--out", out]) == 0
+    assert cli.main(["quantize", out]) == 0
+    assert cli.main(["pack", out]) == 0
+    assert cli.main(["eval", out, *(["--allow-illegal"] if name == ILLEGAL else [])]) == 0
+    folder = RunFolder(tmp_path / "run")
+    config, scores = folder.read_config(), read_json(folder.path / "scores_artifact.json")
+    assert config.model == preset(f"{name}_tiny").model
+    for score in ("non_overlapping", "sliding", "sliding_ttt"):
+        assert 0 < scores[score]["loss"] < math.log(1024)
+    rows = {kind: [row for row in folder.history() if row["kind"] == kind] for kind in ("step", "val")}
+    steps, reptile, meta = rows["step"], config.train.reptile, config.train.meta
+    assert len(steps) == 10
+    assert sum(row["reptile"] for row in steps) == (0 if reptile is None else 2)
+    assert any(row["meta_loss"] is not None for row in steps) == (meta is not None)
+    assert any(row["qat"] for row in steps) == (config.train.qat is not None)
+    if reptile is not None:  # it began from the average, and left it
+        after, average = rows["val"]
+        assert after["weights"] == "after Reptile"
+        assert after["loss"] != average["loss"]
+    if name == "pr301":
+        assert [row["step"] for row in steps if row["qat"]] == [9, 10]
+
+
 # What breaks the rules
 
 

@@ -40,7 +40,7 @@ from pgolf_fast.pipeline import (
     validation_stream,
 )
 from pgolf_fast.train.loop import train
-from pgolf_fast.train.run_folder import RunFolder
+from pgolf_fast.train.run_folder import RunFolder, stale
 
 Scores = Literal["plain", "sliding", "all"]
 PASSES: dict[Scores, tuple[str, ...]] = {
@@ -81,7 +81,7 @@ def prepare(job: Job, data: str, scores: Scores) -> bool:
     if known is None and job.path.is_dir() and any(job.path.iterdir()):
         raise PgolfError(f"{job.path} holds something else than this run: choose another --out")
     if known is not None:
-        _check_same(job, {name: value for name, value in known.items() if name != "scores"}, told)
+        _check_same(job, known, told)
     if (done := finished(job)) is not None and set(PASSES[scores]) <= set(done["scores"]):
         return False
     write_text(job.path / JOB, json.dumps({**told, "scores": scores}, indent=2) + "\n")
@@ -89,10 +89,12 @@ def prepare(job: Job, data: str, scores: Scores) -> bool:
 
 
 def _check_same(job: Job, known: dict[str, Any], told: dict[str, Any]) -> None:
-    if known == told:
-        return
+    """As configurations, not as JSON: what an earlier version wrote lacks the fields that came later."""
     before, now = (
-        {**dict(flatten(run_config_from_dict(story["config"]))), "data": story["data"]}
+        {
+            **{name: story[name] for name in ("budget", "variant", "seed", "data")},
+            **dict(flatten(run_config_from_dict(story["config"]))),
+        }
         for story in (known, told)
     )
     changed = [
@@ -100,10 +102,11 @@ def _check_same(job: Job, known: dict[str, Any], told: dict[str, Any]) -> None:
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name)
     ]
-    raise PgolfError(
-        f"{job.path} holds a run with other settings: {'; '.join(changed) or 'another variant'}. Choose "
-        "another --out, or give the settings it was made with"
-    )
+    if changed:
+        raise PgolfError(
+            f"{job.path} holds a run with other settings: {'; '.join(changed)}. Choose another --out, or "
+            "give the settings it was made with"
+        )
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -116,10 +119,15 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def finished(job: Job) -> dict[str, Any] | None:
-    """The result of a run; None while it has none, or where its artifact is not the one that was scored."""
+    """The result of a run; None while it has none, or where its artifact is not the one that was scored.
+
+    An artifact may be deleted to save space. One that was retired was replaced, and so is its result.
+    """
     result, artifact = _read(job.path / RESULT), RunFolder(job.path).artifact_file
-    if result is None or not artifact.is_file():
-        return result
+    if result is None:
+        return None
+    if not artifact.is_file():
+        return None if stale(artifact).is_file() else result
     return result if sizes(artifact).sha256 == result["artifact_sha256"] else None
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from pgolf_fast.config.flip import flip
+from pgolf_fast.config.flip import field_name, flip
 from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.config.serialize import flatten
 from pgolf_fast.errors import PgolfError
@@ -27,6 +27,7 @@ _SHARED = {
     "data.tokenizer": "all variants are scored on the same text",
     "data.val_tokens": "all variants are scored on the same text",
     "model.vocab_size": "all variants are scored on the same text",
+    "eval.repeat_tail": "all variants are scored on the same text",
 }
 
 
@@ -57,8 +58,8 @@ class Job:
 def make_variants(base: RunConfig, flips: Sequence[Sequence[str]]) -> list[Variant]:
     """The baseline, and for each flip the baseline with its FIELD=VALUE words set.
 
-    A variant is named by its words. Raises PgolfError for no flip, one that changes nothing, one given twice,
-    or one of a setting that all variants share.
+    A variant is named by its words, in one spelling. Raises PgolfError for no flip, one that changes nothing,
+    one given twice, or one of a setting that all variants share.
     """
     if not any(flips):
         raise PgolfError("nothing to compare: give --flip FIELD=VALUE, say --flip model.trigram=false")
@@ -66,12 +67,25 @@ def make_variants(base: RunConfig, flips: Sequence[Sequence[str]]) -> list[Varia
     for words in flips:
         config = flip(base, words)
         _check_flip(base, config, words)
-        name = "+".join(word.lstrip("-") for word in words).replace("/", "_")
         same = next((v.name for v in found if v.config == config), None)
         if same is not None:
             raise PgolfError(f"--flip {' '.join(words)} is the same as {same}: leave one out")
-        found.append(Variant(name, tuple(words), config))
+        found.append(Variant(_name(config, words), tuple(words), config))
     return found
+
+
+def _name(config: RunConfig, words: Sequence[str]) -> str:
+    """The fields that `words` set and their values: it names a folder, which another spelling must find."""
+    values = dict(flatten(config))
+    return "+".join(f"{name}={_spell(values[name])}" for name in map(field_name, words)).replace("/", "_")
+
+
+def _spell(value: object) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(_spell, value))
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
 def _check_flip(base: RunConfig, config: RunConfig, words: Sequence[str]) -> None:

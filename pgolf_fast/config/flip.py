@@ -18,15 +18,35 @@ def flip(config: RunConfig, words: Sequence[str]) -> RunConfig:
 
     A value is read as its field's type says: true or false, a number, a word, several with commas between,
     and none where the field may be off. Setting a field of a group that is off switches the group on. Raises
-    PgolfError for a word of another form, an unknown field, or values that are not allowed.
+    PgolfError for a word of another form, an unknown field, values that are not allowed, a field that is set
+    twice, or a group that is none and has a field set.
     """
     tree = run_config_to_dict(config)
+    given: dict[str, str] = {}
     for word in words:
         name, equals, text = word.partition("=")
         if not name or not equals:
             raise PgolfError(f"{word!r} is not FIELD=VALUE: write it like model.trigram=false")
-        _set(tree, name.lstrip("-").replace("-", "_"), text)
+        name = field_name(word)
+        _set(tree, name, text)
+        for other, before in given.items():
+            _check_apart(name, word, other, before)
+        given[name] = word
     return run_config_from_dict(tree)
+
+
+def field_name(word: str) -> str:
+    """The field that FIELD=VALUE sets: train.log_every of --train.log-every=5."""
+    return word.partition("=")[0].lstrip("-").replace("-", "_")
+
+
+def _check_apart(name: str, word: str, other: str, before: str) -> None:
+    if name == other:
+        raise PgolfError(
+            f"{before} and {word} set the same field: leave one out, or give each variant a --flip of its own"
+        )
+    if name.startswith(f"{other}.") or other.startswith(f"{name}."):
+        raise PgolfError(f"{before} and {word} contradict: a group that is none has no fields; leave one out")
 
 
 def _set(tree: dict[str, Any], name: str, text: str) -> None:

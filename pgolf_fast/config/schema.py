@@ -103,10 +103,23 @@ class AverageConfig:
 class QATConfig:
     """Late quantisation-aware training: fake int6 with straight-through gradients."""
 
-    below: float = 0.25
+    below: float | None = 0.25
     """Switch on once the learning-rate multiplier is below this."""
+    from_share: float | None = None
+    """Switch on after this share of the schedule, in what train.schedule is measured in, instead of below."""
     banks: bool = True
     """Quantise the four banks; False flips the flag with no effect on them, as the original did."""
+
+    def __post_init__(self) -> None:
+        need(
+            (self.below is None) != (self.from_share is None),
+            f"train.qat.below is {self.below} and train.qat.from_share is {self.from_share}; give one and "
+            "set the other to None",
+        )
+        need(
+            self.from_share is None or 0 <= self.from_share < 1,
+            f"train.qat.from_share is {self.from_share}; it must be at least 0 and below 1, or None",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +135,8 @@ class TrainConfig:
     batch_tokens: int = 786_432
     """Tokens of one optimiser step, over all ranks and micro-batches."""
     micro_batch_tokens: int = 98_304
-    """Tokens of one forward and backward on one rank; changes memory, not mathematics."""
+    """Tokens of one forward and backward on one rank; changes memory, not mathematics, unless train.meta is
+    on: a meta step is over one micro-batch, and its dilution is by their number."""
     seq_len: int = 2048
     """Training sequence length."""
     compute_dtype: Dtype = "auto"

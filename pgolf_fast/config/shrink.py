@@ -64,7 +64,7 @@ def shrink(base: RunConfig, size: str) -> RunConfig:
     qat, average = base.train.qat, base.average
     if base.train.warmdown_shape == "cosine":
         # the whole run is the decay: the base's threshold would spend a third of it in fake quantisation
-        qat = qat and replace(qat, below=0.05)
+        qat = qat and replace(qat, below=qat.below and 0.05)
         average = replace(average, swa_below=0.02)
     train = replace(
         base.train,

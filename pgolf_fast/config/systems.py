@@ -129,8 +129,7 @@ def pr301() -> RunConfig:
             base.train,
             warmdown_steps=20_000,
             z_loss=1e-4,
-            # the last fifth of a decay that begins at 0.6, as it is longer than the run
-            qat=QATConfig(below=0.12),
+            qat=QATConfig(below=None, from_share=0.8),
         ),
         optim=replace(
             base.optim,

@@ -44,6 +44,17 @@ class Schedule:
         done = min((position - start) / max(end - start, 1e-9), 1.0)
         return 1 - done if c.warmdown_shape == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
+    def quantises(self, step: int, elapsed: float) -> bool:
+        """Whether quantisation-aware training begins here, if it has not before."""
+        qat = self.config.qat
+        if qat is None:
+            return False
+        if qat.from_share is not None:
+            position, end, _ = self._position(step, elapsed)
+            return position >= qat.from_share * end
+        assert qat.below is not None
+        return self.multiplier(step, elapsed) < qat.below
+
     def over(self, step: int, elapsed: float) -> bool:
         """Whether the decay has come to its end, where the Reptile phase begins if there is one."""
         position, end, _ = self._position(step, elapsed)

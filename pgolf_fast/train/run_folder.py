@@ -14,6 +14,11 @@ from pgolf_fast.errors import PgolfError
 from pgolf_fast.files import write_text
 
 
+def stale(product: Path) -> Path:
+    """What `RunFolder.retire` renames a file to."""
+    return product.with_name(f"{product.name}.stale")
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """Paths inside a run folder."""
@@ -79,9 +84,10 @@ class RunFolder:
         """Rename what was made of weights that are now replaced to NAME.stale: it is not theirs."""
         for product in products:
             if product.is_file():
-                stale = product.with_name(f"{product.name}.stale")
-                product.replace(stale)
-                report.logger.info("%s was made of other weights and is now %s", product.name, stale.name)
+                product.replace(stale(product))
+                report.logger.info(
+                    "%s was made of other weights and is now %s", product.name, stale(product).name
+                )
 
     def write_config(self, config: RunConfig) -> None:
         write_text(self.config_file, json.dumps(run_config_to_dict(config), indent=2) + "\n")

@@ -151,12 +151,10 @@ class Trainer:
         On the CPU a number that is not finite raises NonFiniteError before any update; on a GPU the update is
         made, and `PendingStep.result` raises.
         """
-        train = self.config.train
         if self.reptile is not None and (self.in_reptile or self.schedule.over(self.step, self.elapsed)):
             return self._outer_step(self.reptile)
         multiplier = self.schedule.multiplier(self.step, self.elapsed)
-        if train.qat is not None and multiplier < train.qat.below:
-            self.qat = True
+        self.qat = self.qat or self.schedule.quantises(self.step, self.elapsed)
         loss, tokens, targets = self._accumulate()
         meta_loss = self._meta(multiplier, tokens, targets)
         self._mask_frozen_skips()
