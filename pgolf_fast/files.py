@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +43,8 @@ def locked(path: Path, busy: str) -> Iterator[None]:
 
     Raises PgolfError with the line `busy` while another process holds it.
     """
+    import fcntl  # not everywhere, and needed by no other function
+
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as handle:
         try:
