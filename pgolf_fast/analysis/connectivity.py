@@ -40,10 +40,9 @@ def connectivity_findings(subjects: Sequence[Subject], options: Options) -> list
     for a, b in pairs(subjects):
         findings += [published(a, b), expected(a, b)]
         name = f"loss from {a.name} to {b.name}"
-        if isinstance(validation, str):
-            findings.append(unmeasured(name, validation))
-            continue
         try:
+            if isinstance(validation, str):
+                raise PgolfError(validation)
             findings.append(corrected(a, b, name, validation, options))
         except PgolfError as error:
             findings.append(unmeasured(name, str(error)))

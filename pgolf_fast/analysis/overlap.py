@@ -123,7 +123,7 @@ def corrected(a: Subject, b: Subject) -> Finding:
         "corrected",
         "Shows whether the strongest outputs and inputs of the same matrix lie in a common subspace more "
         "than random ones would; cannot show why (a common initial draw or data set is enough), and compares "
-        "hidden channels and heads (outputs of the MLP's first matrix and of Q, K and V, inputs of its second "
+        "hidden channels and heads (outputs of the MLP's first matrix and of Q, K, V, inputs of its second "
         "and of attention's projection) only in the order they happen to have.",
         ("bank", "side", "slots", "directions", "of", "mean cosine²", "spread", "if random"),
         rows,

@@ -37,13 +37,13 @@ def surface_findings(subjects: Sequence[Subject], options: Options) -> list[Find
     The second needs tokens, and says what it lacks. Raises PgolfError for data that was asked for and cannot
     be read.
     """
-    validation, name = validation_or_why(subjects, options), "curvature of the loss"
-    if isinstance(validation, str):
-        return [published(subjects), unmeasured(name, validation)]
+    first, validation = published(subjects), validation_or_why(subjects, options)
     try:
-        return [published(subjects), *corrected(subjects, validation, options)]
+        if isinstance(validation, str):
+            raise PgolfError(validation)
+        return [first, *corrected(subjects, validation, options)]
     except PgolfError as error:
-        return [published(subjects), unmeasured(name, str(error))]
+        return [first, unmeasured("curvature of the loss", str(error))]
 
 
 def published(subjects: Sequence[Subject]) -> Finding:
@@ -128,8 +128,8 @@ def _curvature(found: dict[str, Any], targets: int, options: Options) -> Finding
         "curvature of the loss",
         "corrected",
         f"Shows how sharply the mean loss of {targets:,} validation targets bends at the weights: the "
-        f"Hessian's trace (± standard error, {options.probes} random vectors) and extreme eigenvalues after "
-        f"{options.lanczos_steps} Lanczos steps (lower bounds of the largest, an upper bound of the smallest; "
+        f"Hessian's trace (± standard error, {options.probes} random vectors) and extreme eigenvalues by "
+        f"{options.lanczos_steps} Lanczos steps (lower bounds of the largest, upper bound of the smallest; "
         "within ± the residual lies some eigenvalue, not always that one; ? marks residuals above "
         f"{CONVERGED:.0%}); cannot show which model generalises, as rescaling weights that a norm follows "
         "changes curvature and not the function.",
