@@ -269,6 +269,19 @@ def test_published_overlap_is_between_left_singular_vectors_of_flattened_banks()
     assert same == {"mean_cosine": pytest.approx(1), "aligned": 1}
 
 
+def test_names_in_pictures_are_text():
+    from matplotlib.figure import Figure
+
+    from pgolf_fast.drawing import label
+
+    axes = Figure().subplots()
+    names = ("a$_$b", "_c", "plain")
+    for name in names:
+        axes.plot([0, 1], [0, 1], label=label(name))
+    shown = [text.get_text() for text in axes.legend().get_texts()]
+    assert [text.strip().replace(r"\$", "$") for text in shown] == list(names)
+
+
 def test_overlap_of_slots_beside_that_of_random_subspaces():
     a, b = banks("a", 22), banks("b", 22, 1)
     for name, sides in overlap.corrected(a, b).values.items():

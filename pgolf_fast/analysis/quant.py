@@ -86,8 +86,12 @@ def calibrate(
     elif tokenizer is None or subject.config is None:
         return None, validation
     else:
-        model = subject.model(byte_table(tokenizer), options.device)
-        text = self_generate(model, subject.config.quant, subject.config.train.seq_len)
+        model, length = subject.model(byte_table(tokenizer), options.device), subject.config.train.seq_len
+        ids = torch.arange(min(length, model.config.vocab_size), device=options.device)
+        with torch.no_grad():  # drawing from what is not finite is an error of another kind
+            if not bool(model.logits(ids[None]).isfinite().all()):
+                return None, str(diverged(subject.name, "logits"))
+        text = self_generate(model, subject.config.quant, length)
         how = f"{text.numel():,} tokens the model wrote itself"
     hessians = collect_hessians(model, text)
     if not all(bool(hessian.isfinite().all()) for hessian in hessians.values()):
@@ -219,7 +223,7 @@ def _errors(bank: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def _percent(share: float | None) -> str:
-    return NONE if share is None else f"{share:.3%}"
+    return number(share, ".3%")
 
 
 def _paint(axes: list[Axes], names: list[str], found: dict[str, Any]) -> None:
