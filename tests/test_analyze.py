@@ -179,15 +179,29 @@ def test_what_is_written_goes_to_others(runs, tmp_path, monkeypatch, capsys):
     assert (old.exists(), own.exists()) == (False, True)
 
 
-def test_names_are_not_markup_of_pictures(runs, tmp_path, capsys, recwarn, monkeypatch):
-    """Dollar signs are no mathematics, and a leading underscore hides nothing."""
-    monkeypatch.setattr("pgolf_fast.drawing.DPI", 20)
+def test_names_are_not_markup_of_pictures(runs, tmp_path, monkeypatch, capsys):
+    """Dollar signs are no mathematics, and a leading underscore hides nothing from a legend."""
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+    seen = []
+
+    def texts(paint, size, dark=False):
+        figure = Figure(size)
+        paint(figure)
+        seen.append([text.get_text() for text in figure.findobj(Text)])
+        return b""
+
+    monkeypatch.setattr("pgolf_fast.analysis.plots.png", texts)
     for name, folder in zip(("a$_$b", "_c"), runs, strict=False):
         shutil.copytree(folder.path, tmp_path / name)
-    only = ("quant", "spectra", "connectivity", "losses")
+    only = ("quant", "spectra", "connectivity", "surface", "losses")
     paths = (tmp_path / "a$_$b", tmp_path / "_c")
     assert run(*paths, "--only", *only, "--out", tmp_path / "out", *QUICK, capsys=capsys)[0] == 0
-    assert not [w for w in recwarn if "legend" in str(w.message)]
+    assert len(seen) == 2 * 6
+    for picture in seen:
+        for shown in (r"a\$_\$b", " _c"):
+            assert any(text.startswith(shown) for text in picture), picture
 
 
 def test_triangle_of_three_runs(runs, tmp_path, capsys):
