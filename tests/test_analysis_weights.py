@@ -359,8 +359,9 @@ def test_triangle_that_is_not_equilateral():
 
 
 def test_between_models_that_are_the_same_there_is_no_direction():
-    length = 1e4
-    rounded = torch.tensor([[1.0, 1 - 2e-16, 0.3], [1 - 2e-16, 1.0, 0.3], [0.3, 0.3, 1.0]]).double() * length
+    near = 1 - 2e-16
+    products = [[1.0, near, 0.3], [near, 1.0, 0.3], [0.3, 0.3, 1.0]]
+    rounded = 1e4 * torch.tensor(products, dtype=torch.float64)
     assert triangle.angle_at(rounded, 0, 1, 2) is None
     assert triangle.angle_at(rounded, 2, 0, 1) == pytest.approx(0, abs=1e-6)
 
