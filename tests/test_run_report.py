@@ -17,7 +17,7 @@ from pgolf_fast.audit.check import Check, Finding
 from pgolf_fast.config.presets import tiny
 from pgolf_fast.config.ttt import TTTConfig
 from pgolf_fast.evaluation.plots import paint_parts
-from pgolf_fast.loss_curve import paint_training
+from pgolf_fast.loss_curve import draw_loss_curve, paint_training
 from pgolf_fast.reporting.pace import pace_rows, step_seconds
 from pgolf_fast.tensor_file import load_tensors, save_tensors
 from pgolf_fast.train.loop import train
@@ -414,3 +414,8 @@ def test_a_spike_does_not_flatten_the_loss_curve():
         low, high = one.axes[0].get_ylim()
         assert 2.5 < low < 3.0
         assert 7.0 < high < 7.5
+
+
+def test_the_name_of_a_run_is_no_mathematics(run):
+    odd = RunFolder(run.path.rename(run.path.parent / "a$_$b"))
+    assert draw_loss_curve(odd).read_bytes().startswith(b"\x89PNG")
