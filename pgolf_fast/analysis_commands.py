@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +19,7 @@ from pgolf_fast.analysis.options import Options
 from pgolf_fast.analysis.plots import DARK
 from pgolf_fast.analysis.registry import ANALYSES, check_names, lacking
 from pgolf_fast.analysis.subject import Subject, Weights, open_subjects
+from pgolf_fast.analysis.tables import unmeasured
 from pgolf_fast.arguments import existing, parse
 from pgolf_fast.cli import print_out
 from pgolf_fast.config.presets import preset
@@ -150,7 +151,12 @@ def _write(
     done: Sequence[_Done],
     left_out: Mapping[str, str],
 ) -> None:
+    """All files; the pictures of an earlier analysis in the same folder go."""
     out.mkdir(parents=True, exist_ok=True)
+    for old in (file for name in ANALYSES for file in out.glob(f"{name}_[0-9]*_*.png")):
+        old.unlink()
+    done = [replace(one, findings=[_portable(finding) for finding in one.findings]) for one in done]
+    left_out = {name: html_page.portable(why) for name, why in left_out.items()}
     analyses: dict[str, Any] = {}
     for one in done:
         found = []
@@ -162,11 +168,26 @@ def _write(
             table = {"header": finding.header, "rows": finding.rows}
             found.append({**story, **table, "values": finding.values, "plots": files})
         analyses[one.name] = {"seconds": one.seconds, "findings": found}
-    settings = {key: v if isinstance(v, int) else str(v) for key, v in vars(options).items() if v is not None}
-    models = [{"name": s.name, "path": str(s.path), "parameters": _parameters(s)} for s in subjects]
-    tree = {"models": models, "options": settings, "analyses": analyses, "left_out": dict(left_out)}
+    settings = {
+        key: _last(value) if isinstance(value, Path) else value if isinstance(value, int) else str(value)
+        for key, value in vars(options).items()
+        if value is not None
+    }
+    models = [{"name": s.name, "file": _last(s.path), "parameters": _parameters(s)} for s in subjects]
+    tree = {"models": models, "options": settings, "analyses": analyses, "left_out": left_out}
     write_text(out / "analysis.json", json.dumps(_plain(tree), indent=1, allow_nan=False) + "\n")
     write_text(out / "report.html", _page(subjects, done, left_out))
+
+
+def _portable(finding: Finding) -> Finding:
+    """The same, without the folders of this machine where it says why something was not measured."""
+    reason = finding.values.get("not_measured")
+    return finding if reason is None else unmeasured(finding.name, html_page.portable(reason))
+
+
+def _last(path: Path) -> str:
+    """Of a path its last part: the rest is about this machine."""
+    return path.resolve().name
 
 
 def _parameters(subject: Subject) -> int:
@@ -183,8 +204,8 @@ def _plain(value: Any) -> Any:
 
 
 def _page(subjects: Sequence[Subject], done: Sequence[_Done], left_out: Mapping[str, str]) -> str:
-    rows = tuple((s.name, str(s.path), f"{_parameters(s):,}") for s in subjects)
-    models = html_page.Table(("model", "path", "parameters"), rows)
+    rows = tuple((s.name, _last(s.path), f"{_parameters(s):,}") for s in subjects)
+    models = html_page.Table(("model", "file or folder", "parameters"), rows)
     sections = [html_page.Section("Models", tables=(models,))]
     sections += [_section(finding) for one in done for finding in one.findings]
     if left_out:

@@ -62,6 +62,11 @@ def figure(paint: Paint, size: tuple[float, float], *, alt: str, caption: str = 
     return html_page.Figure(png(paint, size), png(paint, size, dark=True), caption=caption, alt=alt)
 
 
+def label(name: str) -> str:
+    """A name of the user's, as text that matplotlib shows: no $mathematics$, nor hidden for a leading _."""
+    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
+
+
 def _style(dark: bool) -> dict[str, object]:
     from matplotlib.rcsetup import cycler
 

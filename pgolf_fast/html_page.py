@@ -67,6 +67,11 @@ def page(title: str, sections: Sequence[Section], note: str = "") -> str:
     )
 
 
+def portable(text: str) -> str:
+    """Text without where things lie on this machine: of absolute paths only the last part."""
+    return re.sub(r"(^|[\s('\"`])/(?:[^\s/]+/)*(?=[^\s/])", r"\1", text)
+
+
 def _section(anchor: str, section: Section) -> str:
     parts = [
         f'<section id="{anchor}" aria-labelledby="{anchor}h"><h2 id="{anchor}h">{_head(section)}</h2>',

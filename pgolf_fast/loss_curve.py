@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pgolf_fast import report
-from pgolf_fast.drawing import write_png
+from pgolf_fast.drawing import label, write_png
 from pgolf_fast.train.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def draw_loss_curve(folder: RunFolder) -> Path | None:
 
     def paint(figure: Figure) -> None:
         paint_training(figure, steps, [row for row in rows if row["kind"] == "val"])
-        figure.suptitle(folder.path.name)
+        figure.suptitle(label(folder.path.resolve().name))
 
     return write_png(folder.path / "loss.png", paint, (8, 4.5), "loss curve")
 

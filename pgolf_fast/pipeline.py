@@ -200,7 +200,7 @@ def score_run(
         model = float_model(folder, config, world)
         config = _unquantised(config)
     stream = validation_stream(folder, config, world.device)
-    result = folder.path / f"scores_{weights}.json"
+    result = folder.scores_file(weights)
     tree, resume = run_config_to_dict(config), None
     if config.eval.checkpoint_minutes is not None:
         shaping = [*(tree[group] for group in ("eval", "ttt", "quant", "kernels")), digest]
@@ -284,7 +284,7 @@ def sweep_run(
             "settings": {name: dataclasses.asdict(ttt) for name, ttt in adapters.items()},
             "illegal": {name: ttt.illegal for name, ttt in adapters.items() if ttt.illegal},
         }
-        write_text(folder.path / "ttt_sweep.json", json.dumps(story, indent=2) + "\n")
+        write_text(folder.sweep_file, json.dumps(story, indent=2) + "\n")
     return found
 
 

@@ -10,6 +10,7 @@ import tyro
 
 from pgolf_fast.arguments import existing, parse
 from pgolf_fast.cli import print_out
+from pgolf_fast.errors import PgolfError
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,13 @@ def report_run(argv: list[str]) -> int:
     arguments = parse("report", _Report, argv)
     folder = RunFolder(existing(arguments.run, "run folder"))
     folder.read_config()
-    status = audit([str(folder.path)]) if arguments.audit else 0
+    status = 0
+    if arguments.audit:
+        try:
+            status = audit([str(folder.path)])
+        except PgolfError as error:  # a run that is not packed yet has a page all the same
+            print_out(f"not audited: {error}")
+            status = 2
     path = write_report(folder, arguments.out or folder.path / "report.html")
     print_out(f"wrote {path}")
     return status

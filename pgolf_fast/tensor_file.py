@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,12 +36,23 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], story: dict[str, Any]) 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The inverse of `save_tensors`. Raises PgolfError for a file that is not one."""
+    with _opened(path) as (handle, story):
+        return {name: handle.get_tensor(name) for name in handle.keys()}, story  # noqa: SIM118 - not a dict
+
+
+def load_story(path: Path) -> dict[str, Any]:
+    """The story alone, without reading the tensors. Raises PgolfError as `load_tensors`."""
+    with _opened(path) as (_, story):
+        return story
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as handle:
-            story = json.loads((handle.metadata() or {}).get("story", "{}"))
-            return {name: handle.get_tensor(name) for name in handle.keys()}, story  # noqa: SIM118 - not a dict
+            yield handle, json.loads((handle.metadata() or {}).get("story", "{}"))
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise PgolfError(
             f"{path} cannot be read as tensors: it is damaged or another kind of file ({error})"

@@ -93,6 +93,27 @@ def test_identical_and_orthogonal_models():
     assert connectivity.published(left, right).values["ratio"] == pytest.approx(math.sqrt(0.5))
 
 
+def test_opposite_models_have_a_middle_of_no_length():
+    """Their cosine is -1, whatever rounding makes of it."""
+    for seed in range(4):
+        a = subject("a", seed)
+        b = Subject("b", Path("b"), {n: -t for n, t in a.state.items()}, None, None)
+        for part in connectivity.expected(a, b).values.values():
+            assert part["cosine"] == pytest.approx(-1)
+            assert [part["ratio"], part["from_cosine"]] == pytest.approx([0, 0], abs=1e-6)
+
+
+def test_a_slot_of_zeros_keeps_its_place(two):
+    state = {n: t.clone() for n, t in two[0].state.items()}
+    state["qo_bank"][1] = 0
+    found = deltas.corrected(Subject("a", Path("a"), state, None, None), two[1])
+    whole = deltas.corrected(*two).values["qo_bank"]
+    for key in ("cosine_by_slot", "relative_l2_by_slot", "relative_l2_if_independent"):
+        values = found.values["qo_bank"][key]
+        assert values == [None if slot == 1 else v for slot, v in enumerate(whole[key])]
+    assert found.plots["cosines"].startswith(b"\x89PNG")
+
+
 def test_published_connectivity_is_sums_of_norms(two):
     found = connectivity.published(*two).values
     a, b = ({n: t.numpy().astype(np.float64) for n, t in s.state.items()} for s in two)
@@ -138,6 +159,16 @@ def test_published_rounding_is_the_formula(two):
         sizes = [m.numel() for m in own]
         weighted = sum(e * n for e, n in zip(errors, sizes, strict=True)) / sum(sizes)
         assert found[s.name]["mean_mse"] == pytest.approx(weighted)
+
+
+def test_rounding_of_models_of_different_shapes_has_no_ratio(two):
+    other = subject("c", model_dim=64)
+    found = quant.published([two[0], other])
+    assert "No ratios: qo_bank is (8, 32, 32) in a and (8, 64, 64) in c: only models of one" in found.shows
+    assert found.header == ("bank", "a", "c")
+    assert "ratio" in quant.published(two).header
+    assert "No ratios" not in quant.published(two).shows
+    assert "No ratios" not in quant.published([*two, other]).shows
 
 
 def test_rounding_by_row_is_finer_and_weighted_errors_are_those_of_outputs(two):
@@ -232,8 +263,23 @@ def test_published_overlap_is_between_left_singular_vectors_of_flattened_banks()
         cosines = np.linalg.svd(left[0].T @ left[1], compute_uv=False)
         assert part["mean_cosine"] == pytest.approx(cosines.mean())
         assert part["aligned"] == (cosines > 0.9).mean()
+    assert "strongest in a bank (5 of 22, 2 of 11)" in overlap.published(a, b).shows
+    assert "strongest in a bank (2 of 8, 1 of 4)" in overlap.published(subject("a"), subject("b")).shows
     same = overlap.published(a, a).values["mean"]
     assert same == {"mean_cosine": pytest.approx(1), "aligned": 1}
+
+
+def test_names_in_pictures_are_text():
+    from matplotlib.figure import Figure
+
+    from pgolf_fast.drawing import label
+
+    axes = Figure().subplots()
+    names = ("a$_$b", "_c", "plain")
+    for name in names:
+        axes.plot([0, 1], [0, 1], label=label(name))
+    shown = [text.get_text() for text in axes.legend().get_texts()]
+    assert [text.strip().replace(r"\$", "$") for text in shown] == list(names)
 
 
 def test_overlap_of_slots_beside_that_of_random_subspaces():
@@ -310,6 +356,14 @@ def test_triangle_that_is_not_equilateral():
     assert not triangle.published(three).values["near_equilateral"]
     angles = triangle.corrected(three).values["banks"]
     assert angles["c"]["degrees"] < 30 < angles["c"]["if_independent"]
+
+
+def test_between_models_that_are_the_same_there_is_no_direction():
+    near = 1 - 2e-16
+    products = [[1.0, near, 0.3], [near, 1.0, 0.3], [0.3, 0.3, 1.0]]
+    rounded = 1e4 * torch.tensor(products, dtype=torch.float64)
+    assert triangle.angle_at(rounded, 0, 1, 2) is None
+    assert triangle.angle_at(rounded, 2, 0, 1) == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pages import check_page
 from runs import make_dataset, read_json, run_config
 
 from pgolf_fast.analysis import connectivity, quant, surface
@@ -145,7 +146,62 @@ def test_analyses_of_two_runs(runs, tmp_path, capsys):
             assert finding["name"].replace("&", "&amp;") in page
             for file in finding["plots"].values():
                 assert (out / file).read_bytes().startswith(b"\x89PNG")
-    assert "http" not in page.replace("http-equiv", "").replace("http://www.w3.org", "")
+    check_page(page)
+
+
+def test_what_is_written_goes_to_others(runs, tmp_path, monkeypatch, capsys):
+    """No folder of this machine in page and JSON, and no picture of what stood there before."""
+    few = {name: ANALYSES[name] for name in ("surface", "losses")}
+    monkeypatch.setattr("pgolf_fast.analysis_commands.ANALYSES", few)
+    config, bare, out = runs[1].read_config(), tmp_path / "bare.safetensors", tmp_path / "out"
+    save_tensors(bare, open_subject(runs[0].path).state, {})
+    shutil.copytree(runs[1].path, tmp_path / "moved")
+    moved = replace(config, data=replace(config.data, path=str(tmp_path / "gone")))
+    RunFolder(tmp_path / "moved").write_config(moved)
+    out.mkdir()
+    old, own = out / "surface_2_trace_dark.png", out / "surface.png"
+    for file in (old, own):
+        file.write_bytes(b"")
+    given = ["--data.path", config.data.path]
+    for models, more, reason in (
+        ([tmp_path / "moved"], [], "data folder gone does not exist"),
+        ([tmp_path / "moved", bare], given, "bare.safetensors does not say which network it is"),
+    ):
+        status, printed, _ = run(*models, *more, "--out", out, *QUICK, capsys=capsys)
+        assert status == 0
+        assert f"{tmp_path}/{reason.split()[-4]}" in printed or str(bare) in printed
+        page = (out / "report.html").read_text(encoding="utf-8")
+        assert check_page(page).headings[-1] == "Left out"
+        for text in (page, (out / "analysis.json").read_text(encoding="utf-8")):
+            assert text.count(reason) >= 2
+            assert str(tmp_path) not in text
+            assert config.data.path not in text
+    assert (old.exists(), own.exists()) == (False, True)
+
+
+def test_names_are_not_markup_of_pictures(runs, tmp_path, monkeypatch, capsys):
+    """Dollar signs are no mathematics, and a leading underscore hides nothing from a legend."""
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+    seen = []
+
+    def texts(paint, size, dark=False):
+        figure = Figure(size)
+        paint(figure)
+        seen.append([text.get_text() for text in figure.findobj(Text)])
+        return b""
+
+    monkeypatch.setattr("pgolf_fast.analysis.plots.png", texts)
+    for name, folder in zip(("a$_$b", "_c"), runs, strict=False):
+        shutil.copytree(folder.path, tmp_path / name)
+    only = ("quant", "spectra", "connectivity", "surface", "losses")
+    paths = (tmp_path / "a$_$b", tmp_path / "_c")
+    assert run(*paths, "--only", *only, "--out", tmp_path / "out", *QUICK, capsys=capsys)[0] == 0
+    assert len(seen) == 2 * 6
+    for picture in seen:
+        for shown in (r"a\$_\$b", " _c"):
+            assert any(text.startswith(shown) for text in picture), picture
 
 
 def test_triangle_of_three_runs(runs, tmp_path, capsys):
@@ -259,6 +315,75 @@ def test_calibration_on_text_the_model_writes(runs, tmp_path):
     assert how == "96 validation tokens"
     with pytest.raises(PgolfError, match="nowhere"):
         quant.calibrate(one, Options(data=Path("nowhere")))
+
+
+def test_published_forms_need_no_network(runs, tmp_path, capsys):
+    """Where one model is not identified, or is another network, only what needs that is left out."""
+    one, two = open_subjects([folder.path for folder in runs[:2]])
+    bare = replace(two, config=None)
+    given = Path(one.known().data.path)
+    options = Options(data=given, tokens=64, curvature_tokens=32, probes=2, lanczos_steps=2)
+    for pair in ([one, bare], [bare, one]):
+        line = connectivity.connectivity_findings(pair, options)
+        curved = surface.surface_findings(pair, options)
+        assert [finding.form for finding in line] == ["published", "corrected", "corrected"]
+        assert [len(finding.rows) > 0 for finding in (*line, *curved)] == [True, True, False, True, False]
+        for finding in (line[-1], curved[-1]):
+            assert "name its preset with --preset" in finding.shows
+    config = two.known()
+    other = replace(two, config=replace(config, model=replace(config.model, pos_conditional=False)))
+    line = connectivity.connectivity_findings([one, other], options)
+    assert "one and two are different networks" in line[-1].shows
+
+
+def test_models_of_different_windows_are_not_compared(runs):
+    """Each order of the models would give other losses."""
+    one, two = open_subjects([folder.path for folder in runs[:2]])
+    config = two.known()
+    longer = replace(two, config=replace(config, train=replace(config.train, seq_len=64)))
+    for pair in ([one, longer], [longer, one]):
+        with pytest.raises(PgolfError, match=r"windows of \d+ tokens, \w+ of \d+: their losses"):
+            open_validation(pair, Options())
+        found = surface.surface_findings(pair, Options(data=Path(config.data.path)))
+        assert "losses do not compare" in found[-1].shows
+    # rounding errors are of each alone, on texts that are named
+    how = quant.quant_findings([one, longer], Options(calibration_tokens=64))[-1].values["calibration"]
+    assert how == "one: 64 validation tokens; two: 128 tokens the model wrote itself"
+
+
+def test_a_model_that_diverged_to_finite_weights_is_named(runs, tmp_path, capsys):
+    shutil.copytree(runs[0].path, tmp_path / "wild")
+    state = open_subject(runs[0].path).state
+    for name in ("mlp_up_bank", "mlp_down_bank"):
+        state[name] *= 1e20
+    save_tensors(tmp_path / "wild/model.safetensors", state, {})
+    for name in ("losses", "hash"):
+        status, _, error = run(tmp_path / "wild", "--only", name, "--out", tmp_path, *QUICK, capsys=capsys)
+        assert status == 2
+        assert "wild: its losses are not finite, it has diverged: use an earlier checkpoint" in error
+    only = ("--only", "quant", "connectivity", "surface")
+    paths = tmp_path / "wild", runs[1].path
+    status, printed, _ = run(*paths, *only, "--out", tmp_path, *QUICK, capsys=capsys)
+    assert status == 0
+    assert "no calibration: wild: its Hessians are not finite" in printed
+    assert "wild to two: its losses are not finite" in printed
+    assert "nan" not in printed
+    config = runs[0].read_config()
+    RunFolder(tmp_path / "wild").write_config(replace(config, data=replace(config.data, path="/gone")))
+    why = quant.calibrate(open_subject(tmp_path / "wild"), Options())[1]
+    assert "wild: its logits are not finite" in why
+
+
+def test_a_preset_wins_over_the_folder_that_a_file_lies_in(runs, tmp_path):
+    shutil.copytree(runs[0].path, tmp_path / "other")
+    state, config = open_subject(runs[1].path).state, runs[1].read_config()
+    file = tmp_path / "other/stray.pt"
+    torch.save(state, file)
+    named = replace(config, name="named")
+    assert open_subject(file).config == config
+    assert open_subject(file, config=named).config == named
+    for says in (tmp_path / "other", tmp_path / "other/model.safetensors"):
+        assert open_subject(says, config=named).config == config
 
 
 def test_models_are_calibrated_on_one_text_or_each_is_named_with_its_own(runs, tmp_path):

@@ -8,6 +8,7 @@ from helpers import randomize_, tiny_config
 
 from pgolf_fast import ops
 from pgolf_fast.analysis.curvature import LossSurface, extremes, random_signs, trace
+from pgolf_fast.analysis.surface import _eigenvalue
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.ops import reference
 
@@ -132,6 +133,24 @@ def test_extreme_eigenvalues_are_those_of_the_exact_hessian(surface, exact):
     (early,), _ = extremes(surface.product, start, 4)
     assert early.error > 10 * top.error
     assert float((values - early.value).abs().min()) <= 1.001 * early.error
+
+
+def test_eigenvalues_are_bounds_and_marked_until_they_have_converged():
+    """Outliers beside a dense bulk: after few steps the truth may lie far outside of ±."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.cat([torch.linspace(-0.7, 1, 2000).double(), torch.tensor([8.0, 20, 60]).double()])
+    start = torch.randn(len(values), generator=generator).double()
+    true = values.sort(descending=True).values
+    marks = {}
+    for steps in (4, 40):
+        top, bottom = extremes(lambda v: values * v, start, steps, 3)
+        assert all(found.value <= float(value) + 1e-9 for found, value in zip(top, true, strict=False))
+        assert bottom.value >= float(true[-1]) - 1e-9
+        marks[steps] = [_eigenvalue(vars(found)).endswith("?") for found in (*top, bottom)]
+    assert marks[4][2:] == [True, True]
+    assert marks[40][:3] == [False] * 3
+    early, _ = extremes(lambda v: values * v, start, 4, 3)
+    assert abs(early[2].value - 8) > early[2].error, "the residual is no bound on how far off it is"
 
 
 def test_lanczos_ends_where_the_space_does():

@@ -5,6 +5,7 @@ import math
 import shutil
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 from pages import browser, check_page, visit
@@ -15,8 +16,10 @@ from pgolf_fast.artifact.container import sizes
 from pgolf_fast.audit.check import Check, Finding
 from pgolf_fast.config.presets import tiny
 from pgolf_fast.config.ttt import TTTConfig
-from pgolf_fast.loss_curve import paint_training
+from pgolf_fast.evaluation.plots import paint_parts
+from pgolf_fast.loss_curve import draw_loss_curve, paint_training
 from pgolf_fast.reporting.pace import pace_rows, step_seconds
+from pgolf_fast.tensor_file import load_tensors, save_tensors
 from pgolf_fast.train.loop import train
 from pgolf_fast.train.run_folder import RunFolder
 
@@ -69,11 +72,13 @@ def undrawn(monkeypatch):
     monkeypatch.setattr("pgolf_fast.drawing.png", lambda paint, size, dark=False: b"PNG")
 
 
-def text_of(run, capsys, *words):
+def text_of(run, capsys, *words, status=0, printed=""):
     """The page's text, checked."""
-    assert cli.main(["report", str(run.path), *words]) == 0
+    assert cli.main(["report", str(run.path), *words]) == status
     path = run.path / "report.html"
-    assert capsys.readouterr().out == f"wrote {path}\n"
+    out = capsys.readouterr().out
+    assert out.startswith(printed)
+    assert out.endswith(f"wrote {path}\n")
     found = check_page(path.read_text(encoding="utf-8"))
     assert found.headings == SECTIONS
     return found
@@ -135,7 +140,7 @@ def test_configuration_is_what_differs(run, capsys, undrawn):
     assert "secret" not in found
 
 
-def test_an_interrupted_run(run, capsys, undrawn):
+def test_an_interrupted_run(run, capsys, undrawn, monkeypatch):
     for file in run.path.iterdir():
         if file.name not in ("config.json", "metrics.jsonl", "env.json", "train.log", "tokenizer.model"):
             file.unlink()
@@ -146,8 +151,12 @@ def test_an_interrupted_run(run, capsys, undrawn):
     assert "interrupted, or still running: step 5 of 8" in section(found, "At a glance")
     assert "step 5 had" in section(found, "Training")
     missing = section(found, "What is missing")
+    assert "Commands are for the folder that <code>run</code> lies in." in missing
     for command in ("train test --resume --out run", "quantize run", "eval run", "audit run"):
         assert f"<code>pgolf {command}</code>" in missing
+    monkeypatch.chdir(run.path)
+    text_of(RunFolder(Path()), capsys, "--audit", status=2, printed="not audited: ")
+    assert section(text_of(RunFolder(Path()), capsys), "What is missing") == missing
     for title, words in (
         ("Scores", "The run is not scored"),
         ("Quantisation gap", "Not known: the artifact is not scored."),
@@ -193,6 +202,8 @@ def test_losses_that_are_not_finite(run, capsys):
 
 
 def test_no_test_time_training(run, capsys, undrawn):
+    from matplotlib.figure import Figure
+
     def cut(story):
         del story["sliding_ttt"], story["ttt_bpb_by_chunk"]
 
@@ -202,6 +213,11 @@ def test_no_test_time_training(run, capsys, undrawn):
     assert "There is no score with test-time training." in section(found, "Test-time training")
     assert "test-time training</th>" not in section(found, "Scores")
     assert "(sliding windows)" in section(found, "At a glance")
+    story = read_json(run.scores_file("artifact"))
+    del story["figures"]["sliding_ttt"]
+    panels = Figure().subplots(1, 3)
+    paint_parts(panels, story)
+    assert [text.get_text() for text in panels[2].get_legend().get_texts()] == ["sliding"]
 
 
 def test_scores_without_figures_and_of_another_artifact(run, capsys, undrawn):
@@ -224,7 +240,47 @@ def test_scores_without_figures_and_of_another_artifact(run, capsys, undrawn):
 
 def test_scores_on_other_targets_are_not_compared(run, capsys, undrawn):
     rewrite(run.path / "scores_float.json", lambda story: story["sliding"].update(tokens=1))
-    assert "scored on different targets" in section(text_of(run, capsys), "Quantisation gap")
+    gap = section(text_of(run, capsys), "Quantisation gap")
+    assert "scored on different targets or with other settings: sliding windows." in gap
+    assert gap.count("<tr>") == 1 + 2
+
+
+def test_scores_of_other_settings_are_not_compared(run, capsys, undrawn):
+    """Targets are as many with any stride, and with any rate of test-time training."""
+
+    def gap():
+        return section(text_of(run, capsys), "Quantisation gap")
+
+    float_scores = run.scores_file("float")
+    whole = float_scores.read_text()
+    assert gap().count("<tr>") == 1 + 3  # though float weights adapt without rounding
+    rewrite(float_scores, lambda story: story["ttt"].update(lr=1.0))
+    assert "other settings: sliding windows, test-time training." in gap()
+    float_scores.write_text(whole)
+    rewrite(float_scores, lambda story: story["eval"].update(stride=8))
+    assert "other settings: sliding windows; sliding windows, test-time training." in gap()
+    assert gap().count("<tr>") == 1 + 1
+    rewrite(float_scores, lambda story: story["eval"].update(seq_len=8))
+    assert "<table>" not in gap()
+    assert "Not comparable" in gap()
+
+
+def test_the_gap_is_to_the_weights_that_were_kept(run, capsys, undrawn):
+    """After a Reptile phase those of the last step, though the average was validated after them."""
+    run.scores_file("float").unlink()
+    raw, averaged = [row for row in run.history() if row["kind"] == "val"][-2:]
+    assert raw["weights"] == "raw weights"
+    tensors, story = load_tensors(run.model_file)
+    packed = read_json(run.scores_file("artifact"))["non_overlapping"]["bpb"]
+    for kept in (averaged, raw):
+        save_tensors(run.model_file, tensors, {**story, "weights": kept["weights"]})
+        gap = section(text_of(run, capsys), "Quantisation gap")
+        assert f"{packed - kept['bpb']:+.6f}" in gap
+        assert f"ended training ({kept['weights']})" in gap
+    save_tensors(run.model_file, tensors, {**story, "step": 5})
+    assert "there is no score of the float weights" in section(text_of(run, capsys), "Quantisation gap")
+    run.model_file.write_bytes(b"x")
+    assert "model.safetensors cannot be read" in section(text_of(run, capsys), "What is missing")
 
 
 def test_damaged_files_are_named(run, capsys, undrawn):
@@ -358,3 +414,8 @@ def test_a_spike_does_not_flatten_the_loss_curve():
         low, high = one.axes[0].get_ylim()
         assert 2.5 < low < 3.0
         assert 7.0 < high < 7.5
+
+
+def test_the_name_of_a_run_is_no_mathematics(run):
+    odd = RunFolder(run.path.rename(run.path.parent / "a$_$b"))
+    assert draw_loss_curve(odd).read_bytes().startswith(b"\x89PNG")

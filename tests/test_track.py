@@ -144,6 +144,16 @@ def test_a_tracker_that_fails_is_left_out_and_training_goes_on(data, tmp_path, w
     assert steps == list(range(1, 9))
 
 
+def test_rates_of_slots_are_tracked_one_by_one(data, tmp_path, writers):
+    changes = {"train__meta__method": "cross_chunk", "train__meta__slot_rates": True}
+    folder = train(run_config(data, **changes), tmp_path / "run", track="tensorboard").folder
+    (*_, last) = [row for row in read_metrics(folder.metrics_file) if row["kind"] == "slot_rates"]
+    sent = {name: value for name, value, step in writers[0].scalars if step == last["step"]}
+    for slot, rate in enumerate(last["kv_bank"]):
+        assert sent[f"slot_rates/kv_bank/{slot}"] == rate
+    assert len(last["kv_bank"]) == 6
+
+
 def test_a_tracker_that_fails_at_its_end_changes_nothing(tmp_path):
     class Bad:
         def log(self, step, values):

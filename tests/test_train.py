@@ -157,9 +157,14 @@ def test_new_weights_retire_what_was_made_of_the_old_ones(data, tmp_path):
     folder = train(run_config(data), tmp_path / "run").folder
     quantize_run(folder, folder.read_config().quant)
     pack_run(folder, folder.read_config().pack)
+    products = ["quantized.safetensors", "model.pgolf"]
+    for name in ("scores_float.json", "scores_artifact.json", "ttt_sweep.json", "audit.json"):
+        products.append(name)
+        (folder.path / name).write_text("{}")
     train(run_config(data, train__steps=9), folder.path, resume=True)
-    assert not folder.artifact_file.exists()
-    assert folder.artifact_file.with_name("model.pgolf.stale").exists()
+    for name in products:
+        assert not (folder.path / name).exists()
+        assert (folder.path / f"{name}.stale").exists()
     with pytest.raises(PgolfError, match="run `pgolf quantize"):
         pack_run(folder, folder.read_config().pack)
 

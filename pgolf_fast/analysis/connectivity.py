@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from pgolf_fast.analysis.finding import Finding
+from pgolf_fast.analysis.losses import by_target
 from pgolf_fast.analysis.options import Options
 from pgolf_fast.analysis.plots import drawn
 from pgolf_fast.analysis.subject import Subject
 from pgolf_fast.analysis.tables import number, ratio, unmeasured
 from pgolf_fast.analysis.validation import Validation, validation_or_why
 from pgolf_fast.analysis.weights import common, cosine, norm, pairs
+from pgolf_fast.drawing import label
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.score import Scorer, batch_size, frozen_losses
 from pgolf_fast.evaluation.windows import plain_windows
@@ -30,18 +32,20 @@ if TYPE_CHECKING:
 def connectivity_findings(subjects: Sequence[Subject], options: Options) -> list[Finding]:
     """Of each two models the midpoint's norms as published, those to expect, and the loss on the way.
 
-    The last needs tokens. Raises PgolfError naming a tensor whose shapes differ, or for data that was asked
-    for and cannot be read.
+    The last needs tokens, and says what it lacks. Raises PgolfError naming a tensor whose shapes differ, or
+    for data that was asked for and cannot be read.
     """
     validation = validation_or_why(subjects, options)
     findings: list[Finding] = []
     for a, b in pairs(subjects):
         findings += [published(a, b), expected(a, b)]
         name = f"loss from {a.name} to {b.name}"
-        if isinstance(validation, str):
-            findings.append(unmeasured(name, validation))
-        else:
+        try:
+            if isinstance(validation, str):
+                raise PgolfError(validation)
             findings.append(corrected(a, b, name, validation, options))
+        except PgolfError as error:
+            findings.append(unmeasured(name, str(error)))
     return findings
 
 
@@ -96,7 +100,8 @@ def middle(x: Tensor, y: Tensor) -> Tensor:
 def corrected(a: Subject, b: Subject, name: str, validation: Validation, options: Options) -> Finding:
     """The loss at points of the line, and by how much it exceeds the line between the ends' losses.
 
-    The barrier is the largest excess, or 0 (Frankle et al. 2020); ± is the standard error over windows.
+    The barrier is the largest excess, or 0 (Entezari et al. 2022); ± is the standard error over windows.
+    Raises PgolfError as `path_losses`.
     """
     losses = path_losses(a, b, validation, options)
     shares = np.linspace(0, 1, options.points)
@@ -136,7 +141,7 @@ def corrected(a: Subject, b: Subject, name: str, validation: Validation, options
 def path_losses(a: Subject, b: Subject, validation: Validation, options: Options) -> np.ndarray:
     """Mean losses in nats, float64 (points, windows), with every parameter on the line from a to b.
 
-    Raises PgolfError where the two are not weights of one network.
+    Raises PgolfError where the two are not weights of one network, or a loss is not finite.
     """
     if a.known().model != b.known().model:
         raise PgolfError(f"{a.name} and {b.name} are different networks: there is no line between them")
@@ -150,7 +155,8 @@ def path_losses(a: Subject, b: Subject, validation: Validation, options: Options
         _place(model, ends, float(share))
         scorer = Scorer(stream, windows, validation.seq_len, size)
         scorer.score(frozen_losses(model), 0, len(windows))
-        found.append(scorer.by_target().astype(np.float64).reshape(len(windows), -1).mean(1))
+        losses = by_target(scorer, f"{a.name} to {b.name}")
+        found.append(losses.reshape(len(windows), -1).mean(1))
     return np.stack(found)
 
 
@@ -165,7 +171,7 @@ def _paint(axes: list[Axes], values: dict[str, Any], first: str, second: str) ->
     shares, losses = values["at"], values["loss"]
     axes[0].errorbar(shares, losses, values["excess_error"], fmt="o-", markersize=4, label="loss")
     axes[0].plot([0, 1], [losses[0], losses[-1]], ":", color="0.5", label="straight line")
-    axes[0].set_xticks([0, 0.25, 0.5, 0.75, 1], [first, "0.25", "0.5", "0.75", second])
+    axes[0].set_xticks([0, 0.25, 0.5, 0.75, 1], [label(first), "0.25", "0.5", "0.75", label(second)])
     axes[0].set(ylabel="nats", title="loss on the line between the weights")
     axes[0].grid(alpha=0.3)
     axes[0].legend(fontsize=8)

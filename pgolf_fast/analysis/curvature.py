@@ -105,8 +105,10 @@ def extremes(
 ) -> tuple[list[Estimate], Estimate]:
     """The `largest` eigenvalues of a symmetric matrix, falling, and the smallest, by Lanczos's method (1950).
 
-    Each with the length of its residual, within which an eigenvalue certainly lies; no more than there were
-    steps. All vectors are kept orthogonal, which takes the memory of `steps` of them.
+    The k-th is at most the k-th largest eigenvalue, the last at least the smallest. Each has the length of
+    its residual, within which some eigenvalue certainly lies, though after few steps it may be another one;
+    there are no more than there were steps. All vectors are kept orthogonal, which takes the memory of
+    `steps` of them.
     """
     basis = [start / start.norm()]
     diagonal: list[float] = []

@@ -66,7 +66,7 @@ def corrected(a: Subject, b: Subject) -> Finding:
     """Cosine and relative distance of each slot's matrix, beside those of independent weights.
 
     Of two vectors of n elements with independent random directions the cosine is 0 +- 1/sqrt(n), and
-    |B - A| / |A| is sqrt(1 + |B|^2 / |A|^2).
+    |B - A| / |A| is sqrt(1 + |B|^2 / |A|^2). A slot that is zero in one of them has None.
     """
     values: dict[str, Any] = {}
     rows = []
@@ -74,16 +74,20 @@ def corrected(a: Subject, b: Subject) -> Finding:
         x, y = a.state[name].double().flatten(1), b.state[name].double().flatten(1)
         lengths, others, apart = x.norm(dim=1), y.norm(dim=1), (y - x).norm(dim=1)
         usable = (lengths > 0) & (others > 0)
-        cosines = ((x * y).sum(1) / (lengths * others))[usable]
-        relative = (apart / lengths)[usable]
-        independent = (1 + (others / lengths).square()).sqrt()[usable]
+        by_slot = {
+            "cosine_by_slot": (x * y).sum(1) / (lengths * others),
+            "relative_l2_by_slot": apart / lengths,
+            "relative_l2_if_independent": (1 + (others / lengths).square()).sqrt(),
+        }
+        cosines, relative, independent = (found[usable] for found in by_slot.values())
         width = 1 / math.sqrt(x.shape[1])
         values[name] = {
             "elements": x.shape[1],
-            "cosine_by_slot": cosines.tolist(),
-            "relative_l2_by_slot": relative.tolist(),
             "cosine_spread_if_independent": width,
-            "relative_l2_if_independent": independent.tolist(),
+            **{
+                key: [v if known else None for v, known in zip(found.tolist(), usable, strict=True)]
+                for key, found in by_slot.items()
+            },
         }
         if not len(cosines):
             rows.append((name, f"{len(x)}", *["-"] * 4, f"0 ± {width:.1e}", "-", "-"))
@@ -124,7 +128,8 @@ def corrected(a: Subject, b: Subject) -> Finding:
 
 def _paint(axes: list[Axes], values: dict[str, Any]) -> None:
     for name, bank in values.items():
-        (line,) = axes[0].plot(bank["cosine_by_slot"], "o-", markersize=3, label=name)
+        cosines = [math.nan if cosine is None else cosine for cosine in bank["cosine_by_slot"]]
+        (line,) = axes[0].plot(cosines, "o-", markersize=3, label=name)
         width = 2 * bank["cosine_spread_if_independent"]
         for level in (-width, width):
             axes[0].axhline(level, color=line.get_color(), linestyle=":", linewidth=1)

@@ -18,7 +18,7 @@ from torch import Tensor
 from pgolf_fast.analysis import bucket_load
 from pgolf_fast.analysis.bucket_load import OTHER, WORD_START, Contexts
 from pgolf_fast.analysis.finding import Finding
-from pgolf_fast.analysis.losses import score_plain
+from pgolf_fast.analysis.losses import by_target, score_plain
 from pgolf_fast.analysis.options import Options
 from pgolf_fast.analysis.plots import drawn
 from pgolf_fast.analysis.subject import Subject
@@ -38,7 +38,8 @@ GATE, TRIGRAM, TABLE = "gate", "trigram", "whole table"
 def hash_findings(subjects: Sequence[Subject], options: Options) -> list[Finding]:
     """Contexts per bucket, the gate's learned values, and the loss without parts of the table.
 
-    Models without a table are left out. Raises PgolfError if none has one, or there is no validation data.
+    Models without a table are left out. Raises PgolfError if none has one, there is no validation data, or
+    losses are not finite.
     """
     having = [s for s in subjects if s.known().model.bigram_vocab_size]
     if not having:
@@ -56,7 +57,7 @@ def hash_findings(subjects: Sequence[Subject], options: Options) -> list[Finding
     found.append(_learned(models))
     found.append(_added(models, validation, options))
     gated = {name: model for name, model in models.items() if configs[name].word_start_boost}
-    losses = {name: _without_each(model, validation, options) for name, model in models.items()}
+    losses = {name: _without_each(name, model, validation, options) for name, model in models.items()}
     if gated:
         found.append(_published_worth({name: losses[name] for name in gated}))
     found.append(_worth(losses, validation))
@@ -258,14 +259,14 @@ def _squares(model: GPT, tokens: Tensor) -> tuple[Tensor, Tensor]:
     return own, torch.cat(seen)
 
 
-def _without_each(model: GPT, validation: Validation, options: Options) -> dict[str, np.ndarray]:
+def _without_each(name: str, model: GPT, validation: Validation, options: Options) -> dict[str, np.ndarray]:
     """Losses by target, (targets,) float64: "" as trained, then without each part that the model has."""
     stream = validation.stream(options.device)
     parts = [GATE] * model.config.word_start_boost + [TRIGRAM] * model.config.trigram + [TABLE]
     found = {}
     for part in ("", *parts):
         with _without(model, part):
-            found[part] = score_plain(model, stream, validation.seq_len).by_target().astype(np.float64)
+            found[part] = by_target(score_plain(model, stream, validation.seq_len), name)
     return found
 
 
@@ -356,7 +357,7 @@ def _worth(losses: Mapping[str, Mapping[str, np.ndarray]], validation: Validatio
             "nats/token",
             "bits/byte",
             "95 % interval",
-            "nats at word starts",
+            "nats after word starts",
             "nats elsewhere",
         ),
         rows,

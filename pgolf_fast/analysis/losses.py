@@ -19,8 +19,9 @@ from pgolf_fast.analysis.finding import Finding
 from pgolf_fast.analysis.options import Options
 from pgolf_fast.analysis.plots import drawn
 from pgolf_fast.analysis.subject import Subject
-from pgolf_fast.analysis.validation import Validation, open_validation
+from pgolf_fast.analysis.validation import Validation, diverged, open_validation
 from pgolf_fast.data.tokenizer import Tokenizer
+from pgolf_fast.drawing import label
 from pgolf_fast.evaluation.documents import document_starts
 from pgolf_fast.evaluation.figures import THRESHOLDS, Figures, figures, token_classes
 from pgolf_fast.evaluation.score import LossFunction, Scorer, Stream, batch_size, frozen_losses
@@ -56,7 +57,8 @@ class Measured:
 def loss_findings(subjects: Sequence[Subject], options: Options) -> list[Finding]:
     """Shares by class and by size of loss, quantiles, the hardest targets, and calibration.
 
-    Raises PgolfError where there is no validation data, or a model's configuration is not known.
+    Raises PgolfError where there is no validation data, a model's configuration is not known, or its losses
+    are not finite.
     """
     validation = open_validation(subjects, options)
     stream, tokenizer = validation.stream(options.device), validation.source.tokenizer
@@ -66,7 +68,7 @@ def loss_findings(subjects: Sequence[Subject], options: Options) -> list[Finding
         model = subject.model(validation.source.table, options.device)
         calibration = Calibration(model)
         scorer = score_plain(model, stream, validation.seq_len, calibration.losses)
-        losses = scorer.by_target().astype(np.float64)
+        losses = by_target(scorer, subject.name)
         found.append(Measured(subject.name, model, losses, figures(scorer, classes), calibration))
     starts = validation.source.table.has_leading_space[validation.tokens[1:]]
     return [
@@ -88,6 +90,14 @@ def score_plain(model: GPT, stream: Stream, seq_len: int, losses_of: LossFunctio
     scorer = Scorer(stream, windows, seq_len, size, pad=False)
     scorer.score(losses_of or frozen_losses(model), 0, len(windows))
     return scorer
+
+
+def by_target(scorer: Scorer, name: str) -> np.ndarray:
+    """Its losses, (targets,) float64. Raises PgolfError naming the model where one is not finite."""
+    losses = scorer.by_target().astype(np.float64)
+    if not np.isfinite(losses).all():
+        raise diverged(name, "losses")
+    return losses
 
 
 def _published_classes(found: Sequence[Measured], starts: np.ndarray) -> Finding:
@@ -240,7 +250,7 @@ def _paint_losses(panels: Sequence[Axes], found: Sequence[Measured]) -> None:
     edges = np.linspace(0, max(float(one.losses.max()) for one in found), 61).tolist()
     for one in found:
         share = np.full(len(one.losses), 1 / len(one.losses))
-        counts.hist(one.losses, edges, weights=share, histtype="step", label=one.name)
+        counts.hist(one.losses, edges, weights=share, histtype="step", label=label(one.name))
         weights.hist(one.losses, edges, weights=one.losses / one.losses.sum(), histtype="step")
     counts.set(xlabel="loss of a target, nats", ylabel="share of targets", title="how many targets")
     weights.set(xlabel="loss of a target, nats", ylabel="share of the loss", title="how much of the loss")
@@ -346,7 +356,7 @@ def _paint_reliability(panels: Sequence[Axes], found: Sequence[Measured]) -> Non
     every.plot((1e-7, 1), (1e-7, 1), color="0.5", linewidth=0.8)
     for one in found:
         bins = [row for row in one.calibration.reliability() if row[2]]
-        top.plot([b[3] for b in bins], [b[4] for b in bins], "o-", markersize=4, label=one.name)
+        top.plot([b[3] for b in bins], [b[4] for b in bins], "o-", markersize=4, label=label(one.name))
         held = [row for row in one.calibration.every_probability() if row[3] and row[4]]
         every.plot([b[3] for b in held], [b[4] for b in held], "o-", markersize=4)
     top.set(xlabel="probability", ylabel="how often right", title="likeliest token")

@@ -74,10 +74,11 @@ def published(a: Subject, b: Subject) -> Finding:
     ]
     overall = {key: mean(v[key] for v in found.values()) for key in ("mean_cosine", "aligned")}
     rows.append(("mean", "-", "-", *(number(value, ".3f") for value in overall.values())))
+    sizes = dict.fromkeys(f"{found[n]['directions']} of {found[n]['dimension']}" for n in BANK_NAMES)
     return Finding(
         f"subspace overlap, {a.name} and {b.name}",
         "published",
-        "Shows which mixtures of slots are strongest in a bank (5 of 22 slots, 2 of 11), and for tables of "
+        f"Shows which mixtures of slots are strongest in a bank ({', '.join(sizes)}), and for tables of "
         "tokens; cannot show whether layers work in the same subspaces, as no direction of the residual "
         "stream enters, and random mixtures of so few slots overlap much as well.",
         ("tensor", "directions", "of", "mean cosine", f"above {ALIGNED}"),
@@ -122,7 +123,8 @@ def corrected(a: Subject, b: Subject) -> Finding:
         "corrected",
         "Shows whether the strongest outputs and inputs of the same matrix lie in a common subspace more "
         "than random ones would; cannot show why (a common initial draw or data set is enough), and compares "
-        "hidden layers' outputs only in the order their channels happen to have.",
+        "hidden channels and heads (outputs of the MLP's first matrix and of Q, K, V, inputs of its second "
+        "and of attention's projection) only in the order they happen to have.",
         ("bank", "side", "slots", "directions", "of", "mean cosine²", "spread", "if random"),
         rows,
         found,

@@ -13,9 +13,10 @@ from pgolf_fast.analysis.options import Options
 from pgolf_fast.analysis.plots import drawn
 from pgolf_fast.analysis.subject import Subject
 from pgolf_fast.analysis.tables import NONE, number, ratio, unmeasured
-from pgolf_fast.analysis.validation import validation_or_why
+from pgolf_fast.analysis.validation import diverged, validation_or_why
 from pgolf_fast.analysis.weights import common
 from pgolf_fast.data.tokenizer import byte_table
+from pgolf_fast.drawing import label
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.model.bank import BANK_NAMES
 from pgolf_fast.quant.calibration import collect_hessians, self_generate
@@ -81,18 +82,27 @@ def calibrate(
         model = subject.model(validation.source.table, options.device)
         ids = torch.from_numpy(validation.first(options.calibration_tokens))
         text = ids.unfold(0, validation.seq_len + 1, validation.seq_len)
-        return collect_hessians(model, text), f"{len(text) * validation.seq_len:,} validation tokens"
-    if tokenizer is None or subject.config is None:
+        how = f"{len(text) * validation.seq_len:,} validation tokens"
+    elif tokenizer is None or subject.config is None:
         return None, validation
-    model = subject.model(byte_table(tokenizer), options.device)
-    text = self_generate(model, subject.config.quant, subject.config.train.seq_len)
-    return collect_hessians(model, text), f"{text.numel():,} tokens the model wrote itself"
+    else:
+        model, length = subject.model(byte_table(tokenizer), options.device), subject.config.train.seq_len
+        ids = torch.arange(min(length, model.config.vocab_size), device=options.device)
+        with torch.no_grad():  # drawing from what is not finite is an error of another kind
+            if not bool(model.logits(ids[None]).isfinite().all()):
+                return None, str(diverged(subject.name, "logits"))
+        text = self_generate(model, subject.config.quant, length)
+        how = f"{text.numel():,} tokens the model wrote itself"
+    hessians = collect_hessians(model, text)
+    if not all(bool(hessian.isfinite().all()) for hessian in hessians.values()):
+        return None, str(diverged(subject.name, "Hessians"))
+    return hessians, how
 
 
 def published(subjects: Sequence[Subject]) -> Finding:
     """Mean squared error of each bank on the floored grid, and of how many slots the first model's is less.
 
-    The last row is weighted by parameters (PR 1501).
+    The last row is weighted by parameters (PR 1501). Two models of different shapes have no ratios.
     """
     by_slot = {s.name: {name: _errors(s.state[name], floored_grid) for name in BANK_NAMES} for s in subjects}
     weights = {
@@ -100,7 +110,11 @@ def published(subjects: Sequence[Subject]) -> Finding:
     }
     means = {name: torch.stack([slots.mean() for slots in bank.values()]) for name, bank in by_slot.items()}
     overall = {name: float((means[name] * w).sum() / w.sum()) for name, w in weights.items()}
-    two = len(subjects) == 2 and bool(common(subjects))
+    two, why = len(subjects) == 2, ""
+    try:
+        two = two and bool(common(subjects))
+    except PgolfError as error:
+        two, why = False, f" No ratios: {error}."
     rows = []
     for i, bank in enumerate(BANK_NAMES):
         cells = [number(float(means[s.name][i]), ".4e") for s in subjects]
@@ -126,7 +140,7 @@ def published(subjects: Sequence[Subject]) -> Finding:
         "published",
         "Shows the error of the step 1/31, which is step² / 12 = 8.67e-5 for any bank whose rows stay below "
         "1 and whose weights spread over more than a step; cannot show which of two such models rounds "
-        "better, since it hardly depends on their weights.",
+        f"better, since it hardly depends on their weights.{why}",
         ("bank", *names, *(["ratio", f"lower in {names[0]}"] if two else [])),
         rows,
         {"step_squared_over_12": FIXED_STEP_MSE, "models": values},
@@ -163,7 +177,10 @@ def corrected(subjects: Sequence[Subject]) -> Finding:
 
 
 def weighted(subjects: Sequence[Subject], hessians: Mapping[str, Mapping[str, Tensor]], how: str) -> Finding:
-    """|x E^T|^2 / |x W^T|^2 over calibration inputs x, E = W - rounded W, by bank and grid."""
+    """|x E^T|^2 / |x W^T|^2 over calibration inputs x, E = W - rounded W, by bank and grid.
+
+    Hessians are as GPTQ gets them: with 1 % of the mean of their diagonal added to it.
+    """
     rows: list[tuple[str, ...]] = []
     found: dict[str, Any] = {"calibration": how}
     for subject in subjects:
@@ -206,7 +223,7 @@ def _errors(bank: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def _percent(share: float | None) -> str:
-    return NONE if share is None else f"{share:.3%}"
+    return number(share, ".3%")
 
 
 def _paint(axes: list[Axes], names: list[str], found: dict[str, Any]) -> None:
@@ -214,7 +231,7 @@ def _paint(axes: list[Axes], names: list[str], found: dict[str, Any]) -> None:
     for i, (name, grid) in enumerate(groups):
         places = [j + 0.8 * i / len(groups) for j in range(len(BANK_NAMES))]
         shares = [100 * (found[name][bank][grid] or 0) for bank in BANK_NAMES]
-        axes[0].bar(places, shares, 0.8 / len(groups), label=f"{name}, {grid} grid")
+        axes[0].bar(places, shares, 0.8 / len(groups), label=label(f"{name}, {grid} grid"))
     axes[0].set_xticks([j + 0.4 - 0.4 / len(groups) for j in range(len(BANK_NAMES))], BANK_NAMES)
     axes[0].set(ylabel="% of the outputs' squares", yscale="log", title="changed by rounding to 6 bits")
     axes[0].legend(fontsize=8)

@@ -15,6 +15,7 @@ from pgolf_fast.analysis.plots import drawn
 from pgolf_fast.analysis.subject import Subject
 from pgolf_fast.analysis.tables import mean, number, ratio, spread
 from pgolf_fast.analysis.weights import flattened, large
+from pgolf_fast.drawing import label
 from pgolf_fast.model.bank import BANK_NAMES
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ def corrected(subjects: Sequence[Subject]) -> Finding:
 def _paint(axes: list[Axes], curves: dict[str, dict[str, Tensor]]) -> None:
     for panel, name in zip(axes, BANK_NAMES, strict=True):
         for subject, banks in curves.items():
-            panel.plot(range(1, len(banks[name]) + 1), banks[name].tolist(), label=subject)
+            panel.plot(range(1, len(banks[name]) + 1), banks[name].tolist(), label=label(subject))
         panel.set(title=name, xlabel="singular value", xscale="log")
         panel.grid(alpha=0.3)
     axes[0].set_ylabel("mean over slots")

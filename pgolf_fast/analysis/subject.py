@@ -18,7 +18,7 @@ from pgolf_fast.errors import PgolfError
 from pgolf_fast.model.bank import BANK_NAMES
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.quant.state import is_slot, rebank
-from pgolf_fast.tensor_file import load_tensors
+from pgolf_fast.tensor_file import load_story
 from pgolf_fast.train.checkpoint import load_weights, read_weights
 from pgolf_fast.train.run_folder import RunFolder
 
@@ -66,8 +66,9 @@ class Subject:
 def open_subject(path: Path, weights: Weights = "auto", config: RunConfig | None = None) -> Subject:
     """The model in a run folder, a checkpoint (.safetensors), an artifact (.pgolf) or a community .pt file.
 
-    `weights` says which of a run folder: auto takes the float ones if they are there. `config` stands in
-    where the file does not say. Raises PgolfError for what is none of these, is damaged, or is not finite.
+    `weights` says which of a run folder: auto takes the float ones if they are there. `config` is that of a
+    file that does not say itself, whatever folder it lies in. Raises PgolfError for what is none of these, is
+    damaged, or is not finite.
     """
     if not path.exists():
         raise PgolfError(f"model {path} does not exist")
@@ -78,7 +79,7 @@ def open_subject(path: Path, weights: Weights = "auto", config: RunConfig | None
         config = run_config_from_dict(tree)
     else:
         state = read_weights(file)
-        config = _config_of(file, folder) or config
+        config = _config_of(path, folder, config)
     wide = {name: tensor.detach().float().cpu() for name, tensor in state.items()}
     if BANK_NAMES[0] not in wide and any(map(is_slot, wide)):
         wide = rebank(wide)
@@ -120,11 +121,15 @@ def _file_of(folder: RunFolder, weights: Weights) -> Path:
     return folder.need(folder.model_file, "train PRESET --resume --out")
 
 
-def _config_of(file: Path, folder: RunFolder | None) -> RunConfig | None:
-    if folder is not None:
-        return folder.read_config()
-    story = load_tensors(file)[1] if file.suffix == ".safetensors" else {}
-    return run_config_from_dict(story["config"]) if "config" in story else None
+def _config_of(path: Path, folder: RunFolder | None, named: RunConfig | None) -> RunConfig | None:
+    """That of a run folder; of a file what it says itself, else `named`, else that of the run it lies in."""
+    if path.is_file():
+        story = load_story(path) if path.suffix == ".safetensors" else {}
+        if "config" in story:
+            return run_config_from_dict(story["config"])
+        if named is not None:
+            return named
+    return None if folder is None else folder.read_config()
 
 
 def _name(path: Path, folder: RunFolder | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import islice
@@ -16,8 +17,10 @@ from pgolf_fast.analysis.plots import drawn
 from pgolf_fast.analysis.spectra import ENDS, condition, effective_rank, singular_values
 from pgolf_fast.analysis.subject import Subject
 from pgolf_fast.analysis.tables import number, ratio, unmeasured
-from pgolf_fast.analysis.validation import Validation, validation_or_why
+from pgolf_fast.analysis.validation import Validation, diverged, validation_or_why
 from pgolf_fast.analysis.weights import flattened
+from pgolf_fast.drawing import label
+from pgolf_fast.errors import PgolfError
 from pgolf_fast.model.bank import BANK_NAMES
 
 if TYPE_CHECKING:
@@ -25,18 +28,22 @@ if TYPE_CHECKING:
 
 OTHERS = "others"
 LARGEST = 3  # Hessian eigenvalues from the top
+CONVERGED = 0.1  # of an eigenvalue, the residual up to which it is not marked
 
 
 def surface_findings(subjects: Sequence[Subject], options: Options) -> list[Finding]:
     """Published proxies from the banks' singular values; the Hessian's trace and extreme eigenvalues.
 
-    The second needs tokens. Raises PgolfError for data that was asked for and cannot be read, or weights that
-    are not those of the configured network.
+    The second needs tokens, and says what it lacks. Raises PgolfError for data that was asked for and cannot
+    be read.
     """
-    validation = validation_or_why(subjects, options)
-    if isinstance(validation, str):
-        return [published(subjects), unmeasured("curvature of the loss", validation)]
-    return [published(subjects), *corrected(subjects, validation, options)]
+    first, validation = published(subjects), validation_or_why(subjects, options)
+    try:
+        if isinstance(validation, str):
+            raise PgolfError(validation)
+        return [first, *corrected(subjects, validation, options)]
+    except PgolfError as error:
+        return [first, unmeasured("curvature of the loss", str(error))]
 
 
 def published(subjects: Sequence[Subject]) -> Finding:
@@ -73,13 +80,18 @@ def published(subjects: Sequence[Subject]) -> Finding:
 
 
 def corrected(subjects: Sequence[Subject], validation: Validation, options: Options) -> list[Finding]:
-    """Loss, gradient, Hessian trace (in all, and of each bank) and extreme Hessian eigenvalues."""
+    """Loss, gradient, Hessian trace (in all, and of each bank) and extreme Hessian eigenvalues.
+
+    Raises PgolfError where a model is not what its configuration says, or its loss or gradient is not finite.
+    """
     ids = torch.from_numpy(validation.first(options.curvature_tokens)).to(options.device)
     tokens, targets = (part.view(-1, validation.seq_len) for part in (ids[:-1], ids[1:]))
     found: dict[str, Any] = {}
     for subject in subjects:
         model = subject.model(validation.source.table, options.device, torch.float64)
         surface = LossSurface(model, tokens, targets)
+        if not math.isfinite(surface.loss + float(surface.gradient.norm())):
+            raise diverged(subject.name, "loss and gradient")
         signs = random_signs(surface.size, options.seed, options.device)
         top, bottom = extremes(surface.product, next(signs), options.lanczos_steps, LARGEST)
         whole, parts = trace(surface.product, islice(signs, options.probes), _blocks(surface))
@@ -107,8 +119,8 @@ def _curvature(found: dict[str, Any], targets: int, options: Options) -> Finding
             f"{part['loss']:.4f}",
             number(part["gradient"]),
             _shown(part["trace"]),
-            "; ".join(map(_shown, part["largest_eigenvalues"])),
-            _shown(part["smallest_eigenvalue"]),
+            "; ".join(map(_eigenvalue, part["largest_eigenvalues"])),
+            _eigenvalue(part["smallest_eigenvalue"]),
         )
         for name, part in found.items()
     ]
@@ -116,9 +128,11 @@ def _curvature(found: dict[str, Any], targets: int, options: Options) -> Finding
         "curvature of the loss",
         "corrected",
         f"Shows how sharply the mean loss of {targets:,} validation targets bends at the weights: the "
-        f"Hessian's trace (± standard error, {options.probes} random vectors) and extreme eigenvalues (± "
-        f"residual, {options.lanczos_steps} Lanczos steps); cannot show which model generalises, as "
-        "rescaling weights that a norm follows changes curvature and not the function.",
+        f"Hessian's trace (± standard error, {options.probes} random vectors) and extreme eigenvalues by "
+        f"{options.lanczos_steps} Lanczos steps (lower bounds of the largest, upper bound of the smallest; "
+        "within ± the residual lies some eigenvalue, not always that one; ? marks residuals above "
+        f"{CONVERGED:.0%}); cannot show which model generalises, as rescaling weights that a norm follows "
+        "changes curvature and not the function.",
         ("model", "loss", "|gradient|", "trace", "largest eigenvalues", "smallest"),
         rows,
         {"targets": targets, "models": found},
@@ -147,12 +161,17 @@ def _shown(estimate: dict[str, float]) -> str:
     return f"{estimate['value']:.4g} ± {estimate['error']:.2g}"
 
 
+def _eigenvalue(estimate: dict[str, float]) -> str:
+    """Marked where more steps would still change it."""
+    return _shown(estimate) + ("?" if estimate["error"] > CONVERGED * abs(estimate["value"]) else "")
+
+
 def _paint(axes: list[Axes], found: dict[str, Any]) -> None:
     for i, (name, model) in enumerate(found.items()):
         parts = [Estimate(**part) for part in model["trace_by_part"].values()]
         places = [j + 0.8 * i / len(found) for j in range(len(parts))]
         heights, errors = [part.value for part in parts], [part.error for part in parts]
-        axes[0].bar(places, heights, 0.8 / len(found), yerr=errors, label=name)
+        axes[0].bar(places, heights, 0.8 / len(found), yerr=errors, label=label(name))
     axes[0].set_xticks([j + 0.4 - 0.4 / len(found) for j in range(len(parts))], list(model["trace_by_part"]))
     axes[0].set(ylabel="trace of the Hessian", title="curvature by part")
     axes[0].legend(fontsize=8)

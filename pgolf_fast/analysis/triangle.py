@@ -18,6 +18,7 @@ from pgolf_fast.analysis.weights import common, norm
 from pgolf_fast.model.bank import BANK_NAMES
 
 EQUILATERAL = 0.85  # of the longest side, that the others must exceed
+SAME = 1e-12  # of the squared lengths, the squared distance below which it is rounding: no direction
 
 
 def triangle_findings(subjects: Sequence[Subject], options: Options) -> list[Finding]:
@@ -110,11 +111,11 @@ def gram(states: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> Tensor
 
 
 def angle_at(products: Tensor, i: int, j: int, k: int) -> float | None:
-    """Degrees between (j - i) and (k - i), from inner products; None where one of them is zero."""
+    """Degrees between (j - i) and (k - i), from inner products; None where one is zero but for rounding."""
     p = products
     dot = float(p[j, k] - p[i, j] - p[i, k] + p[i, i])
     first, second = (float(p[i, i] + p[n, n] - 2 * p[i, n]) for n in (j, k))
-    if first <= 0 or second <= 0:
+    if any(side <= SAME * float(p[i, i] + p[n, n]) for side, n in ((first, j), (second, k))):
         return None
     return math.degrees(math.acos(max(-1.0, min(1.0, dot / math.sqrt(first * second)))))
 

@@ -37,13 +37,13 @@ def open_validation(subjects: Sequence[Subject], options: Options) -> Validation
     """`options.tokens` targets, rounded up to whole windows, or as many as there are.
 
     They are from the folder the options name, else from that of the first model's run. Raises PgolfError,
-    saying what to give, where neither names any, or a model's run was trained with another tokenizer.
+    saying what to give, where neither names any, or a model's run was trained with another tokenizer, and as
+    `window_length`.
     """
-    first = subjects[0]
+    length, first = window_length(subjects), subjects[0]
     config = first.known()
     if options.data is None and first.folder is None and config.data.path is None:
         raise PgolfError(f"{first.path} does not name its data: give a folder of shards with --data.path")
-    length = config.eval_seq_len
     wanted = -(-options.tokens // length) * length
     data = replace(config.data, val_tokens=wanted)
     if options.data is not None:
@@ -61,8 +61,37 @@ def open_validation(subjects: Sequence[Subject], options: Options) -> Validation
     return Validation(source, length, source.validation(length).astype(np.int64))
 
 
+def window_length(subjects: Sequence[Subject]) -> int:
+    """Tokens of the windows that all models are scored on.
+
+    Raises PgolfError where a model's configuration is not known, or is for windows of another length: its
+    loss would be that of a shorter or longer context.
+    """
+    first, *others = subjects
+    length = first.known().eval_seq_len
+    for other in others:
+        if (own := other.known().eval_seq_len) != length:
+            raise PgolfError(
+                f"{first.name} is scored on windows of {length} tokens, {other.name} of {own}: their "
+                "losses do not compare, analyse each alone"
+            )
+    return length
+
+
+def diverged(name: str, what: str) -> PgolfError:
+    """The error that a model's `what`, say losses, are not finite."""
+    return PgolfError(f"{name}: its {what} are not finite, it has diverged: use an earlier checkpoint")
+
+
 def validation_or_why(subjects: Sequence[Subject], options: Options) -> Validation | str:
-    """`open_validation`, or in a line why there are no tokens. Raises PgolfError where data was asked for."""
+    """`open_validation`, or in a line why there are no tokens.
+
+    Raises PgolfError where data was asked for, unless the models are what does not fit.
+    """
+    try:
+        window_length(subjects)
+    except PgolfError as error:
+        return str(error)
     try:
         return open_validation(subjects, options)
     except PgolfError as error:

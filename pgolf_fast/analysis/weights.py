@@ -65,7 +65,7 @@ def cosine(a: Tensor, b: Tensor) -> float | None:
     """Of two tensors as vectors, in float64; None where one is zero."""
     x, y = a.double().flatten(), b.double().flatten()
     norms = float(x.norm() * y.norm())
-    return float(x @ y) / norms if norms else None
+    return max(-1.0, min(1.0, float(x @ y) / norms)) if norms else None
 
 
 def norm(tensor: Tensor) -> float:

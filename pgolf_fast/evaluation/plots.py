@@ -27,15 +27,20 @@ def draw_scores(story: dict, path: Path) -> Path | None:
 
 
 def paint_parts(panels: Sequence[Axes], story: dict) -> None:
-    """The `figures` of a story on three: shares by class, bits by context, bits by length of document."""
+    """The `figures` of a story on three: shares by class, bits by context, bits by length of document.
+
+    Without test-time training its curve is left out.
+    """
     by_class, by_context, by_document = panels
     figures = story["figures"]
-    sliding, ttt = figures["sliding"], figures["sliding_ttt"]
+    sliding, ttt = figures["sliding"], figures.get("sliding_ttt")
     _classes(by_class, sliding["by_class"])
     _bits(by_context, {"non-overlapping": figures["non_overlapping"]["by_context"]})
     by_context.set(xlabel="tokens of context", title="by context")
-    marked = mark(TTT, story.get("illegal"))
-    _bits(by_document, {"sliding": sliding["by_document_tokens"], marked: ttt["by_document_tokens"]})
+    curves = {"sliding": sliding["by_document_tokens"]}
+    if ttt is not None:
+        curves[mark(TTT, story.get("illegal"))] = ttt["by_document_tokens"]
+    _bits(by_document, curves)
     by_document.set(xlabel="tokens of the document", title="by document length")
 
 

@@ -61,6 +61,16 @@ def mark(name: str, illegal: object) -> str:
     return f"{name} (ILLEGAL)" if illegal else name
 
 
+def conditions(story: dict, score: str) -> list[object]:
+    """What a score in a scores file depends on besides the weights.
+
+    Whether test-time training rounds the banks belongs to the weights: float ones never do.
+    """
+    names = ("seq_len",) if score == "non_overlapping" else ("seq_len", "stride", "repeat_tail")
+    ttt = {**story.get("ttt", {}), "quantize_forward": None} if score == "sliding_ttt" else None
+    return [story[score]["tokens"], ttt, *(story.get("eval", {}).get(name) for name in names)]
+
+
 def plain_score(model: GPT, stream: Stream, config: RunConfig, ranks: Ranks = ALONE) -> Score:
     """Bits per byte over non-overlapping windows, by all ranks together; every rank has the result."""
     windows = plain_windows(stream.num_targets, config.eval_seq_len)

@@ -12,7 +12,7 @@ from pgolf_fast.train.run_folder import RunFolder
 
 
 def write_report(folder: RunFolder, out: Path) -> Path:
-    """Write one page about the run in `folder`, from its files alone, and return its path.
+    """Write one page about the run in `folder`, from its files, and return its path.
 
     It says plainly what a run in any state (interrupted, unpacked, unscored, with losses that are not finite)
     does not have. Raises PgolfError when `folder` holds no config.json that can be read.
@@ -20,7 +20,7 @@ def write_report(folder: RunFolder, out: Path) -> Path:
     run = read_run(folder)
     note = (
         f"Preset `{run.config.name}`, seed {run.config.train.seed}. All figures are read from the run folder "
-        f"by pgolf_fast {__version__}; none was computed for this page."
+        f"by pgolf_fast {__version__}; bytes of code that the run does not set are those of that version."
     )
     write_text(out, html_page.page(f"Run {run.name}", sections(run), note))
     return out

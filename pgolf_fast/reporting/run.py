@@ -13,8 +13,10 @@ from pgolf_fast.artifact.container import sizes
 from pgolf_fast.artifact.table import ArtifactTable, artifact_table
 from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.errors import PgolfError
+from pgolf_fast.html_page import portable
 from pgolf_fast.loss_curve import number
 from pgolf_fast.reporting.pace import tokens_of
+from pgolf_fast.tensor_file import load_story
 from pgolf_fast.train.run_folder import RunFolder
 
 
@@ -46,6 +48,8 @@ class Run:
     audit: dict[str, Any]
     """What `pgolf audit` wrote."""
     environment: dict[str, Any]
+    weights: dict[str, Any]
+    """What model.safetensors says about what it holds: step, weights."""
     artifact: ArtifactTable | None
     missing: tuple[Missing, ...]
 
@@ -79,6 +83,13 @@ class Run:
         """Steps whose loss is not finite."""
         return [s for s in sorted(self.steps) if not math.isfinite(number(self.steps[s].get("loss")))]
 
+    @property
+    def final_validation(self) -> dict[str, Any] | None:
+        """That of the weights in model.safetensors: the average's, or the last step's after Reptile."""
+        which = [self.weights.get(name, ...) for name in ("step", "weights")]
+        rows = (row for row in self.validations if [row["step"], row.get("weights")] == which)
+        return next(rows, None)
+
     def state(self) -> str:
         """How far it came, in a few words."""
         goal, bounded = self.config.train.steps, self.config.train.max_seconds
@@ -96,7 +107,7 @@ def read_run(folder: RunFolder) -> Run:
     Files that cannot be read are told apart from files that are not there, and are no error.
     """
     config, missing = folder.read_config(), list[Missing]()
-    name = folder.path.name
+    name = folder.path.resolve().name
 
     def kept(path: Path, what: str, command: str, *, wanted: bool = True) -> dict[str, Any]:
         if not path.is_file():
@@ -114,16 +125,19 @@ def read_run(folder: RunFolder) -> Run:
     steps = {row["step"]: row for row in lines.get("step", [])}
     if not steps:
         missing.append(Missing("training log", "metrics.jsonl holds no step", "made by training"))
+    weights, command = dict[str, Any](), f"pgolf train {config.name} --resume --out {name}"
     if not folder.model_file.is_file():
-        command = f"pgolf train {config.name} --resume --out {name}"
         missing.append(Missing("final weights", "training did not come to its end", command))
+    else:
+        try:
+            weights = load_story(folder.model_file)
+        except PgolfError as error:
+            missing.append(Missing("final weights", portable(str(error)), command))
     table, digest = _artifact(folder, missing)
     scores = {
-        "artifact": kept(
-            folder.path / "scores_artifact.json", "scores of the artifact", f"pgolf eval {name}"
-        ),
+        "artifact": kept(folder.scores_file("artifact"), "scores of the artifact", f"pgolf eval {name}"),
         "float": kept(
-            folder.path / "scores_float.json",
+            folder.scores_file("float"),
             "scores of the float weights",
             f"pgolf eval {name} --weights float",
         ),
@@ -142,9 +156,10 @@ def read_run(folder: RunFolder) -> Run:
         resumes=lines.get("resume", []),
         slot_rates=lines.get("slot_rates", []),
         scores={weights: story for weights, story in scores.items() if story},
-        sweep=kept(folder.path / "ttt_sweep.json", "sweep", f"pgolf ttt-sweep {name}", wanted=False),
+        sweep=kept(folder.sweep_file, "sweep", f"pgolf ttt-sweep {name}", wanted=False),
         audit=audit,
         environment=kept(folder.path / "env.json", "environment", "made by training"),
+        weights=weights,
         artifact=table,
         missing=tuple(missing),
     )
@@ -160,7 +175,7 @@ def _metrics(folder: RunFolder) -> dict[str, list[dict[str, Any]]]:
 
 
 def _artifact(folder: RunFolder, missing: list[Missing]) -> tuple[ArtifactTable | None, str | None]:
-    name = folder.path.name
+    name = folder.path.resolve().name
     if not folder.artifact_file.is_file():
         step = "quantize" if not folder.quantized_file.is_file() else "pack"
         missing.append(Missing("artifact", "the run is not packed", f"pgolf {step} {name}"))
@@ -168,5 +183,5 @@ def _artifact(folder: RunFolder, missing: list[Missing]) -> tuple[ArtifactTable 
     try:
         return artifact_table(folder.artifact_file, tried=()), sizes(folder.artifact_file).sha256
     except PgolfError as error:
-        missing.append(Missing("artifact", str(error), f"pgolf pack {name}"))
+        missing.append(Missing("artifact", portable(str(error)), f"pgolf pack {name}"))
         return None, None

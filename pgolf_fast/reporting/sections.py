@@ -14,7 +14,7 @@ from pgolf_fast.config.presets import preset
 from pgolf_fast.config.serialize import flatten
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.plots import paint_course, paint_parts
-from pgolf_fast.evaluation.scores import mark
+from pgolf_fast.evaluation.scores import conditions, mark
 from pgolf_fast.html_page import Figure, Section, Table
 from pgolf_fast.loss_curve import number, paint_training
 from pgolf_fast.reporting.pace import pace_rows, paint_pace
@@ -84,7 +84,8 @@ def lacking(run: Run) -> Section:
     rows = tuple(
         (m.what, m.why, f"`{m.command}`" if m.command.startswith("pgolf") else m.command) for m in run.missing
     )
-    return Section("What is missing", tables=(Table(("what", "why", "made by"), rows),))
+    text = f"Commands are for the folder that `{run.name}` lies in."
+    return Section("What is missing", text, (Table(("what", "why", "made by"), rows),))
 
 
 def configuration(run: Run) -> Section:
@@ -266,22 +267,26 @@ def _scored(story: dict[str, Any], key: str) -> bool:
 
 
 def quantisation_gap(run: Run) -> Section:
-    """Artifact less float weights, score by score; else by the last validation of training."""
+    """Artifact less float weights, score by score; else by the validation of those weights in training."""
     title = "Quantisation gap"
     ours, theirs = run.scores.get("artifact", {}), run.scores.get("float", {})
     if not ours:
         return Section(title, "Not known: the artifact is not scored.")
     header = ("windows", "float", "artifact", "gap, bits/byte", "gap, nats/token")
     both = [key for key in SCORES if _scored(ours, key) and _scored(theirs, key)]
-    if [key for key in both if ours[key]["tokens"] != theirs[key]["tokens"]]:
-        return Section(title, "Not known: float weights and artifact were scored on different targets.")
-    pairs = [(_title(ours, key), theirs[key], ours[key]) for key in both]
+    apart = [key for key in both if conditions(ours, key) != conditions(theirs, key)]
+    pairs = [(_title(ours, key), theirs[key], ours[key]) for key in both if key not in apart]
     text = "What the artifact loses against the float weights on the same targets; positive is worse."
-    if not pairs and run.trained and run.validations and _scored(ours, "non_overlapping"):
-        pairs = [(SCORES["non_overlapping"], run.validations[-1], ours["non_overlapping"])]
+    if apart:
         text += (
-            " The float weights are not scored; their figure is the validation that ended training, over the "
-            "same windows unless `pgolf eval` was told to use others."
+            " Not comparable, as float weights and artifact were scored on different targets or with other "
+            f"settings: {'; '.join(_title(ours, key) for key in apart)}."
+        )
+    elif not pairs and (ended := run.final_validation) and _scored(ours, "non_overlapping"):
+        pairs = [(SCORES["non_overlapping"], ended, ours["non_overlapping"])]
+        text += (
+            f" The float weights are not scored; their figure is the validation that ended training "
+            f"({ended['weights']}), over the same windows unless `pgolf eval` was told to use others."
         )
     rows = tuple(
         (
@@ -293,9 +298,9 @@ def quantisation_gap(run: Run) -> Section:
         )
         for what, float_, packed in pairs
     )
-    if not rows:
+    if not rows and not apart:
         return Section(title, "Not known: there is no score of the float weights.")
-    return Section(title, text, (Table(header, rows),))
+    return Section(title, text, (Table(header, rows),) if rows else ())
 
 
 def adaptation(run: Run) -> Section:

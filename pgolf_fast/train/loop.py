@@ -294,7 +294,7 @@ class _Run:
         if t.in_reptile:  # the average is where it began
             load_weights(self.model, left, "the last step")
         if self.world.is_main:
-            self.folder.retire(self.folder.quantized_file, self.folder.artifact_file)
+            self.folder.retire(*self.folder.products)
             kind = self._raw_name if t.in_reptile else self._average_name
             story = {"step": t.step, "weights": kind, "config": run_config_to_dict(self.config)}
             save_tensors(self.folder.model_file, self.model.state_dict(), story)  # as validated

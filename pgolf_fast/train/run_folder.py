@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pgolf_fast import report
 from pgolf_fast.config.schema import RunConfig
@@ -59,8 +59,23 @@ class RunFolder:
         return self.path / "audit.json"
 
     @property
+    def sweep_file(self) -> Path:
+        """What `pgolf ttt-sweep` found of the artifact."""
+        return self.path / "ttt_sweep.json"
+
+    @property
     def tokenizer_file(self) -> Path:
         return self.path / "tokenizer.model"
+
+    def scores_file(self, weights: Literal["artifact", "float"]) -> Path:
+        """What `pgolf eval` found of those weights."""
+        return self.path / f"scores_{weights}.json"
+
+    @property
+    def products(self) -> tuple[Path, ...]:
+        """All that is made of the final weights, in any number of steps."""
+        scores = (self.scores_file("float"), self.scores_file("artifact"))
+        return (self.quantized_file, self.artifact_file, *scores, self.sweep_file, self.audit_file)
 
     def history(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl that tell of the run as it stands; [] without the file.

@@ -151,6 +151,8 @@ class Metrics:
         for name, value in values.items():
             if name != "step" and isinstance(value, (bool, int, float)):
                 yield f"{group}/{name}", float(value)
+            elif isinstance(value, list):  # of a bank, by slot
+                yield from ((f"{group}/{name}/{slot}", float(one)) for slot, one in enumerate(value))
         elapsed = values.get("elapsed")
         if kind == "step" and isinstance(elapsed, float):
             tokens = values.get("tokens", self._batch_tokens)
