@@ -260,6 +260,8 @@ class Study:
             runs = [*runs, *later]
         gains = self._gains()
         settings = {
+            "command": self.command(),
+            "fingerprint": self.fingerprint,
             **{name: getattr(self.arguments, name) for name in ("steps", "seeds", "val_tokens")},
             "data": Path(self.arguments.data).name,
             "questions": QUESTIONS,
@@ -290,6 +292,16 @@ class Study:
         write_text(out.with_suffix(".json"), json.dumps(story, indent=2) + "\n")
         write_text(out.with_suffix(".txt"), told)
         write_plot([*rows, *(timing.rows if timing else [])], gains, runs, out.with_suffix(".png"))
+
+    def command(self) -> str:
+        """What makes these runs, without where they lie on this machine."""
+        a = self.arguments
+        words = ["--data", f"DATA/{Path(a.data).name}", "--steps", a.steps, "--val-tokens", a.val_tokens]
+        words += ["--seeds", *a.seeds]
+        for option, values, usual in (("--base", a.base, ()), ("--flips", a.flips, FLIPS)):
+            words += [option, *values] if tuple(values) != usual else []
+        words += ["--name", a.name] if a.name != "systems" else []
+        return " ".join(map(str, ["python benchmarks/study_systems.py", *words]))
 
     def _finished(self, jobs: list[Job]) -> list[Run]:
         """Those that are finished. Raises PgolfError where a folder holds a run of other settings."""

@@ -73,7 +73,8 @@ def text(
     parts = [
         f"Preset {', '.join(filter(None, (model, settings['base'])))}, {settings['steps']:,} steps of "
         f"{settings['batch_tokens']:,} tokens of {settings['data']}, seeds {seeds}.\n"
-        f"Scores are of the int6 artifacts on {settings['val_tokens']:,} validation tokens.",
+        f"Scores are of the int6 artifacts on {settings['val_tokens']:,} validation tokens.\n"
+        f"Command: {settings['command']}",
         "AT EQUAL STEPS\n" + print_table(rows, timed=False),
         "\n".join(f"{row}: {settings['questions'][row]}" for row in compared),
     ]

@@ -23,6 +23,7 @@ from inner_step import Kept, lengths, one  # noqa: E402
 from systems_report import Timing, make_gain, text, verdict, write_plot  # noqa: E402
 
 SETTINGS = {
+    "command": "python this",
     "steps": 320,
     "seeds": (1, 2),
     "val_tokens": 1000,
@@ -99,6 +100,7 @@ def test_the_report_says_what_was_compared_with_what(tmp_path):
     timing = Timing([later], 1.8, (1.7, 1.9), 324)
     told = text(SETTINGS, [row(BASELINE, None), worse], timing, gains, kept, runs)
     assert "Preset small (1,000 parameters), train.meta.every=32, 320 steps" in told
+    assert "Command: python this\n" in told
     assert "ms/step" not in told
     assert "324 instead of 320" in told
     assert "-0.100000" in told  # of the inner loss
