@@ -193,6 +193,7 @@ def write_plot(rows: Sequence[Row], gains: dict[str, Gain], runs: Sequence[Run],
             axes.axvline(0, color="0.3", linewidth=0.8)
             axes.grid(alpha=0.3, axis="x")
             axes.invert_yaxis()
+            axes.locator_params(axis="x", nbins=6)
 
     write_bytes(path, drawing.png(paint, (13, 4.8)))
 
