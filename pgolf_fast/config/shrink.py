@@ -44,7 +44,7 @@ SIZES = {
         table_dim=48,
         seq_len=256,
         batch_tokens=2048,
-        steps=600,
+        steps=300,
         seconds=None,
     ),
 }
