@@ -132,7 +132,7 @@ def test_a_variant_has_one_name_however_it_is_spelled(words, name):
 
 
 def test_a_budget_of_the_other_kind_must_be_given():
-    assert with_budget(tiny(), "steps").train.steps == 600
+    assert with_budget(tiny(), "steps").train.steps == tiny().train.steps
     assert with_budget(small(), "time").train.max_seconds == 600
     with pytest.raises(PgolfError, match="give --steps"):
         with_budget(small(), "steps")
