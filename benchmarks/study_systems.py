@@ -214,10 +214,11 @@ class Study:
         return round(self.arguments.steps + self.meta_steps() * (worth - 1))
 
     def meta_steps(self) -> int:
-        """How often FOMAML acts in a run of the baseline."""
+        """How often FOMAML acts in a run of the baseline; 0 where it is off."""
         train = next(job.config.train for job in self.step_jobs if job.variant == BASELINE)
         schedule, meta = Schedule(train), train.meta
-        assert meta is not None
+        if meta is None:
+            return 0
         return sum(schedule.multiplier(step, 0.0) > meta.above for step in range(0, train.steps, meta.every))
 
     # Test-time training

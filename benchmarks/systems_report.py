@@ -148,11 +148,14 @@ def _statement(
         "one text. Intervals over seeds do not cover other text; those over documents, not other seeds.",
         f"With {len(settings['seeds'])} seeds intervals are wide: what they do not show may be there. Of the "
         f"{len(says)} intervals of this page one in twenty misses by chance.",
-        f"FOMAML acts in {settings['meta_steps']} of {settings['steps']:,} steps here, once in "
-        f"{settings['meta_every']} while the learning rate is high, with the stated weight of 0.5; there in "
-        f"{META_STEPS:,} of 7,020, once in 4, with an eighth of it. The inner rate is the original's: what a "
-        "step of it does to a model of that size and training is not known.",
     ]
+    if settings["meta_every"]:
+        cannot.append(
+            f"FOMAML acts in {settings['meta_steps']} of {settings['steps']:,} steps here, once in "
+            f"{settings['meta_every']} while the learning rate is high, with the stated weight of 0.5; there "
+            f"in {META_STEPS:,} of 7,020, once in 4, with an eighth of it. The inner rate is the original's: "
+            "what a step of it does to a model of that size and training is not known."
+        )
     if "both, as published" in gains:
         cannot.append(
             f"SGD learns from {settings['adapted_tokens'] / trained:.0%} as many tokens as training did, "

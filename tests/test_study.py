@@ -112,6 +112,8 @@ def test_the_report_says_what_was_compared_with_what(tmp_path):
     assert "Of the 4 intervals" in says
     assert "acts in 5 of 320 steps here, once in 32" in says
     assert "SGD learns from 50% as many tokens as training did" in says
+    without = text({**SETTINGS, "meta_steps": 0, "meta_every": None}, [worse], None, {}, [], runs)
+    assert "FOMAML acts" not in without
     pytest.importorskip("matplotlib")
     partly = replace(worse, seeds=(1, 2, 3))  # the baseline's third is not finished
     runs = [*runs, run("train.meta=none", 3, 2.0)]

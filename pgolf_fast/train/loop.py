@@ -257,8 +257,10 @@ class _Run:
 
     @property
     def _average_name(self) -> str:
-        average = self.trainer.average
-        return f"mean of {average.swa_count} EMA snapshots" if average.final() is average.swa else "EMA"
+        average, ema = self.trainer.average, self.config.average.ema_decay > 0
+        if average.final() is average.swa:
+            return f"mean of {average.swa_count} {'EMA ' if ema else ''}snapshots"
+        return "EMA" if ema else "raw weights, no average"
 
     def _read(self, pending: PendingStep, step: int, elapsed: float, *, last: bool) -> None:
         """Wait for a step's numbers, and write them down."""
