@@ -6,7 +6,7 @@ from typing import Any
 
 from artifact_codecs import BASELINE, PEERS
 
-from pgolf_fast import report
+from pgolf_fast import console
 
 Found = dict[str, Any]
 CONTAINER = "container"
@@ -34,12 +34,12 @@ def report_text(content: Found) -> str:
         rows = [
             (step, *(shown(found.get(k, "-")) for k in _STEP)) for step, found in content["pipeline"].items()
         ]
-        parts.append(report.table(rows, ("step", *_STEP)))
+        parts.append(console.table(rows, ("step", *_STEP)))
         broken = {step: found["error"] for step, found in content["pipeline"].items() if "error" in found}
         parts += [f"{step}: FAILED, {why}" for step, why in broken.items()]
     checks = [] if content["smoke"] else verdicts(content)
     if checks:
-        parts.append(report.table(checks, ("what", "measured", "limit", "kept")))
+        parts.append(console.table(checks, ("what", "measured", "limit", "kept")))
     return "\n\n".join(parts)
 
 
@@ -64,7 +64,7 @@ def bound_table(found: Found) -> str:
         )
         for name, b in found["bounds"].items()
     ]
-    return report.table(rows, ("bound of the codes", "bytes", "bits a code", "and to tell the model, about"))
+    return console.table(rows, ("bound of the codes", "bytes", "bits a code", "and to tell the model, about"))
 
 
 def contender_table(found: Found) -> str:
@@ -91,7 +91,7 @@ def contender_table(found: Found) -> str:
             )
         )
     header = ("contender", "bytes", "ratio", "codes", "ratio", "over bound", "encode s", "decode s", "MiB")
-    lines = [report.table(rows, header)] if rows else []
+    lines = [console.table(rows, header)] if rows else []
     if packed := found["contenders"].get(CONTAINER, {}).get("sections"):
         notes.append("container: " + ", ".join(f"{s} {c} {n:,}" for s, (c, n) in packed.items()))
     return "\n".join([*lines, *notes])

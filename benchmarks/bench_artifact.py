@@ -33,14 +33,14 @@ import artifact_files  # noqa: E402
 import artifact_verdict  # noqa: E402
 from synthetic_artifact import synthetic  # noqa: E402
 
-from pgolf_fast.artifact.bounds import static_bounds  # noqa: E402
+from pgolf_fast.artifact.steps import read_quantized  # noqa: E402
 from pgolf_fast.bench.store import provenance  # noqa: E402
 from pgolf_fast.config.presets import exp101, tiny  # noqa: E402
+from pgolf_fast.config.run_folder import RunFolder  # noqa: E402
 from pgolf_fast.config.schema import RunConfig  # noqa: E402
-from pgolf_fast.files import write_text  # noqa: E402
-from pgolf_fast.pipeline import read_quantized  # noqa: E402
+from pgolf_fast.io import write_text  # noqa: E402
+from pgolf_fast.lab.analysis.entropy_bounds import static_bounds  # noqa: E402
 from pgolf_fast.quant.state import QuantizedState  # noqa: E402
-from pgolf_fast.train.run_folder import RunFolder  # noqa: E402
 
 Found = dict[str, Any]
 PARTS = ("codecs", "pipeline")

@@ -22,20 +22,21 @@ import naive_eval
 import torch
 from torch import Tensor
 
-from pgolf_fast import report
+from pgolf_fast import console
+from pgolf_fast.artifact.steps import float_model
 from pgolf_fast.config.adapters import adapters
 from pgolf_fast.config.presets import preset
+from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.data.source import open_source
+from pgolf_fast.distributed import keep_freed_memory
 from pgolf_fast.evaluation.adapt import SGD, Frozen, borrowed, trainable_parameters
 from pgolf_fast.evaluation.estimate import forward_flops, windows_flops
 from pgolf_fast.evaluation.protocol import score_and_adapt, target_chunks
 from pgolf_fast.evaluation.score import Scorer, Stream, batch_size
 from pgolf_fast.evaluation.windows import sliding_windows
-from pgolf_fast.files import write_text
+from pgolf_fast.io import write_text
 from pgolf_fast.model.gpt import GPT
-from pgolf_fast.pipeline import float_model
-from pgolf_fast.train.run_folder import RunFolder
-from pgolf_fast.train.world import keep_freed_memory, resolve_dtype
+from pgolf_fast.model.runtime import resolve_dtype
 
 NAIVE_BATCHES = (4, 8, 16, 32, 64)
 
@@ -199,7 +200,7 @@ class Bench:
             f"{found['tokens']:,} targets in {found['windows']:,} windows of {found['seq_len']}, stride "
             f"{found['stride']}, {dtype}, {found['threads']} threads; "
             f"batches of {found['naive_batch']} (naive) and {found['fast_batch']} (fast)",
-            report.table(rows, ("way", "seconds", "targets/s", "nats/token")),
+            console.table(rows, ("way", "seconds", "targets/s", "nats/token")),
             f"largest difference of a loss, sliding: {found['largest_difference']:.1e} nats",
             f"sliding: {found['sliding_speed_up']:.2f} times naive; exact savings allow "
             f"{found['sliding_speed_up_allowed']:.2f}: {found['sliding_reached']:.0%} of it",

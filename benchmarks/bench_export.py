@@ -39,15 +39,15 @@ from pgolf_fast.bench.store import provenance
 from pgolf_fast.config.model import ModelConfig
 from pgolf_fast.config.presets import exp101, small, tiny
 from pgolf_fast.config.schema import QuantConfig, RunConfig
-from pgolf_fast.files import write_text
+from pgolf_fast.console import table
+from pgolf_fast.distributed import keep_freed_memory
+from pgolf_fast.io import write_text
 from pgolf_fast.model.decoding import Decoder
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.ops.native import extension
 from pgolf_fast.quant import gptq
 from pgolf_fast.quant.calibration import hessian_name, self_generate
 from pgolf_fast.quant.state import READERS, unbank
-from pgolf_fast.report import table
-from pgolf_fast.train.world import keep_freed_memory
 
 LENGTHS = 8
 UNCACHED_BATCH = 8  # as the original

@@ -12,14 +12,14 @@ from collections.abc import Callable
 
 import torch
 
-from pgolf_fast import report
+from pgolf_fast import console
 from pgolf_fast.config.meta import MetaConfig, ReptileConfig
 from pgolf_fast.config.presets import preset
 from pgolf_fast.model.gpt import GPT
+from pgolf_fast.model.runtime import resolve_dtype
 from pgolf_fast.train.meta.rates import SlotRates
 from pgolf_fast.train.meta.reptile import Reptile
 from pgolf_fast.train.meta.step import meta_step
-from pgolf_fast.train.world import resolve_dtype
 
 KINDS = {
     "fomaml": MetaConfig(),
@@ -76,7 +76,7 @@ def main() -> None:
     medians = {name: statistics.median(values) for name, values in times.items()}
     ordinary = medians["ordinary micro-batch"]
     rows = [(name, f"{ms:.1f}", f"{ms / ordinary:.2f}") for name, ms in medians.items()]
-    print(report.table(rows, (f"{arguments.preset}, {device.type}", "ms", "micro-batches")))
+    print(console.table(rows, (f"{arguments.preset}, {device.type}", "ms", "micro-batches")))
 
 
 if __name__ == "__main__":

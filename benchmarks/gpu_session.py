@@ -164,7 +164,7 @@ def finish_part(
     out: Path, part: str, status: str, seconds: float, code: int | None, tail: list[str]
 ) -> dict[str, object]:
     """Note in the part's file how it ended; whatever it had written stays."""
-    from pgolf_fast.files import write_text
+    from pgolf_fast.io import write_text
 
     path = out / f"{part}.json"
     content = json.loads(path.read_text()) if path.is_file() else {"part": part}
@@ -180,7 +180,7 @@ def finish_part(
 
 def write_summary(out: Path, summary: dict[str, object], states: dict[str, dict[str, object]]) -> None:
     from pgolf_fast.bench.store import provenance
-    from pgolf_fast.files import write_text
+    from pgolf_fast.io import write_text
 
     summary.update(provenance(), parts=states, text=describe(out, states).splitlines())
     write_text(out / "summary.json", json.dumps(summary, indent=1) + "\n")
@@ -188,22 +188,22 @@ def write_summary(out: Path, summary: dict[str, object], states: dict[str, dict[
 
 def describe(out: Path, states: dict[str, dict[str, object]]) -> str:
     """The session in a page: how the parts ended, ops against their best peers, the step."""
-    from pgolf_fast import report
+    from pgolf_fast import console
 
     rows = [(part, state["status"], state["ok"], state["seconds"]) for part, state in states.items()]
-    parts = [report.table(rows, ("part", "status", "ok", "seconds"))]
+    parts = [console.table(rows, ("part", "status", "ok", "seconds"))]
     found = {part: json.loads((out / f"{part}.json").read_text()) for part in states}
     wrong = [r for r in found.get("correct", {}).get("checks", []) if r["ok"] is False]
-    parts += [report.table([(r["what"], r["verdict"]) for r in wrong], ("wrong", "why"))] if wrong else []
+    parts += [console.table([(r["what"], r["verdict"]) for r in wrong], ("wrong", "why"))] if wrong else []
     parts += found.get("ops", {}).get("table", [])
     for name in ("T1", "T2"):
         steps = [
             (r["way"], r["micro_batch_tokens"], *(shown(r[k]) for k in STEP_COLUMNS))
             for r in found.get("step", {}).get(name, [])
         ]
-        parts += [report.table(steps, (name, "micro-batch", *STEP_COLUMNS))] if steps else []
+        parts += [console.table(steps, (name, "micro-batch", *STEP_COLUMNS))] if steps else []
     chunks = [(r["way"], *(shown(r[k]) for k in CHUNK_COLUMNS)) for r in found.get("eval", {}).get("E1", [])]
-    parts += [report.table(chunks, ("E1", *CHUNK_COLUMNS))] if chunks else []
+    parts += [console.table(chunks, ("E1", *CHUNK_COLUMNS))] if chunks else []
     parts += found.get("tune", {}).get("table", [])
     return "\n\n".join(parts)
 
@@ -225,9 +225,9 @@ def work(arguments: argparse.Namespace, out: Path) -> int:
         torch.set_num_threads(1)
     from session_files import Session
 
-    from pgolf_fast import report
+    from pgolf_fast import console
 
-    report.setup_logging()
+    console.setup_logging()
     session = Session(
         out=out,
         seconds=arguments.seconds,

@@ -20,16 +20,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pgolf_fast import report
+from pgolf_fast import console
+from pgolf_fast.artifact.steps import float_model
 from pgolf_fast.config.meta import MetaConfig
+from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.data.loader import make_loader
 from pgolf_fast.data.source import open_source
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.model.bank import make_banks
 from pgolf_fast.model.gpt import GPT
-from pgolf_fast.pipeline import float_model
 from pgolf_fast.train.meta.step import Batch, bank_gradients, halves, inner_gradients
-from pgolf_fast.train.run_folder import RunFolder
 
 BATCHES = 4
 DTYPES = (torch.bfloat16, torch.float32)
@@ -96,7 +96,7 @@ def main() -> None:
         rows = [(run.name, *kept(run, dtype).row()) for run in parser.parse_args().runs for dtype in DTYPES]
     except PgolfError as error:
         sys.exit(str(error))
-    print(report.table(rows, HEADER))
+    print(console.table(rows, HEADER))
 
 
 if __name__ == "__main__":

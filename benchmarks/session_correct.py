@@ -43,7 +43,7 @@ def run(session: Session) -> bool:
 
 def doctor_rows(session: Session, note) -> None:
     """What `pgolf doctor --check` says."""
-    from pgolf_fast.doctor_checks import check_ops
+    from pgolf_fast.bench.doctor_checks import check_ops
 
     rows = attempt(lambda: check_ops(session.device, torch.bfloat16))
     if isinstance(rows, str):

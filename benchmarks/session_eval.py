@@ -33,8 +33,8 @@ from pgolf_fast.evaluation.windows import Windows, sliding_windows
 from pgolf_fast.model.bank import Banks
 from pgolf_fast.model.compiled import tag_compile_cache
 from pgolf_fast.model.gpt import GPT
+from pgolf_fast.model.runtime import resolve_dtype
 from pgolf_fast.ops.tuned import load_tuned
-from pgolf_fast.train.world import resolve_dtype
 
 PLAIN_BATCH = 128  # windows, as in the published run
 

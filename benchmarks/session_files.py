@@ -11,7 +11,7 @@ import torch
 
 from pgolf_fast.bench.store import provenance
 from pgolf_fast.bench.timer import gpu_state
-from pgolf_fast.files import write_text
+from pgolf_fast.io import write_text
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from unittest import mock
 import torch
 from session_files import PartFile, Session
 
-from pgolf_fast.bench import commands, peers, registry, run, store, tune
+from pgolf_fast.bench import peers, registry, run, store, tune
 from pgolf_fast.bench.case import MODES
+from pgolf_fast.cli import bench as commands
 from pgolf_fast.config.presets import preset
 from pgolf_fast.ops import launch, tuned
 

@@ -31,11 +31,12 @@ from pgolf_fast.bench.timer import gpu_state
 from pgolf_fast.config.model import ModelConfig
 from pgolf_fast.config.presets import preset
 from pgolf_fast.config.schema import RunConfig
+from pgolf_fast.distributed import World
 from pgolf_fast.model.compiled import tag_compile_cache
 from pgolf_fast.model.gpt import GPT
+from pgolf_fast.model.runtime import resolve_dtype
 from pgolf_fast.ops.tuned import load_tuned
 from pgolf_fast.train.trainer import Trainer
-from pgolf_fast.train.world import World, resolve_dtype
 
 POOL_TOKENS = 128 * 98_304  # they are repeated
 LARGER = (2, 4)  # micro-batches of T2, over the preset's; they divide its eight

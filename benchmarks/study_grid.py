@@ -22,16 +22,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pgolf_fast import report
+from pgolf_fast import console
 from pgolf_fast.artifact.landing import land
 from pgolf_fast.artifact.pack import artifact_bytes
+from pgolf_fast.artifact.steps import float_model
 from pgolf_fast.bench.store import provenance
+from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import PackConfig, QuantConfig
 from pgolf_fast.config.serialize import run_config_to_dict
 from pgolf_fast.data.source import open_source
 from pgolf_fast.evaluation.score import Stream
 from pgolf_fast.evaluation.scores import plain_score
-from pgolf_fast.pipeline import float_model
 from pgolf_fast.quant import rd
 from pgolf_fast.quant.calibration import collect_hessians, self_generate
 from pgolf_fast.quant.fisher import collect_fisher
@@ -43,7 +44,6 @@ from pgolf_fast.quant.state import (
     is_slot,
     quantize_state,
 )
-from pgolf_fast.train.run_folder import RunFolder
 
 BITS = range(3, 9)
 DIVERGENCE_TOKENS = 65_536
@@ -150,12 +150,12 @@ def compare(study: Study) -> list[dict[str, object]]:
             ways = []
             for how, state in fixed_bits(study, grid, target, states):
                 ways.append((study.divergence(dequantize_state(state)), how, state))
-                report.logger.info("%d %s, %s: divergence %.5f", target, grid, how, ways[-1][0])
+                console.logger.info("%d %s, %s: divergence %.5f", target, grid, how, ways[-1][0])
             if ways:
                 _, how, state = min(ways, key=lambda way: way[0])
                 size = study.bytes(state, replace(study.quant, grid=grid))  # type: ignore[arg-type]
                 bpb = study.bpb(dequantize_state(state))
-                report.logger.info("%d %s: %.5f", target, grid, bpb)
+                console.logger.info("%d %s: %.5f", target, grid, bpb)
                 rows.append({"target": target, "grid": grid, "how": how, "bytes": size, "bpb": bpb})
         rows.append(rd_row(study, target))
     return rows
@@ -168,7 +168,7 @@ def rd_row(study: Study, target: int) -> dict[str, object]:
     seconds = time.perf_counter() - start
     how = f"{landed.price:.2e} nats/bit"
     bpb = study.bpb(dequantize_state(landed.state))
-    report.logger.info("%d rd: %.5f", target, bpb)
+    console.logger.info("%d rd: %.5f", target, bpb)
     row = {"target": target, "grid": "rd", "how": how, "bytes": landed.artifact_bytes, "bpb": bpb}
     return {**row, "landing_seconds": seconds}
 
@@ -220,7 +220,7 @@ def parts(study: Study, target: int) -> list[dict[str, object]]:
         landed = land(grids, lambda state: study.bytes(state, quant), target)
         rd.ROUNDING_PRICE = usual
         lost = study.divergence(dequantize_state(landed.state))
-        report.logger.info("%s: %.5f", name, lost)
+        console.logger.info("%s: %.5f", name, lost)
         rows.append({"part": name, "bytes": landed.artifact_bytes, "divergence": lost})
     return rows
 
@@ -259,7 +259,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "grid_small.json")
     parser.add_argument("--no-parts", action="store_true", help="leave out what the parts of rd are worth")
     arguments = parser.parse_args()
-    report.setup_logging()
+    console.setup_logging()
     study = Study(arguments.run, arguments.data)
     result: dict = {"run": study.config.name, "validation_targets": study.stream.num_targets}
     result["float_bpb"] = study.bpb(study.floats)
@@ -275,9 +275,9 @@ def main() -> None:
         (f"{r['target']:,}", r["grid"], r["how"], f"{r['bytes']:,}", f"{r['bpb']:.5f}")
         for r in result["rows"]
     ]
-    report.logger.info("%s", report.table(lines, ("target", "grid", "by", "bytes", "bpb")))
+    console.logger.info("%s", console.table(lines, ("target", "grid", "by", "bytes", "bpb")))
     for row in result.get("parts", []):
-        report.logger.info("%-28s %10d bytes  divergence %.5f", row["part"], row["bytes"], row["divergence"])
+        console.logger.info("%-28s %10d bytes  divergence %.5f", row["part"], row["bytes"], row["divergence"])
 
 
 if __name__ == "__main__":

@@ -38,27 +38,28 @@ from inner_step import DTYPES
 from inner_step import kept as inner_step
 from systems_report import Gain, Timing, make_gain, text, write_plot
 
-from pgolf_fast import report
-from pgolf_fast.ablation.job import DOCUMENTS, documents, fingerprint, prepare
-from pgolf_fast.ablation.plan import BASELINE, Job, Variant, make_jobs, make_variants
-from pgolf_fast.ablation.processes import Task, job_task, make_slots, run_tasks
-from pgolf_fast.ablation.table import Run, make_rows, read_runs, to_dict
-from pgolf_fast.ablation.worker import end_with_parent
+from pgolf_fast import console
 from pgolf_fast.bench.store import provenance
 from pgolf_fast.config.adapters import adapters
 from pgolf_fast.config.flip import flip
 from pgolf_fast.config.presets import small
+from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import RunConfig, TTTConfig
 from pgolf_fast.data.loader import make_loader
 from pgolf_fast.data.source import open_source
+from pgolf_fast.distributed import World, keep_freed_memory
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.files import write_text
+from pgolf_fast.io import write_text
+from pgolf_fast.lab.compare.ablation.job import DOCUMENTS, documents, fingerprint, prepare
+from pgolf_fast.lab.compare.ablation.plan import BASELINE, Job, Variant, make_jobs, make_variants
+from pgolf_fast.lab.compare.ablation.processes import Task, job_task, make_slots, run_tasks
+from pgolf_fast.lab.compare.ablation.table import Run, make_rows, read_runs, to_dict
+from pgolf_fast.lab.compare.ablation.worker import end_with_parent
+from pgolf_fast.lab.compare.sweep import sweep_run
+from pgolf_fast.model.runtime import choose_kernels, resolve_dtype
 from pgolf_fast.optim.schedule import Schedule
-from pgolf_fast.pipeline import sweep_run
 from pgolf_fast.train.loop import build_model
-from pgolf_fast.train.run_folder import RunFolder
 from pgolf_fast.train.trainer import Trainer
-from pgolf_fast.train.world import World, choose_kernels, keep_freed_memory, resolve_dtype
 
 PARTS = ("steps", "measure", "time", "ttt", "report")
 NO_SPLIT, NO_TRIGRAM, NO_META = "model.pos_conditional=false", "model.trigram=false", "train.meta=none"
@@ -91,7 +92,7 @@ def main() -> None:
         end_with_parent()
         adapt(Path(arguments.adapt[0]), arguments.adapt[1:])
         return
-    report.setup_logging()
+    console.setup_logging()
     try:
         study = Study(arguments)
         for part in PARTS:
@@ -191,7 +192,7 @@ class Study:
             (name, f"{c['ms']:.1f}", f"{c['plain_steps']:.3f}", *(f"{q:.3f}" for q in c["quartiles"]))
             for name, c in cost.items()
         ]
-        report.logger.info("%s", report.table(rows, ("step", "ms", "of plain", "quartile", "quartile")))
+        console.logger.info("%s", console.table(rows, ("step", "ms", "of plain", "quartile", "quartile")))
 
     def _trainer(self, config: RunConfig) -> Trainer:
         world = World(0, 1, torch.device("cpu"))

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 from inner_step import HEADER, Kept
 
-from pgolf_fast import drawing, report
-from pgolf_fast.ablation.plan import BASELINE
-from pgolf_fast.ablation.statistics import Interval, over_documents, over_seeds
-from pgolf_fast.ablation.table import Row, Run, commits, print_table, show_interval
-from pgolf_fast.files import write_bytes
+from pgolf_fast import console
+from pgolf_fast.bench import drawing
+from pgolf_fast.io import write_bytes
+from pgolf_fast.lab.compare.ablation.plan import BASELINE
+from pgolf_fast.lab.compare.ablation.statistics import Interval, over_documents, over_seeds
+from pgolf_fast.lab.compare.ablation.table import Row, Run, commits, print_table, show_interval
 
 # Of exp101: 7,020 steps of 786,432 tokens, 26,960,991 parameters; 4 epochs on 62 M validation tokens
 TOKENS_A_PARAMETER, META_STEPS, ADAPTED = 205, 1140, 0.045
@@ -82,7 +83,7 @@ def text(
         told = _timing(timing, settings)
         parts.append("AT EQUAL TIME\n" + told + "\n\n" + print_table(timing.rows, timed=False))
     if kept:
-        lines = report.table([(f"seed {seed}", *step.row()) for seed, step in kept], HEADER)
+        lines = console.table([(f"seed {seed}", *step.row()) for seed, step in kept], HEADER)
         parts.append("THE INNER STEP OF FOMAML (benchmarks/inner_step.py), on the final weights\n" + lines)
     if gains:
         parts.append("(d) TEST-TIME TRAINING AND THE SLIDING WINDOW\n" + _gains(gains))
@@ -107,7 +108,7 @@ def _gains(gains: dict[str, Gain]) -> str:
         by_seed = "; ".join(f"{i.mean:+.4f} ({i.low:+.4f} to {i.high:+.4f})" for i in gain.by_seed.values())
         rows.append((name, *show_interval(gain.over_seeds), by_seed))
     header = ("difference in bpb", "mean", "95 % over seeds", "by seed (95 % over documents)")
-    lines = [report.table(rows, header)]
+    lines = [console.table(rows, header)]
     if {"sliding window", "both, as published"} <= gains.keys():
         window, both = (gains[name].by_seed for name in ("sliding window", "both, as published"))
         shares = [window[seed].mean / both[seed].mean for seed in both if seed in window]

@@ -19,9 +19,9 @@ from pgolf_fast.data.loader import make_loader
 from pgolf_fast.data.shards import write_shard
 from pgolf_fast.data.source import open_source
 from pgolf_fast.data.tokenizer import Tokenizer, train_tokenizer
+from pgolf_fast.distributed import World
 from pgolf_fast.train.loop import build_model
 from pgolf_fast.train.trainer import Trainer
-from pgolf_fast.train.world import World
 
 VOCAB = 384
 ALONE = World(0, 1, torch.device("cpu"))

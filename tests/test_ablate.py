@@ -14,19 +14,19 @@ import pytest
 from runs import make_dataset, pgolf, read_json, run_config, words
 
 from pgolf_fast import cli
-from pgolf_fast.ablation.job import documents, fingerprint, finished, prepare, run_job, step_times
-from pgolf_fast.ablation.plan import BASELINE, Job, make_jobs, make_variants
-from pgolf_fast.ablation.plot import draw_ablation, seed_differences
-from pgolf_fast.ablation.processes import Task, make_slots, run_tasks
-from pgolf_fast.ablation.statistics import over_documents, over_seeds
-from pgolf_fast.ablation.table import Run, make_rows, print_table, read_runs
 from pgolf_fast.config.presets import tiny
+from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.data.source import open_source
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.evaluation.seeds import student_quantile
-from pgolf_fast.files import locked
+from pgolf_fast.io import locked
+from pgolf_fast.lab.compare.ablation.job import documents, fingerprint, finished, prepare, run_job, step_times
+from pgolf_fast.lab.compare.ablation.plan import BASELINE, Job, make_jobs, make_variants
+from pgolf_fast.lab.compare.ablation.plot import draw_ablation, seed_differences
+from pgolf_fast.lab.compare.ablation.processes import Task, make_slots, run_tasks
+from pgolf_fast.lab.compare.ablation.statistics import over_documents, over_seeds
+from pgolf_fast.lab.compare.ablation.table import Run, make_rows, print_table, read_runs
+from pgolf_fast.lab.compare.seeds import student_quantile
 from pgolf_fast.train.checkpoint import newest_checkpoint
-from pgolf_fast.train.run_folder import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +160,7 @@ def test_table_refuses_other_text(tmp_path):
 def test_slots(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr("pgolf_fast.ablation.processes._cores", lambda: 8)
+    monkeypatch.setattr("pgolf_fast.lab.compare.ablation.processes._cores", lambda: 8)
     assert make_slots(None, 0, timed=True) == [{}]
     assert make_slots(3, 0, timed=False) == 3 * [{"OMP_NUM_THREADS": "2"}]
     assert make_slots(None, 2, timed=True) == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
@@ -190,7 +190,9 @@ def test_tasks_run_side_by_side_and_failures_are_told(tmp_path):
 
 
 def test_a_worker_ends_with_its_parent():
-    code = "from pgolf_fast.ablation.worker import end_with_parent\nimport time\nend_with_parent()\n"
+    code = (
+        "from pgolf_fast.lab.compare.ablation.worker import end_with_parent\nimport time\nend_with_parent()\n"
+    )
     code += "print('here', flush=True)\ntime.sleep(60)"
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -317,7 +319,9 @@ def test_a_result_outlives_its_artifact_but_not_a_newer_one(tmp_path):
 def test_one_command_at_a_time_in_a_folder(data, tmp_path, capsys, monkeypatch):
     """A second one is refused in a line, and what a step is worth in the Reptile phase is said in one."""
     begun = []
-    monkeypatch.setattr("pgolf_fast.ablation.processes.run_tasks", lambda tasks, _: begun.append(tasks) or [])
+    monkeypatch.setattr(
+        "pgolf_fast.lab.compare.ablation.processes.run_tasks", lambda tasks, _: begun.append(tasks) or []
+    )
     out = tmp_path / "out"
     arguments = ["ablate", "tiny", "--out", str(out), *words(run_config(data))]
     with locked(out / "ablation.lock", "busy"):
@@ -385,7 +389,7 @@ def test_command_refuses_in_one_line(words, message, capsys, tmp_path, monkeypat
 
 
 def test_time_on_a_shared_cpu_and_torchrun_are_refused(capsys, monkeypatch):
-    monkeypatch.setattr("pgolf_fast.train.world.devices", lambda: 0)
+    monkeypatch.setattr("pgolf_fast.distributed.devices", lambda: 0)
     words = ["ablate", "tiny", "--flip", "model.trigram=false"]
     assert cli.main([*words, "--budget", "both", "--seconds", "5", "--workers", "2"]) == 2
     assert "compete for this CPU" in capsys.readouterr().err
@@ -395,7 +399,7 @@ def test_time_on_a_shared_cpu_and_torchrun_are_refused(capsys, monkeypatch):
 
 
 def test_runs_of_a_table_name_their_versions(tmp_path):
-    from pgolf_fast.ablation.table import commits
+    from pgolf_fast.lab.compare.ablation.table import commits
 
     job = made_up_run(tmp_path, BASELINE, 1, 2.0)
     assert commits([Run(job, {"commit": "b"}), Run(job, {"commit": "a"}), Run(job, {"commit": "b"})]) == [

@@ -22,9 +22,9 @@ from pgolf_fast.evaluation.lora import Lora, changed_losses, fresh_factors
 from pgolf_fast.evaluation.protocol import Chunk, Ledger, Segment, score_and_adapt
 from pgolf_fast.evaluation.resume import Resume
 from pgolf_fast.evaluation.score import Scorer, Stream, frozen_losses
-from pgolf_fast.evaluation.sweep import bootstrap_gain, sweep
 from pgolf_fast.evaluation.ttt import adapting_chunks, legal_ttt
 from pgolf_fast.evaluation.windows import sliding_windows
+from pgolf_fast.lab.compare.sweep import bootstrap_gain, sweep
 from pgolf_fast.model.gpt import GPT
 
 CPU = torch.device("cpu")
@@ -269,7 +269,7 @@ def test_sweep_compares_on_the_same_windows_and_repeats_nothing(model, tmp_path,
         assert row.gain == pytest.approx(rows[0].bpb - row.bpb)
         assert row.low <= row.gain <= row.high
         assert row.bpb == pytest.approx(run(model, text(), chosen[row.name]).score.bpb, abs=1e-6)
-    monkeypatch.setattr("pgolf_fast.evaluation.sweep.legal_ttt", None)
+    monkeypatch.setattr("pgolf_fast.lab.compare.sweep.legal_ttt", None)
     assert sweep(model, stream_of(text()), config, chosen, None, tmp_path) == rows
     starts = document_starts(text())
     after = int(starts[len(starts) // 2])

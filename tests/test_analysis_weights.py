@@ -8,11 +8,11 @@ import pytest
 import torch
 from helpers import tiny_config
 
-from pgolf_fast.analysis import connectivity, deltas, overlap, quant, spectra, surface, triangle
-from pgolf_fast.analysis.options import Options
-from pgolf_fast.analysis.subject import Subject
-from pgolf_fast.analysis.weights import leading
 from pgolf_fast.errors import PgolfError
+from pgolf_fast.lab.analysis import connectivity, deltas, overlap, quant, spectra, surface, triangle
+from pgolf_fast.lab.analysis.options import Options
+from pgolf_fast.lab.analysis.subject import Subject
+from pgolf_fast.lab.analysis.weights import leading
 from pgolf_fast.model.bank import BANK_NAMES
 from pgolf_fast.model.gpt import GPT
 
@@ -272,7 +272,7 @@ def test_published_overlap_is_between_left_singular_vectors_of_flattened_banks()
 def test_names_in_pictures_are_text():
     from matplotlib.figure import Figure
 
-    from pgolf_fast.drawing import label
+    from pgolf_fast.bench.drawing import label
 
     axes = Figure().subplots()
     names = ("a$_$b", "_c", "plain")

@@ -10,22 +10,22 @@ import torch
 from pages import check_page
 from runs import make_dataset, read_json, run_config
 
-from pgolf_fast.analysis import connectivity, quant, surface
-from pgolf_fast.analysis.finding import Finding
-from pgolf_fast.analysis.options import Options
-from pgolf_fast.analysis.registry import ANALYSES
-from pgolf_fast.analysis.subject import open_subject, open_subjects
-from pgolf_fast.analysis.validation import open_validation
 from pgolf_fast.artifact.pack import pack
 from pgolf_fast.cli import main
+from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import PackConfig, QuantConfig
 from pgolf_fast.config.serialize import run_config_to_dict
 from pgolf_fast.errors import PgolfError
+from pgolf_fast.io import save_tensors
+from pgolf_fast.lab.analysis import connectivity, quant, surface
+from pgolf_fast.lab.analysis.finding import Finding
+from pgolf_fast.lab.analysis.options import Options
+from pgolf_fast.lab.analysis.registry import ANALYSES
+from pgolf_fast.lab.analysis.subject import open_subject, open_subjects
+from pgolf_fast.lab.analysis.validation import open_validation
 from pgolf_fast.model.bank import BANK_NAMES
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.quant.state import quantize_state, unbank
-from pgolf_fast.tensor_file import save_tensors
-from pgolf_fast.train.run_folder import RunFolder
 
 OWN = ("deltas", "quant", "spectra", "overlap", "connectivity", "surface")
 QUICK = [
@@ -152,7 +152,7 @@ def test_analyses_of_two_runs(runs, tmp_path, capsys):
 def test_what_is_written_goes_to_others(runs, tmp_path, monkeypatch, capsys):
     """No folder of this machine in page and JSON, and no picture of what stood there before."""
     few = {name: ANALYSES[name] for name in ("surface", "losses")}
-    monkeypatch.setattr("pgolf_fast.analysis_commands.ANALYSES", few)
+    monkeypatch.setattr("pgolf_fast.cli.analyze.ANALYSES", few)
     config, bare, out = runs[1].read_config(), tmp_path / "bare.safetensors", tmp_path / "out"
     save_tensors(bare, open_subject(runs[0].path).state, {})
     shutil.copytree(runs[1].path, tmp_path / "moved")
@@ -192,7 +192,7 @@ def test_names_are_not_markup_of_pictures(runs, tmp_path, monkeypatch, capsys):
         seen.append([text.get_text() for text in figure.findobj(Text)])
         return b""
 
-    monkeypatch.setattr("pgolf_fast.analysis.plots.png", texts)
+    monkeypatch.setattr("pgolf_fast.lab.analysis.plots.png", texts)
     for name, folder in zip(("a$_$b", "_c"), runs, strict=False):
         shutil.copytree(folder.path, tmp_path / name)
     only = ("quant", "spectra", "connectivity", "surface", "losses")

@@ -11,20 +11,21 @@ import pytest
 import torch
 from runs import make_dataset, read_json, run_config
 
-from pgolf_fast import cli, ops, pipeline
+from pgolf_fast import cli, ops
+from pgolf_fast.artifact import steps
 from pgolf_fast.artifact.submission import Script, code_bytes
-from pgolf_fast.audit import guard, provenance, scoring, submission
-from pgolf_fast.audit.check import Check, broken, run_checks
-from pgolf_fast.audit.subject import checks, open_subject
-from pgolf_fast.audit.watch import watch
+from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import TTTConfig
 from pgolf_fast.evaluation.protocol import Ledger
-from pgolf_fast.files import write_text
+from pgolf_fast.io import write_text
+from pgolf_fast.lab.audit import guard, provenance, scoring, submission
+from pgolf_fast.lab.audit.check import Check, broken, run_checks
+from pgolf_fast.lab.audit.subject import checks, open_subject
+from pgolf_fast.lab.audit.watch import watch
 from pgolf_fast.model import embeddings
 from pgolf_fast.ops import reference
 from pgolf_fast.quant import state
 from pgolf_fast.train import loop
-from pgolf_fast.train.run_folder import RunFolder
 
 SLOW = ("C8", "C9", "C11")  # train, and start programs
 ALL = [f"C{number}" for number in range(1, 18)]
@@ -50,8 +51,8 @@ def run(tmp_path_factory):
 
 def pack(folder):
     config = folder.read_config()
-    pipeline.quantize_run(folder, config.quant)
-    pipeline.pack_run(folder, config.pack)
+    steps.quantize_run(folder, config.quant)
+    steps.pack_run(folder, config.pack)
 
 
 @pytest.fixture

@@ -9,10 +9,11 @@ import pytest
 import torch
 from helpers import tiny_config
 
-from pgolf_fast.arguments import parse
-from pgolf_fast.bench import check, commands, peers, plots, registry, run, store, timer
+from pgolf_fast.bench import check, peers, plots, registry, run, store, timer
 from pgolf_fast.bench.case import Contender
 from pgolf_fast.bench.roofline import Roof
+from pgolf_fast.cli import bench as commands
+from pgolf_fast.cli.arguments import parse
 from pgolf_fast.config.presets import exp101, tiny
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.ops import launch

@@ -14,14 +14,14 @@ from runs import make_dataset, pgolf, read_json, run_config, words
 
 from pgolf_fast import cli
 from pgolf_fast.artifact.container import sizes
+from pgolf_fast.artifact.steps import float_model, read_quantized
+from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.data.source import open_source
 from pgolf_fast.data.tokenizer import train_tokenizer
 from pgolf_fast.evaluation.score import Stream
 from pgolf_fast.evaluation.scores import plain_score
-from pgolf_fast.pipeline import float_model, read_quantized
 from pgolf_fast.quant.state import dequantize_state
 from pgolf_fast.train.loop import train
-from pgolf_fast.train.run_folder import RunFolder
 
 
 @pytest.fixture(scope="module")

@@ -268,8 +268,8 @@ def test_progress_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     ticks = iter(range(0, 1_000_000, 11))
-    monkeypatch.setattr("pgolf_fast.report.time.monotonic", lambda: float(next(ticks)))
-    monkeypatch.setattr("pgolf_fast.report.logger", logging.getLogger("test_progress"))
+    monkeypatch.setattr("pgolf_fast.console.time.monotonic", lambda: float(next(ticks)))
+    monkeypatch.setattr("pgolf_fast.console.logger", logging.getLogger("test_progress"))
     with caplog.at_level(logging.INFO):
         tokenize_files([write_jsonl(tmp_path / "a.jsonl", made_up(5))], out=tmp_path / "out", vocab_size=290)
     lines = caplog.messages

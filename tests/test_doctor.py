@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pgolf_fast import doctor_checks, ops
-from pgolf_fast.doctor import examine, implementations
-from pgolf_fast.doctor_checks import CHECKS, check_ops
-from pgolf_fast.doctor_coverage import COLUMNS, coverage, kernels_of, public_ops, read_tests
+from pgolf_fast import ops
+from pgolf_fast.bench import doctor_checks
+from pgolf_fast.bench.doctor import examine, implementations
+from pgolf_fast.bench.doctor_checks import CHECKS, check_ops
+from pgolf_fast.bench.doctor_coverage import COLUMNS, coverage, kernels_of, public_ops, read_tests
 from pgolf_fast.ops import launch
 
 TESTS = Path(__file__).parent / "ops"

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from pgolf_fast import report
+from pgolf_fast import console
 from pgolf_fast.cli import main
+from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.ttt import LoraConfig, TTTConfig
 from pgolf_fast.data.source import open_source
 from pgolf_fast.data.tokenizer import ByteTable
@@ -26,15 +27,14 @@ from pgolf_fast.evaluation.figures import (
     target_classes,
     token_classes,
 )
-from pgolf_fast.evaluation.plots import draw_scores
 from pgolf_fast.evaluation.score import Stream
 from pgolf_fast.evaluation.scores import three_scores
-from pgolf_fast.evaluation.seeds import incomplete_beta, student_tail, welch
 from pgolf_fast.evaluation.ttt import adapting_chunks
 from pgolf_fast.evaluation.windows import sliding_windows
+from pgolf_fast.io import save_tensors
+from pgolf_fast.lab.compare.seeds import incomplete_beta, student_tail, welch
+from pgolf_fast.lab.report.score_plot import draw_scores
 from pgolf_fast.model.gpt import GPT
-from pgolf_fast.tensor_file import save_tensors
-from pgolf_fast.train.run_folder import RunFolder
 from tests.helpers import randomize_
 from tests.runs import make_dataset, run_config
 
@@ -298,9 +298,9 @@ def test_without_matplotlib_there_is_no_picture(monkeypatch, tmp_path):
 
 def test_progress_tells_the_running_score(monkeypatch):
     times, lines = iter(range(0, 1000, 11)), []
-    monkeypatch.setattr(report.time, "monotonic", lambda: next(times))
-    monkeypatch.setattr(report.sys.stderr, "isatty", lambda: False)
-    monkeypatch.setattr(report.logger, "info", lambda text, *values: lines.append(text % values))
-    for _ in report.progress(range(3), "sliding + TTT", unit="chunk", note=lambda: "bpb 1.2345 so far"):
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(times))
+    monkeypatch.setattr(console.sys.stderr, "isatty", lambda: False)
+    monkeypatch.setattr(console.logger, "info", lambda text, *values: lines.append(text % values))
+    for _ in console.progress(range(3), "sliding + TTT", unit="chunk", note=lambda: "bpb 1.2345 so far"):
         pass
     assert lines[0] == "sliding + TTT: 1/3 chunk, bpb 1.2345 so far, 0.0909 chunk/s, ETA 22.0s"

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pgolf_fast import files
+from pgolf_fast import io as files
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.files import atomic_path, write_bytes, write_text
+from pgolf_fast.io import atomic_path, write_bytes, write_text
 
 
 def fail_with(number):

@@ -11,19 +11,19 @@ from data_helpers import real_data
 from helpers import randomize_, tiny_config
 from runs import make_dataset, run_config
 
-from pgolf_fast.analysis.bucket_load import ORDERS, all_pairs, contexts_of, groups, ideal_load, load
-from pgolf_fast.analysis.hash_table import GATE, TABLE, TRIGRAM, _without, hash_findings, layout_findings
-from pgolf_fast.analysis.options import Options
-from pgolf_fast.analysis.subject import Subject, open_subject
-from pgolf_fast.analysis.validation import open_validation
 from pgolf_fast.config.model import ModelConfig
+from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.data.tokenizer import Tokenizer, byte_table
 from pgolf_fast.errors import PgolfError
+from pgolf_fast.io import save_tensors
+from pgolf_fast.lab.analysis.bucket_load import ORDERS, all_pairs, contexts_of, groups, ideal_load, load
+from pgolf_fast.lab.analysis.hash_table import GATE, TABLE, TRIGRAM, _without, hash_findings, layout_findings
+from pgolf_fast.lab.analysis.options import Options
+from pgolf_fast.lab.analysis.subject import Subject, open_subject
+from pgolf_fast.lab.analysis.validation import open_validation
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.ops import reference
-from pgolf_fast.tensor_file import save_tensors
-from pgolf_fast.train.run_folder import RunFolder
 
 LAYOUTS = [(split, trigram) for split in (False, True) for trigram in (False, True)]
 VOCAB = 96
@@ -196,7 +196,7 @@ def by_name(findings):
 
 
 def test_findings_of_a_run(subject, monkeypatch):
-    monkeypatch.setattr("pgolf_fast.analysis.hash_table.drawn", lambda *a, **k: {"buckets": b"PNG"})
+    monkeypatch.setattr("pgolf_fast.lab.analysis.hash_table.drawn", lambda *a, **k: {"buckets": b"PNG"})
     found = by_name(hash_findings([subject], Options(tokens=640, hash_rows=(128,))))
     assert "127 split" in found["buckets on real tokens", "corrected"].values["layouts"]
     assert list(found) == [
@@ -226,7 +226,7 @@ def test_findings_of_a_run(subject, monkeypatch):
 
 
 def test_what_the_table_adds_is_measured_where_it_is_added(subject, monkeypatch):
-    monkeypatch.setattr("pgolf_fast.analysis.hash_table.drawn", lambda *a, **k: {})
+    monkeypatch.setattr("pgolf_fast.lab.analysis.hash_table.drawn", lambda *a, **k: {})
     found = by_name(hash_findings([subject], Options(tokens=640)))["what the table adds", "corrected"]
     double = dict(subject.state)
     double["bigram.scale"] = 2 * double["bigram.scale"]

@@ -5,7 +5,7 @@ import base64
 import pytest
 from pages import Page, browser, check_page, visit
 
-from pgolf_fast.html_page import Figure, Section, Table, page
+from pgolf_fast.lab.report.html_page import Figure, Section, Table, page
 
 EVIL = "<script>alert('1')</script> & \"quotes\" `</code>`"
 PNG = base64.b64decode(

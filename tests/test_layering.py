@@ -1,9 +1,10 @@
 """Imports point one way (CONTRIBUTING.md), and importing anything is quiet and needs no GPU."""
 
 import ast
+import functools
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,40 +12,39 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "pgolf_fast"
 ALONE = PACKAGE / "artifact" / "standalone"  # becomes a program of its own, which the package never imports
-LEAVES = {"errors", "files", "report", "config", "data", "tensor_file", "html_page", "drawing"}
-# What each room may import of pgolf_fast, besides itself. Rooms that are not named may import anything.
+# Every room from the bottom up, and what it may import of pgolf_fast besides itself.
+LEAVES = {"errors", "console", "io", "distributed", "config", "data"}
+DRIVER = {"model", "quant", "artifact", "evaluation", "train", "ops"} | LEAVES
 MAY_IMPORT = {
     "errors": set(),
-    "files": {"errors"},
-    "report": {"errors", "files"},
-    "html_page": set(),
-    "drawing": {"errors", "files", "html_page", "report"},
-    "tensor_file": {"errors", "files"},
-    "config": {"errors"},
-    "data": {"config", "errors", "files", "report"},
+    "io": {"errors"},
+    "console": {"errors", "io"},
+    "distributed": {"errors"},
+    "config": {"errors", "io", "console"},
+    "data": {"config", "errors", "io", "console"},
     "kernels": set(),
-    "ops": {"kernels", "errors", "files", "report", "_C"},
-    "model": {"ops", "config", "errors", "report"},
-    "optim": {"ops", "model", "config", "errors"},
+    "ops": {"kernels", "errors", "io", "console", "_C"},
+    "model": {"ops"} | LEAVES,
+    "optim": {"ops", "model"} | LEAVES,
     "quant": {"model", "ops"} | LEAVES,
-    "evaluation": {"model", "quant", "ops"} | LEAVES,
     "artifact": {"quant", "model", "ops", "_C"} | LEAVES,
-    "bench": {"ops", "model", "optim", "train"} | LEAVES,
+    "evaluation": {"artifact", "model", "quant", "ops"} | LEAVES,
     "train": {"ops", "model", "optim", "quant", "evaluation"} | LEAVES,
-    "loss_curve": {"train"} | LEAVES,
-    "reporting": {"artifact", "evaluation", "train", "loss_curve"} | LEAVES,
-    "pipeline": {"model", "quant", "evaluation", "artifact", "train"} | LEAVES,
-    "analysis": {"model", "ops", "quant", "evaluation", "artifact", "train"} | LEAVES,
-    "ablation": {"evaluation", "artifact", "bench", "train", "pipeline"} | LEAVES,
-    "audit": {"model", "quant", "evaluation", "artifact", "train", "pipeline"} | LEAVES,
+    "bench": {"ops", "model", "optim", "train"} | LEAVES,
+    "lab": {"bench"} | DRIVER,
+    "cli": {"bench", "lab"} | DRIVER,
 }
 
 
-def sources(room: str) -> list[Path]:
-    """The files of a room: a folder, or a module of that name; none where it does not exist yet."""
-    folder = ROOT / room if room == "kernels" else PACKAGE / room
-    module = PACKAGE / f"{room}.py"
-    return sorted(folder.rglob("*.py")) + ([module] if module.exists() else [])
+def sources() -> dict[str, Path]:
+    """Every module of the package by its full name; a package by its own."""
+    folders = {"pgolf_fast": PACKAGE, "pgolf_fast.kernels": ROOT / "kernels"}
+    found = {}
+    for name, folder in folders.items():
+        for path in folder.rglob("*.py"):
+            parts = path.relative_to(folder).with_suffix("").parts
+            found[".".join([name, *(parts[:-1] if parts[-1] == "__init__" else parts)])] = path
+    return found
 
 
 def modules_named(tree: ast.AST, package: str) -> Iterator[str]:
@@ -60,21 +60,97 @@ def modules_named(tree: ast.AST, package: str) -> Iterator[str]:
             yield from (str(a.value) for a in node.args if isinstance(a, ast.Constant))
 
 
-def rooms_imported(path: Path) -> set[str]:
-    home = path.relative_to(ROOT).parent.parts
-    package = ".".join(home if home[0] == "pgolf_fast" else ("pgolf_fast", *home))
-    names = modules_named(ast.parse(path.read_text(encoding="utf-8")), package)
-    return {name.split(".")[1] for name in names if name.startswith("pgolf_fast.")}
+def imports(texts: dict[str, str], others: Iterable[str] = ()) -> dict[str, set[str]]:
+    """The modules among `texts` and `others` that each module of `texts` imports."""
+    known = {*texts, *others}
+    packages = {name.rpartition(".")[0] for name in known}
+    graph = {}
+    for name, text in texts.items():
+        package = name if name in packages else name.rpartition(".")[0]
+        graph[name] = set()
+        for wanted in modules_named(ast.parse(text), package):
+            while wanted not in known and "." in wanted:
+                wanted = wanted.rpartition(".")[0]  # a name inside a module
+            graph[name] |= {wanted} & known - {name, "pgolf_fast"}
+    return graph
 
 
-@pytest.mark.parametrize("room", MAY_IMPORT)
-def test_imports_point_one_way(room):
-    wrong = {
-        str(path.relative_to(ROOT)): sorted(outside)
-        for path in sources(room)
-        if (outside := rooms_imported(path) - MAY_IMPORT[room] - {room, "__version__"})
+def violations(graph: dict[str, set[str]]) -> list[str]:
+    """Modules in no named room, imports that point up, and import cycles between modules."""
+    room = {name: name.split(".")[1] for name in graph if "." in name}
+    found = [f"{name} stands in no named room" for name in sorted(room) if room[name] not in MAY_IMPORT]
+    for name in sorted(room.keys() & graph):
+        for other in sorted(graph[name]):
+            if room[name] in MAY_IMPORT and room[other] not in MAY_IMPORT[room[name]] | {room[name]}:
+                found.append(f"{name} imports {other}: {room[name]} may not import {room[other]}")
+    return found + [f"these import each other: {', '.join(names)}" for names in cycles(graph)]
+
+
+def cycles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Sets of modules each of which reaches the others (strongly connected components), largest first."""
+
+    def reached(start: str) -> set[str]:
+        seen: set[str] = set()
+        todo = [*graph[start]]
+        while todo:
+            if (name := todo.pop()) not in seen:
+                seen.add(name)
+                todo += graph[name]
+        return seen
+
+    reach = {name: reached(name) for name in graph}
+    together = {
+        tuple(sorted(o for o in reach[name] if name in reach[o])) for name in graph if name in reach[name]
     }
-    assert not wrong, f"{room} may import only {sorted(MAY_IMPORT[room]) or 'itself'}"
+    return sorted(map(list, together), key=len, reverse=True)
+
+
+@functools.cache
+def package_graph() -> dict[str, set[str]]:
+    """The modules of the package that each of its modules imports."""
+    return imports({name: path.read_text(encoding="utf-8") for name, path in sources().items()})
+
+
+def test_imports_point_one_way():
+    assert violations(package_graph()) == []
+
+
+@pytest.mark.parametrize(
+    ("planted", "complaint"),
+    [
+        (
+            {"pgolf_fast.quant.grid": "from pgolf_fast.evaluation import score"},
+            "quant.grid imports pgolf_fast.evaluation.score: quant may not import evaluation",
+        ),
+        (
+            {"pgolf_fast.train.loop": "def f():\n    from pgolf_fast.lab.audit import check"},
+            "train may not import lab",
+        ),
+        ({"pgolf_fast.lab.audit.check": "from pgolf_fast.cli import output"}, "lab may not import cli"),
+        (
+            {
+                "pgolf_fast.model.rope": "from . import bank",
+                "pgolf_fast.model.bank": "def f():\n    import pgolf_fast.model.layers",
+                "pgolf_fast.model.layers": "from pgolf_fast.model.rope import rotary",
+            },
+            "import each other: pgolf_fast.model.bank, pgolf_fast.model.layers, pgolf_fast.model.rope",
+        ),
+        ({"pgolf_fast.extra": ""}, "pgolf_fast.extra stands in no named room"),
+        ({"pgolf_fast.attic.junk": ""}, "pgolf_fast.attic.junk stands in no named room"),
+    ],
+    ids=["up", "driver-to-lab", "lab-to-cli", "cycle", "loose-module", "unnamed-room"],
+)
+def test_each_violation_is_seen(planted, complaint):
+    graph = package_graph()
+    found = violations({**graph, **imports(planted, graph)})
+    assert any(complaint in line for line in found), found
+
+
+def test_the_root_holds_leaves_only():
+    assert {path.name for path in PACKAGE.iterdir() if path.is_file() and path.suffix != ".so"} == {
+        *("__init__.py", "_C.pyi", "py.typed"),
+        *("errors.py", "console.py", "io.py", "distributed.py"),
+    }
 
 
 def test_rule_sees_every_kind_of_import():
@@ -140,11 +216,11 @@ def test_print_only_in_the_command_line():
     printing = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for path in PACKAGE.rglob("*.py")
-        if path != PACKAGE / "cli.py" and not {PACKAGE / "cli", ALONE} & {*path.parents}
+        if not {PACKAGE / "cli", ALONE} & {*path.parents}
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
     ]
-    assert not printing, "use pgolf_fast.report"
+    assert not printing, "use pgolf_fast.console"
 
 
 def test_nothing_imports_the_script_of_a_submission():

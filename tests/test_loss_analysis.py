@@ -8,15 +8,15 @@ import torch
 from helpers import randomize_, tiny_config
 from runs import make_dataset, run_config
 
-from pgolf_fast.analysis.calibration import BINS, Calibration
-from pgolf_fast.analysis.losses import PR296, PR296_MEAN, SHOWN, least_shares, loss_findings
-from pgolf_fast.analysis.options import Options
-from pgolf_fast.analysis.subject import open_subjects
-from pgolf_fast.analysis.validation import open_validation
-from pgolf_fast.evaluation.sweep import bootstrap_ratio
+from pgolf_fast.config.run_folder import RunFolder
+from pgolf_fast.io import save_tensors
+from pgolf_fast.lab.analysis.calibration import BINS, Calibration
+from pgolf_fast.lab.analysis.losses import PR296, PR296_MEAN, SHOWN, least_shares, loss_findings
+from pgolf_fast.lab.analysis.options import Options
+from pgolf_fast.lab.analysis.subject import open_subjects
+from pgolf_fast.lab.analysis.validation import open_validation
+from pgolf_fast.lab.compare.sweep import bootstrap_ratio
 from pgolf_fast.model.gpt import GPT
-from pgolf_fast.tensor_file import save_tensors
-from pgolf_fast.train.run_folder import RunFolder
 
 TOKENS = 640
 

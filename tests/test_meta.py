@@ -10,14 +10,14 @@ from runs import assert_same, differs, make_dataset, make_trainer, run_config, r
 from safetensors.torch import load_file
 
 from pgolf_fast.artifact.pack import load_artifact
+from pgolf_fast.artifact.steps import pack_run, quantize_run
 from pgolf_fast.config.meta import MetaConfig
 from pgolf_fast.config.schema import RunConfig, TrainConfig
+from pgolf_fast.console import read_metrics
 from pgolf_fast.errors import PgolfError
+from pgolf_fast.io import load_tensors
 from pgolf_fast.model.bank import BANK_NAMES, Banks
 from pgolf_fast.model.gpt import GPT
-from pgolf_fast.pipeline import pack_run, quantize_run
-from pgolf_fast.report import read_metrics
-from pgolf_fast.tensor_file import load_tensors
 from pgolf_fast.train.checkpoint import newest_checkpoint
 from pgolf_fast.train.loop import train
 from pgolf_fast.train.meta.rates import SlotRates

@@ -6,11 +6,11 @@ from helpers import randomize_, tiny_config
 from runs import make_dataset, run_config
 from safetensors.torch import load_file
 
+from pgolf_fast.console import read_metrics
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.model.compiled import tag_compile_cache
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.ops import launch
-from pgolf_fast.report import read_metrics
 from pgolf_fast.train import loop
 from pgolf_fast.train.loop import train
 from pgolf_fast.train.micro_step import DirectStep, GraphStep

@@ -7,17 +7,17 @@ import math
 
 import pytest
 
-from pgolf_fast import report
-from pgolf_fast.report import MetricsWriter, duration, progress, read_metrics, setup_logging, table
+from pgolf_fast import console
+from pgolf_fast.console import MetricsWriter, duration, progress, read_metrics, setup_logging, table
 
 
 @pytest.fixture(autouse=True)
 def close_log_handlers():
-    before = report.logger.propagate, report.logger.level
+    before = console.logger.propagate, console.logger.level
     yield
-    report.close_logging()
-    report.logger.propagate = before[0]
-    report.logger.setLevel(before[1])
+    console.close_logging()
+    console.logger.propagate = before[0]
+    console.logger.setLevel(before[1])
 
 
 @pytest.mark.parametrize(
@@ -120,14 +120,14 @@ def test_log_lines_go_to_stderr_and_the_file(tmp_path, capsys):
 
 def test_quiet_logging(tmp_path, capsys):
     setup_logging(tmp_path / "log", quiet=True)
-    report.logger.info("hidden")
+    console.logger.info("hidden")
     assert capsys.readouterr().err == ""
     assert (tmp_path / "log").read_text() == "hidden\n"
 
 
 def test_progress_reports_every_ten_seconds(monkeypatch, capsys):
     clock = itertools.count(0, 4.0)  # every look at the clock is four seconds later
-    monkeypatch.setattr(report.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr("sys.stderr.isatty", lambda: False, raising=False)
     setup_logging()
     assert list(progress(range(6), "scoring", unit="batch")) == list(range(6))
@@ -139,7 +139,7 @@ def test_progress_reports_every_ten_seconds(monkeypatch, capsys):
 
 def test_progress_without_a_length(monkeypatch, capsys):
     clock = itertools.count(0, 20.0)
-    monkeypatch.setattr(report.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
     setup_logging()
     assert list(progress(iter("ab"), "reading")) == ["a", "b"]
     assert capsys.readouterr().err.splitlines()[0] == "reading: 1 it, 0.05 it/s"

@@ -10,14 +10,14 @@ import torch
 from runs import assert_same, differs, make_dataset, make_trainer, pgolf, run_config, run_steps, words
 from safetensors.torch import load_file
 
-from pgolf_fast.arguments import preset_and_overrides
+from pgolf_fast.cli.arguments import preset_and_overrides
 from pgolf_fast.config.meta import ReptileConfig
 from pgolf_fast.config.schema import TrainConfig
+from pgolf_fast.console import read_metrics
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.model.bank import Banks
 from pgolf_fast.optim.schedule import Schedule
 from pgolf_fast.quant.fake import make_fake
-from pgolf_fast.report import read_metrics
 from pgolf_fast.train.checkpoint import newest_checkpoint
 from pgolf_fast.train.loop import train
 

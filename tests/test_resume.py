@@ -13,10 +13,10 @@ import pytest
 from runs import make_dataset, read_json, run_config
 from safetensors import safe_open
 
+from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.evaluation.adapt import SGD
-from pgolf_fast.pipeline import score_run
+from pgolf_fast.evaluation.steps import score_run
 from pgolf_fast.train.loop import train
-from pgolf_fast.train.run_folder import RunFolder
 
 TTT = {"ttt__chunk_tokens": 256, "ttt__batch_seqs": 2, "ttt__lr": 0.05, "ttt__epochs": 2}
 

@@ -13,15 +13,15 @@ from runs import make_dataset, read_json, run_config
 
 from pgolf_fast import cli
 from pgolf_fast.artifact.container import sizes
-from pgolf_fast.audit.check import Check, Finding
 from pgolf_fast.config.presets import tiny
+from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.ttt import TTTConfig
-from pgolf_fast.evaluation.plots import paint_parts
-from pgolf_fast.loss_curve import draw_loss_curve, paint_training
-from pgolf_fast.reporting.pace import pace_rows, step_seconds
-from pgolf_fast.tensor_file import load_tensors, save_tensors
+from pgolf_fast.io import load_tensors, save_tensors
+from pgolf_fast.lab.audit.check import Check, Finding
+from pgolf_fast.lab.report.loss_curve import draw_loss_curve, paint_training
+from pgolf_fast.lab.report.pace import pace_rows, step_seconds
+from pgolf_fast.lab.report.score_plot import paint_parts
 from pgolf_fast.train.loop import train
-from pgolf_fast.train.run_folder import RunFolder
 
 SECTIONS = [
     "At a glance",
@@ -69,7 +69,7 @@ def run(whole, tmp_path):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Pictures that take no time."""
-    monkeypatch.setattr("pgolf_fast.drawing.png", lambda paint, size, dark=False: b"PNG")
+    monkeypatch.setattr("pgolf_fast.bench.drawing.png", lambda paint, size, dark=False: b"PNG")
 
 
 def text_of(run, capsys, *words, status=0, printed=""):
@@ -367,7 +367,7 @@ def test_audit_is_kept_and_shown(run, capsys, monkeypatch, undrawn):
     def few(subject):
         return [Check(i, f"property {i}", lambda i=i: Finding(answers[i], f"seen {i}")) for i in answers]
 
-    monkeypatch.setattr("pgolf_fast.audit.subject.checks", few)
+    monkeypatch.setattr("pgolf_fast.lab.audit.subject.checks", few)
     run.audit_file.unlink()
     assert cli.main(["audit", str(run.path), "--only", "C1"]) == 0
     assert not run.audit_file.exists()

@@ -16,9 +16,9 @@ from pgolf_fast.config.presets import small
 from pgolf_fast.config.schema import DataConfig, TTTConfig
 from pgolf_fast.data.source import open_source
 from pgolf_fast.data.tokenizer import ByteTable
+from pgolf_fast.distributed import ALONE
 from pgolf_fast.evaluation.adapt import SGD, Frozen, Scored, borrowed, trainable_parameters
 from pgolf_fast.evaluation.protocol import Ledger, score_and_adapt, target_chunks, window_chunks
-from pgolf_fast.evaluation.ranks import ALONE
 from pgolf_fast.evaluation.score import Scorer, Stream, batch_size, frozen_losses
 from pgolf_fast.evaluation.ttt import legal_ttt
 from pgolf_fast.evaluation.windows import batches, plain_windows, sliding_windows

@@ -9,11 +9,11 @@ import pytest
 import torch
 from helpers import randomize_, tiny_config
 
-from pgolf_fast.ablation.plan import BASELINE, Job
-from pgolf_fast.ablation.statistics import Interval
-from pgolf_fast.ablation.table import Row, Run
 from pgolf_fast.config.meta import MetaConfig
 from pgolf_fast.config.presets import tiny
+from pgolf_fast.lab.compare.ablation.plan import BASELINE, Job
+from pgolf_fast.lab.compare.ablation.statistics import Interval
+from pgolf_fast.lab.compare.ablation.table import Row, Run
 from pgolf_fast.model.gpt import GPT
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"

@@ -12,15 +12,16 @@ import pytest
 import torch
 from runs import make_dataset, read_json, run_config
 
-from pgolf_fast import cli, pipeline
-from pgolf_fast.artifact import submission
+from pgolf_fast import cli
+from pgolf_fast.artifact import steps, submission
 from pgolf_fast.artifact.container import TensorRecord, write_container
 from pgolf_fast.artifact.standalone import parts, reader
+from pgolf_fast.artifact.submit import About, write_submission
+from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.serialize import run_config_to_dict
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.submit import About, write_submission
+from pgolf_fast.evaluation.steps import score_run
 from pgolf_fast.train.loop import train
-from pgolf_fast.train.run_folder import RunFolder
 
 ABOUT = About("A. Person", "person", None, None, "non_record_16mb")
 NAMES = ("non_overlapping", "sliding", "sliding_ttt")
@@ -50,9 +51,9 @@ def finished(data, path, **changes):
     train(run_config(data, **changes), path)
     folder = RunFolder(path)
     config = folder.read_config()
-    pipeline.quantize_run(folder, config.quant)
-    pipeline.pack_run(folder, config.pack)
-    pipeline.score_run(folder, config, "artifact")
+    steps.quantize_run(folder, config.quant)
+    steps.pack_run(folder, config.pack)
+    score_run(folder, config, "artifact")
     return folder
 
 
@@ -271,7 +272,7 @@ def test_script_refuses_what_is_not_its_artifact(run, data, tmp_path):
     assert "the artifact is damaged" in call(script, data, status=1)
     config = run.read_config()
     other = replace(config, eval=replace(config.eval, stride=8))
-    pipeline.pack(pipeline.read_quantized(run)[0], run_config_to_dict(other), artifact, config.pack)
+    steps.pack(steps.read_quantized(run)[0], run_config_to_dict(other), artifact, config.pack)
     assert "this is another artifact" in call(script, data, status=1)
 
 

@@ -13,10 +13,11 @@ from runs import VOCAB, make_dataset, read_json
 from test_adapters import stream_of, text
 from test_submit import ABOUT, call, same_scores
 
-from pgolf_fast import cli, pipeline
-from pgolf_fast.audit.check import run_checks
-from pgolf_fast.audit.subject import checks, open_subject
+from pgolf_fast import cli
+from pgolf_fast.artifact import steps as export
+from pgolf_fast.artifact.submit import write_submission
 from pgolf_fast.config.presets import PRESETS, preset
+from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import RunConfig, TTTConfig
 from pgolf_fast.config.shrink import shrink
 from pgolf_fast.config.ttt import GuidedConfig
@@ -25,15 +26,16 @@ from pgolf_fast.evaluation.adapt import SGD, AdamW, Scored, borrowed
 from pgolf_fast.evaluation.adapters import make_adapter
 from pgolf_fast.evaluation.error_guided import learn_and_score
 from pgolf_fast.evaluation.score import Scorer, frozen_losses
+from pgolf_fast.evaluation.steps import score_run
 from pgolf_fast.evaluation.ttt import adapting_chunks, legal_ttt
 from pgolf_fast.evaluation.windows import plain_windows
+from pgolf_fast.io import load_tensors
+from pgolf_fast.lab.audit.check import run_checks
+from pgolf_fast.lab.audit.subject import checks, open_subject
 from pgolf_fast.model.bank import BANK_NAMES
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.quant.state import QuantizedTensor
-from pgolf_fast.submit import write_submission
-from pgolf_fast.tensor_file import load_tensors
 from pgolf_fast.train.loop import train
-from pgolf_fast.train.run_folder import RunFolder
 
 SYSTEMS = ("exp106", "baseline", "pr296_reptile", "pr296_error_guided", "pr301", "pr1250")
 EARLIER = ("exp101", "exp101_as_run", "exp105a", "exp101_swiglu")
@@ -100,9 +102,9 @@ def made(data, tmp_path_factory):
     def make(name: str) -> RunFolder:
         folder = train(miniature(name, data), tmp_path_factory.mktemp("runs") / name).folder
         config = folder.read_config()
-        pipeline.quantize_run(folder, config.quant)
-        pipeline.pack_run(folder, config.pack)
-        pipeline.score_run(folder, config, "artifact", allow_illegal=name == ILLEGAL)
+        export.quantize_run(folder, config.quant)
+        export.pack_run(folder, config.pack)
+        score_run(folder, config, "artifact", allow_illegal=name == ILLEGAL)
         return folder
 
     return make
@@ -199,7 +201,7 @@ def test_trains_packs_and_scores(made, name):
     assert (scores["ttt_updates"] > 0) == (config.ttt.epochs > 0)
     assert (scores["sliding_ttt"]["loss"] != scores["sliding"]["loss"]) == (config.ttt.epochs > 0)
     assert scores["illegal"] == config.ttt.illegal
-    tensors = pipeline.read_quantized(folder)[0].tensors
+    tensors = export.read_quantized(folder)[0].tensors
     table = tensors["tok_emb.weight"]
     assert isinstance(table, QuantizedTensor) == (config.quant.tables == "int8")
     slots = [t for n, t in tensors.items() if n.startswith("blocks.") and isinstance(t, QuantizedTensor)]
@@ -413,7 +415,7 @@ def test_training_minimises_z_loss_and_scores_do_not_have_it(data, tmp_path):
     z = math.log(VOCAB)
     assert step["loss"] == pytest.approx(z + 0.5 * z * z, rel=0.02)  # hardly any logits yet
     assert result.raw.loss == pytest.approx(z, rel=0.02)
-    model = pipeline.float_model(result.folder, config)
+    model = export.float_model(result.folder, config)
     x = torch.randint(VOCAB, (2, 9))
     loss = model.loss(x[:, :-1], x[:, 1:], z_loss=0.5)
     logits = model.logits(x[:, :-1])

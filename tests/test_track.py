@@ -7,8 +7,8 @@ import pytest
 from runs import make_dataset, run_config, words
 
 from pgolf_fast import cli
+from pgolf_fast.console import MetricsWriter, read_metrics
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.report import MetricsWriter, read_metrics
 from pgolf_fast.train import loop
 from pgolf_fast.train.loop import train
 from pgolf_fast.train.track import Metrics
@@ -204,6 +204,6 @@ def test_command_passes_the_tracker_on(data, tmp_path, monkeypatch, wandb):
 
 def test_other_ranks_track_nothing(data, tmp_path, wandb, monkeypatch):
     world = property(lambda self: False)
-    monkeypatch.setattr("pgolf_fast.train.world.World.is_main", world)
+    monkeypatch.setattr("pgolf_fast.distributed.World.is_main", world)
     train(run_config(data, train__steps=2), tmp_path / "run", track="wandb")
     assert wandb.runs == []

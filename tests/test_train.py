@@ -25,16 +25,17 @@ from runs import (
 )
 from safetensors.torch import load_file
 
+from pgolf_fast.artifact.steps import pack_run, quantize_run
 from pgolf_fast.config.presets import exp101
 from pgolf_fast.config.schema import DataConfig
+from pgolf_fast.console import read_metrics
 from pgolf_fast.data.source import open_source
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.score import Stream
 from pgolf_fast.evaluation.scores import three_scores
-from pgolf_fast.pipeline import pack_run, quantize_run
-from pgolf_fast.report import read_metrics
-from pgolf_fast.tensor_file import load_tensors, save_tensors
-from pgolf_fast.train.checkpoint import load_weights, newest_checkpoint, read_weights
+from pgolf_fast.io import load_tensors, save_tensors
+from pgolf_fast.model.weights import load_weights, read_weights
+from pgolf_fast.train.checkpoint import newest_checkpoint
 from pgolf_fast.train.loop import build_model, train
 from pgolf_fast.train.micro_step import compile_loss
 from pgolf_fast.train.trainer import Trainer

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pgolf_fast.bench import commands, registry, timer, tune
+from pgolf_fast.bench import registry, timer, tune
+from pgolf_fast.cli import bench as commands
 from pgolf_fast.config.presets import tiny
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.ops import launch, tuned

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pgolf_fast.report import logger
+from pgolf_fast.console import logger
 
 PROBES = 10  # sizes that look for the number of codes to prune, after the first and before the last
 

@@ -33,7 +33,7 @@ from pgolf_fast.artifact.reader import (
     Kind,
 )
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.files import atomic_path
+from pgolf_fast.io import atomic_path
 from pgolf_fast.ops import native
 
 DTYPES: dict[str, tuple[str, ...]] = {

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from pgolf_fast.console import logger
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.quant.rd import RateDistortion
 from pgolf_fast.quant.state import QuantizedState, QuantizedTensor, code_bits
-from pgolf_fast.report import logger
 
 TOLERANCE = 100  # bytes under the target that are good enough
 BRACKET = 1.1  # ratio of the two prices whose rows are mixed

@@ -27,7 +27,7 @@ from pgolf_fast.artifact.submission import code_bytes
 from pgolf_fast.config.schema import PackConfig, RunConfig
 from pgolf_fast.config.serialize import run_config_from_dict
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.files import atomic_path
+from pgolf_fast.io import atomic_path
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.ops import native
 from pgolf_fast.quant.state import (
@@ -67,6 +67,21 @@ class PackReport:
     @property
     def total_bytes(self) -> int:
         return self.weights_bytes + self.code_bytes
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The artifact's bytes by part, ending with weights + code = total against the limit."""
+        rows = [("header", f"{self.header_bytes:,}")]
+        rows += [(f"section {s.name}", f"{s.stored_bytes:,}") for s in self.sections]
+        rows += [
+            ("weights", f"{self.weights_bytes:,}"),
+            ("+ code", f"{self.code_bytes:,}"),
+            ("= total", f"{self.total_bytes:,}"),
+            ("limit", f"{self.limit_bytes:,}"),
+            ("left", f"{self.limit_bytes - self.total_bytes:,}"),
+        ]
+        if self.pruned:
+            rows.append((f"codes zeroed of {self.candidates:,}", f"{self.pruned:,}"))
+        return rows
 
 
 def build_records(quantized: QuantizedState) -> list[TensorRecord]:

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pgolf_fast
-from pgolf_fast.report import logger
+from pgolf_fast.console import logger
 
 _MAIN = "pgolf_fast.artifact.standalone.scores"
 _DIGEST = "SHA256"  # the global that names the artifact

@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pgolf_fast import ops, report
+from pgolf_fast import console, ops
 from pgolf_fast.bench.compile_only import SHARED_LIMIT, Compiled, compile_only
 from pgolf_fast.config.model import ModelConfig
 from pgolf_fast.config.presets import preset
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.files import write_text
+from pgolf_fast.io import write_text
 from pgolf_fast.model.rope import rope_tables
 from pgolf_fast.ops import attention_backend, launch
 from pgolf_fast.ops.bits import row_bytes
@@ -92,7 +92,7 @@ def _run(case: str, run: Callable[[ModelConfig], None], config: ModelConfig, arc
 def table(rows: Sequence[Row]) -> str:
     """All rows, sorted by architecture and kernel."""
     cells = sorted((row.cells() for row in rows), key=lambda c: (int(str(c[1])[3:]), c))
-    return report.table(cells, HEADER)
+    return console.table(cells, HEADER)
 
 
 def write(path: Path, rows: Sequence[Row], names: Sequence[str]) -> None:

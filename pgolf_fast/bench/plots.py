@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pgolf_fast import drawing
+from pgolf_fast.bench import drawing
 from pgolf_fast.bench.store import Record, timed
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.files import write_bytes
+from pgolf_fast.io import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from pgolf_fast import report
+from pgolf_fast import console
 from pgolf_fast.bench import check, peers, registry
 from pgolf_fast.bench.case import MODES, Case, Contender, Mode
 from pgolf_fast.bench.roofline import roof
@@ -70,7 +70,7 @@ def measure(plan: Plan, write: Callable[[Record], None]) -> None:
         if plan.late:
             write({**about, "peer": "ours", "mode": "-", "error": "skipped: out of time"})
             continue
-        report.logger.info("%s, %d tokens", name, tokens)
+        console.logger.info("%s, %d tokens", name, tokens)
         torch._dynamo.reset()  # compiled code of other cases would count towards a limit
         place = registry.Place(plan.config, tokens, plan.dtype, plan.device)
         case = attempt(lambda name=name, place=place: registry.make_case(name, place))  # type: ignore[misc]

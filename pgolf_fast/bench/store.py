@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pgolf_fast import report
+from pgolf_fast import console
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.train.world import environment
+from pgolf_fast.model.runtime import environment
 
 Record = dict[str, Any]
 _KEY = ("preset", "op", "peer", "mode", "tokens", "dtype", "device")
@@ -38,7 +38,7 @@ class Store:
 
     def __init__(self, path: Path | None):
         self.path, self.records = path, list[Record]()
-        self._writer = report.MetricsWriter(path)
+        self._writer = console.MetricsWriter(path)
         self._provenance = provenance()
 
     def add(self, record: Record) -> None:
@@ -54,7 +54,7 @@ def read_records(path: Path) -> list[Record]:
     """All records of a file. Raises PgolfError when it holds none."""
     if not path.is_file():
         raise PgolfError(f"no file {path}: give one that `pgolf bench --out FILE` wrote")
-    records = [row for row in report.read_metrics(path) if row.get("kind") == "bench"]
+    records = [row for row in console.read_metrics(path) if row.get("kind") == "bench"]
     if not records:
         raise PgolfError(f"{path} holds no benchmark records: give a file that `pgolf bench --out` wrote")
     return records
@@ -96,7 +96,9 @@ def compare(before: Sequence[Record], after: Sequence[Record], threshold: float)
         raise PgolfError("the two files have no measurement in common: same preset, dtype and device?")
     gpus = {r["environment"].get("gpu") or r["environment"].get("processor") for r in (*before, *after)}
     if len(gpus) > 1:
-        report.logger.warning("the files come from different machines: %s", ", ".join(map(str, sorted(gpus))))
+        console.logger.warning(
+            "the files come from different machines: %s", ", ".join(map(str, sorted(gpus)))
+        )
     return Comparison(rows, slower)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from pgolf_fast import report
+from pgolf_fast import console
 from pgolf_fast.bench import check, registry
 from pgolf_fast.bench.case import Case, Contender, Mode
 from pgolf_fast.bench.run import attempt
@@ -212,7 +212,7 @@ def tune_kernel(plan: TunePlan, kernel: str, case: Case, truth: check.Truth) -> 
                 result.best, result.best_ms = table, result.table_ms
     finally:
         launch.set_launches({kernel: {plan.arch: result.best}})
-    report.logger.info(
+    console.logger.info(
         "%s: %.4f -> %.4f ms in %s, %d candidates (%d failed, %d wrong)",
         *(kernel, result.table_ms, result.best_ms, case.op, result.tried, result.failed, result.wrong),
     )

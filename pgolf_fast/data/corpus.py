@@ -22,12 +22,12 @@ from pathlib import Path
 
 import numpy as np
 
-from pgolf_fast import report
+from pgolf_fast import console
 from pgolf_fast.data.floors import ngram_floors
 from pgolf_fast.data.shards import write_shard
 from pgolf_fast.data.tokenizer import Tokenizer, byte_table, scored_bytes, train_tokenizer
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.files import write_text
+from pgolf_fast.io import write_text
 
 __all__ = ["Source", "build_corpus", "default_sources", "documents", "ngram_floors"]
 
@@ -93,7 +93,7 @@ def documents(sources: list[Source]) -> Iterator[tuple[str, str]]:
             path for path in source.root.rglob("*.py") if _SKIPPED_FOLDERS.isdisjoint(_inside(path, source))
         ]
         files.sort(key=lambda path: _inside(path, source))
-        for path in report.progress(files, f"reading {source.name} documentation", unit="file"):
+        for path in console.progress(files, f"reading {source.name} documentation", unit="file"):
             yield from _document("/".join((source.name, *_inside(path, source))), _docstrings(path), seen)
 
 
@@ -159,8 +159,8 @@ def _build(folder: Path, sources: list[Source], vocab_size: int) -> None:
     unigram, bigram = ngram_floors(tokens["train"], tokens["val"], table, vocab_size)
     info["unigram_bpb"], info["bigram_bpb"] = round(unigram, 4), round(bigram, 4)
     write_text(folder / "info.json", json.dumps(info, indent=2) + "\n")
-    took = report.duration(time.monotonic() - start)
-    report.logger.info("built-in corpus: %d training tokens, built in %s", len(tokens["train"]), took)
+    took = console.duration(time.monotonic() - start)
+    console.logger.info("built-in corpus: %d training tokens, built in %s", len(tokens["train"]), took)
 
 
 def _key(sources: list[Source], vocab_size: int) -> str:

@@ -14,7 +14,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pgolf_fast import report
+from pgolf_fast import console
 from pgolf_fast.data.shards import open_shard
 from pgolf_fast.data.tokenizer import Tokenizer
 from pgolf_fast.errors import PgolfError
@@ -75,7 +75,7 @@ def download(
             )
     remotes = _choose(api, repo_id, commit, dataset, train_shards, folder)
     given = {name: value.lower() for name, value in (checksums or {}).items()}
-    for remote in report.progress(remotes, "downloading", unit="file"):
+    for remote in console.progress(remotes, "downloading", unit="file"):
         sha256 = given.get(remote.target.name, remote.sha256)
         if remote.target.is_file() and _fault(remote.target, remote, sha256) is None:
             continue

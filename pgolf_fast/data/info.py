@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pgolf_fast import report
+from pgolf_fast import console
 from pgolf_fast.data.shards import BOS_ID, Shard, Split, check_tokens, data_folder, open_shard
 from pgolf_fast.data.tokenizer import ByteTable, Tokenizer, byte_table, scored_bytes
 from pgolf_fast.errors import PgolfError
@@ -50,7 +50,7 @@ def describe(folder: Path | str, tokenizer: Tokenizer) -> list[ShardInfo]:
     table = byte_table(tokenizer)
     return [
         _describe(open_shard(path), split, table)
-        for path, split in report.progress(found, "reading", unit="shard")
+        for path, split in console.progress(found, "reading", unit="shard")
     ]
 
 

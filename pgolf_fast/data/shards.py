@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.files import atomic_path
+from pgolf_fast.io import atomic_path
 
 HEADER_INTS = 256
 HEADER_BYTES = 4 * HEADER_INTS

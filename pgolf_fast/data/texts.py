@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal, cast
 
-from pgolf_fast import report
+from pgolf_fast import console
 from pgolf_fast.errors import PgolfError
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.xz")
@@ -100,7 +100,7 @@ class Plan:
 
     def parts(self, files: Sequence[Path], what: str) -> Iterator[tuple[Literal["train", "val"], str]]:
         """(split, text) of each document, in the order of the files, with progress under the name `what`."""
-        for text in report.progress(_all(files), what, total=self.documents, unit="doc"):
+        for text in console.progress(_all(files), what, total=self.documents, unit="doc"):
             if self.cut is not None:
                 head, tail = _cut(text, self.cut)
                 yield "train", head
@@ -119,7 +119,7 @@ def make_plan(files: Sequence[Path], val_fraction: float) -> Plan:
         raise PgolfError(f"val_fraction is {val_fraction}; it must be at least 0 and less than 1")
     threshold, count, below = int(val_fraction * _HASHES), 0, 0
     lowest, highest, last = _HASHES, -1, ""
-    for last in report.progress(_all(files), "reading", unit="doc"):
+    for last in console.progress(_all(files), "reading", unit="doc"):
         value = _hash(last)
         count, below = count + 1, below + (value < threshold)
         lowest, highest = min(lowest, value), max(highest, value)

@@ -19,7 +19,7 @@ from pgolf_fast.data.shards import BOS_ID, write_shard
 from pgolf_fast.data.texts import expand, make_plan
 from pgolf_fast.data.tokenizer import ByteTable, Tokenizer, byte_table, scored_bytes, train_tokenizer
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.files import write_bytes
+from pgolf_fast.io import write_bytes
 
 Split = Literal["train", "val"]
 Part = tuple[Split, str]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.files import write_bytes
+from pgolf_fast.io import write_bytes
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor

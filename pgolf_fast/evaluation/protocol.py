@@ -18,7 +18,7 @@ from typing import cast
 import numpy as np
 import torch
 
-from pgolf_fast import report
+from pgolf_fast import console
 from pgolf_fast.evaluation.adapt import Adapter, DocumentAdapter, Scored
 from pgolf_fast.evaluation.resume import SavedState
 from pgolf_fast.evaluation.score import Score, Scorer, Stream
@@ -125,7 +125,7 @@ def score_and_adapt(
     left = range(len(scores), len(chunks))
     numbers: Iterable[int] = left
     if scorer.ranks.rank == 0:
-        numbers = report.progress(
+        numbers = console.progress(
             left, what, total=len(left), unit="chunk", note=lambda: f"bpb {scores[-1].bpb:.4f} so far"
         )
     for number in numbers:

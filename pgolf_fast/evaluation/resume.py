@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pgolf_fast import report
+from pgolf_fast import console
 from pgolf_fast.evaluation.adapt import Adapter
 from pgolf_fast.evaluation.score import Score, Scorer, Stream
-from pgolf_fast.tensor_file import load_tensors, save_tensors
+from pgolf_fast.io import load_tensors, save_tensors
 
 
 def identity(model: nn.Module, stream: Stream, settings: object) -> str:
@@ -66,13 +66,13 @@ class SavedState:
             return []
         tensors, story = load_tensors(self.path)
         if story.get("identity") != self.identity:
-            report.logger.info("%s belongs to other weights, data or settings: starting over", self.path)
+            console.logger.info("%s belongs to other weights, data or settings: starting over", self.path)
             return []
         losses = tensors.pop("losses")
         scorer.losses[: len(losses)] = losses.to(scorer.losses.device)
         adapter.load_state(tensors)
         self.spent = story["seconds"]
-        report.logger.info("%s: going on after %d chunks", self.path, len(story["scores"]))
+        console.logger.info("%s: going on after %d chunks", self.path, len(story["scores"]))
         return [Score(*score) for score in story["scores"]]
 
     def save(self, scorer: Scorer, adapter: Adapter, scores: list[Score], *, last: bool) -> None:

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from pgolf_fast.config.schema import ModelConfig
 from pgolf_fast.data.tokenizer import ByteTable, target_bytes
+from pgolf_fast.distributed import ALONE, Ranks
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.evaluation.ranks import ALONE, Ranks
 from pgolf_fast.evaluation.windows import Batch, BatchSize, Windows, batches
 from pgolf_fast.model.bank import Transform
 from pgolf_fast.model.gpt import GPT

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from pgolf_fast import report
+from pgolf_fast import console
 from pgolf_fast.config.schema import RunConfig
+from pgolf_fast.distributed import ALONE, Ranks
 from pgolf_fast.evaluation.adapt import Frozen
 from pgolf_fast.evaluation.protocol import score_and_adapt, window_chunks
-from pgolf_fast.evaluation.ranks import ALONE, Ranks
 from pgolf_fast.evaluation.resume import Resume
 from pgolf_fast.evaluation.score import Score, Scorer, Stream, batch_size, frozen_losses
 from pgolf_fast.evaluation.ttt import TTTResult, legal_ttt, need_legal
@@ -120,7 +120,7 @@ def three_scores(
         saved = None if resume is None else resume.of(name.replace(" + ", "_"))
         result = function(saved)
         seconds[name] = time.perf_counter() - start + (0.0 if saved is None else saved.spent)
-        report.logger.info("%s: done in %s", name, report.duration(seconds[name]))
+        console.logger.info("%s: done in %s", name, console.duration(seconds[name]))
         return result
 
     def frozen(name: str, windows: Windows) -> tuple[Score, Scorer]:

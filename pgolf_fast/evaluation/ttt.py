@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from functools import partial
 
 from pgolf_fast.config.schema import TTTConfig
+from pgolf_fast.distributed import ALONE, Ranks
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.adapt import borrowed
 from pgolf_fast.evaluation.adapters import make_adapter
 from pgolf_fast.evaluation.documents import document_chunks, document_starts
 from pgolf_fast.evaluation.error_guided import learn_and_score
 from pgolf_fast.evaluation.protocol import Chunk, Segment, score_and_adapt, target_chunks
-from pgolf_fast.evaluation.ranks import ALONE, Ranks
 from pgolf_fast.evaluation.resume import SavedState
 from pgolf_fast.evaluation.score import Score, Scorer, Stream
 from pgolf_fast.evaluation.windows import BatchSize, Windows

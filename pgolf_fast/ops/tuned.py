@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from pgolf_fast import report
-from pgolf_fast.files import write_text
+from pgolf_fast import console
+from pgolf_fast.io import write_text
 from pgolf_fast.ops import launch
 from pgolf_fast.ops.launch import Launch
 
@@ -102,7 +102,7 @@ def read_rows(path: Path) -> list[Tuned]:
         content = json.loads(path.read_text(encoding="utf-8"))
         return [_row(entry) for entry in content["rows"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        report.logger.warning(
+        console.logger.warning(
             "%s is not a file of `pgolf tune` (%s): its launch rows are ignored", path, error
         )
         return []
@@ -137,7 +137,7 @@ def load_tuned(device: torch.device | None = None, path: Path | None = None) -> 
     arch = launch.architecture(device)
     launch.set_launches({row.kernel: {arch: row.row} for row in rows})
     if rows:
-        report.logger.info("%d launch rows measured on this GPU", len(rows))
+        console.logger.info("%d launch rows measured on this GPU", len(rows))
     return len(rows)
 
 

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from pgolf_fast import ops
 from pgolf_fast.config.schema import QuantConfig
+from pgolf_fast.console import progress
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.model.decoding import Decoder, sample
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.model.rope import rope_tables
 from pgolf_fast.ops import reference
-from pgolf_fast.report import progress
 
 DAMPING = 0.01  # of the mean diagonal, as the original adds before GPTQ adds its own
 SMALLEST_DAMPING = 1e-6

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pgolf_fast.console import progress
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.quant.gptq import inverse_factor
 from pgolf_fast.quant.state import group_of, is_slot, unbank
-from pgolf_fast.report import progress
 
 BATCHES = 16  # gradients that the importances are means of
 SHARED = 0.1  # part of a row's importance that is the mean of its matrix: text has not visited every row

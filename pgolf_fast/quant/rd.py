@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from pgolf_fast.config.schema import QuantConfig
+from pgolf_fast.console import progress
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.quant.calibration import collect_hessians, self_generate
@@ -36,7 +37,6 @@ from pgolf_fast.quant.state import (
     to_float16,
     unbank,
 )
-from pgolf_fast.report import progress
 
 CLIP_RANGE = 127
 HEADROOM = 110  # largest code before GPTQ moves the weights

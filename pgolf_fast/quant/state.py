@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pgolf_fast.config.schema import QuantConfig
+from pgolf_fast.console import progress
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.model.bank import BANK_NAMES
 from pgolf_fast.model.gpt import GPT
@@ -18,7 +19,6 @@ from pgolf_fast.quant.calibration import collect_hessians, hessian_name, self_ge
 from pgolf_fast.quant.fake import FixedGrid
 from pgolf_fast.quant.gptq import gptq
 from pgolf_fast.quant.grid import check_matrix, quantize_int8_rows, quantize_rows
-from pgolf_fast.report import progress
 
 # Slots of each bank, layer by layer, in the order of the stack.
 SLOTS = {

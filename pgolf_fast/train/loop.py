@@ -11,24 +11,25 @@ from pathlib import Path
 
 import torch
 
-from pgolf_fast import report
+from pgolf_fast import console
+from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.config.serialize import flatten, run_config_to_dict
 from pgolf_fast.data.loader import make_loader
 from pgolf_fast.data.source import Source, open_source
+from pgolf_fast.distributed import World, join_world
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.score import Score, Stream
 from pgolf_fast.evaluation.scores import plain_score
-from pgolf_fast.files import atomic_path, write_text
+from pgolf_fast.io import atomic_path, load_tensors, save_tensors, write_text
 from pgolf_fast.model.gpt import GPT
-from pgolf_fast.tensor_file import load_tensors, save_tensors
-from pgolf_fast.train.checkpoint import load_weights, newest_checkpoint, save_checkpoint
+from pgolf_fast.model.runtime import choose_kernels, environment, resolve_dtype
+from pgolf_fast.model.weights import load_weights
+from pgolf_fast.train.checkpoint import newest_checkpoint, save_checkpoint
 from pgolf_fast.train.micro_step import compile_loss
 from pgolf_fast.train.progress import StepLog
-from pgolf_fast.train.run_folder import RunFolder
 from pgolf_fast.train.track import Metrics, TrackerName, need_tracker, open_tracker
 from pgolf_fast.train.trainer import NonFiniteError, PendingStep, Trainer
-from pgolf_fast.train.world import World, choose_kernels, environment, join_world, resolve_dtype
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,11 @@ def train(
         folder = RunFolder(out)
         changed = _check_folder(folder, config, resume)
         world.barrier()  # every rank has looked before one of them writes
-        report.setup_logging(folder.log_file if world.is_main else None, quiet=not world.is_main)
+        console.setup_logging(folder.log_file if world.is_main else None, quiet=not world.is_main)
         try:
             return _Run(config, folder, world).run(resume, changed, track)
         finally:
-            report.close_logging()
+            console.close_logging()
 
 
 def _resolved(config: RunConfig, world: World) -> RunConfig:
@@ -158,7 +159,7 @@ class _Run:
         )
         self.loader = loader
         self.trainer = Trainer(self.model, config, loader, world)
-        lines = report.MetricsWriter(folder.metrics_file if world.is_main else None)
+        lines = console.MetricsWriter(folder.metrics_file if world.is_main else None)
         self.metrics = Metrics(lines, config.train.batch_tokens)
         self.log = StepLog(config.train, world)
 
@@ -187,7 +188,7 @@ class _Run:
             with atomic_path(self.folder.tokenizer_file) as temporary:
                 shutil.copyfile(self.source.tokenizer.path, temporary)
         c, t = self.config, self.trainer
-        report.logger.info(
+        console.logger.info(
             "%s: %s parameters, %s tokens per step in %d micro-batches, %s on %s, %d process(es)",
             c.name,
             f"{c.model.num_parameters():,}",
@@ -199,7 +200,7 @@ class _Run:
         )
         if c.train.compile:
             t.loss_function = compile_loss(t.loss_function)
-            report.logger.info("compiling: %d warm-up steps whose effect is undone", c.train.warmup_steps)
+            console.logger.info("compiling: %d warm-up steps whose effect is undone", c.train.warmup_steps)
             t.warm_up(c.train.warmup_steps)
         found = newest_checkpoint(self.folder.checkpoints) if resume else None
         if found is not None:
@@ -207,9 +208,9 @@ class _Run:
             t.restore(tensors, story, str(found))
             self.log.start_at(t.step, t.elapsed)
             self.metrics.write("resume", step=t.step, checkpoint=found.name, changed=changed)
-            report.logger.info("resumed from %s at step %d", found, t.step)
+            console.logger.info("resumed from %s at step %d", found, t.step)
             for text in changed:
-                report.logger.info("changed: %s", text)
+                console.logger.info("changed: %s", text)
 
     def _steps(self) -> None:
         t, c = self.trainer, self.config.train
@@ -243,7 +244,7 @@ class _Run:
         """Say so when the step just launched is the first of the Reptile phase."""
         t = self.trainer
         if t.reptile is not None and t.reptile_from == t.step - 1:
-            report.logger.info(
+            console.logger.info(
                 "step %d: Reptile from here: from the averaged weights (%s), the MLP of blocks %d to %d",
                 t.step,
                 self._average_name,
@@ -281,7 +282,7 @@ class _Run:
     def _validate(self, what: str) -> Score:
         score = plain_score(self.model, self.stream, self.config, self.world)
         self.metrics.write("val", step=self.trainer.step, weights=what, loss=score.loss, bpb=score.bpb)
-        report.logger.info(
+        console.logger.info(
             "step %d val (%s): loss %.4f, %.4f bpb", self.trainer.step, what, score.loss, score.bpb
         )
         return score
@@ -300,7 +301,7 @@ class _Run:
             kind = self._raw_name if t.in_reptile else self._average_name
             story = {"step": t.step, "weights": kind, "config": run_config_to_dict(self.config)}
             save_tensors(self.folder.model_file, self.model.state_dict(), story)  # as validated
-            report.logger.info("wrote %s", self.folder.model_file)
+            console.logger.info("wrote %s", self.folder.model_file)
         self.world.barrier()
         ends = (raw, averaged, self.world.is_main, t.in_reptile)
         return TrainResult(self.folder, t.step, t.tokens, t.elapsed, *ends)
@@ -309,12 +310,12 @@ class _Run:
         """What is to be said of meta-learning when the run has ended."""
         t = self.trainer
         if t.rates is not None:
-            report.logger.info("slot rates of the inner step: %s", t.rates.summary())
+            console.logger.info("slot rates of the inner step: %s", t.rates.summary())
         if t.reptile is not None and not t.in_reptile:
-            report.logger.warning(
+            console.logger.warning(
                 "the run ended at step %d, %s, before its Reptile phase, which train.schedule %s puts later",
                 t.step,
-                report.duration(t.elapsed),
+                console.duration(t.elapsed),
                 self.config.train.schedule,
             )
 

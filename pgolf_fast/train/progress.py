@@ -7,10 +7,10 @@ import sys
 
 import torch
 
-from pgolf_fast import report
+from pgolf_fast import console
 from pgolf_fast.config.schema import TrainConfig
+from pgolf_fast.distributed import World
 from pgolf_fast.train.trainer import StepResult
-from pgolf_fast.train.world import World
 
 
 class StepLog:
@@ -27,7 +27,7 @@ class StepLog:
     def after_step(self, step: int, elapsed: float, result: StepResult, *, last: bool) -> None:
         """Print if this step is due. `step` counts from 1."""
         if result.decay_triggered:
-            report.logger.info(
+            console.logger.info(
                 "step %d: training loss has stopped improving; learning rate decays from here", step
             )
         self._tokens += result.tokens
@@ -36,7 +36,7 @@ class StepLog:
         steps, seconds = step - self._since[0], elapsed - self._since[1]
         pace, rate = seconds / max(steps, 1), self._tokens / max(seconds, 1e-9)
         self._since, self._tokens = (step, elapsed), 0
-        report.logger.info(
+        console.logger.info(
             "step %d/%d  loss %.4f  %s%s  %s tok/s  %.0f ms/step  %s elapsed, ETA %s  %d MiB",
             step,
             self.config.steps,
@@ -45,8 +45,8 @@ class StepLog:
             "  int6" if result.qat else "",
             f"{rate:,.0f}",
             1e3 * pace,
-            report.duration(elapsed),
-            report.duration(self._time_left(step, elapsed, pace)),
+            console.duration(elapsed),
+            console.duration(self._time_left(step, elapsed, pace)),
             peak_memory_mib(self.world),
         )
 

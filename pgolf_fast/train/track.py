@@ -7,12 +7,12 @@ import uuid
 from collections.abc import Iterator
 from typing import Literal, Protocol
 
-from pgolf_fast import report
+from pgolf_fast import console
+from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.config.serialize import flatten
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.files import write_text
-from pgolf_fast.train.run_folder import RunFolder
+from pgolf_fast.io import write_text
 
 TrackerName = Literal["wandb", "tensorboard"]
 
@@ -102,12 +102,12 @@ def open_tracker(name: TrackerName, config: RunConfig, folder: RunFolder, first_
 
 
 class Metrics:
-    """`report.MetricsWriter`, and a tracker that gets the numbers of every line after it is on disk.
+    """`console.MetricsWriter`, and a tracker that gets the numbers of every line after it is on disk.
 
     A tracker that fails is left out from there on, with one warning: the lines have everything.
     """
 
-    def __init__(self, lines: report.MetricsWriter, batch_tokens: int):
+    def __init__(self, lines: console.MetricsWriter, batch_tokens: int):
         """`batch_tokens` are those of a step that does not say its own."""
         self._lines, self._batch_tokens = lines, batch_tokens
         self._tracker: Tracker | None = None
@@ -139,7 +139,7 @@ class Metrics:
 
     def _give_up(self, error: Exception) -> None:
         self._tracker = None
-        report.logger.warning(
+        console.logger.warning(
             "tracking stopped (%s); training goes on, and metrics.jsonl has it all", _first_line(error)
         )
 

@@ -12,18 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from pgolf_fast.config.schema import RunConfig
+from pgolf_fast.distributed import World
 from pgolf_fast.model.gpt import GPT
+from pgolf_fast.model.weights import load_weights
 from pgolf_fast.optim.average import WeightAverage
 from pgolf_fast.optim.optimizer import Optimizer
 from pgolf_fast.optim.schedule import Schedule
 from pgolf_fast.optim.sharding import Sharding, mean_gradients
 from pgolf_fast.quant.fake import make_fake
-from pgolf_fast.train.checkpoint import load_weights
 from pgolf_fast.train.meta.rates import SlotRates
 from pgolf_fast.train.meta.reptile import Reptile
 from pgolf_fast.train.meta.step import meta_step
 from pgolf_fast.train.micro_step import DirectStep, GraphStep, LossFunction, MicroStep
-from pgolf_fast.train.world import World
 
 
 class Loader(Protocol):

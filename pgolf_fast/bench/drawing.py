@@ -1,0 +1,86 @@
+"""Pictures as PNG bytes, drawn with matplotlib on light ground and, for pages, once more on dark."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pgolf_fast import console
+from pgolf_fast.errors import PgolfError
+from pgolf_fast.io import write_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Paint = Callable[["Figure"], None]
+DPI = 144  # twice as fine as a page shows it
+# The bright scheme of P. Tol, "Colour Schemes" (SRON 2021) and, on dark ground, his light one
+_LIGHT_CYCLE = ("#4477AA", "#EE6677", "#228833", "#AA3377", "#66CCEE", "#CCBB44", "#BBBBBB")
+_DARK_CYCLE = ("#77AADD", "#FFAABB", "#44BB99", "#EE8866", "#99DDFF", "#EEDD88", "#DDDDDD")
+_LIGHT = {"ground": "#ffffff", "text": "#1c1e21", "line": "#9aa0a8"}
+_DARK = {"ground": "#16181c", "text": "#e4e6e9", "line": "#666c75"}  # as pages have it
+
+
+def png(paint: Paint, size: tuple[float, float], *, dark: bool = False) -> bytes:
+    """What `paint` draws on an empty figure of `size` inches, whose text and cycle fit its ground.
+
+    Raises PgolfError without matplotlib.
+    """
+    try:
+        import matplotlib
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise PgolfError("pictures need matplotlib: pip install 'pgolf-fast[plot]'") from error
+    with matplotlib.rc_context(_style(dark)):
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasAgg(figure)
+        paint(figure)
+        file = io.BytesIO()
+        figure.savefig(file, format="png", dpi=DPI)
+    return file.getvalue()
+
+
+def write_png(path: Path, paint: Paint, size: tuple[float, float], what: str) -> Path | None:
+    """`png` as a file, whole or not at all, and its path.
+
+    Without matplotlib None, and a line says that there is no `what`.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401 - asked whether it is there
+    except ImportError:
+        console.logger.warning("no %s: matplotlib is missing (pip install 'pgolf-fast[plot]')", what)
+        return None
+    write_bytes(path, png(paint, size))
+    return path
+
+
+def label(name: str) -> str:
+    """A name of the user's, as text that matplotlib shows: no $mathematics$, nor hidden for a leading _."""
+    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
+
+
+def _style(dark: bool) -> dict[str, object]:
+    from matplotlib.rcsetup import cycler
+
+    colours = _DARK if dark else _LIGHT
+    grounds = ("figure.facecolor", "axes.facecolor", "savefig.facecolor", "legend.facecolor")
+    texts = ("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.labelcolor", "ytick.labelcolor")
+    lines = ("axes.edgecolor", "xtick.color", "ytick.color", "grid.color", "legend.edgecolor")
+    return {
+        **dict.fromkeys(grounds, colours["ground"]),
+        **dict.fromkeys(texts, colours["text"]),
+        **dict.fromkeys(lines, colours["line"]),
+        "axes.prop_cycle": cycler(color=_DARK_CYCLE if dark else _LIGHT_CYCLE),
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlesize": 10,
+        "axes.titlelocation": "left",
+        "font.size": 9,
+        "grid.alpha": 0.35,
+        "grid.linewidth": 0.6,
+        "legend.framealpha": 0.8,
+        "legend.fontsize": 8,
+    }

@@ -1,0 +1,1 @@
+"""What a researcher adds to the driver: audit, analysis, comparison, report."""

@@ -1,0 +1,1 @@
+"""Compare runs: ablations, seeds, sweeps of adapters."""

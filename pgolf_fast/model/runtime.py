@@ -1,0 +1,72 @@
+"""What ops compute with on this machine: kernels, dtype, and the environment to report beside a number."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+
+from pgolf_fast.config.schema import Dtype, KernelConfig
+from pgolf_fast.errors import PgolfError
+from pgolf_fast.ops import attention_backend, launch
+from pgolf_fast.ops.tuned import load_tuned
+
+
+def choose_kernels(config: KernelConfig, device: torch.device) -> None:
+    """Make this process's ops run what is configured, with the launch rows that were measured on this GPU.
+
+    Raises PgolfError when a forced attention is not installed.
+    """
+    for op in launch.DEFAULTS:
+        launch.choose(op, config.implementation)
+    try:
+        attention_backend.choose(config.attention)
+    except ValueError as error:
+        raise PgolfError(f"kernels.attention: {error}") from error
+    if device.type == "cuda":
+        load_tuned(device)
+
+
+def resolve_dtype(name: Dtype, device: torch.device) -> torch.dtype:
+    """The torch dtype of a configured one; auto is bfloat16 where the hardware multiplies in it."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
+    fast = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return torch.bfloat16 if fast.get("avx512_bf16") or fast.get("amx_bf16") else torch.float32
+
+
+def environment() -> dict[str, object]:
+    """What a reader needs to know about the machine and versions behind a number."""
+    from importlib import metadata
+
+    from pgolf_fast import __version__
+    from pgolf_fast.ops.lzma import backend
+
+    versions: dict[str, str | None] = {}
+    for package in ("torch", "triton", "numpy", "sentencepiece", "safetensors"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "pgolf_fast": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cpu_threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "cuda": torch.version.cuda,
+        "lzma": backend(),
+        **versions,
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()

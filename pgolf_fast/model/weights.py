@@ -1,0 +1,45 @@
+"""Weights from files, read back strictly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from pgolf_fast.errors import PgolfError
+from pgolf_fast.io import load_tensors
+
+
+def load_weights(model: nn.Module, tensors: dict[str, Tensor], origin: str) -> None:
+    """Copy weights into a model, strictly. Raises PgolfError listing names and shapes that do not fit."""
+    expected = model.state_dict()
+    problems = [f"missing {name}" for name in expected if name not in tensors]
+    problems += [f"unexpected {name}" for name in tensors if name not in expected]
+    problems += [
+        f"{name} is {tuple(tensors[name].shape)}, the model needs {tuple(value.shape)}"
+        for name, value in expected.items()
+        if name in tensors and tensors[name].shape != value.shape
+    ]
+    if problems:
+        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise PgolfError(f"{origin} holds another model: {shown}")
+    model.load_state_dict(tensors, strict=True)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Weights of a run's model.safetensors, of a checkpoint, or of a community .pt file (no pickled code)."""
+    if path.suffix == ".pt":
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            why = f"{type(error).__name__} {str(error).splitlines()[0]}"
+            raise PgolfError(f"{path} cannot be read as a PyTorch state dict: {why}") from error
+        if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+            raise PgolfError(
+                f"{path} is not a state dict of tensors: save model.state_dict() and nothing else"
+            )
+        return state
+    tensors, _ = load_tensors(path)
+    prefixed = {name[6:]: value for name, value in tensors.items() if name.startswith("model.")}
+    return prefixed or tensors
