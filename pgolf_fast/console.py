@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from html import escape
 from pathlib import Path
 from typing import TypeVar
 
@@ -124,32 +126,92 @@ def duration(seconds: float) -> str:
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"
 
 
-def table(rows: Sequence[Sequence[object]], header: Sequence[str] | None = None) -> str:
-    """Rows as text in aligned columns; columns whose cells are all numbers are right-aligned."""
-    cells = [[str(c) for c in row] for row in rows]
-    numeric = [all(_is_number(row[i]) for row in cells) for i in range(len(cells[0]))] if cells else []
-    if header is not None:
-        cells = [list(header), *cells]
-    if not cells:
-        return ""
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    lines = []
-    for index, row in enumerate(cells):
-        padded = [
-            c.rjust(w) if i < len(numeric) and numeric[i] else c.ljust(w)
-            for i, (c, w) in enumerate(zip(row, widths, strict=True))
+_NUMBER = re.compile(r"[-+±~<>]?\s?(\d[\d,]*(\.\d+)?([eE][-+]?\d+)?|nan|inf)(\s?[a-zA-Zµ%/²]{1,8})?")
+
+
+class Table:
+    """A table of text cells, printed as text, HTML or Markdown; numeric columns are right-aligned.
+
+    header: column names, or None for a table without a header line.
+    rows: one sequence per row; cells are converted with `str`.
+    caption: a line for HTML and Markdown; `text` leaves it out.
+
+    Raises ValueError for a row with another number of cells than the header (or the first row).
+    """
+
+    def __init__(self, header: Sequence[str] | None, rows: Iterable[Sequence[object]], caption: str = ""):
+        self.header = None if header is None else tuple(header)
+        self.rows = tuple(tuple(str(cell) for cell in row) for row in rows)
+        self.caption = caption
+        width = len(self.header) if self.header is not None else len(self.rows[0]) if self.rows else 0
+        for row in self.rows:
+            if len(row) != width:
+                raise ValueError(f"table {caption!r}: row {row} has {len(row)} cells, not {width}")
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def numeric(self) -> list[bool]:
+        """For each column, whether it holds at least one number and nothing but numbers and placeholders."""
+        columns = zip(*self.rows, strict=True) if self.rows else ((),) * len(self.header or ())
+        return [_is_numeric(column) for column in columns]
+
+    def text(self) -> str:
+        """Aligned columns for a terminal or a log."""
+        lines = [list(row) for row in self.rows]
+        if self.header is not None:
+            lines.insert(0, list(self.header))
+        if not lines:
+            return ""
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        aligned = [
+            "  ".join(
+                cell.rjust(width) if right else cell.ljust(width)
+                for cell, width, right in zip(line, widths, self.numeric(), strict=True)
+            ).rstrip()
+            for line in lines
         ]
-        lines.append("  ".join(padded).rstrip())
-        if header is not None and index == 0:
-            lines.append("  ".join("-" * w for w in widths))
-    return "\n".join(lines)
+        if self.header is not None:
+            aligned.insert(1, "  ".join("-" * width for width in widths))
+        return "\n".join(aligned)
+
+    def markdown(self) -> str:
+        """A GitHub table; a table without a header gets an empty one."""
+        header = self.header if self.header is not None else ("",) * len(self.rows[0] if self.rows else ())
+        rule = ["---:" if right else "---" for right in self.numeric()]
+        lines = [
+            "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+            for cells in (header, rule, *self.rows)
+        ]
+        return "\n".join([*([self.caption, ""] if self.caption else []), *lines])
+
+    def html(self) -> str:
+        """A `<table>` element: escaped cells, backticks as `<code>`, class `n` on numeric columns."""
+        kinds = [' class="n"' if right else "" for right in self.numeric()]
+        head = ""
+        if self.header is not None:
+            named = zip(kinds, self.header, strict=True)
+            names = "".join(f'<th scope="col"{kind}>{_inline(name)}</th>' for kind, name in named)
+            head = f"<thead><tr>{names}</tr></thead>"
+        body = ""
+        for row in self.rows:
+            tags = ["td" if kinds[0] else 'th scope="row"', *["td"] * (len(row) - 1)]
+            cells = zip(tags, kinds, row, strict=True)
+            line = "".join(f"<{tag}{kind}>{_inline(cell)}</{tag[:2]}>" for tag, kind, cell in cells)
+            body += f"<tr>{line}</tr>\n"
+        caption = f"<caption>{_inline(self.caption)}</caption>" if self.caption else ""
+        return f"<table>{caption}{head}<tbody>{body}</tbody></table>"
 
 
-def _is_number(text: str) -> bool:
-    if text == "-":  # stands for one that there is not
-        return True
-    try:
-        float(text.replace(",", "").removesuffix("%"))
-    except ValueError:
-        return False
-    return True
+def _is_numeric(cells: Sequence[str]) -> bool:
+    known = [cell.strip() for cell in cells if cell.strip() not in ("", "-")]
+    return bool(known) and all(_NUMBER.fullmatch(cell) for cell in known)
+
+
+def _inline(text: str) -> str:
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
+
+
+def table(rows: Sequence[Sequence[object]], header: Sequence[str] | None = None) -> str:
+    """`Table` as text."""
+    return Table(header, rows).text()
