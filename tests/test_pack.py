@@ -15,9 +15,10 @@ import torch
 from helpers import randomize_, tiny_config
 
 from pgolf_fast.artifact import budget
-from pgolf_fast.artifact.container import TensorRecord, read_container, write_container
+from pgolf_fast.artifact.container import TensorRecord, read_container
 from pgolf_fast.artifact.pack import build_records, load_artifact, load_model, pack, unpack
 from pgolf_fast.artifact.submission import code_bytes
+from pgolf_fast.artifact.writer import write_container
 from pgolf_fast.config.schema import PackConfig, QuantConfig, RunConfig
 from pgolf_fast.config.serialize import run_config_to_dict
 from pgolf_fast.errors import PgolfError
