@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pgolf_fast.artifact import codecs
-from pgolf_fast.artifact.budget import Pruned, prune_to_fit
 from pgolf_fast.artifact.container import (
     SECTIONS,
     ContainerSizes,
@@ -21,6 +20,7 @@ from pgolf_fast.artifact.container import (
     TensorRecord,
     read_container,
 )
+from pgolf_fast.artifact.prune import Pruned, prune_to_fit
 from pgolf_fast.artifact.submission import code_bytes
 from pgolf_fast.artifact.writer import container_bytes, write_container
 from pgolf_fast.config.schema import PackConfig, RunConfig

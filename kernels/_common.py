@@ -1,7 +1,26 @@
-"""The matmul main loop that the MLP, weight-gradient and int6 kernels share, and a tool for epilogues."""
+"""Shared by the kernels: the type of a tile, the main loop of a matrix product, and tools for epilogues."""
+
+from __future__ import annotations
+
+from typing import Protocol
 
 import triton
 import triton.language as tl
+
+
+class Tile(Protocol):
+    """Block sizes and pipeline of a launch; `pgolf_fast.ops` has the table that they come from."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+def column_block(width: int, tile: Tile) -> int:
+    """Return the columns of a block: the whole width if it fits, else tile.block_n."""
+    return min(triton.next_power_of_2(max(width, 1)), tile.block_n)
 
 
 @triton.jit
@@ -19,12 +38,12 @@ def dot_tile(
     b_stride_depth,
     BLOCK_K: tl.constexpr,
 ):
-    """sum_k a[row, k] * b[col, k] in float32, [len(row), len(col)]; 0 in rows and columns that overrun.
+    """Compute sum_k a[row, k] * b[col, k] in float32, [len(row), len(col)]; 0 outside `rows` and `cols`.
 
-    `row` and `col` are int64 vectors. Both operands are found by strides, so either may be transposed.
+    `row` and `col` are int64 vectors. Both operands have any strides, so either may be transposed.
     """
     k = tl.arange(0, BLOCK_K).to(tl.int64)
-    step = tl.full([], BLOCK_K, tl.int64)  # a stride times a block may pass 2^31
+    step = tl.full([], BLOCK_K, tl.int64)  # a stride times a block may exceed 2^31
     a_ptrs = a_ptr + row[:, None] * a_stride_row + k[None, :] * a_stride_depth  # [BLOCK_M, BLOCK_K]
     b_ptrs = b_ptr + k[:, None] * b_stride_depth + col[None, :] * b_stride_col  # [BLOCK_K, BLOCK_N]
     acc = tl.zeros([row.shape[0], col.shape[0]], tl.float32)
@@ -40,6 +59,6 @@ def dot_tile(
 
 @triton.jit
 def halves(tile):
-    """Left and right half of a tile, for an epilogue that would not fit in registers whole."""
+    """Left and right half of a tile, for an epilogue that would need too many registers for the whole."""
     parts = tl.reshape(tile, [tile.shape[0], 2, tile.shape[1] // 2])
     return tl.split(tl.permute(parts, [0, 2, 1]))
