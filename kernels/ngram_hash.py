@@ -231,13 +231,13 @@ def ngram_hash_embed_bwd_scalars_kernel(
     partial_ptr, scale_ptr, boost_ptr, dscale_ptr, dboost_ptr, partials, BLOCK: tl.constexpr
 ):
     """dscale and dboost from the partial sums of all programs, added in float64 in a fixed order."""
-    starts, others = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
+    starts, rest = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
     for first in range(0, partials, BLOCK):
         index = first + tl.arange(0, BLOCK)
         mask = index < partials
         starts += tl.load(partial_ptr + 2 * index, mask=mask, other=0.0).to(tl.float64)
-        others += tl.load(partial_ptr + 2 * index + 1, mask=mask, other=0.0).to(tl.float64)
-    at_starts, elsewhere = tl.sum(starts, 0), tl.sum(others, 0)
+        rest += tl.load(partial_ptr + 2 * index + 1, mask=mask, other=0.0).to(tl.float64)
+    at_starts, elsewhere = tl.sum(starts, 0), tl.sum(rest, 0)
     dscale = at_starts * tl.load(boost_ptr).to(tl.float64) + elsewhere
     dboost = at_starts * tl.load(scale_ptr).to(tl.float64)
     tl.store(dscale_ptr, dscale.to(tl.float32).to(dscale_ptr.dtype.element_ty))
@@ -304,8 +304,8 @@ def ngram_hash_embed_bwd_rows_kernel(
     high = low + entries
     for _ in range(steps):
         middle = (low + high) // 2
-        found = tl.load(rows_ptr + middle, mask=low < high, other=0).to(tl.int64)
-        below = (low < high) & (found < row + bound)
+        probe = tl.load(rows_ptr + middle, mask=low < high, other=0).to(tl.int64)
+        below = (low < high) & (probe < row + bound)
         high = tl.where(below, high, middle)
         low = tl.where(below, middle + 1, low)
     begin = tl.sum(tl.where(bound == 0, low, 0), 0)

@@ -362,7 +362,7 @@ def check_content(data):
 
 
 def fuzz(seeds, executions, seed):
-    """Return the reasons for which mutated files were rejected; "read" stands for those that were not.
+    """Return why mutated files were rejected, plus "read" if any was not.
 
     Checksums are corrected after three of four mutations, so that the checks behind them decide.
     """

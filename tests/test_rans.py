@@ -68,7 +68,7 @@ SECTIONS = {
     "every byte": [np.arange(256, dtype=np.uint8).reshape(16, 16).repeat(5, 0)],
     "noise": [RANDOM.integers(0, 256, (99, 101), np.uint8)],
     "gaps": [RANDOM.choice([-128, -31, -30, 0, 7, 127], (40, 41)).astype(np.int8)],
-    "empty among others": [np.zeros((0, 4), np.int8), normal_codes(9, 9)[0], np.zeros((4, 0), np.float16)],
+    "some empty": [np.zeros((0, 4), np.int8), normal_codes(9, 9)[0], np.zeros((4, 0), np.float16)],
     "halves": [
         RANDOM.normal(0, 1, (5, 300)).astype(np.float16),
         RANDOM.normal(0, 1, (1, 7)).astype(np.float16),
@@ -192,11 +192,11 @@ def test_damage_is_rejected_or_harmless(section):
     changed = [payload[:at] + bytes([payload[at] ^ by]) + payload[at + 1 :] for at, by in changes]
     assert all(outcome(codec.rans_decode, some, shapes, len(data)) is None for some in cut)
     for some in changed:
-        found = outcome(codec.rans_decode, some, shapes, len(data))
-        assert found is None or len(found) == len(data)
+        decoded = outcome(codec.rans_decode, some, shapes, len(data))
+        assert decoded is None or len(decoded) == len(data)
     for some in random.choice(np.array(cut + changed, object), 100):
-        found = outcome(rans_decoder.decode, some, shapes)
-        assert found is None or len(found) == len(data) or some[:1] != bytes([CODED])
+        decoded = outcome(rans_decoder.decode, some, shapes)
+        assert decoded is None or len(decoded) == len(data) or some[:1] != bytes([CODED])
 
 
 def gamma(*numbers):

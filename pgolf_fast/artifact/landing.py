@@ -123,7 +123,7 @@ def _next_price(grids: RateDistortion, guess: float, fine: Fit | None, coarse: F
 def _mix(fine: Fit, coarse: Fit, artifact_bytes: Callable[[QuantizedState], int], target: int) -> Fit:
     """Take the fewest rows from `coarse`, the rest from `fine`, that fit.
 
-    Every third step bisects, the others interpolate.
+    Every third step bisects; the rest interpolate.
     """
     best, low, above = coarse, 0, fine.artifact_bytes
     high = sum(len(t.codes) for t in fine.state.tensors.values() if isinstance(t, QuantizedTensor))
