@@ -23,6 +23,13 @@ def column_block(width: int, tile: Tile) -> int:
     return min(triton.next_power_of_2(max(width, 1)), tile.block_n)
 
 
+def launch_options(tile: Tile, blocks: str) -> dict[str, int]:
+    """Return the block sizes named in `blocks`, and the pipeline, as keyword arguments of a launch."""
+    sizes = {"M": tile.block_m, "N": tile.block_n, "K": tile.block_k}
+    constants = {f"BLOCK_{block}": sizes[block] for block in blocks}
+    return {**constants, "num_warps": tile.num_warps, "num_stages": tile.num_stages}
+
+
 @triton.jit
 def dot_tile(
     a_ptr,

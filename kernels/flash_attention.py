@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import triton
 import triton.language as tl
-from pgolf_fast.kernels._common import Tile
+from pgolf_fast.kernels._common import Tile, launch_options
 from pgolf_fast.kernels.attention_projection import padded_head_dim
 
 if TYPE_CHECKING:
@@ -244,10 +244,7 @@ def launch_flash_attention_fwd(
         HEAD_DIM=head_dim,
         PADDED_DIM=padded_head_dim(head_dim),
         XSA=xsa,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **launch_options(tile, "MN"),
     )
 
 

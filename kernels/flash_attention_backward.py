@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import triton
 import triton.language as tl
-from pgolf_fast.kernels._common import Tile
+from pgolf_fast.kernels._common import Tile, launch_options
 from pgolf_fast.kernels.attention_projection import padded_head_dim
 
 if TYPE_CHECKING:
@@ -370,10 +370,7 @@ def launch_flash_attention_bwd_dkdv(
         HEAD_DIM=head_dim,
         PADDED_DIM=padded_head_dim(head_dim),
         XSA=own is not None,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **launch_options(tile, "MN"),
     )
 
 
@@ -407,8 +404,5 @@ def launch_flash_attention_bwd_dq(
         head_dim**-0.5,
         HEAD_DIM=head_dim,
         PADDED_DIM=padded_head_dim(head_dim),
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **launch_options(tile, "MN"),
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import triton
 import triton.language as tl
-from pgolf_fast.kernels._common import Tile, dot_tile
+from pgolf_fast.kernels._common import Tile, dot_tile, launch_options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -188,9 +188,5 @@ def launch_int6_matmul(x: Tensor, codes: Tensor, scale: Tensor, y: Tensor, tile:
         columns,
         depth,
         *x.stride(),
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **launch_options(tile, "MNK"),
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import triton
 import triton.language as tl
-from pgolf_fast.kernels._common import Tile, dot_tile, halves
+from pgolf_fast.kernels._common import Tile, dot_tile, halves, launch_options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -228,11 +228,7 @@ def launch_mlp_up(
         *x.stride(),
         *weight.stride(),
         ACTIVATION=activation,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **launch_options(tile, "MNK"),
     )
 
 
@@ -267,9 +263,5 @@ def launch_mlp_dpre(
         *dout.stride(),
         *weight.stride(),
         ACTIVATION=activation,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **launch_options(tile, "MNK"),
     )

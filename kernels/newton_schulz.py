@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import triton
 import triton.language as tl
-from pgolf_fast.kernels._common import Tile
+from pgolf_fast.kernels._common import Tile, launch_options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,7 +98,6 @@ def newton_schulz_gram_kernel(
     x_stride_col,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """One tile [BLOCK, BLOCK] of X X^T and its mirror image; programs below the diagonal return at once."""
     program = tl.program_id(0).to(tl.int64)
@@ -120,7 +119,7 @@ def newton_schulz_gram_kernel(
         right = tl.load(
             right_ptr + k[:, None] * x_stride_col, mask=(k < cols)[:, None] & (col < rows)[None, :], other=0.0
         )
-        acc = tl.dot(left, right, acc, input_precision=PRECISION)
+        acc = tl.dot(left, right, acc, input_precision="ieee")
     _store_symmetric(gram_ptr + slot * rows * rows, acc, row, col, rows, tile_m < tile_n)
 
 
@@ -133,7 +132,6 @@ def newton_schulz_poly_kernel(
     c,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """One tile [BLOCK, BLOCK] of b A + c A A for contiguous symmetric A, and its mirror image."""
     program = tl.program_id(0).to(tl.int64)
@@ -158,7 +156,7 @@ def newton_schulz_poly_kernel(
             mask=(k < size)[:, None] & (col < size)[None, :],
             other=0.0,
         )
-        acc = tl.dot(left, right, acc, input_precision=PRECISION)
+        acc = tl.dot(left, right, acc, input_precision="ieee")
     inside = (row < size)[:, None] & (col < size)[None, :]
     once = tl.load(gram + row[:, None] * size + col[None, :], mask=inside, other=0.0).to(tl.float32)
     _store_symmetric(poly_ptr + slot * size * size, b * once + c * acc, row, col, size, tile_m < tile_n)
@@ -178,7 +176,6 @@ def newton_schulz_apply_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """One tile [BLOCK_M, BLOCK_N] of a X + P X; P is contiguous, out has the strides of X."""
     program = tl.program_id(0).to(tl.int64)
@@ -198,7 +195,7 @@ def newton_schulz_apply_kernel(
             mask=(k < rows)[:, None] & (col < cols)[None, :],
             other=0.0,
         )
-        acc = tl.dot(left, right, acc, input_precision=PRECISION)
+        acc = tl.dot(left, right, acc, input_precision="ieee")
     inside = (row < rows)[:, None] & (col < cols)[None, :]
     offset = slot * x_stride_slot + row[:, None] * x_stride_row + col[None, :] * x_stride_col
     once = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
@@ -258,7 +255,6 @@ def launch_newton_schulz_gram(x: Tensor, gram: Tensor, tile: Tile) -> None:
         *x.stride(),
         BLOCK=tile.block_m,
         BLOCK_K=tile.block_k,
-        PRECISION="ieee",
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
@@ -278,7 +274,6 @@ def launch_newton_schulz_poly(gram: Tensor, poly: Tensor, b: float, c: float, ti
         c,
         BLOCK=tile.block_m,
         BLOCK_K=tile.block_k,
-        PRECISION="ieee",
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
@@ -296,10 +291,5 @@ def launch_newton_schulz_apply(poly: Tensor, x: Tensor, out: Tensor, a: float, t
         cols,
         *x.stride(),
         a,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
-        PRECISION="ieee",
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **launch_options(tile, "MNK"),
     )

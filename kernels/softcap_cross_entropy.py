@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import triton
 import triton.language as tl
-from pgolf_fast.kernels._common import Tile, halves
+from pgolf_fast.kernels._common import Tile, halves, launch_options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -248,15 +248,8 @@ def softcap_cross_entropy_dlogits_kernel(
         )
 
 
-def _blocks(x: Tensor, tile: Tile) -> dict[str, object]:
-    return {
-        "PRECISION": "ieee" if x.element_size() > 2 else "tf32",  # no effect on 16-bit data
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n,
-        "BLOCK_K": tile.block_k,
-        "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
-    }
+def _precision(x: Tensor) -> str:
+    return "ieee" if x.element_size() > 2 else "tf32"  # no effect on 16-bit data
 
 
 def launch_softcap_cross_entropy_fwd(
@@ -290,7 +283,8 @@ def launch_softcap_cross_entropy_fwd(
         softcap,
         1 / softcap,
         z_loss,
-        **_blocks(x, tile),
+        PRECISION=_precision(x),
+        **launch_options(tile, "MNK"),
     )
 
 
@@ -327,5 +321,6 @@ def launch_softcap_cross_entropy_dlogits(
         1 / softcap,
         z_loss,
         HAS_Z_LOSS=z_loss > 0,
-        **_blocks(x, tile),
+        PRECISION=_precision(x),
+        **launch_options(tile, "MNK"),
     )

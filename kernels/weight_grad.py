@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import triton
 import triton.language as tl
-from pgolf_fast.kernels._common import Tile, dot_tile, halves
+from pgolf_fast.kernels._common import Tile, dot_tile, halves, launch_options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -137,11 +137,7 @@ def launch_weight_grad(
         *right.stride(),
         *out.stride(),
         ADD=partial is None,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **launch_options(tile, "MNK"),
     )
 
 
@@ -156,8 +152,5 @@ def launch_weight_grad_sum(partial: Tensor, grad: Tensor, tile: Tile) -> None:
         out_rows,
         out_cols,
         *grad.stride(),
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **launch_options(tile, "MN"),
     )
