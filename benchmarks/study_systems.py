@@ -41,7 +41,7 @@ from systems_report import Gain, Timing, make_gain, text, write_plot
 from pgolf_fast import console
 from pgolf_fast.bench.store import provenance
 from pgolf_fast.config.adapters import adapters
-from pgolf_fast.config.flip import flip
+from pgolf_fast.config.fields import flip
 from pgolf_fast.config.presets import small
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import RunConfig, TTTConfig

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from pgolf_fast.config.env import assignments, translate
+from pgolf_fast.config.fields import flatten, run_config_from_dict, run_config_to_dict, set_fields
 from pgolf_fast.config.meta import MetaConfig
 from pgolf_fast.config.presets import (
     PRESETS,
@@ -27,7 +28,6 @@ from pgolf_fast.config.schema import (
     TrainConfig,
     TTTConfig,
 )
-from pgolf_fast.config.serialize import flatten, replace_field, run_config_from_dict, run_config_to_dict
 from pgolf_fast.config.shrink import shrink
 from pgolf_fast.errors import PgolfError
 
@@ -88,9 +88,9 @@ def test_unknown_names_are_answered_with_the_nearest():
     with pytest.raises(PgolfError, match="unknown size 'big': sizes are small, tiny"):
         shrink(exp101(), "big")
     with pytest.raises(PgolfError, match=r"unknown field train.stepz: did you mean train.steps\?"):
-        replace_field(exp101(), "train.stepz", 3)
+        set_fields(exp101(), {"train.stepz": 3})
     with pytest.raises(PgolfError, match=r"unknown field trian: did you mean train\?"):
-        replace_field(exp101(), "trian.steps", 3)
+        set_fields(exp101(), {"trian.steps": 3})
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -167,8 +167,8 @@ def test_a_preset_name_may_carry_a_size():
 
 
 def test_setting_a_field_of_a_group_that_is_off_switches_it_on():
-    assert replace_field(exp105a(), "train.meta.every", 2).train.meta.every == 2
-    assert replace_field(exp101(), "train.qat", None).train.qat is None
+    assert set_fields(exp105a(), {"train.meta.every": 2}).train.meta.every == 2
+    assert set_fields(exp101(), {"train.qat": None}).train.qat is None
 
 
 SCRIPT = """#!/bin/bash

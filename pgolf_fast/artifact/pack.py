@@ -24,8 +24,8 @@ from pgolf_fast.artifact.container import (
 )
 from pgolf_fast.artifact.reader import SECTIONS
 from pgolf_fast.artifact.submission import code_bytes
+from pgolf_fast.config.fields import run_config_from_dict
 from pgolf_fast.config.schema import PackConfig, RunConfig
-from pgolf_fast.config.serialize import run_config_from_dict
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import atomic_path
 from pgolf_fast.model.gpt import GPT

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from pgolf_fast.config.fields import flatten, set_fields
 from pgolf_fast.config.meta import MetaConfig
 from pgolf_fast.config.schema import RunConfig
-from pgolf_fast.config.serialize import run_config_from_dict, run_config_to_dict
 from pgolf_fast.errors import PgolfError
 
 Value = int | float | str | bool | None | tuple[int, ...] | MetaConfig
@@ -182,7 +181,6 @@ def _with_values(base: RunConfig, values: dict[str, Value]) -> RunConfig:
     A batch without an accumulation count is cut into the original's eight micro-batches. PR 1601's SAM,
     which splits the batch as PR 1502 does, is a method of its own here.
     """
-    tree = run_config_to_dict(base)
     if values.pop("sam", False):
         values["train.meta.method"] = "sam"
     accumulation = values.pop("accumulation", 8)
@@ -191,13 +189,6 @@ def _with_values(base: RunConfig, values: dict[str, Value]) -> RunConfig:
         assert isinstance(batch, int)
         assert isinstance(accumulation, int)
         values["train.micro_batch_tokens"] = max(1, batch // max(1, accumulation))
-    for field, value in sorted(values.items()):  # a group comes before its fields
-        *groups, last = field.split(".")
-        place = tree
-        for group in groups:
-            place = place[group]
-            if place is None:
-                break  # a field of a group that is off
-        else:
-            place[last] = dataclasses.asdict(value) if isinstance(value, MetaConfig) else value
-    return run_config_from_dict(tree)
+    off = {name for name, value in {**dict(flatten(base)), **values}.items() if value is None}
+    # scripts set the fields of groups that they switch off, which must not switch these on
+    return set_fields(base, {n: v for n, v in values.items() if n.rpartition(".")[0] not in off})

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from pgolf_fast import console
+from pgolf_fast.config.fields import flatten, run_config_to_dict
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import RunConfig
-from pgolf_fast.config.serialize import flatten, run_config_to_dict
 from pgolf_fast.data.loader import make_loader
 from pgolf_fast.data.source import Source, open_source
 from pgolf_fast.distributed import World, join_world

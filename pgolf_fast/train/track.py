@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from typing import Literal, Protocol
 
 from pgolf_fast import console
+from pgolf_fast.config.fields import flatten
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import RunConfig
-from pgolf_fast.config.serialize import flatten
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import write_text
 

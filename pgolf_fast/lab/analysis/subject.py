@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from pgolf_fast.artifact.pack import load_artifact
+from pgolf_fast.config.fields import run_config_from_dict
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import RunConfig
-from pgolf_fast.config.serialize import run_config_from_dict
 from pgolf_fast.data.tokenizer import ByteTable, Tokenizer
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import load_story
