@@ -150,9 +150,7 @@ class _Run:
         self.stream = Stream(self.source.validation(config.eval_seq_len), self.source.table, world.device)
         loader = make_loader(
             self.source.train_shards(),
-            config.data,
-            config.train,
-            vocab_size=config.model.vocab_size,
+            config,
             rank=world.rank,
             world_size=world.world_size,
             pin=world.device.type == "cuda",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pgolf_fast import io as files
+from pgolf_fast import io
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import atomic_path, write_bytes, write_text
 
@@ -72,7 +72,7 @@ def test_full_disk_is_explained(tmp_path, monkeypatch, where, number):
     if where == "write":
         monkeypatch.setattr(Path, "write_bytes", fail_with(number))
     else:
-        monkeypatch.setattr(files.os, {"rename": "replace", "flush": "fsync"}[where], fail_with(number))
+        monkeypatch.setattr(io.os, {"rename": "replace", "flush": "fsync"}[where], fail_with(number))
     with pytest.raises(
         PgolfError, match=r"no space left while writing .*weights\.bin: free some space"
     ) as caught:
@@ -83,7 +83,7 @@ def test_full_disk_is_explained(tmp_path, monkeypatch, where, number):
 
 
 def test_other_errors_pass_through(tmp_path, monkeypatch):
-    monkeypatch.setattr(files.os, "replace", fail_with(errno.EACCES))
+    monkeypatch.setattr(io.os, "replace", fail_with(errno.EACCES))
     with pytest.raises(PermissionError):
         write_text(tmp_path / "f", "new")
     assert names(tmp_path) == []
@@ -92,7 +92,7 @@ def test_other_errors_pass_through(tmp_path, monkeypatch):
 def test_flushed_before_renamed(tmp_path, monkeypatch):
     order = []
     fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(files.os, "fsync", lambda fd: (order.append("flush"), fsync(fd)))
-    monkeypatch.setattr(files.os, "replace", lambda *a: (order.append("rename"), replace(*a)))
+    monkeypatch.setattr(io.os, "fsync", lambda fd: (order.append("flush"), fsync(fd)))
+    monkeypatch.setattr(io.os, "replace", lambda *a: (order.append("rename"), replace(*a)))
     write_text(tmp_path / "f", "x")
     assert order == ["flush", "rename"]
