@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def cores() -> int:
+def available_cores() -> int:
     """Return the number of CPU cores this process may use."""
     if hasattr(os, "sched_getaffinity"):  # Linux only; respects taskset and container limits
         return len(os.sched_getaffinity(0))

@@ -225,7 +225,7 @@ def test_rates_resume_bit_for_bit(data):
     half = make_trainer(config)
     run_steps(half, 5)
     again = make_trainer(config)
-    again.restore({k: v.clone() for k, v in half.tensors().items()}, json.loads(json.dumps(half.story())))
+    again.restore({k: v.clone() for k, v in half.tensors().items()}, json.loads(json.dumps(half.metadata())))
     run_steps(again, 3)
     assert_same(straight.tensors(), again.tensors())
     assert differs(

@@ -13,7 +13,7 @@ from pgolf_fast.model.gpt import GPT
 from pgolf_fast.ops import launch
 from pgolf_fast.train import loop
 from pgolf_fast.train.loop import train
-from pgolf_fast.train.micro_step import DirectStep, GraphStep
+from pgolf_fast.train.micro_step import MicroStep
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +61,10 @@ def test_compiled_graphs_of_other_choices_are_not_found_again():
 def test_a_replayed_micro_step_adds_the_same_gradients():
     tokens, targets = torch.randint(0, 96, (2, 3, 16), device="cuda").unbind()
     found = []
-    for kind in (DirectStep, GraphStep):
+    for cuda_graph in (False, True):
         model = randomize_(GPT(tiny_config()), seed=3).to("cuda")
         model.allocate_gradient_banks()
-        scale = 0.5
-        step = DirectStep(scale) if kind is DirectStep else GraphStep(model, scale)
+        step = MicroStep(model, 0.5, cuda_graph=cuda_graph)
         losses = [
             float(step(model.loss, x, y, model.banks()))
             for x, y in ((tokens, targets), (targets, tokens), (tokens, targets))

@@ -80,18 +80,18 @@ def test_linear_decay_of_pr_301():
 @pytest.mark.parametrize("pace", [0.0497, 0.4], ids=["eight GPUs", "one GPU"])
 def test_qat_of_pr_301_is_the_last_fifth_of_the_time(pace):
     schedule = Schedule(preset("pr301").train)
-    steps = [step for step in range(round(600 / pace)) if schedule.quantises(step, step * pace)]
+    steps = [step for step in range(round(600 / pace)) if schedule.quantizes(step, step * pace)]
     assert steps == list(range(math.ceil(480 / pace), round(600 / pace)))
 
 
 def test_qat_of_pr_301_is_the_last_fifth_of_the_steps():
     train = preset("pr301_tiny").train
     last = range(round(0.8 * train.steps), train.steps)
-    assert [step for step in range(train.steps) if Schedule(train).quantises(step, 1.0)] == list(last)
+    assert [step for step in range(train.steps) if Schedule(train).quantizes(step, 1.0)] == list(last)
 
 
 def test_qat_is_switched_on_in_one_way():
-    assert not Schedule(TrainConfig(qat=None)).quantises(7499, 4799.0)
+    assert not Schedule(TrainConfig(qat=None)).quantizes(7499, 4799.0)
     with pytest.raises(PgolfError, match=r"below is 0\.25 and .*from_share is 0\.8; give one and set"):
         QATConfig(from_share=0.8)
     with pytest.raises(PgolfError, match="give one and set the other to None"):

@@ -134,10 +134,10 @@ def test_a_phase_is_resumed_bit_for_bit(data, loader, stop):
     straight, half, again = (make_trainer(config) for _ in range(3))
     run_steps(straight, 8)
     run_steps(half, stop)
-    again.restore({k: v.clone() for k, v in half.tensors().items()}, json.loads(json.dumps(half.story())))
+    again.restore({k: v.clone() for k, v in half.tensors().items()}, json.loads(json.dumps(half.metadata())))
     run_steps(again, 8 - stop)
     assert_same(straight.tensors(), again.tensors())
-    assert straight.story() == again.story()
+    assert straight.metadata() == again.metadata()
     assert straight.reptile_from == 4
     assert straight.tokens == again.tokens == 4 * 128 + 4 * 3 * 32
 
@@ -182,7 +182,7 @@ def test_a_run_ends_with_what_the_phase_left(data, tmp_path):
     kept, checkpoint = load_file(folder.model_file), load_file(newest_checkpoint(folder.checkpoints))
     assert_same(kept, {n[6:]: v for n, v in checkpoint.items() if n.startswith("model.")})
     log = folder.log_file.read_text()
-    assert "step 5: Reptile from here: from the averaged weights (" in log
+    assert "step 5: Reptile starts from the averaged weights (" in log
     assert "the MLP of blocks 2 to 2" in log
     assert "step 8/8" in log
     assert "reptile" in log.split("step 8/8")[1]
@@ -256,11 +256,11 @@ def test_ranks_share_the_work_of_the_phase_and_of_rates(data, tmp_path):
         "from pgolf_fast.train.meta.reptile import Reptile\n"
         "kept, adapt, finish = {}, Reptile.adapt, loop._Run._finish\n"
         "def watched(self, *rest):\n"
-        "    way = adapt(self, *rest)\n"
-        "    for name, end, bank in zip(('up', 'down'), way.ends, self.banks()):\n"
+        "    inner = adapt(self, *rest)\n"
+        "    for name, end, bank in zip(('up', 'down'), inner.ends, self.banks()):\n"
         "        kept[f'end.{name}'] = end.clone()\n"
         "        kept[f'base.{name}'] = bank.detach()[self.first:].clone()\n"
-        "    return way\n"
+        "    return inner\n"
         "def keep(self):\n"
         "    tensors = {n: t.clone() for n, t in self.trainer.tensors().items()}\n"
         "    save_file({**tensors, **kept}, Path(sys.argv[1]) / f'rank{os.environ[\"RANK\"]}.safetensors')\n"

@@ -162,7 +162,7 @@ def test_a_tracker_that_fails_at_its_end_changes_nothing(tmp_path):
         def close(self):
             raise OSError
 
-    metrics = Metrics(MetricsWriter(tmp_path / "m.jsonl"), 1)
+    metrics = Metrics(MetricsWriter(tmp_path / "m.jsonl"))
     metrics.track(Bad(), 0.0)
     metrics.write("step", step=1, elapsed=0.0, loss=1.0)
     metrics.close()
