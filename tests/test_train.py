@@ -112,11 +112,12 @@ def test_restored_state_continues_bit_for_bit(data, loader):
 
 def test_killed_run_resumes_bit_for_bit(data, tmp_path):
     """kill -9 in the middle, then --resume: final weights equal those of a run left alone."""
-    config = run_config(data, train__steps=60, train__checkpoint_minutes=0.0)
+    config = run_config(data, train__steps=60)
+    saving = words(run_config(data, train__steps=60, train__checkpoint_minutes=0.0))
     straight = train(config, tmp_path / "straight")
     command = [sys.executable, "-m", "pgolf_fast.cli", "train", "tiny", "--out", str(tmp_path / "killed")]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    with subprocess.Popen([*command, *words(config)], env=environment, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen([*command, *saving], env=environment, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 120
         while (
             newest := newest_checkpoint(tmp_path / "killed" / "checkpoints")
