@@ -320,7 +320,7 @@ def test_legal_ttt_is_legal():
     with pytest.raises(PgolfError, match="breaks the rules"):
         legal_ttt(model, stream, windows, 16, 4, config)
     result = legal_ttt(model, stream, windows, 16, 4, config, allow_illegal=True)
-    assert result.updates == GUIDED.epochs * GUIDED.lessons(len(windows))
+    assert result.updates == GUIDED.epochs * GUIDED.hard_windows(len(windows))
     assert len(result.by_chunk) == 1
 
 
@@ -355,7 +355,7 @@ def test_error_guided_learns_from_the_hardest_windows():
         learn_and_score(GUIDED, adapter, scorer, chunks, "test")
         after = by_window(adapter.score)
         assert adapter.trainable == 2 * (96 + 32 + 32 + 96)  # one of three blocks: rank x (in + out), twice
-    hardest = np.argsort(-plain)[: GUIDED.lessons(len(windows))]
+    hardest = np.argsort(-plain)[: GUIDED.hard_windows(len(windows))]
     wanted = [stream.tokens[windows.start[i] : windows.end[i] + 1] for i in hardest] * GUIDED.epochs
     assert len(taught) == len(wanted)
     assert all(torch.equal(a, b) for a, b in zip(taught, wanted, strict=True))
