@@ -1,4 +1,4 @@
-"""Presets, strict conversion, overrides and the translation of run scripts."""
+"""Presets, strict conversion, dotted fields and the translation of run scripts."""
 
 import json
 from dataclasses import replace
