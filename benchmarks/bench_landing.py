@@ -18,9 +18,9 @@ from torch import Tensor
 
 from pgolf_fast.artifact.landing import fit_to_target
 from pgolf_fast.artifact.pack import artifact_bytes
+from pgolf_fast.config.fields import run_config_to_dict
 from pgolf_fast.config.presets import exp101
 from pgolf_fast.config.schema import PackConfig
-from pgolf_fast.config.serialize import run_config_to_dict
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.quant.fisher import Fisher
 from pgolf_fast.quant.rd import RateDistortion

@@ -27,9 +27,9 @@ from pgolf_fast.artifact.landing import fit_to_target
 from pgolf_fast.artifact.pack import artifact_bytes
 from pgolf_fast.artifact.steps import float_model
 from pgolf_fast.bench.store import provenance
+from pgolf_fast.config.fields import run_config_to_dict
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import PackConfig, QuantConfig
-from pgolf_fast.config.serialize import run_config_to_dict
 from pgolf_fast.data.source import open_source
 from pgolf_fast.evaluation.score import Stream
 from pgolf_fast.evaluation.scores import plain_score

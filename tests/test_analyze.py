@@ -12,9 +12,9 @@ from runs import make_dataset, read_json, run_config
 
 from pgolf_fast.artifact.pack import pack
 from pgolf_fast.cli import main
+from pgolf_fast.config.fields import run_config_to_dict
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import PackConfig, QuantConfig
-from pgolf_fast.config.serialize import run_config_to_dict
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import save_tensors
 from pgolf_fast.lab.analysis import connectivity, quant, surface

@@ -9,8 +9,8 @@ import pytest
 from helpers import randomize_, tiny_config
 
 from pgolf_fast.artifact.pack import pack
+from pgolf_fast.config.fields import run_config_to_dict
 from pgolf_fast.config.schema import PackConfig, QuantConfig, RunConfig
-from pgolf_fast.config.serialize import run_config_to_dict
 from pgolf_fast.lab.analysis.artifact_bytes import REFERENCE, artifact_table
 from pgolf_fast.lab.analysis.entropy_bounds import plane_bound, static_bounds
 from pgolf_fast.lab.report.treemap import plot_treemap

@@ -19,8 +19,8 @@ from pgolf_fast.artifact.container import TensorRecord, read_container
 from pgolf_fast.artifact.pack import build_records, load_artifact, load_model, pack, unpack
 from pgolf_fast.artifact.submission import code_bytes
 from pgolf_fast.artifact.writer import write_container
+from pgolf_fast.config.fields import run_config_to_dict
 from pgolf_fast.config.schema import PackConfig, QuantConfig, RunConfig
-from pgolf_fast.config.serialize import run_config_to_dict
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.ops import native

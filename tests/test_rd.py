@@ -13,8 +13,8 @@ from pgolf_fast.artifact import landing
 from pgolf_fast.artifact.landing import TOLERANCE, fit_to_target, mixed
 from pgolf_fast.artifact.pack import artifact_bytes, load_artifact, pack, unpack
 from pgolf_fast.artifact.standalone import reader
+from pgolf_fast.config.fields import run_config_to_dict
 from pgolf_fast.config.schema import PackConfig, QuantConfig, RunConfig
-from pgolf_fast.config.serialize import from_dict, run_config_to_dict
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.model.bank import BANK_NAMES
 from pgolf_fast.model.gpt import GPT
@@ -339,8 +339,3 @@ def test_rd_needs_gptq_and_a_target(model):
     for bad in ({"target_bytes": 0}, {"rank": 9}):
         with pytest.raises(PgolfError):
             replace(QUANT, **bad)
-
-
-def test_runs_from_before_the_grid_had_a_name():
-    assert from_dict(QuantConfig, {"scale_floor": True}, "quant").grid == "reference"
-    assert from_dict(QuantConfig, {"scale_floor": False}, "quant").grid == "percentile"

@@ -23,8 +23,8 @@ from pgolf_fast.artifact.container import (
 from pgolf_fast.artifact.prune import Pruned, prune_to_fit
 from pgolf_fast.artifact.submission import code_bytes
 from pgolf_fast.artifact.writer import container_bytes, write_container
+from pgolf_fast.config.fields import run_config_from_dict
 from pgolf_fast.config.schema import PackConfig, RunConfig
-from pgolf_fast.config.serialize import run_config_from_dict
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import atomic_path
 from pgolf_fast.model.gpt import GPT

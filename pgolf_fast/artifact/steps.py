@@ -12,9 +12,9 @@ from pgolf_fast import console
 from pgolf_fast.artifact.landing import fit_to_target
 from pgolf_fast.artifact.pack import PackReport, artifact_bytes, load_model, pack
 from pgolf_fast.artifact.submission import code_bytes
+from pgolf_fast.config.fields import from_dict, run_config_to_dict
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import PackConfig, QuantConfig, RunConfig
-from pgolf_fast.config.serialize import from_dict, run_config_to_dict
 from pgolf_fast.data.tokenizer import ByteTable, Tokenizer, byte_table
 from pgolf_fast.distributed import World, this_process
 from pgolf_fast.io import load_tensors, save_tensors

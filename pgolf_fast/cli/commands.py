@@ -12,9 +12,9 @@ import tyro
 from pgolf_fast import console
 from pgolf_fast.cli.arguments import existing, first_run, parse, preset_and_overrides
 from pgolf_fast.cli.output import print_out
+from pgolf_fast.config.fields import flatten
 from pgolf_fast.config.presets import PRESETS, preset
 from pgolf_fast.config.schema import Codec, PackConfig, QuantConfig, RunConfig
-from pgolf_fast.config.serialize import flatten
 from pgolf_fast.errors import PgolfError
 
 _Flat = tyro.conf.arg(name="")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from pgolf_fast.config.model import need
+from pgolf_fast.config.checks import need
 
 
 @dataclass(frozen=True, kw_only=True)

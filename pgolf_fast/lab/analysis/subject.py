@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from pgolf_fast.artifact.pack import load_artifact
+from pgolf_fast.config.fields import run_config_from_dict
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import RunConfig
-from pgolf_fast.config.serialize import run_config_from_dict
 from pgolf_fast.data.tokenizer import ByteTable, Tokenizer
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.io import load_story
+from pgolf_fast.io import load_metadata
 from pgolf_fast.model.bank import BANK_NAMES
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.model.weights import load_weights, read_weights
@@ -124,7 +124,7 @@ def _file_of(folder: RunFolder, weights: Weights) -> Path:
 def _config_of(path: Path, folder: RunFolder | None, named: RunConfig | None) -> RunConfig | None:
     """That of a run folder; of a file what it says itself, else `named`, else that of the run it lies in."""
     if path.is_file():
-        story = load_story(path) if path.suffix == ".safetensors" else {}
+        story = load_metadata(path) if path.suffix == ".safetensors" else {}
         if "config" in story:
             return run_config_from_dict(story["config"])
         if named is not None:

@@ -13,7 +13,7 @@ from pgolf_fast.artifact.container import sizes
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.io import load_story
+from pgolf_fast.io import load_metadata
 from pgolf_fast.lab.analysis.artifact_bytes import ArtifactTable, artifact_table
 from pgolf_fast.lab.report.html_page import portable
 from pgolf_fast.lab.report.loss_curve import number
@@ -130,7 +130,7 @@ def read_run(folder: RunFolder) -> Run:
         missing.append(Missing("final weights", "training did not come to its end", command))
     else:
         try:
-            weights = load_story(folder.model_file)
+            weights = load_metadata(folder.model_file)
         except PgolfError as error:
             missing.append(Missing("final weights", portable(str(error)), command))
     table, digest = _artifact(folder, missing)

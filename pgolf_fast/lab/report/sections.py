@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from pgolf_fast import console
 from pgolf_fast.artifact.submission import code_bytes
+from pgolf_fast.config.fields import flatten
 from pgolf_fast.config.presets import preset
-from pgolf_fast.config.serialize import flatten
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.scores import conditions, mark
 from pgolf_fast.lab.report import html_page
