@@ -14,6 +14,8 @@ from torch import Tensor
 
 from pgolf_fast.errors import PgolfError
 
+_CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class World:
@@ -21,7 +23,7 @@ class World:
 
     rank: int = 0
     world_size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = _CPU
 
     @property
     def is_main(self) -> bool:

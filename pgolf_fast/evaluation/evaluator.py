@@ -1,101 +1,138 @@
-"""Legal test-time training: score a chunk with frozen weights, then learn from it (PR 1501).
-
-What is not legal goes through here too, if it is allowed by name.
-"""
+"""Passes of one model over one stream, frozen or adapting, with the settings of one configuration."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
 
-from pgolf_fast.config.schema import TTTConfig
-from pgolf_fast.distributed import ALONE, Ranks
-from pgolf_fast.errors import PgolfError
-from pgolf_fast.evaluation.adapt import borrowed
-from pgolf_fast.evaluation.adapters import make_adapter
-from pgolf_fast.evaluation.documents import document_chunks, document_starts
-from pgolf_fast.evaluation.error_guided import learn_and_score
-from pgolf_fast.evaluation.protocol import Chunk, Segment, score_and_adapt, target_chunks
+from pgolf_fast.config.schema import RunConfig, TTTConfig
+from pgolf_fast.distributed import SINGLE, World
+from pgolf_fast.evaluation.adapters.base import Adapter, borrowed
+from pgolf_fast.evaluation.adapters.frozen import Frozen
+from pgolf_fast.evaluation.adapters.registry import (
+    adapting_chunks,
+    make_adapter,
+    need_legal,
+    protocol_of,
+)
+from pgolf_fast.evaluation.protocol import score_and_adapt, window_chunks
 from pgolf_fast.evaluation.resume import SavedState
-from pgolf_fast.evaluation.score import Score, Scorer, Stream
-from pgolf_fast.evaluation.windows import BatchSize, Windows
+from pgolf_fast.evaluation.score import Score, Scorer, Stream, batch_size
+from pgolf_fast.evaluation.windows import BatchSize, Windows, plain_windows, sliding_windows
 from pgolf_fast.model.bank import Transform
 from pgolf_fast.model.gpt import GPT
-from pgolf_fast.quant.fake import fake_int6
+from pgolf_fast.quant.fake import make_fake
 
 
 @dataclass(frozen=True)
-class TTTResult:
-    """The score, what was adapted, and how often; `by_chunk` is the running score after each chunk."""
+class Pass:
+    """Result of one pass over windows."""
 
-    score: Score
-    trainable: int
-    updates: int
     by_chunk: list[Score]
+    """The running score after each chunk."""
     scorer: Scorer
     """Holds the losses themselves."""
+    trainable: int = 0
+    updates: int = 0
+
+    @property
+    def score(self) -> Score:
+        return self.by_chunk[-1]
 
 
-def legal_ttt(
-    model: GPT,
-    stream: Stream,
-    windows: Windows,
-    seq_len: int,
-    batch: int | BatchSize,
-    config: TTTConfig,
-    *,
-    grid: Transform = fake_int6,
-    before_restore: Callable[[], object] | None = None,
-    ranks: Ranks = ALONE,
-    saved: SavedState | None = None,
-    what: str = "sliding + TTT",
-    compile: bool = False,
-    cuda_graph: bool = False,
-    allow_illegal: bool = False,
-) -> TTTResult:
-    """Score every window, adapting on each chunk after it is scored and never after the last.
+@dataclass(frozen=True)
+class Evaluator:
+    """Scores `model` on `stream`; its weights are unchanged after each pass.
 
-    An adapter that breaks the rules (`TTTConfig.illegal`) does otherwise: it raises PgolfError, unless
-    `allow_illegal`.
-
-    `grid` is what `config.quantize_forward` rounds the banks to: the artifact's own grid, or int6 by
-    default; the projections, which are not on it, are rounded to int6. The model's weights are what they were
-    when this returns or raises; `before_restore` is called while it still has the adapted ones. Progress is
-    shown as `what`; `compile` and `cuda_graph` are for GPUs.
+    Test-time training with a quantized forward rounds the banks to `grid`: give the artifact's own, so that
+    without an update the adapted score equals the frozen one. None is the grid of `config.quant`.
     """
-    need_legal(config, allow_illegal)
-    size = batch if callable(batch) else lambda length: batch
-    windows, chunks = adapting_chunks(windows, stream, config)
-    scorer = Scorer(stream, windows, seq_len, size, ranks)
-    with borrowed(model):
-        adapter = make_adapter(model, config, seq_len, grid, compile=compile, cuda_graph=cuda_graph)
-        by_chunk = protocol_of(config)(adapter, scorer, chunks, what, saved)
-        if before_restore is not None:
-            before_restore()
-    return TTTResult(by_chunk[-1], adapter.trainable, adapter.updates, by_chunk, scorer)
 
+    model: GPT
+    stream: Stream
+    config: RunConfig
+    grid: Transform = None
+    world: World = SINGLE
 
-def need_legal(config: TTTConfig, allow_illegal: bool) -> None:
-    """Raise PgolfError if these settings break the rules, unless `allow_illegal`."""
-    if config.illegal is not None and not allow_illegal:
-        raise PgolfError(
-            f"ttt.adapter {config.adapter} breaks the rules: {config.illegal}. "
-            "Give --allow-illegal to score with it, for study only, or set another ttt.adapter"
+    def plain_windows(self) -> Windows:
+        return plain_windows(self.stream.num_targets, self.config.eval_seq_len)
+
+    def sliding_windows(self) -> Windows:
+        config = self.config
+        return sliding_windows(
+            self.stream.num_targets,
+            config.eval_seq_len,
+            config.eval.stride,
+            repeat_tail=config.eval.repeat_tail,
         )
 
+    @cached_property
+    def size(self) -> BatchSize:
+        """Windows per batch."""
+        model, batch = self.model, self.config.eval.batch_seqs
+        device = model.qo_bank.device
+        return batch_size(batch, model.config, model.compute_dtype, device, self.world)
 
-def protocol_of(config: TTTConfig) -> Callable[..., list[Score]]:
-    """What scores all windows with the configured adapter, called as `score_and_adapt`."""
-    return partial(learn_and_score, config.guided) if config.adapter == "error_guided" else score_and_adapt
+    def adapting_size(self, ttt: TTTConfig) -> BatchSize:
+        """Return windows per batch so that eight ranks share a chunk, if each batch gets four or more."""
+        if self.config.eval.batch_seqs is not None:
+            return self.size
+        lora = ttt.lora
+        tokens = lora.segment_tokens * lora.documents if ttt.by_document else ttt.chunk_tokens
+        return lambda length: min(self.size(length), max(4, tokens // self.config.eval.stride // 8))
 
+    def scorer(self, windows: Windows, size: BatchSize | None = None) -> Scorer:
+        return Scorer(self.stream, windows, self.config.eval_seq_len, size or self.size, self.world)
 
-def adapting_chunks(
-    windows: Windows, stream: Stream, config: TTTConfig
-) -> tuple[Windows, Sequence[Chunk | Segment]]:
-    """The windows in the order in which the configured adapter has them scored, and its chunks of them."""
-    if config.by_document:
-        return document_chunks(windows, document_starts(stream.tokens.cpu().numpy()), config)
-    if config.adapter == "error_guided":  # has learned all it learns before the first of them
-        return windows, [Chunk(0, len(windows), 0, stream.num_targets)]
-    return windows, target_chunks(windows, stream.num_targets, config.chunk_tokens)
+    @property
+    def _compile(self) -> bool:
+        cuda, wanted = self.model.qo_bank.device.type == "cuda", self.config.eval.compile
+        return cuda if wanted is None else wanted
+
+    def frozen_adapter(self) -> Frozen:
+        return Frozen(self.model, compile=self._compile)
+
+    @contextmanager
+    def adapter(self, ttt: TTTConfig) -> Iterator[Adapter]:
+        """Yield the configured adapter; the model is restored on exit."""
+        quant, cuda = self.config.quant, self.model.qo_bank.device.type == "cuda"
+        with borrowed(self.model):
+            yield make_adapter(
+                self.model,
+                ttt,
+                self.config.eval_seq_len,
+                self.grid or make_fake(quant.bits, quant.scale_floor),
+                compile=self._compile,
+                cuda_graph=cuda and self.config.eval.cuda_graph is not False,
+            )
+
+    def frozen(self, windows: Windows, what: str, saved: SavedState | None = None) -> Pass:
+        """Score every window with the weights as they are. Progress is shown as `what`."""
+        scorer, chunks = self.scorer(windows), window_chunks(windows, self.size)
+        return Pass(score_and_adapt(self.frozen_adapter(), scorer, chunks, what, saved), scorer)
+
+    def adapted(
+        self,
+        windows: Windows,
+        ttt: TTTConfig,
+        what: str,
+        saved: SavedState | None = None,
+        *,
+        allow_illegal: bool = False,
+        before_restore: Callable[[], object] | None = None,
+    ) -> Pass:
+        """Score every window, adapting on each chunk after it is scored and never after the last.
+
+        Adapters that break this rule (`TTTConfig.illegal`) raise PgolfError unless `allow_illegal`.
+        `before_restore` is called while the model still has the adapted weights.
+        """
+        need_legal(ttt, allow_illegal)
+        windows, chunks = adapting_chunks(windows, self.stream, ttt)
+        scorer = self.scorer(windows, self.adapting_size(ttt))
+        with self.adapter(ttt) as adapter:
+            by_chunk = protocol_of(ttt)(adapter, scorer, chunks, what, saved)
+            if before_restore is not None:
+                before_restore()
+        return Pass(by_chunk, scorer, adapter.trainable, adapter.updates)

@@ -87,7 +87,7 @@ class Shadow:
         return self._weights
 
     def current(self, masters: list[Tensor], dtype: torch.dtype) -> list[Tensor] | None:
-        """Return the copies if they are up to date: an optimizer may then write masters and copies at once."""
+        """Return the copies if they are up to date; an optimizer may then write them with the masters."""
         held = self._weights and self._key == self._key_of(masters, dtype, None)
         return self._weights if held else None
 

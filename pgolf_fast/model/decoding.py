@@ -132,7 +132,7 @@ def sample(
     top_k: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Draw one token id (B,) per row of logits (B, V), from softmax(logits / temperature) over the best top_k.
+    """Draw a token id per row of logits (B, V) from softmax(logits / temperature) over the best top_k, (B,).
 
     Temperature 0 takes the most likely token. Raises PgolfError for a negative temperature or top_k below 1.
     """

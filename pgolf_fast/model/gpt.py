@@ -146,7 +146,7 @@ class GPT(nn.Module):
                 bank.grad = torch.zeros_like(bank)
 
     def banks(self, transform: Transform = None) -> Banks:
-        """Return the banks for one forward: masters after `transform` (e.g. fake quantization), in compute dtype.
+        """Return the banks for one forward: masters after `transform`, in compute dtype.
 
         With gradient banks allocated, backward adds to them, straight through `transform`. Otherwise, with
         gradients enabled, autograd reaches the masters through `transform` and the cast.
@@ -301,8 +301,8 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Return the cross-entropy in nats of the last W positions, (B, T) and (B, W) -> (B, W) float32.
 
-        Queries, output projection and MLP of the last block, and logits, are computed for these only. `context`
-        and `mlp` are as in `hidden`. `z_loss` times the squared log-partition function is added to each.
+        Queries, output projection and MLP of the last block, and logits, are computed for these only.
+        `context` and `mlp` are as in `hidden`. `z_loss` times the squared log-partition function is added.
         """
         last = None if targets.shape[1] == tokens.shape[1] else targets.shape[1]
         hidden = self.hidden(tokens, banks, last=last, context=context, mlp=mlp)

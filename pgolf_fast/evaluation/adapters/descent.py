@@ -1,132 +1,29 @@
-"""What a model may do with tokens that are scored: the protocol of adapters, and those of all its parameters.
-
-`evaluation.protocol` scores a chunk through an adapter and then hands it that chunk's tokens, and no others.
-"""
+"""Adapters that train the model's own parameters: SGD and AdamW."""
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from abc import abstractmethod
+from dataclasses import replace
 from functools import partial
 from itertools import chain
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from pgolf_fast.config.schema import TTTConfig
-from pgolf_fast.evaluation.capture import Replay
-from pgolf_fast.evaluation.score import frozen_losses
+from pgolf_fast.evaluation.adapters.base import ADAM_EPS, Adapter, Scored, freeze
 from pgolf_fast.model.bank import BANK_NAMES, Banks, Transform, make_banks, transformed
 from pgolf_fast.model.compiled import compiled
+from pgolf_fast.model.cuda_graph import CapturedStep
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.quant.fake import fake_int6
 
-ADAM_EPS = 1e-8
 Tensors = list[Tensor]
 
 
-@dataclass(frozen=True)
-class Scored:
-    """A chunk that may be learned from: every target in it has its final score.
-
-    `tokens` (n + 1,) is a copy that nothing else is reached from: inputs tokens[:-1], targets tokens[1:]. Of
-    documents in step it is (m, n + 1), the newest n of each of the first m documents. `chunk` of `chunks` is
-    `protocol.Chunk`'s number and count.
-    """
-
-    tokens: Tensor
-    chunk: int = 0
-    chunks: int = 1
-
-
-class Adapter(Protocol):
-    """Gives losses, and learns from what was scored.
-
-    The evaluator calls `score` for all windows of a chunk, on a CPU from several threads at once, and then
-    `adapt` once; never `adapt` after the last chunk. With several processes, each calls `adapt` with the same
-    tokens, so the results must be the same on each.
-    """
-
-    trainable: int
-    """Numbers that adapt."""
-    updates: int
-    """Gradient steps so far."""
-
-    def score(self, tokens: Tensor, targets: Tensor, context: int) -> Tensor:
-        """Losses in nats of the targets (B, W) of the last W positions of tokens (B, T), as (B, W).
-
-        Positions are encoded for windows of `context` tokens. Nothing may be learned here.
-        """
-
-    def adapt(self, scored: Scored) -> None:
-        """Learn from a chunk."""
-
-    def state(self) -> dict[str, Tensor]:
-        """Everything that `adapt` changes and a resumed evaluation needs."""
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Go on from a `state`."""
-
-
-class DocumentAdapter(Adapter, Protocol):
-    """An adapter that learns from several documents in step, from each for itself."""
-
-    def begin(self, documents: int) -> None:
-        """So many new documents begin; what was learned from each of those before is forgotten."""
-
-    def score(self, tokens: Tensor, targets: Tensor, context: int, rows: Tensor | None = None) -> Tensor:
-        """As `Adapter.score`; window i is of document rows[i]."""
-
-
-class Frozen:
-    """No adaptation: a model as it stands."""
-
-    trainable, updates = 0, 0
-
-    def __init__(self, model: GPT, transform: Transform = None, *, compile: bool = False):
-        """`compile` runs batches of several windows, which all have one shape, under torch.compile."""
-        eager = frozen_losses(model, transform)
-        fast = frozen_losses(model, transform, compiled(model.token_losses)) if compile else eager
-
-        def score(tokens: Tensor, targets: Tensor, context: int) -> Tensor:
-            return (fast if len(tokens) > 1 else eager)(tokens, targets, context)
-
-        self.score = score
-
-    def adapt(self, scored: Scored) -> None:
-        pass
-
-    def state(self) -> dict[str, Tensor]:
-        return {}
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        pass
-
-
-@contextmanager
-def borrowed(model: GPT) -> Iterator[None]:
-    """Afterwards the model has the weights, gradients and flags that it had before, whatever happened."""
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    flags = {name: p.requires_grad for name, p in model.named_parameters()}
-    grads = {name: p.grad for name, p in model.named_parameters()}
-    try:
-        yield
-    finally:
-        model.projection_transform = None
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(before[name])
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(flags[name])
-            parameter.grad = grads[name]
-
-
 def trainable_parameters(model: GPT, config: TTTConfig) -> list[nn.Parameter]:
-    """The parameters that adapt, as `TTTConfig.parameters` says; of banks, `moving_slots` do."""
+    """Return the parameters that adapt under `TTTConfig.parameters`; in banks, only `moving_slots` do."""
     if config.parameters == "banks":
         return model.bank_parameters()
     if config.parameters == "mlps":
@@ -139,32 +36,32 @@ def trainable_parameters(model: GPT, config: TTTConfig) -> list[nn.Parameter]:
 
 
 def moving_slots(tensor: Tensor, num_layers: int, frozen: int) -> list[Tensor]:
-    """Views of a bank's slots (slots, rows, columns) but for those of the first `frozen` blocks.
+    """Return views of a bank (slots, rows, columns) without the slots of the first `frozen` blocks.
 
-    Any other tensor, and a bank of which nothing is frozen, is one view.
+    Any other tensor is one view, and so is a bank in which nothing is frozen.
     """
     if not frozen or tensor.ndim < 3:
         return [tensor]
-    return [tensor[at + frozen : at + num_layers] for at in range(0, len(tensor), num_layers)]
+    return [tensor[first + frozen : first + num_layers] for first in range(0, len(tensor), num_layers)]
 
 
 def chunk_lr(config: TTTConfig, chunk: int, chunks: int) -> float:
-    """Constant within a chunk; across them constant too, or a half cosine from `config.lr` to zero."""
+    """Return a chunk's learning rate: constant, or a half cosine over chunks from `config.lr` to zero."""
     if config.decay == "constant":
         return config.lr
     return 0.5 * config.lr * (1 + math.cos(math.pi * chunk / max(chunks - 1, 1)))
 
 
-class Descent(ABC):
-    """Clipped gradient steps on a model's own parameters, to be used while it is `borrowed` (PR 1501).
+class Descent(Adapter):
+    """Clipped gradient steps on the parameters of a `borrowed` model (PR 1501).
 
-    A chunk is passed over `epochs` times, in batches of sequences in order; a rest shorter than a sequence
-    is left out, and what the rule remembers lives on from chunk to chunk. Gradients go to gradient banks, and
-    forward reads copies that are written once per update. Nothing waits for a GPU.
+    Each chunk is passed over `epochs` times in batches of sequences, in order, without a shorter last one.
+    Optimizer state is kept across chunks. Gradients go to gradient banks; forward reads copies that are
+    written once per update. Nothing synchronizes with a GPU.
     """
 
-    MEMORIES: tuple[str, ...]
-    """What the rule remembers of each parameter, as tensors like it that start at zero."""
+    MOMENTS: tuple[str, ...]
+    """Optimizer state of each parameter by name: tensors of its shape that start at zero."""
 
     def __init__(
         self,
@@ -176,15 +73,12 @@ class Descent(ABC):
         compile: bool = False,
         cuda_graph: bool = False,
     ):
-        """`grid` is what `config.quantize_forward` rounds the banks to; `cuda_graph` replays each update."""
+        """Round banks to `grid` if `config.quantize_forward` says so; `cuda_graph` replays each update."""
         self.model, self.config, self.seq_len = model, config, seq_len
         self._grid = grid if config.quantize_forward == "banks" else None
-        self._projections = fake_int6 if config.quantize_forward == "projections" else None
         masters, adapting = model.bank_parameters(), trainable_parameters(model, config)
-        for parameter in model.parameters():
-            parameter.grad = None
-            parameter.requires_grad_(False)
-        for parameter in (*adapting, *masters):  # gradient banks are all there or none
+        freeze(model)
+        for parameter in (*adapting, *masters):  # gradient banks are all given or all None
             parameter.grad = torch.zeros_like(parameter)
         for parameter in adapting:
             parameter.requires_grad_()
@@ -192,7 +86,7 @@ class Descent(ABC):
         self._parameters = [part for p in adapting for part in slots(p.detach())]
         self._grads = [part for p in adapting if p.grad is not None for part in slots(p.grad)]
         self.trainable, self.updates = sum(p.numel() for p in self._parameters), 0
-        self._memories = {name: [torch.zeros_like(p) for p in self._parameters] for name in self.MEMORIES}
+        self._moments = {name: [torch.zeros_like(p) for p in self._parameters] for name in self.MOMENTS}
         self._lr, self._step_number = torch.zeros(2, device=model.qo_bank.device).unbind()
         kept = self._grid is None and all(m.dtype == model.compute_dtype for m in masters)
         self._weights = [
@@ -202,26 +96,26 @@ class Descent(ABC):
         self._banks = make_banks(self._weights, [m.grad for m in masters if m.grad is not None])
         self._loss = compiled(model.loss) if compile else model.loss
         self._token_losses = compiled(model.token_losses) if compile else model.token_losses
-        self._replays: dict[torch.Size, Replay] | None = {} if cuda_graph else None
+        self._captured: dict[torch.Size, CapturedStep[None]] | None = {} if cuda_graph else None
 
     @abstractmethod
-    def _rule(self, parameters: Tensors, grads: Tensors, memories: list[Tensors], divisor: Tensor) -> None:
-        """One update of parameters of one dtype by their gradients, which are divided by `divisor` first."""
+    def _rule(self, parameters: Tensors, grads: Tensors, moments: list[Tensors], divisor: Tensor) -> None:
+        """Update parameters of one dtype in place by their gradients divided by `divisor`."""
 
     def banks(self) -> Banks:
-        """What forward reads now."""
+        """Return the banks that forward reads now."""
         return Banks(*self._weights)
 
-    def score(self, tokens: Tensor, targets: Tensor, context: int) -> Tensor:
+    def score(self, tokens: Tensor, targets: Tensor, context: int, rows: Tensor | None = None) -> Tensor:
         losses = self._token_losses if len(tokens) > 1 else self.model.token_losses
         with torch.no_grad():
             return losses(tokens, targets, self.banks(), context=context)
 
     def adapt(self, scored: Scored) -> None:
-        sequences = (len(scored.tokens) - 1) // self.seq_len
-        length = sequences * self.seq_len
-        x, y = (scored.tokens[i : i + length].view(sequences, self.seq_len) for i in (0, 1))
-        self._lr.fill_(chunk_lr(self.config, scored.chunk, scored.chunks))
+        (tokens,) = scored.tokens
+        sequences = (len(tokens) - 1) // self.seq_len
+        x, y = (tokens[i : i + sequences * self.seq_len].view(-1, self.seq_len) for i in (0, 1))
+        self._lr.fill_(chunk_lr(self.config, scored.index, scored.count))
         step = self.config.batch_seqs
         for _ in range(self.config.epochs):
             for first in range(0, sequences, step):
@@ -229,46 +123,55 @@ class Descent(ABC):
                 self.updates += 1
 
     def _run(self, x: Tensor, y: Tensor) -> None:
-        if self._replays is None:
+        if self._captured is None:
             return self._update(x, y)
-        if x.shape not in self._replays:
-            memories = chain(*self._memories.values())
-            changed = [*self._parameters, *self._grads, *memories, *self._weights, self._step_number]
-            self._replays[x.shape] = Replay(self._update, (x, y), changed)
-        self._replays[x.shape](x, y)
+        if x.shape not in self._captured:
+            moments = chain(*self._moments.values())
+            changed = [*self._parameters, *self._grads, *moments, *self._weights, self._step_number]
+            self._captured[x.shape] = CapturedStep(self._update, (x, y), changed)
+        self._captured[x.shape](x, y)
 
     def _update(self, x: Tensor, y: Tensor) -> None:
-        self.model.projection_transform = self._projections
-        self._loss(x, y, self._banks).backward()
-        self.model.projection_transform = None
+        self._loss(x, y, self._with_projections()).backward()
         self._step()
         self._refresh()
 
+    def _with_projections(self) -> Banks:
+        """Return the banks to train on; "projections" also rounds those of the embeddings, as PR 1501 ran."""
+        if self.config.quantize_forward != "projections":
+            return self._banks
+        ngram, value = self.model.bigram, self.model.ve_shared
+        return replace(
+            self._banks,
+            ngram_projection=None if ngram is None else fake_int6(ngram.proj.weight),
+            value_projection=None if value is None else fake_int6(value.proj.weight),
+        )
+
     @torch.no_grad()
     def _step(self) -> None:
-        """Clip to the global norm and update: one pass over the parameters of each dtype."""
+        """Clip to the global norm and update, with one fused call for the parameters of each dtype."""
         norms = [norm.float() for norm in torch._foreach_norm(self._grads)]
         norm = torch.linalg.vector_norm(torch.stack(norms))
-        # gradients are divided by this: norm / limit where that is above 1
+        # norm / limit where that is above 1; the fused rules divide gradients by it
         divisor = ((norm + 1e-6) / (self.config.grad_clip or math.inf)).clamp_min_(1.0)
         self._step_number += 1
         for dtype in {p.dtype for p in self._parameters}:
             own = [i for i, p in enumerate(self._parameters) if p.dtype == dtype]
-            every = (self._parameters, self._grads, *self._memories.values())
-            parameters, grads, *memories = [[tensors[i] for i in own] for tensors in every]
-            self._rule(parameters, grads, memories, divisor)
+            every = (self._parameters, self._grads, *self._moments.values())
+            parameters, grads, *moments = [[tensors[i] for i in own] for tensors in every]
+            self._rule(parameters, grads, moments, divisor)
         torch._foreach_zero_(self._grads)
 
     @torch.no_grad()
     def _refresh(self) -> None:
-        """Write what forward reads of the banks."""
+        """Write the copies of the banks that forward reads."""
         masters = list(self.model.bank_parameters())
         for weight, fresh in zip(self._weights, transformed(masters, self._grid), strict=True):
             if weight.data_ptr() != fresh.data_ptr():
                 weight.copy_(fresh)
 
     def _lists(self) -> dict[str, Tensors]:
-        return {**self._memories, "parameter": self._parameters}
+        return {**self._moments, "parameter": self._parameters}
 
     def state(self) -> dict[str, Tensor]:
         lists = self._lists().items()
@@ -288,20 +191,20 @@ class Descent(ABC):
 class SGD(Descent):
     """Stochastic gradient descent with momentum, as run in PR 1501."""
 
-    MEMORIES = ("momentum",)
+    MOMENTS = ("momentum",)
 
-    def _rule(self, parameters: Tensors, grads: Tensors, memories: list[Tensors], divisor: Tensor) -> None:
+    def _rule(self, parameters: Tensors, grads: Tensors, moments: list[Tensors], divisor: Tensor) -> None:
         torch._fused_sgd_(
             parameters,
             grads,
-            memories[0] if self.config.momentum else [],
+            moments[0] if self.config.momentum else [],
             weight_decay=0.0,
             momentum=self.config.momentum,
             lr=self._lr,
             dampening=0.0,
             nesterov=False,
             maximize=False,
-            is_first_step=False,  # momenta start at zero, which is the same
+            is_first_step=False,  # zero momentum gives the same first step
             grad_scale=divisor,
         )
 
@@ -309,14 +212,14 @@ class SGD(Descent):
 class AdamW(Descent):
     """Adam with decoupled weight decay (Kingma and Ba 2014; Loshchilov and Hutter 2017)."""
 
-    MEMORIES = ("mean", "square")
+    MOMENTS = ("mean", "square")
 
-    def _rule(self, parameters: Tensors, grads: Tensors, memories: list[Tensors], divisor: Tensor) -> None:
+    def _rule(self, parameters: Tensors, grads: Tensors, moments: list[Tensors], divisor: Tensor) -> None:
         torch._fused_adamw_(
             parameters,
             grads,
-            memories[0],
-            memories[1],
+            moments[0],
+            moments[1],
             [],
             [self._step_number] * len(parameters),
             lr=self._lr,
