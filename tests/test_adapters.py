@@ -16,7 +16,7 @@ from pgolf_fast.evaluation.adapters.lora import Lora, changed_losses, fresh_fact
 from pgolf_fast.evaluation.adapters.registry import KINDS, adapting_chunks, make_adapter
 from pgolf_fast.evaluation.protocol import score_and_adapt
 from pgolf_fast.evaluation.resume import Resume
-from pgolf_fast.evaluation.score import Scorer, frozen_losses
+from pgolf_fast.evaluation.score import Scorer
 from pgolf_fast.evaluation.windows import sliding_windows
 from pgolf_fast.quant.fake import fake_int6
 
@@ -94,7 +94,7 @@ def test_zero_change_gives_the_losses_of_the_model(model, scored):
     factors = fresh_factors(model.config, 3, 5, CPU)
     with torch.no_grad():
         got = changed_losses(model, model.banks(), factors, x, y[:, -scored:], 40)
-    torch.testing.assert_close(got, frozen_losses(model)(x, y[:, -scored:], 40), rtol=0, atol=1e-5)
+    torch.testing.assert_close(got, Frozen(model).score(x, y[:, -scored:], 40), rtol=0, atol=1e-5)
 
 
 def test_change_equals_changed_matrices(model):
@@ -188,7 +188,7 @@ def test_every_legal_adapter_is_tested():
 @by_adapter
 def test_learning_rate_zero_gives_the_sliding_losses(name):
     config, stream = CONFIGS[name], stream_of(text())
-    want = filled(frozen_losses(two_layers()), stream, windows_of(text()), batch=3)
+    want = filled(Frozen(two_layers()).score, stream, windows_of(text()), batch=3)
     still = replace(config, lr=0.0, quantize_forward="none", lora=replace(config.lora, lr=0.0))
     result = run(text(), still)
     np.testing.assert_allclose(result.scorer.by_target(), want.by_target(), rtol=0, atol=1e-5)

@@ -15,7 +15,8 @@ from pgolf_fast.config.schema import QuantConfig, RunConfig, TTTConfig
 from pgolf_fast.data.tokenizer import target_bytes
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.adapters.descent import chunk_lr, trainable_parameters
-from pgolf_fast.evaluation.score import Score, Stream, frozen_losses
+from pgolf_fast.evaluation.adapters.frozen import Frozen
+from pgolf_fast.evaluation.score import Score, Stream
 from pgolf_fast.evaluation.scores import three_scores
 from pgolf_fast.evaluation.windows import plain_windows, sliding_windows
 from pgolf_fast.model.gpt import GPT
@@ -97,7 +98,7 @@ def test_scores_equal_a_naive_evaluator(model, table, stride, count):
     data = tokens(count)
     want = naive(model, data, table, SEQ, stride)
     windows = sliding_windows(count - 1, SEQ, stride)
-    got = filled(frozen_losses(model), stream_of(data), windows, batch=3).sums(0, len(windows))
+    got = filled(Frozen(model).score, stream_of(data), windows, batch=3).sums(0, len(windows))
     assert got.nats == pytest.approx(want.nats, rel=1e-6)
     assert (got.tokens, got.text_bytes) == (want.tokens, want.text_bytes)
     assert got.bpb == pytest.approx(want.nats / math.log(2) / want.text_bytes)
@@ -106,7 +107,7 @@ def test_scores_equal_a_naive_evaluator(model, table, stride, count):
 def test_batch_size_does_not_matter(model, table):
     stream = Stream(tokens(200), table, CPU)
     windows = sliding_windows(199, SEQ, 4)
-    filled_by = [filled(frozen_losses(model), stream, windows, batch=b) for b in (1, 7, 64)]
+    filled_by = [filled(Frozen(model).score, stream, windows, batch=b) for b in (1, 7, 64)]
     scores = [scorer.sums(0, len(windows)).nats for scorer in filled_by]
     assert scores == pytest.approx([scores[0]] * 3, rel=1e-7)
 
@@ -167,7 +168,7 @@ def test_ttt_restores_weights_gradients_and_flags_even_after_an_error(model, tab
 def test_zero_epochs_is_the_sliding_score(model, table):
     data = tokens(300)
     windows = sliding_windows(299, SEQ, 4)
-    plain = filled(frozen_losses(model), stream_of(data), windows).sums(0, len(windows))
+    plain = filled(Frozen(model).score, stream_of(data), windows).sums(0, len(windows))
     without = run_ttt(model, data, table, replace(TTT, epochs=0))
     assert without.score.nats == pytest.approx(plain.nats, rel=1e-9)
     assert run_ttt(model, data, table).score.nats != pytest.approx(plain.nats, rel=1e-4)

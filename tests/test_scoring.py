@@ -21,7 +21,7 @@ from pgolf_fast.evaluation.adapters.base import Scored, borrowed
 from pgolf_fast.evaluation.adapters.descent import SGD, trainable_parameters
 from pgolf_fast.evaluation.adapters.frozen import Frozen
 from pgolf_fast.evaluation.protocol import Ledger, score_and_adapt, target_chunks, window_chunks
-from pgolf_fast.evaluation.score import Scorer, Stream, batch_size, frozen_losses
+from pgolf_fast.evaluation.score import Scorer, Stream, batch_size
 from pgolf_fast.evaluation.windows import batches, plain_windows, sliding_windows
 from pgolf_fast.model.gpt import GPT
 
@@ -74,7 +74,7 @@ def test_losses_of_small_on_real_tokens_equal_a_naive_evaluator(seq_len, stride,
     windows = sliding_windows(targets, seq_len, stride)
     size = batch_size(None, model.config, torch.float32, CPU)
     scorer = Scorer(Stream(tokens, table, CPU), windows, seq_len, size)
-    total = scorer.score(frozen_losses(model), 0, len(windows))
+    total = scorer.score(Frozen(model).score, 0, len(windows))
     torch.testing.assert_close(scorer.losses, want, rtol=0, atol=1e-5)
     assert total.nats == pytest.approx(want.double().sum().item(), abs=1e-5 * targets)
     assert total.tokens == targets
@@ -126,7 +126,7 @@ def test_batches_hold_every_window_once_and_are_of_one_shape(count, stride, size
 
 def losses_by(model, stream, **options):
     windows = sliding_windows(stream.num_targets, 16, 4)
-    return filled(frozen_losses(model), stream, windows, **options).losses
+    return filled(Frozen(model).score, stream, windows, **options).losses
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 7])
@@ -242,8 +242,10 @@ def test_sgd_goes_on_from_its_state(model, stream):
 def test_cut_scoring_and_adapting_compile_to_one_graph(model, stream):
     compile_ = functools.partial(torch.compile, dynamic=False, fullgraph=True, backend="aot_eager")
     x, y = stream.tokens[:32].view(2, 16), stream.tokens[1:33].view(2, 16)
-    eager = frozen_losses(model)(x, y[:, -4:], 40)
-    fast = frozen_losses(model, None, compile_(model.token_losses))(x, y[:, -4:], 40)
+    eager = Frozen(model).score(x, y[:, -4:], 40)
+    frozen = Frozen(model)
+    frozen._batched = compile_(model.token_losses)
+    fast = frozen.score(x, y[:, -4:], 40)
     torch.testing.assert_close(fast, eager)
     config, found = TTTConfig(epochs=1, lr=0.3, batch_seqs=2, quantize_forward="projections"), []
     for wrap in (lambda f: f, compile_):

@@ -25,8 +25,9 @@ from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.adapters.base import Scored, borrowed
 from pgolf_fast.evaluation.adapters.descent import SGD, AdamW
 from pgolf_fast.evaluation.adapters.error_guided import learn_and_score
+from pgolf_fast.evaluation.adapters.frozen import Frozen
 from pgolf_fast.evaluation.adapters.registry import adapting_chunks, make_adapter
-from pgolf_fast.evaluation.score import Scorer, frozen_losses
+from pgolf_fast.evaluation.score import Scorer
 from pgolf_fast.evaluation.steps import score_run
 from pgolf_fast.evaluation.windows import plain_windows
 from pgolf_fast.io import load_tensors
@@ -343,7 +344,7 @@ def test_error_guided_learns_from_the_hardest_windows():
         scorer.score(losses_of, 0, len(windows))
         return np.add.reduceat(scorer.losses.double().numpy(), scorer.places[:-1]) / np.diff(scorer.places)
 
-    plain = by_window(frozen_losses(model))
+    plain = by_window(Frozen(model).score)
     taught = []
     with borrowed(model):
         adapter = make_adapter(model, config, 16)

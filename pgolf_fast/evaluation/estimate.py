@@ -134,9 +134,9 @@ def estimate(model: GPT, stream: Stream, config: RunConfig, grid: Transform = No
         scorer = evaluator.scorer(windows, evaluator.adapting_size(ttt))
         seconds = scored * _scoring(model.config, adapter, scorer)
         if learned.chunks:
-            seconds += learned.chunks * _by_chunk(adapter, evaluator, sample)
+            seconds += learned.chunks * _adapting(adapter, evaluator, sample, by_document=False)
         if learned.segments:
-            seconds += learned.segments * _by_segment(adapter, evaluator, sample)
+            seconds += learned.segments * _adapting(adapter, evaluator, sample, by_document=True)
     tokens, flops = int(windows.places()[-1]), scored + learned.chunks + learned.segments
     return [*estimates, Estimate(TTT, len(windows), tokens, learned.updates, flops, seconds)]
 
@@ -155,31 +155,21 @@ def _scoring(model: ModelConfig, adapter: Adapter, scorer: Scorer) -> float:
     return _seconds_per_flop(work, batch * threads, len(windows), device)
 
 
-def _by_chunk(adapter: Adapter, evaluator: Evaluator, ttt: TTTConfig) -> float:
-    """Return seconds per operation of one step on sequences of a chunk."""
-    stream, length = evaluator.stream, evaluator.config.eval_seq_len
+def _adapting(adapter: Adapter, evaluator: Evaluator, ttt: TTTConfig, *, by_document: bool) -> float:
+    """Return seconds per operation of one step on segments of documents, or on sequences of a chunk."""
+    stream, model = evaluator.stream, evaluator.model.config
+    length = ttt.lora.segment_tokens if by_document else evaluator.config.eval_seq_len
+    gradients = INPUT_GRADIENTS if by_document else ALL_GRADIENTS
+    most = min(ttt.lora.documents if by_document else ttt.batch_seqs, stream.num_targets // length)
 
     def work(count: int) -> float:
-        adapter.adapt(Scored(stream.tokens[None, : count * length + 1].clone(), 0, 2))
-        return count * ALL_GRADIENTS * forward_flops(evaluator.model.config, length, length)
+        tokens = stream.tokens[None, : count * length + 1]
+        if by_document:
+            adapter.begin(count)
+            tokens = tokens[0].unfold(0, length + 1, length)
+        adapter.adapt(Scored(tokens.clone(), 0, 2, by_document))
+        return count * gradients * forward_flops(model, length, length)
 
-    return _stepping(work, min(ttt.batch_seqs, stream.num_targets // length), stream)
-
-
-def _by_segment(adapter: Adapter, evaluator: Evaluator, ttt: TTTConfig) -> float:
-    """Return seconds per operation of one step on segments of documents."""
-    stream, length = evaluator.stream, ttt.lora.segment_tokens
-
-    def work(count: int) -> float:
-        adapter.begin(count)
-        spans = stream.tokens.unfold(0, length + 1, length)[:count].clone()
-        adapter.adapt(Scored(spans, 0, 2, by_document=True))
-        return count * INPUT_GRADIENTS * forward_flops(evaluator.model.config, length, length)
-
-    return _stepping(work, min(ttt.lora.documents, stream.num_targets // length), stream)
-
-
-def _stepping(work: Callable[[int], float], most: int, stream: Stream) -> float:
     device = stream.tokens.device
     return _seconds_per_flop(work, 1 if device.type == "cpu" else most, most, device)
 

@@ -21,8 +21,6 @@ from pgolf_fast.data.tokenizer import ByteTable, target_bytes
 from pgolf_fast.distributed import SINGLE, World
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.windows import Batch, BatchSize, Windows, batches
-from pgolf_fast.model.bank import Transform
-from pgolf_fast.model.gpt import GPT
 
 # Per batch and thread. 64 windows of 256 of `small`: 0.93 s in batches of 8 to 32, 1.06 s of 4, 1.5 s of 1.
 CPU_TOKENS = 4096
@@ -75,24 +73,6 @@ class Stream:
 # tokens (B, T), targets (B, W) of the last W positions, the length that positions are encoded for, and the
 # windows' rows (B,) if they have any -> losses (B, W)
 LossFunction = Callable[..., Tensor]
-
-
-def frozen_losses(
-    model: GPT, transform: Transform = None, token_losses: Callable[..., Tensor] | None = None
-) -> LossFunction:
-    """Return the loss function of `model` with its current weights, without gradients.
-
-    Banks are read through `transform`; `token_losses` replaces `model.token_losses` (e.g. compiled).
-    """
-    token_losses = token_losses or model.token_losses
-    with torch.no_grad():
-        banks = model.banks(transform)
-
-    def losses(tokens: Tensor, targets: Tensor, context: int) -> Tensor:
-        with torch.no_grad():
-            return token_losses(tokens, targets, banks, context=context)
-
-    return losses
 
 
 def batch_size(

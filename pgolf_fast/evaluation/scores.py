@@ -10,10 +10,11 @@ from functools import partial
 from pgolf_fast import console
 from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.distributed import SINGLE, World
+from pgolf_fast.evaluation.adapters.frozen import Frozen
 from pgolf_fast.evaluation.adapters.registry import need_legal
 from pgolf_fast.evaluation.evaluator import Evaluator, Pass
 from pgolf_fast.evaluation.resume import Resume
-from pgolf_fast.evaluation.score import Score, Scorer, Stream, frozen_losses
+from pgolf_fast.evaluation.score import Score, Scorer, Stream
 from pgolf_fast.model.bank import Transform
 from pgolf_fast.model.gpt import GPT
 
@@ -78,7 +79,7 @@ def plain_score(model: GPT, stream: Stream, config: RunConfig, world: World = SI
     """Return bits per byte over non-overlapping windows, computed by all ranks together, on every rank."""
     evaluator = Evaluator(model, stream, config, world=world)
     windows = evaluator.plain_windows()
-    return evaluator.scorer(windows).score(frozen_losses(model), 0, len(windows))
+    return evaluator.scorer(windows).score(Frozen(model).score, 0, len(windows))
 
 
 def three_scores(

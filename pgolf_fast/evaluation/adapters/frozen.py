@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from pgolf_fast.evaluation.adapters.base import Adapter, Scored
-from pgolf_fast.evaluation.score import frozen_losses
 from pgolf_fast.model.bank import Transform
 from pgolf_fast.model.compiled import compiled
 from pgolf_fast.model.gpt import GPT
 
 
 class Frozen(Adapter):
-    """The model's weights as they are."""
+    """The model with its current weights."""
 
     def __init__(self, model: GPT, transform: Transform = None, *, compile: bool = False):
         """Read the banks through `transform`; `compile` is for batches of several windows."""
-        self._eager = frozen_losses(model, transform)
-        # batches of several windows all have one shape, single windows (the tail) many
-        self._fast = frozen_losses(model, transform, compiled(model.token_losses)) if compile else self._eager
+        with torch.no_grad():
+            self._banks = model.banks(transform)
+        self._eager = model.token_losses
+        # batches of several windows have one shape; single windows, at the end of the stream, have many
+        self._batched = compiled(model.token_losses) if compile else model.token_losses
 
     def score(self, tokens: Tensor, targets: Tensor, context: int, rows: Tensor | None = None) -> Tensor:
-        return (self._fast if len(tokens) > 1 else self._eager)(tokens, targets, context)
+        losses = self._batched if len(tokens) > 1 else self._eager
+        with torch.no_grad():
+            return losses(tokens, targets, self._banks, context=context)
 
     def adapt(self, scored: Scored) -> None:
         pass

@@ -17,16 +17,10 @@ class Phased(Adapter):
     """`Lora` learns from segments of documents, `AdamW` from chunks of the stream."""
 
     def __init__(
-        self,
-        model: GPT,
-        config: TTTConfig,
-        seq_len: int,
-        grid: Transform = fake_int6,
-        *,
-        compile: bool = False,
-        cuda_graph: bool = False,
+        self, model: GPT, config: TTTConfig, seq_len: int, grid: Transform = fake_int6, **options: bool
     ):
-        self._stream = AdamW(model, config, seq_len, grid, compile=compile, cuda_graph=cuda_graph)
+        """Take the arguments of `Descent`, which the one of the stream is made with."""
+        self._stream = AdamW(model, config, seq_len, grid, **options)
         self._documents = Lora(model, config, seq_len, banks=self._stream.banks)
         self._parts: dict[str, Adapter] = {"stream": self._stream, "documents": self._documents}
         self.trainable = sum(part.trainable for part in self._parts.values())

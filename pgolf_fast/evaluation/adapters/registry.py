@@ -57,20 +57,14 @@ KINDS = {
 
 
 def make_adapter(
-    model: GPT,
-    config: TTTConfig,
-    seq_len: int,
-    grid: Transform = fake_int6,
-    *,
-    compile: bool = False,
-    cuda_graph: bool = False,
+    model: GPT, config: TTTConfig, seq_len: int, grid: Transform = fake_int6, **options: bool
 ) -> Adapter:
-    """Return the configured adapter of a `borrowed` model; arguments are as in `Descent`.
+    """Return the configured adapter of a `borrowed` model; arguments are those of `Descent`.
 
-    Low-rank changes ignore `compile` and `cuda_graph`. Adapters that break the rules are made like any other:
+    Low-rank changes ignore the options. Adapters that break the rules are made like any other:
     `need_legal` guards their use.
     """
-    return KINDS[config.adapter].make(model, config, seq_len, grid, compile=compile, cuda_graph=cuda_graph)
+    return KINDS[config.adapter].make(model, config, seq_len, grid, **options)
 
 
 def adapting_chunks(windows: Windows, stream: Stream, config: TTTConfig) -> Plan:
