@@ -12,7 +12,8 @@ from torch import Tensor
 
 from pgolf_fast.bench.drawing import label
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.evaluation.score import Scorer, batch_size, frozen_losses
+from pgolf_fast.evaluation.adapters.frozen import Frozen
+from pgolf_fast.evaluation.score import Scorer, batch_size
 from pgolf_fast.evaluation.windows import plain_windows
 from pgolf_fast.lab.analysis.finding import Finding
 from pgolf_fast.lab.analysis.losses import by_target
@@ -154,7 +155,7 @@ def path_losses(a: Subject, b: Subject, validation: Validation, options: Options
     for share in np.linspace(0, 1, options.points):
         _place(model, ends, float(share))
         scorer = Scorer(stream, windows, validation.seq_len, size)
-        scorer.score(frozen_losses(model), 0, len(windows))
+        scorer.score(Frozen(model).score, 0, len(windows))
         losses = by_target(scorer, f"{a.name} to {b.name}")
         found.append(losses.reshape(len(windows), -1).mean(1))
     return np.stack(found)
