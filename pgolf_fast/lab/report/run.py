@@ -165,14 +165,15 @@ def read_run(folder: RunFolder) -> RunRecord:
     lines = reader.lines()
     weights = reader.weights(f"pgolf train {config.name} --resume --out {reader.name}")
     table, digest = reader.artifact()
-    commands = {"artifact": f"pgolf eval {reader.name}", "float": f"pgolf eval {reader.name} --weights float"}
-    titles = {"artifact": "scores of the artifact", "float": "scores of the float weights"}
+    score = f"pgolf eval {reader.name}"
     scores = {
-        which: reader.json(folder.scores_file(which), titles[which], command)
-        for which, command in commands.items()
+        "artifact": reader.json(folder.scores_file("artifact"), "scores of the artifact", score),
+        "float": reader.json(
+            folder.scores_file("float"), "scores of the float weights", f"{score} --weights float"
+        ),
     }
     audit = reader.json(folder.audit_file, "audit", f"pgolf audit {reader.name}")
-    reader.check_digest(scores["artifact"], digest, "scores", commands["artifact"])
+    reader.check_digest(scores["artifact"], digest, "scores", score)
     reader.check_digest(audit, digest, "audit", f"pgolf audit {reader.name}")
     sweep = folder.sweep_file
     return RunRecord(

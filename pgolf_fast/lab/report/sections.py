@@ -106,8 +106,8 @@ def configuration(run: RunRecord) -> Section:
     if not rows:
         return Section("Configuration", f"Preset `{run.config.name}`, unchanged.", tables=resumed)
     text = (
-        f"Differences from the current preset `{run.config.name}`. Where a preset leaves a choice to the machine "
-        "(`auto`, `none`), training records what it chose."
+        f"Differences from the current preset `{run.config.name}`. Where a preset leaves a choice to the "
+        "machine (`auto`, `none`), training records what it chose."
     )
     differences = Table(("field", "preset", "run"), rows, f"{len(rows)} fields that differ")
     return Section("Configuration", text, (differences, *resumed))
@@ -252,8 +252,8 @@ def quantization_gap(run: RunRecord) -> Section:
     if differing:
         names = "; ".join(_score_name(artifact, key) for key in differing)
         text += (
-            " Not comparable, because float weights and artifact were scored on different targets or with other "
-            f"settings: {names}."
+            " Not comparable, because float weights and artifact were scored on different targets or with "
+            f"other settings: {names}."
         )
     elif not pairs and (ended := run.final_validation) and _is_scored(artifact, "non_overlapping"):
         pairs = {SCORES["non_overlapping"]: (ended, artifact["non_overlapping"])}
@@ -285,8 +285,8 @@ def adaptation(run: RunRecord) -> Section:
     if illegal := tree.get("illegal"):
         order = f"This BREAKS THE RULES of the challenge: {illegal}"
     text = (
-        f"{order}; {updates:,} updates of {trainable:,} parameters. The gain is {gain:+.6f} bits per byte over "
-        "the same windows without it."
+        f"{order}; {updates:,} updates of {trainable:,} parameters. The gain is {gain:+.6f} bits per byte "
+        "over the same windows without it."
     )
     if settings := _ttt_settings(tree.get("ttt", {})):
         text += f" Settings: {settings}."
@@ -294,8 +294,8 @@ def adaptation(run: RunRecord) -> Section:
         lambda canvas: paint_course(canvas.subplots(), tree),
         (WIDTH, 3.4),
         "Running bits per byte by chunk of test-time training, and the sliding score without it.",
-        "Bits per byte up to each chunk, in the order of scoring. The dotted line is the whole stream without "
-        "test-time training: only the right end compares with it.",
+        "Bits per byte up to each chunk, in the order of scoring. The dotted line is the whole stream "
+        "without test-time training: only the right end compares with it.",
     )
     return Section(title, text + note, compared, figures)
 

@@ -72,12 +72,11 @@ def _draw_tile(axes: Axes, tile: Tile, box: Box, color: str) -> None:
     from matplotlib.patches import Rectangle
 
     (name, size), (x, y, width, height) = tile, box
-    edge = axes.get_figure().get_facecolor()
-    axes.add_patch(Rectangle((x, y), width, height, facecolor=color, edgecolor=edge, linewidth=0.8))
+    axes.add_patch(Rectangle((x, y), width, height, facecolor=color, edgecolor=axes.get_facecolor(), lw=0.8))
     for lines in ((name, _short(size)), (*name.split("."), _short(size)), (name,)):
         if points := _font_size(max(lines, key=len), width, height / len(lines), 9):
-            style = {"fontsize": points, "ha": "center", "va": "center", "color": "black"}
-            axes.text(x + width / 2, y + height / 2, "\n".join(lines), **style)
+            text = axes.text(x + width / 2, y + height / 2, "\n".join(lines), fontsize=points, color="black")
+            text.set(ha="center", va="center")
             break
 
 
