@@ -1,4 +1,4 @@
-"""Weight-space studies: published forms against transcriptions, corrected ones against brute force."""
+"""Analyses of weights: published forms against transcriptions, corrected forms against brute force."""
 
 import math
 from pathlib import Path
@@ -11,7 +11,7 @@ from helpers import tiny_config
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.lab.analysis import connectivity, deltas, overlap, quant, spectra, surface, triangle
 from pgolf_fast.lab.analysis.options import Options
-from pgolf_fast.lab.analysis.subject import Subject
+from pgolf_fast.lab.analysis.models import LoadedModel
 from pgolf_fast.lab.analysis.weights import leading
 from pgolf_fast.model.bank import BANK_NAMES
 from pgolf_fast.model.gpt import GPT
@@ -20,19 +20,19 @@ OPTIONS = Options()
 
 
 def subject(name, seed=0, scale=0.2, **changes):
-    """A model of random weights, nothing of it zero."""
+    """A model of random weights without zeros."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {n: t.shape for n, t in GPT(tiny_config(**changes)).state_dict().items()}
     state = {n: scale * torch.randn(shape, generator=generator) for n, shape in shapes.items()}
-    return Subject(name, Path(name), state, None, None)
+    return LoadedModel(name, Path(name), state, None, None)
 
 
 def banks(name, slots, seed=0, rows=48, columns=40):
-    """Only banks, with as many slots as blocks have in exp101: 22, 22, 11 and 11."""
+    """Only banks, with as many slots as in exp101: 22, 22, 11 and 11."""
     generator = torch.Generator().manual_seed(seed)
     sizes = {"qo_bank": slots, "kv_bank": slots, "mlp_up_bank": slots // 2, "mlp_down_bank": slots // 2}
     state = {n: 0.2 * torch.randn(s, rows, columns, generator=generator) for n, s in sizes.items()}
-    return Subject(name, Path(name), state, None, None)
+    return LoadedModel(name, Path(name), state, None, None)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def two():
     return subject("a", 1), subject("b", 2)
 
 
-def test_published_deltas_are_those_of_the_whole_tensors(two):
+def test_published_deltas_compare_whole_tensors(two):
     found = deltas.published(*two).values["tensors"]
     a, b = ({n: t.numpy().astype(np.float64) for n, t in s.state.items()} for s in two)
     assert set(found) == {n for n in a if a[n].size >= 2} != set(a)
@@ -55,7 +55,7 @@ def test_published_deltas_are_those_of_the_whole_tensors(two):
     assert relative == sorted(relative, reverse=True)
 
 
-def test_deltas_by_slot_beside_independent_weights(two):
+def test_deltas_by_slot_match_independent_weights(two):
     for name, part in deltas.corrected(*two).values.items():
         n = part["elements"]
         assert n == two[0].state[name][0].numel()
@@ -85,19 +85,19 @@ def test_identical_and_orthogonal_models():
     x, y = ({n: torch.zeros_like(t) for n, t in a.state.items()} for _ in range(2))
     for name in BANK_NAMES:
         x[name][..., 0::2], y[name][..., 1::2] = 1.0, 1.0
-    left, right = Subject("x", Path("x"), x, None, None), Subject("y", Path("y"), y, None, None)
+    left, right = LoadedModel("x", Path("x"), x, None, None), LoadedModel("y", Path("y"), y, None, None)
     assert deltas.published(left, right).values["mean_cosine_banks"] == 0
-    assert deltas.published(left, right).values["mean_cosine_others"] is None  # of zeros there is no angle
+    assert deltas.published(left, right).values["mean_cosine_others"] is None  # zeros have no angle
     for part in connectivity.expected(left, right).values.values():
         assert [part["ratio"], part["from_cosine"]] == pytest.approx([math.sqrt(0.5)] * 2)
     assert connectivity.published(left, right).values["ratio"] == pytest.approx(math.sqrt(0.5))
 
 
-def test_opposite_models_have_a_middle_of_no_length():
-    """Their cosine is -1, whatever rounding makes of it."""
+def test_opposite_models_have_a_zero_midpoint():
+    """Their cosine is -1 up to rounding."""
     for seed in range(4):
         a = subject("a", seed)
-        b = Subject("b", Path("b"), {n: -t for n, t in a.state.items()}, None, None)
+        b = LoadedModel("b", Path("b"), {n: -t for n, t in a.state.items()}, None, None)
         for part in connectivity.expected(a, b).values.values():
             assert part["cosine"] == pytest.approx(-1)
             assert [part["ratio"], part["from_cosine"]] == pytest.approx([0, 0], abs=1e-6)
@@ -106,7 +106,7 @@ def test_opposite_models_have_a_middle_of_no_length():
 def test_a_slot_of_zeros_keeps_its_place(two):
     state = {n: t.clone() for n, t in two[0].state.items()}
     state["qo_bank"][1] = 0
-    found = deltas.corrected(Subject("a", Path("a"), state, None, None), two[1])
+    found = deltas.corrected(LoadedModel("a", Path("a"), state, None, None), two[1])
     whole = deltas.corrected(*two).values["qo_bank"]
     for key in ("cosine_by_slot", "relative_l2_by_slot", "relative_l2_if_independent"):
         values = found.values["qo_bank"][key]
@@ -129,12 +129,12 @@ def test_published_connectivity_is_sums_of_norms(two):
 
 
 @pytest.mark.parametrize("scale", [0.15, 0.2])
-def test_published_rounding_error_is_the_step_s_whatever_the_weights(scale):
+def test_published_rounding_error_does_not_depend_on_the_weights(scale):
     """8.67e-5 for any bank whose rows stay below 1 ((1/31)^2 / 12)."""
     generator = torch.Generator().manual_seed(3)
     bank = scale * torch.randn(4, 256, 256, generator=generator).clamp_(-4.5, 4.5)
     assert bank.abs().max() < 1
-    one = Subject("one", Path("one"), dict.fromkeys(BANK_NAMES, bank), None, None)
+    one = LoadedModel("one", Path("one"), dict.fromkeys(BANK_NAMES, bank), None, None)
     found = quant.published([one]).values
     assert found["step_squared_over_12"] == pytest.approx(8.67e-5, rel=2e-4)
     # the squared error of a uniform number has a spread of 0.894 of its mean
@@ -165,7 +165,7 @@ def test_rounding_of_models_of_different_shapes_has_no_ratio(two):
     other = subject("c", model_dim=64)
     found = quant.published([two[0], other])
     assert "No ratios: qo_bank is (8, 32, 32) in a and (8, 64, 64) in c: only models of one" in found.shows
-    assert found.header == ("bank", "a", "c")
+    assert found.table.header == ("bank", "a", "c")
     assert "ratio" in quant.published(two).header
     assert "No ratios" not in quant.published(two).shows
     assert "No ratios" not in quant.published([*two, other]).shows
@@ -179,14 +179,14 @@ def test_rounding_by_row_is_finer_and_weighted_errors_are_those_of_outputs(two):
     assert quant.energy_out(w, x.T @ x) == pytest.approx(float((x @ w.T).square().sum()))
 
 
-def test_weighted_errors_take_each_matrix_with_its_own_inputs(two):
-    """A Hessian that only one group of matrices reads is seen in that one's bank alone."""
+def test_weighted_errors_use_the_inputs_of_each_matrix(two):
+    """A Hessian that only one group of matrices reads affects only the bank of that group."""
     a, n = two[0], len(two[0].state["mlp_up_bank"])
     sides = {"attn_in": 32, "attn_out": 32, "mlp_in": 32, "mlp_hidden": a.state["mlp_down_bank"].shape[2]}
     hessians = {f"blocks.{i}.{which}": torch.eye(side) for i in range(n) for which, side in sides.items()}
     plain = quant.weighted([a], {"a": hessians}, "nothing").values["a"]
     for name, part in quant.corrected([a]).values["a"].items():
-        # inputs that are white count all weights the same
+        # white inputs weight all elements equally
         assert plain[name]["published"] == pytest.approx(part["relative_published"])
         assert plain[name]["row"] == pytest.approx(part["relative_row"])
     hessians["blocks.1.mlp_hidden"] = torch.diag(torch.arange(1.0, 1 + sides["mlp_hidden"]))
@@ -214,11 +214,11 @@ def test_published_spectra_flatten_banks_to_slots(two):
 def test_published_spectra_take_tables_from_65536_elements_on():
     large = subject("large", vocab_size=2048).state
     assert large["tok_emb.weight"].numel() == 65_536 > large["bigram.embed.weight"].numel()
-    names = spectra.published([Subject("l", Path("l"), large, None, None)]).values["l"]["tensors"]
+    names = spectra.published([LoadedModel("l", Path("l"), large, None, None)]).values["l"]["tensors"]
     assert set(names) == {*BANK_NAMES, "tok_emb.weight"}
 
 
-def test_spectra_of_slots_are_those_of_each_matrix(two):
+def test_spectra_of_slots_match_each_matrix(two):
     found = spectra.corrected(two).values["b"]
     for name in BANK_NAMES:
         for slot, matrix in enumerate(two[1].state[name].double()):
@@ -241,7 +241,7 @@ def test_effective_and_stable_rank_of_known_matrices():
     assert spectra.effective_rank(torch.zeros(3).double()) is None
 
 
-def test_directions_that_the_published_overlap_compares():
+def test_directions_of_the_published_overlap():
     """5 of 22 slots, 2 of 11 (the published table says 32)."""
     assert [leading(n) for n in (22, 11, 512, 128, 64, 3)] == [5, 2, 32, 32, 16, 1]
     found = overlap.published(banks("a", 22), banks("b", 22, 1)).values["tensors"]
@@ -269,7 +269,7 @@ def test_published_overlap_is_between_left_singular_vectors_of_flattened_banks()
     assert same == {"mean_cosine": pytest.approx(1), "aligned": 1}
 
 
-def test_names_in_pictures_are_text():
+def test_names_in_plots_are_escaped():
     from matplotlib.figure import Figure
 
     from pgolf_fast.bench.drawing import label
@@ -282,7 +282,7 @@ def test_names_in_pictures_are_text():
     assert [text.strip().replace(r"\$", "$") for text in shown] == list(names)
 
 
-def test_overlap_of_slots_beside_that_of_random_subspaces():
+def test_overlap_of_slots_matches_random_subspaces():
     a, b = banks("a", 22), banks("b", 22, 1)
     for name, sides in overlap.corrected(a, b).values.items():
         for side, axis in (("outputs", 0), ("inputs", 1)):
@@ -303,7 +303,7 @@ def test_overlap_of_slots_beside_that_of_random_subspaces():
         assert sides["inputs"]["mean_squared_cosine_by_slot"][0] == pytest.approx(1)
 
 
-def test_random_overlap_is_that_of_random_subspaces():
+def test_random_overlap_matches_sampled_subspaces():
     generator = torch.Generator().manual_seed(0)
     for k, d in ((2, 11), (5, 22), (8, 9)):
         x, y = (
@@ -352,13 +352,13 @@ def test_triangle_as_published_and_its_angles():
 def test_triangle_that_is_not_equilateral():
     a, c = subject("a", 0), subject("c", 1)
     near = {n: t + 0.1 * torch.randn(t.shape) for n, t in a.state.items()}
-    three = [a, Subject("b", Path("b"), near, None, None), c]
+    three = [a, LoadedModel("b", Path("b"), near, None, None), c]
     assert not triangle.published(three).values["near_equilateral"]
     angles = triangle.corrected(three).values["banks"]
     assert angles["c"]["degrees"] < 30 < angles["c"]["if_independent"]
 
 
-def test_between_models_that_are_the_same_there_is_no_direction():
+def test_identical_models_have_no_direction():
     near = 1 - 2e-16
     products = [[1.0, near, 0.3], [near, 1.0, 0.3], [0.3, 0.3, 1.0]]
     rounded = 1e4 * torch.tensor(products, dtype=torch.float64)
@@ -367,42 +367,41 @@ def test_between_models_that_are_the_same_there_is_no_direction():
 
 
 @pytest.mark.parametrize(
-    "findings",
+    "summaries",
     [
-        deltas.delta_findings,
-        overlap.overlap_findings,
-        connectivity.connectivity_findings,
-        triangle.triangle_findings,
+        deltas.analyze,
+        overlap.analyze,
+        connectivity.analyze,
+        triangle.analyze,
     ],
 )
-def test_models_of_different_shapes_are_refused_by_name(findings):
+def test_models_of_different_shapes_are_refused_by_name(summaries):
     three = [subject("a"), subject("b"), subject("c", model_dim=64)]
     with pytest.raises(PgolfError, match=r"qo_bank is \(8, 32, 32\) in a and \(8, 64, 64\) in c"):
-        findings(three, OPTIONS)
+        summaries(three, OPTIONS)
 
 
-def test_every_finding_says_what_it_shows_and_fits_its_header(two):
+def test_every_summary_says_what_it_shows(two):
     three = [*two, subject("c", 3)]
-    findings = [
-        finding
-        for findings in (
-            deltas.delta_findings,
-            overlap.overlap_findings,
-            spectra.spectrum_findings,
-            quant.quant_findings,
-            connectivity.connectivity_findings,
-            surface.surface_findings,
-            triangle.triangle_findings,
+    summaries = [
+        summary
+        for summaries in (
+            deltas.analyze,
+            overlap.analyze,
+            spectra.analyze,
+            quant.analyze,
+            connectivity.analyze,
+            surface.analyze,
+            triangle.analyze,
         )
-        for finding in findings(three, OPTIONS)
+        for summary in summaries(three, OPTIONS)
     ]
-    for finding in findings:
-        assert {len(row) for row in finding.rows} <= {len(finding.header)}
-        assert finding.shows.endswith(".")
-        if finding.rows:
-            assert finding.shows.startswith("Shows ")
-            assert "cannot show" in finding.shows
+    for summary in summaries:
+        assert summary.shows.endswith(".")
+        if summary.table.rows:
+            assert summary.shows.startswith("Shows ")
+            assert "cannot show" in summary.shows
         else:
-            assert "--preset" in finding.shows  # a file that names neither network nor data
-    assert {finding.form for finding in findings} == {"published", "corrected"}
-    assert all(png.startswith(b"\x89PNG") for finding in findings for png in finding.plots.values())
+            assert "--preset" in summary.shows  # a file that names neither network nor data
+    assert {summary.form for summary in summaries} == {"published", "corrected"}
+    assert all(png.startswith(b"\x89PNG") for summary in summaries for png in summary.plots.values())
