@@ -10,8 +10,8 @@ from helpers import tiny_config
 
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.lab.analysis import connectivity, deltas, overlap, quant, spectra, surface, triangle
-from pgolf_fast.lab.analysis.options import Options
 from pgolf_fast.lab.analysis.models import LoadedModel
+from pgolf_fast.lab.analysis.options import Options
 from pgolf_fast.lab.analysis.weights import leading
 from pgolf_fast.model.bank import BANK_NAMES
 from pgolf_fast.model.gpt import GPT
@@ -166,7 +166,7 @@ def test_rounding_of_models_of_different_shapes_has_no_ratio(two):
     found = quant.published([two[0], other])
     assert "No ratios: qo_bank is (8, 32, 32) in a and (8, 64, 64) in c: only models of one" in found.shows
     assert found.table.header == ("bank", "a", "c")
-    assert "ratio" in quant.published(two).header
+    assert "ratio" in quant.published(two).table.header
     assert "No ratios" not in quant.published(two).shows
     assert "No ratios" not in quant.published([*two, other]).shows
 

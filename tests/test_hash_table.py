@@ -26,8 +26,8 @@ from pgolf_fast.lab.analysis.hash_table import (
     analyze,
     analyze_layouts,
 )
-from pgolf_fast.lab.analysis.options import Options
 from pgolf_fast.lab.analysis.models import LoadedModel, open_model
+from pgolf_fast.lab.analysis.options import Options
 from pgolf_fast.lab.analysis.validation import open_validation
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.ops import reference

@@ -12,8 +12,8 @@ from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.io import save_tensors
 from pgolf_fast.lab.analysis.calibration import BINS, Calibration
 from pgolf_fast.lab.analysis.losses import PR296, PR296_MEAN, SHOWN, analyze, least_shares
-from pgolf_fast.lab.analysis.options import Options
 from pgolf_fast.lab.analysis.models import open_models
+from pgolf_fast.lab.analysis.options import Options
 from pgolf_fast.lab.analysis.validation import open_validation
 from pgolf_fast.lab.compare.sweep import bootstrap_ratio
 from pgolf_fast.model.gpt import GPT
