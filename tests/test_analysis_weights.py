@@ -19,7 +19,7 @@ from pgolf_fast.model.gpt import GPT
 OPTIONS = Options()
 
 
-def subject(name, seed=0, scale=0.2, **changes):
+def loaded(name, seed=0, scale=0.2, **changes):
     """A model of random weights without zeros."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {n: t.shape for n, t in GPT(tiny_config(**changes)).state_dict().items()}
@@ -37,21 +37,21 @@ def banks(name, slots, seed=0, rows=48, columns=40):
 
 @pytest.fixture(scope="module")
 def two():
-    return subject("a", 1), subject("b", 2)
+    return loaded("a", 1), loaded("b", 2)
 
 
 def test_published_deltas_compare_whole_tensors(two):
-    found = deltas.published(*two).values["tensors"]
+    result = deltas.published(*two).values["tensors"]
     a, b = ({n: t.numpy().astype(np.float64) for n, t in s.state.items()} for s in two)
-    assert set(found) == {n for n in a if a[n].size >= 2} != set(a)
-    for name, part in found.items():
+    assert set(result) == {n for n in a if a[n].size >= 2} != set(a)
+    for name, part in result.items():
         x, y = a[name].ravel(), b[name].ravel()
         assert part["norm_a"] == pytest.approx(math.sqrt((x * x).sum()))
         assert part["norm_b"] == pytest.approx(math.sqrt((y * y).sum()))
         assert part["distance"] == pytest.approx(math.sqrt(((y - x) ** 2).sum()), rel=1e-6)
         assert part["relative_l2"] == pytest.approx(part["distance"] / part["norm_a"])
         assert part["cosine"] == pytest.approx((x * y).sum() / part["norm_a"] / part["norm_b"])
-    relative = [part["relative_l2"] for part in found.values()]
+    relative = [part["relative_l2"] for part in result.values()]
     assert relative == sorted(relative, reverse=True)
 
 
@@ -76,7 +76,7 @@ def test_deltas_by_slot_match_independent_weights(two):
 
 
 def test_identical_and_orthogonal_models():
-    a = subject("a", 1)
+    a = loaded("a", 1)
     same = deltas.published(a, a).values
     assert [same["mean_cosine_banks"], same["mean_cosine_others"]] == pytest.approx([1, 1])
     assert all(part["relative_l2"] == 0 for part in same["tensors"].values())
@@ -96,7 +96,7 @@ def test_identical_and_orthogonal_models():
 def test_opposite_models_have_a_zero_midpoint():
     """Their cosine is -1 up to rounding."""
     for seed in range(4):
-        a = subject("a", seed)
+        a = loaded("a", seed)
         b = LoadedModel("b", Path("b"), {n: -t for n, t in a.state.items()}, None, None)
         for part in connectivity.expected(a, b).values.values():
             assert part["cosine"] == pytest.approx(-1)
@@ -106,26 +106,26 @@ def test_opposite_models_have_a_zero_midpoint():
 def test_a_slot_of_zeros_keeps_its_place(two):
     state = {n: t.clone() for n, t in two[0].state.items()}
     state["qo_bank"][1] = 0
-    found = deltas.corrected(LoadedModel("a", Path("a"), state, None, None), two[1])
+    result = deltas.corrected(LoadedModel("a", Path("a"), state, None, None), two[1])
     whole = deltas.corrected(*two).values["qo_bank"]
     for key in ("cosine_by_slot", "relative_l2_by_slot", "relative_l2_if_independent"):
-        values = found.values["qo_bank"][key]
+        values = result.values["qo_bank"][key]
         assert values == [None if slot == 1 else v for slot, v in enumerate(whole[key])]
-    assert found.plots["cosines"].startswith(b"\x89PNG")
+    assert result.plots["cosines"].startswith(b"\x89PNG")
 
 
 def test_published_connectivity_is_sums_of_norms(two):
-    found = connectivity.published(*two).values
+    result = connectivity.published(*two).values
     a, b = ({n: t.numpy().astype(np.float64) for n, t in s.state.items()} for s in two)
 
     def norms(tensors):
         return sum(float(np.sqrt((t * t).sum())) for t in tensors)
 
-    assert found["norm_a"] == pytest.approx(norms(a.values()))
-    assert found["norm_b"] == pytest.approx(norms(b.values()))
-    assert found["distance"] == pytest.approx(norms(a[n] - b[n] for n in a), rel=1e-6)
-    assert found["norm_middle"] == pytest.approx(norms((a[n] + b[n]) / 2 for n in a))
-    assert found["ratio"] == pytest.approx(found["norm_middle"] / found["norm_a"])
+    assert result["norm_a"] == pytest.approx(norms(a.values()))
+    assert result["norm_b"] == pytest.approx(norms(b.values()))
+    assert result["distance"] == pytest.approx(norms(a[n] - b[n] for n in a), rel=1e-6)
+    assert result["norm_middle"] == pytest.approx(norms((a[n] + b[n]) / 2 for n in a))
+    assert result["ratio"] == pytest.approx(result["norm_middle"] / result["norm_a"])
 
 
 @pytest.mark.parametrize("scale", [0.15, 0.2])
@@ -135,15 +135,15 @@ def test_published_rounding_error_does_not_depend_on_the_weights(scale):
     bank = scale * torch.randn(4, 256, 256, generator=generator).clamp_(-4.5, 4.5)
     assert bank.abs().max() < 1
     one = LoadedModel("one", Path("one"), dict.fromkeys(BANK_NAMES, bank), None, None)
-    found = quant.published([one]).values
-    assert found["step_squared_over_12"] == pytest.approx(8.67e-5, rel=2e-4)
+    result = quant.published([one]).values
+    assert result["step_squared_over_12"] == pytest.approx(8.67e-5, rel=2e-4)
     # the squared error of a uniform number has a spread of 0.894 of its mean
     error = 4 * 0.894 / math.sqrt(bank.numel())
-    assert found["models"]["one"]["mean_mse"] == pytest.approx(found["step_squared_over_12"], rel=error)
+    assert result["models"]["one"]["mean_mse"] == pytest.approx(result["step_squared_over_12"], rel=error)
 
 
 def test_published_rounding_is_the_formula(two):
-    found = quant.published(two).values["models"]
+    result = quant.published(two).values["models"]
     for s in two:
         for name in BANK_NAMES:
             bank = 6 * s.state[name].numpy()  # rows above 1 as well
@@ -154,18 +154,18 @@ def test_published_rounding_is_the_formula(two):
                 np.testing.assert_allclose(done.numpy(), rounded, rtol=1e-6, atol=1e-7)
         own = [m for n in BANK_NAMES for m in s.state[n]]
         errors = [float((m - quant.floored_grid(m)).double().square().mean()) for m in own]
-        listed = [e for n in BANK_NAMES for e in found[s.name]["slot_mse"][n]]
+        listed = [e for n in BANK_NAMES for e in result[s.name]["slot_mse"][n]]
         assert listed == pytest.approx(errors, rel=1e-6)
         sizes = [m.numel() for m in own]
         weighted = sum(e * n for e, n in zip(errors, sizes, strict=True)) / sum(sizes)
-        assert found[s.name]["mean_mse"] == pytest.approx(weighted)
+        assert result[s.name]["mean_mse"] == pytest.approx(weighted)
 
 
 def test_rounding_of_models_of_different_shapes_has_no_ratio(two):
-    other = subject("c", model_dim=64)
-    found = quant.published([two[0], other])
-    assert "No ratios: qo_bank is (8, 32, 32) in a and (8, 64, 64) in c: only models of one" in found.shows
-    assert found.table.header == ("bank", "a", "c")
+    other = loaded("c", model_dim=64)
+    result = quant.published([two[0], other])
+    assert "No ratios: qo_bank is (8, 32, 32) in a and (8, 64, 64) in c: only models of one" in result.shows
+    assert result.table.header == ("bank", "a", "c")
     assert "ratio" in quant.published(two).table.header
     assert "No ratios" not in quant.published(two).shows
     assert "No ratios" not in quant.published([*two, other]).shows
@@ -195,41 +195,41 @@ def test_weighted_errors_use_the_inputs_of_each_matrix(two):
 
 
 def test_published_spectra_flatten_banks_to_slots(two):
-    found = spectra.published(two).values["a"]
-    assert {*BANK_NAMES} <= set(found["tensors"])
+    result = spectra.published(two).values["a"]
+    assert {*BANK_NAMES} <= set(result["tensors"])
     for name in BANK_NAMES:
         bank = two[0].state[name].numpy().astype(np.float64)
         values = np.linalg.svd(bank.reshape(len(bank), -1), compute_uv=False)
-        part = found["tensors"][name]
+        part = result["tensors"][name]
         assert part["op_norm"] == pytest.approx(values[0])
         assert part["frobenius"] == pytest.approx(np.linalg.norm(bank))
         assert part["stable_rank"] == pytest.approx((values**2).sum() / values[0] ** 2)
         assert part["condition"] == pytest.approx(values[0] / values[-1])
         np.testing.assert_allclose(part["top"], values[:5])
-    norms = [part["op_norm"] for part in found["tensors"].values()]
-    assert found["log_lipschitz"] == pytest.approx(np.log(norms).sum())
-    assert found["means"]["op_norm"] == pytest.approx(np.mean(norms))
+    norms = [part["op_norm"] for part in result["tensors"].values()]
+    assert result["log_lipschitz"] == pytest.approx(np.log(norms).sum())
+    assert result["means"]["op_norm"] == pytest.approx(np.mean(norms))
 
 
 def test_published_spectra_take_tables_from_65536_elements_on():
-    large = subject("large", vocab_size=2048).state
+    large = loaded("large", vocab_size=2048).state
     assert large["tok_emb.weight"].numel() == 65_536 > large["bigram.embed.weight"].numel()
     names = spectra.published([LoadedModel("l", Path("l"), large, None, None)]).values["l"]["tensors"]
     assert set(names) == {*BANK_NAMES, "tok_emb.weight"}
 
 
 def test_spectra_of_slots_match_each_matrix(two):
-    found = spectra.corrected(two).values["b"]
+    result = spectra.corrected(two).values["b"]
     for name in BANK_NAMES:
         for slot, matrix in enumerate(two[1].state[name].double()):
             values = np.linalg.svd(matrix.numpy(), compute_uv=False)
             shares = values / values.sum()
-            assert found[name]["largest"][slot] == pytest.approx(values[0])
-            assert found[name]["stable_rank"][slot] == pytest.approx((values**2).sum() / values[0] ** 2)
-            assert found[name]["effective_rank"][slot] == pytest.approx(
+            assert result[name]["largest"][slot] == pytest.approx(values[0])
+            assert result[name]["stable_rank"][slot] == pytest.approx((values**2).sum() / values[0] ** 2)
+            assert result[name]["effective_rank"][slot] == pytest.approx(
                 np.exp(-(shares * np.log(shares)).sum())
             )
-            assert found[name]["condition"][slot] == pytest.approx(values[0] / values[-1], rel=1e-6)
+            assert result[name]["condition"][slot] == pytest.approx(values[0] / values[-1], rel=1e-6)
 
 
 def test_effective_and_stable_rank_of_known_matrices():
@@ -244,8 +244,8 @@ def test_effective_and_stable_rank_of_known_matrices():
 def test_directions_of_the_published_overlap():
     """5 of 22 slots, 2 of 11 (the published table says 32)."""
     assert [leading(n) for n in (22, 11, 512, 128, 64, 3)] == [5, 2, 32, 32, 16, 1]
-    found = overlap.published(banks("a", 22), banks("b", 22, 1)).values["tensors"]
-    assert {n: (p["directions"], p["dimension"]) for n, p in found.items()} == {
+    result = overlap.published(banks("a", 22), banks("b", 22, 1)).values["tensors"]
+    assert {n: (p["directions"], p["dimension"]) for n, p in result.items()} == {
         "qo_bank": (5, 22),
         "kv_bank": (5, 22),
         "mlp_up_bank": (2, 11),
@@ -264,7 +264,7 @@ def test_published_overlap_is_between_left_singular_vectors_of_flattened_banks()
         assert part["mean_cosine"] == pytest.approx(cosines.mean())
         assert part["aligned"] == (cosines > 0.9).mean()
     assert "strongest in a bank (5 of 22, 2 of 11)" in overlap.published(a, b).shows
-    assert "strongest in a bank (2 of 8, 1 of 4)" in overlap.published(subject("a"), subject("b")).shows
+    assert "strongest in a bank (2 of 8, 1 of 4)" in overlap.published(loaded("a"), loaded("b")).shows
     same = overlap.published(a, a).values["mean"]
     assert same == {"mean_cosine": pytest.approx(1), "aligned": 1}
 
@@ -289,13 +289,13 @@ def test_overlap_of_slots_matches_random_subspaces():
             part = sides[side]
             k, d = part["directions"], part["dimension"]
             assert (k, d) == (10, (48, 40)[axis])
-            for slot, found in enumerate(part["mean_squared_cosine_by_slot"]):
+            for slot, result in enumerate(part["mean_squared_cosine_by_slot"]):
                 projectors = []
                 for s in (a, b):
                     u, _, vt = np.linalg.svd(s.state[name][slot].numpy().astype(np.float64))
                     basis = u[:, :k] if axis == 0 else vt[:k].T
                     projectors.append(basis @ basis.T)
-                assert found == pytest.approx(np.trace(projectors[0] @ projectors[1]) / k)
+                assert result == pytest.approx(np.trace(projectors[0] @ projectors[1]) / k)
             mean = np.mean(part["mean_squared_cosine_by_slot"])
             slots = len(part["mean_squared_cosine_by_slot"])
             assert abs(mean - part["if_random"]) < 4 * part["spread_if_random"] / math.sqrt(slots)
@@ -329,17 +329,17 @@ def test_published_proxies_of_the_error_surface(two):
 
 
 def test_triangle_as_published_and_its_angles():
-    three = [subject(n, i) for i, n in enumerate("abc")]
-    found = triangle.published(three).values
+    three = [loaded(n, i) for i, n in enumerate("abc")]
+    result = triangle.published(three).values
     a, b, c = ({n: t.numpy().astype(np.float64) for n, t in s.state.items()} for s in three)
     apart = {n: np.linalg.norm(a[n] - c[n]) for n in a}
-    side = found["sides"]["a - c"]
+    side = result["sides"]["a - c"]
     assert side["banks"] == pytest.approx(sum(apart[n] for n in BANK_NAMES), rel=1e-6)
     assert side["total"] == pytest.approx(sum(apart.values()), rel=1e-6)
     assert side["others"] == pytest.approx(side["total"] - side["banks"])
     centroid = sum(np.linalg.norm((a[n] + b[n] + c[n]) / 3) for n in a)
-    assert found["centroid_ratio"] == pytest.approx(centroid / sum(np.linalg.norm(t) for t in a.values()))
-    assert found["near_equilateral"]  # as any three independent models of one size are
+    assert result["centroid_ratio"] == pytest.approx(centroid / sum(np.linalg.norm(t) for t in a.values()))
+    assert result["near_equilateral"]  # as any three independent models of one size are
     angles = triangle.corrected(three).values["banks"]
     x, y, z = (np.concatenate([m[n].ravel() for n in BANK_NAMES]) for m in (a, b, c))
     cosine = (x - y) @ (z - y) / np.linalg.norm(x - y) / np.linalg.norm(z - y)
@@ -350,7 +350,7 @@ def test_triangle_as_published_and_its_angles():
 
 
 def test_triangle_that_is_not_equilateral():
-    a, c = subject("a", 0), subject("c", 1)
+    a, c = loaded("a", 0), loaded("c", 1)
     near = {n: t + 0.1 * torch.randn(t.shape) for n, t in a.state.items()}
     three = [a, LoadedModel("b", Path("b"), near, None, None), c]
     assert not triangle.published(three).values["near_equilateral"]
@@ -376,13 +376,13 @@ def test_identical_models_have_no_direction():
     ],
 )
 def test_models_of_different_shapes_are_refused_by_name(summaries):
-    three = [subject("a"), subject("b"), subject("c", model_dim=64)]
+    three = [loaded("a"), loaded("b"), loaded("c", model_dim=64)]
     with pytest.raises(PgolfError, match=r"qo_bank is \(8, 32, 32\) in a and \(8, 64, 64\) in c"):
         summaries(three, OPTIONS)
 
 
 def test_every_summary_says_what_it_shows(two):
-    three = [*two, subject("c", 3)]
+    three = [*two, loaded("c", 3)]
     summaries = [
         summary
         for summaries in (

@@ -51,8 +51,8 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def runs(data, tmp_path_factory):
     """Three run folders of untrained weights from three seeds; the first is packed too."""
-    found = [RunFolder(tmp_path_factory.mktemp("runs") / name) for name in ("one", "two", "three")]
-    for seed, folder in enumerate(found):
+    result = [RunFolder(tmp_path_factory.mktemp("runs") / name) for name in ("one", "two", "three")]
+    for seed, folder in enumerate(result):
         config = run_config(data)
         torch.manual_seed(seed)
         model = GPT(config.model)
@@ -64,7 +64,7 @@ def runs(data, tmp_path_factory):
         if seed == 0:
             state = quantize_state(model.state_dict(), QuantConfig(method="round", grid="percentile"))
             pack(state, run_config_to_dict(config), folder.artifact_file, PackConfig(code_bytes=0))
-    return found
+    return result
 
 
 def run(*arguments, capsys):
@@ -83,9 +83,9 @@ def test_every_kind_of_file_can_be_opened(runs, tmp_path):
     state = {f"model.{name}": tensor for name, tensor in whole.state.items()}
     config = replace(folder.read_config(), name="elsewhere")
     save_tensors(checkpoint, {**state, "optimizer.x": torch.ones(2)}, {"config": run_config_to_dict(config)})
-    found = open_model(checkpoint)
-    assert (found.name, found.config.name, found.folder) == ("step", "elsewhere", None)
-    assert all(torch.equal(found.state[n], t) for n, t in whole.state.items())
+    result = open_model(checkpoint)
+    assert (result.name, result.config.name, result.folder) == ("step", "elsewhere", None)
+    assert all(torch.equal(result.state[n], t) for n, t in whole.state.items())
 
     inside = open_model(folder.model_file)
     assert (inside.name, inside.folder) == ("one/model", folder)
@@ -131,16 +131,16 @@ def test_analyses_of_two_runs(runs, tmp_path, capsys):
     paths = [folder.path for folder in runs[:2]]
     status, printed, _ = run(*paths, "--only", *OWN, "--out", out, *QUICK, capsys=capsys)
     assert status == 0
-    story = read_json(out / "analysis.json")
-    assert list(story["analyses"]) == list(OWN)
-    assert [model["name"] for model in story["models"]] == ["one", "two"]
-    assert story["left_out"] == {}
+    tree = read_json(out / "analysis.json")
+    assert list(tree["analyses"]) == list(OWN)
+    assert [model["name"] for model in tree["models"]] == ["one", "two"]
+    assert tree["skipped"] == {}
     page = (out / "report.html").read_text(encoding="utf-8")
-    for name, analysis in story["analyses"].items():
+    for name, analysis in tree["analyses"].items():
         assert f"{name} " in printed
-        forms = [summary["form"] for summary in analysis["findings"]]
+        forms = [summary["form"] for summary in analysis["summaries"]]
         assert {"published", "corrected"} == set(forms)
-        for summary in analysis["findings"]:
+        for summary in analysis["summaries"]:
             assert f"{summary['name']} [{summary['form']}]" in printed
             assert summary["shows"] in printed
             assert "not_measured" not in summary["values"]
@@ -219,9 +219,9 @@ def test_without_names_every_possible_analysis_runs(runs, tmp_path, monkeypatch,
     out = tmp_path / "out"
     status, printed, _ = run(runs[0].path, "--out", out, *QUICK, capsys=capsys)
     assert status == 0
-    story = read_json(out / "analysis.json")
-    assert list(story["analyses"]) == ["quant", "spectra", "surface"]
-    assert list(story["left_out"]) == ["deltas", "overlap", "connectivity", "triangle"]
+    tree = read_json(out / "analysis.json")
+    assert list(tree["analyses"]) == ["quant", "spectra", "surface"]
+    assert list(tree["skipped"]) == ["deltas", "overlap", "connectivity", "triangle"]
     assert "triangle needs at least 3 models, not 1" in printed
     assert "Skipped" in (out / "report.html").read_text(encoding="utf-8")
 
@@ -234,7 +234,7 @@ def test_nan_is_null_in_json(runs, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(quant, "analyze", analyze)
     run(runs[0].path, "--only", "quant", "--out", tmp_path, capsys=capsys)
-    values = read_json(tmp_path / "analysis.json")["analyses"]["quant"]["findings"][0]["values"]
+    values = read_json(tmp_path / "analysis.json")["analyses"]["quant"]["summaries"][0]["values"]
     assert values == {"a": [None, [1.0, None]]}
 
 
@@ -295,14 +295,14 @@ def test_data_of_another_tokenizer_is_refused(runs, tmp_path, capsys):
 
 
 def test_validation_has_whole_windows(runs):
-    subjects = open_models([folder.path for folder in runs])
-    length = subjects[0].need_config().eval_seq_len
-    found = open_validation(subjects, Options(tokens=length + 1))
-    assert len(found.tokens) == 2 * length + 1
-    assert len(found.first(1)) == length + 1
-    everything = open_validation(subjects, Options(tokens=10**9))
+    models = open_models([folder.path for folder in runs])
+    length = models[0].need_config().eval_seq_len
+    result = open_validation(models, Options(tokens=length + 1))
+    assert len(result.tokens) == 2 * length + 1
+    assert len(result.first(1)) == length + 1
+    everything = open_validation(models, Options(tokens=10**9))
     assert (len(everything.tokens) - 1) % length == 0
-    np.testing.assert_array_equal(everything.tokens[: 2 * length + 1], found.tokens)
+    np.testing.assert_array_equal(everything.tokens[: 2 * length + 1], result.tokens)
 
 
 def test_calibration_on_text_written_by_the_model(runs, tmp_path):
@@ -353,8 +353,8 @@ def test_models_of_different_windows_are_not_compared(runs):
     for pair in ([one, longer], [longer, one]):
         with pytest.raises(PgolfError, match=r"windows of \d+ tokens, \w+ of \d+: their losses"):
             open_validation(pair, Options())
-        found = surface.analyze(pair, Options(data=Path(config.data.path)))
-        assert "losses cannot be compared" in found[-1].shows
+        result = surface.analyze(pair, Options(data=Path(config.data.path)))
+        assert "losses cannot be compared" in result[-1].shows
     # rounding errors are computed for each model alone, on texts that are named
     how = quant.analyze([one, longer], Options(calibration_tokens=64))[-1].values["calibration"]
     assert how == "one: 64 validation tokens; two: 128 tokens written by the model"
@@ -419,10 +419,10 @@ def test_loss_on_the_line_matches_the_models(runs):
     tokens = torch.from_numpy(validation.tokens)
     inputs, targets = (part.view(-1, validation.seq_len) for part in (tokens[:-1], tokens[1:]))
     middle = replace(a, state={n: (t + b.state[n]) / 2 for n, t in a.state.items()})
-    for subject, found in zip((a, middle, b), losses, strict=True):
+    for loaded, result in zip((a, middle, b), losses, strict=True):
         with torch.no_grad():
-            want = subject.network(validation.source.table).token_losses(inputs, targets).mean(1)
-        np.testing.assert_allclose(found, want.numpy(), rtol=1e-5)
+            want = loaded.network(validation.source.table).token_losses(inputs, targets).mean(1)
+        np.testing.assert_allclose(result, want.numpy(), rtol=1e-5)
     summary = connectivity.corrected(a, b, "x", validation, options).values
     excess = losses[1] - (losses[0] + losses[2]) / 2
     assert summary["excess"] == pytest.approx([0, excess.mean(), 0], abs=1e-9)
@@ -444,12 +444,12 @@ def test_curvature_of_a_run_by_parts(runs):
     options = Options(tokens=64, curvature_tokens=33, probes=2, lanczos_steps=2)
     validation = open_validation([one], options)
     curvature, parts = surface.corrected([one], validation, options)
-    found = curvature.values["models"]["one"]
+    result = curvature.values["models"]["one"]
     assert curvature.values["targets"] == 64
     tokens = torch.from_numpy(validation.tokens)
     inputs, targets = (part.view(-1, validation.seq_len) for part in (tokens[:-1], tokens[1:]))
     model = one.network(validation.source.table, dtype=torch.float64)
-    assert found["loss"] == pytest.approx(model.loss(inputs, targets).item())
+    assert result["loss"] == pytest.approx(model.loss(inputs, targets).item())
     assert list(parts.values["one"]) == [*BANK_NAMES, "others"]
     total = sum(part["value"] for part in parts.values["one"].values())
-    assert total == pytest.approx(found["trace"]["value"])
+    assert total == pytest.approx(result["trace"]["value"])

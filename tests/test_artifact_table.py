@@ -52,8 +52,8 @@ def test_order_0_is_each_matrix_for_itself():
     ("spread", "winner"), [((0, 0), "none"), ((0.5, 0), "row"), ((0.4, 0.4), "row x column")], ids=str
 )
 def test_classes_help_where_scales_differ(spread, winner):
-    found = static_bounds([gaussian((512, 512), *spread, seed=seed) for seed in range(3)])
-    order0, row, both = (found[name].bytes for name in ("order 0", "row", "row x column"))
+    result = static_bounds([gaussian((512, 512), *spread, seed=seed) for seed in range(3)])
+    order0, row, both = (result[name].bytes for name in ("order 0", "row", "row x column"))
     values = 3 * 512 * 512
     gaussian_bits = np.log2(4 * np.sqrt(2 * np.pi * np.e))  # of one scale
     if winner == "none":
@@ -65,7 +65,7 @@ def test_classes_help_where_scales_differ(spread, winner):
     else:
         assert row < 0.99 * order0
         assert both < 0.98 * row
-    assert 0 < found["order 0"].side_bytes < found["row x column"].side_bytes < 0.02 * both
+    assert 0 < result["order 0"].side_bytes < result["row x column"].side_bytes < 0.02 * both
 
 
 def test_row_bound_by_hand():

@@ -126,8 +126,8 @@ def test_extreme_eigenvalues_match_the_exact_hessian(surface, exact):
     (top, *next_ones), bottom = extremes(surface.product, start, 25, 3)
     assert top.value == pytest.approx(float(values[-1]), rel=1e-4)
     assert len(next_ones) == 2
-    for found, value in zip(next_ones, values.flip(0)[1:3].tolist(), strict=True):
-        assert found.value == pytest.approx(value, rel=1e-2)
+    for result, value in zip(next_ones, values.flip(0)[1:3].tolist(), strict=True):
+        assert result.value == pytest.approx(value, rel=1e-2)
     assert bottom.value == pytest.approx(float(values[0]), rel=1e-2)
     # after few steps it has not converged, but some eigenvalue is within the residual
     (early,), _ = extremes(surface.product, start, 4)
@@ -144,9 +144,9 @@ def test_eigenvalues_are_bounds_and_labeled_until_they_converge():
     marks = {}
     for steps in (4, 40):
         top, bottom = extremes(lambda v: values * v, start, steps, 3)
-        assert all(found.value <= float(value) + 1e-9 for found, value in zip(top, true, strict=False))
+        assert all(result.value <= float(value) + 1e-9 for result, value in zip(top, true, strict=False))
         assert bottom.value >= float(true[-1]) - 1e-9
-        marks[steps] = [_eigenvalue(vars(found)).endswith("?") for found in (*top, bottom)]
+        marks[steps] = [_eigenvalue(vars(result)).endswith("?") for result in (*top, bottom)]
     assert marks[4][2:] == [True, True]
     assert marks[40][:3] == [False] * 3
     early, _ = extremes(lambda v: values * v, start, 4, 3)
@@ -160,7 +160,7 @@ def test_lanczos_stops_when_the_space_is_exhausted():
     assert (top.value, bottom.value, top.error) == (pytest.approx(1), pytest.approx(1), 0)
     matrix = torch.diag(torch.tensor([4.0, -3, 0, 0, 0, 0]).double())
     top, bottom = extremes(lambda v: matrix @ v, start, 6, 2)
-    assert [found.value for found in top] == [pytest.approx(4), pytest.approx(0, abs=1e-9)]
+    assert [result.value for result in top] == [pytest.approx(4), pytest.approx(0, abs=1e-9)]
     assert bottom.value == pytest.approx(-3)
 
 

@@ -94,14 +94,14 @@ def test_contexts_and_load_match_a_slow_count(split, trigram, text):
     for order, row in enumerate(r for r in rows if r is not None):
         for at in range(order + 1, len(tokens)):
             used[int(row[0, at]), (order, *tokens[at - order - 1 : at + 1].tolist())] += 1
-    found = contexts_of(config, tokens, flags)
-    assert sorted(found.counts.tolist()) == sorted(used.values())
+    result = contexts_of(config, tokens, flags)
+    assert sorted(result.counts.tolist()) == sorted(used.values())
     in_bucket = Counter(bucket for bucket, _ in used)
     total = Counter()
     for (bucket, _), count in used.items():
         total[bucket] += count
     seen = 0
-    for kind, order, chosen in groups(found):
+    for kind, order, chosen in groups(result):
         mine = {
             key: count
             for key, count in used.items()
@@ -110,7 +110,7 @@ def test_contexts_and_load_match_a_slow_count(split, trigram, text):
         number = sum(mine.values())
         company = sum(count * in_bucket[bucket] for (bucket, _), count in mine.items()) / number
         foreign = sum(count * (1 - count / total[bucket]) for (bucket, _), count in mine.items()) / number
-        got = load(found, chosen)
+        got = load(result, chosen)
         assert (got.occurrences, got.contexts) == (number, len(mine))
         assert got.occupied == len({bucket for bucket, _ in mine})
         assert got.contexts_in_bucket == pytest.approx(company)
@@ -121,14 +121,14 @@ def test_contexts_and_load_match_a_slow_count(split, trigram, text):
 
 def test_an_ideal_hash_fills_buckets_at_random(text):
     tokens, flags = text
-    found = contexts_of(config_of(True, False, rows=4096), tokens, flags)
-    for _, _, chosen in groups(found):
-        ideal = ideal_load(found, chosen)
+    result = contexts_of(config_of(True, False, rows=4096), tokens, flags)
+    for _, _, chosen in groups(result):
+        ideal = ideal_load(result, chosen)
         buckets, contexts = 2047, int(chosen.sum())
         assert ideal.occupied == pytest.approx(buckets * (1 - (1 - 1 / buckets) ** contexts), rel=0.03)
         assert ideal.contexts == contexts
-    drawn = found.ideally_hashed(np.random.default_rng(0)).buckets
-    assert drawn[found.starts].max() < 2047 <= drawn[~found.starts].min()
+    drawn = result.ideally_hashed(np.random.default_rng(0)).buckets
+    assert drawn[result.starts].max() < 2047 <= drawn[~result.starts].min()
     assert drawn.max() < 2 * 2047
 
 
@@ -188,7 +188,7 @@ def test_a_part_comes_back_after_an_error(model):
 
 
 @pytest.fixture(scope="module")
-def subject(tmp_path_factory):
+def loaded(tmp_path_factory):
     """A model with random weights in a run folder, and its data."""
     config = run_config(make_dataset(tmp_path_factory.mktemp("data")))
     folder = RunFolder(tmp_path_factory.mktemp("runs") / "one")
@@ -201,11 +201,11 @@ def by_name(summaries):
     return {(summary.name, summary.form): summary for summary in summaries}
 
 
-def test_findings_of_a_run(subject, monkeypatch):
+def test_findings_of_a_run(loaded, monkeypatch):
     monkeypatch.setattr("pgolf_fast.lab.analysis.hash_table.draw", lambda *a, **k: {"buckets": b"PNG"})
-    found = by_name(analyze([subject], Options(tokens=640, hash_rows=(128,))))
-    assert "127 split" in found["buckets on real tokens", "corrected"].values["layouts"]
-    assert list(found) == [
+    result = by_name(analyze([loaded], Options(tokens=640, hash_rows=(128,))))
+    assert "127 split" in result["buckets on real tokens", "corrected"].values["layouts"]
+    assert list(result) == [
         ("contexts per bucket, all n-grams", "published"),
         ("buckets on real tokens", "corrected"),
         ("learned scale and gate", "published"),
@@ -213,40 +213,40 @@ def test_findings_of_a_run(subject, monkeypatch):
         ("loss without the gate", "published"),
         ("loss without parts of the table", "corrected"),
     ]
-    for summary in found.values():
+    for summary in result.values():
         json.dumps(summary.values, allow_nan=False)
-    learned = found["learned scale and gate", "published"].values["one"]
-    state = subject.state
+    learned = result["learned scale and gate", "published"].values["one"]
+    state = loaded.state
     assert learned == {"scale": state["bigram.scale"].item(), "boost": state["word_start_boost"].item()}
-    gate = found["loss without the gate", "published"].values["one"]
-    worth = found["loss without parts of the table", "corrected"].values["one"]
+    gate = result["loss without the gate", "published"].values["one"]
+    worth = result["loss without parts of the table", "corrected"].values["one"]
     assert set(worth) == {"", GATE, TRIGRAM, TABLE}
     assert gate["nats"] == pytest.approx(worth[GATE]["nats"])
     assert gate["bits_per_token"] == pytest.approx(
         gate["nats"] / math.log(2)
     )  # published as bpb, but per token
     assert worth[GATE]["low"] <= worth[GATE]["bpb"] <= worth[GATE]["high"]
-    stream = open_validation([subject], Options(tokens=640)).stream(torch.device("cpu"))
+    stream = open_validation([loaded], Options(tokens=640)).stream(torch.device("cpu"))
     tokens_a_byte = stream.num_targets / stream.target_bytes.sum()
     for part in (GATE, TRIGRAM, TABLE):
         assert worth[part]["bpb"] == pytest.approx(worth[part]["nats"] * tokens_a_byte / math.log(2))
 
 
-def test_what_the_table_adds_scales_with_its_output(subject, monkeypatch):
+def test_what_the_table_adds_scales_with_its_output(loaded, monkeypatch):
     monkeypatch.setattr("pgolf_fast.lab.analysis.hash_table.draw", lambda *a, **k: {})
-    found = by_name(analyze([subject], Options(tokens=640)))["what the table adds", "corrected"]
-    double = dict(subject.state)
+    result = by_name(analyze([loaded], Options(tokens=640)))["what the table adds", "corrected"]
+    double = dict(loaded.state)
     double["bigram.scale"] = 2 * double["bigram.scale"]
-    other = LoadedModel("two", subject.path, double, subject.config, subject.folder)
+    other = LoadedModel("two", loaded.path, double, loaded.config, loaded.folder)
     again = by_name(analyze([other], Options(tokens=640)))["what the table adds", "corrected"]
     for kind in ("word start", "other"):
-        one, two = found.values["one"][kind], again.values["two"][kind]
+        one, two = result.values["one"][kind], again.values["two"][kind]
         assert two["table"] == pytest.approx(2 * one["table"], rel=1e-5)
         assert two["token"] == pytest.approx(one["token"])
 
 
-def test_a_model_without_a_table_is_refused(subject):
+def test_a_model_without_a_table_is_refused(loaded):
     bare = RunConfig(name="bare", model=tiny_config(bigram_vocab_size=0, trigram=False))
-    other = LoadedModel("bare", subject.path, {}, bare, None)
+    other = LoadedModel("bare", loaded.path, {}, bare, None)
     with pytest.raises(PgolfError, match=r"bare: no hash table \(model.bigram_vocab_size is 0\)"):
         analyze([other], Options())

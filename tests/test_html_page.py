@@ -25,13 +25,13 @@ def test_all_text_is_escaped():
         (Table((EVIL, EVIL), ((EVIL, EVIL),), EVIL),),
         (Figure(png=PNG, caption=EVIL, alt=EVIL),),
     )
-    found = check_page(page(EVIL, [everywhere] * 3))
+    parsed = check_page(page(EVIL, [everywhere] * 3))
     shown = EVIL.replace("`", "")  # backticks mark code
-    assert found.headings == [EVIL] * 3
-    assert found.cells == [shown] * 4 * 3
-    assert found.paragraphs[1:] == [shown] * 3
-    assert {a["alt"] for tag, a in found.tags if tag == "img"} == {EVIL}
-    assert found.titles == [EVIL]
+    assert parsed.headings == [EVIL] * 3
+    assert parsed.cells == [shown] * 4 * 3
+    assert parsed.paragraphs[1:] == [shown] * 3
+    assert {a["alt"] for tag, a in parsed.tags if tag == "img"} == {EVIL}
+    assert parsed.titles == [EVIL]
 
 
 def test_light_and_dark_pictures():
@@ -49,24 +49,24 @@ def test_light_and_dark_pictures():
 def test_a_row_has_a_name_unless_it_starts_with_a_number():
     header = ("what", "n")
     tables = (Table(header, [("a", "1")]), Table(header, [("5", "1")]))
-    found = Page(page("t", [Section("s", tables=tables)]))
-    scopes = [a.get("scope") for tag, a in found.tags if tag in ("th", "td")]
+    parsed = Page(page("t", [Section("s", tables=tables)]))
+    scopes = [a.get("scope") for tag, a in parsed.tags if tag in ("th", "td")]
     assert scopes == ["col", "col", "row", None, "col", "col", None, None]
-    assert found.sections["s"].tables == [[["what", "n"], ["a", "1"]], [["what", "n"], ["5", "1"]]]
+    assert parsed.sections["s"].tables == [[["what", "n"], ["a", "1"]], [["what", "n"], ["5", "1"]]]
 
 
 def test_labels_and_contents():
     sections = [Section("one", label="published"), Section("two", label="corrected"), Section("three")]
-    found = check_page(page("t", sections))
-    assert found.headings == ["one published", "two corrected", "three"]
-    assert [a["href"] for t, a in found.tags if t == "a"] == ["#s1", "#s2", "#s3"]
+    parsed = check_page(page("t", sections))
+    assert parsed.headings == ["one published", "two corrected", "three"]
+    assert [a["href"] for t, a in parsed.tags if t == "a"] == ["#s1", "#s2", "#s3"]
     assert "nav" not in {tag for tag, _ in Page(page("t", sections[:2])).tags}
 
 
 def test_text_is_split_into_paragraphs():
-    found = check_page(page("t", [Section("s", "one\ntwo\n\n\nthree `four`\n")]))
-    assert found.paragraphs[1:] == ["one\ntwo", "three four"]
-    assert found.code[-1] == "four"
+    parsed = check_page(page("t", [Section("s", "one\ntwo\n\n\nthree `four`\n")]))
+    assert parsed.paragraphs[1:] == ["one\ntwo", "three four"]
+    assert parsed.code[-1] == "four"
 
 
 def test_empty_tables_and_pages():

@@ -22,7 +22,7 @@ TOKENS = 640
 
 
 @pytest.fixture(scope="module")
-def subjects(tmp_path_factory):
+def models(tmp_path_factory):
     """Two models of one shape with random weights, in run folders."""
     config = run_config(make_dataset(tmp_path_factory.mktemp("data")))
     paths = []
@@ -35,19 +35,19 @@ def subjects(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def validation(subjects):
-    return open_validation(subjects, Options(tokens=TOKENS))
+def validation(models):
+    return open_validation(models, Options(tokens=TOKENS))
 
 
 @pytest.fixture(scope="module")
-def summaries(subjects):
-    return {f.name: f for f in analyze(subjects, Options(tokens=TOKENS))}
+def summaries(models):
+    return {f.name: f for f in analyze(models, Options(tokens=TOKENS))}
 
 
 @pytest.fixture(scope="module")
-def logits(subjects, validation):
+def logits(models, validation):
     """Logits of the first model by window: float64 (targets, V)."""
-    model = subjects[0].network(validation.source.table)
+    model = models[0].network(validation.source.table)
     windows = torch.from_numpy(validation.tokens[:-1].reshape(-1, validation.seq_len))
     with torch.no_grad():
         return model.logits(windows).flatten(0, 1).double()
@@ -79,11 +79,11 @@ def test_every_table_is_complete(summaries):
 
 def test_shares_by_word_start(summaries, losses, validation):
     starts = validation.source.table.has_leading_space[validation.tokens[1:]]
-    found = summaries["losses by word start"].values["one"]
-    assert found["word start"]["targets"] == pytest.approx(starts.mean())
-    assert found["word start"]["loss"] == pytest.approx(losses[starts].mean(), rel=1e-5)
-    assert found["word start"]["loss_share"] == pytest.approx(losses[starts].sum() / losses.sum(), rel=1e-5)
-    assert sum(part["loss_share"] for part in found.values()) == pytest.approx(1)
+    result = summaries["losses by word start"].values["one"]
+    assert result["word start"]["targets"] == pytest.approx(starts.mean())
+    assert result["word start"]["loss"] == pytest.approx(losses[starts].mean(), rel=1e-5)
+    assert result["word start"]["loss_share"] == pytest.approx(losses[starts].sum() / losses.sum(), rel=1e-5)
+    assert sum(part["loss_share"] for part in result.values()) == pytest.approx(1)
     classes = summaries["losses by class of target"].values["one"]
     assert sum(part["tokens"] for part in classes.values()) == len(losses)
 
@@ -93,9 +93,9 @@ def test_shares_by_size(summaries, losses):
     corrected = summaries["losses by size, with intervals"].values["one"]
     for nats in (1, 3, 5, 7, 10):
         above = losses > nats
-        for found in (published[str(nats)], corrected[str(nats)]):
-            assert found["targets"] == pytest.approx(above.mean(), abs=2 / len(losses))
-            assert found["loss_share"] == pytest.approx(losses[above].sum() / losses.sum(), abs=1e-2)
+        for result in (published[str(nats)], corrected[str(nats)]):
+            assert result["targets"] == pytest.approx(above.mean(), abs=2 / len(losses))
+            assert result["loss_share"] == pytest.approx(losses[above].sum() / losses.sum(), abs=1e-2)
         one = corrected[str(nats)]
         assert one["least"] <= one["loss_share"]
         assert one["low"] <= one["loss_share"] <= one["high"]
@@ -110,11 +110,11 @@ def test_the_published_shares_contradict_their_counts():
 
 
 def test_hardest_targets_have_their_context(summaries, logits, losses, validation):
-    found = summaries["hardest targets"].values["one"]
+    result = summaries["hardest targets"].values["one"]
     order = np.argsort(-losses, kind="stable")[:SHOWN]
-    assert [one["position"] - 1 for one in found] == order.tolist()
+    assert [one["position"] - 1 for one in result] == order.tolist()
     tokenizer = validation.source.tokenizer
-    for one in found:
+    for one in result:
         target = one["position"] - 1
         assert one["loss"] == pytest.approx(losses[target], rel=1e-5)
         assert one["target"] == tokenizer.piece(int(validation.tokens[target + 1]))
@@ -129,16 +129,16 @@ def test_calibration_matches_a_plain_count(summaries, logits, validation):
     probabilities = logits.softmax(-1).numpy()
     targets = validation.tokens[1:]
     confidence, guess = probabilities.max(-1), probabilities.argmax(-1)
-    found = summaries["calibration of the likeliest token"].values["one"]
-    assert found["accuracy"] == pytest.approx((guess == targets).mean())
-    assert found["confidence"] == pytest.approx(confidence.mean(), rel=1e-5)
+    result = summaries["calibration of the likeliest token"].values["one"]
+    assert result["accuracy"] == pytest.approx((guess == targets).mean())
+    assert result["confidence"] == pytest.approx(confidence.mean(), rel=1e-5)
     error = 0.0
     for i in range(BINS):
         mine = (confidence > i / BINS) & (confidence <= (i + 1) / BINS)
-        assert found["likeliest"][i]["count"] == mine.sum()
+        assert result["likeliest"][i]["count"] == mine.sum()
         error += abs((guess[mine] == targets[mine]).sum() - confidence[mine].sum()) / len(targets)
-    assert found["expected_error"] == pytest.approx(error, abs=1e-3)
-    every = found["every_token"]
+    assert result["expected_error"] == pytest.approx(error, abs=1e-3)
+    every = result["every_token"]
     assert sum(one["count"] for one in every) == probabilities.size
     assert sum(one["count"] * one["frequency"] for one in every) == pytest.approx(len(targets))
     assert sum(one["count"] * one["probability"] for one in every) == pytest.approx(len(targets), rel=1e-5)

@@ -54,8 +54,8 @@ def whole(tmp_path_factory):
     for finding in findings:
         finding["verdict"] = verdicts[finding["passed"]]
     digest = sizes(path / "model.pgolf").sha256
-    story = {"audited": str(path), "artifact_sha256": digest, "tokens": 99, "findings": findings}
-    (path / "audit.json").write_text(json.dumps(story))
+    tree = {"audited": str(path), "artifact_sha256": digest, "tokens": 99, "findings": findings}
+    (path / "audit.json").write_text(json.dumps(tree))
     return path
 
 
@@ -90,9 +90,9 @@ def metrics(run, change):
 
 
 def rewrite(path, change):
-    story = read_json(path)
-    change(story)
-    path.write_text(json.dumps(story))
+    tree = read_json(path)
+    change(tree)
+    path.write_text(json.dumps(tree))
 
 
 def compared(name):
@@ -102,27 +102,25 @@ def compared(name):
 
 
 def test_a_whole_run(run, capsys):
-    found = report(run, capsys)
-    assert (
-        "Nothing: the run is trained, packed, scored and audited." in found.sections["What is missing"].text
-    )
+    page = report(run, capsys)
+    assert "Nothing: the run is trained, packed, scored and audited." in page.sections["What is missing"].text
     for name in ("artifact", "float"):
         scores = read_json(run.path / f"scores_{name}.json")
         for kind in ("non_overlapping", "sliding", "sliding_ttt"):
-            assert f"{scores[kind]['bpb']:.6f}" in found.sections["Scores"].text
+            assert f"{scores[kind]['bpb']:.6f}" in page.sections["Scores"].text
     ours, theirs = (read_json(run.path / f"scores_{w}.json")["sliding"]["bpb"] for w in ("artifact", "float"))
-    assert f"{ours - theirs:+.6f}" in found.sections["Quantization gap"].text
+    assert f"{ours - theirs:+.6f}" in page.sections["Quantization gap"].text
     scores = read_json(run.path / "scores_artifact.json")
     gain = scores["sliding"]["bpb"] - scores["sliding_ttt"]["bpb"]
-    assert f"The gain is {gain:+.6f} bits per byte" in found.sections["Test-time training"].text
-    assert f"{run.artifact_file.stat().st_size:,}" in found.sections["Bytes"].text
-    assert "1 of 2 properties hold, 1 could not be checked, on 99 targets" in found.sections["Audit"].text
-    assert ["C1", "no score reads its target", "pass", "1.5", "<b>"] in found.sections["Audit"].tables[0]
-    assert "torch" in found.sections["Environment"].text
-    assert "with a meta step" in found.sections["Throughput"].text
+    assert f"The gain is {gain:+.6f} bits per byte" in page.sections["Test-time training"].text
+    assert f"{run.artifact_file.stat().st_size:,}" in page.sections["Bytes"].text
+    assert "1 of 2 properties hold, 1 could not be checked, on 99 targets" in page.sections["Audit"].text
+    assert ["C1", "no score reads its target", "pass", "1.5", "<b>"] in page.sections["Audit"].tables[0]
+    assert "torch" in page.sections["Environment"].text
+    assert "with a meta step" in page.sections["Throughput"].text
     for title in ("Training", "Throughput", "Test-time training", "Where the bits go", "Bytes"):
-        assert found.sections[title].pictures == 1
-    assert str(run.path.parent) not in found.source  # pages are shared: no paths of this machine
+        assert page.sections[title].pictures == 1
+    assert str(run.path.parent) not in page.source  # pages are shared: no paths of this machine
 
 
 def test_configuration_lists_differences(run, capsys, undrawn):
@@ -131,14 +129,14 @@ def test_configuration_lists_differences(run, capsys, undrawn):
     assert "Preset tiny, unchanged." in report(run, capsys).sections["Configuration"].text
     changed = run_config("/secret/place/data")
     rewrite(run.config_file, lambda tree: tree.update(name="tiny", train={**tree["train"], "meta": None}))
-    found = report(run, capsys).sections["Configuration"]
-    assert ["train.meta", "on", "none"] in found.tables[0]
-    assert "train.meta.every" not in found.text
+    page = report(run, capsys).sections["Configuration"]
+    assert ["train.meta", "on", "none"] in page.tables[0]
+    assert "train.meta.every" not in page.text
     run.write_config(changed)
-    found = report(run, capsys).sections["Configuration"]
-    assert "test is not the name of a preset" in found.text
-    assert ["data.path", "data"] in found.tables[0]
-    assert "secret" not in found.text
+    page = report(run, capsys).sections["Configuration"]
+    assert "test is not the name of a preset" in page.text
+    assert ["data.path", "data"] in page.tables[0]
+    assert "secret" not in page.text
 
 
 def test_an_interrupted_run(run, capsys, undrawn, monkeypatch):
@@ -148,13 +146,13 @@ def test_an_interrupted_run(run, capsys, undrawn, monkeypatch):
     metrics(run, lambda rows: [row for row in rows if row["kind"] == "step" and row["step"] <= 5])
     with open(run.metrics_file, "a") as file:
         file.write('{"kind": "step", "st')  # truncated by a crash
-    found = report(run, capsys)
-    assert "interrupted or still running: step 5 of 8" in found.sections["Overview"].text
-    assert "step 5 had" in found.sections["Training"].text
-    missing = found.sections["What is missing"].text
+    page = report(run, capsys)
+    assert "interrupted or still running: step 5 of 8" in page.sections["Overview"].text
+    assert "step 5 had" in page.sections["Training"].text
+    missing = page.sections["What is missing"].text
     assert "Run the commands in the folder that contains run." in missing
     for command in ("train test --resume --out run", "quantize run", "eval run", "audit run"):
-        assert f"pgolf {command}" in found.code
+        assert f"pgolf {command}" in page.code
     monkeypatch.chdir(run.path)
     report(RunFolder(Path()), capsys, "--audit", status=2, printed="not audited: ")
     again = report(RunFolder(Path()), capsys)
@@ -167,19 +165,19 @@ def test_an_interrupted_run(run, capsys, undrawn, monkeypatch):
         ("Bytes", "There is no artifact."),
         ("Audit", "The run is not audited"),
     ):
-        assert words in found.sections[title].text
+        assert words in page.sections[title].text
 
 
 def test_only_a_configuration(run, capsys):
     for file in run.path.iterdir():
         if file.name != "config.json":
             file.unlink()
-    found = report(run, capsys)
-    assert "not trained yet: only the configuration exists" in found.sections["Overview"].text
-    assert "No steps are recorded." in found.sections["Training"].text
-    assert "No two successive steps" in found.sections["Throughput"].text
-    assert "There is no env.json" in found.sections["Environment"].text
-    assert not any(part.pictures for part in found.sections.values())
+    page = report(run, capsys)
+    assert "not trained yet: only the configuration exists" in page.sections["Overview"].text
+    assert "No steps are recorded." in page.sections["Training"].text
+    assert "No two successive steps" in page.sections["Throughput"].text
+    assert "There is no env.json" in page.sections["Environment"].text
+    assert not any(part.pictures for part in page.sections.values())
 
 
 def test_losses_that_are_not_finite(run, capsys):
@@ -192,56 +190,56 @@ def test_losses_that_are_not_finite(run, capsys):
         return rows
 
     metrics(run, spoil)
-    found = report(run, capsys)
-    training = found.sections["Training"].text
+    page = report(run, capsys)
+    training = page.sections["Training"].text
     assert "not finite at 3 of 8 steps: 3, 4, 7." in training
-    assert "The loss of 3 steps is not finite" in found.sections["Overview"].text
-    assert "nan" not in found.cells
+    assert "The loss of 3 steps is not finite" in page.sections["Overview"].text
+    assert "nan" not in page.cells
     metrics(run, lambda rows: [{**row, "loss": math.nan, "multiplier": None} for row in rows])
-    found = report(run, capsys)
-    assert "not finite at 8 of 8 steps" in found.sections["Training"].text
-    assert found.sections["Training"].pictures == 1
+    page = report(run, capsys)
+    assert "not finite at 8 of 8 steps" in page.sections["Training"].text
+    assert page.sections["Training"].pictures == 1
 
 
 def test_no_test_time_training(run, capsys, undrawn):
     from matplotlib.figure import Figure
 
-    def cut(story):
-        del story["sliding_ttt"], story["ttt_bpb_by_chunk"]
+    def cut(tree):
+        del tree["sliding_ttt"], tree["ttt_bpb_by_chunk"]
 
     for name in ("artifact", "float"):
         rewrite(run.path / f"scores_{name}.json", cut)
-    found = report(run, capsys)
-    assert "There is no score with test-time training." in found.sections["Test-time training"].text
-    assert "sliding + TTT" not in found.sections["Scores"].text
-    assert "(sliding)" in found.sections["Overview"].text
-    story = read_json(run.scores_file("artifact"))
-    del story["figures"]["sliding_ttt"]
+    page = report(run, capsys)
+    assert "There is no score with test-time training." in page.sections["Test-time training"].text
+    assert "sliding + TTT" not in page.sections["Scores"].text
+    assert "(sliding)" in page.sections["Overview"].text
+    tree = read_json(run.scores_file("artifact"))
+    del tree["figures"]["sliding_ttt"]
     panels = Figure().subplots(1, 3)
-    paint_parts(panels, story)
+    paint_parts(panels, tree)
     assert [text.get_text() for text in panels[2].get_legend().get_texts()] == ["sliding"]
 
 
 def test_scores_without_figures_and_of_another_artifact(run, capsys, undrawn):
-    def age(story):
-        del story["figures"]
-        story["artifact_sha256"] = "0" * 64
+    def age(tree):
+        del tree["figures"]
+        tree["artifact_sha256"] = "0" * 64
 
     rewrite(run.path / "scores_artifact.json", age)
-    rewrite(run.audit_file, lambda story: story.update(artifact_sha256="1" * 64))
+    rewrite(run.audit_file, lambda tree: tree.update(artifact_sha256="1" * 64))
     (run.path / "scores_float.json").unlink()
-    found = report(run, capsys)
-    assert "scores_artifact.json has none" in found.sections["Where the bits go"].text
-    missing = found.sections["What is missing"].text
+    page = report(run, capsys)
+    assert "scores_artifact.json has none" in page.sections["Where the bits go"].text
+    missing = page.sections["What is missing"].text
     assert missing.count("those shown are of another artifact") == 2
     last = [json.loads(line) for line in run.metrics_file.read_text().splitlines()][-1]
     gap = read_json(run.path / "scores_artifact.json")["non_overlapping"]["bpb"] - last["bpb"]
-    assert f"{gap:+.6f}" in found.sections["Quantization gap"].text
-    assert "the validation at the end of training" in found.sections["Quantization gap"].text
+    assert f"{gap:+.6f}" in page.sections["Quantization gap"].text
+    assert "the validation at the end of training" in page.sections["Quantization gap"].text
 
 
 def test_scores_on_other_targets_are_not_compared(run, capsys, undrawn):
-    rewrite(run.path / "scores_float.json", lambda story: story["sliding"].update(tokens=1))
+    rewrite(run.path / "scores_float.json", lambda tree: tree["sliding"].update(tokens=1))
     gap = report(run, capsys).sections["Quantization gap"]
     assert "scored on different targets or with other settings: sliding." in gap.text
     assert len(gap.tables[0]) == 1 + 2
@@ -256,13 +254,13 @@ def test_scores_of_other_settings_are_not_compared(run, capsys, undrawn):
     float_scores = run.scores_file("float")
     whole = float_scores.read_text()
     assert len(gap().tables[0]) == 1 + 3  # although float weights adapt without rounding
-    rewrite(float_scores, lambda story: story["ttt"].update(lr=1.0))
+    rewrite(float_scores, lambda tree: tree["ttt"].update(lr=1.0))
     assert "other settings: sliding + TTT." in gap().text
     float_scores.write_text(whole)
-    rewrite(float_scores, lambda story: story["eval"].update(stride=8))
+    rewrite(float_scores, lambda tree: tree["eval"].update(stride=8))
     assert "other settings: sliding; sliding + TTT." in gap().text
     assert len(gap().tables[0]) == 1 + 1
-    rewrite(float_scores, lambda story: story["eval"].update(seq_len=8))
+    rewrite(float_scores, lambda tree: tree["eval"].update(seq_len=8))
     assert gap().tables == []
     assert "Not comparable" in gap().text
 
@@ -272,14 +270,14 @@ def test_the_gap_is_to_the_weights_that_were_kept(run, capsys, undrawn):
     run.scores_file("float").unlink()
     raw, averaged = [row for row in run.history() if row["kind"] == "val"][-2:]
     assert raw["weights"] == "raw weights"
-    tensors, story = load_tensors(run.model_file)
+    tensors, tree = load_tensors(run.model_file)
     packed = read_json(run.scores_file("artifact"))["non_overlapping"]["bpb"]
     for kept in (averaged, raw):
-        save_tensors(run.model_file, tensors, {**story, "weights": kept["weights"]})
+        save_tensors(run.model_file, tensors, {**tree, "weights": kept["weights"]})
         gap = report(run, capsys).sections["Quantization gap"].text
         assert f"{packed - kept['bpb']:+.6f}" in gap
         assert f"the end of training ({kept['weights']})" in gap
-    save_tensors(run.model_file, tensors, {**story, "step": 5})
+    save_tensors(run.model_file, tensors, {**tree, "step": 5})
     assert "the float weights are not scored" in report(run, capsys).sections["Quantization gap"].text
     run.model_file.write_bytes(b"x")
     assert "model.safetensors cannot be read" in report(run, capsys).sections["What is missing"].text
@@ -298,9 +296,9 @@ def test_damaged_files_are_named(run, capsys, undrawn):
 
 def test_without_matplotlib_there_is_a_note(run, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    found = report(run, capsys)
-    assert found.source.count("No plot: plots need matplotlib") == 5
-    assert not any(part.pictures for part in found.sections.values())
+    page = report(run, capsys)
+    assert page.source.count("No plot: plots need matplotlib") == 5
+    assert not any(part.pictures for part in page.sections.values())
 
 
 def test_a_resumed_run_and_a_sweep(run, capsys, undrawn):
@@ -313,10 +311,10 @@ def test_a_resumed_run_and_a_sweep(run, capsys, undrawn):
     (run.path / "ttt_sweep.json").write_text(
         json.dumps({"tokens": 640, "adapters": {"lora": compared("lora")}})
     )
-    found = report(run, capsys)
-    assert "optim.matrix_lr was 0.025 and is 0.02" in found.sections["Configuration"].text
-    assert "+0.01000 to +0.09000" in found.sections["Test-time training"].text
-    rates = found.cells[found.cells.index("qo_bank") :][:5]
+    page = report(run, capsys)
+    assert "optim.matrix_lr was 0.025 and is 0.02" in page.sections["Configuration"].text
+    assert "+0.01000 to +0.09000" in page.sections["Test-time training"].text
+    rates = page.cells[page.cells.index("qo_bank") :][:5]
     assert rates == ["qo_bank", "3", "0.5000", "0.7500", "1.0000"]
 
 
@@ -324,30 +322,30 @@ def test_illegal_scores_are_labeled_everywhere(run, capsys, undrawn):
     """Pages are shared: no score of two passes may look like a legal one."""
     broken = TTTConfig(adapter="error_guided")
     for weights in ("artifact", "float"):
-        story = {"illegal": broken.illegal, "ttt": asdict(broken)}
-        rewrite(run.path / f"scores_{weights}.json", lambda scores, story=story: scores.update(story))
+        tree = {"illegal": broken.illegal, "ttt": asdict(broken)}
+        rewrite(run.path / f"scores_{weights}.json", lambda scores, tree=tree: scores.update(tree))
     adapters = {name: compared(name) for name in ("run", "lora")}
     sweep = {"tokens": 640, "adapters": adapters, "illegal": {"run": broken.illegal}}
     (run.path / "ttt_sweep.json").write_text(json.dumps(sweep))
-    found = report(run, capsys)
+    page = report(run, capsys)
     for title, times in (("Overview", 2), ("Scores", 2), ("Quantization gap", 1)):
-        assert found.sections[title].text.count("sliding + TTT (ILLEGAL)") == times, title
-    assert found.sections["Scores"].text.count(" TTT (ILLEGAL)") == 4
-    assert "bpb with TTT (ILLEGAL)" in found.sections["Where the bits go"].text
-    adaptation = found.sections["Test-time training"].text
+        assert page.sections[title].text.count("sliding + TTT (ILLEGAL)") == times, title
+    assert page.sections["Scores"].text.count(" TTT (ILLEGAL)") == 4
+    assert "bpb with TTT (ILLEGAL)" in page.sections["Where the bits go"].text
+    adaptation = page.sections["Test-time training"].text
     assert f"BREAKS THE RULES of the challenge: {broken.illegal};" in adaptation
     assert "each scored before" not in adaptation
-    assert "share 0.02" in found.code
+    assert "share 0.02" in page.code
     assert "chunk_tokens" not in adaptation
-    assert "run (ILLEGAL)" in found.cells
-    assert "lora" in found.cells
+    assert "run (ILLEGAL)" in page.cells
+    assert "lora" in page.cells
 
 
 def test_names_are_not_markup(run, capsys, undrawn):
     rewrite(run.config_file, lambda tree: tree.update(name="<script>"))
     odd = RunFolder(run.path.rename(run.path.parent / "a <i> & b"))
-    found = report(odd, capsys)
-    assert found.titles == ["Run a <i> & b"]
+    page = report(odd, capsys)
+    assert page.titles == ["Run a <i> & b"]
 
 
 def test_out_and_refusals(run, capsys, tmp_path, undrawn):
@@ -377,13 +375,13 @@ def test_audit_is_saved_and_shown(run, capsys, monkeypatch, undrawn):
     assert cli.main(["audit", str(run.path), "--only", "C1"]) == 0
     assert not run.audit_file.exists()
     assert cli.main(["report", str(run.path), "--audit"]) == 1
-    story = read_json(run.audit_file)
-    assert [f["verdict"] for f in story["findings"]] == ["pass", "FAIL"]
-    assert story["artifact_sha256"] == sizes(run.artifact_file).sha256
+    tree = read_json(run.audit_file)
+    assert [f["verdict"] for f in tree["findings"]] == ["pass", "FAIL"]
+    assert tree["artifact_sha256"] == sizes(run.artifact_file).sha256
     capsys.readouterr()
-    found = report(run, capsys)
-    assert "FAILED: C2 (1 of 2 properties hold)" in found.sections["Audit"].text
-    assert "seen C2" in found.sections["Audit"].text
+    page = report(run, capsys)
+    assert "FAILED: C2 (1 of 2 properties hold)" in page.sections["Audit"].text
+    assert "seen C2" in page.sections["Audit"].text
 
 
 def test_pace_by_kind_of_step():
@@ -404,8 +402,8 @@ def test_pace_by_kind_of_step():
 
 @pytest.mark.skipif(browser() is None, reason="no Chromium on this machine")
 def test_a_browser_shows_it_without_errors(run, capsys, tmp_path):
-    found = report(run, capsys)
-    asked, console, seen = visit(browser(), found.source, tmp_path / "profile")
+    page = report(run, capsys)
+    asked, console, seen = visit(browser(), page.source, tmp_path / "profile")
     assert asked == ["/"]
     assert console == []
     assert seen.count("<h2") == len(SECTIONS)

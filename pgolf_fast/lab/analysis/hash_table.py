@@ -285,8 +285,8 @@ def _contribution(losses: Mapping[str, Mapping[str, np.ndarray]], validation: Va
         for part, without in by_part.items():
             if not part:
                 continue
-            sums = (np.add.reduceat(each, starts) for each in (without, base))
-            bpb, low, high = bootstrap_gain(*sums, text_bytes)
+            before, after = (np.add.reduceat(each, starts) for each in (without, base))
+            bpb, low, high = bootstrap_gain(before, after, text_bytes)
             change = without - base
             sides = [float(change[c].mean()) if c.any() else None for c in (after_start, ~after_start)]
             nats = float(change.mean())

@@ -312,7 +312,7 @@ def _reliability(measured: Sequence[ModelLosses]) -> Summary:
     rows: list[tuple[str, ...]] = []
     for one in measured:
         c = one.calibration
-        bins = [(f"{low:.1f} to {high:.1f}", *part) for low, high, *part in c.reliability()]
+        bins = [(f"{low:.1f} to {high:.1f}", n, p, right) for low, high, n, p, right in c.reliability()]
         for name, count, confidence, accuracy in (*bins, ("all", c.targets, c.confidence, c.accuracy)):
             cells = (f"{confidence:.3f}", f"{accuracy:.3f}", f"{accuracy - confidence:+.3f}")
             rows.append((one.name, name, f"{count:,}", *(cells if count else ("-",) * 3)))

@@ -128,9 +128,9 @@ def _weights_file(folder: RunFolder, weights: Weights) -> Path:
 def _config(path: Path, folder: RunFolder | None, named: RunConfig | None) -> RunConfig | None:
     """Return the configuration in a file, else `named`, else that of the run folder."""
     if path.is_file():
-        story = load_story(path) if path.suffix == ".safetensors" else {}
-        if "config" in story:
-            return run_config_from_dict(story["config"])
+        metadata = load_story(path) if path.suffix == ".safetensors" else {}
+        if "config" in metadata:
+            return run_config_from_dict(metadata["config"])
         if named is not None:
             return named
     return None if folder is None else folder.read_config()

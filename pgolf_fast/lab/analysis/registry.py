@@ -1,4 +1,4 @@
-"""The analyses: running them by name, and writing what they found."""
+"""Registry of the analyses: run them by name and write the results."""
 
 from __future__ import annotations
 
@@ -123,14 +123,14 @@ def write_results(out: Path, results: Results) -> None:
                 write_bytes(out / file, summary.plots[name])
             entries.append({**_entry(summary), "plots": files})
             sections.append(_section(summary))
-        analyses[one.name] = {"seconds": one.seconds, "findings": entries}
+        analyses[one.name] = {"seconds": one.seconds, "summaries": entries}
     models = [{"name": m.name, "file": _last(m.path), "parameters": m.parameters} for m in results.models]
     settings = {
         key: _last(value) if isinstance(value, Path) else value if isinstance(value, int) else str(value)
         for key, value in vars(results.options).items()
         if value is not None
     }
-    tree = {"models": models, "options": settings, "analyses": analyses, "left_out": skipped}
+    tree = {"models": models, "options": settings, "analyses": analyses, "skipped": skipped}
     write_text(out / "analysis.json", json.dumps(_plain(tree), indent=1, allow_nan=False) + "\n")
     rows = [(m["name"], m["file"], f"{m['parameters']:,}") for m in models]
     sections.insert(0, Section("Models", tables=(Table(("model", "file or folder", "parameters"), rows),)))

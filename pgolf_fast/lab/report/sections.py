@@ -202,16 +202,16 @@ def scores(run: RunRecord) -> Section:
     """Show the three scores of each kind of weights, and the gains of sliding and of adapting."""
     if not run.scores:
         return Section("Scores", "The run is not scored: run `pgolf eval`.")
-    found = []
+    score_tables = []
     for weights, tree in run.scores.items():
         table = score_table(tree)
         table.caption = "The artifact" if weights == "artifact" else "The float weights, before quantization"
-        found += [table, _gains(tree)]
+        score_tables += [table, _gains(tree)]
     text = (
         "The three scores of the same weights belong together: the gain of test-time training is the third "
         "less the second, and the gain of sliding windows is the second less the first."
     )
-    return Section("Scores", text, tuple(table for table in found if table.rows))
+    return Section("Scores", text, tuple(table for table in score_tables if table.rows))
 
 
 def _gains(tree: dict[str, Any]) -> Table:
