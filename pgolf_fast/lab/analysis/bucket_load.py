@@ -98,7 +98,7 @@ def contexts_of(config: ModelConfig, tokens: np.ndarray, has_leading_space: np.n
         if row is None:
             continue
         length = order + 1  # tokens before the current one
-        keys = ids[length:]
+        keys = ids[length:]  # an n-gram is a number in base V
         for back in range(1, length + 1):
             keys = keys * vocab + ids[length - back : len(ids) - back]
         _, first, counts = np.unique(keys, return_index=True, return_counts=True)

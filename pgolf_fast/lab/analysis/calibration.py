@@ -49,7 +49,7 @@ class Calibration:
         added_top = _histograms(top, BINS, None, confidence, guess == wanted)
         added_every = _histograms(places.flatten(), self._every.shape[1], None, probabilities.flatten())
         added_hits = _histograms(hits, self._every.shape[1], None)
-        with self._lock:
+        with self._lock:  # the scorer calls `losses` from several threads
             self._top += added_top
             self._every += np.concatenate((added_every, added_hits))
             self._sums += [float(values.double().sum()) for values in sums]

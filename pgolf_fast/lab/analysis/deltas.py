@@ -89,6 +89,7 @@ def corrected(a: LoadedModel, b: LoadedModel) -> Summary:
 def _compare_slots(a: Tensor, b: Tensor) -> dict[str, Any]:
     x, y = a.double().flatten(1), b.double().flatten(1)
     norm_x, norm_y, distance = x.norm(dim=1), y.norm(dim=1), (y - x).norm(dim=1)
+    # A zero slot has no direction; it keeps its place as None
     usable = ((norm_x > 0) & (norm_y > 0)).tolist()
     by_slot = {
         "cosine_by_slot": (x * y).sum(1) / (norm_x * norm_y),

@@ -216,6 +216,7 @@ def _squares(network: GPT, tokens: Tensor) -> tuple[Tensor, Tensor]:
     parts: list[Tensor] = []
     hook = network.bigram.register_forward_hook(lambda module, x, out: parts.append(out.square().mean(-1)))
     try:
+        # 4,096 tokens at a time bound the memory of the embeddings
         for chunk in tokens.split(max(1, 4096 // tokens.shape[1])):
             network.embed(chunk)
     finally:

@@ -91,6 +91,7 @@ def run_analyses(
         start = time.perf_counter()
         try:
             need_models(name, len(models))
+            # Imported when it runs: listing the analyses must not load torch and the evaluation code
             module = import_module(f"pgolf_fast.lab.analysis.{ANALYSES[name][0]}")
             summaries = module.analyze(models, options)
         except PgolfError as error:
@@ -110,6 +111,7 @@ def write_results(out: Path, results: Results) -> None:
     No path of this machine is written, so that the folder can be shared.
     """
     out.mkdir(parents=True, exist_ok=True)
+    # The number in the pattern keeps files of the user, such as surface.png
     for old in (file for name in ANALYSES for file in out.glob(f"{name}_[0-9]*_*.png")):
         old.unlink()
     skipped = {name: portable(why) for name, why in results.skipped.items()}

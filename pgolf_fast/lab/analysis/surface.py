@@ -86,7 +86,7 @@ def corrected(models: Sequence[LoadedModel], validation: Validation, options: Op
     values: dict[str, Any] = {}
     for model in models:
         network = model.network(validation.source.table, options.device, torch.float64)
-        surface = LossSurface(network, tokens, targets)
+        surface = LossSurface(network, tokens, targets)  # differences of gradients need float64
         if not math.isfinite(surface.loss + float(surface.gradient.norm())):
             raise diverged(model.name, "loss and gradient")
         signs = random_signs(surface.size, options.seed, options.device)

@@ -52,6 +52,7 @@ def open_validation(models: Sequence[LoadedModel], options: Options) -> Validati
     source = open_source(data, config.model.vocab_size)
     for model in models:
         own = model.tokenizer()
+        # Files are compared, since the same vocabulary size does not mean the same tokens
         if own is not None and own.path.read_bytes() != source.tokenizer.path.read_bytes():
             raise PgolfError(
                 f"the shards in {source.folder} belong to tokenizer {source.tokenizer.path}, {model.name} "

@@ -65,6 +65,7 @@ def cosine(a: Tensor, b: Tensor) -> float | None:
     """Return the cosine of two tensors as vectors, in float64, or None if one is zero."""
     x, y = a.double().flatten(), b.double().flatten()
     norms = float(x.norm() * y.norm())
+    # Rounding can exceed 1, which acos and sqrt(1 + cosine) of the callers do not accept
     return max(-1.0, min(1.0, float(x @ y) / norms)) if norms else None
 
 
