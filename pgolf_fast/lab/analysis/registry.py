@@ -91,7 +91,7 @@ def run_analyses(
         start = time.perf_counter()
         try:
             need_models(name, len(models))
-            # Imported when it runs: listing the analyses must not load torch and the evaluation code
+            # Imported when it runs, so that one analysis does not load the code of all
             module = import_module(f"pgolf_fast.lab.analysis.{ANALYSES[name][0]}")
             summaries = module.analyze(models, options)
         except PgolfError as error:

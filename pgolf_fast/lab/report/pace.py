@@ -21,7 +21,7 @@ def step_seconds(steps: Mapping[int, Mapping[str, Any]]) -> dict[int, float]:
     """Return the seconds of each step whose predecessor was recorded too."""
     seconds = {}
     for step in sorted(steps):
-        if step - 1 in steps:  # after a resume, the clock of the previous step may be missing
+        if step - 1 in steps:
             elapsed = as_float(steps[step].get("elapsed")) - as_float(steps[step - 1].get("elapsed"))
             if math.isfinite(elapsed) and elapsed > 0:
                 seconds[step] = elapsed
