@@ -45,7 +45,7 @@ class _Audit:
 def audit(argv: list[str]) -> int:
     """pgolf audit RUN_OR_ARTIFACT [--tokens N] [--only C1 C2 ...] [--json FILE] [--ttt.field value]"""
     from pgolf_fast.artifact.container import sizes
-    from pgolf_fast.lab.audit.check import broken, run_checks, table
+    from pgolf_fast.lab.audit.check import broken, findings_table, run_checks
     from pgolf_fast.lab.audit.subject import checks, open_subject, settings
 
     if not argv or argv[0].startswith("-"):
@@ -67,7 +67,7 @@ def audit(argv: list[str]) -> int:
         raise PgolfError(f"there is no check {', '.join(sorted(unknown))}; they are C1 to C{len(found)}")
     results = run_checks(check for check in found if not a.only or check.id in a.only)
     findings = [{**asdict(r), "verdict": r.verdict} for r in results]
-    print_out(table(findings).text())
+    print_out(findings_table(findings).text())
     path = a.json
     if path is None and subject.folder is not None and not a.only:
         path = subject.folder.audit_file

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -39,7 +40,7 @@ def sweep(argv: list[str]) -> int:
     """pgolf ttt-sweep RUN [--adapters NAME ...] [--stride N] [--tokens N] [--after N] [--allow-illegal]"""
     from pgolf_fast.config.run_folder import RunFolder
     from pgolf_fast.distributed import join_world
-    from pgolf_fast.lab.compare.sweep import sweep_run, table
+    from pgolf_fast.lab.compare.sweep import sweep_run, sweep_table
 
     arguments = parse("ttt-sweep", _Sweep, argv)
     folder = RunFolder(existing(arguments.run, "run folder"))
@@ -59,12 +60,9 @@ def sweep(argv: list[str]) -> int:
     config = replace(config, data=data, eval=replace(config.eval, stride=stride))
     with join_world() as world:
         console.setup_logging(folder.log_file if world.is_main else None, quiet=not world.is_main)
-        found = sweep_run(
-            folder, config, chosen, world, after=arguments.after, allow_illegal=arguments.allow_illegal
-        )
+        sweep_run(folder, config, chosen, world, after=arguments.after, allow_illegal=arguments.allow_illegal)
     if world.is_main:
-        illegal = [name for name, ttt in chosen.items() if ttt.illegal]
-        print_out(table(found, illegal).text())
+        print_out(sweep_table(json.loads(folder.sweep_file.read_text(encoding="utf-8"))).text())
         for name, ttt in chosen.items():
             if ttt.illegal:
                 print_out(f"{name} BREAKS THE RULES of the challenge: {ttt.illegal}.")

@@ -62,7 +62,7 @@ def broken(results: Iterable[Result]) -> list[str]:
     return [result.id for result in results if result.passed is False]
 
 
-def table(findings: Iterable[Mapping[str, Any]]) -> Table:
-    """Tabulate the findings of audit.json."""
+def findings_table(findings: Iterable[Mapping[str, Any]]) -> Table:
+    """Tabulate the `findings` of audit.json."""
     rows = [(f["id"], f["title"], f["verdict"], f"{f['seconds']:.1f}", f["evidence"]) for f in findings]
-    return Table(("check", "property", "verdict", "seconds", "evidence"), rows)
+    return Table(("id", "property", "verdict", "seconds", "evidence"), rows)

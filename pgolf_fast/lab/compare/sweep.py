@@ -6,10 +6,11 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -224,19 +225,20 @@ def sweep_run(
     return found
 
 
-def table(rows: Iterable[Comparison], illegal: Collection[str] = ()) -> Table:
-    """Tabulate `sweep`, labeling the adapters that are `illegal`."""
-    header = ("adapter", "bpb", "gain", "95 % interval", "us/token", "updates", "trainable")
-    cells = [
+def sweep_table(content: Mapping[str, Any]) -> Table:
+    """Tabulate the content of ttt_sweep.json; adapters that break the rules are labeled."""
+    illegal = content.get("illegal", {})
+    rows = [
         (
-            mark(row.name, row.name in illegal),
-            f"{row.bpb:.6f}",
-            f"{row.gain:+.6f}",
-            f"{row.low:+.5f} to {row.high:+.5f}",
-            f"{row.microseconds_a_token:.1f}",
-            f"{row.updates:,}",
-            f"{row.trainable:,}",
+            mark(name, name in illegal),
+            f"{row['bpb']:.6f}",
+            f"{row['gain']:+.6f}",
+            f"{row['low']:+.5f} to {row['high']:+.5f}",
+            f"{row['microseconds_a_token']:.1f}",
+            f"{row['updates']:,}",
+            f"{row['trainable']:,}",
         )
-        for row in rows
+        for name, row in content["adapters"].items()
     ]
-    return Table(header, cells)
+    header = ("adapter", "bpb", "gain", "95 % interval", "us/token", "updates", "trainable")
+    return Table(header, rows, f"Adapters compared on {content.get('tokens', 0):,} targets")
