@@ -194,7 +194,7 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list[Path], str]]:
         "cut.jsonl.xz": (lzma.compress(good.encode() * 100)[:-20], "cannot read .*cut.jsonl.xz: "),
         "page.html": (b"<p>", r"page.html is not a kind of file that can be read: give .txt"),
         "empty.txt": (b"", "empty corpus: no text in .*empty.txt"),
-        "short.txt": (b"x", "only document in .*short.txt is too short to set 5% of it apart"),
+        "short.txt": (b"x", "only document in .*short.txt is too short to use 5% of it for validation"),
         "same.jsonl": (good.encode() * 4, "all 4 documents in .* are the same"),
     }
     cases = {}
