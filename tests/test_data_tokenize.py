@@ -137,7 +137,7 @@ def test_a_lone_document_gives_its_end(tmp_path: Path) -> None:
     assert len(val) == pytest.approx(0.1 * len(text), rel=0.05)
 
 
-def test_a_folder_stands_for_its_files(tmp_path: Path) -> None:
+def test_a_folder_is_read_as_its_files(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     for i, text in enumerate(made_up(12)):
         (tmp_path / "in" / f"{i:02d}.txt").write_text(text, encoding="utf-8")
