@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
 
 SPACE = "\u2581"
-_BLOCK = 1 << 22
+_BLOCK = 1 << 22  # tokens at a time: counting makes int64 arrays of them
 _SENTENCE_CHARS = 2000
 _TRAINING_CHARS = 256_000_000
 """Characters to train on; more text would not change the vocabulary and has to be held in memory."""
@@ -116,7 +116,7 @@ def byte_table(tokenizer: Tokenizer) -> ByteTable:
         if tokenizer.is_silent(token):
             table.is_boundary[token] = True
         elif tokenizer.is_byte(token):
-            table.base_bytes[token] = 1
+            table.base_bytes[token] = 1  # byte fallback: one raw byte
         else:
             piece = tokenizer.piece(token)
             table.has_leading_space[token] = piece.startswith(SPACE)
