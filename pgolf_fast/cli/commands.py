@@ -110,8 +110,7 @@ def quantize(argv: list[str]) -> int:
         quant = replace(quant, grid=arguments.grid)
     if arguments.target_bytes is not None:
         quant = replace(quant, target_bytes=arguments.target_bytes)
-    counts = quantize_run(folder, quant)
-    print_out(console.table([(what, f"{count:,}") for what, count in counts.items()]))
+    print_out(str(quantize_run(folder, quant)))
     print_out(f"wrote {folder.quantized_file}")
     return 0
 
@@ -265,8 +264,8 @@ class _Generate:
 
 def generate(argv: list[str]) -> int:
     """pgolf generate RUN --prompt TEXT [--tokens N] [--temperature T] [--seed S]"""
+    from pgolf_fast.artifact.load import generate as generate_text
     from pgolf_fast.config.run_folder import RunFolder
-    from pgolf_fast.evaluation.steps import continue_text
 
     arguments = parse("generate", _Generate, argv)
     if arguments.tokens < 1:
@@ -275,7 +274,7 @@ def generate(argv: list[str]) -> int:
         raise PgolfError(f"--temperature is {arguments.temperature}; it must not be negative")
     folder = RunFolder(existing(arguments.run, "run folder"))
     print_out(
-        continue_text(
+        generate_text(
             folder, arguments.prompt, arguments.tokens, temperature=arguments.temperature, seed=arguments.seed
         )
     )

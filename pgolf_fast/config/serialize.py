@@ -7,6 +7,7 @@ import difflib
 import types
 import typing
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pgolf_fast.config.schema import RunConfig
@@ -113,3 +114,14 @@ def replace_field(config: Config, name: str, value: object) -> Config:
     else:
         value = _convert(typing.get_type_hints(type(config))[head], value, head)
     return dataclasses.replace(config, **{head: value})  # type: ignore[type-var]
+
+
+def with_fields(config: Config, fields: dict[str, object]) -> Config:
+    """Return a copy with fields set by name, where `__` or `.` separates groups: `train__steps=10`.
+
+    Paths become strings. Raises PgolfError for an unknown field or a wrong type.
+    """
+    for name, value in fields.items():
+        plain = str(value) if isinstance(value, Path) else value
+        config = replace_field(config, name.replace("__", "."), plain)
+    return config

@@ -14,9 +14,6 @@ from pathlib import Path
 import numpy as np
 
 from pgolf_fast import console
-from pgolf_fast.artifact.container import sizes
-from pgolf_fast.artifact.pack import unpack
-from pgolf_fast.artifact.steps import artifact_model
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import RunConfig, TTTConfig
 from pgolf_fast.distributed import ALONE, Ranks, World, this_process
@@ -27,14 +24,13 @@ from pgolf_fast.evaluation.protocol import score_and_adapt, window_chunks
 from pgolf_fast.evaluation.resume import identity
 from pgolf_fast.evaluation.score import Scorer, Stream
 from pgolf_fast.evaluation.scores import compiles, shared_size, window_batches
-from pgolf_fast.evaluation.steps import validation_stream
+from pgolf_fast.evaluation.steps import open_run
 from pgolf_fast.evaluation.ttt import legal_ttt, need_legal
 from pgolf_fast.evaluation.windows import sliding_windows
 from pgolf_fast.io import write_text
 from pgolf_fast.model.bank import Transform
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.quant.fake import make_fake
-from pgolf_fast.quant.state import bank_grids
 
 BASELINE = "sliding"
 RESAMPLES = 2000
@@ -202,16 +198,15 @@ def sweep_run(
     for ttt in adapters.values():
         need_legal(ttt, allow_illegal)
     world = world or this_process()
-    model = artifact_model(folder, config, world)
-    grid = bank_grids(unpack(folder.artifact_file)[1])
-    stream = validation_stream(folder, config, world.device)
+    loaded, stream = open_run(folder, config, "artifact", world.device)
+    model, grid = loaded.model, loaded.grid
     beside = folder.path / "ttt_sweep"
     found = sweep(
         model, stream, config, adapters, grid, beside, world, after=after, allow_illegal=allow_illegal
     )
     if world.is_main:
         story = {
-            "artifact_sha256": sizes(folder.artifact_file).sha256,
+            "artifact_sha256": loaded.sha256,
             "tokens": stream.num_targets,
             "after": after,
             "stride": config.eval.stride,

@@ -17,7 +17,7 @@ import numpy as np
 
 from pgolf_fast import console
 from pgolf_fast.artifact.container import sizes
-from pgolf_fast.artifact.steps import artifact_model, pack_run, quantize_run
+from pgolf_fast.artifact.steps import pack_run, quantize_run
 from pgolf_fast.bench.store import provenance
 from pgolf_fast.config.run_folder import RunFolder, stale
 from pgolf_fast.config.schema import RunConfig
@@ -31,7 +31,7 @@ from pgolf_fast.evaluation.documents import document_starts
 from pgolf_fast.evaluation.protocol import score_and_adapt, window_chunks
 from pgolf_fast.evaluation.score import Scorer, Stream
 from pgolf_fast.evaluation.scores import compiles, window_batches
-from pgolf_fast.evaluation.steps import score_run, validation_stream
+from pgolf_fast.evaluation.steps import open_run, score_run
 from pgolf_fast.evaluation.windows import plain_windows, sliding_windows
 from pgolf_fast.io import write_text
 from pgolf_fast.lab.compare.ablation.plan import Job
@@ -158,9 +158,9 @@ def _score(folder: RunFolder, config: RunConfig, scores: Scores) -> dict[str, Sc
     """The losses of the artifact, by the names in PASSES."""
     if scores == "all":
         return score_run(folder, config, "artifact").scorers
-    world, length = this_process(), config.eval_seq_len
-    model = artifact_model(folder, config, world)
-    stream = validation_stream(folder, config, world.device)
+    length = config.eval_seq_len
+    loaded, stream = open_run(folder, config, "artifact", this_process().device)
+    model = loaded.model
     windows = {"non_overlapping": plain_windows(stream.num_targets, length)}
     if scores == "sliding":
         windows["sliding"] = sliding_windows(
