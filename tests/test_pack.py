@@ -21,10 +21,18 @@ from pgolf_fast.artifact.submission import code_bytes
 from pgolf_fast.config.schema import PackConfig, QuantConfig, RunConfig
 from pgolf_fast.config.serialize import run_config_to_dict
 from pgolf_fast.errors import PgolfError
+from pgolf_fast.io import save_tensors
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.ops import native
 from pgolf_fast.ops.lzma import compress_bytes
-from pgolf_fast.quant.state import QuantizedState, QuantizedTensor, dequantize_state, quantize_state
+from pgolf_fast.quant.rd import rate_distortion
+from pgolf_fast.quant.state import (
+    QuantizedState,
+    QuantizedTensor,
+    dequantize_state,
+    quantize_model,
+    quantize_state,
+)
 
 RUN = RunConfig(name="test", model=tiny_config())
 ROUND = QuantConfig(method="round", small_tensor=600)
@@ -295,3 +303,37 @@ def test_containers_without_a_packed_model(quantized, tmp_path):
     write_container(path, tree, records)
     with pytest.raises(PgolfError, match="did you mean"):
         load(path)
+
+
+# The run folder's file
+
+
+@pytest.mark.parametrize("rd", [False, True])
+def test_saved_state_is_the_same(model, tmp_path, rd):
+    settings = QuantConfig(calibration_sequences=6, calibration_length=24, small_tensor=600)
+    config = replace(settings, grid="rd", rank=2) if rd else settings
+    if rd:
+        state = rate_distortion(model, config, seq_len=24).quantize(1e-7)
+    else:
+        state = quantize_model(model, config, seq_len=24)
+    state.save(tmp_path / "q.safetensors", config)
+    again, stored = QuantizedState.load(tmp_path / "q.safetensors")
+    assert stored == config
+    assert list(again.tensors) == list(state.tensors)
+    for name, tensor in state.tensors.items():
+        other = again.tensors[name]
+        if isinstance(tensor, QuantizedTensor):
+            assert tensor.bits == other.bits
+            assert torch.equal(tensor.dequantized(), other.dequantized())
+        else:
+            assert torch.equal(tensor, other)
+
+
+def test_a_file_that_is_no_quantized_state(tmp_path):
+    path = tmp_path / "q.safetensors"
+    save_tensors(path, {"a": torch.zeros(2)}, {})
+    with pytest.raises(PgolfError, match=r"q\.safetensors holds no quantized model .*quantize the run again"):
+        QuantizedState.load(path)
+    named = {"blocks.0.mlp.fc.weight.q": torch.zeros(2, 2, dtype=torch.int8)}
+    with pytest.raises(PgolfError, match=r"blocks\.0\.mlp\.fc\.weight has no scale"):
+        QuantizedState.from_named(named, {"codes": 6})

@@ -17,7 +17,6 @@ from pgolf_fast.config.presets import exp101
 from pgolf_fast.config.schema import PackConfig, QuantConfig, RunConfig
 from pgolf_fast.config.serialize import run_config_to_dict
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.io import save_tensors
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.model.rope import rope_tables
 from pgolf_fast.ops import reference
@@ -481,37 +480,3 @@ def test_quantize_state_errors():
         label = "blocks" if name == "kv_bank" else name
         with pytest.raises(PgolfError, match=rf"{label}.*finite"):
             quantize_state(broken, plain)
-
-
-# The file
-
-
-@pytest.mark.parametrize("rd", [False, True])
-def test_saved_state_is_the_same(tmp_path, rd):
-    model = random_model()
-    config = replace(QUICK, grid="rd", rank=2) if rd else QUICK
-    if rd:
-        state = rate_distortion(model, config, seq_len=24).quantize(1e-7)
-    else:
-        state = quantize_model(model, config, seq_len=24)
-    state.save(tmp_path / "q.safetensors", config)
-    again, settings = QuantizedState.load(tmp_path / "q.safetensors")
-    assert settings == config
-    assert list(again.tensors) == list(state.tensors)
-    for name, tensor in state.tensors.items():
-        other = again.tensors[name]
-        if isinstance(tensor, QuantizedTensor):
-            assert tensor.bits == other.bits
-            assert torch.equal(tensor.dequantized(), other.dequantized())
-        else:
-            assert torch.equal(tensor, other)
-
-
-def test_a_file_that_is_no_quantized_state(tmp_path):
-    path = tmp_path / "q.safetensors"
-    save_tensors(path, {"a": torch.zeros(2)}, {})
-    with pytest.raises(PgolfError, match=r"q\.safetensors holds no quantized model .*quantize the run again"):
-        QuantizedState.load(path)
-    named = {"blocks.0.mlp.fc.weight.q": torch.zeros(2, 2, dtype=torch.int8)}
-    with pytest.raises(PgolfError, match=r"blocks\.0\.mlp\.fc\.weight has no scale"):
-        QuantizedState.from_named(named, {"codes": 6})

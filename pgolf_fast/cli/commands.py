@@ -44,17 +44,7 @@ def train(argv: list[str]) -> int:
     result = run_training(arguments.config, out, resume=arguments.resume, track=arguments.track)
     if not result.is_main:
         return 0
-    rate = result.tokens / result.seconds if result.seconds else 0.0
-    rows = [
-        ("steps", f"{result.steps:,}"),
-        ("tokens", f"{result.tokens:,}"),
-        ("tokens/s", f"{rate:,.0f}"),
-        ("training time", console.duration(result.seconds)),
-        ("bpb, after Reptile" if result.keeps_raw else "bpb, raw weights", f"{result.raw.bpb:.4f}"),
-        ("bpb, averaged weights", f"{result.averaged.bpb:.4f}"),
-        ("run folder", str(result.folder.path)),
-    ]
-    print_out(console.table(rows))
+    print_out(str(result))
     return 0
 
 

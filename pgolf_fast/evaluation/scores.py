@@ -43,6 +43,9 @@ class ThreeScores:
             for name, s in scores.items()
         ]
 
+    def __str__(self) -> str:
+        return console.Table(("score", "bpb", "nats/token", "seconds"), self.rows()).text()
+
     def to_dict(self) -> dict[str, object]:
         """Plain values for JSON, and nothing that differs when the same is scored again."""
         return {
