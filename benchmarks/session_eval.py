@@ -26,7 +26,9 @@ from pgolf_fast.bench.run import attempt
 from pgolf_fast.config.presets import preset
 from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.data.tokenizer import ByteTable
-from pgolf_fast.evaluation.adapt import SGD, Frozen, Scored, trainable_parameters
+from pgolf_fast.evaluation.adapters.base import Scored
+from pgolf_fast.evaluation.adapters.descent import SGD, trainable_parameters
+from pgolf_fast.evaluation.adapters.frozen import Frozen
 from pgolf_fast.evaluation.estimate import forward_flops
 from pgolf_fast.evaluation.score import Scorer, Stream, batch_size
 from pgolf_fast.evaluation.windows import Windows, sliding_windows
@@ -149,7 +151,7 @@ def ours(way: Way, chunk: Chunk, model: GPT) -> Runner:
         scorer.score(adapter.score, 0, len(chunk.windows))
         return scorer.losses
 
-    return Runner(way, score, lambda: adapter.adapt(Scored(chunk.tokens, 1, 947)))
+    return Runner(way, score, lambda: adapter.adapt(Scored(chunk.tokens[None], 1, 947)))
 
 
 def plain(way: Way, chunk: Chunk, model: GPT) -> Runner:

@@ -13,7 +13,7 @@ import pytest
 from runs import make_dataset, run_config
 
 import pgolf_fast as pg
-from pgolf_fast.config.serialize import flatten
+from pgolf_fast.config.fields import flatten
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

@@ -14,9 +14,9 @@ from torch.overrides import TorchFunctionMode
 
 from pgolf_fast import console
 from pgolf_fast.artifact.container import read_container, sizes
+from pgolf_fast.config.fields import run_config_from_dict
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import RunConfig
-from pgolf_fast.config.serialize import run_config_from_dict
 from pgolf_fast.data.tokenizer import Tokenizer, byte_table
 from pgolf_fast.distributed import this_process
 from pgolf_fast.errors import PgolfError

@@ -10,21 +10,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pgolf_fast.artifact import codecs
-from pgolf_fast.artifact.budget import Pruned, prune_to_fit
 from pgolf_fast.artifact.container import (
+    SECTIONS,
     ContainerSizes,
+    Kind,
     SectionSize,
     TensorRecord,
-    container_bytes,
-    write_container,
 )
-from pgolf_fast.artifact.reader import SECTIONS, Kind
+from pgolf_fast.artifact.prune import Pruned, prune_to_fit
 from pgolf_fast.artifact.submission import code_bytes
+from pgolf_fast.artifact.writer import container_bytes, write_container
 from pgolf_fast.config.schema import PackConfig
 from pgolf_fast.console import Table
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import atomic_path
-from pgolf_fast.ops import native
 from pgolf_fast.quant.state import CODES, SCALE, QuantizedState, is_part, section_of
 
 TOLERANCE = 128  # bytes below the limit at which the search for codes to prune stops, besides the margin
@@ -53,23 +52,22 @@ class PackReport:
         """Weights and code: the number that the limit applies to."""
         return self.weights_bytes + self.code_bytes
 
-    def rows(self) -> list[tuple[str, str]]:
-        """Bytes by part, then weights + code = total against the limit."""
-        rows = [("header", f"{self.header_bytes:,}")]
-        rows += [(f"section {s.name}", f"{s.stored_bytes:,}") for s in self.sections]
-        rows += [
-            ("weights", f"{self.weights_bytes:,}"),
-            ("+ code", f"{self.code_bytes:,}"),
-            ("= total", f"{self.total_bytes:,}"),
-            ("limit", f"{self.limit_bytes:,}"),
-            ("left", f"{self.limit_bytes - self.total_bytes:,}"),
-        ]
-        if self.pruned:
-            rows.append((f"codes zeroed of {self.candidates:,}", f"{self.pruned:,}"))
-        return rows
+    def table(self, title: str = "part") -> Table:
+        """Tabulate bytes by part, ending with weights + code = total against the limit."""
+        rows = {
+            "header": self.header_bytes,
+            **{f"section {s.name}": s.stored_bytes for s in self.sections},
+            "weights": self.weights_bytes,
+            "+ code": self.code_bytes,
+            "= total": self.total_bytes,
+            "limit": self.limit_bytes,
+            "left": self.limit_bytes - self.total_bytes,
+            **({f"codes zeroed of {self.candidates:,}": self.pruned} if self.pruned else {}),
+        }
+        return Table((title, "bytes"), [(part, f"{size:,}") for part, size in rows.items()])
 
     def __str__(self) -> str:
-        return Table(("part", "bytes"), self.rows()).text()
+        return self.table().text()
 
 
 def build_records(quantized: QuantizedState) -> list[TensorRecord]:
@@ -149,11 +147,8 @@ def _prune(records: list[TensorRecord], sizes: ContainerSizes, code: int, config
         raise _too_large(sizes.total_bytes, code, config.limit_bytes, hint)
 
     shapes = [(*array.shape, 1) for array in matrices]
-    extension = native.extension()
 
     def coded_size(flat: NDArray[np.int8]) -> int:
-        if extension is not None and codec == "rans":
-            return extension.rans_size(flat, shapes)
         settings = {"preset": config.lzma_preset} if codec == "lzma" else {}
         return min(len(codecs.encode(codec, flat.tobytes(), shapes, **settings)), flat.size)
 

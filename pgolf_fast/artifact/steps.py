@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pgolf_fast import console
-from pgolf_fast.artifact.landing import land
+from pgolf_fast.artifact.landing import fit_to_target
 from pgolf_fast.artifact.load import load
 from pgolf_fast.artifact.pack import PackReport, artifact_bytes, pack
 from pgolf_fast.artifact.submission import code_bytes
+from pgolf_fast.config.fields import run_config_to_dict, with_fields
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import PackConfig, QuantConfig, RunConfig
-from pgolf_fast.config.serialize import run_config_to_dict, with_fields
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.quant.rd import rate_distortion
 from pgolf_fast.quant.state import QuantizedState, QuantizedTensor, quantize_model
@@ -65,7 +65,7 @@ def _land(model: GPT, config: RunConfig) -> QuantizedState:
         target = packing.limit_bytes - code
     tree = run_config_to_dict(config)
     grids = rate_distortion(model, quant, seq_len=config.train.seq_len)
-    landed = land(grids, lambda state: artifact_bytes(state, tree, packing), target)
+    landed = fit_to_target(grids, lambda state: artifact_bytes(state, tree, packing), target)
     console.logger.info(
         "%s of %s bytes, at %.2e nats a bit", f"{landed.artifact_bytes:,}", f"{target:,}", landed.price
     )

@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 
 from pgolf_fast.artifact.load import LoadedModel, load
+from pgolf_fast.config.fields import run_config_to_dict, with_fields
 from pgolf_fast.config.run_folder import RunFolder, Weights
 from pgolf_fast.config.schema import RunConfig
-from pgolf_fast.config.serialize import run_config_to_dict, with_fields
 from pgolf_fast.data.source import Source, open_source
 from pgolf_fast.distributed import World, this_process
 from pgolf_fast.errors import PgolfError
@@ -108,7 +108,7 @@ def score_run(
         digest = identity(model, stream, settings)
         resume = Resume(result, digest, 60 * config.eval.checkpoint_minutes, world.is_main)
     scores = three_scores(
-        model, stream, config, loaded.grid, ranks=world, resume=resume, allow_illegal=allow_illegal
+        model, stream, config, loaded.grid, world=world, resume=resume, allow_illegal=allow_illegal
     )
     if world.is_main:
         write_text(result, json.dumps(_report(scores, loaded, weights, tree), indent=2) + "\n")

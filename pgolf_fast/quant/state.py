@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pgolf_fast.config.fields import from_dict
 from pgolf_fast.config.schema import QuantConfig
-from pgolf_fast.config.serialize import from_dict
 from pgolf_fast.console import progress
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import load_tensors, save_tensors

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pgolf_fast.data.shards import BOS_ID
 from pgolf_fast.data.tokenizer import SPACE, ByteTable, Tokenizer, scored_bytes, target_bytes
-from pgolf_fast.distributed import ALONE, Ranks
+from pgolf_fast.distributed import SINGLE, World
 from pgolf_fast.evaluation.score import LossFunction
 from pgolf_fast.evaluation.windows import Windows
 from pgolf_fast.lab.audit.check import Finding
@@ -166,11 +166,8 @@ def nothing_learned_while_scoring(seen: Watched) -> Finding:
 
 
 @dataclass(frozen=True)
-class OneOf:
+class OneOf(World):
     """A rank that does its share and hears of no other."""
-
-    rank: int
-    world_size: int
 
     def sum_(self, values: Tensor) -> Tensor:
         return values
@@ -179,7 +176,7 @@ class OneOf:
         return value
 
 
-def shared_out(ways: Mapping[str, Callable[[Ranks], np.ndarray]]) -> Finding:
+def shared_out(ways: Mapping[str, Callable[[World], np.ndarray]]) -> Finding:
     """C17: what several processes score together is what one scores alone.
 
     Each process in turn is played by this one, and their losses are put together. Nothing else has to be
@@ -187,7 +184,7 @@ def shared_out(ways: Mapping[str, Callable[[Ranks], np.ndarray]]) -> Finding:
     """
     told = []
     for name, losses_of in ways.items():
-        alone = losses_of(ALONE)
+        alone = losses_of(SINGLE)
         for world_size in (2, 3):
             shares = np.stack([losses_of(OneOf(rank, world_size)) for rank in range(world_size)])
             different = int((shares.sum(0) != alone).sum())

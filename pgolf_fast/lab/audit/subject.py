@@ -7,7 +7,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
@@ -18,12 +17,12 @@ from pgolf_fast.config.run_folder import RunFolder, Weights
 from pgolf_fast.config.schema import EvalConfig, PackConfig, RunConfig, TTTConfig
 from pgolf_fast.data.source import open_source
 from pgolf_fast.data.tokenizer import ByteTable, Tokenizer
-from pgolf_fast.distributed import Ranks
-from pgolf_fast.evaluation.adapt import Adapter, DocumentAdapter, Frozen, borrowed
-from pgolf_fast.evaluation.adapters import make_adapter
-from pgolf_fast.evaluation.protocol import Chunk, Segment, score_and_adapt, window_chunks
+from pgolf_fast.distributed import World
+from pgolf_fast.evaluation.adapters.base import Adapter, borrowed
+from pgolf_fast.evaluation.adapters.frozen import Frozen
+from pgolf_fast.evaluation.adapters.registry import adapting_chunks, make_adapter, protocol_of
+from pgolf_fast.evaluation.protocol import Chunk, score_and_adapt, window_chunks
 from pgolf_fast.evaluation.score import LossFunction, Stream, batch_size
-from pgolf_fast.evaluation.ttt import adapting_chunks, protocol_of
 from pgolf_fast.evaluation.windows import BatchSize, Windows, plain_windows, sliding_windows
 from pgolf_fast.lab.audit import causal, provenance, scoring, submission
 from pgolf_fast.lab.audit.check import Check, Finding
@@ -134,14 +133,14 @@ def sliding(config: RunConfig) -> Callable[[int], Windows]:
 
 
 def learning(model: GPT, config: RunConfig, windows: Callable[[int], Windows], grid: Transform) -> Method:
-    """Sliding windows with the configured adapter, as `evaluation.ttt.legal_ttt` puts them together."""
+    """Sliding windows with the configured adapter, as `Evaluator.adapted` puts them together."""
 
     @contextmanager
     def adapter() -> Iterator[Adapter]:
         with borrowed(model):
             yield make_adapter(model, config.ttt, config.eval_seq_len, grid)
 
-    def plan(stream: Stream) -> tuple[Windows, Sequence[Chunk | Segment]]:
+    def plan(stream: Stream) -> tuple[Windows, Sequence[Chunk]]:
         return adapting_chunks(windows(stream.num_targets), stream, config.ttt)
 
     return Method(plan, adapter, protocol_of(config.ttt), config.eval_seq_len, _size(model, config))
@@ -151,7 +150,7 @@ def frozen(model: GPT, config: RunConfig, windows: Callable[[int], Windows]) -> 
     """Sliding windows and a model as it stands."""
     size = _size(model, config)
 
-    def plan(stream: Stream) -> tuple[Windows, Sequence[Chunk | Segment]]:
+    def plan(stream: Stream) -> tuple[Windows, Sequence[Chunk]]:
         found = windows(stream.num_targets)
         return found, window_chunks(found, size)
 
@@ -163,16 +162,15 @@ def _size(model: GPT, config: RunConfig) -> BatchSize:
     return batch_size(config.eval.batch_seqs, config.model, model.compute_dtype, device)
 
 
-def _fresh_losses(adapter: Adapter) -> LossFunction:
+def _fresh_losses(adapter: Adapter, by_document: bool) -> LossFunction:
     """Losses as the adapter gives them before it has learned, of one document if it learns by document."""
-    begin = getattr(adapter, "begin", None)
-    if begin is None:
+    if not by_document:
         return adapter.score
-    begin(1)
+    adapter.begin(1)
 
     def losses(tokens: Tensor, targets: Tensor, context: int) -> Tensor:
         rows = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
-        return cast(DocumentAdapter, adapter).score(tokens, targets, context, rows)
+        return adapter.score(tokens, targets, context, rows)
 
     return losses
 
@@ -195,7 +193,7 @@ def checks(subject: Subject) -> list[Check]:
 
         def run() -> Finding:
             with s.method.adapter() as adapter:
-                return function(_fresh_losses(adapter))
+                return function(_fresh_losses(adapter, s.config.ttt.by_document))
 
         return run
 
@@ -264,5 +262,5 @@ def checks(subject: Subject) -> list[Check]:
     return [Check(f"C{number}", title, run) for number, (title, run) in enumerate(runs.items(), start=1)]
 
 
-def _by_rank(method: Method, stream: Stream) -> Callable[[Ranks], np.ndarray]:
-    return lambda ranks: evaluate(method, stream, ranks)
+def _by_rank(method: Method, stream: Stream) -> Callable[[World], np.ndarray]:
+    return lambda world: evaluate(method, stream, world)

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pgolf_fast.distributed import ALONE, Ranks
-from pgolf_fast.evaluation.adapt import Adapter, Scored
-from pgolf_fast.evaluation.protocol import Chunk, Segment
+from pgolf_fast.distributed import SINGLE, World
+from pgolf_fast.evaluation.adapters.base import Adapter, Scored
+from pgolf_fast.evaluation.protocol import Chunk
 from pgolf_fast.evaluation.score import LossFunction, Score, Scorer, Stream
 from pgolf_fast.evaluation.windows import BatchSize, Windows
 
@@ -27,7 +27,7 @@ from pgolf_fast.evaluation.windows import BatchSize, Windows
 class Method:
     """How an evaluation is put together. Each piece can be replaced, by what is to be audited instead."""
 
-    plan: Callable[[Stream], tuple[Windows, Sequence[Chunk | Segment]]]
+    plan: Callable[[Stream], tuple[Windows, Sequence[Chunk]]]
     """The windows of a stream, and its chunks of them."""
     adapter: Callable[[], AbstractContextManager[Adapter]]
     """A fresh adapter, after which everything is as before."""
@@ -37,10 +37,10 @@ class Method:
     size: BatchSize
 
 
-def evaluate(method: Method, stream: Stream, ranks: Ranks = ALONE) -> np.ndarray:
+def evaluate(method: Method, stream: Stream, world: World = SINGLE) -> np.ndarray:
     """The losses that a method gives, (targets,) float32; zero where another rank scores."""
     windows, chunks = method.plan(stream)
-    scorer = Scorer(stream, windows, method.seq_len, method.size, ranks)
+    scorer = Scorer(stream, windows, method.seq_len, method.size, world)
     with method.adapter() as adapter:
         method.protocol(adapter, scorer, chunks, "audit")
     return by_target(scorer)
@@ -136,7 +136,7 @@ class _Watcher:
     def adapt(self, scored: Scored) -> None:
         self.seen.lessons += 1
         rows = scored.tokens.cpu().numpy()
-        for row in np.atleast_2d(rows):
+        for row in rows:
             if not self._is_scored(row):
                 self.seen.premature.append(
                     f"lesson {self.seen.lessons} holds {len(row) - 1:,} targets of which not all are scored"

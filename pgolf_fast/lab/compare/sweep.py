@@ -6,31 +6,30 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from pgolf_fast import console
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import RunConfig, TTTConfig
-from pgolf_fast.distributed import ALONE, Ranks, World, this_process
+from pgolf_fast.console import Table
+from pgolf_fast.distributed import SINGLE, World, this_process
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.evaluation.adapt import Frozen
+from pgolf_fast.evaluation.adapters.registry import need_legal
 from pgolf_fast.evaluation.documents import document_starts
-from pgolf_fast.evaluation.protocol import score_and_adapt, window_chunks
+from pgolf_fast.evaluation.evaluator import Evaluator, Pass
 from pgolf_fast.evaluation.resume import identity
-from pgolf_fast.evaluation.score import Scorer, Stream
-from pgolf_fast.evaluation.scores import compiles, shared_size, window_batches
+from pgolf_fast.evaluation.score import Stream
+from pgolf_fast.evaluation.scores import mark
 from pgolf_fast.evaluation.steps import open_run
-from pgolf_fast.evaluation.ttt import legal_ttt, need_legal
-from pgolf_fast.evaluation.windows import sliding_windows
 from pgolf_fast.io import write_text
 from pgolf_fast.model.bank import Transform
 from pgolf_fast.model.gpt import GPT
-from pgolf_fast.quant.fake import make_fake
 
 BASELINE = "sliding"
 RESAMPLES = 2000
@@ -98,7 +97,7 @@ def sweep(
     adapters: dict[str, TTTConfig],
     grid: Transform,
     folder: Path,
-    ranks: Ranks = ALONE,
+    world: World = SINGLE,
     *,
     after: int = 0,
     allow_illegal: bool = False,
@@ -112,49 +111,28 @@ def sweep(
     the rules, unless `allow_illegal`.
     """
     config = replace(config, eval=replace(config.eval, repeat_tail=False))
-    length, size = config.eval_seq_len, window_batches(model, config, ranks)
-    windows = sliding_windows(stream.num_targets, length, config.eval.stride)
-    starts = document_starts(stream.tokens.cpu().numpy())
-    compile_, cuda_graph = compiles(model, config)
+    evaluator = Evaluator(model, stream, config, grid, world)
+    windows, starts = evaluator.sliding_windows(), document_starts(stream.tokens.cpu().numpy())
 
-    def without() -> tuple[Scorer, int, int]:
-        scorer, adapter = Scorer(stream, windows, length, size, ranks), Frozen(model, compile=compile_)
-        score_and_adapt(adapter, scorer, window_chunks(windows, size), BASELINE)
-        return scorer, 0, 0
+    def adapting(name: str, ttt: TTTConfig) -> Pass:
+        return evaluator.adapted(windows, ttt, name, allow_illegal=allow_illegal)
 
-    def adapting(name: str, ttt: TTTConfig) -> tuple[Scorer, int, int]:
-        result = legal_ttt(
-            model,
-            stream,
-            windows,
-            length,
-            shared_size(size, replace(config, ttt=ttt)),
-            ttt,
-            grid=grid or make_fake(config.quant.bits, config.quant.scale_floor),
-            ranks=ranks,
-            what=name,
-            compile=compile_,
-            cuda_graph=cuda_graph,
-            allow_illegal=allow_illegal,
-        )
-        return result.scorer, result.updates, result.trainable
-
-    def outcome(name: str, ttt: TTTConfig | None, work: Callable[[], tuple[Scorer, int, int]]) -> Outcome:
-        settings = [asdict(config.eval), length, str(model.compute_dtype), ttt and asdict(ttt)]
+    def outcome(name: str, ttt: TTTConfig | None, work: Callable[[], Pass]) -> Outcome:
+        settings = [asdict(config.eval), config.eval_seq_len, str(model.compute_dtype), ttt and asdict(ttt)]
         mark, path = identity(model, stream, settings), folder / f"{name}.json"
         if (known := _read(path)) is not None and known.identity == mark:
             console.logger.info("%s: already in %s", name, path)
             return known
         begin = time.perf_counter()
-        scorer, updates, trainable = work()
+        result = work()
         seconds = time.perf_counter() - begin
-        nats = np.add.reduceat(scorer.by_target().astype(np.float64), starts)
-        made = Outcome(name, mark, nats.tolist(), seconds, updates, trainable)
-        if ranks.rank == 0:
+        nats = np.add.reduceat(result.scorer.by_target().astype(np.float64), starts)
+        made = Outcome(name, mark, nats.tolist(), seconds, result.updates, result.trainable)
+        if world.is_main:
             write_text(path, json.dumps(asdict(made)) + "\n")
         return made
 
-    base = outcome(BASELINE, None, without)
+    base = outcome(BASELINE, None, partial(evaluator.frozen, windows, BASELINE))
     rest = [outcome(name, ttt, partial(adapting, name, ttt)) for name, ttt in adapters.items()]
     text_bytes = np.add.reduceat(stream.target_bytes, starts)
     counted = starts >= after
@@ -216,3 +194,22 @@ def sweep_run(
         }
         write_text(folder.sweep_file, json.dumps(story, indent=2) + "\n")
     return found
+
+
+def sweep_table(content: Mapping[str, Any]) -> Table:
+    """Tabulate the content of ttt_sweep.json; adapters that break the rules are labeled."""
+    illegal = content.get("illegal", {})
+    rows = [
+        (
+            mark(name, name in illegal),
+            f"{row['bpb']:.6f}",
+            f"{row['gain']:+.6f}",
+            f"{row['low']:+.5f} to {row['high']:+.5f}",
+            f"{row['microseconds_a_token']:.1f}",
+            f"{row['updates']:,}",
+            f"{row['trainable']:,}",
+        )
+        for name, row in content["adapters"].items()
+    ]
+    header = ("adapter", "bpb", "gain", "95 % interval", "us/token", "updates", "trainable")
+    return Table(header, rows, f"Adapters compared on {content.get('tokens', 0):,} targets")
