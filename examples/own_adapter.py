@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from pgolf_fast.console import Table
-from pgolf_fast.evaluation.score import frozen_losses
+from pgolf_fast.evaluation.adapters.base import Adapter
+from pgolf_fast.evaluation.adapters.frozen import Frozen
 from pgolf_fast.lab.audit.check import run_checks
 from pgolf_fast.lab.audit.subject import checks, open_subject
 
@@ -20,21 +21,18 @@ CHECKS = ("C1", "C2", "C3", "C4", "C5", "C7", "C15", "C16")  # the others concer
 SHARE = 0.05  # of the frequencies in the mixture
 
 
-class Frequencies:
-    trainable = updates = 0  # no parameter is trained
-
+class Frequencies(Adapter):
     def __init__(self, model, leak):
-        self.losses, self.leak = frozen_losses(model), leak
+        self.frozen, self.leak = Frozen(model), leak
         self.counts = torch.ones(model.config.vocab_size, device=model.qo_bank.device)
 
-    def score(self, tokens, targets, context):
+    def score(self, tokens, targets, context, rows=None):
         """Return the losses (B, W) in nats of the targets, the last W positions of tokens (B, T)."""
         if self.leak:
             self.count(targets)
         frequencies = (self.counts / self.counts.sum())[targets]
-        return -torch.log(
-            (1 - SHARE) * torch.exp(-self.losses(tokens, targets, context)) + SHARE * frequencies
-        )
+        probabilities = torch.exp(-self.frozen.score(tokens, targets, context))
+        return -torch.log((1 - SHARE) * probabilities + SHARE * frequencies)
 
     def adapt(self, scored):
         """Learn from a chunk whose targets all have their final score."""
