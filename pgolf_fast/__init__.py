@@ -54,8 +54,8 @@ def __getattr__(name: str) -> object:
     if name not in _PLACES:
         raise AttributeError(f"module 'pgolf_fast' has no attribute {name!r}: it offers {', '.join(__all__)}")
     module, _, attribute = _PLACES[name].partition(":")
-    found = _import_module(f"pgolf_fast.{module}")
-    globals()[name] = getattr(found, attribute) if attribute else found
+    imported = _import_module(f"pgolf_fast.{module}")
+    globals()[name] = getattr(imported, attribute) if attribute else imported
     return globals()[name]
 
 

@@ -140,8 +140,8 @@ def _prune(records: list[TensorRecord], sizes: ContainerSizes, code: int, config
     """Zero codes until they fit. Raises PgolfError when zeroing all +-1 codes is not enough."""
     matrices, scales = _matrix_arrays(records)
     now, codec = next(((s.stored_bytes, s.codec) for s in sizes.sections if s.name == "codes"), (0, "raw"))
-    others = sizes.total_bytes - now
-    budget = config.limit_bytes - code - others - HEADER_MARGIN
+    rest = sizes.total_bytes - now
+    budget = config.limit_bytes - code - rest - HEADER_MARGIN
     if not matrices or budget <= 0:
         hint = "even no bank weights at all would not fit; raise pack.limit_bytes or make the tables smaller"
         raise _too_large(sizes.total_bytes, code, config.limit_bytes, hint)

@@ -46,7 +46,7 @@ def quantize_run(
     config = replace(config, quant=with_fields(quant or config.quant, fields))
     model = load(folder, "float", config=config).model
     if config.quant.grid == "rd":
-        quantized = _land(model, config)
+        quantized = _fit_to_target(model, config)
     else:
         quantized = quantize_model(model, config.quant, seq_len=config.train.seq_len)
     folder.retire(folder.artifact_file)
@@ -56,7 +56,7 @@ def quantize_run(
     return QuantizeReport(folder.quantized_file, {**counts, "float16": len(quantized.tensors) - len(bits)})
 
 
-def _land(model: GPT, config: RunConfig) -> QuantizedState:
+def _fit_to_target(model: GPT, config: RunConfig) -> QuantizedState:
     """Quantize on grid rd at the price at which the artifact has the configured size."""
     quant, packing = config.quant, config.pack
     target = quant.target_bytes
@@ -65,11 +65,11 @@ def _land(model: GPT, config: RunConfig) -> QuantizedState:
         target = packing.limit_bytes - code
     tree = run_config_to_dict(config)
     grids = rate_distortion(model, quant, seq_len=config.train.seq_len)
-    landed = fit_to_target(grids, lambda state: artifact_bytes(state, tree, packing), target)
+    fitted = fit_to_target(grids, lambda state: artifact_bytes(state, tree, packing), target)
     console.logger.info(
-        "%s of %s bytes, at %.2e nats a bit", f"{landed.artifact_bytes:,}", f"{target:,}", landed.price
+        "%s of %s bytes, at %.2e nats a bit", f"{fitted.artifact_bytes:,}", f"{target:,}", fitted.price
     )
-    return landed.state
+    return fitted.state
 
 
 def read_quantized(run: str | Path | RunFolder) -> tuple[QuantizedState, QuantConfig]:

@@ -31,11 +31,11 @@ class Model:
         self, config: SimpleNamespace, arrays: dict[str, np.ndarray], space: Tensor, dtype: torch.dtype
     ):
         self.config, self.space, self.dtype = config.run.model, space, dtype
-        found = [{n: t.to(space.device) for n, t in tree.items()} for tree in dequantized(arrays)]
+        trees = [{n: t.to(space.device) for n, t in tree.items()} for tree in dequantized(arrays)]
         layers = self.config.num_layers
-        self.masters, self.steps = (banked(tree, layers) for tree in found[:2])
-        self.shifts = banked(found[2], layers) if found[2] else [torch.zeros((), device=space.device)] * 4
-        self.state = found[0]
+        self.masters, self.steps = (banked(tree, layers) for tree in trees[:2])
+        self.shifts = banked(trees[2], layers) if trees[2] else [torch.zeros((), device=space.device)] * 4
+        self.state = trees[0]
         self.clip = 2 ** (config.bits.codes - 1) - 1
 
     def banks(self, on_grid: bool) -> list[tuple[Tensor, ...]]:

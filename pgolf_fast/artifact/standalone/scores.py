@@ -143,9 +143,9 @@ class Scorer:
                 begin = starts[batch] + number * c.segment_tokens
                 end = np.maximum(begin, np.minimum(begin + c.segment_tokens, ends[batch]))
                 low, high = (np.searchsorted(first, edge) for edge in (begin, end))
-                found = np.concatenate([np.arange(a, b) for a, b in zip(low, high, strict=True)])
+                windows_of = np.concatenate([np.arange(a, b) for a, b in zip(low, high, strict=True)])
                 row = np.repeat(np.arange(len(low)), high - low)
-                total += self.score(np.vstack((cut[:, found], row)), on_grid, learner.tensors)
+                total += self.score(np.vstack((cut[:, windows_of], row)), on_grid, learner.tensors)
                 if more := int((segments[batch] > number + 1).sum()):
                     learner.learn(self.tokens[begin[:more, None] + np.arange(c.segment_tokens + 1)])
         return total
@@ -155,7 +155,7 @@ class Scorer:
 
 
 def byte_table(tokenizer: SentencePieceProcessor) -> np.ndarray:
-    """Return (3, vocabulary): bytes without the leading space, has a leading space, stands for no text."""
+    """Return (3, vocabulary): bytes without the leading space, has a leading space, has no text."""
     table = np.zeros((3, len(tokenizer)), np.int64)
     for i in range(len(tokenizer)):
         if tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i):
@@ -189,8 +189,8 @@ def multiplies_bfloat16(device: str) -> bool:
     """Return whether the hardware multiplies in bfloat16."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def main() -> None:
