@@ -21,7 +21,8 @@ from synthetic_artifact import CLIP, SIGMA, TABLE_STD
 from torch import Tensor
 
 from pgolf_fast.artifact.container import sizes
-from pgolf_fast.artifact.pack import load_model, pack
+from pgolf_fast.artifact.load import load
+from pgolf_fast.artifact.pack import pack
 from pgolf_fast.config.fields import run_config_from_dict
 from pgolf_fast.config.schema import PackConfig, RunConfig
 from pgolf_fast.model.bank import BANK_NAMES
@@ -77,7 +78,7 @@ def step_pack(folder: Path, config: RunConfig) -> Found:
 
 
 def step_load(folder: Path, config: RunConfig) -> Found:
-    (model, _), seconds = timed(lambda: load_model(folder / ARTIFACT))
+    model, seconds = timed(lambda: load(folder / ARTIFACT).model)
     return {"seconds": seconds, "parameters": sum(p.numel() for p in model.parameters())}
 
 

@@ -44,17 +44,7 @@ def train(argv: list[str]) -> int:
     result = run_training(arguments.config, out, resume=arguments.resume, track=arguments.track)
     if not result.is_main:
         return 0
-    rate = result.tokens / result.seconds if result.seconds else 0.0
-    rows = [
-        ("steps", f"{result.steps:,}"),
-        ("tokens", f"{result.tokens:,}"),
-        ("tokens/s", f"{rate:,.0f}"),
-        ("training time", console.duration(result.seconds)),
-        ("bpb, after Reptile" if result.keeps_raw else "bpb, raw weights", f"{result.raw.bpb:.4f}"),
-        ("bpb, averaged weights", f"{result.averaged.bpb:.4f}"),
-        ("run folder", str(result.folder.path)),
-    ]
-    print_out(console.table(rows))
+    print_out(str(result))
     return 0
 
 
@@ -110,8 +100,7 @@ def quantize(argv: list[str]) -> int:
         quant = replace(quant, grid=arguments.grid)
     if arguments.target_bytes is not None:
         quant = replace(quant, target_bytes=arguments.target_bytes)
-    counts = quantize_run(folder, quant)
-    print_out(console.table([(what, f"{count:,}") for what, count in counts.items()]))
+    print_out(str(quantize_run(folder, quant)))
     print_out(f"wrote {folder.quantized_file}")
     return 0
 
@@ -265,8 +254,8 @@ class _Generate:
 
 def generate(argv: list[str]) -> int:
     """pgolf generate RUN --prompt TEXT [--tokens N] [--temperature T] [--seed S]"""
+    from pgolf_fast.artifact.load import generate as generate_text
     from pgolf_fast.config.run_folder import RunFolder
-    from pgolf_fast.evaluation.steps import continue_text
 
     arguments = parse("generate", _Generate, argv)
     if arguments.tokens < 1:
@@ -275,7 +264,7 @@ def generate(argv: list[str]) -> int:
         raise PgolfError(f"--temperature is {arguments.temperature}; it must not be negative")
     folder = RunFolder(existing(arguments.run, "run folder"))
     print_out(
-        continue_text(
+        generate_text(
             folder, arguments.prompt, arguments.tokens, temperature=arguments.temperature, seed=arguments.seed
         )
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -108,8 +109,9 @@ class ByteTable:
     """bool (V,): control, unknown and unused ids."""
 
 
+@functools.lru_cache(maxsize=4)
 def byte_table(tokenizer: Tokenizer) -> ByteTable:
-    """Return the byte counts of every id of `tokenizer`."""
+    """Return the byte counts of every id of `tokenizer`; made once per tokenizer."""
     size = tokenizer.vocab_size
     table = ByteTable(np.zeros(size, np.int16), np.zeros(size, np.bool_), np.zeros(size, np.bool_))
     for token in range(size):
