@@ -15,7 +15,6 @@ from pgolf_fast.config.adapters import adapters
 from pgolf_fast.errors import PgolfError
 
 OWN = "run"
-HEADER = ("adapter", "bpb", "gain", "95 % interval", "us/token", "updates", "trainable")
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,7 @@ def sweep(argv: list[str]) -> int:
     """pgolf ttt-sweep RUN [--adapters NAME ...] [--stride N] [--tokens N] [--after N] [--allow-illegal]"""
     from pgolf_fast.config.run_folder import RunFolder
     from pgolf_fast.distributed import join_world
-    from pgolf_fast.evaluation.scores import mark
-    from pgolf_fast.lab.compare.sweep import sweep_run
+    from pgolf_fast.lab.compare.sweep import sweep_run, sweep_table
 
     arguments = parse("ttt-sweep", _Sweep, argv)
     folder = RunFolder(existing(arguments.run, "run folder"))
@@ -61,23 +59,11 @@ def sweep(argv: list[str]) -> int:
     config = replace(config, data=data, eval=replace(config.eval, stride=stride))
     with join_world() as world:
         console.setup_logging(folder.log_file if world.is_main else None, quiet=not world.is_main)
-        found = sweep_run(
+        content = sweep_run(
             folder, config, chosen, world, after=arguments.after, allow_illegal=arguments.allow_illegal
         )
     if world.is_main:
-        rows = [
-            (
-                mark(row.name, row.name in chosen and chosen[row.name].illegal),
-                f"{row.bpb:.6f}",
-                f"{row.gain:+.6f}",
-                f"{row.low:+.5f} to {row.high:+.5f}",
-                f"{row.microseconds_a_token:.1f}",
-                f"{row.updates:,}",
-                f"{row.trainable:,}",
-            )
-            for row in found
-        ]
-        print_out(console.table(rows, HEADER))
+        print_out(sweep_table(content).text())
         for name, ttt in chosen.items():
             if ttt.illegal:
                 print_out(f"{name} BREAKS THE RULES of the challenge: {ttt.illegal}.")
