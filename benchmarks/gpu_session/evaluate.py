@@ -1,8 +1,8 @@
 """Session part `eval`: scoring and test-time training, ours against the same model in plain PyTorch.
 
 E1: one chunk of legal test-time training at the preset's settings (exp101: 1,024 windows of 2,048 scored,
-then four epochs of two steps), all contenders in turn. E2: its scoring alone, with and without cutting the last
-block to the scored positions, and the difference of their losses. Plain contenders score all positions in the
+then four epochs of two steps), all contenders in turn. E2: its scoring alone, with and without cutting the
+last block to the scored positions, and the difference of their losses. Plain contenders score all positions in the
 batch size of the published run, ours choose theirs.
 """
 
