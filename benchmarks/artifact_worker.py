@@ -41,11 +41,12 @@ from synthetic_artifact import (
 )
 
 from pgolf_fast.artifact import codecs, rans_decoder
-from pgolf_fast.artifact.container import read_container, sizes, write_container
-from pgolf_fast.artifact.landing import land
+from pgolf_fast.artifact.container import read_container, sizes
+from pgolf_fast.artifact.landing import fit_to_target
 from pgolf_fast.artifact.pack import artifact_bytes, build_records, load_model, pack, section_codecs
+from pgolf_fast.artifact.writer import write_container
+from pgolf_fast.config.fields import run_config_from_dict, run_config_to_dict
 from pgolf_fast.config.schema import PackConfig, RunConfig
-from pgolf_fast.config.serialize import run_config_from_dict, run_config_to_dict
 from pgolf_fast.ops import native
 from pgolf_fast.quant.rd import RateDistortion
 from pgolf_fast.quant.state import quantize_state
@@ -220,7 +221,7 @@ def measure_one_core(folder: Path) -> Record:
 
 def measure_plain_reader(folder: Path) -> Record:
     """Measure the container read without the extension, by NumPy and Python's own modules."""
-    none = mock.patch.multiple(native, extension=lambda: None, lzma_extension=lambda: None)
+    none = mock.patch.object(native, "extension", return_value=None)
     return measure_container(folder, reading=none)
 
 
@@ -303,7 +304,9 @@ def step_land(folder: Path, config: RunConfig) -> Record:
     _, once_s = timed(lambda: grids.quantize(1e-9))
     codes = sum(matrix.codes.numel() for matrix in read_artifact(folder)[0].matrices().values())
     target = int(TARGET_BITS / 8 * codes)
-    landed, seconds = timed(lambda: land(grids, lambda s: artifact_bytes(s, tree, PackConfig()), target))
+    landed, seconds = timed(
+        lambda: fit_to_target(grids, lambda s: artifact_bytes(s, tree, PackConfig()), target)
+    )
     return {
         "seconds": seconds,
         "bytes": landed.artifact_bytes,

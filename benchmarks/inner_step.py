@@ -4,9 +4,9 @@
 
 The stepped banks W - inner_lr * g are cast to the compute dtype before the outer half reads them, here as in
 the original programs. Prints, for the trained weights of each run on its training data: the length of the
-exact step and of the rounded one (over all banks), the cosine between them, the change of the inner half's loss
-by its own step, and the cosine between the outer half's gradients with the step and without. If the last is 1,
-the meta step is an ordinary step on the outer half.
+exact step and of the rounded one (over all banks), the cosine between them, the change of the inner half's
+loss by its own step, and the cosine between the outer half's gradients with the step and without. If the
+last is 1, the meta step is an ordinary step on the outer half.
 """
 
 from __future__ import annotations
@@ -60,8 +60,7 @@ def measure(path: Path, dtype: torch.dtype) -> InnerStep:
     config = folder.read_config()
     model, source = float_model(folder, config), open_source(config.data, config.model.vocab_size)
     model.compute_dtype = dtype
-    shards, size = source.train_shards(), config.model.vocab_size
-    with make_loader(shards, config.data, config.train, vocab_size=size) as loader:
+    with make_loader(source.train_shards(), config) as loader:
         rows = [one(model, loader.next_batch(), config.train.meta or MetaConfig()) for _ in range(BATCHES)]
     return InnerStep(
         str(dtype).removeprefix("torch."),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pgolf_fast.config.schema import TTTConfig
-from pgolf_fast.evaluation.adapt import chunk_lr
+from pgolf_fast.evaluation.adapters.descent import chunk_lr
 from pgolf_fast.evaluation.protocol import Chunk
 from pgolf_fast.evaluation.windows import Windows
 
@@ -74,5 +74,6 @@ def score_and_adapt(
     for number, chunk in enumerate(chunks):
         found.append(score(losses_of, tokens, windows[chunk.low : chunk.high], seq_len, batch))
         if number < len(chunks) - 1:
-            learner.adapt(tokens[chunk.begin : chunk.end + 1], number, len(chunks))
+            start = chunk.starts[0]
+            learner.adapt(tokens[start : start + chunk.length + 1], number, len(chunks))
     return torch.cat(found)

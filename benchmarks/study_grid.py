@@ -2,10 +2,10 @@
 
     python benchmarks/study_grid.py runs/small [--out benchmarks/results/grid_small.json] [--no-parts]
 
-Every artifact is a whole file, packed by the same codecs. The targets are the sizes of `reference` at 4, 5 and
-6 bits, where it needs no pruning. Grids of fixed bits meet a target in the better of two forms: the most bits
-that fit, or one bit more with as many +-1 codes zeroed as needed, finest rows first (PR 1501). Calibration
-text, Hessians and data are the same for all. Scores are over all validation data of the run.
+Every artifact is a whole file, packed by the same codecs. The targets are the sizes of `reference` at 4, 5
+and 6 bits, where it needs no pruning. Grids of fixed bits meet a target in the better of two forms: the most
+bits that fit, or one bit more with as many +-1 codes zeroed as needed, finest rows first (PR 1501).
+Calibration text, Hessians and data are the same for all. Scores are over all validation data of the run.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import torch
 from torch import Tensor
 
 from pgolf_fast import console
-from pgolf_fast.artifact.landing import land
+from pgolf_fast.artifact.landing import fit_to_target
 from pgolf_fast.artifact.pack import artifact_bytes
 from pgolf_fast.artifact.steps import float_model
 from pgolf_fast.bench.drawing import write_png
 from pgolf_fast.bench.store import provenance
+from pgolf_fast.config.fields import run_config_to_dict
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import PackConfig, QuantConfig
-from pgolf_fast.config.serialize import run_config_to_dict
 from pgolf_fast.data.source import open_source
 from pgolf_fast.evaluation.score import Stream
 from pgolf_fast.evaluation.scores import plain_score
@@ -161,7 +161,7 @@ def compare(study: Study) -> list[Row]:
 def rd_row(study: Study, target: int) -> Row:
     quant = replace(study.quant, grid="rd", target_bytes=target)
     grids, start = RateDistortion(study.floats, study.fishers, quant), time.perf_counter()
-    landed = land(grids, lambda state: study.bytes(state, quant), target)
+    landed = fit_to_target(grids, lambda state: study.bytes(state, quant), target)
     seconds, bpb = time.perf_counter() - start, study.bpb(dequantize_state(landed.state))
     console.logger.info("%d rd: %.5f", target, bpb)
     how = f"{landed.price:.2e} nats/bit"
@@ -211,7 +211,7 @@ def parts(study: Study, target: int) -> list[Row]:
     for name, grids in variants.items():
         usual = rd.ROUNDING_PRICE
         rd.ROUNDING_PRICE = 0.0 if name == "nearest codes" else usual
-        landed = land(grids, lambda state: study.bytes(state, quant), target)
+        landed = fit_to_target(grids, lambda state: study.bytes(state, quant), target)
         rd.ROUNDING_PRICE = usual
         lost = study.divergence(dequantize_state(landed.state))
         console.logger.info("%s: %.5f", name, lost)

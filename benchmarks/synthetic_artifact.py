@@ -20,9 +20,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pgolf_fast.config.fields import run_config_to_dict
 from pgolf_fast.config.model import ModelConfig
 from pgolf_fast.config.schema import RunConfig
-from pgolf_fast.config.serialize import run_config_to_dict
 from pgolf_fast.model.bank import BANK_NAMES
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.quant.calibration import hessian_name

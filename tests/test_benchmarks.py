@@ -100,7 +100,8 @@ def test_naive_evaluation_is_ours():
 
     from pgolf_fast.config.schema import TTTConfig
     from pgolf_fast.data.tokenizer import ByteTable
-    from pgolf_fast.evaluation.adapt import SGD, borrowed
+    from pgolf_fast.evaluation.adapters.base import borrowed
+    from pgolf_fast.evaluation.adapters.descent import SGD
     from pgolf_fast.evaluation.protocol import score_and_adapt, target_chunks
     from pgolf_fast.evaluation.score import Scorer, Stream
     from pgolf_fast.evaluation.windows import sliding_windows

@@ -2,8 +2,8 @@
 
 E1: one chunk of legal test-time training at the preset's settings (exp101: 1,024 windows of 2,048 scored,
 then four epochs of two steps), all contenders in turn. E2: its scoring alone, with and without cutting the
-last block to the scored positions, and the difference of their losses. Plain contenders score all positions in the
-batch size of the published run, ours choose theirs.
+last block to the scored positions, and the difference of their losses. Plain contenders score all positions
+in the batch size of the published run, ours choose theirs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from pgolf_fast.bench.run import attempt
 from pgolf_fast.config.presets import preset
 from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.data.tokenizer import ByteTable
-from pgolf_fast.evaluation.adapt import SGD, Frozen, Scored, trainable_parameters
+from pgolf_fast.evaluation.adapters.base import Scored
+from pgolf_fast.evaluation.adapters.descent import SGD, trainable_parameters
+from pgolf_fast.evaluation.adapters.frozen import Frozen
 from pgolf_fast.evaluation.estimate import forward_flops
 from pgolf_fast.evaluation.score import Scorer, Stream, batch_size
 from pgolf_fast.evaluation.windows import Windows, sliding_windows
@@ -149,7 +151,7 @@ def ours(contender: Contender, chunk: Chunk, model: GPT) -> Runner:
         scorer.score(adapter.score, 0, len(chunk.windows))
         return scorer.losses
 
-    return Runner(contender, score, lambda: adapter.adapt(Scored(chunk.tokens, 1, 947)))
+    return Runner(contender, score, lambda: adapter.adapt(Scored(chunk.tokens[None], 1, 947)))
 
 
 def plain(contender: Contender, chunk: Chunk, model: GPT) -> Runner:

@@ -11,7 +11,7 @@ import tyro
 from pgolf_fast import console
 from pgolf_fast.cli.arguments import existing, parse
 from pgolf_fast.cli.output import print_out
-from pgolf_fast.config.adapters import adapters
+from pgolf_fast.config.adapters import adapters, unknown_adapter
 from pgolf_fast.errors import PgolfError
 
 OWN = "run"
@@ -46,7 +46,7 @@ def sweep(argv: list[str]) -> int:
     config = folder.read_config()
     known = {**adapters(config.eval_seq_len), OWN: config.ttt}
     if unknown := set(arguments.adapters) - set(known):
-        raise PgolfError(f"unknown adapter {min(unknown)!r}: adapters are {', '.join(known)}")
+        raise PgolfError(unknown_adapter(min(unknown), known))
     if arguments.after < 0:
         raise PgolfError(f"--after is {arguments.after}; it must not be negative")
     chosen = {name: known[name] for name in arguments.adapters or _different(known)}

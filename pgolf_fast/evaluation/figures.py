@@ -1,6 +1,6 @@
-"""Where the bits go: one score taken apart by kind of target, context, document length and size of loss.
+"""Breakdown of a score by class of target, context length, document length and size of loss.
 
-Every part is over the same losses as the score, so each table's sums are the score's.
+Every part covers the same losses as the score, so the sums of each table are the score's.
 """
 
 from __future__ import annotations
@@ -10,20 +10,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pgolf_fast.console import Table, number
 from pgolf_fast.data.tokenizer import SPACE, Tokenizer
 from pgolf_fast.evaluation.documents import document_starts
 from pgolf_fast.evaluation.score import Score, Scorer
 
 CLASSES = ("word start", "within word", "byte", "after BOS", "BOS")
-"""A target is of the last class that fits: BOS, any control, unknown or unused piece, which has no bytes and
-is mostly where a document ends; after BOS, one whose input is such a piece; byte, a piece of one raw byte;
-word start, a piece with a leading space; within word, any other."""
+"""A target belongs to the last class that fits. BOS: any control, unknown or unused piece, which has no bytes
+and mostly ends a document; after BOS: its input is such a piece; byte: a piece of one raw byte; word start: a
+piece with a leading space; within word: any other."""
 _WORD_START, _WITHIN, _BYTE, _AFTER, _SILENT = range(5)
 PERCENTS = (1, 5, 10, 25, 50, 75, 90, 95, 99)
 HARDEST = (1, 2, 5, 10, 25, 50)
 THRESHOLDS = (1, 3, 5, 7, 10)
-SHORTEST_CONTEXT, SHORTEST_DOCUMENT = 16, 128  # the first bucket's upper end; each next one's is twice that
-_BLOCK = 2**22
+SHORTEST_CONTEXT, SHORTEST_DOCUMENT = 16, 128  # upper end of the first bucket; doubles for each next one
+_BLOCK = 2**22  # upper limit of targets in memory at once
 
 
 @dataclass(frozen=True)
@@ -36,28 +37,28 @@ class Above:
 
 @dataclass(frozen=True)
 class Figures:
-    """One score in parts."""
+    """Breakdown of one score."""
 
     by_class: dict[str, Score]
-    """By `CLASSES`."""
+    """Scores by name in `CLASSES`."""
     by_context: dict[str, Score]
-    """By the number of tokens in the window up to and with the one the target is predicted at."""
+    """Scores by context length in tokens."""
     by_document: dict[str, Score]
-    """By the tokens of the document, its BOS with it."""
+    """Scores by tokens of the document, BOS included."""
     quantiles: dict[str, float]
     """Losses in nats that `PERCENTS` of all targets do not exceed, interpolated linearly."""
     hardest: dict[str, float]
-    """Share of the summed loss that the hardest targets carry, by percent of targets, rounded up."""
+    """Share of the summed loss in the hardest targets, by percent of targets, rounded up."""
     above: dict[str, Above]
-    """By `THRESHOLDS` in nats (the table of PR 296)."""
+    """Shares above `THRESHOLDS` in nats (the table of PR 296)."""
 
     @property
     def easiest_half(self) -> float:
-        """Share of the summed loss that the easier half of the targets carries."""
+        """Share of the summed loss in the easier half of the targets."""
         return 1 - self.hardest["50"]
 
     def to_dict(self) -> dict[str, object]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         parts = {"class": self.by_class, "context": self.by_context, "document_tokens": self.by_document}
         return {
             **{f"by_{name}": {k: s.to_dict() for k, s in part.items()} for name, part in parts.items()},
@@ -69,7 +70,7 @@ class Figures:
 
 
 def token_classes(tokenizer: Tokenizer) -> np.ndarray:
-    """The class of each id as a target whatever comes before it: uint8 (V,), indices of `CLASSES`."""
+    """Return the class of each id as a target regardless of its input: indices of `CLASSES`, uint8 (V,)."""
     return np.array(
         [
             _SILENT
@@ -86,13 +87,13 @@ def token_classes(tokenizer: Tokenizer) -> np.ndarray:
 
 
 def target_classes(tokens: np.ndarray, classes: np.ndarray) -> np.ndarray:
-    """The class of each target tokens[1:], uint8 (targets,); `classes` (V,) are those of `token_classes`."""
+    """Return the class of each target tokens[1:], uint8 (targets,); `classes` (V,) is `token_classes`."""
     own = classes[tokens]
     return np.where((own[:-1] == _SILENT) & (own[1:] != _SILENT), np.uint8(_AFTER), own[1:])
 
 
 def doubling(values: np.ndarray, first: int) -> np.ndarray:
-    """Buckets 1 .. first, first+1 .. 2 first, ...: the index of each of these positive integers' bucket."""
+    """Return the bucket index of positive integers; buckets are 1 .. first, first+1 .. 2 first, ..."""
     edges = first * 2 ** np.arange(40)
     return np.searchsorted(edges, values)
 
@@ -103,7 +104,7 @@ def _names(count: int, first: int) -> list[str]:
 
 
 class _Sums:
-    """Losses, targets and bytes added up by group."""
+    """Sums of losses, targets and bytes by group."""
 
     def __init__(self) -> None:
         self._sums = np.zeros((3, 64))
@@ -113,7 +114,7 @@ class _Sums:
             self._sums[row] += np.bincount(groups, weights, minlength=64)
 
     def scores(self, names: Sequence[str] | None = None, first: int = 0) -> dict[str, Score]:
-        """By name; without names, by the buckets of `doubling` that hold anything."""
+        """Return scores by name; without names, by nonempty bucket of `doubling`."""
         chosen = np.flatnonzero(self._sums[1]).tolist() if names is None else range(len(names))
         names = _names(chosen[-1] + 1, first) if names is None else names
         nats, tokens, text_bytes = self._sums
@@ -121,7 +122,7 @@ class _Sums:
 
 
 def figures(scorer: Scorer, classes: np.ndarray) -> Figures:
-    """The parts of the score whose losses are filled in; `classes` as of `token_classes`."""
+    """Return the breakdown of losses that are filled in; `classes` is `token_classes`."""
     stream, windows = scorer.stream, scorer.windows
     tokens = stream.tokens.cpu().numpy()
     losses = scorer.losses.cpu().numpy()
@@ -133,7 +134,7 @@ def figures(scorer: Scorer, classes: np.ndarray) -> Figures:
     step = max(1, _BLOCK // scorer.seq_len)
     for low in range(0, len(windows), step):
         part = windows[low : low + step]
-        targets = scorer.targets(low, low + len(part))
+        targets = part.targets()
         context = targets - np.repeat(part.start, part.end - part.first) + 1
         own = losses[scorer.places[low] : scorer.places[low + len(part)]]
         text_bytes = stream.target_bytes[targets]
@@ -149,12 +150,12 @@ def figures(scorer: Scorer, classes: np.ndarray) -> Figures:
 
 
 def spread(losses: np.ndarray) -> tuple[dict[str, float], dict[str, float], dict[str, Above]]:
-    """`quantiles`, `hardest` and `above` of `Figures`, of losses (targets,) in nats in any order."""
+    """Return `quantiles`, `hardest` and `above` of `Figures` for losses (targets,) in nats in any order."""
     ordered = np.sort(losses).astype(np.float64)
     count, total = len(ordered), float(ordered.sum())
 
     def share(first: int) -> float:
-        """Of the summed loss, that of ordered[first:]."""
+        """Return the share of ordered[first:] in the summed loss."""
         return float(ordered[first:].sum()) / total
 
     quantiles = {f"p{p}": float(q) for p, q in zip(PERCENTS, np.percentile(ordered, PERCENTS), strict=True)}
@@ -164,3 +165,47 @@ def spread(losses: np.ndarray) -> tuple[dict[str, float], dict[str, float], dict
         first = int(np.searchsorted(ordered, threshold, side="right"))
         above[str(threshold)] = Above((count - first) / count, share(first))
     return quantiles, hardest, above
+
+
+def tables(figures: dict[str, dict], *, every: bool = True, illegal: str | None = None) -> list[Table]:
+    """Tabulate the `figures` of a scores file: the sliding score by class, or with `every` all of them.
+
+    illegal: why the test-time training breaks the rules, if it does; its columns are labeled.
+    """
+    from pgolf_fast.evaluation.scores import TTT, mark
+
+    sliding, ttt = figures["sliding"], figures.get("sliding_ttt", {})
+    column = mark("bpb with TTT", illegal)
+    by_class = _part_table("class (sliding)", sliding["by_class"], ttt.get("by_class"), column)
+    if not every:
+        return [by_class]
+    kept = {"sliding": sliding, **({mark(TTT, illegal): ttt} if ttt else {})}
+    quantiles = [
+        (name, *(f"{part['loss_quantiles'][name]:.4f}" for part in kept.values()))
+        for name in sliding["loss_quantiles"]
+    ]
+    hardest = [(f"{p} %", f"{share:.1%}") for p, share in sliding["loss_share_of_hardest_percent"].items()]
+    hardest.append(("easiest 50 %", f"{sliding['loss_share_of_easiest_half']:.1%}"))
+    above = [(f"> {k}", f"{a['targets']:.1%}", f"{a['loss']:.1%}") for k, a in sliding["above_nats"].items()]
+    by_document, with_ttt = sliding["by_document_tokens"], ttt.get("by_document_tokens")
+    return [
+        by_class,
+        _part_table("document tokens (sliding)", by_document, with_ttt, column),
+        _part_table("context (non-overlapping)", figures["non_overlapping"]["by_context"]),
+        Table(("quantile of nats", *kept), quantiles),
+        Table(("hardest targets (sliding)", "of the loss"), hardest),
+        Table(("nats (sliding)", "of targets", "of the loss"), above),
+    ]
+
+
+def _part_table(title: str, parts: dict, with_ttt: dict | None = None, column: str = "") -> Table:
+    """Tabulate parts of a score: each one's share of targets, bytes and loss, and its own score."""
+    targets, text_bytes = (sum(p[unit] for p in parts.values()) for unit in ("tokens", "bytes"))
+    nats = {name: p["tokens"] * (p["loss"] or 0.0) for name, p in parts.items()}
+    rows = []
+    for name, part in parts.items():
+        shares = part["tokens"] / targets, part["bytes"] / max(text_bytes, 1), nats[name] / sum(nats.values())
+        scores = [part["bpb"], part["loss"], *([] if with_ttt is None else [with_ttt[name]["bpb"]])]
+        rows.append((name, *(f"{share:.2%}" for share in shares), *(number(s, ".4f") for s in scores)))
+    header = (title, "targets", "bytes", "loss", "bpb", "nats/token", column)
+    return Table(header[: 6 if with_ttt is None else 7], rows)

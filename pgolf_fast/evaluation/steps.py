@@ -12,9 +12,9 @@ from pgolf_fast import console
 from pgolf_fast.artifact.container import sizes
 from pgolf_fast.artifact.pack import unpack
 from pgolf_fast.artifact.steps import artifact_model, float_model, new_model
+from pgolf_fast.config.fields import run_config_to_dict
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import RunConfig
-from pgolf_fast.config.serialize import run_config_to_dict
 from pgolf_fast.data.source import open_source
 from pgolf_fast.data.tokenizer import Tokenizer
 from pgolf_fast.distributed import World, this_process
@@ -74,7 +74,7 @@ def score_run(
         mark = identity(model, stream, shaping)
         resume = Resume(result, mark, 60 * config.eval.checkpoint_minutes, world.is_main)
     scores = three_scores(
-        model, stream, config, grid, ranks=world, resume=resume, allow_illegal=allow_illegal
+        model, stream, config, grid, world=world, resume=resume, allow_illegal=allow_illegal
     )
     if world.is_main:
         settings = {"artifact_sha256": digest, "eval": tree["eval"], "ttt": tree["ttt"]}

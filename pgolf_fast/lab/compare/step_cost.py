@@ -18,8 +18,8 @@ import torch
 
 from pgolf_fast import console
 from pgolf_fast.bench.store import provenance
+from pgolf_fast.config.fields import run_config_to_dict
 from pgolf_fast.config.schema import RunConfig
-from pgolf_fast.config.serialize import run_config_to_dict
 from pgolf_fast.data.loader import make_loader
 from pgolf_fast.data.source import open_source
 from pgolf_fast.distributed import devices, keep_freed_memory, this_process
@@ -152,5 +152,5 @@ def _trainer(config: RunConfig) -> Trainer:
     train = replace(config.train, schedule="steps", steps=10**6, max_seconds=None)
     config = replace(config, train=replace(train, compute_dtype=dtype))  # type: ignore[arg-type]
     source = open_source(config.data, config.model.vocab_size)
-    loader = make_loader(source.train_shards(), config.data, config.train, vocab_size=config.model.vocab_size)
+    loader = make_loader(source.train_shards(), config)
     return Trainer(build_model(config, source, world), config, loader, world)
