@@ -1,4 +1,4 @@
-"""2.6 M codes: LZMA in C++ beside Python's `lzma`; bit packing and dequantising beside numpy and torch.
+"""2.6 M codes: LZMA in C++ against Python's `lzma`; bit packing and dequantizing against numpy and torch.
 
 OMP_NUM_THREADS=1 pytest benchmarks/bench_codec.py -k bits --benchmark-json=FILE
 """
@@ -65,7 +65,7 @@ def native_call(name, **settings):
 
 
 def timed(benchmark, group, run, codes):
-    """Bench `run`, with weights per second beside the time."""
+    """Time `run`; add weights per second."""
     benchmark.group = group
     result = benchmark(run)
     if benchmark.stats is not None:  # None with --benchmark-disable
@@ -106,7 +106,7 @@ def test_bits(benchmark, codes, direction, peer, bits):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("peer", [*PATHS, "op", "numpy", "torch eager", "torch eager from codes"])
 def test_dequantize_bits(benchmark, codes, dtype, peer, bits):
-    """Into memory that is there already, except for the ops and torch, which return new tensors."""
+    """Into allocated memory, except for the ops and torch, which return new tensors."""
     if peer == "numpy" and (bits != 6 or dtype != torch.float32):
         pytest.skip("numpy has no bfloat16; unpacking is written for 6 bits only")
     columns, packed, scale = codes.shape[1], ops.pack_bits(codes, bits), torch.rand(len(codes))
@@ -133,5 +133,5 @@ def test_dequantize_bits(benchmark, codes, dtype, peer, bits):
             "torch eager": lambda: reference_bytes.dequantize_bits(packed, scale, columns, bits, dtype),
             "torch eager from codes": lambda: (codes.float() * scale[:, None]).to(dtype),
         }[peer]
-    name = f"{bits} bits, unpack + dequantise to {str(dtype).removeprefix('torch.')}, 2.6 M codes"
+    name = f"{bits} bits, unpack + dequantize to {str(dtype).removeprefix('torch.')}, 2.6 M codes"
     assert torch.equal(timed(benchmark, name, run, codes), want)
