@@ -3,9 +3,9 @@
     python benchmarks/bench_eval.py [--run RUN] [--data DIR] [--tokens 65536] [--stride 64]
 
 The naive one computes every position of every layer of every window, in its fastest batch size. The
-multiplications that exact scoring can leave out bound the speed-up; the fast path should reach 90 % of it, and
-never be slower with test-time training. Both take turns; the fastest round of each counts, and all rounds are
-printed. On a GPU: `python benchmarks/gpu_session --parts eval`.
+multiplications that exact scoring can leave out bound the speed-up; the fast path should reach 90 % of it,
+and never be slower with test-time training. Both take turns; the fastest round of each counts, and all rounds
+are printed. On a GPU: `python benchmarks/gpu_session --parts eval`.
 """
 
 from __future__ import annotations

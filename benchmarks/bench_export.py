@@ -7,9 +7,9 @@
 one candidate for the row scales, and without, which leaves five. Compares the codes of the first layer.
 
 `calibration` writes 64 texts of 2,048 tokens with the network of `small` in float32, keeping keys and values,
-and compares the logits of every position with those of the full forward. A forward of the whole prefix for every
-token, in batches of 8, would take hours: its time is measured at eight lengths from 1 to 2,047 and linearly
-interpolated over all lengths, which overestimates a quadratic time by at most 1 %.
+and compares the logits of every position with those of the full forward. A forward of the whole prefix for
+every token, in batches of 8, would take hours: its time is measured at eight lengths from 1 to 2,047 and
+linearly interpolated over all lengths, which overestimates a quadratic time by at most 1 %.
 
 Every measurement runs in a separate process, whose peak memory is reported. Times are wall-clock seconds on
 as many threads as PyTorch takes (set OMP_NUM_THREADS). Prints tables and writes JSON.

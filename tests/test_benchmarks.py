@@ -57,7 +57,7 @@ def session(tmp_path):
 
 
 def test_both_trainers_take_the_same_steps(tmp_path):
-    """In float32, from the same weights, ours and the plain one stay together; warming up has no effect."""
+    """In float32, from the same weights, both give the same losses; warming up has no effect."""
     from benchmarks.gpu_session import step
 
     config = step.run_config(session(tmp_path))
@@ -73,7 +73,7 @@ def test_both_trainers_take_the_same_steps(tmp_path):
     found = step.loss_differences(runners)["ours, eager"]
     assert found["steps"] == 6
     assert found["largest"] < 2e-3
-    assert runners[0].losses[-1] < runners[0].losses[0]  # something is learned
+    assert runners[0].losses[-1] < runners[0].losses[0]  # the model learns
     ours, plain = (dict(r.trainer.model.named_parameters()) for r in runners)
     for name in (*BANK_NAMES, "blocks.1.mlp_scale"):  # Adam makes noise of gradients near zero
         torch.testing.assert_close(ours[name], plain[name], rtol=0.05, atol=0.01, msg=name)
@@ -86,7 +86,7 @@ def test_flops_of_a_token_are_those_of_the_design():
 
 
 def test_flops_of_scoring_are_those_of_the_design():
-    """76.16 MF a position in full; last block and head for 64 of 2,048 positions save 9.3 %."""
+    """76.16 MFLOP per position; last block and head for 64 of 2,048 positions save 9.3 %."""
     from pgolf_fast.evaluation.estimate import forward_flops
 
     full = forward_flops(exp101().model, 2048, 2048)
@@ -95,7 +95,7 @@ def test_flops_of_scoring_are_those_of_the_design():
 
 
 def test_naive_evaluation_is_ours():
-    """What scoring is timed against gives the same losses, also with test-time training."""
+    """The naive evaluator gives our losses, also with test-time training."""
     import naive_eval
 
     from pgolf_fast.config.schema import TTTConfig
@@ -195,7 +195,7 @@ def test_whole_session_can_be_rehearsed(tmp_path):
     assert len(list(tmp_path.iterdir())) <= 8  # as many files as come back from a machine
 
 
-def test_a_part_that_crashes_or_overruns_is_recorded(tmp_path, monkeypatch):
+def test_part_that_crashes_or_overruns_is_recorded(tmp_path, monkeypatch):
     from benchmarks.gpu_session import runner
 
     script = tmp_path / "worker.py"
@@ -214,7 +214,7 @@ def test_a_part_that_crashes_or_overruns_is_recorded(tmp_path, monkeypatch):
         state = runner.run_part("ops", 5.0, arguments, tmp_path)
         assert (state["status"], state["ok"]) == (status, False)
         left = read(tmp_path, "ops")
-        assert left["measured"] == 3  # what it had written stays
+        assert left["measured"] == 3  # earlier results are kept
         assert left["status"] == status
         assert "last words" in left["output_tail"]
     state = runner.run_part("ops", 1.0, arguments, tmp_path)
@@ -230,7 +230,7 @@ def test_gpu_session_says_when_there_is_no_gpu(tmp_path):
 
 
 def test_session_needs_neither_tyro_nor_platformdirs(tmp_path):
-    """Nor pytest: a GPU machine may have PyTorch, Triton and NumPy only."""
+    """A GPU machine may have only PyTorch, Triton and NumPy: no pytest either."""
     code = f"""
 import sys
 for name in ("tyro", "platformdirs", "matplotlib", "tqdm", "sentencepiece", "pytest"):
@@ -245,7 +245,7 @@ assert tuple(runner.PARTS) == ("correct", "ops", "step", "eval", "tune")
     assert done.returncode == 0, done.stderr
 
 
-def test_preset_of_a_rehearsal_is_small():
+def test_rehearsal_preset_is_small():
     from benchmarks.gpu_session import runner
 
     assert runner.DRY_PRESET == "tiny"

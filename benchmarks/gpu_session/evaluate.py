@@ -13,13 +13,14 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from benchmarks import naive_eval
 from benchmarks.gpu_session.plain import plain_loss, plain_ops
-from benchmarks.gpu_session.session import PartFile, Session
+from benchmarks.gpu_session.session import PartFile, Session, prepared
 from benchmarks.gpu_session.step import markov_tokens
 from pgolf_fast.bench.peers import compile_settings
 from pgolf_fast.bench.run import attempt
@@ -260,21 +261,10 @@ def run(session: Session) -> bool:
     load_tuned()
     tag_compile_cache()
     chunk = make_chunk(run_config(session), session.device)
-    runners, failed, first = [], {}, {}
-    for contender in CONTENDERS:
-        if session.dry and not contender.dry:
-            continue
-        if session.left < 30 and not session.dry:
-            failed[contender.name] = "skipped: out of time"
-            continue
-        made = attempt(lambda contender=contender: prepare(contender, chunk, session))
-        if isinstance(made, str):
-            failed[contender.name] = made
-            print(f"{contender.name}: {made}", flush=True)
-        else:
-            runners.append(made)
-            print(f"{contender.name}: ready", flush=True)
-        file.write(failed=failed)
+    chosen = [one for one in CONTENDERS if one.dry or not session.dry]
+    makers = {one.name: partial(prepare, one, chunk, session) for one in chosen}
+    runners, failed = prepared(makers, file, session.deadline(0.6))
+    first: dict[str, float] = {}
     deadline = session.deadline(0.6)
     for i in range(2 if session.dry else 7):
         if i >= 3 and time.monotonic() > deadline:

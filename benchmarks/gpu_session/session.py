@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
+from pgolf_fast.bench.run import attempt
 from pgolf_fast.bench.store import provenance
 from pgolf_fast.bench.timer import gpu_state
 from pgolf_fast.io import write_text
+
+Runner = TypeVar("Runner")
 
 
 @dataclass(frozen=True)
@@ -75,3 +80,26 @@ class PartFile:
     def finish(self, ok: bool, **values: object) -> None:
         """Record that the part is complete, and whether its results are right."""
         self.write(status="done", ok=ok, gpu_after=gpu_state(self._device), **values)
+
+
+def prepared(
+    makers: Mapping[str, Callable[[], Runner]], file: PartFile, deadline: float
+) -> tuple[list[Runner], dict[str, str]]:
+    """Make every contender until the deadline, at least two; return them, and the failures with reasons."""
+    runners: list[Runner] = []
+    seconds: dict[str, float] = {}
+    failed: dict[str, str] = {}
+    for name, make in makers.items():
+        start = time.monotonic()
+        if start > deadline and len(runners) > 1:
+            failed[name] = "skipped: out of time"
+            continue
+        made = attempt(make)
+        if isinstance(made, str):
+            failed[name] = made
+        else:
+            runners.append(made)
+            seconds[name] = time.monotonic() - start
+        print(f"{name}: {failed.get(name) or f'ready after {seconds[name]:.0f} s'}", flush=True)
+        file.write(prepared=seconds, failed=failed)
+    return runners, failed

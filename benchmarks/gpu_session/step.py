@@ -14,6 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu_session.plain import PlainTrainer
-from benchmarks.gpu_session.session import PartFile, Session
+from benchmarks.gpu_session.session import PartFile, Session, prepared
 from pgolf_fast.bench.aot import kernels_in_source
 from pgolf_fast.bench.peers import compile_settings
 from pgolf_fast.bench.registry import forced_attention
@@ -225,21 +226,8 @@ def prepare_all(
     """Return the contenders prepared before the deadline, and the failures with their reasons."""
     batches = 8 if session.dry else max(8, POOL_TOKENS // config.train.micro_batch_tokens)
     pool = make_pool(config, session.device, batches)
-    runners: list[Runner] = []
-    failed: dict[str, str] = {}
-    for contender in contenders:
-        if time.monotonic() > deadline and len(runners) > 1:
-            failed[contender.name] = "skipped: out of time"
-            continue
-        runner = attempt(lambda contender=contender: prepare(contender, config, pool, session))
-        if isinstance(runner, str):
-            failed[contender.name] = runner
-            print(f"{contender.name}: {runner}", flush=True)
-        else:
-            runners.append(runner)
-            print(f"{contender.name}: ready after {runner.prepare_seconds:.0f} s", flush=True)
-        file.write(prepared={r.contender.name: r.prepare_seconds for r in runners}, failed=failed)
-    return runners, failed
+    makers = {one.name: partial(prepare, one, config, pool, session) for one in contenders}
+    return prepared(makers, file, deadline)
 
 
 def rounds(runners: list[Runner], deadline: float, most: int, note) -> None:
