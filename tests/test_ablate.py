@@ -1,4 +1,4 @@
-"""Ablations: what is said about differences, and that nothing is run twice."""
+"""Ablations: tables, processes and resumed runs, and that nothing is run twice."""
 
 import json
 import math
@@ -19,13 +19,19 @@ from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.data.source import open_source
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import locked
-from pgolf_fast.lab.compare.ablation.job import documents, fingerprint, finished, prepare, run_job, step_times
-from pgolf_fast.lab.compare.ablation.plan import BASELINE, Job, make_jobs, make_variants
-from pgolf_fast.lab.compare.ablation.plot import draw_ablation, seed_differences
-from pgolf_fast.lab.compare.ablation.processes import Task, make_slots, run_tasks
-from pgolf_fast.lab.compare.ablation.statistics import over_documents, over_seeds
-from pgolf_fast.lab.compare.ablation.table import Run, make_rows, print_table, read_runs
-from pgolf_fast.lab.compare.seeds import student_quantile
+from pgolf_fast.lab.compare.jobs import documents, fingerprint, finished, prepare, run_job, step_times
+from pgolf_fast.lab.compare.plan import BASELINE, Job, make_jobs, make_variants
+from pgolf_fast.lab.compare.plot import draw_ablation, seed_differences
+from pgolf_fast.lab.compare.processes import Task, make_slots, run_tasks
+from pgolf_fast.lab.compare.table import (
+    FinishedRun,
+    commits,
+    describe,
+    make_rows,
+    pass_gains,
+    read_runs,
+    to_dict,
+)
 from pgolf_fast.train.checkpoint import newest_checkpoint
 
 
@@ -34,46 +40,7 @@ def data(tmp_path_factory):
     return make_dataset(tmp_path_factory.mktemp("data"))
 
 
-# Statistics
-
-
-@pytest.mark.parametrize(
-    ("p", "degrees", "t"),  # from printed tables of Student's distribution
-    [(0.975, 1, 12.7062), (0.975, 2, 4.30265), (0.975, 4, 2.77645), (0.975, 30, 2.04227), (0.95, 9, 1.83311)],
-)
-def test_quantiles_of_student(p, degrees, t):
-    assert student_quantile(p, degrees) == pytest.approx(t, abs=1e-5)
-
-
-def test_quantile_of_one_degree_has_a_formula():
-    """With one degree of freedom it is the tangent: Cauchy's distribution."""
-    for p in (0.5, 0.6, 0.9, 0.999):
-        assert student_quantile(p, 1) == pytest.approx(math.tan(math.pi * (p - 0.5)), rel=1e-9, abs=1e-9)
-
-
-def test_interval_over_seeds_by_hand():
-    """Differences -0.1, +0.1, -0.3: mean -0.1, deviation 0.2, t of two degrees 4.30265."""
-    found = over_seeds([1.0, 2.0, 3.0], [0.9, 2.1, 2.7])
-    half = 4.30265 * 0.2 / math.sqrt(3)
-    assert (found.mean, found.low, found.high) == pytest.approx((-0.1, -0.1 - half, -0.1 + half), abs=1e-5)
-    assert (found.over, found.count) == ("seeds", 3)
-    with pytest.raises(PgolfError, match="at least 2 seeds, and has 1"):
-        over_seeds([1.0], [2.0])
-
-
-def test_interval_over_documents_is_paired_and_signed():
-    rng = np.random.default_rng(0)
-    text_bytes = rng.integers(50, 500, 200)
-    before = text_bytes * rng.uniform(0.5, 3.0, 200)  # documents differ far more than models do
-    better = before - text_bytes * math.log(2) * (0.01 + 0.005 * rng.standard_normal(200))
-    found = over_documents(before, better, text_bytes)
-    assert (found.over, found.count) == ("documents", 200)
-    assert -0.012 < found.low < found.mean < found.high < -0.008
-    same = over_documents(before, before, text_bytes)
-    assert (same.mean, same.low, same.high) == (0, 0, 0)
-
-
-def test_step_times_leave_out_the_first_and_what_was_repeated(tmp_path):
+def test_step_times_leave_out_the_first_and_repeated_steps(tmp_path):
     rows = [{"kind": "step", "step": s, "elapsed": e} for s, e in ((1, 9.0), (2, 10.0), (3, 12.0), (4, 15.0))]
     again = [
         {"kind": "resume", "step": 2},
@@ -104,8 +71,8 @@ def made_up_run(folder, variant, seed, sliding, budget="steps", tokens=100):
     result = {"scores": scores, "steps": 8, "ms_per_step": 2.0, "ms_per_step_mean": 3.0, "commit": "c"}
     result |= {"artifact_bytes": 1000, "artifact_sha256": "none"}
     (path / "result.json").write_text(json.dumps(result))
-    story = {"text_bytes": text_bytes.tolist(), "nats": {"sliding": nats.tolist()}}
-    (path / "documents.json").write_text(json.dumps(story))
+    content = {"text_bytes": text_bytes.tolist(), "nats": {"sliding": nats.tolist()}}
+    (path / "documents.json").write_text(json.dumps(content))
     return Job(budget, variant, seed, tiny(), path)
 
 
@@ -118,7 +85,7 @@ def test_table_pairs_seeds_and_says_which_sign_is_better(tmp_path):
     assert other.difference.mean == pytest.approx(-0.02)  # not 2.08 - 2.1
     assert other.difference.high == pytest.approx(-0.02 + 12.7062 * 0.01, abs=1e-5)
     assert seed_differences(other, runs) == pytest.approx([-0.01, -0.03])
-    text = print_table([base, other])
+    text = describe([base, other])
     assert "negative is better than the baseline" in text
     assert "Student's t" in text
     assert "bootstrap" not in text
@@ -126,12 +93,12 @@ def test_table_pairs_seeds_and_says_which_sign_is_better(tmp_path):
     assert draw_ablation([base, other], runs, tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_table_of_one_seed_says_what_its_interval_leaves_out(tmp_path):
+def test_table_of_one_seed_names_what_its_interval_leaves_out(tmp_path):
     jobs = [made_up_run(tmp_path, BASELINE, 1, 2.0), made_up_run(tmp_path, "x", 1, 2.5)]
     rows = make_rows(read_runs(jobs))
     assert (rows[1].difference.over, rows[1].difference.count) == ("documents", 2)
     assert rows[1].difference.mean == pytest.approx(0.5)
-    assert "NOT covered" in print_table(rows)
+    assert "NOT covered" in describe(rows)
     with pytest.raises(PgolfError, match="at least 2 seeds"):
         make_rows(read_runs(jobs), "seeds")
     jobs += [made_up_run(tmp_path, BASELINE, 2, 2.0), made_up_run(tmp_path, "x", 2, 2.5)]
@@ -139,13 +106,26 @@ def test_table_of_one_seed_says_what_its_interval_leaves_out(tmp_path):
         make_rows(read_runs(jobs), "documents")
 
 
+def test_gain_of_a_pass_is_over_the_pass_before_it(tmp_path):
+    """Sliding windows against non-overlapping ones, by seeds of one variant."""
+    runs = read_runs([made_up_run(tmp_path, BASELINE, seed, bpb) for seed, bpb in ((1, 2.0), (2, 2.1))])
+    assert pass_gains(runs) == []  # a single score
+    for run, bpb in zip(runs, (2.1, 2.22), strict=True):
+        run.result["scores"]["non_overlapping"] = {**run.result["scores"]["sliding"], "bpb": bpb}
+    (gain,) = pass_gains(runs)
+    assert (gain.before, gain.after, gain.difference.over) == ("non_overlapping", "sliding", "seeds")
+    assert gain.difference.mean == pytest.approx(-0.11)
+    assert "sliding  non-overlapping" in describe(make_rows(runs), [gain])
+    assert to_dict([], [gain], [])["passes"][0]["variant"] == BASELINE
+
+
 def test_runs_of_one_step_have_no_times(tmp_path):
     job = made_up_run(tmp_path, BASELINE, 1, 2.0)
     (run,) = read_runs([job])
-    timeless = Run(job, {**run.result, "ms_per_step": None, "ms_per_step_mean": None})
+    timeless = FinishedRun(job, {**run.result, "ms_per_step": None, "ms_per_step_mean": None})
     (row,) = make_rows([timeless])
     assert (row.ms_per_step, row.ms_per_step_mean) == (None, None)
-    assert print_table([row]).splitlines()[-1].split()[:6] == ["steps", BASELINE, "1", "8", "-", "-"]
+    assert describe([row]).splitlines()[-1].split()[:6] == ["steps", BASELINE, "1", "8", "-", "-"]
 
 
 def test_table_refuses_other_text(tmp_path):
@@ -160,7 +140,7 @@ def test_table_refuses_other_text(tmp_path):
 def test_slots(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr("pgolf_fast.lab.compare.ablation.processes._cores", lambda: 8)
+    monkeypatch.setattr("pgolf_fast.lab.compare.processes.available_cores", lambda: 8)
     assert make_slots(None, 0, timed=True) == [{}]
     assert make_slots(3, 0, timed=False) == 3 * [{"OMP_NUM_THREADS": "2"}]
     assert make_slots(None, 2, timed=True) == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
@@ -171,8 +151,8 @@ def test_slots(monkeypatch):
             make_slots(workers, devices, timed=True)
 
 
-def test_tasks_run_side_by_side_and_failures_are_told(tmp_path):
-    """Two that wait for each other both end, which one after the other could not; the third fails."""
+def test_tasks_run_in_parallel_and_failures_have_reasons(tmp_path):
+    """Two tasks that wait for each other both end, which needs parallel processes; the third fails."""
     meet = "import sys, pathlib, time\nmine, other = map(pathlib.Path, sys.argv[1:])\nmine.touch()\n"
     meet += "while not other.exists(): time.sleep(0.01)"
     a, b = str(tmp_path / "a"), str(tmp_path / "b")
@@ -190,9 +170,7 @@ def test_tasks_run_side_by_side_and_failures_are_told(tmp_path):
 
 
 def test_a_worker_ends_with_its_parent():
-    code = (
-        "from pgolf_fast.lab.compare.ablation.worker import end_with_parent\nimport time\nend_with_parent()\n"
-    )
+    code = "from pgolf_fast.lab.compare.worker import end_with_parent\nimport time\nend_with_parent()\n"
     code += "print('here', flush=True)\ntime.sleep(60)"
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -214,14 +192,14 @@ def planned(data, out, **changes):
 
 
 def shown(runs):
-    """What a table says, without times."""
+    """The rows of a table, without times."""
     rows = make_rows(runs)
     return [replace(row, ms_per_step=0.0, ms_per_step_mean=0.0) for row in rows]
 
 
 @pytest.mark.slow
-def test_killed_in_the_middle_the_same_command_gives_the_same_table(data, tmp_path, capsys):
-    """kill -9 of the command while a run trains; again: as if left alone, and a third time nothing runs."""
+def test_killed_command_resumes_to_the_same_table(data, tmp_path, capsys):
+    """After kill -9 during training, the same command gives the same table; a third time nothing runs."""
     changes = {"train__steps": 30, "train__checkpoint_minutes": 0.0, "eval__stride": 32}
     jobs, mark = planned(data, tmp_path / "straight", **changes)
     for job in jobs:
@@ -263,7 +241,7 @@ def test_killed_in_the_middle_the_same_command_gives_the_same_table(data, tmp_pa
     assert "train.steps was 30 and is 31. Choose another --out" in capsys.readouterr().err
 
 
-def test_more_scores_of_a_finished_run_do_not_train_it_again(data, tmp_path):
+def test_more_scores_of_a_finished_run_do_not_retrain_it(data, tmp_path):
     jobs, mark = planned(data, tmp_path)
     job = jobs[0]
     assert prepare(job, mark, "plain")
@@ -292,19 +270,15 @@ def test_more_scores_of_a_finished_run_do_not_train_it_again(data, tmp_path):
     assert prepare(job, mark, "all")
 
 
-def test_a_job_that_an_earlier_version_prepared_goes_on(data, tmp_path):
-    """It lacks fields that came later; they have their defaults, as when it was trained."""
+def test_prepared_job_refuses_another_variant_or_setting(data, tmp_path):
     (job, other), mark = planned(data, tmp_path)
     assert prepare(job, mark, "plain")
-    story = read_json(job.path / "job.json")
-    for name in ("z_loss", "reptile"):
-        del story["config"]["train"][name]
-    (job.path / "job.json").write_text(json.dumps(story))
     assert prepare(job, mark, "plain")
     with pytest.raises(PgolfError, match=r"variant was 'baseline' and is 'train.meta=none'"):
         prepare(replace(job, variant=other.variant), mark, "plain")
-    story["config"]["train"]["seed"] = 7
-    (job.path / "job.json").write_text(json.dumps(story))
+    content = read_json(job.path / "job.json")
+    content["config"]["train"]["seed"] = 7
+    (job.path / "job.json").write_text(json.dumps(content))
     with pytest.raises(PgolfError, match=r"train\.seed was 7 and is 42"):
         prepare(job, mark, "plain")
 
@@ -316,11 +290,11 @@ def test_a_result_outlives_its_artifact_but_not_a_newer_one(tmp_path):
     assert finished(job) is None
 
 
-def test_one_command_at_a_time_in_a_folder(data, tmp_path, capsys, monkeypatch):
-    """A second one is refused in a line, and what a step is worth in the Reptile phase is said in one."""
+def test_folder_is_locked_while_a_command_runs(data, tmp_path, capsys, monkeypatch):
+    """A second command is refused in one line; a variant with a Reptile phase gets one line of warning."""
     begun = []
     monkeypatch.setattr(
-        "pgolf_fast.lab.compare.ablation.processes.run_tasks", lambda tasks, _: begun.append(tasks) or []
+        "pgolf_fast.lab.compare.processes.run_tasks", lambda tasks, _: begun.append(tasks) or []
     )
     out = tmp_path / "out"
     arguments = ["ablate", "tiny", "--out", str(out), *words(run_config(data))]
@@ -335,15 +309,15 @@ def test_one_command_at_a_time_in_a_folder(data, tmp_path, capsys, monkeypatch):
     assert len(begun) == 2
 
 
-def test_a_folder_of_something_else_is_left_alone(data, tmp_path):
+def test_folder_with_other_files_is_refused(data, tmp_path):
     jobs, mark = planned(data, tmp_path)
     jobs[0].path.mkdir(parents=True)
     (jobs[0].path / "thesis.txt").write_text("mine")
-    with pytest.raises(PgolfError, match="holds something else"):
+    with pytest.raises(PgolfError, match="holds something other"):
         prepare(jobs[0], mark, "plain")
 
 
-def test_fingerprint_sees_the_tokens(data, tmp_path):
+def test_fingerprint_depends_on_the_tokens(data, tmp_path):
     config = run_config(data)
     before = fingerprint(open_source(config.data, config.model.vocab_size))
     for file in data.iterdir():
@@ -388,7 +362,7 @@ def test_command_refuses_in_one_line(words, message, capsys, tmp_path, monkeypat
     assert not list(tmp_path.iterdir())
 
 
-def test_time_on_a_shared_cpu_and_torchrun_are_refused(capsys, monkeypatch):
+def test_budget_time_on_a_shared_cpu_and_torchrun_are_refused(capsys, monkeypatch):
     monkeypatch.setattr("pgolf_fast.distributed.devices", lambda: 0)
     words = ["ablate", "tiny", "--flip", "model.trigram=false"]
     assert cli.main([*words, "--budget", "both", "--seconds", "5", "--workers", "2"]) == 2
@@ -398,11 +372,6 @@ def test_time_on_a_shared_cpu_and_torchrun_are_refused(capsys, monkeypatch):
     assert "without torchrun" in capsys.readouterr().err
 
 
-def test_runs_of_a_table_name_their_versions(tmp_path):
-    from pgolf_fast.lab.compare.ablation.table import commits
-
+def test_table_names_the_versions_that_made_its_runs(tmp_path):
     job = made_up_run(tmp_path, BASELINE, 1, 2.0)
-    assert commits([Run(job, {"commit": "b"}), Run(job, {"commit": "a"}), Run(job, {"commit": "b"})]) == [
-        "a",
-        "b",
-    ]
+    assert commits([FinishedRun(job, {"commit": commit}) for commit in "bab"]) == ["a", "b"]

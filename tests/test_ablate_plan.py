@@ -1,15 +1,17 @@
-"""What an ablation is made of: flips in words, variants, runs, and which of them are refused."""
+"""The plan of an ablation: flips, variants, budgets and runs, and which of them are refused."""
 
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from runs import make_dataset, run_config
 
 from pgolf_fast.cli.ablate import split_flips
 from pgolf_fast.config.fields import flip
 from pgolf_fast.config.presets import small, tiny
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.lab.compare.ablation.plan import BASELINE, make_jobs, make_variants, with_budget
+from pgolf_fast.lab.compare.plan import BASELINE, make_jobs, make_variants, with_budget
+from pgolf_fast.lab.compare.step_cost import StepCost, cost_table, meta_steps, step_costs
 
 # Flips
 
@@ -34,7 +36,7 @@ def test_flip_of_a_field_switches_its_group_on():
 
 
 def test_fields_of_one_flip_need_to_fit_together_only():
-    """Without the table there is no trigram: one field alone is refused, in either order."""
+    """Without a hash table there is no trigram: one field alone is refused."""
     both = flip(tiny(), ["model.bigram_vocab_size=0", "model.trigram=false"])
     assert both.model.bigram_vocab_size == 0
     with pytest.raises(PgolfError, match="needs a hash table"):
@@ -42,7 +44,7 @@ def test_fields_of_one_flip_need_to_fit_together_only():
 
 
 def test_fields_of_one_flip_are_set_once():
-    """Two values of one field were meant as two variants; a group that is none has no fields."""
+    """Two values of one field are two variants; a group that is none has no fields."""
     with pytest.raises(PgolfError, match=r"every=8 and --train\.meta\.every=16 set the same field"):
         flip(tiny(), ["train.meta.every=8", "--train.meta.every=16"])
     for words in (["train.meta=none", "train.meta.every=16"], ["train.meta.every=16", "train.meta=none"]):
@@ -73,7 +75,7 @@ def test_flip_refuses(word, message):
 # The plan
 
 
-def test_runs_interleave_and_share_all_but_the_flip(tmp_path):
+def test_runs_interleave_and_differ_only_by_the_flip(tmp_path):
     flips = [["model.trigram=false"], ["train.meta=none", "model.smear=false"]]
     jobs = make_jobs(make_variants(tiny(), flips), (1, 2), ["steps", "time"], tmp_path, steps=9, seconds=3.0)
     names = [BASELINE, "model.trigram=false", "train.meta=none+model.smear=false"]
@@ -108,7 +110,7 @@ def test_runs_interleave_and_share_all_but_the_flip(tmp_path):
         ([["train.seq_len=128"]], "add eval.seq_len=256"),
     ],
 )
-def test_variants_that_would_not_compare_are_refused(flips, message):
+def test_incomparable_variants_are_refused(flips, message):
     with pytest.raises(PgolfError, match=message):
         make_variants(tiny(), flips)
 
@@ -125,13 +127,13 @@ def test_variants_that_would_not_compare_are_refused(flips, message):
         (["quant.method=round"], "quant.method=round"),
     ],
 )
-def test_a_variant_has_one_name_however_it_is_spelled(words, name):
-    """Its folder must be found again."""
+def test_variant_name_does_not_depend_on_spelling(words, name):
+    """The name is that of a folder, which a resumed command must find."""
     config = flip(tiny(), ["model.ve_layers=1"])
     assert [variant.name for variant in make_variants(config, [words])] == [BASELINE, name]
 
 
-def test_a_budget_of_the_other_kind_must_be_given():
+def test_budget_of_the_other_kind_needs_a_limit():
     assert with_budget(tiny(), "steps").train.steps == tiny().train.steps
     assert with_budget(small(), "time").train.max_seconds == 600
     with pytest.raises(PgolfError, match="give --steps"):
@@ -142,7 +144,40 @@ def test_a_budget_of_the_other_kind_must_be_given():
         make_jobs(make_variants(tiny(), [["model.trigram=false"]]), (1, 1), ["steps"], Path("x"))
 
 
-def test_words_of_flips():
+def test_measured_budget_gives_cheaper_variants_more_steps(tmp_path):
+    """Plain steps of 1 s, steps with meta-learning of 3 s, one in 16: the variant gets 2 steps for each."""
+    variants = make_variants(tiny(), [["train.meta=none"], ["model.trigram=false"]])
+    costs = {v.name: StepCost(1.0, 3.0 if v.config.train.meta else None) for v in variants}
+    costs["model.trigram=false"] = StepCost(0.5, 1.5)
+    jobs = make_jobs(variants, (1,), ["measured"], tmp_path, steps=320, costs=costs)
+    base, plain, quick = (job.config for job in jobs)
+    assert base.train.steps == 320
+    assert meta_steps(base) > 0
+    assert plain.train.steps == 320 + 2 * meta_steps(base)
+    assert meta_steps(plain) == 0
+    limit = costs[BASELINE].seconds(base)
+    one_more = replace(quick, train=replace(quick.train, steps=quick.train.steps + 1))
+    cost = costs["model.trigram=false"]
+    assert cost.seconds(quick) <= limit < cost.seconds(one_more)
+    assert jobs[0].path == tmp_path / "measured" / BASELINE / "seed1"
+
+
+def test_step_costs_are_measured_once(tmp_path, monkeypatch):
+    config = run_config(make_dataset(tmp_path / "data"))
+    configs = {v.name: v.config for v in make_variants(config, [["train.meta=none"]])}
+    costs = step_costs(configs, tmp_path / "costs.json", rounds=1)
+    assert costs[BASELINE].meta > 0
+    assert costs["train.meta=none"].meta is None
+    monkeypatch.setattr("pgolf_fast.lab.compare.step_cost._measure", None)
+    assert step_costs(configs, tmp_path / "costs.json") == costs
+    assert "baseline, meta" in cost_table(costs, BASELINE).text()
+    reptile = flip(config, ["train.reptile.share=0.5"])
+    monkeypatch.undo()
+    with pytest.raises(PgolfError, match="come in two lengths: give --budget time"):
+        step_costs({BASELINE: reptile}, tmp_path / "costs.json")
+
+
+def test_flip_options_are_split_from_the_rest():
     argv = ["tiny", "--flip", "a=1", "b=2", "--seeds", "1", "2", "--flip=c=3", "--flip", "d=4"]
     assert split_flips(argv) == (["tiny", "--seeds", "1", "2"], [["a=1", "b=2"], ["c=3"], ["d=4"]])
     with pytest.raises(PgolfError, match="no FIELD=VALUE"):

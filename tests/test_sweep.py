@@ -13,7 +13,7 @@ from pgolf_fast.config.ttt import LoraConfig, TTTConfig
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.documents import document_starts
 from pgolf_fast.evaluation.windows import sliding_windows
-from pgolf_fast.lab.compare.sweep import bootstrap_gain, sweep
+from pgolf_fast.lab.compare.sweep import sweep
 
 BASE = TTTConfig(
     chunk_tokens=64,
@@ -30,21 +30,6 @@ BASE = TTTConfig(
 
 def run(model, config):
     return adapted(model, stream_of(text()), sliding_windows(len(text()) - 1, SEQ, STRIDE), config)
-
-
-def test_bootstrap_of_the_gain():
-    """A gain that is the same on every byte has no spread; one of a few documents only does not exclude 0."""
-    rng = np.random.default_rng(0)
-    text_bytes = rng.integers(100, 1000, 60)
-    before = rng.normal(2, 0.5, 60) * text_bytes
-    gain, low, high = bootstrap_gain(before, before - 0.01 * np.log(2) * text_bytes, text_bytes)
-    assert (gain, low, high) == pytest.approx((0.01, 0.01, 0.01), rel=1e-6)
-    after = before.copy()
-    after[0] -= 50
-    gain, low, high = bootstrap_gain(before, after, text_bytes)
-    assert gain == pytest.approx(50 / (np.log(2) * text_bytes.sum()))
-    assert low == pytest.approx(0, abs=1e-9)
-    assert high > gain
 
 
 def test_sweep_compares_on_the_same_windows_and_repeats_nothing(tmp_path, monkeypatch):

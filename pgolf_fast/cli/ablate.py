@@ -18,7 +18,7 @@ from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.errors import PgolfError
 
 if TYPE_CHECKING:
-    from pgolf_fast.lab.compare.ablation.plan import Variant
+    from pgolf_fast.lab.compare.plan import Variant
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,9 @@ class _Ablate:
     switches off."""
     seeds: tuple[int, ...] = (42,)
     """Seeds of the initial weights; the baseline and every variant are trained with each."""
-    budget: Literal["steps", "time", "both"] = "steps"
-    """Equal optimiser steps, equal training time, or both after each other."""
+    budget: Literal["steps", "time", "both", "measured"] = "steps"
+    """Equal optimizer steps; equal training time by the clock; both, one after the other; or (measured) as
+    many steps as fit into the baseline's training time, by step costs measured before the runs."""
     steps: int | None = None
     """Of every run of budget steps; default: the preset's."""
     seconds: float | None = None
@@ -54,9 +55,10 @@ def ablate(argv: list[str]) -> int:
     from pgolf_fast.data.source import open_source
     from pgolf_fast.distributed import devices
     from pgolf_fast.io import locked
-    from pgolf_fast.lab.compare.ablation.job import fingerprint, prepare
-    from pgolf_fast.lab.compare.ablation.plan import Budget, make_jobs, make_variants
-    from pgolf_fast.lab.compare.ablation.processes import job_task, make_slots, run_tasks
+    from pgolf_fast.lab.compare.jobs import fingerprint, prepare
+    from pgolf_fast.lab.compare.plan import BASELINE, Budget, make_jobs, make_variants
+    from pgolf_fast.lab.compare.processes import job_task, make_slots, run_tasks
+    from pgolf_fast.lab.compare.step_cost import cost_table, step_costs
 
     if "WORLD_SIZE" in os.environ:
         raise PgolfError("pgolf ablate starts its own processes: run it without torchrun")
@@ -69,8 +71,13 @@ def ablate(argv: list[str]) -> int:
     variants = make_variants(a.config, flips)
     if a.scores == "all":
         _need_legal(variants)
-    jobs = make_jobs(variants, a.seeds, budgets, out, steps=a.steps, seconds=a.seconds)
     slots = make_slots(a.workers, devices(), timed="time" in budgets)
+    costs = None
+    if "measured" in budgets:
+        configs = {variant.name: variant.config for variant in variants}
+        costs = step_costs(configs, out / "step_costs.json", workers=len(slots))
+        print_out(cost_table(costs, BASELINE).text())
+    jobs = make_jobs(variants, a.seeds, budgets, out, steps=a.steps, seconds=a.seconds, costs=costs)
     data = fingerprint(open_source(a.config.data, a.config.model.vocab_size))
     busy = f"another pgolf ablate is at work in {out}: wait until it has ended, or choose another --out"
     with locked(out / "ablation.lock", busy):
@@ -106,17 +113,17 @@ def _need_legal(variants: Sequence[Variant]) -> None:
 
 def _show(jobs: list, out: Path, interval: Literal["seeds", "documents"] | None) -> None:
     from pgolf_fast.io import write_text
-    from pgolf_fast.lab.compare.ablation.plot import draw_ablation
-    from pgolf_fast.lab.compare.ablation.table import commits, make_rows, print_table, read_runs, to_dict
+    from pgolf_fast.lab.compare.plot import draw_ablation
+    from pgolf_fast.lab.compare.table import commits, describe, make_rows, pass_gains, read_runs, to_dict
 
     runs = read_runs(jobs)
-    rows = make_rows(runs, interval)
+    rows, gains = make_rows(runs, interval), pass_gains(runs, interval)
     if not rows:
         return
-    print_out(print_table(rows))
+    print_out(describe(rows, gains))
     if len(made_by := commits(runs)) > 1:
         print_out(f"\nnote: the runs were made by several versions of this package: {', '.join(made_by)}")
-    write_text(out / "ablation.json", json.dumps(to_dict(rows, runs), indent=2) + "\n")
+    write_text(out / "ablation.json", json.dumps(to_dict(rows, gains, runs), indent=2) + "\n")
     print_out(f"\nwrote {out / 'ablation.json'}")
     if (picture := draw_ablation(rows, runs, out / "ablation.png")) is not None:
         print_out(f"wrote {picture}")

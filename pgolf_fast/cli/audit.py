@@ -46,7 +46,8 @@ def audit(argv: list[str]) -> int:
     """pgolf audit RUN_OR_ARTIFACT [--tokens N] [--only C1 C2 ...] [--json FILE] [--ttt.field value]"""
     from pgolf_fast.artifact.container import sizes
     from pgolf_fast.lab.audit.check import broken, findings_table, run_checks
-    from pgolf_fast.lab.audit.subject import checks, open_subject, settings
+    from pgolf_fast.lab.audit.rules import checks
+    from pgolf_fast.lab.audit.target import open_target, settings
 
     if not argv or argv[0].startswith("-"):
         if argv and argv[0] in ("-h", "--help"):
@@ -57,7 +58,7 @@ def audit(argv: list[str]) -> int:
     a = parse("audit", _Audit, argv, _Audit(target, config.eval, config.ttt))
     if a.tokens is not None and a.tokens < config.eval_seq_len:
         raise PgolfError(f"--tokens is {a.tokens}; it must be at least a window of {config.eval_seq_len}")
-    subject = open_subject(
+    subject = open_target(
         target, tokens=a.tokens, evaluation=a.eval, ttt=a.ttt, data=a.data, tokenizer=a.tokenizer
     )
     subject = replace(subject, limit_bytes=a.limit_bytes, train_limit=a.train_limit, eval_limit=a.eval_limit)

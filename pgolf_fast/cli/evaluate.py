@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import statistics
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -131,9 +129,8 @@ class Seeds:
 
 def seeds(argv: list[str]) -> int:
     """pgolf seeds RUN RUN ... [--against RUN RUN ...] [--margin NATS]"""
-    from pgolf_fast.config.run_folder import SCORES, read_scores
-    from pgolf_fast.evaluation.scores import mark
-    from pgolf_fast.lab.compare.seeds import check_comparable, group
+    from pgolf_fast.config.run_folder import read_scores
+    from pgolf_fast.lab.compare.seeds import check_comparable, group_table, welch_table
 
     arguments = parse("seeds", Seeds, argv)
     groups = {"": arguments.runs, "against": arguments.against}
@@ -148,30 +145,7 @@ def seeds(argv: list[str]) -> int:
     }
     stories = {name: [read_scores(path) for path in found] for name, found in paths.items()}
     check_comparable([*chain(*paths.values())], [*chain(*stories.values())])
-    rows = []
-    for name, found in stories.items():
-        for score, title in SCORES.items():
-            one = group(found, score)
-            illegal = score == "sliding_ttt" and any(story.get("illegal") for story in found)
-            what = mark(f"{title}, {name}" if name else title, illegal)
-            units = (one.bpb, one.bpb_deviation, one.loss, one.loss_deviation)
-            rows.append((what, str(one.runs), *(f"{value:.6f}" for value in units)))
-    print_out(console.table(rows, ("score", "runs", "bpb", "deviation", "nats/token", "deviation")))
+    print_out(group_table(stories).text())
     if arguments.against:
-        print_out(f"\n{_tests(stories[''], stories['against'], arguments.margin)}")
+        print_out("\n" + welch_table(stories[""], stories["against"], arguments.margin).text())
     return 0
-
-
-def _tests(ours: Sequence[dict], theirs: Sequence[dict], margin: float) -> str:
-    from pgolf_fast.config.run_folder import SCORES
-    from pgolf_fast.evaluation.scores import mark
-    from pgolf_fast.lab.compare.seeds import welch
-
-    rows = []
-    for score, name in SCORES.items():
-        title = mark(name, score == "sliding_ttt" and any(s.get("illegal") for s in (*ours, *theirs)))
-        a, b = ([story[score]["loss"] for story in stories] for stories in (ours, theirs))
-        test = welch(a, b, margin)
-        gain = statistics.fmean(b) - statistics.fmean(a)
-        rows.append((title, f"{gain:+.6f}", f"{test.t:.3f}", f"{test.degrees:.2f}", f"{test.p:.3g}"))
-    return console.table(rows, ("score", "nats gained", "t", "degrees", f"p of more than {margin:g}"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -60,9 +59,11 @@ def sweep(argv: list[str]) -> int:
     config = replace(config, data=data, eval=replace(config.eval, stride=stride))
     with join_world() as world:
         console.setup_logging(folder.log_file if world.is_main else None, quiet=not world.is_main)
-        sweep_run(folder, config, chosen, world, after=arguments.after, allow_illegal=arguments.allow_illegal)
+        content = sweep_run(
+            folder, config, chosen, world, after=arguments.after, allow_illegal=arguments.allow_illegal
+        )
     if world.is_main:
-        print_out(sweep_table(json.loads(folder.sweep_file.read_text(encoding="utf-8"))).text())
+        print_out(sweep_table(content).text())
         for name, ttt in chosen.items():
             if ttt.illegal:
                 print_out(f"{name} BREAKS THE RULES of the challenge: {ttt.illegal}.")
