@@ -19,7 +19,7 @@ from pgolf_fast.bench import formulas
 from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.model.bank import Banks
 from pgolf_fast.model.gpt import GPT
-from pgolf_fast.ops import launch, reference
+from pgolf_fast.ops import reference, tiles
 from pgolf_fast.optim.optimizer import Optimizer
 from pgolf_fast.optim.schedule import Schedule
 
@@ -60,20 +60,20 @@ def plain_ops(
     `functions` replaces some of PLAIN, say by compiled ones.
     """
     kept = {name: getattr(ops, name) for name in PLAIN}
-    chosen = {op: launch._chosen.get(op, "auto") for op in launch.DEFAULTS}
+    chosen = {op: tiles._chosen.get(op, "auto") for op in tiles.DEFAULTS}
     kernel = BACKENDS[backend]
     with contextlib.nullcontext() if kernel is None else sdpa_kernel(kernel):
         try:
             for name, function in {**PLAIN, **(functions or {})}.items():
                 setattr(ops, name, function)
             for op in chosen:  # ops that are reached another way (Muon's) take their PyTorch path
-                launch.choose(op, "torch")
+                tiles.choose(op, "torch")
             yield
         finally:
             for name, function in kept.items():
                 setattr(ops, name, function)
             for op, implementation in chosen.items():
-                launch.choose(op, implementation)
+                tiles.choose(op, implementation)
 
 
 def plain_loss(model: GPT) -> Callable[[Tensor, Tensor], Tensor]:

@@ -12,7 +12,7 @@ from pgolf_fast.bench import peers, registry, run, store, tune
 from pgolf_fast.bench.case import MODES
 from pgolf_fast.cli import bench as commands
 from pgolf_fast.config.presets import preset
-from pgolf_fast.ops import launch, tuned
+from pgolf_fast.ops import tiles, tuned
 
 # Peers whose compilation takes seconds; the slower settings of torch.compile come when there is time left
 FIRST = (*peers.OWN, "eager", "dense", "sdpa-flash", "sdpa-cudnn", "compile", "liger", "gemlite")
@@ -104,7 +104,7 @@ def run_tune(session: Session) -> bool:
 
     def done(one: tune.Found) -> None:
         found.append(one)
-        tuned.save_rows(session.out / tuned.FILE_NAME, [tune.as_tuned(one, plan)])
+        tuned.save_tuned(session.out / tuned.FILE_NAME, [tune.as_tuned(one, plan)])
         file.write(kernels=[asdict(each) for each in found], table=[commands.tune_table(found)])
 
     if session.dry:
@@ -113,7 +113,7 @@ def run_tune(session: Session) -> bool:
     else:
         tune.tune(plan, done)
     reached = {one.kernel for one in found}
-    file.finish(bool(found), not_reached=[name for name in launch.kernels() if name not in reached])
+    file.finish(bool(found), not_reached=[name for name in tiles.kernels() if name not in reached])
     return bool(found)
 
 
@@ -125,7 +125,7 @@ def rehearsed_kernel():
         case = original(place)
 
         def asking():
-            launch._TABLE["smear_gate_fwd"]["sm90"]
+            tiles._table["smear_gate_fwd"]["sm90"]
             return case.ours.run()
 
         return replace(case, ours=replace(case.ours, run=asking))

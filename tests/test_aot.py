@@ -112,9 +112,9 @@ def test_a_case_that_does_not_fit_is_named():
     """In a process without the interpreter: tiles of 256 x 256 x 256 in three stages take 768 KiB."""
     code = """
 from pgolf_fast.bench import aot
-from pgolf_fast.ops import launch
-rows = {"sm90": launch.Launch(256, 256, 256, num_warps=8, num_stages=3)}
-launch.set_launches({"newton_schulz_apply": rows})
+from pgolf_fast.ops import tiles
+rows = {"sm90": tiles.Tile(256, 256, 256, num_warps=8, num_stages=3)}
+tiles.set_tiles({"newton_schulz_apply": rows})
 aot.CASES = {"newton_schulz of the banks": aot.CASES["newton_schulz of the banks"], "muon": aot.CASES["muon"]}
 rows, misfits = aot.compile_presets(["tiny"], [90])
 assert {"muon_apply_kernel", "newton_schulz_gram_kernel"} <= {row.compiled.kernel for row in rows}

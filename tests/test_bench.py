@@ -16,7 +16,7 @@ from pgolf_fast.cli import bench as commands
 from pgolf_fast.cli.arguments import parse
 from pgolf_fast.config.presets import exp101, tiny
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.ops import launch
+from pgolf_fast.ops import tiles
 
 CPU = torch.device("cpu")
 TOKENS = 48
@@ -57,19 +57,19 @@ def test_every_kernel_is_reached_and_right(monkeypatch):
 
     interpreter.install()
     asked, row = set(), launch.launch
-    monkeypatch.setattr(launch, "launch", lambda kernel, x: asked.add(kernel) or row(kernel, x))
+    monkeypatch.setattr(tiles, "launch", lambda kernel, x: asked.add(kernel) or row(kernel, x))
     config = replace(tiny(), model=tiny_config(), train=replace(tiny().train, meta=None))
     sizes = [(op, m) for op, entry in registry.OPS.items() for m in entry.tokens or (34,)]
     for dtype in (torch.float32, torch.bfloat16):
         for op, tokens in sizes:
             case = registry.make_case(op, place(tokens, dtype, config, length=17))
             truth = check.truth_of(case, "fwd+bwd" if case.trained else "fwd")
-            with launch.kernels_on_cpu("interpreter"):
+            with tiles.kernels_on_cpu("interpreter"):
                 verdict = check.judge(case.ours, truth)
             assert verdict.ok, f"{op}, {tokens} tokens: {verdict}"
-    elsewhere = {name for name in launch.kernels() if name.endswith("_128")}  # heads of 128 channels
+    elsewhere = {name for name in tiles.kernels() if name.endswith("_128")}  # heads of 128 channels
     elsewhere |= {"int6_matmul", "weight_grad_sum"}  # larger sizes, such as exp101's
-    assert asked >= set(launch.kernels()) - elsewhere
+    assert asked >= set(tiles.kernels()) - elsewhere
 
 
 @pytest.mark.parametrize("op", [op for op, entry in registry.OPS.items() if entry.tokens is None])

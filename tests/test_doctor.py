@@ -13,7 +13,7 @@ from pgolf_fast.bench import doctor_checks
 from pgolf_fast.bench.doctor import examine, implementations
 from pgolf_fast.bench.doctor_checks import CHECKS, check_ops
 from pgolf_fast.bench.doctor_coverage import COLUMNS, coverage, kernels_of, public_ops, read_tests
-from pgolf_fast.ops import launch
+from pgolf_fast.ops import tiles
 
 TESTS = Path(__file__).parent / "ops"
 CPU = torch.device("cpu")
@@ -35,7 +35,7 @@ def test_every_op_is_covered():
     ]
     assert holes == []
     inside_others = {"weight_grad"}  # products into gradient banks
-    assert {kernels_of(op) for op in public_ops()} - {None} == set(launch.DEFAULTS) - inside_others
+    assert {kernels_of(op) for op in public_ops()} - {None} == set(tiles.DEFAULTS) - inside_others
 
 
 def test_every_op_is_checked():
@@ -165,7 +165,7 @@ def test_a_wrong_op_is_refused_by_name(what, monkeypatch):
 
 def test_report_says_what_runs_here():
     assert dict(implementations(CPU, torch.float32))["mlp"] == "PyTorch"
-    with launch.kernels_on_cpu("interpreter"):
+    with tiles.kernels_on_cpu("interpreter"):
         assert dict(implementations(CPU, torch.float32))["mlp"] == "Triton"
         assert dict(implementations(CPU, torch.float64))["mlp"] == "PyTorch"
 

@@ -10,7 +10,7 @@ from pgolf_fast.console import read_metrics
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.model.compiled import tag_compile_cache
 from pgolf_fast.model.gpt import GPT
-from pgolf_fast.ops import launch
+from pgolf_fast.ops import tiles
 from pgolf_fast.train import loop
 from pgolf_fast.train.loop import train
 from pgolf_fast.train.micro_step import DirectStep, GraphStep
@@ -51,7 +51,7 @@ def test_compiled_graphs_of_other_choices_are_not_found_again():
     """What PyTorch keeps on disk is apart for each choice of implementations."""
     tags = []
     for implementation in ("auto", "torch", "auto"):
-        launch.choose("mlp", implementation)
+        tiles.choose("mlp", implementation)
         tag_compile_cache()
         tags.append(torch.compiler.config.cache_key_tag)
     assert tags[0] == tags[2] != tags[1]

@@ -10,21 +10,21 @@ from pgolf_fast.bench import registry, timer, tune
 from pgolf_fast.cli import bench as commands
 from pgolf_fast.config.presets import tiny
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.ops import launch, tuned
-from pgolf_fast.ops.launch import Launch
+from pgolf_fast.ops import tiles, tuned
+from pgolf_fast.ops.tiles import Tile
 
 
 @pytest.fixture
 def fake_kernel(monkeypatch):
     """A kernel in the table, and an op whose time (by a clock of its own) and result depend on its row."""
-    monkeypatch.setattr(launch, "_TABLE", {"fake": {a: Launch(64, 64) for a in ("sm80", "sm90", "sm100")}})
+    monkeypatch.setattr(tiles, "_table", {"fake": {a: Tile(64, 64) for a in ("sm80", "sm90", "sm100")}})
     original, clock = registry.OPS["smear_gate"].make, [0.0]
 
     def make(place):
         case = original(place)
 
         def ours():
-            row = launch._TABLE["fake"]["sm90"]
+            row = tiles._table["fake"]["sm90"]
             if row.num_warps == 8:
                 raise RuntimeError("out of resources: shared memory")
             clock[0] += 3 + abs(row.block_m - 256) / 64 + (row.num_stages != 4)
@@ -71,8 +71,8 @@ def test_tuning_finds_the_quick_right_row(fake_kernel):
     assert one.failed > 0
     assert any("out of resources" in error for error in one.errors)
     assert (one.table_ms, one.best_ms) == (7, 3)
-    assert launch._TABLE["fake"]["sm90"] == one.best
-    assert launch._TABLE["fake"]["sm80"] == Launch(64, 64)
+    assert tiles._table["fake"]["sm90"] == one.best
+    assert tiles._table["fake"]["sm80"] == Tile(64, 64)
     assert "fake" in commands.tune_table(found)
 
 
@@ -85,7 +85,7 @@ def test_tuning_stops_in_time_and_names_unknown_kernels(fake_kernel):
 
 
 def test_neighbours_differ_in_one_field_and_stay_in_range():
-    row = Launch(16, 4096, 64, 4, 1)
+    row = Tile(16, 4096, 64, 4, 1)
     found = tune.neighbours(row)
     assert len(found) == len(set(found))
     for other in found:
@@ -104,7 +104,7 @@ def tuned_row(**changes):
         "gpu": "NVIDIA H200",
         "triton": tuned.triton_version(),
         "source": tuned.source_hash("mlp_up"),
-        "row": Launch(64, 64, 32, 8, 2),
+        "row": Tile(64, 64, 32, 8, 2),
         "ms": 1.0,
         "table_ms": 2.0,
         "measured": "now",
@@ -114,11 +114,11 @@ def tuned_row(**changes):
 
 def test_tuned_rows_are_kept_by_key(tmp_path):
     path = tmp_path / "cache" / tuned.FILE_NAME
-    assert tuned.read_rows(path) == []
+    assert tuned.read_tuned(path) == []
     other = tuned_row(gpu="NVIDIA H100")
-    tuned.save_rows(path, [tuned_row(), other])
-    tuned.save_rows(path, [tuned_row(ms=0.5)])
-    rows = tuned.read_rows(path)
+    tuned.save_tuned(path, [tuned_row(), other])
+    tuned.save_tuned(path, [tuned_row(ms=0.5)])
+    rows = tuned.read_tuned(path)
     assert sorted(row.ms for row in rows) == [0.5, 1.0]
     assert tuned.matching(rows, "NVIDIA H200") == [tuned_row(ms=0.5)]
     for stale in ({"triton": "1.0"}, {"source": "0" * 16}, {"dtype": "float32"}, {"kernel": "gone"}):
@@ -133,15 +133,15 @@ def test_a_spoiled_cache_is_ignored_with_a_warning(tmp_path, caplog, content, mo
     monkeypatch.setattr(tuned.report.logger, "propagate", True)
     path = tmp_path / tuned.FILE_NAME
     path.write_text(content)
-    assert tuned.read_rows(path) == []
+    assert tuned.read_tuned(path) == []
     assert "are ignored" in caplog.text
 
 
 def test_rows_with_impossible_sizes_are_refused(tmp_path):
     path = tmp_path / tuned.FILE_NAME
-    tuned.save_rows(path, [tuned_row()])
+    tuned.save_tuned(path, [tuned_row()])
     path.write_text(path.read_text().replace('"block_m": 64', '"block_m": -64'))
-    assert tuned.read_rows(path) == []
+    assert tuned.read_tuned(path) == []
 
 
 def test_the_environment_names_the_cache_and_switches_it_off(tmp_path, monkeypatch):
@@ -149,18 +149,18 @@ def test_the_environment_names_the_cache_and_switches_it_off(tmp_path, monkeypat
     assert tuned.cache_file() == tmp_path / tuned.FILE_NAME
     monkeypatch.delenv("PGOLF_FAST_CACHE")
     assert tuned.cache_file().name == tuned.FILE_NAME
-    tuned.save_rows(tmp_path / tuned.FILE_NAME, [tuned_row()])
-    monkeypatch.setattr(launch, "_TABLE", {"mlp_up": {"sm90": Launch()}})
+    tuned.save_tuned(tmp_path / tuned.FILE_NAME, [tuned_row()])
+    monkeypatch.setattr(tiles, "_table", {"mlp_up": {"sm90": Tile()}})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setenv("PGOLF_FAST_TUNE", "off")
     path, gpu = tmp_path / tuned.FILE_NAME, torch.device("cuda", 0)
     assert tuned.load_tuned(gpu, path) == 0
-    assert launch._TABLE["mlp_up"]["sm90"] == Launch()
+    assert tiles._table["mlp_up"]["sm90"] == Tile()
     monkeypatch.delenv("PGOLF_FAST_TUNE")
     assert tuned.load_tuned(gpu, path) == 1
-    assert launch._TABLE["mlp_up"]["sm90"] == Launch(64, 64, 32, 8, 2)
+    assert tiles._table["mlp_up"]["sm90"] == Tile(64, 64, 32, 8, 2)
 
 
 def test_source_hash_follows_the_file_and_what_it_imports(tmp_path, monkeypatch):

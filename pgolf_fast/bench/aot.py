@@ -24,7 +24,7 @@ from pgolf_fast.config.presets import preset
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import write_text
 from pgolf_fast.model.rope import rope_tables
-from pgolf_fast.ops import attention_backend, launch
+from pgolf_fast.ops import attention_backend, tiles
 from pgolf_fast.ops.bits import row_bytes
 from pgolf_fast.ops.muon_update import muon_apply, muon_momentum
 from pgolf_fast.ops.ngram_hash import choose_table_gradient
@@ -65,7 +65,7 @@ def compile_presets(names: Sequence[str], architectures: Sequence[int]) -> tuple
     rows: list[Row] = []
     misfits: list[str] = []
     for arch in architectures:
-        with compile_only(arch) as compiled, launch.kernels_on_cpu(row_of(arch)):
+        with compile_only(arch) as compiled, tiles.kernels_on_cpu(row_of(arch)):
             for config in configs:
                 for case, run in CASES.items():
                     before = len(compiled)

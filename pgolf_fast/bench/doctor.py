@@ -10,7 +10,7 @@ from pgolf_fast import console
 from pgolf_fast.bench.doctor_checks import check_ops
 from pgolf_fast.bench.doctor_coverage import COLUMNS, coverage
 from pgolf_fast.model.runtime import environment, resolve_dtype
-from pgolf_fast.ops import attention_backend, launch, lzma, native
+from pgolf_fast.ops import attention_backend, lzma, native, tiles
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def examine(*, check: bool, table: bool = False) -> tuple[str, bool]:
 
 def implementations(device: torch.device, dtype: torch.dtype) -> list[tuple[str, str]]:
     """What each op runs on tensors of that device and dtype."""
-    rows = [(op, _implementation(op, device, dtype)) for op in launch.DEFAULTS]
+    rows = [(op, _implementation(op, device, dtype)) for op in tiles.DEFAULTS]
     extension = native.extension()
     codec = "PyTorch" if extension is None else f"C++, SIMD: {extension.bits_simd()}"
     return [
@@ -58,10 +58,10 @@ def implementations(device: torch.device, dtype: torch.dtype) -> list[tuple[str,
 
 
 def _implementation(op: str, device: torch.device, dtype: torch.dtype) -> str:
-    if launch.uses_kernels(op, torch.empty(0, dtype=dtype, device=device)):
-        return f"Triton, tiles for {launch.architecture(device)}" if device.type == "cuda" else "Triton"
+    if tiles.uses_kernels(op, torch.empty(0, dtype=dtype, device=device)):
+        return f"Triton, tiles for {tiles.architecture(device)}" if device.type == "cuda" else "Triton"
     if device.type != "cuda":
         return "PyTorch"
     return "PyTorch" + (
-        ", by choice" if launch.implementation(op) == "torch" else ": Triton does not serve this GPU"
+        ", by choice" if tiles.implementation(op) == "torch" else ": Triton does not serve this GPU"
     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pgolf_fast import ops
-from pgolf_fast.ops import launch, native, reference
+from pgolf_fast.ops import native, reference, tiles
 from pgolf_fast.ops.muon_update import muon_apply, muon_momentum
 
 Row = tuple[str, str, str, str, str, str]
@@ -33,7 +33,7 @@ class Check:
     banks: Sequence[int] = ()
     backward: bool = True
     kernels: str | None = None
-    """The op's name in launch.DEFAULTS, if it has kernels."""
+    """The op's name in tiles.DEFAULTS, if it has kernels."""
 
     def cast(self, device: torch.device, dtype: torch.dtype) -> list[Tensor | None]:
         placed = [t if t is None else t.to(device) for t in self.inputs]
@@ -61,7 +61,7 @@ def _dtypes(check: Check, device: torch.device, dtype: torch.dtype) -> list[torc
     if (
         device.type == "cuda"
         and check.kernels == "gqa_attention"
-        and not launch.uses_kernels("gqa_attention", example)
+        and not tiles.uses_kernels("gqa_attention", example)
     ):
         kinds.remove(torch.float32)  # PyTorch's flash attention on a GPU runs in 16 bits only
     return kinds
@@ -81,7 +81,7 @@ def _judge(name: str, check: Check, device: torch.device, dtype: torch.dtype) ->
 def _by(check: Check, probe: Tensor) -> str:
     if check.kernels is None:
         return "Python" if native.extension() is None else "C++"
-    return "Triton" if launch.uses_kernels(check.kernels, probe) else "PyTorch"
+    return "Triton" if tiles.uses_kernels(check.kernels, probe) else "PyTorch"
 
 
 def _compare(check: Check, inputs: Sequence[Tensor | None]) -> tuple[float, str]:

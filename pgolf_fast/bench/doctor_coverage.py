@@ -19,7 +19,7 @@ import torch
 from torch._library.custom_ops import OPDEFS
 
 from pgolf_fast import ops  # noqa: F401 - importing them is what registers the ops
-from pgolf_fast.ops import launch, muon_update  # noqa: F401
+from pgolf_fast.ops import muon_update, tiles  # noqa: F401
 
 COLUMNS = (
     "cpu",
@@ -65,7 +65,7 @@ def _cells(name: str, evidence: list[Test]) -> Iterator[str]:
     definition = OPDEFS[f"pgolf::{name}"]
     kernels, differentiable = kernels_of(name), definition._backward_fn is not None
     yield _said(_serves(name, "CPU"))
-    yield launch.implementation(kernels) if kernels else "torch" if _serves(name, "CUDA") else NOT_MEANT
+    yield tiles.implementation(kernels) if kernels else "torch" if _serves(name, "CUDA") else NOT_MEANT
     yield _said(definition._abstract_fn is not None)
     yield YES if differentiable else NOT_MEANT
     about = [test for test in evidence if name in test.words]
@@ -205,7 +205,7 @@ def _asked(source: Source, function: str) -> str | None:
     }
     for reached in source.reached(function):
         for part in ast.walk(reached):
-            if isinstance(part, ast.Call) and ast.unparse(part.func) == "launch.uses_kernels":
+            if isinstance(part, ast.Call) and ast.unparse(part.func) == "tiles.uses_kernels":
                 return source.literal(part.args[0])
             if isinstance(part, ast.Attribute) and (path := siblings.get(ast.unparse(part.value))):
                 sibling = next(source for source in _sources_of_ops() if source.path == path)

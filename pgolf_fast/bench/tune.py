@@ -20,8 +20,8 @@ from pgolf_fast.bench.run import attempt
 from pgolf_fast.bench.timer import time_in_turn
 from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.ops import launch, tuned
-from pgolf_fast.ops.launch import Launch
+from pgolf_fast.ops import tiles, tuned
+from pgolf_fast.ops.tiles import Tile
 from pgolf_fast.ops.tuned import Tuned
 
 GAIN = 0.99  # a candidate counts as better when it takes less than this share of the time
@@ -59,7 +59,7 @@ class TunePlan:
     @property
     def arch(self) -> str:
         """Row of the table; a rehearsal on a CPU uses Hopper's."""
-        return launch.architecture(self.device) if self.device.type == "cuda" else "sm90"
+        return tiles.architecture(self.device) if self.device.type == "cuda" else "sm90"
 
 
 @dataclass
@@ -69,8 +69,8 @@ class Found:
     kernel: str
     op: str
     mode: Mode
-    table: Launch
-    best: Launch
+    table: Tile
+    best: Tile
     table_ms: float
     best_ms: float
     tried: int = 0
@@ -100,9 +100,9 @@ def tune(plan: TunePlan, done: Callable[[Found], None]) -> list[Found]:
     """Tune every kernel of the plan and hand each result to `done` at once. The table keeps the best rows."""
     uses = find_uses(plan)
     if plan.kernels:
-        unknown = [name for name in plan.kernels if name not in launch.kernels()]
+        unknown = [name for name in plan.kernels if name not in tiles.kernels()]
         if unknown:
-            raise PgolfError(f"no kernel {unknown[0]!r}: kernels are {', '.join(launch.kernels())}")
+            raise PgolfError(f"no kernel {unknown[0]!r}: kernels are {', '.join(tiles.kernels())}")
         uses = {kernel: use for kernel, use in uses.items() if kernel in plan.kernels}
     found = []
     for use in dict.fromkeys(uses.values()):
@@ -146,14 +146,14 @@ def _note_launches(uses: dict[str, Use], case: Case, use: Use) -> None:
         uses.setdefault(name, use)
 
 
-class _Noting(dict[str, dict[str, Launch]]):
+class _Noting(dict[str, dict[str, Tile]]):
     """A launch table that notes which rows are asked for."""
 
-    def __init__(self, table: dict[str, dict[str, Launch]]):
+    def __init__(self, table: dict[str, dict[str, Tile]]):
         super().__init__(table)
         self.asked: list[str] = []
 
-    def __getitem__(self, kernel: str) -> dict[str, Launch]:
+    def __getitem__(self, kernel: str) -> dict[str, Tile]:
         self.asked.append(kernel)
         return super().__getitem__(kernel)
 
@@ -161,16 +161,16 @@ class _Noting(dict[str, dict[str, Launch]]):
 @contextlib.contextmanager
 def launched_kernels() -> Iterator[list[str]]:
     """Within, the names of kernels whose row is taken from the table."""
-    table = launch._TABLE
+    table = tiles._table
     noting = _Noting(table)
-    launch._TABLE = noting
+    tiles._table = noting
     try:
         yield noting.asked
     finally:
-        launch._TABLE = table
+        tiles._table = table
 
 
-def neighbours(row: Launch) -> list[Launch]:
+def neighbours(row: Tile) -> list[Tile]:
     """Rows that differ from `row` in one field, by one step."""
     found = []
     for name, (low, high) in LIMITS.items():
@@ -186,18 +186,18 @@ def tune_kernel(plan: TunePlan, kernel: str, case: Case, truth: check.Truth) -> 
 
     Backward is timed too when `truth` has incoming gradients.
     """
-    table = launch._TABLE[kernel].get(plan.arch) or launch._TABLE[kernel]["sm80"]
+    table = tiles._table[kernel].get(plan.arch) or tiles._table[kernel]["sm80"]
     mode: Mode = "fwd+bwd" if truth.douts else "fwd"
     run: Callable[[], object] = case.ours.forward if mode == "fwd" else lambda: case.ours.both(truth.douts)
 
-    def with_row(row: Launch) -> Callable[[], object]:
+    def with_row(row: Tile) -> Callable[[], object]:
         def call() -> object:
-            launch.set_launches({kernel: {plan.arch: row}})
+            tiles.set_tiles({kernel: {plan.arch: row}})
             return run()
 
         return call
 
-    def milliseconds(*rows: Launch) -> list[float]:
+    def milliseconds(*rows: Tile) -> list[float]:
         calls = {str(i): with_row(row) for i, row in enumerate(rows)}
         times = time_in_turn(calls, plan.device, seconds=0.5, rounds=5, runs=plan.runs)
         return [timing.median for timing in times.values()]
@@ -211,7 +211,7 @@ def tune_kernel(plan: TunePlan, kernel: str, case: Case, truth: check.Truth) -> 
             if result.best_ms > GAIN * result.table_ms:
                 result.best, result.best_ms = table, result.table_ms
     finally:
-        launch.set_launches({kernel: {plan.arch: result.best}})
+        tiles.set_tiles({kernel: {plan.arch: result.best}})
     console.logger.info(
         "%s: %.4f -> %.4f ms in %s, %d candidates (%d failed, %d wrong)",
         *(kernel, result.table_ms, result.best_ms, case.op, result.tried, result.failed, result.wrong),
@@ -223,7 +223,7 @@ def _climb(
     plan: TunePlan,
     result: Found,
     milliseconds: Callable[..., list[float]],
-    correct: Callable[[Launch], bool],
+    correct: Callable[[Tile], bool],
 ) -> None:
     seen, improved = {result.table}, True
     while improved and not plan.late:
@@ -263,7 +263,7 @@ def as_tuned(found: Found, plan: TunePlan) -> Tuned:
         gpu=gpu,
         triton=tuned.triton_version(),
         source=tuned.source_hash(found.kernel),
-        row=found.best,
+        tile=found.best,
         ms=found.best_ms,
         table_ms=found.table_ms,
         measured=time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -178,7 +178,7 @@ def tune_kernels(arguments: Tune) -> tuple[str, int]:
         deadline=_deadline(arguments.minutes),
     )
     path = arguments.out or tuned.cache_file()
-    found = tune.tune(plan, lambda one: tuned.save_rows(path, [tune.as_tuned(one, plan)]))
+    found = tune.tune(plan, lambda one: tuned.save_tuned(path, [tune.as_tuned(one, plan)]))
     text = tune_table(found)
     return (f"{text}\nwrote {path}", 0) if found else ("no kernel was launched by these ops", 1)
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from helpers import assert_matches_float64
 
-from pgolf_fast.ops import attention_backend, gqa_attention, launch, reference
+from pgolf_fast.ops import attention_backend, gqa_attention, reference, tiles
 from pgolf_fast.ops.attention_backend import NAMES, Shape
 
 HAS_KERNELS = True
@@ -55,7 +55,7 @@ def test_a_lone_token_has_no_gradient(name, device):
     tables, gain = [torch.ones(1, 0, device=device)] * 2, torch.ones(2, device=device)
     out = gqa_attention(*inputs, gain, None, *tables, 0, num_kv_heads=1, xsa=True)
     # in PyTorch without kernels, one part is rounded and the other is not
-    bound = 1e-5 if launch.uses_kernels("gqa_attention", x) else 2e-2
+    bound = 1e-5 if tiles.uses_kernels("gqa_attention", x) else 2e-2
     for grad in torch.autograd.grad(out, inputs, torch.randn_like(out)):
         assert grad.abs().max() < bound
 
@@ -76,7 +76,7 @@ def test_backward_of_one_follows_the_forward_of_another(device):
 
 
 def test_default_is_ours_where_nothing_else_can():
-    with launch.kernels_on_cpu("sm90"):
+    with tiles.kernels_on_cpu("sm90"):
         for dtype in (torch.bfloat16, torch.float32):
             assert attention_backend.backend(Shape(CPU, dtype, 64)) == "triton"
             assert attention_backend.backend(Shape(CPU, dtype, 64, windowed=True)) == "triton"

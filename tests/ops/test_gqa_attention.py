@@ -10,7 +10,7 @@ from helpers import (
     results,
 )
 
-from pgolf_fast.ops import gqa_attention, launch, reference
+from pgolf_fast.ops import gqa_attention, reference, tiles
 
 HAS_KERNELS = True
 
@@ -96,7 +96,7 @@ def eager(case, tables, xsa):
 
 def spare_the_interpreter(wanted):
     """It takes half a second a call, so that not every combination is tried in it."""
-    if launch.forced() == "interpreter" and not wanted:
+    if tiles.forced() == "interpreter" and not wanted:
         pytest.skip("not tried in the interpreter")
 
 

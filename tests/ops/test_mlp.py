@@ -9,7 +9,7 @@ from helpers import (
     results,
 )
 
-from pgolf_fast.ops import launch, mlp, reference
+from pgolf_fast.ops import mlp, reference, tiles
 from pgolf_fast.ops.mlp import ACTIVATIONS
 
 HAS_KERNELS = True
@@ -69,7 +69,7 @@ def test_extreme_activations(activation, device):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_wide_tiles(activation, device, monkeypatch):
     """Tiles of 64 columns, whose epilogue goes by halves as it does on a GPU."""
-    monkeypatch.setattr(launch, "_INTERPRETER", launch.Launch(32, 64, 32, 1, 1))
+    monkeypatch.setattr(tiles, "_INTERPRETER", tiles.Tile(32, 64, 32, 1, 1))
     inputs = make((3, 14, 20), 150, activation, torch.float32, device)
     assert_matches_float64(
         lambda *t: mlp(*t, SLOT, activation), lambda *t: reference.mlp(*t, SLOT, activation), inputs
@@ -81,12 +81,12 @@ def test_saves_one_tensor_and_a_bit(activation, device):
     x, up, down = make((3, 13), 45, activation, device=device)
     _, saved, signs = torch.ops.pgolf.mlp(x, up, down, SLOT, activation, None, None)
     pre = x @ up[SLOT].T
-    if not launch.uses_kernels("mlp", x) or activation == "swiglu":
+    if not tiles.uses_kernels("mlp", x) or activation == "swiglu":
         torch.testing.assert_close(saved, pre)
     else:
         torch.testing.assert_close(saved, reference.activation(pre, activation))
     assert signs.dtype == torch.int32
-    if not launch.uses_kernels("mlp", x) or activation != "leaky_relu_squared":
+    if not tiles.uses_kernels("mlp", x) or activation != "leaky_relu_squared":
         assert signs.numel() == 0
         return
     assert signs.shape == (3, 2)

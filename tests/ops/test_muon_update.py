@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import assert_as_accurate, lay_out
 
-from pgolf_fast.ops import launch, muon_update
+from pgolf_fast.ops import muon_update, tiles
 from pgolf_fast.ops.muon_update import muon_apply, muon_momentum
 from pgolf_fast.optim.muon import Muon
 
@@ -86,7 +86,7 @@ def test_cpu_path_is_the_arithmetic_of_pr_1501():
 def test_rounds_gradient_product_and_sum_to_the_buffers_dtype(device):
     """Bit for bit: products with 0.75 are exact in float32, so every rounding left is one that is meant."""
     grad, buffer = make((3, 40, 24), device)
-    if not launch.uses_kernels("muon", buffer):
+    if not tiles.uses_kernels("muon", buffer):
         pytest.skip("PyTorch's path is compared with eager above")
     low = grad.bfloat16().float()
     new = ((buffer.float() * 0.75).bfloat16().float() + low).bfloat16()
@@ -234,7 +234,7 @@ def test_more_than_two_to_the_31_elements_on_a_gpu():
     n = 2**31 + 1000
     master = torch.zeros(n, dtype=torch.bfloat16, device="cuda")
     update = torch.ones(n, dtype=torch.bfloat16, device="cuda")
-    assert launch.uses_kernels("muon", master)
+    assert tiles.uses_kernels("muon", master)
     muon_apply(master, update, 0.5, weight_decay=0.0, scale=1.0)
     assert bool((master == -0.5).all())
     out = muon_momentum(update, master, 0.5)

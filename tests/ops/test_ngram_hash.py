@@ -2,7 +2,7 @@ import pytest
 import torch
 from helpers import assert_as_accurate, assert_matches_float64, lay_out, results
 
-from pgolf_fast.ops import launch, ngram_hash, ngram_hash_embed, reference
+from pgolf_fast.ops import ngram_hash, ngram_hash_embed, reference, tiles
 
 HAS_KERNELS = True
 # interpreted tiles are 32 tokens by 32 columns: the second shape has parts of tiles both ways
@@ -178,7 +178,7 @@ def test_atomic_table_gradient(pos_conditional, trigram, device, monkeypatch):
     torch.use_deterministic_algorithms(False)
     assert_matches_float64(op, formula, inputs)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    if launch.uses_kernels("ngram_hash_embed", inputs[1]):
+    if tiles.uses_kernels("ngram_hash_embed", inputs[1]):
         with pytest.raises(TypeError, match="not callable"):  # the sorted sum was asked for
             results(op, inputs)
 
@@ -235,9 +235,9 @@ def test_token_without_word_start_entry(wrong, device):
     if device == "cpu":
         with pytest.raises(IndexError, match=f"tokens hold {wrong}, but has_leading_space has ids 0 to 49"):
             ngram_hash_embed(tokens, *others, **options)
-        if not launch.uses_kernels("ngram_hash_embed", others[0]):
+        if not tiles.uses_kernels("ngram_hash_embed", others[0]):
             return
-    got = ngram_hash._kernels_forward(tokens, *others, True, True, torch.empty_like(want))
+    got = ngram_hash._forward_cuda(tokens, *others, True, True, torch.empty_like(want))
     assert torch.isnan(got[1, 6]).all()
     got[1, 6] = want[1, 6]
     assert torch.equal(got, want)

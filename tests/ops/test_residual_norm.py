@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from helpers import LAYOUTS, assert_matches_float64, assert_strides_do_not_matter, lay_out, results
 
-from pgolf_fast.ops import launch, reference, residual_norm, rms_norm, smear_gate
+from pgolf_fast.ops import reference, residual_norm, rms_norm, smear_gate, tiles
 
 HAS_KERNELS = True
 # interpreted tiles are 32 x 32: wider rows go the kernels' other way; (3, 25, 45) has parts of tiles
@@ -217,7 +217,7 @@ def test_more_than_two_to_the_31_elements_on_a_gpu():
     """The last rows lie beyond what 32 bits can address."""
     x = torch.randn(2**31 // (512 * 1024) + 2, 1024, 512, device="cuda", dtype=torch.bfloat16)
     scale = torch.randn(512, device="cuda")
-    assert launch.uses_kernels("residual_norm", x)
+    assert tiles.uses_kernels("residual_norm", x)
     for op in (lambda t: norm(t, t, scale, scale)[1], lambda t: smear_gate(t, scale)):
         got, (grad,), (dout,) = results(op, (x,))
         want, (want_grad,), _ = results(op, (x[-2:],), [dout[-2:]])

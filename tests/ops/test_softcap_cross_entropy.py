@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from helpers import LAYOUTS, assert_matches_float64, assert_strides_do_not_matter, lay_out, results
 
-from pgolf_fast.ops import launch, reference, softcap_cross_entropy
+from pgolf_fast.ops import reference, softcap_cross_entropy, tiles
 
 HAS_KERNELS = True
 # leading shape of x, width, vocabulary; interpreted tiles are 32 in each: (70,) has parts of tiles in all
@@ -88,7 +88,7 @@ def test_tanh_of_any_size(softcap, device):
 
 def test_tanh_in_kernels(device):
     """The kernels' own tanh and its derivative against float64, from denormal to saturated arguments."""
-    if not launch.uses_kernels("softcap_cross_entropy", torch.empty(0, device=device)):
+    if not tiles.uses_kernels("softcap_cross_entropy", torch.empty(0, device=device)):
         pytest.skip("no kernels on this device")
     values = torch.logspace(-38, 3, 2000, device=device)
     z = torch.cat(
@@ -120,7 +120,7 @@ def tanh_kernel():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 77])
 def test_more_rows_than_a_chunk(rows, dtype, device):
-    if device == "cpu" and launch.uses_kernels("softcap_cross_entropy", torch.empty(0)):
+    if device == "cpu" and tiles.uses_kernels("softcap_cross_entropy", torch.empty(0)):
         pytest.skip("PyTorch's chunks; the kernels' own are tested above")
     inputs = make((rows,), 8, 11, dtype, device)
     assert_matches_float64(loss(15.0), formula(15.0), inputs)
@@ -163,7 +163,7 @@ def test_never_holds_all_logits():
 def test_kernels_hold_few_dlogits(device, monkeypatch):
     """Forward allocates losses only, backward no more than it is allowed."""
     x, weight, targets = make((300,), 16, 256, device=device)
-    if not launch.uses_kernels("softcap_cross_entropy", x):
+    if not tiles.uses_kernels("softcap_cross_entropy", x):
         pytest.skip("no kernels on this device")
     monkeypatch.setattr(op_module(), "_DLOGITS", 64 * 256)
     leaves = [x.requires_grad_(), weight.requires_grad_()]
@@ -265,10 +265,10 @@ def test_rejects_targets_outside_the_vocabulary(wrong, device):
     if device == "cpu":
         with pytest.raises(IndexError, match=rf"targets hold {wrong}, but the vocabulary has ids 0 to 8"):
             softcap_cross_entropy(x, weight, targets, 30.0)
-        if not launch.uses_kernels("softcap_cross_entropy", x):
+        if not tiles.uses_kernels("softcap_cross_entropy", x):
             return
-    got, logsumexp = op_module()._kernels_forward(x, weight, targets, 30.0, 0.0)
-    dx, dweight = op_module()._kernels_backward(douts[0], x, weight, targets, logsumexp, 30.0, 0.0)
+    got, logsumexp = op_module()._forward_cuda(x, weight, targets, 30.0, 0.0)
+    dx, dweight = op_module()._backward_cuda(douts[0], x, weight, targets, logsumexp, 30.0, 0.0)
     others = torch.tensor([0, 1, 3], device=device)
     assert got[2].isnan()
     assert dx[2].isnan().all()
