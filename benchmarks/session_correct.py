@@ -8,10 +8,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from pgolf_fast.bench.case import Case, Contender
 from session_files import PartFile, Session
 
 from pgolf_fast.bench import check, registry
-from pgolf_fast.bench.case import Case, Contender
 from pgolf_fast.bench.run import attempt
 from pgolf_fast.config.presets import preset
 

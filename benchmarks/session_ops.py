@@ -6,10 +6,10 @@ from dataclasses import asdict, replace
 from unittest import mock
 
 import torch
+from pgolf_fast.bench.case import MODES
 from session_files import PartFile, Session
 
 from pgolf_fast.bench import peers, registry, run, store, tune
-from pgolf_fast.bench.case import MODES
 from pgolf_fast.cli import bench as commands
 from pgolf_fast.config.presets import preset
 from pgolf_fast.ops import tiles, tuned
@@ -104,7 +104,7 @@ def run_tune(session: Session) -> bool:
 
     def done(one: tune.Found) -> None:
         found.append(one)
-        tuned.save_tuned(session.out / tuned.FILE_NAME, [tune.as_tuned(one, plan)])
+        tuned.save_rows(session.out / tuned.FILE_NAME, [tune.as_tuned(one, plan)])
         file.write(kernels=[asdict(each) for each in found], table=[commands.tune_table(found)])
 
     if session.dry:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import tiny_config
+from pgolf_fast.bench.case import Contender
 
 from pgolf_fast.bench import check, peers, plots, registry, run, store, timer
-from pgolf_fast.bench.case import Contender
 from pgolf_fast.bench.roofline import Roof
 from pgolf_fast.cli import bench as commands
 from pgolf_fast.cli.arguments import parse

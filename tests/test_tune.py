@@ -114,11 +114,11 @@ def tuned_row(**changes):
 
 def test_tuned_rows_are_kept_by_key(tmp_path):
     path = tmp_path / "cache" / tuned.FILE_NAME
-    assert tuned.read_tuned(path) == []
+    assert tuned.read_rows(path) == []
     other = tuned_row(gpu="NVIDIA H100")
-    tuned.save_tuned(path, [tuned_row(), other])
-    tuned.save_tuned(path, [tuned_row(ms=0.5)])
-    rows = tuned.read_tuned(path)
+    tuned.save_rows(path, [tuned_row(), other])
+    tuned.save_rows(path, [tuned_row(ms=0.5)])
+    rows = tuned.read_rows(path)
     assert sorted(row.ms for row in rows) == [0.5, 1.0]
     assert tuned.matching(rows, "NVIDIA H200") == [tuned_row(ms=0.5)]
     for stale in ({"triton": "1.0"}, {"source": "0" * 16}, {"dtype": "float32"}, {"kernel": "gone"}):
@@ -133,15 +133,15 @@ def test_a_spoiled_cache_is_ignored_with_a_warning(tmp_path, caplog, content, mo
     monkeypatch.setattr(tuned.report.logger, "propagate", True)
     path = tmp_path / tuned.FILE_NAME
     path.write_text(content)
-    assert tuned.read_tuned(path) == []
+    assert tuned.read_rows(path) == []
     assert "are ignored" in caplog.text
 
 
 def test_rows_with_impossible_sizes_are_refused(tmp_path):
     path = tmp_path / tuned.FILE_NAME
-    tuned.save_tuned(path, [tuned_row()])
+    tuned.save_rows(path, [tuned_row()])
     path.write_text(path.read_text().replace('"block_m": 64', '"block_m": -64'))
-    assert tuned.read_tuned(path) == []
+    assert tuned.read_rows(path) == []
 
 
 def test_the_environment_names_the_cache_and_switches_it_off(tmp_path, monkeypatch):
@@ -149,7 +149,7 @@ def test_the_environment_names_the_cache_and_switches_it_off(tmp_path, monkeypat
     assert tuned.cache_file() == tmp_path / tuned.FILE_NAME
     monkeypatch.delenv("PGOLF_FAST_CACHE")
     assert tuned.cache_file().name == tuned.FILE_NAME
-    tuned.save_tuned(tmp_path / tuned.FILE_NAME, [tuned_row()])
+    tuned.save_rows(tmp_path / tuned.FILE_NAME, [tuned_row()])
     monkeypatch.setattr(tiles, "_table", {"mlp_up": {"sm90": Tile()}})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")

@@ -11,12 +11,12 @@ import torch
 
 from pgolf_fast import console
 from pgolf_fast.bench import peers, plots, registry, run, store, tune
-from pgolf_fast.bench.case import MODES, Mode
 from pgolf_fast.config.presets import preset
 from pgolf_fast.config.shrink import shrink
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.model.runtime import resolve_dtype
 from pgolf_fast.ops import tuned
+from pgolf_fast.ops.case import MODES, Mode
 
 GPU_TOKENS = (98_304, 32_768, 196_608)
 CPU_TOKENS = (2_048,)
@@ -178,7 +178,7 @@ def tune_kernels(arguments: Tune) -> tuple[str, int]:
         deadline=_deadline(arguments.minutes),
     )
     path = arguments.out or tuned.cache_file()
-    found = tune.tune(plan, lambda one: tuned.save_tuned(path, [tune.as_tuned(one, plan)]))
+    found = tune.tune(plan, lambda one: tuned.save_rows(path, [tune.as_tuned(one, plan)]))
     text = tune_table(found)
     return (f"{text}\nwrote {path}", 0) if found else ("no kernel was launched by these ops", 1)
 

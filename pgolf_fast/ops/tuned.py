@@ -95,7 +95,7 @@ def _imported(path: Path) -> list[str]:
     return [m.split(".")[2] for m in modules if m.startswith("pgolf_fast.kernels.")]
 
 
-def read_tuned(path: Path) -> list[Tuned]:
+def read_rows(path: Path) -> list[Tuned]:
     """All tiles of a file, none if it does not exist. An unreadable file is ignored with a warning."""
     if not path.is_file():
         return []
@@ -116,9 +116,9 @@ def _parse(entry: dict[str, object]) -> Tuned:
     return Tuned(**{**entry, "tile": Tile(**given)})  # type: ignore[arg-type]  # fields are checked by name
 
 
-def save_tuned(path: Path, found: Sequence[Tuned]) -> None:
+def save_rows(path: Path, found: Sequence[Tuned]) -> None:
     """Add tiles to the file, replacing those with the same key. The file is written whole or not at all."""
-    known = {one.key: one for one in (*read_tuned(path), *found)}
+    known = {one.key: one for one in (*read_rows(path), *found)}
     entries = [asdict(one) for _, one in sorted(known.items())]
     write_text(path, json.dumps({"tiles": entries}, indent=1) + "\n")
 
@@ -131,7 +131,7 @@ def load_tuned(device: torch.device | None = None, path: Path | None = None) -> 
     if os.environ.get("PGOLF_FAST_TUNE") == "off" or not torch.cuda.is_available():
         return 0
     device = device or torch.device("cuda", torch.cuda.current_device())
-    found = matching(read_tuned(path or cache_file()), torch.cuda.get_device_name(device))
+    found = matching(read_rows(path or cache_file()), torch.cuda.get_device_name(device))
     arch = tiles.architecture(device)
     tiles.set_tiles({one.kernel: {arch: one.tile} for one in found})
     if found:
