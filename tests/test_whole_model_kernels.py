@@ -38,8 +38,16 @@ def outcome(model, tokens, targets, banked):
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("banked", [False, True], ids=["autograd", "gradient banks"])
-@pytest.mark.parametrize("activation", ["leaky_relu_squared", "swiglu"])
+# both activations and both kinds of gradient by default; the op tests cover their combinations
+@pytest.mark.parametrize(
+    ("activation", "banked"),
+    [
+        ("leaky_relu_squared", True),
+        ("swiglu", False),
+        pytest.param("leaky_relu_squared", False, marks=pytest.mark.slow),
+        pytest.param("swiglu", True, marks=pytest.mark.slow),
+    ],
+)
 def test_loss_and_gradients_agree_with_pytorch(activation, banked, interpreted):
     model = make(activation)
     tokens, targets = torch.randint(0, model.config.vocab_size, (2, 2, 40))
@@ -75,7 +83,7 @@ def test_kernels_really_ran(interpreted, monkeypatch):
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden_forward(name, interpreted, monkeypatch):
     """Logits, loss and all gradients of the original program, in float32, within the same tolerances."""
-    # the interpreter takes a time per program and per product, whatever their size
+    # the interpreter's time depends on the number of programs and products, not on their size
     monkeypatch.setattr(tiles, "_INTERPRETER", Tile(128, 128, 128, 1, 1))
     path = next((path for path in FILES if path.stem == name), None)
     if path is None:

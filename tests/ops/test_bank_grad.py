@@ -1,4 +1,4 @@
-"""grad_bank[slot] += left @ right: in the bank's own precision, for any strides, the same every time."""
+"""grad_bank[slot] += left @ right: in the bank's precision, for any strides, bitwise reproducible."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ SHAPES = [(64, 96, 32), (40, 600, 70), (33, 31, 1), (1, 1, 1), (1, 300, 1), (0, 
 
 
 def make(shape, dtype, bank_dtype=torch.float32, device="cpu"):
-    """A bank that starts out large, so that adding in a narrower dtype or overwriting shows."""
+    """A bank that starts with large values, which exposes overwriting or adding in a narrower dtype."""
     n, rows, k = shape
     left = torch.randn(rows, n, device=device).to(dtype).T
     right = torch.randn(rows, k, device=device).to(dtype)

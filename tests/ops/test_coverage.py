@@ -30,8 +30,9 @@ TOOLS = {
 
 @dataclass(frozen=True)
 class TestSource:
-    __test__ = False
     """A test function: the names in it, and True if it runs kernels in the interpreter."""
+
+    __test__ = False  # not for pytest
 
     name: str
     words: frozenset[str]

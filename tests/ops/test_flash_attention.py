@@ -1,4 +1,4 @@
-"""The attention kernels alone, with tiles of every proportion; the whole op is in test_gqa_attention."""
+"""The attention kernels alone, with tiles of several proportions; test_gqa_attention tests the whole op."""
 
 import pytest
 import torch
@@ -140,7 +140,7 @@ def test_backward_is_deterministic(place):
 
 
 def test_window_is_bitwise_the_end(place):
-    """With blocks of queries at the same places, the last rows of a full run are the window's, bit by bit."""
+    """With aligned blocks of queries, the last rows of a full run equal the window's bitwise."""
     q, k, v, gain, _ = make("square", torch.float32, place)
     tiles = Tile(32, 16, 32, 4, 1)
     full, window = (

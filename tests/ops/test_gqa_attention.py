@@ -10,7 +10,7 @@ from helpers import (
     results,
 )
 
-from pgolf_fast.ops import gqa_attention, reference, tiles
+from pgolf_fast.ops import gqa_attention, reference
 
 HAS_KERNELS = True
 
@@ -75,7 +75,7 @@ def formula(case, tables, xsa, slot=SLOT):
 
 
 def eager(case, tables, xsa):
-    """The same as a PyTorch user writes it: every step rounds to x's dtype, except XSA's own sums."""
+    """The formula as a PyTorch user writes it: every step rounds to x's dtype, except XSA's own sums."""
     _, heads, kv_heads, head_dim, _ = CASES[case]
 
     def run(x, qo, kv, gain, value):
@@ -94,25 +94,16 @@ def eager(case, tables, xsa):
     return run
 
 
-def spare_the_interpreter(wanted):
-    """It takes half a second a call, so that not every combination is tried in it."""
-    if tiles.forced() == "interpreter" and not wanted:
-        pytest.skip("not tried in the interpreter")
+# 168 combinations of shape, dtype, value embedding and XSA, of which 42 cover every pair (see conftest). XSA of
+# "one row" is exactly zero: test_xsa_of_the_first_token_is_zero.
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FLAGS = [(False, False), (True, False), (False, True), (True, True)]
+GRID = [(case, d, v, x) for case in CASES for d in DTYPES for v, x in FLAGS if not (x and case == "one row")]
 
 
-@pytest.mark.parametrize("xsa", [False, True], ids=["full", "xsa"])
-@pytest.mark.parametrize("value_embed", [False, True], ids=["no ve", "ve"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.pairwise
+@pytest.mark.parametrize(("case", "dtype", "value_embed", "xsa"), GRID)
 def test_matches_reference(case, dtype, value_embed, xsa, device):
-    if xsa and case == "one row":
-        pytest.skip("exactly zero, see test_xsa_of_the_first_token_is_zero")
-    # all four in float32 where they are quick, and elsewhere two, one and one of them
-    quick, both, nth = case in ("odd", "one token"), value_embed == xsa, list(CASES).index(case) % 2
-    if dtype == torch.float32:
-        spare_the_interpreter(quick or both)
-    else:
-        spare_the_interpreter(both and xsa == ((dtype == torch.bfloat16) == (nth == 0)))
     inputs, tables = make(case, dtype, device, value_embed)
     op, exact, low = (f(case, tables, xsa) for f in (attention, formula, eager))
     assert_matches_float64(op, exact, inputs, eager=low)
@@ -166,10 +157,11 @@ def test_heads_too_wide_for_the_kernels(monkeypatch, device):
     assert_matches_float64(attention("wide", tables, True), formula("wide", tables, True), inputs)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("xsa", [False, True], ids=["full", "xsa"])
 @pytest.mark.parametrize("window", [1, 7, 33, 40])
 def test_window_is_the_end_of_the_full_result(window, xsa, device):
-    """And its gradients are those of the full one when only its end is used."""
+    """The gradients are those of the full result when only its end is used."""
     inputs, tables = make("tiles", device=device)
     full = attention("tiles", tables, xsa)
     outs, grads, douts = results(attention("tiles", tables, xsa, window=window), inputs)
@@ -210,6 +202,7 @@ def test_strided_tables(device):
     torch.testing.assert_close(got, want)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("xsa", [False, True], ids=["full", "xsa"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strided_inputs(layout, xsa, device):
@@ -219,11 +212,21 @@ def test_strided_inputs(layout, xsa, device):
     assert_strides_do_not_matter(attention("odd", tables, xsa), inputs)
 
 
-@pytest.mark.parametrize("banked", [False, True], ids=["dense", "banked"])
-@pytest.mark.parametrize(("case", "window"), [("aligned", None), ("ratio 1", 3), ("one token", None)])
-@pytest.mark.parametrize(("value_embed", "xsa"), [(True, True), (False, False)])
-def test_opcheck(value_embed, xsa, case, window, banked, device):
-    spare_the_interpreter((case == "one token") == xsa and banked)
+# opcheck takes seconds: all of its tests on one case, schema and fake tensors on the others. It does not look at
+# values, so the kernels are checked with and without banks only.
+ALL = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+OPCHECKS = [
+    ("one token", None, True, True, True, ALL),
+    ("one token", None, False, False, False, ALL[::2]),
+    ("aligned", None, True, True, False, ALL[::2]),
+    ("aligned", None, False, False, True, ALL[::2]),
+    ("ratio 1", 3, True, False, True, ALL[::2]),
+    ("ratio 1", 3, False, True, False, ALL[::2]),
+]
+
+
+@pytest.mark.parametrize(("case", "window", "value_embed", "xsa", "banked", "checks"), OPCHECKS)
+def test_opcheck(case, window, value_embed, xsa, banked, checks, device):
     inputs, tables = make(case, device=device, value_embed=value_embed)
     if case == "aligned":
         inputs = lay_out("transposed", inputs)
@@ -231,18 +234,18 @@ def test_opcheck(value_embed, xsa, case, window, banked, device):
     banks = (torch.ones_like(qo), torch.ones_like(kv)) if banked else (None, None)
     banks = tuple(b if b is None else b.detach() for b in banks)
     args = (x, qo, kv, gain, value, *tables, SLOT, CASES[case][2], xsa, *banks, window)
-    torch.library.opcheck(torch.ops.pgolf.gqa_attention, args)
+    torch.library.opcheck(torch.ops.pgolf.gqa_attention, args, test_utils=checks)
     with torch.no_grad():
         out, *saved = torch.ops.pgolf.gqa_attention(*args)
     x, qo, kv, gain = (t.detach() for t in (x, qo, kv, gain))
     backward = (torch.randn_like(out), x, qo, kv, gain, *tables, saved, SLOT, xsa, *banks, value_embed)
-    torch.library.opcheck(torch.ops.pgolf.gqa_attention_backward, backward)
+    torch.library.opcheck(torch.ops.pgolf.gqa_attention_backward, backward, test_utils=checks)
 
 
 def test_opcheck_empty(device):
     inputs, tables = make("no tokens", device=device)
     args = (*inputs, *tables, SLOT, 1, True, None, None)
-    torch.library.opcheck(torch.ops.pgolf.gqa_attention, args)
+    torch.library.opcheck(torch.ops.pgolf.gqa_attention, args, test_utils=ALL[::2])
 
 
 @pytest.mark.parametrize("xsa", [False, True], ids=["full", "xsa"])

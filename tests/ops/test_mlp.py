@@ -35,6 +35,7 @@ def make(shape, hidden, activation, dtype=torch.float32, device="cpu"):
     return [t.to(dtype) for t in (x, up, down)]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("shape", "hidden"), SHAPES, ids=str)
@@ -111,6 +112,7 @@ def test_strided_inputs(layout, activation, device):
     assert_strides_do_not_matter(lambda *t: mlp(*t, SLOT, activation), inputs)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("banked", [False, True], ids=["dense", "banked"])
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 @pytest.mark.parametrize("activation", ["swiglu", "leaky_relu_squared"])

@@ -1,4 +1,4 @@
-"""pgolf::muon_momentum, pgolf::muon_apply: in place, beside formulas in float64 and eager's own rounding."""
+"""pgolf::muon_momentum, pgolf::muon_apply: in place, against formulas in float64."""
 
 import math
 
@@ -34,6 +34,7 @@ def judge(got, low, exact):
     assert_as_accurate(got, low, exact, atol=1e-6 + rounding)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -51,6 +52,7 @@ def test_momentum_matches_formula(shape, dtype, grad_dtype, device):
     judge(update, low[1], exact[1])
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("shadow_dtype", [None, torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -112,7 +114,7 @@ def test_numbers_may_be_tensors(shape, device):
 
 
 def test_numbers_that_must_not_be_read():
-    """What the PyTorch path does on a GPU with a learning rate that lives there."""
+    """PyTorch's path on a GPU, with the learning rate in a tensor on it."""
     grad, buffer = make((3, 40, 24), "cpu")
     low, master = grad.bfloat16(), torch.randn(3, 40, 24)
     exact = momentum_formula(low.double(), buffer.double(), MOMENTUM)

@@ -5,12 +5,13 @@ from helpers import LAYOUTS, assert_as_accurate, lay_out
 from pgolf_fast.ops import newton_schulz, reference, tiles
 
 HAS_KERNELS = True
-# interpreted tiles are 32 x 32: the last two have several, and parts of tiles, in every dimension
+# interpreted tiles are 32 x 32: the last two have several, and partial ones, in every dimension
 SHAPES = [(3, 32, 32), (2, 48, 16), (2, 16, 48), (4, 27, 13), (2, 1, 9), (2, 9, 1), (1, 1, 1)]
 SHAPES += [(2, 40, 70), (1, 67, 45)]
 EMPTY = [(0, 4, 4), (2, 0, 4), (2, 4, 0)]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("steps", [0, 1, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES + EMPTY, ids=str)
@@ -58,7 +59,7 @@ def test_rejects_bad_input():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(4, 24, 24), (4, 40, 16), (4, 16, 40)], ids=str)
-def test_orthogonalises(shape, dtype, device):
+def test_orthogonalizes(shape, dtype, device):
     """U S V^T becomes U S' V^T with S' between 0.68 and 1.14, however unequal S was."""
     rank = min(shape[1:])
     u, _, vh = torch.linalg.svd(torch.randn(shape, device=device), full_matrices=False)
@@ -86,7 +87,7 @@ def test_is_a_polynomial_of_the_singular_values(shape, steps, device):
 
 
 def test_slots_are_separate(device):
-    """Each matrix is scaled by its own norm: neither a huge nor a zero neighbour changes it."""
+    """Each matrix is scaled by its own norm: neither a huge nor a zero neighbor changes it."""
     g = torch.randn(4, 10, 6, device=device)
     alone = newton_schulz(g[:1])
     g[1] *= 1e6

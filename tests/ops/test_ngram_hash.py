@@ -5,7 +5,7 @@ from helpers import assert_as_accurate, assert_matches_float64, lay_out, results
 from pgolf_fast.ops import ngram_hash, ngram_hash_embed, reference, tiles
 
 HAS_KERNELS = True
-# interpreted tiles are 32 tokens by 32 columns: the second shape has parts of tiles both ways
+# interpreted tiles are 32 tokens by 32 columns: the second shape has partial tiles in both dimensions
 SHAPES = [((4, 16), 32), ((3, 23), 40), ((3, 7), 5), ((1, 1), 1), ((2, 2), 3), ((0, 5), 4), ((2, 0), 4)]
 VARIANTS = [(False, False), (True, False), (False, True), (True, True)]  # pos_conditional, trigram
 VOCAB, ROWS = 50, 13
@@ -85,6 +85,7 @@ def test_sequence_with_one_word_start(device):
     assert rows_of([1023, 1023, 0, 5, 7], starts, device=device) == [4095, 3024, 3804, 1429, 3129]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("trigram", [False, True])
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("num_rows", [4, 5, 4096, 10240])
@@ -109,6 +110,7 @@ def test_halves_do_not_meet():
         assert len(set(got[1:])) > 1500
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("pos_conditional", "trigram"), VARIANTS)
 @pytest.mark.parametrize(("shape", "dim"), SHAPES, ids=str)

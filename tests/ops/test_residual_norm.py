@@ -6,7 +6,7 @@ from helpers import LAYOUTS, assert_matches_float64, assert_strides_do_not_matte
 from pgolf_fast.ops import reference, residual_norm, rms_norm, smear_gate, tiles
 
 HAS_KERNELS = True
-# interpreted tiles are 32 x 32: wider rows go the kernels' other way; (3, 25, 45) has parts of tiles
+# interpreted tiles are 32 x 32: wider rows take the kernels' other path; (3, 25, 45) has partial tiles
 SHAPES = [(2, 8, 64), (3, 25, 45), (3, 5, 27), (1, 40), (2, 1, 7), (1, 1, 1), (0, 8), (2, 0, 8)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYER_SCALE = 0.5773
@@ -37,6 +37,7 @@ def residual_norm_module():
     return sys.modules["pgolf_fast.ops.residual_norm"]  # the package gives its name to the function
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("scaled", [False, True], ids=["x", "scaled x"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -91,7 +92,7 @@ def test_zero_rows_are_safe(device):
 
 
 def test_gradient_of_one_output(device):
-    """Only one of the two results may reach the loss; the other's gradient is then zero."""
+    """If only one of the two results reaches the loss, the other's gradient is zero."""
     inputs = make((3, 8), device=device)
     for index in range(2):
         got = results(lambda *t, i=index: norm(*t)[i], inputs, [torch.ones(3, 8, device=device)])

@@ -9,7 +9,7 @@ from helpers import LAYOUTS, assert_matches_float64, assert_strides_do_not_matte
 from pgolf_fast.ops import reference, softcap_cross_entropy, tiles
 
 HAS_KERNELS = True
-# leading shape of x, width, vocabulary; interpreted tiles are 32 in each: (70,) has parts of tiles in all
+# leading shape of x, width, vocabulary; interpreted tiles are 32 in each: (70,) has partial tiles in all
 SHAPES = [((64,), 32, 128), ((3, 7), 17, 53), ((70,), 45, 75), ((1,), 8, 5), ((1, 1), 1, 1)]
 SHAPES += [((0,), 8, 16), ((2, 0), 8, 16)]
 CHUNK = 4096
@@ -33,6 +33,7 @@ def formula(softcap, z_loss=0.0):
     return run
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("softcap", [30.0, 3.0, 100.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("leading", "dim", "vocab"), SHAPES, ids=str)
@@ -41,6 +42,7 @@ def test_matches_reference(leading, dim, vocab, dtype, softcap, device):
     assert_matches_float64(loss(softcap), formula(softcap), inputs)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("z_loss", [1e-4, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("leading", "dim", "vocab"), [SHAPES[0], SHAPES[2], SHAPES[5]], ids=str)
