@@ -9,8 +9,9 @@ import functools
 import pytest
 import torch
 
-from pgolf_fast.bench import check, peers, registry
+from pgolf_fast.bench import peers, registry
 from pgolf_fast.config.presets import small
+from pgolf_fast.ops import judge
 
 TOKENS = 2048
 PEERS = ("ours", "eager", "compile")
@@ -18,13 +19,13 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def sizes() -> list[tuple[str, int]]:
-    return [(op, m) for op, entry in registry.OPS.items() for m in entry.tokens or (TOKENS,)]
+    return [(op, m) for op in registry.timed() for m in registry.token_counts(op, (TOKENS,))]
 
 
 @functools.lru_cache(maxsize=1)
 def case_and_truth(op, tokens, mode):
-    case = registry.make_case(op, registry.Place(small(), tokens, torch.float32, DEVICE))
-    return case, check.truth_of(case, mode if case.trained else "fwd")
+    case = registry.make_case(op, small(), tokens, torch.float32, DEVICE)
+    return case, judge.truth_of(case, backward=mode == "fwd+bwd" and bool(case.trained))
 
 
 @pytest.mark.parametrize("peer", PEERS)
@@ -35,8 +36,8 @@ def test_op(benchmark, op, tokens, mode, peer):
     case, truth = case_and_truth(op, tokens, mode)
     if mode not in case.modes(("fwd", "fwd+bwd")):
         pytest.skip(f"{op} has no backward")
-    contender = case.ours if peer == "ours" else peers.build(peer, case)
-    verdict = check.judge(contender, truth)
+    contender = case.ours() if peer == "ours" else peers.build(peer, case)
+    verdict = judge.judge(case, contender, truth)
     assert verdict.ok, f"not timed, because it is wrong: {verdict}"
     flops, moved = case.work.of(mode)
     benchmark.group = f"{op}, {tokens} tokens, {mode}"

@@ -6,13 +6,13 @@ from dataclasses import asdict, replace
 from unittest import mock
 
 import torch
-from pgolf_fast.bench.case import MODES
 from session_files import PartFile, Session
 
 from pgolf_fast.bench import peers, registry, run, store, tune
 from pgolf_fast.cli import bench as commands
 from pgolf_fast.config.presets import preset
-from pgolf_fast.ops import tiles, tuned
+from pgolf_fast.ops import cases, tiles, tuned
+from pgolf_fast.ops.case import MODES
 
 # Peers whose compilation takes seconds; the slower settings of torch.compile come when there is time left
 FIRST = (*peers.OWN, "eager", "dense", "sdpa-flash", "sdpa-cudnn", "compile", "liger", "gemlite")
@@ -66,7 +66,7 @@ def plans(session: Session) -> list[run.Plan]:
     tokens = session.tokens or commands.GPU_TOKENS
     if session.peers:
         return [plan(tokens, session.peers, names)]
-    free = [name for name in names if registry.OPS[name].tokens is None]
+    free = [name for name in names if cases.CASES[name].rows is None]
     found = [plan(tokens[:1], FIRST, names)]
     found += [plan(tokens[1:], FIRST, free)] if tokens[1:] else []
     return [*found, plan(tokens[:1], SLOW, names)]
@@ -87,7 +87,7 @@ def asdict_roof(session: Session) -> dict[str, object]:
 
 
 def run_tune(session: Session) -> bool:
-    """Write tune.json and launches.json; returns whether any kernel was tuned."""
+    """Write tune.json and tiles.json; returns whether any kernel was tuned."""
     file = PartFile(session, "tune")
     config = preset(session.preset)
     plan = tune.TunePlan(
@@ -118,16 +118,17 @@ def run_tune(session: Session) -> bool:
 
 
 def rehearsed_kernel():
-    """On a CPU no op takes a row from the table: let smear_gate pretend to."""
-    original = registry.smear_gate
+    """On a CPU no op looks up a tile: make smear_gate pretend to."""
+    entry = cases.CASES["smear_gate"]
 
-    def make(place):
-        case = original(place)
+    def make(builder):
+        case = entry.make(builder)
 
-        def asking():
-            tiles._table["smear_gate_fwd"]["sm90"]
-            return case.ours.run()
+        def op(**inputs):
+            with tiles.kernels_on_cpu("sm90"):
+                tiles.lookup("smear_gate_fwd", inputs["x"])
+            return case.op(**inputs)
 
-        return replace(case, ours=replace(case.ours, run=asking))
+        return replace(case, op=op)
 
-    return mock.patch.dict(registry.OPS, {"smear_gate": registry.Entry(make)})
+    return mock.patch.dict(cases.CASES, {"smear_gate": replace(entry, make=make)})

@@ -23,8 +23,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from pgolf_fast.bench.aot import kernels_in_source
-from pgolf_fast.bench.peers import compile_settings
-from pgolf_fast.bench.registry import forced_attention
+from pgolf_fast.bench.peers import compile_settings, forced_attention
 from pgolf_fast.bench.roofline import roof
 from pgolf_fast.bench.run import attempt
 from pgolf_fast.bench.timer import gpu_state

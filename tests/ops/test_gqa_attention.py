@@ -94,8 +94,8 @@ def eager(case, tables, xsa):
     return run
 
 
-# 168 combinations of shape, dtype, value embedding and XSA, of which 42 cover every pair (see conftest). XSA of
-# "one row" is exactly zero: test_xsa_of_the_first_token_is_zero.
+# Of 162 combinations of shape, dtype, value embedding and XSA, about 45 cover every pair (see conftest).
+# XSA of "one row" is exactly zero: test_xsa_of_the_first_token_is_zero.
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FLAGS = [(False, False), (True, False), (False, True), (True, True)]
 GRID = [(case, d, v, x) for case in CASES for d in DTYPES for v, x in FLAGS if not (x and case == "one row")]
@@ -212,8 +212,8 @@ def test_strided_inputs(layout, xsa, device):
     assert_strides_do_not_matter(attention("odd", tables, xsa), inputs)
 
 
-# opcheck takes seconds: all of its tests on one case, schema and fake tensors on the others. It does not look at
-# values, so the kernels are checked with and without banks only.
+# opcheck takes seconds: all of its tests on one case, schema and fake tensors on the others. It does not look
+# at values, so six cases are enough for shapes, flags and banks.
 ALL = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 OPCHECKS = [
     ("one token", None, True, True, True, ALL),
