@@ -5,6 +5,7 @@ with more peers and keeps records.
 """
 
 import functools
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def test_op(benchmark, op, tokens, mode, peer):
     flops, moved = case.work.of(mode)
     benchmark.group = f"{op}, {tokens} tokens, {mode}"
     benchmark.extra_info.update(
-        case.shape,
+        asdict(case.sizes),
         dtype="float32",
         device=str(DEVICE),
         threads=torch.get_num_threads(),

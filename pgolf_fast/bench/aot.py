@@ -35,7 +35,7 @@ DTYPE = torch.bfloat16
 
 @dataclass(frozen=True)
 class Row:
-    """One specialisation of one kernel on one architecture."""
+    """One specialization of one kernel on one architecture."""
 
     case: str
     compiled: Compiled

@@ -76,17 +76,12 @@ def formulas_of(case: Case) -> dict[str, Formula]:
 
 
 def _attention_formulas(case: Case) -> dict[str, Formula]:
-    shared: dict[str, Any] = {
-        "num_kv_heads": int(case.constants["kv_heads"]),
-        "xsa": bool(case.constants["xsa"]),
-    }
-
     def eager(query: Tensor, key: Tensor, value: Tensor, out: Tensor, **t: Any) -> Outputs:
         banks: dict[str, Any] = {"qo_bank": torch.stack((query, out)), "kv_bank": torch.stack((key, value))}
-        return (reference.gqa_attention(**t, **banks, slot=0, **shared),)
+        return (reference.gqa_attention(**t, **banks, slot=0, **case.options),)
 
     def sdpa(**t: Any) -> Outputs:
-        return (formulas.sdpa_attention(**t, **shared),)
+        return (formulas.sdpa_attention(**t, **case.options),)
 
     cuda = case.device.type == "cuda"
     return {
@@ -98,7 +93,7 @@ def _attention_formulas(case: Case) -> dict[str, Formula]:
 
 def _dense(case: Case) -> Callable[..., Outputs]:
     """Return the product with weights unpacked once and kept in x's dtype."""
-    eye = torch.eye(case.shape["k"], dtype=torch.float32, device=case.device)
+    eye = torch.eye(case.sizes.dim, dtype=torch.float32, device=case.device)
     packed, scale = case.inputs["packed"], case.inputs["scale"]
     assert packed is not None
     assert scale is not None
@@ -110,7 +105,7 @@ def variants(case: Case) -> dict[str, Contender | str]:
     """Return our attention with every backend, by peer name, or why this machine cannot run it."""
     if case.kernels != "gqa_attention" or case.device.type != "cuda":
         return {}
-    shape = attention_backend.Shape(case.device, case.dtype, case.shape["head_dim"])
+    shape = attention_backend.Shape(case.device, case.dtype, case.sizes.head_dim)
     found: dict[str, Contender | str] = {}
     for name in attention_backend.NAMES:
         if name == "plain":  # holds all scores in memory
@@ -200,7 +195,7 @@ def _liger(case: Case, run: Callable[..., Outputs], inputs: Inputs | None = None
 
 
 def _liger_cross_entropy(case: Case) -> Contender:
-    liger, softcap = _import("liger_kernel.transformers.functional"), case.constants["softcap"]
+    liger, softcap = _import("liger_kernel.transformers.functional"), case.sizes.softcap
 
     def run(x: Tensor, weight: Tensor, targets: Tensor) -> Outputs:
         logits = F.linear(x.flatten(0, 1), weight)
@@ -242,7 +237,7 @@ def _gemlite_int8(case: Case) -> Contender:
     maker = getattr(helper, "A16W8", None) or getattr(helper, "A16W8_INT8", None)
     if maker is None:
         raise UnavailableError("this gemlite has neither helper.A16W8 nor helper.A16W8_INT8")
-    eye = torch.eye(case.shape["k"], dtype=case.dtype, device=case.device)
+    eye = torch.eye(case.sizes.dim, dtype=case.dtype, device=case.device)
     (dense,) = _dense(case)(eye, None, None)
     linear = maker(device=str(case.device)).from_weights(dense.T.contiguous())
     inputs: Inputs = {"x": case.inputs["x"]}

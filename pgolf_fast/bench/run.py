@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -76,7 +76,7 @@ def measure(plan: Plan, write: Callable[[Record], None]) -> None:
         if isinstance(case, str):
             write({**about, "peer": "ours", "mode": "-", "error": case})
             continue
-        about |= {"shape": dict(case.shape)}
+        about |= {"shape": asdict(case.sizes)}
         _measure_case(plan, case, lambda record, about=about: write({**about, **record}))  # type: ignore[misc]
         del case
         if plan.device.type == "cuda":

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,44 @@ Mode = Literal["fwd", "fwd+bwd"]
 MODES: tuple[Mode, ...] = ("fwd", "fwd+bwd")
 Inputs = dict[str, Tensor | None]
 Outputs = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of a network and a batch, from which every case takes its shapes."""
+
+    batch: int = 2
+    length: int = 33
+    dim: int = 64
+    heads: int = 4
+    kv_heads: int = 2
+    rotary: int = 8
+    """Rotated channels per head."""
+    hidden: int = 96
+    """Hidden channels of an ungated MLP."""
+    gated_hidden: int = 64
+    up_rows: int = 96
+    """Rows of the MLP's up bank, for the optimizer's cases."""
+    layers: int = 3
+    """Layers of the banks, for the optimizer's cases."""
+    vocab: int = 50
+    bigram_rows: int = 64
+    bigram_dim: int = 16
+    softcap: float = 30.0
+    pos_conditional: bool = True
+    trigram: bool = True
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.length
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
+
+    @property
+    def kv_dim(self) -> int:
+        return self.head_dim * self.kv_heads
 
 
 @dataclass(frozen=True)
@@ -101,13 +139,13 @@ class Case:
     work: Work = Work()
     tokens: int = 0
     """Tokens, or rows of x; 0 if the op does not depend on them."""
-    shape: Mapping[str, int] = field(default_factory=dict)
     chunk: int = 1 << 30
     """Entries of the batch that are evaluated at once in float64."""
-    constants: Mapping[str, float] = field(default_factory=dict)
-    """Numbers that a peer from another package needs too."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the op that peers need too."""
     name: str = ""
-    """Name in the catalogue; set by `make`, as is `kernels`."""
+    """Name in the catalogue; set by `make`, as are `kernels` and `sizes`."""
+    sizes: Sizes = Sizes()
     kernels: str | None = None
     """The op's name in `tiles.DEFAULTS`; None for ops without Triton kernels."""
 

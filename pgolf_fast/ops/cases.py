@@ -16,48 +16,10 @@ from torch import Tensor
 
 from pgolf_fast import ops
 from pgolf_fast.ops import reference, reference_bytes
-from pgolf_fast.ops.case import Case, Inputs, Outputs, Work
+from pgolf_fast.ops.case import Case, Inputs, Outputs, Sizes, Work
 
 LAYERS, LAYER = 2, 1  # layers of the banks that are built, and the one that is read
 NEWTON_SCHULZ_STEPS = 5
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Sizes of a network and a batch, from which every case takes its shapes."""
-
-    batch: int = 2
-    length: int = 33
-    dim: int = 64
-    heads: int = 4
-    kv_heads: int = 2
-    rotary: int = 8
-    """Rotated channels per head."""
-    hidden: int = 96
-    """Hidden channels of an ungated MLP."""
-    gated_hidden: int = 64
-    up_rows: int = 96
-    """Rows of the MLP's up bank, for the optimizer's cases."""
-    layers: int = 3
-    """Layers of the banks, for the optimizer's cases."""
-    vocab: int = 50
-    bigram_rows: int = 64
-    bigram_dim: int = 16
-    softcap: float = 30.0
-    pos_conditional: bool = True
-    trigram: bool = True
-
-    @property
-    def tokens(self) -> int:
-        return self.batch * self.length
-
-    @property
-    def head_dim(self) -> int:
-        return self.dim // self.heads
-
-    @property
-    def kv_dim(self) -> int:
-        return self.head_dim * self.kv_heads
 
 
 SMALL = Sizes()
@@ -91,9 +53,6 @@ class Builder:
         """Bytes per element."""
         return self.dtype.itemsize
 
-    def shape(self, **more: int) -> dict[str, int]:
-        return {"batch": self.sizes.batch, "length": self.sizes.length, **more}
-
     @property
     def chunk(self) -> int:
         """Sequences of about 4096 tokens together."""
@@ -120,7 +79,6 @@ def _mlp(b: Builder, activation: str) -> Case:
             b.size * (3 * m * d + weights) + 8 * weights,
         ),
         tokens=m,
-        shape=b.shape(dim=d, up_rows=rows, hidden=hidden),
         chunk=b.chunk,
     )
 
@@ -170,9 +128,8 @@ def _gqa_attention(b: Builder, xsa: bool = True, value: bool = True, window: boo
             b.size * (m * (3 * d + 2 * kv) + weights) + 8 * weights,
         ),
         tokens=m,
-        shape=b.shape(dim=d, heads=s.heads, kv_heads=s.kv_heads, head_dim=s.head_dim),
         chunk=b.chunk,
-        constants={"kv_heads": s.kv_heads, "xsa": xsa},
+        options={"num_kv_heads": s.kv_heads, "xsa": xsa},
     )
 
 
@@ -202,7 +159,6 @@ def _ngram_hash_embed(b: Builder) -> Case:
             8 * m + b.size * (m * s.bigram_dim + 2 * table),
         ),
         tokens=m,
-        shape=b.shape(rows=s.bigram_rows, dim=s.bigram_dim),
         chunk=max(1, 65_536 // max(1, s.length)),
     )
 
@@ -223,7 +179,6 @@ def _residual_norm(b: Builder, scaled: bool = True, wider: int = 1) -> Case:
         trained=("x", "branch", *(("x_scale",) if scaled else ()), "branch_scale"),
         work=Work(10.0 * m * d, 4 * m * d * b.size, 20.0 * m * d, 6 * m * d * b.size),
         tokens=m,
-        shape=b.shape(dim=d),
         chunk=b.chunk,
     )
 
@@ -238,7 +193,6 @@ def _smear_gate(b: Builder) -> Case:
         trained=("x", "gate"),
         work=Work(3.0 * m * d, 2 * m * d * b.size, 6.0 * m * d, 3 * m * d * b.size),
         tokens=m,
-        shape=b.shape(dim=d),
         chunk=b.chunk,
     )
 
@@ -267,9 +221,7 @@ def _softcap_cross_entropy(b: Builder, z_loss: float = 0.0) -> Case:
             b.size * (2 * m * d + 2 * vocab * d) + 12 * m,
         ),
         tokens=m,
-        shape=b.shape(dim=d, vocab=vocab),
         chunk=b.chunk,
-        constants={"softcap": s.softcap},
     )
 
 
@@ -285,13 +237,12 @@ def _newton_schulz(b: Builder, bank: str) -> Case:
         reference=lambda g: (reference.newton_schulz(g, NEWTON_SCHULZ_STEPS),),
         batched=("g",),
         work=Work(flops, 2.0 * slots * rows * cols * b.size),
-        shape={"slots": slots, "rows": rows, "cols": cols},
     )
 
 
 def _muon_momentum(b: Builder) -> Case:
     """Build momentum of the largest bank; the gradient is exact in the buffer's dtype."""
-    s, shape = b.sizes, (b.sizes.layers, b.sizes.up_rows, b.sizes.dim)
+    shape = (b.sizes.layers, b.sizes.up_rows, b.sizes.dim)
     grad = b.randn(*shape).float()
 
     def op(grad: Tensor, buffer: Tensor) -> Outputs:
@@ -309,13 +260,12 @@ def _muon_momentum(b: Builder) -> Case:
         batched=("grad", "buffer"),
         mutated=("buffer",),
         work=Work(4.0 * grad.numel(), (4.0 + 3 * b.size) * grad.numel()),
-        shape={"slots": s.layers, "rows": s.up_rows, "cols": s.dim},
     )
 
 
 def _muon_apply(b: Builder, shadowed: bool = True) -> Case:
     """Build the weight update of the largest bank."""
-    s, shape = b.sizes, (b.sizes.layers, b.sizes.up_rows, b.sizes.dim)
+    shape = (b.sizes.layers, b.sizes.up_rows, b.sizes.dim)
     update = b.randn(*shape)
 
     def op(master: Tensor, update: Tensor) -> Outputs:
@@ -334,7 +284,6 @@ def _muon_apply(b: Builder, shadowed: bool = True) -> Case:
         batched=("master", "update"),
         mutated=("master",),
         work=Work(4.0 * update.numel(), (8.0 + 2 * b.size) * update.numel()),
-        shape={"slots": s.layers, "rows": s.up_rows, "cols": s.dim},
     )
 
 
@@ -345,7 +294,7 @@ def _int6_matmul(b: Builder, one_token: bool = False) -> Case:
     packed = ops.int6_pack(codes).to(b.device)
 
     def formula(x: Tensor, packed: Tensor, scale: Tensor) -> Outputs:
-        return (reference_bytes.int6_matmul(x, packed, scale),)
+        return (reference_bytes.scaled_matmul(x, reference_bytes.unpack_bits(packed, k, 6), scale),)
 
     return Case(
         inputs={"x": b.randn(m, k), "packed": packed, "scale": torch.rand(n, device=b.device) / 16},
@@ -354,7 +303,6 @@ def _int6_matmul(b: Builder, one_token: bool = False) -> Case:
         batched=("x",),
         work=Work(2.0 * m * n * k, b.size * m * (k + n) + packed.numel() + 4 * n),
         tokens=m,
-        shape={"m": m, "k": k, "n": n},
         chunk=4096,
     )
 
@@ -450,4 +398,4 @@ def make(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         case = CASES[name].make(Builder(sizes, dtype, device))
-    return replace(case, name=name, kernels=CASES[name].kernels)
+    return replace(case, name=name, kernels=CASES[name].kernels, sizes=sizes)

@@ -69,6 +69,11 @@ def expect_slot(op: str, slot: int, slots: int) -> None:
         raise ValueError(f"pgolf::{op}: slot is {slot}, but the bank has layers 0 to {slots - 1}")
 
 
+def dense(t: Tensor | None) -> Tensor | None:
+    """Return `t` contiguous; None stays None."""
+    return None if t is None else t.contiguous()
+
+
 def unit_inner_stride(t: Tensor) -> Tensor:
     """`t`, copied only if its last dimension is strided: kernels read rows of adjacent elements."""
     return t if t.stride(-1) == 1 else t.contiguous()

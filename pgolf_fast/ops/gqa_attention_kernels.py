@@ -16,6 +16,7 @@ from torch import Tensor
 from pgolf_fast.ops import attention_backend, reference, tiles
 from pgolf_fast.ops.attention_backend import Shape
 from pgolf_fast.ops.bank_grad import add_matmul
+from pgolf_fast.ops.checks import dense
 from pgolf_fast.ops.tiles import Tile
 
 OP = "gqa_attention"
@@ -28,28 +29,28 @@ tiles.declare(
     sm80=Tile(128, 128, 32, num_warps=8, num_stages=3),
 )
 tiles.declare(
-    "flash_attention_forward",
+    "flash_attention_fwd",
     sm90=Tile(128, 128, num_warps=8, num_stages=2),
     sm80=Tile(128, 64, num_warps=8, num_stages=3),
 )
 tiles.declare(
-    "flash_attention_forward_128",
+    "flash_attention_fwd_128",
     sm90=Tile(128, 64, num_warps=8, num_stages=2),
     sm80=Tile(128, 32, num_warps=8, num_stages=2),
 )
 tiles.declare(
-    "flash_attention_dkdv",
+    "flash_attention_bwd_dkdv",
     sm90=Tile(64, 128, num_warps=8, num_stages=2),
     sm80=Tile(32, 128, num_warps=8, num_stages=2),
 )
-tiles.declare("flash_attention_dkdv_128", sm90=Tile(32, 64, num_warps=8, num_stages=2))
+tiles.declare("flash_attention_bwd_dkdv_128", sm90=Tile(32, 64, num_warps=8, num_stages=2))
 tiles.declare(
-    "flash_attention_dq",
+    "flash_attention_bwd_dq",
     sm90=Tile(64, 64, num_warps=4, num_stages=2),
     sm80=Tile(128, 32, num_warps=8, num_stages=2),
 )
 tiles.declare(
-    "flash_attention_dq_128",
+    "flash_attention_bwd_dq_128",
     sm90=Tile(64, 64, num_warps=4, num_stages=2),
     sm80=Tile(64, 32, num_warps=4, num_stages=1),
 )
@@ -161,40 +162,27 @@ def _project(
     v = torch.empty_like(k)
     q_rstd = x.new_empty(*q.shape[:3], 1, dtype=torch.float32)
     k_rstd = x.new_empty(*k.shape[:3], 1, dtype=torch.float32)
-    launch_attention_projection(
-        x.contiguous(),
-        *(w.contiguous() for w in weights[:3]),
-        None if value_embed is None else value_embed.contiguous(),
-        q_gain.contiguous(),
-        cos.contiguous(),
-        sin.contiguous(),
-        q,
-        k,
-        v,
-        q_rstd,
-        k_rstd,
-        eps=reference.RMS_EPS,
-        launch=tiles.lookup("attention_projection", x),
-    )
-    return q, k, v, q_rstd, k_rstd
+    inputs = (dense(t) for t in (x, *weights[:3], value_embed, q_gain, cos, sin))
+    outputs = (q, k, v, q_rstd, k_rstd)
+    tile = tiles.lookup("attention_projection", x)
+    launch_attention_projection(*inputs, *outputs, eps=reference.RMS_EPS, tile=tile)
+    return outputs
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, q_gain: Tensor, xsa: bool) -> tuple[Tensor, Tensor, Tensor]:
-    from pgolf_fast.kernels.flash_attention import launch_exclusive, launch_flash_attention_forward
+    from pgolf_fast.kernels.flash_attention import launch_flash_attention_fwd, launch_xsa_fwd
 
     context, per_row = torch.empty_like(q), (q.shape[0], q.shape[2], q.shape[1])
     along = q.new_empty(per_row if xsa else 0, dtype=torch.float32)
     name = _backend(q, k)
     if name == "triton":
-        lse, tile = q.new_empty(per_row, dtype=torch.float32), tile_for("flash_attention_forward", q)
-        launch_flash_attention_forward(
-            q, k, v, q_gain.contiguous(), context, along, lse, xsa=xsa, launch=tile
-        )
+        lse, tile = q.new_empty(per_row, dtype=torch.float32), tile_for("flash_attention_fwd", q)
+        launch_flash_attention_fwd(q, k, v, q_gain.contiguous(), context, along, lse, xsa=xsa, tile=tile)
         return context, along, lse
     y, lse = attention_backend.forward(name, _gained(q, q_gain), k, v)
     y = y.contiguous()
     if xsa:
-        launch_exclusive(y, v, context, along, launch=tile_for("attention_rows", q))
+        launch_xsa_fwd(y, v, context, along, tile=tile_for("attention_rows", q))
     else:
         context = y
     return context, along, lse.contiguous()
@@ -264,8 +252,8 @@ def _attend_backward(
 
     Overwrites dcontext.
     """
-    from pgolf_fast.kernels.attention_projection import launch_attention_turn_back
-    from pgolf_fast.kernels.flash_attention_backward import launch_flash_attention_prepare
+    from pgolf_fast.kernels.attention_projection import launch_rope_norm_bwd
+    from pgolf_fast.kernels.flash_attention_backward import launch_flash_attention_bwd_delta
 
     gain, cos, sin = (t.contiguous() for t in (q_gain, cos, sin))
     tile = tile_for("attention_rows", s.q)
@@ -276,8 +264,8 @@ def _attend_backward(
     name, dy = _backend(s.q, s.k), dcontext
     y = s.y if name == "triton" or not xsa else torch.empty_like(s.y)  # libraries compute delta from it
     before_xsa = None if y is s.y else y
-    launch_flash_attention_prepare(
-        dcontext, s.y, s.along, s.v, dy, delta, own, before_xsa, xsa=xsa, launch=tile
+    launch_flash_attention_bwd_delta(
+        dcontext, s.y, s.along, s.v, dy, delta, own, before_xsa, xsa=xsa, tile=tile
     )
     if name == "triton":
         dq_heads, dk_heads = _own_backward(s, gain, dy, delta, own, dv)
@@ -289,8 +277,8 @@ def _attend_backward(
         dv.copy_(dv_heads.reshape(dv.shape))
     blocks = -(-s.q.shape[0] * s.q.shape[1] // tile.block_m)
     dgain = s.lse.new_empty(blocks, gain.shape[0])
-    launch_attention_turn_back(dq_heads.contiguous(), s.q, s.q_rstd, gain, cos, sin, dq, dgain, launch=tile)
-    launch_attention_turn_back(dk_heads.contiguous(), s.k, s.k_rstd, None, cos, sin, dk, None, launch=tile)
+    launch_rope_norm_bwd(dq_heads.contiguous(), s.q, s.q_rstd, gain, cos, sin, dq, dgain, tile=tile)
+    launch_rope_norm_bwd(dk_heads.contiguous(), s.k, s.k_rstd, None, cos, sin, dk, None, tile=tile)
     return dgain.sum(0)
 
 
@@ -300,10 +288,20 @@ def _own_backward(
     from pgolf_fast.kernels import flash_attention_backward as kernels
 
     dq_heads, dk_heads = torch.empty_like(s.q), torch.empty_like(s.k)
-    kernels.launch_flash_attention_dkdv(
-        s.q, s.k, s.v, gain, dy, s.lse, delta, own, dk_heads, dv, launch=tile_for("flash_attention_dkdv", s.q)
+    kernels.launch_flash_attention_bwd_dkdv(
+        s.q,
+        s.k,
+        s.v,
+        gain,
+        dy,
+        s.lse,
+        delta,
+        own,
+        dk_heads,
+        dv,
+        tile=tile_for("flash_attention_bwd_dkdv", s.q),
     )
-    kernels.launch_flash_attention_dq(
-        s.q, s.k, s.v, gain, dy, s.lse, delta, dq_heads, launch=tile_for("flash_attention_dq", s.q)
+    kernels.launch_flash_attention_bwd_dq(
+        s.q, s.k, s.v, gain, dy, s.lse, delta, dq_heads, tile=tile_for("flash_attention_bwd_dq", s.q)
     )
     return dq_heads, dk_heads

@@ -16,8 +16,8 @@ from pgolf_fast.ops.checks import expect_floating, expect_shape, same_device
 from pgolf_fast.ops.tiles import Tile
 
 # Not measured. sm80 also serves GPUs with 99 KiB of shared memory per block, hence the smaller tiles.
-tiles.declare("int6_skinny", sm90=Tile(64, 64, 128, num_warps=4, num_stages=3))
-tiles.declare("int6_codes", sm90=Tile(16, 256, 32, num_warps=4, num_stages=1))
+tiles.declare("int6_matmul_skinny", sm90=Tile(64, 64, 128, num_warps=4, num_stages=3))
+tiles.declare("int6_unpack", sm90=Tile(16, 256, 32, num_warps=4, num_stages=1))
 tiles.declare(
     "int6_matmul",
     sm90=Tile(128, 256, 64, num_warps=8, num_stages=3),
@@ -65,7 +65,11 @@ def _(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
 
 
 def _cuda(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
-    from pgolf_fast.kernels.int6_matmul import launch_int6_codes, launch_int6_matmul, launch_int6_skinny
+    from pgolf_fast.kernels.int6_matmul import (
+        launch_int6_matmul,
+        launch_int6_matmul_skinny,
+        launch_int6_unpack,
+    )
 
     columns, depth = packed.shape[0], x.shape[-1]
     y = x.new_empty((*x.shape[:-1], columns))
@@ -79,10 +83,12 @@ def _cuda(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
     words = packed.view(-1).view(torch.int16)
     with tiles.on_device_of(x):
         if len(rows) <= SKINNY_ROWS and x.dtype != torch.float32:
-            launch_int6_skinny(rows, words, packed, scale, flat_y, tiles.lookup("int6_skinny", x))
+            launch_int6_matmul_skinny(
+                rows, words, packed, scale, flat_y, tiles.lookup("int6_matmul_skinny", x)
+            )
             return y
         codes = x.new_empty(columns, depth)
-        launch_int6_codes(words, packed, codes, tiles.lookup("int6_codes", x))
+        launch_int6_unpack(words, packed, codes, tiles.lookup("int6_unpack", x))
         if x.dtype == torch.float32:
             # Exact in float32; Triton 3.7 would compute this product in TF32 on sm_100.
             torch.mul(rows @ codes.t(), scale.float(), out=flat_y)

@@ -162,19 +162,10 @@ def _forward_cuda(
 
     if not out.numel():
         return out
+    inputs = (tokens, as_rows(table), _bytes(has_leading_space), scale, boost)
+    options = {"multipliers": _MULTIPLIERS, "split": pos_conditional, "trigram": trigram}
     with tiles.on_device_of(table):
-        launch_ngram_hash_embed_fwd(
-            tokens,
-            as_rows(table),
-            _bytes(has_leading_space),
-            scale,
-            boost,
-            out,
-            multipliers=_MULTIPLIERS,
-            split=pos_conditional,
-            trigram=trigram,
-            config=tiles.lookup("ngram_hash_embed_fwd", table),
-        )
+        launch_ngram_hash_embed_fwd(*inputs, out, **options, tile=tiles.lookup("ngram_hash_embed_fwd", table))
     return out
 
 
@@ -267,23 +258,11 @@ def _backward_cuda(
         rows = table.new_empty(count * (2 if trigram else 1), dtype=row_dtype)
         gate = table.new_empty(count, dtype=torch.float32)
     dscale, dboost = scale.new_empty(()), boost.new_empty(())
+    inputs = (dout, tokens, as_rows(table), _bytes(has_leading_space), scale, boost)
+    options = {"multipliers": _MULTIPLIERS, "split": pos_conditional, "trigram": trigram}
     with tiles.on_device_of(table):
-        kernels.launch_ngram_hash_embed_bwd_tokens(
-            dout,
-            tokens,
-            as_rows(table),
-            _bytes(has_leading_space),
-            scale,
-            boost,
-            rows,
-            gate,
-            partial,
-            total,
-            multipliers=_MULTIPLIERS,
-            split=pos_conditional,
-            trigram=trigram,
-            config=tile,
-        )
+        outputs = (rows, gate, partial, total)
+        kernels.launch_ngram_hash_embed_bwd_tokens(*inputs, *outputs, **options, tile=tile)
         tile = tiles.lookup("ngram_hash_embed_bwd_scalars", table)
         kernels.launch_ngram_hash_embed_bwd_scalars(partial, scale, boost, dscale, dboost, tile)
         dtable = _sorted_sums(dout, rows, gate, table) if total is None else total.to(table.dtype)
@@ -305,14 +284,9 @@ def _sorted_sums(dout: Tensor, rows: Tensor | None, gate: Tensor | None, table: 
     num_rows, width = table.shape
     sums = gate.new_empty(num_rows + kernels.pieces(len(rows), tile), width)
     dtable = table.new_empty(table.shape)
-    kernels.launch_ngram_hash_embed_bwd_pieces(dout, gate, rows, order, sums, num_rows=num_rows, config=tile)
-    kernels.launch_ngram_hash_embed_bwd_rows(
-        rows,
-        sums,
-        dtable,
-        piece=tile.block_m,
-        config=tiles.lookup("ngram_hash_embed_bwd_rows", table),
-    )
+    kernels.launch_ngram_hash_embed_bwd_pieces(dout, gate, rows, order, sums, num_rows=num_rows, tile=tile)
+    per_row = tiles.lookup("ngram_hash_embed_bwd_rows", table)
+    kernels.launch_ngram_hash_embed_bwd_rows(rows, sums, dtable, piece=tile.block_m, tile=per_row)
     return dtable
 
 

@@ -12,7 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pgolf_fast.ops import reference, tiles
-from pgolf_fast.ops.checks import as_rows, expect_shape, same_device, same_dtype_device, unit_inner_stride
+from pgolf_fast.ops.checks import (
+    as_rows,
+    dense,
+    expect_shape,
+    same_device,
+    same_dtype_device,
+    unit_inner_stride,
+)
 from pgolf_fast.ops.tiles import Tile
 
 # Not measured; bound by memory. block_n is the widest row that is kept in registers.
@@ -94,19 +101,11 @@ def _forward_cuda(
     rstd = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
     if not x.numel():
         return mixed, normed, rstd.fill_(reference.RMS_EPS**-0.5)
+    inputs = (as_rows(x), as_rows(branch), dense(x_scale), dense(branch_scale))
+    options = {"layer_scale": layer_scale, "eps": reference.RMS_EPS}
     with tiles.on_device_of(x):
-        launch_residual_norm_fwd(
-            as_rows(x),
-            as_rows(branch),
-            None if x_scale is None else x_scale.contiguous(),
-            branch_scale.contiguous(),
-            mixed,
-            normed,
-            rstd,
-            layer_scale=layer_scale,
-            eps=reference.RMS_EPS,
-            config=tiles.lookup("residual_norm_fwd", x),
-        )
+        tile = tiles.lookup("residual_norm_fwd", x)
+        launch_residual_norm_fwd(*inputs, mixed, normed, rstd, **options, tile=tile)
     return mixed, normed, rstd
 
 
@@ -187,24 +186,13 @@ def _backward_cuda(
         with tiles.on_device_of(x):
             if not kernels.fits_tile(width, tile):
                 along = torch.empty_like(rstd)
-                kernels.launch_residual_norm_bwd_along(
-                    dnormed, mixed, rstd, along, layer_scale=layer_scale, config=tile
+                kernels.launch_residual_norm_bwd_mean(
+                    dnormed, mixed, rstd, along, layer_scale=layer_scale, tile=tile
                 )
+            inputs = (dmixed, dnormed, as_rows(x), as_rows(branch), dense(x_scale), dense(branch_scale))
+            outputs = (dx, dbranch, partial)
             kernels.launch_residual_norm_bwd(
-                dmixed,
-                dnormed,
-                as_rows(x),
-                as_rows(branch),
-                None if x_scale is None else x_scale.contiguous(),
-                branch_scale.contiguous(),
-                mixed,
-                rstd,
-                along,
-                dx,
-                dbranch,
-                partial,
-                layer_scale=layer_scale,
-                config=tile,
+                *inputs, mixed, rstd, along, *outputs, layer_scale=layer_scale, tile=tile
             )
         sums = partial.sum(1)
     else:

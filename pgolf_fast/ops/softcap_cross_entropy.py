@@ -128,17 +128,10 @@ def _forward_cuda(
 
     loss, logsumexp = (x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(2))
     if x.shape[0]:
+        inputs = (unit_inner_stride(x), unit_inner_stride(weight), targets)
+        options = {"softcap": softcap, "z_loss": z_loss, "tile": _tile("softcap_cross_entropy_fwd", x)}
         with tiles.on_device_of(x):
-            launch_softcap_cross_entropy_fwd(
-                unit_inner_stride(x),
-                unit_inner_stride(weight),
-                targets,
-                loss,
-                logsumexp,
-                softcap=softcap,
-                z_loss=z_loss,
-                config=_tile("softcap_cross_entropy_fwd", x),
-            )
+            launch_softcap_cross_entropy_fwd(*inputs, loss, logsumexp, **options)
     return loss, logsumexp
 
 
@@ -209,18 +202,9 @@ def _backward_cuda(
     for start in range(0, count, max(size, 1)):
         rows = slice(start, min(start + size, count))
         low = dlogits[: rows.stop - start]
+        inputs = (x[rows], weight, targets[rows], logsumexp[rows], dloss[rows])
         with tiles.on_device_of(x):
-            launch_softcap_cross_entropy_dlogits(
-                x[rows],
-                weight,
-                targets[rows],
-                logsumexp[rows],
-                dloss[rows],
-                low,
-                softcap=softcap,
-                z_loss=z_loss,
-                config=tile,
-            )
+            launch_softcap_cross_entropy_dlogits(*inputs, low, softcap=softcap, z_loss=z_loss, tile=tile)
         torch.mm(low, weight, out=dx[rows])
         dweight = low.T @ x[rows] if dweight is None else dweight.add_(low.T @ x[rows])
     assert dweight is not None
