@@ -45,7 +45,7 @@ PLAIN: dict[str, Callable[..., object]] = {
     "mlp": lambda x, up, down, slot, kind, **_: formulas.mlp(x, up[slot], down[slot], kind),
     "residual_norm": reference.residual_norm,
     "smear_gate": reference.smear_gate,
-    "softcap_cross_entropy": formulas.softcap_cross_entropy,
+    "softcap_cross_entropy": reference.softcap_cross_entropy,
     "ngram_hash_embed": ngram,
     "newton_schulz": reference.newton_schulz,
 }

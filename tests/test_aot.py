@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 
 def pgolf_aot(*words, interpret=False):
-    """In a process of its own: this one has imported Triton with its interpreter on."""
+    """Run in another process: this one has imported Triton with its interpreter on."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_INTERPRET": "1"} if interpret else {}
     command = [sys.executable, "-m", "pgolf_fast.cli", "aot", *map(str, words)]

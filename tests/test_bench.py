@@ -48,7 +48,7 @@ def test_every_formula_computes_the_same_at_preset_shapes(op, tokens, dtype):
 
 
 def test_flops_and_bytes_are_those_of_the_design():
-    """performance.md B.3 and C.4: the MLP's two products at 98,304 tokens, Newton-Schulz over all banks."""
+    """Costs at 98,304 tokens, computed by hand for exp101."""
     names = ("mlp-leaky_relu_squared", "gqa_attention", "softcap_cross_entropy")
     mlp, attention, loss = (
         registry.make_case(name, exp101(), 98_304, torch.bfloat16, "meta") for name in names
@@ -79,7 +79,7 @@ def test_cpu_timer_takes_turns_and_counts_runs():
 
 
 def test_gpu_timer_with_events_of_a_pretended_gpu(monkeypatch):
-    """At least five runs each however slow, twenty when there is time, warmed up and in turn."""
+    """At least five runs each however slow, twenty if time allows, warmed up and in turn."""
     order, now = [], [0.0]
 
     class Event:
@@ -183,7 +183,7 @@ def test_a_peer_that_fails_is_a_record(monkeypatch):
     assert {r["peer"] for r in store.timed(records)} == {"ours", "eager"}
 
 
-def test_what_is_not_installed_is_said():
+def test_missing_packages_are_reported():
     records = measured(quick_plan(ops=["residual_norm", "int6_matmul"], peers=("liger", "gemlite")))
     assert {r["peer"] for r in records if r.get("error", "").startswith("unavailable:")} == {
         "liger",
@@ -191,7 +191,7 @@ def test_what_is_not_installed_is_said():
     }
 
 
-def test_nothing_new_begins_after_the_deadline():
+def test_nothing_new_starts_after_the_deadline():
     records = measured(quick_plan(deadline=time.monotonic() - 1))
     assert {r["error"] for r in records} == {"skipped: out of time"}
 

@@ -1,4 +1,4 @@
-"""The whole network on interpreted Triton kernels: it agrees with PyTorch and with the original programs."""
+"""The whole network on interpreted Triton kernels agrees with PyTorch and with the original programs."""
 
 import pytest
 import torch
@@ -62,7 +62,7 @@ def test_loss_and_gradients_agree_with_pytorch(activation, banked, interpreted):
 
 
 def test_kernels_really_ran(interpreted, monkeypatch):
-    """Every op of a training step takes its kernels, forward and backward."""
+    """Every op of a training step runs its kernels, forward and backward."""
     asked = {}
     uses = tiles.uses_kernels
 

@@ -36,14 +36,6 @@ def sdpa_attention(
     return F.linear((reference.exclusive(y, heads[2]) if xsa else y).flatten(2), out)
 
 
-def softcap_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, softcap: float, z_loss: float = 0.0
-) -> Tensor:
-    """Compute `ops.softcap_cross_entropy` for states of any leading shape."""
-    flat = reference.softcap_cross_entropy(x.flatten(0, -2), weight, targets.flatten(), softcap, z_loss)
-    return flat.view(targets.shape)
-
-
 def int6_matmul(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
     """Compute `ops.int6_matmul`, unpacking on every call and multiplying in x's dtype."""
     codes = reference_bytes.unpack_bits(packed, x.shape[-1], 6)

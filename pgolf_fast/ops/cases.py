@@ -199,19 +199,15 @@ def _smear_gate(b: Builder) -> Case:
 
 def _softcap_cross_entropy(b: Builder, z_loss: float = 0.0) -> Case:
     s, d, m, vocab = b.sizes, b.sizes.dim, b.sizes.tokens, b.sizes.vocab
-
-    def formula(x: Tensor, weight: Tensor, targets: Tensor) -> Outputs:
-        flat = reference.softcap_cross_entropy(x.flatten(0, 1), weight, targets.flatten(), s.softcap, z_loss)
-        return (flat.view(targets.shape),)
-
+    settings: dict[str, Any] = {"softcap": s.softcap, "z_loss": z_loss}
     return Case(
         inputs={
             "x": b.states(),
             "weight": b.bank(1, vocab, d)[0].detach().requires_grad_(),
             "targets": torch.randint(vocab, (s.batch, s.length), device=b.device),
         },
-        op=lambda **t: (ops.softcap_cross_entropy(**t, softcap=s.softcap, z_loss=z_loss),),
-        reference=formula,
+        op=lambda **t: (ops.softcap_cross_entropy(**t, **settings),),
+        reference=lambda **t: (reference.softcap_cross_entropy(**t, **settings),),
         batched=("x", "targets"),
         trained=("x", "weight"),
         work=Work(

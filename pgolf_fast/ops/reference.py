@@ -200,14 +200,15 @@ def ngram_hash_embed(
 def softcap_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, softcap: float, z_loss: float = 0.0
 ) -> Tensor:
-    """Return -log softmax(softcap * tanh(x W^T / softcap))[target] + z_loss * log(Z)^2 for each row.
+    """Return -log softmax(softcap * tanh(x W^T / softcap))[target] + z_loss * log(Z)^2 of each token.
 
-    Z is the denominator of the softmax; x (N, D), weight (V, D), targets (N,).
+    Z is the denominator of the softmax; x (..., D), weight (V, D), targets (...).
     """
     logits = softcap * torch.tanh(_wide(x @ weight.T) / softcap)
-    loss = F.cross_entropy(logits, targets.long(), reduction="none")
+    flat = F.cross_entropy(logits.flatten(0, -2), targets.long().flatten(), reduction="none")
+    loss = flat.view(targets.shape)
     # benchmarks time this, so without z-loss nothing is computed for it
-    return loss + z_loss * logits.logsumexp(1).square() if z_loss else loss
+    return loss + z_loss * logits.logsumexp(-1).square() if z_loss else loss
 
 
 def newton_schulz(g: Tensor, steps: int) -> Tensor:

@@ -115,7 +115,7 @@ def choose(op: str, implementation: Implementation) -> None:
 
 
 def implementation(op: str) -> Implementation:
-    """What `op` runs on a CUDA GPU: "triton" or "torch"."""
+    """Return what `op` runs on a CUDA GPU: "triton" or "torch"."""
     chosen = _chosen.get(op, "auto")
     return DEFAULTS[op] if chosen == "auto" else chosen
 

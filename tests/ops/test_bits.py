@@ -85,7 +85,7 @@ def test_unpack_accepts_any_bytes(bits, implementation):
 @settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_round_trip(data):
-    """The path that runs here, any matrix; it agrees with the reference too."""
+    """Any matrix round-trips, and agrees with the reference."""
     bits = data.draw(st.sampled_from(WIDTHS))
     rows, columns = data.draw(st.integers(0, 5)), data.draw(st.integers(0, 140))
     codes = st.integers(-(1 << bits - 1), (1 << bits - 1) - 1)

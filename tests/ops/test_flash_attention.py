@@ -77,7 +77,7 @@ def run_forward(q, k, v, gain, xsa, tiles):
 
 
 def run_backward(g, q, k, v, gain, xsa, tiles):
-    """Gradients of q (times gain), k and v, by way of all four kernels."""
+    """Gradients of q (times gain), k and v, through all four kernels."""
     from pgolf_fast.kernels import flash_attention_backward as kernels
 
     context, along, lse = run_forward(q, k, v, gain, xsa, tiles)
@@ -132,7 +132,7 @@ def test_backward(shape, tiles, dtype, place):
 
 
 def test_backward_is_deterministic(place):
-    """The same call twice is the same to the bit: nothing is added in an order that varies."""
+    """The same call gives the same bits: no sum has a varying order."""
     q, k, v, gain, g = make("group 4", torch.float32, place)
     first, second = (run_backward(g, q, k, v, gain, True, Tile(32, 16, 32, 4, 1)) for _ in range(2))
     for a, b in zip(first, second, strict=True):
@@ -170,7 +170,7 @@ def test_real_tiles_on_a_gpu(length, head_dim):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_more_than_2_to_the_31_elements():
-    """q of 2^32 elements: the last sequence is as right as alone."""
+    """q of 2^32 elements: the last sequence equals that sequence alone."""
     heads, head_dim, length = 8, 64, 2048
     batch = 2**32 // (heads * head_dim * length) + 1
     q = torch.empty(batch, length, heads, head_dim, device="cuda", dtype=torch.bfloat16).normal_()

@@ -123,7 +123,7 @@ def test_matches_pytorch():
 
 @pytest.mark.parametrize("size", [1e-3, 1e-5, 0.0])
 def test_small_heads(size, device):
-    """Where heads are as small as the norm's epsilon, and at zero, whose gradients are finite."""
+    """Heads as small as the norm's epsilon, and zero heads, whose gradients are finite."""
     inputs, tables = make("aligned", torch.double, device)
     inputs[0], inputs[3] = size * inputs[0], inputs[3].double()
     outs, grads, douts = results(attention("aligned", tables, True), inputs)
@@ -135,7 +135,7 @@ def test_small_heads(size, device):
 @pytest.mark.parametrize("xsa", [False, True], ids=["full", "xsa"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_zero_and_negative_gains(dtype, xsa, device):
-    """A head of gain 0 attends evenly, and its gain still has a gradient."""
+    """A head of gain 0 attends uniformly, and its gain still has a gradient."""
     inputs, tables = make("tiles", dtype, device)
     inputs[3] = torch.tensor([0.0, -1.5, 1.2, -0.3], device=device)
     op, exact, low = (f("tiles", tables, xsa) for f in (attention, formula, eager))
@@ -144,7 +144,7 @@ def test_zero_and_negative_gains(dtype, xsa, device):
 
 
 def test_rounded_tables(device):
-    """Of bfloat16 tables, cos^2 + sin^2 is not quite 1: rotating back is not undoing."""
+    """In bfloat16 tables, cos^2 + sin^2 is not exactly 1: rotating back does not invert the rotation."""
     inputs, tables = make("head dim 128", device=device)
     tables = tuple((1.05 * t).bfloat16().float() for t in tables)
     op, exact = (f("head dim 128", tables, True) for f in (attention, formula))
@@ -343,7 +343,7 @@ def test_xsa_is_orthogonal_to_own_value(value_embed, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", ["one row", "one token"])
 def test_xsa_of_the_first_token_is_zero(case, dtype, device):
-    """It attends to itself only, so its output is its own value and nothing is left; no gradient either."""
+    """It attends only to itself, so XSA removes its whole output; its gradient is zero too."""
     inputs, tables = make(case, dtype, device)
     for xsa in (True, False):
         outs, grads, _ = results(attention(case, tables, xsa), inputs)

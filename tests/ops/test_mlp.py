@@ -69,7 +69,7 @@ def test_extreme_activations(activation, device):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_wide_tiles(activation, device, monkeypatch):
-    """Tiles of 64 columns, whose epilogue goes by halves as it does on a GPU."""
+    """Tiles of 64 columns, whose epilogue works on halves as on a GPU."""
     monkeypatch.setattr(tiles, "_INTERPRETER", tiles.Tile(32, 64, 32, 1, 1))
     inputs = make((3, 14, 20), 150, activation, torch.float32, device)
     assert_matches_float64(
@@ -189,7 +189,7 @@ def test_gradient_banks(activation, dtype, device):
 
 
 def test_one_gradient_bank_is_not_enough():
-    """With only one bank given, both gradients go to autograd and the bank is left alone."""
+    """With only one bank, both gradients go to autograd and the bank is unchanged."""
     x, up, down = (t.requires_grad_() for t in make((3, 8), 6, "swiglu"))
     grad_up = torch.ones_like(up)
     out = mlp(x, up, down, SLOT, "swiglu", grad_up=grad_up)

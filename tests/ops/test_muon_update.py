@@ -70,7 +70,7 @@ def test_apply_matches_formula(shape, dtype, shadow_dtype, device):
 
 
 def test_cpu_path_is_the_arithmetic_of_pr_1501():
-    """Bit for bit what Muon computed before it had ops of its own."""
+    """Bitwise the arithmetic of PR 1501."""
     grad, buffer = make((3, 40, 24), "cpu")
     master, old_buffer = torch.randn(3, 40, 24), buffer.clone()
     old_master, low = master.clone(), grad.bfloat16()
@@ -86,7 +86,7 @@ def test_cpu_path_is_the_arithmetic_of_pr_1501():
 
 
 def test_rounds_gradient_product_and_sum_to_the_buffers_dtype(device):
-    """Bit for bit: products with 0.75 are exact in float32, so every rounding left is one that is meant."""
+    """Bitwise: products with 0.75 are exact in float32, so only the intended roundings remain."""
     grad, buffer = make((3, 40, 24), device)
     if not tiles.uses_kernels("muon", buffer):
         pytest.skip("PyTorch's path is compared with eager above")
@@ -98,7 +98,7 @@ def test_rounds_gradient_product_and_sum_to_the_buffers_dtype(device):
 
 @pytest.mark.parametrize("shape", [(), (1,)], ids=str)
 def test_numbers_may_be_tensors(shape, device):
-    """The kernel reads them when it runs; the result is that of the same number."""
+    """The kernel reads the tensor; the result is that of the same number."""
     grad, buffer = make((2, 9, 11), device)
     master, again, other = torch.randn(2, 9, 11, device=device), buffer.clone(), buffer.clone()
     twin = master.clone()
@@ -183,7 +183,7 @@ def test_compiles_without_graph_break(device):
 
 
 def test_changes_count_as_versions(device):
-    """The model's compute-dtype copies of the banks are renewed when a version counter has moved."""
+    """The model refreshes its compute-dtype banks when a version counter has changed."""
     grad, buffer = make((2, 5, 8), device)
     master = torch.nn.Parameter(torch.randn(2, 5, 8, device=device))
     before = (buffer._version, master._version)
@@ -194,7 +194,7 @@ def test_changes_count_as_versions(device):
 
 
 def test_optimizer_takes_tensors_and_fills_shadows(device):
-    """A step with numbers in tensors is that step, and leaves the new weights in the shadow banks."""
+    """A step with numbers in tensors is the same step, and writes the new weights to the shadow banks."""
     start, grads = torch.randn(2, 9, 7, device=device), torch.randn(2, 2, 9, 7, device=device)
     banks = [torch.nn.Parameter(start.clone()) for _ in range(2)]
     muons = [Muon({"b": bank}, weight_decay=0.5, newton_schulz_steps=2) for bank in banks]

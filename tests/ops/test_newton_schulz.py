@@ -109,7 +109,7 @@ def test_a_bank_slice_of_other_strides_on_every_side(device):
 
 
 def test_products_are_symmetric_where_tiles_meet(device):
-    """With singular vectors known, a tile stored on the wrong side of the diagonal cannot hide."""
+    """Known singular vectors expose a tile stored on the wrong side of the diagonal."""
     q = torch.linalg.qr(torch.randn(1, 96, 96, device=device, dtype=torch.double))[0]
     sizes = torch.linspace(0.2, 1, 96, device=device, dtype=torch.double)
     g = (q * sizes) @ q.mT
@@ -129,7 +129,7 @@ def test_real_tiles_on_a_gpu(shape):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_more_than_two_to_the_31_elements_on_a_gpu():
-    """The last slots lie beyond what 32 bits can address."""
+    """The last slots have offsets that exceed 32 bits."""
     slots = 2**31 // (128 * 256) + 2
     g = torch.zeros(slots, 128, 256, dtype=torch.bfloat16, device="cuda")
     g[-3:] = torch.randn(3, 128, 256, device="cuda")

@@ -54,7 +54,7 @@ def test_smear_matches_reference(shape, dtype, device):
 @pytest.mark.parametrize("width", [20, 45, 64])
 @pytest.mark.parametrize("programs", [1, 2])
 def test_programs_that_walk_through_rows(programs, width, device, monkeypatch):
-    """Per-channel gradients from several tiles a program, the last of them partly or wholly empty."""
+    """Per-channel gradients from several tiles per program, the last partly or wholly empty."""
     monkeypatch.setattr(residual_norm_module(), "_PROGRAMS", programs)
     shape = (3, 47, width)
     for scaled in (False, True):
@@ -64,7 +64,7 @@ def test_programs_that_walk_through_rows(programs, width, device, monkeypatch):
 
 @pytest.mark.parametrize("width", [27, 45])
 def test_norm_is_of_the_rounded_sum(width, device):
-    """`normed` belongs to `mixed` as it is stored, not to the sum before rounding."""
+    """`normed` is the norm of `mixed` as stored, not of the sum before rounding."""
     inputs = make((50, width), torch.bfloat16, device)
     mixed, normed = norm(*inputs)
     want = (LAYER_SCALE * F.rms_norm(mixed.float(), (width,), eps=reference.RMS_EPS)).bfloat16()
@@ -182,7 +182,7 @@ def test_rejects_bad_input():
 
 
 def test_smear_is_causal(device):
-    """Position t is made of t and t - 1 and, at the start of a sequence, of itself and zero."""
+    """Position t depends on t and t - 1; the first position on itself and zero."""
     x, gate = make_smear((2, 6, 4), device=device)
     s = torch.sigmoid(gate)
     want = smear_gate(x, gate)
@@ -195,7 +195,7 @@ def test_smear_is_causal(device):
 
 
 def test_smear_stays_within_sequences(device):
-    """Sequences that begin and end inside a tile of rows neither give to nor take from their neighbors."""
+    """Sequences that start and end inside a tile of rows do not mix with their neighbors."""
     x, gate = make_smear((5, 13, 4), device=device)
     whole = results(smear_gate, (x, gate))
     for i in range(5):
@@ -215,7 +215,7 @@ def test_real_tiles_on_a_gpu(shape, dtype):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_more_than_two_to_the_31_elements_on_a_gpu():
-    """The last rows lie beyond what 32 bits can address."""
+    """The last rows have offsets that exceed 32 bits."""
     x = torch.randn(2**31 // (512 * 1024) + 2, 1024, 512, device="cuda", dtype=torch.bfloat16)
     scale = torch.randn(512, device="cuda")
     assert tiles.uses_kernels("residual_norm", x)

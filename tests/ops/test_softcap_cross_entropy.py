@@ -26,11 +26,7 @@ def loss(softcap, z_loss=0.0):
 
 
 def formula(softcap, z_loss=0.0):
-    def run(x, weight, targets):
-        flat = reference.softcap_cross_entropy(x.flatten(0, -2), weight, targets.flatten(), softcap, z_loss)
-        return flat.view(targets.shape)
-
-    return run
+    return lambda x, weight, targets: reference.softcap_cross_entropy(x, weight, targets, softcap, z_loss)
 
 
 @pytest.mark.pairwise
@@ -52,7 +48,7 @@ def test_z_loss_matches_reference(leading, dim, vocab, dtype, z_loss, device):
 
 
 def test_no_z_loss_changes_no_bit(device):
-    """The gradient's added factor is 1, exactly: what was trained without z-loss trains the same."""
+    """Without z-loss the gradient's added factor is exactly 1: training is unchanged."""
     inputs = make((70,), 45, 75, device=device)
     got, grads, douts = results(lambda x, w, t: softcap_cross_entropy(x, w, t, 15.0), inputs)
     same, same_grads, _ = results(loss(15.0, 0.0), inputs, douts)
@@ -77,7 +73,7 @@ def test_more_rows_than_the_kernels_hold(rows, dtype, device, monkeypatch):
 
 @pytest.mark.parametrize("softcap", [0.1, 10.0, 1e4])
 def test_tanh_of_any_size(softcap, device):
-    """Gradients near 0 and far out, each to the precision of float32 relative to itself."""
+    """Small and large gradients, each to float32 precision relative to itself."""
     raw = torch.logspace(-6, 2, 400, device=device)
     x, weight = torch.stack((raw, -raw)).reshape(-1, 1), torch.tensor([[1.0], [0.0]], device=device)
     targets = torch.zeros(len(x), dtype=torch.long, device=device)
@@ -163,7 +159,7 @@ def test_never_holds_all_logits():
 
 
 def test_kernels_hold_few_dlogits(device, monkeypatch):
-    """Forward allocates losses only, backward no more than it is allowed."""
+    """Forward allocates losses only, backward at most its limit."""
     x, weight, targets = make((300,), 16, 256, device=device)
     if not tiles.uses_kernels("softcap_cross_entropy", x):
         pytest.skip("no kernels on this device")
@@ -191,7 +187,7 @@ def test_strided_inputs(layout, target_dtype, device):
 
 
 def test_rows_apart(device):
-    """Targets and incoming gradients with strides of their own, which the public function would flatten."""
+    """Strided targets and incoming gradients, which the public function would flatten."""
     x, weight, _ = make((70,), 45, 75, device=device)
     targets, dloss = torch.randint(75, (140,), device=device)[::2], torch.randn(210, device=device)[::3]
     op, backward = torch.ops.pgolf.softcap_cross_entropy, torch.ops.pgolf.softcap_cross_entropy_backward
@@ -260,7 +256,7 @@ def test_rejects_bad_input():
 
 @pytest.mark.parametrize("wrong", [-1, 9, -100, 2**31 - 1])
 def test_rejects_targets_outside_the_vocabulary(wrong, device):
-    """On a GPU the check would stop the host: there the loss and the gradient of that row are NaN."""
+    """Kernels do not check, which would synchronize: the loss and gradient of that row are NaN."""
     x, weight, targets = make((4,), 6, 9, device=device)
     (want,), (want_dx, _), douts = results(loss(30.0), (x, weight, targets))
     targets[2] = wrong
@@ -298,7 +294,7 @@ def test_real_tiles_on_a_gpu(rows, dim, vocab, dtype):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_more_than_two_to_the_31_elements_on_a_gpu():
-    """The last rows lie beyond what 32 bits can address."""
+    """The last rows have offsets that exceed 32 bits."""
     x, weight, targets = make((2**31 // 512 + 1000,), 512, 256, torch.bfloat16, "cuda")
     (losses,), (dx, _), (dout,) = results(loss(30.0), (x, weight, targets))
     last = (x[-1000:], weight, targets[-1000:])
