@@ -1,7 +1,8 @@
 """The network's operations as torch ops `pgolf::*`; importing this package registers `torch.ops.pgolf.*`.
 
 One file per op: the public function, checks, `_cpu` and `_cuda` implementations, fake, and the same for
-backward. `reference.py` holds the formulas, `cases.py` one catalogue of inputs, `judge.py` the comparison.
+backward. `reference.py` holds the formulas, `cases.py` the catalogue of inputs (a `case.Case` each) and
+`judge.py` the comparison with float64; neither is imported here.
 
 The implementation is chosen inside the op (`tiles.uses_kernels`), not by `register_kernel("cuda")`: tests run
 the Triton kernels on CPU tensors in Triton's interpreter, and `pgolf aot` compiles them for GPUs that are not
