@@ -18,7 +18,7 @@ from pgolf_fast import ops
 from pgolf_fast.ops import reference, reference_bytes
 from pgolf_fast.ops.case import Case, Inputs, Outputs, Sizes, Work
 
-LAYERS, LAYER = 2, 1  # layers of the banks that are built, and the one that is read
+LAYERS, LAYER = 3, 1  # layers of the banks that are built, and the one that is read
 NEWTON_SCHULZ_STEPS = 5
 
 

@@ -10,46 +10,45 @@ from helpers import (
     results,
 )
 
-from pgolf_fast.ops import gqa_attention, reference
+from pgolf_fast.ops import cases, gqa_attention, reference
+from pgolf_fast.ops.case import Sizes
 
 HAS_KERNELS = True
 
-# (B, T), heads, KV heads, head dim, rotated channels
+
+def sizes(batch, length, heads, kv_heads, head_dim, rotary):
+    return Sizes(batch, length, heads * head_dim, heads, kv_heads, rotary)
+
+
 CASES = {
-    "aligned": ((2, 16), 4, 2, 16, 8),
-    "odd": ((3, 7), 3, 1, 10, 6),
-    "ratio 1": ((2, 5), 2, 2, 32, 32),
-    "ratio 4": ((1, 33), 4, 1, 16, 16),
-    "one token": ((2, 1), 4, 2, 16, 8),
-    "one row": ((1, 1), 1, 1, 16, 0),
-    "head dim 64": ((1, 20), 2, 1, 64, 16),
-    "head dim 128": ((1, 9), 2, 1, 128, 128),
-    "long": ((1, 130), 2, 1, 16, 4),
-    "tiles": ((2, 40), 4, 2, 16, 8),
-    "head dim 24": ((1, 35), 3, 3, 24, 8),
-    "head dim 48": ((2, 33), 2, 1, 48, 0),
-    "no rows": ((0, 4), 2, 1, 16, 8),
-    "no tokens": ((2, 0), 2, 1, 16, 8),
+    "aligned": sizes(2, 16, 4, 2, 16, 8),
+    "odd": sizes(3, 7, 3, 1, 10, 6),
+    "ratio 1": sizes(2, 5, 2, 2, 32, 32),
+    "ratio 4": sizes(1, 33, 4, 1, 16, 16),
+    "one token": sizes(2, 1, 4, 2, 16, 8),
+    "one row": sizes(1, 1, 1, 1, 16, 0),
+    "head dim 64": sizes(1, 20, 2, 1, 64, 16),
+    "head dim 128": sizes(1, 9, 2, 1, 128, 128),
+    "long": sizes(1, 130, 2, 1, 16, 4),
+    "tiles": sizes(2, 40, 4, 2, 16, 8),
+    "head dim 24": sizes(1, 35, 3, 3, 24, 8),
+    "head dim 48": sizes(2, 33, 2, 1, 48, 0),
+    "no rows": sizes(0, 4, 2, 1, 16, 8),
+    "no tokens": sizes(2, 0, 2, 1, 16, 8),
 }
-LAYERS, SLOT = 3, 1
+LAYERS, SLOT = cases.LAYERS, cases.LAYER
 
 
 def make(case, dtype=torch.float32, device="cpu", value_embed=True):
     """x, qo bank, kv bank, q gain (float32, as in the network), value embedding; cos and sin."""
-    (batch, length), heads, kv_heads, head_dim, rotated = CASES[case]
-    dim, kv_dim = heads * head_dim, kv_heads * head_dim
-    x = torch.randn(batch, length, dim)
-    qo = torch.randn(2 * LAYERS, dim, dim) * dim**-0.5
-    kv = torch.randn(2 * LAYERS, kv_dim, dim) * dim**-0.5
-    value = torch.randn(batch, length, kv_dim) if value_embed else None
-    gain = (1 + torch.rand(heads)).to(device)
-    angles = 6 * torch.rand(length, rotated // 2, device=device)
-    x, qo, kv, value = (t if t is None else t.to(device, dtype) for t in (x, qo, kv, value))
-    return [x, qo, kv, gain, value], (angles.cos(), angles.sin())
+    name = "gqa_attention" if value_embed else "gqa_attention-plain"
+    inputs = cases.make(name, CASES[case], dtype, device).inputs.values()
+    *tensors, cos, sin = (t if t is None else t.detach() for t in inputs)
+    return tensors, (cos, sin)
 
 
 def attention(case, tables, xsa, slot=SLOT, window=None):
-    kv_heads = CASES[case][2]
+    kv_heads = CASES[case].kv_heads
 
     def op(x, qo, kv, gain, value, grad_qo=None, grad_kv=None):
         return gqa_attention(
@@ -71,12 +70,14 @@ def attention(case, tables, xsa, slot=SLOT, window=None):
 
 
 def formula(case, tables, xsa, slot=SLOT):
-    return lambda *t: reference.gqa_attention(*t, *tables, slot=slot, num_kv_heads=CASES[case][2], xsa=xsa)
+    return lambda *t: reference.gqa_attention(
+        *t, *tables, slot=slot, num_kv_heads=CASES[case].kv_heads, xsa=xsa
+    )
 
 
 def eager(case, tables, xsa):
     """The formula as a PyTorch user writes it: every step rounds to x's dtype, except XSA's own sums."""
-    _, heads, kv_heads, head_dim, _ = CASES[case]
+    heads, kv_heads, head_dim = CASES[case].heads, CASES[case].kv_heads, CASES[case].head_dim
 
     def run(x, qo, kv, gain, value):
         q, k, v = (F.linear(x, w) for w in (qo[SLOT], kv[SLOT], kv[LAYERS + SLOT]))
@@ -152,7 +153,7 @@ def test_rounded_tables(device):
 
 
 def test_heads_too_wide_for_the_kernels(monkeypatch, device):
-    monkeypatch.setitem(CASES, "wide", ((1, 9), 2, 1, 160, 32))
+    monkeypatch.setitem(CASES, "wide", sizes(1, 9, 2, 1, 160, 32))
     inputs, tables = make("wide", device=device)
     assert_matches_float64(attention("wide", tables, True), formula("wide", tables, True), inputs)
 
@@ -233,7 +234,7 @@ def test_opcheck(case, window, value_embed, xsa, banked, checks, device):
     x, qo, kv, gain, value = (t if t is None else t.detach().requires_grad_() for t in inputs)
     banks = (torch.ones_like(qo), torch.ones_like(kv)) if banked else (None, None)
     banks = tuple(b if b is None else b.detach() for b in banks)
-    args = (x, qo, kv, gain, value, *tables, SLOT, CASES[case][2], xsa, *banks, window)
+    args = (x, qo, kv, gain, value, *tables, SLOT, CASES[case].kv_heads, xsa, *banks, window)
     torch.library.opcheck(torch.ops.pgolf.gqa_attention, args, test_utils=checks)
     with torch.no_grad():
         out, *saved = torch.ops.pgolf.gqa_attention(*args)
@@ -251,7 +252,7 @@ def test_opcheck_empty(device):
 @pytest.mark.parametrize("xsa", [False, True], ids=["full", "xsa"])
 @pytest.mark.parametrize(("value_embed", "window"), [(False, None), (True, None), (True, 2)])
 def test_gradcheck(value_embed, window, xsa, monkeypatch):
-    monkeypatch.setitem(CASES, "small", ((2, 3), 2, 1, 4, 2))
+    monkeypatch.setitem(CASES, "small", sizes(2, 3, 2, 1, 4, 2))
     inputs, tables = make("small", torch.double, value_embed=value_embed)
     inputs = [t if t is None else t.double().requires_grad_() for t in inputs]
     torch.autograd.gradcheck(attention("small", tables, xsa, window=window), inputs)

@@ -3,7 +3,8 @@ import torch
 import torch.nn.functional as F
 from helpers import LAYOUTS, assert_matches_float64, assert_strides_do_not_matter, lay_out, results
 
-from pgolf_fast.ops import reference, residual_norm, rms_norm, smear_gate, tiles
+from pgolf_fast.ops import cases, reference, residual_norm, rms_norm, smear_gate, tiles
+from pgolf_fast.ops.case import Sizes
 
 HAS_KERNELS = True
 # interpreted tiles are 32 x 32: wider rows take the kernels' other path; (3, 25, 45) has partial tiles
@@ -28,7 +29,7 @@ def norm_formula(*inputs):
 
 
 def make_smear(shape, dtype=torch.float32, device="cpu"):
-    return [torch.randn(shape, device=device).to(dtype), torch.randn(shape[-1], device=device)]
+    return [t.detach() for t in cases.make("smear_gate", Sizes(*shape), dtype, device).inputs.values()]
 
 
 def residual_norm_module():
