@@ -1,4 +1,4 @@
-"""What several test files share: the accuracy rule, memory layouts, a tiny network."""
+"""Helpers shared by test files: accuracy assertions, memory layouts, a tiny network."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,71 +7,39 @@ import torch
 from torch import Tensor
 
 from pgolf_fast.config.schema import ModelConfig
+from pgolf_fast.ops import judge
+from pgolf_fast.ops.judge import results
 from pgolf_fast.quant.gptq import gptq
 
 
 def gptq_alone(
     weight: Tensor, hessian: Tensor, name: str = "weight", **settings: Any
 ) -> tuple[Tensor, Tensor]:
-    """`gptq` of one matrix."""
+    """Run `gptq` on one matrix."""
     return gptq([({name: weight}, hessian)], **settings)[name]
 
 
 def assert_as_accurate(got, low, exact, factor=2.0, atol=1e-6):
     """`got` may miss the float64 answer by `factor` times what eager misses it by in the same dtype."""
-    assert got.shape == exact.shape
-    assert torch.isfinite(got).all()
-    if got.numel() == 0:
-        return
-    err, base = (got.double() - exact).abs().max(), (low.double() - exact).abs().max()
-    assert err <= factor * base + atol, f"error {err:.3e} > {factor} x eager's {base:.3e}"
-
-
-def results(
-    function: Callable[..., Any], inputs: Sequence[Tensor | None], douts: Sequence[Tensor] | None = None
-):
-    """Outputs of `function(*inputs)` and the gradients of its floating-point inputs (None where unused)."""
-    leaves = [t if t is None else t.detach().requires_grad_(t.is_floating_point()) for t in inputs]
-    out = function(*leaves)
-    outs = list(out) if isinstance(out, (tuple, list)) else [out]
-    douts = douts or [torch.randn(o.shape, dtype=o.dtype, device=o.device) for o in outs]
-    floats = [t for t in leaves if t is not None and t.requires_grad]
-    grads = torch.autograd.grad(outs, floats, [d.to(o.dtype) for d, o in zip(douts, outs, strict=True)])
-    return [o.detach() for o in outs], list(grads), douts
+    verdict = judge.verdict("result", got, low, exact, factor=factor, atol=atol)
+    assert verdict.ok, f"{verdict}, {factor} times eager's"
 
 
 def assert_matches_float64(op, formula, inputs: Sequence[Tensor | None], *, eager=None, factor=2.0) -> None:
-    """Outputs and every gradient of `op` against `formula` in float64.
-
-    The yardstick is `eager` (by default the formula itself) in the dtype of the inputs. One unit in the last
-    place of the largest value is allowed on top: where eager happens to be exact, a result rounded once is
-    right too. Gradients of a handful of numbers are long sums that may cancel, and a handful of lucky ones is
-    no yardstick: they are judged by the largest of all values.
-    """
-    outs, grads, douts = results(op, inputs)
-    low_outs, low_grads, _ = results(eager or formula, inputs, douts)
-    wide = [t.double() if t is not None and t.is_floating_point() else t for t in inputs]
-    exact_outs, exact_grads, _ = results(formula, wide, douts)
-    assert [o.dtype for o in outs] == [o.dtype for o in low_outs]
-    assert [g.dtype for g in grads] == [g.dtype for g in low_grads]
-    exacts = exact_outs + exact_grads
-    sizes = [t.abs().max().item() if t.numel() else 0.0 for t in exacts]
-    coarsest = max(torch.finfo(t.dtype).eps for t in inputs if t is not None and t.is_floating_point())
-    for got, low, exact, size in zip(outs + grads, low_outs + low_grads, exacts, sizes, strict=True):
-        few = exact.numel() < 16
-        rounding = coarsest * max(sizes) if few else torch.finfo(got.dtype).eps * size
-        assert_as_accurate(got, low, exact, factor * (4 if few else 1), atol=1e-6 + rounding)
+    """Outputs and every gradient of `op` agree with `formula` in float64 (see `judge.compare`)."""
+    verdicts = judge.compare(op, formula, inputs, eager=eager, factor=factor)
+    assert all(verdict.ok for verdict in verdicts), "; ".join(map(str, verdicts))
 
 
 def _sliced(t: Tensor, pad: int) -> Tensor:
-    """The middle of wider rows; what lies around them is NaN (or a large integer)."""
+    """Return a slice of wider rows; the surrounding elements are NaN (or a large integer)."""
     around = float("nan") if t.is_floating_point() else 10**6
     buffer = t.new_full((*t.shape[:-1], t.shape[-1] + 2 * pad), around)
     buffer[..., pad:-pad] = t
     return buffer[..., pad:-pad]
 
 
-# How the n-th tensor of a call is laid out; every n gives its own strides.
+# Layout of the n-th tensor of a call; every n has its own strides.
 LAYOUTS: dict[str, Callable[[Tensor, int], Tensor]] = {
     "sliced": lambda t, n: _sliced(t, n + 1) if t.dim() else t,
     "transposed": lambda t, n: _sliced(t.mT.contiguous(), n + 1).mT if t.dim() > 1 else t,
@@ -80,7 +48,7 @@ LAYOUTS: dict[str, Callable[[Tensor, int], Tensor]] = {
 
 
 def lay_out(layout: str, inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """`inputs` in that layout, none of them contiguous where they have a size to show it."""
+    """Return `inputs` in that layout; none is contiguous unless it is too small to tell."""
     return [t if t is None else LAYOUTS[layout](t, n) for n, t in enumerate(inputs)]
 
 
@@ -93,7 +61,7 @@ def assert_strides_do_not_matter(op, inputs: Sequence[Tensor | None], **toleranc
         torch.testing.assert_close(got_outs + got_grads, outs + grads, **tolerance)
     assert all(o.is_contiguous() for o in got_outs)
     ones = [torch.ones_like(d) for d in douts]
-    expanded = [d.new_ones(()).expand(d.shape) for d in douts]  # what .sum().backward() hands over
+    expanded = [d.new_ones(()).expand(d.shape) for d in douts]  # the gradient that .sum().backward() passes
     torch.testing.assert_close(
         results(op, inputs, expanded)[1], results(op, contiguous, ones)[1], **tolerance
     )
@@ -105,8 +73,8 @@ def assert_adds_to_banks(
     """Backward with gradient banks adds the dense gradient into the slots of each bank and nothing else.
 
     `op(*inputs, *gradient_banks)`; `banks` are the positions of the weight banks in `inputs`, `slots` the
-    slots of each that the call reads. The gradient banks are float32 and start out large, so that adding in a
-    narrower dtype, or overwriting, shows.
+    slots of each that the call reads. The gradient banks are float32 and start with large values, which
+    exposes overwriting or adding in a narrower dtype.
     """
     leaves = [t.detach().requires_grad_() for t in inputs]
     held = [100 * torch.randn(inputs[b].shape, dtype=torch.float32, device=inputs[b].device) for b in banks]
@@ -136,7 +104,7 @@ def assert_adds_to_banks(
 
 
 def tiny_config(**changes) -> ModelConfig:
-    """Every feature of the network at a size a test can afford."""
+    """Return a config with every feature of the network at a small size."""
     values = {
         "vocab_size": 96,
         "num_layers": 4,
@@ -156,7 +124,7 @@ def tiny_config(**changes) -> ModelConfig:
 
 @torch.no_grad()
 def randomize_(model: torch.nn.Module, seed: int) -> torch.nn.Module:
-    """Give every parameter random values of a healthy size, so that each of them shows in the result."""
+    """Give every parameter random values large enough to affect the result."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         values = torch.randn(parameter.shape, generator=generator)

@@ -2,7 +2,7 @@
 
 Repairs (needed with triton 3.6 to 3.9, each measured): loop bounds under numpy 2.4, bfloat16 products, casts
 to bfloat16 that round to nearest. Strictness: any other arithmetic on bfloat16 is refused, because the
-interpreter would do it on the bits, and a load or store outside every tensor argument is an error.
+interpreter would compute on the bit patterns, and a load or store outside every tensor argument is an error.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class OutOfBounds(Exception):
 
 
 def install() -> None:
-    """Patch the interpreter, once a process. TRITON_INTERPRET must be set before triton is imported."""
+    """Patch the interpreter, once per process. TRITON_INTERPRET must be set before Triton is imported."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError("set TRITON_INTERPRET=1 before triton is imported")
     import triton.language as tl

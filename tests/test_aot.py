@@ -17,11 +17,51 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 
 def pgolf_aot(*words, interpret=False):
-    """In a process of its own: this one has imported Triton with its interpreter on."""
+    """Run in another process: this one has imported Triton with its interpreter on."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_INTERPRET": "1"} if interpret else {}
     command = [sys.executable, "-m", "pgolf_fast.cli", "aot", *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+# One case of each kind of kernel: products with an epilogue, attention with gradients, rows, packed weights.
+FEW = ("mlp-leaky_relu_squared", "gqa_attention", "residual_norm", "softcap_cross_entropy")
+
+
+def without_interpreter(code):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment
+    )
+
+
+def assert_no_problem(rows):
+    """No spills, shared memory within the limit, HGMMA in every kernel that multiplies."""
+    multiplies = aot.kernels_in_source()
+    for row in rows:
+        assert row["arch"] == "sm_90"
+        assert row["spill_bytes"] == 0, row
+        assert 0 < row["registers"] <= 255, row
+        assert row["shared_bytes"] <= SHARED_LIMIT[90], row
+        assert row["warps"] >= 1, row
+        assert row["stages"] >= 1, row
+        assert not multiplies[row["kernel"]] or row["tensor_core"] > 0, row
+
+
+def test_representative_kernels_compile_for_hopper():
+    code = f"""
+import json
+from pgolf_fast.bench import aot
+rows, misfits = aot.compile_presets(["exp101"], [90], {FEW!r})
+assert misfits == [] and aot.problems(rows) == [], (misfits, aot.problems(rows))
+print(json.dumps([row.record() for row in rows]))
+"""
+    done = without_interpreter(code)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert_no_problem(rows)
+    assert len({row["kernel"] for row in rows}) >= 12
+    assert {row["case"] for row in rows} <= {*FEW, "gqa_attention with a library's attention"}
 
 
 @pytest.fixture(scope="module")
@@ -32,27 +72,21 @@ def hopper(tmp_path_factory):
     return done, json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_hopper_gate(hopper):
-    """No spills, shared memory within the limit, HGMMA in every kernel that multiplies."""
     done, table = hopper
     assert done.returncode == 0, done.stdout[done.stdout.index("wrote ") :] + done.stderr
-    multiplies = aot.kernels_in_source()
-    for row in table["kernels"]:
-        assert row["arch"] == "sm_90"
-        assert row["spill_bytes"] == 0, row
-        assert 0 < row["registers"] <= 255, row
-        assert row["shared_bytes"] <= SHARED_LIMIT[90], row
-        assert row["warps"] >= 1, row
-        assert row["stages"] >= 1, row
-        assert not multiplies[row["kernel"]] or row["tensor_core"] > 0, row
+    assert_no_problem(table["kernels"])
 
 
+@pytest.mark.slow
 def test_every_kernel_is_compiled(hopper):
-    """A kernel that no case of bench/aot.py reaches fails here by name."""
+    """A kernel that no case of ops/cases.py reaches fails here by name."""
     compiled = {row["kernel"] for row in hopper[1]["kernels"]}
     assert set(aot.kernels_in_source()) - compiled == set()
 
 
+@pytest.mark.slow
 def test_table_names_versions_and_shapes(hopper):
     done, table = hopper
     assert table["torch"] == torch.__version__
@@ -112,18 +146,13 @@ def test_a_case_that_does_not_fit_is_named():
     """In a process without the interpreter: tiles of 256 x 256 x 256 in three stages take 768 KiB."""
     code = """
 from pgolf_fast.bench import aot
-from pgolf_fast.ops import launch
-rows = {"sm90": launch.Launch(256, 256, 256, num_warps=8, num_stages=3)}
-launch.set_launches({"newton_schulz_apply": rows})
-aot.CASES = {"newton_schulz of the banks": aot.CASES["newton_schulz of the banks"], "muon": aot.CASES["muon"]}
-rows, misfits = aot.compile_presets(["tiny"], [90])
+from pgolf_fast.ops import tiles
+tiles.set_tiles({"newton_schulz_apply": {"sm90": tiles.Tile(256, 256, 256, num_warps=8, num_stages=3)}})
+rows, misfits = aot.compile_presets(["tiny"], [90], ["newton_schulz-mlp", "muon_apply"])
 assert {"muon_apply_kernel", "newton_schulz_gram_kernel"} <= {row.compiled.kernel for row in rows}
-assert len(misfits) == 1 and misfits[0].startswith("newton_schulz of the banks does not fit sm_90: "), misfits
+assert len(misfits) == 1 and misfits[0].startswith("newton_schulz-mlp does not fit sm_90: "), misfits
 """
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment
-    )
+    done = without_interpreter(code)
     assert done.returncode == 0, done.stderr
 
 

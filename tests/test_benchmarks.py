@@ -15,7 +15,7 @@ from pgolf_fast import ops
 from pgolf_fast.config.presets import exp101, tiny
 from pgolf_fast.model.bank import BANK_NAMES
 from pgolf_fast.model.gpt import GPT
-from pgolf_fast.ops import launch
+from pgolf_fast.ops import tiles
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
@@ -39,11 +39,11 @@ def test_plain_pytorch_computes_the_same_network():
     ours = ops.mlp
     with plain_ops():
         assert ops.mlp is not ours
-        assert {launch.implementation(op) for op in launch.DEFAULTS} == {"torch"}
+        assert {tiles.implementation(op) for op in tiles.DEFAULTS} == {"torch"}
         plain = plain_loss(model)(tokens, targets)
         plain.backward()
     assert ops.mlp is ours
-    assert {launch.implementation(op) for op in launch.DEFAULTS} == set(launch.DEFAULTS.values())
+    assert {tiles.implementation(op) for op in tiles.DEFAULTS} == set(tiles.DEFAULTS.values())
     torch.testing.assert_close(plain, loss, rtol=1e-5, atol=1e-5)
     for name, parameter in model.named_parameters():
         scale = grads[name].abs().max().item()

@@ -10,7 +10,7 @@ from pgolf_fast.console import read_metrics
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.model.compiled import tag_compile_cache
 from pgolf_fast.model.gpt import GPT
-from pgolf_fast.ops import launch
+from pgolf_fast.ops import tiles
 from pgolf_fast.train import loop
 from pgolf_fast.train.loop import train
 from pgolf_fast.train.micro_step import MicroStep
@@ -51,7 +51,7 @@ def test_compile_cache_is_separate_for_each_implementation():
     """PyTorch's cache on disk must not return a graph of another implementation."""
     tags = []
     for implementation in ("auto", "torch", "auto"):
-        launch.choose("mlp", implementation)
+        tiles.choose("mlp", implementation)
         tag_compile_cache()
         tags.append(torch.compiler.config.cache_key_tag)
     assert tags[0] == tags[2] != tags[1]

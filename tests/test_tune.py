@@ -1,4 +1,4 @@
-"""`pgolf tune` finds quick and right launch rows, and what it keeps is used where it belongs."""
+"""`pgolf tune` finds fast and right tiles, and the cache file is used where it applies."""
 
 import time
 from dataclasses import replace
@@ -6,34 +6,35 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pgolf_fast.bench import registry, timer, tune
+from pgolf_fast.bench import timer, tune
 from pgolf_fast.cli import bench as commands
 from pgolf_fast.config.presets import tiny
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.ops import launch, tuned
-from pgolf_fast.ops.launch import Launch
+from pgolf_fast.ops import cases, tiles, tuned
+from pgolf_fast.ops.tiles import Tile
 
 
 @pytest.fixture
 def fake_kernel(monkeypatch):
-    """A kernel in the table, and an op whose time (by a clock of its own) and result depend on its row."""
-    monkeypatch.setattr(launch, "_TABLE", {"fake": {a: Launch(64, 64) for a in ("sm80", "sm90", "sm100")}})
-    original, clock = registry.OPS["smear_gate"].make, [0.0]
+    """A kernel in the table, and an op whose time (by its own clock) and result depend on its tile."""
+    monkeypatch.setattr(tiles, "_table", {"fake": {a: Tile(64, 64) for a in ("sm80", "sm90", "sm100")}})
+    entry, clock = cases.CASES["smear_gate"], [0.0]
 
-    def make(place):
-        case = original(place)
+    def make(builder):
+        case = entry.make(builder)
 
-        def ours():
-            row = launch._TABLE["fake"]["sm90"]
-            if row.num_warps == 8:
+        def op(**inputs):
+            with tiles.kernels_on_cpu("sm90"):
+                tile = tiles.lookup("fake", inputs["x"].bfloat16())
+            if tile.num_warps == 8:
                 raise RuntimeError("out of resources: shared memory")
-            clock[0] += 3 + abs(row.block_m - 256) / 64 + (row.num_stages != 4)
-            if row.block_n == 32:  # quick and wrong
+            clock[0] += 3 + abs(tile.block_m - 256) / 64 + (tile.num_stages != 4)
+            if tile.block_n == 32:  # fast and wrong
                 clock[0] -= 2
-                return tuple(out + 1 for out in case.ours.run())
-            return case.ours.run()
+                return tuple(out + 1 for out in case.op(**inputs))
+            return case.op(**inputs)
 
-        return replace(case, ours=replace(case.ours, run=ours))
+        return replace(case, op=op)
 
     def time_in_turn(calls, device, **settings):
         times = {}
@@ -43,7 +44,7 @@ def fake_kernel(monkeypatch):
             times[name] = timer.Timing([clock[0] - start])
         return times
 
-    monkeypatch.setitem(registry.OPS, "smear_gate", registry.Entry(make))
+    monkeypatch.setitem(cases.CASES, "smear_gate", replace(entry, make=make))
     monkeypatch.setattr(tune, "time_in_turn", time_in_turn)
 
 
@@ -60,7 +61,7 @@ def tune_plan(**changes):
     return tune.TunePlan(**{**values, **changes})
 
 
-def test_tuning_finds_the_quick_right_row(fake_kernel):
+def test_tuning_finds_the_fast_and_right_tile(fake_kernel):
     done = []
     found = tune.tune(tune_plan(), done.append)
     assert found == done
@@ -71,8 +72,8 @@ def test_tuning_finds_the_quick_right_row(fake_kernel):
     assert one.failed > 0
     assert any("out of resources" in error for error in one.errors)
     assert (one.table_ms, one.best_ms) == (7, 3)
-    assert launch._TABLE["fake"]["sm90"] == one.best
-    assert launch._TABLE["fake"]["sm80"] == Launch(64, 64)
+    assert tiles._table["fake"]["sm90"] == one.best
+    assert tiles._table["fake"]["sm80"] == Tile(64, 64)
     assert "fake" in commands.tune_table(found)
 
 
@@ -84,9 +85,9 @@ def test_tuning_stops_in_time_and_names_unknown_kernels(fake_kernel):
     assert one.tried == 2
 
 
-def test_neighbours_differ_in_one_field_and_stay_in_range():
-    row = Launch(16, 4096, 64, 4, 1)
-    found = tune.neighbours(row)
+def test_neighbors_differ_in_one_field_and_stay_in_range():
+    row = Tile(16, 4096, 64, 4, 1)
+    found = tune.neighbors(row)
     assert len(found) == len(set(found))
     for other in found:
         changed = [
@@ -104,7 +105,7 @@ def tuned_row(**changes):
         "gpu": "NVIDIA H200",
         "triton": tuned.triton_version(),
         "source": tuned.source_hash("mlp_up"),
-        "row": Launch(64, 64, 32, 8, 2),
+        "tile": Tile(64, 64, 32, 8, 2),
         "ms": 1.0,
         "table_ms": 2.0,
         "measured": "now",
@@ -127,10 +128,10 @@ def test_tuned_rows_are_kept_by_key(tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    ["{", "[]", '{"rows": [{}]}', '{"rows": [{"row": {"block_m": 1}}]}', '{"rows": 3}'],
+    ["{", "[]", '{"tiles": [{}]}', '{"tiles": [{"tile": {"block_m": 1}}]}', '{"tiles": 3}'],
 )
 def test_a_spoiled_cache_is_ignored_with_a_warning(tmp_path, caplog, content, monkeypatch):
-    monkeypatch.setattr(tuned.report.logger, "propagate", True)
+    monkeypatch.setattr(tuned.console.logger, "propagate", True)
     path = tmp_path / tuned.FILE_NAME
     path.write_text(content)
     assert tuned.read_rows(path) == []
@@ -150,17 +151,17 @@ def test_the_environment_names_the_cache_and_switches_it_off(tmp_path, monkeypat
     monkeypatch.delenv("PGOLF_FAST_CACHE")
     assert tuned.cache_file().name == tuned.FILE_NAME
     tuned.save_rows(tmp_path / tuned.FILE_NAME, [tuned_row()])
-    monkeypatch.setattr(launch, "_TABLE", {"mlp_up": {"sm90": Launch()}})
+    monkeypatch.setattr(tiles, "_table", {"mlp_up": {"sm90": Tile()}})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setenv("PGOLF_FAST_TUNE", "off")
     path, gpu = tmp_path / tuned.FILE_NAME, torch.device("cuda", 0)
     assert tuned.load_tuned(gpu, path) == 0
-    assert launch._TABLE["mlp_up"]["sm90"] == Launch()
+    assert tiles._table["mlp_up"]["sm90"] == Tile()
     monkeypatch.delenv("PGOLF_FAST_TUNE")
     assert tuned.load_tuned(gpu, path) == 1
-    assert launch._TABLE["mlp_up"]["sm90"] == Launch(64, 64, 32, 8, 2)
+    assert tiles._table["mlp_up"]["sm90"] == Tile(64, 64, 32, 8, 2)
 
 
 def test_source_hash_follows_the_file_and_what_it_imports(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The whole network on interpreted Triton kernels: it agrees with PyTorch and with the original programs."""
+"""The whole network on interpreted Triton kernels agrees with PyTorch and with the original programs."""
 
 import pytest
 import torch
@@ -6,8 +6,8 @@ from helpers import randomize_, tiny_config
 from test_golden import FILES, assert_gradients, golden_model, read
 
 from pgolf_fast.model.gpt import GPT
-from pgolf_fast.ops import launch
-from pgolf_fast.ops.launch import Launch
+from pgolf_fast.ops import tiles
+from pgolf_fast.ops.tiles import Tile
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on the GPU")
@@ -19,7 +19,7 @@ def interpreted():
     import interpreter
 
     interpreter.install()
-    return lambda: launch.kernels_on_cpu("interpreter")
+    return lambda: tiles.kernels_on_cpu("interpreter")
 
 
 def make(activation):
@@ -38,8 +38,16 @@ def outcome(model, tokens, targets, banked):
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("banked", [False, True], ids=["autograd", "gradient banks"])
-@pytest.mark.parametrize("activation", ["leaky_relu_squared", "swiglu"])
+# both activations and both kinds of gradient by default; the op tests cover their combinations
+@pytest.mark.parametrize(
+    ("activation", "banked"),
+    [
+        ("leaky_relu_squared", True),
+        ("swiglu", False),
+        pytest.param("leaky_relu_squared", False, marks=pytest.mark.slow),
+        pytest.param("swiglu", True, marks=pytest.mark.slow),
+    ],
+)
 def test_loss_and_gradients_agree_with_pytorch(activation, banked, interpreted):
     model = make(activation)
     tokens, targets = torch.randint(0, model.config.vocab_size, (2, 2, 40))
@@ -54,20 +62,20 @@ def test_loss_and_gradients_agree_with_pytorch(activation, banked, interpreted):
 
 
 def test_kernels_really_ran(interpreted, monkeypatch):
-    """Every op of a training step takes its kernels, forward and backward."""
+    """Every op of a training step runs its kernels, forward and backward."""
     asked = {}
-    uses = launch.uses_kernels
+    uses = tiles.uses_kernels
 
     def record(op, x):
         asked[op] = uses(op, x)
         return asked[op]
 
-    monkeypatch.setattr(launch, "uses_kernels", record)
+    monkeypatch.setattr(tiles, "uses_kernels", record)
     model = make("leaky_relu_squared")
     tokens, targets = torch.randint(0, model.config.vocab_size, (2, 1, 20))
     with interpreted():
         outcome(model, tokens, targets, banked=True)
-    training = set(launch.DEFAULTS) - {"newton_schulz", "muon", "int6_matmul"}
+    training = set(tiles.DEFAULTS) - {"newton_schulz", "muon", "int6_matmul"}
     assert {op for op, taken in asked.items() if taken} >= training
 
 
@@ -75,8 +83,8 @@ def test_kernels_really_ran(interpreted, monkeypatch):
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden_forward(name, interpreted, monkeypatch):
     """Logits, loss and all gradients of the original program, in float32, within the same tolerances."""
-    # the interpreter takes a time per program and per product, whatever their size
-    monkeypatch.setattr(launch, "_INTERPRETER", Launch(128, 128, 128, 1, 1))
+    # the interpreter's time depends on the number of programs and products, not on their size
+    monkeypatch.setattr(tiles, "_INTERPRETER", Tile(128, 128, 128, 1, 1))
     path = next((path for path in FILES if path.stem == name), None)
     if path is None:
         pytest.skip(f"{name}.npz is not among the golden files")

@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu_session.session import PartFile, Session
-from pgolf_fast.bench import check, registry
-from pgolf_fast.bench.case import Case, Contender
+from pgolf_fast.bench import peers, registry
 from pgolf_fast.bench.run import attempt
 from pgolf_fast.config.presets import preset
+from pgolf_fast.ops import judge
+from pgolf_fast.ops.case import Case, Contender
 
 TESTS = Path(__file__).parent.parent / "tests" / "ops"
 # Ops tested with tensors of more than 2^31 elements, and the width of these tensors
@@ -43,7 +44,7 @@ def run(session: Session) -> bool:
 
 def doctor_rows(session: Session, note) -> None:
     """Record the rows of `pgolf doctor --check`."""
-    from pgolf_fast.bench.doctor_checks import check_ops
+    from pgolf_fast.bench.doctor import check_ops
 
     rows = attempt(lambda: check_ops(session.device, torch.bfloat16))
     if isinstance(rows, str):
@@ -58,7 +59,7 @@ def preset_shapes(session: Session, note) -> None:
     config = preset(session.preset)
     tokens = 64 if session.dry else 4 * config.train.seq_len
     sizes = [
-        (name, m) for name in registry.select(session.ops) for m in registry.OPS[name].tokens or (tokens,)
+        (name, m) for name in registry.select(session.ops) for m in registry.token_counts(name, (tokens,))
     ]
     for dtype in (torch.bfloat16, torch.float32):
         for name, count in sizes:
@@ -66,8 +67,8 @@ def preset_shapes(session: Session, note) -> None:
             if session.left < 0.3 * session.seconds:
                 note(what=what, ok=None, verdict="skipped: out of time")
                 continue
-            place = registry.Place(config, count, dtype, session.device)
-            verdicts = attempt(lambda name=name, place=place: judge_case(registry.make_case(name, place)))
+            shape = (config, count, dtype, session.device)
+            verdicts = attempt(lambda name=name, shape=shape: judge_case(registry.make_case(name, *shape)))
             if isinstance(verdicts, str):
                 verdicts = {"ours": verdicts}
             for contender, verdict in verdicts.items():
@@ -75,11 +76,11 @@ def preset_shapes(session: Session, note) -> None:
                 note(what=f"{what}, {contender}", ok=ok, verdict=str(verdict))
 
 
-def judge_case(case: Case) -> dict[str, check.Verdict | str]:
+def judge_case(case: Case) -> dict[str, judge.Verdict | str]:
     """Compare our default implementation and every other choice on this machine with float64."""
-    truth = check.truth_of(case, "fwd+bwd" if case.trained else "fwd")
-    contenders = [case.ours, *(v for v in case.variants.values() if isinstance(v, Contender))]
-    return {c.name: attempt(lambda c=c: check.judge(c, truth)) for c in contenders}
+    truth = judge.truth_of(case)
+    contenders = [case.ours(), *(v for v in peers.variants(case).values() if isinstance(v, Contender))]
+    return {c.name: attempt(lambda c=c: judge.judge(case, c, truth)) for c in contenders}
 
 
 def large_offsets(session: Session, note) -> None:
@@ -95,13 +96,16 @@ def large_offsets(session: Session, note) -> None:
         if not session.dry and torch.cuda.mem_get_info()[0] < LARGE_BYTES:
             note(what=what, ok=None, verdict=f"skipped: less than {LARGE_BYTES >> 30} GiB of memory free")
             continue
-        place = registry.Place(config, sequences * length, torch.bfloat16, session.device)
-        verdict = attempt(
-            lambda name=name, place=place: check.judge_tail(registry.make_case(name, place), entries=2)
-        )
+        shape = (config, sequences * length, torch.bfloat16, session.device)
+        verdict = attempt(lambda name=name, shape=shape: judge_end(registry.make_case(name, *shape)))
         note(what=what, ok=not isinstance(verdict, str) and verdict.ok, verdict=str(verdict))
         if not session.dry:
             torch.cuda.empty_cache()
+
+
+def judge_end(case: Case) -> judge.Verdict:
+    """Judge the last two sequences, computed in the full batch and alone."""
+    return judge.judge_tail(case, case.ours(), entries=2)
 
 
 def run_tests(session: Session) -> dict[str, object]:

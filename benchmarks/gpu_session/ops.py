@@ -9,10 +9,10 @@ import torch
 
 from benchmarks.gpu_session.session import PartFile, Session
 from pgolf_fast.bench import peers, registry, run, store, tune
-from pgolf_fast.bench.case import MODES
 from pgolf_fast.cli import bench as commands
 from pgolf_fast.config.presets import preset
-from pgolf_fast.ops import launch, tuned
+from pgolf_fast.ops import cases, tiles, tuned
+from pgolf_fast.ops.case import MODES
 
 # Peers that compile in seconds; slower settings of torch.compile follow if there is time left
 FIRST = (*peers.OWN, "eager", "dense", "sdpa-flash", "sdpa-cudnn", "compile", "liger", "gemlite")
@@ -66,7 +66,7 @@ def plans(session: Session) -> list[run.Plan]:
     tokens = session.tokens or commands.GPU_TOKENS
     if session.peers:
         return [plan(tokens, session.peers, names)]
-    free = [name for name in names if registry.OPS[name].tokens is None]
+    free = [name for name in names if cases.CASES[name].rows is None]
     found = [plan(tokens[:1], FIRST, names)]
     found += [plan(tokens[1:], FIRST, free)] if tokens[1:] else []
     return [*found, plan(tokens[:1], SLOW, names)]
@@ -87,7 +87,7 @@ def asdict_roof(session: Session) -> dict[str, object]:
 
 
 def run_tune(session: Session) -> bool:
-    """Write tune.json and launches.json; return whether any kernel was tuned."""
+    """Write tune.json and tiles.json; return whether any kernel was tuned."""
     file = PartFile(session, "tune")
     config = preset(session.preset)
     plan = tune.TunePlan(
@@ -113,21 +113,22 @@ def run_tune(session: Session) -> bool:
     else:
         tune.tune(plan, done)
     reached = {one.kernel for one in found}
-    file.finish(bool(found), not_reached=[name for name in launch.kernels() if name not in reached])
+    file.finish(bool(found), not_reached=[name for name in tiles.kernels() if name not in reached])
     return bool(found)
 
 
 def rehearsed_kernel():
-    """Let smear_gate look up its launch row, as ops do only on a GPU."""
-    original = registry.smear_gate
+    """Let smear_gate look up its tile, as ops do only on a GPU."""
+    entry = cases.CASES["smear_gate"]
 
-    def make(place):
-        case = original(place)
+    def make(builder):
+        case = entry.make(builder)
 
-        def asking():
-            launch._TABLE["smear_gate_fwd"]["sm90"]
-            return case.ours.run()
+        def op(**inputs):
+            with tiles.kernels_on_cpu("sm90"):
+                tiles.lookup("smear_gate_fwd", inputs["x"])
+            return case.op(**inputs)
 
-        return replace(case, ours=replace(case.ours, run=asking))
+        return replace(case, op=op)
 
-    return mock.patch.dict(registry.OPS, {"smear_gate": registry.Entry(make)})
+    return mock.patch.dict(cases.CASES, {"smear_gate": replace(entry, make=make)})

@@ -19,7 +19,7 @@ from pgolf_fast.bench import formulas
 from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.model.bank import Banks
 from pgolf_fast.model.gpt import GPT
-from pgolf_fast.ops import launch, reference
+from pgolf_fast.ops import reference, tiles
 from pgolf_fast.optim.optimizer import Optimizer
 from pgolf_fast.optim.schedule import Schedule
 
@@ -45,7 +45,7 @@ PLAIN: dict[str, Callable[..., object]] = {
     "mlp": lambda x, up, down, slot, kind, **_: formulas.mlp(x, up[slot], down[slot], kind),
     "residual_norm": reference.residual_norm,
     "smear_gate": reference.smear_gate,
-    "softcap_cross_entropy": formulas.softcap_cross_entropy,
+    "softcap_cross_entropy": reference.softcap_cross_entropy,
     "ngram_hash_embed": ngram,
     "newton_schulz": reference.newton_schulz,
 }
@@ -60,20 +60,20 @@ def plain_ops(
     `functions` replaces some of PLAIN, for example by compiled ones.
     """
     kept = {name: getattr(ops, name) for name in PLAIN}
-    chosen = {op: launch._chosen.get(op, "auto") for op in launch.DEFAULTS}
+    chosen = {op: tiles._chosen.get(op, "auto") for op in tiles.DEFAULTS}
     kernel = BACKENDS[backend]
     with contextlib.nullcontext() if kernel is None else sdpa_kernel(kernel):
         try:
             for name, function in {**PLAIN, **(functions or {})}.items():
                 setattr(ops, name, function)
             for op in chosen:  # ops called inside other ops (Muon's) take their PyTorch path
-                launch.choose(op, "torch")
+                tiles.choose(op, "torch")
             yield
         finally:
             for name, function in kept.items():
                 setattr(ops, name, function)
             for op, implementation in chosen.items():
-                launch.choose(op, implementation)
+                tiles.choose(op, implementation)
 
 
 def plain_loss(model: GPT) -> Callable[[Tensor, Tensor], Tensor]:

@@ -24,8 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.gpu_session.plain import PlainTrainer
 from benchmarks.gpu_session.session import PartFile, Session, prepared
 from pgolf_fast.bench.aot import kernels_in_source
-from pgolf_fast.bench.peers import compile_settings
-from pgolf_fast.bench.registry import forced_attention
+from pgolf_fast.bench.peers import compile_settings, forced_attention
 from pgolf_fast.bench.roofline import roof
 from pgolf_fast.bench.run import attempt
 from pgolf_fast.bench.timer import gpu_state

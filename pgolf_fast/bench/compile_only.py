@@ -1,7 +1,7 @@
-"""A Triton driver with no GPU behind it: launches are compiled for a named GPU and recorded, not run.
+"""A Triton driver without a GPU: launches are compiled for a named GPU and recorded, not run.
 
-Everything before the launch is real: the launchers of this project, Triton's specialisation on the arguments,
-its compiler, the assembler that ships with it, and the limit on shared memory. Works with triton 3.6 to 3.9.
+Everything before the launch is real: this project's launchers, Triton's specialization on the arguments, its
+compiler, the assembler that ships with it, and the limit on shared memory. Works with triton 3.6 to 3.9.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from pgolf_fast.errors import PgolfError
 
 _devices = itertools.count(1000)
 
-# Bytes of shared memory that one block may use, by compute capability (CUDA C programming guide).
+# Maximum shared memory of one block in bytes, by compute capability (CUDA C programming guide).
 SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 
 
 @dataclass
 class Compiled:
-    """What the assembler says about one specialisation of a kernel."""
+    """The assembler's report on one specialization of a kernel."""
 
     kernel: str
     arch: int
@@ -38,25 +38,25 @@ class Compiled:
     stages: int
     registers: int
     spill_bytes: int
-    """Stack and local memory: 0 when nothing spilled."""
+    """Stack and local memory; 0 if nothing spilled."""
     shared_bytes: int
     instructions: Counter[str] = field(default_factory=Counter)
-    """How often each opcode stands in the machine code."""
+    """Count of each opcode in the machine code."""
     launches: list[tuple[int, int, int]] = field(default_factory=list)
     """The grid of every launch."""
 
     def count(self, *fragments: str) -> int:
-        """Instructions whose opcode contains one of `fragments`."""
+        """Count instructions whose opcode contains one of `fragments`."""
         return sum(n for opcode, n in self.instructions.items() if any(f in opcode for f in fragments))
 
     @property
     def tensor_core_instructions(self) -> int:
-        """HMMA and relatives on Ampere, HGMMA on Hopper, UTC*MMA on Blackwell."""
+        """Count of HMMA and similar on Ampere, HGMMA on Hopper, UTC*MMA on Blackwell."""
         return self.count("MMA")
 
     @property
     def tma_instructions(self) -> int:
-        """Bulk tensor copies (Hopper and later)."""
+        """Count of bulk tensor copies (Hopper and later)."""
         return self.count("UTMA")
 
 
@@ -67,13 +67,13 @@ def _tool(name: str) -> str:
     found = str(shipped) if shipped.exists() else shutil.which(name)
     if found is None:
         raise PgolfError(
-            f"{name} is needed to read compiled kernels; it comes with triton's wheel or with CUDA"
+            f"{name} is needed to read compiled kernels; it comes with Triton's wheel or with CUDA"
         )
     return found
 
 
 def _inspect(cubin: bytes) -> tuple[dict[str, int], Counter[str]]:
-    """Resource usage and opcode counts of a device binary."""
+    """Return resource usage and opcode counts of a device binary."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
@@ -87,7 +87,7 @@ def _inspect(cubin: bytes) -> tuple[dict[str, int], Counter[str]]:
 
 
 class _Launcher:
-    """Stands where Triton's C launcher would: notes the grid, and what the compiler settled on."""
+    """A replacement for Triton's C launcher that records the grid, and the compiler's warps and stages."""
 
     def __init__(self, source: object, metadata: Any):
         self.warps, self.stages = metadata.num_warps, metadata.num_stages
@@ -116,9 +116,8 @@ class _Driver:
         return GPUTarget("cuda", self.arch, 32)
 
     def get_current_device(self) -> int:
-        return (
-            self.device
-        )  # a new one every time: Triton keeps compiled kernels by device and would say nothing
+        # Triton caches compiled kernels by device: a new number makes it compile again.
+        return self.device
 
     def set_current_device(self, device: int) -> None:
         pass
@@ -150,7 +149,7 @@ class _Driver:
         spill = usage.get("STACK", 0) + usage.get("LOCAL", 0)
         entry = Compiled(name, self.arch, 0, 0, usage.get("REG", 0), spill, shared, opcodes)
         self.compiled.append(entry)
-        # the first is the module: without one, Triton would load the binary anew at every launch
+        # The first is the module; without one, Triton would load the binary again at every launch.
         return entry, entry, entry.registers, spill, 1024
 
     def unload_module(self, module: object) -> None:
@@ -165,10 +164,10 @@ class _Driver:
 
 @contextmanager
 def compile_only(arch: int) -> Iterator[list[Compiled]]:
-    """Within, Triton launches (on CPU tensors) compile for compute capability `arch` (90 is sm_90).
+    """Make Triton launches (on CPU tensors) compile for compute capability `arch` (90 is sm_90).
 
-    Yields the list that fills with one entry a specialisation. Raises PgolfError when Triton was imported
-    with its interpreter on, or `arch` is not one of SHARED_LIMIT.
+    Yields a list that receives one entry per specialization. Raises PgolfError if Triton was imported with
+    its interpreter on, or `arch` is not in SHARED_LIMIT.
     """
     import triton
     from triton.runtime.driver import driver

@@ -1,16 +1,19 @@
-"""`pgolf doctor`: what this machine has, which implementation each op uses, and whether it is right."""
+"""`pgolf doctor`: versions, the implementation that each op runs, and whether it is right on this machine."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch._library.custom_ops import OPDEFS
 
-from pgolf_fast import console
-from pgolf_fast.bench.doctor_checks import check_ops
-from pgolf_fast.bench.doctor_coverage import COLUMNS, coverage
+from pgolf_fast.console import Table
 from pgolf_fast.model.runtime import environment, resolve_dtype
-from pgolf_fast.ops import attention_backend, launch, lzma, native
+from pgolf_fast.ops import attention_backend, cases, judge, lzma, native, tiles
+from pgolf_fast.ops.case import Case
+
+Row = tuple[str, str, str, str, str, str]
 
 
 @dataclass(frozen=True)
@@ -20,48 +23,129 @@ class Doctor:
     check: bool = False
     """Also run every op, forward and backward, against its reference on this machine."""
     table: bool = False
-    """Print only what is implemented and tested: op by implementation, fake, autograd and kind of test."""
+    """Print only the ops, and which have a CPU and a CUDA implementation, a fake and autograd."""
 
 
 def examine(*, check: bool, table: bool = False) -> tuple[str, bool]:
-    """The report as text, and whether nothing is wrong."""
+    """Return the report as text, and True if nothing is wrong."""
     if table:
-        cells, notes = coverage()
-        return "\n\n".join([console.table(cells, ("op", *COLUMNS)), *notes]), True
+        return f'{ops_table()}\n\nyes / no; "-": not meant to have one', True
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = resolve_dtype("auto", device)
-    facts = [(name, str(value)) for name, value in environment().items()]
-    facts.append(("compute dtype 'auto'", str(dtype).removeprefix("torch.")))
-    parts = [console.table(facts), console.table(implementations(device, dtype), ("op", "implementation"))]
-    parts.append(console.table(attention_backend.available(device), ("attention", "what it is", "here")))
-    healthy = True
+    parts = [str(facts(dtype)), str(implementations(device, dtype)), str(attention(device))]
+    wrong: list[str] = []
     if check:
         rows = check_ops(device, dtype)
-        parts.append(console.table(rows, ("op", "dtype", "by", "compared", "error / allowed", "verdict")))
-        wrong = list(dict.fromkeys(row[0].split(",")[0] for row in rows if row[-1] != "ok"))
-        healthy = not wrong
-        if wrong:
-            parts.append(f"do not use: {', '.join(wrong)}")
-    return "\n\n".join(parts), healthy
+        parts.append(str(check_table(rows)))
+        wrong = list(dict.fromkeys(op for row in rows if row[-1] != "ok" for op in cases.CASES[row[0]].ops))
+        parts += [f"do not use: {', '.join(wrong)}"] if wrong else []
+    return "\n\n".join(parts), not wrong
 
 
-def implementations(device: torch.device, dtype: torch.dtype) -> list[tuple[str, str]]:
-    """What each op runs on tensors of that device and dtype."""
-    rows = [(op, _implementation(op, device, dtype)) for op in launch.DEFAULTS]
+def facts(dtype: torch.dtype) -> Table:
+    """Return versions and machine."""
+    rows = [(name, str(value)) for name, value in environment().items()]
+    return Table(None, [*rows, ("compute dtype 'auto'", str(dtype).removeprefix("torch."))])
+
+
+def attention(device: torch.device) -> Table:
+    """Return the backends of attention and whether this machine has them."""
+    return Table(("attention", "what it is", "here"), attention_backend.available(device))
+
+
+def implementations(device: torch.device, dtype: torch.dtype) -> Table:
+    """Return what each op runs on tensors of that device and dtype."""
     extension = native.extension()
     codec = "PyTorch" if extension is None else f"C++, SIMD: {extension.bits_simd()}"
-    return [
-        *rows,
+    rows = [
+        *((op, _implementation(op, device, dtype)) for op in tiles.DEFAULTS),
         ("pack_bits, unpack_bits, dequantize_bits", codec),
         ("lzma_compress, lzma_decompress", lzma.backend()),
     ]
+    return Table(("op", "implementation"), rows)
 
 
 def _implementation(op: str, device: torch.device, dtype: torch.dtype) -> str:
-    if launch.uses_kernels(op, torch.empty(0, dtype=dtype, device=device)):
-        return f"Triton, tiles for {launch.architecture(device)}" if device.type == "cuda" else "Triton"
+    if tiles.uses_kernels(op, torch.empty(0, dtype=dtype, device=device)):
+        return f"Triton, tiles for {tiles.architecture(device)}" if device.type == "cuda" else "Triton"
     if device.type != "cuda":
         return "PyTorch"
     return "PyTorch" + (
-        ", by choice" if launch.implementation(op) == "torch" else ": Triton does not serve this GPU"
+        ", by choice" if tiles.implementation(op) == "torch" else ": Triton does not support this GPU"
     )
+
+
+def public_ops() -> list[str]:
+    """Return the names of the ops that a user may call, sorted."""
+    names = (qualified.split("::")[1] for qualified in OPDEFS if qualified.startswith("pgolf::"))
+    return sorted(name for name in names if not name.endswith("_backward"))
+
+
+def kernels_of(name: str) -> str | None:
+    """Return the name in `tiles.DEFAULTS` that an op's kernels are chosen by; None without kernels."""
+    return next((entry.kernels for entry in cases.CASES.values() if name in entry.ops), None)
+
+
+def ops_table() -> Table:
+    """Return the implementations of every public op, as PyTorch's registry lists them."""
+    rows = []
+    for name in public_ops():
+        definition, kernel = OPDEFS[f"pgolf::{name}"], kernels_of(name)
+        cuda = tiles.implementation(kernel) if kernel else "torch" if _has(name, "CUDA") else "-"
+        fake, autograd = definition._abstract_fn is not None, definition._backward_fn is not None
+        rows.append((name, *map(_said, (_has(name, "CPU"), cuda, fake)), "yes" if autograd else "-"))
+    return Table(("op", "cpu", "cuda", "fake", "autograd"), rows)
+
+
+def _said(value: bool | str) -> str:
+    return value if isinstance(value, str) else "yes" if value else "no"
+
+
+def _has(name: str, device: str) -> bool:
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return any(has(f"pgolf::{name}", key) for key in (device, "CompositeExplicitAutograd"))
+
+
+def check_ops(device: torch.device, dtype: torch.dtype) -> list[Row]:
+    """Run every case of the catalogue and return a row for each dtype; the last cell is "ok" or the error."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return [_check(name, device, kind) for name in cases.CASES for kind in _dtypes(name, device, dtype)]
+
+
+def check_table(rows: Sequence[Row]) -> Table:
+    """Return the rows of `check_ops` as a table."""
+    return Table(("op", "dtype", "by", "compared", "error / allowed", "verdict"), rows)
+
+
+def _dtypes(name: str, device: torch.device, dtype: torch.dtype) -> list[torch.dtype]:
+    kernels = cases.CASES[name].kernels
+    if kernels is None:
+        return [torch.float32]
+    kinds = list(dict.fromkeys((torch.float32, dtype)))
+    probe = torch.empty(0, device=device)
+    if probe.is_cuda and kernels == "gqa_attention" and not tiles.uses_kernels("gqa_attention", probe):
+        kinds.remove(torch.float32)  # PyTorch's flash attention on a GPU runs in 16 bits only
+    return kinds
+
+
+def _check(name: str, device: torch.device, dtype: torch.dtype) -> Row:
+    case = cases.make(name, dtype=dtype, device=device)
+    start = (name, str(dtype).removeprefix("torch."), _by(case))
+    try:
+        truth = judge.truth_of(case)
+        contenders = [case.ours(), case.ours(banks=False)] if case.grad_banks else [case.ours()]
+        share = judge.worst([judge.judge(case, one, truth) for one in contenders]).share
+    except Exception as error:  # noqa: BLE001 - whatever a broken op raises, it is named and the others still run
+        reason = (str(error) or repr(error)).strip().splitlines()[0]
+        return (*start, "nothing", "-", f"FAILED: {reason}")
+    counts = {"forward": sum(key.startswith("out") for key in truth.exact), "backward": len(case.trained)}
+    counts["banks"] = len(case.grad_banks)
+    compared = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    return (*start, compared, f"{share:.2f}", "ok" if share <= 1 else "WRONG")
+
+
+def _by(case: Case) -> str:
+    if case.kernels is None:
+        return "Python" if native.extension() is None else "C++"
+    return "Triton" if tiles.uses_kernels(case.kernels, case.first) else "PyTorch"

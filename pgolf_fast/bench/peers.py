@@ -1,23 +1,132 @@
-"""The other ways to run a case: eager, torch.compile in several settings, and kernels of other packages."""
+"""Other implementations of a case: eager PyTorch, torch.compile with several settings, and other packages."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend
 
-from pgolf_fast.bench.case import Case, Contender, Outputs
-from pgolf_fast.ops import reference
+from pgolf_fast.bench import formulas
+from pgolf_fast.ops import attention_backend, reference
+from pgolf_fast.ops.case import Case, Contender, Inputs, Outputs
+
+# Peers round at other places than ours and may accumulate in low precision: they get more room.
+FACTOR = 10.0
 
 
 class UnavailableError(Exception):
-    """A peer that this machine lacks: which package or setting, in one line."""
+    """A peer that this machine lacks; the message names the package or setting in one line."""
 
 
-# peer -> (formula to compile, the one used where a case lacks it, what torch.compile is told)
+@dataclass(frozen=True)
+class Formula:
+    """PyTorch code for a case, called with its plain inputs by name."""
+
+    function: Callable[..., Outputs]
+    backend: SDPBackend | None = None
+    """The only attention kernel it may use; None leaves the choice to PyTorch."""
+
+    def contender(self, name: str, case: Case, function: Callable[..., Outputs] | None = None) -> Contender:
+        """Bind to the inputs of `case`; `function` replaces the code (for example by a compiled one)."""
+        call, inputs = function or self.function, plain_inputs(case)
+        around: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
+        if self.backend is not None:
+            around = functools.partial(torch.nn.attention.sdpa_kernel, self.backend)
+        return Contender(name, call, inputs, trained(inputs), factor=FACTOR, around=around)
+
+
+def plain_inputs(case: Case) -> Inputs:
+    """Return the inputs of `case` with each bank replaced by its weights, so that no slice costs a bank."""
+    banks = {bank for bank, _ in case.weights.values()}
+    inputs = {name: t for name, t in case.inputs.items() if name not in banks}
+    for weight, (bank, slot) in case.weights.items():
+        tensor = case.inputs[bank]
+        assert tensor is not None
+        inputs[weight] = tensor.detach()[slot].clone().requires_grad_()
+    return inputs
+
+
+def trained(inputs: Inputs) -> tuple[str, ...]:
+    """Return the names of the inputs that require gradients."""
+    return tuple(name for name, t in inputs.items() if t is not None and t.requires_grad)
+
+
+def formulas_of(case: Case) -> dict[str, Formula]:
+    """Return the formulas of a case by peer name; "eager" is its definition."""
+    if case.kernels == "mlp":
+        activation = case.name.removeprefix("mlp-")
+        return {"eager": Formula(lambda x, up, down: (formulas.mlp(x, up, down, activation),))}
+    if case.kernels == "gqa_attention":
+        return _attention_formulas(case)
+    if case.kernels == "int6_matmul":
+        return {
+            "eager": Formula(lambda **t: (formulas.int6_matmul(**t),)),
+            "dense": Formula(_dense(case)),
+        }
+    return {"eager": Formula(case.reference)}
+
+
+def _attention_formulas(case: Case) -> dict[str, Formula]:
+    def eager(query: Tensor, key: Tensor, value: Tensor, out: Tensor, **t: Any) -> Outputs:
+        banks: dict[str, Any] = {"qo_bank": torch.stack((query, out)), "kv_bank": torch.stack((key, value))}
+        return (reference.gqa_attention(**t, **banks, slot=0, **case.options),)
+
+    def sdpa(**t: Any) -> Outputs:
+        return (formulas.sdpa_attention(**t, **case.options),)
+
+    cuda = case.device.type == "cuda"
+    return {
+        "eager": Formula(eager),
+        "sdpa-flash": Formula(sdpa, SDPBackend.FLASH_ATTENTION if cuda else None),
+        **({"sdpa-cudnn": Formula(sdpa, SDPBackend.CUDNN_ATTENTION)} if cuda else {}),
+    }
+
+
+def _dense(case: Case) -> Callable[..., Outputs]:
+    """Return the product with weights unpacked once and kept in x's dtype."""
+    eye = torch.eye(case.sizes.dim, dtype=torch.float32, device=case.device)
+    packed, scale = case.inputs["packed"], case.inputs["scale"]
+    assert packed is not None
+    assert scale is not None
+    dense = formulas.int6_matmul(eye, packed, scale).T.to(case.dtype).contiguous()
+    return lambda x, packed, scale: (F.linear(x, dense.to(x.dtype)),)
+
+
+def variants(case: Case) -> dict[str, Contender | str]:
+    """Return our attention with every backend, by peer name, or why this machine cannot run it."""
+    if case.kernels != "gqa_attention" or case.device.type != "cuda":
+        return {}
+    shape = attention_backend.Shape(case.device, case.dtype, case.sizes.head_dim)
+    found: dict[str, Contender | str] = {}
+    for name in attention_backend.NAMES:
+        if name == "plain":  # holds all scores in memory
+            continue
+        around = functools.partial(forced_attention, name)
+        why_not = attention_backend.why_not(name, shape)
+        found[f"ours-{name}"] = why_not or replace(case.ours(), name=f"ours-{name}", around=around)
+    return found
+
+
+@contextlib.contextmanager
+def forced_attention(name: str) -> Iterator[None]:
+    """Make attention use one backend wherever it is supported ("auto": the table's)."""
+    attention_backend.choose(name)
+    try:
+        yield
+    finally:
+        attention_backend.choose("auto")
+
+
+# peer -> (formula to compile, else "eager"; settings of torch.compile)
 COMPILED: dict[str, tuple[str, dict[str, object]]] = {
     "compile": ("sdpa-flash", {}),
     "compile-mix-off": ("sdpa-flash", {"options": {"triton.mix_order_reduction": False}}),
@@ -32,7 +141,7 @@ QUICK = ("eager", "dense", "sdpa-flash")
 
 
 def compile_settings(peer: str) -> dict[str, object]:
-    """What torch.compile is told for a peer of COMPILED. Raises UnavailableError for an option it lacks."""
+    """Return the torch.compile settings of a peer. Raises UnavailableError for an option that torch lacks."""
     settings = COMPILED[peer][1]
     options = settings.get("options")
     if isinstance(options, dict):
@@ -44,78 +153,78 @@ def compile_settings(peer: str) -> dict[str, object]:
 
 
 def applies(peer: str, case: Case) -> bool:
-    """Whether `peer` means anything for this op."""
+    """True if `peer` exists for this op, whether or not this machine has it."""
     if peer in PLAIN:
-        return peer in case.formulas
+        return peer in formulas_of(case)
     if peer in COMPILED:
-        return peer != "compile-cudnn" or "sdpa-cudnn" in case.formulas
+        return peer != "compile-cudnn" or "sdpa-cudnn" in formulas_of(case)
     if peer in OWN:
-        return peer in case.variants
-    return case.op in _FOREIGN[peer]
+        return peer in variants(case)
+    return case.name in _FOREIGN[peer]
 
 
 def build(peer: str, case: Case) -> Contender:
-    """`peer` on the inputs of `case`. Raises UnavailableError when this machine lacks it."""
+    """Bind `peer` to the inputs of `case`. Raises UnavailableError if this machine lacks it."""
+    known = formulas_of(case)
     if peer in PLAIN:
-        return case.contender(peer, case.formulas[peer])
+        return known[peer].contender(peer, case)
     if peer in COMPILED:
-        formula = case.formulas.get(COMPILED[peer][0], case.formulas["eager"])
+        formula = known.get(COMPILED[peer][0], known["eager"])
         compiled = torch.compile(formula.function, dynamic=False, **compile_settings(peer))  # type: ignore[call-overload]
-        return case.contender(peer, formula, compiled)
+        return formula.contender(peer, case, compiled)
     if peer in OWN:
-        variant = case.variants[peer]
+        variant = variants(case)[peer]
         if isinstance(variant, str):
             raise UnavailableError(variant)
         return variant
     if case.device.type != "cuda":
         raise UnavailableError(f"{peer} runs on a GPU only")
-    return _FOREIGN[peer][case.op](case)
+    return _FOREIGN[peer][case.name](case)
 
 
-def _foreign(module: str) -> ModuleType:
+def _import(module: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise UnavailableError(f"{module} cannot be imported: {error}") from error
 
 
-def _functional() -> ModuleType:
-    return _foreign("liger_kernel.transformers.functional")
-
-
-def _liger(case: Case, run: Callable[[], Outputs]) -> Contender:
-    return Contender("liger", run, case.leaves(), factor=10.0)
+def _liger(case: Case, run: Callable[..., Outputs], inputs: Inputs | None = None) -> Contender:
+    inputs = inputs or plain_inputs(case)
+    return Contender("liger", run, inputs, trained(inputs), factor=FACTOR)
 
 
 def _liger_cross_entropy(case: Case) -> Contender:
-    liger, t, softcap = _functional(), case.inputs, case.constants["softcap"]
+    liger, softcap = _import("liger_kernel.transformers.functional"), case.sizes.softcap
 
-    def run() -> Outputs:
-        logits = F.linear(t["x"].flatten(0, 1), t["weight"])
-        losses = liger.liger_cross_entropy(logits, t["targets"].flatten(), reduction="none", softcap=softcap)
-        return (losses.view(t["targets"].shape),)
+    def run(x: Tensor, weight: Tensor, targets: Tensor) -> Outputs:
+        logits = F.linear(x.flatten(0, 1), weight)
+        losses = liger.liger_cross_entropy(logits, targets.flatten(), reduction="none", softcap=softcap)
+        return (losses.view(targets.shape),)
 
     return _liger(case, run)
 
 
 def _liger_swiglu(case: Case) -> Contender:
-    liger, t = _functional(), case.inputs
-    # Liger wants gate rows and up rows apart
-    apart = torch.cat((t["up"][0::2], t["up"][1::2])).detach().requires_grad_()
+    liger, inputs = _import("liger_kernel.transformers.functional"), plain_inputs(case)
+    up = inputs.pop("up")
+    assert up is not None
+    # Liger takes gate rows and up rows apart
+    inputs["up_apart"] = torch.cat((up[0::2], up[1::2])).detach().requires_grad_()
 
-    def run() -> Outputs:
-        gate, up = F.linear(t["x"], apart).chunk(2, dim=-1)
-        return (F.linear(liger.liger_swiglu(gate, up), t["down"]),)
+    def run(x: Tensor, up_apart: Tensor, down: Tensor) -> Outputs:
+        gate, up = F.linear(x, up_apart).chunk(2, dim=-1)
+        return (F.linear(liger.liger_swiglu(gate, up), down),)
 
-    return Contender("liger", run, {"x": t["x"], "up_apart": apart, "down": t["down"]}, factor=10.0)
+    return _liger(case, run, inputs)
 
 
 def _liger_norm(case: Case) -> Contender:
-    liger, t = _functional(), case.inputs
-    half = torch.full_like(t["branch_scale"], 0.5)
+    liger = _import("liger_kernel.transformers.functional")
 
-    def run() -> Outputs:
-        mixed = (t["x_scale"] * t["x"] + t["branch_scale"] * t["branch"]).to(t["x"].dtype)
+    def run(x: Tensor, branch: Tensor, x_scale: Tensor, branch_scale: Tensor) -> Outputs:
+        mixed = (x_scale * x + branch_scale * branch).to(x.dtype)
+        half = torch.full_like(branch_scale, 0.5)
         normed = liger.liger_rms_norm(mixed, half, reference.RMS_EPS, in_place=False)
         return mixed, normed.to(mixed.dtype)
 
@@ -123,18 +232,16 @@ def _liger_norm(case: Case) -> Contender:
 
 
 def _gemlite_int8(case: Case) -> Contender:
-    """8-bit weights: gemlite has no 6-bit ones."""
-    helper = _foreign("gemlite.helper")
+    """Bind gemlite's 8-bit product: it has no 6-bit weights."""
+    helper = _import("gemlite.helper")
     maker = getattr(helper, "A16W8", None) or getattr(helper, "A16W8_INT8", None)
     if maker is None:
         raise UnavailableError("this gemlite has neither helper.A16W8 nor helper.A16W8_INT8")
-    codes_times_scale = case.formulas["dense"].function(
-        torch.eye(case.shape["k"], dtype=case.dtype, device=case.device),
-        case.inputs["packed"],
-        case.inputs["scale"],
-    )[0]
-    linear = maker(device=str(case.device)).from_weights(codes_times_scale.T.contiguous())
-    return Contender("gemlite", lambda: (linear(case.inputs["x"]),), {}, factor=float("inf"))
+    eye = torch.eye(case.sizes.dim, dtype=case.dtype, device=case.device)
+    (dense,) = _dense(case)(eye, None, None)
+    linear = maker(device=str(case.device)).from_weights(dense.T.contiguous())
+    inputs: Inputs = {"x": case.inputs["x"]}
+    return Contender("gemlite", lambda x: (linear(x),), inputs, factor=float("inf"))
 
 
 _FOREIGN: dict[str, dict[str, Callable[[Case], Contender]]] = {

@@ -1,4 +1,4 @@
-"""Two pictures of a results file: the roofline, and bars of each peer's time over ours (matplotlib)."""
+"""Plots of a results file: the roofline, and each peer's time over ours (matplotlib)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _machine(records: Sequence[Record]) -> str:
 
 
 def plot_roofline(records: Sequence[Record], path: Path) -> None:
-    """Our ops as points, TFLOP/s over FLOP per byte, under the limits of the machine."""
+    """Plot our ops, TFLOP/s over FLOP per byte, under the limits of the machine."""
     ours = [r for r in timed(records) if r["peer"] == "ours"]
     if not ours:
         raise PgolfError("there is no time of our own ops to plot")
@@ -50,7 +50,7 @@ def plot_roofline(records: Sequence[Record], path: Path) -> None:
 
 
 def plot_ratios(records: Sequence[Record], path: Path) -> None:
-    """For each op, mode and size, the time of every peer over ours: above one, ours is faster."""
+    """Plot the time of every peer over ours for each op, mode and size; above one, ours is faster."""
     groups: dict[str, dict[str, float]] = {}
     for record in timed(records):
         name = f"{record['op']}, {record['mode']}, {record['tokens']}"

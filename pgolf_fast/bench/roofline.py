@@ -1,4 +1,4 @@
-"""The two limits of a machine, arithmetic and memory, and how near to them a measurement is."""
+"""Roofline of a machine: its limits of arithmetic and memory traffic."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pgolf_fast.bench.timer import one_thread, time_in_turn
 
 @dataclass(frozen=True)
 class Roof:
-    """FLOP/s and byte/s, and where the two numbers come from."""
+    """Peak FLOP/s and byte/s, and the source of both."""
 
     flops: float
     bytes: float
     source: str
 
     def seconds(self, flops: float, moved: float) -> float:
-        """The least time for that much arithmetic and traffic."""
+        """Return the least time for that much arithmetic and traffic."""
         return max(flops / self.flops, moved / self.bytes)
 
 
@@ -36,7 +36,7 @@ DATA_SHEETS = {
 
 @functools.lru_cache(maxsize=8)
 def roof(device: torch.device, dtype: torch.dtype) -> Roof:
-    """The data sheet's limits of a GPU that is in the table; measured ones of any other device."""
+    """Return the data sheet's limits of a GPU in the table, or measured limits of any other device."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for part, (low, single, moved) in DATA_SHEETS.items():
@@ -46,7 +46,7 @@ def roof(device: torch.device, dtype: torch.dtype) -> Roof:
 
 
 def measured_roof(device: torch.device, dtype: torch.dtype) -> Roof:
-    """A large square product, and a large copy (bytes read and written)."""
+    """Measure a large square product and a large copy (bytes read plus written)."""
     cuda = device.type == "cuda"
     n, count = (8192, 1 << 30) if cuda else (512, 1 << 23)
     with torch.no_grad(), one_thread():

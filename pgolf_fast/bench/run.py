@@ -1,28 +1,28 @@
-"""Measuring: every op asked for, every mode and peer, each judged before it is timed."""
+"""Measurement: every op, mode and peer that a plan asks for, each judged before it is timed."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TypeVar
 
 import torch
 
 from pgolf_fast import console
-from pgolf_fast.bench import check, peers, registry
-from pgolf_fast.bench.case import MODES, Case, Contender, Mode
+from pgolf_fast.bench import peers, registry
 from pgolf_fast.bench.roofline import roof
 from pgolf_fast.bench.store import Record
-from pgolf_fast.bench.timer import Timing, gpu_state, peak_bytes, time_in_turn
+from pgolf_fast.bench.timer import Timing, gpu_state, passed, peak_bytes, time_in_turn
 from pgolf_fast.config.schema import RunConfig
+from pgolf_fast.ops import cases, judge
+from pgolf_fast.ops.case import MODES, Case, Contender, Mode
 
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure and how long."""
+    """What to measure and for how long."""
 
     config: RunConfig
     ops: Sequence[str]
@@ -32,34 +32,30 @@ class Plan:
     device: torch.device
     modes: Sequence[Mode] = MODES
     seconds: float = 0.5
-    """Timing of one contender in one mode."""
+    """Time spent on one contender in one mode."""
     runs: int = 20
     deadline: float | None = None
-    """`time.monotonic()` after which nothing new is begun."""
+    """`time.monotonic()` after which nothing new is started."""
 
-    @property
-    def late(self) -> bool:
-        return self.deadline is not None and time.monotonic() > self.deadline
-
-    def places(self) -> list[tuple[str, int]]:
-        """Ops with token counts: all ops at the first count, then all at the next; fixed sizes come last."""
-        free = [name for name in self.ops if registry.OPS[name].tokens is None]
-        fixed = [(name, m) for name in self.ops for m in registry.OPS[name].tokens or ()]
+    def items(self) -> list[tuple[str, int]]:
+        """Return ops with token counts: all ops at the first count, then at the next; fixed counts last."""
+        free = [name for name in self.ops if cases.CASES[name].rows is None]
+        fixed = [(name, m) for name in self.ops for m in cases.CASES[name].rows or ()]
         return [(name, m) for m in self.tokens for name in free] + fixed
 
 
 def attempt(action: Callable[[], Result]) -> Result | str:
-    """The result of `action`, or what went wrong in one line."""
+    """Return the result of `action`, or its error in one line."""
     try:
         return action()
-    except Exception as error:  # noqa: BLE001 - that a contender fails, in whatever way, is a result
+    except Exception as error:  # noqa: BLE001 - whatever a contender raises is a result
         text = str(error).strip().splitlines() or [""]
         return f"{type(error).__name__}: {text[0][:300]}"
 
 
 def measure(plan: Plan, write: Callable[[Record], None]) -> None:
-    """Hand every record to `write` as soon as it is complete. Errors are records too."""
-    for name, tokens in plan.places():
+    """Pass every record to `write` as soon as it is complete. Errors are records too."""
+    for name, tokens in plan.items():
         about: Record = {
             "preset": plan.config.name,
             "op": name,
@@ -67,17 +63,20 @@ def measure(plan: Plan, write: Callable[[Record], None]) -> None:
             "dtype": str(plan.dtype).removeprefix("torch."),
             "device": plan.device.type,
         }
-        if plan.late:
+        if passed(plan.deadline):
             write({**about, "peer": "ours", "mode": "-", "error": "skipped: out of time"})
             continue
         console.logger.info("%s, %d tokens", name, tokens)
-        torch._dynamo.reset()  # compiled code of other cases would count towards a limit
-        place = registry.Place(plan.config, tokens, plan.dtype, plan.device)
-        case = attempt(lambda name=name, place=place: registry.make_case(name, place))  # type: ignore[misc]
+        torch._dynamo.reset()  # compiled code of other cases would count towards the recompile limit
+        case = attempt(
+            lambda name=name, tokens=tokens: registry.make_case(  # type: ignore[misc]
+                name, plan.config, tokens, plan.dtype, plan.device
+            )
+        )
         if isinstance(case, str):
             write({**about, "peer": "ours", "mode": "-", "error": case})
             continue
-        about |= {"shape": case.shape}
+        about |= {"shape": asdict(case.sizes)}
         _measure_case(plan, case, lambda record, about=about: write({**about, **record}))  # type: ignore[misc]
         del case
         if plan.device.type == "cuda":
@@ -87,7 +86,7 @@ def measure(plan: Plan, write: Callable[[Record], None]) -> None:
 def _measure_case(plan: Plan, case: Case, write: Callable[[Record], None]) -> None:
     contenders = _contenders(plan, case, write)
     modes = case.modes(plan.modes)
-    truth = attempt(lambda: check.truth_of(case, modes[-1]))  # the last mode is the most complete
+    truth = attempt(lambda: judge.truth_of(case, backward=modes[-1] == "fwd+bwd"))
     if isinstance(truth, str):
         write({"peer": "ours", "mode": "-", "error": f"no reference result: {truth}"})
         return
@@ -95,10 +94,10 @@ def _measure_case(plan: Plan, case: Case, write: Callable[[Record], None]) -> No
         wanted = truth if mode == "fwd+bwd" else replace(truth, douts=())
         errors: dict[str, float] = {}
         for contender in contenders:
-            if plan.late and contender.name != "ours":
+            if passed(plan.deadline) and contender.name != "ours":
                 write({"peer": contender.name, "mode": mode, "error": "skipped: out of time"})
                 continue
-            verdict = attempt(lambda c=contender, w=wanted: check.judge(c, w))  # type: ignore[misc]
+            verdict = attempt(lambda c=contender, w=wanted: judge.judge(case, c, w))  # type: ignore[misc]
             if isinstance(verdict, str) or not verdict.ok:
                 what = verdict if isinstance(verdict, str) else f"refused, wrong result: {verdict}"
                 write({"peer": contender.name, "mode": mode, "error": what})
@@ -113,8 +112,8 @@ def _measure_case(plan: Plan, case: Case, write: Callable[[Record], None]) -> No
 
 
 def _contenders(plan: Plan, case: Case, write: Callable[[Record], None]) -> list[Contender]:
-    """Ours first, then those of the plan's peers that exist here."""
-    found = [case.ours]
+    """Return ours first, then the plan's peers that this machine has."""
+    found = [case.ours()]
     for peer in plan.peers:
         if not peers.applies(peer, case):
             continue
@@ -128,7 +127,7 @@ def _contenders(plan: Plan, case: Case, write: Callable[[Record], None]) -> list
 def _time(
     plan: Plan, case: Case, mode: Mode, contenders: Sequence[Contender], douts: Sequence[torch.Tensor]
 ) -> list[Record]:
-    """One record a contender, timed in turn."""
+    """Return one record per contender, timed in turn."""
     calls: dict[str, Callable[[], object]] = {
         c.name: c.forward if mode == "fwd" else (lambda c=c: c.both(douts))  # type: ignore[misc]
         for c in contenders
@@ -151,7 +150,7 @@ def _time(
 
 
 def figures(case: Case, mode: Mode, timing: Timing) -> Record:
-    """What follows from the times: rates by the op's FLOPs and ideal bytes, and the share of the roofline."""
+    """Return times, rates by the op's FLOPs and ideal bytes, and the share of the roofline."""
     flops, moved = case.work.of(mode)
     limit = roof(case.device, case.dtype)
     seconds = timing.median / 1e3

@@ -1,4 +1,4 @@
-"""Records of measurements: JSON lines with everything a reader needs, and the comparison of two files."""
+"""Benchmark records as JSON lines, their summary, and the comparison of two files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _KEY = ("preset", "op", "peer", "mode", "tokens", "dtype", "device")
 
 
 def commit() -> str:
-    """The checked-out commit of this package, marked when files differ from it; 'unknown' elsewhere."""
+    """Return the checked-out commit, with "-dirty" if files differ from it; "unknown" outside a checkout."""
     here = Path(__file__).parent
     command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--exclude", "*"]
     try:
@@ -29,12 +29,12 @@ def commit() -> str:
 
 
 def provenance() -> Record:
-    """Commit, versions and machine, as every record carries them."""
+    """Return the commit, versions and machine, which every record carries."""
     return {"commit": commit(), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "environment": environment()}
 
 
 class Store:
-    """Appends records to a JSONL file, each complete on disk before the next; keeps them in memory too."""
+    """Append records to a JSONL file, each flushed before the next, and keep them in memory."""
 
     def __init__(self, path: Path | None):
         self.path, self.records = path, list[Record]()
@@ -51,7 +51,7 @@ class Store:
 
 
 def read_records(path: Path) -> list[Record]:
-    """All records of a file. Raises PgolfError when it holds none."""
+    """Return all records of a file. Raises PgolfError if it holds none."""
     if not path.is_file():
         raise PgolfError(f"no file {path}: give one that `pgolf bench --out FILE` wrote")
     records = [row for row in console.read_metrics(path) if row.get("kind") == "bench"]
@@ -61,22 +61,25 @@ def read_records(path: Path) -> list[Record]:
 
 
 def timed(records: Sequence[Record]) -> list[Record]:
-    """Records that hold a time (not a refusal), the last one of each key."""
+    """Return records that hold a time (not an error), the last one for each key."""
     last = {tuple(record.get(k) for k in _KEY): record for record in records}
     return [record for record in last.values() if "median_ms" in record]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Ratios of two files, after over before."""
+    """Ratios of the times in two files, after over before."""
 
     rows: list[tuple[str, ...]]
     slower: list[str]
-    """Our ops that became slower than the threshold allows, or disappeared."""
+    """Our ops that became slower than the threshold allows, or are missing."""
 
 
 def compare(before: Sequence[Record], after: Sequence[Record], threshold: float) -> Comparison:
-    """Medians of `after` over those of `before`; a ratio above `threshold` for one of our ops counts."""
+    """Compare medians; list our ops whose ratio exceeds `threshold`.
+
+    Raises PgolfError if the files have no measurement in common.
+    """
     new = {tuple(r.get(k) for k in _KEY): r for r in timed(after)}
     rows: list[tuple[str, ...]] = []
     slower: list[str] = []
@@ -103,7 +106,7 @@ def compare(before: Sequence[Record], after: Sequence[Record], threshold: float)
 
 
 def summary(records: Sequence[Record]) -> list[tuple[str, ...]]:
-    """One line an op, mode and size: our median, the best peer and its median, peer over ours."""
+    """Return one row per op, mode and size: our median, the fastest peer, its median, and peer / ours."""
     groups: dict[tuple[str, str, int], list[Record]] = {}
     for record in timed(records):
         groups.setdefault((record["op"], record["mode"], record["tokens"]), []).append(record)
@@ -127,5 +130,5 @@ SUMMARY_HEADER = ("op", "mode", "tokens", "ours ms", "of roofline", "best peer",
 
 
 def failures(records: Sequence[Record]) -> list[tuple[str, ...]]:
-    """Records without a time: which, and why."""
+    """Return the records without a time, with the reason."""
     return [(r["op"], r["mode"], str(r["tokens"]), r["peer"], r["error"]) for r in records if "error" in r]

@@ -1,4 +1,4 @@
-"""The one timer: contenders in turn, medians and quantiles; what the GPU's clock was meanwhile."""
+"""The one timer: contenders in turn, medians and quantiles; and the state of the GPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from dataclasses import dataclass
 import torch
 
 FLUSH_BYTES = 256 << 20  # more than any L2: 60 MB on an H200
-WANTED_RUNS, FEWEST_RUNS = 20, 5
+WANTED_RUNS, MIN_RUNS = 20, 5
+
+
+def passed(deadline: float | None) -> bool:
+    """True once `time.monotonic()` is past `deadline`; None never passes."""
+    return deadline is not None and time.monotonic() > deadline
 
 
 @dataclass(frozen=True)
@@ -38,11 +43,11 @@ def time_in_turn(
     rounds: int = 7,
     runs: int = WANTED_RUNS,
 ) -> dict[str, Timing]:
-    """Milliseconds of each call, A B C A B C ..., so that a drift of the machine meets all of them.
+    """Time each call in milliseconds, in the order A B C A B C ..., so that drift affects all alike.
 
-    `runs` each within `seconds` a call, and at least five however slow. On a GPU: CUDA events, a cold L2,
-    and at least five warm-up runs; below about 0.1 ms launching is part of what is measured. On a CPU: one
-    thread and one warm-up run.
+    Each gets `runs` runs within about `seconds`, but at least five. On a GPU: CUDA events, a cold L2, and at
+    least five warm-up runs; below about 0.1 ms, launch overhead is included. On a CPU: one thread and one
+    warm-up run.
     """
     if device.type == "cuda":
         return _time_cuda(calls, device, seconds, rounds, runs)
@@ -56,7 +61,7 @@ def _time_cpu(calls: Mapping[str, Callable[[], object]], seconds: float, runs: i
             call()
         end = time.perf_counter() + seconds * len(calls)
         for done in range(runs):
-            if done >= FEWEST_RUNS and time.perf_counter() > end:
+            if done >= MIN_RUNS and time.perf_counter() > end:
                 break
             for name, call in calls.items():
                 start = time.perf_counter()
@@ -75,7 +80,7 @@ def _time_cuda(
         first = min(_run_cuda(call, flush, 2))
         _run_cuda(call, flush, 1 if first > 200 else 3)
         affordable = int(1e3 * seconds / max(first, 1e-3))
-        each[name] = -(-min(runs, max(FEWEST_RUNS, affordable)) // rounds)
+        each[name] = -(-min(runs, max(MIN_RUNS, affordable)) // rounds)
     for _ in range(rounds):
         for name, call in calls.items():
             samples[name] += _run_cuda(call, flush, each[name])
@@ -83,10 +88,10 @@ def _time_cuda(
 
 
 def _run_cuda(call: Callable[[], object], flush: torch.Tensor, runs: int) -> list[float]:
-    """Milliseconds of `runs` calls, each after the L2 was overwritten."""
+    """Return the milliseconds of `runs` calls, each after the L2 was overwritten."""
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
     for start, end in events:
-        flush.zero_()  # also gives the host time to queue the call before the GPU gets to it
+        flush.zero_()  # also lets the host queue the call before the GPU reaches it
         start.record()
         call()
         end.record()
@@ -96,7 +101,7 @@ def _run_cuda(call: Callable[[], object], flush: torch.Tensor, runs: int) -> lis
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """With more, medians on a busy machine say little: 16 ms against 8 us was seen for one op."""
+    """Use one CPU thread: with two on a busy machine, an op's median was 16 ms and its minimum 8 us."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -106,7 +111,7 @@ def one_thread() -> Iterator[None]:
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
-    """Memory that one call needs beyond what is there already; None on a CPU."""
+    """Return the memory that one call allocates at its peak; None on a CPU."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)
@@ -122,7 +127,7 @@ _QUERY = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu", "driver_ve
 
 
 def gpu_state(device: torch.device) -> dict[str, str]:
-    """Clocks, power, temperature and driver as nvidia-smi reads them (it sets nothing); {} without it."""
+    """Return clocks, power, temperature and driver as nvidia-smi reads them (read-only); {} without it."""
     if device.type != "cuda":
         return {}
     command = ["nvidia-smi", f"--query-gpu={','.join(_QUERY)}", "--format=csv,noheader,nounits"]

@@ -11,12 +11,12 @@ import torch
 
 from pgolf_fast import console
 from pgolf_fast.bench import peers, plots, registry, run, store, tune
-from pgolf_fast.bench.case import MODES, Mode
 from pgolf_fast.config.presets import preset
 from pgolf_fast.config.shrink import shrink
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.model.runtime import resolve_dtype
 from pgolf_fast.ops import tuned
+from pgolf_fast.ops.case import MODES, Mode
 
 GPU_TOKENS = (98_304, 32_768, 196_608)
 CPU_TOKENS = (2_048,)

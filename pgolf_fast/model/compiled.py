@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from pgolf_fast.ops import launch
+from pgolf_fast.ops import tiles
 
 Result = TypeVar("Result")
 
@@ -26,7 +26,7 @@ def tag_compile_cache() -> None:
     The cache key holds an op's name but neither its fake and backward nor the implementation chosen, on which
     the saved tensors depend. Without the tag, a changed op may be served a graph of the old one.
     """
-    sources = sorted(Path(launch.__file__).parent.glob("*.py"))
+    sources = sorted(Path(tiles.__file__).parent.glob("*.py"))
     digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources))
-    digest.update(repr([(op, launch.implementation(op)) for op in launch.DEFAULTS]).encode())
+    digest.update(repr([(op, tiles.implementation(op)) for op in tiles.DEFAULTS]).encode())
     torch.compiler.config.cache_key_tag = f"pgolf-{digest.hexdigest()[:16]}"

@@ -8,7 +8,7 @@ import torch
 
 from pgolf_fast.config.schema import Dtype, KernelConfig
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.ops import attention_backend, launch
+from pgolf_fast.ops import attention_backend, tiles
 from pgolf_fast.ops.tuned import load_tuned
 
 
@@ -17,8 +17,8 @@ def choose_kernels(config: KernelConfig, device: torch.device) -> None:
 
     Raises PgolfError if a forced attention is not installed.
     """
-    for op in launch.DEFAULTS:
-        launch.choose(op, config.implementation)
+    for op in tiles.DEFAULTS:
+        tiles.choose(op, config.implementation)
     try:
         attention_backend.choose(config.attention)
     except ValueError as error:

@@ -1,6 +1,13 @@
-"""The operations of the network, as torch ops `pgolf::*` with CPU implementation, fake and autograd.
+"""The network's operations as torch ops `pgolf::*`; importing this package registers `torch.ops.pgolf.*`.
 
-One file per op; `reference.py` holds the formulas they are judged against.
+One file per op: the public function, checks, `_cpu` and `_cuda` implementations, fake, and the same for
+backward. `reference.py` holds the formulas, `cases.py` the catalogue of inputs (a `case.Case` each) and
+`judge.py` the comparison with float64; neither is imported here.
+
+The implementation is chosen inside the op (`tiles.uses_kernels`), not by `register_kernel("cuda")`: tests run
+the Triton kernels on CPU tensors in Triton's interpreter, and `pgolf aot` compiles them for GPUs that are not
+present, which dispatch by device would rule out. It also lets a call fall back where no kernel applies
+(float64, heads wider than 128, GPUs older than sm_80).
 """
 
 from pgolf_fast.ops.bits import dequantize_bits, pack_bits, unpack_bits

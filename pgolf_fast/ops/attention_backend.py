@@ -1,7 +1,7 @@
-"""Who computes softmax(q k^T) v inside `gqa_attention`: our Triton kernels, PyTorch's, or a library.
+"""Backends of softmax(q k^T) v inside `gqa_attention`: our Triton kernels, PyTorch's, or a library.
 
-All speak (B, T, heads, hd) with K and V not repeated, and give the natural logsumexp (B, H, T) in float32,
-so that the backward of one follows the forward of another. `choose` forces one; otherwise a table decides.
+All take (B, T, heads, hd) with K and V not repeated and return the natural logsumexp (B, H, T) in float32, so
+that the backward of one may follow the forward of another. `choose` forces one; otherwise a table decides.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pgolf_fast.ops import launch
+from pgolf_fast.ops import tiles
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 
-# What each is, for `pgolf doctor`.
+# name -> description, for `pgolf doctor`
 NAMES = {
     "triton": "own Triton kernels, XSA inside",
     "flash": "PyTorch's flash attention",
@@ -27,8 +27,8 @@ NAMES = {
     "plain": "all scores in memory",
 }
 
-# GPU architecture -> for 16-bit heads, in order of preference. Nothing here is measured yet: PyTorch's flash
-# kernels are the choice that is known to train well. float32 runs on our kernels, which are exact there.
+# GPU architecture -> backends for 16-bit heads, by preference. Not measured yet: PyTorch's flash kernels are
+# known to train well. float32 runs on our kernels, which are exact there.
 _PREFERRED: dict[str, tuple[str, ...]] = {
     "sm80": ("flash", "triton"),
     "sm90": ("flash", "triton"),
@@ -41,19 +41,19 @@ _chosen: str | None = None
 
 
 class Shape(NamedTuple):
-    """What the choice depends on."""
+    """Properties of a call that the choice depends on."""
 
     device: torch.device
     dtype: torch.dtype
     head_dim: int
     windowed: bool = False
-    """Whether queries are only the last positions: libraries disagree on what causal means then."""
+    """True if queries are only the last positions, where libraries disagree on what causal means."""
 
 
 def choose(name: str) -> None:
-    """Force a backend in this process wherever it fits, or go back to "auto".
+    """Force a backend in this process for every call that it supports; "auto" restores the table.
 
-    Raises ValueError for an unknown name, and for a package that is not installed.
+    Raises ValueError for an unknown name or a package that is not installed.
     """
     global _chosen
     if name != "auto" and name not in NAMES:
@@ -66,25 +66,25 @@ def choose(name: str) -> None:
 
 
 def backend(shape: Shape) -> str:
-    """The name of the backend for calls of that shape where the op runs kernels."""
+    """Return the backend of a call for which the op runs kernels."""
     if _chosen is not None and why_not(_chosen, shape) is None:
         return _chosen
-    if launch.forced() is not None:
+    if tiles.forced() is not None:
         return "triton"
     if shape.dtype in _SIXTEEN_BITS and not shape.windowed:
-        for name in _PREFERRED[launch.architecture(shape.device)]:
+        for name in _PREFERRED[tiles.architecture(shape.device)]:
             if why_not(name, shape) is None:
                 return name
     return "triton"
 
 
 def without_kernels(shape: Shape) -> str:
-    """The same where the op runs PyTorch only: a CPU, float64, an old GPU, or by `launch.choose`."""
+    """Return the backend of a call that runs in PyTorch: CPU, float64, an old GPU, or by choice."""
     return "plain" if why_not("flash", shape) else "flash"
 
 
 def why_not(name: str, shape: Shape) -> str | None:
-    """Why `name` cannot serve calls of that shape on this machine; None where it can."""
+    """Return why `name` does not support a call on this machine, or None if it does."""
     if name == "triton":
         return None if shape.head_dim <= LARGEST_HEAD_DIM else f"heads wider than {LARGEST_HEAD_DIM}"
     if name == "plain" or (name == "flash" and shape.device.type == "cpu"):
@@ -106,9 +106,9 @@ def why_not(name: str, shape: Shape) -> str | None:
 
 
 def available(device: torch.device, head_dim: int = 64) -> list[tuple[str, str, str]]:
-    """For each backend: its name, what it is, and "chosen", "available" or why not, for 16-bit heads."""
+    """Return each backend's name, description, and "chosen", "available" or why not, for 16-bit heads."""
     shape = Shape(device, torch.bfloat16, head_dim)
-    served = device.type == "cuda" or launch.forced() is not None
+    served = device.type == "cuda" or tiles.forced() is not None
     chosen = backend(shape) if served else "flash"
     rows = []
     for name, what in NAMES.items():
@@ -118,15 +118,16 @@ def available(device: torch.device, head_dim: int = 64) -> list[tuple[str, str, 
 
 
 def forward(name: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Causal attention at scale 1 / sqrt(hd): q (B, W, H, hd), k and v (B, T, KV, hd) -> y like q, and lse.
+    """Compute causal attention at scale 1 / sqrt(hd) and its logsumexp (B, H, W).
 
-    W < T means the last W positions, which only "plain", and "flash" on a CPU, take. Not for "triton".
+    q (B, W, H, hd), k and v (B, T, KV, hd); y is like q. W < T means the last W positions, which only "plain"
+    and, on a CPU, "flash" support. Not for "triton".
     """
     return _FORWARD[name](q, k, v)
 
 
 def backward(name: str, dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor) -> Gradients:
-    """Gradients of q, k and v, in float32 or the dtype of v. Of `y`, sums of dy * y by row are used only."""
+    """Return gradients of q, k and v, in float32 or v's dtype; `y` enters only by row sums of dy * y."""
     return _BACKWARD[name](dy, q, k, v, y, lse)
 
 
@@ -135,12 +136,12 @@ def _heads_first(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _repeated(t: Tensor, q: Tensor) -> Tensor:
-    """(B, T, KV, hd) with the heads repeated for each query head of their group."""
+    """Repeat each head of (B, T, KV, hd) for every query head of its group."""
     return t.repeat_interleave(q.shape[2] // t.shape[2], dim=2)
 
 
 def _sum_groups(grad: Tensor, kv_heads: int) -> Tensor:
-    """(B, T, H, hd) -> (B, T, KV, hd) in at least float32."""
+    """Sum (B, T, H, hd) over each group: (B, T, KV, hd) in at least float32."""
     return grad.to(_wide(grad)).unflatten(2, (kv_heads, -1)).sum(3)
 
 
@@ -157,7 +158,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         )
         return _ungroup_rows(y, q).to(q.dtype), lse.reshape(q.shape[0], q.shape[2], q.shape[1])
     if q.device.type == "cpu":
-        # in float32, which is quicker there than bfloat16: 4.5 against 5.5 ms
+        # float32 is faster than bfloat16 here: 4.5 against 5.5 ms
         heads = (t.to(_wide(q)) for t in _heads_first(q, _repeated(k, q), _repeated(v, q)))
         y, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads, 0.0, True)
         return y.transpose(1, 2).to(q.dtype), lse
@@ -166,20 +167,20 @@ def _flash(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _group_rows(t: Tensor, k: Tensor) -> Tensor:
-    """(B, W, H, hd) -> (B, KV, H / KV * W, hd) in at least float32: heads that share keys as more queries.
+    """Turn heads that share keys into more queries: (B, W, H, hd) -> (B, KV, H / KV * W, hd), >= float32.
 
-    Keys and values are then not repeated: 2.3 ms against 7.3 of "plain" (8 x 64 queries, 4 heads, 256 keys).
+    Keys and values need no repeating: 2.3 ms against 7.3 ms for "plain" (8 x 64 queries, 4 heads, 256 keys).
     """
     return t.to(_wide(t)).transpose(1, 2).reshape(t.shape[0], k.shape[2], -1, t.shape[3])
 
 
 def _ungroup_rows(t: Tensor, q: Tensor) -> Tensor:
-    """The inverse: (B, KV, H / KV * W, hd) -> (B, W, H, hd)."""
+    """Invert `_group_rows`: (B, KV, H / KV * W, hd) -> (B, W, H, hd)."""
     return t.reshape(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
 
 
 def _group_mask(q: Tensor, k: Tensor) -> Tensor:
-    """What `_group_rows` of the last W positions may not see of T keys, as an addend (H / KV * W, T)."""
+    """Return the causal mask for `_group_rows` of the last W of T positions, as an addend (H / KV * W, T)."""
     queries, keys = q.shape[1], k.shape[1]
     mask = torch.full((queries, keys), -torch.inf, dtype=_wide(q), device=q.device).triu_(1 + keys - queries)
     return mask.repeat(q.shape[2] // k.shape[2], 1)
@@ -196,7 +197,7 @@ def _flash_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse:
         dk, dv = _heads_first(dk, dv)
         return _ungroup_rows(dq, q), dk, dv
     if q.device.type == "cpu":
-        # 11 ms against 17 in bfloat16
+        # 11 ms against 17 ms in bfloat16
         heads = (t.to(_wide(q)) for t in _heads_first(dy, q, _repeated(k, q), _repeated(v, q), y))
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*heads, lse, 0.0, True)
         dq, dk, dv = _heads_first(*grads)
@@ -257,7 +258,7 @@ def _fa4_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: T
 
 
 def _scores(q: Tensor, k: Tensor) -> Tensor:
-    """Scaled causal scores (B, H, W, T) in at least float32 from heads (B, H, W, hd) and (B, H, T, hd)."""
+    """Return scaled causal scores (B, H, W, T) in at least float32; q (B, H, W, hd), k (B, H, T, hd)."""
     scores = (q.to(_wide(q)) @ k.to(_wide(k)).mT).mul_(q.shape[-1] ** -0.5)
     queries, keys = scores.shape[-2:]
     future = torch.ones(queries, keys, dtype=torch.bool, device=q.device).triu(1 + keys - queries)
@@ -290,7 +291,7 @@ _PACKAGES = {"fa3": "flash_attn_interface", "fa4": "flash_attn.cute"}
 def _installed(package: str) -> bool:
     try:
         return find_spec(package) is not None
-    except ModuleNotFoundError:  # of the parent package
+    except ModuleNotFoundError:  # the parent package is missing
         return False
 
 

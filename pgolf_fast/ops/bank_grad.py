@@ -1,7 +1,7 @@
-"""How a bank-indexed op hands back the gradient of one slot.
+"""Gradients of bank slots: the return path shared by the bank-indexed ops.
 
-With a gradient bank, the backward op adds into its slot and autograd is told there is nothing left to do.
-Without one (gradcheck, one-off gradients), autograd gets a bank-sized tensor that is zero elsewhere.
+With a gradient bank, the backward op adds into its slot and returns nothing to autograd. Without one
+(gradcheck, one-off gradients), autograd gets a bank-sized tensor that is zero in the other slots.
 """
 
 from __future__ import annotations
@@ -11,76 +11,73 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pgolf_fast.ops import launch
-from pgolf_fast.ops.launch import Launch
+from pgolf_fast.ops import tiles
+from pgolf_fast.ops.tiles import Tile
 
-launch.declare(
+# Not measured. sm80 also serves GPUs with 99 KiB of shared memory per block, hence half of block_k.
+tiles.declare(
     "weight_grad",
-    sm90=Launch(128, 128, 64, num_warps=8, num_stages=3),
-    sm80=Launch(128, 128, 32, num_warps=8, num_stages=3),
+    sm90=Tile(128, 128, 64, num_warps=8, num_stages=3),
+    sm80=Tile(128, 128, 32, num_warps=8, num_stages=3),
 )
-launch.declare("weight_grad_sum", sm90=Launch(16, 128, 32, num_warps=4, num_stages=1))
+# Bound by memory: reads the parts once and adds them; nothing to pipeline.
+tiles.declare("weight_grad_sum", sm90=Tile(16, 128, 32, num_warps=4, num_stages=1))
 
-# A program sums at least this many blocks of rows; for fewer it would not be worth writing a part.
-_LEAST_BLOCKS = 8
+# Minimum blocks of rows that one program sums; with fewer, writing a partial sum would dominate.
+_MIN_BLOCKS = 8
 
 
 def add_matmul(grad_bank: Tensor, slot: int, left: Tensor, right: Tensor) -> None:
-    """grad_bank[slot] += left @ right, in the gradient bank's dtype.
+    """Compute `grad_bank[slot] += left @ right` in the gradient bank's dtype.
 
-    The Triton kernels round the product only when it has been added; PyTorch rounds it to the dtype of `left`
-    first, where that is not the bank's.
+    left (rows, n), right (n, columns) of one dtype; grad_bank (slots, rows, columns) of any float dtype. The
+    Triton kernels round once, after the addition; PyTorch rounds the product to the dtype of `left` first,
+    unless the bank has the same dtype.
     """
-    if launch.uses_kernels("weight_grad", left):
-        return _add_matmul_kernels(grad_bank[slot], left, right)
+    if tiles.uses_kernels("weight_grad", left):
+        return _add_matmul_cuda(grad_bank[slot], left, right)
     if left.dtype == grad_bank.dtype:
         grad_bank[slot].addmm_(left, right)
     else:
         grad_bank[slot].add_(left @ right)
 
 
-def _add_matmul_kernels(grad: Tensor, left: Tensor, right: Tensor) -> None:
+def _add_matmul_cuda(grad: Tensor, left: Tensor, right: Tensor) -> None:
     from pgolf_fast.kernels.weight_grad import launch_weight_grad, launch_weight_grad_sum
 
     if grad.numel() == 0 or left.shape[1] == 0:
         return
-    tiles = launch.launch("weight_grad", left)
-    depth_a_split = _depth_a_split(grad, left.shape[1], tiles)
-    splits = -(-left.shape[1] // depth_a_split)
-    with launch.on_device_of(grad):
+    tile = tiles.lookup("weight_grad", left)
+    depth_per_split = _depth_per_split(grad, left.shape[1], tile)
+    splits = -(-left.shape[1] // depth_per_split)
+    with tiles.on_device_of(grad):
         if splits == 1:
-            return launch_weight_grad(left, right, grad, None, depth_a_split, tiles)
+            return launch_weight_grad(left, right, grad, None, depth_per_split, tile)
         partial = grad.new_empty((splits, *grad.shape), dtype=torch.float32)
-        launch_weight_grad(left, right, grad, partial, depth_a_split, tiles)
-        launch_weight_grad_sum(partial, grad, launch.launch("weight_grad_sum", grad))
+        launch_weight_grad(left, right, grad, partial, depth_per_split, tile)
+        launch_weight_grad_sum(partial, grad, tiles.lookup("weight_grad_sum", grad))
 
 
-def _depth_a_split(grad: Tensor, depth: int, tiles: Launch) -> int:
-    """Rows each program sums, in whole blocks: as few as it takes for every multiprocessor to have a program.
+def _depth_per_split(grad: Tensor, depth: int, tile: Tile) -> int:
+    """Rows that each program sums, in whole blocks: just few enough to give every multiprocessor a program.
 
-    It depends on shapes and the GPU alone, and the parts are added in order, so the result is reproducible.
+    Depends on shapes and the GPU alone, and the parts are added in order, so the result is reproducible.
     """
-    programs = -(-grad.shape[0] // tiles.block_m) * -(-grad.shape[1] // tiles.block_n)
-    blocks = -(-depth // tiles.block_k)
-    splits = max(1, min(_multiprocessors(grad.device) // programs, blocks // _LEAST_BLOCKS))
-    return -(-blocks // splits) * tiles.block_k
+    programs = -(-grad.shape[0] // tile.block_m) * -(-grad.shape[1] // tile.block_n)
+    blocks = -(-depth // tile.block_k)
+    splits = max(1, min(_multiprocessors(grad.device) // programs, blocks // _MIN_BLOCKS))
+    return -(-blocks // splits) * tile.block_k
 
 
 def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
-        return 132  # compiled for an H100 without one, or interpreted
+        return 132  # an H100's: compiled ahead of time, or interpreted
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def scatter_slots(bank: Tensor, slots: Sequence[int], grads: Sequence[Tensor] | Tensor) -> Tensor:
-    """A gradient for the whole bank from the gradients of some of its slots."""
+    """Return a bank-sized gradient that holds `grads` in `slots` and zeros elsewhere."""
     full = torch.zeros_like(bank)
     for slot, grad in zip(slots, grads, strict=True):
         full[slot] = grad
     return full
-
-
-def expect_slot(op: str, slot: int, slots: int) -> None:
-    """Raise ValueError unless `slot` names one of the bank's layers."""
-    if not 0 <= slot < slots:
-        raise ValueError(f"pgolf::{op}: slot is {slot}, but the bank has layers 0 to {slots - 1}")

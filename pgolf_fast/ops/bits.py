@@ -1,4 +1,4 @@
-"""pgolf::pack_bits, pgolf::unpack_bits, pgolf::dequantize_bits — matrices of codes of 4 to 8 bits.
+"""pgolf::pack_bits, pgolf::unpack_bits, pgolf::dequantize_bits: matrices of codes of 4 to 8 bits.
 
 Layout: a row of C codes in -2^(bits-1) .. 2^(bits-1) - 1 is padded with code 0 to K, the next multiple of 8.
 With u = code + 2^(bits-1), the packed row is up to three planes, one after another:
@@ -8,10 +8,9 @@ With u = code + 2^(bits-1), the packed row is up to three planes, one after anot
     one[j] = sum over i < 8 of (u[8j+i] >> (bits-1)) << i           K/8 bytes, for 5 and 7 bits
 
 so a row takes K * bits / 8 bytes; 6 bits are the "4+2 split" that `int6_matmul` reads. Codes of 8 bits are
-the bytes themselves, without padding. The C++ paths (csrc/bits.h) and the torch reference agree to the bit.
-This is a format for memory: files hold one byte per code, which every entropy coder makes smaller than
-packed bytes.
-All three ops are for inference only: no autograd is registered.
+the bytes themselves, without padding. The C++ code (csrc/bits.h) and the torch reference agree bitwise.
+This is a format for memory: files hold one byte per code, which every entropy coder compresses better than
+packed bytes. Inference only: no autograd is registered.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ WIDTHS = (4, 5, 6, 7, 8)
 
 
 def row_bytes(columns: int, bits: int) -> int:
-    """Bytes of one packed row of `columns` codes."""
+    """Return the bytes of one packed row of `columns` codes."""
     return columns if bits == 8 else (columns + 7) // 8 * bits
 
 
@@ -34,7 +33,7 @@ def row_bytes(columns: int, bits: int) -> int:
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """Pack int8 codes (R, C) of `bits` bits, 4 to 8, into uint8 (R, row_bytes(C, bits)).
 
-    Raises ValueError for another dtype, shape or width, and for a code out of range, naming its place.
+    Raises ValueError for any other dtype, shape or width, and for a code out of range, naming its position.
     """
     _check_codes(codes, bits)
     extension = native.extension()
@@ -56,9 +55,9 @@ def _(codes: Tensor, bits: int) -> Tensor:
 
 @torch.library.custom_op("pgolf::unpack_bits", mutates_args=())
 def unpack_bits(packed: Tensor, columns: int, bits: int) -> Tensor:
-    """The int8 codes (R, columns) of packed uint8 (R, row_bytes(columns, bits)); the inverse of `pack_bits`.
+    """Return the int8 codes (R, columns) of packed uint8 (R, row_bytes(columns, bits)).
 
-    Raises ValueError when rows of that many bytes do not hold `columns` codes.
+    The inverse of `pack_bits`. Raises ValueError if rows of that many bytes do not hold `columns` codes.
     """
     check_packed("unpack_bits", packed, columns, bits)
     extension = native.extension()
@@ -76,11 +75,11 @@ def _(packed: Tensor, columns: int, bits: int) -> Tensor:
 
 @torch.library.custom_op("pgolf::dequantize_bits", mutates_args=())
 def dequantize_bits(packed: Tensor, scale: Tensor, columns: int, bits: int, dtype: torch.dtype) -> Tensor:
-    """codes * scale of packed codes in one pass: dtype (R, columns), float32 or bfloat16.
+    """Return codes * scale of packed codes (R, columns) in `dtype`, float32 or bfloat16, in one pass.
 
     packed uint8 (R, row_bytes(columns, bits)), scale (R,) float16 or float32. The product is taken in float32
-    and rounded once, to nearest even: exactly (codes.float() * scale.float()[:, None]).to(dtype).
-    Raises ValueError where shapes, dtypes or devices do not fit together.
+    and rounded once, to nearest even: bitwise (codes.float() * scale.float()[:, None]).to(dtype).
+    Raises ValueError if shapes, dtypes or devices do not match.
     """
     _check_dequantize(packed, scale, columns, bits, dtype)
     return _dequantize(packed, scale, columns, bits, dtype)
@@ -93,9 +92,9 @@ def _(packed: Tensor, scale: Tensor, columns: int, bits: int, dtype: torch.dtype
 
 
 def dequantize_bytes(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """codes * scale[:, None] of int8 codes (R, C), as `dequantize_bits` of 8 bits but not as an op.
+    """Return codes * scale[:, None] of int8 codes (R, C): `dequantize_bits` with 8 bits, but not as an op.
 
-    For loading: the first call of any op written in Python imports PyTorch's compiler, which takes longer.
+    For loading: the first call of any Python custom op imports PyTorch's compiler, which takes longer.
     """
     packed = codes.view(torch.uint8)
     _check_dequantize(packed, scale, codes.shape[1], 8, dtype)

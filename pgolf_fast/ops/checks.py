@@ -1,4 +1,7 @@
-"""Input checks shared by the ops. Every message names op and argument, what it is and what it should be."""
+"""Input checks and memory layouts shared by the ops.
+
+Every message names the op and the argument, what it is and what it should be.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +16,24 @@ def same_dtype_device(op: str, **tensors: Tensor) -> None:
     _same(op, ("dtype", "device"), tensors)
 
 
-def same_shape_dtype_device(op: str, **tensors: Tensor) -> None:
-    """Raise ValueError unless all tensors share shape, dtype and device with the first."""
-    _same(op, ("shape", "dtype", "device"), tensors)
-
-
 def same_device(op: str, **tensors: Tensor) -> None:
     """Raise ValueError unless all tensors are on the device of the first."""
     _same(op, ("device",), tensors)
 
 
+def _same(op: str, attributes: tuple[str, ...], tensors: dict[str, Tensor]) -> None:
+    (first_name, first), *rest = tensors.items()
+    for name, tensor in rest:
+        for attribute in attributes:
+            want, got = getattr(first, attribute), getattr(tensor, attribute)
+            if want != got:
+                raise ValueError(
+                    f"pgolf::{op}: {name}.{attribute} is {got}, but {first_name}.{attribute} is {want}"
+                )
+
+
 def expect_shape(op: str, name: str, tensor: Tensor, shape: Sequence[int | None]) -> None:
-    """Raise ValueError unless `tensor.shape` is `shape`; None stands for any size."""
+    """Raise ValueError unless `tensor.shape` is `shape`; None matches any size."""
     sizes = tuple(tensor.shape)
     matches = len(sizes) == len(shape) and all(
         want is None or got == want for got, want in zip(sizes, shape, strict=True)
@@ -43,19 +52,33 @@ def expect_dtype(op: str, name: str, tensor: Tensor, *dtypes: torch.dtype) -> No
 
 
 def expect_floating(op: str, name: str, tensor: Tensor) -> None:
-    """Raise ValueError unless `tensor` holds floating-point numbers."""
+    """Raise ValueError unless `tensor` has a floating-point dtype."""
     if not tensor.dtype.is_floating_point:
         raise ValueError(f"pgolf::{op}: {name}.dtype is {tensor.dtype}, but a floating-point type is needed")
 
 
-def _same(op: str, attributes: tuple[str, ...], tensors: dict[str, Tensor]) -> None:
-    (first_name, first), *others = tensors.items()
-    for name, tensor in others:
-        for attribute in attributes:
-            want, got = getattr(first, attribute), getattr(tensor, attribute)
-            if want != got:
-                if attribute == "shape":
-                    want, got = tuple(want), tuple(got)
-                raise ValueError(
-                    f"pgolf::{op}: {name}.{attribute} is {got}, but {first_name}.{attribute} is {want}"
-                )
+def expect_integer(op: str, name: str, tensor: Tensor) -> None:
+    """Raise ValueError if `tensor` has a floating-point dtype."""
+    if tensor.is_floating_point():
+        raise ValueError(f"pgolf::{op}: {name}.dtype is {tensor.dtype}; it must be an integer type")
+
+
+def expect_slot(op: str, slot: int, slots: int) -> None:
+    """Raise ValueError unless `slot` is one of the bank's layers."""
+    if not 0 <= slot < slots:
+        raise ValueError(f"pgolf::{op}: slot is {slot}, but the bank has layers 0 to {slots - 1}")
+
+
+def dense(t: Tensor | None) -> Tensor | None:
+    """Return `t` contiguous; None stays None."""
+    return None if t is None else t.contiguous()
+
+
+def unit_inner_stride(t: Tensor) -> Tensor:
+    """`t`, copied only if its last dimension is strided: kernels read rows of adjacent elements."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def as_rows(t: Tensor) -> Tensor:
+    """(..., D) as (rows, D) with unit inner stride, copied only if no view can do it."""
+    return unit_inner_stride(t.reshape(t.shape[:-1].numel(), t.shape[-1]))  # -1 is ambiguous for D = 0

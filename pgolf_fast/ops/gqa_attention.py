@@ -1,9 +1,11 @@
-"""pgolf::gqa_attention — bank-indexed grouped-query attention with QK norm, partial RoPE, gain and XSA.
+"""pgolf::gqa_attention: bank-indexed grouped-query attention with QK norm, partial RoPE, gain and XSA.
 
 Sources: PR 1501 (banks, XSA, value embedding, q gain); Su et al. 2021 (RoPE); Ainslie et al. 2023 (GQA).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +14,8 @@ from torch import Tensor
 from pgolf_fast.ops import attention_backend, reference
 from pgolf_fast.ops import gqa_attention_kernels as kernels
 from pgolf_fast.ops.attention_backend import Shape
-from pgolf_fast.ops.bank_grad import expect_slot, scatter_slots
-from pgolf_fast.ops.checks import expect_shape, same_device, same_dtype_device
+from pgolf_fast.ops.bank_grad import scatter_slots
+from pgolf_fast.ops.checks import expect_shape, expect_slot, same_device, same_dtype_device
 from pgolf_fast.ops.gqa_attention_kernels import Saved, Weights, weights_of
 
 
@@ -33,18 +35,18 @@ def gqa_attention(
     grad_kv: Tensor | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """Causal attention of one block, from normalised input to output projection.
+    """Compute causal attention of one block, from normalized input to output projection.
 
-    With n layers: q = x qo[slot]^T, k = x kv[slot]^T, v = x kv[n + slot]^T + value_embed; q and k are
-    RMS-normed per head, rotated (RoPE on the first channels), and q is multiplied by its head's gain; then
-    causal softmax attention at scale 1/sqrt(hd), query head h reading KV head h // (H / KV); XSA removes
-    from the result the component along the token's own value; output = context qo[n + slot]^T.
+    With n layers: q = x qo[slot]^T, k = x kv[slot]^T, v = x kv[n + slot]^T + value_embed. q and k are
+    RMS-normed per head and rotated (RoPE on the first channels), and q is multiplied by its head's gain. Then
+    causal softmax attention at scale 1/sqrt(hd); query head h reads KV head h // (H / KV). XSA removes the
+    component along the token's own value. The result is context qo[n + slot]^T.
 
     x (B, T, D); qo_bank (2n, D, D); kv_bank (2n, KV*hd, D); q_gain (H,); value_embed (B, T, KV*hd) or None;
-    cos, sin (T, r/2) of angles, so that cos^2 + sin^2 is 1 up to rounding. With `grad_qo` and `grad_kv`,
-    backward adds weight gradients into their slots. With `window`, only the last that many positions are
-    queries: the result is (B, window, D), the end of the full one, for less work.
-    Raises ValueError for shapes, dtypes, devices, slots or windows that do not fit.
+    cos, sin (T, r/2) with cos^2 + sin^2 = 1 up to rounding. With `grad_qo` and `grad_kv` (shaped like the
+    banks), backward adds weight gradients into their slots. With `window`, only the last `window` positions
+    are queries: the result is (B, window, D), the end of the full one, for less work.
+    Raises ValueError if shapes, dtypes, devices, the slot or the window do not match.
     """
     return torch.ops.pgolf.gqa_attention(
         x, qo_bank, kv_bank, q_gain, value_embed, cos, sin, slot, num_kv_heads, xsa, grad_qo, grad_kv, window
@@ -100,9 +102,9 @@ def _gqa_attention(
     _check(x, qo_bank, kv_bank, q_gain, value_embed, cos, sin, slot, num_kv_heads, window)
     queries = x.shape[1] if window is None else window
     weights = weights_of(qo_bank, kv_bank, slot)
-    run = kernels.forward if kernels.serves(x, x.shape[2] // q_gain.shape[0]) else _forward
+    run = kernels.forward if kernels.supports(x, x.shape[2] // q_gain.shape[0]) else _forward_cpu
     out, saved = run(x, weights, q_gain, value_embed, cos, sin, num_kv_heads, xsa, queries)
-    return (out, *saved)  # type: ignore[return-value]  # nine by construction
+    return (out, *saved)  # type: ignore[return-value]  # nine tensors
 
 
 @_gqa_attention.register_fake
@@ -128,7 +130,7 @@ def _(
     )
 
 
-def _forward(
+def _forward_cpu(
     x: Tensor,
     weights: Weights,
     q_gain: Tensor,
@@ -139,14 +141,14 @@ def _forward(
     xsa: bool,
     queries: int,
 ) -> tuple[Tensor, Saved]:
-    """`kernels.forward` in PyTorch."""
+    """Compute `kernels.forward` in PyTorch."""
     q = F.linear(_last(x, queries), weights.q).unflatten(-1, (q_gain.shape[0], -1))
     k = F.linear(x, weights.k).unflatten(-1, (num_kv_heads, -1))
     v = F.linear(x, weights.v)
     v = (v if value_embed is None else v.add_(value_embed)).unflatten(-1, (num_kv_heads, -1))
     q_unit, q_rstd = _unit(q)
     k_unit, k_rstd = _unit(k)
-    y, lse = _sdpa(*_turned(q_unit, k_unit, cos, sin, q_gain), v)
+    y, lse = _sdpa(*_rotated(q_unit, k_unit, cos, sin, q_gain), v)
     context = _exclusive(y, _last(v, queries)) if xsa else y
     out = F.linear(context.flatten(2), weights.out)
     along = lse.new_zeros(lse.shape if xsa else (0,))
@@ -154,20 +156,20 @@ def _forward(
 
 
 def _last(t: Tensor, queries: int) -> Tensor:
-    """The last positions of (B, T, ...)."""
+    """Return the last positions of (B, T, ...)."""
     return t[:, t.shape[1] - queries :]
 
 
 def _unit(heads: Tensor) -> tuple[Tensor, Tensor]:
-    """RMS-normed heads and their 1 / rms."""
+    """Return RMS-normed heads and their 1 / rms."""
     wide = heads.to(torch.promote_types(heads.dtype, torch.float32))
     rstd = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     rstd = rstd.square_().div_(heads.shape[-1]).add_(reference.RMS_EPS).rsqrt_()
     return (wide * rstd).to(heads.dtype), rstd
 
 
-def _turned(q_unit: Tensor, k_unit: Tensor, cos: Tensor, sin: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
-    """RoPE, and for q the gain; q holds the last positions."""
+def _rotated(q_unit: Tensor, k_unit: Tensor, cos: Tensor, sin: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+    """Apply RoPE, and to q the gain; q holds the last positions."""
     first = k_unit.shape[1] - q_unit.shape[1]
     wide = torch.promote_types(q_unit.dtype, torch.float32)
     q = reference.rotate(q_unit.to(wide), cos[first:], sin[first:]) * gain.to(wide)[:, None]
@@ -176,7 +178,7 @@ def _turned(q_unit: Tensor, k_unit: Tensor, cos: Tensor, sin: Tensor, gain: Tens
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Causal attention of the last positions, (B, W, H, hd), and its logsumexp (B, H, W)."""
+    """Return causal attention of the last positions, (B, W, H, hd), and its logsumexp (B, H, W)."""
     if q.numel() == 0:
         shape = (q.shape[0], q.shape[2], q.shape[1])
         return torch.empty_like(q), q.new_empty(shape, dtype=torch.promote_types(q.dtype, torch.float32))
@@ -205,7 +207,7 @@ def _gqa_attention_backward(
     has_value_embed: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     weights = weights_of(qo_bank, kv_bank, slot)
-    run = kernels.backward if kernels.serves(x, x.shape[2] // q_gain.shape[0]) else _backward_of
+    run = kernels.backward if kernels.supports(x, x.shape[2] // q_gain.shape[0]) else _backward_cpu
     dx, factors, dgain, dvalue = run(dout, x, weights, q_gain, cos, sin, Saved(*saved), xsa, has_value_embed)
     dgain = dgain.to(q_gain.dtype)
     if grad_qo is None or grad_kv is None:
@@ -229,7 +231,7 @@ def _(dout, x, qo_bank, kv_bank, q_gain, cos, sin, saved, slot, xsa, grad_qo, gr
     )
 
 
-def _backward_of(
+def _backward_cpu(
     dout: Tensor,
     x: Tensor,
     weights: Weights,
@@ -240,7 +242,7 @@ def _backward_of(
     xsa: bool,
     has_value_embed: bool,
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]], Tensor, Tensor]:
-    """`kernels.backward` in PyTorch."""
+    """Compute `kernels.backward` in PyTorch."""
     dim, queries = x.shape[2], s.q.shape[1]
     first, own = x.shape[1] - queries, _last(s.v, queries)
     context = (_exclusive(s.y, own) if xsa else s.y).flatten(0, 1).flatten(1)
@@ -249,8 +251,8 @@ def _backward_of(
     dq, dk, dv = _sdpa_backward(dy, s, q_gain, cos, sin)
     if dv_own is not None:
         dv = dv + (dv_own if first == 0 else F.pad(dv_own, (0, 0, 0, 0, first, 0)))
-    dq, dgain = _turn_back(dq, s.q, s.q_rstd, cos[first:], sin[first:], q_gain)
-    dk, _ = _turn_back(dk, s.k, s.k_rstd, cos, sin, None)
+    dq, dgain = _rope_norm_backward(dq, s.q, s.q_rstd, cos[first:], sin[first:], q_gain)
+    dk, _ = _rope_norm_backward(dk, s.k, s.k_rstd, cos, sin, None)
     dq, dk, dv = (t.to(x.dtype).reshape(-1, t.shape[2] * t.shape[3]) for t in (dq, dk, dv))
     if first == 0:
         dx = (dq @ weights.q).addmm_(dk, weights.k).addmm_(dv, weights.v).view(x.shape)
@@ -264,21 +266,24 @@ def _backward_of(
 
 
 def _own_value(v: Tensor) -> tuple[Tensor, Tensor]:
-    """The unit vector of each token's value, (B, T, KV, hd, 1), and its length, in at least float32."""
+    """Return each token's value as a unit vector, (B, T, KV, hd, 1), and its norm, in at least float32."""
     wide = v.to(torch.promote_types(v.dtype, torch.float32))
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min(reference.XSA_EPS)
     return (wide / norm).unsqueeze(-1), norm
 
 
 def _exclusive(y: Tensor, v: Tensor) -> Tensor:
-    """`reference.exclusive` by small matrix products, which is what is quick on a CPU."""
+    """Compute `reference.exclusive` by small matrix products, which are faster on a CPU."""
     unit, _ = _own_value(v)
     groups = y.to(unit.dtype).unflatten(2, (v.shape[2], -1))
     return (groups - (groups @ unit) @ unit.mT).flatten(2, 3).to(y.dtype)
 
 
 def _exclusive_backward(dcontext: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of y - (y.u) u, u = v / |v|: dy = g - (g.u) u; du = -((g.u) y + (y.u) g) over the group."""
+    """Return the gradients of y - (y.u) u, u = v / |v|.
+
+    dy = g - (g.u) u; du = -((g.u) y + (y.u) g), summed over the group.
+    """
     unit, norm = _own_value(v)
     groups, grad = (t.to(unit.dtype).unflatten(2, (v.shape[2], -1)) for t in (y, dcontext))
     g_along = grad @ unit
@@ -291,17 +296,17 @@ def _exclusive_backward(dcontext: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor,
 def _sdpa_backward(
     dy: Tensor, s: Saved, q_gain: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the rotated q (B, W, H, hd) and of k and v (B, T, KV, hd), summed over each group."""
+    """Return gradients of the rotated q (B, W, H, hd) and of k and v (B, T, KV, hd), summed by group."""
     if dy.numel() == 0:
         return torch.zeros_like(s.q), torch.zeros_like(s.k), torch.zeros_like(s.v)
-    q, k = _turned(s.q, s.k, cos, sin, q_gain)
+    q, k = _rotated(s.q, s.k, cos, sin, q_gain)
     return attention_backend.backward(_backend(q, k), dy, q, k, s.v, s.y, s.lse)
 
 
-def _turn_back(
+def _rope_norm_backward(
     grad: Tensor, unit: Tensor, rstd: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Through gain, RoPE and RMS norm; returns the gradient of the projection and of the gain (or empty)."""
+    """Backpropagate through gain, RoPE and RMS norm; return gradients of the projection and of the gain."""
     wide = rstd.dtype
     grad, unit = reference.rotate(grad.to(wide), cos, -sin), unit.to(wide)
     dgain = grad.new_empty(0)
@@ -311,7 +316,7 @@ def _turn_back(
     return rstd * (grad - unit * (grad * unit).mean(-1, keepdim=True)), dgain
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, qo_bank, kv_bank, q_gain, value_embed, cos, sin, ctx.slot, _, ctx.xsa, *rest = inputs
     ctx.grad_qo, ctx.grad_kv, _ = rest
     ctx.has_value_embed = value_embed is not None
@@ -319,7 +324,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _backward(ctx, dout, *_):
+def _backward(ctx: Any, dout: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     x, qo_bank, kv_bank, q_gain, cos, sin, *saved = ctx.saved_tensors
     options = (ctx.slot, ctx.xsa, ctx.grad_qo, ctx.grad_kv, ctx.has_value_embed)
     dx, dqo, dkv, dgain, dvalue = torch.ops.pgolf.gqa_attention_backward(

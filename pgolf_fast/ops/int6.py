@@ -1,8 +1,8 @@
-"""pgolf::int6_matmul — products with a matrix of packed 6-bit codes and a scale per row.
+"""pgolf::int6_matmul: products with a matrix of packed 6-bit codes and a scale per row.
 
-`int6_pack` and `int6_unpack` are `pack_bits` and `unpack_bits` of 6 bits; the layout, the "4+2 split" of
-3 * K8 / 4 bytes a row (K8: K padded to a multiple of 8), stands in ops/bits.py.
-For inference only: no autograd is registered.
+`int6_pack` and `int6_unpack` are `pack_bits` and `unpack_bits` with 6 bits. ops/bits.py defines the layout,
+the "4+2 split" of 3 * K8 / 4 bytes per row (K8: K padded to a multiple of 8).
+Inference only: no autograd is registered.
 """
 
 from __future__ import annotations
@@ -10,20 +10,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pgolf_fast.ops import launch, reference_bytes
+from pgolf_fast.ops import reference_bytes, tiles
 from pgolf_fast.ops.bits import check_packed, pack_bits, unpack_bits
 from pgolf_fast.ops.checks import expect_floating, expect_shape, same_device
-from pgolf_fast.ops.launch import Launch
+from pgolf_fast.ops.tiles import Tile
 
-launch.declare("int6_skinny", sm90=Launch(64, 64, 128, num_warps=4, num_stages=3))
-launch.declare("int6_codes", sm90=Launch(16, 256, 32, num_warps=4, num_stages=1))
-launch.declare(
+# Not measured. sm80 also serves GPUs with 99 KiB of shared memory per block, hence the smaller tiles.
+tiles.declare("int6_matmul_skinny", sm90=Tile(64, 64, 128, num_warps=4, num_stages=3))
+tiles.declare("int6_unpack", sm90=Tile(16, 256, 32, num_warps=4, num_stages=1))
+tiles.declare(
     "int6_matmul",
-    sm90=Launch(128, 256, 64, num_warps=8, num_stages=3),
-    sm80=Launch(128, 128, 32, num_warps=8, num_stages=3),
+    sm90=Tile(128, 256, 64, num_warps=8, num_stages=3),
+    sm80=Tile(128, 128, 32, num_warps=8, num_stages=3),
 )
 
-# For more rows of x than this, the matrix is unpacked once instead of in every tile of rows.
+# With more rows of x, the matrix is unpacked once instead of in every tile of rows.
 SKINNY_ROWS = 64
 
 
@@ -33,23 +34,27 @@ def int6_pack(codes: Tensor) -> Tensor:
 
 
 def int6_unpack(packed: Tensor, columns: int) -> Tensor:
-    """The int8 codes (R, columns) of packed uint8 (R, 3 * K8 / 4); see `unpack_bits`."""
+    """Return the int8 codes (R, columns) of packed uint8 (R, 3 * K8 / 4); see `unpack_bits`."""
     return unpack_bits(packed, columns, 6)
 
 
 @torch.library.custom_op("pgolf::int6_matmul", mutates_args=())
 def int6_matmul(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
-    """y[..., n] = scale[n] * sum_k x[..., k] * codes[n, k], for inference: no autograd.
+    """Return `y[..., n] = scale[n] * sum_k x[..., k] * codes[n, k]`; no autograd is registered.
 
-    x is (..., K), scale (N,), both floating point; packed uint8 (N, 3 * K8 / 4) holds codes (N, K).
-    The sum is taken in at least float32 and rounded once; y is (..., N) in x's dtype. On a GPU, up to
-    SKINNY_ROWS rows of 16-bit x (decoding) are multiplied by the packed codes themselves; otherwise the codes
-    are first unpacked to x's dtype, in which they are exact. Both ways the scale multiplies a float32 sum.
-    Raises ValueError where shapes, dtypes or devices do not fit together.
+    x (..., K) and scale (N,) are floating point; packed uint8 (N, 3 * K8 / 4) holds codes (N, K). The sum is
+    taken in at least float32 and rounded once; y is (..., N) in x's dtype. On a GPU, up to SKINNY_ROWS rows
+    of 16-bit x (decoding) are multiplied by the packed codes directly; otherwise the codes are first unpacked
+    to x's dtype, in which they are exact. In both cases the scale multiplies a float32 sum.
+    Raises ValueError if shapes, dtypes or devices do not match.
     """
     _check_matmul(x, packed, scale)
-    if launch.uses_kernels("int6_matmul", x):
-        return _matmul_kernels(x, packed, scale)
+    if tiles.uses_kernels("int6_matmul", x):
+        return _cuda(x, packed, scale)
+    return _cpu(x, packed, scale)
+
+
+def _cpu(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
     return reference_bytes.scaled_matmul(x, int6_unpack(packed, x.shape[-1]), scale).contiguous()
 
 
@@ -59,7 +64,7 @@ def _(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], packed.shape[0]))
 
 
-def _matmul_kernels(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
+def _cuda(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
     from pgolf_fast.kernels.int6_matmul import (
         launch_int6_matmul,
         launch_int6_matmul_skinny,
@@ -76,17 +81,19 @@ def _matmul_kernels(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
     if packed.data_ptr() % 2:  # the low plane is read as 16-bit words
         packed = packed.clone()
     words = packed.view(-1).view(torch.int16)
-    with launch.on_device_of(x):
+    with tiles.on_device_of(x):
         if len(rows) <= SKINNY_ROWS and x.dtype != torch.float32:
-            launch_int6_matmul_skinny(rows, words, packed, scale, flat_y, launch.launch("int6_skinny", x))
+            launch_int6_matmul_skinny(
+                rows, words, packed, scale, flat_y, tiles.lookup("int6_matmul_skinny", x)
+            )
             return y
         codes = x.new_empty(columns, depth)
-        launch_int6_unpack(words, packed, codes, launch.launch("int6_codes", x))
+        launch_int6_unpack(words, packed, codes, tiles.lookup("int6_unpack", x))
         if x.dtype == torch.float32:
-            # Nothing is rounded in between. Triton 3.7 would take such a product in TF32 on sm_100.
+            # Exact in float32; Triton 3.7 would compute this product in TF32 on sm_100.
             torch.mul(rows @ codes.t(), scale.float(), out=flat_y)
         else:
-            launch_int6_matmul(rows, codes, scale, flat_y, launch.launch("int6_matmul", x))
+            launch_int6_matmul(rows, codes, scale, flat_y, tiles.lookup("int6_matmul", x))
     return y
 
 

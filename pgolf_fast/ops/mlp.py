@@ -1,29 +1,33 @@
-"""pgolf::mlp — act(x W_up^T) W_down^T from slots of the two MLP banks (PR 1501; SwiGLU: Shazeer 2020)."""
+"""pgolf::mlp: act(x W_up^T) W_down^T from slots of the two MLP banks (PR 1501; SwiGLU: Shazeer 2020)."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pgolf_fast.ops import launch, reference
-from pgolf_fast.ops.bank_grad import add_matmul, expect_slot, scatter_slots
-from pgolf_fast.ops.checks import expect_shape, same_dtype_device
-from pgolf_fast.ops.launch import Launch
+from pgolf_fast.ops import reference, tiles
+from pgolf_fast.ops.bank_grad import add_matmul, scatter_slots
+from pgolf_fast.ops.checks import as_rows, expect_shape, expect_slot, same_dtype_device
+from pgolf_fast.ops.tiles import Tile
 
 ACTIVATIONS = ("leaky_relu_squared", "relu_squared", "swiglu")
 
-launch.declare(
+# Not measured. sm80 also serves GPUs with 99 KiB of shared memory per block, hence the smaller tiles. float32
+# products do not run on tensor cores and get fewer columns.
+tiles.declare(
     "mlp_up",
-    sm90=Launch(128, 256, 64, num_warps=8, num_stages=3),
-    sm80=Launch(128, 128, 32, num_warps=8, num_stages=3),
+    sm90=Tile(128, 256, 64, num_warps=8, num_stages=3),
+    sm80=Tile(128, 128, 32, num_warps=8, num_stages=3),
 )
-launch.declare("mlp_up_float32", Launch(128, 128, 64, num_warps=8, num_stages=3))  # no tensor cores
-for _kernel in ("mlp_dpre", "mlp_dpre_swiglu"):  # swiglu reads and writes two tiles more
-    launch.declare(
+tiles.declare("mlp_up_float32", Tile(128, 128, 64, num_warps=8, num_stages=3))
+for _kernel in ("mlp_dpre", "mlp_dpre_swiglu"):  # swiglu reads and writes two more tiles
+    tiles.declare(
         _kernel,
-        sm90=Launch(128, 128, 64, num_warps=8, num_stages=3),
-        sm80=Launch(128, 128, 32, num_warps=8, num_stages=3),
+        sm90=Tile(128, 128, 64, num_warps=8, num_stages=3),
+        sm80=Tile(128, 128, 32, num_warps=8, num_stages=3),
     )
 
 
@@ -37,12 +41,12 @@ def mlp(
     grad_up: Tensor | None = None,
     grad_down: Tensor | None = None,
 ) -> Tensor:
-    """`act(x up_bank[slot]^T) down_bank[slot]^T`.
+    """Compute `act(x up_bank[slot]^T) down_bank[slot]^T`.
 
-    x (..., D), up_bank (slots, M, D), or (slots, 2M, D) with gate and up rows alternating for `swiglu`;
+    x (..., D); up_bank (slots, M, D), or (slots, 2M, D) with gate and up rows alternating for `swiglu`;
     down_bank (slots, D, M); result (..., D). With `grad_up` and `grad_down` (shaped like the banks, any float
     dtype), backward adds the weight gradients into their slot instead of returning bank-sized gradients.
-    Raises ValueError for shapes, dtypes or slots that do not fit.
+    Raises ValueError if shapes, dtypes or the slot do not match.
     """
     return torch.ops.pgolf.mlp(x, up_bank, down_bank, slot, activation, grad_up, grad_down)[0]
 
@@ -67,23 +71,27 @@ def _mlp(
     grad_up: Tensor | None,
     grad_down: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The result and what backward needs: `saved` and `signs`.
+    """Return the result and what backward needs: `saved` and `signs`.
 
-    PyTorch saves the pre-activation. The kernels save it for `swiglu` only; else the hidden layer, whose
-    square root is |leaky(pre)|, and for `leaky_relu_squared` the signs of pre, 32 to a word. Where that
-    square underflows (float16: |pre| below 2e-4, others: 1e-19), so does the gradient.
+    PyTorch saves the pre-activation. The kernels save it only for `swiglu`; otherwise they save the hidden
+    layer, whose square root is |leaky(pre)|, and for `leaky_relu_squared` the signs of pre, 32 per word.
+    Where that square underflows (float16: |pre| < 2e-4, others: 1e-19), so does the gradient.
     """
     _check(x, up_bank, down_bank, slot, activation)
-    if launch.uses_kernels("mlp", x):
-        return _mlp_kernels(x, up_bank[slot], down_bank[slot], activation)
-    pre = F.linear(x, up_bank[slot]).contiguous()
-    out = F.linear(_activate(pre, activation), down_bank[slot]).contiguous()
+    if tiles.uses_kernels("mlp", x):
+        return _forward_cuda(x, up_bank[slot], down_bank[slot], activation)
+    return _forward_cpu(x, up_bank[slot], down_bank[slot], activation)
+
+
+def _forward_cpu(x: Tensor, up: Tensor, down: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
+    pre = F.linear(x, up).contiguous()
+    out = F.linear(_activate(pre, activation), down).contiguous()
     return out, pre, x.new_empty(0, dtype=torch.int32)
 
 
 def _saved_shapes(x: Tensor, up_rows: int, activation: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of `saved` and `signs`."""
-    signs = launch.uses_kernels("mlp", x) and activation == "leaky_relu_squared"
+    """Return the shapes of `saved` and `signs`."""
+    signs = tiles.uses_kernels("mlp", x) and activation == "leaky_relu_squared"
     return (*x.shape[:-1], up_rows), ((*x.shape[:-1], (up_rows + 31) // 32) if signs else (0,))
 
 
@@ -94,7 +102,7 @@ def _(x, up_bank, down_bank, slot, activation, grad_up, grad_down):
     return x.new_empty(x.shape), x.new_empty(saved), x.new_empty(signs, dtype=torch.int32)
 
 
-def _mlp_kernels(x: Tensor, up: Tensor, down: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_cuda(x: Tensor, up: Tensor, down: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
     from pgolf_fast.kernels.mlp import launch_mlp_up
 
     saved_shape, signs_shape = _saved_shapes(x, up.shape[0], activation)
@@ -103,18 +111,14 @@ def _mlp_kernels(x: Tensor, up: Tensor, down: Tensor, activation: str) -> tuple[
     hidden = x.new_empty(*x.shape[:-1], down.shape[1]) if gated else saved
     if x.numel() and hidden.numel():
         written = saved if gated else signs
-        tiles = launch.launch("mlp_up_float32" if x.dtype == torch.float32 else "mlp_up", x)
-        with launch.on_device_of(x):
-            launch_mlp_up(_rows(x), up, hidden, written, activation, tiles)
-    return F.linear(hidden, down).contiguous(), saved, signs  # a plain product: cuBLAS
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+        tile = tiles.lookup("mlp_up_float32" if x.dtype == torch.float32 else "mlp_up", x)
+        with tiles.on_device_of(x):
+            launch_mlp_up(as_rows(x), up, hidden, written, activation, tile)
+    return F.linear(hidden, down).contiguous(), saved, signs  # nothing to fuse: cuBLAS
 
 
 def _activate(pre: Tensor, activation: str) -> Tensor:
-    """`reference.activation`, without widening where bfloat16 arithmetic rounds only once anyway."""
+    """Compute `reference.activation` without widening where low-precision arithmetic rounds only once."""
     if activation == "leaky_relu_squared":
         return F.leaky_relu(pre, 0.5).square_()  # halving is exact
     if activation == "relu_squared":
@@ -148,13 +152,13 @@ def _mlp_backward(
     grad_up: Tensor | None,
     grad_down: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if launch.uses_kernels("mlp", x):
-        dpre, hidden = _dpre_kernels(dout, saved, signs, down_bank[slot], activation)
+    if tiles.uses_kernels("mlp", x):
+        dpre, hidden = _dpre_cuda(dout, saved, signs, down_bank[slot], activation)
     else:
         dpre = _activate_backward(dout @ down_bank[slot], saved, activation)
         hidden = _activate(saved, activation)
     dx = (dpre @ up_bank[slot]).contiguous()
-    rows, flat_dpre, flat_x, hidden = _rows(dout), _rows(dpre), _rows(x), _rows(hidden)
+    rows, flat_dpre, flat_x, hidden = (as_rows(t) for t in (dout, dpre, x, hidden))
     if grad_up is None or grad_down is None:
         return dx, flat_dpre.T @ flat_x, rows.T @ hidden
     add_matmul(grad_up, slot, flat_dpre.T, flat_x)
@@ -169,29 +173,29 @@ def _(dout, x, saved, signs, up_bank, down_bank, slot, activation, grad_up, grad
     return x.new_empty(x.shape), x.new_empty(0), x.new_empty(0)
 
 
-def _dpre_kernels(
+def _dpre_cuda(
     dout: Tensor, saved: Tensor, signs: Tensor, down: Tensor, activation: str
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of the pre-activation, and the hidden layer, whose own gradient is never stored."""
+    """Return the gradient of the pre-activation, and the hidden layer, whose own gradient is never stored."""
     from pgolf_fast.kernels.mlp import launch_mlp_dpre
 
     gated = activation == "swiglu"
     saved, dpre = saved.contiguous(), saved.new_empty(saved.shape)
     hidden = saved.new_empty(*saved.shape[:-1], down.shape[1]) if gated else saved
     if dout.numel() and hidden.numel():
-        tiles = launch.launch("mlp_dpre_swiglu" if gated else "mlp_dpre", dout)
-        with launch.on_device_of(dout):
-            launch_mlp_dpre(_rows(dout), down, saved, signs.contiguous(), dpre, hidden, activation, tiles)
+        tile = tiles.lookup("mlp_dpre_swiglu" if gated else "mlp_dpre", dout)
+        with tiles.on_device_of(dout):
+            launch_mlp_dpre(as_rows(dout), down, saved, signs.contiguous(), dpre, hidden, activation, tile)
     return dpre, hidden
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, up_bank, down_bank, ctx.slot, ctx.activation, ctx.grad_up, ctx.grad_down = inputs
     ctx.save_for_backward(x, *output[1:], up_bank, down_bank)
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _backward(ctx, dout, *_):
+def _backward(ctx: Any, dout: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     x, saved, signs, up_bank, down_bank = ctx.saved_tensors
     dx, dup, ddown = torch.ops.pgolf.mlp_backward(
         dout, x, saved, signs, up_bank, down_bank, ctx.slot, ctx.activation, ctx.grad_up, ctx.grad_down

@@ -1,7 +1,7 @@
-"""pgolf::muon_momentum, pgolf::muon_apply — what Muon does before and after Newton-Schulz, in place.
+"""pgolf::muon_momentum, pgolf::muon_apply: Muon's steps before and after Newton-Schulz, in place (PR 1501).
 
-Momentum and learning rate are numbers or tensors of one element. A tensor on the GPU is read there, when the
-kernel runs: nothing waits for the GPU, and a captured CUDA graph replays with the value of the moment.
+Momentum and learning rate are numbers or one-element tensors. A tensor on the GPU is read by the kernel, so
+nothing synchronizes and a captured CUDA graph replays with the current value.
 Both ops are for the optimizer: no autograd is registered.
 """
 
@@ -10,20 +10,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pgolf_fast.ops import launch
+from pgolf_fast.ops import tiles
 from pgolf_fast.ops.checks import expect_floating, expect_shape
-from pgolf_fast.ops.launch import Launch
+from pgolf_fast.ops.tiles import Tile
 
-launch.declare("muon_momentum", Launch(16, 128, num_warps=8))
-launch.declare("muon_apply", Launch(16, 128, num_warps=8))
+# Not measured; bound by memory.
+tiles.declare("muon_momentum", Tile(16, 128, num_warps=8))
+tiles.declare("muon_apply", Tile(16, 128, num_warps=8))
 
 
 def muon_momentum(grad: Tensor, buffer: Tensor, momentum: float | Tensor) -> Tensor:
-    """Nesterov momentum: `buffer = momentum * buffer + grad` in place; returns `grad + momentum * buffer`.
+    """Update `buffer = momentum * buffer + grad` in place and return `grad + momentum * buffer` (Nesterov).
 
-    grad, of any floating dtype, is rounded to the buffer's first; the result is like buffer, contiguous.
-    Products and sums are rounded to that dtype (bfloat16 in training), as in PR 1501.
-    Raises ValueError for shapes or devices that do not fit.
+    grad (any float dtype) is first rounded to the buffer's dtype, in which every product and sum is rounded
+    too (bfloat16 in training), as in PR 1501. The result is like buffer, contiguous.
+    Raises ValueError if shapes or devices do not match.
     """
     return torch.ops.pgolf.muon_momentum(grad, buffer, _as_tensor(momentum))
 
@@ -37,10 +38,10 @@ def muon_apply(
     scale: float,
     shadow: Tensor | None = None,
 ) -> None:
-    """`master = (1 - lr * weight_decay) * master - lr * scale * update` in place.
+    """Update `master = (1 - lr * weight_decay) * master - lr * scale * update` in place.
 
-    With `shadow` (master's shape, any floating dtype), the new weights are also written there, rounded.
-    Raises ValueError for shapes or devices that do not fit.
+    With `shadow` (master's shape, any float dtype), the new weights are also written there, rounded.
+    Raises ValueError if shapes or devices do not match.
     """
     torch.ops.pgolf.muon_apply(master, update, shadow, _as_tensor(lr), weight_decay, scale)
 
@@ -69,8 +70,12 @@ def _check(op: str, name: str, value: Tensor, **tensors: Tensor) -> None:
 @torch.library.custom_op("pgolf::muon_momentum", mutates_args=("buffer",))
 def _muon_momentum(grad: Tensor, buffer: Tensor, momentum: Tensor) -> Tensor:
     _check("muon_momentum", "momentum", momentum, buffer=buffer, grad=grad)
-    if launch.uses_kernels("muon", buffer):
-        return _muon_momentum_kernels(grad, buffer, momentum)
+    if tiles.uses_kernels("muon", buffer):
+        return _momentum_cuda(grad, buffer, momentum)
+    return _momentum_cpu(grad, buffer, momentum)
+
+
+def _momentum_cpu(grad: Tensor, buffer: Tensor, momentum: Tensor) -> Tensor:
     low = grad.to(buffer.dtype, copy=True, memory_format=torch.contiguous_format)
     if momentum.device.type == "cpu":
         share = momentum.item()
@@ -80,7 +85,7 @@ def _muon_momentum(grad: Tensor, buffer: Tensor, momentum: Tensor) -> Tensor:
 
 
 def _momentum_unread(low: Tensor, buffer: Tensor, momentum: Tensor) -> Tensor:
-    """For a number that is on a GPU, where reading it would wait."""
+    """Compute momentum without reading the number on the host, which would synchronize with the GPU."""
     wide = torch.promote_types(buffer.dtype, torch.float32)
     buffer.copy_(buffer.to(wide) * momentum.to(wide)).add_(low)
     return (low.to(wide) + buffer.to(wide) * momentum.to(wide)).to(buffer.dtype)
@@ -97,8 +102,14 @@ def _muon_apply(
     master: Tensor, update: Tensor, shadow: Tensor | None, lr: Tensor, weight_decay: float, scale: float
 ) -> None:
     _check_apply(master, update, shadow, lr)
-    if launch.uses_kernels("muon", master) and launch.uses_kernels("muon", update):
-        return _muon_apply_kernels(master, update, shadow, lr, weight_decay, scale)
+    if tiles.uses_kernels("muon", master) and tiles.uses_kernels("muon", update):
+        return _apply_cuda(master, update, shadow, lr, weight_decay, scale)
+    return _apply_cpu(master, update, shadow, lr, weight_decay, scale)
+
+
+def _apply_cpu(
+    master: Tensor, update: Tensor, shadow: Tensor | None, lr: Tensor, weight_decay: float, scale: float
+) -> None:
     if lr.device.type == "cpu":
         rate = lr.item()
         master.mul_(1 - rate * weight_decay)
@@ -107,7 +118,6 @@ def _muon_apply(
         _apply_unread(master, update, lr.reshape(()), weight_decay, scale)
     if shadow is not None:
         shadow.copy_(master)
-    return None
 
 
 @_muon_apply.register_fake
@@ -126,20 +136,20 @@ def _apply_unread(master: Tensor, update: Tensor, lr: Tensor, weight_decay: floa
     master.copy_(master.to(wide) * (1 - lr * weight_decay) - update.to(wide) * (lr * scale))
 
 
-def _muon_momentum_kernels(grad: Tensor, buffer: Tensor, momentum: Tensor) -> Tensor:
+def _momentum_cuda(grad: Tensor, buffer: Tensor, momentum: Tensor) -> Tensor:
     from pgolf_fast.kernels.muon import launch_muon_momentum
 
     update = torch.empty_like(buffer, memory_format=torch.contiguous_format)
     if buffer.numel() == 0:
         return update
     dense, share = buffer.contiguous(), _on_device(momentum, buffer)
-    with launch.on_device_of(buffer):
-        launch_muon_momentum(grad.contiguous(), dense, update, share, launch.launch("muon_momentum", buffer))
+    with tiles.on_device_of(buffer):
+        launch_muon_momentum(grad.contiguous(), dense, update, share, tiles.lookup("muon_momentum", buffer))
     _write_back(buffer, dense)
     return update
 
 
-def _muon_apply_kernels(
+def _apply_cuda(
     master: Tensor, update: Tensor, shadow: Tensor | None, lr: Tensor, weight_decay: float, scale: float
 ) -> None:
     from pgolf_fast.kernels.muon import launch_muon_apply
@@ -148,22 +158,22 @@ def _muon_apply_kernels(
         return
     dense, rate = master.contiguous(), _on_device(lr, master)
     dense_shadow = None if shadow is None else shadow.contiguous()
-    with launch.on_device_of(master):
-        row = launch.launch("muon_apply", master)
-        launch_muon_apply(dense, update.contiguous(), dense_shadow, rate, weight_decay, scale, row)
+    with tiles.on_device_of(master):
+        tile = tiles.lookup("muon_apply", master)
+        launch_muon_apply(dense, update.contiguous(), dense_shadow, rate, weight_decay, scale, tile)
     _write_back(master, dense)
     if shadow is not None and dense_shadow is not None:
         _write_back(shadow, dense_shadow)
 
 
 def _on_device(value: Tensor, like: Tensor) -> Tensor:
-    """One float32 on the device of `like`; a number from the CPU gets there by a fill, without waiting."""
+    """Return one float32 on the device of `like`; a fill from the CPU does not synchronize."""
     if value.device == like.device:
         return value.float()
     return torch.full((), value.item(), dtype=torch.float32, device=like.device)
 
 
 def _write_back(tensor: Tensor, dense: Tensor) -> None:
-    """The kernels write contiguous memory: copy into a strided original."""
+    """Copy the contiguous memory that kernels wrote into a strided original."""
     if dense.data_ptr() != tensor.data_ptr():
         tensor.copy_(dense)

@@ -1,24 +1,27 @@
-"""pgolf::newton_schulz — approximate orthogonalisation of a stack of matrices (Jordan et al. 2024, Muon)."""
+"""pgolf::newton_schulz: approximate orthogonalization of a stack of matrices (Jordan et al. 2024, Muon)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from pgolf_fast.ops import launch, reference
+from pgolf_fast.ops import reference, tiles
 from pgolf_fast.ops.checks import expect_shape
-from pgolf_fast.ops.launch import Launch
+from pgolf_fast.ops.tiles import Tile
 
-launch.declare("newton_schulz_normalize", Launch(16, 128, num_warps=4))
+# Not measured; bound by memory.
+tiles.declare("newton_schulz_normalize", Tile(16, 128, num_warps=4))
+# Not measured. Three stages of 128 x 64 take 96 KiB, which every supported GPU has.
 for _kernel in ("newton_schulz_gram", "newton_schulz_poly", "newton_schulz_apply"):
-    launch.declare(_kernel, Launch(128, 128, 64, num_warps=8, num_stages=3))
+    tiles.declare(_kernel, Tile(128, 128, 64, num_warps=8, num_stages=3))
 
 
 def newton_schulz(g: Tensor, steps: int = 5) -> Tensor:
-    """`U V^T` of each `g = U S V^T`, approximately: singular values end in about 0.68 to 1.14.
+    """Approximate `U V^T` of each matrix `g = U S V^T`: singular values end up in about 0.68 to 1.14.
 
-    g (slots, rows, cols) in the dtype the iteration runs in (bfloat16 in training); the result is like g.
-    Inference only: no autograd is registered. Raises ValueError for a wrong rank or a negative step count.
+    g (slots, rows, cols) in the dtype the iteration runs in (bfloat16 in training); the result has the shape
+    and dtype of g. Each step is `a x + (b A + c A A) x` with `A = x x^T`. No autograd is registered. Raises
+    ValueError if g is not 3-D or `steps` is negative.
     """
     return torch.ops.pgolf.newton_schulz(g, steps)
 
@@ -34,21 +37,25 @@ def _newton_schulz(g: Tensor, steps: int) -> Tensor:
     _check(g, steps)
     if g.numel() == 0:
         return torch.empty_like(g, memory_format=torch.contiguous_format)
-    if launch.uses_kernels("newton_schulz", g):
-        return _newton_schulz_kernels(g, steps)
+    if tiles.uses_kernels("newton_schulz", g):
+        return _cuda(g, steps)
+    return _cpu(g, steps)
+
+
+def _cpu(g: Tensor, steps: int) -> Tensor:
     return reference.newton_schulz(g, steps).clone(memory_format=torch.contiguous_format)
 
 
-def _newton_schulz_kernels(g: Tensor, steps: int) -> Tensor:
-    """Sums in float32, one rounding per product; a tall matrix is its own wide transpose, by strides."""
+def _cuda(g: Tensor, steps: int) -> Tensor:
+    """Sum in float32 and round once per product; a tall matrix is read as its wide transpose, by strides."""
     from pgolf_fast.kernels import newton_schulz as kernels
 
     a, b, c = reference.NS_COEFFICIENTS
     tall = g.shape[1] > g.shape[2]
-    normalize = launch.launch("newton_schulz_normalize", g)
+    normalize = tiles.lookup("newton_schulz_normalize", g)
     x = torch.empty_like(g, memory_format=torch.contiguous_format)
     partial = g.new_empty(g.shape[0], kernels.norm_parts(g.shape[1], normalize), dtype=torch.float32)
-    with launch.on_device_of(g):
+    with tiles.on_device_of(g):
         kernels.launch_newton_schulz_normalize(g, partial, x, normalize)
         if steps == 0:
             return x
@@ -57,10 +64,10 @@ def _newton_schulz_kernels(g: Tensor, steps: int) -> Tensor:
         poly = torch.empty_like(gram)
         for _ in range(steps):
             wide, wide_following = (x.mT, following.mT) if tall else (x, following)
-            kernels.launch_newton_schulz_gram(wide, gram, launch.launch("newton_schulz_gram", g))
-            kernels.launch_newton_schulz_poly(gram, poly, b, c, launch.launch("newton_schulz_poly", g))
+            kernels.launch_newton_schulz_gram(wide, gram, tiles.lookup("newton_schulz_gram", g))
+            kernels.launch_newton_schulz_poly(gram, poly, b, c, tiles.lookup("newton_schulz_poly", g))
             kernels.launch_newton_schulz_apply(
-                poly, wide, wide_following, a, launch.launch("newton_schulz_apply", g)
+                poly, wide, wide_following, a, tiles.lookup("newton_schulz_apply", g)
             )
             x, following = following, x
     return x

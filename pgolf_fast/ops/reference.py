@@ -1,7 +1,7 @@
-"""Plain PyTorch definitions of the ops: what every other implementation is judged against.
+"""Definitions of the ops in plain PyTorch, against which every other implementation is judged.
 
-Each is the formula and nothing else, differentiable by autograd, accumulating in at least float32
-(float64 inputs stay float64). Sources: PR 1501 for the network, Keller Jordan's Muon for `newton_schulz`.
+Each is the bare formula, differentiable by autograd, accumulating in at least float32 (float64 stays
+float64). Sources: PR 1501 for the network, Keller Jordan's Muon for `newton_schulz`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor, eps: float = RMS_EPS) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) over the last dimension, without a gain."""
+    """Return x / sqrt(mean(x^2) + eps) over the last dimension, without a gain."""
     wide = _wide(x)
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
@@ -30,23 +30,23 @@ def rms_norm(x: Tensor, eps: float = RMS_EPS) -> Tensor:
 def residual_norm(
     x: Tensor, branch: Tensor, x_scale: Tensor | None, branch_scale: Tensor, layer_scale: float
 ) -> tuple[Tensor, Tensor]:
-    """mixed = x_scale * x + branch_scale * branch;  normed = layer_scale * rms_norm(mixed)."""
+    """Return mixed = x_scale * x + branch_scale * branch, and layer_scale * rms_norm(mixed)."""
     scaled_x = _wide(x) if x_scale is None else _wide(x) * _wide(x_scale)
     mixed = (scaled_x + _wide(branch) * _wide(branch_scale)).to(x.dtype)
     return mixed, (layer_scale * _wide(rms_norm(_wide(mixed)))).to(x.dtype)
 
 
 def smear_gate(x: Tensor, gate: Tensor) -> Tensor:
-    """(1 - s) x_t + s x_{t-1} with s = sigmoid(gate) per channel and x_{-1} = 0; x is (B, T, D)."""
+    """Return (1 - s) x_t + s x_{t-1} with s = sigmoid(gate) per channel and x_{-1} = 0; x is (B, T, D)."""
     s = torch.sigmoid(_wide(gate))
     previous = F.pad(_wide(x)[:, :-1], (0, 0, 1, 0))
     return ((1 - s) * _wide(x) + s * previous).to(x.dtype)
 
 
 def activation(pre: Tensor, kind: str) -> Tensor:
-    """The MLP's hidden layer from its up-projection; gated kinds halve the last dimension.
+    """Return the MLP's hidden layer from its up-projection; `swiglu` halves the last dimension.
 
-    `swiglu` reads gate rows and up rows alternately: row 2j gates, row 2j+1 carries hidden channel j.
+    Rows of a `swiglu` up-projection alternate: row 2j gates hidden channel j, row 2j+1 carries it.
     """
     wide = _wide(pre)
     if kind == "leaky_relu_squared":
@@ -63,12 +63,12 @@ def activation(pre: Tensor, kind: str) -> Tensor:
 
 
 def mlp(x: Tensor, up_bank: Tensor, down_bank: Tensor, slot: int, kind: str) -> Tensor:
-    """act(x W_up^T) W_down^T with W_up = up_bank[slot], W_down = down_bank[slot]."""
+    """Return act(x W_up^T) W_down^T with W_up = up_bank[slot], W_down = down_bank[slot]."""
     return activation(x @ up_bank[slot].T, kind) @ down_bank[slot].T
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Partial RoPE, half-split: x is (B, T, H, hd); cos and sin (T, r/2) turn the first r channels."""
+    """Apply partial RoPE, half-split: x (B, T, H, hd); cos and sin (T, r/2) rotate the first r channels."""
     half = cos.shape[-1]
     a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
@@ -76,13 +76,37 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def exclusive(y: Tensor, v: Tensor) -> Tensor:
-    """XSA: remove from each head's output its component along the token's own value.
+    """Remove from each head's output its component along the token's own value (XSA).
 
-    y is (B, T, H, hd), v is (B, T, KV, hd); query head h belongs to KV head h // (H / KV).
+    y (B, T, H, hd), v (B, T, KV, hd); query head h belongs to KV head h // (H / KV).
     """
     groups = _wide(y).unflatten(2, (v.shape[2], -1))
     unit = F.normalize(_wide(v), dim=-1, eps=XSA_EPS).unsqueeze(3)
     return (groups - (groups * unit).sum(-1, keepdim=True) * unit).flatten(2, 3).to(y.dtype)
+
+
+def attention_heads(
+    x: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    q_gain: Tensor,
+    value_embed: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    num_kv_heads: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q (B, T, H, hd), normalized, rotated and scaled by its gain, k (B, T, KV, hd) and v, in `dtype`.
+
+    Projections are taken in x's dtype; everything after them in `dtype`.
+    """
+    q = (x @ query.T).to(dtype).unflatten(-1, (q_gain.shape[0], -1))
+    k = (x @ key.T).to(dtype).unflatten(-1, (num_kv_heads, -1))
+    v = x @ value.T
+    v = (v if value_embed is None else v + value_embed).to(dtype).unflatten(-1, (num_kv_heads, -1))
+    q = rotate(rms_norm(q), cos, sin) * q_gain.to(dtype)[:, None]
+    return q, rotate(rms_norm(k), cos, sin), v
 
 
 def attention_context(
@@ -97,17 +121,12 @@ def attention_context(
     num_kv_heads: int,
     xsa: bool,
 ) -> Tensor:
-    """Everything of `gqa_attention` before the output projection: (B, T, D) -> (B, T, D)."""
-    slots = qo_bank.shape[0] // 2
-    num_heads = q_gain.shape[0]
-    q = _wide(x @ qo_bank[slot].T).unflatten(-1, (num_heads, -1))
-    k = _wide(x @ kv_bank[slot].T).unflatten(-1, (num_kv_heads, -1))
-    v = x @ kv_bank[slots + slot].T
-    v = _wide(v if value_embed is None else v + value_embed).unflatten(-1, (num_kv_heads, -1))
-    cos, sin = _wide(cos).to(q.dtype), _wide(sin).to(q.dtype)
-    q = rotate(rms_norm(q), cos, sin) * _wide(q_gain)[:, None]
-    k = rotate(rms_norm(k), cos, sin)
-    repeat = num_heads // num_kv_heads
+    """Return everything of `gqa_attention` before the output projection: (B, T, D) -> (B, T, D)."""
+    layers = qo_bank.shape[0] // 2
+    weights = qo_bank[slot], kv_bank[slot], kv_bank[layers + slot]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    q, k, v = attention_heads(x, *weights, q_gain, value_embed, cos, sin, num_kv_heads, wide)
+    repeat = q.shape[2] // num_kv_heads
     keys, values = (t.repeat_interleave(repeat, dim=2).transpose(1, 2) for t in (k, v))
     scores = q.transpose(1, 2) @ keys.transpose(2, 3) * q.shape[-1] ** -0.5
     future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
@@ -127,7 +146,7 @@ def gqa_attention(
     num_kv_heads: int,
     xsa: bool,
 ) -> Tensor:
-    """`attention_context`, then the output projection from slot `slots + slot` of the qo bank."""
+    """Return `attention_context` times the output projection, slot `layers + slot` of the qo bank."""
     context = attention_context(x, qo_bank, kv_bank, q_gain, value_embed, cos, sin, slot, num_kv_heads, xsa)
     return context @ qo_bank[qo_bank.shape[0] // 2 + slot].T
 
@@ -135,11 +154,11 @@ def gqa_attention(
 def ngram_rows(
     tokens: Tensor, num_rows: int, has_leading_space: Tensor | None, trigram: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Table rows of the bigram and (or None) trigram ending at each token; tokens is (B, T) integer.
+    """Return table rows of the bigram and trigram (or None) ending at each token; tokens (B, T) integers.
 
     The key is the XOR of products of the last tokens, in int64 and never negative (ids are below 2^31).
-    Row num_rows - 1 stands for 'no n-gram here'. With `has_leading_space` (vocab,) the other rows are
-    split in two halves of (num_rows - 1) // 2: the first for word starts, the second for the rest.
+    Row num_rows - 1 means "no n-gram here". With `has_leading_space` (vocab,), the other rows are split into
+    two halves of (num_rows - 1) // 2: the first for word starts, the second for other tokens.
     """
     usable = num_rows - 1
     current = tokens.long()
@@ -166,7 +185,7 @@ def ngram_hash_embed(
     pos_conditional: bool,
     trigram: bool,
 ) -> Tensor:
-    """scale * gate * (table[bigram row] [+ table[trigram row]]), gate = boost at word starts, else 1."""
+    """Return scale * gate * (table[bigram row] [+ table[trigram row]]), gate = boost at word starts."""
     split = has_leading_space if pos_conditional else None
     bigram, third = ngram_rows(tokens, table.shape[0], split, trigram)
     rows = _wide(table[bigram])
@@ -181,14 +200,15 @@ def ngram_hash_embed(
 def softcap_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, softcap: float, z_loss: float = 0.0
 ) -> Tensor:
-    """-log softmax(softcap * tanh(x W^T / softcap))[target] + z_loss * (log of softmax's denominator)^2.
+    """Return -log softmax(softcap * tanh(x W^T / softcap))[target] + z_loss * log(Z)^2 of each token.
 
-    By row; x (N, D), weight (V, D), targets (N,).
+    Z is the denominator of the softmax; x (..., D), weight (V, D), targets (...).
     """
     logits = softcap * torch.tanh(_wide(x @ weight.T) / softcap)
-    loss = F.cross_entropy(logits, targets.long(), reduction="none")
-    # without z-loss nothing is computed for it: benchmarks time this
-    return loss + z_loss * logits.logsumexp(1).square() if z_loss else loss
+    flat = F.cross_entropy(logits.flatten(0, -2), targets.long().flatten(), reduction="none")
+    loss = flat.view(targets.shape)
+    # benchmarks time this, so without z-loss nothing is computed for it
+    return loss + z_loss * logits.logsumexp(-1).square() if z_loss else loss
 
 
 def newton_schulz(g: Tensor, steps: int) -> Tensor:

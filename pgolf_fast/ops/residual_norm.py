@@ -1,37 +1,48 @@
-"""pgolf::residual_norm — scaled residual sum and its scaled RMS norm in one pass; pgolf::smear_gate.
+"""pgolf::residual_norm: scaled residual sum and its scaled RMS norm in one pass; pgolf::smear_gate.
 
 Sources: PR 1501 (residual mix with x0, layer scale, SmearGate), Zhang & Sennrich 2019 (RMS norm).
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pgolf_fast.ops import launch, reference
-from pgolf_fast.ops.checks import expect_shape, same_device, same_dtype_device
-from pgolf_fast.ops.launch import Launch
+from pgolf_fast.ops import reference, tiles
+from pgolf_fast.ops.checks import (
+    as_rows,
+    dense,
+    expect_shape,
+    same_device,
+    same_dtype_device,
+    unit_inner_stride,
+)
+from pgolf_fast.ops.tiles import Tile
 
-# block_n is the widest row that is held whole
-launch.declare("residual_norm_fwd", sm90=Launch(4, 4096, num_warps=4))
-launch.declare("residual_norm_bwd", sm90=Launch(4, 4096, num_warps=4))
-launch.declare("smear_gate_fwd", sm90=Launch(16, 128, num_warps=4))
-launch.declare("smear_gate_bwd", sm90=Launch(16, 128, num_warps=4))
+# Not measured; bound by memory. block_n is the widest row that is kept in registers.
+tiles.declare("residual_norm_fwd", sm90=Tile(4, 4096, num_warps=4))
+tiles.declare("residual_norm_bwd", sm90=Tile(4, 4096, num_warps=4))
+# Not measured; bound by memory.
+tiles.declare("smear_gate_fwd", sm90=Tile(16, 128, num_warps=4))
+tiles.declare("smear_gate_bwd", sm90=Tile(16, 128, num_warps=4))
 
 # Programs that share the rows of a backward, each with its own partial sums of the per-channel gradients:
-# eight for each multiprocessor of an H100 or H200.
+# eight per multiprocessor of an H100 or H200.
 _PROGRAMS = 1056
-_LEAST_ROWS = 8  # rows a program at least, or its partial sums cost more than its rows
+_MIN_ROWS = 8  # per program; with fewer, partial sums would dominate
 
 
 def residual_norm(
     x: Tensor, branch: Tensor, x_scale: Tensor | None, branch_scale: Tensor, layer_scale: float
 ) -> tuple[Tensor, Tensor]:
-    """`mixed = x_scale * x + branch_scale * branch` and `layer_scale * rms_norm(mixed)`.
+    """Return `mixed = x_scale * x + branch_scale * branch` and `layer_scale * rms_norm(mixed)`.
 
-    x and branch (..., D) of one dtype; scales (D,), x_scale None meaning 1; both results are (..., D).
-    Raises ValueError for shapes or dtypes that do not fit.
+    x and branch (..., D) of one dtype; scales (D,) of any float dtype, x_scale None meaning 1. Both results
+    are (..., D) in x's dtype; the norm is taken of `mixed` as rounded. Raises ValueError if shapes, dtypes
+    or devices do not match.
     """
     mixed, normed, _ = torch.ops.pgolf.residual_norm(x, branch, x_scale, branch_scale, layer_scale)
     return mixed, normed
@@ -51,16 +62,22 @@ def _residual_norm(
     x: Tensor, branch: Tensor, x_scale: Tensor | None, branch_scale: Tensor, layer_scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check(x, branch, x_scale, branch_scale)
-    if launch.uses_kernels("residual_norm", x):
-        return _kernels_forward(x, branch, x_scale, branch_scale, layer_scale)
+    if tiles.uses_kernels("residual_norm", x):
+        return _forward_cuda(x, branch, x_scale, branch_scale, layer_scale)
+    return _forward_cpu(x, branch, x_scale, branch_scale, layer_scale)
+
+
+def _forward_cpu(
+    x: Tensor, branch: Tensor, x_scale: Tensor | None, branch_scale: Tensor, layer_scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.promote_types(x.dtype, torch.float32)
     mixed = torch.mul(branch, branch_scale.to(wide))
     mixed = mixed.add_(x) if x_scale is None else mixed.addcmul_(x.to(wide), x_scale.to(wide))
     mixed = mixed.to(x.dtype)
-    centre = mixed.to(wide)
-    rstd = torch.linalg.vector_norm(centre, dim=-1, keepdim=True)
+    values = mixed.to(wide)
+    rstd = torch.linalg.vector_norm(values, dim=-1, keepdim=True)
     rstd = rstd.square_().div_(max(x.shape[-1], 1)).add_(reference.RMS_EPS).rsqrt_()
-    return mixed.contiguous(), (centre * (rstd * layer_scale)).to(x.dtype).contiguous(), rstd.contiguous()
+    return mixed.contiguous(), (values * (rstd * layer_scale)).to(x.dtype).contiguous(), rstd.contiguous()
 
 
 @_residual_norm.register_fake
@@ -70,17 +87,12 @@ def _(x, branch, x_scale, branch_scale, layer_scale):
     return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(*x.shape[:-1], 1, dtype=wide)
 
 
-def _rows(t: Tensor) -> Tensor:
-    """(..., D) as (rows, D) with unit inner stride, copied only where it cannot be viewed so."""
-    rows = t.reshape(-1, t.shape[-1])
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
-
-
 def _partials(rows: int) -> int:
-    return max(1, min(_PROGRAMS, rows // _LEAST_ROWS))
+    """Return how many programs, each with a partial sum, share a backward over `rows` rows."""
+    return max(1, min(_PROGRAMS, rows // _MIN_ROWS))
 
 
-def _kernels_forward(
+def _forward_cuda(
     x: Tensor, branch: Tensor, x_scale: Tensor | None, branch_scale: Tensor, layer_scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     from pgolf_fast.kernels.residual_norm import launch_residual_norm_fwd
@@ -89,19 +101,11 @@ def _kernels_forward(
     rstd = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
     if not x.numel():
         return mixed, normed, rstd.fill_(reference.RMS_EPS**-0.5)
-    with launch.on_device_of(x):
-        launch_residual_norm_fwd(
-            _rows(x),
-            _rows(branch),
-            None if x_scale is None else x_scale.contiguous(),
-            branch_scale.contiguous(),
-            mixed,
-            normed,
-            rstd,
-            layer_scale=layer_scale,
-            eps=reference.RMS_EPS,
-            tile=launch.launch("residual_norm_fwd", x),
-        )
+    inputs = (as_rows(x), as_rows(branch), dense(x_scale), dense(branch_scale))
+    options = {"layer_scale": layer_scale, "eps": reference.RMS_EPS}
+    with tiles.on_device_of(x):
+        tile = tiles.lookup("residual_norm_fwd", x)
+        launch_residual_norm_fwd(*inputs, mixed, normed, rstd, **options, tile=tile)
     return mixed, normed, rstd
 
 
@@ -117,11 +121,25 @@ def _residual_norm_backward(
     rstd: Tensor,
     layer_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if launch.uses_kernels("residual_norm", x):
-        return _kernels_backward(dmixed, dnormed, x, branch, x_scale, branch_scale, mixed, rstd, layer_scale)
+    if tiles.uses_kernels("residual_norm", x):
+        return _backward_cuda(dmixed, dnormed, x, branch, x_scale, branch_scale, mixed, rstd, layer_scale)
+    return _backward_cpu(dmixed, dnormed, x, branch, x_scale, branch_scale, mixed, rstd, layer_scale)
+
+
+def _backward_cpu(
+    dmixed: Tensor,
+    dnormed: Tensor,
+    x: Tensor,
+    branch: Tensor,
+    x_scale: Tensor | None,
+    branch_scale: Tensor,
+    mixed: Tensor,
+    rstd: Tensor,
+    layer_scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide = rstd.dtype
     unit = mixed.to(wide) * rstd
-    # d rms_norm: rstd (g - unit mean(g unit)), g the gradient of the normalised value
+    # d rms_norm = rstd (g - unit mean(g unit)), where g is the gradient of the normalized value
     grad = dnormed.to(wide) * layer_scale
     along = (grad * unit).mean(-1, keepdim=True)
     total = grad.sub_(unit.mul_(along)).mul_(rstd).add_(dmixed)
@@ -145,7 +163,7 @@ def _(dmixed, dnormed, x, branch, x_scale, branch_scale, mixed, rstd, layer_scal
     return x.new_empty(x.shape), x.new_empty(x.shape), dx_scale, rstd.new_empty(x.shape[-1])
 
 
-def _kernels_backward(
+def _backward_cuda(
     dmixed: Tensor,
     dnormed: Tensor,
     x: Tensor,
@@ -161,31 +179,20 @@ def _kernels_backward(
     width, vectors = x.shape[-1], 1 if x_scale is None else 2
     dx, dbranch = x.new_empty(x.shape), x.new_empty(x.shape)
     if x.numel():
-        config = launch.launch("residual_norm_bwd", x)
-        dmixed, dnormed, mixed = _rows(dmixed), _rows(dnormed), mixed.contiguous().view(-1, width)
+        tile = tiles.lookup("residual_norm_bwd", x)
+        dmixed, dnormed, mixed = as_rows(dmixed), as_rows(dnormed), mixed.contiguous().view(-1, width)
         rstd, along = rstd.contiguous(), None
         partial = rstd.new_empty(vectors, _partials(len(mixed)), width)
-        with launch.on_device_of(x):
-            if not kernels.fits_tile(width, config):
+        with tiles.on_device_of(x):
+            if not kernels.fits_tile(width, tile):
                 along = torch.empty_like(rstd)
                 kernels.launch_residual_norm_bwd_mean(
-                    dnormed, mixed, rstd, along, layer_scale=layer_scale, tile=config
+                    dnormed, mixed, rstd, along, layer_scale=layer_scale, tile=tile
                 )
+            inputs = (dmixed, dnormed, as_rows(x), as_rows(branch), dense(x_scale), dense(branch_scale))
+            outputs = (dx, dbranch, partial)
             kernels.launch_residual_norm_bwd(
-                dmixed,
-                dnormed,
-                _rows(x),
-                _rows(branch),
-                None if x_scale is None else x_scale.contiguous(),
-                branch_scale.contiguous(),
-                mixed,
-                rstd,
-                along,
-                dx,
-                dbranch,
-                partial,
-                layer_scale=layer_scale,
-                tile=config,
+                *inputs, mixed, rstd, along, *outputs, layer_scale=layer_scale, tile=tile
             )
         sums = partial.sum(1)
     else:
@@ -193,14 +200,14 @@ def _kernels_backward(
     return dx, dbranch, sums[1].clone() if vectors == 2 else sums.new_empty(0), sums[0].clone()
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, branch, x_scale, branch_scale, ctx.layer_scale = inputs
     mixed, _, rstd = output
     ctx.save_for_backward(x, branch, x_scale, branch_scale, mixed, rstd)
     ctx.mark_non_differentiable(rstd)
 
 
-def _backward(ctx, dmixed, dnormed, _):
+def _backward(ctx: Any, dmixed: Tensor, dnormed: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     x, branch, x_scale, branch_scale, mixed, rstd = ctx.saved_tensors
     dx, dbranch, dx_scale, dbranch_scale = torch.ops.pgolf.residual_norm_backward(
         dmixed, dnormed, x, branch, x_scale, branch_scale, mixed, rstd, ctx.layer_scale
@@ -213,9 +220,9 @@ _residual_norm.register_autograd(_backward, setup_context=_setup_context)
 
 
 def smear_gate(x: Tensor, gate: Tensor) -> Tensor:
-    """`(1 - s) x_t + s x_{t-1}` with `s = sigmoid(gate)`; x (B, T, D), gate (D,), x_{-1} = 0.
+    """Return `(1 - s) x_t + s x_{t-1}` with `s = sigmoid(gate)` per channel and `x_{-1} = 0`.
 
-    Raises ValueError for shapes that do not fit.
+    x (B, T, D), gate (D,); the result is like x. Raises ValueError if shapes or devices do not match.
     """
     return torch.ops.pgolf.smear_gate(x, gate)
 
@@ -229,8 +236,8 @@ def _check_smear(x: Tensor, gate: Tensor) -> None:
 @torch.library.custom_op("pgolf::smear_gate", mutates_args=())
 def _smear_gate(x: Tensor, gate: Tensor) -> Tensor:
     _check_smear(x, gate)
-    if launch.uses_kernels("smear_gate", x):
-        return _smear_kernels_forward(x, gate)
+    if tiles.uses_kernels("smear_gate", x):
+        return _smear_forward_cuda(x, gate)
     return reference.smear_gate(x, gate).contiguous()
 
 
@@ -240,38 +247,38 @@ def _(x, gate):
     return x.new_empty(x.shape)
 
 
-def _unit_inner_stride(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 else t.contiguous()
-
-
-def _smear_kernels_forward(x: Tensor, gate: Tensor) -> Tensor:
+def _smear_forward_cuda(x: Tensor, gate: Tensor) -> Tensor:
     from pgolf_fast.kernels.smear_gate import launch_smear_gate_fwd
 
     out = x.new_empty(x.shape)
     if x.numel():
-        with launch.on_device_of(x):
-            config = launch.launch("smear_gate_fwd", x)
-            launch_smear_gate_fwd(_unit_inner_stride(x), gate.contiguous(), out, config)
+        with tiles.on_device_of(x):
+            tile = tiles.lookup("smear_gate_fwd", x)
+            launch_smear_gate_fwd(unit_inner_stride(x), gate.contiguous(), out, tile)
     return out
 
 
-def _smear_kernels_backward(dout: Tensor, x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+def _smear_backward_cuda(dout: Tensor, x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     from pgolf_fast.kernels.smear_gate import launch_smear_gate_bwd
 
     dx = x.new_empty(x.shape)
     if not x.numel():
         return dx, torch.zeros(gate.shape, dtype=gate.dtype, device=gate.device)
     partial = x.new_empty(_partials(x.shape[0] * x.shape[1]), x.shape[2], dtype=torch.float32)
-    dout, x = _unit_inner_stride(dout), _unit_inner_stride(x)
-    with launch.on_device_of(x):
-        launch_smear_gate_bwd(dout, x, gate.contiguous(), dx, partial, launch.launch("smear_gate_bwd", x))
+    dout, x = unit_inner_stride(dout), unit_inner_stride(x)
+    with tiles.on_device_of(x):
+        launch_smear_gate_bwd(dout, x, gate.contiguous(), dx, partial, tiles.lookup("smear_gate_bwd", x))
     return dx, partial.sum(0).to(gate.dtype)
 
 
 @torch.library.custom_op("pgolf::smear_gate_backward", mutates_args=())
 def _smear_gate_backward(dout: Tensor, x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    if launch.uses_kernels("smear_gate", x):
-        return _smear_kernels_backward(dout, x, gate)
+    if tiles.uses_kernels("smear_gate", x):
+        return _smear_backward_cuda(dout, x, gate)
+    return _smear_backward_cpu(dout, x, gate)
+
+
+def _smear_backward_cpu(dout: Tensor, x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(x.dtype, torch.float32)
     s = torch.sigmoid(gate.to(wide))
     dout, values = dout.to(wide), x.to(wide)
@@ -286,11 +293,11 @@ def _(dout, x, gate):
     return x.new_empty(x.shape), gate.new_empty(gate.shape)
 
 
-def _smear_setup_context(ctx, inputs, output) -> None:
+def _smear_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _smear_backward(ctx, dout):
+def _smear_backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor]:
     return torch.ops.pgolf.smear_gate_backward(dout, *ctx.saved_tensors)
 
 

@@ -1,40 +1,48 @@
-"""pgolf::softcap_cross_entropy — tied head, softcap and cross-entropy without the logits in memory."""
+"""pgolf::softcap_cross_entropy: tied head, softcap and cross-entropy without the logits in memory."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pgolf_fast.ops import launch
-from pgolf_fast.ops.checks import expect_shape, same_device, same_dtype_device
-from pgolf_fast.ops.launch import Launch
+from pgolf_fast.ops import tiles
+from pgolf_fast.ops.checks import (
+    expect_integer,
+    expect_shape,
+    same_device,
+    same_dtype_device,
+    unit_inner_stride,
+)
+from pgolf_fast.ops.tiles import Tile
 
 _ROWS = 4096  # rows of logits alive at once: 16 MB at vocabulary 1024
 
-# 128 registers a thread on sm_90 either way, so that two blocks share a multiprocessor and overlap
-launch.declare("softcap_cross_entropy_fwd", sm90=Launch(128, 128, 64, num_warps=8, num_stages=2))
-launch.declare("softcap_cross_entropy_dlogits", sm90=Launch(128, 128, 64, num_warps=8, num_stages=3))
+# 128 registers per thread on sm_90 in both, so that two blocks share a multiprocessor and overlap.
+tiles.declare("softcap_cross_entropy_fwd", sm90=Tile(128, 128, 64, num_warps=8, num_stages=2))
+tiles.declare("softcap_cross_entropy_dlogits", sm90=Tile(128, 128, 64, num_warps=8, num_stages=3))
 
-# Elements of d loss / d logits alive at once in the kernels' backward: 64 MiB in 16 bits, 32768 rows at
-# vocabulary 1024. One tile kernel writes them and two library products read them. The alternative without
-# them makes every tile of logits twice, for dx and for dW, with the whole width as accumulators in registers:
-# four matrix products instead of three, the added one at a fraction of a library's speed.
+# Elements of d loss / d logits alive at once in the kernels' backward: 64 MiB in 16 bits, 32,768 rows at
+# vocabulary 1024. One tile kernel writes them and two library products read them. A backward without them
+# would compute each tile of logits twice, for dx and for dW, with accumulators of the whole width in
+# registers: four matrix products instead of three, the added one at a fraction of a library's speed.
 _DLOGITS = 2**25
 
 
 def softcap_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, softcap: float, z_loss: float = 0.0
 ) -> Tensor:
-    """Per-token `-log softmax(softcap * tanh(x W^T / softcap))[target]`, float32 (float64 for float64 input).
+    """Return the loss of each token, `-log softmax(softcap * tanh(x W^T / softcap))[target]`, in nats.
 
-    To it is added `z_loss` times the square of log Z, the logarithm of softmax's denominator, which keeps
-    logits from drifting (Chowdhery et al. 2022, section 5; PR 301).
-    x (..., D), weight (V, D) of x's dtype, targets (...) integer in 0..V-1; result has targets' shape.
-    Raises ValueError for shapes or dtypes that do not fit; IndexError for a target outside the vocabulary.
-    On a GPU that check would stop the host: there, kernels give a loss (and gradients) of NaN for such a
-    target, and PyTorch ends with a device-side assertion.
+    `z_loss * log(Z)^2` is added, Z the denominator of the softmax, which keeps logits from drifting
+    (Chowdhery et al. 2022, section 5; PR 301).
+    x (..., D), weight (V, D) of x's dtype, targets (...) integers in 0..V-1; the result has the shape of
+    targets, in float32 (float64 for float64 input).
+    Raises ValueError if shapes or dtypes do not match, IndexError for a target outside the vocabulary. On a
+    GPU that check would synchronize: there, kernels return NaN losses and gradients for such a target, and
+    PyTorch fails with a device-side assertion.
     """
     expect_shape("softcap_cross_entropy", "targets", targets, tuple(x.shape[:-1]))
     flat = torch.ops.pgolf.softcap_cross_entropy(
@@ -48,10 +56,7 @@ def _check(x: Tensor, weight: Tensor, targets: Tensor, softcap: float, z_loss: f
     expect_shape("softcap_cross_entropy", "targets", targets, (x.shape[0],))
     same_dtype_device("softcap_cross_entropy", x=x, weight=weight)
     same_device("softcap_cross_entropy", x=x, targets=targets)
-    if targets.is_floating_point():
-        raise ValueError(
-            f"pgolf::softcap_cross_entropy: targets.dtype is {targets.dtype}; it must be an integer type"
-        )
+    expect_integer("softcap_cross_entropy", "targets", targets)
     if not softcap > 0:
         raise ValueError(f"pgolf::softcap_cross_entropy: softcap is {softcap}; it must be positive")
     if not z_loss >= 0:
@@ -59,7 +64,7 @@ def _check(x: Tensor, weight: Tensor, targets: Tensor, softcap: float, z_loss: f
 
 
 def _capped(x: Tensor, weight: Tensor, softcap: float) -> Tensor:
-    """tanh(x W^T / softcap) in at least float32, for some rows."""
+    """Return tanh(x W^T / softcap) in at least float32."""
     raw = x @ weight.T
     return raw.to(torch.promote_types(raw.dtype, torch.float32)).div_(softcap).tanh_()
 
@@ -69,11 +74,11 @@ def _softcap_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, softcap: float, z_loss: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     _check(x, weight, targets, softcap, z_loss)
-    if not x.is_cuda:  # on a GPU a look at them would stop the host, and end a capture
+    if not x.is_cuda:  # on a GPU, reading them would synchronize and break a CUDA graph capture
         _check_targets(targets, weight.shape[0])
-    if not launch.uses_kernels("softcap_cross_entropy", x):
-        return _forward(x, weight, targets, softcap, z_loss)
-    return _kernels_forward(x, weight, targets, softcap, z_loss)
+    if tiles.uses_kernels("softcap_cross_entropy", x):
+        return _forward_cuda(x, weight, targets, softcap, z_loss)
+    return _forward_cpu(x, weight, targets, softcap, z_loss)
 
 
 def _check_targets(targets: Tensor, vocab: int) -> None:
@@ -86,7 +91,7 @@ def _check_targets(targets: Tensor, vocab: int) -> None:
         )
 
 
-def _forward(
+def _forward_cpu(
     x: Tensor, weight: Tensor, targets: Tensor, softcap: float, z_loss: float
 ) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -95,7 +100,7 @@ def _forward(
         rows = slice(start, start + _ROWS)
         logits = _capped(x[rows], weight, softcap).mul_(softcap)
         chosen = logits.gather(1, targets[rows].long().unsqueeze(1)).squeeze(1)
-        # |logit| <= softcap, so the exponentials cannot overflow below softcap 88
+        # |logit| <= softcap, so exp cannot overflow below softcap 88 and needs no maximum
         logsumexp[rows] = logits.exp_().sum(1).log_() if softcap < 80 else logits.logsumexp(1)
         loss[rows] = logsumexp[rows] - chosen + z_loss * logsumexp[rows].square()
     return loss, logsumexp
@@ -108,36 +113,25 @@ def _(x, weight, targets, softcap, z_loss=0.0):
     return x.new_empty(x.shape[0], dtype=wide), x.new_empty(x.shape[0], dtype=wide)
 
 
-def _unit_inner_stride(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 else t.contiguous()
-
-
-def _launch(kernel: str, x: Tensor) -> Launch:
-    """float32 has no tensor cores to feed: smaller tiles, or its products spill."""
-    row = launch.launch(kernel, x)
+def _tile(kernel: str, x: Tensor) -> Tile:
+    """Look up the tile; float32 gets at most 64 x 64, because its products would spill registers."""
+    tile = tiles.lookup(kernel, x)
     if x.element_size() <= 2:
-        return row
-    return replace(row, block_m=min(row.block_m, 64), block_n=min(row.block_n, 64))
+        return tile
+    return replace(tile, block_m=min(tile.block_m, 64), block_n=min(tile.block_n, 64))
 
 
-def _kernels_forward(
+def _forward_cuda(
     x: Tensor, weight: Tensor, targets: Tensor, softcap: float, z_loss: float
 ) -> tuple[Tensor, Tensor]:
     from pgolf_fast.kernels.softcap_cross_entropy import launch_softcap_cross_entropy_fwd
 
     loss, logsumexp = (x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(2))
     if x.shape[0]:
-        with launch.on_device_of(x):
-            launch_softcap_cross_entropy_fwd(
-                _unit_inner_stride(x),
-                _unit_inner_stride(weight),
-                targets,
-                loss,
-                logsumexp,
-                softcap=softcap,
-                z_loss=z_loss,
-                tile=_launch("softcap_cross_entropy_fwd", x),
-            )
+        inputs = (unit_inner_stride(x), unit_inner_stride(weight), targets)
+        options = {"softcap": softcap, "z_loss": z_loss, "tile": _tile("softcap_cross_entropy_fwd", x)}
+        with tiles.on_device_of(x):
+            launch_softcap_cross_entropy_fwd(*inputs, loss, logsumexp, **options)
     return loss, logsumexp
 
 
@@ -151,8 +145,20 @@ def _softcap_cross_entropy_backward(
     softcap: float,
     z_loss: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    if launch.uses_kernels("softcap_cross_entropy", x):
-        return _kernels_backward(dloss, x, weight, targets, logsumexp, softcap, z_loss)
+    if tiles.uses_kernels("softcap_cross_entropy", x):
+        return _backward_cuda(dloss, x, weight, targets, logsumexp, softcap, z_loss)
+    return _backward_cpu(dloss, x, weight, targets, logsumexp, softcap, z_loss)
+
+
+def _backward_cpu(
+    dloss: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    logsumexp: Tensor,
+    softcap: float,
+    z_loss: float,
+) -> tuple[Tensor, Tensor]:
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     accumulator = weight.new_zeros(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32))
     for start in range(0, x.shape[0], _ROWS):
@@ -176,7 +182,7 @@ def _(dloss, x, weight, targets, logsumexp, softcap, z_loss=0.0):
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
-def _kernels_backward(
+def _backward_cuda(
     dloss: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -187,40 +193,31 @@ def _kernels_backward(
 ) -> tuple[Tensor, Tensor]:
     from pgolf_fast.kernels.softcap_cross_entropy import launch_softcap_cross_entropy_dlogits
 
-    x, weight = _unit_inner_stride(x), _unit_inner_stride(weight)
+    x, weight = unit_inner_stride(x), unit_inner_stride(weight)
     dx, (vocab, _), count = x.new_empty(x.shape), weight.shape, x.shape[0]
-    config = _launch("softcap_cross_entropy_dlogits", x)
-    size = min(count, max(config.block_m, _DLOGITS // max(vocab, 1)))
+    tile = _tile("softcap_cross_entropy_dlogits", x)
+    size = min(count, max(tile.block_m, _DLOGITS // max(vocab, 1)))
     dlogits = x.new_empty(size, vocab)
     dweight = None if 0 < count <= size else weight.new_zeros(weight.shape, dtype=torch.float32)
     for start in range(0, count, max(size, 1)):
         rows = slice(start, min(start + size, count))
         low = dlogits[: rows.stop - start]
-        with launch.on_device_of(x):
-            launch_softcap_cross_entropy_dlogits(
-                x[rows],
-                weight,
-                targets[rows],
-                logsumexp[rows],
-                dloss[rows],
-                low,
-                softcap=softcap,
-                z_loss=z_loss,
-                tile=config,
-            )
+        inputs = (x[rows], weight, targets[rows], logsumexp[rows], dloss[rows])
+        with tiles.on_device_of(x):
+            launch_softcap_cross_entropy_dlogits(*inputs, low, softcap=softcap, z_loss=z_loss, tile=tile)
         torch.mm(low, weight, out=dx[rows])
         dweight = low.T @ x[rows] if dweight is None else dweight.add_(low.T @ x[rows])
     assert dweight is not None
     return dx, dweight.to(weight.dtype)
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, targets, ctx.softcap, ctx.z_loss = inputs
     ctx.save_for_backward(x, weight, targets, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx, dloss, _):
+def _backward(ctx: Any, dloss: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     x, weight, targets, logsumexp = ctx.saved_tensors
     dx, dweight = torch.ops.pgolf.softcap_cross_entropy_backward(
         dloss, x, weight, targets, logsumexp, ctx.softcap, ctx.z_loss

@@ -1,8 +1,8 @@
-"""Launch rows that were measured on this machine: where they are kept, and how they replace the table's.
+"""Tiles measured on this machine by `pgolf tune`, kept in one JSON file.
 
-One JSON file, written by `pgolf tune`, in $PGOLF_FAST_CACHE or the user's cache folder. A row counts for one
-kernel, dtype, GPU, Triton version and kernel source, and for every number of tokens. PGOLF_FAST_TUNE=off
-ignores the file. Loading never measures anything.
+The file is in $PGOLF_FAST_CACHE or the user's cache folder. A tile is valid for one kernel, dtype, GPU,
+Triton version and kernel source, and for any number of tokens. PGOLF_FAST_TUNE=off ignores the file. Loading
+never measures.
 """
 
 from __future__ import annotations
@@ -20,33 +20,34 @@ import torch
 
 from pgolf_fast import console
 from pgolf_fast.io import write_text
-from pgolf_fast.ops import launch
-from pgolf_fast.ops.launch import Launch
+from pgolf_fast.ops import tiles
+from pgolf_fast.ops.tiles import Tile
 
-FILE_NAME = "launches.json"
+FILE_NAME = "tiles.json"
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """The best row found for a kernel, and the two times that say so (of the whole op, in milliseconds)."""
+    """The fastest tile of a kernel, and the time of the whole op with it and with the table's, in ms."""
 
     kernel: str
     dtype: str
     gpu: str
     triton: str
     source: str
-    row: Launch
+    tile: Tile
     ms: float
     table_ms: float
     measured: str
 
     @property
     def key(self) -> str:
+        """Everything that the tile is valid for."""
         return "|".join((self.kernel, self.dtype, self.gpu, self.triton, self.source))
 
 
 def cache_file() -> Path:
-    """Where rows are kept."""
+    """The file that tiles are kept in."""
     folder = os.environ.get("PGOLF_FAST_CACHE")
     if folder is not None:
         return Path(folder) / FILE_NAME
@@ -58,7 +59,7 @@ def cache_file() -> Path:
 
 
 def triton_version() -> str:
-    """Of the installed Triton; 'none' without it."""
+    """Version of the installed Triton, or "none"."""
     try:
         return metadata.version("triton")
     except metadata.PackageNotFoundError:
@@ -66,21 +67,21 @@ def triton_version() -> str:
 
 
 def source_hash(kernel: str) -> str:
-    """Over the files of kernels/ that begin with the kernel's first word, and the files those import.
+    """Hash of the kernel files that begin with the kernel's first word, and of the files they import.
 
-    A kernel whose name matches no file is hashed over all of them.
+    A kernel whose name matches no file is hashed over all files.
     """
     spec = util.find_spec("pgolf_fast.kernels")
-    folders = [Path(folder) for folder in (spec.submodule_search_locations or ()) if spec] if spec else []
+    folders = map(Path, (spec.submodule_search_locations or ()) if spec else ())
     files = {path.stem: path for folder in folders for path in sorted(folder.glob("*.py"))}
     word = kernel.split("_")[0]
-    wanted = [stem for stem in files if stem.split("_")[0] == word] or list(files)
+    waiting = [stem for stem in files if stem.split("_")[0] == word] or list(files)
     seen: set[str] = set()
-    while wanted:
-        stem = wanted.pop()
+    while waiting:
+        stem = waiting.pop()
         if stem not in seen and stem in files:
             seen.add(stem)
-            wanted += _imported(files[stem])
+            waiting += _imported(files[stem])
     digest = hashlib.sha256()
     for stem in sorted(seen):
         digest.update(stem.encode() + b"\0" + files[stem].read_bytes() + b"\0")
@@ -95,59 +96,56 @@ def _imported(path: Path) -> list[str]:
 
 
 def read_rows(path: Path) -> list[Tuned]:
-    """All rows of a file; none when it does not exist. A file that cannot be read is reported and ignored."""
+    """All tiles of a file, none if it does not exist. An unreadable file is ignored with a warning."""
     if not path.is_file():
         return []
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return [_row(entry) for entry in content["rows"]]
+        return [_parse(entry) for entry in content["tiles"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        console.logger.warning(
-            "%s is not a file of `pgolf tune` (%s): its launch rows are ignored", path, error
-        )
+        console.logger.warning("%s was not written by `pgolf tune` (%s): its tiles are ignored", path, error)
         return []
 
 
-def _row(entry: dict[str, object]) -> Tuned:
-    given = entry["row"]
-    names = {f.name for f in fields(Launch)}
-    if not isinstance(given, dict) or set(given) != names:
-        raise ValueError(f"a row has fields {given!r}")
+def _parse(entry: dict[str, object]) -> Tuned:
+    given = entry["tile"]
+    if not isinstance(given, dict) or set(given) != {field.name for field in fields(Tile)}:
+        raise ValueError(f"a tile has fields {given!r}")
     if not all(isinstance(value, int) and 0 < value <= 65_536 for value in given.values()):
-        raise ValueError(f"a row is {given!r}")
-    return Tuned(**{**entry, "row": Launch(**given)})  # type: ignore[arg-type]  # fields are checked by name
+        raise ValueError(f"a tile is {given!r}")
+    return Tuned(**{**entry, "tile": Tile(**given)})  # type: ignore[arg-type]  # fields are checked by name
 
 
-def save_rows(path: Path, rows: Sequence[Tuned]) -> None:
-    """Add rows to the file, in place of those with the same key. Written whole or not at all."""
-    known = {row.key: row for row in (*read_rows(path), *rows)}
-    entries = [asdict(row) for _, row in sorted(known.items())]
-    write_text(path, json.dumps({"rows": entries}, indent=1) + "\n")
+def save_rows(path: Path, found: Sequence[Tuned]) -> None:
+    """Add tiles to the file, replacing those with the same key. The file is written whole or not at all."""
+    known = {one.key: one for one in (*read_rows(path), *found)}
+    entries = [asdict(one) for _, one in sorted(known.items())]
+    write_text(path, json.dumps({"tiles": entries}, indent=1) + "\n")
 
 
 def load_tuned(device: torch.device | None = None, path: Path | None = None) -> int:
-    """Put this GPU's rows into the launch table; returns how many. Nothing happens without a GPU.
+    """Put this GPU's tiles into the table and return how many there are; 0 without a GPU.
 
-    The table is written for 16-bit elements, so rows measured in bfloat16 are the ones that count.
+    The table is written for 16-bit elements, so only tiles measured in bfloat16 are used.
     """
     if os.environ.get("PGOLF_FAST_TUNE") == "off" or not torch.cuda.is_available():
         return 0
     device = device or torch.device("cuda", torch.cuda.current_device())
-    rows = matching(read_rows(path or cache_file()), torch.cuda.get_device_name(device))
-    arch = launch.architecture(device)
-    launch.set_launches({row.kernel: {arch: row.row} for row in rows})
-    if rows:
-        console.logger.info("%d launch rows measured on this GPU", len(rows))
-    return len(rows)
+    found = matching(read_rows(path or cache_file()), torch.cuda.get_device_name(device))
+    arch = tiles.architecture(device)
+    tiles.set_tiles({one.kernel: {arch: one.tile} for one in found})
+    if found:
+        console.logger.info("%d tiles measured on this GPU", len(found))
+    return len(found)
 
 
-def matching(rows: Sequence[Tuned], gpu: str) -> list[Tuned]:
-    """Rows for that GPU, the installed Triton and the kernels as they are now."""
-    version, known = triton_version(), set(launch.kernels())
+def matching(found: Sequence[Tuned], gpu: str) -> list[Tuned]:
+    """Tiles for that GPU, the installed Triton and the kernels' present source."""
+    version, known = triton_version(), set(tiles.kernels())
     return [
-        row
-        for row in rows
-        if (row.gpu, row.triton, row.dtype) == (gpu, version, "bfloat16")
-        and row.kernel in known
-        and row.source == source_hash(row.kernel)
+        one
+        for one in found
+        if (one.gpu, one.triton, one.dtype) == (gpu, version, "bfloat16")
+        and one.kernel in known
+        and one.source == source_hash(one.kernel)
     ]

@@ -2,7 +2,7 @@ import pytest
 import torch
 from helpers import assert_matches_float64
 
-from pgolf_fast.ops import attention_backend, gqa_attention, launch, reference
+from pgolf_fast.ops import attention_backend, gqa_attention, reference, tiles
 from pgolf_fast.ops.attention_backend import NAMES, Shape
 
 HAS_KERNELS = True
@@ -17,7 +17,7 @@ def back_to_auto():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_plain_attention_equals_the_flash_kernel(dtype):
-    """What GPUs without a flash kernel for a shape run, against PyTorch's kernel on the CPU."""
+    """The fallback of GPUs without a flash kernel, against PyTorch's kernel on the CPU."""
     q, dy = (torch.randn(2, 37, 6, 10).to(dtype) for _ in range(2))
     k, v = (torch.randn(2, 37, 3, 10).to(dtype) for _ in range(2))
     tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
@@ -32,7 +32,7 @@ def test_plain_attention_equals_the_flash_kernel(dtype):
 @pytest.mark.parametrize("xsa", [False, True], ids=["full", "xsa"])
 @pytest.mark.parametrize("name", ["triton", "flash", "plain"])
 def test_each_backend_gives_the_same_op(name, xsa, device):
-    """Where the op runs kernels, each backend stands between the same projection and the same way back."""
+    """If the op runs kernels, each backend follows the same projection and precedes the same backward."""
     attention_backend.choose(name)
     x, qo, kv = torch.randn(2, 37, 64), torch.randn(4, 64, 64) / 8, torch.randn(4, 32, 64) / 8
     gain, value = torch.tensor([1.5, -0.7, 0.0, 2.0]), torch.randn(2, 37, 32)
@@ -48,20 +48,20 @@ def test_each_backend_gives_the_same_op(name, xsa, device):
 
 @pytest.mark.parametrize("name", ["triton", "flash", "plain"])
 def test_a_lone_token_has_no_gradient(name, device):
-    """XSA leaves nothing of its own value, and what the backend adds up has to cancel."""
+    """XSA removes a token's own value entirely, so the backend's gradients must cancel."""
     attention_backend.choose(name)
     x, qo, kv = torch.randn(3, 1, 32), torch.randn(2, 32, 32) / 6, torch.randn(2, 16, 32) / 6
     inputs = [t.to(device, torch.bfloat16).requires_grad_() for t in (x, qo, kv)]
     tables, gain = [torch.ones(1, 0, device=device)] * 2, torch.ones(2, device=device)
     out = gqa_attention(*inputs, gain, None, *tables, 0, num_kv_heads=1, xsa=True)
     # in PyTorch without kernels, one part is rounded and the other is not
-    bound = 1e-5 if launch.uses_kernels("gqa_attention", x) else 2e-2
+    bound = 1e-5 if tiles.uses_kernels("gqa_attention", x) else 2e-2
     for grad in torch.autograd.grad(out, inputs, torch.randn_like(out)):
         assert grad.abs().max() < bound
 
 
 def test_backward_of_one_follows_the_forward_of_another(device):
-    """What is saved does not depend on the backend, so that changing it in between changes nothing."""
+    """Saved tensors do not depend on the backend: changing it in between changes nothing."""
     inputs = [torch.randn(1, 35, 32), torch.randn(2, 32, 32) / 6, torch.randn(2, 16, 32) / 6, torch.ones(2)]
     inputs = [t.to(device).requires_grad_() for t in inputs]
     tables = [torch.ones(35, 0, device=device)] * 2
@@ -76,7 +76,7 @@ def test_backward_of_one_follows_the_forward_of_another(device):
 
 
 def test_default_is_ours_where_nothing_else_can():
-    with launch.kernels_on_cpu("sm90"):
+    with tiles.kernels_on_cpu("sm90"):
         for dtype in (torch.bfloat16, torch.float32):
             assert attention_backend.backend(Shape(CPU, dtype, 64)) == "triton"
             assert attention_backend.backend(Shape(CPU, dtype, 64, windowed=True)) == "triton"

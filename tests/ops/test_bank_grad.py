@@ -1,12 +1,12 @@
-"""grad_bank[slot] += left @ right: in the bank's own precision, for any strides, the same every time."""
+"""grad_bank[slot] += left @ right: in the bank's precision, for any strides, bitwise reproducible."""
 
 import pytest
 import torch
 from helpers import LAYOUTS, assert_as_accurate
 
-from pgolf_fast.ops import launch
-from pgolf_fast.ops.bank_grad import _depth_a_split, add_matmul
-from pgolf_fast.ops.launch import Launch
+from pgolf_fast.ops import tiles
+from pgolf_fast.ops.bank_grad import _depth_per_split, add_matmul
+from pgolf_fast.ops.tiles import Tile
 
 HAS_KERNELS = True
 # rows of the weight, rows of data, columns of the weight; interpreted, 600 rows are summed in two parts
@@ -14,7 +14,7 @@ SHAPES = [(64, 96, 32), (40, 600, 70), (33, 31, 1), (1, 1, 1), (1, 300, 1), (0, 
 
 
 def make(shape, dtype, bank_dtype=torch.float32, device="cpu"):
-    """A bank that starts out large, so that adding in a narrower dtype or overwriting shows."""
+    """A bank that starts with large values, which exposes overwriting or adding in a narrower dtype."""
     n, rows, k = shape
     left = torch.randn(rows, n, device=device).to(dtype).T
     right = torch.randn(rows, k, device=device).to(dtype)
@@ -29,7 +29,7 @@ def test_adds_to_its_slot(shape, dtype, device):
     add_matmul(bank, 1, left, right)
     exact = before[1].double() + left.double() @ right.double()
     # PyTorch's float32 product rounds every time it adds to the large bank; the kernels only once
-    kept = launch.uses_kernels("weight_grad", left)
+    kept = tiles.uses_kernels("weight_grad", left)
     low = before[1] + (left.float() @ right.float() if kept else (left @ right).float())
     rounding = 2**-20 * exact.abs().amax().item() if exact.numel() else 0
     assert_as_accurate(bank[1], low, exact, atol=rounding)
@@ -45,7 +45,7 @@ def test_banks_of_any_dtype(rows, bank_dtype, device):
     low = (bank[2].float() + (left @ right).float()).to(bank_dtype)
     add_matmul(bank, 2, left, right)
     assert_as_accurate(bank[2], low, exact, atol=torch.finfo(bank_dtype).eps * float(exact.abs().max()))
-    if bank_dtype == torch.float64 and launch.uses_kernels("weight_grad", left):
+    if bank_dtype == torch.float64 and tiles.uses_kernels("weight_grad", left):
         assert (bank[2] - exact).abs().max() < 1e-4
 
 
@@ -74,10 +74,10 @@ def test_same_bits_every_time(device):
 
 
 def test_rows_are_split_to_fill_a_gpu():
-    tiles = Launch(128, 256, 64)
+    tiles = Tile(128, 256, 64)
 
     def splits(n, k, depth):
-        own = _depth_a_split(torch.empty(n, k), depth, tiles)
+        own = _depth_per_split(torch.empty(n, k), depth, tiles)
         assert own % tiles.block_k == 0
         return -(-depth // own)
 

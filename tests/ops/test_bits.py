@@ -1,4 +1,4 @@
-"""pgolf::*_bits: the C++ paths and the torch reference agree to the bit, in every width."""
+"""pgolf::*_bits: the C++ paths and the torch reference agree bitwise, in every width."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -31,7 +31,7 @@ def implementation(request, monkeypatch):
     if request.param != "torch" and found is None:
         pytest.skip("pgolf_fast._C was not built")
     if request.param == "SIMD" and found.bits_simd() == "none":
-        pytest.skip("this processor has no path of its own")
+        pytest.skip("this processor has no SIMD path")
     monkeypatch.setattr(native, "extension", lambda: found)
 
 
@@ -40,7 +40,7 @@ def random_codes(bits, *shape):
 
 
 def pack_one_by_one(codes, bits):
-    """The layout of ops/bits.py, read aloud."""
+    """The layout of ops/bits.py, one code at a time."""
     if bits == 8:
         return codes.contiguous().view(torch.uint8)
     rows = []
@@ -85,7 +85,7 @@ def test_unpack_accepts_any_bytes(bits, implementation):
 @settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_round_trip(data):
-    """The path that runs here, any matrix; it agrees with the reference too."""
+    """Any matrix round-trips, and agrees with the reference."""
     bits = data.draw(st.sampled_from(WIDTHS))
     rows, columns = data.draw(st.integers(0, 5)), data.draw(st.integers(0, 140))
     codes = st.integers(-(1 << bits - 1), (1 << bits - 1) - 1)
@@ -99,7 +99,7 @@ def test_round_trip(data):
 @each_width
 @pytest.mark.parametrize("threads", [1, 3])
 def test_large_inputs_in_threads(bits, threads):
-    """Enough rows that they are shared out; the first bad code is named whichever thread meets one first."""
+    """Enough rows for several threads; the first bad code is named whichever thread finds one first."""
     native_code = native.extension()
     if native_code is None:
         pytest.skip("pgolf_fast._C was not built")
@@ -126,7 +126,7 @@ def test_dequantize_is_the_formula_to_the_bit(shape, bits, implementation):
 
 
 def test_bfloat16_rounds_to_nearest_even(implementation):
-    """All 8-bit codes times scales at, beside and between ties, at the ends of the range, and no numbers."""
+    """All 8-bit codes times scales at, near and between ties, at the ends of the range, and NaN."""
     mantissas = torch.arange(0x3F800000, 0x3F820000, 0x0FFF, dtype=torch.int32).view(torch.float32)
     special = [0.0, -0.0, 2.0**-149, 2.0**-133, 3e38, -3.3e38, float("inf"), -float("inf"), float("nan")]
     nans = torch.tensor([0x7FFFFFFF, -1, 0x7F800001], dtype=torch.int32).view(torch.float32)

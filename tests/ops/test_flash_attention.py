@@ -1,11 +1,11 @@
-"""The attention kernels alone, with tiles of every proportion; the whole op is in test_gqa_attention."""
+"""The attention kernels alone, with tiles of several proportions; test_gqa_attention tests the whole op."""
 
 import pytest
 import torch
 from helpers import assert_as_accurate
 
-from pgolf_fast.ops import launch, reference
-from pgolf_fast.ops.launch import Launch
+from pgolf_fast.ops import reference, tiles
+from pgolf_fast.ops.tiles import Tile
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def place():
     import interpreter
 
     interpreter.install()
-    with launch.kernels_on_cpu("interpreter"):
+    with tiles.kernels_on_cpu("interpreter"):
         yield "cpu"
 
 
@@ -77,7 +77,7 @@ def run_forward(q, k, v, gain, xsa, tiles):
 
 
 def run_backward(g, q, k, v, gain, xsa, tiles):
-    """Gradients of q (times gain), k and v, by way of all four kernels."""
+    """Gradients of q (times gain), k and v, through all four kernels."""
     from pgolf_fast.kernels import flash_attention_backward as kernels
 
     context, along, lse = run_forward(q, k, v, gain, xsa, tiles)
@@ -99,7 +99,7 @@ def run_backward(g, q, k, v, gain, xsa, tiles):
 def test_forward(shape, tiles, dtype, place):
     q, k, v, gain, _ = make(shape, dtype, place)
     xsa = shape != "odd"
-    context, along, lse = run_forward(q, k, v, gain, xsa, Launch(*tiles, 32, 4, 1))
+    context, along, lse = run_forward(q, k, v, gain, xsa, Tile(*tiles, 32, 4, 1))
     exact = formula(*(t.double() for t in (q, k, v, gain)), xsa)
     low = formula(*(t.float() for t in (q, k, v, gain)), xsa, round_to=dtype)
     rounding = torch.finfo(dtype).eps * exact[0].abs().max().item()
@@ -123,7 +123,7 @@ def test_backward(shape, tiles, dtype, place):
         return torch.autograd.grad(context, [heads, *leaves[1:]], g.to(wide))
 
     exact, low = gradients(torch.double), gradients(torch.float, round_to=dtype)
-    got = run_backward(g, q, k, v, gain, xsa, Launch(*tiles, 32, 4, 1))
+    got = run_backward(g, q, k, v, gain, xsa, Tile(*tiles, 32, 4, 1))
     for mine, theirs, right in zip(got, low, exact, strict=True):
         # the yardstick rounds forward only: one rounding of p and ds, of dy, and of the result come on top,
         # also where terms of about 1 cancel
@@ -132,17 +132,17 @@ def test_backward(shape, tiles, dtype, place):
 
 
 def test_backward_is_deterministic(place):
-    """The same call twice is the same to the bit: nothing is added in an order that varies."""
+    """The same call gives the same bits: no sum has a varying order."""
     q, k, v, gain, g = make("group 4", torch.float32, place)
-    first, second = (run_backward(g, q, k, v, gain, True, Launch(32, 16, 32, 4, 1)) for _ in range(2))
+    first, second = (run_backward(g, q, k, v, gain, True, Tile(32, 16, 32, 4, 1)) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 def test_window_is_bitwise_the_end(place):
-    """With blocks of queries at the same places, the last rows of a full run are the window's, bit by bit."""
+    """With aligned blocks of queries, the last rows of a full run equal the window's bitwise."""
     q, k, v, gain, _ = make("square", torch.float32, place)
-    tiles = Launch(32, 16, 32, 4, 1)
+    tiles = Tile(32, 16, 32, 4, 1)
     full, window = (
         run_forward(q, k, v, gain, True, tiles),
         run_forward(q[:, 32:].contiguous(), k, v, gain, True, tiles),
@@ -155,14 +155,14 @@ def test_window_is_bitwise_the_end(place):
 @pytest.mark.parametrize("head_dim", [16, 32, 64, 128])
 @pytest.mark.parametrize("length", [2048, 1999])
 def test_real_tiles_on_a_gpu(length, head_dim):
-    """The tiles of the launch table, against PyTorch's flash attention."""
+    """The tiles of the table, against PyTorch's flash attention."""
     from pgolf_fast.ops import gqa_attention_kernels as ops
 
     heads, kv_heads = 8, 4
     q = torch.randn(2, length, heads, head_dim, device="cuda", dtype=torch.bfloat16)
     k, v = (torch.randn(2, length, kv_heads, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     gain = torch.ones(heads, device="cuda")
-    got = run_forward(q, k, v, gain, False, ops._tiles("flash_attention_forward", q))[0]
+    got = run_forward(q, k, v, gain, False, ops.tile_for("flash_attention_fwd", q))[0]
     low = formula(q.float(), k.float(), v.float(), gain, False, round_to=torch.bfloat16)[0]
     exact = formula(q.double(), k.double(), v.double(), gain.double(), False)[0]
     assert_as_accurate(got, low, exact, atol=1e-2)
@@ -170,12 +170,12 @@ def test_real_tiles_on_a_gpu(length, head_dim):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_more_than_2_to_the_31_elements():
-    """q of 2^32 elements: the last sequence is as right as alone."""
+    """q of 2^32 elements: the last sequence equals that sequence alone."""
     heads, head_dim, length = 8, 64, 2048
     batch = 2**32 // (heads * head_dim * length) + 1
     q = torch.empty(batch, length, heads, head_dim, device="cuda", dtype=torch.bfloat16).normal_()
     k = torch.randn(batch, length, 4, head_dim, device="cuda", dtype=torch.bfloat16)
-    gain, tiles = torch.ones(heads, device="cuda"), Launch(128, 64, 64, 4, 3)
+    gain, tiles = torch.ones(heads, device="cuda"), Tile(128, 64, 64, 4, 3)
     many = run_forward(q, k, k, gain, True, tiles)[0][-1]
     alone = run_forward(q[-1:].contiguous(), k[-1:].contiguous(), k[-1:].contiguous(), gain, True, tiles)[0][
         0

@@ -10,46 +10,45 @@ from helpers import (
     results,
 )
 
-from pgolf_fast.ops import gqa_attention, launch, reference
+from pgolf_fast.ops import cases, gqa_attention, reference
+from pgolf_fast.ops.case import Sizes
 
 HAS_KERNELS = True
 
-# (B, T), heads, KV heads, head dim, rotated channels
+
+def sizes(batch, length, heads, kv_heads, head_dim, rotary):
+    return Sizes(batch, length, heads * head_dim, heads, kv_heads, rotary)
+
+
 CASES = {
-    "aligned": ((2, 16), 4, 2, 16, 8),
-    "odd": ((3, 7), 3, 1, 10, 6),
-    "ratio 1": ((2, 5), 2, 2, 32, 32),
-    "ratio 4": ((1, 33), 4, 1, 16, 16),
-    "one token": ((2, 1), 4, 2, 16, 8),
-    "one row": ((1, 1), 1, 1, 16, 0),
-    "head dim 64": ((1, 20), 2, 1, 64, 16),
-    "head dim 128": ((1, 9), 2, 1, 128, 128),
-    "long": ((1, 130), 2, 1, 16, 4),
-    "tiles": ((2, 40), 4, 2, 16, 8),
-    "head dim 24": ((1, 35), 3, 3, 24, 8),
-    "head dim 48": ((2, 33), 2, 1, 48, 0),
-    "no rows": ((0, 4), 2, 1, 16, 8),
-    "no tokens": ((2, 0), 2, 1, 16, 8),
+    "aligned": sizes(2, 16, 4, 2, 16, 8),
+    "odd": sizes(3, 7, 3, 1, 10, 6),
+    "ratio 1": sizes(2, 5, 2, 2, 32, 32),
+    "ratio 4": sizes(1, 33, 4, 1, 16, 16),
+    "one token": sizes(2, 1, 4, 2, 16, 8),
+    "one row": sizes(1, 1, 1, 1, 16, 0),
+    "head dim 64": sizes(1, 20, 2, 1, 64, 16),
+    "head dim 128": sizes(1, 9, 2, 1, 128, 128),
+    "long": sizes(1, 130, 2, 1, 16, 4),
+    "tiles": sizes(2, 40, 4, 2, 16, 8),
+    "head dim 24": sizes(1, 35, 3, 3, 24, 8),
+    "head dim 48": sizes(2, 33, 2, 1, 48, 0),
+    "no rows": sizes(0, 4, 2, 1, 16, 8),
+    "no tokens": sizes(2, 0, 2, 1, 16, 8),
 }
-LAYERS, SLOT = 3, 1
+LAYERS, SLOT = cases.LAYERS, cases.LAYER
 
 
 def make(case, dtype=torch.float32, device="cpu", value_embed=True):
     """x, qo bank, kv bank, q gain (float32, as in the network), value embedding; cos and sin."""
-    (batch, length), heads, kv_heads, head_dim, rotated = CASES[case]
-    dim, kv_dim = heads * head_dim, kv_heads * head_dim
-    x = torch.randn(batch, length, dim)
-    qo = torch.randn(2 * LAYERS, dim, dim) * dim**-0.5
-    kv = torch.randn(2 * LAYERS, kv_dim, dim) * dim**-0.5
-    value = torch.randn(batch, length, kv_dim) if value_embed else None
-    gain = (1 + torch.rand(heads)).to(device)
-    angles = 6 * torch.rand(length, rotated // 2, device=device)
-    x, qo, kv, value = (t if t is None else t.to(device, dtype) for t in (x, qo, kv, value))
-    return [x, qo, kv, gain, value], (angles.cos(), angles.sin())
+    name = "gqa_attention" if value_embed else "gqa_attention-plain"
+    inputs = cases.make(name, CASES[case], dtype, device).inputs.values()
+    *tensors, cos, sin = (t if t is None else t.detach() for t in inputs)
+    return tensors, (cos, sin)
 
 
 def attention(case, tables, xsa, slot=SLOT, window=None):
-    kv_heads = CASES[case][2]
+    kv_heads = CASES[case].kv_heads
 
     def op(x, qo, kv, gain, value, grad_qo=None, grad_kv=None):
         return gqa_attention(
@@ -71,12 +70,14 @@ def attention(case, tables, xsa, slot=SLOT, window=None):
 
 
 def formula(case, tables, xsa, slot=SLOT):
-    return lambda *t: reference.gqa_attention(*t, *tables, slot=slot, num_kv_heads=CASES[case][2], xsa=xsa)
+    return lambda *t: reference.gqa_attention(
+        *t, *tables, slot=slot, num_kv_heads=CASES[case].kv_heads, xsa=xsa
+    )
 
 
 def eager(case, tables, xsa):
-    """The same as a PyTorch user writes it: every step rounds to x's dtype, except XSA's own sums."""
-    _, heads, kv_heads, head_dim, _ = CASES[case]
+    """The formula as a PyTorch user writes it: every step rounds to x's dtype, except XSA's own sums."""
+    heads, kv_heads, head_dim = CASES[case].heads, CASES[case].kv_heads, CASES[case].head_dim
 
     def run(x, qo, kv, gain, value):
         q, k, v = (F.linear(x, w) for w in (qo[SLOT], kv[SLOT], kv[LAYERS + SLOT]))
@@ -94,25 +95,16 @@ def eager(case, tables, xsa):
     return run
 
 
-def spare_the_interpreter(wanted):
-    """It takes half a second a call, so that not every combination is tried in it."""
-    if launch.forced() == "interpreter" and not wanted:
-        pytest.skip("not tried in the interpreter")
+# Of 162 combinations of shape, dtype, value embedding and XSA, about 45 cover every pair (see conftest).
+# XSA of "one row" is exactly zero: test_xsa_of_the_first_token_is_zero.
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FLAGS = [(False, False), (True, False), (False, True), (True, True)]
+GRID = [(case, d, v, x) for case in CASES for d in DTYPES for v, x in FLAGS if not (x and case == "one row")]
 
 
-@pytest.mark.parametrize("xsa", [False, True], ids=["full", "xsa"])
-@pytest.mark.parametrize("value_embed", [False, True], ids=["no ve", "ve"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.pairwise
+@pytest.mark.parametrize(("case", "dtype", "value_embed", "xsa"), GRID)
 def test_matches_reference(case, dtype, value_embed, xsa, device):
-    if xsa and case == "one row":
-        pytest.skip("exactly zero, see test_xsa_of_the_first_token_is_zero")
-    # all four in float32 where they are quick, and elsewhere two, one and one of them
-    quick, both, nth = case in ("odd", "one token"), value_embed == xsa, list(CASES).index(case) % 2
-    if dtype == torch.float32:
-        spare_the_interpreter(quick or both)
-    else:
-        spare_the_interpreter(both and xsa == ((dtype == torch.bfloat16) == (nth == 0)))
     inputs, tables = make(case, dtype, device, value_embed)
     op, exact, low = (f(case, tables, xsa) for f in (attention, formula, eager))
     assert_matches_float64(op, exact, inputs, eager=low)
@@ -132,7 +124,7 @@ def test_matches_pytorch():
 
 @pytest.mark.parametrize("size", [1e-3, 1e-5, 0.0])
 def test_small_heads(size, device):
-    """Where heads are as small as the norm's epsilon, and at zero, whose gradients are finite."""
+    """Heads as small as the norm's epsilon, and zero heads, whose gradients are finite."""
     inputs, tables = make("aligned", torch.double, device)
     inputs[0], inputs[3] = size * inputs[0], inputs[3].double()
     outs, grads, douts = results(attention("aligned", tables, True), inputs)
@@ -144,7 +136,7 @@ def test_small_heads(size, device):
 @pytest.mark.parametrize("xsa", [False, True], ids=["full", "xsa"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_zero_and_negative_gains(dtype, xsa, device):
-    """A head of gain 0 attends evenly, and its gain still has a gradient."""
+    """A head of gain 0 attends uniformly, and its gain still has a gradient."""
     inputs, tables = make("tiles", dtype, device)
     inputs[3] = torch.tensor([0.0, -1.5, 1.2, -0.3], device=device)
     op, exact, low = (f("tiles", tables, xsa) for f in (attention, formula, eager))
@@ -153,7 +145,7 @@ def test_zero_and_negative_gains(dtype, xsa, device):
 
 
 def test_rounded_tables(device):
-    """Of bfloat16 tables, cos^2 + sin^2 is not quite 1: rotating back is not undoing."""
+    """In bfloat16 tables, cos^2 + sin^2 is not exactly 1: rotating back does not invert the rotation."""
     inputs, tables = make("head dim 128", device=device)
     tables = tuple((1.05 * t).bfloat16().float() for t in tables)
     op, exact = (f("head dim 128", tables, True) for f in (attention, formula))
@@ -161,15 +153,16 @@ def test_rounded_tables(device):
 
 
 def test_heads_too_wide_for_the_kernels(monkeypatch, device):
-    monkeypatch.setitem(CASES, "wide", ((1, 9), 2, 1, 160, 32))
+    monkeypatch.setitem(CASES, "wide", sizes(1, 9, 2, 1, 160, 32))
     inputs, tables = make("wide", device=device)
     assert_matches_float64(attention("wide", tables, True), formula("wide", tables, True), inputs)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("xsa", [False, True], ids=["full", "xsa"])
 @pytest.mark.parametrize("window", [1, 7, 33, 40])
 def test_window_is_the_end_of_the_full_result(window, xsa, device):
-    """And its gradients are those of the full one when only its end is used."""
+    """The gradients are those of the full result when only its end is used."""
     inputs, tables = make("tiles", device=device)
     full = attention("tiles", tables, xsa)
     outs, grads, douts = results(attention("tiles", tables, xsa, window=window), inputs)
@@ -210,6 +203,7 @@ def test_strided_tables(device):
     torch.testing.assert_close(got, want)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("xsa", [False, True], ids=["full", "xsa"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strided_inputs(layout, xsa, device):
@@ -219,36 +213,46 @@ def test_strided_inputs(layout, xsa, device):
     assert_strides_do_not_matter(attention("odd", tables, xsa), inputs)
 
 
-@pytest.mark.parametrize("banked", [False, True], ids=["dense", "banked"])
-@pytest.mark.parametrize(("case", "window"), [("aligned", None), ("ratio 1", 3), ("one token", None)])
-@pytest.mark.parametrize(("value_embed", "xsa"), [(True, True), (False, False)])
-def test_opcheck(value_embed, xsa, case, window, banked, device):
-    spare_the_interpreter((case == "one token") == xsa and banked)
+# opcheck takes seconds: all of its tests on one case, schema and fake tensors on the others. It does not look
+# at values, so six cases are enough for shapes, flags and banks.
+ALL = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+OPCHECKS = [
+    ("one token", None, True, True, True, ALL),
+    ("one token", None, False, False, False, ALL[::2]),
+    ("aligned", None, True, True, False, ALL[::2]),
+    ("aligned", None, False, False, True, ALL[::2]),
+    ("ratio 1", 3, True, False, True, ALL[::2]),
+    ("ratio 1", 3, False, True, False, ALL[::2]),
+]
+
+
+@pytest.mark.parametrize(("case", "window", "value_embed", "xsa", "banked", "checks"), OPCHECKS)
+def test_opcheck(case, window, value_embed, xsa, banked, checks, device):
     inputs, tables = make(case, device=device, value_embed=value_embed)
     if case == "aligned":
         inputs = lay_out("transposed", inputs)
     x, qo, kv, gain, value = (t if t is None else t.detach().requires_grad_() for t in inputs)
     banks = (torch.ones_like(qo), torch.ones_like(kv)) if banked else (None, None)
     banks = tuple(b if b is None else b.detach() for b in banks)
-    args = (x, qo, kv, gain, value, *tables, SLOT, CASES[case][2], xsa, *banks, window)
-    torch.library.opcheck(torch.ops.pgolf.gqa_attention, args)
+    args = (x, qo, kv, gain, value, *tables, SLOT, CASES[case].kv_heads, xsa, *banks, window)
+    torch.library.opcheck(torch.ops.pgolf.gqa_attention, args, test_utils=checks)
     with torch.no_grad():
         out, *saved = torch.ops.pgolf.gqa_attention(*args)
     x, qo, kv, gain = (t.detach() for t in (x, qo, kv, gain))
     backward = (torch.randn_like(out), x, qo, kv, gain, *tables, saved, SLOT, xsa, *banks, value_embed)
-    torch.library.opcheck(torch.ops.pgolf.gqa_attention_backward, backward)
+    torch.library.opcheck(torch.ops.pgolf.gqa_attention_backward, backward, test_utils=checks)
 
 
 def test_opcheck_empty(device):
     inputs, tables = make("no tokens", device=device)
     args = (*inputs, *tables, SLOT, 1, True, None, None)
-    torch.library.opcheck(torch.ops.pgolf.gqa_attention, args)
+    torch.library.opcheck(torch.ops.pgolf.gqa_attention, args, test_utils=ALL[::2])
 
 
 @pytest.mark.parametrize("xsa", [False, True], ids=["full", "xsa"])
 @pytest.mark.parametrize(("value_embed", "window"), [(False, None), (True, None), (True, 2)])
 def test_gradcheck(value_embed, window, xsa, monkeypatch):
-    monkeypatch.setitem(CASES, "small", ((2, 3), 2, 1, 4, 2))
+    monkeypatch.setitem(CASES, "small", sizes(2, 3, 2, 1, 4, 2))
     inputs, tables = make("small", torch.double, value_embed=value_embed)
     inputs = [t if t is None else t.double().requires_grad_() for t in inputs]
     torch.autograd.gradcheck(attention("small", tables, xsa, window=window), inputs)
@@ -340,7 +344,7 @@ def test_xsa_is_orthogonal_to_own_value(value_embed, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", ["one row", "one token"])
 def test_xsa_of_the_first_token_is_zero(case, dtype, device):
-    """It attends to itself only, so its output is its own value and nothing is left; no gradient either."""
+    """It attends only to itself, so XSA removes its whole output; its gradient is zero too."""
     inputs, tables = make(case, dtype, device)
     for xsa in (True, False):
         outs, grads, _ = results(attention(case, tables, xsa), inputs)

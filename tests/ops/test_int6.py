@@ -35,6 +35,7 @@ MATMULS = [
 ]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", MATMULS, ids=str)
 def test_matmul_against_float64(dtype, shape, device):

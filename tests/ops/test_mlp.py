@@ -9,7 +9,7 @@ from helpers import (
     results,
 )
 
-from pgolf_fast.ops import launch, mlp, reference
+from pgolf_fast.ops import mlp, reference, tiles
 from pgolf_fast.ops.mlp import ACTIVATIONS
 
 HAS_KERNELS = True
@@ -35,6 +35,7 @@ def make(shape, hidden, activation, dtype=torch.float32, device="cpu"):
     return [t.to(dtype) for t in (x, up, down)]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("shape", "hidden"), SHAPES, ids=str)
@@ -68,8 +69,8 @@ def test_extreme_activations(activation, device):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_wide_tiles(activation, device, monkeypatch):
-    """Tiles of 64 columns, whose epilogue goes by halves as it does on a GPU."""
-    monkeypatch.setattr(launch, "_INTERPRETER", launch.Launch(32, 64, 32, 1, 1))
+    """Tiles of 64 columns, whose epilogue works on halves as on a GPU."""
+    monkeypatch.setattr(tiles, "_INTERPRETER", tiles.Tile(32, 64, 32, 1, 1))
     inputs = make((3, 14, 20), 150, activation, torch.float32, device)
     assert_matches_float64(
         lambda *t: mlp(*t, SLOT, activation), lambda *t: reference.mlp(*t, SLOT, activation), inputs
@@ -81,12 +82,12 @@ def test_saves_one_tensor_and_a_bit(activation, device):
     x, up, down = make((3, 13), 45, activation, device=device)
     _, saved, signs = torch.ops.pgolf.mlp(x, up, down, SLOT, activation, None, None)
     pre = x @ up[SLOT].T
-    if not launch.uses_kernels("mlp", x) or activation == "swiglu":
+    if not tiles.uses_kernels("mlp", x) or activation == "swiglu":
         torch.testing.assert_close(saved, pre)
     else:
         torch.testing.assert_close(saved, reference.activation(pre, activation))
     assert signs.dtype == torch.int32
-    if not launch.uses_kernels("mlp", x) or activation != "leaky_relu_squared":
+    if not tiles.uses_kernels("mlp", x) or activation != "leaky_relu_squared":
         assert signs.numel() == 0
         return
     assert signs.shape == (3, 2)
@@ -111,6 +112,7 @@ def test_strided_inputs(layout, activation, device):
     assert_strides_do_not_matter(lambda *t: mlp(*t, SLOT, activation), inputs)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("banked", [False, True], ids=["dense", "banked"])
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 @pytest.mark.parametrize("activation", ["swiglu", "leaky_relu_squared"])
@@ -187,7 +189,7 @@ def test_gradient_banks(activation, dtype, device):
 
 
 def test_one_gradient_bank_is_not_enough():
-    """With only one bank given, both gradients go to autograd and the bank is left alone."""
+    """With only one bank, both gradients go to autograd and the bank is unchanged."""
     x, up, down = (t.requires_grad_() for t in make((3, 8), 6, "swiglu"))
     grad_up = torch.ones_like(up)
     out = mlp(x, up, down, SLOT, "swiglu", grad_up=grad_up)

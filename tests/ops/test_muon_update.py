@@ -1,4 +1,4 @@
-"""pgolf::muon_momentum, pgolf::muon_apply: in place, beside formulas in float64 and eager's own rounding."""
+"""pgolf::muon_momentum, pgolf::muon_apply: in place, against formulas in float64."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import assert_as_accurate, lay_out
 
-from pgolf_fast.ops import launch, muon_update
+from pgolf_fast.ops import muon_update, tiles
 from pgolf_fast.ops.muon_update import muon_apply, muon_momentum
 from pgolf_fast.optim.muon import Muon
 
@@ -34,6 +34,7 @@ def judge(got, low, exact):
     assert_as_accurate(got, low, exact, atol=1e-6 + rounding)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -51,6 +52,7 @@ def test_momentum_matches_formula(shape, dtype, grad_dtype, device):
     judge(update, low[1], exact[1])
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("shadow_dtype", [None, torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -68,7 +70,7 @@ def test_apply_matches_formula(shape, dtype, shadow_dtype, device):
 
 
 def test_cpu_path_is_the_arithmetic_of_pr_1501():
-    """Bit for bit what Muon computed before it had ops of its own."""
+    """Bitwise the arithmetic of PR 1501."""
     grad, buffer = make((3, 40, 24), "cpu")
     master, old_buffer = torch.randn(3, 40, 24), buffer.clone()
     old_master, low = master.clone(), grad.bfloat16()
@@ -84,9 +86,9 @@ def test_cpu_path_is_the_arithmetic_of_pr_1501():
 
 
 def test_rounds_gradient_product_and_sum_to_the_buffers_dtype(device):
-    """Bit for bit: products with 0.75 are exact in float32, so every rounding left is one that is meant."""
+    """Bitwise: products with 0.75 are exact in float32, so only the intended roundings remain."""
     grad, buffer = make((3, 40, 24), device)
-    if not launch.uses_kernels("muon", buffer):
+    if not tiles.uses_kernels("muon", buffer):
         pytest.skip("PyTorch's path is compared with eager above")
     low = grad.bfloat16().float()
     new = ((buffer.float() * 0.75).bfloat16().float() + low).bfloat16()
@@ -96,7 +98,7 @@ def test_rounds_gradient_product_and_sum_to_the_buffers_dtype(device):
 
 @pytest.mark.parametrize("shape", [(), (1,)], ids=str)
 def test_numbers_may_be_tensors(shape, device):
-    """The kernel reads them when it runs; the result is that of the same number."""
+    """The kernel reads the tensor; the result is that of the same number."""
     grad, buffer = make((2, 9, 11), device)
     master, again, other = torch.randn(2, 9, 11, device=device), buffer.clone(), buffer.clone()
     twin = master.clone()
@@ -112,7 +114,7 @@ def test_numbers_may_be_tensors(shape, device):
 
 
 def test_numbers_that_must_not_be_read():
-    """What the PyTorch path does on a GPU with a learning rate that lives there."""
+    """PyTorch's path on a GPU, with the learning rate in a tensor on it."""
     grad, buffer = make((3, 40, 24), "cpu")
     low, master = grad.bfloat16(), torch.randn(3, 40, 24)
     exact = momentum_formula(low.double(), buffer.double(), MOMENTUM)
@@ -181,7 +183,7 @@ def test_compiles_without_graph_break(device):
 
 
 def test_changes_count_as_versions(device):
-    """The model's compute-dtype copies of the banks are renewed when a version counter has moved."""
+    """The model refreshes its compute-dtype banks when a version counter has changed."""
     grad, buffer = make((2, 5, 8), device)
     master = torch.nn.Parameter(torch.randn(2, 5, 8, device=device))
     before = (buffer._version, master._version)
@@ -192,7 +194,7 @@ def test_changes_count_as_versions(device):
 
 
 def test_optimizer_takes_tensors_and_fills_shadows(device):
-    """A step with numbers in tensors is that step, and leaves the new weights in the shadow banks."""
+    """A step with numbers in tensors is the same step, and writes the new weights to the shadow banks."""
     start, grads = torch.randn(2, 9, 7, device=device), torch.randn(2, 2, 9, 7, device=device)
     banks = [torch.nn.Parameter(start.clone()) for _ in range(2)]
     muons = [Muon({"b": bank}, weight_decay=0.5, newton_schulz_steps=2) for bank in banks]
@@ -234,7 +236,7 @@ def test_more_than_two_to_the_31_elements_on_a_gpu():
     n = 2**31 + 1000
     master = torch.zeros(n, dtype=torch.bfloat16, device="cuda")
     update = torch.ones(n, dtype=torch.bfloat16, device="cuda")
-    assert launch.uses_kernels("muon", master)
+    assert tiles.uses_kernels("muon", master)
     muon_apply(master, update, 0.5, weight_decay=0.0, scale=1.0)
     assert bool((master == -0.5).all())
     out = muon_momentum(update, master, 0.5)

@@ -2,15 +2,16 @@ import pytest
 import torch
 from helpers import LAYOUTS, assert_as_accurate, lay_out
 
-from pgolf_fast.ops import launch, newton_schulz, reference
+from pgolf_fast.ops import newton_schulz, reference, tiles
 
 HAS_KERNELS = True
-# interpreted tiles are 32 x 32: the last two have several, and parts of tiles, in every dimension
+# interpreted tiles are 32 x 32: the last two have several, and partial ones, in every dimension
 SHAPES = [(3, 32, 32), (2, 48, 16), (2, 16, 48), (4, 27, 13), (2, 1, 9), (2, 9, 1), (1, 1, 1)]
 SHAPES += [(2, 40, 70), (1, 67, 45)]
 EMPTY = [(0, 4, 4), (2, 0, 4), (2, 4, 0)]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("steps", [0, 1, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES + EMPTY, ids=str)
@@ -58,7 +59,7 @@ def test_rejects_bad_input():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(4, 24, 24), (4, 40, 16), (4, 16, 40)], ids=str)
-def test_orthogonalises(shape, dtype, device):
+def test_orthogonalizes(shape, dtype, device):
     """U S V^T becomes U S' V^T with S' between 0.68 and 1.14, however unequal S was."""
     rank = min(shape[1:])
     u, _, vh = torch.linalg.svd(torch.randn(shape, device=device), full_matrices=False)
@@ -86,7 +87,7 @@ def test_is_a_polynomial_of_the_singular_values(shape, steps, device):
 
 
 def test_slots_are_separate(device):
-    """Each matrix is scaled by its own norm: neither a huge nor a zero neighbour changes it."""
+    """Each matrix is scaled by its own norm: neither a huge nor a zero neighbor changes it."""
     g = torch.randn(4, 10, 6, device=device)
     alone = newton_schulz(g[:1])
     g[1] *= 1e6
@@ -108,7 +109,7 @@ def test_a_bank_slice_of_other_strides_on_every_side(device):
 
 
 def test_products_are_symmetric_where_tiles_meet(device):
-    """With singular vectors known, a tile stored on the wrong side of the diagonal cannot hide."""
+    """Known singular vectors expose a tile stored on the wrong side of the diagonal."""
     q = torch.linalg.qr(torch.randn(1, 96, 96, device=device, dtype=torch.double))[0]
     sizes = torch.linspace(0.2, 1, 96, device=device, dtype=torch.double)
     g = (q * sizes) @ q.mT
@@ -128,11 +129,11 @@ def test_real_tiles_on_a_gpu(shape):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_more_than_two_to_the_31_elements_on_a_gpu():
-    """The last slots lie beyond what 32 bits can address."""
+    """The last slots have offsets that exceed 32 bits."""
     slots = 2**31 // (128 * 256) + 2
     g = torch.zeros(slots, 128, 256, dtype=torch.bfloat16, device="cuda")
     g[-3:] = torch.randn(3, 128, 256, device="cuda")
-    assert launch.uses_kernels("newton_schulz", g)
+    assert tiles.uses_kernels("newton_schulz", g)
     got = newton_schulz(g, 2)
     torch.testing.assert_close(got[-3:], newton_schulz(g[-3:].contiguous(), 2), rtol=0, atol=0)
     assert not got[:5].any()

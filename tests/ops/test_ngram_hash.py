@@ -2,10 +2,10 @@ import pytest
 import torch
 from helpers import assert_as_accurate, assert_matches_float64, lay_out, results
 
-from pgolf_fast.ops import launch, ngram_hash, ngram_hash_embed, reference
+from pgolf_fast.ops import ngram_hash, ngram_hash_embed, reference, tiles
 
 HAS_KERNELS = True
-# interpreted tiles are 32 tokens by 32 columns: the second shape has parts of tiles both ways
+# interpreted tiles are 32 tokens by 32 columns: the second shape has partial tiles in both dimensions
 SHAPES = [((4, 16), 32), ((3, 23), 40), ((3, 7), 5), ((1, 1), 1), ((2, 2), 3), ((0, 5), 4), ((2, 0), 4)]
 VARIANTS = [(False, False), (True, False), (False, True), (True, True)]  # pos_conditional, trigram
 VOCAB, ROWS = 50, 13
@@ -33,7 +33,7 @@ def rows_of(tokens, starts=None, num_rows=4096, trigram=False, device="cpu"):
 
 
 def split_rows(tokens, starts, num_rows, trigram):
-    """The definition once more, in Python's integers."""
+    """The definition again, in Python integers."""
     usable, out = num_rows - 1, []
     for i, token in enumerate(tokens):
         if i < (2 if trigram else 1):
@@ -85,6 +85,7 @@ def test_sequence_with_one_word_start(device):
     assert rows_of([1023, 1023, 0, 5, 7], starts, device=device) == [4095, 3024, 3804, 1429, 3129]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("trigram", [False, True])
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("num_rows", [4, 5, 4096, 10240])
@@ -109,6 +110,7 @@ def test_halves_do_not_meet():
         assert len(set(got[1:])) > 1500
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("pos_conditional", "trigram"), VARIANTS)
 @pytest.mark.parametrize(("shape", "dim"), SHAPES, ids=str)
@@ -128,7 +130,7 @@ def test_matches_reference(shape, dim, pos_conditional, trigram, dtype, device):
     ids=["one bigram", "few bigrams", "no bigram"],
 )
 def test_rows_in_many_tokens(shape, vocab, dtype, device):
-    """Few rows that own all entries, some more than 32 pieces of 32 entries: sums over pieces."""
+    """Few rows with all entries, some with more than 32 pieces of 32 entries: sums over pieces."""
     _, table, starts, scale, boost = make(shape, 3, dtype, device)
     inputs = [torch.randint(vocab, shape, device=device), table, starts, scale, boost]
     assert_matches_float64(
@@ -141,7 +143,7 @@ def test_rows_in_many_tokens(shape, vocab, dtype, device):
 
 @pytest.mark.parametrize("num_rows", [4, 5, 100])
 def test_small_and_large_tables(num_rows, device):
-    """Tables whose rows are all in use, and one most of whose rows are not."""
+    """Tables with all rows in use, and one with few rows in use."""
     tokens, _, starts, scale, boost = make((2, 40), 1, device=device)
     inputs = [tokens, torch.randn(num_rows, 7, device=device), starts, scale, boost]
     assert_matches_float64(
@@ -178,7 +180,7 @@ def test_atomic_table_gradient(pos_conditional, trigram, device, monkeypatch):
     torch.use_deterministic_algorithms(False)
     assert_matches_float64(op, formula, inputs)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    if launch.uses_kernels("ngram_hash_embed", inputs[1]):
+    if tiles.uses_kernels("ngram_hash_embed", inputs[1]):
         with pytest.raises(TypeError, match="not callable"):  # the sorted sum was asked for
             results(op, inputs)
 
@@ -227,7 +229,7 @@ def test_token_dtypes(token_dtype, device):
 
 @pytest.mark.parametrize("wrong", [-1, VOCAB, 2**31 - 1])
 def test_token_without_word_start_entry(wrong, device):
-    """On a GPU the check would stop the host: there the token's row, and no other, is NaN."""
+    """Kernels do not check, which would synchronize: only that token's row is NaN."""
     tokens, *others = make((3, 7), 5, device=device)
     options = {"pos_conditional": True, "trigram": True}
     want = ngram_hash_embed(tokens, *others, **options)
@@ -235,9 +237,9 @@ def test_token_without_word_start_entry(wrong, device):
     if device == "cpu":
         with pytest.raises(IndexError, match=f"tokens hold {wrong}, but has_leading_space has ids 0 to 49"):
             ngram_hash_embed(tokens, *others, **options)
-        if not launch.uses_kernels("ngram_hash_embed", others[0]):
+        if not tiles.uses_kernels("ngram_hash_embed", others[0]):
             return
-    got = ngram_hash._kernels_forward(tokens, *others, True, True, torch.empty_like(want))
+    got = ngram_hash._forward_cuda(tokens, *others, True, True, torch.empty_like(want))
     assert torch.isnan(got[1, 6]).all()
     got[1, 6] = want[1, 6]
     assert torch.equal(got, want)
@@ -344,7 +346,7 @@ def test_rejects_bad_input():
 
 @pytest.mark.parametrize(("pos_conditional", "trigram"), VARIANTS)
 def test_later_tokens_are_not_in_the_key(pos_conditional, trigram, device):
-    """The target is the next token: no row may depend on it, nor reach back further than its order."""
+    """No row depends on the next token, the target, or reaches back further than its order."""
     tokens, table, starts, scale, boost = make((1, 12), 8, device=device)
 
     def embed(t):
@@ -389,7 +391,7 @@ def test_real_tiles_on_a_gpu(num_rows, dim):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_more_than_two_to_the_31_elements_on_a_gpu():
-    """The last tokens' rows lie beyond what 32 bits can address."""
+    """The last tokens' rows have offsets that exceed 32 bits."""
     tokens, table, starts, scale, boost = make((2**31 // (64 * 1024) + 2, 1024), 64, torch.bfloat16, "cuda")
     inputs, options = (table, starts, scale, boost), {"pos_conditional": True, "trigram": True}
     got = ngram_hash_embed(tokens, *inputs, **options)[-2:]

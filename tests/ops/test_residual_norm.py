@@ -3,10 +3,11 @@ import torch
 import torch.nn.functional as F
 from helpers import LAYOUTS, assert_matches_float64, assert_strides_do_not_matter, lay_out, results
 
-from pgolf_fast.ops import launch, reference, residual_norm, rms_norm, smear_gate
+from pgolf_fast.ops import cases, reference, residual_norm, rms_norm, smear_gate, tiles
+from pgolf_fast.ops.case import Sizes
 
 HAS_KERNELS = True
-# interpreted tiles are 32 x 32: wider rows go the kernels' other way; (3, 25, 45) has parts of tiles
+# interpreted tiles are 32 x 32: wider rows take the kernels' other path; (3, 25, 45) has partial tiles
 SHAPES = [(2, 8, 64), (3, 25, 45), (3, 5, 27), (1, 40), (2, 1, 7), (1, 1, 1), (0, 8), (2, 0, 8)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYER_SCALE = 0.5773
@@ -28,7 +29,7 @@ def norm_formula(*inputs):
 
 
 def make_smear(shape, dtype=torch.float32, device="cpu"):
-    return [torch.randn(shape, device=device).to(dtype), torch.randn(shape[-1], device=device)]
+    return [t.detach() for t in cases.make("smear_gate", Sizes(*shape), dtype, device).inputs.values()]
 
 
 def residual_norm_module():
@@ -37,6 +38,7 @@ def residual_norm_module():
     return sys.modules["pgolf_fast.ops.residual_norm"]  # the package gives its name to the function
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("scaled", [False, True], ids=["x", "scaled x"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -53,7 +55,7 @@ def test_smear_matches_reference(shape, dtype, device):
 @pytest.mark.parametrize("width", [20, 45, 64])
 @pytest.mark.parametrize("programs", [1, 2])
 def test_programs_that_walk_through_rows(programs, width, device, monkeypatch):
-    """Per-channel gradients from several tiles a program, the last of them partly or wholly empty."""
+    """Per-channel gradients from several tiles per program, the last partly or wholly empty."""
     monkeypatch.setattr(residual_norm_module(), "_PROGRAMS", programs)
     shape = (3, 47, width)
     for scaled in (False, True):
@@ -63,7 +65,7 @@ def test_programs_that_walk_through_rows(programs, width, device, monkeypatch):
 
 @pytest.mark.parametrize("width", [27, 45])
 def test_norm_is_of_the_rounded_sum(width, device):
-    """`normed` belongs to `mixed` as it is stored, not to the sum before rounding."""
+    """`normed` is the norm of `mixed` as stored, not of the sum before rounding."""
     inputs = make((50, width), torch.bfloat16, device)
     mixed, normed = norm(*inputs)
     want = (LAYER_SCALE * F.rms_norm(mixed.float(), (width,), eps=reference.RMS_EPS)).bfloat16()
@@ -91,7 +93,7 @@ def test_zero_rows_are_safe(device):
 
 
 def test_gradient_of_one_output(device):
-    """Only one of the two results may reach the loss; the other's gradient is then zero."""
+    """If only one of the two results reaches the loss, the other's gradient is zero."""
     inputs = make((3, 8), device=device)
     for index in range(2):
         got = results(lambda *t, i=index: norm(*t)[i], inputs, [torch.ones(3, 8, device=device)])
@@ -181,7 +183,7 @@ def test_rejects_bad_input():
 
 
 def test_smear_is_causal(device):
-    """Position t is made of t and t - 1 and, at the start of a sequence, of itself and zero."""
+    """Position t depends on t and t - 1; the first position on itself and zero."""
     x, gate = make_smear((2, 6, 4), device=device)
     s = torch.sigmoid(gate)
     want = smear_gate(x, gate)
@@ -194,7 +196,7 @@ def test_smear_is_causal(device):
 
 
 def test_smear_stays_within_sequences(device):
-    """Sequences that begin and end inside a tile of rows neither give to nor take from their neighbors."""
+    """Sequences that start and end inside a tile of rows do not mix with their neighbors."""
     x, gate = make_smear((5, 13, 4), device=device)
     whole = results(smear_gate, (x, gate))
     for i in range(5):
@@ -214,10 +216,10 @@ def test_real_tiles_on_a_gpu(shape, dtype):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_more_than_two_to_the_31_elements_on_a_gpu():
-    """The last rows lie beyond what 32 bits can address."""
+    """The last rows have offsets that exceed 32 bits."""
     x = torch.randn(2**31 // (512 * 1024) + 2, 1024, 512, device="cuda", dtype=torch.bfloat16)
     scale = torch.randn(512, device="cuda")
-    assert launch.uses_kernels("residual_norm", x)
+    assert tiles.uses_kernels("residual_norm", x)
     for op in (lambda t: norm(t, t, scale, scale)[1], lambda t: smear_gate(t, scale)):
         got, (grad,), (dout,) = results(op, (x,))
         want, (want_grad,), _ = results(op, (x[-2:],), [dout[-2:]])

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from helpers import LAYOUTS, assert_matches_float64, assert_strides_do_not_matter, lay_out, results
 
-from pgolf_fast.ops import launch, reference, softcap_cross_entropy
+from pgolf_fast.ops import reference, softcap_cross_entropy, tiles
 
 HAS_KERNELS = True
-# leading shape of x, width, vocabulary; interpreted tiles are 32 in each: (70,) has parts of tiles in all
+# leading shape of x, width, vocabulary; interpreted tiles are 32 in each: (70,) has partial tiles in all
 SHAPES = [((64,), 32, 128), ((3, 7), 17, 53), ((70,), 45, 75), ((1,), 8, 5), ((1, 1), 1, 1)]
 SHAPES += [((0,), 8, 16), ((2, 0), 8, 16)]
 CHUNK = 4096
@@ -26,13 +26,10 @@ def loss(softcap, z_loss=0.0):
 
 
 def formula(softcap, z_loss=0.0):
-    def run(x, weight, targets):
-        flat = reference.softcap_cross_entropy(x.flatten(0, -2), weight, targets.flatten(), softcap, z_loss)
-        return flat.view(targets.shape)
-
-    return run
+    return lambda x, weight, targets: reference.softcap_cross_entropy(x, weight, targets, softcap, z_loss)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("softcap", [30.0, 3.0, 100.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("leading", "dim", "vocab"), SHAPES, ids=str)
@@ -41,6 +38,7 @@ def test_matches_reference(leading, dim, vocab, dtype, softcap, device):
     assert_matches_float64(loss(softcap), formula(softcap), inputs)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("z_loss", [1e-4, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("leading", "dim", "vocab"), [SHAPES[0], SHAPES[2], SHAPES[5]], ids=str)
@@ -50,7 +48,7 @@ def test_z_loss_matches_reference(leading, dim, vocab, dtype, z_loss, device):
 
 
 def test_no_z_loss_changes_no_bit(device):
-    """The gradient's added factor is 1, exactly: what was trained without z-loss trains the same."""
+    """Without z-loss the gradient's added factor is exactly 1: training is unchanged."""
     inputs = make((70,), 45, 75, device=device)
     got, grads, douts = results(lambda x, w, t: softcap_cross_entropy(x, w, t, 15.0), inputs)
     same, same_grads, _ = results(loss(15.0, 0.0), inputs, douts)
@@ -75,7 +73,7 @@ def test_more_rows_than_the_kernels_hold(rows, dtype, device, monkeypatch):
 
 @pytest.mark.parametrize("softcap", [0.1, 10.0, 1e4])
 def test_tanh_of_any_size(softcap, device):
-    """Gradients near 0 and far out, each to the precision of float32 relative to itself."""
+    """Small and large gradients, each to float32 precision relative to itself."""
     raw = torch.logspace(-6, 2, 400, device=device)
     x, weight = torch.stack((raw, -raw)).reshape(-1, 1), torch.tensor([[1.0], [0.0]], device=device)
     targets = torch.zeros(len(x), dtype=torch.long, device=device)
@@ -88,7 +86,7 @@ def test_tanh_of_any_size(softcap, device):
 
 def test_tanh_in_kernels(device):
     """The kernels' own tanh and its derivative against float64, from denormal to saturated arguments."""
-    if not launch.uses_kernels("softcap_cross_entropy", torch.empty(0, device=device)):
+    if not tiles.uses_kernels("softcap_cross_entropy", torch.empty(0, device=device)):
         pytest.skip("no kernels on this device")
     values = torch.logspace(-38, 3, 2000, device=device)
     z = torch.cat(
@@ -120,7 +118,7 @@ def tanh_kernel():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 77])
 def test_more_rows_than_a_chunk(rows, dtype, device):
-    if device == "cpu" and launch.uses_kernels("softcap_cross_entropy", torch.empty(0)):
+    if device == "cpu" and tiles.uses_kernels("softcap_cross_entropy", torch.empty(0)):
         pytest.skip("PyTorch's chunks; the kernels' own are tested above")
     inputs = make((rows,), 8, 11, dtype, device)
     assert_matches_float64(loss(15.0), formula(15.0), inputs)
@@ -161,9 +159,9 @@ def test_never_holds_all_logits():
 
 
 def test_kernels_hold_few_dlogits(device, monkeypatch):
-    """Forward allocates losses only, backward no more than it is allowed."""
+    """Forward allocates losses only, backward at most its limit."""
     x, weight, targets = make((300,), 16, 256, device=device)
-    if not launch.uses_kernels("softcap_cross_entropy", x):
+    if not tiles.uses_kernels("softcap_cross_entropy", x):
         pytest.skip("no kernels on this device")
     monkeypatch.setattr(op_module(), "_DLOGITS", 64 * 256)
     leaves = [x.requires_grad_(), weight.requires_grad_()]
@@ -189,7 +187,7 @@ def test_strided_inputs(layout, target_dtype, device):
 
 
 def test_rows_apart(device):
-    """Targets and incoming gradients with strides of their own, which the public function would flatten."""
+    """Strided targets and incoming gradients, which the public function would flatten."""
     x, weight, _ = make((70,), 45, 75, device=device)
     targets, dloss = torch.randint(75, (140,), device=device)[::2], torch.randn(210, device=device)[::3]
     op, backward = torch.ops.pgolf.softcap_cross_entropy, torch.ops.pgolf.softcap_cross_entropy_backward
@@ -258,17 +256,17 @@ def test_rejects_bad_input():
 
 @pytest.mark.parametrize("wrong", [-1, 9, -100, 2**31 - 1])
 def test_rejects_targets_outside_the_vocabulary(wrong, device):
-    """On a GPU the check would stop the host: there the loss and the gradient of that row are NaN."""
+    """Kernels do not check, which would synchronize: the loss and gradient of that row are NaN."""
     x, weight, targets = make((4,), 6, 9, device=device)
     (want,), (want_dx, _), douts = results(loss(30.0), (x, weight, targets))
     targets[2] = wrong
     if device == "cpu":
         with pytest.raises(IndexError, match=rf"targets hold {wrong}, but the vocabulary has ids 0 to 8"):
             softcap_cross_entropy(x, weight, targets, 30.0)
-        if not launch.uses_kernels("softcap_cross_entropy", x):
+        if not tiles.uses_kernels("softcap_cross_entropy", x):
             return
-    got, logsumexp = op_module()._kernels_forward(x, weight, targets, 30.0, 0.0)
-    dx, dweight = op_module()._kernels_backward(douts[0], x, weight, targets, logsumexp, 30.0, 0.0)
+    got, logsumexp = op_module()._forward_cuda(x, weight, targets, 30.0, 0.0)
+    dx, dweight = op_module()._backward_cuda(douts[0], x, weight, targets, logsumexp, 30.0, 0.0)
     others = torch.tensor([0, 1, 3], device=device)
     assert got[2].isnan()
     assert dx[2].isnan().all()
@@ -296,7 +294,7 @@ def test_real_tiles_on_a_gpu(rows, dim, vocab, dtype):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_more_than_two_to_the_31_elements_on_a_gpu():
-    """The last rows lie beyond what 32 bits can address."""
+    """The last rows have offsets that exceed 32 bits."""
     x, weight, targets = make((2**31 // 512 + 1000,), 512, 256, torch.bfloat16, "cuda")
     (losses,), (dx, _), (dout,) = results(loss(30.0), (x, weight, targets))
     last = (x[-1000:], weight, targets[-1000:])

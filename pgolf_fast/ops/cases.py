@@ -1,0 +1,397 @@
+"""The catalogue of ops: inputs, the op, its reference, FLOPs and ideal bytes.
+
+Tests and `pgolf doctor` run each case at `SMALL` sizes; `pgolf bench`, `pgolf tune` and `pgolf aot` at those
+of a preset. Not imported by `pgolf_fast.ops`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pgolf_fast import ops
+from pgolf_fast.ops import reference, reference_bytes
+from pgolf_fast.ops.case import Case, Inputs, Outputs, Sizes, Work
+
+LAYERS, LAYER = 3, 1  # layers of the banks that are built, and the one that is read
+NEWTON_SCHULZ_STEPS = 5
+
+
+SMALL = Sizes()
+
+
+@dataclass(frozen=True)
+class Builder:
+    """Random inputs of given sizes, dtype and device."""
+
+    sizes: Sizes
+    dtype: torch.dtype
+    device: torch.device
+
+    def randn(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.randn(*shape, device=self.device).to(dtype or self.dtype)
+
+    def scale(self, size: int) -> Tensor:
+        """Per-channel float32 numbers, as in the network."""
+        return self.randn(size, dtype=torch.float32).requires_grad_()
+
+    def bank(self, slots: int, rows: int, columns: int) -> Tensor:
+        """Weights of the size that keeps activations near one."""
+        return (self.randn(slots, rows, columns) * max(1, columns) ** -0.5).requires_grad_()
+
+    def states(self, *, width: int | None = None) -> Tensor:
+        s = self.sizes
+        return self.randn(s.batch, s.length, s.dim if width is None else width).requires_grad_()
+
+    @property
+    def size(self) -> int:
+        """Bytes per element."""
+        return self.dtype.itemsize
+
+    @property
+    def chunk(self) -> int:
+        """Sequences of about 4096 tokens together."""
+        return max(1, 4096 // max(1, self.sizes.length))
+
+
+def _mlp(b: Builder, activation: str) -> Case:
+    gated, d, m = activation == "swiglu", b.sizes.dim, b.sizes.tokens
+    hidden = b.sizes.gated_hidden if gated else b.sizes.hidden
+    rows = hidden * (2 if gated else 1)
+    weights = d * (rows + hidden)
+    return Case(
+        inputs={"x": b.states(), "up_bank": b.bank(LAYERS, rows, d), "down_bank": b.bank(LAYERS, d, hidden)},
+        op=lambda **t: (ops.mlp(**t, slot=LAYER, activation=activation),),
+        reference=lambda **t: (reference.mlp(**t, slot=LAYER, kind=activation),),
+        batched=("x",),
+        trained=("x", "up_bank", "down_bank"),
+        grad_banks={"grad_up": "up_bank", "grad_down": "down_bank"},
+        weights={"up": ("up_bank", LAYER), "down": ("down_bank", LAYER)},
+        work=Work(
+            2.0 * m * weights,
+            b.size * (2 * m * d + weights),
+            4.0 * m * weights,
+            b.size * (3 * m * d + weights) + 8 * weights,
+        ),
+        tokens=m,
+        chunk=b.chunk,
+    )
+
+
+def _gqa_attention(b: Builder, xsa: bool = True, value: bool = True, window: bool = False) -> Case:
+    """Build attention; `window` makes the last third of the positions the only queries."""
+    s = b.sizes
+    d, kv, m, queries = s.dim, s.kv_dim, s.tokens, max(1, s.length // 3) if window else s.length
+    angle = 6 * torch.rand(s.length, s.rotary // 2, device=b.device)
+    inputs: Inputs = {
+        "x": b.states(),
+        "qo_bank": b.bank(2 * LAYERS, d, d),
+        "kv_bank": b.bank(2 * LAYERS, kv, d),
+        "q_gain": (1 + torch.rand(s.heads, device=b.device)).requires_grad_(),
+        "value_embed": b.states(width=kv) if value else None,
+        "cos": angle.cos(),
+        "sin": angle.sin(),
+    }
+
+    def op(**t: Any) -> Outputs:
+        last = queries if window else None
+        return (ops.gqa_attention(**t, slot=LAYER, num_kv_heads=s.kv_heads, xsa=xsa, window=last),)
+
+    def formula(**t: Any) -> Outputs:
+        full = reference.gqa_attention(**t, slot=LAYER, num_kv_heads=s.kv_heads, xsa=xsa)
+        return (full[:, s.length - queries :],)
+
+    weights = 2 * d * (d + kv)
+    inner = 2.0 * s.heads * s.head_dim * (s.length + 1) * m  # causal QK^T and PV
+    return Case(
+        inputs=inputs,
+        op=op,
+        reference=formula,
+        batched=("x", "value_embed") if value else ("x",),
+        trained=("x", "qo_bank", "kv_bank", "q_gain", *(("value_embed",) if value else ())),
+        grad_banks={"grad_qo": "qo_bank", "grad_kv": "kv_bank"},
+        weights={
+            "query": ("qo_bank", LAYER),
+            "key": ("kv_bank", LAYER),
+            "value": ("kv_bank", LAYERS + LAYER),
+            "out": ("qo_bank", LAYERS + LAYER),
+        },
+        work=Work(
+            2.0 * m * weights + inner,
+            b.size * (m * (2 * d + kv) + weights),
+            4.0 * m * weights + 2.5 * inner,
+            b.size * (m * (3 * d + 2 * kv) + weights) + 8 * weights,
+        ),
+        tokens=m,
+        chunk=b.chunk,
+        options={"num_kv_heads": s.kv_heads, "xsa": xsa},
+    )
+
+
+def _ngram_hash_embed(b: Builder) -> Case:
+    s, m, table = b.sizes, b.sizes.tokens, b.sizes.bigram_rows * b.sizes.bigram_dim
+    flags: dict[str, Any] = {"pos_conditional": s.pos_conditional, "trigram": s.trigram}
+
+    def formula(**t: Any) -> Outputs:
+        return (reference.ngram_hash_embed(**t, **flags).to(t["table"].dtype),)
+
+    return Case(
+        inputs={
+            "tokens": torch.randint(s.vocab, (s.batch, s.length), device=b.device),
+            "table": b.randn(s.bigram_rows, s.bigram_dim).requires_grad_(),
+            "has_leading_space": torch.arange(s.vocab, device=b.device) % 3 == 0,
+            "scale": torch.tensor(0.7, device=b.device).requires_grad_(),
+            "boost": torch.tensor(1.3, device=b.device).requires_grad_(),
+        },
+        op=lambda **t: (ops.ngram_hash_embed(**t, **flags),),
+        reference=formula,
+        batched=("tokens",),
+        trained=("table", "scale", "boost"),
+        work=Work(
+            2.0 * m * s.bigram_dim,
+            8 * m + b.size * (table + m * s.bigram_dim),
+            4.0 * m * s.bigram_dim,
+            8 * m + b.size * (m * s.bigram_dim + 2 * table),
+        ),
+        tokens=m,
+        chunk=max(1, 65_536 // max(1, s.length)),
+    )
+
+
+def _residual_norm(b: Builder, scaled: bool = True, wider: int = 1) -> Case:
+    """Build the norm; `wider` multiplies the width, for rows that do not fit a tile."""
+    d, m = wider * b.sizes.dim, b.sizes.tokens
+    return Case(
+        inputs={
+            "x": b.states(width=d),
+            "branch": b.states(width=d),
+            "x_scale": b.scale(d) if scaled else None,
+            "branch_scale": b.scale(d),
+        },
+        op=partial(ops.residual_norm, layer_scale=0.5),
+        reference=partial(reference.residual_norm, layer_scale=0.5),
+        batched=("x", "branch"),
+        trained=("x", "branch", *(("x_scale",) if scaled else ()), "branch_scale"),
+        work=Work(10.0 * m * d, 4 * m * d * b.size, 20.0 * m * d, 6 * m * d * b.size),
+        tokens=m,
+        chunk=b.chunk,
+    )
+
+
+def _smear_gate(b: Builder) -> Case:
+    d, m = b.sizes.dim, b.sizes.tokens
+    return Case(
+        inputs={"x": b.states(), "gate": b.scale(d)},
+        op=lambda **t: (ops.smear_gate(**t),),
+        reference=lambda **t: (reference.smear_gate(**t),),
+        batched=("x",),
+        trained=("x", "gate"),
+        work=Work(3.0 * m * d, 2 * m * d * b.size, 6.0 * m * d, 3 * m * d * b.size),
+        tokens=m,
+        chunk=b.chunk,
+    )
+
+
+def _softcap_cross_entropy(b: Builder, z_loss: float = 0.0) -> Case:
+    s, d, m, vocab = b.sizes, b.sizes.dim, b.sizes.tokens, b.sizes.vocab
+    settings: dict[str, Any] = {"softcap": s.softcap, "z_loss": z_loss}
+    return Case(
+        inputs={
+            "x": b.states(),
+            "weight": b.bank(1, vocab, d)[0].detach().requires_grad_(),
+            "targets": torch.randint(vocab, (s.batch, s.length), device=b.device),
+        },
+        op=lambda **t: (ops.softcap_cross_entropy(**t, **settings),),
+        reference=lambda **t: (reference.softcap_cross_entropy(**t, **settings),),
+        batched=("x", "targets"),
+        trained=("x", "weight"),
+        work=Work(
+            2.0 * m * d * vocab,
+            b.size * (m * d + vocab * d) + 12 * m,
+            4.0 * m * d * vocab,
+            b.size * (2 * m * d + 2 * vocab * d) + 12 * m,
+        ),
+        tokens=m,
+        chunk=b.chunk,
+    )
+
+
+def _newton_schulz(b: Builder, bank: str) -> Case:
+    """Build the stack of matrices that Muon orthogonalizes at once."""
+    s = b.sizes
+    slots, rows, cols = (2 * s.layers, s.dim, s.dim) if bank == "qo" else (s.layers, s.up_rows, s.dim)
+    small, large = min(rows, cols), max(rows, cols)
+    flops = slots * NEWTON_SCHULZ_STEPS * (4.0 * small * small * large + 2.0 * small**3)
+    return Case(
+        inputs={"g": b.randn(slots, rows, cols)},
+        op=lambda g: (ops.newton_schulz(g, NEWTON_SCHULZ_STEPS),),
+        reference=lambda g: (reference.newton_schulz(g, NEWTON_SCHULZ_STEPS),),
+        batched=("g",),
+        work=Work(flops, 2.0 * slots * rows * cols * b.size),
+    )
+
+
+def _muon_momentum(b: Builder) -> Case:
+    """Build momentum of the largest bank; the gradient is exact in the buffer's dtype."""
+    shape = (b.sizes.layers, b.sizes.up_rows, b.sizes.dim)
+    grad = b.randn(*shape).float()
+
+    def op(grad: Tensor, buffer: Tensor) -> Outputs:
+        return ops.muon_momentum(grad, buffer, 0.95), buffer
+
+    def formula(grad: Tensor, buffer: Tensor) -> Outputs:
+        low = grad.to(buffer.dtype)
+        new = 0.95 * buffer + low
+        return low + 0.95 * new, new
+
+    return Case(
+        inputs={"buffer": b.randn(*shape), "grad": grad},
+        op=op,
+        reference=formula,
+        batched=("grad", "buffer"),
+        mutated=("buffer",),
+        work=Work(4.0 * grad.numel(), (4.0 + 3 * b.size) * grad.numel()),
+    )
+
+
+def _muon_apply(b: Builder, shadowed: bool = True) -> Case:
+    """Build the weight update of the largest bank."""
+    shape = (b.sizes.layers, b.sizes.up_rows, b.sizes.dim)
+    update = b.randn(*shape)
+
+    def op(master: Tensor, update: Tensor) -> Outputs:
+        shadow = torch.empty_like(update) if shadowed else None
+        ops.muon_apply(master, update, 0.02, weight_decay=0.04, scale=1.5, shadow=shadow)
+        return (master,) if shadow is None else (master, shadow)
+
+    def formula(master: Tensor, update: Tensor) -> Outputs:
+        new = (1 - 0.02 * 0.04) * master - 0.02 * 1.5 * update.to(master.dtype)
+        return (new, new.to(update.dtype)) if shadowed else (new,)
+
+    return Case(
+        inputs={"update": update, "master": b.randn(*shape, dtype=torch.float32)},
+        op=op,
+        reference=formula,
+        batched=("master", "update"),
+        mutated=("master",),
+        work=Work(4.0 * update.numel(), (8.0 + 2 * b.size) * update.numel()),
+    )
+
+
+def _int6_matmul(b: Builder, one_token: bool = False) -> Case:
+    """Build an up-projection with int6 weights; `one_token` is one row per sequence, as in decoding."""
+    m, k, n = b.sizes.batch if one_token else b.sizes.tokens, b.sizes.dim, b.sizes.up_rows
+    codes = torch.randint(-32, 32, (n, k), dtype=torch.int8)
+    packed = ops.int6_pack(codes).to(b.device)
+
+    def formula(x: Tensor, packed: Tensor, scale: Tensor) -> Outputs:
+        return (reference_bytes.scaled_matmul(x, reference_bytes.unpack_bits(packed, k, 6), scale),)
+
+    return Case(
+        inputs={"x": b.randn(m, k), "packed": packed, "scale": torch.rand(n, device=b.device) / 16},
+        op=lambda **t: (ops.int6_matmul(**t),),
+        reference=formula,
+        batched=("x",),
+        work=Work(2.0 * m * n * k, b.size * m * (k + n) + packed.numel() + 4 * n),
+        tokens=m,
+        chunk=4096,
+    )
+
+
+def _bits(b: Builder, bits: int) -> Case:
+    codes = torch.randint(-(1 << bits - 1), 1 << bits - 1, (7, 37), dtype=torch.int8, device=b.device)
+
+    def op(codes: Tensor, scale: Tensor) -> Outputs:
+        packed = ops.pack_bits(codes, bits)
+        return ops.unpack_bits(packed, 37, bits), ops.dequantize_bits(packed, scale, 37, bits, torch.float32)
+
+    return Case(
+        inputs={"codes": codes, "scale": torch.rand(7, device=b.device)},
+        op=op,
+        reference=lambda codes, scale: (codes, codes * scale[:, None]),
+        batched=("codes", "scale"),
+    )
+
+
+def _lzma(b: Builder) -> Case:
+    def op(data: Tensor) -> Outputs:
+        return (ops.lzma_decompress(ops.lzma_compress(data.cpu()), data.numel()).to(data.device),)
+
+    return Case(
+        inputs={"data": torch.arange(5000, device=b.device).remainder(251).to(torch.uint8)},
+        op=op,
+        reference=lambda data: (data,),
+        batched=("data",),
+    )
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A case of the catalogue."""
+
+    kernels: str | None
+    """The op's name in `tiles.DEFAULTS`; None for ops without Triton kernels."""
+    make: Callable[[Builder], Case]
+    rows: tuple[int, ...] | None = None
+    """Token counts to use at a preset's shapes; None: any."""
+    timed: bool = True
+    """Part of `pgolf bench`; the others are variants for correctness and compilation."""
+    covers: tuple[str, ...] = ()
+    """Torch ops that the case runs; empty: the op named like `kernels`."""
+
+    @property
+    def ops(self) -> tuple[str, ...]:
+        """Names of the torch ops that the case runs."""
+        return self.covers or (str(self.kernels),)
+
+
+_MOMENTUM, _APPLY = ("muon_momentum",), ("muon_apply",)
+_BITS, _LZMA = ("pack_bits", "unpack_bits", "dequantize_bits"), ("lzma_compress", "lzma_decompress")
+_variant = partial(Entry, timed=False)
+
+CASES: dict[str, Entry] = {
+    "mlp-leaky_relu_squared": Entry("mlp", partial(_mlp, activation="leaky_relu_squared")),
+    "gqa_attention": Entry("gqa_attention", _gqa_attention),
+    "residual_norm": Entry("residual_norm", _residual_norm),
+    "softcap_cross_entropy": Entry("softcap_cross_entropy", _softcap_cross_entropy),
+    "ngram_hash_embed": Entry("ngram_hash_embed", _ngram_hash_embed),
+    "smear_gate": Entry("smear_gate", _smear_gate),
+    "mlp-swiglu": Entry("mlp", partial(_mlp, activation="swiglu")),
+    "mlp-relu_squared": Entry("mlp", partial(_mlp, activation="relu_squared")),
+    "newton_schulz-qo": Entry("newton_schulz", partial(_newton_schulz, bank="qo"), (1,)),
+    "newton_schulz-mlp": Entry("newton_schulz", partial(_newton_schulz, bank="mlp"), (1,)),
+    "muon_momentum": Entry("muon", _muon_momentum, (1,), covers=_MOMENTUM),
+    "muon_apply": Entry("muon", _muon_apply, (1,), covers=_APPLY),
+    "int6_matmul": Entry("int6_matmul", _int6_matmul, (1, 8, 64, 4096)),
+    "gqa_attention-plain": _variant("gqa_attention", partial(_gqa_attention, xsa=False, value=False)),
+    "gqa_attention-window": _variant("gqa_attention", partial(_gqa_attention, window=True)),
+    "residual_norm-unscaled": _variant("residual_norm", partial(_residual_norm, scaled=False)),
+    "residual_norm-wide": _variant("residual_norm", partial(_residual_norm, wider=16)),
+    "softcap_cross_entropy-z_loss": _variant(
+        "softcap_cross_entropy", partial(_softcap_cross_entropy, z_loss=0.1)
+    ),
+    "muon_apply-unshadowed": _variant("muon", partial(_muon_apply, shadowed=False), (1,), covers=_APPLY),
+    "int6_matmul-decode": _variant("int6_matmul", partial(_int6_matmul, one_token=True), (1,)),
+    **{f"bits-{n}": _variant(None, partial(_bits, bits=n), (1,), covers=_BITS) for n in range(4, 9)},
+    "lzma": _variant(None, _lzma, (1,), covers=_LZMA),
+}
+
+
+def make(
+    name: str,
+    sizes: Sizes = SMALL,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> Case:
+    """Build a case of the catalogue; the same arguments give the same inputs."""
+    device = torch.device(device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        case = CASES[name].make(Builder(sizes, dtype, device))
+    return replace(case, name=name, kernels=CASES[name].kernels, sizes=sizes)
