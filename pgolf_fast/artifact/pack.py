@@ -26,6 +26,7 @@ from pgolf_fast.artifact.reader import SECTIONS
 from pgolf_fast.artifact.submission import code_bytes
 from pgolf_fast.config.fields import run_config_from_dict
 from pgolf_fast.config.schema import PackConfig, RunConfig
+from pgolf_fast.console import Table
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import atomic_path
 from pgolf_fast.model.gpt import GPT
@@ -68,20 +69,19 @@ class PackReport:
     def total_bytes(self) -> int:
         return self.weights_bytes + self.code_bytes
 
-    def rows(self) -> list[tuple[str, str]]:
-        """The artifact's bytes by part, ending with weights + code = total against the limit."""
-        rows = [("header", f"{self.header_bytes:,}")]
-        rows += [(f"section {s.name}", f"{s.stored_bytes:,}") for s in self.sections]
-        rows += [
-            ("weights", f"{self.weights_bytes:,}"),
-            ("+ code", f"{self.code_bytes:,}"),
-            ("= total", f"{self.total_bytes:,}"),
-            ("limit", f"{self.limit_bytes:,}"),
-            ("left", f"{self.limit_bytes - self.total_bytes:,}"),
-        ]
-        if self.pruned:
-            rows.append((f"codes zeroed of {self.candidates:,}", f"{self.pruned:,}"))
-        return rows
+    def table(self, title: str = "part") -> Table:
+        """Tabulate bytes by part, ending with weights + code = total against the limit."""
+        rows = {
+            "header": self.header_bytes,
+            **{f"section {s.name}": s.stored_bytes for s in self.sections},
+            "weights": self.weights_bytes,
+            "+ code": self.code_bytes,
+            "= total": self.total_bytes,
+            "limit": self.limit_bytes,
+            "left": self.limit_bytes - self.total_bytes,
+            **({f"codes zeroed of {self.candidates:,}": self.pruned} if self.pruned else {}),
+        }
+        return Table((title, "bytes"), [(part, f"{size:,}") for part, size in rows.items()])
 
 
 def build_records(quantized: QuantizedState) -> list[TensorRecord]:

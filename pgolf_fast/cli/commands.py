@@ -141,7 +141,7 @@ def pack(argv: list[str]) -> int:
     arguments = parse("pack", _Pack, argv, _Pack(folder.path, folder.read_config().pack))
     console.setup_logging(folder.log_file)
     packed = pack_run(folder, arguments.pack)
-    print_out(console.table(packed.rows(), ("part", "bytes")))
+    print_out(packed.table().text())
     print_out(f"wrote {packed.path}")
     if arguments.table or arguments.json or arguments.treemap:
         _show_bytes(packed.path, arguments)

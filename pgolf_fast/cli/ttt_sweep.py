@@ -15,7 +15,6 @@ from pgolf_fast.config.adapters import adapters
 from pgolf_fast.errors import PgolfError
 
 OWN = "run"
-HEADER = ("adapter", "bpb", "gain", "95 % interval", "us/token", "updates", "trainable")
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,7 @@ def sweep(argv: list[str]) -> int:
     """pgolf ttt-sweep RUN [--adapters NAME ...] [--stride N] [--tokens N] [--after N] [--allow-illegal]"""
     from pgolf_fast.config.run_folder import RunFolder
     from pgolf_fast.distributed import join_world
-    from pgolf_fast.evaluation.scores import mark
-    from pgolf_fast.lab.compare.sweep import sweep_run
+    from pgolf_fast.lab.compare.sweep import sweep_run, table
 
     arguments = parse("ttt-sweep", _Sweep, argv)
     folder = RunFolder(existing(arguments.run, "run folder"))
@@ -65,19 +63,8 @@ def sweep(argv: list[str]) -> int:
             folder, config, chosen, world, after=arguments.after, allow_illegal=arguments.allow_illegal
         )
     if world.is_main:
-        rows = [
-            (
-                mark(row.name, row.name in chosen and chosen[row.name].illegal),
-                f"{row.bpb:.6f}",
-                f"{row.gain:+.6f}",
-                f"{row.low:+.5f} to {row.high:+.5f}",
-                f"{row.microseconds_a_token:.1f}",
-                f"{row.updates:,}",
-                f"{row.trainable:,}",
-            )
-            for row in found
-        ]
-        print_out(console.table(rows, HEADER))
+        illegal = [name for name, ttt in chosen.items() if ttt.illegal]
+        print_out(table(found, illegal).text())
         for name, ttt in chosen.items():
             if ttt.illegal:
                 print_out(f"{name} BREAKS THE RULES of the challenge: {ttt.illegal}.")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 from pgolf_fast import console
+from pgolf_fast.config.run_folder import SCORES
 from pgolf_fast.config.schema import RunConfig
+from pgolf_fast.console import Table, number
 from pgolf_fast.distributed import ALONE, Ranks
 from pgolf_fast.evaluation.adapt import Frozen
 from pgolf_fast.evaluation.protocol import score_and_adapt, window_chunks
@@ -34,14 +37,9 @@ class ThreeScores:
     illegal: str | None = None
     """Why the third breaks the rules, if it was allowed to."""
 
-    def rows(self) -> list[tuple[str, str, str, str]]:
-        """(what, bpb, loss in nats per token, seconds) of each."""
-        scores = {"non-overlapping": self.plain, "sliding": self.sliding, TTT: self.ttt.score}
-        marked = {TTT: mark(TTT, self.illegal)}
-        return [
-            (marked.get(name, name), f"{s.bpb:.6f}", f"{s.loss:.6f}", f"{self.seconds[name]:.1f}")
-            for name, s in scores.items()
-        ]
+    def table(self, title: str = "windows") -> Table:
+        """Return `score_table` of these scores, with seconds; `title` heads the first column."""
+        return score_table(self.to_dict(), self.seconds, title)
 
     def to_dict(self) -> dict[str, object]:
         """Plain values for JSON, and nothing that differs when the same is scored again."""
@@ -162,3 +160,21 @@ def shared_size(size: BatchSize, config: RunConfig) -> BatchSize:
     lora = config.ttt.lora
     tokens = lora.segment_tokens * lora.documents if config.ttt.by_document else config.ttt.chunk_tokens
     return lambda length: min(size(length), max(4, tokens // config.eval.stride // 8))
+
+
+def score_table(
+    scores: dict[str, Any], seconds: dict[str, float] | None = None, title: str = "windows"
+) -> Table:
+    """Tabulate the scores of a scores file or of `ThreeScores.to_dict`: bits per byte and nats per token.
+
+    With `seconds`, by name, the last column is the time; otherwise it is the number of targets. A score that
+    is missing or not finite has no row.
+    """
+    rows = []
+    for key, name in SCORES.items():
+        score = scores.get(key) or {}
+        bpb, loss = (number(score.get(unit), ".6f") for unit in ("bpb", "loss"))
+        if "-" not in (bpb, loss):
+            last = f"{score['tokens']:,}" if seconds is None else f"{seconds[name]:.1f}"
+            rows.append((mark(name, key == "sliding_ttt" and scores.get("illegal")), bpb, loss, last))
+    return Table((title, "bpb", "nats/token", "targets" if seconds is None else "seconds"), rows)

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from pgolf_fast.artifact.pack import unpack
 from pgolf_fast.artifact.steps import artifact_model
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import RunConfig, TTTConfig
+from pgolf_fast.console import Table
 from pgolf_fast.distributed import ALONE, Ranks, World, this_process
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.adapt import Frozen
@@ -26,7 +27,7 @@ from pgolf_fast.evaluation.documents import document_starts
 from pgolf_fast.evaluation.protocol import score_and_adapt, window_chunks
 from pgolf_fast.evaluation.resume import identity
 from pgolf_fast.evaluation.score import Scorer, Stream
-from pgolf_fast.evaluation.scores import compiles, shared_size, window_batches
+from pgolf_fast.evaluation.scores import compiles, mark, shared_size, window_batches
 from pgolf_fast.evaluation.steps import validation_stream
 from pgolf_fast.evaluation.ttt import legal_ttt, need_legal
 from pgolf_fast.evaluation.windows import sliding_windows
@@ -221,3 +222,21 @@ def sweep_run(
         }
         write_text(folder.sweep_file, json.dumps(story, indent=2) + "\n")
     return found
+
+
+def table(rows: Iterable[Comparison], illegal: Collection[str] = ()) -> Table:
+    """Tabulate `sweep`, labeling the adapters that are `illegal`."""
+    header = ("adapter", "bpb", "gain", "95 % interval", "us/token", "updates", "trainable")
+    cells = [
+        (
+            mark(row.name, row.name in illegal),
+            f"{row.bpb:.6f}",
+            f"{row.gain:+.6f}",
+            f"{row.low:+.5f} to {row.high:+.5f}",
+            f"{row.microseconds_a_token:.1f}",
+            f"{row.updates:,}",
+            f"{row.trainable:,}",
+        )
+        for row in rows
+    ]
+    return Table(header, cells)
