@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pgolf_fast.config.run_folder import SCORES
+from pgolf_fast.console import Table
 from pgolf_fast.errors import PgolfError
+from pgolf_fast.evaluation.scores import mark
 
 MARGIN = 0.005
 
@@ -109,3 +111,28 @@ def incomplete_beta(a: float, b: float, x: float) -> float:
         odd = -(a + m - 1) * (a + b + m - 1) * x / ((a + 2 * m - 2) * (a + 2 * m - 1))
         fraction = 1 + odd / (1 + even / fraction)
     return math.exp(front) / (a * fraction)
+
+
+def group_table(groups: Mapping[str, Sequence[dict]]) -> Table:
+    """Tabulate mean and deviation of every score, for groups of runs by name ("" is the recipe itself)."""
+    rows = []
+    for name, scores in groups.items():
+        for score, title in SCORES.items():
+            one = group(scores, score)
+            illegal = score == "sliding_ttt" and any(run.get("illegal") for run in scores)
+            what = mark(f"{title}, {name}" if name else title, illegal)
+            units = (one.bpb, one.bpb_deviation, one.loss, one.loss_deviation)
+            rows.append((what, str(one.runs), *(f"{value:.6f}" for value in units)))
+    return Table(("score", "runs", "bpb", "deviation", "nats/token", "deviation"), rows)
+
+
+def welch_table(ours: Sequence[dict], theirs: Sequence[dict], margin: float) -> Table:
+    """Tabulate Welch's test of a gain of more than `margin` nats per token, for every score."""
+    rows = []
+    for score, name in SCORES.items():
+        title = mark(name, score == "sliding_ttt" and any(run.get("illegal") for run in (*ours, *theirs)))
+        a, b = ([run[score]["loss"] for run in runs] for runs in (ours, theirs))
+        test = welch(a, b, margin)
+        gain = statistics.fmean(b) - statistics.fmean(a)
+        rows.append((title, f"{gain:+.6f}", f"{test.t:.3f}", f"{test.degrees:.2f}", f"{test.p:.3g}"))
+    return Table(("score", "nats gained", "t", "degrees", f"p of more than {margin:g}"), rows)
