@@ -14,7 +14,17 @@ import tyro
 
 from pgolf_fast import console
 from pgolf_fast.cli.evaluate import Weights, validation_data
-from pgolf_fast.cli.options import AllFields, Preset, Run, Size, Words, existing, preset_with, run_folder
+from pgolf_fast.cli.options import (
+    AllFields,
+    DataFolder,
+    Preset,
+    Run,
+    Size,
+    Words,
+    existing,
+    preset_with,
+    run_folder,
+)
 from pgolf_fast.cli.output import print_out
 from pgolf_fast.config.adapters import adapters
 from pgolf_fast.errors import PgolfError
@@ -182,7 +192,7 @@ class Sweep:
     """Score only this many validation tokens; default: all."""
     after: int = 0
     """Compare only documents that start at this target or later."""
-    data: Path | None = None
+    data: DataFolder = None
     """Folder of validation shards; default: the run's."""
     allow_illegal: bool = False
     """Also compare adapters that break the rules; their rows are labeled ILLEGAL."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pgolf_fast import console
-from pgolf_fast.cli.options import Fields, Run, Words, run_folder
+from pgolf_fast.cli.options import DataFolder, Fields, Run, TokenizerFile, Words, run_folder
 from pgolf_fast.cli.output import print_out
 from pgolf_fast.config.fields import flip
 from pgolf_fast.config.presets import is_preset, preset
@@ -27,9 +27,9 @@ class Eval:
     fields: Annotated[Words, Fields(("eval", "ttt"), brief=TTT_FIELDS)]
     weights: Weights = "artifact"
     """Score the packed artifact, or the float weights before quantization."""
-    data: Path | None = None
+    data: DataFolder = None
     """Folder of validation shards; default: the run's."""
-    tokenizer: Path | None = None
+    tokenizer: TokenizerFile = None
     """Tokenizer of those shards; default: the one the run was trained with."""
     figures: bool = False
     """Print all tables of the figures, not only the one by class."""

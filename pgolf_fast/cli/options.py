@@ -35,6 +35,12 @@ Words = tuple[str, ...]
 Size = Literal["tiny", "small"]
 Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 Preset = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET")]
+# Commands on a run take the run's own names of these settings too, which error messages use
+_ALIASES = ("--data.path", "--data.tokenizer")
+DataFolder = Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="", aliases=_ALIASES[:1])]
+TokenizerFile = Annotated[
+    Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="", aliases=_ALIASES[1:])
+]
 _TypedDict: Any = typing.TypedDict  # made of names and types that are only known at run time
 _HELP = ("-h", "--help", "--help-all")
 
@@ -126,7 +132,7 @@ def _message(command: str, box: str) -> str:
 
 def _check_names(command: str, kind: type, words: Sequence[str]) -> None:
     """Raise PgolfError naming the nearest option for the first one that does not exist."""
-    known = [*_names(kind)]
+    known = [*_names(kind), *(alias.lstrip("-") for alias in _ALIASES)]
     for word in itertools.takewhile(lambda word: word != "--", words):
         name = word.partition("=")[0].lstrip("-").replace("_", "-")
         if re.match("--?[a-zA-Z]", word) and re.sub(r"(^|\.)no-", r"\1", name) not in known:

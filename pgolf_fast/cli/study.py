@@ -11,7 +11,7 @@ import tyro
 
 from pgolf_fast import console
 from pgolf_fast.cli.evaluate import TTT_FIELDS
-from pgolf_fast.cli.options import Fields, Run, Words, existing, run_folder
+from pgolf_fast.cli.options import DataFolder, Fields, Run, TokenizerFile, Words, existing, run_folder
 from pgolf_fast.cli.output import print_out
 from pgolf_fast.config.fields import flip
 from pgolf_fast.config.presets import preset
@@ -39,9 +39,9 @@ class Audit:
     """Limit for the training time, in seconds."""
     eval_limit: float | None = None
     """Limit for the evaluation time, in seconds."""
-    data: Path | None = None
+    data: DataFolder = None
     """Folder of validation shards; default: the run's."""
-    tokenizer: Path | None = None
+    tokenizer: TokenizerFile = None
     """Tokenizer of those shards; default: the one that belongs to them."""
     json: Path | None = None
     """File for the findings; default: audit.json in the run folder, if all checks run."""
@@ -131,9 +131,9 @@ class Analyze:
     """Weights to read from a run folder; auto takes the float weights if they are there."""
     preset: str | None = None
     """Preset of files that hold no configuration, such as .pt files."""
-    data: Path | None = None
+    data: DataFolder = None
     """Folder of validation shards; default: that of the first model's run."""
-    tokenizer: Path | None = None
+    tokenizer: TokenizerFile = None
     """Tokenizer of those shards; default: the one that belongs to them."""
     tokens: int = AnalysisOptions.tokens
     """Validation targets to take losses over."""
