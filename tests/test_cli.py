@@ -281,7 +281,7 @@ def test_demo_trains_tiny_by_the_clock():
 
 @pytest.mark.slow
 def test_demo_from_an_empty_cache_to_tables(tmp_path):
-    """The whole pipeline with a few seconds of training, in a fresh process, on a corpus made from nothing."""
+    """The whole pipeline with a few seconds of training, in a fresh process with an empty cache."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
     done = pgolf("demo", "--seconds", "3", "--out", tmp_path / "demo", env=environment)
     assert done.returncode == 0, done.stderr[-2000:]

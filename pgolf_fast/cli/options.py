@@ -6,6 +6,7 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import functools
 import inspect
 import io
 import itertools
@@ -106,7 +107,7 @@ def _parse(command: str, kind: type[Options], words: Sequence[str]) -> Options:
     if unknown:
         raise PgolfError(f"{command} does not take {unknown[0]!r}: see `pgolf {command} --help`")
     typed = {name: _words(getattr(options, name)) for name in _markers(kind)}
-    return dataclasses.replace(options, **typed)  # type: ignore[type-var]
+    return kind(**{**vars(options), **typed})
 
 
 @contextlib.contextmanager
@@ -124,7 +125,8 @@ def _unwrapped() -> Iterator[None]:
 
 def _message(command: str, box: str) -> str:
     """Return one line for the framed message of tyro: its title, then what is wrong or missing."""
-    title, *lines = [line.strip("╭╮│─ ") for line in box.splitlines()]
+    lines = [line.strip("╭╮╰╯│─- ") for line in box.splitlines()]
+    title, *lines = filter(None, lines)
     if title == "Required options":
         return f"{command} needs {lines[1]}: for example `{COMMANDS[command].example}`"
     return lines[0].removeprefix("Error parsing ")
@@ -158,18 +160,22 @@ def _names(kind: type) -> Iterator[str]:
 
 def resolve(kind: type[Options], shown: RunConfig, *, brief: bool = False) -> type[Options]:
     """Return `kind` with options for the fields of the configuration, whose defaults are those of `shown`."""
-    annotations: dict[str, Any] = {
-        name: Annotated[_fields(marker, shown, brief=brief), tyro.conf.arg(name="")]
-        for name, marker in _markers(kind).items()
-    }
-    defaults = {}
+    annotations: dict[str, Any] = {}
+    docs, markers = _docs(kind), _markers(kind)  # type: ignore[arg-type]
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
         hint, default = typing.get_type_hints(kind, include_extras=True)[field.name], field.default
-        if (default is None or default is False or default == ()) and not hasattr(hint, "__metadata__"):
-            # the help text says what these mean, so "(default: None)" would only repeat it
+        if field.name in markers:
+            fields = _fields(markers[field.name], shown, brief=brief)
+            annotations[field.name] = Annotated[fields, tyro.conf.arg(name="", help="")]
+        elif not hasattr(hint, "__metadata__"):
+            # the text says what None, False or nothing means, so "(default: None)" would only repeat it
+            silent = default is None or default is False or default == ()
             _, metavar = _option(_without_none(hint), optional=False)
-            annotations[field.name] = Annotated[hint, tyro.conf.arg(metavar=metavar, help_behavior_hint="")]
-            defaults[field.name] = default
+            option = tyro.conf.arg(
+                help=docs[field.name], metavar=metavar, help_behavior_hint="" if silent else None
+            )
+            annotations[field.name] = Annotated[hint, option]
+    defaults = {name: getattr(kind, name) for name in annotations if hasattr(kind, name)}
     body = {"__annotations__": annotations, "__module__": kind.__module__, **defaults}
     return dataclass(frozen=True)(type(kind.__name__, (kind,), body))
 
@@ -189,7 +195,8 @@ def _fields(marker: Fields, shown: RunConfig, *, brief: bool) -> Any:
     groups: dict[str, Any] = {}
     for name, kind, value in _groups(RunConfig, shown):
         if not marker.groups or name.partition(".")[0] in marker.groups:
-            groups[name] = _group(name, kind, value, marker.brief if brief else ())
+            fields = _group(name, kind, value, marker.brief if brief else ())
+            groups[name] = Annotated[fields, tyro.conf.arg(help="")]
     if not marker.groups:
         hint = f"(default: {shown.name})"
         groups["name"] = Annotated[str, tyro.conf.arg(help="Name of the run.", help_behavior_hint=hint)]
@@ -270,6 +277,7 @@ def _without_none(hint: Any) -> Any:
     return next(option for option in typing.get_args(hint) if option is not types.NoneType)
 
 
+@functools.cache
 def _docs(kind: type) -> dict[str, str]:
     """Return the string below each field of a class, which Python itself does not keep."""
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
