@@ -22,7 +22,7 @@ def setup_logging(log_file: Path | None = None, *, quiet: bool = False) -> None:
     """Send log lines to standard error and, if given, append them to `log_file`."""
     close_logging()
     logger.setLevel(logging.INFO)
-    logger.propagate = False
+    logger.propagate = False  # handlers of the root logger would print every line twice
     handlers: list[logging.Handler] = [] if quiet else [logging.StreamHandler(sys.stderr)]
     if log_file is not None:
         log_file.parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ class MetricsWriter:
     def write(self, kind: str, **values: object) -> None:
         if self._file is not None:
             self._file.write(json.dumps({"kind": kind, **values}) + "\n")
-            self._file.flush()
+            self._file.flush()  # a crash loses at most the current line
 
     def close(self) -> None:
         if self._file is not None:

@@ -35,6 +35,7 @@ def png(paint: Paint, size: tuple[float, float], *, dark: bool = False) -> bytes
     except ImportError as error:
         raise PgolfError("plots need matplotlib: pip install 'pgolf-fast[plot]'") from error
     with matplotlib.rc_context(_style(dark)):
+        # Not pyplot, which registers every figure globally and may try to open a display
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
         paint(figure)

@@ -156,9 +156,8 @@ class Analyze:
 def analyze(options: Analyze) -> int:
     import torch
 
-    from pgolf_fast.cli.analyze import run_all, write
-    from pgolf_fast.lab.analysis.registry import check_names, lacking
-    from pgolf_fast.lab.analysis.subject import open_subjects
+    from pgolf_fast.lab.analysis.models import open_models
+    from pgolf_fast.lab.analysis.registry import check_names, run_analyses, write_results
 
     if not options.models:
         raise PgolfError("give at least one model: a run folder, a checkpoint, an artifact or a .pt file")
@@ -172,16 +171,12 @@ def analyze(options: Analyze) -> int:
     shared = {f.name for f in fields(AnalysisOptions)} & {f.name for f in fields(options)}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings = AnalysisOptions(device=device, **{name: getattr(options, name) for name in shared})
-    subjects = open_subjects(options.models, options.weights, config)
-    for name in options.only:  # before other analyses take their time
-        if (why := lacking(name, subjects)) is not None:
-            raise PgolfError(why)
-    done, left_out = run_all(options.only, subjects, settings)
-    if left_out:
-        print_out("\n".join(["left out:", *(f"  {name}: {why}" for name, why in left_out.items())]) + "\n")
-    seconds = [(one.name, f"{one.seconds:.1f}") for one in done]
-    total = ("all", f"{sum(one.seconds for one in done):.1f}")
-    print_out(console.table([*seconds, total], ("analysis", "seconds")))
-    write(options.out, subjects, settings, done, left_out)
+    models = open_models(options.models, options.weights, config)
+    results = run_analyses(options.only, models, settings, lambda summary: print_out(f"{summary.text()}\n"))
+    if results.skipped:
+        reasons = (f"  {name}: {why}" for name, why in results.skipped.items())
+        print_out("\n".join(["skipped:", *reasons]) + "\n")
+    print_out(results.time_table().text())
+    write_results(options.out, results)
     print_out(f"wrote {options.out / 'analysis.json'} and {options.out / 'report.html'}")
     return 0

@@ -167,6 +167,7 @@ def _shape(record: TensorRecord) -> codecs.Shape:
 
 def _bytes(record: TensorRecord) -> bytes:
     array = record.array
+    # Stored arrays are little-endian on every machine
     return np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes()
 
 

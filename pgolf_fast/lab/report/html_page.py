@@ -45,13 +45,14 @@ class Section:
 
 def render(template: str, title: str, sections: Sequence[Section], **context: object) -> str:
     """Render `templates/<template>.html.j2` to one HTML document; `context` is passed to the template."""
+    # Imported here: only pages need Jinja2
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
-        undefined=StrictUndefined,
+        undefined=StrictUndefined,  # a misspelled name must not render as nothing
         trim_blocks=True,
         lstrip_blocks=True,
     )

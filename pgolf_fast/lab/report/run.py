@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,86 +96,46 @@ class RunRecord:
         return "not trained yet: only the configuration exists"
 
 
-class _Reader:
-    """Reads the files of a run folder and collects what is `missing`."""
-
-    def __init__(self, folder: RunFolder):
-        self.folder, self.name = folder, folder.path.resolve().name
-        self.missing: list[Missing] = []
-
-    def json(self, path: Path, what: str, command: str) -> dict[str, Any]:
-        """Parse a JSON object; {} if the file is missing or damaged."""
-        if not path.is_file():
-            self.missing.append(Missing(what, f"there is no {path.name}", command))
-            return {}
-        try:
-            tree = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            self.missing.append(Missing(what, f"{path.name} is damaged: {error}", command))
-            return {}
-        return tree if isinstance(tree, dict) else {}
-
-    def lines(self) -> dict[str, list[dict[str, Any]]]:
-        """Read the lines of metrics.jsonl that belong to a step, by kind."""
-        lines = defaultdict(list)
-        for row in self.folder.history():
-            if isinstance(row.get("step"), int):
-                lines[str(row.get("kind"))].append(row)
-        if not lines["step"]:
-            self.missing.append(Missing("training log", "metrics.jsonl has no steps", "written by training"))
-        return lines
-
-    def weights(self, command: str) -> dict[str, Any]:
-        """Read the metadata of the final weights."""
-        if not self.folder.model_file.is_file():
-            self.missing.append(Missing("final weights", "training did not finish", command))
-            return {}
-        try:
-            return load_story(self.folder.model_file)
-        except PgolfError as error:
-            self.missing.append(Missing("final weights", portable(str(error)), command))
-            return {}
-
-    def artifact(self) -> tuple[ArtifactTable | None, str | None]:
-        """Read the byte table and the SHA-256 of the artifact."""
-        if not self.folder.artifact_file.is_file():
-            step = "quantize" if not self.folder.quantized_file.is_file() else "pack"
-            self.missing.append(Missing("artifact", "the run is not packed", f"pgolf {step} {self.name}"))
-            return None, None
-        try:
-            path = self.folder.artifact_file
-            return artifact_table(path, tried=()), sizes(path).sha256
-        except PgolfError as error:
-            self.missing.append(Missing("artifact", portable(str(error)), f"pgolf pack {self.name}"))
-            return None, None
-
-    def check_digest(self, tree: dict[str, Any], digest: str | None, what: str, command: str) -> None:
-        """Report results of another artifact as missing for this one."""
-        of = tree.get("artifact_sha256")
-        if of is not None and digest is not None and of != digest:
-            why = "those shown are of another artifact"
-            self.missing.append(Missing(f"{what} of the current artifact", why, command))
-
-
 def read_run(folder: RunFolder) -> RunRecord:
     """Read a run folder that has at least config.json. Raises PgolfError if it has none.
 
     Other files may be missing or damaged; `RunRecord.missing` says which and why.
     """
-    config, reader = folder.read_config(), _Reader(folder)
-    lines = reader.lines()
-    weights = reader.weights(f"pgolf train {config.name} --resume --out {reader.name}")
-    table, digest = reader.artifact()
-    commands = {"artifact": f"pgolf eval {reader.name}", "float": f"pgolf eval {reader.name} --weights float"}
-    titles = {"artifact": "scores of the artifact", "float": "scores of the float weights"}
+    config, name = folder.read_config(), folder.path.resolve().name
+    missing: list[Missing] = []
+    lines = _metrics(folder)
+    if not lines["step"]:
+        missing.append(Missing("training log", "metrics.jsonl has no steps", "written by training"))
+
+    def read(path: Path, what: str, command: str, load: Callable[[Path], Any] = _json, why: str = "") -> Any:
+        """Load a file; if it is missing or damaged, record that and return {}."""
+        if path.is_file():
+            try:
+                return load(path)
+            except PgolfError as error:
+                why = portable(str(error))
+            except ValueError as error:  # not JSON, or not text
+                why = f"{path.name} is damaged: {error}"
+        missing.append(Missing(what, why or f"there is no {path.name}", command))
+        return {}
+
+    train = f"pgolf train {config.name} --resume --out {name}"
+    score, audit = f"pgolf eval {name}", f"pgolf audit {name}"
+    weights = read(folder.model_file, "final weights", train, load_story, "training did not finish")
+    pack = f"pgolf {'pack' if folder.quantized_file.is_file() else 'quantize'} {name}"
+    artifact = read(folder.artifact_file, "artifact", pack, _artifact, "the run is not packed")
     scores = {
-        which: reader.json(folder.scores_file(which), titles[which], command)
-        for which, command in commands.items()
+        "artifact": read(folder.scores_file("artifact"), "scores of the artifact", score),
+        "float": read(folder.scores_file("float"), "scores of the float weights", f"{score} --weights float"),
     }
-    audit = reader.json(folder.audit_file, "audit", f"pgolf audit {reader.name}")
-    reader.check_digest(scores["artifact"], digest, "scores", commands["artifact"])
-    reader.check_digest(audit, digest, "audit", f"pgolf audit {reader.name}")
-    sweep = folder.sweep_file
+    findings = read(folder.audit_file, "audit", audit)
+    for what, tree, command in (("scores", scores["artifact"], score), ("audit", findings, audit)):
+        if artifact and tree.get("artifact_sha256") not in (None, artifact["sha256"]):
+            why = "those shown are of another artifact"
+            missing.append(Missing(f"{what} of the current artifact", why, command))
+    sweep = {}
+    if folder.sweep_file.is_file():  # optional, so not missing
+        sweep = read(folder.sweep_file, "sweep", f"pgolf ttt-sweep {name}")
     return RunRecord(
         folder=folder,
         config=config,
@@ -183,10 +144,28 @@ def read_run(folder: RunFolder) -> RunRecord:
         resumes=lines["resume"],
         slot_rates=lines["slot_rates"],
         scores={which: tree for which, tree in scores.items() if tree},
-        sweep=reader.json(sweep, "sweep", f"pgolf ttt-sweep {reader.name}") if sweep.is_file() else {},
-        audit=audit,
-        environment=reader.json(folder.path / "env.json", "environment", "written by training"),
+        sweep=sweep,
+        audit=findings,
+        environment=read(folder.path / "env.json", "environment", "written by training"),
         weights=weights,
-        artifact=table,
-        missing=tuple(reader.missing),
+        artifact=artifact.get("table"),
+        missing=tuple(missing),
     )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    tree = json.loads(path.read_text(encoding="utf-8"))
+    return tree if isinstance(tree, dict) else {}
+
+
+def _artifact(path: Path) -> dict[str, Any]:
+    return {"table": artifact_table(path, tried=()), "sha256": sizes(path).sha256}
+
+
+def _metrics(folder: RunFolder) -> dict[str, list[dict[str, Any]]]:
+    """Read the lines of metrics.jsonl that belong to a step, by kind."""
+    lines = defaultdict(list)
+    for row in folder.history():
+        if isinstance(row.get("step"), int):
+            lines[str(row.get("kind"))].append(row)
+    return lines

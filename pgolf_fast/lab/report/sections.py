@@ -106,8 +106,8 @@ def configuration(run: RunRecord) -> Section:
     if not rows:
         return Section("Configuration", f"Preset `{run.config.name}`, unchanged.", tables=resumed)
     text = (
-        f"Differences from the current preset `{run.config.name}`. Where a preset leaves a choice to the machine "
-        "(`auto`, `none`), training records what it chose."
+        f"Differences from the current preset `{run.config.name}`. Where a preset leaves a choice to the "
+        "machine (`auto`, `none`), training records what it chose."
     )
     differences = Table(("field", "preset", "run"), rows, f"{len(rows)} fields that differ")
     return Section("Configuration", text, (differences, *resumed))
@@ -202,16 +202,16 @@ def scores(run: RunRecord) -> Section:
     """Show the three scores of each kind of weights, and the gains of sliding and of adapting."""
     if not run.scores:
         return Section("Scores", "The run is not scored: run `pgolf eval`.")
-    found = []
+    score_tables = []
     for weights, tree in run.scores.items():
         table = score_table(tree)
         table.caption = "The artifact" if weights == "artifact" else "The float weights, before quantization"
-        found += [table, _gains(tree)]
+        score_tables += [table, _gains(tree)]
     text = (
         "The three scores of the same weights belong together: the gain of test-time training is the third "
         "less the second, and the gain of sliding windows is the second less the first."
     )
-    return Section("Scores", text, tuple(table for table in found if table.rows))
+    return Section("Scores", text, tuple(table for table in score_tables if table.rows))
 
 
 def _gains(tree: dict[str, Any]) -> Table:
@@ -252,8 +252,8 @@ def quantization_gap(run: RunRecord) -> Section:
     if differing:
         names = "; ".join(_score_name(artifact, key) for key in differing)
         text += (
-            " Not comparable, because float weights and artifact were scored on different targets or with other "
-            f"settings: {names}."
+            " Not comparable, because float weights and artifact were scored on different targets or with "
+            f"other settings: {names}."
         )
     elif not pairs and (ended := run.final_validation) and _is_scored(artifact, "non_overlapping"):
         pairs = {SCORES["non_overlapping"]: (ended, artifact["non_overlapping"])}
@@ -285,8 +285,8 @@ def adaptation(run: RunRecord) -> Section:
     if illegal := tree.get("illegal"):
         order = f"This BREAKS THE RULES of the challenge: {illegal}"
     text = (
-        f"{order}; {updates:,} updates of {trainable:,} parameters. The gain is {gain:+.6f} bits per byte over "
-        "the same windows without it."
+        f"{order}; {updates:,} updates of {trainable:,} parameters. The gain is {gain:+.6f} bits per byte "
+        "over the same windows without it."
     )
     if settings := _ttt_settings(tree.get("ttt", {})):
         text += f" Settings: {settings}."
@@ -294,8 +294,8 @@ def adaptation(run: RunRecord) -> Section:
         lambda canvas: paint_course(canvas.subplots(), tree),
         (WIDTH, 3.4),
         "Running bits per byte by chunk of test-time training, and the sliding score without it.",
-        "Bits per byte up to each chunk, in the order of scoring. The dotted line is the whole stream without "
-        "test-time training: only the right end compares with it.",
+        "Bits per byte up to each chunk, in the order of scoring. The dotted line is the whole stream "
+        "without test-time training: only the right end compares with it.",
     )
     return Section(title, text + note, compared, figures)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,15 +12,12 @@ from pgolf_fast.io import write_bytes
 from pgolf_fast.lab.analysis.artifact_bytes import ArtifactTable, TensorBytes
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SIZE = WIDTH, HEIGHT = 13.0, 8.0  # inches
+SIZE = (13.0, 8.0)  # inches
 # The light scheme of P. Tol, "Colour Schemes" (SRON 2021): distinct to color-blind readers, black text on it
-COLORS = ("#77AADD", "#EE8866", "#44BB99", "#EEDD88", "#FFAABB", "#BBCC33", "#99DDFF", "#AAAA00")
-REST, REST_COLOR = "the rest", "#DDDDDD"
-SMALL = 0.02  # of the artifact; smaller groups become single rectangles of the group `REST`
-HEADING = 0.26  # inches above the rectangles of a group
+COLORS = ("#77AADD", "#EE8866", "#44BB99", "#EEDD88", "#FFAABB", "#BBCC33", "#99DDFF", "#AAAA00", "#DDDDDD")
+LABELED = 0.004  # of the artifact; a smaller rectangle has no room for a label
 _SLOT = re.compile(r"blocks\.(\d+)\.((?:attn|mlp)\.\w+)\.weight")
 _SLOT_NAMES = {
     "attn.c_q": "attention Q",
@@ -31,8 +27,6 @@ _SLOT_NAMES = {
     "mlp.fc": "MLP up",
     "mlp.proj": "MLP down",
 }
-Tile = tuple[str, float]  # name and bytes
-Box = tuple[float, float, float, float]  # left, bottom, width and height in inches
 
 
 def plot_treemap(table: ArtifactTable, path: Path) -> None:
@@ -41,61 +35,43 @@ def plot_treemap(table: ArtifactTable, path: Path) -> None:
 
 
 def paint_treemap(figure: Figure, table: ArtifactTable) -> None:
-    """Draw groups (bank matrices by kind, tables, scales, ...) of tensors on a figure of `SIZE` inches.
+    """Draw the tensors in one color per group (bank matrices by kind, tables, scales, ...).
 
     Raises PgolfError if squarify is not installed.
     """
-    figure.set_layout_engine("none")
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(0, WIDTH), ylim=(0, HEIGHT))
-    axes.axis("off")
-    title = f"{table.path.name}: {table.total_bytes:,} bytes"
-    axes.text(0.12, HEIGHT - 0.28, title, fontsize=13, fontweight="bold", va="center")
-    groups = _groups(table)
-    sums = [sum(size for _, size in tiles) for tiles in groups.values()]
-    boxes = _boxes(sums, (0.08, 0.08, WIDTH - 0.16, HEIGHT - 0.58))
-    for index, ((name, tiles), total, (x, y, w, h)) in enumerate(
-        zip(groups.items(), sums, boxes, strict=True)
-    ):
-        heading = f"{name}  {_short(total)}  {total / table.total_bytes:.1%}"
-        if points := _font_size(heading, w, HEADING, 10):
-            y_text = y + h - HEADING / 2
-            axes.text(x + 0.06, y_text, heading, fontsize=points, va="center", fontweight="bold")
-            h -= HEADING
-        color = REST_COLOR if name == REST else COLORS[index % len(COLORS)]
-        inner = (x + 0.02, y + 0.02, max(w - 0.04, 0.01), max(h - 0.04, 0.01))
-        for tile, place in zip(tiles, _boxes([size for _, size in tiles], inner), strict=True):
-            _draw_tile(axes, tile, place, color)
+    try:
+        import squarify
+    except ImportError as error:
+        raise PgolfError("the treemap needs squarify: pip install 'pgolf-fast[plot]'") from error
+    from matplotlib.patches import Patch
 
-
-def _draw_tile(axes: Axes, tile: Tile, box: Box, color: str) -> None:
-    from matplotlib.patches import Rectangle
-
-    (name, size), (x, y, width, height) = tile, box
-    edge = axes.get_figure().get_facecolor()
-    axes.add_patch(Rectangle((x, y), width, height, facecolor=color, edgecolor=edge, linewidth=0.8))
-    for lines in ((name, _short(size)), (*name.split("."), _short(size)), (name,)):
-        if points := _font_size(max(lines, key=len), width, height / len(lines), 9):
-            style = {"fontsize": points, "ha": "center", "va": "center", "color": "black"}
-            axes.text(x + width / 2, y + height / 2, "\n".join(lines), **style)
-            break
-
-
-def _groups(table: ArtifactTable) -> dict[str, list[Tile]]:
-    """Group tensors, the largest group first; layers stay in order, other tensors are sorted by size."""
-    groups: dict[str, list[Tile]] = {"header": [("", table.header_bytes)]}
-    for tensor in table.tensors:
+    total = table.total_bytes
+    groups: dict[str, list[tuple[str, float]]] = {}
+    for tensor in sorted(table.tensors, key=lambda tensor: -tensor.stored_bytes):
         group, label = _group_and_label(tensor)
         groups.setdefault(group, []).append((label, tensor.stored_bytes))
-    sums = {name: sum(size for _, size in tiles) for name, tiles in groups.items()}
-    small = {name: size for name, size in sums.items() if size < SMALL * table.total_bytes}
-    large = {name: tiles for name, tiles in groups.items() if name not in small}
-    if small:
-        large[REST], sums[REST] = list(small.items()), sum(small.values())
-    for name, tiles in large.items():
-        if name not in _SLOT_NAMES.values():
-            tiles.sort(key=lambda tile: -tile[1])
-    return dict(sorted(large.items(), key=lambda group: -sums[group[0]]))
+    groups["header"] = [("header", table.header_bytes)]
+    colors = {name: COLORS[min(i, len(COLORS) - 1)] for i, name in enumerate(groups)}
+    tiles = [(name, label, size) for name, group in groups.items() for label, size in group]
+    axes = figure.subplots()
+    squarify.plot(
+        [max(size, 1e-3) for _, _, size in tiles],
+        norm_x=100 * SIZE[0] / SIZE[1],  # rectangles are squarified in the shape of the figure
+        color=[colors[name] for name, _, _ in tiles],
+        label=[f"{label}\n{_short(size)}" if size > LABELED * total else "" for _, label, size in tiles],
+        ax=axes,
+        bar_kwargs={"edgecolor": axes.get_facecolor(), "linewidth": 0.8},
+        text_kwargs={"fontsize": 7, "color": "black"},
+    )
+    axes.set(xlim=(0, 100 * SIZE[0] / SIZE[1]), ylim=(0, 100))
+    axes.axis("off")
+    axes.set_title(f"{table.path.name}: {total:,} bytes", fontsize=13, fontweight="bold")
+    sums = {name: sum(size for _, size in group) for name, group in groups.items()}
+    handles = [
+        Patch(color=colors[name], label=f"{name}  {_short(size)}  {size / total:.1%}")
+        for name, size in sums.items()
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=5)
 
 
 def _group_and_label(tensor: TensorBytes) -> tuple[str, str]:
@@ -104,24 +80,6 @@ def _group_and_label(tensor: TensorBytes) -> tuple[str, str]:
         return _SLOT_NAMES.get(slot[2], slot[2]), f"layer {slot[1]}"
     name = tensor.name.removesuffix(".q").removesuffix(".scale").removesuffix(".weight")
     return {"embeddings": "tables", "small": "small tensors"}.get(tensor.section, tensor.section), name
-
-
-def _boxes(sizes: Sequence[float], box: Box) -> Iterator[Box]:
-    """Divide `box` into boxes of these sizes (M. Bruls et al., "Squarified treemaps", 2000)."""
-    try:
-        import squarify
-    except ImportError as error:
-        raise PgolfError("the treemap needs squarify: pip install 'pgolf-fast[plot]'") from error
-    x, y, width, height = box
-    areas = squarify.normalize_sizes([max(size, 1e-3) for size in sizes], width, height)
-    for part in squarify.squarify(areas, x, y, width, height):
-        yield part["x"], part["y"], part["dx"], part["dy"]
-
-
-def _font_size(text: str, width: float, height: float, largest: float) -> float:
-    """Return the points at which a line fits a box of inches, or 0 if that is too small to read."""
-    points = min(largest, 72 * (width - 0.08) / (0.62 * max(len(text), 1)), 72 * height / 1.4)
-    return points if points >= 4.5 else 0.0
 
 
 def _short(size: float) -> str:
