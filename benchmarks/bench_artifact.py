@@ -1,14 +1,14 @@
-"""The export path beside its peers, in one command and one run: bytes, seconds and memory, with bounds.
+"""Benchmark the export path against its peers: bytes, seconds and memory, with entropy bounds.
 
     python benchmarks/bench_artifact.py --run runs/small
 
-`codecs`: three artifacts (a trained model, given by --run; PR 1501's size and statistics with equal rows; the
-same with rows and columns of different scale), each through general compressors on the layout of PR 1501 and
-through our container, beside the entropies that bound every static coder. `pipeline`: GPTQ, packing, loading
-and pruning at full size. Each measurement runs in a process of its own, one after another, on this machine's
-CPU; keep it quiet. Writes artifact.json, after every measurement, and artifact.txt, the tables printed.
+`codecs`: four artifacts, each through general compressors on the layout of PR 1501 and our container:
+a trained model, given by --run; codes of PR 1501's size and statistics with equal rows, with rows of different
+scale, and with rows and columns of different scale. `pipeline`: GPTQ, packing, loading, pruning to a byte
+target and landing of grid `rd`, at full size. Each measurement runs in a process of its own, one at a time;
+keep the machine quiet. Writes artifact.json after every measurement and artifact.txt, the tables printed.
 
-A full run takes most of an hour: zpaq needs minutes there and back for each of the large artifacts.
+A full run takes most of an hour: zpaq needs minutes per direction for each of the large artifacts.
 """
 
 from __future__ import annotations
@@ -24,15 +24,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(HERE)]  # the package need not be installed
 
-import artifact_codecs  # noqa: E402 - after the path is set
-import artifact_files  # noqa: E402
-import artifact_verdict  # noqa: E402
-from synthetic_artifact import synthetic  # noqa: E402
+from artifact_worker import BASELINE, OURS, PEERS, STEPS, versions  # noqa: E402 - after the path is set
+from synthetic_artifact import REFERENCE, synthetic, write_artifact, write_config  # noqa: E402
 
+from pgolf_fast import console  # noqa: E402
 from pgolf_fast.artifact.steps import read_quantized  # noqa: E402
 from pgolf_fast.bench.store import provenance  # noqa: E402
 from pgolf_fast.config.presets import exp101, tiny  # noqa: E402
@@ -42,19 +41,29 @@ from pgolf_fast.io import write_text  # noqa: E402
 from pgolf_fast.lab.analysis.entropy_bounds import static_bounds  # noqa: E402
 from pgolf_fast.quant.state import QuantizedState  # noqa: E402
 
-Found = dict[str, Any]
+Record = dict[str, Any]
 PARTS = ("codecs", "pipeline")
-STEPS = ("gptq", "pack", "load", "prune")
-SPREADS = {"equal": 0.0, "spread": 0.25}
+CONTENDERS = (*PEERS, *OURS)
+# Made-up artifacts: standard deviation of the log scale of rows and of columns
+SPREADS = {"equal": (0.0, 0.0), "rows": (0.25, 0.0), "spread": (0.25, 0.25)}
 ARTIFACTS = ("trained", *SPREADS)
 TRAIN_ONE = (
     "pgolf train small --data.path DATA/datasets/webmix_sp1024 --out runs/small && pgolf quantize runs/small"
 )
+# Limits that the results are compared with
+CONTAINER = "container"
+OVER_BOUND = 0.5  # percent
+OF_BASELINE = {"equal": 0.945, "spread": 0.92}  # bytes of the codes
+FASTER_ENCODE, FASTER_DECODE = 100.0, 3.0
+PLAIN_READER, PLAIN_READER_SECONDS = "container, read in Python", 20.0
+SECONDS = {"gptq": 20.0, "pack": 3.0, "load": 2.0, "prune": 10.0}
+BYTES_BELOW = 200
+PEAK_MIB = 4096.0
 
 
 @dataclass(frozen=True, eq=False)
 class Artifact:
-    """What is packed, and the bits that its bank codes need at least, where that is known."""
+    """A model to pack, and the least bits that its bank codes need, if known."""
 
     name: str
     quantized: QuantizedState
@@ -69,35 +78,34 @@ def main() -> int:
         if "codecs" in arguments.parts:
             for artifact in artifacts(arguments):
                 folder = Path(temporary) / artifact.name
-                artifact_files.write_artifact(folder, artifact.quantized, artifact.config)
+                write_artifact(folder, artifact.quantized, artifact.config)
                 results.begin(artifact, folder)
                 for name in arguments.contenders:
-                    results.add_contender(artifact.name, name, child("artifact_codecs.py", name, folder))
+                    results.add_contender(artifact.name, name, measured(name, folder))
         if "pipeline" in arguments.parts:
             folder = Path(temporary) / "pipeline"
-            artifact_files.write_config(folder, config_of(arguments))
+            write_config(folder, config_of(arguments))
             for step in STEPS:
-                found = child("artifact_pipeline.py", step, folder)
+                found = measured(step, folder)
                 results.add_step(step, found)
-                if "error" in found:  # the next one has nothing to go on from
+                if "error" in found:  # later steps need its files
                     break
-    text = artifact_verdict.report_text(results.content)
+    text = report_text(results.content)
     print(text)
     results.finish(text)
-    return 1 if artifact_verdict.failures(results.content) else 0
+    return 1 if failures(results.content) else 0
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--run", type=Path, help="run folder of a trained and quantised model")
+    parser.add_argument("--run", type=Path, help="run folder of a trained and quantized model")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--artifacts", nargs="+", default=list(ARTIFACTS), choices=ARTIFACTS)
-    names = artifact_codecs.CONTENDERS
-    parser.add_argument("--contenders", nargs="+", default=list(names), choices=names)
+    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
     parser.add_argument("--out", type=Path, help="folder; default benchmarks/results, none with --smoke")
-    parser.add_argument("--smoke", action="store_true", help="at a toy size: does everything run?")
+    parser.add_argument("--smoke", action="store_true", help="toy sizes, to check that everything runs")
     arguments = parser.parse_args()
     if arguments.out is None and not arguments.smoke:
         arguments.out = HERE / "results"
@@ -112,14 +120,14 @@ def artifacts(arguments: argparse.Namespace) -> Iterator[Artifact]:
             run = RunFolder(arguments.run)
             yield Artifact("trained", read_quantized(run)[0], run.read_config())
     config = config_of(arguments)
-    for name, spread in SPREADS.items():
+    for name, (rows, columns) in SPREADS.items():
         if name in arguments.artifacts:
-            made = synthetic(config.model, spread=spread)
+            made = synthetic(config.model, rows=rows, columns=columns)
             yield Artifact(name, made.quantized, config, made.oracle_bits)
 
 
 def config_of(arguments: argparse.Namespace) -> RunConfig:
-    """What is made up: exp101, or something that takes seconds."""
+    """Return the configuration of made-up models: exp101, or with --smoke one that takes seconds."""
     if not arguments.smoke:
         return exp101()
     base = tiny()
@@ -127,11 +135,11 @@ def config_of(arguments: argparse.Namespace) -> RunConfig:
     return replace(base, name="smoke", model=model, quant=exp101().quant)
 
 
-def child(script: str, *words: object) -> Found:
-    """What the script found, {"skipped": why} or {"error": its last line}."""
+def measured(name: str, folder: Path) -> Record:
+    """Measure in a separate process; return the record, {"skipped": reason} or {"error": last line}."""
     path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH", "")) if p)
     done = subprocess.run(
-        [sys.executable, str(HERE / script), *map(str, words)],
+        [sys.executable, str(HERE / "artifact_worker.py"), name, str(folder)],
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
@@ -139,40 +147,40 @@ def child(script: str, *words: object) -> Found:
     )
     if done.returncode:
         return {"error": (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]}
-    found: Found = json.loads(done.stdout.splitlines()[-1])
-    return found
+    record: Record = json.loads(done.stdout.splitlines()[-1])
+    return record
 
 
 class Results:
-    """The JSON file: rewritten, whole, after every measurement."""
+    """The JSON file, rewritten after every measurement."""
 
     def __init__(self, folder: Path | None, smoke: bool):
         self.folder = folder
-        machine = {**provenance(), "cores": os.cpu_count(), "peers": artifact_codecs.versions()}
-        self.content: Found = {**machine, "smoke": smoke, "artifacts": {}, "pipeline": {}}
+        machine = {**provenance(), "cores": os.cpu_count(), "peers": versions()}
+        self.content: Record = {**machine, "smoke": smoke, "artifacts": {}, "pipeline": {}}
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
 
     def begin(self, artifact: Artifact, folder: Path) -> None:
         matrices = [matrix.codes.numpy() for matrix in artifact.quantized.matrices().values()]
-        found = static_bounds(matrices)
-        bounds = {name: asdict(bound) for name, bound in found.items()}
+        static = static_bounds(matrices)
+        bounds = {name: asdict(bound) for name, bound in static.items()}
         if artifact.oracle_bits is not None:
             bounds["oracle"] = {"bytes": artifact.oracle_bits / 8, "side_bytes": 0.0}
         self.content["artifacts"][artifact.name] = {
             "model": artifact.config.name,
             "codes": sum(m.size for m in matrices),
-            "reference_bytes": (folder / artifact_files.REFERENCE).stat().st_size,
+            "reference_bytes": (folder / REFERENCE).stat().st_size,
             "bounds": bounds,
-            "best_bound": min(found, key=lambda name: found[name].bytes),
+            "best_bound": min(static, key=lambda name: static[name].bytes),
             "contenders": {},
         }
 
-    def add_contender(self, artifact: str, name: str, found: Found) -> None:
+    def add_contender(self, artifact: str, name: str, found: Record) -> None:
         self.content["artifacts"][artifact]["contenders"][name] = found
         self._note(f"{artifact}, {name}", found)
 
-    def add_step(self, step: str, found: Found) -> None:
+    def add_step(self, step: str, found: Record) -> None:
         self.content["pipeline"][step] = found
         self._note(step, found)
 
@@ -180,14 +188,160 @@ class Results:
         if self.folder is not None:
             write_text(self.folder / "artifact.txt", text + "\n")
 
-    def _note(self, what: str, found: Found) -> None:
-        say(f"{what}: " + ", ".join(f"{key} {artifact_verdict.shown(value)}" for key, value in found.items()))
+    def _note(self, what: str, found: Record) -> None:
+        say(f"{what}: " + ", ".join(f"{key} {shown(value)}" for key, value in found.items()))
         if self.folder is not None:
             write_text(self.folder / "artifact.json", json.dumps(self.content, indent=1) + "\n")
 
 
 def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+# Tables
+
+
+def shown(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def report_text(content: Record) -> str:
+    """Return all tables of a run. The limits are for full size, so a smoke run leaves them out."""
+    parts = []
+    for name, found in content["artifacts"].items():
+        parts += [heading(name, found), bound_table(found), contender_table(found)]
+    if content["pipeline"]:
+        rows = [
+            (step, *(shown(found.get(k, "-")) for k in _STEP)) for step, found in content["pipeline"].items()
+        ]
+        parts.append(console.table(rows, ("step", *_STEP)))
+        broken = {step: found["error"] for step, found in content["pipeline"].items() if "error" in found}
+        parts += [f"{step}: FAILED, {why}" for step, why in broken.items()]
+    checks = [] if content["smoke"] else verdicts(content)
+    if checks:
+        parts.append(console.table(checks, ("what", "measured", "limit", "kept")))
+    return "\n\n".join(parts)
+
+
+_STEP = ("seconds", "peak_mib", "bytes", "target_bytes", "bytes_below")
+
+
+def heading(name: str, found: Record) -> str:
+    bits = 8 * found["bounds"]["order 0"]["bytes"] / max(found["codes"], 1)
+    return (
+        f"{name}: {found['codes']:,} codes of {found['model']}, order-0 entropy {bits:.3f} bits; "
+        f"{found['reference_bytes']:,} bytes as the compressors get it"
+    )
+
+
+def bound_table(found: Record) -> str:
+    rows = [
+        (
+            name,
+            shown(round(b["bytes"])),
+            shown(8 * b["bytes"] / found["codes"]),
+            shown(round(b["side_bytes"])),
+        )
+        for name, b in found["bounds"].items()
+    ]
+    return console.table(rows, ("bound of the codes", "bytes", "bits a code", "side information, about"))
+
+
+def contender_table(found: Record) -> str:
+    """Tabulate sizes with their ratio to the baseline, and the codes over their best static bound."""
+    rows, notes = [], []
+    base = found["contenders"].get(BASELINE, {})
+    for name, c in found["contenders"].items():
+        if "encode_s" not in c:
+            notes.append(
+                f"{name}: " + (f"skipped, {c['skipped']}" if "skipped" in c else f"FAILED, {c['error']}")
+            )
+            continue
+        rows.append(
+            (
+                name,
+                shown(c.get("bytes", "-")),
+                _ratio(c, base, "bytes"),
+                shown(c.get("codes_bytes", "-")),
+                _ratio(c, base, "codes_bytes"),
+                f"{over_bound(found, c['codes_bytes']):+.2f}%" if "codes_bytes" in c else "-",
+                f"{c['encode_s']:.3f}",
+                f"{c['decode_s']:.3f}",
+                f"{c['memory_mib']:.0f}",
+            )
+        )
+    header = ("contender", "bytes", "ratio", "codes", "ratio", "over bound", "encode s", "decode s", "MiB")
+    lines = [console.table(rows, header)] if rows else []
+    if packed := found["contenders"].get(CONTAINER, {}).get("sections"):
+        notes.append("container: " + ", ".join(f"{s} {c} {n:,}" for s, (c, n) in packed.items()))
+    return "\n".join([*lines, *notes])
+
+
+def _ratio(found: Record, base: Record, key: str) -> str:
+    return f"{found[key] / base[key]:.4f}" if key in found and key in base else "-"
+
+
+def over_bound(found: Record, codes_bytes: int) -> float:
+    """Return by how many percent the codes exceed the best static bound."""
+    return 100 * (codes_bytes / found["bounds"][found["best_bound"]]["bytes"] - 1)
+
+
+Verdict = tuple[str, str, str, str]
+
+
+def verdicts(content: Record) -> list[Verdict]:
+    """Return (what, measured, limit, "yes" or "NO") for every limit that this run can be compared with."""
+    rows: list[Verdict] = []
+    for name, found in content["artifacts"].items():
+        rows += _codec_verdicts(name, found)
+    for step, found in content["pipeline"].items():
+        if step in SECONDS and "seconds" in found:
+            rows.append(_at_most(f"{step}: seconds", found["seconds"], SECONDS[step]))
+            rows.append(_at_most(f"{step}: peak MiB", found["peak_mib"], PEAK_MIB))
+        if "bytes_below" in found:
+            below = found["bytes_below"]
+            kept = "yes" if 0 <= below <= BYTES_BELOW else "NO"
+            rows.append((f"{step}: bytes below the target", shown(below), f"0 to {BYTES_BELOW}", kept))
+    return rows
+
+
+def _codec_verdicts(name: str, found: Record) -> list[Verdict]:
+    measured = {n: c for n, c in found["contenders"].items() if "encode_s" in c}
+    ours, base = measured.get(CONTAINER), measured.get(BASELINE)
+    peers = {n: c for n, c in measured.items() if n in PEERS}
+    if ours is None or base is None:
+        return []
+    rows = []
+    for key, what in {"bytes": "bytes", "codes_bytes": "bytes of the codes"}.items():
+        peer = min((n for n in peers if key in peers[n]), key=lambda n: peers[n][key])
+        rows.append(_at_most(f"{name}: {what}, best peer {peer}", ours[key], peers[peer][key]))
+    over = over_bound(found, ours["codes_bytes"])
+    rows.append(_at_most(f"{name}: codes over the bound '{found['best_bound']}', percent", over, OVER_BOUND))
+    if PLAIN_READER in measured:
+        seconds = measured[PLAIN_READER]["decode_s"]
+        rows.append(_at_most(f"{name}: {PLAIN_READER}, seconds", seconds, PLAIN_READER_SECONDS))
+    if name in OF_BASELINE:
+        ratio = ours["codes_bytes"] / base["codes_bytes"]
+        rows.append(_at_most(f"{name}: codes / {BASELINE}", ratio, OF_BASELINE[name]))
+        least = found["bounds"]["oracle"]["bytes"] / base["codes_bytes"]
+        rows.append((f"{name}: oracle / {BASELINE}: no coder can be below", shown(least), "-", "-"))
+        for key, wanted in {"encode_s": FASTER_ENCODE, "decode_s": FASTER_DECODE}.items():
+            faster = base[key] / ours[key]
+            kept = "yes" if faster >= wanted else "NO"
+            rows.append((f"{name}: times as fast, {key[:-2]}", shown(faster), f"at least {wanted:g}", kept))
+    return rows
+
+
+def _at_most(what: str, value: float, limit: float) -> Verdict:
+    return what, shown(value), f"at most {shown(limit)}", "yes" if value <= limit else "NO"
+
+
+def failures(content: Record) -> list[str]:
+    """Return contenders and steps that raised. A missed limit is a result, not a failure."""
+    every = [c for found in content["artifacts"].values() for c in found["contenders"].items()]
+    return [name for name, found in [*every, *content["pipeline"].items()] if "error" in found]
 
 
 if __name__ == "__main__":

@@ -31,8 +31,8 @@ from unittest import mock
 
 import numpy as np
 import torch
-from artifact_files import peak_mib
-from artifact_pipeline import synthetic_hessians, synthetic_weights, timed
+from artifact_worker import peak_mib, timed
+from synthetic_artifact import synthetic_hessians, synthetic_weights
 from torch import Tensor
 
 from pgolf_fast.bench.store import provenance
@@ -104,7 +104,7 @@ def run(worker: str, smoke: bool) -> dict[str, Any]:
 
 
 def bank_matrices(config: RunConfig) -> Groups:
-    """Every group of matrices with its Hessian, layer by layer, as `artifact_pipeline.py` makes them up."""
+    """Every group of matrices with its Hessian, layer by layer, as `synthetic_artifact.py` makes them."""
     state = synthetic_weights(config)
     matrices, hessians = unbank(state), synthetic_hessians(state)
     return [

@@ -1,4 +1,4 @@
-"""Ablations: what is said about differences, and that nothing is run twice."""
+"""Ablations: tables, processes and resumed runs, and that nothing is run twice."""
 
 import json
 import math
@@ -19,58 +19,25 @@ from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.data.source import open_source
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import locked
-from pgolf_fast.lab.compare.ablation.job import documents, fingerprint, finished, prepare, run_job, step_times
-from pgolf_fast.lab.compare.ablation.plan import BASELINE, Job, make_jobs, make_variants
-from pgolf_fast.lab.compare.ablation.plot import draw_ablation, seed_differences
-from pgolf_fast.lab.compare.ablation.processes import Task, make_slots, run_tasks
-from pgolf_fast.lab.compare.ablation.statistics import over_documents, over_seeds
-from pgolf_fast.lab.compare.ablation.table import Run, make_rows, print_table, read_runs
-from pgolf_fast.lab.compare.seeds import student_quantile
+from pgolf_fast.lab.compare.jobs import documents, fingerprint, finished, prepare, run_job, step_times
+from pgolf_fast.lab.compare.plan import BASELINE, Job, make_jobs, make_variants
+from pgolf_fast.lab.compare.plot import draw_ablation, seed_differences
+from pgolf_fast.lab.compare.processes import Task, make_slots, run_tasks
+from pgolf_fast.lab.compare.table import (
+    FinishedRun,
+    commits,
+    describe,
+    make_rows,
+    pass_gains,
+    read_runs,
+    to_dict,
+)
 from pgolf_fast.train.checkpoint import newest_checkpoint
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return make_dataset(tmp_path_factory.mktemp("data"))
-
-
-# Statistics
-
-
-@pytest.mark.parametrize(
-    ("p", "degrees", "t"),  # from printed tables of Student's distribution
-    [(0.975, 1, 12.7062), (0.975, 2, 4.30265), (0.975, 4, 2.77645), (0.975, 30, 2.04227), (0.95, 9, 1.83311)],
-)
-def test_quantiles_of_student(p, degrees, t):
-    assert student_quantile(p, degrees) == pytest.approx(t, abs=1e-5)
-
-
-def test_quantile_of_one_degree_has_a_formula():
-    """With one degree of freedom it is the tangent: Cauchy's distribution."""
-    for p in (0.5, 0.6, 0.9, 0.999):
-        assert student_quantile(p, 1) == pytest.approx(math.tan(math.pi * (p - 0.5)), rel=1e-9, abs=1e-9)
-
-
-def test_interval_over_seeds_by_hand():
-    """Differences -0.1, +0.1, -0.3: mean -0.1, deviation 0.2, t of two degrees 4.30265."""
-    found = over_seeds([1.0, 2.0, 3.0], [0.9, 2.1, 2.7])
-    half = 4.30265 * 0.2 / math.sqrt(3)
-    assert (found.mean, found.low, found.high) == pytest.approx((-0.1, -0.1 - half, -0.1 + half), abs=1e-5)
-    assert (found.over, found.count) == ("seeds", 3)
-    with pytest.raises(PgolfError, match="at least 2 seeds, and has 1"):
-        over_seeds([1.0], [2.0])
-
-
-def test_interval_over_documents_is_paired_and_signed():
-    rng = np.random.default_rng(0)
-    text_bytes = rng.integers(50, 500, 200)
-    before = text_bytes * rng.uniform(0.5, 3.0, 200)  # documents differ far more than models do
-    better = before - text_bytes * math.log(2) * (0.01 + 0.005 * rng.standard_normal(200))
-    found = over_documents(before, better, text_bytes)
-    assert (found.over, found.count) == ("documents", 200)
-    assert -0.012 < found.low < found.mean < found.high < -0.008
-    same = over_documents(before, before, text_bytes)
-    assert (same.mean, same.low, same.high) == (0, 0, 0)
 
 
 def test_step_times_leave_out_the_first_and_what_was_repeated(tmp_path):
@@ -118,7 +85,7 @@ def test_table_pairs_seeds_and_says_which_sign_is_better(tmp_path):
     assert other.difference.mean == pytest.approx(-0.02)  # not 2.08 - 2.1
     assert other.difference.high == pytest.approx(-0.02 + 12.7062 * 0.01, abs=1e-5)
     assert seed_differences(other, runs) == pytest.approx([-0.01, -0.03])
-    text = print_table([base, other])
+    text = describe([base, other])
     assert "negative is better than the baseline" in text
     assert "Student's t" in text
     assert "bootstrap" not in text
@@ -131,7 +98,7 @@ def test_table_of_one_seed_says_what_its_interval_leaves_out(tmp_path):
     rows = make_rows(read_runs(jobs))
     assert (rows[1].difference.over, rows[1].difference.count) == ("documents", 2)
     assert rows[1].difference.mean == pytest.approx(0.5)
-    assert "NOT covered" in print_table(rows)
+    assert "NOT covered" in describe(rows)
     with pytest.raises(PgolfError, match="at least 2 seeds"):
         make_rows(read_runs(jobs), "seeds")
     jobs += [made_up_run(tmp_path, BASELINE, 2, 2.0), made_up_run(tmp_path, "x", 2, 2.5)]
@@ -139,13 +106,26 @@ def test_table_of_one_seed_says_what_its_interval_leaves_out(tmp_path):
         make_rows(read_runs(jobs), "documents")
 
 
+def test_gain_of_a_pass_is_over_the_pass_before_it(tmp_path):
+    """Sliding windows against non-overlapping ones, by seeds of one variant."""
+    runs = read_runs([made_up_run(tmp_path, BASELINE, seed, bpb) for seed, bpb in ((1, 2.0), (2, 2.1))])
+    assert pass_gains(runs) == []  # a single score
+    for run, bpb in zip(runs, (2.1, 2.22), strict=True):
+        run.result["scores"]["non_overlapping"] = {**run.result["scores"]["sliding"], "bpb": bpb}
+    (gain,) = pass_gains(runs)
+    assert (gain.before, gain.after, gain.difference.over) == ("non_overlapping", "sliding", "seeds")
+    assert gain.difference.mean == pytest.approx(-0.11)
+    assert "sliding  non-overlapping" in describe(make_rows(runs), [gain])
+    assert to_dict([], [gain], [])["passes"][0]["variant"] == BASELINE
+
+
 def test_runs_of_one_step_have_no_times(tmp_path):
     job = made_up_run(tmp_path, BASELINE, 1, 2.0)
     (run,) = read_runs([job])
-    timeless = Run(job, {**run.result, "ms_per_step": None, "ms_per_step_mean": None})
+    timeless = FinishedRun(job, {**run.result, "ms_per_step": None, "ms_per_step_mean": None})
     (row,) = make_rows([timeless])
     assert (row.ms_per_step, row.ms_per_step_mean) == (None, None)
-    assert print_table([row]).splitlines()[-1].split()[:6] == ["steps", BASELINE, "1", "8", "-", "-"]
+    assert describe([row]).splitlines()[-1].split()[:6] == ["steps", BASELINE, "1", "8", "-", "-"]
 
 
 def test_table_refuses_other_text(tmp_path):
@@ -160,7 +140,7 @@ def test_table_refuses_other_text(tmp_path):
 def test_slots(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr("pgolf_fast.lab.compare.ablation.processes._cores", lambda: 8)
+    monkeypatch.setattr("pgolf_fast.lab.compare.processes.available_cores", lambda: 8)
     assert make_slots(None, 0, timed=True) == [{}]
     assert make_slots(3, 0, timed=False) == 3 * [{"OMP_NUM_THREADS": "2"}]
     assert make_slots(None, 2, timed=True) == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
@@ -190,9 +170,7 @@ def test_tasks_run_side_by_side_and_failures_are_told(tmp_path):
 
 
 def test_a_worker_ends_with_its_parent():
-    code = (
-        "from pgolf_fast.lab.compare.ablation.worker import end_with_parent\nimport time\nend_with_parent()\n"
-    )
+    code = "from pgolf_fast.lab.compare.worker import end_with_parent\nimport time\nend_with_parent()\n"
     code += "print('here', flush=True)\ntime.sleep(60)"
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -320,7 +298,7 @@ def test_one_command_at_a_time_in_a_folder(data, tmp_path, capsys, monkeypatch):
     """A second one is refused in a line, and what a step is worth in the Reptile phase is said in one."""
     begun = []
     monkeypatch.setattr(
-        "pgolf_fast.lab.compare.ablation.processes.run_tasks", lambda tasks, _: begun.append(tasks) or []
+        "pgolf_fast.lab.compare.processes.run_tasks", lambda tasks, _: begun.append(tasks) or []
     )
     out = tmp_path / "out"
     arguments = ["ablate", "tiny", "--out", str(out), *words(run_config(data))]
@@ -339,7 +317,7 @@ def test_a_folder_of_something_else_is_left_alone(data, tmp_path):
     jobs, mark = planned(data, tmp_path)
     jobs[0].path.mkdir(parents=True)
     (jobs[0].path / "thesis.txt").write_text("mine")
-    with pytest.raises(PgolfError, match="holds something else"):
+    with pytest.raises(PgolfError, match="holds something other"):
         prepare(jobs[0], mark, "plain")
 
 
@@ -398,11 +376,6 @@ def test_time_on_a_shared_cpu_and_torchrun_are_refused(capsys, monkeypatch):
     assert "without torchrun" in capsys.readouterr().err
 
 
-def test_runs_of_a_table_name_their_versions(tmp_path):
-    from pgolf_fast.lab.compare.ablation.table import commits
-
+def test_table_names_the_versions_that_made_its_runs(tmp_path):
     job = made_up_run(tmp_path, BASELINE, 1, 2.0)
-    assert commits([Run(job, {"commit": "b"}), Run(job, {"commit": "a"}), Run(job, {"commit": "b"})]) == [
-        "a",
-        "b",
-    ]
+    assert commits([FinishedRun(job, {"commit": commit}) for commit in "bab"]) == ["a", "b"]

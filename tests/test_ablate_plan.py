@@ -4,13 +4,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from runs import make_dataset, run_config
 
 from pgolf_fast.cli.compare import Ablate, ablate
 from pgolf_fast.cli.options import parse
 from pgolf_fast.config.fields import flip
 from pgolf_fast.config.presets import small, tiny
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.lab.compare.ablation.plan import BASELINE, make_jobs, make_variants, with_budget
+from pgolf_fast.lab.compare.plan import BASELINE, make_jobs, make_variants, with_budget
+from pgolf_fast.lab.compare.step_cost import StepCost, cost_table, meta_steps, step_costs
 
 # Flips
 
@@ -141,6 +143,39 @@ def test_a_budget_of_the_other_kind_must_be_given():
         with_budget(tiny(), "time")
     with pytest.raises(PgolfError, match="each once"):
         make_jobs(make_variants(tiny(), [["model.trigram=false"]]), (1, 1), ["steps"], Path("x"))
+
+
+def test_measured_budget_gives_cheaper_variants_more_steps(tmp_path):
+    """Plain steps of 1 s, steps with meta-learning of 3 s, one in 16: the variant gets 2 steps for each."""
+    variants = make_variants(tiny(), [["train.meta=none"], ["model.trigram=false"]])
+    costs = {v.name: StepCost(1.0, 3.0 if v.config.train.meta else None) for v in variants}
+    costs["model.trigram=false"] = StepCost(0.5, 1.5)
+    jobs = make_jobs(variants, (1,), ["measured"], tmp_path, steps=320, costs=costs)
+    base, plain, quick = (job.config for job in jobs)
+    assert base.train.steps == 320
+    assert meta_steps(base) > 0
+    assert plain.train.steps == 320 + 2 * meta_steps(base)
+    assert meta_steps(plain) == 0
+    limit = costs[BASELINE].seconds(base)
+    one_more = replace(quick, train=replace(quick.train, steps=quick.train.steps + 1))
+    cost = costs["model.trigram=false"]
+    assert cost.seconds(quick) <= limit < cost.seconds(one_more)
+    assert jobs[0].path == tmp_path / "measured" / BASELINE / "seed1"
+
+
+def test_step_costs_are_measured_once(tmp_path, monkeypatch):
+    config = run_config(make_dataset(tmp_path / "data"))
+    configs = {v.name: v.config for v in make_variants(config, [["train.meta=none"]])}
+    costs = step_costs(configs, tmp_path / "costs.json", rounds=1)
+    assert costs[BASELINE].meta > 0
+    assert costs["train.meta=none"].meta is None
+    monkeypatch.setattr("pgolf_fast.lab.compare.step_cost._measure", None)
+    assert step_costs(configs, tmp_path / "costs.json") == costs
+    assert "baseline, meta" in cost_table(costs, BASELINE).text()
+    reptile = flip(config, ["train.reptile.share=0.5"])
+    monkeypatch.undo()
+    with pytest.raises(PgolfError, match="come in two lengths: give --budget time"):
+        step_costs({BASELINE: reptile}, tmp_path / "costs.json")
 
 
 def test_flips_of_a_command_line():

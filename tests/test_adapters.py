@@ -24,7 +24,7 @@ from pgolf_fast.evaluation.resume import Resume
 from pgolf_fast.evaluation.score import Scorer, Stream, frozen_losses
 from pgolf_fast.evaluation.ttt import adapting_chunks, legal_ttt
 from pgolf_fast.evaluation.windows import sliding_windows
-from pgolf_fast.lab.compare.sweep import bootstrap_gain, sweep
+from pgolf_fast.lab.compare.sweep import sweep
 from pgolf_fast.model.gpt import GPT
 
 CPU = torch.device("cpu")
@@ -241,21 +241,6 @@ def test_the_learning_rate_knows_nothing_of_later_documents():
         learned = [c for c in chunks if isinstance(c, Chunk) and c.end < 200]
         seen.append([(c.begin, c.end, c.number, c.count) for c in learned])
     assert seen[0] == seen[1] == [(0, 80, 0, 10), (80, 140, 1, 10)]
-
-
-def test_bootstrap_of_the_gain():
-    """A gain that is the same on every byte has no spread; one of a few documents only does not exclude 0."""
-    rng = np.random.default_rng(0)
-    text_bytes = rng.integers(100, 1000, 60)
-    before = rng.normal(2, 0.5, 60) * text_bytes
-    gain, low, high = bootstrap_gain(before, before - 0.01 * np.log(2) * text_bytes, text_bytes)
-    assert (gain, low, high) == pytest.approx((0.01, 0.01, 0.01), rel=1e-6)
-    after = before.copy()
-    after[0] -= 50
-    gain, low, high = bootstrap_gain(before, after, text_bytes)
-    assert gain == pytest.approx(50 / (np.log(2) * text_bytes.sum()))
-    assert low == pytest.approx(0, abs=1e-9)
-    assert high > gain
 
 
 def test_sweep_compares_on_the_same_windows_and_repeats_nothing(model, tmp_path, monkeypatch):

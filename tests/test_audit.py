@@ -1,6 +1,10 @@
-"""The audit: what keeps the rules passes, and each way of breaking one fails under its number."""
+"""The audit: a legal run passes, and every planted violation fails under its number.
+
+By default a violation runs the checks that it concerns; the slow tests run all 17 against each.
+"""
 
 import inspect
+import re
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,16 +23,20 @@ from pgolf_fast.config.schema import TTTConfig
 from pgolf_fast.evaluation.protocol import Ledger
 from pgolf_fast.io import write_text
 from pgolf_fast.lab.audit import guard, provenance, scoring, submission
-from pgolf_fast.lab.audit.check import Check, broken, run_checks
-from pgolf_fast.lab.audit.subject import checks, open_subject
+from pgolf_fast.lab.audit.check import AuditCheck, broken, run_checks
+from pgolf_fast.lab.audit.rules import checks
+from pgolf_fast.lab.audit.target import open_target
 from pgolf_fast.lab.audit.watch import watch
 from pgolf_fast.model import embeddings
 from pgolf_fast.ops import reference
 from pgolf_fast.quant import state
 from pgolf_fast.train import loop
 
-SLOW = ("C8", "C9", "C11")  # train, and start programs
 ALL = [f"C{number}" for number in range(1, 18)]
+# The checks that a violation of each kind can break
+MODEL = ALL[:7]
+PROTOCOL = ["C2", "C3", "C4", "C5", "C16"]
+ADAPTER = ["C2", "C3", "C4", "C5", "C7", "C15", "C16", "C17"]
 LEGAL = [a for a in get_args(get_type_hints(TTTConfig)["adapter"]) if TTTConfig(adapter=a).illegal is None]
 ADAPTERS = [
     *({"adapter": adapter} for adapter in LEGAL),
@@ -56,20 +64,25 @@ def pack(folder):
 
 
 @pytest.fixture
-def subject(run):
-    return open_subject(run.path)
+def target(run):
+    return open_target(run.path)
 
 
-def failing(subject, *extra):
-    """Numbers of what does not hold; of the slow checks, only those that are named are made."""
-    chosen = [check for check in checks(subject) if check.id not in SLOW or check.id in extra]
-    return broken(run_checks(chosen))
+@pytest.fixture(params=["concerned", pytest.param("all", marks=pytest.mark.slow)])
+def failing(request):
+    """A function that runs the named checks (in slow tests: all) and returns the ids of those that fail."""
+
+    def ids(target, concerned):
+        chosen = ALL if request.param == "all" else concerned
+        return broken(run_checks(check for check in checks(target) if check.id in chosen))
+
+    return ids
 
 
-# What keeps the rules
+# Legal evaluations
 
 
-def test_everything_holds_for_a_run(run, tmp_path, capsys):
+def test_all_rules_hold_for_a_run(run, tmp_path, capsys):
     out = tmp_path / "audit.json"
     words = ["--train-limit", "600", "--json", str(out)]
     assert cli.main(["audit", str(run.path), *words]) == 0
@@ -81,15 +94,15 @@ def test_everything_holds_for_a_run(run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("settings", ADAPTERS, ids=lambda s: "-".join(map(str, s.values())))
-def test_every_adapter_keeps_the_rules(run, settings):
-    subject = open_subject(run.path, ttt=replace(run.read_config().ttt, **settings))
-    assert failing(subject) == []
+def test_every_legal_adapter_passes(run, failing, settings):
+    target = open_target(run.path, ttt=replace(run.read_config().ttt, **settings))
+    assert failing(target, PROTOCOL) == []
     steps = 0 if settings.get("epochs") == 0 else 3
-    assert watch(subject.method, subject.stream(subject.tokens), subject.model).updates >= steps
+    assert watch(target.method, target.stream(target.tokens), target.model).steps >= steps
 
 
-def test_an_artifact_alone_and_a_run_that_is_not_packed(run, tmp_path):
-    found = checks(open_subject(run.artifact_file))
+def test_artifact_alone_and_unpacked_run_leave_some_rules_undecided(run, tmp_path):
+    found = checks(open_target(run.artifact_file))
     results = run_checks(check for check in found if check.id not in ("C8", "C11"))
     assert [r.id for r in results if r.passed is None] == ["C9", "C12"]
     assert broken(results) == []
@@ -97,15 +110,15 @@ def test_an_artifact_alone_and_a_run_that_is_not_packed(run, tmp_path):
     bare.write_config(run.read_config())
     for path in (run.model_file, run.tokenizer_file):
         (bare.path / path.name).write_bytes(path.read_bytes())
-    results = run_checks(check for check in checks(open_subject(bare.path)) if check.id != "C8")
+    results = run_checks(check for check in checks(open_target(bare.path)) if check.id != "C8")
     assert [r.id for r in results if r.passed is None] == ["C9", "C10", "C11", "C12"]
     assert broken(results) == []
 
 
-# Ten ways to break them
+# Ten planted violations
 
 
-def test_target_in_the_hash_key(subject, monkeypatch):
+def test_target_in_the_hash_key(target, failing, monkeypatch):
     honest = embeddings.NgramHash.forward
 
     def forward(self, tokens, has_leading_space, boost, projection):
@@ -114,10 +127,10 @@ def test_target_in_the_hash_key(subject, monkeypatch):
         return honest(self, tokens, has_leading_space, boost, projection) + peek
 
     monkeypatch.setattr(embeddings.NgramHash, "forward", forward)
-    assert failing(subject) == ["C1", "C6"]
+    assert failing(target, MODEL) == ["C1", "C6"]
 
 
-def test_training_before_scoring(subject):
+def test_training_before_scoring(target, failing):
     def eager(adapter, scorer, chunks, what):
         total = []
         for number, chunk in enumerate(chunks):
@@ -129,11 +142,11 @@ def test_training_before_scoring(subject):
             total.append(total[-1] + score if total else score)
         return total
 
-    assert failing(replace(subject, method=replace(subject.method, protocol=eager))) == ["C2", "C3"]
+    assert failing(replace(target, method=replace(target.method, protocol=eager)), PROTOCOL) == ["C2", "C3"]
 
 
-def test_training_on_the_last_chunk(subject):
-    honest = subject.method.protocol
+def test_training_on_the_last_chunk(target, failing):
+    honest = target.method.protocol
 
     def insatiable(adapter, scorer, chunks, what):
         scores = honest(adapter, scorer, chunks, what)
@@ -142,10 +155,10 @@ def test_training_on_the_last_chunk(subject):
         adapter.adapt(ledger.hand_over(chunks[-1]))
         return scores
 
-    assert failing(replace(subject, method=replace(subject.method, protocol=insatiable))) == ["C4"]
+    assert failing(replace(target, method=replace(target.method, protocol=insatiable)), PROTOCOL) == ["C4"]
 
 
-def test_attention_mask_off_by_one(subject, monkeypatch):
+def test_attention_mask_off_by_one(target, failing, monkeypatch):
     code = inspect.getsource(reference.attention_context)
     assert code.count(".triu(1)") == 1
     exec(code.replace(".triu(1)", ".triu(2)"), names := dict(vars(reference)))
@@ -155,30 +168,30 @@ def test_attention_mask_off_by_one(subject, monkeypatch):
         return (context @ qo[len(qo) // 2 + slot].T)[:, -(window or x.shape[1]) :]
 
     monkeypatch.setattr(ops, "gqa_attention", attention)
-    found = failing(subject)  # one token further in each layer, which may be too little for the losses of C2
-    assert "C1" in found
-    assert set(found) <= {"C1", "C2"}
-    assert "attention (XSA) of layer 0" in evidence(subject, "C1")
+    ids = failing(target, MODEL)
+    assert "C1" in ids
+    assert set(ids) <= {"C1", "C2"}  # one token further per layer may be too little for the losses of C2
+    assert "attention (XSA) of layer 0" in evidence(target, "C1")
 
 
-def test_smear_from_the_future(subject, monkeypatch):
+def test_smear_from_the_future(target, failing, monkeypatch):
     def forward(self, x):
         s = torch.sigmoid(self.gate)
         return (1 - s) * x + s * torch.cat((x[:, 1:], x[:, -1:]), dim=1)
 
     monkeypatch.setattr(embeddings.SmearGate, "forward", forward)
-    assert failing(subject) == ["C1"]
-    assert evidence(subject, "C1").startswith("smear: position 0 of 2 changes with token 1")
+    assert failing(target, MODEL) == ["C1"]
+    assert evidence(target, "C1").startswith("smear: position 0 of 2 changes with token 1")
 
 
-def test_double_counted_tail(run):
+def test_double_counted_tail(run, failing):
     evaluation = replace(run.read_config().eval, repeat_tail=True)
-    subject = open_subject(run.path, evaluation=evaluation)
-    assert failing(subject) == ["C5"]
-    assert "of 256 targets 0 have no score, 8 have several" in evidence(subject, "C5")
+    target = open_target(run.path, evaluation=evaluation)
+    assert failing(target, PROTOCOL) == ["C5"]
+    assert "of 256 targets 0 have no score, 8 have several" in evidence(target, "C5")
 
 
-def test_selection_by_validation_loss(subject, monkeypatch):
+def test_selection_by_validation_loss(target, failing, monkeypatch):
     honest = loop._Run._finish
 
     def finish(self):
@@ -190,53 +203,53 @@ def test_selection_by_validation_loss(subject, monkeypatch):
         return result
 
     monkeypatch.setattr(loop._Run, "_finish", finish)
-    assert failing(subject, "C8") == ["C8"]
+    assert failing(target, ["C8"]) == ["C8"]
 
 
-def test_validation_tokens_in_calibration(run, tmp_path, monkeypatch):
+def test_validation_tokens_in_calibration(run, failing, tmp_path, monkeypatch):
     folder = RunFolder(tmp_path / "run")
     folder.write_config(run.read_config())
     for path in (run.model_file, run.tokenizer_file, run.path / "env.json"):
         (folder.path / path.name).write_bytes(path.read_bytes())
-    validation = open_subject(run.path).validation[: 4 * 32].astype(np.int64)
+    validation = open_target(run.path).validation[: 4 * 32].astype(np.int64)
     with monkeypatch.context() as patch:
         patch.setattr(state, "self_generate", lambda *_, **__: torch.from_numpy(validation).view(4, 32))
         pack(folder)
-    assert failing(open_subject(folder.path), "C9") == ["C9"]
+    assert failing(open_target(folder.path), ["C9"]) == ["C9"]
 
 
-def test_unnormalised_head(subject, monkeypatch):
+def test_unnormalized_head(target, failing, monkeypatch):
     honest = ops.softcap_cross_entropy
     monkeypatch.setattr(ops, "softcap_cross_entropy", lambda *arguments: 0.9 * honest(*arguments))
-    assert failing(subject) == ["C7"]
+    assert failing(target, MODEL) == ["C7"]
 
 
-def test_artifact_one_byte_too_large(subject):
-    total = subject.artifact.stat().st_size + code_bytes()
-    assert failing(replace(subject, limit_bytes=total)) == []
-    assert failing(replace(subject, limit_bytes=total - 1)) == ["C10"]
-    assert f"1 over {total - 1:,}" in evidence(replace(subject, limit_bytes=total - 1), "C10")
+def test_artifact_one_byte_too_large(target, failing):
+    total = target.artifact.stat().st_size + code_bytes()
+    assert failing(replace(target, limit_bytes=total), ["C10"]) == []
+    assert failing(replace(target, limit_bytes=total - 1), ["C10"]) == ["C10"]
+    assert f"1 over {total - 1:,}" in evidence(replace(target, limit_bytes=total - 1), "C10")
 
 
-# The other numbers, and other ways
+# More violations, and the other rules
 
 
-def test_targets_that_reach_the_network(subject, monkeypatch):
-    """Not through tokens, but from the targets that a loss function is given."""
-    honest = type(subject.model).token_losses
+def test_targets_that_reach_the_network(target, failing, monkeypatch):
+    """Through the targets argument of the loss function, not through its tokens."""
+    honest = type(target.model).token_losses
 
     def token_losses(self, tokens, targets, banks=None, **more):
         seen = torch.cat((tokens[:, 1:], targets[:, -1:]), dim=1)
         return honest(self, tokens, targets, banks, **more) + 0.01 * self.embed(seen).mean()
 
-    monkeypatch.setattr(type(subject.model), "token_losses", token_losses)
-    found = failing(subject)
-    assert "C6" in found
-    assert {"C3", "C4", "C5", "C13", "C14"}.isdisjoint(found)
-    assert "targets enter aten.embedding, before the loss" in evidence(subject, "C6")
+    monkeypatch.setattr(type(target.model), "token_losses", token_losses)
+    ids = failing(target, MODEL)
+    assert "C6" in ids
+    assert {"C3", "C4", "C5", "C13", "C14"}.isdisjoint(ids)
+    assert "targets enter aten.embedding, before the loss" in evidence(target, "C6")
 
 
-def test_word_starts_of_targets(subject, monkeypatch):
+def test_word_starts_of_targets(target, failing, monkeypatch):
     honest = embeddings.NgramHash.forward
 
     def forward(self, tokens, has_leading_space, boost, projection):
@@ -244,11 +257,11 @@ def test_word_starts_of_targets(subject, monkeypatch):
         return honest(self, tokens, has_leading_space, boost, projection) * (1 + upcoming[..., None].float())
 
     monkeypatch.setattr(embeddings.NgramHash, "forward", forward)
-    assert failing(subject) == ["C1", "C6", "C14"]
+    assert failing(target, [*MODEL, "C14"]) == ["C1", "C6", "C14"]
 
 
 class Wrapped:
-    """An adapter that does something else when it scores."""
+    """Wraps an adapter whose scoring a subclass changes."""
 
     def __init__(self, inner):
         self.inner, self.calls = inner, 0
@@ -266,7 +279,7 @@ class Slot(Wrapped):
 
 
 class Secret(Wrapped):
-    """The same, and everything is as before when it has scored."""
+    """The same, and restores its state after scoring."""
 
     def score(self, tokens, targets, context):
         kept = {name: tensor.clone() for name, tensor in self.inner.state().items()}
@@ -277,7 +290,7 @@ class Secret(Wrapped):
 
 
 class Counting(Wrapped):
-    """Scores get worse with the number of batches that this process has scored."""
+    """Losses grow with the number of batches that this process has scored."""
 
     def score(self, tokens, targets, context):
         self.calls += 1
@@ -299,38 +312,38 @@ class Noisy(Wrapped):
         (Noisy, {"C15"}, {"C3", "C4", "C5", "C6", "C16"}),
     ],
 )
-def test_adapters_that_do_something_else(subject, kind, broken_, kept):
+def test_adapters_that_cheat_while_scoring(target, failing, kind, broken_, kept):
     @contextmanager
     def adapter():
-        with subject.method.adapter() as inner:
+        with target.method.adapter() as inner:
             inner._lr.fill_(0.05)
             yield kind(inner)
 
-    found = set(failing(replace(subject, method=replace(subject.method, adapter=adapter))))
-    assert broken_ <= found
-    assert kept.isdisjoint(found)
+    ids = set(failing(replace(target, method=replace(target.method, adapter=adapter)), ADAPTER))
+    assert broken_ <= ids
+    assert kept.isdisjoint(ids)
 
 
-def test_a_figure_that_is_not_the_sum_of_the_scores(subject):
-    honest = subject.method.protocol
+def test_reported_figure_that_is_not_the_sum_of_the_scores(target, failing):
+    honest = target.method.protocol
 
     def generous(adapter, scorer, chunks, what):
         scores = honest(adapter, scorer, chunks, what)
         return [replace(score, nats=score.nats * 0.999) for score in scores]
 
-    assert failing(replace(subject, method=replace(subject.method, protocol=generous))) == ["C5"]
+    assert failing(replace(target, method=replace(target.method, protocol=generous)), PROTOCOL) == ["C5"]
 
 
-def test_bytes_that_are_not_those_of_the_text(subject):
-    table = replace(subject.table, has_leading_space=np.zeros_like(subject.table.has_leading_space))
-    finding = scoring.byte_counts(subject.validation, table, subject.tokenizer)
+def test_byte_counts_that_are_not_those_of_the_text(target):
+    table = replace(target.table, has_leading_space=np.zeros_like(target.table.has_leading_space))
+    finding = scoring.byte_counts(target.validation, table, target.tokenizer)
     assert finding.passed is False
     assert "bytes counted, the text has" in finding.evidence
-    assert scoring.byte_counts(subject.validation[:50], table, subject.tokenizer).passed is None
+    assert scoring.byte_counts(target.validation[:50], table, target.tokenizer).passed is None
 
 
-def test_training_that_does_not_validate_at_all(subject, tmp_path):
-    """Then nothing was shown."""
+def test_training_that_ignores_the_validation_files(target, tmp_path):
+    """Equal losses on two validation sets prove nothing, so the check fails."""
 
     def blind(config, out):
         val = next(Path(config.data.path).glob("*_val_*.bin"))
@@ -338,28 +351,28 @@ def test_training_that_does_not_validate_at_all(subject, tmp_path):
         loop.train(config, out)
 
     finding = provenance.training_ignores_validation(
-        blind, subject.config, subject.tokens, subject.tokenizer.path
+        blind, target.config, target.tokens, target.tokenizer.path
     )
     assert (finding.passed, finding.evidence[:26]) == (False, "two validation sets have t")
 
 
-def test_quantising_that_reads_shards(run):
-    """Without the shards it stops, which is told by what it was refused."""
+def test_quantization_that_reads_shards(run):
+    """It is refused the shard, and the finding names the file."""
     path = next(Path(run.read_config().data.path).glob("*_val_*.bin"))
 
     def reads(folder):
-        return guard.run_watched(f"open({str(path)!r})", files=provenance.SHARDS)
+        return guard.run_guarded(f"open({str(path)!r})", files=provenance.SHARDS)
 
     finding = provenance.calibration_ignores_data(run, reads)
-    assert (finding.passed, finding.evidence) == (False, f"quantising opens {path.name}")
+    assert (finding.passed, finding.evidence) == (False, f"quantizing opens {path.name}")
 
 
-def test_another_machine_quantised(run, monkeypatch):
+def test_quantization_on_another_machine(run, monkeypatch):
     def other(folder):
         with monkeypatch.context() as patch:
             patch.setattr(state, "self_generate", lambda *_, **__: torch.ones(4, 32, dtype=torch.int64))
             pack(folder)
-        return guard.Seen(0, "", [], [])
+        return guard.GuardedRun(0, "", [], [])
 
     assert provenance.calibration_ignores_data(run, other).passed is False
     monkeypatch.setattr(provenance, "environment", lambda: {"torch": "0.1"})
@@ -369,33 +382,33 @@ def test_another_machine_quantised(run, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("code", "told"),
+    ("code", "evidence"),
     [
-        ("import pgolf_fast", "the script wants import pgolf_fast"),
-        ("import socket; socket.create_connection(('localhost', 9))", "the script wants socket."),
-        ("import os; os.system('true')", "the script wants os.system"),
+        ("import pgolf_fast", "the script needs import pgolf_fast"),
+        ("import socket; socket.create_connection(('localhost', 9))", "the script needs socket."),
+        ("import os; os.system('true')", "the script needs os.system"),
         ("open('/opt/elsewhere')", "the script fails: FileNotFoundError"),
         ("open({outside!r}).read()", "the script opens {outside}"),
         ("raise SystemExit('no')", "the script fails: no"),
     ],
 )
-def test_scripts_that_need_more(subject, tmp_path, monkeypatch, code, told):
+def test_scripts_that_need_more(target, tmp_path, monkeypatch, code, evidence):
     outside = tmp_path / "outside.txt"
     outside.write_text("more weights")
-    code, told = (text.format(outside=str(outside)) for text in (code, told))
+    code, evidence = (text.format(outside=str(outside)) for text in (code, evidence))
     monkeypatch.setattr(submission, "build_script", lambda digest: Script("", "", code))
-    finding = submission.self_contained(subject.artifact, subject.tokenizer.path, subject.tokens)
+    finding = submission.self_contained(target.artifact, target.tokenizer.path, target.tokens)
     assert finding.passed is False
-    assert finding.evidence.startswith(told)
+    assert finding.evidence.startswith(evidence)
 
 
-def test_a_script_that_imports_more(subject, monkeypatch):
+def test_a_script_that_imports_more(target, monkeypatch):
     monkeypatch.setattr(submission, "build_script", lambda digest: Script("import math, requests", "", ""))
-    finding = submission.self_contained(subject.artifact, subject.tokenizer.path, subject.tokens)
+    finding = submission.self_contained(target.artifact, target.tokenizer.path, target.tokens)
     assert (finding.passed, finding.evidence) == (False, "the script imports requests")
 
 
-def test_times_are_those_of_the_logs(tmp_path):
+def test_times_come_from_the_logs(tmp_path):
     folder = RunFolder(tmp_path)
     assert submission.within_time(folder, 600, None).passed is False  # not logged
     write_text(folder.metrics_file, '{"kind": "step", "step": 1, "elapsed": 590.5}\n')
@@ -410,11 +423,11 @@ def test_times_are_those_of_the_logs(tmp_path):
     assert "training 9m50s, evaluation 1h04m" in finding.evidence
 
 
-def test_what_stops_a_check_is_told(capsys):
+def test_error_inside_a_check_is_a_failure():
     def stops():
         raise AssertionError("would use unscored targets")
 
-    (result,) = run_checks([Check("C3", "title", stops)])
+    (result,) = run_checks([AuditCheck("C3", "title", stops)])
     assert result.verdict == "FAIL"
     assert result.evidence == "stopped by AssertionError: would use unscored targets"
 
@@ -422,7 +435,7 @@ def test_what_stops_a_check_is_told(capsys):
 def test_command_line(run, tmp_path, capsys):
     assert cli.main(["audit", str(run.artifact_file), "--only", "C5", "C10", "--limit-bytes", "1000"]) == 1
     out = capsys.readouterr().out
-    assert "C5   each target scored once  pass" in out.replace("    ", "  ")
+    assert re.search(r"^C5 +each target scored once +pass ", out, re.MULTILINE)
     assert "1 of 2 do not hold: C10" in out
     for words, message in (
         ([], "give a run folder or an artifact file first"),
@@ -434,6 +447,6 @@ def test_command_line(run, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def evidence(subject, number):
-    (result,) = run_checks(check for check in checks(subject) if check.id == number)
+def evidence(target, number):
+    (result,) = run_checks(check for check in checks(target) if check.id == number)
     return result.evidence

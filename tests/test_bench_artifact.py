@@ -23,13 +23,12 @@ def benchmarks_can_be_imported(monkeypatch):
 
 
 def smoke_artifact(tmp_path, spread=0.25):
-    import artifact_files
     from bench_artifact import config_of
-    from synthetic_artifact import synthetic
+    from synthetic_artifact import synthetic, write_artifact
 
     config = config_of(argparse.Namespace(smoke=True))
-    made = synthetic(config.model, spread=spread)
-    artifact_files.write_artifact(tmp_path, made.quantized, config)
+    made = synthetic(config.model, rows=spread, columns=spread)
+    write_artifact(tmp_path, made.quantized, config)
     return made
 
 
@@ -62,7 +61,7 @@ def test_bounds_are_entropies():
     found = static_bounds([halves, halves[:1]])
     assert found["order 0"].bytes == pytest.approx(128 / 8)  # one bit a code of the first matrix
     assert found["row"].bytes == found["row x column"].bytes == 0
-    made = synthetic(tiny().model, spread=0.25)
+    made = synthetic(tiny().model, rows=0.25, columns=0.25)
     matrices = [m.codes.numpy() for m in made.quantized.matrices().values()]
     found = static_bounds(matrices)
     assert min(found, key=lambda name: found[name].bytes) == "row x column"
@@ -72,10 +71,10 @@ def test_bounds_are_entropies():
 
 
 def test_reference_layout_holds_the_artifact(tmp_path):
-    import artifact_files
+    from synthetic_artifact import CODES, read_artifact
 
     made = smoke_artifact(tmp_path)
-    quantized, config = artifact_files.read_artifact(tmp_path)
+    quantized, config = read_artifact(tmp_path)
     assert config["name"] == "smoke"
     assert list(quantized.tensors) == list(made.quantized.tensors)
     for name, tensor in made.quantized.tensors.items():
@@ -85,27 +84,27 @@ def test_reference_layout_holds_the_artifact(tmp_path):
             tensor, again = tensor.codes, again.codes
         assert torch.equal(tensor, again)
     codes = b"".join(m.codes.numpy().tobytes() for m in quantized.matrices().values())
-    assert (tmp_path / artifact_files.CODES).read_bytes() == codes
+    assert (tmp_path / CODES).read_bytes() == codes
 
 
 def test_every_peer_that_is_here_gives_the_file_back(tmp_path, monkeypatch):
-    import artifact_codecs
+    import artifact_worker
 
     (tmp_path / "reference.pt").write_bytes(b"abracadabra" * 200)
     (tmp_path / "codes.bin").write_bytes(b"abra" * 100)
-    monkeypatch.setattr(artifact_codecs, "ZSTD_WINDOW_LOG", 20)
-    for name in artifact_codecs.PEERS:
-        found = artifact_codecs.measure(name, tmp_path)
+    monkeypatch.setattr(artifact_worker, "ZSTD_WINDOW_LOG", 20)
+    for name in artifact_worker.PEERS:
+        found = artifact_worker.measure(name, tmp_path)
         assert "not installed" in found.get("skipped", "") or found["bytes"] < 2200, name
-    assert "skipped" not in artifact_codecs.measure("lzma 9", tmp_path)
-    broken = artifact_codecs.Peer("loses a byte", lambda: (lambda b: b, lambda b: b[1:]))
-    monkeypatch.setitem(artifact_codecs.PEERS, "zlib 9", broken)
+    assert "skipped" not in artifact_worker.measure("lzma 9", tmp_path)
+    broken = artifact_worker.Peer("loses a byte", lambda: (lambda b: b, lambda b: b[1:]))
+    monkeypatch.setitem(artifact_worker.PEERS, "zlib 9", broken)
     with pytest.raises(RuntimeError, match="zlib 9 gave back other bytes"):
-        artifact_codecs.measure("zlib 9", tmp_path)
+        artifact_worker.measure("zlib 9", tmp_path)
 
 
 def test_limits_are_judged():
-    from artifact_verdict import verdicts
+    from bench_artifact import verdicts
 
     def contender(size, seconds):
         return {"bytes": size, "codes_bytes": size, "encode_s": seconds, "decode_s": seconds}
@@ -132,7 +131,16 @@ def test_limits_are_judged():
 
 @pytest.mark.slow
 def test_artifact_benchmark_can_be_rehearsed(tmp_path):
-    words = ["--smoke", "--artifacts", "spread", "--contenders", "lzma 9", "zstd 3", "container"]
+    words = [
+        "--smoke",
+        "--artifacts",
+        "spread",
+        "--contenders",
+        "lzma 9",
+        "zstd 3",
+        "container",
+        "rans, codes only, numpy",
+    ]
     done = subprocess.run(
         [sys.executable, str(FOLDER / "bench_artifact.py"), *words, "--out", str(tmp_path)],
         capture_output=True,
@@ -147,7 +155,7 @@ def test_artifact_benchmark_can_be_rehearsed(tmp_path):
     container = spread["contenders"]["container"]
     assert container["bytes"] < spread["contenders"]["lzma 9"]["bytes"] < spread["reference_bytes"]
     assert sum(size for _, size in container["sections"].values()) < container["bytes"]
-    assert list(found["pipeline"]) == ["gptq", "pack", "load", "prune"]
+    assert list(found["pipeline"]) == ["gptq", "pack", "load", "prune", "land"]
     assert found["pipeline"]["prune"]["bytes_below"] >= 0
     assert all(step["peak_mib"] > 10 for step in found["pipeline"].values())
     assert (tmp_path / "artifact.txt").read_text() == done.stdout

@@ -1,11 +1,9 @@
-"""Scores taken apart, estimated before they are made, and compared over seeds."""
+"""Scores taken apart, and estimated before they are made."""
 
 import json
-import math
 import shutil
 import sys
 from dataclasses import replace
-from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -17,7 +15,6 @@ from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.ttt import LoraConfig, TTTConfig
 from pgolf_fast.data.source import open_source
 from pgolf_fast.data.tokenizer import ByteTable
-from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.estimate import estimate, forward_flops, learning, windows_flops
 from pgolf_fast.evaluation.figures import (
     CLASSES,
@@ -32,7 +29,6 @@ from pgolf_fast.evaluation.scores import three_scores
 from pgolf_fast.evaluation.ttt import adapting_chunks
 from pgolf_fast.evaluation.windows import sliding_windows
 from pgolf_fast.io import save_tensors
-from pgolf_fast.lab.compare.seeds import incomplete_beta, student_tail, welch
 from pgolf_fast.lab.report.score_plot import draw_scores
 from pgolf_fast.model.gpt import GPT
 from tests.helpers import randomize_
@@ -183,75 +179,6 @@ def test_operations_of_a_sliding_pass_are_those_of_its_windows(config):
 
 def _flat_table():
     return ByteTable(np.ones(4, np.int16), np.zeros(4, bool), np.zeros(4, bool))
-
-
-def test_student_tail_against_exact_and_published_values():
-    for t in (-3.0, 0.0, 0.3, 5.0, 1e4):
-        assert student_tail(t, 1) == pytest.approx(0.5 - math.atan(t) / math.pi, rel=1e-10)
-        assert student_tail(t, 2) == pytest.approx(0.5 - t / (2 * math.sqrt(2 + t * t)), rel=1e-7)
-    # critical values of the usual table
-    for degrees, t, p in ((5, 2.015048, 0.05), (10, 2.763769, 0.01), (30, 2.750, 0.005), (100, 3.174, 0.001)):
-        assert student_tail(t, degrees) == pytest.approx(p, rel=2e-3)
-    # for whole numbers the incomplete beta function is a binomial sum
-    want = sum(math.comb(9, j) * Fraction(3, 10) ** j * Fraction(7, 10) ** (9 - j) for j in range(4, 10))
-    assert incomplete_beta(4, 6, 0.3) == pytest.approx(float(want), rel=1e-12)
-
-
-def test_welch_against_a_published_example():
-    """Example 1 of Wikipedia's article on the test: t = -2.46, 25.0 degrees, two-sided P = 0.021."""
-    a = [27.5, 21.0, 19.0, 23.6, 17.0, 17.9, 16.9, 20.1, 21.9, 22.6, 23.1, 19.6, 19.0, 21.7, 21.4]
-    b = [27.1, 22.0, 20.8, 23.4, 23.4, 23.5, 25.8, 22.0, 24.8, 20.2, 21.9, 22.1, 22.9, 20.5, 24.4]
-    found = welch(a, b)
-    assert found.t == pytest.approx(2.46, abs=0.005)
-    assert found.degrees == pytest.approx(25.0, abs=0.05)
-    assert 2 * found.p == pytest.approx(0.021, abs=0.0005)
-    assert welch(a, [x + 5 for x in b], 5).p == pytest.approx(found.p)
-    assert welch(b, a).p == pytest.approx(1 - found.p)
-    with pytest.raises(PgolfError, match="at least 2 runs"):
-        welch(a, b[:1])
-    with pytest.raises(PgolfError, match="same score"):
-        welch([1.0, 1.0], [2.0, 2.0])
-
-
-def scored_run(folder, loss, tokens=100):
-    folder.mkdir()
-    score = {"bpb": loss / 2, "loss": loss, "tokens": tokens, "bytes": 240}
-    story = dict.fromkeys(("non_overlapping", "sliding", "sliding_ttt"), score)
-    (folder / "scores_artifact.json").write_text(json.dumps(story))
-    return str(folder)
-
-
-def test_seeds_command(capsys, tmp_path):
-    ours = [scored_run(tmp_path / f"a{i}", loss) for i, loss in enumerate((3.310, 3.312, 3.311))]
-    theirs = [scored_run(tmp_path / f"b{i}", loss) for i, loss in enumerate((3.320, 3.321, 3.322))]
-    assert main(["seeds", *ours, "--against", *theirs]) == 0
-    out = capsys.readouterr().out
-    assert out.count("3.311000") == out.count("3.321000") == 3
-    # a gain of 0.010 in which 0.005 is asked for: t = 0.005 / (0.001 sqrt(2 / 3)), 4 degrees
-    assert [line.split()[-4:] for line in out.splitlines()[-3:]] == 3 * [
-        ["+0.010000", "6.124", "4.00", "0.0018"]
-    ]
-    refusals = {
-        (ours[0],): "needs at least 2 runs",
-        (*ours, "--against", theirs[0]): "--against needs at least 2 runs",
-        (*ours, ours[0]): "named twice",
-        (*ours, scored_run(tmp_path / "c", 3.0, tokens=99)): "compare runs on the same text",
-        (*ours, str(tmp_path)): "does not hold three scores",
-    }
-    for words, message in refusals.items():
-        assert main(["seeds", *words]) == 2
-        assert message in capsys.readouterr().err
-
-
-def test_seeds_that_break_the_rules_are_marked_in_every_table(capsys, tmp_path):
-    ours, theirs = (
-        [scored_run(tmp_path / f"{name}{i}", loss) for i, loss in enumerate((3.31, 3.32))] for name in "ab"
-    )
-    path = tmp_path / "b1" / "scores_artifact.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "illegal": "it learns first"}))
-    assert main(["seeds", *ours, "--against", *theirs]) == 0
-    scores, tests = capsys.readouterr().out.split("\n\n")
-    assert (scores.count("(ILLEGAL)"), tests.count("(ILLEGAL)")) == (1, 1)
 
 
 def test_eval_command_prints_writes_and_draws(capsys, config, model, source, tmp_path):

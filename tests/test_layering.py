@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "evaluation": {"artifact", "model", "quant", "ops"} | LEAVES,
     "train": {"ops", "model", "optim", "quant", "evaluation"} | LEAVES,
     "bench": {"ops", "model", "optim", "train"} | LEAVES,
-    "lab": {"bench"} | DRIVER,
+    "lab": {"bench", "optim"} | DRIVER,
     "cli": {"bench", "lab"} | DRIVER,
 }
 

@@ -15,7 +15,7 @@ from pgolf_fast.lab.analysis.losses import PR296, PR296_MEAN, SHOWN, analyze, le
 from pgolf_fast.lab.analysis.models import open_models
 from pgolf_fast.lab.analysis.options import Options
 from pgolf_fast.lab.analysis.validation import open_validation
-from pgolf_fast.lab.compare.sweep import bootstrap_ratio
+from pgolf_fast.lab.compare.statistics import bootstrap_ratio
 from pgolf_fast.model.gpt import GPT
 
 TOKENS = 640

@@ -17,7 +17,7 @@ from pgolf_fast.config.presets import tiny
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.ttt import TTTConfig
 from pgolf_fast.io import load_tensors, save_tensors
-from pgolf_fast.lab.audit.check import Check, Finding
+from pgolf_fast.lab.audit.check import AuditCheck, AuditFinding
 from pgolf_fast.lab.report.loss_curve import draw_loss_curve, paint_training
 from pgolf_fast.lab.report.pace import pace_table, step_seconds
 from pgolf_fast.lab.report.score_plot import paint_parts
@@ -368,9 +368,11 @@ def test_audit_is_saved_and_shown(run, capsys, monkeypatch, undrawn):
     answers = {"C1": True, "C2": False}
 
     def few(subject):
-        return [Check(i, f"property {i}", lambda i=i: Finding(answers[i], f"seen {i}")) for i in answers]
+        return [
+            AuditCheck(i, f"property {i}", lambda i=i: AuditFinding(answers[i], f"seen {i}")) for i in answers
+        ]
 
-    monkeypatch.setattr("pgolf_fast.lab.audit.subject.checks", few)
+    monkeypatch.setattr("pgolf_fast.lab.audit.rules.checks", few)
     run.audit_file.unlink()
     assert cli.main(["audit", str(run.path), "--only", "C1"]) == 0
     assert not run.audit_file.exists()

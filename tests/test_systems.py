@@ -31,7 +31,8 @@ from pgolf_fast.evaluation.ttt import adapting_chunks, legal_ttt
 from pgolf_fast.evaluation.windows import plain_windows
 from pgolf_fast.io import load_tensors
 from pgolf_fast.lab.audit.check import run_checks
-from pgolf_fast.lab.audit.subject import checks, open_subject
+from pgolf_fast.lab.audit.rules import checks
+from pgolf_fast.lab.audit.target import open_target
 from pgolf_fast.model.bank import BANK_NAMES
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.quant.state import QuantizedTensor
@@ -214,7 +215,7 @@ def test_trains_packs_and_scores(made, name):
 
 @pytest.mark.parametrize("name", [*SYSTEMS, *EARLIER])
 def test_audit_tells_the_legal_from_the_illegal(made, name):
-    subject = open_subject(made(name).path)
+    subject = open_target(made(name).path)
     results = {r.id: r for r in run_checks(c for c in checks(subject) if c.id not in SLOW)}
     failed = [r.id for r in results.values() if r.passed is False]
     assert failed == BROKEN.get(name, []), results

@@ -30,7 +30,7 @@ from pgolf_fast.config.adapters import adapters
 from pgolf_fast.errors import PgolfError
 
 if TYPE_CHECKING:
-    from pgolf_fast.lab.compare.ablation.plan import Variant
+    from pgolf_fast.lab.compare.plan import Variant
 
 Interval = Literal["seeds", "documents"]
 OWN = "run"
@@ -49,8 +49,9 @@ class Ablate:
     """One variant; repeat the option for more. Write lists with commas; none switches a field off."""
     seeds: tuple[int, ...] = (42,)
     """Seeds of the initial weights; the baseline and every variant are trained with each."""
-    budget: Literal["steps", "time", "both"] = "steps"
-    """Equal optimizer steps, equal training time, or both, one after the other."""
+    budget: Literal["steps", "time", "both", "measured"] = "steps"
+    """Equal optimizer steps; equal training time by the clock; both, one after the other; or (measured) as
+    many steps as fit into the baseline's training time, by step costs measured before the runs."""
     steps: int | None = None
     """Steps of every run with budget steps; default: the preset's."""
     seconds: float | None = None
@@ -74,9 +75,10 @@ def ablate(options: Ablate) -> int:
     from pgolf_fast.data.source import open_source
     from pgolf_fast.distributed import devices
     from pgolf_fast.io import locked
-    from pgolf_fast.lab.compare.ablation.job import fingerprint, prepare
-    from pgolf_fast.lab.compare.ablation.plan import Budget, make_jobs, make_variants
-    from pgolf_fast.lab.compare.ablation.processes import job_task, make_slots, run_tasks
+    from pgolf_fast.lab.compare.jobs import fingerprint, prepare
+    from pgolf_fast.lab.compare.plan import BASELINE, Budget, make_jobs, make_variants
+    from pgolf_fast.lab.compare.processes import job_task, make_slots, run_tasks
+    from pgolf_fast.lab.compare.step_cost import cost_table, step_costs
 
     _check_interval(options)
     out = options.out or Path("runs") / f"ablate_{base.name}"
@@ -84,8 +86,14 @@ def ablate(options: Ablate) -> int:
     variants = make_variants(base, [list(words) for words in options.flip])
     if options.scores == "all":
         _check_legal(variants)
-    jobs = make_jobs(variants, options.seeds, budgets, out, steps=options.steps, seconds=options.seconds)
     slots = make_slots(options.workers, devices(), timed="time" in budgets)
+    costs = None
+    if "measured" in budgets:
+        configs = {variant.name: variant.config for variant in variants}
+        costs = step_costs(configs, out / "step_costs.json", workers=len(slots))
+        print_out(cost_table(costs, BASELINE).text())
+    steps, seconds = options.steps, options.seconds
+    jobs = make_jobs(variants, options.seeds, budgets, out, steps=steps, seconds=seconds, costs=costs)
     data = fingerprint(open_source(base.data, base.model.vocab_size))
     busy = f"another pgolf ablate is running in {out}: wait until it has ended, or choose another --out"
     with locked(out / "ablation.lock", busy):
@@ -130,17 +138,17 @@ def _check_legal(variants: Sequence[Variant]) -> None:
 
 def _print_ablation(jobs: list, out: Path, interval: Interval | None) -> None:
     from pgolf_fast.io import write_text
-    from pgolf_fast.lab.compare.ablation.plot import draw_ablation
-    from pgolf_fast.lab.compare.ablation.table import commits, make_rows, print_table, read_runs, to_dict
+    from pgolf_fast.lab.compare.plot import draw_ablation
+    from pgolf_fast.lab.compare.table import commits, describe, make_rows, pass_gains, read_runs, to_dict
 
     runs = read_runs(jobs)
-    rows = make_rows(runs, interval)
+    rows, gains = make_rows(runs, interval), pass_gains(runs, interval)
     if not rows:
         return
-    print_out(print_table(rows))
+    print_out(describe(rows, gains))
     if len(made_by := commits(runs)) > 1:
         print_out(f"\nnote: the runs were made by several versions of this package: {', '.join(made_by)}")
-    write_text(out / "ablation.json", json.dumps(to_dict(rows, runs), indent=2) + "\n")
+    write_text(out / "ablation.json", json.dumps(to_dict(rows, gains, runs), indent=2) + "\n")
     print_out(f"\nwrote {out / 'ablation.json'}")
     if (picture := draw_ablation(rows, runs, out / "ablation.png")) is not None:
         print_out(f"wrote {picture}")
@@ -200,7 +208,7 @@ class Sweep:
 
 def ttt_sweep(options: Sweep) -> int:
     from pgolf_fast.distributed import join_world
-    from pgolf_fast.lab.compare.sweep import sweep_run, table
+    from pgolf_fast.lab.compare.sweep import sweep_run, sweep_table
 
     folder, config = run_folder(options.run)
     known = {**adapters(config.eval_seq_len), OWN: config.ttt}
@@ -220,11 +228,11 @@ def ttt_sweep(options: Sweep) -> int:
     config = replace(config, data=data, eval=scoring)
     with join_world() as world:
         console.setup_logging(folder.log_file if world.is_main else None, quiet=not world.is_main)
-        rows = sweep_run(
+        content = sweep_run(
             folder, config, chosen, world, after=options.after, allow_illegal=options.allow_illegal
         )
     if world.is_main:
-        print_out(table(rows, [name for name, ttt in chosen.items() if ttt.illegal]).text())
+        print_out(sweep_table(content).text())
         for name, ttt in chosen.items():
             if ttt.illegal:
                 print_out(f"{name} BREAKS THE RULES of the challenge: {ttt.illegal}.")

@@ -50,17 +50,18 @@ class Audit:
 def audit(options: Audit) -> int:
     from pgolf_fast.artifact.container import sizes
     from pgolf_fast.io import write_text
-    from pgolf_fast.lab.audit.check import broken, run_checks, table
-    from pgolf_fast.lab.audit.subject import checks, open_subject, settings
+    from pgolf_fast.lab.audit.check import broken, findings_table, run_checks
+    from pgolf_fast.lab.audit.rules import checks
+    from pgolf_fast.lab.audit.target import open_target, settings
 
-    target = existing(options.run, "run or artifact")
-    config = flip(settings(target), options.fields)
+    path = existing(options.run, "run or artifact")
+    config = flip(settings(path), options.fields)
     if options.tokens is not None and options.tokens < config.eval_seq_len:
         raise PgolfError(
             f"--tokens is {options.tokens}; it must be at least one window of {config.eval_seq_len}"
         )
-    subject = open_subject(
-        target,
+    target = open_target(
+        path,
         tokens=options.tokens,
         evaluation=config.eval,
         ttt=config.ttt,
@@ -68,25 +69,25 @@ def audit(options: Audit) -> int:
         tokenizer=options.tokenizer,
     )
     limits = {name: getattr(options, name) for name in ("limit_bytes", "train_limit", "eval_limit")}
-    subject = replace(subject, **limits)
-    known = checks(subject)
+    target = replace(target, **limits)
+    known = checks(target)
     if unknown := set(options.only) - {check.id for check in known}:
         raise PgolfError(f"there is no check {', '.join(sorted(unknown))}; they are C1 to C{len(known)}")
     results = run_checks(check for check in known if not options.only or check.id in options.only)
     findings = [{**asdict(result), "verdict": result.verdict} for result in results]
-    print_out(table(findings).text())
-    path = options.json
-    if path is None and subject.folder is not None and not options.only:
-        path = subject.folder.audit_file
-    if path is not None:
+    print_out(findings_table(findings).text())
+    out = options.json
+    if out is None and target.folder is not None and not options.only:
+        out = target.folder.audit_file
+    if out is not None:
         content = {
-            "audited": str(target),
-            "artifact_sha256": None if subject.artifact is None else sizes(subject.artifact).sha256,
-            "tokens": len(subject.tokens) - 1,
+            "audited": str(path),
+            "artifact_sha256": None if target.artifact is None else sizes(target.artifact).sha256,
+            "tokens": len(target.tokens) - 1,
             "findings": findings,
         }
-        write_text(path, json.dumps(content, indent=2) + "\n")
-        print_out(f"wrote {path}")
+        write_text(out, json.dumps(content, indent=2) + "\n")
+        print_out(f"wrote {out}")
     wrong = broken(results)
     if wrong:
         print_out(f"{len(wrong)} of {len(results)} do not hold: {', '.join(wrong)}")

@@ -19,7 +19,7 @@ from pgolf_fast.data.shards import BOS_ID, write_shard
 from pgolf_fast.data.texts import expand, make_plan
 from pgolf_fast.data.tokenizer import ByteTable, Tokenizer, byte_table, scored_bytes, train_tokenizer
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.io import write_bytes
+from pgolf_fast.io import available_cores, write_bytes
 
 Split = Literal["train", "val"]
 Part = tuple[Split, str]
@@ -63,7 +63,7 @@ def tokenize_files(
     plan = make_plan(paths, val_fraction)
     if workers is None:
         small = sum(path.stat().st_size for path in paths) < _ALONE_BYTES
-        workers = 1 if small else _cores()
+        workers = 1 if small else available_cores()
     with tempfile.TemporaryDirectory(prefix=".tokenize-", dir=folder) as temporary:
         building = Path(temporary)
         if given is None:
@@ -211,9 +211,3 @@ def _encode_chunk(texts: list[str]) -> list[np.ndarray]:
 
 def _ids(tokenizer: Tokenizer, text: str) -> np.ndarray:
     return np.array(tokenizer.encode_document(text), dtype=np.uint16)
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

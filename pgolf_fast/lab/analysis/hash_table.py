@@ -26,7 +26,7 @@ from pgolf_fast.lab.analysis.models import LoadedModel
 from pgolf_fast.lab.analysis.options import Options
 from pgolf_fast.lab.analysis.summary import Column, Summary, draw, tabulate
 from pgolf_fast.lab.analysis.validation import Validation, open_validation
-from pgolf_fast.lab.compare.sweep import bootstrap_gain
+from pgolf_fast.lab.compare.statistics import bootstrap_gain
 from pgolf_fast.model.gpt import GPT
 
 if TYPE_CHECKING:

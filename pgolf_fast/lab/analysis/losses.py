@@ -25,7 +25,7 @@ from pgolf_fast.lab.analysis.models import LoadedModel
 from pgolf_fast.lab.analysis.options import Options
 from pgolf_fast.lab.analysis.summary import Column, Summary, draw, tabulate
 from pgolf_fast.lab.analysis.validation import Validation, diverged, open_validation
-from pgolf_fast.lab.compare.sweep import bootstrap_ratio
+from pgolf_fast.lab.compare.statistics import bootstrap_ratio
 from pgolf_fast.model.gpt import GPT
 
 if TYPE_CHECKING:

@@ -1,1 +1,1 @@
-"""The rules of the challenge as checks that run: on a run, an artifact, or anything that scores like them."""
+"""Check the rules of the challenge on a run, an artifact, or anything that scores like them."""

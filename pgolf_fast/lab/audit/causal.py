@@ -1,8 +1,7 @@
-"""C1, C6, C14: no score depends on the token it predicts, or on a later one.
+"""C1, C6, C14: no score depends on the token it predicts or on a later one.
 
-A part of the network is causal if changing tokens from index t on leaves its values at positions before t as
-they are, bit by bit. Parts are looked at in the order in which they are computed, so the first that is not
-causal is the one to blame for the rest.
+A part of the network is causal if changing the tokens from index t on leaves its values at positions before t
+bit-identical. Parts are compared in the order of computation, so the first that differs is the cause.
 """
 
 from __future__ import annotations
@@ -14,23 +13,23 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pgolf_fast.evaluation.score import LossFunction
-from pgolf_fast.lab.audit.check import Finding
+from pgolf_fast.lab.audit.check import AuditFinding
 from pgolf_fast.model.gpt import GPT
 
-SCORED = 4  # of a window whose other positions are context only
-# Operations through which a number could change what the network predicts
+SCORED = 4  # targets of a window whose other positions are context only
+# Names of operations of the network: a target that enters one could change its predictions
 _NETWORK = ("embed", "smear", "norm", "attention", "mlp", "mm", "linear", "conv")
 
 
 def changed_from(tokens: Tensor, index: int, vocab_size: int, sampler: torch.Generator) -> Tensor:
-    """`tokens` (T,) with each from `index` on replaced by another id below vocab_size."""
+    """Return `tokens` (T,) with each token from `index` on replaced by a different id below vocab_size."""
     shift = torch.randint(1, vocab_size, tokens.shape, generator=sampler).to(tokens.device)
     shift[:index] = 0
     return (tokens + shift) % vocab_size
 
 
-class _Seen:
-    """The inputs of attentions and MLPs of one forward, by what computed them."""
+class _Observer:
+    """Record the inputs of attention and MLP layers in one forward, by the part that computed them."""
 
     def __init__(self, model: GPT):
         self._model, self.parts = model, dict[str, Tensor]()
@@ -45,7 +44,7 @@ class _Seen:
 
 @torch.no_grad()
 def embedding_parts(model: GPT, tokens: Tensor) -> dict[str, Tensor]:
-    """What is looked up by keys made of tokens (B, T), as (B, T, ...), in the order of computation."""
+    """Return every embedding looked up by the tokens (B, T), as (B, T, ...), in the order of computation."""
     parts = {}
     if model.bigram is not None:
         projection = model.bigram.proj.weight.to(model.compute_dtype)
@@ -58,18 +57,18 @@ def embedding_parts(model: GPT, tokens: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def all_parts(model: GPT, tokens: Tensor) -> dict[str, Tensor]:
-    """Every part of a forward of tokens (B, T), as (B, T, ...), in the order of computation."""
-    seen = _Seen(model)
+    """Return the output of every part of a forward of tokens (B, T), as (B, T, ...), in computation order."""
+    seen = _Observer(model)
     logits = model.head(model.hidden(tokens, observer=seen))
     parts = embedding_parts(model, tokens)
     smear = {"smear": model.smear(parts["embedding"])} if model.config.smear else {}
     return {**parts, **smear, **seen.parts, "logits": logits}
 
 
-def causality(model: GPT, losses_of: LossFunction, tokens: Tensor, lengths: Sequence[int]) -> Finding:
-    """C1: every part of the network, its logits, and the losses as they are scored, at several lengths.
+def causality(model: GPT, losses_of: LossFunction, tokens: Tensor, lengths: Sequence[int]) -> AuditFinding:
+    """C1: check every part of the network, its logits, and the losses as scored, at several lengths.
 
-    tokens (N,) with N above every length; each length is cut out of the beginning.
+    tokens: (N,) with N larger than every length; each length takes a prefix.
     """
     names: set[str] = set()
     changes = 0
@@ -84,20 +83,24 @@ def causality(model: GPT, losses_of: LossFunction, tokens: Tensor, lengths: Sequ
             leak = _first_leak(before, after, index)
             if leak is not None:
                 part, position = leak
-                return Finding(False, f"{part}: position {position} of {length} changes with token {index}")
+                return AuditFinding(
+                    False, f"{part}: position {position} of {length} changes with token {index}"
+                )
             for scored in {min(SCORED, length), length}:
                 late = _changed_losses(losses_of, span, other, scored, index)
                 if late is not None:
                     text = f"the loss of token {late} of {length} changes with tokens from {index} on"
-                    return Finding(False, f"scoring: {text}")
+                    return AuditFinding(False, f"scoring: {text}")
             changes += 1
-    return Finding(
-        True, f"{len(names)} parts keep their bits before each of {changes} changes, T = {_all(lengths)}"
+    return AuditFinding(
+        True, f"{len(names)} parts are bit-identical before each of {changes} changes, T = {_all(lengths)}"
     )
 
 
-def no_target_in_keys(model: GPT, losses_of: LossFunction, tokens: Tensor, lengths: Sequence[int]) -> Finding:
-    """C6: embeddings at a position are of the tokens up to it, and targets reach nothing but the loss."""
+def no_target_in_keys(
+    model: GPT, losses_of: LossFunction, tokens: Tensor, lengths: Sequence[int]
+) -> AuditFinding:
+    """C6: check that embeddings at a position depend on tokens up to it, and targets reach only the loss."""
     sampler = torch.Generator().manual_seed(6)
     for length in lengths:
         span = tokens[:length]
@@ -106,21 +109,23 @@ def no_target_in_keys(model: GPT, losses_of: LossFunction, tokens: Tensor, lengt
             after = embedding_parts(model, changed_from(span, index, model.config.vocab_size, sampler)[None])
             leak = _first_leak(before, after, index)
             if leak is not None:
-                return Finding(False, f"{leak[0]}: the key at position {leak[1]} holds token {index}")
+                return AuditFinding(False, f"{leak[0]}: the key at position {leak[1]} holds token {index}")
     length = max(lengths)
     trace = _Taint(targets := tokens[None, 1 : length + 1].clone())
     with torch.no_grad(), trace:
         losses_of(tokens[None, :length], targets, length)
     if trace.network:
-        return Finding(False, f"targets enter {trace.network[0]}, before the loss")
-    return Finding(True, f"keys hold tokens up to their position; targets enter {', '.join(trace.ops)} only")
+        return AuditFinding(False, f"targets enter {trace.network[0]}, before the loss")
+    return AuditFinding(
+        True, f"keys hold tokens up to their position; targets enter {', '.join(trace.ops)} only"
+    )
 
 
 @torch.no_grad()
-def word_starts_of_inputs(model: GPT, tokens: Tensor) -> Finding:
-    """C14: the word-start gate at a position is that of its input token, not of the target."""
+def word_starts_of_inputs(model: GPT, tokens: Tensor) -> AuditFinding:
+    """C14: check that the word-start gate at a position depends on its input token, not on the target."""
     if model.bigram is None or not (model.config.word_start_boost or model.config.pos_conditional):
-        return Finding(None, "nothing in the model asks where words start")
+        return AuditFinding(None, "the model does not use word starts")
     length = min(64, len(tokens) - 1)
     span = tokens[:length]
     whole = embedding_parts(model, span[None])["hash n-grams"][0]
@@ -130,18 +135,20 @@ def word_starts_of_inputs(model: GPT, tokens: Tensor) -> Finding:
         for position in range(length - 1):
             target = span[position + 1]
             if bool((span[: position + 1] == target).any()):
-                continue  # its flag is that of an input, too
+                continue  # the target also occurs as an input, which may depend on the flag
             model.has_leading_space.copy_(kept)
             model.has_leading_space[target] = ~kept[target]
             flipped = embedding_parts(model, span[None])["hash n-grams"][0]
             tried += 1
             if not torch.equal(flipped[: position + 1], whole[: position + 1]):
-                return Finding(False, f"position {position} changes with the word-start flag of its target")
+                return AuditFinding(
+                    False, f"position {position} changes with the word-start flag of its target"
+                )
             moved += not torch.equal(flipped[position + 1], whole[position + 1])
     finally:
         model.has_leading_space.copy_(kept)
-    return Finding(
-        True, f"of {tried} flags flipped, none shows before its token and {moved} show at their token"
+    return AuditFinding(
+        True, f"of {tried} flipped flags, none has an effect before its token and {moved} have one at it"
     )
 
 
@@ -154,7 +161,7 @@ def _all(values: Sequence[int]) -> str:
 
 
 def _first_leak(before: dict[str, Tensor], after: dict[str, Tensor], index: int) -> tuple[str, int] | None:
-    """The first part that differs before `index`, and where it does."""
+    """Return the first part that differs before `index`, and its first such position."""
     for part, value in before.items():
         differs = (value != after[part])[0, :index].flatten(1).any(1)
         if bool(differs.any()):
@@ -165,20 +172,20 @@ def _first_leak(before: dict[str, Tensor], after: dict[str, Tensor], index: int)
 def _changed_losses(
     losses_of: LossFunction, span: Tensor, other: Tensor, scored: int, index: int
 ) -> int | None:
-    """The first token before `index` among the last `scored` targets whose loss differs."""
+    """Return the first token before `index`, among the last `scored` targets, whose loss differs."""
     length = len(span) - 1
     first, second = (losses_of(s[None, :-1], s[None, -scored:], length)[0] for s in (span, other))
-    places = torch.arange(length + 1 - scored, length + 1, device=span.device)
-    wrong = places[(first != second) & (places < index)]
+    positions = torch.arange(length + 1 - scored, length + 1, device=span.device)
+    wrong = positions[(first != second) & (positions < index)]
     return int(wrong[0]) if len(wrong) else None
 
 
 class _Taint(TorchDispatchMode):
-    """Follows one tensor through the operations of a forward: `ops` it enters, and those of the `network`."""
+    """Trace one tensor through a forward: all `ops` that it enters, and those of the `network`."""
 
     def __init__(self, source: Tensor):
         super().__init__()
-        self._held = [source]  # keeps storages from being used again
+        self._held = [source]  # keeps storages alive, so that their addresses are not reused
         self._storages = {source.untyped_storage().data_ptr()}
         self.ops: list[str] = []
         self.network: list[str] = []

@@ -1,36 +1,35 @@
-"""What a check is and what it finds."""
+"""Audit checks: what a check is, what it finds, and running a list of them."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pgolf_fast import console
-from pgolf_fast.console import Table
 
 
 @dataclass(frozen=True)
-class Finding:
-    """Whether a property holds, and what shows it; `passed` is None where it cannot be asked here."""
+class AuditFinding:
+    """Whether a property holds, with evidence; `passed` is None if it cannot be decided here."""
 
     passed: bool | None
     evidence: str
 
 
 @dataclass(frozen=True)
-class Check:
-    """A property by its number in the challenge's rules (C1 to C17), and what finds out whether it holds."""
+class AuditCheck:
+    """A property by its number in the challenge's rules (C1 to C17), and the function that checks it."""
 
     id: str
     title: str
-    run: Callable[[], Finding]
+    run: Callable[[], AuditFinding]
 
 
 @dataclass(frozen=True)
-class Result:
-    """What a check found, and how long it took."""
+class AuditResult:
+    """The finding of a check, and how long it took."""
 
     id: str
     title: str
@@ -43,26 +42,26 @@ class Result:
         return {True: "pass", False: "FAIL", None: "n.a."}[self.passed]
 
 
-def run_checks(checks: Iterable[Check]) -> list[Result]:
-    """Every check in turn. One that raises has failed: what it audits could not be followed to the end."""
+def run_checks(checks: Iterable[AuditCheck]) -> list[AuditResult]:
+    """Run every check in turn. A check that raises has failed."""
     results = []
     for check in console.progress(list(checks), "audit", unit="check"):
         start = time.perf_counter()
         try:
             finding = check.run()
-        except Exception as error:  # noqa: BLE001 - whatever the audited code raises is evidence against it
-            finding = Finding(False, f"stopped by {type(error).__name__}: {error}")
+        except Exception as error:  # noqa: BLE001 - any error of the audited code is evidence against it
+            finding = AuditFinding(False, f"stopped by {type(error).__name__}: {error}")
         seconds = time.perf_counter() - start
-        results.append(Result(check.id, check.title, finding.passed, finding.evidence, seconds))
+        results.append(AuditResult(check.id, check.title, finding.passed, finding.evidence, seconds))
     return results
 
 
-def broken(results: Iterable[Result]) -> list[str]:
-    """Numbers of the properties that do not hold."""
+def broken(results: Iterable[AuditResult]) -> list[str]:
+    """Return the ids of the properties that do not hold."""
     return [result.id for result in results if result.passed is False]
 
 
-def table(findings: Iterable[Mapping[str, Any]]) -> Table:
-    """Tabulate the findings of audit.json."""
+def findings_table(findings: Sequence[Mapping[str, Any]]) -> console.Table:
+    """Tabulate the `findings` of audit.json."""
     rows = [(f["id"], f["title"], f["verdict"], f"{f['seconds']:.1f}", f["evidence"]) for f in findings]
-    return Table(("check", "property", "verdict", "seconds", "evidence"), rows)
+    return console.Table(("id", "property", "verdict", "seconds", "evidence"), rows)

@@ -1,6 +1,6 @@
-"""A Python program that is watched while it runs: which files it opens, what it starts, whom it calls.
+"""Run a Python program under an audit hook: record the files it opens, and refuse files, modules and calls.
 
-The watch hears what Python opens (PEP 578). A library that opens a file by itself is not heard, as
+The hook (PEP 578) sees what Python opens. It does not see files that a library opens in native code, as
 SentencePiece does with its model.
 """
 
@@ -55,8 +55,8 @@ PROGRAMS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.sp
 
 
 @dataclass(frozen=True)
-class Seen:
-    """How a program ended, what it printed, the files it opened and what it was refused."""
+class GuardedRun:
+    """Exit status and output of a program, the files it opened, and what it was refused."""
 
     status: int
     output: str
@@ -64,7 +64,7 @@ class Seen:
     refused: list[str]
 
 
-def run_watched(
+def run_guarded(
     code: str,
     arguments: Sequence[str | Path] = (),
     *,
@@ -72,11 +72,11 @@ def run_watched(
     modules: Sequence[str] = (),
     events: Sequence[str] = (),
     cwd: Path | None = None,
-) -> Seen:
-    """Run a program in a Python of its own, with `arguments` as sys.argv.
+) -> GuardedRun:
+    """Run a program in a separate Python process, with `arguments` as sys.argv.
 
-    files: patterns of paths that do not open; modules: names that are not imported; events: audit events of
-    Python that are refused.
+    files: patterns of paths to refuse; modules: names whose import to refuse; events: Python audit events to
+    refuse.
     """
     package = str(Path(pgolf_fast.__file__).parents[1])
     paths = [package, os.environ.get("PYTHONPATH", "")]
@@ -98,4 +98,4 @@ def run_watched(
         )
         seen = json.loads(log.read_text()) if log.is_file() else {"opened": [], "refused": []}
     opened = [Path(path) for path in dict.fromkeys(seen["opened"])]
-    return Seen(done.returncode, done.stdout + done.stderr, opened, seen["refused"])
+    return GuardedRun(done.returncode, done.stdout + done.stderr, opened, seen["refused"])

@@ -1,4 +1,4 @@
-"""C8 and C9: validation data decides nothing before it is scored."""
+"""C8 and C9: validation data has no influence on training and calibration."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.config.shrink import shrink
 from pgolf_fast.data.shards import write_shard
 from pgolf_fast.io import load_tensors
-from pgolf_fast.lab.audit.check import Finding
-from pgolf_fast.lab.audit.guard import NETWORK, Seen, run_watched
+from pgolf_fast.lab.audit.check import AuditFinding
+from pgolf_fast.lab.audit.guard import NETWORK, GuardedRun, run_guarded
 from pgolf_fast.model.runtime import environment
 from pgolf_fast.quant.state import QuantizedState
 
 SHARDS = ("*_val_*.bin", "*_train_*.bin")
 _STEPS, _LENGTH = 6, 32
 
-# Trains a configuration into a folder, as `train.loop.train`
+# Trains a configuration into a folder, like `train.loop.train`
 Train = Callable[[RunConfig, Path], object]
-# Quantises and packs a run folder
-Requantize = Callable[[RunFolder], Seen]
+# Quantizes and packs a run folder
+Requantize = Callable[[RunFolder], GuardedRun]
 
 
 def training_ignores_validation(
     train: Train, config: RunConfig, tokens: np.ndarray, tokenizer: Path
-) -> Finding:
-    """C8: the training program makes the same weights and decisions whatever the validation data are.
+) -> AuditFinding:
+    """C8: check that training makes the same weights and decisions with other validation data.
 
-    It trains `config`, made tiny, twice, validating after every step: once on the text it learns from, where
-    what has learned most looks best, and once on noise over all ids, where what knows nothing does. So
-    whatever is chosen by a validation score is chosen differently. The run itself is not trained again.
+    Trains a tiny version of `config` twice, validating after every step: once on the training text, where the
+    last weights score best, and once on noise over all ids, where the first ones do. Any choice by validation
+    score then differs. The run itself is not trained again.
     """
     small = _tiny(config)
     tokens = tokens[:4096].astype(np.uint16)
     count = min(len(tokens), 16 * _LENGTH + 1)
     noise = np.random.default_rng(8).integers(0, config.model.vocab_size, count).astype(np.uint16)
-    found = []
+    runs = []
     with TemporaryDirectory() as folder:
         for name, validation in (("text", tokens[:count]), ("noise", noise)):
             data, out = Path(folder) / f"data_{name}", Path(folder) / name
@@ -59,26 +59,28 @@ def training_ignores_validation(
             with contextlib.redirect_stderr(io.StringIO()):
                 train(replace(small, data=source), out)
             weights, _ = load_tensors(RunFolder(out).model_file)
-            found.append((weights, *_decisions(RunFolder(out))))
-    (first, steps, losses), (second, other_steps, other_losses) = found
+            runs.append((weights, *_decisions(RunFolder(out))))
+    (first, steps, losses), (second, other_steps, other_losses) = runs
     if losses == other_losses:
-        return Finding(False, "two validation sets have the same losses: what validates does not read them")
+        return AuditFinding(False, "two validation sets have the same losses: validation does not read them")
     if steps != other_steps:
-        return Finding(False, "training goes another way with other validation data")
+        return AuditFinding(False, "training steps change with the validation data")
     different = [name for name, tensor in first.items() if not torch.equal(tensor, second[name])]
     if different:
         text = f"{len(different)} tensors change with the validation data, first {different[0]}"
-        return Finding(False, text)
+        return AuditFinding(False, text)
     shown = f"{losses[-1]:.2f} and {other_losses[-1]:.2f}"
     if np.argmin(losses) == np.argmin(other_losses):
-        return Finding(None, f"validation losses {shown} prefer the same weights: no choice would show")
-    return Finding(
-        True, f"{_STEPS} steps of the run made tiny, validation losses {shown}: the same {len(first)} tensors"
+        return AuditFinding(
+            None, f"validation losses {shown} prefer the same weights: a choice would not be detected"
+        )
+    return AuditFinding(
+        True, f"{_STEPS} steps of a tiny version, validation losses {shown}: the same {len(first)} tensors"
     )
 
 
 def _tiny(config: RunConfig) -> RunConfig:
-    """The configuration at a size that trains in a second, with every switch of it as it was."""
+    """Return the configuration at a size that trains in a second, with every feature still on or off."""
     small = shrink(config, "tiny")
     meta = config.train.meta and replace(config.train.meta, every=2, freeze_blocks=1, above=0.0)
     reptile = config.train.reptile and replace(config.train.reptile, share=0.5)
@@ -110,7 +112,7 @@ def _tiny(config: RunConfig) -> RunConfig:
 
 
 def _decisions(folder: RunFolder) -> tuple[list[dict], list[float]]:
-    """What each step did, and the validation losses."""
+    """Return the metrics of every step, without times, and the validation losses."""
     rows = folder.history()
     steps = [{k: v for k, v in row.items() if k != "elapsed"} for row in rows if row["kind"] == "step"]
     return steps, [row["loss"] for row in rows if row["kind"] == "val"]
@@ -123,19 +125,19 @@ sys.exit(main(["quantize", sys.argv[0]]) or main(["pack", sys.argv[0]]))
 """
 
 
-def requantize(folder: RunFolder) -> Seen:
-    """`pgolf quantize` and `pgolf pack` where no token shard opens and nothing can be called."""
-    return run_watched(_AGAIN, [folder.path], files=SHARDS, events=NETWORK)
+def requantize(folder: RunFolder) -> GuardedRun:
+    """Run `pgolf quantize` and `pgolf pack` without access to token shards and network."""
+    return run_guarded(_AGAIN, [folder.path], files=SHARDS, events=NETWORK)
 
 
-def calibration_ignores_data(folder: RunFolder, again: Requantize = requantize) -> Finding:
-    """C9: quantised again, with every token shard unreadable, the run's float weights give its artifact.
+def calibration_ignores_data(folder: RunFolder, again: Requantize = requantize) -> AuditFinding:
+    """C9: check that quantizing the run's float weights again, without token shards, gives its artifact.
 
-    The text of calibration is then what the model writes from the seed in the artifact, for other text would
-    give other codes. Where another machine quantised, it writes other text, and the property cannot be asked.
+    The calibration text is then generated by the model from the seed in the artifact: other text would give
+    other codes. A model on another machine generates other text, so the property cannot be decided there.
     """
     if not folder.model_file.is_file():
-        return Finding(None, "there are no float weights to quantise again")
+        return AuditFinding(None, "there are no float weights to quantize again")
     values, before = unpack(folder.artifact_file)
     config = run_config_from_dict(values)
     with TemporaryDirectory() as temporary:
@@ -146,27 +148,27 @@ def calibration_ignores_data(folder: RunFolder, again: Requantize = requantize) 
         seen = again(copy)
         refused = [Path(what).name for what in seen.refused]
         if refused:
-            return Finding(False, f"quantising opens {', '.join(dict.fromkeys(refused))}")
+            return AuditFinding(False, f"quantizing opens {', '.join(dict.fromkeys(refused))}")
         if seen.status:
-            return Finding(False, f"quantising again failed: {seen.output.strip().splitlines()[-1]}")
+            return AuditFinding(False, f"quantizing again failed: {seen.output.strip().splitlines()[-1]}")
         _, after = unpack(copy.artifact_file)
         same = sizes(copy.artifact_file).sha256 == sizes(folder.artifact_file).sha256
     quant = config.quant
     method = f"gptq, seed {quant.seed}" if quant.method == "gptq" else "rounding"
     if same:
-        return Finding(True, f"{method}, no shard readable: the same artifact, byte for byte")
+        return AuditFinding(True, f"{method}, no shard readable: the same artifact, byte for byte")
     share = _different_numbers(before, after)
     if share == 0:
-        return Finding(True, f"{method}, no shard readable: the same tensors, in a file written otherwise")
+        return AuditFinding(True, f"{method}, no shard readable: the same tensors, in a different file")
     elsewhere = _other_machine(folder)
-    text = f"{method}, no shard readable: {share:.2%} of all codes and scales are others"
+    text = f"{method}, no shard readable: {share:.2%} of all codes and scales differ"
     if elsewhere:
-        return Finding(None, f"{text}; ask where the run was made ({elsewhere})")
-    return Finding(False, text)
+        return AuditFinding(None, f"{text}; run the audit where the run was made ({elsewhere})")
+    return AuditFinding(False, text)
 
 
 def _different_numbers(before: QuantizedState, after: QuantizedState) -> float:
-    """The share of codes, scales and other numbers that differ; 1 where names or shapes do."""
+    """Return the share of codes, scales and other numbers that differ; 1 if names or shapes differ."""
     first, second = ({r.name: r.array for r in build_records(state)} for state in (before, after))
     if {n: a.shape for n, a in first.items()} != {n: a.shape for n, a in second.items()}:
         return 1.0
@@ -175,10 +177,10 @@ def _different_numbers(before: QuantizedState, after: QuantizedState) -> float:
 
 
 def _other_machine(folder: RunFolder) -> str:
-    """What of env.json is not so here."""
+    """Return the entries of env.json that differ on this machine, as text."""
     path = folder.path / "env.json"
     there = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     here = environment()
-    asked = ("processor", "gpu", "cuda", "torch", "cpu_threads")
-    differing = [name for name in asked if name in there and there[name] != here.get(name)]
+    names = ("processor", "gpu", "cuda", "torch", "cpu_threads")
+    differing = [name for name in names if name in there and there[name] != here.get(name)]
     return ", ".join(f"{name} {there[name]}" for name in differing)

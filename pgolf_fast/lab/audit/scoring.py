@@ -1,4 +1,4 @@
-"""C2 to C5, C7, C13 and C15 to C17: the order of scoring and learning, and what is summed up."""
+"""C2 to C5, C7, C13, C15 to C17: the order of scoring and updates, and the sums that are reported."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from pgolf_fast.data.tokenizer import SPACE, ByteTable, Tokenizer, scored_bytes,
 from pgolf_fast.distributed import ALONE, Ranks
 from pgolf_fast.evaluation.score import LossFunction
 from pgolf_fast.evaluation.windows import Windows
-from pgolf_fast.lab.audit.check import Finding
+from pgolf_fast.lab.audit.check import AuditFinding
 from pgolf_fast.lab.audit.watch import Watched, scored_targets
 
-NORMALISED = 1e-5  # what the probabilities of all ids may miss 1 by
-# Batches of documents are put together by their lengths, so with other borders other numbers are rounded side
-# by side. A score that knew a later token would differ by more.
+NORMALIZED = 1e-5  # allowed deviation of the sum of all probabilities from 1
+# Documents are batched by length, so other borders change the batches and with them the rounding. A score
+# that depended on a later token would differ by more.
 ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.2}
 
-_ROWS = 32  # side by side: low-rank changes are copied for each
+_ROWS = 32  # per batch: LoRA weights are copied for each row, so a larger batch costs memory
 
-# The losses of a stream of tokens (N + 1,), as (N,)
+# Losses (N,) of a stream of tokens (N + 1,)
 Losses = Callable[[np.ndarray], np.ndarray]
 
 
-def state_causality(losses_of: Losses, tokens: np.ndarray, vocab_size: int, rounding: float = 0.0) -> Finding:
-    """C2: streams that differ from token k on have the same losses before it, through all that is learned.
+def state_causality(
+    losses_of: Losses, tokens: np.ndarray, vocab_size: int, rounding: float = 0.0
+) -> AuditFinding:
+    """C2: check that streams which differ from token k on have the same losses before it, updates included.
 
-    Once with document borders where they were, and once with all other tokens, and the borders gone, where
-    losses may differ by `rounding`.
+    Done twice: with the same document borders, and without borders, where losses may differ by `rounding`.
     """
-    before, told = losses_of(tokens), []
+    before, evidence = losses_of(tokens), []
     rng = np.random.default_rng(2)
     for near, borders in ((len(tokens) * 5 // 8, True), (len(tokens) // 2, False)):
-        k = (
-            near // 8 * 8 + 3
-        )  # in the middle of what a window scores: one that ends at k reads nothing after it
+        # In the middle of a window's targets: a window that ends at k reads nothing after it.
+        k = near // 8 * 8 + 3
         other = tokens.copy()
         shift = rng.integers(1, vocab_size, len(tokens) - k)
         other[k:] = (other[k:] + shift) % vocab_size
@@ -53,39 +53,43 @@ def state_causality(losses_of: Losses, tokens: np.ndarray, vocab_size: int, roun
         limit = 0.0 if borders else rounding
         if not worst <= limit:
             where = int(np.argmax(~(past <= limit))) + 1
-            return Finding(
+            return AuditFinding(
                 False,
                 f"the loss of token {where:,} changes with tokens from {k:,} on, by {past[where - 1]:.2g}",
             )
         if not future.any():
-            return Finding(False, f"no loss after token {k:,} changes with the tokens: this is no score")
-        same = f"{(past == 0).sum():,} of {len(past):,} the same bits"
-        told.append(f"other tokens from {k:,} on{'' if borders else ', borders too'}: {same}")
-    return Finding(True, "; ".join(told))
+            return AuditFinding(
+                False, f"no loss after token {k:,} changes with the tokens: the losses are not scores"
+            )
+        same = f"{(past == 0).sum():,} of {len(past):,} bit-identical"
+        evidence.append(f"other tokens from {k:,} on{'' if borders else ', borders too'}: {same}")
+    return AuditFinding(True, "; ".join(evidence))
 
 
-def score_before_train(seen: Watched) -> Finding:
-    """C3: every lesson holds scored targets only, and nothing changes while a chunk is scored."""
-    if seen.premature:
-        return Finding(False, seen.premature[0])
-    if not seen.lessons:
-        return Finding(True, f"nothing is learned; {seen.checksums:,} equal checksums")
-    return Finding(
-        True, f"{seen.lessons} lessons of scored targets, {seen.updates} steps; {seen.checksums:,} checksums"
+def score_before_train(seen: Watched) -> AuditFinding:
+    """C3: check that every update uses scored targets only, and nothing changes while a chunk is scored."""
+    if seen.early_updates:
+        return AuditFinding(False, seen.early_updates[0])
+    if not seen.updates:
+        return AuditFinding(True, f"no updates; {seen.checksums:,} equal checksums")
+    return AuditFinding(
+        True, f"{seen.updates} updates on scored targets, {seen.steps} steps; {seen.checksums:,} checksums"
     )
 
 
-def nothing_after_last_score(seen: Watched) -> Finding:
-    """C4: nothing is learned from the last chunk."""
-    if seen.late:
-        return Finding(False, "; ".join(seen.late))
-    return Finding(True, f"0 of {seen.updates} steps after the last score, and the same weights")
+def nothing_after_last_score(seen: Watched) -> AuditFinding:
+    """C4: check that there is no update after the last score."""
+    if seen.late_updates:
+        return AuditFinding(False, "; ".join(seen.late_updates))
+    return AuditFinding(True, f"0 of {seen.steps} steps after the last score, and the same weights")
 
 
-def once_each(seen: Watched, target_bytes: np.ndarray, whole: Mapping[str, Windows], count: int) -> Finding:
-    """C5: each target is scored once, and the figure that is reported is of these scores.
+def once_each(
+    seen: Watched, target_bytes: np.ndarray, whole: Mapping[str, Windows], count: int
+) -> AuditFinding:
+    """C5: check that each target is scored once, and that the reported figure is the sum of these scores.
 
-    whole: by name, windows over the `count` targets of the whole split.
+    whole: windows over the `count` targets of the whole split, by name.
     """
     streams = {"watched": seen.times}
     for name, windows in whole.items():
@@ -94,21 +98,23 @@ def once_each(seen: Watched, target_bytes: np.ndarray, whole: Mapping[str, Windo
         missing, several = int((times == 0).sum()), int((times > 1).sum())
         if missing or several:
             what = f"{missing:,} have no score, {several:,} have several"
-            return Finding(False, f"{name}: of {len(times):,} targets {what}")
+            return AuditFinding(False, f"{name}: of {len(times):,} targets {what}")
     score, nats = seen.score, float(seen.losses.sum(dtype=np.float64))
     if (score.tokens, score.text_bytes) != (len(seen.losses), int(target_bytes.sum())):
-        return Finding(False, f"the score is over {score.tokens:,} tokens and {score.text_bytes:,} bytes")
+        return AuditFinding(
+            False, f"the score is over {score.tokens:,} tokens and {score.text_bytes:,} bytes"
+        )
     if not abs(score.nats - nats) <= 1e-9 * abs(nats):
-        return Finding(False, f"{score.nats:.6f} nats are reported, the first scores sum up to {nats:.6f}")
-    told = ", ".join(f"{name} {len(times):,}" for name, times in streams.items())
-    return Finding(True, f"{told}, each once")
+        return AuditFinding(False, f"{score.nats:.6f} nats are reported, the first scores sum to {nats:.6f}")
+    counts = ", ".join(f"{name} {len(times):,}" for name, times in streams.items())
+    return AuditFinding(True, f"{counts}, each once")
 
 
 @torch.no_grad()
-def normalised(losses_of: LossFunction, tokens: Tensor, vocab_size: int, length: int = 16) -> Finding:
-    """C7: at every position, exp(-loss) of all ids as targets sums up to 1.
+def normalized(losses_of: LossFunction, tokens: Tensor, vocab_size: int, length: int = 16) -> AuditFinding:
+    """C7: check that exp(-loss) over all ids as targets sums to 1 at every position.
 
-    Row v has id v + j as target at position j, so the rows together have every id everywhere.
+    Row v has id v + j as its target at position j, so the rows together cover every id at every position.
     """
     length = min(length, len(tokens) - 1)
     rows, columns = torch.arange(vocab_size)[:, None], torch.arange(length)[None]
@@ -119,19 +125,23 @@ def normalised(losses_of: LossFunction, tokens: Tensor, vocab_size: int, length:
         total += losses_of(inputs, part, length).double().neg().exp().sum(0)
     off = (total - 1).abs()
     worst = float(off.max())
-    evidence = f"sum of {vocab_size:,} probabilities misses 1 by {worst:.1e} at most, {length} positions"
-    return Finding(bool((off <= NORMALISED).all()), evidence)
+    evidence = (
+        f"sum of {vocab_size:,} probabilities deviates from 1 by at most {worst:.1e}, {length} positions"
+    )
+    return AuditFinding(bool((off <= NORMALIZED).all()), evidence)
 
 
-def byte_counts(tokens: np.ndarray, table: ByteTable, tokenizer: Tokenizer, documents: int = 32) -> Finding:
-    """C13: counted bytes are those of the decoded text, for whole documents spread over the split.
+def byte_counts(
+    tokens: np.ndarray, table: ByteTable, tokenizer: Tokenizer, documents: int = 32
+) -> AuditFinding:
+    """C13: check that counted bytes are those of the decoded text, for documents spread over the split.
 
-    A space that opens a document is no byte of it.
+    A leading space of a document does not count.
     """
     begins = np.flatnonzero(tokens == BOS_ID)
     whole = list(pairwise(begins))
     if not whole:
-        return Finding(None, f"no whole document in {len(tokens):,} tokens")
+        return AuditFinding(None, f"no whole document in {len(tokens):,} tokens")
     chosen = [whole[i] for i in np.unique(np.linspace(0, len(whole) - 1, documents).astype(int))]
     size = count = 0
     for begin, end in chosen:
@@ -140,34 +150,36 @@ def byte_counts(tokens: np.ndarray, table: ByteTable, tokenizer: Tokenizer, docu
         text = tokenizer.decode(ids)
         opens = bool(ids) and tokenizer.piece(ids[0]).startswith(SPACE) and text.startswith(" ")
         if counted != len(text.encode()) - opens:
-            told = f"{counted:,} bytes counted, the text has {len(text.encode()) - opens:,}"
-            return Finding(False, f"document at token {begin:,}: {told}")
+            sizes = f"{counted:,} bytes counted, the text has {len(text.encode()) - opens:,}"
+            return AuditFinding(False, f"document at token {begin:,}: {sizes}")
         size, count = size + counted, count + len(ids)
     decoded = f"{len(chosen)} of {len(whole):,} documents: {size:,} bytes of {count:,} tokens as decoded"
     split = f"whole split: {scored_bytes(table, tokens):,} bytes of {len(tokens) - 1:,} targets"
-    return Finding(True, f"{decoded}; {split}")
+    return AuditFinding(True, f"{decoded}; {split}")
 
 
-def deterministic(losses_of: Losses, tokens: np.ndarray, seen: Watched, seed: int) -> Finding:
-    """C15: scored again, and by any number of threads, every loss has the same bits."""
+def deterministic(losses_of: Losses, tokens: np.ndarray, seen: Watched, seed: int) -> AuditFinding:
+    """C15: check that every loss is bit-identical when scored again, with another number of threads."""
     again = losses_of(tokens)
     different = int((again != seen.losses).sum())
     if different:
-        return Finding(False, f"{different:,} of {len(again):,} losses differ when scored again")
-    text = f"{len(again):,} losses the same bits"
-    return Finding(True, f"{text}; one run, seed {seed}: a record needs three seeds")
+        return AuditFinding(False, f"{different:,} of {len(again):,} losses differ when scored again")
+    text = f"{len(again):,} losses bit-identical"
+    return AuditFinding(True, f"{text}; one run, seed {seed}: a record needs three seeds")
 
 
-def nothing_learned_while_scoring(seen: Watched) -> Finding:
-    """C16: between a window's input and its score no gradient is taken and no optimiser state changes."""
+def no_update_while_scoring(seen: Watched) -> AuditFinding:
+    """C16: check that no gradient is computed and no optimizer state changes while a batch is scored."""
     if seen.touched:
-        return Finding(False, seen.touched[0])
-    return Finding(True, f"{seen.batches:,} batches: no gradient taken, weights and optimiser state the same")
+        return AuditFinding(False, seen.touched[0])
+    return AuditFinding(
+        True, f"{seen.batches:,} batches: no gradients; weights and optimizer state unchanged"
+    )
 
 
 @dataclass(frozen=True)
 class OneOf:
-    """A rank that does its share and hears of no other."""
+    """A rank that computes its share and communicates with no other."""
 
     rank: int
     world_size: int
@@ -179,22 +191,20 @@ class OneOf:
         return value
 
 
-def shared_out(ways: Mapping[str, Callable[[Ranks], np.ndarray]]) -> Finding:
-    """C17: what several processes score together is what one scores alone.
+def same_for_any_ranks(methods: Mapping[str, Callable[[Ranks], np.ndarray]]) -> AuditFinding:
+    """C17: check that several ranks together compute the losses of one rank alone.
 
-    Each process in turn is played by this one, and their losses are put together. Nothing else has to be
-    passed between them: what is learned comes from tokens, and of these each has all.
+    This process plays each rank in turn and sums their losses. Ranks need not communicate anything else:
+    updates depend on tokens only, and every rank has all of them.
     """
-    told = []
-    for name, losses_of in ways.items():
+    for name, losses_of in methods.items():
         alone = losses_of(ALONE)
         for world_size in (2, 3):
             shares = np.stack([losses_of(OneOf(rank, world_size)) for rank in range(world_size)])
             different = int((shares.sum(0) != alone).sum())
             if different:
                 what = f"{different:,} of {len(alone):,} losses differ by {world_size} ranks"
-                return Finding(False, f"{name}: {what}")
+                return AuditFinding(False, f"{name}: {what}")
             if not (shares == 0).any(1).all():
-                return Finding(False, f"{name}: one of {world_size} ranks scored everything")
-        told.append(name)
-    return Finding(True, f"2 and 3 ranks, {' and '.join(told)}: the same bits")
+                return AuditFinding(False, f"{name}: one of {world_size} ranks scored everything")
+    return AuditFinding(True, f"2 and 3 ranks, {' and '.join(methods)}: bit-identical")

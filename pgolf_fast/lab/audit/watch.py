@@ -1,7 +1,7 @@
-"""An evaluation that is watched: what is scored, what is learned from, and what changes when.
+"""Watch an evaluation: which targets are scored, which tokens updates use, and what changes when.
 
-The watch keeps its own ledger. It does not ask the protocol which targets an adapter was given, but looks
-their tokens up in the stream: they must be found where everything has its score.
+The watcher keeps its own ledger. It does not trust the protocol about the targets of an update, but searches
+the stream for the tokens: they must occur at a position where every target has its score.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from pgolf_fast.evaluation.windows import BatchSize, Windows
 
 @dataclass(frozen=True)
 class Method:
-    """How an evaluation is put together. Each piece can be replaced, by what is to be audited instead."""
+    """The parts of an evaluation. Each can be replaced by the part to audit."""
 
     plan: Callable[[Stream], tuple[Windows, Sequence[Chunk | Segment]]]
-    """The windows of a stream, and its chunks of them."""
+    """Cuts a stream into windows and chunks of windows."""
     adapter: Callable[[], AbstractContextManager[Adapter]]
-    """A fresh adapter, after which everything is as before."""
+    """Makes a fresh adapter; on exit the model is as before."""
     protocol: Callable[..., list[Score]]
-    """`evaluation.protocol.score_and_adapt`, or what stands for it."""
+    """`evaluation.protocol.score_and_adapt` or a replacement."""
     seq_len: int
     size: BatchSize
 
 
 def evaluate(method: Method, stream: Stream, ranks: Ranks = ALONE) -> np.ndarray:
-    """The losses that a method gives, (targets,) float32; zero where another rank scores."""
+    """Return the losses of a method, (targets,) float32; zero for targets of other ranks."""
     windows, chunks = method.plan(stream)
     scorer = Scorer(stream, windows, method.seq_len, method.size, ranks)
     with method.adapter() as adapter:
@@ -47,7 +47,7 @@ def evaluate(method: Method, stream: Stream, ranks: Ranks = ALONE) -> np.ndarray
 
 
 def by_target(scorer: Scorer) -> np.ndarray:
-    """The losses in the order of the stream, (targets,) float32; the first of several, NaN where none is."""
+    """Return losses in the order of the stream, (targets,) float32: the first of several, NaN for none."""
     losses = np.full(scorer.stream.num_targets, np.nan, dtype=np.float32)
     targets, firsts = np.unique(scored_targets(scorer.windows), return_index=True)
     losses[targets] = scorer.losses.cpu().numpy()[firsts]
@@ -55,42 +55,42 @@ def by_target(scorer: Scorer) -> np.ndarray:
 
 
 def scored_targets(windows: Windows) -> np.ndarray:
-    """The targets of all windows in their order, one after another."""
+    """Return the targets of all windows, in the order of the windows."""
     counts = windows.end - windows.first
     return np.repeat(windows.first - windows.places()[:-1], counts) + np.arange(counts.sum())
 
 
 @dataclass
 class Watched:
-    """What was seen of an evaluation."""
+    """Observations of one evaluation."""
 
     times: np.ndarray
-    """How often each target was scored, (targets,)."""
+    """Number of times each target was scored, (targets,)."""
     losses: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
-    """As from `evaluate`."""
+    """Losses as returned by `evaluate`."""
     score: Score = field(default_factory=Score)
-    """What the protocol reports."""
-    lessons: int = 0
-    """How often something was learned from."""
+    """The score that the protocol reports."""
     updates: int = 0
+    """Calls of the adapter's `adapt`."""
+    steps: int = 0
     """Gradient steps."""
     batches: int = 0
     """Batches of windows that were scored."""
     checksums: int = 0
-    """Comparisons of everything that can change."""
-    premature: list[str] = field(default_factory=list)
-    """What was learned from before it had its score, or changed while a chunk was scored."""
+    """Checksums of all weights and optimizer state."""
+    early_updates: list[str] = field(default_factory=list)
+    """Updates on targets without a score, and changes while a chunk was scored."""
     touched: list[str] = field(default_factory=list)
-    """What changed or was differentiated while a batch was scored."""
-    late: list[str] = field(default_factory=list)
-    """What was done after the last score."""
+    """Changes and gradients while a batch was scored."""
+    late_updates: list[str] = field(default_factory=list)
+    """Updates and changes after the last score."""
 
 
 def watch(method: Method, stream: Stream, model: nn.Module) -> Watched:
     """Evaluate with one thread, watching the adapter and the weights of `model`, which it may change."""
     windows, chunks = method.plan(stream)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # what is seen before and after a batch is then of that batch
+    torch.set_num_threads(1)  # with more, batches overlap and a change could not be attributed
     try:
         with method.adapter() as adapter:
             watcher = _Watcher(adapter, stream, model)
@@ -105,7 +105,7 @@ def watch(method: Method, stream: Stream, model: nn.Module) -> Watched:
 
 
 class _Watcher:
-    """Stands for an adapter: hands everything on, and notes it."""
+    """Wrap an adapter: forward every call and record it."""
 
     def __init__(self, adapter: Adapter, stream: Stream, model: nn.Module):
         self._adapter, self._model = adapter, model
@@ -128,23 +128,23 @@ class _Watcher:
             losses = self._adapter.score(*arguments)
         self.seen.batches += 1
         if self.checksum() != before:
-            self.seen.touched.append(f"batch {self.seen.batches} changed weights or optimiser state")
-        if kept:  # autograd keeps tensors for a backward pass only
+            self.seen.touched.append(f"batch {self.seen.batches} changed weights or optimizer state")
+        if kept:  # autograd saves tensors only for a backward
             self.seen.touched.append(f"batch {self.seen.batches} was scored with gradients")
         return losses
 
     def adapt(self, scored: Scored) -> None:
-        self.seen.lessons += 1
+        self.seen.updates += 1
         rows = scored.tokens.cpu().numpy()
         for row in np.atleast_2d(rows):
             if not self._is_scored(row):
-                self.seen.premature.append(
-                    f"lesson {self.seen.lessons} holds {len(row) - 1:,} targets of which not all are scored"
+                self.seen.early_updates.append(
+                    f"update {self.seen.updates} uses {len(row) - 1:,} targets, not all of which are scored"
                 )
         self._adapter.adapt(scored)
 
     def _is_scored(self, row: np.ndarray) -> bool:
-        """Whether these tokens stand somewhere in the stream where every target has its score."""
+        """Return whether these tokens occur in the stream where every target has its score."""
         last = len(self._tokens) - len(row)
         starts = np.arange(last + 1)
         for offset, token in enumerate(row):
@@ -152,35 +152,35 @@ class _Watcher:
         return any(self.seen.times[start : start + len(row) - 1].all() for start in starts)
 
     def checksum(self) -> int:
-        """Of the model's tensors and the adapter's state."""
+        """Return a checksum of the model's tensors and the adapter's state."""
         self.seen.checksums += 1
-        found = 0
+        crc = 0
         for tensor in [*self._model.state_dict().values(), *self._adapter.state().values()]:
             flat = tensor.detach().cpu().contiguous().reshape(-1)
-            found = zlib.crc32(flat.view(torch.uint8).numpy(), found)
-        return found
+            crc = zlib.crc32(flat.view(torch.uint8).numpy(), crc)
+        return crc
 
     def scored(self, windows: Windows, unchanged: bool) -> None:
-        """These windows have their scores."""
+        """Record that these windows have their scores."""
         np.add.at(self.seen.times, scored_targets(windows), 1)
         if not unchanged:
-            self.seen.premature.append("weights or optimiser state changed while a chunk was scored")
+            self.seen.early_updates.append("weights or optimizer state changed while a chunk was scored")
         if len(windows):
             self._last = self._now()
 
     def end(self) -> None:
-        """Nothing more is scored."""
-        self.seen.updates = self._adapter.updates
-        lessons, updates, checksum = (now - then for now, then in zip(self._now(), self._last, strict=True))
-        if lessons:
-            self.seen.late.append(f"{lessons} lesson(s) after the last chunk was scored")
+        """Compare with the state at the last score."""
+        self.seen.steps = self._adapter.updates
+        updates, steps, checksum = (now - then for now, then in zip(self._now(), self._last, strict=True))
         if updates:
-            self.seen.late.append(f"{updates:,} gradient steps after the last score")
+            self.seen.late_updates.append(f"{updates} update(s) after the last chunk was scored")
+        if steps:
+            self.seen.late_updates.append(f"{steps:,} gradient steps after the last score")
         if checksum:
-            self.seen.late.append("weights or optimiser state changed after the last score")
+            self.seen.late_updates.append("weights or optimizer state changed after the last score")
 
     def _now(self) -> tuple[int, int, int]:
-        return self.seen.lessons, self._adapter.updates, self.checksum()
+        return self.seen.updates, self._adapter.updates, self.checksum()
 
 
 class _WatchedScorer(Scorer):

@@ -1,1 +1,1 @@
-"""Compare runs: ablations, seeds, sweeps of adapters."""
+"""Compare runs: ablations, groups of seeds, and sweeps over test-time training adapters."""

@@ -1,15 +1,15 @@
-"""Adapters compared on one model: what each gains over sliding windows without test-time training."""
+"""Compare adapters on one model: the gain of each over sliding windows without test-time training."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +19,6 @@ from pgolf_fast.artifact.pack import unpack
 from pgolf_fast.artifact.steps import artifact_model
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import RunConfig, TTTConfig
-from pgolf_fast.console import Table
 from pgolf_fast.distributed import ALONE, Ranks, World, this_process
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.adapt import Frozen
@@ -32,18 +31,21 @@ from pgolf_fast.evaluation.steps import validation_stream
 from pgolf_fast.evaluation.ttt import legal_ttt, need_legal
 from pgolf_fast.evaluation.windows import sliding_windows
 from pgolf_fast.io import write_text
+from pgolf_fast.lab.compare.statistics import bootstrap_gain
 from pgolf_fast.model.bank import Transform
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.quant.fake import make_fake
 from pgolf_fast.quant.state import bank_grids
 
 BASELINE = "sliding"
-RESAMPLES = 2000
+
+# A scorer that has scored every window, the number of updates, and the number of trainable parameters
+_Scored = tuple[Scorer, int, int]
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """One adapter's pass over the stream; `nats` are summed over each document."""
+class AdapterPass:
+    """One adapter's pass over the stream; `nats` are sums per document."""
 
     name: str
     identity: str
@@ -54,8 +56,8 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """One adapter beside the baseline: bits per byte, and a 95 % interval of what is gained of them."""
+class AdapterGain:
+    """An adapter's bits per byte, and its gain over the baseline with a 95 % interval."""
 
     name: str
     bpb: float
@@ -65,35 +67,6 @@ class Comparison:
     microseconds_a_token: float
     updates: int
     trainable: int
-
-
-def bootstrap_gain(
-    before: np.ndarray, after: np.ndarray, text_bytes: np.ndarray, *, seed: int = 0
-) -> tuple[float, float, float]:
-    """Bits per byte gained from `before` to `after`, and the 2.5 % and 97.5 % points of the paired bootstrap.
-
-    All three are sums by document (documents,), in nats and bytes. Documents are drawn with replacement
-    RESAMPLES times (Efron 1979). What an adapter carries over from one document to the next stays as it was:
-    the interval is about other documents, not about another order of them.
-    """
-    gained = before - after
-    low, high = bootstrap_ratio(gained, math.log(2) * text_bytes, seed=seed)
-    return float(gained.sum() / (math.log(2) * text_bytes.sum())), low, high
-
-
-def bootstrap_ratio(part: np.ndarray, whole: np.ndarray, *, seed: int = 0) -> tuple[float, float]:
-    """The 2.5 % and 97.5 % points of sum(part) / sum(whole) over documents drawn with replacement.
-
-    Both are sums by document, (documents,); `whole` is not negative.
-    """
-    count = len(whole)
-    rng, found = np.random.default_rng(seed), []
-    at_once = max(1, 2**22 // count)
-    for first in range(0, RESAMPLES, at_once):
-        times = rng.multinomial(count, np.full(count, 1 / count), size=min(at_once, RESAMPLES - first))
-        found.append((times @ part) / np.maximum(times @ whole, math.log(2)))  # one byte, if there is none
-    low, high = np.quantile(np.concatenate(found), (0.025, 0.975))
-    return float(low), float(high)
 
 
 def sweep(
@@ -107,83 +80,110 @@ def sweep(
     *,
     after: int = 0,
     allow_illegal: bool = False,
-) -> list[Comparison]:
-    """The baseline and each of `adapters`, on the windows of `config.eval`; the model stays as it is.
+) -> list[AdapterGain]:
+    """Score the baseline and each of `adapters` on the windows of `config.eval`; the model is left unchanged.
 
-    Targets are scored once each, all of them; compared are the documents that begin at target `after` or
-    later. (Settings that were chosen on what comes before are judged fairly by these.) `grid` is as in
-    `three_scores`. Every finished pass leaves `folder`/NAME.json, and is not repeated for the same weights,
-    tokens and settings. Raises PgolfError where no document begins so late, and for an adapter that breaks
-    the rules, unless `allow_illegal`.
+    All targets are scored once. Only documents that begin at target `after` or later are compared, so that
+    settings chosen on the text before it are judged on new text. `grid` is as in `three_scores`. Each
+    finished pass is kept as `folder`/NAME.json and reused for the same weights, tokens and settings.
+
+    Raises PgolfError if no document begins at `after` or later, and for an adapter that breaks the rules,
+    unless `allow_illegal`.
     """
-    config = replace(config, eval=replace(config.eval, repeat_tail=False))
-    length, size = config.eval_seq_len, window_batches(model, config, ranks)
-    windows = sliding_windows(stream.num_targets, length, config.eval.stride)
-    starts = document_starts(stream.tokens.cpu().numpy())
-    compile_, cuda_graph = compiles(model, config)
-
-    def without() -> tuple[Scorer, int, int]:
-        scorer, adapter = Scorer(stream, windows, length, size, ranks), Frozen(model, compile=compile_)
-        score_and_adapt(adapter, scorer, window_chunks(windows, size), BASELINE)
-        return scorer, 0, 0
-
-    def adapting(name: str, ttt: TTTConfig) -> tuple[Scorer, int, int]:
-        result = legal_ttt(
-            model,
-            stream,
-            windows,
-            length,
-            shared_size(size, replace(config, ttt=ttt)),
-            ttt,
-            grid=grid or make_fake(config.quant.bits, config.quant.scale_floor),
-            ranks=ranks,
-            what=name,
-            compile=compile_,
-            cuda_graph=cuda_graph,
-            allow_illegal=allow_illegal,
-        )
-        return result.scorer, result.updates, result.trainable
-
-    def outcome(name: str, ttt: TTTConfig | None, work: Callable[[], tuple[Scorer, int, int]]) -> Outcome:
-        settings = [asdict(config.eval), length, str(model.compute_dtype), ttt and asdict(ttt)]
-        mark, path = identity(model, stream, settings), folder / f"{name}.json"
-        if (known := _read(path)) is not None and known.identity == mark:
-            console.logger.info("%s: already in %s", name, path)
-            return known
-        begin = time.perf_counter()
-        scorer, updates, trainable = work()
-        seconds = time.perf_counter() - begin
-        nats = np.add.reduceat(scorer.by_target().astype(np.float64), starts)
-        made = Outcome(name, mark, nats.tolist(), seconds, updates, trainable)
-        if ranks.rank == 0:
-            write_text(path, json.dumps(asdict(made)) + "\n")
-        return made
-
-    base = outcome(BASELINE, None, without)
-    rest = [outcome(name, ttt, partial(adapting, name, ttt)) for name, ttt in adapters.items()]
-    text_bytes = np.add.reduceat(stream.target_bytes, starts)
-    counted = starts >= after
+    passes = _Passes(model, stream, config, grid, folder, ranks, allow_illegal)
+    base = passes.baseline()
+    others = [passes.adapted(name, ttt) for name, ttt in adapters.items()]
+    counted = passes.starts >= after
     if not counted.any():
-        raise PgolfError(
-            f"no document begins at target {after:,} or later: the last begins at {starts[-1]:,}"
-        )
-    return [compare(base, other, text_bytes, counted, stream.num_targets) for other in (base, *rest)]
+        last = passes.starts[-1]
+        raise PgolfError(f"no document begins at target {after:,} or later: the last begins at {last:,}")
+    text_bytes = np.add.reduceat(stream.target_bytes, passes.starts)
+    return [compare(base, one, text_bytes, counted, stream.num_targets) for one in (base, *others)]
 
 
 def compare(
-    base: Outcome, other: Outcome, text_bytes: np.ndarray, counted: np.ndarray, tokens: int
-) -> Comparison:
-    """`other` beside `base` on the `counted` documents; both took their seconds for all `tokens`."""
-    before, changed, size = np.array(base.nats)[counted], np.array(other.nats)[counted], text_bytes[counted]
-    bpb = changed.sum() / (math.log(2) * size.sum())
-    gain = bootstrap_gain(before, changed, size)
-    return Comparison(
+    base: AdapterPass, other: AdapterPass, text_bytes: np.ndarray, counted: np.ndarray, tokens: int
+) -> AdapterGain:
+    """Compare two passes on the `counted` documents; both took their seconds for all `tokens`."""
+    before, after, size = np.array(base.nats)[counted], np.array(other.nats)[counted], text_bytes[counted]
+    bpb = after.sum() / (math.log(2) * size.sum())
+    gain = bootstrap_gain(before, after, size)
+    return AdapterGain(
         other.name, float(bpb), *gain, 1e6 * other.seconds / tokens, other.updates, other.trainable
     )
 
 
-def _read(path: Path) -> Outcome | None:
-    return Outcome(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+class _Passes:
+    """Passes over one stream with one model, each kept in a file."""
+
+    def __init__(
+        self,
+        model: GPT,
+        stream: Stream,
+        config: RunConfig,
+        grid: Transform,
+        folder: Path,
+        ranks: Ranks,
+        allow_illegal: bool,
+    ):
+        # A repeated tail would score some targets twice.
+        self.config = replace(config, eval=replace(config.eval, repeat_tail=False))
+        self.model, self.stream, self.grid, self.folder = model, stream, grid, folder
+        self.ranks, self.allow_illegal = ranks, allow_illegal
+        self.length, self.size = config.eval_seq_len, window_batches(model, self.config, ranks)
+        self.windows = sliding_windows(stream.num_targets, self.length, config.eval.stride)
+        self.starts = document_starts(stream.tokens.cpu().numpy())
+        self.compile, self.cuda_graph = compiles(model, self.config)
+
+    def baseline(self) -> AdapterPass:
+        """The pass without test-time training."""
+        return self._kept(BASELINE, None, self._score_frozen)
+
+    def adapted(self, name: str, ttt: TTTConfig) -> AdapterPass:
+        """The pass with an adapter."""
+        return self._kept(name, ttt, partial(self._score_adapted, name, ttt))
+
+    def _score_frozen(self) -> _Scored:
+        scorer = Scorer(self.stream, self.windows, self.length, self.size, self.ranks)
+        adapter = Frozen(self.model, compile=self.compile)
+        score_and_adapt(adapter, scorer, window_chunks(self.windows, self.size), BASELINE)
+        return scorer, 0, 0
+
+    def _score_adapted(self, name: str, ttt: TTTConfig) -> _Scored:
+        config = self.config
+        result = legal_ttt(
+            self.model,
+            self.stream,
+            self.windows,
+            self.length,
+            shared_size(self.size, replace(config, ttt=ttt)),
+            ttt,
+            grid=self.grid or make_fake(config.quant.bits, config.quant.scale_floor),
+            ranks=self.ranks,
+            what=name,
+            compile=self.compile,
+            cuda_graph=self.cuda_graph,
+            allow_illegal=self.allow_illegal,
+        )
+        return result.scorer, result.updates, result.trainable
+
+    def _kept(self, name: str, ttt: TTTConfig | None, score: Callable[[], _Scored]) -> AdapterPass:
+        """Read the pass from its file if that is of the same identity; otherwise score and write it."""
+        settings = [asdict(self.config.eval), self.length, str(self.model.compute_dtype), ttt and asdict(ttt)]
+        digest, path = identity(self.model, self.stream, settings), self.folder / f"{name}.json"
+        if path.is_file():
+            known = AdapterPass(**json.loads(path.read_text(encoding="utf-8")))
+            if known.identity == digest:
+                console.logger.info("%s: already in %s", name, path)
+                return known
+        begin = time.perf_counter()
+        scorer, updates, trainable = score()
+        seconds = time.perf_counter() - begin
+        nats = np.add.reduceat(scorer.by_target().astype(np.float64), self.starts)
+        made = AdapterPass(name, digest, nats.tolist(), seconds, updates, trainable)
+        if self.ranks.rank == 0:
+            write_text(path, json.dumps(asdict(made)) + "\n")
+        return made
 
 
 def sweep_run(
@@ -194,11 +194,11 @@ def sweep_run(
     *,
     after: int = 0,
     allow_illegal: bool = False,
-) -> list[Comparison]:
-    """Adapters compared on the run's artifact and validation data, also written to ttt_sweep.json.
+) -> dict[str, Any]:
+    """Compare adapters on the run's artifact and validation data; return the content of ttt_sweep.json.
 
-    `after` is as in `evaluation.sweep`. Raises PgolfError for an adapter that breaks the rules, unless
-    `allow_illegal`; the file tells. Finished adapters are kept in the folder ttt_sweep, and not repeated.
+    `after` is as in `sweep`. Finished passes are kept in the folder ttt_sweep and not repeated. Raises
+    PgolfError for an adapter that breaks the rules, unless `allow_illegal`; the file records it.
     """
     for ttt in adapters.values():
         need_legal(ttt, allow_illegal)
@@ -206,37 +206,45 @@ def sweep_run(
     model = artifact_model(folder, config, world)
     grid = bank_grids(unpack(folder.artifact_file)[1])
     stream = validation_stream(folder, config, world.device)
-    beside = folder.path / "ttt_sweep"
-    found = sweep(
-        model, stream, config, adapters, grid, beside, world, after=after, allow_illegal=allow_illegal
+    gains = sweep(
+        model,
+        stream,
+        config,
+        adapters,
+        grid,
+        folder.path / "ttt_sweep",
+        world,
+        after=after,
+        allow_illegal=allow_illegal,
     )
+    content = {
+        "artifact_sha256": sizes(folder.artifact_file).sha256,
+        "tokens": stream.num_targets,
+        "after": after,
+        "stride": config.eval.stride,
+        "adapters": {gain.name: asdict(gain) for gain in gains},
+        "settings": {name: asdict(ttt) for name, ttt in adapters.items()},
+        "illegal": {name: ttt.illegal for name, ttt in adapters.items() if ttt.illegal},
+    }
     if world.is_main:
-        story = {
-            "artifact_sha256": sizes(folder.artifact_file).sha256,
-            "tokens": stream.num_targets,
-            "after": after,
-            "stride": config.eval.stride,
-            "adapters": {row.name: dataclasses.asdict(row) for row in found},
-            "settings": {name: dataclasses.asdict(ttt) for name, ttt in adapters.items()},
-            "illegal": {name: ttt.illegal for name, ttt in adapters.items() if ttt.illegal},
-        }
-        write_text(folder.sweep_file, json.dumps(story, indent=2) + "\n")
-    return found
+        write_text(folder.sweep_file, json.dumps(content, indent=2) + "\n")
+    return content
 
 
-def table(rows: Iterable[Comparison], illegal: Collection[str] = ()) -> Table:
-    """Tabulate `sweep`, labeling the adapters that are `illegal`."""
-    header = ("adapter", "bpb", "gain", "95 % interval", "us/token", "updates", "trainable")
-    cells = [
+def sweep_table(content: Mapping[str, Any]) -> console.Table:
+    """Tabulate the content of ttt_sweep.json; adapters that break the rules are marked."""
+    illegal = content.get("illegal", {})
+    rows = [
         (
-            mark(row.name, row.name in illegal),
-            f"{row.bpb:.6f}",
-            f"{row.gain:+.6f}",
-            f"{row.low:+.5f} to {row.high:+.5f}",
-            f"{row.microseconds_a_token:.1f}",
-            f"{row.updates:,}",
-            f"{row.trainable:,}",
+            mark(name, name in illegal),
+            f"{row['bpb']:.6f}",
+            f"{row['gain']:+.6f}",
+            f"{row['low']:+.5f} to {row['high']:+.5f}",
+            f"{row['microseconds_a_token']:.1f}",
+            f"{row['updates']:,}",
+            f"{row['trainable']:,}",
         )
-        for row in rows
+        for name, row in content["adapters"].items()
     ]
-    return Table(header, cells)
+    header = ("adapter", "bpb", "gain", "95 % interval", "us/token", "updates", "trainable")
+    return console.Table(header, rows, f"Adapters compared on {content.get('tokens', 0):,} targets")

@@ -310,12 +310,7 @@ def _ttt_settings(ttt: dict[str, Any]) -> str:
 
 
 def _sweep(run: RunRecord) -> tuple[Table, ...]:
-    adapters = run.sweep.get("adapters")
-    if not adapters:
-        return ()
-    table = sweep.table((sweep.Comparison(**row) for row in adapters.values()), run.sweep.get("illegal", ()))
-    table.caption = f"Adapters compared on {run.sweep.get('tokens', 0):,} targets"
-    return (table,)
+    return (sweep.sweep_table(run.sweep),) if run.sweep.get("adapters") else ()
 
 
 def parts(run: RunRecord) -> Section:
@@ -361,7 +356,7 @@ def audit(run: RunRecord) -> Section:
     if not findings:
         return Section("Audit", "The run is not audited: `pgolf audit` checks it against the rules.")
     text = f"{_verdict(run.audit)}, on {run.audit.get('tokens', 0):,} targets."
-    return Section("Audit", text, (check.table(findings),))
+    return Section("Audit", text, (check.findings_table(findings),))
 
 
 def _verdict(tree: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The picture of an ablation: every seed's difference from the baseline, and the intervals."""
+"""Plot an ablation: every seed's difference from the baseline, and the intervals."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ from typing import TYPE_CHECKING
 
 from pgolf_fast.bench.drawing import write_png
 from pgolf_fast.config.run_folder import SCORES
-from pgolf_fast.lab.compare.ablation.plan import BASELINE
-from pgolf_fast.lab.compare.ablation.table import Row, Run
+from pgolf_fast.lab.compare.plan import BASELINE
+from pgolf_fast.lab.compare.table import FinishedRun, VariantScore
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def draw_ablation(rows: Sequence[Row], runs: Sequence[Run], path: Path) -> Path | None:
-    """Write a PNG, a panel for each budget and score; None, with a line saying why, where there is none."""
+def draw_ablation(rows: Sequence[VariantScore], runs: Sequence[FinishedRun], path: Path) -> Path | None:
+    """Write a PNG with one panel per budget and score.
+
+    Returns None if nothing is compared or matplotlib is missing (with a warning).
+    """
     compared = [row for row in rows if row.difference is not None]
     if not compared:
         return None
@@ -32,13 +35,13 @@ def draw_ablation(rows: Sequence[Row], runs: Sequence[Run], path: Path) -> Path 
 
 def _paint(
     figure: Figure,
-    compared: Sequence[Row],
-    runs: Sequence[Run],
+    compared: Sequence[VariantScore],
+    runs: Sequence[FinishedRun],
     budgets: list[str],
     scores: list[str],
     names: list[str],
 ) -> None:
-    """A row of panels for each budget, a column for each score, a line for each variant."""
+    """Draw one row of panels per budget, one column per score, one line per variant."""
     grid = figure.subplots(len(budgets), len(scores), sharex=True, sharey=True, squeeze=False)
     for row in compared:
         axes = grid[budgets.index(row.budget)][scores.index(row.score)]
@@ -47,7 +50,7 @@ def _paint(
         points = seed_differences(row, runs)
         axes.errorbar(d.mean, y, xerr=[[d.mean - d.low], [d.high - d.mean]], fmt="D", color="C0", capsize=4)
         axes.plot(points, [y] * len(points), "o", color="0.55", markersize=4, zorder=3)
-    grid[0][0].invert_yaxis()  # shared by all: the order of the table
+    grid[0][0].invert_yaxis()  # the axes are shared, so this puts every panel in the order of the table
     for i, budget in enumerate(budgets):
         for j, score in enumerate(scores):
             axes = grid[i][j]
@@ -59,8 +62,8 @@ def _paint(
     figure.supxlabel("bits per byte above the baseline (left is better); bars: 95 % intervals, dots: seeds")
 
 
-def seed_differences(row: Row, runs: Sequence[Run]) -> list[float]:
-    """Variant - baseline for each seed that both have."""
+def seed_differences(row: VariantScore, runs: Sequence[FinishedRun]) -> list[float]:
+    """Return variant - baseline for each seed that both have."""
     bpb = {
         (run.job.variant, run.job.seed): run.bpb(row.score)
         for run in runs

@@ -1,4 +1,4 @@
-"""Run one job in a process of its own: `python -m pgolf_fast.lab.compare.ablation.worker FOLDER`."""
+"""Run one job in its own process: `python -m pgolf_fast.lab.compare.worker FOLDER`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pgolf_fast.errors import PgolfError
 
 
 def main() -> int:
-    """Run the job in the folder that is named; why it failed goes to standard output."""
+    """Run the job in the named folder; the reason of a failure goes to standard output."""
     end_with_parent()
-    from pgolf_fast.lab.compare.ablation.job import run_job
+    from pgolf_fast.lab.compare.jobs import run_job
 
     try:
         run_job(Path(sys.argv[1]))
@@ -26,13 +26,14 @@ def main() -> int:
 
 
 def end_with_parent() -> None:
-    """End this process when the one that holds its standard input ends, however that happens.
+    """End this process when the holder of its standard input ends for any reason.
 
-    Else a run whose parent was killed would go on beside the one that is started in its place.
+    Otherwise a run whose parent was killed would continue next to the one started in its place.
     """
 
     def watch() -> None:
-        while os.read(0, 1):  # sys.stdin has a lock that this thread would hold when the process ends
+        # Not sys.stdin: this thread would hold its lock when the interpreter shuts down.
+        while os.read(0, 1):
             pass
         os._exit(1)
 

@@ -1,7 +1,7 @@
-"""One run of an ablation, in its folder: train, quantise, pack, score; each stage is done once.
+"""One run of an ablation in its folder: train, quantize, pack, score; each stage is done once.
 
-job.json says what the run is, before it starts; result.json is written last, and whole. What stands in
-between is that of an ordinary run folder, and an interrupted run goes on from there.
+job.json describes the run before it starts; result.json is written last and atomically. Everything in between
+is an ordinary run folder, from which an interrupted run resumes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from pgolf_fast.evaluation.scores import compiles, window_batches
 from pgolf_fast.evaluation.steps import score_run, validation_stream
 from pgolf_fast.evaluation.windows import plain_windows, sliding_windows
 from pgolf_fast.io import write_text
-from pgolf_fast.lab.compare.ablation.plan import Job
+from pgolf_fast.lab.compare.plan import Job
 from pgolf_fast.train.loop import train
 
 Scores = Literal["plain", "sliding", "all"]
@@ -44,11 +44,11 @@ PASSES: dict[Scores, tuple[str, ...]] = {
     "all": ("non_overlapping", "sliding", "sliding_ttt"),
 }
 JOB, RESULT, DOCUMENTS = "job.json", "result.json", "documents.json"
-_ENDS = 2**20  # bytes of a shard, at its beginning and its end, that stand for all of it
+_ENDS = 2**20  # bytes at either end of a shard that go into its fingerprint: whole shards take minutes
 
 
 def fingerprint(source: Source) -> str:
-    """A digest of tokenizer and shards: names, sizes, and the first and last MiB of each shard."""
+    """Return a digest of tokenizer and shards: names, sizes, and the first and last MiB of each shard."""
     digest = hashlib.sha256(source.tokenizer.path.read_bytes())
     for shard in [*source.train_shards(), *find_shards(source.folder, "val")]:
         digest.update(f"{shard.path.name} {shard.num_tokens}".encode())
@@ -60,37 +60,37 @@ def fingerprint(source: Source) -> str:
 
 
 def prepare(job: Job, data: str, scores: Scores) -> bool:
-    """Make the job's folder say what it is; whether something is left to do.
+    """Write job.json and return whether something is left to do.
 
-    `data` is the `fingerprint` of its data. Raises PgolfError where the folder holds another run.
+    `data` is the `fingerprint` of its data. Raises PgolfError if the folder holds another run.
     """
-    told = {
+    asked = {
         "budget": job.budget,
         "variant": job.variant,
         "seed": job.seed,
         "data": data,
         "config": run_config_to_dict(job.config),
     }
-    told = json.loads(json.dumps(told))  # tuples as they will be read back
+    asked = json.loads(json.dumps(asked))  # turns tuples into lists, as they will be read back
     known = _read(job.path / JOB)
     if known is None and job.path.is_dir() and any(job.path.iterdir()):
-        raise PgolfError(f"{job.path} holds something else than this run: choose another --out")
+        raise PgolfError(f"{job.path} holds something other than this run: choose another --out")
     if known is not None:
-        _check_same(job, known, told)
+        _check_same(job, known, asked)
     if (done := finished(job)) is not None and set(PASSES[scores]) <= set(done["scores"]):
         return False
-    write_text(job.path / JOB, json.dumps({**told, "scores": scores}, indent=2) + "\n")
+    write_text(job.path / JOB, json.dumps({**asked, "scores": scores}, indent=2) + "\n")
     return True
 
 
-def _check_same(job: Job, known: dict[str, Any], told: dict[str, Any]) -> None:
-    """As configurations, not as JSON: what an earlier version wrote lacks the fields that came later."""
+def _check_same(job: Job, known: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Raise PgolfError naming every field in which two contents of job.json differ."""
     before, now = (
         {
-            **{name: story[name] for name in ("budget", "variant", "seed", "data")},
-            **dict(flatten(run_config_from_dict(story["config"]))),
+            **{name: content[name] for name in ("budget", "variant", "seed", "data")},
+            **dict(flatten(run_config_from_dict(content["config"]))),
         }
-        for story in (known, told)
+        for content in (known, asked)
     )
     changed = [
         "other tokens" if name == "data" else f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
@@ -100,7 +100,7 @@ def _check_same(job: Job, known: dict[str, Any], told: dict[str, Any]) -> None:
     if changed:
         raise PgolfError(
             f"{job.path} holds a run with other settings: {'; '.join(changed)}. Choose another --out, or "
-            "give the settings it was made with"
+            "repeat the settings it was made with"
         )
 
 
@@ -114,9 +114,10 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def finished(job: Job) -> dict[str, Any] | None:
-    """The result of a run; None while it has none, or where its artifact is not the one that was scored.
+    """Return the result of a run, or None if it has none or its artifact is not the one that was scored.
 
-    An artifact may be deleted to save space. One that was retired was replaced, and so is its result.
+    The artifact may have been deleted to save space. If it was retired, a new one was made and the result is
+    out of date.
     """
     result, artifact = _read(job.path / RESULT), RunFolder(job.path).artifact_file
     if result is None:
@@ -127,20 +128,20 @@ def finished(job: Job) -> dict[str, Any] | None:
 
 
 def documents(path: Path) -> dict[str, np.ndarray]:
-    """Of a finished run, by document (documents,): `text_bytes`, and the nats of each of its scores."""
-    story = json.loads((path / DOCUMENTS).read_text(encoding="utf-8"))
-    return {"text_bytes": np.array(story["text_bytes"])} | {
-        name: np.array(nats) for name, nats in story["nats"].items()
+    """Read `text_bytes` and the nats of each score of a finished run, all per document (documents,)."""
+    content = json.loads((path / DOCUMENTS).read_text(encoding="utf-8"))
+    return {"text_bytes": np.array(content["text_bytes"])} | {
+        name: np.array(nats) for name, nats in content["nats"].items()
     }
 
 
 def run_job(path: Path) -> None:
-    """Do what is left of the job in this folder. Raises PgolfError as its stages do."""
-    story = _read(path / JOB)
-    assert story is not None, f"{path} was not prepared"
+    """Run the remaining stages of the job in this folder. Raises PgolfError as its stages do."""
+    job = _read(path / JOB)
+    assert job is not None, f"{path} was not prepared"
     folder = RunFolder(path)
     if not folder.model_file.is_file():
-        train(run_config_from_dict(story["config"]), path, resume=True)
+        train(run_config_from_dict(job["config"]), path, resume=True)
     config = folder.read_config()
     console.setup_logging(folder.log_file)
     try:
@@ -148,14 +149,13 @@ def run_job(path: Path) -> None:
             quantize_run(folder, config.quant)
         if not folder.artifact_file.is_file():
             pack_run(folder, config.pack)
-        scorers = _score(folder, config, story["scores"])
-        _write(path, story, folder, config, scorers)
+        _write(path, job, folder, config, _score(folder, config, job["scores"]))
     finally:
         console.close_logging()
 
 
 def _score(folder: RunFolder, config: RunConfig, scores: Scores) -> dict[str, Scorer]:
-    """The losses of the artifact, by the names in PASSES."""
+    """Score the artifact; return scorers by the names in PASSES."""
     if scores == "all":
         return score_run(folder, config, "artifact").scorers
     world, length = this_process(), config.eval_seq_len
@@ -166,21 +166,18 @@ def _score(folder: RunFolder, config: RunConfig, scores: Scores) -> dict[str, Sc
         windows["sliding"] = sliding_windows(
             stream.num_targets, length, config.eval.stride, repeat_tail=config.eval.repeat_tail
         )
-    size, adapter, found = (
-        window_batches(model, config),
-        Frozen(model, compile=compiles(model, config)[0]),
-        {},
-    )
+    size, adapter = window_batches(model, config), Frozen(model, compile=compiles(model, config)[0])
+    scorers = {}
     for name, part in windows.items():
-        found[name] = Scorer(stream, part, length, size)
-        score_and_adapt(adapter, found[name], window_chunks(part, size), name)
-    return found
+        scorers[name] = Scorer(stream, part, length, size)
+        score_and_adapt(adapter, scorers[name], window_chunks(part, size), name)
+    return scorers
 
 
 def _write(
-    path: Path, story: dict[str, Any], folder: RunFolder, config: RunConfig, scorers: dict[str, Scorer]
+    path: Path, job: dict[str, Any], folder: RunFolder, config: RunConfig, scorers: dict[str, Scorer]
 ) -> None:
-    """documents.json, and then result.json."""
+    """Write documents.json, then result.json."""
     stream: Stream = scorers["non_overlapping"].stream
     starts = document_starts(stream.tokens.cpu().numpy())
     nats = {
@@ -191,9 +188,9 @@ def _write(
     write_text(path / DOCUMENTS, json.dumps({"text_bytes": text_bytes, "nats": nats}) + "\n")
     rows = folder.history()
     steps = {row["step"]: row["elapsed"] for row in rows if row["kind"] == "step"}
-    times, tree = step_times(rows), run_config_to_dict(config)
+    times = step_times(rows)
     result = {
-        **{name: story[name] for name in ("budget", "variant", "seed")},
+        **{name: job[name] for name in ("budget", "variant", "seed")},
         "parameters": config.model.num_parameters(),
         "steps": max(steps),
         "training_seconds": steps[max(steps)],
@@ -202,13 +199,13 @@ def _write(
         "artifact_bytes": folder.artifact_file.stat().st_size,
         "artifact_sha256": sizes(folder.artifact_file).sha256,
         "scores": {name: scorer.sums(0, len(scorer.windows)).to_dict() for name, scorer in scorers.items()},
-        "config": tree,
+        "config": run_config_to_dict(config),
         **provenance(),
     }
     write_text(path / RESULT, json.dumps(result, indent=2) + "\n")
 
 
 def step_times(rows: Sequence[dict[str, Any]]) -> list[float]:
-    """Seconds of every training step but the first, from a run's `history`."""
+    """Return the seconds of every training step but the first, from a run's `history`."""
     clock = {row["step"]: row["elapsed"] for row in rows if row["kind"] == "step"}
     return [clock[step] - clock[step - 1] for step in sorted(clock) if step - 1 in clock]

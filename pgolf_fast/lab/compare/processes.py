@@ -1,4 +1,4 @@
-"""Tasks as processes of their own, several at a time: no run inherits another's compiled code or memory."""
+"""Run tasks in separate processes, several at a time, so that no run inherits compiled code or memory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,39 +14,40 @@ from queue import SimpleQueue
 
 from pgolf_fast import console
 from pgolf_fast.errors import PgolfError
+from pgolf_fast.io import available_cores
 
 
 @dataclass(frozen=True)
 class Task:
-    """A command that calls `worker.end_with_parent`, and tells standard output why it fails."""
+    """A command that calls `worker.end_with_parent` and prints the reason of a failure to standard output."""
 
     name: str
     command: tuple[str, ...]
     log: Path
-    """Where its standard error goes if others run at the same time."""
+    """File for standard error when several tasks run at once."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A task that failed, and why."""
+    """A failed task and its reason."""
 
     name: str
     reason: str
 
 
-Slot = dict[str, str]  # what a task that runs there finds changed in its environment
+Slot = dict[str, str]  # environment variables of the tasks that run there
 
 
 def job_task(name: str, path: Path) -> Task:
-    """The task of one run's folder."""
-    command = (sys.executable, "-m", "pgolf_fast.lab.compare.ablation.worker", str(path))
+    """Return the task that runs the job in a folder."""
+    command = (sys.executable, "-m", "pgolf_fast.lab.compare.worker", str(path))
     return Task(name, command, path / "worker.log")
 
 
 def make_slots(workers: int | None, devices: int, *, timed: bool) -> list[Slot]:
-    """Where tasks run side by side: on each of `devices` GPUs one; without GPUs, `workers` share the cores.
+    """Return one slot per GPU; without GPUs, `workers` slots that share the CPU's cores.
 
-    `timed` tasks, whose result depends on their speed, never share. Raises PgolfError where they would.
+    The results of `timed` tasks depend on their speed, so they never share. Raises PgolfError if they would.
     """
     if workers is not None and workers < 1:
         raise PgolfError(f"--workers is {workers}; it must be at least 1")
@@ -66,22 +67,13 @@ def make_slots(workers: int | None, devices: int, *, timed: bool) -> list[Slot]:
         )
     if "OMP_NUM_THREADS" in os.environ:
         return [{} for _ in range(workers)]
-    return [{"OMP_NUM_THREADS": str(max(1, _cores() // workers))} for _ in range(workers)]
+    return [{"OMP_NUM_THREADS": str(max(1, available_cores() // workers))} for _ in range(workers)]
 
 
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def run_tasks(tasks: Sequence[Task], slots: Sequence[Slot]) -> list[Failure]:
+    """Run all tasks in order, one per slot at a time, and return the failures.
 
-
-def run_tasks(
-    tasks: Sequence[Task], slots: Sequence[Slot], done: Callable[[Task], str] = lambda task: ""
-) -> list[Failure]:
-    """Run all tasks, in order, one in each slot at a time; those that failed.
-
-    After each a line says how far things are, with what `done` says of it. When this is interrupted, the
-    processes are ended.
+    A log line after each task reports progress. On an interrupt all running processes are terminated.
     """
     free: SimpleQueue[Slot] = SimpleQueue()
     for slot in slots:
@@ -103,13 +95,12 @@ def run_tasks(
                 task, reason, seconds = future.result()
                 left = (time.monotonic() - begin) / count * (len(tasks) - count)
                 console.logger.info(
-                    "%d of %d: %s %s in %s%s; about %s left",
+                    "%d of %d: %s %s in %s; about %s left",
                     count,
                     len(tasks),
                     task.name,
                     "done" if reason is None else f"FAILED ({reason})",
                     console.duration(seconds),
-                    done(task) if reason is None else "",
                     console.duration(left),
                 )
                 if reason is not None:
@@ -123,7 +114,10 @@ def run_tasks(
 
 
 def _run(task: Task, slot: Slot, running: set[subprocess.Popen[str]], *, alone: bool) -> str | None:
-    """Why the task failed, or None. Its standard input stays open as long as this process lives."""
+    """Run a task and return the reason of a failure, or None.
+
+    Its standard input stays open for the lifetime of this process (see `worker.end_with_parent`).
+    """
     task.log.parent.mkdir(parents=True, exist_ok=True)
     with open(os.devnull if alone else task.log, "a", encoding="utf-8") as log:
         process = subprocess.Popen(

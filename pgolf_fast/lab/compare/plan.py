@@ -1,8 +1,9 @@
-"""Which runs an ablation is made of, and in which order."""
+"""Plan an ablation: its variants, its budgets, and the order of its runs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -10,12 +11,13 @@ from typing import Literal
 from pgolf_fast.config.fields import field_name, flatten, flip
 from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.errors import PgolfError
+from pgolf_fast.lab.compare.step_cost import StepCost, equal_time
 
 BASELINE = "baseline"
-Budget = Literal["steps", "time"]
-ENDLESS = 10**7  # steps of a run that its clock ends
+Budget = Literal["steps", "time", "measured"]
+ENDLESS = 10**7  # steps of a run that ends by its clock
 
-# What a variant may not differ in, and what to do instead
+# Fields that all variants share, and what to do instead of flipping them
 _SHARED = {
     "name": "the preset's name stays",
     "train.seed": "give --seeds",
@@ -32,7 +34,7 @@ _SHARED = {
 
 @dataclass(frozen=True)
 class Variant:
-    """A named configuration; the baseline has no words."""
+    """A named configuration and the FIELD=VALUE words that make it; the baseline has none."""
 
     name: str
     words: tuple[str, ...]
@@ -41,7 +43,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Job:
-    """One run: a variant under a budget with a seed, and its folder."""
+    """One run of an ablation: a variant under a budget with a seed, and its folder."""
 
     budget: Budget
     variant: str
@@ -55,26 +57,29 @@ class Job:
 
 
 def make_variants(base: RunConfig, flips: Sequence[Sequence[str]]) -> list[Variant]:
-    """The baseline, and for each flip the baseline with its FIELD=VALUE words set.
+    """Return the baseline and, for each flip, the baseline with the FIELD=VALUE words of the flip set.
 
-    A variant is named by its words, in one spelling. Raises PgolfError for no flip, one that changes nothing,
-    one given twice, or one of a setting that all variants share.
+    A variant is named by its words in a canonical spelling. Raises PgolfError if there is no flip, or for a
+    flip that changes nothing, is given twice, or changes a field that all variants share.
     """
     if not any(flips):
         raise PgolfError("nothing to compare: give --flip FIELD=VALUE, say --flip model.trigram=false")
-    found = [Variant(BASELINE, (), base)]
+    variants = [Variant(BASELINE, (), base)]
     for words in flips:
         config = flip(base, words)
         _check_flip(base, config, words)
-        same = next((v.name for v in found if v.config == config), None)
+        same = next((v.name for v in variants if v.config == config), None)
         if same is not None:
             raise PgolfError(f"--flip {' '.join(words)} is the same as {same}: leave one out")
-        found.append(Variant(_name(config, words), tuple(words), config))
-    return found
+        variants.append(Variant(_name(config, words), tuple(words), config))
+    return variants
 
 
 def _name(config: RunConfig, words: Sequence[str]) -> str:
-    """The fields that `words` set and their values: it names a folder, which another spelling must find."""
+    """Name a variant by the fields that `words` set and their values.
+
+    The name is that of a folder, which another spelling of the same words must find again.
+    """
     values = dict(flatten(config))
     return "+".join(f"{name}={_spell(values[name])}" for name in map(field_name, words)).replace("/", "_")
 
@@ -107,14 +112,14 @@ def _check_flip(base: RunConfig, config: RunConfig, words: Sequence[str]) -> Non
 def with_budget(
     config: RunConfig, budget: Budget, *, steps: int | None = None, seconds: float | None = None
 ) -> RunConfig:
-    """`config` for so many optimiser steps, or for so long on the training clock; the schedule goes with it.
+    """Return `config` limited to `steps` optimizer steps or `seconds` of training, with its schedule adapted.
 
-    None is what the configuration itself has. Raises PgolfError where that is of the other kind.
+    None takes the limit of the configuration. Raises PgolfError if its limit is of the other kind.
     """
     train = config.train
-    if budget == "steps":
+    if budget != "time":
         if steps is None and train.schedule == "time":
-            raise PgolfError(f"{config.name} ends by its clock: give --steps for budget steps")
+            raise PgolfError(f"{config.name} ends by its clock: give --steps for budget {budget}")
         return replace(
             config,
             train=replace(
@@ -135,19 +140,27 @@ def make_jobs(
     *,
     steps: int | None = None,
     seconds: float | None = None,
+    costs: Mapping[str, StepCost] | None = None,
 ) -> list[Job]:
-    """Every run, seed by seed with all variants of a budget in turn: a drift of the machine meets all alike.
+    """Return every run, with its folder out/BUDGET/VARIANT/seedN.
 
-    Run folders are out/BUDGET/VARIANT/seedN. Raises PgolfError for a seed given twice, or a missing budget.
+    For each seed and budget all variants follow each other, so that a drift of the machine affects them
+    alike. Budget `measured` needs `costs`, the `StepCost` of each variant by name: a variant gets as many
+    steps as fit into the training time of the baseline. Raises PgolfError for a seed given twice, or a
+    missing limit.
     """
     if len(set(seeds)) < len(seeds) or not seeds:
         raise PgolfError(f"--seeds {' '.join(map(str, seeds))}: give at least one, each once")
+    configs: dict[tuple[str, str], RunConfig] = {}
+    for budget in budgets:
+        limited = {v.name: with_budget(v.config, budget, steps=steps, seconds=seconds) for v in variants}
+        if budget == "measured":
+            assert costs is not None
+            limited = equal_time(limited, costs, BASELINE)
+        configs |= {(budget, name): config for name, config in limited.items()}
     jobs = []
-    for seed in seeds:
-        for budget in budgets:
-            for variant in variants:
-                config = with_budget(variant.config, budget, steps=steps, seconds=seconds)
-                config = replace(config, train=replace(config.train, seed=seed))
-                path = out / budget / variant.name / f"seed{seed}"
-                jobs.append(Job(budget, variant.name, seed, config, path))
+    for seed, budget, variant in itertools.product(seeds, budgets, variants):
+        config = configs[budget, variant.name]
+        config = replace(config, train=replace(config.train, seed=seed))
+        jobs.append(Job(budget, variant.name, seed, config, out / budget / variant.name / f"seed{seed}"))
     return jobs

@@ -1,0 +1,379 @@
+"""Measurements of `bench_artifact.py`: contenders on one artifact, and the steps of the export pipeline.
+
+`python artifact_worker.py NAME FOLDER` makes one measurement in a separate process and prints a JSON line.
+A contender that this machine lacks is skipped with the reason. Every result is decoded and compared. Each
+step of the pipeline works on the files that the step before it left in FOLDER, at first config.json.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeVar
+from unittest import mock
+
+from synthetic_artifact import (
+    CODES,
+    REFERENCE,
+    read_artifact,
+    read_config,
+    synthetic_fishers,
+    synthetic_hessians,
+    synthetic_weights,
+    write_artifact,
+)
+
+from pgolf_fast.artifact import codecs, rans_decoder
+from pgolf_fast.artifact.container import read_container, sizes, write_container
+from pgolf_fast.artifact.landing import land
+from pgolf_fast.artifact.pack import artifact_bytes, build_records, load_model, pack, section_codecs
+from pgolf_fast.config.fields import run_config_from_dict, run_config_to_dict
+from pgolf_fast.config.schema import PackConfig, RunConfig
+from pgolf_fast.ops import native
+from pgolf_fast.quant.rd import RateDistortion
+from pgolf_fast.quant.state import quantize_state
+
+Bytes2Bytes = Callable[[bytes], bytes]
+Record = dict[str, Any]
+Result = TypeVar("Result")
+ZSTD_WINDOW_LOG = 27
+
+
+class UnavailableError(Exception):
+    """This machine lacks a contender; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A general compressor. `make` returns compress and decompress, or raises UnavailableError."""
+
+    setting: str
+    make: Callable[[], tuple[Bytes2Bytes, Bytes2Bytes]]
+
+
+def _module(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UnavailableError(f"Python package {name} is not installed") from error
+
+
+def _lzma() -> tuple[Bytes2Bytes, Bytes2Bytes]:
+    lzma = _module("lzma")
+    return (lambda b: lzma.compress(b, preset=9)), lzma.decompress
+
+
+def _lzma_lc0() -> tuple[Bytes2Bytes, Bytes2Bytes]:
+    lzma = _module("lzma")
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9, "lc": 0, "lp": 0, "pb": 0}]
+    return (lambda b: lzma.compress(b, filters=filters)), lzma.decompress
+
+
+def _brotli() -> tuple[Bytes2Bytes, Bytes2Bytes]:
+    brotli = _module("brotli")
+    return (lambda b: brotli.compress(b, quality=11, lgwin=24)), brotli.decompress
+
+
+def _zstd_long() -> tuple[Bytes2Bytes, Bytes2Bytes]:
+    zstd = _module("zstandard")
+    settings = zstd.ZstdCompressionParameters.from_level(22, window_log=ZSTD_WINDOW_LOG, enable_ldm=True)
+    back = zstd.ZstdDecompressor(max_window_size=1 << ZSTD_WINDOW_LOG)
+    return zstd.ZstdCompressor(compression_params=settings).compress, back.decompress
+
+
+def _zstd() -> tuple[Bytes2Bytes, Bytes2Bytes]:
+    zstd = _module("zstandard")
+    return zstd.ZstdCompressor(level=3).compress, zstd.ZstdDecompressor().decompress
+
+
+def _zlib() -> tuple[Bytes2Bytes, Bytes2Bytes]:
+    zlib = _module("zlib")
+    return (lambda b: zlib.compress(b, 9)), zlib.decompress
+
+
+def _bz2() -> tuple[Bytes2Bytes, Bytes2Bytes]:
+    bz2 = _module("bz2")
+    return (lambda b: bz2.compress(b, 9)), bz2.decompress
+
+
+def _zpaq() -> tuple[Bytes2Bytes, Bytes2Bytes]:
+    there = ("add", "packed.zpaq", "plain", "-method", "5", "-noattributes")
+    return _program("zpaq", there, ("extract", "packed.zpaq", "-force"), "packed.zpaq")
+
+
+def _lrzip() -> tuple[Bytes2Bytes, Bytes2Bytes]:
+    # Without -T, lrzip finds that LZ4 cannot compress the codes and stores them.
+    there = ("-z", "-T", "-L", "9", "-Q", "-f", "-o", "packed.lrz", "plain")
+    return _program("lrzip", there, ("-d", "-Q", "-f", "-o", "plain", "packed.lrz"), "packed.lrz")
+
+
+def _program(
+    name: str, there: Sequence[str], back: Sequence[str], packed: str
+) -> tuple[Bytes2Bytes, Bytes2Bytes]:
+    """Return both directions of a program that works on files; file access is part of the time."""
+    path = shutil.which(name)
+    if path is None:
+        raise UnavailableError(f"program {name} is not installed")
+
+    def run(words: Sequence[str], source: str, made: str, content: bytes) -> bytes:
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / source).write_bytes(content)
+            done = subprocess.run([path, *words], cwd=folder, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise RuntimeError(f"{name} failed: {(done.stderr or done.stdout).strip()[-300:]}")
+            return (Path(folder) / made).read_bytes()
+
+    return (lambda b: run(there, "plain", packed, b)), (lambda b: run(back, packed, "plain", b))
+
+
+PEERS: dict[str, Peer] = {
+    "lzma 9": Peer("Python's lzma, preset 9: what PR 1501 uses", _lzma),
+    "lzma 9 lc0": Peer("the same with lc=lp=pb=0", _lzma_lc0),
+    "brotli 11": Peer("quality 11, window 2^24", _brotli),
+    "zstd 22 long": Peer("level 22, long-distance matching, window 2^27", _zstd_long),
+    "zstd 3": Peer("level 3", _zstd),
+    "zlib 9": Peer("level 9", _zlib),
+    "bz2 9": Peer("level 9", _bz2),
+    "zpaq 5": Peer("zpaq -method 5, its threads", _zpaq),
+    "lrzip zpaq": Peer("lrzip -z -T -L 9, its threads", _lrzip),
+}
+BASELINE = "lzma 9"
+QUICK_SECONDS = 10.0  # a contender this quick on a whole artifact also compresses the codes alone
+SLOW_SECONDS, RUNS = 20.0, 3  # best of RUNS, fewer once SLOW_SECONDS are spent
+ARTIFACT, PRUNED = "model.pgolf", 0.02  # `prune` removes this share of the bank codes' bytes
+TARGET_BITS = 4.3  # bits a bank code at which `land` must arrive
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of installed packages and programs; of a program, the first line it prints."""
+    found = {}
+    for package in ("brotli", "zstandard"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    for program in filter(shutil.which, ("zpaq", "lrzip")):
+        done = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)
+        found[program] = next(iter((done.stdout + done.stderr).splitlines()), "")
+    return found
+
+
+def measure_peer(name: str, folder: Path) -> Record:
+    """Measure a general compressor on the layout of PR 1501.
+
+    The baseline, and any contender that is quick enough, also compresses the codes alone, untimed.
+    """
+    encode, decode = PEERS[name].make()
+    plain = (folder / REFERENCE).read_bytes()
+    before = peak_mib()
+    packed, encode_s, runs = best_of(lambda: encode(plain))
+    again, decode_s, _ = best_of(lambda: decode(packed))
+    if again != plain:
+        raise RuntimeError(f"{name} gave back other bytes")
+    memory = peak_mib() - before
+    codes = (folder / CODES).read_bytes()
+    alone = {"codes_bytes": len(encode(codes))} if name == BASELINE or encode_s < QUICK_SECONDS else {}
+    return {
+        "setting": PEERS[name].setting,
+        "bytes": len(packed),
+        **alone,
+        "encode_s": encode_s,
+        "decode_s": decode_s,
+        "runs": runs,
+        "memory_mib": memory,
+    }
+
+
+def measure_container(
+    folder: Path, reading: contextlib.AbstractContextManager[object] | None = None
+) -> Record:
+    """Measure our file as `pgolf pack` writes it, with configuration and checksums."""
+    quantized, run = read_artifact(folder)
+    records = build_records(quantized)
+    codecs = section_codecs(records, PackConfig())
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / "model.pgolf"
+        before = peak_mib()
+        written, encode_s, runs = best_of(lambda: write_container(path, {"run": run}, records, codecs=codecs))
+        with reading or contextlib.nullcontext():
+            (_, again), decode_s, _ = best_of(lambda: read_container(path))
+        memory, total = peak_mib() - before, path.stat().st_size
+    if [(r.name, r.array.tobytes()) for r in again] != [(r.name, r.array.tobytes()) for r in records]:
+        raise RuntimeError("the container gave back other tensors")
+    return {
+        "bytes": total,
+        "codes_bytes": next(s.stored_bytes for s in written.sections if s.name == "codes"),
+        "encode_s": encode_s,
+        "decode_s": decode_s,
+        "runs": runs,
+        "memory_mib": memory,
+        "sections": {s.name: [s.codec, s.stored_bytes] for s in written.sections},
+    }
+
+
+def measure_one_core(folder: Path) -> Record:
+    """Measure the container with all threads on one core."""
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    return measure_container(folder)
+
+
+def measure_plain_reader(folder: Path) -> Record:
+    """Measure the container read without the extension, by NumPy and Python's own modules."""
+    none = mock.patch.multiple(native, extension=lambda: None, lzma_extension=lambda: None)
+    return measure_container(folder, reading=none)
+
+
+def measure_rans(folder: Path, *, numpy: bool = False) -> Record:
+    """Measure the entropy coder alone on the bank codes; `numpy` decodes by the reference decoder."""
+    shapes = [(*matrix.codes.shape, 1) for matrix in read_artifact(folder)[0].matrices().values()]
+    plain = (folder / CODES).read_bytes()
+    before = peak_mib()
+    packed, encode_s, runs = best_of(lambda: codecs.encode("rans", plain, shapes))
+    decoders = (
+        lambda: codecs.decode("rans", packed, len(plain), shapes),
+        lambda: rans_decoder.decode(packed, shapes),
+    )
+    again, decode_s, _ = best_of(decoders[numpy])
+    if again != plain:
+        raise RuntimeError("rans gave back other codes")
+    return {
+        "codes_bytes": len(packed),
+        "encode_s": encode_s,
+        "decode_s": decode_s,
+        "runs": runs,
+        "memory_mib": peak_mib() - before,
+    }
+
+
+OURS: dict[str, Callable[[Path], Record]] = {
+    "container": measure_container,
+    "container, 1 core": measure_one_core,
+    "container, read in Python": measure_plain_reader,
+    "rans, codes only": measure_rans,
+    "rans, codes only, numpy": partial(measure_rans, numpy=True),
+}
+CONTENDERS = (*PEERS, *OURS)
+
+
+# The export pipeline
+
+
+def step_gptq(folder: Path, config: RunConfig) -> Record:
+    state = synthetic_weights(config)
+    hessians = synthetic_hessians(state)
+    quantized, seconds = timed(lambda: quantize_state(state, config.quant, hessians))
+    write_artifact(folder, quantized, config)
+    return {"seconds": seconds, "matrices": len(quantized.matrices())}
+
+
+def step_pack(folder: Path, config: RunConfig) -> Record:
+    quantized, run = read_artifact(folder)
+    free = dataclasses.replace(config.pack, code_bytes=0)
+    done, seconds = timed(lambda: pack(quantized, run, folder / ARTIFACT, free))
+    return {"seconds": seconds, "bytes": done.total_bytes}
+
+
+def step_load(folder: Path, config: RunConfig) -> Record:
+    (model, _), seconds = timed(lambda: load_model(folder / ARTIFACT))
+    return {"seconds": seconds, "parameters": sum(p.numel() for p in model.parameters())}
+
+
+def step_prune(folder: Path, config: RunConfig) -> Record:
+    """Pack again with a limit that only pruning can meet."""
+    quantized, run = read_artifact(folder)
+    now = sizes(folder / ARTIFACT)
+    target = now.total_bytes - int(PRUNED * now.sections[0].stored_bytes)
+    limit = PackConfig(limit_bytes=target, code_bytes=0)
+    done, seconds = timed(lambda: pack(quantized, run, folder / "pruned.pgolf", limit))
+    return {
+        "seconds": seconds,
+        "target_bytes": target,
+        "bytes_below": target - done.total_bytes,
+        "pruned": done.pruned,
+        "candidates": done.candidates,
+    }
+
+
+def step_land(folder: Path, config: RunConfig) -> Record:
+    """Land grid `rd` at a byte target; calibration is not part of it."""
+    state = synthetic_weights(config)
+    fishers, tree = synthetic_fishers(state), run_config_to_dict(config)
+    grids, factors_s = timed(lambda: RateDistortion(state, fishers, config.quant))
+    _, once_s = timed(lambda: grids.quantize(1e-9))
+    codes = sum(matrix.codes.numel() for matrix in read_artifact(folder)[0].matrices().values())
+    target = int(TARGET_BITS / 8 * codes)
+    landed, seconds = timed(lambda: land(grids, lambda s: artifact_bytes(s, tree, PackConfig()), target))
+    return {
+        "seconds": seconds,
+        "bytes": landed.artifact_bytes,
+        "target_bytes": target,
+        "factors_s": factors_s,
+        "one_price_s": once_s,
+    }
+
+
+STEPS: dict[str, Callable[[Path, RunConfig], Record]] = {
+    "gptq": step_gptq,
+    "pack": step_pack,
+    "load": step_load,
+    "prune": step_prune,
+    "land": step_land,
+}
+
+
+def timed(call: Callable[[], Result]) -> tuple[Result, float]:
+    """Return the result of a call and its seconds."""
+    start = time.perf_counter()
+    result = call()
+    return result, time.perf_counter() - start
+
+
+def best_of(call: Callable[[], Result], runs: int = RUNS) -> tuple[Result, float, int]:
+    """Return the result, the least seconds and the number of runs, which is smaller for slow calls."""
+    times: list[float] = []
+    while len(times) < runs and sum(times) < SLOW_SECONDS:
+        result, seconds = timed(call)
+        times.append(seconds)
+    return result, min(times), len(times)
+
+
+def peak_mib() -> float:
+    """Return the peak MiB of this process, or of a program that it started; 0 if unknown."""
+    own = 0.0
+    # Not getrusage: its figure for a process starts with the memory of the parent that forked it.
+    status = Path("/proc/self/status")
+    if status.is_file():
+        line = next((x for x in status.read_text().splitlines() if x.startswith("VmHWM")), "VmHWM: 0 kB")
+        own = int(line.split()[1]) / 1024
+    return max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)
+
+
+def measure(name: str, folder: Path) -> Record:
+    """Measure a contender or a step. `peak_mib` of a step includes Python and torch.
+
+    Returns {"skipped": reason} for a missing contender. Raises RuntimeError if data are lost or a program
+    fails.
+    """
+    if name in STEPS:
+        found = STEPS[name](folder, run_config_from_dict(read_config(folder)))
+        return {**found, "peak_mib": peak_mib()}
+    try:
+        return OURS[name](folder) if name in OURS else measure_peer(name, folder)
+    except UnavailableError as error:
+        return {"skipped": str(error)}
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(sys.argv[1], Path(sys.argv[2]))))
