@@ -119,7 +119,7 @@ def read_json(path: Path) -> dict:
 
 def make_trainer(config, world=ALONE):
     source = open_source(config.data, config.model.vocab_size)
-    loader = make_loader(source.train_shards(), config.data, config.train, vocab_size=config.model.vocab_size)
+    loader = make_loader(source.train_shards(), config)
     return Trainer(build_model(config, source, world), config, loader, world)
 
 

@@ -1,4 +1,4 @@
-"""Presets, strict conversion, overrides and the translation of run scripts."""
+"""Presets, strict conversion, dotted fields and the translation of run scripts."""
 
 import json
 from dataclasses import replace
@@ -139,7 +139,7 @@ def test_json_is_read_strictly(path, value, message):
         (lambda: TrainConfig(max_seconds=None), "schedule 'time' needs train.max_seconds"),
         (lambda: ModelConfig(ve_layers=(3, 3)), "repeats a block"),
         (lambda: ModelConfig(xsa_last_n=-1), "model.xsa_last_n is -1; it must not be negative"),
-        (lambda: ModelConfig(ve_dim=0), "model.ve_dim must be positive"),
+        (lambda: ModelConfig(ve_dim=0), "model.ve_dim is 0; it must be positive"),
         (lambda: DataConfig(seed=-1), "data.seed is -1"),
         (lambda: MetaConfig(every=0), "train.meta.every is 0; it must be positive"),
         (lambda: TrainConfig(adaptive_every=0), "train.adaptive_every is 0"),
@@ -150,9 +150,9 @@ def test_json_is_read_strictly(path, value, message):
         (lambda: QuantConfig(block_size=0), "quant.block_size is 0"),
         (lambda: QuantConfig(bits=9), "quant.bits is 9; it must be 2 to 8"),
         (lambda: TTTConfig(momentum=-1), "ttt.momentum is -1"),
-        (lambda: TTTConfig(grad_clip=0), "ttt.grad_clip must be positive"),
-        (lambda: EvalConfig(seq_len=0), "eval.seq_len must be positive"),
-        (lambda: EvalConfig(stride=0), "eval.stride must be positive"),
+        (lambda: TTTConfig(grad_clip=0), "ttt.grad_clip is 0; it must be positive"),
+        (lambda: EvalConfig(seq_len=0), "eval.seq_len is 0; it must be positive"),
+        (lambda: EvalConfig(stride=0), "eval.stride is 0; it must be positive"),
         (lambda: RunConfig(eval=EvalConfig(stride=4096)), "stride 4096 is longer than the window of 2048"),
     ],
 )

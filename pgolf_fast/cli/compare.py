@@ -26,7 +26,7 @@ from pgolf_fast.cli.options import (
     run_folder,
 )
 from pgolf_fast.cli.output import print_out
-from pgolf_fast.config.adapters import adapters
+from pgolf_fast.config.adapters import adapters, unknown_adapter
 from pgolf_fast.errors import PgolfError
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 Interval = Literal["seeds", "documents"]
 OWN = "run"
 """Name of the run's own test-time training settings among the adapters."""
-RENAMED = {"adamw-quantised": "adamw-quantized"}
 
 
 @dataclass(frozen=True)
@@ -214,10 +213,7 @@ def ttt_sweep(options: Sweep) -> int:
     known = {**adapters(config.eval_seq_len), OWN: config.ttt}
     for name in options.adapters:
         if name not in known:
-            hint = (
-                f"it is now called {RENAMED[name]}" if name in RENAMED else f"adapters are {', '.join(known)}"
-            )
-            raise PgolfError(f"unknown adapter {name!r}: {hint}")
+            raise PgolfError(unknown_adapter(name, known))
     if options.after < 0:
         raise PgolfError(f"--after is {options.after}; it must not be negative")
     chosen = {name: known[name] for name in options.adapters or _distinct(known)}

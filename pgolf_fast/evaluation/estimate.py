@@ -94,7 +94,7 @@ def learning(
     if config.adapter == "error_guided":
         assert isinstance(chunks[-1], Chunk)
         windows = -(-chunks[-1].end // config.guided.window_tokens)
-        updates = config.guided.epochs * config.guided.lessons(windows)
+        updates = config.guided.epochs * config.guided.hard_windows(windows)
         whole = forward_flops(model, config.guided.window_tokens, config.guided.window_tokens)
         return Learning(updates, (windows + INPUT_GRADIENTS * updates) * whole)
     updates, on_chunks, on_segments, held = 0, 0.0, 0.0, 0

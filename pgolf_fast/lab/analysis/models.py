@@ -16,7 +16,7 @@ from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.data.tokenizer import ByteTable, Tokenizer
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.io import load_story
+from pgolf_fast.io import load_metadata
 from pgolf_fast.model.bank import BANK_NAMES
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.model.weights import load_weights, read_weights
@@ -128,7 +128,7 @@ def _weights_file(folder: RunFolder, weights: Weights) -> Path:
 def _config(path: Path, folder: RunFolder | None, named: RunConfig | None) -> RunConfig | None:
     """Return the configuration in a file, else `named`, else that of the run folder."""
     if path.is_file():
-        metadata = load_story(path) if path.suffix == ".safetensors" else {}
+        metadata = load_metadata(path) if path.suffix == ".safetensors" else {}
         if "config" in metadata:
             return run_config_from_dict(metadata["config"])
         if named is not None:

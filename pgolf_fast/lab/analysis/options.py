@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pgolf_fast.config.model import need
+from pgolf_fast.config.checks import need
 
 if TYPE_CHECKING:
     import torch

@@ -15,7 +15,7 @@ from pgolf_fast.artifact.container import sizes
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.io import load_story
+from pgolf_fast.io import load_metadata
 from pgolf_fast.lab.analysis.artifact_bytes import ArtifactTable, artifact_table
 from pgolf_fast.lab.report.html_page import portable
 from pgolf_fast.lab.report.loss_curve import as_float
@@ -121,7 +121,7 @@ def read_run(folder: RunFolder) -> RunRecord:
 
     train = f"pgolf train {config.name} --resume --out {name}"
     score, audit = f"pgolf eval {name}", f"pgolf audit {name}"
-    weights = read(folder.model_file, "final weights", train, load_story, "training did not finish")
+    weights = read(folder.model_file, "final weights", train, load_metadata, "training did not finish")
     pack = f"pgolf {'pack' if folder.quantized_file.is_file() else 'quantize'} {name}"
     artifact = read(folder.artifact_file, "artifact", pack, _artifact, "the run is not packed")
     scores = {
