@@ -66,13 +66,6 @@ def locked(path: Path, busy: str) -> Iterator[None]:
         yield
 
 
-def available_cores() -> int:
-    """Return the number of CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # respects taskset; missing on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def write_text(path: Path | str, text: str) -> None:
     """Write `text` to `path` atomically."""
     with atomic_path(path) as temporary:

@@ -152,5 +152,5 @@ def _trainer(config: RunConfig) -> Trainer:
     train = replace(config.train, schedule="steps", steps=10**6, max_seconds=None)
     config = replace(config, train=replace(train, compute_dtype=dtype))  # type: ignore[arg-type]
     source = open_source(config.data, config.model.vocab_size)
-    loader = make_loader(source.train_shards(), config.data, config.train, vocab_size=config.model.vocab_size)
+    loader = make_loader(source.train_shards(), config)
     return Trainer(build_model(config, source, world), config, loader, world)
