@@ -1,6 +1,7 @@
 """Help, completion, and every spelling of a command line that has ever been documented."""
 
 import dataclasses
+import re
 import shutil
 import subprocess
 import sys
@@ -213,6 +214,25 @@ def test_documented_spellings_are_accepted(line):
     assert isinstance(options, kind)
     if hasattr(options, "fields") and getattr(options, "preset", ""):
         assert preset_with(options.preset, options.shrink, options.fields)
+
+
+def commands_of_the_docs():
+    """Command lines in README and docs, without comments and placeholders for more options."""
+    root = Path(__file__).parent.parent
+    for path in (
+        root / "README.md",
+        root / "benchmarks" / "README.md",
+        *sorted((root / "docs").glob("*.md")),
+    ):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if line.strip().removeprefix("$ ").startswith("pgolf ") and "[" not in line:
+                for part in re.split("#|  \\(", line)[0].split("&&"):
+                    yield " ".join(word for word in part.split() if word not in ("$", "\\", "...", "pgolf"))
+
+
+@pytest.mark.parametrize("line", sorted(set(commands_of_the_docs())))
+def test_commands_of_the_docs_are_accepted(line):
+    test_documented_spellings_are_accepted(line)
 
 
 def test_options_may_come_before_and_after_the_run():

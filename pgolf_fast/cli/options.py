@@ -125,11 +125,10 @@ def _unwrapped() -> Iterator[None]:
 
 def _message(command: str, box: str) -> str:
     """Return one line for the framed message of tyro: its title, then what is wrong or missing."""
-    lines = [line.strip("╭╮╰╯│─- ") for line in box.splitlines()]
-    title, *lines = filter(None, lines)
+    title, *lines = filter(None, (line.strip("╭╮╰╯│─- ") for line in box.splitlines()))
     if title == "Required options":
         return f"{command} needs {lines[1]}: for example `{COMMANDS[command].example}`"
-    return lines[0].removeprefix("Error parsing ")
+    return lines[0].removeprefix("Error parsing ") if lines else title
 
 
 def _check_names(command: str, kind: type, words: Sequence[str]) -> None:
