@@ -102,7 +102,7 @@ def test_help_shows_the_defaults_of_the_preset_or_run_it_names(capsys, tmp_path)
     folder = RunFolder(tmp_path / "run")
     folder.path.mkdir()
     folder.write_config(preset_with("tiny", None, ("quant.bits=5", "eval.stride=7")))
-    assert "Bits of bank weights" in shown(capsys, "quantize", "--help")
+    assert "(default: 6)" in shown(capsys, "quantize", "--help")
     text = shown(capsys, "quantize", folder.path, "--help")
     assert "(default: 5)" in text
     assert f"those of {folder.path}" in text
