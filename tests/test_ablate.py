@@ -102,7 +102,7 @@ def test_table_of_one_seed_says_what_its_interval_leaves_out(tmp_path):
     with pytest.raises(PgolfError, match="at least 2 seeds"):
         make_rows(read_runs(jobs), "seeds")
     jobs += [made_up_run(tmp_path, BASELINE, 2, 2.0), made_up_run(tmp_path, "x", 2, 2.5)]
-    with pytest.raises(PgolfError, match="is of one seed"):
+    with pytest.raises(PgolfError, match="takes one seed"):
         make_rows(read_runs(jobs), "documents")
 
 
@@ -304,7 +304,7 @@ def test_one_command_at_a_time_in_a_folder(data, tmp_path, capsys, monkeypatch):
     arguments = ["ablate", "tiny", "--out", str(out), *words(run_config(data))]
     with locked(out / "ablation.lock", "busy"):
         assert cli.main([*arguments, "--flip", "model.trigram=false"]) == 2
-    assert f"another pgolf ablate is at work in {out}: wait" in capsys.readouterr().err
+    assert f"another pgolf ablate is running in {out}: wait" in capsys.readouterr().err
     assert not begun
     assert cli.main([*arguments, "--flip", "model.trigram=false"]) == 0
     assert "equal steps" not in capsys.readouterr().err
@@ -339,11 +339,11 @@ def test_fingerprint_sees_the_tokens(data, tmp_path):
     ("words", "message"),
     [
         (["tiny"], "nothing to compare"),
-        (["--flip", "model.trigram=false"], "give a preset first"),
+        (["--flip", "model.trigram=false"], "unknown preset 'model.trigram=false'"),
         (["tiny", "--flip", "model.trigram=false", "--interval", "seeds"], "at least 2 --seeds, and has 1"),
         (
             ["tiny", "--flip", "model.trigram=false", "--seeds", "1", "2", "--interval", "documents"],
-            "is of one seed",
+            "takes one seed",
         ),
         (["small", "--flip", "model.trigram=false"], "give --steps"),
         (
@@ -353,7 +353,7 @@ def test_fingerprint_sees_the_tokens(data, tmp_path):
         (["tiny", "--flip", "model.trigram=false", "--budget", "time"], "give --seconds"),
         (
             ["tiny", "--flip", "model.trigram=false", "--flop", "3"],
-            "unknown field --flop: did you mean --flip",
+            "unknown option --flop: did you mean --flip",
         ),
     ],
 )

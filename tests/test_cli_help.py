@@ -166,6 +166,7 @@ eval RUN --allow-illegal --ttt.adapter error_guided --ttt.lora.rank 4
 audit RUN
 audit RUN --json FILE --only C1 C2 --limit-bytes 1000 --tokens 512 --ttt.adapter lora
 ttt-sweep runs/small --stride 256
+ttt-sweep --adapters sgd lora RUN
 ttt-sweep RUN --adapters sgd lora --stride 256 --tokens 1000 --after 3 --data DIR --allow-illegal
 analyze A
 analyze A B --only deltas quant --out DIR --data.path DIR --tokens 100
@@ -176,7 +177,7 @@ seeds A1 A2 A3 --against B1 B2 B3
 seeds A1 A2 --margin 0.01 --weights float
 ablate small --flip model.trigram=false --flip train.meta=none --seeds 42 43 44 --steps 500 --data.path DIR
 ablate pr296_reptile --flip train.reptile=none --budget time --seconds 60 --workers 2
-ablate small --flip a=1 b=2 --budget both --interval seeds --scores plain --out DIR
+ablate --flip a=1 b=2 small --budget both --interval seeds --scores plain --out DIR
 submit RUN
 submit RUN --out DIR --readable --author A --github-id a --name N --blurb B --track T
 generate RUN --prompt text --tokens 3 --temperature 0.5 --seed 1

@@ -68,9 +68,9 @@ class Ablate:
 
 
 def ablate(options: Ablate) -> int:
+    base = preset_with(options.preset, options.shrink, options.fields)
     if not all(options.flip):
         raise PgolfError("--flip has no FIELD=VALUE: write it like --flip train.meta=none")
-    base = preset_with(options.preset, options.shrink, options.fields)
     from pgolf_fast.data.source import open_source
     from pgolf_fast.distributed import devices
     from pgolf_fast.io import locked
