@@ -102,7 +102,7 @@ def test_table_of_one_seed_says_what_its_interval_leaves_out(tmp_path):
     with pytest.raises(PgolfError, match="at least 2 seeds"):
         make_rows(read_runs(jobs), "seeds")
     jobs += [made_up_run(tmp_path, BASELINE, 2, 2.0), made_up_run(tmp_path, "x", 2, 2.5)]
-    with pytest.raises(PgolfError, match="takes one seed"):
+    with pytest.raises(PgolfError, match="is of one seed"):
         make_rows(read_runs(jobs), "documents")
 
 
@@ -309,7 +309,7 @@ def test_one_command_at_a_time_in_a_folder(data, tmp_path, capsys, monkeypatch):
     assert cli.main([*arguments, "--flip", "model.trigram=false"]) == 0
     assert "equal steps" not in capsys.readouterr().err
     assert cli.main([*arguments, "--flip", "train.reptile.share=0.5"]) == 0
-    assert "equal steps are not equal work: compare these by --budget time" in capsys.readouterr().err
+    assert "equal steps are not equal work: compare these with --budget time" in capsys.readouterr().err
     assert len(begun) == 2
 
 

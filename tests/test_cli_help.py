@@ -177,7 +177,7 @@ seeds A1 A2 A3 --against B1 B2 B3
 seeds A1 A2 --margin 0.01 --weights float
 ablate small --flip model.trigram=false --flip train.meta=none --seeds 42 43 44 --steps 500 --data.path DIR
 ablate pr296_reptile --flip train.reptile=none --budget time --seconds 60 --workers 2
-ablate --flip a=1 b=2 small --budget both --interval seeds --scores plain --out DIR
+ablate small --flip a=1 b=2 --budget both --interval seeds --scores plain --out DIR
 submit RUN
 submit RUN --out DIR --readable --author A --github-id a --name N --blurb B --track T
 generate RUN --prompt text --tokens 3 --temperature 0.5 --seed 1
