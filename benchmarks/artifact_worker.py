@@ -7,10 +7,12 @@ step of the pipeline works on the files that the step before it left in FOLDER, 
 
 from __future__ import annotations
 
+import bz2
 import contextlib
 import dataclasses
 import importlib
 import json
+import lzma
 import os
 import resource
 import shutil
@@ -18,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -38,9 +41,10 @@ from synthetic_artifact import (
 )
 
 from pgolf_fast.artifact import codecs, rans_decoder
-from pgolf_fast.artifact.container import read_container, sizes, write_container
-from pgolf_fast.artifact.landing import land
+from pgolf_fast.artifact.container import read_container, sizes
+from pgolf_fast.artifact.landing import fit_to_target
 from pgolf_fast.artifact.pack import artifact_bytes, build_records, load_model, pack, section_codecs
+from pgolf_fast.artifact.writer import write_container
 from pgolf_fast.config.fields import run_config_from_dict, run_config_to_dict
 from pgolf_fast.config.schema import PackConfig, RunConfig
 from pgolf_fast.ops import native
@@ -66,21 +70,11 @@ class Peer:
 
 
 def _module(name: str) -> Any:
+    """Import an optional package."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
         raise UnavailableError(f"Python package {name} is not installed") from error
-
-
-def _lzma() -> tuple[Bytes2Bytes, Bytes2Bytes]:
-    lzma = _module("lzma")
-    return (lambda b: lzma.compress(b, preset=9)), lzma.decompress
-
-
-def _lzma_lc0() -> tuple[Bytes2Bytes, Bytes2Bytes]:
-    lzma = _module("lzma")
-    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9, "lc": 0, "lp": 0, "pb": 0}]
-    return (lambda b: lzma.compress(b, filters=filters)), lzma.decompress
 
 
 def _brotli() -> tuple[Bytes2Bytes, Bytes2Bytes]:
@@ -98,16 +92,6 @@ def _zstd_long() -> tuple[Bytes2Bytes, Bytes2Bytes]:
 def _zstd() -> tuple[Bytes2Bytes, Bytes2Bytes]:
     zstd = _module("zstandard")
     return zstd.ZstdCompressor(level=3).compress, zstd.ZstdDecompressor().decompress
-
-
-def _zlib() -> tuple[Bytes2Bytes, Bytes2Bytes]:
-    zlib = _module("zlib")
-    return (lambda b: zlib.compress(b, 9)), zlib.decompress
-
-
-def _bz2() -> tuple[Bytes2Bytes, Bytes2Bytes]:
-    bz2 = _module("bz2")
-    return (lambda b: bz2.compress(b, 9)), bz2.decompress
 
 
 def _zpaq() -> tuple[Bytes2Bytes, Bytes2Bytes]:
@@ -140,14 +124,20 @@ def _program(
     return (lambda b: run(there, "plain", packed, b)), (lambda b: run(back, packed, "plain", b))
 
 
+_LC0 = [{"id": lzma.FILTER_LZMA2, "preset": 9, "lc": 0, "lp": 0, "pb": 0}]
 PEERS: dict[str, Peer] = {
-    "lzma 9": Peer("Python's lzma, preset 9: what PR 1501 uses", _lzma),
-    "lzma 9 lc0": Peer("the same with lc=lp=pb=0", _lzma_lc0),
+    "lzma 9": Peer(
+        "Python's lzma, preset 9: what PR 1501 uses",
+        lambda: (partial(lzma.compress, preset=9), lzma.decompress),
+    ),
+    "lzma 9 lc0": Peer(
+        "the same with lc=lp=pb=0", lambda: (partial(lzma.compress, filters=_LC0), lzma.decompress)
+    ),
     "brotli 11": Peer("quality 11, window 2^24", _brotli),
     "zstd 22 long": Peer("level 22, long-distance matching, window 2^27", _zstd_long),
     "zstd 3": Peer("level 3", _zstd),
-    "zlib 9": Peer("level 9", _zlib),
-    "bz2 9": Peer("level 9", _bz2),
+    "zlib 9": Peer("level 9", lambda: (partial(zlib.compress, level=9), zlib.decompress)),
+    "bz2 9": Peer("level 9", lambda: (bz2.compress, bz2.decompress)),
     "zpaq 5": Peer("zpaq -method 5, its threads", _zpaq),
     "lrzip zpaq": Peer("lrzip -z -T -L 9, its threads", _lrzip),
 }
@@ -231,7 +221,7 @@ def measure_one_core(folder: Path) -> Record:
 
 def measure_plain_reader(folder: Path) -> Record:
     """Measure the container read without the extension, by NumPy and Python's own modules."""
-    none = mock.patch.multiple(native, extension=lambda: None, lzma_extension=lambda: None)
+    none = mock.patch.object(native, "extension", return_value=None)
     return measure_container(folder, reading=none)
 
 
@@ -314,7 +304,9 @@ def step_land(folder: Path, config: RunConfig) -> Record:
     _, once_s = timed(lambda: grids.quantize(1e-9))
     codes = sum(matrix.codes.numel() for matrix in read_artifact(folder)[0].matrices().values())
     target = int(TARGET_BITS / 8 * codes)
-    landed, seconds = timed(lambda: land(grids, lambda s: artifact_bytes(s, tree, PackConfig()), target))
+    landed, seconds = timed(
+        lambda: fit_to_target(grids, lambda s: artifact_bytes(s, tree, PackConfig()), target)
+    )
     return {
         "seconds": seconds,
         "bytes": landed.artifact_bytes,

@@ -2,8 +2,8 @@
 
     python benchmarks/bench_artifact.py --run runs/small
 
-`codecs`: four artifacts, each through general compressors on the layout of PR 1501 and our container:
-a trained model, given by --run; codes of PR 1501's size and statistics with equal rows, with rows of different
+`codecs`: four artifacts, each through general compressors (layout of PR 1501) and our container:
+a trained model (--run); codes of PR 1501's size and statistics with equal rows, with rows of different
 scale, and with rows and columns of different scale. `pipeline`: GPTQ, packing, loading, pruning to a byte
 target and landing of grid `rd`, at full size. Each measurement runs in a process of its own, one at a time;
 keep the machine quiet. Writes artifact.json after every measurement and artifact.txt, the tables printed.

@@ -1,10 +1,9 @@
-"""2.6 M codes: LZMA in C++ beside Python's `lzma`; bit packing and dequantising beside numpy and torch.
+"""Compare on 2.6 M codes: bit packing and dequantizing in C++ against numpy and torch.
 
 OMP_NUM_THREADS=1 pytest benchmarks/bench_codec.py -k bits --benchmark-json=FILE
 """
 
 import functools
-import lzma
 
 import numpy as np
 import pytest
@@ -12,33 +11,12 @@ import torch
 
 from pgolf_fast import ops
 from pgolf_fast.ops import native, reference_bytes
-from pgolf_fast.ops.lzma import compress_bytes, decompress_bytes
 
 
 @pytest.fixture(scope="module")
 def codes():
     values = np.random.default_rng(0).normal(0, 8, (5120, 512)).round().clip(-31, 31)
     return torch.from_numpy(values.astype(np.int8))
-
-
-@pytest.mark.parametrize("peer", ["pgolf", "python"])
-def test_lzma_compress(benchmark, codes, peer):
-    benchmark.group = "LZMA preset 9, compress"
-    raw = codes.numpy().tobytes()
-    settings = {"preset": 9, "format": lzma.FORMAT_XZ, "check": lzma.CHECK_CRC32}
-    run = (lambda: compress_bytes(raw, 9)) if peer == "pgolf" else (lambda: lzma.compress(raw, **settings))
-    benchmark.extra_info["bytes"] = len(benchmark.pedantic(run, rounds=3))
-
-
-@pytest.mark.parametrize("peer", ["pgolf", "python"])
-def test_lzma_decompress(benchmark, codes, peer):
-    benchmark.group = "LZMA, decompress"
-    raw = codes.numpy().tobytes()
-    packed = compress_bytes(raw, 9)
-    run = (
-        (lambda: decompress_bytes(packed, len(raw))) if peer == "pgolf" else (lambda: lzma.decompress(packed))
-    )
-    assert benchmark.pedantic(run, rounds=5) == raw
 
 
 def numpy_pack(codes):
@@ -65,7 +43,7 @@ def native_call(name, **settings):
 
 
 def timed(benchmark, group, run, codes):
-    """Bench `run`, with weights per second beside the time."""
+    """Time `run`; add weights per second."""
     benchmark.group = group
     result = benchmark(run)
     if benchmark.stats is not None:  # None with --benchmark-disable
@@ -106,7 +84,7 @@ def test_bits(benchmark, codes, direction, peer, bits):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("peer", [*PATHS, "op", "numpy", "torch eager", "torch eager from codes"])
 def test_dequantize_bits(benchmark, codes, dtype, peer, bits):
-    """Into memory that is there already, except for the ops and torch, which return new tensors."""
+    """Into allocated memory, except for the ops and torch, which return new tensors."""
     if peer == "numpy" and (bits != 6 or dtype != torch.float32):
         pytest.skip("numpy has no bfloat16; unpacking is written for 6 bits only")
     columns, packed, scale = codes.shape[1], ops.pack_bits(codes, bits), torch.rand(len(codes))
@@ -133,5 +111,5 @@ def test_dequantize_bits(benchmark, codes, dtype, peer, bits):
             "torch eager": lambda: reference_bytes.dequantize_bits(packed, scale, columns, bits, dtype),
             "torch eager from codes": lambda: (codes.float() * scale[:, None]).to(dtype),
         }[peer]
-    name = f"{bits} bits, unpack + dequantise to {str(dtype).removeprefix('torch.')}, 2.6 M codes"
+    name = f"{bits} bits, unpack + dequantize to {str(dtype).removeprefix('torch.')}, 2.6 M codes"
     assert torch.equal(timed(benchmark, name, run, codes), want)

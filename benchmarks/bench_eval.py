@@ -1,11 +1,11 @@
-"""Scoring beside a naive evaluator, in one run on a CPU: sliding windows, and with test-time training.
+"""Compare scoring with a naive evaluator on a CPU: sliding windows, with and without test-time training.
 
     python benchmarks/bench_eval.py [--run RUN] [--data DIR] [--tokens 65536] [--stride 64]
 
-The naive one computes every position of every layer of every window, in the batch size that is quickest for
-it here. From the multiplications that exact scoring may leave out follows the speed-up they allow; the fast
-path is to reach 90 % of it, and with test-time training is never to be slower. Both take turns; the quickest
-round of each counts, and all rounds are printed. On a GPU: `gpu_session.py --parts eval`.
+The naive one computes every position of every layer of every window, in its fastest batch size. The
+multiplications that exact scoring can leave out bound the speed-up; the fast path should reach 90 % of it,
+and never be slower with test-time training. Both take turns; the fastest round of each counts, and all rounds
+are printed. On a GPU: `python benchmarks/gpu_session --parts eval`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ from pgolf_fast.config.presets import preset
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.data.source import open_source
 from pgolf_fast.distributed import keep_freed_memory
-from pgolf_fast.evaluation.adapt import SGD, Frozen, borrowed, trainable_parameters
+from pgolf_fast.evaluation.adapters.base import borrowed
+from pgolf_fast.evaluation.adapters.descent import SGD, trainable_parameters
+from pgolf_fast.evaluation.adapters.frozen import Frozen
 from pgolf_fast.evaluation.estimate import forward_flops, windows_flops
 from pgolf_fast.evaluation.protocol import score_and_adapt, target_chunks
 from pgolf_fast.evaluation.score import Scorer, Stream, batch_size
@@ -87,7 +89,7 @@ class Bench:
     def __init__(self, model: GPT, stream: Stream, config, stride: int):
         self.model, self.stream, self.stride = model, stream, stride
         self.length = config.eval_seq_len
-        # what the naive evaluator does too: SGD over chunks
+        # SGD over chunks, the only adapter that the naive evaluator has
         ttt = config.ttt if config.ttt.adapter == "sgd" else adapters(self.length)["sgd"]
         self.ttt = replace(ttt, quantize_forward="none")
         self.windows = sliding_windows(stream.num_targets, self.length, stride)
@@ -96,7 +98,7 @@ class Bench:
         self.batch = 0
 
     def allowed(self) -> float:
-        """Naive over exact multiplications, over all windows."""
+        """Return the ratio of naive to necessary multiplications over all windows."""
         naive = len(self.windows) * forward_flops(self.model.config, self.length, self.length)
         return naive / windows_flops(self.model.config, self.windows)
 
@@ -106,7 +108,7 @@ class Bench:
         return lambda x, y: self.model.token_losses(x, y, banks)
 
     def choose_batch(self) -> dict[int, float]:
-        """Seconds of the naive evaluator on a part of the windows, by batch size; the quickest is taken."""
+        """Return the naive evaluator's seconds on some windows by batch size, and take the fastest."""
         part, losses = self.windows[1:129], self.naive_losses()
         seconds = {}
         for batch in (*NAIVE_BATCHES[:1], *NAIVE_BATCHES):  # the first warms up
@@ -136,7 +138,7 @@ class Bench:
             for parameter in parameters:
                 parameter.requires_grad_()
             learner = naive_eval.SGD(model.loss, parameters, self.ttt, self.length)
-            # a model without gradient banks: forward casts the banks anew, as autograd wants it
+            # Without gradient banks, forward casts the banks every time, so autograd reaches the masters.
             return naive_eval.score_and_adapt(
                 model.token_losses,
                 learner,
@@ -155,21 +157,21 @@ class Bench:
 
     def run(self, rounds: int) -> dict[str, object]:
         by_batch = self.choose_batch()
-        ways: dict[str, Callable[[], Tensor]] = {
+        contenders: dict[str, Callable[[], Tensor]] = {
             "naive sliding": self.naive_sliding,
             "fast sliding": self.fast_sliding,
             "naive sliding + TTT": self.naive_ttt,
             "fast sliding + TTT": self.fast_ttt,
         }
-        seconds: dict[str, list[float]] = {way: [] for way in ways}
+        seconds: dict[str, list[float]] = {name: [] for name in contenders}
         losses: dict[str, Tensor] = {}
         for _ in range(rounds):
-            for way, function in ways.items():
+            for name, function in contenders.items():
                 start = time.perf_counter()
-                losses[way] = function()
-                seconds[way].append(time.perf_counter() - start)
-                print(f"{way}: {seconds[way][-1]:.2f} s", flush=True)
-        best = {way: min(times) for way, times in seconds.items()}
+                losses[name] = function()
+                seconds[name].append(time.perf_counter() - start)
+                print(f"{name}: {seconds[name][-1]:.2f} s", flush=True)
+        best = {name: min(times) for name, times in seconds.items()}
         speed_up, allowed = best["naive sliding"] / best["fast sliding"], self.allowed()
         return {
             "tokens": self.stream.num_targets,
@@ -187,20 +189,20 @@ class Bench:
             "sliding_reached": speed_up / allowed,
             "ttt_speed_up": best["naive sliding + TTT"] / best["fast sliding + TTT"],
             "largest_difference": (losses["naive sliding"] - losses["fast sliding"]).abs().max().item(),
-            "loss": {way: found.double().mean().item() for way, found in losses.items()},
+            "loss": {name: values.double().mean().item() for name, values in losses.items()},
         }
 
     def describe(self, found) -> str:
         rows = [
-            (way, f"{min(times):.2f}", f"{found['tokens'] / min(times):,.0f}", f"{found['loss'][way]:.6f}")
-            for way, times in found["seconds"].items()
+            (name, f"{min(times):.2f}", f"{found['tokens'] / min(times):,.0f}", f"{found['loss'][name]:.6f}")
+            for name, times in found["seconds"].items()
         ]
         dtype = found["compute_dtype"].removeprefix("torch.")
         lines = [
             f"{found['tokens']:,} targets in {found['windows']:,} windows of {found['seq_len']}, stride "
             f"{found['stride']}, {dtype}, {found['threads']} threads; "
             f"batches of {found['naive_batch']} (naive) and {found['fast_batch']} (fast)",
-            console.table(rows, ("way", "seconds", "targets/s", "nats/token")),
+            console.table(rows, ("evaluator", "seconds", "targets/s", "nats/token")),
             f"largest difference of a loss, sliding: {found['largest_difference']:.1e} nats",
             f"sliding: {found['sliding_speed_up']:.2f} times naive; exact savings allow "
             f"{found['sliding_speed_up_allowed']:.2f}: {found['sliding_reached']:.0%} of it",

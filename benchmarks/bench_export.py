@@ -1,18 +1,17 @@
-"""Quantising a full-size model and writing calibration text, beside what they replace.
+"""Compare quantizing a full-size model and generating calibration text with slower implementations.
 
     python benchmarks/bench_export.py [gptq] [calibration] [--smoke] [--out export.json]
 
 `gptq` quantises the 66 bank matrices of exp101 (26 M weights and Hessians made up as
 `bench_artifact.py` makes them up) in C++ and in torch: with the floor of 1/31 under all steps, which leaves
-one candidate for the row scales, and without, which leaves five. The codes of the first layer are compared.
+one candidate for the row scales, and without, which leaves five. Compares the codes of the first layer.
 
 `calibration` writes 64 texts of 2,048 tokens with the network of `small` in float32, keeping keys and values,
-and compares the logits of every position with those of the full forward. What it replaces, a forward of the
-whole prefix for every token in batches of 8, would take hours: its time is measured at eight lengths from 1
-to 2,047, and the straight lines between them are summed over all lengths, which is at most 1 % too much for
-a time that grows with the square of the length.
+and compares the logits of every position with those of the full forward. A forward of the whole prefix for
+every token, in batches of 8, would take hours: its time is measured at eight lengths from 1 to 2,047 and
+linearly interpolated over all lengths, which overestimates a quadratic time by at most 1 %.
 
-Every measurement runs in a process of its own, whose peak memory is reported. Times are wall-clock seconds on
+Every measurement runs in a separate process, whose peak memory is reported. Times are wall-clock seconds on
 as many threads as PyTorch takes (set OMP_NUM_THREADS). Prints tables and writes JSON.
 """
 
@@ -50,7 +49,7 @@ from pgolf_fast.quant.calibration import hessian_name, self_generate
 from pgolf_fast.quant.state import READERS, unbank
 
 LENGTHS = 8
-UNCACHED_BATCH = 8  # as the original
+UNCACHED_BATCH = 8  # as in the original program
 COMPARED_TEXTS = 4
 
 Groups = list[tuple[dict[str, Tensor], Tensor]]
@@ -94,7 +93,7 @@ def parse() -> argparse.Namespace:
 
 
 def run(worker: str, smoke: bool) -> dict[str, Any]:
-    """What a worker returns, run in a process of its own."""
+    """Run a worker in a separate process and return its result."""
     command = [sys.executable, str(Path(__file__).resolve()), "--worker", worker, *["--smoke"] * smoke]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -104,7 +103,7 @@ def run(worker: str, smoke: bool) -> dict[str, Any]:
 
 
 def bank_matrices(config: RunConfig) -> Groups:
-    """Every group of matrices with its Hessian, layer by layer, as `synthetic_artifact.py` makes them."""
+    """Return every group of matrices with its Hessian, layer by layer."""
     state = synthetic_weights(config)
     matrices, hessians = unbank(state), synthetic_hessians(state)
     return [
@@ -152,7 +151,9 @@ def measure_calibration(smoke: bool) -> dict[str, object]:
         config = replace(config, calibration_sequences=8, calibration_length=40)
     count, length = config.calibration_sequences, config.calibration_length
     model = random_model((tiny() if smoke else small()).model)
-    self_generate(model, replace(config, calibration_length=8), length)  # loads what is loaded once
+    self_generate(
+        model, replace(config, calibration_length=8), length
+    )  # initializes what is initialized once
     _, cached = timed(lambda: self_generate(model, config, length))
     peak = round(peak_mib())
     text = torch.randint(model.config.vocab_size, (UNCACHED_BATCH, length))
@@ -175,7 +176,7 @@ def measure_calibration(smoke: bool) -> dict[str, object]:
 
 
 def random_model(config: ModelConfig) -> GPT:
-    """Every parameter away from where training starts, so that logits spread."""
+    """Return a model with every parameter away from its initial value, so that logits spread."""
     torch.manual_seed(0)
     model = GPT(config)
     for parameter in model.parameters():
@@ -184,12 +185,12 @@ def random_model(config: ModelConfig) -> GPT:
 
 
 def uncached_token(model: GPT, prefix: Tensor) -> float:
-    """Seconds for the logits after prefix (B, n), without any of an earlier token's work."""
+    """Return the seconds for the logits after prefix (B, n) without a cache."""
     return min(timed(lambda: model.head(model.hidden(prefix)[:, -1]))[1] for _ in range(2))
 
 
 def largest_difference(model: GPT, text: Tensor) -> float:
-    """Between cached and full logits, over all positions of text (B, T)."""
+    """Return the largest difference of cached and full logits over all positions of text (B, T)."""
     decoder, full = Decoder(model, *text.shape), model.logits(text)
     steps = zip(text.unbind(1), full.unbind(1), strict=True)
     return max((decoder.step(tokens) - logits).abs().max().item() for tokens, logits in steps)

@@ -1,4 +1,4 @@
-"""Milliseconds of each kind of meta step beside an ordinary micro-batch of the same tokens. Prints a table.
+"""Compare the time of each kind of meta step with an ordinary micro-batch of the same tokens.
 
 Usage: python benchmarks/bench_meta.py [--preset small] [--repeats 5]
 """
@@ -30,7 +30,7 @@ KINDS = {
 
 
 def contenders(name: str, device: torch.device) -> dict[str, Callable[[], object]]:
-    """What is timed, by name, on random tokens."""
+    """Return the functions to time, by name, on random tokens."""
     config = preset(name)
     model = GPT(config.model, compute_dtype=resolve_dtype(config.train.compute_dtype, device)).to(device)
     model.allocate_gradient_banks()
@@ -70,7 +70,7 @@ def main() -> None:
     for run in runs.values():
         milliseconds(run, device)
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(arguments.repeats):  # in turn, so that a drift of the machine meets all
+    for _ in range(arguments.repeats):  # in turn, so that a drift of the machine affects all
         for name, run in runs.items():
             times[name].append(milliseconds(run, device))
     medians = {name: statistics.median(values) for name, values in times.items()}

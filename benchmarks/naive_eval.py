@@ -1,6 +1,6 @@
-"""What fast scoring is judged by: sliding windows in batches, every position of every layer computed.
+"""The baseline of fast scoring: sliding windows in batches, computing every position of every layer.
 
-Nothing is skipped, nothing is shared between windows, and test-time training is PyTorch's own SGD.
+Nothing is skipped or shared between windows, and test-time training is PyTorch's own SGD.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pgolf_fast.config.schema import TTTConfig
-from pgolf_fast.evaluation.adapt import chunk_lr
+from pgolf_fast.evaluation.adapters.descent import chunk_lr
 from pgolf_fast.evaluation.protocol import Chunk
 from pgolf_fast.evaluation.windows import Windows
 
@@ -20,7 +20,7 @@ Losses = Callable[[Tensor, Tensor], Tensor]
 
 
 def score(losses_of: Losses, tokens: Tensor, windows: Windows, seq_len: int, batch: int) -> Tensor:
-    """The loss of every scored target, in the order of the windows."""
+    """Return the loss of every scored target, in the order of the windows."""
     offsets = torch.arange(seq_len, device=tokens.device)
     found = []
     for at in range(0, len(windows), batch):
@@ -37,7 +37,7 @@ def score(losses_of: Losses, tokens: Tensor, windows: Windows, seq_len: int, bat
 
 
 class SGD:
-    """Test-time training of some parameters as a program has it that does not think of speed."""
+    """Test-time training of some parameters, written without regard to speed."""
 
     def __init__(
         self, mean_loss: Losses, parameters: Sequence[nn.Parameter], config: TTTConfig, seq_len: int
@@ -46,7 +46,7 @@ class SGD:
         self.sgd = torch.optim.SGD(parameters, lr=config.lr, momentum=config.momentum)
 
     def adapt(self, tokens: Tensor, chunk: int, chunks: int) -> None:
-        """Learn from a chunk's tokens (n + 1,)."""
+        """Update on a chunk's tokens (n + 1,)."""
         for group in self.sgd.param_groups:
             group["lr"] = chunk_lr(self.config, chunk, chunks)
         sequences = (len(tokens) - 1) // self.seq_len
@@ -69,10 +69,11 @@ def score_and_adapt(
     seq_len: int,
     batch: int,
 ) -> Tensor:
-    """`score`, learning from each chunk but the last once it is scored."""
+    """Return the losses of `score`, updating after each chunk but the last."""
     found = []
     for number, chunk in enumerate(chunks):
         found.append(score(losses_of, tokens, windows[chunk.low : chunk.high], seq_len, batch))
         if number < len(chunks) - 1:
-            learner.adapt(tokens[chunk.begin : chunk.end + 1], number, len(chunks))
+            start = chunk.starts[0]
+            learner.adapt(tokens[start : start + chunk.length + 1], number, len(chunks))
     return torch.cat(found)

@@ -1,11 +1,11 @@
-"""Grids at equal bytes: reference, percentile and rd on a trained run, and what each part of rd is worth.
+"""Compare the grids reference, percentile and rd at equal bytes on a trained run, and the parts of rd.
 
     python benchmarks/study_grid.py runs/small [--out benchmarks/results/grid_small.json] [--no-parts]
 
-Every artifact is the whole file, packed by the same codecs. Targets are what `reference` takes at 4, 5 and 6
-bits, so that it needs no pruning there. Grids of fixed bits meet a target in the better of two ways: the most
+Every artifact is a whole file, packed by the same codecs. The targets are the sizes of `reference` at 4, 5
+and 6 bits, where it needs no pruning. Grids of fixed bits meet a target in the better of two forms: the most
 bits that fit, or one bit more with as many +-1 codes zeroed as needed, finest rows first (PR 1501).
-Calibration text, Hessians and data are the same for all. Scores are over all of the run's validation data.
+Calibration text, Hessians and data are the same for all. Scores are over all validation data of the run.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pgolf_fast import console
-from pgolf_fast.artifact.landing import land
+from pgolf_fast.artifact.landing import fit_to_target
 from pgolf_fast.artifact.pack import artifact_bytes
 from pgolf_fast.artifact.steps import float_model
+from pgolf_fast.bench.drawing import write_png
 from pgolf_fast.bench.store import provenance
 from pgolf_fast.config.fields import run_config_to_dict
 from pgolf_fast.config.run_folder import RunFolder
@@ -33,24 +33,21 @@ from pgolf_fast.config.schema import PackConfig, QuantConfig
 from pgolf_fast.data.source import open_source
 from pgolf_fast.evaluation.score import Stream
 from pgolf_fast.evaluation.scores import plain_score
+from pgolf_fast.io import write_text
 from pgolf_fast.quant import rd
 from pgolf_fast.quant.calibration import collect_hessians, self_generate
 from pgolf_fast.quant.fisher import collect_fisher
 from pgolf_fast.quant.rd import RateDistortion
-from pgolf_fast.quant.state import (
-    QuantizedState,
-    QuantizedTensor,
-    dequantize_state,
-    is_slot,
-    quantize_state,
-)
+from pgolf_fast.quant.state import QuantizedState, QuantizedTensor, dequantize_state, is_slot, quantize_state
+
+Row = dict[str, object]
 
 BITS = range(3, 9)
 DIVERGENCE_TOKENS = 65_536
 
 
 class Study:
-    """One run, calibrated once; scores of states by bits per byte, and divergence from the float model."""
+    """A run, calibrated once; scores states by bits per byte and by divergence from the float model."""
 
     def __init__(self, path: Path, data: str | None):
         self.folder = RunFolder(path)
@@ -77,7 +74,7 @@ class Study:
 
     @torch.no_grad()
     def divergence(self, state: dict[str, Tensor]) -> float:
-        """KL divergence from the float model in bits per byte: what bpb shows, with far less noise."""
+        """Return the KL divergence from the float model in bits per byte: far less noisy than bpb."""
         length, total = self.config.eval_seq_len, 0.0
         count = min(DIVERGENCE_TOKENS, self.stream.num_targets) // length
         for batch in self.stream.tokens[: count * length].view(count, length).split(16):
@@ -92,7 +89,7 @@ class Study:
 def pruned(
     state: QuantizedState, size: Callable[[QuantizedState], int], target: int
 ) -> QuantizedState | None:
-    """The state with the fewest +-1 codes zeroed that fits, finest rows first; None if it cannot fit."""
+    """Zero as few +-1 codes as needed to fit, finest rows first; return None if no number suffices."""
     names = list(state.matrices())
     ones, costs = [], []
     for index, name in enumerate(names):
@@ -100,18 +97,18 @@ def pruned(
         at = torch.nonzero(matrix.codes.flatten().abs() == 1).flatten()
         ones.append(torch.stack((torch.full_like(at, index), at)))
         costs.append(matrix.scale.float().square()[at // matrix.codes.shape[1]])
-    places = torch.cat(ones, dim=1)[:, torch.argsort(torch.cat(costs), stable=True)]
+    order = torch.cat(ones, dim=1)[:, torch.argsort(torch.cat(costs), stable=True)]
 
     def zeroed(count: int) -> QuantizedState:
         tensors = dict(state.tensors)
         for index, name in enumerate(names):
             matrix = state.matrices()[name]
             codes = matrix.codes.flatten().clone()
-            codes[places[1, :count][places[0, :count] == index]] = 0
+            codes[order[1, :count][order[0, :count] == index]] = 0
             tensors[name] = replace(matrix, codes=codes.view_as(matrix.codes))
         return QuantizedState(tensors)
 
-    low, high = 0, places.shape[1]
+    low, high = 0, order.shape[1]
     if size(zeroed(high)) > target:
         return None
     while high - low > 16:
@@ -123,7 +120,7 @@ def pruned(
 def fixed_bits(
     study: Study, grid: str, target: int, natural: dict[int, tuple[QuantizedState, int]]
 ) -> Iterator[tuple[str, QuantizedState]]:
-    """The ways in which a grid of fixed bits meets the target."""
+    """Yield the states with which a grid of fixed bits meets the target, and how."""
     fitting = [bits for bits, (_, size) in natural.items() if size <= target]
     if fitting:
         yield f"{max(fitting)} bits", natural[max(fitting)][0]
@@ -135,8 +132,8 @@ def fixed_bits(
             yield f"{over} bits, pruned", state
 
 
-def compare(study: Study) -> list[dict[str, object]]:
-    """Rows of target, grid, how, bytes and bpb; of several ways only that which diverges least."""
+def compare(study: Study) -> list[Row]:
+    """Return rows of target, grid, how, bytes and bpb; of several states the one that diverges least."""
     natural: dict[str, dict[int, tuple[QuantizedState, int]]] = {}
     for grid in ("reference", "percentile"):
         natural[grid] = {}
@@ -144,15 +141,15 @@ def compare(study: Study) -> list[dict[str, object]]:
             quant = replace(study.quant, grid=grid, bits=bits)
             state = quantize_state(study.floats, quant, study.hessians)
             natural[grid][bits] = state, study.bytes(state, quant)
-    rows: list[dict[str, object]] = []
+    rows: list[Row] = []
     for target in (natural["reference"][bits][1] for bits in (4, 5, 6)):
         for grid, states in natural.items():
-            ways = []
-            for how, state in fixed_bits(study, grid, target, states):
-                ways.append((study.divergence(dequantize_state(state)), how, state))
-                console.logger.info("%d %s, %s: divergence %.5f", target, grid, how, ways[-1][0])
-            if ways:
-                _, how, state = min(ways, key=lambda way: way[0])
+            fitting = [
+                (study.divergence(dequantize_state(state)), how, state)
+                for how, state in fixed_bits(study, grid, target, states)
+            ]
+            if fitting:
+                _, how, state = min(fitting, key=lambda one: one[0])
                 size = study.bytes(state, replace(study.quant, grid=grid))  # type: ignore[arg-type]
                 bpb = study.bpb(dequantize_state(state))
                 console.logger.info("%d %s: %.5f", target, grid, bpb)
@@ -161,20 +158,19 @@ def compare(study: Study) -> list[dict[str, object]]:
     return rows
 
 
-def rd_row(study: Study, target: int) -> dict[str, object]:
+def rd_row(study: Study, target: int) -> Row:
     quant = replace(study.quant, grid="rd", target_bytes=target)
     grids, start = RateDistortion(study.floats, study.fishers, quant), time.perf_counter()
-    landed = land(grids, lambda state: study.bytes(state, quant), target)
-    seconds = time.perf_counter() - start
-    how = f"{landed.price:.2e} nats/bit"
-    bpb = study.bpb(dequantize_state(landed.state))
+    landed = fit_to_target(grids, lambda state: study.bytes(state, quant), target)
+    seconds, bpb = time.perf_counter() - start, study.bpb(dequantize_state(landed.state))
     console.logger.info("%d rd: %.5f", target, bpb)
+    how = f"{landed.price:.2e} nats/bit"
     row = {"target": target, "grid": "rd", "how": how, "bytes": landed.artifact_bytes, "bpb": bpb}
     return {**row, "landing_seconds": seconds}
 
 
-class _TablesAside(RateDistortion):
-    """Grid rd on bank matrices only; tables and projections as the other grids have them."""
+class _BanksOnly(RateDistortion):
+    """Grid rd on bank matrices only; tables and projections as in the other grids."""
 
     others: dict[str, QuantizedTensor | Tensor]
 
@@ -183,41 +179,39 @@ class _TablesAside(RateDistortion):
         return QuantizedState({n: t if is_slot(n) else self.others[n] for n, t in tensors.items()})
 
 
-def parts(study: Study, target: int) -> list[dict[str, object]]:
-    """What the target costs in divergence with one part of rd left out, or put in."""
-    quant = replace(study.quant, grid="rd", target_bytes=target)
-    mean = torch.cat([f.rows for n, f in study.fishers.items() if is_slot(n)]).mean()
-    row_means = {n: replace(f, rows=torch.full_like(f.rows, f.rows.mean())) for n, f in study.fishers.items()}
-    one_mean = {n: replace(f, rows=torch.full_like(f.rows, float(mean))) for n, f in study.fishers.items()}
-    slots = {n: f for n, f in study.fishers.items() if is_slot(n)}
-    aside = _TablesAside(study.floats, slots, quant)
-    aside.others = quantize_state(
-        study.floats, replace(study.quant, grid="percentile"), study.hessians
-    ).tensors
-    rowwise = RateDistortion(study.floats, study.fishers, quant)
+def parts(study: Study, target: int) -> list[Row]:
+    """Return the divergence at the target with one part of rd removed or added."""
+    quant, floats, fishers = replace(study.quant, grid="rd", target_bytes=target), study.floats, study.fishers
+    mean = float(torch.cat([f.rows for n, f in fishers.items() if is_slot(n)]).mean())
+    row_means = {n: replace(f, rows=torch.full_like(f.rows, f.rows.mean())) for n, f in fishers.items()}
+    one_mean = {n: replace(f, rows=torch.full_like(f.rows, mean)) for n, f in fishers.items()}
+    banks_only = _BanksOnly(floats, {n: f for n, f in fishers.items() if is_slot(n)}, quant)
+    percentile = quantize_state(floats, replace(study.quant, grid="percentile"), study.hessians)
+    banks_only.others = percentile.tensors
+    whole, rowwise = (RateDistortion(floats, fishers, quant) for _ in range(2))
     rowwise._groups = [
-        # one step for all columns: its error counts by the mean of 1 / U_ii^2
-        replace(g, column_step=torch.ones_like(g.column_step), mean_pivot=_one_pivot(g.factor))
+        # One step for all columns: their error then counts by the mean of 1 / U_ii^2.
+        replace(
+            g,
+            column_step=torch.ones_like(g.column_step),
+            mean_pivot=torch.diagonal(g.factor).pow(-2).mean().rsqrt().item(),
+        )
         for g in rowwise._groups
     ]
-    whole = RateDistortion(study.floats, study.fishers, quant)
-    variants: list[tuple[str, RateDistortion, float]] = [
-        ("rd", whole, rd.ROUNDING_PRICE),
-        ("no column steps", rowwise, rd.ROUNDING_PRICE),
-        ("rows of a matrix equal", RateDistortion(study.floats, row_means, quant), rd.ROUNDING_PRICE),
-        ("all rows equal", RateDistortion(study.floats, one_mean, quant), rd.ROUNDING_PRICE),
-        ("nearest codes", whole, 0.0),
-        ("bank matrices only", aside, rd.ROUNDING_PRICE),
-        (
-            "corrections of rank <= 8",
-            RateDistortion(study.floats, study.fishers, replace(quant, rank=8)),
-            rd.ROUNDING_PRICE,
-        ),
-    ]
-    rows: list[dict[str, object]] = []
-    for name, grids, rounding in variants:
-        rd.ROUNDING_PRICE, usual = rounding, rd.ROUNDING_PRICE
-        landed = land(grids, lambda state: study.bytes(state, quant), target)
+    variants = {
+        "rd": whole,
+        "no column steps": rowwise,
+        "rows of a matrix equal": RateDistortion(floats, row_means, quant),
+        "all rows equal": RateDistortion(floats, one_mean, quant),
+        "nearest codes": whole,
+        "bank matrices only": banks_only,
+        "corrections of rank <= 8": RateDistortion(floats, fishers, replace(quant, rank=8)),
+    }
+    rows: list[Row] = []
+    for name, grids in variants.items():
+        usual = rd.ROUNDING_PRICE
+        rd.ROUNDING_PRICE = 0.0 if name == "nearest codes" else usual
+        landed = fit_to_target(grids, lambda state: study.bytes(state, quant), target)
         rd.ROUNDING_PRICE = usual
         lost = study.divergence(dequantize_state(landed.state))
         console.logger.info("%s: %.5f", name, lost)
@@ -225,31 +219,21 @@ def parts(study: Study, target: int) -> list[dict[str, object]]:
     return rows
 
 
-def _one_pivot(factor: Tensor) -> float:
-    return torch.diagonal(factor).pow(-2).mean().rsqrt().item()
-
-
 def draw(path: Path, result: dict) -> None:
-    import matplotlib
+    def paint(figure) -> None:
+        axes = figure.subplots()
+        for grid in ("reference", "percentile", "rd"):
+            every = [*result["rows"], *result["curve"]]
+            points = sorted((r["bytes"] / 1e6, r["bpb"]) for r in every if r["grid"] == grid)
+            sizes, scores = zip(*points, strict=True)
+            axes.plot(sizes, [bpb - result["float_bpb"] for bpb in scores], "o-", label=grid)
+        title = f"{result['run']}, non-overlapping; float weights: {result['float_bpb']:.4f}"
+        axes.set(xlabel="MB of the artifact", ylabel="bits per byte above the float weights", title=title)
+        axes.set_yscale("log")
+        axes.grid(which="both")
+        axes.legend()
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    for grid, colour in (("reference", "#b04a3a"), ("percentile", "#c69214"), ("rd", "#2c6fbb")):
-        points = sorted(
-            (r["bytes"], r["bpb"]) for r in [*result["rows"], *result["curve"]] if r["grid"] == grid
-        )
-        sizes, scores = np.array(points).T
-        axes.plot(sizes, scores - result["float_bpb"], "o-", label=grid, color=colour)
-    title = f"{result['run']}, non-overlapping; float weights: {result['float_bpb']:.4f}"
-    axes.set(xlabel="bytes of the artifact", ylabel="bits per byte above the float weights", title=title)
-    axes.set_yscale("log")
-    axes.grid(alpha=0.3, which="both")
-    axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:.1f} M")
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    write_png(path, paint, (7, 4.5), "picture")
 
 
 def main() -> None:
@@ -257,7 +241,7 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--data", help="folder of shards; default: the run's")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "grid_small.json")
-    parser.add_argument("--no-parts", action="store_true", help="leave out what the parts of rd are worth")
+    parser.add_argument("--no-parts", action="store_true", help="leave out the parts of rd")
     arguments = parser.parse_args()
     console.setup_logging()
     study = Study(arguments.run, arguments.data)
@@ -267,17 +251,13 @@ def main() -> None:
     targets = sorted({row["target"] for row in result["rows"]})
     result["curve"] = [rd_row(study, int(share * targets[0])) for share in (0.55, 0.75)]
     if not arguments.no_parts:
-        result["parts_target"] = targets[0]
-        result["parts"] = parts(study, targets[0])
-    arguments.out.write_text(json.dumps({**result, **provenance()}, indent=2) + "\n")
+        result["parts_target"], result["parts"] = targets[0], parts(study, targets[0])
+    write_text(arguments.out, json.dumps({**result, **provenance()}, indent=2) + "\n")
     draw(arguments.out.with_suffix(".png"), result)
-    lines = [
-        (f"{r['target']:,}", r["grid"], r["how"], f"{r['bytes']:,}", f"{r['bpb']:.5f}")
-        for r in result["rows"]
-    ]
-    console.logger.info("%s", console.table(lines, ("target", "grid", "by", "bytes", "bpb")))
-    for row in result.get("parts", []):
-        console.logger.info("%-28s %10d bytes  divergence %.5f", row["part"], row["bytes"], row["divergence"])
+    for rows in (result["rows"], result.get("parts", [])):
+        if rows:
+            names = [name for name in rows[0] if name != "landing_seconds"]
+            console.logger.info("%s\n", console.Table(names, [[row[name] for name in names] for row in rows]))
 
 
 if __name__ == "__main__":

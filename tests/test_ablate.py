@@ -40,7 +40,7 @@ def data(tmp_path_factory):
     return make_dataset(tmp_path_factory.mktemp("data"))
 
 
-def test_step_times_leave_out_the_first_and_what_was_repeated(tmp_path):
+def test_step_times_leave_out_the_first_and_repeated_steps(tmp_path):
     rows = [{"kind": "step", "step": s, "elapsed": e} for s, e in ((1, 9.0), (2, 10.0), (3, 12.0), (4, 15.0))]
     again = [
         {"kind": "resume", "step": 2},
@@ -71,8 +71,8 @@ def made_up_run(folder, variant, seed, sliding, budget="steps", tokens=100):
     result = {"scores": scores, "steps": 8, "ms_per_step": 2.0, "ms_per_step_mean": 3.0, "commit": "c"}
     result |= {"artifact_bytes": 1000, "artifact_sha256": "none"}
     (path / "result.json").write_text(json.dumps(result))
-    story = {"text_bytes": text_bytes.tolist(), "nats": {"sliding": nats.tolist()}}
-    (path / "documents.json").write_text(json.dumps(story))
+    content = {"text_bytes": text_bytes.tolist(), "nats": {"sliding": nats.tolist()}}
+    (path / "documents.json").write_text(json.dumps(content))
     return Job(budget, variant, seed, tiny(), path)
 
 
@@ -93,7 +93,7 @@ def test_table_pairs_seeds_and_says_which_sign_is_better(tmp_path):
     assert draw_ablation([base, other], runs, tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_table_of_one_seed_says_what_its_interval_leaves_out(tmp_path):
+def test_table_of_one_seed_names_what_its_interval_leaves_out(tmp_path):
     jobs = [made_up_run(tmp_path, BASELINE, 1, 2.0), made_up_run(tmp_path, "x", 1, 2.5)]
     rows = make_rows(read_runs(jobs))
     assert (rows[1].difference.over, rows[1].difference.count) == ("documents", 2)
@@ -151,8 +151,8 @@ def test_slots(monkeypatch):
             make_slots(workers, devices, timed=True)
 
 
-def test_tasks_run_side_by_side_and_failures_are_told(tmp_path):
-    """Two that wait for each other both end, which one after the other could not; the third fails."""
+def test_tasks_run_in_parallel_and_failures_have_reasons(tmp_path):
+    """Two tasks that wait for each other both end, which needs parallel processes; the third fails."""
     meet = "import sys, pathlib, time\nmine, other = map(pathlib.Path, sys.argv[1:])\nmine.touch()\n"
     meet += "while not other.exists(): time.sleep(0.01)"
     a, b = str(tmp_path / "a"), str(tmp_path / "b")
@@ -192,14 +192,14 @@ def planned(data, out, **changes):
 
 
 def shown(runs):
-    """What a table says, without times."""
+    """The rows of a table, without times."""
     rows = make_rows(runs)
     return [replace(row, ms_per_step=0.0, ms_per_step_mean=0.0) for row in rows]
 
 
 @pytest.mark.slow
-def test_killed_in_the_middle_the_same_command_gives_the_same_table(data, tmp_path, capsys):
-    """kill -9 of the command while a run trains; again: as if left alone, and a third time nothing runs."""
+def test_killed_command_resumes_to_the_same_table(data, tmp_path, capsys):
+    """After kill -9 during training, the same command gives the same table; a third time nothing runs."""
     changes = {"train__steps": 30, "train__checkpoint_minutes": 0.0, "eval__stride": 32}
     jobs, mark = planned(data, tmp_path / "straight", **changes)
     for job in jobs:
@@ -241,7 +241,7 @@ def test_killed_in_the_middle_the_same_command_gives_the_same_table(data, tmp_pa
     assert "train.steps was 30 and is 31. Choose another --out" in capsys.readouterr().err
 
 
-def test_more_scores_of_a_finished_run_do_not_train_it_again(data, tmp_path):
+def test_more_scores_of_a_finished_run_do_not_retrain_it(data, tmp_path):
     jobs, mark = planned(data, tmp_path)
     job = jobs[0]
     assert prepare(job, mark, "plain")
@@ -270,19 +270,15 @@ def test_more_scores_of_a_finished_run_do_not_train_it_again(data, tmp_path):
     assert prepare(job, mark, "all")
 
 
-def test_a_job_that_an_earlier_version_prepared_goes_on(data, tmp_path):
-    """It lacks fields that came later; they have their defaults, as when it was trained."""
+def test_prepared_job_refuses_another_variant_or_setting(data, tmp_path):
     (job, other), mark = planned(data, tmp_path)
     assert prepare(job, mark, "plain")
-    story = read_json(job.path / "job.json")
-    for name in ("z_loss", "reptile"):
-        del story["config"]["train"][name]
-    (job.path / "job.json").write_text(json.dumps(story))
     assert prepare(job, mark, "plain")
     with pytest.raises(PgolfError, match=r"variant was 'baseline' and is 'train.meta=none'"):
         prepare(replace(job, variant=other.variant), mark, "plain")
-    story["config"]["train"]["seed"] = 7
-    (job.path / "job.json").write_text(json.dumps(story))
+    content = read_json(job.path / "job.json")
+    content["config"]["train"]["seed"] = 7
+    (job.path / "job.json").write_text(json.dumps(content))
     with pytest.raises(PgolfError, match=r"train\.seed was 7 and is 42"):
         prepare(job, mark, "plain")
 
@@ -294,8 +290,8 @@ def test_a_result_outlives_its_artifact_but_not_a_newer_one(tmp_path):
     assert finished(job) is None
 
 
-def test_one_command_at_a_time_in_a_folder(data, tmp_path, capsys, monkeypatch):
-    """A second one is refused in a line, and what a step is worth in the Reptile phase is said in one."""
+def test_folder_is_locked_while_a_command_runs(data, tmp_path, capsys, monkeypatch):
+    """A second command is refused in one line; a variant with a Reptile phase gets one line of warning."""
     begun = []
     monkeypatch.setattr(
         "pgolf_fast.lab.compare.processes.run_tasks", lambda tasks, _: begun.append(tasks) or []
@@ -313,7 +309,7 @@ def test_one_command_at_a_time_in_a_folder(data, tmp_path, capsys, monkeypatch):
     assert len(begun) == 2
 
 
-def test_a_folder_of_something_else_is_left_alone(data, tmp_path):
+def test_folder_with_other_files_is_refused(data, tmp_path):
     jobs, mark = planned(data, tmp_path)
     jobs[0].path.mkdir(parents=True)
     (jobs[0].path / "thesis.txt").write_text("mine")
@@ -321,7 +317,7 @@ def test_a_folder_of_something_else_is_left_alone(data, tmp_path):
         prepare(jobs[0], mark, "plain")
 
 
-def test_fingerprint_sees_the_tokens(data, tmp_path):
+def test_fingerprint_depends_on_the_tokens(data, tmp_path):
     config = run_config(data)
     before = fingerprint(open_source(config.data, config.model.vocab_size))
     for file in data.iterdir():
@@ -366,7 +362,7 @@ def test_command_refuses_in_one_line(words, message, capsys, tmp_path, monkeypat
     assert not list(tmp_path.iterdir())
 
 
-def test_time_on_a_shared_cpu_and_torchrun_are_refused(capsys, monkeypatch):
+def test_budget_time_on_a_shared_cpu_and_torchrun_are_refused(capsys, monkeypatch):
     monkeypatch.setattr("pgolf_fast.distributed.devices", lambda: 0)
     words = ["ablate", "tiny", "--flip", "model.trigram=false"]
     assert cli.main([*words, "--budget", "both", "--seconds", "5", "--workers", "2"]) == 2

@@ -1,4 +1,4 @@
-"""What an ablation is made of: flips in words, variants, runs, and which of them are refused."""
+"""The plan of an ablation: flips, variants, budgets and runs, and which of them are refused."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +37,7 @@ def test_flip_of_a_field_switches_its_group_on():
 
 
 def test_fields_of_one_flip_need_to_fit_together_only():
-    """Without the table there is no trigram: one field alone is refused, in either order."""
+    """Without a hash table there is no trigram: one field alone is refused."""
     both = flip(tiny(), ["model.bigram_vocab_size=0", "model.trigram=false"])
     assert both.model.bigram_vocab_size == 0
     with pytest.raises(PgolfError, match="needs a hash table"):
@@ -45,7 +45,7 @@ def test_fields_of_one_flip_need_to_fit_together_only():
 
 
 def test_fields_of_one_flip_are_set_once():
-    """Two values of one field were meant as two variants; a group that is none has no fields."""
+    """Two values of one field are two variants; a group that is none has no fields."""
     with pytest.raises(PgolfError, match=r"every=8 and --train\.meta\.every=16 set the same field"):
         flip(tiny(), ["train.meta.every=8", "--train.meta.every=16"])
     for words in (["train.meta=none", "train.meta.every=16"], ["train.meta.every=16", "train.meta=none"]):
@@ -76,7 +76,7 @@ def test_flip_refuses(word, message):
 # The plan
 
 
-def test_runs_interleave_and_share_all_but_the_flip(tmp_path):
+def test_runs_interleave_and_differ_only_by_the_flip(tmp_path):
     flips = [["model.trigram=false"], ["train.meta=none", "model.smear=false"]]
     jobs = make_jobs(make_variants(tiny(), flips), (1, 2), ["steps", "time"], tmp_path, steps=9, seconds=3.0)
     names = [BASELINE, "model.trigram=false", "train.meta=none+model.smear=false"]
@@ -111,7 +111,7 @@ def test_runs_interleave_and_share_all_but_the_flip(tmp_path):
         ([["train.seq_len=128"]], "add eval.seq_len=256"),
     ],
 )
-def test_variants_that_would_not_compare_are_refused(flips, message):
+def test_incomparable_variants_are_refused(flips, message):
     with pytest.raises(PgolfError, match=message):
         make_variants(tiny(), flips)
 
@@ -128,13 +128,13 @@ def test_variants_that_would_not_compare_are_refused(flips, message):
         (["quant.method=round"], "quant.method=round"),
     ],
 )
-def test_a_variant_has_one_name_however_it_is_spelled(words, name):
-    """Its folder must be found again."""
+def test_variant_name_does_not_depend_on_spelling(words, name):
+    """The name is that of a folder, which a resumed command must find."""
     config = flip(tiny(), ["model.ve_layers=1"])
     assert [variant.name for variant in make_variants(config, [words])] == [BASELINE, name]
 
 
-def test_a_budget_of_the_other_kind_must_be_given():
+def test_budget_of_the_other_kind_needs_a_limit():
     assert with_budget(tiny(), "steps").train.steps == tiny().train.steps
     assert with_budget(small(), "time").train.max_seconds == 600
     with pytest.raises(PgolfError, match="give --steps"):

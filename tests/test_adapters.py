@@ -1,34 +1,25 @@
 """Adapters of test-time training: their formulas, low-rank changes by document, and the rules they keep."""
 
 import functools
-import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from helpers import randomize_, tiny_config
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from evaluations import CPU, SEQ, OneOf, adapted, filled, stream_of, text, tiny_model
 
-from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.config.ttt import LoraConfig, TTTConfig
-from pgolf_fast.data.tokenizer import ByteTable
-from pgolf_fast.errors import PgolfError
-from pgolf_fast.evaluation.adapt import AdamW, Scored, borrowed, trainable_parameters
-from pgolf_fast.evaluation.adapters import make_adapter
-from pgolf_fast.evaluation.documents import cut_at, document_chunks, document_starts
-from pgolf_fast.evaluation.lora import Lora, changed_losses, fresh_factors
-from pgolf_fast.evaluation.protocol import Chunk, Ledger, Segment, score_and_adapt
+from pgolf_fast.evaluation.adapters.base import Scored, borrowed
+from pgolf_fast.evaluation.adapters.descent import AdamW, trainable_parameters
+from pgolf_fast.evaluation.adapters.frozen import Frozen
+from pgolf_fast.evaluation.adapters.lora import Lora, changed_losses, fresh_factors
+from pgolf_fast.evaluation.adapters.registry import KINDS, adapting_chunks, make_adapter
+from pgolf_fast.evaluation.protocol import score_and_adapt
 from pgolf_fast.evaluation.resume import Resume
-from pgolf_fast.evaluation.score import Scorer, Stream, frozen_losses
-from pgolf_fast.evaluation.ttt import adapting_chunks, legal_ttt
+from pgolf_fast.evaluation.score import Scorer
 from pgolf_fast.evaluation.windows import sliding_windows
-from pgolf_fast.lab.compare.sweep import sweep
-from pgolf_fast.model.gpt import GPT
+from pgolf_fast.quant.fake import fake_int6
 
-CPU = torch.device("cpu")
-SEQ, STRIDE = 16, 4
 BASE = TTTConfig(
     chunk_tokens=64,
     epochs=2,
@@ -47,39 +38,37 @@ CONFIGS = {
     "lora": replace(BASE, adapter="lora"),
     "phased": replace(BASE, adapter="phased"),
 }
-by_adapter = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+by_adapter = pytest.mark.parametrize("name", CONFIGS)
 
 
 @pytest.fixture
 def model():
-    return randomize_(GPT(tiny_config(), torch.arange(96) % 3 == 0), 3)
+    return tiny_model()
 
 
-def stream_of(tokens):
-    rng = np.random.default_rng(0)
-    table = ByteTable(rng.integers(0, 6, 96).astype(np.int16), np.arange(96) % 3 == 0, np.arange(96) < 4)
-    return Stream(np.asarray(tokens, dtype=np.uint16), table, CPU)
+def two_layers():
+    """Return a model that is quick enough for whole evaluations."""
+    return tiny_model(num_layers=2, ve_layers=(1,), xsa_last_n=1)
+
+
+def windows_of(tokens):
+    return sliding_windows(len(tokens) - 1, SEQ, 8)
+
+
+def run(tokens, config, **options):
+    return adapted(two_layers(), stream_of(tokens), windows_of(tokens), config, batch=3, **options)
 
 
 @functools.cache
-def text(count=331, seed=0):
-    """Documents of 9 to 80 tokens that begin with 1 and repeat eight words of their own."""
-    rng, parts = np.random.default_rng(seed), [np.array([7, 7, 7])]
-    while sum(map(len, parts)) < count:
-        parts.append(np.append(1, rng.integers(2, 96, 8)[rng.integers(0, 8, rng.integers(8, 80))]))
-    return np.concatenate(parts)[:count]
+def outcome(name):
+    """Return the pass of one adapter over `text()`."""
+    return run(text(), CONFIGS[name])
 
 
-def run(model, tokens, config, **options):
-    stream = stream_of(tokens)
-    windows = sliding_windows(stream.num_targets, SEQ, STRIDE)
-    return legal_ttt(model, stream, windows, SEQ, 3, config, **options)
-
-
-def test_adamw_takes_the_steps_of_the_library(model):
+def test_adamw_matches_torch(model):
     """Gradient banks, clipping and update against autograd, clip_grad_norm_ and torch.optim.AdamW."""
     config = replace(CONFIGS["adamw"], grad_clip=0.5, weight_decay=0.1, beta2=0.9)
-    scored = Scored(torch.from_numpy(text()[:81]), 1, 4)
+    scored = Scored(torch.from_numpy(text()[None, :81]), 1, 4)
     with borrowed(model):
         adapter = AdamW(model, config, SEQ)
         adapter.adapt(scored)
@@ -89,7 +78,7 @@ def test_adamw_takes_the_steps_of_the_library(model):
     for _ in range(config.epochs):
         for first in (0, 2, 4):
             count = min(2, 5 - first)
-            span = scored.tokens[SEQ * first : SEQ * (first + count) + 1]
+            span = scored.tokens[0, SEQ * first : SEQ * (first + count) + 1]
             model.loss(span[:-1].view(count, SEQ), span[1:].view(count, SEQ)).backward()
             assert torch.nn.utils.clip_grad_norm_(trained, 0.5) > 0.5
             adamw.step()
@@ -100,16 +89,16 @@ def test_adamw_takes_the_steps_of_the_library(model):
 
 
 @pytest.mark.parametrize("scored", [SEQ, 5])
-def test_a_change_of_zero_is_the_model_itself(model, scored):
+def test_zero_change_gives_the_losses_of_the_model(model, scored):
     x, y = (torch.from_numpy(text())[i : i + 5 * SEQ].view(5, SEQ) for i in (0, 1))
     factors = fresh_factors(model.config, 3, 5, CPU)
     with torch.no_grad():
         got = changed_losses(model, model.banks(), factors, x, y[:, -scored:], 40)
-    torch.testing.assert_close(got, frozen_losses(model)(x, y[:, -scored:], 40), rtol=0, atol=1e-5)
+    torch.testing.assert_close(got, Frozen(model).score(x, y[:, -scored:], 40), rtol=0, atol=1e-5)
 
 
-def test_a_change_is_that_of_the_matrices(model):
-    """Losses with factors A and B are those of a model whose matrices have B A added."""
+def test_change_equals_changed_matrices(model):
+    """Losses with factors A and B equal those of a model with B A added to its matrices."""
     x, y = (torch.from_numpy(text())[i : i + SEQ].view(1, SEQ) for i in (0, 1))
     n, generator = model.config.num_layers, torch.Generator().manual_seed(1)
     factors = {
@@ -137,8 +126,8 @@ def test_a_change_is_that_of_the_matrices(model):
     assert (hidden_change - before).abs().max() > 0.01
 
 
-def test_documents_in_a_batch_are_those_alone(model):
-    """Three documents in step, the last shorter, against each by itself: losses, steps and clipping."""
+def test_documents_of_a_batch_are_independent(model):
+    """Three documents in parallel, the last shorter, against each by itself: losses, steps and clipping."""
     tokens = torch.from_numpy(text(900, 5)[200:]).unfold(0, 2 * SEQ + 1, 70)[:3]
     config, x = replace(CONFIGS["lora"], grad_clip=0.3), torch.arange(6).repeat_interleave(3).view(6, 3) + 2
     rows = torch.tensor([2, 0, 1, 1, 2, 0])
@@ -147,10 +136,10 @@ def test_documents_in_a_batch_are_those_alone(model):
         with borrowed(model):
             adapter = make_adapter(model, config, SEQ)
             adapter.begin(len(which))
-            adapter.adapt(Scored(tokens[which, : SEQ + 1], 0, 9))
+            adapter.adapt(Scored(tokens[which, : SEQ + 1], 0, 9, by_document=True))
             going_on = [i for i in which if i < 2]
             if going_on:
-                adapter.adapt(Scored(tokens[going_on, SEQ:], 1, 9))
+                adapter.adapt(Scored(tokens[going_on, SEQ:], 1, 9, by_document=True))
             own = [which.index(int(row)) for row in rows if int(row) in which]
             kept = [i for i, row in enumerate(rows) if int(row) in which]
             return kept, adapter.score(x[kept], x[kept], SEQ, torch.tensor(own))
@@ -162,14 +151,16 @@ def test_documents_in_a_batch_are_those_alone(model):
     assert (together[1] - together[2]).abs().max() > 0.01
 
 
-def test_a_new_batch_of_documents_forgets_the_last(model):
+def test_begin_forgets_the_last_documents(model):
     x = torch.arange(8).view(2, 4)
     with borrowed(model):
         adapter = make_adapter(model, CONFIGS["lora"], SEQ)
         adapter.begin(2)
         rows = torch.tensor([1, 0])
         fresh = adapter.score(x, x, SEQ, rows)
-        adapter.adapt(Scored(torch.from_numpy(text()[: 2 * SEQ + 2]).view(2, SEQ + 1), 0, 9))
+        adapter.adapt(
+            Scored(torch.from_numpy(text()[: 2 * SEQ + 2]).view(2, SEQ + 1), 0, 9, by_document=True)
+        )
         assert not torch.equal(adapter.score(x, x, SEQ, rows), fresh)
         adapter.begin(2)
         assert torch.equal(adapter.score(x, x, SEQ, rows), fresh)
@@ -177,136 +168,51 @@ def test_a_new_batch_of_documents_forgets_the_last(model):
             adapter.score(x, x, SEQ)
 
 
-@given(
-    count=st.integers(17, 400),
-    stride=st.integers(1, 16),
-    bos=st.lists(st.integers(0, 400), max_size=12),
-    segment=st.integers(1, 40),
-    documents=st.integers(1, 5),
-    phased=st.booleans(),
-)
-@settings(max_examples=80, deadline=None)
-def test_segments_score_every_target_once_and_before_it_is_handed_over(
-    count, stride, bos, segment, documents, phased
-):
-    tokens = np.full(count, 5)
-    tokens[[b for b in bos if b < count]] = 1
-    starts = document_starts(tokens)
-    config = replace(
-        BASE,
-        adapter="phased" if phased else "lora",
-        lora=replace(BASE.lora, segment_tokens=segment, documents=documents),
-    )
-    whole = sliding_windows(count - 1, 16, stride)
-    windows, chunks = document_chunks(whole, starts, config)
-    document = np.searchsorted(starts, windows.first, side="right") - 1
-    assert sum(c.high - c.low for c in chunks) == len(windows)
-    assert sorted(np.concatenate([np.arange(*w) for w in zip(windows.first, windows.end, strict=True)])) == [
-        *range(count - 1)
-    ]
-    assert np.array_equal(document, np.searchsorted(starts, windows.end - 1, side="right") - 1)
-    # every target has the inputs that it has without documents
-    first_input = dict(zip(whole.end - 1, whole.start, strict=True))
-    for end, start in zip(windows.end - 1, windows.start, strict=True):
-        assert start == first_input[next(e for e in whole.end - 1 if e >= end)]
-    ledger, opened, at, seen_until = Ledger(stream_of(tokens)), 0, 0, -1
-    for chunk in chunks:
-        assert chunk.low == at
-        at = chunk.high
-        part = windows[chunk.low : chunk.high]
-        ledger.note(part)
-        if isinstance(chunk, Chunk):
-            assert phased
-            seen_until = chunk.end
-            ledger.hand_over(chunk)
-            continue
-        opened = chunk.opens or opened
-        assert opened <= documents
-        assert len(chunk.begin) <= opened
-        assert (part.row < opened).all()
-        assert (part.first >= seen_until).all()  # what the model learned from comes before
-        if len(chunk.begin):
-            assert ledger.hand_over(chunk).tokens.shape == (len(chunk.begin), segment + 1)
-    assert at == len(windows)
-    assert isinstance(chunks[-1], Segment)
+def test_inputs_of_a_document_reach_back_over_segments(model):
+    """Inputs reach back as far as a window does; targets are the newest segment's."""
+    seen, config = [], replace(CONFIGS["lora"], lora=replace(BASE.lora, segment_tokens=8, epochs=1))
+    tokens = torch.arange(2, 35).view(1, -1)
+    with borrowed(model):
+        adapter = Lora(model, config, SEQ, banks=model.banks)
+        adapter._update = lambda x, y: seen.append((x.tolist()[0], y.tolist()[0]))
+        adapter.begin(1)
+        for start in (0, 8, 16, 24):
+            adapter.adapt(Scored(tokens[:, start : start + 9], 0, 9, by_document=True))
+    assert seen == [([*range(max(2, e - 16), e)], [*range(e - 7, e + 1)]) for e in (10, 18, 26, 34)]
 
 
-def test_the_learning_rate_knows_nothing_of_later_documents():
-    """Streams that differ from token 200 on, in where documents begin, too: the same numbers until there."""
-    first, second = np.full(641, 5), np.full(641, 5)
-    first[::20] = second[:200:20] = 1
-    config, seen = replace(CONFIGS["phased"], decay="cosine"), []
-    for tokens in (first, second):
-        _, chunks = document_chunks(sliding_windows(640, SEQ, STRIDE), document_starts(tokens), config)
-        learned = [c for c in chunks if isinstance(c, Chunk) and c.end < 200]
-        seen.append([(c.begin, c.end, c.number, c.count) for c in learned])
-    assert seen[0] == seen[1] == [(0, 80, 0, 10), (80, 140, 1, 10)]
-
-
-def test_sweep_compares_on_the_same_windows_and_repeats_nothing(model, tmp_path, monkeypatch):
-    config = RunConfig(model=tiny_config())
-    config = replace(config, eval=replace(config.eval, stride=STRIDE, seq_len=SEQ))
-    chosen = {name: CONFIGS[name] for name in ("adamw", "lora")}
-    rows = sweep(model, stream_of(text()), config, chosen, None, tmp_path)
-    assert [row.name for row in rows] == ["sliding", "adamw", "lora"]
-    assert (rows[0].gain, rows[0].updates) == (0, 0)
-    for row in rows[1:]:
-        assert row.gain == pytest.approx(rows[0].bpb - row.bpb)
-        assert row.low <= row.gain <= row.high
-        assert row.bpb == pytest.approx(run(model, text(), chosen[row.name]).score.bpb, abs=1e-6)
-    monkeypatch.setattr("pgolf_fast.lab.compare.sweep.legal_ttt", None)
-    assert sweep(model, stream_of(text()), config, chosen, None, tmp_path) == rows
-    starts = document_starts(text())
-    after = int(starts[len(starts) // 2])
-    later = sweep(model, stream_of(text()), config, chosen, None, tmp_path, after=after)
-    nats = [json.loads((tmp_path / f"{n}.json").read_text())["nats"] for n in ("sliding", "lora")]
-    gained = sum(nats[0][len(starts) // 2 :]) - sum(nats[1][len(starts) // 2 :])
-    size = stream_of(text()).target_bytes[after:].sum()
-    assert later[2].gain == pytest.approx(gained / np.log(2) / size)
-    assert later[2].gain != pytest.approx(rows[2].gain)
-    with pytest.raises(PgolfError, match="no document begins at target 1,000,000 or later"):
-        sweep(model, stream_of(text()), config, chosen, None, tmp_path, after=10**6)
-    other = {"lora": replace(chosen["lora"], grad_clip=0.1)}
-    with pytest.raises(TypeError):
-        sweep(model, stream_of(text()), config, other, None, tmp_path)
-
-
-def test_windows_that_score_twice_have_no_documents():
-    with pytest.raises(PgolfError, match=r"set eval\.repeat_tail to false"):
-        cut_at(sliding_windows(100, 16, 4, repeat_tail=True), np.array([0, 50]))
+def test_every_legal_adapter_is_tested():
+    assert {config.adapter for config in CONFIGS.values()} | {"error_guided"} == set(KINDS)
 
 
 @by_adapter
-def test_without_a_step_every_adapter_gives_the_sliding_losses(model, config):
-    stream = stream_of(text())
-    windows = sliding_windows(stream.num_targets, SEQ, STRIDE)
-    scorer = Scorer(stream, windows, SEQ, lambda length: 3)
-    scorer.score(frozen_losses(model), 0, len(windows))
+def test_learning_rate_zero_gives_the_sliding_losses(name):
+    config, stream = CONFIGS[name], stream_of(text())
+    want = filled(Frozen(two_layers()).score, stream, windows_of(text()), batch=3)
     still = replace(config, lr=0.0, quantize_forward="none", lora=replace(config.lora, lr=0.0))
-    result = run(model, text(), still)
-    np.testing.assert_allclose(result.scorer.by_target(), scorer.by_target(), rtol=0, atol=1e-5)
+    result = run(text(), still)
+    np.testing.assert_allclose(result.scorer.by_target(), want.by_target(), rtol=0, atol=1e-5)
     assert result.score.text_bytes == stream.target_bytes.sum()
 
 
 @by_adapter
-def test_no_score_depends_on_a_later_token(model, config):
+def test_no_score_depends_on_a_later_token(name):
     """Two streams that differ from token 200 on have the same losses up to there."""
-    first = text()
-    second = first.copy()
-    second[200:] = np.where(first[200:] == 1, 1, 2 + (first[200:] + 5) % 90)
-    a, b = (run(model, tokens, config).scorer.by_target() for tokens in (first, second))
+    second = text().copy()
+    second[200:] = np.where(text()[200:] == 1, 1, 2 + (text()[200:] + 5) % 90)
+    a, b = outcome(name).scorer.by_target(), run(second, CONFIGS[name]).scorer.by_target()
     np.testing.assert_array_equal(a[:199], b[:199])
     assert (a[199:] != b[199:]).any()
 
 
 @by_adapter
-def test_scoring_changes_nothing_and_the_model_is_given_back(model, config):
+def test_scoring_changes_nothing_and_the_model_is_restored(name):
+    model, config, stream = two_layers(), CONFIGS[name], stream_of(text())
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    stream = stream_of(text())
-    windows, chunks = adapting_chunks(sliding_windows(stream.num_targets, SEQ, STRIDE), stream, config)
+    windows, chunks = adapting_chunks(windows_of(text()), stream, config)
     with borrowed(model):
         adapter = make_adapter(model, config, SEQ)
-        learn, score, told = adapter.adapt, adapter.score, []
+        adapt, score, seen = adapter.adapt, adapter.score, []
 
         def watched(*arguments):
             held = {name: t.clone() for name, t in adapter.state().items()}
@@ -317,25 +223,24 @@ def test_scoring_changes_nothing_and_the_model_is_given_back(model, config):
             return losses
 
         adapter.score = watched
-        adapter.adapt = lambda scored: (told.append(scored), learn(scored))
+        adapter.adapt = lambda scored: (seen.append(scored), adapt(scored))
         score_and_adapt(adapter, Scorer(stream, windows, SEQ, lambda length: 3), chunks, "test")
         assert adapter.updates > 0
-    assert 3 < len(told) < len(chunks)
+    assert 3 < len(seen) < len(chunks)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name])
         assert parameter.requires_grad
 
 
 @by_adapter
-def test_every_adapter_learns_words_that_repeat(model, config):
-    plain = run(model, text(), replace(config, lr=0.0, lora=replace(config.lora, lr=0.0))).score
-    assert run(model, text(), config).score.bpb < plain.bpb - 0.01
+def test_repeated_words_are_learned(name):
+    grid = fake_int6 if CONFIGS[name].quantize_forward == "banks" else None
+    plain = filled(Frozen(two_layers(), grid).score, stream_of(text()), windows_of(text()))
+    assert outcome(name).score.bpb < plain.sums(0, len(plain.windows)).bpb - 0.01
 
 
 @by_adapter
-def test_every_adapter_goes_on_from_its_state(model, config, tmp_path, monkeypatch):
-    want = run(model, text(), config).by_chunk
-
+def test_state_resumes_to_the_same_scores(name, tmp_path, monkeypatch):
     class Stop(Exception):
         pass
 
@@ -350,43 +255,15 @@ def test_every_adapter_goes_on_from_its_state(model, config, tmp_path, monkeypat
 
     monkeypatch.setattr(saved, "save", save)
     with pytest.raises(Stop):
-        run(model, text(), config, saved=saved)
-    found = run(model, text(), config, saved=resume.of("ttt"))
-    assert found.by_chunk == want
-    assert found.updates == run(model, text(), config).updates
-
-
-class OneOf:
-    """One rank of several that runs alone, and takes the losses that the others would have sent."""
-
-    def __init__(self, rank, world_size, others):
-        self.rank, self.world_size, self.others = rank, world_size, others
-
-    def sum_(self, values):
-        self.others.append((values, values.clone()))
-        return values
-
-    def same(self, value):
-        return value
+        run(text(), CONFIGS[name], saved=saved)
+    resumed = run(text(), CONFIGS[name], saved=resume.of("ttt"))
+    assert resumed.by_chunk == outcome(name).by_chunk
+    assert resumed.updates == outcome(name).updates
 
 
 @by_adapter
-def test_what_is_learned_does_not_depend_on_what_a_rank_scores(model, config):
-    """A rank that scores a share learns from the same tokens, so its losses are those of a rank alone."""
-    want = run(model, text(), config).scorer.losses
-    shares = [run(model, text(), config, ranks=OneOf(rank, 2, [])).scorer.losses for rank in range(2)]
+def test_learning_does_not_depend_on_what_a_rank_scores(name):
+    """A rank that scores a share learns from the same tokens, so its losses equal those of a single rank."""
+    shares = [run(text(), CONFIGS[name], world=OneOf(rank, 2)).scorer.losses for rank in range(2)]
     assert all((share == 0).any() for share in shares)
-    assert torch.equal(sum(shares), want)
-
-
-def test_one_document_learns_with_its_own_past_as_inputs(model):
-    """Inputs reach back over segments as far as a window does, and targets are the newest segment's."""
-    seen, config = [], replace(CONFIGS["lora"], lora=replace(BASE.lora, segment_tokens=8, epochs=1))
-    tokens = torch.arange(2, 35).view(1, -1)
-    with borrowed(model):
-        adapter = Lora(model, config, SEQ, model.banks)
-        adapter._update = lambda x, y: seen.append((x.tolist()[0], y.tolist()[0]))
-        adapter.begin(1)
-        for at in (0, 8, 16, 24):
-            adapter.adapt(Scored(tokens[:, at : at + 9], 0, 9))
-    assert seen == [([*range(max(2, e - 16), e)], [*range(e - 7, e + 1)]) for e in (10, 18, 26, 34)]
+    assert torch.equal(sum(shares), outcome(name).scorer.losses)

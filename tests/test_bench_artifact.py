@@ -1,4 +1,4 @@
-"""The benchmark of the export path: made-up artifacts, bounds, peers, limits, and all of it end to end."""
+"""The artifact benchmark: made-up artifacts, bounds, peers, limits, and a rehearsal from end to end."""
 
 import argparse
 import json
@@ -87,7 +87,7 @@ def test_reference_layout_holds_the_artifact(tmp_path):
     assert (tmp_path / CODES).read_bytes() == codes
 
 
-def test_every_peer_that_is_here_gives_the_file_back(tmp_path, monkeypatch):
+def test_every_installed_peer_restores_the_file(tmp_path, monkeypatch):
     import artifact_worker
 
     (tmp_path / "reference.pt").write_bytes(b"abracadabra" * 200)
@@ -103,7 +103,7 @@ def test_every_peer_that_is_here_gives_the_file_back(tmp_path, monkeypatch):
         artifact_worker.measure("zlib 9", tmp_path)
 
 
-def test_limits_are_judged():
+def test_results_are_compared_with_limits():
     from bench_artifact import verdicts
 
     def contender(size, seconds):

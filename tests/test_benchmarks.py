@@ -1,4 +1,4 @@
-"""The peers that benchmarks compare with are the same network, and the GPU session runs from end to end."""
+"""The peers of the benchmarks compute the same network, and the GPU session runs from end to end."""
 
 import json
 import subprocess
@@ -23,10 +23,11 @@ FOLDER = Path(__file__).parent.parent / "benchmarks"
 @pytest.fixture(autouse=True)
 def benchmarks_can_be_imported(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.syspath_prepend(str(FOLDER.parent))
 
 
 def test_plain_pytorch_computes_the_same_network():
-    from plain import plain_loss, plain_ops
+    from benchmarks.gpu_session.plain import plain_loss, plain_ops
 
     model = GPT(tiny_config(), torch.arange(96) % 3 == 0)
     randomize_(model, 1)
@@ -50,21 +51,21 @@ def test_plain_pytorch_computes_the_same_network():
 
 
 def session(tmp_path):
-    from session_files import Session
+    from benchmarks.gpu_session.session import Session
 
     return Session(out=tmp_path, seconds=60.0, started=0.0, dry=True, preset="tiny")
 
 
 def test_both_trainers_take_the_same_steps(tmp_path):
-    """In float32, from the same weights, ours and the plain one stay together; warming up has no effect."""
-    import session_step as step
+    """In float32, from the same weights, both give the same losses; warming up has no effect."""
+    from benchmarks.gpu_session import step
 
     config = step.run_config(session(tmp_path))
     config = replace(config, train=replace(config.train, compute_dtype="float32", table_dtype="float32"))
     pool = step.make_pool(config, torch.device("cpu"), 8)
     runners = [
-        step.prepare(way, config, pool, session(tmp_path))
-        for way in (step.Way("ours, eager", True), step.Way(step.REFERENCE, False))
+        step.prepare(one, config, pool, session(tmp_path))
+        for one in (step.Contender("ours, eager", True), step.Contender(step.REFERENCE, False))
     ]
     for _ in range(6):
         for runner in runners:
@@ -72,20 +73,20 @@ def test_both_trainers_take_the_same_steps(tmp_path):
     found = step.loss_differences(runners)["ours, eager"]
     assert found["steps"] == 6
     assert found["largest"] < 2e-3
-    assert runners[0].losses[-1] < runners[0].losses[0]  # something is learned
+    assert runners[0].losses[-1] < runners[0].losses[0]  # the model learns
     ours, plain = (dict(r.trainer.model.named_parameters()) for r in runners)
     for name in (*BANK_NAMES, "blocks.1.mlp_scale"):  # Adam makes noise of gradients near zero
         torch.testing.assert_close(ours[name], plain[name], rtol=0.05, atol=0.01, msg=name)
 
 
 def test_flops_of_a_token_are_those_of_the_design():
-    import session_step as step
+    from benchmarks.gpu_session import step
 
     assert step.flops_per_token(exp101().model, 2048) == pytest.approx(228.49e6, rel=1e-3)
 
 
 def test_flops_of_scoring_are_those_of_the_design():
-    """76.16 MF a position in full; last block and head for 64 of 2,048 positions save 9.3 %."""
+    """76.16 MFLOP per position; last block and head for 64 of 2,048 positions save 9.3 %."""
     from pgolf_fast.evaluation.estimate import forward_flops
 
     full = forward_flops(exp101().model, 2048, 2048)
@@ -94,12 +95,13 @@ def test_flops_of_scoring_are_those_of_the_design():
 
 
 def test_naive_evaluation_is_ours():
-    """What scoring is timed against gives the same losses, also with test-time training."""
+    """The naive evaluator gives our losses, also with test-time training."""
     import naive_eval
 
     from pgolf_fast.config.schema import TTTConfig
     from pgolf_fast.data.tokenizer import ByteTable
-    from pgolf_fast.evaluation.adapt import SGD, borrowed
+    from pgolf_fast.evaluation.adapters.base import borrowed
+    from pgolf_fast.evaluation.adapters.descent import SGD
     from pgolf_fast.evaluation.protocol import score_and_adapt, target_chunks
     from pgolf_fast.evaluation.score import Scorer, Stream
     from pgolf_fast.evaluation.windows import sliding_windows
@@ -119,7 +121,7 @@ def test_naive_evaluation_is_ours():
 
 
 def test_tokens_of_a_session_can_be_learned():
-    import session_step as step
+    from benchmarks.gpu_session import step
 
     tokens = step.markov_tokens(50, 200, 100)
     assert tokens.shape == (200, 100)
@@ -133,12 +135,22 @@ def test_tokens_of_a_session_can_be_learned():
 
 
 def run_session(*words, timeout=300):
-    command = [sys.executable, str(FOLDER / "gpu_session.py"), *words]
+    command = [sys.executable, str(FOLDER / "gpu_session"), *words]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout)
 
 
 def read(folder, name):
     return json.loads((folder / f"{name}.json").read_text())
+
+
+def test_one_part_can_be_rehearsed(tmp_path):
+    """The short proof: the process, its file and the summary. The slow test runs all five parts."""
+    done = run_session("--dry-run", "--out", str(tmp_path), "--minutes", "5", "--parts", "tune")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    assert read(tmp_path, "summary")["parts"]["tune"]["ok"]
+    tuned = read(tmp_path, "tune")
+    assert (tuned["status"], tuned["dry_run"]) == ("done", True)
+    assert [kernel["kernel"] for kernel in tuned["kernels"]] == ["smear_gate_fwd"]
 
 
 @pytest.mark.slow
@@ -167,15 +179,15 @@ def test_whole_session_can_be_rehearsed(tmp_path):
     records = [json.loads(line) for line in (tmp_path / "ops.jsonl").read_text().splitlines()]
     assert {"ours", "eager", "dense", "compile"} <= {r["peer"] for r in records if "median_ms" in r}
     step = read(tmp_path, "step")
-    ways = {row["way"]: row for row in step["T1"]}
-    assert set(ways) == {"ours, compile", "plain, compile, flash", "ours, eager", "plain, eager, flash"}
-    assert all(row["median_ms"] > 0 and row["mfu_percent"] > 0 for row in ways.values())
+    measured = {row["contender"]: row for row in step["T1"]}
+    assert set(measured) == {"ours, compile", "plain, compile, flash", "ours, eager", "plain, eager, flash"}
+    assert all(row["median_ms"] > 0 and row["mfu_percent"] > 0 for row in measured.values())
     assert max(gap["largest"] for gap in step["T3"].values()) < 0.05
     assert len(step["T2"]) == 2
-    assert set(step["profiles"]) == set(ways)
+    assert set(step["profiles"]) == set(measured)
     assert step["failed"] == {}
     evaluated = read(tmp_path, "eval")
-    assert {row["way"] for row in evaluated["E1"]} == {"ours, eager", "plain, eager"}
+    assert {row["contender"] for row in evaluated["E1"]} == {"ours, eager", "plain, eager"}
     assert evaluated["E2"]["largest_difference_nats"] < 1e-3
     assert evaluated["failed"] == {}
     tuned = read(tmp_path, "tune")
@@ -183,14 +195,14 @@ def test_whole_session_can_be_rehearsed(tmp_path):
     assert len(list(tmp_path.iterdir())) <= 8  # as many files as come back from a machine
 
 
-def test_a_part_that_crashes_or_overruns_is_recorded(tmp_path, monkeypatch):
-    import gpu_session
+def test_part_that_crashes_or_overruns_is_recorded(tmp_path, monkeypatch):
+    from benchmarks.gpu_session import runner
 
     script = tmp_path / "worker.py"
-    monkeypatch.setattr(gpu_session, "__file__", str(script))
-    monkeypatch.setattr(gpu_session, "GRACE", 0.0)
-    monkeypatch.setattr(sys, "argv", ["gpu_session.py"])
-    arguments = gpu_session.parse()
+    monkeypatch.setattr(runner, "PROGRAM", script)
+    monkeypatch.setattr(runner, "GRACE", 0.0)
+    monkeypatch.setattr(sys, "argv", ["gpu_session"])
+    arguments = runner.parse()
     content = json.dumps({"measured": 3, "status": "running"})
     begin = f"import sys, time, os\nopen({str(tmp_path / 'ops.json')!r}, 'w').write({content!r})\n"
     for body, status in (
@@ -199,13 +211,13 @@ def test_a_part_that_crashes_or_overruns_is_recorded(tmp_path, monkeypatch):
         ("print('last words'); raise ValueError", "crashed"),
     ):
         script.write_text(begin + body)
-        state = gpu_session.run_part("ops", 5.0, arguments, tmp_path)
+        state = runner.run_part("ops", 5.0, arguments, tmp_path)
         assert (state["status"], state["ok"]) == (status, False)
         left = read(tmp_path, "ops")
-        assert left["measured"] == 3  # what it had written stays
+        assert left["measured"] == 3  # earlier results are kept
         assert left["status"] == status
         assert "last words" in left["output_tail"]
-    state = gpu_session.run_part("ops", 1.0, arguments, tmp_path)
+    state = runner.run_part("ops", 1.0, arguments, tmp_path)
     assert state["status"] == "skipped: out of time"
 
 
@@ -218,14 +230,14 @@ def test_gpu_session_says_when_there_is_no_gpu(tmp_path):
 
 
 def test_session_needs_neither_tyro_nor_platformdirs(tmp_path):
-    """Nor pytest: a GPU machine may have PyTorch, Triton and NumPy only."""
+    """A GPU machine may have only PyTorch, Triton and NumPy: no pytest either."""
     code = f"""
 import sys
 for name in ("tyro", "platformdirs", "matplotlib", "tqdm", "sentencepiece", "pytest"):
     sys.modules[name] = None
-sys.path[:0] = [{str(FOLDER.parent)!r}, {str(FOLDER)!r}]
-import gpu_session, session_files, session_correct, session_ops, session_step, session_eval
-assert tuple(gpu_session.PARTS) == ("correct", "ops", "step", "eval", "tune")
+sys.path[:0] = [{str(FOLDER.parent)!r}]
+from benchmarks.gpu_session import correct, evaluate, ops, runner, session, step
+assert tuple(runner.PARTS) == ("correct", "ops", "step", "eval", "tune")
 """
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path
@@ -233,10 +245,10 @@ assert tuple(gpu_session.PARTS) == ("correct", "ops", "step", "eval", "tune")
     assert done.returncode == 0, done.stderr
 
 
-def test_preset_of_a_rehearsal_is_small():
-    import gpu_session
+def test_rehearsal_preset_is_small():
+    from benchmarks.gpu_session import runner
 
-    assert gpu_session.DRY_PRESET == "tiny"
+    assert runner.DRY_PRESET == "tiny"
     assert tiny().model.num_parameters() < 2_000_000
 
 

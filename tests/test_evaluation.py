@@ -6,39 +6,31 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import randomize_, tiny_config
+from evaluations import CPU, SEQ, adapted, byte_table, filled, stream_of, tiny_model
+from evaluations import random_tokens as tokens
+from helpers import tiny_config
 
 from pgolf_fast.config.presets import exp101_as_run
 from pgolf_fast.config.schema import QuantConfig, RunConfig, TTTConfig
-from pgolf_fast.data.tokenizer import ByteTable, target_bytes
+from pgolf_fast.data.tokenizer import target_bytes
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.evaluation.adapt import chunk_lr, trainable_parameters
-from pgolf_fast.evaluation.score import Score, Stream, frozen_losses, score_windows
+from pgolf_fast.evaluation.adapters.descent import chunk_lr, trainable_parameters
+from pgolf_fast.evaluation.adapters.frozen import Frozen
+from pgolf_fast.evaluation.score import Score, Stream
 from pgolf_fast.evaluation.scores import three_scores
-from pgolf_fast.evaluation.ttt import legal_ttt
 from pgolf_fast.evaluation.windows import plain_windows, sliding_windows
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.quant.state import bank_grids, dequantize_state, quantize_state
 
-CPU = torch.device("cpu")
-SEQ = 16
-
 
 @pytest.fixture
 def model():
-    made = GPT(tiny_config(), torch.arange(96) % 3 == 0)
-    randomize_(made, 3)
-    return made
+    return tiny_model()
 
 
 @pytest.fixture
 def table():
-    rng = np.random.default_rng(0)
-    return ByteTable(rng.integers(0, 6, 96).astype(np.int16), np.arange(96) % 3 == 0, np.arange(96) < 4)
-
-
-def tokens(count, seed=0):
-    return np.random.default_rng(seed).integers(0, 96, count).astype(np.uint16)
+    return byte_table()
 
 
 def scored_targets(windows):
@@ -106,7 +98,7 @@ def test_scores_equal_a_naive_evaluator(model, table, stride, count):
     data = tokens(count)
     want = naive(model, data, table, SEQ, stride)
     windows = sliding_windows(count - 1, SEQ, stride)
-    got = score_windows(frozen_losses(model), Stream(data, table, CPU), windows, SEQ, 3)
+    got = filled(Frozen(model).score, stream_of(data), windows, batch=3).sums(0, len(windows))
     assert got.nats == pytest.approx(want.nats, rel=1e-6)
     assert (got.tokens, got.text_bytes) == (want.tokens, want.text_bytes)
     assert got.bpb == pytest.approx(want.nats / math.log(2) / want.text_bytes)
@@ -115,7 +107,8 @@ def test_scores_equal_a_naive_evaluator(model, table, stride, count):
 def test_batch_size_does_not_matter(model, table):
     stream = Stream(tokens(200), table, CPU)
     windows = sliding_windows(199, SEQ, 4)
-    scores = [score_windows(frozen_losses(model), stream, windows, SEQ, b).nats for b in (1, 7, 64)]
+    filled_by = [filled(Frozen(model).score, stream, windows, batch=b) for b in (1, 7, 64)]
+    scores = [scorer.sums(0, len(windows)).nats for scorer in filled_by]
     assert scores == pytest.approx([scores[0]] * 3, rel=1e-7)
 
 
@@ -125,7 +118,7 @@ TTT = TTTConfig(chunk_tokens=64, epochs=2, lr=0.05, batch_seqs=2, parameters="al
 def run_ttt(model, data, table, config=TTT, stride=4):
     stream = Stream(data, table, CPU)
     windows = sliding_windows(stream.num_targets, SEQ, stride)
-    return legal_ttt(model, stream, windows, SEQ, 4, config)
+    return adapted(model, stream, windows, config)
 
 
 def test_ttt_scores_do_not_depend_on_later_tokens(model, table):
@@ -152,7 +145,7 @@ def test_ttt_guards_the_order_itself(model, table):
     stream = Stream(tokens(200), table, CPU)
     windows = sliding_windows(199, SEQ, 4)[::2]
     with pytest.raises(AssertionError, match="would use unscored targets"):
-        legal_ttt(model, stream, windows, SEQ, 4, TTT)
+        adapted(model, stream, windows, TTT)
 
 
 def test_ttt_restores_weights_gradients_and_flags_even_after_an_error(model, table, monkeypatch):
@@ -175,7 +168,7 @@ def test_ttt_restores_weights_gradients_and_flags_even_after_an_error(model, tab
 def test_zero_epochs_is_the_sliding_score(model, table):
     data = tokens(300)
     windows = sliding_windows(299, SEQ, 4)
-    plain = score_windows(frozen_losses(model), Stream(data, table, CPU), windows, SEQ, 4)
+    plain = filled(Frozen(model).score, stream_of(data), windows).sums(0, len(windows))
     without = run_ttt(model, data, table, replace(TTT, epochs=0))
     assert without.score.nats == pytest.approx(plain.nats, rel=1e-9)
     assert run_ttt(model, data, table).score.nats != pytest.approx(plain.nats, rel=1e-4)

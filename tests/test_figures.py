@@ -15,6 +15,7 @@ from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.ttt import LoraConfig, TTTConfig
 from pgolf_fast.data.source import open_source
 from pgolf_fast.data.tokenizer import ByteTable
+from pgolf_fast.evaluation.adapters.registry import adapting_chunks
 from pgolf_fast.evaluation.estimate import estimate, forward_flops, learning, windows_flops
 from pgolf_fast.evaluation.figures import (
     CLASSES,
@@ -26,7 +27,6 @@ from pgolf_fast.evaluation.figures import (
 )
 from pgolf_fast.evaluation.score import Stream
 from pgolf_fast.evaluation.scores import three_scores
-from pgolf_fast.evaluation.ttt import adapting_chunks
 from pgolf_fast.evaluation.windows import sliding_windows
 from pgolf_fast.io import save_tensors
 from pgolf_fast.lab.report.score_plot import draw_scores

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from evaluations import adapted
 from helpers import gptq_alone
 from torch import nn
 
@@ -18,7 +19,6 @@ from pgolf_fast.config.meta import MetaConfig
 from pgolf_fast.config.schema import ModelConfig, TTTConfig
 from pgolf_fast.data.tokenizer import ByteTable
 from pgolf_fast.evaluation.score import Stream
-from pgolf_fast.evaluation.ttt import legal_ttt
 from pgolf_fast.evaluation.windows import sliding_windows
 from pgolf_fast.model.bank import BANK_NAMES
 from pgolf_fast.model.gpt import GPT
@@ -138,26 +138,26 @@ def check_legal_ttt(meta, values):
         parameters="all",
         quantize_forward="none",
     )
-    adapted = {}
+    banks = {}
 
     def keep(name):
-        return lambda: adapted.update({name: getattr(model, name).detach().clone()})
+        return lambda: banks.update({name: getattr(model, name).detach().clone()})
 
     for epochs, suffix in ((meta["epochs"], ""), (0, "_no_ttt")):
-        result = legal_ttt(
+        result = adapted(
             model,
             stream,
             windows,
-            meta["seq_len"],
-            16,
             dataclasses.replace(settings, epochs=epochs),
+            seq_len=meta["seq_len"],
+            batch=16,
             before_restore=lambda: [keep(name)() for name in BANK_NAMES],
         )
         assert abs(result.score.loss - meta[f"val_loss{suffix}"]) <= 1e-4
         assert abs(result.score.bpb - meta[f"val_bpb{suffix}"]) <= 1e-4
         if epochs:
             for name in BANK_NAMES:
-                assert np.abs(adapted[name].numpy() - values[f"adapted/{name}"]).max() <= 1e-4, name
+                assert np.abs(banks[name].numpy() - values[f"adapted/{name}"]).max() <= 1e-4, name
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]), f"{name} was not restored"
 

@@ -51,7 +51,7 @@ def random_rates(model):
 
 
 def by_hand(model, tokens, targets, config, scale, rates):
-    """Return the outer loss and every gradient from the definition, by autograd and without gradient banks."""
+    """Return the outer loss and every gradient from the definition, by autograd without gradient banks."""
     banks = dict(zip(BANK_NAMES, model.bank_parameters(), strict=True))
     others = {n: p for n, p in model.named_parameters() if n not in banks}
     layers = model.config.num_layers

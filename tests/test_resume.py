@@ -14,7 +14,7 @@ from runs import make_dataset, read_json, run_config
 from safetensors import safe_open
 
 from pgolf_fast.config.run_folder import RunFolder
-from pgolf_fast.evaluation.adapt import SGD
+from pgolf_fast.evaluation.adapters.descent import SGD
 from pgolf_fast.evaluation.steps import score_run
 from pgolf_fast.train.loop import train
 
@@ -79,7 +79,7 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_file(run, tmp_path, monke
     assert not (path / "scores_float.json").exists()
     done = []
     adapt = SGD.adapt
-    monkeypatch.setattr(SGD, "adapt", lambda self, chunk: (done.append(chunk.chunk), adapt(self, chunk))[1])
+    monkeypatch.setattr(SGD, "adapt", lambda self, chunk: (done.append(chunk.index), adapt(self, chunk))[1])
     assert scored(path) == whole
     assert done == list(range(5, 15))  # eight updates a chunk: five were saved
     assert states(path) == []
@@ -124,7 +124,7 @@ def test_an_evaluation_that_is_killed_goes_on_to_the_same_file(run, tmp_path):
     script.write_text(  # the same evaluation, with time to be killed in
         "import sys, time\n"
         "from pgolf_fast import cli\n"
-        "from pgolf_fast.evaluation.adapt import SGD\n"
+        "from pgolf_fast.evaluation.adapters.descent import SGD\n"
         "adapt = SGD.adapt\n"
         "SGD.adapt = lambda self, chunk: (time.sleep(0.3), adapt(self, chunk))[1]\n"
         "sys.exit(cli.main(sys.argv[1:]))\n"
@@ -144,7 +144,7 @@ def test_an_evaluation_that_is_killed_goes_on_to_the_same_file(run, tmp_path):
         module = [sys.executable, "-m", "pgolf_fast.cli", *words]
         done = subprocess.run(module, capture_output=True, text=True, check=False, timeout=300, **options)
         assert done.returncode == 0, done.stderr[-3000:]
-        assert ("going on after" in done.stderr) == kill
+        assert ("resuming after" in done.stderr) == kill
         files.append((path / "scores_float.json").read_text())
     assert files[0] == files[1]
 

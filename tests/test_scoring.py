@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from data_helpers import real_data
-from helpers import randomize_, tiny_config
+from evaluations import CPU, OneOf, adapted, filled, random_tokens, stream_of, tiny_model
+from helpers import randomize_
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,15 +17,14 @@ from pgolf_fast.config.presets import small
 from pgolf_fast.config.schema import DataConfig, TTTConfig
 from pgolf_fast.data.source import open_source
 from pgolf_fast.data.tokenizer import ByteTable
-from pgolf_fast.distributed import ALONE
-from pgolf_fast.evaluation.adapt import SGD, Frozen, Scored, borrowed, trainable_parameters
+from pgolf_fast.evaluation.adapters.base import Scored, borrowed
+from pgolf_fast.evaluation.adapters.descent import SGD, trainable_parameters
+from pgolf_fast.evaluation.adapters.frozen import Frozen
 from pgolf_fast.evaluation.protocol import Ledger, score_and_adapt, target_chunks, window_chunks
-from pgolf_fast.evaluation.score import Scorer, Stream, batch_size, frozen_losses
-from pgolf_fast.evaluation.ttt import legal_ttt
+from pgolf_fast.evaluation.score import Scorer, Stream, batch_size
 from pgolf_fast.evaluation.windows import batches, plain_windows, sliding_windows
 from pgolf_fast.model.gpt import GPT
 
-CPU = torch.device("cpu")
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
@@ -74,7 +74,7 @@ def test_losses_of_small_on_real_tokens_equal_a_naive_evaluator(seq_len, stride,
     windows = sliding_windows(targets, seq_len, stride)
     size = batch_size(None, model.config, torch.float32, CPU)
     scorer = Scorer(Stream(tokens, table, CPU), windows, seq_len, size)
-    total = scorer.score(frozen_losses(model), 0, len(windows))
+    total = scorer.score(Frozen(model).score, 0, len(windows))
     torch.testing.assert_close(scorer.losses, want, rtol=0, atol=1e-5)
     assert total.nats == pytest.approx(want.double().sum().item(), abs=1e-5 * targets)
     assert total.tokens == targets
@@ -88,7 +88,7 @@ def test_chunks_of_test_time_training_give_the_same_losses():
     scorer = Scorer(stream, windows, 256, lambda length: 3)
     chunks = target_chunks(windows, stream.num_targets, 512)
     scores = score_and_adapt(Frozen(model), scorer, chunks, "test")
-    assert [c.end - c.begin for c in chunks] == [512, 512, 77]
+    assert [c.length for c in chunks] == [512, 512, 77]
     torch.testing.assert_close(scorer.losses, naive_losses(model, tokens, 256, 64), rtol=0, atol=1e-5)
     assert scores[-1].tokens == stream.num_targets
     assert scores[-1].text_bytes == stream.target_bytes.sum()
@@ -96,14 +96,12 @@ def test_chunks_of_test_time_training_give_the_same_losses():
 
 @pytest.fixture
 def model():
-    return randomize_(GPT(tiny_config(), torch.arange(96) % 3 == 0), 3)
+    return tiny_model()
 
 
 @pytest.fixture
 def stream():
-    rng = np.random.default_rng(0)
-    table = ByteTable(rng.integers(0, 6, 96).astype(np.int16), np.arange(96) % 3 == 0, np.arange(96) < 4)
-    return Stream(rng.integers(0, 96, 300).astype(np.uint16), table, CPU)
+    return stream_of(random_tokens(300))
 
 
 @given(
@@ -126,29 +124,14 @@ def test_batches_hold_every_window_once_and_are_of_one_shape(count, stride, size
         assert 1 <= len(part) <= batch.full <= size
 
 
-def losses_by(model, stream, *, size=4, ranks=ALONE, pad=None):
+def losses_by(model, stream, **options):
     windows = sliding_windows(stream.num_targets, 16, 4)
-    scorer = Scorer(stream, windows, 16, lambda length: size, ranks, pad=pad)
-    scorer.score(frozen_losses(model), 0, len(windows))
-    return scorer.losses
-
-
-class OneOf:
-    """A rank that sees its own share only."""
-
-    def __init__(self, rank, world_size):
-        self.rank, self.world_size = rank, world_size
-
-    def sum_(self, values):
-        return values
-
-    def same(self, value):
-        return value
+    return filled(Frozen(model).score, stream, windows, **options).losses
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 7])
 def test_shares_of_ranks_add_up_to_the_same_bits(model, stream, world_size):
-    shares = [losses_by(model, stream, ranks=OneOf(rank, world_size)) for rank in range(world_size)]
+    shares = [losses_by(model, stream, world=OneOf(rank, world_size)) for rank in range(world_size)]
     assert all((share == 0).any() for share in shares)
     assert torch.equal(sum(shares), losses_by(model, stream))
 
@@ -162,7 +145,7 @@ def test_neither_threads_nor_padding_change_a_bit(model, stream):
             assert torch.get_num_threads() == count
     finally:
         torch.set_num_threads(threads)
-    torch.testing.assert_close(losses_by(model, stream, size=5, pad=True), want, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(losses_by(model, stream, batch=5, pad=True), want, rtol=1e-6, atol=1e-6)
 
 
 def test_an_error_in_a_thread_is_not_lost(model, stream):
@@ -186,7 +169,7 @@ def test_only_scored_tokens_are_handed_over_and_nothing_is_reached_from_them(str
         ledger.hand_over(chunks[0])
     ledger.note(windows[: chunks[0].high])
     scored = ledger.hand_over(chunks[0])
-    assert torch.equal(scored.tokens, stream.tokens[:65])
+    assert torch.equal(scored.tokens, stream.tokens[None, :65])
     assert scored.tokens.untyped_storage().nbytes() == 65 * 8
     with pytest.raises(AssertionError, match=r"unscored targets in 64\.\.128"):
         ledger.hand_over(chunks[1])
@@ -197,7 +180,7 @@ def test_chunks_of_the_published_run():
     chunks = target_chunks(windows, 62_021_632, 65_536)
     sizes = [chunk.high - chunk.low for chunk in chunks]
     assert (len(sizes), sizes[0], set(sizes[1:-1]), sizes[-1]) == (947, 993, {1024}, 415)
-    assert chunks[-1].end == 62_021_632
+    assert chunks[-1].starts[0] + chunks[-1].length == 62_021_632
     frozen = window_chunks(windows, lambda length: 512)
     assert [(c.low, c.high) for c in frozen][-1] == (29 * 32_768, 969_088)
 
@@ -208,7 +191,7 @@ def test_sgd_takes_the_steps_of_the_library(model, stream, parameters):
     config = TTTConfig(
         epochs=2, lr=0.3, batch_seqs=2, parameters=parameters, quantize_forward="none", grad_clip=0.5
     )
-    scored = Scored(stream.tokens[:81], 1, 4)
+    scored = Scored(stream.tokens[None, :81], 1, 4)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     with borrowed(model):
         adapter = SGD(model, config, 16)
@@ -236,7 +219,7 @@ def test_sgd_takes_the_steps_of_the_library(model, stream, parameters):
 
 def test_sgd_goes_on_from_its_state(model, stream):
     config = TTTConfig(epochs=1, lr=0.3, batch_seqs=2, quantize_forward="banks")
-    first, second = Scored(stream.tokens[:65], 0, 4), Scored(stream.tokens[64:129], 1, 4)
+    first, second = (Scored(stream.tokens[None, 64 * i : 64 * i + 65], i, 4) for i in range(2))
     x, y = stream.tokens[None, 100:116], stream.tokens[None, 109:117]
     found = []
     with borrowed(model):
@@ -259,15 +242,17 @@ def test_sgd_goes_on_from_its_state(model, stream):
 def test_cut_scoring_and_adapting_compile_to_one_graph(model, stream):
     compile_ = functools.partial(torch.compile, dynamic=False, fullgraph=True, backend="aot_eager")
     x, y = stream.tokens[:32].view(2, 16), stream.tokens[1:33].view(2, 16)
-    eager = frozen_losses(model)(x, y[:, -4:], 40)
-    fast = frozen_losses(model, None, compile_(model.token_losses))(x, y[:, -4:], 40)
+    eager = Frozen(model).score(x, y[:, -4:], 40)
+    frozen = Frozen(model)
+    frozen._batched = compile_(model.token_losses)
+    fast = frozen.score(x, y[:, -4:], 40)
     torch.testing.assert_close(fast, eager)
     config, found = TTTConfig(epochs=1, lr=0.3, batch_seqs=2, quantize_forward="projections"), []
     for wrap in (lambda f: f, compile_):
         with borrowed(model):
             adapter = SGD(model, config, 16)
             adapter._loss = wrap(model.loss)
-            adapter.adapt(Scored(stream.tokens[:65], 0, 4))
+            adapter.adapt(Scored(stream.tokens[None, :65], 0, 4))
             found.append(adapter.score(x, y, 16))
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
 
@@ -280,7 +265,7 @@ def test_compiled_and_replayed_evaluation_on_a_gpu_equals_the_plain_one(model, s
     for quantize in ("none", "banks", "projections"):
         config = TTTConfig(chunk_tokens=64, epochs=2, lr=0.05, batch_seqs=3, quantize_forward=quantize)
         found = [
-            legal_ttt(model, on_gpu, windows, 16, 4, config, compile=compile_, cuda_graph=graph)
+            adapted(model, on_gpu, windows, config, compile=compile_, cuda_graph=graph)
             for compile_, graph in ((False, False), (False, True), (True, True))
         ]
         want = [score.nats for score in found[0].by_chunk]

@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from evaluations import adapted, stream_of, text
 from helpers import randomize_, tiny_config
 from runs import VOCAB, make_dataset, read_json
-from test_adapters import stream_of, text
 from test_submit import ABOUT, call, same_scores
 
 from pgolf_fast import cli
@@ -22,12 +22,13 @@ from pgolf_fast.config.schema import RunConfig, TTTConfig
 from pgolf_fast.config.shrink import shrink
 from pgolf_fast.config.ttt import GuidedConfig
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.evaluation.adapt import SGD, AdamW, Scored, borrowed
-from pgolf_fast.evaluation.adapters import make_adapter
-from pgolf_fast.evaluation.error_guided import learn_and_score
-from pgolf_fast.evaluation.score import Scorer, frozen_losses
+from pgolf_fast.evaluation.adapters.base import Scored, borrowed
+from pgolf_fast.evaluation.adapters.descent import SGD, AdamW
+from pgolf_fast.evaluation.adapters.error_guided import learn_and_score
+from pgolf_fast.evaluation.adapters.frozen import Frozen
+from pgolf_fast.evaluation.adapters.registry import adapting_chunks, make_adapter
+from pgolf_fast.evaluation.score import Scorer
 from pgolf_fast.evaluation.steps import score_run
-from pgolf_fast.evaluation.ttt import adapting_chunks, legal_ttt
 from pgolf_fast.evaluation.windows import plain_windows
 from pgolf_fast.io import load_tensors
 from pgolf_fast.lab.audit.check import run_checks
@@ -325,13 +326,13 @@ def test_illegal_settings_on_any_run_are_refused(made, capsys):
     assert "1 of 2 do not hold: C3" in capsys.readouterr().out
 
 
-def test_legal_ttt_is_legal():
+def test_illegal_adapter_needs_permission():
     model, stream = guided_model()
     windows = plain_windows(stream.num_targets, 16)
     config = TTTConfig(adapter="error_guided", quantize_forward="none", guided=GUIDED)
     with pytest.raises(PgolfError, match="breaks the rules"):
-        legal_ttt(model, stream, windows, 16, 4, config)
-    result = legal_ttt(model, stream, windows, 16, 4, config, allow_illegal=True)
+        adapted(model, stream, windows, config)
+    result = adapted(model, stream, windows, config, allow_illegal=True)
     assert result.updates == GUIDED.epochs * GUIDED.hard_windows(len(windows))
     assert len(result.by_chunk) == 1
 
@@ -355,13 +356,13 @@ def test_error_guided_trains_on_the_hardest_windows():
         scorer.score(losses_of, 0, len(windows))
         return np.add.reduceat(scorer.losses.double().numpy(), scorer.places[:-1]) / np.diff(scorer.places)
 
-    plain = by_window(frozen_losses(model))
+    plain = by_window(Frozen(model).score)
     trained = []
     with borrowed(model):
         adapter = make_adapter(model, config, 16)
         np.testing.assert_allclose(by_window(adapter.score), plain, rtol=0, atol=1e-6)
         honest = adapter.adapt
-        adapter.adapt = lambda scored: (trained.append(scored.tokens), honest(scored))[1]
+        adapter.adapt = lambda scored: (trained.append(scored.tokens[0]), honest(scored))[1]
         scorer = Scorer(stream, windows, 16, lambda length: 4)
         chunks = adapting_chunks(windows, stream, config)[1]
         learn_and_score(GUIDED, adapter, scorer, chunks, "test")
@@ -389,7 +390,7 @@ def test_frozen_blocks_stay_as_they_are(parameters, rule):
     n = model.config.num_layers
     with borrowed(model):
         adapter = rule(model, config, 16)
-        adapter.adapt(Scored(stream.tokens[:65].clone(), 0, 4))
+        adapter.adapt(Scored(stream.tokens[None, :65].clone(), 0, 4))
         moved = {name: p.detach() != before[name] for name, p in model.named_parameters()}
         again = rule(model, config, 16)
         again.load_state({name: t.clone() for name, t in adapter.state().items()})

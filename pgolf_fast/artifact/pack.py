@@ -13,24 +13,22 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pgolf_fast.artifact import codecs
-from pgolf_fast.artifact.budget import Pruned, prune_to_fit
 from pgolf_fast.artifact.container import (
+    SECTIONS,
     ContainerSizes,
     SectionSize,
     TensorRecord,
-    container_bytes,
     read_container,
-    write_container,
 )
-from pgolf_fast.artifact.reader import SECTIONS
+from pgolf_fast.artifact.prune import Pruned, prune_to_fit
 from pgolf_fast.artifact.submission import code_bytes
+from pgolf_fast.artifact.writer import container_bytes, write_container
 from pgolf_fast.config.fields import run_config_from_dict
 from pgolf_fast.config.schema import PackConfig, RunConfig
 from pgolf_fast.console import Table
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import atomic_path
 from pgolf_fast.model.gpt import GPT
-from pgolf_fast.ops import native
 from pgolf_fast.quant.state import (
     TABLE_BITS,
     QuantizedState,
@@ -178,11 +176,8 @@ def _prune(records: list[TensorRecord], sizes: ContainerSizes, code: int, config
         raise _too_large(sizes.total_bytes, code, config.limit_bytes, hint)
 
     shapes = [(*array.shape, 1) for array in matrices]
-    extension = native.extension()
 
     def coded_size(flat: NDArray[np.int8]) -> int:
-        if extension is not None and codec == "rans":
-            return extension.rans_size(flat, shapes)
         settings = {"preset": config.lzma_preset} if codec == "lzma" else {}
         return min(len(codecs.encode(codec, flat.tobytes(), shapes, **settings)), flat.size)
 

@@ -169,7 +169,7 @@ def load_validation(
             f"set it to {seq_len} or more, or leave it out"
         )
     keep = (wanted - 1) // seq_len * seq_len + 1
-    parts = []
+    parts: list[np.ndarray] = []
     for shard in shards:
-        parts.append(shard.tokens[: keep - sum(map(len, parts))])
+        parts.append(shard.tokens[: keep - sum(len(part) for part in parts)])
     return np.concatenate(parts)

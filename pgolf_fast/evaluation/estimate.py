@@ -1,7 +1,7 @@
-"""What an evaluation will do and how long it will take here, before it starts.
+"""Windows, updates, operations and time of an evaluation, before it starts.
 
-Windows, targets, updates and multiplications are counted as the evaluator will cut them. Time is that of a
-sample of the same shapes, run by the evaluator's own code, for each multiplication of it.
+Counts follow the evaluator's own chunks. Time is that of a sample of the same shapes, run by the evaluator's
+own code, scaled by operations.
 """
 
 from __future__ import annotations
@@ -9,33 +9,31 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
 
 import numpy as np
 import torch
 
 from pgolf_fast.config.model import ModelConfig
 from pgolf_fast.config.schema import RunConfig, TTTConfig
-from pgolf_fast.evaluation.adapt import Adapter, DocumentAdapter, Frozen, Scored, borrowed
-from pgolf_fast.evaluation.adapters import make_adapter
-from pgolf_fast.evaluation.protocol import Chunk, Segment
+from pgolf_fast.evaluation.adapters.base import Adapter, Scored
+from pgolf_fast.evaluation.adapters.registry import adapting_chunks
+from pgolf_fast.evaluation.evaluator import Evaluator
+from pgolf_fast.evaluation.protocol import Chunk
 from pgolf_fast.evaluation.score import Scorer, Stream
-from pgolf_fast.evaluation.scores import compiles, shared_size, window_batches
-from pgolf_fast.evaluation.ttt import adapting_chunks
-from pgolf_fast.evaluation.windows import Windows, plain_windows, sliding_windows
+from pgolf_fast.evaluation.scores import PLAIN, SLIDING, TTT
+from pgolf_fast.evaluation.windows import Windows
 from pgolf_fast.model.bank import Transform
 from pgolf_fast.model.gpt import GPT
-from pgolf_fast.quant.fake import make_fake
 
 SAMPLE_SECONDS = 1.0  # a sample is doubled until it takes this long
-LONG_SECONDS = 5.0  # and is not repeated where its first run takes this long
-# Of a forward: gradients of activations and weights, or of activations alone, are as much again each
+LONG_SECONDS = 5.0  # and is not repeated if its first run takes this long
+# Multiples of a forward: gradients of activations cost one more, gradients of weights another
 ALL_GRADIENTS, INPUT_GRADIENTS = 3, 2
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """One of the three scores: what is done for it, and the seconds that should take."""
+    """Work and expected seconds of one of the three scores."""
 
     name: str
     windows: int
@@ -44,15 +42,15 @@ class Estimate:
     updates: int
     """Gradient steps of test-time training."""
     flops: float
-    """As of `forward_flops`; an update is its forward and as much again for each gradient it needs."""
+    """As in `forward_flops`; an update is its forward and as much again for each kind of gradient."""
     seconds: float
 
 
 def forward_flops(model: ModelConfig, length: int, scored: int) -> float:
-    """Multiply-adds, twice, of the losses of the last `scored` positions of one window of `length` tokens.
+    """Return twice the multiply-adds of the losses of the last `scored` positions of a window.
 
-    Products with weights and attention (each query with the keys it sees); the rest is not counted. All but
-    queries, output projection, attention and MLP of the last block, and the head, need every position.
+    Counts products with weights and attention (each query with the keys it sees). Queries, output projection,
+    attention and MLP of the last block, and the head, are needed at the scored positions only.
     """
     d, kv = model.model_dim, model.kv_dim
     by_query = 2 * d * d + d * (model.mlp_up_rows + model.mlp_hidden)
@@ -68,18 +66,18 @@ def forward_flops(model: ModelConfig, length: int, scored: int) -> float:
 
 
 def windows_flops(model: ModelConfig, windows: Windows) -> float:
-    """The `forward_flops` of all windows."""
+    """Return the `forward_flops` of all windows."""
     shapes = np.stack((windows.end - windows.start, windows.end - windows.first))
-    found, counts = np.unique(shapes, axis=1, return_counts=True)
-    by_shape = zip(found.T.tolist(), counts.tolist(), strict=True)
+    unique, counts = np.unique(shapes, axis=1, return_counts=True)
+    by_shape = zip(unique.T.tolist(), counts.tolist(), strict=True)
     return sum(count * forward_flops(model, *shape) for shape, count in by_shape)
 
 
 @dataclass(frozen=True)
 class Learning:
-    """Test-time training's updates, and the operations of those on chunks and on segments of documents.
+    """Updates of test-time training, and their operations on chunks of the stream and segments of documents.
 
-    The low-rank changes themselves, a few in a hundred, are not counted.
+    The low-rank changes themselves, a few percent, are not counted.
     """
 
     updates: int = 0
@@ -87,70 +85,64 @@ class Learning:
     segments: float = 0.0
 
 
-def learning(
-    chunks: Sequence[Chunk | Segment], config: TTTConfig, model: ModelConfig, seq_len: int
-) -> Learning:
-    """What is learned from these chunks, as `score_and_adapt` goes through them."""
+def learning(chunks: Sequence[Chunk], config: TTTConfig, model: ModelConfig, seq_len: int) -> Learning:
+    """Return what is learned from these chunks, in the order of `score_and_adapt`."""
     if config.adapter == "error_guided":
-        assert isinstance(chunks[-1], Chunk)
-        windows = -(-chunks[-1].end // config.guided.window_tokens)
+        windows = -(-chunks[-1].length // config.guided.window_tokens)
         updates = config.guided.epochs * config.guided.hard_windows(windows)
         whole = forward_flops(model, config.guided.window_tokens, config.guided.window_tokens)
         return Learning(updates, (windows + INPUT_GRADIENTS * updates) * whole)
     updates, on_chunks, on_segments, held = 0, 0.0, 0.0, 0
     whole = forward_flops(model, seq_len, seq_len)
     for chunk in chunks[:-1]:
-        if isinstance(chunk, Chunk):
-            sequences = (chunk.end - chunk.begin) // seq_len
+        if not chunk.by_document:
+            sequences = chunk.length // seq_len
             updates += config.epochs * -(-sequences // config.batch_seqs)
             on_chunks += ALL_GRADIENTS * config.epochs * sequences * whole
-        elif len(chunk.begin):
-            held = min((0 if chunk.opens else held) + chunk.length, max(seq_len, chunk.length))
+        elif chunk.starts:
+            held = min((0 if chunk.new_documents else held) + chunk.length, max(seq_len, chunk.length))
             updates += config.lora.epochs
             work = INPUT_GRADIENTS * forward_flops(model, held, chunk.length)
-            on_segments += config.lora.epochs * len(chunk.begin) * work
+            on_segments += config.lora.epochs * len(chunk.starts) * work
     return Learning(updates, on_chunks, on_segments)
 
 
 def estimate(model: GPT, stream: Stream, config: RunConfig, grid: Transform = None) -> list[Estimate]:
-    """The three scores as `three_scores` with the same arguments computes them, by this process alone.
+    """Estimate the three scores as `three_scores` computes them from the same arguments, on one rank.
 
-    On a GPU, the seconds are those after compiling.
+    On a GPU, seconds exclude compilation.
     """
-    length, size = config.eval_seq_len, window_batches(model, config)
-    compile_, cuda_graph = compiles(model, config)
-    plain = plain_windows(stream.num_targets, length)
-    sliding = sliding_windows(
-        stream.num_targets, length, config.eval.stride, repeat_tail=config.eval.repeat_tail
-    )
-    frozen, found = Frozen(model, compile=compile_), []
-    for name, windows in (("non-overlapping", plain), ("sliding", sliding)):
+    evaluator, ttt = Evaluator(model, stream, config, grid), config.ttt
+    sliding, frozen = evaluator.sliding_windows(), evaluator.frozen_adapter()
+    estimates = []
+    for name, windows in ((PLAIN, evaluator.plain_windows()), (SLIDING, sliding)):
         flops = windows_flops(model.config, windows)
-        seconds = flops * _scoring(model.config, frozen, Scorer(stream, windows, length, size))
-        found.append(Estimate(name, len(windows), int(windows.places()[-1]), 0, flops, seconds))
-    windows, chunks = adapting_chunks(sliding, stream, config.ttt)
-    learned = learning(chunks, config.ttt, model.config, length)
+        seconds = flops * _scoring(model.config, frozen, evaluator.scorer(windows))
+        estimates.append(Estimate(name, len(windows), int(windows.places()[-1]), 0, flops, seconds))
+    windows, chunks = adapting_chunks(sliding, stream, ttt)
+    learned = learning(chunks, ttt, model.config, config.eval_seq_len)
     scored = windows_flops(model.config, windows)
-    alone = config.ttt.adapter == "error_guided"  # it learns from one window at a time
-    sample = replace(config.ttt, epochs=1, lora=replace(config.ttt.lora, epochs=1))
-    sample = replace(sample, batch_seqs=1 if alone else sample.batch_seqs)
-    grid = grid or make_fake(config.quant.bits, config.quant.scale_floor)
-    with borrowed(model):
-        adapter = make_adapter(model, sample, length, grid, compile=compile_, cuda_graph=cuda_graph)
-        if sample.by_document:
-            cast(DocumentAdapter, adapter).begin(sample.lora.documents)
-        scorer = Scorer(stream, windows, length, shared_size(size, config))
+    one_by_one = ttt.adapter == "error_guided"  # learns from one window at a time
+    sample = replace(
+        ttt,
+        epochs=1,
+        lora=replace(ttt.lora, epochs=1),
+        batch_seqs=1 if one_by_one else ttt.batch_seqs,
+    )
+    with evaluator.adapter(sample) as adapter:
+        adapter.begin(sample.lora.documents)
+        scorer = evaluator.scorer(windows, evaluator.adapting_size(ttt))
         seconds = scored * _scoring(model.config, adapter, scorer)
         if learned.chunks:
-            seconds += learned.chunks * _by_chunk(model.config, adapter, stream, sample, length)
+            seconds += learned.chunks * _adapting(adapter, evaluator, sample, by_document=False)
         if learned.segments:
-            seconds += learned.segments * _by_segment(model.config, adapter, stream, sample)
+            seconds += learned.segments * _adapting(adapter, evaluator, sample, by_document=True)
     tokens, flops = int(windows.places()[-1]), scored + learned.chunks + learned.segments
-    return [*found, Estimate("sliding + TTT", len(windows), tokens, learned.updates, flops, seconds)]
+    return [*estimates, Estimate(TTT, len(windows), tokens, learned.updates, flops, seconds)]
 
 
 def _scoring(model: ModelConfig, adapter: Adapter, scorer: Scorer) -> float:
-    """Seconds per operation of scoring windows from the middle of the stream."""
+    """Return seconds per operation of scoring windows from the middle of the stream."""
     windows, device = scorer.windows, scorer.losses.device
 
     def work(count: int) -> float:
@@ -163,37 +155,30 @@ def _scoring(model: ModelConfig, adapter: Adapter, scorer: Scorer) -> float:
     return _seconds_per_flop(work, batch * threads, len(windows), device)
 
 
-def _by_chunk(model: ModelConfig, adapter: Adapter, stream: Stream, config: TTTConfig, seq_len: int) -> float:
-    """Seconds per operation of one step on sequences of a chunk."""
+def _adapting(adapter: Adapter, evaluator: Evaluator, ttt: TTTConfig, *, by_document: bool) -> float:
+    """Return seconds per operation of one step on segments of documents, or on sequences of a chunk."""
+    stream, model = evaluator.stream, evaluator.model.config
+    length = ttt.lora.segment_tokens if by_document else evaluator.config.eval_seq_len
+    gradients = INPUT_GRADIENTS if by_document else ALL_GRADIENTS
+    most = min(ttt.lora.documents if by_document else ttt.batch_seqs, stream.num_targets // length)
 
     def work(count: int) -> float:
-        adapter.adapt(Scored(stream.tokens[: count * seq_len + 1].clone(), 0, 2))
-        return count * ALL_GRADIENTS * forward_flops(model, seq_len, seq_len)
+        tokens = stream.tokens[None, : count * length + 1]
+        if by_document:
+            adapter.begin(count)
+            tokens = tokens[0].unfold(0, length + 1, length)
+        adapter.adapt(Scored(tokens.clone(), 0, 2, by_document))
+        return count * gradients * forward_flops(model, length, length)
 
-    most = min(config.batch_seqs, stream.num_targets // seq_len)
-    device = stream.tokens.device
-    return _seconds_per_flop(work, 1 if device.type == "cpu" else most, most, device)
-
-
-def _by_segment(model: ModelConfig, adapter: Adapter, stream: Stream, config: TTTConfig) -> float:
-    """Seconds per operation of one step on segments of documents."""
-    length = config.lora.segment_tokens
-
-    def work(count: int) -> float:
-        cast(DocumentAdapter, adapter).begin(count)
-        adapter.adapt(Scored(stream.tokens.unfold(0, length + 1, length)[:count].clone(), 0, 2))
-        return count * INPUT_GRADIENTS * forward_flops(model, length, length)
-
-    most = min(config.lora.documents, stream.num_targets // length)
     device = stream.tokens.device
     return _seconds_per_flop(work, 1 if device.type == "cpu" else most, most, device)
 
 
 def _seconds_per_flop(work: Callable[[int], float], count: int, most: int, device: torch.device) -> float:
-    """Of `work`, which does so many of its `most` pieces and returns the operations in them.
+    """Return seconds per operation of `work(count)`, which does `count` of `most` pieces and returns flops.
 
-    From `count` up, it is given twice as much until it takes SAMPLE_SECONDS. Its first call, in which
-    libraries prepare themselves and GPUs compile, counts only if that is a small part of it, on a CPU.
+    `count` is doubled until a call takes SAMPLE_SECONDS. The first call initializes libraries and compiles;
+    it counts only on a CPU and only if it takes LONG_SECONDS.
     """
 
     def timed() -> tuple[float, float]:

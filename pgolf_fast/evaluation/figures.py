@@ -1,6 +1,6 @@
-"""Where the bits go: one score taken apart by kind of target, context, document length and size of loss.
+"""Breakdown of a score by class of target, context length, document length and size of loss.
 
-Every part is over the same losses as the score, so each table's sums are the score's.
+Every part covers the same losses as the score, so the sums of each table are the score's.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from pgolf_fast.evaluation.documents import document_starts
 from pgolf_fast.evaluation.score import Score, Scorer
 
 CLASSES = ("word start", "within word", "byte", "after BOS", "BOS")
-"""A target is of the last class that fits: BOS, any control, unknown or unused piece, which has no bytes and
-is mostly where a document ends; after BOS, one whose input is such a piece; byte, a piece of one raw byte;
-word start, a piece with a leading space; within word, any other."""
+"""A target belongs to the last class that fits. BOS: any control, unknown or unused piece, which has no bytes
+and mostly ends a document; after BOS: its input is such a piece; byte: a piece of one raw byte; word start: a
+piece with a leading space; within word: any other."""
 _WORD_START, _WITHIN, _BYTE, _AFTER, _SILENT = range(5)
 PERCENTS = (1, 5, 10, 25, 50, 75, 90, 95, 99)
 HARDEST = (1, 2, 5, 10, 25, 50)
 THRESHOLDS = (1, 3, 5, 7, 10)
-SHORTEST_CONTEXT, SHORTEST_DOCUMENT = 16, 128  # the first bucket's upper end; each next one's is twice that
-_BLOCK = 2**22
+SHORTEST_CONTEXT, SHORTEST_DOCUMENT = 16, 128  # upper end of the first bucket; doubles for each next one
+_BLOCK = 2**22  # upper limit of targets in memory at once
 
 
 @dataclass(frozen=True)
@@ -37,28 +37,28 @@ class Above:
 
 @dataclass(frozen=True)
 class Figures:
-    """One score in parts."""
+    """Breakdown of one score."""
 
     by_class: dict[str, Score]
-    """By `CLASSES`."""
+    """Scores by name in `CLASSES`."""
     by_context: dict[str, Score]
-    """By the number of tokens in the window up to and with the one the target is predicted at."""
+    """Scores by context length in tokens."""
     by_document: dict[str, Score]
-    """By the tokens of the document, its BOS with it."""
+    """Scores by tokens of the document, BOS included."""
     quantiles: dict[str, float]
     """Losses in nats that `PERCENTS` of all targets do not exceed, interpolated linearly."""
     hardest: dict[str, float]
-    """Share of the summed loss that the hardest targets carry, by percent of targets, rounded up."""
+    """Share of the summed loss in the hardest targets, by percent of targets, rounded up."""
     above: dict[str, Above]
-    """By `THRESHOLDS` in nats (the table of PR 296)."""
+    """Shares above `THRESHOLDS` in nats (the table of PR 296)."""
 
     @property
     def easiest_half(self) -> float:
-        """Share of the summed loss that the easier half of the targets carries."""
+        """Share of the summed loss in the easier half of the targets."""
         return 1 - self.hardest["50"]
 
     def to_dict(self) -> dict[str, object]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         parts = {"class": self.by_class, "context": self.by_context, "document_tokens": self.by_document}
         return {
             **{f"by_{name}": {k: s.to_dict() for k, s in part.items()} for name, part in parts.items()},
@@ -70,7 +70,7 @@ class Figures:
 
 
 def token_classes(tokenizer: Tokenizer) -> np.ndarray:
-    """The class of each id as a target whatever comes before it: uint8 (V,), indices of `CLASSES`."""
+    """Return the class of each id as a target regardless of its input: indices of `CLASSES`, uint8 (V,)."""
     return np.array(
         [
             _SILENT
@@ -87,13 +87,13 @@ def token_classes(tokenizer: Tokenizer) -> np.ndarray:
 
 
 def target_classes(tokens: np.ndarray, classes: np.ndarray) -> np.ndarray:
-    """The class of each target tokens[1:], uint8 (targets,); `classes` (V,) are those of `token_classes`."""
+    """Return the class of each target tokens[1:], uint8 (targets,); `classes` (V,) is `token_classes`."""
     own = classes[tokens]
     return np.where((own[:-1] == _SILENT) & (own[1:] != _SILENT), np.uint8(_AFTER), own[1:])
 
 
 def doubling(values: np.ndarray, first: int) -> np.ndarray:
-    """Buckets 1 .. first, first+1 .. 2 first, ...: the index of each of these positive integers' bucket."""
+    """Return the bucket index of positive integers; buckets are 1 .. first, first+1 .. 2 first, ..."""
     edges = first * 2 ** np.arange(40)
     return np.searchsorted(edges, values)
 
@@ -104,7 +104,7 @@ def _names(count: int, first: int) -> list[str]:
 
 
 class _Sums:
-    """Losses, targets and bytes added up by group."""
+    """Sums of losses, targets and bytes by group."""
 
     def __init__(self) -> None:
         self._sums = np.zeros((3, 64))
@@ -114,7 +114,7 @@ class _Sums:
             self._sums[row] += np.bincount(groups, weights, minlength=64)
 
     def scores(self, names: Sequence[str] | None = None, first: int = 0) -> dict[str, Score]:
-        """By name; without names, by the buckets of `doubling` that hold anything."""
+        """Return scores by name; without names, by nonempty bucket of `doubling`."""
         chosen = np.flatnonzero(self._sums[1]).tolist() if names is None else range(len(names))
         names = _names(chosen[-1] + 1, first) if names is None else names
         nats, tokens, text_bytes = self._sums
@@ -122,7 +122,7 @@ class _Sums:
 
 
 def figures(scorer: Scorer, classes: np.ndarray) -> Figures:
-    """The parts of the score whose losses are filled in; `classes` as of `token_classes`."""
+    """Return the breakdown of losses that are filled in; `classes` is `token_classes`."""
     stream, windows = scorer.stream, scorer.windows
     tokens = stream.tokens.cpu().numpy()
     losses = scorer.losses.cpu().numpy()
@@ -134,7 +134,7 @@ def figures(scorer: Scorer, classes: np.ndarray) -> Figures:
     step = max(1, _BLOCK // scorer.seq_len)
     for low in range(0, len(windows), step):
         part = windows[low : low + step]
-        targets = scorer.targets(low, low + len(part))
+        targets = part.targets()
         context = targets - np.repeat(part.start, part.end - part.first) + 1
         own = losses[scorer.places[low] : scorer.places[low + len(part)]]
         text_bytes = stream.target_bytes[targets]
@@ -150,12 +150,12 @@ def figures(scorer: Scorer, classes: np.ndarray) -> Figures:
 
 
 def spread(losses: np.ndarray) -> tuple[dict[str, float], dict[str, float], dict[str, Above]]:
-    """`quantiles`, `hardest` and `above` of `Figures`, of losses (targets,) in nats in any order."""
+    """Return `quantiles`, `hardest` and `above` of `Figures` for losses (targets,) in nats in any order."""
     ordered = np.sort(losses).astype(np.float64)
     count, total = len(ordered), float(ordered.sum())
 
     def share(first: int) -> float:
-        """Of the summed loss, that of ordered[first:]."""
+        """Return the share of ordered[first:] in the summed loss."""
         return float(ordered[first:].sum()) / total
 
     quantiles = {f"p{p}": float(q) for p, q in zip(PERCENTS, np.percentile(ordered, PERCENTS), strict=True)}

@@ -74,7 +74,7 @@ def score_run(
         mark = identity(model, stream, shaping)
         resume = Resume(result, mark, 60 * config.eval.checkpoint_minutes, world.is_main)
     scores = three_scores(
-        model, stream, config, grid, ranks=world, resume=resume, allow_illegal=allow_illegal
+        model, stream, config, grid, world=world, resume=resume, allow_illegal=allow_illegal
     )
     if world.is_main:
         settings = {"artifact_sha256": digest, "eval": tree["eval"], "ttt": tree["ttt"]}

@@ -1,4 +1,4 @@
-"""How a token stream is cut into windows: which inputs each reads and which targets it scores.
+"""Windows over a token stream: which inputs each reads and which targets it scores.
 
 A stream of N + 1 tokens has N targets; target t (0-based) is token t + 1, predicted at input position t.
 """
@@ -16,9 +16,9 @@ from pgolf_fast.errors import PgolfError
 
 @dataclass(frozen=True)
 class Windows:
-    """Window i reads inputs start[i] .. end[i]-1 and scores the targets first[i] .. end[i]-1.
+    """Window i reads inputs start[i] .. end[i]-1 and scores targets first[i] .. end[i]-1.
 
-    Where documents are scored in step, it is of number row[i] of those.
+    Where documents are scored in parallel, it belongs to document row[i] of the batch.
     """
 
     start: np.ndarray
@@ -34,15 +34,20 @@ class Windows:
         return Windows(self.start[index], self.end[index], self.first[index], row)
 
     def places(self) -> np.ndarray:
-        """Where each window's losses begin in the row of all scored losses, and at the end their number."""
+        """Return the offset of each window's losses among all scored losses, and their total at the end."""
         return np.concatenate(([0], np.cumsum(self.end - self.first)))
+
+    def targets(self) -> np.ndarray:
+        """Return the scored targets in the order of their losses, (scored,) int64."""
+        counts = self.end - self.first
+        return np.repeat(self.first - self.places()[:-1], counts) + np.arange(counts.sum())
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Windows low .. high-1, all of one shape: `length` inputs, of which the last `scored` are scored.
+    """Windows low .. high-1 of one shape: `length` inputs, of which the last `scored` are scored.
 
-    Full batches of that run of windows have `full` windows; only its last one may have fewer.
+    Batches of a run of such windows have `full` of them; only the last one may have fewer.
     """
 
     low: int
@@ -52,43 +57,41 @@ class Batch:
     full: int
 
 
-# Windows of one batch, by their length
+# Windows per batch as a function of their length
 BatchSize = Callable[[int], int]
 
 
 def batches(windows: Windows, low: int, high: int, size: BatchSize) -> list[Batch]:
-    """Windows low .. high-1 cut, in order, into batches of one shape.
+    """Split windows low .. high-1, in order, into batches of one shape.
 
-    The cut depends on nothing but the windows and `size`, so that a window is computed in the same company
-    however many processes share the batches.
+    The split depends on the windows and `size` only, so batches are identical for any world size.
     """
     if low == high:
         return []
     length = (windows.end - windows.start)[low:high]
     scored = (windows.end - windows.first)[low:high]
     changes = low + 1 + np.flatnonzero((np.diff(length) != 0) | (np.diff(scored) != 0))
-    found = []
+    result = []
     for begin, end in pairwise([low, *changes.tolist(), high]):
-        for at in range(begin, end, size(int(length[begin - low]))):
-            shape = int(length[begin - low]), int(scored[begin - low])
-            full = min(size(shape[0]), end - begin)
-            found.append(Batch(at, min(at + full, end), *shape, full))
-    return found
+        shape = int(length[begin - low]), int(scored[begin - low])
+        full = min(size(shape[0]), end - begin)
+        result += [Batch(first, min(first + full, end), *shape, full) for first in range(begin, end, full)]
+    return result
 
 
 def plain_windows(num_targets: int, seq_len: int) -> Windows:
-    """Non-overlapping windows; the last may be shorter. Each target is scored once."""
+    """Return non-overlapping windows; the last may be shorter. Each target is scored once."""
     _check(num_targets, seq_len)
     start = np.arange(0, num_targets, seq_len)
     return Windows(start, np.minimum(start + seq_len, num_targets), start)
 
 
 def sliding_windows(num_targets: int, seq_len: int, stride: int, *, repeat_tail: bool = False) -> Windows:
-    """Windows every `stride` tokens, each scoring what the one before did not (Press et al. 2021).
+    """Return windows every `stride` tokens that score what the previous one did not (Press et al. 2021).
 
-    The last window is the first that reaches the end, so each target is scored once. With `repeat_tail`,
-    windows go on to the end of the stream and each scores its last `stride` targets, as the program of
-    PR 1501 does: the last targets are then counted several times.
+    The first window to reach the end is the last one, so each target is scored once. With `repeat_tail`,
+    windows start up to the end of the stream and each scores its last `stride` targets, as in PR 1501: the
+    last targets are then counted several times.
     """
     _check(num_targets, seq_len)
     if not 0 < stride <= seq_len:

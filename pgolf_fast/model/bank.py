@@ -1,13 +1,13 @@
-"""Weight banks: the four stacks of matrices that hold almost every parameter of the network.
+"""Weight banks: four stacks of matrices that hold almost every parameter of the network.
 
-With n layers: `qo` is (2n, D, D), queries then output projections; `kv` is (2n, KV*hd, D), keys then values;
+With n layers, `qo` is (2n, D, D), queries then output projections; `kv` is (2n, KV*hd, D), keys then values;
 `up` is (n, M, D) and `down` (n, D, M). Every slot belongs to one layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ BANK_NAMES = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
 class Banks:
     """The four banks as forward reads them (compute dtype), and where backward adds gradients.
 
-    Gradient banks are all given or all None; None leaves gradients to autograd.
+    Gradient banks are all given or all None; None leaves gradients to autograd. The projections of the hash
+    n-gram and value embeddings are read from the model unless they are given here.
     """
 
     qo: Tensor
@@ -30,16 +31,18 @@ class Banks:
     grad_kv: Tensor | None = None
     grad_up: Tensor | None = None
     grad_down: Tensor | None = None
+    ngram_projection: Tensor | None = None
+    value_projection: Tensor | None = None
 
     def weights(self) -> Iterator[Tensor]:
         yield from (self.qo, self.kv, self.up, self.down)
 
 
 def make_banks(weights: list[Tensor], grads: list[Tensor] | None = None) -> Banks:
-    """`Banks` from lists in the order of BANK_NAMES.
+    """Return `Banks` from lists in the order of BANK_NAMES.
 
-    Weights that come with gradient banks become leaves that require grad, so that backward reaches the ops
-    even where no activation needs a gradient.
+    With gradient banks the weights become leaves that require grad: backward must reach the ops even where no
+    activation needs a gradient.
     """
     if grads is None:
         return Banks(*weights)
@@ -47,12 +50,12 @@ def make_banks(weights: list[Tensor], grads: list[Tensor] | None = None) -> Bank
     return Banks(*leaves, *grads)
 
 
-# What forward reads instead of the masters: one function for every bank, or one for each, or None
+# Maps master banks to what forward reads: one function for all, one for each, or None for the masters
 Transform = Callable[[Tensor], Tensor] | tuple[Callable[[Tensor], Tensor], ...] | None
 
 
 def transformed(masters: Sequence[Tensor], transform: Transform) -> list[Tensor]:
-    """The four banks after `transform`."""
+    """Return the four banks after `transform`."""
     if transform is None:
         return list(masters)
     functions = transform if isinstance(transform, tuple) else (transform,) * len(masters)
@@ -60,47 +63,38 @@ def transformed(masters: Sequence[Tensor], transform: Transform) -> list[Tensor]
 
 
 class Shadow:
-    """Compute-dtype copies of the master banks, refreshed when, and only when, a master has changed."""
+    """Compute-dtype copies of the master banks, refreshed only when a master has changed."""
 
     def __init__(self) -> None:
         self._key: object = None
         self._weights: list[Tensor] = []
 
     def get(self, masters: list[Tensor], dtype: torch.dtype, transform: Transform) -> list[Tensor]:
-        """`masters` after `transform`, cast to `dtype`; the masters themselves where neither changes them."""
+        """Return `masters` after `transform` in `dtype`; the masters themselves if nothing changes them."""
         if transform is None and all(m.dtype == dtype for m in masters):
             return [m.detach() for m in masters]
         key = self._key_of(masters, dtype, transform)
         if key != self._key:
             with torch.no_grad(), torch.inference_mode(False):
                 new = [w.to(dtype) for w in transformed(masters, transform)]
-            if [w.shape for w in self._weights] == [w.shape for w in new] and self._same_place(
-                dtype, masters
-            ):
+            kept = [(w.shape, w.dtype, w.device) for w in self._weights]
+            if kept == [(w.shape, w.dtype, w.device) for w in new]:
                 for old, fresh in zip(self._weights, new, strict=True):
-                    old.copy_(fresh)  # stable addresses for compiled and captured graphs
+                    old.copy_(fresh)  # compiled and captured graphs need stable addresses
             else:
                 self._weights = new
             self._key = key
         return self._weights
 
     def current(self, masters: list[Tensor], dtype: torch.dtype) -> list[Tensor] | None:
-        """The copies, if they are those of the masters as they are: an optimiser may write both at once."""
+        """Return the copies if they are up to date; an optimizer may then write them with the masters."""
         held = self._weights and self._key == self._key_of(masters, dtype, None)
         return self._weights if held else None
 
     def written(self, masters: list[Tensor], dtype: torch.dtype) -> None:
-        """The copies were written together with the masters, and are current."""
+        """Record that the copies were written together with the masters."""
         self._key = self._key_of(masters, dtype, None)
 
     @staticmethod
     def _key_of(masters: list[Tensor], dtype: torch.dtype, transform: Transform) -> object:
         return (dtype, transform, *((id(m), m.data_ptr(), m._version) for m in masters))
-
-    def _same_place(self, dtype: torch.dtype, masters: list[Tensor]) -> bool:
-        return all(
-            w.dtype == dtype and w.device == m.device for w, m in zip(self._weights, masters, strict=True)
-        )
-
-
-assert len(fields(Banks)) == 2 * len(BANK_NAMES)

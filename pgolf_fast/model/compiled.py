@@ -1,4 +1,4 @@
-"""torch.compile, with PyTorch's cache of compiled graphs kept apart for every version of our ops."""
+"""torch.compile with an on-disk cache that knows the version of our ops."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ Result = TypeVar("Result")
 
 
 def compiled(function: Callable[..., Result]) -> Callable[..., Result]:
-    """`function` under torch.compile: one graph, static shapes."""
+    """Return `function` under torch.compile: one graph, static shapes."""
     tag_compile_cache()
     return torch.compile(function, dynamic=False, fullgraph=True)
 
 
 def tag_compile_cache() -> None:
-    """Keep PyTorch's cache of compiled graphs on disk apart for every version and choice of our ops.
+    """Separate PyTorch's on-disk cache of compiled graphs by the source of our ops and their implementation.
 
-    Its key holds an op's name but neither its fake and backward nor which implementation is chosen, on which
-    the saved tensors depend: without the tag, a changed op may meet a graph of the old one.
+    The cache key holds an op's name but neither its fake and backward nor the implementation chosen, on which
+    the saved tensors depend. Without the tag, a changed op may be served a graph of the old one.
     """
     sources = sorted(Path(launch.__file__).parent.glob("*.py"))
     digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources))

@@ -1,4 +1,4 @@
-"""Writing text token by token: keys and values of earlier positions are kept, not computed again."""
+"""Token-by-token decoding with cached keys and values."""
 
 from __future__ import annotations
 
@@ -7,25 +7,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pgolf_fast.errors import PgolfError
+from pgolf_fast.model.attention import attend
+from pgolf_fast.model.cuda_graph import CapturedStep
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.model.rope import rope_tables
-from pgolf_fast.ops import reference
 
-NGRAM_REACH = 3  # tokens that the longest hash n-gram sees
-WINDOW = NGRAM_REACH + 1  # tokens behind the newest input: SmearGate looks one position back
-WARM_UP_RUNS = 3  # what PyTorch's documentation asks for before a capture
+NGRAM_REACH = 3  # tokens of the longest hash n-gram
+WINDOW = NGRAM_REACH + 1  # tokens that the newest input depends on: SmearGate looks one position back
 
 
 class Decoder:
-    """Logits of a batch of growing texts, one position a `step`: those of `model.logits` of the whole prefix.
+    """Logits of a batch of growing texts, one position per `step`: `model.logits` of the whole prefix.
 
     `context` (default: max_length) sets the RoPE base, as in `rope_tables`. The model's weights must not
     change between steps. Memory: 2 * layers * batch * max_length * KV*hd values in the model's compute dtype.
 
-    `static` (default: on a GPU) makes every step from the fourth on the same operations on the same memory:
-    attention goes over all max_length places, those not written yet masked. On a GPU such a step is captured
-    once as a CUDA graph, which costs the host one launch instead of hundreds; elsewhere it is slower.
-    Raises PgolfError for sizes below 1.
+    `static` (default: on a GPU) runs the same operations on the same memory at every step from the fourth:
+    attention covers all max_length positions and masks those not written yet. On a GPU the step is captured
+    once as a CUDA graph; on a CPU static steps are slower. Raises PgolfError for sizes below 1.
     """
 
     def __init__(
@@ -45,114 +44,85 @@ class Decoder:
         self._cos, self._sin = rope_tables(config, max_length, device, context=context)
         shape = (config.num_layers, batch_size, config.num_kv_heads, max_length, config.head_dim)
         with torch.no_grad(), torch.inference_mode(False):
-            # zeros only where masked places are read; else memory is taken as texts grow
+            # static steps read masked positions, which must not be NaN; otherwise pages are touched on demand
             new = torch.zeros if self.static else torch.empty
             self._keys = new(shape, dtype=model.compute_dtype, device=device)
             self._values = new(shape, dtype=model.compute_dtype, device=device)
             self._tokens = torch.zeros(batch_size, max_length, dtype=torch.long, device=device)
             self._position = torch.zeros(1, dtype=torch.long, device=device)  # of the newest token
-            self._places = torch.arange(max_length, device=device)
+            self._positions = torch.arange(max_length, device=device)
             self._banks = model.banks()
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._graph_logits: Tensor | None = None
+        self._graph: CapturedStep[Tensor] | None = None
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
-        """Append tokens (B,) and return the logits of what comes next, (B, V) in at least float32.
+        """Append tokens (B,) and return the logits of the next ones, (B, V) in at least float32.
 
         Raises PgolfError when the texts already have max_length tokens, or for another batch size.
         """
         if self.length == self.max_length:
             raise PgolfError(
-                f"the texts already have {self.max_length} tokens, for which the decoder was made"
+                f"the texts already have {self.max_length} tokens, the max_length of this decoder"
             )
         if tokens.shape != (self.batch_size,):
-            raise PgolfError(
-                f"a step of shape {tuple(tokens.shape)} was given; it must be ({self.batch_size},)"
-            )
+            raise PgolfError(f"tokens has shape {tuple(tokens.shape)}; it must be ({self.batch_size},)")
         self._tokens[:, self.length] = tokens
         self._position.fill_(self.length)
         self.length += 1
         if not self.static or self.length < WINDOW:
             return self._growing_step()
-        return self._replay() if self._keys.is_cuda else self._static_step()
+        if not self._keys.is_cuda:
+            return self._static_step()
+        # the warm-up runs of the capture write this position again with the same values
+        self._graph = self._graph or CapturedStep(self._static_step)
+        return self._graph().clone()
 
     def _growing_step(self) -> Tensor:
         window = self._tokens[:, max(0, self.length - WINDOW) : self.length]
         return self._logits(window, self._keys[:, :, :, : self.length], self._values[:, :, :, : self.length])
 
     def _static_step(self) -> Tensor:
-        """What `_growing_step` computes, with no shape or address that depends on the position."""
-        window = self._tokens.index_select(1, self._position - WINDOW + 1 + self._places[:WINDOW])
-        written = (self._places <= self._position)[None, None, None]
+        """Compute what `_growing_step` does, with no shape or address that depends on the position."""
+        window = self._tokens.index_select(1, self._position - WINDOW + 1 + self._positions[:WINDOW])
+        written = (self._positions <= self._position)[None, None, None]
         return self._logits(window, self._keys, self._values, written)
 
-    def _replay(self) -> Tensor:
-        if self._graph is None:
-            # runs before the capture load and choose kernels; writing a position again changes nothing
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(WARM_UP_RUNS):
-                    self._static_step()
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=stream):
-                self._graph_logits = self._static_step()
-            self._graph = graph
-        self._graph.replay()
-        assert self._graph_logits is not None
-        return self._graph_logits.clone()
-
     def _logits(self, window: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Logits (B, V) after the last token of window (B, up to WINDOW), which is at `_position`.
+        """Return logits (B, V) after the last token of window (B, up to WINDOW), which is at `_position`.
 
-        keys and values (layers, B, KV, places, hd) are what attention reads where `mask` (1, 1, 1, places) is
-        true; those of this position are written here.
+        Attention reads keys and values (layers, B, KV, positions, hd) where `mask` (1, 1, 1, positions) is
+        true, after those of this position are written to them.
         """
-        x = self.model.smear(self.model.embed(window))[:, -1:]
-        embeds = self.model.value_embeddings(window[:, -1:])
+        model, config, banks, n = self.model, self.model.config, self._banks, self.model.config.num_layers
         cos, sin = self._cos.index_select(0, self._position), self._sin.index_select(0, self._position)
 
-        def attend(layer: int, x: Tensor, value_embed: Tensor | None) -> Tensor:
-            return self._attend(layer, x, value_embed, cos, sin, keys[layer], values[layer], mask)
+        def attention(layer: int, x: Tensor, value_embed: Tensor | None) -> Tensor:
+            def cached(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                own_keys, own_values = keys[layer], values[layer]
+                own_keys.index_copy_(2, self._position, k.to(keys.dtype).transpose(1, 2))
+                own_values.index_copy_(2, self._position, v.transpose(1, 2))
+                # query heads that share a KV head become queries of one head: no key is repeated
+                groups = q.to(keys.dtype).squeeze(1).unflatten(1, (config.num_kv_heads, -1))
+                y = F.scaled_dot_product_attention(groups, own_keys, own_values, mask)
+                return y.flatten(1, 2).unsqueeze(1)
 
-        return self.model.head(self.model.trunk(x, embeds, self._banks, attend)[:, -1])
+            context = attend(
+                F.linear(x, banks.qo[layer]),
+                F.linear(x, banks.kv[layer]),
+                F.linear(x, banks.kv[n + layer]),
+                model.block(layer).attn.q_gain,
+                cos,
+                sin,
+                num_kv_heads=config.num_kv_heads,
+                xsa=model.uses_xsa(layer),
+                value_embed=value_embed,
+                inner=cached,
+            )
+            return F.linear(context, banks.qo[n + layer])
 
-    def _attend(
-        self,
-        layer: int,
-        x: Tensor,
-        value_embed: Tensor | None,
-        cos: Tensor,
-        sin: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        mask: Tensor | None,
-    ) -> Tensor:
-        """`ops.gqa_attention` of the newest position, x (B, 1, D), keys and values (B, KV, places, hd)."""
-        config, banks, n = self.model.config, self._banks, self.model.config.num_layers
-        q = F.linear(x, banks.qo[layer]).unflatten(-1, (config.num_heads, -1))
-        k = F.linear(x, banks.kv[layer]).unflatten(-1, (config.num_kv_heads, -1))
-        v = F.linear(x, banks.kv[n + layer])
-        v = (v if value_embed is None else v + value_embed).unflatten(-1, (config.num_kv_heads, -1))
-        gain = self.model.block(layer).attn.q_gain
-        keys.index_copy_(2, self._position, _turn(k, cos, sin).transpose(1, 2))
-        values.index_copy_(2, self._position, v.transpose(1, 2))
-        # the query heads of one KV head stand where queries of one head would: no key is repeated
-        groups = _turn(q, cos, sin, gain).squeeze(1).unflatten(1, (config.num_kv_heads, -1))
-        y = F.scaled_dot_product_attention(groups, keys, values, mask)
-        y = y.flatten(1, 2).unsqueeze(1)  # (B, 1, H, hd)
-        context = reference.exclusive(y, v) if self.model.uses_xsa(layer) else y
-        return F.linear(context.flatten(2), banks.qo[n + layer])
-
-
-def _turn(heads: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None = None) -> Tensor:
-    """RMS norm, RoPE of one position, gain: (B, 1, heads, hd)."""
-    unit = reference.rms_norm(heads)
-    wide = unit.to(torch.promote_types(unit.dtype, torch.float32))
-    turned = reference.rotate(wide, cos, sin)
-    return (turned if gain is None else turned * gain.to(turned.dtype)[:, None]).to(heads.dtype)
+        x = model.smear(model.embed(window))[:, -1:]
+        x = model.trunk(x, model.value_embeddings(window[:, -1:]), banks, attention)
+        return model.head(x[:, -1])
 
 
 def sample(
@@ -162,7 +132,7 @@ def sample(
     top_k: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """One token id (B,) per row of logits (B, V), from softmax(logits / temperature) over the best top_k.
+    """Draw a token id per row of logits (B, V) from softmax(logits / temperature) over the best top_k, (B,).
 
     Temperature 0 takes the most likely token. Raises PgolfError for a negative temperature or top_k below 1.
     """
@@ -189,7 +159,7 @@ def generate(
     generator: torch.Generator | None = None,
     top_k: int | None = None,
 ) -> Tensor:
-    """Prompts with num_tokens more tokens each, int64 (B, P + num_tokens).
+    """Return prompts with num_tokens more tokens each, int64 (B, P + num_tokens).
 
     prompt_ids: (B, P) with P at least 1, or start tokens (B,). RoPE has the base of the final length.
     Raises PgolfError for an empty prompt or ids outside the vocabulary.

@@ -1,4 +1,4 @@
-"""What the network adds to token embeddings: hash n-grams, SmearGate, value embeddings."""
+"""Additions to token embeddings: hash n-grams, SmearGate, value embeddings."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class NgramHash(nn.Module):
         self.pos_conditional, self.trigram = pos_conditional, trigram
 
     def forward(self, tokens: Tensor, has_leading_space: Tensor, boost: Tensor, projection: Tensor) -> Tensor:
-        """(B, T) tokens -> (B, T, D) in the projection's dtype.
+        """Embed tokens (B, T) as (B, T, D) in the projection's dtype.
 
-        Scale and word-start gate act on the table rows; the projection is linear, so this is the same as
-        scaling its result.
+        Scale and word-start gate act on the table rows: the projection is linear, so this equals scaling its
+        result, and rows are narrower.
         """
         rows = ops.ngram_hash_embed(
             tokens,
@@ -39,7 +39,7 @@ class NgramHash(nn.Module):
 
 
 class SmearGate(nn.Module):
-    """Mixes each position with the one before it, by a learned gate per channel."""
+    """Mix of each position with the one before it, by a learned gate per channel."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -59,6 +59,6 @@ class ValueEmbedding(nn.Module):
         self.scale = nn.Parameter(torch.tensor(0.1))
 
     def forward(self, tokens: Tensor, projection: Tensor) -> Tensor:
-        """(B, T) tokens -> (B, T, KV*hd) in the projection's dtype."""
+        """Embed tokens (B, T) as (B, T, KV*hd) in the projection's dtype."""
         rows = F.embedding(tokens, self.embed.weight).to(projection.dtype)
         return F.linear(rows, projection) * self.scale.to(projection.dtype)

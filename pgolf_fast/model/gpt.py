@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -17,14 +18,14 @@ from pgolf_fast.model.bank import BANK_NAMES, Banks, Shadow, Transform, make_ban
 from pgolf_fast.model.embeddings import NgramHash, SmearGate, ValueEmbedding
 from pgolf_fast.model.rope import rope_tables
 
-# (layer, normalised input, value embedding or None) -> attention output, all (B, T, ...)
-Attend = Callable[[int, Tensor, Tensor | None], Tensor]
-# (layer, normalised input) -> MLP output, all (B, T, ...)
-Feed = Callable[[int, Tensor], Tensor]
+# (layer, normalized input, value embedding or None) -> attention output, all (B, T, ...)
+AttentionFunction = Callable[[int, Tensor, Tensor | None], Tensor]
+# (layer, normalized input) -> MLP output, all (B, T, ...)
+MLPFunction = Callable[[int, Tensor], Tensor]
 
 
 class Observer(Protocol):
-    """Sees the normalised input of every attention and MLP (for Hessians and analyses)."""
+    """Hooks on the normalized input of every attention and MLP, for Hessians and analyses."""
 
     def attention_input(self, layer: int, x: Tensor, value_embed: Tensor | None) -> None: ...
 
@@ -38,7 +39,7 @@ class _Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """The un-banked parameters of one block."""
+    """The parameters of one block that are not in a bank."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -52,9 +53,9 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """`loss`, `token_losses` and `logits` of token batches; `banks` supplies the weights they read.
+    """The network: `loss`, `token_losses` and `logits` of token batches, with weights read from `banks`.
 
-    Activations and matmuls run in `compute_dtype`; parameters are kept as they are and cast at use.
+    Activations and matmuls run in `compute_dtype`; parameters keep their dtype and are cast at use.
     """
 
     has_leading_space: Tensor
@@ -109,7 +110,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initial values of PR 1501; like the original's, every one is rounded to bfloat16. None on meta."""
+        """Draw the initial values of PR 1501, rounded to bfloat16 as there. A no-op on the meta device."""
         if self.qo_bank.is_meta:
             return
         n = self.config.num_layers
@@ -130,24 +131,24 @@ class GPT(nn.Module):
             parameter.copy_(parameter.bfloat16())
 
     def tables(self) -> list[Tensor]:
-        """The embedding tables: token, hash n-gram, value."""
+        """Return the embedding tables: token, hash n-gram, value."""
         modules = [module for module in (self.bigram, self.ve_shared) if module is not None]
         return [self.tok_emb.weight, *(module.embed.weight for module in modules)]
 
     def bank_parameters(self) -> list[nn.Parameter]:
-        """The four master banks in the order of BANK_NAMES."""
+        """Return the four master banks in the order of BANK_NAMES."""
         return [getattr(self, name) for name in BANK_NAMES]
 
     def allocate_gradient_banks(self) -> None:
-        """From now on backward adds bank gradients in place; clear with `zero_grad(set_to_none=False)`."""
+        """Let backward add bank gradients in place; clear them with `zero_grad(set_to_none=False)`."""
         for bank in self.bank_parameters():
             if bank.grad is None:
                 bank.grad = torch.zeros_like(bank)
 
     def banks(self, transform: Transform = None) -> Banks:
-        """The banks for one forward: masters after `transform` (say, fake quantisation), in compute dtype.
+        """Return the banks for one forward: masters after `transform`, in compute dtype.
 
-        With gradient banks allocated, backward adds to them, straight through `transform`. Without, and with
+        With gradient banks allocated, backward adds to them, straight through `transform`. Otherwise, with
         gradients enabled, autograd reaches the masters through `transform` and the cast.
         """
         masters = self.bank_parameters()
@@ -158,90 +159,78 @@ class GPT(nn.Module):
         return make_banks(weights, grads if grads and torch.is_grad_enabled() else None)
 
     def current_shadows(self) -> list[Tensor] | None:
-        """The compute-dtype copies of the banks, if an optimiser may write them along with the masters."""
+        """Return the compute-dtype copies of the banks if an optimizer may write them with the masters."""
         return self._shadow.current(list(self.bank_parameters()), self.compute_dtype)
 
     def shadows_written(self) -> None:
-        """An optimiser has written masters and copies together."""
+        """Record that an optimizer has written masters and copies together."""
         self._shadow.written(list(self.bank_parameters()), self.compute_dtype)
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Normalised sum of token and hash n-gram embeddings, (B, T) -> (B, T, D), before SmearGate."""
+    def embed(self, tokens: Tensor, projection: Tensor | None = None) -> Tensor:
+        """Return normalized token plus hash n-gram embeddings, (B, T) -> (B, T, D), before SmearGate.
+
+        `projection` replaces that of the n-gram embedding.
+        """
         x = F.embedding(tokens, self.tok_emb.weight).to(self.compute_dtype)
         if self.bigram is not None:
-            projection = self._projection(self.bigram.proj.weight)
-            x = x + self.bigram(tokens, self.has_leading_space, self.word_start_boost, projection)
+            weight = self.bigram.proj.weight if projection is None else projection
+            x = x + self.bigram(
+                tokens, self.has_leading_space, self.word_start_boost, weight.to(self.compute_dtype)
+            )
         return ops.rms_norm(x)
 
-    def value_embeddings(self, tokens: Tensor) -> dict[int, Tensor]:
-        """The value embedding of each layer that has one, (B, T, KV*hd)."""
+    def value_embeddings(self, tokens: Tensor, projection: Tensor | None = None) -> dict[int, Tensor]:
+        """Return the value embedding of each layer that has one, (B, T, KV*hd).
+
+        `projection` replaces the model's own.
+        """
         if self.ve_shared is None:
             return {}
-        shared = self.ve_shared(tokens, self._projection(self.ve_shared.proj.weight))
+        weight = self.ve_shared.proj.weight if projection is None else projection
+        shared = self.ve_shared(tokens, weight.to(self.compute_dtype))
         scales = zip(self.config.ve_layers, self.ve_layer_scales, strict=True)
         return {layer: shared * scale.to(shared.dtype) for layer, scale in scales}
-
-    projection_transform: Callable[[Tensor], Tensor] | None = None
-    """Applied to the two small projections at use (the original fake-quantised them in TTT)."""
-
-    def _projection(self, weight: Tensor) -> Tensor:
-        if self.projection_transform is not None:
-            weight = self.projection_transform(weight)
-        return weight.to(self.compute_dtype)
 
     def trunk(
         self,
         x: Tensor,
         value_embeds: dict[int, Tensor],
         banks: Banks,
-        attend: Attend,
+        attention: AttentionFunction,
         observer: Observer | None = None,
         last: int | None = None,
-        feed: Feed | None = None,
+        mlp: MLPFunction | None = None,
     ) -> Tensor:
-        """All blocks and the final norm, (B, T, D) -> (B, T, D). The first half of the blocks encode.
+        """Run all blocks and the final norm, (B, T, D) -> (B, T, D).
 
-        With `last`, only that many last positions leave the last block, whose `attend` must give only these.
-        `feed` stands in for the blocks' own MLP.
+        The first half of the blocks encode: their outputs are added back in reverse order by the second half.
+        With `last`, only that many positions leave the last block, whose `attention` must return only these.
+        `mlp` replaces the blocks' own MLP.
         """
-        x0 = x
+        mlp = mlp or partial(self._mlp, banks)
+        x0, n = x, self.config.num_layers
         skips: list[Tensor] = []
-        encoders = self.config.num_layers // 2
-        for i in range(self.config.num_layers):
+        encoders = n // 2
+        for i in range(n):
+            block, value_embed = self.block(i), value_embeds.get(i)
             if i >= encoders and skips:
                 x = torch.addcmul(x, skips.pop(), self.skip_weights[i - encoders].to(x.dtype))
-            cut = last if i == self.config.num_layers - 1 else None
-            x = self._block(i, x, x0, value_embeds.get(i), banks, attend, observer, cut, feed)
+            x, normed = ops.residual_norm(x, x0, block.resid_mix[0], block.resid_mix[1], block.layer_scale)
+            if observer is not None:
+                observer.attention_input(i, normed, value_embed)
+            if last is not None and i == n - 1:
+                # keys and values need every position, the rest of the block does not
+                x = x[:, x.shape[1] - last :].contiguous()
+            out = attention(i, normed, value_embed)
+            x, normed = ops.residual_norm(x, out, None, block.attn_scale, block.layer_scale)
+            if observer is not None:
+                observer.mlp_input(i, normed)
+            x = torch.addcmul(x, mlp(i, normed), block.mlp_scale.to(x.dtype))
             if i < encoders:
                 skips.append(x)
         return ops.rms_norm(x)
 
-    def _block(
-        self,
-        layer: int,
-        x: Tensor,
-        x0: Tensor,
-        value_embed: Tensor | None,
-        banks: Banks,
-        attend: Attend,
-        observer: Observer | None,
-        last: int | None,
-        feed: Feed | None,
-    ) -> Tensor:
-        block = self.block(layer)
-        scale = block.layer_scale
-        u, normed = ops.residual_norm(x, x0, block.resid_mix[0], block.resid_mix[1], scale)
-        if observer is not None:
-            observer.attention_input(layer, normed, value_embed)
-        if last is not None:  # keys and values need every position, the rest of the block does not
-            u = u[:, u.shape[1] - last :].contiguous()
-        h, normed = ops.residual_norm(u, attend(layer, normed, value_embed), None, block.attn_scale, scale)
-        if observer is not None:
-            observer.mlp_input(layer, normed)
-        out = self._mlp(layer, normed, banks) if feed is None else feed(layer, normed)
-        return torch.addcmul(h, out, block.mlp_scale.to(h.dtype))
-
-    def _mlp(self, layer: int, x: Tensor, banks: Banks) -> Tensor:
+    def _mlp(self, banks: Banks, layer: int, x: Tensor) -> Tensor:
         return ops.mlp(
             x,
             banks.up,
@@ -258,7 +247,7 @@ class GPT(nn.Module):
         return block
 
     def uses_xsa(self, layer: int) -> bool:
-        """Whether that block's attention is exclusive: the last xsa_last_n blocks are."""
+        """Return whether a block's attention is exclusive (XSA), as in the last xsa_last_n blocks."""
         return layer >= self.config.num_layers - self.config.xsa_last_n
 
     def hidden(
@@ -269,17 +258,17 @@ class GPT(nn.Module):
         *,
         last: int | None = None,
         context: int | None = None,
-        feed: Feed | None = None,
+        mlp: MLPFunction | None = None,
     ) -> Tensor:
-        """Final normalised states, (B, T) -> (B, T, D), or with `last` of the last positions, (B, last, D).
+        """Return final normalized states, (B, T) -> (B, T, D); with `last`, those of the last positions only.
 
         `context` is the length for which positions are encoded (default T), as if tokens followed up to it.
-        `feed` stands in for the blocks' own MLP.
+        `mlp` replaces the blocks' own MLP.
         """
         banks = banks or self.banks()
         cos, sin = rope_tables(self.config, tokens.shape[1], tokens.device, context)
 
-        def attend(layer: int, x: Tensor, value_embed: Tensor | None) -> Tensor:
+        def attention(layer: int, x: Tensor, value_embed: Tensor | None) -> Tensor:
             return ops.gqa_attention(
                 x,
                 banks.qo,
@@ -296,8 +285,9 @@ class GPT(nn.Module):
                 window=last if layer == self.config.num_layers - 1 else None,
             )
 
-        x = self.smear(self.embed(tokens))
-        return self.trunk(x, self.value_embeddings(tokens), banks, attend, observer, last, feed)
+        x = self.smear(self.embed(tokens, banks.ngram_projection))
+        values = self.value_embeddings(tokens, banks.value_projection)
+        return self.trunk(x, values, banks, attention, observer, last, mlp)
 
     def token_losses(
         self,
@@ -306,34 +296,33 @@ class GPT(nn.Module):
         banks: Banks | None = None,
         *,
         context: int | None = None,
-        feed: Feed | None = None,
+        mlp: MLPFunction | None = None,
         z_loss: float = 0.0,
     ) -> Tensor:
-        """Cross-entropy in nats of the targets of the last W positions, (B, T) and (B, W) -> (B, W) float32.
+        """Return the cross-entropy in nats of the last W positions, (B, T) and (B, W) -> (B, W) float32.
 
-        Nothing is computed that only other positions need: in the last block their queries, output projection
-        and MLP, and their logits. `context` and `feed` are as in `hidden`. `z_loss` times the squared
-        log-partition function is added to each.
+        Queries, output projection and MLP of the last block, and logits, are computed for these only.
+        `context` and `mlp` are as in `hidden`. `z_loss` times the squared log-partition function is added.
         """
         last = None if targets.shape[1] == tokens.shape[1] else targets.shape[1]
-        hidden = self.hidden(tokens, banks, last=last, context=context, feed=feed)
+        hidden = self.hidden(tokens, banks, last=last, context=context, mlp=mlp)
         head = self.tok_emb.weight.to(self.compute_dtype)
         return ops.softcap_cross_entropy(hidden, head, targets, self.config.logit_softcap, z_loss)
 
     def loss(
         self, tokens: Tensor, targets: Tensor, banks: Banks | None = None, *, z_loss: float = 0.0
     ) -> Tensor:
-        """Mean cross-entropy of the batch in nats, and `z_loss` as in `token_losses`."""
+        """Return the mean cross-entropy of the batch in nats; `z_loss` is as in `token_losses`."""
         return self.token_losses(tokens, targets, banks, z_loss=z_loss).mean()
 
     forward = loss
 
     def logits(self, tokens: Tensor, banks: Banks | None = None) -> Tensor:
-        """Softcapped logits, (B, T, V) in at least float32."""
+        """Return softcapped logits, (B, T, V) in at least float32."""
         return self.head(self.hidden(tokens, banks))
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Softcapped logits of final states, (..., D) -> (..., V)."""
+        """Return softcapped logits of final states, (..., D) -> (..., V)."""
         raw = F.linear(hidden, self.tok_emb.weight.to(self.compute_dtype))
         raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
         return self.config.logit_softcap * torch.tanh(raw / self.config.logit_softcap)

@@ -1,4 +1,4 @@
-"""Rotary position tables with an NTK-scaled base beyond the training length (PR 1501; bloc97 2023)."""
+"""RoPE tables with an NTK-scaled base beyond the training length (PR 1501; bloc97 2023)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pgolf_fast.config.schema import ModelConfig
 
 
 def rope_base(config: ModelConfig, context: int) -> float:
-    """The base for a context of that many tokens: base * (context / trained)^(r / (r - 2)) when longer."""
+    """Return the base for `context` tokens: base * (context / trained)^(r / (r - 2)) beyond `trained`."""
     dims = config.rotary_dims
     if context <= config.rope_train_seq_len or dims <= 2:
         return config.rope_base
@@ -33,17 +33,17 @@ def _tables(config: ModelConfig, length: int, context: int, device: torch.device
         return cos.float(), sin.float()
 
 
-# never dropped: a captured CUDA graph goes on reading them
+# never evicted: captured CUDA graphs keep reading them
 _cached_tables = functools.cache(_tables)
 
 
 def rope_tables(
     config: ModelConfig, length: int, device: torch.device, context: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (length, r/2) float32, for positions 0..length-1 of a context of `context` tokens.
+    """Return cos and sin, each (length, r/2) float32, for positions 0 .. length-1.
 
-    `context` (default: length) sets the base only, so that a text written token by token can use the
-    base of its final length.
+    `context` (default: length) sets the base only, so that a text written token by token can use the base of
+    its final length.
     """
     if torch.compiler.is_compiling():  # the graph keeps the tables; a cached function would only warn
         return _tables(config, length, context or length, device)

@@ -1,4 +1,4 @@
-"""What ops compute with on this machine: kernels, dtype, and the environment to report beside a number."""
+"""Kernels and dtype for this machine, and the environment to report with a number."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pgolf_fast.ops.tuned import load_tuned
 
 
 def choose_kernels(config: KernelConfig, device: torch.device) -> None:
-    """Make this process's ops run what is configured, with the launch rows that were measured on this GPU.
+    """Select the configured implementation of every op, with launch rows measured on this GPU.
 
-    Raises PgolfError when a forced attention is not installed.
+    Raises PgolfError if a forced attention is not installed.
     """
     for op in launch.DEFAULTS:
         launch.choose(op, config.implementation)
@@ -28,7 +28,7 @@ def choose_kernels(config: KernelConfig, device: torch.device) -> None:
 
 
 def resolve_dtype(name: Dtype, device: torch.device) -> torch.dtype:
-    """The torch dtype of a configured one; auto is bfloat16 where the hardware multiplies in it."""
+    """Return the torch dtype for `name`; auto is bfloat16 where the hardware multiplies in it."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
@@ -38,7 +38,7 @@ def resolve_dtype(name: Dtype, device: torch.device) -> torch.dtype:
 
 
 def environment() -> dict[str, object]:
-    """What a reader needs to know about the machine and versions behind a number."""
+    """Return the machine and the versions behind a number."""
     from importlib import metadata
 
     from pgolf_fast import __version__

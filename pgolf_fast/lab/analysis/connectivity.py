@@ -13,7 +13,8 @@ from torch import Tensor
 from pgolf_fast.bench.drawing import label
 from pgolf_fast.console import Table, number
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.evaluation.score import Scorer, batch_size, frozen_losses
+from pgolf_fast.evaluation.adapters.frozen import Frozen
+from pgolf_fast.evaluation.score import Scorer, batch_size
 from pgolf_fast.evaluation.windows import plain_windows
 from pgolf_fast.lab.analysis.losses import by_target
 from pgolf_fast.lab.analysis.models import LoadedModel
@@ -156,7 +157,7 @@ def path_losses(a: LoadedModel, b: LoadedModel, validation: Validation, options:
     for share in np.linspace(0, 1, options.points):
         _interpolate(network, parameters, float(share))
         scorer = Scorer(stream, windows, validation.seq_len, size)
-        scorer.score(frozen_losses(network), 0, len(windows))
+        scorer.score(Frozen(network).score, 0, len(windows))
         losses = by_target(scorer, f"{a.name} to {b.name}")
         rows.append(losses.reshape(len(windows), -1).mean(1))
     return np.stack(rows)

@@ -16,9 +16,10 @@ import torch
 
 from pgolf_fast.bench.drawing import label
 from pgolf_fast.console import Table
+from pgolf_fast.evaluation.adapters.frozen import Frozen
 from pgolf_fast.evaluation.documents import document_starts
 from pgolf_fast.evaluation.figures import THRESHOLDS, Figures, figures, token_classes
-from pgolf_fast.evaluation.score import LossFunction, Scorer, Stream, batch_size, frozen_losses
+from pgolf_fast.evaluation.score import LossFunction, Scorer, Stream, batch_size
 from pgolf_fast.evaluation.windows import plain_windows
 from pgolf_fast.lab.analysis.calibration import Calibration
 from pgolf_fast.lab.analysis.models import LoadedModel
@@ -83,7 +84,7 @@ def score_plain(model: GPT, stream: Stream, seq_len: int, losses_of: LossFunctio
     size = batch_size(None, model.config, model.compute_dtype, stream.tokens.device)
     windows = plain_windows(stream.num_targets, seq_len)
     scorer = Scorer(stream, windows, seq_len, size, pad=False)
-    scorer.score(losses_of or frozen_losses(model), 0, len(windows))
+    scorer.score(losses_of or Frozen(model).score, 0, len(windows))
     return scorer
 
 

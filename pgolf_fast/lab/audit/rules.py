@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pgolf_fast.distributed import Ranks
-from pgolf_fast.evaluation.adapt import Adapter, DocumentAdapter
+from pgolf_fast.distributed import World
+from pgolf_fast.evaluation.adapters.base import Adapter
 from pgolf_fast.evaluation.score import LossFunction
 from pgolf_fast.evaluation.windows import plain_windows
 from pgolf_fast.lab.audit import causal, provenance, scoring, submission
@@ -41,7 +40,7 @@ class _Audit:
     def with_fresh_adapter(self, check: Callable[[LossFunction], AuditFinding]) -> AuditFinding:
         """Check losses as the adapter computes them before its first update."""
         with self.target.method.adapter() as adapter:
-            return check(_fresh_losses(adapter))
+            return check(_fresh_losses(adapter, self.target.config.ttt.by_document))
 
     def causality(self) -> AuditFinding:
         return self.with_fresh_adapter(
@@ -124,20 +123,19 @@ class _Audit:
             }
         )
 
-    def _losses_of_rank(self, method: Method, ranks: Ranks) -> np.ndarray:
-        return evaluate(method, self.stream, ranks)
+    def _losses_of_rank(self, method: Method, world: World) -> np.ndarray:
+        return evaluate(method, self.stream, world)
 
 
-def _fresh_losses(adapter: Adapter) -> LossFunction:
+def _fresh_losses(adapter: Adapter, by_document: bool) -> LossFunction:
     """Return the loss function of an adapter before its first update."""
-    begin = getattr(adapter, "begin", None)
-    if begin is None:
+    if not by_document:
         return adapter.score
-    begin(1)  # one document
+    adapter.begin(1)
 
     def losses(tokens: Tensor, targets: Tensor, context: int) -> Tensor:
         rows = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
-        return cast(DocumentAdapter, adapter).score(tokens, targets, context, rows)
+        return adapter.score(tokens, targets, context, rows)
 
     return losses
 

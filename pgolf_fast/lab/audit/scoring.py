@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pgolf_fast.data.shards import BOS_ID
 from pgolf_fast.data.tokenizer import SPACE, ByteTable, Tokenizer, scored_bytes, target_bytes
-from pgolf_fast.distributed import ALONE, Ranks
+from pgolf_fast.distributed import SINGLE, World
 from pgolf_fast.evaluation.score import LossFunction
 from pgolf_fast.evaluation.windows import Windows
 from pgolf_fast.lab.audit.check import AuditFinding
@@ -178,11 +178,8 @@ def no_update_while_scoring(seen: Watched) -> AuditFinding:
 
 
 @dataclass(frozen=True)
-class OneOf:
+class OneOf(World):
     """A rank that computes its share and communicates with no other."""
-
-    rank: int
-    world_size: int
 
     def sum_(self, values: Tensor) -> Tensor:
         return values
@@ -191,14 +188,14 @@ class OneOf:
         return value
 
 
-def same_for_any_ranks(methods: Mapping[str, Callable[[Ranks], np.ndarray]]) -> AuditFinding:
+def same_for_any_ranks(methods: Mapping[str, Callable[[World], np.ndarray]]) -> AuditFinding:
     """C17: check that several ranks together compute the losses of one rank alone.
 
     This process plays each rank in turn and sums their losses. Ranks need not communicate anything else:
     updates depend on tokens only, and every rank has all of them.
     """
     for name, losses_of in methods.items():
-        alone = losses_of(ALONE)
+        alone = losses_of(SINGLE)
         for world_size in (2, 3):
             shares = np.stack([losses_of(OneOf(rank, world_size)) for rank in range(world_size)])
             different = int((shares.sum(0) != alone).sum())

@@ -18,11 +18,11 @@ from pgolf_fast.config.schema import EvalConfig, PackConfig, RunConfig, TTTConfi
 from pgolf_fast.data.source import open_source
 from pgolf_fast.data.tokenizer import ByteTable, Tokenizer
 from pgolf_fast.distributed import this_process
-from pgolf_fast.evaluation.adapt import Adapter, Frozen, borrowed
-from pgolf_fast.evaluation.adapters import make_adapter
-from pgolf_fast.evaluation.protocol import Chunk, Segment, score_and_adapt, window_chunks
+from pgolf_fast.evaluation.adapters.base import Adapter, borrowed
+from pgolf_fast.evaluation.adapters.frozen import Frozen
+from pgolf_fast.evaluation.adapters.registry import adapting_chunks, make_adapter, protocol_of
+from pgolf_fast.evaluation.protocol import Chunk, score_and_adapt, window_chunks
 from pgolf_fast.evaluation.score import Stream, batch_size
-from pgolf_fast.evaluation.ttt import adapting_chunks, protocol_of
 from pgolf_fast.evaluation.windows import BatchSize, Windows, sliding_windows
 from pgolf_fast.lab.audit import provenance
 from pgolf_fast.lab.audit.watch import Method
@@ -144,14 +144,14 @@ def sliding(config: RunConfig) -> Callable[[int], Windows]:
 
 
 def learning(model: GPT, config: RunConfig, windows: Callable[[int], Windows], grid: Transform) -> Method:
-    """Return sliding windows with the configured adapter, as `evaluation.ttt.legal_ttt` combines them."""
+    """Return sliding windows with the configured adapter, as `Evaluator.adapted` combines them."""
 
     @contextmanager
     def adapter() -> Iterator[Adapter]:
         with borrowed(model):
             yield make_adapter(model, config.ttt, config.eval_seq_len, grid)
 
-    def plan(stream: Stream) -> tuple[Windows, Sequence[Chunk | Segment]]:
+    def plan(stream: Stream) -> tuple[Windows, Sequence[Chunk]]:
         return adapting_chunks(windows(stream.num_targets), stream, config.ttt)
 
     return Method(plan, adapter, protocol_of(config.ttt), config.eval_seq_len, _size(model, config))
@@ -161,7 +161,7 @@ def frozen(model: GPT, config: RunConfig, windows: Callable[[int], Windows]) -> 
     """Return sliding windows with a frozen model."""
     size = _size(model, config)
 
-    def plan(stream: Stream) -> tuple[Windows, Sequence[Chunk | Segment]]:
+    def plan(stream: Stream) -> tuple[Windows, Sequence[Chunk]]:
         cut = windows(stream.num_targets)
         return cut, window_chunks(cut, size)
 

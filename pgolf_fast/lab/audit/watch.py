@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pgolf_fast.distributed import ALONE, Ranks
-from pgolf_fast.evaluation.adapt import Adapter, Scored
-from pgolf_fast.evaluation.protocol import Chunk, Segment
+from pgolf_fast.distributed import SINGLE, World
+from pgolf_fast.evaluation.adapters.base import Adapter, Scored
+from pgolf_fast.evaluation.protocol import Chunk
 from pgolf_fast.evaluation.score import LossFunction, Score, Scorer, Stream
 from pgolf_fast.evaluation.windows import BatchSize, Windows
 
@@ -27,7 +27,7 @@ from pgolf_fast.evaluation.windows import BatchSize, Windows
 class Method:
     """The parts of an evaluation. Each can be replaced by the part to audit."""
 
-    plan: Callable[[Stream], tuple[Windows, Sequence[Chunk | Segment]]]
+    plan: Callable[[Stream], tuple[Windows, Sequence[Chunk]]]
     """Cuts a stream into windows and chunks of windows."""
     adapter: Callable[[], AbstractContextManager[Adapter]]
     """Makes a fresh adapter; on exit the model is as before."""
@@ -37,10 +37,10 @@ class Method:
     size: BatchSize
 
 
-def evaluate(method: Method, stream: Stream, ranks: Ranks = ALONE) -> np.ndarray:
+def evaluate(method: Method, stream: Stream, world: World = SINGLE) -> np.ndarray:
     """Return the losses of a method, (targets,) float32; zero for targets of other ranks."""
     windows, chunks = method.plan(stream)
-    scorer = Scorer(stream, windows, method.seq_len, method.size, ranks)
+    scorer = Scorer(stream, windows, method.seq_len, method.size, world)
     with method.adapter() as adapter:
         method.protocol(adapter, scorer, chunks, "audit")
     return by_target(scorer)
@@ -136,7 +136,7 @@ class _Watcher:
     def adapt(self, scored: Scored) -> None:
         self.seen.updates += 1
         rows = scored.tokens.cpu().numpy()
-        for row in np.atleast_2d(rows):
+        for row in rows:
             if not self._is_scored(row):
                 self.seen.early_updates.append(
                     f"update {self.seen.updates} uses {len(row) - 1:,} targets, not all of which are scored"

@@ -26,13 +26,10 @@ from pgolf_fast.data.shards import find_shards
 from pgolf_fast.data.source import Source
 from pgolf_fast.distributed import this_process
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.evaluation.adapt import Frozen
 from pgolf_fast.evaluation.documents import document_starts
-from pgolf_fast.evaluation.protocol import score_and_adapt, window_chunks
+from pgolf_fast.evaluation.evaluator import Evaluator
 from pgolf_fast.evaluation.score import Scorer, Stream
-from pgolf_fast.evaluation.scores import compiles, window_batches
 from pgolf_fast.evaluation.steps import score_run, validation_stream
-from pgolf_fast.evaluation.windows import plain_windows, sliding_windows
 from pgolf_fast.io import write_text
 from pgolf_fast.lab.compare.plan import Job
 from pgolf_fast.train.loop import train
@@ -158,20 +155,13 @@ def _score(folder: RunFolder, config: RunConfig, scores: Scores) -> dict[str, Sc
     """Score the artifact; return scorers by the names in PASSES."""
     if scores == "all":
         return score_run(folder, config, "artifact").scorers
-    world, length = this_process(), config.eval_seq_len
+    world = this_process()
     model = artifact_model(folder, config, world)
-    stream = validation_stream(folder, config, world.device)
-    windows = {"non_overlapping": plain_windows(stream.num_targets, length)}
+    evaluator = Evaluator(model, validation_stream(folder, config, world.device), config)
+    windows = {"non_overlapping": evaluator.plain_windows()}
     if scores == "sliding":
-        windows["sliding"] = sliding_windows(
-            stream.num_targets, length, config.eval.stride, repeat_tail=config.eval.repeat_tail
-        )
-    size, adapter = window_batches(model, config), Frozen(model, compile=compiles(model, config)[0])
-    scorers = {}
-    for name, part in windows.items():
-        scorers[name] = Scorer(stream, part, length, size)
-        score_and_adapt(adapter, scorers[name], window_chunks(part, size), name)
-    return scorers
+        windows["sliding"] = evaluator.sliding_windows()
+    return {name: evaluator.frozen(part, name).scorer for name, part in windows.items()}
 
 
 def _write(

@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +18,22 @@ from pgolf_fast.artifact.pack import unpack
 from pgolf_fast.artifact.steps import artifact_model
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import RunConfig, TTTConfig
-from pgolf_fast.distributed import ALONE, Ranks, World, this_process
+from pgolf_fast.distributed import SINGLE, World, this_process
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.evaluation.adapt import Frozen
+from pgolf_fast.evaluation.adapters.registry import need_legal
 from pgolf_fast.evaluation.documents import document_starts
-from pgolf_fast.evaluation.protocol import score_and_adapt, window_chunks
+from pgolf_fast.evaluation.evaluator import Evaluator, Pass
 from pgolf_fast.evaluation.resume import identity
-from pgolf_fast.evaluation.score import Scorer, Stream
-from pgolf_fast.evaluation.scores import compiles, mark, shared_size, window_batches
+from pgolf_fast.evaluation.score import Stream
+from pgolf_fast.evaluation.scores import mark
 from pgolf_fast.evaluation.steps import validation_stream
-from pgolf_fast.evaluation.ttt import legal_ttt, need_legal
-from pgolf_fast.evaluation.windows import sliding_windows
 from pgolf_fast.io import write_text
 from pgolf_fast.lab.compare.statistics import bootstrap_gain
 from pgolf_fast.model.bank import Transform
 from pgolf_fast.model.gpt import GPT
-from pgolf_fast.quant.fake import make_fake
 from pgolf_fast.quant.state import bank_grids
 
 BASELINE = "sliding"
-
-# A scorer that has scored every window, the number of updates, and the number of trainable parameters
-_Scored = tuple[Scorer, int, int]
 
 
 @dataclass(frozen=True)
@@ -76,7 +69,7 @@ def sweep(
     adapters: dict[str, TTTConfig],
     grid: Transform,
     folder: Path,
-    ranks: Ranks = ALONE,
+    world: World = SINGLE,
     *,
     after: int = 0,
     allow_illegal: bool = False,
@@ -90,7 +83,9 @@ def sweep(
     Raises PgolfError if no document begins at `after` or later, and for an adapter that breaks the rules,
     unless `allow_illegal`.
     """
-    passes = _Passes(model, stream, config, grid, folder, ranks, allow_illegal)
+    # A repeated tail would score some targets twice.
+    config = replace(config, eval=replace(config.eval, repeat_tail=False))
+    passes = _Passes(Evaluator(model, stream, config, grid, world), folder, allow_illegal)
     base = passes.baseline()
     others = [passes.adapted(name, ttt) for name, ttt in adapters.items()]
     counted = passes.starts >= after
@@ -116,72 +111,40 @@ def compare(
 class _Passes:
     """Passes over one stream with one model, each kept in a file."""
 
-    def __init__(
-        self,
-        model: GPT,
-        stream: Stream,
-        config: RunConfig,
-        grid: Transform,
-        folder: Path,
-        ranks: Ranks,
-        allow_illegal: bool,
-    ):
-        # A repeated tail would score some targets twice.
-        self.config = replace(config, eval=replace(config.eval, repeat_tail=False))
-        self.model, self.stream, self.grid, self.folder = model, stream, grid, folder
-        self.ranks, self.allow_illegal = ranks, allow_illegal
-        self.length, self.size = config.eval_seq_len, window_batches(model, self.config, ranks)
-        self.windows = sliding_windows(stream.num_targets, self.length, config.eval.stride)
-        self.starts = document_starts(stream.tokens.cpu().numpy())
-        self.compile, self.cuda_graph = compiles(model, self.config)
+    def __init__(self, evaluator: Evaluator, folder: Path, allow_illegal: bool):
+        self.evaluator, self.folder, self.allow_illegal = evaluator, folder, allow_illegal
+        self.windows = evaluator.sliding_windows()
+        self.starts = document_starts(evaluator.stream.tokens.cpu().numpy())
 
     def baseline(self) -> AdapterPass:
         """The pass without test-time training."""
-        return self._kept(BASELINE, None, self._score_frozen)
+        return self._kept(BASELINE, None, lambda: self.evaluator.frozen(self.windows, BASELINE))
 
     def adapted(self, name: str, ttt: TTTConfig) -> AdapterPass:
         """The pass with an adapter."""
-        return self._kept(name, ttt, partial(self._score_adapted, name, ttt))
 
-    def _score_frozen(self) -> _Scored:
-        scorer = Scorer(self.stream, self.windows, self.length, self.size, self.ranks)
-        adapter = Frozen(self.model, compile=self.compile)
-        score_and_adapt(adapter, scorer, window_chunks(self.windows, self.size), BASELINE)
-        return scorer, 0, 0
+        def score() -> Pass:
+            return self.evaluator.adapted(self.windows, ttt, name, allow_illegal=self.allow_illegal)
 
-    def _score_adapted(self, name: str, ttt: TTTConfig) -> _Scored:
-        config = self.config
-        result = legal_ttt(
-            self.model,
-            self.stream,
-            self.windows,
-            self.length,
-            shared_size(self.size, replace(config, ttt=ttt)),
-            ttt,
-            grid=self.grid or make_fake(config.quant.bits, config.quant.scale_floor),
-            ranks=self.ranks,
-            what=name,
-            compile=self.compile,
-            cuda_graph=self.cuda_graph,
-            allow_illegal=self.allow_illegal,
-        )
-        return result.scorer, result.updates, result.trainable
+        return self._kept(name, ttt, score)
 
-    def _kept(self, name: str, ttt: TTTConfig | None, score: Callable[[], _Scored]) -> AdapterPass:
+    def _kept(self, name: str, ttt: TTTConfig | None, score: Callable[[], Pass]) -> AdapterPass:
         """Read the pass from its file if that is of the same identity; otherwise score and write it."""
-        settings = [asdict(self.config.eval), self.length, str(self.model.compute_dtype), ttt and asdict(ttt)]
-        digest, path = identity(self.model, self.stream, settings), self.folder / f"{name}.json"
+        model, config = self.evaluator.model, self.evaluator.config
+        settings = [asdict(config.eval), config.eval_seq_len, str(model.compute_dtype), ttt and asdict(ttt)]
+        digest = identity(model, self.evaluator.stream, settings)
+        path = self.folder / f"{name}.json"
         if path.is_file():
             known = AdapterPass(**json.loads(path.read_text(encoding="utf-8")))
             if known.identity == digest:
                 console.logger.info("%s: already in %s", name, path)
                 return known
         begin = time.perf_counter()
-        scorer, updates, trainable = score()
+        result = score()
         seconds = time.perf_counter() - begin
-        nats = np.add.reduceat(scorer.by_target().astype(np.float64), self.starts)
-        made = AdapterPass(name, digest, nats.tolist(), seconds, updates, trainable)
-        if self.ranks.rank == 0:
+        nats = np.add.reduceat(result.scorer.by_target().astype(np.float64), self.starts)
+        made = AdapterPass(name, digest, nats.tolist(), seconds, result.updates, result.trainable)
+        if self.evaluator.world.is_main:
             write_text(path, json.dumps(asdict(made)) + "\n")
         return made
 

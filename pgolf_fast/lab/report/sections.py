@@ -17,8 +17,8 @@ from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.figures import tables
 from pgolf_fast.evaluation.scores import conditions, mark, score_table
 from pgolf_fast.io import write_text
-from pgolf_fast.lab.audit import check
-from pgolf_fast.lab.compare import sweep
+from pgolf_fast.lab.audit.check import findings_table
+from pgolf_fast.lab.compare.sweep import sweep_table
 from pgolf_fast.lab.report import html_page, treemap
 from pgolf_fast.lab.report.html_page import Figure, Section
 from pgolf_fast.lab.report.loss_curve import as_float, paint_training
@@ -275,7 +275,7 @@ def quantization_gap(run: RunRecord) -> Section:
 def adaptation(run: RunRecord) -> Section:
     """Show the running score by chunk of test-time training, and the sweep if there is one."""
     title, tree = "Test-time training", run.scores.get("artifact") or run.scores.get("float", {})
-    compared = _sweep(run)
+    compared = (sweep_table(run.sweep),) if run.sweep.get("adapters") else ()
     course = tree.get("ttt_bpb_by_chunk") or []
     if not (course and _is_scored(tree, "sliding") and _is_scored(tree, "sliding_ttt")):
         return Section(title, "There is no score with test-time training.", compared)
@@ -307,10 +307,6 @@ def _ttt_settings(ttt: dict[str, Any]) -> str:
     if own is not None:
         ttt, names = {"adapter": ttt["adapter"], **ttt[own]}, tuple(ttt[own])
     return ", ".join(f"`{name} {ttt[name]}`" for name in ("adapter", *names) if name in ttt)
-
-
-def _sweep(run: RunRecord) -> tuple[Table, ...]:
-    return (sweep.sweep_table(run.sweep),) if run.sweep.get("adapters") else ()
 
 
 def parts(run: RunRecord) -> Section:
@@ -356,7 +352,7 @@ def audit(run: RunRecord) -> Section:
     if not findings:
         return Section("Audit", "The run is not audited: `pgolf audit` checks it against the rules.")
     text = f"{_verdict(run.audit)}, on {run.audit.get('tokens', 0):,} targets."
-    return Section("Audit", text, (check.findings_table(findings),))
+    return Section("Audit", text, (findings_table(findings),))
 
 
 def _verdict(tree: dict[str, Any]) -> str:

@@ -75,14 +75,14 @@ class Reptile:
             trained = [w.to(model.compute_dtype) for w in transformed(weights, rounding)]
         up, down = (w.detach().requires_grad_() for w in trained)
 
-        def feed(layer: int, x: Tensor) -> Tensor:
+        def mlp(layer: int, x: Tensor) -> Tensor:
             activation = model.config.mlp_activation
             if layer < self.first:
                 return ops.mlp(x, banks.up, banks.down, layer, activation)
             slot, (grad_up, grad_down) = layer - self.first, gradients
             return ops.mlp(x, up, down, slot, activation, grad_up=grad_up, grad_down=grad_down)
 
-        loss = model.token_losses(tokens, targets, banks, feed=feed).mean()
+        loss = model.token_losses(tokens, targets, banks, mlp=mlp).mean()
         torch.autograd.backward(loss, inputs=[up, down])
         return loss.detach()
 

@@ -1,9 +1,9 @@
 """Session part `eval`: scoring and test-time training, ours against the same model in plain PyTorch.
 
 E1: one chunk of legal test-time training at the preset's settings (exp101: 1,024 windows of 2,048 scored,
-then four epochs of two steps), all ways in turn. E2: its scoring alone, with and without the cut of the last
-block to the scored positions, and how far their losses are apart. The plain ways score all positions; ours
-use an automatic batch, the plain ones that of the published run.
+then four epochs of two steps), all contenders in turn. E2: its scoring alone, with and without cutting the
+last block to the scored positions, and the difference of their losses. Plain contenders score all positions
+in the batch size of the published run, ours choose theirs.
 """
 
 from __future__ import annotations
@@ -13,20 +13,23 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
-import naive_eval
 import torch
-from plain import plain_loss, plain_ops
-from session_files import PartFile, Session
-from session_step import markov_tokens
 from torch import Tensor
 
+from benchmarks import naive_eval
+from benchmarks.gpu_session.plain import plain_loss, plain_ops
+from benchmarks.gpu_session.session import PartFile, Session, prepared
+from benchmarks.gpu_session.step import markov_tokens
 from pgolf_fast.bench.peers import compile_settings
 from pgolf_fast.bench.run import attempt
 from pgolf_fast.config.presets import preset
 from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.data.tokenizer import ByteTable
-from pgolf_fast.evaluation.adapt import SGD, Frozen, Scored, trainable_parameters
+from pgolf_fast.evaluation.adapters.base import Scored
+from pgolf_fast.evaluation.adapters.descent import SGD, trainable_parameters
+from pgolf_fast.evaluation.adapters.frozen import Frozen
 from pgolf_fast.evaluation.estimate import forward_flops
 from pgolf_fast.evaluation.score import Scorer, Stream, batch_size
 from pgolf_fast.evaluation.windows import Windows, sliding_windows
@@ -40,28 +43,28 @@ PLAIN_BATCH = 128  # windows, as in the published run
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way to evaluate."""
+class Contender:
+    """One implementation of evaluation."""
 
     name: str
     ours: bool
     compile: bool
     dry: bool = False
-    """Also part of a rehearsal."""
+    """Also run in a rehearsal."""
 
 
-# In order of worth: when time is short, the last are left out.
-WAYS = (
-    Way("ours, compile and CUDA graph", True, True),
-    Way("plain, compile", False, True),
-    Way("ours, eager", True, False, dry=True),
-    Way("plain, eager", False, False, dry=True),
+# Most important first: when time is short, the last are left out.
+CONTENDERS = (
+    Contender("ours, compile and CUDA graph", True, True),
+    Contender("plain, compile", False, True),
+    Contender("ours, eager", True, False, dry=True),
+    Contender("plain, eager", False, False, dry=True),
 )
 
 
 @dataclass
 class Chunk:
-    """What is evaluated: the windows of one chunk after the first, and its tokens."""
+    """The windows and tokens of one chunk after the first."""
 
     stream: Stream
     windows: Windows
@@ -75,16 +78,16 @@ class Chunk:
 
 @dataclass
 class Runner:
-    """A way that is ready."""
+    """A contender that is compiled and ready."""
 
-    way: Way
+    contender: Contender
     score: Callable[[], Tensor]
     adapt: Callable[[], None]
     score_ms: list[float] = field(default_factory=list)
     adapt_ms: list[float] = field(default_factory=list)
 
     def round(self) -> Tensor:
-        """Score and adapt once, timed; the losses."""
+        """Score and adapt once, timed; return the losses."""
         losses, ms = timed(self.score)
         self.score_ms.append(ms)
         self.adapt_ms.append(timed(self.adapt)[1])
@@ -92,7 +95,7 @@ class Runner:
 
 
 def timed(function):
-    """The result of a call and its milliseconds, from a quiet GPU to a quiet GPU."""
+    """Return the result of a call and its milliseconds, between two synchronizations."""
     _synchronize()
     start = time.perf_counter()
     result = function()
@@ -106,7 +109,7 @@ def _synchronize() -> None:
 
 
 def run_config(session: Session) -> RunConfig:
-    """The preset with test-time training of the banks as floats, which both sides do alike."""
+    """Return the preset with test-time training of float banks, which both sides can do."""
     config = preset(session.preset)
     ttt = replace(config.ttt, quantize_forward="none", parameters="banks")
     if not session.dry:
@@ -126,33 +129,33 @@ def make_chunk(config: RunConfig, device: torch.device) -> Chunk:
     return Chunk(stream, windows[inside], stream.tokens[size : 2 * size + 1].clone(), config)
 
 
-def prepare(way: Way, chunk: Chunk, session: Session) -> Runner:
-    """Everything compiled and captured; what that did to the weights stays, as it does in an evaluation."""
+def prepare(contender: Contender, chunk: Chunk, session: Session) -> Runner:
+    """Compile and capture everything by one round; its update of the weights is kept."""
     config, device = chunk.config, session.device
     torch.manual_seed(0)
     dtype = resolve_dtype(config.train.compute_dtype, device)
     model = GPT(config.model, compute_dtype=dtype).to(device)
-    runner = ours(way, chunk, model) if way.ours else plain(way, chunk, model)
+    runner = ours(contender, chunk, model) if contender.ours else plain(contender, chunk, model)
     runner.score()
     runner.adapt()
     return runner
 
 
-def ours(way: Way, chunk: Chunk, model: GPT) -> Runner:
+def ours(contender: Contender, chunk: Chunk, model: GPT) -> Runner:
     config, device = chunk.config, model.qo_bank.device
     size = batch_size(config.eval.batch_seqs, config.model, model.compute_dtype, device)
     scorer = Scorer(chunk.stream, chunk.windows, chunk.seq_len, size)
-    graph = way.compile and device.type == "cuda"
-    adapter = SGD(model, config.ttt, chunk.seq_len, None, compile=way.compile, cuda_graph=graph)
+    graph = contender.compile and device.type == "cuda"
+    adapter = SGD(model, config.ttt, chunk.seq_len, None, compile=contender.compile, cuda_graph=graph)
 
     def score() -> Tensor:
         scorer.score(adapter.score, 0, len(chunk.windows))
         return scorer.losses
 
-    return Runner(way, score, lambda: adapter.adapt(Scored(chunk.tokens, 1, 947)))
+    return Runner(contender, score, lambda: adapter.adapt(Scored(chunk.tokens[None], 1, 947)))
 
 
-def plain(way: Way, chunk: Chunk, model: GPT) -> Runner:
+def plain(contender: Contender, chunk: Chunk, model: GPT) -> Runner:
     parameters = trainable_parameters(model, chunk.config.ttt)
     for parameter in model.parameters():
         parameter.requires_grad_(any(parameter is p for p in parameters))
@@ -162,7 +165,7 @@ def plain(way: Way, chunk: Chunk, model: GPT) -> Runner:
         return model.token_losses(x, y, Banks(*weights))  # type: ignore[arg-type]  # indexed by slot only
 
     mean_loss = plain_loss(model)
-    if way.compile:
+    if contender.compile:
         settings = compile_settings("compile")
         token_losses = torch.compile(token_losses, dynamic=False, fullgraph=True, **settings)
         mean_loss = torch.compile(mean_loss, dynamic=False, fullgraph=True, **settings)
@@ -178,21 +181,25 @@ def plain(way: Way, chunk: Chunk, model: GPT) -> Runner:
         with plain_ops():
             learner.adapt(chunk.tokens, 1, 947)
 
-    return Runner(way, score, adapt)
+    return Runner(contender, score, adapt)
 
 
 def rows(runners: Sequence[Runner], chunk: Chunk) -> list[dict[str, object]]:
-    """One record a way: E1, its two parts, and 947 chunks of it."""
+    """Return one record per contender: E1, its two parts, and the time of 947 chunks."""
     found = []
     positions = len(chunk.windows) * chunk.seq_len
-    plain_ms = {r.way.compile: statistics.median(_both(r)) for r in runners if not r.way.ours and r.score_ms}
+    plain_ms = {
+        r.contender.compile: statistics.median(_both(r))
+        for r in runners
+        if not r.contender.ours and r.score_ms
+    }
     for runner in runners:
         if not runner.score_ms:
             continue
         score, both = statistics.median(runner.score_ms), statistics.median(_both(runner))
         found.append(
             {
-                "way": runner.way.name,
+                "contender": runner.contender.name,
                 "chunk_ms": both,
                 "score_ms": score,
                 "adapt_ms": statistics.median(runner.adapt_ms),
@@ -211,7 +218,7 @@ def _both(runner: Runner) -> list[float]:
 
 
 def cut_or_whole(chunk: Chunk, session: Session) -> dict[str, object]:
-    """E2: our scoring with and without the cut, in turn, on the same weights."""
+    """E2: score with and without the cut, in turn, on the same weights."""
     config, device = chunk.config, session.device
     torch.manual_seed(0)
     dtype = resolve_dtype(config.train.compute_dtype, device)
@@ -223,18 +230,20 @@ def cut_or_whole(chunk: Chunk, session: Session) -> dict[str, object]:
         return frozen.score(tokens, torch.cat((rest, targets), dim=1), context)[:, rest.shape[1] :]
 
     size = batch_size(config.eval.batch_seqs, config.model, dtype, device)
-    scorers = {way: Scorer(chunk.stream, chunk.windows, chunk.seq_len, size) for way in ("cut", "whole")}
+    scorers = {
+        contender: Scorer(chunk.stream, chunk.windows, chunk.seq_len, size) for contender in ("cut", "whole")
+    }
     losses = {"cut": frozen.score, "whole": whole}
-    ms: dict[str, list[float]] = {way: [] for way in scorers}
+    ms: dict[str, list[float]] = {contender: [] for contender in scorers}
     for i in range(6):
-        for way, scorer in scorers.items():
-            taken = timed(lambda: scorer.score(losses[way], 0, len(chunk.windows)))[1]  # noqa: B023 - at once
-            ms[way] += [taken] if i else []
+        for contender, scorer in scorers.items():
+            taken = timed(lambda: scorer.score(losses[contender], 0, len(chunk.windows)))[1]  # noqa: B023 - called now
+            ms[contender] += [taken] if i else []
     gap = (scorers["cut"].losses - scorers["whole"].losses).abs()
     return {
         "windows_a_batch": size(chunk.seq_len),
         "ms": ms,
-        "median_ms": {way: statistics.median(times) for way, times in ms.items()},
+        "median_ms": {contender: statistics.median(times) for contender, times in ms.items()},
         "speed_up": statistics.median(ms["whole"]) / statistics.median(ms["cut"]),
         "speed_up_allowed": forward_flops(config.model, chunk.seq_len, chunk.seq_len)
         / forward_flops(config.model, chunk.seq_len, config.eval.stride),
@@ -246,27 +255,16 @@ def cut_or_whole(chunk: Chunk, session: Session) -> dict[str, object]:
 
 
 def run(session: Session) -> bool:
-    """Write eval.json; returns whether our evaluation and a plain one were measured and agree."""
+    """Write eval.json; return whether our evaluation and a plain one were measured and agree."""
     torch._dynamo.config.recompile_limit = 64
     file = PartFile(session, "eval")
     load_tuned()
     tag_compile_cache()
     chunk = make_chunk(run_config(session), session.device)
-    runners, failed, first = [], {}, {}
-    for way in WAYS:
-        if session.dry and not way.dry:
-            continue
-        if session.left < 30 and not session.dry:
-            failed[way.name] = "skipped: out of time"
-            continue
-        made = attempt(lambda way=way: prepare(way, chunk, session))
-        if isinstance(made, str):
-            failed[way.name] = made
-            print(f"{way.name}: {made}", flush=True)
-        else:
-            runners.append(made)
-            print(f"{way.name}: ready", flush=True)
-        file.write(failed=failed)
+    chosen = [one for one in CONTENDERS if one.dry or not session.dry]
+    makers = {one.name: partial(prepare, one, chunk, session) for one in chosen}
+    runners, failed = prepared(makers, file, session.deadline(0.6))
+    first: dict[str, float] = {}
     deadline = session.deadline(0.6)
     for i in range(2 if session.dry else 7):
         if i >= 3 and time.monotonic() > deadline:
@@ -274,10 +272,10 @@ def run(session: Session) -> bool:
         for runner in list(runners):
             losses = attempt(runner.round)
             if isinstance(losses, str):
-                failed[runner.way.name] = losses
+                failed[runner.contender.name] = losses
                 runners.remove(runner)
             elif i == 0:
-                first[runner.way.name] = losses.double().mean().item()
+                first[runner.contender.name] = losses.double().mean().item()
         file.write(E1=rows(runners, chunk), loss_of_first_round=first, failed=failed)
     del runners[:]
     gc.collect()

@@ -1,8 +1,8 @@
-"""Low-rank changes of a model for many documents at once (Hu et al. 2021), learned while they are scored.
+"""Low-rank changes of a model for many documents in parallel (Hu et al. 2021), learned while they are scored.
 
-Every document has a change of every matrix: Q, K, V, output, MLP up and down of each layer, and the head. Of
+Every document has a change of every matrix: Q, K, V, output, MLP up and down of each layer, and the head. For
 a matrix W (out, in) it is B A with A (rank, in) and B (out, rank). B starts at zero, so a document starts
-with the model as it is. The documents of a batch are one dimension of A and B; none depends on another.
+from the unchanged model. Documents are the first dimension of A and B; none depends on another.
 """
 
 from __future__ import annotations
@@ -14,21 +14,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pgolf_fast import ops
 from pgolf_fast.config.schema import ModelConfig, TTTConfig
-from pgolf_fast.evaluation.adapt import ADAM_EPS, Scored
-from pgolf_fast.model.bank import Banks
+from pgolf_fast.evaluation.adapters.base import ADAM_EPS, Adapter, Scored, freeze
+from pgolf_fast.model.attention import attend
+from pgolf_fast.model.bank import Banks, Transform
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.model.rope import rope_tables
 from pgolf_fast.ops import reference
+from pgolf_fast.quant.fake import fake_int6
 
-# Factors A (documents, layers, rank, in) and B (documents, layers, out, rank) of each matrix, by its name
+# Factors A (documents, layers, rank, in) and B (documents, layers, out, rank) of each matrix by name
 Factors = dict[str, tuple[Tensor, Tensor]]
 _SEED = 1337
 
 
 def matrices(config: ModelConfig) -> dict[str, tuple[int, int, int]]:
-    """How many there are of each matrix that changes, and its size (out, in)."""
+    """Return the count and size (out, in) of each kind of matrix that changes."""
     n, d, kv = config.num_layers, config.model_dim, config.kv_dim
     return {
         "q": (n, d, d),
@@ -42,19 +43,19 @@ def matrices(config: ModelConfig) -> dict[str, tuple[int, int, int]]:
 
 
 def fresh_factors(config: ModelConfig, rank: int, documents: int, device: torch.device) -> Factors:
-    """Changes of zero: A normal with variance 1 / in, the same for each document, B zero; float32."""
-    sampler, found = torch.Generator().manual_seed(_SEED), {}
+    """Return changes of zero: A normal with variance 1 / in, equal for all documents, B zero; float32."""
+    sampler, factors = torch.Generator().manual_seed(_SEED), {}
     for name, (count, rows, columns) in matrices(config).items():
         a = torch.randn(count, rank, columns, generator=sampler) * columns**-0.5
         b = torch.zeros(documents, count, rows, rank, device=device)
-        found[name] = a.to(device).expand(documents, -1, -1, -1).clone(), b
-    return found
+        factors[name] = a.to(device).expand(documents, -1, -1, -1).clone(), b
+    return factors
 
 
 def changed_losses(
     model: GPT, banks: Banks, factors: Factors, tokens: Tensor, targets: Tensor, context: int | None = None
 ) -> Tensor:
-    """`GPT.token_losses` where row i of tokens (B, T) meets the model changed by factors (B, ...)."""
+    """Return `GPT.token_losses` with row i of tokens (B, T) under the model changed by row i of factors."""
     config, last = model.config, targets.shape[1]
     cast = {name: (a.to(model.compute_dtype), b.to(model.compute_dtype)) for name, (a, b) in factors.items()}
     cos, sin = rope_tables(config, tokens.shape[1], tokens.device, context)
@@ -63,59 +64,60 @@ def changed_losses(
         a, b = cast[name]
         return torch.baddbmm(F.linear(x, weight), x @ a[:, layer].mT, b[:, layer].mT)
 
-    def attend(layer: int, x: Tensor, value_embed: Tensor | None) -> Tensor:
-        n, gain = config.num_layers, model.block(layer).attn.q_gain
-        queries = x[:, -last:] if layer == n - 1 else x
-        q = linear(queries, banks.qo[layer], "q", layer).unflatten(-1, (config.num_heads, -1))
-        k = linear(x, banks.kv[layer], "k", layer).unflatten(-1, (config.num_kv_heads, -1))
-        v = linear(x, banks.kv[n + layer], "v", layer)
-        v = (v if value_embed is None else v + value_embed).unflatten(-1, (config.num_kv_heads, -1))
-        first = x.shape[1] - queries.shape[1]
-        wide = torch.promote_types(x.dtype, torch.float32)
-        q = reference.rotate(ops.rms_norm(q).to(wide), cos[first:], sin[first:]) * gain.to(wide)[:, None]
-        k = reference.rotate(ops.rms_norm(k).to(wide), cos, sin)
-        y = _causal(q, k, v.to(wide) if x.device.type == "cpu" else v).to(x.dtype)
-        y = reference.exclusive(y, v[:, first:]) if model.uses_xsa(layer) else y
-        return linear(y.flatten(2), banks.qo[n + layer], "o", layer)
+    def attention(layer: int, x: Tensor, value_embed: Tensor | None) -> Tensor:
+        n = config.num_layers
+        context = attend(
+            linear(x[:, -last:] if layer == n - 1 else x, banks.qo[layer], "q", layer),
+            linear(x, banks.kv[layer], "k", layer),
+            linear(x, banks.kv[n + layer], "v", layer),
+            model.block(layer).attn.q_gain,
+            cos,
+            sin,
+            num_kv_heads=config.num_kv_heads,
+            xsa=model.uses_xsa(layer),
+            value_embed=value_embed,
+        )
+        return linear(context, banks.qo[n + layer], "o", layer)
 
-    def feed(layer: int, x: Tensor) -> Tensor:
+    def mlp(layer: int, x: Tensor) -> Tensor:
         hidden = reference.activation(linear(x, banks.up[layer], "up", layer), config.mlp_activation)
         return linear(hidden, banks.down[layer], "down", layer)
 
     x = model.smear(model.embed(tokens))
-    x = model.trunk(x, model.value_embeddings(tokens), banks, attend, last=last, feed=feed)
+    x = model.trunk(x, model.value_embeddings(tokens), banks, attention, last=last, mlp=mlp)
     raw = linear(x, model.tok_emb.weight.to(model.compute_dtype), "head")
     raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
     logits = config.logit_softcap * torch.tanh(raw / config.logit_softcap)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
 
 
-def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of the last positions, q (B, W, H, hd), k and v (B, T, KV, hd) -> (B, W, H, hd).
+class Lora(Adapter):
+    """Low-rank changes of each document, trained by AdamW; the model itself stays as it is.
 
-    In the dtype of v: float32 on a CPU, which is quicker there than bfloat16.
-    """
-    groups, (queries, keys) = q.shape[2] // k.shape[2], (q.shape[1], k.shape[1])
-    heads = (q, k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2))
-    q, k, v = (t.to(v.dtype).transpose(1, 2) for t in heads)
-    if queries == keys:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
-    seen = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2)
-
-
-class Lora:
-    """The `DocumentAdapter` that learns low-rank changes by AdamW, with the model itself as it stands.
-
-    A document learns from each segment after it is scored, with up to `seq_len` of its tokens as inputs of
-    which the segment's are targets; gradients are clipped document by document.
+    A document learns from each of its segments after it is scored. Inputs reach back up to `seq_len` tokens,
+    targets are the segment's; gradients are clipped document by document.
     """
 
-    def __init__(self, model: GPT, config: TTTConfig, seq_len: int, banks: Callable[[], Banks]):
-        """`banks` gives what forward reads at the time; the model's parameters must need no gradient."""
-        self.model, self.config, self.seq_len, self._banks = model, config, seq_len, banks
+    def __init__(
+        self,
+        model: GPT,
+        config: TTTConfig,
+        seq_len: int,
+        grid: Transform = fake_int6,
+        *,
+        banks: Callable[[], Banks] | None = None,
+        **unused: bool,
+    ):
+        """Round banks to `grid` if `config.quantize_forward` says so, or read those that `banks` returns.
+
+        With `banks`, the caller owns the model's parameters. `unused` is for other adapters.
+        """
+        if banks is None:
+            freeze(model)
+            frozen = model.banks(grid if config.quantize_forward == "banks" else None)
+        self._banks = banks or (lambda: frozen)
+        self.model, self.config, self.seq_len = model, config, seq_len
         self.trainable = sum(n * (r + c) for n, r, c in matrices(model.config).values()) * config.lora.rank
-        self.updates = 0
         self.begin(0)
 
     def begin(self, documents: int) -> None:
@@ -144,7 +146,7 @@ class Lora:
             self.updates += 1
 
     def _update(self, x: Tensor, y: Tensor) -> None:
-        """One step of the first len(x) documents."""
+        """Take one step on the first len(x) documents."""
         own = [[t[: len(x)] for t in tensors] for tensors in (self._tensors, self._means, self._squares)]
         leaves = [t.detach().requires_grad_() for t in own[0]]
         factors = dict(zip(self._factors, zip(leaves[::2], leaves[1::2], strict=True), strict=True))
@@ -171,18 +173,16 @@ class Lora:
                 maximize=False,
             )
 
+    def _lists(self) -> dict[str, list[Tensor]]:
+        return {"factor": self._tensors, "mean": self._means, "square": self._squares}
+
     def state(self) -> dict[str, Tensor]:
-        kinds = {"factor": self._tensors, "mean": self._means, "square": self._squares}
-        named = {f"{kind}.{i}": t for kind, tensors in kinds.items() for i, t in enumerate(tensors)}
+        named = {f"{kind}.{i}": t for kind, tensors in self._lists().items() for i, t in enumerate(tensors)}
         return {**named, "text": self._text, "steps": self._steps, "updates": torch.tensor(self.updates)}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         self.begin(len(state["factor.0"]))
-        for kind, tensors in (
-            ("factor", self._tensors),
-            ("mean", self._means),
-            ("square", self._squares),
-        ):
+        for kind, tensors in self._lists().items():
             for i, tensor in enumerate(tensors):
                 tensor.copy_(state[f"{kind}.{i}"])
         self._text = state["text"].to(self._text.device, copy=True)

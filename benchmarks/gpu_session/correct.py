@@ -1,4 +1,4 @@
-"""Session part `correct`: is every op right on this GPU, in float32 and bfloat16, also far into memory?"""
+"""Session part `correct`: every op against float64 on this GPU, also beyond 2^31 elements."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from session_files import PartFile, Session
 
+from benchmarks.gpu_session.session import PartFile, Session
 from pgolf_fast.bench import check, registry
 from pgolf_fast.bench.case import Case, Contender
 from pgolf_fast.bench.run import attempt
 from pgolf_fast.config.presets import preset
 
 TESTS = Path(__file__).parent.parent / "tests" / "ops"
-# Ops whose tensors are made larger than 2^31 elements, with the width that counts
+# Ops tested with tensors of more than 2^31 elements, and the width of these tensors
 LARGE = {"residual_norm": 512, "smear_gate": 512, "ngram_hash_embed": 64, "mlp-leaky_relu_squared": 512}
 LARGE_BYTES = 80 << 30
 
 
 def run(session: Session) -> bool:
-    """Write correct.json; returns whether everything that was judged is right."""
+    """Write correct.json; return whether everything that was compared is right."""
     file = PartFile(session, "correct")
     rows: list[dict[str, object]] = []
 
@@ -42,7 +42,7 @@ def run(session: Session) -> bool:
 
 
 def doctor_rows(session: Session, note) -> None:
-    """What `pgolf doctor --check` says."""
+    """Record the rows of `pgolf doctor --check`."""
     from pgolf_fast.bench.doctor_checks import check_ops
 
     rows = attempt(lambda: check_ops(session.device, torch.bfloat16))
@@ -54,7 +54,7 @@ def doctor_rows(session: Session, note) -> None:
 
 
 def preset_shapes(session: Session, note) -> None:
-    """Every op of the registry at the preset's widths, forward and every gradient, against float64."""
+    """Compare every op at the preset's widths with float64, forward and every gradient."""
     config = preset(session.preset)
     tokens = 64 if session.dry else 4 * config.train.seq_len
     sizes = [
@@ -76,14 +76,14 @@ def preset_shapes(session: Session, note) -> None:
 
 
 def judge_case(case: Case) -> dict[str, check.Verdict | str]:
-    """Ours as it runs by default, and with everything that can be chosen on this machine."""
+    """Compare our default implementation and every other choice on this machine with float64."""
     truth = check.truth_of(case, "fwd+bwd" if case.trained else "fwd")
     contenders = [case.ours, *(v for v in case.variants.values() if isinstance(v, Contender))]
     return {c.name: attempt(lambda c=c: check.judge(c, truth)) for c in contenders}
 
 
 def large_offsets(session: Session, note) -> None:
-    """Tensors of more than 2^31 elements: their last sequences must come out as if alone."""
+    """Check that the last sequences of tensors with more than 2^31 elements come out as if computed alone."""
     config = preset(session.preset)
     for name, width in LARGE.items():
         what = f"{name}, more than 2^31 elements, bfloat16"
@@ -105,7 +105,7 @@ def large_offsets(session: Session, note) -> None:
 
 
 def run_tests(session: Session) -> dict[str, object]:
-    """The GPU side of the op tests, if pytest is here and there is time."""
+    """Run the GPU cases of the op tests, if pytest is installed and there is time."""
     missing = [name for name in ("pytest", "hypothesis") if find_spec(name) is None]
     if missing:
         return {"status": None, "summary": f"not run: {missing[0]} is not installed"}
@@ -127,5 +127,5 @@ def run_tests(session: Session) -> dict[str, object]:
         return {"status": None, "summary": "stopped: out of time", "output": output[-4000:]}
     lines = done.stdout.strip().splitlines()
     print("\n".join(lines[-15:]), flush=True)
-    status = 0 if done.returncode == 5 else done.returncode  # 5: no test was selected
+    status = 0 if done.returncode == 5 else done.returncode  # 5: pytest selected no test
     return {"status": status, "summary": lines[-1] if lines else "", "output": done.stdout[-4000:]}

@@ -1,17 +1,22 @@
-"""What the parts of a GPU session share: their JSON files, the machine they note, the time they have."""
+"""State shared by the parts of a GPU session: arguments, remaining time, and the JSON file of a part."""
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
+from pgolf_fast.bench.run import attempt
 from pgolf_fast.bench.store import provenance
 from pgolf_fast.bench.timer import gpu_state
 from pgolf_fast.io import write_text
+
+Runner = TypeVar("Runner")
 
 
 @dataclass(frozen=True)
@@ -20,7 +25,7 @@ class Session:
 
     out: Path
     seconds: float
-    """What this part may take."""
+    """Time limit of this part."""
     started: float
     """`time.monotonic()` at its start."""
     dry: bool
@@ -29,13 +34,13 @@ class Session:
     ops: tuple[str, ...] = ()
     tokens: tuple[int, ...] = ()
     steps: int = 200
-    """Training steps at most, for the comparison of losses."""
+    """Maximum number of training steps, for the comparison of losses."""
     peers: tuple[str, ...] = ()
-    ways: tuple[str, ...] = ()
+    contenders: tuple[str, ...] = ()
 
-    def wants(self, way: str) -> bool:
-        """Whether a way of making a step is asked for, by a part of its name; all are by default."""
-        return not self.ways or any(word in way for word in self.ways)
+    def wants(self, contender: str) -> bool:
+        """Return whether a contender is selected by a part of its name; by default all are."""
+        return not self.contenders or any(word in contender for word in self.contenders)
 
     @property
     def device(self) -> torch.device:
@@ -47,12 +52,12 @@ class Session:
         return self.started + self.seconds - time.monotonic()
 
     def deadline(self, share: float = 1.0) -> float:
-        """`time.monotonic()` when that share of what is left will be over."""
+        """Return the `time.monotonic()` at which this share of the remaining time will have passed."""
         return time.monotonic() + share * self.left
 
 
 class PartFile:
-    """The JSON of one part: rewritten, whole, whenever something is known."""
+    """The JSON file of one part, rewritten with every new result."""
 
     def __init__(self, session: Session, part: str):
         self.path = session.out / f"{part}.json"
@@ -73,5 +78,28 @@ class PartFile:
         write_text(self.path, json.dumps(self.content, indent=1, default=str) + "\n")
 
     def finish(self, ok: bool, **values: object) -> None:
-        """Say that the part came to its end, and whether what it found is right."""
+        """Record that the part is complete, and whether its results are right."""
         self.write(status="done", ok=ok, gpu_after=gpu_state(self._device), **values)
+
+
+def prepared(
+    makers: Mapping[str, Callable[[], Runner]], file: PartFile, deadline: float
+) -> tuple[list[Runner], dict[str, str]]:
+    """Make every contender until the deadline, at least two; return them, and the failures with reasons."""
+    runners: list[Runner] = []
+    seconds: dict[str, float] = {}
+    failed: dict[str, str] = {}
+    for name, make in makers.items():
+        start = time.monotonic()
+        if start > deadline and len(runners) > 1:
+            failed[name] = "skipped: out of time"
+            continue
+        made = attempt(make)
+        if isinstance(made, str):
+            failed[name] = made
+        else:
+            runners.append(made)
+            seconds[name] = time.monotonic() - start
+        print(f"{name}: {failed.get(name) or f'ready after {seconds[name]:.0f} s'}", flush=True)
+        file.write(prepared=seconds, failed=failed)
+    return runners, failed

@@ -1,15 +1,15 @@
-"""Error-guided test-time training (PR 296): two passes, the first to learn from. It breaks the rules.
+"""Error-guided test-time training (PR 296): train on the hardest windows, then score. It breaks the rules.
 
-A first pass finds the windows of the highest loss, low-rank changes of the last MLPs are learned from them,
-and a second pass scores all windows with these. So what is learned from gets its score later, against
-condition 3 of the challenge's issue 1017. It is here to be measured, never to be handed in: `pgolf eval`
-wants --allow-illegal for it, and `pgolf audit` sees what it does.
-
-Nothing of it touches the ledger of `evaluation.protocol`, through which every other adapter learns: what is
-learned from here is cut out of the stream by hand.
+A first pass finds the windows of the highest loss, low-rank changes of the last MLPs are trained on these,
+and a second pass scores all windows. So tokens are learned from before they are scored, against condition 3
+of the challenge's issue 1017. For measurement only; never submit it: `pgolf eval` requires --allow-illegal,
+and `pgolf audit` fails it. It bypasses the ledger of `evaluation.protocol`, through which every other adapter
+learns.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -18,28 +18,33 @@ from torch import Tensor
 
 from pgolf_fast import ops
 from pgolf_fast.config.ttt import GuidedConfig, TTTConfig
-from pgolf_fast.evaluation.adapt import Adapter, Scored
-from pgolf_fast.evaluation.protocol import Chunk, Segment, score_and_adapt
+from pgolf_fast.evaluation.adapters.base import Adapter, Scored, freeze
+from pgolf_fast.evaluation.protocol import Chunk, score_and_adapt
 from pgolf_fast.evaluation.resume import SavedState
 from pgolf_fast.evaluation.score import Score, Scorer
 from pgolf_fast.evaluation.windows import plain_windows
-from pgolf_fast.model.bank import Banks
+from pgolf_fast.model.bank import Transform
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.ops import reference
+from pgolf_fast.quant.fake import fake_int6
 
 _SEED = 1337
 
 
-class ErrorGuided:
-    """The `Adapter` of low-rank changes (Hu et al. 2021) of the last blocks' MLP matrices, learned by Adam.
+class ErrorGuided(Adapter):
+    """Low-rank changes (Hu et al. 2021) of the last blocks' MLP matrices, trained by Adam.
 
     The change of a matrix (out, in) is B A with A (rank, in), normal with variance 1 / in, and B (out, rank),
     zero at first. Every call of `adapt` is one step on one window.
     """
 
-    def __init__(self, model: GPT, config: TTTConfig, banks: Banks):
-        """`banks` is what forward reads; the model's parameters must need no gradient."""
-        self.model, self.config, self._banks = model, config, banks
+    def __init__(
+        self, model: GPT, config: TTTConfig, seq_len: int, grid: Transform = fake_int6, **unused: bool
+    ):
+        """Round banks to `grid` if `config.quantize_forward` says so; `unused` is for other adapters."""
+        freeze(model)
+        self.model, self.config = model, config
+        self._banks = banks = model.banks(grid if config.quantize_forward == "banks" else None)
         c, layers = model.config, config.guided.blocks(model.config.num_layers)
         self._first = c.num_layers - layers
         sampler, rank, device = torch.Generator().manual_seed(_SEED), config.guided.rank, banks.up.device
@@ -50,24 +55,23 @@ class ErrorGuided:
         for factor in self._factors:
             factor.requires_grad_()
         self._adam = torch.optim.Adam(self._factors, lr=config.guided.lr, fused=True)
-        self.trainable, self.updates = sum(f.numel() for f in self._factors), 0
+        self.trainable = sum(f.numel() for f in self._factors)
 
-    def score(self, tokens: Tensor, targets: Tensor, context: int) -> Tensor:
+    def score(self, tokens: Tensor, targets: Tensor, context: int, rows: Tensor | None = None) -> Tensor:
         with torch.no_grad():
-            return self.model.token_losses(tokens, targets, self._banks, context=context, feed=self._feed)
+            return self.model.token_losses(tokens, targets, self._banks, context=context, mlp=self._mlp)
 
     def adapt(self, scored: Scored) -> None:
-        tokens = scored.tokens[None]
-        losses = self.model.token_losses(tokens[:, :-1], tokens[:, 1:], self._banks, feed=self._feed)
-        losses.mean().backward()
+        x, y = scored.tokens[:, :-1], scored.tokens[:, 1:]
+        self.model.token_losses(x, y, self._banks, mlp=self._mlp).mean().backward()
         if self.config.grad_clip is not None:
             torch.nn.utils.clip_grad_norm_(self._factors, self.config.grad_clip)
         self._adam.step()
         self._adam.zero_grad()
         self.updates += 1
 
-    def _feed(self, layer: int, x: Tensor) -> Tensor:
-        """The MLP of a block, changed if it is one of the last."""
+    def _mlp(self, layer: int, x: Tensor) -> Tensor:
+        """Compute the MLP of a block, changed if the block is one of the last."""
         banks, kind = self._banks, self.model.config.mlp_activation
         if layer < self._first:
             return ops.mlp(x, banks.up, banks.down, layer, kind)
@@ -90,14 +94,13 @@ def learn_and_score(
     config: GuidedConfig,
     adapter: Adapter,
     scorer: Scorer,
-    chunks: list[Chunk | Segment],
+    chunks: Sequence[Chunk],
     what: str,
     saved: SavedState | None = None,
 ) -> list[Score]:
-    """Both passes, in place of `protocol.score_and_adapt`. Every process makes the first pass by itself.
+    """Run both passes in place of `protocol.score_and_adapt`. Every rank runs the first pass by itself.
 
-    `chunks` must be a single one, after which nothing is learned. With `saved`, the second pass goes on from
-    there.
+    `chunks` must be a single one, after which nothing is learned. `saved` covers the second pass.
     """
     stream = scorer.stream
     windows = plain_windows(stream.num_targets, config.window_tokens)
@@ -107,7 +110,7 @@ def learn_and_score(
     hardest = np.argsort(-nats / np.diff(first.places), kind="stable")[: config.hard_windows(len(windows))]
     for _ in range(config.epochs):
         for number, window in enumerate(hardest):
-            tokens = stream.tokens[windows.start[window] : windows.end[window] + 1].clone()
-            # a promise of `Scored` that is not kept: these targets have no score yet
+            tokens = stream.tokens[None, windows.start[window] : windows.end[window] + 1].clone()
+            # breaks the promise of `Scored`: these targets have no score yet
             adapter.adapt(Scored(tokens, number, len(hardest)))
     return score_and_adapt(adapter, scorer, chunks, what, saved)

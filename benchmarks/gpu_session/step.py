@@ -1,9 +1,9 @@
 """Session part `step`: the whole training step, ours against the same model in plain PyTorch.
 
-T1: milliseconds of a step at the preset's micro-batch, all ways in turn. T3: their losses on the same tokens
-from the same weights. T2: the quickest of ours and of the peers again with larger micro-batches. Every step
-is a real one (forward, backward, clipping, optimizer); the tokens are a random Markov chain, so there is
-something to learn.
+T1: milliseconds of a step at the preset's micro-batch, all contenders in turn. T3: their losses on the same
+tokens from the same weights. T2: the fastest of ours and of the peers again with larger micro-batches. Every
+step is complete (forward, backward, clipping, optimizer); the tokens are a random Markov chain, which can be
+learned.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
-from plain import PlainTrainer
-from session_files import PartFile, Session
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.gpu_session.plain import PlainTrainer
+from benchmarks.gpu_session.session import PartFile, Session, prepared
 from pgolf_fast.bench.aot import kernels_in_source
 from pgolf_fast.bench.peers import compile_settings
 from pgolf_fast.bench.registry import forced_attention
@@ -38,47 +39,47 @@ from pgolf_fast.model.runtime import resolve_dtype
 from pgolf_fast.ops.tuned import load_tuned
 from pgolf_fast.train.trainer import Trainer
 
-POOL_TOKENS = 128 * 98_304  # they are repeated
-LARGER = (2, 4)  # micro-batches of T2, over the preset's; they divide its eight
+POOL_TOKENS = 128 * 98_304  # tokens on the device, which are repeated
+LARGER = (2, 4)  # micro-batch sizes of T2 over the preset's; they must divide its eight micro-batches
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way to make a training step."""
+class Contender:
+    """One implementation of the training step."""
 
     name: str
     ours: bool
     compile: str | None = None
     """A setting of torch.compile, as in `bench.peers`; None runs eagerly."""
     backend: str = "any"
-    """Attention of plain PyTorch."""
+    """Attention backend of plain PyTorch."""
     attention: str = "auto"
-    """Attention of ours, as in `ops.attention_backend`."""
+    """Our attention, as in `ops.attention_backend`."""
     graph: bool = False
-    """Ours: replay micro-steps from a CUDA graph."""
+    """Whether our micro-steps are replayed from a CUDA graph."""
     dry: bool = False
-    """Also part of a rehearsal."""
+    """Also run in a rehearsal."""
 
 
-# In order of worth: when time is short, the last are left out.
-WAYS = (
-    Way("ours, compile", True, "compile", dry=True),
-    Way("plain, compile, flash", False, "compile", "flash", dry=True),
-    Way("ours, eager", True, dry=True),
-    Way("plain, compile-mix-off, flash", False, "compile-mix-off", "flash"),
-    Way("plain, compile, cudnn", False, "compile", "cudnn"),
-    Way("ours, CUDA graph", True, graph=True),
-    Way("ours, compile, cudnn attention", True, "compile", attention="cudnn"),
-    Way("ours, compile, triton attention", True, "compile", attention="triton"),
-    Way("ours, compile and CUDA graph", True, "compile", graph=True),
-    Way("plain, compile-max-autotune, flash", False, "compile-max-autotune", "flash"),
-    Way("plain, eager, flash", False, None, "flash", dry=True),
+# Most important first: when time is short, the last are left out.
+CONTENDERS = (
+    Contender("ours, compile", True, "compile", dry=True),
+    Contender("plain, compile, flash", False, "compile", "flash", dry=True),
+    Contender("ours, eager", True, dry=True),
+    Contender("plain, compile-mix-off, flash", False, "compile-mix-off", "flash"),
+    Contender("plain, compile, cudnn", False, "compile", "cudnn"),
+    Contender("ours, CUDA graph", True, graph=True),
+    Contender("ours, compile, cudnn attention", True, "compile", attention="cudnn"),
+    Contender("ours, compile, triton attention", True, "compile", attention="triton"),
+    Contender("ours, compile and CUDA graph", True, "compile", graph=True),
+    Contender("plain, compile-max-autotune, flash", False, "compile-max-autotune", "flash"),
+    Contender("plain, eager, flash", False, None, "flash", dry=True),
 )
-REFERENCE = "plain, compile, flash"  # whose losses the others are compared with
+REFERENCE = "plain, compile, flash"  # the baseline of the losses
 
 
 def flops_per_token(model: ModelConfig, length: int) -> float:
-    """Of forward and backward, by the usual count: three times forward, causal attention counted once."""
+    """Return FLOPs of forward and backward: three times forward, with half of the attention matrix."""
     d = model.model_dim
     weights = model.num_layers * d * (2 * d + 2 * model.kv_dim + model.mlp_up_rows + model.mlp_hidden)
     weights += model.vocab_size * d
@@ -91,7 +92,7 @@ def flops_per_token(model: ModelConfig, length: int) -> float:
 
 
 class Pool:
-    """A loader that hands out micro-batches which already lie on the device, round and round."""
+    """A loader that cycles through micro-batches already on the device."""
 
     def __init__(self, tokens: Tensor, targets: Tensor, sequences: int):
         self.tokens, self.targets, self.sequences, self.position = tokens, targets, sequences, 0
@@ -109,7 +110,7 @@ class Pool:
 
 
 def markov_tokens(vocab: int, sequences: int, length: int, seed: int = 0) -> np.ndarray:
-    """(sequences, length) ids: each token has four followers; one in ten is any token."""
+    """Return ids (sequences, length): each token has four successors; one token in ten is random."""
     generator = np.random.default_rng(seed)
     followers = generator.integers(0, vocab, (vocab, 4))
     tokens = np.empty((sequences, length), np.int64)
@@ -123,9 +124,9 @@ def markov_tokens(vocab: int, sequences: int, length: int, seed: int = 0) -> np.
 
 @dataclass
 class Runner:
-    """A way that is ready to step."""
+    """A contender that is compiled and ready."""
 
-    way: Way
+    contender: Contender
     trainer: Trainer | PlainTrainer
     prepare_seconds: float
     peak_bytes: int | None
@@ -133,9 +134,9 @@ class Runner:
     losses: list[float] = field(default_factory=list)
 
     def step(self) -> None:
-        """One timed step: from a quiet GPU until its loss is known."""
+        """Time one step, from a synchronized GPU until its loss is on the host."""
         start = time.perf_counter()
-        with forced_attention(self.way.attention):
+        with forced_attention(self.contender.attention):
             result = self.trainer.advance()
         loss = float(result) if isinstance(result, Tensor) else result.loss
         if torch.cuda.is_available():
@@ -145,7 +146,7 @@ class Runner:
 
 
 def run_config(session: Session, micro: int = 1) -> RunConfig:
-    """The preset without what happens only every few steps, at constant learning rate."""
+    """Return the preset at a constant learning rate, without features that act only every few steps."""
     config = preset(session.preset)
     micro_batch, batch, length = (
         (64, 256, 32)
@@ -177,38 +178,38 @@ def make_pool(config: RunConfig, device: torch.device, micro_batches: int) -> tu
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
-def prepare(way: Way, config: RunConfig, pool: tuple[Tensor, Tensor], session: Session) -> Runner:
-    """A trainer of that way after one step (everything is compiled) that was undone."""
+def prepare(contender: Contender, config: RunConfig, pool: tuple[Tensor, Tensor], session: Session) -> Runner:
+    """Return a contender's trainer after one step, which compiles everything and is undone."""
     start, device, train = time.monotonic(), session.device, config.train
     settings = None
-    if way.compile is not None:
-        settings = {"backend": "aot_eager"} if session.dry else compile_settings(way.compile)
+    if contender.compile is not None:
+        settings = {"backend": "aot_eager"} if session.dry else compile_settings(contender.compile)
     before = _memory(device)
     torch.manual_seed(train.seed)
     model = GPT(config.model, compute_dtype=resolve_dtype(train.compute_dtype, device)).to(device)
     loader = Pool(*pool, train.micro_batch_tokens // train.seq_len)
     trainer: Trainer | PlainTrainer
-    if way.ours:
+    if contender.ours:
         ours = Trainer(
             model,
-            replace(config, train=replace(train, cuda_graph=way.graph and not session.dry)),
+            replace(config, train=replace(train, cuda_graph=contender.graph and not session.dry)),
             loader,
             World(0, 1, device),
         )
         if settings is not None:
             tag_compile_cache()
             ours.loss_function = torch.compile(model.loss, dynamic=False, fullgraph=True, **settings)
-        with forced_attention(way.attention):
+        with forced_attention(contender.attention):
             ours.warm_up(1)
         trainer = ours
     else:
-        backend = "any" if session.dry else way.backend
+        backend = "any" if session.dry else contender.backend
         plain = PlainTrainer(model, config, loader.next_batch, backend=backend, compile=settings)
         plain.warm_up()
         loader.load_state({"position": 0})
         trainer = plain
     peak = None if device.type == "cpu" else torch.cuda.max_memory_allocated(device) - before
-    return Runner(way, trainer, time.monotonic() - start, peak)
+    return Runner(contender, trainer, time.monotonic() - start, peak)
 
 
 def _memory(device: torch.device) -> int:
@@ -220,30 +221,17 @@ def _memory(device: torch.device) -> int:
 
 
 def prepare_all(
-    ways: Sequence[Way], config: RunConfig, session: Session, file: PartFile, deadline: float
+    contenders: Sequence[Contender], config: RunConfig, session: Session, file: PartFile, deadline: float
 ) -> tuple[list[Runner], dict[str, str]]:
-    """Every way that starts before the deadline; what failed, with its reason."""
+    """Return the contenders prepared before the deadline, and the failures with their reasons."""
     batches = 8 if session.dry else max(8, POOL_TOKENS // config.train.micro_batch_tokens)
     pool = make_pool(config, session.device, batches)
-    runners: list[Runner] = []
-    failed: dict[str, str] = {}
-    for way in ways:
-        if time.monotonic() > deadline and len(runners) > 1:
-            failed[way.name] = "skipped: out of time"
-            continue
-        runner = attempt(lambda way=way: prepare(way, config, pool, session))
-        if isinstance(runner, str):
-            failed[way.name] = runner
-            print(f"{way.name}: {runner}", flush=True)
-        else:
-            runners.append(runner)
-            print(f"{way.name}: ready after {runner.prepare_seconds:.0f} s", flush=True)
-        file.write(prepared={r.way.name: r.prepare_seconds for r in runners}, failed=failed)
-    return runners, failed
+    makers = {one.name: partial(prepare, one, config, pool, session) for one in contenders}
+    return prepared(makers, file, deadline)
 
 
 def rounds(runners: list[Runner], deadline: float, most: int, note) -> None:
-    """One step of each way in turn until the deadline; a way that fails leaves, with its reason."""
+    """Make one step of each contender in turn until the deadline; drop a contender that fails."""
     longest = 0.0
     for i in range(most):
         if i >= 3 and time.monotonic() + longest > deadline:
@@ -253,7 +241,7 @@ def rounds(runners: list[Runner], deadline: float, most: int, note) -> None:
             problem = attempt(runner.step)
             if isinstance(problem, str):
                 runners.remove(runner)
-                note({runner.way.name: problem})
+                note({runner.contender.name: problem})
         longest = max(longest, time.monotonic() - start) if i else 0.0
         if i in (0, 2) or i % 10 == 9:
             note({})
@@ -261,20 +249,20 @@ def rounds(runners: list[Runner], deadline: float, most: int, note) -> None:
 
 
 def rows(runners: Sequence[Runner], config: RunConfig, device: torch.device) -> list[dict[str, object]]:
-    """One record a way, with its time over that of the quickest plain one."""
+    """Return one record per contender, with the ratio to the fastest plain one."""
     tokens = config.train.batch_tokens
     flops = tokens * flops_per_token(config.model, config.train.seq_len)
-    medians = {r.way.name: statistics.median(r.ms) for r in runners if r.ms}
-    plain = [medians[r.way.name] for r in runners if r.ms and not r.way.ours]
+    medians = {r.contender.name: statistics.median(r.ms) for r in runners if r.ms}
+    plain = [medians[r.contender.name] for r in runners if r.ms and not r.contender.ours]
     found = []
     for runner in runners:
         if not runner.ms:
             continue
-        median = medians[runner.way.name]
+        median = medians[runner.contender.name]
         peak = roof(device, resolve_dtype(config.train.compute_dtype, device)).flops
         found.append(
             {
-                "way": runner.way.name,
+                "contender": runner.contender.name,
                 "median_ms": median,
                 "min_ms": min(runner.ms),
                 "max_ms": max(runner.ms),
@@ -293,8 +281,8 @@ def rows(runners: Sequence[Runner], config: RunConfig, device: torch.device) -> 
 
 
 def loss_differences(runners: Sequence[Runner]) -> dict[str, dict[str, float]]:
-    """T3: losses of each way less those of the reference: the largest, and the mean of the last 50."""
-    curves = {r.way.name: r.losses for r in runners}
+    """T3: return each contender's loss differences from the reference: largest, and mean of the last 50."""
+    curves = {r.contender.name: r.losses for r in runners}
     if REFERENCE not in curves:
         return {}
     found = {}
@@ -313,7 +301,7 @@ def loss_differences(runners: Sequence[Runner]) -> dict[str, dict[str, float]]:
     return found
 
 
-# First match wins; names are those of CUDA kernels (of operators on a CPU).
+# The first match wins. Names are of CUDA kernels, on a CPU of operators.
 CLASSES = {
     "attention, library": ("flash", "fmha", "cudnn_generated", "sdpa", "scaled_dot_product"),
     "gemm, library": ("gemm", "cutlass", "nvjet", "cublas", "splitk", "aten::mm", "addmm", "linear", "bmm"),
@@ -325,11 +313,11 @@ CLASSES = {
 
 
 def time_by_class(runner: Runner, device: torch.device) -> dict[str, object]:
-    """Milliseconds of one step by kernel class, and the twenty longest kernels."""
+    """Return milliseconds of one step by kernel class, and the twenty longest kernels."""
     cuda = device.type == "cuda"
     ours = set(kernels_in_source())
     activity = ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU
-    with forced_attention(runner.way.attention), profile(activities=[activity]) as trace:
+    with forced_attention(runner.contender.attention), profile(activities=[activity]) as trace:
         runner.trainer.advance()
         if cuda:
             torch.cuda.synchronize(device)
@@ -351,22 +339,26 @@ def _class_of(kernel: str, ours: set[str]) -> str:
 
 
 def run(session: Session) -> bool:
-    """Write step.json; returns whether our step and a plain one were measured."""
-    torch._dynamo.config.recompile_limit = 64  # every way compiles the same functions
+    """Write step.json; return whether our step and a plain one were measured."""
+    torch._dynamo.config.recompile_limit = 64  # every contender compiles the same functions
     file = PartFile(session, "step")
     load_tuned()
-    best = compare_ways(session, file)
+    best = compare_contenders(session, file)
     larger_micro_batches(session, file, best)
-    ok = {way.ours for way in best} == {True, False}
+    ok = {contender.ours for contender in best} == {True, False}
     file.finish(ok)
     return ok
 
 
-def compare_ways(session: Session, file: PartFile) -> list[Way]:
-    """T1 and T3, and where the time goes; returns the quickest way of ours and the quickest plain one."""
-    ways = [way for way in WAYS if (way.dry or not session.dry) and session.wants(way.name)]
+def compare_contenders(session: Session, file: PartFile) -> list[Contender]:
+    """Measure T1, T3 and the profiles; return our fastest contender and the fastest plain one."""
+    contenders = [
+        contender
+        for contender in CONTENDERS
+        if (contender.dry or not session.dry) and session.wants(contender.name)
+    ]
     config, device = run_config(session), session.device
-    runners, failed = prepare_all(ways, config, session, file, session.deadline(0.55))
+    runners, failed = prepare_all(contenders, config, session, file, session.deadline(0.55))
 
     def note(problems: dict[str, str]) -> None:
         failed.update(problems)
@@ -379,24 +371,24 @@ def compare_ways(session: Session, file: PartFile) -> list[Way]:
     profiles: dict[str, object] = {}
     for runner in runners:
         if session.left > 20 or session.dry:
-            profiles[runner.way.name] = attempt(lambda runner=runner: time_by_class(runner, device))
+            profiles[runner.contender.name] = attempt(lambda runner=runner: time_by_class(runner, device))
             file.write(profiles=profiles)
     best = []
     for ours in (True, False):
-        side = [r for r in runners if r.ms and r.way.ours is ours]
-        best += [min(side, key=lambda r: statistics.median(r.ms)).way] if side else []
+        side = [r for r in runners if r.ms and r.contender.ours is ours]
+        best += [min(side, key=lambda r: statistics.median(r.ms)).contender] if side else []
     return best
 
 
-def larger_micro_batches(session: Session, file: PartFile, ways: Sequence[Way]) -> None:
-    """T2: the quickest way of each side again, with fewer and larger micro-batches."""
+def larger_micro_batches(session: Session, file: PartFile, contenders: Sequence[Contender]) -> None:
+    """T2: measure the fastest contender of each side with fewer, larger micro-batches."""
     found: list[dict[str, object]] = []
     for factor in LARGER[:1] if session.dry else LARGER:
         if session.left < 60 and not session.dry:
             break
         release(session.device)
         config = run_config(session, factor)
-        runners, failed = prepare_all(ways, config, session, file, session.deadline(0.5))
+        runners, failed = prepare_all(contenders, config, session, file, session.deadline(0.5))
         rounds(runners, session.deadline(0.4), 5, lambda problems, failed=failed: failed.update(problems))
         found += rows(runners, config, session.device)
         file.write(T2=found, T2_failed=failed)
@@ -404,7 +396,7 @@ def larger_micro_batches(session: Session, file: PartFile, ways: Sequence[Way]) 
 
 
 def release(device: torch.device) -> None:
-    """Give the memory of trainers that are gone back to the GPU."""
+    """Free the memory of deleted trainers."""
     gc.collect()
     torch._dynamo.reset()
     if device.type == "cuda":

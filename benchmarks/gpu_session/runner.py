@@ -1,19 +1,4 @@
-"""Everything to run on a machine with a GPU, in one command that needs nothing but this checkout.
-
-    python benchmarks/gpu_session.py --minutes 9 --out DIR
-
-runs the parts below, each in a process of its own with its share of the time, and writes DIR/<part>.json as
-soon as something is known and DIR/summary.json at the end. A part that crashes or overruns is recorded and
-the next one runs; the exit status is then 1.
-
-    correct  every op against float64: float32, bfloat16, offsets beyond 2^31; the GPU side of tests/ops
-    ops      every op beside its peers (as `pgolf bench`), also as ops.jsonl
-    step     the whole training step beside the same model in plain PyTorch; losses; time by kernel
-    eval     a chunk of scoring and test-time training beside the same model in plain PyTorch
-    tune     launch rows (as `pgolf tune`), as launches.json
-
-`--dry-run` walks through all of it on a CPU at toy sizes.
-"""
+"""Run the parts of a GPU session, each in a separate process with its share of the time."""
 
 from __future__ import annotations
 
@@ -29,9 +14,10 @@ import time
 from collections import deque
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]  # the package need not be installed
+from benchmarks import gpu_session
 
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = ROOT / "benchmarks" / "gpu_session"
 # part -> its share of the time, in the order they run
 PARTS = {"correct": 0.15, "ops": 0.25, "step": 0.3, "eval": 0.2, "tune": 0.1}
 GRACE = 15.0  # seconds between the end of a part's time and its end by force
@@ -65,7 +51,7 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=gpu_session.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
     parser.add_argument("--minutes", type=float, default=9.0, help="for all parts together (default 9)")
@@ -75,7 +61,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ops", nargs="*", default=[], help="ops by the beginning of their names")
     parser.add_argument("--tokens", nargs="*", type=int, default=[], help="of part ops")
     parser.add_argument("--peers", nargs="*", default=[], help="of part ops")
-    parser.add_argument("--ways", nargs="*", default=[], help="of part step, by a part of their names")
+    parser.add_argument(
+        "--contenders", "--ways", nargs="*", default=[], help="of part step, by parts of their names"
+    )
     parser.add_argument("--steps", type=int, default=200, help="of part step, at most")
     parser.add_argument("--worker", choices=list(PARTS), help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
@@ -94,9 +82,9 @@ def output_folder(given: Path | None) -> Path:
 
 
 def build_extension() -> str:
-    """Compile the C++ codecs in place if they are missing; without them the Python ones are used."""
+    """Compile the C++ extension in place if it is missing; without it the Python codecs are used."""
     if list((ROOT / "pgolf_fast").glob("_C.*")):
-        return "there already"
+        return "already built"
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=90)
@@ -106,15 +94,15 @@ def build_extension() -> str:
 
 
 def run_part(part: str, seconds: float, arguments: argparse.Namespace, out: Path) -> dict[str, object]:
-    """Run a part in its own process and see that it ends in time; returns what became of it."""
+    """Run a part in its own process, end it in time, and return its state."""
     print(f"--- {part}: {seconds:.0f} s", flush=True)
     (out / f"{part}.json").unlink(missing_ok=True)
     if seconds < 5:
         return finish_part(out, part, "skipped: out of time", 0.0, None, [])
-    command = [sys.executable, str(Path(__file__).resolve()), "--worker", part, "--seconds", str(seconds)]
+    command = [sys.executable, str(PROGRAM), "--worker", part, "--seconds", str(seconds)]
     command += ["--out", str(out), "--preset", arguments.preset, "--steps", str(arguments.steps)]
     command += ["--dry-run"] if arguments.dry_run else []
-    for name in ("ops", "tokens", "peers", "ways"):
+    for name in ("ops", "tokens", "peers", "contenders"):
         values = getattr(arguments, name)
         command += [f"--{name}", *map(str, values)] if values else []
     start = time.monotonic()
@@ -126,7 +114,7 @@ def run_part(part: str, seconds: float, arguments: argparse.Namespace, out: Path
         text=True,
         errors="replace",
         env=environment,
-        start_new_session=True,  # so that compiler processes of the part end with it
+        start_new_session=True,  # so that its compiler processes end with it
     )
     tail: deque[str] = deque(maxlen=60)
     reader = threading.Thread(target=echo, args=(process, tail), daemon=True)
@@ -154,7 +142,7 @@ def echo(process: subprocess.Popen[str], tail: deque[str]) -> None:
 
 
 def end_group(process: subprocess.Popen[str]) -> None:
-    """End the part and whatever it started."""
+    """Kill the part and every process that it started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -163,7 +151,7 @@ def end_group(process: subprocess.Popen[str]) -> None:
 def finish_part(
     out: Path, part: str, status: str, seconds: float, code: int | None, tail: list[str]
 ) -> dict[str, object]:
-    """Note in the part's file how it ended; whatever it had written stays."""
+    """Record in the part's file how it ended; what it had written is kept."""
     from pgolf_fast.io import write_text
 
     path = out / f"{part}.json"
@@ -187,7 +175,7 @@ def write_summary(out: Path, summary: dict[str, object], states: dict[str, dict[
 
 
 def describe(out: Path, states: dict[str, dict[str, object]]) -> str:
-    """The session in a page: how the parts ended, ops against their best peers, the step."""
+    """Summarize the session: states of the parts, ops against their best peers, the training step."""
     from pgolf_fast import console
 
     rows = [(part, state["status"], state["ok"], state["seconds"]) for part, state in states.items()]
@@ -198,11 +186,13 @@ def describe(out: Path, states: dict[str, dict[str, object]]) -> str:
     parts += found.get("ops", {}).get("table", [])
     for name in ("T1", "T2"):
         steps = [
-            (r["way"], r["micro_batch_tokens"], *(shown(r[k]) for k in STEP_COLUMNS))
+            (r["contender"], r["micro_batch_tokens"], *(shown(r[k]) for k in STEP_COLUMNS))
             for r in found.get("step", {}).get(name, [])
         ]
         parts += [console.table(steps, (name, "micro-batch", *STEP_COLUMNS))] if steps else []
-    chunks = [(r["way"], *(shown(r[k]) for k in CHUNK_COLUMNS)) for r in found.get("eval", {}).get("E1", [])]
+    chunks = [
+        (r["contender"], *(shown(r[k]) for k in CHUNK_COLUMNS)) for r in found.get("eval", {}).get("E1", [])
+    ]
     parts += [console.table(chunks, ("E1", *CHUNK_COLUMNS))] if chunks else []
     parts += found.get("tune", {}).get("table", [])
     return "\n\n".join(parts)
@@ -217,14 +207,13 @@ def shown(value: float | None) -> str:
 
 
 def work(arguments: argparse.Namespace, out: Path) -> int:
-    """Inside a part's process."""
+    """Run one part, in its own process."""
     started = time.monotonic()
     if arguments.dry_run:
         import torch
 
         torch.set_num_threads(1)
-    from session_files import Session
-
+    from benchmarks.gpu_session.session import Session
     from pgolf_fast import console
 
     console.setup_logging()
@@ -238,20 +227,15 @@ def work(arguments: argparse.Namespace, out: Path) -> int:
         tokens=tuple(arguments.tokens),
         steps=4 if arguments.dry_run else arguments.steps,
         peers=tuple(arguments.peers),
-        ways=tuple(arguments.ways),
+        contenders=tuple(arguments.contenders),
     )
-    if arguments.worker == "correct":
-        from session_correct import run
-    elif arguments.worker == "step":
-        from session_step import run
-    elif arguments.worker == "eval":
-        from session_eval import run
-    else:
-        import session_ops
+    from benchmarks.gpu_session import correct, evaluate, ops, step
 
-        run = session_ops.run_ops if arguments.worker == "ops" else session_ops.run_tune
-    return 0 if run(session) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    parts = {
+        "correct": correct.run,
+        "ops": ops.run_ops,
+        "step": step.run,
+        "eval": evaluate.run,
+        "tune": ops.run_tune,
+    }
+    return 0 if parts[arguments.worker](session) else 1

@@ -1,8 +1,8 @@
-"""The peer that training is judged by: the same network and step in plain PyTorch, open to torch.compile.
+"""The baseline of training: the same network and step in plain PyTorch, for eager and torch.compile.
 
-Inside `plain_ops`, the model's calls to `pgolf_fast.ops` run the reference formulas with PyTorch's own
-attention and autograd, so that Inductor sees and fuses everything, and none of our kernels runs. Banks are
-unbound once, so that their gradients are stacked once and no slice costs a bank of zeros.
+Inside `plain_ops`, the model's calls to `pgolf_fast.ops` run the reference formulas with PyTorch's attention
+and autograd, so that Inductor can fuse everything and none of our kernels runs. Banks are unbound once, so
+that their gradients are stacked once instead of allocating a zero-filled bank per slice.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTEN
 
 
 def attention(x, qo_bank, kv_bank, q_gain, value_embed, cos, sin, slot, *, num_kv_heads, xsa, **_) -> Tensor:
-    """`ops.gqa_attention` from PyTorch's parts."""
+    """Compute `ops.gqa_attention` by PyTorch's scaled dot-product attention."""
     n = len(qo_bank) // 2
     weights = qo_bank[slot], kv_bank[slot], kv_bank[n + slot], qo_bank[n + slot]
     return formulas.sdpa_attention(
@@ -55,9 +55,9 @@ PLAIN: dict[str, Callable[..., object]] = {
 def plain_ops(
     backend: str = "any", functions: Mapping[str, Callable[..., object]] | None = None
 ) -> Iterator[None]:
-    """Within this block models and optimizers run in plain PyTorch, with that attention backend.
+    """Run models and optimizers in plain PyTorch within this block, with the given attention backend.
 
-    `functions` replaces some of PLAIN, say by compiled ones.
+    `functions` replaces some of PLAIN, for example by compiled ones.
     """
     kept = {name: getattr(ops, name) for name in PLAIN}
     chosen = {op: launch._chosen.get(op, "auto") for op in launch.DEFAULTS}
@@ -66,7 +66,7 @@ def plain_ops(
         try:
             for name, function in {**PLAIN, **(functions or {})}.items():
                 setattr(ops, name, function)
-            for op in chosen:  # ops that are reached another way (Muon's) take their PyTorch path
+            for op in chosen:  # ops called inside other ops (Muon's) take their PyTorch path
                 launch.choose(op, "torch")
             yield
         finally:
@@ -77,7 +77,7 @@ def plain_ops(
 
 
 def plain_loss(model: GPT) -> Callable[[Tensor, Tensor], Tensor]:
-    """The mean loss as a function of a batch; call it inside `plain_ops`. Autograd reaches the masters."""
+    """Return the mean loss as a function of a batch, to be called inside `plain_ops`."""
 
     def loss(tokens: Tensor, targets: Tensor) -> Tensor:
         weights = [m.to(model.compute_dtype).unbind() for m in model.bank_parameters()]
@@ -87,7 +87,7 @@ def plain_loss(model: GPT) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 class PlainTrainer:
-    """A training step as `pgolf_fast.train.Trainer` makes it: same optimizer, schedule and clipping."""
+    """The training step of `pgolf_fast.train.Trainer`: same optimizer, schedule and clipping."""
 
     def __init__(
         self,
@@ -109,7 +109,7 @@ class PlainTrainer:
                 self.functions = {}
 
     def advance(self) -> Tensor:
-        """One optimizer step; the mean loss of its batch, which may still be on its way from the GPU."""
+        """Make one optimizer step; return the mean loss of its batch without synchronizing."""
         with plain_ops(self.backend, self.functions):
             total = torch.zeros((), device=self.model.qo_bank.device)
             for _ in range(self.micro_steps):
@@ -126,7 +126,7 @@ class PlainTrainer:
         return total / self.micro_steps
 
     def warm_up(self) -> None:
-        """One step whose effect on weights and optimizer is undone."""
+        """Make one step, then restore weights and optimizer."""
         weights = {name: value.clone() for name, value in self.model.state_dict().items()}
         muon = {name: value.clone() for name, value in self.optimizer.muon.state().items()}
         self.advance()

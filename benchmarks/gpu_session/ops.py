@@ -1,4 +1,4 @@
-"""Session parts `ops` and `tune`: what `pgolf bench` and `pgolf tune` do, within the session's time."""
+"""Session parts `ops` and `tune`: `pgolf bench` and `pgolf tune` within the session's time."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from dataclasses import asdict, replace
 from unittest import mock
 
 import torch
-from session_files import PartFile, Session
 
+from benchmarks.gpu_session.session import PartFile, Session
 from pgolf_fast.bench import peers, registry, run, store, tune
 from pgolf_fast.bench.case import MODES
 from pgolf_fast.bench.plan import GPU_TOKENS, describe, tune_table
 from pgolf_fast.config.presets import preset
 from pgolf_fast.ops import launch, tuned
 
-# Peers whose compilation takes seconds; the slower settings of torch.compile come when there is time left
+# Peers that compile in seconds; slower settings of torch.compile follow if there is time left
 FIRST = (*peers.OWN, "eager", "dense", "sdpa-flash", "sdpa-cudnn", "compile", "liger", "gemlite")
 SLOW = ("compile", "compile-mix-off", "compile-cudnn", "compile-max-autotune")
 
 
 def run_ops(session: Session) -> bool:
-    """Write ops.json and ops.jsonl; returns whether our ops were right wherever they were measured."""
+    """Write ops.json and ops.jsonl; return whether our ops were right wherever they were measured."""
     file = PartFile(session, "ops")
     tuned.load_tuned()
     (session.out / "ops.jsonl").unlink(missing_ok=True)
@@ -43,7 +43,7 @@ def run_ops(session: Session) -> bool:
 
 
 def plans(session: Session) -> list[run.Plan]:
-    """The important size first, then the others, then the settings of torch.compile that take long."""
+    """Return plans: the important size, then the others, then the slow settings of torch.compile."""
     names, dtype = registry.select(session.ops), torch.float32 if session.dry else torch.bfloat16
 
     def plan(tokens: tuple[int, ...], peers_wanted: tuple[str, ...], ops: list[str], modes=MODES) -> run.Plan:
@@ -87,7 +87,7 @@ def asdict_roof(session: Session) -> dict[str, object]:
 
 
 def run_tune(session: Session) -> bool:
-    """Write tune.json and launches.json; returns whether any kernel was tuned."""
+    """Write tune.json and launches.json; return whether any kernel was tuned."""
     file = PartFile(session, "tune")
     config = preset(session.preset)
     plan = tune.TunePlan(
@@ -118,7 +118,7 @@ def run_tune(session: Session) -> bool:
 
 
 def rehearsed_kernel():
-    """On a CPU no op takes a row from the table: let smear_gate pretend to."""
+    """Let smear_gate look up its launch row, as ops do only on a GPU."""
     original = registry.smear_gate
 
     def make(place):

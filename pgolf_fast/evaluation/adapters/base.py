@@ -1,0 +1,91 @@
+"""The interface between the protocol, which hands over scored tokens, and the adapter that learns."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pgolf_fast.model.gpt import GPT
+
+ADAM_EPS = 1e-8
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Tokens to learn from: every target among them has its final score.
+
+    `tokens` (rows, n + 1) is a copy with storage of its own: inputs tokens[:, :-1], targets tokens[:, 1:].
+    A chunk of the stream is one row. With `by_document`, row i holds the newest tokens of document i of those
+    that `Adapter.begin` announced. Chunk `index` of `count` positions a decaying learning rate.
+    """
+
+    tokens: Tensor
+    index: int = 0
+    count: int = 1
+    by_document: bool = False
+
+
+class Adapter(ABC):
+    """A model that gives losses, and learns from what was scored.
+
+    The protocol calls `score` for all windows of a chunk, on a CPU from several threads in parallel, and then
+    `adapt` once; never after the last chunk. Every rank calls `adapt` with the same tokens and must arrive at
+    the same weights.
+    """
+
+    trainable: int = 0
+    """Count of the numbers that adapt."""
+    updates: int = 0
+    """Gradient steps so far."""
+
+    def begin(self, documents: int) -> None:  # noqa: B027 - most adapters do not know documents
+        """Start `documents` new documents and forget what was learned from each of the last ones."""
+
+    @abstractmethod
+    def score(self, tokens: Tensor, targets: Tensor, context: int, rows: Tensor | None = None) -> Tensor:
+        """Return losses (B, W) in nats of targets (B, W), those of the last W positions of tokens (B, T).
+
+        Positions are encoded for windows of `context` tokens. Window i belongs to document rows[i] where
+        documents are scored in parallel. Must not change anything.
+        """
+
+    @abstractmethod
+    def adapt(self, scored: Scored) -> None:
+        """Learn from a chunk."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """Return everything that `adapt` changes, for a resumed evaluation."""
+
+    @abstractmethod
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Restore a `state`."""
+
+
+@contextmanager
+def borrowed(model: GPT) -> Iterator[None]:
+    """Restore the weights, gradients and flags of `model` on exit, also after an error."""
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(before[name])
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(flags[name])
+            parameter.grad = grads[name]
+
+
+def freeze(model: GPT) -> None:
+    """Drop all gradients and turn them off."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        parameter.grad = None
