@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from pgolf_fast import console
-from pgolf_fast.artifact.steps import float_model
+from pgolf_fast.artifact.load import load
 from pgolf_fast.config.adapters import adapters
 from pgolf_fast.config.presets import preset
 from pgolf_fast.config.run_folder import RunFolder
@@ -69,7 +69,7 @@ def main() -> int:
         config = replace(config, data=replace(config.data, path=arguments.data))
     source = open_source(config.data, config.model.vocab_size)
     if folder:
-        model = float_model(folder, config)
+        model = load(folder, "float", config=config).model
     else:
         torch.manual_seed(0)
         dtype = resolve_dtype(config.train.compute_dtype, torch.device("cpu"))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pgolf_fast import console
-from pgolf_fast.artifact.steps import float_model
+from pgolf_fast.artifact.load import load
 from pgolf_fast.config.meta import MetaConfig
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.data.loader import make_loader
@@ -58,7 +58,10 @@ def measure(path: Path, dtype: torch.dtype) -> InnerStep:
     """Measure a run's final float weights on the first batches of its data."""
     folder = RunFolder(path)
     config = folder.read_config()
-    model, source = float_model(folder, config), open_source(config.data, config.model.vocab_size)
+    model, source = (
+        load(folder, "float", config=config).model,
+        open_source(config.data, config.model.vocab_size),
+    )
     model.compute_dtype = dtype
     with make_loader(source.train_shards(), config) as loader:
         rows = [one(model, loader.next_batch(), config.train.meta or MetaConfig()) for _ in range(BATCHES)]

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from pgolf_fast import console
 from pgolf_fast.artifact.landing import fit_to_target
+from pgolf_fast.artifact.load import load
 from pgolf_fast.artifact.pack import artifact_bytes
-from pgolf_fast.artifact.steps import float_model
 from pgolf_fast.bench.drawing import write_png
 from pgolf_fast.bench.store import provenance
 from pgolf_fast.config.fields import run_config_to_dict
@@ -55,7 +55,7 @@ class Study:
         self.quant = replace(config.quant, calibration_sequences=64, calibration_length=config.train.seq_len)
         data_config = config.data if data is None else replace(config.data, path=data)
         self.config = replace(config, quant=self.quant, data=data_config)
-        self.model = float_model(self.folder, self.config)
+        self.model = load(self.folder, "float", config=self.config).model
         self.floats = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         source = open_source(self.config.data, config.model.vocab_size)
         device = self.model.tok_emb.weight.device

@@ -1,4 +1,4 @@
-"""Shared by the tests of `pgolf_fast.data`: where real data lies, and small made-up shards."""
+"""Helpers for the tests of `pgolf_fast.data`: the folder of real data, and small synthetic shards."""
 
 from __future__ import annotations
 

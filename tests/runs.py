@@ -1,4 +1,4 @@
-"""Small complete runs for tests: a data set made of help texts, and configurations that train in seconds."""
+"""Small complete runs for tests: a data set of help texts, and configurations that train in seconds."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ALONE = World(0, 1, torch.device("cpu"))
 
 
 def make_dataset(folder: Path, vocab: int = VOCAB) -> Path:
-    """Shards and a tokenizer of so many pieces, from the help topics of this Python."""
+    """Write shards and a tokenizer of `vocab` pieces from the help topics of this Python."""
     from pydoc_data.topics import topics
 
     texts = [topics[name] for name in sorted(topics)][:40]
@@ -41,7 +41,7 @@ def make_dataset(folder: Path, vocab: int = VOCAB) -> Path:
 
 
 def run_config(data: Path, **changes: object) -> RunConfig:
-    """A run of eight steps in float32 with every feature on; `changes` are dotted fields with __ for dots."""
+    """Return a run of eight steps in float32 with every feature on; `changes` are fields with __ for dots."""
     base = tiny()
     model = replace(
         base.model,
@@ -89,7 +89,7 @@ def run_config(data: Path, **changes: object) -> RunConfig:
 
 
 def words(config: RunConfig) -> list[str]:
-    """The command-line words that turn preset `tiny` into `config`."""
+    """Return the command-line options that turn preset `tiny` into `config`."""
     before = dict(flatten(tiny()))
     found = []
     for name, value in flatten(config):

@@ -12,7 +12,8 @@ from runs import make_dataset, pgolf, read_json, run_config, words
 
 from pgolf_fast import cli
 from pgolf_fast.artifact.container import sizes
-from pgolf_fast.artifact.steps import float_model, read_quantized
+from pgolf_fast.artifact.load import load
+from pgolf_fast.artifact.steps import read_quantized
 from pgolf_fast.config.presets import tiny
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.data.source import open_source
@@ -115,7 +116,7 @@ def test_tokenizer_of_another_size_is_refused(capsys, tmp_path, data):
 def in_memory_bpb(folder):
     """The non-overlapping score of the quantized weights before they are packed."""
     config = folder.read_config()
-    model = float_model(folder, config)
+    model = load(folder, "float", config=config).model
     model.load_state_dict(dequantize_state(read_quantized(folder)[0]), strict=True)
     source = open_source(config.data, config.model.vocab_size)
     stream = Stream(source.validation(config.eval_seq_len), source.table, torch.device("cpu"))
@@ -234,14 +235,14 @@ def test_shards_of_another_tokenizer_are_refused(capsys, tmp_path, data):
 def test_published_weights_become_a_run(capsys, data, run, tmp_path):
     """A .pt of exactly the model's names is taken over to the bit; one name less is refused by name."""
     config = run_config(data)
-    state = float_model(RunFolder(run), config).state_dict()
+    state = load(run, "float", config=config).model.state_dict()
     torch.save(state, tmp_path / "final_model.pt")
     out = tmp_path / "imported"
     weights = tmp_path / "final_model.pt"
     status, text, _ = call(capsys, "import", weights, "tiny", "--out", out, *words(config))
     assert status == 0
     assert "pgolf quantize" in text
-    again = float_model(RunFolder(out), config).state_dict()
+    again = load(out, "float", config=config).model.state_dict()
     assert all(torch.equal(again[name], state[name]) for name in state)
     torch.save({k: v for k, v in state.items() if k != "smear.gate"}, tmp_path / "less.pt")
     less, other = tmp_path / "less.pt", tmp_path / "other"

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from pgolf_fast.config.adapters import adapters, unknown_adapter
 from pgolf_fast.config.env import assignments, translate
 from pgolf_fast.config.fields import flatten, run_config_from_dict, run_config_to_dict, set_fields
 from pgolf_fast.config.meta import MetaConfig
@@ -169,6 +170,26 @@ def test_a_preset_name_may_carry_a_size():
 def test_setting_a_field_of_a_group_that_is_off_switches_it_on():
     assert set_fields(exp105a(), {"train.meta.every": 2}).train.meta.every == 2
     assert set_fields(exp101(), {"train.qat": None}).train.qat is None
+
+
+def test_fields_are_set_together_from_text_and_values():
+    """Groups are set before their fields, and only the result needs to be valid."""
+    meta = MetaConfig(inner_lr=0.1)
+    values = {"train.meta.every": 8, "train.meta": meta, "model.ve_layers": "2,3", "train.max_seconds": 60}
+    config = set_fields(exp101(), values)
+    assert config.train.meta == replace(meta, every=8)
+    assert config.model.ve_layers == (2, 3)
+    assert config.train.max_seconds == 60.0
+    both = set_fields(exp101(), {"model.bigram_vocab_size": "0", "model.trigram": "false"})
+    assert not both.model.trigram
+    with pytest.raises(PgolfError, match=r"model\.trigram is 'maybe'; it must be bool"):
+        set_fields(exp101(), {"model.trigram": "maybe"})
+
+
+def test_unknown_adapters_are_answered_with_the_nearest():
+    names = adapters(256)
+    assert all(name in names for name in ("sgd", "lora", "phased", "adamw-quantized"))
+    assert "did you mean adamw-quantized?" in unknown_adapter("adamw-quantised", names)
 
 
 SCRIPT = """#!/bin/bash

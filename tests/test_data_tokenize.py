@@ -137,7 +137,7 @@ def test_a_lone_document_gives_its_end(tmp_path: Path) -> None:
     assert len(val) == pytest.approx(0.1 * len(text), rel=0.05)
 
 
-def test_a_folder_stands_for_its_files(tmp_path: Path) -> None:
+def test_a_folder_is_read_as_its_files(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     for i, text in enumerate(made_up(12)):
         (tmp_path / "in" / f"{i:02d}.txt").write_text(text, encoding="utf-8")
@@ -194,7 +194,7 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list[Path], str]]:
         "cut.jsonl.xz": (lzma.compress(good.encode() * 100)[:-20], "cannot read .*cut.jsonl.xz: "),
         "page.html": (b"<p>", r"page.html is not a kind of file that can be read: give .txt"),
         "empty.txt": (b"", "empty corpus: no text in .*empty.txt"),
-        "short.txt": (b"x", "only document in .*short.txt is too short to set 5% of it apart"),
+        "short.txt": (b"x", "only document in .*short.txt is too short to use 5% of it for validation"),
         "same.jsonl": (good.encode() * 4, "all 4 documents in .* are the same"),
     }
     cases = {}

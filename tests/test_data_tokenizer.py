@@ -231,7 +231,7 @@ def touch(*paths: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["a/b/data", "a/b", "a/b/tokenizers", "a/tokenizers"])
-def test_tokenizer_in_or_beside_the_folder(tmp_path: Path, place: str) -> None:
+def test_tokenizer_in_or_next_to_the_folder(tmp_path: Path, place: str) -> None:
     (tmp_path / "a/b/data").mkdir(parents=True)
     touch(tmp_path / place / "t.model")
     assert find_tokenizer(tmp_path / "a/b/data") == tmp_path / place / "t.model"
@@ -297,7 +297,7 @@ def test_floors_refuse_too_little() -> None:
         ngram_floors(ids[:1], ids, table, 2)
     with pytest.raises(PgolfError, match=r"validation tokens hold id 2, but vocab_size is 2"):
         ngram_floors(ids, ids + 1, table, 2)
-    with pytest.raises(PgolfError, match=r"stand for no text"):
+    with pytest.raises(PgolfError, match=r"have no text at all"):
         ngram_floors(ids, np.zeros(5, np.int64), table, 2)
 
 

@@ -9,7 +9,7 @@ from helpers import randomize_, tiny_config
 from runs import assert_same, differs, make_dataset, make_trainer, run_config, run_steps, weights_after
 from safetensors.torch import load_file
 
-from pgolf_fast.artifact.pack import load_artifact
+from pgolf_fast.artifact.load import load_artifact
 from pgolf_fast.artifact.steps import pack_run, quantize_run
 from pgolf_fast.config.meta import MetaConfig
 from pgolf_fast.config.schema import RunConfig, TrainConfig
@@ -51,7 +51,7 @@ def random_rates(model):
 
 
 def by_hand(model, tokens, targets, config, scale, rates):
-    """Return the outer loss and every gradient from the definition, by autograd without gradient banks."""
+    """Return the outer loss and every gradient from the definition, by autograd without banks."""
     banks = dict(zip(BANK_NAMES, model.bank_parameters(), strict=True))
     others = {n: p for n, p in model.named_parameters() if n not in banks}
     layers = model.config.num_layers

@@ -1,8 +1,7 @@
-"""From a quantised model to a file within its budget, and back, bit for bit."""
+"""A quantized model to an artifact within its budget and back, bit for bit."""
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
@@ -16,16 +15,25 @@ from helpers import randomize_, tiny_config
 
 from pgolf_fast.artifact import prune
 from pgolf_fast.artifact.container import TensorRecord, read_container
-from pgolf_fast.artifact.pack import build_records, load_artifact, load_model, pack, unpack
+from pgolf_fast.artifact.load import build_model, load, load_artifact, unpack
+from pgolf_fast.artifact.pack import build_records, pack
 from pgolf_fast.artifact.submission import code_bytes
 from pgolf_fast.artifact.writer import write_container
 from pgolf_fast.config.fields import run_config_to_dict
 from pgolf_fast.config.schema import PackConfig, QuantConfig, RunConfig
 from pgolf_fast.errors import PgolfError
+from pgolf_fast.io import save_tensors
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.ops import native
 from pgolf_fast.ops.lzma import compress_bytes
-from pgolf_fast.quant.state import QuantizedState, QuantizedTensor, dequantize_state, quantize_state
+from pgolf_fast.quant.rd import rate_distortion
+from pgolf_fast.quant.state import (
+    QuantizedState,
+    QuantizedTensor,
+    dequantize_state,
+    quantize_model,
+    quantize_state,
+)
 
 RUN = RunConfig(name="test", model=tiny_config())
 ROUND = QuantConfig(method="round", small_tensor=600)
@@ -57,7 +65,8 @@ def test_pack_and_load_bit_for_bit(model, quantized, tmp_path):
     assert report.weights_bytes == report.header_bytes + sum(s.stored_bytes for s in report.sections)
     assert [s.name for s in report.sections] == ["codes", "scales", "embeddings", "small"]
     assert (report.pruned, report.compressions) == (0, 1)
-    values, again = unpack(path)
+    stored, again = unpack(path)
+    assert stored == RUN
     assert again.tensors.keys() == quantized.tensors.keys()
     for name, tensor in quantized.tensors.items():
         other = again.tensors[name]
@@ -67,23 +76,24 @@ def test_pack_and_load_bit_for_bit(model, quantized, tmp_path):
             assert tensor.bits == other.bits
         else:
             assert torch.equal(tensor, other)
-    values, state = load_artifact(path)
-    assert values == json.loads(json.dumps(run_config_to_dict(RUN)))
+    _, state = load_artifact(path)
     want = dequantize_state(quantized)
     assert list(state) == list(want)
     assert all(torch.equal(state[name], tensor) for name, tensor in want.items())
 
 
-def test_load_model_computes_what_the_quantised_model_computes(model, quantized, tmp_path):
+def test_loaded_model_computes_the_same(model, quantized, tmp_path):
     write(quantized, tmp_path / "model.pgolf")
-    loaded, run = load_model(tmp_path / "model.pgolf", model.has_leading_space)
+    run, state = load_artifact(tmp_path / "model.pgolf")
     assert run == RUN
+    loaded = build_model(run, state, model.has_leading_space)
     want = GPT(RUN.model, model.has_leading_space)
     want.load_state_dict(dequantize_state(quantized))
     tokens = torch.randint(96, (2, 20))
     assert torch.equal(loaded.loss(tokens, tokens), want.loss(tokens, tokens))
     assert all(p.requires_grad and p.device.type == "cpu" for p in loaded.parameters())
-    half, _ = load_model(tmp_path / "model.pgolf", compute_dtype=torch.bfloat16)
+    config = replace(RUN, train=replace(RUN.train, compute_dtype="bfloat16"))
+    half = load(tmp_path / "model.pgolf", config=config, device="cpu").model
     assert half.compute_dtype == torch.bfloat16
     assert half.has_leading_space.sum() == 0
 
@@ -93,8 +103,8 @@ def test_loading_does_not_wait_for_pytorchs_compiler(quantized, tmp_path):
     write(quantized, tmp_path / "m")
     code = f"""
 import sys
-from pgolf_fast.artifact.pack import load_model
-load_model({str(tmp_path / "m")!r})
+from pgolf_fast.artifact.load import load
+load({str(tmp_path / "m")!r})
 assert "torch._dynamo" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -102,7 +112,7 @@ assert "torch._dynamo" not in sys.modules
 
 
 def test_packs_and_prunes_without_the_extension(quantized, tmp_path, monkeypatch):
-    """LZMA stands in for rans then."""
+    """LZMA replaces rans."""
     monkeypatch.setattr(native, "extension", lambda: None)
     size = write(quantized, tmp_path / "m").weights_bytes
     limit = int(0.99 * size)
@@ -216,7 +226,7 @@ def test_few_compressions_at_a_realistic_size():
         )
 
 
-def test_what_pruning_cannot_fit(quantized, tmp_path):
+def test_limits_that_pruning_cannot_reach(quantized, tmp_path):
     path = tmp_path / "m"
     path.write_bytes(b"an earlier artifact")
     size = write(quantized, tmp_path / "whole").weights_bytes
@@ -228,10 +238,10 @@ def test_what_pruning_cannot_fit(quantized, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "whole"]
 
 
-# Files that are wrong
+# Bad files
 
 
-def test_damage_reaches_the_reader_with_section_and_byte(quantized, tmp_path):
+def test_damage_is_reported_with_section_and_byte(quantized, tmp_path):
     path = tmp_path / "m"
     report = write(quantized, path)
     content = bytearray(path.read_bytes())
@@ -239,58 +249,92 @@ def test_damage_reaches_the_reader_with_section_and_byte(quantized, tmp_path):
     content[start + 100] ^= 0xFF
     path.write_bytes(content)
     with pytest.raises(PgolfError, match=rf"{re.escape(str(path))} .*'codes' at byte {start}"):
-        load_model(path)
+        load(path)
     path.write_bytes(content[:-5])
     with pytest.raises(PgolfError, match="damaged"):
-        load_model(path)
+        load(path)
 
 
 def test_the_wrong_model(quantized, tmp_path):
     other = replace(RUN, model=tiny_config(num_layers=5, ve_enabled=False, ve_layers=()))
     pack(quantized, run_config_to_dict(other), tmp_path / "m", FREE_CODE)
-    with pytest.raises(PgolfError, match="does not hold the model") as error:
-        load_model(tmp_path / "m")
-    assert "blocks.4.attn.q_gain is missing" in str(error.value)
+    with pytest.raises(PgolfError, match="holds another model") as error:
+        load(tmp_path / "m")
+    assert "missing blocks.4.attn.q_gain" in str(error.value)
     tables = QuantizedState({**quantized.tensors, "smear.gate": torch.zeros(31).half()})
     write(tables, tmp_path / "m")
-    with pytest.raises(PgolfError, match=r"smear\.gate is \(31,\), not \(32,\)"):
-        load_model(tmp_path / "m")
+    with pytest.raises(PgolfError, match=r"smear\.gate is \(31,\), the model needs \(32,\)"):
+        load(tmp_path / "m")
 
 
-def test_a_tensor_too_few_or_too_many(quantized, tmp_path):
+def test_missing_and_extra_tensors(quantized, tmp_path):
     for name in ("smear.gate", "blocks.2.mlp.fc.weight"):
         fewer = QuantizedState({n: t for n, t in quantized.tensors.items() if n != name})
         write(fewer, tmp_path / "m")
-        with pytest.raises(PgolfError, match=rf"{re.escape(name)} is missing"):
-            load_model(tmp_path / "m")
+        with pytest.raises(PgolfError, match=rf"missing {re.escape(name)}|{re.escape(name)} is missing"):
+            load(tmp_path / "m")
     write(QuantizedState({**quantized.tensors, "extra": torch.zeros(2).half()}), tmp_path / "m")
-    with pytest.raises(PgolfError, match="extra is not part of it"):
-        load_model(tmp_path / "m")
+    with pytest.raises(PgolfError, match="unexpected extra"):
+        load(tmp_path / "m")
 
 
-def test_containers_that_are_no_packed_model(quantized, tmp_path):
+def test_containers_without_a_packed_model(quantized, tmp_path):
     path = tmp_path / "m"
     records = build_records(quantized)
     write_container(path, {}, records)
     with pytest.raises(PgolfError, match="holds no packed model"):
-        load_model(path)
+        load(path)
     write(quantized, path)
     tree = read_container(path)[0]
     write_container(path, tree, [r for r in records if r.name != "tok_emb.weight.scale"])
     with pytest.raises(PgolfError, match=r"tok_emb\.weight has no scale"):
-        load_model(path)
+        load(path)
     write_container(path, tree, [*records, TensorRecord.of("x", "integer", np.zeros(1, np.int32))])
     with pytest.raises(PgolfError, match="x of kind integer"):
-        load_model(path)
+        load(path)
     for bits in ("6", 99, None):
         write_container(path, {**tree, "bits": {"codes": bits}}, records)
         with pytest.raises(PgolfError, match="codes have 2 to 8 bits"):
-            load_model(path)
+            load(path)
     left = TensorRecord.of("tok_emb.weight.left", "scales", np.float16(1).reshape(()))
     write_container(path, tree, [*records, left])
     with pytest.raises(PgolfError, match=r"correction of tok_emb\.weight do not fit"):
-        load_model(path)
+        load(path)
     tree["run"]["model"]["num_layer"] = 4
     write_container(path, tree, records)
     with pytest.raises(PgolfError, match="did you mean"):
-        load_model(path)
+        load(path)
+
+
+# The run folder's file
+
+
+@pytest.mark.parametrize("rd", [False, True])
+def test_saved_state_is_the_same(model, tmp_path, rd):
+    settings = QuantConfig(calibration_sequences=6, calibration_length=24, small_tensor=600)
+    config = replace(settings, grid="rd", rank=2) if rd else settings
+    if rd:
+        state = rate_distortion(model, config, seq_len=24).quantize(1e-7)
+    else:
+        state = quantize_model(model, config, seq_len=24)
+    state.save(tmp_path / "q.safetensors", config)
+    again, stored = QuantizedState.load(tmp_path / "q.safetensors")
+    assert stored == config
+    assert list(again.tensors) == list(state.tensors)
+    for name, tensor in state.tensors.items():
+        other = again.tensors[name]
+        if isinstance(tensor, QuantizedTensor):
+            assert tensor.bits == other.bits
+            assert torch.equal(tensor.dequantized(), other.dequantized())
+        else:
+            assert torch.equal(tensor, other)
+
+
+def test_a_file_that_is_no_quantized_state(tmp_path):
+    path = tmp_path / "q.safetensors"
+    save_tensors(path, {"a": torch.zeros(2)}, {})
+    with pytest.raises(PgolfError, match=r"q\.safetensors holds no quantized model .*quantize the run again"):
+        QuantizedState.load(path)
+    named = {"blocks.0.mlp.fc.weight.q": torch.zeros(2, 2, dtype=torch.int8)}
+    with pytest.raises(PgolfError, match=r"blocks\.0\.mlp\.fc\.weight has no scale"):
+        QuantizedState.from_named(named, {"codes": 6})

@@ -1,4 +1,4 @@
-"""Grids, GPTQ, fake quantisation, calibration and the quantised state."""
+"""Grids, GPTQ, fake quantization, calibration and the quantized state."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 import torch
 from helpers import gptq_alone, randomize_, tiny_config
 
-from pgolf_fast.artifact.pack import load_model, pack
+from pgolf_fast.artifact.load import build_model, load_artifact
+from pgolf_fast.artifact.pack import pack
 from pgolf_fast.artifact.standalone import reader
 from pgolf_fast.config.fields import run_config_to_dict
 from pgolf_fast.config.presets import exp101
@@ -52,7 +53,7 @@ def golden(name: str) -> dict[str, torch.Tensor]:
 
 
 def problem(rows: int = 48, columns: int = 96, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """A matrix and the Hessian of correlated inputs."""
+    """Return a matrix and the Hessian of correlated inputs."""
     generator = torch.Generator().manual_seed(seed)
     weight = 0.176 * torch.randn(rows, columns, generator=generator)
     inputs = torch.randn(4 * columns, columns, generator=generator)
@@ -95,7 +96,7 @@ def test_golden_codes_and_scales(name, native, monkeypatch):
         assert (codes == expected[f"q_{kind}"]).float().mean() >= 0.999, kind
 
 
-def test_the_floor_of_the_step():
+def test_step_floor():
     clip = torch.tensor([0.0, 0.5, 1.0, 3.1])
     assert row_scale(clip, 31).tolist() == torch.tensor([1 / 31, 1 / 31, 1 / 31, 0.1]).half().tolist()
     assert row_scale(clip, 127)[0].item() == 0.00787353515625
@@ -138,16 +139,16 @@ def test_without_floor_the_error_is_smaller():
 
 
 @pytest.mark.parametrize("bad", [torch.zeros(3), torch.full((2, 2), torch.nan), torch.zeros(0, 4)])
-def test_what_cannot_be_quantised(bad):
-    for quantise in (quantize_rows, quantize_int8_rows):
+def test_rejects_what_is_no_finite_matrix(bad):
+    for quantize in (quantize_rows, quantize_int8_rows):
         with pytest.raises(PgolfError, match=r"shape|finite"):
-            quantise(bad)
+            quantize(bad)
 
 
 # GPTQ
 
 
-def test_gptq_beats_rounding_where_it_counts():
+def test_gptq_beats_rounding_in_hessian_error():
     weight, hessian = problem(512, 512)
     codes, scale = gptq_alone(weight, hessian)
     plain = quantize_rows(weight)
@@ -164,7 +165,7 @@ def test_gptq_with_an_uncorrelated_hessian_is_rounding():
     assert torch.equal(scale, want[1])
 
 
-def test_gptq_as_the_paper_writes_it():
+def test_gptq_matches_the_papers_algorithm():
     """Column by column with an explicit inverse, removing each column from the inverse by elimination."""
     weight, hessian = problem(20, 40, seed=3)
     codes, scale = gptq_alone(weight, hessian, damping=0.01, block_size=7)
@@ -194,8 +195,8 @@ def test_sharing_and_blocks_change_nothing(floor, block_size):
         assert (together[name][0] == codes).float().mean() >= 0.999
 
 
-def test_groups_are_quantised_as_if_alone(device):
-    """On a GPU those of one shape are stacked: here two of three, and one has more candidates."""
+def test_groups_are_independent(device):
+    """A GPU stacks groups of one shape: here two of three, one of which has more candidates."""
     groups = []
     for index, (rows, columns, largest) in enumerate([(20, 96, 0.5), (20, 96, 0.5), (33, 40, 4.0)]):
         weight, hessian = problem(rows, columns, seed=index)
@@ -210,7 +211,7 @@ def test_groups_are_quantised_as_if_alone(device):
             assert (together[name][0].cpu() == codes).float().mean() >= 0.995
 
 
-def test_other_bits_and_inputs_left_alone():
+def test_other_widths_and_unchanged_inputs():
     weight, hessian = problem()
     before = weight.clone(), hessian.clone()
     weight = torch.nn.Parameter(weight)
@@ -231,21 +232,21 @@ def test_dead_inputs_and_singular_hessians_are_damped():
     assert gptq_alone(weight, slightly_negative)[0].abs().max() > 0
 
 
-def test_hessians_that_do_not_fit():
+def test_rejects_bad_hessians():
     weight, hessian = problem()
     with pytest.raises(PgolfError, match=r"blocks\.3.*not positive definite"):
         gptq_alone(weight, -hessian, name="blocks.3.mlp.fc.weight")
     with pytest.raises(PgolfError, match=r"\(96, 96\)"):
         gptq_alone(weight, hessian[:5, :5])
-    with pytest.raises(PgolfError, match="hessian of weight has values that are not finite"):
+    with pytest.raises(PgolfError, match="Hessian of weight has values that are not finite"):
         gptq_alone(weight, hessian * torch.inf)
 
 
-# Fake quantisation
+# Fake quantization
 
 
 @pytest.mark.parametrize("shape", [(6, 10), (3, 6, 10)])
-def test_fake_quantisation_is_the_formula(shape):
+def test_fake_quantization_computes_the_formula(shape):
     weight = 0.7 * torch.randn(shape)
     weight[..., 0, 0] = 5.0
     weight.requires_grad_()
@@ -258,7 +259,7 @@ def test_fake_quantisation_is_the_formula(shape):
     assert torch.equal(weight.grad, upstream)
 
 
-def test_fake_quantisation_agrees_with_the_stored_grid():
+def test_fake_quantization_agrees_with_the_stored_grid():
     weight, _ = problem()
     codes, scale = quantize_rows(weight, percentiles=(1.0,))
     # the stored step is rounded to float16, which moves 31 steps by less than 0.001
@@ -274,7 +275,7 @@ def test_make_fake_returns_one_object_per_width():
         make_fake(9)
 
 
-def test_fake_quantised_banks_reach_the_loss_and_the_masters():
+def test_fake_quantized_banks_reach_the_loss_and_the_masters():
     model, tokens = random_model(), torch.randint(96, (2, 9))
     with torch.no_grad():
         model.qo_bank[:, 0, 0] = 3.0
@@ -316,7 +317,7 @@ def test_self_generated_text_is_likely_to_the_model():
 
 
 class Recorder:
-    """Keeps what enters every matrix, one layer after another, by the reference formulas."""
+    """Records the input of every matrix, layer by layer, by the reference formulas."""
 
     def __init__(self, model: GPT, length: int):
         self.model, self.inputs = model, dict[str, torch.Tensor]()
@@ -362,7 +363,7 @@ def test_hessians_need_text():
             collect_hessians(random_model(), torch.zeros(shape, dtype=torch.long))
 
 
-# The quantised state
+# The quantized state
 
 
 @pytest.mark.parametrize(
@@ -379,7 +380,7 @@ def test_unbank_and_rebank(changes):
     assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
 
 
-def test_unbank_and_rebank_say_what_is_missing():
+def test_unbank_and_rebank_name_what_is_missing():
     state = dict(random_model().state_dict())
     split = unbank(state)
     del split["blocks.1.attn.c_v.weight"], state["kv_bank"]
@@ -409,7 +410,7 @@ def test_exp101_gets_66_int6_3_int8_and_55_float16_tensors():
 
 @pytest.mark.parametrize("grid", ["reference", "percentile", "rd"])
 def test_tables_that_stay_float16(grid, tmp_path):
-    """Codes for everything that had them but the tables, and these come back from an artifact as float16."""
+    """Only the tables lose their codes, and they come back from an artifact as float16."""
     model = random_model()
     config = replace(QUICK, grid=grid, tables="float16", small_tensor=10)
 
@@ -423,8 +424,9 @@ def test_tables_that_stay_float16(grid, tmp_path):
     assert more - codes == set(TABLES)
     run = RunConfig(name="test", model=model.config, quant=config)
     pack(QuantizedState(found), run_config_to_dict(run), tmp_path / "m", PackConfig(code_bytes=0))
-    again, told = load_model(tmp_path / "m", model.has_leading_space)
-    assert told.quant.tables == "float16"
+    stored, state = load_artifact(tmp_path / "m")
+    again = build_model(stored, state, model.has_leading_space)
+    assert stored.quant.tables == "float16"
     _, arrays = reader.read_artifact((tmp_path / "m").read_bytes())
     alone = reader.dequantized(arrays)[0]
     for name in TABLES:
@@ -434,7 +436,7 @@ def test_tables_that_stay_float16(grid, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["gptq", "round"])
-def test_quantised_model_is_close_to_the_model(method):
+def test_quantized_model_is_close_to_the_model(method):
     model = random_model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     config = replace(QUICK, method=method)
@@ -468,7 +470,7 @@ def test_gptq_moves_the_model_less_than_rounding():
     assert differences["gptq"] < 0.9 * differences["round"]
 
 
-def test_quantise_state_errors():
+def test_quantize_state_errors():
     state = dict(random_model().state_dict())
     with pytest.raises(PgolfError, match=r"needs the Hessian blocks\.0\.attn_in"):
         quantize_state(state, QUICK)

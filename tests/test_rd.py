@@ -1,4 +1,4 @@
-"""Grid rd: importances, steps, costs, landing at a byte target, and the way to an artifact and back."""
+"""Grid rd: importances, steps, costs, landing at a byte target, and an artifact round trip."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from helpers import randomize_, tiny_config
 
 from pgolf_fast.artifact import landing
 from pgolf_fast.artifact.landing import TOLERANCE, fit_to_target, mixed
-from pgolf_fast.artifact.pack import artifact_bytes, load_artifact, pack, unpack
+from pgolf_fast.artifact.load import load_artifact, unpack
+from pgolf_fast.artifact.pack import artifact_bytes, pack
 from pgolf_fast.artifact.standalone import reader
 from pgolf_fast.config.fields import run_config_to_dict
 from pgolf_fast.config.schema import PackConfig, QuantConfig, RunConfig
@@ -76,7 +77,7 @@ def divergence(model: GPT, state, tokens) -> float:
 # Importances
 
 
-def test_factors_of_gradients_are_found():
+def test_recovers_the_factors_of_gradients():
     generator = torch.Generator().manual_seed(0)
     rows = torch.exp(torch.randn(200, generator=generator))
     columns = torch.linalg.qr(torch.randn(12, 12, generator=generator)).Q * torch.linspace(0.3, 2, 12)
@@ -270,7 +271,7 @@ def test_rows_of_two_states_mix(grids):
 
 
 @pytest.mark.parametrize("grid", ["reference", "percentile"])
-def test_loses_less_than_other_grids_of_equal_bytes(model, text, grids, grid):
+def test_loses_less_than_other_grids_at_equal_bytes(model, text, grids, grid):
     other = quantize_model(model, replace(QUANT, grid=grid, bits=4), seq_len=24)
     landed = fit_to_target(grids, size, size(other))
     lost = [divergence(model, dequantize_state(s), text[:, :-1]) for s in (landed.state, other)]
@@ -307,7 +308,7 @@ def test_pack_and_load_bit_for_bit(model, fishers, tmp_path, rank):
     assert bool(shifts) == (rank > 0)
 
 
-def test_banks_on_their_grid_stay_there(model, grids):
+def test_banks_on_their_grid_do_not_change(model, grids):
     quantized = grids.quantize(PRICE)
     name = "blocks.1.mlp.fc.weight"
     fc = quantized.tensors[name]

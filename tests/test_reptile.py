@@ -88,15 +88,15 @@ def test_an_outer_step_interpolates_towards_plain_sgd(data, qat):
         assert torch.equal(now[name], base[name]), name
 
 
-def test_the_step_is_exactly_a_share_of_the_way(data):
-    """For one step: weights + outer_lr * (adapted - weights), to the bit, and no gradient left anywhere."""
+def test_the_outer_step_is_an_exact_interpolation(data):
+    """For one step: weights + outer_lr * (adapted - weights), to the bit, and no gradient remains."""
     trainer, _ = at_the_phase(run_config(data, **PHASE))
-    ways, adapt = [], trainer.reptile.adapt
-    trainer.reptile.adapt = lambda *a: (ways.append(adapt(*a)), ways[0])[1]
+    results, adapt = [], trainer.reptile.adapt
+    trainer.reptile.adapt = lambda *a: (results.append(adapt(*a)), results[0])[1]
     base = {name: value.clone() for name, value in trainer.average.final().items()}
     trainer.advance()
     trainer.loader.close()
-    for name, end in zip(MLP, ways[0].ends, strict=True):
+    for name, end in zip(MLP, results[0].ends, strict=True):
         start = base[name][2:]
         assert torch.equal(getattr(trainer.model, name).detach()[2:], torch.lerp(start, end, 0.25))
         torch.testing.assert_close(getattr(trainer.model, name).detach()[2:], start + 0.25 * (end - start))

@@ -1,4 +1,4 @@
-"""`round_columns`: the formula written out for single numbers, the torch code and C++ against each other."""
+"""`round_columns` against its formula in plain numbers, and torch against C++."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.ops import native
 from pgolf_fast.quant import gptq
-from pgolf_fast.quant.gptq import round_columns
+from pgolf_fast.quant.gptq import Rate
 
 needs_extension = pytest.mark.skipif(native.extension() is None, reason="C++ extension not built")
 
 
 def problem(columns: int, rows: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Arguments of `round_columns` in which nothing is the same everywhere."""
+    """Return arguments of `rounded` that are constant nowhere."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
@@ -40,15 +40,24 @@ def plain(given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: given[name] for name in ("columns", "row_step", "factor")}
 
 
+RATE = ("cost", "row_class", "column_class", "lam")
+
+
+def rounded(**given) -> torch.Tensor:
+    """Call `round_columns` with the arguments of its `Rate` given flat."""
+    rate = Rate(**{name: given.pop(name) for name in RATE if name in given}) if "cost" in given else None
+    return gptq.round_columns(**{n: t for n, t in given.items() if n not in RATE}, rate=rate)
+
+
 def in_torch(**arguments) -> torch.Tensor:
-    """`round_columns` as it runs where the extension is missing."""
+    """Round as on a machine without the extension."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gptq, "extension", lambda: None)
-        return round_columns(**arguments)
+        return rounded(**arguments)
 
 
 def in_numbers(given: dict[str, torch.Tensor], clip_range: int, *, rate: bool) -> np.ndarray:
-    """The docstring of `round_columns` in float64, one element after another."""
+    """Evaluate the docstring of `round_columns` in float64, element by element."""
     w = given["columns"].double().numpy().copy()
     factor = given["factor"].double().numpy()
     codes = np.zeros(w.shape, dtype=np.int8)
@@ -68,9 +77,9 @@ def in_numbers(given: dict[str, torch.Tensor], clip_range: int, *, rate: bool) -
     return codes
 
 
-@pytest.mark.parametrize("run", [in_torch, pytest.param(round_columns, marks=needs_extension)])
+@pytest.mark.parametrize("run", [in_torch, pytest.param(rounded, marks=needs_extension)])
 @pytest.mark.parametrize("rate", [False, True])
-def test_is_the_formula(run, rate):
+def test_computes_the_formula(run, rate):
     given = problem(30, 21)
     if not rate:
         del given["cost"]
@@ -94,18 +103,18 @@ def test_is_the_formula(run, rate):
     rate=st.booleans(),
     seed=st.integers(0, 5),
 )
-def test_cpp_is_the_torch_code(columns, rows, clip_range, block_size, rate, seed):
+def test_cpp_matches_torch(columns, rows, clip_range, block_size, rate, seed):
     given = problem(columns, rows, seed)
     if not rate:
         given = plain(given)
-    native = round_columns(**given, clip_range=clip_range, block_size=block_size, threads=2)
+    native = rounded(**given, clip_range=clip_range, block_size=block_size, threads=2)
     want = in_torch(**given, clip_range=clip_range)
     assert (native != want).float().mean() <= 2e-3
     assert (native.int() - want.int()).abs().max() <= (2 * clip_range if rate else 2)
 
 
-@pytest.mark.parametrize("run", [in_torch, round_columns])
-def test_many_problems_at_once(run):
+@pytest.mark.parametrize("run", [in_torch, rounded])
+def test_batch_equals_single_problems(run):
     several = [problem(24, 40, seed) for seed in range(3)]
     for name in ("columns", "cost"):
         assert not torch.equal(several[0][name], several[1][name])
@@ -116,8 +125,8 @@ def test_many_problems_at_once(run):
         assert (codes == run(**one | {"cost": cost}, clip_range=31)).float().mean() >= 0.999
 
 
-@pytest.mark.parametrize("run", [in_torch, round_columns])
-def test_what_is_left_out_is_one_or_zero(run):
+@pytest.mark.parametrize("run", [in_torch, rounded])
+def test_omitted_arguments_are_ones_or_zeros(run):
     given = problem(20, 33)
     bare = plain(given) | {"cost": given["cost"], "lam": 1e-3}
     full = given | {
@@ -138,7 +147,7 @@ def test_what_is_left_out_is_one_or_zero(run):
     assert run(**none, clip_range=31).shape == (20, 0)
 
 
-def test_what_does_not_fit():
+def test_rejects_arguments_that_do_not_fit():
     given = problem(6, 5)
     for name, message in (
         ("row_step", r"row_step must be \(1, 5\)"),
@@ -146,19 +155,19 @@ def test_what_does_not_fit():
         ("column_class", r"column_class must be \(1, 6\)"),
     ):
         with pytest.raises(PgolfError, match=message):
-            round_columns(**given | {name: given[name][1:]}, clip_range=31)
+            rounded(**given | {name: given[name][1:]}, clip_range=31)
     with pytest.raises(PgolfError, match="clip_range is 128"):
-        round_columns(**given, clip_range=128)
+        rounded(**given, clip_range=128)
     with pytest.raises(PgolfError, match=r"must be \(classes, 256\)"):
-        round_columns(**given | {"cost": torch.zeros(7, 255)}, clip_range=31)
+        rounded(**given | {"cost": torch.zeros(7, 255)}, clip_range=31)
     for classes in (torch.full((5,), 6), torch.full((5,), -1)):
         with pytest.raises(PgolfError, match="7 classes"):
-            round_columns(**given | {"row_class": classes.int()}, clip_range=31)
+            rounded(**given | {"row_class": classes.int()}, clip_range=31)
 
 
 @needs_extension
-def test_cpp_checks_its_buffers():
-    """Called past the checks of Python, it still reads and writes inside its buffers only."""
+def test_cpp_checks_buffer_sizes():
+    """Without Python's checks it must still stay inside its buffers."""
     block = native.extension().gptq_round_block
     good = [
         np.zeros((3, 4), "f4"),

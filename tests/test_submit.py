@@ -1,4 +1,4 @@
-"""A submission's folder, and its script, which finds the scores of `pgolf eval` on its own."""
+"""The submission folder, and its script, which reproduces the scores of `pgolf eval` on its own."""
 
 import ast
 import json
@@ -27,7 +27,7 @@ from pgolf_fast.train.loop import train
 ABOUT = About("A. Person", "person", None, None, "non_record_16mb")
 NAMES = ("non_overlapping", "sliding", "sliding_ttt")
 ALLOWED = {"torch", "numpy", "sentencepiece"}
-# Runs a script where this package, and what it needs beyond the script's three, cannot be imported.
+# Runs a script where this package, and its other dependencies, cannot be imported.
 ALONE = """
 import runpy, sys
 class Without:
@@ -64,7 +64,7 @@ def run(data, tmp_path_factory):
 
 
 def call(script, data, *options, status=0):
-    """Standard output, or with another `status` standard error, of the script on its own."""
+    """Run the script alone; return its standard output, or standard error for another `status` than 0."""
     words = [script, "--data", data, "--tokenizer", data / "tokenizer.model", *options]
     done = subprocess.run(
         [sys.executable, "-I", "-c", ALONE, *map(str, words)],
@@ -79,21 +79,21 @@ def call(script, data, *options, status=0):
 
 
 def printed(out):
-    """Nats per token and bits per byte by score."""
+    """Parse nats per token and bits per byte by score."""
     lines = [line.split() for line in out.splitlines()[1:]]
     return {name: tuple(float(field.split(":")[1]) for field in fields[:2]) for name, *fields in lines}
 
 
 def same_scores(folder, out):
     scores = read_json(folder.path / "scores_artifact.json")
-    found = printed(out)
-    assert tuple(found) == NAMES
+    shown = printed(out)
+    assert tuple(shown) == NAMES
     for name in NAMES:
-        assert found[name] == pytest.approx((scores[name]["loss"], scores[name]["bpb"]), abs=1e-7)
+        assert shown[name] == pytest.approx((scores[name]["loss"], scores[name]["bpb"]), abs=1e-7)
     return scores
 
 
-# What differs between the presets, and between ways to score: everything that the script must know of.
+# Differences between presets, and between kinds of scoring, that the script must support.
 VARIANTS = {
     "exp101": {},
     "exp101 in bfloat16": {"train__compute_dtype": "bfloat16", "ttt__lr": 0.05, "ttt__epochs": 2},
@@ -147,7 +147,7 @@ VARIANTS = {
         "ttt__lr": 0.001,
         "ttt__weight_decay": 0.1,
     },
-    "low-rank changes": {
+    "LoRA by document": {
         "train__compute_dtype": "bfloat16",
         "ttt__adapter": "lora",
         "ttt__lora__documents": 3,
@@ -183,11 +183,11 @@ def test_folder(run, data, tmp_path, capsys):
         "train_gpt.py",
     }
     scores = read_json(run.path / "scores_artifact.json")
-    told = read_json(out / "submission.json")
+    summary = read_json(out / "submission.json")
     code, weights = (out / "train_gpt.py").stat().st_size, (out / "model.pgolf").stat().st_size
-    assert (told["bytes_code"], told["bytes_total"]) == (code, code + weights)
-    assert told["val_bpb"] == scores["sliding_ttt"]["bpb"]
-    assert (told["author"], told["seed"], told["step_stop"]) == ("A. Person", 42, 8)
+    assert (summary["bytes_code"], summary["bytes_total"]) == (code, code + weights)
+    assert summary["val_bpb"] == scores["sliding_ttt"]["bpb"]
+    assert (summary["author"], summary["seed"], summary["step_stop"]) == ("A. Person", 42, 8)
     assert code == submission.code_bytes() < 16_000
     assert f"{code + weights:,}" in table
     readme = (out / "README.md").read_text()
@@ -204,7 +204,7 @@ def test_every_form_of_the_script_is_the_same_program(run, data, tmp_path, monke
     script = tmp_path / "readable" / "train_gpt.py"
     same_scores(run, call(script, data))
     assert read_json(script.with_name("submission.json"))["bytes_code"] == script.stat().st_size
-    monkeypatch.setattr(submission, "find_spec", lambda name: None)  # python-minifier is not installed
+    monkeypatch.setattr(submission, "find_spec", lambda name: None)  # as without python-minifier
     submission._parts.cache_clear()
     try:
         write_submission(run, tmp_path / "out", ABOUT)
@@ -253,7 +253,7 @@ def test_reader_reads_what_the_container_writes(tmp_path, codec):
         assert np.array_equal(found[name], array)
 
 
-def test_attention_on_a_gpu_is_that_on_a_cpu():
+def test_attention_by_autograd_equals_flash():
     """Here both run on the CPU: PyTorch's own choice of attention, and the one that `pgolf eval` calls."""
     generator = torch.Generator().manual_seed(0)
     heads = [torch.randn(2, 4, 9, 16, generator=generator) for _ in range(3)]
@@ -264,7 +264,7 @@ def test_attention_on_a_gpu_is_that_on_a_cpu():
         torch.testing.assert_close(found, expected)
 
 
-def test_script_refuses_what_is_not_its_artifact(run, data, tmp_path):
+def test_script_refuses_another_or_a_damaged_artifact(run, data, tmp_path):
     write_submission(run, tmp_path, ABOUT)
     script, artifact = tmp_path / "train_gpt.py", tmp_path / "model.pgolf"
     content = bytearray(artifact.read_bytes())
@@ -289,7 +289,7 @@ def test_script_refuses_too_many_bytes(run, data, tmp_path):
     assert "too large by 1 bytes" in call(script, data, status=1)
 
 
-def test_submit_refuses_scores_of_something_else(run, tmp_path):
+def test_submit_refuses_scores_of_another_run(run, tmp_path):
     path = run.path / "scores_artifact.json"
     before = path.read_text()
     try:
@@ -319,7 +319,7 @@ def test_submit_refuses_scores_of_something_else(run, tmp_path):
         ({"pack__codecs": ["zstd"]}, "cannot read zstd, only raw, lzma, rans: pack again"),
     ],
 )
-def test_submit_refuses_what_the_script_cannot_do(data, tmp_path, changes, message):
+def test_submit_refuses_what_the_script_does_not_support(data, tmp_path, changes, message):
     if "pack__codecs" in changes:
         pytest.importorskip("zstandard")
     folder = finished(data, tmp_path / "run", **changes)
@@ -328,7 +328,7 @@ def test_submit_refuses_what_the_script_cannot_do(data, tmp_path, changes, messa
     assert not (tmp_path / "out").exists()
 
 
-def test_one_name_has_one_meaning_in_the_script(monkeypatch, tmp_path):
+def test_bundling_rejects_a_name_defined_twice(monkeypatch, tmp_path):
     for name in ("main", "part"):
         (tmp_path / f"{name}.py").write_text("def same(): ...\n")
     (tmp_path / "main.py").write_text("from pgolf_fast.part import other\ndef same(): ...\n")

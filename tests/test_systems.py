@@ -15,6 +15,7 @@ from test_submit import ABOUT, call, same_scores
 
 from pgolf_fast import cli
 from pgolf_fast.artifact import steps as export
+from pgolf_fast.artifact.load import load
 from pgolf_fast.artifact.submit import write_submission
 from pgolf_fast.config.presets import PRESETS, preset
 from pgolf_fast.config.run_folder import RunFolder
@@ -428,7 +429,7 @@ def test_training_minimizes_z_loss_and_scores_leave_it_out(data, tmp_path):
     z = math.log(VOCAB)
     assert step["loss"] == pytest.approx(z + 0.5 * z * z, rel=0.02)  # hardly any logits yet
     assert result.raw.loss == pytest.approx(z, rel=0.02)
-    model = export.float_model(result.folder, config)
+    model = load(result.folder, "float", config=config).model
     x = torch.randint(VOCAB, (2, 9))
     loss = model.loss(x[:, :-1], x[:, 1:], z_loss=0.5)
     logits = model.logits(x[:, :-1])

@@ -321,7 +321,8 @@ def test_warm_up_leaves_no_trace(data):
 
 
 def test_compiled_training_equals_eager(data):
-    eager, compiled = make_trainer(run_config(data)), make_trainer(run_config(data))
+    config = run_config(data, model__num_layers=2, model__ve_layers=(1,), model__xsa_last_n=2)
+    eager, compiled = make_trainer(config), make_trainer(config)
     compiled.loss_function = torch.compile(
         compiled.model.loss, dynamic=False, fullgraph=True, backend="aot_eager"
     )
@@ -341,7 +342,7 @@ def test_bfloat16_tables_and_compute_train(data):
 
 
 def test_ttt_with_quantized_forward_changes_the_score(data):
-    config = run_config(data, ttt__lr=0.05, ttt__epochs=2)
+    config = run_config(data, ttt__lr=0.05, ttt__epochs=2, data__val_tokens=1024)
     trainer = weights_after(config)
     source = open_source(config.data, 384)
     stream = Stream(source.validation(32), source.table, ALONE.device)

@@ -1,88 +1,63 @@
-"""Quantise and pack a run folder, and make models of its weights: each step reads files and leaves files."""
+"""Quantize and pack a run folder: each step reads files of the run and writes one."""
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import replace
-
-import torch
-from torch import Tensor
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from pgolf_fast import console
 from pgolf_fast.artifact.landing import fit_to_target
-from pgolf_fast.artifact.pack import PackReport, artifact_bytes, load_model, pack
+from pgolf_fast.artifact.load import load
+from pgolf_fast.artifact.pack import PackReport, artifact_bytes, pack
 from pgolf_fast.artifact.submission import code_bytes
-from pgolf_fast.config.fields import from_dict, run_config_to_dict
+from pgolf_fast.config.fields import run_config_to_dict, with_fields
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import PackConfig, QuantConfig, RunConfig
-from pgolf_fast.data.tokenizer import ByteTable, Tokenizer, byte_table
-from pgolf_fast.distributed import World, this_process
-from pgolf_fast.io import load_tensors, save_tensors
 from pgolf_fast.model.gpt import GPT
-from pgolf_fast.model.runtime import choose_kernels, resolve_dtype
-from pgolf_fast.model.weights import load_weights, read_weights
 from pgolf_fast.quant.rd import rate_distortion
 from pgolf_fast.quant.state import QuantizedState, QuantizedTensor, quantize_model
 
-_PARTS = ("codes", "scale", "column_scale", "left", "right")  # of a quantised tensor, in the run's file
+
+@dataclass(frozen=True)
+class QuantizeReport:
+    """File of the quantized weights, and the number of tensors by type."""
+
+    path: Path
+    counts: dict[str, int]
+
+    def rows(self) -> list[tuple[str, str]]:
+        return [(kind, f"{count:,}") for kind, count in self.counts.items()]
+
+    def __str__(self) -> str:
+        return console.Table(("tensors", "number"), self.rows()).text()
 
 
-def float_model(folder: RunFolder, config: RunConfig, world: World | None = None) -> GPT:
-    """The run's averaged weights before quantisation."""
-    model = new_model(byte_table(Tokenizer.load(folder.tokenizer_file)), config, world or this_process())
-    path = folder.need(folder.model_file, "train PRESET --resume --out")
-    load_weights(model, read_weights(path), str(path))
-    return model
+def quantize_run(
+    run: str | Path | RunFolder, quant: QuantConfig | None = None, **fields: object
+) -> QuantizeReport:
+    """Quantize the float weights of a run folder and write them there.
 
-
-def new_model(table: ByteTable, config: RunConfig, world: World) -> GPT:
-    choose_kernels(config.kernels, world.device)
-    dtype = resolve_dtype(config.train.compute_dtype, world.device)
-    leading = torch.from_numpy(table.has_leading_space)
-    return GPT(config.model, leading, compute_dtype=dtype).to(world.device)
-
-
-def artifact_model(folder: RunFolder, config: RunConfig, world: World | None = None) -> GPT:
-    """The model of the run's artifact."""
-    table = byte_table(Tokenizer.load(folder.tokenizer_file))
-    device = (world or this_process()).device
-    choose_kernels(config.kernels, device)
-    path = folder.need(folder.artifact_file, "pack")
-    leading = torch.from_numpy(table.has_leading_space)
-    model, _ = load_model(path, leading, resolve_dtype(config.train.compute_dtype, device))
-    return model.to(device)
-
-
-def quantize_run(folder: RunFolder, quant: QuantConfig) -> dict[str, int]:
-    """Write the run's quantised weights; returns how many tensors became what.
-
-    Grid rd lands the artifact, as the run's own pack settings make it, at `quant.target_bytes`. Raises
-    PgolfError when that cannot be reached.
+    quant: settings, by default the run's; fields: changes to them, such as bits=5. Grid rd makes the
+    artifact, packed with the run's own settings, `quant.target_bytes` long.
+    Raises PgolfError when the run has no weights or the target cannot be reached.
     """
-    config = replace(folder.read_config(), quant=quant)
-    model = float_model(folder, config)
-    if quant.grid == "rd":
-        quantized = _land(model, config)
+    folder = RunFolder.of(run)
+    config = folder.read_config()
+    config = replace(config, quant=with_fields(quant or config.quant, fields))
+    model = load(folder, "float", config=config).model
+    if config.quant.grid == "rd":
+        quantized = _fit_to_target(model, config)
     else:
-        quantized = quantize_model(model, quant, seq_len=config.train.seq_len)
-    tensors: dict[str, Tensor] = {}
-    bits: dict[str, int] = {}
-    for name, value in quantized.tensors.items():
-        if isinstance(value, QuantizedTensor):
-            parts = (value.codes, value.scale, value.column_scale, *(value.low_rank or (None, None)))
-            tensors |= {f"{name}.{p}": t for p, t in zip(_PARTS, parts, strict=True) if t is not None}
-            bits[name] = value.bits
-        else:
-            tensors[name] = value
+        quantized = quantize_model(model, config.quant, seq_len=config.train.seq_len)
     folder.retire(folder.artifact_file)
-    story = {"bits": bits, "order": list(quantized.tensors), "quant": dataclasses.asdict(quant)}
-    save_tensors(folder.quantized_file, tensors, story)
-    counts = {f"int{b} tensors": sum(v == b for v in bits.values()) for b in sorted(set(bits.values()))}
-    return {**counts, "float16 tensors": len(quantized.tensors) - len(bits)}
+    quantized.save(folder.quantized_file, config.quant)
+    bits = [t.bits for t in quantized.tensors.values() if isinstance(t, QuantizedTensor)]
+    counts = {f"int{width}": bits.count(width) for width in sorted(set(bits))}
+    return QuantizeReport(folder.quantized_file, {**counts, "float16": len(quantized.tensors) - len(bits)})
 
 
-def _land(model: GPT, config: RunConfig) -> QuantizedState:
-    """The model on grid rd, at the price at which its artifact has the bytes that are asked for."""
+def _fit_to_target(model: GPT, config: RunConfig) -> QuantizedState:
+    """Quantize on grid rd at the price at which the artifact has the configured size."""
     quant, packing = config.quant, config.pack
     target = quant.target_bytes
     if target is None:
@@ -90,30 +65,30 @@ def _land(model: GPT, config: RunConfig) -> QuantizedState:
         target = packing.limit_bytes - code
     tree = run_config_to_dict(config)
     grids = rate_distortion(model, quant, seq_len=config.train.seq_len)
-    landed = fit_to_target(grids, lambda state: artifact_bytes(state, tree, packing), target)
+    fitted = fit_to_target(grids, lambda state: artifact_bytes(state, tree, packing), target)
     console.logger.info(
-        "%s of %s bytes, at %.2e nats a bit", f"{landed.artifact_bytes:,}", f"{target:,}", landed.price
+        "%s of %s bytes, at %.2e nats a bit", f"{fitted.artifact_bytes:,}", f"{target:,}", fitted.price
     )
-    return landed.state
+    return fitted.state
 
 
-def read_quantized(folder: RunFolder) -> tuple[QuantizedState, QuantConfig]:
-    """What `quantize_run` wrote, and under which settings."""
-    tensors, story = load_tensors(folder.need(folder.quantized_file, "quantize"))
-    state: dict[str, QuantizedTensor | Tensor] = {}
-    for name in story["order"]:
-        if name in story["bits"]:
-            codes, scale, columns, left, right = (tensors.get(f"{name}.{part}") for part in _PARTS)
-            assert codes is not None and scale is not None  # noqa: PT018
-            low_rank = None if left is None or right is None else (left, right)
-            state[name] = QuantizedTensor(codes, scale, story["bits"][name], columns, low_rank)
-        else:
-            state[name] = tensors[name]
-    return QuantizedState(state), from_dict(QuantConfig, story["quant"], "quant")
+def read_quantized(run: str | Path | RunFolder) -> tuple[QuantizedState, QuantConfig]:
+    """Read the quantized weights of a run folder and the settings that made them."""
+    folder = RunFolder.of(run)
+    return QuantizedState.load(folder.need(folder.quantized_file, "quantize"))
 
 
-def pack_run(folder: RunFolder, config: PackConfig) -> PackReport:
-    """Write the run's artifact. Raises PgolfError when it cannot be made to fit the limit."""
+def pack_run(
+    run: str | Path | RunFolder, pack_config: PackConfig | None = None, **fields: object
+) -> PackReport:
+    """Pack the quantized weights of a run folder into its artifact.
+
+    pack_config: settings, by default the run's; fields: changes to them, such as limit_bytes=2_000_000.
+    Raises PgolfError when the artifact cannot be made to fit the limit.
+    """
+    folder = RunFolder.of(run)
     quantized, quant = read_quantized(folder)
-    run_config = replace(folder.read_config(), quant=quant, pack=config)
-    return pack(quantized, run_config_to_dict(run_config), folder.artifact_file, config)
+    config = folder.read_config()
+    packing = with_fields(pack_config or config.pack, fields)
+    run_config = replace(config, quant=quant, pack=packing)
+    return pack(quantized, run_config_to_dict(run_config), folder.artifact_file, packing)

@@ -1,4 +1,4 @@
-"""The evaluation script of a submission as one small file, and how many bytes it takes."""
+"""The evaluation script of a submission as one small file, and its size in bytes."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ import pgolf_fast
 from pgolf_fast.console import logger
 
 _MAIN = "pgolf_fast.artifact.standalone.scores"
-_DIGEST = "SHA256"  # the global that names the artifact
+_DIGEST = "SHA256"  # the global that holds the artifact's digest
 _NO_DIGEST = f'{_DIGEST} = ""'
 _WRAP = "import base64,lzma\nexec(lzma.decompress(base64.b85decode({!r})))\n"
 
 
 @dataclass(frozen=True)
 class Script:
-    """The evaluation script in three forms of the same program, each a whole Python file.
+    """The evaluation script in three equivalent forms, each a complete Python file.
 
-    readable: the sources put together; minified: without comments, docstrings and long names; wrapped: the
-    minified one compressed, which unpacks itself when it is run.
+    readable: the concatenated sources; minified: without comments, docstrings and long names; wrapped: the
+    minified one, compressed, which unpacks itself when run.
     """
 
     readable: str
@@ -34,9 +34,9 @@ class Script:
 
 
 def build_script(sha256: str = "") -> Script:
-    """The script for the artifact of that digest (64 hexadecimal digits); without one, for any artifact.
+    """Build the script for the artifact with that digest (64 hexadecimal digits), or for any artifact.
 
-    The same sources give the same script, for one version of Python, liblzma and python-minifier.
+    Deterministic for one version of Python, liblzma and python-minifier.
     """
     readable, minified, packed = _parts()
     digest = f'{_DIGEST} = "{sha256}"'
@@ -45,25 +45,25 @@ def build_script(sha256: str = "") -> Script:
 
 
 def code_bytes() -> int:
-    """Bytes of the wrapped script: what a submission's code costs. The same for every artifact."""
+    """Return the size of the wrapped script, which counts against the limit. The artifact does not matter."""
     return len(build_script("0" * 64).wrapped.encode())
 
 
 @functools.cache
 def _parts() -> tuple[str, str, str]:
-    """The readable script, the minified one without its digest, and that one compressed, in base 85."""
+    """Return the readable script, the minified one without its digest, and that compressed in base 85."""
     readable = _bundle()
     if readable.count(_NO_DIGEST) != 1:
-        raise AssertionError(f"the script does not have the line {_NO_DIGEST} once")
+        raise AssertionError(f"the script must have the line {_NO_DIGEST} exactly once")
     minified = _minify(readable.replace(_NO_DIGEST, "", 1))
     return readable, minified, base64.b85encode(_compress(minified.encode())).decode()
 
 
-# One file of several
+# Concatenation
 
 
 def _bundle() -> str:
-    """The modules that make up the script, each after those it imports, as one readable file."""
+    """Concatenate the script's modules into one readable file, each after those it imports."""
     head: list[str] = []
     imports: set[str] = set()
     bodies: dict[str, str] = {}
@@ -71,7 +71,9 @@ def _bundle() -> str:
 
     def define(name: str, origin: str) -> None:
         if origins.setdefault(name, origin) != origin:
-            raise AssertionError(f"{name} comes from {origins[name]} and from {origin}: one file has one")
+            raise AssertionError(
+                f"{name} comes from {origins[name]} and from {origin}: one file can have only one"
+            )
 
     def add(module: str) -> None:
         path = Path(pgolf_fast.__file__).parent.joinpath(*module.split(".")[1:]).with_suffix(".py")
@@ -103,18 +105,18 @@ def _bundle() -> str:
 
 
 def _names(node: ast.stmt) -> Iterator[str]:
-    """Names that a statement of a module defines."""
+    """Yield the names that a module's statement defines."""
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
         yield node.name
     for target in (*getattr(node, "targets", ()), *filter(None, (getattr(node, "target", None),))):
         yield from (name.id for name in ast.walk(target) if isinstance(name, ast.Name))
 
 
-# Smaller
+# Size
 
 
 def _minify(source: str) -> str:
-    """The same program in fewer letters, by python-minifier if it is installed, else without comments."""
+    """Shorten the source with python-minifier if it is installed, else drop comments and docstrings."""
     if find_spec("python_minifier") is not None:
         import python_minifier
 
@@ -125,7 +127,7 @@ def _minify(source: str) -> str:
             remove_literal_statements=True,
             hoist_literals=False,  # repeated literals cost nothing once compressed
         )
-    logger.warning("python-minifier is not installed: the script keeps its long names (extra 'submit')")
+    logger.warning("python-minifier is not installed (extra 'submit'): the script keeps its long names")
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if (
@@ -137,7 +139,7 @@ def _minify(source: str) -> str:
 
 
 def _compress(data: bytes) -> bytes:
-    """`data` as the smallest .lzma stream that any setting of the literal and position bits gives."""
+    """Compress to the smallest .lzma stream over all settings of the literal and position bits."""
     shared = {"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 1 << 16}
     settings = [{**shared, "lc": lc, "pb": pb} for lc in range(5) for pb in range(3)]
     return min((lzma.compress(data, lzma.FORMAT_ALONE, filters=[f]) for f in settings), key=len)

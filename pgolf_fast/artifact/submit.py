@@ -1,4 +1,4 @@
-"""`pgolf submit`: a run as a folder for a pull request to the challenge's repository."""
+"""Write a run as a submission folder for the challenge's repository (`pgolf submit`)."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import json
 import shutil
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, StrictUndefined
+
 from pgolf_fast.artifact.container import sizes
-from pgolf_fast.artifact.pack import unpack
+from pgolf_fast.artifact.load import unpack
 from pgolf_fast.artifact.submission import build_script
-from pgolf_fast.config.fields import flatten, run_config_from_dict
+from pgolf_fast.config.fields import flatten
 from pgolf_fast.config.presets import preset
 from pgolf_fast.config.run_folder import RunFolder, read_scores
 from pgolf_fast.config.schema import QuantConfig, RunConfig, TTTConfig
@@ -27,21 +30,15 @@ _SCORES = {
     "sliding": "sliding windows",
     "sliding_ttt": "sliding windows, legal test-time training",
 }
-# what the evaluation script knows
-_ADAPTERS = ("sgd", "adamw", "lora")
+_ADAPTERS = ("sgd", "adamw", "lora")  # what the evaluation script supports
 _CODECS = ("raw", "lzma", "rans")
-_PLAIN = "The script is one plain file."
-_PACKED = (
-    "The script unpacks itself;\nits source is `pgolf_fast/artifact/standalone`, and `pgolf submit "
-    "--readable` writes it as one plain file."
-)
-# what says where a run was made and how it went on, not what it is
-_UNTOLD = ("name", "data.path", "data.tokenizer", "pack.", "kernels.")
+# Fields that say where a run was made and how it was exported, not what it is.
+_NOT_SHOWN = ("name", "data.path", "data.tokenizer", "pack.", "kernels.")
 
 
 @dataclass(frozen=True)
 class About:
-    """What the run folder does not know: who submits it, under which title, to which track."""
+    """Facts that are not in the run folder: author, title, track."""
 
     author: str
     github_id: str
@@ -53,21 +50,21 @@ class About:
 def write_submission(folder: RunFolder, out: Path, about: About, *, readable: bool = False) -> dict[str, int]:
     """Write README.md, submission.json, train.log, the artifact and the evaluation script into `out`.
 
-    readable: write the script's readable source instead of the compressed one, and count that. Returns
-    bytes by part. Raises PgolfError when the run is not packed or not scored, when its scores are those of
-    another artifact or other settings, when they break the rules (nothing allows that here), when the script
-    lacks the run's adapter or the artifact's codecs, or when code and artifact exceed LIMIT_BYTES.
+    readable: write the script as readable source instead of compressed, and count that. Returns bytes by
+    part. Raises PgolfError when the run is not packed or not scored, its scores are of another artifact or
+    other settings, it breaks the rules, the script lacks its adapter or codecs, or code and artifact exceed
+    LIMIT_BYTES.
     """
     artifact = folder.need(folder.artifact_file, "pack")
     log = folder.need(folder.log_file, "train PRESET --out")
-    config = run_config_from_dict(unpack(artifact)[0])
-    digest = sizes(artifact).sha256
+    config, container = unpack(artifact)[0], sizes(artifact)
+    digest = container.sha256
     if config.ttt.illegal is not None:
         raise PgolfError(
             f"ttt.adapter {config.ttt.adapter} breaks the rules: {config.ttt.illegal}. "
-            "There is no submission of it: set another ttt.adapter in config.json, pack and score again"
+            "It cannot be submitted: set another ttt.adapter in config.json, pack and score again"
         )
-    _need_script(config.ttt, {section.codec for section in sizes(artifact).sections})
+    _check_script(config.ttt, {section.codec for section in container.sections})
     scores = _scores(folder, config, digest)
     forms = build_script(digest)
     script = forms.readable if readable else forms.wrapped
@@ -80,7 +77,7 @@ def write_submission(folder: RunFolder, out: Path, about: About, *, readable: bo
     facts = _Facts(about, config, scores, digest, code, weights, _environment(folder), _training(folder))
     tokenizer = hashlib.sha256(folder.tokenizer_file.read_bytes()).hexdigest()
     write_text(out / SCRIPT, script)
-    write_text(out / "README.md", _readme(facts, tokenizer, _PLAIN if readable else _PACKED))
+    write_text(out / "README.md", _readme(facts, tokenizer, readable))
     write_text(out / "submission.json", json.dumps(_summary(facts), indent=2) + "\n")
     for source, name in ((artifact, ARTIFACT), (log, "train.log")):
         with atomic_path(out / name) as temporary:
@@ -96,8 +93,8 @@ def write_submission(folder: RunFolder, out: Path, about: About, *, readable: bo
     }
 
 
-def _need_script(ttt: TTTConfig, codecs: set[str]) -> None:
-    """Raise PgolfError for what the script does not know."""
+def _check_script(ttt: TTTConfig, codecs: set[str]) -> None:
+    """Raise PgolfError for an adapter or codec that the script lacks."""
     if ttt.adapter not in _ADAPTERS:
         raise PgolfError(
             f"the evaluation script has no ttt.adapter {ttt.adapter}, only {', '.join(_ADAPTERS)}: set one "
@@ -141,7 +138,7 @@ class _Facts:
 
 
 def _scores(folder: RunFolder, config: RunConfig, digest: str) -> dict[str, Any]:
-    """What `pgolf eval` wrote, if it is about this artifact under its own settings."""
+    """Read the scores. Raises PgolfError if they are of another artifact or other settings."""
     path = folder.need(folder.path / "scores_artifact.json", "eval")
     scores = read_scores(path)
     again = f"run `pgolf eval {folder.path}` again"
@@ -150,8 +147,8 @@ def _scores(folder: RunFolder, config: RunConfig, digest: str) -> dict[str, Any]
     for group in ("eval", "ttt"):
         if scores.get(group) != asdict(getattr(config, group)):
             raise PgolfError(
-                f"{path} was computed with other {group} settings than the artifact holds, with which the "
-                f"script scores: {again} without --{group} options, or change config.json and pack again"
+                f"{path} was computed with other {group} settings than those in the artifact, which the "
+                f"script uses: {again} without --{group} options, or change config.json and pack again"
             )
     return scores
 
@@ -162,13 +159,13 @@ def _environment(folder: RunFolder) -> dict[str, Any]:
 
 
 def _training(folder: RunFolder) -> dict[str, Any] | None:
-    """Steps and seconds of the training; None for imported weights."""
+    """Return steps and seconds of training; None for imported weights."""
     steps = [line for line in folder.history() if line["kind"] == "step"]
     return {"steps": steps[-1]["step"], "seconds": steps[-1]["elapsed"]} if steps else None
 
 
 def _summary(facts: _Facts) -> dict[str, Any]:
-    """submission.json: the community's fields first, then ours."""
+    """Return the contents of submission.json: the community's fields first, then ours."""
     about, best = facts.about, facts.scores["sliding_ttt"]
     return {
         "author": about.author,
@@ -191,131 +188,69 @@ def _summary(facts: _Facts) -> dict[str, Any]:
     }
 
 
-_README = """# {name}
-
-{blurb}
-
-| score | bits per byte | nats per token | tokens |
-|---|---|---|---|
-{scores}
-
-`val_bpb` of `submission.json` is the third. All three are of the same artifact; what test-time training gains
-is the difference between the second and the third, nothing else.
-
-| bytes | |
-|---|---|
-| `{script}` | {code:,} |
-| `{artifact}` | {weights:,} |
-| together | {total:,} of {limit:,} |
-
-## Run it
-
-```
-python {script} --data FOLDER_OF_SHARDS --tokenizer TOKENIZER.model
-```
-
-It needs torch, numpy and sentencepiece, prints the byte sum (and fails if that is too large), checks the
-artifact's SHA-256 (`{digest}`), rebuilds the
-model and prints the three scores. On a CPU of the same kind they are those above to 1e-6; other hardware
-rounds differently. `--dtype`, `--device` and `--artifact` do what they say. {form}
-
-The tokenizer is not in this folder and not in the sum: it is the SentencePiece model that comes with the
-validation shards ({vocab_size:,} pieces, SHA-256
-`{tokenizer}`).
-
-## How it was made
-
-- Training: {training}, PyTorch {torch}, seed {seed}, one run; the log is `train.log`. The training program is
-  pgolf_fast {version}, preset `{preset}`; the script here only evaluates.
-- Changed from the preset: {changes}.
-- Quantisation: {method}, {widths} bank weights, {tables} tables, the rest float16, stored by entropy coding.
-  {calibration}
-- Sliding windows of {seq_len:,} tokens, {stride} apart; each target is scored {how_often}.
-- Test-time training: {adaptation}
-- No score reads the token it predicts or a later one, and no key of a lookup holds it.
-"""
-
-
-def _readme(facts: _Facts, tokenizer: str, form: str) -> str:
-    c, environment, training = facts.config, facts.environment, facts.training
-    rows = [
-        f"| {what} | {score['bpb']:.6f} | {score['loss']:.6f} | {score['tokens']:,} |"
-        for score, what in ((facts.scores[name], what) for name, what in _SCORES.items())
-    ]
-    trained = "imported weights, quantised and scored"
-    if training is not None:
-        trained = f"{training['steps']:,} steps in {training['seconds']:,.0f} s"
-    gptq = c.quant.method == "gptq"
-    own_text = f"Calibration reads text that the model itself wrote (seed {c.quant.seed}), no data."
-    return _README.format(
+def _readme(facts: _Facts, tokenizer: str, readable: bool) -> str:
+    source = resources.files("pgolf_fast.artifact").joinpath("submission.md.j2").read_text(encoding="utf-8")
+    template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(source)
+    return template.render(
         name=facts.name,
         blurb=facts.blurb,
-        scores="\n".join(rows),
+        scores=[(label, facts.scores[name]) for name, label in _SCORES.items()],
         script=SCRIPT,
         code=facts.code,
         artifact=ARTIFACT,
         weights=facts.weights,
-        total=facts.code + facts.weights,
         limit=LIMIT_BYTES,
         digest=facts.digest,
-        form=form,
-        vocab_size=c.model.vocab_size,
+        readable=readable,
         tokenizer=tokenizer,
-        training=f"{trained} on {facts.hardware}",
-        torch=environment.get("torch", "of unknown version"),
-        seed=c.train.seed,
-        version=environment.get("pgolf_fast", ""),
-        preset=c.name,
-        changes=", ".join(_changes(c)) or "nothing",
-        method="GPTQ" if gptq else "rounding to nearest",
-        widths=_widths(c.quant),
-        tables=c.quant.tables,
-        calibration=own_text if gptq else "There is no calibration.",
-        seq_len=c.eval_seq_len,
-        stride=c.eval.stride,
-        how_often="once, the last ones repeatedly" if c.eval.repeat_tail else "once",
-        adaptation=_adaptation(c.ttt),
+        training=facts.training,
+        hardware=facts.hardware,
+        environment={"torch": None, "pgolf_fast": None, **facts.environment},
+        config=facts.config,
+        changes=_changes(facts.config),
+        widths=_widths(facts.config.quant),
+        adaptation=_adaptation(facts.config.ttt),
     )
 
 
 def _widths(quant: QuantConfig) -> str:
-    """What integers bank weights are stored as."""
+    """Name the integer type of bank weights."""
     return "int2 to int8 (a rate-distortion grid)" if quant.grid == "rd" else f"int{quant.bits}"
 
 
 def _adaptation(ttt: TTTConfig) -> str:
-    """What test-time training does, in a sentence or two."""
+    """Describe test-time training in a sentence or two."""
     if ttt.by_document:
         lora = ttt.lora
         return (
             f"{lora.epochs} AdamW steps (learning rate {lora.lr}) on each segment of {lora.segment_tokens:,} "
-            f"tokens\n  of a document after the segment was scored, never after its last. They learn "
-            f"a\n  change of rank {lora.rank} of every matrix, with which each document starts at zero."
+            "tokens of a document, after that segment was scored and never after the last one. They train a "
+            f"rank-{lora.rank} change of every matrix, which is reset to zero for each document."
         )
     if ttt.epochs == 0:
-        return "none; the third score is of the model as it stands."
+        return "none; the third score is that of the unchanged model."
     adapted = {
         "banks": "the banks",
-        "all": "all but the first blocks' own scalars",
+        "all": "all parameters but the scalars of the first blocks",
         "blocks": f"matrices and scalars of all blocks but the first {ttt.freeze_blocks}",
         "mlps": f"the MLP matrices of all blocks but the first {ttt.freeze_blocks}",
     }[ttt.parameters]
     rule = "SGD" if ttt.adapter == "sgd" else "AdamW"
-    fall = " falling to 0" if ttt.decay == "cosine" else ""
+    fall = ", decayed to 0" if ttt.decay == "cosine" else ""
     return (
-        f"{ttt.epochs} epochs of {rule} over each chunk of {ttt.chunk_tokens:,} tokens after the chunk was\n"
-        f"  scored, never after the last; it adapts {adapted}, with a learning rate of {ttt.lr}{fall}."
+        f"{ttt.epochs} epochs of {rule} over each chunk of {ttt.chunk_tokens:,} tokens, after that chunk was "
+        f"scored and never after the last one. It adapts {adapted}, with learning rate {ttt.lr}{fall}."
     )
 
 
 def _changes(config: RunConfig) -> list[str]:
-    """Fields in which the run differs from the preset it is named after."""
+    """List the fields in which the run differs from its preset."""
     try:
         before = dict(flatten(preset(config.name)))
     except PgolfError:
-        return ["everything: it has a name of its own"]
+        return ["not comparable: no preset has this name"]
     return [
         f"`{name} {value}`"
         for name, value in flatten(config)
-        if before.get(name, ...) != value and not name.startswith(_UNTOLD)
+        if before.get(name, ...) != value and not name.startswith(_NOT_SHOWN)
     ]

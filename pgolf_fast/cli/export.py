@@ -33,8 +33,7 @@ def quantize(options: Quantize) -> int:
     words = [f"quant.{name}={value}" for name, value in short.items() if value is not None]
     folder, config = run_folder(options.run, (*options.fields, *words))
     console.setup_logging(folder.log_file)
-    counts = quantize_run(folder, config.quant)
-    print_out(console.table([(what, f"{count:,}") for what, count in counts.items()]))
+    print_out(str(quantize_run(folder, config.quant)))
     print_out(f"wrote {folder.quantized_file}")
     return 0
 

@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 
 import tyro
 
-from pgolf_fast import console
 from pgolf_fast.cli.options import AllFields, Preset, Run, Size, existing, preset_with, run_folder
 from pgolf_fast.cli.output import print_out
 from pgolf_fast.errors import PgolfError
@@ -56,17 +55,7 @@ def train(options: Train) -> int:
     result = run_training(config, out, resume=options.resume, track=options.track)
     if not result.is_main:
         return 0
-    rate = result.tokens / result.seconds if result.seconds else 0.0
-    rows = [
-        ("steps", f"{result.steps:,}"),
-        ("tokens", f"{result.tokens:,}"),
-        ("tokens/s", f"{rate:,.0f}"),
-        ("training time", console.duration(result.seconds)),
-        ("bpb, after Reptile" if result.keeps_raw else "bpb, raw weights", f"{result.raw.bpb:.4f}"),
-        ("bpb, averaged weights", f"{result.averaged.bpb:.4f}"),
-        ("run folder", str(result.folder.path)),
-    ]
-    print_out(console.table(rows))
+    print_out(str(result))
     return 0
 
 
@@ -110,14 +99,14 @@ class Generate:
 
 
 def generate(options: Generate) -> int:
-    from pgolf_fast.evaluation.steps import continue_text
+    from pgolf_fast.artifact.load import generate as generate_text
 
     if options.tokens < 1:
         raise PgolfError(f"--tokens is {options.tokens}; it must be at least 1")
     if options.temperature < 0:
         raise PgolfError(f"--temperature is {options.temperature}; it must not be negative")
     folder, _ = run_folder(options.run)
-    text = continue_text(
+    text = generate_text(
         folder, options.prompt, options.tokens, temperature=options.temperature, seed=options.seed
     )
     print_out(text)

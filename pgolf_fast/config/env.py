@@ -138,7 +138,7 @@ def assignments(script: str) -> dict[str, str]:
     for line in script.replace("\\\n", " ").splitlines():
         try:
             words = shlex.split(line, comments=True)
-        except ValueError:  # an unbalanced quote: no assignment of ours spans lines
+        except ValueError:  # an unbalanced quote; known variables are set on one line
             continue
         for word in words[1:] if words[:1] in (["export"], ["env"]) else words:
             match = _ASSIGNMENT.match(word)

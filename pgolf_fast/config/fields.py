@@ -7,6 +7,7 @@ import difflib
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pgolf_fast.config.schema import RunConfig
@@ -79,6 +80,15 @@ def set_fields(config: Config, values: Mapping[str, object]) -> Config:
             value = _parse(hint, value, name)
         place[last] = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
     return from_dict(type(config), tree)
+
+
+def with_fields(config: Config, fields: Mapping[str, object]) -> Config:
+    """Set fields as `set_fields` does, by names in which `__` or `.` separates groups: `train__steps=10`.
+
+    Paths become text.
+    """
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
+    return set_fields(config, {name.replace("__", "."): value for name, value in plain.items()})
 
 
 def flip(config: RunConfig, words: Sequence[str]) -> RunConfig:

@@ -147,11 +147,11 @@ class ModelConfig:
         """Return the number of parameters, without building the network."""
         d, n = self.model_dim, self.num_layers
         banks = 2 * n * d * d + 2 * n * self.kv_dim * d + n * self.mlp_up_rows * d + n * d * self.mlp_hidden
-        per_block = self.num_heads + 2 * d + 2 * d
+        per_block = self.num_heads + 2 * d + 2 * d  # QK gains; attention and MLP scales; residual mix
         total = banks + self.vocab_size * d + d * self.smear + self.num_skips * d + n * per_block
-        if self.bigram_vocab_size:
+        if self.bigram_vocab_size:  # table, projection, scale
             total += self.bigram_vocab_size * self.bigram_dim + d * self.bigram_dim + 1
             total += self.word_start_boost
-        if self.ve_enabled:
+        if self.ve_enabled:  # table, projection, scale, a scale per layer
             total += self.vocab_size * self.ve_dim + self.kv_dim * self.ve_dim + 1 + len(self.ve_layers)
         return total

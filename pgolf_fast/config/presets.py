@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Callable
 from dataclasses import replace
 
+from pgolf_fast.config.fields import with_fields
 from pgolf_fast.config.schema import QATConfig, RunConfig
 from pgolf_fast.config.shrink import SIZES, shrink
 from pgolf_fast.config.systems import baseline, pr296_error_guided, pr296_reptile, pr301, pr1250
@@ -90,11 +91,16 @@ def is_preset(name: str) -> bool:
     return name in PRESETS or (parent in PRESETS and size in SIZES)
 
 
-def preset(name: str) -> RunConfig:
-    """Return the preset of that name; `<preset>_<size>` is a shrunken one (exp105a_tiny).
+def preset(name: str, **fields: object) -> RunConfig:
+    """Return the preset of that name, or `<preset>_<size>` for a shrunken one (exp105a_tiny).
 
-    Raises PgolfError suggesting the nearest name.
+    fields: changes, with `__` between groups: preset("tiny", train__steps=10, data__path="shards").
+    Raises PgolfError for an unknown name, suggesting the nearest, or an unknown field.
     """
+    return with_fields(_preset(name), fields)
+
+
+def _preset(name: str) -> RunConfig:
     parent, _, size = name.rpartition("_")
     if name not in PRESETS and parent in PRESETS and size in SIZES:
         return shrink(PRESETS[parent](), size)

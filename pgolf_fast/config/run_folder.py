@@ -1,7 +1,8 @@
-"""What a run leaves behind: configuration, environment, metrics, log, checkpoints and weights."""
+"""The files of a run: configuration, environment, metrics, log, checkpoints, weights, scores."""
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,29 +15,39 @@ from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import write_text
 
 SCORES = {"non_overlapping": "non-overlapping", "sliding": "sliding", "sliding_ttt": "sliding + TTT"}
+Weights = Literal["artifact", "float"]
 
 
-def read_scores(path: Path) -> dict:
-    """The scores that `pgolf eval` wrote. Raises PgolfError where it did not."""
+def read_scores(path: Path) -> dict[str, Any]:
+    """Read the file that `pgolf eval` writes. Raises PgolfError if it does not hold three scores."""
     try:
-        story = json.loads(path.read_text(encoding="utf-8"))
-        if all({"bpb", "loss", "tokens", "bytes"} <= story[name].keys() for name in SCORES):
-            return story
+        scores = json.loads(path.read_text(encoding="utf-8"))
+        if all({"bpb", "loss", "tokens", "bytes"} <= scores[name].keys() for name in SCORES):
+            return scores
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         pass
     raise PgolfError(f"{path} does not hold three scores: run `pgolf eval {path.parent}` first")
 
 
 def stale(product: Path) -> Path:
-    """What `RunFolder.retire` renames a file to."""
+    """Return the name that `RunFolder.retire` gives to a file."""
     return product.with_name(f"{product.name}.stale")
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths inside a run folder."""
+    """Paths inside a run folder, and its configuration, which is read once."""
 
     path: Path
+
+    @classmethod
+    def of(cls, run: str | Path | RunFolder) -> RunFolder:
+        """Return the run folder at a path. Raises PgolfError if there is none."""
+        folder = run if isinstance(run, RunFolder) else cls(Path(run))
+        if not folder.path.is_dir():
+            raise PgolfError(f"run folder {folder.path} does not exist: give the --out of a training run")
+        folder.read_config()
+        return folder
 
     @property
     def config_file(self) -> Path:
@@ -73,33 +84,39 @@ class RunFolder:
 
     @property
     def sweep_file(self) -> Path:
-        """What `pgolf ttt-sweep` found of the artifact."""
+        """Result of `pgolf ttt-sweep` on the artifact."""
         return self.path / "ttt_sweep.json"
 
     @property
     def tokenizer_file(self) -> Path:
         return self.path / "tokenizer.model"
 
-    def scores_file(self, weights: Literal["artifact", "float"]) -> Path:
-        """What `pgolf eval` found of those weights."""
+    def scores_file(self, weights: Weights) -> Path:
+        """Scores of those weights, written by `pgolf eval`."""
         return self.path / f"scores_{weights}.json"
+
+    def weights_file(self, weights: Weights) -> Path:
+        """Return the file of those weights. Raises PgolfError naming the command that makes it."""
+        if weights == "artifact":
+            return self.need(self.artifact_file, "pack")
+        return self.need(self.model_file, "train PRESET --resume --out")
 
     @property
     def products(self) -> tuple[Path, ...]:
-        """All that is made of the final weights, in any number of steps."""
+        """Every file derived from the final weights."""
         scores = (self.scores_file("float"), self.scores_file("artifact"))
         return (self.quantized_file, self.artifact_file, *scores, self.sweep_file, self.audit_file)
 
     def history(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl that tell of the run as it stands; [] without the file.
+        """Return the lines of metrics.jsonl that led to the current weights; [] without the file.
 
-        What follows the checkpoint that a later start went back to was made again, and is left out.
+        Lines after a checkpoint that a later start resumed from were computed again and are left out.
         """
         lines: list[dict[str, Any]] = []
         last = 0
         for line in console.read_metrics(self.metrics_file) if self.metrics_file.is_file() else []:
             if line.get("kind") in ("step", "resume"):
-                first = line["step"] + (line["kind"] == "resume")  # of what comes now
+                first = line["step"] + (line["kind"] == "resume")  # the first step of what follows
                 if first <= last:
                     lines = [
                         old for old in lines if old.get("kind") == "resume" or old.get("step", 0) < first
@@ -109,19 +126,25 @@ class RunFolder:
         return lines
 
     def retire(self, *products: Path) -> None:
-        """Rename what was made of weights that are now replaced to NAME.stale: it is not theirs."""
+        """Rename files made from weights that are now replaced to NAME.stale."""
         for product in products:
             if product.is_file():
                 product.replace(stale(product))
                 console.logger.info(
-                    "%s was made of other weights and is now %s", product.name, stale(product).name
+                    "%s was made from other weights and is now %s", product.name, stale(product).name
                 )
 
     def write_config(self, config: RunConfig) -> None:
+        """Write config.json."""
         write_text(self.config_file, json.dumps(run_config_to_dict(config), indent=2) + "\n")
+        self.__dict__.pop("_config", None)
 
     def read_config(self) -> RunConfig:
-        """The configuration that ran. Raises PgolfError when this is no run folder."""
+        """Return the configuration of the run. Raises PgolfError if this is no run folder."""
+        return self._config
+
+    @functools.cached_property
+    def _config(self) -> RunConfig:
         if not self.config_file.is_file():
             raise PgolfError(
                 f"{self.path} is not a run folder: it has no config.json; give the --out of a training run"
@@ -134,7 +157,7 @@ class RunFolder:
             ) from error
 
     def need(self, path: Path, made_by: str) -> Path:
-        """`path` if it exists. Raises PgolfError saying which command makes it."""
+        """Return `path` if it exists. Raises PgolfError naming the command that makes it."""
         if not path.is_file():
             raise PgolfError(f"{path} does not exist yet: run `pgolf {made_by} {self.path}` first")
         return path

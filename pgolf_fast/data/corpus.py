@@ -196,6 +196,7 @@ def _remove_stale(parent: Path) -> None:
 
 
 def _split(name: str) -> str:
+    # by name: a document keeps its split when others are added or removed
     return "val" if int(hashlib.sha1(name.encode()).hexdigest(), 16) % _VAL_PART == 0 else "train"
 
 

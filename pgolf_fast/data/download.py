@@ -64,7 +64,7 @@ def download(
         ) from error
     if train_shards < 0:
         raise PgolfError(f"train_shards is {train_shards}; it must be 0 or more")
-    folder, staging = Path(out), Path(out) / ".download"
+    folder, staging = Path(out), Path(out) / ".download"  # one file system, for os.replace
     api = huggingface_hub.HfApi(endpoint=endpoint)
     with _hub_errors(f"dataset {repo_id} at {api.endpoint}"):
         commit = api.dataset_info(repo_id, revision=revision).sha

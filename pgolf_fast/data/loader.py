@@ -66,7 +66,7 @@ class TokenStream:
 
     @property
     def position(self) -> dict[str, int]:
-        """Where the next token comes from, as JSON values named by `fields`."""
+        """Position of the next token, as JSON values named by `fields`."""
         index = self._shard_at(self._at)
         return {"epoch": self._epoch, "shard": index, "offset": self._at - int(self._starts[index])}
 
@@ -204,6 +204,7 @@ class Loader:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="pgolf-loader")
         self._ahead: Future[tuple[Batch, dict[str, int]]] | None = None
         self._closed = False
+        # after the batches returned so far; the stream itself is one batch ahead
         self._position = stream.position
         self.set_batch(micro_batch_tokens)
         if not 0 <= rank < world_size:
@@ -227,8 +228,8 @@ class Loader:
                 f"{self._seq_len}"
             )
         self._discard()
-        self._stream.seek(self._position)
-        self._span = micro_batch_tokens + 1
+        self._stream.seek(self._position)  # back to the first token that was not returned
+        self._span = micro_batch_tokens + 1  # one more for the last target
 
     def next_batch(self) -> Batch:
         """Return inputs and targets, two int64 tensors of shape (micro_batch_tokens // seq_len, seq_len).
@@ -247,6 +248,7 @@ class Loader:
         """Return the next batch and the stream's position after it."""
         import torch
 
+        # every rank passes over the spans of the others, so that all positions agree
         self._stream.skip(self._rank * self._span)
         span = self._stream.take(self._span)
         self._stream.skip((self._world_size - 1 - self._rank) * self._span)

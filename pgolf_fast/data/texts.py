@@ -151,6 +151,7 @@ def _all(files: Sequence[Path]) -> Iterator[str]:
 
 
 def _hash(text: str) -> int:
+    # of the text only: the split depends neither on the order nor on the names of the files
     return int.from_bytes(hashlib.sha1(text.encode("utf-8", "replace")).digest()[:8], "big")
 
 

@@ -64,6 +64,7 @@ def tokenize_files(
     if workers is None:
         small = sum(path.stat().st_size for path in paths) < _ALONE_BYTES
         workers = 1 if small else available_cores()
+    # inside `out`: a rename is atomic within one file system
     with tempfile.TemporaryDirectory(prefix=".tokenize-", dir=folder) as temporary:
         building = Path(temporary)
         if given is None:
@@ -162,7 +163,7 @@ def _encode(parts: Iterator[Part], model: Path, workers: int) -> Iterator[tuple[
             yield split, _ids(tokenizer, text)
         return
     waiting: deque[tuple[list[Split], Future[list[np.ndarray]]]] = deque()
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("spawn")  # fork is not safe with threads
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(model,))
     try:
         for chunk in _chunks(parts):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
 
 SPACE = "\u2581"
-_BLOCK = 1 << 22
+_BLOCK = 1 << 22  # tokens at a time: counting makes int64 arrays of them
 _SENTENCE_CHARS = 2000
 _TRAINING_CHARS = 256_000_000
 """Characters to train on; more text would not change the vocabulary and has to be held in memory."""
@@ -108,15 +109,16 @@ class ByteTable:
     """bool (V,): control, unknown and unused ids."""
 
 
+@functools.lru_cache(maxsize=4)
 def byte_table(tokenizer: Tokenizer) -> ByteTable:
-    """Return the byte counts of every id of `tokenizer`."""
+    """Return the byte counts of every id of `tokenizer`; made once per tokenizer."""
     size = tokenizer.vocab_size
     table = ByteTable(np.zeros(size, np.int16), np.zeros(size, np.bool_), np.zeros(size, np.bool_))
     for token in range(size):
         if tokenizer.is_silent(token):
             table.is_boundary[token] = True
         elif tokenizer.is_byte(token):
-            table.base_bytes[token] = 1
+            table.base_bytes[token] = 1  # byte fallback: one raw byte
         else:
             piece = tokenizer.piece(token)
             table.has_leading_space[token] = piece.startswith(SPACE)

@@ -41,6 +41,9 @@ class ThreeScores:
         """Return `score_table` of these scores, with seconds; `title` heads the first column."""
         return score_table(self.to_dict(), self.seconds, title)
 
+    def __str__(self) -> str:
+        return self.table("score").text()
+
     def to_dict(self) -> dict[str, object]:
         """Return plain values for JSON, the same ones when the same is scored again."""
         return {

@@ -1,7 +1,8 @@
-"""Weights from files, read back strictly."""
+"""Weights from files, checked strictly against the model."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -11,8 +12,13 @@ from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import load_tensors
 
 
-def load_weights(model: nn.Module, tensors: dict[str, Tensor], origin: str) -> None:
-    """Copy weights into a model, strictly. Raises PgolfError listing names and shapes that do not fit."""
+def load_weights(
+    model: nn.Module, tensors: Mapping[str, Tensor], origin: str, *, assign: bool = False
+) -> None:
+    """Copy weights into a model, or let it use them with `assign`.
+
+    Raises PgolfError listing names and shapes of `origin` that do not fit.
+    """
     expected = model.state_dict()
     problems = [f"missing {name}" for name in expected if name not in tensors]
     problems += [f"unexpected {name}" for name in tensors if name not in expected]
@@ -24,11 +30,14 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], origin: str) -> N
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise PgolfError(f"{origin} holds another model: {shown}")
-    model.load_state_dict(tensors, strict=True)
+    model.load_state_dict(tensors, strict=True, assign=assign)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Weights of a run's model.safetensors, of a checkpoint, or of a community .pt file (no pickled code)."""
+    """Read a run's model.safetensors, a checkpoint, or a community .pt file.
+
+    A .pt file is read without running pickled code. Raises PgolfError for anything but a dict of tensors.
+    """
     if path.suffix == ".pt":
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)

@@ -23,6 +23,7 @@ class WeightAverage:
         """Update after optimizer step number `step` (from 1), which used this learning-rate multiplier."""
         c = self.config
         if step % c.ema_every == 0:
+            # one foreach call for all parameters instead of hundreds; decayed for every step since the last
             weights = [p.detach().float() for p in self._parameters.values()]
             torch._foreach_lerp_(list(self.ema.values()), weights, 1 - c.ema_decay**c.ema_every)
         if c.swa_every is not None and multiplier < c.swa_below and step % c.swa_every == 0:

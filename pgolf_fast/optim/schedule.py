@@ -41,7 +41,7 @@ class Schedule:
             start = end - length if c.warmdown_shape == "linear" else max(end - length, 0.0)
         if position < start:
             return 1.0
-        done = min((position - start) / max(end - start, 1e-9), 1.0)
+        done = min((position - start) / max(end - start, 1e-9), 1.0)  # the trigger may come at the end
         return 1 - done if c.warmdown_shape == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
     def quantizes(self, step: int, elapsed: float) -> bool:

@@ -1,1 +1,1 @@
-"""Weights to integers: grids, GPTQ, calibration, fake quantisation."""
+"""Weights to integers: grids, GPTQ, rate-distortion, calibration, fake quantization."""

@@ -1,4 +1,4 @@
-"""Calibration without data: the model writes its own text, and Hessians are taken on it (PR 1501)."""
+"""Calibration without data: Hessians on text that the model generates itself (PR 1501)."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from pgolf_fast.model.gpt import GPT
 from pgolf_fast.model.rope import rope_tables
 from pgolf_fast.ops import reference
 
-DAMPING = 0.01  # of the mean diagonal, as the original adds before GPTQ adds its own
+DAMPING = 0.01  # times the mean diagonal; like the original, in addition to GPTQ's own damping
 SMALLEST_DAMPING = 1e-6
 INPUTS = ("attn_in", "attn_out", "mlp_in", "mlp_hidden")
 
 
 def hessian_name(layer: int, which: str) -> str:
-    """Name of a Hessian: `attn_in` feeds Q, K and V; `attn_out` the output projection; the rest the MLP."""
+    """Name a Hessian: `attn_in` is the input of Q, K and V, `attn_out` of the output projection."""
     return f"blocks.{layer}.{which}"
 
 
 @torch.no_grad()
 def self_generate(model: GPT, config: QuantConfig, seq_len: int) -> Tensor:
-    """Text by the model, int64 (calibration_sequences, min(calibration_length, seq_len)).
+    """Generate calibration text, int64 (calibration_sequences, min(calibration_length, seq_len)).
 
-    `calibration_batch` sequences grow together, a token each at a time. The first is uniform over all ids,
-    the others come from softmax(logits / temperature), drawn by `sample`; all from one generator of the
-    model's device with `config.seed`, so text depends on device, dtype and calibration_batch, too. RoPE has
-    the base of the final length. Memory: that of `Decoder`.
+    `calibration_batch` sequences grow together, one token at a time. First tokens are uniform over all ids;
+    the rest come from softmax(logits / temperature). One generator on the model's device, seeded with
+    `config.seed`, draws everything, so the text depends on device, dtype and calibration_batch. RoPE uses the
+    base of the final length. Memory: that of `Decoder`.
     Raises PgolfError for lengths below 2.
     """
     length = min(config.calibration_length, seq_len)
@@ -63,7 +63,7 @@ def self_generate(model: GPT, config: QuantConfig, seq_len: int) -> Tensor:
 
 @torch.no_grad()
 def collect_hessians(model: GPT, tokens: Tensor, batch: int = 8) -> dict[str, Tensor]:
-    """The damped Hessians of all bank matrices, float32 by `hessian_name`: four a layer.
+    """Collect the damped Hessians of all bank matrices, float32 by `hessian_name`: four per layer.
 
     tokens (sequences, length): each sequence gives length - 1 inputs. A Hessian is the sum of x^T x over all
     inputs, divided by the number of sequences, plus 1 % of its mean diagonal (PR 1501).
@@ -83,17 +83,17 @@ def collect_hessians(model: GPT, tokens: Tensor, batch: int = 8) -> dict[str, Te
 
 
 class _Grams:
-    """Sums x^T x, float32, of what enters every bank matrix; the `Observer` of its own forward."""
+    """Float32 sums of x^T x over the inputs of every bank matrix; the `Observer` of its own forward."""
 
     def __init__(self, model: GPT):
         self.model, self.banks, self.sums = model, model.banks(), dict[str, Tensor]()
-        # one layer's banks with the identity as output projection give that projection's input
+        # attention with the identity as output projection returns that projection's input
         self.identity = torch.eye(
             model.config.model_dim, dtype=self.banks.qo.dtype, device=self.banks.qo.device
         )
 
     def add_text(self, tokens: Tensor) -> None:
-        """One forward of tokens (B, T), as `GPT.hidden`."""
+        """Run one forward of tokens (B, T), as `GPT.hidden` does."""
         self.tables = rope_tables(self.model.config, tokens.shape[1], tokens.device)
         x = self.model.smear(self.model.embed(tokens))
         self.model.trunk(x, self.model.value_embeddings(tokens), self.banks, self.attend, self)

@@ -1,4 +1,4 @@
-"""Fake quantisation: weights on the grid in forward, the identity in backward (PR 1501; Bengio 2013)."""
+"""Fake quantization: round in forward, pass gradients straight through in backward (PR 1501; Bengio 2013)."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class _RoundRows(torch.autograd.Function):
 
 
 def fake_quantize_rows(weight: Tensor, clip_range: int = 31, *, scale_floor: bool = True) -> Tensor:
-    """`weight` (..., R, C) rounded to its rows' grids, in its dtype; gradients pass straight through.
+    """Round `weight` (..., R, C) to its rows' grids, in its dtype; gradients pass straight through.
 
-    A row's step is max |row| / clip_range, and with `scale_floor` at least 1 / clip_range; codes run from
+    A row's step is max |row| / clip_range, with `scale_floor` at least 1 / clip_range. Codes run from
     -clip_range - 1 to clip_range.
     """
     return _RoundRows.apply(weight, clip_range, 1.0 / clip_range if scale_floor else SMALLEST_SCALE)
@@ -40,20 +40,20 @@ def _fake(clip_range: int, scale_floor: bool) -> Callable[[Tensor], Tensor]:
 
 
 def make_fake(bits: int, scale_floor: bool = True) -> Callable[[Tensor], Tensor]:
-    """Fake quantisation on that grid; the same function object for the same grid.
+    """Return the fake quantization of a width: the same object for the same arguments, for torch.compile.
 
     Raises PgolfError unless bits is 2 to 8.
     """
     if not 2 <= bits <= 8:
-        raise PgolfError(f"fake quantisation to {bits} bits is not possible; use 2 to 8")
+        raise PgolfError(f"fake quantization to {bits} bits is not possible; use 2 to 8")
     return _fake(2 ** (bits - 1) - 1, scale_floor)
 
 
 class FixedGrid:
-    """Fake quantisation on given steps, say an artifact's own: weights on the grid stay as they are.
+    """Fake quantization with fixed steps, such as an artifact's own: weights on the grid do not change.
 
-    step float32 (..., R, 1) of rows, or (..., R, C) of elements; codes are clamped to -clip_range ..
-    clip_range. offset, float32 of the weights' shape, is where code 0 lies; None for zero.
+    step float32: (..., R, 1) for rows, or (..., R, C) for elements. offset: float32 values of code 0, in the
+    weights' shape; None for zero. Codes are clamped to -clip_range..clip_range.
     """
 
     def __init__(self, step: Tensor, clip_range: int, offset: Tensor | None = None):
@@ -77,4 +77,4 @@ class _RoundToSteps(torch.autograd.Function):
 
 
 fake_int6 = make_fake(6)
-"""The original's grid: 6 bits, steps of at least 1/31."""
+"""PR 1501's grid: 6 bits, steps of at least 1/31."""

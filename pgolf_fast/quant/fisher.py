@@ -1,8 +1,8 @@
-"""What an error in a weight costs: Fisher information in two factors, rows and columns (K-FAC).
+"""Cost of an error in a weight: Fisher information with a row and a column factor (K-FAC).
 
 Martens and Grosse 2015. A change E of a matrix raises the loss by about 1/2 sum_r rows[r] e_r^T hessian e_r
-nats per token. Gradients are those of the log-probability of tokens that the model itself draws, so no data
-is needed, and their mean square is the Fisher information, not its empirical stand-in.
+nats per token. Gradients are those of the log-probability of tokens sampled from the model, so no data is
+needed, and their mean square is the true Fisher information rather than the empirical one.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from pgolf_fast.model.gpt import GPT
 from pgolf_fast.quant.gptq import inverse_factor
 from pgolf_fast.quant.state import group_of, is_slot, unbank
 
-BATCHES = 16  # gradients that the importances are means of
-SHARED = 0.1  # part of a row's importance that is the mean of its matrix: text has not visited every row
-TABLE_DAMPING = 1e-3  # of the mean diagonal, of Hessians that come from gradients
-_ROUNDS = 3  # of fitting rows to columns and columns to rows
+BATCHES = 16  # gradients that importances are averaged over
+SHARED = 0.1  # share of the matrix mean in a row's importance: short text does not visit every row
+TABLE_DAMPING = 1e-3  # times the mean diagonal, for Hessians fitted to gradients
+_ROUNDS = 3  # alternations of fitting rows and columns
 
 
 @dataclass(frozen=True, eq=False)
 class Fisher:
-    """Factors of a matrix (R, C): rows (R,) of its importance and hessian (C, C), float32 on its device."""
+    """Factors of a matrix (R, C): row importances (R,) and hessian (C, C), float32 on its device."""
 
     rows: Tensor
     hessian: Tensor
@@ -38,14 +38,13 @@ class Fisher:
 def collect_fisher(
     model: GPT, tokens: Tensor, hessians: Mapping[str, Tensor], *, damping: float = 0.01, seed: int = 42
 ) -> dict[str, Fisher]:
-    """The factors of every matrix by its unbanked name. `model` is not changed.
+    """Return the factors of every matrix by unbanked name. The model is not changed.
 
-    tokens (sequences, length) are inputs; targets are drawn from the model's own distribution over what comes
-    next. hessians, as from `collect_hessians`, are the column factors of bank matrices; those of all others
-    (tables have no inputs to take them of) are fitted to gradients in turn with the rows, as matrix normal
-    distributions are (Dutilleul 1999). A row's importance is taken against the inverse of the column factor,
-    as that is how the errors which GPTQ leaves are spread.
-    Raises PgolfError for fewer than one sequence or two tokens, or a gradient that is not finite.
+    tokens (sequences, length) are inputs; targets are sampled from the model. hessians, from
+    `collect_hessians`, are the column factors of bank matrices. Tables have no input to take a Hessian of:
+    their two factors are fitted to gradients alternately, like a matrix normal distribution (Dutilleul 1999).
+    Row importances are measured against the inverse of the column factor, the spread of GPTQ's errors.
+    Raises PgolfError for fewer than one sequence or two tokens, or a non-finite gradient.
     """
     if tokens.ndim != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
         raise PgolfError(
@@ -75,7 +74,7 @@ def collect_fisher(
 
 
 def _gradients(model: GPT, inputs: Tensor, seed: int) -> Iterator[dict[str, Tensor]]:
-    """Per batch of texts, the gradient float32 of the summed loss, by unbanked name, of every matrix."""
+    """Yield, per batch of text, the float32 gradients of the summed loss by unbanked matrix name."""
     generator = torch.Generator(inputs.device).manual_seed(seed)
     parameters = dict(model.named_parameters())
     parts = inputs.split(-(-len(inputs) // BATCHES))
@@ -85,13 +84,13 @@ def _gradients(model: GPT, inputs: Tensor, seed: int) -> Iterator[dict[str, Tens
             targets = torch.multinomial(chances.flatten(0, 1), 1, generator=generator).view_as(part)
         with torch.enable_grad():
             loss = model.token_losses(part, targets).sum()
-        found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-        by_name = {n: g for n, g in zip(parameters, found, strict=True) if g is not None}
+        grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        by_name = {n: g for n, g in zip(parameters, grads, strict=True) if g is not None}
         yield {n: g.float() for n, g in unbank(by_name).items() if n.endswith(".weight") and g.ndim == 2}
 
 
 def _square_root(hessian: Tensor, damping: float, name: str) -> Tensor:
-    """V (C, C) with V^T V = (hessian + damping mean(diag))^-1."""
+    """Return V (C, C) with V^T V = (hessian + damping mean(diag) I)^-1."""
     order, factor = inverse_factor(hessian, damping, name)
     root = torch.empty_like(factor)
     root[:, order] = factor
@@ -99,18 +98,18 @@ def _square_root(hessian: Tensor, damping: float, name: str) -> Tensor:
 
 
 def _row_sums(gradient: Tensor, root: Tensor) -> Tensor:
-    """g_r^T H^-1 g_r / C of every row: one sample of its importance, times the tokens it is summed over."""
+    """Return g_r^T H^-1 g_r / C per row: a sample of its importance, times the number of tokens summed."""
     return (gradient @ root.T).square().mean(dim=1)
 
 
 def _smooth(rows: Tensor) -> Tensor:
-    """Importances no smaller than a part of their mean; ones where nothing has any."""
+    """Pull importances towards their mean, so that none is zero; ones if all are zero."""
     mean = rows.mean()
     return torch.lerp(rows, mean.expand_as(rows), SHARED) if mean > 0 else torch.ones_like(rows)
 
 
 def _fit(gradients: Tensor, tokens: int) -> Fisher:
-    """Both factors of one matrix by gradients (batches, R, C); the hessian has mean diagonal 1."""
+    """Fit both factors of a matrix to gradients (batches, R, C); the hessian has mean diagonal 1."""
     hessian = torch.eye(gradients.shape[2], device=gradients.device)
     rows = _fitted_rows(gradients, hessian, tokens)
     for _ in range(_ROUNDS):

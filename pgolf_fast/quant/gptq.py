@@ -1,4 +1,4 @@
-"""GPTQ: rounds column by column and lets the columns to come make up for each error (Frantar et al. 2022)."""
+"""GPTQ: round column by column, and let later columns compensate for each error (Frantar et al. 2022)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pgolf_fast.errors import PgolfError
 from pgolf_fast.ops.native import extension
 from pgolf_fast.quant.grid import PERCENTILES, best_candidate, check_matrix, scale_candidates
 
-COSTS = 256  # codes q at q + 128
+COSTS = 256  # a cost table's columns: code q is at index q + 128
 
 
 @torch.no_grad()
@@ -26,18 +26,18 @@ def gptq(
     block_size: int = 128,
     damping: float = 0.01,
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Codes int8 (R, C) and scale float16 (R,) of every weight (R, C), that keep x W^T close for inputs x.
+    """Quantize each weight (R, C) to codes int8 (R, C) and scale float16 (R,), keeping x W^T close.
 
-    Each of `groups` is matrices with one input (say, Q, K and V), by names that no other has, and its
-    hessian (C, C): the sum of x^T x, to any factor. Columns go in descending order of its diagonal, to which
-    `damping` times its mean is added; row scales are searched as in `quantize_rows` (PR 1501). As rows do
-    not influence each other, a group with all its candidate scales takes one pass and one factorisation.
+    groups: matrices that read one input (say, Q, K and V), under unique names, with its Hessian (C, C): the
+    sum of x^T x, up to a factor. Columns go in descending order of the Hessian's diagonal, to which `damping`
+    times its mean is added; row scales are searched as in `quantize_rows` (PR 1501). Rows are independent, so
+    a group with all its candidate scales takes one pass and one factorization.
 
-    On the CPU one group after another as `groups` gives them, so that memory is that of one. On a GPU, where
-    a column of one group is too little work, all groups of one shape at once.
+    A CPU takes the groups one by one, so it holds one in memory. On a GPU a column of one group is too little
+    work, so all groups of one shape run at once.
 
-    Raises PgolfError for shapes that do not fit, values that are not finite, or a hessian that is not
-    positive definite even with 100 times the damping.
+    Raises PgolfError for shapes that do not fit, non-finite values, or a Hessian that is not positive
+    definite even with 100 times the damping.
     """
     results = {}
     waiting: dict[torch.Size, list[_Group]] = {}
@@ -54,7 +54,7 @@ def gptq(
 
 @dataclass(frozen=True, eq=False)
 class _Group:
-    """Matrices of C columns with one input, ready to be rounded: N is all rows times their candidates."""
+    """Matrices of C columns that read one input, ready to round; N counts all rows times their candidates."""
 
     weights: Mapping[str, Tensor]
     candidates: dict[str, list[Tensor]]  # row scales float16 (R,)
@@ -63,18 +63,18 @@ class _Group:
     factor: Tensor  # (C, C)
 
     def steps(self) -> Tensor:
-        """Steps float32 (N,)."""
+        """Return all steps, float32 (N,)."""
         return torch.cat([scale for scales in self.candidates.values() for scale in scales]).float()
 
     def best(self, codes: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Codes int8 (R, C) and scale of every matrix, by the rounded columns int8 (C, N)."""
+        """Pick each matrix's best candidate from the rounded columns, int8 (C, N)."""
         rows = torch.empty_like(codes.T, memory_format=torch.contiguous_format)
         rows[:, self.order] = codes.T
         parts = iter(rows.split([len(s) for scales in self.candidates.values() for s in scales]))
         results = {}
         for name, weight in self.weights.items():
             best, scale = best_candidate(weight, [(next(parts), scale) for scale in self.candidates[name]])
-            results[name] = best.clone(), scale  # of its own, so that the other candidates' memory is free
+            results[name] = best.clone(), scale  # a copy, so that memory of the other candidates is freed
         return results
 
 
@@ -104,7 +104,7 @@ def _prepare(
 def _round_groups(
     groups: Sequence[_Group], clip_range: int, block_size: int
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """The results of groups of one shape."""
+    """Round groups of one shape together."""
     codes = round_columns(
         torch.stack([group.columns for group in groups]),
         torch.stack([group.steps() for group in groups]),
@@ -120,20 +120,21 @@ def _check(name: str, weight: Tensor, hessian: Tensor) -> None:
     columns = weight.shape[1]
     if hessian.shape != (columns, columns):
         raise PgolfError(
-            f"{name} has {columns} columns, so its hessian must be ({columns}, {columns}), "
+            f"{name} has {columns} columns, so its Hessian must be ({columns}, {columns}), "
             f"but it is {tuple(hessian.shape)}"
         )
     if not bool(torch.isfinite(hessian).all()):
-        raise PgolfError(f"the hessian of {name} has values that are not finite: check the calibration text")
+        raise PgolfError(f"the Hessian of {name} has values that are not finite: check the calibration text")
 
 
 def inverse_factor(hessian: Tensor, damping: float = 0.01, name: str = "weight") -> tuple[Tensor, Tensor]:
-    """The order (C,) of GPTQ's columns, and upper U float32 (C, C), U^T U = (H + damping mean(diag H) I)^-1.
+    """Return GPTQ's column order (C,) and the upper triangular factor U (C, C) of the inverse Hessian.
 
-    Columns go in descending order of the diagonal of hessian (C, C), and U is for H in that order. With J
-    reversing it, J H J = L L^T gives H = (J L J)(J L J)^T, and J L J is upper: U = (J L J)^-1 = J L^-1 J. In
-    float64, where it costs little and Hessians of long, repetitive text stay positive definite.
-    Raises PgolfError for a hessian (of `name`) that is not positive definite with 100 times the damping.
+    U^T U = (H + damping mean(diag H) I)^-1, float32. Columns go in descending order of the diagonal of
+    hessian (C, C), and U is for H in that order. With J reversing the order, J H J = L L^T gives
+    H = (J L J)(J L J)^T, where J L J is upper, so U = (J L J)^-1 = J L^-1 J. Computed in float64, in which
+    Hessians of long, repetitive text stay positive definite.
+    Raises PgolfError if the Hessian is not positive definite even with 100 times the damping.
     """
     order = torch.argsort(torch.diagonal(hessian), descending=True, stable=True)
     backwards = order.flip(0)
@@ -147,13 +148,13 @@ def inverse_factor(hessian: Tensor, damping: float = 0.01, name: str = "weight")
         if not failed.item():
             return order, _inverse_of_lower(lower).flip(0, 1).float()
     raise PgolfError(
-        f"the hessian of {name} is not positive definite, even with {100 * damping:g} of its mean "
+        f"the Hessian of {name} is not positive definite, even with {100 * damping:g} of its mean "
         "diagonal added: calibrate with more text, raise quant.damping, or use quant.method round"
     )
 
 
 def _inverse_of_lower(lower: Tensor) -> Tensor:
-    """The inverse of a lower triangular matrix by halves, which leaves the products with zeros out."""
+    """Invert a lower triangular matrix by halves, which skips the products with zeros."""
     size = len(lower)
     if size <= 128:
         eye = torch.eye(size, dtype=lower.dtype, device=lower.device)
@@ -166,6 +167,21 @@ def _inverse_of_lower(lower: Tensor) -> Tensor:
     return inverse
 
 
+@dataclass(frozen=True, eq=False)
+class Rate:
+    """Price of each code, for rate-distortion rounding.
+
+    cost float32 (K, 256): bits of code q at index q + 128, for each of K classes. An element's class is
+    row_class (N,) + column_class (C,), int32, zeros if None. lam, (N,) or a number: price of a bit over
+    the row's importance.
+    """
+
+    cost: Tensor
+    row_class: Tensor | None = None
+    column_class: Tensor | None = None
+    lam: Tensor | float = 0.0
+
+
 @torch.no_grad()
 def round_columns(
     columns: Tensor,
@@ -174,63 +190,63 @@ def round_columns(
     *,
     clip_range: int,
     column_step: Tensor | None = None,
-    cost: Tensor | None = None,
-    row_class: Tensor | None = None,
-    column_class: Tensor | None = None,
-    lam: Tensor | float = 0.0,
+    rate: Rate | None = None,
     block_size: int = 128,
     threads: int = 0,
 ) -> Tensor:
-    """Codes int8 (C, N) of a transposed weight, float32 (C, N), with its columns in GPTQ's order.
+    """Round a transposed weight, float32 (C, N) with its columns in GPTQ's order, to codes int8 (C, N).
 
     Column by column, element (i, n) becomes q = clamp(round(w / step)), step = row_step[n] * column_step[i];
-    then err = (w - q step) / factor[i, i] times factor[i, j] comes off every later column j. row_step (N,),
+    then (w - q step) / factor[i, i] * factor[i, j] is subtracted from every later column j. row_step (N,),
     column_step (C,) or None for ones, factor float32 (C, C), upper, with factor^T factor = H^-1.
 
-    With `cost` float32 (K, 256), the bits of code q at index q + 128, the choice is among that q, its
-    neighbour towards zero and zero: the first with the least
+    With `rate`, the choice is among that q, its neighbor towards zero, and zero: the first that minimizes
     (w - q step)^2 / factor[i, i]^2 + lam[n] cost[row_class[n] + column_class[i], q + 128],
-    GPTQ's own loss and what the code costs, as video coders quantise. row_class (N,) and column_class (C,)
-    are int32 or None for zeros; lam, (N,) or a number, is the price of a bit over the row's importance.
+    GPTQ's own loss plus the price of the code, as video coders quantize.
 
-    Everything but `cost` may have one more dimension in front: so many problems at once. On the CPU, blocks
-    of `block_size` columns are done in C++ on `threads` threads (0: all cores) if the extension is built,
-    else all is done in torch; codes differ only where sums in another order round otherwise.
-    Raises PgolfError for shapes that do not fit, clip_range outside 1..127 or classes that cost lacks.
+    All tensors but `rate.cost` may have a leading batch dimension: independent problems of one shape.
+    On the CPU, blocks of `block_size` columns run in C++ on `threads` threads (0: all cores) if the extension
+    is built, otherwise in torch; codes differ only where another order of summation rounds differently.
+    Raises PgolfError for shapes that do not fit, clip_range outside 1..127, or classes without a cost.
     """
-    if columns.ndim == 2:
-        vectors = (None if v is None else v[None] for v in (column_step, row_class, column_class))
-        column_step, row_class, column_class = vectors
-        return round_columns(
-            columns[None],
-            row_step[None],
-            factor[None],
-            clip_range=clip_range,
-            column_step=column_step,
-            cost=cost,
-            row_class=row_class,
-            column_class=column_class,
-            lam=lam,
-            block_size=block_size,
-            threads=threads,
-        )[0]
-    batch, total, width = columns.shape
-    work = columns.float().clone(memory_format=torch.contiguous_format)
+    single = columns.ndim == 2
+
+    def batched(tensor: Tensor) -> Tensor:
+        return tensor[None] if single else tensor
+
+    work, factor = batched(columns).float().clone(memory_format=torch.contiguous_format), batched(factor)
+    batch, total, width = work.shape
+
+    def classes(given: Tensor | None, size: int) -> Tensor:
+        if given is None:
+            return torch.zeros(batch, size, dtype=torch.int32, device=work.device)
+        return batched(given).to(work.device, torch.int32).contiguous()
+
+    row_class, column_class, lam = (
+        (rate.row_class, rate.column_class, rate.lam) if rate else (None, None, 0.0)
+    )
+    steps = work.new_ones(batch, total) if column_step is None else batched(column_step).float()
     rule = _Rule(
         clip_range=clip_range,
-        row_step=row_step.float().contiguous(),
-        column_step=work.new_ones(batch, total) if column_step is None else column_step.float().contiguous(),
-        cost=None if cost is None else cost.float().contiguous(),
-        row_class=_classes(row_class, batch, width, work.device),
-        column_class=_classes(column_class, batch, total, work.device),
+        row_step=batched(row_step).float().contiguous(),
+        column_step=steps.contiguous(),
+        cost=rate.cost.float().contiguous() if rate else None,
+        row_class=classes(row_class, width),
+        column_class=classes(column_class, total),
         lam=torch.as_tensor(lam, dtype=torch.float32, device=work.device).expand(batch, width).contiguous(),
     )
     rule.check(work, factor)
+    codes = _round_all(work, factor, rule, block_size, threads)
+    return codes[0] if single else codes
+
+
+def _round_all(work: Tensor, factor: Tensor, rule: _Rule, block_size: int, threads: int) -> Tensor:
+    """Return codes (B, C, N) of the columns `work`, whose values become their errors."""
     native = extension() if work.device.type == "cpu" else None
     codes = torch.empty_like(work, dtype=torch.int8)
 
     def finish(first: int, last: int) -> None:
-        """Codes of these columns, and their errors in place of their values."""
+        # Halving makes most of the error propagation large matrix products.
         if native is not None and last - first <= block_size:
             _round_block(native, work, codes, factor, rule, slice(first, last), threads)
         elif last - first == 1:
@@ -243,13 +259,13 @@ def round_columns(
             finish(middle, last)
 
     if work.numel():
-        finish(0, total)
+        finish(0, work.shape[1])
     return codes
 
 
 @dataclass(frozen=True, eq=False)
 class _Rule:
-    """How `round_columns` chooses codes: its arguments, with a dimension in front and none left out."""
+    """Batched arguments of `round_columns`, with none left out."""
 
     clip_range: int
     row_step: Tensor  # (B, N)
@@ -282,12 +298,12 @@ class _Rule:
             ends = [(int(c.min()), int(c.max())) for c in (self.row_class, self.column_class)]
             if min(low for low, _ in ends) < 0 or sum(high for _, high in ends) >= len(self.cost):
                 raise PgolfError(
-                    f"row_class and column_class, in {ends[0]} and {ends[1]}, lead out of the "
+                    f"row_class and column_class, in {ends[0]} and {ends[1]}, exceed the "
                     f"{len(self.cost)} classes of cost"
                 )
 
     def codes(self, values: Tensor, column: int, own: Tensor) -> Tensor:
-        """The codes, float32 (B, N), of the values (B, N) of a column; own (B, 1) is factor[i, i]."""
+        """Choose codes, float32 (B, N), for the values (B, N) of a column; own (B, 1) is factor[i, i]."""
         step = self.step(column)
         nearest = torch.round(values / step).clamp_(-self.clip_range, self.clip_range)
         if self.cost is None:
@@ -299,12 +315,12 @@ class _Rule:
         return choices.gather(0, loss.argmin(0, keepdim=True)).squeeze(0)
 
     def step(self, column: int) -> Tensor:
-        """Steps (B, N) of a column."""
+        """Return the steps (B, N) of a column."""
         return self.row_step * self.column_step[:, column, None]
 
 
 def _round_column(values: Tensor, codes: Tensor, own: Tensor, rule: _Rule, column: int) -> None:
-    """One column (B, N): its codes, and errors in place of its values."""
+    """Round one column (B, N): write its codes, and replace its values by their errors."""
     code = rule.codes(values, column, own)
     values.addcmul_(code, rule.step(column), value=-1).div_(own)
     codes.copy_(code)
@@ -319,7 +335,7 @@ def _round_block(
     block: slice,
     threads: int,
 ) -> None:
-    """Columns `block` of work and codes (B, C, N) in C++: codes, and errors in place of values."""
+    """Round columns `block` in C++: write codes (B, C, N), and replace values in `work` by their errors."""
     for i in range(len(work)):
         costs = {}
         if rule.cost is not None:
@@ -339,9 +355,3 @@ def _round_block(
             **costs,
             threads=threads,
         )
-
-
-def _classes(classes: Tensor | None, batch: int, size: int, device: torch.device) -> Tensor:
-    if classes is None:
-        return torch.zeros(batch, size, dtype=torch.int32, device=device)
-    return classes.to(device, torch.int32).contiguous()

@@ -1,4 +1,4 @@
-"""Uniform grids with one step per row: 6-bit rows by percentile search, 8-bit rows for tables (PR 1501)."""
+"""Uniform grids with one step per row: percentile search for bank matrices, int8 for tables (PR 1501)."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from pgolf_fast.errors import PgolfError
 
 PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
 INT8_PERCENTILE = 0.9999984
-SMALLEST_SCALE = 2.0**-24  # of float16, so that a row of zeros has a step to be divided by
+SMALLEST_SCALE = 2.0**-24  # the smallest float16, so that a row of zeros has a step to divide by
 
 
 def row_scale(row_clip: Tensor, clip_range: int, *, floor: bool = True) -> Tensor:
-    """Step of each row, float16 (R,): row_clip / clip_range, with `floor` never below 1 / clip_range."""
+    """Return each row's step, float16 (R,): row_clip / clip_range, with `floor` at least 1 / clip_range."""
     smallest = 1.0 / clip_range if floor else SMALLEST_SCALE
     return (row_clip.float() / clip_range).clamp_min(smallest).half()
 
 
 def row_clips(weight: Tensor, percentiles: Sequence[float]) -> Tensor:
-    """Quantiles of |row|, float32 (percentiles, R), interpolated linearly: `torch.quantile` to the bit.
+    """Return quantiles of |row|, float32 (percentiles, R): bit-identical to `torch.quantile`.
 
-    Of a row only the largest values are put in order, as many as the lowest percentile reaches down to.
+    Sorts only the largest values of each row, as many as the lowest percentile needs.
     """
     size = weight.float().abs()
     last = size.shape[1] - 1
@@ -37,9 +37,9 @@ def row_clips(weight: Tensor, percentiles: Sequence[float]) -> Tensor:
 def scale_candidates(
     weight: Tensor, clip_range: int, percentiles: Sequence[float], floor: bool
 ) -> list[Tensor]:
-    """The different row scales, float16 (R,), that the percentiles lead to, in their order.
+    """Return the distinct row scales, float16 (R,), of the percentiles, in their order.
 
-    With the floor, rows below 1.0 all get the same step, so there is often one candidate only.
+    With the floor, all rows below 1.0 get the same step, so there is often only one candidate.
     """
     candidates: list[Tensor] = []
     for clip in row_clips(weight, percentiles):
@@ -50,18 +50,18 @@ def scale_candidates(
 
 
 def round_to_grid(weight: Tensor, scale: Tensor, clip_range: int) -> Tensor:
-    """Nearest codes in -clip_range..clip_range, int8 (R, C)."""
+    """Round to the nearest codes in -clip_range..clip_range, int8 (R, C)."""
     steps = torch.round(weight.float() / scale.float()[:, None])
     return steps.clamp_(-clip_range, clip_range).to(torch.int8)
 
 
 def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """codes * scale, (R, C), computed in float32."""
+    """Return codes * scale (R, C), computed in float32."""
     return (codes.float() * scale.float()[:, None]).to(dtype)
 
 
 def best_candidate(weight: Tensor, candidates: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """The (codes, scale) with the least squared error over the whole matrix; the first of equals."""
+    """Return the (codes, scale) with the least squared error over the matrix; the first on a tie."""
     if len(candidates) == 1:
         return candidates[0]
     errors = [(weight.float() - dequantize(*c)).square().mean().item() for c in candidates]
@@ -75,9 +75,9 @@ def quantize_rows(
     percentiles: Sequence[float] = PERCENTILES,
     scale_floor: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Plain rounding: codes int8 (R, C) in -clip_range..clip_range and scale float16 (R,).
+    """Round to nearest: codes int8 (R, C) in -clip_range..clip_range and scale float16 (R,).
 
-    Of the percentiles, the whole matrix takes the one with the least squared error (PR 1501).
+    One percentile serves the whole matrix: the one with the least squared error (PR 1501).
     Raises PgolfError unless weight is a finite matrix.
     """
     check_matrix(weight)
@@ -86,14 +86,13 @@ def quantize_rows(
 
 
 def quantize_int8_rows(weight: Tensor, *, scale_floor: bool = True) -> tuple[Tensor, Tensor]:
-    """Codes int8 (R, C) in -127..127 and scale float16 (R,) of an embedding table (PR 1501).
+    """Round an embedding table to codes int8 (R, C) in -127..127 and scale float16 (R,) (PR 1501).
 
-    Rows are clipped at a quantile that is nearly their largest value. Raises PgolfError unless weight is a
-    finite matrix.
+    Rows are clipped just below their largest value. Raises PgolfError unless weight is a finite matrix.
     """
     check_matrix(weight)
     clip = row_clips(weight, [INT8_PERCENTILE])[0]
-    # rounded with the float32 step, stored with the float16 one, as the original does
+    # like the original, round with the float32 step and store the float16 one
     step = (clip / 127).clamp_min(1.0 / 127 if scale_floor else SMALLEST_SCALE)
     clipped = weight.float().clamp(-clip[:, None], clip[:, None])
     codes = torch.round(clipped / step[:, None]).clamp_(-127, 127).to(torch.int8)
@@ -101,11 +100,11 @@ def quantize_int8_rows(weight: Tensor, *, scale_floor: bool = True) -> tuple[Ten
 
 
 def check_matrix(weight: Tensor, name: str = "weight") -> None:
-    """Raise PgolfError unless `weight` is a matrix of finite numbers that float16 scales can reach."""
+    """Raise PgolfError unless `weight` is a non-empty matrix of finite numbers."""
     if weight.ndim != 2 or weight.numel() == 0:
         raise PgolfError(f"{name} has shape {tuple(weight.shape)}; a matrix with rows and columns is needed")
     if not bool(torch.isfinite(weight).all()):
         raise PgolfError(
             f"{name} has values that are not finite: the training run diverged, so there is "
-            "nothing to quantise; use an earlier checkpoint"
+            "nothing to quantize; use an earlier checkpoint"
         )

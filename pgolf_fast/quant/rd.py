@@ -1,12 +1,13 @@
-"""Rate and distortion: a grid for every row and column, by what errors cost and what bits cost.
+"""Rate-distortion quantization: a step per row and column from what errors and bits cost.
 
-With an ideal entropy coder a code of step s costs h - log2 s bits, h being the weight's differential entropy,
-and GPTQ turns its rounding error of s^2 / 12 into 1/2 f_r s^2 / (12 U_ii^2) nats: f_r is the row's
-importance, U the factor of the inverse Hessian (`inverse_factor`). At a price of `price` nats per bit their
-sum is least for s = sqrt(12 price / ln 2) U_ii / sqrt(f_r): every column pivot of every row of every matrix
-suffers the same loss. This is reverse water-filling (Cover and Thomas, ch. 10), as WaterSIC does it for the
-columns of a layer (Lifar et al., arXiv 2603.04956), with rows and layers weighed by the loss as in
-GuidedQuant (Kim et al., arXiv 2505.07004); the one number `price` decides about all matrices and tables.
+With an ideal entropy coder a code of step s costs h - log2 s bits, where h is the weight's differential
+entropy. GPTQ turns its rounding error of s^2 / 12 into 1/2 f_r s^2 / (12 U_ii^2) nats, where f_r is the row's
+importance and U the factor of the inverse Hessian (`inverse_factor`). At a price of `price` nats per bit the
+sum is minimal for s = sqrt(12 price / ln 2) U_ii / sqrt(f_r): every column pivot of every row of every
+matrix then suffers the same loss. This is reverse water-filling (Cover and Thomas, ch. 10), applied to the
+columns of a layer as in WaterSIC (Lifar et al., arXiv 2603.04956), with rows and layers weighted by the loss
+as in GuidedQuant (Kim et al., arXiv 2505.07004). The one number `price` sets the steps of all matrices and
+tables.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from pgolf_fast.errors import PgolfError
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.quant.calibration import collect_hessians, self_generate
 from pgolf_fast.quant.fisher import Fisher, collect_fisher
-from pgolf_fast.quant.gptq import inverse_factor, round_columns
+from pgolf_fast.quant.gptq import Rate, inverse_factor, round_columns
 from pgolf_fast.quant.grid import check_matrix
 from pgolf_fast.quant.state import (
     QuantizedState,
@@ -39,36 +40,36 @@ from pgolf_fast.quant.state import (
 )
 
 CLIP_RANGE = 127
-HEADROOM = 110  # largest code before GPTQ moves the weights
-# Rounding pays this part of the price: above it, weights shrink so much that errors add up over layers, which
-# the sum over matrices does not see (`small` in 600,000 bytes: a divergence of 0.0367 bits per byte at 0.4,
+HEADROOM = 110  # largest code before GPTQ: its updates move weights outwards
+# Share of the price that rounding pays. Above it, weights shrink so much that errors add up over layers,
+# which the sum over matrices ignores (`small` in 600,000 bytes: a divergence of 0.0367 bits per byte at 0.4,
 # 0.0354 at 0.8, 0.0372 at 1.3).
 ROUNDING_PRICE = 0.8
-# Nats per token that errors may cost before finer grids are useless: so few that all codes have 8 bits. Much
-# earlier, a model that is hardly trained loses weights that have no importance yet.
+# Cost of all errors, in nats per token, below which finer grids are useless: all codes then have 8 bits.
+# A larger value would drop weights of a barely trained model that have no importance yet.
 FINEST_LOSS = 1e-12
-_MANTISSA = 4  # steps per octave of a step: float16 whose lower byte is zero, which costs no bits
-_PER_OCTAVE = 3  # classes of the cost table per factor of two
+_MANTISSA = 4  # steps per octave: the low byte of such a float16 is zero, so it codes to nothing
+_PER_OCTAVE = 3  # classes of the cost table per factor of two in spread
 _ROW_CLASSES, _COLUMN_CLASSES = 41, 25
-_ROW_ZERO, _COLUMN_ZERO = 12, 12  # the classes of rows with a spread of one step, and of average columns
-_FACTOR_BITS = 6.5  # of an element of a correction's factors, as the entropy coder spends them
+_ROW_ZERO, _COLUMN_ZERO = 12, 12  # classes of a row with a spread of one step, and of an average column
+_FACTOR_BITS = 6.5  # bits that the entropy coder spends on an element of a correction's factors
 
 
 def short_steps(steps: Tensor) -> Tensor:
-    """The nearest steps float32 whose float16 has two bits of mantissa: 1, 1.25, 1.5, 1.75 times 2^k."""
+    """Round float32 steps to two mantissa bits: 1, 1.25, 1.5 or 1.75 times 2^k."""
     octave = torch.exp2(torch.floor(torch.log2(steps.clamp(2.0**-14, 2.0**15))))
     return (torch.round(steps / octave * _MANTISSA) / _MANTISSA * octave).clamp(2.0**-14, 2.0**15)
 
 
 def short_floats(values: Tensor) -> Tensor:
-    """The values as `short_steps`, with their signs; zero below 2^-14."""
+    """Round signed values as `short_steps` does; below 2^-14 they become zero."""
     return torch.where(values.abs() < 2.0**-14, 0.0, values.sign() * short_steps(values.abs()))
 
 
 def code_costs(spreads: Tensor) -> Tensor:
-    """Bits (K, 256) of codes -128..127 that are rounded normal numbers of these spreads (K,), in steps.
+    """Return the bits (K, 256) of codes -128..127 for rounded normal weights of spreads (K,), in steps.
 
-    With 2 % of a Laplace distribution of the same spread, as weights have outliers.
+    A 2 % share of a Laplace distribution of the same spread models outliers.
     """
     codes = torch.arange(-128.0, 128.0, device=spreads.device)
     edges = (codes[:, None] + codes.new_tensor([-0.5, 0.5])).T  # (2, 256)
@@ -81,14 +82,14 @@ def code_costs(spreads: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Group:
-    """Matrices with one input as columns float32 (C, N) in GPTQ's order; N is the rows of all of them."""
+    """Matrices that read one input, as float32 columns (C, N) in GPTQ's order; N counts their rows."""
 
     names: dict[str, int]  # name -> rows
     columns: Tensor
     order: Tensor  # (C,)
     factor: Tensor  # (C, C)
     importance: Tensor  # (N,)
-    column_step: Tensor  # (C,) U_ii over their geometric mean, short
+    column_step: Tensor  # (C,) U_ii over their geometric mean, rounded by short_steps
     mean_pivot: float
 
     @property
@@ -96,34 +97,34 @@ class _Group:
         return list(self.names.values())
 
     def sampled(self, every: int) -> _Group:
-        """The same columns with every `every`-th row of each matrix."""
+        """Keep every `every`-th row of each matrix."""
         kept = torch.cat([torch.arange(rows) % every == 0 for rows in self.rows]).to(self.columns.device)
         names = {name: -(-rows // every) for name, rows in self.names.items()}
         columns = self.columns[:, kept].contiguous()
         return replace(self, names=names, columns=columns, importance=self.importance[kept])
 
     def row_steps(self, price: float, column_step: Tensor) -> Tensor:
-        """Steps (N,) of a column of step 1; larger where codes of 8 bits would not hold the row."""
+        """Return row steps (N,) for a column step of 1, larger where 8-bit codes could not hold the row."""
         largest = (self.columns.abs() / column_step[:, None]).amax(dim=0)
         return short_steps(torch.maximum(_root(price) * self.row_unit, 1.125 / HEADROOM * largest))
 
     def column_steps(self, price: float) -> Tensor:
-        """Column steps (C,); larger where 8 bits hold most columns, but not four times the median of this."""
+        """Return column steps (C,), larger for columns whose typical weight would overflow 8-bit codes."""
         excess = (4.5 / HEADROOM / _root(price) * self.medians / self.column_step).clamp_min(1.0)
         return short_steps(self.column_step * (excess / excess.median()).clamp_min(1.0))
 
     @property
     def row_unit(self) -> Tensor:
-        """Steps (N,) at a price of ln 2 / 12 nats per bit."""
+        """Row steps (N,) at a price of ln 2 / 12 nats per bit."""
         return self.mean_pivot * self.importance.rsqrt()
 
     @functools.cached_property
     def medians(self) -> Tensor:
-        """The median size of the weights of each column (C,), in units of their rows."""
+        """Median weight magnitude per column (C,), in units of the row steps."""
         return (self.columns.abs() / self.row_unit).median(dim=1).values
 
     def spreads(self, row_step: Tensor, column_step: Tensor) -> tuple[Tensor, Tensor]:
-        """log2 of the root mean square code of rows (N,), and of columns (C,) beside it."""
+        """Return log2 of the RMS code of each row (N,), and of each column (C,) relative to their mean."""
         square = self.columns.square()
         by_row, by_column = row_step**-2, column_step**-2
         rows = by_row * (square.T @ by_column) / len(by_column)
@@ -133,7 +134,7 @@ class _Group:
 
     @functools.cached_property
     def variances(self) -> Tensor:
-        """Mean square codes at price 1: at most 1,000 quantiles of those of every 16th row in all columns."""
+        """Mean square codes at price 1, from every 16th row: at most 1,000 quantiles."""
         rows = slice(None, None, 16)
         steps = _root(1.0) * self.row_unit[rows] * self.column_step[:, None]
         of_rows, of_columns = ((self.columns[:, rows] / steps).square().mean(dim) for dim in (0, 1))
@@ -143,11 +144,11 @@ class _Group:
 
 
 class RateDistortion:
-    """A model ready to be quantised at any price of a bit.
+    """A model ready to be quantized at any price of a bit.
 
-    state: a state dict; fishers: of every matrix, as from `collect_fisher`. Matrices that `fishers` lacks,
-    tables that are to stay float16, and vectors become float16. Raises PgolfError for values that are not
-    finite.
+    state: a state dict; fishers: factors by matrix name, from `collect_fisher`. Matrices without factors,
+    tables configured as float16, and vectors are stored as float16.
+    Raises PgolfError for non-finite values.
     """
 
     def __init__(self, state: Mapping[str, Tensor], fishers: Mapping[str, Fisher], config: QuantConfig):
@@ -178,36 +179,35 @@ class RateDistortion:
 
     @property
     def weights(self) -> int:
-        """Number of weights that become codes."""
+        """Number of weights stored as codes."""
         return sum(group.columns.numel() for group in self._groups)
 
     @property
     def finest_price(self) -> float:
-        """The price below which more bits buy nothing: there all errors together cost FINEST_LOSS."""
+        """Price below which more bits are useless: all errors together cost FINEST_LOSS."""
         return 2 * math.log(2) * FINEST_LOSS / max(self.weights, 1)
 
     def expected_bytes(self, price: float) -> float:
-        """Bytes of codes and float16 at that price, by the entropy of normal weights; within some percent."""
+        """Estimate the bytes of codes and float16 from the entropy of normal weights, to a few percent."""
         bits = 16.0 * (sum(t.numel() for t in self.tensors.values()) - self.weights)
         for group in self._groups:
             entropy = 0.5 * torch.log2(1 + 2 * math.pi * math.e / price * group.variances)
-            bits += entropy.clamp_max(7.0).mean().item() * group.columns.numel()  # of codes of 8 bits, about
+            bits += entropy.clamp_max(7.0).mean().item() * group.columns.numel()  # 8-bit codes carry about 7
             bits += 8.0 * sum(group.columns.shape)
         return bits / 8
 
     def sampled(self, every: int) -> RateDistortion:
-        """Every `every`-th row of every matrix, and nothing else: enough to learn what a price costs."""
+        """Keep every `every`-th row of every matrix and nothing else: enough to relate price and bytes."""
         sample = copy.copy(self)
         sample._groups = [group.sampled(every) for group in self._groups]
         sample.tensors = {name: self.tensors[name][::every] for group in self._groups for name in group.names}
         return sample
 
     def quantize(self, price: float, like: QuantizedState | None = None) -> QuantizedState:
-        """Codes and steps at `price` nats per bit.
+        """Quantize at `price` nats per bit.
 
-        What columns have in common, their steps and the right factors of corrections, is that of `like` (of a
-        finer state) where it is given. The two then differ in rows only, and rows are independent of each
-        other, so any mixture of their rows is as good a state.
+        like: a finer state that lends its column steps and right correction factors. The two states then
+        differ in rows only. Rows are independent, so any mixture of their rows is a valid state.
         """
         done: dict[str, QuantizedTensor | Tensor] = {}
         for group in progress(self._groups, f"price {price:.2e}", unit="group"):
@@ -233,40 +233,48 @@ class RateDistortion:
             group.factor,
             clip_range=CLIP_RANGE,
             column_step=column_step,
-            cost=code_costs(torch.exp2((lattice - _ROW_ZERO - _COLUMN_ZERO) / _PER_OCTAVE)),
-            row_class=_classes(rows, _ROW_ZERO, _ROW_CLASSES),
-            column_class=_classes(columns, _COLUMN_ZERO, _COLUMN_CLASSES),
-            lam=2 * ROUNDING_PRICE * price / group.importance,
+            rate=Rate(
+                cost=code_costs(torch.exp2((lattice - _ROW_ZERO - _COLUMN_ZERO) / _PER_OCTAVE)),
+                row_class=_classes(rows, _ROW_ZERO, _ROW_CLASSES),
+                column_class=_classes(columns, _COLUMN_ZERO, _COLUMN_CLASSES),
+                lam=2 * ROUNDING_PRICE * price / group.importance,
+            ),
             block_size=self.config.block_size,
         )
-        undone, steps = torch.empty_like(codes.T), torch.empty_like(column_step)
-        undone[:, group.order], steps[group.order] = codes.T, column_step
+        unordered, steps = torch.empty_like(codes.T), torch.empty_like(column_step)
+        unordered[:, group.order], steps[group.order] = codes.T, column_step
         column_scale = steps.half().cpu()
-        parts = zip(undone.cpu().split(group.rows), row_step.half().cpu().split(group.rows), strict=True)
+        parts = zip(unordered.cpu().split(group.rows), row_step.half().cpu().split(group.rows), strict=True)
         done = {
             name: QuantizedTensor(c.contiguous(), scale, code_bits(c), column_scale.clone())
             for name, (c, scale) in zip(group.names, parts, strict=True)
         }
         if self.config.rank:
-            errors = (group.columns - codes * row_step * column_step[:, None]).split(group.rows, dim=1)
-            for name, error, importance in zip(
-                group.names, errors, group.importance.split(group.rows), strict=True
-            ):
-                old = like.get(name)
-                right = old.low_rank[1] if isinstance(old, QuantizedTensor) and old.low_rank else None
-                if name in like and right is None:
-                    continue
-                low_rank = self._correction(group, error, importance, price, right)
+            error = group.columns - codes * row_step * column_step[:, None]
+            for name, low_rank in self._corrections(group, error, price, like).items():
                 done[name] = replace(done[name], low_rank=low_rank)
+        return done
+
+    def _corrections(
+        self, group: _Group, error: Tensor, price: float, like: Mapping[str, QuantizedTensor | Tensor]
+    ) -> dict[str, tuple[Tensor, Tensor] | None]:
+        """Corrections of `error` (C, N) by matrix, with right factors from `like` where it has the matrix."""
+        errors, importances = error.split(group.rows, dim=1), group.importance.split(group.rows)
+        done = {}
+        for name, own, importance in zip(group.names, errors, importances, strict=True):
+            finer = like.get(name)
+            right = finer.low_rank[1] if isinstance(finer, QuantizedTensor) and finer.low_rank else None
+            if finer is None or right is not None:
+                done[name] = self._correction(group, own, importance, price, right)
         return done
 
     def _correction(
         self, group: _Group, error: Tensor, importance: Tensor, price: float, right: Tensor | None
     ) -> tuple[Tensor, Tensor] | None:
-        """left and right float16 that take most off `error` (C, R); None if not worth their bytes.
+        """Return float16 factors left and right that reduce `error` (C, R); None if not worth their bytes.
 
-        With the errors whitened by importance and Hessian, singular vectors are the best (LQER, Zhang et al.
-        2024); each of the first `config.rank` must save more nats than its bytes cost.
+        Singular vectors of the error, whitened by importance and Hessian, are optimal (LQER, Zhang et al.
+        2024). Each of the first `config.rank` must save more nats than its bytes cost.
         """
         # e^T H e = |w|^2 for w = U^-T e
         white = torch.linalg.solve_triangular(group.factor.T, error, upper=False).T
@@ -289,7 +297,7 @@ class RateDistortion:
 
 
 def _root(price: float) -> float:
-    """The step of unit importance and pivot at that price."""
+    """Return the step for unit importance and pivot."""
     return math.sqrt(12 * price / math.log(2))
 
 
@@ -298,9 +306,9 @@ def _classes(spreads: Tensor, zero: int, count: int) -> Tensor:
 
 
 def rate_distortion(model: GPT, config: QuantConfig, *, seq_len: int) -> RateDistortion:
-    """`RateDistortion` of a model, on text it writes itself. The model is not changed.
+    """Prepare a model for `RateDistortion` on text that it generates. The model is not changed.
 
-    seq_len: the length the model was trained at; calibration text is no longer.
+    seq_len: the training length, which calibration text does not exceed.
     Raises PgolfError unless the method is gptq.
     """
     if config.method != "gptq":

@@ -1,17 +1,21 @@
-"""A model's state dict as integers: names without banks, what each tensor becomes, and back (PR 1501)."""
+"""A model's state dict as integers: unbanked names, quantization, dequantization, and the file (PR 1501)."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Container, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pgolf_fast.config.fields import from_dict
 from pgolf_fast.config.schema import QuantConfig
 from pgolf_fast.console import progress
 from pgolf_fast.errors import PgolfError
+from pgolf_fast.io import load_tensors, save_tensors
 from pgolf_fast.model.bank import BANK_NAMES
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.ops.bits import dequantize_bytes
@@ -20,31 +24,34 @@ from pgolf_fast.quant.fake import FixedGrid
 from pgolf_fast.quant.gptq import gptq
 from pgolf_fast.quant.grid import check_matrix, quantize_int8_rows, quantize_rows
 
-# Slots of each bank, layer by layer, in the order of the stack.
+# Matrices of each bank, layer by layer, in the order of the stack.
 SLOTS = {
     "qo_bank": ("attn.c_q.weight", "attn.proj.weight"),
     "kv_bank": ("attn.c_k.weight", "attn.c_v.weight"),
     "mlp_up_bank": ("mlp.fc.weight",),
     "mlp_down_bank": ("mlp.proj.weight",),
 }
-# What enters which matrices; those of one row are quantised together.
+# Matrices that read each input. Those of one input share a Hessian and are quantized together.
 READERS = {
     "attn_in": ("attn.c_q.weight", "attn.c_k.weight", "attn.c_v.weight"),
     "attn_out": ("attn.proj.weight",),
     "mlp_in": ("mlp.fc.weight",),
     "mlp_hidden": ("mlp.proj.weight",),
 }
-# Embedding tables, which QuantConfig.tables speaks of; other large matrices are projections.
+# Embedding tables, to which QuantConfig.tables applies; other large matrices are projections.
 TABLES = ("tok_emb.weight", "bigram.embed.weight", "ve_shared.embed.weight")
 TABLE_BITS = 8
+# Suffixes of a quantized matrix's tensors in a file.
+CODES, SCALE, COLUMNS, LEFT, RIGHT = ".q", ".scale", ".columns", ".left", ".right"
 _SLOT = re.compile(r"blocks\.(\d+)\.((?:attn|mlp)\.\w+\.weight)")
 
 
 @dataclass(frozen=True, eq=False)
 class QuantizedTensor:
-    """A matrix as codes int8 (R, C) of `bits` bits, float16: codes * scale * column_scale + left @ right.
+    """A matrix as int8 codes: codes * scale * column_scale + left @ right.
 
-    scale (R,); column_scale (C,), None for ones; low_rank: left (R, k) and right (k, C), None for nothing.
+    codes (R, C), signed, of `bits` bits. All else is float16: scale (R,); column_scale (C,), None for ones;
+    low_rank: left (R, k) and right (k, C), None for no correction.
     """
 
     codes: Tensor
@@ -54,7 +61,7 @@ class QuantizedTensor:
     low_rank: tuple[Tensor, Tensor] | None = None
 
     def step(self) -> Tensor:
-        """The step of every row (R, 1), or of every element (R, C), float32."""
+        """Step of every row (R, 1), or of every element (R, C), float32."""
         rows = self.scale.float()[:, None]
         return rows if self.column_scale is None else rows * self.column_scale.float()
 
@@ -63,51 +70,146 @@ class QuantizedTensor:
         return None if self.low_rank is None else self.low_rank[0].float() @ self.low_rank[1].float()
 
     def dequantized(self) -> Tensor:
-        """The matrix, float32."""
+        """The float32 matrix (R, C)."""
         return self.finish_(self.codes.float() * self.scale.float()[:, None])
 
-    def finish_(self, by_rows: Tensor) -> Tensor:
-        """codes * scale (R, C) float32 made the matrix, in place."""
+    def finish_(self, scaled: Tensor) -> Tensor:
+        """Turn `scaled` = codes * scale, float32 (R, C), into the matrix, in place."""
         if self.column_scale is not None:
-            by_rows *= self.column_scale.float()
-        return by_rows if (low := self.correction()) is None else by_rows.add_(low)
+            scaled *= self.column_scale.float()
+        return scaled if (low := self.correction()) is None else scaled.add_(low)
 
 
 @dataclass(frozen=True, eq=False)
 class QuantizedState:
-    """A quantised model: unbanked name -> `QuantizedTensor` or, stored as it is, float16. On the CPU."""
+    """A quantized model on the CPU: unbanked name -> `QuantizedTensor`, or the tensor in float16."""
 
     tensors: dict[str, QuantizedTensor | Tensor]
 
     def matrices(self) -> dict[str, QuantizedTensor]:
-        """The bank matrices alone."""
+        """Bank matrices alone."""
         return {n: t for n, t in self.tensors.items() if is_slot(n) and isinstance(t, QuantizedTensor)}
+
+    def bits(self) -> dict[str, int]:
+        """Most bits of a code by section: `codes` for bank matrices, `embeddings` for the rest."""
+        bits = {"codes": 0, "embeddings": 0}
+        for name, tensor in self.tensors.items():
+            if isinstance(tensor, QuantizedTensor):
+                bits[section_of(name)] = max(bits[section_of(name)], tensor.bits)
+        return bits
+
+    def to_named(self) -> dict[str, Tensor]:
+        """Plain tensors for a file, in the order of `tensors`; `from_named` is the inverse.
+
+        A matrix X becomes `X.q`, `X.scale`, `X.left` and `X.right`. Column steps are `X.columns`, stored once
+        for matrices that share them: K and V use those of Q.
+        """
+        named: dict[str, Tensor] = {}
+        for name, tensor in self.tensors.items():
+            if isinstance(tensor, Tensor):
+                named[name] = tensor
+                continue
+            named[name + CODES], named[name + SCALE] = tensor.codes, tensor.scale
+            if tensor.low_rank is not None:
+                named[name + LEFT], named[name + RIGHT] = tensor.low_rank
+            if tensor.column_scale is not None and columns_owner(name) == name:
+                named[name + COLUMNS] = tensor.column_scale
+        return named
+
+    @classmethod
+    def from_named(cls, named: Mapping[str, Tensor], bits: Mapping[str, Any]) -> QuantizedState:
+        """Rebuild the state from `to_named()` and `bits()`.
+
+        Raises PgolfError for codes without a scale per row, column steps or corrections of another shape,
+        tensors that belong to no matrix, or bits outside 2 to 8.
+        """
+        tensors: dict[str, QuantizedTensor | Tensor] = {}
+        for name, tensor in named.items():
+            if name.endswith(CODES):
+                matrix = name.removesuffix(CODES)
+                tensors[matrix] = _matrix(named, matrix, tensor, bits)
+            elif not is_part(name, named):
+                tensors[name] = tensor
+        return cls(tensors)
+
+    def save(self, path: Path, quant: QuantConfig) -> None:
+        """Write the state to a safetensors file, with the settings that made it."""
+        # safetensors sorts tensors by size and name, so the order is metadata
+        named = self.to_named()
+        save_tensors(path, named, {"order": list(named), "bits": self.bits(), "quant": asdict(quant)})
+
+    @classmethod
+    def load(cls, path: Path) -> tuple[QuantizedState, QuantConfig]:
+        """Read what `save` wrote. Raises PgolfError for another or a damaged file."""
+        named, metadata = load_tensors(path)
+        try:
+            state = cls.from_named({name: named[name] for name in metadata["order"]}, metadata["bits"])
+            return state, from_dict(QuantConfig, metadata["quant"], "quant")
+        except (KeyError, TypeError, PgolfError) as error:
+            raise PgolfError(f"{path} holds no quantized model ({error}): quantize the run again") from error
+
+
+def is_part(name: str, named: Container[str]) -> bool:
+    """Whether a tensor of `named` is the scale, column steps or correction of a matrix stored there.
+
+    The suffix alone does not decide: the model has plain tensors such as `bigram.scale`.
+    """
+    matrix, dot, suffix = name.rpartition(".")
+    if matrix + CODES not in named:
+        return False
+    return dot + suffix in (SCALE, LEFT, RIGHT) or (
+        dot + suffix == COLUMNS and columns_owner(matrix) == matrix
+    )
+
+
+def _matrix(
+    named: Mapping[str, Tensor], name: str, codes: Tensor, bits: Mapping[str, Any]
+) -> QuantizedTensor:
+    scale, left, right = (named.get(name + suffix) for suffix in (SCALE, LEFT, RIGHT))
+    columns = named.get(columns_owner(name) + COLUMNS)
+    if codes.ndim != 2 or scale is None or scale.shape != codes.shape[:1]:
+        raise PgolfError(f"{name} has no scale for each of its rows")
+    rank = None if left is None or not left.ndim else left.shape[-1]
+    wanted = ((columns, (codes.shape[1],)), (left, (len(codes), rank)), (right, (rank, codes.shape[1])))
+    if (left is None) != (right is None) or any(t is not None and t.shape != size for t, size in wanted):
+        raise PgolfError(f"column steps or correction of {name} do not fit it")
+    # Grid rd gives every matrix the bits it needs; the other grids use one width for all.
+    width = bits.get(section_of(name), TABLE_BITS) if columns is None else code_bits(codes)
+    if not isinstance(width, int) or not 2 <= width <= 8:
+        raise PgolfError(f"codes have 2 to 8 bits, not {width!r}")
+    low_rank = None if left is None or right is None else (left, right)
+    return QuantizedTensor(codes, scale, width, columns, low_rank)
+
+
+def section_of(name: str) -> str:
+    """Section of the artifact for a matrix's codes: bank matrices and tables differ in statistics."""
+    return "codes" if is_slot(name) else "embeddings"
 
 
 def is_slot(name: str) -> bool:
-    """Whether an unbanked name is a matrix of a bank."""
+    """Whether an unbanked name is that of a bank matrix."""
     return _SLOT.fullmatch(name) is not None
 
 
 def group_of(name: str) -> str:
-    """What matrices with one input share: the name of their Hessian; of no bank, the matrix alone."""
+    """Return the Hessian name that matrices of one input share; a matrix of no bank is its own group."""
     if (slot := _SLOT.fullmatch(name)) is None:
         return name
     return hessian_name(int(slot[1]), next(which for which, slots in READERS.items() if slot[2] in slots))
 
 
 def columns_owner(name: str) -> str:
-    """The first of the matrices that share column steps with this one: Q for K and V, else the matrix."""
+    """Return the matrix whose column steps this one uses: Q for K and V, else the matrix itself."""
     return re.sub(r"attn\.c_[kv]", "attn.c_q", name) if is_slot(name) else name
 
 
 def code_bits(codes: Tensor) -> int:
-    """The fewest bits, at least 2, of signed codes that reach as far from zero on both sides."""
+    """Fewest bits, at least 2, of a symmetric range that holds these codes."""
     return max(2, 1 + int(codes.abs().amax()).bit_length()) if codes.numel() else 2
 
 
 def unbank(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict with every bank split into its matrices, named as the community names them.
+    """Split every bank of a state dict into its matrices, under the community's names.
 
     Raises PgolfError when a bank is missing.
     """
@@ -121,7 +223,7 @@ def unbank(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _slots_of(name: str, bank: Tensor) -> dict[str, Tensor]:
-    """The matrices of a bank, views, by their unbanked names."""
+    """Views of a bank's matrices by unbanked name."""
     layers = len(bank) // len(SLOTS[name])
     return {
         f"blocks.{i % layers}.{SLOTS[name][i // layers]}": matrix for i, matrix in enumerate(bank.unbind(0))
@@ -129,7 +231,7 @@ def _slots_of(name: str, bank: Tensor) -> dict[str, Tensor]:
 
 
 def rebank(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `unbank`. Raises PgolfError when matrices are missing or differ in shape in a bank."""
+    """Undo `unbank`. Raises PgolfError when matrices of a bank are missing or differ in shape."""
     layers = 1 + max((int(m[1]) for m in map(_SLOT.fullmatch, tensors) if m), default=-1)
     banks = {}
     for bank, slots in SLOTS.items():
@@ -148,11 +250,11 @@ def rebank(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def quantize_state(
     state: Mapping[str, Tensor], config: QuantConfig, hessians: Mapping[str, Tensor] | None = None
 ) -> QuantizedState:
-    """Integers and float16 for a model's state dict: bank matrices, large tables, everything else.
+    """Quantize bank matrices and large tables of a state dict; store the rest as float16.
 
-    hessians: as from `collect_hessians`, for method gptq; plain rounding does not look at them.
-    Raises PgolfError for values that are not finite, gptq without Hessians, or grid rd, which needs a price
-    (see `RateDistortion`).
+    hessians: from `collect_hessians`; used by method gptq only.
+    Raises PgolfError for non-finite values, gptq without Hessians, or grid rd, which needs a price (see
+    `RateDistortion`).
     """
     if config.grid == "rd":
         raise PgolfError("grid rd needs a byte target: use `pgolf quantize --grid rd`")
@@ -161,9 +263,9 @@ def quantize_state(
     for name, tensor in tensors.items():
         if name in done:
             continue
-        # The original makes float16 of whatever has at most 65,536 elements before it looks for bank
-        # matrices, none of which is so small in exp101. Here bank matrices come first, so that small models
-        # are quantised too; the 66 / 3 / 55 tensors of exp101 come out the same.
+        # The original stores whatever has at most 65,536 elements as float16 before it looks for bank
+        # matrices, none of which is that small in exp101. Here bank matrices come first, so that small
+        # models are quantized too; exp101 still gets its 66 int6, 3 int8 and 55 float16 tensors.
         large = name.endswith(".weight") and tensor.ndim == 2 and tensor.numel() > config.small_tensor
         if large and not stays_float(name, config):
             check_matrix(tensor, name)
@@ -175,12 +277,12 @@ def quantize_state(
 
 
 def stays_float(name: str, config: QuantConfig) -> bool:
-    """Whether that tensor is an embedding table that the configuration stores as float16."""
+    """Whether the configuration stores this embedding table as float16."""
     return config.tables == "float16" and name in TABLES
 
 
 def to_float16(name: str, tensor: Tensor) -> Tensor:
-    """A copy in float16, on the CPU. Raises PgolfError for values that it cannot hold."""
+    """Return a float16 copy on the CPU. Raises PgolfError for values that float16 cannot hold."""
     half = tensor.detach().half().cpu()
     if not bool(torch.isfinite(half).all()):
         raise PgolfError(f"{name} has values that are not finite or beyond the 65504 of float16")
@@ -190,15 +292,10 @@ def to_float16(name: str, tensor: Tensor) -> Tensor:
 def _quantize_slots(
     tensors: Mapping[str, Tensor], config: QuantConfig, hessians: Mapping[str, Tensor] | None
 ) -> dict[str, QuantizedTensor]:
-    layers = sum(_SLOT.fullmatch(name) is not None for name in tensors) // 6
-    groups = {
-        hessian_name(layer, which): {
-            name: tensors[name].detach() for name in (f"blocks.{layer}.{slot}" for slot in READERS[which])
-        }
-        for layer in range(layers)
-        for which in READERS
-    }
-    steps = progress(groups, f"quantise ({config.method})", unit="group")
+    groups: dict[str, dict[str, Tensor]] = {}
+    for name in filter(is_slot, tensors):
+        groups.setdefault(group_of(name), {})[name] = tensors[name].detach()
+    steps = progress(groups, f"quantize ({config.method})", unit="group")
     done: dict[str, tuple[Tensor, Tensor]] = {}
     if config.method == "gptq":
         done = gptq(
@@ -228,9 +325,9 @@ def _hessian(hessians: Mapping[str, Tensor] | None, name: str) -> Tensor:
 
 
 def dequantize_state(quantized: QuantizedState) -> dict[str, Tensor]:
-    """The state dict with banks, all float32, that the integers stand for. Raises PgolfError as `rebank`."""
+    """Return the float32 state dict with banks. Raises PgolfError as `rebank` does."""
     matrices = quantized.matrices()
-    # banks are put together as bytes, a quarter of what they are as floats
+    # stack banks as int8: a quarter of the bytes to copy
     codes = rebank({name: matrix.codes for name, matrix in matrices.items()})
     scale = rebank({name: matrix.scale for name, matrix in matrices.items()})
     state = {
@@ -249,7 +346,7 @@ def dequantize_state(quantized: QuantizedState) -> dict[str, Tensor]:
 
 
 def bank_grids(quantized: QuantizedState) -> tuple[FixedGrid, ...]:
-    """Each bank's own grid, in the order of BANK_NAMES: what its weights are rounded to when they change."""
+    """Return the grid of each bank, in the order of BANK_NAMES, to round updated weights to."""
     matrices = quantized.matrices()
     steps = rebank({name: matrix.step() for name, matrix in matrices.items()})
     offsets: dict[str, Tensor] = {}
@@ -262,9 +359,9 @@ def bank_grids(quantized: QuantizedState) -> tuple[FixedGrid, ...]:
 
 @torch.no_grad()
 def quantize_model(model: GPT, config: QuantConfig, *, seq_len: int) -> QuantizedState:
-    """`quantize_state` of a model, with Hessians of text it writes itself when the method is gptq.
+    """Quantize a model; method gptq collects Hessians on text that the model writes.
 
-    seq_len: the length the model was trained at; calibration text is no longer. The model is not changed.
+    seq_len: the training length, which calibration text does not exceed. The model is not changed.
     """
     hessians = None
     if config.method == "gptq":

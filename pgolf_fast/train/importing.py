@@ -1,4 +1,4 @@
-"""Make a run folder of published weights."""
+"""Turn published weights into a run folder."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from pgolf_fast.model.weights import load_weights, read_weights
 
 
 def import_weights(weights: Path, config: RunConfig, folder: RunFolder) -> None:
-    """Make a run folder of published weights, strictly: what `quantize`, `pack` and `eval` go on from.
+    """Turn weights into a run folder that `quantize`, `pack` and `eval` continue from.
 
-    `weights` is a state dict (.pt, read without pickled code) or safetensors of a model of `config`; the data
-    named by `config` lends its tokenizer. Raises PgolfError where names or shapes differ, or the folder is
-    taken.
+    weights: a state dict (.pt, read without running pickled code) or safetensors for the model of `config`.
+    The tokenizer comes from the data that `config` names. Raises PgolfError if names or shapes differ, or the
+    folder already holds a run.
     """
     if folder.config_file.is_file():
         raise PgolfError(f"{folder.path} already holds a run: choose another --out")
@@ -33,5 +33,5 @@ def import_weights(weights: Path, config: RunConfig, folder: RunFolder) -> None:
     write_text(folder.path / "env.json", json.dumps(environment(), indent=2) + "\n")
     with atomic_path(folder.tokenizer_file) as temporary:
         shutil.copyfile(source.tokenizer.path, temporary)
-    story = {"imported": str(weights), "config": run_config_to_dict(config)}
-    save_tensors(folder.model_file, model.state_dict(), story)
+    metadata = {"imported": str(weights), "config": run_config_to_dict(config)}
+    save_tensors(folder.model_file, model.state_dict(), metadata)

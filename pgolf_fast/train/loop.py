@@ -65,6 +65,22 @@ class TrainResult:
     keeps_raw: bool = False
     """The folder keeps the raw weights, which a Reptile phase made, and not the average it started from."""
 
+    def rows(self) -> list[tuple[str, str]]:
+        """(what, value) of each number."""
+        rate = self.tokens / self.seconds if self.seconds else 0.0
+        return [
+            ("steps", f"{self.steps:,}"),
+            ("tokens", f"{self.tokens:,}"),
+            ("tokens/s", f"{rate:,.0f}"),
+            ("training time", console.duration(self.seconds)),
+            ("bpb, after Reptile" if self.keeps_raw else "bpb, raw weights", f"{self.raw.bpb:.4f}"),
+            ("bpb, averaged weights", f"{self.averaged.bpb:.4f}"),
+            ("run folder", str(self.folder.path)),
+        ]
+
+    def __str__(self) -> str:
+        return console.Table(None, self.rows()).text()
+
 
 def train(
     config: RunConfig, out: Path, *, resume: bool = False, track: TrackerName | None = None

@@ -53,7 +53,7 @@ class PendingStep:
         """`numbers` are loss, gradient norm and meta loss, of shape (3,)."""
         self._known, self._numbers, self._has_meta_loss = known, numbers, has_meta_loss
         self._event: torch.cuda.Event | None = None
-        if numbers.is_cuda:
+        if numbers.is_cuda:  # reading them here would stall the launch of the next step
             self._numbers = torch.empty_like(numbers, device="cpu", pin_memory=True)
             self._numbers.copy_(numbers, non_blocking=True)
             self._event = torch.cuda.Event()
@@ -106,6 +106,7 @@ class Trainer:
         self._mask_frozen_skips()
         mean_gradients(self.optimizer.gradients(), self.world)
         norm = self.optimizer.clip()
+        # before the update: on the CPU a number that is not finite must not reach the weights
         pending = self._pending(loss, norm, meta_loss, multiplier)
         self.optimizer.step(self.step, multiplier)
         self.optimizer.zero_grad()
@@ -186,6 +187,7 @@ class Trainer:
     def _start_reptile(self, step: int) -> None:
         assert self.reptile is not None
         self.reptile_from = step
+        # batches of another size from here on, also after a resume
         self.loader.set_batch(self.reptile.config.batch_seqs * self.config.train.seq_len)
 
     def _next_batch(self) -> tuple[Tensor, Tensor]:
@@ -202,7 +204,7 @@ class Trainer:
 
     def _accumulate(self) -> tuple[Tensor, Tensor, Tensor]:
         """Add the gradients of the whole batch; return its mean loss here, and the last micro-batch."""
-        banks = self.model.banks(self._rounding())
+        banks = self.model.banks(self._rounding())  # rounded and cast once for all micro-batches
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for _ in range(self.micro_steps):
             tokens, targets = self._next_batch()
@@ -227,7 +229,7 @@ class Trainer:
         tensors, metadata = {k: v.detach().clone() for k, v in self.tensors().items()}, self.metadata()
         for _ in range(steps):
             self._accumulate()
-            self.optimizer.step(self.step, 1.0)
+            self.optimizer.step(self.step, 1.0)  # its ops compile at their first call too
             self.optimizer.zero_grad()
         self.restore(tensors, metadata)
 

@@ -1,6 +1,5 @@
-"""The evaluation script of a submission, in readable parts: `artifact/submission.py` makes one file of them.
+"""Readable parts of a submission's evaluation script; `artifact/submission.py` bundles them into one file.
 
-The package itself imports none of them. They import nothing of it but each other and the rANS decoder, all of
-which the one file holds, and may use torch, numpy, sentencepiece and the standard library. No name may be
-defined in two of them.
+The package never imports them. They import only each other and the rANS decoder, which the bundle contains,
+plus torch, numpy, sentencepiece and the standard library. No name may be defined in two of them.
 """

@@ -1,4 +1,4 @@
-"""Low-rank changes of the network's matrices, of their own for each of several documents."""
+"""LoRA: low-rank changes of the network's matrices, separate for each document of a batch."""
 
 import math
 
@@ -10,9 +10,9 @@ from pgolf_fast.artifact.standalone.parts import rms_norm, rotate
 
 
 def fresh_changes(banks: list, head: Tensor, rank: int, documents: int) -> list[Tensor]:
-    """A (documents, layers, rank, in), normal, and B (documents, layers, out, rank), zero, of each matrix.
+    """Initialize A (documents, layers, rank, in), normal, and B (documents, layers, out, rank), zero.
 
-    They are Q, K, V, output, MLP up and down, and the head; B A is added to each.
+    B A is added to each matrix: Q, K, V, output, MLP up and down, and the head.
     """
     qo, kv, up, down = banks
     sampler = torch.Generator().manual_seed(1337)
@@ -26,7 +26,7 @@ def fresh_changes(banks: list, head: Tensor, rank: int, documents: int) -> list[
 
 
 class Changed:
-    """Parts of the network with `changes` to each row of a batch."""
+    """Layers of the network with separate `changes` for each row of a batch."""
 
     def __init__(self, changes: list[Tensor], dtype: torch.dtype):
         self.changes = [t.to(dtype) for t in changes]
@@ -72,7 +72,7 @@ class Changed:
 
 
 class Learner:
-    """AdamW on the changes of some documents, which are together from their beginnings on."""
+    """AdamW on the changes of a batch of documents that start together."""
 
     def __init__(self, model, config, documents: int):
         self.model, self.config = model, config
@@ -83,7 +83,7 @@ class Learner:
         self.text = torch.zeros(documents, 0, dtype=torch.int64, device=head.device)
 
     def learn(self, tokens: Tensor) -> None:
-        """From the newest targets of the first documents, tokens (m, n + 1)."""
+        """Train on the last n targets of the first m documents, tokens (m, n + 1)."""
         c, many, size = self.config.ttt, len(tokens), tokens.shape[1] - 1
         length = max(self.config.eval.seq_len or self.config.train.seq_len, size)
         self.text = torch.cat((self.text[:many], tokens[:, bool(self.text.shape[1]) :]), 1)[:, -length - 1 :]

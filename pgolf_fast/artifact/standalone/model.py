@@ -1,4 +1,4 @@
-"""The network of PR 1501 from an artifact's tensors."""
+"""The network of PR 1501, built from an artifact's tensors."""
 
 import math
 from functools import partial
@@ -25,21 +25,21 @@ from pgolf_fast.artifact.standalone.reader import banked, dequantized
 
 
 class Model:
-    """The network of PR 1501: parameters in float32, activations in `dtype`."""
+    """The network of PR 1501 with float32 parameters and activations in `dtype`."""
 
     def __init__(
         self, config: SimpleNamespace, arrays: dict[str, np.ndarray], space: Tensor, dtype: torch.dtype
     ):
         self.config, self.space, self.dtype = config.run.model, space, dtype
-        found = [{n: t.to(space.device) for n, t in tree.items()} for tree in dequantized(arrays)]
+        trees = [{n: t.to(space.device) for n, t in tree.items()} for tree in dequantized(arrays)]
         layers = self.config.num_layers
-        self.masters, self.steps = (banked(tree, layers) for tree in found[:2])
-        self.shifts = banked(found[2], layers) if found[2] else [torch.zeros((), device=space.device)] * 4
-        self.state = found[0]
+        self.masters, self.steps = (banked(tree, layers) for tree in trees[:2])
+        self.shifts = banked(trees[2], layers) if trees[2] else [torch.zeros((), device=space.device)] * 4
+        self.state = trees[0]
         self.clip = 2 ** (config.bits.codes - 1) - 1
 
     def banks(self, on_grid: bool) -> list[tuple[Tensor, ...]]:
-        """The matrices of each bank as forward reads them; `on_grid`: rounded to the artifact's steps."""
+        """Return the matrices of each bank; `on_grid` rounds them to the artifact's steps first."""
         masters = self.masters
         if on_grid:
             parts = zip(masters, self.steps, self.shifts, strict=True)
@@ -47,7 +47,7 @@ class Model:
         return [bank.to(self.dtype).unbind() for bank in masters]
 
     def rope(self, length: int) -> list[Tensor]:
-        """cos and sin, each (length, 1, r/2)."""
+        """Return the RoPE tables cos and sin, each (length, 1, r/2)."""
         c, arange = self.config, partial(torch.arange, dtype=torch.float32, device=self.space.device)
         dims = c.rope_dims or c.model_dim // c.num_heads
         base, long = c.rope_base, length > c.rope_train_seq_len
@@ -61,7 +61,7 @@ class Model:
         return [(t.bfloat16() if c.rope_bf16_tables else t).float()[:, None] for t in tables]
 
     def ngrams(self, tokens: Tensor) -> Tensor:
-        """Scaled and gated rows of the hash n-gram table, (B, T, width)."""
+        """Look up scaled and gated rows of the hash n-gram table, (B, T, width)."""
         c, table, starts = self.config, self.state["bigram.embed.weight"], self.space[tokens]
         before, second = (F.pad(tokens, (n, 0))[:, :-n] for n in (1, 2))
         key = (36313 * tokens) ^ (27191 * before)
@@ -80,9 +80,9 @@ class Model:
         fake_projections: bool = False,
         changes: list | None = None,
     ) -> Tensor:
-        """Cross-entropy of every target in nats, (B, T) float32.
+        """Return the cross-entropy of every target in nats, (B, T) float32.
 
-        With low-rank `changes` of each row's matrices, targets may be those of the last positions only.
+        With low-rank `changes` per row, targets may be those of the last positions only.
         """
         c, s, dtype, (qo, kv, up, down) = self.config, self.state, self.dtype, banks
         project = int6 if fake_projections else Tensor.float

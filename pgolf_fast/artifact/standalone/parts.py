@@ -1,4 +1,4 @@
-"""Parts of the network, with the backward passes of the package's ops: their gradients are rounded alike."""
+"""Layers with the backward passes of the package's ops, so that gradients round the same way."""
 
 from collections.abc import Callable
 
@@ -20,7 +20,7 @@ def inverse_rms(x: Tensor) -> Tensor:
 
 
 def rounded(weight: Tensor, step: Tensor, low: int, high: int) -> Tensor:
-    """The nearest multiples of `step`; gradients pass straight through."""
+    """Round to multiples of `step`; gradients pass straight through."""
     codes = torch.round(weight.detach() / step).clamp(low, high)
     return codes * step + (weight - weight.detach())
 
@@ -30,7 +30,7 @@ def int6(weight: Tensor) -> Tensor:
 
 
 class Ngrams(torch.autograd.Function):
-    """scale * gate * (sum of table rows); gate is `boost` where a word starts, else 1."""
+    """scale * gate * (sum of table rows), where gate is `boost` at word starts and 1 elsewhere."""
 
     @staticmethod
     def forward(ctx, table, scale, boost, starts, indices, dtype):
@@ -71,7 +71,7 @@ class Smear(torch.autograd.Function):
 
 
 class Residual(torch.autograd.Function):
-    """mixed = a x + b branch, and its scaled RMS norm; a is None for 1."""
+    """mixed = a x + b branch, and its scaled RMS norm. None for a means 1."""
 
     @staticmethod
     def forward(ctx, x, branch, a, b, scale):
@@ -187,7 +187,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Callable]:
-    """Causal attention (B, T, H, hd), and the function from its gradient, and it, to those of q, k and v."""
+    """Return causal attention (B, T, H, hd), and a function that maps its gradient to those of q, k and v."""
     kv_heads, groups = k.shape[2], q.shape[2] // k.shape[2]
     heads = [t.repeat_interleave(n, 2).transpose(1, 2) for t, n in ((q, 1), (k, groups), (v, groups))]
     y, inner = (by_autograd if q.is_cuda else by_flash)(heads)
@@ -207,7 +207,7 @@ def by_autograd(heads: list[Tensor]) -> tuple[Tensor, Callable]:
 
 
 def by_flash(heads: list[Tensor]) -> tuple[Tensor, Callable]:
-    """In float32, on a CPU, and the gradient from the rounded result."""
+    """Run in float32 on a CPU, with the gradient computed from the rounded result."""
     ops, heads = torch.ops.aten, [t.float() for t in heads]
     y, lse = ops._scaled_dot_product_flash_attention_for_cpu(*heads, 0.0, True)
     inner = ops._scaled_dot_product_flash_attention_for_cpu_backward
@@ -215,14 +215,14 @@ def by_flash(heads: list[Tensor]) -> tuple[Tensor, Callable]:
 
 
 def own_value(v: Tensor) -> tuple[Tensor, Tensor]:
-    """The unit vector of each token's value as a column, and its length."""
+    """Return the unit vector of each token's value as a column, and its norm."""
     wide = v.float()
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min(1e-12)
     return (wide / norm).unsqueeze(-1), norm
 
 
 def exclusive(y: Tensor, v: Tensor) -> Tensor:
-    """`y` without what lies along the token's own value."""
+    """Remove from `y` its component along the token's own value."""
     unit, _ = own_value(v)
     groups = y.float().unflatten(2, (v.shape[2], -1))
     return (groups - (groups @ unit) @ unit.mT).flatten(2, 3).to(y.dtype)

@@ -1,4 +1,4 @@
-"""The artifact file (docs/artifact.md) to named tensors."""
+"""Read named tensors from an artifact (docs/artifact.md)."""
 
 import hashlib
 import json
@@ -15,16 +15,16 @@ from torch import Tensor
 
 from pgolf_fast.artifact.rans_decoder import decode
 
-SHA256 = ""  # of the artifact that this script was written for; empty accepts any
+SHA256 = ""  # digest of the artifact this script was written for; empty accepts any
 DTYPES = ("i1", "u1", "<i2", "<u2", "<i4", "<u4", "<i8", "<f2", "<f4")
 BANKS = (("attn.c_q", "attn.proj"), ("attn.c_k", "attn.c_v"), ("mlp.fc",), ("mlp.proj",))
 
 
 def read_artifact(content: bytes) -> tuple[SimpleNamespace, dict[str, np.ndarray]]:
-    """The configuration and the arrays by name. Exits with a message when the digest does not fit."""
+    """Return the configuration and the arrays by name. Exits with a message if the digest does not match."""
     digest = hashlib.sha256(content[:-32])
     if content[:8] != b"\x89PGOLF\r\n" or digest.digest() != content[-32:]:
-        sys.exit("the artifact is damaged: its SHA-256 is not that of its bytes")
+        sys.exit("the artifact is damaged: its SHA-256 does not match its bytes")
     if SHA256 not in ("", digest.hexdigest()):
         sys.exit(f"this is another artifact: its SHA-256 is {digest.hexdigest()}, not {SHA256}")
     codec, stored, raw = struct.unpack_from("<III", content, 12)
@@ -59,20 +59,22 @@ def read_artifact(content: bytes) -> tuple[SimpleNamespace, dict[str, np.ndarray
 
 
 def decompress(codec: int, stored: bytes, raw: int, shapes: list) -> bytes:
-    """The `raw` bytes that a codec's bytes stand for."""
+    """Decode `stored` to `raw` bytes."""
     if codec > 2:
-        sys.exit("the artifact needs zstd or brotli, which Python does not bring: pack it with rans and lzma")
+        sys.exit(
+            "the artifact needs zstd or brotli, which Python does not include: pack it with rans and lzma"
+        )
     if codec == 2:
         return decode(stored, shapes)
     return lzma.decompress(stored) if codec else stored
 
 
 def dequantized(arrays: dict[str, np.ndarray]) -> tuple[dict[str, Tensor], ...]:
-    """Tensors by name; of matrices, the steps (R, 1) or (R, C), and what is added to codes times steps.
+    """Return tensors by name; for matrices, also the steps (R, 1) or (R, C), and the additive correction.
 
-    A matrix X is the codes X.q (R, C) times the step X.scale (R,) of each row and the X.columns (C,) of each
-    column, which K and V share with Q, plus X.left (R, k) times X.right (k, C). Corrections are there for all
-    matrices or none. Everything is float32.
+    A matrix X is the codes X.q (R, C) times the step X.scale (R,) of each row and X.columns (C,) of each
+    column, which K and V share with Q, plus X.left (R, k) times X.right (k, C). Either all matrices have
+    corrections or none. Everything is float32.
     """
     wide = {name: torch.from_numpy(array.astype(np.float32)) for name, array in arrays.items()}
     tensors, steps, shifts = dict(wide), {}, {}
@@ -91,6 +93,6 @@ def dequantized(arrays: dict[str, np.ndarray]) -> tuple[dict[str, Tensor], ...]:
 
 
 def banked(tensors: dict[str, Tensor], layers: int) -> list[Tensor]:
-    """The four banks, made of the matrices that are taken out of `tensors`."""
+    """Stack the four banks from matrices, which are removed from `tensors`."""
     names = [[f"blocks.{i}.{slot}.weight" for slot in slots for i in range(layers)] for slots in BANKS]
     return [torch.stack([tensors.pop(name) for name in bank]) for bank in names]

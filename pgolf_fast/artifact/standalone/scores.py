@@ -1,8 +1,8 @@
-"""Score an artifact: its bytes against 16,000,000, then bits per byte in three ways.
+"""Score an artifact: its size against 16,000,000 bytes, then bits per byte in three settings.
 
-`pgolf submit` writes this script beside an artifact; it is the code that counts. It needs torch, numpy and
-sentencepiece. Formulas, windows and rounding, of gradients too, are those of `pgolf eval` without Triton
-kernels, so that the scores agree.
+`pgolf submit` writes this script next to an artifact; it is the code that counts. It needs torch, numpy and
+sentencepiece. Formulas, windows and rounding, also of gradients, are those of `pgolf eval` without Triton
+kernels, so the scores agree.
 """
 
 import argparse
@@ -26,7 +26,7 @@ LIMIT = 16_000_000
 
 
 class Scorer:
-    """Sums of nats, targets and bytes over windows, and learning from what has been scored."""
+    """Sums nats, targets and bytes over windows, and trains on what has been scored."""
 
     def __init__(self, model: Model, config: SimpleNamespace, tokens: np.ndarray, target_bytes: np.ndarray):
         self.model, self.config, self.target_bytes = model, config.run, target_bytes
@@ -34,7 +34,7 @@ class Scorer:
         self.length = self.config.eval.seq_len or self.config.train.seq_len
 
     def windows(self, stride: int, repeat_tail: bool = False) -> np.ndarray:
-        """(3, windows): begin and end of the inputs, and the first target that counts."""
+        """Return (3, windows): begin and end of the inputs, and the first target that counts."""
         count = len(self.target_bytes)
         start = np.arange(0, count, stride)
         end = np.minimum(start + self.length, count)
@@ -46,7 +46,7 @@ class Scorer:
         return np.stack((start[:last], end[:last], np.concatenate(([0], end[: last - 1]))))
 
     def score(self, windows: np.ndarray, on_grid: bool = False, changes: list | None = None) -> np.ndarray:
-        """Nats, targets and bytes; with the low-rank `changes` of document windows[3, i] for window i."""
+        """Return nats, targets and bytes; window i uses the low-rank `changes` of document windows[3, i]."""
         total, batch = np.zeros(3), self.config.eval.batch_seqs or 16
         with torch.no_grad():
             banks = self.model.banks(on_grid)
@@ -66,7 +66,7 @@ class Scorer:
         return total
 
     def score_and_learn(self, windows: np.ndarray) -> np.ndarray:
-        """Legal test-time training: every chunk is scored before it is learned from, the last never is."""
+        """Run legal test-time training: score each chunk before training on it; never train on the last."""
         c, model, count = self.config.ttt, self.model, len(self.target_bytes)
         if c.adapter == "lora":
             return self.score_documents(windows)
@@ -116,7 +116,7 @@ class Scorer:
         return total
 
     def moving_slots(self, bank: Tensor) -> list[Tensor]:
-        """A bank without the slots of the first blocks, which are left alone: views, with their gradients."""
+        """Return views of a bank, with gradients, that leave out the frozen first blocks."""
         layers, frozen = self.config.model.num_layers, self.config.ttt.freeze_blocks
         spans = [slice(at + frozen, at + layers) for at in range(0, len(bank), layers)]
         parts = [bank.detach()[span] for span in spans]
@@ -125,7 +125,7 @@ class Scorer:
         return parts
 
     def score_documents(self, windows: np.ndarray) -> np.ndarray:
-        """The same with changes for each document alone, many documents in step, segment by segment."""
+        """Run it with separate changes per document: many documents in parallel, segment by segment."""
         c, count = self.config.ttt.lora, len(self.target_bytes)
         on_grid = self.config.ttt.quantize_forward == "banks"
         bos = np.flatnonzero(self.tokens[:-1].cpu().numpy() == 1)
@@ -143,9 +143,9 @@ class Scorer:
                 begin = starts[batch] + number * c.segment_tokens
                 end = np.maximum(begin, np.minimum(begin + c.segment_tokens, ends[batch]))
                 low, high = (np.searchsorted(first, edge) for edge in (begin, end))
-                found = np.concatenate([np.arange(a, b) for a, b in zip(low, high, strict=True)])
+                windows_of = np.concatenate([np.arange(a, b) for a, b in zip(low, high, strict=True)])
                 row = np.repeat(np.arange(len(low)), high - low)
-                total += self.score(np.vstack((cut[:, found], row)), on_grid, learner.tensors)
+                total += self.score(np.vstack((cut[:, windows_of], row)), on_grid, learner.tensors)
                 if more := int((segments[batch] > number + 1).sum()):
                     learner.learn(self.tokens[begin[:more, None] + np.arange(c.segment_tokens + 1)])
         return total
@@ -155,7 +155,7 @@ class Scorer:
 
 
 def byte_table(tokenizer: SentencePieceProcessor) -> np.ndarray:
-    """(3, vocabulary): bytes without a leading space, whether there is one, whether a piece is no text."""
+    """Return (3, vocabulary): bytes without the leading space, has a leading space, has no text."""
     table = np.zeros((3, len(tokenizer)), np.int64)
     for i in range(len(tokenizer)):
         if tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i):
@@ -169,12 +169,12 @@ def byte_table(tokenizer: SentencePieceProcessor) -> np.ndarray:
 
 
 def validation_tokens(folder: str, length: int, limit: int | None) -> np.ndarray:
-    """A whole number of sequences and one token more, from *_val_*.bin in the order of their names."""
+    """Read a whole number of sequences plus one token from *_val_*.bin, in name order."""
     parts = []
     for path in sorted(Path(folder).glob("*_val_*.bin")):
         header, tokens = np.fromfile(path, "<i4", 3), np.fromfile(path, "<u2", offset=1024)
         if list(header) != [20240520, 1, len(tokens)]:
-            sys.exit(f"{path} is no complete shard of tokens")
+            sys.exit(f"{path} is not a complete shard of tokens")
         parts.append(tokens)
     tokens = np.concatenate(parts or [np.zeros(0, np.uint16)])
     count = len(tokens) if limit is None else min(len(tokens), limit + 1)
@@ -186,11 +186,11 @@ def validation_tokens(folder: str, length: int, limit: int | None) -> np.ndarray
 
 
 def multiplies_bfloat16(device: str) -> bool:
-    """Whether the hardware does."""
+    """Return whether the hardware multiplies in bfloat16."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pgolf_fast.artifact.pack import load_artifact
+from pgolf_fast.artifact.load import load_artifact
 from pgolf_fast.config.fields import run_config_from_dict
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import RunConfig
@@ -79,8 +79,7 @@ def open_model(path: Path, weights: Weights = "auto", config: RunConfig | None =
     folder = _run_folder(path)
     file = _weights_file(RunFolder(path), weights) if path.is_dir() else path
     if file.suffix == ".pgolf":
-        tree, state = load_artifact(file)
-        config = run_config_from_dict(tree)
+        config, state = load_artifact(file)
     else:
         state = read_weights(file)
         config = _config(path, folder, config)

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from pgolf_fast.artifact.container import sizes
-from pgolf_fast.artifact.pack import build_records, unpack
-from pgolf_fast.config.fields import run_config_from_dict
+from pgolf_fast.artifact.load import unpack
+from pgolf_fast.artifact.pack import build_records
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.config.shrink import shrink
@@ -138,8 +138,7 @@ def calibration_ignores_data(folder: RunFolder, again: Requantize = requantize) 
     """
     if not folder.model_file.is_file():
         return AuditFinding(None, "there are no float weights to quantize again")
-    values, before = unpack(folder.artifact_file)
-    config = run_config_from_dict(values)
+    config, before = unpack(folder.artifact_file)
     with TemporaryDirectory() as temporary:
         copy = RunFolder(Path(temporary) / "run")
         copy.write_config(config)

@@ -8,16 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from pgolf_fast.artifact import steps
-from pgolf_fast.artifact.pack import load_model, unpack
-from pgolf_fast.config.fields import run_config_from_dict
-from pgolf_fast.config.run_folder import RunFolder
+from pgolf_fast.artifact.load import load, unpack
+from pgolf_fast.config.run_folder import RunFolder, Weights
 from pgolf_fast.config.schema import EvalConfig, PackConfig, RunConfig, TTTConfig
 from pgolf_fast.data.source import open_source
 from pgolf_fast.data.tokenizer import ByteTable, Tokenizer
-from pgolf_fast.distributed import this_process
 from pgolf_fast.evaluation.adapters.base import Adapter, borrowed
 from pgolf_fast.evaluation.adapters.frozen import Frozen
 from pgolf_fast.evaluation.adapters.registry import adapting_chunks, make_adapter, protocol_of
@@ -28,8 +24,6 @@ from pgolf_fast.lab.audit import provenance
 from pgolf_fast.lab.audit.watch import Method
 from pgolf_fast.model.bank import Transform
 from pgolf_fast.model.gpt import GPT
-from pgolf_fast.model.runtime import choose_kernels, resolve_dtype
-from pgolf_fast.quant.state import bank_grids
 from pgolf_fast.train.loop import train
 
 CHUNKS = 4  # of the audited stream: three to learn from and a last one, from which nothing may be learned
@@ -70,7 +64,7 @@ class AuditTarget:
 
 def settings(path: Path) -> RunConfig:
     """Return the configuration of a run folder or an artifact file. Raises PgolfError if it is neither."""
-    return RunFolder(path).read_config() if path.is_dir() else run_config_from_dict(unpack(path)[0])
+    return RunFolder(path).read_config() if path.is_dir() else unpack(path)[0]
 
 
 def open_target(
@@ -101,18 +95,9 @@ def open_target(
     validation = source.validation(config.eval_seq_len)
     count = min(tokens or 8 * config.eval_seq_len, len(validation) - 1)
     config = replace(config, ttt=_in_chunks(config.ttt, count))
-    device = this_process().device
-    choose_kernels(config.kernels, device)
-    grid: Transform = None
-    if artifact is not None:
-        space, dtype = torch.from_numpy(source.table.has_leading_space), config.train.compute_dtype
-        model, _ = load_model(artifact, space, resolve_dtype(dtype, device))
-        model, grid = model.to(device), bank_grids(unpack(artifact)[1])
-    else:
-        assert folder is not None
-        model = steps.float_model(folder, config)
-        if config.ttt.quantize_forward == "banks":
-            config = replace(config, ttt=replace(config.ttt, quantize_forward="none"))
+    weights: Weights = "float" if artifact is None else "artifact"
+    loaded = load(artifact or path, weights, config=config, tokenizer=source.tokenizer)
+    model, config, grid = loaded.model, loaded.config, loaded.grid
     windows = sliding(config)
     return AuditTarget(
         config=config,

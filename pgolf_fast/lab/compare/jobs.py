@@ -17,7 +17,7 @@ import numpy as np
 
 from pgolf_fast import console
 from pgolf_fast.artifact.container import sizes
-from pgolf_fast.artifact.steps import artifact_model, pack_run, quantize_run
+from pgolf_fast.artifact.steps import pack_run, quantize_run
 from pgolf_fast.bench.store import provenance
 from pgolf_fast.config.fields import flatten, run_config_from_dict, run_config_to_dict
 from pgolf_fast.config.run_folder import RunFolder, stale
@@ -29,7 +29,7 @@ from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.documents import document_starts
 from pgolf_fast.evaluation.evaluator import Evaluator
 from pgolf_fast.evaluation.score import Scorer, Stream
-from pgolf_fast.evaluation.steps import score_run, validation_stream
+from pgolf_fast.evaluation.steps import open_run, score_run
 from pgolf_fast.io import write_text
 from pgolf_fast.lab.compare.plan import Job
 from pgolf_fast.train.loop import train
@@ -155,9 +155,8 @@ def _score(folder: RunFolder, config: RunConfig, scores: Scores) -> dict[str, Sc
     """Score the artifact; return scorers by the names in PASSES."""
     if scores == "all":
         return score_run(folder, config, "artifact").scorers
-    world = this_process()
-    model = artifact_model(folder, config, world)
-    evaluator = Evaluator(model, validation_stream(folder, config, world.device), config)
+    loaded, stream = open_run(folder, config, "artifact", this_process().device)
+    evaluator = Evaluator(loaded.model, stream, config)
     windows = {"non_overlapping": evaluator.plain_windows()}
     if scores == "sliding":
         windows["sliding"] = evaluator.sliding_windows()

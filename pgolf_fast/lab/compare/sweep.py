@@ -13,9 +13,6 @@ from typing import Any
 import numpy as np
 
 from pgolf_fast import console
-from pgolf_fast.artifact.container import sizes
-from pgolf_fast.artifact.pack import unpack
-from pgolf_fast.artifact.steps import artifact_model
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import RunConfig, TTTConfig
 from pgolf_fast.distributed import SINGLE, World, this_process
@@ -26,12 +23,11 @@ from pgolf_fast.evaluation.evaluator import Evaluator, Pass
 from pgolf_fast.evaluation.resume import identity
 from pgolf_fast.evaluation.score import Stream
 from pgolf_fast.evaluation.scores import mark
-from pgolf_fast.evaluation.steps import validation_stream
+from pgolf_fast.evaluation.steps import open_run
 from pgolf_fast.io import write_text
 from pgolf_fast.lab.compare.statistics import bootstrap_gain
 from pgolf_fast.model.bank import Transform
 from pgolf_fast.model.gpt import GPT
-from pgolf_fast.quant.state import bank_grids
 
 BASELINE = "sliding"
 
@@ -166,22 +162,20 @@ def sweep_run(
     for ttt in adapters.values():
         need_legal(ttt, allow_illegal)
     world = world or this_process()
-    model = artifact_model(folder, config, world)
-    grid = bank_grids(unpack(folder.artifact_file)[1])
-    stream = validation_stream(folder, config, world.device)
+    loaded, stream = open_run(folder, config, "artifact", world.device)
     gains = sweep(
-        model,
+        loaded.model,
         stream,
         config,
         adapters,
-        grid,
+        loaded.grid,
         folder.path / "ttt_sweep",
         world,
         after=after,
         allow_illegal=allow_illegal,
     )
     content = {
-        "artifact_sha256": sizes(folder.artifact_file).sha256,
+        "artifact_sha256": loaded.sha256,
         "tokens": stream.num_targets,
         "after": after,
         "stride": config.eval.stride,

@@ -54,7 +54,7 @@ class Reptile:
         gradients = [torch.zeros_like(end) for end in ends]
         losses, norms = [], []
         for tokens, targets in batches:
-            torch._foreach_zero_(gradients)
+            torch._foreach_zero_(gradients)  # in place: one buffer for all inner steps
             losses.append(self._add_gradients(tokens, targets, ends, gradients, rounding))
             norms.append(nn.utils.get_total_norm(gradients))
             torch._foreach_add_(ends, gradients, alpha=-self.config.inner_lr)
@@ -73,6 +73,7 @@ class Reptile:
         with torch.no_grad():
             banks = model.banks(rounding)
             trained = [w.to(model.compute_dtype) for w in transformed(weights, rounding)]
+        # leaves: backward reaches the trained slots and nothing else
         up, down = (w.detach().requires_grad_() for w in trained)
 
         def mlp(layer: int, x: Tensor) -> Tensor:

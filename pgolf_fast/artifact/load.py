@@ -1,0 +1,224 @@
+"""Weights to a model: an artifact or a run folder in, a `LoadedModel` out."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from pgolf_fast import console
+from pgolf_fast.artifact.container import read_container, sizes
+from pgolf_fast.config.fields import run_config_from_dict
+from pgolf_fast.config.run_folder import RunFolder
+from pgolf_fast.config.schema import RunConfig
+from pgolf_fast.data.tokenizer import Tokenizer, byte_table
+from pgolf_fast.distributed import this_process
+from pgolf_fast.errors import PgolfError
+from pgolf_fast.model import decoding
+from pgolf_fast.model.gpt import GPT
+from pgolf_fast.model.runtime import choose_kernels, resolve_dtype
+from pgolf_fast.model.weights import load_weights, read_weights
+from pgolf_fast.quant.fake import FixedGrid
+from pgolf_fast.quant.state import CODES, QuantizedState, bank_grids, dequantize_state, is_part
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A model on its device, with what scoring and generating need besides."""
+
+    model: GPT
+    config: RunConfig
+    """Settings to score it with."""
+    path: Path
+    """File of the weights."""
+    tokenizer: Tokenizer | None
+    """None for an artifact outside a run folder, unless one was given."""
+    quantized: QuantizedState | None = None
+    """Codes of an artifact; None for float weights."""
+    sha256: str | None = None
+    """Digest of an artifact; None for float weights."""
+
+    @functools.cached_property
+    def grid(self) -> tuple[FixedGrid, ...] | None:
+        """Grid of each bank, to round updated weights to; None for float weights."""
+        return None if self.quantized is None else bank_grids(self.quantized)
+
+    def need_tokenizer(self) -> Tokenizer:
+        """Return the tokenizer. Raises PgolfError if it is not known."""
+        if self.tokenizer is None:
+            raise PgolfError(f"{self.path} has no tokenizer next to it: pass tokenizer=FILE.model")
+        return self.tokenizer
+
+    def table(self) -> console.Table:
+        """A few facts about the model."""
+        config = self.config
+        weights = "float32" if self.quantized is None else f"artifact, {self.path.stat().st_size:,} bytes"
+        rows = [
+            ("preset", config.name),
+            ("parameters", f"{config.model.num_parameters():,}"),
+            ("weights", weights),
+            ("computes in", str(self.model.compute_dtype).removeprefix("torch.")),
+            ("device", str(self.model.qo_bank.device)),
+            ("file", str(self.path)),
+        ]
+        return console.Table(None, rows)
+
+    def __str__(self) -> str:
+        return self.table().text()
+
+    __repr__ = __str__
+
+
+def load(
+    path: str | Path | RunFolder,
+    weights: Literal["auto", "artifact", "float"] = "auto",
+    *,
+    config: RunConfig | None = None,
+    tokenizer: str | Path | Tokenizer | None = None,
+    device: torch.device | str | None = None,
+) -> LoadedModel:
+    """Load the model of a run folder or of an artifact file.
+
+    weights: `auto` takes the artifact of a run folder, or its float weights if it is not packed.
+    config: settings to score with, by default those stored with the weights. tokenizer: by default that of
+    the run folder. device: by default the GPU if there is one.
+    Raises PgolfError for a missing or damaged file, or tensors that do not fit the model.
+    """
+    path = path.path if isinstance(path, RunFolder) else Path(path)
+    if not path.exists():
+        raise PgolfError(f"{path} does not exist: give a run folder or an artifact (.pgolf)")
+    folder = RunFolder.of(path) if path.is_dir() else RunFolder(path.parent)
+    if weights == "auto":
+        weights = "float" if path.is_dir() and not folder.artifact_file.is_file() else "artifact"
+        if weights == "float":
+            console.logger.warning("%s is not packed: using the float weights", path)
+    if weights == "float" and path.is_file():
+        raise PgolfError(f"{path} is a file: float weights are loaded from a run folder")
+    file = folder.weights_file(weights) if path.is_dir() else path
+    quantized = digest = None
+    if weights == "artifact":
+        stored, quantized = unpack(file)
+        config, digest = config or stored, sizes(file).sha256
+        state = _dequantized(file, quantized)
+    else:
+        stored, state = folder.read_config(), read_weights(file)
+        config = config or stored
+        if config.ttt.quantize_forward == "banks":  # float weights adapt without rounding
+            config = replace(config, ttt=replace(config.ttt, quantize_forward="none"))
+    device = torch.device(device) if device is not None else this_process().device
+    choose_kernels(config.kernels, device)
+    if tokenizer is None and folder.tokenizer_file.is_file():
+        tokenizer = folder.tokenizer_file
+    if isinstance(tokenizer, str | Path):
+        tokenizer = Tokenizer.load(tokenizer)
+    leading = None
+    if tokenizer is not None:
+        leading = torch.from_numpy(byte_table(tokenizer).has_leading_space)
+    elif stored.model.bigram_vocab_size and stored.model.pos_conditional:
+        console.logger.warning("%s: without a tokenizer word starts are unknown and logits differ", file)
+    dtype = resolve_dtype(config.train.compute_dtype, device)
+    model = build_model(stored, state, leading, dtype, str(file)).to(device)
+    return LoadedModel(model, config, file, tokenizer, quantized, digest)
+
+
+def generate(
+    model: str | Path | RunFolder | LoadedModel,
+    prompt: str = "",
+    tokens: int = 200,
+    *,
+    temperature: float = 0.8,
+    seed: int = 0,
+) -> str:
+    """Return `prompt`, which opens a document, continued by that many sampled tokens.
+
+    temperature: 0 takes the most likely token. Raises PgolfError for fewer than one token or a negative
+    temperature.
+    """
+    if tokens < 1:
+        raise PgolfError(f"tokens is {tokens}; it must be at least 1")
+    loaded = model if isinstance(model, LoadedModel) else load(model)
+    tokenizer, device = loaded.need_tokenizer(), loaded.model.qo_bank.device
+    start = torch.tensor([tokenizer.encode_document(prompt)], device=device)
+    sampler = torch.Generator(device).manual_seed(seed)
+    ids = decoding.generate(loaded.model, start, tokens, temperature=temperature, generator=sampler)
+    return tokenizer.decode([int(i) for i in ids[0, 1:]])
+
+
+def unpack(path: Path | str) -> tuple[RunConfig, QuantizedState]:
+    """Read the run's configuration and the quantized model of an artifact.
+
+    Raises PgolfError for a damaged file, one that is no packed model, or codes and scales that do not match.
+    """
+    tree, records = read_container(path)
+    run_config, bits = tree.get("run"), tree.get("bits")
+    if not isinstance(run_config, dict) or not isinstance(bits, dict):
+        raise PgolfError(f"artifact {path} holds no packed model: its configuration lacks 'run' or 'bits'")
+    names = {record.name for record in records}
+    for record in records:
+        kind = "float16"
+        if record.name.endswith(CODES):
+            kind = "codes"
+        elif is_part(record.name, names):
+            kind = "scales"
+        if record.kind != kind:
+            raise PgolfError(
+                f"artifact {path}: {record.name} of kind {record.kind} is no part of a packed model; "
+                "pack it again"
+            )
+    named = {record.name: torch.from_numpy(record.array) for record in records}
+    try:
+        return run_config_from_dict(run_config), QuantizedState.from_named(named, bits)
+    except PgolfError as error:
+        raise PgolfError(f"artifact {path}: {error}; pack it again") from error
+
+
+def load_artifact(path: Path | str) -> tuple[RunConfig, dict[str, Tensor]]:
+    """Read the configuration and the float32 state dict of an artifact. Raises PgolfError as `unpack`."""
+    config, quantized = unpack(path)
+    return config, _dequantized(path, quantized)
+
+
+def _dequantized(path: Path | str, quantized: QuantizedState) -> dict[str, Tensor]:
+    try:
+        return dequantize_state(quantized)
+    except PgolfError as error:
+        raise PgolfError(f"artifact {path}: {error}") from error
+
+
+class _NoInitialValues(TorchFunctionMode):
+    """Skip `torch.nn.init`: on the meta device it would import PyTorch's compiler, which takes seconds."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        return (
+            kwargs["tensor"] if getattr(func, "__module__", "") == "torch.nn.init" else func(*args, **kwargs)
+        )
+
+
+def build_model(
+    config: RunConfig,
+    state: Mapping[str, Tensor],
+    has_leading_space: Tensor | None = None,
+    compute_dtype: torch.dtype = torch.float32,
+    origin: str = "the state dict",
+) -> GPT:
+    """Make a model that uses the tensors of `state`, without copying them.
+
+    has_leading_space (vocab,), from the tokenizer: word starts are unknown without it.
+    Raises PgolfError listing names and shapes of `origin` that do not fit.
+    """
+    if (
+        has_leading_space is None
+    ):  # sized by the stored table: the configuration of a damaged file may be absurd
+        table = state.get("tok_emb.weight", torch.zeros(0, 0))
+        has_leading_space = torch.zeros(len(table), dtype=torch.bool)
+    with torch.device("meta"), _NoInitialValues():
+        model = GPT(config.model, has_leading_space, compute_dtype=compute_dtype)
+    load_weights(model, state, origin, assign=True)
+    return model
