@@ -10,12 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from pgolf_fast.lab.audit.subject import checks, open_subject
 
 from pgolf_fast.console import Table
 from pgolf_fast.evaluation.adapters.base import Adapter
 from pgolf_fast.evaluation.adapters.frozen import Frozen
 from pgolf_fast.lab.audit.check import run_checks
-from pgolf_fast.lab.audit.subject import checks, open_subject
 
 CHECKS = ("C1", "C2", "C3", "C4", "C5", "C7", "C15", "C16")  # the others concern the artifact and training
 SHARE = 0.05  # of the frequencies in the mixture

@@ -300,12 +300,12 @@ def test_folder_is_locked_while_a_command_runs(data, tmp_path, capsys, monkeypat
     arguments = ["ablate", "tiny", "--out", str(out), *words(run_config(data))]
     with locked(out / "ablation.lock", "busy"):
         assert cli.main([*arguments, "--flip", "model.trigram=false"]) == 2
-    assert f"another pgolf ablate is at work in {out}: wait" in capsys.readouterr().err
+    assert f"another pgolf ablate is running in {out}: wait" in capsys.readouterr().err
     assert not begun
     assert cli.main([*arguments, "--flip", "model.trigram=false"]) == 0
     assert "equal steps" not in capsys.readouterr().err
     assert cli.main([*arguments, "--flip", "train.reptile.share=0.5"]) == 0
-    assert "equal steps are not equal work: compare these by --budget time" in capsys.readouterr().err
+    assert "equal steps are not equal work: compare these with --budget time" in capsys.readouterr().err
     assert len(begun) == 2
 
 
@@ -335,11 +335,11 @@ def test_fingerprint_depends_on_the_tokens(data, tmp_path):
     ("words", "message"),
     [
         (["tiny"], "nothing to compare"),
-        (["--flip", "model.trigram=false"], "give a preset first"),
+        (["--flip", "model.trigram=false"], "unknown preset 'model.trigram=false'"),
         (["tiny", "--flip", "model.trigram=false", "--interval", "seeds"], "at least 2 --seeds, and has 1"),
         (
             ["tiny", "--flip", "model.trigram=false", "--seeds", "1", "2", "--interval", "documents"],
-            "is of one seed",
+            "takes one seed",
         ),
         (["small", "--flip", "model.trigram=false"], "give --steps"),
         (
@@ -349,7 +349,7 @@ def test_fingerprint_depends_on_the_tokens(data, tmp_path):
         (["tiny", "--flip", "model.trigram=false", "--budget", "time"], "give --seconds"),
         (
             ["tiny", "--flip", "model.trigram=false", "--flop", "3"],
-            "unknown field --flop: did you mean --flip",
+            "unknown option --flop: did you mean --flip",
         ),
     ],
 )

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from runs import make_dataset, run_config
 
-from pgolf_fast.cli.ablate import split_flips
+from pgolf_fast.cli.compare import Ablate, ablate
+from pgolf_fast.cli.options import parse
 from pgolf_fast.config.fields import flip
 from pgolf_fast.config.presets import small, tiny
 from pgolf_fast.errors import PgolfError
@@ -177,8 +178,10 @@ def test_step_costs_are_measured_once(tmp_path, monkeypatch):
         step_costs({BASELINE: reptile}, tmp_path / "costs.json")
 
 
-def test_flip_options_are_split_from_the_rest():
-    argv = ["tiny", "--flip", "a=1", "b=2", "--seeds", "1", "2", "--flip=c=3", "--flip", "d=4"]
-    assert split_flips(argv) == (["tiny", "--seeds", "1", "2"], [["a=1", "b=2"], ["c=3"], ["d=4"]])
+def test_flips_of_a_command_line():
+    words = ["tiny", "--flip", "a=1", "b=2", "--seeds", "1", "2", "--flip=c=3", "--flip", "d=4"]
+    options = parse("ablate", Ablate, words)
+    assert options.flip == (("a=1", "b=2"), ("c=3",), ("d=4",))
+    assert (options.preset, options.seeds) == ("tiny", (1, 2))
     with pytest.raises(PgolfError, match="no FIELD=VALUE"):
-        split_flips(["tiny", "--flip", "--seeds", "1"])
+        ablate(parse("ablate", Ablate, ["tiny", "--flip", "--seeds", "1"]))

@@ -248,7 +248,7 @@ def test_nan_is_null_in_json(runs, tmp_path, monkeypatch, capsys):
         (["--points", "2"], "--points is 2; it must be at least 3"),
         (["--data.path", "nowhere"], "data folder nowhere does not exist"),
         (["--preset", "exp999"], "unknown preset 'exp999'"),
-        (["--tokns", "3"], "unknown field --tokns: did you mean --tokens?"),
+        (["--tokns", "3"], "unknown option --tokns: did you mean --tokens?"),
     ],
 )
 def test_bad_input_is_one_line(runs, tmp_path, capsys, arguments, line):

@@ -438,10 +438,10 @@ def test_command_line(run, tmp_path, capsys):
     assert re.search(r"^C5 +each target scored once +pass ", out, re.MULTILINE)
     assert "1 of 2 do not hold: C10" in out
     for words, message in (
-        ([], "give a run folder or an artifact file first"),
+        ([], "audit needs RUN_OR_ARTIFACT"),
         ([str(tmp_path / "none")], "does not exist"),
         ([str(run.path), "--only", "C18"], "there is no check C18; they are C1 to C17"),
-        ([str(run.path), "--tokens", "5"], "--tokens is 5; it must be at least a window of 32"),
+        ([str(run.path), "--tokens", "5"], "--tokens is 5; it must be at least one window of 32"),
     ):
         assert cli.main(["audit", *words]) == 2
         assert message in capsys.readouterr().err

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from pgolf_fast.bench import peers, plots, registry, run, store, timer
+from pgolf_fast.bench.plan import bench_plan
 from pgolf_fast.bench.roofline import Roof
-from pgolf_fast.cli import bench as commands
-from pgolf_fast.cli.arguments import parse
+from pgolf_fast.cli import kernels, main
+from pgolf_fast.cli.options import parse
 from pgolf_fast.config.presets import exp101, tiny
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.ops import cases, judge
@@ -237,29 +238,29 @@ def written(path, *records):
     return path
 
 
-def test_compare_finds_slower_and_missing_ops(tmp_path):
+def test_compare_finds_slower_and_missing_ops(tmp_path, capsys):
     before = written(tmp_path / "a", record(), record("eager", 5.0), record(op="hash"))
     after = written(tmp_path / "b", record(ms=1.2), record("eager", 50.0))
-    text, status = commands.bench(commands.Bench(compare=(before, after)))
-    assert status == 1
+    assert main(["bench", "--compare", str(before), str(after)]) == 1
+    text = capsys.readouterr().out
     assert "mlp fwd 64 ours: 1.200 times as long" in text
     assert "hash fwd 64 ours is missing" in text
     assert "eager: " not in text.split("slower than allowed:")[1]
-    again, status = commands.bench(commands.Bench(compare=(before, before)))
-    assert status == 0
-    assert "1.000" in again
-    assert commands.bench(commands.Bench(compare=(before, after), threshold=1.3))[1] == 1  # one is missing
+    assert main(["bench", "--compare", str(before), str(before)]) == 0
+    assert "1.000" in capsys.readouterr().out
+    # one op is missing
+    assert main(["bench", "--compare", str(before), str(after), "--threshold", "1.3"]) == 1
 
 
 def test_compare_refuses_files_without_records_in_common(tmp_path):
     one, other = written(tmp_path / "a", record()), written(tmp_path / "b", record(dtype="bfloat16"))
     with pytest.raises(PgolfError, match="no measurement in common"):
-        commands.bench(commands.Bench(compare=(one, other)))
+        kernels.bench(kernels.Bench(compare=(one, other)))
     (tmp_path / "c").write_text("")
     with pytest.raises(PgolfError, match="holds no benchmark records"):
-        commands.bench(commands.Bench(compare=(one, tmp_path / "c")))
+        kernels.bench(kernels.Bench(compare=(one, tmp_path / "c")))
     with pytest.raises(PgolfError, match="no file"):
-        commands.bench(commands.Bench(records=tmp_path / "d"))
+        kernels.bench(kernels.Bench(records=tmp_path / "d"))
 
 
 def test_summary_takes_the_best_peer_and_the_last_time():
@@ -275,11 +276,11 @@ def test_a_cut_line_does_not_spoil_the_next(tmp_path):
     assert [r["median_ms"] for r in store.read_records(path)] == [1.0, 3.0]
 
 
-def test_plots_are_pictures(tmp_path):
+def test_plots_are_pictures(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     path = written(tmp_path / "r", record(), record("eager", 5.0), record("compile", 0.5))
-    text, status = commands.bench(commands.Bench(records=path, plots=tmp_path / "plots"))
-    assert status == 0
+    assert kernels.bench(kernels.Bench(records=path, plots=tmp_path / "plots")) == 0
+    text = capsys.readouterr().out
     for name in ("roofline.png", "ratios.png"):
         assert (tmp_path / "plots" / name).read_bytes().startswith(b"\x89PNG")
         assert name in text
@@ -293,27 +294,27 @@ def test_roofline_is_the_nearer_limit():
     assert limit.seconds(flops=1, moved=1000) == 100
 
 
-def test_arguments_become_a_plan():
-    plan = commands.bench_plan(commands.Bench(ops=("mlp",), quick=True, modes=("fwd+bwd",)))
-    assert plan.ops == ["mlp-leaky_relu_squared", "mlp-swiglu", "mlp-relu_squared"]
-    assert list(plan.modes) == ["fwd+bwd"]
+def test_options_become_a_plan():
+    wanted = bench_plan("exp101", ops=("mlp",), quick=True, modes=("fwd+bwd",))
+    assert wanted.ops == ["mlp-leaky_relu_squared", "mlp-swiglu", "mlp-relu_squared"]
+    assert list(wanted.modes) == ["fwd+bwd"]
     for wrong, message in (
-        (commands.Bench(ops=("conv",)), "no op 'conv' to measure"),
-        (commands.Bench(peers=("cublas",)), "unknown peer 'cublas'"),
-        (commands.Bench(tokens=(0,)), "must be positive"),
+        ({"ops": ("conv",)}, "no op 'conv' to measure"),
+        ({"peer_names": ("cublas",)}, "unknown peer 'cublas'"),
+        ({"tokens": (0,)}, "must be positive"),
     ):
         with pytest.raises(PgolfError, match=message):
-            commands.bench_plan(wrong)
+            bench_plan("exp101", **wrong)
     with pytest.raises(PgolfError, match="not whole sequences"):
         registry.make_case("smear_gate", config(), 17, torch.float32, CPU)
 
 
-def test_command_lines_become_arguments(tmp_path):
+def test_command_lines_become_options(tmp_path):
     words = "--ops mlp smear_gate --tokens 32 64 --modes fwd+bwd --peers eager --quick --minutes 0.5"
-    parsed = parse("bench", commands.Bench, words.split())
+    parsed = parse("bench", kernels.Bench, words.split())
     assert (parsed.ops, parsed.tokens, parsed.modes) == (("mlp", "smear_gate"), (32, 64), ("fwd+bwd",))
     assert (parsed.peers, parsed.quick, parsed.minutes) == (("eager",), True, 0.5)
-    assert parse("bench", commands.Bench, ["--compare", "a", "b"]).compare == (Path("a"), Path("b"))
-    assert parse("tune", commands.Tune, ["--kernels", "mlp_up", "--tokens", "64"]).kernels == ("mlp_up",)
+    assert parse("bench", kernels.Bench, ["--compare", "a", "b"]).compare == (Path("a"), Path("b"))
+    assert parse("tune", kernels.Tune, ["--kernels", "mlp_up", "--tokens", "64"]).kernels == ("mlp_up",)
     with pytest.raises(PgolfError, match="did you mean --tokens"):
-        parse("bench", commands.Bench, ["--token", "3"])
+        parse("bench", kernels.Bench, ["--token", "3"])

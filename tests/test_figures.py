@@ -189,7 +189,7 @@ def test_eval_command_prints_writes_and_draws(capsys, config, model, source, tmp
     words = ["eval", str(folder.path), "--weights", "float"]
     assert main([*words, "--estimate"]) == 0
     out = capsys.readouterr().out
-    assert "by the float weights" in out
+    assert "measured with the float weights" in out
     assert not list(folder.path.glob("scores_*"))
     assert main([*words, "--figures"]) == 0
     every = capsys.readouterr().out
@@ -209,7 +209,7 @@ def test_estimate_of_a_preset_and_of_a_run_without_weights(capsys, config, sourc
     folder.write_config(config)
     shutil.copyfile(source.tokenizer.path, folder.tokenizer_file)
     assert main(["eval", str(folder.path), "--estimate"]) == 0
-    assert "by new weights" in capsys.readouterr().out
+    assert "measured with new weights" in capsys.readouterr().out
     assert main(["eval", "tiny", "--estimate", "--data", str(data)]) == 2  # another vocabulary, but a preset
     assert "384 pieces" in capsys.readouterr().err
     assert main(["eval", "pr301_tiny", "--estimate", "--data", str(data)]) == 2

@@ -7,10 +7,10 @@ import sys
 
 import pytest
 import torch
-from runs import assert_same, differs, make_dataset, make_trainer, pgolf, run_config, run_steps, words
+from runs import assert_same, differs, make_dataset, make_trainer, run_config, run_steps, words
 from safetensors.torch import load_file
 
-from pgolf_fast.cli.arguments import preset_and_overrides
+from pgolf_fast import cli
 from pgolf_fast.config.meta import ReptileConfig
 from pgolf_fast.config.schema import TrainConfig
 from pgolf_fast.console import read_metrics
@@ -226,19 +226,19 @@ def test_number_of_trained_blocks():
     assert ReptileConfig(block_share=1.0).blocks(7) == 7
 
 
-def test_the_phase_is_switched_on_and_off_by_options():
+def test_options_switch_the_phase_on_and_off(capsys):
     words = ["--train.reptile.inner-steps", "5", "--train.meta.slot-rates", "--train.meta.method=sam"]
-    config, rest = preset_and_overrides(["exp101", *words])
-    assert (config.train.reptile, rest) == (ReptileConfig(), words)
-    done = pgolf("config", "exp101", *words)
-    assert done.returncode == 0, done.stderr
-    fields = dict(line.split(None, 1) for line in done.stdout.splitlines())
+    assert cli.main(["config", "exp101", *words]) == 0
+    fields = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
     assert (fields["train.reptile.inner_steps"], fields["train.reptile.share"]) == ("5", "0.2")
     assert (fields["train.meta.slot_rates"], fields["train.meta.method"]) == ("true", "sam")
-    config, rest = preset_and_overrides(["exp101", "--train.reptile.share", "0.1", "--train.reptile", "none"])
-    assert config.train.reptile is None
-    with pytest.raises(PgolfError, match=r"--train.reptile is '0.1'; it can be none, or set"):
-        preset_and_overrides(["exp101", "--train.reptile", "0.1"])
+    assert cli.main(["config", "pr296_reptile", "--train.reptile", "none"]) == 0
+    fields = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
+    assert fields["train.reptile"] == "null"
+    assert cli.main(["config", "exp101", "--train.reptile.share", "0.1", "--train.reptile", "none"]) == 2
+    assert "contradict" in capsys.readouterr().err
+    assert cli.main(["config", "exp101", "--train.reptile", "0.1"]) == 2
+    assert "train.reptile is '0.1'; it is a group: set its fields" in capsys.readouterr().err
 
 
 @pytest.mark.slow

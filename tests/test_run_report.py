@@ -357,7 +357,7 @@ def test_out_and_refusals(run, capsys, tmp_path, undrawn):
     for words, message in (
         ([str(tmp_path / "nowhere")], "does not exist"),
         ([str(tmp_path / "empty")], "is not a run folder"),
-        ([str(run.path), "--audits"], "unknown field --audits"),
+        ([str(run.path), "--audits"], "unknown option --audits"),
     ):
         assert cli.main(["report", *words]) == 2
         assert message in capsys.readouterr().err

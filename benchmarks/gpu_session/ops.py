@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.gpu_session.session import PartFile, Session
 from pgolf_fast.bench import peers, registry, run, store, tune
-from pgolf_fast.cli import bench as commands
+from pgolf_fast.bench.plan import GPU_TOKENS, describe, tune_table
 from pgolf_fast.config.presets import preset
 from pgolf_fast.ops import cases, tiles, tuned
 from pgolf_fast.ops.case import MODES
@@ -63,7 +63,7 @@ def plans(session: Session) -> list[run.Plan]:
     if session.dry:
         compiled = [name for name in names if name == "smear_gate"]
         return [plan((64,), peers.QUICK, names), plan((64,), ("compile",), compiled, ("fwd",))]
-    tokens = session.tokens or commands.GPU_TOKENS
+    tokens = session.tokens or GPU_TOKENS
     if session.peers:
         return [plan(tokens, session.peers, names)]
     free = [name for name in names if cases.CASES[name].rows is None]
@@ -73,7 +73,7 @@ def plans(session: Session) -> list[run.Plan]:
 
 
 def tables(records: list[store.Record]) -> list[str]:
-    return [commands.describe(records)]
+    return [describe(records)]
 
 
 def asdict_roof(session: Session) -> dict[str, object]:
@@ -105,7 +105,7 @@ def run_tune(session: Session) -> bool:
     def done(one: tune.Found) -> None:
         found.append(one)
         tuned.save_rows(session.out / tuned.FILE_NAME, [tune.as_tuned(one, plan)])
-        file.write(kernels=[asdict(each) for each in found], table=[commands.tune_table(found)])
+        file.write(kernels=[asdict(each) for each in found], table=[tune_table(found)])
 
     if session.dry:
         with rehearsed_kernel():

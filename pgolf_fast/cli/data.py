@@ -9,104 +9,89 @@ from typing import Annotated
 import tyro
 
 from pgolf_fast import console
-from pgolf_fast.cli.arguments import parse
 from pgolf_fast.cli.output import print_out
 
 
 @dataclass(frozen=True)
-class _Info:
-    folder: Annotated[Path, tyro.conf.Positional]
+class Info:
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
     """Folder of shards."""
     tokenizer: Path | None = None
-    """SentencePiece .model; default: the one in or beside the folder."""
+    """SentencePiece .model file; default: the one in or next to the folder."""
 
 
-def info(argv: list[str]) -> int:
-    """pgolf data info DIR [--tokenizer MODEL]"""
+def info(options: Info) -> int:
     from pgolf_fast.data.info import describe
     from pgolf_fast.data.shards import data_folder
     from pgolf_fast.data.tokenizer import Tokenizer, find_tokenizer
 
-    arguments = parse("data info", _Info, argv)
-    data_folder(arguments.folder)
-    tokenizer = Tokenizer.load(find_tokenizer(arguments.folder, arguments.tokenizer))
+    data_folder(options.folder)
+    tokenizer = Tokenizer.load(find_tokenizer(options.folder, options.tokenizer))
     rows = [
         (
-            s.file,
-            s.split,
-            f"{s.tokens:,}",
-            f"{s.documents:,}",
-            f"{s.scored_bytes:,}",
-            f"{s.bytes_per_token:.4f}",
+            shard.file,
+            shard.split,
+            f"{shard.tokens:,}",
+            f"{shard.documents:,}",
+            f"{shard.scored_bytes:,}",
+            f"{shard.bytes_per_token:.4f}",
         )
-        for s in describe(arguments.folder, tokenizer)
+        for shard in describe(options.folder, tokenizer)
     ]
-    header = ("shard", "split", "tokens", "documents", "scored bytes", "bytes/token")
-    print_out(console.table(rows, header))
+    print_out(console.table(rows, ("shard", "split", "tokens", "documents", "scored bytes", "bytes/token")))
     print_out(f"tokenizer {tokenizer.path} ({tokenizer.vocab_size} pieces)")
     return 0
 
 
 @dataclass(frozen=True)
-class _Tokenize:
-    files: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """.txt (a document each); .jsonl, .jsonl.gz, .jsonl.xz (a document in each line's "text"); or folders."""
+class Tokenize:
+    files: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE ...")]
+    """.txt (one document each); .jsonl, .jsonl.gz, .jsonl.xz (one document per line, in "text"); folders."""
     out: Path = Path("data/tokenized")
     """Folder for shards and tokenizer."""
     vocab_size: int = 1024
     """Pieces of the tokenizer."""
     tokenizer: Path | None = None
-    """Use this SentencePiece .model instead of training one."""
+    """SentencePiece .model file to use instead of training one."""
     val_fraction: float = 0.05
-    """Share of documents held out for validation, chosen by hash of their text."""
+    """Share of documents held out for validation, chosen by a hash of their text."""
     workers: int | None = None
-    """Processes; default: one a core."""
+    """Processes; default: one per core."""
 
 
-def tokenize(argv: list[str]) -> int:
-    """pgolf data tokenize FILES... --vocab-size N [--out DIR]"""
+def tokenize(options: Tokenize) -> int:
     from pgolf_fast.data.tokenize import tokenize_files
 
-    arguments = parse("data tokenize", _Tokenize, argv)
     console.setup_logging()
-    summary = tokenize_files(
-        arguments.files,
-        out=arguments.out,
-        vocab_size=arguments.vocab_size,
-        tokenizer=arguments.tokenizer,
-        val_fraction=arguments.val_fraction,
-        workers=arguments.workers,
-    )
+    summary = tokenize_files(**vars(options))
     print_out(console.table([(name, str(value)) for name, value in summary.items()]))
     print_out(
-        f"train with: pgolf train small --data.path {arguments.out} --model.vocab-size {arguments.vocab_size}"
+        f"train with: pgolf train small --data.path {options.out} --model.vocab-size {options.vocab_size}"
     )
     return 0
 
 
 @dataclass(frozen=True)
-class _Download:
-    dataset: Annotated[str, tyro.conf.Positional] = "sp1024"
-    """Which tokenisation of the challenge's data."""
+class Download:
+    dataset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATASET")] = "sp1024"
+    """Tokenization of the challenge's data to download."""
     out: Path = Path("data")
     """Folder for datasets/ and tokenizers/."""
     train_shards: int = 10
     """Training shards of 100 M tokens (200 MB) each."""
     endpoint: str | None = None
-    """Another hub than the default."""
+    """Hub to download from instead of the default."""
 
 
-def download(argv: list[str]) -> int:
-    """pgolf data download sp1024 [--train-shards N] [--out DIR]"""
+def download(options: Download) -> int:
     from pgolf_fast.data.download import download as fetch
 
-    arguments = parse("data download", _Download, argv)
     console.setup_logging()
     folder = fetch(
-        arguments.out,
-        dataset=arguments.dataset,
-        train_shards=arguments.train_shards,
-        endpoint=arguments.endpoint,
+        options.out,
+        dataset=options.dataset,
+        train_shards=options.train_shards,
+        endpoint=options.endpoint,
     )
     print_out(f"train with: pgolf train exp101 --data.path {folder}")
     return 0

@@ -22,7 +22,7 @@ from pgolf_fast.train.loop import TrainResult, train
 
 
 def demo_config(seconds: float, seed: int) -> RunConfig:
-    """`tiny` for a given training time."""
+    """Return preset `tiny` with a training time."""
     base = tiny()
     return replace(
         base,
@@ -34,7 +34,7 @@ def demo_config(seconds: float, seed: int) -> RunConfig:
 
 
 def run_demo(out: Path, *, seconds: float, seed: int) -> str:
-    """Train, quantise, pack and score into the run folder `out`; the closing table as text."""
+    """Train, quantize, pack and score into the run folder `out`. Return the final tables as text."""
     start = time.perf_counter()
     _clear(out)
     console.setup_logging()
@@ -59,18 +59,18 @@ def run_demo(out: Path, *, seconds: float, seed: int) -> str:
         scores.table("score of the artifact").text(),
         packed.table("artifact").text(),
         f"run folder  {folder.path}\nartifact    {folder.artifact_file}\n"
-        f"loss curve  {curve or 'needs matplotlib'}\nall of it took {console.duration(took)}",
+        f"loss curve  {curve or 'needs matplotlib'}\ntime        {console.duration(took)} in total",
     ]
     return "\n\n".join(["", *parts])
 
 
 def _clear(out: Path) -> None:
-    """Remove an earlier demo; refuse to touch anything else."""
+    """Remove an earlier demo. Raises PgolfError for any other folder."""
     if not out.exists():
         return
     folder = RunFolder(out)
-    found = {entry.name for entry in out.iterdir()} - {folder.log_file.name}
-    if found and (not folder.config_file.is_file() or folder.read_config().name != "demo"):
+    files = {entry.name for entry in out.iterdir()} - {folder.log_file.name}
+    if files and (not folder.config_file.is_file() or folder.read_config().name != "demo"):
         raise PgolfError(f"{out} is not an earlier demo: choose another --out")
     shutil.rmtree(out)
 

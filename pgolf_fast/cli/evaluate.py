@@ -1,70 +1,63 @@
-"""`pgolf eval` and `pgolf seeds`."""
+"""`pgolf eval`."""
 
 from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass, field, replace
-from itertools import chain
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
-
-import tyro
+from typing import Annotated, Literal
 
 from pgolf_fast import console
-from pgolf_fast.cli.arguments import existing, first_run, parse
+from pgolf_fast.cli.options import DataFolder, Fields, Run, TokenizerFile, Words, run_folder
 from pgolf_fast.cli.output import print_out
+from pgolf_fast.config.fields import flip
 from pgolf_fast.config.presets import is_preset, preset
-from pgolf_fast.config.schema import EvalConfig, RunConfig, TTTConfig
-from pgolf_fast.errors import PgolfError
-from pgolf_fast.lab.compare.seeds import MARGIN
+from pgolf_fast.config.run_folder import RunFolder
+from pgolf_fast.config.schema import DataConfig, RunConfig
 
-if TYPE_CHECKING:
-    from pgolf_fast.config.run_folder import RunFolder
+Weights = Literal["artifact", "float"]
+TTT_FIELDS = ("ttt.*", "ttt.lora.*", "ttt.guided.*")
 
 
 @dataclass(frozen=True)
 class Eval:
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Run
     """Run folder; with --estimate, a preset too."""
-    eval: EvalConfig = field(default_factory=EvalConfig)
-    """Window settings; default: the run's."""
-    ttt: TTTConfig = field(default_factory=TTTConfig)
-    """Test-time training settings; default: the run's."""
-    weights: Literal["artifact", "float"] = "artifact"
-    """Score the packed artifact, or the float weights before quantisation."""
-    data: Path | None = None
+    fields: Annotated[Words, Fields(("eval", "ttt"), brief=TTT_FIELDS)]
+    weights: Weights = "artifact"
+    """Score the packed artifact, or the float weights before quantization."""
+    data: DataFolder = None
     """Folder of validation shards; default: the run's."""
-    tokenizer: Path | None = None
+    tokenizer: TokenizerFile = None
     """Tokenizer of those shards; default: the one the run was trained with."""
     figures: bool = False
-    """Print all tables of the figures, not only that by class."""
+    """Print all tables of the figures, not only the one by class."""
     estimate: bool = False
-    """Print what there is to do and how long it will take here, and score nothing."""
+    """Print the amount of work and how long it would take here; score nothing."""
     allow_illegal: bool = False
-    """Score also with test-time training that breaks the rules; the result is marked."""
+    """Also score test-time training that breaks the rules; the result is labeled ILLEGAL."""
 
 
-def evaluate(argv: list[str]) -> int:
-    """pgolf eval RUN [--weights artifact|float] [--figures] [--estimate] [--allow-illegal] [...]"""
-    from pgolf_fast.config.run_folder import RunFolder
-
-    new = "--estimate" in argv and is_preset(argv[0]) and not Path(argv[0]).exists()
-    folder = RunFolder(Path(argv[0])) if new else first_run(argv, RunFolder)
-    config = preset(argv[0]) if new else folder.read_config()
-    arguments = parse("eval", Eval, argv, Eval(folder.path, config.eval, config.ttt))
-    data = replace(
-        config.data,
-        path=str(arguments.data) if arguments.data else config.data.path,
-        tokenizer=str(arguments.tokenizer) if arguments.tokenizer else config.data.tokenizer,
-    )
-    config = replace(config, eval=arguments.eval, ttt=arguments.ttt, data=data)
-    if arguments.estimate:
-        return _estimate(None if new else folder, config, arguments.weights)
-    return _score(folder, config, arguments)
+def evaluate(options: Eval) -> int:
+    if options.estimate and is_preset(str(options.run)) and not options.run.exists():
+        folder, config = None, flip(preset(str(options.run)), options.fields)
+    else:
+        folder, config = run_folder(options.run, options.fields)
+    config = replace(config, data=validation_data(config.data, options.data, options.tokenizer))
+    if folder is None or options.estimate:
+        return _estimate(folder, config, options.weights)
+    return _score(folder, config, options)
 
 
-def _score(folder: RunFolder, config: RunConfig, arguments: Eval) -> int:
+def validation_data(data: DataConfig, path: Path | None, tokenizer: Path | None = None) -> DataConfig:
+    """Return a run's data settings with the folder and tokenizer that were given."""
+    if path is not None:
+        data = replace(data, path=str(path))
+    return data if tokenizer is None else replace(data, tokenizer=str(tokenizer))
+
+
+def _score(folder: RunFolder, config: RunConfig, options: Eval) -> int:
     from pgolf_fast.distributed import join_world
     from pgolf_fast.evaluation.figures import tables
     from pgolf_fast.evaluation.steps import score_run
@@ -72,30 +65,29 @@ def _score(folder: RunFolder, config: RunConfig, arguments: Eval) -> int:
 
     with join_world() as world:
         console.setup_logging(folder.log_file if world.is_main else None, quiet=not world.is_main)
-        allowed = arguments.allow_illegal
-        scores = score_run(folder, config, arguments.weights, world, allow_illegal=allowed)
+        scores = score_run(folder, config, options.weights, world, allow_illegal=options.allow_illegal)
     if not world.is_main:
         return 0
-    path = folder.path / f"scores_{arguments.weights}.json"
-    story = json.loads(path.read_text(encoding="utf-8"))
+    path = folder.path / f"scores_{options.weights}.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
     print_out(scores.table().text())
     if scores.illegal:
         print_out(f"\nThe third score BREAKS THE RULES of the challenge: {scores.illegal}.")
-    for table in tables(story["figures"], every=arguments.figures, illegal=scores.illegal):
+    for table in tables(content["figures"], every=options.figures, illegal=scores.illegal):
         print_out(f"\n{table}")
     print_out(f"\nwrote {path}")
-    if (picture := draw_scores(story, path.with_suffix(".png"))) is not None:
+    if (picture := draw_scores(content, path.with_suffix(".png"))) is not None:
         print_out(f"wrote {picture}")
     return 0
 
 
-def _estimate(folder: RunFolder | None, config: RunConfig, weights: Literal["artifact", "float"]) -> int:
+def _estimate(folder: RunFolder | None, config: RunConfig, weights: Weights) -> int:
     from pgolf_fast.evaluation.scores import TTT, mark
     from pgolf_fast.evaluation.steps import estimate_run
 
     console.setup_logging()
-    begin = time.perf_counter()
-    found, source = estimate_run(folder, config, weights)
+    start = time.perf_counter()
+    estimates, source = estimate_run(folder, config, weights)
     illegal = config.ttt.illegal
     rows = [
         (
@@ -106,46 +98,13 @@ def _estimate(folder: RunFolder | None, config: RunConfig, weights: Literal["art
             f"{e.flops / 1e12:,.2f}",
             console.duration(e.seconds),
         )
-        for e in found
+        for e in estimates
     ]
     header = ("estimate", "windows", "scored targets", "updates", "TFLOP", "time")
     print_out(console.table(rows, header))
-    whole, taken = (console.duration(s) for s in (sum(e.seconds for e in found), time.perf_counter() - begin))
-    print_out(f"\nall of it about {whole} here, by {source}; estimated in {taken}")
-    return 0
-
-
-@dataclass(frozen=True)
-class Seeds:
-    runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Run folders of one recipe with different seeds, scored by `pgolf eval`."""
-    against: tuple[Path, ...] = ()
-    """Those of the recipe that is to be beaten."""
-    margin: float = MARGIN
-    """Nats per token by which it is to be beaten."""
-    weights: Literal["artifact", "float"] = "artifact"
-    """Which scores of the runs."""
-
-
-def seeds(argv: list[str]) -> int:
-    """pgolf seeds RUN RUN ... [--against RUN RUN ...] [--margin NATS]"""
-    from pgolf_fast.config.run_folder import read_scores
-    from pgolf_fast.lab.compare.seeds import check_comparable, group_table, welch_table
-
-    arguments = parse("seeds", Seeds, argv)
-    groups = {"": arguments.runs, "against": arguments.against}
-    groups = {name: runs for name, runs in groups.items() if runs or not name}
-    for name, runs in groups.items():
-        if len(runs) < 2:
-            whom = f"--{name}" if name else "pgolf seeds"
-            raise PgolfError(f"{whom} needs at least 2 runs for a deviation, and has {len(runs)}")
-    paths = {
-        name: [existing(run, "run folder") / f"scores_{arguments.weights}.json" for run in runs]
-        for name, runs in groups.items()
-    }
-    stories = {name: [read_scores(path) for path in found] for name, found in paths.items()}
-    check_comparable([*chain(*paths.values())], [*chain(*stories.values())])
-    print_out(group_table(stories).text())
-    if arguments.against:
-        print_out("\n" + welch_table(stories[""], stories["against"], arguments.margin).text())
+    total, taken = sum(e.seconds for e in estimates), time.perf_counter() - start
+    print_out(
+        f"\nabout {console.duration(total)} in total on this machine, measured with {source}; "
+        f"the estimate took {console.duration(taken)}"
+    )
     return 0

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from pgolf_fast.config.checks import need
+
+if TYPE_CHECKING:
+    import torch
+
+
+def _cpu() -> torch.device:
+    import torch  # late, so that help on these options answers at once
+
+    return torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +28,7 @@ class Options:
     """Tokenizer of those shards; default: the one that belongs to them."""
     tokens: int = 16_384
     """Validation targets for losses, from the beginning of the validation data."""
-    device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
+    device: torch.device = field(default_factory=_cpu)
     """Device on which models run."""
     hash_rows: tuple[int, ...] = ()
     """Sizes of additional hash tables whose buckets are counted."""

@@ -1,0 +1,329 @@
+"""Options of the commands: dataclasses and configuration fields, parsed by tyro."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import difflib
+import functools
+import inspect
+import io
+import itertools
+import os
+import re
+import textwrap
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+
+from pgolf_fast.cli.commands import COMMANDS
+from pgolf_fast.cli.output import print_out
+from pgolf_fast.config.fields import flip
+from pgolf_fast.config.presets import PRESETS, is_preset, preset
+from pgolf_fast.config.run_folder import RunFolder
+from pgolf_fast.config.schema import RunConfig
+from pgolf_fast.config.shrink import shrink
+from pgolf_fast.errors import PgolfError
+
+Options = TypeVar("Options")
+Words = tuple[str, ...]
+Size = Literal["tiny", "small"]
+Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+Preset = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET")]
+# Commands on a run take the run's own names of these settings too, which error messages use
+_ALIASES = ("--data.path", "--data.tokenizer")
+DataFolder = Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="", aliases=_ALIASES[:1])]
+TokenizerFile = Annotated[
+    Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="", aliases=_ALIASES[1:])
+]
+_TypedDict: Any = typing.TypedDict  # made of names and types that are only known at run time
+_HELP = ("-h", "--help", "--help-all")
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Annotates the options field that collects configuration fields as FIELD=VALUE words.
+
+    groups: groups of the configuration that the command takes; none means all.
+    brief: fields, or GROUP.* for all of a group, that `--help` only names; `--help-all` describes them.
+    """
+
+    groups: tuple[str, ...] = ()
+    brief: tuple[str, ...] = ()
+
+
+AllFields = Annotated[Words, Fields()]
+
+
+def parse(command: str, kind: type[Options], argv: Sequence[str]) -> Options | None:
+    """Return the options of a command from words, or None after printing the help they ask for.
+
+    Raises PgolfError in one line, naming the nearest option for one that does not exist.
+    """
+    words = [word for word in argv if word not in _HELP]
+    if len(words) < len(argv):
+        print_out(_help(command, kind, words, everything="--help-all" in argv))
+        return None
+    return _parse(command, kind, words)
+
+
+def existing(path: Path, what: str) -> Path:
+    """Return `path`. Raises PgolfError if it does not exist."""
+    if not path.exists():
+        raise PgolfError(f"{what} {path} does not exist")
+    return path
+
+
+def run_folder(path: Path, words: Words = ()) -> tuple[RunFolder, RunConfig]:
+    """Return a run folder, and its configuration with the fields that the words set."""
+    folder = RunFolder(existing(path, "run folder"))
+    return folder, flip(folder.read_config(), words)
+
+
+def preset_with(name: str, size: Size | None, words: Words) -> RunConfig:
+    """Return a preset, at a smaller size if one is given, with the fields that the words set."""
+    base = preset(name)
+    return flip(base if size is None else shrink(base, size), words)
+
+
+# Parsing, with one line for every mistake
+
+
+def _parse(command: str, kind: type[Options], words: Sequence[str]) -> Options:
+    resolved: Any = resolve(kind, preset("exp101"))
+    _check_names(command, resolved, words)
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box), _unwrapped():
+            options, unknown = tyro.cli(resolved, prog=command, args=words, return_unknown_args=True)
+    except SystemExit:
+        raise PgolfError(_message(command, box.getvalue())) from None
+    if unknown:
+        raise PgolfError(f"{command} does not take {unknown[0]!r}: see `pgolf {command} --help`")
+    typed = {name: _words(getattr(options, name)) for name in _markers(kind)}
+    return kind(**{**vars(options), **typed})
+
+
+@contextlib.contextmanager
+def _unwrapped() -> Iterator[None]:
+    """Keep tyro from wrapping messages at the terminal's width."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "10000"
+    try:
+        yield
+    finally:
+        del os.environ["COLUMNS"]
+        if before is not None:
+            os.environ["COLUMNS"] = before
+
+
+def _message(command: str, box: str) -> str:
+    """Return one line for the framed message of tyro: its title, then what is wrong or missing."""
+    title, *lines = filter(None, (line.strip("╭╮╰╯│─- ") for line in box.splitlines()))
+    if title == "Required options":
+        return f"{command} needs {lines[1]}: for example `{COMMANDS[command].example}`"
+    return lines[0].removeprefix("Error parsing ") if lines else title
+
+
+def _check_names(command: str, kind: type, words: Sequence[str]) -> None:
+    """Raise PgolfError naming the nearest option for the first one that does not exist."""
+    known = [*_names(kind), *(alias.lstrip("-") for alias in _ALIASES)]
+    for word in itertools.takewhile(lambda word: word != "--", words):
+        name = word.partition("=")[0].lstrip("-").replace("_", "-")
+        if re.match("--?[a-zA-Z]", word) and re.sub(r"(^|\.)no-", r"\1", name) not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+            hint = f"did you mean --{near[0]}?" if near else f"see `pgolf {command} --help`"
+            raise PgolfError(f"unknown option {word.partition('=')[0]}: {hint}")
+
+
+def _names(kind: type) -> Iterator[str]:
+    """Yield the options of a class that `resolve` returned, fields of the configuration by dotted name."""
+    for name, hint in typing.get_type_hints(kind, include_extras=True).items():
+        extras = getattr(hint, "__metadata__", ())
+        if typing.is_typeddict(typing.get_args(hint)[0] if extras else hint):
+            for group, fields in typing.get_type_hints(typing.get_args(hint)[0]).items():
+                inner = typing.get_type_hints(fields) if typing.is_typeddict(fields) else ()
+                yield from ([f"{group}.{field}".replace("_", "-") for field in inner] or [group])
+        elif tyro.conf.Positional not in extras:
+            yield name.replace("_", "-")
+
+
+# Fields of the configuration as options
+
+
+def resolve(kind: type[Options], shown: RunConfig, *, brief: bool = False) -> type[Options]:
+    """Return `kind` with options for the fields of the configuration, whose defaults are those of `shown`."""
+    annotations: dict[str, Any] = {}
+    docs, markers = _docs(kind), _markers(kind)  # type: ignore[arg-type]
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        hint, default = typing.get_type_hints(kind, include_extras=True)[field.name], field.default
+        if field.name in markers:
+            fields = _fields(markers[field.name], shown, brief=brief)
+            annotations[field.name] = Annotated[fields, tyro.conf.arg(name="", help="")]
+        elif not hasattr(hint, "__metadata__"):
+            # the text says what None, False or nothing means, so "(default: None)" would only repeat it
+            silent = default is None or default is False or default == ()
+            _, metavar = _option(_without_none(hint), optional=False)
+            option = tyro.conf.arg(
+                help=docs[field.name], metavar=metavar, help_behavior_hint="" if silent else None
+            )
+            annotations[field.name] = Annotated[hint, option]
+    defaults = {name: getattr(kind, name) for name in annotations if hasattr(kind, name)}
+    body = {"__annotations__": annotations, "__module__": kind.__module__, **defaults}
+    return dataclass(frozen=True)(type(kind.__name__, (kind,), body))
+
+
+def _markers(kind: type) -> dict[str, Fields]:
+    """Return the fields of an options class that collect fields of the configuration."""
+    return {
+        name: item
+        for name, hint in typing.get_type_hints(kind, include_extras=True).items()
+        for item in getattr(hint, "__metadata__", ())
+        if isinstance(item, Fields)
+    }
+
+
+def _fields(marker: Fields, shown: RunConfig, *, brief: bool) -> Any:
+    """Return a TypedDict of groups, themselves TypedDicts of fields: only what is typed has a key."""
+    groups: dict[str, Any] = {}
+    for name, kind, value in _groups(RunConfig, shown):
+        if not marker.groups or name.partition(".")[0] in marker.groups:
+            fields = _group(name, kind, value, marker.brief if brief else ())
+            groups[name] = Annotated[fields, tyro.conf.arg(help="")]
+    if not marker.groups:
+        hint = f"(default: {shown.name})"
+        groups["name"] = Annotated[str, tyro.conf.arg(help="Name of the run.", help_behavior_hint=hint)]
+    return _TypedDict("Groups", groups, total=False)
+
+
+def _groups(kind: type, shown: object, prefix: str = "") -> Iterator[tuple[str, type, object]]:
+    """Yield every group as (dotted name, class, its value in `shown`, None if it is off)."""
+    for name, hint in typing.get_type_hints(kind).items():
+        inner = _without_none(hint)
+        if dataclasses.is_dataclass(inner):
+            value = getattr(shown, name, None)
+            yield f"{prefix}{name}", typing.cast(type, inner), value
+            yield from _groups(typing.cast(type, inner), value, f"{prefix}{name}.")
+
+
+def _group(group: str, kind: type, shown: object, hidden: Words) -> Any:
+    """Return a TypedDict with an option for every field of a configuration class."""
+    docs, fields = _docs(kind), {}
+    when = "default" if shown is not None else "default when on"
+    for name, hint in typing.get_type_hints(kind).items():
+        inner = _without_none(hint)
+        value = getattr(kind() if shown is None else shown, name)
+        metavar: str | None
+        if not dataclasses.is_dataclass(inner):
+            parsed, metavar = _option(inner, optional=inner is not hint)
+            about, word = docs.get(name, ""), _text(value, " ") or "empty"
+        elif inner is not hint:
+            parsed, metavar = str, "none"
+            about, word = "none switches the group off.", "none" if value is None else "on"
+        else:
+            continue
+        option = tyro.conf.arg(help=about, metavar=metavar, help_behavior_hint=f"({when}: {word})")
+        fields[name] = Annotated[parsed, option]
+        if {f"{group}.*", f"{group}.{name}"} & {*hidden}:
+            fields[name] = Annotated[fields[name], tyro.conf.Suppress]
+    return _TypedDict(kind.__name__, fields, total=False)
+
+
+def _option(kind: Any, *, optional: bool) -> tuple[Any, str | None]:
+    """Return the type that tyro parses for a field, and its placeholder in the help.
+
+    Values stay text, which the configuration's own setter converts: options, --flip and environment variables
+    have one set of rules and messages.
+    """
+    none = "|none" if optional else ""
+    arguments = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        return str, "{" + ",".join(map(str, arguments)) + "}" + none
+    if typing.get_origin(kind) is tuple:
+        items = ["..." if item is ... else _option(item, optional=False)[1] for item in arguments]
+        return Words, " ".join(map(str, items))
+    if kind is bool:
+        return (str, "{true,false}" + none) if optional else (bool, None)
+    return str, f"{kind.__name__.upper()}{none}"
+
+
+def _text(value: object, separator: str) -> str:
+    """Return a value as a person types it."""
+    if isinstance(value, tuple):
+        return separator.join(_text(item, separator) for item in value)
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def _words(groups: dict[str, Any]) -> Words:
+    """Return what was typed as FIELD=VALUE words."""
+    return tuple(
+        f"{group}.{name}={_text(value, ',')}" if isinstance(fields, dict) else f"{group}={fields}"
+        for group, fields in groups.items()
+        for name, value in (fields.items() if isinstance(fields, dict) else [("", "")])
+    )
+
+
+def _without_none(hint: Any) -> Any:
+    """Return X for the type X | None, and any other type as it is."""
+    if typing.get_origin(hint) not in (types.UnionType, typing.Union):
+        return hint
+    return next(option for option in typing.get_args(hint) if option is not types.NoneType)
+
+
+@functools.cache
+def _docs(kind: type) -> dict[str, str]:
+    """Return the string below each field of a class, which Python itself does not keep."""
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    return {
+        field.target.id: " ".join(text.value.value.split())
+        for field, text in itertools.pairwise(typing.cast(ast.ClassDef, tree).body)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+        and isinstance(text.value.value, str)
+    }
+
+
+# Help
+
+
+def _help(command: str, kind: type, words: Sequence[str], *, everything: bool) -> str:
+    """Return what a command does, an example, and its options."""
+    named, shown = _shown(command, kind, words)
+    box = io.StringIO()
+    with contextlib.redirect_stdout(box), contextlib.suppress(SystemExit):
+        resolved: Any = resolve(kind, shown, brief=not everything)
+        tyro.cli(resolved, prog=f"pgolf {command}", args=["--help"], description="")
+    text = re.sub(r"(?m)^ +-+\s*\n|^ *-h, --help.*\n( {8}.*\n)?|[ ]+$", "", box.getvalue().strip())
+    entry = COMMANDS[command]
+    lines = [f"{entry.about}.", f"Example: {entry.example}", "", text]
+    for marker in _markers(kind).values():
+        lines.append("")
+        if marker.brief and not everything:
+            more = ", ".join(f"--{name}".replace("_", "-") for name in marker.brief)
+            lines.append(f"More options: {more}; `pgolf {command} --help-all` lists them.")
+        lines.append(f"Defaults of --GROUP.FIELD options are those of {named}.")
+        if not marker.groups:
+            lines.append(f"Presets: {' '.join(PRESETS)}.")
+            lines.append(f"`pgolf {command} small --help` shows the defaults of another preset.")
+    return "\n".join(lines)
+
+
+def _shown(command: str, kind: type, words: Sequence[str]) -> tuple[str, RunConfig]:
+    """Return the name and configuration whose defaults a help shows: the preset or run named, else exp101."""
+    named, size = "exp101", None
+    with contextlib.suppress(PgolfError):  # where nothing is named
+        options: Any = _parse(command, kind, words)
+        named = str(getattr(options, "preset", "") or getattr(options, "run", "") or named)
+        size = getattr(options, "shrink", None)
+    if Path(named).is_dir():
+        return named, RunFolder(Path(named)).read_config()
+    config = preset_with(named if is_preset(named) else "exp101", size, ())
+    return config.name, config
