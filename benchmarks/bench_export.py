@@ -2,7 +2,7 @@
 
     python benchmarks/bench_export.py [gptq] [calibration] [--smoke] [--out export.json]
 
-`gptq` quantises the 66 bank matrices of exp101 (26 M weights and Hessians made up as
+`gptq` quantizes the 66 bank matrices of exp101 (26 M weights and Hessians made up as
 `bench_artifact.py` makes them up) in C++ and in torch: with the floor of 1/31 under all steps, which leaves
 one candidate for the row scales, and without, which leaves five. Compares the codes of the first layer.
 

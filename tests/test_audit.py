@@ -271,7 +271,7 @@ class Wrapped:
 
 
 class Slot(Wrapped):
-    """Optimises on what is being scored, then scores it."""
+    """Updates on a batch before scoring it."""
 
     def score(self, tokens, targets, context):
         self.inner._update(tokens[:, -targets.shape[1] :], targets)

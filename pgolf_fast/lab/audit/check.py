@@ -12,7 +12,7 @@ from pgolf_fast import console
 
 @dataclass(frozen=True)
 class AuditFinding:
-    """Whether a property holds, with evidence; `passed` is None if it cannot be decided here."""
+    """Verdict on a property, with evidence; `passed` is None if it cannot be decided here."""
 
     passed: bool | None
     evidence: str

@@ -113,11 +113,11 @@ class _Passes:
         self.starts = document_starts(evaluator.stream.tokens.cpu().numpy())
 
     def baseline(self) -> AdapterPass:
-        """The pass without test-time training."""
+        """Return the pass without test-time training."""
         return self._kept(BASELINE, None, lambda: self.evaluator.frozen(self.windows, BASELINE))
 
     def adapted(self, name: str, ttt: TTTConfig) -> AdapterPass:
-        """The pass with an adapter."""
+        """Return the pass with an adapter."""
 
         def score() -> Pass:
             return self.evaluator.adapted(self.windows, ttt, name, allow_illegal=self.allow_illegal)
