@@ -10,12 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from pgolf_fast.lab.audit.subject import checks, open_subject
 
 from pgolf_fast.console import Table
 from pgolf_fast.evaluation.adapters.base import Adapter
 from pgolf_fast.evaluation.adapters.frozen import Frozen
 from pgolf_fast.lab.audit.check import run_checks
+from pgolf_fast.lab.audit.rules import checks
+from pgolf_fast.lab.audit.target import open_target
 
 CHECKS = ("C1", "C2", "C3", "C4", "C5", "C7", "C15", "C16")  # the others concern the artifact and training
 SHARE = 0.05  # of the frequencies in the mixture
@@ -49,7 +50,7 @@ class Frequencies(Adapter):
 
 
 if __name__ == "__main__":
-    subject = open_subject(Path(sys.argv[1]))
+    subject = open_target(Path(sys.argv[1]))
     model, leak = subject.model, "--leak" in sys.argv
     method = replace(subject.method, adapter=lambda: nullcontext(Frequencies(model, leak)))
     selected = [check for check in checks(replace(subject, method=method)) if check.id in CHECKS]

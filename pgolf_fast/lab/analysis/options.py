@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def _cpu() -> torch.device:
-    import torch  # late, so that help on these options answers at once
+    import torch  # late: help on the options of `pgolf analyze` must not load it
 
     return torch.device("cpu")
 
