@@ -8,13 +8,23 @@ BIN := .venv/bin
 STAMP := .venv/.pgolf-installed
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 
-.PHONY: demo test fuzz lint bench install clean
+.PHONY: demo test test-slow docs fuzz lint bench install clean
 
 demo: install
 	$(BIN)/pgolf demo
 
+# One file of tests stays in one process (--dist loadfile), so that each module fixture is made once.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
+
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+# What is long by nature, and the documentation site.
+test-slow: install docs
+	$(PYTEST) -m slow $(PYTEST_ARGS)
+
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --site-dir build/site
 
 # Damaged input for the C++ codecs, FUZZ_SECONDS in all, with libFuzzer where clang++ has it. A driver that fails says
 # how to run the input again that made it fail.

@@ -172,8 +172,9 @@ def measure_container(
     folder: Path, reading: contextlib.AbstractContextManager[object] | None = None
 ) -> Found:
     """Our file, configuration and checksums too, as `pgolf pack` writes it."""
-    from pgolf_fast.artifact.container import read_container, write_container
+    from pgolf_fast.artifact.container import read_container
     from pgolf_fast.artifact.pack import build_records, section_codecs
+    from pgolf_fast.artifact.writer import write_container
     from pgolf_fast.config.schema import PackConfig
 
     quantized, run = read_artifact(folder)
@@ -209,7 +210,7 @@ def measure_plain_reader(folder: Path) -> Found:
     """The container again, read without the extension: NumPy and Python's own modules."""
     from pgolf_fast.ops import native
 
-    none = mock.patch.multiple(native, extension=lambda: None, lzma_extension=lambda: None)
+    none = mock.patch.object(native, "extension", return_value=None)
     return measure_container(folder, reading=none)
 
 

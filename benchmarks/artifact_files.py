@@ -47,7 +47,7 @@ def write_artifact(folder: Path, quantized: QuantizedState, config: RunConfig) -
 
 def write_config(folder: Path, config: RunConfig) -> None:
     """The configuration alone, for a pipeline that makes its own artifact."""
-    from pgolf_fast.config.serialize import run_config_to_dict
+    from pgolf_fast.config.fields import run_config_to_dict
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(json.dumps(run_config_to_dict(config)), encoding="utf-8")

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from pgolf_fast.artifact.container import sizes
 from pgolf_fast.artifact.pack import load_model, pack
+from pgolf_fast.config.fields import run_config_from_dict
 from pgolf_fast.config.schema import PackConfig, RunConfig
-from pgolf_fast.config.serialize import run_config_from_dict
 from pgolf_fast.model.bank import BANK_NAMES
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.quant.calibration import hessian_name

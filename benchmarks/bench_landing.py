@@ -16,11 +16,11 @@ import time
 import torch
 from torch import Tensor
 
-from pgolf_fast.artifact.landing import land
+from pgolf_fast.artifact.landing import fit_to_target
 from pgolf_fast.artifact.pack import artifact_bytes
+from pgolf_fast.config.fields import run_config_to_dict
 from pgolf_fast.config.presets import exp101
 from pgolf_fast.config.schema import PackConfig
-from pgolf_fast.config.serialize import run_config_to_dict
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.quant.fisher import Fisher
 from pgolf_fast.quant.rd import RateDistortion
@@ -67,7 +67,7 @@ def main() -> None:
     ready = time.perf_counter()
     grids.quantize(1e-9)
     once = time.perf_counter()
-    landed = land(grids, size, target)
+    landed = fit_to_target(grids, size, target)
     end = time.perf_counter()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"threads                      {torch.get_num_threads():12d}")

@@ -60,8 +60,7 @@ def kept(path: Path, dtype: torch.dtype) -> Kept:
     config = folder.read_config()
     model, source = float_model(folder, config), open_source(config.data, config.model.vocab_size)
     model.compute_dtype = dtype
-    shards, size = source.train_shards(), config.model.vocab_size
-    with make_loader(shards, config.data, config.train, vocab_size=size) as loader:
+    with make_loader(source.train_shards(), config) as loader:
         found = [one(model, loader.next_batch(), config.train.meta or MetaConfig()) for _ in range(BATCHES)]
     return Kept(
         str(dtype).removeprefix("torch."),

@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 
 from pgolf_fast import console
-from pgolf_fast.artifact.landing import land
+from pgolf_fast.artifact.landing import fit_to_target
 from pgolf_fast.artifact.pack import artifact_bytes
 from pgolf_fast.artifact.steps import float_model
 from pgolf_fast.bench.store import provenance
+from pgolf_fast.config.fields import run_config_to_dict
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import PackConfig, QuantConfig
-from pgolf_fast.config.serialize import run_config_to_dict
 from pgolf_fast.data.source import open_source
 from pgolf_fast.evaluation.score import Stream
 from pgolf_fast.evaluation.scores import plain_score
@@ -164,7 +164,7 @@ def compare(study: Study) -> list[dict[str, object]]:
 def rd_row(study: Study, target: int) -> dict[str, object]:
     quant = replace(study.quant, grid="rd", target_bytes=target)
     grids, start = RateDistortion(study.floats, study.fishers, quant), time.perf_counter()
-    landed = land(grids, lambda state: study.bytes(state, quant), target)
+    landed = fit_to_target(grids, lambda state: study.bytes(state, quant), target)
     seconds = time.perf_counter() - start
     how = f"{landed.price:.2e} nats/bit"
     bpb = study.bpb(dequantize_state(landed.state))
@@ -217,7 +217,7 @@ def parts(study: Study, target: int) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for name, grids, rounding in variants:
         rd.ROUNDING_PRICE, usual = rounding, rd.ROUNDING_PRICE
-        landed = land(grids, lambda state: study.bytes(state, quant), target)
+        landed = fit_to_target(grids, lambda state: study.bytes(state, quant), target)
         rd.ROUNDING_PRICE = usual
         lost = study.divergence(dequantize_state(landed.state))
         console.logger.info("%s: %.5f", name, lost)

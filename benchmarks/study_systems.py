@@ -41,7 +41,7 @@ from systems_report import Gain, Timing, make_gain, text, write_plot
 from pgolf_fast import console
 from pgolf_fast.bench.store import provenance
 from pgolf_fast.config.adapters import adapters
-from pgolf_fast.config.flip import flip
+from pgolf_fast.config.fields import flip
 from pgolf_fast.config.presets import small
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import RunConfig, TTTConfig
@@ -200,8 +200,7 @@ class Study:
         # so many steps that the learning rate does not fall yet, and FOMAML acts
         train = replace(config.train, schedule="steps", steps=10**6, max_seconds=None, compute_dtype=dtype)
         config = replace(config, train=train)
-        size = config.model.vocab_size
-        loader = make_loader(self.source.train_shards(), config.data, config.train, vocab_size=size)
+        loader = make_loader(self.source.train_shards(), config)
         return Trainer(build_model(config, self.source, world), config, loader, world)
 
     def cost(self) -> dict[str, Any]:

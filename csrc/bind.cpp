@@ -1,11 +1,13 @@
-// pgolf_fast._C: the GIL is released while working. No torch headers, so that one build serves every torch release.
+// pgolf_fast._C. Every function releases the GIL while it works. There are no torch headers, so that one build serves
+// every torch release. PGOLF_NO_LZMA leaves out LZMA, for machines without <lzma.h>.
 #include "bind.h"
 
 PYBIND11_MODULE(_C, m) {
-    m.doc() = "C++ codecs of pgolf_fast: bit packing, LZMA over liblzma, rANS, the artifact's container, GPTQ.";
+    m.doc() = "C++ codecs of pgolf_fast: bit packing, LZMA over liblzma, rANS, GPTQ.";
+#ifndef PGOLF_NO_LZMA
     pgolf::bind_lzma(m);
+#endif
     pgolf::bind_bits(m);
     pgolf::bind_rans(m);
-    pgolf::bind_container(m);
     pgolf::bind_gptq(m);
 }

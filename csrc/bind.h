@@ -1,4 +1,4 @@
-// What the binding files share: buffers in, bytes or arrays out. Each codec binds itself in a bind_<codec>.cpp.
+// Helpers of the binding files: buffers in, bytes or arrays out. bind_<codec>.cpp binds one codec.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -11,7 +11,7 @@ namespace pgolf {
 
 namespace py = pybind11;
 
-// Borrowed view of any contiguous buffer; raises BufferError otherwise.
+// A borrowed view of a contiguous buffer; raises BufferError for any other.
 class View {
    public:
     explicit View(py::handle object) {
@@ -38,7 +38,7 @@ size_t rows_of(const Matrix<T>& matrix, const char* name) {
     return static_cast<size_t>(matrix.shape(0));
 }
 
-// Bytes to be filled in place, to hold a large result once only.
+// Uninitialized bytes to fill in place, so that a large result is held only once.
 inline py::bytes new_bytes(size_t size) {
     auto out = py::reinterpret_steal<py::bytes>(
         PyBytes_FromStringAndSize(nullptr, static_cast<py::ssize_t>(size)));
@@ -53,7 +53,6 @@ inline uint8_t* data_of(const py::bytes& bytes) {
 void bind_lzma(py::module_& m);
 void bind_bits(py::module_& m);
 void bind_rans(py::module_& m);
-void bind_container(py::module_& m);
 void bind_gptq(py::module_& m);
 
 }  // namespace pgolf

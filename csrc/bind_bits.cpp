@@ -4,7 +4,7 @@
 namespace pgolf {
 namespace {
 
-// Whatever is wrong with the shapes and the width of packed codes.
+// Raises ValueError unless shape and width of packed codes match.
 void check_packed(const Matrix<uint8_t>& packed, py::ssize_t columns, int bits) {
     rows_of(packed, "packed");
     if (bits < 4 || bits > 8)
@@ -40,7 +40,7 @@ Matrix<int8_t> unpack(const Matrix<uint8_t>& packed, py::ssize_t columns, int bi
     return codes;
 }
 
-// Value float, or uint16_t for the bits of bfloat16.
+// Value is float, or uint16_t for the bits of bfloat16.
 template <class Value>
 void dequantize_into(const Matrix<uint8_t>& packed, const py::array_t<float, py::array::c_style>& scale, int bits,
                      Matrix<Value>& values, size_t threads, bool simd) {

@@ -19,14 +19,14 @@ const T* checked(const Vector<T>& vector, size_t size, const char* name) {
     return vector.data();
 }
 
-constexpr size_t kMostClasses = size_t(1) << 22;  // so that 256 times a class is an int32_t
+constexpr size_t kMostClasses = size_t(1) << 22;  // so that 256 * class fits an int32_t
 
-// Raises ValueError unless every sum of a row's and a column's class is a row of `cost`.
+// Raises ValueError unless every row class + column class is a row of `cost`.
 void check_classes(const GptqBlock& block, size_t classes) {
     if (!block.rows || !block.columns) return;
     const auto rows = std::minmax_element(block.row_class, block.row_class + block.rows);
     const auto columns = std::minmax_element(block.column_class, block.column_class + block.columns);
-    if (*rows.first < 0 || *columns.first < 0 || 
+    if (*rows.first < 0 || *columns.first < 0 ||
         int64_t(*rows.second) + *columns.second >= int64_t(std::min(classes, kMostClasses)))
         throw py::value_error("row_class + column_class must be one of the " + std::to_string(classes) +
                               " rows of cost");
@@ -71,8 +71,9 @@ void round_block(Matrix<float>& work, Matrix<int8_t>& codes, const Vector<float>
 void bind_gptq(py::module_& m) {
     m.def("gptq_round_block", &round_block, py::arg("work").noconvert(), py::arg("codes").noconvert(),
           py::arg("row_step").noconvert(), py::arg("column_step").noconvert(), py::arg("factor").noconvert(),
-          py::arg("clip_range"), py::arg("cost").noconvert() = py::none(), py::arg("row_class").noconvert() = py::none(),
-          py::arg("column_class").noconvert() = py::none(), py::arg("lam").noconvert() = py::none(),
+          py::arg("clip_range"), py::arg("cost").noconvert() = py::none(),
+          py::arg("row_class").noconvert() = py::none(), py::arg("column_class").noconvert() = py::none(),
+          py::arg("lam").noconvert() = py::none(),
           py::arg("threads") = 0);
 }
 

@@ -1,5 +1,6 @@
+#include <lzma.h>
+
 #include "bind.h"
-#include "lzma_api.h"
 #include "lzma_codec.h"
 
 namespace pgolf {
@@ -16,7 +17,7 @@ py::bytes compress(const py::buffer& data, int preset, bool extreme, int lc, int
 }
 
 py::bytes decompress(const py::buffer& data, py::ssize_t size) {
-    if (size < 0) throw py::value_error("size is " + std::to_string(size) + ", but it must not be negative");
+    if (size < 0) throw py::value_error("size is " + std::to_string(size) + ", but must not be negative");
     const View in(data);
     auto out = new_bytes(static_cast<size_t>(size));
     uint8_t* target = data_of(out);
@@ -34,8 +35,7 @@ void bind_lzma(py::module_& m) {
           py::kw_only(), py::arg("lc") = -1, py::arg("lp") = -1, py::arg("pb") = -1, py::arg("nice_len") = -1,
           py::arg("mode") = -1);
     m.def("lzma_decompress", &decompress, py::arg("data"), py::arg("size"));
-    m.def("lzma_version", [] { return lzma_api().version(); });
-    m.def("lzma_how", &lzma_how);
+    m.def("lzma_version", &lzma_version_string);
 }
 
 }  // namespace pgolf

@@ -23,27 +23,20 @@ py::bytes encode(const py::buffer& data, const Shapes& given, size_t threads) {
     std::vector<uint8_t> out;
     {
         py::gil_scoped_release unlocked;
-        out = rans_encode(in.data(), in.size(), shapes.data(), shapes.size(), {threads});
+        out = rans_encode(in.data(), in.size(), shapes.data(), shapes.size(), threads);
     }
     return py::bytes(reinterpret_cast<const char*>(out.data()), out.size());
 }
 
-size_t encoded_size(const py::buffer& data, const Shapes& given, size_t threads) {
-    const View in(data);
-    const std::vector<Shape> shapes = shapes_of(given);
-    py::gil_scoped_release unlocked;
-    return rans_size(in.data(), in.size(), shapes.data(), shapes.size(), {threads});
-}
-
 py::bytes decode(const py::buffer& payload, const Shapes& given, py::ssize_t size, size_t threads) {
-    if (size < 0) throw py::value_error("size is " + std::to_string(size) + ", but it must not be negative");
+    if (size < 0) throw py::value_error("size is " + std::to_string(size) + ", but must not be negative");
     const View in(payload);
     const std::vector<Shape> shapes = shapes_of(given);
     auto out = new_bytes(static_cast<size_t>(size));
     uint8_t* target = data_of(out);
     {
         py::gil_scoped_release unlocked;
-        rans_decode(in.data(), in.size(), shapes.data(), shapes.size(), target, static_cast<size_t>(size), {threads});
+        rans_decode(in.data(), in.size(), shapes.data(), shapes.size(), target, static_cast<size_t>(size), threads);
     }
     return out;
 }
@@ -52,7 +45,6 @@ py::bytes decode(const py::buffer& payload, const Shapes& given, py::ssize_t siz
 
 void bind_rans(py::module_& m) {
     m.def("rans_encode", &encode, py::arg("data"), py::arg("shapes"), py::arg("threads") = 0);
-    m.def("rans_size", &encoded_size, py::arg("data"), py::arg("shapes"), py::arg("threads") = 0);
     m.def("rans_decode", &decode, py::arg("payload"), py::arg("shapes"), py::arg("size"), py::arg("threads") = 0);
 }
 

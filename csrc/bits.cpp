@@ -11,8 +11,8 @@
 namespace pgolf {
 namespace {
 
-// Eight codes travel in one 64-bit word, code i in byte i counted from the lowest. Where memory has that order too, a
-// copy of a constant size is one move; the loops, which compilers do not turn into one, are three times slower.
+// One 64-bit word holds eight codes, code i in byte i counted from the lowest. On little-endian machines a copy of
+// constant size is one move; compilers do not do that for the loops below, which are three times slower.
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
 uint64_t load(const void* from, size_t bytes) {
     uint64_t word = 0;
@@ -35,7 +35,7 @@ void store(void* to, uint64_t word, size_t bytes) {
 
 constexpr uint64_t every_byte(int byte) { return UINT64_C(0x0101010101010101) * static_cast<uint8_t>(byte); }
 
-// Each byte's top bit of `bits` repeated in the bits above, which are zero.
+// Copies the top bit of the lowest `bits` bits of each byte into the bits above, which are zero.
 template <int bits>
 constexpr uint64_t sign_extend(uint64_t codes) {
     return codes | (codes & every_byte(1 << (bits - 1))) * ((256 >> (bits - 1)) - 2);
@@ -61,7 +61,7 @@ void pack8(uint64_t codes, const Planes<bits, uint8_t>& planes) {
         two = (two | two >> 12) & UINT64_C(0x000000ff000000ff);
         store(planes.two, two | two >> 24, 2);
     }
-    // a product in which bit 8i of the left side meets the place 56 + i once, and nothing else does
+    // The product adds bit 8i of the left side at bit 56 + i, and nothing else there.
     if (P::has_one) *planes.one = uint8_t((u >> (bits - 1) & every_byte(1)) * UINT64_C(0x0102040810204080) >> 56);
 }
 
@@ -86,7 +86,7 @@ uint64_t unpack8(const Planes<bits, const uint8_t>& planes) {
     return sign_extend<bits>(u ^ every_byte(1 << (bits - 1)));
 }
 
-// Whether all codes are in range.
+// Returns whether all codes are in range.
 template <int bits>
 bool pack_row(const int8_t* codes, size_t columns, uint8_t* packed, bool simd) {
     Planes<bits, uint8_t> planes(packed, columns);
@@ -99,7 +99,7 @@ bool pack_row(const int8_t* codes, size_t columns, uint8_t* packed, bool simd) {
         pack8<bits>(word, planes);
     }
     if (i == columns) return good;
-    const uint64_t word = load(codes + i, columns - i);  // the bytes left zero are the padding code
+    const uint64_t word = load(codes + i, columns - i);  // bytes left zero are the padding code
     pack8<bits>(word, planes);
     return good && all_in_range<bits>(word);
 }
@@ -110,7 +110,7 @@ bool pack_row<8>(const int8_t* codes, size_t columns, uint8_t* packed, bool) {
     return true;
 }
 
-// `count` codes from where `planes` are; not a multiple of 8 only at the row's end.
+// Unpacks `count` codes from the position of `planes`; `count` is a multiple of 8 except at the end of a row.
 template <int bits>
 void unpack_some(Planes<bits, const uint8_t> planes, size_t count, int8_t* codes, bool simd) {
     size_t i = simd ? unpack_blocks_avx2<bits>(planes, count, codes) : 0;
@@ -142,7 +142,7 @@ void dequantize_row(const uint8_t* packed, size_t columns, float scale, Value* v
     if constexpr (bits == 8) {
         scale_some(reinterpret_cast<const int8_t*>(packed), columns, scale, values, simd);
     } else {
-        int8_t codes[512];  // stays in the nearest cache
+        int8_t codes[512];  // fits the L1 cache
         Planes<bits, const uint8_t> planes(packed, columns);
         for (size_t i = 0; i < columns; i += sizeof codes, planes.skip(sizeof codes)) {
             const size_t count = std::min(sizeof codes, columns - i);
@@ -157,11 +157,11 @@ void dequantize_row(const uint8_t* packed, size_t columns, float scale, Value* v
     codes += row * columns;
     const int8_t* bad = std::find_if(codes, codes + columns, [=](int8_t c) { return c < smallest || c > largest; });
     throw std::invalid_argument("codes[" + std::to_string(row) + ", " + std::to_string(bad - codes) + "] is " +
-                                std::to_string(int(*bad)) + ", but " + std::to_string(bits) + "-bit codes lie in " +
+                                std::to_string(int(*bad)) + ", but " + std::to_string(bits) + "-bit codes are in " +
                                 std::to_string(smallest) + ".." + std::to_string(largest));
 }
 
-// Calls work(row) for all rows; threads take pieces that are long beside the time it takes to start them.
+// Calls work(row) for all rows; threads take pieces of 2^18 codes, long enough to pay for starting a thread.
 template <class Work>
 void for_rows(size_t rows, size_t columns, size_t threads, const Work& work) {
     const size_t piece = std::max<size_t>(1, (size_t(1) << 18) / std::max<size_t>(1, columns));

@@ -1,14 +1,13 @@
-// Packing of signed codes of 4 to 8 bits in planes, and codes times scales.
+// Packing of signed 4- to 8-bit codes into planes, and dequantization of packed codes.
 //
-// A matrix of `rows` x `columns` codes, each -2^(bits-1) .. 2^(bits-1) - 1, is stored row by row. With
-// u = code + 2^(bits-1) and every row padded with code 0 to K, the next multiple of 8, a packed row is up to three
-// planes one after another:
-//   nibbles             low[j]  = u[2j] & 15 | (u[2j+1] & 15) << 4                            K/2 bytes
-//   pieces, 6 and 7     two[j]  = sum over i < 4 of (u[4j+i] >> 4 & 3) << 2i                  K/4 bytes
-//   single bits, 5 and 7  one[j] = sum over i < 8 of (u[8j+i] >> (bits-1)) << i               K/8 bytes
-// So a row is K * bits / 8 bytes, every plane of every row starts on a byte, and a GPU thread unpacks with shifts and
-// masks that never cross bytes. The layout of 6 bits, "4+2", is the one that kernels/int6_matmul.py reads. Codes of
-// 8 bits are the bytes themselves, without padding.
+// A matrix of `rows` x `columns` codes, each -2^(bits-1) .. 2^(bits-1) - 1, is stored row by row. Rows are padded with
+// code 0 to K, the next multiple of 8. With u = code + 2^(bits-1), a packed row is up to three consecutive planes:
+//   4 low bits            low[j] = u[2j] & 15 | (u[2j+1] & 15) << 4                            K/2 bytes
+//   2 bits, width 6 and 7 two[j] = sum over i < 4 of (u[4j+i] >> 4 & 3) << 2i                  K/4 bytes
+//   1 bit, width 5 and 7  one[j] = sum over i < 8 of (u[8j+i] >> (bits-1)) << i               K/8 bytes
+// A row is K * bits / 8 bytes, every plane of every row starts on a byte, and a GPU thread unpacks with shifts and
+// masks that never cross bytes. kernels/int6_matmul.py reads the 6-bit layout. 8-bit codes are stored as they are,
+// without padding.
 #pragma once
 
 #include <cstddef>
@@ -16,23 +15,23 @@
 
 namespace pgolf {
 
-// Bytes of one packed row.
+// Returns the bytes of one packed row.
 constexpr size_t packed_row_bytes(size_t columns, int bits) {
     return bits == 8 ? columns : (columns + 7) / 8 * static_cast<size_t>(bits);
 }
 
 struct BitsOptions {
-    size_t threads = 1;  // at most; 0: as many as the machine has cores. Small matrices stay on the caller's thread.
-    bool simd = true;    // take the SIMD path where this processor has one; the results are the same
+    size_t threads = 1;  // at most; 0: one per core. Small matrices stay on the caller's thread.
+    bool simd = true;    // use the SIMD path where there is one; the results are the same
 };
 
-// All of these throw std::invalid_argument unless bits is 4..8.
+// All functions throw std::invalid_argument unless bits is 4..8.
 
 // `packed` has rows * packed_row_bytes(columns, bits) bytes.
 // Throws std::invalid_argument naming row and column of the first code out of range.
 void pack_bits(const int8_t* codes, size_t rows, size_t columns, int bits, uint8_t* packed, BitsOptions options = {});
 
-// The inverse; every input is valid, padding is ignored.
+// The inverse of pack_bits. Every input is valid; padding is ignored.
 void unpack_bits(const uint8_t* packed, size_t rows, size_t columns, int bits, int8_t* codes,
                  BitsOptions options = {});
 
@@ -40,11 +39,11 @@ void unpack_bits(const uint8_t* packed, size_t rows, size_t columns, int bits, i
 void dequantize_bits(const uint8_t* packed, const float* scale, size_t rows, size_t columns, int bits, float* values,
                      BitsOptions options = {});
 
-// The same products rounded to bfloat16, to nearest and ties to even.
+// The same, rounded to bfloat16 (nearest, ties to even).
 void dequantize_bits(const uint8_t* packed, const float* scale, size_t rows, size_t columns, int bits,
                      uint16_t* values, BitsOptions options = {});
 
-// What `simd` stands for on this processor: "AVX2" or "none".
+// Returns the SIMD path of this processor: "AVX2" or "none".
 const char* bits_simd();
 
 }  // namespace pgolf

@@ -1,4 +1,4 @@
-// One row of packed codes: where its planes are, and what the paths of bits.cpp and bits_avx2.cpp share.
+// The planes of one packed row, shared by bits.cpp and bits_avx2.cpp.
 #pragma once
 
 #include <cstddef>
@@ -7,7 +7,7 @@
 
 namespace pgolf {
 
-// The planes of one row from some column on, a multiple of 8. Byte is uint8_t, or const uint8_t where it is read.
+// Pointers into the planes of one row at a column that is a multiple of 8. Byte is uint8_t or const uint8_t.
 template <int bits, class Byte>
 struct Planes {
     static constexpr bool has_two = bits >= 6, has_one = bits % 2 == 1;
@@ -30,16 +30,16 @@ inline uint16_t scaled(int8_t code, float scale, const uint16_t*) {
     uint32_t word;
     std::memcpy(&word, &product, 4);
     const uint32_t rounded = (word + 0x7fff + (word >> 16 & 1)) >> 16;
-    return uint16_t((word & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);  // rounding could carry a NaN to zero
+    return uint16_t((word & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);  // rounding could turn a NaN into zero
 }
 
-// A plain loop that compilers vectorise, inlined so that it is compiled for the target of its caller.
+// A plain loop that compilers vectorize, inlined so that it is compiled for its caller's target.
 template <class Value>
 __attribute__((always_inline)) inline void scale_codes(const int8_t* codes, size_t count, float scale, Value* values) {
     for (size_t i = 0; i < count; i++) values[i] = scaled(codes[i], scale, values);
 }
 
-// The AVX2 path. Callers ask has_avx2() first; elsewhere than on x86-64 it is false and the rest is never called.
+// The AVX2 path. Callers check has_avx2() first; outside x86-64 it is false and the rest is never called.
 #if defined(__x86_64__)
 #define PGOLF_AVX2 __attribute__((target("avx2")))
 #else
@@ -48,8 +48,8 @@ __attribute__((always_inline)) inline void scale_codes(const int8_t* codes, size
 
 bool has_avx2();
 
-// Packs whole blocks of 32 codes; returns how many codes that were, and clears `good` when one is out of range. Planes
-// go by value: behind a reference, compilers take every stored byte for one of its pointers.
+// Packs whole blocks of 32 codes; returns the number of codes packed, and clears `good` when one is out of range.
+// Planes go by value: behind a reference, compilers must assume that a stored byte changes its pointers.
 template <int bits>
 PGOLF_AVX2 size_t pack_blocks_avx2(const int8_t* codes, size_t count, Planes<bits, uint8_t> planes, bool& good);
 

@@ -5,7 +5,7 @@
 
 #include "parallel.h"
 
-// The function is compiled for several instruction sets, and the loader takes the best one for the machine.
+// Compiles a function for several instruction sets; the loader picks the best one for the machine.
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12 && \
     !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
 #define PGOLF_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -16,11 +16,11 @@
 namespace pgolf {
 namespace {
 
-// Rows of a tile: 128 columns of it are 16 KiB, half of a first-level cache.
+// Rows of a tile: 128 of its columns are 16 KiB, half of an L1 cache.
 constexpr size_t kLanes = 32;
 
-// Rows of the matrix that are worked on together, copied so that their columns lie side by side. Lanes beyond the last
-// row hold zeros.
+// Rows that are processed together, copied so that the rows of a column are contiguous. Lanes past the last row hold
+// zeros.
 struct Tile {
     explicit Tile(size_t columns) : work(columns * kLanes), codes(columns * kLanes) {}
     std::vector<float> work;
@@ -29,15 +29,15 @@ struct Tile {
     int32_t row_class[kLanes];
 };
 
-// To the nearest integer, halves to even, for |x| < 2^22: the sum has no room for a fraction. Unlike std::nearbyint it
-// is vectorised for every instruction set.
+// Rounds to the nearest integer, ties to even, for |x| < 2^22: the sum has no bits left for a fraction. Unlike
+// std::nearbyint, it is vectorized for every instruction set.
 inline float nearest(float x) {
     constexpr float no_fraction = 12582912.0f;  // 1.5 * 2^23
     return (x + no_fraction) - no_fraction;
 }
 
 inline float clamped(float x, float limit) {
-    x = x > -limit ? x : -limit;  // not-a-number becomes -limit, too
+    x = x > -limit ? x : -limit;  // NaN becomes -limit, too
     return x < limit ? x : limit;
 }
 
@@ -86,7 +86,7 @@ PGOLF_CLONES void round_tile(const GptqBlock& block, Tile& tile) {
 
 void gptq_round_block(const GptqBlock& block, float* work, int8_t* codes, size_t threads) {
     const size_t tiles = (block.rows + kLanes - 1) / kLanes;
-    // a thread takes a stretch of tiles, so that its buffers are made once
+    // A thread takes several tiles, so that its buffers are allocated once.
     const size_t stretch = 4;
     parallel_for((tiles + stretch - 1) / stretch, threads, [&](size_t piece) {
         Tile tile(block.columns);

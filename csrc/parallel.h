@@ -1,4 +1,4 @@
-// parallel_for: indices 0 .. count-1 over threads; the first exception is thrown again on the caller's thread.
+// parallel_for: indices 0 .. count-1 over threads; the first exception is rethrown on the caller's thread.
 #pragma once
 
 #include <algorithm>
@@ -12,8 +12,8 @@
 
 namespace pgolf {
 
-// Calls work(i) once for every i < count, on at most `threads` threads (0: as many as the machine has cores).
-// Threads take the next index when they are done with one, so uneven pieces balance; order is not kept.
+// Calls work(i) once for every i < count, on at most `threads` threads (0: one per core).
+// A thread takes the next index when it is done with one, so uneven pieces balance; the order is not fixed.
 template <class Work>
 void parallel_for(size_t count, size_t threads, const Work& work) {
     if (threads == 0) threads = std::max(1u, std::thread::hardware_concurrency());
@@ -37,7 +37,7 @@ void parallel_for(size_t count, size_t threads, const Work& work) {
     std::vector<std::thread> others;
     try {
         for (size_t i = 1; i < threads; i++) others.emplace_back(run);
-    } catch (const std::system_error&) {  // the machine has no more threads to give: those there are do it all
+    } catch (const std::system_error&) {  // no more threads can start: those that run do all the work
     }
     run();
     for (auto& thread : others) thread.join();

@@ -33,7 +33,7 @@ void check_shapes(const Shape* shapes, size_t count, size_t size) {
             throw std::invalid_argument(name + " has an item size other than 1, 2, 4 or 8");
         if (rows == 0 || columns == 0) continue;
         if (rows > left / itemsize / columns)
-            throw std::invalid_argument(name + " goes beyond the " + to_string(size) + " bytes there are");
+            throw std::invalid_argument(name + " exceeds the " + to_string(size) + " bytes of the data");
         left -= rows * columns * itemsize;
     }
     if (left > 0)
@@ -41,7 +41,7 @@ void check_shapes(const Shape* shapes, size_t count, size_t size) {
                                     to_string(size));
 }
 
-// Calls visit(shape, offset) for every array that is not empty.
+// Calls visit(shape, offset) for every nonempty array.
 template <class Visit>
 void for_arrays(const Shape* shapes, size_t count, const Visit& visit) {
     size_t offset = 0;
@@ -52,7 +52,7 @@ void for_arrays(const Shape* shapes, size_t count, const Visit& visit) {
     }
 }
 
-// All row and column classes as matrices of one row each, which is how they are coded.
+// Returns all row and column classes as matrices of one row each, which is how they are coded.
 std::vector<Source> class_vectors(const std::vector<Source>& matrices) {
     std::vector<Source> vectors;
     for (const Source& matrix : matrices)
@@ -69,18 +69,18 @@ size_t symbols_of(const std::vector<Matrix<Byte>>& matrices) {
     return symbols;
 }
 
-// Enough lanes for a decoder that handles all of them at once, as long as the states, 4 bytes a lane, are about 1/3000
-// of the segment; at least one for 2^16 symbols.
+// Chooses a power of two: more lanes let a decoder work on more symbols at once, but each costs a 4-byte state. Limits
+// the states to about 1/3000 of the segment, but takes at least one lane per 2^16 symbols.
 size_t choose_lanes(size_t symbols, double bytes) {
     size_t lanes = 1;
     while (lanes < kMaxLanes && (bytes > double(12288 * lanes) || symbols >> 16 > lanes)) lanes *= 2;
     return lanes;
 }
 
-// For threads: four from 4 MB, eight from 16 MB.
+// Segments are decoded by one thread each: two from 1 MB, four from 4 MB, eight from 16 MB.
 size_t choose_segments(double bytes) { return bytes > 16e6 ? 8 : bytes > 4e6 ? 4 : bytes > 1e6 ? 2 : 1; }
 
-// Matrices cut into segments of `each` symbols.
+// Cuts matrices into segments of `each` symbols.
 std::vector<Segment> segments_of(size_t symbols, size_t each, size_t lanes) {
     std::vector<Segment> segments;
     for (size_t first = 0; first < symbols; first += each)
@@ -92,10 +92,6 @@ void append32(Bytes& out, uint32_t n) {
     for (int shift = 0; shift < 32; shift += 8) out.push_back(uint8_t(n >> shift));
 }
 
-uint32_t load32(const uint8_t* p) {
-    return p[0] | uint32_t(p[1]) << 8 | uint32_t(p[2]) << 16 | uint32_t(p[3]) << 24;
-}
-
 void append(Bytes& out, const Segment& segment) {
     for (uint32_t state : segment.states) append32(out, state);
     const size_t at = out.size();
@@ -104,11 +100,11 @@ void append(Bytes& out, const Segment& segment) {
     for (uint16_t word : segment.words) *to++ = uint8_t(word), *to++ = uint8_t(word >> 8);
 }
 
-// Matrices of bytes: those of single bytes are in place, others are planes.
+// Matrices of bytes: arrays of single bytes in place, others as planes.
 template <class Byte>
 struct Matrices {
     std::vector<Matrix<Byte>> all;
-    std::vector<bool> whole;  // whether it is an array of single bytes
+    std::vector<bool> whole;  // whether the matrix is an array of single bytes
     Bytes planes;
 };
 
@@ -137,7 +133,7 @@ Matrices<Byte> matrices_of(Byte* bytes, const Shape* shapes, size_t count, const
     return matrices;
 }
 
-// A model, and how often it is repeated for the next ones.
+// Writes each model with the number of times it repeats.
 void write_models(BitWriter& header, const std::vector<Levels>& models) {
     std::vector<std::pair<const Levels*, uint64_t>> runs;
     for (const Levels& levels : models) {
@@ -164,7 +160,7 @@ std::vector<Frequencies> read_models(BitReader& header) {
     return models;
 }
 
-// Classes of `length` rows or columns are announced by 0 (there are none), or by 1 + their model.
+// Writes 0 for absent row or column classes, else 1 + the model that codes them.
 void write_matrices(BitWriter& header, const std::vector<Source>& matrices, const std::vector<Source>& vectors) {
     auto vector = vectors.begin();
     for (const Source& matrix : matrices) {
@@ -174,7 +170,7 @@ void write_matrices(BitWriter& header, const std::vector<Source>& matrices, cons
     }
 }
 
-// The matrices that hold the classes, to be decoded first; they point into the matrices' own.
+// Returns the matrices that hold the classes, which are decoded first; they point into `matrices`.
 std::vector<Target> read_matrices(BitReader& header, std::vector<Target>& matrices, size_t models) {
     std::vector<Target> vectors;
     const auto number_below = [&](uint64_t limit) {
@@ -197,7 +193,7 @@ std::vector<Target> read_matrices(BitReader& header, std::vector<Target>& matric
     return vectors;
 }
 
-// Whether every sum of model, row class and column class is one of `models` models.
+// Throws unless every model + row class + column class is one of `models` models.
 void check_classes(const Target& matrix, size_t models) {
     int low = matrix.model, high = matrix.model;
     for (const auto* classes : {&matrix.row_classes, &matrix.column_classes}) {
@@ -206,7 +202,7 @@ void check_classes(const Target& matrix, size_t models) {
         low += *least;
         high += *most;
     }
-    if (low < 0 || high >= int(models)) fail("a class leads to a model that is not there");
+    if (low < 0 || high >= int(models)) fail("a class leads to a model that does not exist");
 }
 
 Bytes raw_payload(const uint8_t* data, size_t size) {
@@ -314,23 +310,19 @@ void decode(const uint8_t* payload, size_t size, const Shape* shapes, size_t cou
 }  // namespace
 
 std::vector<uint8_t> rans_encode(const uint8_t* data, size_t size, const Shape* shapes, size_t count,
-                                 const RansOptions& options) {
+                                 size_t threads) {
     check_shapes(shapes, count, size);
-    return size == 0 ? Bytes{} : encode(data, size, shapes, count, options.threads);
+    return size == 0 ? Bytes{} : encode(data, size, shapes, count, threads);
 }
 
 void rans_decode(const uint8_t* payload, size_t size, const Shape* shapes, size_t count, uint8_t* out, size_t out_size,
-                 const RansOptions& options) {
+                 size_t threads) {
     check_shapes(shapes, count, out_size);
     const bool raw = size == 0 || out_size == 0 || payload[0] == kRaw;
-    if (!raw) return decode(payload, size, shapes, count, out, options.threads);
+    if (!raw) return decode(payload, size, shapes, count, out, threads);
     if (size != out_size + (out_size > 0))
-        fail("it has " + to_string(size) + " bytes for " + to_string(out_size) + " that are stored as they are");
+        fail("it has " + to_string(size) + " bytes for " + to_string(out_size) + " that are stored raw");
     if (size > 0) std::memcpy(out, payload + 1, out_size);
-}
-
-size_t rans_size(const uint8_t* data, size_t size, const Shape* shapes, size_t count, const RansOptions& options) {
-    return rans_encode(data, size, shapes, count, options).size();
 }
 
 }  // namespace pgolf

@@ -1,4 +1,4 @@
-// The header of a rANS payload: a string of bits, highest bit of every byte first, most of them Elias gamma codes.
+// The header of a rANS payload: a string of bits, most significant bit first, most of them Elias gamma codes.
 #pragma once
 
 #include <cstddef>
@@ -9,14 +9,17 @@
 namespace pgolf {
 namespace rans {
 
-// Bits of the Elias gamma code of a number: as many zeros as n + 1 has bits after its first, then n + 1.
+inline uint32_t load16(const uint8_t* p) { return uint32_t(p[0]) | uint32_t(p[1]) << 8; }
+inline uint32_t load32(const uint8_t* p) { return load16(p) | load16(p + 2) << 16; }
+
+// Returns the bits of the Elias gamma code of n: as many zeros as n + 1 has bits after its first, then n + 1.
 inline int gamma_bits(uint64_t n) {
     int bits = 1;
     for (n++; n > 1; n >>= 1) bits += 2;
     return bits;
 }
 
-// Signed to unsigned: 0, -1, 1, -2, ... become 0, 1, 2, 3, ...
+// Maps signed to unsigned: 0, -1, 1, -2, ... become 0, 1, 2, 3, ...
 inline uint64_t zigzag(int64_t n) { return n < 0 ? uint64_t(-(n + 1)) * 2 + 1 : uint64_t(n) * 2; }
 inline int64_t unzigzag(uint64_t n) { return n & 1 ? -int64_t(n >> 1) - 1 : int64_t(n >> 1); }
 

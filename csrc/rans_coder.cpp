@@ -11,15 +11,12 @@ namespace {
 constexpr uint32_t kLow = uint32_t(1) << 16;  // states between symbols are 2^16 .. 2^32-1
 constexpr uint32_t kSlotMask = kTotal - 1;
 
-uint32_t load16(const uint8_t* p) { return uint32_t(p[0]) | uint32_t(p[1]) << 8; }
-uint32_t load32(const uint8_t* p) { return load16(p) | load16(p + 2) << 16; }
-
-// Calls visit(matrix, row, column, length, lane) for pieces of one row and at most lanes - lane symbols, that is for
-// symbols first..last-1 in order.
+// Calls visit(matrix, row, column, length, lane) for symbols first..last-1 in order, in pieces within one row and of at
+// most lanes - lane symbols.
 template <class Byte, class Visit>
 void for_pieces(const std::vector<Matrix<Byte>>& matrices, size_t lanes, size_t first, size_t last,
                 const Visit& visit) {
-    size_t begin = 0;  // number of the matrix's first symbol
+    size_t begin = 0;  // index of the matrix's first symbol
     for (const auto& matrix : matrices) {
         const size_t end = begin + matrix.size(), stop = std::min(end, last);
         for (size_t at = std::max(begin, first); at < stop;) {
@@ -79,7 +76,7 @@ void Encoder::encode_segment(const std::vector<Source>& matrices, Segment& segme
                    pieces.push_back({m.bytes + row * m.columns + column, uint32_t(length), uint32_t(lane),
                                      tables_.data() + m.row_model(row), classes});
                });
-    // The last symbol is coded first. One symbol gives one word at most, and one more is scratch.
+    // The last symbol is coded first. A symbol emits at most one word; one more word is scratch.
     const size_t room = segment.last - segment.first + 1;
     const std::unique_ptr<uint16_t[]> words(new uint16_t[room]);
     uint16_t* word = words.get() + room;
@@ -113,7 +110,7 @@ Decoder::Decoder(const std::vector<Frequencies>& models) : tables_(models.size()
     }
 }
 
-// kCareful: the words may end within the run; otherwise there is one for each of its symbols.
+// kCareful: the words may end within the run; otherwise there is one for each symbol.
 template <bool kCareful, bool kColumns>
 void Decoder::decode_run(uint8_t* out, size_t length, const Table* models, const int8_t* classes, uint32_t* states,
                          const uint8_t*& word, const uint8_t* end) {
@@ -155,7 +152,7 @@ void Decoder::decode_segment(const std::vector<Target>& matrices, const StoredSe
     if (word != end) throw std::invalid_argument("the rANS payload is corrupt: words are left over");
     for (size_t i = 0; i < segment.lanes; i++)
         if (states[i] != kLow)
-            throw std::invalid_argument("the rANS payload is corrupt: a state does not end as it must");
+            throw std::invalid_argument("the rANS payload is corrupt: a state does not end at its initial value");
 }
 
 }  // namespace rans

@@ -1,4 +1,4 @@
-// The coder itself: symbols of matrices to words under given models, and back.
+// The entropy coder: symbols of matrices to words under given models, and back.
 #pragma once
 
 #include <cstddef>
@@ -12,8 +12,7 @@ namespace rans {
 
 constexpr size_t kMaxLanes = 256;
 
-// A matrix of bytes and the model of each of its elements: number `model` + row class + column class.
-// Without row classes (or column classes) those count as 0.
+// A matrix of bytes. The model of an element is `model` + row class + column class; absent classes count as 0.
 template <class Byte>
 struct Matrix {
     size_t rows = 0, columns = 0;
@@ -27,29 +26,29 @@ struct Matrix {
 using Source = Matrix<const uint8_t>;
 using Target = Matrix<uint8_t>;
 
-// Symbols first..last-1 of all matrices in a row, coded on their own: lane i codes those whose number in the segment is
-// i modulo `lanes`. The decoder starts with `states` and takes one of `words` whenever a state falls below 2^16.
+// Symbols first..last-1 of all concatenated matrices, coded independently: lane i codes every symbol whose index in the
+// segment is i modulo `lanes`. The decoder starts with `states` and reads a word when a state falls below 2^16.
 struct Segment {
     size_t first = 0, last = 0, lanes = 1;
     std::vector<uint32_t> states;
     std::vector<uint16_t> words;
 };
 
-// The same in a payload: 4 bytes a state at `bytes`, then 2 bytes a word, little-endian.
+// A segment in a payload: 4 bytes per state at `bytes`, then 2 bytes per word, little-endian.
 struct StoredSegment {
     size_t first, last, lanes, words;
     const uint8_t* bytes;
 };
 
-// Models of all matrices must be models of the coder, and in an encoder have each symbol that occurs.
+// Every model of a matrix must exist, and contain every symbol that occurs.
 class Encoder {
    public:
     explicit Encoder(const std::vector<Levels>& models);
     void encode_segment(const std::vector<Source>& matrices, Segment& segment) const;
 
    private:
-    // How to divide by a frequency: with q = x * reciprocal >> 46, exact for x < frequency * 2^18, state x turns into
-    // (q << 14) + start + x % frequency.
+    // Division by multiplication: q = x * reciprocal >> 46 is x / frequency, exactly for x < frequency * 2^18. State x
+    // becomes (q << 14) + start + x % frequency.
     struct Step {
         uint64_t reciprocal;
         uint32_t frequency, start;
@@ -65,14 +64,14 @@ class Encoder {
 class Decoder {
    public:
     explicit Decoder(const std::vector<Frequencies>& models);
-    // Throws std::invalid_argument when words are missing or left over, or a state does not start in range or does not
-    // end at 2^16.
+    // Throws std::invalid_argument when words are missing or left over, or a state starts out of range or does not end
+    // at 2^16.
     void decode_segment(const std::vector<Target>& matrices, const StoredSegment& segment) const;
 
    private:
     static constexpr int kGuessBits = 10;
-    // A slot of 2^14 finds its symbol by a guess for its group of 16 slots, and a few steps from there: small tables
-    // stay in the first-level cache.
+    // Looks up one of 2^14 slots by a guess for its group of 16 and a few steps from there: the table is small enough
+    // for the L1 cache.
     struct Table {
         uint8_t guess[1 << kGuessBits];
         uint16_t start[257];

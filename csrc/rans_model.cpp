@@ -10,7 +10,7 @@ namespace rans {
 namespace {
 
 constexpr int kMaxClass = 24;           // classes are -24..24 around the middle one
-constexpr double kOverfitBits = 0.72;   // what a fitted scale seems to save on data that has none: log2(e) / 2
+constexpr double kOverfitBits = 0.72;   // bits that a fitted scale appears to save by chance: log2(e) / 2
 constexpr double kLeastSquare = 1e-2;   // mean square of a row of zeros
 
 double xlog2(double x) { return x > 0 ? x * std::log2(x) : 0; }
@@ -19,12 +19,12 @@ void add(Counts& to, const Counts& from) {
     for (int i = 0; i < 256; i++) to[i] += from[i];
 }
 
-// A matrix under one way to choose its models: that of an element is row class + column class on a scale of logarithms.
+// One choice of models for a matrix: an element's model is row class + column class, on a logarithmic scale.
 struct Candidate {
     std::vector<int> row_classes, column_classes;  // empty: all 0
     int lowest = 0;                                // class of the first of `counts`
     std::vector<Counts> counts;                    // by class
-    double bits = 0;                               // of symbols and classes, without the models
+    double bits = 0;                               // for symbols and classes, without the models
 };
 
 double class_bits(const std::vector<int>& classes) {
@@ -40,7 +40,7 @@ double class_bits(const std::vector<int>& classes) {
     return bits;
 }
 
-// Classes of scales whose squares are given, on a lattice of `width`, the outer ones drawn in to the middle.
+// Returns the classes of scales given by their squares, in steps of `width`, clamped around the median.
 std::vector<int> classes_of(const std::vector<float>& squares, double width) {
     std::vector<int> classes(squares.size());
     for (size_t i = 0; i < squares.size(); i++)
@@ -75,8 +75,8 @@ void count(const Source& matrix, Candidate& candidate) {
     for (const Counts& c : candidate.counts) candidate.bits += entropy_bits(c);
 }
 
-// Mean squares of a matrix of int8 codes by row and by column, each relative to the other: element (r, c) has about
-// row[r] * column[c]. One pass of alternating scaling; repeated calls converge.
+// Mean squares of a matrix of int8 codes by row and by column: the square of element (r, c) is about
+// row[r] * column[c]. scale_pass is one step of alternating scaling; repeated steps converge.
 struct Scales {
     std::vector<float> row, column;
 };
@@ -104,8 +104,8 @@ void scale_pass(const Source& matrix, Scales& scales, bool rows_relative) {
         scales.column[i] = std::max(sums[i] / float(matrix.rows), float(kLeastSquare));
 }
 
-// Bits that a Gaussian model saves when each of `squares` is known instead of their mean, for `each` symbols apiece,
-// less what chance alone would give.
+// Returns the bits that a Gaussian model saves when each of `squares` is known instead of their mean, for `each`
+// symbols per square, minus the gain expected by chance.
 double gain_bits(const std::vector<float>& squares, size_t each) {
     double sum = 0, logs = 0;
     for (float square : squares) sum += square, logs += std::log2(double(square));
@@ -135,13 +135,13 @@ Candidate best_candidate(const Source& matrix, double width) {
     for (int pass = 0; pass < 2; pass++) scale_pass(matrix, scales, true);
     const std::vector<int> columns = classes_of(scales.column, width);
     for (size_t i = 0; i < matrix.columns; i++) scales.column[i] = float(std::exp(2 * width * columns[i]));
-    scale_pass(matrix, scales, true);  // rows, given the columns as they will be known
+    scale_pass(matrix, scales, true);  // rows, given the columns as coded
     consider(classes_of(scales.row, width), columns);
     return best;
 }
 
-// The width of a class that makes classes and what their coarseness costs smallest: n symbols of one scale lose
-// n * width^2 / 12 nats, and a class takes -ln(width) nats and a constant.
+// Returns the class width that minimizes the cost of classes plus the cost of their coarseness: n symbols of one scale
+// lose n * width^2 / 12 nats, and a class takes -ln(width) nats and a constant.
 double class_width(const std::vector<Source>& matrices, const std::vector<bool>& classed) {
     double classes = 0, symbols = 0;
     for (size_t i = 0; i < classed.size(); i++) {
@@ -152,7 +152,7 @@ double class_width(const std::vector<Source>& matrices, const std::vector<bool>&
     return std::clamp(std::sqrt(6 * classes / std::max(symbols, 1.0)), 0.05, 0.35);
 }
 
-// Models that several matrices share: those of one class scale, or a single one.
+// Models shared by several matrices: one per class, or a single one.
 struct Group {
     int lowest = 0;
     std::vector<Counts> counts;
@@ -194,7 +194,7 @@ struct Plan {
     size_t models = 0;
 };
 
-// Large matrices first, each joins the group that makes the whole smallest, or opens one.
+// Greedy: large matrices first, each joins the group that minimizes the total, or opens a new one.
 Plan make_plan(const std::vector<Candidate>& candidates, const std::vector<Source>& matrices, size_t limit) {
     Plan plan;
     plan.group_of.resize(candidates.size());
@@ -240,7 +240,7 @@ int middle_of(std::vector<int> classes) {
     return classes[classes.size() / 2];
 }
 
-// Neighbouring models become one where that is shorter, rare ones above all.
+// Merges neighboring models where that is shorter, which mostly affects rare ones.
 std::vector<Levels> levels_of(std::vector<Counts> models) {
     for (size_t first = 0, i = 1; i < models.size(); i++) {
         Counts sum = models[first];
@@ -260,7 +260,7 @@ std::vector<Levels> levels_of(std::vector<Counts> models) {
 }  // namespace
 
 Counts count_bytes(const uint8_t* bytes, size_t size) {
-    std::array<Counts, 4> counts{};  // equal bytes in a row do not wait for each other
+    std::array<Counts, 4> counts{};  // four counters: equal consecutive bytes do not wait for each other
     for (size_t i = 0; i < size; i++) counts[i % 4][bytes[i] ^ kSymbolFlip]++;
     for (size_t i = 1; i < 4; i++) add(counts[0], counts[i]);
     return counts[0];

@@ -21,7 +21,7 @@ size_t items_of(const Shape& shape) { return shape.rows * shape.columns; }
 
 double bits_of(const Counts& counts) { return entropy_bits(counts) + model_bits(counts); }
 
-// Empty when planes are as short, or there are too many values.
+// Returns no values when planes are as short, or there are too many values.
 std::vector<uint64_t> choose_values(const uint8_t* data, const Shape* shapes, size_t count, size_t itemsize) {
     std::map<uint64_t, uint32_t> found;
     std::vector<Counts> planes(itemsize, Counts{});
@@ -105,7 +105,7 @@ void Palettes::join(const uint8_t* planes, size_t count, size_t itemsize, uint8_
     const std::vector<uint64_t>& values = values_of(itemsize);
     for (size_t i = 0; i < count; i++, items += itemsize) {
         if (!values.empty() && planes[i] >= values.size())
-            throw std::invalid_argument("the rANS payload is corrupt: an index lies beyond its palette");
+            throw std::invalid_argument("the rANS payload is corrupt: an index is beyond its palette");
         for (size_t plane = 0; plane < itemsize; plane++)
             items[plane] = values.empty() ? planes[plane * count + i] : uint8_t(values[planes[i]] >> 8 * plane);
     }

@@ -1,6 +1,6 @@
-// Arrays as matrices of bytes. Items of several bytes are cut into planes: their first bytes, their second bytes and
-// so on. Items of 2 or 4 bytes may instead be one plane of indices into a palette of the at most 256 values that all
-// arrays of that item size hold.
+// Arrays as matrices of bytes. Items of several bytes are split into planes: all first bytes, all second bytes, and so
+// on. Items of 2 or 4 bytes may instead be one plane of indices into a palette, if all arrays of that item size
+// together have at most 256 values.
 #pragma once
 
 #include <array>
@@ -19,14 +19,14 @@ class Palettes {
     void write(BitWriter& out) const;
 
     size_t planes_of(size_t itemsize) const { return values_of(itemsize).empty() ? itemsize : 1; }
-    // `planes` has planes_of(itemsize) times `count` bytes, plane after plane.
+    // `planes` holds planes_of(itemsize) * count bytes, plane by plane.
     void split(const uint8_t* items, size_t count, size_t itemsize, uint8_t* planes) const;
-    void join(const uint8_t* planes, size_t count, size_t itemsize, uint8_t* items) const;  // throws as `read`
+    void join(const uint8_t* planes, size_t count, size_t itemsize, uint8_t* items) const;  // throws as read
 
    private:
     struct Palette {
         size_t itemsize;
-        std::vector<uint64_t> values;  // in rising order; none: planes
+        std::vector<uint64_t> values;  // ascending; empty: planes
     };
     const std::vector<uint64_t>& values_of(size_t itemsize) const;
 

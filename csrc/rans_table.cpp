@@ -26,7 +26,7 @@ const std::array<uint64_t, kLevels>& weights() {
     return table;
 }
 
-// What remains to be predicted from: the last level and the last step between neighbours.
+// The predictor's state: the last level and the last step between neighbors.
 struct Curve {
     int level = 0, step = 0;
     int next() const { return level + step; }
@@ -51,7 +51,7 @@ Levels fit_levels(const Counts& counts) {
         }
         double least = HUGE_VAL;
         for (int level = 0; level < kLevels; level++) {
-            // Bits of the symbols at this level, and of all others for the share it takes from them.
+            // Bits of this symbol at this level, plus the bits that its share costs all other symbols.
             const double share = most * double(weights()[level]) / double(weights()[0]);
             const double data_bits = count * level / kStepsPerBit + share * M_LOG2E;
             const double bits = data_bits + gamma_bits(zigzag(level - curve.next()));
@@ -77,7 +77,7 @@ Frequencies frequencies_of(const Levels& levels) {
 }
 
 void write_levels(BitWriter& out, const Levels& levels) {
-    std::vector<std::pair<int, int>> runs;  // first symbol and one behind the last
+    std::vector<std::pair<int, int>> runs;  // first symbol, and one past the last
     for (int symbol = 0; symbol < 256; symbol++) {
         if (levels[symbol] < 0) continue;
         if (runs.empty() || runs.back().second < symbol) runs.emplace_back(symbol, symbol);

@@ -1,13 +1,23 @@
-"""Causal grouped-query attention, forward, XSA in its epilogue: no scores in memory, K and V not repeated.
+"""Causal grouped-query attention, forward, with XSA in its epilogue; scores stay in registers.
 
-Query positions are the last ones of the sequence (all of them, or a window): row i of W stands at
-length - W + i. Scores of query head h are |gain_h| / sqrt(hd) q.k; q already carries the gain's sign, so that
-the scale is not negative and the running maximum may be taken before scaling. Softmax runs in base 2.
+Queries are the last W positions of the sequence: row i of W is position length - W + i. Scores of query head
+h are |gain_h| / sqrt(hd) q.k; q already carries the gain's sign, so the scale is not negative and the running
+maximum can be taken before scaling. Softmax runs in base 2. Heads have HEAD_DIM
+channels, padded to PADDED_DIM. XSA (exclusive self-attention) removes from a token's
+output the component along its own value.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import triton
 import triton.language as tl
+from pgolf_fast.kernels._common import Tile, launch_options
 from pgolf_fast.kernels.attention_projection import padded_head_dim
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -15,7 +25,7 @@ XSA_EPS = tl.constexpr(1e-12)  # as pgolf_fast.ops.reference
 
 
 @triton.jit
-def _attend(
+def _online_softmax(
     acc,
     total,
     top,
@@ -28,21 +38,25 @@ def _attend(
     scale,
     stride,
     HEAD_DIM: tl.constexpr,
-    HD: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Online softmax over keys low..high in blocks; MASKED blocks may reach beyond a query's own position."""
-    in_block, channels = tl.arange(0, BLOCK_N), tl.arange(0, HD)
+    """Online softmax over keys low..high for one block of queries.
+
+    acc [BLOCK_M, PADDED_DIM] is the weighted sum of values; top and total [BLOCK_M] are the largest base-2
+    exponent and the sum of powers relative to it. MASKED blocks of keys may extend past a query's position.
+    """
+    in_block, channels = tl.arange(0, BLOCK_N), tl.arange(0, PADDED_DIM)
     offsets = in_block[:, None] * stride + channels[None, :]
     for start in range(low, high, BLOCK_N):
         block = start * tl.cast(stride, tl.int64)
         if MASKED:
-            # a query sees no key after the last query of its program, and `high` is just after that
+            # `high` is one past the last query of this program, and no query attends to later keys
             inside = (start + in_block < high)[:, None] & (channels < HEAD_DIM)[None, :]
             k = tl.load(k_base + block + offsets, mask=inside, other=0.0)
             v = tl.load(v_base + block + offsets, mask=inside, other=0.0)
-        elif HD != HEAD_DIM:
+        elif PADDED_DIM != HEAD_DIM:
             k = tl.load(k_base + block + offsets, mask=(channels < HEAD_DIM)[None, :], other=0.0)
             v = tl.load(v_base + block + offsets, mask=(channels < HEAD_DIM)[None, :], other=0.0)
         else:
@@ -65,7 +79,7 @@ def _attend(
 
 
 @triton.jit
-def flash_attention_forward_kernel(
+def flash_attention_fwd_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
@@ -79,18 +93,21 @@ def flash_attention_forward_kernel(
     num_kv_heads,
     inverse_sqrt,
     HEAD_DIM: tl.constexpr,
-    HD: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
     XSA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One block of queries of one head. Programs of a head run side by side, those with most keys first."""
+    """One block of BLOCK_M queries of one head: context, logsumexp and, with XSA, the removed component.
+
+    Programs of a head are neighbors, and share its K and V in L2; blocks with the most keys start first.
+    """
     blocks = tl.cdiv(queries, BLOCK_M)
     pid = tl.program_id(0).to(tl.int64)
     first = ((blocks - 1 - pid % blocks) * BLOCK_M).to(tl.int32)
     batch, head = pid // blocks // num_heads, pid // blocks % num_heads
     kv_head = head // (num_heads // num_kv_heads)
-    in_block, channels = tl.arange(0, BLOCK_M), tl.arange(0, HD)
+    in_block, channels = tl.arange(0, BLOCK_M), tl.arange(0, PADDED_DIM)
     position = length - queries + first + in_block
     inside = (first + in_block < queries)[:, None] & (channels < HEAD_DIM)[None, :]
     q_stride, kv_stride = num_heads * HEAD_DIM, num_kv_heads * HEAD_DIM
@@ -100,18 +117,46 @@ def flash_attention_forward_kernel(
     q = tl.load(q_ptr + q_base + offsets, mask=inside, other=0.0)
     scale = tl.abs(tl.load(gain_ptr + head).to(tl.float32)) * inverse_sqrt * LOG2_E
 
-    acc = tl.zeros((BLOCK_M, HD), tl.float32)
+    acc = tl.zeros((BLOCK_M, PADDED_DIM), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
-    # key 0 is visible to all, so that `top` is finite after the first block
+    # every query attends to key 0, so `top` is finite after the first block
     full = (length - queries + first + 1) // BLOCK_N * BLOCK_N
     end = tl.minimum(length, length - queries + first + BLOCK_M)
     k_base, v_base = k_ptr + kv_base, v_ptr + kv_base
-    acc, total, top = _attend(
-        acc, total, top, q, k_base, v_base, 0, full, position, scale, kv_stride, HEAD_DIM, HD, BLOCK_N, False
+    acc, total, top = _online_softmax(
+        acc,
+        total,
+        top,
+        q,
+        k_base,
+        v_base,
+        0,
+        full,
+        position,
+        scale,
+        kv_stride,
+        HEAD_DIM,
+        PADDED_DIM,
+        BLOCK_N,
+        False,
     )
-    acc, total, top = _attend(
-        acc, total, top, q, k_base, v_base, full, end, position, scale, kv_stride, HEAD_DIM, HD, BLOCK_N, True
+    acc, total, top = _online_softmax(
+        acc,
+        total,
+        top,
+        q,
+        k_base,
+        v_base,
+        full,
+        end,
+        position,
+        scale,
+        kv_stride,
+        HEAD_DIM,
+        PADDED_DIM,
+        BLOCK_N,
+        True,
     )
 
     y = acc / total[:, None]
@@ -130,7 +175,7 @@ def flash_attention_forward_kernel(
 
 
 @triton.jit
-def exclusive_kernel(
+def xsa_fwd_kernel(
     y_ptr,
     v_ptr,
     context_ptr,
@@ -141,16 +186,16 @@ def exclusive_kernel(
     num_heads,
     num_kv_heads,
     HEAD_DIM: tl.constexpr,
-    HD: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """XSA on its own, behind an attention that is not ours: y - (y.u) u and y.u, u = v / |v|."""
+    """XSA after another library's attention: y - (y.u) u and y.u, u = v / |v|, for BLOCK_M rows of a head."""
     pid = tl.program_id(0).to(tl.int64)
     head, block = pid % num_heads, pid // num_heads
     kv_head = head // (num_heads // num_kv_heads)
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     batch, query = row // queries, row % queries
-    channels, row_inside = tl.arange(0, HD), row < rows
+    channels, row_inside = tl.arange(0, PADDED_DIM), row < rows
     inside = row_inside[:, None] & (channels < HEAD_DIM)[None, :]
     offsets = ((row * num_heads + head) * HEAD_DIM)[:, None] + channels[None, :]
     own = (batch * length + length - queries + query) * num_kv_heads + kv_head
@@ -164,15 +209,26 @@ def exclusive_kernel(
     tl.store(context_ptr + offsets, y.to(context_ptr.dtype.element_ty), mask=inside)
 
 
-def launch_flash_attention_forward(q, k, v, gain, context, along, lse, *, xsa, launch):
-    """q (B, W, H, hd), k and v (B, T, KV, hd), gain (H,) -> context (B, W, H, hd) and lse (B, H, W) float32.
+def launch_flash_attention_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gain: Tensor,
+    context: Tensor,
+    along: Tensor | None,
+    lse: Tensor,
+    *,
+    xsa: bool,
+    tile: Tile,
+) -> None:
+    """Attend with q (B, W, H, hd) to k, v (B, T, KV, hd): context (B, W, H, hd), lse (B, H, W) float32.
 
-    q as saved by the projection: of unit heads, times the sign of the gain. With xsa, context is the output
-    less its component along the token's own value, and along (B, H, W) float32 that component. lse is the
+    q as saved by the projection: unit heads times the sign of gain (H,). With xsa, context is the output
+    minus its component along the token's own value, and along (B, H, W) float32 is that component. lse is the
     natural logsumexp. All contiguous.
     """
     batch, queries, num_heads, head_dim = q.shape
-    flash_attention_forward_kernel[(triton.cdiv(queries, launch.block_m) * batch * num_heads,)](
+    flash_attention_fwd_kernel[(triton.cdiv(queries, tile.block_m) * batch * num_heads,)](
         q,
         k,
         v,
@@ -186,20 +242,17 @@ def launch_flash_attention_forward(q, k, v, gain, context, along, lse, *, xsa, l
         k.shape[2],
         head_dim**-0.5,
         HEAD_DIM=head_dim,
-        HD=padded_head_dim(head_dim),
+        PADDED_DIM=padded_head_dim(head_dim),
         XSA=xsa,
-        BLOCK_M=launch.block_m,
-        BLOCK_N=launch.block_n,
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
+        **launch_options(tile, "MN"),
     )
 
 
-def launch_exclusive(y, v, context, along, *, launch):
-    """y (B, W, H, hd), v (B, T, KV, hd) -> context (B, W, H, hd) and along (B, H, W) float32; contiguous."""
+def launch_xsa_fwd(y: Tensor, v: Tensor, context: Tensor, along: Tensor, *, tile: Tile) -> None:
+    """Write context (B, W, H, hd) and along (B, H, W) float32 from y and v (B, T, KV, hd). All contiguous."""
     batch, queries, num_heads, head_dim = y.shape
     rows = batch * queries
-    exclusive_kernel[(triton.cdiv(rows, launch.block_m) * num_heads,)](
+    xsa_fwd_kernel[(triton.cdiv(rows, tile.block_m) * num_heads,)](
         y,
         v,
         context,
@@ -210,7 +263,7 @@ def launch_exclusive(y, v, context, along, *, launch):
         num_heads,
         v.shape[2],
         HEAD_DIM=head_dim,
-        HD=padded_head_dim(head_dim),
-        BLOCK_M=launch.block_m,
-        num_warps=launch.num_warps,
+        PADDED_DIM=padded_head_dim(head_dim),
+        BLOCK_M=tile.block_m,
+        num_warps=tile.num_warps,
     )

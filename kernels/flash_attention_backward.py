@@ -1,25 +1,33 @@
 """Causal grouped-query attention, backward: three deterministic passes without atomics.
 
-`prepare` takes the gradient of the context through XSA and leaves delta = dy . y by row; `dkdv` owns a block
-of keys of a KV head and walks over the queries of its group; `dq` owns a block of queries and walks over
+`delta` takes the gradient of the context through XSA and writes delta = dy . y per row; `dkdv` owns a block
+of keys of a KV head and loops over the queries of its group; `dq` owns a block of queries and loops over
 keys.
 
 XSA, context = y - (y.u) u with u = v / |v|, in terms of what is saved (context and s = y.u):
 dy = g - (g.u) u;  y = context + s u;  dv = -sum over the group of ((g.u) context + s dy) / |v|, which is
-orthogonal to u already. All of it from dy as it is rounded: the passes multiply that, and where a token sees
-itself only, gradients cancel to the bit.
+orthogonal to u already. Everything uses dy as rounded, because the passes multiply that: where a token
+attends only to itself, gradients then cancel exactly.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import triton
 import triton.language as tl
+from pgolf_fast.kernels._common import Tile, launch_options
 from pgolf_fast.kernels.attention_projection import padded_head_dim
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 XSA_EPS = tl.constexpr(1e-12)  # as pgolf_fast.ops.reference
 
 
 @triton.jit
-def flash_attention_prepare_kernel(
+def flash_attention_bwd_delta_kernel(
     dcontext_ptr,
     context_ptr,
     along_ptr,
@@ -34,19 +42,20 @@ def flash_attention_prepare_kernel(
     num_heads,
     num_kv_heads,
     HEAD_DIM: tl.constexpr,
-    HD: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
     XSA: tl.constexpr,
     WRITE_Y: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
+    """dy, delta and, with XSA, the part of dv that it adds, for BLOCK_M rows of one KV head's query heads."""
     pid = tl.program_id(0).to(tl.int64)
     kv_head, block = pid % num_kv_heads, pid // num_kv_heads
     group = num_heads // num_kv_heads
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     batch, query = row // queries, row % queries
-    channels, row_inside = tl.arange(0, HD), row < rows
+    channels, row_inside = tl.arange(0, PADDED_DIM), row < rows
     inside = row_inside[:, None] & (channels < HEAD_DIM)[None, :]
-    own = tl.zeros((BLOCK_M, HD), tl.float32)
+    own = tl.zeros((BLOCK_M, PADDED_DIM), tl.float32)
     unit, norm = own, tl.zeros((BLOCK_M,), tl.float32)
     if XSA:
         own_row = (batch * length + length - queries + query) * num_kv_heads + kv_head
@@ -77,7 +86,7 @@ def flash_attention_prepare_kernel(
 
 
 @triton.jit
-def flash_attention_dkdv_kernel(
+def flash_attention_bwd_dkdv_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
@@ -95,29 +104,31 @@ def flash_attention_dkdv_kernel(
     dv_stride,
     inverse_sqrt,
     HEAD_DIM: tl.constexpr,
-    HD: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
     XSA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One block of keys of one KV head, first keys (which most queries see) first."""
+    """dk and dv of BLOCK_N keys of one KV head; blocks with the most queries, the first keys, start first."""
     blocks, group = tl.cdiv(length, BLOCK_N), num_heads // num_kv_heads
     pid = tl.program_id(0).to(tl.int64)
     first = (pid % blocks * BLOCK_N).to(tl.int32)
     batch, kv_head = pid // blocks // num_kv_heads, pid // blocks % num_kv_heads
-    in_block, channels = tl.arange(0, BLOCK_N), tl.arange(0, HD)
+    in_block, channels = tl.arange(0, BLOCK_N), tl.arange(0, PADDED_DIM)
     key, offset = first + in_block, length - queries
     inside = (key < length)[:, None] & (channels < HEAD_DIM)[None, :]
-    # 64 bits where a tile starts, 32 within it: wide offsets would cost a register pair for every element
+    # 64 bits for the start of a tile, 32 within it: wide offsets would cost a register pair per element
     kv_base = ((batch * length + first) * num_kv_heads + kv_head) * HEAD_DIM
     kv_offsets = in_block[:, None] * (num_kv_heads * HEAD_DIM) + channels[None, :]
     k = tl.load(k_ptr + kv_base + kv_offsets, mask=inside, other=0.0)
     v = tl.load(v_ptr + kv_base + kv_offsets, mask=inside, other=0.0)
-    low = tl.maximum(0, first - offset) // BLOCK_M * BLOCK_M  # the first block of queries that see a key
+    low = (
+        tl.maximum(0, first - offset) // BLOCK_M * BLOCK_M
+    )  # the first block of queries that attend to a key
     stride = num_heads * HEAD_DIM
     rows = tl.arange(0, BLOCK_M)
     offsets = rows[:, None] * stride + channels[None, :]
-    dk, dv = tl.zeros((BLOCK_N, HD), tl.float32), tl.zeros((BLOCK_N, HD), tl.float32)
+    dk, dv = tl.zeros((BLOCK_N, PADDED_DIM), tl.float32), tl.zeros((BLOCK_N, PADDED_DIM), tl.float32)
     for member in range(0, group):
         head = kv_head * group + member
         scale = tl.abs(tl.load(gain_ptr + head).to(tl.float32)) * inverse_sqrt
@@ -125,8 +136,8 @@ def flash_attention_dkdv_kernel(
         per_row = (batch * num_heads + head) * queries
         q_base, dy_base = q_ptr + base, dy_ptr + base
         lse_base, delta_base = lse_ptr + per_row, delta_ptr + per_row
-        # One masked loop: a second one without the mask, for queries past all keys, would cost 25 registers
-        # a thread (sm_90, heads of 64), and this kernel has none to spare.
+        # One masked loop: a second, unmasked one for queries past all keys would cost 25 registers per thread
+        # (sm_90, heads of 64), and this kernel has none to spare.
         for start in range(low, queries, BLOCK_M):
             block = start * tl.cast(stride, tl.int64)
             row_inside = start + rows < queries
@@ -153,7 +164,7 @@ def flash_attention_dkdv_kernel(
 
 
 @triton.jit
-def _gather_queries_gradient(
+def _accumulate_dq(
     dq,
     q,
     dy,
@@ -167,12 +178,15 @@ def _gather_queries_gradient(
     scale,
     stride,
     HEAD_DIM: tl.constexpr,
-    HD: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Adds what keys low..high contribute; MASKED blocks may reach beyond a query's own position."""
-    in_block, channels = tl.arange(0, BLOCK_N), tl.arange(0, HD)
+    """Add the contribution of keys low..high to dq [BLOCK_M, PADDED_DIM].
+
+    MASKED blocks of keys may extend past a query's own position.
+    """
+    in_block, channels = tl.arange(0, BLOCK_N), tl.arange(0, PADDED_DIM)
     offsets = in_block[:, None] * stride + channels[None, :]
     for start in range(low, high, BLOCK_N):
         block = start * tl.cast(stride, tl.int64)
@@ -190,7 +204,7 @@ def _gather_queries_gradient(
 
 
 @triton.jit
-def flash_attention_dq_kernel(
+def flash_attention_bwd_dq_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
@@ -205,17 +219,17 @@ def flash_attention_dq_kernel(
     num_kv_heads,
     inverse_sqrt,
     HEAD_DIM: tl.constexpr,
-    HD: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One block of queries of one head; writes the gradient of gain * unit q, which is finite at gain 0."""
+    """Gradient of gain * unit q, which is finite at gain 0, for BLOCK_M queries of one head."""
     blocks = tl.cdiv(queries, BLOCK_M)
     pid = tl.program_id(0).to(tl.int64)
     first = ((blocks - 1 - pid % blocks) * BLOCK_M).to(tl.int32)
     batch, head = pid // blocks // num_heads, pid // blocks % num_heads
     kv_head = head // (num_heads // num_kv_heads)
-    in_block, channels = tl.arange(0, BLOCK_M), tl.arange(0, HD)
+    in_block, channels = tl.arange(0, BLOCK_M), tl.arange(0, PADDED_DIM)
     position, row_inside = length - queries + first + in_block, first + in_block < queries
     inside = row_inside[:, None] & (channels < HEAD_DIM)[None, :]
     q_base = ((batch * queries + first) * num_heads + head) * HEAD_DIM
@@ -230,27 +244,70 @@ def flash_attention_dq_kernel(
     end = tl.minimum(length, length - queries + first + BLOCK_M)
     kv_base = (batch * length * num_kv_heads + kv_head) * HEAD_DIM
     k_base, v_base, stride = k_ptr + kv_base, v_ptr + kv_base, num_kv_heads * HEAD_DIM
-    dq = tl.zeros((BLOCK_M, HD), tl.float32)
-    dq = _gather_queries_gradient(
-        dq, q, dy, lse, delta, k_base, v_base, 0, full, position, scale, stride, HEAD_DIM, HD, BLOCK_N, False
+    dq = tl.zeros((BLOCK_M, PADDED_DIM), tl.float32)
+    dq = _accumulate_dq(
+        dq,
+        q,
+        dy,
+        lse,
+        delta,
+        k_base,
+        v_base,
+        0,
+        full,
+        position,
+        scale,
+        stride,
+        HEAD_DIM,
+        PADDED_DIM,
+        BLOCK_N,
+        False,
     )
-    dq = _gather_queries_gradient(
-        dq, q, dy, lse, delta, k_base, v_base, full, end, position, scale, stride, HEAD_DIM, HD, BLOCK_N, True
+    dq = _accumulate_dq(
+        dq,
+        q,
+        dy,
+        lse,
+        delta,
+        k_base,
+        v_base,
+        full,
+        end,
+        position,
+        scale,
+        stride,
+        HEAD_DIM,
+        PADDED_DIM,
+        BLOCK_N,
+        True,
     )
     dq = dq * inverse_sqrt
     tl.store(dq_ptr + q_base + offsets, dq.to(dq_ptr.dtype.element_ty), mask=inside)
 
 
-def launch_flash_attention_prepare(dcontext, context, along, v, dy, delta, own, y=None, *, xsa, launch):
-    """dcontext and context (B, W, H, hd), v (B, T, KV, hd) -> delta (B, H, W) float32, and with xsa
-    dy (B, W, H, hd), which may be dcontext itself, and own (B, W, KV, hd) float32: what XSA adds to dv.
+def launch_flash_attention_bwd_delta(
+    dcontext: Tensor,
+    context: Tensor,
+    along: Tensor | None,
+    v: Tensor,
+    dy: Tensor,
+    delta: Tensor,
+    own: Tensor | None,
+    y: Tensor | None = None,
+    *,
+    xsa: bool,
+    tile: Tile,
+) -> None:
+    """Write delta (B, H, W) float32 from dcontext and context (B, W, H, hd) and v (B, T, KV, hd).
 
-    along (B, H, W) as saved by the forward; along, dy and own are not touched without xsa. With `y` (like
-    context) and xsa, also the attention output before XSA, for a backward that is not ours. All contiguous.
+    With xsa, also dy (B, W, H, hd), which may be dcontext itself, and own (B, W, KV, hd) float32, the part of
+    dv that XSA adds. along (B, H, W) as saved by the forward; along, dy and own are not touched without xsa.
+    With `y` (like context) and xsa, also the attention output before XSA, for another library's backward. All
+    contiguous.
     """
     batch, queries, num_heads, head_dim = context.shape
     rows, num_kv_heads = batch * queries, v.shape[2]
-    flash_attention_prepare_kernel[(triton.cdiv(rows, launch.block_m) * num_kv_heads,)](
+    flash_attention_bwd_delta_kernel[(triton.cdiv(rows, tile.block_m) * num_kv_heads,)](
         dcontext,
         context,
         along if xsa else delta,
@@ -265,22 +322,35 @@ def launch_flash_attention_prepare(dcontext, context, along, v, dy, delta, own, 
         num_heads,
         num_kv_heads,
         HEAD_DIM=head_dim,
-        HD=padded_head_dim(head_dim),
+        PADDED_DIM=padded_head_dim(head_dim),
         XSA=xsa,
         WRITE_Y=y is not None,
-        BLOCK_M=launch.block_m,
-        num_warps=launch.num_warps,
+        BLOCK_M=tile.block_m,
+        num_warps=tile.num_warps,
     )
 
 
-def launch_flash_attention_dkdv(q, k, v, gain, dy, lse, delta, own, dk, dv, *, launch):
-    """Gradients of k and v (B, T, KV, hd) summed over each group: dk like k, dv (B * T, KV * hd).
+def launch_flash_attention_bwd_dkdv(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gain: Tensor,
+    dy: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    own: Tensor | None,
+    dk: Tensor,
+    dv: Tensor,
+    *,
+    tile: Tile,
+) -> None:
+    """Write the gradients of k and v (B, T, KV, hd), summed over each group: dk like k, dv (B * T, KV * hd).
 
-    q, dy (B, W, H, hd), lse and delta (B, H, W), own as from `prepare`, or None without XSA. The rows of dv
-    may lie apart; the rest is contiguous.
+    q, dy (B, W, H, hd), lse and delta (B, H, W); own as from the delta pass, or None without XSA. dv may have
+    any row stride; the rest is contiguous.
     """
     batch, length, num_kv_heads, head_dim = k.shape
-    flash_attention_dkdv_kernel[(triton.cdiv(length, launch.block_n) * batch * num_kv_heads,)](
+    flash_attention_bwd_dkdv_kernel[(triton.cdiv(length, tile.block_n) * batch * num_kv_heads,)](
         q,
         k,
         v,
@@ -298,19 +368,27 @@ def launch_flash_attention_dkdv(q, k, v, gain, dy, lse, delta, own, dk, dv, *, l
         dv.stride(0),
         head_dim**-0.5,
         HEAD_DIM=head_dim,
-        HD=padded_head_dim(head_dim),
+        PADDED_DIM=padded_head_dim(head_dim),
         XSA=own is not None,
-        BLOCK_M=launch.block_m,
-        BLOCK_N=launch.block_n,
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
+        **launch_options(tile, "MN"),
     )
 
 
-def launch_flash_attention_dq(q, k, v, gain, dy, lse, delta, dq, *, launch):
-    """Gradient of gain * q, dq (B, W, H, hd); the rest as for `dkdv`. All contiguous."""
+def launch_flash_attention_bwd_dq(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gain: Tensor,
+    dy: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    dq: Tensor,
+    *,
+    tile: Tile,
+) -> None:
+    """Write the gradient of gain * q to dq (B, W, H, hd); the rest as for `dkdv`. All contiguous."""
     batch, queries, num_heads, head_dim = q.shape
-    flash_attention_dq_kernel[(triton.cdiv(queries, launch.block_m) * batch * num_heads,)](
+    flash_attention_bwd_dq_kernel[(triton.cdiv(queries, tile.block_m) * batch * num_heads,)](
         q,
         k,
         v,
@@ -325,9 +403,6 @@ def launch_flash_attention_dq(q, k, v, gain, dy, lse, delta, dq, *, launch):
         k.shape[2],
         head_dim**-0.5,
         HEAD_DIM=head_dim,
-        HD=padded_head_dim(head_dim),
-        BLOCK_M=launch.block_m,
-        BLOCK_N=launch.block_n,
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
+        PADDED_DIM=padded_head_dim(head_dim),
+        **launch_options(tile, "MN"),
     )

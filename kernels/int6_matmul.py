@@ -1,4 +1,4 @@
-"""Products with matrices of packed 6-bit codes, in the 4+2 split written down in ops/int6.py.
+"""Products with matrices of packed 6-bit codes, in the 4+2 split that ops/int6.py defines.
 
 Four neighboring codes, a quad, are one 16-bit word of the low plane and one byte of the high plane.
 """
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import triton
 import triton.language as tl
-from pgolf_fast.kernels.dot_tile import dot_tile
+from pgolf_fast.kernels._common import Tile, dot_tile, launch_options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 @triton.jit
 def _load_quads(low_ptr, high_ptr, n, quad, columns, quads):
-    """Low word and high byte of each quad of rows `n` (int64): int32 [len(n), len(quad)], 0 past the ends."""
+    """Low word and high byte of some quads of rows `n` (int64): int32 [len(n), len(quad)], 0 outside."""
     mask = (n[:, None] < columns) & (quad[None, :] < quads)
-    # a row is `quads` words and then `quads` bytes: 3 * quads bytes, an even number
+    # a row is `quads` words, then `quads` bytes: 3 * quads bytes, an even number
     low_offsets = n[:, None] * (quads // 2 * 3) + quad[None, :]
     high_offsets = n[:, None] * (quads * 3) + quads * 2 + quad[None, :]
     low = tl.load(low_ptr + low_offsets, mask=mask, other=0).to(tl.int32)
@@ -29,12 +29,12 @@ def _load_quads(low_ptr, high_ptr, n, quad, columns, quads):
 
 @triton.jit
 def _code(low, high, PLACE: tl.constexpr):
-    """The code in place 0..3 of each quad, as float32; -32..31 is exact in every floating-point type."""
+    """Code PLACE (0..3) of each quad, as float32; -32..31 is exact in every floating-point type."""
     return (((low >> (4 * PLACE)) & 15) + ((high >> (2 * PLACE)) & 3) * 16 - 32).to(tl.float32)
 
 
 @triton.jit
-def int6_skinny_kernel(
+def int6_matmul_skinny_kernel(
     x_ptr,
     low_ptr,
     high_ptr,
@@ -50,7 +50,10 @@ def int6_skinny_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_QUADS: tl.constexpr,
 ):
-    """y = x codes^T * scale for few rows of x; codes, unpacked in registers, have the tile's long side."""
+    """y = x codes^T * scale for few rows of x, one tile [BLOCK_N, BLOCK_M] of y^T.
+
+    Codes are unpacked in registers, and take the long side of the tile.
+    """
     pid = tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(columns, BLOCK_N)
     n = pid % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -61,7 +64,7 @@ def int6_skinny_kernel(
         k = (start * 4 + tl.arange(0, 4 * BLOCK_QUADS)).to(tl.int64)
         x_ptrs = x_ptr + m[:, None] * x_stride_row + k[None, :] * x_stride_col
         x = tl.load(x_ptrs, mask=(m[:, None] < rows) & (k[None, :] < depth), other=0.0)
-        # the sum over k is taken place by place, so the codes never have to be put back in order
+        # k is summed place by place, so the codes never have to be interleaved
         even, odd = tl.split(tl.reshape(x, [BLOCK_M, BLOCK_QUADS, 2, 2]))
         x0, x2 = tl.split(even)
         x1, x3 = tl.split(odd)
@@ -75,10 +78,10 @@ def int6_skinny_kernel(
 
 
 @triton.jit
-def int6_codes_kernel(
+def int6_unpack_kernel(
     low_ptr, high_ptr, codes_ptr, columns, depth, quads, BLOCK_N: tl.constexpr, BLOCK_QUADS: tl.constexpr
 ):
-    """The codes (columns, depth), unscaled, in codes' type."""
+    """One tile [BLOCK_N, 4 * BLOCK_QUADS] of the unpacked codes, unscaled, in the dtype of `codes`."""
     pid = tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(quads, BLOCK_QUADS)
     n = pid // tiles * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -107,7 +110,7 @@ def int6_matmul_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """y = x codes^T * scale, codes (columns, depth) unpacked; scaled before the one rounding."""
+    """One tile [BLOCK_M, BLOCK_N] of y = x codes^T * scale, codes unpacked; scaled, then rounded once."""
     pid = tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(columns, BLOCK_N)
     row = pid // tiles * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -120,16 +123,19 @@ def int6_matmul_kernel(
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(row[:, None] < rows) & (col[None, :] < columns))
 
 
-def launch_int6_skinny(x: Tensor, words: Tensor, packed: Tensor, scale: Tensor, y: Tensor, launch) -> None:
-    """y (M, N) = x (M, K) times codes (N, K) times scale (N,), read from packed uint8 (N, 3 * K8 / 4).
+def launch_int6_matmul_skinny(
+    x: Tensor, words: Tensor, packed: Tensor, scale: Tensor, y: Tensor, tile: Tile
+) -> None:
+    """Write y (M, N) = x (M, K) codes (N, K)^T * scale (N,), with codes packed as uint8 (N, 3 * K8 / 4).
 
-    `words` is the same memory as int16; x has any strides, everything else is contiguous.
+    K8 is K rounded up to a multiple of 8. `words` is the same memory as int16; x has any strides, everything
+    else is contiguous.
     """
     rows, depth = x.shape
     columns, row_bytes = packed.shape
-    block_m = min(launch.block_m, max(16, triton.next_power_of_2(rows)))
-    grid = (triton.cdiv(columns, launch.block_n) * triton.cdiv(rows, block_m),)
-    int6_skinny_kernel[grid](
+    block_m = min(tile.block_m, max(16, triton.next_power_of_2(rows)))
+    grid = (triton.cdiv(columns, tile.block_n) * triton.cdiv(rows, block_m),)
+    int6_matmul_skinny_kernel[grid](
         x,
         words,
         packed,
@@ -141,38 +147,38 @@ def launch_int6_skinny(x: Tensor, words: Tensor, packed: Tensor, scale: Tensor, 
         row_bytes // 3,
         *x.stride(),
         BLOCK_M=block_m,
-        BLOCK_N=launch.block_n,
-        BLOCK_QUADS=launch.block_k // 4,
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
+        BLOCK_N=tile.block_n,
+        BLOCK_QUADS=tile.block_k // 4,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )
 
 
-def launch_int6_codes(words: Tensor, packed: Tensor, codes: Tensor, launch) -> None:
-    """codes (N, K), contiguous, from packed uint8 (N, 3 * K8 / 4); `words` is the same memory as int16."""
+def launch_int6_unpack(words: Tensor, packed: Tensor, codes: Tensor, tile: Tile) -> None:
+    """Unpack uint8 (N, 3 * K8 / 4) to codes (N, K), contiguous; `words` is the same memory as int16."""
     columns, depth = codes.shape
     quads = packed.shape[1] // 3
-    block_quads = launch.block_n // 4
-    grid = (triton.cdiv(columns, launch.block_m) * triton.cdiv(quads, block_quads),)
-    int6_codes_kernel[grid](
+    block_quads = tile.block_n // 4
+    grid = (triton.cdiv(columns, tile.block_m) * triton.cdiv(quads, block_quads),)
+    int6_unpack_kernel[grid](
         words,
         packed,
         codes,
         columns,
         depth,
         quads,
-        BLOCK_N=launch.block_m,
+        BLOCK_N=tile.block_m,
         BLOCK_QUADS=block_quads,
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )
 
 
-def launch_int6_matmul(x: Tensor, codes: Tensor, scale: Tensor, y: Tensor, launch) -> None:
-    """y (M, N) = x (M, K), any strides, times codes (N, K) times scale (N,), all contiguous."""
+def launch_int6_matmul(x: Tensor, codes: Tensor, scale: Tensor, y: Tensor, tile: Tile) -> None:
+    """Write y (M, N) = x (M, K) codes (N, K)^T * scale (N,); x has any strides, the rest is contiguous."""
     rows, depth = x.shape
     columns = codes.shape[0]
-    grid = (triton.cdiv(rows, launch.block_m) * triton.cdiv(columns, launch.block_n),)
+    grid = (triton.cdiv(rows, tile.block_m) * triton.cdiv(columns, tile.block_n),)
     int6_matmul_kernel[grid](
         x,
         codes,
@@ -182,9 +188,5 @@ def launch_int6_matmul(x: Tensor, codes: Tensor, scale: Tensor, y: Tensor, launc
         columns,
         depth,
         *x.stride(),
-        BLOCK_M=launch.block_m,
-        BLOCK_N=launch.block_n,
-        BLOCK_K=launch.block_k,
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
+        **launch_options(tile, "MNK"),
     )

@@ -1,4 +1,4 @@
-"""The two MLP matmuls that carry the activation: up-projection forward, dhidden backward.
+"""The two MLP products that include the activation: up-projection forward, dhidden backward.
 
 The plain products around them (down-projection, dx) are left to cuBLAS.
 """
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import triton
 import triton.language as tl
-from pgolf_fast.kernels.dot_tile import dot_tile, halves
+from pgolf_fast.kernels._common import Tile, dot_tile, halves, launch_options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @triton.jit
 def _swiglu(pre, pre_ptr, hidden_ptr, row, first_col, rows, columns):
-    """Epilogue of mlp_up for columns from `first_col` on, in which gate and up alternate."""
+    """Epilogue of mlp_up for the tile `pre` at column `first_col`, in which gate and up alternate."""
     BLOCK_M: tl.constexpr = pre.shape[0]
     BLOCK_N: tl.constexpr = pre.shape[1]
     row_mask = row[:, None] < rows
@@ -50,9 +50,12 @@ def mlp_up_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """hidden = act(x W^T); saves signs for leaky_relu_squared and the pre-activation for swiglu."""
+    """One tile [BLOCK_M, BLOCK_N] of pre = x W^T, and act(pre) as hidden.
+
+    For the backward it saves the signs of pre (leaky_relu_squared) or pre itself (swiglu).
+    """
     pid = tl.program_id(0).to(tl.int64)
-    tiles = tl.cdiv(columns, BLOCK_N)  # neighbors share rows of x; W stays in the L2 cache
+    tiles = tl.cdiv(columns, BLOCK_N)  # neighbors share rows of x; W stays in L2
     first_col = pid % tiles * BLOCK_N
     row = pid // tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     col = first_col + tl.arange(0, BLOCK_N)
@@ -81,13 +84,13 @@ def mlp_up_kernel(
         positive = pre >= 0
         leaky = tl.where(positive, pre, 0.5 * pre)
         tl.store(hidden_ptr + offsets, (leaky * leaky).to(hidden_ptr.dtype.element_ty), mask=mask)
-        # bit c % 32 of word c // 32; whole words, so that a warp packs in registers and two shuffles
+        # bit c % 32 of word c // 32; whole words, so that a warp packs them in registers with two shuffles
         bits = tl.reshape(positive.to(tl.int32), [BLOCK_M, BLOCK_N // 32, 32])
         words = tl.sum(bits << tl.arange(0, 32)[None, None, :], axis=2)  # [BLOCK_M, BLOCK_N // 32]
-        words_a_row = (columns + 31) // 32
+        words_per_row = (columns + 31) // 32
         word = first_col // 32 + tl.arange(0, BLOCK_N // 32)
-        word_ptrs = saved_ptr + row[:, None] * words_a_row + word[None, :]
-        tl.store(word_ptrs, words, mask=row_mask & (word[None, :] < words_a_row))
+        word_ptrs = saved_ptr + row[:, None] * words_per_row + word[None, :]
+        tl.store(word_ptrs, words, mask=row_mask & (word[None, :] < words_per_row))
     else:
         relu = tl.where(pre <= 0, 0.0, pre)  # NaN stays
         tl.store(hidden_ptr + offsets, (relu * relu).to(hidden_ptr.dtype.element_ty), mask=mask)
@@ -95,7 +98,7 @@ def mlp_up_kernel(
 
 @triton.jit
 def _swiglu_dpre(dhidden, pre_ptr, dpre_ptr, hidden_ptr, row, first_col, rows, columns):
-    """Epilogue of mlp_dpre for hidden columns from `first_col` on: gate and up in, both gradients out."""
+    """Epilogue of mlp_dpre for the tile `dhidden` at column `first_col`: gradients of gate and up."""
     BLOCK_M: tl.constexpr = dhidden.shape[0]
     BLOCK_N: tl.constexpr = dhidden.shape[1]
     pair = first_col * 2 + tl.arange(0, 2 * BLOCK_N)
@@ -116,6 +119,7 @@ def _swiglu_dpre(dhidden, pre_ptr, dpre_ptr, hidden_ptr, row, first_col, rows, c
 
 @triton.jit
 def _swiglu_dpre_halves(dhidden, pre_ptr, dpre_ptr, hidden_ptr, row, first_col, rows, columns):
+    """`_swiglu_dpre` for one half of the tile after the other, which needs fewer registers."""
     left, right = halves(dhidden)
     _swiglu_dpre(left, pre_ptr, dpre_ptr, hidden_ptr, row, first_col, rows, columns)
     middle = first_col + left.shape[1]
@@ -126,7 +130,7 @@ def _swiglu_dpre_halves(dhidden, pre_ptr, dpre_ptr, hidden_ptr, row, first_col, 
 def _squared_dpre(
     dhidden, hidden_ptr, signs_ptr, dpre_ptr, row, first_col, rows, columns, ACTIVATION: tl.constexpr
 ):
-    """Epilogue of mlp_dpre for the squared activations, for columns from `first_col` on."""
+    """Epilogue of mlp_dpre for the squared activations and the tile `dhidden` at column `first_col`."""
     BLOCK_M: tl.constexpr = dhidden.shape[0]
     BLOCK_N: tl.constexpr = dhidden.shape[1]
     col = first_col + tl.arange(0, BLOCK_N)
@@ -136,10 +140,10 @@ def _squared_dpre(
     root = tl.sqrt(tl.load(hidden_ptr + offsets, mask=mask, other=0.0).to(tl.float32))
     slope = 2.0 * root
     if ACTIVATION == "leaky_relu_squared":
-        words_a_row = (columns + 31) // 32
+        words_per_row = (columns + 31) // 32
         word = first_col // 32 + tl.arange(0, BLOCK_N // 32)
-        word_ptrs = signs_ptr + row[:, None] * words_a_row + word[None, :]
-        word_mask = (row[:, None] < rows) & (word[None, :] < words_a_row)
+        word_ptrs = signs_ptr + row[:, None] * words_per_row + word[None, :]
+        word_mask = (row[:, None] < rows) & (word[None, :] < words_per_row)
         words = tl.load(word_ptrs, mask=word_mask, other=0)
         bits = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
         slope = tl.where(tl.reshape(bits, [BLOCK_M, BLOCK_N]) != 0, slope, -root)
@@ -166,7 +170,10 @@ def mlp_dpre_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """dpre = (dout W) * act'(pre), W (depth, columns); for swiglu also hidden, from the saved pre."""
+    """One tile [BLOCK_M, BLOCK_N] of dhidden = dout W, W (depth, columns), as dpre = dhidden * act'(pre).
+
+    For swiglu also hidden, from the saved pre.
+    """
     pid = tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(columns, BLOCK_N)
     first_col = pid % tiles * BLOCK_N
@@ -199,15 +206,17 @@ def mlp_dpre_kernel(
         _squared_dpre(dhidden, saved_ptr, signs_ptr, dpre_ptr, row, first_col, rows, columns, ACTIVATION)
 
 
-def launch_mlp_up(x: Tensor, weight: Tensor, hidden: Tensor, saved: Tensor, activation: str, launch) -> None:
-    """hidden (rows, M) from x (rows, D) and weight (M, D), or (2M, D) for swiglu; both with any strides.
+def launch_mlp_up(
+    x: Tensor, weight: Tensor, hidden: Tensor, saved: Tensor, activation: str, tile: Tile
+) -> None:
+    """Write hidden (rows, M) from x (rows, D) and weight (M, D), or (2M, D) for swiglu; both of any strides.
 
     `saved`, contiguous like `hidden`: int32 (rows, ceil(M / 32)), bit c % 32 of word c // 32 set where
     pre[c] >= 0 (leaky_relu_squared), or the pre-activation (rows, 2M) (swiglu); not touched for relu_squared.
     """
     rows, depth = x.shape
     columns = weight.shape[0]
-    grid = (triton.cdiv(rows, launch.block_m) * triton.cdiv(columns, launch.block_n),)
+    grid = (triton.cdiv(rows, tile.block_m) * triton.cdiv(columns, tile.block_n),)
     mlp_up_kernel[grid](
         x,
         weight,
@@ -219,11 +228,7 @@ def launch_mlp_up(x: Tensor, weight: Tensor, hidden: Tensor, saved: Tensor, acti
         *x.stride(),
         *weight.stride(),
         ACTIVATION=activation,
-        BLOCK_M=launch.block_m,
-        BLOCK_N=launch.block_n,
-        BLOCK_K=launch.block_k,
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
+        **launch_options(tile, "MNK"),
     )
 
 
@@ -235,16 +240,16 @@ def launch_mlp_dpre(
     dpre: Tensor,
     hidden: Tensor,
     activation: str,
-    launch,
+    tile: Tile,
 ) -> None:
-    """dpre (rows, M), or (rows, 2M) for swiglu, from dout (rows, D) and weight (D, M) with any strides.
+    """Write dpre (rows, M), or (rows, 2M) for swiglu, from dout (rows, D) and weight (D, M) of any strides.
 
     `saved`: hidden (rows, M), but for swiglu the pre-activation (rows, 2M), and then `hidden` (rows, M) is
     written; `signs` as `launch_mlp_up` left them. All but dout and weight are contiguous.
     """
     rows, depth = dout.shape
     columns = weight.shape[1]
-    grid = (triton.cdiv(rows, launch.block_m) * triton.cdiv(columns, launch.block_n),)
+    grid = (triton.cdiv(rows, tile.block_m) * triton.cdiv(columns, tile.block_n),)
     mlp_dpre_kernel[grid](
         dout,
         weight,
@@ -258,9 +263,5 @@ def launch_mlp_dpre(
         *dout.stride(),
         *weight.stride(),
         ACTIVATION=activation,
-        BLOCK_M=launch.block_m,
-        BLOCK_N=launch.block_n,
-        BLOCK_K=launch.block_k,
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
+        **launch_options(tile, "MNK"),
     )

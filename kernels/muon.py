@@ -1,4 +1,4 @@
-"""What Muon does around Newton-Schulz, each in one pass over memory: momentum before, weights after."""
+"""Muon's momentum before Newton-Schulz and weight update after it, each in one pass over memory."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import triton
 import triton.language as tl
+from pgolf_fast.kernels._common import Tile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 def muon_momentum_kernel(grad_ptr, buffer_ptr, update_ptr, momentum_ptr, n, BLOCK: tl.constexpr):
     """buffer = momentum * buffer + grad; update = grad + momentum * buffer. Rounds where eager does.
 
-    Momentum is read from memory: a CUDA graph replays with the value of the moment.
+    Momentum is read from memory, so that a replayed CUDA graph uses its current value.
     """
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < n
@@ -44,7 +45,7 @@ def muon_apply_kernel(
 ):
     """master = (1 - lr * weight_decay) * master - lr * scale * update, and shadow = master, rounded.
 
-    The learning rate is read from memory: a CUDA graph replays with the value of the moment.
+    The learning rate is read from memory, so that a replayed CUDA graph uses its current value.
     """
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < n
@@ -57,11 +58,11 @@ def muon_apply_kernel(
         tl.store(shadow_ptr + index, new.to(tl.float32).to(shadow_ptr.dtype.element_ty), mask=inside)
 
 
-def launch_muon_momentum(grad: Tensor, buffer: Tensor, update: Tensor, momentum: Tensor, launch) -> None:
-    """Changes buffer, writes update: contiguous tensors of one shape; momentum is one float32."""
-    block = launch.block_m * launch.block_n
+def launch_muon_momentum(grad: Tensor, buffer: Tensor, update: Tensor, momentum: Tensor, tile: Tile) -> None:
+    """Update `buffer` and write `update`: contiguous tensors of one shape; momentum is one float32."""
+    block = tile.block_m * tile.block_n
     muon_momentum_kernel[(triton.cdiv(buffer.numel(), block),)](
-        grad, buffer, update, momentum, buffer.numel(), BLOCK=block, num_warps=launch.num_warps
+        grad, buffer, update, momentum, buffer.numel(), BLOCK=block, num_warps=tile.num_warps
     )
 
 
@@ -72,10 +73,10 @@ def launch_muon_apply(
     lr: Tensor,
     weight_decay: float,
     scale: float,
-    launch,
+    tile: Tile,
 ) -> None:
-    """Changes master, writes shadow if given: contiguous tensors of one shape; lr is one float32."""
-    block = launch.block_m * launch.block_n
+    """Update `master` and write `shadow` if given: contiguous tensors of one shape; lr is one float32."""
+    block = tile.block_m * tile.block_n
     muon_apply_kernel[(triton.cdiv(master.numel(), block),)](
         master,
         update,
@@ -86,5 +87,5 @@ def launch_muon_apply(
         scale,
         HAS_SHADOW=shadow is not None,
         BLOCK=block,
-        num_warps=launch.num_warps,
+        num_warps=tile.num_warps,
     )

@@ -1,8 +1,8 @@
 """Newton-Schulz over a stack of matrices: Frobenius norm, then X X^T, b A + c A A and a X + P X per step.
 
-The two products in the middle are symmetric: tiles on and above the diagonal are computed, and those above it
-are stored a second time, transposed. Matrices come by pointer and strides, so a tall matrix is its own wide
-transpose. Every result is rounded once, at its store.
+The first two products are symmetric: only tiles on and above the diagonal are computed, and those above it
+are stored a second time, transposed. Matrices are given by pointer and strides, so a tall matrix is processed
+as its wide transpose. Every result is rounded once, at its store.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 
 import triton
 import triton.language as tl
+from pgolf_fast.kernels._common import Tile, launch_options
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 @triton.jit
-def newton_schulz_norm_kernel(
+def newton_schulz_sum_squares_kernel(
     g_ptr,
     partial_ptr,
     rows,
@@ -29,7 +30,7 @@ def newton_schulz_norm_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Sum of squares of BLOCK_M whole rows of one matrix."""
+    """Sum of squares of BLOCK_M whole rows of one matrix, as one partial sum of its Frobenius norm."""
     program = tl.program_id(0).to(tl.int64)
     slot, part = program // parts, program % parts
     row = part * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -58,7 +59,7 @@ def newton_schulz_scale_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One tile of g / (|g| + 1e-7), into contiguous x. PARTS is the power of two at or above `parts`."""
+    """One tile [BLOCK_M, BLOCK_N] of x = g / (|g| + 1e-7). PARTS is the next power of two of `parts`."""
     program = tl.program_id(0).to(tl.int64)
     tiles_n = tl.cdiv(cols, BLOCK_N)
     tiles = tl.cdiv(rows, BLOCK_M) * tiles_n
@@ -97,9 +98,8 @@ def newton_schulz_gram_kernel(
     x_stride_col,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    """One tile of X X^T, and its mirror image; programs below the diagonal have nothing to do."""
+    """One tile [BLOCK, BLOCK] of X X^T and its mirror image; programs below the diagonal return at once."""
     program = tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(rows, BLOCK)
     slot, tile = program // (tiles * tiles), program % (tiles * tiles)
@@ -119,7 +119,7 @@ def newton_schulz_gram_kernel(
         right = tl.load(
             right_ptr + k[:, None] * x_stride_col, mask=(k < cols)[:, None] & (col < rows)[None, :], other=0.0
         )
-        acc = tl.dot(left, right, acc, input_precision=PRECISION)
+        acc = tl.dot(left, right, acc, input_precision="ieee")
     _store_symmetric(gram_ptr + slot * rows * rows, acc, row, col, rows, tile_m < tile_n)
 
 
@@ -132,9 +132,8 @@ def newton_schulz_poly_kernel(
     c,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    """One tile of b A + c A A for contiguous symmetric A, and its mirror image."""
+    """One tile [BLOCK, BLOCK] of b A + c A A for contiguous symmetric A, and its mirror image."""
     program = tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(size, BLOCK)
     slot, tile = program // (tiles * tiles), program % (tiles * tiles)
@@ -157,7 +156,7 @@ def newton_schulz_poly_kernel(
             mask=(k < size)[:, None] & (col < size)[None, :],
             other=0.0,
         )
-        acc = tl.dot(left, right, acc, input_precision=PRECISION)
+        acc = tl.dot(left, right, acc, input_precision="ieee")
     inside = (row < size)[:, None] & (col < size)[None, :]
     once = tl.load(gram + row[:, None] * size + col[None, :], mask=inside, other=0.0).to(tl.float32)
     _store_symmetric(poly_ptr + slot * size * size, b * once + c * acc, row, col, size, tile_m < tile_n)
@@ -177,9 +176,8 @@ def newton_schulz_apply_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    """One tile of a X + P X; P is contiguous, out has the strides of X."""
+    """One tile [BLOCK_M, BLOCK_N] of a X + P X; P is contiguous, out has the strides of X."""
     program = tl.program_id(0).to(tl.int64)
     tiles_n = tl.cdiv(cols, BLOCK_N)
     tiles = tl.cdiv(rows, BLOCK_M) * tiles_n
@@ -197,36 +195,37 @@ def newton_schulz_apply_kernel(
             mask=(k < rows)[:, None] & (col < cols)[None, :],
             other=0.0,
         )
-        acc = tl.dot(left, right, acc, input_precision=PRECISION)
+        acc = tl.dot(left, right, acc, input_precision="ieee")
     inside = (row < rows)[:, None] & (col < cols)[None, :]
     offset = slot * x_stride_slot + row[:, None] * x_stride_row + col[None, :] * x_stride_col
     once = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + offset, (a * once + acc).to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def norm_parts(rows: int, launch) -> int:
-    """Partial sums per matrix that `launch_newton_schulz_normalize` needs room for."""
-    return triton.cdiv(rows, launch.block_m)
+def norm_parts(rows: int, tile: Tile) -> int:
+    """Return the partial sums per matrix of `launch_newton_schulz_normalize`."""
+    return triton.cdiv(rows, tile.block_m)
 
 
-def launch_newton_schulz_normalize(g: Tensor, partial: Tensor, x: Tensor, launch) -> None:
-    """x = g / (|g| + 1e-7) for every matrix: g (slots, rows, cols) of any strides, x the same and contiguous,
-    partial float32 (slots, norm_parts(rows, launch)).
+def launch_newton_schulz_normalize(g: Tensor, partial: Tensor, x: Tensor, tile: Tile) -> None:
+    """Write x = g / (|g| + 1e-7) for every matrix of g (slots, rows, cols), of any strides.
+
+    x is contiguous; partial is float32 (slots, norm_parts(rows, tile)).
     """
     slots, rows, cols = g.shape
     parts = partial.shape[1]
-    newton_schulz_norm_kernel[(slots * parts,)](
+    newton_schulz_sum_squares_kernel[(slots * parts,)](
         g,
         partial,
         rows,
         cols,
         *g.stride(),
         parts,
-        BLOCK_M=launch.block_m,
-        BLOCK_N=launch.block_n,
-        num_warps=launch.num_warps,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        num_warps=tile.num_warps,
     )
-    tiles = triton.cdiv(rows, launch.block_m) * triton.cdiv(cols, launch.block_n)
+    tiles = triton.cdiv(rows, tile.block_m) * triton.cdiv(cols, tile.block_n)
     newton_schulz_scale_kernel[(slots * tiles,)](
         g,
         partial,
@@ -236,56 +235,54 @@ def launch_newton_schulz_normalize(g: Tensor, partial: Tensor, x: Tensor, launch
         *g.stride(),
         parts,
         PARTS=triton.next_power_of_2(parts),
-        BLOCK_M=launch.block_m,
-        BLOCK_N=launch.block_n,
-        num_warps=launch.num_warps,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        num_warps=tile.num_warps,
     )
 
 
-def launch_newton_schulz_gram(x: Tensor, gram: Tensor, launch) -> None:
-    """gram (slots, rows, rows), contiguous, = x x^T for x (slots, rows, cols) of any strides.
+def launch_newton_schulz_gram(x: Tensor, gram: Tensor, tile: Tile) -> None:
+    """Write gram (slots, rows, rows), contiguous, = x x^T for x (slots, rows, cols) of any strides.
 
-    Tiles are launch.block_m square.
+    Tiles are tile.block_m square.
     """
     slots, rows, cols = x.shape
-    newton_schulz_gram_kernel[(slots * triton.cdiv(rows, launch.block_m) ** 2,)](
+    newton_schulz_gram_kernel[(slots * triton.cdiv(rows, tile.block_m) ** 2,)](
         x,
         gram,
         rows,
         cols,
         *x.stride(),
-        BLOCK=launch.block_m,
-        BLOCK_K=launch.block_k,
-        PRECISION="ieee",
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
+        BLOCK=tile.block_m,
+        BLOCK_K=tile.block_k,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )
 
 
-def launch_newton_schulz_poly(gram: Tensor, poly: Tensor, b: float, c: float, launch) -> None:
-    """poly = b gram + c gram gram for symmetric gram; both (slots, size, size) and contiguous.
+def launch_newton_schulz_poly(gram: Tensor, poly: Tensor, b: float, c: float, tile: Tile) -> None:
+    """Write poly = b gram + c gram gram for symmetric gram; both (slots, size, size) and contiguous.
 
-    Tiles are launch.block_m square.
+    Tiles are tile.block_m square.
     """
     slots, size, _ = gram.shape
-    newton_schulz_poly_kernel[(slots * triton.cdiv(size, launch.block_m) ** 2,)](
+    newton_schulz_poly_kernel[(slots * triton.cdiv(size, tile.block_m) ** 2,)](
         gram,
         poly,
         size,
         b,
         c,
-        BLOCK=launch.block_m,
-        BLOCK_K=launch.block_k,
-        PRECISION="ieee",
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
+        BLOCK=tile.block_m,
+        BLOCK_K=tile.block_k,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )
 
 
-def launch_newton_schulz_apply(poly: Tensor, x: Tensor, out: Tensor, a: float, launch) -> None:
-    """out = a x + poly x: poly (slots, rows, rows) contiguous; x, out (slots, rows, cols), same strides."""
+def launch_newton_schulz_apply(poly: Tensor, x: Tensor, out: Tensor, a: float, tile: Tile) -> None:
+    """Write out = a x + poly x: poly (slots, rows, rows) contiguous; x, out (slots, rows, cols) alike."""
     slots, rows, cols = x.shape
-    tiles = triton.cdiv(rows, launch.block_m) * triton.cdiv(cols, launch.block_n)
+    tiles = triton.cdiv(rows, tile.block_m) * triton.cdiv(cols, tile.block_n)
     newton_schulz_apply_kernel[(slots * tiles,)](
         poly,
         x,
@@ -294,10 +291,5 @@ def launch_newton_schulz_apply(poly: Tensor, x: Tensor, out: Tensor, a: float, l
         cols,
         *x.stride(),
         a,
-        BLOCK_M=launch.block_m,
-        BLOCK_N=launch.block_n,
-        BLOCK_K=launch.block_k,
-        PRECISION="ieee",
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
+        **launch_options(tile, "MNK"),
     )

@@ -1,13 +1,16 @@
-"""Triton kernels of the hashed n-gram embedding: gather forward; backward as a sorted sum or with atomics.
+"""The hashed n-gram embedding: gather forward; table gradient by sorted sums, or with atomics.
 
 Token n of the flattened (B, T) tokens is position n % T of sequence n // T. An entry is one use of a table
 row: entry n is the bigram of token n, entry count + n its trigram.
 """
 
+from __future__ import annotations
+
 from typing import TYPE_CHECKING
 
 import triton
 import triton.language as tl
+from pgolf_fast.kernels._common import Tile, column_block
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,20 +18,21 @@ if TYPE_CHECKING:
 
 @triton.jit
 def _token_back(tokens_ptr, batch_stride, time_stride, batch, time, inside, BACK: tl.constexpr):
-    """The token BACK positions before, as int64; 0 before the start of the sequence."""
+    """The token BACK positions earlier, as int64; 0 before the start of the sequence."""
     address = tokens_ptr + batch * batch_stride + (time - BACK) * time_stride
     return tl.load(address, mask=inside & (time >= BACK), other=0).to(tl.int64)
 
 
 @triton.jit
 def _remainder(key, size):
-    """Remainder with the sign of `size`: ids that make a key negative must not reach outside the table."""
+    """Remainder with the sign of `size`: a negative key must not index outside the table."""
     rest = key % size
     return tl.where(rest < 0, rest + size, rest)
 
 
 @triton.jit
 def _row(key, start, usable, SPLIT: tl.constexpr):
+    """Table row of a key; with SPLIT, word starts hash to the lower half of the rows, others to the upper."""
     if SPLIT:
         half = usable // 2
         row = _remainder(key, half) + tl.where(start, 0, half)
@@ -57,7 +61,7 @@ def _ngrams(
     HAS_STARTS: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    """Bigram row, trigram row (the bigram's without TRIGRAM), word start and factor of tokens `index`."""
+    """Bigram row, trigram row (the bigram's without TRIGRAM), word-start flag and gate of tokens `index`."""
     inside = index < count
     batch, time = index // length, index % length
     current = _token_back(tokens_ptr, batch_stride, time_stride, batch, time, inside, 0)
@@ -81,7 +85,7 @@ def _ngrams(
 
 @triton.jit
 def _table_rows(table_ptr, table_stride, bigram, trigram, column, mask, TRIGRAM: tl.constexpr):
-    """Sum of the table rows of some tokens, [tokens, columns] in float32."""
+    """Sum of the table rows of each token, [tokens, columns] in float32."""
     total = tl.load(table_ptr + bigram[:, None] * table_stride + column[None, :], mask=mask, other=0.0)
     total = total.to(tl.float32)
     if TRIGRAM:
@@ -115,12 +119,28 @@ def ngram_hash_embed_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    """One tile [BLOCK_M tokens, BLOCK_N columns] of gate * (bigram row + trigram row)."""
     index = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     bigram, trigram, _, gate = _ngrams(
-        tokens_ptr, starts_ptr, scale_ptr, boost_ptr, batch_stride, time_stride, index, count, length,
-        num_rows, vocab, CURRENT, PREVIOUS, BEFORE, TRIGRAM, HAS_STARTS, SPLIT,
-    )  # fmt: skip
+        tokens_ptr,
+        starts_ptr,
+        scale_ptr,
+        boost_ptr,
+        batch_stride,
+        time_stride,
+        index,
+        count,
+        length,
+        num_rows,
+        vocab,
+        CURRENT,
+        PREVIOUS,
+        BEFORE,
+        TRIGRAM,
+        HAS_STARTS,
+        SPLIT,
+    )
     mask = (index < count)[:, None] & (column < width)[None, :]
     out = _table_rows(table_ptr, table_stride, bigram, trigram, column, mask, TRIGRAM) * gate[:, None]
     address = out_ptr + index[:, None] * width + column[None, :]
@@ -158,17 +178,32 @@ def ngram_hash_embed_bwd_tokens_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Row and factor of every entry, and this program's share of <dout, rows> at word starts and elsewhere.
+    """Row and gate of the entries of BLOCK_M tokens, and sums of dout . rows, at word starts and elsewhere.
 
-    With ATOMIC the gradient goes straight into dtable (float32, zeroed), and no rows are written.
+    With ATOMIC the gradient is added to dtable (float32, zeroed) directly, and no rows are written.
     """
     program = tl.program_id(0).to(tl.int64)
     index = program * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = index < count
     bigram, trigram, start, gate = _ngrams(
-        tokens_ptr, starts_ptr, scale_ptr, boost_ptr, batch_stride, time_stride, index, count, length,
-        num_rows, vocab, CURRENT, PREVIOUS, BEFORE, TRIGRAM, HAS_STARTS, SPLIT,
-    )  # fmt: skip
+        tokens_ptr,
+        starts_ptr,
+        scale_ptr,
+        boost_ptr,
+        batch_stride,
+        time_stride,
+        index,
+        count,
+        length,
+        num_rows,
+        vocab,
+        CURRENT,
+        PREVIOUS,
+        BEFORE,
+        TRIGRAM,
+        HAS_STARTS,
+        SPLIT,
+    )
     along = tl.zeros((BLOCK_M,), tl.float32)
     for first in range(0, width, BLOCK_N):
         column = first + tl.arange(0, BLOCK_N)
@@ -195,14 +230,14 @@ def ngram_hash_embed_bwd_tokens_kernel(
 def ngram_hash_embed_bwd_scalars_kernel(
     partial_ptr, scale_ptr, boost_ptr, dscale_ptr, dboost_ptr, partials, BLOCK: tl.constexpr
 ):
-    """d scale and d boost from the shares of all programs, added in float64 in a fixed order."""
-    starts, others = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
+    """dscale and dboost from the partial sums of all programs, added in float64 in a fixed order."""
+    starts, rest = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
     for first in range(0, partials, BLOCK):
         index = first + tl.arange(0, BLOCK)
         mask = index < partials
         starts += tl.load(partial_ptr + 2 * index, mask=mask, other=0.0).to(tl.float64)
-        others += tl.load(partial_ptr + 2 * index + 1, mask=mask, other=0.0).to(tl.float64)
-    at_starts, elsewhere = tl.sum(starts, 0), tl.sum(others, 0)
+        rest += tl.load(partial_ptr + 2 * index + 1, mask=mask, other=0.0).to(tl.float64)
+    at_starts, elsewhere = tl.sum(starts, 0), tl.sum(rest, 0)
     dscale = at_starts * tl.load(boost_ptr).to(tl.float64) + elsewhere
     dboost = at_starts * tl.load(scale_ptr).to(tl.float64)
     tl.store(dscale_ptr, dscale.to(tl.float32).to(dscale_ptr.dtype.element_ty))
@@ -224,10 +259,10 @@ def ngram_hash_embed_bwd_pieces_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Sum, for every table row that occurs in one piece of BLOCK_M sorted entries, of its entries there.
+    """Per table row, the sum over its entries within one piece of BLOCK_M sorted entries.
 
-    The sum of row r in piece p is written to pieces[r + p]: along the sorted entries r and p never fall and
-    one of them rises from each sum to the next, so no two share a place.
+    The sum of row r in piece p goes to pieces[r + p]: along the sorted entries neither r nor p decreases, and
+    one of them increases from each sum to the next, so no two sums share an index.
     """
     piece = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -260,17 +295,17 @@ def ngram_hash_embed_bwd_rows_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Gradient of one table row: the sum over the pieces that its sorted entries touch, in their order."""
+    """Gradient of one table row: the sum over the pieces that contain its sorted entries, in order."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    # bisection for the first entry of this row and that of the next
+    # binary search for the first entry of this row and of the next
     bound = tl.arange(0, 2)
     low = tl.zeros((2,), tl.int64)
     high = low + entries
     for _ in range(steps):
         middle = (low + high) // 2
-        found = tl.load(rows_ptr + middle, mask=low < high, other=0).to(tl.int64)
-        below = (low < high) & (found < row + bound)
+        probe = tl.load(rows_ptr + middle, mask=low < high, other=0).to(tl.int64)
+        below = (low < high) & (probe < row + bound)
         high = tl.where(below, high, middle)
         low = tl.where(below, middle + 1, low)
     begin = tl.sum(tl.where(bound == 0, low, 0), 0)
@@ -287,119 +322,178 @@ def ngram_hash_embed_bwd_rows_kernel(
     tl.store(dtable_ptr + row * width + column, dtable, mask=column < width)
 
 
-def _columns(width: int, config) -> int:
-    return min(triton.next_power_of_2(max(width, 1)), config.block_n)
+def token_programs(count: int, tile: Tile) -> int:
+    """Return the programs of the backward's pass over `count` tokens: the rows of its `partial`."""
+    return triton.cdiv(count, tile.block_m)
 
 
-def token_programs(count: int, config) -> int:
-    """Programs of the backward's pass over `count` tokens: rows of its `partial`."""
-    return triton.cdiv(count, config.block_m)
-
-
-def pieces(entries: int, config) -> int:
-    """Pieces that the sorted entries are cut into."""
-    return triton.cdiv(entries, config.block_m)
+def pieces(entries: int, tile: Tile) -> int:
+    """Return the number of pieces that the sorted entries are cut into."""
+    return triton.cdiv(entries, tile.block_m)
 
 
 def launch_ngram_hash_embed_fwd(
-    tokens: "Tensor",
-    table: "Tensor",
-    starts: "Tensor | None",
-    scale: "Tensor",
-    boost: "Tensor",
-    out: "Tensor",
+    tokens: Tensor,
+    table: Tensor,
+    starts: Tensor | None,
+    scale: Tensor,
+    boost: Tensor,
+    out: Tensor,
     *,
     multipliers: tuple[int, int, int],
     split: bool,
     trigram: bool,
-    config,
+    tile: Tile,
 ) -> None:
-    """tokens (B, T) of any strides, table (rows, D) with unit inner stride, starts (vocab,) uint8.
+    """Write out (B, T, D) from tokens (B, T) of any strides and table (rows, D) with unit inner stride.
 
-    out (B, T, D). A token outside `starts` gives NaN.
+    starts (vocab,) uint8; a token outside it gives NaN.
     """
     (batch, length), (num_rows, width) = tokens.shape, table.shape
-    columns = _columns(width, config)
-    grid = (triton.cdiv(batch * length, config.block_m), triton.cdiv(width, columns))
+    columns = column_block(width, tile)
+    grid = (triton.cdiv(batch * length, tile.block_m), triton.cdiv(width, columns))
     ngram_hash_embed_fwd_kernel[grid](
-        tokens, table, starts, scale, boost, out, *tokens.stride(), table.stride(0), batch * length, length,
-        num_rows, 0 if starts is None else starts.shape[0], width, *multipliers, TRIGRAM=trigram,
-        HAS_STARTS=starts is not None, SPLIT=split, BLOCK_M=config.block_m, BLOCK_N=columns,
-        num_warps=config.num_warps,
-    )  # fmt: skip
+        tokens,
+        table,
+        starts,
+        scale,
+        boost,
+        out,
+        *tokens.stride(),
+        table.stride(0),
+        batch * length,
+        length,
+        num_rows,
+        0 if starts is None else starts.shape[0],
+        width,
+        *multipliers,
+        TRIGRAM=trigram,
+        HAS_STARTS=starts is not None,
+        SPLIT=split,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=columns,
+        num_warps=tile.num_warps,
+    )
 
 
 def launch_ngram_hash_embed_bwd_tokens(
-    dout: "Tensor",
-    tokens: "Tensor",
-    table: "Tensor",
-    starts: "Tensor | None",
-    scale: "Tensor",
-    boost: "Tensor",
-    rows: "Tensor | None",
-    gate: "Tensor | None",
-    partial: "Tensor",
-    dtable: "Tensor | None",
+    dout: Tensor,
+    tokens: Tensor,
+    table: Tensor,
+    starts: Tensor | None,
+    scale: Tensor,
+    boost: Tensor,
+    rows: Tensor | None,
+    gate: Tensor | None,
+    partial: Tensor,
+    dtable: Tensor | None,
     *,
     multipliers: tuple[int, int, int],
     split: bool,
     trigram: bool,
-    config,
+    tile: Tile,
 ) -> None:
-    """dout (B T, D) with unit inner stride, partial (token_programs, 2); the rest as forward.
+    """Write partial (token_programs, 2) from dout (B T, D) with unit inner stride; the rest as forward.
 
-    rows (entries,) and gate (B T,) are written; or `dtable` (rows, D), float32 and zero, is added to.
+    Also writes rows (entries,) and gate (B T,), or adds to `dtable` (rows, D), float32 and zeroed.
     """
     (batch, length), (num_rows, width) = tokens.shape, table.shape
-    columns = _columns(width, config)
+    columns = column_block(width, tile)
     ngram_hash_embed_bwd_tokens_kernel[(partial.shape[0],)](
-        dout, tokens, table, starts, scale, boost, rows, gate, partial, dtable, dout.stride(0),
-        *tokens.stride(), table.stride(0), batch * length, length, num_rows,
-        0 if starts is None else starts.shape[0], width, *multipliers, TRIGRAM=trigram,
-        HAS_STARTS=starts is not None, SPLIT=split, ATOMIC=dtable is not None, BLOCK_M=config.block_m,
-        BLOCK_N=columns, num_warps=config.num_warps,
-    )  # fmt: skip
+        dout,
+        tokens,
+        table,
+        starts,
+        scale,
+        boost,
+        rows,
+        gate,
+        partial,
+        dtable,
+        dout.stride(0),
+        *tokens.stride(),
+        table.stride(0),
+        batch * length,
+        length,
+        num_rows,
+        0 if starts is None else starts.shape[0],
+        width,
+        *multipliers,
+        TRIGRAM=trigram,
+        HAS_STARTS=starts is not None,
+        SPLIT=split,
+        ATOMIC=dtable is not None,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=columns,
+        num_warps=tile.num_warps,
+    )
 
 
 def launch_ngram_hash_embed_bwd_scalars(
-    partial: "Tensor", scale: "Tensor", boost: "Tensor", dscale: "Tensor", dboost: "Tensor", config
+    partial: Tensor, scale: Tensor, boost: Tensor, dscale: Tensor, dboost: Tensor, tile: Tile
 ) -> None:
-    """partial (programs, 2) as written by the pass over tokens; the others are ()."""
+    """Write dscale and dboost from partial (programs, 2) of the pass over tokens; all others are ()."""
     ngram_hash_embed_bwd_scalars_kernel[(1,)](
-        partial, scale, boost, dscale, dboost, partial.shape[0], BLOCK=config.block_n,
-        num_warps=config.num_warps,
-    )  # fmt: skip
+        partial,
+        scale,
+        boost,
+        dscale,
+        dboost,
+        partial.shape[0],
+        BLOCK=tile.block_n,
+        num_warps=tile.num_warps,
+    )
 
 
 def launch_ngram_hash_embed_bwd_pieces(
-    dout: "Tensor",
-    gate: "Tensor",
-    rows: "Tensor",
-    order: "Tensor",
-    sums: "Tensor",
+    dout: Tensor,
+    gate: Tensor,
+    rows: Tensor,
+    order: Tensor,
+    sums: Tensor,
     *,
     num_rows: int,
-    config,
+    tile: Tile,
 ) -> None:
-    """rows (entries,) sorted, order (entries,) int64 the entries in that order, dout and gate as in the pass
-    over tokens, sums (num_rows + pieces, D) float32.
+    """Write sums (num_rows + pieces, D) float32 from sorted rows (entries,) and their order (entries,) int64.
+
+    dout and gate as in the pass over tokens.
     """
     width = sums.shape[1]
-    columns = _columns(width, config)
-    grid = (pieces(rows.shape[0], config), triton.cdiv(width, columns))
+    columns = column_block(width, tile)
+    grid = (pieces(rows.shape[0], tile), triton.cdiv(width, columns))
     ngram_hash_embed_bwd_pieces_kernel[grid](
-        dout, gate, rows, order, sums, dout.stride(0), rows.shape[0], gate.shape[0], num_rows, width,
-        BLOCK_M=config.block_m, BLOCK_N=columns, num_warps=config.num_warps,
-    )  # fmt: skip
+        dout,
+        gate,
+        rows,
+        order,
+        sums,
+        dout.stride(0),
+        rows.shape[0],
+        gate.shape[0],
+        num_rows,
+        width,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=columns,
+        num_warps=tile.num_warps,
+    )
 
 
 def launch_ngram_hash_embed_bwd_rows(
-    rows: "Tensor", sums: "Tensor", dtable: "Tensor", *, piece: int, config
+    rows: Tensor, sums: Tensor, dtable: Tensor, *, piece: int, tile: Tile
 ) -> None:
-    """rows (entries,) sorted, sums as left by the pass over pieces of size `piece`, dtable (num_rows, D)."""
+    """Write dtable (num_rows, D) from sorted rows (entries,) and sums of pieces of `piece` entries."""
     num_rows, width = dtable.shape
-    columns = _columns(width, config)
+    columns = column_block(width, tile)
     ngram_hash_embed_bwd_rows_kernel[(num_rows, triton.cdiv(width, columns))](
-        rows, sums, dtable, rows.shape[0], width, rows.shape[0].bit_length(), PIECE=piece,
-        BLOCK_M=config.block_m, BLOCK_N=columns, num_warps=config.num_warps,
-    )  # fmt: skip
+        rows,
+        sums,
+        dtable,
+        rows.shape[0],
+        width,
+        rows.shape[0].bit_length(),
+        PIECE=piece,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=columns,
+        num_warps=tile.num_warps,
+    )

@@ -1,14 +1,17 @@
-"""Triton kernels of the scaled residual sum and its RMS norm, on rows of `width` elements."""
+"""The scaled residual sum and its RMS norm, on rows of `width` elements."""
+
+from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import triton
 import triton.language as tl
+from pgolf_fast.kernels._common import Tile, column_block
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_TILE = 4096  # elements of a tile at most: 32 a thread with four warps
+_TILE = 4096  # most elements of a tile: 32 per thread with four warps
 
 
 @triton.jit
@@ -26,7 +29,7 @@ def _mixed(
     width,
     HAS_X_SCALE: tl.constexpr,
 ):
-    """A tile of x_scale * x + branch_scale * branch, rounded to the dtype it is kept in, as float32."""
+    """A tile of x_scale * x + branch_scale * branch, rounded to the dtype of `mixed`, as float32."""
     x = tl.load(x_ptr + row[:, None] * x_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
     branch = tl.load(branch_ptr + row[:, None] * branch_stride + column[None, :], mask=mask, other=0.0)
     branch_scale = tl.load(branch_scale_ptr + column, mask=column < width, other=0.0).to(tl.float32)
@@ -56,7 +59,7 @@ def residual_norm_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One tile of rows. With WHOLE a row fits the tile; otherwise its columns are walked through twice."""
+    """BLOCK_M rows of mixed and normed. With WHOLE a row fits the tile; else columns are visited twice."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_N)
     squares = tl.zeros((BLOCK_M,), tl.float32)
@@ -66,9 +69,19 @@ def residual_norm_fwd_kernel(
         column = first + tl.arange(0, BLOCK_N)
         mask = (row < rows)[:, None] & (column < width)[None, :]
         mixed = _mixed(
-            x_ptr, branch_ptr, x_scale_ptr, branch_scale_ptr, mixed_ptr, x_stride, branch_stride, row, column,
-            mask, width, HAS_X_SCALE,
-        )  # fmt: skip
+            x_ptr,
+            branch_ptr,
+            x_scale_ptr,
+            branch_scale_ptr,
+            mixed_ptr,
+            x_stride,
+            branch_stride,
+            row,
+            column,
+            mask,
+            width,
+            HAS_X_SCALE,
+        )
         squares += tl.sum(mixed * mixed, 1)
         address = mixed_ptr + row[:, None] * width + column[None, :]
         tl.store(address, mixed.to(mixed_ptr.dtype.element_ty), mask=mask)
@@ -79,20 +92,30 @@ def residual_norm_fwd_kernel(
         address = normed_ptr + row[:, None] * width + column[None, :]
         tl.store(address, (mixed * factor).to(normed_ptr.dtype.element_ty), mask=mask)
     else:
-        # mixed is worked out again: reading back what other threads stored would need a barrier
+        # mixed is recomputed: reading back what other threads stored would need a barrier
         for first in range(0, width, BLOCK_N):
             column = first + tl.arange(0, BLOCK_N)
             mask = (row < rows)[:, None] & (column < width)[None, :]
             mixed = _mixed(
-                x_ptr, branch_ptr, x_scale_ptr, branch_scale_ptr, mixed_ptr, x_stride, branch_stride, row,
-                column, mask, width, HAS_X_SCALE,
-            )  # fmt: skip
+                x_ptr,
+                branch_ptr,
+                x_scale_ptr,
+                branch_scale_ptr,
+                mixed_ptr,
+                x_stride,
+                branch_stride,
+                row,
+                column,
+                mask,
+                width,
+                HAS_X_SCALE,
+            )
             address = normed_ptr + row[:, None] * width + column[None, :]
             tl.store(address, (mixed * factor).to(normed_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def residual_norm_bwd_along_kernel(
+def residual_norm_bwd_mean_kernel(
     dnormed_ptr,
     mixed_ptr,
     rstd_ptr,
@@ -104,7 +127,7 @@ def residual_norm_bwd_along_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """mean(g unit) of each row, for rows wider than a tile: g the gradient of unit = rstd * mixed."""
+    """mean(g * unit) of BLOCK_M rows wider than a tile; g is the gradient of unit = rstd * mixed."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
     along = tl.zeros((BLOCK_M,), tl.float32)
@@ -144,7 +167,7 @@ def residual_norm_bwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """`tiles` tiles of rows, one after another, with the per-channel gradients summed in registers."""
+    """`tiles` tiles of rows in sequence, with the per-channel gradients summed in registers."""
     program = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = column < width
@@ -161,7 +184,7 @@ def residual_norm_bwd_kernel(
         unit = mixed.to(tl.float32) * rstd
         g = tl.load(dnormed_ptr + row[:, None] * dnormed_stride + column[None, :], mask=mask, other=0.0)
         g = g.to(tl.float32) * layer_scale
-        if WHOLE:  # noqa: SIM108 — read by Triton
+        if WHOLE:  # noqa: SIM108 — Triton needs the branch
             along = tl.sum(g * unit, 1) / width
         else:
             along = tl.load(along_ptr + row, mask=row < rows, other=0.0)
@@ -184,87 +207,132 @@ def residual_norm_bwd_kernel(
         tl.store(partial_ptr + after + program * width + column, dx_scale, mask=inside)
 
 
-def _tile(width: int, config) -> tuple[int, int]:
-    """Rows and columns of a tile."""
-    columns = min(triton.next_power_of_2(max(width, 1)), config.block_n)
-    return max(1, min(config.block_m, _TILE // columns)), columns
+def _block_shape(width: int, tile: Tile) -> tuple[int, int]:
+    """Return the rows and columns of a tile."""
+    columns = column_block(width, tile)
+    return max(1, min(tile.block_m, _TILE // columns)), columns
 
 
-def fits_tile(width: int, config) -> bool:
-    """Whether a row fits a tile, so that backward needs no `along`."""
-    return width <= config.block_n
+def fits_tile(width: int, tile: Tile) -> bool:
+    """Return whether a row fits a tile, so that the backward needs no `along`."""
+    return width <= tile.block_n
 
 
 def launch_residual_norm_fwd(
-    x: "Tensor",
-    branch: "Tensor",
-    x_scale: "Tensor | None",
-    branch_scale: "Tensor",
-    mixed: "Tensor",
-    normed: "Tensor",
-    rstd: "Tensor",
+    x: Tensor,
+    branch: Tensor,
+    x_scale: Tensor | None,
+    branch_scale: Tensor,
+    mixed: Tensor,
+    normed: Tensor,
+    rstd: Tensor,
     *,
     layer_scale: float,
     eps: float,
-    config,
+    tile: Tile,
 ) -> None:
-    """x, branch (rows, D) with unit inner stride, scales (D,); mixed, normed (rows, D); rstd (rows,)."""
+    """Write mixed, normed (rows, D) and rstd (rows,); x, branch (rows, D) have unit inner stride."""
     rows, width = x.shape
-    block_m, block_n = _tile(width, config)
+    block_m, block_n = _block_shape(width, tile)
     residual_norm_fwd_kernel[(triton.cdiv(rows, block_m),)](
-        x, branch, x_scale, branch_scale, mixed, normed, rstd, x.stride(0), branch.stride(0), rows, width,
-        layer_scale, eps, HAS_X_SCALE=x_scale is not None, WHOLE=fits_tile(width, config), BLOCK_M=block_m,
-        BLOCK_N=block_n, num_warps=config.num_warps,
-    )  # fmt: skip
+        x,
+        branch,
+        x_scale,
+        branch_scale,
+        mixed,
+        normed,
+        rstd,
+        x.stride(0),
+        branch.stride(0),
+        rows,
+        width,
+        layer_scale,
+        eps,
+        HAS_X_SCALE=x_scale is not None,
+        WHOLE=fits_tile(width, tile),
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        num_warps=tile.num_warps,
+    )
 
 
-def launch_residual_norm_bwd_along(
-    dnormed: "Tensor",
-    mixed: "Tensor",
-    rstd: "Tensor",
-    along: "Tensor",
+def launch_residual_norm_bwd_mean(
+    dnormed: Tensor,
+    mixed: Tensor,
+    rstd: Tensor,
+    along: Tensor,
     *,
     layer_scale: float,
-    config,
+    tile: Tile,
 ) -> None:
-    """dnormed (rows, D) with unit inner stride, mixed (rows, D); rstd and along (rows,)."""
+    """Write along (rows,) from dnormed (rows, D) with unit inner stride, mixed (rows, D) and rstd (rows,)."""
     rows, width = mixed.shape
-    block_m, block_n = _tile(width, config)
-    residual_norm_bwd_along_kernel[(triton.cdiv(rows, block_m),)](
-        dnormed, mixed, rstd, along, dnormed.stride(0), rows, width, layer_scale, BLOCK_M=block_m,
-        BLOCK_N=block_n, num_warps=config.num_warps,
-    )  # fmt: skip
+    block_m, block_n = _block_shape(width, tile)
+    residual_norm_bwd_mean_kernel[(triton.cdiv(rows, block_m),)](
+        dnormed,
+        mixed,
+        rstd,
+        along,
+        dnormed.stride(0),
+        rows,
+        width,
+        layer_scale,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        num_warps=tile.num_warps,
+    )
 
 
 def launch_residual_norm_bwd(
-    dmixed: "Tensor",
-    dnormed: "Tensor",
-    x: "Tensor",
-    branch: "Tensor",
-    x_scale: "Tensor | None",
-    branch_scale: "Tensor",
-    mixed: "Tensor",
-    rstd: "Tensor",
-    along: "Tensor | None",
-    dx: "Tensor",
-    dbranch: "Tensor",
-    partial: "Tensor",
+    dmixed: Tensor,
+    dnormed: Tensor,
+    x: Tensor,
+    branch: Tensor,
+    x_scale: Tensor | None,
+    branch_scale: Tensor,
+    mixed: Tensor,
+    rstd: Tensor,
+    along: Tensor | None,
+    dx: Tensor,
+    dbranch: Tensor,
+    partial: Tensor,
     *,
     layer_scale: float,
-    config,
+    tile: Tile,
 ) -> None:
-    """dmixed, dnormed, x, branch (rows, D) with unit inner stride; mixed, dx, dbranch (rows, D); rstd (rows,)
+    """Write dx, dbranch (rows, D) from dmixed, dnormed, x, branch (rows, D) with unit inner stride.
 
-    along (rows,) is read unless a row fits a tile; partial (1 or 2, programs, D) gets each program's share of
-    d branch_scale and, with x_scale, of d x_scale.
+    mixed (rows, D) and rstd (rows,) as saved; along (rows,) is read unless a row fits a tile. partial
+    (1 or 2, programs, D) receives each program's sum for dbranch_scale and, with x_scale, dx_scale.
     """
     rows, width = mixed.shape
-    block_m, block_n = _tile(width, config)
+    block_m, block_n = _block_shape(width, tile)
     programs = partial.shape[1]
     tiles = triton.cdiv(triton.cdiv(rows, block_m), programs)
     residual_norm_bwd_kernel[(programs, triton.cdiv(width, block_n))](
-        dmixed, dnormed, x, branch, x_scale, branch_scale, mixed, rstd, along, dx, dbranch, partial,
-        dmixed.stride(0), dnormed.stride(0), x.stride(0), branch.stride(0), rows, width, layer_scale, tiles,
-        HAS_X_SCALE=x_scale is not None, WHOLE=fits_tile(width, config), BLOCK_M=block_m, BLOCK_N=block_n,
-        num_warps=config.num_warps,
-    )  # fmt: skip
+        dmixed,
+        dnormed,
+        x,
+        branch,
+        x_scale,
+        branch_scale,
+        mixed,
+        rstd,
+        along,
+        dx,
+        dbranch,
+        partial,
+        dmixed.stride(0),
+        dnormed.stride(0),
+        x.stride(0),
+        branch.stride(0),
+        rows,
+        width,
+        layer_scale,
+        tiles,
+        HAS_X_SCALE=x_scale is not None,
+        WHOLE=fits_tile(width, tile),
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        num_warps=tile.num_warps,
+    )

@@ -1,12 +1,15 @@
-"""Triton kernels of SmearGate: each position mixed with the one before it in its sequence.
+"""SmearGate: each position mixed with the previous one in its sequence.
 
 Row n of the flattened (B, T, D) input is position n % T of sequence n // T.
 """
+
+from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import triton
 import triton.language as tl
+from pgolf_fast.kernels._common import Tile, column_block
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +28,7 @@ def smear_gate_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    """One tile [BLOCK_M, BLOCK_N] of out_t = (1 - s) x_t + s x_{t-1} with s = sigmoid(gate)."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     batch, time = row // length, row % length
@@ -56,7 +60,7 @@ def smear_gate_bwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """`tiles` tiles of rows, one after another, with the gate's gradient summed in registers."""
+    """`tiles` tiles of rows in sequence, with the gate's gradient summed in registers."""
     program = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = column < width
@@ -73,35 +77,54 @@ def smear_gate_bwd_kernel(
         address = dout_ptr + (batch * dout_batch_stride + time * dout_time_stride)[:, None] + column[None, :]
         dout = tl.load(address, mask=mask, other=0.0).to(tl.float32)
         following = tl.load(address + dout_time_stride, mask=after, other=0.0).to(tl.float32)
-        # x_t is in position t with weight 1 - s and in position t + 1 with weight s
+        # x_t enters position t with weight 1 - s and position t + 1 with weight s
         dx = (1 - s)[None, :] * dout + s[None, :] * following
         tl.store(dx_ptr + row[:, None] * width + column[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
         dgate += tl.sum(dout * (previous - x), 0)
     tl.store(partial_ptr + program * width + column, dgate * s * (1 - s), mask=inside)
 
 
-def _columns(width: int, config) -> int:
-    return min(triton.next_power_of_2(max(width, 1)), config.block_n)
-
-
-def launch_smear_gate_fwd(x: "Tensor", gate: "Tensor", out: "Tensor", config) -> None:
-    """x (B, T, D) with unit inner stride, gate (D,), out (B, T, D)."""
+def launch_smear_gate_fwd(x: Tensor, gate: Tensor, out: Tensor, tile: Tile) -> None:
+    """Write out (B, T, D) from x (B, T, D) with unit inner stride and gate (D,)."""
     batch, length, width = x.shape
-    columns = _columns(width, config)
-    smear_gate_fwd_kernel[(triton.cdiv(batch * length, config.block_m), triton.cdiv(width, columns))](
-        x, gate, out, x.stride(0), x.stride(1), batch * length, length, width, BLOCK_M=config.block_m,
-        BLOCK_N=columns, num_warps=config.num_warps,
-    )  # fmt: skip
+    columns = column_block(width, tile)
+    smear_gate_fwd_kernel[(triton.cdiv(batch * length, tile.block_m), triton.cdiv(width, columns))](
+        x,
+        gate,
+        out,
+        x.stride(0),
+        x.stride(1),
+        batch * length,
+        length,
+        width,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=columns,
+        num_warps=tile.num_warps,
+    )
 
 
 def launch_smear_gate_bwd(
-    dout: "Tensor", x: "Tensor", gate: "Tensor", dx: "Tensor", partial: "Tensor", config
+    dout: Tensor, x: Tensor, gate: Tensor, dx: Tensor, partial: Tensor, tile: Tile
 ) -> None:
-    """dout, x (B, T, D) with unit inner stride, dx (B, T, D); partial (programs, D) gets shares of d gate."""
+    """Write dx (B, T, D) and partial (programs, D), which sums to dgate; dout, x have unit inner stride."""
     batch, length, width = x.shape
-    columns = _columns(width, config)
-    tiles = triton.cdiv(triton.cdiv(batch * length, config.block_m), partial.shape[0])
+    columns = column_block(width, tile)
+    tiles = triton.cdiv(triton.cdiv(batch * length, tile.block_m), partial.shape[0])
     smear_gate_bwd_kernel[(partial.shape[0], triton.cdiv(width, columns))](
-        dout, x, gate, dx, partial, dout.stride(0), dout.stride(1), x.stride(0), x.stride(1), batch * length,
-        length, width, tiles, BLOCK_M=config.block_m, BLOCK_N=columns, num_warps=config.num_warps,
-    )  # fmt: skip
+        dout,
+        x,
+        gate,
+        dx,
+        partial,
+        dout.stride(0),
+        dout.stride(1),
+        x.stride(0),
+        x.stride(1),
+        batch * length,
+        length,
+        width,
+        tiles,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=columns,
+        num_warps=tile.num_warps,
+    )

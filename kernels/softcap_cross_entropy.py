@@ -1,13 +1,16 @@
-"""Triton kernels of the softcapped head loss: logits are made tile by tile and never written.
+"""The softcapped head loss: logits are computed tile by tile and never written.
 
-The forward walks a block of rows through the vocabulary with an online logsumexp. The backward makes each
-tile again and writes d loss / d raw logits for some rows; the op feeds these to two matrix products.
+The forward takes a block of rows through the vocabulary with an online logsumexp. The backward recomputes
+each tile and writes d loss / d raw logits for some rows; the op feeds these to two matrix products.
 """
+
+from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import triton
 import triton.language as tl
+from pgolf_fast.kernels._common import Tile, halves, launch_options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,10 +18,10 @@ if TYPE_CHECKING:
 
 @triton.jit
 def _tanh(z):
-    """tanh(z) and its derivative, each within a few units in the last place of float32.
+    """tanh(z) and its derivative, each within a few float32 ulps.
 
-    From e = exp(-2|z|): (1 - e) / (1 + e) and 4 e / (1 + e)^2. Where 1 - e would cancel, the odd series takes
-    over; at 0.3 the first term that it leaves out is 2e-9 of the value.
+    From e = exp(-2|z|): (1 - e) / (1 + e) and 4 e / (1 + e)^2. Where 1 - e would cancel, the odd series is
+    used; at 0.3 its first omitted term is 2e-9 of the value.
     """
     square = z * z
     series = -1382.0 / 155925.0
@@ -34,17 +37,11 @@ def _tanh(z):
 
 
 @triton.jit
-def _halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The left and the right half of a tile's columns."""
-    return tl.split(tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
-
-
-@triton.jit
-def _quarters(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """A tile in four strips of columns: worked on in turn, they need a quarter of the registers at once."""
-    left, right = _halves(tile, BLOCK_M, BLOCK_N)
-    first, second = _halves(left, BLOCK_M, BLOCK_N // 2)
-    third, fourth = _halves(right, BLOCK_M, BLOCK_N // 2)
+def _quarters(tile):
+    """Four strips of a tile's columns: one at a time, they need a quarter of the registers."""
+    left, right = halves(tile)
+    first, second = halves(left)
+    third, fourth = halves(right)
     return first, second, third, fourth
 
 
@@ -64,7 +61,7 @@ def _raw_logits(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """A tile of x W^T in float32, [BLOCK_M, BLOCK_N]; 0 outside."""
+    """One tile [BLOCK_M, BLOCK_N] of x W^T in float32; 0 outside."""
     raw = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first in range(0, width, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
@@ -79,14 +76,14 @@ def _raw_logits(
 
 @triton.jit
 def _target(targets_ptr, targets_stride, row, rows, vocab):
-    """Targets of some rows, in 32 bits like the columns they are compared with; -1 outside the vocabulary."""
+    """Targets of rows, int32 like the columns they are compared with; -1 outside the vocabulary."""
     target = tl.load(targets_ptr + row * targets_stride, mask=row < rows, other=0).to(tl.int64)
     return tl.where((target >= 0) & (target < vocab), target, -1).to(tl.int32)
 
 
 @triton.jit
 def _add_columns(raw, column, target, largest, total, chosen, vocab, softcap, inverse):
-    """Largest logit, sum of exp(logit - largest) and target logit with some more columns."""
+    """Update the largest logit, the sum of exp(logit - largest) and the target logit with more columns."""
     tanh, _ = _tanh(raw * inverse)
     logit = tl.where((column < vocab)[None, :], softcap * tanh, float("-inf"))
     chosen += tl.sum(tl.where(column[None, :] == target[:, None], logit, 0.0), 1)
@@ -116,6 +113,7 @@ def softcap_cross_entropy_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    """Loss and logsumexp of BLOCK_M rows, looping over the vocabulary in blocks of BLOCK_N columns."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     target = _target(targets_ptr, targets_stride, row, rows, vocab)
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -124,10 +122,21 @@ def softcap_cross_entropy_fwd_kernel(
     for first in range(0, vocab, BLOCK_N):
         column = first + tl.arange(0, BLOCK_N)
         raw = _raw_logits(
-            x_ptr, weight_ptr, x_stride, weight_stride, row, column, rows, vocab, width, PRECISION, BLOCK_M,
-            BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-        strips = _halves(raw, BLOCK_M, BLOCK_N)
+            x_ptr,
+            weight_ptr,
+            x_stride,
+            weight_stride,
+            row,
+            column,
+            rows,
+            vocab,
+            width,
+            PRECISION,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+        )
+        strips = halves(raw)
         for i in tl.static_range(2):
             strip = first + i * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
             largest, total, chosen = _add_columns(
@@ -155,6 +164,7 @@ def _store_dlogits(
     z_loss,
     HAS_Z_LOSS: tl.constexpr,
 ):
+    """Store d loss / d raw for one strip of a tile."""
     tanh, slope = _tanh(raw * inverse)
     # d loss / d raw = ((1 + 2 z_loss log Z) softmax - onehot) (1 - tanh^2)
     grad = tl.exp(softcap * tanh - logsumexp[:, None])
@@ -190,9 +200,9 @@ def softcap_cross_entropy_dlogits_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One tile of d loss / d (x W^T); tiles of the same rows run side by side and share x in the cache.
+    """One tile [BLOCK_M, BLOCK_N] of d loss / d (x W^T); neighboring programs share rows of x in L2.
 
-    z-loss is a kernel of its own: on sm_90 it takes 161 registers a thread, and 128 are room for two blocks.
+    z-loss is a compile-time switch: it takes 161 registers per thread on sm_90; 128 allow two blocks per SM.
     """
     tile = tl.program_id(0).to(tl.int64)
     across = tl.cdiv(vocab, BLOCK_N)
@@ -200,72 +210,117 @@ def softcap_cross_entropy_dlogits_kernel(
     first = ((tile % across) * BLOCK_N).to(tl.int32)
     column = first + tl.arange(0, BLOCK_N)
     raw = _raw_logits(
-        x_ptr, weight_ptr, x_stride, weight_stride, row, column, rows, vocab, width, PRECISION, BLOCK_M,
-        BLOCK_N, BLOCK_K,
-    )  # fmt: skip
+        x_ptr,
+        weight_ptr,
+        x_stride,
+        weight_stride,
+        row,
+        column,
+        rows,
+        vocab,
+        width,
+        PRECISION,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )
     target = _target(targets_ptr, targets_stride, row, rows, vocab)
     logsumexp = tl.load(logsumexp_ptr + row, mask=row < rows, other=0.0)
     dloss = tl.load(dloss_ptr + row * dloss_stride, mask=row < rows, other=0.0).to(tl.float32)
     dloss = tl.where(target < 0, float("nan"), dloss)
-    strips = _quarters(raw, BLOCK_M, BLOCK_N)
+    strips = _quarters(raw)
     for i in tl.static_range(4):
         strip = first + i * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
         _store_dlogits(
-            strips[i], row, strip, target, logsumexp, dloss, dlogits_ptr, rows, vocab, softcap, inverse,
-            z_loss, HAS_Z_LOSS,
-        )  # fmt: skip
+            strips[i],
+            row,
+            strip,
+            target,
+            logsumexp,
+            dloss,
+            dlogits_ptr,
+            rows,
+            vocab,
+            softcap,
+            inverse,
+            z_loss,
+            HAS_Z_LOSS,
+        )
 
 
-def _tiles(x: "Tensor", config) -> dict[str, object]:
-    return {
-        "PRECISION": "ieee" if x.element_size() > 2 else "tf32",  # of no effect on 16-bit data
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-    }
+def _precision(x: Tensor) -> str:
+    return "ieee" if x.element_size() > 2 else "tf32"  # no effect on 16-bit data
 
 
 def launch_softcap_cross_entropy_fwd(
-    x: "Tensor",
-    weight: "Tensor",
-    targets: "Tensor",
-    loss: "Tensor",
-    logsumexp: "Tensor",
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    loss: Tensor,
+    logsumexp: Tensor,
     *,
     softcap: float,
     z_loss: float,
-    config,
+    tile: Tile,
 ) -> None:
-    """x (N, D) and weight (V, D) with unit inner stride, targets (N,); loss and logsumexp (N,) float32.
+    """Write loss and logsumexp (N,) float32; x (N, D) and weight (V, D) have unit inner stride, targets (N,).
 
     A target outside the vocabulary gives a loss of NaN.
     """
     rows, width = x.shape
-    softcap_cross_entropy_fwd_kernel[(triton.cdiv(rows, config.block_m),)](
-        x, weight, targets, loss, logsumexp, x.stride(0), weight.stride(0), targets.stride(0), rows,
-        weight.shape[0], width, softcap, 1 / softcap, z_loss, **_tiles(x, config),
-    )  # fmt: skip
+    softcap_cross_entropy_fwd_kernel[(triton.cdiv(rows, tile.block_m),)](
+        x,
+        weight,
+        targets,
+        loss,
+        logsumexp,
+        x.stride(0),
+        weight.stride(0),
+        targets.stride(0),
+        rows,
+        weight.shape[0],
+        width,
+        softcap,
+        1 / softcap,
+        z_loss,
+        PRECISION=_precision(x),
+        **launch_options(tile, "MNK"),
+    )
 
 
 def launch_softcap_cross_entropy_dlogits(
-    x: "Tensor",
-    weight: "Tensor",
-    targets: "Tensor",
-    logsumexp: "Tensor",
-    dloss: "Tensor",
-    dlogits: "Tensor",
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    logsumexp: Tensor,
+    dloss: Tensor,
+    dlogits: Tensor,
     *,
     softcap: float,
     z_loss: float,
-    config,
+    tile: Tile,
 ) -> None:
-    """As forward, with dloss (N,) of any stride; dlogits (N, V) contiguous."""
+    """Write dlogits (N, V), contiguous, with dloss (N,) of any stride; the rest as forward."""
     rows, vocab = dlogits.shape
-    grid = (triton.cdiv(rows, config.block_m) * triton.cdiv(vocab, config.block_n),)
+    grid = (triton.cdiv(rows, tile.block_m) * triton.cdiv(vocab, tile.block_n),)
     softcap_cross_entropy_dlogits_kernel[grid](
-        x, weight, targets, logsumexp, dloss, dlogits, x.stride(0), weight.stride(0), targets.stride(0),
-        dloss.stride(0), rows, vocab, x.shape[1], softcap, 1 / softcap, z_loss,
-        HAS_Z_LOSS=z_loss > 0, **_tiles(x, config),
-    )  # fmt: skip
+        x,
+        weight,
+        targets,
+        logsumexp,
+        dloss,
+        dlogits,
+        x.stride(0),
+        weight.stride(0),
+        targets.stride(0),
+        dloss.stride(0),
+        rows,
+        vocab,
+        x.shape[1],
+        softcap,
+        1 / softcap,
+        z_loss,
+        HAS_Z_LOSS=z_loss > 0,
+        PRECISION=_precision(x),
+        **launch_options(tile, "MNK"),
+    )

@@ -1,4 +1,4 @@
-"""grad += A^T B, summed over very many rows: output tiles are few, so programs split the rows as well."""
+"""grad += A^T B, summed over very many rows: there are few output tiles, so programs split the rows, too."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import triton
 import triton.language as tl
-from pgolf_fast.kernels.dot_tile import dot_tile, halves
+from pgolf_fast.kernels._common import Tile, dot_tile, halves, launch_options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @triton.jit
 def _add_to(ptrs, value, mask):
-    """*ptrs += value (float32), in float32 or, where memory is wider, in float64."""
+    """*ptrs += value (float32), added in float32, or in float64 where memory is float64."""
     before = tl.load(ptrs, mask=mask, other=0.0)
     if ptrs.dtype.element_ty == tl.float64:
         total = before + value.to(tl.float64)
@@ -31,7 +31,7 @@ def weight_grad_kernel(
     out_rows,
     out_cols,
     depth,
-    depth_a_split,
+    depth_per_split,
     a_stride_row,
     a_stride_depth,
     b_stride_depth,
@@ -44,16 +44,19 @@ def weight_grad_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """out[split] = a[:, its depth] b[its depth, :]; with ADD there is one split, and it is added to out."""
+    """One tile [BLOCK_M, BLOCK_N] of a b over the depth of one split, stored in out[split].
+
+    With ADD there is one split, which is added to out.
+    """
     pid = tl.program_id(0).to(tl.int64)
     tiles_n = tl.cdiv(out_cols, BLOCK_N)
     tiles = tl.cdiv(out_rows, BLOCK_M) * tiles_n
-    split = pid // tiles  # neighbors read the same part of a and b
+    split = pid // tiles  # neighbors read the same rows of a and b
     tile = pid % tiles
     row = tile // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
     col = tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    first = split * depth_a_split
-    own = tl.minimum(depth - first, depth_a_split).to(tl.int32)
+    first = split * depth_per_split
+    own = tl.minimum(depth - first, depth_per_split).to(tl.int32)
     acc = dot_tile(
         a_ptr + first * a_stride_depth,
         b_ptr + first * b_stride_depth,
@@ -94,7 +97,7 @@ def weight_grad_sum_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """grad += partial[0] + partial[1] + ..., in this order."""
+    """One tile [BLOCK_M, BLOCK_N] of grad += partial[0] + partial[1] + ..., in this order."""
     pid = tl.program_id(0).to(tl.int64)
     tiles_n = tl.cdiv(out_cols, BLOCK_N)
     row = pid // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -110,16 +113,16 @@ def weight_grad_sum_kernel(
 
 
 def launch_weight_grad(
-    left: Tensor, right: Tensor, grad: Tensor, partial: Tensor | None, depth_a_split: int, launch
+    left: Tensor, right: Tensor, grad: Tensor, partial: Tensor | None, depth_per_split: int, tile: Tile
 ) -> None:
-    """grad (N, K) += left (N, rows) @ right (rows, K), all with any strides.
+    """Add left (N, rows) @ right (rows, K) to grad (N, K), all with any strides.
 
-    With `partial`, float32 (splits, N, K) and contiguous, split s writes the product over its `depth_a_split`
-    rows there and grad is left alone: `launch_weight_grad_sum` comes next.
+    With `partial`, float32 (splits, N, K) and contiguous, split s writes the product over its
+    `depth_per_split` rows there, and `launch_weight_grad_sum` adds them to grad.
     """
     out_rows, depth = left.shape
     out_cols = right.shape[1]
-    tiles = triton.cdiv(out_rows, launch.block_m) * triton.cdiv(out_cols, launch.block_n)
+    tiles = triton.cdiv(out_rows, tile.block_m) * triton.cdiv(out_cols, tile.block_n)
     splits = 1 if partial is None else partial.shape[0]
     out = grad.unsqueeze(0) if partial is None else partial
     weight_grad_kernel[(tiles * splits,)](
@@ -129,23 +132,19 @@ def launch_weight_grad(
         out_rows,
         out_cols,
         depth,
-        depth_a_split,
+        depth_per_split,
         *left.stride(),
         *right.stride(),
         *out.stride(),
         ADD=partial is None,
-        BLOCK_M=launch.block_m,
-        BLOCK_N=launch.block_n,
-        BLOCK_K=launch.block_k,
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
+        **launch_options(tile, "MNK"),
     )
 
 
-def launch_weight_grad_sum(partial: Tensor, grad: Tensor, launch) -> None:
-    """grad (N, K), any strides, += the sum of partial, float32 (splits, N, K), over its first dimension."""
+def launch_weight_grad_sum(partial: Tensor, grad: Tensor, tile: Tile) -> None:
+    """Add partial, float32 (splits, N, K), summed over its first dimension, to grad (N, K) of any strides."""
     splits, out_rows, out_cols = partial.shape
-    grid = (triton.cdiv(out_rows, launch.block_m) * triton.cdiv(out_cols, launch.block_n),)
+    grid = (triton.cdiv(out_rows, tile.block_m) * triton.cdiv(out_cols, tile.block_n),)
     weight_grad_sum_kernel[grid](
         partial,
         grad,
@@ -153,8 +152,5 @@ def launch_weight_grad_sum(partial: Tensor, grad: Tensor, launch) -> None:
         out_rows,
         out_cols,
         *grad.stride(),
-        BLOCK_M=launch.block_m,
-        BLOCK_N=launch.block_n,
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
+        **launch_options(tile, "MN"),
     )

@@ -1,4 +1,4 @@
-"""Types of the C++ codecs (csrc/bind.cpp); the module is missing where it could not be built."""
+"""Types of the C++ codecs (csrc/bind.cpp). The module is missing where it could not be built."""
 
 from collections.abc import Sequence
 
@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Buffer
 
+def lzma_version() -> str: ...  # no lzma_* functions where liblzma was missing
 def lzma_compress(
     data: Buffer,
     preset: int = 9,
@@ -46,18 +47,7 @@ def dequantize_bits(
     simd: bool = True,
 ) -> None: ...
 def bits_simd() -> str: ...
-def lzma_version() -> str: ...
-def lzma_how() -> str: ...
 def rans_encode(data: Buffer, shapes: Sequence[tuple[int, int, int]], threads: int = 0) -> bytes: ...
-def rans_size(data: Buffer, shapes: Sequence[tuple[int, int, int]], threads: int = 0) -> int: ...
 def rans_decode(
     payload: Buffer, shapes: Sequence[tuple[int, int, int]], size: int, threads: int = 0
 ) -> bytes: ...
-def read_container(
-    data: Buffer,
-) -> tuple[
-    bytes,
-    list[tuple[int, int, int, int, int, int]],
-    list[tuple[str, int, int, int, tuple[int, ...], int]],
-    list[bytes | None],
-]: ...

@@ -1,4 +1,4 @@
-"""What a person sees while work goes on: log lines, metrics as JSON lines, progress and tables."""
+"""Console output: log lines, metrics as JSON lines, progress bars, durations and tables."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from html import escape
+from numbers import Real
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,7 +22,7 @@ def setup_logging(log_file: Path | None = None, *, quiet: bool = False) -> None:
     """Send log lines to standard error and, if given, append them to `log_file`."""
     close_logging()
     logger.setLevel(logging.INFO)
-    logger.propagate = False
+    logger.propagate = False  # handlers of the root logger would print every line twice
     handlers: list[logging.Handler] = [] if quiet else [logging.StreamHandler(sys.stderr)]
     if log_file is not None:
         log_file.parent.mkdir(parents=True, exist_ok=True)
@@ -39,28 +40,28 @@ def close_logging() -> None:
 
 
 class MetricsWriter:
-    """Appends one JSON object a line; every line is complete on disk before the next is written."""
+    """Append JSON objects to a file, one per line; each line is flushed before the next is written."""
 
     def __init__(self, path: Path | None):
         self._file = None
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            cut = _ends_inside_a_line(path)
-            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the run
-            if cut:  # by a crash: the next line must not be glued to the half one
+            truncated = _last_line_is_open(path)
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open for the whole run
+            if truncated:  # by a crash: start a new line instead of extending the partial one
                 self._file.write("\n")
 
     def write(self, kind: str, **values: object) -> None:
         if self._file is not None:
             self._file.write(json.dumps({"kind": kind, **values}) + "\n")
-            self._file.flush()
+            self._file.flush()  # a crash loses at most the current line
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
 
 
-def _ends_inside_a_line(path: Path) -> bool:
+def _last_line_is_open(path: Path) -> bool:
     if not path.is_file() or path.stat().st_size == 0:
         return False
     with open(path, "rb") as handle:
@@ -69,7 +70,7 @@ def _ends_inside_a_line(path: Path) -> bool:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """All complete lines of a metrics file, which are objects; lines cut by a crash are left out."""
+    """Return the JSON objects of a metrics file, skipping lines truncated by a crash."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -87,9 +88,9 @@ def progress(
     unit: str = "it",
     note: Callable[[], str] | None = None,
 ) -> Iterator[Item]:
-    """Iterate with a progress bar on a terminal; a log line every 10 s with rate and ETA elsewhere.
+    """Iterate with a progress bar on a terminal, or with a log line every 10 s elsewhere.
 
-    `note` is asked after each item for what else there is to say.
+    `note` is called after each item and its text is appended to the bar or log line.
     """
     if sys.stderr.isatty():
         from tqdm import tqdm
@@ -116,7 +117,7 @@ def progress(
 
 
 def duration(seconds: float) -> str:
-    """`75.2` -> `1m15s`; `3.21` -> `3.2s`."""
+    """Format a duration: `75.2` -> `1m15s`, `3.21` -> `3.2s`."""
     if not math.isfinite(seconds):
         return "?"
     if round(seconds, 1) < 60:
@@ -126,18 +127,28 @@ def duration(seconds: float) -> str:
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"
 
 
+def number(value: object, form: str = ".4g") -> str:
+    """Format a number; return `-` for None, NaN, infinity and anything that is not a number."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        return "-"
+    return format(value, form)
+
+
+# A sign, digits with thousands separators, an exponent, and a unit of at most 8 letters
 _NUMBER = re.compile(r"[-+±~<>]?\s?(\d[\d,]*(\.\d+)?([eE][-+]?\d+)?|nan|inf)(\s?[a-zA-Zµ%/²]{1,8})?")
 
 
 class Table:
-    """A table of text cells, printed as text, HTML or Markdown; numeric columns are right-aligned.
+    """A table of text cells, rendered as text, HTML or Markdown; numeric columns are right-aligned.
 
     header: column names, or None for a table without a header line.
     rows: one sequence per row; cells are converted with `str`.
-    caption: a line for HTML and Markdown; `text` leaves it out.
+    caption: a title for HTML and Markdown; `text` omits it.
 
-    Raises ValueError for a row with another number of cells than the header (or the first row).
+    Raises ValueError if a row's length differs from that of the header (or the first row).
     """
+
+    SHORT = 24  # characters; columns of shorter cells do not wrap in HTML
 
     def __init__(self, header: Sequence[str] | None, rows: Iterable[Sequence[object]], caption: str = ""):
         self.header = None if header is None else tuple(header)
@@ -152,12 +163,12 @@ class Table:
         return self.text()
 
     def numeric(self) -> list[bool]:
-        """For each column, whether it holds at least one number and nothing but numbers and placeholders."""
+        """Return, per column, whether it holds at least one number and otherwise only placeholders."""
         columns = zip(*self.rows, strict=True) if self.rows else ((),) * len(self.header or ())
         return [_is_numeric(column) for column in columns]
 
     def text(self) -> str:
-        """Aligned columns for a terminal or a log."""
+        """Render aligned columns for a terminal or a log."""
         lines = [list(row) for row in self.rows]
         if self.header is not None:
             lines.insert(0, list(self.header))
@@ -176,7 +187,7 @@ class Table:
         return "\n".join(aligned)
 
     def markdown(self) -> str:
-        """A GitHub table; a table without a header gets an empty one."""
+        """Render a GitHub table; without a header, the header cells are empty."""
         header = self.header if self.header is not None else ("",) * len(self.rows[0] if self.rows else ())
         rule = ["---:" if right else "---" for right in self.numeric()]
         lines = [
@@ -186,21 +197,29 @@ class Table:
         return "\n".join([*([self.caption, ""] if self.caption else []), *lines])
 
     def html(self) -> str:
-        """A `<table>` element: escaped cells, backticks as `<code>`, class `n` on numeric columns."""
-        kinds = [' class="n"' if right else "" for right in self.numeric()]
+        """Render a `<table>`: cells escaped, backticks as `<code>`, classes `n` (numeric) and `s` (short)."""
+        numeric = self.numeric()
+        columns = zip(*self.rows, strict=True) if self.rows else ((),) * len(numeric)
+        short = [all(len(cell) <= self.SHORT for cell in column) for column in columns]
+        kinds = [
+            ' class="n"' if right else ' class="s"' if fits else ""
+            for right, fits in zip(numeric, short, strict=True)
+        ]
         head = ""
         if self.header is not None:
             named = zip(kinds, self.header, strict=True)
-            names = "".join(f'<th scope="col"{kind}>{_inline(name)}</th>' for kind, name in named)
+            names = "".join(f'<th scope="col"{kind}>{inline_html(name)}</th>' for kind, name in named)
             head = f"<thead><tr>{names}</tr></thead>"
         body = ""
         for row in self.rows:
-            tags = ["td" if kinds[0] else 'th scope="row"', *["td"] * (len(row) - 1)]
+            tags = ["td" if numeric[0] else 'th scope="row"', *["td"] * (len(row) - 1)]
             cells = zip(tags, kinds, row, strict=True)
-            line = "".join(f"<{tag}{kind}>{_inline(cell)}</{tag[:2]}>" for tag, kind, cell in cells)
+            line = "".join(f"<{tag}{kind}>{inline_html(cell)}</{tag[:2]}>" for tag, kind, cell in cells)
             body += f"<tr>{line}</tr>\n"
-        caption = f"<caption>{_inline(self.caption)}</caption>" if self.caption else ""
+        caption = f"<caption>{inline_html(self.caption)}</caption>" if self.caption else ""
         return f"<table>{caption}{head}<tbody>{body}</tbody></table>"
+
+    __html__ = html  # Jinja2's autoescape inserts the element as it is
 
 
 def _is_numeric(cells: Sequence[str]) -> bool:
@@ -208,10 +227,11 @@ def _is_numeric(cells: Sequence[str]) -> bool:
     return bool(known) and all(_NUMBER.fullmatch(cell) for cell in known)
 
 
-def _inline(text: str) -> str:
+def inline_html(text: str) -> str:
+    """Escape text for HTML and turn `code` in backticks into `<code>` elements."""
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
 
 
 def table(rows: Sequence[Sequence[object]], header: Sequence[str] | None = None) -> str:
-    """`Table` as text."""
+    """Return `Table(header, rows).text()`."""
     return Table(header, rows).text()

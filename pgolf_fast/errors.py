@@ -1,7 +1,7 @@
-"""The one exception a person is meant to read: what was given, what is needed, what to do."""
+"""The exception for errors that a user can fix."""
 
 from __future__ import annotations
 
 
 class PgolfError(Exception):
-    """Bad input. The command line prints its message as one line and exits with status 2."""
+    """Bad input: what was given, what is needed, what to do. The command line prints it and exits with 2."""

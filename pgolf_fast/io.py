@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, locks, and named tensors with metadata."""
+"""Atomic writes, file locks, named tensors with metadata, and the CPU cores of this process."""
 
 from __future__ import annotations
 
@@ -16,12 +16,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def available_cores() -> int:
+    """Return the number of CPU cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux only; respects taskset and container limits
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 @contextlib.contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
-    """A temporary path beside `path` that is flushed to disk and renamed onto it when the block succeeds.
+    """Yield a temporary path next to `path`, which is flushed and renamed to `path` if the block succeeds.
 
-    When the block fails, the temporary file is removed and whatever stood at `path` before is untouched.
-    A full disk is reported as a `PgolfError` naming the file.
+    If the block fails, the temporary file is removed and the previous file at `path` is unchanged. Raises
+    PgolfError naming the file if the disk is full.
     """
     final = Path(path)
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -44,11 +51,11 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def locked(path: Path, busy: str) -> Iterator[None]:
-    """Hold the lock file `path`, which stays, for the block; the system frees it if this process is killed.
+    """Hold the lock file `path` during the block. The system releases the lock of a process that dies.
 
-    Raises PgolfError with the line `busy` while another process holds it.
+    Raises PgolfError with the message `busy` if another process holds the lock.
     """
-    import fcntl  # not everywhere, and needed by no other function
+    import fcntl  # not available on Windows, and only needed here
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as handle:
@@ -71,10 +78,10 @@ def write_bytes(path: Path | str, content: bytes) -> None:
         temporary.write_bytes(content)
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], story: dict[str, Any]) -> None:
-    """Write tensors with a JSON `story` in the file's metadata, atomically.
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Write tensors and JSON `metadata` as a safetensors file, atomically.
 
-    Raises PgolfError naming the file when the disk is full; what stood there before is unchanged.
+    Raises PgolfError naming the file if the disk is full; the previous file is unchanged.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -82,23 +89,25 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], story: dict[str, Any]) 
     ready = {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
     with atomic_path(path) as temporary:
         try:
-            save_file(ready, temporary, metadata={"story": json.dumps(story)})
+            # a safetensors file holds strings only, so the metadata is one JSON string
+            save_file(ready, temporary, metadata={"metadata": json.dumps(metadata)})
         except SafetensorError as error:
+            # safetensors reports the system's error number in its text only
             if any(f"os error {code})" in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
                 raise OSError(errno.ENOSPC, "No space left on device") from error
             raise
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The inverse of `save_tensors`. Raises PgolfError for a file that is not one."""
-    with _opened(path) as (handle, story):
-        return {name: handle.get_tensor(name) for name in handle.keys()}, story  # noqa: SIM118 - not a dict
+    """Return what `save_tensors` wrote. Raises PgolfError for a damaged or another kind of file."""
+    with _opened(path) as (handle, metadata):
+        return {name: handle.get_tensor(name) for name in handle.keys()}, metadata  # noqa: SIM118
 
 
-def load_story(path: Path) -> dict[str, Any]:
-    """The story alone, without reading the tensors. Raises PgolfError as `load_tensors`."""
-    with _opened(path) as (_, story):
-        return story
+def load_metadata(path: Path) -> dict[str, Any]:
+    """Return the metadata without reading the tensors. Raises PgolfError as `load_tensors`."""
+    with _opened(path) as (_, metadata):
+        return metadata
 
 
 @contextlib.contextmanager
@@ -107,7 +116,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
 
     try:
         with safe_open(path, framework="pt") as handle:
-            yield handle, json.loads((handle.metadata() or {}).get("story", "{}"))
+            yield handle, json.loads((handle.metadata() or {}).get("metadata", "{}"))
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise PgolfError(
             f"{path} cannot be read as tensors: it is damaged or another kind of file ({error})"

@@ -1,4 +1,4 @@
-"""Artifacts made by hand, right or wrong, with every checksum as it should be."""
+"""Hand-made artifacts, valid or forged, all with correct checksums."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from pgolf_fast.artifact import reader
+from pgolf_fast.artifact import container
 
 
 @dataclass
 class Section:
-    """A section's entry in the header; None: what fits `body`."""
+    """A section's entry in the header; None: the value that fits `body`."""
 
     name: int = 0
     codec: int = 0
@@ -24,7 +24,7 @@ class Section:
     def entry(self) -> bytes:
         stored = len(self.body) if self.stored_bytes is None else self.stored_bytes
         raw = stored if self.raw_bytes is None else self.raw_bytes
-        return reader.SECTION.pack(self.name, self.codec, raw, stored, zlib.crc32(self.body))
+        return container.SECTION.pack(self.name, self.codec, raw, stored, zlib.crc32(self.body))
 
 
 @dataclass
@@ -43,13 +43,13 @@ class Tensor:
         dimensions = len(self.shape) if self.dimensions is None else self.dimensions
         name_bytes = len(self.name) if self.name_bytes is None else self.name_bytes
         sizes = b"".join(size.to_bytes(4, "little") for size in self.shape)
-        head = reader.TENSOR.pack(self.section, self.kind, self.dtype, dimensions)
-        return head + sizes + reader.NAME_BYTES.pack(name_bytes) + self.name
+        head = container.TENSOR.pack(self.section, self.kind, self.dtype, dimensions)
+        return head + sizes + container.NAME_BYTES.pack(name_bytes) + self.name
 
 
 @dataclass
 class Artifact:
-    """Everything a file says; None: what is right."""
+    """Every field of a file; None: the correct value."""
 
     config: bytes = b"{}"
     sections: list[Section] = field(default_factory=lambda: [Section()])
@@ -61,16 +61,16 @@ class Artifact:
     after_sections: bytes = b""
 
     def header(self) -> bytes:
-        def number(value: int | None, right: int) -> int:
-            return right if value is None else value
+        def number(value: int | None, correct: int) -> int:
+            return correct if value is None else value
 
         return b"".join(
             [
-                reader.CONFIG_BYTES.pack(number(self.config_bytes, len(self.config))),
+                container.CONFIG_BYTES.pack(number(self.config_bytes, len(self.config))),
                 self.config,
-                reader.SECTION_COUNT.pack(number(self.section_count, len(self.sections))),
+                container.SECTION_COUNT.pack(number(self.section_count, len(self.sections))),
                 *(section.entry() for section in self.sections),
-                reader.TENSOR_COUNT.pack(number(self.tensor_count, len(self.tensors))),
+                container.TENSOR_COUNT.pack(number(self.tensor_count, len(self.tensors))),
                 *(tensor.entry() for tensor in self.tensors),
                 self.after_header,
             ]
@@ -85,54 +85,57 @@ def file_of(
     header: bytes,
     body: bytes,
     *,
-    version: int = reader.VERSION,
+    version: int = container.VERSION,
     codec: int = 0,
     stored: int | None = None,
     raw: int | None = None,
     file_bytes: int | None = None,
 ) -> bytes:
-    """A file of a header, as stored, and a body; prefix fields that are None are right."""
+    """Return a file of a stored header and a body; prefix fields that are None are correct."""
     stored = len(header) if stored is None else stored
     raw = len(header) if raw is None else raw
-    size = reader.START + len(header) + len(body) + reader.DIGEST_BYTES
-    prefix = reader.PREFIX.pack(
-        reader.MAGIC, version, codec, stored, raw, size if file_bytes is None else file_bytes
+    size = container.START + len(header) + len(body) + container.DIGEST_BYTES
+    prefix = container.PREFIX.pack(
+        container.MAGIC, version, codec, stored, raw, size if file_bytes is None else file_bytes
     )
-    front = prefix + reader.CRC.pack(zlib.crc32(prefix + header)) + header + body
+    front = prefix + container.CRC.pack(zlib.crc32(prefix + header)) + header + body
     return front + hashlib.sha256(front).digest()
 
 
 def with_plain_header(data: bytes) -> bytes:
-    """The same artifact with its header stored plain, so that single fields can be changed."""
-    _, _, codec, stored, _, _ = reader.PREFIX.unpack_from(data)
-    header = data[reader.START : reader.START + stored]
-    body = data[reader.START + stored : -reader.DIGEST_BYTES]
+    """Return the same artifact with its header stored raw, so that single fields can be changed."""
+    _, _, codec, stored, _, _ = container.PREFIX.unpack_from(data)
+    header = data[container.START : container.START + stored]
+    body = data[container.START + stored : -container.DIGEST_BYTES]
     return file_of(lzma.decompress(header) if codec else header, body)
 
 
-def put_right(data: bytes) -> bytes:
-    """The file with its length, checksums and digest made right, as far as its plain header shows them."""
+def fix_checksums(data: bytes) -> bytes:
+    """Return the file with length, checksums and digest corrected, as far as its raw header shows them."""
     file = bytearray(data)
-    if len(file) < reader.START + reader.DIGEST_BYTES:
+    if len(file) < container.START + container.DIGEST_BYTES:
         return data
     file[24:32] = len(file).to_bytes(8, "little")
-    end = reader.START + int.from_bytes(file[16:20], "little")
-    if end <= len(file) - reader.DIGEST_BYTES:
-        _put_section_checksums_right(file, end)
-        checksum = zlib.crc32(file[reader.START : end], zlib.crc32(file[: reader.PREFIX.size]))
-        file[reader.PREFIX.size : reader.START] = reader.CRC.pack(checksum)
-    file[-reader.DIGEST_BYTES :] = hashlib.sha256(file[: -reader.DIGEST_BYTES]).digest()
+    end = container.START + int.from_bytes(file[16:20], "little")
+    if end <= len(file) - container.DIGEST_BYTES:
+        _fix_section_checksums(file, end)
+        checksum = zlib.crc32(file[container.START : end], zlib.crc32(file[: container.PREFIX.size]))
+        file[container.PREFIX.size : container.START] = container.CRC.pack(checksum)
+    file[-container.DIGEST_BYTES :] = hashlib.sha256(file[: -container.DIGEST_BYTES]).digest()
     return bytes(file)
 
 
-def _put_section_checksums_right(file: bytearray, header_end: int) -> None:
-    place = reader.START + 4 + int.from_bytes(file[reader.START : reader.START + 4], "little")
+def _fix_section_checksums(file: bytearray, header_end: int) -> None:
+    place = container.START + 4 + int.from_bytes(file[container.START : container.START + 4], "little")
     count, offset = int.from_bytes(file[place : place + 2], "little"), header_end
     for entry in range(
-        place + 2, min(place + 2 + count * reader.SECTION.size, header_end), reader.SECTION.size
+        place + 2, min(place + 2 + count * container.SECTION.size, header_end), container.SECTION.size
     ):
         stored = int.from_bytes(file[entry + 10 : entry + 18], "little")
-        if entry + reader.SECTION.size > header_end or offset + stored > len(file) - reader.DIGEST_BYTES:
+        if (
+            entry + container.SECTION.size > header_end
+            or offset + stored > len(file) - container.DIGEST_BYTES
+        ):
             return
-        file[entry + 18 : entry + 22] = reader.CRC.pack(zlib.crc32(file[offset : offset + stored]))
+        file[entry + 18 : entry + 22] = container.CRC.pack(zlib.crc32(file[offset : offset + stored]))
         offset += stored

@@ -1,4 +1,4 @@
-"""What every page must be: whole, self-contained and readable without eyes."""
+"""A parser and checks for HTML pages: well-formed, self-contained and accessible."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import threading
+from dataclasses import dataclass, field
 from functools import partial
 from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,43 +15,78 @@ from pathlib import Path
 VOID = {"meta", "link", "img", "source", "br", "hr"}
 
 
-class Page(HTMLParser):
-    """A page taken apart; raises AssertionError for tags that do not match."""
+@dataclass
+class Part:
+    """One `<section>` as a browser shows it."""
 
-    def __init__(self, text: str):
+    text: str = ""
+    tables: list[list[list[str]]] = field(default_factory=list)
+    """Cells of each table by row, with the header."""
+    pictures: int = 0
+
+
+class Page(HTMLParser):
+    """A parsed page. Raises AssertionError for tags that do not match."""
+
+    def __init__(self, source: str):
         super().__init__()
-        self.text = text
+        self.source = source
+        self.titles: list[str] = []
         self.headings: list[str] = []
         self.cells: list[str] = []
         self.paragraphs: list[str] = []
+        self.code: list[str] = []
+        self._texts = {
+            **{"title": self.titles, "h2": self.headings, "p": self.paragraphs, "code": self.code},
+            **{"td": self.cells, "th": self.cells},
+        }
         self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self._parts: list[Part] = []
         self._open: list[str] = []
-        self.feed(text)
+        self.feed(source)
         self.close()
         assert self._open == []
+
+    @property
+    def sections(self) -> dict[str, Part]:
+        """The sections by heading."""
+        return dict(zip(self.headings, self._parts, strict=True))
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
         if tag not in VOID:
             self._open.append(tag)
-        for kind, texts in (("h2", self.headings), ("p", self.paragraphs)):
-            if tag == kind:
-                texts.append("")
-        if tag in ("td", "th"):
-            self.cells.append("")
+        if tag in self._texts:
+            self._texts[tag].append("")
+        if tag == "section":
+            self._parts.append(Part())
+        if self._parts:
+            part = self._parts[-1]
+            part.text += "\n" if tag in ("p", "tr") else " " if tag in ("td", "th") else ""
+            part.pictures += tag == "img"
+            if tag == "table":
+                part.tables.append([])
+            elif tag == "tr":
+                part.tables[-1].append([])
+            elif tag in ("td", "th"):
+                part.tables[-1][-1].append("")
 
     def handle_endtag(self, tag):
         assert self._open, f"</{tag}> closes nothing"
         assert self._open.pop() == tag, f"</{tag}> does not close what is open"
 
     def handle_data(self, data):
-        for kind, texts in ((("h2",), self.headings), (("p",), self.paragraphs), (("td", "th"), self.cells)):
-            if set(kind) & set(self._open):
-                texts[-1] += data
+        for tag in self._texts.keys() & set(self._open):
+            self._texts[tag][-1] += data
+        if "section" in self._open:
+            self._parts[-1].text += data
+            if {"td", "th"} & set(self._open):
+                self._parts[-1].tables[-1][-1][-1] += data
 
 
-def check_page(text: str) -> Page:
-    """Nothing is loaded, every picture has words, anchors lead somewhere, numbers of ids are one."""
+def check_page(source: str) -> Page:
+    """Check that a page loads nothing, that images have text, and that anchors and ids are sound."""
+    text = source
     assert text.startswith("<!DOCTYPE html>")
     page = Page(text)
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
@@ -78,16 +114,13 @@ def check_page(text: str) -> Page:
 
 
 def browser() -> str | None:
-    """A Chromium on this machine, if there is one."""
+    """Return the Chromium of this machine, if there is one."""
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
     return next((found for name in names if (found := shutil.which(name))), None)
 
 
 def visit(program: str, text: str, profile: Path) -> tuple[list[str], list[str], str]:
-    """Open a page from a server of our own: what was asked for, the console, the page as the browser has it.
-
-    No name can be resolved meanwhile.
-    """
+    """Open a page in a browser that resolves no names: return the requests, the console lines and the DOM."""
     asked: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):

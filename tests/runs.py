@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pgolf_fast.config.fields import flatten, set_fields
 from pgolf_fast.config.presets import tiny
 from pgolf_fast.config.schema import RunConfig, TTTConfig
-from pgolf_fast.config.serialize import flatten, replace_field
 from pgolf_fast.data.loader import make_loader
 from pgolf_fast.data.shards import write_shard
 from pgolf_fast.data.source import open_source
@@ -85,9 +85,7 @@ def run_config(data: Path, **changes: object) -> RunConfig:
         eval=replace(base.eval, stride=16),
         ttt=TTTConfig(chunk_tokens=1000, batch_seqs=8, epochs=1),
     )
-    for name, value in changes.items():
-        config = replace_field(config, name.replace("__", "."), value)
-    return config
+    return set_fields(config, {name.replace("__", "."): value for name, value in changes.items()})
 
 
 def words(config: RunConfig) -> list[str]:
@@ -121,7 +119,7 @@ def read_json(path: Path) -> dict:
 
 def make_trainer(config, world=ALONE):
     source = open_source(config.data, config.model.vocab_size)
-    loader = make_loader(source.train_shards(), config.data, config.train, vocab_size=config.model.vocab_size)
+    loader = make_loader(source.train_shards(), config)
     return Trainer(build_model(config, source, world), config, loader, world)
 
 

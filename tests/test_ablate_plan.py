@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pgolf_fast.cli.ablate import split_flips
-from pgolf_fast.config.flip import flip
+from pgolf_fast.config.fields import flip
 from pgolf_fast.config.presets import small, tiny
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.lab.compare.ablation.plan import BASELINE, make_jobs, make_variants, with_budget

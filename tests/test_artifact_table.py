@@ -9,11 +9,11 @@ import pytest
 from helpers import randomize_, tiny_config
 
 from pgolf_fast.artifact.pack import pack
+from pgolf_fast.config.fields import run_config_to_dict
 from pgolf_fast.config.schema import PackConfig, QuantConfig, RunConfig
-from pgolf_fast.config.serialize import run_config_to_dict
 from pgolf_fast.lab.analysis.artifact_bytes import REFERENCE, artifact_table
 from pgolf_fast.lab.analysis.entropy_bounds import plane_bound, static_bounds
-from pgolf_fast.lab.report.treemap import plot_treemap
+from pgolf_fast.lab.report.treemap import paint_treemap, plot_treemap
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.ops import native
 from pgolf_fast.quant.state import quantize_state
@@ -52,8 +52,8 @@ def test_order_0_is_each_matrix_for_itself():
     ("spread", "winner"), [((0, 0), "none"), ((0.5, 0), "row"), ((0.4, 0.4), "row x column")], ids=str
 )
 def test_classes_help_where_scales_differ(spread, winner):
-    found = static_bounds([gaussian((512, 512), *spread, seed=seed) for seed in range(3)])
-    order0, row, both = (found[name].bytes for name in ("order 0", "row", "row x column"))
+    result = static_bounds([gaussian((512, 512), *spread, seed=seed) for seed in range(3)])
+    order0, row, both = (result[name].bytes for name in ("order 0", "row", "row x column"))
     values = 3 * 512 * 512
     gaussian_bits = np.log2(4 * np.sqrt(2 * np.pi * np.e))  # of one scale
     if winner == "none":
@@ -65,7 +65,7 @@ def test_classes_help_where_scales_differ(spread, winner):
     else:
         assert row < 0.99 * order0
         assert both < 0.98 * row
-    assert 0 < found["order 0"].side_bytes < found["row x column"].side_bytes < 0.02 * both
+    assert 0 < result["order 0"].side_bytes < result["row x column"].side_bytes < 0.02 * both
 
 
 def test_row_bound_by_hand():
@@ -116,21 +116,20 @@ def test_every_codec_is_measured_on_every_section(artifact):
     assert artifact_table(artifact.path, ()).codecs == ()
 
 
-def test_treemap_is_a_picture_with_every_layer(artifact, tmp_path):
+def test_treemap_names_every_layer(artifact, tmp_path):
     pytest.importorskip("squarify")
-    figure = pytest.importorskip("matplotlib.figure").Figure
-    written = []
-
-    class Kept(figure):
-        def savefig(self, *args, **settings):
-            written.extend(text.get_text() for text in self.axes[0].texts)
-            return super().savefig(*args, **settings)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("matplotlib.figure.Figure", Kept)
-        plot_treemap(artifact_table(artifact.path, ()), tmp_path / "bytes.png")
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    table = artifact_table(artifact.path, ())
+    paint_treemap(figure, table)
+    (axes,) = figure.axes
+    assert axes.get_title(loc="left") + axes.get_title() == f"model.pgolf: {artifact.weights_bytes:,} bytes"
+    labels = {text.get_text().split("\n")[0] for text in axes.texts}
+    assert {f"layer {layer}" for layer in range(tiny_config().num_layers)} <= labels
+    (legend,) = figure.legends
+    assert any(text.get_text().startswith("MLP up") for text in legend.get_texts())
+    assert len(axes.patches) == len(table.tensors) + 1
+    areas = sorted(patch.get_width() * patch.get_height() for patch in axes.patches)
+    share = max(t.stored_bytes for t in table.tensors) / table.total_bytes
+    assert areas[-1] / sum(areas) == pytest.approx(share, rel=1e-3)
+    plot_treemap(table, tmp_path / "bytes.png")
     assert (tmp_path / "bytes.png").read_bytes().startswith(b"\x89PNG")
-    assert written[0] == f"model.pgolf: {artifact.weights_bytes:,} bytes"
-    for layer in range(tiny_config().num_layers):
-        assert any(text.startswith(f"layer {layer}\n") for text in written)
-    assert any(text.startswith("MLP up") for text in written)

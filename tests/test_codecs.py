@@ -1,4 +1,4 @@
-"""Every codec of a section: what goes in comes out, damage is refused, and missing parts are named."""
+"""Section codecs: round trips, damage is rejected, and missing packages are named."""
 
 import contextlib
 import sys
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pgolf_fast.artifact import codecs
-from pgolf_fast.artifact.codecs import CODECS, TRY_FROM, TRY_PRESET, decode, encode, smallest
+from pgolf_fast.artifact.codecs import CODECS, PROBE_FROM, PROBE_PRESET, decode, encode, smallest
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.ops import native
 
@@ -33,7 +33,6 @@ def codec(request):
 @pytest.fixture
 def no_extension(monkeypatch):
     monkeypatch.setattr(native, "extension", lambda: None)
-    monkeypatch.setattr(native, "lzma_extension", lambda: None)
 
 
 def codes(rows=64, columns=48, sigma=5.0, seed=0):
@@ -71,7 +70,7 @@ def test_any_bytes(data):
 
 
 @pytest.mark.parametrize("stated", [0, 1, 3071, 3073, 100_000])
-def test_another_size_is_refused(codec, stated):
+def test_another_size_is_rejected(codec, stated):
     data, shapes = codes()
     with pytest.raises(ValueError, match=r"."):
         decode(codec, encode(codec, data, shapes), stated, [(1, stated, 1)])
@@ -80,13 +79,13 @@ def test_another_size_is_refused(codec, stated):
 @pytest.mark.parametrize(
     "damage", [lambda s: s[:-1], lambda s: s[: len(s) // 2], lambda s: b"", lambda s: s + b"x"]
 )
-def test_cut_and_grown_bytes_are_refused(codec, damage):
+def test_cut_and_grown_bytes_are_rejected(codec, damage):
     data, shapes = codes()
     with pytest.raises(ValueError, match=r"."):
         decode(codec, damage(encode(codec, data, shapes)), len(data), shapes)
 
 
-def test_flipped_bits_never_escape(codec):
+def test_flipped_bits_raise_only_value_errors(codec):
     data, shapes = codes(8, 16)
     stored = encode(codec, data, shapes)
     for at, bit in product(range(len(stored)), range(8)):
@@ -95,10 +94,10 @@ def test_flipped_bits_never_escape(codec):
             assert len(decode(codec, damaged, len(data), shapes)) == len(data)
 
 
-def test_a_bomb_is_not_unpacked(codec):
-    """32 MiB of zeros in a few bytes, said to be 100: refused before much of them exists."""
+def test_a_bomb_is_not_decompressed(codec):
+    """32 MiB of zeros in a few bytes, stated as 100: rejected before much of it is decompressed."""
     if codec == "raw":
-        pytest.skip("what is not packed does not explode")
+        pytest.skip("raw bytes cannot expand")
     size, fast = 32 << 20, {"lzma": {"preset": 1}, "zstd": {"level": 3}, "brotli": {"quality": 2}}
     stored = encode(codec, bytes(size), [(1, size, 1)], **fast.get(codec, {}))
     assert len(stored) < 50_000
@@ -116,7 +115,7 @@ def test_unknown_codec_and_wrong_shapes(name):
         "encode": lambda codec, shapes: encode(codec, b"abcd", shapes),
         "decode": lambda codec, shapes: decode(codec, b"abcd", 4, shapes),
     }[name]
-    with pytest.raises(PgolfError, match="no codec 'zip': use one of raw, lzma"):
+    with pytest.raises(PgolfError, match="codec is 'zip', but must be one of raw, lzma"):
         run("zip", [(2, 2, 1)])
     for shapes in ([(2, 3, 1)], [], [(2, 1, 3)], [(-2, -2, 1)]):
         with pytest.raises(ValueError, match="shape"):
@@ -142,10 +141,10 @@ def test_smallest_takes_the_smallest():
     assert smallest(text, [(1, len(text), 1)])[0] == "lzma"
 
 
-def test_lzma_is_done_in_earnest_only_where_it_may_win(monkeypatch):
+def test_full_lzma_runs_only_if_the_probe_is_close(monkeypatch):
     random = np.random.default_rng(2)
-    noise = random.normal(0, 8, 2 * TRY_FROM).round().clip(-127, 127).astype(np.int8).tobytes()
-    text = b"the same words again and again, " * (TRY_FROM // 8)
+    noise = random.normal(0, 8, 2 * PROBE_FROM).round().clip(-127, 127).astype(np.int8).tobytes()
+    text = b"the same words again and again, " * (PROBE_FROM // 8)
     presets = []
     original = codecs.compress_bytes
 
@@ -155,14 +154,14 @@ def test_lzma_is_done_in_earnest_only_where_it_may_win(monkeypatch):
 
     monkeypatch.setattr(codecs, "compress_bytes", watched)
     assert smallest(noise, [(256, len(noise) // 256, 1)])[0] == "rans"
-    assert presets == [TRY_PRESET]
+    assert presets == [PROBE_PRESET]
     assert smallest(text, [(1, len(text), 1)])[0] == "lzma"
-    assert presets == [TRY_PRESET, TRY_PRESET, 9]
-    assert smallest(noise[:TRY_FROM], [(1, TRY_FROM, 1)])[0] == "rans"
+    assert presets == [PROBE_PRESET, PROBE_PRESET, 9]
+    assert smallest(noise[:PROBE_FROM], [(1, PROBE_FROM, 1)])[0] == "rans"
     assert presets[3:] == [9]
 
 
-def test_smallest_keeps_what_cannot_shrink():
+def test_smallest_stores_incompressible_data_raw():
     data, shapes = SECTIONS["noise"]
     assert smallest(data, shapes) == ("raw", data)
     assert smallest(b"", []) == ("raw", b"")
@@ -194,14 +193,14 @@ def test_without_extension(no_extension, monkeypatch):
 @pytest.mark.parametrize("backend", ["built", "python"])
 def test_lzma_settings(backend, monkeypatch):
     if backend == "python":
-        monkeypatch.setattr(native, "lzma_extension", lambda: None)
+        monkeypatch.setattr(native, "extension", lambda: None)
     data, shapes = SECTIONS["halves"]
     default = encode("lzma", data, shapes)
-    found = encode("lzma", data, shapes, search=True)
-    assert decode("lzma", found, len(data), shapes) == data
-    assert len(found) < len(default)
+    searched = encode("lzma", data, shapes, search=True)
+    assert decode("lzma", searched, len(data), shapes) == data
+    assert len(searched) < len(default)
     best = min((encode("lzma", data, shapes, **some) for some in codecs.LZMA_SEARCH), key=len)
-    assert len(found) == len(best)
+    assert len(searched) == len(best)
     assert encode("lzma", data, shapes, mode="fast") != default
     bad = [
         {"lc": 5},

@@ -1,4 +1,4 @@
-"""Presets, strict conversion, overrides and the translation of run scripts."""
+"""Presets, strict conversion, dotted fields and the translation of run scripts."""
 
 import json
 from dataclasses import replace
@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from pgolf_fast.config.env import assignments, translate
+from pgolf_fast.config.fields import flatten, run_config_from_dict, run_config_to_dict, set_fields
 from pgolf_fast.config.meta import MetaConfig
 from pgolf_fast.config.presets import (
     PRESETS,
@@ -27,7 +28,6 @@ from pgolf_fast.config.schema import (
     TrainConfig,
     TTTConfig,
 )
-from pgolf_fast.config.serialize import flatten, replace_field, run_config_from_dict, run_config_to_dict
 from pgolf_fast.config.shrink import shrink
 from pgolf_fast.errors import PgolfError
 
@@ -88,9 +88,9 @@ def test_unknown_names_are_answered_with_the_nearest():
     with pytest.raises(PgolfError, match="unknown size 'big': sizes are small, tiny"):
         shrink(exp101(), "big")
     with pytest.raises(PgolfError, match=r"unknown field train.stepz: did you mean train.steps\?"):
-        replace_field(exp101(), "train.stepz", 3)
+        set_fields(exp101(), {"train.stepz": 3})
     with pytest.raises(PgolfError, match=r"unknown field trian: did you mean train\?"):
-        replace_field(exp101(), "trian.steps", 3)
+        set_fields(exp101(), {"trian.steps": 3})
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -139,7 +139,7 @@ def test_json_is_read_strictly(path, value, message):
         (lambda: TrainConfig(max_seconds=None), "schedule 'time' needs train.max_seconds"),
         (lambda: ModelConfig(ve_layers=(3, 3)), "repeats a block"),
         (lambda: ModelConfig(xsa_last_n=-1), "model.xsa_last_n is -1; it must not be negative"),
-        (lambda: ModelConfig(ve_dim=0), "model.ve_dim must be positive"),
+        (lambda: ModelConfig(ve_dim=0), "model.ve_dim is 0; it must be positive"),
         (lambda: DataConfig(seed=-1), "data.seed is -1"),
         (lambda: MetaConfig(every=0), "train.meta.every is 0; it must be positive"),
         (lambda: TrainConfig(adaptive_every=0), "train.adaptive_every is 0"),
@@ -150,9 +150,9 @@ def test_json_is_read_strictly(path, value, message):
         (lambda: QuantConfig(block_size=0), "quant.block_size is 0"),
         (lambda: QuantConfig(bits=9), "quant.bits is 9; it must be 2 to 8"),
         (lambda: TTTConfig(momentum=-1), "ttt.momentum is -1"),
-        (lambda: TTTConfig(grad_clip=0), "ttt.grad_clip must be positive"),
-        (lambda: EvalConfig(seq_len=0), "eval.seq_len must be positive"),
-        (lambda: EvalConfig(stride=0), "eval.stride must be positive"),
+        (lambda: TTTConfig(grad_clip=0), "ttt.grad_clip is 0; it must be positive"),
+        (lambda: EvalConfig(seq_len=0), "eval.seq_len is 0; it must be positive"),
+        (lambda: EvalConfig(stride=0), "eval.stride is 0; it must be positive"),
         (lambda: RunConfig(eval=EvalConfig(stride=4096)), "stride 4096 is longer than the window of 2048"),
     ],
 )
@@ -167,8 +167,8 @@ def test_a_preset_name_may_carry_a_size():
 
 
 def test_setting_a_field_of_a_group_that_is_off_switches_it_on():
-    assert replace_field(exp105a(), "train.meta.every", 2).train.meta.every == 2
-    assert replace_field(exp101(), "train.qat", None).train.qat is None
+    assert set_fields(exp105a(), {"train.meta.every": 2}).train.meta.every == 2
+    assert set_fields(exp101(), {"train.qat": None}).train.qat is None
 
 
 SCRIPT = """#!/bin/bash

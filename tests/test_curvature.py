@@ -1,4 +1,4 @@
-"""Hessian products, traces and eigenvalues against the exact Hessian of a network that is small enough."""
+"""Hessian products, traces and eigenvalues against the exact Hessian of a small network."""
 
 from itertools import islice
 
@@ -13,7 +13,7 @@ from pgolf_fast.model.gpt import GPT
 from pgolf_fast.ops import reference
 
 CPU = torch.device("cpu")
-# the exact Hessian gives the model weights that are no leaves, and it asks them for gradient banks
+# the exact Hessian passes weights that are not leaves, and the model reads their gradient banks
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
 
@@ -44,7 +44,7 @@ def text():
 
 @pytest.fixture(scope="module")
 def exact(text):
-    """The Hessian (P, P) by automatic differentiation, twice, of the ops' definitions, and the gradient."""
+    """Hessian (P, P) and gradient by differentiating the reference formulas of the ops twice."""
     model = network()
     names, parameters = zip(*model.named_parameters(), strict=True)
     sizes, shapes = [p.numel() for p in parameters], [p.shape for p in parameters]
@@ -86,7 +86,7 @@ def surface(text):
     return LossSurface(network(), *text)
 
 
-def test_gradient_and_products_are_those_of_the_exact_hessian(surface, exact):
+def test_gradient_and_products_match_the_exact_hessian(surface, exact):
     hessian, gradient = exact
     torch.testing.assert_close(surface.gradient, gradient, rtol=1e-9, atol=1e-12)
     assert torch.equal(surface._model.qo_bank, network().qo_bank)
@@ -95,18 +95,18 @@ def test_gradient_and_products_are_those_of_the_exact_hessian(surface, exact):
         want = hessian @ vector
         error = (surface.product(vector) - want).norm() / want.norm()
         assert error < 1e-4
-    assert torch.equal(surface._model.qo_bank, network().qo_bank), "a product moves the weights for good"
+    assert torch.equal(surface._model.qo_bank, network().qo_bank), "a product must restore the weights"
 
 
 def test_ops_have_no_second_derivative(text):
-    """Why products are differences: were this to pass, `torch.autograd.grad` twice would be exact."""
+    """Products are differences of gradients because `torch.autograd.grad` cannot be applied twice."""
     model = network()
     (first,) = torch.autograd.grad(model(*text), [model.mlp_up_bank], create_graph=True)
     with pytest.raises(RuntimeError):
         torch.autograd.grad(first.square().sum(), [model.mlp_up_bank])
 
 
-def test_trace_is_that_of_the_exact_hessian(surface, exact):
+def test_trace_matches_the_exact_hessian(surface, exact):
     hessian, _ = exact
     blocks = {"first": slice(0, 100), "rest": slice(100, surface.size)}
     vectors = list(islice(random_signs(surface.size, 0, CPU), 40))
@@ -120,23 +120,23 @@ def test_trace_is_that_of_the_exact_hessian(surface, exact):
     assert sum(part.value for part in parts.values()) == pytest.approx(whole.value)
 
 
-def test_extreme_eigenvalues_are_those_of_the_exact_hessian(surface, exact):
+def test_extreme_eigenvalues_match_the_exact_hessian(surface, exact):
     values = torch.linalg.eigvalsh(exact[0])
     start = next(random_signs(surface.size, 0, CPU))
     (top, *next_ones), bottom = extremes(surface.product, start, 25, 3)
     assert top.value == pytest.approx(float(values[-1]), rel=1e-4)
     assert len(next_ones) == 2
-    for found, value in zip(next_ones, values.flip(0)[1:3].tolist(), strict=True):
-        assert found.value == pytest.approx(value, rel=1e-2)
+    for result, value in zip(next_ones, values.flip(0)[1:3].tolist(), strict=True):
+        assert result.value == pytest.approx(value, rel=1e-2)
     assert bottom.value == pytest.approx(float(values[0]), rel=1e-2)
-    # few steps: not there yet, but an eigenvalue is as near as the residual says
+    # after few steps it has not converged, but some eigenvalue is within the residual
     (early,), _ = extremes(surface.product, start, 4)
     assert early.error > 10 * top.error
     assert float((values - early.value).abs().min()) <= 1.001 * early.error
 
 
-def test_eigenvalues_are_bounds_and_marked_until_they_have_converged():
-    """Outliers beside a dense bulk: after few steps the truth may lie far outside of ±."""
+def test_eigenvalues_are_bounds_and_labeled_until_they_converge():
+    """With outliers next to a dense bulk, the true value may be far outside ± after few steps."""
     generator = torch.Generator().manual_seed(0)
     values = torch.cat([torch.linspace(-0.7, 1, 2000).double(), torch.tensor([8.0, 20, 60]).double()])
     start = torch.randn(len(values), generator=generator).double()
@@ -144,23 +144,23 @@ def test_eigenvalues_are_bounds_and_marked_until_they_have_converged():
     marks = {}
     for steps in (4, 40):
         top, bottom = extremes(lambda v: values * v, start, steps, 3)
-        assert all(found.value <= float(value) + 1e-9 for found, value in zip(top, true, strict=False))
+        assert all(result.value <= float(value) + 1e-9 for result, value in zip(top, true, strict=False))
         assert bottom.value >= float(true[-1]) - 1e-9
-        marks[steps] = [_eigenvalue(vars(found)).endswith("?") for found in (*top, bottom)]
+        marks[steps] = [_eigenvalue(vars(result)).endswith("?") for result in (*top, bottom)]
     assert marks[4][2:] == [True, True]
     assert marks[40][:3] == [False] * 3
     early, _ = extremes(lambda v: values * v, start, 4, 3)
-    assert abs(early[2].value - 8) > early[2].error, "the residual is no bound on how far off it is"
+    assert abs(early[2].value - 8) > early[2].error, "the residual does not bound the error"
 
 
-def test_lanczos_ends_where_the_space_does():
-    """The identity has one eigenvalue; a matrix of rank 2 and a zero eigenspace three."""
+def test_lanczos_stops_when_the_space_is_exhausted():
+    """The identity has one eigenvalue; a matrix of rank 2 with a zero eigenspace has three."""
     start = torch.ones(6).double()
     (top,), bottom = extremes(lambda v: v, start, 5, 3)
     assert (top.value, bottom.value, top.error) == (pytest.approx(1), pytest.approx(1), 0)
     matrix = torch.diag(torch.tensor([4.0, -3, 0, 0, 0, 0]).double())
     top, bottom = extremes(lambda v: matrix @ v, start, 6, 2)
-    assert [found.value for found in top] == [pytest.approx(4), pytest.approx(0, abs=1e-9)]
+    assert [result.value for result in top] == [pytest.approx(4), pytest.approx(0, abs=1e-9)]
     assert bottom.value == pytest.approx(-3)
 
 

@@ -209,7 +209,7 @@ def test_three_scores_are_reported_together(model, table):
     config = RunConfig(model=tiny_config())
     config = replace(config, eval=replace(config.eval, stride=4, seq_len=SEQ), ttt=TTT)
     scores = three_scores(model, Stream(tokens(257), table, CPU), config)
-    assert [row[0] for row in scores.rows()] == ["non-overlapping", "sliding", "sliding + TTT"]
+    assert [row[0] for row in scores.table().rows] == ["non-overlapping", "sliding", "sliding + TTT"]
     values = scores.to_dict()
     assert (
         values["non_overlapping"]["tokens"]

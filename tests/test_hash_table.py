@@ -1,4 +1,4 @@
-"""Who shares the rows of the hash table, and what it is worth."""
+"""Collisions in the hash table, and its contribution."""
 
 import json
 import math
@@ -18,9 +18,16 @@ from pgolf_fast.data.tokenizer import Tokenizer, byte_table
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import save_tensors
 from pgolf_fast.lab.analysis.bucket_load import ORDERS, all_pairs, contexts_of, groups, ideal_load, load
-from pgolf_fast.lab.analysis.hash_table import GATE, TABLE, TRIGRAM, _without, hash_findings, layout_findings
+from pgolf_fast.lab.analysis.hash_table import (
+    GATE,
+    TABLE,
+    TRIGRAM,
+    _without,
+    analyze,
+    analyze_layouts,
+)
+from pgolf_fast.lab.analysis.models import LoadedModel, open_model
 from pgolf_fast.lab.analysis.options import Options
-from pgolf_fast.lab.analysis.subject import Subject, open_subject
 from pgolf_fast.lab.analysis.validation import open_validation
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.ops import reference
@@ -31,7 +38,7 @@ VOCAB = 96
 
 @pytest.fixture(scope="module")
 def text():
-    """Tokens with frequent and rare ones, and which of them start a word."""
+    """Frequent and rare tokens, and which of them start a word."""
     rng = np.random.default_rng(0)
     tokens = np.minimum(rng.geometric(0.06, 3000), VOCAB) - 1
     return tokens, rng.random(VOCAB) < 0.3
@@ -66,7 +73,7 @@ def test_published_contexts_come_from_the_sp1024_tokenizer():
 
 
 @pytest.mark.parametrize("split", [False, True])
-def test_published_counts_are_those_of_all_pairs_through_the_hash(split, text):
+def test_published_counts_match_hashing_all_pairs(split, text):
     flags = text[1]
     ids = torch.arange(VOCAB)
     pairs = torch.cartesian_prod(ids, ids)  # every (previous, current)
@@ -78,7 +85,7 @@ def test_published_counts_are_those_of_all_pairs_through_the_hash(split, text):
 
 
 @pytest.mark.parametrize(("split", "trigram"), LAYOUTS)
-def test_contexts_and_load_against_a_slow_count(split, trigram, text):
+def test_contexts_and_load_match_a_slow_count(split, trigram, text):
     tokens, flags = text
     config = config_of(split, trigram)
     leading = torch.from_numpy(flags) if split else None
@@ -87,14 +94,14 @@ def test_contexts_and_load_against_a_slow_count(split, trigram, text):
     for order, row in enumerate(r for r in rows if r is not None):
         for at in range(order + 1, len(tokens)):
             used[int(row[0, at]), (order, *tokens[at - order - 1 : at + 1].tolist())] += 1
-    found = contexts_of(config, tokens, flags)
-    assert sorted(found.counts.tolist()) == sorted(used.values())
+    result = contexts_of(config, tokens, flags)
+    assert sorted(result.counts.tolist()) == sorted(used.values())
     in_bucket = Counter(bucket for bucket, _ in used)
     total = Counter()
     for (bucket, _), count in used.items():
         total[bucket] += count
     seen = 0
-    for kind, order, chosen in groups(found):
+    for kind, order, chosen in groups(result):
         mine = {
             key: count
             for key, count in used.items()
@@ -103,31 +110,31 @@ def test_contexts_and_load_against_a_slow_count(split, trigram, text):
         number = sum(mine.values())
         company = sum(count * in_bucket[bucket] for (bucket, _), count in mine.items()) / number
         foreign = sum(count * (1 - count / total[bucket]) for (bucket, _), count in mine.items()) / number
-        got = load(found, chosen)
+        got = load(result, chosen)
         assert (got.occurrences, got.contexts) == (number, len(mine))
         assert got.occupied == len({bucket for bucket, _ in mine})
-        assert got.company == pytest.approx(company)
+        assert got.contexts_in_bucket == pytest.approx(company)
         assert got.foreign == pytest.approx(foreign)
         seen += number
     assert seen == sum(used.values())
 
 
-def test_an_ideal_hash_fills_buckets_as_chance_does(text):
+def test_an_ideal_hash_fills_buckets_at_random(text):
     tokens, flags = text
-    found = contexts_of(config_of(True, False, rows=4096), tokens, flags)
-    for _, _, chosen in groups(found):
-        ideal = ideal_load(found, chosen)
+    result = contexts_of(config_of(True, False, rows=4096), tokens, flags)
+    for _, _, chosen in groups(result):
+        ideal = ideal_load(result, chosen)
         buckets, contexts = 2047, int(chosen.sum())
         assert ideal.occupied == pytest.approx(buckets * (1 - (1 - 1 / buckets) ** contexts), rel=0.03)
         assert ideal.contexts == contexts
-    drawn = found.ideally_hashed(np.random.default_rng(0)).buckets
-    assert drawn[found.starts].max() < 2047 <= drawn[~found.starts].min()
+    drawn = result.ideally_hashed(np.random.default_rng(0)).buckets
+    assert drawn[result.starts].max() < 2047 <= drawn[~result.starts].min()
     assert drawn.max() < 2 * 2047
 
 
 def test_layouts_need_no_model(text):
     tokens, flags = text
-    published, real = layout_findings({"mine": config_of(True, True)}, tokens, flags)
+    published, real = analyze_layouts({"mine": config_of(True, True)}, tokens, flags)
     assert (published.form, real.form) == ("published", "corrected")
     assert list(published.values) == [
         "63 shared",
@@ -135,8 +142,7 @@ def test_layouts_need_no_model(text):
         "63 split",
         "63 split, trigrams",
     ]
-    assert {row[:2] for row in published.rows if row[1] != "-"} == {("63 split, trigrams", "mine")}
-    assert {len(row) for row in real.rows} == {len(real.header)}
+    assert {row[:2] for row in published.table.rows if row[1] != "-"} == {("63 split, trigrams", "mine")}
     observed = real.values["layouts"]["63 split"]
     assert [one["observed"]["occurrences"] for one in observed] == [
         int(flags[tokens[1:]].sum()),
@@ -155,7 +161,7 @@ def model():
 
 
 @torch.no_grad()
-def test_without_a_part_is_a_model_that_never_had_it(model):
+def test_without_a_part_matches_a_model_that_lacks_it(model):
     tokens = torch.randint(96, (2, 24), generator=torch.Generator().manual_seed(1))
     whole = model.logits(tokens)
     state = model.state_dict()
@@ -182,24 +188,24 @@ def test_a_part_comes_back_after_an_error(model):
 
 
 @pytest.fixture(scope="module")
-def subject(tmp_path_factory):
+def loaded(tmp_path_factory):
     """A model with random weights in a run folder, and its data."""
     config = run_config(make_dataset(tmp_path_factory.mktemp("data")))
     folder = RunFolder(tmp_path_factory.mktemp("runs") / "one")
     folder.write_config(config)
     save_tensors(folder.model_file, randomize_(GPT(config.model), 3).state_dict(), {})
-    return open_subject(folder.path)
+    return open_model(folder.path)
 
 
-def by_name(findings):
-    return {(finding.name, finding.form): finding for finding in findings}
+def by_name(summaries):
+    return {(summary.name, summary.form): summary for summary in summaries}
 
 
-def test_findings_of_a_run(subject, monkeypatch):
-    monkeypatch.setattr("pgolf_fast.lab.analysis.hash_table.drawn", lambda *a, **k: {"buckets": b"PNG"})
-    found = by_name(hash_findings([subject], Options(tokens=640, hash_rows=(128,))))
-    assert "127 split" in found["buckets on real tokens", "corrected"].values["layouts"]
-    assert list(found) == [
+def test_findings_of_a_run(loaded, monkeypatch):
+    monkeypatch.setattr("pgolf_fast.lab.analysis.hash_table.draw", lambda *a, **k: {"buckets": b"PNG"})
+    result = by_name(analyze([loaded], Options(tokens=640, hash_rows=(128,))))
+    assert "127 split" in result["buckets on real tokens", "corrected"].values["layouts"]
+    assert list(result) == [
         ("contexts per bucket, all n-grams", "published"),
         ("buckets on real tokens", "corrected"),
         ("learned scale and gate", "published"),
@@ -207,39 +213,40 @@ def test_findings_of_a_run(subject, monkeypatch):
         ("loss without the gate", "published"),
         ("loss without parts of the table", "corrected"),
     ]
-    for finding in found.values():
-        assert {len(row) for row in finding.rows} == {len(finding.header)}
-        json.dumps(finding.values, allow_nan=False)
-    learned = found["learned scale and gate", "published"].values["one"]
-    state = subject.state
+    for summary in result.values():
+        json.dumps(summary.values, allow_nan=False)
+    learned = result["learned scale and gate", "published"].values["one"]
+    state = loaded.state
     assert learned == {"scale": state["bigram.scale"].item(), "boost": state["word_start_boost"].item()}
-    gate = found["loss without the gate", "published"].values["one"]
-    worth = found["loss without parts of the table", "corrected"].values["one"]
+    gate = result["loss without the gate", "published"].values["one"]
+    worth = result["loss without parts of the table", "corrected"].values["one"]
     assert set(worth) == {"", GATE, TRIGRAM, TABLE}
     assert gate["nats"] == pytest.approx(worth[GATE]["nats"])
-    assert gate["bits_per_token"] == pytest.approx(gate["nats"] / math.log(2))  # called bpb, but per token
+    assert gate["bits_per_token"] == pytest.approx(
+        gate["nats"] / math.log(2)
+    )  # published as bpb, but per token
     assert worth[GATE]["low"] <= worth[GATE]["bpb"] <= worth[GATE]["high"]
-    stream = open_validation([subject], Options(tokens=640)).stream(torch.device("cpu"))
+    stream = open_validation([loaded], Options(tokens=640)).stream(torch.device("cpu"))
     tokens_a_byte = stream.num_targets / stream.target_bytes.sum()
     for part in (GATE, TRIGRAM, TABLE):
         assert worth[part]["bpb"] == pytest.approx(worth[part]["nats"] * tokens_a_byte / math.log(2))
 
 
-def test_what_the_table_adds_is_measured_where_it_is_added(subject, monkeypatch):
-    monkeypatch.setattr("pgolf_fast.lab.analysis.hash_table.drawn", lambda *a, **k: {})
-    found = by_name(hash_findings([subject], Options(tokens=640)))["what the table adds", "corrected"]
-    double = dict(subject.state)
+def test_what_the_table_adds_scales_with_its_output(loaded, monkeypatch):
+    monkeypatch.setattr("pgolf_fast.lab.analysis.hash_table.draw", lambda *a, **k: {})
+    result = by_name(analyze([loaded], Options(tokens=640)))["what the table adds", "corrected"]
+    double = dict(loaded.state)
     double["bigram.scale"] = 2 * double["bigram.scale"]
-    other = Subject("two", subject.path, double, subject.config, subject.folder)
-    again = by_name(hash_findings([other], Options(tokens=640)))["what the table adds", "corrected"]
+    other = LoadedModel("two", loaded.path, double, loaded.config, loaded.folder)
+    again = by_name(analyze([other], Options(tokens=640)))["what the table adds", "corrected"]
     for kind in ("word start", "other"):
-        one, two = found.values["one"][kind], again.values["two"][kind]
+        one, two = result.values["one"][kind], again.values["two"][kind]
         assert two["table"] == pytest.approx(2 * one["table"], rel=1e-5)
         assert two["token"] == pytest.approx(one["token"])
 
 
-def test_a_model_without_a_table_is_refused(subject):
+def test_a_model_without_a_table_is_refused(loaded):
     bare = RunConfig(name="bare", model=tiny_config(bigram_vocab_size=0, trigram=False))
-    other = Subject("bare", subject.path, {}, bare, None)
+    other = LoadedModel("bare", loaded.path, {}, bare, None)
     with pytest.raises(PgolfError, match=r"bare: no hash table \(model.bigram_vocab_size is 0\)"):
-        hash_findings([other], Options())
+        analyze([other], Options())

@@ -1,4 +1,4 @@
-"""Where the loss is, and whether probabilities mean what they say."""
+"""Distribution of the loss, and calibration."""
 
 import json
 
@@ -11,9 +11,9 @@ from runs import make_dataset, run_config
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.io import save_tensors
 from pgolf_fast.lab.analysis.calibration import BINS, Calibration
-from pgolf_fast.lab.analysis.losses import PR296, PR296_MEAN, SHOWN, least_shares, loss_findings
+from pgolf_fast.lab.analysis.losses import PR296, PR296_MEAN, SHOWN, analyze, least_shares
+from pgolf_fast.lab.analysis.models import open_models
 from pgolf_fast.lab.analysis.options import Options
-from pgolf_fast.lab.analysis.subject import open_subjects
 from pgolf_fast.lab.analysis.validation import open_validation
 from pgolf_fast.lab.compare.sweep import bootstrap_ratio
 from pgolf_fast.model.gpt import GPT
@@ -22,7 +22,7 @@ TOKENS = 640
 
 
 @pytest.fixture(scope="module")
-def subjects(tmp_path_factory):
+def models(tmp_path_factory):
     """Two models of one shape with random weights, in run folders."""
     config = run_config(make_dataset(tmp_path_factory.mktemp("data")))
     paths = []
@@ -31,23 +31,23 @@ def subjects(tmp_path_factory):
         folder.write_config(config)
         save_tensors(folder.model_file, randomize_(GPT(config.model), seed).state_dict(), {})
         paths.append(folder.path)
-    return open_subjects(paths)
+    return open_models(paths)
 
 
 @pytest.fixture(scope="module")
-def validation(subjects):
-    return open_validation(subjects, Options(tokens=TOKENS))
+def validation(models):
+    return open_validation(models, Options(tokens=TOKENS))
 
 
 @pytest.fixture(scope="module")
-def findings(subjects):
-    return {f.name: f for f in loss_findings(subjects, Options(tokens=TOKENS))}
+def summaries(models):
+    return {f.name: f for f in analyze(models, Options(tokens=TOKENS))}
 
 
 @pytest.fixture(scope="module")
-def logits(subjects, validation):
-    """Of the first model, window by window: float64 (targets, V)."""
-    model = subjects[0].model(validation.source.table)
+def logits(models, validation):
+    """Logits of the first model by window: float64 (targets, V)."""
+    model = models[0].network(validation.source.table)
     windows = torch.from_numpy(validation.tokens[:-1].reshape(-1, validation.seq_len))
     with torch.no_grad():
         return model.logits(windows).flatten(0, 1).double()
@@ -59,8 +59,8 @@ def losses(logits, validation):
     return torch.nn.functional.cross_entropy(logits, targets, reduction="none").numpy()
 
 
-def test_every_table_is_whole(findings):
-    assert [(f.name, f.form) for f in findings.values()] == [
+def test_every_table_is_complete(summaries):
+    assert [(f.name, f.form) for f in summaries.values()] == [
         ("losses by word start", "published"),
         ("losses by class of target", "corrected"),
         ("losses by size", "published"),
@@ -70,39 +70,38 @@ def test_every_table_is_whole(findings):
         ("calibration of the likeliest token", "corrected"),
         ("calibration of the target's probability", "corrected"),
     ]
-    for finding in findings.values():
-        assert {len(row) for row in finding.rows} == {len(finding.header)}
-        assert {row[0] for row in finding.rows} == {"one", "two"}
-        json.dumps(finding.values, allow_nan=False)
-    pictures = {name for f in findings.values() for name in f.plots}
+    for summary in summaries.values():
+        assert {row[0] for row in summary.table.rows} == {"one", "two"}
+        json.dumps(summary.values, allow_nan=False)
+    pictures = {name for f in summaries.values() for name in f.plots}
     assert pictures == {"losses", "losses_dark", "reliability", "reliability_dark"}
 
 
-def test_shares_by_word_start(findings, losses, validation):
+def test_shares_by_word_start(summaries, losses, validation):
     starts = validation.source.table.has_leading_space[validation.tokens[1:]]
-    found = findings["losses by word start"].values["one"]
-    assert found["word start"]["targets"] == pytest.approx(starts.mean())
-    assert found["word start"]["loss"] == pytest.approx(losses[starts].mean(), rel=1e-5)
-    assert found["word start"]["loss_share"] == pytest.approx(losses[starts].sum() / losses.sum(), rel=1e-5)
-    assert sum(part["loss_share"] for part in found.values()) == pytest.approx(1)
-    classes = findings["losses by class of target"].values["one"]
+    result = summaries["losses by word start"].values["one"]
+    assert result["word start"]["targets"] == pytest.approx(starts.mean())
+    assert result["word start"]["loss"] == pytest.approx(losses[starts].mean(), rel=1e-5)
+    assert result["word start"]["loss_share"] == pytest.approx(losses[starts].sum() / losses.sum(), rel=1e-5)
+    assert sum(part["loss_share"] for part in result.values()) == pytest.approx(1)
+    classes = summaries["losses by class of target"].values["one"]
     assert sum(part["tokens"] for part in classes.values()) == len(losses)
 
 
-def test_shares_by_size(findings, losses):
-    published = findings["losses by size"].values["models"]["one"]
-    corrected = findings["losses by size, with intervals"].values["one"]
+def test_shares_by_size(summaries, losses):
+    published = summaries["losses by size"].values["models"]["one"]
+    corrected = summaries["losses by size, with intervals"].values["one"]
     for nats in (1, 3, 5, 7, 10):
         above = losses > nats
-        for found in (published[str(nats)], corrected[str(nats)]):
-            assert found["targets"] == pytest.approx(above.mean(), abs=2 / len(losses))
-            assert found["loss_share"] == pytest.approx(losses[above].sum() / losses.sum(), abs=1e-2)
+        for result in (published[str(nats)], corrected[str(nats)]):
+            assert result["targets"] == pytest.approx(above.mean(), abs=2 / len(losses))
+            assert result["loss_share"] == pytest.approx(losses[above].sum() / losses.sum(), abs=1e-2)
         one = corrected[str(nats)]
         assert one["least"] <= one["loss_share"]
         assert one["low"] <= one["loss_share"] <= one["high"]
 
 
-def test_the_published_shares_cannot_follow_from_their_counts():
+def test_the_published_shares_contradict_their_counts():
     least = least_shares({nats: targets for nats, (targets, _) in PR296.items()}, PR296_MEAN)
     by_hand = (0.327 - 0.116) * 3 + (0.116 - 0.027) * 5 + (0.027 - 0.002) * 7 + 0.002 * 10
     assert least[3] == pytest.approx(by_hand / 1.9668)
@@ -110,12 +109,12 @@ def test_the_published_shares_cannot_follow_from_their_counts():
     assert least_shares({1: 1.0}, 1.0) == {1: 1.0}
 
 
-def test_hardest_targets_are_decoded_with_what_came_before(findings, logits, losses, validation):
-    found = findings["hardest targets"].values["one"]
+def test_hardest_targets_have_their_context(summaries, logits, losses, validation):
+    result = summaries["hardest targets"].values["one"]
     order = np.argsort(-losses, kind="stable")[:SHOWN]
-    assert [one["position"] - 1 for one in found] == order.tolist()
+    assert [one["position"] - 1 for one in result] == order.tolist()
     tokenizer = validation.source.tokenizer
-    for one in found:
+    for one in result:
         target = one["position"] - 1
         assert one["loss"] == pytest.approx(losses[target], rel=1e-5)
         assert one["target"] == tokenizer.piece(int(validation.tokens[target + 1]))
@@ -126,27 +125,27 @@ def test_hardest_targets_are_decoded_with_what_came_before(findings, logits, los
         assert one["context"] == " ".join(before.split())
 
 
-def test_calibration_against_a_plain_count(findings, logits, validation):
+def test_calibration_matches_a_plain_count(summaries, logits, validation):
     probabilities = logits.softmax(-1).numpy()
     targets = validation.tokens[1:]
     confidence, guess = probabilities.max(-1), probabilities.argmax(-1)
-    found = findings["calibration of the likeliest token"].values["one"]
-    assert found["accuracy"] == pytest.approx((guess == targets).mean())
-    assert found["confidence"] == pytest.approx(confidence.mean(), rel=1e-5)
+    result = summaries["calibration of the likeliest token"].values["one"]
+    assert result["accuracy"] == pytest.approx((guess == targets).mean())
+    assert result["confidence"] == pytest.approx(confidence.mean(), rel=1e-5)
     error = 0.0
     for i in range(BINS):
         mine = (confidence > i / BINS) & (confidence <= (i + 1) / BINS)
-        assert found["likeliest"][i]["count"] == mine.sum()
+        assert result["likeliest"][i]["count"] == mine.sum()
         error += abs((guess[mine] == targets[mine]).sum() - confidence[mine].sum()) / len(targets)
-    assert found["expected_error"] == pytest.approx(error, abs=1e-3)
-    every = found["every_token"]
+    assert result["expected_error"] == pytest.approx(error, abs=1e-3)
+    every = result["every_token"]
     assert sum(one["count"] for one in every) == probabilities.size
     assert sum(one["count"] * one["frequency"] for one in every) == pytest.approx(len(targets))
     assert sum(one["count"] * one["probability"] for one in every) == pytest.approx(len(targets), rel=1e-5)
     for one in every:
         mine = (probabilities > one["from"]) & (probabilities <= one["to"])
         assert one["count"] == pytest.approx(mine.sum(), abs=2)
-    scalars = findings["calibration of the target's probability"].values["one"]
+    scalars = summaries["calibration of the target's probability"].values["one"]
     entropy = -(probabilities * np.log(probabilities)).sum(-1).mean()
     assert scalars["mean_entropy"] == pytest.approx(entropy, rel=1e-4)
     assert scalars["mean_expected_target_probability"] == pytest.approx(
@@ -157,7 +156,7 @@ def test_calibration_against_a_plain_count(findings, logits, validation):
     assert scalars["mean_loss"] == pytest.approx(-np.log(picked).mean(), rel=1e-4)
 
 
-def test_targets_drawn_from_the_predictions_are_calibrated_and_others_are_not():
+def test_only_targets_drawn_from_the_predictions_are_calibrated():
     rng = torch.Generator().manual_seed(0)
     logs = (3 * torch.randn(20_000, 16, generator=rng)).log_softmax(-1)
     drawn = torch.multinomial(logs.exp(), 1, generator=rng)[:, 0]

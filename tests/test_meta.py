@@ -1,4 +1,4 @@
-"""Meta steps against their formulas, by autograd in float64; slot rates through a run's life."""
+"""Meta steps against their formulas by autograd in float64, and slot rates in a run."""
 
 import json
 from dataclasses import replace
@@ -51,7 +51,7 @@ def random_rates(model):
 
 
 def by_hand(model, tokens, targets, config, scale, rates):
-    """The outer loss and every gradient, from the definition: no gradient banks, autograd alone."""
+    """Return the outer loss and every gradient from the definition, by autograd without gradient banks."""
     banks = dict(zip(BANK_NAMES, model.bank_parameters(), strict=True))
     others = {n: p for n, p in model.named_parameters() if n not in banks}
     layers = model.config.num_layers
@@ -132,8 +132,8 @@ def gradients_of(config, tokens, targets, rates=None):
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def test_settings_meet_where_their_formulas_do():
-    """One sequence is split in time by every method; a radius near 0, or rates of 1, change nothing."""
+def test_methods_agree_where_their_formulas_do():
+    """Every method splits a single sequence in time; a radius near 0 and rates of 1 have no effect."""
     fomaml = MetaConfig(inner_lr=0.3, freeze_blocks=1)
     chunks = replace(fomaml, method="cross_chunk")
     one, several = batch(sequences=1), batch()
@@ -162,13 +162,13 @@ def test_settings_meet_where_their_formulas_do():
         ),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(make, message):
+def test_invalid_settings_are_refused(make, message):
     with pytest.raises(PgolfError, match=message):
         make()
 
 
-def test_rates_learn_at_meta_steps_only_as_adamw_would_teach_them(data):
-    """Clipped with the model's gradients, in the scalars' group; between meta steps they stand still."""
+def test_rates_are_trained_by_adamw_at_meta_steps_only(data):
+    """They are clipped with the model's gradients, and constant between meta steps."""
     trainer = make_trainer(run_config(data, **RATED, train__meta__freeze_blocks=0, optim__grad_clip=1e-3))
     assert trainer.rates is not None
     mirror = {n: torch.nn.Parameter(p.detach().clone()) for n, p in trainer.rates.named_parameters()}
@@ -208,8 +208,8 @@ def test_rates_learn_at_meta_steps_only_as_adamw_would_teach_them(data):
     trainer.loader.close()
 
 
-def test_rates_leave_the_run_that_does_not_learn_from_them_alone(data):
-    """The first meta step is that of rates of 1, so a run's first step is the same but for clipping."""
+def test_rates_do_not_change_the_first_step(data):
+    """Rates are initially 1, so without clipping a run's first step is the same."""
     plain, rated = (
         weights_after(
             run_config(data, **{**RATED, "train__meta__slot_rates": rates}, optim__grad_clip=None), 1
@@ -225,7 +225,7 @@ def test_rates_resume_bit_for_bit(data):
     half = make_trainer(config)
     run_steps(half, 5)
     again = make_trainer(config)
-    again.restore({k: v.clone() for k, v in half.tensors().items()}, json.loads(json.dumps(half.story())))
+    again.restore({k: v.clone() for k, v in half.tensors().items()}, json.loads(json.dumps(half.metadata())))
     run_steps(again, 3)
     assert_same(straight.tensors(), again.tensors())
     assert differs(
@@ -234,7 +234,7 @@ def test_rates_resume_bit_for_bit(data):
     )
 
 
-def test_rates_are_in_checkpoint_metrics_and_log_and_not_in_what_is_submitted(data, tmp_path):
+def test_rates_are_in_checkpoint_metrics_and_log_but_not_in_the_artifact(data, tmp_path):
     config = run_config(data, **RATED)
     folder = train(config, tmp_path / "run").folder
     tensors, _ = load_tensors(newest_checkpoint(folder.checkpoints))

@@ -1,4 +1,4 @@
-"""Numbers that are read late, and micro-batches replayed from a CUDA graph, change nothing."""
+"""Steps read late and micro-batches replayed from a CUDA graph give the same results."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from pgolf_fast.model.gpt import GPT
 from pgolf_fast.ops import launch
 from pgolf_fast.train import loop
 from pgolf_fast.train.loop import train
-from pgolf_fast.train.micro_step import DirectStep, GraphStep
+from pgolf_fast.train.micro_step import MicroStep
 
 
 @pytest.fixture(scope="module")
@@ -40,15 +40,15 @@ def test_reading_a_step_late_changes_nothing(data, tmp_path, monkeypatch):
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_a_bad_number_is_found_late_too(data, tmp_path, monkeypatch):
+def test_a_number_that_is_not_finite_stops_a_run_read_late(data, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "_lag", lambda world: 1)
     config = run_config(data, optim__matrix_lr=1e30, optim__embed_lr=1e30, optim__grad_clip=None)
     with pytest.raises(PgolfError, match=r"at step .* is (nan|inf)"):
         train(config, tmp_path / "run")
 
 
-def test_compiled_graphs_of_other_choices_are_not_found_again():
-    """What PyTorch keeps on disk is apart for each choice of implementations."""
+def test_compile_cache_is_separate_for_each_implementation():
+    """PyTorch's cache on disk must not return a graph of another implementation."""
     tags = []
     for implementation in ("auto", "torch", "auto"):
         launch.choose("mlp", implementation)
@@ -61,11 +61,10 @@ def test_compiled_graphs_of_other_choices_are_not_found_again():
 def test_a_replayed_micro_step_adds_the_same_gradients():
     tokens, targets = torch.randint(0, 96, (2, 3, 16), device="cuda").unbind()
     found = []
-    for kind in (DirectStep, GraphStep):
+    for cuda_graph in (False, True):
         model = randomize_(GPT(tiny_config()), seed=3).to("cuda")
         model.allocate_gradient_banks()
-        scale = 0.5
-        step = DirectStep(scale) if kind is DirectStep else GraphStep(model, scale)
+        step = MicroStep(model, 0.5, cuda_graph=cuda_graph)
         losses = [
             float(step(model.loss, x, y, model.banks()))
             for x, y in ((tokens, targets), (targets, tokens), (tokens, targets))

@@ -1,4 +1,4 @@
-"""Schedules, groups and Muon as pure functions of their inputs."""
+"""Schedules, parameter groups, Muon and weight averages."""
 
 import math
 from dataclasses import replace
@@ -80,18 +80,18 @@ def test_linear_decay_of_pr_301():
 @pytest.mark.parametrize("pace", [0.0497, 0.4], ids=["eight GPUs", "one GPU"])
 def test_qat_of_pr_301_is_the_last_fifth_of_the_time(pace):
     schedule = Schedule(preset("pr301").train)
-    steps = [step for step in range(round(600 / pace)) if schedule.quantises(step, step * pace)]
+    steps = [step for step in range(round(600 / pace)) if schedule.quantizes(step, step * pace)]
     assert steps == list(range(math.ceil(480 / pace), round(600 / pace)))
 
 
 def test_qat_of_pr_301_is_the_last_fifth_of_the_steps():
     train = preset("pr301_tiny").train
     last = range(round(0.8 * train.steps), train.steps)
-    assert [step for step in range(train.steps) if Schedule(train).quantises(step, 1.0)] == list(last)
+    assert [step for step in range(train.steps) if Schedule(train).quantizes(step, 1.0)] == list(last)
 
 
-def test_qat_is_switched_on_in_one_way():
-    assert not Schedule(TrainConfig(qat=None)).quantises(7499, 4799.0)
+def test_qat_start_is_given_once():
+    assert not Schedule(TrainConfig(qat=None)).quantizes(7499, 4799.0)
     with pytest.raises(PgolfError, match=r"below is 0\.25 and .*from_share is 0\.8; give one and set"):
         QATConfig(from_share=0.8)
     with pytest.raises(PgolfError, match="give one and set the other to None"):
@@ -102,7 +102,7 @@ def test_qat_is_switched_on_in_one_way():
 
 
 def test_adaptive_trigger_watches_every_hundredth_training_loss():
-    """The first look sets the average; the decay starts at the first look that is not 0.05 nats better."""
+    """The first check sets the average; the decay starts at the first one that is not 0.05 nats better."""
     schedule = Schedule(TrainConfig())
     assert not schedule.observe(1999, 2.0, 1000.0)
     assert not schedule.observe(2000, 2.1, 1300.0)

@@ -14,12 +14,13 @@ import pytest
 import torch
 from helpers import randomize_, tiny_config
 
-from pgolf_fast.artifact import budget
-from pgolf_fast.artifact.container import TensorRecord, read_container, write_container
+from pgolf_fast.artifact import prune
+from pgolf_fast.artifact.container import TensorRecord, read_container
 from pgolf_fast.artifact.pack import build_records, load_artifact, load_model, pack, unpack
 from pgolf_fast.artifact.submission import code_bytes
+from pgolf_fast.artifact.writer import write_container
+from pgolf_fast.config.fields import run_config_to_dict
 from pgolf_fast.config.schema import PackConfig, QuantConfig, RunConfig
-from pgolf_fast.config.serialize import run_config_to_dict
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.ops import native
@@ -158,7 +159,7 @@ def test_pruning_fits_and_takes_no_more_than_needed(quantized, tmp_path, share):
     limit = int(size * (1 - share)) + 5000
     report = write(quantized, tmp_path / "m", PackConfig(code_bytes=5000, limit_bytes=limit))
     assert limit - 200 < report.total_bytes <= limit
-    assert report.compressions <= budget.PROBES + 2
+    assert report.compressions <= prune.PROBES + 2
     before, after = pruned_codes(quantized, tmp_path / "m")
     changed = before != after
     assert np.abs(before[changed]).max() == 1
@@ -170,7 +171,7 @@ def test_rows_with_the_smallest_scale_go_first(tmp_path):
     rng = np.random.default_rng(0)
     codes = [rng.integers(-2, 3, (30, 40), dtype=np.int8) for _ in range(2)]
     scale = [rng.uniform(0.01, 0.1, 30).astype(np.float16) for _ in range(2)]
-    order = budget._Order(list(zip(codes, scale, strict=True)))
+    order = prune._Order(list(zip(codes, scale, strict=True)))
     flat, cost = np.concatenate(codes).ravel(), np.repeat(np.concatenate(scale), 40)
     for number in (0, 1, 500, order.candidates):
         gone = (order.pruned(number) != flat).nonzero()[0]
@@ -184,7 +185,7 @@ def test_rows_with_the_smallest_scale_go_first(tmp_path):
 def test_entropy_is_that_of_the_pruned_codes():
     rng = np.random.default_rng(1)
     codes = np.clip(np.rint(3 * rng.standard_normal((50, 60))), -31, 31).astype(np.int8)
-    order = budget._Order([(codes, np.ones(50, np.float16))])
+    order = prune._Order([(codes, np.ones(50, np.float16))])
     for number in (0, 7, order.candidates):
         shares = np.bincount(order.pruned(number) + 31) / codes.size
         bits = -sum(p * np.log2(p) for p in shares if p) * codes.size
@@ -207,9 +208,9 @@ def test_few_compressions_at_a_realistic_size():
     size = coded_size(np.concatenate([codes for codes, _ in matrices]))
     for share in (0.005, 0.02):
         target = int(size * (1 - share))
-        done = budget.prune_to_fit(matrices, target, size, coded_size, tolerance=64)
+        done = prune.prune_to_fit(matrices, target, size, coded_size, tolerance=64)
         assert target - 64 <= coded_size(np.concatenate(done.codes)) <= target
-        assert done.compressions <= budget.PROBES
+        assert done.compressions <= prune.PROBES
         assert (
             sum((new != old).sum() for new, (old, _) in zip(done.codes, matrices, strict=True)) == done.count
         )

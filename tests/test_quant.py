@@ -12,9 +12,9 @@ from helpers import gptq_alone, randomize_, tiny_config
 
 from pgolf_fast.artifact.pack import load_model, pack
 from pgolf_fast.artifact.standalone import reader
+from pgolf_fast.config.fields import run_config_to_dict
 from pgolf_fast.config.presets import exp101
 from pgolf_fast.config.schema import PackConfig, QuantConfig, RunConfig
-from pgolf_fast.config.serialize import run_config_to_dict
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.model.rope import rope_tables

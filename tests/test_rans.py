@@ -1,4 +1,4 @@
-"""rANS: two decoders that agree, payloads that lie, and sizes beside the entropy."""
+"""rANS: two decoders that agree, forged payloads, and sizes against the entropy."""
 
 import ast
 import subprocess
@@ -25,24 +25,23 @@ def shape_of(array):
 
 
 def encode(arrays, threads=0):
-    """Payload, data and shapes."""
+    """Return payload, data and shapes."""
     data, shapes = b"".join(a.tobytes() for a in arrays), [shape_of(a) for a in arrays]
     return codec.rans_encode(data, shapes, threads), data, shapes
 
 
 def size_of(arrays):
-    """Bytes of the payload, after a look at what both decoders make of it."""
+    """Return the payload's size after a round trip through both decoders."""
     payload, data, shapes = encode(arrays)
     assert codec.rans_decode(payload, shapes, len(data)) == data
     assert rans_decoder.decode(payload, shapes) == data
     assert len(payload) <= len(data) + 1
-    assert len(payload) == codec.rans_size(data, shapes)
     return len(payload)
 
 
 def normal_codes(rows, columns, row_spread=0.0, column_spread=0.0, sigma=4.83, seed=0):
-    """int8 codes -31..31 of scale sigma times log-normal row and column factors, and the bits they need when
-    those are known: the sum of -log2 p(code | its scale)."""
+    """Return int8 codes -31..31 of scale sigma times log-normal row and column factors, and the bits they
+    need if the factors are known: the sum of -log2 p(code | its scale)."""
     random = np.random.default_rng(seed)
     scale = (
         np.exp(random.normal(0, row_spread, (rows, 1)) + random.normal(0, column_spread, (1, columns)))
@@ -55,7 +54,7 @@ def normal_codes(rows, columns, row_spread=0.0, column_spread=0.0, sigma=4.83, s
 
 
 def entropy(array):
-    """Bytes of order-0 entropy."""
+    """Return the order-0 entropy in bytes."""
     counts = np.unique(array.reshape(-1), return_counts=True)[1]
     return -(counts * np.log2(counts / counts.sum())).sum() / 8
 
@@ -69,7 +68,7 @@ SECTIONS = {
     "every byte": [np.arange(256, dtype=np.uint8).reshape(16, 16).repeat(5, 0)],
     "noise": [RANDOM.integers(0, 256, (99, 101), np.uint8)],
     "gaps": [RANDOM.choice([-128, -31, -30, 0, 7, 127], (40, 41)).astype(np.int8)],
-    "empty among others": [np.zeros((0, 4), np.int8), normal_codes(9, 9)[0], np.zeros((4, 0), np.float16)],
+    "some empty": [np.zeros((0, 4), np.int8), normal_codes(9, 9)[0], np.zeros((4, 0), np.float16)],
     "halves": [
         RANDOM.normal(0, 1, (5, 300)).astype(np.float16),
         RANDOM.normal(0, 1, (1, 7)).astype(np.float16),
@@ -92,12 +91,12 @@ SECTIONS = {
 
 
 @pytest.mark.parametrize("section", SECTIONS)
-def test_both_decoders_give_it_back(section):
+def test_round_trip_through_both_decoders(section):
     size_of(SECTIONS[section])
 
 
 def test_sections_reach_every_model():
-    """The list above is worth what it covers: classes of rows, of columns, of both."""
+    """Check that SECTIONS covers classes of rows, of columns and of both."""
     seen = set()
     for name in ("rows", "columns", "rows and columns"):
         (array, *_) = SECTIONS[name]
@@ -130,7 +129,7 @@ def test_any_section(section):
 
 
 def test_segments_and_threads():
-    """Over 1 MB the symbols are cut into segments; their bytes do not depend on who codes them."""
+    """Above 1 MB symbols are cut into segments; the bytes do not depend on the number of threads."""
     section = [normal_codes(1600, 1200)[0], RANDOM.normal(0, 1, (1, 2000)).astype(np.float16)]
     assert size_of(section) > 1_000_000
     payload, data, shapes = encode(section, threads=1)
@@ -145,8 +144,8 @@ def test_close_to_the_entropy():
 
 
 @pytest.mark.parametrize(("row_spread", "column_spread"), [(0.25, 0), (0, 0.25), (0.25, 0.25)])
-def test_spread_is_paid_once(row_spread, column_spread):
-    """Classes cost less than they save: far below order 0, near what known scales would give."""
+def test_classes_cost_less_than_they_save(row_spread, column_spread):
+    """Sizes are far below order-0 entropy and close to the entropy under known scales."""
     codes, bits = normal_codes(640, 512, row_spread, column_spread)
     assert size_of([codes]) < 0.99 * entropy(codes)
     assert size_of([codes]) < 1.007 * bits / 8
@@ -167,7 +166,7 @@ def test_planes_and_palettes():
     assert size_of([many]) < 1.02 * entropy(many)
 
 
-def test_what_cannot_shrink_costs_one_byte():
+def test_incompressible_data_costs_one_byte():
     noise = np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)
     payload, data, _ = encode([noise])
     assert payload == bytes([RAW]) + data
@@ -183,8 +182,8 @@ def outcome(decode, payload, *rest):
 
 
 @pytest.mark.parametrize("section", ["rows and columns", "few halves", "halves", "gaps", "two bytes"])
-def test_damage_is_refused_or_harmless(section):
-    """Every byte changed in some way, and every length: never a crash, never bytes beyond the end."""
+def test_damage_is_rejected_or_harmless(section):
+    """Change every byte and try every length: no crash, and never more bytes than stated."""
     section = [array[:40, :130] for array in SECTIONS[section]]
     payload, data, shapes = encode(section)
     random = np.random.default_rng(0)
@@ -193,21 +192,21 @@ def test_damage_is_refused_or_harmless(section):
     changed = [payload[:at] + bytes([payload[at] ^ by]) + payload[at + 1 :] for at, by in changes]
     assert all(outcome(codec.rans_decode, some, shapes, len(data)) is None for some in cut)
     for some in changed:
-        found = outcome(codec.rans_decode, some, shapes, len(data))
-        assert found is None or len(found) == len(data)
+        decoded = outcome(codec.rans_decode, some, shapes, len(data))
+        assert decoded is None or len(decoded) == len(data)
     for some in random.choice(np.array(cut + changed, object), 100):
-        found = outcome(rans_decoder.decode, some, shapes)
-        assert found is None or len(found) == len(data) or some[:1] != bytes([CODED])
+        decoded = outcome(rans_decoder.decode, some, shapes)
+        assert decoded is None or len(decoded) == len(data) or some[:1] != bytes([CODED])
 
 
 def gamma(*numbers):
-    """These numbers as the bits of a header."""
+    """Return the numbers as the bits of a header."""
     return "".join(bin(n + 1)[2:].rjust(2 * (n + 1).bit_length() - 1, "0") for n in numbers)
 
 
 MODEL = (0, 0, 0, 0)  # one symbol, byte 128
 FORGED = {
-    "right": (gamma(0, 0, 1, *MODEL, 0, 0, 0, 0, 0, 0, 8, 0, 0), b"", None),
+    "valid": (gamma(0, 0, 1, *MODEL, 0, 0, 0, 0, 0, 0, 8, 0, 0), b"", None),
     "257 models": (gamma(0, 0, 1, *MODEL, 256, 0, 0, 0, 0, 0, 8, 0, 0), b"", "more than 256 models"),
     "one run of models too many": (
         gamma(0, 0, 257, *(*MODEL, 0) * 257, 0, 0, 0, 0, 0, 8, 0, 0),
@@ -219,7 +218,7 @@ FORGED = {
     "a class below 0": (
         gamma(0, 0, 1, 0, 127, 0, 0, 0, 0, 1, 0, 0, 0, 8, 0, 0),
         b"",
-        "a model that is not there",
+        "a model that does not exist",
     ),
     "bytes left over": (gamma(0, 0, 1, *MODEL, 0, 0, 0, 0, 0, 0, 8, 0, 0), b"?", "left over at its end"),
     "another kind": (gamma(0, 0, 1, *MODEL, 0, 0, 0, 0, 0, 0, 8, 0, 0), b"", "kind is 2"),
@@ -227,8 +226,8 @@ FORGED = {
 
 
 @pytest.mark.parametrize("name", FORGED)
-def test_both_decoders_refuse_what_no_encoder_writes(name):
-    """Two rows of four bytes, in lanes that hold nothing but their ends."""
+def test_both_decoders_reject_forged_payloads(name):
+    """Forge two rows of four bytes, in lanes that hold only their final states."""
     bits, after, message = FORGED[name]
     header = int(bits.ljust(-(-len(bits) // 8) * 8, "0"), 2).to_bytes(-(-len(bits) // 8), "big")
     kind = bytes([2 if name == "another kind" else CODED])
@@ -244,8 +243,8 @@ def test_both_decoders_refuse_what_no_encoder_writes(name):
         rans_decoder.decode(payload, [(2, 4, 1)])
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="limits on memory are Linux's here")
-def test_a_machine_without_more_threads_uses_those_it_has():
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="RLIMIT_AS needs Linux")
+def test_runs_when_no_more_threads_can_start():
     program = """
 import resource
 from pgolf_fast import _C
@@ -259,7 +258,7 @@ assert _C.rans_decode(_C.rans_encode(data, shapes, 100), shapes, len(data), 100)
     assert done.returncode == 0, done.stderr
 
 
-def test_refusals_say_what_is_wrong():
+def test_errors_say_what_is_wrong():
     payload, data, shapes = encode([normal_codes(30, 30)[0]])
     assert payload[0] == CODED
     cases = {
@@ -280,10 +279,10 @@ def test_refusals_say_what_is_wrong():
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
-        ([(2, 3, 1)], "goes beyond the 4 bytes"),
+        ([(2, 3, 1)], "exceeds the 4 bytes"),
         ([(1, 3, 1)], "hold 3 bytes, but there are 4"),
         ([(1, 1, 3)], "item size other than 1, 2, 4 or 8"),
-        ([(2**63, 2**63, 8)], "goes beyond"),
+        ([(2**63, 2**63, 8)], "exceeds"),
     ],
 )
 def test_shapes_must_fit(shapes, message):
@@ -293,7 +292,7 @@ def test_shapes_must_fit(shapes, message):
 
 
 def test_reference_decoder_is_small_and_alone():
-    """A submission carries it: at most 60 lines of code, numpy and the standard library."""
+    """Submissions embed it: at most 60 lines of code, numpy and the standard library only."""
     source = Path(rans_decoder.__file__).read_text(encoding="utf-8")
     tree = ast.parse(source)
     assert ast.get_docstring(tree)

@@ -10,11 +10,11 @@ import torch
 from helpers import randomize_, tiny_config
 
 from pgolf_fast.artifact import landing
-from pgolf_fast.artifact.landing import TOLERANCE, land, mixed
+from pgolf_fast.artifact.landing import TOLERANCE, fit_to_target, mixed
 from pgolf_fast.artifact.pack import artifact_bytes, load_artifact, pack, unpack
 from pgolf_fast.artifact.standalone import reader
+from pgolf_fast.config.fields import run_config_to_dict
 from pgolf_fast.config.schema import PackConfig, QuantConfig, RunConfig
-from pgolf_fast.config.serialize import from_dict, run_config_to_dict
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.model.bank import BANK_NAMES
 from pgolf_fast.model.gpt import GPT
@@ -214,7 +214,7 @@ def test_a_correction_is_taken_where_it_pays(model, fishers):
 def test_lands_under_the_target(model, fishers, share, rank):
     grids = RateDistortion(model.state_dict(), fishers, replace(QUANT, rank=rank))
     target = int(share * size(grids.quantize(1e-9)))
-    landed = land(grids, size, target)
+    landed = fit_to_target(grids, size, target)
     assert landed.artifact_bytes == size(landed.state)
     assert target - TOLERANCE <= landed.artifact_bytes <= target
 
@@ -232,7 +232,7 @@ def test_a_sample_saves_a_round(model, fishers, monkeypatch):
         return original(self, price, like)
 
     monkeypatch.setattr(RateDistortion, "quantize", counted)
-    landed = land(grids, size, target)
+    landed = fit_to_target(grids, size, target)
     assert target - TOLERANCE <= landed.artifact_bytes <= target
     assert not prices[0][1]
     assert sum(whole for _, whole in prices) <= 4
@@ -242,15 +242,15 @@ def test_a_sample_saves_a_round(model, fishers, monkeypatch):
 
 
 def test_stops_where_bits_buy_nothing(model, grids, text):
-    landed = land(grids, size, 10**9)
+    landed = fit_to_target(grids, size, 10**9)
     assert landed.price == grids.finest_price
     # 8 bits are the limit of this model, whose weights are noise that it is sensitive to
     assert divergence(model, dequantize_state(landed.state), text[:, :-1]) < 5e-3
 
 
 def test_what_cannot_land(grids):
-    with pytest.raises(PgolfError, match="even when hardly a weight is left"):
-        land(grids, size, 500)
+    with pytest.raises(PgolfError, match="even with nearly all weights zero"):
+        fit_to_target(grids, size, 500)
 
 
 def test_rows_of_two_states_mix(grids):
@@ -272,7 +272,7 @@ def test_rows_of_two_states_mix(grids):
 @pytest.mark.parametrize("grid", ["reference", "percentile"])
 def test_loses_less_than_other_grids_of_equal_bytes(model, text, grids, grid):
     other = quantize_model(model, replace(QUANT, grid=grid, bits=4), seq_len=24)
-    landed = land(grids, size, size(other))
+    landed = fit_to_target(grids, size, size(other))
     lost = [divergence(model, dequantize_state(s), text[:, :-1]) for s in (landed.state, other)]
     assert lost[0] < 0.7 * lost[1]
 
@@ -339,8 +339,3 @@ def test_rd_needs_gptq_and_a_target(model):
     for bad in ({"target_bytes": 0}, {"rank": 9}):
         with pytest.raises(PgolfError):
             replace(QUANT, **bad)
-
-
-def test_runs_from_before_the_grid_had_a_name():
-    assert from_dict(QuantConfig, {"scale_floor": True}, "quant").grid == "reference"
-    assert from_dict(QuantConfig, {"scale_floor": False}, "quant").grid == "percentile"

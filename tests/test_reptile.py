@@ -1,4 +1,4 @@
-"""The Reptile phase: which weights move and how far, on which data, and that a run survives it."""
+"""The Reptile phase: its updates, its data, resuming, and the weights it ends with."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def data(tmp_path_factory):
 
 
 def at_the_phase(config):
-    """A trainer whose next step is the first of the phase, and the batches that its loader will hand out."""
+    """Return a trainer whose next step is the first of the phase, and a list its batches will be added to."""
     trainer = make_trainer(config)
     while not trainer.schedule.over(trainer.step, trainer.elapsed):
         trainer.advance()
@@ -50,7 +50,7 @@ def snapshot(model):
 
 
 @pytest.mark.parametrize("qat", [False, True], ids=["float", "qat"])
-def test_an_outer_step_goes_a_part_of_the_way_plain_sgd_goes(data, qat):
+def test_an_outer_step_interpolates_towards_plain_sgd(data, qat):
     """From the averaged weights, on successive segments, in the last block's MLP and nowhere else."""
     config = run_config(
         data, **PHASE, train__reptile__batch_seqs=2, train__meta=None, train__qat__below=2.0 if qat else 0.0
@@ -116,7 +116,7 @@ def test_compute_copies_follow_the_weights(data):
     assert not torch.equal(banks.up.detach(), before)
 
 
-def test_averages_optimiser_and_schedule_rest_in_the_phase(data):
+def test_averages_optimizer_and_schedule_do_not_change_in_the_phase(data):
     adaptive = {"adaptive_warmdown": True, "adaptive_min_step": 4, "adaptive_every": 1}
     config = run_config(data, **PHASE, **{f"train__{name}": value for name, value in adaptive.items()})
     trainer, _ = at_the_phase(config)
@@ -134,10 +134,10 @@ def test_a_phase_is_resumed_bit_for_bit(data, loader, stop):
     straight, half, again = (make_trainer(config) for _ in range(3))
     run_steps(straight, 8)
     run_steps(half, stop)
-    again.restore({k: v.clone() for k, v in half.tensors().items()}, json.loads(json.dumps(half.story())))
+    again.restore({k: v.clone() for k, v in half.tensors().items()}, json.loads(json.dumps(half.metadata())))
     run_steps(again, 8 - stop)
     assert_same(straight.tensors(), again.tensors())
-    assert straight.story() == again.story()
+    assert straight.metadata() == again.metadata()
     assert straight.reptile_from == 4
     assert straight.tokens == again.tokens == 4 * 128 + 4 * 3 * 32
 
@@ -163,7 +163,7 @@ def test_the_learning_rate_ends_where_the_phase_begins(share, seconds, end):
     assert schedule.over(int(end), end)
 
 
-def test_a_run_ends_with_what_the_phase_left(data, tmp_path):
+def test_a_run_ends_with_the_weights_of_the_phase(data, tmp_path):
     config = run_config(data, **PHASE, train__val_every=3)
     result = train(config, tmp_path / "run")
     folder = result.folder
@@ -182,7 +182,7 @@ def test_a_run_ends_with_what_the_phase_left(data, tmp_path):
     kept, checkpoint = load_file(folder.model_file), load_file(newest_checkpoint(folder.checkpoints))
     assert_same(kept, {n[6:]: v for n, v in checkpoint.items() if n.startswith("model.")})
     log = folder.log_file.read_text()
-    assert "step 5: Reptile from here: from the averaged weights (" in log
+    assert "step 5: Reptile starts from the averaged weights (" in log
     assert "the MLP of blocks 2 to 2" in log
     assert "step 8/8" in log
     assert "reptile" in log.split("step 8/8")[1]
@@ -214,19 +214,19 @@ def test_a_run_that_never_reaches_its_phase_says_so(data, tmp_path):
         ),
     ],
 )
-def test_phases_that_cannot_be_are_refused(make, message):
+def test_impossible_phases_are_refused(make, message):
     with pytest.raises(PgolfError, match=message):
         make()
 
 
-def test_how_many_blocks_move():
+def test_number_of_trained_blocks():
     """A quarter of eleven is two, which the text of PR 296 counts as three; there is always one."""
     assert [ReptileConfig().blocks(n) for n in (1, 3, 4, 8, 11, 12)] == [1, 1, 1, 2, 2, 3]
     assert ReptileConfig(block_share=0.29).blocks(100) == 29
     assert ReptileConfig(block_share=1.0).blocks(7) == 7
 
 
-def test_the_phase_is_switched_on_and_off_by_words():
+def test_the_phase_is_switched_on_and_off_by_options():
     words = ["--train.reptile.inner-steps", "5", "--train.meta.slot-rates", "--train.meta.method=sam"]
     config, rest = preset_and_overrides(["exp101", *words])
     assert (config.train.reptile, rest) == (ReptileConfig(), words)
@@ -243,7 +243,7 @@ def test_the_phase_is_switched_on_and_off_by_words():
 
 @pytest.mark.slow
 def test_ranks_share_the_work_of_the_phase_and_of_rates(data, tmp_path):
-    """Two processes adapt on different segments, and both end with the mean of where they got."""
+    """Two processes train on different segments, and both end with the mean of their results."""
     rated = {"train__meta__method": "cross_chunk", "train__meta__slot_rates": True}
     config = run_config(data, **{**PHASE, **rated, "train__reptile__share": 0.15})  # the last step
     script = tmp_path / "both.py"
@@ -256,11 +256,11 @@ def test_ranks_share_the_work_of_the_phase_and_of_rates(data, tmp_path):
         "from pgolf_fast.train.meta.reptile import Reptile\n"
         "kept, adapt, finish = {}, Reptile.adapt, loop._Run._finish\n"
         "def watched(self, *rest):\n"
-        "    way = adapt(self, *rest)\n"
-        "    for name, end, bank in zip(('up', 'down'), way.ends, self.banks()):\n"
+        "    inner = adapt(self, *rest)\n"
+        "    for name, end, bank in zip(('up', 'down'), inner.ends, self.banks()):\n"
         "        kept[f'end.{name}'] = end.clone()\n"
         "        kept[f'base.{name}'] = bank.detach()[self.first:].clone()\n"
-        "    return way\n"
+        "    return inner\n"
         "def keep(self):\n"
         "    tensors = {n: t.clone() for n, t in self.trainer.tensors().items()}\n"
         "    save_file({**tensors, **kept}, Path(sys.argv[1]) / f'rank{os.environ[\"RANK\"]}.safetensors')\n"

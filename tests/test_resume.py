@@ -150,7 +150,7 @@ def wait_for_chunks(path, count, process):
     while time.monotonic() < end:
         if path.is_file():
             with safe_open(path, framework="pt") as handle:
-                if len(json.loads(handle.metadata()["story"])["scores"]) >= count:
+                if len(json.loads(handle.metadata()["metadata"])["scores"]) >= count:
                     return
         assert process.poll() is None, "ended before it could be killed"
         time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""`pgolf report`: one page about a run, in whatever state it is."""
+"""`pgolf report`: one page about a run in any state."""
 
 import json
 import math
@@ -19,18 +19,18 @@ from pgolf_fast.config.ttt import TTTConfig
 from pgolf_fast.io import load_tensors, save_tensors
 from pgolf_fast.lab.audit.check import Check, Finding
 from pgolf_fast.lab.report.loss_curve import draw_loss_curve, paint_training
-from pgolf_fast.lab.report.pace import pace_rows, step_seconds
+from pgolf_fast.lab.report.pace import pace_table, step_seconds
 from pgolf_fast.lab.report.score_plot import paint_parts
 from pgolf_fast.train.loop import train
 
 SECTIONS = [
-    "At a glance",
+    "Overview",
     "What is missing",
     "Configuration",
     "Training",
     "Throughput",
     "Scores",
-    "Quantisation gap",
+    "Quantization gap",
     "Test-time training",
     "Where the bits go",
     "Bytes",
@@ -41,7 +41,7 @@ SECTIONS = [
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run that is trained, packed, scored both ways and audited, as far as a file says so."""
+    """A run that is trained, packed, scored with both kinds of weights, and has an audit.json."""
     data, path = make_dataset(tmp_path_factory.mktemp("data")), tmp_path_factory.mktemp("runs") / "whole"
     train(run_config(data), path)
     for words in (["quantize"], ["pack"], ["eval"], ["eval", "--weights", "float"]):
@@ -54,41 +54,34 @@ def whole(tmp_path_factory):
     for finding in findings:
         finding["verdict"] = verdicts[finding["passed"]]
     digest = sizes(path / "model.pgolf").sha256
-    story = {"audited": str(path), "artifact_sha256": digest, "tokens": 99, "findings": findings}
-    (path / "audit.json").write_text(json.dumps(story))
+    tree = {"audited": str(path), "artifact_sha256": digest, "tokens": 99, "findings": findings}
+    (path / "audit.json").write_text(json.dumps(tree))
     return path
 
 
 @pytest.fixture
 def run(whole, tmp_path):
-    """A copy that a test may spoil."""
+    """A copy that a test may change."""
     shutil.copytree(whole, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
     return RunFolder(tmp_path / "run")
 
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """Pictures that take no time."""
+    """Skip drawing."""
     monkeypatch.setattr("pgolf_fast.bench.drawing.png", lambda paint, size, dark=False: b"PNG")
 
 
-def text_of(run, capsys, *words, status=0, printed=""):
-    """The page's text, checked."""
+def report(run, capsys, *words, status=0, printed=""):
+    """Write the page of a run, check it and return it parsed."""
     assert cli.main(["report", str(run.path), *words]) == status
     path = run.path / "report.html"
     out = capsys.readouterr().out
     assert out.startswith(printed)
     assert out.endswith(f"wrote {path}\n")
-    found = check_page(path.read_text(encoding="utf-8"))
-    assert found.headings == SECTIONS
-    return found
-
-
-def section(found, title):
-    """What the page says in one section."""
-    parts = found.text.split("<section ")
-    (part,) = [p for p in parts if f">{title}</h2>" in p]
-    return part.replace(' class="s"', "")
+    page = check_page(path.read_text(encoding="utf-8"))
+    assert page.headings == SECTIONS
+    return page
 
 
 def metrics(run, change):
@@ -97,47 +90,53 @@ def metrics(run, change):
 
 
 def rewrite(path, change):
-    story = read_json(path)
-    change(story)
-    path.write_text(json.dumps(story))
+    tree = read_json(path)
+    change(tree)
+    path.write_text(json.dumps(tree))
+
+
+def compared(name):
+    """One adapter of ttt_sweep.json."""
+    numbers = {"bpb": 2.0, "gain": 0.05, "low": 0.01, "high": 0.09, "microseconds_a_token": 1.5}
+    return {"name": name, **numbers, "updates": 12, "trainable": 3}
 
 
 def test_a_whole_run(run, capsys):
-    found = text_of(run, capsys)
-    assert "Nothing: the run is trained, packed, scored and audited." in found.text
+    page = report(run, capsys)
+    assert "Nothing: the run is trained, packed, scored and audited." in page.sections["What is missing"].text
     for name in ("artifact", "float"):
         scores = read_json(run.path / f"scores_{name}.json")
         for kind in ("non_overlapping", "sliding", "sliding_ttt"):
-            assert f"{scores[kind]['bpb']:.6f}" in section(found, "Scores")
+            assert f"{scores[kind]['bpb']:.6f}" in page.sections["Scores"].text
     ours, theirs = (read_json(run.path / f"scores_{w}.json")["sliding"]["bpb"] for w in ("artifact", "float"))
-    assert f"{ours - theirs:+.6f}" in section(found, "Quantisation gap")
+    assert f"{ours - theirs:+.6f}" in page.sections["Quantization gap"].text
     scores = read_json(run.path / "scores_artifact.json")
     gain = scores["sliding"]["bpb"] - scores["sliding_ttt"]["bpb"]
-    assert f"gained {gain:+.6f} bits per byte" in section(found, "Test-time training")
-    assert f"{run.artifact_file.stat().st_size:,}" in section(found, "Bytes")
-    assert "1 of 2 properties hold, 1 could not be asked, on 99 targets" in section(found, "Audit")
-    assert "&lt;b&gt;" in section(found, "Audit")
-    assert "torch" in section(found, "Environment")
-    assert "with a meta step" in section(found, "Throughput")
+    assert f"The gain is {gain:+.6f} bits per byte" in page.sections["Test-time training"].text
+    assert f"{run.artifact_file.stat().st_size:,}" in page.sections["Bytes"].text
+    assert "1 of 2 properties hold, 1 could not be checked, on 99 targets" in page.sections["Audit"].text
+    assert ["C1", "no score reads its target", "pass", "1.5", "<b>"] in page.sections["Audit"].tables[0]
+    assert "torch" in page.sections["Environment"].text
+    assert "with a meta step" in page.sections["Throughput"].text
     for title in ("Training", "Throughput", "Test-time training", "Where the bits go", "Bytes"):
-        assert section(found, title).count("<picture>") == 1
-    assert str(run.path.parent) not in found.text  # a page goes to others: no paths of this machine
+        assert page.sections[title].pictures == 1
+    assert str(run.path.parent) not in page.source  # pages are shared: no paths of this machine
 
 
-def test_configuration_is_what_differs(run, capsys, undrawn):
+def test_configuration_lists_differences(run, capsys, undrawn):
     config = tiny()
     run.write_config(config)
-    assert "Preset <code>tiny</code>, with nothing changed." in section(text_of(run, capsys), "Configuration")
+    assert "Preset tiny, unchanged." in report(run, capsys).sections["Configuration"].text
     changed = run_config("/secret/place/data")
     rewrite(run.config_file, lambda tree: tree.update(name="tiny", train={**tree["train"], "meta": None}))
-    found = section(text_of(run, capsys), "Configuration")
-    assert ">train.meta</th><td>on</td><td>none</td>" in found
-    assert "train.meta.every" not in found
+    page = report(run, capsys).sections["Configuration"]
+    assert ["train.meta", "on", "none"] in page.tables[0]
+    assert "train.meta.every" not in page.text
     run.write_config(changed)
-    found = section(text_of(run, capsys), "Configuration")
-    assert "<code>test</code> is not the name of a preset" in found
-    assert ">data.path</th><td>data</td>" in found
-    assert "secret" not in found
+    page = report(run, capsys).sections["Configuration"]
+    assert "test is not the name of a preset" in page.text
+    assert ["data.path", "data"] in page.tables[0]
+    assert "secret" not in page.text
 
 
 def test_an_interrupted_run(run, capsys, undrawn, monkeypatch):
@@ -146,38 +145,39 @@ def test_an_interrupted_run(run, capsys, undrawn, monkeypatch):
             file.unlink()
     metrics(run, lambda rows: [row for row in rows if row["kind"] == "step" and row["step"] <= 5])
     with open(run.metrics_file, "a") as file:
-        file.write('{"kind": "step", "st')  # where the power went
-    found = text_of(run, capsys)
-    assert "interrupted, or still running: step 5 of 8" in section(found, "At a glance")
-    assert "step 5 had" in section(found, "Training")
-    missing = section(found, "What is missing")
-    assert "Commands are for the folder that <code>run</code> lies in." in missing
+        file.write('{"kind": "step", "st')  # truncated by a crash
+    page = report(run, capsys)
+    assert "interrupted or still running: step 5 of 8" in page.sections["Overview"].text
+    assert "step 5 had" in page.sections["Training"].text
+    missing = page.sections["What is missing"].text
+    assert "Run the commands in the folder that contains run." in missing
     for command in ("train test --resume --out run", "quantize run", "eval run", "audit run"):
-        assert f"<code>pgolf {command}</code>" in missing
+        assert f"pgolf {command}" in page.code
     monkeypatch.chdir(run.path)
-    text_of(RunFolder(Path()), capsys, "--audit", status=2, printed="not audited: ")
-    assert section(text_of(RunFolder(Path()), capsys), "What is missing") == missing
+    report(RunFolder(Path()), capsys, "--audit", status=2, printed="not audited: ")
+    again = report(RunFolder(Path()), capsys)
+    assert again.sections["What is missing"].text == missing
     for title, words in (
         ("Scores", "The run is not scored"),
-        ("Quantisation gap", "Not known: the artifact is not scored."),
+        ("Quantization gap", "Unknown: the artifact is not scored."),
         ("Test-time training", "There is no score with test-time training."),
-        ("Where the bits go", "No figures: scores_float.json is not there"),
-        ("Bytes", "There is no artifact to weigh."),
+        ("Where the bits go", "No figures: scores_float.json does not exist"),
+        ("Bytes", "There is no artifact."),
         ("Audit", "The run is not audited"),
     ):
-        assert words in section(found, title)
+        assert words in page.sections[title].text
 
 
 def test_only_a_configuration(run, capsys):
     for file in run.path.iterdir():
         if file.name != "config.json":
             file.unlink()
-    found = text_of(run, capsys)
-    assert "not trained yet: there is only its configuration" in section(found, "At a glance")
-    assert "No step is on record." in section(found, "Training")
-    assert "No two steps" in section(found, "Throughput")
-    assert "No env.json is there" in section(found, "Environment")
-    assert "<picture>" not in found.text
+    page = report(run, capsys)
+    assert "not trained yet: only the configuration exists" in page.sections["Overview"].text
+    assert "No steps are recorded." in page.sections["Training"].text
+    assert "No two successive steps" in page.sections["Throughput"].text
+    assert "There is no env.json" in page.sections["Environment"].text
+    assert not any(part.pictures for part in page.sections.values())
 
 
 def test_losses_that_are_not_finite(run, capsys):
@@ -190,97 +190,97 @@ def test_losses_that_are_not_finite(run, capsys):
         return rows
 
     metrics(run, spoil)
-    found = text_of(run, capsys)
-    training = section(found, "Training")
+    page = report(run, capsys)
+    training = page.sections["Training"].text
     assert "not finite at 3 of 8 steps: 3, 4, 7." in training
-    assert "The loss of 3 steps is not finite" in section(found, "At a glance")
-    assert ">nan<" not in training
+    assert "The loss of 3 steps is not finite" in page.sections["Overview"].text
+    assert "nan" not in page.cells
     metrics(run, lambda rows: [{**row, "loss": math.nan, "multiplier": None} for row in rows])
-    found = text_of(run, capsys)
-    assert "not finite at 8 of 8 steps" in section(found, "Training")
-    assert "<picture>" in section(found, "Training")
+    page = report(run, capsys)
+    assert "not finite at 8 of 8 steps" in page.sections["Training"].text
+    assert page.sections["Training"].pictures == 1
 
 
 def test_no_test_time_training(run, capsys, undrawn):
     from matplotlib.figure import Figure
 
-    def cut(story):
-        del story["sliding_ttt"], story["ttt_bpb_by_chunk"]
+    def cut(tree):
+        del tree["sliding_ttt"], tree["ttt_bpb_by_chunk"]
 
     for name in ("artifact", "float"):
         rewrite(run.path / f"scores_{name}.json", cut)
-    found = text_of(run, capsys)
-    assert "There is no score with test-time training." in section(found, "Test-time training")
-    assert "test-time training</th>" not in section(found, "Scores")
-    assert "(sliding windows)" in section(found, "At a glance")
-    story = read_json(run.scores_file("artifact"))
-    del story["figures"]["sliding_ttt"]
+    page = report(run, capsys)
+    assert "There is no score with test-time training." in page.sections["Test-time training"].text
+    assert "sliding + TTT" not in page.sections["Scores"].text
+    assert "(sliding)" in page.sections["Overview"].text
+    tree = read_json(run.scores_file("artifact"))
+    del tree["figures"]["sliding_ttt"]
     panels = Figure().subplots(1, 3)
-    paint_parts(panels, story)
+    paint_parts(panels, tree)
     assert [text.get_text() for text in panels[2].get_legend().get_texts()] == ["sliding"]
 
 
 def test_scores_without_figures_and_of_another_artifact(run, capsys, undrawn):
-    def age(story):
-        del story["figures"]
-        story["artifact_sha256"] = "0" * 64
+    def age(tree):
+        del tree["figures"]
+        tree["artifact_sha256"] = "0" * 64
 
     rewrite(run.path / "scores_artifact.json", age)
-    rewrite(run.audit_file, lambda story: story.update(artifact_sha256="1" * 64))
+    rewrite(run.audit_file, lambda tree: tree.update(artifact_sha256="1" * 64))
     (run.path / "scores_float.json").unlink()
-    found = text_of(run, capsys)
-    assert "scores_artifact.json was written before it held any" in section(found, "Where the bits go")
-    missing = section(found, "What is missing")
+    page = report(run, capsys)
+    assert "scores_artifact.json has none" in page.sections["Where the bits go"].text
+    missing = page.sections["What is missing"].text
     assert missing.count("those shown are of another artifact") == 2
     last = [json.loads(line) for line in run.metrics_file.read_text().splitlines()][-1]
     gap = read_json(run.path / "scores_artifact.json")["non_overlapping"]["bpb"] - last["bpb"]
-    assert f"{gap:+.6f}" in section(found, "Quantisation gap")
-    assert "the validation that ended training" in section(found, "Quantisation gap")
+    assert f"{gap:+.6f}" in page.sections["Quantization gap"].text
+    assert "the validation at the end of training" in page.sections["Quantization gap"].text
 
 
 def test_scores_on_other_targets_are_not_compared(run, capsys, undrawn):
-    rewrite(run.path / "scores_float.json", lambda story: story["sliding"].update(tokens=1))
-    gap = section(text_of(run, capsys), "Quantisation gap")
-    assert "scored on different targets or with other settings: sliding windows." in gap
-    assert gap.count("<tr>") == 1 + 2
+    rewrite(run.path / "scores_float.json", lambda tree: tree["sliding"].update(tokens=1))
+    gap = report(run, capsys).sections["Quantization gap"]
+    assert "scored on different targets or with other settings: sliding." in gap.text
+    assert len(gap.tables[0]) == 1 + 2
 
 
 def test_scores_of_other_settings_are_not_compared(run, capsys, undrawn):
-    """Targets are as many with any stride, and with any rate of test-time training."""
+    """The number of targets does not depend on the stride or on the rate of test-time training."""
 
     def gap():
-        return section(text_of(run, capsys), "Quantisation gap")
+        return report(run, capsys).sections["Quantization gap"]
 
     float_scores = run.scores_file("float")
     whole = float_scores.read_text()
-    assert gap().count("<tr>") == 1 + 3  # though float weights adapt without rounding
-    rewrite(float_scores, lambda story: story["ttt"].update(lr=1.0))
-    assert "other settings: sliding windows, test-time training." in gap()
+    assert len(gap().tables[0]) == 1 + 3  # although float weights adapt without rounding
+    rewrite(float_scores, lambda tree: tree["ttt"].update(lr=1.0))
+    assert "other settings: sliding + TTT." in gap().text
     float_scores.write_text(whole)
-    rewrite(float_scores, lambda story: story["eval"].update(stride=8))
-    assert "other settings: sliding windows; sliding windows, test-time training." in gap()
-    assert gap().count("<tr>") == 1 + 1
-    rewrite(float_scores, lambda story: story["eval"].update(seq_len=8))
-    assert "<table>" not in gap()
-    assert "Not comparable" in gap()
+    rewrite(float_scores, lambda tree: tree["eval"].update(stride=8))
+    assert "other settings: sliding; sliding + TTT." in gap().text
+    assert len(gap().tables[0]) == 1 + 1
+    rewrite(float_scores, lambda tree: tree["eval"].update(seq_len=8))
+    assert gap().tables == []
+    assert "Not comparable" in gap().text
 
 
 def test_the_gap_is_to_the_weights_that_were_kept(run, capsys, undrawn):
-    """After a Reptile phase those of the last step, though the average was validated after them."""
+    """After a Reptile phase they are those of the last step, although the average is validated last."""
     run.scores_file("float").unlink()
     raw, averaged = [row for row in run.history() if row["kind"] == "val"][-2:]
     assert raw["weights"] == "raw weights"
-    tensors, story = load_tensors(run.model_file)
+    tensors, tree = load_tensors(run.model_file)
     packed = read_json(run.scores_file("artifact"))["non_overlapping"]["bpb"]
     for kept in (averaged, raw):
-        save_tensors(run.model_file, tensors, {**story, "weights": kept["weights"]})
-        gap = section(text_of(run, capsys), "Quantisation gap")
+        save_tensors(run.model_file, tensors, {**tree, "weights": kept["weights"]})
+        gap = report(run, capsys).sections["Quantization gap"].text
         assert f"{packed - kept['bpb']:+.6f}" in gap
-        assert f"ended training ({kept['weights']})" in gap
-    save_tensors(run.model_file, tensors, {**story, "step": 5})
-    assert "there is no score of the float weights" in section(text_of(run, capsys), "Quantisation gap")
+        assert f"the end of training ({kept['weights']})" in gap
+    save_tensors(run.model_file, tensors, {**tree, "step": 5})
+    assert "the float weights are not scored" in report(run, capsys).sections["Quantization gap"].text
     run.model_file.write_bytes(b"x")
-    assert "model.safetensors cannot be read" in section(text_of(run, capsys), "What is missing")
+    assert "model.safetensors cannot be read" in report(run, capsys).sections["What is missing"].text
 
 
 def test_damaged_files_are_named(run, capsys, undrawn):
@@ -288,17 +288,17 @@ def test_damaged_files_are_named(run, capsys, undrawn):
     run.audit_file.write_bytes(b"\xff\xfe")
     whole = run.artifact_file.read_bytes()
     run.artifact_file.write_bytes(whole[: len(whole) // 2])
-    missing = section(text_of(run, capsys), "What is missing")
-    assert "scores_float.json is damaged" in missing
-    assert "audit.json is damaged" in missing
-    assert '<th scope="row">artifact</th>' in missing
+    missing = report(run, capsys).sections["What is missing"]
+    assert "scores_float.json is damaged" in missing.text
+    assert "audit.json is damaged" in missing.text
+    assert "artifact" in [row[0] for row in missing.tables[0]]
 
 
-def test_without_matplotlib_there_are_words(run, capsys, monkeypatch):
+def test_without_matplotlib_there_is_a_note(run, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    found = text_of(run, capsys)
-    assert found.text.count("No picture: pictures need matplotlib") == 5
-    assert "<picture>" not in found.text
+    page = report(run, capsys)
+    assert page.source.count("No plot: plots need matplotlib") == 5
+    assert not any(part.pictures for part in page.sections.values())
 
 
 def test_a_resumed_run_and_a_sweep(run, capsys, undrawn):
@@ -308,41 +308,44 @@ def test_a_resumed_run_and_a_sweep(run, capsys, undrawn):
         return [*rows, {"kind": "resume", "step": 4, "checkpoint": "x", "changed": changed}, rates]
 
     metrics(run, resume)
-    row = {"bpb": 2.0, "gain": 0.05, "low": 0.01, "high": 0.09, "updates": 12}
-    (run.path / "ttt_sweep.json").write_text(json.dumps({"tokens": 640, "adapters": {"lora": row}}))
-    found = text_of(run, capsys)
-    assert "optim.matrix_lr was 0.025 and is 0.02" in section(found, "Configuration")
-    assert "+0.01000 to +0.09000" in section(found, "Test-time training")
-    rates = found.cells[found.cells.index("qo_bank") :][:5]
+    (run.path / "ttt_sweep.json").write_text(
+        json.dumps({"tokens": 640, "adapters": {"lora": compared("lora")}})
+    )
+    page = report(run, capsys)
+    assert "optim.matrix_lr was 0.025 and is 0.02" in page.sections["Configuration"].text
+    assert "+0.01000 to +0.09000" in page.sections["Test-time training"].text
+    rates = page.cells[page.cells.index("qo_bank") :][:5]
     assert rates == ["qo_bank", "3", "0.5000", "0.7500", "1.0000"]
 
 
-def test_what_breaks_the_rules_is_marked_everywhere(run, capsys, undrawn):
-    """A page is what goes to others: no score of two passes may look like one that is allowed."""
+def test_illegal_scores_are_labeled_everywhere(run, capsys, undrawn):
+    """Pages are shared: no score of two passes may look like a legal one."""
     broken = TTTConfig(adapter="error_guided")
     for weights in ("artifact", "float"):
-        story = {"illegal": broken.illegal, "ttt": asdict(broken)}
-        rewrite(run.path / f"scores_{weights}.json", lambda scores, story=story: scores.update(story))
-    row = {"bpb": 2.0, "gain": 0.05, "low": 0.01, "high": 0.09, "updates": 12}
-    sweep = {"tokens": 640, "adapters": {"run": row, "lora": row}, "illegal": {"run": broken.illegal}}
+        tree = {"illegal": broken.illegal, "ttt": asdict(broken)}
+        rewrite(run.path / f"scores_{weights}.json", lambda scores, tree=tree: scores.update(tree))
+    adapters = {name: compared(name) for name in ("run", "lora")}
+    sweep = {"tokens": 640, "adapters": adapters, "illegal": {"run": broken.illegal}}
     (run.path / "ttt_sweep.json").write_text(json.dumps(sweep))
-    found = text_of(run, capsys)
-    for title, times in (("At a glance", 2), ("Scores", 4), ("Quantisation gap", 1)):
-        assert section(found, title).count("test-time training (ILLEGAL)") == times, title
-    adaptation = section(found, "Test-time training")
+    page = report(run, capsys)
+    for title, times in (("Overview", 2), ("Scores", 2), ("Quantization gap", 1)):
+        assert page.sections[title].text.count("sliding + TTT (ILLEGAL)") == times, title
+    assert page.sections["Scores"].text.count(" TTT (ILLEGAL)") == 4
+    assert "bpb with TTT (ILLEGAL)" in page.sections["Where the bits go"].text
+    adaptation = page.sections["Test-time training"].text
     assert f"BREAKS THE RULES of the challenge: {broken.illegal};" in adaptation
     assert "each scored before" not in adaptation
-    assert "<code>share 0.02</code>" in adaptation
+    assert "share 0.02" in page.code
     assert "chunk_tokens" not in adaptation
-    assert "run (ILLEGAL)" in found.cells
-    assert "lora" in found.cells
+    assert "run (ILLEGAL)" in page.cells
+    assert "lora" in page.cells
 
 
 def test_names_are_not_markup(run, capsys, undrawn):
     rewrite(run.config_file, lambda tree: tree.update(name="<script>"))
     odd = RunFolder(run.path.rename(run.path.parent / "a <i> & b"))
-    found = text_of(odd, capsys)
-    assert "<title>Run a &lt;i&gt; &amp; b</title>" in found.text
+    page = report(odd, capsys)
+    assert page.titles == ["Run a <i> & b"]
 
 
 def test_out_and_refusals(run, capsys, tmp_path, undrawn):
@@ -360,8 +363,8 @@ def test_out_and_refusals(run, capsys, tmp_path, undrawn):
         assert message in capsys.readouterr().err
 
 
-def test_audit_is_kept_and_shown(run, capsys, monkeypatch, undrawn):
-    """`pgolf audit RUN` keeps its findings in the run; --only does not overwrite a whole audit."""
+def test_audit_is_saved_and_shown(run, capsys, monkeypatch, undrawn):
+    """`pgolf audit RUN` saves its findings in the run; --only does not overwrite a full audit."""
     answers = {"C1": True, "C2": False}
 
     def few(subject):
@@ -372,32 +375,35 @@ def test_audit_is_kept_and_shown(run, capsys, monkeypatch, undrawn):
     assert cli.main(["audit", str(run.path), "--only", "C1"]) == 0
     assert not run.audit_file.exists()
     assert cli.main(["report", str(run.path), "--audit"]) == 1
-    story = read_json(run.audit_file)
-    assert [f["verdict"] for f in story["findings"]] == ["pass", "FAIL"]
-    assert story["artifact_sha256"] == sizes(run.artifact_file).sha256
+    tree = read_json(run.audit_file)
+    assert [f["verdict"] for f in tree["findings"]] == ["pass", "FAIL"]
+    assert tree["artifact_sha256"] == sizes(run.artifact_file).sha256
     capsys.readouterr()
-    found = text_of(run, capsys)
-    assert "FAILED: C2 (1 of 2 properties hold)" in section(found, "Audit")
-    assert "seen C2" in section(found, "Audit")
+    page = report(run, capsys)
+    assert "FAILED: C2 (1 of 2 properties hold)" in page.sections["Audit"].text
+    assert "seen C2" in page.sections["Audit"].text
 
 
-def test_pace_of_kinds_of_steps():
+def test_pace_by_kind_of_step():
     elapsed = [1.0, 3.0, 5.0, 9.0, math.nan, 12.0, 11.0, 13.0]
-    steps = {i: {"elapsed": e, "meta_loss": 1.0 if i == 4 else None} for i, e in enumerate(elapsed, start=1)}
+    steps = {
+        i: {"elapsed": e, "tokens": 100, "meta_loss": 1.0 if i == 4 else None}
+        for i, e in enumerate(elapsed, start=1)
+    }
     assert step_seconds(steps) == {2: 2.0, 3: 2.0, 4: 4.0, 8: 2.0}
     steps[8] |= {"reptile": True, "tokens": 10}
-    rows = {row[0]: row[1:] for row in pace_rows(steps, 100)}
+    rows = {row[0]: row[1:] for row in pace_table(steps).rows}
     assert rows["plain"] == ("2", "2,000.0", "2,000.0", "2,000.0", "50")
     assert rows["with a meta step"] == ("1", "4,000.0", "4,000.0", "4,000.0", "25")
     assert rows["Reptile, outer"] == ("1", "2,000.0", "2,000.0", "2,000.0", "5")
     assert (rows["all"][0], rows["all"][-1]) == ("4", "31")  # 310 tokens in 10 s
-    assert pace_rows({1: {"elapsed": 1.0}}, 100) == ()
+    assert pace_table({1: {"elapsed": 1.0}}).rows == ()
 
 
 @pytest.mark.skipif(browser() is None, reason="no Chromium on this machine")
 def test_a_browser_shows_it_without_errors(run, capsys, tmp_path):
-    found = text_of(run, capsys)
-    asked, console, seen = visit(browser(), found.text, tmp_path / "profile")
+    page = report(run, capsys)
+    asked, console, seen = visit(browser(), page.source, tmp_path / "profile")
     assert asked == ["/"]
     assert console == []
     assert seen.count("<h2") == len(SECTIONS)
@@ -416,6 +422,6 @@ def test_a_spike_does_not_flatten_the_loss_curve():
         assert 7.0 < high < 7.5
 
 
-def test_the_name_of_a_run_is_no_mathematics(run):
+def test_the_name_of_a_run_is_not_math(run):
     odd = RunFolder(run.path.rename(run.path.parent / "a$_$b"))
     assert draw_loss_curve(odd).read_bytes().startswith(b"\x89PNG")

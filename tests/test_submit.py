@@ -14,11 +14,12 @@ from runs import make_dataset, read_json, run_config
 
 from pgolf_fast import cli
 from pgolf_fast.artifact import steps, submission
-from pgolf_fast.artifact.container import TensorRecord, write_container
+from pgolf_fast.artifact.container import TensorRecord
 from pgolf_fast.artifact.standalone import parts, reader
 from pgolf_fast.artifact.submit import About, write_submission
+from pgolf_fast.artifact.writer import write_container
+from pgolf_fast.config.fields import run_config_to_dict
 from pgolf_fast.config.run_folder import RunFolder
-from pgolf_fast.config.serialize import run_config_to_dict
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.steps import score_run
 from pgolf_fast.train.loop import train

@@ -1,4 +1,4 @@
-"""Tracking beside metrics.jsonl, with stand-ins for the packages: nothing here needs them or a network."""
+"""Trackers, with fake packages: nothing here needs wandb, TensorBoard or a network."""
 
 import sys
 import types
@@ -38,7 +38,7 @@ class FakeRun:
 
 @pytest.fixture
 def wandb(monkeypatch):
-    """A module that remembers its runs; `fail_at` makes their log fail from that step on."""
+    """A module that records its runs; with `fail_at`, their log fails from that step on."""
     module = types.ModuleType("wandb")
     module.runs, module.fail_at = [], None
 
@@ -78,7 +78,7 @@ def writers(monkeypatch):
     return made
 
 
-def test_wandb_gets_what_the_lines_have(data, tmp_path, wandb):
+def test_wandb_receives_the_numbers_of_metrics_jsonl(data, tmp_path, wandb):
     config = run_config(data, train__val_every=4)
     folder = train(config, tmp_path / "run", track="wandb").folder
     (run,) = wandb.runs
@@ -101,7 +101,7 @@ def test_wandb_gets_what_the_lines_have(data, tmp_path, wandb):
     assert len(values) == 3
 
 
-def test_a_resumed_run_goes_on_under_its_name_and_count(data, tmp_path, wandb, writers):
+def test_a_resumed_run_keeps_its_id_and_steps(data, tmp_path, wandb, writers):
     def config(steps):
         return run_config(data, train__steps=steps, train__checkpoint_minutes=0.0)
 
@@ -121,7 +121,7 @@ def test_a_resumed_run_goes_on_under_its_name_and_count(data, tmp_path, wandb, w
     assert {step for _, _, step in writer.scalars} == {9}
 
 
-def test_tensorboard_gets_scalars_and_the_configuration(data, tmp_path, writers):
+def test_tensorboard_receives_scalars_and_the_configuration(data, tmp_path, writers):
     folder = train(run_config(data), tmp_path / "run", track="tensorboard").folder
     (writer,) = writers
     assert (writer.log_dir, writer.purge_step, writer.closed) == (str(folder.path / "tensorboard"), 1, 1)
@@ -132,7 +132,7 @@ def test_tensorboard_gets_scalars_and_the_configuration(data, tmp_path, writers)
     assert {"val/raw_weights/bpb", "train/tokens_per_second"} <= {name for name, _, _ in writer.scalars}
 
 
-def test_a_tracker_that_fails_is_left_out_and_training_goes_on(data, tmp_path, wandb):
+def test_a_tracker_that_fails_is_dropped_and_training_continues(data, tmp_path, wandb):
     wandb.fail_at = 4
     result = train(run_config(data), tmp_path / "run", track="wandb")
     assert result.steps == 8
@@ -162,19 +162,21 @@ def test_a_tracker_that_fails_at_its_end_changes_nothing(tmp_path):
         def close(self):
             raise OSError
 
-    metrics = Metrics(MetricsWriter(tmp_path / "m.jsonl"), 1)
+    metrics = Metrics(MetricsWriter(tmp_path / "m.jsonl"))
     metrics.track(Bad(), 0.0)
     metrics.write("step", step=1, elapsed=0.0, loss=1.0)
     metrics.close()
     assert len(read_metrics(tmp_path / "m.jsonl")) == 1
 
 
-def test_a_tracker_that_does_not_start_ends_the_run_before_its_first_step(data, tmp_path, wandb):
+def test_a_tracker_that_does_not_start_stops_the_run(data, tmp_path, wandb):
     def init(**settings):
         raise RuntimeError("no API key configured")
 
     wandb.init = init
-    with pytest.raises(PgolfError, match=r"wandb did not start .no API key configured."):
+    with pytest.raises(
+        PgolfError, match=r"wandb did not start .no API key configured.: fix this or drop --track"
+    ):
         train(run_config(data), tmp_path / "run", track="wandb")
     assert read_metrics(tmp_path / "run" / "metrics.jsonl") == []
 

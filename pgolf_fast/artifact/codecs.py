@@ -1,7 +1,7 @@
-"""The codecs of an artifact's sections behind one interface: raw, LZMA, rANS, and zstd and brotli as extras.
+"""The codecs of an artifact's sections: raw, LZMA, rANS, and zstd and brotli as extras.
 
-A section is a list of arrays, coded as one string of bytes. Every codec is given their shapes; rANS uses
-them. Whatever is wrong with stored bytes is a ValueError; no decoder takes much more memory than it fills.
+A section is a list of arrays, coded as one string of bytes. Every codec is given the arrays' shapes; only
+rANS uses them. Damaged bytes raise ValueError; no decoder uses much more memory than its output.
 """
 
 from __future__ import annotations
@@ -21,30 +21,31 @@ Settings = Mapping[str, int | bool | str]
 
 CODECS: dict[str, int] = {"raw": 0, "lzma": 1, "rans": 2, "zstd": 3, "brotli": 4}  # the numbers in a file
 
-# What a search tries besides the preset's own lc 3, lp 0, pb 2: literals without context, as codes offer
-# none, and positions modulo 1 or 2, the latter for 16-bit items.
+# Tried by a search besides the preset's own lc 3, lp 0, pb 2: literals without context, because neighboring
+# codes do not predict each other, and positions modulo 1 or 2, the latter for 16-bit items.
 LZMA_SEARCH = tuple(
     {"lc": lc, "lp": lp, "pb": pb, "nice_len": 273} for lc in (0, 3) for lp, pb in ((0, 0), (0, 2), (1, 1))
 )
-# LZMA is tried in a hurry first, on more bytes than this, and done in earnest if that comes near the others.
-TRY_FROM, TRY_PRESET, TRY_MARGIN = 65_536, 0, 1.03
-_ZSTD_STEP = 256  # bytes of input; they cannot become more than 11 MiB of output
+# LZMA takes as long as all other codecs together. Above PROBE_FROM bytes it is probed at PROBE_PRESET first;
+# the full preset runs only if the probe is within PROBE_MARGIN of the best other codec.
+PROBE_FROM, PROBE_PRESET, PROBE_MARGIN = 65_536, 0, 1.03
+_ZSTD_STEP = 256  # bytes of input at a time, which expand to at most 11 MiB: bounds a bomb's memory
 
 
 def encode(codec: str, data: bytes, shapes: Sequence[Shape], **settings: int | bool | str) -> bytes:
-    """`data`, which holds arrays of `shapes` one after another, as stored bytes.
+    """Compress `data`, which holds arrays of `shapes` one after another.
 
     settings, by codec. lzma: those of `compress_bytes`, and search=True to try LZMA_SEARCH as well, in
     parallel threads. rans: threads (0: one per core). zstd: level (22; always with long-distance matching).
-    brotli: quality (11). Raises PgolfError for an unknown codec, or one that is not installed; ValueError
-    for settings out of range, and where shapes do not add up to the data.
+    brotli: quality (11). Raises PgolfError for a codec that is unknown or not installed; ValueError for
+    settings out of range, or shapes that do not add up to the data.
     """
     _check_shapes(shapes, len(data))
     return _ENCODERS[_known(codec)](data, shapes, **settings)
 
 
 def decode(codec: str, stored: bytes, raw_bytes: int, shapes: Sequence[Shape]) -> bytes:
-    """The `raw_bytes` bytes of arrays of `shapes` that were stored as `stored`.
+    """Decompress `stored` to exactly `raw_bytes` bytes, the arrays of `shapes`.
 
     Raises ValueError when the stored bytes are damaged or hold another number; PgolfError as `encode`.
     """
@@ -61,11 +62,10 @@ def smallest(
     candidates: Sequence[str] = ("rans", "lzma"),
     settings: Mapping[str, Settings] | None = None,
 ) -> tuple[str, bytes]:
-    """The candidate that makes `data` smallest, and its bytes; ("raw", data) when none makes it smaller.
+    """Return the candidate that makes `data` smallest, and its bytes; ("raw", data) if none makes it smaller.
 
-    Candidates run in parallel threads; of equals, the first wins. LZMA, which takes as long as all others
-    together, is left out where a quick try of it falls far behind. settings: by codec, what `encode` takes.
-    Without the C++ extension, LZMA stands in for rANS.
+    Candidates run in parallel threads; the first wins a tie. LZMA is dropped where a quick probe falls far
+    behind. settings: by codec, the settings of `encode`. Without the C++ extension, LZMA replaces rANS.
     """
     names = list(dict.fromkeys(_known(name) for name in candidates))
     if native.extension() is None:
@@ -75,23 +75,23 @@ def smallest(
     def packed(name: str) -> bytes:
         return encode(name, data, shapes, **chosen.get(name, {}))
 
-    others = [name for name in names if name != "lzma"]
-    with ThreadPoolExecutor(max(1, len(others))) as pool:
-        made = dict(zip(others, pool.map(packed, others), strict=True))
-    if "lzma" in names and (not made or len(data) <= TRY_FROM or _promising(data, made)):
-        made["lzma"] = packed("lzma")
-    best = min(((n, made[n]) for n in names if n in made), key=lambda p: len(p[1]), default=("raw", data))
+    quick = [name for name in names if name != "lzma"]
+    with ThreadPoolExecutor(max(1, len(quick))) as pool:
+        done = dict(zip(quick, pool.map(packed, quick), strict=True))
+    if "lzma" in names and (not done or len(data) <= PROBE_FROM or _lzma_may_win(data, done)):
+        done["lzma"] = packed("lzma")
+    best = min(((n, done[n]) for n in names if n in done), key=lambda p: len(p[1]), default=("raw", data))
     return best if len(best[1]) < len(data) else ("raw", data)
 
 
-def _promising(data: bytes, made: Mapping[str, bytes]) -> bool:
-    """Whether LZMA in a hurry comes near the best of the others."""
-    return len(compress_bytes(data, preset=TRY_PRESET)) <= TRY_MARGIN * min(map(len, made.values()))
+def _lzma_may_win(data: bytes, done: Mapping[str, bytes]) -> bool:
+    """Return whether a quick probe of LZMA comes close to the best other codec."""
+    return len(compress_bytes(data, preset=PROBE_PRESET)) <= PROBE_MARGIN * min(map(len, done.values()))
 
 
 def _known(codec: str) -> str:
     if codec not in CODECS:
-        raise PgolfError(f"there is no codec {codec!r}: use one of {', '.join(CODECS)}")
+        raise PgolfError(f"codec is {codec!r}, but must be one of {', '.join(CODECS)}")
     return codec
 
 
@@ -148,7 +148,7 @@ def _encode_zstd(data: bytes, shapes: Sequence[Shape], level: int = 22) -> bytes
 
 
 def _window_log(size: int) -> int:
-    """A window of 2 to this power holds `size` bytes; zstd knows 10..27 without being told otherwise."""
+    """Return the log2 of a window that holds `size` bytes; decoders accept 10..27 by default."""
     return min(max(10, (size - 1).bit_length()), 27)
 
 

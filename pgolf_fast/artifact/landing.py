@@ -1,4 +1,4 @@
-"""Landing an artifact at a byte target: the price of a bit at which a rate-distortion grid just fits."""
+"""Fit a rate-distortion grid to a byte target: search the price of a bit at which the artifact just fits."""
 
 from __future__ import annotations
 
@@ -14,57 +14,56 @@ from pgolf_fast.errors import PgolfError
 from pgolf_fast.quant.rd import RateDistortion
 from pgolf_fast.quant.state import QuantizedState, QuantizedTensor, code_bits
 
-TOLERANCE = 100  # bytes under the target that are good enough
-BRACKET = 1.1  # ratio of the two prices whose rows are mixed
-SIDE = BRACKET**0.4  # how far from a guess each of them is meant to be
-SAMPLE_WEIGHTS = 2_000_000  # what the size of a whole model is first judged by
-COARSEST_PRICE = 1.0  # nats per bit; nothing is left of a model long before
+TOLERANCE = 100  # bytes that may be left under the target
+BRACKET = 1.1  # largest ratio of the two prices whose rows are mixed
+SIDE = BRACKET**0.4  # their intended distance from a guess
+SAMPLE_WEIGHTS = 2_000_000  # size of the sample that gives the first estimate for a large model
+COARSEST_PRICE = 1.0  # nats per bit; every weight is zero long before
 
 
 @dataclass(frozen=True, eq=False)
-class Landing:
-    """A state of `artifact_bytes`, at most the target, and the price of a bit (nats) it was made at."""
+class Fit:
+    """A quantized state, its artifact's size, and the price of a bit (nats) that it was quantized at."""
 
     state: QuantizedState
     artifact_bytes: int
     price: float
 
 
-def land(grids: RateDistortion, artifact_bytes: Callable[[QuantizedState], int], target: int) -> Landing:
-    """The best state whose exact `artifact_bytes` do not exceed `target`, ending within TOLERANCE bytes.
+def fit_to_target(grids: RateDistortion, artifact_bytes: Callable[[QuantizedState], int], target: int) -> Fit:
+    """Return the best state whose exact `artifact_bytes` are at most `target` and within TOLERANCE of it.
 
-    Prices come from the expected bytes, corrected by every exact size (of a large model, that of some of its
-    rows is taken first, to save a whole round), until two of them enclose the target;
-    then as few rows as needed, in the order of the file, come from the coarser of the two. Stops at the
-    finest useful price if everything fits there. Raises PgolfError when not even the coarsest grid fits.
+    Prices follow from the expected bytes, corrected by every exact size, until two of them bracket the
+    target; a large model is sampled first, which saves one full pass. Then as few rows as needed, in file
+    order, come from the coarser of the two. Stops at the finest useful price if everything fits there.
+    Raises PgolfError when not even the coarsest grid fits.
     """
-
-    fine: Landing | None = None  # too large; all that come after it are coarser, and share its columns
-    coarse: Landing | None = None  # fits
+    fine: Fit | None = None  # too large; all later states are coarser, and share its columns
+    coarse: Fit | None = None  # fits
     mixable = False
 
-    def tried(price: float) -> Landing:
+    def tried(price: float) -> Fit:
         state = grids.quantize(price, None if fine is None else fine.state)
-        landing = Landing(state, artifact_bytes(state), price)
-        logger.info("price %.3e nats/bit: %d bytes, target %d", price, landing.artifact_bytes, target)
-        return landing
+        fit = Fit(state, artifact_bytes(state), price)
+        logger.info("price %.3e nats/bit: %d bytes, target %d", price, fit.artifact_bytes, target)
+        return fit
 
     price = _first_price(grids, artifact_bytes, target)
     while fine is None or coarse is None or coarse.price / fine.price > BRACKET:
-        found = tried(price)
-        if found.artifact_bytes <= target:
-            coarse, mixable = found, fine is not None
+        fit = tried(price)
+        if fit.artifact_bytes <= target:
+            coarse, mixable = fit, fine is not None
             if price <= grids.finest_price:
-                return found
+                return fit
         elif price >= COARSEST_PRICE:
-            raise _too_small(found.artifact_bytes, target)
+            raise _too_small(fit.artifact_bytes, target)
         else:
-            fine = found
-        ratio = found.artifact_bytes / grids.expected_bytes(price)
+            fine = fit
+        ratio = fit.artifact_bytes / grids.expected_bytes(price)
         price = _next_price(grids, _expected_price(grids, target / ratio), fine, coarse)
     if not mixable:
         coarse = tried(coarse.price)
-    while coarse.artifact_bytes > target:  # its own columns were a little cheaper
+    while coarse.artifact_bytes > target:  # with its own columns it was a little smaller
         if coarse.price >= COARSEST_PRICE:
             raise _too_small(coarse.artifact_bytes, target)
         coarse = tried(coarse.price * BRACKET)
@@ -73,15 +72,15 @@ def land(grids: RateDistortion, artifact_bytes: Callable[[QuantizedState], int],
 
 def _too_small(needed: int, target: int) -> PgolfError:
     return PgolfError(
-        f"{needed:,} bytes are needed even when hardly a weight is left, more than the {target:,} of the "
-        "target: raise quant.target_bytes or pack.limit_bytes"
+        f"even with nearly all weights zero the artifact needs {needed:,} bytes, more than the target of "
+        f"{target:,}: raise quant.target_bytes or pack.limit_bytes"
     )
 
 
 def _first_price(
     grids: RateDistortion, artifact_bytes: Callable[[QuantizedState], int], target: int
 ) -> float:
-    """Where to begin: the expected price, or just below what a sample of the rows says."""
+    """Return the expected price, or for a large model slightly less than a sample of its rows suggests."""
     price, every = _expected_price(grids, target), grids.weights // SAMPLE_WEIGHTS
     if every < 2:
         return price
@@ -91,7 +90,7 @@ def _first_price(
 
 
 def _expected_price(grids: RateDistortion, target: float) -> float:
-    """Where the expected bytes are the target, by bisection."""
+    """Return the price at which the expected bytes are the target, by bisection."""
     low, high = math.log(grids.finest_price), math.log(COARSEST_PRICE)
     if grids.expected_bytes(math.exp(low)) <= target:
         return grids.finest_price
@@ -104,8 +103,8 @@ def _expected_price(grids: RateDistortion, target: float) -> float:
     return COARSEST_PRICE if high == math.log(COARSEST_PRICE) else math.exp(high)
 
 
-def _next_price(grids: RateDistortion, guess: float, fine: Landing | None, coarse: Landing | None) -> float:
-    """The guess, a little on the side that is missing or farther away, and inside what is known."""
+def _next_price(grids: RateDistortion, guess: float, fine: Fit | None, coarse: Fit | None) -> float:
+    """Return the guess, shifted toward the bound that is missing or farther away, and within the bounds."""
     if fine is None or (coarse is not None and guess / fine.price > coarse.price / guess):
         price = guess / SIDE
     else:
@@ -121,10 +120,11 @@ def _next_price(grids: RateDistortion, guess: float, fine: Landing | None, coars
     return min(max(price, grids.finest_price), COARSEST_PRICE)
 
 
-def _mix(
-    fine: Landing, coarse: Landing, artifact_bytes: Callable[[QuantizedState], int], target: int
-) -> Landing:
-    """The fewest rows from `coarse`, the rest from `fine`, that fit; by interpolation and halving in turn."""
+def _mix(fine: Fit, coarse: Fit, artifact_bytes: Callable[[QuantizedState], int], target: int) -> Fit:
+    """Take the fewest rows from `coarse`, the rest from `fine`, that fit.
+
+    Every third step bisects; the rest interpolate.
+    """
     best, low, above = coarse, 0, fine.artifact_bytes
     high = sum(len(t.codes) for t in fine.state.tensors.values() if isinstance(t, QuantizedTensor))
     for step in range(64):
@@ -136,7 +136,7 @@ def _mix(
         state = mixed(fine.state, coarse.state, middle)
         size = artifact_bytes(state)
         if size <= target:
-            high, best = middle, Landing(state, size, coarse.price)
+            high, best = middle, Fit(state, size, coarse.price)
         else:
             low, above = middle, size
     logger.info("%d bytes: %d rows at the coarser price", best.artifact_bytes, high)
@@ -144,7 +144,7 @@ def _mix(
 
 
 def mixed(fine: QuantizedState, coarse: QuantizedState, rows: int) -> QuantizedState:
-    """The first `rows` rows of all matrices from `coarse`, the others from `fine`; columns must be alike."""
+    """Take the first `rows` rows of all matrices from `coarse`, the rest from `fine`; columns are shared."""
     tensors: dict[str, QuantizedTensor | Tensor] = {}
     for name, a in fine.tensors.items():
         b = coarse.tensors[name]

@@ -13,23 +13,22 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pgolf_fast.artifact import codecs
-from pgolf_fast.artifact.budget import Pruned, prune_to_fit
 from pgolf_fast.artifact.container import (
+    SECTIONS,
     ContainerSizes,
     SectionSize,
     TensorRecord,
-    container_bytes,
     read_container,
-    write_container,
 )
-from pgolf_fast.artifact.reader import SECTIONS
+from pgolf_fast.artifact.prune import Pruned, prune_to_fit
 from pgolf_fast.artifact.submission import code_bytes
+from pgolf_fast.artifact.writer import container_bytes, write_container
+from pgolf_fast.config.fields import run_config_from_dict
 from pgolf_fast.config.schema import PackConfig, RunConfig
-from pgolf_fast.config.serialize import run_config_from_dict
+from pgolf_fast.console import Table
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import atomic_path
 from pgolf_fast.model.gpt import GPT
-from pgolf_fast.ops import native
 from pgolf_fast.quant.state import (
     TABLE_BITS,
     QuantizedState,
@@ -68,20 +67,19 @@ class PackReport:
     def total_bytes(self) -> int:
         return self.weights_bytes + self.code_bytes
 
-    def rows(self) -> list[tuple[str, str]]:
-        """The artifact's bytes by part, ending with weights + code = total against the limit."""
-        rows = [("header", f"{self.header_bytes:,}")]
-        rows += [(f"section {s.name}", f"{s.stored_bytes:,}") for s in self.sections]
-        rows += [
-            ("weights", f"{self.weights_bytes:,}"),
-            ("+ code", f"{self.code_bytes:,}"),
-            ("= total", f"{self.total_bytes:,}"),
-            ("limit", f"{self.limit_bytes:,}"),
-            ("left", f"{self.limit_bytes - self.total_bytes:,}"),
-        ]
-        if self.pruned:
-            rows.append((f"codes zeroed of {self.candidates:,}", f"{self.pruned:,}"))
-        return rows
+    def table(self, title: str = "part") -> Table:
+        """Tabulate bytes by part, ending with weights + code = total against the limit."""
+        rows = {
+            "header": self.header_bytes,
+            **{f"section {s.name}": s.stored_bytes for s in self.sections},
+            "weights": self.weights_bytes,
+            "+ code": self.code_bytes,
+            "= total": self.total_bytes,
+            "limit": self.limit_bytes,
+            "left": self.limit_bytes - self.total_bytes,
+            **({f"codes zeroed of {self.candidates:,}": self.pruned} if self.pruned else {}),
+        }
+        return Table((title, "bytes"), [(part, f"{size:,}") for part, size in rows.items()])
 
 
 def build_records(quantized: QuantizedState) -> list[TensorRecord]:
@@ -178,11 +176,8 @@ def _prune(records: list[TensorRecord], sizes: ContainerSizes, code: int, config
         raise _too_large(sizes.total_bytes, code, config.limit_bytes, hint)
 
     shapes = [(*array.shape, 1) for array in matrices]
-    extension = native.extension()
 
     def coded_size(flat: NDArray[np.int8]) -> int:
-        if extension is not None and codec == "rans":
-            return extension.rans_size(flat, shapes)
         settings = {"preset": config.lzma_preset} if codec == "lzma" else {}
         return min(len(codecs.encode(codec, flat.tobytes(), shapes, **settings)), flat.size)
 

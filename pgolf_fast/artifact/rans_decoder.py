@@ -1,7 +1,7 @@
-"""Reference decoder of the rANS payloads of csrc/rans.h, for readers and submissions: Python and numpy only.
+"""Reference decoder of the rANS payloads of csrc/rans.h, for submissions: Python and numpy only.
 
-`decode(payload, shapes)` gives the bytes of the arrays of `shapes`, each (rows, columns, itemsize), in a row.
-Raises ValueError or IndexError when the payload is damaged. docs/rans.md describes every byte.
+`decode(payload, shapes)` returns the bytes of the arrays of `shapes`, each (rows, columns, itemsize), one
+after another. Raises ValueError or IndexError for a damaged payload. docs/rans.md describes every byte.
 Method: J. Duda, "Asymmetric numeral systems", 2013; F. Giesen, "Interleaved entropy coders", 2014.
 """
 
@@ -20,13 +20,13 @@ def numbers(header):  # Elias gamma codes: as many zeros as n + 1 has bits after
         yield int(bits[start:end], 2) - 1
 
 
-def read_model(number):  # of slots 0..2^14-1: the byte, its frequency, its first slot
+def read_model(number):  # by slot 0..2^14-1: the byte, its frequency, its first slot
     weights, symbol, level = np.zeros(256, np.int64), 0, 0
     for _ in range(number() + 1):
         symbol += number()
         changes = np.array([number() for _ in range(number() + 1)])
         levels = level + np.cumsum(np.cumsum(changes >> 1 ^ -(changes & 1)))
-        weights[symbol : symbol + len(levels)] = WEIGHTS[levels.astype(np.uint32)]  # none is negative
+        weights[symbol : symbol + len(levels)] = WEIGHTS[levels.astype(np.uint32)]  # rejects levels below 0
         symbol, level = symbol + len(levels), levels[-1]
     counts = np.where(weights > 0, np.maximum(1, (weights << 14) // weights.sum()), 0)
     counts[counts.argmax()] += 2**14 - counts.sum()
@@ -34,7 +34,7 @@ def read_model(number):  # of slots 0..2^14-1: the byte, its frequency, its firs
 
 
 def decode_segment(number, body, slots, models):
-    states = np.frombuffer(body.read(4 * number() + 4), "<u4").astype(np.int64)  # one for each lane
+    states = np.frombuffer(body.read(4 * number() + 4), "<u4").astype(np.int64)  # one per lane
     words = np.frombuffer(body.read(2 * number()), "<u2")
     symbols, first_slots = np.empty(len(models), np.uint8), models.astype(np.uint32).astype(np.int64) << 14
     for i in range(0, len(models), len(states)):

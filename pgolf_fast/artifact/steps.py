@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from pgolf_fast import console
-from pgolf_fast.artifact.landing import land
+from pgolf_fast.artifact.landing import fit_to_target
 from pgolf_fast.artifact.pack import PackReport, artifact_bytes, load_model, pack
 from pgolf_fast.artifact.submission import code_bytes
+from pgolf_fast.config.fields import from_dict, run_config_to_dict
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import PackConfig, QuantConfig, RunConfig
-from pgolf_fast.config.serialize import from_dict, run_config_to_dict
 from pgolf_fast.data.tokenizer import ByteTable, Tokenizer, byte_table
 from pgolf_fast.distributed import World, this_process
 from pgolf_fast.io import load_tensors, save_tensors
@@ -90,7 +90,7 @@ def _land(model: GPT, config: RunConfig) -> QuantizedState:
         target = packing.limit_bytes - code
     tree = run_config_to_dict(config)
     grids = rate_distortion(model, quant, seq_len=config.train.seq_len)
-    landed = land(grids, lambda state: artifact_bytes(state, tree, packing), target)
+    landed = fit_to_target(grids, lambda state: artifact_bytes(state, tree, packing), target)
     console.logger.info(
         "%s of %s bytes, at %.2e nats a bit", f"{landed.artifact_bytes:,}", f"{target:,}", landed.price
     )

@@ -13,10 +13,10 @@ from typing import Any
 from pgolf_fast.artifact.container import sizes
 from pgolf_fast.artifact.pack import unpack
 from pgolf_fast.artifact.submission import build_script
+from pgolf_fast.config.fields import flatten, run_config_from_dict
 from pgolf_fast.config.presets import preset
 from pgolf_fast.config.run_folder import RunFolder, read_scores
 from pgolf_fast.config.schema import QuantConfig, RunConfig, TTTConfig
-from pgolf_fast.config.serialize import flatten, run_config_from_dict
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import atomic_path, write_text
 

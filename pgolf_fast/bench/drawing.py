@@ -1,4 +1,4 @@
-"""Pictures as PNG bytes, drawn with matplotlib on light ground and, for pages, once more on dark."""
+"""Plots as PNG bytes, drawn with matplotlib on a light or a dark background."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Paint = Callable[["Figure"], None]
-DPI = 144  # twice as fine as a page shows it
-# The bright scheme of P. Tol, "Colour Schemes" (SRON 2021) and, on dark ground, his light one
+DPI = 144  # twice the resolution at which a page shows it
+# The bright scheme of P. Tol, "Colour Schemes" (SRON 2021), and its light scheme on dark backgrounds
 _LIGHT_CYCLE = ("#4477AA", "#EE6677", "#228833", "#AA3377", "#66CCEE", "#CCBB44", "#BBBBBB")
 _DARK_CYCLE = ("#77AADD", "#FFAABB", "#44BB99", "#EE8866", "#99DDFF", "#EEDD88", "#DDDDDD")
-_LIGHT = {"ground": "#ffffff", "text": "#1c1e21", "line": "#9aa0a8"}
-_DARK = {"ground": "#16181c", "text": "#e4e6e9", "line": "#666c75"}  # as pages have it
+_LIGHT = {"background": "#ffffff", "text": "#1c1e21", "line": "#9aa0a8"}
+_DARK = {"background": "#16181c", "text": "#e4e6e9", "line": "#666c75"}  # those of the HTML pages
 
 
 def png(paint: Paint, size: tuple[float, float], *, dark: bool = False) -> bytes:
-    """What `paint` draws on an empty figure of `size` inches, whose text and cycle fit its ground.
+    """Call `paint` on an empty figure of `size` inches and return the PNG.
 
     Raises PgolfError without matplotlib.
     """
@@ -33,8 +33,9 @@ def png(paint: Paint, size: tuple[float, float], *, dark: bool = False) -> bytes
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise PgolfError("pictures need matplotlib: pip install 'pgolf-fast[plot]'") from error
+        raise PgolfError("plots need matplotlib: pip install 'pgolf-fast[plot]'") from error
     with matplotlib.rc_context(_style(dark)):
+        # Not pyplot, which registers every figure globally and may try to open a display
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
         paint(figure)
@@ -44,12 +45,12 @@ def png(paint: Paint, size: tuple[float, float], *, dark: bool = False) -> bytes
 
 
 def write_png(path: Path, paint: Paint, size: tuple[float, float], what: str) -> Path | None:
-    """`png` as a file, whole or not at all, and its path.
+    """Write `png` to a file atomically and return its path.
 
-    Without matplotlib None, and a line says that there is no `what`.
+    Without matplotlib, log that `what` is not drawn and return None.
     """
     try:
-        import matplotlib.figure  # noqa: F401 - asked whether it is there
+        import matplotlib.figure  # noqa: F401 - checks that it is installed
     except ImportError:
         console.logger.warning("no %s: matplotlib is missing (pip install 'pgolf-fast[plot]')", what)
         return None
@@ -58,21 +59,21 @@ def write_png(path: Path, paint: Paint, size: tuple[float, float], what: str) ->
 
 
 def label(name: str) -> str:
-    """A name of the user's, as text that matplotlib shows: no $mathematics$, nor hidden for a leading _."""
+    """Escape a user's name for matplotlib: no $math$, and not hidden from legends by a leading _."""
     return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
 def _style(dark: bool) -> dict[str, object]:
     from matplotlib.rcsetup import cycler
 
-    colours = _DARK if dark else _LIGHT
-    grounds = ("figure.facecolor", "axes.facecolor", "savefig.facecolor", "legend.facecolor")
+    colors = _DARK if dark else _LIGHT
+    backgrounds = ("figure.facecolor", "axes.facecolor", "savefig.facecolor", "legend.facecolor")
     texts = ("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.labelcolor", "ytick.labelcolor")
     lines = ("axes.edgecolor", "xtick.color", "ytick.color", "grid.color", "legend.edgecolor")
     return {
-        **dict.fromkeys(grounds, colours["ground"]),
-        **dict.fromkeys(texts, colours["text"]),
-        **dict.fromkeys(lines, colours["line"]),
+        **dict.fromkeys(backgrounds, colors["background"]),
+        **dict.fromkeys(texts, colors["text"]),
+        **dict.fromkeys(lines, colors["line"]),
         "axes.prop_cycle": cycler(color=_DARK_CYCLE if dark else _LIGHT_CYCLE),
         "axes.spines.top": False,
         "axes.spines.right": False,

@@ -10,9 +10,9 @@ from typing import TypeVar
 
 import tyro
 
+from pgolf_fast.config.fields import flatten, set_fields
 from pgolf_fast.config.presets import preset
 from pgolf_fast.config.schema import RunConfig
-from pgolf_fast.config.serialize import flatten, replace_field
 from pgolf_fast.config.shrink import shrink
 from pgolf_fast.errors import PgolfError
 
@@ -87,13 +87,13 @@ def preset_and_overrides(argv: list[str], what: str = "preset") -> tuple[RunConf
                 raise PgolfError(
                     f"--{name} is {value!r}; it can be none, or set one of its fields (--{name}.FIELD)"
                 )
-            config = replace_field(config, name, None)
+            config = set_fields(config, {name: None})
         else:
             group = ".".join(name.split(".")[:2])
             if group in _GROUPS and name != group:  # setting a field switches the group on
                 current = dict(flatten(config))
                 if current.get(group, ...) is None:
-                    config = replace_field(config, group, {})
+                    config = set_fields(config, {group: {}})
             rest.append(word)
     return config, rest
 

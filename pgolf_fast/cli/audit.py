@@ -9,7 +9,6 @@ from typing import Annotated
 
 import tyro
 
-from pgolf_fast import console
 from pgolf_fast.cli.arguments import existing, parse
 from pgolf_fast.cli.output import print_out
 from pgolf_fast.config.schema import EvalConfig, PackConfig, TTTConfig
@@ -46,7 +45,7 @@ class _Audit:
 def audit(argv: list[str]) -> int:
     """pgolf audit RUN_OR_ARTIFACT [--tokens N] [--only C1 C2 ...] [--json FILE] [--ttt.field value]"""
     from pgolf_fast.artifact.container import sizes
-    from pgolf_fast.lab.audit.check import broken, run_checks
+    from pgolf_fast.lab.audit.check import broken, findings_table, run_checks
     from pgolf_fast.lab.audit.subject import checks, open_subject, settings
 
     if not argv or argv[0].startswith("-"):
@@ -67,13 +66,12 @@ def audit(argv: list[str]) -> int:
     if unknown:
         raise PgolfError(f"there is no check {', '.join(sorted(unknown))}; they are C1 to C{len(found)}")
     results = run_checks(check for check in found if not a.only or check.id in a.only)
-    rows = [(r.id, r.title, r.verdict, f"{r.seconds:.1f}", r.evidence) for r in results]
-    print_out(console.table(rows, ("", "property", "", "seconds", "evidence")))
+    findings = [{**asdict(r), "verdict": r.verdict} for r in results]
+    print_out(findings_table(findings).text())
     path = a.json
     if path is None and subject.folder is not None and not a.only:
         path = subject.folder.audit_file
     if path is not None:
-        findings = [{**asdict(r), "verdict": r.verdict} for r in results]
         story = {
             "audited": str(target),
             "artifact_sha256": None if subject.artifact is None else sizes(subject.artifact).sha256,

@@ -12,9 +12,9 @@ import tyro
 from pgolf_fast import console
 from pgolf_fast.cli.arguments import existing, first_run, parse, preset_and_overrides
 from pgolf_fast.cli.output import print_out
+from pgolf_fast.config.fields import flatten
 from pgolf_fast.config.presets import PRESETS, preset
 from pgolf_fast.config.schema import Codec, PackConfig, QuantConfig, RunConfig
-from pgolf_fast.config.serialize import flatten
 from pgolf_fast.errors import PgolfError
 
 _Flat = tyro.conf.arg(name="")
@@ -141,7 +141,7 @@ def pack(argv: list[str]) -> int:
     arguments = parse("pack", _Pack, argv, _Pack(folder.path, folder.read_config().pack))
     console.setup_logging(folder.log_file)
     packed = pack_run(folder, arguments.pack)
-    print_out(console.table(packed.rows(), ("part", "bytes")))
+    print_out(packed.table().text())
     print_out(f"wrote {packed.path}")
     if arguments.table or arguments.json or arguments.treemap:
         _show_bytes(packed.path, arguments)

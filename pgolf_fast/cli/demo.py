@@ -56,11 +56,8 @@ def run_demo(out: Path, *, seconds: float, seed: int) -> str:
     took = time.perf_counter() - start
     parts = [
         console.table(_training_rows(trained, scores, facts)),
-        console.table(
-            [(name, bpb, nats, s) for name, bpb, nats, s in scores.rows()],
-            ("score of the artifact", "bpb", "nats/token", "seconds"),
-        ),
-        console.table(packed.rows(), ("artifact", "bytes")),
+        scores.table("score of the artifact").text(),
+        packed.table("artifact").text(),
         f"run folder  {folder.path}\nartifact    {folder.artifact_file}\n"
         f"loss curve  {curve or 'needs matplotlib'}\nall of it took {console.duration(took)}",
     ]

@@ -68,6 +68,7 @@ def evaluate(argv: list[str]) -> int:
 
 def _score(folder: RunFolder, config: RunConfig, arguments: Eval) -> int:
     from pgolf_fast.distributed import join_world
+    from pgolf_fast.evaluation.figures import tables
     from pgolf_fast.evaluation.steps import score_run
     from pgolf_fast.lab.report.score_plot import draw_scores
 
@@ -79,7 +80,7 @@ def _score(folder: RunFolder, config: RunConfig, arguments: Eval) -> int:
         return 0
     path = folder.path / f"scores_{arguments.weights}.json"
     story = json.loads(path.read_text(encoding="utf-8"))
-    print_out(console.table(scores.rows(), ("windows", "bpb", "nats/token", "seconds")))
+    print_out(scores.table().text())
     if scores.illegal:
         print_out(f"\nThe third score BREAKS THE RULES of the challenge: {scores.illegal}.")
     for table in tables(story["figures"], every=arguments.figures, illegal=scores.illegal):
@@ -88,52 +89,6 @@ def _score(folder: RunFolder, config: RunConfig, arguments: Eval) -> int:
     if (picture := draw_scores(story, path.with_suffix(".png"))) is not None:
         print_out(f"wrote {picture}")
     return 0
-
-
-def tables(figures: dict, *, every: bool, illegal: str | None = None) -> list[str]:
-    """Of the figures in a scores file: the sliding score by class; with `every`, all that there is.
-
-    illegal: why its test-time training breaks the rules; every column of it is marked.
-    """
-    from pgolf_fast.evaluation.scores import TTT, mark
-
-    plain, sliding, ttt = (figures[name] for name in ("non_overlapping", "sliding", "sliding_ttt"))
-    column = mark("bpb with TTT", illegal)
-    found = [_parts("class (sliding)", sliding["by_class"], ttt["by_class"], column)]
-    if not every:
-        return found
-    both = [scored["loss_quantiles"] for scored in (sliding, ttt)]
-    quantiles = [(name, *(f"{scored[name]:.4f}" for scored in both)) for name in both[0]]
-    hardest = sliding["loss_share_of_hardest_percent"]
-    shares = [(f"{percent} %", f"{share:.1%}") for percent, share in hardest.items()]
-    shares.append(("easiest 50 %", f"{sliding['loss_share_of_easiest_half']:.1%}"))
-    above = [(f"> {k}", f"{a['targets']:.1%}", f"{a['loss']:.1%}") for k, a in sliding["above_nats"].items()]
-    return [
-        *found,
-        _parts("document tokens (sliding)", sliding["by_document_tokens"], ttt["by_document_tokens"], column),
-        _parts("context (non-overlapping)", plain["by_context"]),
-        console.table(quantiles, ("quantile of nats", "sliding", mark(TTT, illegal))),
-        console.table(shares, ("hardest targets (sliding)", "of the loss")),
-        console.table(above, ("nats (sliding)", "of targets", "of the loss")),
-    ]
-
-
-def _parts(title: str, parts: dict, with_ttt: dict | None = None, column: str = "") -> str:
-    """A row for each part: how much of the score it is, and its own figures."""
-    targets, text_bytes = (sum(p[unit] for p in parts.values()) for unit in ("tokens", "bytes"))
-    nats = {name: p["tokens"] * (p["loss"] or 0.0) for name, p in parts.items()}
-    rows = []
-    for name, part in parts.items():
-        shares = part["tokens"] / targets, part["bytes"] / max(text_bytes, 1), nats[name] / sum(nats.values())
-        own = [_shown(part["bpb"]), _shown(part["loss"])]
-        more = [] if with_ttt is None else [_shown(with_ttt[name]["bpb"])]
-        rows.append((name, *(f"{share:.2%}" for share in shares), *own, *more))
-    header = (title, "targets", "bytes", "loss", "bpb", "nats/token", column)
-    return console.table(rows, header[: len(rows[0])])
-
-
-def _shown(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
 
 
 def _estimate(folder: RunFolder | None, config: RunConfig, weights: Literal["artifact", "float"]) -> int:

@@ -27,7 +27,7 @@ def report_run(argv: list[str]) -> int:
     """pgolf report RUN [--out FILE.html] [--audit]"""
     from pgolf_fast.cli.audit import audit
     from pgolf_fast.config.run_folder import RunFolder
-    from pgolf_fast.lab.report.page import write_report
+    from pgolf_fast.lab.report.sections import write_report
 
     arguments = parse("report", _Report, argv)
     folder = RunFolder(existing(arguments.run, "run folder"))

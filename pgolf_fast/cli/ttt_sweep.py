@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -11,11 +12,10 @@ import tyro
 from pgolf_fast import console
 from pgolf_fast.cli.arguments import existing, parse
 from pgolf_fast.cli.output import print_out
-from pgolf_fast.config.adapters import adapters
+from pgolf_fast.config.adapters import adapters, unknown_adapter
 from pgolf_fast.errors import PgolfError
 
 OWN = "run"
-HEADER = ("adapter", "bpb", "gain", "95 % interval", "us/token", "updates", "trainable")
 
 
 @dataclass(frozen=True)
@@ -40,15 +40,14 @@ def sweep(argv: list[str]) -> int:
     """pgolf ttt-sweep RUN [--adapters NAME ...] [--stride N] [--tokens N] [--after N] [--allow-illegal]"""
     from pgolf_fast.config.run_folder import RunFolder
     from pgolf_fast.distributed import join_world
-    from pgolf_fast.evaluation.scores import mark
-    from pgolf_fast.lab.compare.sweep import sweep_run
+    from pgolf_fast.lab.compare.sweep import sweep_run, sweep_table
 
     arguments = parse("ttt-sweep", _Sweep, argv)
     folder = RunFolder(existing(arguments.run, "run folder"))
     config = folder.read_config()
     known = {**adapters(config.eval_seq_len), OWN: config.ttt}
     if unknown := set(arguments.adapters) - set(known):
-        raise PgolfError(f"unknown adapter {min(unknown)!r}: adapters are {', '.join(known)}")
+        raise PgolfError(unknown_adapter(min(unknown), known))
     if arguments.after < 0:
         raise PgolfError(f"--after is {arguments.after}; it must not be negative")
     chosen = {name: known[name] for name in arguments.adapters or _different(known)}
@@ -61,23 +60,9 @@ def sweep(argv: list[str]) -> int:
     config = replace(config, data=data, eval=replace(config.eval, stride=stride))
     with join_world() as world:
         console.setup_logging(folder.log_file if world.is_main else None, quiet=not world.is_main)
-        found = sweep_run(
-            folder, config, chosen, world, after=arguments.after, allow_illegal=arguments.allow_illegal
-        )
+        sweep_run(folder, config, chosen, world, after=arguments.after, allow_illegal=arguments.allow_illegal)
     if world.is_main:
-        rows = [
-            (
-                mark(row.name, row.name in chosen and chosen[row.name].illegal),
-                f"{row.bpb:.6f}",
-                f"{row.gain:+.6f}",
-                f"{row.low:+.5f} to {row.high:+.5f}",
-                f"{row.microseconds_a_token:.1f}",
-                f"{row.updates:,}",
-                f"{row.trainable:,}",
-            )
-            for row in found
-        ]
-        print_out(console.table(rows, HEADER))
+        print_out(sweep_table(json.loads(folder.sweep_file.read_text(encoding="utf-8"))).text())
         for name, ttt in chosen.items():
             if ttt.illegal:
                 print_out(f"{name} BREAKS THE RULES of the challenge: {ttt.illegal}.")

@@ -1,1 +1,1 @@
-"""Settings of a run: schema, presets, the community's environment names."""
+"""Settings of a run: dataclasses, presets, dotted fields, run scripts and the run folder."""

@@ -1,16 +1,15 @@
-"""The community's environment variables (PR 1501 and its family) translated into a configuration."""
+"""Translation of run scripts: the environment variables of PR 1501 and related programs."""
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from pgolf_fast.config.fields import flatten, set_fields
 from pgolf_fast.config.meta import MetaConfig
 from pgolf_fast.config.schema import RunConfig
-from pgolf_fast.config.serialize import run_config_from_dict, run_config_to_dict
 from pgolf_fast.errors import PgolfError
 
 Value = int | float | str | bool | None | tuple[int, ...] | MetaConfig
@@ -123,7 +122,7 @@ _DEFAULT = re.compile(r"^\$\{[A-Za-z_][A-Za-z0-9_]*:?[-=]([^}]*)\}$")
 
 @dataclass(frozen=True)
 class Translation:
-    """A configuration, the variables that shaped it (name -> field), and those nobody here knows."""
+    """A configuration, the variables it was made from (name -> field), and unknown variables."""
 
     config: RunConfig
     used: dict[str, str]
@@ -131,11 +130,11 @@ class Translation:
 
 
 def assignments(script: str) -> dict[str, str]:
-    """NAME=value pairs of a shell script: exports, plain assignments, and those before a command.
+    """Return the NAME=value pairs of a shell script: exports, assignments, and those before a command.
 
     `${NAME:-default}` counts as its default; the last assignment of a name wins.
     """
-    found: dict[str, str] = {}
+    values: dict[str, str] = {}
     for line in script.replace("\\\n", " ").splitlines():
         try:
             words = shlex.split(line, comments=True)
@@ -146,14 +145,14 @@ def assignments(script: str) -> dict[str, str]:
             if match is None:
                 break
             default = _DEFAULT.match(match[2])
-            found[match[1]] = default[1] if default else match[2]
-    return found
+            values[match[1]] = default[1] if default else match[2]
+    return values
 
 
 def translate(script: str, base: RunConfig) -> Translation:
-    """`base` under the variables that a run script sets.
+    """Return `base` with the variables that a run script sets.
 
-    Raises PgolfError for a value that is not what its variable needs, or two variables that contradict.
+    Raises PgolfError for a value of the wrong type, or two variables that contradict each other.
     """
     used: dict[str, str] = {}
     unknown: dict[str, str] = {}
@@ -177,12 +176,10 @@ def translate(script: str, base: RunConfig) -> Translation:
 
 
 def _with_values(base: RunConfig, values: dict[str, Value]) -> RunConfig:
-    """`base` with all fields set at once, as some only fit together.
+    """Return `base` with these fields set, and the pseudo-fields `sam` and `accumulation` translated.
 
-    A batch without an accumulation count is cut into the original's eight micro-batches. PR 1601's SAM,
-    which splits the batch as PR 1502 does, is a method of its own here.
+    A batch without an accumulation count is split into eight micro-batches, as in the original.
     """
-    tree = run_config_to_dict(base)
     if values.pop("sam", False):
         values["train.meta.method"] = "sam"
     accumulation = values.pop("accumulation", 8)
@@ -191,13 +188,6 @@ def _with_values(base: RunConfig, values: dict[str, Value]) -> RunConfig:
         assert isinstance(batch, int)
         assert isinstance(accumulation, int)
         values["train.micro_batch_tokens"] = max(1, batch // max(1, accumulation))
-    for field, value in sorted(values.items()):  # a group comes before its fields
-        *groups, last = field.split(".")
-        place = tree
-        for group in groups:
-            place = place[group]
-            if place is None:
-                break  # a field of a group that is off
-        else:
-            place[last] = dataclasses.asdict(value) if isinstance(value, MetaConfig) else value
-    return run_config_from_dict(tree)
+    # scripts also set fields of groups that are off; set_fields would turn these groups on
+    off = {name for name, value in {**dict(flatten(base)), **values}.items() if value is None}
+    return set_fields(base, {n: v for n, v in values.items() if n.rpartition(".")[0] not in off})

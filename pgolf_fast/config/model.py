@@ -1,24 +1,13 @@
-"""The network's settings."""
+"""Settings of the network."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from pgolf_fast.errors import PgolfError
+from pgolf_fast.config.checks import need, need_not_negative, need_positive
 
 Activation = Literal["leaky_relu_squared", "relu_squared", "swiglu"]
-
-
-def need(condition: bool, message: str) -> None:
-    """Raise PgolfError with that message unless the condition holds."""
-    if not condition:
-        raise PgolfError(message)
-
-
-def blocks_of(share: float, layers: int) -> int:
-    """How many of `layers` blocks a share of them is: rounded down, at least one."""
-    return max(1, int(share * layers + 1e-9))  # a share like 0.29 of 100 is a little below 29
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,70 +15,68 @@ class ModelConfig:
     """The network (PR 1501). Field names are those of the golden vectors."""
 
     vocab_size: int = 1024
-    """Number of token ids; the tokenizer must have exactly as many."""
+    """Number of token ids, equal to the tokenizer's."""
     num_layers: int = 11
-    """Transformer blocks; the first half are U-Net encoders."""
+    """Number of transformer blocks; the first half are U-Net encoders."""
     model_dim: int = 512
     """Width of the residual stream."""
     num_heads: int = 8
-    """Query heads."""
+    """Number of query heads."""
     num_kv_heads: int = 4
-    """Key/value heads; each serves num_heads / num_kv_heads query heads."""
+    """Number of key/value heads; each serves num_heads / num_kv_heads query heads."""
     mlp_mult: float = 3.0
-    """MLP hidden width over model_dim. A gated MLP has two up rows per hidden channel."""
+    """MLP hidden width as a multiple of model_dim. A gated MLP has two up rows per hidden channel."""
     mlp_activation: Activation = "leaky_relu_squared"
-    """leaky_relu_squared (slope 0.5), relu_squared, or swiglu (gated)."""
+    """Activation of the MLP: leaky_relu_squared has slope 0.5, swiglu is gated."""
     tie_embeddings: bool = True
-    """The output head is the token embedding. The only supported setting."""
+    """Use the token embedding as the output head. True is the only supported setting."""
     tied_embed_init_std: float = 0.005
     """Standard deviation of the initial token embedding."""
     logit_softcap: float = 30.0
-    """logits = softcap * tanh(raw / softcap)."""
+    """Bound of the logits: softcap * tanh(raw / softcap)."""
     rope_base: float = 10000.0
-    """RoPE base at lengths up to rope_train_seq_len; beyond it the base grows (NTK scaling)."""
+    """RoPE base for sequences of up to rope_train_seq_len tokens; it grows for longer ones (NTK scaling)."""
     rope_dims: int = 16
-    """Leading channels of each head that are rotated; 0 means all of them."""
+    """Number of leading channels of each head that RoPE rotates; 0 rotates all."""
     rope_train_seq_len: int = 1024
-    """Length up to which RoPE keeps its base."""
+    """Sequence length in tokens up to which RoPE keeps its base."""
     rope_bf16_tables: bool = False
-    """Round the RoPE tables to bfloat16, as the original did (its frequencies too at short lengths)."""
+    """Round RoPE tables to bfloat16 as the original did (at short lengths also the frequencies)."""
     qk_gain_init: float = 1.5
-    """Initial per-head gain on normalised queries."""
+    """Initial per-head gain on normalized queries."""
     bigram_vocab_size: int = 4096
-    """Rows of the hash n-gram table; 0 removes it."""
+    """Number of rows of the hash n-gram table; 0 removes it."""
     bigram_dim: int = 64
-    """Width of the hash n-gram table."""
+    """Number of columns of the hash n-gram table."""
     trigram: bool = True
-    """Add a trigram row from the same table."""
+    """Also look up a trigram in the hash table."""
     pos_conditional: bool = True
-    """Word starts and other tokens use separate halves of the hash table."""
+    """Use separate halves of the hash table for word starts and other tokens."""
     word_start_boost: bool = True
-    """Learn a factor on the hash row where a word starts."""
+    """Learn a factor on the hash embedding of word starts."""
     smear: bool = True
     """Mix each position's embedding with the one before it (SmearGate)."""
     xsa_last_n: int = 11
-    """Exclusive self-attention in this many last blocks; 0 removes it."""
+    """Number of last blocks with exclusive self-attention; 0 removes it."""
     ln_scale: bool = True
-    """Scale the normalised input of block i by 1/sqrt(i+1)."""
+    """Scale the normalized input of block i by 1/sqrt(i+1)."""
     ve_enabled: bool = True
-    """Add a value embedding of the token to the attention values of ve_layers."""
+    """Add a value embedding of the token to the attention values in ve_layers."""
     ve_dim: int = 128
-    """Width of the value-embedding table."""
+    """Number of columns of the value-embedding table."""
     ve_layers: tuple[int, ...] = (7, 8, 9, 10)
     """Blocks that receive the value embedding."""
     frozen_skips: int = 2
-    """The outermost U-Net skips that start at zero and get no gradient in training."""
+    """Number of outermost U-Net skips that start at zero and are not trained."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size",
-            "num_layers",
-            "model_dim",
-            "num_heads",
-            "num_kv_heads",
-            "rope_train_seq_len",
-        ):
-            need(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; it must be positive")
+        sizes = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "rope_train_seq_len")
+        need_positive("model", self, *sizes, "logit_softcap")
+        need_not_negative("model", self, "bigram_vocab_size", "xsa_last_n", "frozen_skips")
+        if self.bigram_vocab_size:
+            need_positive("model", self, "bigram_dim")
+        if self.ve_enabled:
+            need_positive("model", self, "ve_dim")
         need(
             self.model_dim % self.num_heads == 0,
             f"model.model_dim {self.model_dim} is not a multiple of model.num_heads {self.num_heads}",
@@ -111,15 +98,10 @@ class ModelConfig:
             self.mlp_hidden > 0,
             f"model.mlp_mult {self.mlp_mult} gives an empty MLP at width {self.model_dim}",
         )
-        for name in ("bigram_vocab_size", "xsa_last_n", "frozen_skips"):
-            need(getattr(self, name) >= 0, f"model.{name} is {getattr(self, name)}; it must not be negative")
-        need(not self.bigram_vocab_size or self.bigram_dim > 0, "model.bigram_dim must be positive")
-        need(not self.ve_enabled or self.ve_dim > 0, "model.ve_dim must be positive")
         need(
             len(set(self.ve_layers)) == len(self.ve_layers),
             f"model.ve_layers {self.ve_layers} repeats a block",
         )
-        need(self.logit_softcap > 0, f"model.logit_softcap is {self.logit_softcap}; it must be positive")
         need(
             self.bigram_vocab_size == 0 or self.bigram_vocab_size >= 4,
             f"model.bigram_vocab_size is {self.bigram_vocab_size}; use 0 (off) or at least 4",
@@ -158,11 +140,11 @@ class ModelConfig:
 
     @property
     def num_skips(self) -> int:
-        """U-Net joins: one per encoder block, as far as there are decoder blocks to take them."""
+        """U-Net skips: one per encoder block that has a decoder block to join."""
         return self.num_layers // 2
 
     def num_parameters(self) -> int:
-        """Parameters of the network, counted without building it."""
+        """Return the number of parameters, without building the network."""
         d, n = self.model_dim, self.num_layers
         banks = 2 * n * d * d + 2 * n * self.kv_dim * d + n * self.mlp_up_rows * d + n * d * self.mlp_hidden
         per_block = self.num_heads + 2 * d + 2 * d

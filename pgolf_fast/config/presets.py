@@ -1,4 +1,4 @@
-"""Presets: functions that return a complete configuration. A variant reads like a diff of its parent."""
+"""Presets: functions that return a complete configuration. Variants read like diffs of their parent."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from pgolf_fast.errors import PgolfError
 
 
 def exp101() -> RunConfig:
-    """PR 1501 as its authors describe it, with every described part really acting (27 M parameters)."""
-    # The meta step keeps the original's division by the number of micro-batches (train.meta.dilute): what is
-    # described, a weight of 0.5, acts as 0.0625 with eight of them.
+    """PR 1501 as its authors describe it, with every part in effect (27 M parameters)."""
+    # train.meta.dilute divides the meta objective by the number of micro-batches, as in the original: the
+    # described weight of 0.5 acts as 0.0625 with eight of them
     return RunConfig(name="exp101")
 
 
 def exp101_as_run() -> RunConfig:
-    """PR 1501 as its program computed it: for parity with the published numbers."""
+    """PR 1501 as its program ran, for parity with the published numbers."""
     base = exp101()
     return replace(
         base,
@@ -34,13 +34,13 @@ def exp101_as_run() -> RunConfig:
 
 
 def exp105a() -> RunConfig:
-    """exp101 without the meta-learning step: the pure ablation."""
+    """exp101 without the meta-learning step: the ablation."""
     base = exp101()
     return replace(base, name="exp105a", train=replace(base.train, meta=None))
 
 
 def exp106() -> RunConfig:
-    """PR 1502: exp101 with meta-learning across the batch, paid for what adapting gains, and slot rates."""
+    """PR 1502: exp101 with meta-learning across the batch, a delta loss and slot rates."""
     base = exp101()
     assert base.train.meta is not None
     meta = replace(base.train.meta, method="cross_chunk", delta_weight=0.3, slot_rates=True)
@@ -48,7 +48,7 @@ def exp106() -> RunConfig:
 
 
 def exp101_swiglu() -> RunConfig:
-    """exp101 with a gated MLP of equal parameter count: 2 x 1024 up rows and 1024 hidden channels."""
+    """exp101 with a gated MLP of the same size: 2 x 1024 up rows and 1024 hidden channels."""
     base = exp101()
     return replace(
         base, name="exp101_swiglu", model=replace(base.model, mlp_activation="swiglu", mlp_mult=2.0)
@@ -56,12 +56,12 @@ def exp101_swiglu() -> RunConfig:
 
 
 def small() -> RunConfig:
-    """exp101 at about 3 M parameters: ten minutes on two CPU cores."""
+    """exp101 with about 3 M parameters: ten minutes on two CPU cores."""
     return shrink(exp101(), "small")
 
 
 def tiny() -> RunConfig:
-    """exp101 at about 1 M parameters: the demo, two minutes on two CPU cores."""
+    """exp101 with about 1 M parameters, for the demo: two minutes on two CPU cores."""
     return shrink(exp101(), "tiny")
 
 
@@ -85,13 +85,13 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
 
 
 def is_preset(name: str) -> bool:
-    """Whether `preset` knows that name."""
+    """Return True if `preset` knows the name."""
     parent, _, size = name.rpartition("_")
     return name in PRESETS or (parent in PRESETS and size in SIZES)
 
 
 def preset(name: str) -> RunConfig:
-    """The preset of that name, or `<preset>_<size>` for a shrunken one (exp105a_tiny).
+    """Return the preset of that name; `<preset>_<size>` is a shrunken one (exp105a_tiny).
 
     Raises PgolfError suggesting the nearest name.
     """

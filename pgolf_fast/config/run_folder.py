@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pgolf_fast import console
+from pgolf_fast.config.fields import run_config_from_dict, run_config_to_dict
 from pgolf_fast.config.schema import RunConfig
-from pgolf_fast.config.serialize import run_config_from_dict, run_config_to_dict
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import write_text
 

@@ -1,17 +1,17 @@
-"""Small versions of any preset: the same network and recipe at a size that a laptop CPU trains."""
+"""Small versions of presets: the same network and recipe at a size that a laptop CPU can train."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
 from pgolf_fast.config.adapters import adapters
-from pgolf_fast.config.schema import AverageConfig, ModelConfig, RunConfig, TTTConfig
+from pgolf_fast.config.schema import AverageConfig, ModelConfig, RunConfig, TrainConfig, TTTConfig
 from pgolf_fast.errors import PgolfError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """Targets of `shrink`; a preset that is already smaller in one of them stays as it is there."""
+    """Targets of `shrink`. A model dimension of a preset that is already smaller stays as it is."""
 
     num_layers: int
     model_dim: int
@@ -51,43 +51,14 @@ SIZES = {
 
 
 def shrink(base: RunConfig, size: str) -> RunConfig:
-    """`base` at one of SIZES, under the size's name if it is exp101's child, else `<base>_<size>`.
+    """Return `base` at one of SIZES, named like the size if `base` is exp101, else `<base>_<size>`.
 
     Raises PgolfError for an unknown size.
     """
     if size not in SIZES:
         raise PgolfError(f"unknown size {size!r}: sizes are {', '.join(SIZES)}")
     to = SIZES[size]
-    model = _shrink_model(base.model, to)
-    # a micro-batch is the whole batch here: rarer meta steps keep their share of the work
-    meta = base.train.meta and replace(base.train.meta, every=32, freeze_blocks=1)
-    qat, average = base.train.qat, base.average
-    if base.train.warmdown_shape == "cosine":
-        # the whole run is the decay: the base's threshold would spend a third of it in fake quantisation
-        qat = qat and replace(qat, below=qat.below and 0.05)
-        average = replace(average, swa_below=0.02)
-    train = replace(
-        base.train,
-        steps=to.steps,
-        max_seconds=to.seconds,
-        schedule="steps" if to.seconds is None else "time",
-        batch_tokens=to.batch_tokens,
-        micro_batch_tokens=to.batch_tokens,
-        seq_len=min(to.seq_len, base.train.seq_len),
-        # small batches make small updates, which bfloat16 tables would round away
-        table_dtype="float32",
-        # the loss of one small batch is too noisy to time the decay; exp101's own began after a third
-        adaptive_warmdown=False,
-        warmdown_steps=None,
-        warmdown_fraction=1.0,
-        lr_hold_steps=10,
-        val_every=None,
-        log_every=100,
-        checkpoint_minutes=2.0,
-        meta=meta,
-        qat=qat,
-    )
-    seq_len = train.seq_len
+    model, train = _shrink_model(base.model, to), _shrink_train(base.train, to)
     return replace(
         base,
         name=size if base.name == "exp101" else f"{base.name}_{size}",
@@ -102,29 +73,59 @@ def shrink(base: RunConfig, size: str) -> RunConfig:
             muon_momentum_start=0.85,
             muon_momentum_warmup_steps=200,
         ),
-        average=_shrink_average(average),
+        average=_shrink_average(base),
         quant=replace(
             base.quant,
             calibration_sequences=16,
-            calibration_length=seq_len,
+            calibration_length=train.seq_len,
             calibration_batch=16,
-            # weights of a small model are small beside the fixed step of 1/31
-            grid="percentile",
+            grid="percentile",  # weights of a small model are small compared to the fixed step of 1/31
         ),
         eval=replace(base.eval, seq_len=None, batch_seqs=None),
-        # a preset that says how it adapts keeps that, in smaller chunks
-        ttt=adapters(seq_len)["lora"] if base.ttt == TTTConfig() else _shrink_ttt(base, model, seq_len),
+        # a preset with an adapter of its own keeps it, with smaller chunks
+        ttt=adapters(train.seq_len)["lora"] if base.ttt == TTTConfig() else _shrink_ttt(base, model, train),
     )
 
 
-def _shrink_average(average: AverageConfig) -> AverageConfig:
-    """Averages over fewer steps; what is off stays off."""
-    swa = replace(average, swa_every=average.swa_every and 10)
-    return replace(swa, ema_decay=0.95, ema_every=2) if average.ema_decay else swa
+def _shrink_train(train: TrainConfig, to: Size) -> TrainConfig:
+    qat = train.qat
+    if train.warmdown_shape == "cosine":
+        # the whole run is the decay: the original threshold would spend a third of it in fake quantization
+        qat = qat and replace(qat, below=qat.below and 0.05)
+    return replace(
+        train,
+        steps=to.steps,
+        max_seconds=to.seconds,
+        schedule="steps" if to.seconds is None else "time",
+        batch_tokens=to.batch_tokens,
+        micro_batch_tokens=to.batch_tokens,
+        seq_len=min(to.seq_len, train.seq_len),
+        # small batches make small updates, which bfloat16 tables would round away
+        table_dtype="float32",
+        # the loss of one small batch is too noisy to trigger the decay; exp101's own began after a third
+        adaptive_warmdown=False,
+        warmdown_steps=None,
+        warmdown_fraction=1.0,
+        lr_hold_steps=10,
+        val_every=None,
+        log_every=100,
+        checkpoint_minutes=2.0,
+        # a micro-batch is the whole batch here: rarer meta steps keep their share of the work
+        meta=train.meta and replace(train.meta, every=32, freeze_blocks=1),
+        qat=qat,
+    )
 
 
-def _shrink_ttt(base: RunConfig, model: ModelConfig, seq_len: int) -> TTTConfig:
-    """The preset's own adapter: chunks of at most 32 sequences, one epoch, the same share of the blocks."""
+def _shrink_average(base: RunConfig) -> AverageConfig:
+    """Average over fewer steps; what is off stays off."""
+    average = replace(base.average, swa_every=base.average.swa_every and 10)
+    if base.train.warmdown_shape == "cosine":
+        average = replace(average, swa_below=0.02)
+    return replace(average, ema_decay=0.95, ema_every=2) if average.ema_decay else average
+
+
+def _shrink_ttt(base: RunConfig, model: ModelConfig, train: TrainConfig) -> TTTConfig:
+    """Keep the adapter: chunks of at most 32 sequences, one epoch, the same share of the blocks."""
     ttt = base.ttt
     sequences = min(32, max(1, ttt.chunk_tokens // base.eval_seq_len))
     frozen = ttt.freeze_blocks
@@ -132,11 +133,11 @@ def _shrink_ttt(base: RunConfig, model: ModelConfig, seq_len: int) -> TTTConfig:
         frozen = min(model.num_layers - 1, round(frozen * model.num_layers / base.model.num_layers))
     return replace(
         ttt,
-        chunk_tokens=sequences * seq_len,
+        chunk_tokens=sequences * train.seq_len,
         batch_seqs=min(16, ttt.batch_seqs),
         epochs=min(1, ttt.epochs),
         freeze_blocks=frozen,
-        guided=replace(ttt.guided, window_tokens=min(seq_len, ttt.guided.window_tokens)),
+        guided=replace(ttt.guided, window_tokens=min(train.seq_len, ttt.guided.window_tokens)),
     )
 
 

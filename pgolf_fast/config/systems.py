@@ -1,6 +1,6 @@
-"""The other public systems as presets: what their authors describe, each part acting (docs/systems.md).
+"""Presets of other public systems, as their authors describe them (docs/systems.md).
 
-`plain` is the start of all: the challenge's baseline network and loop. The others read like diffs of it.
+`baseline` is the challenge's network and loop. Most others read like diffs of it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NO_AVERAGE = AverageConfig(ema_decay=0.0, ema_every=1, swa_every=None)
 
 
 def baseline() -> RunConfig:
-    """The challenge's plain baseline: 9 layers, relu^2, int8, and nothing that came later (17 M)."""
+    """The challenge's baseline: 9 layers, relu^2, int8 (17 M parameters)."""
     return RunConfig(
         name="baseline",
         model=ModelConfig(
@@ -75,7 +75,7 @@ def baseline() -> RunConfig:
 
 
 def pr296_reptile() -> RunConfig:
-    """PR 296: 11 layers, SmearGate, hash bigrams; the last fifth of the run is Reptile on the last MLPs."""
+    """PR 296: 11 layers, SmearGate, hash bigrams, Reptile on the last MLPs for the last fifth of the run."""
     base = baseline()
     return replace(
         base,
@@ -86,7 +86,7 @@ def pr296_reptile() -> RunConfig:
         train=replace(
             base.train,
             warmdown_steps=3000,
-            # "the last 3 blocks" of 11, a quarter; their program took 2
+            # 3 of 11 blocks, as the text says; their program took 2
             reptile=ReptileConfig(share=0.2, inner_steps=3, inner_lr=0.1, outer_lr=0.01, block_share=0.28),
         ),
         optim=OptimConfig(matrix_lr=0.02, embed_lr=0.03, scalar_lr=0.02),
@@ -108,7 +108,7 @@ def pr296_reptile() -> RunConfig:
 
 
 def pr296_error_guided() -> RunConfig:
-    """PR 296's model scored in two passes, the first to learn from: it breaks the rules (--allow-illegal)."""
+    """PR 296's model, adapted in a first pass over the text: it breaks the rules (--allow-illegal)."""
     base = pr296_reptile()
     return replace(
         base,
@@ -119,7 +119,7 @@ def pr296_error_guided() -> RunConfig:
 
 
 def pr301() -> RunConfig:
-    """PR 301: a wider baseline with z-loss, int6 QAT that acts, float16 tables; its TTT in legal order."""
+    """PR 301: a wider baseline with z-loss, int6 QAT and float16 tables; its TTT in legal order."""
     base = baseline()
     return replace(
         base,
@@ -155,7 +155,7 @@ def pr301() -> RunConfig:
 
 
 def pr1250() -> RunConfig:
-    """PR 1250: a KV head for every query head, MLP 1792, a 3072 x 112 hash table; AdamW TTT (33 M)."""
+    """PR 1250: as many KV as query heads, MLP 1792, a 3072 x 112 hash table, AdamW TTT (33 M)."""
     base = RunConfig()
     return replace(
         base,

@@ -1,137 +1,130 @@
-"""Settings of test-time training: what is learned from scored tokens, and how."""
+"""Settings of test-time training, which adapts the model to tokens it has scored."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pgolf_fast.config.model import blocks_of, need
+from pgolf_fast.config.checks import (
+    blocks_of,
+    need_decay,
+    need_not_negative,
+    need_positive,
+    need_share,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Low-rank changes of every matrix, for each document anew (Hu et al. 2021), learned by AdamW."""
+    """Low-rank updates of every matrix (Hu et al. 2021), reset at each document, trained by AdamW."""
 
     rank: int = 8
-    """Rank of the change of each Q, K, V, output, MLP and head matrix."""
+    """Rank of the update of each Q, K, V, output, MLP and head matrix."""
     lr: float = 0.005
     """AdamW learning rate, constant."""
     segment_tokens: int = 256
-    """Tokens of a document that are scored before each adaptation on them."""
+    """Tokens of a document that are scored before the update on them."""
     epochs: int = 2
     """AdamW steps on each scored segment."""
     documents: int = 16
-    """Documents adapted side by side, in step, those of similar length together."""
+    """Documents in a batch; documents of similar length are batched together."""
 
     def __post_init__(self) -> None:
-        for name in ("rank", "segment_tokens", "documents"):
-            need(getattr(self, name) > 0, f"ttt.lora.{name} is {getattr(self, name)}; it must be positive")
-        need(self.epochs >= 0 and self.lr >= 0, "ttt.lora.epochs and ttt.lora.lr must not be negative")
+        need_positive("ttt.lora", self, "rank", "segment_tokens", "documents")
+        need_not_negative("ttt.lora", self, "epochs", "lr")
 
 
 @dataclass(frozen=True, kw_only=True)
 class GuidedConfig:
-    """Low-rank changes of the last blocks' MLPs, learned from the hardest windows (PR 296).
+    """Low-rank updates of the last blocks' MLPs, trained on the hardest windows (PR 296).
 
-    A first pass finds these windows, and a second one scores them: that breaks the rules.
+    A first pass finds these windows and a second one scores them again: that breaks the rules.
     """
 
     share: float = 0.02
-    """Share of all windows that is learned from, those of the highest mean loss (at least one window)."""
+    """Share of all windows that are trained on, those of highest mean loss (at least one window)."""
     window_tokens: int = 1024
-    """Tokens of a window of the first pass; windows do not overlap."""
+    """Tokens in a window of the first pass; windows do not overlap."""
     rank: int = 4
-    """Rank of the change of each matrix."""
+    """Rank of the update of each matrix."""
     block_share: float = 0.28
-    """The MLPs of this share of the blocks, the last ones, change (at least one): of 11 blocks, 3."""
+    """Share of the blocks, the last ones, whose MLP is trained (at least one block; 3 of 11)."""
     lr: float = 0.001
     """Adam learning rate, constant."""
     epochs: int = 3
-    """Passes over the hardest windows, one window a step."""
+    """Passes over the hardest windows, one window per step."""
 
     def __post_init__(self) -> None:
-        for name in ("share", "block_share"):
-            value = getattr(self, name)
-            need(0 < value <= 1, f"ttt.guided.{name} is {value}; it must be above 0 and at most 1")
-        for name in ("window_tokens", "rank", "epochs"):
-            value = getattr(self, name)
-            need(value > 0, f"ttt.guided.{name} is {value}; it must be positive")
-        need(self.lr >= 0, f"ttt.guided.lr is {self.lr}; it must not be negative")
+        need_share("ttt.guided", self, "share", "block_share")
+        need_positive("ttt.guided", self, "window_tokens", "rank", "epochs")
+        need_not_negative("ttt.guided", self, "lr")
 
     def blocks(self, layers: int) -> int:
-        """How many of that many blocks change."""
+        """Return the number of trained blocks of a model with that many layers."""
         return blocks_of(self.block_share, layers)
 
-    def lessons(self, windows: int) -> int:
-        """How many of that many windows are learned from."""
+    def hard_windows(self, windows: int) -> int:
+        """Return the number of windows that are trained on, of `windows`."""
         return max(1, int(self.share * windows + 1e-9))
 
 
 @dataclass(frozen=True, kw_only=True)
 class TTTConfig:
-    """Test-time training: score a chunk, then learn from it (PR 1501). Legal, with one exception."""
+    """Test-time training: score a chunk, then train on it (PR 1501). Legal, except for error_guided."""
 
     adapter: Literal["sgd", "adamw", "lora", "phased", "error_guided"] = "sgd"
-    """sgd and adamw learn the model's own parameters; lora a low-rank change for each document alone; phased
-    does both: lora within chunks of whole documents, AdamW after each. error_guided learns before it scores:
-    it breaks the rules, and runs with --allow-illegal only."""
+    """sgd and adamw train the model's parameters; lora trains a low-rank update per document; phased does
+    both, lora within chunks of whole documents and AdamW after each. error_guided trains before it scores:
+    it breaks the rules and needs --allow-illegal."""
     chunk_tokens: int = 65_536
-    """Tokens scored before each adaptation; for phased, the next whole number of documents."""
+    """Tokens scored before each update; phased rounds up to whole documents."""
     epochs: int = 4
     """Passes over the scored chunk; 0 scores without adapting."""
     lr: float = 0.004
     """Learning rate of the first chunk."""
     decay: Literal["cosine", "constant"] = "cosine"
-    """Learning rate of later chunks: a half cosine to zero at the last, or the same."""
+    """Learning rate of later chunks: cosine falls to zero at the last chunk."""
     momentum: float = 0.9
-    """SGD momentum, kept across chunks; AdamW's first moment decay."""
+    """SGD momentum, kept across chunks, or AdamW's beta1."""
     beta2: float = 0.99
-    """AdamW's second moment decay."""
+    """AdamW's beta2."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay."""
     batch_seqs: int = 16
-    """Sequences of one step."""
+    """Sequences in one optimizer step."""
     grad_clip: float | None = 1.0
-    """Global gradient-norm limit over the adapted parameters; for lora, over each document's. None is off."""
+    """Limit of the global gradient norm, for lora of each document's; None is off."""
     parameters: Literal["all", "banks", "blocks", "mlps"] = "banks"
-    """What is adapted: the banks; all, but for the first freeze_blocks blocks' own scalars (as PR 1501 ran);
-    matrices and scalars of the blocks after those, and the skips (PR 301); only those blocks' MLP matrices
-    (PR 296)."""
+    """Adapted parameters: banks; all, without the scalars of the first freeze_blocks blocks (as PR 1501 ran);
+    blocks, matrices and scalars after the first freeze_blocks, and skips (PR 301); mlps, only the MLP
+    matrices of those blocks (PR 296)."""
     freeze_blocks: int = 2
-    """First blocks that are left alone; by all only their scalars, by banks nothing."""
+    """Number of first blocks that are not adapted; `parameters` says what of them. No effect on banks."""
     quantize_forward: Literal["none", "banks", "projections"] = "banks"
-    """Fake-quantise the banks in scoring and adapting; or, adapting only, the projections (as run)."""
+    """Fake-quantize: banks, in scoring and adapting; projections, in adapting only (as PR 1501 ran)."""
     lora: LoraConfig = field(default_factory=LoraConfig)
-    """The low-rank changes of lora and phased."""
+    """Low-rank updates of lora and phased."""
     guided: GuidedConfig = field(default_factory=GuidedConfig)
-    """Those of error_guided."""
+    """Low-rank updates of error_guided."""
 
     def __post_init__(self) -> None:
-        need(
-            self.chunk_tokens > 0 and self.batch_seqs > 0,
-            "ttt.chunk_tokens and ttt.batch_seqs must be positive",
-        )
-        need(self.epochs >= 0, "ttt.epochs must not be negative")
-        need(self.lr >= 0 and self.weight_decay >= 0, "ttt.lr and ttt.weight_decay must not be negative")
-        for name in ("momentum", "beta2"):
-            value = getattr(self, name)
-            need(0 <= value < 1, f"ttt.{name} is {value}; it must be in [0, 1)")
-        need(self.grad_clip is None or self.grad_clip > 0, "ttt.grad_clip must be positive, or None for off")
-        need(self.freeze_blocks >= 0, f"ttt.freeze_blocks is {self.freeze_blocks}; it must not be negative")
+        need_positive("ttt", self, "chunk_tokens", "batch_seqs", "grad_clip")
+        need_not_negative("ttt", self, "epochs", "lr", "weight_decay", "freeze_blocks")
+        need_decay("ttt", self, "momentum", "beta2")
 
     @property
     def frozen_slots(self) -> int:
-        """First blocks whose matrices, too, are left alone."""
+        """Number of first blocks whose matrices are not adapted either."""
         return self.freeze_blocks if self.parameters in ("blocks", "mlps") else 0
 
     @property
     def illegal(self) -> str | None:
-        """Why the score that comes of it breaks the challenge's rules; None if it does not."""
+        """Why the resulting score breaks the challenge's rules, or None if it does not."""
         if self.adapter != "error_guided":
             return None
         return "it learns from targets before it scores them (score before train, C3)"
 
     @property
     def by_document(self) -> bool:
-        """Whether documents are scored in step, each with a change of its own."""
+        """True if documents are scored as a batch, each with its own update."""
         return self.adapter in ("lora", "phased")

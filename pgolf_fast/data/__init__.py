@@ -1,1 +1,1 @@
-"""Tokens: shards, loaders, tokenizer, corpora."""
+"""Tokens: shards, batches, tokenizer, corpora."""

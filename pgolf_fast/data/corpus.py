@@ -1,4 +1,4 @@
-"""A corpus without a download: the prose of the documentation of Python, torch and numpy on this machine."""
+"""A corpus without a download: prose from the installed documentation of Python, torch and numpy."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ _SKIPPED_FOLDERS = frozenset(
 
 @dataclass(frozen=True)
 class Source:
-    """One installed package whose documentation is read."""
+    """An installed package whose documentation is read."""
 
     name: str
     version: str
@@ -68,7 +68,7 @@ class Source:
 
 
 def default_sources() -> list[Source]:
-    """Python's standard library, and torch and numpy where they are installed. Imports none of them."""
+    """Return Python's standard library, and torch and numpy if installed, without importing them."""
     stdlib = Path(sysconfig.get_path("stdlib"))
     sources = [Source("python", platform.python_version(), stdlib, topics=True)]
     for name in ("torch", "numpy"):
@@ -83,7 +83,7 @@ def default_sources() -> list[Source]:
 
 
 def documents(sources: list[Source]) -> Iterator[tuple[str, str]]:
-    """(name, text) of each module that has some prose, and of each help topic; no paragraph comes twice."""
+    """Yield (name, text) of each help topic and each module with some prose; no paragraph is repeated."""
     seen: set[str] = set()
     for source in sources:
         if source.topics:
@@ -98,11 +98,11 @@ def documents(sources: list[Source]) -> Iterator[tuple[str, str]]:
 
 
 def build_corpus(cache_dir: Path | None = None, vocab_size: int = 1024) -> Path:
-    """The folder of the built-in corpus: one train and one val shard, `tokenizer.model` and `info.json`.
+    """Return the folder of the built-in corpus: two shards, `tokenizer.model` and `info.json`.
 
-    Built once per set of versions and vocabulary, in `cache_dir` or the user's cache folder. A build that is
-    killed leaves nothing behind that counts, and several may run at once. Raises `PgolfError` if no text is
-    found, the folder cannot be written, or the text does not support `vocab_size` pieces.
+    It is built once per set of package versions and vocabulary, in `cache_dir` or the user's cache folder,
+    and appears there complete: builds may be killed, and several may run at once. Raises `PgolfError` if no
+    text is found, the folder cannot be written, or the text does not support `vocab_size` pieces.
     """
     import platformdirs
 
@@ -174,18 +174,18 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _move_into_place(building: Path, folder: Path) -> None:
-    """Rename the finished folder; if another builder was first, keep that one's."""
+    """Rename the finished folder; if another process was first, keep its folder."""
     try:
         os.rename(building, folder)
     except OSError:
         if _is_complete(folder):
             return
-        shutil.rmtree(folder, ignore_errors=True)  # somebody removed files from it
+        shutil.rmtree(folder, ignore_errors=True)  # some of its files were removed
         os.rename(building, folder)
 
 
 def _remove_stale(parent: Path) -> None:
-    """Remove what builders that were killed over an hour ago left behind."""
+    """Remove the temporary folders of builds that were killed over an hour ago."""
     for path in parent.glob(".corpus-*.tmp"):
         try:
             old = time.time() - path.stat().st_mtime > _STALE_SECONDS
@@ -206,19 +206,19 @@ def _inside(path: Path, source: Source) -> tuple[str, ...]:
 def _help_topics() -> dict[str, str]:
     try:
         from pydoc_data.topics import topics
-    except ImportError:  # some distributions leave it out
+    except ImportError:  # not in every distribution of Python
         return {}
     return {name: text for name, text in topics.items() if isinstance(text, str)}
 
 
 def _docstrings(path: Path) -> list[str]:
-    """The docstrings of a module, its classes and functions, not importing it; none if not Python."""
+    """Return the docstrings of a module, its classes and functions, without importing it."""
     try:
         source = path.read_bytes()
         if b'"""' not in source and b"'''" not in source:
             return []
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+            warnings.simplefilter("ignore")  # invalid escapes in third-party strings
             tree = ast.parse(source)
     except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
         return []
@@ -243,7 +243,7 @@ def _walk(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionD
 
 
 def _call_strings(call: ast.Call) -> Iterator[str]:
-    """Docstrings handed to a call, as torch and numpy do for functions written in C."""
+    """Yield docstrings passed to a call, as torch and numpy do for functions written in C."""
     for argument in call.args:
         inner = argument.elts if isinstance(argument, ast.Tuple) else [argument]
         for value in inner:
@@ -270,7 +270,7 @@ _RULE = re.compile(r"^\s*[-=~^*\"#+]{3,}\s*$", re.MULTILINE)
 
 
 def _prose(text: str) -> Iterator[str]:
-    """The paragraphs of `text` that read like prose, each on one line; no code, tables or directives."""
+    """Yield the paragraphs of `text` that are prose, each on one line; no code, tables or directives."""
     text = _RULE.sub("", inspect.cleandoc(text.encode("utf-8", "replace").decode("utf-8").replace("\0", "")))
     for paragraph in re.split(r"\n\s*\n", text):
         if ">>>" in paragraph or paragraph.lstrip().startswith((".. ", "... ", "$ ", "# ")):

@@ -1,4 +1,4 @@
-"""The challenge's published shards and tokenizer, from the Hugging Face hub, each file verified."""
+"""Download of the challenge's shards and tokenizer from the Hugging Face Hub, with every file verified."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 REPO_ID = "willdepueoai/parameter-golf"
 _ROOTS = ("datasets/", "")
-"""Where in a repository the folders `datasets` and `tokenizers` may lie."""
+"""Parents of the folders `datasets` and `tokenizers` in a repository."""
 _BLOCK = 1 << 22
 
 
 @dataclass(frozen=True)
 class _Remote:
-    """One file of the repository and where it goes."""
+    """A file of the repository and its local target."""
 
     path: str
     size: int
@@ -49,13 +49,12 @@ def download(
     revision: str = "main",
     checksums: Mapping[str, str] | None = None,
 ) -> Path:
-    """Fetch validation shards, `train_shards` training shards and the tokenizer; return the folder of shards.
+    """Download validation shards, `train_shards` training shards and the tokenizer; return the shard folder.
 
     Shards go to `<out>/datasets/fineweb10B_<dataset>`, the tokenizer to `<out>/tokenizers`. Every file is
-    checked against the size and hash that the hub gives, or the sha256 in `checksums` (by file name); files
-    that are there already and right are not fetched again. A dropped connection is taken up where it broke.
-    Raises `PgolfError` without network or package, for what does not exist, and for a corrupt file, which is
-    removed.
+    checked against the size and hash that the Hub reports, or the sha256 in `checksums` (by file name).
+    Complete files are not downloaded again, and a partial one is continued. Raises `PgolfError` without
+    network or package, if something does not exist, and for a corrupt file, which is removed.
     """
     try:
         import huggingface_hub
@@ -85,7 +84,7 @@ def download(
 
 
 def _fetch(api: HfApi, repo_id: str, commit: str, remote: _Remote, staging: Path) -> Path:
-    """The file as it arrived, in `staging`."""
+    """Download a file to `staging`, unverified."""
     with _hub_errors(f"{remote.path} of {repo_id} at {api.endpoint}"):
         return Path(
             api.hf_hub_download(repo_id, remote.path, repo_type="dataset", revision=commit, local_dir=staging)
@@ -93,7 +92,7 @@ def _fetch(api: HfApi, repo_id: str, commit: str, remote: _Remote, staging: Path
 
 
 def _accept(staged: Path, remote: _Remote, sha256: str | None) -> None:
-    """Move a fetched file to its place, or remove it and say what is wrong with it."""
+    """Move a downloaded file to its target. Raises PgolfError and removes it if it is corrupt."""
     fault = _fault(staged, remote, sha256)
     if fault is None:
         try:
@@ -114,16 +113,16 @@ def _accept(staged: Path, remote: _Remote, sha256: str | None) -> None:
 
 
 def _fault(path: Path, remote: _Remote, sha256: str | None) -> str | None:
-    """What is wrong with the bytes of `path`, or None."""
+    """Return what is wrong with the bytes of `path`, or None."""
     size = path.stat().st_size
     if size != remote.size:
         return f"it has {size} bytes instead of {remote.size}"
     if sha256 is not None:
-        found = _digest(path, hashlib.sha256())
-        return None if found == sha256 else f"its sha256 is {found} instead of {sha256}"
+        digest = _digest(path, hashlib.sha256())
+        return None if digest == sha256 else f"its sha256 is {digest} instead of {sha256}"
     if remote.git_sha1 is not None:
-        found = _digest(path, hashlib.sha1(b"blob %d\0" % size))
-        return None if found == remote.git_sha1 else f"its git hash is {found} instead of {remote.git_sha1}"
+        digest = _digest(path, hashlib.sha1(b"blob %d\0" % size))  # how git names a file of this content
+        return None if digest == remote.git_sha1 else f"its git hash is {digest} instead of {remote.git_sha1}"
     return None
 
 
@@ -137,14 +136,14 @@ def _digest(path: Path, digest: hashlib._Hash) -> str:
 def _choose(
     api: HfApi, repo_id: str, commit: str, dataset: str, train_shards: int, out: Path
 ) -> list[_Remote]:
-    """The files to fetch: tokenizer first, so that what arrives can be used as soon as possible."""
+    """Return the files to download: tokenizer first, then validation, then training shards."""
     name = f"fineweb10B_{dataset}"
     for root in _ROOTS:
         shards = _list(api, repo_id, commit, f"{root}datasets/{name}", out / "datasets" / name)
         if shards:
             break
     else:
-        raise PgolfError(f"{repo_id} has no dataset {name}: it should lie in datasets/{name}; try sp1024")
+        raise PgolfError(f"{repo_id} has no dataset {name}: expected in datasets/{name}; try sp1024")
     val = [r for r in shards if fnmatch(r.target.name, "*_val_*.bin")]
     train = [r for r in shards if fnmatch(r.target.name, "*_train_*.bin")]
     if not val:
@@ -163,10 +162,10 @@ def _choose(
 
 
 def _list(api: HfApi, repo_id: str, commit: str, path: str, target: Path) -> list[_Remote]:
-    """The files of one folder of the repository in order of name; none if there is no such folder."""
+    """Return the files of a folder of the repository in order of name; none if there is no such folder."""
     from huggingface_hub.errors import EntryNotFoundError
 
-    found = []
+    files = []
     with (
         _hub_errors(f"folder {path} of {repo_id} at {api.endpoint}"),
         contextlib.suppress(EntryNotFoundError),
@@ -177,13 +176,13 @@ def _list(api: HfApi, repo_id: str, commit: str, path: str, target: Path) -> lis
             lfs, name = entry.lfs, entry.path.rsplit("/", 1)[-1]
             sha256 = lfs.sha256 if lfs is not None else None
             size = lfs.size if lfs is not None else entry.size
-            found.append(_Remote(entry.path, size, sha256, None if lfs else entry.blob_id, target / name))
-    return sorted(found, key=lambda remote: remote.path)
+            files.append(_Remote(entry.path, size, sha256, None if lfs else entry.blob_id, target / name))
+    return sorted(files, key=lambda remote: remote.path)
 
 
 @contextlib.contextmanager
 def _hub_errors(what: str) -> Iterator[None]:
-    """Turn what the hub's client raises into one line that begins with, or names, `what`."""
+    """Turn errors of the Hub's client into one line that names `what`."""
     from huggingface_hub import errors as hub
 
     try:
@@ -212,7 +211,7 @@ def _hub_errors(what: str) -> Iterator[None]:
 
 
 def _short(error: BaseException) -> str:
-    """The first line of the innermost message, which says what failed."""
+    """Return the first line of the innermost error, which says what failed."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

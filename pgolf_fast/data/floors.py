@@ -1,4 +1,4 @@
-"""What counting words alone would score: the numbers a trained model must beat."""
+"""Scores of n-gram models, the baselines that a trained model must beat."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _DENSE = 1 << 24
 def ngram_floors(
     train_tokens: np.ndarray, val_tokens: np.ndarray, table: ByteTable, vocab_size: int
 ) -> tuple[float, float]:
-    """Bits per byte on `val_tokens` of a unigram and of an interpolated bigram model of `train_tokens`.
+    """Score `val_tokens` by a unigram and an interpolated bigram model of `train_tokens`, in bits per byte.
 
-    Unigram: counts plus one. Bigram: Witten-Bell, with the unigram below it. Raises `PgolfError` for fewer
-    than two tokens, ids outside the vocabulary, or validation tokens that stand for no text.
+    The unigram uses counts plus one, the bigram Witten-Bell smoothing over the unigram. Raises `PgolfError`
+    for fewer than two tokens, ids outside the vocabulary, or validation tokens without any text.
     """
     for name, tokens in (("training", train_tokens), ("validation", val_tokens)):
         if len(tokens) < 2:
@@ -27,7 +27,7 @@ def ngram_floors(
             raise PgolfError(f"{name} tokens hold id {int(tokens.max())}, but vocab_size is {vocab_size}")
     count_bytes = scored_bytes(table, val_tokens)
     if count_bytes == 0:
-        raise PgolfError("the validation tokens stand for no text at all: give text with something in it")
+        raise PgolfError("the validation tokens have no text at all: give files with text in them")
     unigram = np.bincount(train_tokens, minlength=vocab_size).astype(np.float64) + 1.0
     unigram /= unigram.sum()
     previous, current = val_tokens[:-1].astype(np.int64), val_tokens[1:].astype(np.int64)
@@ -45,7 +45,7 @@ def ngram_floors(
 def _pair_counts(
     tokens: np.ndarray, asked: np.ndarray, vocab_size: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Counts of the asked pairs (prev * V + cur), of each id as a first, and of its different followers."""
+    """Count the asked pairs (prev * V + cur), each id as context, and its distinct followers."""
     keys = tokens[:-1].astype(np.int64) * vocab_size + tokens[1:]
     if vocab_size * vocab_size <= _DENSE:
         dense = np.bincount(keys, minlength=vocab_size * vocab_size)
@@ -53,6 +53,6 @@ def _pair_counts(
         return dense[asked], rows.sum(axis=1), np.count_nonzero(rows, axis=1)
     pairs, counts = np.unique(keys, return_counts=True)
     at = np.minimum(np.searchsorted(pairs, asked), len(pairs) - 1)
-    found = np.where(pairs[at] == asked, counts[at], 0)
+    asked_counts = np.where(pairs[at] == asked, counts[at], 0)
     context = np.bincount(tokens[:-1], minlength=vocab_size)
-    return found, context, np.bincount(pairs // vocab_size, minlength=vocab_size)
+    return asked_counts, context, np.bincount(pairs // vocab_size, minlength=vocab_size)

@@ -1,4 +1,4 @@
-"""What is in a folder of shards."""
+"""Counts of the shards in a folder."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ _BLOCK = 1 << 24
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """Counts of one shard."""
+    """Counts of a shard."""
 
     file: str
     split: Split
     tokens: int
     documents: int
-    """BOS ids: documents that start in this shard."""
+    """Documents that start in this shard, counted by BOS ids."""
     scored_bytes: int
-    """Bytes of the targets of this shard, the denominator of bits per byte."""
+    """Bytes of this shard's targets, the denominator of bits per byte."""
     bytes_per_token: float
-    """scored_bytes over the number of targets."""
+    """scored_bytes per target."""
 
 
 def describe(folder: Path | str, tokenizer: Tokenizer) -> list[ShardInfo]:
-    """One row for each training and validation shard of `folder`, in the order they are read.
+    """Return one row per training and validation shard of `folder`, in reading order.
 
     Raises `PgolfError` if there is no shard, one is bad, or it has ids the tokenizer does not know.
     """
     folder = data_folder(folder)
     splits: tuple[Split, ...] = ("train", "val")
-    found = [
+    paths = [
         (path, split)
         for split in splits
         for path in sorted(folder.glob(f"*_{split}_*.bin"), key=lambda p: p.name)
     ]
-    if not found:
+    if not paths:
         raise PgolfError(
             f"no *_train_*.bin or *_val_*.bin shard in {folder}: make some with `pgolf data tokenize` "
             "or `pgolf data download`"
@@ -50,7 +50,7 @@ def describe(folder: Path | str, tokenizer: Tokenizer) -> list[ShardInfo]:
     table = byte_table(tokenizer)
     return [
         _describe(open_shard(path), split, table)
-        for path, split in console.progress(found, "reading", unit="shard")
+        for path, split in console.progress(paths, "reading", unit="shard")
     ]
 
 

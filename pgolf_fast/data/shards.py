@@ -16,7 +16,7 @@ HEADER_BYTES = 4 * HEADER_INTS
 MAGIC = 20240520
 VERSION = 1
 BOS_ID = 1
-"""Opens every document; there is no end marker."""
+"""The first token of every document; there is no end marker."""
 
 Split = Literal["train", "val"]
 _CHECK_BLOCK = 1 << 22
@@ -24,21 +24,21 @@ _CHECK_BLOCK = 1 << 22
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of tokens whose header and size have been checked."""
+    """A file of tokens whose header and size have been checked."""
 
     path: Path
     num_tokens: int
 
     @property
     def tokens(self) -> np.memmap:
-        """The token ids, uint16 of shape (num_tokens,), read from disk when touched."""
+        """The token ids, uint16 of shape (num_tokens,), memory-mapped."""
         return np.memmap(self.path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(self.num_tokens,))
 
 
 def open_shard(path: Path | str, *, vocab_size: int | None = None) -> Shard:
-    """The shard in `path`, after checking magic, version and exact size; `vocab_size` checks every id too.
+    """Open the shard in `path` and check magic, version and exact size; with `vocab_size` also every id.
 
-    Raises `PgolfError` on a missing, foreign, truncated or empty file.
+    Raises `PgolfError` for a missing, foreign, truncated or empty file.
     """
     path = Path(path)
     try:
@@ -79,7 +79,7 @@ def open_shard(path: Path | str, *, vocab_size: int | None = None) -> Shard:
 
 
 def check_tokens(shard: Shard, vocab_size: int, *, limit: int | None = None) -> None:
-    """Raise `PgolfError` at the first id that is not below `vocab_size`, among the first `limit` tokens."""
+    """Raise `PgolfError` if one of the first `limit` ids is not below `vocab_size`."""
     tokens = shard.tokens[:limit]
     for start in range(0, len(tokens), _CHECK_BLOCK):
         block = tokens[start : start + _CHECK_BLOCK]
@@ -88,19 +88,18 @@ def check_tokens(shard: Shard, vocab_size: int, *, limit: int | None = None) -> 
 
 
 def raise_bad_token(shard: Shard, start: int, block: np.ndarray, vocab_size: int) -> None:
-    """Raise the error for the first id in `block` (which begins at token `start`) that is too large."""
+    """Raise `PgolfError` for the first id in `block` that is too large; `block` starts at token `start`."""
     at = int(np.argmax(block >= vocab_size))
     raise PgolfError(
         f"{shard.path} has token id {int(block[at])} at position {start + at}, but model.vocab_size is "
-        f"{vocab_size}: "
-        "use the shards made with this tokenizer, or set model.vocab_size to that of the shards"
+        f"{vocab_size}: use shards made with this tokenizer, or set model.vocab_size to that of the shards"
     )
 
 
 def write_shard(path: Path | str, tokens: np.ndarray) -> Shard:
     """Write ids of shape (n,) as a shard, atomically.
 
-    Raises `PgolfError` for an empty array, one that is not of whole numbers, or ids outside 0..65535.
+    Raises `PgolfError` for an empty array, a dtype that is not an integer, or ids outside 0..65535.
     """
     tokens = np.asarray(tokens)
     if tokens.ndim != 1 or tokens.size == 0:
@@ -121,7 +120,7 @@ def write_shard(path: Path | str, tokens: np.ndarray) -> Shard:
 
 
 def data_folder(folder: Path | str) -> Path:
-    """`folder` as a path. Raises `PgolfError` unless it is a folder."""
+    """Return `folder` as a path. Raises `PgolfError` if it is not a folder."""
     folder = Path(folder)
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "does not exist"
@@ -133,7 +132,7 @@ def data_folder(folder: Path | str) -> Path:
 
 
 def find_shards(folder: Path | str, split: Split) -> list[Shard]:
-    """The shards `*_{split}_*.bin` of `folder`, in lexicographic order of their names.
+    """Open the shards `*_{split}_*.bin` of `folder`, in lexicographic order of their names.
 
     Raises `PgolfError` if the folder or its shards are missing, or a shard is bad.
     """
@@ -150,9 +149,9 @@ def find_shards(folder: Path | str, split: Split) -> list[Shard]:
 def load_validation(
     folder: Path | str, seq_len: int, *, vocab_size: int, max_tokens: int | None = None
 ) -> np.ndarray:
-    """All validation tokens, cut to whole sequences and one more: uint16 of shape (k * seq_len + 1,).
+    """Return the validation tokens of whole sequences and one more: uint16 of shape (k * seq_len + 1,).
 
-    `max_tokens` scores at most that many tokens. Raises `PgolfError` if not one sequence fits.
+    `max_tokens` limits the number of targets. Raises `PgolfError` if not one sequence fits.
     """
     shards = find_shards(folder, "val")
     for shard in shards:
@@ -161,8 +160,7 @@ def load_validation(
     if available < seq_len + 1:
         raise PgolfError(
             f"sequence longer than data: {folder} has {available} validation tokens, but one sequence of "
-            f"{seq_len} needs {seq_len + 1}; use a shorter train.seq_len (and eval.seq_len) or more "
-            f"validation text"
+            f"{seq_len} needs {seq_len + 1}; use a shorter train.seq_len (and eval.seq_len) or more text"
         )
     wanted = available if max_tokens is None else min(available, max_tokens + 1)
     if wanted < seq_len + 1:
@@ -171,17 +169,7 @@ def load_validation(
             f"set it to {seq_len} or more, or leave it out"
         )
     keep = (wanted - 1) // seq_len * seq_len + 1
-    return _head(shards, keep)
-
-
-def _head(shards: list[Shard], count: int) -> np.ndarray:
-    """The first `count` tokens of the concatenated shards, in memory."""
-    out = np.empty(count, dtype=np.uint16)
-    done = 0
+    parts: list[np.ndarray] = []
     for shard in shards:
-        part = shard.tokens[: count - done]
-        out[done : done + len(part)] = part
-        done += len(part)
-        if done == count:
-            break
-    return out
+        parts.append(shard.tokens[: keep - sum(len(part) for part in parts)])
+    return np.concatenate(parts)

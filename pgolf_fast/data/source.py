@@ -1,4 +1,4 @@
-"""The tokens of a run: shards, validation stream, tokenizer and byte table, checked against each other."""
+"""The data of a run: shards, validation stream, tokenizer and byte table, checked against each other."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class Source:
         return find_shards(self.folder, "train")
 
     def validation(self, seq_len: int) -> np.ndarray:
-        """The validation stream, a whole number of `seq_len` targets plus one token."""
+        """Return the validation stream, a whole number of `seq_len` targets plus one token."""
         return load_validation(self.folder, seq_len, vocab_size=self.vocab_size, max_tokens=self.val_tokens)
 
 
 def open_source(config: DataConfig, vocab_size: int) -> Source:
-    """The data set a configuration names, or the zero-download corpus where it names none.
+    """Open the data set that a configuration names, or the built-in corpus if it names none.
 
     Raises PgolfError for a missing folder or a tokenizer of another size than the model.
     """

@@ -1,4 +1,4 @@
-"""Documents out of .txt, .jsonl, .jsonl.gz and .jsonl.xz files, and which of them are for validation."""
+"""Documents from .txt, .jsonl, .jsonl.gz and .jsonl.xz files, and their validation split."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _HASHES = 1 << 64
 
 
 def expand(inputs: Iterable[Path | str]) -> list[Path]:
-    """The files among `inputs`, a folder standing for the text files directly in it, in order of name.
+    """Return the files of `inputs`, with a folder replaced by the text files directly in it.
 
-    Raises `PgolfError` for no files, one that is missing, or one of another kind.
+    Raises `PgolfError` if there are no files, or one is missing or of another kind.
     """
     files: list[Path] = []
     for item in inputs:
@@ -43,7 +43,7 @@ def expand(inputs: Iterable[Path | str]) -> list[Path]:
 
 
 def read_documents(path: Path) -> Iterator[str]:
-    """The documents of one file that are not blank: all of a .txt, the "text" of each line of a .jsonl.
+    """Yield the documents of a file that are not blank: a whole .txt, or the "text" of each line of a .jsonl.
 
     Raises `PgolfError` naming the file (and line) if it cannot be read.
     """
@@ -92,14 +92,14 @@ def _text_of(line: bytes, path: Path, number: int) -> str:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which documents are for validation: those whose hash is low. A lone document is cut in two."""
+    """A split of documents: validation has those with a hash below `threshold`. A single document is cut."""
 
     documents: int
     threshold: int
     cut: float | None = None
 
     def parts(self, files: Sequence[Path], what: str) -> Iterator[tuple[Literal["train", "val"], str]]:
-        """(split, text) of each document, in the order of the files, with progress under the name `what`."""
+        """Yield (split, text) of each document in order, with a progress bar labeled `what`."""
         for text in console.progress(_all(files), what, total=self.documents, unit="doc"):
             if self.cut is not None:
                 head, tail = _cut(text, self.cut)
@@ -110,10 +110,10 @@ class Plan:
 
 
 def make_plan(files: Sequence[Path], val_fraction: float) -> Plan:
-    """Read everything once and decide the split by the sha1 of each document's text.
+    """Read all documents and decide their split by the sha1 of their text.
 
-    There is always a validation document unless `val_fraction` is 0, and always a training one. Raises
-    `PgolfError` for no text at all, or documents that are all the same.
+    There is always a training document, and a validation document unless `val_fraction` is 0. Raises
+    `PgolfError` if there is no text, or all documents are the same.
     """
     if not 0 <= val_fraction < 1:
         raise PgolfError(f"val_fraction is {val_fraction}; it must be at least 0 and less than 1")
@@ -130,7 +130,7 @@ def make_plan(files: Sequence[Path], val_fraction: float) -> Plan:
     if count == 1:
         if not all(part.strip() for part in _cut(last, 1 - val_fraction)):
             raise PgolfError(
-                f"the only document in {_names(files)} is too short to set {val_fraction:.0%} of it apart "
+                f"the only document in {_names(files)} is too short to use {val_fraction:.0%} of it "
                 "for validation: give more text, or val_fraction 0"
             )
         return Plan(count, 0, cut=1 - val_fraction)
@@ -155,7 +155,7 @@ def _hash(text: str) -> int:
 
 
 def _cut(text: str, at: float) -> tuple[str, str]:
-    """Two parts of `text`, the first about `at` of it, cut at white space if there is any."""
+    """Cut `text` in two at about `at` of its length, at white space if there is any."""
     middle = int(len(text) * at)
     space = max(text.rfind(" ", 0, middle), text.rfind("\n", 0, middle))
     middle = space if space > 0 else middle

@@ -1,4 +1,4 @@
-"""Text files to token shards."""
+"""Tokenization of text files to shards."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pgolf_fast.data.shards import BOS_ID, write_shard
 from pgolf_fast.data.texts import expand, make_plan
 from pgolf_fast.data.tokenizer import ByteTable, Tokenizer, byte_table, scored_bytes, train_tokenizer
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.io import write_bytes
+from pgolf_fast.io import available_cores, write_bytes
 
 Split = Literal["train", "val"]
 Part = tuple[Split, str]
@@ -27,7 +27,7 @@ Part = tuple[Split, str]
 _CHUNK_CHARS = 500_000
 _CHUNK_DOCUMENTS = 500
 _ALONE_BYTES = 16_000_000
-"""Less input than this is tokenized in this process: starting others would take longer."""
+"""Input size in bytes below which starting worker processes would take longer than it saves."""
 
 _tokenizer: Tokenizer | None = None
 """The tokenizer of a worker process."""
@@ -43,12 +43,12 @@ def tokenize_files(
     shard_tokens: int = 100_000_000,
     workers: int | None = None,
 ) -> dict[str, object]:
-    """Write the documents of `files` as shards and a tokenizer into `out`, and return counts.
+    """Write the documents of `files` as shards and a tokenizer to `out`, and return counts.
 
     A .txt file is one document; .jsonl, .jsonl.gz and .jsonl.xz hold one in the "text" of each line.
-    Validation documents are chosen by the hash of their text; a lone document gives its end. Without
+    Validation documents are chosen by the hash of their text, or are the end of a single document. Without
     `tokenizer`, one of `vocab_size` pieces is trained on the training documents. Raises `PgolfError` for bad
-    input; then `out` has no new shards.
+    input, and writes no shards then.
     """
     start = time.monotonic()
     if shard_tokens < 1:
@@ -63,7 +63,7 @@ def tokenize_files(
     plan = make_plan(paths, val_fraction)
     if workers is None:
         small = sum(path.stat().st_size for path in paths) < _ALONE_BYTES
-        workers = 1 if small else _cores()
+        workers = 1 if small else available_cores()
     with tempfile.TemporaryDirectory(prefix=".tokenize-", dir=folder) as temporary:
         building = Path(temporary)
         if given is None:
@@ -120,7 +120,7 @@ class _Writer:
         self._counts: dict[str, int] = {}
 
     def add(self, split: Split, ids: np.ndarray) -> None:
-        """Take one document. Its first token is BOS, so bytes can be counted document by document."""
+        """Add a document. Its first token is BOS, so bytes can be counted per document."""
         self._waiting[split].append(ids)
         self._waiting_tokens[split] += len(ids)
         for name, amount in (
@@ -142,7 +142,7 @@ class _Writer:
         self._waiting_tokens[split] = len(rest)
 
     def finish(self) -> dict[str, object]:
-        """Write what is left and return the counts of documents, tokens, bytes and shards."""
+        """Write the remaining tokens; return the counts of documents, tokens, bytes and shards."""
         for split in self._waiting:
             if self._waiting_tokens[split]:
                 self._flush(split)
@@ -155,7 +155,7 @@ class _Writer:
 
 
 def _encode(parts: Iterator[Part], model: Path, workers: int) -> Iterator[tuple[Split, np.ndarray]]:
-    """Documents as tokens, in order."""
+    """Yield documents as tokens, in order."""
     if workers == 1:
         tokenizer = Tokenizer.load(model)
         for split, text in parts:
@@ -169,10 +169,11 @@ def _encode(parts: Iterator[Part], model: Path, workers: int) -> Iterator[tuple[
             waiting.append(
                 ([split for split, _ in chunk], pool.submit(_encode_chunk, [text for _, text in chunk]))
             )
-            if len(waiting) > 3 * workers:
-                yield from _result(*waiting.popleft())
-        while waiting:
-            yield from _result(*waiting.popleft())
+            if len(waiting) > 3 * workers:  # enough to keep workers busy, without reading all text ahead
+                splits, future = waiting.popleft()
+                yield from zip(splits, future.result(), strict=True)
+        for splits, future in waiting:
+            yield from zip(splits, future.result(), strict=True)
     except BrokenProcessPool as error:
         raise PgolfError(
             f"a tokenizing process died, perhaps for lack of memory: try again with fewer workers than "
@@ -180,10 +181,6 @@ def _encode(parts: Iterator[Part], model: Path, workers: int) -> Iterator[tuple[
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _result(splits: list[Split], future: Future[list[np.ndarray]]) -> Iterator[tuple[Split, np.ndarray]]:
-    yield from zip(splits, future.result(), strict=True)
 
 
 def _chunks(parts: Iterator[Part]) -> Iterator[list[Part]]:
@@ -211,9 +208,3 @@ def _encode_chunk(texts: list[str]) -> list[np.ndarray]:
 
 def _ids(tokenizer: Tokenizer, text: str) -> np.ndarray:
     return np.array(tokenizer.encode_document(text), dtype=np.uint16)
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""SentencePiece tokenizers, and how many bytes of text each token stands for."""
+"""SentencePiece tokenizers, and the bytes of text of each token."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ SPACE = "\u2581"
 _BLOCK = 1 << 22
 _SENTENCE_CHARS = 2000
 _TRAINING_CHARS = 256_000_000
-"""Text beyond this adds nothing to a vocabulary and would have to be held in memory."""
+"""Characters to train on; more text would not change the vocabulary and has to be held in memory."""
 
 
 class Tokenizer:
-    """A SentencePiece model. Made by `Tokenizer.load`."""
+    """A SentencePiece model, loaded by `Tokenizer.load`."""
 
     def __init__(self, processor: SentencePieceProcessor, path: Path):
         self._processor = processor
@@ -32,7 +32,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path | str) -> Tokenizer:
-        """The tokenizer in a .model file. Raises `PgolfError` if it is missing or no SentencePiece model."""
+        """Load a .model file. Raises `PgolfError` if it is missing or not a SentencePiece model."""
         from sentencepiece import SentencePieceProcessor
 
         path = Path(path)
@@ -55,15 +55,15 @@ class Tokenizer:
 
     @property
     def bos_id(self) -> int:
-        """The id that opens a document; -1 if the model has none."""
+        """The id that starts a document; -1 if the model has none."""
         return int(self._processor.bos_id())
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of `text`, without BOS. Lone surrogates are read as '?'."""
+        """Return the token ids of `text`, without BOS. Lone surrogates are read as '?'."""
         return list(self._processor.encode(text.encode("utf-8", "replace").decode("utf-8")))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`; control tokens give nothing. Raises `PgolfError` for an unknown id."""
+        """Return the text of `ids`; control tokens have none. Raises `PgolfError` for an unknown id."""
         wrong = [i for i in ids if not 0 <= i < self.vocab_size]
         if wrong:
             raise PgolfError(
@@ -72,19 +72,19 @@ class Tokenizer:
         return str(self._processor.decode([int(i) for i in ids]))
 
     def encode_document(self, text: str) -> list[int]:
-        """BOS and then the tokens of `text`. Raises `PgolfError` if the model has no BOS."""
+        """Return BOS and the tokens of `text`. Raises `PgolfError` if the model has no BOS."""
         if self.bos_id < 0:
             raise PgolfError(
-                f"tokenizer {self.path} has no BOS piece, which opens each document: use one that has"
+                f"tokenizer {self.path} has no BOS piece, which starts each document: use one that has"
             )
         return [self.bos_id, *self.encode(text)]
 
     def piece(self, token: int) -> str:
-        """The piece as the model writes it; a leading U+2581 is a space."""
+        """Return the piece as the model writes it; a leading U+2581 is a space."""
         return str(self._processor.id_to_piece(token))
 
     def is_silent(self, token: int) -> bool:
-        """Whether the piece is a control, unknown or unused one, which stands for no text."""
+        """Return True for control, unknown and unused pieces, which have no text."""
         sp = self._processor
         return bool(sp.is_control(token) or sp.is_unknown(token) or sp.is_unused(token))
 
@@ -98,18 +98,18 @@ def _not_a_model(path: Path) -> PgolfError:
 
 @dataclass(frozen=True)
 class ByteTable:
-    """Bytes that each token id adds to the text, for bits per byte."""
+    """The bytes of text of each token id, for bits per byte."""
 
     base_bytes: np.ndarray
     """int16 (V,): UTF-8 bytes of the piece without its leading space."""
     has_leading_space: np.ndarray
-    """bool (V,): the piece begins with a space, one more byte unless it follows a boundary."""
+    """bool (V,): the piece starts with a space, which is one more byte unless it follows a boundary."""
     is_boundary: np.ndarray
     """bool (V,): control, unknown and unused ids."""
 
 
 def byte_table(tokenizer: Tokenizer) -> ByteTable:
-    """The byte counts of every id of `tokenizer`."""
+    """Return the byte counts of every id of `tokenizer`."""
     size = tokenizer.vocab_size
     table = ByteTable(np.zeros(size, np.int16), np.zeros(size, np.bool_), np.zeros(size, np.bool_))
     for token in range(size):
@@ -125,7 +125,7 @@ def byte_table(tokenizer: Tokenizer) -> ByteTable:
 
 
 def target_bytes(table: ByteTable, prev_ids: np.ndarray, target_ids: np.ndarray) -> np.ndarray:
-    """Bytes of each target given the token before it: int64, of the shape of `target_ids`.
+    """Return the bytes of each target given the token before it, int64 of the shape of `target_ids`.
 
     Raises `PgolfError` for an id outside the table.
     """
@@ -142,7 +142,7 @@ def target_bytes(table: ByteTable, prev_ids: np.ndarray, target_ids: np.ndarray)
 
 
 def scored_bytes(table: ByteTable, tokens: np.ndarray) -> int:
-    """Bytes of the targets tokens[1:], the denominator of bits per byte; 0 for fewer than two tokens."""
+    """Return the bytes of the targets tokens[1:], the denominator of bits per byte."""
     total = 0
     for start in range(0, max(len(tokens) - 1, 0), _BLOCK):
         block = np.asarray(tokens[start : start + _BLOCK + 1])
@@ -151,10 +151,10 @@ def scored_bytes(table: ByteTable, tokens: np.ndarray) -> int:
 
 
 def find_tokenizer(folder: Path | str, explicit: Path | str | None = None) -> Path:
-    """The .model file for the shards in `folder`: `explicit`, or the one in or beside the folder.
+    """Return the .model file for the shards in `folder`: `explicit`, or the one in or next to the folder.
 
-    Looks in the folder, its parent, and the `tokenizers` folders beside it and its parent. Of several, takes
-    the one with the number in the folder's name (`..._sp1024`). Raises `PgolfError` unless there is one.
+    Searches the folder, its parent, and `tokenizers` in the parent and grandparent. Among several, the one
+    with the number in the folder's name (`..._sp1024`) is taken. Raises `PgolfError` unless there is one.
     """
     if explicit is not None:
         path = Path(explicit)
@@ -166,26 +166,24 @@ def find_tokenizer(folder: Path | str, explicit: Path | str | None = None) -> Pa
     folder = Path(folder).absolute()
     places = [folder, folder.parent, folder.parent / "tokenizers", folder.parent.parent / "tokenizers"]
     for place in places:
-        found = sorted(place.glob("*.model")) if place.is_dir() else []
-        if len(found) == 1:
-            return found[0]
-        if found:
-            return _pick(found, folder)
+        models = sorted(place.glob("*.model")) if place.is_dir() else []
+        if models:
+            return models[0] if len(models) == 1 else _pick(models, folder)
     raise PgolfError(
-        f"no tokenizer (*.model) for {folder}; looked there, in its parent and in 'tokenizers' beside them: "
+        f"no tokenizer (*.model) for {folder}; looked there, in its parent and in 'tokenizers' next to them: "
         "name one with --data.tokenizer"
     )
 
 
-def _pick(found: list[Path], folder: Path) -> Path:
+def _pick(models: list[Path], folder: Path) -> Path:
     number = re.search(r"sp(\d+)", folder.name) or re.search(r"(\d+)$", folder.name)
     if number:
-        matching = [path for path in found if number.group(1) in re.findall(r"\d+", path.stem)]
+        matching = [path for path in models if number.group(1) in re.findall(r"\d+", path.stem)]
         if len(matching) == 1:
             return matching[0]
-    names = ", ".join(path.name for path in found)
+    names = ", ".join(path.name for path in models)
     raise PgolfError(
-        f"several tokenizers fit {folder}: {names} in {found[0].parent}; name one with --data.tokenizer"
+        f"several tokenizers fit {folder}: {names} in {models[0].parent}; name one with --data.tokenizer"
     )
 
 
@@ -194,13 +192,12 @@ def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
     if tokenizer.vocab_size != vocab_size:
         raise PgolfError(
             f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} pieces but model.vocab_size is "
-            f"{vocab_size}: "
-            f"set model.vocab_size to {tokenizer.vocab_size} or name another one with --data.tokenizer"
+            f"{vocab_size}: set model.vocab_size to {tokenizer.vocab_size}, or give another --data.tokenizer"
         )
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, prefix_path: Path | str) -> Path:
-    """Train a BPE like the challenge's on `texts` and write `<prefix_path>.model`, whose path is returned.
+    """Train a BPE like the challenge's on `texts`; write and return `<prefix_path>.model`.
 
     The same texts give the same bytes. Raises `PgolfError` if there is no text, or too little (or too many
     different characters) for `vocab_size`.
@@ -262,7 +259,7 @@ def _training_error(message: str, vocab_size: int) -> PgolfError:
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:
-    """`texts` in pieces short enough for SentencePiece not to skip them, cut at spaces if there are any."""
+    """Split `texts` at spaces into pieces that are short enough for SentencePiece not to skip."""
     total = 0
     for text in texts:
         words = " ".join(text.encode("utf-8", "replace").decode("utf-8").replace("\0", " ").split())
@@ -279,7 +276,7 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _watched(first: str, rest: Iterator[str], failures: list[BaseException]) -> Iterator[str]:
-    """`first` and `rest`; keeps what goes wrong on the way, which SentencePiece turns into a RuntimeError."""
+    """Yield `first` and `rest`, and record errors, which SentencePiece turns into a RuntimeError."""
     try:
         yield first
         yield from rest

@@ -89,7 +89,7 @@ def learning(chunks: Sequence[Chunk], config: TTTConfig, model: ModelConfig, seq
     """Return what is learned from these chunks, in the order of `score_and_adapt`."""
     if config.adapter == "error_guided":
         windows = -(-chunks[-1].length // config.guided.window_tokens)
-        updates = config.guided.epochs * config.guided.lessons(windows)
+        updates = config.guided.epochs * config.guided.hard_windows(windows)
         whole = forward_flops(model, config.guided.window_tokens, config.guided.window_tokens)
         return Learning(updates, (windows + INPUT_GRADIENTS * updates) * whole)
     updates, on_chunks, on_segments, held = 0, 0.0, 0.0, 0

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pgolf_fast.console import Table, number
 from pgolf_fast.data.tokenizer import SPACE, Tokenizer
 from pgolf_fast.evaluation.documents import document_starts
 from pgolf_fast.evaluation.score import Score, Scorer
@@ -164,3 +165,47 @@ def spread(losses: np.ndarray) -> tuple[dict[str, float], dict[str, float], dict
         first = int(np.searchsorted(ordered, threshold, side="right"))
         above[str(threshold)] = Above((count - first) / count, share(first))
     return quantiles, hardest, above
+
+
+def tables(figures: dict[str, dict], *, every: bool = True, illegal: str | None = None) -> list[Table]:
+    """Tabulate the `figures` of a scores file: the sliding score by class, or with `every` all of them.
+
+    illegal: why the test-time training breaks the rules, if it does; its columns are labeled.
+    """
+    from pgolf_fast.evaluation.scores import TTT, mark
+
+    sliding, ttt = figures["sliding"], figures.get("sliding_ttt", {})
+    column = mark("bpb with TTT", illegal)
+    by_class = _part_table("class (sliding)", sliding["by_class"], ttt.get("by_class"), column)
+    if not every:
+        return [by_class]
+    kept = {"sliding": sliding, **({mark(TTT, illegal): ttt} if ttt else {})}
+    quantiles = [
+        (name, *(f"{part['loss_quantiles'][name]:.4f}" for part in kept.values()))
+        for name in sliding["loss_quantiles"]
+    ]
+    hardest = [(f"{p} %", f"{share:.1%}") for p, share in sliding["loss_share_of_hardest_percent"].items()]
+    hardest.append(("easiest 50 %", f"{sliding['loss_share_of_easiest_half']:.1%}"))
+    above = [(f"> {k}", f"{a['targets']:.1%}", f"{a['loss']:.1%}") for k, a in sliding["above_nats"].items()]
+    by_document, with_ttt = sliding["by_document_tokens"], ttt.get("by_document_tokens")
+    return [
+        by_class,
+        _part_table("document tokens (sliding)", by_document, with_ttt, column),
+        _part_table("context (non-overlapping)", figures["non_overlapping"]["by_context"]),
+        Table(("quantile of nats", *kept), quantiles),
+        Table(("hardest targets (sliding)", "of the loss"), hardest),
+        Table(("nats (sliding)", "of targets", "of the loss"), above),
+    ]
+
+
+def _part_table(title: str, parts: dict, with_ttt: dict | None = None, column: str = "") -> Table:
+    """Tabulate parts of a score: each one's share of targets, bytes and loss, and its own score."""
+    targets, text_bytes = (sum(p[unit] for p in parts.values()) for unit in ("tokens", "bytes"))
+    nats = {name: p["tokens"] * (p["loss"] or 0.0) for name, p in parts.items()}
+    rows = []
+    for name, part in parts.items():
+        shares = part["tokens"] / targets, part["bytes"] / max(text_bytes, 1), nats[name] / sum(nats.values())
+        scores = [part["bpb"], part["loss"], *([] if with_ttt is None else [with_ttt[name]["bpb"]])]
+        rows.append((name, *(f"{share:.2%}" for share in shares), *(number(s, ".4f") for s in scores)))
+    header = (title, "targets", "bytes", "loss", "bpb", "nats/token", column)
+    return Table(header[: 6 if with_ttt is None else 7], rows)

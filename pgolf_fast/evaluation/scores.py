@@ -9,6 +9,7 @@ from functools import partial
 
 from pgolf_fast import console
 from pgolf_fast.config.schema import RunConfig
+from pgolf_fast.console import Table
 from pgolf_fast.distributed import SINGLE, World
 from pgolf_fast.evaluation.adapters.frozen import Frozen
 from pgolf_fast.evaluation.adapters.registry import need_legal
@@ -34,18 +35,9 @@ class ThreeScores:
     illegal: str | None = None
     """Why the third breaks the rules, if it was allowed to."""
 
-    def rows(self) -> list[tuple[str, str, str, str]]:
-        """Return (name, bpb, loss in nats per token, seconds) of each score."""
-        scores = {PLAIN: self.plain, SLIDING: self.sliding, TTT: self.ttt.score}
-        return [
-            (
-                mark(name, self.illegal if name == TTT else None),
-                f"{score.bpb:.6f}",
-                f"{score.loss:.6f}",
-                f"{self.seconds[name]:.1f}",
-            )
-            for name, score in scores.items()
-        ]
+    def table(self, title: str = "windows") -> Table:
+        """Return `score_table` of these scores, with seconds; `title` heads the first column."""
+        return score_table(self.to_dict(), self.seconds, title)
 
     def to_dict(self) -> dict[str, object]:
         """Return plain values for JSON, the same ones when the same is scored again."""
@@ -118,3 +110,21 @@ def three_scores(
     return ThreeScores(
         passes[PLAIN].score, passes[SLIDING].score, passes[TTT], seconds, scorers, config.ttt.illegal
     )
+
+
+def score_table(
+    scores: dict[str, Any], seconds: dict[str, float] | None = None, title: str = "windows"
+) -> Table:
+    """Tabulate the scores of a scores file or of `ThreeScores.to_dict`: bits per byte and nats per token.
+
+    With `seconds`, by name, the last column is the time; otherwise it is the number of targets. A score that
+    is missing or not finite has no row.
+    """
+    rows = []
+    for key, name in SCORES.items():
+        score = scores.get(key) or {}
+        bpb, loss = (number(score.get(unit), ".6f") for unit in ("bpb", "loss"))
+        if "-" not in (bpb, loss):
+            last = f"{score['tokens']:,}" if seconds is None else f"{seconds[name]:.1f}"
+            rows.append((mark(name, key == "sliding_ttt" and scores.get("illegal")), bpb, loss, last))
+    return Table((title, "bpb", "nats/token", "targets" if seconds is None else "seconds"), rows)

@@ -12,9 +12,9 @@ from pgolf_fast import console
 from pgolf_fast.artifact.container import sizes
 from pgolf_fast.artifact.pack import unpack
 from pgolf_fast.artifact.steps import artifact_model, float_model, new_model
+from pgolf_fast.config.fields import run_config_to_dict
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import RunConfig
-from pgolf_fast.config.serialize import run_config_to_dict
 from pgolf_fast.data.source import open_source
 from pgolf_fast.data.tokenizer import Tokenizer
 from pgolf_fast.distributed import World, this_process

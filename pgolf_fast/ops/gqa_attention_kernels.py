@@ -174,27 +174,25 @@ def _project(
         q_rstd,
         k_rstd,
         eps=reference.RMS_EPS,
-        launch=launch.launch("attention_projection", x),
+        tile=launch.launch("attention_projection", x),
     )
     return q, k, v, q_rstd, k_rstd
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, q_gain: Tensor, xsa: bool) -> tuple[Tensor, Tensor, Tensor]:
-    from pgolf_fast.kernels.flash_attention import launch_exclusive, launch_flash_attention_forward
+    from pgolf_fast.kernels.flash_attention import launch_flash_attention_fwd, launch_xsa_fwd
 
     context, per_row = torch.empty_like(q), (q.shape[0], q.shape[2], q.shape[1])
     along = q.new_empty(per_row if xsa else 0, dtype=torch.float32)
     name = _backend(q, k)
     if name == "triton":
         lse, tiles = q.new_empty(per_row, dtype=torch.float32), _tiles("flash_attention_forward", q)
-        launch_flash_attention_forward(
-            q, k, v, q_gain.contiguous(), context, along, lse, xsa=xsa, launch=tiles
-        )
+        launch_flash_attention_fwd(q, k, v, q_gain.contiguous(), context, along, lse, xsa=xsa, tile=tiles)
         return context, along, lse
     y, lse = attention_backend.forward(name, _gained(q, q_gain), k, v)
     y = y.contiguous()
     if xsa:
-        launch_exclusive(y, v, context, along, launch=_tiles("attention_rows", q))
+        launch_xsa_fwd(y, v, context, along, tile=_tiles("attention_rows", q))
     else:
         context = y
     return context, along, lse.contiguous()
@@ -264,8 +262,8 @@ def _attend_backward(
 
     Overwrites dcontext.
     """
-    from pgolf_fast.kernels.attention_projection import launch_attention_turn_back
-    from pgolf_fast.kernels.flash_attention_backward import launch_flash_attention_prepare
+    from pgolf_fast.kernels.attention_projection import launch_rope_norm_bwd
+    from pgolf_fast.kernels.flash_attention_backward import launch_flash_attention_bwd_delta
 
     gain, cos, sin = (t.contiguous() for t in (q_gain, cos, sin))
     rows = _tiles("attention_rows", s.q)
@@ -276,8 +274,8 @@ def _attend_backward(
     name, dy = _backend(s.q, s.k), dcontext
     y = s.y if name == "triton" or not xsa else torch.empty_like(s.y)  # libraries take delta from it
     before_xsa = None if y is s.y else y
-    launch_flash_attention_prepare(
-        dcontext, s.y, s.along, s.v, dy, delta, own, before_xsa, xsa=xsa, launch=rows
+    launch_flash_attention_bwd_delta(
+        dcontext, s.y, s.along, s.v, dy, delta, own, before_xsa, xsa=xsa, tile=rows
     )
     if name == "triton":
         dq_heads, dk_heads = _own_backward(s, gain, dy, delta, own, dv)
@@ -289,8 +287,8 @@ def _attend_backward(
         dv.copy_(dv_heads.reshape(dv.shape))
     blocks = -(-s.q.shape[0] * s.q.shape[1] // rows.block_m)
     dgain = s.lse.new_empty(blocks, gain.shape[0])
-    launch_attention_turn_back(dq_heads.contiguous(), s.q, s.q_rstd, gain, cos, sin, dq, dgain, launch=rows)
-    launch_attention_turn_back(dk_heads.contiguous(), s.k, s.k_rstd, None, cos, sin, dk, None, launch=rows)
+    launch_rope_norm_bwd(dq_heads.contiguous(), s.q, s.q_rstd, gain, cos, sin, dq, dgain, tile=rows)
+    launch_rope_norm_bwd(dk_heads.contiguous(), s.k, s.k_rstd, None, cos, sin, dk, None, tile=rows)
     return dgain.sum(0)
 
 
@@ -300,10 +298,10 @@ def _own_backward(
     from pgolf_fast.kernels import flash_attention_backward as kernels
 
     dq_heads, dk_heads = torch.empty_like(s.q), torch.empty_like(s.k)
-    kernels.launch_flash_attention_dkdv(
-        s.q, s.k, s.v, gain, dy, s.lse, delta, own, dk_heads, dv, launch=_tiles("flash_attention_dkdv", s.q)
+    kernels.launch_flash_attention_bwd_dkdv(
+        s.q, s.k, s.v, gain, dy, s.lse, delta, own, dk_heads, dv, tile=_tiles("flash_attention_dkdv", s.q)
     )
-    kernels.launch_flash_attention_dq(
-        s.q, s.k, s.v, gain, dy, s.lse, delta, dq_heads, launch=_tiles("flash_attention_dq", s.q)
+    kernels.launch_flash_attention_bwd_dq(
+        s.q, s.k, s.v, gain, dy, s.lse, delta, dq_heads, tile=_tiles("flash_attention_dq", s.q)
     )
     return dq_heads, dk_heads

@@ -60,7 +60,11 @@ def _(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
 
 
 def _matmul_kernels(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
-    from pgolf_fast.kernels.int6_matmul import launch_int6_codes, launch_int6_matmul, launch_int6_skinny
+    from pgolf_fast.kernels.int6_matmul import (
+        launch_int6_matmul,
+        launch_int6_matmul_skinny,
+        launch_int6_unpack,
+    )
 
     columns, depth = packed.shape[0], x.shape[-1]
     y = x.new_empty((*x.shape[:-1], columns))
@@ -74,10 +78,10 @@ def _matmul_kernels(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
     words = packed.view(-1).view(torch.int16)
     with launch.on_device_of(x):
         if len(rows) <= SKINNY_ROWS and x.dtype != torch.float32:
-            launch_int6_skinny(rows, words, packed, scale, flat_y, launch.launch("int6_skinny", x))
+            launch_int6_matmul_skinny(rows, words, packed, scale, flat_y, launch.launch("int6_skinny", x))
             return y
         codes = x.new_empty(columns, depth)
-        launch_int6_codes(words, packed, codes, launch.launch("int6_codes", x))
+        launch_int6_unpack(words, packed, codes, launch.launch("int6_codes", x))
         if x.dtype == torch.float32:
             # Nothing is rounded in between. Triton 3.7 would take such a product in TF32 on sm_100.
             torch.mul(rows @ codes.t(), scale.float(), out=flat_y)

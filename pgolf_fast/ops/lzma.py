@@ -1,11 +1,12 @@
 """pgolf::lzma_compress and pgolf::lzma_decompress — bytes to one .xz stream (LZMA2, CRC32) and back.
 
-Compress one byte per weight: the same codes packed to 6 bits first come out 6 to 13 % larger.
-The interpreter lock is free meanwhile, so threads compress in parallel.
+Compress one byte per weight: codes packed to 6 bits first come out 6 to 13 % larger.
+Both release the GIL, so threads compress in parallel.
 """
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Literal
 
 import numpy as np
@@ -29,13 +30,12 @@ def compress_bytes(
     nice_len: int | None = None,
     mode: Literal["fast", "normal"] | None = None,
 ) -> bytes:
-    """`data` as one .xz stream; `preset` 0 (fast) to 9 (small), `extreme` tries harder still.
+    """Compress `data` to one .xz stream; `preset` is 0 (fast) to 9 (small), `extreme` tries harder.
 
-    The others replace what the preset says. A literal is predicted from lc bits (0..4) of the byte before it
-    and lp bits (0..4, lc + lp at most 4) of its position, all else from pb bits (0..4) of the position;
-    nice_len (2..273) is a match that is long enough; mode is how hard matches are looked for.
-    Raises ValueError for settings out of range. The bytes depend on the version of liblzma; what they
-    decompress to does not.
+    The other settings override the preset's. Literals are predicted from lc bits (0..4) of the previous byte
+    and lp bits (0..4, lc + lp at most 4) of the position, everything else from pb bits (0..4) of the
+    position; nice_len (2..273) is the match length at which the search stops; mode is the search itself.
+    Raises ValueError for settings out of range. The bytes depend on the version of liblzma.
     """
     given = {"lc": lc, "lp": lp, "pb": pb, "nice_len": nice_len}
     settings = {name: value for name, value in given.items() if value is not None}
@@ -43,32 +43,35 @@ def compress_bytes(
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}, but LZMA's modes are fast and normal")
         settings["mode"] = 1 + MODES.index(mode)
-    codec = native.lzma_extension()
-    return (codec or reference_bytes).lzma_compress(data, preset, extreme, **settings)
+    return _codec().lzma_compress(data, preset, extreme, **settings)
 
 
 def decompress_bytes(data: bytes, size: int) -> bytes:
-    """The exactly `size` bytes held by one .xz stream.
+    """Decompress one .xz stream of exactly `size` bytes.
 
     Raises ValueError that says whether the stream is truncated, corrupt, longer or shorter than `size`, or
     followed by other bytes. Never writes more than `size` bytes; the decoder itself uses at most 256 MiB.
     """
-    codec = native.lzma_extension()
-    return (codec or reference_bytes).lzma_decompress(data, size)
+    return _codec().lzma_decompress(data, size)
 
 
 def backend() -> str:
-    """Which LZMA serves: "linked liblzma 5.4.1", "dlopen liblzma 5.4.1" or Python's, with the reason."""
-    codec = native.lzma_extension()
-    if codec is not None:
-        return f"{codec.lzma_how()} liblzma {codec.lzma_version()}"
-    reason = "extension not built" if native.extension() is None else "liblzma not found"
+    """Name the LZMA in use: "liblzma 5.4.1" or Python's lzma module, with the reason."""
+    codec = _codec()
+    if codec is not reference_bytes:
+        return f"liblzma {codec.lzma_version()}"
+    reason = "extension not built" if native.extension() is None else "extension built without liblzma"
     return f"Python's lzma module ({reason})"
+
+
+def _codec() -> ModuleType:
+    extension = native.extension()
+    return extension if extension is not None and hasattr(extension, "lzma_compress") else reference_bytes
 
 
 @torch.library.custom_op("pgolf::lzma_compress", mutates_args=(), device_types="cpu")
 def lzma_compress(data: Tensor, preset: int = 9) -> Tensor:
-    """`data` uint8 (n,) as one .xz stream, uint8 (m,); m depends on the data.
+    """Compress `data` uint8 (n,) to one .xz stream, uint8 (m,); m depends on the data.
 
     Inference only, no autograd; CPU only. Raises ValueError for another dtype, shape or preset.
     """
@@ -87,7 +90,7 @@ def _(data: Tensor, preset: int = 9) -> Tensor:
 
 @torch.library.custom_op("pgolf::lzma_decompress", mutates_args=(), device_types="cpu")
 def lzma_decompress(data: Tensor, size: int) -> Tensor:
-    """The `size` bytes, uint8 (size,), held by the .xz stream `data`, uint8 (m,).
+    """Decompress the .xz stream `data`, uint8 (m,), to uint8 (size,).
 
     Inference only, no autograd; CPU only. Raises ValueError as `decompress_bytes` does.
     """

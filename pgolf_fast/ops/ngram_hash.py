@@ -173,7 +173,7 @@ def _kernels_forward(
             multipliers=_MULTIPLIERS,
             split=pos_conditional,
             trigram=trigram,
-            config=launch.launch("ngram_hash_embed_fwd", table),
+            tile=launch.launch("ngram_hash_embed_fwd", table),
         )
     return out
 
@@ -271,7 +271,7 @@ def _kernels_backward(
             multipliers=_MULTIPLIERS,
             split=pos_conditional,
             trigram=trigram,
-            config=config,
+            tile=config,
         )
         config = launch.launch("ngram_hash_embed_bwd_scalars", table)
         kernels.launch_ngram_hash_embed_bwd_scalars(partial, scale, boost, dscale, dboost, config)
@@ -294,15 +294,13 @@ def _sorted_sums(dout: Tensor, rows: Tensor | None, gate: Tensor | None, table: 
     num_rows, width = table.shape
     sums = gate.new_empty(num_rows + kernels.pieces(len(rows), config), width)
     dtable = table.new_empty(table.shape)
-    kernels.launch_ngram_hash_embed_bwd_pieces(
-        dout, gate, rows, order, sums, num_rows=num_rows, config=config
-    )
+    kernels.launch_ngram_hash_embed_bwd_pieces(dout, gate, rows, order, sums, num_rows=num_rows, tile=config)
     kernels.launch_ngram_hash_embed_bwd_rows(
         rows,
         sums,
         dtable,
         piece=config.block_m,
-        config=launch.launch("ngram_hash_embed_bwd_rows", table),
+        tile=launch.launch("ngram_hash_embed_bwd_rows", table),
     )
     return dtable
 

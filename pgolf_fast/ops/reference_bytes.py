@@ -1,4 +1,4 @@
-"""What the byte ops mean, in Python: used where the C++ codecs are missing, and as the tests' oracle."""
+"""The byte ops in Python: used where the C++ codecs are missing, and as the tests' reference."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ LZMA_RANGES = {"lc": (0, 4), "lp": (0, 4), "pb": (0, 4), "nice_len": (2, 273), "
 
 
 def lzma_compress(data: bytes, preset: int, extreme: bool, **settings: int) -> bytes:
-    """`data` as one .xz stream (LZMA2, CRC32) with a dictionary no larger than the data needs.
+    """Compress `data` to one .xz stream (LZMA2, CRC32) with a dictionary no larger than the data needs.
 
-    settings: those of LZMA_RANGES that are not the preset's. Raises ValueError for anything out of range.
+    settings: names of LZMA_RANGES; they override the preset's. Raises ValueError for anything out of range.
     """
     if not 0 <= preset <= 9:
         raise ValueError(f"preset is {preset}, but LZMA presets are 0..9")
     for name, value in settings.items():
         low, high = LZMA_RANGES[name]
         if not low <= value <= high:
-            raise ValueError(f"{name} is {value}, but it must lie in {low}..{high}")
+            raise ValueError(f"{name} is {value}, but must be in {low}..{high}")
     if (literal := settings.get("lc", 3) + settings.get("lp", 0)) > 4:
-        raise ValueError(f"lc + lp is {literal}, but it must be at most 4")
+        raise ValueError(f"lc + lp is {literal}, but must be at most 4")
     dictionary = 4096
     while dictionary < min(len(data), PRESET_DICTIONARY[preset]):
         dictionary *= 2
@@ -40,12 +40,12 @@ def lzma_compress(data: bytes, preset: int, extreme: bool, **settings: int) -> b
 
 
 def lzma_decompress(data: bytes, size: int) -> bytes:
-    """The exactly `size` bytes of one .xz stream; ValueError says how the stream disagrees."""
+    """Decompress one .xz stream of exactly `size` bytes. Raises ValueError that says what is wrong."""
     if size < 0:
-        raise ValueError(f"size is {size}, but it must not be negative")
+        raise ValueError(f"size is {size}, but must not be negative")
     decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=DECODER_MEMORY_LIMIT)
     try:
-        out = decoder.decompress(data, max_length=size + 1)  # one byte of room, to see that there is no more
+        out = decoder.decompress(data, max_length=size + 1)  # +1 detects trailing output
     except lzma.LZMAError as error:
         if "format" in str(error):
             raise ValueError("the bytes are not an LZMA (.xz) stream") from error
@@ -64,12 +64,12 @@ def lzma_decompress(data: bytes, size: int) -> bytes:
     return out
 
 
-# Planes of a packed row by width: (bits of u in the plane, its lowest bit), as written down in ops/bits.py.
+# Planes of a packed row by width: (bits of u in the plane, its lowest bit); ops/bits.py defines the layout.
 PLANES = {4: ((4, 0),), 5: ((4, 0), (1, 4)), 6: ((4, 0), (2, 4)), 7: ((4, 0), (2, 4), (1, 6))}
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """int8 (R, C) -> uint8 (R, row_bytes(C, bits)), the planes written down in ops/bits.py."""
+    """Pack int8 (R, C) to uint8 (R, row_bytes(C, bits)), in the planes that ops/bits.py defines."""
     if bits == 8:
         return codes.contiguous().view(torch.uint8).clone()
     half = 1 << (bits - 1)
@@ -78,7 +78,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
         row, column = outside[0].tolist()
         value = codes[row, column].item()
         raise ValueError(
-            f"codes[{row}, {column}] is {value}, but {bits}-bit codes lie in {-half}..{half - 1}"
+            f"codes[{row}, {column}] is {value}, but {bits}-bit codes are in {-half}..{half - 1}"
         )
     u = torch.nn.functional.pad(codes, (0, -codes.shape[1] % 8)).add(half).to(torch.uint8)
     planes = []
@@ -90,7 +90,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_bits(packed: Tensor, columns: int, bits: int) -> Tensor:
-    """uint8 (R, row_bytes(columns, bits)) -> int8 (R, columns); padding is dropped."""
+    """Unpack uint8 (R, row_bytes(columns, bits)) to int8 (R, columns), dropping the padding."""
     if bits == 8:
         return packed.contiguous().view(torch.int8).clone()
     eighth = packed.shape[1] // bits
@@ -103,16 +103,11 @@ def unpack_bits(packed: Tensor, columns: int, bits: int) -> Tensor:
 
 
 def dequantize_bits(packed: Tensor, scale: Tensor, columns: int, bits: int, dtype: torch.dtype) -> Tensor:
-    """codes * scale (R, columns), multiplied in float32 and rounded once to `dtype`."""
+    """Return codes * scale (R, columns), multiplied in float32 and rounded once to `dtype`."""
     return (unpack_bits(packed, columns, bits).float() * scale.float()[:, None]).to(dtype)
 
 
-def int6_matmul(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
-    """x (..., K) times the transposed matrix of codes * scale; see ops/int6.py."""
-    return scaled_matmul(x, unpack_bits(packed, x.shape[-1], 6), scale)
-
-
 def scaled_matmul(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    """x (..., K) times (codes (N, K) * scale (N,))^T in at least float32, rounded once to x's dtype."""
+    """Return x (..., K) times (codes (N, K) * scale (N,))^T; accumulates in float32 or wider, rounds once."""
     acc = torch.promote_types(x.dtype, torch.float32)
     return (x.to(acc) @ codes.to(acc).t() * scale.to(acc)).to(x.dtype)

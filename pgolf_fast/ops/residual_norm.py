@@ -100,7 +100,7 @@ def _kernels_forward(
             rstd,
             layer_scale=layer_scale,
             eps=reference.RMS_EPS,
-            config=launch.launch("residual_norm_fwd", x),
+            tile=launch.launch("residual_norm_fwd", x),
         )
     return mixed, normed, rstd
 
@@ -168,8 +168,8 @@ def _kernels_backward(
         with launch.on_device_of(x):
             if not kernels.fits_tile(width, config):
                 along = torch.empty_like(rstd)
-                kernels.launch_residual_norm_bwd_along(
-                    dnormed, mixed, rstd, along, layer_scale=layer_scale, config=config
+                kernels.launch_residual_norm_bwd_mean(
+                    dnormed, mixed, rstd, along, layer_scale=layer_scale, tile=config
                 )
             kernels.launch_residual_norm_bwd(
                 dmixed,
@@ -185,7 +185,7 @@ def _kernels_backward(
                 dbranch,
                 partial,
                 layer_scale=layer_scale,
-                config=config,
+                tile=config,
             )
         sums = partial.sum(1)
     else:

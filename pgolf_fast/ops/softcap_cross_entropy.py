@@ -136,7 +136,7 @@ def _kernels_forward(
                 logsumexp,
                 softcap=softcap,
                 z_loss=z_loss,
-                config=_launch("softcap_cross_entropy_fwd", x),
+                tile=_launch("softcap_cross_entropy_fwd", x),
             )
     return loss, logsumexp
 
@@ -206,7 +206,7 @@ def _kernels_backward(
                 low,
                 softcap=softcap,
                 z_loss=z_loss,
-                config=config,
+                tile=config,
             )
         torch.mm(low, weight, out=dx[rows])
         dweight = low.T @ x[rows] if dweight is None else dweight.add_(low.T @ x[rows])

@@ -1,1 +1,1 @@
-"""Muon over banks, AdamW groups, schedules, weight averages."""
+"""Muon over banks, AdamW groups, learning-rate schedules, weight averages."""

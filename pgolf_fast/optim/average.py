@@ -1,4 +1,4 @@
-"""Averages of the weights along training: EMA, and SWA over the EMA's snapshots (PR 1501)."""
+"""Averages of the weights during training: EMA, and SWA over snapshots of the EMA (PR 1501)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pgolf_fast.config.schema import AverageConfig
 
 
 class WeightAverage:
-    """An fp32 shadow of every parameter, and the running mean of its late snapshots."""
+    """A float32 EMA of every parameter, and the running mean of its late snapshots."""
 
     def __init__(self, model: nn.Module, config: AverageConfig):
         self.config = config
@@ -20,33 +20,29 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, step: int, multiplier: float) -> None:
-        """Called after optimiser step number `step` (1-based), with the multiplier it used."""
+        """Update after optimizer step number `step` (from 1), which used this learning-rate multiplier."""
         c = self.config
         if step % c.ema_every == 0:
-            weight = 1 - c.ema_decay**c.ema_every
-            torch._foreach_lerp_(list(self.ema.values()), self._floats(), weight)
+            weights = [p.detach().float() for p in self._parameters.values()]
+            torch._foreach_lerp_(list(self.ema.values()), weights, 1 - c.ema_decay**c.ema_every)
         if c.swa_every is not None and multiplier < c.swa_below and step % c.swa_every == 0:
-            self._collect()
-
-    def _floats(self) -> list[Tensor]:
-        return [p.detach().float() for p in self._parameters.values()]
-
-    def _collect(self) -> None:
-        self.swa_count += 1
-        if not self.swa:
-            self.swa = {name: value.clone() for name, value in self.ema.items()}
-        else:
-            torch._foreach_lerp_(list(self.swa.values()), list(self.ema.values()), 1 / self.swa_count)
+            self.swa_count += 1
+            if not self.swa:
+                self.swa = {name: value.clone() for name, value in self.ema.items()}
+            else:
+                torch._foreach_lerp_(list(self.swa.values()), list(self.ema.values()), 1 / self.swa_count)
 
     def final(self) -> dict[str, Tensor]:
-        """The weights a run ends with: the mean of the EMA snapshots, if they count, else the EMA."""
+        """Return the final weights: the mean of the EMA snapshots if they are applied, else the EMA."""
         return self.swa if self.config.swa_apply and self.swa_count else self.ema
 
     def state(self) -> dict[str, Tensor]:
+        """Return every tensor by name."""
         tensors = {f"ema.{name}": value for name, value in self.ema.items()}
         return tensors | {f"swa.{name}": value for name, value in self.swa.items()}
 
     def load_state(self, state: dict[str, Tensor], swa_count: int) -> None:
+        """Invert `state`."""
         self.swa_count = swa_count
         for name in self.ema:
             self.ema[name].copy_(state[f"ema.{name}"])

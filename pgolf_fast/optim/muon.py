@@ -1,19 +1,25 @@
-"""Muon over weight banks (Jordan et al. 2024): momentum, orthogonalisation of every slot at once, decay."""
+"""Muon over weight banks (Jordan et al. 2024): momentum, orthogonalization of all slots at once, decay."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from pgolf_fast import ops
+from pgolf_fast.distributed import World
 from pgolf_fast.ops.muon_update import muon_apply, muon_momentum
-from pgolf_fast.optim.sharding import Sharding
 
 
 class Muon:
-    """Nesterov momentum and Newton-Schulz in bfloat16, decoupled weight decay, fp32 masters (PR 1501)."""
+    """Nesterov momentum and Newton-Schulz in bfloat16, decoupled weight decay, float32 masters (PR 1501).
+
+    Under several ranks, gradients are averaged whole and every rank holds all momentum; only Newton-Schulz is
+    split between ranks.
+    """
 
     def __init__(
         self,
@@ -21,10 +27,10 @@ class Muon:
         *,
         weight_decay: float,
         newton_schulz_steps: int,
-        sharding: Sharding | None = None,
+        world: World | None = None,
     ):
         self.banks, self.weight_decay, self.ns_steps = banks, weight_decay, newton_schulz_steps
-        self.sharding = sharding or Sharding()
+        self.world = world
         self.momentum_buffers = {
             name: torch.zeros_like(bank, dtype=torch.bfloat16) for name, bank in banks.items()
         }
@@ -37,30 +43,44 @@ class Muon:
         momentum: float | Tensor,
         shadows: dict[str, Tensor] | None = None,
     ) -> None:
-        """One update from the banks' gradients, which are read and left as they are.
+        """Update the banks from their gradients, which are not changed. All ranks end with the same weights.
 
-        Each rank orthogonalises its share of the slots; every rank ends with the same weights. `lr` and
-        `momentum` may be tensors of one element, which a CUDA graph reads anew at every replay. `shadows`,
-        by bank name, receive the new weights in their own dtype.
+        `lr` and `momentum` may be tensors of one element, which a CUDA graph reads anew at every replay. The
+        new weights are also written to `shadows`, by bank name, in their own dtype.
         """
         for name, bank in self.banks.items():
             if bank.grad is None:
                 raise RuntimeError(f"Muon: {name} has no gradient; call backward first")
             update = muon_momentum(bank.grad, self.momentum_buffers[name], momentum)
-            update = self.sharding.map_slots(update, lambda part: ops.newton_schulz(part, self.ns_steps))
+            update = map_slots(update, lambda part: ops.newton_schulz(part, self.ns_steps), self.world)
             rows, cols = bank.shape[-2:]
             muon_apply(
                 bank,
                 update,
                 lr,
                 weight_decay=self.weight_decay,
-                scale=math.sqrt(max(1.0, rows / cols)),
+                scale=math.sqrt(max(1.0, rows / cols)),  # as Jordan et al. scale tall matrices
                 shadow=None if shadows is None else shadows.get(name),
             )
 
     def state(self) -> dict[str, Tensor]:
+        """Return the momentum buffers by name."""
         return {f"muon.{name}": buffer for name, buffer in self.momentum_buffers.items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
+        """Invert `state`."""
         for name, buffer in self.state().items():
             buffer.copy_(state[name])
+
+
+def map_slots(stack: Tensor, function: Callable[[Tensor], Tensor], world: World | None) -> Tensor:
+    """Apply `function` to a (slots, rows, cols) stack, each rank to its share, and gather the results."""
+    if world is None or world.world_size == 1:
+        return function(stack)
+    share = -(-stack.shape[0] // world.world_size)
+    padded = stack.new_zeros(share * world.world_size, *stack.shape[1:])  # all_gather needs equal shares
+    mine = function(stack[world.rank * share : (world.rank + 1) * share].contiguous())
+    part = stack.new_zeros(share, *stack.shape[1:])
+    part[: mine.shape[0]] = mine
+    dist.all_gather(list(padded.split(share)), part)
+    return padded[: stack.shape[0]]

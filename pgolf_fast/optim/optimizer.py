@@ -1,29 +1,30 @@
-"""Which parameter gets which optimiser: Muon for the banks, AdamW for tables and everything small."""
+"""The optimizer of each parameter: Muon for the banks, AdamW for tables and everything small."""
 
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from pgolf_fast.config.schema import OptimConfig
+from pgolf_fast.distributed import World
 from pgolf_fast.model.bank import BANK_NAMES
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.optim.muon import Muon
-from pgolf_fast.optim.sharding import Sharding
 
 
 class Optimizer:
     """All parameters of a GPT, updated with one learning-rate multiplier (PR 1501).
 
-    `extra` are parameters by name that are not the model's and learn as its small ones do, clipped with them
-    and by AdamW, but only at steps that gave them a gradient.
+    `extra` are named parameters outside the model that are trained like its small ones: clipped with them,
+    and updated by AdamW at the steps that gave them a gradient.
     """
 
     def __init__(
         self,
         model: GPT,
         config: OptimConfig,
-        sharding: Sharding | None = None,
+        world: World | None = None,
         extra: dict[str, nn.Parameter] | None = None,
     ):
         self.config, self.model, self._extra = config, model, extra or {}
@@ -34,12 +35,12 @@ class Optimizer:
             dict(zip(BANK_NAMES, model.bank_parameters(), strict=True)),
             weight_decay=config.weight_decay,
             newton_schulz_steps=config.muon_newton_schulz_steps,
-            sharding=sharding,
+            world=world,
         )
         tables = model.tables()
-        taken = {id(p) for p in (*tables, *model.bank_parameters())}
-        scalars = [p for p in self.parameters if id(p) not in taken]
-        # one group a dtype: the fused kernel wants them alike
+        assigned = {id(p) for p in (*tables, *model.bank_parameters())}
+        scalars = [p for p in self.parameters if id(p) not in assigned]
+        # one group per table: tables may be bfloat16, and the fused kernel wants one dtype in a group
         groups = [{"params": [table], "base_lr": config.embed_lr} for table in tables]
         groups.append({"params": scalars, "base_lr": config.scalar_lr})
         self.adamw = torch.optim.AdamW(
@@ -52,23 +53,26 @@ class Optimizer:
         )
 
     def muon_momentum(self, step: int) -> float:
-        """Linear warm-up, then constant (PR 1501)."""
+        """Return Muon's momentum: a linear warm-up, then constant (PR 1501)."""
         c = self.config
         if step >= c.muon_momentum_warmup_steps:
             return c.muon_momentum
         share = step / c.muon_momentum_warmup_steps
         return (1 - share) * c.muon_momentum_start + share * c.muon_momentum
 
+    def gradients(self) -> list[Tensor]:
+        """Return every gradient there is."""
+        return [p.grad for p in self.parameters if p.grad is not None]
+
     def clip(self) -> Tensor:
-        """Scale all gradients so that their global norm is at most grad_clip; returns the norm before, ()."""
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
+        """Scale all gradients to a global norm of at most grad_clip; return the norm before, ()."""
+        norm = nn.utils.get_total_norm(self.gradients())
         if self.config.grad_clip is not None:
             nn.utils.clip_grads_with_norm_(self.parameters, self.config.grad_clip, norm)
         return norm
 
     def step(self, step: int, multiplier: float) -> None:
-        """One update of every parameter from its gradient."""
+        """Update every parameter from its gradient."""
         for group in self.adamw.param_groups:
             group["lr"] = group["base_lr"] * multiplier
         self.adamw.step()
@@ -82,15 +86,15 @@ class Optimizer:
             self.model.shadows_written()
 
     def zero_grad(self) -> None:
-        """Clear gradients in place: gradient banks keep their address. Extra parameters lose theirs."""
+        """Clear the model's gradients in place and drop those of extra parameters."""
         for parameter in self.model.parameters():
             if parameter.grad is not None:
-                parameter.grad.zero_()
+                parameter.grad.zero_()  # in place: captured graphs need gradient banks at their addresses
         for parameter in self._extra.values():
-            parameter.grad = None
+            parameter.grad = None  # AdamW skips a parameter without a gradient
 
     def state(self) -> dict[str, Tensor]:
-        """Every optimiser tensor by name."""
+        """Return every optimizer tensor by name."""
         tensors = self.muon.state()
         for parameter, values in self.adamw.state.items():
             for key, value in values.items():
@@ -98,7 +102,7 @@ class Optimizer:
         return tensors
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """The inverse of `state`."""
+        """Invert `state`."""
         self.muon.load_state(state)
         self.adamw.state.clear()
         for group in self.adamw.param_groups:
@@ -109,3 +113,12 @@ class Optimizer:
                 self.adamw.state[parameter] = {
                     k.split(".", 2)[1]: state[k].to(parameter.device, copy=True) for k in keys
                 }
+
+
+def mean_gradients(gradients: list[Tensor], world: World) -> None:
+    """Average every gradient over ranks in place."""
+    if world.world_size == 1:
+        return
+    for gradient in gradients:
+        dist.all_reduce(gradient)
+        gradient.div_(world.world_size)

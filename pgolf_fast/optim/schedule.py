@@ -1,4 +1,4 @@
-"""The learning-rate multiplier: constant, then a fall to zero over time or steps (PR 1501, PR 301)."""
+"""The learning-rate multiplier: constant, then a decay to zero over time or steps (PR 1501, PR 301)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pgolf_fast.config.schema import TrainConfig
 
 @dataclass
 class ScheduleState:
-    """What the adaptive trigger remembers. Positions are seconds or steps, as the schedule is measured."""
+    """State of the adaptive trigger. Positions are in seconds or steps, the unit of train.schedule."""
 
     loss_ema: float | None = None
     decay_start: float | None = None
@@ -18,16 +18,16 @@ class ScheduleState:
 
 
 class Schedule:
-    """Multiplier of every learning rate. Decisions use the training loss only, never validation."""
+    """The multiplier of every learning rate. Decisions use the training loss only, never validation."""
 
     def __init__(self, config: TrainConfig):
         self.config = config
         self.state = ScheduleState()
 
     def multiplier(self, step: int, elapsed: float) -> float:
-        """1 before the decay, then a half cosine or a line that reaches 0 at the end of the run.
+        """Return 1 before the decay, then a half cosine or a line that reaches 0 at the end of the run.
 
-        A decay longer than the run is squeezed into it if it is a cosine; a line begins below 1.
+        If the decay is longer than the run, a cosine is compressed to fit, and a line starts below 1.
         """
         c = self.config
         if step < c.lr_hold_steps:
@@ -44,8 +44,8 @@ class Schedule:
         done = min((position - start) / max(end - start, 1e-9), 1.0)
         return 1 - done if c.warmdown_shape == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
-    def quantises(self, step: int, elapsed: float) -> bool:
-        """Whether quantisation-aware training begins here, if it has not before."""
+    def quantizes(self, step: int, elapsed: float) -> bool:
+        """Return True if quantization-aware training is due to begin by this step."""
         qat = self.config.qat
         if qat is None:
             return False
@@ -56,12 +56,12 @@ class Schedule:
         return self.multiplier(step, elapsed) < qat.below
 
     def over(self, step: int, elapsed: float) -> bool:
-        """Whether the decay has come to its end, where the Reptile phase begins if there is one."""
+        """Return True at the end of the decay, which is where a Reptile phase begins."""
         position, end, _ = self._position(step, elapsed)
         return position >= end
 
     def _position(self, step: int, elapsed: float) -> tuple[float, float, float]:
-        """Where the run is, where the decay ends, and how far a step goes, in the schedule's measure."""
+        """Return the position in the run, the end of the decay, and the length of a step, in one unit."""
         c = self.config
         if c.schedule == "time":
             assert c.max_seconds is not None
@@ -71,7 +71,7 @@ class Schedule:
         return float(step), float(steps), 1.0
 
     def observe(self, step: int, loss: float, elapsed: float) -> bool:
-        """Look at this step's training loss; True on the step at which the decay is triggered."""
+        """Watch a step's training loss; return True at the step that triggers the decay."""
         c, s = self.config, self.state
         due = step >= c.adaptive_min_step and step % c.adaptive_every == 0
         if not (c.adaptive_warmdown and due and s.decay_start is None):

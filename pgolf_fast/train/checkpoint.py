@@ -1,4 +1,4 @@
-"""Checkpoints of a run: the newest few, and weights read back strictly."""
+"""Checkpoints of a run, of which the newest few are kept."""
 
 from __future__ import annotations
 
@@ -9,26 +9,21 @@ from torch import Tensor
 
 from pgolf_fast.io import save_tensors
 
-_KEEP = 2
+_KEEP = 2  # one to fall back to if the newest turns out damaged
 
 
-def checkpoint_file(folder: Path, step: int) -> Path:
-    return folder / f"step_{step:08d}.safetensors"
-
-
-def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], story: dict[str, Any]) -> Path:
-    """Write the checkpoint of a step and drop all but the newest few."""
-    path = checkpoint_file(folder, step)
-    save_tensors(path, tensors, {**story, "step": step})
-    for old in _all(folder)[:-_KEEP]:
+def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Write the checkpoint of a step, and delete all but the newest few."""
+    save_tensors(folder / f"step_{step:08d}.safetensors", tensors, metadata)
+    for old in _checkpoints(folder)[:-_KEEP]:
         old.unlink(missing_ok=True)
-    return path
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    found = _all(folder)
-    return found[-1] if found else None
+    """Return the newest checkpoint, or None if there is none."""
+    checkpoints = _checkpoints(folder)
+    return checkpoints[-1] if checkpoints else None
 
 
-def _all(folder: Path) -> list[Path]:
+def _checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step_*.safetensors"))

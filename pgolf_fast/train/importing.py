@@ -6,9 +6,9 @@ import json
 import shutil
 from pathlib import Path
 
+from pgolf_fast.config.fields import run_config_to_dict
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import RunConfig
-from pgolf_fast.config.serialize import run_config_to_dict
 from pgolf_fast.data.source import open_source
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import atomic_path, save_tensors, write_text

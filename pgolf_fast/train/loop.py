@@ -1,4 +1,4 @@
-"""Training from a configuration to averaged weights in a run folder."""
+"""Training: from a configuration to averaged weights in a run folder."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from pgolf_fast import console
+from pgolf_fast.config.fields import flatten, run_config_to_dict
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import RunConfig
-from pgolf_fast.config.serialize import flatten, run_config_to_dict
 from pgolf_fast.data.loader import make_loader
 from pgolf_fast.data.source import Source, open_source
 from pgolf_fast.distributed import World, join_world
@@ -26,18 +26,34 @@ from pgolf_fast.model.gpt import GPT
 from pgolf_fast.model.runtime import choose_kernels, environment, resolve_dtype
 from pgolf_fast.model.weights import load_weights
 from pgolf_fast.train.checkpoint import newest_checkpoint, save_checkpoint
-from pgolf_fast.train.micro_step import compile_loss
 from pgolf_fast.train.progress import StepLog
 from pgolf_fast.train.track import Metrics, TrackerName, need_tracker, open_tracker
 from pgolf_fast.train.trainer import NonFiniteError, PendingStep, Trainer
 
+# Settings that a resumed run may change, by prefix: its length, reports and rates, and what comes after it.
+_MAY_CHANGE = (
+    "name",
+    "optim.",
+    "train.steps",
+    "train.max_seconds",
+    "train.log_every",
+    "train.val_every",
+    "train.checkpoint_minutes",
+    "train.compute_dtype",
+    "train.compile",
+    "train.cuda_graph",
+    "quant.",
+    "pack.",
+    "eval.",
+    "ttt.",
+    "kernels.",
+)
+_MUST_STAY = ("quant.bits", "quant.grid")  # the grid of quantization-aware training
+
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Where the run is and what it reached: with its weights as the last step left them, and their average.
-
-    The average is what the run folder keeps, unless a Reptile phase started from it and left the raw weights.
-    """
+    """The run's folder, length and scores: with its weights after the last step, and with their average."""
 
     folder: RunFolder
     steps: int
@@ -47,15 +63,16 @@ class TrainResult:
     averaged: Score
     is_main: bool
     keeps_raw: bool = False
+    """The folder keeps the raw weights, which a Reptile phase made, and not the average it started from."""
 
 
 def train(
     config: RunConfig, out: Path, *, resume: bool = False, track: TrackerName | None = None
 ) -> TrainResult:
-    """Train `config` into the folder `out`. With `resume`, continue its newest checkpoint if there is one.
+    """Train `config` into the folder `out`. With `resume`, continue from its newest checkpoint, if any.
 
-    With `track`, metrics go to that tracker too. Raises PgolfError for a folder that holds another run, data
-    that does not fit, a tracker that does not start, or a non-finite loss.
+    With `track`, send metrics to that tracker too. Raises PgolfError for a folder that holds another run,
+    data that does not fit, a tracker that does not start, or a non-finite loss.
     """
     if track is not None:
         need_tracker(track)
@@ -63,7 +80,7 @@ def train(
         config = _resolved(config, world)
         folder = RunFolder(out)
         changed = _check_folder(folder, config, resume)
-        world.barrier()  # every rank has looked before one of them writes
+        world.barrier()  # every rank has read the folder before one of them writes
         console.setup_logging(folder.log_file if world.is_main else None, quiet=not world.is_main)
         try:
             return _Run(config, folder, world).run(resume, changed, track)
@@ -71,13 +88,22 @@ def train(
             console.close_logging()
 
 
+def build_model(config: RunConfig, source: Source, world: World) -> GPT:
+    """Return a freshly initialized model on the device, in the dtypes it is trained in."""
+    torch.manual_seed(config.train.seed)
+    dtype = resolve_dtype(config.train.compute_dtype, world.device)
+    model = GPT(config.model, torch.from_numpy(source.table.has_leading_space), compute_dtype=dtype)
+    if config.train.table_dtype == "bfloat16":
+        for table in model.tables():
+            table.data = table.data.bfloat16()
+    return model.to(world.device)
+
+
 def _resolved(config: RunConfig, world: World) -> RunConfig:
-    """`config` with everything that depends on this machine decided, so that config.json says what ran."""
+    """Return `config` with everything that depends on the machine decided: config.json has what ran."""
     dtype = str(resolve_dtype(config.train.compute_dtype, world.device)).removeprefix("torch.")
-    compile_ = world.device.type == "cuda" if config.train.compile is None else config.train.compile
-    cuda_graph = bool(config.train.cuda_graph) and world.device.type == "cuda"
-    share = config.train.batch_tokens // world.world_size
-    micro = min(config.train.micro_batch_tokens, share)
+    cuda = world.device.type == "cuda"
+    micro = min(config.train.micro_batch_tokens, config.train.batch_tokens // world.world_size)
     if config.train.batch_tokens % (micro * world.world_size) or micro % config.train.seq_len:
         raise PgolfError(
             f"train.batch_tokens {config.train.batch_tokens} cannot be split into {world.world_size} "
@@ -87,15 +113,15 @@ def _resolved(config: RunConfig, world: World) -> RunConfig:
     train = replace(
         config.train,
         compute_dtype=dtype,  # type: ignore[arg-type]  # one of Dtype by construction
-        compile=compile_,
-        cuda_graph=cuda_graph,
+        compile=cuda if config.train.compile is None else config.train.compile,
+        cuda_graph=bool(config.train.cuda_graph) and cuda,
         micro_batch_tokens=micro,
     )
     return replace(config, train=train)
 
 
 def _check_folder(folder: RunFolder, config: RunConfig, resume: bool) -> list[str]:
-    """What differs from the run that the folder holds, if it holds one that may be continued so."""
+    """Return what differs from the run in the folder. Raises PgolfError if it cannot be continued so."""
     if not folder.config_file.is_file():
         if folder.path.exists() and not folder.path.is_dir():
             raise PgolfError(f"{folder.path} is a file: choose another --out")
@@ -118,29 +144,13 @@ def _check_folder(folder: RunFolder, config: RunConfig, resume: bool) -> list[st
     return list(changed.values())
 
 
-# Settings under which a run may go on, by prefix: its length, reports and rates, and what comes after it.
-_MAY_CHANGE = (
-    "name",
-    "optim.",
-    "train.steps",
-    "train.max_seconds",
-    "train.log_every",
-    "train.val_every",
-    "train.checkpoint_minutes",
-    "train.compute_dtype",
-    "train.compile",
-    "train.cuda_graph",
-    "quant.",
-    "pack.",
-    "eval.",
-    "ttt.",
-    "kernels.",
-)
-_MUST_STAY = ("quant.bits", "quant.grid")  # the grid of quantisation-aware training
+def _lag(world: World) -> int:
+    """Return the number of steps launched before one is read: a GPU has work while its numbers travel."""
+    return 1 if world.device.type == "cuda" else 0
 
 
 class _Run:
-    """The pieces of one training run, put together from its configuration."""
+    """One training run, from its configuration to its final weights."""
 
     def __init__(self, config: RunConfig, folder: RunFolder, world: World):
         self.config, self.folder, self.world = config, folder, world
@@ -148,19 +158,15 @@ class _Run:
         self.source = open_source(config.data, config.model.vocab_size)
         self.model = build_model(config, self.source, world)
         self.stream = Stream(self.source.validation(config.eval_seq_len), self.source.table, world.device)
-        loader = make_loader(
+        self.loader = make_loader(
             self.source.train_shards(),
-            config.data,
-            config.train,
-            vocab_size=config.model.vocab_size,
+            config,
             rank=world.rank,
             world_size=world.world_size,
             pin=world.device.type == "cuda",
         )
-        self.loader = loader
-        self.trainer = Trainer(self.model, config, loader, world)
-        lines = console.MetricsWriter(folder.metrics_file if world.is_main else None)
-        self.metrics = Metrics(lines, config.train.batch_tokens)
+        self.trainer = Trainer(self.model, config, self.loader, world)
+        self.metrics = Metrics(console.MetricsWriter(folder.metrics_file if world.is_main else None))
         self.log = StepLog(config.train, world)
 
     def run(self, resume: bool, changed: list[str], track: TrackerName | None) -> TrainResult:
@@ -199,34 +205,33 @@ class _Run:
             self.world.world_size,
         )
         if c.train.compile:
-            t.loss_function = compile_loss(t.loss_function)
             console.logger.info("compiling: %d warm-up steps whose effect is undone", c.train.warmup_steps)
             t.warm_up(c.train.warmup_steps)
-        found = newest_checkpoint(self.folder.checkpoints) if resume else None
-        if found is not None:
-            tensors, story = load_tensors(found)
-            t.restore(tensors, story, str(found))
+        checkpoint = newest_checkpoint(self.folder.checkpoints) if resume else None
+        if checkpoint is not None:
+            tensors, metadata = load_tensors(checkpoint)
+            t.restore(tensors, metadata, str(checkpoint))
             self.log.start_at(t.step, t.elapsed)
-            self.metrics.write("resume", step=t.step, checkpoint=found.name, changed=changed)
-            console.logger.info("resumed from %s at step %d", found, t.step)
+            self.metrics.write("resume", step=t.step, checkpoint=checkpoint.name, changed=changed)
+            console.logger.info("resumed from %s at step %d", checkpoint, t.step)
             for text in changed:
                 console.logger.info("changed: %s", text)
 
     def _steps(self) -> None:
         t, c = self.trainer, self.config.train
         lag = _lag(self.world)
-        unread: deque[tuple[PendingStep, int, float]] = deque()
+        unread: deque[tuple[PendingStep, float, float]] = deque()  # a step, the clock before and after it
         last_save, done = t.elapsed, self._done()
         while not done:
-            start = time.perf_counter()
+            before, start = t.elapsed, time.perf_counter()
             pending = t.launch()
-            self._note_reptile()
+            self._log_reptile()
             for earlier, _, _ in unread:
-                earlier.need_finite()  # waits, within the measured time
+                earlier.result()  # waits here, so that the wait counts as training time
             # one clock for all ranks: learning rate, switches and checkpoints depend on it
-            t.elapsed += self.world.same(time.perf_counter() - start)
+            t.end_step(self.world.same(time.perf_counter() - start))
             done = self._done()
-            unread.append((pending, t.step, t.elapsed))
+            unread.append((pending, before, t.elapsed))
             validate = bool(c.val_every) and t.step % (c.val_every or 1) == 0
             save = c.checkpoint_minutes is not None and t.elapsed - last_save >= 60 * c.checkpoint_minutes
             while len(unread) > (0 if done or validate or save else lag):
@@ -240,12 +245,28 @@ class _Run:
                 last_save = t.elapsed
         self._save()
 
-    def _note_reptile(self) -> None:
-        """Say so when the step just launched is the first of the Reptile phase."""
+    def _done(self) -> bool:
+        t, c = self.trainer, self.config.train
+        return t.step >= c.steps or (c.max_seconds is not None and t.elapsed >= c.max_seconds)
+
+    def _read(self, pending: PendingStep, before: float, after: float, *, last: bool) -> None:
+        """Wait for a step's numbers and write them down."""
+        result = pending.result()
+        triggered = self.trainer.observe(result, before)
+        if triggered:
+            console.logger.info(
+                "step %d: training loss has stopped improving; the learning rate decays from here",
+                result.step,
+            )
+        self.metrics.write("step", **vars(result), elapsed=after, decay_triggered=triggered)
+        self.log.after_step(result, after, last=last)
+
+    def _log_reptile(self) -> None:
+        """Log the start of the Reptile phase."""
         t = self.trainer
         if t.reptile is not None and t.reptile_from == t.step - 1:
             console.logger.info(
-                "step %d: Reptile from here: from the averaged weights (%s), the MLP of blocks %d to %d",
+                "step %d: Reptile starts from the averaged weights (%s) and moves the MLP of blocks %d to %d",
                 t.step,
                 self._average_name,
                 t.reptile.first,
@@ -263,51 +284,42 @@ class _Run:
             return f"mean of {average.swa_count} {'EMA ' if ema else ''}snapshots"
         return "EMA" if ema else "raw weights, no average"
 
-    def _read(self, pending: PendingStep, step: int, elapsed: float, *, last: bool) -> None:
-        """Wait for a step's numbers, and write them down."""
-        result = pending.result()
-        self.metrics.write("step", step=step, elapsed=elapsed, **vars(result))
-        self.log.after_step(step, elapsed, result, last=last)
-
-    def _done(self) -> bool:
-        t, c = self.trainer, self.config.train
-        return t.step >= c.steps or (c.max_seconds is not None and t.elapsed >= c.max_seconds)
-
     def _save(self) -> None:
         if self.world.is_main:
-            story = {**self.trainer.story(), "config": run_config_to_dict(self.config)}
-            save_checkpoint(self.folder.checkpoints, self.trainer.step, self.trainer.tensors(), story)
+            metadata = {**self.trainer.metadata(), "config": run_config_to_dict(self.config)}
+            save_checkpoint(self.folder.checkpoints, self.trainer.step, self.trainer.tensors(), metadata)
         self.world.barrier()
 
-    def _validate(self, what: str) -> Score:
-        score = plain_score(self.model, self.stream, self.config, self.world)
-        self.metrics.write("val", step=self.trainer.step, weights=what, loss=score.loss, bpb=score.bpb)
-        console.logger.info(
-            "step %d val (%s): loss %.4f, %.4f bpb", self.trainer.step, what, score.loss, score.bpb
-        )
+    def _validate(self, weights: str) -> Score:
+        score, step = plain_score(self.model, self.stream, self.config, self.world), self.trainer.step
+        self.metrics.write("val", step=step, weights=weights, loss=score.loss, bpb=score.bpb)
+        console.logger.info("step %d val (%s): loss %.4f, %.4f bpb", step, weights, score.loss, score.bpb)
         return score
 
     def _finish(self) -> TrainResult:
+        """Score raw and averaged weights, and write the final ones."""
         t = self.trainer
-        self._sum_up()
-        raw, left = self._validate(self._raw_name), {n: v.clone() for n, v in self.model.state_dict().items()}
-        final = {name: value.to(self.world.device) for name, value in t.average.final().items()}
-        load_weights(self.model, final, "the average")
+        self._log_meta_learning()
+        raw = self._validate(self._raw_name)
+        weights, name = {n: v.clone() for n, v in self.model.state_dict().items()}, self._raw_name
+        average = {name: value.to(self.world.device) for name, value in t.average.final().items()}
+        load_weights(self.model, average, "the average")
         averaged = self._validate(self._average_name)
-        if t.in_reptile:  # the average is where it began
-            load_weights(self.model, left, "the last step")
+        if t.in_reptile:  # it started from the average, and its weights are the final ones
+            load_weights(self.model, weights, "the last step")
+        else:
+            name = self._average_name
         if self.world.is_main:
             self.folder.retire(*self.folder.products)
-            kind = self._raw_name if t.in_reptile else self._average_name
-            story = {"step": t.step, "weights": kind, "config": run_config_to_dict(self.config)}
-            save_tensors(self.folder.model_file, self.model.state_dict(), story)  # as validated
+            metadata = {"step": t.step, "weights": name, "config": run_config_to_dict(self.config)}
+            save_tensors(self.folder.model_file, self.model.state_dict(), metadata)
             console.logger.info("wrote %s", self.folder.model_file)
         self.world.barrier()
-        ends = (raw, averaged, self.world.is_main, t.in_reptile)
-        return TrainResult(self.folder, t.step, t.tokens, t.elapsed, *ends)
+        return TrainResult(
+            self.folder, t.step, t.tokens, t.elapsed, raw, averaged, self.world.is_main, t.in_reptile
+        )
 
-    def _sum_up(self) -> None:
-        """What is to be said of meta-learning when the run has ended."""
+    def _log_meta_learning(self) -> None:
         t = self.trainer
         if t.rates is not None:
             console.logger.info("slot rates of the inner step: %s", t.rates.summary())
@@ -318,19 +330,3 @@ class _Run:
                 console.duration(t.elapsed),
                 self.config.train.schedule,
             )
-
-
-def _lag(world: World) -> int:
-    """Steps that are launched before the numbers of one are read: a GPU has work while its numbers travel."""
-    return 1 if world.device.type == "cuda" else 0
-
-
-def build_model(config: RunConfig, source: Source, world: World) -> GPT:
-    """A freshly initialised model on the device, as training starts from it."""
-    torch.manual_seed(config.train.seed)
-    dtype = resolve_dtype(config.train.compute_dtype, world.device)
-    model = GPT(config.model, torch.from_numpy(source.table.has_leading_space), compute_dtype=dtype)
-    if config.train.table_dtype == "bfloat16":
-        for table in model.tables():
-            table.data = table.data.bfloat16()
-    return model.to(world.device)

@@ -1,4 +1,4 @@
-"""The line that training prints while it goes on."""
+"""The progress line of training."""
 
 from __future__ import annotations
 
@@ -14,22 +14,19 @@ from pgolf_fast.train.trainer import StepResult
 
 
 class StepLog:
-    """Step, loss, tokens/s, ms/step, time left and memory, at the configured interval."""
+    """Prints step, loss, tokens/s, ms/step, time left and memory every train.log_every steps."""
 
     def __init__(self, config: TrainConfig, world: World):
         self.config, self.world = config, world
         self._since, self._tokens = (0, 0.0), 0
 
     def start_at(self, step: int, elapsed: float) -> None:
-        """Measure from here: the steps before were another process's."""
+        """Measure from here on: earlier steps were made by another process."""
         self._since = (step, elapsed)
 
-    def after_step(self, step: int, elapsed: float, result: StepResult, *, last: bool) -> None:
-        """Print if this step is due. `step` counts from 1."""
-        if result.decay_triggered:
-            console.logger.info(
-                "step %d: training loss has stopped improving; learning rate decays from here", step
-            )
+    def after_step(self, result: StepResult, elapsed: float, *, last: bool) -> None:
+        """Count a step, and print the line if it is due."""
+        step = result.step
         self._tokens += result.tokens
         if not (step == 1 or step % self.config.log_every == 0 or last):
             return
@@ -58,8 +55,8 @@ class StepLog:
 
 
 def peak_memory_mib(world: World) -> int:
-    """Most memory this process has used: on the GPU if it has one, else resident."""
+    """Return this process's peak memory in MiB: allocated on its GPU if it has one, else resident."""
     if world.device.type == "cuda":
         return torch.cuda.max_memory_allocated(world.device) >> 20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak >> (20 if sys.platform == "darwin" else 10)
+    return peak >> (20 if sys.platform == "darwin" else 10)  # bytes on macOS, KiB on Linux

@@ -1,16 +1,16 @@
-"""A run's metrics: always lines of metrics.jsonl, and where it is asked for a tracker beside them."""
+"""Metrics of a run: always metrics.jsonl, and a tracker if one is asked for."""
 
 from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal, Protocol
 
 from pgolf_fast import console
+from pgolf_fast.config.fields import flatten
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import RunConfig
-from pgolf_fast.config.serialize import flatten
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import write_text
 
@@ -18,14 +18,21 @@ TrackerName = Literal["wandb", "tensorboard"]
 
 
 class Tracker(Protocol):
-    """Takes named numbers by step. A step may come again, after an interruption."""
+    """Receives named numbers by step. A resumed run sends some steps again."""
+
+    def log(self, step: int, values: dict[str, float]) -> None: ...
+    def close(self) -> None: ...
+
+
+class NoTracker:
+    """A tracker that discards everything."""
 
     def log(self, step: int, values: dict[str, float]) -> None: ...
     def close(self) -> None: ...
 
 
 class WandbTracker:
-    """Weights & Biases. The run's id stays in its folder, so that a resumed run is the same one there."""
+    """Weights & Biases. The run's id is kept in its folder, so that a resumed run continues the same one."""
 
     def __init__(self, config: RunConfig, folder: RunFolder, first_step: int):
         import wandb
@@ -40,7 +47,7 @@ class WandbTracker:
             dir=str(folder.path),
             config=dict(flatten(config)),
         )
-        # its own count only ever grows: steps that are made again after an interruption would be dropped
+        # wandb's own step only grows, and it would drop steps that are repeated after an interruption
         self._run.define_metric("*", step_metric="step")
         write_text(known, name + "\n")
 
@@ -52,7 +59,7 @@ class WandbTracker:
 
 
 class TensorBoardTracker:
-    """TensorBoard's event files, in the run's `tensorboard`; what a resumed run repeats is replaced."""
+    """TensorBoard event files in the run's folder `tensorboard`; a resumed run replaces what it repeats."""
 
     def __init__(self, config: RunConfig, folder: RunFolder, first_step: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -69,17 +76,17 @@ class TensorBoardTracker:
         self._writer.close()
 
 
-_TRACKERS: dict[TrackerName, type[WandbTracker] | type[TensorBoardTracker]] = {
+_TRACKERS: dict[TrackerName, Callable[[RunConfig, RunFolder, int], Tracker]] = {
     "wandb": WandbTracker,
     "tensorboard": TensorBoardTracker,
 }
 
 
 def need_tracker(name: TrackerName) -> None:
-    """Raises PgolfError naming what to install where the tracker's package is missing."""
+    """Raise PgolfError naming what to install if the tracker's package is missing."""
     try:
         if name == "wandb":
-            import wandb  # noqa: F401 - only whether it is there
+            import wandb  # noqa: F401 - a check that it can be imported
         else:
             import torch.utils.tensorboard  # noqa: F401
     except ImportError as error:
@@ -89,74 +96,64 @@ def need_tracker(name: TrackerName) -> None:
 
 
 def open_tracker(name: TrackerName, config: RunConfig, folder: RunFolder, first_step: int) -> Tracker:
-    """The tracker, told the configuration; steps from `first_step` on will follow.
-
-    Raises PgolfError where it does not start: nothing is lost yet.
-    """
+    """Start the tracker with the run's configuration. Raises PgolfError if it does not start."""
     try:
         return _TRACKERS[name](config, folder, first_step)
     except Exception as error:
-        raise PgolfError(
-            f"{name} did not start ({_first_line(error)}): put that right, or leave --track out"
-        ) from error
+        raise PgolfError(f"{name} did not start ({_first_line(error)}): fix this or drop --track") from error
 
 
 class Metrics:
-    """`console.MetricsWriter`, and a tracker that gets the numbers of every line after it is on disk.
+    """Writes lines of metrics.jsonl and sends their numbers to a tracker.
 
-    A tracker that fails is left out from there on, with one warning: the lines have everything.
+    A tracker that fails is dropped with one warning: the file has everything.
     """
 
-    def __init__(self, lines: console.MetricsWriter, batch_tokens: int):
-        """`batch_tokens` are those of a step that does not say its own."""
-        self._lines, self._batch_tokens = lines, batch_tokens
-        self._tracker: Tracker | None = None
+    def __init__(self, lines: console.MetricsWriter):
+        self._lines = lines
+        self._tracker: Tracker = NoTracker()
         self._elapsed = 0.0
 
     def track(self, tracker: Tracker, elapsed: float) -> None:
-        """From here on, which is `elapsed` seconds into the run."""
+        """Use `tracker` from now on, at `elapsed` seconds of the training clock."""
         self._tracker, self._elapsed = tracker, elapsed
 
-    def write(self, kind: str, **values: object) -> None:
-        self._lines.write(kind, **values)
-        if self._tracker is None:
-            return
-        step, numbers = values["step"], dict(self._numbers(kind, values))
-        assert isinstance(step, int)
+    def write(self, kind: str, step: int, **values: object) -> None:
+        """Write a line of this kind, and track its numbers once it is on disk."""
+        self._lines.write(kind, step=step, **values)
+        numbers = dict(self._numbers(kind, values))
         try:
             if numbers:
                 self._tracker.log(step, numbers)
-        except Exception as error:  # noqa: BLE001 - whatever it is, training goes on
-            self._give_up(error)
+        except Exception as error:  # noqa: BLE001 - no tracker may stop a run
+            self._drop_tracker(error)
 
     def close(self) -> None:
         self._lines.close()
         try:
-            if self._tracker is not None:
-                self._tracker.close()
-        except Exception as error:  # noqa: BLE001 - the run is over, and its files are whole
-            self._give_up(error)
+            self._tracker.close()
+        except Exception as error:  # noqa: BLE001 - the run is over and its files are complete
+            self._drop_tracker(error)
 
-    def _give_up(self, error: Exception) -> None:
-        self._tracker = None
+    def _drop_tracker(self, error: Exception) -> None:
+        self._tracker = NoTracker()
         console.logger.warning(
-            "tracking stopped (%s); training goes on, and metrics.jsonl has it all", _first_line(error)
+            "tracking stopped (%s); training continues, and metrics.jsonl has everything", _first_line(error)
         )
 
     def _numbers(self, kind: str, values: dict[str, object]) -> Iterator[tuple[str, float]]:
-        """What of a line is numbers, by group/name; of training also its throughput."""
+        """Yield the numbers of a line as (group/name, value), and the throughput of a training step."""
         group = "train" if kind == "step" else kind
-        if "weights" in values:  # of a validation
+        if "weights" in values:  # a validation
             group += "/" + re.sub(r"\W+", "_", str(values["weights"]))
         for name, value in values.items():
-            if name != "step" and isinstance(value, (bool, int, float)):
+            if isinstance(value, (bool, int, float)):
                 yield f"{group}/{name}", float(value)
-            elif isinstance(value, list):  # of a bank, by slot
-                yield from ((f"{group}/{name}/{slot}", float(one)) for slot, one in enumerate(value))
-        elapsed = values.get("elapsed")
-        if kind == "step" and isinstance(elapsed, float):
-            tokens = values.get("tokens", self._batch_tokens)
-            if elapsed > self._elapsed and isinstance(tokens, int):
+            elif isinstance(value, list) and kind == "slot_rates":
+                yield from ((f"{group}/{name}/{slot}", float(rate)) for slot, rate in enumerate(value))
+        elapsed, tokens = values.get("elapsed"), values.get("tokens")
+        if isinstance(elapsed, float) and isinstance(tokens, int):
+            if elapsed > self._elapsed:
                 yield "train/tokens_per_second", tokens / (elapsed - self._elapsed)
             self._elapsed = elapsed
 

@@ -1,7 +1,6 @@
-// What the fuzz drivers share. A driver is one fuzz_<target>.cpp that defines LLVMFuzzerTestOneInput, which must
-// survive any input, and fuzz::make_input. With fuzz_main.cpp it is a program of its own; with clang's
-// -fsanitize=fuzzer and fuzz_libfuzzer.cpp it is a libFuzzer target. Either way, `fuzz_<target> FILE` runs one input
-// again.
+// Helpers of the fuzz drivers. A driver is one fuzz_<target>.cpp that defines LLVMFuzzerTestOneInput, which must
+// survive any input, and fuzz::make_input. Linked with fuzz_main.cpp it is a standalone program; with clang's -fsanitize=fuzzer
+// and fuzz_libfuzzer.cpp it is a libFuzzer target. In both, `fuzz_<target> FILE` repeats one input.
 #pragma once
 
 #include <algorithm>
@@ -35,10 +34,10 @@ class Random {
     uint64_t state_;
 };
 
-// An input worth trying, the same for the same state of `random`. Every driver defines it.
+// Returns an input that depends only on the state of `random`. Every driver defines it.
 Bytes make_input(Random& random);
 
-// Inputs that got past every check: a driver counts them, so that a campaign shows how deep it went.
+// Inputs that passed every check; they show how deep a campaign went.
 inline uint64_t accepted = 0;
 
 inline void require(bool condition, const char* what) {
@@ -61,7 +60,7 @@ inline void overwrite(Bytes& bytes, size_t place, uint64_t value, size_t count) 
     for (size_t i = 0; i < count && place + i < bytes.size(); i++) bytes[place + i] = uint8_t(value >> 8 * i);
 }
 
-// One change between bytes `first` and `end`: a bit, a byte, a number that programs get wrong, bytes lost or repeated.
+// Makes one change between bytes `first` and `end`: a bit, a byte, an edge-case number, bytes removed or repeated.
 inline void mutate(Bytes& bytes, Random& random, size_t first, size_t end) {
     static constexpr uint64_t kNumbers[] = {0, 1, 2, 3, 7, 8, 255, 1 << 16, 1 << 30, UINT64_C(1) << 31, UINT64_MAX};
     end = std::min(end, bytes.size());

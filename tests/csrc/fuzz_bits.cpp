@@ -1,5 +1,5 @@
-// Packing of codes of 4 to 8 bits. Input: rows (1 byte), columns (1), width and path (1), then packed bytes, repeated
-// as often as needed.
+// Packing of 4- to 8-bit codes. Input: rows (1 byte), columns (1), width and path (1), then packed bytes, repeated to
+// the size needed.
 #include <cstring>
 #include <stdexcept>
 
@@ -28,7 +28,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     for (int8_t code : codes) fuzz::require(code >= -half && code < half, "an unpacked code is out of range");
     pgolf::pack_bits(codes.data(), rows, columns, bits, repacked.data(), options);
     pgolf::unpack_bits(repacked.data(), rows, columns, bits, again.data(), options);
-    fuzz::require(again == codes, "codes there and back");
+    fuzz::require(again == codes, "round trip of codes");
     const std::vector<float> scale(rows, 0.5f);
     std::vector<float> values(codes.size());
     std::vector<uint16_t> low(codes.size());
@@ -48,7 +48,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
         pgolf::pack_bits(codes.data(), rows, columns, bits, repacked.data(), options);
         fuzz::require(code >= -half && code < half, "a code out of range was packed");
     } catch (const std::invalid_argument&) {
-        fuzz::require(code < -half || code >= half, "a code in range was refused");
+        fuzz::require(code < -half || code >= half, "a code in range was rejected");
     }
     return 0;
 }

@@ -1,4 +1,4 @@
-// Lets libFuzzer start from, and now and then go back to, the inputs that a driver makes itself.
+// Lets libFuzzer start from a driver's own inputs, and return to them now and then.
 #include <cstring>
 
 #include "fuzz.h"

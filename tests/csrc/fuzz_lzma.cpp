@@ -1,4 +1,4 @@
-// The LZMA decoder. Input: what to do (1 byte), bytes of room (2), then an .xz stream; or data to send there and back.
+// The LZMA decoder. Input: mode (1 byte), output bytes (2), then an .xz stream, or data for a round trip.
 #include <stdexcept>
 #include <string>
 
@@ -14,7 +14,7 @@ Bytes compressed(const Bytes& data) {
     return Bytes(stream.begin(), stream.end());
 }
 
-void there_and_back(const Bytes& data) {
+void round_trip(const Bytes& data) {
     const Bytes stream = compressed(data);
     Bytes out(data.size());
     pgolf::lzma_decompress(stream.data(), stream.size(), out.data(), out.size());
@@ -60,7 +60,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     if (size < 3) return 0;
     const Bytes rest(data + 3, data + size);
     if (data[0] == 1) {
-        there_and_back(rest);
+        round_trip(rest);
         return 0;
     }
     Bytes out(size_t(fuzz::number(data + 1, 2)));

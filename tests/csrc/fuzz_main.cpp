@@ -1,7 +1,7 @@
-// Makes a fuzz driver a program that needs no clang:
+// Turns a fuzz driver into a program that needs no clang:
 //   fuzz_<target> [-runs=N] [-max_total_time=SECONDS] [-seed=S] [FILE...]
-// with the meaning libFuzzer gives to these. Input number i depends on seed and i only, so when the child that runs
-// them dies, or hangs for a minute, the parent makes the same input again and leaves it in a file.
+// with libFuzzer's options. Input i depends only on seed and i: when the child that runs them dies, or hangs for a
+// minute, the parent generates the same input again and writes it to a file.
 #include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -22,7 +22,7 @@ Bytes input(uint64_t seed, uint64_t run) {
     return fuzz::make_input(random);
 }
 
-// Runs until either limit, 0 being none; `run` shows where it is.
+// Runs until either limit (0: none); `run` is the current index.
 void campaign(uint64_t runs, double seconds, uint64_t seed, volatile uint64_t& run) {
     const auto start = std::chrono::steady_clock::now();
     const auto elapsed = [&] {

@@ -1,6 +1,6 @@
-// The rANS coder. Input: what to do (1 byte): its lowest bit sends the rest there and back, the next one states another
-// size than the shapes have; number of arrays (1); per array rows (2), columns (2), item size (1) and by how many bits
-// rows are shifted up (1); then a payload, or data.
+// The rANS coder. Input: mode (1 byte): bit 0 makes a round trip, bit 1 states a size other than the shapes'; number
+// of arrays (1); per array rows (2), columns (2), item size (1) and by how many bits to shift rows left (1); then a
+// payload, or data.
 #include <stdexcept>
 
 #include "fuzz.h"
@@ -15,9 +15,9 @@ using fuzz::Random;
 using pgolf::Shape;
 
 constexpr size_t kLimit = 1 << 16;  // larger outputs only cost time
-const pgolf::RansOptions kOneThread{1};
+constexpr size_t kOneThread = 1;
 
-// Bytes of all arrays, or kLimit + 1 when they are more than kLimit.
+// Returns the bytes of all arrays, or kLimit + 1 if they exceed kLimit.
 size_t bytes_of(const std::vector<Shape>& shapes) {
     uint64_t sum = 0;
     for (const auto& [rows, columns, itemsize] : shapes)
@@ -28,7 +28,7 @@ size_t bytes_of(const std::vector<Shape>& shapes) {
     return size_t(std::min<uint64_t>(sum, kLimit + 1));
 }
 
-// Numbers that are like weights: they cluster, in some arrays by row or by column.
+// Returns numbers like weights: they cluster, in some arrays by row or by column.
 Bytes weights(const std::vector<Shape>& shapes, Random& random) {
     Bytes data;
     for (const auto& [rows, columns, itemsize] : shapes) {
@@ -60,7 +60,7 @@ Bytes described(const std::vector<Shape>& shapes, uint8_t mode) {
 
 struct Example {
     Bytes to_decode, to_encode;
-    size_t payload;  // where it starts
+    size_t payload;  // its offset
 };
 
 const std::vector<Example>& examples() {
@@ -90,7 +90,7 @@ void decode(const Bytes& payload, const std::vector<Shape>& shapes, Bytes& out) 
                        kOneThread);
 }
 
-void there_and_back(const Bytes& data, const std::vector<Shape>& shapes) {
+void round_trip(const Bytes& data, const std::vector<Shape>& shapes) {
     const Bytes payload = encoded(data, shapes);
     fuzz::require(payload.size() <= data.size() + 1, "a payload is at most one byte longer than the data");
     Bytes out(data.size());
@@ -134,7 +134,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     if (data[0] & 2 && !rest.empty()) out.resize(rest[0]);
     try {
         if (data[0] & 1) {
-            there_and_back(rest, shapes);
+            round_trip(rest, shapes);
         } else {
             decode(rest, shapes, out);
             fuzz::require(out.size() == room, "only shapes that fill the output are accepted");

@@ -1,4 +1,4 @@
-"""Writes v1*.pgolf and v1.json: tensors of every kind and dtype, in files that together use every codec."""
+"""Write v1*.pgolf and v1.json: tensors of every kind and dtype, in files that together use every codec."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pgolf_fast.artifact.container import DTYPES, TensorRecord, write_container
+from pgolf_fast.artifact.container import KINDS, TensorRecord
+from pgolf_fast.artifact.writer import write_container
 
 CONFIG = {"run": {"name": "golden ✓", "model": {"dim": 48, "rates": [0.1, 1e-30]}}, "bits": {"codes": 6}}
 CODECS = {"v1": ("rans", "lzma"), "v1_zstd": ("zstd",), "v1_brotli": ("brotli",)}
@@ -28,18 +29,20 @@ def records() -> list[TensorRecord]:
         TensorRecord.of("constant.q", "codes", np.full((5, 7), -31, np.int8)),
         TensorRecord.of("empty.q", "codes", np.zeros((0, 40), np.int8)),
         TensorRecord.of("equal.scale", "scales", rng.uniform(0.01, 0.02, 24).astype(np.float16)),
-        TensorRecord.of("table", "codes", np.resize(codes(37), (40, 8)), "embeddings"),  # LZMA's home ground
+        TensorRecord.of(
+            "table", "codes", np.resize(codes(37), (40, 8)), "embeddings"
+        ),  # repetitions: LZMA wins
         TensorRecord.of("ünïcode", "float16", np.array([0, -0.0, np.inf, np.nan, 6e-8], np.float16)),
         TensorRecord.of("gain", "float32", rng.normal(1, 0.01, (3, 4, 5)).astype(np.float32)),
     ]
-    for dtype in DTYPES["integer"]:
+    for dtype in KINDS["integer"]:
         limits = np.iinfo(dtype)
         made.append(TensorRecord.of(dtype, "integer", np.array([limits.min, 1, limits.max], dtype)))
     return [*made, TensorRecord.of("number", "integer", np.array(7, np.int64))]
 
 
 def describe(record: TensorRecord) -> list[object]:
-    """What a reader must find: kind, dtype, shape, section, SHA-256 of the little-endian bytes."""
+    """Return the expected kind, dtype, shape, section and SHA-256 of the little-endian bytes."""
     content = record.array.astype(record.array.dtype.newbyteorder("<")).tobytes()
     digest = hashlib.sha256(content).hexdigest()
     return [record.kind, record.dtype, list(record.shape), record.section, digest]

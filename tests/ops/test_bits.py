@@ -170,7 +170,7 @@ def test_names_the_code_out_of_range(place, bits, end, implementation):
     codes[place] = value
     message = (
         rf"pgolf::pack_bits: codes\[{place[0]}, {place[1]}\] is {value}, "
-        rf"but {bits}-bit codes lie in {-half}\.\.{half - 1}"
+        rf"but {bits}-bit codes are in {-half}\.\.{half - 1}"
     )
     with pytest.raises(ValueError, match=message):
         pack_bits(codes, bits)

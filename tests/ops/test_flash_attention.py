@@ -68,11 +68,11 @@ def formula(q, k, v, gain, xsa, round_to=None):
 
 
 def run_forward(q, k, v, gain, xsa, tiles):
-    from pgolf_fast.kernels.flash_attention import launch_flash_attention_forward
+    from pgolf_fast.kernels.flash_attention import launch_flash_attention_fwd
 
     context, lse = torch.empty_like(q), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
     along = torch.empty_like(lse)
-    launch_flash_attention_forward(q, k, v, gain, context, along, lse, xsa=xsa, launch=tiles)
+    launch_flash_attention_fwd(q, k, v, gain, context, along, lse, xsa=xsa, tile=tiles)
     return context, along, lse
 
 
@@ -83,13 +83,13 @@ def run_backward(g, q, k, v, gain, xsa, tiles):
     context, along, lse = run_forward(q, k, v, gain, xsa, tiles)
     delta, dy = torch.empty_like(lse), torch.empty_like(g) if xsa else g
     own = v.new_empty(*q.shape[:2], *v.shape[2:], dtype=torch.float32) if xsa else None
-    kernels.launch_flash_attention_prepare(g, context, along, v, dy, delta, own, xsa=xsa, launch=tiles)
+    kernels.launch_flash_attention_bwd_delta(g, context, along, v, dy, delta, own, xsa=xsa, tile=tiles)
     dq, dk = torch.empty_like(q), torch.empty_like(k)
     rows, width = k.shape[0] * k.shape[1], k.shape[2] * k.shape[3]
     beside = v.new_full((rows, width + 7), -1.0)  # rows of dv lie apart
     dv = beside[:, 3 : 3 + width]
-    kernels.launch_flash_attention_dkdv(q, k, v, gain, dy, lse, delta, own, dk, dv, launch=tiles)
-    kernels.launch_flash_attention_dq(q, k, v, gain, dy, lse, delta, dq, launch=tiles)
+    kernels.launch_flash_attention_bwd_dkdv(q, k, v, gain, dy, lse, delta, own, dk, dv, tile=tiles)
+    kernels.launch_flash_attention_bwd_dq(q, k, v, gain, dy, lse, delta, dq, tile=tiles)
     assert (beside[:, :3] == -1).all()
     assert (beside[:, 3 + width :] == -1).all()
     return dq, dk, dv.reshape(v.shape)

@@ -107,7 +107,7 @@ def learn_and_score(
     first = Scorer(stream, windows, config.window_tokens, scorer.size)
     first.score(adapter.score, 0, len(windows))
     nats = np.add.reduceat(first.losses.double().cpu().numpy(), first.places[:-1])
-    hardest = np.argsort(-nats / np.diff(first.places), kind="stable")[: config.lessons(len(windows))]
+    hardest = np.argsort(-nats / np.diff(first.places), kind="stable")[: config.hard_windows(len(windows))]
     for _ in range(config.epochs):
         for number, window in enumerate(hardest):
             tokens = stream.tokens[None, windows.start[window] : windows.end[window] + 1].clone()

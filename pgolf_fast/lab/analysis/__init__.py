@@ -1,1 +1,1 @@
-"""Studies of trained models: their weights, their error surface, their hash table, their losses."""
+"""Analyses of trained models: weights, quantization errors, curvature, losses, and bytes of artifacts."""

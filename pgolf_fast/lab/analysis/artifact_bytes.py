@@ -1,4 +1,4 @@
-"""`pgolf pack --table`: where an artifact's bytes are, what entropy allows, what each codec makes of them."""
+"""Bytes of an artifact by section and tensor, entropy bounds, and sizes under each codec."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import torch
 from pgolf_fast import console
 from pgolf_fast.artifact import codecs
 from pgolf_fast.artifact.container import SectionSize, TensorRecord, read_container, sizes
+from pgolf_fast.console import Table
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.lab.analysis.entropy_bounds import Bound, plane_bound, static_bounds
 
@@ -28,8 +29,8 @@ REFERENCE = "torch.save + lzma 9"
 class TensorBytes:
     """One array of the artifact.
 
-    stored_bytes: its part of the section. No codec here says what one array costs, as arrays share models and
-    dictionaries: each is coded alone by the section's codec, and these sizes are scaled to the section's.
+    stored_bytes: an estimate, since the arrays of a section share models and dictionaries: each array is
+    encoded alone, and these sizes are scaled to add up to the section's.
     """
 
     name: str
@@ -42,14 +43,10 @@ class TensorBytes:
     def values(self) -> int:
         return math.prod(self.shape)
 
-    @property
-    def bits_per_value(self) -> float:
-        return 8 * self.stored_bytes / max(self.values, 1)
-
 
 @dataclass(frozen=True)
-class Measured:
-    """What a codec makes of a section, and how long it takes both ways with all threads it uses."""
+class CodecResult:
+    """Size of a section under a codec, and wall time to encode and decode it with all threads it uses."""
 
     codec: str
     section: str
@@ -60,7 +57,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class ArtifactTable:
-    """All that `text` shows; `bounds` are by section and then by name, see `static_bounds`."""
+    """Contents of `pgolf pack --table`; `bounds` are by section and name, see `static_bounds`."""
 
     path: Path
     header_bytes: int
@@ -68,114 +65,98 @@ class ArtifactTable:
     sections: tuple[SectionSize, ...]
     tensors: tuple[TensorBytes, ...]
     bounds: dict[str, dict[str, Bound]]
-    codecs: tuple[Measured, ...]
+    codecs: tuple[CodecResult, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return plain JSON values."""
         return {**dataclasses.asdict(self), "path": str(self.path)}
 
     def text(self) -> str:
-        """The tables, one below another."""
-        parts = [self._sections(), self._tensors(), self._bounds()]
-        return "\n\n".join([*parts, *([self._codecs()] if self.codecs else [])])
+        """Render all tables, separated by empty lines."""
+        tensors = f"{self.tensor_table()}\nstored bytes of a tensor: encoded alone, scaled to its section"
+        parts = [self.section_table(), tensors, self.bound_table()]
+        return "\n\n".join(map(str, [*parts, *([self.codec_table()] if self.codecs else [])]))
 
-    def _sections(self) -> str:
-        values = {s.name: sum(t.values for t in self.tensors if t.section == s.name) for s in self.sections}
+    def _values(self) -> dict[str, int]:
+        """Count the values of each section."""
+        return {s.name: sum(t.values for t in self.tensors if t.section == s.name) for s in self.sections}
+
+    def section_table(self) -> Table:
+        values = self._values()
         rows = [(s.name, s.codec, values[s.name], s.raw_bytes, s.stored_bytes) for s in self.sections]
         raw_bytes = sum(s.raw_bytes for s in self.sections)
         rows.append(("header", "-", 0, 0, self.header_bytes))
         rows.append(("= artifact", "-", sum(values.values()), raw_bytes, self.total_bytes))
         cells = [
             (
-                name,
-                codec,
-                f"{count:,}",
-                f"{raw:,}",
-                f"{stored:,}",
-                f"{8 * stored / count:.3f}" if count else "0",
+                *(name, codec, f"{count:,}", f"{raw:,}", f"{stored:,}"),
+                f"{8 * stored / count:.3f}" if count else "-",
                 f"{stored / self.total_bytes:.1%}",
             )
             for name, codec, count, raw, stored in rows
         ]
         header = ("section", "codec", "values", "raw bytes", "stored bytes", "bits/value", "share")
-        return console.table(cells, header)
+        return Table(header, cells)
 
-    def _tensors(self) -> str:
+    def tensor_table(self) -> Table:
         rows = [
             (
-                t.name,
-                " x ".join(map(str, t.shape)),
-                f"{t.raw_bytes:,}",
-                f"{t.stored_bytes:,.0f}",
-                f"{t.bits_per_value:.3f}",
+                *(t.name, " x ".join(map(str, t.shape)), f"{t.raw_bytes:,}", f"{t.stored_bytes:,.0f}"),
+                f"{8 * t.stored_bytes / max(t.values, 1):.3f}",
             )
             for t in self.tensors
         ]
-        note = "stored bytes of a tensor: coded alone, scaled to its section's"
-        return (
-            console.table(rows, ("tensor", "shape", "raw bytes", "stored bytes", "bits/value")) + f"\n{note}"
-        )
+        return Table(("tensor", "shape", "raw bytes", "stored bytes", "bits/value"), rows)
 
-    def _bounds(self) -> str:
-        stored = {s.name: s.stored_bytes for s in self.sections}
-        values = {s.name: sum(t.values for t in self.tensors if t.section == s.name) for s in self.sections}
+    def bound_table(self) -> Table:
+        stored, values = {s.name: s.stored_bytes for s in self.sections}, self._values()
         rows = [
             (
-                section,
-                name,
-                f"{bound.bytes:,.0f}",
-                f"{8 * bound.bytes / values[section]:.4f}",
+                *(section, name, f"{bound.bytes:,.0f}", f"{8 * bound.bytes / values[section]:.4f}"),
                 f"{bound.side_bytes:,.0f}",
-                f"{stored[section] / bound.bytes:.4f}" if bound.bytes >= 1 else "",
+                f"{stored[section] / bound.bytes:.4f}" if bound.bytes >= 1 else "-",
             )
-            for section, found in self.bounds.items()
-            for name, bound in found.items()
+            for section, bounds in self.bounds.items()
+            for name, bound in bounds.items()
         ]
         header = ("section", "entropy bound", "bytes", "bits/value", "+ side bytes, about", "stored / bound")
-        return console.table(rows, header)
+        return Table(header, rows)
 
-    def _codecs(self) -> str:
+    def codec_table(self) -> Table:
         names = [s.name for s in self.sections]
         rows = []
-        for codec in dict.fromkeys(m.codec for m in self.codecs):
-            mine = [m for m in self.codecs if m.codec == codec]
-            each = {m.section: f"{m.bytes:,}" for m in mine}
-            rows.append(
-                (
-                    codec,
-                    *(each.get(name, "") for name in names),
-                    f"{sum(m.bytes for m in mine):,}",
-                    f"{sum(m.encode_seconds for m in mine):.2f}",
-                    f"{sum(m.decode_seconds for m in mine):.2f}",
-                )
-            )
-        return console.table(rows, ("codec", *names, "together", "encode s", "decode s"))
+        for codec in dict.fromkeys(result.codec for result in self.codecs):
+            own = [result for result in self.codecs if result.codec == codec]
+            sizes = {result.section: f"{result.bytes:,}" for result in own}
+            seconds = (sum(r.encode_seconds for r in own), sum(r.decode_seconds for r in own))
+            cells = (*(sizes.get(name, "") for name in names), f"{sum(r.bytes for r in own):,}")
+            rows.append((codec, *cells, *(f"{s:.2f}" for s in seconds)))
+        return Table(("codec", *names, "total", "encode s", "decode s"), rows)
 
 
 def artifact_table(path: Path | str, tried: Sequence[str] = tuple(codecs.CODECS)) -> ArtifactTable:
-    """Everything about the artifact at `path`.
+    """Measure the artifact at `path`: bytes by section and tensor, entropy bounds and codecs.
 
-    tried: codecs to measure on every section; those whose packages are not installed are left out. With any,
-    the community's layout is measured as well: one byte a weight, torch.save, Python's LZMA of preset 9. At
-    full size LZMA, zstd 22 and brotli 11 take a minute each. Raises PgolfError for a damaged artifact.
+    tried: codecs to measure on every section; those that are not installed are skipped. With any, the
+    community's layout is measured too: one byte per weight, torch.save, Python's LZMA at preset 9. At full
+    size LZMA, zstd 22 and brotli 11 take a minute each. Raises PgolfError for a damaged artifact.
     """
-    found, (_, records) = sizes(path), read_container(path)
-    by_section = {s.name: [r for r in records if r.section == s.name] for s in found.sections}
-    tensors = [t for s in found.sections for t in _tensor_bytes(s, by_section[s.name])]
-    measured = [
-        m for codec in tried for s in found.sections if (m := _measure(codec, s.name, by_section[s.name]))
+    size, (_, records) = sizes(path), read_container(path)
+    by_section = {s.name: [r for r in records if r.section == s.name] for s in size.sections}
+    results = [
+        result
+        for codec in tried
+        for name, own in by_section.items()
+        if (result := _measure(codec, name, own)) is not None
     ]
-    if tried:
-        measured.append(_measure_reference(records))
-    bounds = {name: _section_bounds(of) for name, of in by_section.items()}
     return ArtifactTable(
-        Path(path),
-        found.header_bytes,
-        found.total_bytes,
-        found.sections,
-        tuple(tensors),
-        bounds,
-        tuple(measured),
+        path=Path(path),
+        header_bytes=size.header_bytes,
+        total_bytes=size.total_bytes,
+        sections=size.sections,
+        tensors=tuple(t for s in size.sections for t in _tensor_bytes(s, by_section[s.name])),
+        bounds={name: _section_bounds(own) for name, own in by_section.items()},
+        codecs=(*results, *([_measure_reference(records)] if tried else [])),
     )
 
 
@@ -186,6 +167,7 @@ def _shape(record: TensorRecord) -> codecs.Shape:
 
 def _bytes(record: TensorRecord) -> bytes:
     array = record.array
+    # Stored arrays are little-endian on every machine
     return np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes()
 
 
@@ -199,16 +181,16 @@ def _tensor_bytes(section: SectionSize, records: Sequence[TensorRecord]) -> list
 
 
 def _section_bounds(records: Sequence[TensorRecord]) -> dict[str, Bound]:
-    """The static bounds where a section holds int8 matrices, else order 0 of low and of high bytes."""
+    """Return the static bounds of int8 matrices, or the order-0 bound by byte of anything else."""
     if all(r.array.dtype == np.int8 for r in records):
         return static_bounds([r.array.reshape(_shape(r)[:2]) for r in records])
-    items = {r.array.itemsize for r in records}
-    same = [b"".join(_bytes(r) for r in records if r.array.itemsize == size) for size in items]
-    return {"order 0 by byte": plane_bound(list(zip(same, items, strict=True)))}
+    widths = {r.array.itemsize for r in records}
+    parts = [(b"".join(_bytes(r) for r in records if r.array.itemsize == width), width) for width in widths]
+    return {"order 0 by byte": plane_bound(parts)}
 
 
-def _measure(codec: str, section: str, records: Sequence[TensorRecord]) -> Measured | None:
-    """None where the codec is not installed."""
+def _measure(codec: str, section: str, records: Sequence[TensorRecord]) -> CodecResult | None:
+    """Encode and decode a section; return None if the codec is not installed."""
     data, shapes = b"".join(map(_bytes, records)), [_shape(r) for r in records]
     console.logger.info("measuring %s on section %s, %d bytes", codec, section, len(data))
     start = time.perf_counter()
@@ -219,12 +201,12 @@ def _measure(codec: str, section: str, records: Sequence[TensorRecord]) -> Measu
         return None
     encoded = time.perf_counter()
     if codecs.decode(codec, stored, len(data), shapes) != data:
-        raise PgolfError(f"{codec} does not return section {section} as it was: the codec is broken here")
-    return Measured(codec, section, len(stored), encoded - start, time.perf_counter() - encoded)
+        raise PgolfError(f"{codec} does not reproduce section {section}: the codec is broken on this machine")
+    return CodecResult(codec, section, len(stored), encoded - start, time.perf_counter() - encoded)
 
 
-def _measure_reference(records: Sequence[TensorRecord]) -> Measured:
-    """The community's artifact of the same tensors (PR 1501), all in one stream."""
+def _measure_reference(records: Sequence[TensorRecord]) -> CodecResult:
+    """Measure the community's artifact of the same tensors (PR 1501), a single stream."""
     console.logger.info("measuring %s", REFERENCE)
     kinds = {"codes": {"type": "int6"}, "scales": "scale"}
     start = time.perf_counter()
@@ -239,4 +221,4 @@ def _measure_reference(records: Sequence[TensorRecord]) -> Measured:
     stored = lzma.compress(file.getvalue(), preset=9)
     encoded = time.perf_counter()
     torch.load(io.BytesIO(lzma.decompress(stored)), weights_only=True)
-    return Measured(REFERENCE, "all", len(stored), encoded - start, time.perf_counter() - encoded)
+    return CodecResult(REFERENCE, "all", len(stored), encoded - start, time.perf_counter() - encoded)

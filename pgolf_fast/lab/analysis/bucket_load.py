@@ -1,7 +1,7 @@
-"""Which n-grams share a row of the hash table: as published, counted over all pairs, and on real tokens.
+"""Collisions in the hash table: counted over all pairs of tokens as published, and on real tokens.
 
-A context is what a row is looked up by: the current token and one before it (bigram) or two (trigram). Rows
-are those of `reference.ngram_rows`. A word start is a context whose current token has a leading space.
+A context is the key of a row: the current token and the one before it (bigram) or two before it (trigram).
+Rows are those of `reference.ngram_rows`. A word start is a context whose current token has a leading space.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from pgolf_fast.ops import reference
 
 WORD_START, OTHER = "word start", "other"
 ORDERS = ("bigram", "trigram")
-DRAWS = 4  # of an ideal hash; on 16,384 tokens they differ by about 1 %
+DRAWS = 4  # samples of an ideal hash; on 16,384 tokens they differ by about 1 %
 
 
 @dataclass(frozen=True)
 class AllPairs:
-    """Contexts per bucket as if every one occurred, and equally often."""
+    """Contexts per bucket if every context occurred equally often."""
 
     kind: str
     order: str
@@ -36,11 +36,11 @@ class AllPairs:
 
 
 def all_pairs(config: ModelConfig, has_leading_space: np.ndarray) -> list[AllPairs]:
-    """The published count: of each class, all n-grams that end in it over the buckets it may use.
+    """Count as published: all n-grams that end in a class, over the buckets that the class can use.
 
-    V tokens make V bigrams for each current token (V^2 trigrams). Split, each class has half of the rows but
-    one; else both together have all rows but one, which stands for "no n-gram here" (PR 1501). For 1,024
-    pieces, 325 of them word starts, and 4,096 rows: 256.07 shared; 162.58 and 349.67 split.
+    V tokens make V bigrams (V^2 trigrams) per current token. One row is reserved for "no n-gram here"; in a
+    split table each class has half of the other rows, in a shared one both have all of them (PR 1501). For
+    1,024 tokens, 325 of them word starts, and 4,096 rows: 256.07 shared; 162.58 and 349.67 split.
     """
     vocab, starts = len(has_leading_space), int(has_leading_space.sum())
     usable = config.bigram_vocab_size - 1
@@ -55,12 +55,12 @@ def all_pairs(config: ModelConfig, has_leading_space: np.ndarray) -> list[AllPai
 
 @dataclass(frozen=True)
 class Contexts:
-    """The distinct contexts of a text, each with how often it occurs: all arrays are (contexts,)."""
+    """Distinct contexts of a text and their counts; all arrays are (contexts,)."""
 
     counts: np.ndarray
     buckets: np.ndarray
     starts: np.ndarray
-    """bool: it ends in a word start."""
+    """bool: the context ends in a word start."""
     orders: np.ndarray
     """Index in `ORDERS`."""
     num_rows: int
@@ -70,7 +70,7 @@ class Contexts:
         return len(self.counts)
 
     def ideally_hashed(self, rng: np.random.Generator) -> Contexts:
-        """The same contexts, each in a bucket drawn evenly from those it may use."""
+        """Draw the bucket of each context uniformly from those that it can use."""
         usable = self.num_rows - 1
         if not self.split:
             drawn = rng.integers(usable, size=len(self))
@@ -83,49 +83,49 @@ class Contexts:
 
 
 def contexts_of(config: ModelConfig, tokens: np.ndarray, has_leading_space: np.ndarray) -> Contexts:
-    """The contexts of tokens (n,) as one sequence. Raises PgolfError without a hash table or a trigram."""
+    """Count the contexts of tokens (n,). Raises PgolfError without a hash table, or under 3 tokens."""
     if not config.bigram_vocab_size:
         raise PgolfError("the model has no hash table: model.bigram_vocab_size is 0")
     if len(tokens) < 3:
-        raise PgolfError(f"the hash table is analysed on at least 3 tokens, and there are {len(tokens)}")
+        raise PgolfError(f"the hash table is analyzed on at least 3 tokens, not {len(tokens)}")
     ids, vocab = tokens.astype(np.int64), len(has_leading_space)
     leading = torch.from_numpy(has_leading_space) if config.pos_conditional else None
     rows = reference.ngram_rows(
         torch.from_numpy(ids)[None], config.bigram_vocab_size, leading, config.trigram
     )
-    found = []
+    parts = []
     for order, row in enumerate(rows):
         if row is None:
             continue
         length = order + 1  # tokens before the current one
-        keys = ids[length:]
+        keys = ids[length:]  # an n-gram is a number in base V
         for back in range(1, length + 1):
             keys = keys * vocab + ids[length - back : len(ids) - back]
         _, first, counts = np.unique(keys, return_index=True, return_counts=True)
         ends = ids[length:][first]
-        found.append(
+        parts.append(
             (counts, row[0, length:].numpy()[first], has_leading_space[ends], np.full_like(ends, order))
         )
-    counts, buckets, starts, orders = (np.concatenate(part) for part in zip(*found, strict=True))
+    counts, buckets, starts, orders = (np.concatenate(part) for part in zip(*parts, strict=True))
     return Contexts(counts, buckets, starts, orders, config.bigram_vocab_size, config.pos_conditional)
 
 
 @dataclass(frozen=True)
 class Load:
-    """What the contexts of one class and order meet in the table that they share with all others."""
+    """Collisions of the contexts of one class and order, in the table shared with all other contexts."""
 
     occurrences: int
     contexts: int
     occupied: float
-    """Buckets that any of them uses."""
-    company: float
-    """Contexts in the bucket of an occurrence, its own with them: the mean over occurrences."""
+    """Buckets used by any of them."""
+    contexts_in_bucket: float
+    """Contexts in the bucket of an occurrence, including its own: the mean over occurrences."""
     foreign: float
-    """Occurrences in that bucket that are of other contexts, as a share of all in it: the same mean."""
+    """Share of the occurrences in that bucket that belong to other contexts: the mean over occurrences."""
 
 
 def load(contexts: Contexts, chosen: np.ndarray) -> Load:
-    """That of contexts[chosen]; `chosen` is bool (contexts,) with at least one True."""
+    """Measure contexts[chosen]; `chosen` is bool (contexts,) with at least one True."""
     counts, buckets = contexts.counts[chosen], contexts.buckets[chosen]
     in_bucket = np.bincount(contexts.buckets, minlength=contexts.num_rows)
     total = contexts.occurrences_by_bucket()
@@ -139,17 +139,16 @@ def load(contexts: Contexts, chosen: np.ndarray) -> Load:
 
 
 def ideal_load(contexts: Contexts, chosen: np.ndarray, *, seed: int = 0) -> Load:
-    """What `load` would be with an ideal hash: the mean of DRAWS, drawn with `seed`."""
+    """Return the mean `load` of DRAWS ideal hashes, drawn with `seed`."""
     rng = np.random.default_rng(seed)
     drawn = [load(contexts.ideally_hashed(rng), chosen) for _ in range(DRAWS)]
-    occupied, company, foreign = (
-        float(np.mean([getattr(one, name) for one in drawn])) for name in ("occupied", "company", "foreign")
-    )
-    return Load(drawn[0].occurrences, drawn[0].contexts, occupied, company, foreign)
+    names = ("occupied", "contexts_in_bucket", "foreign")
+    means = (float(np.mean([getattr(one, name) for one in drawn])) for name in names)
+    return Load(drawn[0].occurrences, drawn[0].contexts, *means)
 
 
 def groups(contexts: Contexts) -> Iterator[tuple[str, str, np.ndarray]]:
-    """Class, order and choice of every part of the contexts that there is."""
+    """Yield class, order and mask of every nonempty part of the contexts."""
     for kind, own in ((WORD_START, contexts.starts), (OTHER, ~contexts.starts)):
         for index, order in enumerate(ORDERS):
             chosen = own & (contexts.orders == index)

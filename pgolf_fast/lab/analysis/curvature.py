@@ -1,9 +1,9 @@
-"""Curvature of a model's loss: products with its Hessian, the Hessian's trace, its extreme eigenvalues.
+"""Curvature of a loss: Hessian-vector products, trace and extreme eigenvalues.
 
-The ops' backward passes have no derivative of their own, so a product with the Hessian is a difference of
-two gradients in float64: at the weights, which all products share, and a step of 1e-9 of the weights' length
-away. Of v^T H v on `small`, one window, that missed 1.5e-6 along the top eigenvector and 1e-7 along a random
-vector; central differences with a step of 1e-6 missed 1e-3 of the former.
+The ops' backward passes are not differentiable, so a Hessian-vector product is a difference of two gradients
+in float64: at the weights, which all products share, and at a distance of 1e-9 of their norm. On `small` and
+one window, the relative error of v^T H v was 1.5e-6 along the top eigenvector and 1e-7 along a random vector;
+central differences with a step of 1e-6 had 1e-3 along the former.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ Product = Callable[[Tensor], Tensor]
 
 
 class LossSurface:
-    """The mean loss of fixed windows as a function of all parameters, as one vector (size,) float64."""
+    """Mean loss of fixed windows as a function of all parameters, flattened to (size,) float64."""
 
     def __init__(self, model: GPT, tokens: Tensor, targets: Tensor):
-        """`model` in float64, computing in it; tokens and targets (windows, T)."""
+        """Compute loss and gradient of a float64 `model` on tokens and targets (windows, T)."""
         self._model = model
         self._parameters = list(model.parameters())
         batch = max(1, CPU_TOKENS // tokens.shape[1])
@@ -34,7 +34,7 @@ class LossSurface:
         self._count = targets.numel()
         self.size = sum(p.numel() for p in self._parameters)
         self.blocks: dict[str, slice] = {}
-        """Where each parameter lies in the vector."""
+        """Range of each parameter in the vector."""
         start = 0
         for name, parameter in model.named_parameters():
             self.blocks[name] = slice(start, start + parameter.numel())
@@ -42,10 +42,10 @@ class LossSurface:
         self._step = STEP * math.sqrt(sum(float(p.detach().square().sum()) for p in self._parameters))
         model.allocate_gradient_banks()
         self.loss, self.gradient = self._loss_and_gradient()
-        """In nats, and (size,)."""
+        """Loss in nats, and gradient (size,)."""
 
     def product(self, vector: Tensor) -> Tensor:
-        """The Hessian times a vector (size,)."""
+        """Multiply the Hessian by a vector (size,)."""
         step = self._step / float(vector.norm())
         weights = [p.detach().clone() for p in self._parameters]
         with torch.no_grad():
@@ -69,15 +69,15 @@ class LossSurface:
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A number and how far off it may be: a mean's standard error, an eigenvalue's residual."""
+class Uncertain:
+    """A number and its error: the standard error of a mean, or the residual of an eigenvalue."""
 
     value: float
     error: float
 
 
 def random_signs(size: int, seed: int, device: torch.device) -> Iterator[Tensor]:
-    """Vectors (size,) of independent ±1, float64, the same on every device."""
+    """Yield vectors (size,) of independent ±1, float64, identical on every device."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         yield torch.randint(0, 2, (size,), generator=generator).to(device).mul(2).sub(1).double()
@@ -85,50 +85,51 @@ def random_signs(size: int, seed: int, device: torch.device) -> Iterator[Tensor]
 
 def trace(
     product: Product, vectors: Iterable[Tensor], blocks: Mapping[str, slice]
-) -> tuple[Estimate, dict[str, Estimate]]:
-    """The trace of a symmetric matrix, and of its diagonal blocks (Hutchinson 1990).
+) -> tuple[Uncertain, dict[str, Uncertain]]:
+    """Estimate the trace of a symmetric matrix and of its diagonal blocks (Hutchinson 1990).
 
-    v^T H v over vectors v of random signs has the trace as its mean; v_b^T (H v)_b that of block b.
+    The mean of v^T H v over vectors v of random signs is the trace; that of v_b^T (H v)_b is that of block b.
     """
     samples: list[Tensor] = []
     for vector in vectors:
         terms = vector * product(vector)
         samples.append(torch.stack([*(terms[place].sum() for place in blocks.values()), terms.sum()]).cpu())
-    found = torch.stack(samples)
-    means, errors = found.mean(0).tolist(), (found.std(0) / math.sqrt(len(found))).tolist()
-    *parts, whole = (Estimate(value, error) for value, error in zip(means, errors, strict=True))
+    stacked = torch.stack(samples)
+    means, errors = stacked.mean(0).tolist(), (stacked.std(0) / math.sqrt(len(stacked))).tolist()
+    *parts, whole = (Uncertain(value, error) for value, error in zip(means, errors, strict=True))
     return whole, dict(zip(blocks, parts, strict=True))
 
 
 def extremes(
     product: Product, start: Tensor, steps: int, largest: int = 1
-) -> tuple[list[Estimate], Estimate]:
-    """The `largest` eigenvalues of a symmetric matrix, falling, and the smallest, by Lanczos's method (1950).
+) -> tuple[list[Uncertain], Uncertain]:
+    """Estimate the `largest` eigenvalues of a symmetric matrix, descending, and the smallest (Lanczos 1950).
 
-    The k-th is at most the k-th largest eigenvalue, the last at least the smallest. Each has the length of
-    its residual, within which some eigenvalue certainly lies, though after few steps it may be another one;
-    there are no more than there were steps. All vectors are kept orthogonal, which takes the memory of
-    `steps` of them.
+    The k-th is at most the k-th largest eigenvalue, and the last at least the smallest. The error is the norm
+    of the residual: some eigenvalue is within it, but after few steps it may be another one. There are no
+    more estimates than steps. All vectors are kept orthogonal, which takes the memory of `steps` vectors.
     """
     basis = [start / start.norm()]
     diagonal: list[float] = []
-    beside: list[float] = []
+    off_diagonal: list[float] = []
     for _ in range(min(steps, len(start))):
         image = product(basis[-1])
         diagonal.append(float(image @ basis[-1]))
-        for _ in range(2):  # after one pass the rounding errors of a small remainder are as large as it is
+        for _ in range(2):  # after one pass, a small remainder is as large as its rounding errors
             for known in basis:
                 image = image - (image @ known) * known
-        beside.append(float(image.norm()))
-        if beside[-1] <= 1e-10 * max(map(abs, diagonal)):  # nothing is left out: eigenvalues are exact
-            beside[-1] = 0.0
+        off_diagonal.append(float(image.norm()))
+        if off_diagonal[-1] <= 1e-10 * max(
+            map(abs, diagonal)
+        ):  # the space is exhausted: eigenvalues are exact
+            off_diagonal[-1] = 0.0
             break
-        basis.append(image / beside[-1])
-    band = torch.tensor(beside[:-1], dtype=torch.float64)
+        basis.append(image / off_diagonal[-1])
+    band = torch.tensor(off_diagonal[:-1], dtype=torch.float64)
     small = (
         torch.diag(torch.tensor(diagonal, dtype=torch.float64)) + torch.diag(band, 1) + torch.diag(band, -1)
     )
     values, vectors = torch.linalg.eigh(small)
-    residuals = beside[-1] * vectors[-1].abs()
-    found = [Estimate(*pair) for pair in zip(values.tolist(), residuals.tolist(), strict=True)]
-    return found[::-1][:largest], found[0]
+    residuals = off_diagonal[-1] * vectors[-1].abs()
+    ascending = [Uncertain(*pair) for pair in zip(values.tolist(), residuals.tolist(), strict=True)]
+    return ascending[::-1][:largest], ascending[0]

@@ -1,4 +1,4 @@
-"""How much an analysis looks at, and where."""
+"""Settings of the analyses."""
 
 from __future__ import annotations
 
@@ -7,33 +7,33 @@ from pathlib import Path
 
 import torch
 
-from pgolf_fast.config.model import need
+from pgolf_fast.config.checks import need
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Settings of all analyses; each reads those that it has a use for."""
+    """Settings of all analyses; each reads those that it needs."""
 
     data: Path | None = None
-    """Folder of validation shards; None takes that of the first model's run."""
+    """Folder of validation shards; default: that of the first model's run."""
     tokenizer: Path | None = None
-    """Tokenizer of those shards; None takes the one that belongs to them."""
+    """Tokenizer of those shards; default: the one that belongs to them."""
     tokens: int = 16_384
-    """Targets that losses are taken over, from the beginning of the validation data."""
+    """Validation targets for losses, from the beginning of the validation data."""
     device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
-    """Where models run."""
+    """Device on which models run."""
     hash_rows: tuple[int, ...] = ()
-    """Rows of further hash tables whose buckets are counted, beside those of the models."""
+    """Sizes of additional hash tables whose buckets are counted."""
     calibration_tokens: int = 4096
-    """Of these, inputs that rounding errors are weighted by."""
+    """Validation tokens whose inputs weight the rounding errors."""
     points: int = 7
-    """Places on the line between two models, its ends included, where the loss is measured."""
+    """Points on the line between two models, including the ends, where the loss is measured."""
     curvature_tokens: int = 512
-    """Targets whose mean loss is the error surface, at least one window."""
+    """Validation targets of the loss whose Hessian is analyzed, at least one window."""
     probes: int = 6
-    """Random vectors of the trace estimate."""
+    """Random vectors for the trace of the Hessian."""
     lanczos_steps: int = 8
-    """Hessian-vector products that the extreme eigenvalues are taken from."""
+    """Hessian-vector products for the extreme eigenvalues."""
     seed: int = 0
     """Seed of all random vectors."""
 

@@ -1,21 +1,19 @@
-"""What rounding the banks to 6 bits costs."""
+"""Errors of rounding the banks to 6 bits."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pgolf_fast.bench.drawing import label
+from pgolf_fast.console import Table, number
 from pgolf_fast.data.tokenizer import byte_table
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.lab.analysis.finding import Finding
+from pgolf_fast.lab.analysis.models import LoadedModel
 from pgolf_fast.lab.analysis.options import Options
-from pgolf_fast.lab.analysis.plots import drawn
-from pgolf_fast.lab.analysis.subject import Subject
-from pgolf_fast.lab.analysis.tables import NONE, number, ratio, unmeasured
+from pgolf_fast.lab.analysis.summary import Column, Summary, draw, paint_bars, ratio, tabulate, unmeasured
 from pgolf_fast.lab.analysis.validation import diverged, validation_or_why
 from pgolf_fast.lab.analysis.weights import common
 from pgolf_fast.model.bank import BANK_NAMES
@@ -23,215 +21,200 @@ from pgolf_fast.quant.calibration import collect_hessians, self_generate
 from pgolf_fast.quant.grid import dequantize, quantize_rows
 from pgolf_fast.quant.state import SLOTS, group_of, unbank
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 LARGEST_CODE = 31
 FIXED_STEP_MSE = 1 / LARGEST_CODE**2 / 12  # 8.67e-5
-"""Mean squared error of rounding anything smooth to multiples of 1/31."""
+"""Mean squared error of rounding a smooth distribution to multiples of 1/31."""
 
 
 def floored_grid(matrix: Tensor) -> Tensor:
-    """A matrix (R, C) on the published grid: codes ±31, each row's step its largest / 31, at least 1/31."""
+    """Round a matrix (R, C) to the published grid: ±31 steps of max / 31 per row, at least 1/31."""
     step = matrix.abs().amax(1, keepdim=True).div(LARGEST_CODE).clamp_min(1 / LARGEST_CODE)
     return torch.round(matrix / step).clamp_(-LARGEST_CODE, LARGEST_CODE) * step
 
 
 def row_grid(matrix: Tensor) -> Tensor:
-    """A matrix (R, C) on 6-bit steps that follow each row, with this package's percentile search."""
+    """Round a matrix (R, C) to 6-bit steps that follow each row, by this package's percentile search."""
     return dequantize(*quantize_rows(matrix, clip_range=LARGEST_CODE, scale_floor=False))
 
 
 GRIDS: dict[str, Callable[[Tensor], Tensor]] = {"published": floored_grid, "row": row_grid}
 
 
-def quant_findings(subjects: Sequence[Subject], options: Options) -> list[Finding]:
-    """Rounding errors of each bank: squared as published; against the weights, and against what they compute.
+def analyze(models: Sequence[LoadedModel], options: Options) -> list[Summary]:
+    """Measure rounding errors of each bank: as published, relative to the weights, and in the outputs.
 
-    The last needs calibration: validation tokens, or a run's own text. Raises PgolfError for data that was
-    asked for and cannot be read.
+    The last needs calibration: validation tokens, or text that the model writes. Raises PgolfError if the
+    options name data that cannot be read.
     """
-    findings = [published(subjects), corrected(subjects)]
+    summaries = [published(models), corrected(models)]
     hessians: dict[str, Mapping[str, Tensor]] = {}
     texts: dict[str, str] = {}
-    for subject in subjects:
-        found, how = calibrate(subject, options, subjects[0])
-        if found is None:
-            return [*findings, unmeasured("quantisation errors, Hessian-weighted", f"no calibration: {how}")]
-        hessians[subject.name], texts[subject.name] = found, how
+    for model in models:
+        own, text = calibrate(model, options, models[0])
+        if own is None:
+            name = "quantization errors, Hessian-weighted"
+            return [*summaries, unmeasured(name, f"no calibration: {text}")]
+        hessians[model.name], texts[model.name] = own, text
     if len(set(texts.values())) > 1:
-        how = "; ".join(f"{name}: {text}" for name, text in texts.items())
-    return [*findings, weighted(subjects, hessians, how)]
+        text = "; ".join(f"{name}: {own}" for name, own in texts.items())
+    return [*summaries, weighted(models, hessians, text)]
 
 
 def calibrate(
-    subject: Subject, options: Options, first: Subject | None = None
+    model: LoadedModel, options: Options, first: LoadedModel | None = None
 ) -> tuple[Mapping[str, Tensor] | None, str]:
-    """Hessians by group name, float32, and what they were taken on; or None, and what to give.
+    """Return float32 Hessians by group and a description of their text; or None and what to give.
 
-    On `options.calibration_tokens` validation tokens of the `first` model's run (its own by default), or
-    without data on text the model writes, as much as its run's settings say.
+    The text is `options.calibration_tokens` validation tokens of the run of the `first` model (default: its
+    own), or without data text that the model writes, as much as its configuration says.
     """
     try:
-        subject.known()
+        model.need_config()
     except PgolfError as error:
         return None, str(error)
-    validation = validation_or_why([first or subject, subject], options)
-    tokenizer = subject.tokenizer()
+    validation = validation_or_why([first or model, model], options)
+    tokenizer = model.tokenizer()
     if not isinstance(validation, str):
-        model = subject.model(validation.source.table, options.device)
+        network = model.network(validation.source.table, options.device)
         ids = torch.from_numpy(validation.first(options.calibration_tokens))
         text = ids.unfold(0, validation.seq_len + 1, validation.seq_len)
-        how = f"{len(text) * validation.seq_len:,} validation tokens"
-    elif tokenizer is None or subject.config is None:
+        described = f"{len(text) * validation.seq_len:,} validation tokens"
+    elif tokenizer is None or model.config is None:
         return None, validation
     else:
-        model, length = subject.model(byte_table(tokenizer), options.device), subject.config.train.seq_len
-        ids = torch.arange(min(length, model.config.vocab_size), device=options.device)
-        with torch.no_grad():  # drawing from what is not finite is an error of another kind
-            if not bool(model.logits(ids[None]).isfinite().all()):
-                return None, str(diverged(subject.name, "logits"))
-        text = self_generate(model, subject.config.quant, length)
-        how = f"{text.numel():,} tokens the model wrote itself"
-    hessians = collect_hessians(model, text)
+        network, length = model.network(byte_table(tokenizer), options.device), model.config.train.seq_len
+        ids = torch.arange(min(length, network.config.vocab_size), device=options.device)
+        with torch.no_grad():  # sampling from logits that are not finite would fail with another error
+            if not bool(network.logits(ids[None]).isfinite().all()):
+                return None, str(diverged(model.name, "logits"))
+        text = self_generate(network, model.config.quant, length)
+        described = f"{text.numel():,} tokens written by the model"
+    hessians = collect_hessians(network, text)
     if not all(bool(hessian.isfinite().all()) for hessian in hessians.values()):
-        return None, str(diverged(subject.name, "Hessians"))
-    return hessians, how
+        return None, str(diverged(model.name, "Hessians"))
+    return hessians, described
 
 
-def published(subjects: Sequence[Subject]) -> Finding:
-    """Mean squared error of each bank on the floored grid, and of how many slots the first model's is less.
+def published(models: Sequence[LoadedModel]) -> Summary:
+    """Measure the mean squared error of each bank on the floored grid (PR 1501).
 
-    The last row is weighted by parameters (PR 1501). Two models of different shapes have no ratios.
+    The last row is weighted by parameters. Two models of the same shapes also have ratios, and the number of
+    slots where the first has the lower error.
     """
-    by_slot = {s.name: {name: _errors(s.state[name], floored_grid) for name in BANK_NAMES} for s in subjects}
-    weights = {
-        s.name: torch.tensor([s.state[n].numel() for n in BANK_NAMES], dtype=torch.float64) for s in subjects
-    }
-    means = {name: torch.stack([slots.mean() for slots in bank.values()]) for name, bank in by_slot.items()}
-    overall = {name: float((means[name] * w).sum() / w.sum()) for name, w in weights.items()}
-    two, why = len(subjects) == 2, ""
+    by_slot = {m.name: {bank: _errors(m.state[bank], floored_grid) for bank in BANK_NAMES} for m in models}
+    sizes = torch.tensor([[m.state[b].numel() for b in BANK_NAMES] for m in models], dtype=torch.float64)
+    means = torch.stack([torch.stack([e.mean() for e in banks.values()]) for banks in by_slot.values()])
+    overall = ((means * sizes).sum(1) / sizes.sum(1)).tolist()
+    two, why = len(models) == 2, ""
     try:
-        two = two and bool(common(subjects))
+        two = two and bool(common(models))
     except PgolfError as error:
         two, why = False, f" No ratios: {error}."
     rows = []
-    for i, bank in enumerate(BANK_NAMES):
-        cells = [number(float(means[s.name][i]), ".4e") for s in subjects]
+    for bank, errors in zip(("all", *BANK_NAMES), (overall, *means.T.tolist()), strict=True):
+        cells = [number(error, ".4e") for error in errors]
         if two:
-            a, b = (by_slot[s.name][bank] for s in subjects)
-            cells += [
-                number(ratio(float(a.mean()), float(b.mean())), ".5f"),
-                f"{int((a < b).sum())}/{len(a)}",
-            ]
+            cells.append(number(ratio(*errors), ".5f"))
+            a, b = (by_slot[m.name].get(bank) for m in models)
+            cells.append("-" if a is None or b is None else f"{int((a < b).sum())}/{len(a)}")
         rows.append((bank, *cells))
-    cells = [number(overall[s.name], ".4e") for s in subjects]
-    if two:
-        cells += [number(ratio(*(overall[s.name] for s in subjects)), ".5f"), NONE]
-    rows.append(("all", *cells))
-    rows.append(("step² / 12", *([f"{FIXED_STEP_MSE:.4e}"] * len(subjects)), *([NONE, NONE] if two else [])))
-    names = [s.name for s in subjects]
+    step = [f"{FIXED_STEP_MSE:.4e}"] * len(models)
+    rows = [*rows[1:], rows[0], ("step² / 12", *step, *(["-", "-"] if two else []))]
+    names = [m.name for m in models]
     values = {
-        s.name: {"slot_mse": {n: v.tolist() for n, v in by_slot[s.name].items()}, "mean_mse": overall[s.name]}
-        for s in subjects
+        name: {"slot_mse": {bank: e.tolist() for bank, e in by_slot[name].items()}, "mean_mse": mse}
+        for name, mse in zip(names, overall, strict=True)
     }
-    return Finding(
-        "quantisation errors on the published grid",
+    return Summary(
+        "quantization errors on the published grid",
         "published",
         "Shows the error of the step 1/31, which is step² / 12 = 8.67e-5 for any bank whose rows stay below "
         "1 and whose weights spread over more than a step; cannot show which of two such models rounds "
         f"better, since it hardly depends on their weights.{why}",
-        ("bank", *names, *(["ratio", f"lower in {names[0]}"] if two else [])),
-        rows,
+        Table(("bank", *names, *(["ratio", f"lower in {names[0]}"] if two else [])), rows),
         {"step_squared_over_12": FIXED_STEP_MSE, "models": values},
     )
 
 
-def corrected(subjects: Sequence[Subject]) -> Finding:
-    """Squared errors of both grids as shares of the bank's squares, and the rows that the floor rules."""
-    rows: list[tuple[str, ...]] = []
-    found: dict[str, Any] = {}
-    for subject in subjects:
-        found[subject.name] = {}
+def corrected(models: Sequence[LoadedModel]) -> Summary:
+    """Measure squared errors of both grids relative to the bank, and the share of rows on the floor."""
+    values: dict[str, dict[str, dict[str, float | None]]] = {}
+    for model in models:
+        values[model.name] = {}
         for name in BANK_NAMES:
-            bank = subject.state[name]
+            bank = model.state[name]
             energy = float(bank.double().square().sum())
-            floored = float((bank.abs().amax(2) < 1).double().mean())
-            parts: dict[str, float | None] = {"rows_on_the_floor": floored}
+            part: dict[str, float | None] = {
+                "rows_on_the_floor": float((bank.abs().amax(2) < 1).double().mean())
+            }
             for grid, rounded in GRIDS.items():
-                errors = _errors(bank, rounded)
-                parts[f"mse_{grid}"] = float(errors.mean())
-                parts[f"relative_{grid}"] = ratio(float(errors.mean()) * bank.numel(), energy)
-            found[subject.name][name] = parts
-            shares = (_percent(parts[f"relative_{grid}"]) for grid in GRIDS)
-            rows.append((subject.name, name, f"{floored:.1%}", number(parts["mse_row"], ".3e"), *shares))
-    return Finding(
-        "quantisation errors by row",
+                mse = float(_errors(bank, rounded).mean())
+                part[f"mse_{grid}"], part[f"relative_{grid}"] = mse, ratio(mse * bank.numel(), energy)
+            values[model.name][name] = part
+    columns: list[Column] = [
+        ("rows below 1", "rows_on_the_floor", ".1%"),
+        ("MSE, row grid", "mse_row", ".3e"),
+        ("lost, published grid", "relative_published", ".3%"),
+        ("lost, row grid", "relative_row", ".3%"),
+    ]
+    return Summary(
+        "quantization errors by row",
         "corrected",
-        "Shows how much of the weights' squares rounding loses, with steps that are fixed and with steps "
-        "that follow each row; cannot show what the loss will be, as weights do not all matter the same.",
-        ("model", "bank", "rows below 1", "MSE, row grid", "lost, published grid", "lost, row grid"),
-        rows,
-        found,
+        "Shows how much of the weights' squares rounding loses, with fixed steps and with steps that follow "
+        "each row; cannot show what the loss will be, as some weights matter more than others.",
+        tabulate(("model", "bank"), columns, values),
+        values,
     )
 
 
-def weighted(subjects: Sequence[Subject], hessians: Mapping[str, Mapping[str, Tensor]], how: str) -> Finding:
-    """|x E^T|^2 / |x W^T|^2 over calibration inputs x, E = W - rounded W, by bank and grid.
+def weighted(
+    models: Sequence[LoadedModel], hessians: Mapping[str, Mapping[str, Tensor]], text: str
+) -> Summary:
+    """Measure |x E^T|^2 / |x W^T|^2 over calibration inputs x, where E = W - rounded W, by bank and grid.
 
-    Hessians are as GPTQ gets them: with 1 % of the mean of their diagonal added to it.
+    Hessians are those of GPTQ, with 1 % of the mean of their diagonal added to it.
     """
-    rows: list[tuple[str, ...]] = []
-    found: dict[str, Any] = {"calibration": how}
-    for subject in subjects:
-        matrices = unbank(subject.state)
+    values: dict[str, Any] = {}
+    for model in models:
+        matrices = unbank(model.state)
         sums = {name: dict.fromkeys((*GRIDS, "output"), 0.0) for name in BANK_NAMES}
         for bank, kinds in SLOTS.items():
             for name in (n for n in matrices if n.split(".", 2)[-1] in kinds):
                 weight = matrices[name]
-                hessian = hessians[subject.name][group_of(name)].cpu().double()
+                hessian = hessians[model.name][group_of(name)].cpu().double()
                 sums[bank]["output"] += energy_out(weight.double(), hessian)
                 for grid, rounded in GRIDS.items():
                     sums[bank][grid] += energy_out((weight - rounded(weight)).double(), hessian)
-        found[subject.name] = {
+        values[model.name] = {
             bank: {grid: ratio(part[grid], part["output"]) for grid in GRIDS} for bank, part in sums.items()
         }
-        rows += [
-            (subject.name, bank, *(_percent(share) for share in shares.values()))
-            for bank, shares in found[subject.name].items()
-        ]
-    return Finding(
-        "quantisation errors, Hessian-weighted",
+
+    def paint(axes: list) -> None:
+        heights = {
+            f"{name}, {grid} grid": [100 * (banks[bank][grid] or 0) for bank in BANK_NAMES]
+            for name, banks in values.items()
+            for grid in GRIDS
+        }
+        paint_bars(axes[0], BANK_NAMES, heights)
+        axes[0].set(ylabel="% of the outputs' squares", yscale="log", title="changed by rounding to 6 bits")
+
+    columns: list[Column] = [(f"changed, {grid} grid", grid, ".3%") for grid in GRIDS]
+    return Summary(
+        "quantization errors, Hessian-weighted",
         "corrected",
-        f"Shows how much of what each bank computes (its outputs' squares, on {how}) plain rounding changes; "
-        "cannot show how the layers after it take that, nor what GPTQ would save.",
-        ("model", "bank", "changed, published grid", "changed, row grid"),
-        rows,
-        found,
-        drawn("hessian_weighted", lambda axes: _paint(axes, [s.name for s in subjects], found)),
+        f"Shows how much of each bank's output (sum of squares, on {text}) plain rounding changes; cannot "
+        "show how the following layers respond, nor what GPTQ would save.",
+        tabulate(("model", "bank"), columns, values),
+        {"calibration": text, **values},
+        draw("hessian_weighted", paint),
     )
 
 
 def energy_out(matrix: Tensor, hessian: Tensor) -> float:
-    """sum over inputs x of |x matrix^T|^2, where hessian = sum of x^T x: trace(matrix H matrix^T)."""
+    """Return the sum over inputs x of |x matrix^T|^2, where hessian = sum of x^T x: trace(M H M^T)."""
     return float((matrix @ hessian * matrix).sum())
 
 
 def _errors(bank: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
-    """Mean squared errors of the slots, float64 (slots,)."""
+    """Return the mean squared errors of the slots, float64 (slots,)."""
     return torch.stack([(matrix.double() - rounded(matrix).double()).square().mean() for matrix in bank])
-
-
-def _percent(share: float | None) -> str:
-    return number(share, ".3%")
-
-
-def _paint(axes: list[Axes], names: list[str], found: dict[str, Any]) -> None:
-    groups = [(name, grid) for name in names for grid in GRIDS]
-    for i, (name, grid) in enumerate(groups):
-        places = [j + 0.8 * i / len(groups) for j in range(len(BANK_NAMES))]
-        shares = [100 * (found[name][bank][grid] or 0) for bank in BANK_NAMES]
-        axes[0].bar(places, shares, 0.8 / len(groups), label=label(f"{name}, {grid} grid"))
-    axes[0].set_xticks([j + 0.4 - 0.4 / len(groups) for j in range(len(BANK_NAMES))], BANK_NAMES)
-    axes[0].set(ylabel="% of the outputs' squares", yscale="log", title="changed by rounding to 6 bits")
-    axes[0].legend(fontsize=8)

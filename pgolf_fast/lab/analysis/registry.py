@@ -1,60 +1,178 @@
-"""The analyses by name, and what each needs. A study's code is imported when it runs."""
+"""Registry of the analyses: run them by name and write the results."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
+from typing import Any
 
+from pgolf_fast.console import Table
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.lab.analysis.finding import Finding
+from pgolf_fast.io import write_bytes, write_text
+from pgolf_fast.lab.analysis.models import LoadedModel
 from pgolf_fast.lab.analysis.options import Options
-from pgolf_fast.lab.analysis.subject import Subject
+from pgolf_fast.lab.analysis.summary import DARK, Summary, unmeasured
+from pgolf_fast.lab.report.html_page import Figure, Section, portable, render
 
-
-@dataclass(frozen=True)
-class Analysis:
-    """One entry of `ANALYSES`."""
-
-    what: str
-    """What it looks at, in a few words."""
-    place: str
-    """MODULE:FUNCTION in this room: (subjects, options) -> findings."""
-    models: int = 1
-    """How many it needs at least."""
-
-    def run(self, subjects: Sequence[Subject], options: Options) -> list[Finding]:
-        """The findings. Raises PgolfError where models or data are not what it needs."""
-        module, function = self.place.split(":")
-        return getattr(import_module(f"pgolf_fast.lab.analysis.{module}"), function)(subjects, options)
-
-
-ANALYSES = {
-    "deltas": Analysis("how far apart weights are", "deltas:delta_findings", models=2),
-    "quant": Analysis("what rounding to 6 bits costs", "quant:quant_findings"),
-    "spectra": Analysis("singular values", "spectra:spectrum_findings"),
-    "overlap": Analysis("angles between leading subspaces", "overlap:overlap_findings", models=2),
-    "connectivity": Analysis("the line between two models", "connectivity:connectivity_findings", models=2),
-    "surface": Analysis("curvature of the loss", "surface:surface_findings"),
-    "triangle": Analysis("distances among three models or more", "triangle:triangle_findings", models=3),
-    "hash": Analysis("buckets of the hash table", "hash_table:hash_findings"),
-    "losses": Analysis("where the loss is", "losses:loss_findings"),
+ANALYSES = {  # name: module with `analyze(models, options)`, and the least number of models
+    "deltas": ("deltas", 2),  # distances between weights
+    "quant": ("quant", 1),  # errors of rounding to 6 bits
+    "spectra": ("spectra", 1),  # singular values
+    "overlap": ("overlap", 2),  # angles between leading subspaces
+    "connectivity": ("connectivity", 2),  # loss on the line between two models
+    "surface": ("surface", 1),  # curvature of the loss
+    "triangle": ("triangle", 3),  # distances among three models or more
+    "hash": ("hash_table", 1),  # buckets of the hash table
+    "losses": ("losses", 1),  # distribution of the loss, calibration
 }
 
 
 def check_names(only: Sequence[str]) -> None:
-    """Raise PgolfError, with the nearest name, for one that is no analysis."""
+    """Raise PgolfError, naming the closest match, for an unknown analysis."""
     for name in only:
         if name not in ANALYSES:
-            near = difflib.get_close_matches(name, ANALYSES, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]}?" if near else f"they are {', '.join(ANALYSES)}"
+            close = difflib.get_close_matches(name, ANALYSES, n=1, cutoff=0.4)
+            hint = f"did you mean {close[0]}?" if close else f"they are {', '.join(ANALYSES)}"
             raise PgolfError(f"unknown analysis {name!r}: {hint}")
 
 
-def lacking(name: str, subjects: Sequence[Subject]) -> str | None:
-    """How many models an analysis needs, where there are fewer, in a line."""
-    least = ANALYSES[name].models
-    if len(subjects) >= least:
-        return None
-    return f"{name} needs {least} models or more, not {len(subjects)}: name another"
+def need_models(name: str, count: int) -> None:
+    """Raise PgolfError if an analysis needs more than `count` models."""
+    least = ANALYSES[name][1]
+    if count < least:
+        raise PgolfError(f"{name} needs at least {least} models, not {count}: give another")
+
+
+@dataclass(frozen=True)
+class Completed:
+    """An analysis that ran."""
+
+    name: str
+    seconds: float
+    summaries: list[Summary]
+
+
+@dataclass(frozen=True)
+class Results:
+    """Analyses that ran, and why others were skipped."""
+
+    models: Sequence[LoadedModel]
+    options: Options
+    completed: list[Completed] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def time_table(self) -> Table:
+        """Tabulate the seconds of each analysis and the total."""
+        seconds = {one.name: one.seconds for one in self.completed}
+        rows = {**seconds, "all": sum(seconds.values())}.items()
+        return Table(("analysis", "seconds"), [(name, f"{value:.1f}") for name, value in rows])
+
+
+def run_analyses(
+    only: Sequence[str],
+    models: Sequence[LoadedModel],
+    options: Options,
+    show: Callable[[Summary], None] = lambda summary: None,
+) -> Results:
+    """Run the analyses named in `only`, or every one that the models and their data allow.
+
+    `show` is called with each summary. Raises PgolfError if an analysis named in `only` cannot run.
+    """
+    for name in only:  # before the first one takes its time
+        need_models(name, len(models))
+    results = Results(models, options)
+    for name in dict.fromkeys(only or ANALYSES):
+        start = time.perf_counter()
+        try:
+            need_models(name, len(models))
+            # Imported when it runs, so that one analysis does not load the code of all
+            module = import_module(f"pgolf_fast.lab.analysis.{ANALYSES[name][0]}")
+            summaries = module.analyze(models, options)
+        except PgolfError as error:
+            if only:
+                raise
+            results.skipped[name] = str(error)
+            continue
+        results.completed.append(Completed(name, time.perf_counter() - start, summaries))
+        for summary in summaries:
+            show(summary)
+    return results
+
+
+def write_results(out: Path, results: Results) -> None:
+    """Write analysis.json, report.html and the plots, replacing the plots of an earlier analysis.
+
+    No path of this machine is written, so that the folder can be shared.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    # The number in the pattern keeps files of the user, such as surface.png
+    for old in (file for name in ANALYSES for file in out.glob(f"{name}_[0-9]*_*.png")):
+        old.unlink()
+    skipped = {name: portable(why) for name, why in results.skipped.items()}
+    analyses: dict[str, Any] = {}
+    sections: list[Section] = []
+    for one in results.completed:
+        entries = []
+        for number, summary in enumerate(map(_portable, one.summaries), start=1):
+            files = {name: f"{one.name}_{number}_{name}.png" for name in summary.plots}
+            for name, file in files.items():
+                write_bytes(out / file, summary.plots[name])
+            entries.append({**_entry(summary), "plots": files})
+            sections.append(_section(summary))
+        analyses[one.name] = {"seconds": one.seconds, "summaries": entries}
+    models = [{"name": m.name, "file": _last(m.path), "parameters": m.parameters} for m in results.models]
+    settings = {
+        key: _last(value) if isinstance(value, Path) else value if isinstance(value, int) else str(value)
+        for key, value in vars(results.options).items()
+        if value is not None
+    }
+    tree = {"models": models, "options": settings, "analyses": analyses, "skipped": skipped}
+    write_text(out / "analysis.json", json.dumps(_plain(tree), indent=1, allow_nan=False) + "\n")
+    rows = [(m["name"], m["file"], f"{m['parameters']:,}") for m in models]
+    sections.insert(0, Section("Models", tables=(Table(("model", "file or folder", "parameters"), rows),)))
+    if skipped:
+        sections.append(Section("Skipped", tables=(Table(("analysis", "reason"), skipped.items()),)))
+    title = f"Analysis of {', '.join(model.name for model in results.models)}"
+    write_text(out / "report.html", render("analysis", title, sections))
+
+
+def _portable(summary: Summary) -> Summary:
+    """Remove folders from the reason why something was not measured."""
+    reason = summary.values.get("not_measured")
+    return summary if reason is None else unmeasured(summary.name, portable(reason))
+
+
+def _last(path: Path) -> str:
+    """Return the last component of a path."""
+    return path.resolve().name
+
+
+def _entry(summary: Summary) -> dict[str, Any]:
+    table = {"header": summary.table.header, "rows": summary.table.rows}
+    described = {"name": summary.name, "form": summary.form, "shows": summary.shows}
+    return {**described, **table, "values": summary.values}
+
+
+def _section(summary: Summary) -> Section:
+    figures = tuple(
+        Figure(png, summary.plots.get(name + DARK), alt=f"{summary.name}: {name.replace('_', ' ')}")
+        for name, png in summary.plots.items()
+        if not name.endswith(DARK)
+    )
+    tables = (summary.table,) if summary.table.rows else ()
+    return Section(summary.name, summary.shows, tables, figures, summary.form)
+
+
+def _plain(value: Any) -> Any:
+    """Convert to JSON values: tuples to lists, and numbers that are not finite to null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,4 +1,4 @@
-"""Singular values of a model's matrices."""
+"""Singular values of the weight matrices."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from pgolf_fast.bench.drawing import label
-from pgolf_fast.lab.analysis.finding import Finding
+from pgolf_fast.console import Table, number
+from pgolf_fast.lab.analysis.models import LoadedModel
 from pgolf_fast.lab.analysis.options import Options
-from pgolf_fast.lab.analysis.plots import drawn
-from pgolf_fast.lab.analysis.subject import Subject
-from pgolf_fast.lab.analysis.tables import mean, number, ratio, spread
+from pgolf_fast.lab.analysis.summary import Column, Summary, draw, mean, mean_and_deviation, ratio, tabulate
 from pgolf_fast.lab.analysis.weights import flattened, large
 from pgolf_fast.model.bank import BANK_NAMES
 
@@ -25,22 +24,22 @@ ENDS = 5  # singular values listed from either end
 
 
 def singular_values(matrix: Tensor) -> Tensor:
-    """Of a matrix, or of each of a stack of them, in descending order, float64."""
+    """Return the singular values of a matrix or a stack of matrices in descending order, float64."""
     return torch.linalg.svdvals(matrix.double())
 
 
 def condition(values: Tensor) -> float | None:
-    """Largest over smallest singular value; None where the smallest is zero."""
+    """Return the largest over the smallest singular value, or None if the smallest is zero."""
     return ratio(float(values[0]), float(values[-1]))
 
 
 def stable_rank(values: Tensor) -> float | None:
-    """Sum of squares over the largest square: how many directions as strong as the first there would be."""
+    """Return the sum of squares over the largest square: the number of equally strong directions."""
     return ratio(float(values.square().sum()), float(values[0].square()))
 
 
 def effective_rank(values: Tensor) -> float | None:
-    """exp of the entropy of the singular values as shares of their sum (Roy and Vetterli 2007)."""
+    """Return exp of the entropy of the singular values as shares of their sum (Roy and Vetterli 2007)."""
     total = float(values.sum())
     if not total:
         return None
@@ -48,100 +47,89 @@ def effective_rank(values: Tensor) -> float | None:
     return math.exp(-float(torch.special.xlogy(shares, shares).sum()))
 
 
-def spectrum_findings(subjects: Sequence[Subject], options: Options) -> list[Finding]:
-    """Singular values of banks flattened to (slots, rows * columns), as published, and of each slot."""
-    return [published(subjects), corrected(subjects)]
+def analyze(models: Sequence[LoadedModel], options: Options) -> list[Summary]:
+    """Measure singular values of flattened banks as published, and of the matrix of each slot."""
+    return [published(models), corrected(models)]
 
 
-def published(subjects: Sequence[Subject]) -> Finding:
-    """Largest singular value, Frobenius norm, stable rank and condition of each large tensor (PR 1501)."""
+def published(models: Sequence[LoadedModel]) -> Summary:
+    """Measure each large tensor, with banks flattened to one row per slot (PR 1501)."""
+    headers = {
+        "op_norm": "largest",
+        "frobenius": "Frobenius",
+        "stable_rank": "stable rank",
+        "condition": "condition",
+    }
     rows: list[tuple[str, ...]] = []
-    found: dict[str, Any] = {}
-    for subject in subjects:
-        parts: dict[str, dict[str, float | None]] = {}
-        ends = {}
-        for name in large(subject.state):
-            values = singular_values(flattened(subject.state[name]))
-            parts[name] = {
-                "op_norm": float(values[0]),
-                "frobenius": float(values.norm()),
-                "stable_rank": stable_rank(values),
-                "condition": condition(values),
+    values: dict[str, Any] = {}
+    for model in models:
+        tensors: dict[str, dict[str, Any]] = {}
+        for name in large(model.state):
+            sigma = singular_values(flattened(model.state[name]))
+            tensors[name] = {
+                "op_norm": float(sigma[0]),
+                "frobenius": float(sigma.norm()),
+                "stable_rank": stable_rank(sigma),
+                "condition": condition(sigma),
+                "top": sigma[:ENDS].tolist(),
+                "bottom": sigma[-ENDS:].tolist(),
             }
-            ends[name] = {"top": values[:ENDS].tolist(), "bottom": values[-ENDS:].tolist()}
-            rows.append((subject.name, name, *map(number, parts[name].values())))
-        means = {key: mean([part[key] for part in parts.values()]) for key in next(iter(parts.values()))}
-        lipschitz = sum(math.log(part["op_norm"]) for part in parts.values() if part["op_norm"])
-        rows.append((subject.name, f"mean of {len(parts)}", *map(number, means.values())))
-        rows.append((subject.name, "sum of ln of largest", number(lipschitz), "-", "-", "-"))
-        tensors = {name: {**parts[name], **ends[name]} for name in parts}
-        found[subject.name] = {"tensors": tensors, "means": means, "log_lipschitz": lipschitz}
-    return Finding(
+        means = {key: mean(part[key] for part in tensors.values()) for key in headers}
+        lipschitz = sum(math.log(part["op_norm"]) for part in tensors.values() if part["op_norm"])
+        for name, part in {**tensors, f"mean of {len(tensors)}": means}.items():
+            rows.append((model.name, name, *(number(part[key]) for key in headers)))
+        rows.append((model.name, "sum of ln of largest", number(lipschitz), "-", "-", "-"))
+        values[model.name] = {"tensors": tensors, "means": means, "log_lipschitz": lipschitz}
+    return Summary(
         "spectra of flattened banks",
         "published",
-        "Shows the singular values of a bank read as a matrix with one row for each slot; cannot show "
-        "anything about its weight matrices, since a few long and nearly orthogonal rows of similar length "
-        "have a condition near 1 and full rank whatever is in them, and embedding tables rule the means.",
-        ("model", "tensor", "largest", "Frobenius", "stable rank", "condition"),
-        rows,
-        found,
+        "Shows the singular values of a bank flattened to a matrix with one row per slot; cannot show "
+        "anything about its weight matrices, since a few long, nearly orthogonal rows of similar length have "
+        "a condition near 1 and full rank whatever they contain, and embedding tables dominate the means.",
+        Table(("model", "tensor", *headers.values()), rows),
+        values,
     )
 
 
-def corrected(subjects: Sequence[Subject]) -> Finding:
-    """Stable rank, condition, effective rank and largest singular value of each slot, by bank."""
-    rows: list[tuple[str, ...]] = []
-    found: dict[str, Any] = {}
+def corrected(models: Sequence[LoadedModel]) -> Summary:
+    """Measure the matrix of each slot, averaged by bank."""
+    values: dict[str, dict[str, dict[str, Any]]] = {}
     curves: dict[str, dict[str, Tensor]] = {}
-    for subject in subjects:
-        found[subject.name], curves[subject.name] = {}, {}
+    for model in models:
+        values[model.name], curves[model.name] = {}, {}
         for name in BANK_NAMES:
-            every = singular_values(subject.state[name])
-            kinds: dict[str, list[float | None]] = {
-                "largest": [float(values[0]) for values in every],
-                "stable_rank": [stable_rank(values) for values in every],
-                "effective_rank": [effective_rank(values) for values in every],
-                "condition": [condition(values) for values in every],
+            slots = singular_values(model.state[name])
+            values[model.name][name] = {
+                "full_rank": slots.shape[1],
+                "largest": slots[:, 0].tolist(),
+                "stable_rank": [stable_rank(sigma) for sigma in slots],
+                "effective_rank": [effective_rank(sigma) for sigma in slots],
+                "condition": [condition(sigma) for sigma in slots],
+                "top": slots[:, :ENDS].tolist(),
             }
-            full = every.shape[1]
-            tops = every[:, :ENDS].tolist()
-            found[subject.name][name] = {"full_rank": full, **kinds, "top": tops}
-            curves[subject.name][name] = every.mean(0)
-            rows.append(
-                (
-                    subject.name,
-                    name,
-                    f"{len(every)}",
-                    f"{full}",
-                    *(spread(values) for values in kinds.values()),
-                )
-            )
-    return Finding(
+            curves[model.name][name] = slots.mean(0)
+    averaged = ("largest", "stable_rank", "effective_rank", "condition")
+    columns: list[Column] = [
+        ("slots", "largest", lambda slots: f"{len(slots)}"),
+        ("full rank", "full_rank", "d"),
+        *((key.replace("_", " "), key, mean_and_deviation) for key in averaged),
+    ]
+    return Summary(
         "spectra of slots",
         "corrected",
         "Shows for each weight matrix how its strength is spread over directions (mean ± standard deviation "
-        "over the slots of a bank); cannot show which directions the data uses, nor what any of it does to "
+        "over the slots of a bank); cannot show which directions the data uses, nor how any of it affects "
         "the loss.",
-        (
-            "model",
-            "bank",
-            "slots",
-            "full rank",
-            "largest",
-            "stable rank",
-            "effective rank",
-            "condition",
-        ),
-        rows,
-        found,
-        drawn("spectra", lambda axes: _paint(axes, curves), len(BANK_NAMES), width=11, height=3),
+        tabulate(("model", "bank"), columns, values),
+        values,
+        draw("spectra", lambda axes: _paint(axes, curves), len(BANK_NAMES), width=11, height=3),
     )
 
 
 def _paint(axes: list[Axes], curves: dict[str, dict[str, Tensor]]) -> None:
     for panel, name in zip(axes, BANK_NAMES, strict=True):
-        for subject, banks in curves.items():
-            panel.plot(range(1, len(banks[name]) + 1), banks[name].tolist(), label=label(subject))
+        for model, banks in curves.items():
+            panel.plot(range(1, len(banks[name]) + 1), banks[name].tolist(), label=label(model))
         panel.set(title=name, xlabel="singular value", xscale="log")
         panel.grid(alpha=0.3)
     axes[0].set_ylabel("mean over slots")

@@ -1,4 +1,4 @@
-"""The tokens that models are run on."""
+"""Validation tokens of an analysis."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from pgolf_fast.data.source import Source, open_source
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.score import Stream
+from pgolf_fast.lab.analysis.models import LoadedModel
 from pgolf_fast.lab.analysis.options import Options
-from pgolf_fast.lab.analysis.subject import Subject
 
 
 @dataclass(frozen=True)
@@ -25,23 +25,22 @@ class Validation:
     """int64 (k * seq_len + 1,)."""
 
     def first(self, targets: int) -> np.ndarray:
-        """The first `targets` of it, rounded up to whole windows, as tokens (n + 1,)."""
+        """Return the first `targets` targets, rounded up to whole windows, as tokens (n + 1,)."""
         return self.tokens[: -(-targets // self.seq_len) * self.seq_len + 1]
 
     def stream(self, device: torch.device) -> Stream:
-        """All of it, on a device, with the bytes of every target."""
+        """Return a stream of all tokens on a device, with the bytes of every target."""
         return Stream(self.tokens, self.source.table, device)
 
 
-def open_validation(subjects: Sequence[Subject], options: Options) -> Validation:
-    """`options.tokens` targets, rounded up to whole windows, or as many as there are.
+def open_validation(models: Sequence[LoadedModel], options: Options) -> Validation:
+    """Read `options.tokens` targets, rounded up to whole windows, or fewer if there are no more.
 
-    They are from the folder the options name, else from that of the first model's run. Raises PgolfError,
-    saying what to give, where neither names any, or a model's run was trained with another tokenizer, and as
-    `window_length`.
+    They are from the folder in the options, or from that of the first model's run. Raises PgolfError if there
+    is neither, if a model was trained with another tokenizer, and as `window_length`.
     """
-    length, first = window_length(subjects), subjects[0]
-    config = first.known()
+    length, first = window_length(models), models[0]
+    config = first.need_config()
     if options.data is None and first.folder is None and config.data.path is None:
         raise PgolfError(f"{first.path} does not name its data: give a folder of shards with --data.path")
     wanted = -(-options.tokens // length) * length
@@ -51,49 +50,50 @@ def open_validation(subjects: Sequence[Subject], options: Options) -> Validation
     if options.tokenizer is not None:
         data = replace(data, tokenizer=str(options.tokenizer))
     source = open_source(data, config.model.vocab_size)
-    for subject in subjects:
-        own = subject.tokenizer()
+    for model in models:
+        own = model.tokenizer()
+        # Files are compared, since the same vocabulary size does not mean the same tokens
         if own is not None and own.path.read_bytes() != source.tokenizer.path.read_bytes():
             raise PgolfError(
-                f"the shards in {source.folder} belong to tokenizer {source.tokenizer.path}, {subject.name} "
+                f"the shards in {source.folder} belong to tokenizer {source.tokenizer.path}, {model.name} "
                 f"to another ({own.path}): use shards made with that, or name it with --data.tokenizer"
             )
     return Validation(source, length, source.validation(length).astype(np.int64))
 
 
-def window_length(subjects: Sequence[Subject]) -> int:
-    """Tokens of the windows that all models are scored on.
+def window_length(models: Sequence[LoadedModel]) -> int:
+    """Return the window length on which all models are scored.
 
-    Raises PgolfError where a model's configuration is not known, or is for windows of another length: its
-    loss would be that of a shorter or longer context.
+    Raises PgolfError if a configuration is unknown, or if lengths differ: losses with more or less context
+    cannot be compared.
     """
-    first, *others = subjects
-    length = first.known().eval_seq_len
+    first, *others = models
+    length = first.need_config().eval_seq_len
     for other in others:
-        if (own := other.known().eval_seq_len) != length:
+        if (own := other.need_config().eval_seq_len) != length:
             raise PgolfError(
                 f"{first.name} is scored on windows of {length} tokens, {other.name} of {own}: their "
-                "losses do not compare, analyse each alone"
+                "losses cannot be compared, analyze each model alone"
             )
     return length
 
 
 def diverged(name: str, what: str) -> PgolfError:
-    """The error that a model's `what`, say losses, are not finite."""
+    """Return the error for a model whose `what`, such as losses, are not finite."""
     return PgolfError(f"{name}: its {what} are not finite, it has diverged: use an earlier checkpoint")
 
 
-def validation_or_why(subjects: Sequence[Subject], options: Options) -> Validation | str:
-    """`open_validation`, or in a line why there are no tokens.
+def validation_or_why(models: Sequence[LoadedModel], options: Options) -> Validation | str:
+    """Return `open_validation`, or the reason why there are no tokens.
 
-    Raises PgolfError where data was asked for, unless the models are what does not fit.
+    Raises PgolfError if the options name data that cannot be read.
     """
     try:
-        window_length(subjects)
+        window_length(models)
     except PgolfError as error:
         return str(error)
     try:
-        return open_validation(subjects, options)
+        return open_validation(models, options)
     except PgolfError as error:
         if options.data is not None:
             raise

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from pgolf_fast import console
+from pgolf_fast.console import Table
 
 
 @dataclass(frozen=True)
@@ -58,3 +60,9 @@ def run_checks(checks: Iterable[Check]) -> list[Result]:
 def broken(results: Iterable[Result]) -> list[str]:
     """Numbers of the properties that do not hold."""
     return [result.id for result in results if result.passed is False]
+
+
+def findings_table(findings: Iterable[Mapping[str, Any]]) -> Table:
+    """Tabulate the `findings` of audit.json."""
+    rows = [(f["id"], f["title"], f["verdict"], f"{f['seconds']:.1f}", f["evidence"]) for f in findings]
+    return Table(("id", "property", "verdict", "seconds", "evidence"), rows)

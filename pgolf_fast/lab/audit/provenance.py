@@ -16,9 +16,9 @@ import torch
 
 from pgolf_fast.artifact.container import sizes
 from pgolf_fast.artifact.pack import build_records, unpack
+from pgolf_fast.config.fields import run_config_from_dict
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import RunConfig
-from pgolf_fast.config.serialize import run_config_from_dict
 from pgolf_fast.config.shrink import shrink
 from pgolf_fast.data.shards import write_shard
 from pgolf_fast.io import load_tensors

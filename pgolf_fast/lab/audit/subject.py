@@ -14,9 +14,9 @@ from torch import Tensor
 
 from pgolf_fast.artifact import steps
 from pgolf_fast.artifact.pack import load_model, unpack
+from pgolf_fast.config.fields import run_config_from_dict
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import EvalConfig, PackConfig, RunConfig, TTTConfig
-from pgolf_fast.config.serialize import run_config_from_dict
 from pgolf_fast.data.source import open_source
 from pgolf_fast.data.tokenizer import ByteTable, Tokenizer
 from pgolf_fast.distributed import World, this_process

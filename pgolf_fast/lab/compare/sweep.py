@@ -6,10 +6,11 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from pgolf_fast.artifact.pack import unpack
 from pgolf_fast.artifact.steps import artifact_model
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import RunConfig, TTTConfig
+from pgolf_fast.console import Table
 from pgolf_fast.distributed import SINGLE, World, this_process
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.adapters.registry import need_legal
@@ -26,6 +28,7 @@ from pgolf_fast.evaluation.documents import document_starts
 from pgolf_fast.evaluation.evaluator import Evaluator, Pass
 from pgolf_fast.evaluation.resume import identity
 from pgolf_fast.evaluation.score import Stream
+from pgolf_fast.evaluation.scores import mark
 from pgolf_fast.evaluation.steps import validation_stream
 from pgolf_fast.io import write_text
 from pgolf_fast.model.bank import Transform
@@ -196,3 +199,22 @@ def sweep_run(
         }
         write_text(folder.sweep_file, json.dumps(story, indent=2) + "\n")
     return found
+
+
+def sweep_table(content: Mapping[str, Any]) -> Table:
+    """Tabulate the content of ttt_sweep.json; adapters that break the rules are labeled."""
+    illegal = content.get("illegal", {})
+    rows = [
+        (
+            mark(name, name in illegal),
+            f"{row['bpb']:.6f}",
+            f"{row['gain']:+.6f}",
+            f"{row['low']:+.5f} to {row['high']:+.5f}",
+            f"{row['microseconds_a_token']:.1f}",
+            f"{row['updates']:,}",
+            f"{row['trainable']:,}",
+        )
+        for name, row in content["adapters"].items()
+    ]
+    header = ("adapter", "bpb", "gain", "95 % interval", "us/token", "updates", "trainable")
+    return Table(header, rows, f"Adapters compared on {content.get('tokens', 0):,} targets")

@@ -1,1 +1,1 @@
-"""One page about a run, from what its folder holds."""
+"""HTML reports of a run or an analysis, and the plots that go with them."""

@@ -1,4 +1,4 @@
-"""The picture of a run: training loss, validation and learning rate over steps."""
+"""Plot of a run: training loss, validation loss and learning rate by step."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from pgolf_fast.config.run_folder import RunFolder
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-CEILING = 0.99  # quantile of the losses that the picture has room for, besides the first: spikes are cut off
+CEILING = 0.99  # quantile of the losses at which the axis ends, so that a spike does not flatten the curve
 
 
 def draw_loss_curve(folder: RunFolder) -> Path | None:
-    """Write loss.png beside the metrics; None, with a line saying why, without matplotlib."""
+    """Write loss.png to the run folder; without matplotlib or steps, log why and return None."""
     rows = folder.history()
     steps = {row["step"]: row for row in rows if row["kind"] == "step"}
     if not steps:
-        console.logger.warning("no loss curve: %s holds no steps", folder.metrics_file)
+        console.logger.warning("no loss curve: %s has no steps", folder.metrics_file)
         return None
 
     def paint(figure: Figure) -> None:
@@ -35,19 +35,18 @@ def draw_loss_curve(folder: RunFolder) -> Path | None:
 def paint_training(
     figure: Figure, steps: Mapping[int, Mapping[str, Any]], validations: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Loss and, below it, learning-rate multiplier, on an empty figure; of rows as metrics.jsonl holds them.
+    """Draw the loss and, below it, the learning-rate multiplier; rows are those of metrics.jsonl.
 
-    Losses that are not finite leave a gap, and a cross below.
+    A loss that is not finite leaves a gap in the curve and a cross at the bottom.
     """
     x = sorted(steps)
-    losses = [number(steps[s].get("loss")) for s in x]
-    smoothed = _smooth(losses)
+    losses = [as_float(steps[s].get("loss")) for s in x]
     axes, rate = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     axes.plot(x, losses, color="0.6", alpha=0.6, linewidth=0.7, label="batch")
-    axes.plot(x, smoothed, color="C0", label="smoothed")
-    checked = [(row["step"], loss) for row in validations if math.isfinite(loss := number(row.get("loss")))]
-    if checked:
-        axes.plot(*zip(*checked, strict=True), "o", color="C1", markersize=5, label="validation")
+    axes.plot(x, _smooth(losses), color="C0", label="smoothed")
+    validated = [(row["step"], v) for row in validations if math.isfinite(v := as_float(row.get("loss")))]
+    if validated:
+        axes.plot(*zip(*validated, strict=True), "o", color="C1", markersize=5, label="validation")
     broken = [s for s, loss in zip(x, losses, strict=True) if not math.isfinite(loss)]
     if broken:
         at_bottom = axes.get_xaxis_transform()
@@ -55,27 +54,27 @@ def paint_training(
     finite = [loss for loss in losses if math.isfinite(loss)]
     if finite:
         usual = sorted(finite)[int(CEILING * (len(finite) - 1))]
-        low, high = min(finite), max(usual, finite[0], *(loss for _, loss in checked))
-        room = max(high - low, 0.1)
-        axes.set_ylim(low - 0.05 * room, high + 0.1 * room)
+        low, high = min(finite), max(usual, finite[0], *(loss for _, loss in validated))
+        margin = max(high - low, 0.1)
+        axes.set_ylim(low - 0.05 * margin, high + 0.1 * margin)
     qat = next((s for s in x if steps[s].get("qat")), None)
     if qat is not None:
         axes.axvline(qat, color="C2", linewidth=0.8, linestyle="--", label="int6 from here")
     axes.set(ylabel="loss, nats per token")
     axes.grid(alpha=0.3)
     axes.legend()
-    rate.plot(x, [number(steps[s].get("multiplier")) for s in x], color="C2", linewidth=1.2)
+    rate.plot(x, [as_float(steps[s].get("multiplier")) for s in x], color="C2", linewidth=1.2)
     rate.set(xlabel="step", ylabel="learning rate", ylim=(0, 1.05))
     rate.grid(alpha=0.3)
 
 
-def number(value: object) -> float:
-    """A number from a log; NaN for anything else."""
+def as_float(value: object) -> float:
+    """Return a number from a log as a float, and NaN for anything else."""
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
 
 
 def _smooth(values: list[float], keep: float = 0.95) -> list[float]:
-    """Exponential average without start-up bias, over the values that are finite; NaN for the others."""
+    """Average exponentially, without start-up bias, over the finite values; NaN where a value is not."""
     smoothed, total, weight = [], 0.0, 0.0
     for value in values:
         if math.isfinite(value):

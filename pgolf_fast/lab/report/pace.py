@@ -1,4 +1,4 @@
-"""How fast a run trained, from the times of its steps."""
+"""Training speed from the times of the steps."""
 
 from __future__ import annotations
 
@@ -8,32 +8,28 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pgolf_fast.lab.report.loss_curve import number
+from pgolf_fast.console import Table
+from pgolf_fast.lab.report.loss_curve import as_float
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-POINTS = 120  # of the picture at most
+POINTS = 120  # at most, in the plot
 
 
 def step_seconds(steps: Mapping[int, Mapping[str, Any]]) -> dict[int, float]:
-    """Seconds of each step whose predecessor is on record too."""
-    found = {}
+    """Return the seconds of each step whose predecessor was recorded too."""
+    seconds = {}
     for step in sorted(steps):
         if step - 1 in steps:
-            took = number(steps[step].get("elapsed")) - number(steps[step - 1].get("elapsed"))
-            if math.isfinite(took) and took > 0:
-                found[step] = took
-    return found
+            elapsed = as_float(steps[step].get("elapsed")) - as_float(steps[step - 1].get("elapsed"))
+            if math.isfinite(elapsed) and elapsed > 0:
+                seconds[step] = elapsed
+    return seconds
 
 
-def tokens_of(row: Mapping[str, Any], batch_tokens: int) -> int:
-    """Of one step; runs of earlier versions do not say, and have batches of one size."""
-    return int(row.get("tokens") or batch_tokens)
-
-
-def pace_rows(steps: Mapping[int, Mapping[str, Any]], batch_tokens: int) -> tuple[tuple[str, ...], ...]:
-    """(kind of step, count, median ms, 10 % and 90 % points, tokens/s of them all); empty without times."""
+def pace_table(steps: Mapping[int, Mapping[str, Any]]) -> Table:
+    """Tabulate milliseconds and tokens/s by kind of step; without times, the table has no rows."""
     seconds = step_seconds(steps)
     meta = {step for step in seconds if steps[step].get("meta_loss") is not None}
     reptile = {step for step in seconds if steps[step].get("reptile")}
@@ -44,20 +40,19 @@ def pace_rows(steps: Mapping[int, Mapping[str, Any]], batch_tokens: int) -> tupl
     rows = []
     for kind, chosen in kinds.items():
         if chosen:
-            taken = np.array([seconds[step] for step in chosen])
-            low, middle, high = (float(q) for q in np.quantile(taken, (0.1, 0.5, 0.9)))
-            times = (f"{1e3 * t:,.1f}" for t in (middle, low, high))
-            rate = sum(tokens_of(steps[step], batch_tokens) for step in chosen) / float(taken.sum())
-            rows.append((kind, f"{len(chosen):,}", *times, f"{rate:,.0f}"))
-    return tuple(rows)
+            times = np.array([seconds[step] for step in chosen])
+            low, middle, high = (f"{1e3 * q:,.1f}" for q in np.quantile(times, (0.1, 0.5, 0.9)))
+            rate = sum(steps[step]["tokens"] for step in chosen) / times.sum()
+            rows.append((kind, f"{len(chosen):,}", middle, low, high, f"{rate:,.0f}"))
+    return Table(("steps", "count", "median ms", "10 %", "90 %", "tokens/s"), rows)
 
 
-def paint_pace(figure: Figure, steps: Mapping[int, Mapping[str, Any]], batch_tokens: int) -> None:
-    """Tokens per second by step: medians of as many neighbors as leave POINTS points."""
+def paint_pace(figure: Figure, steps: Mapping[int, Mapping[str, Any]]) -> None:
+    """Draw tokens per second by step, as medians over groups of adjacent steps."""
     seconds = step_seconds(steps)
     groups = np.array_split(np.array(list(seconds)), min(POINTS, len(seconds)))
     x = [float(group.mean()) for group in groups]
-    rates = {step: tokens_of(steps[step], batch_tokens) / seconds[step] for step in seconds}
+    rates = {step: steps[step]["tokens"] / seconds[step] for step in seconds}
     y = [float(np.median([rates[int(step)] for step in group])) for group in groups]
     axes = figure.subplots()
     axes.plot(x, y, "-" if len(x) > 1 else "o")

@@ -1,9 +1,11 @@
-"""What a run folder says about its run, whatever state that is in."""
+"""Contents of a run folder, in whatever state the run is."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,16 +15,15 @@ from pgolf_fast.artifact.container import sizes
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.io import load_story
+from pgolf_fast.io import load_metadata
 from pgolf_fast.lab.analysis.artifact_bytes import ArtifactTable, artifact_table
 from pgolf_fast.lab.report.html_page import portable
-from pgolf_fast.lab.report.loss_curve import number
-from pgolf_fast.lab.report.pace import tokens_of
+from pgolf_fast.lab.report.loss_curve import as_float
 
 
 @dataclass(frozen=True)
 class Missing:
-    """Something that a page would show, why it does not, and the command that makes it."""
+    """A part of the report that is not available: the reason, and the command that creates it."""
 
     what: str
     why: str
@@ -30,26 +31,26 @@ class Missing:
 
 
 @dataclass(frozen=True)
-class Run:
-    """The files of a run folder, read; empty or None where there are none."""
+class RunRecord:
+    """Files of a run folder, parsed; a file that does not exist is empty or None."""
 
     folder: RunFolder
     config: RunConfig
     steps: dict[int, dict[str, Any]]
-    """Lines of metrics.jsonl by step; of a step that was taken again after an interruption, the last."""
+    """Lines of metrics.jsonl by step; a step repeated after an interruption has its last line."""
     validations: list[dict[str, Any]]
     resumes: list[dict[str, Any]]
     slot_rates: list[dict[str, Any]]
-    """Rates that MetaSGD has learned, by bank."""
+    """Learning rates that MetaSGD learned, by bank."""
     scores: dict[str, dict[str, Any]]
-    """What `pgolf eval` wrote, by weights."""
+    """Output of `pgolf eval`, by weights."""
     sweep: dict[str, Any]
-    """What `pgolf ttt-sweep` wrote."""
+    """Output of `pgolf ttt-sweep`."""
     audit: dict[str, Any]
-    """What `pgolf audit` wrote."""
+    """Output of `pgolf audit`."""
     environment: dict[str, Any]
     weights: dict[str, Any]
-    """What model.safetensors says about what it holds: step, weights."""
+    """Metadata of model.safetensors: step, weights."""
     artifact: ArtifactTable | None
     missing: tuple[Missing, ...]
 
@@ -58,130 +59,113 @@ class Run:
         return self.folder.path.resolve().name
 
     @property
-    def trained(self) -> bool:
-        """Whether training came to its end: final weights are there."""
-        return self.folder.model_file.is_file()
-
-    @property
     def last_step(self) -> int:
         return max(self.steps, default=0)
 
     @property
     def seconds(self) -> float:
-        """Of training, up to the last step; NaN if that is not known."""
-        return number(self.steps[self.last_step].get("elapsed")) if self.steps else math.nan
+        """Training time up to the last step; NaN if unknown."""
+        return as_float(self.steps[self.last_step].get("elapsed")) if self.steps else math.nan
 
     @property
     def tokens(self) -> int:
-        """Learned from up to the last step."""
-        batch = self.config.train.batch_tokens
+        """Training tokens up to the last step."""
         unrecorded = self.last_step - len(self.steps)
-        return sum(tokens_of(row, batch) for row in self.steps.values()) + unrecorded * batch
+        return sum(row["tokens"] for row in self.steps.values()) + unrecorded * self.config.train.batch_tokens
 
     @property
-    def broken(self) -> list[int]:
+    def broken_steps(self) -> list[int]:
         """Steps whose loss is not finite."""
-        return [s for s in sorted(self.steps) if not math.isfinite(number(self.steps[s].get("loss")))]
+        return [s for s in sorted(self.steps) if not math.isfinite(as_float(self.steps[s].get("loss")))]
 
     @property
     def final_validation(self) -> dict[str, Any] | None:
-        """That of the weights in model.safetensors: the average's, or the last step's after Reptile."""
+        """Validation of the weights in model.safetensors: the average or, after Reptile, the last step's."""
         which = [self.weights.get(name, ...) for name in ("step", "weights")]
         rows = (row for row in self.validations if [row["step"], row.get("weights")] == which)
         return next(rows, None)
 
     def state(self) -> str:
-        """How far it came, in a few words."""
-        goal, bounded = self.config.train.steps, self.config.train.max_seconds
-        aim = f"{goal:,}" + (f" or {console.duration(bounded)}" if bounded else "")
-        if self.trained:
-            return "trained to its end" if self.steps else "imported weights, not trained here"
+        """Describe the progress of the run in a few words."""
+        steps, seconds = self.config.train.steps, self.config.train.max_seconds
+        goal = f"{steps:,}" + (f" or {console.duration(seconds)}" if seconds else "")
+        if self.folder.model_file.is_file():
+            return "trained to the end" if self.steps else "imported weights, not trained here"
         if self.steps:
-            return f"interrupted, or still running: step {self.last_step:,} of {aim}"
-        return "not trained yet: there is only its configuration"
+            return f"interrupted or still running: step {self.last_step:,} of {goal}"
+        return "not trained yet: only the configuration exists"
 
 
-def read_run(folder: RunFolder) -> Run:
-    """The run in a folder that has at least a config.json. Raises PgolfError where there is none.
+def read_run(folder: RunFolder) -> RunRecord:
+    """Read a run folder that has at least config.json. Raises PgolfError if it has none.
 
-    Files that cannot be read are told apart from files that are not there, and are no error.
+    Other files may be missing or damaged; `RunRecord.missing` says which and why.
     """
-    config, missing = folder.read_config(), list[Missing]()
-    name = folder.path.resolve().name
-
-    def kept(path: Path, what: str, command: str, *, wanted: bool = True) -> dict[str, Any]:
-        if not path.is_file():
-            if wanted:
-                missing.append(Missing(what, f"there is no {path.name}", command))
-            return {}
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            missing.append(Missing(what, f"{path.name} is damaged: {error}", command))
-            return {}
-        return found if isinstance(found, dict) else {}
-
+    config, name = folder.read_config(), folder.path.resolve().name
+    missing: list[Missing] = []
     lines = _metrics(folder)
-    steps = {row["step"]: row for row in lines.get("step", [])}
-    if not steps:
-        missing.append(Missing("training log", "metrics.jsonl holds no step", "made by training"))
-    weights, command = dict[str, Any](), f"pgolf train {config.name} --resume --out {name}"
-    if not folder.model_file.is_file():
-        missing.append(Missing("final weights", "training did not come to its end", command))
-    else:
-        try:
-            weights = load_story(folder.model_file)
-        except PgolfError as error:
-            missing.append(Missing("final weights", portable(str(error)), command))
-    table, digest = _artifact(folder, missing)
+    if not lines["step"]:
+        missing.append(Missing("training log", "metrics.jsonl has no steps", "written by training"))
+
+    def read(path: Path, what: str, command: str, load: Callable[[Path], Any] = _json, why: str = "") -> Any:
+        """Load a file; if it is missing or damaged, record that and return {}."""
+        if path.is_file():
+            try:
+                return load(path)
+            except PgolfError as error:
+                why = portable(str(error))
+            except ValueError as error:  # not JSON, or not text
+                why = f"{path.name} is damaged: {error}"
+        missing.append(Missing(what, why or f"there is no {path.name}", command))
+        return {}
+
+    train = f"pgolf train {config.name} --resume --out {name}"
+    score, audit = f"pgolf eval {name}", f"pgolf audit {name}"
+    weights = read(folder.model_file, "final weights", train, load_metadata, "training did not finish")
+    pack = f"pgolf {'pack' if folder.quantized_file.is_file() else 'quantize'} {name}"
+    artifact = read(folder.artifact_file, "artifact", pack, _artifact, "the run is not packed")
     scores = {
-        "artifact": kept(folder.scores_file("artifact"), "scores of the artifact", f"pgolf eval {name}"),
-        "float": kept(
-            folder.scores_file("float"),
-            "scores of the float weights",
-            f"pgolf eval {name} --weights float",
-        ),
+        "artifact": read(folder.scores_file("artifact"), "scores of the artifact", score),
+        "float": read(folder.scores_file("float"), "scores of the float weights", f"{score} --weights float"),
     }
-    audit = kept(folder.audit_file, "audit", f"pgolf audit {name}")
-    for what, story in (("scores of the artifact", scores["artifact"]), ("audit", audit)):
-        of = story.get("artifact_sha256")
-        if of is not None and digest is not None and of != digest:
-            command = f"pgolf {'eval' if story is scores['artifact'] else 'audit'} {name}"
-            missing.append(Missing(f"{what} as it is now", "those shown are of another artifact", command))
-    return Run(
+    findings = read(folder.audit_file, "audit", audit)
+    for what, tree, command in (("scores", scores["artifact"], score), ("audit", findings, audit)):
+        if artifact and tree.get("artifact_sha256") not in (None, artifact["sha256"]):
+            why = "those shown are of another artifact"
+            missing.append(Missing(f"{what} of the current artifact", why, command))
+    sweep = {}
+    if folder.sweep_file.is_file():  # optional, so not missing
+        sweep = read(folder.sweep_file, "sweep", f"pgolf ttt-sweep {name}")
+    return RunRecord(
         folder=folder,
         config=config,
-        steps=steps,
-        validations=lines.get("val", []),
-        resumes=lines.get("resume", []),
-        slot_rates=lines.get("slot_rates", []),
-        scores={weights: story for weights, story in scores.items() if story},
-        sweep=kept(folder.sweep_file, "sweep", f"pgolf ttt-sweep {name}", wanted=False),
-        audit=audit,
-        environment=kept(folder.path / "env.json", "environment", "made by training"),
+        steps={row["step"]: row for row in lines["step"]},
+        validations=lines["val"],
+        resumes=lines["resume"],
+        slot_rates=lines["slot_rates"],
+        scores={which: tree for which, tree in scores.items() if tree},
+        sweep=sweep,
+        audit=findings,
+        environment=read(folder.path / "env.json", "environment", "written by training"),
         weights=weights,
-        artifact=table,
+        artifact=artifact.get("table"),
         missing=tuple(missing),
     )
 
 
+def _json(path: Path) -> dict[str, Any]:
+    tree = json.loads(path.read_text(encoding="utf-8"))
+    return tree if isinstance(tree, dict) else {}
+
+
+def _artifact(path: Path) -> dict[str, Any]:
+    return {"table": artifact_table(path, tried=()), "sha256": sizes(path).sha256}
+
+
 def _metrics(folder: RunFolder) -> dict[str, list[dict[str, Any]]]:
-    """The lines of metrics.jsonl that belong to a step, by kind."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    """Read the lines of metrics.jsonl that belong to a step, by kind."""
+    lines = defaultdict(list)
     for row in folder.history():
         if isinstance(row.get("step"), int):
-            found.setdefault(str(row.get("kind")), []).append(row)
-    return found
-
-
-def _artifact(folder: RunFolder, missing: list[Missing]) -> tuple[ArtifactTable | None, str | None]:
-    name = folder.path.resolve().name
-    if not folder.artifact_file.is_file():
-        step = "quantize" if not folder.quantized_file.is_file() else "pack"
-        missing.append(Missing("artifact", "the run is not packed", f"pgolf {step} {name}"))
-        return None, None
-    try:
-        return artifact_table(folder.artifact_file, tried=()), sizes(folder.artifact_file).sha256
-    except PgolfError as error:
-        missing.append(Missing("artifact", portable(str(error)), f"pgolf pack {name}"))
-        return None, None
+            lines[str(row.get("kind"))].append(row)
+    return lines

@@ -1,4 +1,4 @@
-"""The picture of a scores file: bits by class, context, document length and chunk."""
+"""Plot of a scores file: bits by class, context, document length and chunk."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def draw_scores(story: dict, path: Path) -> Path | None:
-    """Write a PNG of what `pgolf eval` wrote as JSON; None, with a line saying why, without matplotlib."""
+def draw_scores(scores: dict, path: Path) -> Path | None:
+    """Plot the JSON of `pgolf eval` as a PNG; without matplotlib, log why and return None."""
 
     def paint(figure: Figure) -> None:
         (by_class, by_context), (by_document, course) = figure.subplots(2, 2)
-        paint_parts((by_class, by_context, by_document), story)
-        paint_course(course, story)
+        paint_parts((by_class, by_context, by_document), scores)
+        paint_course(course, scores)
 
-    return write_png(path, paint, (11, 7), "picture of scores")
+    return write_png(path, paint, (11, 7), "plot of the scores")
 
 
-def paint_parts(panels: Sequence[Axes], story: dict) -> None:
-    """The `figures` of a story on three: shares by class, bits by context, bits by length of document.
+def paint_parts(panels: Sequence[Axes], scores: dict) -> None:
+    """Draw three panels: shares by class, bits by context, and bits by document length.
 
-    Without test-time training its curve is left out.
+    Scores without test-time training have one curve fewer.
     """
     by_class, by_context, by_document = panels
-    figures = story["figures"]
+    figures = scores["figures"]
     sliding, ttt = figures["sliding"], figures.get("sliding_ttt")
     _classes(by_class, sliding["by_class"])
     _bits(by_context, {"non-overlapping": figures["non_overlapping"]["by_context"]})
     by_context.set(xlabel="tokens of context", title="by context")
     curves = {"sliding": sliding["by_document_tokens"]}
     if ttt is not None:
-        curves[mark(TTT, story.get("illegal"))] = ttt["by_document_tokens"]
+        curves[mark(TTT, scores.get("illegal"))] = ttt["by_document_tokens"]
     _bits(by_document, curves)
     by_document.set(xlabel="tokens of the document", title="by document length")
 
@@ -73,12 +73,12 @@ def _name_ticks(axes: Axes, parts: dict) -> None:
     axes.set_xticks(range(len(parts)), list(parts), rotation=30, horizontalalignment="right")
 
 
-def paint_course(axes: Axes, story: dict) -> None:
-    """Bits per byte so far, chunk by chunk of test-time training, over the sliding score without it."""
-    course = story["ttt_bpb_by_chunk"]
-    label = f"{mark(TTT, story.get('illegal'))}, so far"
+def paint_course(axes: Axes, scores: dict) -> None:
+    """Draw the running bits per byte by chunk of test-time training, and the sliding score without it."""
+    course = scores["ttt_bpb_by_chunk"]
+    label = f"{mark(TTT, scores.get('illegal'))}, so far"
     axes.plot(range(1, len(course) + 1), course, "o-" if len(course) == 1 else "-", label=label)
-    axes.axhline(story["sliding"]["bpb"], color="0.5", linestyle=":", label="sliding, whole stream")
+    axes.axhline(scores["sliding"]["bpb"], color="0.5", linestyle=":", label="sliding, whole stream")
     axes.set(xlabel="chunk", ylabel="bits per byte", title="test-time training")
     axes.grid(alpha=0.3)
     axes.legend()

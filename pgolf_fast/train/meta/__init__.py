@@ -1,1 +1,1 @@
-"""Training for weights that adapt well: a meta step beside the ordinary one, and Reptile as a last phase."""
+"""Training for weights that adapt well: an extra meta step, and Reptile as a last phase."""

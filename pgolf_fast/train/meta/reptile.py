@@ -1,10 +1,10 @@
-"""Reptile, the last phase of a run: weights go towards where plain SGD leads (Nichol et al. 2018, PR 296).
+"""Reptile, the last phase of a run: interpolate towards the result of SGD (Nichol et al. 2018, PR 296).
 
-The phase starts from the averaged weights and what it leaves are the run's final weights: no average is taken
-in it. A step of the phase is an outer step: a few inner SGD steps, each on the next segment of the training
-stream, then a little of the way they went. Only the MLP matrices of the last blocks move. Under several ranks
-each goes a way of its own, on other segments, and all take the mean. Quantisation-aware training stays on if
-it was on: the inner steps then read rounded weights, and gradients pass straight through.
+The phase starts from the averaged weights, and its result is the final weights: no average is taken in it. An
+outer step makes a few inner SGD steps, each on the next segment of the training stream, and then interpolates
+towards their result. Only the MLP matrices of the last blocks are trained. Each rank makes its own inner
+steps, on its own segments, and the results are averaged. Quantization-aware training stays on if it was on:
+inner steps then read rounded weights, with straight-through gradients.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ Rounding = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Way:
-    """Where inner steps led: the moving slots of the up and down banks; mean loss and gradient norm, ()."""
+class InnerSteps:
+    """Result of inner steps: the trained slots of the up and down banks; mean loss and gradient norm, ()."""
 
     ends: list[Tensor]
     loss: Tensor
@@ -33,22 +33,22 @@ class Way:
 
 
 class Reptile:
-    """Moves the MLP matrices of a model's last blocks."""
+    """Reptile on the MLP matrices of a model's last blocks."""
 
     def __init__(self, model: GPT, config: ReptileConfig):
         self.model, self.config = model, config
         layers = model.config.num_layers
         self.first = layers - config.blocks(layers)
-        """The first block that moves."""
+        """The first block that is trained."""
 
     def banks(self) -> list[nn.Parameter]:
-        """The banks of which slots move."""
+        """Return the banks that have trained slots."""
         return [self.model.mlp_up_bank, self.model.mlp_down_bank]
 
-    def adapt(self, batches: Iterable[tuple[Tensor, Tensor]], rounding: Rounding | None) -> Way:
-        """One SGD step for each batch of (tokens, targets), (B, T), from the weights as they are, which stay.
+    def adapt(self, batches: Iterable[tuple[Tensor, Tensor]], rounding: Rounding | None) -> InnerSteps:
+        """Make one SGD step for each batch of (tokens, targets), (B, T), without changing the model.
 
-        `rounding` is what forward does to the banks: fake quantisation, or None.
+        `rounding` is the fake quantization that forward applies to the banks, or None.
         """
         ends = [bank.detach()[self.first :].clone() for bank in self.banks()]
         gradients = [torch.zeros_like(end) for end in ends]
@@ -58,7 +58,7 @@ class Reptile:
             losses.append(self._add_gradients(tokens, targets, ends, gradients, rounding))
             norms.append(nn.utils.get_total_norm(gradients))
             torch._foreach_add_(ends, gradients, alpha=-self.config.inner_lr)
-        return Way(ends, torch.stack(losses).double().mean(), torch.stack(norms).double().mean())
+        return InnerSteps(ends, torch.stack(losses).double().mean(), torch.stack(norms).double().mean())
 
     def _add_gradients(
         self,
@@ -68,12 +68,12 @@ class Reptile:
         gradients: list[Tensor],
         rounding: Rounding | None,
     ) -> Tensor:
-        """The loss with these weights for the moving ones, whose gradients are added; all else gets none."""
+        """Return the loss at these weights of the trained slots, and add only their gradients."""
         model = self.model
         with torch.no_grad():
             banks = model.banks(rounding)
-            moving = [w.to(model.compute_dtype) for w in transformed(weights, rounding)]
-        up, down = (w.detach().requires_grad_() for w in moving)
+            trained = [w.to(model.compute_dtype) for w in transformed(weights, rounding)]
+        up, down = (w.detach().requires_grad_() for w in trained)
 
         def mlp(layer: int, x: Tensor) -> Tensor:
             activation = model.config.mlp_activation
@@ -88,6 +88,6 @@ class Reptile:
 
     @torch.no_grad()
     def move(self, ends: list[Tensor]) -> None:
-        """The outer step: `weights += outer_lr * (ends - weights)`."""
+        """Make the outer step, `weights += outer_lr * (ends - weights)`."""
         for bank, end in zip(self.banks(), ends, strict=True):
             bank[self.first :].lerp_(end, self.config.outer_lr)

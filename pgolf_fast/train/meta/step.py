@@ -1,7 +1,7 @@
-"""A step of meta-learning on one micro-batch: half of it adapts the banks, the other half judges the result.
+"""A meta-learning step on one micro-batch: half of it adapts the banks, the other half evaluates the result.
 
-All members are of first order (Finn et al. 2017): the gradient where the inner step ends counts as that where
-it began. docs/meta.md has the formulas, and says where the originals' texts and programs disagree.
+All methods are first order (Finn et al. 2017): the gradient after the inner step is used as if it were taken
+before it. docs/meta.md has the formulas, and where the originals' texts and programs disagree.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ def meta_step(
     loss_scale: float,
     rates: SlotRates | None = None,
 ) -> Tensor:
-    """Add the meta-gradient of one micro-batch to the model's gradients; returns the outer loss, detached.
+    """Add the meta-gradient of one micro-batch to the model's gradients; return the outer loss, detached.
 
-    The banks, all but the first blocks', take one SGD step on the inner half: by `inner_lr`, times the slots'
-    rates if there are `rates`. With the outer half's loss after it (which is returned) and before it,
-    `loss_scale * ((weight + delta_weight) * after - delta_weight * before)` is differentiated: by every
-    parameter outside the banks; by the stepped banks, whose gradient the real ones receive as it is; by the
-    real ones, in `before`; and by the rates. tokens and targets are (B, T).
+    The banks, except in the first blocks, take one SGD step on the inner half, with learning rate `inner_lr`
+    times the slots' `rates`, if given. Let `after` (returned) and `before` be the outer half's loss after and
+    before that step. The objective is
+    `loss_scale * ((weight + delta_weight) * after - delta_weight * before)`. It is differentiated by every
+    parameter outside the banks, by the stepped banks (whose gradient goes to the real ones unchanged), by the
+    real banks in `before`, and by the rates. tokens and targets are (B, T).
     """
     model.allocate_gradient_banks()
     inner, outer = halves(tokens, targets, across_batch=config.method != "fomaml")
@@ -41,9 +42,12 @@ def meta_step(
     gradients = [master.grad for master in masters if master.grad is not None]
     steps = inner_gradients(model, inner, config)
     with torch.no_grad():
-        ways = zip(masters, steps if rates is None else rates.scale(steps), strict=True)
-        stepped = [torch.sub(m, way, alpha=config.inner_lr).to(model.compute_dtype) for m, way in ways]
-    # rates learn from what this loss alone adds
+        scaled = steps if rates is None else rates.scale(steps)
+        stepped = [
+            torch.sub(master, step, alpha=config.inner_lr).to(model.compute_dtype)
+            for master, step in zip(masters, scaled, strict=True)
+        ]
+    # rates need the gradient of this loss alone, without what the training batch has accumulated
     received = gradients if rates is None else [torch.zeros_like(gradient) for gradient in gradients]
     weight = config.weight + config.delta_weight
     after = _add_gradients(model, outer, stepped, received, weight * loss_scale)
@@ -56,7 +60,10 @@ def meta_step(
 
 
 def halves(tokens: Tensor, targets: Tensor, *, across_batch: bool) -> tuple[Batch, Batch]:
-    """What adapts and what judges: of the sequences, or of each sequence, as of a batch that is only one."""
+    """Split a batch into inner and outer half: by sequences if `across_batch`, else each sequence in two.
+
+    A batch of one sequence is always split in time.
+    """
     dim = 0 if across_batch and len(tokens) > 1 else 1
     sizes = [tokens.shape[dim] // 2, -(-tokens.shape[dim] // 2)]
     (x, outer_x), (y, outer_y) = tokens.split(sizes, dim), targets.split(sizes, dim)
@@ -66,16 +73,16 @@ def halves(tokens: Tensor, targets: Tensor, *, across_batch: bool) -> tuple[Batc
 def _add_gradients(
     model: GPT, batch: Batch, weights: list[Tensor], gradients: list[Tensor], factor: float
 ) -> Tensor:
-    """Differentiate `factor` times the loss at these banks, whose part goes to `gradients`; the loss."""
+    """Return the loss at these banks, and differentiate `factor` times it; `gradients` are the banks'."""
     loss = model.loss(*batch, make_banks(_compute(model, weights), gradients))
     (loss * factor).backward()
     return loss.detach()
 
 
 def inner_gradients(model: GPT, inner: Batch, config: MetaConfig) -> list[Tensor]:
-    """The direction of the inner step for each bank, zero in the first blocks.
+    """Return the gradient that each bank's inner step follows, zero in the first blocks.
 
-    For `sam` it is the gradient `sam_radius` along the plain one, over all four banks (Foret et al. 2021).
+    For `sam` it is taken after an ascent step of norm `sam_radius` over all banks (Foret et al. 2021).
     """
     masters = [master.detach() for master in model.bank_parameters()]
     gradients = bank_gradients(model, inner, masters, config.freeze_blocks)
@@ -87,7 +94,7 @@ def inner_gradients(model: GPT, inner: Batch, config: MetaConfig) -> list[Tensor
 
 
 def bank_gradients(model: GPT, batch: Batch, weights: list[Tensor], frozen: int) -> list[Tensor]:
-    """The loss's gradients by these banks, zero in the first `frozen` blocks; nothing else gets any."""
+    """Return the loss's gradients by these banks, zero in the first `frozen` blocks; change nothing else."""
     gradients = [torch.zeros_like(weight) for weight in weights]
     banks = make_banks(_compute(model, weights), gradients)
     torch.autograd.backward(model.loss(*batch, banks), inputs=list(banks.weights()))

@@ -19,9 +19,9 @@ from pgolf_fast import console
 from pgolf_fast.artifact.container import sizes
 from pgolf_fast.artifact.steps import artifact_model, pack_run, quantize_run
 from pgolf_fast.bench.store import provenance
+from pgolf_fast.config.fields import flatten, run_config_from_dict, run_config_to_dict
 from pgolf_fast.config.run_folder import RunFolder, stale
 from pgolf_fast.config.schema import RunConfig
-from pgolf_fast.config.serialize import flatten, run_config_from_dict, run_config_to_dict
 from pgolf_fast.data.shards import find_shards
 from pgolf_fast.data.source import Source
 from pgolf_fast.distributed import this_process

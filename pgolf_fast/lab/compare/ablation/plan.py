@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from pgolf_fast.config.flip import field_name, flip
+from pgolf_fast.config.fields import field_name, flatten, flip
 from pgolf_fast.config.schema import RunConfig
-from pgolf_fast.config.serialize import flatten
 from pgolf_fast.errors import PgolfError
 
 BASELINE = "baseline"

@@ -1,14 +1,23 @@
-"""A file is whole or not there; the one before it survives every failure."""
+"""Files are written completely or not at all; the previous file survives every failure."""
 
 import errno
 import os
 from pathlib import Path
 
 import pytest
+import torch
 
-from pgolf_fast import io as files
+from pgolf_fast import io
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.io import atomic_path, write_bytes, write_text
+from pgolf_fast.io import (
+    atomic_path,
+    available_cores,
+    load_metadata,
+    load_tensors,
+    save_tensors,
+    write_bytes,
+    write_text,
+)
 
 
 def fail_with(number):
@@ -72,7 +81,7 @@ def test_full_disk_is_explained(tmp_path, monkeypatch, where, number):
     if where == "write":
         monkeypatch.setattr(Path, "write_bytes", fail_with(number))
     else:
-        monkeypatch.setattr(files.os, {"rename": "replace", "flush": "fsync"}[where], fail_with(number))
+        monkeypatch.setattr(io.os, {"rename": "replace", "flush": "fsync"}[where], fail_with(number))
     with pytest.raises(
         PgolfError, match=r"no space left while writing .*weights\.bin: free some space"
     ) as caught:
@@ -83,7 +92,7 @@ def test_full_disk_is_explained(tmp_path, monkeypatch, where, number):
 
 
 def test_other_errors_pass_through(tmp_path, monkeypatch):
-    monkeypatch.setattr(files.os, "replace", fail_with(errno.EACCES))
+    monkeypatch.setattr(io.os, "replace", fail_with(errno.EACCES))
     with pytest.raises(PermissionError):
         write_text(tmp_path / "f", "new")
     assert names(tmp_path) == []
@@ -92,7 +101,41 @@ def test_other_errors_pass_through(tmp_path, monkeypatch):
 def test_flushed_before_renamed(tmp_path, monkeypatch):
     order = []
     fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(files.os, "fsync", lambda fd: (order.append("flush"), fsync(fd)))
-    monkeypatch.setattr(files.os, "replace", lambda *a: (order.append("rename"), replace(*a)))
+    monkeypatch.setattr(io.os, "fsync", lambda fd: (order.append("flush"), fsync(fd)))
+    monkeypatch.setattr(io.os, "replace", lambda *a: (order.append("rename"), replace(*a)))
     write_text(tmp_path / "f", "x")
     assert order == ["flush", "rename"]
+
+
+def test_tensors_come_back_with_their_metadata(tmp_path):
+    path, metadata = tmp_path / "x.safetensors", {"step": 3, "names": ["a"], "nothing": None}
+    save_tensors(path, {"a": torch.arange(6).view(2, 3).T}, metadata)
+    tensors, read = load_tensors(path)
+    assert torch.equal(tensors["a"], torch.arange(6).view(2, 3).T)
+    assert read == load_metadata(path) == metadata
+    path.write_bytes(path.read_bytes()[:20])
+    for load in (load_tensors, load_metadata):
+        with pytest.raises(PgolfError, match=r"x.safetensors cannot be read as tensors: it is damaged or"):
+            load(path)
+
+
+def test_full_disk_names_the_tensor_file_and_keeps_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    save_tensors(path, {"a": torch.zeros(3)}, {})
+    before = path.read_bytes()
+    monkeypatch.setattr("safetensors.torch.save_file", fail_with(errno.ENOSPC))
+    with pytest.raises(PgolfError, match=r"no space left while writing .*model.safetensors"):
+        save_tensors(path, {"a": torch.ones(3)}, {})
+    assert path.read_bytes() == before
+    assert names(tmp_path) == ["model.safetensors"]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux only")
+def test_available_cores_respects_the_affinity():
+    allowed = os.sched_getaffinity(0)
+    assert available_cores() == len(allowed)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        assert available_cores() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)

@@ -1,4 +1,4 @@
-"""What is analysed: a named model, from whatever kind of file holds it."""
+"""Loading models for an analysis from run folders, checkpoints, artifacts and .pt files."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from pgolf_fast.artifact.pack import load_artifact
+from pgolf_fast.config.fields import run_config_from_dict
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import RunConfig
-from pgolf_fast.config.serialize import run_config_from_dict
 from pgolf_fast.data.tokenizer import ByteTable, Tokenizer
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.io import load_story
+from pgolf_fast.io import load_metadata
 from pgolf_fast.model.bank import BANK_NAMES
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.model.weights import load_weights, read_weights
@@ -26,60 +26,64 @@ Weights = Literal["auto", "float", "artifact"]
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A model to be analysed."""
+class LoadedModel:
+    """A named model: its weights and, if known, its configuration."""
 
     name: str
     path: Path
     state: dict[str, Tensor]
-    """float32 on the CPU, by the community's names, with banks."""
+    """float32 on the CPU, under the community's names, with banks."""
     config: RunConfig | None
-    """None for a file that does not say (say, a community .pt)."""
+    """None for a file without a configuration, such as a community .pt."""
     folder: RunFolder | None
-    """The run folder that it is, or lies in."""
+    """The run folder that `path` is or is in."""
 
-    def model(
+    @property
+    def parameters(self) -> int:
+        return sum(tensor.numel() for tensor in self.state.values())
+
+    def network(
         self, table: ByteTable, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> GPT:
-        """The network, with weights and activations of `dtype`; `table` is that of its tokenizer.
+        """Build the network with weights and activations of `dtype`; `table` is that of its tokenizer.
 
-        Raises PgolfError when its configuration is not known, or the weights are those of another.
+        Raises PgolfError if the configuration is unknown or does not fit the weights.
         """
         leading = torch.from_numpy(table.has_leading_space)
-        model = GPT(self.known().model, leading, compute_dtype=dtype)
+        model = GPT(self.need_config().model, leading, compute_dtype=dtype)
         load_weights(model, self.state, str(self.path))
         return model.to(device, dtype)
 
     def tokenizer(self) -> Tokenizer | None:
-        """The tokenizer kept in its run folder, if there is one."""
+        """Load the tokenizer saved in the run folder, if there is one."""
         if self.folder is None or not self.folder.tokenizer_file.is_file():
             return None
         return Tokenizer.load(self.folder.tokenizer_file)
 
-    def known(self) -> RunConfig:
-        """Its configuration. Raises PgolfError, saying what to give, when it is not known."""
+    def need_config(self) -> RunConfig:
+        """Return the configuration. Raises PgolfError with the option to give if it is unknown."""
         if self.config is None:
             raise PgolfError(f"{self.path} does not say which network it is: name its preset with --preset")
         return self.config
 
 
-def open_subject(path: Path, weights: Weights = "auto", config: RunConfig | None = None) -> Subject:
-    """The model in a run folder, a checkpoint (.safetensors), an artifact (.pgolf) or a community .pt file.
+def open_model(path: Path, weights: Weights = "auto", config: RunConfig | None = None) -> LoadedModel:
+    """Load a run folder, a checkpoint (.safetensors), an artifact (.pgolf) or a community .pt file.
 
-    `weights` says which of a run folder: auto takes the float ones if they are there. `config` is that of a
-    file that does not say itself, whatever folder it lies in. Raises PgolfError for what is none of these, is
-    damaged, or is not finite.
+    `weights` selects those of a run folder; auto prefers the float ones. `config` is for files without a
+    configuration and takes precedence over that of their run folder. Raises PgolfError for anything else, and
+    for weights that are damaged or not finite.
     """
     if not path.exists():
         raise PgolfError(f"model {path} does not exist")
-    folder = _folder_of(path)
-    file = _file_of(RunFolder(path), weights) if path.is_dir() else path
+    folder = _run_folder(path)
+    file = _weights_file(RunFolder(path), weights) if path.is_dir() else path
     if file.suffix == ".pgolf":
         tree, state = load_artifact(file)
         config = run_config_from_dict(tree)
     else:
         state = read_weights(file)
-        config = _config_of(path, folder, config)
+        config = _config(path, folder, config)
     wide = {name: tensor.detach().float().cpu() for name, tensor in state.items()}
     if BANK_NAMES[0] not in wide and any(map(is_slot, wide)):
         wide = rebank(wide)
@@ -89,31 +93,31 @@ def open_subject(path: Path, weights: Weights = "auto", config: RunConfig | None
     for name, tensor in wide.items():
         if not bool(torch.isfinite(tensor).all()):
             raise PgolfError(f"{file}: {name} has values that are not finite: use an earlier checkpoint")
-    return Subject(_name(path, folder), path, wide, config, folder)
+    return LoadedModel(_name(path, folder), path, wide, config, folder)
 
 
-def open_subjects(
+def open_models(
     paths: Sequence[Path], weights: Weights = "auto", config: RunConfig | None = None
-) -> list[Subject]:
-    """`open_subject` of each path, under names that differ."""
-    found: list[Subject] = []
+) -> list[LoadedModel]:
+    """Load each path with `open_model` and give the models unique names."""
+    models: dict[str, LoadedModel] = {}
     for path in paths:
-        subject, taken = open_subject(path, weights, config), {other.name for other in found}
-        name, number = subject.name, 2
-        while name in taken:
-            name, number = f"{subject.name} ({number})", number + 1
-        found.append(replace(subject, name=name))
-    return found
+        model = open_model(path, weights, config)
+        name, number = model.name, 2
+        while name in models:
+            name, number = f"{model.name} ({number})", number + 1
+        models[name] = replace(model, name=name)
+    return list(models.values())
 
 
-def _folder_of(path: Path) -> RunFolder | None:
-    """The run folder that `path` is or lies in, as a checkpoint does or what a run leaves behind."""
+def _run_folder(path: Path) -> RunFolder | None:
+    """Return the run folder that `path` is or is in; checkpoints are one folder deeper."""
     places = (path,) if path.is_dir() else (path.parent, path.parent.parent)
     return next((run for run in map(RunFolder, places) if run.config_file.is_file()), None)
 
 
-def _file_of(folder: RunFolder, weights: Weights) -> Path:
-    folder.read_config()  # says so if it is none
+def _weights_file(folder: RunFolder, weights: Weights) -> Path:
+    folder.read_config()  # raises if it is not a run folder
     if weights == "artifact" or (
         weights == "auto" and not folder.model_file.is_file() and folder.artifact_file.is_file()
     ):
@@ -121,12 +125,12 @@ def _file_of(folder: RunFolder, weights: Weights) -> Path:
     return folder.need(folder.model_file, "train PRESET --resume --out")
 
 
-def _config_of(path: Path, folder: RunFolder | None, named: RunConfig | None) -> RunConfig | None:
-    """That of a run folder; of a file what it says itself, else `named`, else that of the run it lies in."""
+def _config(path: Path, folder: RunFolder | None, named: RunConfig | None) -> RunConfig | None:
+    """Return the configuration in a file, else `named`, else that of the run folder."""
     if path.is_file():
-        story = load_story(path) if path.suffix == ".safetensors" else {}
-        if "config" in story:
-            return run_config_from_dict(story["config"])
+        metadata = load_metadata(path) if path.suffix == ".safetensors" else {}
+        if "config" in metadata:
+            return run_config_from_dict(metadata["config"])
         if named is not None:
             return named
     return None if folder is None else folder.read_config()

@@ -1,4 +1,4 @@
-"""Fitting a model into its bytes: which weights become zero when it is too large."""
+"""Prune a model to its byte budget: the choice of +-1 codes that become zero."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 
 from pgolf_fast.console import logger
 
-PROBES = 10  # sizes that look for the number of codes to prune, after the first and before the last
+PROBES = 10  # exact sizes that a search may take, besides the first and the last
 
 
 @dataclass(frozen=True, eq=False)
 class Pruned:
-    """Matrices after pruning: `count` of `candidates` +-1 codes are zero; `fits`: whether that is enough."""
+    """Pruned matrices: `count` of `candidates` +-1 codes are zero; `fits` tells if that is enough."""
 
     codes: list[NDArray[np.int8]]
     count: int
@@ -31,15 +31,13 @@ def prune_to_fit(
     coded_size: Callable[[NDArray[np.int8]], int],
     tolerance: int,
 ) -> Pruned:
-    """Zero +-1 codes, those of the rows with the smallest squared scale first, until the codes fit (PR 1501).
+    """Zero +-1 codes, in rows with the smallest squared scale first, until the codes fit (PR 1501).
 
-    matrices: (codes (R, C), scale (R,)), in file order; ties go in file order too, which is what saves most:
-    entropy falls once a matrix has lost all its +-1 codes, and hardly when every matrix has lost a few.
-    budget: bytes that the codes may take; first_size: what they take now; coded_size: what the codec makes of
-    all of them, one after another, flat.
-    The smallest number that fits is searched with the order-0 entropy of each matrix as a stand-in for the
-    codec, corrected by every real size; it ends within `tolerance` bytes under the budget or after PROBES
-    sizes, with the smallest number found to fit.
+    matrices: (codes (R, C), scale (R,)), in file order. Ties are taken in file order, which saves most:
+    entropy drops once a matrix has lost all its +-1 codes, hardly at all when every matrix has lost a few.
+    budget: bytes that the codes may take; first_size: their size now; coded_size: the exact size of all codes
+    concatenated. The search predicts sizes by each matrix's order-0 entropy, corrected by every exact size.
+    It ends within `tolerance` bytes under the budget, or after PROBES sizes with the fewest codes that fit.
     """
     order = _Order(matrices)
     low, low_size, high, high_size, probes = 0, first_size, None, 0, 0
@@ -57,12 +55,12 @@ def prune_to_fit(
             return Pruned([], guess, order.candidates, probes, False)
         else:
             low, low_size = guess, size
-    assert high is not None  # the last probe prunes everything if none before fitted
+    assert high is not None  # the last probe prunes everything if no earlier one fit
     return Pruned(order.split(order.pruned(high)), high, order.candidates, probes, True)
 
 
 def _guess(order: _Order, low: tuple[int, int], high: tuple[int, int] | None, target: int) -> int:
-    """The least number of codes whose predicted size is at most `target`, strictly inside the bracket."""
+    """Return the fewest codes whose predicted size is at most `target`, strictly inside the bracket."""
     (low_n, low_size), low_model = low, order.entropy_bytes(low[0])
     if high is None:
         goal, last = low_model * target / max(low_size, 1), order.candidates
@@ -83,16 +81,16 @@ def _guess(order: _Order, low: tuple[int, int], high: tuple[int, int] | None, ta
 class _Order:
     """The order in which +-1 codes are zeroed, and the entropy after any number of them.
 
-    Rows are put in order, not codes: millions of codes share the thousands of scales there are.
+    It sorts rows, not codes: millions of codes share a few thousand scales.
     """
 
     def __init__(self, matrices: Sequence[tuple[NDArray[np.int8], NDArray[np.float16]]]):
         self.shapes = [codes.shape for codes, _ in matrices]
         self.flat = np.concatenate([codes.ravel() for codes, _ in matrices])
         size = np.abs(np.concatenate([scale for _, scale in matrices]))
-        self.rank = np.argsort(size, kind="stable")  # as squares would be
+        self.rank = np.argsort(size, kind="stable")  # same order as by squared scale
         self.owners = np.repeat(np.arange(len(matrices)), [rows for rows, _ in self.shapes])[self.rank]
-        # +1 and -1 codes of every row, (rows, 2), and how many there are up to and with it, in that order
+        # (rows, 2): +1 and -1 codes of every row in that order; ends: their cumulative number
         parts = self.split(self.flat)
         ones = [np.stack([np.count_nonzero(p == sign, axis=1) for sign in (1, -1)], axis=1) for p in parts]
         self.ones = np.concatenate(ones)[self.rank]
@@ -101,24 +99,24 @@ class _Order:
         self.counts = np.stack([np.bincount(p.ravel().view(np.uint8), minlength=256) for p in parts])
 
     def split(self, flat: NDArray[np.int8]) -> list[NDArray[np.int8]]:
-        """Views of the matrices in their concatenation."""
+        """Return views of the matrices in their concatenation."""
         ends = np.cumsum([rows * columns for rows, columns in self.shapes])[:-1]
         return [part.reshape(shape) for part, shape in zip(np.split(flat, ends), self.shapes, strict=True)]
 
     def whole_rows(self, number: int) -> tuple[int, int]:
-        """How many rows lose all their candidates among the first `number`, and how many codes the next."""
+        """Return how many rows lose all candidates among the first `number`, and how many the next loses."""
         whole = int(np.searchsorted(self.ends, number, side="right"))
         return whole, number - (int(self.ends[whole - 1]) if whole else 0)
 
     def pruned(self, number: int) -> NDArray[np.int8]:
-        """All codes, flat, with the first `number` candidates zero."""
+        """Return all codes, flat, with the first `number` candidates zeroed."""
         flat = self.flat.copy()
         whole, rest = self.whole_rows(number)
-        gone = np.zeros(len(self.rank), np.bool_)
-        gone[self.rank[:whole]] = True
+        zeroed = np.zeros(len(self.rank), np.bool_)
+        zeroed[self.rank[:whole]] = True
         start = 0
         for part in self.split(flat):
-            rows = gone[start : start + len(part)]
+            rows = zeroed[start : start + len(part)]
             kept = part[rows]
             kept *= np.abs(kept) != 1
             part[rows] = kept
@@ -129,14 +127,14 @@ class _Order:
         return flat
 
     def entropy_bytes(self, number: int) -> float:
-        """Bytes of an ideal order-0 coder that knows each matrix's histogram."""
+        """Return the bytes of an ideal order-0 coder that knows each matrix's histogram."""
         whole, rest = self.whole_rows(number)
         removed = np.zeros((len(self.counts), 2))
         for sign in (0, 1):
             removed[:, sign] = np.bincount(
                 self.owners[:whole], self.ones[:whole, sign], minlength=len(self.counts)
             )
-        if rest:  # as if the signs of the row's first candidates were mixed as those of all
+        if rest:  # assumes that the row's first candidates have the sign ratio of all
             removed[self.owners[whole]] += rest * self.ones[whole] / self.ones[whole].sum()
         counts = self.counts.astype(np.float64)
         counts[:, 1] -= removed[:, 0]

@@ -1,4 +1,4 @@
-"""What a person reads: log lines, metrics, tables, durations."""
+"""Log lines, metrics, tables, durations."""
 
 import itertools
 import json
@@ -8,7 +8,15 @@ import math
 import pytest
 
 from pgolf_fast import console
-from pgolf_fast.console import MetricsWriter, duration, progress, read_metrics, setup_logging, table
+from pgolf_fast.console import (
+    MetricsWriter,
+    Table,
+    duration,
+    number,
+    progress,
+    read_metrics,
+    setup_logging,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -45,8 +53,8 @@ def test_seconds_never_round_up_to_sixty():
 
 
 def test_table_aligns_columns():
-    text = table([("mlp", 1.5, "12"), ("softcap", "10.25", "9,300")], header=("op", "ms", "GB/s"))
-    assert text.splitlines() == [
+    table = Table(("op", "ms", "GB/s"), [("mlp", 1.5, "12"), ("softcap", "10.25", "9,300")])
+    assert table.text().splitlines() == [
         "op          ms   GB/s",
         "-------  -----  -----",
         "mlp        1.5     12",
@@ -55,19 +63,56 @@ def test_table_aligns_columns():
 
 
 def test_table_with_words_among_numbers_is_left_aligned():
-    assert table([("a", "1"), ("b", "none")]).splitlines() == ["a  1", "b  none"]
+    assert Table(None, [("a", "1"), ("b", "none")]).text().splitlines() == ["a  1", "b  none"]
 
 
 def test_table_numbers():
-    assert table([("-1.5",), ("+20%",), ("1.2e-5",)]).splitlines() == ["  -1.5", "  +20%", "1.2e-5"]
+    assert Table(None, [("-1.5",), ("+20%",), ("1.2e-5",)]).text().splitlines() == [
+        "  -1.5",
+        "  +20%",
+        "1.2e-5",
+    ]
 
 
 def test_table_without_rows():
-    assert table([]) == ""
-    assert table([], header=("op", "ms")).splitlines() == ["op  ms", "--  --"]
+    assert Table(None, []).text() == ""
+    assert Table(("op", "ms"), []).text().splitlines() == ["op  ms", "--  --"]
+    assert Table(None, []).html() == "<table><tbody></tbody></table>"
 
 
-def test_metrics_survive_a_cut_last_line(tmp_path):
+def test_table_numeric_columns():
+    rows = [
+        ("a", "1,234", "1.5 ms", "-", "1 of 2", "+0.01", "", "3 %", "nan", "1.0 to 2.0", "C1"),
+        ("b", "-", "-2e-05", "-", "3", "±0.02", "7", "~4", "2", "3", "2"),
+    ]
+    numeric = [False, True, True, False, False, True, True, True, True, False, False]
+    assert Table(None, rows).numeric() == numeric
+
+
+def test_table_as_markdown():
+    table = Table(("op", "ms"), [("a|b", "1.5")], "Times")
+    assert table.markdown() == "Times\n\n| op | ms |\n| --- | ---: |\n| a\\|b | 1.5 |"
+    assert Table(None, [("a", "1")]).markdown().startswith("|  |  |\n")
+
+
+def test_table_rows_of_unequal_length_are_refused():
+    with pytest.raises(ValueError, match=r"table 'Times': row \('b',\) has 1 cells, not 2"):
+        Table(("op", "ms"), [("a", "1"), ("b",)], "Times")
+    with pytest.raises(ValueError, match="has 1 cells, not 2"):
+        Table(None, [("a", "1"), ("b",)])
+
+
+@pytest.mark.parametrize("value", [None, math.nan, math.inf, "1", True])
+def test_number_shows_a_dash_for_anything_else(value):
+    assert number(value) == "-"
+
+
+def test_number_formats():
+    assert number(1.25, ".1f") == "1.2"
+    assert number(3) == "3"
+
+
+def test_metrics_survive_a_truncated_last_line(tmp_path):
     path = tmp_path / "run" / "metrics.jsonl"
     writer = MetricsWriter(path)
     writer.write("train", step=1, loss=6.9)
@@ -80,8 +125,8 @@ def test_metrics_survive_a_cut_last_line(tmp_path):
     assert read_metrics(path) == rows
 
 
-def test_metrics_go_on_after_a_cut_line(tmp_path):
-    """A resumed run appends to the file a crash has cut: its first line must not be lost."""
+def test_metrics_resume_after_a_truncated_line(tmp_path):
+    """A resumed run appends to a file truncated by a crash; its first line must not be lost."""
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"kind": "train", "step": 1}\n{"kind": "tr', encoding="utf-8")
     writer = MetricsWriter(path)
@@ -110,7 +155,7 @@ def test_log_lines_go_to_stderr_and_the_file(tmp_path, capsys):
     log = tmp_path / "run" / "train.log"
     setup_logging(log)
     logging.getLogger("pgolf_fast").info("step %d", 1)
-    setup_logging(log)  # once more, as a second run in one process does: no line twice
+    setup_logging(log)  # again, as a second run in the same process: no line twice
     logging.getLogger("pgolf_fast.ops").warning("slow path")
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -126,7 +171,7 @@ def test_quiet_logging(tmp_path, capsys):
 
 
 def test_progress_reports_every_ten_seconds(monkeypatch, capsys):
-    clock = itertools.count(0, 4.0)  # every look at the clock is four seconds later
+    clock = itertools.count(0, 4.0)  # each reading is four seconds later
     monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr("sys.stderr.isatty", lambda: False, raising=False)
     setup_logging()

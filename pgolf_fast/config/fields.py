@@ -1,0 +1,177 @@
+"""Configurations as JSON and as dotted fields, strictly: unknown fields and wrong types are errors."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+from pgolf_fast.config.schema import RunConfig
+from pgolf_fast.errors import PgolfError
+
+Config = TypeVar("Config")
+
+
+def run_config_to_dict(config: RunConfig) -> dict[str, Any]:
+    """Return the configuration as nested dictionaries of plain values."""
+    return dataclasses.asdict(config)
+
+
+def run_config_from_dict(values: dict[str, Any]) -> RunConfig:
+    """Invert `run_config_to_dict`. Raises PgolfError for an unknown field or a wrong type."""
+    return from_dict(RunConfig, values)
+
+
+def from_dict(cls: type[Config], values: object, where: str = "") -> Config:
+    """Build a configuration dataclass from plain values; absent fields take their defaults.
+
+    `where` is the dotted name of the group, for messages. Raises PgolfError for an unknown field or a wrong
+    type.
+    """
+    if not isinstance(values, dict):
+        raise PgolfError(f"{where or cls.__name__} is {values!r}; it must be an object with named fields")
+    hints = typing.get_type_hints(cls)
+    arguments = {}
+    for name, value in values.items():
+        full = f"{where}.{name}" if where else name
+        if name not in hints:
+            raise PgolfError(_unknown_field(full, list(hints)))
+        arguments[name] = _convert(hints[name], value, full)
+    return cls(**arguments)
+
+
+def flatten(config: object, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Yield every field as (dotted name, value). A group that is off is one field with value None."""
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        value = getattr(config, field.name)
+        name = f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            yield from flatten(value, f"{name}.")
+        else:
+            yield name, value
+
+
+def set_fields(config: Config, values: Mapping[str, object]) -> Config:
+    """Return a copy of `config` with dotted fields set, all at once: only together do they need to fit.
+
+    Text is parsed by the type of its field: true or false, a number, a word, items separated by commas, none
+    for a field that may be off. Setting a field of a group that is off turns the group on with its defaults.
+    Raises PgolfError for an unknown field or a value that is not allowed.
+    """
+    tree = dataclasses.asdict(config)  # type: ignore[call-overload]
+    for name, value in sorted(values.items()):  # a group before its fields
+        *groups, last = name.split(".")
+        kind, place = typing.cast(type, type(config)), tree
+        for depth, group in enumerate(groups):
+            kind = _without_none(_hint(kind, groups[:depth], group))
+            if not dataclasses.is_dataclass(kind):
+                raise PgolfError(
+                    f"unknown field {name}: {'.'.join(groups[: depth + 1])} is a value, not a group"
+                )
+            if place[group] is None:
+                place[group] = {}
+            place = place[group]
+        hint = _hint(kind, groups, last)
+        if isinstance(value, str):
+            value = _parse(hint, value, name)
+        place[last] = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
+    return from_dict(type(config), tree)
+
+
+def flip(config: RunConfig, words: Sequence[str]) -> RunConfig:
+    """Return `config` with the FIELD=VALUE of every word set: model.trigram=false, train.meta=none.
+
+    Raises PgolfError as `set_fields`, for a word of another form, for a field that is set twice, and for a
+    group that is none and has a field set.
+    """
+    given: dict[str, str] = {}
+    for word in words:
+        name, (_, equals, _) = field_name(word), word.partition("=")
+        if not name or not equals:
+            raise PgolfError(f"{word!r} is not FIELD=VALUE: write it like model.trigram=false")
+        for other, before in given.items():
+            _check_apart(name, word, other, before)
+        given[name] = word
+    return set_fields(config, {name: word.partition("=")[2] for name, word in given.items()})
+
+
+def field_name(word: str) -> str:
+    """Return the field that FIELD=VALUE sets: train.log_every for --train.log-every=5."""
+    return word.partition("=")[0].lstrip("-").replace("-", "_")
+
+
+def _check_apart(name: str, word: str, other: str, before: str) -> None:
+    if name == other:
+        raise PgolfError(
+            f"{before} and {word} set the same field: leave one out, or give each variant a --flip of its own"
+        )
+    if name.startswith(f"{other}.") or other.startswith(f"{name}."):
+        raise PgolfError(f"{before} and {word} contradict: a group that is none has no fields; leave one out")
+
+
+def _hint(kind: type, parents: Sequence[str], field: str) -> Any:
+    """Return the type of a field. Raises PgolfError naming the nearest field if there is none."""
+    hints = typing.get_type_hints(kind)
+    if field not in hints:
+        raise PgolfError(_unknown_field(".".join([*parents, field]), list(hints)))
+    return hints[field]
+
+
+def _unknown_field(name: str, known: list[str]) -> str:
+    *parents, last = name.split(".")
+    near = difflib.get_close_matches(last, known, n=1, cutoff=0.4)
+    hint = f": did you mean {'.'.join([*parents, near[0]])}?" if near else f": known are {', '.join(known)}"
+    return f"unknown field {name}{hint}"
+
+
+def _without_none(hint: Any) -> Any:
+    """Return X for the type X | None, and any other type as it is."""
+    if typing.get_origin(hint) not in (types.UnionType, typing.Union):
+        return hint
+    (inner,) = (option for option in typing.get_args(hint) if option is not types.NoneType)
+    return inner
+
+
+def _convert(hint: Any, value: object, where: str) -> Any:
+    """Return a plain value as the type of its field. Raises PgolfError if it is of another type."""
+    inner = _without_none(hint)
+    origin, options = typing.get_origin(inner), typing.get_args(inner)
+    if value is None and inner is not hint:
+        return None
+    if dataclasses.is_dataclass(inner):
+        return from_dict(typing.cast(type, inner), value, where)
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(_convert(options[0], item, where) for item in value)
+    if origin is typing.Literal:
+        if value in options:
+            return value
+        raise PgolfError(f"{where} is {value!r}; it must be one of {', '.join(map(str, options))}")
+    if inner is float and type(value) is int:
+        return float(value)
+    # bool is a subclass of int, but True is no number here
+    if origin is None and isinstance(value, inner) and not (inner is int and isinstance(value, bool)):
+        return value
+    raise PgolfError(f"{where} is {value!r}; it must be {getattr(inner, '__name__', inner)}")
+
+
+def _parse(hint: Any, text: str, name: str) -> object:
+    """Return the value that text means; text that fits no type is left for `_convert` to refuse."""
+    inner = _without_none(hint)
+    if inner is not hint and text.lower() in ("none", "off"):
+        return None
+    if dataclasses.is_dataclass(inner):
+        off = ", or none" if inner is not hint else ""
+        raise PgolfError(f"{name} is {text!r}; it is a group: set its fields ({name}.FIELD=VALUE){off}")
+    if typing.get_origin(inner) is tuple:
+        return [_parse(typing.get_args(inner)[0], part, name) for part in text.split(",") if part]
+    if inner is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if inner in (int, float):
+        try:
+            return inner(text)
+        except ValueError:
+            return text
+    return text
