@@ -6,10 +6,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from pgolf_fast import console
+from pgolf_fast.config.run_folder import SCORES
 from pgolf_fast.config.schema import RunConfig
-from pgolf_fast.console import Table
+from pgolf_fast.console import Table, number
 from pgolf_fast.distributed import SINGLE, World
 from pgolf_fast.evaluation.adapters.frozen import Frozen
 from pgolf_fast.evaluation.adapters.registry import need_legal
