@@ -1,4 +1,4 @@
-"""Windows, scores against a naive evaluator, and the rules of legal test-time training."""
+"""Windows, scores against a naive evaluator, and the rules of test-time training."""
 
 import math
 from dataclasses import replace
@@ -55,7 +55,7 @@ def test_sliding_windows_give_every_target_its_context(stride):
         assert end > first
 
 
-def test_compatibility_windows_are_those_of_the_published_run():
+def test_repeat_tail_gives_the_windows_of_the_published_run():
     """62,021,632 targets at length 2048 and stride 64: window and chunk counts of PR 1501's evaluation."""
     count = 62_021_632
     windows = sliding_windows(count, 2048, 64, repeat_tail=True)
@@ -70,7 +70,7 @@ def test_compatibility_windows_are_those_of_the_published_run():
     assert len(sliding_windows(count, 2048, 64)) == 969_088 - 31
 
 
-def test_bad_windows_are_refused():
+def test_bad_windows_are_rejected():
     with pytest.raises(PgolfError, match="stride 17 must be between 1 and the window length 16"):
         sliding_windows(100, 16, 17)
     with pytest.raises(PgolfError, match="nothing to score: 0 targets"):
@@ -78,7 +78,7 @@ def test_bad_windows_are_refused():
 
 
 def naive(model, stream_tokens, table, seq_len, stride):
-    """One window at a time, one target at a time."""
+    """Score one window and one target at a time."""
     total = Score()
     ids = torch.from_numpy(stream_tokens.astype(np.int64))
     done = 0
@@ -94,7 +94,7 @@ def naive(model, stream_tokens, table, seq_len, stride):
 
 
 @pytest.mark.parametrize(("stride", "count"), [(4, 130), (16, 130), (1, 60), (5, 131)])
-def test_scores_equal_a_naive_evaluator(model, table, stride, count):
+def test_scores_match_a_naive_evaluator(model, table, stride, count):
     data = tokens(count)
     want = naive(model, data, table, SEQ, stride)
     windows = sliding_windows(count - 1, SEQ, stride)
@@ -140,8 +140,8 @@ def test_ttt_never_trains_on_the_last_chunk_or_on_unscored_targets(model, table)
     assert one.updates == 0
 
 
-def test_ttt_guards_the_order_itself(model, table):
-    """Windows that leave targets unscored are caught before a gradient step uses them."""
+def test_ttt_rejects_windows_that_leave_targets_unscored(model, table):
+    """Unscored targets are caught before a gradient step uses them."""
     stream = Stream(tokens(200), table, CPU)
     windows = sliding_windows(199, SEQ, 4)[::2]
     with pytest.raises(AssertionError, match="would use unscored targets"):
@@ -165,7 +165,7 @@ def test_ttt_restores_weights_gradients_and_flags_even_after_an_error(model, tab
     assert (model.qo_bank.grad == 7.0).all()
 
 
-def test_zero_epochs_is_the_sliding_score(model, table):
+def test_zero_epochs_equal_the_sliding_score(model, table):
     data = tokens(300)
     windows = sliding_windows(299, SEQ, 4)
     plain = filled(Frozen(model).score, stream_of(data), windows).sums(0, len(windows))
@@ -174,8 +174,8 @@ def test_zero_epochs_is_the_sliding_score(model, table):
     assert run_ttt(model, data, table).score.nats != pytest.approx(plain.nats, rel=1e-4)
 
 
-def test_zero_epochs_on_an_artifact_is_the_sliding_score_exactly(model, table):
-    """Test-time training rounds to the artifact's own grid, on which its weights already lie."""
+def test_zero_epochs_on_an_artifact_equal_the_sliding_score_exactly(model, table):
+    """Test-time training rounds to the artifact's own grid, which leaves its weights unchanged."""
     settings = QuantConfig(method="round", grid="percentile", percentiles=(0.999,))
     quantized = quantize_state(model.state_dict(), settings)
     model.load_state_dict(dequantize_state(quantized))
@@ -220,6 +220,6 @@ def test_three_scores_are_reported_together(model, table):
     assert values["sliding_ttt"]["bpb"] == scores.ttt.by_chunk[-1].bpb
 
 
-def test_an_empty_stream_is_refused(table):
+def test_empty_stream_is_rejected(table):
     with pytest.raises(PgolfError, match="the stream has 1 tokens and needs at least 2"):
         Stream(tokens(1), table, CPU)

@@ -1,4 +1,4 @@
-"""The network: what it is made of, where its gradients go, and what a prediction may depend on."""
+"""The network: parameters, gradients, and what a prediction depends on."""
 
 import math
 from dataclasses import replace
@@ -147,7 +147,7 @@ def test_rope_tables():
     assert torch.equal(rounded[0][257], rounded[0][256])  # positions above 256 are rounded too
 
 
-def test_first_loss_is_that_of_no_knowledge():
+def test_initial_loss_is_that_of_a_uniform_guess():
     model = GPT(
         ModelConfig(vocab_size=96, model_dim=64, bigram_vocab_size=64, bigram_dim=16, ve_dim=16, rope_dims=8)
     )
@@ -234,7 +234,7 @@ def coarse(weight):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("allocated", [False, True], ids=["dense", "banked"])
 def test_transform_is_straight_through(allocated, dtype):
-    """The gradient is that of a network whose weights are the transformed ones."""
+    """The gradient equals that of a network with transformed weights."""
     tokens, targets = batch()
     model, plain = make(compute_dtype=dtype), make(compute_dtype=dtype)
     with torch.no_grad():
@@ -385,7 +385,7 @@ def test_causal(changes):
 
 
 @torch.no_grad()
-def test_batch_rows_are_separate():
+def test_batch_rows_are_independent():
     model = make()
     tokens, targets = batch(rows=3)
     want = model.token_losses(tokens, targets)
@@ -396,7 +396,7 @@ def test_batch_rows_are_separate():
 
 
 @torch.no_grad()
-def test_losses_are_those_of_the_logits():
+def test_losses_match_the_logits():
     model = make()
     tokens, targets = batch()
     logits = model.logits(tokens)
@@ -449,7 +449,7 @@ def test_observer_sees_every_block():
 
 
 @torch.no_grad()
-def test_skips_join_the_two_halves_inside_out():
+def test_skips_join_the_halves_in_reverse_order():
     """With 5 blocks, block 2 adds what block 1 gave (row 0), block 3 what block 0 gave (row 1), 4 nothing."""
     model = make(num_layers=5)
     for block in model.blocks:  # each block adds what its attention gives and nothing else
@@ -468,7 +468,7 @@ def test_skips_join_the_two_halves_inside_out():
 
 
 @pytest.mark.parametrize("entries", [95, 97, 0])
-def test_wrong_word_start_table(entries):
+def test_word_start_table_of_wrong_size_is_rejected(entries):
     with pytest.raises(
         PgolfError, match=rf"has_leading_space has {entries} entries but model\.vocab_size is 96"
     ):
@@ -495,6 +495,6 @@ def test_word_starts_are_not_saved():
     ],
     ids=str,
 )
-def test_impossible_networks(changes, message):
+def test_impossible_configurations_are_rejected(changes, message):
     with pytest.raises(PgolfError, match=message):
         replace(tiny_config(), **changes)

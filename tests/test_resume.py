@@ -1,4 +1,4 @@
-"""Evaluations that are interrupted, and evaluations by several processes, end with the same numbers."""
+"""Interrupted evaluations, and evaluations by several ranks, end with the same numbers."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import time
 from dataclasses import replace
 
 import pytest
-from runs import make_dataset, read_json, run_config
+from runs import make_dataset, run_config
 from safetensors import safe_open
 
 from pgolf_fast.config.run_folder import RunFolder
@@ -23,7 +23,7 @@ TTT = {"ttt__chunk_tokens": 256, "ttt__batch_seqs": 2, "ttt__lr": 0.05, "ttt__ep
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run folder with float weights, whose evaluation has sixteen chunks of test-time training."""
+    """Return a run folder with float weights, evaluated in sixteen chunks of test-time training."""
     place = tmp_path_factory.mktemp("resume")
     config = run_config(make_dataset(place / "data"), train__steps=4, eval__stride=8, **TTT)
     train(config, place / "run")
@@ -36,7 +36,7 @@ def copy_of(run, tmp_path, name):
 
 
 def scored(path, **changes):
-    """scores_float.json of that folder, as text."""
+    """Score a folder and return its scores_float.json as text."""
     config = RunFolder(path).read_config()
     config = replace(config, eval=replace(config.eval, checkpoint_minutes=0.0, **changes))
     score_run(RunFolder(path), config, "float")
@@ -52,18 +52,18 @@ class Stopped(Exception):
 
 
 def stop_at(monkeypatch, updates):
-    """Interrupt when an adapter is about to learn after that many updates."""
+    """Interrupt when an adapter is about to learn after `updates` updates."""
     adapt = SGD.adapt
 
-    def stopping(self, chunk):
+    def stopping(self, scored):
         if self.updates >= updates:
             raise Stopped
-        adapt(self, chunk)
+        adapt(self, scored)
 
     monkeypatch.setattr(SGD, "adapt", stopping)
 
 
-def test_an_interrupted_evaluation_goes_on_to_the_same_file(run, tmp_path, monkeypatch):
+def test_interrupted_evaluation_resumes_to_the_same_file(run, tmp_path, monkeypatch):
     whole = scored(copy_of(run, tmp_path, "whole"))
     assert states(tmp_path / "whole") == []
     path = copy_of(run, tmp_path, "cut")
@@ -79,13 +79,15 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_file(run, tmp_path, monke
     assert not (path / "scores_float.json").exists()
     done = []
     adapt = SGD.adapt
-    monkeypatch.setattr(SGD, "adapt", lambda self, chunk: (done.append(chunk.index), adapt(self, chunk))[1])
+    monkeypatch.setattr(
+        SGD, "adapt", lambda self, scored: (done.append(scored.index), adapt(self, scored))[1]
+    )
     assert scored(path) == whole
     assert done == list(range(5, 15))  # eight updates a chunk: five were saved
     assert states(path) == []
 
 
-def test_a_state_of_other_settings_is_not_used(run, tmp_path, monkeypatch):
+def test_state_of_other_settings_is_not_used(run, tmp_path, monkeypatch):
     path = copy_of(run, tmp_path, "run")
     with monkeypatch.context() as patch:
         stop_at(patch, 40)
@@ -102,51 +104,45 @@ def evaluate(path, processes, *words):
 
 
 @pytest.mark.slow
-def test_one_two_and_three_processes_write_the_same_file(run, tmp_path):
-    """Bit for bit: the batches are the same, each by one thread, and sums are over all losses in order."""
-    files = []
-    for processes in (1, 2, 3):
+def test_one_two_and_three_ranks_write_the_same_file(run, tmp_path):
+    """Bit for bit: batches are the same, each is one thread's work, and sums run over all losses in order."""
+    want = scored(copy_of(run, tmp_path, "1"))
+    for processes in (2, 3):
         path = copy_of(run, tmp_path, str(processes))
-        done = evaluate(path, processes)
+        done = evaluate(path, processes, "--eval.checkpoint-minutes", "0")
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.count("sliding + TTT") == 1
-        files.append((path / "scores_float.json").read_text())
-    assert files[0] == files[1] == files[2]
-    scores = read_json(tmp_path / "3" / "scores_float.json")
+        assert (path / "scores_float.json").read_text() == want
+    scores = json.loads(want)
     assert scores["ttt_updates"] == 15 * 8
     assert scores["sliding_ttt"]["bpb"] != scores["sliding"]["bpb"]
 
 
 @pytest.mark.slow
-def test_an_evaluation_that_is_killed_goes_on_to_the_same_file(run, tmp_path):
-    words = ["eval", "run", "--weights", "float", "--eval.checkpoint-minutes", "0"]
+def test_killed_evaluation_resumes_to_the_same_file(run, tmp_path):
     script = tmp_path / "slow.py"
     script.write_text(  # the same evaluation, with time to be killed in
         "import sys, time\n"
         "from pgolf_fast import cli\n"
         "from pgolf_fast.evaluation.adapters.descent import SGD\n"
         "adapt = SGD.adapt\n"
-        "SGD.adapt = lambda self, chunk: (time.sleep(0.3), adapt(self, chunk))[1]\n"
+        "SGD.adapt = lambda self, scored: (time.sleep(0.3), adapt(self, scored))[1]\n"
         "sys.exit(cli.main(sys.argv[1:]))\n"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
-    files = []
-    for kill in (False, True):
-        place = tmp_path / f"kill-{kill}"
-        path = copy_of(run, place, "run")
-        options = {"cwd": place, "env": environment}
-        if kill:
-            with subprocess.Popen([sys.executable, str(script), *words], **options) as process:
-                wait_for_chunks(path / "scores_float.sliding_TTT.state", 3, process)
-                process.send_signal(signal.SIGKILL)
-            assert not (path / "scores_float.json").exists()
-        module = [sys.executable, "-m", "pgolf_fast.cli", *words]
-        done = subprocess.run(module, capture_output=True, text=True, check=False, timeout=300, **options)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert ("resuming after" in done.stderr) == kill
-        files.append((path / "scores_float.json").read_text())
-    assert files[0] == files[1]
+    words = ["eval", "run", "--weights", "float", "--eval.checkpoint-minutes", "0"]
+    path = copy_of(run, tmp_path, "run")
+    options = {"cwd": tmp_path, "env": environment}
+    with subprocess.Popen([sys.executable, str(script), *words], **options) as process:
+        wait_for_chunks(path / "scores_float.sliding_TTT.state", 3, process)
+        process.send_signal(signal.SIGKILL)
+    assert not (path / "scores_float.json").exists()
+    module = [sys.executable, "-m", "pgolf_fast.cli", *words]
+    done = subprocess.run(module, capture_output=True, text=True, check=False, timeout=300, **options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "resuming after" in done.stderr
+    assert (path / "scores_float.json").read_text() == scored(copy_of(run, tmp_path, "whole"))
 
 
 def wait_for_chunks(path, count, process):

@@ -1,4 +1,4 @@
-"""Fast scoring: against a naive evaluator on real tokens, and independent of batches, threads and ranks."""
+"""Scoring against a naive evaluator on real tokens, and independent of batches, threads and ranks."""
 
 import functools
 from dataclasses import replace
@@ -29,7 +29,7 @@ NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
 def naive_losses(model, tokens, seq_len, stride):
-    """The loss of every target, one window at a time: all positions of all layers, right-padded, softmax."""
+    """Return the loss of every target, one window at a time, right-padded, with all positions computed."""
     ids = torch.from_numpy(tokens.astype(np.int64))
     losses = torch.zeros(len(ids) - 1)
     start = done = 0
@@ -67,7 +67,7 @@ def small_and_tokens():
         (256, 256, 100),  # one window, and shorter
     ],
 )
-def test_losses_of_small_on_real_tokens_equal_a_naive_evaluator(seq_len, stride, targets):
+def test_small_preset_matches_a_naive_evaluator_on_real_tokens(seq_len, stride, targets):
     model, tokens, table = small_and_tokens()
     tokens = tokens[1000 : 1000 + targets + 1]
     want = naive_losses(model, tokens, seq_len, stride)
@@ -112,7 +112,7 @@ def stream():
     share=st.floats(0, 1),
 )
 @settings(max_examples=60, deadline=None)
-def test_batches_hold_every_window_once_and_are_of_one_shape(count, stride, size, repeat_tail, share):
+def test_batches_hold_each_window_once_and_have_one_shape(count, stride, size, repeat_tail, share):
     windows = sliding_windows(count, 16, stride, repeat_tail=repeat_tail)
     low = int(share * len(windows))
     found = batches(windows, low, len(windows), lambda length: size)
@@ -130,13 +130,13 @@ def losses_by(model, stream, **options):
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 7])
-def test_shares_of_ranks_add_up_to_the_same_bits(model, stream, world_size):
+def test_ranks_sum_to_the_same_bits(model, stream, world_size):
     shares = [losses_by(model, stream, world=OneOf(rank, world_size)) for rank in range(world_size)]
     assert all((share == 0).any() for share in shares)
     assert torch.equal(sum(shares), losses_by(model, stream))
 
 
-def test_neither_threads_nor_padding_change_a_bit(model, stream):
+def test_threads_and_padding_do_not_change_losses(model, stream):
     want, threads = losses_by(model, stream), torch.get_num_threads()
     try:
         for count in (1, 2, 3):
@@ -148,7 +148,7 @@ def test_neither_threads_nor_padding_change_a_bit(model, stream):
     torch.testing.assert_close(losses_by(model, stream, batch=5, pad=True), want, rtol=1e-6, atol=1e-6)
 
 
-def test_an_error_in_a_thread_is_not_lost(model, stream):
+def test_error_in_a_thread_is_raised(model, stream):
     def broken(tokens, targets, context):
         raise RuntimeError("stop")
 
@@ -162,7 +162,7 @@ def test_an_error_in_a_thread_is_not_lost(model, stream):
         torch.set_num_threads(threads)
 
 
-def test_only_scored_tokens_are_handed_over_and_nothing_is_reached_from_them(stream):
+def test_ledger_hands_over_a_copy_of_scored_tokens_only(stream):
     windows = sliding_windows(stream.num_targets, 16, 4)
     chunks, ledger = target_chunks(windows, stream.num_targets, 64), Ledger(stream)
     with pytest.raises(AssertionError, match=r"unscored targets in 0\.\.64"):
@@ -186,7 +186,7 @@ def test_chunks_of_the_published_run():
 
 
 @pytest.mark.parametrize("parameters", ["all", "banks"])
-def test_sgd_takes_the_steps_of_the_library(model, stream, parameters):
+def test_sgd_matches_torch(model, stream, parameters):
     """Gradient banks, clipping, momentum and update against autograd, clip_grad_norm_ and torch.optim.SGD."""
     config = TTTConfig(
         epochs=2, lr=0.3, batch_seqs=2, parameters=parameters, quantize_forward="none", grad_clip=0.5
@@ -217,7 +217,7 @@ def test_sgd_takes_the_steps_of_the_library(model, stream, parameters):
     assert moved == len(trained)
 
 
-def test_sgd_goes_on_from_its_state(model, stream):
+def test_sgd_resumes_from_its_state(model, stream):
     config = TTTConfig(epochs=1, lr=0.3, batch_seqs=2, quantize_forward="banks")
     first, second = (Scored(stream.tokens[None, 64 * i : 64 * i + 65], i, 4) for i in range(2))
     x, y = stream.tokens[None, 100:116], stream.tokens[None, 109:117]
@@ -239,7 +239,7 @@ def test_sgd_goes_on_from_its_state(model, stream):
     assert not torch.equal(found[0][1], fresh)
 
 
-def test_cut_scoring_and_adapting_compile_to_one_graph(model, stream):
+def test_scoring_and_adapting_compile_to_one_graph(model, stream):
     compile_ = functools.partial(torch.compile, dynamic=False, fullgraph=True, backend="aot_eager")
     x, y = stream.tokens[:32].view(2, 16), stream.tokens[1:33].view(2, 16)
     eager = Frozen(model).score(x, y[:, -4:], 40)
@@ -258,7 +258,7 @@ def test_cut_scoring_and_adapting_compile_to_one_graph(model, stream):
 
 
 @NO_GPU
-def test_compiled_and_replayed_evaluation_on_a_gpu_equals_the_plain_one(model, stream):
+def test_compiled_and_captured_evaluation_matches_eager_on_a_gpu(model, stream):
     model.to("cuda")
     on_gpu = Stream(stream.tokens.numpy(), ByteTable(*(np.ones(96, np.int16),) * 3), torch.device("cuda"))
     windows = sliding_windows(on_gpu.num_targets, 16, 4)
@@ -275,7 +275,7 @@ def test_compiled_and_replayed_evaluation_on_a_gpu_equals_the_plain_one(model, s
 
 
 @NO_GPU
-def test_automatic_batch_on_a_gpu_fits(model):
+def test_default_batch_fits_a_gpu(model):
     size = batch_size(None, small().model, torch.bfloat16, torch.device("cuda"))
     assert 1 <= size(2048) <= 512
     assert size(2048).bit_count() == 1

@@ -14,6 +14,7 @@ from pgolf_fast.console import Table, number
 from pgolf_fast.data.tokenizer import SPACE, Tokenizer
 from pgolf_fast.evaluation.documents import document_starts
 from pgolf_fast.evaluation.score import Score, Scorer
+from pgolf_fast.evaluation.scores import TTT, mark
 
 CLASSES = ("word start", "within word", "byte", "after BOS", "BOS")
 """A target belongs to the last class that fits. BOS: any control, unknown or unused piece, which has no bytes
@@ -172,8 +173,6 @@ def tables(figures: dict[str, dict], *, every: bool = True, illegal: str | None 
 
     illegal: why the test-time training breaks the rules, if it does; its columns are labeled.
     """
-    from pgolf_fast.evaluation.scores import TTT, mark
-
     sliding, ttt = figures["sliding"], figures.get("sliding_ttt", {})
     column = mark("bpb with TTT", illegal)
     by_class = _part_table("class (sliding)", sliding["by_class"], ttt.get("by_class"), column)

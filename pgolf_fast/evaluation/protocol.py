@@ -33,7 +33,7 @@ class Chunk:
     """Windows low .. high-1, and the targets to learn from once these are scored.
 
     Row i of the targets is starts[i] .. starts[i] + length-1. A chunk of the stream has one row; a chunk
-    `by_document` has one for each of the first documents of the current batch that go on after it. Without
+    `by_document` has one for each of the first documents of the current batch that continue after it. Without
     rows nothing is learned. `index` of `count` positions a decaying learning rate: both follow from where the
     chunk begins and from the stream's length, never from later tokens.
     """
@@ -46,7 +46,7 @@ class Chunk:
     count: int = 1
     by_document: bool = False
     new_documents: int = 0
-    """Documents that begin with this chunk and replace the last batch of them; 0 if that goes on."""
+    """Documents that begin with this chunk and replace the last batch of them; 0 if that batch continues."""
 
     @property
     def targets(self) -> np.ndarray:

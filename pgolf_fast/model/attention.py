@@ -25,7 +25,8 @@ def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     dtype = torch.promote_types(v.dtype, torch.float32) if v.device.type == "cpu" else v.dtype
     groups, (queries, keys) = q.shape[2] // k.shape[2], (q.shape[1], k.shape[1])
-    heads = (q, k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2))
+    # v is widened before it is repeated: backward sums its gradient over the group in that dtype
+    heads = (q, k.repeat_interleave(groups, 2), v.to(dtype).repeat_interleave(groups, 2))
     q, k, v = (t.to(dtype).transpose(1, 2) for t in heads)
     if queries == keys:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from pgolf_fast.config.schema import TTTConfig
 from pgolf_fast.model.gpt import GPT
 
 ADAM_EPS = 1e-8
+Tensors = list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -89,3 +91,38 @@ def freeze(model: GPT) -> None:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         parameter.grad = None
+
+
+def named(lists: dict[str, Tensors]) -> dict[str, Tensor]:
+    """Return the tensors of named lists by name and position, for `Adapter.state`."""
+    return {f"{kind}.{i}": t.detach() for kind, tensors in lists.items() for i, t in enumerate(tensors)}
+
+
+@torch.no_grad()
+def restore_(lists: dict[str, Tensors], state: dict[str, Tensor]) -> None:
+    """Copy what `named` returned back into the lists."""
+    for kind, tensors in lists.items():
+        for i, tensor in enumerate(tensors):
+            tensor.copy_(state[f"{kind}.{i}"])
+
+
+def adamw_(
+    tensors: Sequence[Tensors], step: Tensor, config: TTTConfig, lr: Tensor | float, divisor: Tensor | None
+) -> None:
+    """Update parameters in place by AdamW, given (parameters, gradients, means, squares).
+
+    Gradients are divided by `divisor` first. Decay is decoupled (Loshchilov and Hutter 2017).
+    """
+    torch._fused_adamw_(
+        *tensors,
+        [],
+        [step] * len(tensors[0]),
+        lr=lr,
+        beta1=config.momentum,
+        beta2=config.beta2,
+        weight_decay=config.weight_decay,
+        eps=ADAM_EPS,
+        amsgrad=False,
+        maximize=False,
+        grad_scale=divisor,
+    )

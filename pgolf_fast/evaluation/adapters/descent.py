@@ -12,14 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from pgolf_fast.config.schema import TTTConfig
-from pgolf_fast.evaluation.adapters.base import ADAM_EPS, Adapter, Scored, freeze
+from pgolf_fast.evaluation.adapters.base import Adapter, Scored, Tensors, adamw_, freeze, named, restore_
 from pgolf_fast.model.bank import BANK_NAMES, Banks, Transform, make_banks, transformed
 from pgolf_fast.model.compiled import compiled
 from pgolf_fast.model.cuda_graph import CapturedStep
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.quant.fake import fake_int6
-
-Tensors = list[Tensor]
 
 
 def trainable_parameters(model: GPT, config: TTTConfig) -> list[nn.Parameter]:
@@ -174,15 +172,10 @@ class Descent(Adapter):
         return {**self._moments, "parameter": self._parameters}
 
     def state(self) -> dict[str, Tensor]:
-        lists = self._lists().items()
-        named = {f"{kind}.{i}": t.detach() for kind, tensors in lists for i, t in enumerate(tensors)}
-        return {**named, "updates": torch.tensor(self.updates)}
+        return {**named(self._lists()), "updates": torch.tensor(self.updates)}
 
-    @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:
-        for kind, tensors in self._lists().items():
-            for i, tensor in enumerate(tensors):
-                tensor.copy_(state[f"{kind}.{i}"])
+        restore_(self._lists(), state)
         self.updates = int(state["updates"])
         self._step_number.fill_(self.updates)
         self._refresh()
@@ -215,19 +208,4 @@ class AdamW(Descent):
     MOMENTS = ("mean", "square")
 
     def _rule(self, parameters: Tensors, grads: Tensors, moments: list[Tensors], divisor: Tensor) -> None:
-        torch._fused_adamw_(
-            parameters,
-            grads,
-            moments[0],
-            moments[1],
-            [],
-            [self._step_number] * len(parameters),
-            lr=self._lr,
-            beta1=self.config.momentum,
-            beta2=self.config.beta2,
-            weight_decay=self.config.weight_decay,
-            eps=ADAM_EPS,
-            amsgrad=False,
-            maximize=False,
-            grad_scale=divisor,
-        )
+        adamw_((parameters, grads, *moments), self._step_number, self.config, self._lr, divisor)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pgolf_fast import ops
 from pgolf_fast.config.ttt import GuidedConfig, TTTConfig
-from pgolf_fast.evaluation.adapters.base import Adapter, Scored, freeze
+from pgolf_fast.evaluation.adapters.base import Adapter, Scored, freeze, named, restore_
 from pgolf_fast.evaluation.protocol import Chunk, score_and_adapt
 from pgolf_fast.evaluation.resume import SavedState
 from pgolf_fast.evaluation.score import Score, Scorer
@@ -80,13 +80,10 @@ class ErrorGuided(Adapter):
         return F.linear(hidden, banks.down[layer]) + hidden @ a_down.T @ b_down.T
 
     def state(self) -> dict[str, Tensor]:
-        factors = {f"factor.{i}": factor.detach() for i, factor in enumerate(self._factors)}
-        return {**factors, "updates": torch.tensor(self.updates)}
+        return {**named({"factor": self._factors}), "updates": torch.tensor(self.updates)}
 
-    @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:
-        for i, factor in enumerate(self._factors):
-            factor.copy_(state[f"factor.{i}"])
+        restore_({"factor": self._factors}, state)
         self.updates = int(state["updates"])
 
 

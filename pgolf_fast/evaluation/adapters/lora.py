@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pgolf_fast.config.schema import ModelConfig, TTTConfig
-from pgolf_fast.evaluation.adapters.base import ADAM_EPS, Adapter, Scored, freeze
+from pgolf_fast.evaluation.adapters.base import Adapter, Scored, Tensors, adamw_, freeze, named, restore_
 from pgolf_fast.model.attention import attend
 from pgolf_fast.model.bank import Banks, Transform
 from pgolf_fast.model.gpt import GPT
@@ -157,34 +157,19 @@ class Lora(Adapter):
             norm = torch.linalg.vector_norm(norms, dim=0)
             scale = ((self.config.grad_clip or math.inf) / (norm + 1e-6)).clamp_(max=1.0)
             self._steps += 1
-            torch._fused_adamw_(
-                own[0],
-                [g * scale[:, None, None, None] for g in grads],
-                own[1],
-                own[2],
-                [],
-                [self._steps] * len(grads),
-                lr=self.config.lora.lr,
-                beta1=self.config.momentum,
-                beta2=self.config.beta2,
-                weight_decay=self.config.weight_decay,
-                eps=ADAM_EPS,
-                amsgrad=False,
-                maximize=False,
-            )
+            clipped = [g * scale[:, None, None, None] for g in grads]
+            adamw_((own[0], clipped, *own[1:]), self._steps, self.config, self.config.lora.lr, None)
 
-    def _lists(self) -> dict[str, list[Tensor]]:
+    def _lists(self) -> dict[str, Tensors]:
         return {"factor": self._tensors, "mean": self._means, "square": self._squares}
 
     def state(self) -> dict[str, Tensor]:
-        named = {f"{kind}.{i}": t for kind, tensors in self._lists().items() for i, t in enumerate(tensors)}
-        return {**named, "text": self._text, "steps": self._steps, "updates": torch.tensor(self.updates)}
+        rest = {"text": self._text, "steps": self._steps, "updates": torch.tensor(self.updates)}
+        return {**named(self._lists()), **rest}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         self.begin(len(state["factor.0"]))
-        for kind, tensors in self._lists().items():
-            for i, tensor in enumerate(tensors):
-                tensor.copy_(state[f"{kind}.{i}"])
+        restore_(self._lists(), state)
         self._text = state["text"].to(self._text.device, copy=True)
         self._steps.copy_(state["steps"])
         self.updates = int(state["updates"])
