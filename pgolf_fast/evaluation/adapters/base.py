@@ -113,15 +113,15 @@ def adamw_(
 
     Gradients are divided by `divisor` first. Decay is decoupled (Loshchilov and Hutter 2017).
     """
-    parameters, gradients, means, squares = map(list, tensors)
+    parameters, grads, means, squares = tensors
     torch._fused_adamw_(
         parameters,
-        gradients,
+        grads,
         means,
         squares,
         [],
         [step] * len(parameters),
-        lr=lr,  # type: ignore[arg-type]  # a float or a tensor: two overloads
+        lr=lr,
         beta1=config.momentum,
         beta2=config.beta2,
         weight_decay=config.weight_decay,
