@@ -43,7 +43,8 @@ from synthetic_artifact import (
 from pgolf_fast.artifact import codecs, rans_decoder
 from pgolf_fast.artifact.container import read_container, sizes
 from pgolf_fast.artifact.landing import fit_to_target
-from pgolf_fast.artifact.pack import artifact_bytes, build_records, load_model, pack, section_codecs
+from pgolf_fast.artifact.load import load
+from pgolf_fast.artifact.pack import artifact_bytes, build_records, pack, section_codecs
 from pgolf_fast.artifact.writer import write_container
 from pgolf_fast.config.fields import run_config_from_dict, run_config_to_dict
 from pgolf_fast.config.schema import PackConfig, RunConfig
@@ -276,8 +277,8 @@ def step_pack(folder: Path, config: RunConfig) -> Record:
 
 
 def step_load(folder: Path, config: RunConfig) -> Record:
-    (model, _), seconds = timed(lambda: load_model(folder / ARTIFACT))
-    return {"seconds": seconds, "parameters": sum(p.numel() for p in model.parameters())}
+    loaded, seconds = timed(lambda: load(folder / ARTIFACT, "artifact"))
+    return {"seconds": seconds, "parameters": sum(p.numel() for p in loaded.model.parameters())}
 
 
 def step_prune(folder: Path, config: RunConfig) -> Record:

@@ -252,6 +252,15 @@ def test_rehearsal_preset_is_small():
     assert tiny().model.num_parameters() < 2_000_000
 
 
+def test_calibration_benchmark_runs(tmp_path):
+    """The short proof of the export benchmark; the slow test runs all of its parts."""
+    out = tmp_path / "export.json"
+    command = [sys.executable, str(FOLDER / "bench_export.py"), "calibration", "--smoke", "--out", str(out)]
+    subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(out.read_text())["calibration"]["largest logit difference"] < 1e-4
+
+
+@pytest.mark.slow
 def test_export_benchmark_runs(tmp_path):
     out = tmp_path / "export.json"
     command = [sys.executable, str(FOLDER / "bench_export.py"), "--smoke", "--out", str(out)]
