@@ -10,7 +10,7 @@ one runs; the exit status is then 1.
     ops      every op against its peers (as `pgolf bench`), also as ops.jsonl
     step     the whole training step against the same model in plain PyTorch; losses; time by kernel
     eval     a chunk of scoring and test-time training against the same model in plain PyTorch
-    tune     launch rows (as `pgolf tune`), as launches.json
+    tune     tiles (as `pgolf tune`), as tiles.json
 
 `--dry-run` rehearses all of it on a CPU at toy sizes.
 """

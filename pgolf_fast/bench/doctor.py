@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch._library.custom_ops import OPDEFS
@@ -14,16 +13,6 @@ from pgolf_fast.ops import attention_backend, cases, judge, lzma, native, tiles
 from pgolf_fast.ops.case import Case
 
 Row = tuple[str, str, str, str, str, str]
-
-
-@dataclass(frozen=True)
-class Doctor:
-    """Arguments of `pgolf doctor`."""
-
-    check: bool = False
-    """Also run every op, forward and backward, against its reference on this machine."""
-    table: bool = False
-    """Print only the ops, and which have a CPU and a CUDA implementation, a fake and autograd."""
 
 
 def examine(*, check: bool, table: bool = False) -> tuple[str, bool]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from pgolf_fast.model.attention import attend
 from pgolf_fast.ops import reference, reference_bytes
 
 
@@ -28,12 +29,22 @@ def sdpa_attention(
     xsa: bool,
 ) -> Tensor:
     """Compute `ops.gqa_attention` from one layer's four weights and PyTorch's attention, all in x's dtype."""
-    heads = reference.attention_heads(
-        x, query, key, value, q_gain, value_embed, cos, sin, num_kv_heads, x.dtype
+    q, k, v = (F.linear(x, weight) for weight in (query, key, value))
+    context = attend(
+        *(q, k, v, q_gain, cos, sin),
+        num_kv_heads=num_kv_heads,
+        xsa=xsa,
+        value_embed=value_embed,
+        inner=_sdpa,
+        dtype=x.dtype,
     )
-    q, k, v = (t.transpose(1, 2) for t in heads)
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
-    return F.linear((reference.exclusive(y, heads[2]) if xsa else y).flatten(2), out)
+    return F.linear(context, out)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Compute causal attention of (B, T, heads, hd); the backend is the caller's choice."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
 
 def int6_matmul(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:

@@ -85,30 +85,6 @@ def exclusive(y: Tensor, v: Tensor) -> Tensor:
     return (groups - (groups * unit).sum(-1, keepdim=True) * unit).flatten(2, 3).to(y.dtype)
 
 
-def attention_heads(
-    x: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    q_gain: Tensor,
-    value_embed: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    num_kv_heads: int,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return q (B, T, H, hd), normalized, rotated and scaled by its gain, k (B, T, KV, hd) and v, in `dtype`.
-
-    Projections are taken in x's dtype; everything after them in `dtype`.
-    """
-    q = (x @ query.T).to(dtype).unflatten(-1, (q_gain.shape[0], -1))
-    k = (x @ key.T).to(dtype).unflatten(-1, (num_kv_heads, -1))
-    v = x @ value.T
-    v = (v if value_embed is None else v + value_embed).to(dtype).unflatten(-1, (num_kv_heads, -1))
-    q = rotate(rms_norm(q), cos, sin) * q_gain.to(dtype)[:, None]
-    return q, rotate(rms_norm(k), cos, sin), v
-
-
 def attention_context(
     x: Tensor,
     qo_bank: Tensor,
@@ -123,9 +99,11 @@ def attention_context(
 ) -> Tensor:
     """Return everything of `gqa_attention` before the output projection: (B, T, D) -> (B, T, D)."""
     layers = qo_bank.shape[0] // 2
-    weights = qo_bank[slot], kv_bank[slot], kv_bank[layers + slot]
-    wide = torch.promote_types(x.dtype, torch.float32)
-    q, k, v = attention_heads(x, *weights, q_gain, value_embed, cos, sin, num_kv_heads, wide)
+    q = _wide(x @ qo_bank[slot].T).unflatten(-1, (q_gain.shape[0], -1))
+    k = _wide(x @ kv_bank[slot].T).unflatten(-1, (num_kv_heads, -1))
+    v = x @ kv_bank[layers + slot].T
+    v = _wide(v if value_embed is None else v + value_embed).unflatten(-1, (num_kv_heads, -1))
+    q, k = rotate(rms_norm(q), cos, sin) * _wide(q_gain)[:, None], rotate(rms_norm(k), cos, sin)
     repeat = q.shape[2] // num_kv_heads
     keys, values = (t.repeat_interleave(repeat, dim=2).transpose(1, 2) for t in (k, v))
     scores = q.transpose(1, 2) @ keys.transpose(2, 3) * q.shape[-1] ** -0.5

@@ -41,10 +41,15 @@ LAYERS, SLOT = cases.LAYERS, cases.LAYER
 
 def make(case, dtype=torch.float32, device="cpu", value_embed=True):
     """x, qo bank, kv bank, q gain (float32, as in the network), value embedding; cos and sin."""
-    name = "gqa_attention" if value_embed else "gqa_attention-plain"
-    inputs = cases.make(name, CASES[case], dtype, device).inputs.values()
-    *tensors, cos, sin = (t if t is None else t.detach() for t in inputs)
-    return tensors, (cos, sin)
+    s = CASES[case]
+    x = torch.randn(s.batch, s.length, s.dim)
+    qo = torch.randn(2 * LAYERS, s.dim, s.dim) * s.dim**-0.5
+    kv = torch.randn(2 * LAYERS, s.kv_dim, s.dim) * s.dim**-0.5
+    value = torch.randn(s.batch, s.length, s.kv_dim) if value_embed else None
+    gain = (1 + torch.rand(s.heads)).to(device)
+    angles = 6 * torch.rand(s.length, s.rotary // 2, device=device)
+    x, qo, kv, value = (t if t is None else t.to(device, dtype) for t in (x, qo, kv, value))
+    return [x, qo, kv, gain, value], (angles.cos(), angles.sin())
 
 
 def attention(case, tables, xsa, slot=SLOT, window=None):
