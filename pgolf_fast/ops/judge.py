@@ -18,7 +18,7 @@ from pgolf_fast.ops.case import Case, Contender, Inputs, Outputs
 Named = dict[str, Tensor]
 FACTOR = 2.0
 # Fewer numbers may be lucky sums: their rounding is that of the largest result or incoming gradient.
-# XSA of a one-token sequence is exactly zero, and so is eager's error; ours was 1.0e-6 to 2.1e-6 for the query gain.
+# (XSA of one token is exactly zero, and so is eager's error; ours was up to 2.1e-6 for the query gain.)
 FEW = 16
 
 
