@@ -19,11 +19,9 @@ from pgolf_fast.console import Table
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import save_tensors
 from pgolf_fast.lab.analysis import connectivity, quant, surface
-from pgolf_fast.lab.analysis.models import open_model, open_models
-from pgolf_fast.lab.analysis.options import Options
+from pgolf_fast.lab.analysis.models import open_model, open_models, open_validation
 from pgolf_fast.lab.analysis.registry import ANALYSES
-from pgolf_fast.lab.analysis.summary import Summary
-from pgolf_fast.lab.analysis.validation import open_validation
+from pgolf_fast.lab.analysis.summary import Options, Summary
 from pgolf_fast.model.bank import BANK_NAMES
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.quant.state import quantize_state, unbank

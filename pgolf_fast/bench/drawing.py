@@ -44,15 +44,19 @@ def png(paint: Paint, size: tuple[float, float], *, dark: bool = False) -> bytes
     return file.getvalue()
 
 
-def write_png(path: Path, paint: Paint, size: tuple[float, float], what: str) -> Path | None:
-    """Write `png` to a file atomically and return its path.
-
-    Without matplotlib, log that `what` is not drawn and return None.
-    """
+def has_matplotlib(what: str) -> bool:
+    """Return whether matplotlib is installed; if not, log that `what` is not drawn."""
     try:
         import matplotlib.figure  # noqa: F401 - checks that it is installed
     except ImportError:
         console.logger.warning("no %s: matplotlib is missing (pip install 'pgolf-fast[plot]')", what)
+        return False
+    return True
+
+
+def write_png(path: Path, paint: Paint, size: tuple[float, float], what: str) -> Path | None:
+    """Write `png` to a file and return its path; without matplotlib, log it and return None."""
+    if not has_matplotlib(what):
         return None
     write_bytes(path, png(paint, size))
     return path
@@ -75,6 +79,8 @@ def _style(dark: bool) -> dict[str, object]:
         **dict.fromkeys(texts, colors["text"]),
         **dict.fromkeys(lines, colors["line"]),
         "axes.prop_cycle": cycler(color=_DARK_CYCLE if dark else _LIGHT_CYCLE),
+        "axes.grid": True,
+        "axes.axisbelow": True,
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.titlesize": 10,

@@ -17,7 +17,7 @@ from pgolf_fast.config.fields import flip
 from pgolf_fast.config.presets import preset
 from pgolf_fast.config.schema import PackConfig
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.lab.analysis.options import Options as AnalysisOptions
+from pgolf_fast.lab.analysis.summary import Options as AnalysisOptions
 
 Models = Annotated[
     tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL ...", help_behavior_hint="")

@@ -13,15 +13,10 @@ from torch import Tensor
 from pgolf_fast.bench.drawing import label
 from pgolf_fast.console import Table, number
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.evaluation.adapters.frozen import Frozen
-from pgolf_fast.evaluation.score import Scorer, batch_size
-from pgolf_fast.evaluation.windows import plain_windows
-from pgolf_fast.lab.analysis.losses import by_target
-from pgolf_fast.lab.analysis.models import LoadedModel
-from pgolf_fast.lab.analysis.options import Options
-from pgolf_fast.lab.analysis.summary import Column, Summary, draw, ratio, tabulate, unmeasured
-from pgolf_fast.lab.analysis.validation import Validation, validation_or_why
-from pgolf_fast.lab.analysis.weights import common, cosine, norm, pairs
+from pgolf_fast.lab.analysis.geometry import common, cosine, norm, pairs
+from pgolf_fast.lab.analysis.losses import by_target, score_plain
+from pgolf_fast.lab.analysis.models import LoadedModel, Validation, measure, validation_or_why
+from pgolf_fast.lab.analysis.summary import Options, Summary, columns, draw, ratio, tabulate
 from pgolf_fast.model.bank import BANK_NAMES
 from pgolf_fast.model.gpt import GPT
 
@@ -38,14 +33,9 @@ def analyze(models: Sequence[LoadedModel], options: Options) -> list[Summary]:
     validation = validation_or_why(models, options)
     summaries: list[Summary] = []
     for a, b in pairs(models):
-        summaries += [published(a, b), expected(a, b)]
         name = f"loss from {a.name} to {b.name}"
-        try:
-            if isinstance(validation, str):
-                raise PgolfError(validation)
-            summaries.append(corrected(a, b, name, validation, options))
-        except PgolfError as error:
-            summaries.append(unmeasured(name, str(error)))
+        line = measure(name, validation, lambda data: [corrected(a, b, name, data, options)])  # noqa: B023
+        summaries += [published(a, b), expected(a, b), *line]
     return summaries
 
 
@@ -82,18 +72,15 @@ def expected(a: LoadedModel, b: LoadedModel) -> Summary:
             "ratio": ratio(norm(middle(x, y)), norm(x)),
             "from_cosine": None if angle is None else math.sqrt((1 + angle) / 2),
         }
-    columns: list[Column] = [
-        ("cosine", "cosine", ".4f"),
-        ("|B|/|A|", "length", ".4f"),
-        ("|(A+B)/2|/|A|", "ratio", ".4f"),
-        ("sqrt((1+cosine)/2)", "from_cosine", ".4f"),
-    ]
+    shown = columns(
+        ".4f", cosine="cosine", length="|B|/|A|", ratio="|(A+B)/2|/|A|", from_cosine="sqrt((1+cosine)/2)"
+    )
     return Summary(
         f"midpoint norms, {a.name} to {b.name}",
         "corrected",
         "Shows that the published ratio repeats the cosine: sqrt((1 + cosine) / 2) for weights of equal "
         f"norm, {math.sqrt(0.5):.4f} for independent ones; cannot show more than the cosine does.",
-        tabulate(("bank",), columns, values),
+        tabulate(("bank",), shown, values),
         values,
     )
 
@@ -124,10 +111,8 @@ def corrected(a: LoadedModel, b: LoadedModel, name: str, validation: Validation,
         "excess_error": errors.tolist(),
         "barrier": barrier,
     }
-    rows = [
-        (f"{share:.3f}", f"{loss:.4f}", f"{more:+.4f}", number(error, ".1e"))
-        for share, loss, more, error in zip(shares, values["loss"], means, errors, strict=True)
-    ]
+    points = zip(shares, values["loss"], means, errors, strict=True)
+    rows = [(f"{at:.3f}", f"{loss:.4f}", f"{more:+.4f}", number(e, ".1e")) for at, loss, more, e in points]
     rows.append(("barrier", "-", f"{barrier['height']:+.4f}", number(barrier["error"], ".1e")))
     return Summary(
         name,
@@ -137,7 +122,7 @@ def corrected(a: LoadedModel, b: LoadedModel, name: str, validation: Validation,
         "avoids it, nor that the models differ in more than the order of their hidden channels.",
         Table(("share of the second", "loss", "excess", "±"), rows),
         values,
-        draw("path", lambda axes: _paint(axes, values, a.name, b.name)),
+        draw("path", lambda axes: _paint(axes[0], values, a.name, b.name)),
     )
 
 
@@ -149,17 +134,14 @@ def path_losses(a: LoadedModel, b: LoadedModel, validation: Validation, options:
     if a.need_config().model != b.need_config().model:
         raise PgolfError(f"{a.name} and {b.name} are different networks: there is no line between them")
     stream = validation.stream(options.device)
-    windows = plain_windows(stream.num_targets, validation.seq_len)
     network, *ends = (m.network(validation.source.table, options.device) for m in (a, a, b))
     parameters = [dict(end.named_parameters()) for end in ends]
-    size = batch_size(None, network.config, network.compute_dtype, options.device)
     rows = []
     for share in np.linspace(0, 1, options.points):
         _interpolate(network, parameters, float(share))
-        scorer = Scorer(stream, windows, validation.seq_len, size)
-        scorer.score(Frozen(network).score, 0, len(windows))
+        scorer = score_plain(network, stream, validation.seq_len)
         losses = by_target(scorer, f"{a.name} to {b.name}")
-        rows.append(losses.reshape(len(windows), -1).mean(1))
+        rows.append(losses.reshape(-1, validation.seq_len).mean(1))
     return np.stack(rows)
 
 
@@ -170,11 +152,10 @@ def _interpolate(network: GPT, ends: Sequence[Mapping[str, Tensor]], share: floa
         parameter.copy_((1 - share) * first[name] + share * second[name])
 
 
-def _paint(axes: list[Axes], values: dict[str, Any], first: str, second: str) -> None:
+def _paint(axes: Axes, values: dict[str, Any], first: str, second: str) -> None:
     shares, losses = values["at"], values["loss"]
-    axes[0].errorbar(shares, losses, values["excess_error"], fmt="o-", markersize=4, label="loss")
-    axes[0].plot([0, 1], [losses[0], losses[-1]], ":", color="0.5", label="straight line")
-    axes[0].set_xticks([0, 0.25, 0.5, 0.75, 1], [label(first), "0.25", "0.5", "0.75", label(second)])
-    axes[0].set(ylabel="nats", title="loss on the line between the weights")
-    axes[0].grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    axes.errorbar(shares, losses, values["excess_error"], fmt="o-", markersize=4, label="loss")
+    axes.plot([0, 1], [losses[0], losses[-1]], ":", color="0.5", label="straight line")
+    axes.set_xticks([0, 0.25, 0.5, 0.75, 1], [label(first), "0.25", "0.5", "0.75", label(second)])
+    axes.set(ylabel="nats", title="loss on the line between the weights")
+    axes.legend()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,10 +12,9 @@ from torch import Tensor
 
 from pgolf_fast.bench.drawing import label
 from pgolf_fast.console import Table, number
+from pgolf_fast.lab.analysis.geometry import flattened, large
 from pgolf_fast.lab.analysis.models import LoadedModel
-from pgolf_fast.lab.analysis.options import Options
-from pgolf_fast.lab.analysis.summary import Column, Summary, draw, mean, mean_and_deviation, ratio, tabulate
-from pgolf_fast.lab.analysis.weights import flattened, large
+from pgolf_fast.lab.analysis.summary import Options, Summary, columns, draw, mean, ratio, tabulate
 from pgolf_fast.model.bank import BANK_NAMES
 
 if TYPE_CHECKING:
@@ -40,11 +40,8 @@ def stable_rank(values: Tensor) -> float | None:
 
 def effective_rank(values: Tensor) -> float | None:
     """Return exp of the entropy of the singular values as shares of their sum (Roy and Vetterli 2007)."""
-    total = float(values.sum())
-    if not total:
-        return None
-    shares = values / total
-    return math.exp(-float(torch.special.xlogy(shares, shares).sum()))
+    total = values.sum()
+    return float(torch.special.entr(values / total).sum().exp()) if total else None
 
 
 def analyze(models: Sequence[LoadedModel], options: Options) -> list[Summary]:
@@ -54,12 +51,7 @@ def analyze(models: Sequence[LoadedModel], options: Options) -> list[Summary]:
 
 def published(models: Sequence[LoadedModel]) -> Summary:
     """Measure each large tensor, with banks flattened to one row per slot (PR 1501)."""
-    headers = {
-        "op_norm": "largest",
-        "frobenius": "Frobenius",
-        "stable_rank": "stable rank",
-        "condition": "condition",
-    }
+    keys = ("op_norm", "frobenius", "stable_rank", "condition")
     rows: list[tuple[str, ...]] = []
     values: dict[str, Any] = {}
     for model in models:
@@ -74,10 +66,10 @@ def published(models: Sequence[LoadedModel]) -> Summary:
                 "top": sigma[:ENDS].tolist(),
                 "bottom": sigma[-ENDS:].tolist(),
             }
-        means = {key: mean(part[key] for part in tensors.values()) for key in headers}
+        means = {key: mean(part[key] for part in tensors.values()) for key in keys}
         lipschitz = sum(math.log(part["op_norm"]) for part in tensors.values() if part["op_norm"])
         for name, part in {**tensors, f"mean of {len(tensors)}": means}.items():
-            rows.append((model.name, name, *(number(part[key]) for key in headers)))
+            rows.append((model.name, name, *(number(part[key]) for key in keys)))
         rows.append((model.name, "sum of ln of largest", number(lipschitz), "-", "-", "-"))
         values[model.name] = {"tensors": tensors, "means": means, "log_lipschitz": lipschitz}
     return Summary(
@@ -86,51 +78,61 @@ def published(models: Sequence[LoadedModel]) -> Summary:
         "Shows the singular values of a bank flattened to a matrix with one row per slot; cannot show "
         "anything about its weight matrices, since a few long, nearly orthogonal rows of similar length have "
         "a condition near 1 and full rank whatever they contain, and embedding tables dominate the means.",
-        Table(("model", "tensor", *headers.values()), rows),
+        Table(("model", "tensor", "largest", "Frobenius", "stable rank", "condition"), rows),
         values,
     )
 
 
 def corrected(models: Sequence[LoadedModel]) -> Summary:
     """Measure the matrix of each slot, averaged by bank."""
-    values: dict[str, dict[str, dict[str, Any]]] = {}
-    curves: dict[str, dict[str, Tensor]] = {}
-    for model in models:
-        values[model.name], curves[model.name] = {}, {}
-        for name in BANK_NAMES:
-            slots = singular_values(model.state[name])
-            values[model.name][name] = {
-                "full_rank": slots.shape[1],
-                "largest": slots[:, 0].tolist(),
-                "stable_rank": [stable_rank(sigma) for sigma in slots],
-                "effective_rank": [effective_rank(sigma) for sigma in slots],
-                "condition": [condition(sigma) for sigma in slots],
-                "top": slots[:, :ENDS].tolist(),
-            }
-            curves[model.name][name] = slots.mean(0)
-    averaged = ("largest", "stable_rank", "effective_rank", "condition")
-    columns: list[Column] = [
-        ("slots", "largest", lambda slots: f"{len(slots)}"),
-        ("full rank", "full_rank", "d"),
-        *((key.replace("_", " "), key, mean_and_deviation) for key in averaged),
-    ]
+    slots = {m.name: {bank: singular_values(m.state[bank]) for bank in BANK_NAMES} for m in models}
+    values = {m: {bank: _slot_values(sigma) for bank, sigma in banks.items()} for m, banks in slots.items()}
+    averaged = {
+        key: key.replace("_", " ") for key in ("largest", "stable_rank", "effective_rank", "condition")
+    }
     return Summary(
         "spectra of slots",
         "corrected",
         "Shows for each weight matrix how its strength is spread over directions (mean ± standard deviation "
         "over the slots of a bank); cannot show which directions the data uses, nor how any of it affects "
         "the loss.",
-        tabulate(("model", "bank"), columns, values),
+        tabulate(
+            ("model", "bank"),
+            [
+                ("slots", "largest", lambda largest: f"{len(largest)}"),
+                *columns("d", full_rank="full rank"),
+                *columns(_mean_and_deviation, **averaged),
+            ],
+            values,
+        ),
         values,
-        draw("spectra", lambda axes: _paint(axes, curves), len(BANK_NAMES), width=11, height=3),
+        draw("spectra", lambda axes: _paint(axes, slots), len(BANK_NAMES), width=11, height=3),
     )
 
 
-def _paint(axes: list[Axes], curves: dict[str, dict[str, Tensor]]) -> None:
+def _slot_values(slots: Tensor) -> dict[str, Any]:
+    return {
+        "full_rank": slots.shape[1],
+        "largest": slots[:, 0].tolist(),
+        "stable_rank": [stable_rank(sigma) for sigma in slots],
+        "effective_rank": [effective_rank(sigma) for sigma in slots],
+        "condition": [condition(sigma) for sigma in slots],
+        "top": slots[:, :ENDS].tolist(),
+    }
+
+
+def _mean_and_deviation(values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known or not math.isfinite(fmean(known)):
+        return "-"
+    return f"{fmean(known):.4g} ± {pstdev(known):.2g}"
+
+
+def _paint(axes: list[Axes], slots: dict[str, dict[str, Tensor]]) -> None:
     for panel, name in zip(axes, BANK_NAMES, strict=True):
-        for model, banks in curves.items():
-            panel.plot(range(1, len(banks[name]) + 1), banks[name].tolist(), label=label(model))
+        for model, banks in slots.items():
+            curve = banks[name].mean(0).tolist()
+            panel.plot(range(1, len(curve) + 1), curve, label=label(model))
         panel.set(title=name, xlabel="singular value", xscale="log")
-        panel.grid(alpha=0.3)
     axes[0].set_ylabel("mean over slots")
-    axes[0].legend(fontsize=7)
+    axes[0].legend()

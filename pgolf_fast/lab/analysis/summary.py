@@ -1,19 +1,20 @@
-"""Result of an analysis: a table with a sentence on what it shows, values for JSON, and plots."""
+"""Settings and results of analyses: tables with a sentence on what they show, values for JSON, and plots."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from statistics import fmean, pstdev
+from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
-from pgolf_fast import console
-from pgolf_fast.bench.drawing import label, png
+from pgolf_fast.bench.drawing import has_matplotlib, label, png
+from pgolf_fast.config.checks import need
 from pgolf_fast.console import Table, number
 
 if TYPE_CHECKING:
+    import torch
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -21,6 +22,48 @@ DARK = "_dark"
 """Suffix of the name of a plot for dark pages."""
 Column = tuple[str, str, str | Callable[[Any], str]]
 """Header, key of the value, and format of a number or function that returns the cell."""
+
+
+def _cpu() -> torch.device:
+    import torch  # late: help on the options of `pgolf analyze` must not load it
+
+    return torch.device("cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Settings of all analyses; each reads those that it needs."""
+
+    data: Path | None = None
+    """Folder of validation shards; default: that of the first model's run."""
+    tokenizer: Path | None = None
+    """Tokenizer of those shards; default: the one that belongs to them."""
+    tokens: int = 16_384
+    """Validation targets for losses, from the beginning of the validation data."""
+    device: torch.device = field(default_factory=_cpu)
+    """Device on which models run."""
+    hash_rows: tuple[int, ...] = ()
+    """Sizes of additional hash tables whose buckets are counted."""
+    calibration_tokens: int = 4096
+    """Validation tokens whose inputs weight the rounding errors."""
+    points: int = 7
+    """Points on the line between two models, including the ends, where the loss is measured."""
+    curvature_tokens: int = 512
+    """Validation targets of the loss whose Hessian is analyzed, at least one window."""
+    probes: int = 6
+    """Random vectors for the trace of the Hessian."""
+    lanczos_steps: int = 8
+    """Hessian-vector products for the extreme eigenvalues."""
+    seed: int = 0
+    """Seed of all random vectors."""
+
+    def __post_init__(self) -> None:
+        least = {"points": 3, "probes": 2, "lanczos_steps": 2}
+        for name in ("tokens", "calibration_tokens", "curvature_tokens", *least):
+            value, lowest = getattr(self, name), least.get(name, 1)
+            need(value >= lowest, f"--{name.replace('_', '-')} is {value}; it must be at least {lowest}")
+        for rows in self.hash_rows:
+            need(rows >= 4, f"--hash-rows is {rows}; it must be at least 4")
 
 
 @dataclass(frozen=True)
@@ -39,36 +82,35 @@ class Summary:
 
     def text(self) -> str:
         """Render the heading, the table and the sentence for a terminal."""
-        heading = f"{self.name} [{self.form}]"
-        return "\n".join(filter(None, [heading, self.table.text() if self.table.rows else "", self.shows]))
+        return "\n".join(filter(None, [f"{self.name} [{self.form}]", self.table.text(), self.shows]))
 
 
 def unmeasured(name: str, reason: str) -> Summary:
     """Return a summary without a table that says why there is none and what to do about it."""
-    empty = Table((), ())
-    return Summary(name, "corrected", f"Not measured: {reason}.", empty, {"not_measured": reason})
+    return Summary(name, "corrected", f"Not measured: {reason}.", Table(None, ()), {"not_measured": reason})
 
 
-def tabulate(keys: Sequence[str], columns: Sequence[Column], values: Mapping[str, Any]) -> Table:
-    """Tabulate nested mappings, one row per innermost mapping.
+def columns(form: str | Callable[[Any], str], **headers: str) -> list[Column]:
+    """Return columns of one format, given as key="header"."""
+    return [(header, key, form) for key, header in headers.items()]
+
+
+def tabulate(
+    keys: Sequence[str],
+    shown: Sequence[Column],
+    values: Mapping[str, Any],
+    more: Iterable[Sequence[str]] = (),
+) -> Table:
+    """Tabulate nested mappings, one row per innermost mapping, and append the rows in `more`.
 
     keys: headers of the key columns, one for each level of `values`.
-    columns: the columns after those, from the innermost mappings.
+    shown: the columns after those, from the innermost mappings.
     """
-    rows = [
-        (*path, *(_cell(leaf[key], form) for _, key, form in columns))
-        for path, leaf in _leaves(values, len(keys))
-    ]
-    return Table((*keys, *(header for header, _, _ in columns)), rows)
-
-
-def _leaves(values: Mapping[str, Any], depth: int) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
-    if depth == 0:
-        yield (), values
-        return
-    for key, part in values.items():
-        for path, leaf in _leaves(part, depth - 1):
-            yield (key, *path), leaf
+    leaves: list[tuple[tuple[str, ...], Any]] = [((), values)]
+    for _ in keys:
+        leaves = [((*path, key), part) for path, tree in leaves for key, part in tree.items()]
+    rows = [(*path, *(_cell(leaf[key], form) for _, key, form in shown)) for path, leaf in leaves]
+    return Table((*keys, *(header for header, _, _ in shown)), (*rows, *more))
 
 
 def _cell(value: Any, form: str | Callable[[Any], str]) -> str:
@@ -86,12 +128,17 @@ def mean(values: Iterable[float | None]) -> float | None:
     return fmean(known) if known else None
 
 
-def mean_and_deviation(values: Iterable[float | None]) -> str:
-    """Format the mean ± standard deviation of the values that are not None."""
-    known = [value for value in values if value is not None]
-    if not known or not math.isfinite(fmean(known)):
-        return "-"
-    return f"{fmean(known):.4g} ± {pstdev(known):.2g}"
+def over(statistic: Callable[[list[float]], float]) -> Callable[[Iterable[float | None]], str]:
+    """Return a column format for lists: the statistic of the values that are not None."""
+
+    def cell(values: Iterable[float | None]) -> str:
+        known = [value for value in values if value is not None]
+        return number(statistic(known), ".4f") if known else "-"
+
+    return cell
+
+
+_can_draw = cache(has_matplotlib)  # logs once that it is missing
 
 
 def draw(
@@ -106,7 +153,7 @@ def draw(
 
     Without matplotlib, log that once and return {}.
     """
-    if not _has_matplotlib():
+    if not _can_draw("plots"):
         return {}
 
     def paint_figure(figure: Figure) -> None:
@@ -114,16 +161,6 @@ def draw(
 
     size = width, height
     return {name: png(paint_figure, size), name + DARK: png(paint_figure, size, dark=True)}
-
-
-@cache
-def _has_matplotlib() -> bool:
-    try:
-        import matplotlib  # noqa: F401 - checks that it is installed
-    except ImportError:
-        console.logger.warning("no plots: matplotlib is missing (pip install 'pgolf-fast[plot]')")
-        return False
-    return True
 
 
 def paint_bars(
@@ -138,4 +175,4 @@ def paint_bars(
         places = [tick + width * i for tick in range(len(ticks))]
         axes.bar(places, values, width, yerr=None if errors is None else errors[name], label=label(name))
     axes.set_xticks([tick + 0.4 - width / 2 for tick in range(len(ticks))], list(ticks))
-    axes.legend(fontsize=8)
+    axes.legend()
