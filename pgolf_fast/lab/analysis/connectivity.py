@@ -1,16 +1,14 @@
 """Straight line between the weights of two models."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pgolf_fast.bench.drawing import label
+from pgolf_fast.bench.drawing import Axes, label
 from pgolf_fast.console import Table, number
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.lab.analysis.geometry import common, cosine, norm, pairs
@@ -19,9 +17,6 @@ from pgolf_fast.lab.analysis.models import LoadedModel, Validation, measure, val
 from pgolf_fast.lab.analysis.summary import Options, Summary, columns, draw, ratio, tabulate
 from pgolf_fast.model.bank import BANK_NAMES
 from pgolf_fast.model.gpt import GPT
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 
 def analyze(models: Sequence[LoadedModel], options: Options) -> list[Summary]:

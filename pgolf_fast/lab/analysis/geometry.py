@@ -5,25 +5,21 @@ which in exp101 are the four banks and the three tables, and flattened a bank to
 slot. Here banks are included whatever their size, so that small models have the same rows.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from statistics import fmean, pstdev
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pgolf_fast.bench.drawing import Axes
 from pgolf_fast.console import number
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.lab.analysis.models import LoadedModel
 from pgolf_fast.lab.analysis.summary import Options, Summary, columns, draw, mean, over, ratio, tabulate
 from pgolf_fast.model.bank import BANK_NAMES
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 LARGE = 65_536  # least number of elements of a tensor in the published spectra
 MOST_DIRECTIONS = 32

@@ -6,18 +6,17 @@ row: the current token and the one before it (bigram) or two before it (trigram)
 a part is the loss of a trained model without it, on non-overlapping windows.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pgolf_fast.bench.drawing import Axes
 from pgolf_fast.config.model import ModelConfig
 from pgolf_fast.console import Table, number
 from pgolf_fast.errors import PgolfError
@@ -28,9 +27,6 @@ from pgolf_fast.lab.analysis.summary import Options, Summary, columns, draw, tab
 from pgolf_fast.lab.compare.statistics import bootstrap_gain
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.ops import reference
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 GATE, TRIGRAM, TABLE = "gate", "trigram", "whole table"
 WORD_START, OTHER = "word start", "other"
@@ -128,14 +124,12 @@ class Contexts:
 
     counts: np.ndarray
     buckets: np.ndarray
-    starts: np.ndarray
-    """bool: the context ends in a word start."""
-    orders: np.ndarray
-    """Index in `ORDERS`."""
+    starts: np.ndarray  # bool: the context ends in a word start
+    orders: np.ndarray  # index in `ORDERS`
     num_rows: int
     split: bool
 
-    def ideally_hashed(self, rng: np.random.Generator) -> Contexts:
+    def ideally_hashed(self, rng: np.random.Generator) -> "Contexts":
         """Draw the bucket of each context uniformly from those that it can use."""
         size, usable = len(self.counts), self.num_rows - 1
         if not self.split:
@@ -177,16 +171,16 @@ def contexts_of(config: ModelConfig, tokens: np.ndarray, has_leading_space: np.n
 
 @dataclass(frozen=True)
 class Load:
-    """Collisions of the contexts of one class and order, in the table shared with all other contexts."""
+    """Collisions of the contexts of one class and order, in the table shared with all other contexts.
+
+    The last two are means over occurrences.
+    """
 
     occurrences: int
     contexts: int
-    occupied: float
-    """Buckets used by any of them."""
-    contexts_in_bucket: float
-    """Contexts in the bucket of an occurrence, including its own: the mean over occurrences."""
-    foreign: float
-    """Share of the occurrences in that bucket that belong to other contexts: the mean over occurrences."""
+    occupied: float  # buckets used by any of them
+    contexts_in_bucket: float  # in that of an occurrence, including its own
+    foreign: float  # share of the occurrences in that bucket that belong to other contexts
 
 
 def load(contexts: Contexts, chosen: np.ndarray) -> Load:
@@ -396,7 +390,7 @@ def _published_contribution(losses: Mapping[str, Mapping[str, np.ndarray]]) -> S
 
 def _contribution(losses: Mapping[str, Mapping[str, np.ndarray]], validation: Validation) -> Summary:
     starts = document_starts(validation.tokens)
-    text_bytes = np.add.reduceat(validation.stream(torch.device("cpu")).target_bytes, starts)
+    text_bytes = np.add.reduceat(validation.stream("cpu").target_bytes, starts)
     after_start = validation.source.table.has_leading_space[validation.tokens[:-1]]
     rows: list[tuple[str, ...]] = []
     values: dict[str, Any] = {}

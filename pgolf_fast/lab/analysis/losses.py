@@ -4,19 +4,17 @@ Shares by size of the loss are PR 296's table, and shares by word start are PR 1
 C. Guo et al., "On Calibration of Modern Neural Networks" (2017).
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pgolf_fast.bench.drawing import label
+from pgolf_fast.bench.drawing import Axes, label
 from pgolf_fast.console import Table
 from pgolf_fast.evaluation.adapters.frozen import Frozen
 from pgolf_fast.evaluation.documents import document_starts
@@ -27,9 +25,6 @@ from pgolf_fast.lab.analysis.models import LoadedModel, Validation, diverged, op
 from pgolf_fast.lab.analysis.summary import Options, Summary, columns, draw, tabulate
 from pgolf_fast.lab.compare.statistics import bootstrap_ratio
 from pgolf_fast.model.gpt import GPT
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 SHOWN, CONTEXT_TOKENS = 12, 24  # hardest targets, and tokens shown before each
 # PR 296's table of 62 M validation tokens: nats -> share of targets above, share of the loss; and the mean
@@ -45,10 +40,9 @@ class ModelLosses:
 
     name: str
     network: GPT
-    losses: np.ndarray
-    """By target, (targets,) float64."""
+    losses: np.ndarray  # by target, (targets,) float64
     figures: Figures
-    calibration: Calibration
+    calibration: "Calibration"
 
 
 def analyze(models: Sequence[LoadedModel], options: Options) -> list[Summary]:

@@ -1,7 +1,5 @@
 """Models of an analysis: run folders, checkpoints, artifacts and .pt files, and their validation tokens."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,12 +33,9 @@ class LoadedModel:
 
     name: str
     path: Path
-    state: dict[str, Tensor]
-    """float32 on the CPU, under the community's names, with banks."""
-    config: RunConfig | None
-    """None for a file without a configuration, such as a community .pt."""
-    folder: RunFolder | None
-    """The run folder that `path` is or is in."""
+    state: dict[str, Tensor]  # float32 on the CPU, under the community's names, with banks
+    config: RunConfig | None  # None for a file without a configuration, such as a community .pt
+    folder: RunFolder | None  # the run folder that `path` is or is in
 
     def network(
         self, table: ByteTable, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
@@ -138,16 +133,15 @@ class Validation:
 
     source: Source
     seq_len: int
-    tokens: np.ndarray
-    """int64 (k * seq_len + 1,)."""
+    tokens: np.ndarray  # int64 (k * seq_len + 1,)
 
     def first(self, targets: int) -> np.ndarray:
         """Return the first `targets` targets, rounded up to whole windows, as tokens (n + 1,)."""
         return self.tokens[: -(-targets // self.seq_len) * self.seq_len + 1]
 
-    def stream(self, device: torch.device) -> Stream:
+    def stream(self, device: torch.device | str) -> Stream:
         """Return a stream of all tokens on a device, with the bytes of every target."""
-        return Stream(self.tokens, self.source.table, device)
+        return Stream(self.tokens, self.source.table, torch.device(device))
 
 
 def open_validation(models: Sequence[LoadedModel], options: Options) -> Validation:

@@ -1,24 +1,19 @@
 """Singular values of the weight matrices."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from statistics import fmean, pstdev
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pgolf_fast.bench.drawing import label
+from pgolf_fast.bench.drawing import Axes, label
 from pgolf_fast.console import Table, number
 from pgolf_fast.lab.analysis.geometry import flattened, large
 from pgolf_fast.lab.analysis.models import LoadedModel
 from pgolf_fast.lab.analysis.summary import Options, Summary, columns, draw, mean, ratio, tabulate
 from pgolf_fast.model.bank import BANK_NAMES
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 ENDS = 5  # singular values listed from either end
 

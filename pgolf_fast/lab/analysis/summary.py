@@ -1,61 +1,36 @@
 """Settings and results of analyses: tables with a sentence on what they show, values for JSON, and plots."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from pgolf_fast.bench.drawing import has_matplotlib, label, png
+from pgolf_fast.bench.drawing import Axes, Figure, has_matplotlib, label, png
 from pgolf_fast.config.checks import need
 from pgolf_fast.console import Table, number
 
-if TYPE_CHECKING:
-    import torch
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-DARK = "_dark"
-"""Suffix of the name of a plot for dark pages."""
+DARK = "_dark"  # suffix of the name of a plot for dark pages
 Column = tuple[str, str, str | Callable[[Any], str]]
 """Header, key of the value, and format of a number or function that returns the cell."""
-
-
-def _cpu() -> torch.device:
-    import torch  # late: help on the options of `pgolf analyze` must not load it
-
-    return torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Settings of all analyses; each reads those that it needs."""
 
-    data: Path | None = None
-    """Folder of validation shards; default: that of the first model's run."""
-    tokenizer: Path | None = None
-    """Tokenizer of those shards; default: the one that belongs to them."""
-    tokens: int = 16_384
-    """Validation targets for losses, from the beginning of the validation data."""
-    device: torch.device = field(default_factory=_cpu)
-    """Device on which models run."""
-    hash_rows: tuple[int, ...] = ()
-    """Sizes of additional hash tables whose buckets are counted."""
-    calibration_tokens: int = 4096
-    """Validation tokens whose inputs weight the rounding errors."""
-    points: int = 7
-    """Points on the line between two models, including the ends, where the loss is measured."""
-    curvature_tokens: int = 512
-    """Validation targets of the loss whose Hessian is analyzed, at least one window."""
-    probes: int = 6
-    """Random vectors for the trace of the Hessian."""
-    lanczos_steps: int = 8
-    """Hessian-vector products for the extreme eigenvalues."""
-    seed: int = 0
-    """Seed of all random vectors."""
+    data: Path | None = None  # folder of validation shards; default: that of the first model's run
+    tokenizer: Path | None = None  # of those shards; default: the one that belongs to them
+    tokens: int = 16_384  # validation targets for losses, from the beginning of the validation data
+    device: str = "cpu"
+    hash_rows: tuple[int, ...] = ()  # sizes of additional hash tables whose buckets are counted
+    calibration_tokens: int = 4096  # validation tokens whose inputs weight the rounding errors
+    points: int = 7  # on the line between two models, including the ends, where the loss is measured
+    curvature_tokens: int = 512  # validation targets of the loss whose Hessian is analyzed
+    probes: int = 6  # random vectors for the trace of the Hessian
+    lanczos_steps: int = 8  # Hessian-vector products for the extreme eigenvalues
+    seed: int = 0  # of all random vectors
 
     def __post_init__(self) -> None:
         least = {"points": 3, "probes": 2, "lanczos_steps": 2}
@@ -72,13 +47,10 @@ class Summary:
 
     name: str
     form: Literal["published", "corrected"]
-    shows: str
-    """One sentence on what it can and cannot show."""
+    shows: str  # one sentence on what it can and cannot show
     table: Table
-    values: dict[str, Any]
-    """Numbers of the table and those behind it, for JSON."""
-    plots: dict[str, bytes] = field(default_factory=dict)
-    """PNGs by name."""
+    values: dict[str, Any]  # numbers of the table and those behind it, for JSON
+    plots: dict[str, bytes] = field(default_factory=dict)  # PNGs by name
 
     def text(self) -> str:
         """Render the heading, the table and the sentence for a terminal."""

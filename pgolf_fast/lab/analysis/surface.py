@@ -215,7 +215,7 @@ class Uncertain:
     error: float
 
 
-def random_signs(size: int, seed: int, device: torch.device) -> Iterator[Tensor]:
+def random_signs(size: int, seed: int, device: torch.device | str) -> Iterator[Tensor]:
     """Yield vectors (size,) of independent ±1, float64, identical on every device."""
     generator = torch.Generator().manual_seed(seed)
     while True:

@@ -1,17 +1,15 @@
 """Plots of a run: training, speed, scores, and the bytes of its artifact."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from pgolf_fast import console
-from pgolf_fast.bench.drawing import label, png, write_png
+from pgolf_fast.bench.drawing import Axes, Figure, label, png, write_png
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.console import Table
 from pgolf_fast.errors import PgolfError
@@ -19,10 +17,6 @@ from pgolf_fast.evaluation.scores import TTT, mark
 from pgolf_fast.io import write_bytes
 from pgolf_fast.lab.analysis.artifact_bytes import ArtifactTable, TensorBytes
 from pgolf_fast.lab.analysis.summary import paint_bars
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 Steps = Mapping[int, Mapping[str, Any]]
 """Lines of metrics.jsonl by step."""

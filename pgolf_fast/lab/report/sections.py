@@ -1,14 +1,12 @@
 """Report of a run in any state; a section with nothing to show has a plain sentence instead."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pgolf_fast import __version__, console
 from pgolf_fast.artifact.container import sizes
@@ -30,13 +28,9 @@ from pgolf_fast.lab.report import plots
 from pgolf_fast.lab.report.html_page import Figure, Section, portable, render
 from pgolf_fast.lab.report.plots import as_float, pace_table
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure as Canvas
-
 WIDTH = 9.0  # inches
 LONGEST_LIST = 12
-Tree = dict[str, Any]
-"""A JSON object."""
+Tree = dict[str, Any]  # a JSON object
 
 
 @dataclass(frozen=True)
@@ -46,20 +40,15 @@ class RunRecord:
     folder: RunFolder
     name: str
     config: RunConfig
-    lines: dict[str, list[Tree]]
-    """Lines of metrics.jsonl that belong to a step, by kind."""
-    steps: dict[int, Tree]
-    """Those of kind "step"; a step repeated after an interruption has its last line."""
-    scores: dict[str, Tree]
-    """Output of `pgolf eval`, by weights."""
+    lines: dict[str, list[Tree]]  # lines of metrics.jsonl that belong to a step, by kind
+    steps: dict[int, Tree]  # the last line of each step, which an interruption may repeat
+    scores: dict[str, Tree]  # output of `pgolf eval`, by weights
     sweep: Tree
     audit: Tree
     environment: Tree
-    weights: Tree
-    """Metadata of model.safetensors: step, weights."""
+    weights: Tree  # metadata of model.safetensors: step, weights
     artifact: ArtifactTable | None
-    missing: list[tuple[str, str, str]]
-    """Parts that are not available: name, reason, and the command that creates each."""
+    missing: list[tuple[str, str, str]]  # part, reason, and the command that creates it
 
     @property
     def seconds(self) -> float:
@@ -490,7 +479,7 @@ def environment(run: RunRecord) -> Section:
 
 
 def _plot(
-    paint: Callable[[Canvas], None], size: tuple[float, float], alt: str, caption: str = ""
+    paint: drawing.Paint, size: tuple[float, float], alt: str, caption: str = ""
 ) -> tuple[str, tuple[Figure, ...]]:
     """Draw a figure for light and dark screens; if that fails, return a paragraph that says why instead."""
     try:
