@@ -43,28 +43,24 @@ _SMALLEST = 1e-4  # variance of a row of zeros
 
 @dataclass(frozen=True)
 class Bound:
-    """Bytes of the codes alone, and an estimate of the side information.
-
-    side_bytes: the entropy of the row and column classes, plus log2(n) / 2 bits per free parameter of a
-    histogram of n codes (J. Rissanen, "Modeling by shortest data description", 1978).
-    """
+    """Bytes of the codes alone, and an estimate of the side information."""
 
     bytes: float
+    # Entropy of the row and column classes, plus log2(n) / 2 bits per free parameter of a histogram of n
+    # codes (J. Rissanen, "Modeling by shortest data description", 1978)
     side_bytes: float
 
 
 @dataclass(frozen=True)
 class TensorBytes:
-    """One array of the artifact.
-
-    stored_bytes: an estimate, since the arrays of a section share models and dictionaries: each array is
-    encoded alone, and these sizes are scaled to add up to the section's.
-    """
+    """One array of the artifact."""
 
     name: str
     section: str
     shape: tuple[int, ...]
     raw_bytes: int
+    # An estimate, since the arrays of a section share models and dictionaries: each array is encoded alone,
+    # and these sizes are scaled to add up to the section's
     stored_bytes: float
 
     @property

@@ -12,7 +12,7 @@ from pgolf_fast.bench.drawing import Axes, label
 from pgolf_fast.console import Table, number
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.lab.analysis.geometry import common, cosine, norm, pairs
-from pgolf_fast.lab.analysis.losses import by_target, score_plain
+from pgolf_fast.lab.analysis.losses import score_plain
 from pgolf_fast.lab.analysis.models import LoadedModel, Validation, measure, validation_or_why
 from pgolf_fast.lab.analysis.summary import Options, Summary, columns, draw, ratio, tabulate
 from pgolf_fast.model.bank import BANK_NAMES
@@ -20,10 +20,9 @@ from pgolf_fast.model.gpt import GPT
 
 
 def analyze(models: Sequence[LoadedModel], options: Options) -> list[Summary]:
-    """Measure the midpoint of each pair of models as published, its expected norms, and the loss on the line.
+    """Measure each pair's midpoint as published, its expected norms, and, with tokens, the loss on the line.
 
-    The loss needs tokens; without them, a summary says what is missing. Raises PgolfError naming a tensor
-    whose shapes differ, or if the options name data that cannot be read.
+    Raises PgolfError naming a tensor whose shapes differ, or if the options name data that cannot be read.
     """
     validation = validation_or_why(models, options)
     summaries: list[Summary] = []
@@ -88,7 +87,6 @@ def corrected(a: LoadedModel, b: LoadedModel, name: str, validation: Validation,
     """Measure the loss at points of the line, and its excess over the line between the losses of the ends.
 
     The barrier is the largest excess, or 0 (Entezari et al. 2022); ± is the standard error over windows.
-    Raises PgolfError as `path_losses`.
     """
     losses = path_losses(a, b, validation, options)
     shares = np.linspace(0, 1, options.points)
@@ -134,8 +132,7 @@ def path_losses(a: LoadedModel, b: LoadedModel, validation: Validation, options:
     rows = []
     for share in np.linspace(0, 1, options.points):
         _interpolate(network, parameters, float(share))
-        scorer = score_plain(network, stream, validation.seq_len)
-        losses = by_target(scorer, f"{a.name} to {b.name}")
+        _, losses = score_plain(f"{a.name} to {b.name}", network, stream, validation.seq_len)
         rows.append(losses.reshape(-1, validation.seq_len).mean(1))
     return np.stack(rows)
 

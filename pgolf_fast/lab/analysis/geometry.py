@@ -18,7 +18,17 @@ from pgolf_fast.bench.drawing import Axes
 from pgolf_fast.console import number
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.lab.analysis.models import LoadedModel
-from pgolf_fast.lab.analysis.summary import Options, Summary, columns, draw, mean, over, ratio, tabulate
+from pgolf_fast.lab.analysis.summary import (
+    Options,
+    Summary,
+    columns,
+    count,
+    draw,
+    mean,
+    over,
+    ratio,
+    tabulate,
+)
 from pgolf_fast.model.bank import BANK_NAMES
 
 LARGE = 65_536  # least number of elements of a tensor in the published spectra
@@ -131,27 +141,20 @@ def slot_deltas(a: LoadedModel, b: LoadedModel) -> Summary:
     |B - A| / |A| = sqrt(1 + |B|^2 / |A|^2). A slot that is zero in either model has None.
     """
     values = {name: _compare_slots(a.state[name], b.state[name]) for name in BANK_NAMES}
+    shown = columns(count, cosine_by_slot="slots") + columns(over(fmean), cosine_by_slot="mean cosine")
+    shown += columns(over(pstdev), cosine_by_slot="spread") + columns(over(min), cosine_by_slot="lowest")
+    shown += columns(over(max), cosine_by_slot="highest")
+    shown += columns("0 ± {:.1e}".format, cosine_spread_if_independent="if independent")
+    shown += columns(
+        over(fmean), relative_l2_by_slot="|B-A|/|A|", relative_l2_if_independent="if independent"
+    )
     return Summary(
         f"weight deltas by slot, {a.name} to {b.name}",
         "corrected",
         "Shows for each matrix whether two models share a direction more than independent weights would; "
         "cannot show whether they compute the same, as hidden channels and heads are not aligned first (that "
         "is not attempted).",
-        tabulate(
-            ("bank",),
-            [
-                ("slots", "cosine_by_slot", lambda slots: f"{len(slots)}"),
-                ("mean cosine", "cosine_by_slot", over(fmean)),
-                ("spread", "cosine_by_slot", over(pstdev)),
-                ("lowest", "cosine_by_slot", over(min)),
-                ("highest", "cosine_by_slot", over(max)),
-                ("if independent", "cosine_spread_if_independent", lambda spread: f"0 ± {spread:.1e}"),
-                *columns(
-                    over(fmean), relative_l2_by_slot="|B-A|/|A|", relative_l2_if_independent="if independent"
-                ),
-            ],
-            values,
-        ),
+        tabulate(("bank",), shown, values),
         values,
         draw("cosines", lambda axes: _paint_cosines(axes[0], values)),
     )
@@ -186,10 +189,7 @@ def _paint_cosines(axes: Axes, values: dict[str, Any]) -> None:
 
 
 def principal_cosines(a: Tensor, b: Tensor) -> Tensor:
-    """Return the cosines of the principal angles between subspaces with orthonormal columns.
-
-    a and b are (..., d, k); the result (..., k) is in descending order (Bjorck and Golub 1973).
-    """
+    """Return the cosines of principal angles, (..., d, k) orthonormal -> (..., k) (Bjorck and Golub 1973)."""
     return torch.linalg.svdvals(a.mT @ b).clamp_max(1.0)
 
 
@@ -223,6 +223,9 @@ def overlap(a: LoadedModel, b: LoadedModel) -> Summary:
             "cosines": cosines.tolist(),
         }
     overall = {key: mean(v[key] for v in tensors.values()) for key in ("mean_cosine", "aligned")}
+    last = ("mean", "-", "-", *(number(value, ".3f") for value in overall.values()))
+    shown = columns("d", directions="directions", dimension="of")
+    shown += columns(".3f", mean_cosine="mean cosine", aligned=f"above {ALIGNED}")
     sizes = dict.fromkeys(f"{tensors[n]['directions']} of {tensors[n]['dimension']}" for n in BANK_NAMES)
     return Summary(
         f"subspace overlap, {a.name} and {b.name}",
@@ -230,13 +233,7 @@ def overlap(a: LoadedModel, b: LoadedModel) -> Summary:
         f"Shows which mixtures of slots are strongest in a bank ({', '.join(sizes)}), or of tokens in a "
         "table; cannot show whether layers work in the same subspaces, as directions of the residual stream "
         "are not compared, and random mixtures of so few slots overlap as much.",
-        tabulate(
-            ("tensor",),
-            columns("d", directions="directions", dimension="of")
-            + columns(".3f", mean_cosine="mean cosine", aligned=f"above {ALIGNED}"),
-            tensors,
-            [("mean", "-", "-", *(number(value, ".3f") for value in overall.values()))],
-        ),
+        tabulate(("tensor",), shown, tensors, [last]),
         {"tensors": tensors, "mean": overall},
     )
 
@@ -244,7 +241,11 @@ def overlap(a: LoadedModel, b: LoadedModel) -> Summary:
 def slot_overlap(a: LoadedModel, b: LoadedModel) -> Summary:
     """Compare the leading left and right singular subspaces of each slot, next to random ones."""
     values = {name: _compare_subspaces(a.state[name], b.state[name]) for name in BANK_NAMES}
-    slots = "mean_squared_cosine_by_slot"
+    shown = columns(count, mean_squared_cosine_by_slot="slots")
+    shown += columns("d", directions="directions", dimension="of")
+    shown += columns(over(fmean), mean_squared_cosine_by_slot="mean cosine²")
+    shown += columns(over(pstdev), mean_squared_cosine_by_slot="spread")
+    shown += columns(".4f", if_random="if random") + columns(".1e", spread_if_random="± if random")
     return Summary(
         f"subspace overlap by slot, {a.name} and {b.name}",
         "corrected",
@@ -252,18 +253,7 @@ def slot_overlap(a: LoadedModel, b: LoadedModel) -> Summary:
         "ones would; cannot show why (a common initialization or data set is enough), and compares hidden "
         "channels and heads (outputs of the MLP's first matrix and of Q, K, V, inputs of its second and of "
         "attention's projection) only in the order they happen to have.",
-        tabulate(
-            ("bank", "side"),
-            [
-                ("slots", slots, lambda by_slot: f"{len(by_slot)}"),
-                *columns("d", directions="directions", dimension="of"),
-                ("mean cosine²", slots, over(fmean)),
-                ("spread", slots, over(pstdev)),
-                ("if random", "if_random", ".4f"),
-                ("± if random", "spread_if_random", ".1e"),
-            ],
-            values,
-        ),
+        tabulate(("bank", "side"), shown, values),
         values,
         draw("overlap", lambda axes: _paint_overlap(axes, values), 2, width=9),
     )
@@ -312,20 +302,14 @@ def triangle(three: Sequence[LoadedModel]) -> Summary:
     equilateral = min(shorter) > EQUILATERAL * longest
     centroid = sum(norm(torch.stack([model.state[n] for model in three]).double().mean(0)) for n in names)
     share = ratio(centroid, sum(norm(three[0].state[name]) for name in names))
+    last = [("near-equilateral", "-", "-", "yes" if equilateral else "no")]
+    last.append(("|centroid| / |first|", "-", "-", number(share, ".4f")))
     return Summary(
         f"triangle of {', '.join(model.name for model in three)}",
         "published",
         "Shows the distance between each pair of models; cannot show that they are different solutions, "
         "since any three weights of one length and one common cosine form an equilateral triangle.",
-        tabulate(
-            ("side",),
-            columns(".5g", banks="banks", others="others", total="total"),
-            sides,
-            [
-                ("near-equilateral", "-", "-", "yes" if equilateral else "no"),
-                ("|centroid| / |first|", "-", "-", number(share, ".4f")),
-            ],
-        ),
+        tabulate(("side",), columns(".5g", banks="banks", others="others", total="total"), sides, last),
         {"sides": sides, "near_equilateral": equilateral, "centroid_ratio": share},
     )
 
@@ -348,22 +332,19 @@ def angles(three: Sequence[LoadedModel]) -> Summary:
             both = {"degrees": angle_at(products, *at), "if_independent": angle_at(independent, *at)}
             measured[part][model.name] = both
         lengths = products.diagonal().sqrt()
-        cosines = [ratio(float(products[i, j]), float(lengths[i] * lengths[j])) for i, j in _SIDES]
+        sides = combinations(range(3), 2)
+        cosines = [ratio(float(products[i, j]), float(lengths[i] * lengths[j])) for i, j in sides]
         values[part] = {**measured[part], "cosines": cosines}
+    shown = columns(".2f", degrees="degrees", if_independent="if independent")
     return Summary(
         f"angles of {', '.join(model.name for model in three)}",
         "corrected",
         "Shows whether two models are in a common direction as seen from the third, more (a smaller angle) "
         "than independent weights of these norms would be; cannot show whether they compute the same, as "
         "hidden channels and heads are not aligned first.",
-        tabulate(
-            ("part", "at"), columns(".2f", degrees="degrees", if_independent="if independent"), measured
-        ),
+        tabulate(("part", "at"), shown, measured),
         values,
     )
-
-
-_SIDES = tuple(combinations(range(3), 2))
 
 
 def gram(states: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> Tensor:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from pgolf_fast.config.model import ModelConfig
 from pgolf_fast.console import Table, number
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.documents import document_starts
-from pgolf_fast.lab.analysis.losses import by_target, score_plain
+from pgolf_fast.lab.analysis.losses import score_plain
 from pgolf_fast.lab.analysis.models import LoadedModel, Validation, open_validation
 from pgolf_fast.lab.analysis.summary import Options, Summary, columns, draw, tabulate
 from pgolf_fast.lab.compare.statistics import bootstrap_gain
@@ -37,8 +38,7 @@ DRAWS = 4  # samples of an ideal hash; on 16,384 tokens they differ by about 1 %
 def analyze(models: Sequence[LoadedModel], options: Options) -> list[Summary]:
     """Measure contexts per bucket, the gate's learned values, and the loss without parts of the table.
 
-    Models without a table are skipped. Raises PgolfError if none has one, without validation data, and for
-    losses that are not finite.
+    Models without a table are skipped; raises PgolfError if none has one.
     """
     chosen = [model for model in models if model.need_config().model.bigram_vocab_size]
     if not chosen:
@@ -65,17 +65,15 @@ def analyze_layouts(
 ) -> list[Summary]:
     """Measure contexts per bucket for the tables of `configs`, and for variants by split and trigrams.
 
-    No trained model is needed. tokens (n,) are real ones; has_leading_space bool (V,) marks word starts.
-    Raises PgolfError for a configuration without a table.
+    tokens (n,) are real ones; has_leading_space bool (V,) is true for word starts. No model is needed.
     """
     layouts: dict[str, ModelConfig] = {}
     users: dict[str, list[str]] = {}
     for name, config in configs.items():
         users.setdefault(_describe(config), []).append(name)
-        for split in (False, True):
-            for trigram in (False, True):
-                variant = replace(config, pos_conditional=split, trigram=trigram)
-                layouts.setdefault(_describe(variant), variant)
+        for split, trigram in product((False, True), repeat=2):
+            variant = replace(config, pos_conditional=split, trigram=trigram)
+            layouts.setdefault(_describe(variant), variant)
     contexts = {name: contexts_of(config, tokens, has_leading_space) for name, config in layouts.items()}
     used_by = {layout: ", ".join(users.get(layout, ["-"])) for layout in layouts}
     return [_all_pairs(layouts, used_by, has_leading_space), _loads(contexts, len(tokens), list(users))]
@@ -94,10 +92,7 @@ class AllPairs:
     order: str
     contexts: int
     buckets: int
-
-    @property
-    def per_bucket(self) -> float:
-        return self.contexts / self.buckets
+    per_bucket: float
 
 
 def all_pairs(config: ModelConfig, has_leading_space: np.ndarray) -> list[AllPairs]:
@@ -112,7 +107,7 @@ def all_pairs(config: ModelConfig, has_leading_space: np.ndarray) -> list[AllPai
     last = {WORD_START: starts, OTHER: vocab - starts} if config.pos_conditional else {"all": vocab}
     buckets = usable // 2 if config.pos_conditional else usable
     return [
-        AllPairs(kind, order, count * vocab**length, buckets)
+        AllPairs(kind, order, count * vocab**length, buckets, count * vocab**length / buckets)
         for length, order in enumerate(ORDERS[: 1 + config.trigram], start=1)
         for kind, count in last.items()
     ]
@@ -171,10 +166,7 @@ def contexts_of(config: ModelConfig, tokens: np.ndarray, has_leading_space: np.n
 
 @dataclass(frozen=True)
 class Load:
-    """Collisions of the contexts of one class and order, in the table shared with all other contexts.
-
-    The last two are means over occurrences.
-    """
+    """Collisions of the contexts of one class and order; the last two are means over occurrences."""
 
     occurrences: int
     contexts: int
@@ -218,21 +210,21 @@ def groups(contexts: Contexts) -> Iterator[tuple[str, str, np.ndarray]]:
 def _all_pairs(
     layouts: Mapping[str, ModelConfig], used_by: Mapping[str, str], has_leading_space: np.ndarray
 ) -> Summary:
-    rows: list[tuple[str, ...]] = []
-    values: dict[str, Any] = {}
-    for layout, config in layouts.items():
-        counts = all_pairs(config, has_leading_space)
-        values[layout] = [{**vars(one), "per_bucket": one.per_bucket} for one in counts]
-        for one in counts:
-            numbers = (f"{one.contexts:,}", f"{one.buckets:,}", f"{one.per_bucket:,.1f}")
-            rows.append((layout, used_by[layout], one.kind, one.order, *numbers))
+    values = {
+        layout: [{"used_by": used_by[layout], **vars(one)} for one in all_pairs(config, has_leading_space)]
+        for layout, config in layouts.items()
+    }
+    shown = columns(str, used_by="used by", kind="contexts of", order="order")
+    shown += columns(",d", contexts="contexts", buckets="buckets each") + columns(
+        ",.1f", per_bucket="per bucket"
+    )
     return Summary(
         "contexts per bucket, all n-grams",
         "published",
         "Shows how many n-grams there are per bucket, counting every pair of token ids once (PR 1501: 256 "
         "shared, 163 and 350 split); cannot show what collides, as most pairs never occur and a few occur "
         "all the time.",
-        Table(("buckets", "used by", "contexts of", "order", "contexts", "buckets each", "per bucket"), rows),
+        tabulate(("buckets",), shown, values),
         values,
     )
 
@@ -312,16 +304,13 @@ def _added(networks: Mapping[str, GPT], validation: Validation, options: Options
             if chosen.any():
                 token, added = (float(square[chosen].mean().sqrt()) for square in squares)
                 values[name][kind] = {"token": token, "table": added, "ratio": added / token}
+    shown = columns(".4f", token="token embedding", table="from the table") + columns(".1%", ratio="ratio")
     return Summary(
         "what the table adds",
         "corrected",
         "Shows how large the table's part of the embedding is relative to the token's own (root mean square "
         "over channels and real tokens); a small part can matter, and later layers can ignore a large one.",
-        tabulate(
-            ("model", "input"),
-            columns(".4f", token="token embedding", table="from the table") + columns(".1%", ratio="ratio"),
-            values,
-        ),
+        tabulate(("model", "input"), shown, values),
         values,
     )
 
@@ -349,7 +338,7 @@ def _without_each(name: str, network: GPT, validation: Validation, options: Opti
     losses = {}
     for part in ("", *parts):
         with _without(network, part):
-            losses[part] = by_target(score_plain(network, stream, validation.seq_len), name)
+            _, losses[part] = score_plain(name, network, stream, validation.seq_len)
     return losses
 
 

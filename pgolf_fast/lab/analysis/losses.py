@@ -46,11 +46,7 @@ class ModelLosses:
 
 
 def analyze(models: Sequence[LoadedModel], options: Options) -> list[Summary]:
-    """Measure shares by class and by size of the loss, quantiles, the hardest targets, and calibration.
-
-    Raises PgolfError without validation data, for an unknown configuration, and for losses that are not
-    finite.
-    """
+    """Measure shares by class and by size of the loss, quantiles, the hardest targets, and calibration."""
     validation = open_validation(models, options)
     stream = validation.stream(options.device)
     classes = token_classes(validation.source.tokenizer)
@@ -58,8 +54,7 @@ def analyze(models: Sequence[LoadedModel], options: Options) -> list[Summary]:
     for model in models:
         network = model.network(validation.source.table, options.device)
         calibration = Calibration(network)
-        scorer = score_plain(network, stream, validation.seq_len, calibration.losses)
-        losses = by_target(scorer, model.name)
+        scorer, losses = score_plain(model.name, network, stream, validation.seq_len, calibration.losses)
         measured.append(ModelLosses(model.name, network, losses, figures(scorer, classes), calibration))
     starts = validation.source.table.has_leading_space[validation.tokens[1:]]
     return [
@@ -74,21 +69,21 @@ def analyze(models: Sequence[LoadedModel], options: Options) -> list[Summary]:
     ]
 
 
-def score_plain(model: GPT, stream: Stream, seq_len: int, losses_of: LossFunction | None = None) -> Scorer:
-    """Score non-overlapping windows with `losses_of`, by default the model's own losses."""
+def score_plain(
+    name: str, model: GPT, stream: Stream, seq_len: int, losses_of: LossFunction | None = None
+) -> tuple[Scorer, np.ndarray]:
+    """Score non-overlapping windows with `losses_of`, by default the model's own; losses (targets,) float64.
+
+    Raises PgolfError naming the model if a loss is not finite.
+    """
     size = batch_size(None, model.config, model.compute_dtype, stream.tokens.device)
     windows = plain_windows(stream.num_targets, seq_len)
     scorer = Scorer(stream, windows, seq_len, size, pad=False)
     scorer.score(losses_of or Frozen(model).score, 0, len(windows))
-    return scorer
-
-
-def by_target(scorer: Scorer, name: str) -> np.ndarray:
-    """Return the losses (targets,) float64. Raises PgolfError naming the model if one is not finite."""
     losses = scorer.by_target().astype(np.float64)
     if not np.isfinite(losses).all():
         raise diverged(name, "losses")
-    return losses
+    return scorer, losses
 
 
 def _published_classes(measured: Sequence[ModelLosses], starts: np.ndarray) -> Summary:
@@ -103,23 +98,19 @@ def _published_classes(measured: Sequence[ModelLosses], starts: np.ndarray) -> S
                 "loss_share": float(own.sum() / one.losses.sum()),
                 "loss": float(own.mean()) if len(own) else None,
             }
+    shown = columns(".2%", targets="of all", loss_share="of the loss") + columns(".4f", loss="nats/token")
     return Summary(
         "losses by word start",
         "published",
         "Shows how much of the summed loss falls on tokens that begin a word (PR 1501 reports about 70 %, at "
         "3.37 nats against 1.08); cannot show that these tokens are hard for their length, as a word start "
         "represents more bytes than a piece within a word.",
-        tabulate(
-            ("model", "targets"),
-            columns(".2%", targets="of all", loss_share="of the loss") + columns(".4f", loss="nats/token"),
-            values,
-        ),
+        tabulate(("model", "targets"), shown, values),
         values,
     )
 
 
 def _classes(measured: Sequence[ModelLosses]) -> Summary:
-    values = {one.name: {kind: p.to_dict() for kind, p in one.figures.by_class.items()} for one in measured}
     shares: dict[str, dict[str, dict[str, Any]]] = {}
     for one in measured:
         parts = one.figures.by_class
@@ -136,28 +127,25 @@ def _classes(measured: Sequence[ModelLosses]) -> Summary:
             }
             for kind, part in parts.items()
         }
+    shown = columns(".2%", tokens="of all", bytes="of the bytes", nats="of the loss")
+    shown += columns(".4f", loss="nats/token", bpb="bits/byte")
     return Summary(
         "losses by class of target",
         "corrected",
         "Shows where the bits go, by token and by byte, with bytes and document ends as separate classes; "
         "classes with equal values in the last column have the same share of the loss as of the text.",
-        tabulate(
-            ("model", "targets"),
-            columns(".2%", tokens="of all", bytes="of the bytes", nats="of the loss")
-            + columns(".4f", loss="nats/token", bpb="bits/byte"),
-            shares,
-        ),
-        values,
+        tabulate(("model", "targets"), shown, shares),
+        {one.name: {kind: p.to_dict() for kind, p in one.figures.by_class.items()} for one in measured},
     )
 
 
 def least_shares(above: dict[int, float], mean: float) -> dict[int, float]:
     """Return the least share of the loss that targets above each threshold can carry.
 
-    above: threshold in nats -> share of targets above it; mean: nats per target. Each target counts as the
-    highest threshold that it exceeds.
+    above: threshold in nats -> share of targets above it; mean: nats per target.
     """
     edges = sorted(above)
+    # Each target counts as the highest threshold that it exceeds
     between = [above[low] - (above[high] if high else 0.0) for low, high in pairwise([*edges, 0])]
     least = np.cumsum([low * share for low, share in zip(edges, between, strict=True)][::-1])[::-1]
     return {edge: float(nats) / mean for edge, nats in zip(edges, least, strict=True)}
@@ -247,28 +235,29 @@ def _quantiles(measured: Sequence[ModelLosses]) -> Summary:
 
 def _hardest(measured: Sequence[ModelLosses], validation: Validation) -> Summary:
     tokenizer, tokens = validation.source.tokenizer, validation.tokens
-    rows: list[tuple[str, ...]] = []
     values: dict[str, list[dict[str, Any]]] = {one.name: [] for one in measured}
     for one in measured:
         for target in np.argsort(-one.losses, kind="stable")[:SHOWN].tolist():
             guess, probability = _guess(one.network, validation, target)
-            loss, wanted = float(one.losses[target]), tokenizer.piece(int(tokens[target + 1]))
-            expected = tokenizer.piece(guess)
             before = tokens[max(target + 1 - CONTEXT_TOKENS, 0) : target + 1]
-            context = " ".join(tokenizer.decode(before.tolist()).split())
             values[one.name].append(
                 {
-                    **{"position": target + 1, "loss": loss, "target": wanted, "guess": expected},
-                    **{"guess_probability": probability, "context": context},
+                    "position": target + 1,
+                    "loss": float(one.losses[target]),
+                    "target": tokenizer.piece(int(tokens[target + 1])),
+                    "guess": tokenizer.piece(guess),
+                    "guess_probability": probability,
+                    "context": " ".join(tokenizer.decode(before.tolist()).split()),
                 }
             )
-            rows.append((one.name, f"{loss:.2f}", wanted, expected, f"{probability:.1%}", context))
+    shown = columns(".2f", loss="nats") + columns(str, target="target", guess="expected")
+    shown += columns(".1%", guess_probability="probability") + columns(str, context="after")
     return Summary(
         "hardest targets",
         "corrected",
         "Shows which targets surprise a model most, the text before them, and what the model expected "
         "instead (a leading \u2581 is a space); a dozen extremes are examples, not a sample.",
-        Table(("model", "nats", "target", "expected", "probability", "after"), rows),
+        tabulate(("model",), shown, values),
         values,
     )
 
@@ -284,10 +273,7 @@ def _guess(model: GPT, validation: Validation, target: int) -> tuple[int, float]
 
 
 class Calibration:
-    """Sums over all predictions made through `losses`, for the likeliest token and for every token.
-
-    `losses` may be called from several threads at once.
-    """
+    """Sums over all predictions made through `losses`, for the likeliest token and for every token."""
 
     def __init__(self, model: GPT):
         self._model, self._lock = model, threading.Lock()

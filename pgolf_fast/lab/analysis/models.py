@@ -66,8 +66,7 @@ def open_model(path: Path, weights: Weights = "auto", config: RunConfig | None =
     """Load a run folder, a checkpoint (.safetensors), an artifact (.pgolf) or a community .pt file.
 
     `weights` selects those of a run folder; auto prefers the float ones. `config` is for files without a
-    configuration and takes precedence over that of their run folder. Raises PgolfError for anything else, and
-    for weights that are damaged or not finite.
+    configuration and takes precedence over that of their run folder. Raises PgolfError for damaged weights.
     """
     if not path.exists():
         raise PgolfError(f"model {path} does not exist")
@@ -83,8 +82,7 @@ def open_model(path: Path, weights: Weights = "auto", config: RunConfig | None =
     wide = {name: tensor.detach().float().cpu() for name, tensor in state.items()}
     if BANK_NAMES[0] not in wide and any(map(is_slot, wide)):
         wide = rebank(wide)
-    missing = [name for name in BANK_NAMES if name not in wide]
-    if missing:
+    if missing := [name for name in BANK_NAMES if name not in wide]:
         raise PgolfError(f"{file} has no {', '.join(missing)}: it is not a model with weight banks")
     for name, tensor in wide.items():
         if not bool(torch.isfinite(tensor).all()):
@@ -148,7 +146,7 @@ def open_validation(models: Sequence[LoadedModel], options: Options) -> Validati
     """Read `options.tokens` targets, rounded up to whole windows, or fewer if there are no more.
 
     They are from the folder in the options, or from that of the first model's run. Raises PgolfError if there
-    is neither, if a model was trained with another tokenizer, and as `window_length`.
+    is neither, or if a model was trained with another tokenizer or is scored on other windows.
     """
     length, first = window_length(models), models[0]
     config = first.need_config()
@@ -174,8 +172,7 @@ def open_validation(models: Sequence[LoadedModel], options: Options) -> Validati
 def window_length(models: Sequence[LoadedModel]) -> int:
     """Return the window length on which all models are scored.
 
-    Raises PgolfError if a configuration is unknown, or if lengths differ: losses with more or less context
-    cannot be compared.
+    Raises PgolfError if lengths differ: losses with more or less context cannot be compared.
     """
     first, *others = models
     length = first.need_config().eval_seq_len

@@ -48,8 +48,7 @@ GRIDS: dict[str, Callable[[Tensor], Tensor]] = {"published": floored_grid, "row"
 def analyze(models: Sequence[LoadedModel], options: Options) -> list[Summary]:
     """Measure rounding errors of each bank: as published, relative to the weights, and in the outputs.
 
-    The last needs calibration: validation tokens, or text that the model writes. Raises PgolfError if the
-    options name data that cannot be read.
+    The last needs validation tokens or text that the model writes. Raises PgolfError for unreadable data.
     """
     summaries = [published(models), corrected(models)]
     hessians: dict[str, Mapping[str, Tensor]] = {}
@@ -111,23 +110,21 @@ def published(models: Sequence[LoadedModel]) -> Summary:
         sizes = {bank: model.state[bank].numel() for bank in BANK_NAMES}
         total = sum(float(by_slot[model.name][bank].mean()) * size for bank, size in sizes.items())
         overall[model.name] = total / sum(sizes.values())
-    two, why = len(models) == 2, ""
+    means = {bank: [float(own[bank].mean()) for own in by_slot.values()] for bank in BANK_NAMES}
+    means |= {"all": [*overall.values()], "step² / 12": [FIXED_STEP_MSE] * len(models)}
+    header, why = ["bank", *overall], ""
+    rows = [[bank, *(f"{error:.4e}" for error in errors)] for bank, errors in means.items()]
     try:
-        two = two and bool(common(models))
+        if len(models) == 2 and common(models):
+            header += ["ratio", f"lower in {models[0].name}"]
+            for row, errors in zip(rows[:-1], means.values(), strict=False):
+                row += [number(ratio(*errors), ".5f"), "-"]
+            for row, bank in zip(rows, BANK_NAMES, strict=False):
+                lower = torch.lt(*(own[bank] for own in by_slot.values()))
+                row[-1] = f"{int(lower.sum())}/{len(lower)}"
+            rows[-1] += ["-", "-"]
     except PgolfError as error:
-        two, why = False, f" No ratios: {error}."
-    rows = []
-    for bank in BANK_NAMES:
-        errors = [banks[bank] for banks in by_slot.values()]
-        lower = f"{int((errors[0] < errors[1]).sum())}/{len(errors[0])}" if two else ""
-        rows.append((bank, [float(error.mean()) for error in errors], lower))
-    rows += [("all", list(overall.values()), "-")]
-    cells = [
-        (bank, *(number(e, ".4e") for e in means), *((number(ratio(*means), ".5f"), lower) if two else ()))
-        for bank, means, lower in rows
-    ]
-    step = [f"{FIXED_STEP_MSE:.4e}"] * len(models)
-    cells.append(("step² / 12", *step, *(("-", "-") if two else ())))
+        why = f" No ratios: {error}."
     values = {
         name: {"slot_mse": {bank: e.tolist() for bank, e in by_slot[name].items()}, "mean_mse": mse}
         for name, mse in overall.items()
@@ -138,7 +135,7 @@ def published(models: Sequence[LoadedModel]) -> Summary:
         "Shows the error of the step 1/31, which is step² / 12 = 8.67e-5 for any bank whose rows stay below "
         "1 and whose weights spread over more than a step; cannot show which of two such models rounds "
         f"better, since it hardly depends on their weights.{why}",
-        Table(("bank", *overall, *(["ratio", f"lower in {models[0].name}"] if two else [])), cells),
+        Table(header, rows),
         {"step_squared_over_12": FIXED_STEP_MSE, "models": values},
     )
 
@@ -146,18 +143,14 @@ def published(models: Sequence[LoadedModel]) -> Summary:
 def corrected(models: Sequence[LoadedModel]) -> Summary:
     """Measure squared errors of both grids relative to the bank, and the share of rows on the floor."""
     values = {m.name: {name: _losses_of_rounding(m.state[name]) for name in BANK_NAMES} for m in models}
+    shown = columns(".1%", rows_on_the_floor="rows below 1") + columns(".3e", mse_row="MSE, row grid")
+    shown += columns(".3%", relative_published="lost, published grid", relative_row="lost, row grid")
     return Summary(
         "quantization errors by row",
         "corrected",
         "Shows how much of the weights' squares rounding loses, with fixed steps and with steps that follow "
         "each row; cannot show what the loss will be, as some weights matter more than others.",
-        tabulate(
-            ("model", "bank"),
-            columns(".1%", rows_on_the_floor="rows below 1")
-            + columns(".3e", mse_row="MSE, row grid")
-            + columns(".3%", relative_published="lost, published grid", relative_row="lost, row grid"),
-            values,
-        ),
+        tabulate(("model", "bank"), shown, values),
         values,
     )
 
@@ -202,16 +195,13 @@ def weighted(
         paint_bars(axes[0], BANK_NAMES, heights)
         axes[0].set(ylabel="% of the outputs' squares", yscale="log", title="changed by rounding to 6 bits")
 
+    shown = columns(".3%", published="changed, published grid", row="changed, row grid")
     return Summary(
         "quantization errors, Hessian-weighted",
         "corrected",
         f"Shows how much of each bank's output (sum of squares, on {text}) plain rounding changes; cannot "
         "show how the following layers respond, nor what GPTQ would save.",
-        tabulate(
-            ("model", "bank"),
-            columns(".3%", published="changed, published grid", row="changed, row grid"),
-            values,
-        ),
+        tabulate(("model", "bank"), shown, values),
         {"calibration": text, **values},
         draw("hessian_weighted", paint),
     )

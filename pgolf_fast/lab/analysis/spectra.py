@@ -12,7 +12,7 @@ from pgolf_fast.bench.drawing import Axes, label
 from pgolf_fast.console import Table, number
 from pgolf_fast.lab.analysis.geometry import flattened, large
 from pgolf_fast.lab.analysis.models import LoadedModel
-from pgolf_fast.lab.analysis.summary import Options, Summary, columns, draw, mean, ratio, tabulate
+from pgolf_fast.lab.analysis.summary import Options, Summary, draw, mean, ratio, tabulate
 from pgolf_fast.model.bank import BANK_NAMES
 
 ENDS = 5  # singular values listed from either end
@@ -82,24 +82,16 @@ def corrected(models: Sequence[LoadedModel]) -> Summary:
     """Measure the matrix of each slot, averaged by bank."""
     slots = {m.name: {bank: singular_values(m.state[bank]) for bank in BANK_NAMES} for m in models}
     values = {m: {bank: _slot_values(sigma) for bank, sigma in banks.items()} for m, banks in slots.items()}
-    averaged = {
-        key: key.replace("_", " ") for key in ("largest", "stable_rank", "effective_rank", "condition")
-    }
+    shown = columns(count, largest="slots") + columns("d", full_rank="full rank")
+    shown += columns(_mean_and_deviation, largest="largest", stable_rank="stable rank")
+    shown += columns(_mean_and_deviation, effective_rank="effective rank", condition="condition")
     return Summary(
         "spectra of slots",
         "corrected",
         "Shows for each weight matrix how its strength is spread over directions (mean ± standard deviation "
         "over the slots of a bank); cannot show which directions the data uses, nor how any of it affects "
         "the loss.",
-        tabulate(
-            ("model", "bank"),
-            [
-                ("slots", "largest", lambda largest: f"{len(largest)}"),
-                *columns("d", full_rank="full rank"),
-                *columns(_mean_and_deviation, **averaged),
-            ],
-            values,
-        ),
+        tabulate(("model", "bank"), shown, values),
         values,
         draw("spectra", lambda axes: _paint(axes, slots), len(BANK_NAMES), width=11, height=3),
     )

@@ -63,7 +63,7 @@ def unmeasured(name: str, reason: str) -> Summary:
 
 
 def columns(form: str | Callable[[Any], str], **headers: str) -> list[Column]:
-    """Return columns of one format, given as key="header"."""
+    """Return columns of one format from key="header"."""
     return [(header, key, form) for key, header in headers.items()]
 
 
@@ -75,12 +75,13 @@ def tabulate(
 ) -> Table:
     """Tabulate nested mappings, one row per innermost mapping, and append the rows in `more`.
 
-    keys: headers of the key columns, one for each level of `values`.
+    keys: headers of the key columns, one for each level of `values`; lists may be the last level.
     shown: the columns after those, from the innermost mappings.
     """
     leaves: list[tuple[tuple[str, ...], Any]] = [((), values)]
     for _ in keys:
         leaves = [((*path, key), part) for path, tree in leaves for key, part in tree.items()]
+    leaves = [(path, part) for path, own in leaves for part in (own if isinstance(own, list) else [own])]
     rows = [(*path, *(_cell(leaf[key], form) for _, key, form in shown)) for path, leaf in leaves]
     return Table((*keys, *(header for header, _, _ in shown)), (*rows, *more))
 
@@ -98,6 +99,10 @@ def mean(values: Iterable[float | None]) -> float | None:
     """Return the mean of the values that are not None, or None if there are none."""
     known = [value for value in values if value is not None]
     return fmean(known) if known else None
+
+
+def count(values: Sequence[object]) -> str:
+    return f"{len(values)}"
 
 
 def over(statistic: Callable[[list[float]], float]) -> Callable[[Iterable[float | None]], str]:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pgolf_fast.console import Table
 from pgolf_fast.evaluation.score import CPU_TOKENS
 from pgolf_fast.lab.analysis.geometry import flattened
 from pgolf_fast.lab.analysis.models import LoadedModel, Validation, diverged, measure, validation_or_why
@@ -32,25 +33,17 @@ Product = Callable[[Tensor], Tensor]
 
 
 def analyze(models: Sequence[LoadedModel], options: Options) -> list[Summary]:
-    """Compute the published proxies from singular values, and the Hessian's trace and extreme eigenvalues.
+    """Compute the published proxies and, with tokens, the Hessian's trace and extreme eigenvalues.
 
-    The Hessian needs tokens; without them, a summary says what is missing. Raises PgolfError if the options
-    name data that cannot be read.
+    Raises PgolfError if the options name data that cannot be read.
     """
-    curvature = measure(
-        "curvature of the loss",
-        validation_or_why(models, options),
-        lambda validation: corrected(models, validation, options),
-    )
-    return [published(models), *curvature]
+    data = validation_or_why(models, options)
+    hessian = measure("curvature of the loss", data, lambda data: corrected(models, data, options))
+    return [published(models), *hessian]
 
 
 def published(models: Sequence[LoadedModel]) -> Summary:
-    """Compute five functions of the singular values of each bank, flattened to one row per slot (PR 1502).
-
-    They are condition, effective rank, sum of squares ("trace"), first less second value ("gap"), and the
-    share of the five largest squares.
-    """
+    """Compute five functions of the singular values of each bank, flattened to one row per slot (PR 1502)."""
     values = {m.name: {bank: _proxies(m.state[bank]) for bank in BANK_NAMES} for m in models}
     shown = columns(".4g", condition="condition", effective_rank="effective rank", trace_proxy='"trace"')
     shown += columns(".4g", gap="gap", top_energy=f"top {ENDS} energy")
@@ -77,10 +70,7 @@ def _proxies(bank: Tensor) -> dict[str, float | None]:
 
 
 def corrected(models: Sequence[LoadedModel], validation: Validation, options: Options) -> list[Summary]:
-    """Measure loss, gradient, Hessian trace (total and by bank) and extreme Hessian eigenvalues.
-
-    Raises PgolfError if a configuration does not fit the weights, or if a loss or gradient is not finite.
-    """
+    """Measure loss, gradient, Hessian trace (total and by bank) and extreme Hessian eigenvalues."""
     ids = torch.from_numpy(validation.first(options.curvature_tokens)).to(options.device)
     tokens, targets = (part.view(-1, validation.seq_len) for part in (ids[:-1], ids[1:]))
     values: dict[str, Any] = {}
@@ -107,6 +97,10 @@ def corrected(models: Sequence[LoadedModel], validation: Validation, options: Op
 
 
 def _curvature(values: dict[str, Any], targets: int, options: Options) -> Summary:
+    shown = columns(".4f", loss="loss") + columns(".4g", gradient="|gradient|")
+    shown += columns(_with_error, trace="trace")
+    shown += columns(lambda top: "; ".join(map(_eigenvalue, top)), largest_eigenvalues="largest eigenvalues")
+    shown += columns(_eigenvalue, smallest_eigenvalue="smallest")
     return Summary(
         "curvature of the loss",
         "corrected",
@@ -116,24 +110,14 @@ def _curvature(values: dict[str, Any], targets: int, options: Options) -> Summar
         "within ± the residual there is some eigenvalue, not always that one; ? means a residual above "
         f"{CONVERGED:.0%}); cannot show which model generalizes, as rescaling weights in front of a norm "
         "changes curvature but not the function.",
-        tabulate(
-            ("model",),
-            [
-                ("loss", "loss", ".4f"),
-                ("|gradient|", "gradient", ".4g"),
-                ("trace", "trace", _with_error),
-                ("largest eigenvalues", "largest_eigenvalues", lambda top: "; ".join(map(_eigenvalue, top))),
-                ("smallest", "smallest_eigenvalue", _eigenvalue),
-            ],
-            values,
-        ),
+        tabulate(("model",), shown, values),
         {"targets": targets, "models": values},
     )
 
 
 def _by_part(values: dict[str, Any]) -> Summary:
     parts = {name: model["trace_by_part"] for name, model in values.items()}
-    rows = {name: {part: {"trace": value} for part, value in own.items()} for name, own in parts.items()}
+    rows = [(name, part, _with_error(value)) for name, own in parts.items() for part, value in own.items()]
     heights, errors = (
         {name: [part[key] for part in own.values()] for name, own in parts.items()}
         for key in ("value", "error")
@@ -148,7 +132,7 @@ def _by_part(values: dict[str, Any]) -> Summary:
         "corrected",
         "Shows how much of the trace belongs to each bank and to everything else (± standard error); cannot "
         "show how parts bend together, which none of these sums includes.",
-        tabulate(("model", "part"), [("trace", "trace", _with_error)], rows),
+        Table(("model", "part", "trace"), rows),
         parts,
         draw("trace", paint),
     )

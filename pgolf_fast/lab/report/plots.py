@@ -207,7 +207,9 @@ def paint_treemap(figure: Figure, table: ArtifactTable) -> None:
     except ImportError as error:
         raise PgolfError("the treemap needs squarify: pip install 'pgolf-fast[plot]'") from error
     from matplotlib.patches import Patch
+    from matplotlib.ticker import EngFormatter
 
+    short = EngFormatter("B", places=1)  # 123456 -> 123.5 kB
     total = table.total_bytes
     groups: dict[str, list[tuple[str, float]]] = {}
     for tensor in sorted(table.tensors, key=lambda tensor: -tensor.stored_bytes):
@@ -222,7 +224,7 @@ def paint_treemap(figure: Figure, table: ArtifactTable) -> None:
         [max(size, 1e-3) for _, _, size in tiles],
         norm_x=width,
         color=[colors[group] for group, _, _ in tiles],
-        label=[f"{name}\n{_short(size)}" if size > LABELED * total else "" for _, name, size in tiles],
+        label=[f"{name}\n{short(size)}" if size > LABELED * total else "" for _, name, size in tiles],
         ax=axes,
         bar_kwargs={"edgecolor": axes.get_facecolor(), "linewidth": 0.8},
         text_kwargs={"fontsize": 7, "color": "black"},
@@ -232,7 +234,7 @@ def paint_treemap(figure: Figure, table: ArtifactTable) -> None:
     axes.set_title(f"{table.path.name}: {total:,} bytes", fontsize=13, fontweight="bold")
     sums = {group: sum(size for _, size in members) for group, members in groups.items()}
     handles = [
-        Patch(color=colors[group], label=f"{group}  {_short(size)}  {size / total:.1%}")
+        Patch(color=colors[group], label=f"{group}  {short(size)}  {size / total:.1%}")
         for group, size in sums.items()
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=5)
@@ -244,11 +246,3 @@ def _group_and_label(tensor: TensorBytes) -> tuple[str, str]:
         return _SLOT_NAMES.get(slot[2], slot[2]), f"layer {slot[1]}"
     name = tensor.name.removesuffix(".q").removesuffix(".scale").removesuffix(".weight")
     return {"embeddings": "tables", "small": "small tensors"}.get(tensor.section, tensor.section), name
-
-
-def _short(size: float) -> str:
-    """Format bytes: `123456` -> `123 kB`."""
-    for unit, scale in (("MB", 1e6), ("kB", 1e3)):
-        if size >= scale:
-            return f"{size / scale:.3g} {unit}"
-    return f"{size:.0f} B"

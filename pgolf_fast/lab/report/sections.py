@@ -4,7 +4,6 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from pgolf_fast.bench import drawing
 from pgolf_fast.config.fields import flatten
 from pgolf_fast.config.presets import preset
 from pgolf_fast.config.run_folder import SCORES, RunFolder
-from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.console import Table, number
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.figures import tables
@@ -33,22 +31,68 @@ LONGEST_LIST = 12
 Tree = dict[str, Any]  # a JSON object
 
 
-@dataclass(frozen=True)
-class RunRecord:
-    """Files of a run folder, parsed; a file that does not exist is empty or None."""
+def _json(path: Path) -> Tree:
+    tree = json.loads(path.read_text(encoding="utf-8"))
+    return tree if isinstance(tree, dict) else {}
 
-    folder: RunFolder
-    name: str
-    config: RunConfig
-    lines: dict[str, list[Tree]]  # lines of metrics.jsonl that belong to a step, by kind
-    steps: dict[int, Tree]  # the last line of each step, which an interruption may repeat
-    scores: dict[str, Tree]  # output of `pgolf eval`, by weights
-    sweep: Tree
-    audit: Tree
-    environment: Tree
-    weights: Tree  # metadata of model.safetensors: step, weights
-    artifact: ArtifactTable | None
-    missing: list[tuple[str, str, str]]  # part, reason, and the command that creates it
+
+def _artifact(path: Path) -> Tree:
+    return {"table": artifact_table(path, tried=()), "sha256": sizes(path).sha256}
+
+
+class RunRecord:
+    """Parsed files of a run folder; one that is missing or damaged is empty or None, listed in `missing`."""
+
+    def __init__(self, folder: RunFolder):
+        """Read a run folder that has at least config.json. Raises PgolfError if it has none."""
+        self.folder, self.config = folder, folder.read_config()
+        self.name = name = folder.path.resolve().name
+        self.missing: list[tuple[str, str, str]] = []  # part, reason, and the command that creates it
+        self.lines: dict[str, list[Tree]] = defaultdict(
+            list
+        )  # of metrics.jsonl that belong to a step, by kind
+        for row in folder.history():
+            if isinstance(row.get("step"), int):
+                self.lines[str(row.get("kind"))].append(row)
+        # A step that was repeated after an interruption has its last line
+        self.steps: dict[int, Tree] = {row["step"]: row for row in self.lines["step"]}
+        if not self.steps:
+            self.missing.append(("training log", "metrics.jsonl has no steps", "written by training"))
+        train = f"`pgolf train {self.config.name} --resume --out {name}`"
+        score, audit = f"`pgolf eval {name}`", f"`pgolf audit {name}`"
+        self.weights: Tree = self._read(  # metadata: step, weights
+            folder.model_file, "final weights", train, load_metadata, "training did not finish"
+        )
+        pack = f"`pgolf {'pack' if folder.quantized_file.is_file() else 'quantize'} {name}`"
+        packed = self._read(folder.artifact_file, "artifact", pack, _artifact, "the run is not packed")
+        self.artifact: ArtifactTable | None = packed.get("table")
+        scores = self._read(folder.scores_file("artifact"), "scores of the artifact", score)
+        score_float = f"`pgolf eval {name} --weights float`"
+        floats = self._read(folder.scores_file("float"), "scores of the float weights", score_float)
+        self.scores = {weights: tree for weights, tree in (("artifact", scores), ("float", floats)) if tree}
+        self.audit: Tree = self._read(folder.audit_file, "audit", audit)
+        for what, tree, command in (("scores", scores, score), ("audit", self.audit, audit)):
+            if packed and tree.get("artifact_sha256") not in (None, packed["sha256"]):
+                part = f"{what} of the current artifact"
+                self.missing.append((part, "those shown are of another artifact", command))
+        self.sweep: Tree = {}
+        if folder.sweep_file.is_file():  # optional, so not missing
+            self.sweep = self._read(folder.sweep_file, "sweep", f"`pgolf ttt-sweep {name}`")
+        self.environment: Tree = self._read(folder.path / "env.json", "environment", "written by training")
+
+    def _read(
+        self, path: Path, what: str, command: str, load: Callable[[Path], Any] = _json, why: str = ""
+    ) -> Any:
+        """Load a file; if it is missing or damaged, record that and return {}."""
+        if path.is_file():
+            try:
+                return load(path)
+            except PgolfError as error:
+                why = portable(str(error))
+            except ValueError as error:  # not JSON, or not text
+                why = f"{path.name} is damaged: {error}"
+        self.missing.append((what, why or f"there is no {path.name}", command))
+        return {}
 
     @property
     def seconds(self) -> float:
@@ -61,83 +105,12 @@ class RunRecord:
         return [s for s in sorted(self.steps) if not math.isfinite(as_float(self.steps[s].get("loss")))]
 
 
-def read_run(folder: RunFolder) -> RunRecord:
-    """Read a run folder that has at least config.json. Raises PgolfError if it has none.
-
-    Other files may be missing or damaged; `RunRecord.missing` says which and why.
-    """
-    config, name = folder.read_config(), folder.path.resolve().name
-    missing: list[tuple[str, str, str]] = []
-    lines: dict[str, list[Tree]] = defaultdict(list)
-    for row in folder.history():
-        if isinstance(row.get("step"), int):
-            lines[str(row.get("kind"))].append(row)
-    if not lines["step"]:
-        missing.append(("training log", "metrics.jsonl has no steps", "written by training"))
-
-    def read(path: Path, what: str, command: str, load: Callable[[Path], Any] = _json, why: str = "") -> Any:
-        """Load a file; if it is missing or damaged, record that and return {}."""
-        if path.is_file():
-            try:
-                return load(path)
-            except PgolfError as error:
-                why = portable(str(error))
-            except ValueError as error:  # not JSON, or not text
-                why = f"{path.name} is damaged: {error}"
-        missing.append((what, why or f"there is no {path.name}", command))
-        return {}
-
-    train = f"`pgolf train {config.name} --resume --out {name}`"
-    score, audit = f"`pgolf eval {name}`", f"`pgolf audit {name}`"
-    weights = read(folder.model_file, "final weights", train, load_metadata, "training did not finish")
-    pack = f"`pgolf {'pack' if folder.quantized_file.is_file() else 'quantize'} {name}`"
-    artifact = read(folder.artifact_file, "artifact", pack, _artifact, "the run is not packed")
-    score_float = f"`pgolf eval {name} --weights float`"
-    scores = {
-        "artifact": read(folder.scores_file("artifact"), "scores of the artifact", score),
-        "float": read(folder.scores_file("float"), "scores of the float weights", score_float),
-    }
-    findings = read(folder.audit_file, "audit", audit)
-    for what, tree, command in (("scores", scores["artifact"], score), ("audit", findings, audit)):
-        if artifact and tree.get("artifact_sha256") not in (None, artifact["sha256"]):
-            missing.append(
-                (f"{what} of the current artifact", "those shown are of another artifact", command)
-            )
-    sweep = {}
-    if folder.sweep_file.is_file():  # optional, so not missing
-        sweep = read(folder.sweep_file, "sweep", f"`pgolf ttt-sweep {name}`")
-    return RunRecord(
-        folder=folder,
-        name=name,
-        config=config,
-        lines=lines,
-        steps={row["step"]: row for row in lines["step"]},
-        scores={which: tree for which, tree in scores.items() if tree},
-        sweep=sweep,
-        audit=findings,
-        environment=read(folder.path / "env.json", "environment", "written by training"),
-        weights=weights,
-        artifact=artifact.get("table"),
-        missing=missing,
-    )
-
-
-def _json(path: Path) -> Tree:
-    tree = json.loads(path.read_text(encoding="utf-8"))
-    return tree if isinstance(tree, dict) else {}
-
-
-def _artifact(path: Path) -> Tree:
-    return {"table": artifact_table(path, tried=()), "sha256": sizes(path).sha256}
-
-
 def write_report(folder: RunFolder, out: Path) -> Path:
     """Write the HTML report of a run folder in any state and return its path.
 
-    The page says what is missing (an interrupted, unpacked or unscored run, losses that are not finite).
     Raises PgolfError if `folder` has no readable config.json.
     """
-    run = read_run(folder)
+    run = RunRecord(folder)
     makers = (
         *(overview, missing, configuration, training, throughput, scores, quantization_gap, adaptation),
         *(parts, artifact_bytes, audit, environment),
