@@ -117,12 +117,11 @@ def published(models: Sequence[LoadedModel]) -> Summary:
     try:
         if len(models) == 2 and common(models):
             header += ["ratio", f"lower in {models[0].name}"]
-            for row, errors in zip(rows[:-1], means.values(), strict=False):
-                row += [number(ratio(*errors), ".5f"), "-"]
-            for row, bank in zip(rows, BANK_NAMES, strict=False):
-                lower = torch.lt(*(own[bank] for own in by_slot.values()))
-                row[-1] = f"{int(lower.sum())}/{len(lower)}"
-            rows[-1] += ["-", "-"]
+            lower = {bank: torch.lt(*(own[bank] for own in by_slot.values())).tolist() for bank in BANK_NAMES}
+            for row in rows:
+                slots = lower.get(row[0])
+                row.append(number(ratio(*means[row[0]]), ".5f"))
+                row.append("-" if slots is None else f"{sum(slots)}/{len(slots)}")
     except PgolfError as error:
         why = f" No ratios: {error}."
     values = {

@@ -12,7 +12,7 @@ from pgolf_fast.bench.drawing import Axes, label
 from pgolf_fast.console import Table, number
 from pgolf_fast.lab.analysis.geometry import flattened, large
 from pgolf_fast.lab.analysis.models import LoadedModel
-from pgolf_fast.lab.analysis.summary import Options, Summary, draw, mean, ratio, tabulate
+from pgolf_fast.lab.analysis.summary import Options, Summary, columns, count, draw, mean, ratio, tabulate
 from pgolf_fast.model.bank import BANK_NAMES
 
 ENDS = 5  # singular values listed from either end
