@@ -9,7 +9,7 @@ import torch
 from helpers import tiny_config
 
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.lab.analysis import connectivity, geometry, quant, spectra, surface
+from pgolf_fast.lab.analysis import geometry, quant, spectra, surface
 from pgolf_fast.lab.analysis.geometry import leading
 from pgolf_fast.lab.analysis.models import LoadedModel
 from pgolf_fast.lab.analysis.summary import Options
@@ -80,17 +80,17 @@ def test_identical_and_orthogonal_models():
     same = geometry.deltas(a, a).values
     assert [same["mean_cosine_banks"], same["mean_cosine_others"]] == pytest.approx([1, 1])
     assert all(part["relative_l2"] == 0 for part in same["tensors"].values())
-    assert connectivity.published(a, a).values["ratio"] == pytest.approx(1)
-    assert all(p["ratio"] == pytest.approx(1) for p in connectivity.expected(a, a).values.values())
+    assert surface.mode_connectivity(a, a).values["ratio"] == pytest.approx(1)
+    assert all(p["ratio"] == pytest.approx(1) for p in surface.midpoint_norms(a, a).values.values())
     x, y = ({n: torch.zeros_like(t) for n, t in a.state.items()} for _ in range(2))
     for name in BANK_NAMES:
         x[name][..., 0::2], y[name][..., 1::2] = 1.0, 1.0
     left, right = LoadedModel("x", Path("x"), x, None, None), LoadedModel("y", Path("y"), y, None, None)
     assert geometry.deltas(left, right).values["mean_cosine_banks"] == 0
     assert geometry.deltas(left, right).values["mean_cosine_others"] is None  # zeros have no angle
-    for part in connectivity.expected(left, right).values.values():
+    for part in surface.midpoint_norms(left, right).values.values():
         assert [part["ratio"], part["from_cosine"]] == pytest.approx([math.sqrt(0.5)] * 2)
-    assert connectivity.published(left, right).values["ratio"] == pytest.approx(math.sqrt(0.5))
+    assert surface.mode_connectivity(left, right).values["ratio"] == pytest.approx(math.sqrt(0.5))
 
 
 def test_opposite_models_have_a_zero_midpoint():
@@ -98,7 +98,7 @@ def test_opposite_models_have_a_zero_midpoint():
     for seed in range(4):
         a = loaded("a", seed)
         b = LoadedModel("b", Path("b"), {n: -t for n, t in a.state.items()}, None, None)
-        for part in connectivity.expected(a, b).values.values():
+        for part in surface.midpoint_norms(a, b).values.values():
             assert part["cosine"] == pytest.approx(-1)
             assert [part["ratio"], part["from_cosine"]] == pytest.approx([0, 0], abs=1e-6)
 
@@ -115,7 +115,7 @@ def test_a_slot_of_zeros_keeps_its_place(two):
 
 
 def test_published_connectivity_is_sums_of_norms(two):
-    result = connectivity.published(*two).values
+    result = surface.mode_connectivity(*two).values
     a, b = ({n: t.numpy().astype(np.float64) for n, t in s.state.items()} for s in two)
 
     def norms(tensors):
@@ -317,7 +317,7 @@ def test_random_overlap_matches_sampled_subspaces():
 
 
 def test_published_proxies_of_the_error_surface(two):
-    for name, part in surface.published(two).values["a"].items():
+    for name, part in surface.proxies(two).values["a"].items():
         bank = two[0].state[name].numpy().astype(np.float64)
         values = np.linalg.svd(bank.reshape(len(bank), -1), compute_uv=False)
         shares = values / values.sum()
@@ -371,7 +371,7 @@ def test_identical_models_have_no_direction():
     [
         geometry.analyze_deltas,
         geometry.analyze_overlap,
-        connectivity.analyze,
+        surface.analyze_connectivity,
         geometry.analyze_triangle,
     ],
 )
@@ -390,8 +390,8 @@ def test_every_summary_says_what_it_shows(two):
             geometry.analyze_overlap,
             spectra.analyze,
             quant.analyze,
-            connectivity.analyze,
-            surface.analyze,
+            surface.analyze_connectivity,
+            surface.analyze_surface,
             geometry.analyze_triangle,
         )
         for summary in summaries(three, OPTIONS)

@@ -122,7 +122,6 @@ def deltas(a: LoadedModel, b: LoadedModel) -> Summary:
     shown += columns(".4f", cosine="cosine")
     return Summary(
         f"weight deltas, {a.name} to {b.name}",
-        "published",
         "Shows how far apart two tensors are as long vectors; cannot show that the networks differ, since "
         "reordering hidden channels or heads changes every number here but not the function.",
         tabulate(("tensor",), shown, tensors),
@@ -131,6 +130,7 @@ def deltas(a: LoadedModel, b: LoadedModel) -> Summary:
             "mean_cosine_banks": mean(tensors[name]["cosine"] for name in BANK_NAMES),
             "mean_cosine_others": mean(t["cosine"] for name, t in tensors.items() if name not in BANK_NAMES),
         },
+        form="published",
     )
 
 
@@ -150,7 +150,6 @@ def slot_deltas(a: LoadedModel, b: LoadedModel) -> Summary:
     )
     return Summary(
         f"weight deltas by slot, {a.name} to {b.name}",
-        "corrected",
         "Shows for each matrix whether two models share a direction more than independent weights would; "
         "cannot show whether they compute the same, as hidden channels and heads are not aligned first (that "
         "is not attempted).",
@@ -229,12 +228,12 @@ def overlap(a: LoadedModel, b: LoadedModel) -> Summary:
     sizes = dict.fromkeys(f"{tensors[n]['directions']} of {tensors[n]['dimension']}" for n in BANK_NAMES)
     return Summary(
         f"subspace overlap, {a.name} and {b.name}",
-        "published",
         f"Shows which mixtures of slots are strongest in a bank ({', '.join(sizes)}), or of tokens in a "
         "table; cannot show whether layers work in the same subspaces, as directions of the residual stream "
         "are not compared, and random mixtures of so few slots overlap as much.",
         tabulate(("tensor",), shown, tensors, [last]),
         {"tensors": tensors, "mean": overall},
+        form="published",
     )
 
 
@@ -248,7 +247,6 @@ def slot_overlap(a: LoadedModel, b: LoadedModel) -> Summary:
     shown += columns(".4f", if_random="if random") + columns(".1e", spread_if_random="± if random")
     return Summary(
         f"subspace overlap by slot, {a.name} and {b.name}",
-        "corrected",
         "Shows whether the strongest outputs and inputs of the same matrix share a subspace more than random "
         "ones would; cannot show why (a common initialization or data set is enough), and compares hidden "
         "channels and heads (outputs of the MLP's first matrix and of Q, K, V, inputs of its second and of "
@@ -306,11 +304,11 @@ def triangle(three: Sequence[LoadedModel]) -> Summary:
     last.append(("|centroid| / |first|", "-", "-", number(share, ".4f")))
     return Summary(
         f"triangle of {', '.join(model.name for model in three)}",
-        "published",
         "Shows the distance between each pair of models; cannot show that they are different solutions, "
         "since any three weights of one length and one common cosine form an equilateral triangle.",
         tabulate(("side",), columns(".5g", banks="banks", others="others", total="total"), sides, last),
         {"sides": sides, "near_equilateral": equilateral, "centroid_ratio": share},
+        form="published",
     )
 
 
@@ -338,7 +336,6 @@ def angles(three: Sequence[LoadedModel]) -> Summary:
     shown = columns(".2f", degrees="degrees", if_independent="if independent")
     return Summary(
         f"angles of {', '.join(model.name for model in three)}",
-        "corrected",
         "Shows whether two models are in a common direction as seen from the third, more (a smaller angle) "
         "than independent weights of these norms would be; cannot show whether they compute the same, as "
         "hidden channels and heads are not aligned first.",

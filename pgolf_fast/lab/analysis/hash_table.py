@@ -193,9 +193,8 @@ def ideal_load(contexts: Contexts, chosen: np.ndarray, *, seed: int = 0) -> Load
     """Return the mean `load` of DRAWS ideal hashes, drawn with `seed`."""
     rng = np.random.default_rng(seed)
     drawn = [load(contexts.ideally_hashed(rng), chosen) for _ in range(DRAWS)]
-    names = ("occupied", "contexts_in_bucket", "foreign")
-    means = (float(np.mean([getattr(one, name) for one in drawn])) for name in names)
-    return Load(drawn[0].occurrences, drawn[0].contexts, *means)
+    means = np.mean([(one.occupied, one.contexts_in_bucket, one.foreign) for one in drawn], axis=0)
+    return Load(drawn[0].occurrences, drawn[0].contexts, *means.tolist())
 
 
 def groups(contexts: Contexts) -> Iterator[tuple[str, str, np.ndarray]]:
@@ -220,12 +219,12 @@ def _all_pairs(
     )
     return Summary(
         "contexts per bucket, all n-grams",
-        "published",
         "Shows how many n-grams there are per bucket, counting every pair of token ids once (PR 1501: 256 "
         "shared, 163 and 350 split); cannot show what collides, as most pairs never occur and a few occur "
         "all the time.",
         tabulate(("buckets",), shown, values),
         values,
+        form="published",
     )
 
 
@@ -248,7 +247,6 @@ def _loads(contexts: Mapping[str, Contexts], tokens: int, plotted: Sequence[str]
     )
     return Summary(
         "buckets on real tokens",
-        "corrected",
         f"Shows on {tokens:,} tokens, weighted by how often each context occurs, how many contexts share the "
         "bucket of an occurrence and how much of the bucket's use is theirs, next to an ideal hash; more "
         "tokens bring more contexts, and sharing a row need not cost anything.",
@@ -284,11 +282,11 @@ def _learned(networks: Mapping[str, GPT]) -> Summary:
         values[name] = {"scale": network.bigram.scale.item(), "boost": boost}
     return Summary(
         "learned scale and gate",
-        "published",
         "Shows the two learned numbers (PR 1501's parent: 0.112 and 0.007); cannot show how much the table "
         "is used, as its rows and its projection can grow instead.",
         tabulate(("model",), columns(".4f", scale="bigram.scale", boost="word_start_boost"), values),
         values,
+        form="published",
     )
 
 
@@ -307,7 +305,6 @@ def _added(networks: Mapping[str, GPT], validation: Validation, options: Options
     shown = columns(".4f", token="token embedding", table="from the table") + columns(".1%", ratio="ratio")
     return Summary(
         "what the table adds",
-        "corrected",
         "Shows how large the table's part of the embedding is relative to the token's own (root mean square "
         "over channels and real tokens); a small part can matter, and later layers can ignore a large one.",
         tabulate(("model", "input"), shown, values),
@@ -319,16 +316,11 @@ def _added(networks: Mapping[str, GPT], validation: Validation, options: Options
 def _squares(network: GPT, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean squares over channels of the token embedding and of the table's part, each (B, T)."""
     assert network.bigram is not None
-    parts: list[Tensor] = []
-    hook = network.bigram.register_forward_hook(lambda module, x, out: parts.append(out.square().mean(-1)))
-    try:
-        # 4,096 tokens at a time bound the memory of the embeddings
-        for chunk in tokens.split(max(1, 4096 // tokens.shape[1])):
-            network.embed(chunk)
-    finally:
-        hook.remove()
-    own = network.tok_emb.weight.square().mean(-1)[tokens]
-    return own, torch.cat(parts)
+    inputs = network.has_leading_space, network.word_start_boost, network.bigram.proj.weight
+    # 4,096 tokens at a time bound the memory of the embeddings
+    chunks = tokens.split(max(1, 4096 // tokens.shape[1]))
+    added = torch.cat([network.bigram(chunk, *inputs).square().mean(-1) for chunk in chunks])
+    return network.tok_emb.weight.square().mean(-1)[tokens], added
 
 
 def _without_each(name: str, network: GPT, validation: Validation, options: Options) -> dict[str, np.ndarray]:
@@ -369,11 +361,11 @@ def _published_contribution(losses: Mapping[str, Mapping[str, np.ndarray]]) -> S
         values[name] = {"nats": nats, "bits_per_token": nats / math.log(2)}
     return Summary(
         "loss without the gate",
-        "published",
         "Shows what a trained model loses with the gate set to 1 (PR 1501: +0.017 nats, called +0.025 bpb, "
         "which are bits per token); cannot show what a model trained without a gate would lose.",
         tabulate(("model",), columns("+.5f", nats="nats/token", bits_per_token='its "bpb"'), values),
         values,
+        form="published",
     )
 
 
@@ -405,7 +397,6 @@ def _contribution(losses: Mapping[str, Mapping[str, np.ndarray]], validation: Va
     )
     return Summary(
         "loss without parts of the table",
-        "corrected",
         f"Shows what a trained model loses on {len(starts):,} documents when a part is removed, in bits per "
         "byte with a 95 % interval over documents; that is how much the model relies on the part, not what "
         "training with the part gained.",

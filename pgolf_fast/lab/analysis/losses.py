@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from pgolf_fast.bench.drawing import Axes, label
-from pgolf_fast.console import Table
+from pgolf_fast.console import Table, number
 from pgolf_fast.evaluation.adapters.frozen import Frozen
 from pgolf_fast.evaluation.documents import document_starts
-from pgolf_fast.evaluation.figures import THRESHOLDS, Figures, figures, token_classes
+from pgolf_fast.evaluation.figures import THRESHOLDS, Figures, figures, shares, token_classes
 from pgolf_fast.evaluation.score import LossFunction, Scorer, Stream, batch_size
 from pgolf_fast.evaluation.windows import plain_windows
 from pgolf_fast.lab.analysis.models import LoadedModel, Validation, diverged, open_validation
@@ -101,41 +101,32 @@ def _published_classes(measured: Sequence[ModelLosses], starts: np.ndarray) -> S
     shown = columns(".2%", targets="of all", loss_share="of the loss") + columns(".4f", loss="nats/token")
     return Summary(
         "losses by word start",
-        "published",
         "Shows how much of the summed loss falls on tokens that begin a word (PR 1501 reports about 70 %, at "
         "3.37 nats against 1.08); cannot show that these tokens are hard for their length, as a word start "
         "represents more bytes than a piece within a word.",
         tabulate(("model", "targets"), shown, values),
         values,
+        form="published",
     )
 
 
 def _classes(measured: Sequence[ModelLosses]) -> Summary:
-    shares: dict[str, dict[str, dict[str, Any]]] = {}
-    for one in measured:
-        parts = one.figures.by_class
-        tokens, text_bytes, nats = (
-            sum(getattr(part, unit) for part in parts.values()) for unit in ("tokens", "text_bytes", "nats")
+    values = {one.name: {kind: p.to_dict() for kind, p in one.figures.by_class.items()} for one in measured}
+    rows = [
+        (
+            *(name, kind, *(f"{share:.2%}" for share in own.values())),
+            *(number(parts[kind][unit], ".4f") for unit in ("loss", "bpb")),
         )
-        shares[one.name] = {
-            kind: {
-                "tokens": part.tokens / tokens,
-                "bytes": part.text_bytes / max(text_bytes, 1),
-                "nats": part.nats / nats,
-                "loss": part.loss if part.tokens else None,
-                "bpb": part.bpb if part.text_bytes else None,
-            }
-            for kind, part in parts.items()
-        }
-    shown = columns(".2%", tokens="of all", bytes="of the bytes", nats="of the loss")
-    shown += columns(".4f", loss="nats/token", bpb="bits/byte")
+        for name, parts in values.items()
+        for kind, own in shares(parts).items()
+    ]
+    header = ("model", "targets", "of all", "of the bytes", "of the loss", "nats/token", "bits/byte")
     return Summary(
         "losses by class of target",
-        "corrected",
         "Shows where the bits go, by token and by byte, with bytes and document ends as separate classes; "
         "classes with equal values in the last column have the same share of the loss as of the text.",
-        tabulate(("model", "targets"), shown, shares),
-        {one.name: {kind: p.to_dict() for kind, p in one.figures.by_class.items()} for one in measured},
+        Table(header, rows),
+        values,
     )
 
 
@@ -159,19 +150,19 @@ def _published_sizes(measured: Sequence[ModelLosses]) -> Summary:
             above = one.figures.above[str(threshold)]
             values[one.name][str(threshold)] = {"targets": above.targets, "loss_share": above.loss}
             count = round(above.targets * len(one.losses))
-            shares = (f"{share:.1%}" for share in (above.targets, above.loss, targets))
-            rows.append((one.name, f"> {threshold}", f"{count:,}", *shares, f"{loss:.0%}"))
+            cells = (f"{share:.1%}" for share in (above.targets, above.loss, targets))
+            rows.append((one.name, f"> {threshold}", f"{count:,}", *cells, f"{loss:.0%}"))
     least = least_shares({nats: targets for nats, (targets, _) in PR296.items()}, PR296_MEAN)
     header = ("model", "nats", "targets", "of all", "of the loss", "PR 296: of all", "PR 296: of the loss")
     return Summary(
         "losses by size",
-        "published",
         "Shows that few tokens carry much of the loss, as in PR 296, whose figures are on the right; cannot "
         "show that they could be learned, and PR 296's shares do not match its counts: "
         f"{PR296[3][0]:.1%} of targets above 3 nats carry at least {int(100 * least[3])}% of a mean of "
         f"{PR296_MEAN}, not {PR296[3][1]:.0%}.",
         Table(header, rows),
         {"models": values, "least_shares_of_pr_296": {str(nats): share for nats, share in least.items()}},
+        form="published",
     )
 
 
@@ -194,7 +185,6 @@ def _sizes(measured: Sequence[ModelLosses], starts: np.ndarray) -> Summary:
             values[one.name][str(threshold)] = {"targets": targets, "loss_share": share, **bounds}
     return Summary(
         "losses by size, with intervals",
-        "corrected",
         f"Shows the same shares, summed in float64, with 95 % intervals over {len(starts):,} documents and "
         "the minimum that the counts alone imply; a share shows how uneven the loss is, not a possible gain.",
         Table(("model", "nats", "of all", "of the loss", "95 % interval", "at least"), rows),
@@ -225,7 +215,6 @@ def _quantiles(measured: Sequence[ModelLosses]) -> Summary:
         rows += [(one.name, f"hardest {p} %", f"{share:.2%} of the loss") for p, share in hardest.items()]
     return Summary(
         "quantiles of the loss",
-        "corrected",
         "Shows the spread of losses over targets, and how much of the sum the hardest carry; cannot show "
         "which part of it is noise of the text, which no model predicts.",
         Table(("model", "targets", "loss"), rows),
@@ -254,7 +243,6 @@ def _hardest(measured: Sequence[ModelLosses], validation: Validation) -> Summary
     shown += columns(".1%", guess_probability="probability") + columns(str, context="after")
     return Summary(
         "hardest targets",
-        "corrected",
         "Shows which targets surprise a model most, the text before them, and what the model expected "
         "instead (a leading \u2581 is a space); a dozen extremes are examples, not a sample.",
         tabulate(("model",), shown, values),
@@ -373,7 +361,6 @@ def _reliability(measured: Sequence[ModelLosses]) -> Summary:
         rows.append((name, "expected error", "", "", "", f"{all_bins['expected_error']:.4f}"))
     return Summary(
         "calibration of the likeliest token",
-        "corrected",
         "Shows whether the likeliest token is correct as often as its probability says; the expected error "
         "depends on the bins, is above zero for a perfect model on few tokens, and ignores all other tokens.",
         Table(("model", "probability", "targets", "mean probability", "accuracy", "difference"), rows),
@@ -406,7 +393,6 @@ def _probabilities(measured: Sequence[ModelLosses]) -> Summary:
         rows.append((name, "expected error, all tokens", "", "", f"{error:.4f}"))
     return Summary(
         "calibration of the target's probability",
-        "corrected",
         "Shows whether the losses are those that the probabilities predict (the mean loss of a calibrated "
         "model is its own entropy); overconfidence in one place can hide underconfidence in another.",
         Table(("model", "quantity", "measured", "predicted", "difference"), rows),

@@ -130,12 +130,12 @@ def published(models: Sequence[LoadedModel]) -> Summary:
     }
     return Summary(
         "quantization errors on the published grid",
-        "published",
         "Shows the error of the step 1/31, which is step² / 12 = 8.67e-5 for any bank whose rows stay below "
         "1 and whose weights spread over more than a step; cannot show which of two such models rounds "
         f"better, since it hardly depends on their weights.{why}",
         Table(header, rows),
         {"step_squared_over_12": FIXED_STEP_MSE, "models": values},
+        form="published",
     )
 
 
@@ -146,7 +146,6 @@ def corrected(models: Sequence[LoadedModel]) -> Summary:
     shown += columns(".3%", relative_published="lost, published grid", relative_row="lost, row grid")
     return Summary(
         "quantization errors by row",
-        "corrected",
         "Shows how much of the weights' squares rounding loses, with fixed steps and with steps that follow "
         "each row; cannot show what the loss will be, as some weights matter more than others.",
         tabulate(("model", "bank"), shown, values),
@@ -197,7 +196,6 @@ def weighted(
     shown = columns(".3%", published="changed, published grid", row="changed, row grid")
     return Summary(
         "quantization errors, Hessian-weighted",
-        "corrected",
         f"Shows how much of each bank's output (sum of squares, on {text}) plain rounding changes; cannot "
         "show how the following layers respond, nor what GPTQ would save.",
         tabulate(("model", "bank"), shown, values),

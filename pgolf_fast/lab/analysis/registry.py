@@ -22,8 +22,8 @@ ANALYSES = {  # name: module, its function of models and options, and the least 
     "quant": ("quant", "analyze", 1),  # errors of rounding to 6 bits
     "spectra": ("spectra", "analyze", 1),  # singular values
     "overlap": ("geometry", "analyze_overlap", 2),  # angles between leading subspaces
-    "connectivity": ("connectivity", "analyze", 2),  # loss on the line between two models
-    "surface": ("surface", "analyze", 1),  # curvature of the loss
+    "connectivity": ("surface", "analyze_connectivity", 2),  # loss on the line between two models
+    "surface": ("surface", "analyze_surface", 1),  # curvature of the loss
     "triangle": ("geometry", "analyze_triangle", 3),  # distances among three models or more
     "hash": ("hash_table", "analyze", 1),  # buckets of the hash table
     "losses": ("losses", "analyze", 1),  # distribution of the loss, calibration

@@ -69,12 +69,12 @@ def published(models: Sequence[LoadedModel]) -> Summary:
         values[model.name] = {"tensors": tensors, "means": means, "log_lipschitz": lipschitz}
     return Summary(
         "spectra of flattened banks",
-        "published",
         "Shows the singular values of a bank flattened to a matrix with one row per slot; cannot show "
         "anything about its weight matrices, since a few long, nearly orthogonal rows of similar length have "
         "a condition near 1 and full rank whatever they contain, and embedding tables dominate the means.",
         Table(("model", "tensor", "largest", "Frobenius", "stable rank", "condition"), rows),
         values,
+        form="published",
     )
 
 
@@ -87,7 +87,6 @@ def corrected(models: Sequence[LoadedModel]) -> Summary:
     shown += columns(_mean_and_deviation, effective_rank="effective rank", condition="condition")
     return Summary(
         "spectra of slots",
-        "corrected",
         "Shows for each weight matrix how its strength is spread over directions (mean ± standard deviation "
         "over the slots of a bank); cannot show which directions the data uses, nor how any of it affects "
         "the loss.",

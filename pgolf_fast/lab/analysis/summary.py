@@ -46,11 +46,11 @@ class Summary:
     """One table of an analysis, in its published form or in the form that answers the question."""
 
     name: str
-    form: Literal["published", "corrected"]
     shows: str  # one sentence on what it can and cannot show
     table: Table
     values: dict[str, Any]  # numbers of the table and those behind it, for JSON
     plots: dict[str, bytes] = field(default_factory=dict)  # PNGs by name
+    form: Literal["published", "corrected"] = "corrected"
 
     def text(self) -> str:
         """Render the heading, the table and the sentence for a terminal."""
@@ -59,7 +59,7 @@ class Summary:
 
 def unmeasured(name: str, reason: str) -> Summary:
     """Return a summary without a table that says why there is none and what to do about it."""
-    return Summary(name, "corrected", f"Not measured: {reason}.", Table(None, ()), {"not_measured": reason})
+    return Summary(name, f"Not measured: {reason}.", Table(None, ()), {"not_measured": reason})
 
 
 def columns(form: str | Callable[[Any], str], **headers: str) -> list[Column]:

@@ -1,4 +1,4 @@
-"""Error surface: published proxies, and the curvature of the loss.
+"""Error surface: the line between two models, published proxies, and the curvature of the loss.
 
 The ops' backward passes are not differentiable, so a Hessian-vector product is a difference of two gradients
 in float64: at the weights, which all products share, and at a distance of 1e-9 of their norm. On `small` and
@@ -16,9 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pgolf_fast.console import Table
+from pgolf_fast.bench.drawing import Axes, label
+from pgolf_fast.console import Table, number
+from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.score import CPU_TOKENS
-from pgolf_fast.lab.analysis.geometry import flattened
+from pgolf_fast.lab.analysis.geometry import common, cosine, flattened, norm, pairs
+from pgolf_fast.lab.analysis.losses import score_plain
 from pgolf_fast.lab.analysis.models import LoadedModel, Validation, diverged, measure, validation_or_why
 from pgolf_fast.lab.analysis.spectra import ENDS, condition, effective_rank, singular_values
 from pgolf_fast.lab.analysis.summary import Options, Summary, columns, draw, paint_bars, ratio, tabulate
@@ -32,28 +35,165 @@ CONVERGED = 0.1  # residual, relative to an eigenvalue, above which the eigenval
 Product = Callable[[Tensor], Tensor]
 
 
-def analyze(models: Sequence[LoadedModel], options: Options) -> list[Summary]:
+def analyze_connectivity(models: Sequence[LoadedModel], options: Options) -> list[Summary]:
+    """Measure each pair's midpoint as published, its expected norms, and, with tokens, the loss on the line.
+
+    Raises PgolfError naming a tensor whose shapes differ, or if the options name data that cannot be read.
+    """
+    validation = validation_or_why(models, options)
+    return [summary for a, b in pairs(models) for summary in _connectivity(a, b, validation, options)]
+
+
+def _connectivity(
+    a: LoadedModel, b: LoadedModel, validation: Validation | str, options: Options
+) -> list[Summary]:
+    name = f"loss from {a.name} to {b.name}"
+    line = measure(name, validation, lambda data: [loss_on_line(a, b, name, data, options)])
+    return [mode_connectivity(a, b), midpoint_norms(a, b), *line]
+
+
+def analyze_surface(models: Sequence[LoadedModel], options: Options) -> list[Summary]:
     """Compute the published proxies and, with tokens, the Hessian's trace and extreme eigenvalues.
 
     Raises PgolfError if the options name data that cannot be read.
     """
-    data = validation_or_why(models, options)
-    hessian = measure("curvature of the loss", data, lambda data: corrected(models, data, options))
-    return [published(models), *hessian]
+    validation = validation_or_why(models, options)
+    name = "curvature of the loss"
+    return [proxies(models), *measure(name, validation, lambda data: curvature(models, data, options))]
 
 
-def published(models: Sequence[LoadedModel]) -> Summary:
+def mode_connectivity(a: LoadedModel, b: LoadedModel) -> Summary:
+    """Sum |A|, |B|, |A - B| and |(A + B) / 2| over all tensors; divide the last by the first (PR 1501)."""
+    tensors = [(a.state[name], b.state[name]) for name in common((a, b))]
+    sums = {
+        "norm_a": sum(norm(x) for x, _ in tensors),
+        "norm_b": sum(norm(y) for _, y in tensors),
+        "distance": sum(norm(x - y) for x, y in tensors),
+        "norm_middle": sum(norm(middle(x, y)) for x, y in tensors),
+    }
+    share = ratio(sums["norm_middle"], sums["norm_a"])
+    header = ("sum of |A|", "sum of |B|", "sum of |A-B|", "sum of |(A+B)/2|", "ratio")
+    return Summary(
+        f"mode connectivity, {a.name} to {b.name}",
+        "Shows how much shorter the average of two models is; cannot show whether they are connected, since "
+        "no loss is measured and nothing supports reading 1 as one basin and less than 0.8 as two.",
+        Table(header, [(*(f"{value:.2f}" for value in sums.values()), number(share, ".4f"))]),
+        {**sums, "ratio": share},
+        form="published",
+    )
+
+
+def midpoint_norms(a: LoadedModel, b: LoadedModel) -> Summary:
+    """Compare each bank's |(A + B) / 2| / |A| with sqrt((1 + cosine) / 2), its value for equal norms."""
+    values: dict[str, dict[str, float | None]] = {}
+    for name in BANK_NAMES:
+        x, y = a.state[name], b.state[name]
+        angle = cosine(x, y)
+        values[name] = {
+            "cosine": angle,
+            "length": ratio(norm(y), norm(x)),
+            "ratio": ratio(norm(middle(x, y)), norm(x)),
+            "from_cosine": None if angle is None else math.sqrt((1 + angle) / 2),
+        }
+    shown = columns(
+        ".4f", cosine="cosine", length="|B|/|A|", ratio="|(A+B)/2|/|A|", from_cosine="sqrt((1+cosine)/2)"
+    )
+    return Summary(
+        f"midpoint norms, {a.name} to {b.name}",
+        "Shows that the published ratio repeats the cosine: sqrt((1 + cosine) / 2) for weights of equal "
+        f"norm, {math.sqrt(0.5):.4f} for independent ones; cannot show more than the cosine does.",
+        tabulate(("bank",), shown, values),
+        values,
+    )
+
+
+def middle(x: Tensor, y: Tensor) -> Tensor:
+    return (x.double() + y.double()) / 2
+
+
+def loss_on_line(
+    a: LoadedModel, b: LoadedModel, name: str, validation: Validation, options: Options
+) -> Summary:
+    """Measure the loss at points of the line, and its excess over the line between the losses of the ends.
+
+    The barrier is the largest excess, or 0 (Entezari et al. 2022); ± is the standard error over windows.
+    """
+    losses = path_losses(a, b, validation, options)
+    shares = np.linspace(0, 1, options.points)
+    straight = (1 - shares)[:, None] * losses[0] + shares[:, None] * losses[-1]
+    excess, count = losses - straight, losses.shape[1]
+    means = excess.mean(1)
+    errors = excess.std(1, ddof=1) / math.sqrt(count) if count > 1 else np.full(len(shares), math.nan)
+    top = int(means.argmax())
+    barrier = {"height": float(means[top]), "error": float(errors[top]), "at": float(shares[top])}
+    values = {
+        "targets": count * validation.seq_len,
+        "at": shares.tolist(),
+        "loss": losses.mean(1).tolist(),
+        "excess": means.tolist(),
+        "excess_error": errors.tolist(),
+        "barrier": barrier,
+    }
+    points = zip(shares, values["loss"], means, errors, strict=True)
+    rows = [(f"{at:.3f}", f"{loss:.4f}", f"{more:+.4f}", number(e, ".1e")) for at, loss, more, e in points]
+    rows.append(("barrier", "-", f"{barrier['height']:+.4f}", number(barrier["error"], ".1e")))
+    return Summary(
+        name,
+        f"Shows whether the loss of {values['targets']:,} validation targets rises between two models (in "
+        "nats, above the straight line between their losses); a barrier cannot show that no other path "
+        "avoids it, nor that the models differ in more than the order of their hidden channels.",
+        Table(("share of the second", "loss", "excess", "±"), rows),
+        values,
+        draw("path", lambda axes: _paint_line(axes[0], values, a.name, b.name)),
+    )
+
+
+def path_losses(a: LoadedModel, b: LoadedModel, validation: Validation, options: Options) -> np.ndarray:
+    """Return mean losses in nats at points from a to b, float64 (points, windows).
+
+    Raises PgolfError if the two are not weights of one network, or if a loss is not finite.
+    """
+    if a.need_config().model != b.need_config().model:
+        raise PgolfError(f"{a.name} and {b.name} are different networks: there is no line between them")
+    stream = validation.stream(options.device)
+    network, *ends = (m.network(validation.source.table, options.device) for m in (a, a, b))
+    parameters = [dict(end.named_parameters()) for end in ends]
+    rows = []
+    for share in np.linspace(0, 1, options.points):
+        _interpolate(network, parameters, float(share))
+        _, losses = score_plain(f"{a.name} to {b.name}", network, stream, validation.seq_len)
+        rows.append(losses.reshape(-1, validation.seq_len).mean(1))
+    return np.stack(rows)
+
+
+@torch.no_grad()
+def _interpolate(network: GPT, ends: Sequence[Mapping[str, Tensor]], share: float) -> None:
+    first, second = ends
+    for name, parameter in network.named_parameters():
+        parameter.copy_((1 - share) * first[name] + share * second[name])
+
+
+def _paint_line(axes: Axes, values: dict[str, Any], first: str, second: str) -> None:
+    shares, losses = values["at"], values["loss"]
+    axes.errorbar(shares, losses, values["excess_error"], fmt="o-", markersize=4, label="loss")
+    axes.plot([0, 1], [losses[0], losses[-1]], ":", color="0.5", label="straight line")
+    axes.set_xticks([0, 0.25, 0.5, 0.75, 1], [label(first), "0.25", "0.5", "0.75", label(second)])
+    axes.set(ylabel="nats", title="loss on the line between the weights")
+    axes.legend()
+
+
+def proxies(models: Sequence[LoadedModel]) -> Summary:
     """Compute five functions of the singular values of each bank, flattened to one row per slot (PR 1502)."""
     values = {m.name: {bank: _proxies(m.state[bank]) for bank in BANK_NAMES} for m in models}
     shown = columns(".4g", condition="condition", effective_rank="effective rank", trace_proxy='"trace"')
     shown += columns(".4g", gap="gap", top_energy=f"top {ENDS} energy")
     return Summary(
         "error surface by proxies",
-        "published",
         "Shows five functions of a flattened bank's singular values; cannot show anything about the error "
         'surface, since they depend on no loss and no data (the "trace" is the squared norm of the weights).',
         tabulate(("model", "bank"), shown, values),
         values,
+        form="published",
     )
 
 
@@ -69,7 +209,7 @@ def _proxies(bank: Tensor) -> dict[str, float | None]:
     }
 
 
-def corrected(models: Sequence[LoadedModel], validation: Validation, options: Options) -> list[Summary]:
+def curvature(models: Sequence[LoadedModel], validation: Validation, options: Options) -> list[Summary]:
     """Measure loss, gradient, Hessian trace (total and by bank) and extreme Hessian eigenvalues."""
     ids = torch.from_numpy(validation.first(options.curvature_tokens)).to(options.device)
     tokens, targets = (part.view(-1, validation.seq_len) for part in (ids[:-1], ids[1:]))
@@ -93,17 +233,16 @@ def corrected(models: Sequence[LoadedModel], validation: Validation, options: Op
             "largest_eigenvalues": [asdict(value) for value in top],
             "smallest_eigenvalue": asdict(bottom),
         }
-    return [_curvature(values, targets.numel(), options), _by_part(values)]
+    return [_whole(values, targets.numel(), options), _by_part(values)]
 
 
-def _curvature(values: dict[str, Any], targets: int, options: Options) -> Summary:
+def _whole(values: dict[str, Any], targets: int, options: Options) -> Summary:
     shown = columns(".4f", loss="loss") + columns(".4g", gradient="|gradient|")
     shown += columns(_with_error, trace="trace")
     shown += columns(lambda top: "; ".join(map(_eigenvalue, top)), largest_eigenvalues="largest eigenvalues")
     shown += columns(_eigenvalue, smallest_eigenvalue="smallest")
     return Summary(
         "curvature of the loss",
-        "corrected",
         f"Shows how sharply the mean loss of {targets:,} validation targets bends at the weights: the "
         f"Hessian's trace (± standard error, {options.probes} random vectors) and extreme eigenvalues by "
         f"{options.lanczos_steps} Lanczos steps (lower bounds of the largest, upper bound of the smallest; "
@@ -129,7 +268,6 @@ def _by_part(values: dict[str, Any]) -> Summary:
 
     return Summary(
         "Hessian trace by part",
-        "corrected",
         "Shows how much of the trace belongs to each bank and to everything else (± standard error); cannot "
         "show how parts bend together, which none of these sums includes.",
         Table(("model", "part", "trace"), rows),

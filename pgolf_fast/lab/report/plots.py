@@ -13,6 +13,7 @@ from pgolf_fast.bench.drawing import Axes, Figure, label, png, write_png
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.console import Table
 from pgolf_fast.errors import PgolfError
+from pgolf_fast.evaluation.figures import shares
 from pgolf_fast.evaluation.scores import TTT, mark
 from pgolf_fast.io import write_bytes
 from pgolf_fast.lab.analysis.artifact_bytes import ArtifactTable, TensorBytes
@@ -163,14 +164,8 @@ def paint_parts(panels: Sequence[Axes], scores: dict) -> None:
 
 
 def _classes(axes: Axes, parts: dict) -> None:
-    total = {unit: sum(p[unit] for p in parts.values()) for unit in ("tokens", "bytes")}
-    nats = [p["tokens"] * (p["loss"] or 0.0) for p in parts.values()]
-    shares = {
-        "targets": [p["tokens"] / total["tokens"] for p in parts.values()],
-        "bytes": [p["bytes"] / max(total["bytes"], 1) for p in parts.values()],
-        "loss": [n / sum(nats) for n in nats],
-    }
-    paint_bars(axes, list(parts), shares)
+    own = shares(parts).values()
+    paint_bars(axes, list(parts), {unit: [s[unit] for s in own] for unit in ("targets", "bytes", "loss")})
     axes.set(ylabel="share", title="sliding, by class of target")
 
 
