@@ -9,7 +9,7 @@ import torch
 from helpers import tiny_config
 
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.lab.analysis import geometry, quant, spectra, surface
+from pgolf_fast.lab.analysis import geometry, quant, surface
 from pgolf_fast.lab.analysis.geometry import leading
 from pgolf_fast.lab.analysis.models import LoadedModel
 from pgolf_fast.lab.analysis.summary import Options
@@ -195,7 +195,7 @@ def test_weighted_errors_use_the_inputs_of_each_matrix(two):
 
 
 def test_published_spectra_flatten_banks_to_slots(two):
-    result = spectra.published(two).values["a"]
+    result = geometry.spectra(two).values["a"]
     assert {*BANK_NAMES} <= set(result["tensors"])
     for name in BANK_NAMES:
         bank = two[0].state[name].numpy().astype(np.float64)
@@ -214,12 +214,12 @@ def test_published_spectra_flatten_banks_to_slots(two):
 def test_published_spectra_take_tables_from_65536_elements_on():
     large = loaded("large", vocab_size=2048).state
     assert large["tok_emb.weight"].numel() == 65_536 > large["bigram.embed.weight"].numel()
-    names = spectra.published([LoadedModel("l", Path("l"), large, None, None)]).values["l"]["tensors"]
+    names = geometry.spectra([LoadedModel("l", Path("l"), large, None, None)]).values["l"]["tensors"]
     assert set(names) == {*BANK_NAMES, "tok_emb.weight"}
 
 
 def test_spectra_of_slots_match_each_matrix(two):
-    result = spectra.corrected(two).values["b"]
+    result = geometry.slot_spectra(two).values["b"]
     for name in BANK_NAMES:
         for slot, matrix in enumerate(two[1].state[name].double()):
             values = np.linalg.svd(matrix.numpy(), compute_uv=False)
@@ -233,12 +233,12 @@ def test_spectra_of_slots_match_each_matrix(two):
 
 
 def test_effective_and_stable_rank_of_known_matrices():
-    assert spectra.effective_rank(torch.ones(7).double()) == pytest.approx(7)
-    assert spectra.stable_rank(torch.ones(7).double()) == 7
+    assert geometry.effective_rank(torch.ones(7).double()) == pytest.approx(7)
+    assert geometry.stable_rank(torch.ones(7).double()) == 7
     one = torch.tensor([3.0, 0, 0]).double()
-    assert spectra.effective_rank(one) == spectra.stable_rank(one) == 1
-    assert spectra.condition(one) is None
-    assert spectra.effective_rank(torch.zeros(3).double()) is None
+    assert geometry.effective_rank(one) == geometry.stable_rank(one) == 1
+    assert geometry.condition(one) is None
+    assert geometry.effective_rank(torch.zeros(3).double()) is None
 
 
 def test_directions_of_the_published_overlap():
@@ -388,7 +388,7 @@ def test_every_summary_says_what_it_shows(two):
         for summaries in (
             geometry.analyze_deltas,
             geometry.analyze_overlap,
-            spectra.analyze,
+            geometry.analyze_spectra,
             quant.analyze,
             surface.analyze_connectivity,
             surface.analyze_surface,

@@ -149,9 +149,8 @@ class ArtifactTable:
             own = {result.section: result for result in self.codecs if result.codec == codec}
             sizes = [f"{own[name].bytes:,}" if name in own else "" for name in names]
             total = sum(r.bytes for r in own.values())
-            encode, decode = (
-                sum(getattr(r, f"{what}_seconds") for r in own.values()) for what in ("encode", "decode")
-            )
+            encode = sum(r.encode_seconds for r in own.values())
+            decode = sum(r.decode_seconds for r in own.values())
             rows.append((codec, *sizes, f"{total:,}", f"{encode:.2f}", f"{decode:.2f}"))
         return Table(("codec", *names, "total", "encode s", "decode s"), rows)
 

@@ -20,7 +20,7 @@ from pgolf_fast.lab.report.html_page import Figure, Section, portable, render
 ANALYSES = {  # name: module, its function of models and options, and the least number of models
     "deltas": ("geometry", "analyze_deltas", 2),  # distances between weights
     "quant": ("quant", "analyze", 1),  # errors of rounding to 6 bits
-    "spectra": ("spectra", "analyze", 1),  # singular values
+    "spectra": ("geometry", "analyze_spectra", 1),  # singular values
     "overlap": ("geometry", "analyze_overlap", 2),  # angles between leading subspaces
     "connectivity": ("surface", "analyze_connectivity", 2),  # loss on the line between two models
     "surface": ("surface", "analyze_surface", 1),  # curvature of the loss

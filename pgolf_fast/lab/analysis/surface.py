@@ -20,10 +20,9 @@ from pgolf_fast.bench.drawing import Axes, label
 from pgolf_fast.console import Table, number
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.score import CPU_TOKENS
-from pgolf_fast.lab.analysis.geometry import common, cosine, flattened, norm, pairs
+from pgolf_fast.lab.analysis import geometry
 from pgolf_fast.lab.analysis.losses import score_plain
 from pgolf_fast.lab.analysis.models import LoadedModel, Validation, diverged, measure, validation_or_why
-from pgolf_fast.lab.analysis.spectra import ENDS, condition, effective_rank, singular_values
 from pgolf_fast.lab.analysis.summary import Options, Summary, columns, draw, paint_bars, ratio, tabulate
 from pgolf_fast.model.bank import BANK_NAMES
 from pgolf_fast.model.gpt import GPT
@@ -41,7 +40,9 @@ def analyze_connectivity(models: Sequence[LoadedModel], options: Options) -> lis
     Raises PgolfError naming a tensor whose shapes differ, or if the options name data that cannot be read.
     """
     validation = validation_or_why(models, options)
-    return [summary for a, b in pairs(models) for summary in _connectivity(a, b, validation, options)]
+    return [
+        summary for a, b in geometry.pairs(models) for summary in _connectivity(a, b, validation, options)
+    ]
 
 
 def _connectivity(
@@ -64,12 +65,12 @@ def analyze_surface(models: Sequence[LoadedModel], options: Options) -> list[Sum
 
 def mode_connectivity(a: LoadedModel, b: LoadedModel) -> Summary:
     """Sum |A|, |B|, |A - B| and |(A + B) / 2| over all tensors; divide the last by the first (PR 1501)."""
-    tensors = [(a.state[name], b.state[name]) for name in common((a, b))]
+    tensors = [(a.state[name], b.state[name]) for name in geometry.common((a, b))]
     sums = {
-        "norm_a": sum(norm(x) for x, _ in tensors),
-        "norm_b": sum(norm(y) for _, y in tensors),
-        "distance": sum(norm(x - y) for x, y in tensors),
-        "norm_middle": sum(norm(middle(x, y)) for x, y in tensors),
+        "norm_a": sum(geometry.norm(x) for x, _ in tensors),
+        "norm_b": sum(geometry.norm(y) for _, y in tensors),
+        "distance": sum(geometry.norm(x - y) for x, y in tensors),
+        "norm_middle": sum(geometry.norm(middle(x, y)) for x, y in tensors),
     }
     share = ratio(sums["norm_middle"], sums["norm_a"])
     header = ("sum of |A|", "sum of |B|", "sum of |A-B|", "sum of |(A+B)/2|", "ratio")
@@ -88,11 +89,11 @@ def midpoint_norms(a: LoadedModel, b: LoadedModel) -> Summary:
     values: dict[str, dict[str, float | None]] = {}
     for name in BANK_NAMES:
         x, y = a.state[name], b.state[name]
-        angle = cosine(x, y)
+        angle = geometry.cosine(x, y)
         values[name] = {
             "cosine": angle,
-            "length": ratio(norm(y), norm(x)),
-            "ratio": ratio(norm(middle(x, y)), norm(x)),
+            "length": ratio(geometry.norm(y), geometry.norm(x)),
+            "ratio": ratio(geometry.norm(middle(x, y)), geometry.norm(x)),
             "from_cosine": None if angle is None else math.sqrt((1 + angle) / 2),
         }
     shown = columns(
@@ -186,7 +187,7 @@ def proxies(models: Sequence[LoadedModel]) -> Summary:
     """Compute five functions of the singular values of each bank, flattened to one row per slot (PR 1502)."""
     values = {m.name: {bank: _proxies(m.state[bank]) for bank in BANK_NAMES} for m in models}
     shown = columns(".4g", condition="condition", effective_rank="effective rank", trace_proxy='"trace"')
-    shown += columns(".4g", gap="gap", top_energy=f"top {ENDS} energy")
+    shown += columns(".4g", gap="gap", top_energy=f"top {geometry.ENDS} energy")
     return Summary(
         "error surface by proxies",
         "Shows five functions of a flattened bank's singular values; cannot show anything about the error "
@@ -198,14 +199,14 @@ def proxies(models: Sequence[LoadedModel]) -> Summary:
 
 
 def _proxies(bank: Tensor) -> dict[str, float | None]:
-    sigma = singular_values(flattened(bank))
+    sigma = geometry.singular_values(geometry.flattened(bank))
     squares = sigma.square()
     return {
-        "condition": condition(sigma),
-        "effective_rank": effective_rank(sigma),
+        "condition": geometry.condition(sigma),
+        "effective_rank": geometry.effective_rank(sigma),
         "trace_proxy": float(squares.sum()),
         "gap": float(sigma[0] - sigma[1]) if len(sigma) > 1 else None,
-        "top_energy": ratio(float(squares[:ENDS].sum()), float(squares.sum())),
+        "top_energy": ratio(float(squares[: geometry.ENDS].sum()), float(squares.sum())),
     }
 
 
