@@ -11,16 +11,7 @@ from pgolf_fast.data.tokenizer import byte_table
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.lab.analysis.geometry import common
 from pgolf_fast.lab.analysis.models import LoadedModel, diverged, validation_or_why
-from pgolf_fast.lab.analysis.summary import (
-    Options,
-    Summary,
-    columns,
-    draw,
-    paint_bars,
-    ratio,
-    tabulate,
-    unmeasured,
-)
+from pgolf_fast.lab.analysis.summary import Options, Summary, columns, draw_bars, ratio, tabulate, unmeasured
 from pgolf_fast.model.bank import BANK_NAMES
 from pgolf_fast.quant.calibration import collect_hessians, self_generate
 from pgolf_fast.quant.grid import dequantize, quantize_rows
@@ -184,15 +175,12 @@ def weighted(
             bank: {grid: ratio(part[grid], part["output"]) for grid in GRIDS} for bank, part in sums.items()
         }
 
-    def paint(axes: list) -> None:
-        heights = {
-            f"{name}, {grid} grid": [100 * (banks[bank][grid] or 0) for bank in BANK_NAMES]
-            for name, banks in values.items()
-            for grid in GRIDS
-        }
-        paint_bars(axes[0], BANK_NAMES, heights)
-        axes[0].set(ylabel="% of the outputs' squares", yscale="log", title="changed by rounding to 6 bits")
-
+    heights = {
+        f"{name}, {grid} grid": [100 * (banks[bank][grid] or 0) for bank in BANK_NAMES]
+        for name, banks in values.items()
+        for grid in GRIDS
+    }
+    labels = {"ylabel": "% of the outputs' squares", "title": "changed by rounding to 6 bits"}
     shown = columns(".3%", published="changed, published grid", row="changed, row grid")
     return Summary(
         "quantization errors, Hessian-weighted",
@@ -200,7 +188,7 @@ def weighted(
         "show how the following layers respond, nor what GPTQ would save.",
         tabulate(("model", "bank"), shown, values),
         {"calibration": text, **values},
-        draw("hessian_weighted", paint),
+        draw_bars("hessian_weighted", BANK_NAMES, heights, yscale="log", **labels),
     )
 
 

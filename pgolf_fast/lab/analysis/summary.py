@@ -153,3 +153,19 @@ def paint_bars(
         axes.bar(places, values, width, yerr=None if errors is None else errors[name], label=label(name))
     axes.set_xticks([tick + 0.4 - width / 2 for tick in range(len(ticks))], list(ticks))
     axes.legend()
+
+
+def draw_bars(
+    name: str,
+    ticks: Sequence[str],
+    heights: Mapping[str, Sequence[float]],
+    errors: Mapping[str, Sequence[float]] | None = None,
+    **labels: str,
+) -> dict[str, bytes]:
+    """Draw `paint_bars` on one panel; `labels` are those of `Axes.set`."""
+
+    def paint(axes: list[Axes]) -> None:
+        paint_bars(axes[0], ticks, heights, errors)
+        axes[0].set(**labels)
+
+    return draw(name, paint)

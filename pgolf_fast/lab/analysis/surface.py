@@ -23,7 +23,7 @@ from pgolf_fast.evaluation.score import CPU_TOKENS
 from pgolf_fast.lab.analysis import geometry
 from pgolf_fast.lab.analysis.losses import score_plain
 from pgolf_fast.lab.analysis.models import LoadedModel, Validation, diverged, measure, validation_or_why
-from pgolf_fast.lab.analysis.summary import Options, Summary, columns, draw, paint_bars, ratio, tabulate
+from pgolf_fast.lab.analysis.summary import Options, Summary, columns, draw, draw_bars, ratio, tabulate
 from pgolf_fast.model.bank import BANK_NAMES
 from pgolf_fast.model.gpt import GPT
 
@@ -158,20 +158,14 @@ def path_losses(a: LoadedModel, b: LoadedModel, validation: Validation, options:
         raise PgolfError(f"{a.name} and {b.name} are different networks: there is no line between them")
     stream = validation.stream(options.device)
     network, *ends = (m.network(validation.source.table, options.device) for m in (a, a, b))
-    parameters = [dict(end.named_parameters()) for end in ends]
     rows = []
-    for share in np.linspace(0, 1, options.points):
-        _interpolate(network, parameters, float(share))
+    for share in np.linspace(0, 1, options.points).tolist():
+        with torch.no_grad():
+            for parameter, x, y in zip(*(m.parameters() for m in (network, *ends)), strict=True):
+                parameter.copy_(torch.lerp(x, y, share))
         _, losses = score_plain(f"{a.name} to {b.name}", network, stream, validation.seq_len)
         rows.append(losses.reshape(-1, validation.seq_len).mean(1))
     return np.stack(rows)
-
-
-@torch.no_grad()
-def _interpolate(network: GPT, ends: Sequence[Mapping[str, Tensor]], share: float) -> None:
-    first, second = ends
-    for name, parameter in network.named_parameters():
-        parameter.copy_((1 - share) * first[name] + share * second[name])
 
 
 def _paint_line(axes: Axes, values: dict[str, Any], first: str, second: str) -> None:
@@ -263,17 +257,14 @@ def _by_part(values: dict[str, Any]) -> Summary:
         for key in ("value", "error")
     )
 
-    def paint(axes: list) -> None:
-        paint_bars(axes[0], [*BANK_NAMES, OTHERS], heights, errors)
-        axes[0].set(ylabel="trace of the Hessian", title="curvature by part")
-
+    labels = {"ylabel": "trace of the Hessian", "title": "curvature by part"}
     return Summary(
         "Hessian trace by part",
         "Shows how much of the trace belongs to each bank and to everything else (± standard error); cannot "
         "show how parts bend together, which none of these sums includes.",
         Table(("model", "part", "trace"), rows),
         parts,
-        draw("trace", paint),
+        draw_bars("trace", [*BANK_NAMES, OTHERS], heights, errors, **labels),
     )
 
 
