@@ -188,7 +188,7 @@ def weighted(
         "show how the following layers respond, nor what GPTQ would save.",
         tabulate(("model", "bank"), shown, values),
         {"calibration": text, **values},
-        draw_bars("hessian_weighted", BANK_NAMES, heights, yscale="log", **labels),
+        draw_bars("hessian_weighted", BANK_NAMES, heights, None, yscale="log", **labels),
     )
 
 

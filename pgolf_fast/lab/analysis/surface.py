@@ -9,7 +9,7 @@ central differences with a step of 1e-6 had 1e-3 along the former.
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import accumulate, islice
+from itertools import accumulate, chain, islice
 from typing import Any
 
 import numpy as np
@@ -40,9 +40,8 @@ def analyze_connectivity(models: Sequence[LoadedModel], options: Options) -> lis
     Raises PgolfError naming a tensor whose shapes differ, or if the options name data that cannot be read.
     """
     validation = validation_or_why(models, options)
-    return [
-        summary for a, b in geometry.pairs(models) for summary in _connectivity(a, b, validation, options)
-    ]
+    parts = [_connectivity(a, b, validation, options) for a, b in geometry.pairs(models)]
+    return list(chain(*parts))
 
 
 def _connectivity(
