@@ -138,13 +138,12 @@ def _portable(summary: Summary) -> Summary:
 
 
 def _section(summary: Summary) -> Section:
-    figures = tuple(
+    figures = [
         Figure(png, summary.plots.get(name + DARK), alt=f"{summary.name}: {name.replace('_', ' ')}")
         for name, png in summary.plots.items()
         if not name.endswith(DARK)
-    )
-    tables = (summary.table,) if summary.table.rows else ()
-    return Section(summary.name, summary.shows, tables, figures, summary.form)
+    ]
+    return Section(summary.name, summary.shows, [summary.table], figures, summary.form)
 
 
 def _plain(value: Any) -> Any:

@@ -12,8 +12,8 @@ from pgolf_fast.config.checks import need
 from pgolf_fast.console import Table, number
 
 DARK = "_dark"  # suffix of the name of a plot for dark pages
-Column = tuple[str, str, str | Callable[[Any], str]]
-"""Header, key of the value, and format of a number or function that returns the cell."""
+Format = str | Callable[[Any], str]  # of a number, or a function that returns the cell
+Column = tuple[str, str, Format]  # header, key of the value, format
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class Options:
     hash_rows: tuple[int, ...] = ()  # sizes of additional hash tables whose buckets are counted
     calibration_tokens: int = 4096  # validation tokens whose inputs weight the rounding errors
     points: int = 7  # on the line between two models, including the ends, where the loss is measured
-    curvature_tokens: int = 512  # validation targets of the loss whose Hessian is analyzed
+    curvature_tokens: int = 512  # validation targets, at least one window, of the loss with the Hessian
     probes: int = 6  # random vectors for the trace of the Hessian
     lanczos_steps: int = 8  # Hessian-vector products for the extreme eigenvalues
     seed: int = 0  # of all random vectors
@@ -62,7 +62,7 @@ def unmeasured(name: str, reason: str) -> Summary:
     return Summary(name, f"Not measured: {reason}.", Table(None, ()), {"not_measured": reason})
 
 
-def columns(form: str | Callable[[Any], str], **headers: str) -> list[Column]:
+def columns(form: Format, **headers: str) -> list[Column]:
     """Return columns of one format from key="header"."""
     return [(header, key, form) for key, header in headers.items()]
 
@@ -86,7 +86,7 @@ def tabulate(
     return Table((*keys, *(header for header, _, _ in shown)), (*rows, *more))
 
 
-def _cell(value: Any, form: str | Callable[[Any], str]) -> str:
+def _cell(value: Any, form: Format) -> str:
     return number(value, form) if isinstance(form, str) else form(value)
 
 

@@ -13,8 +13,6 @@ from typing import Literal
 
 from pgolf_fast.console import Table, inline_html
 
-Label = Literal["", "published", "corrected"]
-
 
 @dataclass(frozen=True)
 class Figure:
@@ -28,16 +26,13 @@ class Figure:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, text (paragraphs separated by empty lines, code in backticks), tables and figures.
-
-    label: the form of an analysis, shown as a badge.
-    """
+    """A heading, text (paragraphs separated by empty lines, code in backticks), tables and figures."""
 
     title: str
     text: str = ""
-    tables: tuple[Table, ...] = ()
-    figures: tuple[Figure, ...] = ()
-    label: Label = ""
+    tables: Sequence[Table] = ()  # those without rows are not shown
+    figures: Sequence[Figure] = ()
+    label: Literal["", "published", "corrected"] = ""  # form of an analysis, shown as a badge
 
 
 def render(template: str, title: str, sections: Sequence[Section], **context: object) -> str:

@@ -19,8 +19,7 @@ from pgolf_fast.io import write_bytes
 from pgolf_fast.lab.analysis.artifact_bytes import ArtifactTable, TensorBytes
 from pgolf_fast.lab.analysis.summary import paint_bars
 
-Steps = Mapping[int, Mapping[str, Any]]
-"""Lines of metrics.jsonl by step."""
+Steps = Mapping[int, Mapping[str, Any]]  # lines of metrics.jsonl by step
 CEILING = 0.99  # quantile of the losses at which the axis ends, so that a spike does not flatten the curve
 PACE_POINTS = 120  # at most
 TREEMAP_SIZE = (13.0, 8.0)  # inches

@@ -168,14 +168,14 @@ def configuration(run: RunRecord) -> Section:
     changes = [
         (row["step"], text) for row in run.lines["resume"] for text in row.get("changed") or ["nothing"]
     ]
-    resumed = (Table(("resumed at step", "changed"), changes, "Interruptions"),) if changes else ()
+    resumed = Table(("resumed at step", "changed"), changes, "Interruptions")
     now = dict(flatten(run.config))
     try:
         before = dict(flatten(preset(run.config.name)))
     except PgolfError:
         fields = [(name, _setting(name, value)) for name, value in now.items()]
         text = f"`{run.config.name}` is not the name of a preset; these are all fields."
-        return Section("Configuration", text, (Table(("field", "run"), fields), *resumed))
+        return Section("Configuration", text, (Table(("field", "run"), fields), resumed))
     disabled = tuple(f"{name}." for name in {*now, *before} if now.get(name, ...) is None)
     rows = [
         (name, _setting(name, before.get(name, "on")), _setting(name, now.get(name, "on")))
@@ -183,13 +183,13 @@ def configuration(run: RunRecord) -> Section:
         if now.get(name, ...) != before.get(name, ...) and name != "name" and not name.startswith(disabled)
     ]
     if not rows:
-        return Section("Configuration", f"Preset `{run.config.name}`, unchanged.", resumed)
+        return Section("Configuration", f"Preset `{run.config.name}`, unchanged.", [resumed])
     text = (
         f"Differences from the current preset `{run.config.name}`. Where a preset leaves a choice to the "
         "machine (`auto`, `none`), training records what it chose."
     )
     differences = Table(("field", "preset", "run"), rows, f"{len(rows)} fields that differ")
-    return Section("Configuration", text, (differences, *resumed))
+    return Section("Configuration", text, (differences, resumed))
 
 
 def _setting(name: str, value: object) -> str:
@@ -206,7 +206,7 @@ def _setting(name: str, value: object) -> str:
 def training(run: RunRecord) -> Section:
     """Show the loss, the learning rate, validations and learned rates."""
     if not run.steps:
-        return Section("Training", "No steps are recorded.", _validations(run))
+        return Section("Training", "No steps are recorded.", [_validations(run)])
     losses = {s: loss for s in sorted(run.steps) if math.isfinite(loss := as_float(run.steps[s].get("loss")))}
     batch = run.config.train.batch_tokens
     text = f"Loss of batches of {batch:,} tokens, before the step that learns from them."
@@ -229,30 +229,28 @@ def training(run: RunRecord) -> Section:
         "Training loss and validation by step; below, the learning-rate multiplier.",
         "Loss by step, and below it the factor on all learning rates.",
     )
-    return Section("Training", text + note, (*_validations(run), *_slot_rates(run)), figures)
+    return Section("Training", text + note, (_validations(run), _slot_rates(run)), figures)
 
 
-def _validations(run: RunRecord) -> tuple[Table, ...]:
+def _validations(run: RunRecord) -> Table:
     rows = [
         (row["step"], row.get("weights", ""), number(row.get("loss"), ".4f"), number(row.get("bpb"), ".4f"))
         for row in run.lines["val"]
     ]
     header = ("step", "weights", "nats/token", "bpb")
-    return (Table(header, rows, "Validation, non-overlapping windows"),) if rows else ()
+    return Table(header, rows, "Validation, non-overlapping windows")
 
 
-def _slot_rates(run: RunRecord) -> tuple[Table, ...]:
+def _slot_rates(run: RunRecord) -> Table:
     """Tabulate the last recorded MetaSGD factors on the inner learning rate, which start at 1."""
-    if not run.lines["slot_rates"]:
-        return ()
-    last = run.lines["slot_rates"][-1]
+    last: Tree = {"step": 0, **(run.lines["slot_rates"] or [{}])[-1]}
     rows = [
         (bank, len(rates), *(f"{v:.4f}" for v in (min(rates), sum(rates) / len(rates), max(rates))))
         for bank, rates in last.items()
         if isinstance(rates, list) and rates
     ]
     header = ("bank", "slots", "min", "mean", "max")
-    return (Table(header, rows, f"Learned rates of the inner step (MetaSGD) at step {last['step']:,}"),)
+    return Table(header, rows, f"Learned rates of the inner step (MetaSGD) at step {last['step']:,}")
 
 
 def throughput(run: RunRecord) -> Section:
@@ -286,7 +284,7 @@ def scores(run: RunRecord) -> Section:
         "The three scores of the same weights belong together: the gain of test-time training is the third "
         "less the second, and the gain of sliding windows is the second less the first."
     )
-    return Section("Scores", text, tuple(table for table in score_tables if table.rows))
+    return Section("Scores", text, score_tables)
 
 
 def _gains(tree: Tree) -> Table:
@@ -342,7 +340,7 @@ def quantization_gap(run: RunRecord) -> Section:
     if not rows and not differing:
         return Section(title, "Unknown: the float weights are not scored.")
     header = ("windows", "float bpb", "artifact bpb", "gap, bpb", "gap, nats/token")
-    return Section(title, text, (Table(header, rows),) if rows else ())
+    return Section(title, text, [Table(header, rows)])
 
 
 def _final_validation(run: RunRecord) -> Tree | None:
@@ -401,7 +399,7 @@ def parts(run: RunRecord) -> Section:
         "Shares by class of target; bits per byte by tokens of context and by length of document.",
     )
     text = f"Parts of the scores of the {weights} weights." + note
-    return Section(title, text, tuple(tables(tree["figures"], illegal=tree.get("illegal"))), figures)
+    return Section(title, text, tables(tree["figures"], illegal=tree.get("illegal")), figures)
 
 
 def artifact_bytes(run: RunRecord) -> Section:
