@@ -38,7 +38,7 @@ from pgolf_fast.config.presets import exp101, tiny  # noqa: E402
 from pgolf_fast.config.run_folder import RunFolder  # noqa: E402
 from pgolf_fast.config.schema import RunConfig  # noqa: E402
 from pgolf_fast.io import write_text  # noqa: E402
-from pgolf_fast.lab.analysis.entropy_bounds import static_bounds  # noqa: E402
+from pgolf_fast.lab.analysis.artifact_bytes import static_bounds  # noqa: E402
 from pgolf_fast.quant.state import QuantizedState  # noqa: E402
 
 Record = dict[str, Any]

@@ -55,7 +55,7 @@ def test_synthetic_artifact_has_the_statistics_of_the_original():
 def test_bounds_are_entropies():
     from synthetic_artifact import synthetic
 
-    from pgolf_fast.lab.analysis.entropy_bounds import static_bounds
+    from pgolf_fast.lab.analysis.artifact_bytes import static_bounds
 
     halves = np.repeat(np.array([[1], [9]], np.int8), 64, axis=1)
     found = static_bounds([halves, halves[:1]])

@@ -17,7 +17,7 @@ from pgolf_fast.data.corpus import build_corpus
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.scores import ThreeScores
 from pgolf_fast.evaluation.steps import score_run
-from pgolf_fast.lab.report.loss_curve import draw_loss_curve
+from pgolf_fast.lab.report.plots import draw_loss_curve
 from pgolf_fast.train.loop import TrainResult, train
 
 

@@ -61,7 +61,7 @@ def _score(folder: RunFolder, config: RunConfig, options: Eval) -> int:
     from pgolf_fast.distributed import join_world
     from pgolf_fast.evaluation.figures import tables
     from pgolf_fast.evaluation.steps import score_run
-    from pgolf_fast.lab.report.score_plot import draw_scores
+    from pgolf_fast.lab.report.plots import draw_scores
 
     with join_world() as world:
         console.setup_logging(folder.log_file if world.is_main else None, quiet=not world.is_main)

@@ -69,7 +69,7 @@ def pack(options: Pack) -> int:
 def _print_bytes(path: Path, options: Pack) -> None:
     from pgolf_fast.io import write_text
     from pgolf_fast.lab.analysis.artifact_bytes import artifact_table
-    from pgolf_fast.lab.report.treemap import plot_treemap
+    from pgolf_fast.lab.report.plots import plot_treemap
 
     table = artifact_table(path, options.measure if options.table or options.json else ())
     if options.table:

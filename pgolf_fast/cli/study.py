@@ -17,7 +17,7 @@ from pgolf_fast.config.fields import flip
 from pgolf_fast.config.presets import preset
 from pgolf_fast.config.schema import PackConfig
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.lab.analysis.options import Options as AnalysisOptions
+from pgolf_fast.lab.analysis.summary import Options as AnalysisOptions
 
 Models = Annotated[
     tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL ...", help_behavior_hint="")
@@ -170,7 +170,7 @@ def analyze(options: Analyze) -> int:
     if options.data is not None:
         existing(options.data, "data folder")
     shared = {f.name for f in fields(AnalysisOptions)} & {f.name for f in fields(options)}
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     settings = AnalysisOptions(device=device, **{name: getattr(options, name) for name in shared})
     models = open_models(options.models, options.weights, config)
     results = run_analyses(options.only, models, settings, lambda summary: print_out(f"{summary.text()}\n"))
