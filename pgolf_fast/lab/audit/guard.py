@@ -4,8 +4,6 @@ The hook (PEP 578) sees what Python opens. It does not see files that a library 
 SentencePiece does with its model.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -75,13 +73,10 @@ def run_guarded(
 ) -> GuardedRun:
     """Run a program in a separate Python process, with `arguments` as sys.argv.
 
-    files: patterns of paths to refuse; modules: names whose import to refuse; events: Python audit events to
-    refuse.
+    Refuse it the paths that match `files`, imports of `modules`, and the Python audit events `events`.
     """
-    package = str(Path(pgolf_fast.__file__).parents[1])
-    paths = [package, os.environ.get("PYTHONPATH", "")]
-    environment = {
-        **os.environ,
+    paths = [str(Path(pgolf_fast.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    here = {
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
@@ -91,7 +86,7 @@ def run_guarded(
         done = subprocess.run(
             [sys.executable, "-c", _PROGRAM, json.dumps(asked), code, *map(str, arguments)],
             cwd=cwd,
-            env=environment,
+            env={**os.environ, **here},
             capture_output=True,
             text=True,
             check=False,

@@ -1,7 +1,5 @@
 """C10 to C12: size, self-containment and running time of a submission."""
 
-from __future__ import annotations
-
 import ast
 import re
 import shutil
@@ -17,7 +15,7 @@ from pgolf_fast.artifact.container import sizes
 from pgolf_fast.artifact.submission import build_script
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.data.shards import write_shard
-from pgolf_fast.lab.audit.check import AuditFinding
+from pgolf_fast.lab.audit.check import AuditFinding, fails, holds, undecided
 from pgolf_fast.lab.audit.guard import NETWORK, PROGRAMS, run_guarded
 
 ALLOWED = frozenset({"torch", "numpy", "sentencepiece"})
@@ -26,26 +24,32 @@ _SYSTEM = ("/proc", "/sys", "/dev", "/etc", "/usr", "/lib")
 _SECONDS = {"h": 3600.0, "m": 60.0, "s": 1.0}
 
 
-def within_bytes(artifact: Path, limit: int) -> AuditFinding:
+def within_bytes(artifact: Path | None, limit: int) -> AuditFinding:
     """C10: check the size of the artifact plus its evaluation script, as they would be submitted."""
+    if artifact is None:
+        return undecided("the run is not packed")
     weights, code = artifact.stat().st_size, len(build_script(sizes(artifact).sha256).wrapped.encode())
-    sum_ = f"artifact {weights:,} + script {code:,} = {weights + code:,} bytes"
-    over = weights + code - limit
-    if over > 0:
-        return AuditFinding(False, f"{sum_}, {over:,} over {limit:,}")
-    return AuditFinding(True, f"{sum_} of {limit:,}")
+    total = weights + code
+    text = f"artifact {weights:,} + script {code:,} = {total:,} bytes"
+    return (
+        holds(f"{text} of {limit:,}")
+        if total <= limit
+        else fails(f"{text}, {total - limit:,} over {limit:,}")
+    )
 
 
-def self_contained(artifact: Path, tokenizer: Path, tokens: np.ndarray) -> AuditFinding:
+def self_contained(artifact: Path | None, tokenizer: Path, tokens: np.ndarray) -> AuditFinding:
     """C11: check that the script scores the artifact with only the tokenizer and a validation shard.
 
     tokens: (N,), the content of the shard. The script runs without this package, network and other programs,
     and may open files only in its own folder, in Python's and in the system's.
     """
+    if artifact is None:
+        return undecided("the run is not packed")
     script = build_script(sizes(artifact).sha256)
     foreign = sorted(_imported(script.readable) - ALLOWED - sys.stdlib_module_names)
     if foreign:
-        return AuditFinding(False, f"the script imports {', '.join(foreign)}")
+        return fails(f"the script imports {', '.join(foreign)}")
     with TemporaryDirectory() as temporary:
         folder = Path(temporary).resolve()
         (folder / "train_gpt.py").write_text(script.wrapped, encoding="utf-8")
@@ -58,12 +62,12 @@ def self_contained(artifact: Path, tokenizer: Path, tokens: np.ndarray) -> Audit
         own = sorted(path.name for path in seen.opened if path.parent == folder and path.is_file())
         outside = [path for path in seen.opened if folder not in path.parents and not _is_installed(path)]
     if seen.refused:
-        return AuditFinding(False, f"the script needs {', '.join(dict.fromkeys(seen.refused))}")
+        return fails(f"the script needs {', '.join(dict.fromkeys(seen.refused))}")
     if seen.status:
-        return AuditFinding(False, f"the script fails: {seen.output.strip().splitlines()[-1]}")
+        return fails(f"the script fails: {seen.output.strip().splitlines()[-1]}")
     if outside:
-        return AuditFinding(False, f"the script opens {', '.join(map(str, outside[:3]))}")
-    return AuditFinding(True, f"imports {', '.join(sorted(ALLOWED))}; scores, opening {', '.join(own)}")
+        return fails(f"the script opens {', '.join(map(str, outside[:3]))}")
+    return holds(f"imports {', '.join(sorted(ALLOWED))}; scores, opening {', '.join(own)}")
 
 
 def _imported(source: str) -> set[str]:
@@ -84,27 +88,25 @@ def _is_installed(path: Path) -> bool:
 
 
 def within_time(
-    folder: RunFolder, training_limit: float | None, evaluation_limit: float | None
+    folder: RunFolder | None, training_limit: float | None, evaluation_limit: float | None
 ) -> AuditFinding:
     """C12: check, by the run's logs, the seconds of training and of evaluation (all three scores)."""
-    training, evaluation = _training_seconds(folder), _evaluation_seconds(folder)
-    evidence, passed, limited = [], True, False
-    for what, took, limit in (
+    if folder is None:
+        return undecided("an artifact does not record how long it took")
+    training = max((row["elapsed"] for row in folder.history() if row["kind"] == "step"), default=None)
+    times = (
         ("training", training, training_limit),
-        ("evaluation", evaluation, evaluation_limit),
-    ):
-        evidence.append(f"{what} {'not logged' if took is None else console.duration(took)}")
-        if limit is not None:
-            limited = True
-            evidence[-1] += f" of {console.duration(limit)}"
-            passed = passed and took is not None and took <= limit
+        ("evaluation", _evaluation_seconds(folder), evaluation_limit),
+    )
+    evidence, limited = [], [(took, limit) for _, took, limit in times if limit is not None]
+    for what, took, limit in times:
+        of = "" if limit is None else f" of {console.duration(limit)}"
+        evidence.append(f"{what} {'not logged' if took is None else console.duration(took)}{of}")
     if not limited:
-        return AuditFinding(None, f"{', '.join(evidence)}; no limit given (--train-limit, --eval-limit)")
-    return AuditFinding(passed, ", ".join(evidence))
-
-
-def _training_seconds(folder: RunFolder) -> float | None:
-    return max((row["elapsed"] for row in folder.history() if row["kind"] == "step"), default=None)
+        return undecided(f"{', '.join(evidence)}; no limit given (--train-limit, --eval-limit)")
+    return AuditFinding(
+        all(took is not None and took <= limit for took, limit in limited), ", ".join(evidence)
+    )
 
 
 def _evaluation_seconds(folder: RunFolder) -> float | None:

@@ -1,15 +1,14 @@
 """Open a run or an artifact for an audit."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from pgolf_fast.artifact.load import load, unpack
+from pgolf_fast.artifact.load import LoadedModel, load, unpack
 from pgolf_fast.config.run_folder import RunFolder, Weights
 from pgolf_fast.config.schema import EvalConfig, PackConfig, RunConfig, TTTConfig
 from pgolf_fast.data.source import open_source
@@ -19,14 +18,13 @@ from pgolf_fast.evaluation.adapters.frozen import Frozen
 from pgolf_fast.evaluation.adapters.registry import adapting_chunks, make_adapter, protocol_of
 from pgolf_fast.evaluation.protocol import Chunk, score_and_adapt, window_chunks
 from pgolf_fast.evaluation.score import Stream, batch_size
-from pgolf_fast.evaluation.windows import BatchSize, Windows, sliding_windows
+from pgolf_fast.evaluation.windows import Windows, sliding_windows
 from pgolf_fast.lab.audit import provenance
 from pgolf_fast.lab.audit.watch import Method
-from pgolf_fast.model.bank import Transform
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.train.loop import train
 
-CHUNKS = 4  # of the audited stream: three to learn from and a last one, from which nothing may be learned
+CHUNKS = 4  # of the audited stream: three for updates, and a last one that no update may use
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +36,7 @@ class AuditTarget:
     validation: np.ndarray
     """The whole validation split, (N + 1,)."""
     tokens: np.ndarray
-    """Its beginning, which is scored and learned from, (n + 1,)."""
+    """Its beginning, which is scored and used for updates, (n + 1,)."""
     tokenizer: Tokenizer
     table: ByteTable
     method: Method
@@ -85,29 +83,31 @@ def open_target(
     folder = RunFolder(path) if path.is_dir() else None
     artifact = path if folder is None else folder.artifact_file if folder.artifact_file.is_file() else None
     config = settings(path)
-    source_config = replace(
-        config.data,
-        path=str(data) if data else config.data.path,
-        tokenizer=str(tokenizer) if tokenizer else config.data.tokenizer,
-    )
-    config = replace(config, eval=evaluation or config.eval, ttt=ttt or config.ttt, data=source_config)
+    given = {"path": data, "tokenizer": tokenizer}
+    places: dict[str, Any] = {name: str(place) for name, place in given.items() if place}
+    shards = replace(config.data, **places)
+    config = replace(config, eval=evaluation or config.eval, ttt=ttt or config.ttt, data=shards)
     source = open_source(config.data, config.model.vocab_size)
     validation = source.validation(config.eval_seq_len)
     count = min(tokens or 8 * config.eval_seq_len, len(validation) - 1)
     config = replace(config, ttt=_in_chunks(config.ttt, count))
     weights: Weights = "float" if artifact is None else "artifact"
     loaded = load(artifact or path, weights, config=config, tokenizer=source.tokenizer)
-    model, config, grid = loaded.model, loaded.config, loaded.grid
-    windows = sliding(config)
+    length, scoring = loaded.config.eval_seq_len, loaded.config.eval
+
+    def windows(count: int) -> Windows:
+        return sliding_windows(count, length, scoring.stride, repeat_tail=scoring.repeat_tail)
+
+    adapting, frozen = _methods(loaded, windows)
     return AuditTarget(
-        config=config,
-        model=model,
+        config=loaded.config,
+        model=loaded.model,
         validation=validation,
         tokens=validation[: count + 1].astype(np.int64),
         tokenizer=source.tokenizer,
         table=source.table,
-        method=learning(model, config, windows, grid),
-        frozen=frozen(model, config, windows),
+        method=adapting,
+        frozen=frozen,
         windows=windows,
         folder=folder,
         artifact=artifact,
@@ -122,37 +122,24 @@ def _in_chunks(ttt: TTTConfig, count: int) -> TTTConfig:
     return replace(ttt, chunk_tokens=chunk_tokens, lora=lora, guided=guided)
 
 
-def sliding(config: RunConfig) -> Callable[[int], Windows]:
-    """Return a function from a number of targets to the sliding windows of a configuration."""
-    length, stride, repeat = config.eval_seq_len, config.eval.stride, config.eval.repeat_tail
-    return lambda count: sliding_windows(count, length, stride, repeat_tail=repeat)
-
-
-def learning(model: GPT, config: RunConfig, windows: Callable[[int], Windows], grid: Transform) -> Method:
-    """Return sliding windows with the configured adapter, as `Evaluator.adapted` combines them."""
+def _methods(loaded: LoadedModel, windows: Callable[[int], Windows]) -> tuple[Method, Method]:
+    """Return the evaluation with test-time training, as `Evaluator.adapted` does it, and the one without."""
+    model, config, length = loaded.model, loaded.config, loaded.config.eval_seq_len
+    size = batch_size(config.eval.batch_seqs, config.model, model.compute_dtype, model.qo_bank.device)
 
     @contextmanager
     def adapter() -> Iterator[Adapter]:
         with borrowed(model):
-            yield make_adapter(model, config.ttt, config.eval_seq_len, grid)
+            yield make_adapter(model, config.ttt, length, loaded.grid)
 
-    def plan(stream: Stream) -> tuple[Windows, Sequence[Chunk]]:
+    def adapting_plan(stream: Stream) -> tuple[Windows, Sequence[Chunk]]:
         return adapting_chunks(windows(stream.num_targets), stream, config.ttt)
 
-    return Method(plan, adapter, protocol_of(config.ttt), config.eval_seq_len, _size(model, config))
-
-
-def frozen(model: GPT, config: RunConfig, windows: Callable[[int], Windows]) -> Method:
-    """Return sliding windows with a frozen model."""
-    size = _size(model, config)
-
-    def plan(stream: Stream) -> tuple[Windows, Sequence[Chunk]]:
+    def frozen_plan(stream: Stream) -> tuple[Windows, Sequence[Chunk]]:
         cut = windows(stream.num_targets)
         return cut, window_chunks(cut, size)
 
-    return Method(plan, lambda: nullcontext(Frozen(model)), score_and_adapt, config.eval_seq_len, size)
-
-
-def _size(model: GPT, config: RunConfig) -> BatchSize:
-    device = model.qo_bank.device
-    return batch_size(config.eval.batch_seqs, config.model, model.compute_dtype, device)
+    return (
+        Method(adapting_plan, adapter, protocol_of(config.ttt), length, size),
+        Method(frozen_plan, lambda: nullcontext(Frozen(model)), score_and_adapt, length, size),
+    )
