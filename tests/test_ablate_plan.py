@@ -11,8 +11,16 @@ from pgolf_fast.cli.options import parse
 from pgolf_fast.config.fields import flip
 from pgolf_fast.config.presets import small, tiny
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.lab.compare.plan import BASELINE, make_jobs, make_variants, with_budget
-from pgolf_fast.lab.compare.step_cost import StepCost, cost_table, meta_steps, step_costs
+from pgolf_fast.lab.compare.plan import (
+    BASELINE,
+    StepCost,
+    cost_table,
+    make_jobs,
+    make_variants,
+    meta_steps,
+    step_costs,
+    with_budget,
+)
 
 # Flips
 
@@ -169,7 +177,7 @@ def test_step_costs_are_measured_once(tmp_path, monkeypatch):
     costs = step_costs(configs, tmp_path / "costs.json", rounds=1)
     assert costs[BASELINE].meta > 0
     assert costs["train.meta=none"].meta is None
-    monkeypatch.setattr("pgolf_fast.lab.compare.step_cost._measure", None)
+    monkeypatch.setattr("pgolf_fast.lab.compare.plan._measure", None)
     assert step_costs(configs, tmp_path / "costs.json") == costs
     assert "baseline, meta" in cost_table(costs, BASELINE).text()
     reptile = flip(config, ["train.reptile.share=0.5"])

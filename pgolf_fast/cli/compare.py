@@ -75,9 +75,15 @@ def ablate(options: Ablate) -> int:
     from pgolf_fast.distributed import devices
     from pgolf_fast.io import locked
     from pgolf_fast.lab.compare.jobs import fingerprint, prepare
-    from pgolf_fast.lab.compare.plan import BASELINE, Budget, make_jobs, make_variants
+    from pgolf_fast.lab.compare.plan import (
+        BASELINE,
+        Budget,
+        cost_table,
+        make_jobs,
+        make_variants,
+        step_costs,
+    )
     from pgolf_fast.lab.compare.processes import job_task, make_slots, run_tasks
-    from pgolf_fast.lab.compare.step_cost import cost_table, step_costs
 
     _check_interval(options)
     out = options.out or Path("runs") / f"ablate_{base.name}"
@@ -109,8 +115,9 @@ def ablate(options: Ablate) -> int:
         failures = run_tasks([job_task(job.name, job.path) for job in left], slots)
         _print_ablation(jobs, out, None if failures else options.interval)
     if failures:
+        name, reason = next(iter(failures.items()))
         raise PgolfError(
-            f"{len(failures)} of {len(jobs)} runs failed, first {failures[0].name} ({failures[0].reason}); "
+            f"{len(failures)} of {len(jobs)} runs failed, first {name} ({reason}); "
             "the same command tries them again"
         )
     return 0
@@ -137,8 +144,15 @@ def _check_legal(variants: Sequence[Variant]) -> None:
 
 def _print_ablation(jobs: list, out: Path, interval: Interval | None) -> None:
     from pgolf_fast.io import write_text
-    from pgolf_fast.lab.compare.plot import draw_ablation
-    from pgolf_fast.lab.compare.table import commits, describe, make_rows, pass_gains, read_runs, to_dict
+    from pgolf_fast.lab.compare.table import (
+        commits,
+        describe,
+        draw_ablation,
+        make_rows,
+        pass_gains,
+        read_runs,
+        to_dict,
+    )
 
     runs = read_runs(jobs)
     rows, gains = make_rows(runs, interval), pass_gains(runs, interval)
@@ -167,7 +181,7 @@ class Seeds:
 
 def seeds(options: Seeds) -> int:
     from pgolf_fast.config.run_folder import read_scores
-    from pgolf_fast.lab.compare.seeds import MARGIN, check_comparable, group_table, welch_table
+    from pgolf_fast.lab.compare.statistics import MARGIN, check_comparable, group_table, welch_table
 
     groups = {"": options.runs, **({"against": options.against} if options.against else {})}
     for name, runs in groups.items():

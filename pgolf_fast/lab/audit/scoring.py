@@ -14,7 +14,7 @@ from pgolf_fast.distributed import SINGLE, World
 from pgolf_fast.evaluation.score import LossFunction
 from pgolf_fast.evaluation.windows import Windows
 from pgolf_fast.lab.audit.check import AuditFinding, fails, holds, undecided
-from pgolf_fast.lab.audit.watch import Watched, scored_targets
+from pgolf_fast.lab.audit.watch import Watched
 
 NORMALIZED = 1e-5  # allowed deviation of the sum of all probabilities from 1
 # Documents are batched by length, so other borders change the batches and with them the rounding. A score
@@ -81,7 +81,7 @@ def once_each(
 
     whole: windows over the `count` targets of the whole split, by name.
     """
-    of_whole = {name: np.bincount(scored_targets(cut), minlength=count) for name, cut in whole.items()}
+    of_whole = {name: np.bincount(cut.targets(), minlength=count) for name, cut in whole.items()}
     streams = {"watched": seen.times, **of_whole}
     for name, times in streams.items():
         missing, several = int((times == 0).sum()), int((times > 1).sum())

@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from pgolf_fast.artifact.load import LoadedModel, load, unpack
+from pgolf_fast.config.fields import with_fields
 from pgolf_fast.config.run_folder import RunFolder, Weights
 from pgolf_fast.config.schema import EvalConfig, PackConfig, RunConfig, TTTConfig
 from pgolf_fast.data.source import open_source
@@ -33,28 +33,20 @@ class AuditTarget:
 
     config: RunConfig
     model: GPT
-    validation: np.ndarray
-    """The whole validation split, (N + 1,)."""
-    tokens: np.ndarray
-    """Its beginning, which is scored and used for updates, (n + 1,)."""
+    validation: np.ndarray  # the whole validation split, (N + 1,)
+    tokens: np.ndarray  # its beginning, which is scored and used for updates, (n + 1,)
     tokenizer: Tokenizer
     table: ByteTable
-    method: Method
-    """Evaluation with test-time training."""
-    frozen: Method
-    """Evaluation without it."""
-    windows: Callable[[int], Windows]
-    """Sliding windows over a number of targets."""
-    folder: RunFolder | None = None
-    """The run folder, or None for an artifact alone."""
+    method: Method  # evaluation with test-time training
+    frozen: Method  # evaluation without it
+    windows: Callable[[int], Windows]  # sliding windows over a number of targets
+    folder: RunFolder | None = None  # the run folder, or None for an artifact alone
     artifact: Path | None = None
     train: provenance.Train = train
     requantize: provenance.Requantize = provenance.requantize
     limit_bytes: int = PackConfig.limit_bytes
-    train_limit: float | None = None
-    """In seconds."""
-    eval_limit: float | None = None
-    """In seconds."""
+    train_limit: float | None = None  # seconds
+    eval_limit: float | None = None  # seconds
 
     def stream(self, tokens: np.ndarray) -> Stream:
         return Stream(tokens, self.table, self.model.qo_bank.device)
@@ -83,10 +75,9 @@ def open_target(
     folder = RunFolder(path) if path.is_dir() else None
     artifact = path if folder is None else folder.artifact_file if folder.artifact_file.is_file() else None
     config = settings(path)
-    given = {"path": data, "tokenizer": tokenizer}
-    places: dict[str, Any] = {name: str(place) for name, place in given.items() if place}
-    shards = replace(config.data, **places)
-    config = replace(config, eval=evaluation or config.eval, ttt=ttt or config.ttt, data=shards)
+    config = replace(config, eval=evaluation or config.eval, ttt=ttt or config.ttt)
+    places = {"data.path": data, "data.tokenizer": tokenizer}
+    config = with_fields(config, {name: place for name, place in places.items() if place})
     source = open_source(config.data, config.model.vocab_size)
     validation = source.validation(config.eval_seq_len)
     count = min(tokens or 8 * config.eval_seq_len, len(validation) - 1)

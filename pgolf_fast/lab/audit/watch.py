@@ -44,15 +44,9 @@ def evaluate(method: Method, stream: Stream, world: World = SINGLE) -> np.ndarra
 def by_target(scorer: Scorer) -> np.ndarray:
     """Return losses in the order of the stream, (targets,) float32: the first of several, NaN for none."""
     losses = np.full(scorer.stream.num_targets, np.nan, dtype=np.float32)
-    targets, firsts = np.unique(scored_targets(scorer.windows), return_index=True)
+    targets, firsts = np.unique(scorer.windows.targets(), return_index=True)
     losses[targets] = scorer.losses.cpu().numpy()[firsts]
     return losses
-
-
-def scored_targets(windows: Windows) -> np.ndarray:
-    """Return the targets of all windows, in the order of the windows."""
-    counts = windows.end - windows.first
-    return np.repeat(windows.first - windows.places()[:-1], counts) + np.arange(counts.sum())
 
 
 @dataclass
@@ -105,11 +99,10 @@ class _Watcher:
         return getattr(self._adapter, name)
 
     def score(self, *arguments: Any) -> Tensor:
-        before, kept = self.checksum(), 0
+        before, kept = self.checksum(), list[Tensor]()
 
         def keep(tensor: Tensor) -> Tensor:
-            nonlocal kept
-            kept += 1
+            kept.append(tensor)
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -148,7 +141,7 @@ class _Watcher:
 
     def scored(self, windows: Windows, unchanged: bool) -> None:
         """Record that these windows have their scores."""
-        np.add.at(self.seen.times, scored_targets(windows), 1)
+        np.add.at(self.seen.times, windows.targets(), 1)
         if not unchanged:
             self.seen.early_updates.append("weights or optimizer state changed while a chunk was scored")
         if len(windows):

@@ -4,8 +4,6 @@ job.json describes the run before it starts; result.json is written last and ato
 is an ordinary run folder, from which an interrupted run resumes.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import statistics
@@ -61,13 +59,8 @@ def prepare(job: Job, data: str, scores: Scores) -> bool:
 
     `data` is the `fingerprint` of its data. Raises PgolfError if the folder holds another run.
     """
-    asked = {
-        "budget": job.budget,
-        "variant": job.variant,
-        "seed": job.seed,
-        "data": data,
-        "config": run_config_to_dict(job.config),
-    }
+    asked = {"budget": job.budget, "variant": job.variant, "seed": job.seed, "data": data}
+    asked["config"] = run_config_to_dict(job.config)
     asked = json.loads(json.dumps(asked))  # turns tuples into lists, as they will be read back
     known = _read(job.path / JOB)
     if known is None and job.path.is_dir() and any(job.path.iterdir()):
@@ -83,10 +76,8 @@ def prepare(job: Job, data: str, scores: Scores) -> bool:
 def _check_same(job: Job, known: dict[str, Any], asked: dict[str, Any]) -> None:
     """Raise PgolfError naming every field in which two contents of job.json differ."""
     before, now = (
-        {
-            **{name: content[name] for name in ("budget", "variant", "seed", "data")},
-            **dict(flatten(run_config_from_dict(content["config"]))),
-        }
+        {name: content[name] for name in ("budget", "variant", "seed", "data")}
+        | dict(flatten(run_config_from_dict(content["config"])))
         for content in (known, asked)
     )
     changed = [
@@ -146,7 +137,7 @@ def run_job(path: Path) -> None:
             quantize_run(folder, config.quant)
         if not folder.artifact_file.is_file():
             pack_run(folder, config.pack)
-        _write(path, job, folder, config, _score(folder, config, job["scores"]))
+        _write(folder, job, config, _score(folder, config, job["scores"]))
     finally:
         console.close_logging()
 
@@ -163,9 +154,7 @@ def _score(folder: RunFolder, config: RunConfig, scores: Scores) -> dict[str, Sc
     return {name: evaluator.frozen(part, name).scorer for name, part in windows.items()}
 
 
-def _write(
-    path: Path, job: dict[str, Any], folder: RunFolder, config: RunConfig, scorers: dict[str, Scorer]
-) -> None:
+def _write(folder: RunFolder, job: dict[str, Any], config: RunConfig, scorers: dict[str, Scorer]) -> None:
     """Write documents.json, then result.json."""
     stream: Stream = scorers["non_overlapping"].stream
     starts = document_starts(stream.tokens.cpu().numpy())
@@ -174,7 +163,7 @@ def _write(
         for name, scorer in scorers.items()
     }
     text_bytes = np.add.reduceat(stream.target_bytes, starts).tolist()
-    write_text(path / DOCUMENTS, json.dumps({"text_bytes": text_bytes, "nats": nats}) + "\n")
+    write_text(folder.path / DOCUMENTS, json.dumps({"text_bytes": text_bytes, "nats": nats}) + "\n")
     rows = folder.history()
     steps = {row["step"]: row["elapsed"] for row in rows if row["kind"] == "step"}
     times = step_times(rows)
@@ -191,7 +180,7 @@ def _write(
         "config": run_config_to_dict(config),
         **provenance(),
     }
-    write_text(path / RESULT, json.dumps(result, indent=2) + "\n")
+    write_text(folder.path / RESULT, json.dumps(result, indent=2) + "\n")
 
 
 def step_times(rows: Sequence[dict[str, Any]]) -> list[float]:
