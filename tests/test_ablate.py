@@ -72,7 +72,7 @@ def made_up_run(folder, variant, seed, sliding, budget="steps", tokens=100):
     result = {"scores": scores, "steps": 8, "ms_per_step": 2.0, "ms_per_step_mean": 3.0, "commit": "c"}
     result |= {"artifact_bytes": 1000, "artifact_sha256": "none"}
     (path / "result.json").write_text(json.dumps(result))
-    content = {"text_bytes": text_bytes.tolist(), "nats": {"sliding": nats.tolist()}}
+    content = {"text_bytes": text_bytes.tolist(), "sliding": nats.tolist()}
     (path / "documents.json").write_text(json.dumps(content))
     return Job(budget, variant, seed, tiny(), path)
 

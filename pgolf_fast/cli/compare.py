@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -30,7 +29,7 @@ from pgolf_fast.config.adapters import adapters, unknown_adapter
 from pgolf_fast.errors import PgolfError
 
 if TYPE_CHECKING:
-    from pgolf_fast.lab.compare.plan import Variant
+    from pgolf_fast.config.schema import RunConfig
 
 Interval = Literal["seeds", "documents"]
 OWN = "run"
@@ -94,8 +93,7 @@ def ablate(options: Ablate) -> int:
     slots = make_slots(options.workers, devices(), timed="time" in budgets)
     costs = None
     if "measured" in budgets:
-        configs = {variant.name: variant.config for variant in variants}
-        costs = step_costs(configs, out / "step_costs.json", workers=len(slots))
+        costs = step_costs(variants, out / "step_costs.json", workers=len(slots))
         print_out(cost_table(costs, BASELINE).text())
     steps, seconds = options.steps, options.seconds
     jobs = make_jobs(variants, options.seeds, budgets, out, steps=steps, seconds=seconds, costs=costs)
@@ -107,7 +105,7 @@ def ablate(options: Ablate) -> int:
         console.logger.info(
             "%d runs, %d of them finished; %d at a time", len(jobs), len(jobs) - len(left), len(slots)
         )
-        if "steps" in budgets and len({variant.config.train.reptile for variant in variants}) > 1:
+        if "steps" in budgets and len({config.train.reptile for config in variants.values()}) > 1:
             console.logger.warning(
                 "variants differ in train.reptile, whose steps read other numbers of tokens than plain ones, "
                 "so equal steps are not equal work: compare these with --budget time"
@@ -132,12 +130,12 @@ def _check_interval(options: Ablate) -> None:
         raise PgolfError(f"an interval over documents takes one seed, and --seeds has {len(options.seeds)}")
 
 
-def _check_legal(variants: Sequence[Variant]) -> None:
+def _check_legal(variants: dict[str, RunConfig]) -> None:
     """Raise PgolfError for test-time training that would be refused after all training is done."""
-    for variant in variants:
-        if (why := variant.config.ttt.illegal) is not None:
+    for name, config in variants.items():
+        if (why := config.ttt.illegal) is not None:
             raise PgolfError(
-                f"{variant.name}: ttt.adapter {variant.config.ttt.adapter} breaks the rules: {why}. Give "
+                f"{name}: ttt.adapter {config.ttt.adapter} breaks the rules: {why}. Give "
                 "--scores sliding, and score single runs with pgolf eval --allow-illegal"
             )
 

@@ -4,7 +4,7 @@ A part of the network is causal if changing the tokens from index t on leaves it
 bit-identical. Parts are compared in the order of computation, so the first that differs is the cause.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -13,8 +13,10 @@ from torch.utils._pytree import tree_leaves
 
 from pgolf_fast.evaluation.score import LossFunction
 from pgolf_fast.lab.audit.check import AuditFinding, fails, holds, undecided
+from pgolf_fast.lab.audit.target import Audit
 from pgolf_fast.model.gpt import GPT
 
+LENGTHS = (2, 17, 64)  # context lengths at which causality is checked, besides that of the windows
 SCORED = 4  # targets of a window whose other positions are context only
 # Names of operations of the network: a target that enters one could change its predictions
 _NETWORK = ("embed", "smear", "norm", "attention", "mlp", "mm", "linear", "conv")
@@ -57,55 +59,53 @@ def _all_parts(model: GPT, tokens: Tensor) -> dict[str, Tensor]:
     return {**parts, **smear, **seen.parts, "logits": logits}
 
 
-def _changed_spans(
-    tokens: Tensor, lengths: Sequence[int], vocab_size: int
-) -> Iterator[tuple[Tensor, dict[int, Tensor]]]:
+def _lengths(audit: Audit) -> list[int]:
+    return sorted({*LENGTHS, audit.seq_len})
+
+
+def _changed_spans(audit: Audit) -> Iterator[tuple[Tensor, dict[int, Tensor]]]:
     """Yield prefixes (length + 1,), each with copies, by index, whose tokens from there on differ."""
     sampler = torch.Generator().manual_seed(1)
-    for length in lengths:
-        span, changed = tokens[: length + 1], {}
+    for length in _lengths(audit):
+        span, changed = audit.stream.tokens[: length + 1], {}
         for index in sorted({1, length // 2, length - 1}):
-            shift = torch.randint(1, vocab_size, span.shape, generator=sampler).to(span.device)
+            shift = torch.randint(1, audit.vocab_size, span.shape, generator=sampler).to(span.device)
             shift[:index] = 0
-            changed[index] = (span + shift) % vocab_size
+            changed[index] = (span + shift) % audit.vocab_size
         yield span, changed
 
 
-def causality(model: GPT, losses_of: LossFunction, tokens: Tensor, lengths: Sequence[int]) -> AuditFinding:
-    """C1: check every part of the network, its logits, and the losses as scored, at several lengths.
-
-    tokens: (N,) with N larger than every length; each length takes a prefix.
-    """
-    names: set[str] = set()
-    changes = 0
-    for span, changed in _changed_spans(tokens, lengths, model.config.vocab_size):
-        length, before = len(span) - 1, _all_parts(model, span[None, :-1])
-        names |= before.keys()
-        changes += len(changed)
-        for index, other in changed.items():
-            if (leak := _first_leak(before, _all_parts(model, other[None, :-1]), index)) is not None:
-                return fails(f"{leak[0]}: position {leak[1]} of {length} changes with token {index}")
-            for scored in {min(SCORED, length), length}:
-                if (late := _changed_loss(losses_of, span, other, scored, index)) is not None:
-                    text = f"the loss of token {late} of {length} changes with tokens from {index} on"
-                    return fails(f"scoring: {text}")
-    shown = ", ".join(f"{length:,}" for length in lengths)
-    return holds(f"{len(names)} parts are bit-identical before each of {changes} changes, T = {shown}")
+def causality(audit: Audit) -> AuditFinding:
+    """C1: check every part of the network, its logits, and the losses as scored, at several lengths."""
+    names, count, model = set[str](), 0, audit.model
+    with audit.fresh_losses() as losses_of:
+        for span, changed in _changed_spans(audit):
+            length, before = len(span) - 1, _all_parts(model, span[None, :-1])
+            names |= before.keys()
+            count += len(changed)
+            for index, other in changed.items():
+                if leak := _first_leak(before, _all_parts(model, other[None, :-1]), index):
+                    return fails(f"{leak[0]}: position {leak[1]} of {length} changes with token {index}")
+                for scored in {min(SCORED, length), length}:
+                    # Token 0 is never a target, so a loss that differs is not 0.
+                    if late := _changed_loss(losses_of, span, other, scored, index):
+                        text = f"the loss of token {late} of {length} changes with tokens from {index} on"
+                        return fails(f"scoring: {text}")
+    shown = ", ".join(f"{length:,}" for length in _lengths(audit))
+    return holds(f"{len(names)} parts are bit-identical before each of {count} changes, T = {shown}")
 
 
-def no_target_in_keys(
-    model: GPT, losses_of: LossFunction, tokens: Tensor, lengths: Sequence[int]
-) -> AuditFinding:
+def no_target_in_keys(audit: Audit) -> AuditFinding:
     """C6: check that embeddings at a position depend on tokens up to it, and targets reach only the loss."""
-    for span, changed in _changed_spans(tokens, lengths, model.config.vocab_size):
+    model, tokens = audit.model, audit.stream.tokens
+    for span, changed in _changed_spans(audit):
         before = _embedding_parts(model, span[None, :-1])
         for index, other in changed.items():
-            leak = _first_leak(before, _embedding_parts(model, other[None, :-1]), index)
-            if leak is not None:
+            if leak := _first_leak(before, _embedding_parts(model, other[None, :-1]), index):
                 return fails(f"{leak[0]}: the key at position {leak[1]} holds token {index}")
-    length = max(lengths)
+    length = max(_lengths(audit))
     trace = _Taint(targets := tokens[None, 1 : length + 1].clone())
-    with torch.no_grad(), trace:
+    with audit.fresh_losses() as losses_of, torch.no_grad(), trace:
         losses_of(tokens[None, :length], targets, length)
     if trace.network:
         return fails(f"targets enter {trace.network[0]}, before the loss")
@@ -113,8 +113,9 @@ def no_target_in_keys(
 
 
 @torch.no_grad()
-def word_starts_of_inputs(model: GPT, tokens: Tensor) -> AuditFinding:
+def word_starts_of_inputs(audit: Audit) -> AuditFinding:
     """C14: check that the word-start gate at a position depends on its input token, not on the target."""
+    model, tokens = audit.model, audit.stream.tokens
     if model.bigram is None or not (model.config.word_start_boost or model.config.pos_conditional):
         return undecided("the model does not use word starts")
     length = min(64, len(tokens) - 1)

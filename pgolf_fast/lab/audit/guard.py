@@ -83,14 +83,9 @@ def run_guarded(
     with TemporaryDirectory() as folder:
         log = Path(folder).resolve() / "seen.json"
         asked = {"log": str(log), "files": list(files), "modules": list(modules), "events": list(events)}
-        done = subprocess.run(
-            [sys.executable, "-c", _PROGRAM, json.dumps(asked), code, *map(str, arguments)],
-            cwd=cwd,
-            env={**os.environ, **here},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        command = [sys.executable, "-c", _PROGRAM, json.dumps(asked), code, *map(str, arguments)]
+        environment = {**os.environ, **here}
+        done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
         seen = json.loads(log.read_text()) if log.is_file() else {"opened": [], "refused": []}
     opened = [Path(path) for path in dict.fromkeys(seen["opened"])]
     return GuardedRun(done.returncode, done.stdout + done.stderr, opened, seen["refused"])

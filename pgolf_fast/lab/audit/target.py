@@ -1,11 +1,13 @@
-"""Open a run or an artifact for an audit."""
+"""Open a run or an artifact for an audit, and compute once what several checks need."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from pgolf_fast.artifact.load import LoadedModel, load, unpack
 from pgolf_fast.config.fields import with_fields
@@ -17,10 +19,10 @@ from pgolf_fast.evaluation.adapters.base import Adapter, borrowed
 from pgolf_fast.evaluation.adapters.frozen import Frozen
 from pgolf_fast.evaluation.adapters.registry import adapting_chunks, make_adapter, protocol_of
 from pgolf_fast.evaluation.protocol import Chunk, score_and_adapt, window_chunks
-from pgolf_fast.evaluation.score import Stream, batch_size
+from pgolf_fast.evaluation.score import LossFunction, Stream, batch_size
 from pgolf_fast.evaluation.windows import Windows, sliding_windows
-from pgolf_fast.lab.audit import provenance
-from pgolf_fast.lab.audit.watch import Method
+from pgolf_fast.lab.audit import submission
+from pgolf_fast.lab.audit.watch import Method, Watched, evaluate, watch
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.train.loop import train
 
@@ -42,14 +44,43 @@ class AuditTarget:
     windows: Callable[[int], Windows]  # sliding windows over a number of targets
     folder: RunFolder | None = None  # the run folder, or None for an artifact alone
     artifact: Path | None = None
-    train: provenance.Train = train
-    requantize: provenance.Requantize = provenance.requantize
+    train: submission.Train = train
+    requantize: submission.Requantize = submission.requantize
     limit_bytes: int = PackConfig.limit_bytes
     train_limit: float | None = None  # seconds
     eval_limit: float | None = None  # seconds
 
     def stream(self, tokens: np.ndarray) -> Stream:
         return Stream(tokens, self.table, self.model.qo_bank.device)
+
+
+class Audit:
+    """A target with what several checks share: its stream, its losses, and one watched evaluation."""
+
+    def __init__(self, target: AuditTarget):
+        self.target, self.model, self.tokens = target, target.model, target.tokens
+        self.seq_len, self.vocab_size = target.config.eval_seq_len, target.config.model.vocab_size
+        self.by_document = target.config.ttt.by_document
+        self.stream = target.stream(target.tokens)
+
+    @cached_property
+    def watched(self) -> Watched:
+        return watch(self.target.method, self.stream, self.model)
+
+    def losses(self, tokens: np.ndarray) -> np.ndarray:
+        """Return the losses (N,) of a stream of tokens (N + 1,), with test-time training."""
+        return evaluate(self.target.method, self.target.stream(tokens))
+
+    @contextmanager
+    def fresh_losses(self) -> Iterator[LossFunction]:
+        """Yield the loss function of an adapter before its first update."""
+        with self.target.method.adapter() as adapter:
+            if not self.by_document:
+                yield adapter.score
+                return
+            adapter.begin(1)
+            row = torch.zeros((), dtype=torch.int64, device=self.stream.tokens.device)
+            yield lambda x, y, context: adapter.score(x, y, context, row.repeat(len(x)))
 
 
 def settings(path: Path) -> RunConfig:

@@ -51,14 +51,6 @@ _SHARED = {
 
 
 @dataclass(frozen=True)
-class Variant:
-    """A named configuration."""
-
-    name: str
-    config: RunConfig
-
-
-@dataclass(frozen=True)
 class Job:
     """One run of an ablation: a variant under a budget with a seed, and its folder."""
 
@@ -73,22 +65,21 @@ class Job:
         return f"{self.budget}/{self.variant}/seed{self.seed}"
 
 
-def make_variants(base: RunConfig, flips: Sequence[Sequence[str]]) -> list[Variant]:
-    """Return the baseline and, for each flip, the baseline with the FIELD=VALUE words of the flip set.
+def make_variants(base: RunConfig, flips: Sequence[Sequence[str]]) -> dict[str, RunConfig]:
+    """Return by name the baseline and, for each flip, the baseline with its FIELD=VALUE words set.
 
     A variant is named by its words in a canonical spelling. Raises PgolfError if there is no flip, or for a
     flip that changes nothing, is given twice, or changes a field that all variants share.
     """
     if not any(flips):
         raise PgolfError("nothing to compare: give --flip FIELD=VALUE, say --flip model.trigram=false")
-    variants = [Variant(BASELINE, base)]
+    variants = {BASELINE: base}
     for words in flips:
         config = flip(base, words)
         _check_flip(base, config, words)
-        same = next((v.name for v in variants if v.config == config), None)
-        if same is not None:
+        if same := next((name for name, other in variants.items() if other == config), None):
             raise PgolfError(f"--flip {' '.join(words)} is the same as {same}: leave one out")
-        variants.append(Variant(_name(config, words), config))
+        variants[_name(config, words)] = config
     return variants
 
 
@@ -122,7 +113,7 @@ def _check_flip(base: RunConfig, config: RunConfig, words: Sequence[str]) -> Non
 
 
 def with_budget(
-    config: RunConfig, budget: Budget, *, steps: int | None = None, seconds: float | None = None
+    config: RunConfig, budget: Budget, steps: int | None = None, seconds: float | None = None
 ) -> RunConfig:
     """Return `config` limited to `steps` optimizer steps or `seconds` of training, with its schedule adapted.
 
@@ -164,18 +155,9 @@ def meta_steps(config: RunConfig) -> int:
     return sum(schedule.multiplier(step, 0.0) > meta.above for step in range(0, train.steps, meta.every))
 
 
-def equal_time(
-    configs: Mapping[str, RunConfig], costs: Mapping[str, StepCost], baseline: str
-) -> dict[str, RunConfig]:
-    """Return the configurations with as many steps each as fit into the time of the baseline's run."""
-    limit = costs[baseline].seconds(configs[baseline])
-    return {
-        name: config if name == baseline else _with_steps(config, costs[name], limit)
-        for name, config in configs.items()
-    }
+def _fill_time(config: RunConfig, cost: StepCost, limit: float) -> RunConfig:
+    """Return `config` with as many steps as fit into `limit` seconds."""
 
-
-def _with_steps(config: RunConfig, cost: StepCost, limit: float) -> RunConfig:
     # The number of meta steps depends on the number of steps through the schedule, so search for it.
     def run(steps: int) -> RunConfig:
         return replace(config, train=replace(config.train, steps=steps))
@@ -186,7 +168,7 @@ def _with_steps(config: RunConfig, cost: StepCost, limit: float) -> RunConfig:
 
 
 def make_jobs(
-    variants: Sequence[Variant],
+    variants: Mapping[str, RunConfig],
     seeds: Sequence[int],
     budgets: Sequence[Budget],
     out: Path,
@@ -206,15 +188,19 @@ def make_jobs(
         raise PgolfError(f"--seeds {' '.join(map(str, seeds))}: give at least one, each once")
     configs: dict[tuple[str, str], RunConfig] = {}
     for budget in budgets:
-        limited = {v.name: with_budget(v.config, budget, steps=steps, seconds=seconds) for v in variants}
+        limited = {name: with_budget(config, budget, steps, seconds) for name, config in variants.items()}
         if budget == "measured":
             assert costs is not None
-            limited = equal_time(limited, costs, BASELINE)
+            limit = costs[BASELINE].seconds(limited[BASELINE])
+            limited = {
+                name: config if name == BASELINE else _fill_time(config, costs[name], limit)
+                for name, config in limited.items()
+            }
         configs |= {(budget, name): config for name, config in limited.items()}
     jobs = []
     for seed, budget, variant in itertools.product(seeds, budgets, variants):
-        config = with_fields(configs[budget, variant.name], {"train.seed": seed})
-        jobs.append(Job(budget, variant.name, seed, config, out / budget / variant.name / f"seed{seed}"))
+        config = with_fields(configs[budget, variant], {"train.seed": seed})
+        jobs.append(Job(budget, variant, seed, config, out / budget / variant / f"seed{seed}"))
     return jobs
 
 

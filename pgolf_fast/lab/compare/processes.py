@@ -25,8 +25,7 @@ class Task:
 
     name: str
     command: tuple[str, ...]
-    log: Path
-    """File for standard error when several tasks run at once."""
+    log: Path  # for standard error when several tasks run at once
 
 
 Slot = dict[str, str]  # environment variables of the tasks that run there

@@ -26,10 +26,9 @@ class Interval:
     mean: float
     low: float
     high: float
+    # seeds: covers new runs of both; documents: covers other text for these two runs only
     over: Literal["seeds", "documents"]
-    """seeds: covers new runs of both; documents: covers other text for these two runs only."""
-    count: int
-    """Number of seeds or documents."""
+    count: int  # of seeds or documents
 
 
 def welch_test(a: Sequence[float], b: Sequence[float], margin: float = 0.0) -> Any:

@@ -13,7 +13,7 @@ import numpy as np
 from pgolf_fast import console
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import RunConfig, TTTConfig
-from pgolf_fast.distributed import SINGLE, World, this_process
+from pgolf_fast.distributed import SINGLE, World
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.adapters.registry import need_legal
 from pgolf_fast.evaluation.documents import document_starts
@@ -86,8 +86,8 @@ def sweep(
     # A repeated tail would score some targets twice.
     config = replace(config, eval=replace(config.eval, repeat_tail=False))
     evaluator = Evaluator(model, stream, config, grid, world)
-    both = {BASELINE: None, **adapters}
-    passes = [_pass(evaluator, folder, starts, name, ttt, allow_illegal) for name, ttt in both.items()]
+    paths = {folder / f"{name}.json": ttt for name, ttt in {BASELINE: None, **adapters}.items()}
+    passes = [_pass(evaluator, path, starts, ttt, allow_illegal) for path, ttt in paths.items()]
     size = np.add.reduceat(stream.target_bytes, starts)[counted]
     before, *_ = nats = [np.array(one.nats)[counted] for one in passes]
     return [
@@ -104,18 +104,13 @@ def sweep(
 
 
 def _pass(
-    evaluator: Evaluator,
-    folder: Path,
-    starts: np.ndarray,
-    name: str,
-    ttt: TTTConfig | None,
-    allow_illegal: bool,
+    evaluator: Evaluator, path: Path, starts: np.ndarray, ttt: TTTConfig | None, allow_illegal: bool
 ) -> AdapterPass:
     """Read a pass from its file if that is of the same identity; otherwise score it and write the file."""
     model, config, windows = evaluator.model, evaluator.config, evaluator.sliding_windows()
     settings = [asdict(config.eval), config.eval_seq_len, str(model.compute_dtype), ttt and asdict(ttt)]
     digest = identity(model, evaluator.stream, settings)
-    path = folder / f"{name}.json"
+    name = path.stem
     if path.is_file():
         known = AdapterPass(**json.loads(path.read_text(encoding="utf-8")))
         if known.identity == digest:
@@ -138,7 +133,7 @@ def sweep_run(
     folder: RunFolder,
     config: RunConfig,
     adapters: Mapping[str, TTTConfig],
-    world: World | None = None,
+    world: World,
     *,
     after: int = 0,
     allow_illegal: bool = False,
@@ -150,7 +145,6 @@ def sweep_run(
     """
     for ttt in adapters.values():
         need_legal(ttt, allow_illegal)
-    world = world or this_process()
     loaded, stream = open_run(folder, config, "artifact", world.device)
     run = loaded.model, stream, config, adapters, loaded.grid, folder.path / "ttt_sweep", world
     gains = sweep(*run, after=after, allow_illegal=allow_illegal)

@@ -49,16 +49,14 @@ class VariantScore:
     variant: str
     seeds: tuple[int, ...]
     steps: float
+    # Median over a run's steps but the first, so rare slow steps (meta-learning) do not count; None if a run
+    # has only one step
     ms_per_step: float | None
-    """Median over a run's steps but the first, so rare slow steps (meta-learning) do not count. None if a
-    run has only one step."""
-    ms_per_step_mean: float | None
-    """Mean over the same steps: includes rare slow steps and other load on the machine."""
+    ms_per_step_mean: float | None  # over the same steps: with rare slow steps and other load on the machine
     artifact_bytes: float
     score: str
     bpb: float
-    difference: Interval | None
-    """Difference from the baseline's runs of the same seeds; None for the baseline, or without such runs."""
+    difference: Interval | None  # from the baseline's runs of the same seeds; None if there are none
 
 
 @dataclass(frozen=True)
