@@ -16,7 +16,6 @@ from pgolf_fast.lab.audit.check import AuditFinding, fails, holds, undecided
 from pgolf_fast.lab.audit.target import Audit
 from pgolf_fast.model.gpt import GPT
 
-LENGTHS = (2, 17, 64)  # context lengths at which causality is checked, besides that of the windows
 SCORED = 4  # targets of a window whose other positions are context only
 # Names of operations of the network: a target that enters one could change its predictions
 _NETWORK = ("embed", "smear", "norm", "attention", "mlp", "mm", "linear", "conv")
@@ -59,14 +58,10 @@ def _all_parts(model: GPT, tokens: Tensor) -> dict[str, Tensor]:
     return {**parts, **smear, **seen.parts, "logits": logits}
 
 
-def _lengths(audit: Audit) -> list[int]:
-    return sorted({*LENGTHS, audit.seq_len})
-
-
 def _changed_spans(audit: Audit) -> Iterator[tuple[Tensor, dict[int, Tensor]]]:
     """Yield prefixes (length + 1,), each with copies, by index, whose tokens from there on differ."""
     sampler = torch.Generator().manual_seed(1)
-    for length in _lengths(audit):
+    for length in audit.lengths:
         span, changed = audit.stream.tokens[: length + 1], {}
         for index in sorted({1, length // 2, length - 1}):
             shift = torch.randint(1, audit.vocab_size, span.shape, generator=sampler).to(span.device)
@@ -91,7 +86,7 @@ def causality(audit: Audit) -> AuditFinding:
                     if late := _changed_loss(losses_of, span, other, scored, index):
                         text = f"the loss of token {late} of {length} changes with tokens from {index} on"
                         return fails(f"scoring: {text}")
-    shown = ", ".join(f"{length:,}" for length in _lengths(audit))
+    shown = ", ".join(f"{length:,}" for length in audit.lengths)
     return holds(f"{len(names)} parts are bit-identical before each of {count} changes, T = {shown}")
 
 
@@ -103,7 +98,7 @@ def no_target_in_keys(audit: Audit) -> AuditFinding:
         for index, other in changed.items():
             if leak := _first_leak(before, _embedding_parts(model, other[None, :-1]), index):
                 return fails(f"{leak[0]}: the key at position {leak[1]} holds token {index}")
-    length = max(_lengths(audit))
+    length = max(audit.lengths)
     trace = _Taint(targets := tokens[None, 1 : length + 1].clone())
     with audit.fresh_losses() as losses_of, torch.no_grad(), trace:
         losses_of(tokens[None, :length], targets, length)

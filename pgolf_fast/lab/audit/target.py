@@ -26,6 +26,7 @@ from pgolf_fast.lab.audit.watch import Method, Watched, evaluate, watch
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.train.loop import train
 
+LENGTHS = (2, 17, 64)  # context lengths at which causality is checked, besides that of the windows
 CHUNKS = 4  # of the audited stream: three for updates, and a last one that no update may use
 
 
@@ -62,6 +63,7 @@ class Audit:
         self.seq_len, self.vocab_size = target.config.eval_seq_len, target.config.model.vocab_size
         self.by_document = target.config.ttt.by_document
         self.stream = target.stream(target.tokens)
+        self.lengths = sorted({*LENGTHS, self.seq_len})
 
     @cached_property
     def watched(self) -> Watched:

@@ -92,9 +92,8 @@ def make_rows(runs: Sequence[FinishedRun], interval: IntervalOver | None = None)
         for score in _shared_scores(by_seed):
             bpb = statistics.fmean(run.bpb(score) for run in by_seed.values())
             difference = _difference(base, by_seed, score, interval)
-            seeds = tuple(by_seed)
-            row = VariantScore(budget, variant, seeds, **means, score=score, bpb=bpb, difference=difference)
-            rows.append(row)
+            one = {"score": score, "bpb": bpb, "difference": difference}
+            rows.append(VariantScore(budget, variant, tuple(by_seed), **means, **one))
     return rows
 
 
