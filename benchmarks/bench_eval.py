@@ -43,9 +43,7 @@ NAIVE_BATCHES = (4, 8, 16, 32, 64)
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--run", type=Path, help="a trained run folder; default: random weights of --preset")
     parser.add_argument("--preset", default="small")
     parser.add_argument("--data", help="folder of shards; default: the run's, or the zero-download corpus")

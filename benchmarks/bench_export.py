@@ -77,9 +77,7 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("parts", nargs="*", default=list(PARTS), help="gptq, calibration (default: both)")
     parser.add_argument("--smoke", action="store_true", help="toy sizes, to see that it runs")
     parser.add_argument("--out", type=Path, help="JSON file")

@@ -52,7 +52,7 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=gpu_session.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=gpu_session.__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
     parser.add_argument("--minutes", type=float, default=9.0, help="for all parts together (default 9)")

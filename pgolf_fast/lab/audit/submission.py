@@ -261,9 +261,8 @@ def within_time(
         evidence.append(f"{what} {'not logged' if took is None else console.duration(took)}{of}")
     if not limited:
         return undecided(f"{', '.join(evidence)}; no limit given (--train-limit, --eval-limit)")
-    return AuditFinding(
-        all(took is not None and took <= limit for took, limit in limited), ", ".join(evidence)
-    )
+    passed = all(took is not None and took <= limit for took, limit in limited)
+    return AuditFinding(passed, ", ".join(evidence))
 
 
 def _evaluation_seconds(folder: RunFolder) -> float | None:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pgolf_fast.bench.timer import one_thread
 from pgolf_fast.distributed import SINGLE, World
 from pgolf_fast.evaluation.adapters.base import Adapter, Scored
 from pgolf_fast.evaluation.protocol import Chunk
@@ -71,16 +72,12 @@ class Watched:
 def watch(method: Method, stream: Stream, model: nn.Module) -> Watched:
     """Evaluate with one thread, watching the adapter and the weights of `model`, which it may change."""
     windows, chunks = method.plan(stream)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # with more, batches overlap and a change could not be attributed
-    try:
-        with method.adapter() as adapter:
-            watcher = _Watcher(adapter, stream, model)
-            scorer = _WatchedScorer(watcher, stream, windows, method.seq_len, method.size)
-            scores = method.protocol(watcher, scorer, chunks, "audit, watched")
-            watcher.end()
-    finally:
-        torch.set_num_threads(threads)
+    # With more threads, batches overlap and a change could not be attributed.
+    with one_thread(), method.adapter() as adapter:
+        watcher = _Watcher(adapter, stream, model)
+        scorer = _WatchedScorer(watcher, stream, windows, method.seq_len, method.size)
+        scores = method.protocol(watcher, scorer, chunks, "audit, watched")
+        watcher.end()
     seen = watcher.seen
     seen.losses, seen.score = by_target(scorer), scores[-1]
     return seen

@@ -233,10 +233,8 @@ def step_costs(
 
 def cost_table(costs: Mapping[str, StepCost], baseline: str) -> console.Table:
     """Tabulate the milliseconds of each kind of step, absolute and relative to the baseline's plain step."""
-    kinds = {
-        f"{name}, {kind}": s for name, c in costs.items() for kind, s in asdict(c).items() if s is not None
-    }
-    rows = [(name, f"{1e3 * s:.1f}", f"{s / costs[baseline].plain:.3f}") for name, s in kinds.items()]
+    steps = [(f"{name}, {kind}", s) for name, cost in costs.items() for kind, s in asdict(cost).items() if s]
+    rows = [(name, f"{1e3 * s:.1f}", f"{s / costs[baseline].plain:.3f}") for name, s in steps]
     return console.Table(("step", "ms", "of the baseline's plain step"), rows)
 
 

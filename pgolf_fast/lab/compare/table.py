@@ -92,7 +92,7 @@ def make_rows(runs: Sequence[FinishedRun], interval: IntervalOver | None = None)
         for score in _shared_scores(by_seed):
             bpb = statistics.fmean(run.bpb(score) for run in by_seed.values())
             difference = _difference(base, by_seed, score, interval)
-            one = {"score": score, "bpb": bpb, "difference": difference}
+            one: dict[str, Any] = {"score": score, "bpb": bpb, "difference": difference}
             rows.append(VariantScore(budget, variant, tuple(by_seed), **means, **one))
     return rows
 
