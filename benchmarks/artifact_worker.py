@@ -135,7 +135,7 @@ BASELINE = "lzma 9"
 QUICK_SECONDS = 10.0  # a contender this quick on a whole artifact also compresses the codes alone
 SLOW_SECONDS, RUNS = 20.0, 3  # best of RUNS, fewer once SLOW_SECONDS are spent
 ARTIFACT, PRUNED = "model.pgolf", 0.02  # `prune` removes this share of the bank codes' bytes
-TARGET_BITS = 4.3  # bits a bank code at which `land` must arrive
+TARGET_BITS = 4.3  # bits per bank code that step `land` must meet
 
 
 def versions() -> dict[str, str]:
@@ -276,7 +276,7 @@ def step_prune(folder: Path, config: RunConfig) -> Record:
 
 
 def step_land(folder: Path, config: RunConfig) -> Record:
-    """Land grid `rd` at a byte target; calibration is not part of it."""
+    """Fit grid `rd` to a byte target; calibration is not part of it."""
     state = synthetic_weights(config)
     fishers, tree = synthetic_fishers(state), run_config_to_dict(config)
     grids, factors_s = timed(lambda: RateDistortion(state, fishers, config.quant))

@@ -169,11 +169,11 @@ def rd_row(study: Study, target: int) -> Row:
 class _BanksOnly(RateDistortion):
     """Grid rd on bank matrices only; tables and projections as in the other grids."""
 
-    others: dict[str, QuantizedTensor | Tensor]
+    small: dict[str, QuantizedTensor | Tensor]
 
     def quantize(self, price: float, like: QuantizedState | None = None) -> QuantizedState:
         tensors = super().quantize(price, like).tensors
-        return QuantizedState({n: t if is_slot(n) else self.others[n] for n, t in tensors.items()})
+        return QuantizedState({n: t if is_slot(n) else self.small[n] for n, t in tensors.items()})
 
 
 def parts(study: Study, target: int) -> list[Row]:
@@ -184,7 +184,7 @@ def parts(study: Study, target: int) -> list[Row]:
     one_mean = {n: replace(f, rows=torch.full_like(f.rows, mean)) for n, f in fishers.items()}
     banks_only = _BanksOnly(floats, {n: f for n, f in fishers.items() if is_slot(n)}, quant)
     percentile = quantize_state(floats, replace(study.quant, grid="percentile"), study.hessians)
-    banks_only.others = percentile.tensors
+    banks_only.small = percentile.tensors
     whole, rowwise = (RateDistortion(floats, fishers, quant) for _ in range(2))
     for i, group in enumerate(rowwise._groups):
         # One step for all columns: their error then counts by the mean of 1 / U_ii^2.

@@ -26,7 +26,7 @@ from pgolf_fast.lab.audit.watch import Method, Watched, evaluate, watch
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.train.loop import train
 
-LENGTHS = (2, 17, 64)  # context lengths at which causality is checked, besides that of the windows
+LENGTHS = (2, 17, 64)  # context lengths at which causality is checked, with that of the windows
 CHUNKS = 4  # of the audited stream: three for updates, and a last one that no update may use
 
 

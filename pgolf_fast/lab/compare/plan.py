@@ -34,7 +34,7 @@ from pgolf_fast.train.trainer import Trainer
 BASELINE = "baseline"
 Budget = Literal["steps", "time", "measured"]
 ENDLESS = 10**7  # steps of a run that ends by its clock
-ROUNDS, WARM_UP = 20, 2  # steps of each kind that `step_costs` times, after others that it does not
+ROUNDS, WARM_UP = 20, 2  # timed steps of each kind, and untimed ones before them
 
 # Fields that all variants share, and what to do instead of flipping them
 _SHARED = {

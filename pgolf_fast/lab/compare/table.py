@@ -130,7 +130,7 @@ def _difference(base: BySeed, runs: BySeed, score: str, interval: IntervalOver |
     both = [*old.values(), *new.values()]
     texts = [[run.result["scores"][score][k] for k in ("tokens", "bytes")] for run in both]
     if any(text != texts[0] for text in texts):
-        raise PgolfError(f"{both[0].job.name} and others of its table were not scored on the same text")
+        raise PgolfError(f"{both[0].job.name} and other runs in its table were not scored on the same text")
     return _interval(old, score, new, score, interval)
 
 
