@@ -5,7 +5,7 @@
 `codecs`: four artifacts, each through general compressors (layout of PR 1501) and our container:
 a trained model (--run); codes of PR 1501's size and statistics with equal rows, with rows of different
 scale, and with rows and columns of different scale. `pipeline`: GPTQ, packing, loading, pruning to a byte
-target and fitting grid `rd` to one, at full size. Each measurement runs in a process of its own, one at a time;
+target and fitting grid `rd` to one, at full size. Each measurement runs in its own process, one at a time;
 keep the machine quiet. Writes artifact.json after every measurement and artifact.txt, the tables printed.
 
 A full run takes most of an hour: zpaq needs minutes per direction for each of the large artifacts.

@@ -51,7 +51,7 @@ def dtype_of(session: Session) -> torch.dtype:
 
 
 def plans(session: Session) -> list[run.Plan]:
-    """Return plans: the most important size, then the other sizes, then the slow settings of torch.compile."""
+    """Return plans: the most important size, the other sizes, then the slow settings of torch.compile."""
     names = registry.select(session.ops)
 
     def plan(tokens: tuple[int, ...], peers_wanted: tuple[str, ...], ops: list[str], modes=MODES) -> run.Plan:
