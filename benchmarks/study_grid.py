@@ -8,15 +8,15 @@ bits that fit, or one bit more with as many +-1 codes zeroed as needed, finest r
 Calibration text, Hessians and data are the same for all. Scores are over all validation data of the run.
 """
 
-from __future__ import annotations
-
 import argparse
+import itertools
 import json
 import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -124,8 +124,7 @@ def fixed_bits(
     fitting = [bits for bits, (_, size) in natural.items() if size <= target]
     if fitting:
         yield f"{max(fitting)} bits", natural[max(fitting)][0]
-    over = min((bits for bits in natural if bits not in fitting), default=None)
-    if over is not None:
+    if over := min((bits for bits in natural if bits not in fitting), default=0):
         quant = replace(study.quant, grid=grid, bits=over)  # type: ignore[arg-type]
         state = pruned(natural[over][0], lambda s: study.bytes(s, quant), target)
         if state is not None:
@@ -134,13 +133,11 @@ def fixed_bits(
 
 def compare(study: Study) -> list[Row]:
     """Return rows of target, grid, how, bytes and bpb; of several states the one that diverges least."""
-    natural: dict[str, dict[int, tuple[QuantizedState, int]]] = {}
-    for grid in ("reference", "percentile"):
-        natural[grid] = {}
-        for bits in BITS:
-            quant = replace(study.quant, grid=grid, bits=bits)
-            state = quantize_state(study.floats, quant, study.hessians)
-            natural[grid][bits] = state, study.bytes(state, quant)
+    natural: dict[str, dict[int, tuple[QuantizedState, int]]] = {"reference": {}, "percentile": {}}
+    for grid, bits in itertools.product(natural, BITS):
+        quant = replace(study.quant, grid=grid, bits=bits)  # type: ignore[arg-type]
+        state = quantize_state(study.floats, quant, study.hessians)
+        natural[grid][bits] = state, study.bytes(state, quant)
     rows: list[Row] = []
     for target in (natural["reference"][bits][1] for bits in (4, 5, 6)):
         for grid, states in natural.items():
@@ -172,11 +169,11 @@ def rd_row(study: Study, target: int) -> Row:
 class _BanksOnly(RateDistortion):
     """Grid rd on bank matrices only; tables and projections as in the other grids."""
 
-    others: dict[str, QuantizedTensor | Tensor]
+    small: dict[str, QuantizedTensor | Tensor]
 
     def quantize(self, price: float, like: QuantizedState | None = None) -> QuantizedState:
         tensors = super().quantize(price, like).tensors
-        return QuantizedState({n: t if is_slot(n) else self.others[n] for n, t in tensors.items()})
+        return QuantizedState({n: t if is_slot(n) else self.small[n] for n, t in tensors.items()})
 
 
 def parts(study: Study, target: int) -> list[Row]:
@@ -187,17 +184,13 @@ def parts(study: Study, target: int) -> list[Row]:
     one_mean = {n: replace(f, rows=torch.full_like(f.rows, mean)) for n, f in fishers.items()}
     banks_only = _BanksOnly(floats, {n: f for n, f in fishers.items() if is_slot(n)}, quant)
     percentile = quantize_state(floats, replace(study.quant, grid="percentile"), study.hessians)
-    banks_only.others = percentile.tensors
+    banks_only.small = percentile.tensors
     whole, rowwise = (RateDistortion(floats, fishers, quant) for _ in range(2))
-    rowwise._groups = [
+    for i, group in enumerate(rowwise._groups):
         # One step for all columns: their error then counts by the mean of 1 / U_ii^2.
-        replace(
-            g,
-            column_step=torch.ones_like(g.column_step),
-            mean_pivot=torch.diagonal(g.factor).pow(-2).mean().rsqrt().item(),
-        )
-        for g in rowwise._groups
-    ]
+        pivot = torch.diagonal(group.factor).pow(-2).mean().rsqrt().item()
+        ones = torch.ones_like(group.column_step)
+        rowwise._groups[i] = replace(group, column_step=ones, mean_pivot=pivot)
     variants = {
         "rd": whole,
         "no column steps": rowwise,
@@ -209,10 +202,9 @@ def parts(study: Study, target: int) -> list[Row]:
     }
     rows: list[Row] = []
     for name, grids in variants.items():
-        usual = rd.ROUNDING_PRICE
-        rd.ROUNDING_PRICE = 0.0 if name == "nearest codes" else usual
-        landed = fit_to_target(grids, lambda state: study.bytes(state, quant), target)
-        rd.ROUNDING_PRICE = usual
+        price = 0.0 if name == "nearest codes" else rd.ROUNDING_PRICE
+        with mock.patch.object(rd, "ROUNDING_PRICE", price):
+            landed = fit_to_target(grids, lambda state: study.bytes(state, quant), target)
         lost = study.divergence(dequantize_state(landed.state))
         console.logger.info("%s: %.5f", name, lost)
         rows.append({"part": name, "bytes": landed.artifact_bytes, "divergence": lost})
@@ -254,10 +246,9 @@ def main() -> None:
         result["parts_target"], result["parts"] = targets[0], parts(study, targets[0])
     write_text(arguments.out, json.dumps({**result, **provenance()}, indent=2) + "\n")
     draw(arguments.out.with_suffix(".png"), result)
-    for rows in (result["rows"], result.get("parts", [])):
-        if rows:
-            names = [name for name in rows[0] if name != "landing_seconds"]
-            console.logger.info("%s\n", console.Table(names, [[row[name] for name in names] for row in rows]))
+    for rows in filter(None, (result["rows"], result.get("parts"))):
+        names = [name for name in rows[0] if name != "landing_seconds"]
+        console.logger.info("%s\n", console.Table(names, [[row[name] for name in names] for row in rows]))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -30,7 +29,7 @@ from pgolf_fast.config.adapters import adapters, unknown_adapter
 from pgolf_fast.errors import PgolfError
 
 if TYPE_CHECKING:
-    from pgolf_fast.lab.compare.plan import Variant
+    from pgolf_fast.config.schema import RunConfig
 
 Interval = Literal["seeds", "documents"]
 OWN = "run"
@@ -75,9 +74,15 @@ def ablate(options: Ablate) -> int:
     from pgolf_fast.distributed import devices
     from pgolf_fast.io import locked
     from pgolf_fast.lab.compare.jobs import fingerprint, prepare
-    from pgolf_fast.lab.compare.plan import BASELINE, Budget, make_jobs, make_variants
+    from pgolf_fast.lab.compare.plan import (
+        BASELINE,
+        Budget,
+        cost_table,
+        make_jobs,
+        make_variants,
+        step_costs,
+    )
     from pgolf_fast.lab.compare.processes import job_task, make_slots, run_tasks
-    from pgolf_fast.lab.compare.step_cost import cost_table, step_costs
 
     _check_interval(options)
     out = options.out or Path("runs") / f"ablate_{base.name}"
@@ -88,8 +93,7 @@ def ablate(options: Ablate) -> int:
     slots = make_slots(options.workers, devices(), timed="time" in budgets)
     costs = None
     if "measured" in budgets:
-        configs = {variant.name: variant.config for variant in variants}
-        costs = step_costs(configs, out / "step_costs.json", workers=len(slots))
+        costs = step_costs(variants, out / "step_costs.json", workers=len(slots))
         print_out(cost_table(costs, BASELINE).text())
     steps, seconds = options.steps, options.seconds
     jobs = make_jobs(variants, options.seeds, budgets, out, steps=steps, seconds=seconds, costs=costs)
@@ -101,7 +105,7 @@ def ablate(options: Ablate) -> int:
         console.logger.info(
             "%d runs, %d of them finished; %d at a time", len(jobs), len(jobs) - len(left), len(slots)
         )
-        if "steps" in budgets and len({variant.config.train.reptile for variant in variants}) > 1:
+        if "steps" in budgets and len({config.train.reptile for config in variants.values()}) > 1:
             console.logger.warning(
                 "variants differ in train.reptile, whose steps read other numbers of tokens than plain ones, "
                 "so equal steps are not equal work: compare these with --budget time"
@@ -109,8 +113,9 @@ def ablate(options: Ablate) -> int:
         failures = run_tasks([job_task(job.name, job.path) for job in left], slots)
         _print_ablation(jobs, out, None if failures else options.interval)
     if failures:
+        name, reason = next(iter(failures.items()))
         raise PgolfError(
-            f"{len(failures)} of {len(jobs)} runs failed, first {failures[0].name} ({failures[0].reason}); "
+            f"{len(failures)} of {len(jobs)} runs failed, first {name} ({reason}); "
             "the same command tries them again"
         )
     return 0
@@ -125,20 +130,27 @@ def _check_interval(options: Ablate) -> None:
         raise PgolfError(f"an interval over documents takes one seed, and --seeds has {len(options.seeds)}")
 
 
-def _check_legal(variants: Sequence[Variant]) -> None:
+def _check_legal(variants: dict[str, RunConfig]) -> None:
     """Raise PgolfError for test-time training that would be refused after all training is done."""
-    for variant in variants:
-        if (why := variant.config.ttt.illegal) is not None:
+    for name, config in variants.items():
+        if (why := config.ttt.illegal) is not None:
             raise PgolfError(
-                f"{variant.name}: ttt.adapter {variant.config.ttt.adapter} breaks the rules: {why}. Give "
+                f"{name}: ttt.adapter {config.ttt.adapter} breaks the rules: {why}. Give "
                 "--scores sliding, and score single runs with pgolf eval --allow-illegal"
             )
 
 
 def _print_ablation(jobs: list, out: Path, interval: Interval | None) -> None:
     from pgolf_fast.io import write_text
-    from pgolf_fast.lab.compare.plot import draw_ablation
-    from pgolf_fast.lab.compare.table import commits, describe, make_rows, pass_gains, read_runs, to_dict
+    from pgolf_fast.lab.compare.table import (
+        commits,
+        describe,
+        draw_ablation,
+        make_rows,
+        pass_gains,
+        read_runs,
+        to_dict,
+    )
 
     runs = read_runs(jobs)
     rows, gains = make_rows(runs, interval), pass_gains(runs, interval)
@@ -167,7 +179,7 @@ class Seeds:
 
 def seeds(options: Seeds) -> int:
     from pgolf_fast.config.run_folder import read_scores
-    from pgolf_fast.lab.compare.seeds import MARGIN, check_comparable, group_table, welch_table
+    from pgolf_fast.lab.compare.statistics import MARGIN, check_comparable, group_table, welch_table
 
     groups = {"": options.runs, **({"against": options.against} if options.against else {})}
     for name, runs in groups.items():
