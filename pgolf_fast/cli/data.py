@@ -1,6 +1,4 @@
-"""`pgolf data info | tokenize | download`."""
-
-from __future__ import annotations
+"""Commands on token shards and tokenizers: data info, data tokenize, data download."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +7,6 @@ from typing import Annotated
 import tyro
 
 from pgolf_fast import console
-from pgolf_fast.cli.output import print_out
 
 
 @dataclass(frozen=True)
@@ -19,28 +16,20 @@ class Info:
     tokenizer: Path | None = None
     """SentencePiece .model file; default: the one in or next to the folder."""
 
+    def main(self) -> None:
+        from pgolf_fast.data.info import describe
+        from pgolf_fast.data.shards import data_folder
+        from pgolf_fast.data.tokenizer import Tokenizer, find_tokenizer
 
-def info(options: Info) -> int:
-    from pgolf_fast.data.info import describe
-    from pgolf_fast.data.shards import data_folder
-    from pgolf_fast.data.tokenizer import Tokenizer, find_tokenizer
-
-    data_folder(options.folder)
-    tokenizer = Tokenizer.load(find_tokenizer(options.folder, options.tokenizer))
-    rows = [
-        (
-            shard.file,
-            shard.split,
-            f"{shard.tokens:,}",
-            f"{shard.documents:,}",
-            f"{shard.scored_bytes:,}",
-            f"{shard.bytes_per_token:.4f}",
-        )
-        for shard in describe(options.folder, tokenizer)
-    ]
-    print_out(console.table(rows, ("shard", "split", "tokens", "documents", "scored bytes", "bytes/token")))
-    print_out(f"tokenizer {tokenizer.path} ({tokenizer.vocab_size} pieces)")
-    return 0
+        data_folder(self.folder)
+        tokenizer = Tokenizer.load(find_tokenizer(self.folder, self.tokenizer))
+        header = ("shard", "split", "tokens", "documents", "scored bytes", "bytes/token")
+        rows = []
+        for shard in describe(self.folder, tokenizer):
+            counts = (f"{count:,}" for count in (shard.tokens, shard.documents, shard.scored_bytes))
+            rows.append((shard.file, shard.split, *counts, f"{shard.bytes_per_token:.4f}"))
+        print(console.Table(header, rows))
+        print(f"tokenizer {tokenizer.path} ({tokenizer.vocab_size} pieces)")
 
 
 @dataclass(frozen=True)
@@ -58,17 +47,12 @@ class Tokenize:
     workers: int | None = None
     """Processes; default: one per core."""
 
+    def main(self) -> None:
+        from pgolf_fast.data.tokenize import tokenize_files
 
-def tokenize(options: Tokenize) -> int:
-    from pgolf_fast.data.tokenize import tokenize_files
-
-    console.setup_logging()
-    summary = tokenize_files(**vars(options))
-    print_out(console.table([(name, str(value)) for name, value in summary.items()]))
-    print_out(
-        f"train with: pgolf train small --data.path {options.out} --model.vocab-size {options.vocab_size}"
-    )
-    return 0
+        console.setup_logging()
+        print(console.Table(None, tokenize_files(**vars(self)).items()))
+        print(f"train with: pgolf train small --data.path {self.out} --model.vocab-size {self.vocab_size}")
 
 
 @dataclass(frozen=True)
@@ -82,16 +66,9 @@ class Download:
     endpoint: str | None = None
     """Hub to download from instead of the default."""
 
+    def main(self) -> None:
+        from pgolf_fast.data.download import download
 
-def download(options: Download) -> int:
-    from pgolf_fast.data.download import download as fetch
-
-    console.setup_logging()
-    folder = fetch(
-        options.out,
-        dataset=options.dataset,
-        train_shards=options.train_shards,
-        endpoint=options.endpoint,
-    )
-    print_out(f"train with: pgolf train exp101 --data.path {folder}")
-    return 0
+        console.setup_logging()
+        folder = download(**vars(self))
+        print(f"train with: pgolf train exp101 --data.path {folder}")
