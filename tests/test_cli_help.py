@@ -210,7 +210,7 @@ def test_documented_spellings_are_accepted(line):
     words = line.replace("PRESET", "small").split()
     length = 2 if words[0] == "data" else 1
     name = " ".join(words[:length])
-    _, kind = COMMANDS[name].load()
+    kind = COMMANDS[name].load()
     options = parse(name, kind, words[length:])
     assert isinstance(options, kind)
     if hasattr(options, "fields") and getattr(options, "preset", ""):
@@ -237,7 +237,7 @@ def test_commands_of_the_docs_are_accepted(line):
 
 
 def test_options_may_come_before_and_after_the_run():
-    _, kind = COMMANDS["eval"].load()
+    kind = COMMANDS["eval"].load()
     words = ["--weights", "float", "--eval.stride", "8"]
     options = parse("eval", kind, [*words, "RUN"])
     assert options == parse("eval", kind, ["RUN", *words])
@@ -254,7 +254,7 @@ def test_fields_are_set_together_on_the_preset(capsys):
         "2",
         "3",
     ]
-    _, kind = COMMANDS["train"].load()
+    kind = COMMANDS["train"].load()
     options = parse("train", kind, ["small", *words, "--model.no-trigram", "--train.qat.from-share=0.5"])
     with pytest.raises(PgolfError, match=r"train\.qat\.below"):
         preset_with("small", None, options.fields)
@@ -279,7 +279,7 @@ def test_fields_are_set_together_on_the_preset(capsys):
         ("train exp101 --train.steps", "Missing value for argument '--train.steps'"),
         ("train --train.steps 3", "train needs PRESET: for example `pgolf train exp101"),
         ("train exp101 small", "train does not take 'small'"),
-        ("train exp101 --track fun", "invalid choice 'fun' for argument '--track'"),
+        ("train exp101 --track fun", "--track is 'fun'; it must be one of tensorboard, wandb"),
         ("config exp101 --train.meta soon", "train.meta is 'soon'; it is a group: set its fields"),
         ("config exp101 --train.meta none --train.meta.every 3", "contradict"),
         ("config exp101 --model.num-heads 7", "num_heads 7"),
@@ -296,7 +296,10 @@ def test_fields_are_set_together_on_the_preset(capsys):
         ("eval --weight float RUN", "did you mean --weights?"),
         ("audit", "audit needs RUN_OR_ARTIFACT"),
         ("audit /nowhere", "run or artifact /nowhere does not exist"),
-        ("generate RUN --tokens many", "--tokens: invalid literal for int() with base 10: 'many'"),
+        ("generate RUN --tokens many", "--tokens is 'many'; it must be INT"),
+        ("bench --tokens 1 b", "--tokens is '1 b'; it must be INT ..."),
+        ("bench --compare a", "--compare is 'a'; it must be PATH PATH"),
+        ("seeds a b --margin x", "--margin is 'x'; it must be FLOAT"),
         ("generate RUN --tokens 0", "--tokens is 0; it must be at least 1"),
         ("demo --seconds 0", "--seconds is 0.0; it must be positive"),
         ("ablate small --flip", "--flip has no FIELD=VALUE"),
@@ -304,7 +307,7 @@ def test_fields_are_set_together_on_the_preset(capsys):
         ("import /nowhere.pt exp101", "weights file /nowhere.pt does not exist"),
         ("import exp101", "import needs PRESET"),
         ("seeds one", "pgolf seeds needs at least 2 runs"),
-        ("completion fish", "invalid choice 'fish'"),
+        ("completion fish", "shell is 'fish'; it must be one of bash, zsh"),
         ("data info /nowhere", "data folder /nowhere does not exist"),
     ],
 )

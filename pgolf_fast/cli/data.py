@@ -11,10 +11,8 @@ from pgolf_fast import console
 
 @dataclass(frozen=True)
 class Info:
-    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
-    """Folder of shards."""
-    tokenizer: Path | None = None
-    """SentencePiece .model file; default: the one in or next to the folder."""
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]  # Folder of shards.
+    tokenizer: Path | None = None  # SentencePiece .model file; default: the one in or next to the folder.
 
     def main(self) -> None:
         from pgolf_fast.data.info import describe
@@ -34,18 +32,13 @@ class Info:
 
 @dataclass(frozen=True)
 class Tokenize:
+    # .txt (one document each); .jsonl, .jsonl.gz, .jsonl.xz (one document per line, in "text"); folders.
     files: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE ...")]
-    """.txt (one document each); .jsonl, .jsonl.gz, .jsonl.xz (one document per line, in "text"); folders."""
-    out: Path = Path("data/tokenized")
-    """Folder for shards and tokenizer."""
-    vocab_size: int = 1024
-    """Pieces of the tokenizer."""
-    tokenizer: Path | None = None
-    """SentencePiece .model file to use instead of training one."""
-    val_fraction: float = 0.05
-    """Share of documents held out for validation, chosen by a hash of their text."""
-    workers: int | None = None
-    """Processes; default: one per core."""
+    out: Path = Path("data/tokenized")  # Folder for shards and tokenizer.
+    vocab_size: int = 1024  # Pieces of the tokenizer.
+    tokenizer: Path | None = None  # SentencePiece .model file to use instead of training one.
+    val_fraction: float = 0.05  # Share of documents held out for validation, chosen by a hash of their text.
+    workers: int | None = None  # Processes; default: one per core.
 
     def main(self) -> None:
         from pgolf_fast.data.tokenize import tokenize_files
@@ -57,14 +50,11 @@ class Tokenize:
 
 @dataclass(frozen=True)
 class Download:
+    # Tokenization of the challenge's data to download.
     dataset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATASET")] = "sp1024"
-    """Tokenization of the challenge's data to download."""
-    out: Path = Path("data")
-    """Folder for datasets/ and tokenizers/."""
-    train_shards: int = 10
-    """Training shards of 100 M tokens (200 MB) each."""
-    endpoint: str | None = None
-    """Hub to download from instead of the default."""
+    out: Path = Path("data")  # Folder for datasets/ and tokenizers/.
+    train_shards: int = 10  # Training shards of 100 M tokens (200 MB) each.
+    endpoint: str | None = None  # Hub to download from instead of the default.
 
     def main(self) -> None:
         from pgolf_fast.data.download import download

@@ -10,8 +10,6 @@ import io
 import itertools
 import os
 import re
-import textwrap
-import types
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -51,18 +49,19 @@ class Fields:
 AllFields = Annotated[Words, Fields()]
 
 
+def _place(metavar: str, field: str) -> Any:
+    """Return the look of a path option that also goes by the name of the field of a run that it replaces."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint="", aliases=[f"--{field}"])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shards:
-    """Options of commands that read a run's validation data; they also take the names of the fields they set."""
+    """Options of every command that reads the validation data of a run."""
 
-    data: Annotated[
-        Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="", aliases=["--data.path"])
-    ] = None
-    """Folder of validation shards; default: the run's."""
-    tokenizer: Annotated[
-        Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="", aliases=["--data.tokenizer"])
-    ] = None
-    """Tokenizer of those shards; default: the one that belongs to them."""
+    # Folder of validation shards; default: the run's (of several runs, the first one's).
+    data: Annotated[Path | None, _place("DIR", "data.path")] = None
+    # Tokenizer of those shards; default: the one that belongs to them.
+    tokenizer: Annotated[Path | None, _place("FILE", "data.tokenizer")] = None
 
     @property
     def words(self) -> Words:
@@ -111,10 +110,6 @@ def parse(command: str, kind: Any, argv: Sequence[str]) -> Any:
     if len(words) < len(argv):
         print(_help(command, kind, words, everything="--help-all" in argv))
         return None
-    return _parse(command, kind, words)
-
-
-def _parse(command: str, kind: Any, words: Sequence[str]) -> Any:
     resolved = resolve(kind, preset("exp101"))
     box = io.StringIO()
     try:
@@ -133,21 +128,27 @@ def _parse(command: str, kind: Any, words: Sequence[str]) -> Any:
 @contextlib.contextmanager
 def _unwrapped() -> Iterator[None]:
     """Keep tyro from wrapping messages at the terminal's width."""
-    before = os.environ.get("COLUMNS")
+    before = {name: value for name, value in os.environ.items() if name == "COLUMNS"}
     os.environ["COLUMNS"] = "10000"
     try:
         yield
     finally:
         del os.environ["COLUMNS"]
-        if before is not None:
-            os.environ["COLUMNS"] = before
+        os.environ.update(before)
 
 
 def _message(command: str, box: str) -> str:
-    """Return one line for the framed message of tyro: its title, then what is wrong or missing."""
+    """Return one line for the framed message of tyro: title, what is wrong or missing, the option's help."""
     title, *lines = filter(None, (line.strip("╭╮╰╯│─- ") for line in box.splitlines()))
+    quoted = re.findall("'([^']*)'", lines[0]) if lines else []
     if title == "Required options":
         return f"{command} needs {lines[1]}: for example `{COMMANDS[command].example}`"
+    if title == "Invalid choice":
+        value, option, *choices = quoted
+        return f"{option} is {value!r}; it must be one of {', '.join(sorted({*choices} - {'None'}))}"
+    if title == "Value error" and "Argument helptext:" in lines:
+        option, _, metavar = lines[lines.index("Argument helptext:") + 1].partition(" ")
+        return f"--{option} is {' '.join(quoted)!r}; it must be {metavar}"
     return lines[0].removeprefix("Error parsing ") if lines else title
 
 
@@ -171,7 +172,7 @@ def resolve(kind: Any, shown: RunConfig, *, brief: bool = False) -> Any:
     hints, marker = typing.get_type_hints(kind, include_extras=True), _marker(kind)
     for field in dataclasses.fields(kind):
         hint, default = hints[field.name], field.default
-        if field.name == "fields" and marker is not None:
+        if field.name == "fields":
             fields = _fields(marker, shown, brief=brief)
             annotations["fields"] = Annotated[fields, tyro.conf.arg(name="", help="")]
         elif not hasattr(hint, "__metadata__"):
@@ -185,8 +186,8 @@ def resolve(kind: Any, shown: RunConfig, *, brief: bool = False) -> Any:
     return dataclass(frozen=True)(type(kind.__name__, (kind,), body))
 
 
-def _marker(kind: Any) -> Fields | None:
-    """Return what an options class says about the fields of the configuration that it takes."""
+def _marker(kind: Any) -> Any:
+    """Return the `Fields` of an options class, or None if it takes no fields of the configuration."""
     hint = typing.get_type_hints(kind, include_extras=True).get("fields")
     return None if hint is None else hint.__metadata__[0]
 
@@ -272,13 +273,13 @@ def _words(groups: dict[str, Any]) -> Words:
 
 def _without_none(hint: Any) -> Any:
     """Return X for the type X | None, and any other type as it is."""
-    return typing.get_args(hint)[0] if types.NoneType in typing.get_args(hint) else hint
+    return typing.get_args(hint)[0] if type(None) in typing.get_args(hint) else hint
 
 
 @functools.cache
 def _docs(kind: type) -> dict[str, str]:
     """Return the string below each field of a class, which Python itself does not keep."""
-    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    (tree,) = ast.parse(inspect.getsource(kind)).body
     docs = {}
     for pair in itertools.pairwise(typing.cast(ast.ClassDef, tree).body):
         match pair:
@@ -320,7 +321,7 @@ def _shown(command: str, kind: Any, words: Sequence[str]) -> tuple[str, RunConfi
     """Return the name and configuration whose defaults a help shows: the preset or run named, else exp101."""
     named, size = "exp101", None
     with contextlib.suppress(PgolfError):  # where nothing is named
-        options = _parse(command, kind, words)
+        options = parse(command, kind, words)
         named = str(getattr(options, "preset", "") or getattr(options, "run", "") or named)
         size = getattr(options, "shrink", None)
     if Path(named).is_dir():

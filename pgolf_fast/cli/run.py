@@ -39,12 +39,9 @@ TTT_FIELDS = ("ttt.*", "ttt.lora.*", "ttt.guided.*")
 
 @dataclass(frozen=True)
 class Demo:
-    seconds: float = 100.0
-    """Training time. Quantizing and scoring come on top."""
-    out: Path = Path("runs/demo")
-    """Run folder; an earlier demo there is replaced."""
-    seed: int = 42
-    """Seed of the weights."""
+    seconds: float = 100.0  # Training time. Quantizing and scoring come on top.
+    out: Path = Path("runs/demo")  # Run folder; an earlier demo there is replaced.
+    seed: int = 42  # Seed of the weights.
 
     def main(self) -> None:
         if self.seconds <= 0:
@@ -56,17 +53,13 @@ class Demo:
 
 @dataclass(frozen=True)
 class Train:
-    preset: Preset
-    """Configuration to start from; `pgolf config` lists the presets."""
+    preset: Preset  # Configuration to start from; `pgolf config` lists the presets.
     fields: AllFields
-    out: Path | None = None
-    """Run folder; default: runs/PRESET."""
-    resume: bool = False
-    """Continue the run in that folder from its newest checkpoint."""
-    track: Literal["wandb", "tensorboard"] | None = None
-    """Also send metrics there; metrics.jsonl is always written."""
+    out: Path | None = None  # Run folder; default: runs/PRESET.
+    resume: bool = False  # Continue the run in that folder from its newest checkpoint.
+    track: Literal["wandb", "tensorboard"] | None = None  # Send metrics there as well as to metrics.jsonl.
+    # Train the preset at this size, under the name PRESET_SIZE; other options change it from there.
     shrink: Size | None = None
-    """Train the preset at this size, under the name PRESET_SIZE; other options change it from there."""
 
     def main(self) -> None:
         from pgolf_fast.train.loop import train
@@ -79,15 +72,12 @@ class Train:
 
 @dataclass(frozen=True)
 class Import:
+    # Weights, .pt or .safetensors; a .pt file is read without running pickled code.
     weights: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
-    """Weights, .pt or .safetensors; a .pt file is read without running pickled code."""
-    preset: Preset
-    """Preset the weights were trained as."""
+    preset: Preset  # Preset the weights were trained as.
     fields: AllFields
-    out: Path | None = None
-    """Run folder; default: runs/NAME of the weights file."""
-    shrink: Size | None = None
-    """Size of the preset that the weights have."""
+    out: Path | None = None  # Run folder; default: runs/NAME of the weights file.
+    shrink: Size | None = None  # Size of the preset that the weights have.
 
     def main(self) -> None:
         from pgolf_fast.train.importing import import_weights
@@ -101,13 +91,10 @@ class Import:
 
 @dataclass(frozen=True)
 class Quantize:
-    run: Run
-    """Run folder."""
+    run: Run  # Run folder.
     fields: Annotated[Words, Fields(("quant",), brief=_QUANT_FIELDS)]
-    grid: Literal["reference", "percentile", "rd"] | None = None
-    """Short for --quant.grid."""
-    target_bytes: int | None = None
-    """Short for --quant.target-bytes."""
+    grid: Literal["reference", "percentile", "rd"] | None = None  # Short for --quant.grid.
+    target_bytes: int | None = None  # Short for --quant.target-bytes.
 
     def main(self) -> None:
         from pgolf_fast.artifact.steps import quantize_run
@@ -121,17 +108,14 @@ class Quantize:
 
 @dataclass(frozen=True)
 class Pack:
-    run: Run
-    """Run folder, quantized."""
+    run: Run  # Run folder, quantized.
     fields: Annotated[Words, Fields(("pack",))]
+    # Also print bytes by section and tensor, entropy bounds, and the artifact's size under every codec.
     table: bool = False
-    """Also print bytes by section and tensor, entropy bounds, and the artifact's size under every codec."""
+    # Codecs that --table measures, if installed; at full size lzma, zstd and brotli take a minute each.
     measure: tuple[Codec, ...] = get_args(Codec)
-    """Codecs that --table measures, if installed; at full size lzma, zstd and brotli take a minute each."""
-    json: Path | None = None
-    """File for the table as JSON."""
-    treemap: Path | None = None
-    """PNG file for a treemap of the bytes."""
+    json: Path | None = None  # File for the table as JSON.
+    treemap: Path | None = None  # PNG file for a treemap of the bytes.
 
     def main(self) -> None:
         from pgolf_fast.artifact.steps import pack_run
@@ -161,17 +145,12 @@ class Pack:
 
 @dataclass(frozen=True)
 class Eval(Shards):
-    run: Run
-    """Run folder; with --estimate, a preset too."""
+    run: Run  # Run folder; with --estimate, a preset too.
     fields: Annotated[Words, Fields(("eval", "ttt"), brief=TTT_FIELDS)]
-    weights: Weights = "artifact"
-    """Score the packed artifact, or the float weights before quantization."""
-    figures: bool = False
-    """Print all tables of the figures, not only the one by class."""
-    estimate: bool = False
-    """Print the amount of work and how long it would take here; score nothing."""
-    allow_illegal: bool = False
-    """Also score test-time training that breaks the rules; the result is labeled ILLEGAL."""
+    weights: Weights = "artifact"  # Score the packed artifact, or the float weights before quantization.
+    figures: bool = False  # Print all tables of the figures, not only the one by class.
+    estimate: bool = False  # Print the amount of work and how long it would take here; score nothing.
+    allow_illegal: bool = False  # Also score test-time training that breaks the rules, labeled ILLEGAL.
 
     def main(self) -> None:
         words, name = (*self.fields, *self.words), str(self.run)
@@ -230,22 +209,14 @@ class Eval(Shards):
 
 @dataclass(frozen=True)
 class Submit:
-    run: Run
-    """Run folder, packed and scored."""
-    out: Path | None = None
-    """Folder to write; default: RUN/submission."""
-    author: str = "your name"
-    """Author of the submission."""
-    github_id: str = "your-github-id"
-    """GitHub handle of the author."""
-    name: str | None = None
-    """Title; default: the preset's name."""
-    blurb: str | None = None
-    """One or two sentences about it; default: made from the configuration."""
-    track: str = "non_record_16mb"
-    """Track to submit to."""
-    readable: bool = False
-    """Write the script's readable source instead of the compressed one, and count its bytes."""
+    run: Run  # Run folder, packed and scored.
+    out: Path | None = None  # Folder to write; default: RUN/submission.
+    author: str = "your name"  # Author of the submission.
+    github_id: str = "your-github-id"  # GitHub handle of the author.
+    name: str | None = None  # Title; default: the preset's name.
+    blurb: str | None = None  # One or two sentences about it; default: made from the configuration.
+    track: str = "non_record_16mb"  # Track to submit to.
+    readable: bool = False  # Write the script as readable source, not compressed, and count that.
 
     def main(self) -> None:
         from pgolf_fast.artifact.submit import About, write_submission
@@ -260,16 +231,11 @@ class Submit:
 
 @dataclass(frozen=True)
 class Generate:
-    run: Run
-    """Run folder."""
-    prompt: str = ""
-    """Text to continue; an empty prompt starts a document."""
-    tokens: int = 200
-    """Tokens to generate."""
-    temperature: float = 0.8
-    """Sampling temperature; 0 takes the most likely token."""
-    seed: int = 0
-    """Seed of the sampling."""
+    run: Run  # Run folder.
+    prompt: str = ""  # Text to continue; an empty prompt starts a document.
+    tokens: int = 200  # Tokens to generate.
+    temperature: float = 0.8  # Sampling temperature; 0 takes the most likely token.
+    seed: int = 0  # Seed of the sampling.
 
     def main(self) -> None:
         from pgolf_fast.artifact.load import generate
@@ -285,16 +251,12 @@ class Generate:
 @dataclass(frozen=True)
 class Config:
     fields: AllFields
+    # Preset to print; without one, all presets are listed.
     preset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET", help_behavior_hint="")] = ""
-    """Preset to print; without one, all presets are listed."""
-    diff: str | None = None
-    """Print only the fields that differ from this preset."""
-    shrink: Size | None = None
-    """Print the preset at this size."""
-    from_env: Path | None = None
-    """Translate the environment variables of a run script instead."""
-    base: str | None = None
-    """With --from-env: the preset that the variables change; default: exp101_as_run."""
+    diff: str | None = None  # Print only the fields that differ from this preset.
+    shrink: Size | None = None  # Print the preset at this size.
+    from_env: Path | None = None  # Translate the environment variables of a run script instead.
+    base: str | None = None  # With --from-env: the preset that the variables change; default: exp101_as_run.
 
     def main(self) -> None:
         changes = self.fields or self.diff or self.shrink
@@ -328,7 +290,7 @@ def _difference(ours: RunConfig, theirs: RunConfig) -> str:
         {**_shown(config), "parameters": str(config.model.num_parameters())} for config in (ours, theirs)
     )
     rows = [(name, left.get(name, "null"), right.get(name, "null")) for name in {**left, **right}]
-    rows = [(name, *values) for name, *values in rows if len({*values}) == 2 and name != "name"]
+    rows = [(name, old, new) for name, old, new in rows if old != new and name != "name"]
     if not rows:
         return f"{ours.name} and {theirs.name} do not differ"
     return console.Table(("field", ours.name, theirs.name), rows).text()
@@ -349,8 +311,8 @@ def _print_translation(script: Path, base: RunConfig) -> None:
 
 @dataclass(frozen=True)
 class Completion:
+    # Shell to write for. For zsh: pgolf completion zsh > DIR/_pgolf, where DIR is in fpath.
     shell: Annotated[Literal["bash", "zsh"], tyro.conf.Positional]
-    """Shell to write for. For zsh: pgolf completion zsh > DIR/_pgolf, where DIR is in fpath."""
 
     def main(self) -> None:
         union: Any = Union  # of types that are only known at run time

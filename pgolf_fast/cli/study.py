@@ -3,7 +3,6 @@
 import json
 import os
 from dataclasses import asdict, dataclass, fields, replace
-from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -38,21 +37,15 @@ _OWN = "run"  # name of the run's own test-time training settings among the adap
 
 @dataclass(frozen=True)
 class Audit(Shards):
+    # Run folder, or artifact file.
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_ARTIFACT")]
-    """Run folder, or artifact file."""
     fields: Annotated[Words, Fields(("eval", "ttt"), brief=("eval.*", *TTT_FIELDS))]
-    tokens: int | None = None
-    """Targets to score, from the start of the validation data; default: eight windows."""
-    only: tuple[str, ...] = ()
-    """Run only these checks, for example C2 C5."""
-    limit_bytes: int = PackConfig.limit_bytes
-    """Limit for the bytes of artifact and script together."""
-    train_limit: float | None = None
-    """Limit for the training time, in seconds."""
-    eval_limit: float | None = None
-    """Limit for the evaluation time, in seconds."""
-    json: Path | None = None
-    """File for the findings; default: audit.json in the run folder, if all checks run."""
+    tokens: int | None = None  # Targets to score, from the start of the data; default: eight windows.
+    only: tuple[str, ...] = ()  # Run only these checks, for example C2 C5.
+    limit_bytes: int = PackConfig.limit_bytes  # Limit for the bytes of artifact and script together.
+    train_limit: float | None = None  # Limit for the training time, in seconds.
+    eval_limit: float | None = None  # Limit for the evaluation time, in seconds.
+    json: Path | None = None  # File for the findings; default: audit.json in the run, if all checks run.
 
     def main(self) -> int:
         from pgolf_fast.artifact.container import sizes
@@ -87,29 +80,20 @@ class Audit(Shards):
         from pgolf_fast.lab.audit.target import open_target, settings
 
         config = flip(settings(existing(self.run, "run or artifact")), self.fields)
-        if self.tokens is not None and self.tokens < config.eval_seq_len:
-            least = config.eval_seq_len
+        least = config.eval_seq_len
+        if self.tokens is not None and self.tokens < least:
             raise PgolfError(f"--tokens is {self.tokens}; it must be at least one window of {least}")
-        target = open_target(
-            self.run,
-            tokens=self.tokens,
-            evaluation=config.eval,
-            ttt=config.ttt,
-            data=self.data,
-            tokenizer=self.tokenizer,
-        )
+        options = {name: getattr(self, name) for name in ("tokens", "data", "tokenizer")}
+        target = open_target(self.run, evaluation=config.eval, ttt=config.ttt, **options)
         limits = {name: getattr(self, name) for name in ("limit_bytes", "train_limit", "eval_limit")}
         return replace(target, **limits)
 
 
 @dataclass(frozen=True)
 class Report:
-    run: Run
-    """Run folder, finished or not."""
-    out: Path | None = None
-    """HTML file; default: RUN/report.html."""
-    audit: bool = False
-    """First audit the run, as `pgolf audit` does."""
+    run: Run  # Run folder, finished or not.
+    out: Path | None = None  # HTML file; default: RUN/report.html.
+    audit: bool = False  # First audit the run, as `pgolf audit` does.
 
     def main(self) -> int:
         from pgolf_fast.lab.report.sections import write_report
@@ -128,32 +112,25 @@ class Report:
 
 @dataclass(frozen=True)
 class Ablate:
-    preset: Preset
-    """Baseline; `pgolf config` lists the presets."""
+    preset: Preset  # Baseline; `pgolf config` lists the presets.
     fields: AllFields
+    # One variant; repeat the option for more. Write lists with commas; none switches a field off.
     flip: Annotated[
         tuple[Words, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="FIELD=VALUE ...")
     ] = ()
-    """One variant; repeat the option for more. Write lists with commas; none switches a field off."""
-    seeds: tuple[int, ...] = (42,)
-    """Seeds of the initial weights; the baseline and every variant are trained with each."""
+    seeds: tuple[int, ...] = (42,)  # Seeds of the weights; baseline and variants are trained with each.
+    # Equal optimizer steps; equal training time by the clock; both, one after the other; or (measured) as
+    # many steps as fit into the baseline's training time, by step costs measured before the runs.
     budget: Literal["steps", "time", "both", "measured"] = "steps"
-    """Equal optimizer steps; equal training time by the clock; both, one after the other; or (measured) as
-    many steps as fit into the baseline's training time, by step costs measured before the runs."""
-    steps: int | None = None
-    """Steps of every run with budget steps; default: the preset's."""
-    seconds: float | None = None
-    """Training time of every run with budget time; default: the preset's."""
+    steps: int | None = None  # Steps of every run with budget steps; default: the preset's.
+    seconds: float | None = None  # Training time of every run with budget time; default: the preset's.
+    # plain: non-overlapping windows only; sliding: also sliding windows; all: also test-time training.
     scores: Literal["plain", "sliding", "all"] = "all"
-    """plain: non-overlapping windows only; sliding: also sliding windows; all: also test-time training."""
+    # Sample of the intervals; default: seeds if there are several, else documents.
     interval: Literal["seeds", "documents"] | None = None
-    """Sample of the intervals; default: seeds if there are several, else documents."""
-    out: Path | None = None
-    """Folder of all runs, default: runs/ablate_PRESET. Finished runs in it are reused."""
-    workers: int | None = None
-    """Runs in parallel; default: one per GPU, or one. On a CPU they share its cores."""
-    shrink: Size | None = None
-    """Size of the preset."""
+    out: Path | None = None  # Folder of all runs; default: runs/ablate_PRESET. Finished runs are reused.
+    workers: int | None = None  # Runs in parallel; default: one per GPU, or one. CPU runs share the cores.
+    shrink: Size | None = None  # Size of the preset.
 
     def main(self) -> None:
         base = preset_with(self.preset, self.shrink, self.fields)
@@ -241,28 +218,24 @@ def _print_ablation(jobs: list, out: Path, interval: Any) -> None:
 
 @dataclass(frozen=True)
 class Seeds:
+    # Run folders of one recipe with different seeds, scored by `pgolf eval`.
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN ...")]
-    """Run folders of one recipe with different seeds, scored by `pgolf eval`."""
-    against: tuple[Path, ...] = ()
-    """Run folders of the recipe to beat."""
-    margin: float | None = None
-    """Nats per token to beat it by; default: 0.005, as the challenge asks."""
-    weights: Weights = "artifact"
-    """Scores of the packed artifacts, or of the float weights."""
+    against: tuple[Path, ...] = ()  # Run folders of the recipe to beat.
+    margin: float | None = None  # Nats per token to beat it by; default: 0.005, as the challenge asks.
+    weights: Weights = "artifact"  # Scores of the packed artifacts, or of the float weights.
 
     def main(self) -> None:
         from pgolf_fast.lab.compare.seeds import MARGIN, check_comparable, group_table, welch_table
 
-        groups = {"": self.runs, **({"against": self.against} if self.against else {})}
-        paths: dict[str, list[Path]] = {}
-        for name, runs in groups.items():
+        for where, runs in (("pgolf seeds", self.runs), ("--against", self.against or self.runs)):
             if len(runs) < 2:
-                where = f"--{name}" if name else "pgolf seeds"
                 raise PgolfError(f"{where} needs at least 2 runs for a deviation, and has {len(runs)}")
-            paths[name] = [existing(run, "run folder") / f"scores_{self.weights}.json" for run in runs]
-        scores = {name: [read_scores(path) for path in group] for name, group in paths.items()}
-        check_comparable([*chain(*paths.values())], [*chain(*scores.values())])
-        print(group_table(scores))
+        folders = [existing(run, "run folder") for run in (*self.runs, *self.against)]
+        paths = [folder / f"scores_{self.weights}.json" for folder in folders]
+        read = [read_scores(path) for path in paths]
+        check_comparable(paths, read)
+        scores = {"": read[: len(self.runs)], "against": read[len(self.runs) :]}
+        print(group_table({name: group for name, group in scores.items() if group}))
         if self.against:
             margin = MARGIN if self.margin is None else self.margin
             print(f"\n{welch_table(scores[''], scores['against'], margin)}")
@@ -270,18 +243,12 @@ class Seeds:
 
 @dataclass(frozen=True)
 class TttSweep(Shards):
-    run: Run
-    """Run folder, packed."""
-    adapters: Words = ()
-    """Adapters by name; default: all, and `run`, the run's own settings."""
-    stride: int | None = None
-    """Tokens between windows; default: the run's."""
-    tokens: int | None = None
-    """Score only this many validation tokens; default: all."""
-    after: int = 0
-    """Compare only documents that start at this target or later."""
-    allow_illegal: bool = False
-    """Also compare adapters that break the rules; their rows are labeled ILLEGAL."""
+    run: Run  # Run folder, packed.
+    adapters: Words = ()  # Adapters by name; default: all, and `run`, the run's own settings.
+    stride: int | None = None  # Tokens between windows; default: the run's.
+    tokens: int | None = None  # Score only this many validation tokens; default: all.
+    after: int = 0  # Compare only documents that start at this target or later.
+    allow_illegal: bool = False  # Also compare adapters that break the rules; their rows are labeled ILLEGAL.
 
     def main(self) -> None:
         from pgolf_fast.distributed import join_world
@@ -300,8 +267,8 @@ class TttSweep(Shards):
         chosen = {name: known[name] for name in self.adapters or usual}
         with join_world() as world:
             console.setup_logging(folder.log_file if world.is_main else None, quiet=not world.is_main)
-            settings: dict[str, Any] = {"after": self.after, "allow_illegal": self.allow_illegal}
-            content = sweep_run(folder, config, chosen, world, **settings)
+            illegal = self.allow_illegal
+            content = sweep_run(folder, config, chosen, world, after=self.after, allow_illegal=illegal)
         if world.is_main:
             print(sweep_table(content))
             for name, ttt in chosen.items():
@@ -312,34 +279,24 @@ class TttSweep(Shards):
 
 @dataclass(frozen=True)
 class Analyze(Shards):
+    # Run folders, checkpoints (.safetensors), artifacts (.pgolf), community .pt files.
     models: Annotated[
         tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL ...", help_behavior_hint="")
     ] = ()
-    """Run folders, checkpoints (.safetensors), artifacts (.pgolf), community .pt files."""
-    only: tuple[str, ...] = ()
-    """Analyses to run, for example deltas quant; default: all that these models and their data allow."""
-    out: Path = Path("runs/analysis")
-    """Folder for analysis.json, the plots and report.html."""
+    only: tuple[str, ...] = ()  # Analyses, such as deltas quant; default: all that models and data allow.
+    out: Path = Path("runs/analysis")  # Folder for analysis.json, the plots and report.html.
+    # Weights to read from a run folder; auto takes the float weights if they are there.
     weights: Literal["auto", "float", "artifact"] = "auto"
-    """Weights to read from a run folder; auto takes the float weights if they are there."""
-    preset: str | None = None
-    """Preset of files that hold no configuration, such as .pt files."""
-    tokens: int = AnalysisOptions.tokens
-    """Validation targets to take losses over."""
+    preset: str | None = None  # Preset of files that hold no configuration, such as .pt files.
+    tokens: int = AnalysisOptions.tokens  # Validation targets to take losses over.
+    # Rows of additional hash tables whose buckets are counted, for example 3072 4096 10240.
     hash_rows: tuple[int, ...] = AnalysisOptions.hash_rows
-    """Rows of additional hash tables whose buckets are counted, for example 3072 4096 10240."""
-    calibration_tokens: int = AnalysisOptions.calibration_tokens
-    """Inputs, of those targets, that weight rounding errors."""
-    points: int = AnalysisOptions.points
-    """Points on the line between two models where the loss is measured."""
-    curvature_tokens: int = AnalysisOptions.curvature_tokens
-    """Validation targets whose loss is the error surface."""
-    probes: int = AnalysisOptions.probes
-    """Random vectors for the trace of the Hessian."""
-    lanczos_steps: int = AnalysisOptions.lanczos_steps
-    """Hessian-vector products for its extreme eigenvalues."""
-    seed: int = AnalysisOptions.seed
-    """Seed of all random vectors."""
+    calibration_tokens: int = AnalysisOptions.calibration_tokens  # Tokens that weight the rounding errors.
+    points: int = AnalysisOptions.points  # Points on the line between two models where the loss is measured.
+    curvature_tokens: int = AnalysisOptions.curvature_tokens  # Validation targets of the error surface.
+    probes: int = AnalysisOptions.probes  # Random vectors for the trace of the Hessian.
+    lanczos_steps: int = AnalysisOptions.lanczos_steps  # Hessian-vector products for its extreme eigenvalues.
+    seed: int = AnalysisOptions.seed  # Seed of all random vectors.
 
     def main(self) -> None:
         import torch
