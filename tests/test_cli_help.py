@@ -75,7 +75,7 @@ def test_help_begins_with_purpose_and_example_and_fits_a_screen(name, capsys, mo
 
 
 def test_help_of_data_lists_its_commands(capsys):
-    for words in (("data", "--help"), ("help", "data"), ("data", "-h")):
+    for words in (("data", "--help"), ("help", "data"), ("data", "-h"), ("data", "help")):
         text = shown(capsys, *words)
         assert all(f"data {name}" in text for name in ("info", "tokenize", "download"))
         assert "train" not in text.replace("Train a tokenizer", "")
@@ -272,6 +272,8 @@ def test_fields_are_set_together_on_the_preset(capsys):
         ("data inform", "unknown command 'data inform': did you mean data info?"),
         ("data", "pgolf data needs one of info, tokenize, download"),
         ("xyz", "commands are demo, train"),
+        ("hepl", "did you mean help?"),
+        ("--verison", "did you mean --version?"),
         ("train exp11", "unknown preset 'exp11': did you mean exp101?"),
         ("train exp101 --train.stepz 3", "did you mean --train.steps?"),
         ("train --train.stepz 3 exp101", "did you mean --train.steps?"),
@@ -291,7 +293,7 @@ def test_fields_are_set_together_on_the_preset(capsys):
         ("config exp101 --from-env run.sh", "--from-env takes no preset"),
         ("config exp101 --base exp101", "--base is for --from-env"),
         ("quantize", "quantize needs RUN: for example `pgolf quantize"),
-        ("quantize /nowhere", "run folder /nowhere does not exist"),
+        ("quantize /nowhere", "run folder /nowhere does not exist: give the --out of a training run"),
         ("eval /nowhere", "run folder /nowhere does not exist"),
         ("eval --weight float RUN", "did you mean --weights?"),
         ("audit", "audit needs RUN_OR_ARTIFACT"),

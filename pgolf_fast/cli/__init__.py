@@ -43,7 +43,7 @@ def _dispatch(words: list[str]) -> int | None:
         case ["data"]:
             names = ", ".join(name.split()[1] for name in _DATA)
             raise PgolfError(f"pgolf data needs one of {names}; for example `pgolf data info DIR`")
-        case ["data", "-h" | "--help", *_]:
+        case ["data", "-h" | "--help" | "help", *_]:
             print(_overview(["data"]))
         case _:
             from pgolf_fast.cli.options import parse
@@ -59,7 +59,7 @@ def _find(name: str) -> Command:
     """Return a command by name. Raises PgolfError suggesting the nearest one."""
     if name not in COMMANDS:
         known = _DATA if name.startswith("data ") else [*(n for n in COMMANDS if n not in _DATA), "data"]
-        near = difflib.get_close_matches(name, known, n=1)
+        near = difflib.get_close_matches(name, [*known, "help", "--version"], n=1)
         hint = f"did you mean {near[0]}?" if near else f"commands are {', '.join(known)}"
         raise PgolfError(f"unknown command {name!r}: {hint}")
     return COMMANDS[name]

@@ -82,7 +82,9 @@ def existing(path: Path, what: str) -> Path:
 
 def run_folder(path: Path, words: Words = ()) -> tuple[RunFolder, RunConfig]:
     """Return a run folder, and its configuration with the fields that the words set."""
-    folder = RunFolder(existing(path, "run folder"))
+    if not path.exists():
+        raise PgolfError(f"run folder {path} does not exist: give the --out of a training run")
+    folder = RunFolder(path)
     return folder, flip(folder.read_config(), words)
 
 

@@ -177,43 +177,40 @@ class Ablate:
     def _plan(self, base: Any, out: Path) -> tuple[list, list]:
         """Return the runs and the slots they run in, after measuring step costs for budget measured."""
         from pgolf_fast.distributed import devices
-        from pgolf_fast.lab.compare.plan import BASELINE, Budget, make_jobs, make_variants
-        from pgolf_fast.lab.compare.processes import make_slots
-        from pgolf_fast.lab.compare.step_cost import cost_table, step_costs
+        from pgolf_fast.lab.compare import plan, processes, step_cost
 
-        budgets: tuple[Budget, ...] = ("steps", "time") if self.budget == "both" else (self.budget,)
-        variants = make_variants(base, self.flip)
+        budgets: tuple[plan.Budget, ...] = ("steps", "time") if self.budget == "both" else (self.budget,)
+        variants = plan.make_variants(base, self.flip)
         for variant in variants if self.scores == "all" else ():  # before training, not after it
             if why := variant.config.ttt.illegal:
                 raise PgolfError(
                     f"{variant.name}: ttt.adapter {variant.config.ttt.adapter} breaks the rules: {why}. Give "
                     "--scores sliding, and score single runs with pgolf eval --allow-illegal"
                 )
-        slots = make_slots(self.workers, devices(), timed="time" in budgets)
+        slots = processes.make_slots(self.workers, devices(), timed="time" in budgets)
         costs = None
         if "measured" in budgets:
             configs = {variant.name: variant.config for variant in variants}
-            costs = step_costs(configs, out / "step_costs.json", workers=len(slots))
-            print(cost_table(costs, BASELINE))
+            costs = step_cost.step_costs(configs, out / "step_costs.json", workers=len(slots))
+            print(step_cost.cost_table(costs, plan.BASELINE))
         limits: dict[str, Any] = {"steps": self.steps, "seconds": self.seconds}
-        return make_jobs(variants, self.seeds, budgets, out, costs=costs, **limits), slots
+        return plan.make_jobs(variants, self.seeds, budgets, out, costs=costs, **limits), slots
 
 
 def _print_ablation(jobs: list, out: Path, interval: Any) -> None:
     from pgolf_fast.io import write_text
-    from pgolf_fast.lab.compare.plot import draw_ablation
-    from pgolf_fast.lab.compare.table import commits, describe, make_rows, pass_gains, read_runs, to_dict
+    from pgolf_fast.lab.compare import plot, table
 
-    runs = read_runs(jobs)
-    rows, gains = make_rows(runs, interval), pass_gains(runs, interval)
+    runs = table.read_runs(jobs)
+    rows, gains = table.make_rows(runs, interval), table.pass_gains(runs, interval)
     if not rows:
         return
-    print(describe(rows, gains))
-    if len(made_by := commits(runs)) > 1:
+    print(table.describe(rows, gains))
+    if len(made_by := table.commits(runs)) > 1:
         print(f"\nnote: the runs were made by several versions of this package: {', '.join(made_by)}")
-    write_text(out / "ablation.json", json.dumps(to_dict(rows, gains, runs), indent=2) + "\n")
+    write_text(out / "ablation.json", json.dumps(table.to_dict(rows, gains, runs), indent=2) + "\n")
     print()
-    wrote(out / "ablation.json", draw_ablation(rows, runs, out / "ablation.png"))
+    wrote(out / "ablation.json", plot.draw_ablation(rows, runs, out / "ablation.png"))
 
 
 @dataclass(frozen=True)
@@ -225,7 +222,7 @@ class Seeds:
     weights: Weights = "artifact"  # Scores of the packed artifacts, or of the float weights.
 
     def main(self) -> None:
-        from pgolf_fast.lab.compare.seeds import MARGIN, check_comparable, group_table, welch_table
+        from pgolf_fast.lab.compare import seeds
 
         for where, runs in (("pgolf seeds", self.runs), ("--against", self.against or self.runs)):
             if len(runs) < 2:
@@ -233,12 +230,12 @@ class Seeds:
         folders = [existing(run, "run folder") for run in (*self.runs, *self.against)]
         paths = [folder / f"scores_{self.weights}.json" for folder in folders]
         read = [read_scores(path) for path in paths]
-        check_comparable(paths, read)
+        seeds.check_comparable(paths, read)
         scores = {"": read[: len(self.runs)], "against": read[len(self.runs) :]}
-        print(group_table({name: group for name, group in scores.items() if group}))
+        print(seeds.group_table({name: group for name, group in scores.items() if group}))
         if self.against:
-            margin = MARGIN if self.margin is None else self.margin
-            print(f"\n{welch_table(scores[''], scores['against'], margin)}")
+            margin = seeds.MARGIN if self.margin is None else self.margin
+            print(f"\n{seeds.welch_table(scores[''], scores['against'], margin)}")
 
 
 @dataclass(frozen=True)
