@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from runs import make_dataset, run_config
 
-from pgolf_fast.cli.compare import Ablate, ablate
 from pgolf_fast.cli.options import parse
+from pgolf_fast.cli.study import Ablate
 from pgolf_fast.config.fields import flip
 from pgolf_fast.config.presets import small, tiny
 from pgolf_fast.errors import PgolfError
@@ -192,4 +192,4 @@ def test_flips_of_a_command_line():
     assert options.flip == (("a=1", "b=2"), ("c=3",), ("d=4",))
     assert (options.preset, options.seeds) == ("tiny", (1, 2))
     with pytest.raises(PgolfError, match="no FIELD=VALUE"):
-        ablate(parse("ablate", Ablate, ["tiny", "--flip", "--seeds", "1"]))
+        parse("ablate", Ablate, ["tiny", "--flip", "--seeds", "1"]).main()
