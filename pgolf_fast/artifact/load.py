@@ -1,7 +1,5 @@
 """Weights to a model: an artifact or a run folder in, a `LoadedModel` out."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -57,11 +55,10 @@ class LoadedModel:
 
     def table(self) -> console.Table:
         """A few facts about the model."""
-        config = self.config
         weights = "float32" if self.quantized is None else f"artifact, {self.path.stat().st_size:,} bytes"
         rows = [
-            ("preset", config.name),
-            ("parameters", f"{config.model.num_parameters():,}"),
+            ("preset", self.config.name),
+            ("parameters", f"{self.config.model.num_parameters():,}"),
             ("weights", weights),
             ("computes in", str(self.model.compute_dtype).removeprefix("torch.")),
             ("device", str(self.model.qo_bank.device)),
@@ -159,20 +156,12 @@ def unpack(path: Path | str) -> tuple[RunConfig, QuantizedState]:
     run_config, bits = tree.get("run"), tree.get("bits")
     if not isinstance(run_config, dict) or not isinstance(bits, dict):
         raise PgolfError(f"artifact {path} holds no packed model: its configuration lacks 'run' or 'bits'")
-    names = {record.name for record in records}
-    for record in records:
-        kind = "float16"
-        if record.name.endswith(CODES):
-            kind = "codes"
-        elif is_part(record.name, names):
-            kind = "scales"
-        if record.kind != kind:
-            raise PgolfError(
-                f"artifact {path}: {record.name} of kind {record.kind} is no part of a packed model; "
-                "pack it again"
-            )
     named = {record.name: torch.from_numpy(record.array) for record in records}
     try:
+        for name, kind in ((record.name, record.kind) for record in records):
+            parts = "scales" if is_part(name, named) else "float16"
+            if kind != ("codes" if name.endswith(CODES) else parts):
+                raise PgolfError(f"{name} of kind {kind} is no part of a packed model")
         return run_config_from_dict(run_config), QuantizedState.from_named(named, bits)
     except PgolfError as error:
         raise PgolfError(f"artifact {path}: {error}; pack it again") from error
@@ -195,10 +184,8 @@ class _NoInitialValues(TorchFunctionMode):
     """Skip `torch.nn.init`: on the meta device it would import PyTorch's compiler, which takes seconds."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        return (
-            kwargs["tensor"] if getattr(func, "__module__", "") == "torch.nn.init" else func(*args, **kwargs)
-        )
+        skipped = getattr(func, "__module__", "") == "torch.nn.init"
+        return kwargs["tensor"] if skipped else func(*args, **(kwargs or {}))
 
 
 def build_model(
@@ -213,9 +200,8 @@ def build_model(
     has_leading_space (vocab,), from the tokenizer: word starts are unknown without it.
     Raises PgolfError listing names and shapes of `origin` that do not fit.
     """
-    if (
-        has_leading_space is None
-    ):  # sized by the stored table: the configuration of a damaged file may be absurd
+    if has_leading_space is None:
+        # sized by the stored table: the configuration of a damaged file may be absurd
         table = state.get("tok_emb.weight", torch.zeros(0, 0))
         has_leading_space = torch.zeros(len(table), dtype=torch.bool)
     with torch.device("meta"), _NoInitialValues():

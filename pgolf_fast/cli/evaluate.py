@@ -60,7 +60,7 @@ def validation_data(data: DataConfig, path: Path | None, tokenizer: Path | None 
 def _score(folder: RunFolder, config: RunConfig, options: Eval) -> int:
     from pgolf_fast.distributed import join_world
     from pgolf_fast.evaluation.figures import tables
-    from pgolf_fast.evaluation.steps import score_run
+    from pgolf_fast.evaluation.run import score_run
     from pgolf_fast.lab.report.score_plot import draw_scores
 
     with join_world() as world:
@@ -82,8 +82,8 @@ def _score(folder: RunFolder, config: RunConfig, options: Eval) -> int:
 
 
 def _estimate(folder: RunFolder | None, config: RunConfig, weights: Weights) -> int:
+    from pgolf_fast.evaluation.run import estimate_run
     from pgolf_fast.evaluation.scores import TTT, mark
-    from pgolf_fast.evaluation.steps import estimate_run
 
     console.setup_logging()
     start = time.perf_counter()

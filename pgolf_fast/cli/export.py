@@ -27,7 +27,7 @@ class Quantize:
 
 
 def quantize(options: Quantize) -> int:
-    from pgolf_fast.artifact.steps import quantize_run
+    from pgolf_fast.artifact.pack import quantize_run
 
     short = {"grid": options.grid, "target_bytes": options.target_bytes}
     words = [f"quant.{name}={value}" for name, value in short.items() if value is not None]
@@ -54,7 +54,7 @@ class Pack:
 
 
 def pack(options: Pack) -> int:
-    from pgolf_fast.artifact.steps import pack_run
+    from pgolf_fast.artifact.pack import pack_run
 
     folder, config = run_folder(options.run, options.fields)
     console.setup_logging(folder.log_file)
@@ -103,7 +103,7 @@ class Submit:
 
 
 def submit(options: Submit) -> int:
-    from pgolf_fast.artifact.submit import About, write_submission
+    from pgolf_fast.artifact.submission import About, write_submission
 
     folder, _ = run_folder(options.run)
     out = options.out or folder.path / "submission"

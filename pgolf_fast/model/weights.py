@@ -1,7 +1,5 @@
 """Weights from files, checked strictly against the model."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -45,9 +43,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             why = f"{type(error).__name__} {str(error).splitlines()[0]}"
             raise PgolfError(f"{path} cannot be read as a PyTorch state dict: {why}") from error
         if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-            raise PgolfError(
-                f"{path} is not a state dict of tensors: save model.state_dict() and nothing else"
-            )
+            hint = "save model.state_dict() and nothing else"
+            raise PgolfError(f"{path} is not a state dict of tensors: {hint}")
         return state
     tensors, _ = load_tensors(path)
     prefixed = {name[6:]: value for name, value in tensors.items() if name.startswith("model.")}

@@ -1,7 +1,5 @@
 """Fake quantization: round in forward, pass gradients straight through in backward (PR 1501; Bengio 2013)."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 
@@ -12,17 +10,20 @@ from pgolf_fast.errors import PgolfError
 from pgolf_fast.quant.grid import SMALLEST_SCALE
 
 
-class _RoundRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, weight: Tensor, clip_range: int, floor: float) -> Tensor:
-        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        step = (wide.abs().amax(dim=-1, keepdim=True) / clip_range).clamp_min(floor)
-        codes = torch.round(wide / step).clamp_(-clip_range - 1, clip_range)
-        return (codes * step).to(weight.dtype)
+class _Round(torch.autograd.Function):
+    """Round to step * (lowest..highest) + offset in at least float32; the gradient passes unchanged."""
 
     @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return grads[0], None, None
+    def forward(
+        ctx, weight: Tensor, step: Tensor, lowest: int, highest: int, offset: Tensor | None
+    ) -> Tensor:
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        codes = torch.round((wide if offset is None else wide - offset) / step).clamp_(lowest, highest)
+        return (codes * step if offset is None else codes * step + offset).to(weight.dtype)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return grads[0], None, None, None, None
 
 
 def fake_quantize_rows(weight: Tensor, clip_range: int = 31, *, scale_floor: bool = True) -> Tensor:
@@ -31,7 +32,11 @@ def fake_quantize_rows(weight: Tensor, clip_range: int = 31, *, scale_floor: boo
     A row's step is max |row| / clip_range, with `scale_floor` at least 1 / clip_range. Codes run from
     -clip_range - 1 to clip_range.
     """
-    return _RoundRows.apply(weight, clip_range, 1.0 / clip_range if scale_floor else SMALLEST_SCALE)
+    with torch.no_grad():
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        largest = wide.abs().amax(dim=-1, keepdim=True)
+        step = (largest / clip_range).clamp_min(1.0 / clip_range if scale_floor else SMALLEST_SCALE)
+    return _Round.apply(weight, step, -clip_range - 1, clip_range, None)
 
 
 @functools.cache
@@ -61,19 +66,7 @@ class FixedGrid:
 
     def __call__(self, weight: Tensor) -> Tensor:
         offset = None if self.offset is None else self.offset.to(weight.device)
-        return _RoundToSteps.apply(weight, self.step.to(weight.device), self.clip_range, offset)
-
-
-class _RoundToSteps(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, weight: Tensor, step: Tensor, clip_range: int, offset: Tensor | None) -> Tensor:
-        wide = weight.float() if offset is None else weight.float() - offset
-        on_grid = torch.round(wide / step).clamp_(-clip_range, clip_range) * step
-        return (on_grid if offset is None else on_grid + offset).to(weight.dtype)
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return grads[0], None, None, None
+        return _Round.apply(weight, self.step.to(weight.device), -self.clip_range, self.clip_range, offset)
 
 
 fake_int6 = make_fake(6)

@@ -1,7 +1,5 @@
 """GPTQ: round column by column, and let later columns compensate for each error (Frantar et al. 2022)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -42,11 +40,22 @@ def gptq(
     results = {}
     waiting: dict[torch.Size, list[_Group]] = {}
     for weights, hessian in groups:
-        group = _prepare(weights, hessian, clip_range, percentiles, scale_floor, damping)
-        if group.columns.is_cuda:
-            waiting.setdefault(group.columns.shape, []).append(group)
-        else:
-            results.update(_round_groups([group], clip_range, block_size))
+        for name, weight in weights.items():
+            _check(name, weight, hessian)
+        order, factor = inverse_factor(hessian, damping, ", ".join(weights))
+        dead = torch.diagonal(hessian) == 0
+        candidates = {
+            name: scale_candidates(weight, clip_range, percentiles, scale_floor)
+            for name, weight in weights.items()
+        }
+        columns = [
+            weight.float().masked_fill(dead, 0.0).T[order].repeat(1, len(candidates[name]))
+            for name, weight in weights.items()
+        ]
+        group = _Group(weights, candidates, order, torch.cat(columns, dim=1), factor)
+        waiting.setdefault(group.columns.shape, []).append(group)
+        if not group.columns.is_cuda:
+            results.update(_round_groups(waiting.pop(group.columns.shape), clip_range, block_size))
     for stack in waiting.values():
         results.update(_round_groups(stack, clip_range, block_size))
     return results
@@ -62,43 +71,20 @@ class _Group:
     columns: Tensor  # float32 (C, N)
     factor: Tensor  # (C, C)
 
-    def steps(self) -> Tensor:
-        """Return all steps, float32 (N,)."""
-        return torch.cat([scale for scales in self.candidates.values() for scale in scales]).float()
+    @property
+    def scales(self) -> list[Tensor]:
+        return [scale for scales in self.candidates.values() for scale in scales]
 
     def best(self, codes: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Pick each matrix's best candidate from the rounded columns, int8 (C, N)."""
         rows = torch.empty_like(codes.T, memory_format=torch.contiguous_format)
         rows[:, self.order] = codes.T
-        parts = iter(rows.split([len(s) for scales in self.candidates.values() for s in scales]))
+        parts = iter(rows.split([len(scale) for scale in self.scales]))
         results = {}
         for name, weight in self.weights.items():
             best, scale = best_candidate(weight, [(next(parts), scale) for scale in self.candidates[name]])
             results[name] = best.clone(), scale  # a copy, so that memory of the other candidates is freed
         return results
-
-
-def _prepare(
-    weights: Mapping[str, Tensor],
-    hessian: Tensor,
-    clip_range: int,
-    percentiles: Sequence[float],
-    scale_floor: bool,
-    damping: float,
-) -> _Group:
-    for name, weight in weights.items():
-        _check(name, weight, hessian)
-    order, factor = inverse_factor(hessian, damping, ", ".join(weights))
-    dead = torch.diagonal(hessian) == 0
-    candidates = {
-        name: scale_candidates(weight, clip_range, percentiles, scale_floor)
-        for name, weight in weights.items()
-    }
-    columns = [
-        weight.float().masked_fill(dead, 0.0).T[order].repeat(1, len(candidates[name]))
-        for name, weight in weights.items()
-    ]
-    return _Group(weights, candidates, order, torch.cat(columns, dim=1), factor)
 
 
 def _round_groups(
@@ -107,7 +93,7 @@ def _round_groups(
     """Round groups of one shape together."""
     codes = round_columns(
         torch.stack([group.columns for group in groups]),
-        torch.stack([group.steps() for group in groups]),
+        torch.stack([torch.cat(group.scales).float() for group in groups]),
         torch.stack([group.factor for group in groups]),
         clip_range=clip_range,
         block_size=block_size,
@@ -240,7 +226,7 @@ def round_columns(
     return codes[0] if single else codes
 
 
-def _round_all(work: Tensor, factor: Tensor, rule: _Rule, block_size: int, threads: int) -> Tensor:
+def _round_all(work: Tensor, factor: Tensor, rule: "_Rule", block_size: int, threads: int) -> Tensor:
     """Return codes (B, C, N) of the columns `work`, whose values become their errors."""
     native = extension() if work.device.type == "cpu" else None
     codes = torch.empty_like(work, dtype=torch.int8)
@@ -248,9 +234,12 @@ def _round_all(work: Tensor, factor: Tensor, rule: _Rule, block_size: int, threa
     def finish(first: int, last: int) -> None:
         # Halving makes most of the error propagation large matrix products.
         if native is not None and last - first <= block_size:
-            _round_block(native, work, codes, factor, rule, slice(first, last), threads)
+            rule.round_block(native, work, codes, factor, slice(first, last), threads)
         elif last - first == 1:
-            _round_column(work[:, first], codes[:, first], factor[:, first, first, None], rule, first)
+            own = factor[:, first, first, None]
+            code = rule.codes(work[:, first], first, own)
+            work[:, first].addcmul_(code, rule.step(first), value=-1).div_(own)
+            codes[:, first] = code
         else:
             middle = (first + last) // 2
             finish(first, middle)
@@ -318,40 +307,26 @@ class _Rule:
         """Return the steps (B, N) of a column."""
         return self.row_step * self.column_step[:, column, None]
 
-
-def _round_column(values: Tensor, codes: Tensor, own: Tensor, rule: _Rule, column: int) -> None:
-    """Round one column (B, N): write its codes, and replace its values by their errors."""
-    code = rule.codes(values, column, own)
-    values.addcmul_(code, rule.step(column), value=-1).div_(own)
-    codes.copy_(code)
-
-
-def _round_block(
-    native: ModuleType,
-    work: Tensor,
-    codes: Tensor,
-    factor: Tensor,
-    rule: _Rule,
-    block: slice,
-    threads: int,
-) -> None:
-    """Round columns `block` in C++: write codes (B, C, N), and replace values in `work` by their errors."""
-    for i in range(len(work)):
-        costs = {}
-        if rule.cost is not None:
-            costs = {
-                "cost": rule.cost.numpy(),
-                "row_class": rule.row_class[i].numpy(),
-                "column_class": rule.column_class[i, block].numpy(),
-                "lam": rule.lam[i].numpy(),
-            }
-        native.gptq_round_block(
-            work[i, block].numpy(),
-            codes[i, block].numpy(),
-            rule.row_step[i].numpy(),
-            rule.column_step[i, block].numpy(),
-            factor[i, block, block].contiguous().numpy(),
-            rule.clip_range,
-            **costs,
-            threads=threads,
-        )
+    def round_block(
+        self, native: ModuleType, work: Tensor, codes: Tensor, factor: Tensor, block: slice, threads: int
+    ) -> None:
+        """Round columns `block` in C++: write codes (B, C, N), and replace values of `work` by errors."""
+        for i in range(len(work)):
+            costs = {}
+            if self.cost is not None:
+                costs = {
+                    "cost": self.cost.numpy(),
+                    "row_class": self.row_class[i].numpy(),
+                    "column_class": self.column_class[i, block].numpy(),
+                    "lam": self.lam[i].numpy(),
+                }
+            native.gptq_round_block(
+                work[i, block].numpy(),
+                codes[i, block].numpy(),
+                self.row_step[i].numpy(),
+                self.column_step[i, block].numpy(),
+                factor[i, block, block].contiguous().numpy(),
+                self.clip_range,
+                **costs,
+                threads=threads,
+            )

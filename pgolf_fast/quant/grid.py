@@ -1,7 +1,5 @@
 """Uniform grids with one step per row: percentile search for bank matrices, int8 for tables (PR 1501)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

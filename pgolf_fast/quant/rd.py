@@ -25,8 +25,7 @@ from pgolf_fast.config.schema import QuantConfig
 from pgolf_fast.console import progress
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.model.gpt import GPT
-from pgolf_fast.quant.calibration import collect_hessians, self_generate
-from pgolf_fast.quant.fisher import Fisher, collect_fisher
+from pgolf_fast.quant.calibration import Fisher, collect_fisher, collect_hessians, self_generate
 from pgolf_fast.quant.gptq import Rate, inverse_factor, round_columns
 from pgolf_fast.quant.grid import check_matrix
 from pgolf_fast.quant.state import (
@@ -212,10 +211,9 @@ class RateDistortion:
         done: dict[str, QuantizedTensor | Tensor] = {}
         for group in progress(self._groups, f"price {price:.2e}", unit="group"):
             done.update(self._quantize_group(group, price, like.tensors if like else {}))
-        for name, tensor in self.tensors.items():
-            if name not in done:
-                done[name] = to_float16(name, tensor)
-        return QuantizedState({name: done[name] for name in self.tensors})
+        return QuantizedState(
+            {n: done[n] if n in done else to_float16(n, t) for n, t in self.tensors.items()}
+        )
 
     def _quantize_group(
         self, group: _Group, price: float, like: Mapping[str, QuantizedTensor | Tensor]
@@ -251,21 +249,13 @@ class RateDistortion:
         }
         if self.config.rank:
             error = group.columns - codes * row_step * column_step[:, None]
-            for name, low_rank in self._corrections(group, error, price, like).items():
-                done[name] = replace(done[name], low_rank=low_rank)
-        return done
-
-    def _corrections(
-        self, group: _Group, error: Tensor, price: float, like: Mapping[str, QuantizedTensor | Tensor]
-    ) -> dict[str, tuple[Tensor, Tensor] | None]:
-        """Corrections of `error` (C, N) by matrix, with right factors from `like` where it has the matrix."""
-        errors, importances = error.split(group.rows, dim=1), group.importance.split(group.rows)
-        done = {}
-        for name, own, importance in zip(group.names, errors, importances, strict=True):
-            finer = like.get(name)
-            right = finer.low_rank[1] if isinstance(finer, QuantizedTensor) and finer.low_rank else None
-            if finer is None or right is not None:
-                done[name] = self._correction(group, own, importance, price, right)
+            errors, importances = error.split(group.rows, dim=1), group.importance.split(group.rows)
+            for name, own, importance in zip(group.names, errors, importances, strict=True):
+                finer = like.get(name)
+                right = finer.low_rank[1] if isinstance(finer, QuantizedTensor) and finer.low_rank else None
+                if finer is None or right is not None:
+                    low_rank = self._correction(group, own, importance, price, right)
+                    done[name] = replace(done[name], low_rank=low_rank)
         return done
 
     def _correction(

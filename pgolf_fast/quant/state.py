@@ -17,9 +17,7 @@ from pgolf_fast.console import progress
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import load_tensors, save_tensors
 from pgolf_fast.model.bank import BANK_NAMES
-from pgolf_fast.model.gpt import GPT
 from pgolf_fast.ops.bits import dequantize_bytes
-from pgolf_fast.quant.calibration import collect_hessians, hessian_name, self_generate
 from pgolf_fast.quant.fake import FixedGrid
 from pgolf_fast.quant.gptq import gptq
 from pgolf_fast.quant.grid import check_matrix, quantize_int8_rows, quantize_rows
@@ -155,11 +153,8 @@ def is_part(name: str, named: Container[str]) -> bool:
     The suffix alone does not decide: the model has plain tensors such as `bigram.scale`.
     """
     matrix, dot, suffix = name.rpartition(".")
-    if matrix + CODES not in named:
-        return False
-    return dot + suffix in (SCALE, LEFT, RIGHT) or (
-        dot + suffix == COLUMNS and columns_owner(matrix) == matrix
-    )
+    suffixes = (SCALE, LEFT, RIGHT, COLUMNS) if columns_owner(matrix) == matrix else (SCALE, LEFT, RIGHT)
+    return matrix + CODES in named and dot + suffix in suffixes
 
 
 def _matrix(
@@ -189,6 +184,11 @@ def section_of(name: str) -> str:
 def is_slot(name: str) -> bool:
     """Whether an unbanked name is that of a bank matrix."""
     return _SLOT.fullmatch(name) is not None
+
+
+def hessian_name(layer: int, which: str) -> str:
+    """Name a Hessian: `attn_in` is the input of Q, K and V, `attn_out` of the output projection."""
+    return f"blocks.{layer}.{which}"
 
 
 def group_of(name: str) -> str:
@@ -236,11 +236,9 @@ def rebank(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     banks = {}
     for bank, slots in SLOTS.items():
         names = [f"blocks.{layer}.{slot}" for slot in slots for layer in range(layers)]
-        missing = [name for name in names if name not in tensors]
+        missing = ", ".join(name for name in names if name not in tensors)
         if missing or not layers:
-            raise PgolfError(
-                f"{bank} cannot be put together: {', '.join(missing) or 'every matrix'} is missing"
-            )
+            raise PgolfError(f"{bank} cannot be put together: {missing or 'every matrix'} is missing")
         if len({tensors[name].shape for name in names}) > 1:
             raise PgolfError(f"{bank} cannot be put together: its matrices differ in shape")
         banks[bank] = torch.stack([tensors[name] for name in names])
@@ -296,13 +294,17 @@ def _quantize_slots(
     for name in filter(is_slot, tensors):
         groups.setdefault(group_of(name), {})[name] = tensors[name].detach()
     steps = progress(groups, f"quantize ({config.method})", unit="group")
+    clip_range, percentiles, floor = config.clip_range, config.percentiles, config.scale_floor
     done: dict[str, tuple[Tensor, Tensor]] = {}
     if config.method == "gptq":
+        if missing := [group for group in groups if group not in (hessians or {})]:
+            problem = f"quant.method gptq needs the Hessian {missing[0]}"
+            raise PgolfError(f"{problem}: collect it, or use quant.method round")
         done = gptq(
-            ((groups[group], _hessian(hessians, group)) for group in steps),
-            clip_range=config.clip_range,
-            percentiles=config.percentiles,
-            scale_floor=config.scale_floor,
+            ((groups[group], hessians[group]) for group in steps if hessians),
+            clip_range=clip_range,
+            percentiles=percentiles,
+            scale_floor=floor,
             block_size=config.block_size,
             damping=config.damping,
         )
@@ -310,18 +312,9 @@ def _quantize_slots(
         for name, weight in (item for group in steps for item in groups[group].items()):
             check_matrix(weight, name)
             done[name] = quantize_rows(
-                weight,
-                clip_range=config.clip_range,
-                percentiles=config.percentiles,
-                scale_floor=config.scale_floor,
+                weight, clip_range=clip_range, percentiles=percentiles, scale_floor=floor
             )
     return {n: QuantizedTensor(codes.cpu(), scale.cpu(), config.bits) for n, (codes, scale) in done.items()}
-
-
-def _hessian(hessians: Mapping[str, Tensor] | None, name: str) -> Tensor:
-    if hessians is None or name not in hessians:
-        raise PgolfError(f"quant.method gptq needs the Hessian {name}: collect it, or use quant.method round")
-    return hessians[name]
 
 
 def dequantize_state(quantized: QuantizedState) -> dict[str, Tensor]:
@@ -338,10 +331,10 @@ def dequantize_state(quantized: QuantizedState) -> dict[str, Tensor]:
     for name, tensor in quantized.tensors.items():
         if isinstance(tensor, Tensor):
             state[name] = tensor.float()
-        else:
-            if name not in matrices:
-                slots[name] = state[name] = dequantize_bytes(tensor.codes, tensor.scale)
-            tensor.finish_(slots[name])
+            continue
+        if name not in matrices:
+            slots[name] = state[name] = dequantize_bytes(tensor.codes, tensor.scale)
+        tensor.finish_(slots[name])
     return state
 
 
@@ -355,16 +348,3 @@ def bank_grids(quantized: QuantizedState) -> tuple[FixedGrid, ...]:
         offsets = rebank({n: torch.zeros(c.shape) if part is None else part for n, (part, c) in low.items()})
     bits = max(matrix.bits for matrix in matrices.values())
     return tuple(FixedGrid(steps[n], 2 ** (bits - 1) - 1, offsets.get(n)) for n in BANK_NAMES)
-
-
-@torch.no_grad()
-def quantize_model(model: GPT, config: QuantConfig, *, seq_len: int) -> QuantizedState:
-    """Quantize a model; method gptq collects Hessians on text that the model writes.
-
-    seq_len: the training length, which calibration text does not exceed. The model is not changed.
-    """
-    hessians = None
-    if config.method == "gptq":
-        text = self_generate(model, config, seq_len)
-        hessians = collect_hessians(model, text)
-    return quantize_state(model.state_dict(), config, hessians)

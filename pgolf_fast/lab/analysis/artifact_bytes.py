@@ -161,8 +161,8 @@ def artifact_table(path: Path | str, tried: Sequence[str] = tuple(codecs.CODECS)
 
 
 def _shape(record: TensorRecord) -> codecs.Shape:
-    columns = record.shape[-1] if record.shape else 1
-    return (math.prod(record.shape[:-1]), columns, record.array.itemsize)
+    shape = record.array.shape
+    return (math.prod(shape[:-1]), shape[-1] if shape else 1, record.array.itemsize)
 
 
 def _bytes(record: TensorRecord) -> bytes:
