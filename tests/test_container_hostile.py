@@ -239,11 +239,6 @@ def test_valid_hand_made_artifact_is_read():
     assert config == {}
     assert (record.name, record.kind, record.section) == ("w", "codes", "codes")
     assert record.array.dtype == np.int8
-        "w",
-        "codes",
-        "int8",
-        "codes",
-    )
     assert record.array.tolist() == [[0, 1, 2], [3, 4, 5]]
     (section,) = sections_of(data)
     assert (section.name, section.codec, section.raw_bytes, section.offset) == ("codes", "raw", 6, 85)

@@ -62,9 +62,7 @@ def test_pack_and_load_bit_for_bit(model, quantized, tmp_path):
     assert report.weights_bytes == path.stat().st_size == report.total_bytes
     sections = report.sizes.sections
     assert report.weights_bytes == report.sizes.header_bytes + sum(s.stored_bytes for s in sections)
-        s.stored_bytes for s in sections
-    )
-    assert [s.name for s in report.sizes.sections] == ["codes", "scales", "embeddings", "small"]
+    assert [s.name for s in sections] == ["codes", "scales", "embeddings", "small"]
     assert (report.pruned, report.compressions) == (0, 1)
     stored, again = unpack(path)
     assert stored == RUN

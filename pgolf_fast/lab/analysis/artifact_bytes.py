@@ -175,7 +175,7 @@ def _tensor_bytes(section: SectionSize, records: Sequence[TensorRecord]) -> list
     alone = [len(codecs.encode(section.codec, _bytes(r), [_shape(r)])) for r in records]
     share = section.stored_bytes / max(sum(alone), 1)
     return [
-        TensorBytes(r.name, section.name, r.shape, r.array.nbytes, share * size)
+        TensorBytes(r.name, section.name, r.array.shape, r.array.nbytes, share * size)
         for r, size in zip(records, alone, strict=True)
     ]
 
