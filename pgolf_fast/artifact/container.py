@@ -270,10 +270,7 @@ def read_container(source: Path | str | bytes) -> tuple[dict[str, Any], list[Ten
 
 
 def sizes(source: Path | str | bytes) -> ContainerSizes:
-    """Return a container's byte counts from its checked header, without reading sections.
-
-    Raises PgolfError.
-    """
+    """Return byte counts from a container's checked header, not reading sections. Raises PgolfError."""
     with _opened(source) as (file, size):
         head = file.read(START)
         if len(head) == START:

@@ -8,12 +8,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from pgolf_fast.console import logger
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.quant.rd import RateDistortion
-from pgolf_fast.quant.state import QuantizedState, QuantizedTensor, code_bits
+from pgolf_fast.quant.state import QuantizedState, QuantizedTensor, Stored, code_bits
 
 PROBES = 10  # exact sizes that pruning may take, besides the first and the last
 TOLERANCE = 100  # bytes that a price may leave under the target
@@ -250,10 +249,7 @@ def _next_price(grids: RateDistortion, guess: float, fine: Fit | None, coarse: F
 
 
 def _mix(fine: Fit, coarse: Fit, artifact_bytes: Size, target: int) -> Fit:
-    """Take the fewest rows from `coarse`, the rest from `fine`, that fit.
-
-    Every third step bisects; the rest interpolate.
-    """
+    """Take the fewest rows from `coarse` that fit, the rest from `fine`; every third step bisects."""
     best, low, above = coarse, 0, fine.artifact_bytes
     high = sum(len(t.codes) for t in fine.state.tensors.values() if isinstance(t, QuantizedTensor))
     for step in range(64):
@@ -274,7 +270,7 @@ def _mix(fine: Fit, coarse: Fit, artifact_bytes: Size, target: int) -> Fit:
 
 def mixed(fine: QuantizedState, coarse: QuantizedState, rows: int) -> QuantizedState:
     """Take the first `rows` rows of all matrices from `coarse`, the rest from `fine`; columns are shared."""
-    tensors: dict[str, QuantizedTensor | Tensor] = {}
+    tensors: dict[str, Stored] = {}
     for name, a in fine.tensors.items():
         tensors[name], b = a, coarse.tensors[name]
         if isinstance(a, QuantizedTensor) and isinstance(b, QuantizedTensor):

@@ -1,7 +1,6 @@
 """Weights to a model: an artifact or a run folder in, a `LoadedModel` out."""
 
 import functools
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -13,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from pgolf_fast import console
 from pgolf_fast.artifact.container import read_container, sizes
 from pgolf_fast.config.fields import run_config_from_dict
-from pgolf_fast.config.run_folder import RunFolder
+from pgolf_fast.config.run_folder import RunFolder, RunPath
 from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.data.tokenizer import Tokenizer, byte_table
 from pgolf_fast.distributed import this_process
@@ -21,7 +20,7 @@ from pgolf_fast.errors import PgolfError
 from pgolf_fast.model import decoding
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.model.runtime import choose_kernels, resolve_dtype
-from pgolf_fast.model.weights import load_weights, read_weights
+from pgolf_fast.model.weights import Tensors, load_weights, read_weights
 from pgolf_fast.quant.fake import FixedGrid
 from pgolf_fast.quant.state import CODES, QuantizedState, bank_grids, dequantize_state, is_part
 
@@ -73,7 +72,7 @@ class LoadedModel:
 
 
 def load(
-    path: str | Path | RunFolder,
+    path: RunPath,
     weights: Literal["auto", "artifact", "float"] = "auto",
     *,
     config: RunConfig | None = None,
@@ -125,7 +124,7 @@ def load(
 
 
 def generate(
-    model: str | Path | RunFolder | LoadedModel,
+    model: RunPath | LoadedModel,
     prompt: str = "",
     tokens: int = 200,
     *,
@@ -190,7 +189,7 @@ class _NoInitialValues(TorchFunctionMode):
 
 def build_model(
     config: RunConfig,
-    state: Mapping[str, Tensor],
+    state: Tensors,
     has_leading_space: Tensor | None = None,
     compute_dtype: torch.dtype = torch.float32,
     origin: str = "the state dict",

@@ -21,7 +21,7 @@ from pgolf_fast.artifact.fit import Pruned, fit_to_target, prune_to_fit
 from pgolf_fast.artifact.load import load
 from pgolf_fast.artifact.submission import code_bytes
 from pgolf_fast.config.fields import run_config_to_dict, with_fields
-from pgolf_fast.config.run_folder import RunFolder
+from pgolf_fast.config.run_folder import RunFolder, RunPath
 from pgolf_fast.config.schema import PackConfig, QuantConfig, RunConfig
 from pgolf_fast.console import Table, logger
 from pgolf_fast.errors import PgolfError
@@ -35,22 +35,8 @@ TOLERANCE = 128  # bytes below the limit at which the search for codes to prune 
 HEADER_MARGIN = 64  # bytes by which the header may grow when a section's size and checksum change
 
 
-@dataclass(frozen=True)
-class QuantizeReport:
-    """File of the quantized weights, and the number of tensors by type."""
-
-    path: Path
-    counts: dict[str, int]
-
-    def __str__(self) -> str:
-        rows = [(kind, f"{count:,}") for kind, count in self.counts.items()]
-        return Table(("tensors", "number"), rows).text()
-
-
-def quantize_run(
-    run: str | Path | RunFolder, quant: QuantConfig | None = None, **fields: object
-) -> QuantizeReport:
-    """Quantize the float weights of a run folder and write them there.
+def quantize_run(run: RunPath, quant: QuantConfig | None = None, **fields: object) -> Table:
+    """Quantize the float weights of a run folder and write them there; count tensors by type.
 
     quant: settings, by default the run's; fields: changes to them, such as bits=5. Grid rd makes the
     artifact, packed with the run's own settings, `quant.target_bytes` long.
@@ -67,9 +53,9 @@ def quantize_run(
     folder.retire(folder.artifact_file)
     quantized.save(folder.quantized_file, config.quant)
     widths = Counter(t.bits for t in quantized.tensors.values() if isinstance(t, QuantizedTensor))
-    counts = {f"int{width}": widths[width] for width in sorted(widths)}
-    floats = len(quantized.tensors) - widths.total()
-    return QuantizeReport(folder.quantized_file, {**counts, "float16": floats})
+    rows = [(f"int{width}", f"{widths[width]:,}") for width in sorted(widths)]
+    rows.append(("float16", f"{len(quantized.tensors) - widths.total():,}"))
+    return Table(("tensors", "number"), rows)
 
 
 def _fit_to_target(model: GPT, config: RunConfig) -> QuantizedState:
@@ -90,10 +76,7 @@ def _code_bytes(packing: PackConfig) -> int:
 
 @dataclass(frozen=True)
 class PackReport:
-    """Bytes of an artifact.
-
-    `pruned` of the `candidates` (codes of +-1) were zeroed to fit the limit.
-    """
+    """Bytes of an artifact; `pruned` of the `candidates` (codes of +-1) were zeroed to fit the limit."""
 
     path: Path
     sizes: ContainerSizes
@@ -101,7 +84,6 @@ class PackReport:
     limit_bytes: int
     pruned: int
     candidates: int
-    compressions: int
 
     @property
     def weights_bytes(self) -> int:
@@ -130,15 +112,13 @@ class PackReport:
         return self.table().text()
 
 
-def read_quantized(run: str | Path | RunFolder) -> tuple[QuantizedState, QuantConfig]:
+def read_quantized(run: RunPath) -> tuple[QuantizedState, QuantConfig]:
     """Read the quantized weights of a run folder and the settings that made them."""
     folder = RunFolder.of(run)
     return QuantizedState.load(folder.need(folder.quantized_file, "quantize"))
 
 
-def pack_run(
-    run: str | Path | RunFolder, pack_config: PackConfig | None = None, **fields: object
-) -> PackReport:
+def pack_run(run: RunPath, pack_config: PackConfig | None = None, **fields: object) -> PackReport:
     """Pack the quantized weights of a run folder into its artifact.
 
     pack_config: settings, by default the run's; fields: changes to them, such as limit_bytes=2_000_000.
@@ -187,7 +167,7 @@ def pack(
     """
     packing, tree, records = packing or config.pack, _tree(quantized, config), build_records(quantized)
     code, tried = _code_bytes(packing), section_codecs(records, packing)
-    pruned, compressions = None, 1
+    pruned = None
     with atomic_path(path) as temporary:
         sizes = write_container(temporary, tree, records, codecs=tried, preset=packing.lzma_preset)
         if sizes.total_bytes + code > packing.limit_bytes:
@@ -197,12 +177,11 @@ def pack(
             left = iter(pruned.codes)
             records = [replace(r, array=next(left)) if r.section == "codes" else r for r in records]
             sizes = write_container(temporary, tree, records, codecs=tried, preset=packing.lzma_preset)
-            compressions += pruned.compressions + 1
             if sizes.total_bytes + code > packing.limit_bytes:  # HEADER_MARGIN covers the header's growth
                 raise _too_large(sizes, code, packing, "pruning missed the limit")
     candidates = sum(int((np.abs(t.codes.numpy()) == 1).sum()) for t in quantized.matrices().values())
     count = pruned.count if pruned else 0
-    return PackReport(Path(path), sizes, code, packing.limit_bytes, count, candidates, compressions)
+    return PackReport(Path(path), sizes, code, packing.limit_bytes, count, candidates)
 
 
 def section_codecs(records: list[TensorRecord], config: PackConfig) -> dict[str, tuple[str, ...]]:

@@ -86,11 +86,18 @@ def write_submission(folder: RunFolder, out: Path, about: About, *, readable: bo
             f"code {code:,} + artifact {weights:,} = {code + weights:,} bytes > {LIMIT_BYTES:,} bytes: "
             f"pack the run again with pack.limit_bytes {LIMIT_BYTES} and pack.code_bytes {code}"
         )
-    facts = _facts(folder, config, about) | {"digest": digest, "code": code, "weights": weights}
-    tokenizer = hashlib.sha256(folder.tokenizer_file.read_bytes()).hexdigest()
+    facts = _facts(folder, config, about) | {
+        "scores": scores,
+        "digest": digest,
+        "code": code,
+        "weights": weights,
+        "readable": readable,
+    }
+    template = resources.files("pgolf_fast.artifact").joinpath("submission.md.j2").read_text(encoding="utf-8")
+    readme = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(template)
     write_text(out / SCRIPT, script)
-    write_text(out / "README.md", _readme(facts, scores, config, tokenizer=tokenizer, readable=readable))
-    write_text(out / "submission.json", json.dumps(_summary(facts, scores, config, about), indent=2) + "\n")
+    write_text(out / "README.md", readme.render(facts))
+    write_text(out / "submission.json", json.dumps(_summary(facts, about), indent=2) + "\n")
     for source, name in ((artifact, ARTIFACT), (log, "train.log")):
         with atomic_path(out / name) as temporary:
             shutil.copyfile(source, temporary)
@@ -136,7 +143,7 @@ def _scores(folder: RunFolder, config: RunConfig, digest: str) -> dict[str, Any]
 
 
 def _facts(folder: RunFolder, config: RunConfig, about: About) -> dict[str, Any]:
-    """Return name, blurb, hardware, environment, and training (None for imported weights)."""
+    """Return what the README and submission.json say of the run, but scores and sizes."""
     path, model, quant = folder.path / "env.json", config.model, config.quant
     environment = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     steps = [line for line in folder.history() if line["kind"] == "step"]
@@ -147,55 +154,44 @@ def _facts(folder: RunFolder, config: RunConfig, about: About) -> dict[str, Any]
         "entropy coded; scored with legal test-time training."
     )
     return {
+        "config": config,
         "name": about.name or config.name,
         "blurb": about.blurb or blurb,
         "hardware": str(environment.get("gpu") or cpu),
         "environment": {"torch": None, "pgolf_fast": None, **environment},
+        # none for imported weights
         "training": {"steps": steps[-1]["step"], "seconds": steps[-1]["elapsed"]} if steps else None,
+        "tokenizer": hashlib.sha256(folder.tokenizer_file.read_bytes()).hexdigest(),
+        "changes": _changes(config),
+        "widths": _widths(quant),
+        "adaptation": _adaptation(config.ttt),
+        "labels": _SCORES,
+        "script": SCRIPT,
+        "artifact": ARTIFACT,
+        "limit": LIMIT_BYTES,
     }
 
 
-def _summary(
-    facts: dict[str, Any], scores: dict[str, Any], config: RunConfig, about: About
-) -> dict[str, Any]:
+def _summary(facts: dict[str, Any], about: About) -> dict[str, Any]:
     """Return the contents of submission.json: the community's fields first, then ours."""
-    training, best = facts["training"], scores["sliding_ttt"]
+    training, best = facts["training"], facts["scores"]["sliding_ttt"]
     return {
-        "author": about.author,
-        "github_id": about.github_id,
+        **asdict(about),
         "name": facts["name"],
         "blurb": facts["blurb"],
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "track": about.track,
         "val_loss": best["loss"],
         "val_bpb": best["bpb"],
         "bytes_total": facts["code"] + facts["weights"],
         "bytes_code": facts["code"],
         "bytes_model": facts["weights"],
         "hardware": facts["hardware"],
-        "seed": config.train.seed,
+        "seed": facts["config"].train.seed,
         "step_stop": training and training["steps"],
         "wallclock_seconds": training and round(training["seconds"], 1),
-        "scores": {name: scores[name] for name in _SCORES},
+        "scores": {name: facts["scores"][name] for name in _SCORES},
         "artifact_sha256": facts["digest"],
     }
-
-
-def _readme(facts: dict[str, Any], scores: dict[str, Any], config: RunConfig, **more: object) -> str:
-    source = resources.files("pgolf_fast.artifact").joinpath("submission.md.j2").read_text(encoding="utf-8")
-    template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(source)
-    return template.render(
-        **facts,
-        **more,
-        scores=[(label, scores[name]) for name, label in _SCORES.items()],
-        script=SCRIPT,
-        artifact=ARTIFACT,
-        limit=LIMIT_BYTES,
-        config=config,
-        changes=_changes(config),
-        widths=_widths(config.quant),
-        adaptation=_adaptation(config.ttt),
-    )
 
 
 def _widths(quant: QuantConfig) -> str:

@@ -123,3 +123,6 @@ class RunFolder:
         if not path.is_file():
             raise PgolfError(f"{path} does not exist yet: run `pgolf {made_by} {self.path}` first")
         return path
+
+
+RunPath = str | Path | RunFolder

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import load_tensors
 
+Tensors = Mapping[str, Tensor]
 
-def load_weights(
-    model: nn.Module, tensors: Mapping[str, Tensor], origin: str, *, assign: bool = False
-) -> None:
+
+def load_weights(model: nn.Module, tensors: Tensors, origin: str, *, assign: bool = False) -> None:
     """Copy weights into a model, or let it use them with `assign`.
 
     Raises PgolfError listing names and shapes of `origin` that do not fit.

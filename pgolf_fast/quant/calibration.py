@@ -7,7 +7,7 @@ sampled from the model, so their mean square is the true Fisher information rath
 """
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ from pgolf_fast.errors import PgolfError
 from pgolf_fast.model.decoding import Decoder, sample
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.model.rope import rope_tables
+from pgolf_fast.model.weights import Tensors
 from pgolf_fast.ops import reference
 from pgolf_fast.quant.gptq import inverse_factor
 from pgolf_fast.quant.state import QuantizedState, group_of, hessian_name, is_slot, quantize_state, unbank
@@ -164,7 +165,7 @@ class Fisher:
 
 
 def collect_fisher(
-    model: GPT, tokens: Tensor, hessians: Mapping[str, Tensor], *, damping: float = 0.01, seed: int = 42
+    model: GPT, tokens: Tensor, hessians: Tensors, *, damping: float = 0.01, seed: int = 42
 ) -> dict[str, Fisher]:
     """Return the factors of every matrix by unbanked name. The model is not changed.
 

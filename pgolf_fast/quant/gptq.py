@@ -1,6 +1,6 @@
 """GPTQ: round column by column, and let later columns compensate for each error (Frantar et al. 2022)."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -8,22 +8,23 @@ import torch
 from torch import Tensor
 
 from pgolf_fast.errors import PgolfError
+from pgolf_fast.model.weights import Tensors
 from pgolf_fast.ops.native import extension
-from pgolf_fast.quant.grid import PERCENTILES, best_candidate, check_matrix, scale_candidates
+from pgolf_fast.quant.grid import PERCENTILES, Coded, best_candidate, check_matrix, scale_candidates
 
 COSTS = 256  # a cost table's columns: code q is at index q + 128
 
 
 @torch.no_grad()
 def gptq(
-    groups: Iterable[tuple[Mapping[str, Tensor], Tensor]],
+    groups: Iterable[tuple[Tensors, Tensor]],
     *,
     clip_range: int = 31,
     percentiles: Sequence[float] = PERCENTILES,
     scale_floor: bool = True,
     block_size: int = 128,
     damping: float = 0.01,
-) -> dict[str, tuple[Tensor, Tensor]]:
+) -> dict[str, Coded]:
     """Quantize each weight (R, C) to codes int8 (R, C) and scale float16 (R,), keeping x W^T close.
 
     groups: matrices that read one input (say, Q, K and V), under unique names, with its Hessian (C, C): the
@@ -65,7 +66,7 @@ def gptq(
 class _Group:
     """Matrices of C columns that read one input, ready to round; N counts all rows times their candidates."""
 
-    weights: Mapping[str, Tensor]
+    weights: Tensors
     candidates: dict[str, list[Tensor]]  # row scales float16 (R,)
     order: Tensor  # (C,) of the columns
     columns: Tensor  # float32 (C, N)
@@ -75,7 +76,7 @@ class _Group:
     def scales(self) -> list[Tensor]:
         return [scale for scales in self.candidates.values() for scale in scales]
 
-    def best(self, codes: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    def best(self, codes: Tensor) -> dict[str, Coded]:
         """Pick each matrix's best candidate from the rounded columns, int8 (C, N)."""
         rows = torch.empty_like(codes.T, memory_format=torch.contiguous_format)
         rows[:, self.order] = codes.T
@@ -87,9 +88,7 @@ class _Group:
         return results
 
 
-def _round_groups(
-    groups: Sequence[_Group], clip_range: int, block_size: int
-) -> dict[str, tuple[Tensor, Tensor]]:
+def _round_groups(groups: Sequence[_Group], clip_range: int, block_size: int) -> dict[str, Coded]:
     """Round groups of one shape together."""
     codes = round_columns(
         torch.stack([group.columns for group in groups]),
@@ -153,21 +152,6 @@ def _inverse_of_lower(lower: Tensor) -> Tensor:
     return inverse
 
 
-@dataclass(frozen=True, eq=False)
-class Rate:
-    """Price of each code, for rate-distortion rounding.
-
-    cost float32 (K, 256): bits of code q at index q + 128, for each of K classes. An element's class is
-    row_class (N,) + column_class (C,), int32, zeros if None. lam, (N,) or a number: price of a bit over
-    the row's importance.
-    """
-
-    cost: Tensor
-    row_class: Tensor | None = None
-    column_class: Tensor | None = None
-    lam: Tensor | float = 0.0
-
-
 @torch.no_grad()
 def round_columns(
     columns: Tensor,
@@ -176,7 +160,10 @@ def round_columns(
     *,
     clip_range: int,
     column_step: Tensor | None = None,
-    rate: Rate | None = None,
+    cost: Tensor | None = None,
+    row_class: Tensor | None = None,
+    column_class: Tensor | None = None,
+    lam: Tensor | float = 0.0,
     block_size: int = 128,
     threads: int = 0,
 ) -> Tensor:
@@ -186,39 +173,36 @@ def round_columns(
     then (w - q step) / factor[i, i] * factor[i, j] is subtracted from every later column j. row_step (N,),
     column_step (C,) or None for ones, factor float32 (C, C), upper, with factor^T factor = H^-1.
 
-    With `rate`, the choice is among that q, its neighbor towards zero, and zero: the first that minimizes
+    With `cost`, the choice is among that q, its neighbor towards zero, and zero: the first that minimizes
     (w - q step)^2 / factor[i, i]^2 + lam[n] cost[row_class[n] + column_class[i], q + 128],
-    GPTQ's own loss plus the price of the code, as video coders quantize.
+    GPTQ's own loss plus the price of the code, as video coders quantize. cost float32 (K, 256): bits of each
+    code for each of K classes. row_class (N,), column_class (C,): int32, zeros if None. lam, (N,) or a
+    number: price of a bit over the row's importance.
 
-    All tensors but `rate.cost` may have a leading batch dimension: independent problems of one shape.
+    All tensors but `cost` may have a leading batch dimension: independent problems of one shape.
     On the CPU, blocks of `block_size` columns run in C++ on `threads` threads (0: all cores) if the extension
     is built, otherwise in torch; codes differ only where another order of summation rounds differently.
     Raises PgolfError for shapes that do not fit, clip_range outside 1..127, or classes without a cost.
     """
     single = columns.ndim == 2
-
-    def batched(tensor: Tensor) -> Tensor:
-        return tensor[None] if single else tensor
-
-    work, factor = batched(columns).float().clone(memory_format=torch.contiguous_format), batched(factor)
+    work = (columns[None] if single else columns).float().clone(memory_format=torch.contiguous_format)
+    factor = factor[None] if single else factor
     batch, total, width = work.shape
 
-    def classes(given: Tensor | None, size: int) -> Tensor:
+    def batched(
+        given: Tensor | None, size: int, default: float, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
         if given is None:
-            return torch.zeros(batch, size, dtype=torch.int32, device=work.device)
-        return batched(given).to(work.device, torch.int32).contiguous()
+            return torch.full((batch, size), default, dtype=dtype, device=work.device)
+        return (given[None] if single else given).to(work.device, dtype).contiguous()
 
-    row_class, column_class, lam = (
-        (rate.row_class, rate.column_class, rate.lam) if rate else (None, None, 0.0)
-    )
-    steps = work.new_ones(batch, total) if column_step is None else batched(column_step).float()
     rule = _Rule(
         clip_range=clip_range,
-        row_step=batched(row_step).float().contiguous(),
-        column_step=steps.contiguous(),
-        cost=rate.cost.float().contiguous() if rate else None,
-        row_class=classes(row_class, width),
-        column_class=classes(column_class, total),
+        row_step=batched(row_step, width, 1),
+        column_step=batched(column_step, total, 1),
+        cost=None if cost is None else cost.float().contiguous(),
+        row_class=batched(row_class, width, 0, torch.int32),
+        column_class=batched(column_class, total, 0, torch.int32),
         lam=torch.as_tensor(lam, dtype=torch.float32, device=work.device).expand(batch, width).contiguous(),
     )
     rule.check(work, factor)

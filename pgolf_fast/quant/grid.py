@@ -9,6 +9,7 @@ from pgolf_fast.errors import PgolfError
 
 PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
 INT8_PERCENTILE = 0.9999984
+Coded = tuple[Tensor, Tensor]  # codes int8 (R, C), scale float16 (R,)
 SMALLEST_SCALE = 2.0**-24  # the smallest float16, so that a row of zeros has a step to divide by
 
 
@@ -58,7 +59,7 @@ def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32)
     return (codes.float() * scale.float()[:, None]).to(dtype)
 
 
-def best_candidate(weight: Tensor, candidates: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def best_candidate(weight: Tensor, candidates: Sequence[Coded]) -> Coded:
     """Return the (codes, scale) with the least squared error over the matrix; the first on a tie."""
     if len(candidates) == 1:
         return candidates[0]
@@ -72,7 +73,7 @@ def quantize_rows(
     clip_range: int = 31,
     percentiles: Sequence[float] = PERCENTILES,
     scale_floor: bool = True,
-) -> tuple[Tensor, Tensor]:
+) -> Coded:
     """Round to nearest: codes int8 (R, C) in -clip_range..clip_range and scale float16 (R,).
 
     One percentile serves the whole matrix: the one with the least squared error (PR 1501).
@@ -83,7 +84,7 @@ def quantize_rows(
     return best_candidate(weight, [(round_to_grid(weight, s, clip_range), s) for s in scales])
 
 
-def quantize_int8_rows(weight: Tensor, *, scale_floor: bool = True) -> tuple[Tensor, Tensor]:
+def quantize_int8_rows(weight: Tensor, *, scale_floor: bool = True) -> Coded:
     """Round an embedding table to codes int8 (R, C) in -127..127 and scale float16 (R,) (PR 1501).
 
     Rows are clipped just below their largest value. Raises PgolfError unless weight is a finite matrix.

@@ -25,12 +25,14 @@ from pgolf_fast.config.schema import QuantConfig
 from pgolf_fast.console import progress
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.model.gpt import GPT
+from pgolf_fast.model.weights import Tensors
 from pgolf_fast.quant.calibration import Fisher, collect_fisher, collect_hessians, self_generate
-from pgolf_fast.quant.gptq import Rate, inverse_factor, round_columns
+from pgolf_fast.quant.gptq import inverse_factor, round_columns
 from pgolf_fast.quant.grid import check_matrix
 from pgolf_fast.quant.state import (
     QuantizedState,
     QuantizedTensor,
+    Stored,
     code_bits,
     group_of,
     stays_float,
@@ -150,7 +152,7 @@ class RateDistortion:
     Raises PgolfError for non-finite values.
     """
 
-    def __init__(self, state: Mapping[str, Tensor], fishers: Mapping[str, Fisher], config: QuantConfig):
+    def __init__(self, state: Tensors, fishers: Mapping[str, Fisher], config: QuantConfig):
         self.tensors, self.config = unbank(state), config
         members: dict[str, list[str]] = {}
         for name in self.tensors:
@@ -208,7 +210,7 @@ class RateDistortion:
         like: a finer state that lends its column steps and right correction factors. The two states then
         differ in rows only. Rows are independent, so any mixture of their rows is a valid state.
         """
-        done: dict[str, QuantizedTensor | Tensor] = {}
+        done: dict[str, Stored] = {}
         for group in progress(self._groups, f"price {price:.2e}", unit="group"):
             done.update(self._quantize_group(group, price, like.tensors if like else {}))
         return QuantizedState(
@@ -216,7 +218,7 @@ class RateDistortion:
         )
 
     def _quantize_group(
-        self, group: _Group, price: float, like: Mapping[str, QuantizedTensor | Tensor]
+        self, group: _Group, price: float, like: Mapping[str, Stored]
     ) -> dict[str, QuantizedTensor]:
         shared = [t for t in (like.get(name) for name in group.names) if isinstance(t, QuantizedTensor)]
         column_step = group.column_steps(price)
@@ -231,12 +233,10 @@ class RateDistortion:
             group.factor,
             clip_range=CLIP_RANGE,
             column_step=column_step,
-            rate=Rate(
-                cost=code_costs(torch.exp2((lattice - _ROW_ZERO - _COLUMN_ZERO) / _PER_OCTAVE)),
-                row_class=_classes(rows, _ROW_ZERO, _ROW_CLASSES),
-                column_class=_classes(columns, _COLUMN_ZERO, _COLUMN_CLASSES),
-                lam=2 * ROUNDING_PRICE * price / group.importance,
-            ),
+            cost=code_costs(torch.exp2((lattice - _ROW_ZERO - _COLUMN_ZERO) / _PER_OCTAVE)),
+            row_class=_classes(rows, _ROW_ZERO, _ROW_CLASSES),
+            column_class=_classes(columns, _COLUMN_ZERO, _COLUMN_CLASSES),
+            lam=2 * ROUNDING_PRICE * price / group.importance,
             block_size=self.config.block_size,
         )
         unordered, steps = torch.empty_like(codes.T), torch.empty_like(column_step)

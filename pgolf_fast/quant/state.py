@@ -17,10 +17,11 @@ from pgolf_fast.console import progress
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import load_tensors, save_tensors
 from pgolf_fast.model.bank import BANK_NAMES
+from pgolf_fast.model.weights import Tensors
 from pgolf_fast.ops.bits import dequantize_bytes
 from pgolf_fast.quant.fake import FixedGrid
 from pgolf_fast.quant.gptq import gptq
-from pgolf_fast.quant.grid import check_matrix, quantize_int8_rows, quantize_rows
+from pgolf_fast.quant.grid import Coded, check_matrix, quantize_int8_rows, quantize_rows
 
 # Matrices of each bank, layer by layer, in the order of the stack.
 SLOTS = {
@@ -78,11 +79,14 @@ class QuantizedTensor:
         return scaled if (low := self.correction()) is None else scaled.add_(low)
 
 
+Stored = QuantizedTensor | Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class QuantizedState:
     """A quantized model on the CPU: unbanked name -> `QuantizedTensor`, or the tensor in float16."""
 
-    tensors: dict[str, QuantizedTensor | Tensor]
+    tensors: dict[str, Stored]
 
     def matrices(self) -> dict[str, QuantizedTensor]:
         """Bank matrices alone."""
@@ -115,13 +119,13 @@ class QuantizedState:
         return named
 
     @classmethod
-    def from_named(cls, named: Mapping[str, Tensor], bits: Mapping[str, Any]) -> QuantizedState:
+    def from_named(cls, named: Tensors, bits: Mapping[str, Any]) -> QuantizedState:
         """Rebuild the state from `to_named()` and `bits()`.
 
         Raises PgolfError for codes without a scale per row, column steps or corrections of another shape,
         tensors that belong to no matrix, or bits outside 2 to 8.
         """
-        tensors: dict[str, QuantizedTensor | Tensor] = {}
+        tensors: dict[str, Stored] = {}
         for name, tensor in named.items():
             if name.endswith(CODES):
                 matrix = name.removesuffix(CODES)
@@ -148,7 +152,7 @@ class QuantizedState:
 
 
 def is_part(name: str, named: Container[str]) -> bool:
-    """Whether a tensor of `named` is the scale, column steps or correction of a matrix stored there.
+    """Return whether a tensor of `named` is the scale, column steps or correction of a matrix stored there.
 
     The suffix alone does not decide: the model has plain tensors such as `bigram.scale`.
     """
@@ -157,9 +161,7 @@ def is_part(name: str, named: Container[str]) -> bool:
     return matrix + CODES in named and dot + suffix in suffixes
 
 
-def _matrix(
-    named: Mapping[str, Tensor], name: str, codes: Tensor, bits: Mapping[str, Any]
-) -> QuantizedTensor:
+def _matrix(named: Tensors, name: str, codes: Tensor, bits: Mapping[str, Any]) -> QuantizedTensor:
     scale, left, right = (named.get(name + suffix) for suffix in (SCALE, LEFT, RIGHT))
     columns = named.get(columns_owner(name) + COLUMNS)
     if codes.ndim != 2 or scale is None or scale.shape != codes.shape[:1]:
@@ -182,7 +184,7 @@ def section_of(name: str) -> str:
 
 
 def is_slot(name: str) -> bool:
-    """Whether an unbanked name is that of a bank matrix."""
+    """Return whether an unbanked name is that of a bank matrix."""
     return _SLOT.fullmatch(name) is not None
 
 
@@ -208,11 +210,8 @@ def code_bits(codes: Tensor) -> int:
     return max(2, 1 + int(codes.abs().amax()).bit_length()) if codes.numel() else 2
 
 
-def unbank(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Split every bank of a state dict into its matrices, under the community's names.
-
-    Raises PgolfError when a bank is missing.
-    """
+def unbank(state: Tensors) -> dict[str, Tensor]:
+    """Split banks into matrices under the community's names. Raises PgolfError if a bank is missing."""
     missing = [name for name in BANK_NAMES if name not in state]
     if missing:
         raise PgolfError(f"the state has no {', '.join(missing)}: it is not a model with weight banks")
@@ -230,7 +229,7 @@ def _slots_of(name: str, bank: Tensor) -> dict[str, Tensor]:
     }
 
 
-def rebank(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def rebank(tensors: Tensors) -> dict[str, Tensor]:
     """Undo `unbank`. Raises PgolfError when matrices of a bank are missing or differ in shape."""
     layers = 1 + max((int(m[1]) for m in map(_SLOT.fullmatch, tensors) if m), default=-1)
     banks = {}
@@ -245,9 +244,7 @@ def rebank(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {**banks, **{name: tensor for name, tensor in tensors.items() if not is_slot(name)}}
 
 
-def quantize_state(
-    state: Mapping[str, Tensor], config: QuantConfig, hessians: Mapping[str, Tensor] | None = None
-) -> QuantizedState:
+def quantize_state(state: Tensors, config: QuantConfig, hessians: Tensors | None = None) -> QuantizedState:
     """Quantize bank matrices and large tables of a state dict; store the rest as float16.
 
     hessians: from `collect_hessians`; used by method gptq only.
@@ -257,7 +254,7 @@ def quantize_state(
     if config.grid == "rd":
         raise PgolfError("grid rd needs a byte target: use `pgolf quantize --grid rd`")
     tensors = unbank(state)
-    done: dict[str, QuantizedTensor | Tensor] = dict(_quantize_slots(tensors, config, hessians))
+    done: dict[str, Stored] = dict(_quantize_slots(tensors, config, hessians))
     for name, tensor in tensors.items():
         if name in done:
             continue
@@ -275,7 +272,7 @@ def quantize_state(
 
 
 def stays_float(name: str, config: QuantConfig) -> bool:
-    """Whether the configuration stores this embedding table as float16."""
+    """Return whether the configuration stores this embedding table as float16."""
     return config.tables == "float16" and name in TABLES
 
 
@@ -288,14 +285,14 @@ def to_float16(name: str, tensor: Tensor) -> Tensor:
 
 
 def _quantize_slots(
-    tensors: Mapping[str, Tensor], config: QuantConfig, hessians: Mapping[str, Tensor] | None
+    tensors: Tensors, config: QuantConfig, hessians: Tensors | None
 ) -> dict[str, QuantizedTensor]:
     groups: dict[str, dict[str, Tensor]] = {}
     for name in filter(is_slot, tensors):
         groups.setdefault(group_of(name), {})[name] = tensors[name].detach()
     steps = progress(groups, f"quantize ({config.method})", unit="group")
     clip_range, percentiles, floor = config.clip_range, config.percentiles, config.scale_floor
-    done: dict[str, tuple[Tensor, Tensor]] = {}
+    done: dict[str, Coded] = {}
     if config.method == "gptq":
         if missing := [group for group in groups if group not in (hessians or {})]:
             problem = f"quant.method gptq needs the Hessian {missing[0]}"
