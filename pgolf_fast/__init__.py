@@ -11,7 +11,8 @@
     loaded = pg.load("runs/a")  # loaded.model, loaded.tokenizer, loaded.config
 
 Keyword arguments set fields of the configuration; `__` separates groups: train__steps is train.steps.
-Importing this package loads no torch: each name is imported on first use.
+Importing this package loads no torch: each name is imported on first use. `torch.ops.pgolf.*` exists after
+`import pgolf_fast.ops`.
 """
 
 from importlib import import_module as _import_module

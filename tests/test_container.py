@@ -250,7 +250,7 @@ def test_writer_rejects_bad_input_and_keeps_the_old_file(tmp_path, monkeypatch):
         write_container(path, {"x": object()}, [record])
     with pytest.raises(PgolfError, match="preset is 11"):
         write_container(path, {}, [record], preset=11)
-    with pytest.raises(PgolfError, match="16777.* bytes of header do not fit"):
+    with pytest.raises(PgolfError, match="bytes of header do not fit"):
         write_container(path, {"x": "y" * (16 << 20)}, [record])
     monkeypatch.setattr(container, "MAX_RAW_BYTES", 3)
     with pytest.raises(PgolfError, match="the limit is 3 bytes"):

@@ -214,7 +214,7 @@ def _encode(
 
 def _need_room(number: int, limit: int, what: str) -> None:
     if number > limit:
-        raise PgolfError(f"{number} {what} do not fit into an artifact: the limit is {limit}")
+        raise PgolfError(f"{number} {what} do not fit into an artifact: the limit is {limit} {what}")
 
 
 def _raw_header(config: bytes, tensors: Sequence[TensorRecord], sections: Sequence[SectionSize]) -> bytes:

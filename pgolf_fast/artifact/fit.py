@@ -237,15 +237,11 @@ def _next_price(grids: RateDistortion, guess: float, fine: Fit | None, coarse: F
     """Return the guess, shifted toward the bound that is missing or farther away, and within the bounds."""
     lower = fine is None or (coarse is not None and guess / fine.price > coarse.price / guess)
     price = guess / SIDE if lower else guess * SIDE
-    below = grids.finest_price if fine is None else fine.price
-    above = COARSEST_PRICE if coarse is None else coarse.price
-    if fine is not None and coarse is not None and not below < price < above:
-        return math.sqrt(below * above)
-    if fine is None and coarse is not None:
-        price = min(price, coarse.price / SIDE)
-    if coarse is None and fine is not None:
-        price = max(price, fine.price * SIDE)
-    return min(max(price, grids.finest_price), COARSEST_PRICE)
+    if fine is not None and coarse is not None and not fine.price < price < coarse.price:
+        return math.sqrt(fine.price * coarse.price)
+    lowest = grids.finest_price if fine is None else min(fine.price * SIDE, COARSEST_PRICE)
+    highest = COARSEST_PRICE if coarse is None else coarse.price / SIDE
+    return max(min(price, highest), lowest)
 
 
 def _mix(fine: Fit, coarse: Fit, artifact_bytes: Size, target: int) -> Fit:

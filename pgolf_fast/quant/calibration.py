@@ -7,6 +7,7 @@ sampled from the model, so their mean square is the true Fisher information rath
 """
 
 import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -64,22 +65,17 @@ def self_generate(model: GPT, config: QuantConfig, seq_len: int) -> Tensor:
         )
     device = model.tok_emb.weight.device
     generator = torch.Generator(device=device).manual_seed(config.seed)
-    sizes = [
-        min(config.calibration_batch, config.calibration_sequences - start)
-        for start in range(0, config.calibration_sequences, config.calibration_batch)
-    ]
-    steps = ((batch, position) for batch in range(len(sizes)) for position in range(length))
-    texts: list[Tensor] = []
-    for batch, position in progress(steps, "calibration text", total=len(sizes) * length, unit="step"):
+    text = torch.empty(config.calibration_sequences, length, dtype=torch.int64, device=device)
+    parts = text.split(config.calibration_batch)
+    steps = itertools.product(parts, range(length))
+    for part, position in progress(steps, "calibration text", total=len(parts) * length, unit="step"):
         if position == 0:
-            decoder = Decoder(model, sizes[batch], length)
-            start_ids = (sizes[batch],)
-            tokens = torch.randint(model.config.vocab_size, start_ids, generator=generator, device=device)
-            texts.append(tokens.new_empty(sizes[batch], length))
+            decoder, size = Decoder(model, len(part), length), (len(part),)
+            tokens = torch.randint(model.config.vocab_size, size, generator=generator, device=device)
         else:
             tokens = sample(decoder.step(tokens), temperature=config.temperature, generator=generator)
-        texts[-1][:, position] = tokens
-    return torch.cat(texts)
+        part[:, position] = tokens
+    return text
 
 
 @torch.no_grad()
@@ -113,9 +109,7 @@ class _Grams:
     def __init__(self, model: GPT):
         self.model, self.banks, self.sums = model, model.banks(), dict[str, Tensor]()
         # attention with the identity as output projection returns that projection's input
-        self.identity = torch.eye(
-            model.config.model_dim, dtype=self.banks.qo.dtype, device=self.banks.qo.device
-        )
+        self.identity = torch.eye(model.config.model_dim).to(self.banks.qo)
 
     def add_text(self, tokens: Tensor) -> None:
         """Run one forward of tokens (B, T), as `GPT.hidden` does."""
@@ -217,9 +211,7 @@ def _gradients(model: GPT, inputs: Tensor, seed: int) -> Iterator[dict[str, Tens
 def _square_root(hessian: Tensor, damping: float, name: str) -> Tensor:
     """Return V (C, C) with V^T V = (hessian + damping mean(diag) I)^-1."""
     order, factor = inverse_factor(hessian, damping, name)
-    root = torch.empty_like(factor)
-    root[:, order] = factor
-    return root
+    return factor[:, order.argsort()]
 
 
 def _row_sums(gradient: Tensor, root: Tensor) -> Tensor:

@@ -239,10 +239,11 @@ class RateDistortion:
             lam=2 * ROUNDING_PRICE * price / group.importance,
             block_size=self.config.block_size,
         )
-        unordered, steps = torch.empty_like(codes.T), torch.empty_like(column_step)
-        unordered[:, group.order], steps[group.order] = codes.T, column_step
-        column_scale = steps.half().cpu()
-        parts = zip(unordered.cpu().split(group.rows), row_step.half().cpu().split(group.rows), strict=True)
+        original = group.order.argsort()
+        column_scale = column_step[original].half().cpu()
+        parts = zip(
+            codes[original].T.cpu().split(group.rows), row_step.half().cpu().split(group.rows), strict=True
+        )
         done = {
             name: QuantizedTensor(c.contiguous(), scale, code_bits(c), column_scale.clone())
             for name, (c, scale) in zip(group.names, parts, strict=True)
@@ -275,9 +276,9 @@ class RateDistortion:
             count = int((saved > cost).sum())
             if count == 0:
                 return None
-            ordered = directions[:count] @ group.factor  # back from white to columns
-            right = torch.empty_like(ordered)
-            right[:, group.order] = ordered
+            right = (directions[:count] @ group.factor)[
+                :, group.order.argsort()
+            ]  # back from white to columns
             right = short_floats(right / right.abs().amax(dim=1, keepdim=True)).half()
         basis = torch.linalg.solve_triangular(
             group.factor.T, right.to(error.device).float()[:, group.order].T, upper=False

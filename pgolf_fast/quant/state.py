@@ -341,7 +341,9 @@ def bank_grids(quantized: QuantizedState) -> tuple[FixedGrid, ...]:
     steps = rebank({name: matrix.step() for name, matrix in matrices.items()})
     offsets: dict[str, Tensor] = {}
     if any(matrix.low_rank is not None for matrix in matrices.values()):
-        low = {name: (matrix.correction(), matrix.codes) for name, matrix in matrices.items()}
-        offsets = rebank({n: torch.zeros(c.shape) if part is None else part for n, (part, c) in low.items()})
+        low = {name: matrix.correction() for name, matrix in matrices.items()}
+        offsets = rebank(
+            {n: torch.zeros(matrices[n].codes.shape) if x is None else x for n, x in low.items()}
+        )
     bits = max(matrix.bits for matrix in matrices.values())
     return tuple(FixedGrid(steps[n], 2 ** (bits - 1) - 1, offsets.get(n)) for n in BANK_NAMES)
