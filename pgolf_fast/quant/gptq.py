@@ -45,15 +45,14 @@ def gptq(
             _check(name, weight, hessian)
         order, factor = inverse_factor(hessian, damping, ", ".join(weights))
         dead = torch.diagonal(hessian) == 0
-        candidates = {
-            name: scale_candidates(weight, clip_range, percentiles, scale_floor)
-            for name, weight in weights.items()
-        }
-        columns = [
-            weight.float().masked_fill(dead, 0.0).T[order].repeat(1, len(candidates[name]))
+        matrices = [
+            (name, weight, scale_candidates(weight, clip_range, percentiles, scale_floor))
             for name, weight in weights.items()
         ]
-        group = _Group(weights, candidates, order, torch.cat(columns, dim=1), factor)
+        columns = torch.cat(
+            [w.float().masked_fill(dead, 0.0).T[order].repeat(1, len(s)) for _, w, s in matrices], dim=1
+        )
+        group = _Group(matrices, order, columns, factor)
         waiting.setdefault(group.columns.shape, []).append(group)
         if not group.columns.is_cuda:
             results.update(_round_groups(waiting.pop(group.columns.shape), clip_range, block_size))
@@ -66,15 +65,14 @@ def gptq(
 class _Group:
     """Matrices of C columns that read one input, ready to round; N counts all rows times their candidates."""
 
-    weights: Tensors
-    candidates: dict[str, list[Tensor]]  # row scales float16 (R,)
+    matrices: list[tuple[str, Tensor, list[Tensor]]]  # name, weight (R, C), candidate scales float16 (R,)
     order: Tensor  # (C,) of the columns
     columns: Tensor  # float32 (C, N)
     factor: Tensor  # (C, C)
 
     @property
     def scales(self) -> list[Tensor]:
-        return [scale for scales in self.candidates.values() for scale in scales]
+        return [scale for *_, scales in self.matrices for scale in scales]
 
     def best(self, codes: Tensor) -> dict[str, Coded]:
         """Pick each matrix's best candidate from the rounded columns, int8 (C, N)."""
@@ -82,8 +80,8 @@ class _Group:
         rows[:, self.order] = codes.T
         parts = iter(rows.split([len(scale) for scale in self.scales]))
         results = {}
-        for name, weight in self.weights.items():
-            best, scale = best_candidate(weight, [(next(parts), scale) for scale in self.candidates[name]])
+        for name, weight, scales in self.matrices:
+            best, scale = best_candidate(weight, [(next(parts), scale) for scale in scales])
             results[name] = best.clone(), scale  # a copy, so that memory of the other candidates is freed
         return results
 
@@ -186,27 +184,29 @@ def round_columns(
     """
     single = columns.ndim == 2
     work = (columns[None] if single else columns).float().clone(memory_format=torch.contiguous_format)
-    factor = factor[None] if single else factor
     batch, total, width = work.shape
 
-    def batched(
-        given: Tensor | None, size: int, default: float, dtype: torch.dtype = torch.float32
-    ) -> Tensor:
+    def batched(name: str, given: Tensor | None, *shape: int, default: int = 0) -> Tensor:
+        dtype = torch.int32 if name.endswith("class") else torch.float32
         if given is None:
-            return torch.full((batch, size), default, dtype=dtype, device=work.device)
-        return (given[None] if single else given).to(work.device, dtype).contiguous()
+            return torch.full((batch, *shape), default, dtype=dtype, device=work.device)
+        tensor = (given[None] if single else given).to(work.device, dtype).contiguous()
+        if tensor.shape != (batch, *shape):
+            needed = f"{name} must be {(batch, *shape)}, but it is {tuple(tensor.shape)}"
+            raise PgolfError(f"to round columns {tuple(work.shape)}, {needed}")
+        return tensor
 
     rule = _Rule(
         clip_range=clip_range,
-        row_step=batched(row_step, width, 1),
-        column_step=batched(column_step, total, 1),
+        row_step=batched("row_step", row_step, width),
+        column_step=batched("column_step", column_step, total, default=1),
         cost=None if cost is None else cost.float().contiguous(),
-        row_class=batched(row_class, width, 0, torch.int32),
-        column_class=batched(column_class, total, 0, torch.int32),
+        row_class=batched("row_class", row_class, width),
+        column_class=batched("column_class", column_class, total),
         lam=torch.as_tensor(lam, dtype=torch.float32, device=work.device).expand(batch, width).contiguous(),
     )
-    rule.check(work, factor)
-    codes = _round_all(work, factor, rule, block_size, threads)
+    rule.check(work)
+    codes = _round_all(work, batched("factor", factor, total, total), rule, block_size, threads)
     return codes[0] if single else codes
 
 
@@ -248,21 +248,7 @@ class _Rule:
     column_class: Tensor  # (B, C)
     lam: Tensor  # (B, N)
 
-    def check(self, columns: Tensor, factor: Tensor) -> None:
-        batch, total, width = columns.shape
-        wanted = {
-            "factor": (factor, (batch, total, total)),
-            "row_step": (self.row_step, (batch, width)),
-            "column_step": (self.column_step, (batch, total)),
-            "row_class": (self.row_class, (batch, width)),
-            "column_class": (self.column_class, (batch, total)),
-        }
-        for name, (tensor, shape) in wanted.items():
-            if tensor.shape != shape:
-                raise PgolfError(
-                    f"to round columns {tuple(columns.shape)}, {name} must be {shape}, "
-                    f"but it is {tuple(tensor.shape)}"
-                )
+    def check(self, columns: Tensor) -> None:
         if not 1 <= self.clip_range <= 127:
             raise PgolfError(f"clip_range is {self.clip_range}; codes of 8 bits or less need 1 to 127")
         if self.cost is not None and columns.numel():
