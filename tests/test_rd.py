@@ -1,4 +1,4 @@
-"""Grid rd: importances, steps, costs, landing at a byte target, and an artifact round trip."""
+"""Grid rd: importances, steps, costs, fitting a byte target, and an artifact round trip."""
 
 from __future__ import annotations
 
@@ -224,7 +224,7 @@ def test_lands_under_the_target(model, fishers, share, rank):
 
 
 def test_a_sample_saves_a_round(model, fishers, monkeypatch):
-    """A large model's first price comes from some of its rows; the landing is as exact as without."""
+    """A large model's first price comes from some of its rows; the fit is as exact as without."""
     grids = RateDistortion(model.state_dict(), fishers, QUANT)
     target = int(0.6 * size(grids.quantize(1e-9)))
     monkeypatch.setattr(fit, "SAMPLE_WEIGHTS", grids.weights // 3)

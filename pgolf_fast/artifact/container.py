@@ -381,21 +381,18 @@ def _read_header(head: bytes, size: int) -> tuple[bytes, list[SectionSize], list
     config = cursor.take(cursor.unpack(CONFIG_BYTES, "the configuration")[0], "the configuration")
     sections = _parse_sections(cursor, end, size - DIGEST_BYTES)
     tensors = _parse_tensors(cursor, sections)
-    unread = raw_bytes - cursor.position
+    unread = len(cursor.read())
     _need(not unread, f"{unread} bytes follow its last tensor")
     return config, sections, tensors
 
 
-class _Cursor:
+class _Cursor(io.BytesIO):
     """A reader of consecutive fields of the uncompressed header."""
 
-    def __init__(self, data: bytes) -> None:
-        self.data, self.position = data, 0
-
     def take(self, count: int, what: str) -> bytes:
-        start, self.position = self.position, self.position + count
-        _need(self.position <= len(self.data), f"it ends within {what}")
-        return self.data[start : self.position]
+        data = self.read(count)
+        _need(len(data) == count, f"it ends within {what}")
+        return data
 
     def unpack(self, layout: struct.Struct, what: str) -> tuple[Any, ...]:
         return layout.unpack(self.take(layout.size, what))

@@ -94,7 +94,9 @@ class _Order:
         self.flat = np.concatenate([codes.ravel() for codes, _ in matrices])
         size = np.abs(np.concatenate([scale for _, scale in matrices]))
         self.rank = np.argsort(size, kind="stable")  # same order as by squared scale
-        self.owners = np.repeat(np.arange(len(matrices)), [rows for rows, _ in self.shapes])[self.rank]
+        rows = [len(codes) for codes, _ in matrices]
+        self.starts = np.cumsum([0, *rows[:-1]])  # each matrix's first row
+        self.owners = np.repeat(np.arange(len(matrices)), rows)[self.rank]
         # (rows, 2): +1 and -1 codes of every row in that order; ends: their cumulative number
         parts = self.split(self.flat)
         ones = [np.stack([np.count_nonzero(p == sign, axis=1) for sign in (1, -1)], axis=1) for p in parts]
@@ -119,16 +121,13 @@ class _Order:
         whole, rest = self.whole_rows(number)
         zeroed = np.zeros(len(self.rank), np.bool_)
         zeroed[self.rank[:whole]] = True
-        start = 0
-        for part in self.split(flat):
-            rows = zeroed[start : start + len(part)]
-            kept = part[rows]
-            kept *= np.abs(kept) != 1
-            part[rows] = kept
-            if rest and start <= (row := self.rank[whole]) < start + len(part):
-                row = part[row - start]
-                row[np.flatnonzero(np.abs(row) == 1)[:rest]] = 0
-            start += len(part)
+        parts = self.split(flat)
+        for part, rows in zip(parts, np.split(zeroed, self.starts[1:]), strict=True):
+            part[rows] *= np.abs(part[rows]) != 1
+        if rest:
+            matrix = self.owners[whole]
+            row = parts[matrix][self.rank[whole] - self.starts[matrix]]
+            row[np.flatnonzero(np.abs(row) == 1)[:rest]] = 0
         return flat
 
     def entropy_bytes(self, number: int) -> float:

@@ -213,9 +213,8 @@ class RateDistortion:
         done: dict[str, Stored] = {}
         for group in progress(self._groups, f"price {price:.2e}", unit="group"):
             done.update(self._quantize_group(group, price, like.tensors if like else {}))
-        return QuantizedState(
-            {n: done[n] if n in done else to_float16(n, t) for n, t in self.tensors.items()}
-        )
+        done |= {name: to_float16(name, t) for name, t in self.tensors.items() if name not in done}
+        return QuantizedState({name: done[name] for name in self.tensors})
 
     def _quantize_group(
         self, group: _Group, price: float, like: Mapping[str, Stored]
@@ -276,9 +275,8 @@ class RateDistortion:
             count = int((saved > cost).sum())
             if count == 0:
                 return None
-            right = (directions[:count] @ group.factor)[
-                :, group.order.argsort()
-            ]  # back from white to columns
+            ordered = directions[:count] @ group.factor  # back from white to columns
+            right = ordered[:, group.order.argsort()]
             right = short_floats(right / right.abs().amax(dim=1, keepdim=True)).half()
         basis = torch.linalg.solve_triangular(
             group.factor.T, right.to(error.device).float()[:, group.order].T, upper=False
