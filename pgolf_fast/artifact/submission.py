@@ -164,7 +164,6 @@ def _facts(folder: RunFolder, config: RunConfig, about: About) -> dict[str, Any]
         "tokenizer": hashlib.sha256(folder.tokenizer_file.read_bytes()).hexdigest(),
         "changes": _changes(config),
         "widths": _widths(quant),
-        "adaptation": _adaptation(config.ttt),
         "labels": _SCORES,
         "script": SCRIPT,
         "artifact": ARTIFACT,
@@ -197,31 +196,6 @@ def _summary(facts: dict[str, Any], about: About) -> dict[str, Any]:
 def _widths(quant: QuantConfig) -> str:
     """Name the integer type of bank weights."""
     return "int2 to int8 (a rate-distortion grid)" if quant.grid == "rd" else f"int{quant.bits}"
-
-
-def _adaptation(ttt: TTTConfig) -> str:
-    """Describe test-time training in a sentence or two."""
-    if ttt.by_document:
-        lora = ttt.lora
-        return (
-            f"{lora.epochs} AdamW steps (learning rate {lora.lr}) on each segment of {lora.segment_tokens:,} "
-            "tokens of a document, after that segment was scored and never after the last one. They train a "
-            f"rank-{lora.rank} change of every matrix, which is reset to zero for each document."
-        )
-    if ttt.epochs == 0:
-        return "none; the third score is that of the unchanged model."
-    adapted = {
-        "banks": "the banks",
-        "all": "all parameters but the scalars of the first blocks",
-        "blocks": f"matrices and scalars of all blocks but the first {ttt.freeze_blocks}",
-        "mlps": f"the MLP matrices of all blocks but the first {ttt.freeze_blocks}",
-    }[ttt.parameters]
-    rule = "SGD" if ttt.adapter == "sgd" else "AdamW"
-    fall = ", decayed to 0" if ttt.decay == "cosine" else ""
-    return (
-        f"{ttt.epochs} epochs of {rule} over each chunk of {ttt.chunk_tokens:,} tokens, after that chunk was "
-        f"scored and never after the last one. It adapts {adapted}, with learning rate {ttt.lr}{fall}."
-    )
 
 
 def _changes(config: RunConfig) -> list[str]:
