@@ -5,7 +5,7 @@ rANS uses them. Damaged bytes raise ValueError; no decoder uses much more memory
 """
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 
@@ -15,7 +15,6 @@ from pgolf_fast.ops import native
 from pgolf_fast.ops.lzma import compress_bytes, decompress_bytes
 
 Shape = tuple[int, int, int]  # rows, columns, bytes of an item; row-major, little-endian
-Settings = Mapping[str, int | bool | str]
 
 CODECS: dict[str, int] = {"raw": 0, "lzma": 1, "rans": 2, "zstd": 3, "brotli": 4}  # the numbers in a file
 
@@ -55,33 +54,23 @@ def decode(codec: str, stored: bytes, raw_bytes: int, shapes: Sequence[Shape]) -
 
 
 def smallest(
-    data: bytes,
-    shapes: Sequence[Shape],
-    candidates: Sequence[str] = ("rans", "lzma"),
-    settings: Mapping[str, Settings] | None = None,
+    data: bytes, shapes: Sequence[Shape], candidates: Sequence[str] = ("rans", "lzma"), preset: int = 9
 ) -> tuple[str, bytes]:
     """Return the candidate that makes `data` smallest, and its bytes; ("raw", data) if none makes it smaller.
 
-    Candidates run in parallel threads; the first wins a tie. LZMA is dropped where a quick probe falls far
-    behind. settings: by codec, the settings of `encode`. Without the C++ extension, LZMA replaces rANS.
+    Candidates run in parallel threads; the first wins a tie. LZMA, at `preset`, is dropped where a quick
+    probe falls far behind. Without the C++ extension, LZMA replaces rANS.
     """
-    names = list(map(_known, candidates))
-    if native.extension() is None:
-        names = ["lzma" if name == "rans" else name for name in names]
-    names = list(dict.fromkeys(names))
-
-    def packed(name: str) -> bytes:
-        return encode(name, data, shapes, **(settings or {}).get(name, {}))
-
-    def lzma_may_win() -> bool:
-        probe = len(compress_bytes(data, preset=PROBE_PRESET))
-        return probe <= PROBE_MARGIN * min(map(len, done.values()))
-
+    replaced = {"rans": "lzma"} if native.extension() is None else {}
+    names = dict.fromkeys(replaced.get(name, name) for name in map(_known, candidates))
     quick = [name for name in names if name != "lzma"]
     with ThreadPoolExecutor(max(1, len(quick))) as pool:
-        done = dict(zip(quick, pool.map(packed, quick), strict=True))
-    if "lzma" in names and (not done or len(data) <= PROBE_FROM or lzma_may_win()):
-        done["lzma"] = packed("lzma")
+        done = dict(zip(quick, pool.map(lambda name: encode(name, data, shapes), quick), strict=True))
+    if "lzma" in names:
+        must_try = not done or len(data) <= PROBE_FROM
+        probe = 0 if must_try else len(compress_bytes(data, preset=PROBE_PRESET))
+        if probe <= PROBE_MARGIN * min(map(len, done.values()), default=0):
+            done["lzma"] = encode("lzma", data, shapes, preset=preset)
     best = min(((n, done[n]) for n in names if n in done), key=lambda p: len(p[1]), default=("raw", data))
     return best if len(best[1]) < len(data) else ("raw", data)
 

@@ -195,7 +195,7 @@ def _encode(
         raw = b"".join(np.ascontiguousarray(a, a.dtype.newbyteorder("<")).tobytes() for a in arrays)
         shapes = [_codec_shape(a.shape, a.dtype.name) for a in arrays]
         tried = candidates[name] if isinstance(candidates, Mapping) else candidates
-        codec, stored = codecs.smallest(raw, shapes, tried, {"lzma": {"preset": preset}})
+        codec, stored = codecs.smallest(raw, shapes, tried, preset)
         return SectionSize(name, len(raw), len(stored), codec, zlib.crc32(stored)), stored
 
     used = [name for name in SECTIONS if any(record.section == name for record in tensors)]
@@ -204,7 +204,7 @@ def _encode(
             sections = list(pool.map(encode_section, used))
         raw = _raw_header(_json(config), tensors, [size for size, _ in sections])
         _need_room(len(raw), MAX_HEADER_BYTES, "bytes of header")
-        codec, stored = codecs.smallest(raw, [(1, len(raw), 1)], ("lzma",), {"lzma": {"preset": preset}})
+        codec, stored = codecs.smallest(raw, [(1, len(raw), 1)], ("lzma",), preset)
     except ValueError as error:
         raise PgolfError(str(error)) from error
     file_bytes = START + len(stored) + sum(len(body) for _, body in sections) + DIGEST_BYTES
