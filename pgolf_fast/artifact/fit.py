@@ -269,17 +269,11 @@ def mixed(fine: QuantizedState, coarse: QuantizedState, rows: int) -> QuantizedS
     for name, a in fine.tensors.items():
         tensors[name], b = a, coarse.tensors[name]
         if isinstance(a, QuantizedTensor) and isinstance(b, QuantizedTensor):
-            tensors[name] = _mixed_rows(a, b, min(rows, len(a.codes)))
-            rows -= min(rows, len(a.codes))
+            taken, low_rank = min(rows, len(a.codes)), a.low_rank
+            codes = torch.cat((b.codes[:taken], a.codes[taken:]))
+            scale = torch.cat((b.scale[:taken], a.scale[taken:]))
+            if low_rank is not None and b.low_rank is not None:
+                low_rank = torch.cat((b.low_rank[0][:taken], low_rank[0][taken:])), low_rank[1]
+            tensors[name] = replace(a, codes=codes, scale=scale, bits=code_bits(codes), low_rank=low_rank)
+            rows -= taken
     return QuantizedState(tensors)
-
-
-def _mixed_rows(fine: QuantizedTensor, coarse: QuantizedTensor, rows: int) -> QuantizedTensor:
-    if rows in (0, len(fine.codes)):
-        return coarse if rows else fine
-    codes = torch.cat((coarse.codes[:rows], fine.codes[rows:]))
-    low_rank = fine.low_rank
-    if low_rank is not None and coarse.low_rank is not None:
-        low_rank = torch.cat((coarse.low_rank[0][:rows], low_rank[0][rows:])), low_rank[1]
-    scale = torch.cat((coarse.scale[:rows], fine.scale[rows:]))
-    return replace(fine, codes=codes, scale=scale, bits=code_bits(codes), low_rank=low_rank)

@@ -30,16 +30,11 @@ class LoadedModel:
     """A model on its device, with what scoring and generating need besides."""
 
     model: GPT
-    config: RunConfig
-    """Settings to score it with."""
-    path: Path
-    """File of the weights."""
-    tokenizer: Tokenizer | None
-    """None for an artifact outside a run folder, unless one was given."""
-    quantized: QuantizedState | None = None
-    """Codes of an artifact; None for float weights."""
-    sha256: str | None = None
-    """Digest of an artifact; None for float weights."""
+    config: RunConfig  # settings to score it with
+    path: Path  # file of the weights
+    tokenizer: Tokenizer | None  # none for an artifact outside a run folder, unless one was given
+    quantized: QuantizedState | None = None  # codes of an artifact
+    sha256: str | None = None  # digest of an artifact
 
     @functools.cached_property
     def grid(self) -> tuple[FixedGrid, ...] | None:
