@@ -20,10 +20,12 @@ from pgolf_fast.model.gpt import GPT
 from pgolf_fast.model.rope import rope_tables
 from pgolf_fast.ops import reference
 from pgolf_fast.quant.calibration import collect_hessians, quantize_model, self_generate
-from pgolf_fast.quant.fake import fake_int6, fake_quantize_rows, make_fake
 from pgolf_fast.quant.gptq import gptq
 from pgolf_fast.quant.grid import (
     dequantize,
+    fake_int6,
+    fake_quantize_rows,
+    make_fake,
     quantize_int8_rows,
     quantize_rows,
     round_to_grid,

@@ -21,7 +21,7 @@ from pgolf_fast.model import decoding
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.model.runtime import choose_kernels, resolve_dtype
 from pgolf_fast.model.weights import Tensors, load_weights, read_weights
-from pgolf_fast.quant.fake import FixedGrid
+from pgolf_fast.quant.grid import FixedGrid
 from pgolf_fast.quant.state import CODES, QuantizedState, bank_grids, dequantize_state, is_part
 
 

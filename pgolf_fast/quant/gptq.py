@@ -31,10 +31,8 @@ def gptq(
     sum of x^T x, up to a factor. Columns go in descending order of the Hessian's diagonal, to which `damping`
     times its mean is added; row scales are searched as in `quantize_rows` (PR 1501). Rows are independent, so
     a group with all its candidate scales takes one pass and one factorization.
-
     A CPU takes the groups one by one, so it holds one in memory. On a GPU a column of one group is too little
     work, so all groups of one shape run at once.
-
     Raises PgolfError for shapes that do not fit, non-finite values, or a Hessian that is not positive
     definite even with 100 times the damping.
     """
@@ -42,7 +40,13 @@ def gptq(
     waiting: dict[torch.Size, list[_Group]] = {}
     for weights, hessian in groups:
         for name, weight in weights.items():
-            _check(name, weight, hessian)
+            check_matrix(weight, name)
+            if hessian.shape != (size := (weight.shape[1],) * 2):
+                problem = f"{name} has {size[0]} columns, so its Hessian must be {size}"
+                raise PgolfError(f"{problem}, but it is {tuple(hessian.shape)}")
+        if not bool(torch.isfinite(hessian).all()):
+            what = f"the Hessian of {', '.join(weights)}"
+            raise PgolfError(f"{what} has values that are not finite: check the calibration text")
         order, factor = inverse_factor(hessian, damping, ", ".join(weights))
         dead = torch.diagonal(hessian) == 0
         matrices = [
@@ -96,18 +100,6 @@ def _round_groups(groups: Sequence[_Group], clip_range: int, block_size: int) ->
         block_size=block_size,
     )
     return {name: best for g, c in zip(groups, codes, strict=True) for name, best in g.best(c).items()}
-
-
-def _check(name: str, weight: Tensor, hessian: Tensor) -> None:
-    check_matrix(weight, name)
-    columns = weight.shape[1]
-    if hessian.shape != (columns, columns):
-        raise PgolfError(
-            f"{name} has {columns} columns, so its Hessian must be ({columns}, {columns}), "
-            f"but it is {tuple(hessian.shape)}"
-        )
-    if not bool(torch.isfinite(hessian).all()):
-        raise PgolfError(f"the Hessian of {name} has values that are not finite: check the calibration text")
 
 
 def inverse_factor(hessian: Tensor, damping: float = 0.01, name: str = "weight") -> tuple[Tensor, Tensor]:

@@ -19,9 +19,8 @@ from pgolf_fast.io import load_tensors, save_tensors
 from pgolf_fast.model.bank import BANK_NAMES
 from pgolf_fast.model.weights import Tensors
 from pgolf_fast.ops.bits import dequantize_bytes
-from pgolf_fast.quant.fake import FixedGrid
 from pgolf_fast.quant.gptq import gptq
-from pgolf_fast.quant.grid import Coded, check_matrix, quantize_int8_rows, quantize_rows
+from pgolf_fast.quant.grid import Coded, FixedGrid, check_matrix, quantize_int8_rows, quantize_rows
 
 # Matrices of each bank, layer by layer, in the order of the stack.
 SLOTS = {
