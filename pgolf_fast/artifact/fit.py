@@ -177,6 +177,10 @@ def fit_to_target(grids: RateDistortion, artifact_bytes: Size, target: int) -> F
         state = grids.quantize(price, None if fine is None else fine.state)
         fit = Fit(state, artifact_bytes(state), price)
         logger.info("price %.3e nats/bit: %d bytes, target %d", price, fit.artifact_bytes, target)
+        if fit.artifact_bytes > target and price >= COARSEST_PRICE:
+            needed = f"even with nearly all weights zero the artifact needs {fit.artifact_bytes:,} bytes"
+            hint = "raise quant.target_bytes or pack.limit_bytes"
+            raise PgolfError(f"{needed}, more than the target of {target:,}: {hint}")
         return fit
 
     price = _first_price(grids, artifact_bytes, target)
@@ -186,8 +190,6 @@ def fit_to_target(grids: RateDistortion, artifact_bytes: Size, target: int) -> F
             coarse, mixable = fit, fine is not None
             if price <= grids.finest_price:
                 return fit
-        elif price >= COARSEST_PRICE:
-            raise _too_small(fit.artifact_bytes, target)
         else:
             fine = fit
         ratio = fit.artifact_bytes / grids.expected_bytes(price)
@@ -195,17 +197,8 @@ def fit_to_target(grids: RateDistortion, artifact_bytes: Size, target: int) -> F
     if not mixable:
         coarse = tried(coarse.price)
     while coarse.artifact_bytes > target:  # with its own columns it was a little smaller
-        if coarse.price >= COARSEST_PRICE:
-            raise _too_small(coarse.artifact_bytes, target)
         coarse = tried(coarse.price * BRACKET)
     return _mix(fine, coarse, artifact_bytes, target)
-
-
-def _too_small(needed: int, target: int) -> PgolfError:
-    return PgolfError(
-        f"even with nearly all weights zero the artifact needs {needed:,} bytes, more than the target of "
-        f"{target:,}: raise quant.target_bytes or pack.limit_bytes"
-    )
 
 
 def _first_price(grids: RateDistortion, artifact_bytes: Size, target: int) -> float:

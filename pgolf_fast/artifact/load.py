@@ -47,8 +47,7 @@ class LoadedModel:
             raise PgolfError(f"{self.path} has no tokenizer next to it: pass tokenizer=FILE.model")
         return self.tokenizer
 
-    def table(self) -> console.Table:
-        """A few facts about the model."""
+    def __str__(self) -> str:
         weights = "float32" if self.quantized is None else f"artifact, {self.path.stat().st_size:,} bytes"
         rows = [
             ("preset", self.config.name),
@@ -58,10 +57,7 @@ class LoadedModel:
             ("device", str(self.model.qo_bank.device)),
             ("file", str(self.path)),
         ]
-        return console.Table(None, rows)
-
-    def __str__(self) -> str:
-        return self.table().text()
+        return console.Table(None, rows).text()
 
     __repr__ = __str__
 

@@ -194,7 +194,6 @@ def _summary(facts: dict[str, Any], about: About) -> dict[str, Any]:
 
 
 def _widths(quant: QuantConfig) -> str:
-    """Name the integer type of bank weights."""
     return "int2 to int8 (a rate-distortion grid)" if quant.grid == "rd" else f"int{quant.bits}"
 
 

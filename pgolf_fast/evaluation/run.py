@@ -125,12 +125,10 @@ def estimate_run(folder: RunFolder | None, config: RunConfig, weights: Weights) 
 
     Without a run, or before it has such weights, these are freshly initialized.
     """
-    device, path = this_process().device, None
-    if folder is not None:
-        path = folder.artifact_file if weights == "artifact" else folder.model_file
-    if folder is not None and path is not None and path.is_file():
+    device, artifact = this_process().device, weights == "artifact"
+    if folder is not None and (folder.artifact_file if artifact else folder.model_file).is_file():
         loaded, stream = open_run(folder, config, weights, device)
-        name = "the artifact" if weights == "artifact" else "the float weights"
+        name = "the artifact" if artifact else "the float weights"
         return estimate(loaded.model, stream, loaded.config, loaded.grid), name
     source, stream = _open_data(config, device)
     choose_kernels(config.kernels, device)
