@@ -39,12 +39,11 @@ from synthetic_artifact import (
 )
 
 from pgolf_fast.artifact import codecs, rans_decoder
-from pgolf_fast.artifact.container import read_container, sizes
-from pgolf_fast.artifact.landing import fit_to_target
+from pgolf_fast.artifact.container import read_container, sizes, write_container
+from pgolf_fast.artifact.fit import fit_to_target
 from pgolf_fast.artifact.load import load
 from pgolf_fast.artifact.pack import artifact_bytes, build_records, pack, section_codecs
-from pgolf_fast.artifact.writer import write_container
-from pgolf_fast.config.fields import run_config_from_dict, run_config_to_dict
+from pgolf_fast.config.fields import run_config_from_dict
 from pgolf_fast.config.schema import PackConfig, RunConfig
 from pgolf_fast.ops import native
 from pgolf_fast.quant.rd import RateDistortion
@@ -248,9 +247,9 @@ def step_gptq(folder: Path, config: RunConfig) -> Record:
 
 
 def step_pack(folder: Path, config: RunConfig) -> Record:
-    quantized, run = read_artifact(folder)
+    quantized, _ = read_artifact(folder)
     free = dataclasses.replace(config.pack, code_bytes=0)
-    done, seconds = timed(lambda: pack(quantized, run, folder / ARTIFACT, free))
+    done, seconds = timed(lambda: pack(quantized, config, folder / ARTIFACT, free))
     return {"seconds": seconds, "bytes": done.total_bytes}
 
 
@@ -261,11 +260,11 @@ def step_load(folder: Path, config: RunConfig) -> Record:
 
 def step_prune(folder: Path, config: RunConfig) -> Record:
     """Pack again with a limit that only pruning can meet."""
-    quantized, run = read_artifact(folder)
+    quantized, _ = read_artifact(folder)
     now = sizes(folder / ARTIFACT)
     target = now.total_bytes - int(PRUNED * now.sections[0].stored_bytes)
     limit = PackConfig(limit_bytes=target, code_bytes=0)
-    done, seconds = timed(lambda: pack(quantized, run, folder / "pruned.pgolf", limit))
+    done, seconds = timed(lambda: pack(quantized, config, folder / "pruned.pgolf", limit))
     return {
         "seconds": seconds,
         "target_bytes": target,
@@ -278,13 +277,13 @@ def step_prune(folder: Path, config: RunConfig) -> Record:
 def step_land(folder: Path, config: RunConfig) -> Record:
     """Fit grid `rd` to a byte target; calibration is not part of it."""
     state = synthetic_weights(config)
-    fishers, tree = synthetic_fishers(state), run_config_to_dict(config)
+    fishers = synthetic_fishers(state)
     grids, factors_s = timed(lambda: RateDistortion(state, fishers, config.quant))
     _, once_s = timed(lambda: grids.quantize(1e-9))
     codes = sum(matrix.codes.numel() for matrix in read_artifact(folder)[0].matrices().values())
     target = int(TARGET_BITS / 8 * codes)
     landed, seconds = timed(
-        lambda: fit_to_target(grids, lambda s: artifact_bytes(s, tree, PackConfig()), target)
+        lambda: fit_to_target(grids, lambda s: artifact_bytes(s, config, PackConfig()), target)
     )
     return {
         "seconds": seconds,

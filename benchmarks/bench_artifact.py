@@ -31,7 +31,7 @@ from artifact_worker import BASELINE, OURS, PEERS, STEPS, versions  # noqa: E402
 from synthetic_artifact import REFERENCE, Synthetic, synthetic, write_artifact, write_config  # noqa: E402
 
 from pgolf_fast import console  # noqa: E402
-from pgolf_fast.artifact.steps import read_quantized  # noqa: E402
+from pgolf_fast.artifact.pack import read_quantized  # noqa: E402
 from pgolf_fast.bench.store import provenance  # noqa: E402
 from pgolf_fast.config.presets import exp101, tiny  # noqa: E402
 from pgolf_fast.config.run_folder import RunFolder  # noqa: E402

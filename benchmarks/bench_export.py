@@ -43,8 +43,8 @@ from pgolf_fast.model.decoding import Decoder
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.ops.native import extension
 from pgolf_fast.quant import gptq
-from pgolf_fast.quant.calibration import hessian_name, self_generate
-from pgolf_fast.quant.state import READERS, unbank
+from pgolf_fast.quant.calibration import self_generate
+from pgolf_fast.quant.state import READERS, hessian_name, unbank
 
 PARTS = ("gptq", "calibration")
 LENGTHS = 8

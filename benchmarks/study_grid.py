@@ -22,12 +22,11 @@ import torch
 from torch import Tensor
 
 from pgolf_fast import console
-from pgolf_fast.artifact.landing import fit_to_target
+from pgolf_fast.artifact.fit import fit_to_target
 from pgolf_fast.artifact.load import load
 from pgolf_fast.artifact.pack import artifact_bytes
 from pgolf_fast.bench.drawing import write_png
 from pgolf_fast.bench.store import provenance
-from pgolf_fast.config.fields import run_config_to_dict
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import PackConfig, QuantConfig
 from pgolf_fast.data.source import open_source
@@ -35,8 +34,7 @@ from pgolf_fast.evaluation.score import Stream
 from pgolf_fast.evaluation.scores import plain_score
 from pgolf_fast.io import write_text
 from pgolf_fast.quant import rd
-from pgolf_fast.quant.calibration import collect_hessians, self_generate
-from pgolf_fast.quant.fisher import collect_fisher
+from pgolf_fast.quant.calibration import collect_fisher, collect_hessians, self_generate
 from pgolf_fast.quant.rd import RateDistortion
 from pgolf_fast.quant.state import QuantizedState, QuantizedTensor, dequantize_state, is_slot, quantize_state
 
@@ -65,8 +63,7 @@ class Study:
         self.fishers = collect_fisher(self.model, self.text, self.hessians)
 
     def bytes(self, state: QuantizedState, quant: QuantConfig) -> int:
-        tree = run_config_to_dict(replace(self.config, quant=quant))
-        return artifact_bytes(state, tree, PackConfig(code_bytes=0))
+        return artifact_bytes(state, replace(self.config, quant=quant, pack=PackConfig(code_bytes=0)))
 
     def bpb(self, state: dict[str, Tensor]) -> float:
         self.model.load_state_dict(state)

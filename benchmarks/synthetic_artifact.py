@@ -23,8 +23,7 @@ from pgolf_fast.config.model import ModelConfig
 from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.model.bank import BANK_NAMES
 from pgolf_fast.model.gpt import GPT
-from pgolf_fast.quant.calibration import hessian_name
-from pgolf_fast.quant.fisher import Fisher
+from pgolf_fast.quant.calibration import Fisher
 from pgolf_fast.quant.grid import quantize_int8_rows
 from pgolf_fast.quant.state import (
     READERS,
@@ -32,6 +31,7 @@ from pgolf_fast.quant.state import (
     QuantizedState,
     QuantizedTensor,
     group_of,
+    hessian_name,
     is_slot,
     unbank,
 )

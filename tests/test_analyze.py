@@ -61,7 +61,7 @@ def runs(data, tmp_path_factory):
         save_tensors(folder.model_file, model.state_dict(), {"config": run_config_to_dict(config)})
         if seed == 0:
             state = quantize_state(model.state_dict(), QuantConfig(method="round", grid="percentile"))
-            pack(state, run_config_to_dict(config), folder.artifact_file, PackConfig(code_bytes=0))
+            pack(state, config, folder.artifact_file, PackConfig(code_bytes=0))
     return result
 
 

@@ -16,7 +16,7 @@ import torch
 from runs import make_dataset, read_json, run_config
 
 from pgolf_fast import cli, ops
-from pgolf_fast.artifact import steps
+from pgolf_fast.artifact.pack import pack_run, quantize_run
 from pgolf_fast.artifact.submission import Script, code_bytes
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import TTTConfig
@@ -59,8 +59,8 @@ def run(tmp_path_factory):
 
 def pack(folder):
     config = folder.read_config()
-    steps.quantize_run(folder, config.quant)
-    steps.pack_run(folder, config.pack)
+    quantize_run(folder, config.quant)
+    pack_run(folder, config.pack)
 
 
 @pytest.fixture

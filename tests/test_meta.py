@@ -10,7 +10,7 @@ from runs import assert_same, differs, make_dataset, make_trainer, run_config, r
 from safetensors.torch import load_file
 
 from pgolf_fast.artifact.load import load_artifact
-from pgolf_fast.artifact.steps import pack_run, quantize_run
+from pgolf_fast.artifact.pack import pack_run, quantize_run
 from pgolf_fast.config.meta import MetaConfig
 from pgolf_fast.config.schema import RunConfig, TrainConfig
 from pgolf_fast.console import read_metrics

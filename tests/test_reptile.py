@@ -17,7 +17,7 @@ from pgolf_fast.console import read_metrics
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.model.bank import Banks
 from pgolf_fast.optim.schedule import Schedule
-from pgolf_fast.quant.fake import make_fake
+from pgolf_fast.quant.grid import make_fake
 from pgolf_fast.train.checkpoint import newest_checkpoint
 from pgolf_fast.train.loop import train
 

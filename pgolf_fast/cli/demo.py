@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from pgolf_fast import console
-from pgolf_fast.artifact.steps import pack_run, quantize_run
+from pgolf_fast.artifact.pack import pack_run, quantize_run
 from pgolf_fast.config.presets import preset
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.data.corpus import build_corpus
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.evaluation.steps import score_run
+from pgolf_fast.evaluation.run import score_run
 from pgolf_fast.lab.report.plots import draw_loss_curve
 from pgolf_fast.train.loop import train
 

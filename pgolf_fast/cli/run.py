@@ -97,7 +97,7 @@ class Quantize:
     target_bytes: int | None = None  # Short for --quant.target-bytes.
 
     def main(self) -> None:
-        from pgolf_fast.artifact.steps import quantize_run
+        from pgolf_fast.artifact.pack import quantize_run
 
         short = given({"quant.grid": self.grid, "quant.target_bytes": self.target_bytes})
         folder, config = run_folder(self.run, (*self.fields, *short))
@@ -118,7 +118,7 @@ class Pack:
     treemap: Path | None = None  # PNG file for a treemap of the bytes.
 
     def main(self) -> None:
-        from pgolf_fast.artifact.steps import pack_run
+        from pgolf_fast.artifact.pack import pack_run
 
         folder, config = run_folder(self.run, self.fields)
         console.setup_logging(folder.log_file)
@@ -164,7 +164,7 @@ class Eval(Shards):
     def _score(self, folder: RunFolder, config: RunConfig) -> None:
         from pgolf_fast.distributed import join_world
         from pgolf_fast.evaluation.figures import tables
-        from pgolf_fast.evaluation.steps import score_run
+        from pgolf_fast.evaluation.run import score_run
         from pgolf_fast.lab.report.plots import draw_scores
 
         with join_world() as world:
@@ -183,8 +183,8 @@ class Eval(Shards):
         wrote(path, draw_scores(content, path.with_suffix(".png")))
 
     def _estimate(self, folder: RunFolder | None, config: RunConfig) -> None:
+        from pgolf_fast.evaluation.run import estimate_run
         from pgolf_fast.evaluation.scores import TTT, mark
-        from pgolf_fast.evaluation.steps import estimate_run
 
         console.setup_logging()
         start = time.perf_counter()
@@ -219,7 +219,7 @@ class Submit:
     readable: bool = False  # Write the script as readable source, not compressed, and count that.
 
     def main(self) -> None:
-        from pgolf_fast.artifact.submit import About, write_submission
+        from pgolf_fast.artifact.submission import About, write_submission
 
         folder, _ = run_folder(self.run)
         out = self.out or folder.path / "submission"

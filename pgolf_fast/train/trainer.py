@@ -20,7 +20,7 @@ from pgolf_fast.model.weights import load_weights
 from pgolf_fast.optim.average import WeightAverage
 from pgolf_fast.optim.optimizer import Optimizer, mean_gradients
 from pgolf_fast.optim.schedule import Schedule
-from pgolf_fast.quant.fake import make_fake
+from pgolf_fast.quant.grid import make_fake
 from pgolf_fast.train.meta.rates import SlotRates
 from pgolf_fast.train.meta.reptile import Reptile
 from pgolf_fast.train.meta.step import meta_step

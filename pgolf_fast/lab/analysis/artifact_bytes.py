@@ -178,8 +178,8 @@ def artifact_table(path: Path | str, tried: Sequence[str] = tuple(codecs.CODECS)
 
 
 def _shape(record: TensorRecord) -> codecs.Shape:
-    columns = record.shape[-1] if record.shape else 1
-    return (math.prod(record.shape[:-1]), columns, record.array.itemsize)
+    shape = record.array.shape
+    return (math.prod(shape[:-1]), shape[-1] if shape else 1, record.array.itemsize)
 
 
 def _bytes(record: TensorRecord) -> bytes:
@@ -192,7 +192,7 @@ def _tensor_bytes(section: SectionSize, records: Sequence[TensorRecord]) -> list
     alone = [len(codecs.encode(section.codec, _bytes(r), [_shape(r)])) for r in records]
     share = section.stored_bytes / max(sum(alone), 1)
     return [
-        TensorBytes(r.name, section.name, r.shape, r.array.nbytes, share * size)
+        TensorBytes(r.name, section.name, r.array.shape, r.array.nbytes, share * size)
         for r, size in zip(records, alone, strict=True)
     ]
 

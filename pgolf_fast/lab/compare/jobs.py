@@ -15,7 +15,7 @@ import numpy as np
 
 from pgolf_fast import console
 from pgolf_fast.artifact.container import sizes
-from pgolf_fast.artifact.steps import pack_run, quantize_run
+from pgolf_fast.artifact.pack import pack_run, quantize_run
 from pgolf_fast.bench.store import provenance
 from pgolf_fast.config.fields import flatten, run_config_from_dict, run_config_to_dict
 from pgolf_fast.config.run_folder import RunFolder, stale
@@ -26,8 +26,8 @@ from pgolf_fast.distributed import this_process
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.documents import document_starts
 from pgolf_fast.evaluation.evaluator import Evaluator
+from pgolf_fast.evaluation.run import open_run, score_run
 from pgolf_fast.evaluation.score import Scorer
-from pgolf_fast.evaluation.steps import open_run, score_run
 from pgolf_fast.io import write_text
 from pgolf_fast.lab.compare.plan import Job
 from pgolf_fast.train.loop import train

@@ -19,9 +19,9 @@ from pgolf_fast.evaluation.adapters.registry import need_legal
 from pgolf_fast.evaluation.documents import document_starts
 from pgolf_fast.evaluation.evaluator import Evaluator
 from pgolf_fast.evaluation.resume import identity
+from pgolf_fast.evaluation.run import open_run
 from pgolf_fast.evaluation.score import Stream
 from pgolf_fast.evaluation.scores import mark
-from pgolf_fast.evaluation.steps import open_run
 from pgolf_fast.io import write_text
 from pgolf_fast.lab.compare.statistics import bootstrap_gain
 from pgolf_fast.model.bank import Transform
