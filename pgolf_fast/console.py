@@ -1,7 +1,5 @@
 """Console output: log lines, metrics as JSON lines, progress bars, durations and tables."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math

@@ -5,10 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from pgolf_fast.config.adapters import adapters, unknown_adapter
 from pgolf_fast.config.env import assignments, translate
 from pgolf_fast.config.fields import flatten, run_config_from_dict, run_config_to_dict, set_fields
-from pgolf_fast.config.meta import MetaConfig
 from pgolf_fast.config.presets import (
     PRESETS,
     exp101,
@@ -16,12 +14,14 @@ from pgolf_fast.config.presets import (
     exp101_swiglu,
     exp105a,
     preset,
+    shrink,
     small,
     tiny,
 )
 from pgolf_fast.config.schema import (
     DataConfig,
     EvalConfig,
+    MetaConfig,
     ModelConfig,
     OptimConfig,
     QuantConfig,
@@ -29,7 +29,7 @@ from pgolf_fast.config.schema import (
     TrainConfig,
     TTTConfig,
 )
-from pgolf_fast.config.shrink import shrink
+from pgolf_fast.config.ttt import adapters, unknown_adapter
 from pgolf_fast.errors import PgolfError
 
 

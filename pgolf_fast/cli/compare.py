@@ -26,7 +26,7 @@ from pgolf_fast.cli.options import (
     run_folder,
 )
 from pgolf_fast.cli.output import print_out
-from pgolf_fast.config.adapters import adapters, unknown_adapter
+from pgolf_fast.config.ttt import adapters, unknown_adapter
 from pgolf_fast.errors import PgolfError
 
 if TYPE_CHECKING:

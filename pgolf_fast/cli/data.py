@@ -21,8 +21,8 @@ class Info:
 
 
 def info(options: Info) -> int:
-    from pgolf_fast.data.info import describe
     from pgolf_fast.data.shards import data_folder
+    from pgolf_fast.data.source import describe
     from pgolf_fast.data.tokenizer import Tokenizer, find_tokenizer
 
     data_folder(options.folder)

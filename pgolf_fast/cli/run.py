@@ -74,7 +74,7 @@ class Import:
 
 def import_weights(options: Import) -> int:
     from pgolf_fast.config.run_folder import RunFolder
-    from pgolf_fast.train.importing import import_weights as write_run
+    from pgolf_fast.train.checkpoint import import_weights as write_run
 
     weights = existing(options.weights, "weights file")
     config = preset_with(options.preset, options.shrink, options.fields)

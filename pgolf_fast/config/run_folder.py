@@ -1,10 +1,6 @@
 """The files of a run: configuration, environment, metrics, log, checkpoints, weights, scores."""
 
-from __future__ import annotations
-
-import functools
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,62 +30,33 @@ def stale(product: Path) -> Path:
     return product.with_name(f"{product.name}.stale")
 
 
-@dataclass(frozen=True)
 class RunFolder:
-    """Paths inside a run folder, and its configuration, which is read once."""
+    """The files of a run folder, and its configuration, which is read once."""
 
-    path: Path
+    def __init__(self, path: Path):
+        self.path = path
+        self.config_file = path / "config.json"
+        self.metrics_file = path / "metrics.jsonl"
+        self.log_file = path / "train.log"
+        self.checkpoints = path / "checkpoints"
+        self.tokenizer_file = path / "tokenizer.model"
+        self.model_file = path / "model.safetensors"
+        """The final averaged weights, float32."""
+        self.quantized_file = path / "quantized.safetensors"
+        self.artifact_file = path / "model.pgolf"
+        self.audit_file = path / "audit.json"
+        self.sweep_file = path / "ttt_sweep.json"
+        """Result of `pgolf ttt-sweep` on the artifact."""
+        self._config: RunConfig | None = None
 
     @classmethod
-    def of(cls, run: str | Path | RunFolder) -> RunFolder:
+    def of(cls, run: "str | Path | RunFolder") -> "RunFolder":
         """Return the run folder at a path. Raises PgolfError if there is none."""
         folder = run if isinstance(run, RunFolder) else cls(Path(run))
         if not folder.path.is_dir():
             raise PgolfError(f"run folder {folder.path} does not exist: give the --out of a training run")
         folder.read_config()
         return folder
-
-    @property
-    def config_file(self) -> Path:
-        return self.path / "config.json"
-
-    @property
-    def metrics_file(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def log_file(self) -> Path:
-        return self.path / "train.log"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def model_file(self) -> Path:
-        """The final averaged weights, float32."""
-        return self.path / "model.safetensors"
-
-    @property
-    def quantized_file(self) -> Path:
-        return self.path / "quantized.safetensors"
-
-    @property
-    def artifact_file(self) -> Path:
-        return self.path / "model.pgolf"
-
-    @property
-    def audit_file(self) -> Path:
-        return self.path / "audit.json"
-
-    @property
-    def sweep_file(self) -> Path:
-        """Result of `pgolf ttt-sweep` on the artifact."""
-        return self.path / "ttt_sweep.json"
-
-    @property
-    def tokenizer_file(self) -> Path:
-        return self.path / "tokenizer.model"
 
     def scores_file(self, weights: Weights) -> Path:
         """Scores of those weights, written by `pgolf eval`."""
@@ -137,24 +104,24 @@ class RunFolder:
     def write_config(self, config: RunConfig) -> None:
         """Write config.json."""
         write_text(self.config_file, json.dumps(run_config_to_dict(config), indent=2) + "\n")
-        self.__dict__.pop("_config", None)
+        self._config = None
 
     def read_config(self) -> RunConfig:
         """Return the configuration of the run. Raises PgolfError if this is no run folder."""
-        return self._config
-
-    @functools.cached_property
-    def _config(self) -> RunConfig:
+        if self._config is not None:
+            return self._config
         if not self.config_file.is_file():
             raise PgolfError(
                 f"{self.path} is not a run folder: it has no config.json; give the --out of a training run"
             )
         try:
-            return run_config_from_dict(json.loads(self.config_file.read_text(encoding="utf-8")))
+            values = json.loads(self.config_file.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise PgolfError(
                 f"{self.config_file} is not valid JSON (line {error.lineno}): {error.msg}"
             ) from error
+        self._config = run_config_from_dict(values)
+        return self._config
 
     def need(self, path: Path, made_by: str) -> Path:
         """Return `path` if it exists. Raises PgolfError naming the command that makes it."""

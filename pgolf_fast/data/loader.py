@@ -28,7 +28,6 @@ class TokenStream:
     """
 
     kind = "sequential"
-    fields = ("epoch", "shard", "offset")
 
     def __init__(self, shards: Sequence[Shard], *, vocab_size: int | None = None):
         if not shards:
@@ -60,26 +59,18 @@ class TokenStream:
 
     def skip(self, count: int) -> None:
         """Advance by `count` tokens without reading them."""
-        epochs, self._at = divmod(self._at + count, self.total)
-        if epochs:
-            self._start_epoch(self._epoch + epochs)
+        self.seek(self.position + count)
 
     @property
-    def position(self) -> dict[str, int]:
-        """Position of the next token, as JSON values named by `fields`."""
-        index = self._shard_at(self._at)
-        return {"epoch": self._epoch, "shard": index, "offset": self._at - int(self._starts[index])}
+    def position(self) -> int:
+        """Tokens before the next one, over all epochs."""
+        return self._epoch * self.total + self._at
 
-    def seek(self, position: dict[str, int]) -> None:
-        """Go to a `position`. Raises `PgolfError` if the data has no such place."""
-        epoch, index, offset = self._values(position)
-        if index >= len(self.shards) or offset >= self.shards[index].num_tokens:
-            raise PgolfError(
-                f"cannot resume at shard {index}, token {offset}: the data now has {len(self.shards)} "
-                f"shards and {self.total} tokens; use the data this run was started with"
-            )
-        self._start_epoch(epoch)
-        self._at = int(self._starts[index]) + offset
+    def seek(self, position: int) -> None:
+        """Go to a `position`."""
+        epoch, self._at = divmod(position, self.total)
+        if epoch != self._epoch:
+            self._start_epoch(epoch)
 
     def _next_run(self) -> tuple[int, int]:
         """Return where in the shards the next token is, and how many consecutive ones follow from there."""
@@ -103,15 +94,6 @@ class TokenStream:
             out[done : done + len(block)] = block
             done += len(block)
 
-    def _values(self, position: dict[str, int]) -> list[int]:
-        values = [position.get(name) for name in self.fields]
-        if not all(isinstance(value, int) and value >= 0 for value in values):
-            raise PgolfError(
-                f"cannot resume the data: its position is {position}; {', '.join(self.fields)} are whole "
-                "numbers: the checkpoint is damaged or of another loader"
-            )
-        return [int(value) for value in values if value is not None]
-
 
 class DocumentStream(TokenStream):
     """Whole documents, in an order that depends on `seed` and the epoch only.
@@ -120,7 +102,6 @@ class DocumentStream(TokenStream):
     """
 
     kind = "shuffled"
-    fields = ("epoch", "index", "offset")
 
     def __init__(self, shards: Sequence[Shard], *, seed: int, vocab_size: int | None = None):
         super().__init__(shards, vocab_size=vocab_size)
@@ -154,30 +135,10 @@ class DocumentStream(TokenStream):
         self._order = generator.permutation(len(self._begins))
         self._ends = np.cumsum(self._lengths[self._order])
 
-    def _locate(self) -> tuple[int, int]:
-        """Return the current document's index in this epoch's order, and the offset in it."""
-        index = int(np.searchsorted(self._ends, self._at, side="right"))
-        return index, self._at - (int(self._ends[index - 1]) if index else 0)
-
     def _next_run(self) -> tuple[int, int]:
-        index, offset = self._locate()
-        document = self._order[index]
-        return int(self._begins[document]) + offset, int(self._lengths[document]) - offset
-
-    @property
-    def position(self) -> dict[str, int]:
-        index, offset = self._locate()
-        return {"epoch": self._epoch, "index": index, "offset": offset}
-
-    def seek(self, position: dict[str, int]) -> None:
-        epoch, index, offset = self._values(position)
-        self._start_epoch(epoch)
-        if index >= len(self._order) or offset >= self._lengths[self._order[index]]:
-            raise PgolfError(
-                f"cannot resume at document {index}, token {offset}: the data now has {len(self._order)} "
-                f"documents and {self.total} tokens; use the data this run was started with"
-            )
-        self._at = (int(self._ends[index - 1]) if index else 0) + offset
+        index = int(np.searchsorted(self._ends, self._at, side="right"))
+        document, left = self._order[index], int(self._ends[index]) - self._at
+        return int(self._begins[document] + self._lengths[document]) - left, left
 
 
 class Loader:
@@ -202,7 +163,7 @@ class Loader:
         self._stream, self._seq_len, self._pin = stream, seq_len, pin
         self._rank, self._world_size = rank, world_size
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="pgolf-loader")
-        self._ahead: Future[tuple[Batch, dict[str, int]]] | None = None
+        self._ahead: Future[tuple[Batch, int]] | None = None
         self._closed = False
         # after the batches returned so far; the stream itself is one batch ahead
         self._position = stream.position
@@ -244,7 +205,7 @@ class Loader:
         self._ahead = self._pool.submit(self._read)
         return batch
 
-    def _read(self) -> tuple[Batch, dict[str, int]]:
+    def _read(self) -> tuple[Batch, int]:
         """Return the next batch and the stream's position after it."""
         import torch
 
@@ -275,9 +236,10 @@ class Loader:
                     "use the data, data.loader and data.seed this run was started with"
                 )
         position = state.get("position")
-        if not isinstance(position, dict):
+        if not isinstance(position, int) or position < 0:
             raise PgolfError(
-                f"cannot resume the data: its position is {position!r}; the checkpoint is damaged"
+                f"cannot resume the data: its position is {position!r}, not a number of tokens; "
+                "the checkpoint is damaged"
             )
         self._discard()
         self._stream.seek(position)

@@ -1,7 +1,5 @@
 """Averages of the weights during training: EMA, and SWA over snapshots of the EMA (PR 1501)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

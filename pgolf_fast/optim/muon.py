@@ -1,7 +1,5 @@
 """Muon over weight banks (Jordan et al. 2024): momentum, orthogonalization of all slots at once, decay."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

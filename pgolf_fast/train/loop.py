@@ -1,9 +1,8 @@
 """Training: from a configuration to averaged weights in a run folder."""
 
-from __future__ import annotations
-
-import json
-import shutil
+import re
+import resource
+import sys
 import time
 from collections import deque
 from dataclasses import dataclass, replace
@@ -14,39 +13,25 @@ import torch
 from pgolf_fast import console
 from pgolf_fast.config.fields import flatten, run_config_to_dict
 from pgolf_fast.config.run_folder import RunFolder
-from pgolf_fast.config.schema import RunConfig
+from pgolf_fast.config.schema import RunConfig, TrainConfig
 from pgolf_fast.data.loader import make_loader
 from pgolf_fast.data.source import Source, open_source
 from pgolf_fast.distributed import World, join_world
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.score import Score, Stream
 from pgolf_fast.evaluation.scores import plain_score
-from pgolf_fast.io import atomic_path, load_tensors, save_tensors, write_text
+from pgolf_fast.io import load_tensors, save_tensors
 from pgolf_fast.model.gpt import GPT
-from pgolf_fast.model.runtime import choose_kernels, environment, resolve_dtype
+from pgolf_fast.model.runtime import choose_kernels, resolve_dtype
 from pgolf_fast.model.weights import load_weights
-from pgolf_fast.train.checkpoint import newest_checkpoint, save_checkpoint
-from pgolf_fast.train.progress import StepLog
+from pgolf_fast.train.checkpoint import newest_checkpoint, save_checkpoint, write_setup
 from pgolf_fast.train.track import Metrics, TrackerName, need_tracker, open_tracker
-from pgolf_fast.train.trainer import NonFiniteError, PendingStep, Trainer
+from pgolf_fast.train.trainer import NonFiniteError, PendingStep, StepResult, Trainer
 
-# Settings that a resumed run may change, by prefix: its length, reports and rates, and what comes after it.
-_MAY_CHANGE = (
-    "name",
-    "optim.",
-    "train.steps",
-    "train.max_seconds",
-    "train.log_every",
-    "train.val_every",
-    "train.checkpoint_minutes",
-    "train.compute_dtype",
-    "train.compile",
-    "train.cuda_graph",
-    "quant.",
-    "pack.",
-    "eval.",
-    "ttt.",
-    "kernels.",
+# Settings that a resumed run may change: its length, reports and rates, and what comes after it.
+_MAY_CHANGE = re.compile(
+    r"name|(optim|quant|pack|eval|ttt|kernels)\..*|train\.(steps|max_seconds|log_every|val_every|"
+    r"checkpoint_minutes|compute_dtype|compile|cuda_graph)"
 )
 _MUST_STAY = ("quant.bits", "quant.grid")  # the grid of quantization-aware training
 
@@ -153,7 +138,7 @@ def _check_folder(folder: RunFolder, config: RunConfig, resume: bool) -> list[st
         if before.get(name) != now.get(name)
     }
     refused = [
-        text for name, text in changed.items() if not name.startswith(_MAY_CHANGE) or name in _MUST_STAY
+        text for name, text in changed.items() if not _MAY_CHANGE.fullmatch(name) or name in _MUST_STAY
     ]
     if refused:
         raise PgolfError(f"{folder.path} cannot be resumed with other settings: {'; '.join(refused)}")
@@ -163,6 +148,55 @@ def _check_folder(folder: RunFolder, config: RunConfig, resume: bool) -> list[st
 def _lag(world: World) -> int:
     """Return the number of steps launched before one is read: a GPU has work while its numbers travel."""
     return 1 if world.device.type == "cuda" else 0
+
+
+class StepLog:
+    """Prints step, loss, tokens/s, ms/step, time left and memory every train.log_every steps."""
+
+    def __init__(self, config: TrainConfig, world: World):
+        self.config, self.world = config, world
+        self._since, self._tokens = (0, 0.0), 0
+
+    def start_at(self, step: int, elapsed: float) -> None:
+        """Measure from here on: earlier steps were made by another process."""
+        self._since = (step, elapsed)
+
+    def after_step(self, result: StepResult, elapsed: float, *, last: bool) -> None:
+        """Count a step, and print the line if it is due."""
+        step = result.step
+        self._tokens += result.tokens
+        if not (step == 1 or step % self.config.log_every == 0 or last):
+            return
+        steps, seconds = step - self._since[0], elapsed - self._since[1]
+        pace, rate = seconds / max(steps, 1), self._tokens / max(seconds, 1e-9)
+        self._since, self._tokens = (step, elapsed), 0
+        console.logger.info(
+            "step %d/%d  loss %.4f  %s%s  %s tok/s  %.0f ms/step  %s elapsed, ETA %s  %d MiB",
+            step,
+            self.config.steps,
+            result.loss,
+            "reptile" if result.reptile else f"lr x{result.multiplier:.3f}",
+            "  int6" if result.qat else "",
+            f"{rate:,.0f}",
+            1e3 * pace,
+            console.duration(elapsed),
+            console.duration(self._time_left(step, elapsed, pace)),
+            peak_memory_mib(self.world),
+        )
+
+    def _time_left(self, step: int, elapsed: float, pace: float) -> float:
+        by_steps = (self.config.steps - step) * pace
+        if self.config.max_seconds is None:
+            return by_steps
+        return max(0.0, min(by_steps, self.config.max_seconds - elapsed))
+
+
+def peak_memory_mib(world: World) -> int:
+    """Return this process's peak memory in MiB: allocated on its GPU if it has one, else resident."""
+    if world.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(world.device) >> 20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak >> (20 if sys.platform == "darwin" else 10)  # bytes on macOS, KiB on Linux
 
 
 class _Run:
@@ -205,10 +239,7 @@ class _Run:
 
     def _start(self, resume: bool, changed: list[str]) -> None:
         if self.world.is_main:
-            self.folder.write_config(self.config)
-            write_text(self.folder.path / "env.json", json.dumps(environment(), indent=2) + "\n")
-            with atomic_path(self.folder.tokenizer_file) as temporary:
-                shutil.copyfile(self.source.tokenizer.path, temporary)
+            write_setup(self.folder, self.config, self.source)
         c, t = self.config, self.trainer
         console.logger.info(
             "%s: %s parameters, %s tokens per step in %d micro-batches, %s on %s, %d process(es)",
@@ -245,7 +276,7 @@ class _Run:
             for earlier, _, _ in unread:
                 earlier.result()  # waits here, so that the wait counts as training time
             # one clock for all ranks: learning rate, switches and checkpoints depend on it
-            t.end_step(self.world.same(time.perf_counter() - start))
+            t.elapsed += self.world.same(time.perf_counter() - start)
             done = self._done()
             unread.append((pending, before, t.elapsed))
             validate = bool(c.val_every) and t.step % (c.val_every or 1) == 0

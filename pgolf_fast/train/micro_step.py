@@ -1,7 +1,5 @@
 """Forward and backward of one micro-batch, launched op by op or replayed from a CUDA graph."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,11 +1,9 @@
 """Metrics of a run: always metrics.jsonl, and a tracker if one is asked for."""
 
-from __future__ import annotations
-
 import re
 import uuid
 from collections.abc import Callable, Iterator
-from typing import Literal, Protocol
+from typing import Literal
 
 from pgolf_fast import console
 from pgolf_fast.config.fields import flatten
@@ -17,21 +15,14 @@ from pgolf_fast.io import write_text
 TrackerName = Literal["wandb", "tensorboard"]
 
 
-class Tracker(Protocol):
-    """Receives named numbers by step. A resumed run sends some steps again."""
+class Tracker:
+    """Receives named numbers by step, and discards them. A resumed run sends some steps again."""
 
     def log(self, step: int, values: dict[str, float]) -> None: ...
     def close(self) -> None: ...
 
 
-class NoTracker:
-    """A tracker that discards everything."""
-
-    def log(self, step: int, values: dict[str, float]) -> None: ...
-    def close(self) -> None: ...
-
-
-class WandbTracker:
+class WandbTracker(Tracker):
     """Weights & Biases. The run's id is kept in its folder, so that a resumed run continues the same one."""
 
     def __init__(self, config: RunConfig, folder: RunFolder, first_step: int):
@@ -58,7 +49,7 @@ class WandbTracker:
         self._run.finish()
 
 
-class TensorBoardTracker:
+class TensorBoardTracker(Tracker):
     """TensorBoard event files in the run's folder `tensorboard`; a resumed run replaces what it repeats."""
 
     def __init__(self, config: RunConfig, folder: RunFolder, first_step: int):
@@ -111,7 +102,7 @@ class Metrics:
 
     def __init__(self, lines: console.MetricsWriter):
         self._lines = lines
-        self._tracker: Tracker = NoTracker()
+        self._tracker = Tracker()
         self._elapsed = 0.0
 
     def track(self, tracker: Tracker, elapsed: float) -> None:
@@ -136,7 +127,7 @@ class Metrics:
             self._drop_tracker(error)
 
     def _drop_tracker(self, error: Exception) -> None:
-        self._tracker = NoTracker()
+        self._tracker = Tracker()
         console.logger.warning(
             "tracking stopped (%s); training continues, and metrics.jsonl has everything", _first_line(error)
         )

@@ -1,7 +1,5 @@
 """One optimizer step, and all state that a step changes."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,13 +16,12 @@ from pgolf_fast.model.compiled import compiled
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.model.weights import load_weights
 from pgolf_fast.optim.average import WeightAverage
-from pgolf_fast.optim.optimizer import Optimizer, mean_gradients
+from pgolf_fast.optim.optimizer import Optimizer
 from pgolf_fast.optim.schedule import Schedule
 from pgolf_fast.quant.fake import make_fake
-from pgolf_fast.train.meta.rates import SlotRates
-from pgolf_fast.train.meta.reptile import Reptile
-from pgolf_fast.train.meta.step import meta_step
+from pgolf_fast.train.meta import SlotRates, meta_step
 from pgolf_fast.train.micro_step import LossFunction, MicroStep
+from pgolf_fast.train.reptile import Reptile
 
 
 class NonFiniteError(RuntimeError):
@@ -104,7 +101,8 @@ class Trainer:
         loss, tokens, targets = self._accumulate()
         meta_loss = self._meta(multiplier, tokens, targets)  # on the last micro-batch
         self._mask_frozen_skips()
-        mean_gradients(self.optimizer.gradients(), self.world)
+        for gradient in self.optimizer.gradients():
+            self.world.mean_(gradient)
         norm = self.optimizer.clip()
         # before the update: on the CPU a number that is not finite must not reach the weights
         pending = self._pending(loss, norm, meta_loss, multiplier)
@@ -120,10 +118,6 @@ class Trainer:
         `elapsed` is the training clock when the step was launched.
         """
         return not result.reptile and self.schedule.observe(result.step - 1, result.loss, elapsed)
-
-    def end_step(self, seconds: float) -> None:
-        """Advance the training clock by what a step took."""
-        self.elapsed += seconds
 
     def advance(self) -> StepResult:
         """Make one step and wait for its numbers, with the clock standing still."""
@@ -178,7 +172,8 @@ class Trainer:
             self._start_reptile(self.step)
         batches = (self._next_batch() for _ in range(reptile.config.inner_steps))
         inner = reptile.adapt(batches, self._rounding())
-        mean_gradients(inner.ends, self.world)
+        for end in inner.ends:
+            self.world.mean_(end)
         pending = self._pending(inner.loss, inner.grad_norm, None, 0.0)
         reptile.move(inner.ends)
         self.step += 1
