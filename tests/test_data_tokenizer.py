@@ -263,7 +263,7 @@ def test_no_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(PgolfError, match=r"no tokenizer .*: name one with --data.tokenizer"):
         find_tokenizer(tmp_path / "a/b/data")
     with pytest.raises(PgolfError, match=r"x.model does not exist: give a SentencePiece .model file"):
-        find_tokenizer(tmp_path / "a/b/data", str(tmp_path / "x.model"))
+        Tokenizer.load(find_tokenizer(tmp_path / "a/b/data", str(tmp_path / "x.model")))
 
 
 # --- floors

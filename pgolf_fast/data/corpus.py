@@ -1,6 +1,7 @@
 """A corpus without a download: prose from the installed documentation of Python, torch and numpy."""
 
 import ast
+import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -117,7 +118,9 @@ def _build(folder: Path, sources: list[Source], vocab_size: int) -> None:
     start = time.monotonic()
     texts: dict[str, list[str]] = {"train": [], "val": []}
     for name, text in documents(sources):
-        texts[_split(name)].append(text)
+        # by a hash of its name: a document keeps its split when others are added or removed
+        part = int(hashlib.sha1(name.encode()).hexdigest(), 16) % _VAL_PART
+        texts["train" if part else "val"].append(text)
     if not texts["train"] or not texts["val"]:
         looked = ", ".join(str(source.root) for source in sources) or "nowhere"
         raise PgolfError(
@@ -171,17 +174,9 @@ def _move_into_place(building: Path, folder: Path) -> None:
 def _remove_stale(parent: Path) -> None:
     """Remove the temporary folders of builds that were killed over an hour ago."""
     for path in parent.glob(".corpus-*.tmp"):
-        try:
-            old = time.time() - path.stat().st_mtime > _STALE_SECONDS
-        except OSError:
-            continue
-        if old:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _split(name: str) -> str:
-    # by name: a document keeps its split when others are added or removed
-    return "val" if int(hashlib.sha1(name.encode()).hexdigest(), 16) % _VAL_PART == 0 else "train"
+        with contextlib.suppress(OSError):  # removed by another process
+            if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _help_topics() -> dict[str, str]:

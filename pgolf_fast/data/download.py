@@ -78,17 +78,13 @@ def download(
         sha256 = given.get(remote.target.name, remote.sha256)
         if remote.target.is_file() and _fault(remote.target, remote, sha256) is None:
             continue
-        _accept(_fetch(api, repo_id, commit, remote, staging), remote, sha256)
+        with _hub_errors(f"{remote.path} of {repo_id} at {api.endpoint}"):
+            staged = api.hf_hub_download(
+                repo_id, remote.path, repo_type="dataset", revision=commit, local_dir=staging
+            )
+        _accept(Path(staged), remote, sha256)
     shutil.rmtree(staging, ignore_errors=True)
     return folder / "datasets" / f"fineweb10B_{dataset}"
-
-
-def _fetch(api: HfApi, repo_id: str, commit: str, remote: _Remote, staging: Path) -> Path:
-    """Download a file to `staging`, unverified."""
-    with _hub_errors(f"{remote.path} of {repo_id} at {api.endpoint}"):
-        return Path(
-            api.hf_hub_download(repo_id, remote.path, repo_type="dataset", revision=commit, local_dir=staging)
-        )
 
 
 def _accept(staged: Path, remote: _Remote, sha256: str | None) -> None:
@@ -117,20 +113,15 @@ def _fault(path: Path, remote: _Remote, sha256: str | None) -> str | None:
     size = path.stat().st_size
     if size != remote.size:
         return f"it has {size} bytes instead of {remote.size}"
-    if sha256 is not None:
-        digest = _digest(path, hashlib.sha256())
-        return None if digest == sha256 else f"its sha256 is {digest} instead of {sha256}"
-    if remote.git_sha1 is not None:
-        digest = _digest(path, hashlib.sha1(b"blob %d\0" % size))  # how git names a file of this content
-        return None if digest == remote.git_sha1 else f"its git hash is {digest} instead of {remote.git_sha1}"
-    return None
-
-
-def _digest(path: Path, digest: hashlib._Hash) -> str:
+    kind, wanted, digest = "sha256", sha256, hashlib.sha256()
+    if wanted is None:  # git names a file by the hash of its content after a header
+        kind, wanted, digest = "git hash", remote.git_sha1, hashlib.sha1(b"blob %d\0" % size)
     with open(path, "rb") as handle:
         while block := handle.read(_BLOCK):
             digest.update(block)
-    return digest.hexdigest()
+    if wanted in (None, digest.hexdigest()):
+        return None
+    return f"its {kind} is {digest.hexdigest()} instead of {wanted}"
 
 
 def _choose(
@@ -187,27 +178,23 @@ def _hub_errors(what: str) -> Iterator[None]:
 
     try:
         yield
-    except PgolfError:
-        raise
-    except hub.GatedRepoError as error:
-        raise PgolfError(
-            f"{what} needs permission: ask for it on its page, then log in with `hf auth login`"
-        ) from error
-    except hub.RepositoryNotFoundError as error:
-        raise PgolfError(
-            f"{what} does not exist or is private: check the name, or `hf auth login`"
-        ) from error
-    except hub.RevisionNotFoundError as error:
-        raise PgolfError(f"{what} has no such revision: use main, a tag or a commit") from error
-    except hub.HFValidationError as error:
-        raise PgolfError(f"{what} is no valid name ({error}): use owner/name") from error
     except (OSError, hub.HTTPError, hub.EntryNotFoundError, ValueError) as error:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            raise PgolfError(f"no space left to fetch {what}: free some or choose another folder") from error
-        raise PgolfError(
-            f"cannot fetch {what}: {_short(error)}; check the network connection and run it again "
-            "(finished files are kept), or copy the shards from elsewhere and set data.path"
-        ) from error
+        if isinstance(error, hub.GatedRepoError):
+            message = f"{what} needs permission: ask for it on its page, then log in with `hf auth login`"
+        elif isinstance(error, hub.RepositoryNotFoundError):
+            message = f"{what} does not exist or is private: check the name, or `hf auth login`"
+        elif isinstance(error, hub.RevisionNotFoundError):
+            message = f"{what} has no such revision: use main, a tag or a commit"
+        elif isinstance(error, hub.HFValidationError):
+            message = f"{what} is no valid name ({error}): use owner/name"
+        elif getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            message = f"no space left to fetch {what}: free some or choose another folder"
+        else:
+            message = (
+                f"cannot fetch {what}: {_short(error)}; check the network connection and run it again "
+                "(finished files are kept), or copy the shards from elsewhere and set data.path"
+            )
+        raise PgolfError(message) from error
 
 
 def _short(error: BaseException) -> str:

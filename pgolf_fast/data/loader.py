@@ -1,7 +1,5 @@
 """Training batches: shards -> a stream of tokens -> one Loader, which reads ahead in a thread."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING
@@ -114,12 +112,8 @@ class DocumentStream(TokenStream):
         return {**super().identity(), "data.seed": self._seed}
 
     def _index_documents(self) -> np.ndarray:
-        begins = []
-        for tokens, first in zip(self._tokens, self._starts, strict=False):
-            for start in range(0, len(tokens), 1 << 24):  # in blocks, to keep the comparison's array small
-                hits = np.flatnonzero(tokens[start : start + (1 << 24)] == BOS_ID)
-                begins.append(hits + (start + int(first)))
-        documents = np.concatenate(begins)
+        firsts = zip(self.shards, self._starts, strict=False)
+        documents = np.concatenate([shard.document_starts() + int(first) for shard, first in firsts])
         if not len(documents):
             raise PgolfError(
                 f"no document starts (token id {BOS_ID}) in {self.shards[0].path.parent}: "
@@ -256,7 +250,7 @@ class Loader:
         self._closed = True
         self._pool.shutdown()
 
-    def __enter__(self) -> Loader:
+    def __enter__(self) -> "Loader":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -32,6 +32,13 @@ class Shard:
         """The token ids, uint16 of shape (num_tokens,), memory-mapped."""
         return np.memmap(self.path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(self.num_tokens,))
 
+    def document_starts(self) -> np.ndarray:
+        """Return the positions of the BOS ids, int64 of shape (documents,)."""
+        tokens, blocks = self.tokens, range(0, self.num_tokens, _CHECK_BLOCK)
+        return np.concatenate(
+            [at + np.flatnonzero(tokens[at : at + _CHECK_BLOCK] == BOS_ID) for at in blocks]
+        )
+
 
 def open_shard(path: Path | str) -> Shard:
     """Open the shard in `path` and check magic, version and exact size.

@@ -9,7 +9,6 @@ from pgolf_fast import console
 from pgolf_fast.config.schema import DataConfig
 from pgolf_fast.data.corpus import build_corpus
 from pgolf_fast.data.shards import (
-    BOS_ID,
     Shard,
     Split,
     check_tokens,
@@ -28,8 +27,6 @@ from pgolf_fast.data.tokenizer import (
     scored_bytes,
 )
 from pgolf_fast.errors import PgolfError
-
-_BLOCK = 1 << 24  # tokens compared at a time
 
 
 @dataclass(frozen=True)
@@ -89,19 +86,11 @@ def describe(folder: Path | str, tokenizer: Tokenizer) -> list[ShardInfo]:
             f"no *_train_*.bin or *_val_*.bin shard in {folder}: make some with `pgolf data tokenize` "
             "or `pgolf data download`"
         )
-    table = byte_table(tokenizer)
-    return [
-        _describe(open_shard(path), split, table)
-        for path, split in console.progress(paths, "reading", unit="shard")
-    ]
-
-
-def _describe(shard: Shard, split: Split, table: ByteTable) -> ShardInfo:
-    check_tokens(shard, len(table.base_bytes))
-    tokens = shard.tokens
-    documents = sum(
-        int(np.count_nonzero(tokens[at : at + _BLOCK] == BOS_ID)) for at in range(0, len(tokens), _BLOCK)
-    )
-    count = scored_bytes(table, tokens)
-    per_token = count / max(shard.num_tokens - 1, 1)
-    return ShardInfo(shard.path.name, split, shard.num_tokens, documents, count, per_token)
+    table, rows = byte_table(tokenizer), []
+    for path, split in console.progress(paths, "reading", unit="shard"):
+        shard = open_shard(path)
+        check_tokens(shard, tokenizer.vocab_size)
+        count, documents = scored_bytes(table, shard.tokens), len(shard.document_starts())
+        per_token = count / max(shard.num_tokens - 1, 1)
+        rows.append(ShardInfo(path.name, split, shard.num_tokens, documents, count, per_token))
+    return rows

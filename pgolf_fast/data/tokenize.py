@@ -11,12 +11,12 @@ import tempfile
 import time
 import zlib
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any
 
 import numpy as np
 
@@ -247,11 +247,8 @@ def read_documents(path: Path) -> Iterator[str]:
 
 
 def _open(path: Path) -> IO[bytes]:
-    if path.name.endswith(".gz"):
-        return cast("IO[bytes]", gzip.open(path, "rb"))
-    if path.name.endswith(".xz"):
-        return cast("IO[bytes]", lzma.open(path, "rb"))
-    return open(path, "rb")
+    opener: Callable[..., Any] = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    return opener(path, "rb")
 
 
 def _text_of(line: bytes, path: Path, number: int) -> str:
