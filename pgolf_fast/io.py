@@ -79,10 +79,7 @@ def write_bytes(path: Path | str, content: bytes) -> None:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """Write tensors and JSON `metadata` as a safetensors file, atomically.
-
-    Raises PgolfError naming the file if the disk is full; the previous file is unchanged.
-    """
+    """Write tensors and JSON `metadata` as a safetensors file, atomically, as `atomic_path` does."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 

@@ -147,7 +147,7 @@ def test_json_is_read_strictly(path, value, message):
         (lambda: TrainConfig(warmdown_fraction=0.5), "give one and set the other to None"),
         (lambda: TrainConfig(warmdown_steps=None), "give one and set the other to None"),
         (lambda: TrainConfig(warmdown_steps=None, warmdown_fraction=1.5), "above 0 and at most 1"),
-        (lambda: OptimConfig(adam_beta1=1.5), r"optim.adam_beta1 is 1.5; it must be in \[0, 1\)"),
+        (lambda: OptimConfig(adam_beta1=1.5), r"optim.adam_beta1 is 1.5; it must be at least 0 and below 1"),
         (lambda: QuantConfig(block_size=0), "quant.block_size is 0"),
         (lambda: QuantConfig(bits=9), "quant.bits is 9; it must be 2 to 8"),
         (lambda: TTTConfig(momentum=-1), "ttt.momentum is -1"),

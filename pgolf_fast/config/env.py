@@ -10,7 +10,7 @@ from pgolf_fast.errors import PgolfError
 
 _SAME_NAME = {  # variables named like a field, with or without its group in front
     "data": "DATA_PATH",
-    "model": "VOCAB_SIZE NUM_LAYERS MODEL_DIM NUM_HEADS NUM_KV_HEADS MLP_MULT TIE_EMBEDDINGS "
+    "model": "VOCAB_SIZE NUM_LAYERS NUM_HEADS NUM_KV_HEADS MLP_MULT TIE_EMBEDDINGS "
     "TIED_EMBED_INIT_STD LOGIT_SOFTCAP ROPE_BASE ROPE_DIMS QK_GAIN_INIT BIGRAM_VOCAB_SIZE BIGRAM_DIM TRIGRAM "
     "XSA_LAST_N LN_SCALE VE_ENABLED VE_DIM VE_LAYERS",
     "train": "SEED WARMUP_STEPS TRAIN_BATCH_TOKENS TRAIN_SEQ_LEN TRAIN_LOG_EVERY ADAPTIVE_WARMDOWN",
@@ -44,6 +44,7 @@ FIELDS = {
     "META_SGD_ENABLED": "train.meta.slot_rates",
     "LATE_QAT_THRESHOLD": "train.qat.below",
     "TOKENIZER_PATH": "data.tokenizer",
+    "MODEL_DIM": "model.model_dim",
     "POS_CONDITIONAL_BIGRAM": "model.pos_conditional",
     "TIED_EMBED_LR": "optim.embed_lr",
     "MUON_MOMENTUM_WARMUP_START": "optim.muon_momentum_start",

@@ -74,10 +74,7 @@ def set_fields(config: Config, values: Mapping[str, object]) -> Config:
 
 
 def with_fields(config: Config, fields: Mapping[str, object]) -> Config:
-    """Set fields as `set_fields` does, by names in which `__` or `.` separates groups: `train__steps=10`.
-
-    Paths become text.
-    """
+    """Set fields as `set_fields` does, also from a Path, and with `__` for a dot in names: train__steps."""
     plain = {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
     return set_fields(config, {name.replace("__", "."): value for name, value in plain.items()})
 
@@ -94,7 +91,15 @@ def flip(config: RunConfig, words: Sequence[str]) -> RunConfig:
         if not name or "=" not in word:
             raise PgolfError(f"{word!r} is not FIELD=VALUE: write it like model.trigram=false")
         for other, before in given.items():
-            _check_apart(name, word, other, before)
+            if name == other:
+                raise PgolfError(
+                    f"{before} and {word} set the same field: leave one out, or give each variant its "
+                    "own --flip"
+                )
+            if name.startswith(f"{other}.") or other.startswith(f"{name}."):
+                raise PgolfError(
+                    f"{before} and {word} contradict: a group that is none has no fields; leave one out"
+                )
         given[name] = word
     return set_fields(config, {name: word.partition("=")[2] for name, word in given.items()})
 
@@ -102,15 +107,6 @@ def flip(config: RunConfig, words: Sequence[str]) -> RunConfig:
 def field_name(word: str) -> str:
     """Return the field that FIELD=VALUE sets: train.log_every for --train.log-every=5."""
     return word.partition("=")[0].lstrip("-").replace("-", "_")
-
-
-def _check_apart(name: str, word: str, other: str, before: str) -> None:
-    if name == other:
-        raise PgolfError(
-            f"{before} and {word} set the same field: leave one out, or give each variant a --flip of its own"
-        )
-    if name.startswith(f"{other}.") or other.startswith(f"{name}."):
-        raise PgolfError(f"{before} and {word} contradict: a group that is none has no fields; leave one out")
 
 
 def field_type(kind: Any, name: str) -> Any:

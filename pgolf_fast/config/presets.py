@@ -111,10 +111,7 @@ SIZES = {
 
 
 def shrink(base: RunConfig, size: str) -> RunConfig:
-    """Return `base` at one of SIZES, named like the size if `base` is exp101, else `<base>_<size>`.
-
-    Raises PgolfError for an unknown size.
-    """
+    """Return `base` at one of SIZES, named like the size if `base` is exp101, else `<base>_<size>`."""
     if size not in SIZES:
         raise PgolfError(f"unknown size {size!r}: sizes are {', '.join(SIZES)}")
     to = SIZES[size]

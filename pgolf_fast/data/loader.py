@@ -20,10 +20,7 @@ _CHECK_AT_OPENING = 10_000_000
 
 
 class TokenStream:
-    """The tokens of all shards in order, starting over after the last.
-
-    Raises `PgolfError` if there are no shards or an id is not below `vocab_size`.
-    """
+    """The tokens of all shards in order, starting over after the last; every id is below `vocab_size`."""
 
     kind = "sequential"
 
@@ -94,10 +91,7 @@ class TokenStream:
 
 
 class DocumentStream(TokenStream):
-    """Whole documents, in an order that depends on `seed` and the epoch only.
-
-    A document starts at each BOS id. Raises `PgolfError` as `TokenStream`, and if no document starts.
-    """
+    """Whole documents, each from a BOS id to the next, in an order that `seed` and the epoch determine."""
 
     kind = "shuffled"
 
@@ -173,10 +167,7 @@ class Loader:
             )
 
     def set_batch(self, micro_batch_tokens: int) -> None:
-        """Change the tokens of a batch from the next one on; no token is skipped.
-
-        Raises `PgolfError` unless they are whole sequences.
-        """
+        """Change the tokens of a batch, in whole sequences, from the next one on; no token is skipped."""
         if self._seq_len < 1 or micro_batch_tokens < 1 or micro_batch_tokens % self._seq_len:
             raise PgolfError(
                 f"train.micro_batch_tokens {micro_batch_tokens} is not a positive multiple of train.seq_len "
@@ -187,10 +178,7 @@ class Loader:
         self._span = micro_batch_tokens + 1  # one more for the last target
 
     def next_batch(self) -> Batch:
-        """Return inputs and targets, two int64 tensors of shape (micro_batch_tokens // seq_len, seq_len).
-
-        Raises what reading this batch raised in the thread.
-        """
+        """Return inputs and targets, two int64 tensors (micro_batch_tokens // seq_len, seq_len)."""
         if self._closed:
             raise RuntimeError("next_batch called on a closed Loader")
         if self._ahead is None:
@@ -215,10 +203,7 @@ class Loader:
         return (inputs, targets), self._stream.position
 
     def state(self) -> dict[str, object]:
-        """Return what `load_state` needs to continue after the batches returned so far, as JSON values.
-
-        It is the same on every rank.
-        """
+        """Return the state after the batches returned so far, as JSON values, the same on every rank."""
         return {**self._stream.identity(), "position": self._position}
 
     def load_state(self, state: dict[str, object]) -> None:

@@ -41,10 +41,7 @@ class Shard:
 
 
 def open_shard(path: Path | str) -> Shard:
-    """Open the shard in `path` and check magic, version and exact size.
-
-    Raises `PgolfError` for a missing, foreign, truncated or empty file.
-    """
+    """Open a shard. Raises `PgolfError` if it is missing, empty, truncated or another kind of file."""
     path = Path(path)
     try:
         size = path.stat().st_size
@@ -99,10 +96,7 @@ def raise_bad_token(shard: Shard, start: int, block: np.ndarray, vocab_size: int
 
 
 def write_shard(path: Path | str, tokens: np.ndarray) -> Shard:
-    """Write ids of shape (n,) as a shard, atomically.
-
-    Raises `PgolfError` for an empty array, a dtype that is not an integer, or ids outside 0..65535.
-    """
+    """Write ids, integers of shape (n,) from 0 to 65535, as a shard, atomically."""
     tokens = np.asarray(tokens)
     if tokens.ndim != 1 or tokens.size == 0:
         raise PgolfError(

@@ -122,10 +122,7 @@ def byte_table(tokenizer: Tokenizer) -> ByteTable:
 
 
 def target_bytes(table: ByteTable, prev_ids: np.ndarray, target_ids: np.ndarray) -> np.ndarray:
-    """Return the bytes of each target given the token before it, int64 of the shape of `target_ids`.
-
-    Raises `PgolfError` for an id outside the table.
-    """
+    """Return the bytes of each target given the token before it, int64 of the shape of `target_ids`."""
     prev_ids, target_ids = np.asarray(prev_ids), np.asarray(target_ids)
     size = len(table.base_bytes)
     for ids in (prev_ids, target_ids):

@@ -91,10 +91,7 @@ def meta_step(
 
 
 def halves(tokens: Tensor, targets: Tensor, *, across_batch: bool) -> tuple[Batch, Batch]:
-    """Split a batch into inner and outer half: by sequences if `across_batch`, else each sequence in two.
-
-    A batch of one sequence is always split in time.
-    """
+    """Return inner and outer half: of the sequences if `across_batch` and there are two, else of each."""
     dim = 0 if across_batch and len(tokens) > 1 else 1
     sizes = [tokens.shape[dim] // 2, -(-tokens.shape[dim] // 2)]
     (x, outer_x), (y, outer_y) = tokens.split(sizes, dim), targets.split(sizes, dim)

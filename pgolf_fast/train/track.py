@@ -1,5 +1,6 @@
 """Metrics of a run: always metrics.jsonl, and a tracker if one is asked for."""
 
+import importlib
 import re
 import uuid
 from collections.abc import Callable, Iterator
@@ -76,10 +77,7 @@ _TRACKERS: dict[TrackerName, Callable[[RunConfig, RunFolder, int], Tracker]] = {
 def need_tracker(name: TrackerName) -> None:
     """Raise PgolfError naming what to install if the tracker's package is missing."""
     try:
-        if name == "wandb":
-            import wandb  # noqa: F401 - a check that it can be imported
-        else:
-            import torch.utils.tensorboard  # noqa: F401
+        importlib.import_module("wandb" if name == "wandb" else "torch.utils.tensorboard")
     except ImportError as error:
         raise PgolfError(
             f"--track {name} cannot be imported ({_first_line(error)}): pip install 'pgolf-fast[{name}]'"
@@ -95,10 +93,7 @@ def open_tracker(name: TrackerName, config: RunConfig, folder: RunFolder, first_
 
 
 class Metrics:
-    """Writes lines of metrics.jsonl and sends their numbers to a tracker.
-
-    A tracker that fails is dropped with one warning: the file has everything.
-    """
+    """Writes lines of metrics.jsonl and sends their numbers to a tracker, which is dropped if it fails."""
 
     def __init__(self, lines: console.MetricsWriter):
         self._lines = lines

@@ -113,10 +113,7 @@ class Trainer:
         return pending
 
     def observe(self, result: StepResult, elapsed: float) -> bool:
-        """Show the adaptive schedule a step's loss; return True if that triggers the decay.
-
-        `elapsed` is the training clock when the step was launched.
-        """
+        """Return True if this step, launched at `elapsed`, triggers the decay of the adaptive schedule."""
         return not result.reptile and self.schedule.observe(result.step - 1, result.loss, elapsed)
 
     def advance(self) -> StepResult:
