@@ -1,5 +1,6 @@
 """Checks that configuration classes share. `group` is the dotted name of `config`, for messages."""
 
+import difflib
 from collections.abc import Callable, Iterable
 
 from pgolf_fast.errors import PgolfError
@@ -53,6 +54,12 @@ def need_either(group: str, config: object, one: str, other: str) -> None:
     need((a is None) != (b is None), message)
 
 
-def blocks_of(share: float, layers: int) -> int:
-    """Return the number of blocks that a share of `layers` is: rounded down, at least one."""
-    return max(1, int(share * layers + 1e-9))  # 0.29 * 100 is a little below 29
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return the question that suggests the nearest known name, or no text if none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
+    return f"did you mean {near[0]}? " if near else ""
+
+
+def share_of(share: float, count: int) -> int:
+    """Return a share of `count` things, rounded down but at least one."""
+    return max(1, int(share * count + 1e-9))  # 0.29 * 100 is a little below 29

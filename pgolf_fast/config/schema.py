@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pgolf_fast.config.checks import (
-    blocks_of,
     need,
     need_decay,
     need_either,
@@ -12,6 +11,7 @@ from pgolf_fast.config.checks import (
     need_not_negative,
     need_positive,
     need_share,
+    share_of,
 )
 from pgolf_fast.config.model import ModelConfig
 from pgolf_fast.config.ttt import TTTConfig
@@ -177,7 +177,7 @@ class ReptileConfig:
 
     def blocks(self, layers: int) -> int:
         """Return the number of trained blocks of a model with that many layers."""
-        return blocks_of(self.block_share, layers)
+        return share_of(self.block_share, layers)
 
     def steps(self, steps: int) -> int:
         """Return the number of steps that the phase takes of a run of `steps`."""

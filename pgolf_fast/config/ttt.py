@@ -1,11 +1,17 @@
 """Settings of test-time training, which adapts the model to tokens it has scored."""
 
-import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from pgolf_fast.config.checks import blocks_of, need_decay, need_not_negative, need_positive, need_share
+from pgolf_fast.config.checks import (
+    did_you_mean,
+    need_decay,
+    need_not_negative,
+    need_positive,
+    need_share,
+    share_of,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +61,11 @@ class GuidedConfig:
 
     def blocks(self, layers: int) -> int:
         """Return the number of trained blocks of a model with that many layers."""
-        return blocks_of(self.block_share, layers)
+        return share_of(self.block_share, layers)
 
     def hard_windows(self, windows: int) -> int:
         """Return the number of windows that are trained on, of `windows`."""
-        return max(1, int(self.share * windows + 1e-9))
+        return share_of(self.share, windows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +161,4 @@ def adapters(seq_len: int) -> dict[str, TTTConfig]:
 def unknown_adapter(name: str, known: Iterable[str]) -> str:
     """Return a line naming an unknown adapter and the known ones, nearest first if one is near."""
     names = list(known)
-    near = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    return f"unknown adapter {name!r}: {hint}adapters are {', '.join(names)}"
+    return f"unknown adapter {name!r}: {did_you_mean(name, names)}adapters are {', '.join(names)}"
