@@ -157,7 +157,10 @@ class Table:
 
     def numeric(self) -> list[bool]:
         """Return True for each column that holds at least one number and otherwise only placeholders."""
-        return [_is_numeric(column) for column in self._columns()]
+        known = [
+            [cell.strip() for cell in column if cell.strip() not in ("", "-")] for column in self._columns()
+        ]
+        return [bool(cells) and all(map(_NUMBER.fullmatch, cells)) for cells in known]
 
     def text(self) -> str:
         """Render aligned columns for a terminal or a log."""
@@ -211,11 +214,6 @@ class Table:
         return f"<table>{caption}{head}<tbody>{body}</tbody></table>"
 
     __html__ = html  # Jinja2's autoescape inserts the element as it is
-
-
-def _is_numeric(cells: Sequence[str]) -> bool:
-    known = [cell.strip() for cell in cells if cell.strip() not in ("", "-")]
-    return bool(known) and all(_NUMBER.fullmatch(cell) for cell in known)
 
 
 def inline_html(text: str) -> str:

@@ -192,32 +192,19 @@ def shrink(base: RunConfig, size: str) -> RunConfig:
         raise PgolfError(f"unknown size {size!r}: sizes are {', '.join(SIZES)}")
     to = SIZES[size]
     model, train = _shrink_model(base.model, to), _shrink_train(base.train, to)
-    return replace(
+    small = _changed(
         base,
-        name=size if base.name == "exp101" else f"{base.name}_{size}",
-        model=model,
-        train=train,
-        optim=replace(
-            base.optim,
-            matrix_lr=0.035,
-            embed_lr=0.016,
-            scalar_lr=0.011,
-            muon_momentum=0.95,
-            muon_momentum_start=0.85,
-            muon_momentum_warmup_steps=200,
-        ),
-        average=_shrink_average(base),
-        quant=replace(
-            base.quant,
-            calibration_sequences=16,
-            calibration_length=train.seq_len,
-            calibration_batch=16,
-            grid="percentile",  # weights of a small model are small compared to the fixed step of 1/31
-        ),
-        eval=replace(base.eval, seq_len=None, batch_seqs=None),
-        # a preset with an adapter of its own keeps it, with smaller chunks
-        ttt=adapters(train.seq_len)["lora"] if base.ttt == TTTConfig() else _shrink_ttt(base, model, train),
+        size if base.name == "exp101" else f"{base.name}_{size}",
+        optim="matrix_lr=0.035 embed_lr=0.016 scalar_lr=0.011 muon_momentum=0.95 muon_momentum_start=0.85 "
+        "muon_momentum_warmup_steps=200",
+        # weights of a small model are small compared to the fixed step of 1/31
+        quant="grid=percentile calibration_sequences=16 calibration_batch=16 "
+        f"calibration_length={train.seq_len}",
+        eval="seq_len=none batch_seqs=none",
     )
+    # a preset with an adapter of its own keeps it, with smaller chunks
+    ttt = adapters(train.seq_len)["lora"] if base.ttt == TTTConfig() else _shrink_ttt(base, model, train)
+    return replace(small, model=model, train=train, average=_shrink_average(base), ttt=ttt)
 
 
 def _shrink_train(train: TrainConfig, to: Size) -> TrainConfig:

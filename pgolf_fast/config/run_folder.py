@@ -97,9 +97,8 @@ class RunFolder:
         for product in products:
             if product.is_file():
                 product.replace(stale(product))
-                console.logger.info(
-                    "%s was made from other weights and is now %s", product.name, stale(product).name
-                )
+                renamed = stale(product).name
+                console.logger.info(f"{product.name} was made from other weights and is now {renamed}")
 
     def write_config(self, config: RunConfig) -> None:
         """Write config.json."""

@@ -368,10 +368,6 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         need_positive("eval", self, "stride", "batch_seqs", "seq_len")
-        need(
-            self.seq_len is None or self.stride <= self.seq_len,
-            f"eval.stride {self.stride} is longer than the window eval.seq_len {self.seq_len}",
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -391,48 +387,35 @@ class RunConfig:
     name: str = "exp101"
     """Name of the preset."""
     model: ModelConfig = field(default_factory=ModelConfig)
-    """The network."""
     data: DataConfig = field(default_factory=DataConfig)
-    """The data."""
     train: TrainConfig = field(default_factory=TrainConfig)
-    """The training loop."""
     optim: OptimConfig = field(default_factory=OptimConfig)
-    """The optimizers."""
     average: AverageConfig = field(default_factory=AverageConfig)
-    """Weight averaging."""
     quant: QuantConfig = field(default_factory=QuantConfig)
-    """Quantization."""
     pack: PackConfig = field(default_factory=PackConfig)
-    """The artifact."""
     eval: EvalConfig = field(default_factory=EvalConfig)
-    """Scoring."""
     ttt: TTTConfig = field(default_factory=TTTConfig)
-    """Test-time training."""
     kernels: KernelConfig = field(default_factory=KernelConfig)
-    """Kernel implementations."""
 
     @property
     def eval_seq_len(self) -> int:
         return self.eval.seq_len or self.train.seq_len
 
     def __post_init__(self) -> None:
+        stride, layers, meta = self.eval.stride, self.model.num_layers, self.train.meta
+        window = self.eval_seq_len
+        need(stride <= window, f"eval.stride {stride} is longer than the window of {window} tokens")
         need(
-            self.eval.stride <= self.eval_seq_len,
-            f"eval.stride {self.eval.stride} is longer than the window of {self.eval_seq_len} tokens",
+            self.ttt.frozen_slots < layers,
+            f"ttt.freeze_blocks {self.ttt.freeze_blocks} leaves nothing to adapt: the model has {layers} "
+            "layers",
         )
-        need(
-            self.ttt.frozen_slots < self.model.num_layers,
-            f"ttt.freeze_blocks {self.ttt.freeze_blocks} leaves nothing to adapt: the model has "
-            f"{self.model.num_layers} layers",
-        )
-        meta = self.train.meta
-        need(
-            meta is None or meta.freeze_blocks <= self.model.num_layers,
-            f"train.meta.freeze_blocks exceeds the model's {self.model.num_layers} layers",
-        )
+        if meta is None:
+            return
+        need(meta.freeze_blocks <= layers, f"train.meta.freeze_blocks exceeds the model's {layers} layers")
         for name in ("delta_weight", "slot_rates"):
             need(
-                meta is None or meta.freeze_blocks < self.model.num_layers or not getattr(meta, name),
-                f"train.meta.freeze_blocks freezes all {self.model.num_layers} layers, so nothing adapts: "
-                f"train.meta.{name} needs one that does",
+                meta.freeze_blocks < layers or not getattr(meta, name),
+                f"train.meta.freeze_blocks freezes all {layers} layers, so nothing adapts: train.meta.{name} "
+                "needs one that does",
             )

@@ -93,7 +93,9 @@ def build_corpus(cache_dir: Path | None = None, vocab_size: int = 1024) -> Path:
 
     sources = default_sources()
     parent = Path(cache_dir) if cache_dir is not None else Path(platformdirs.user_cache_dir("pgolf_fast"))
-    folder = parent / _key(sources, vocab_size)
+    versions = "_".join(f"{source.name}{source.version}" for source in sources)
+    pieces = importlib.metadata.version("sentencepiece")
+    folder = parent / f"corpus_v{_FORMAT}_{versions}_sentencepiece{pieces}_sp{vocab_size}"
     if _is_complete(folder):
         return folder
     try:
@@ -148,12 +150,6 @@ def _build(folder: Path, sources: list[Source], vocab_size: int) -> None:
     write_text(folder / "info.json", json.dumps(info, indent=2) + "\n")
     took = console.duration(time.monotonic() - start)
     console.logger.info("built-in corpus: %d training tokens, built in %s", len(tokens["train"]), took)
-
-
-def _key(sources: list[Source], vocab_size: int) -> str:
-    versions = "_".join(f"{source.name}{source.version}" for source in sources)
-    pieces = importlib.metadata.version("sentencepiece")
-    return f"corpus_v{_FORMAT}_{versions}_sentencepiece{pieces}_sp{vocab_size}"
 
 
 def _is_complete(folder: Path) -> bool:

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -73,23 +73,23 @@ def download(
                 f"{api.endpoint} does not say which commit {revision} of {repo_id} is; try a commit"
             )
     remotes = _choose(api, repo_id, commit, dataset, train_shards, folder)
-    given = {name: value.lower() for name, value in (checksums or {}).items()}
     for remote in console.progress(remotes, "downloading", unit="file"):
-        sha256 = given.get(remote.target.name, remote.sha256)
-        if remote.target.is_file() and _fault(remote.target, remote, sha256) is None:
+        wanted = (checksums or {}).get(remote.target.name)
+        remote = replace(remote, sha256=wanted.lower() if wanted else remote.sha256)
+        if remote.target.is_file() and _fault(remote.target, remote) is None:
             continue
         with _hub_errors(f"{remote.path} of {repo_id} at {api.endpoint}"):
             staged = api.hf_hub_download(
                 repo_id, remote.path, repo_type="dataset", revision=commit, local_dir=staging
             )
-        _accept(Path(staged), remote, sha256)
+        _accept(Path(staged), remote)
     shutil.rmtree(staging, ignore_errors=True)
     return folder / "datasets" / f"fineweb10B_{dataset}"
 
 
-def _accept(staged: Path, remote: _Remote, sha256: str | None) -> None:
+def _accept(staged: Path, remote: _Remote) -> None:
     """Move a downloaded file to its target. Raises PgolfError and removes it if it is corrupt."""
-    fault = _fault(staged, remote, sha256)
+    fault = _fault(staged, remote)
     if fault is None:
         try:
             if remote.target.suffix == ".bin":
@@ -108,12 +108,12 @@ def _accept(staged: Path, remote: _Remote, sha256: str | None) -> None:
     os.replace(staged, remote.target)
 
 
-def _fault(path: Path, remote: _Remote, sha256: str | None) -> str | None:
+def _fault(path: Path, remote: _Remote) -> str | None:
     """Return what is wrong with the bytes of `path`, or None."""
     size = path.stat().st_size
     if size != remote.size:
         return f"it has {size} bytes instead of {remote.size}"
-    kind, wanted, digest = "sha256", sha256, hashlib.sha256()
+    kind, wanted, digest = "sha256", remote.sha256, hashlib.sha256()
     if wanted is None:  # git names a file by the hash of its content after a header
         kind, wanted, digest = "git hash", remote.git_sha1, hashlib.sha1(b"blob %d\0" % size)
     with open(path, "rb") as handle:

@@ -98,23 +98,20 @@ class DocumentStream(TokenStream):
     def __init__(self, shards: Sequence[Shard], *, seed: int, vocab_size: int | None = None):
         super().__init__(shards, vocab_size=vocab_size)
         self._seed = seed
-        self._begins = self._index_documents()
-        self._lengths = np.diff(self._begins, append=self.total)
-        self._start_epoch(0)
-
-    def identity(self) -> dict[str, object]:
-        return {**super().identity(), "data.seed": self._seed}
-
-    def _index_documents(self) -> np.ndarray:
         firsts = zip(self.shards, self._starts, strict=False)
-        documents = np.concatenate([shard.document_starts() + int(first) for shard, first in firsts])
-        if not len(documents):
+        begins = np.concatenate([shard.document_starts() + int(first) for shard, first in firsts])
+        if not len(begins):
             raise PgolfError(
                 f"no document starts (token id {BOS_ID}) in {self.shards[0].path.parent}: "
                 "the shuffled loader needs them; use data.loader sequential or tokenize with BOS"
             )
         # tokens before the first BOS are a document too
-        return documents if documents[0] == 0 else np.concatenate([[0], documents])
+        self._begins = begins if begins[0] == 0 else np.concatenate([[0], begins])
+        self._lengths = np.diff(self._begins, append=self.total)
+        self._start_epoch(0)
+
+    def identity(self) -> dict[str, object]:
+        return {**super().identity(), "data.seed": self._seed}
 
     def _start_epoch(self, epoch: int) -> None:
         # a generator for each epoch, so that a resumed run needs no history

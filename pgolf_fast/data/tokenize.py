@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,6 +33,7 @@ SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.xz")
 _CHUNK_CHARS = 500_000
 _CHUNK_DOCUMENTS = 500
 _HASHES = 1 << 64
+_LINES = 'each line must be like {"text": "..."}'
 _ALONE_BYTES = 16_000_000
 """Input size in bytes below which starting worker processes would take longer than it saves."""
 
@@ -255,14 +257,10 @@ def _text_of(line: bytes, path: Path, number: int) -> str:
     try:
         row = json.loads(line)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise PgolfError(
-            f'{path} line {number} is not JSON ({error}): each line must be like {{"text": "..."}}'
-        ) from error
+        raise PgolfError(f"{path} line {number} is not JSON ({error}): {_LINES}") from error
     text = row.get("text") if isinstance(row, dict) else None
     if not isinstance(text, str):
-        raise PgolfError(
-            f'{path} line {number} has no "text" string: each line must be like {{"text": "..."}}'
-        )
+        raise PgolfError(f'{path} line {number} has no "text" string: {_LINES}')
     return text
 
 
@@ -276,7 +274,9 @@ class Plan:
 
     def parts(self, files: Sequence[Path], what: str) -> Iterator[tuple[Split, str]]:
         """Yield (split, text) of each document in order, with a progress bar labeled `what`."""
-        for text in console.progress(_all(files), what, total=self.documents, unit="doc"):
+        for text in console.progress(
+            chain.from_iterable(map(read_documents, files)), what, total=self.documents, unit="doc"
+        ):
             if self.cut is not None:
                 head, tail = _cut(text, self.cut)
                 yield "train", head
@@ -295,7 +295,7 @@ def make_plan(files: Sequence[Path], val_fraction: float) -> Plan:
         raise PgolfError(f"val_fraction is {val_fraction}; it must be at least 0 and less than 1")
     threshold, count, below = int(val_fraction * _HASHES), 0, 0
     lowest, highest, last = _HASHES, -1, ""
-    for last in console.progress(_all(files), "reading", unit="doc"):
+    for last in console.progress(chain.from_iterable(map(read_documents, files)), "reading", unit="doc"):
         value = _hash(last)
         count, below = count + 1, below + (value < threshold)
         lowest, highest = min(lowest, value), max(highest, value)
@@ -319,11 +319,6 @@ def make_plan(files: Sequence[Path], val_fraction: float) -> Plan:
     elif below == count:
         threshold = highest
     return Plan(count, threshold)
-
-
-def _all(files: Sequence[Path]) -> Iterator[str]:
-    for path in files:
-        yield from read_documents(path)
 
 
 def _hash(text: str) -> int:

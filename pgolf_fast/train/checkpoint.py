@@ -16,6 +16,7 @@ from pgolf_fast.model.gpt import GPT
 from pgolf_fast.model.runtime import environment
 from pgolf_fast.model.weights import load_weights, read_weights
 
+_CHECKPOINTS = "step_*.safetensors"
 _KEEP = 2  # one to fall back to if the newest turns out damaged
 
 
@@ -29,17 +30,13 @@ def write_setup(folder: RunFolder, config: RunConfig, source: Source) -> None:
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """Write the checkpoint of a step, and delete all but the newest few."""
     save_tensors(folder / f"step_{step:08d}.safetensors", tensors, metadata)
-    for old in _checkpoints(folder)[:-_KEEP]:
+    for old in sorted(folder.glob(_CHECKPOINTS))[:-_KEEP]:
         old.unlink(missing_ok=True)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """Return the newest checkpoint, or None if there is none."""
-    return max(_checkpoints(folder), default=None)
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step_*.safetensors"))
+    return max(folder.glob(_CHECKPOINTS), default=None)
 
 
 def import_weights(weights: Path, config: RunConfig, folder: RunFolder) -> None:

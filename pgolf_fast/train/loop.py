@@ -170,25 +170,16 @@ class StepLog:
         steps, seconds = step - self._since[0], elapsed - self._since[1]
         pace, rate = seconds / max(steps, 1), self._tokens / max(seconds, 1e-9)
         self._since, self._tokens = (step, elapsed), 0
+        phase = "reptile" if result.reptile else f"lr x{result.multiplier:.3f}"
+        left = (self.config.steps - step) * pace
+        if self.config.max_seconds is not None:
+            left = max(0.0, min(left, self.config.max_seconds - elapsed))
         console.logger.info(
-            "step %d/%d  loss %.4f  %s%s  %s tok/s  %.0f ms/step  %s elapsed, ETA %s  %d MiB",
-            step,
-            self.config.steps,
-            result.loss,
-            "reptile" if result.reptile else f"lr x{result.multiplier:.3f}",
-            "  int6" if result.qat else "",
-            f"{rate:,.0f}",
-            1e3 * pace,
-            console.duration(elapsed),
-            console.duration(self._time_left(step, elapsed, pace)),
-            peak_memory_mib(self.world),
+            f"step {step}/{self.config.steps}  loss {result.loss:.4f}  {phase}"
+            f"{'  int6' if result.qat else ''}  {rate:,.0f} tok/s  {1e3 * pace:.0f} ms/step  "
+            f"{console.duration(elapsed)} elapsed, ETA {console.duration(left)}  "
+            f"{peak_memory_mib(self.world)} MiB"
         )
-
-    def _time_left(self, step: int, elapsed: float, pace: float) -> float:
-        by_steps = (self.config.steps - step) * pace
-        if self.config.max_seconds is None:
-            return by_steps
-        return max(0.0, min(by_steps, self.config.max_seconds - elapsed))
 
 
 def peak_memory_mib(world: World) -> int:
@@ -242,14 +233,9 @@ class _Run:
             write_setup(self.folder, self.config, self.source)
         c, t = self.config, self.trainer
         console.logger.info(
-            "%s: %s parameters, %s tokens per step in %d micro-batches, %s on %s, %d process(es)",
-            c.name,
-            f"{c.model.num_parameters():,}",
-            f"{t.tokens_per_step:,}",
-            t.micro_steps,
-            c.train.compute_dtype,
-            self.world.device.type,
-            self.world.world_size,
+            f"{c.name}: {c.model.num_parameters():,} parameters, {t.tokens_per_step:,} tokens per step in "
+            f"{t.micro_steps} micro-batches, {c.train.compute_dtype} on {self.world.device.type}, "
+            f"{self.world.world_size} process(es)"
         )
         if c.train.compile:
             console.logger.info("compiling: %d warm-up steps whose effect is undone", c.train.warmup_steps)
@@ -301,23 +287,17 @@ class _Run:
         result = pending.result()
         triggered = self.trainer.observe(result, before)
         if triggered:
-            console.logger.info(
-                "step %d: training loss has stopped improving; the learning rate decays from here",
-                result.step,
-            )
+            reason = "training loss has stopped improving; the learning rate decays from here"
+            console.logger.info(f"step {result.step}: {reason}")
         self.metrics.write("step", **vars(result), elapsed=after, decay_triggered=triggered)
         self.log.after_step(result, after, last=last)
 
     def _log_reptile(self) -> None:
-        """Log the start of the Reptile phase."""
         t = self.trainer
         if t.reptile is not None and t.reptile_from == t.step - 1:
             console.logger.info(
-                "step %d: Reptile starts from the averaged weights (%s) and moves the MLP of blocks %d to %d",
-                t.step,
-                self._average_name,
-                t.reptile.first,
-                self.config.model.num_layers - 1,
+                f"step {t.step}: Reptile starts from the averaged weights ({self._average_name}) and moves "
+                f"the MLP of blocks {t.reptile.first} to {self.config.model.num_layers - 1}"
             )
 
     @property
@@ -362,9 +342,8 @@ class _Run:
             save_tensors(self.folder.model_file, self.model.state_dict(), metadata)
             console.logger.info("wrote %s", self.folder.model_file)
         self.world.barrier()
-        return TrainResult(
-            self.folder, t.step, t.tokens, t.elapsed, raw, averaged, self.world.is_main, t.in_reptile
-        )
+        numbers = (t.step, t.tokens, t.elapsed, raw, averaged)
+        return TrainResult(self.folder, *numbers, self.world.is_main, t.in_reptile)
 
     def _log_meta_learning(self) -> None:
         t = self.trainer
@@ -372,8 +351,6 @@ class _Run:
             console.logger.info("slot rates of the inner step: %s", t.rates.summary())
         if t.reptile is not None and not t.in_reptile:
             console.logger.warning(
-                "the run ended at step %d, %s, before its Reptile phase, which train.schedule %s puts later",
-                t.step,
-                console.duration(t.elapsed),
-                self.config.train.schedule,
+                f"the run ended at step {t.step}, {console.duration(t.elapsed)}, before its Reptile phase, "
+                f"which train.schedule {self.config.train.schedule} puts later"
             )
