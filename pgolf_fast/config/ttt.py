@@ -120,9 +120,8 @@ class TTTConfig:
     @property
     def illegal(self) -> str | None:
         """Why the resulting score breaks the challenge's rules, or None if it does not."""
-        if self.adapter != "error_guided":
-            return None
-        return "it learns from targets before it scores them (score before train, C3)"
+        reason = "it learns from targets before it scores them (score before train, C3)"
+        return reason if self.adapter == "error_guided" else None
 
     @property
     def by_document(self) -> bool:

@@ -100,7 +100,10 @@ def build_corpus(cache_dir: Path | None = None, vocab_size: int = 1024) -> Path:
         return folder
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(parent)
+        for path in parent.glob(".corpus-*.tmp"):  # of builds that were killed
+            with contextlib.suppress(OSError):  # removed by another process
+                if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                    shutil.rmtree(path, ignore_errors=True)
         building = Path(tempfile.mkdtemp(prefix=".corpus-", suffix=".tmp", dir=parent))
     except OSError as error:
         raise PgolfError(
@@ -165,14 +168,6 @@ def _move_into_place(building: Path, folder: Path) -> None:
             return
         shutil.rmtree(folder, ignore_errors=True)  # some of its files were removed
         os.rename(building, folder)
-
-
-def _remove_stale(parent: Path) -> None:
-    """Remove the temporary folders of builds that were killed over an hour ago."""
-    for path in parent.glob(".corpus-*.tmp"):
-        with contextlib.suppress(OSError):  # removed by another process
-            if time.time() - path.stat().st_mtime > _STALE_SECONDS:
-                shutil.rmtree(path, ignore_errors=True)
 
 
 def _help_topics() -> dict[str, str]:

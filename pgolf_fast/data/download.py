@@ -1,7 +1,5 @@
 """Download of the challenge's shards and tokenizer from the Hugging Face Hub, with every file verified."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import hashlib
@@ -125,7 +123,7 @@ def _fault(path: Path, remote: _Remote) -> str | None:
 
 
 def _choose(
-    api: HfApi, repo_id: str, commit: str, dataset: str, train_shards: int, out: Path
+    api: "HfApi", repo_id: str, commit: str, dataset: str, train_shards: int, out: Path
 ) -> list[_Remote]:
     """Return the files to download: tokenizer first, then validation, then training shards."""
     name = f"fineweb10B_{dataset}"
@@ -152,7 +150,7 @@ def _choose(
     return [*models, *val, *train[:train_shards]]
 
 
-def _list(api: HfApi, repo_id: str, commit: str, path: str, target: Path) -> list[_Remote]:
+def _list(api: "HfApi", repo_id: str, commit: str, path: str, target: Path) -> list[_Remote]:
     """Return the files of a folder of the repository in order of name; none if there is no such folder."""
     from huggingface_hub.errors import EntryNotFoundError
 

@@ -1,7 +1,5 @@
 """SentencePiece tokenizers, and the bytes of text of each token."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import io
@@ -29,12 +27,12 @@ _TRAINING_CHARS = 256_000_000
 class Tokenizer:
     """A SentencePiece model, loaded by `Tokenizer.load`."""
 
-    def __init__(self, processor: SentencePieceProcessor, path: Path):
+    def __init__(self, processor: "SentencePieceProcessor", path: Path):
         self._processor = processor
         self.path = path
 
     @classmethod
-    def load(cls, path: Path | str) -> Tokenizer:
+    def load(cls, path: Path | str) -> "Tokenizer":
         """Load a .model file. Raises `PgolfError` if it is missing or not a SentencePiece model."""
         from sentencepiece import SentencePieceProcessor
 

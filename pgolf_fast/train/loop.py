@@ -326,7 +326,13 @@ class _Run:
     def _finish(self) -> TrainResult:
         """Score raw and averaged weights, and write the final ones."""
         t = self.trainer
-        self._log_meta_learning()
+        if t.rates is not None:
+            console.logger.info("slot rates of the inner step: %s", t.rates.summary())
+        if t.reptile is not None and not t.in_reptile:
+            console.logger.warning(
+                f"the run ended at step {t.step}, {console.duration(t.elapsed)}, before its Reptile phase, "
+                f"which train.schedule {self.config.train.schedule} puts later"
+            )
         raw = self._validate(self._raw_name)
         weights, name = {n: v.clone() for n, v in self.model.state_dict().items()}, self._raw_name
         average = {name: value.to(self.world.device) for name, value in t.average.final().items()}
@@ -344,13 +350,3 @@ class _Run:
         self.world.barrier()
         numbers = (t.step, t.tokens, t.elapsed, raw, averaged)
         return TrainResult(self.folder, *numbers, self.world.is_main, t.in_reptile)
-
-    def _log_meta_learning(self) -> None:
-        t = self.trainer
-        if t.rates is not None:
-            console.logger.info("slot rates of the inner step: %s", t.rates.summary())
-        if t.reptile is not None and not t.in_reptile:
-            console.logger.warning(
-                f"the run ended at step {t.step}, {console.duration(t.elapsed)}, before its Reptile phase, "
-                f"which train.schedule {self.config.train.schedule} puts later"
-            )
