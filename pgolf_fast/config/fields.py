@@ -92,14 +92,11 @@ def flip(config: RunConfig, words: Sequence[str]) -> RunConfig:
             raise PgolfError(f"{word!r} is not FIELD=VALUE: write it like model.trigram=false")
         for other, before in given.items():
             if name == other:
-                raise PgolfError(
-                    f"{before} and {word} set the same field: leave one out, or give each variant its "
-                    "own --flip"
-                )
+                hint = "leave one out, or give each variant a --flip of its own"
+                raise PgolfError(f"{before} and {word} set the same field: {hint}")
             if name.startswith(f"{other}.") or other.startswith(f"{name}."):
-                raise PgolfError(
-                    f"{before} and {word} contradict: a group that is none has no fields; leave one out"
-                )
+                hint = "a group that is none has no fields; leave one out"
+                raise PgolfError(f"{before} and {word} contradict: {hint}")
         given[name] = word
     return set_fields(config, {name: word.partition("=")[2] for name, word in given.items()})
 

@@ -46,10 +46,14 @@ class TokenStream:
         done = 0
         while done < count:
             start, length = self._next_run()
-            step = min(count - done, length)
-            self._read(out[done : done + step], start)
-            self.skip(step)
-            done += step
+            index = int(np.searchsorted(self._starts, start, side="right")) - 1
+            offset = start - int(self._starts[index])
+            block = self._tokens[index][offset : offset + min(length, count - done)]  # to the shard's end
+            if self.vocab_size is not None and int(block.max()) >= self.vocab_size:
+                raise_bad_token(self.shards[index], offset, block, self.vocab_size)
+            out[done : done + len(block)] = block
+            self.skip(len(block))
+            done += len(block)
         return out
 
     def skip(self, count: int) -> None:
@@ -62,7 +66,7 @@ class TokenStream:
         return self._epoch * self.total + self._at
 
     def seek(self, position: int) -> None:
-        """Go to a `position`."""
+        """Move to a `position`."""
         epoch, self._at = divmod(position, self.total)
         if epoch != self._epoch:
             self._start_epoch(epoch)
@@ -73,21 +77,6 @@ class TokenStream:
 
     def _start_epoch(self, epoch: int) -> None:
         self._epoch = epoch
-
-    def _shard_at(self, start: int) -> int:
-        return int(np.searchsorted(self._starts, start, side="right")) - 1
-
-    def _read(self, out: np.ndarray, start: int) -> None:
-        """Fill `out` from token `start` of the concatenated shards, and check the ids."""
-        done = 0
-        while done < len(out):
-            index = self._shard_at(start + done)
-            offset = start + done - int(self._starts[index])
-            block = self._tokens[index][offset : offset + len(out) - done]
-            if self.vocab_size is not None and int(block.max()) >= self.vocab_size:
-                raise_bad_token(self.shards[index], offset, block, self.vocab_size)
-            out[done : done + len(block)] = block
-            done += len(block)
 
 
 class DocumentStream(TokenStream):
