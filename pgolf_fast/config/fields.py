@@ -74,7 +74,7 @@ def set_fields(config: Config, values: Mapping[str, object]) -> Config:
 
 
 def with_fields(config: Config, fields: Mapping[str, object]) -> Config:
-    """Set fields as `set_fields` does, also from a Path, and with `__` for a dot in names: train__steps."""
+    """Set fields as `set_fields` does; names may have `__` for dots (train__steps), values may be paths."""
     plain = {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
     return set_fields(config, {name.replace("__", "."): value for name, value in plain.items()})
 

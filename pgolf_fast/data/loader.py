@@ -20,7 +20,7 @@ _CHECK_AT_OPENING = 10_000_000
 
 
 class TokenStream:
-    """The tokens of all shards in order, starting over after the last; every id is below `vocab_size`."""
+    """The tokens of all shards in order, again and again. Ids are checked against `vocab_size`."""
 
     kind = "sequential"
 

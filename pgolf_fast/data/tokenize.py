@@ -115,7 +115,7 @@ def _check_folder(folder: Path) -> None:
 
 
 class _Writer:
-    """Collects the tokens of each split and writes a shard whenever one is full."""
+    """Collect the tokens of each split, and write a shard whenever one is full."""
 
     def __init__(self, folder: Path, shard_tokens: int, table: ByteTable):
         self._folder, self._size, self._table = folder, shard_tokens, table

@@ -1,4 +1,4 @@
-"""Files that a run writes besides its metrics: its setup, checkpoints, and weights made elsewhere."""
+"""Setup and checkpoints of a run, and import of published weights."""
 
 import json
 from pathlib import Path

@@ -51,7 +51,7 @@ class TrainResult:
     """The folder keeps the raw weights, which a Reptile phase made, and not the average it started from."""
 
     def rows(self) -> list[tuple[str, str]]:
-        """(what, value) of each number."""
+        """Return the name and text of each number."""
         rate = self.tokens / self.seconds if self.seconds else 0.0
         return [
             ("steps", f"{self.steps:,}"),
@@ -151,18 +151,18 @@ def _lag(world: World) -> int:
 
 
 class StepLog:
-    """Prints step, loss, tokens/s, ms/step, time left and memory every train.log_every steps."""
+    """The progress line: step, loss, tokens/s, ms/step, time left and memory, every train.log_every steps."""
 
     def __init__(self, config: TrainConfig, world: World):
         self.config, self.world = config, world
         self._since, self._tokens = (0, 0.0), 0
 
     def start_at(self, step: int, elapsed: float) -> None:
-        """Measure from here on: earlier steps were made by another process."""
+        """Measure from here on: an earlier process made the steps before."""
         self._since = (step, elapsed)
 
     def after_step(self, result: StepResult, elapsed: float, *, last: bool) -> None:
-        """Count a step, and print the line if it is due."""
+        """Count a step, and log the line if it is due."""
         step = result.step
         self._tokens += result.tokens
         if not (step == 1 or step % self.config.log_every == 0 or last):

@@ -91,7 +91,7 @@ def meta_step(
 
 
 def halves(tokens: Tensor, targets: Tensor, *, across_batch: bool) -> tuple[Batch, Batch]:
-    """Return inner and outer half: of the sequences if `across_batch` and there are two, else of each."""
+    """Split a batch into inner and outer half: by sequence if `across_batch` and B > 1, else in time."""
     dim = 0 if across_batch and len(tokens) > 1 else 1
     sizes = [tokens.shape[dim] // 2, -(-tokens.shape[dim] // 2)]
     (x, outer_x), (y, outer_y) = tokens.split(sizes, dim), targets.split(sizes, dim)

@@ -17,7 +17,7 @@ TrackerName = Literal["wandb", "tensorboard"]
 
 
 class Tracker:
-    """Receives named numbers by step, and discards them. A resumed run sends some steps again."""
+    """Base of trackers, which discards the numbers it gets. A resumed run sends some steps again."""
 
     def log(self, step: int, values: dict[str, float]) -> None: ...
     def close(self) -> None: ...
@@ -93,7 +93,7 @@ def open_tracker(name: TrackerName, config: RunConfig, folder: RunFolder, first_
 
 
 class Metrics:
-    """Writes lines of metrics.jsonl and sends their numbers to a tracker, which is dropped if it fails."""
+    """Writer of metrics.jsonl that also sends numbers to a tracker, which is dropped if it fails."""
 
     def __init__(self, lines: console.MetricsWriter):
         self._lines = lines

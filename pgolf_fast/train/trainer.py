@@ -82,7 +82,7 @@ class StepResult:
 
 
 class PendingStep:
-    """A launched step, whose numbers may still be on their way from the GPU."""
+    """A launched step, whose numbers the GPU may not have computed yet."""
 
     def __init__(self, known: StepResult, numbers: Tensor, *, has_meta_loss: bool):
         """`numbers` are loss, gradient norm and meta loss, of shape (3,)."""
@@ -129,8 +129,8 @@ class Trainer:
     def launch(self) -> PendingStep:
         """Launch one optimizer step without waiting for the GPU.
 
-        On the CPU a number that is not finite raises NonFiniteError before any update. On a GPU the update is
-        made, and `PendingStep.result` raises.
+        On the CPU a non-finite number raises NonFiniteError before any update. On a GPU the update is made,
+        and `PendingStep.result` raises.
         """
         if self.reptile is not None and (self.in_reptile or self.schedule.over(self.step, self.elapsed)):
             return self._outer_step(self.reptile)
@@ -142,7 +142,7 @@ class Trainer:
         for gradient in self.optimizer.gradients():
             self.world.mean_(gradient)
         norm = self.optimizer.clip()
-        # before the update: on the CPU a number that is not finite must not reach the weights
+        # before the update: on the CPU a non-finite number must not reach the weights
         pending = self._pending(loss, norm, meta_loss, multiplier)
         self.optimizer.step(self.step, multiplier)
         self.optimizer.zero_grad()
@@ -155,7 +155,7 @@ class Trainer:
         return not result.reptile and self.schedule.observe(result.step - 1, result.loss, elapsed)
 
     def advance(self) -> StepResult:
-        """Make one step and wait for its numbers, with the clock standing still."""
+        """Make one step and wait for its numbers, without advancing the clock."""
         result = self.launch().result()
         self.observe(result, self.elapsed)
         return result
@@ -185,7 +185,7 @@ class Trainer:
     def _pending(
         self, loss: Tensor, norm: Tensor, meta_loss: Tensor | None, multiplier: float
     ) -> PendingStep:
-        """Send the step's numbers, averaged over ranks, on their way; on the CPU they must be finite."""
+        """Start reading the step's numbers, averaged over ranks; on the CPU they must be finite."""
         numbers = (loss, norm, torch.zeros_like(loss) if meta_loss is None else meta_loss)
         known = StepResult(
             step=self.step + 1,
