@@ -23,9 +23,9 @@ from torch import Tensor
 
 from pgolf_fast import console
 from pgolf_fast.artifact.load import load
-from pgolf_fast.config.adapters import adapters
 from pgolf_fast.config.presets import preset
 from pgolf_fast.config.run_folder import RunFolder
+from pgolf_fast.config.ttt import adapters
 from pgolf_fast.data.source import open_source
 from pgolf_fast.distributed import keep_freed_memory
 from pgolf_fast.evaluation.adapters.base import borrowed, freeze

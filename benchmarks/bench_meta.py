@@ -10,13 +10,12 @@ import torch
 
 from pgolf_fast import console
 from pgolf_fast.bench.timer import time_in_turn
-from pgolf_fast.config.meta import MetaConfig, ReptileConfig
 from pgolf_fast.config.presets import preset
+from pgolf_fast.config.schema import MetaConfig, ReptileConfig
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.model.runtime import resolve_dtype
-from pgolf_fast.train.meta.rates import SlotRates
-from pgolf_fast.train.meta.reptile import Reptile
-from pgolf_fast.train.meta.step import meta_step
+from pgolf_fast.train.meta import SlotRates, meta_step
+from pgolf_fast.train.reptile import Reptile
 
 KINDS = {
     "fomaml": MetaConfig(),

@@ -20,14 +20,14 @@ from torch import Tensor
 
 from pgolf_fast import console
 from pgolf_fast.artifact.load import load
-from pgolf_fast.config.meta import MetaConfig
 from pgolf_fast.config.run_folder import RunFolder
+from pgolf_fast.config.schema import MetaConfig
 from pgolf_fast.data.loader import make_loader
 from pgolf_fast.data.source import open_source
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.model.bank import make_banks
 from pgolf_fast.model.gpt import GPT
-from pgolf_fast.train.meta.step import Batch, bank_gradients, halves, inner_gradients
+from pgolf_fast.train.meta import Batch, bank_gradients, halves, inner_gradients
 
 BATCHES = 4
 DTYPES = (torch.bfloat16, torch.float32)

@@ -13,9 +13,9 @@ from pgolf_fast import cli
 from pgolf_fast.cli.commands import COMMANDS, GROUPS
 from pgolf_fast.cli.options import parse, preset_with
 from pgolf_fast.config.fields import flatten
-from pgolf_fast.config.meta import ReptileConfig
 from pgolf_fast.config.presets import PRESETS, exp101, preset
 from pgolf_fast.config.run_folder import RunFolder
+from pgolf_fast.config.schema import ReptileConfig
 from pgolf_fast.errors import PgolfError
 
 LONG = ("train", "ablate", "config", "import")  # these show every field of the configuration

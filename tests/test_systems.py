@@ -17,10 +17,9 @@ from pgolf_fast import cli
 from pgolf_fast.artifact.load import load
 from pgolf_fast.artifact.pack import pack_run, quantize_run, read_quantized
 from pgolf_fast.artifact.submission import write_submission
-from pgolf_fast.config.presets import PRESETS, preset
+from pgolf_fast.config.presets import PRESETS, preset, shrink
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import RunConfig, TTTConfig
-from pgolf_fast.config.shrink import shrink
 from pgolf_fast.config.ttt import GuidedConfig
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.adapters.base import Scored, borrowed

@@ -11,8 +11,7 @@ import torch
 
 from pgolf_fast import console
 from pgolf_fast.bench import peers, registry, run, store, tune
-from pgolf_fast.config.presets import preset
-from pgolf_fast.config.shrink import shrink
+from pgolf_fast.config.presets import preset, shrink
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.model.runtime import resolve_dtype
 from pgolf_fast.ops import tuned

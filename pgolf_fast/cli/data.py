@@ -15,8 +15,8 @@ class Info:
     tokenizer: Path | None = None  # SentencePiece .model file; default: the one in or next to the folder.
 
     def main(self) -> None:
-        from pgolf_fast.data.info import describe
         from pgolf_fast.data.shards import data_folder
+        from pgolf_fast.data.source import describe
         from pgolf_fast.data.tokenizer import Tokenizer, find_tokenizer
 
         data_folder(self.folder)

@@ -20,10 +20,9 @@ import tyro
 
 from pgolf_fast.cli.commands import COMMANDS
 from pgolf_fast.config.fields import flip
-from pgolf_fast.config.presets import PRESETS, is_preset, preset
+from pgolf_fast.config.presets import PRESETS, is_preset, preset, shrink
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import RunConfig
-from pgolf_fast.config.shrink import shrink
 from pgolf_fast.errors import PgolfError
 
 Words = tuple[str, ...]

@@ -80,7 +80,7 @@ class Import:
     shrink: Size | None = None  # Size of the preset that the weights have.
 
     def main(self) -> None:
-        from pgolf_fast.train.importing import import_weights
+        from pgolf_fast.train.checkpoint import import_weights
 
         weights = existing(self.weights, "weights file")
         config = preset_with(self.preset, self.shrink, self.fields)

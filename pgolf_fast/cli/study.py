@@ -24,11 +24,11 @@ from pgolf_fast.cli.options import (
     wrote,
 )
 from pgolf_fast.cli.run import TTT_FIELDS
-from pgolf_fast.config.adapters import adapters, unknown_adapter
 from pgolf_fast.config.fields import flip
 from pgolf_fast.config.presets import preset
 from pgolf_fast.config.run_folder import Weights, read_scores
 from pgolf_fast.config.schema import PackConfig
+from pgolf_fast.config.ttt import adapters, unknown_adapter
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.lab.analysis.summary import Options as AnalysisOptions
 

@@ -33,7 +33,7 @@ def stale(product: Path) -> Path:
 
 
 class RunFolder:
-    """Paths inside a run folder, and its configuration, which is read once."""
+    """The files of a run folder, and its configuration, which is read once."""
 
     def __init__(self, path: Path):
         self.path = path

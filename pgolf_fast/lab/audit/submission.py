@@ -21,9 +21,9 @@ from pgolf_fast.artifact.container import sizes
 from pgolf_fast.artifact.load import unpack
 from pgolf_fast.artifact.pack import build_records
 from pgolf_fast.artifact.submission import build_script
+from pgolf_fast.config.presets import shrink
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import RunConfig
-from pgolf_fast.config.shrink import shrink
 from pgolf_fast.data.shards import write_shard
 from pgolf_fast.io import load_tensors
 from pgolf_fast.lab.audit.check import AuditFinding, fails, holds, undecided
