@@ -48,9 +48,8 @@ class RunRecord:
         self.folder, self.config = folder, folder.read_config()
         self.name = name = folder.path.resolve().name
         self.missing: list[tuple[str, str, str]] = []  # part, reason, and the command that creates it
-        self.lines: dict[str, list[Tree]] = defaultdict(
-            list
-        )  # of metrics.jsonl that belong to a step, by kind
+        # Lines of metrics.jsonl that belong to a step, by kind
+        self.lines: dict[str, list[Tree]] = defaultdict(list)
         for row in folder.history():
             if isinstance(row.get("step"), int):
                 self.lines[str(row.get("kind"))].append(row)
