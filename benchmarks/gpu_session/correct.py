@@ -15,7 +15,7 @@ from pgolf_fast.config.presets import preset
 from pgolf_fast.ops import judge
 from pgolf_fast.ops.case import Case, Contender
 
-TESTS = Path(__file__).parent.parent / "tests" / "ops"
+TESTS = Path(__file__).parents[2] / "tests" / "ops"
 # Ops tested with tensors of more than 2^31 elements, and the width of these tensors
 LARGE = {"residual_norm": 512, "smear_gate": 512, "ngram_hash_embed": 64, "mlp-leaky_relu_squared": 512}
 LARGE_BYTES = 80 << 30
