@@ -65,8 +65,7 @@ def _fit_to_target(model: GPT, config: RunConfig) -> QuantizedState:
         target = config.pack.limit_bytes - _code_bytes(config.pack)
     grids = rate_distortion(model, config.quant, seq_len=config.train.seq_len)
     fitted = fit_to_target(grids, lambda state: artifact_bytes(state, config), target)
-    size = f"{fitted.artifact_bytes:,}"
-    logger.info("%s of %s bytes, at %.2e nats a bit", size, f"{target:,}", fitted.price)
+    logger.info("%d of %d bytes, at %.2e nats a bit", fitted.artifact_bytes, target, fitted.price)
     return fitted.state
 
 
@@ -180,8 +179,8 @@ def pack(
             if sizes.total_bytes + code > packing.limit_bytes:  # HEADER_MARGIN covers the header's growth
                 raise _too_large(sizes, code, packing, "pruning missed the limit")
     candidates = sum(int((np.abs(t.codes.numpy()) == 1).sum()) for t in quantized.matrices().values())
-    count = pruned.count if pruned else 0
-    return PackReport(Path(path), sizes, code, packing.limit_bytes, count, candidates)
+    zeroed = pruned.count if pruned else 0
+    return PackReport(Path(path), sizes, code, packing.limit_bytes, zeroed, candidates)
 
 
 def section_codecs(records: list[TensorRecord], config: PackConfig) -> dict[str, tuple[str, ...]]:

@@ -86,13 +86,8 @@ def write_submission(folder: RunFolder, out: Path, about: About, *, readable: bo
             f"code {code:,} + artifact {weights:,} = {code + weights:,} bytes > {LIMIT_BYTES:,} bytes: "
             f"pack the run again with pack.limit_bytes {LIMIT_BYTES} and pack.code_bytes {code}"
         )
-    facts = _facts(folder, config, about) | {
-        "scores": scores,
-        "digest": digest,
-        "code": code,
-        "weights": weights,
-        "readable": readable,
-    }
+    facts = _facts(folder, config, about)
+    facts |= {"scores": scores, "digest": digest, "code": code, "weights": weights, "readable": readable}
     template = resources.files("pgolf_fast.artifact").joinpath("submission.md.j2").read_text(encoding="utf-8")
     readme = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(template)
     write_text(out / SCRIPT, script)
@@ -215,15 +210,11 @@ def _changes(config: RunConfig) -> list[str]:
 
 @dataclass(frozen=True)
 class Script:
-    """The evaluation script in three equivalent forms, each a complete Python file.
+    """The evaluation script in three equivalent forms, each a complete Python file."""
 
-    readable: the concatenated sources; minified: without comments, docstrings and long names; wrapped: the
-    minified one, compressed, which unpacks itself when run.
-    """
-
-    readable: str
-    minified: str
-    wrapped: str
+    readable: str  # the concatenated sources
+    minified: str  # without comments, docstrings and long names
+    wrapped: str  # the minified one, compressed, which unpacks itself when run
 
 
 def build_script(sha256: str = "") -> Script:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,11 +33,14 @@ def stale(product: Path) -> Path:
     return product.with_name(f"{product.name}.stale")
 
 
+@dataclass(unsafe_hash=True)
 class RunFolder:
     """The files of a run folder, and its configuration, which is read once."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    path: Path
+
+    def __post_init__(self) -> None:
+        path = self.path
         self.config_file = path / "config.json"
         self.metrics_file = path / "metrics.jsonl"
         self.log_file = path / "train.log"

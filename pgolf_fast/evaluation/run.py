@@ -100,8 +100,8 @@ def score_run(
     if config.eval.checkpoint_minutes is not None:
         settings = [*(tree[group] for group in ("eval", "ttt", "quant", "kernels")), loaded.sha256]
         settings += [config.eval_seq_len, str(model.compute_dtype)]
-        digest = identity(model, stream, settings)
-        resume = Resume(result, digest, 60 * config.eval.checkpoint_minutes, world.is_main)
+        seconds, digest = 60 * config.eval.checkpoint_minutes, identity(model, stream, settings)
+        resume = Resume(result, digest, seconds, world.is_main)
     scores = three_scores(
         model, stream, config, loaded.grid, world=world, resume=resume, allow_illegal=allow_illegal
     )

@@ -58,9 +58,9 @@ def round_to_grid(weight: Tensor, scale: Tensor, clip_range: int) -> Tensor:
     return steps.clamp_(-clip_range, clip_range).to(torch.int8)
 
 
-def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return codes * scale (R, C), computed in float32."""
-    return (codes.float() * scale.float()[:, None]).to(dtype)
+def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
+    """Return codes * scale, float32 (R, C)."""
+    return codes.float() * scale.float()[:, None]
 
 
 def best_candidate(weight: Tensor, candidates: Sequence[Coded]) -> Coded:
@@ -77,23 +77,24 @@ def quantize_rows(
     clip_range: int = 31,
     percentiles: Sequence[float] = PERCENTILES,
     scale_floor: bool = True,
+    name: str = "weight",
 ) -> Coded:
     """Round to nearest: codes int8 (R, C) in -clip_range..clip_range and scale float16 (R,).
 
     One percentile serves the whole matrix: the one with the least squared error (PR 1501).
     Raises PgolfError unless weight is a finite matrix.
     """
-    check_matrix(weight)
+    check_matrix(weight, name)
     scales = scale_candidates(weight, clip_range, percentiles, scale_floor)
     return best_candidate(weight, [(round_to_grid(weight, s, clip_range), s) for s in scales])
 
 
-def quantize_int8_rows(weight: Tensor, *, scale_floor: bool = True) -> Coded:
+def quantize_int8_rows(weight: Tensor, *, scale_floor: bool = True, name: str = "weight") -> Coded:
     """Round an embedding table to codes int8 (R, C) in -127..127 and scale float16 (R,) (PR 1501).
 
     Rows are clipped just below their largest value. Raises PgolfError unless weight is a finite matrix.
     """
-    check_matrix(weight)
+    check_matrix(weight, name)
     clip = row_clips(weight, [INT8_PERCENTILE])[0]
     # like the original, round with the float32 step and store the float16 one
     step = (clip / 127).clamp_min(1.0 / 127 if scale_floor else SMALLEST_SCALE)

@@ -6,8 +6,7 @@ importance and U the factor of the inverse Hessian (`inverse_factor`). At a pric
 sum is minimal for s = sqrt(12 price / ln 2) U_ii / sqrt(f_r): every column pivot of every row of every
 matrix then suffers the same loss. This is reverse water-filling (Cover and Thomas, ch. 10), applied to the
 columns of a layer as in WaterSIC (Lifar et al., arXiv 2603.04956), with rows and layers weighted by the loss
-as in GuidedQuant (Kim et al., arXiv 2505.07004). The one number `price` sets the steps of all matrices and
-tables.
+as in GuidedQuant (Kim et al., arXiv 2505.07004). `price` alone sets all steps.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from pgolf_fast.model.bank import BANK_NAMES
 from pgolf_fast.model.weights import Tensors
 from pgolf_fast.ops.bits import dequantize_bytes
 from pgolf_fast.quant.gptq import gptq
-from pgolf_fast.quant.grid import Coded, FixedGrid, check_matrix, quantize_int8_rows, quantize_rows
+from pgolf_fast.quant.grid import Coded, FixedGrid, dequantize, quantize_int8_rows, quantize_rows
 
 # Matrices of each bank, layer by layer, in the order of the stack.
 SLOTS = {
@@ -69,7 +69,7 @@ class QuantizedTensor:
 
     def dequantized(self) -> Tensor:
         """The float32 matrix (R, C)."""
-        return self.finish_(self.codes.float() * self.scale.float()[:, None])
+        return self.finish_(dequantize(self.codes, self.scale))
 
     def finish_(self, scaled: Tensor) -> Tensor:
         """Turn `scaled` = codes * scale, float32 (R, C), into the matrix, in place."""
@@ -262,8 +262,7 @@ def quantize_state(state: Tensors, config: QuantConfig, hessians: Tensors | None
         # models are quantized too; exp101 still gets its 66 int6, 3 int8 and 55 float16 tensors.
         large = name.endswith(".weight") and tensor.ndim == 2 and tensor.numel() > config.small_tensor
         if large and not stays_float(name, config):
-            check_matrix(tensor, name)
-            codes, scale = quantize_int8_rows(tensor, scale_floor=config.scale_floor)
+            codes, scale = quantize_int8_rows(tensor, scale_floor=config.scale_floor, name=name)
             done[name] = QuantizedTensor(codes.cpu(), scale.cpu(), TABLE_BITS)
         else:
             done[name] = to_float16(name, tensor)
@@ -306,9 +305,8 @@ def _quantize_slots(
         )
     else:
         for name, weight in (item for group in steps for item in groups[group].items()):
-            check_matrix(weight, name)
             done[name] = quantize_rows(
-                weight, clip_range=clip_range, percentiles=percentiles, scale_floor=floor
+                weight, clip_range=clip_range, percentiles=percentiles, scale_floor=floor, name=name
             )
     return {n: QuantizedTensor(codes.cpu(), scale.cpu(), config.bits) for n, (codes, scale) in done.items()}
 
