@@ -3,16 +3,18 @@
 The plain products around them (down-projection, dx) are left to cuBLAS.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import triton
 import triton.language as tl
-from pgolf_fast.kernels._common import Tile, dot_tile, halves, launch_options
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from pgolf_fast.kernels._common import (
+    Tile,
+    dot_tile,
+    halves,
+    launch_options,
+    load_tile,
+    store_tile,
+    tile_count,
+)
+from torch import Tensor
 
 
 @triton.jit
@@ -22,14 +24,11 @@ def _swiglu(pre, pre_ptr, hidden_ptr, row, first_col, rows, columns):
     BLOCK_N: tl.constexpr = pre.shape[1]
     row_mask = row[:, None] < rows
     col = first_col + tl.arange(0, BLOCK_N)
-    pre_ptrs = pre_ptr + row[:, None] * columns + col[None, :]
-    tl.store(pre_ptrs, pre.to(pre_ptr.dtype.element_ty), mask=row_mask & (col[None, :] < columns))
+    store_tile(pre_ptr, row, columns, col, pre, row_mask & (col[None, :] < columns))
     gate, up = tl.split(tl.reshape(pre, [BLOCK_M, BLOCK_N // 2, 2]))
     hidden = gate * tl.sigmoid(gate) * up
     half = first_col // 2 + tl.arange(0, BLOCK_N // 2)
-    half_ptrs = hidden_ptr + row[:, None] * (columns // 2) + half[None, :]
-    half_mask = row_mask & (half[None, :] < columns // 2)
-    tl.store(half_ptrs, hidden.to(hidden_ptr.dtype.element_ty), mask=half_mask)
+    store_tile(hidden_ptr, row, columns // 2, half, hidden, row_mask & (half[None, :] < columns // 2))
 
 
 @triton.jit
@@ -41,10 +40,8 @@ def mlp_up_kernel(
     rows,
     columns,
     depth,
-    x_stride_row,
-    x_stride_col,
-    w_stride_row,
-    w_stride_col,
+    x_strides,
+    w_strides,
     ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -59,22 +56,8 @@ def mlp_up_kernel(
     first_col = pid % tiles * BLOCK_N
     row = pid // tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     col = first_col + tl.arange(0, BLOCK_N)
-    pre = dot_tile(
-        x_ptr,
-        w_ptr,
-        row,
-        col,
-        rows,
-        columns,
-        depth,
-        x_stride_row,
-        x_stride_col,
-        w_stride_row,
-        w_stride_col,
-        BLOCK_K,
-    )
+    pre = dot_tile(x_ptr, w_ptr, row, col, rows, columns, depth, x_strides, w_strides, BLOCK_K)
     row_mask = row[:, None] < rows
-    offsets = row[:, None] * columns + col[None, :]
     mask = row_mask & (col[None, :] < columns)
     if ACTIVATION == "swiglu":
         left, right = halves(pre)
@@ -83,7 +66,7 @@ def mlp_up_kernel(
     elif ACTIVATION == "leaky_relu_squared":
         positive = pre >= 0
         leaky = tl.where(positive, pre, 0.5 * pre)
-        tl.store(hidden_ptr + offsets, (leaky * leaky).to(hidden_ptr.dtype.element_ty), mask=mask)
+        store_tile(hidden_ptr, row, columns, col, leaky * leaky, mask)
         # bit c % 32 of word c // 32; whole words, so that a warp packs them in registers with two shuffles
         bits = tl.reshape(positive.to(tl.int32), [BLOCK_M, BLOCK_N // 32, 32])
         words = tl.sum(bits << tl.arange(0, 32)[None, None, :], axis=2)  # [BLOCK_M, BLOCK_N // 32]
@@ -93,7 +76,7 @@ def mlp_up_kernel(
         tl.store(word_ptrs, words, mask=row_mask & (word[None, :] < words_per_row))
     else:
         relu = tl.where(pre <= 0, 0.0, pre)  # NaN stays
-        tl.store(hidden_ptr + offsets, (relu * relu).to(hidden_ptr.dtype.element_ty), mask=mask)
+        store_tile(hidden_ptr, row, columns, col, relu * relu, mask)
 
 
 @triton.jit
@@ -102,19 +85,17 @@ def _swiglu_dpre(dhidden, pre_ptr, dpre_ptr, hidden_ptr, row, first_col, rows, c
     BLOCK_M: tl.constexpr = dhidden.shape[0]
     BLOCK_N: tl.constexpr = dhidden.shape[1]
     pair = first_col * 2 + tl.arange(0, 2 * BLOCK_N)
-    pair_offsets = row[:, None] * (2 * columns) + pair[None, :]
     pair_mask = (row[:, None] < rows) & (pair[None, :] < 2 * columns)
-    pre = tl.load(pre_ptr + pair_offsets, mask=pair_mask, other=0.0).to(tl.float32)
+    pre = load_tile(pre_ptr, row, 2 * columns, pair, pair_mask)
     gate, up = tl.split(tl.reshape(pre, [BLOCK_M, BLOCK_N, 2]))
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
     col = first_col + tl.arange(0, BLOCK_N)
-    hidden_ptrs = hidden_ptr + row[:, None] * columns + col[None, :]
     mask = (row[:, None] < rows) & (col[None, :] < columns)
-    tl.store(hidden_ptrs, (silu * up).to(hidden_ptr.dtype.element_ty), mask=mask)
+    store_tile(hidden_ptr, row, columns, col, silu * up, mask)
     dgate = dhidden * up * sigmoid * (1 + gate * (1 - sigmoid))  # silu' = s (1 + g (1 - s))
     dpre = tl.reshape(tl.join(dgate, dhidden * silu), [BLOCK_M, 2 * BLOCK_N])
-    tl.store(dpre_ptr + pair_offsets, dpre.to(dpre_ptr.dtype.element_ty), mask=pair_mask)
+    store_tile(dpre_ptr, row, 2 * columns, pair, dpre, pair_mask)
 
 
 @triton.jit
@@ -134,10 +115,9 @@ def _squared_dpre(
     BLOCK_M: tl.constexpr = dhidden.shape[0]
     BLOCK_N: tl.constexpr = dhidden.shape[1]
     col = first_col + tl.arange(0, BLOCK_N)
-    offsets = row[:, None] * columns + col[None, :]
     mask = (row[:, None] < rows) & (col[None, :] < columns)
     # hidden = leaky(pre)^2, so act'(pre) = 2 leaky(pre) leaky'(pre) is 2 sqrt(hidden), or -sqrt(hidden)
-    root = tl.sqrt(tl.load(hidden_ptr + offsets, mask=mask, other=0.0).to(tl.float32))
+    root = tl.sqrt(load_tile(hidden_ptr, row, columns, col, mask))
     slope = 2.0 * root
     if ACTIVATION == "leaky_relu_squared":
         words_per_row = (columns + 31) // 32
@@ -147,7 +127,7 @@ def _squared_dpre(
         words = tl.load(word_ptrs, mask=word_mask, other=0)
         bits = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
         slope = tl.where(tl.reshape(bits, [BLOCK_M, BLOCK_N]) != 0, slope, -root)
-    tl.store(dpre_ptr + offsets, (dhidden * slope).to(dpre_ptr.dtype.element_ty), mask=mask)
+    store_tile(dpre_ptr, row, columns, col, dhidden * slope, mask)
 
 
 @triton.jit
@@ -161,10 +141,8 @@ def mlp_dpre_kernel(
     rows,
     columns,
     depth,
-    dout_stride_row,
-    dout_stride_col,
-    w_stride_row,
-    w_stride_col,
+    dout_strides,
+    w_strides,
     ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -179,20 +157,8 @@ def mlp_dpre_kernel(
     first_col = pid % tiles * BLOCK_N
     row = pid // tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     col = first_col + tl.arange(0, BLOCK_N)
-    dhidden = dot_tile(
-        dout_ptr,
-        w_ptr,
-        row,
-        col,
-        rows,
-        columns,
-        depth,
-        dout_stride_row,
-        dout_stride_col,
-        w_stride_col,
-        w_stride_row,
-        BLOCK_K,
-    )
+    transposed = (w_strides[1], w_strides[0])
+    dhidden = dot_tile(dout_ptr, w_ptr, row, col, rows, columns, depth, dout_strides, transposed, BLOCK_K)
     middle = first_col + BLOCK_N // 2
     if ACTIVATION == "swiglu":
         left, right = halves(dhidden)
@@ -214,21 +180,10 @@ def launch_mlp_up(
     `saved`, contiguous like `hidden`: int32 (rows, ceil(M / 32)), bit c % 32 of word c // 32 set where
     pre[c] >= 0 (leaky_relu_squared), or the pre-activation (rows, 2M) (swiglu); not touched for relu_squared.
     """
-    rows, depth = x.shape
-    columns = weight.shape[0]
-    grid = (triton.cdiv(rows, tile.block_m) * triton.cdiv(columns, tile.block_n),)
-    mlp_up_kernel[grid](
-        x,
-        weight,
-        hidden,
-        saved,
-        rows,
-        columns,
-        depth,
-        *x.stride(),
-        *weight.stride(),
-        ACTIVATION=activation,
-        **launch_options(tile, "MNK"),
+    (rows, depth), columns = x.shape, weight.shape[0]
+    sizes = (rows, columns, depth, x.stride(), weight.stride())
+    mlp_up_kernel[(tile_count(rows, columns, tile),)](
+        x, weight, hidden, saved, *sizes, **launch_options(tile, "MNK", ACTIVATION=activation)
     )
 
 
@@ -247,21 +202,8 @@ def launch_mlp_dpre(
     `saved`: hidden (rows, M), but for swiglu the pre-activation (rows, 2M), and then `hidden` (rows, M) is
     written; `signs` as `launch_mlp_up` left them. All but dout and weight are contiguous.
     """
-    rows, depth = dout.shape
-    columns = weight.shape[1]
-    grid = (triton.cdiv(rows, tile.block_m) * triton.cdiv(columns, tile.block_n),)
-    mlp_dpre_kernel[grid](
-        dout,
-        weight,
-        saved,
-        signs,
-        dpre,
-        hidden,
-        rows,
-        columns,
-        depth,
-        *dout.stride(),
-        *weight.stride(),
-        ACTIVATION=activation,
-        **launch_options(tile, "MNK"),
+    (rows, depth), columns = dout.shape, weight.shape[1]
+    sizes = (rows, columns, depth, dout.stride(), weight.stride())
+    mlp_dpre_kernel[(tile_count(rows, columns, tile),)](
+        dout, weight, saved, signs, dpre, hidden, *sizes, **launch_options(tile, "MNK", ACTIVATION=activation)
     )

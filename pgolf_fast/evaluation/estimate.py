@@ -124,10 +124,7 @@ def estimate(model: GPT, stream: Stream, config: RunConfig, grid: Transform = No
     scored = windows_flops(model.config, windows)
     one_by_one = ttt.adapter == "error_guided"  # learns from one window at a time
     sample = replace(
-        ttt,
-        epochs=1,
-        lora=replace(ttt.lora, epochs=1),
-        batch_seqs=1 if one_by_one else ttt.batch_seqs,
+        ttt, epochs=1, lora=replace(ttt.lora, epochs=1), batch_seqs=1 if one_by_one else ttt.batch_seqs
     )
     with evaluator.adapter(sample) as adapter:
         adapter.begin(sample.lora.documents)

@@ -11,12 +11,7 @@ from pgolf_fast.config.schema import RunConfig, TTTConfig
 from pgolf_fast.distributed import SINGLE, World
 from pgolf_fast.evaluation.adapters.base import Adapter, borrowed
 from pgolf_fast.evaluation.adapters.frozen import Frozen
-from pgolf_fast.evaluation.adapters.registry import (
-    adapting_chunks,
-    make_adapter,
-    need_legal,
-    protocol_of,
-)
+from pgolf_fast.evaluation.adapters.registry import adapting_chunks, make_adapter, need_legal, protocol_of
 from pgolf_fast.evaluation.protocol import score_and_adapt, window_chunks
 from pgolf_fast.evaluation.resume import SavedState
 from pgolf_fast.evaluation.score import Score, Scorer, Stream, batch_size

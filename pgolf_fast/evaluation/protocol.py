@@ -94,11 +94,7 @@ class Ledger:
 
 
 def score_and_adapt(
-    adapter: Adapter,
-    scorer: Scorer,
-    chunks: Sequence[Chunk],
-    what: str,
-    saved: SavedState | None = None,
+    adapter: Adapter, scorer: Scorer, chunks: Sequence[Chunk], what: str, saved: SavedState | None = None
 ) -> list[Score]:
     """Return the running score after each chunk; the last is the result. Progress is shown as `what`.
 
