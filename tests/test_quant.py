@@ -17,8 +17,8 @@ from pgolf_fast.config.fields import run_config_to_dict
 from pgolf_fast.config.presets import exp101
 from pgolf_fast.config.schema import PackConfig, QuantConfig, RunConfig
 from pgolf_fast.errors import PgolfError
+from pgolf_fast.model.attention import rope_tables
 from pgolf_fast.model.gpt import GPT
-from pgolf_fast.model.rope import rope_tables
 from pgolf_fast.ops import reference
 from pgolf_fast.quant.calibration import INPUTS, collect_hessians, hessian_name, self_generate
 from pgolf_fast.quant.fake import fake_int6, fake_quantize_rows, make_fake

@@ -82,7 +82,7 @@ def _score(folder: RunFolder, config: RunConfig, options: Eval) -> int:
 
 
 def _estimate(folder: RunFolder | None, config: RunConfig, weights: Weights) -> int:
-    from pgolf_fast.evaluation.scores import TTT, mark
+    from pgolf_fast.evaluation.scores import TTT, labeled
     from pgolf_fast.evaluation.steps import estimate_run
 
     console.setup_logging()
@@ -91,7 +91,7 @@ def _estimate(folder: RunFolder | None, config: RunConfig, weights: Weights) -> 
     illegal = config.ttt.illegal
     rows = [
         (
-            mark(e.name, illegal if e.name == TTT else None),
+            labeled(e.name, illegal if e.name == TTT else None),
             f"{e.windows:,}",
             f"{e.tokens:,}",
             f"{e.updates:,}",

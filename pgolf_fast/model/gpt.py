@@ -1,7 +1,5 @@
 """The network of PR 1501: a U-Net transformer over weight banks, with the community's state-dict names."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from functools import partial
@@ -14,9 +12,8 @@ from torch import Tensor, nn
 from pgolf_fast import ops
 from pgolf_fast.config.schema import ModelConfig
 from pgolf_fast.errors import PgolfError
+from pgolf_fast.model.attention import rope_tables
 from pgolf_fast.model.bank import BANK_NAMES, Banks, Shadow, Transform, make_banks, transformed
-from pgolf_fast.model.embeddings import NgramHash, SmearGate, ValueEmbedding
-from pgolf_fast.model.rope import rope_tables
 
 # (layer, normalized input, value embedding or None) -> attention output, all (B, T, ...)
 AttentionFunction = Callable[[int, Tensor, Tensor | None], Tensor]
@@ -231,15 +228,8 @@ class GPT(nn.Module):
         return ops.rms_norm(x)
 
     def _mlp(self, banks: Banks, layer: int, x: Tensor) -> Tensor:
-        return ops.mlp(
-            x,
-            banks.up,
-            banks.down,
-            layer,
-            self.config.mlp_activation,
-            grad_up=banks.grad_up,
-            grad_down=banks.grad_down,
-        )
+        kind, grad_up, grad_down = self.config.mlp_activation, banks.grad_up, banks.grad_down
+        return ops.mlp(x, banks.up, banks.down, layer, kind, grad_up=grad_up, grad_down=grad_down)
 
     def block(self, layer: int) -> Block:
         block = self.blocks[layer]
@@ -326,3 +316,58 @@ class GPT(nn.Module):
         raw = F.linear(hidden, self.tok_emb.weight.to(self.compute_dtype))
         raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
         return self.config.logit_softcap * torch.tanh(raw / self.config.logit_softcap)
+
+
+class NgramHash(nn.Module):
+    """Hash n-gram embedding: table rows by bigram (and trigram), projected to the model width."""
+
+    def __init__(self, num_rows: int, dim: int, model_dim: int, *, pos_conditional: bool, trigram: bool):
+        super().__init__()
+        self.embed = nn.Embedding(num_rows, dim)
+        self.proj = nn.Linear(dim, model_dim, bias=False)
+        self.scale = nn.Parameter(torch.tensor(0.05))
+        self.pos_conditional, self.trigram = pos_conditional, trigram
+
+    def forward(self, tokens: Tensor, has_leading_space: Tensor, boost: Tensor, projection: Tensor) -> Tensor:
+        """Embed tokens (B, T) as (B, T, D) in the projection's dtype.
+
+        Scale and word-start gate act on the table rows: the projection is linear, so this equals scaling its
+        result, and rows are narrower.
+        """
+        rows = ops.ngram_hash_embed(
+            tokens,
+            self.embed.weight,
+            has_leading_space,
+            self.scale,
+            boost,
+            pos_conditional=self.pos_conditional,
+            trigram=self.trigram,
+            out_dtype=projection.dtype,
+        )
+        return F.linear(rows, projection)
+
+
+class SmearGate(nn.Module):
+    """Mix of each position with the one before it, by a learned gate per channel."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.smear_gate(x, self.gate)
+
+
+class ValueEmbedding(nn.Module):
+    """A token table projected to the width of the attention values."""
+
+    def __init__(self, vocab_size: int, dim: int, kv_dim: int):
+        super().__init__()
+        self.embed = nn.Embedding(vocab_size, dim)
+        self.proj = nn.Linear(dim, kv_dim, bias=False)
+        self.scale = nn.Parameter(torch.tensor(0.1))
+
+    def forward(self, tokens: Tensor, projection: Tensor) -> Tensor:
+        """Embed tokens (B, T) as (B, T, KV*hd) in the projection's dtype."""
+        rows = F.embedding(tokens, self.embed.weight).to(projection.dtype)
+        return F.linear(rows, projection) * self.scale.to(projection.dtype)

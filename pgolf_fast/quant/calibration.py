@@ -10,9 +10,9 @@ from pgolf_fast import ops
 from pgolf_fast.config.schema import QuantConfig
 from pgolf_fast.console import progress
 from pgolf_fast.errors import PgolfError
+from pgolf_fast.model.attention import rope_tables
 from pgolf_fast.model.decoding import Decoder, sample
 from pgolf_fast.model.gpt import GPT
-from pgolf_fast.model.rope import rope_tables
 from pgolf_fast.ops import reference
 
 DAMPING = 0.01  # times the mean diagonal; like the original, in addition to GPTQ's own damping

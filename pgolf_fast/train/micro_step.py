@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pgolf_fast.model.bank import Banks
-from pgolf_fast.model.cuda_graph import CapturedStep
+from pgolf_fast.model.compiled import CapturedStep
 from pgolf_fast.model.gpt import GPT
 
 LossFunction = Callable[[Tensor, Tensor, Banks], Tensor]

@@ -1,7 +1,5 @@
 """The interface between the protocol, which hands over scored tokens, and the adapter that learns."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +9,8 @@ import torch
 from torch import Tensor
 
 from pgolf_fast.config.schema import TTTConfig
+from pgolf_fast.model.bank import Transform
+from pgolf_fast.model.compiled import compiled
 from pgolf_fast.model.gpt import GPT
 
 ADAM_EPS = 1e-8
@@ -40,10 +40,8 @@ class Adapter(ABC):
     the same weights.
     """
 
-    trainable: int = 0
-    """Count of the numbers that adapt."""
-    updates: int = 0
-    """Gradient steps so far."""
+    trainable: int = 0  # count of the numbers that adapt
+    updates: int = 0  # gradient steps so far
 
     def begin(self, documents: int) -> None:  # noqa: B027 - most adapters do not know documents
         """Start `documents` new documents and forget what was learned from each of the last ones."""
@@ -72,18 +70,14 @@ class Adapter(ABC):
 @contextmanager
 def borrowed(model: GPT) -> Iterator[None]:
     """Restore the weights, gradients and flags of `model` on exit, also after an error."""
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    flags = {name: p.requires_grad for name, p in model.named_parameters()}
-    grads = {name: p.grad for name, p in model.named_parameters()}
+    before = [(p, p.detach().clone(), p.requires_grad, p.grad) for p in model.parameters()]
     try:
         yield
     finally:
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(before[name])
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(flags[name])
-            parameter.grad = grads[name]
+        for parameter, value, flag, grad in before:
+            parameter.detach().copy_(value)
+            parameter.requires_grad_(flag)
+            parameter.grad = grad
 
 
 def freeze(model: GPT) -> None:
@@ -113,14 +107,10 @@ def adamw_(
 
     Gradients are divided by `divisor` first. Decay is decoupled (Loshchilov and Hutter 2017).
     """
-    parameters, grads, means, squares = tensors
     torch._fused_adamw_(
-        parameters,
-        grads,
-        means,
-        squares,
+        *tensors,
         [],
-        [step] * len(parameters),
+        [step] * len(tensors[0]),
         lr=lr,
         beta1=config.momentum,
         beta2=config.beta2,
@@ -130,3 +120,29 @@ def adamw_(
         maximize=False,
         grad_scale=divisor,
     )
+
+
+class Frozen(Adapter):
+    """The model with its current weights."""
+
+    def __init__(self, model: GPT, transform: Transform = None, *, compile: bool = False):
+        """Read the banks through `transform`; `compile` is for batches of several windows."""
+        with torch.no_grad():
+            self._banks = model.banks(transform)
+        self._eager = model.token_losses
+        # batches of several windows have one shape; single windows, at the end of the stream, have many
+        self._batched = compiled(model.token_losses) if compile else model.token_losses
+
+    def score(self, tokens: Tensor, targets: Tensor, context: int, rows: Tensor | None = None) -> Tensor:
+        losses = self._batched if len(tokens) > 1 else self._eager
+        with torch.no_grad():
+            return losses(tokens, targets, self._banks, context=context)
+
+    def adapt(self, scored: Scored) -> None:
+        pass
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        pass

@@ -1,7 +1,5 @@
 """Adapters that train the model's own parameters: SGD and AdamW."""
 
-from __future__ import annotations
-
 import math
 from abc import abstractmethod
 from dataclasses import replace
@@ -14,8 +12,7 @@ from torch import Tensor, nn
 from pgolf_fast.config.schema import TTTConfig
 from pgolf_fast.evaluation.adapters.base import Adapter, Scored, Tensors, adamw_, freeze, named, restore_
 from pgolf_fast.model.bank import BANK_NAMES, Banks, Transform, make_banks, transformed
-from pgolf_fast.model.compiled import compiled
-from pgolf_fast.model.cuda_graph import CapturedStep
+from pgolf_fast.model.compiled import CapturedStep, compiled
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.quant.fake import fake_int6
 
@@ -138,12 +135,9 @@ class Descent(Adapter):
         """Return the banks to train on; "projections" also rounds those of the embeddings, as PR 1501 ran."""
         if self.config.quantize_forward != "projections":
             return self._banks
-        ngram, value = self.model.bigram, self.model.ve_shared
-        return replace(
-            self._banks,
-            ngram_projection=None if ngram is None else fake_int6(ngram.proj.weight),
-            value_projection=None if value is None else fake_int6(value.proj.weight),
-        )
+        modules = self.model.bigram, self.model.ve_shared
+        ngram, value = (None if module is None else fake_int6(module.proj.weight) for module in modules)
+        return replace(self._banks, ngram_projection=ngram, value_projection=value)
 
     @torch.no_grad()
     def _step(self) -> None:

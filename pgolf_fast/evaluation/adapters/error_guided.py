@@ -7,8 +7,6 @@ and `pgolf audit` fails it. It bypasses the ledger of `evaluation.protocol`, thr
 learns.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -5,8 +5,6 @@ a matrix W (out, in) it is B A with A (rank, in) and B (out, rank). B starts at 
 from the unchanged model. Documents are the first dimension of A and B; none depends on another.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 
@@ -16,10 +14,10 @@ from torch import Tensor
 
 from pgolf_fast.config.schema import ModelConfig, TTTConfig
 from pgolf_fast.evaluation.adapters.base import Adapter, Scored, Tensors, adamw_, freeze, named, restore_
-from pgolf_fast.model.attention import attend
+from pgolf_fast.evaluation.adapters.descent import AdamW
+from pgolf_fast.model.attention import attend, rope_tables
 from pgolf_fast.model.bank import Banks, Transform
 from pgolf_fast.model.gpt import GPT
-from pgolf_fast.model.rope import rope_tables
 from pgolf_fast.ops import reference
 from pgolf_fast.quant.fake import fake_int6
 
@@ -173,3 +171,39 @@ class Lora(Adapter):
         self._text = state["text"].to(self._text.device, copy=True)
         self._steps.copy_(state["steps"])
         self.updates = int(state["updates"])
+
+
+class Phased(Adapter):
+    """`Lora` learns from segments of documents, `AdamW` from chunks of the stream."""
+
+    def __init__(
+        self, model: GPT, config: TTTConfig, seq_len: int, grid: Transform = fake_int6, **options: bool
+    ):
+        """Take the arguments of `Descent`, which the one of the stream is made with."""
+        self._stream = AdamW(model, config, seq_len, grid, **options)
+        self._documents = Lora(model, config, seq_len, banks=self._stream.banks)
+        self._parts: dict[str, Adapter] = {"stream": self._stream, "documents": self._documents}
+        self.trainable = sum(part.trainable for part in self._parts.values())
+
+    def begin(self, documents: int) -> None:
+        self._documents.begin(documents)
+
+    def score(self, tokens: Tensor, targets: Tensor, context: int, rows: Tensor | None = None) -> Tensor:
+        return self._documents.score(tokens, targets, context, rows)
+
+    def adapt(self, scored: Scored) -> None:
+        (self._documents if scored.by_document else self._stream).adapt(scored)
+        self.updates = self._stream.updates + self._documents.updates
+
+    def state(self) -> dict[str, Tensor]:
+        return {
+            f"{kind}.{name}": tensor
+            for kind, part in self._parts.items()
+            for name, tensor in part.state().items()
+        }
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        for kind, part in self._parts.items():
+            own = [name for name in state if name.startswith(f"{kind}.")]
+            part.load_state({name.removeprefix(f"{kind}."): state[name] for name in own})
+        self.updates = self._stream.updates + self._documents.updates

@@ -1,18 +1,15 @@
 """The table of adapters: how each is made, what it is given in which order, and which protocol runs it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from pgolf_fast.config.schema import TTTConfig
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.adapters.base import Adapter
 from pgolf_fast.evaluation.adapters.descent import SGD, AdamW
 from pgolf_fast.evaluation.adapters.error_guided import ErrorGuided, learn_and_score
-from pgolf_fast.evaluation.adapters.lora import Lora
-from pgolf_fast.evaluation.adapters.phased import Phased
+from pgolf_fast.evaluation.adapters.lora import Lora, Phased
 from pgolf_fast.evaluation.documents import document_chunks, document_starts
 from pgolf_fast.evaluation.protocol import Chunk, ProtocolFunction, score_and_adapt, target_chunks
 from pgolf_fast.evaluation.score import Stream
@@ -37,14 +34,11 @@ def _at_once(windows: Windows, stream: Stream, config: TTTConfig) -> Plan:
     return windows, [Chunk(0, len(windows), (0,), stream.num_targets)]
 
 
-@dataclass(frozen=True)
-class Kind:
+class Kind(NamedTuple):
     """One kind of adapter."""
 
-    make: Callable[..., Adapter]
-    """Called as `make_adapter`."""
+    make: Callable[..., Adapter]  # called as `make_adapter`
     plan: Callable[[Windows, Stream, TTTConfig], Plan]
-    protocol: Callable[[TTTConfig], ProtocolFunction] = lambda config: score_and_adapt
 
 
 KINDS = {
@@ -52,7 +46,7 @@ KINDS = {
     "adamw": Kind(AdamW, _by_chunk),
     "lora": Kind(Lora, _by_document),
     "phased": Kind(Phased, _by_document),
-    "error_guided": Kind(ErrorGuided, _at_once, lambda config: partial(learn_and_score, config.guided)),
+    "error_guided": Kind(ErrorGuided, _at_once),
 }
 
 
@@ -74,7 +68,7 @@ def adapting_chunks(windows: Windows, stream: Stream, config: TTTConfig) -> Plan
 
 def protocol_of(config: TTTConfig) -> ProtocolFunction:
     """Return the function that scores with the configured adapter, called as `score_and_adapt`."""
-    return KINDS[config.adapter].protocol(config)
+    return partial(learn_and_score, config.guided) if config.adapter == "error_guided" else score_and_adapt
 
 
 def need_legal(config: TTTConfig, allow_illegal: bool) -> None:

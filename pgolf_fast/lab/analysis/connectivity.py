@@ -13,7 +13,7 @@ from torch import Tensor
 from pgolf_fast.bench.drawing import label
 from pgolf_fast.console import Table, number
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.evaluation.adapters.frozen import Frozen
+from pgolf_fast.evaluation.adapters.base import Frozen
 from pgolf_fast.evaluation.score import Scorer, batch_size
 from pgolf_fast.evaluation.windows import plain_windows
 from pgolf_fast.lab.analysis.losses import by_target

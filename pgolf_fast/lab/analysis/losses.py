@@ -16,7 +16,7 @@ import torch
 
 from pgolf_fast.bench.drawing import label
 from pgolf_fast.console import Table
-from pgolf_fast.evaluation.adapters.frozen import Frozen
+from pgolf_fast.evaluation.adapters.base import Frozen
 from pgolf_fast.evaluation.documents import document_starts
 from pgolf_fast.evaluation.figures import THRESHOLDS, Figures, figures, token_classes
 from pgolf_fast.evaluation.score import LossFunction, Scorer, Stream, batch_size

@@ -56,13 +56,13 @@ def group(scores: Sequence[dict], score: str) -> SeedGroup:
 
 def group_table(groups: Mapping[str, Sequence[dict]]) -> Table:
     """Tabulate mean and deviation of every score; `groups` maps a label ("" for none) to scores files."""
-    from pgolf_fast.evaluation.scores import mark  # late: the command line takes MARGIN without loading torch
+    from pgolf_fast.evaluation.scores import labeled  # late: MARGIN must be had without loading torch
 
     rows = []
     for label, scores in groups.items():
         for score, name in SCORES.items():
             one = group(scores, score)
-            what = mark(f"{name}, {label}" if label else name, _illegal(scores, score))
+            what = labeled(f"{name}, {label}" if label else name, _illegal(scores, score))
             units = (one.bpb, one.bpb_deviation, one.loss, one.loss_deviation)
             rows.append((what, one.runs, *(f"{value:.6f}" for value in units)))
     return Table(("score", "runs", "bpb", "deviation", "nats/token", "deviation"), rows)
@@ -70,14 +70,14 @@ def group_table(groups: Mapping[str, Sequence[dict]]) -> Table:
 
 def welch_table(ours: Sequence[dict], theirs: Sequence[dict], margin: float) -> Table:
     """Tabulate Welch's t-test of every score: `ours` better than `theirs` by more than `margin` nats."""
-    from pgolf_fast.evaluation.scores import mark
+    from pgolf_fast.evaluation.scores import labeled
     from pgolf_fast.lab.compare.statistics import welch_test
 
     rows = []
     for score, name in SCORES.items():
         a, b = ([run[score]["loss"] for run in runs] for runs in (ours, theirs))
         test, gain = welch_test(a, b, margin), statistics.fmean(b) - statistics.fmean(a)
-        title = mark(name, _illegal([*ours, *theirs], score))
+        title = labeled(name, _illegal([*ours, *theirs], score))
         rows.append((title, f"{gain:+.6f}", f"{test.t:.3f}", f"{test.degrees:.2f}", f"{test.p:.3g}"))
     return Table(("score", "nats gained", "t", "degrees", f"p of more than {margin:g}"), rows)
 

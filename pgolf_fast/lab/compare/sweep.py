@@ -19,10 +19,9 @@ from pgolf_fast.distributed import SINGLE, World, this_process
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.adapters.registry import need_legal
 from pgolf_fast.evaluation.documents import document_starts
-from pgolf_fast.evaluation.evaluator import Evaluator, Pass
 from pgolf_fast.evaluation.resume import identity
 from pgolf_fast.evaluation.score import Stream
-from pgolf_fast.evaluation.scores import mark
+from pgolf_fast.evaluation.scores import Evaluator, Pass, labeled
 from pgolf_fast.evaluation.steps import open_run
 from pgolf_fast.io import write_text
 from pgolf_fast.lab.compare.statistics import bootstrap_gain
@@ -193,7 +192,7 @@ def sweep_table(content: Mapping[str, Any]) -> console.Table:
     illegal = content.get("illegal", {})
     rows = [
         (
-            mark(name, name in illegal),
+            labeled(name, name in illegal),
             f"{row['bpb']:.6f}",
             f"{row['gain']:+.6f}",
             f"{row['low']:+.5f} to {row['high']:+.5f}",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pgolf_fast.bench.drawing import write_png
-from pgolf_fast.evaluation.scores import TTT, mark
+from pgolf_fast.evaluation.scores import TTT, labeled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,7 +39,7 @@ def paint_parts(panels: Sequence[Axes], scores: dict) -> None:
     by_context.set(xlabel="tokens of context", title="by context")
     curves = {"sliding": sliding["by_document_tokens"]}
     if ttt is not None:
-        curves[mark(TTT, scores.get("illegal"))] = ttt["by_document_tokens"]
+        curves[labeled(TTT, scores.get("illegal"))] = ttt["by_document_tokens"]
     _bits(by_document, curves)
     by_document.set(xlabel="tokens of the document", title="by document length")
 
@@ -76,7 +76,7 @@ def _name_ticks(axes: Axes, parts: dict) -> None:
 def paint_course(axes: Axes, scores: dict) -> None:
     """Draw the running bits per byte by chunk of test-time training, and the sliding score without it."""
     course = scores["ttt_bpb_by_chunk"]
-    label = f"{mark(TTT, scores.get('illegal'))}, so far"
+    label = f"{labeled(TTT, scores.get('illegal'))}, so far"
     axes.plot(range(1, len(course) + 1), course, "o-" if len(course) == 1 else "-", label=label)
     axes.axhline(scores["sliding"]["bpb"], color="0.5", linestyle=":", label="sliding, whole stream")
     axes.set(xlabel="chunk", ylabel="bits per byte", title="test-time training")

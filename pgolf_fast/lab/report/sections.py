@@ -15,7 +15,7 @@ from pgolf_fast.config.run_folder import SCORES, RunFolder
 from pgolf_fast.console import Table, number
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.figures import tables
-from pgolf_fast.evaluation.scores import conditions, mark, score_table
+from pgolf_fast.evaluation.scores import conditions, labeled, score_table
 from pgolf_fast.io import write_text
 from pgolf_fast.lab.audit.check import findings_table
 from pgolf_fast.lab.compare.sweep import sweep_table
@@ -218,7 +218,7 @@ def _gains(tree: dict[str, Any]) -> Table:
     steps = {"sliding windows": ("non_overlapping", "sliding"), "TTT": ("sliding", "sliding_ttt")}
     rows = [
         (
-            mark(what, what == "TTT" and tree.get("illegal")),
+            labeled(what, what == "TTT" and tree.get("illegal")),
             *(f"{tree[new][unit] - tree[old][unit]:+.6f}" for unit in ("bpb", "loss")),
         )
         for what, (old, new) in steps.items()
@@ -229,7 +229,7 @@ def _gains(tree: dict[str, Any]) -> Table:
 
 def _score_name(tree: dict[str, Any], key: str) -> str:
     """Name a score, with a label if it breaks the rules."""
-    return mark(SCORES[key], key == "sliding_ttt" and tree.get("illegal"))
+    return labeled(SCORES[key], key == "sliding_ttt" and tree.get("illegal"))
 
 
 def _is_scored(tree: dict[str, Any], key: str) -> bool:
