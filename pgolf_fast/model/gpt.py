@@ -78,16 +78,10 @@ class GPT(nn.Module):
         self.skip_weights = nn.Parameter(torch.ones(config.num_skips, d))
         self.bigram: NgramHash | None = None
         if config.bigram_vocab_size:
-            self.bigram = NgramHash(
-                config.bigram_vocab_size,
-                config.bigram_dim,
-                d,
-                pos_conditional=config.pos_conditional,
-                trigram=config.trigram,
-            )
+            self.bigram = NgramHash(config)
         self.ve_shared: ValueEmbedding | None = None
         if config.ve_enabled:
-            self.ve_shared = ValueEmbedding(config.vocab_size, config.ve_dim, config.kv_dim)
+            self.ve_shared = ValueEmbedding(config)
             self.ve_layer_scales = nn.ParameterList(nn.Parameter(torch.ones(1)) for _ in config.ve_layers)
         if has_leading_space is None:
             has_leading_space = torch.zeros(config.vocab_size, dtype=torch.bool)
@@ -164,23 +158,16 @@ class GPT(nn.Module):
         self._shadow.written(list(self.bank_parameters()), self.compute_dtype)
 
     def embed(self, tokens: Tensor, projection: Tensor | None = None) -> Tensor:
-        """Return normalized token plus hash n-gram embeddings, (B, T) -> (B, T, D), before SmearGate.
-
-        `projection` replaces that of the n-gram embedding.
-        """
+        """Return normalized token plus n-gram embeddings, (B, T, D); `projection` replaces the n-grams'."""
         x = F.embedding(tokens, self.tok_emb.weight).to(self.compute_dtype)
         if self.bigram is not None:
             weight = self.bigram.proj.weight if projection is None else projection
-            x = x + self.bigram(
-                tokens, self.has_leading_space, self.word_start_boost, weight.to(self.compute_dtype)
-            )
+            weight = weight.to(self.compute_dtype)
+            x = x + self.bigram(tokens, self.has_leading_space, self.word_start_boost, weight)
         return ops.rms_norm(x)
 
     def value_embeddings(self, tokens: Tensor, projection: Tensor | None = None) -> dict[int, Tensor]:
-        """Return the value embedding of each layer that has one, (B, T, KV*hd).
-
-        `projection` replaces the model's own.
-        """
+        """Return the value embedding of each layer that has one, (B, T, KV*hd), by `projection` if given."""
         if self.ve_shared is None:
             return {}
         weight = self.ve_shared.proj.weight if projection is None else projection
@@ -200,9 +187,9 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Run all blocks and the final norm, (B, T, D) -> (B, T, D).
 
-        The first half of the blocks encode: their outputs are added back in reverse order by the second half.
-        With `last`, only that many positions leave the last block, whose `attention` must return only these.
-        `mlp` replaces the blocks' own MLP.
+        The second half of the blocks adds the outputs of the first half in reverse order. With `last`, only
+        that many positions leave the last block, whose `attention` must return only these. `mlp` replaces
+        the blocks' own MLP.
         """
         mlp = mlp or partial(self._mlp, banks)
         x0, n = x, self.config.num_layers
@@ -321,12 +308,12 @@ class GPT(nn.Module):
 class NgramHash(nn.Module):
     """Hash n-gram embedding: table rows by bigram (and trigram), projected to the model width."""
 
-    def __init__(self, num_rows: int, dim: int, model_dim: int, *, pos_conditional: bool, trigram: bool):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.embed = nn.Embedding(num_rows, dim)
-        self.proj = nn.Linear(dim, model_dim, bias=False)
+        self.embed = nn.Embedding(config.bigram_vocab_size, config.bigram_dim)
+        self.proj = nn.Linear(config.bigram_dim, config.model_dim, bias=False)
         self.scale = nn.Parameter(torch.tensor(0.05))
-        self.pos_conditional, self.trigram = pos_conditional, trigram
+        self.pos_conditional, self.trigram = config.pos_conditional, config.trigram
 
     def forward(self, tokens: Tensor, has_leading_space: Tensor, boost: Tensor, projection: Tensor) -> Tensor:
         """Embed tokens (B, T) as (B, T, D) in the projection's dtype.
@@ -361,10 +348,10 @@ class SmearGate(nn.Module):
 class ValueEmbedding(nn.Module):
     """A token table projected to the width of the attention values."""
 
-    def __init__(self, vocab_size: int, dim: int, kv_dim: int):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.embed = nn.Embedding(vocab_size, dim)
-        self.proj = nn.Linear(dim, kv_dim, bias=False)
+        self.embed = nn.Embedding(config.vocab_size, config.ve_dim)
+        self.proj = nn.Linear(config.ve_dim, config.kv_dim, bias=False)
         self.scale = nn.Parameter(torch.tensor(0.1))
 
     def forward(self, tokens: Tensor, projection: Tensor) -> Tensor:

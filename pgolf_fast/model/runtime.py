@@ -42,10 +42,9 @@ def environment() -> dict[str, object]:
     from pgolf_fast import __version__
     from pgolf_fast.ops.lzma import backend
 
-    versions: dict[str, str | None] = dict.fromkeys(
-        ("torch", "triton", "numpy", "sentencepiece", "safetensors")
-    )
-    for package in versions:
+    packages = ("torch", "triton", "numpy", "sentencepiece", "safetensors")
+    versions: dict[str, str | None] = dict.fromkeys(packages)
+    for package in packages:
         with suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     return {

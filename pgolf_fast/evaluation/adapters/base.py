@@ -67,6 +67,25 @@ class Adapter(ABC):
         """Restore a `state`."""
 
 
+class Learner(Adapter):
+    """An adapter whose state is named lists of tensors and the count of updates."""
+
+    @abstractmethod
+    def _lists(self) -> dict[str, Tensors]: ...
+
+    def state(self) -> dict[str, Tensor]:
+        lists = self._lists().items()
+        tensors = {f"{kind}.{i}": t.detach() for kind, own in lists for i, t in enumerate(own)}
+        return {**tensors, "updates": torch.tensor(self.updates)}
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        for kind, tensors in self._lists().items():
+            for i, tensor in enumerate(tensors):
+                tensor.copy_(state[f"{kind}.{i}"])
+        self.updates = int(state["updates"])
+
+
 @contextmanager
 def borrowed(model: GPT) -> Iterator[None]:
     """Restore the weights, gradients and flags of `model` on exit, also after an error."""
@@ -85,19 +104,6 @@ def freeze(model: GPT) -> None:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         parameter.grad = None
-
-
-def named(lists: dict[str, Tensors]) -> dict[str, Tensor]:
-    """Return the tensors of named lists by name and position, for `Adapter.state`."""
-    return {f"{kind}.{i}": t.detach() for kind, tensors in lists.items() for i, t in enumerate(tensors)}
-
-
-@torch.no_grad()
-def restore_(lists: dict[str, Tensors], state: dict[str, Tensor]) -> None:
-    """Copy what `named` returned back into the lists."""
-    for kind, tensors in lists.items():
-        for i, tensor in enumerate(tensors):
-            tensor.copy_(state[f"{kind}.{i}"])
 
 
 def adamw_(
@@ -133,10 +139,10 @@ class Frozen(Adapter):
         # batches of several windows have one shape; single windows, at the end of the stream, have many
         self._batched = compiled(model.token_losses) if compile else model.token_losses
 
+    @torch.no_grad()
     def score(self, tokens: Tensor, targets: Tensor, context: int, rows: Tensor | None = None) -> Tensor:
         losses = self._batched if len(tokens) > 1 else self._eager
-        with torch.no_grad():
-            return losses(tokens, targets, self._banks, context=context)
+        return losses(tokens, targets, self._banks, context=context)
 
     def adapt(self, scored: Scored) -> None:
         pass

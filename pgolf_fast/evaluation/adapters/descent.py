@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pgolf_fast.config.schema import TTTConfig
-from pgolf_fast.evaluation.adapters.base import Adapter, Scored, Tensors, adamw_, freeze, named, restore_
+from pgolf_fast.evaluation.adapters.base import Learner, Scored, Tensors, adamw_, freeze
 from pgolf_fast.model.bank import BANK_NAMES, Banks, Transform, make_banks, transformed
 from pgolf_fast.model.compiled import CapturedStep, compiled
 from pgolf_fast.model.gpt import GPT
@@ -47,7 +47,7 @@ def chunk_lr(config: TTTConfig, chunk: int, chunks: int) -> float:
     return 0.5 * config.lr * (1 + math.cos(math.pi * chunk / max(chunks - 1, 1)))
 
 
-class Descent(Adapter):
+class Descent(Learner):
     """Clipped gradient steps on the parameters of a `borrowed` model (PR 1501).
 
     Each chunk is passed over `epochs` times in batches of sequences, in order, without a shorter last one.
@@ -156,7 +156,6 @@ class Descent(Adapter):
 
     @torch.no_grad()
     def _refresh(self) -> None:
-        """Write the copies of the banks that forward reads."""
         masters = list(self.model.bank_parameters())
         for weight, fresh in zip(self._weights, transformed(masters, self._grid), strict=True):
             if weight.data_ptr() != fresh.data_ptr():
@@ -165,12 +164,8 @@ class Descent(Adapter):
     def _lists(self) -> dict[str, Tensors]:
         return {**self._moments, "parameter": self._parameters}
 
-    def state(self) -> dict[str, Tensor]:
-        return {**named(self._lists()), "updates": torch.tensor(self.updates)}
-
     def load_state(self, state: dict[str, Tensor]) -> None:
-        restore_(self._lists(), state)
-        self.updates = int(state["updates"])
+        super().load_state(state)
         self._step_number.fill_(self.updates)
         self._refresh()
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pgolf_fast.config.schema import ModelConfig, TTTConfig
-from pgolf_fast.evaluation.adapters.base import Adapter, Scored, Tensors, adamw_, freeze, named, restore_
+from pgolf_fast.evaluation.adapters.base import Adapter, Learner, Scored, Tensors, adamw_, freeze
 from pgolf_fast.evaluation.adapters.descent import AdamW
 from pgolf_fast.model.attention import attend, rope_tables
 from pgolf_fast.model.bank import Banks, Transform
@@ -89,7 +89,7 @@ def changed_losses(
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
 
 
-class Lora(Adapter):
+class Lora(Learner):
     """Low-rank changes of each document, trained by AdamW; the model itself stays as it is.
 
     A document learns from each of its segments after it is scored. Inputs reach back up to `seq_len` tokens,
@@ -159,18 +159,13 @@ class Lora(Adapter):
             adamw_((own[0], clipped, *own[1:]), self._steps, self.config, self.config.lora.lr, None)
 
     def _lists(self) -> dict[str, Tensors]:
-        return {"factor": self._tensors, "mean": self._means, "square": self._squares}
-
-    def state(self) -> dict[str, Tensor]:
-        rest = {"text": self._text, "steps": self._steps, "updates": torch.tensor(self.updates)}
-        return {**named(self._lists()), **rest}
+        moments = {"mean": self._means, "square": self._squares}
+        return {"factor": self._tensors, **moments, "text": [self._text], "steps": [self._steps]}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         self.begin(len(state["factor.0"]))
-        restore_(self._lists(), state)
-        self._text = state["text"].to(self._text.device, copy=True)
-        self._steps.copy_(state["steps"])
-        self.updates = int(state["updates"])
+        self._text = torch.empty_like(state["text.0"], device=self._text.device)
+        super().load_state(state)
 
 
 class Phased(Adapter):
