@@ -10,7 +10,6 @@ from pgolf_fast.kernels._common import (
     dot_tile,
     halves,
     launch_options,
-    load_tile,
     store_tile,
     tile_count,
 )
@@ -85,17 +84,19 @@ def _swiglu_dpre(dhidden, pre_ptr, dpre_ptr, hidden_ptr, row, first_col, rows, c
     BLOCK_M: tl.constexpr = dhidden.shape[0]
     BLOCK_N: tl.constexpr = dhidden.shape[1]
     pair = first_col * 2 + tl.arange(0, 2 * BLOCK_N)
+    pair_offsets = row[:, None] * (2 * columns) + pair[None, :]
     pair_mask = (row[:, None] < rows) & (pair[None, :] < 2 * columns)
-    pre = load_tile(pre_ptr, row, 2 * columns, pair, pair_mask)
+    pre = tl.load(pre_ptr + pair_offsets, mask=pair_mask, other=0.0).to(tl.float32)
     gate, up = tl.split(tl.reshape(pre, [BLOCK_M, BLOCK_N, 2]))
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
     col = first_col + tl.arange(0, BLOCK_N)
+    hidden_ptrs = hidden_ptr + row[:, None] * columns + col[None, :]
     mask = (row[:, None] < rows) & (col[None, :] < columns)
-    store_tile(hidden_ptr, row, columns, col, silu * up, mask)
+    tl.store(hidden_ptrs, (silu * up).to(hidden_ptr.dtype.element_ty), mask=mask)
     dgate = dhidden * up * sigmoid * (1 + gate * (1 - sigmoid))  # silu' = s (1 + g (1 - s))
     dpre = tl.reshape(tl.join(dgate, dhidden * silu), [BLOCK_M, 2 * BLOCK_N])
-    store_tile(dpre_ptr, row, 2 * columns, pair, dpre, pair_mask)
+    tl.store(dpre_ptr + pair_offsets, dpre.to(dpre_ptr.dtype.element_ty), mask=pair_mask)
 
 
 @triton.jit
@@ -115,9 +116,10 @@ def _squared_dpre(
     BLOCK_M: tl.constexpr = dhidden.shape[0]
     BLOCK_N: tl.constexpr = dhidden.shape[1]
     col = first_col + tl.arange(0, BLOCK_N)
+    offsets = row[:, None] * columns + col[None, :]
     mask = (row[:, None] < rows) & (col[None, :] < columns)
     # hidden = leaky(pre)^2, so act'(pre) = 2 leaky(pre) leaky'(pre) is 2 sqrt(hidden), or -sqrt(hidden)
-    root = tl.sqrt(load_tile(hidden_ptr, row, columns, col, mask))
+    root = tl.sqrt(tl.load(hidden_ptr + offsets, mask=mask, other=0.0).to(tl.float32))
     slope = 2.0 * root
     if ACTIVATION == "leaky_relu_squared":
         words_per_row = (columns + 31) // 32
@@ -127,7 +129,7 @@ def _squared_dpre(
         words = tl.load(word_ptrs, mask=word_mask, other=0)
         bits = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
         slope = tl.where(tl.reshape(bits, [BLOCK_M, BLOCK_N]) != 0, slope, -root)
-    store_tile(dpre_ptr, row, columns, col, dhidden * slope, mask)
+    tl.store(dpre_ptr + offsets, (dhidden * slope).to(dpre_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -1,5 +1,7 @@
 """Documents in parallel: windows cut at document starts, scored segment by segment, a batch at a time."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from pgolf_fast.config.schema import TTTConfig
@@ -41,7 +43,9 @@ def document_chunks(windows: Windows, starts: np.ndarray, config: TTTConfig) -> 
     ends = np.append(starts[1:], windows.end[-1])
     length = config.lora.segment_tokens
     segments = -(-(ends - starts) // length)
-    order, rows, chunks, scored = [], [], list[Chunk](), 0
+    parts: list[tuple[np.ndarray, np.ndarray]] = []
+    chunks: list[Chunk] = []
+    scored = 0
     phases = [np.arange(len(starts))]  # documents that are scored with the same weights of the model
     if config.adapter == "phased":
         phases = np.split(phases[0], np.flatnonzero(np.diff(starts // config.chunk_tokens)) + 1)
@@ -52,12 +56,10 @@ def document_chunks(windows: Windows, starts: np.ndarray, config: TTTConfig) -> 
             for number in range(segments[batch[0]]):
                 begin = starts[batch] + number * length
                 end = np.clip(begin + length, None, ends[batch])
-                chosen, row = _windows_of(windows, begin, np.maximum(begin, end))
-                order.append(chosen)
-                rows.append(row)
+                parts.append(_windows_of(windows, begin, np.maximum(begin, end)))
                 longer = int((segments[batch] > number + 1).sum())  # longest first: these are the first
                 learned, new = tuple(begin[:longer].tolist()), len(batch) if number == 0 else 0
-                high = scored + len(chosen)
+                high = scored + len(parts[-1][0])
                 chunks.append(Chunk(scored, high, learned, length, by_document=True, new_documents=new))
                 scored = high
         if config.adapter == "phased":
@@ -66,8 +68,8 @@ def document_chunks(windows: Windows, starts: np.ndarray, config: TTTConfig) -> 
             chunks.append(Chunk(scored, scored, (first,), last - first, *position))
     if not chunks[-1].by_document:  # nothing is scored after it
         chunks.pop()
-    ordered = windows[np.concatenate(order)]
-    return Windows(ordered.start, ordered.end, ordered.first, np.concatenate(rows)), chunks
+    order, rows = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return replace(windows[order], row=rows), chunks
 
 
 def _windows_of(windows: Windows, begin: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -126,10 +126,16 @@ class Scorer:
             return Score()
         mine = batches(self.windows, low, high, self.size)[self.world.rank :: self.world.world_size]
         _in_threads(lambda batch: self._fill(losses_of, batch), mine, self._start.device)
-        own, part = self.losses[self.places[low] : self.places[high]], self.windows[low:high]
-        self.world.sum_(own)  # losses of the other ranks are zero here
+        # losses of the other ranks are zero here
+        self.world.sum_(self.losses[self.places[low] : self.places[high]])
+        return self.sums(low, high)
+
+    def sums(self, low: int, high: int) -> Score:
+        """Return the sums over windows low .. high-1 whose losses are filled in."""
+        losses = self.losses[self.places[low] : self.places[high]].cpu().numpy()
+        part = self.windows[low:high]
         text_bytes = int((self._bytes[part.end] - self._bytes[part.first]).sum())
-        return Score(float(own.cpu().numpy().sum(dtype=np.float64)), len(own), text_bytes)
+        return Score(float(losses.sum(dtype=np.float64)), len(losses), text_bytes)
 
     def by_target(self) -> np.ndarray:
         """Return all losses in stream order, (targets,) float32, of windows that score each target once."""

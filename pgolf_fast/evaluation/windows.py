@@ -71,9 +71,11 @@ def batches(windows: Windows, low: int, high: int, size: BatchSize) -> list[Batc
     changes = low + 1 + np.flatnonzero(np.diff(shapes, axis=0).any(axis=1))
     result = []
     for begin, end in pairwise([low, *changes.tolist(), high]):
-        shape = shapes[begin - low].tolist()
-        full = min(size(shape[0]), end - begin)
-        result += [Batch(first, min(first + full, end), *shape, full) for first in range(begin, end, full)]
+        length, scored = shapes[begin - low].tolist()
+        full = min(size(length), end - begin)
+        result += [
+            Batch(first, min(first + full, end), length, scored, full) for first in range(begin, end, full)
+        ]
     return result
 
 

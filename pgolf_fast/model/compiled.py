@@ -31,7 +31,6 @@ def tag_compile_cache() -> None:
     torch.compiler.config.cache_key_tag = f"pgolf-{digest.hexdigest()[:16]}"
 
 
-Result = TypeVar("Result")
 WARM_UP_RUNS = 3  # PyTorch's documentation asks for a few before a capture: they load and choose kernels
 
 

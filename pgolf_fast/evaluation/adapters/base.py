@@ -113,10 +113,14 @@ def adamw_(
 
     Gradients are divided by `divisor` first. Decay is decoupled (Loshchilov and Hutter 2017).
     """
+    parameters, grads, means, squares = tensors
     torch._fused_adamw_(
-        *tensors,
+        parameters,
+        grads,
+        means,
+        squares,
         [],
-        [step] * len(tensors[0]),
+        [step] * len(parameters),
         lr=lr,
         beta1=config.momentum,
         beta2=config.beta2,

@@ -1,8 +1,7 @@
-"""The table of adapters: how each is made, what it is given in which order, and which protocol runs it."""
+"""The table of adapters, the chunks that each learns from, and the protocol that runs it."""
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 from pgolf_fast.config.schema import TTTConfig
 from pgolf_fast.errors import PgolfError
@@ -22,31 +21,12 @@ from pgolf_fast.quant.fake import fake_int6
 Plan = tuple[Windows, list[Chunk]]
 
 
-def _by_chunk(windows: Windows, stream: Stream, config: TTTConfig) -> Plan:
-    return windows, target_chunks(windows, stream.num_targets, config.chunk_tokens)
-
-
-def _by_document(windows: Windows, stream: Stream, config: TTTConfig) -> Plan:
-    return document_chunks(windows, document_starts(stream.tokens.cpu().numpy()), config)
-
-
-def _at_once(windows: Windows, stream: Stream, config: TTTConfig) -> Plan:
-    return windows, [Chunk(0, len(windows), (0,), stream.num_targets)]
-
-
-class Kind(NamedTuple):
-    """One kind of adapter."""
-
-    make: Callable[..., Adapter]  # called as `make_adapter`
-    plan: Callable[[Windows, Stream, TTTConfig], Plan]
-
-
-KINDS = {
-    "sgd": Kind(SGD, _by_chunk),
-    "adamw": Kind(AdamW, _by_chunk),
-    "lora": Kind(Lora, _by_document),
-    "phased": Kind(Phased, _by_document),
-    "error_guided": Kind(ErrorGuided, _at_once),
+KINDS: dict[str, Callable[..., Adapter]] = {
+    "sgd": SGD,
+    "adamw": AdamW,
+    "lora": Lora,
+    "phased": Phased,
+    "error_guided": ErrorGuided,
 }
 
 
@@ -58,12 +38,16 @@ def make_adapter(
     Low-rank changes ignore the options. Adapters that break the rules are made like any other:
     `need_legal` guards their use.
     """
-    return KINDS[config.adapter].make(model, config, seq_len, grid, **options)
+    return KINDS[config.adapter](model, config, seq_len, grid, **options)
 
 
 def adapting_chunks(windows: Windows, stream: Stream, config: TTTConfig) -> Plan:
     """Return the windows in the order in which the configured adapter has them scored, and its chunks."""
-    return KINDS[config.adapter].plan(windows, stream, config)
+    if config.adapter == "error_guided":
+        return windows, [Chunk(0, len(windows), (0,), stream.num_targets)]
+    if config.by_document:
+        return document_chunks(windows, document_starts(stream.tokens.cpu().numpy()), config)
+    return windows, target_chunks(windows, stream.num_targets, config.chunk_tokens)
 
 
 def protocol_of(config: TTTConfig) -> ProtocolFunction:
