@@ -1,6 +1,6 @@
 """Shared by the kernels: the type of a tile, the main loop of a matrix product, and tools for epilogues."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import triton
 import triton.language as tl
@@ -26,7 +26,7 @@ def tile_count(rows: int, columns: int, tile: Tile) -> int:
     return triton.cdiv(rows, tile.block_m) * triton.cdiv(columns, tile.block_n)
 
 
-def launch_options(tile: Tile, blocks: str = "", **constants: object) -> dict[str, object]:
+def launch_options(tile: Tile, blocks: str = "", **constants: Any) -> dict[str, Any]:
     """Return the block sizes named in `blocks`, other constants and the pipeline as arguments of a launch."""
     sizes = {"M": tile.block_m, "N": tile.block_n, "K": tile.block_k}
     constants |= {f"BLOCK_{block}": sizes[block] for block in blocks}

@@ -2,9 +2,8 @@
 
 Queries are the last W positions of the sequence: row i of W is position length - W + i. Scores of query head
 h are |gain_h| / sqrt(hd) q.k; q already carries the gain's sign, so the scale is not negative and the running
-maximum can be taken before scaling. Softmax runs in base 2. Heads have HEAD_DIM
-channels, padded to PADDED_DIM. XSA (exclusive self-attention) removes from a token's
-output the component along its own value.
+maximum can be taken before scaling. Softmax runs in base 2. Heads have HEAD_DIM channels, padded to
+PADDED_DIM. XSA (exclusive self-attention) removes from a token's output the component along its own value.
 """
 
 import triton

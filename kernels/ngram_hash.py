@@ -4,6 +4,8 @@ Token n of the flattened (B, T) tokens is position n % T of sequence n // T. An 
 row: entry n is the bigram of token n, entry count + n its trigram.
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from pgolf_fast.kernels._common import Tile, column_block, launch_options, load_tile, store_tile
@@ -287,8 +289,8 @@ def _launch(
     split: bool,
     trigram: bool,
     tile: Tile,
-) -> tuple[tuple[object, ...], dict[str, object]]:
-    """Return the sizes and constants that the forward and the backward's pass over tokens share."""
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the sizes and constants shared by the forward and the backward pass over tokens."""
     vocab = 0 if starts is None else starts.shape[0]
     sizes = (tokens.stride(), table.stride(0), tokens.numel(), tokens.shape[1], table.shape[0], vocab)
     constants = {

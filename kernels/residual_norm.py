@@ -1,5 +1,7 @@
 """The scaled residual sum and its RMS norm, on rows of `width` elements."""
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from pgolf_fast.kernels._common import Tile, column_block, launch_options, load_tile, store_tile
@@ -155,7 +157,7 @@ def residual_norm_bwd_kernel(
         tl.store(partial_ptr + after + program * width + column, dx_scale, mask=inside)
 
 
-def _options(width: int, tile: Tile) -> dict[str, int]:
+def _options(width: int, tile: Tile) -> dict[str, Any]:
     columns = column_block(width, tile)
     return launch_options(tile, BLOCK_M=max(1, min(tile.block_m, _TILE // columns)), BLOCK_N=columns)
 

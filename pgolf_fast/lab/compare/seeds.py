@@ -56,7 +56,7 @@ def group(scores: Sequence[dict], score: str) -> SeedGroup:
 
 def group_table(groups: Mapping[str, Sequence[dict]]) -> Table:
     """Tabulate mean and deviation of every score; `groups` maps a label ("" for none) to scores files."""
-    from pgolf_fast.evaluation.scores import labeled  # late: MARGIN must be had without loading torch
+    from pgolf_fast.evaluation.scores import labeled  # late: importing MARGIN must not load torch
 
     rows = []
     for label, scores in groups.items():
