@@ -28,9 +28,8 @@ from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.ttt import adapters
 from pgolf_fast.data.source import open_source
 from pgolf_fast.distributed import keep_freed_memory
-from pgolf_fast.evaluation.adapters.base import borrowed, freeze
+from pgolf_fast.evaluation.adapters.base import Frozen, borrowed, freeze
 from pgolf_fast.evaluation.adapters.descent import SGD, trainable_parameters
-from pgolf_fast.evaluation.adapters.frozen import Frozen
 from pgolf_fast.evaluation.estimate import forward_flops, windows_flops
 from pgolf_fast.evaluation.protocol import score_and_adapt, target_chunks
 from pgolf_fast.evaluation.score import Scorer, Stream, batch_size

@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 
 from pgolf_fast.console import Table
-from pgolf_fast.evaluation.adapters.base import Adapter
-from pgolf_fast.evaluation.adapters.frozen import Frozen
+from pgolf_fast.evaluation.adapters.base import Adapter, Frozen
 from pgolf_fast.lab.audit.check import run_checks
 from pgolf_fast.lab.audit.rules import checks
 from pgolf_fast.lab.audit.target import open_target

@@ -1,8 +1,6 @@
 """Shared by the kernels: the type of a tile, the main loop of a matrix product, and tools for epilogues."""
 
-from __future__ import annotations
-
-from typing import Protocol
+from typing import Any, Protocol
 
 import triton
 import triton.language as tl
@@ -23,11 +21,35 @@ def column_block(width: int, tile: Tile) -> int:
     return min(triton.next_power_of_2(max(width, 1)), tile.block_n)
 
 
-def launch_options(tile: Tile, blocks: str) -> dict[str, int]:
-    """Return the block sizes named in `blocks`, and the pipeline, as keyword arguments of a launch."""
+def tile_count(rows: int, columns: int, tile: Tile) -> int:
+    """Return how many tiles cover a matrix."""
+    return triton.cdiv(rows, tile.block_m) * triton.cdiv(columns, tile.block_n)
+
+
+def launch_options(tile: Tile, blocks: str = "", **constants: Any) -> dict[str, Any]:
+    """Return the block sizes named in `blocks`, other constants and the pipeline as arguments of a launch."""
     sizes = {"M": tile.block_m, "N": tile.block_n, "K": tile.block_k}
-    constants = {f"BLOCK_{block}": sizes[block] for block in blocks}
+    constants |= {f"BLOCK_{block}": sizes[block] for block in blocks}
     return {**constants, "num_warps": tile.num_warps, "num_stages": tile.num_stages}
+
+
+@triton.jit
+def tile_of(number, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Rows and columns of a numbered tile of a matrix, row by row."""
+    tiles = tl.cdiv(columns, BLOCK_N)
+    return number // tiles * BLOCK_M + tl.arange(0, BLOCK_M), number % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+
+
+@triton.jit
+def load_tile(ptr, row, stride, col, mask):
+    """ptr[row, col] of a matrix with unit inner stride in float32, [len(row), len(col)]; 0 outside `mask`."""
+    return tl.load(ptr + row[:, None] * stride + col[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_tile(ptr, row, stride, col, value, mask):
+    """Store `value` at ptr[row, col] of a matrix with unit inner stride, rounded to its dtype."""
+    tl.store(ptr + row[:, None] * stride + col[None, :], value.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -39,16 +61,16 @@ def dot_tile(
     rows,
     cols,
     depth,
-    a_stride_row,
-    a_stride_depth,
-    b_stride_col,
-    b_stride_depth,
+    a_strides,
+    b_strides,
     BLOCK_K: tl.constexpr,
 ):
     """Compute sum_k a[row, k] * b[col, k] in float32, [len(row), len(col)]; 0 outside `rows` and `cols`.
 
     `row` and `col` are int64 vectors. Both operands have any strides, so either may be transposed.
     """
+    a_stride_row, a_stride_depth = a_strides
+    b_stride_col, b_stride_depth = b_strides
     k = tl.arange(0, BLOCK_K).to(tl.int64)
     step = tl.full([], BLOCK_K, tl.int64)  # a stride times a block may exceed 2^31
     a_ptrs = a_ptr + row[:, None] * a_stride_row + k[None, :] * a_stride_depth  # [BLOCK_M, BLOCK_K]

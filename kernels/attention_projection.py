@@ -11,16 +11,10 @@ Constants: HEAD_DIM channels per head, padded to PADDED_DIM, a power of two; ROP
 VECTOR is the longest run of channels that stays contiguous and aligned in this order.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import triton
 import triton.language as tl
-from pgolf_fast.kernels._common import Tile
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from pgolf_fast.kernels._common import Tile, launch_options
+from torch import Tensor
 
 
 @triton.jit
@@ -40,11 +34,7 @@ def _pair_channels(
 
 @triton.jit
 def _pair_columns(
-    pairs,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    ROPE_PAIRS: tl.constexpr,
-    VECTOR: tl.constexpr,
+    pairs, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, ROPE_PAIRS: tl.constexpr, VECTOR: tl.constexpr
 ):
     """Columns of both members of numbered pairs, for loads and stores, and which of them exist."""
     a, a_exists = _pair_channels(pairs, 0, HEAD_DIM, PADDED_DIM, ROPE_PAIRS)
@@ -279,11 +269,16 @@ def padded_head_dim(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
+def head_sizes(head_dim: int) -> dict[str, int]:
+    """Return the channels of a head, and in a tile, as constants of a launch."""
+    return {"HEAD_DIM": head_dim, "PADDED_DIM": padded_head_dim(head_dim)}
+
+
 def _head_constants(head_dim: int, rope_pairs: int) -> dict[str, int]:
     padded, vector = padded_head_dim(head_dim), 8
     while head_dim % vector or rope_pairs % vector or (padded // 2 - rope_pairs) % vector:
         vector //= 2
-    return {"HEAD_DIM": head_dim, "PADDED_DIM": padded, "ROPE_PAIRS": rope_pairs, "VECTOR": vector}
+    return {**head_sizes(head_dim), "ROPE_PAIRS": rope_pairs, "VECTOR": vector}
 
 
 def launch_attention_projection(
@@ -310,41 +305,17 @@ def launch_attention_projection(
     q_rstd (B, W, H, 1) and k_rstd (B, T, KV, 1) float32: 1 / RMS. value_embed (B, T, KV * hd) or None;
     gain (H,); cos, sin (T, r / 2). All contiguous.
     """
-    batch, length, dim = x.shape
-    num_heads, head_dim = q.shape[2:]
-    num_kv_heads, rope_pairs = k.shape[2], cos.shape[1]
-    padded = padded_head_dim(head_dim)
+    (batch, length, dim), (queries, num_heads, head_dim) = x.shape, q.shape[1:]
+    num_kv_heads, padded = k.shape[2], padded_head_dim(head_dim)
     block_n = max(tile.block_n, padded)
     tiles = triton.cdiv(num_heads, block_n // padded) + 2 * triton.cdiv(num_kv_heads, block_n // padded)
-    rows = batch * length
+    rows, value = batch * length, v if value_embed is None else value_embed
+    sizes = (rows, length, queries, dim, num_heads, num_kv_heads, eps)
+    constants = {**_head_constants(head_dim, cos.shape[1]), "HAS_VALUE": value_embed is not None}
     attention_projection_kernel[(triton.cdiv(rows, tile.block_m) * tiles,)](
-        x,
-        wq,
-        wk,
-        wv,
-        v if value_embed is None else value_embed,
-        gain,
-        cos,
-        sin,
-        q,
-        k,
-        v,
-        q_rstd,
-        k_rstd,
-        rows,
-        length,
-        q.shape[1],
-        dim,
-        num_heads,
-        num_kv_heads,
-        eps,
-        **_head_constants(head_dim, rope_pairs),
-        HAS_VALUE=value_embed is not None,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=tile.block_k,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        *(x, wq, wk, wv, value, gain, cos, sin, q, k, v, q_rstd, k_rstd),
+        *sizes,
+        **launch_options(tile, "MK", BLOCK_N=block_n, **constants),
     )
 
 
@@ -367,24 +338,12 @@ def launch_rope_norm_bwd(
     receives sums over blocks of tile.block_m rows. cos, sin (T, r / 2): the rows are the last W positions.
     `out` may have any row stride; the rest is contiguous.
     """
-    batch, queries, heads, head_dim = grad.shape
-    rows, rope_pairs = batch * queries, cos.shape[1]
+    (batch, queries, heads, head_dim), (length, rope_pairs) = grad.shape, cos.shape
+    rows, has_gain = batch * queries, gain is not None
+    sizes = (rows, length, queries, heads, out.stride(0))
+    constants = {**_head_constants(head_dim, rope_pairs), "HAS_GAIN": has_gain}
     rope_norm_bwd_kernel[(triton.cdiv(rows, tile.block_m) * heads,)](
-        grad,
-        unit,
-        rstd,
-        rstd if gain is None else gain,
-        cos,
-        sin,
-        out,
-        rstd if dgain is None else dgain,
-        rows,
-        cos.shape[0],
-        queries,
-        heads,
-        out.stride(0),
-        **_head_constants(head_dim, rope_pairs),
-        HAS_GAIN=gain is not None,
-        BLOCK_M=tile.block_m,
-        num_warps=tile.num_warps,
+        *(grad, unit, rstd, gain if has_gain else rstd, cos, sin, out, dgain if has_gain else rstd),
+        *sizes,
+        **launch_options(tile, "M", **constants),
     )

@@ -2,22 +2,15 @@
 
 Queries are the last W positions of the sequence: row i of W is position length - W + i. Scores of query head
 h are |gain_h| / sqrt(hd) q.k; q already carries the gain's sign, so the scale is not negative and the running
-maximum can be taken before scaling. Softmax runs in base 2. Heads have HEAD_DIM
-channels, padded to PADDED_DIM. XSA (exclusive self-attention) removes from a token's
-output the component along its own value.
+maximum can be taken before scaling. Softmax runs in base 2. Heads have HEAD_DIM channels, padded to
+PADDED_DIM. XSA (exclusive self-attention) removes from a token's output the component along its own value.
 """
-
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import triton
 import triton.language as tl
 from pgolf_fast.kernels._common import Tile, launch_options
-from pgolf_fast.kernels.attention_projection import padded_head_dim
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from pgolf_fast.kernels.attention_projection import head_sizes
+from torch import Tensor
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -38,7 +31,6 @@ def _online_softmax(
     scale,
     stride,
     HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
 ):
@@ -47,6 +39,7 @@ def _online_softmax(
     acc [BLOCK_M, PADDED_DIM] is the weighted sum of values; top and total [BLOCK_M] are the largest base-2
     exponent and the sum of powers relative to it. MASKED blocks of keys may extend past a query's position.
     """
+    PADDED_DIM: tl.constexpr = acc.shape[1]
     in_block, channels = tl.arange(0, BLOCK_N), tl.arange(0, PADDED_DIM)
     offsets = in_block[:, None] * stride + channels[None, :]
     for start in range(low, high, BLOCK_N):
@@ -125,38 +118,10 @@ def flash_attention_fwd_kernel(
     end = tl.minimum(length, length - queries + first + BLOCK_M)
     k_base, v_base = k_ptr + kv_base, v_ptr + kv_base
     acc, total, top = _online_softmax(
-        acc,
-        total,
-        top,
-        q,
-        k_base,
-        v_base,
-        0,
-        full,
-        position,
-        scale,
-        kv_stride,
-        HEAD_DIM,
-        PADDED_DIM,
-        BLOCK_N,
-        False,
+        acc, total, top, q, k_base, v_base, 0, full, position, scale, kv_stride, HEAD_DIM, BLOCK_N, False
     )
     acc, total, top = _online_softmax(
-        acc,
-        total,
-        top,
-        q,
-        k_base,
-        v_base,
-        full,
-        end,
-        position,
-        scale,
-        kv_stride,
-        HEAD_DIM,
-        PADDED_DIM,
-        BLOCK_N,
-        True,
+        acc, total, top, q, k_base, v_base, full, end, position, scale, kv_stride, HEAD_DIM, BLOCK_N, True
     )
 
     y = acc / total[:, None]
@@ -228,42 +193,20 @@ def launch_flash_attention_fwd(
     natural logsumexp. All contiguous.
     """
     batch, queries, num_heads, head_dim = q.shape
+    sizes = (queries, k.shape[1], num_heads, k.shape[2], head_dim**-0.5)
+    constants = {**head_sizes(head_dim), "XSA": xsa}
     flash_attention_fwd_kernel[(triton.cdiv(queries, tile.block_m) * batch * num_heads,)](
-        q,
-        k,
-        v,
-        gain,
-        context,
-        along if xsa else lse,
-        lse,
-        queries,
-        k.shape[1],
-        num_heads,
-        k.shape[2],
-        head_dim**-0.5,
-        HEAD_DIM=head_dim,
-        PADDED_DIM=padded_head_dim(head_dim),
-        XSA=xsa,
-        **launch_options(tile, "MN"),
+        *(q, k, v, gain, context, along if xsa else lse, lse),
+        *sizes,
+        **launch_options(tile, "MN", **constants),
     )
 
 
 def launch_xsa_fwd(y: Tensor, v: Tensor, context: Tensor, along: Tensor, *, tile: Tile) -> None:
     """Write context (B, W, H, hd) and along (B, H, W) float32 from y and v (B, T, KV, hd). All contiguous."""
     batch, queries, num_heads, head_dim = y.shape
-    rows = batch * queries
+    rows, constants = batch * queries, head_sizes(head_dim)
+    sizes = (rows, queries, v.shape[1], num_heads, v.shape[2])
     xsa_fwd_kernel[(triton.cdiv(rows, tile.block_m) * num_heads,)](
-        y,
-        v,
-        context,
-        along,
-        rows,
-        queries,
-        v.shape[1],
-        num_heads,
-        v.shape[2],
-        HEAD_DIM=head_dim,
-        PADDED_DIM=padded_head_dim(head_dim),
-        BLOCK_M=tile.block_m,
-        num_warps=tile.num_warps,
+        y, v, context, along, *sizes, **launch_options(tile, "M", **constants)
     )

@@ -10,17 +10,11 @@ orthogonal to u already. Everything uses dy as rounded, because the passes multi
 attends only to itself, gradients then cancel exactly.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import triton
 import triton.language as tl
 from pgolf_fast.kernels._common import Tile, launch_options
-from pgolf_fast.kernels.attention_projection import padded_head_dim
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from pgolf_fast.kernels.attention_projection import head_sizes
+from torch import Tensor
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 XSA_EPS = tl.constexpr(1e-12)  # as pgolf_fast.ops.reference
@@ -122,9 +116,7 @@ def flash_attention_bwd_dkdv_kernel(
     kv_offsets = in_block[:, None] * (num_kv_heads * HEAD_DIM) + channels[None, :]
     k = tl.load(k_ptr + kv_base + kv_offsets, mask=inside, other=0.0)
     v = tl.load(v_ptr + kv_base + kv_offsets, mask=inside, other=0.0)
-    low = (
-        tl.maximum(0, first - offset) // BLOCK_M * BLOCK_M
-    )  # the first block of queries that attend to a key
+    low = tl.maximum(0, first - offset) // BLOCK_M * BLOCK_M  # first block of queries that attend to a key
     stride = num_heads * HEAD_DIM
     rows = tl.arange(0, BLOCK_M)
     offsets = rows[:, None] * stride + channels[None, :]
@@ -178,7 +170,6 @@ def _accumulate_dq(
     scale,
     stride,
     HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
 ):
@@ -186,7 +177,7 @@ def _accumulate_dq(
 
     MASKED blocks of keys may extend past a query's own position.
     """
-    in_block, channels = tl.arange(0, BLOCK_N), tl.arange(0, PADDED_DIM)
+    in_block, channels = tl.arange(0, BLOCK_N), tl.arange(0, dq.shape[1])
     offsets = in_block[:, None] * stride + channels[None, :]
     for start in range(low, high, BLOCK_N):
         block = start * tl.cast(stride, tl.int64)
@@ -246,40 +237,10 @@ def flash_attention_bwd_dq_kernel(
     k_base, v_base, stride = k_ptr + kv_base, v_ptr + kv_base, num_kv_heads * HEAD_DIM
     dq = tl.zeros((BLOCK_M, PADDED_DIM), tl.float32)
     dq = _accumulate_dq(
-        dq,
-        q,
-        dy,
-        lse,
-        delta,
-        k_base,
-        v_base,
-        0,
-        full,
-        position,
-        scale,
-        stride,
-        HEAD_DIM,
-        PADDED_DIM,
-        BLOCK_N,
-        False,
+        dq, q, dy, lse, delta, k_base, v_base, 0, full, position, scale, stride, HEAD_DIM, BLOCK_N, False
     )
     dq = _accumulate_dq(
-        dq,
-        q,
-        dy,
-        lse,
-        delta,
-        k_base,
-        v_base,
-        full,
-        end,
-        position,
-        scale,
-        stride,
-        HEAD_DIM,
-        PADDED_DIM,
-        BLOCK_N,
-        True,
+        dq, q, dy, lse, delta, k_base, v_base, full, end, position, scale, stride, HEAD_DIM, BLOCK_N, True
     )
     dq = dq * inverse_sqrt
     tl.store(dq_ptr + q_base + offsets, dq.to(dq_ptr.dtype.element_ty), mask=inside)
@@ -306,27 +267,21 @@ def launch_flash_attention_bwd_delta(
     contiguous.
     """
     batch, queries, num_heads, head_dim = context.shape
-    rows, num_kv_heads = batch * queries, v.shape[2]
+    rows, (length, num_kv_heads) = batch * queries, v.shape[1:3]
+    sizes = (rows, queries, length, num_heads, num_kv_heads)
     flash_attention_bwd_delta_kernel[(triton.cdiv(rows, tile.block_m) * num_kv_heads,)](
-        dcontext,
-        context,
-        along if xsa else delta,
-        v,
-        dy,
-        delta,
-        own if xsa else dy,
-        dy if y is None else y,
-        rows,
-        queries,
-        v.shape[1],
-        num_heads,
-        num_kv_heads,
-        HEAD_DIM=head_dim,
-        PADDED_DIM=padded_head_dim(head_dim),
-        XSA=xsa,
-        WRITE_Y=y is not None,
-        BLOCK_M=tile.block_m,
-        num_warps=tile.num_warps,
+        *(
+            dcontext,
+            context,
+            along if xsa else delta,
+            v,
+            dy,
+            delta,
+            own if xsa else dy,
+            dy if y is None else y,
+        ),
+        *sizes,
+        **launch_options(tile, "M", **head_sizes(head_dim), XSA=xsa, WRITE_Y=y is not None),
     )
 
 
@@ -350,27 +305,11 @@ def launch_flash_attention_bwd_dkdv(
     any row stride; the rest is contiguous.
     """
     batch, length, num_kv_heads, head_dim = k.shape
+    sizes = (q.shape[1], length, q.shape[2], num_kv_heads, dv.stride(0), head_dim**-0.5)
     flash_attention_bwd_dkdv_kernel[(triton.cdiv(length, tile.block_n) * batch * num_kv_heads,)](
-        q,
-        k,
-        v,
-        gain,
-        dy,
-        lse,
-        delta,
-        dy if own is None else own,
-        dk,
-        dv,
-        q.shape[1],
-        length,
-        q.shape[2],
-        num_kv_heads,
-        dv.stride(0),
-        head_dim**-0.5,
-        HEAD_DIM=head_dim,
-        PADDED_DIM=padded_head_dim(head_dim),
-        XSA=own is not None,
-        **launch_options(tile, "MN"),
+        *(q, k, v, gain, dy, lse, delta, dy if own is None else own, dk, dv),
+        *sizes,
+        **launch_options(tile, "MN", **head_sizes(head_dim), XSA=own is not None),
     )
 
 
@@ -388,21 +327,7 @@ def launch_flash_attention_bwd_dq(
 ) -> None:
     """Write the gradient of gain * q to dq (B, W, H, hd); the rest as for `dkdv`. All contiguous."""
     batch, queries, num_heads, head_dim = q.shape
+    sizes = (queries, k.shape[1], num_heads, k.shape[2], head_dim**-0.5)
     flash_attention_bwd_dq_kernel[(triton.cdiv(queries, tile.block_m) * batch * num_heads,)](
-        q,
-        k,
-        v,
-        gain,
-        dy,
-        lse,
-        delta,
-        dq,
-        queries,
-        k.shape[1],
-        num_heads,
-        k.shape[2],
-        head_dim**-0.5,
-        HEAD_DIM=head_dim,
-        PADDED_DIM=padded_head_dim(head_dim),
-        **launch_options(tile, "MN"),
+        q, k, v, gain, dy, lse, delta, dq, *sizes, **launch_options(tile, "MN", **head_sizes(head_dim))
     )

@@ -3,16 +3,10 @@
 Four neighboring codes, a quad, are one 16-bit word of the low plane and one byte of the high plane.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import triton
 import triton.language as tl
-from pgolf_fast.kernels._common import Tile, dot_tile, launch_options
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from pgolf_fast.kernels._common import Tile, dot_tile, launch_options, store_tile, tile_count, tile_of
+from torch import Tensor
 
 
 @triton.jit
@@ -91,8 +85,7 @@ def int6_unpack_kernel(
     odd = tl.join(_code(low, high, 1), _code(low, high, 3))
     codes = tl.reshape(tl.join(even, odd), [BLOCK_N, 4 * BLOCK_QUADS])
     k = first * 4 + tl.arange(0, 4 * BLOCK_QUADS)
-    ptrs = codes_ptr + n[:, None] * depth + k[None, :]
-    tl.store(ptrs, codes.to(codes_ptr.dtype.element_ty), mask=(n[:, None] < columns) & (k[None, :] < depth))
+    store_tile(codes_ptr, n, depth, k, codes, (n[:, None] < columns) & (k[None, :] < depth))
 
 
 @triton.jit
@@ -104,23 +97,17 @@ def int6_matmul_kernel(
     rows,
     columns,
     depth,
-    x_stride_row,
-    x_stride_col,
+    x_strides,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """One tile [BLOCK_M, BLOCK_N] of y = x codes^T * scale, codes unpacked; scaled, then rounded once."""
     pid = tl.program_id(0).to(tl.int64)
-    tiles = tl.cdiv(columns, BLOCK_N)
-    row = pid // tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    col = pid % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = dot_tile(
-        x_ptr, codes_ptr, row, col, rows, columns, depth, x_stride_row, x_stride_col, depth, 1, BLOCK_K
-    )
+    row, col = tile_of(pid, columns, BLOCK_M, BLOCK_N)
+    acc = dot_tile(x_ptr, codes_ptr, row, col, rows, columns, depth, x_strides, (depth, 1), BLOCK_K)
     acc *= tl.load(scale_ptr + col, mask=col < columns, other=0.0).to(tl.float32)[None, :]
-    y_ptrs = y_ptr + row[:, None] * columns + col[None, :]
-    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(row[:, None] < rows) & (col[None, :] < columns))
+    store_tile(y_ptr, row, columns, col, acc, (row[:, None] < rows) & (col[None, :] < columns))
 
 
 def launch_int6_matmul_skinny(
@@ -131,62 +118,25 @@ def launch_int6_matmul_skinny(
     K8 is K rounded up to a multiple of 8. `words` is the same memory as int16; x has any strides, everything
     else is contiguous.
     """
-    rows, depth = x.shape
-    columns, row_bytes = packed.shape
+    (rows, depth), (columns, row_bytes) = x.shape, packed.shape
     block_m = min(tile.block_m, max(16, triton.next_power_of_2(rows)))
     grid = (triton.cdiv(columns, tile.block_n) * triton.cdiv(rows, block_m),)
-    int6_matmul_skinny_kernel[grid](
-        x,
-        words,
-        packed,
-        scale,
-        y,
-        rows,
-        columns,
-        depth,
-        row_bytes // 3,
-        *x.stride(),
-        BLOCK_M=block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_QUADS=tile.block_k // 4,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
+    sizes = (rows, columns, depth, row_bytes // 3, *x.stride())
+    options = launch_options(tile, "N", BLOCK_M=block_m, BLOCK_QUADS=tile.block_k // 4)
+    int6_matmul_skinny_kernel[grid](x, words, packed, scale, y, *sizes, **options)
 
 
 def launch_int6_unpack(words: Tensor, packed: Tensor, codes: Tensor, tile: Tile) -> None:
     """Unpack uint8 (N, 3 * K8 / 4) to codes (N, K), contiguous; `words` is the same memory as int16."""
-    columns, depth = codes.shape
-    quads = packed.shape[1] // 3
-    block_quads = tile.block_n // 4
+    (columns, depth), quads, block_quads = codes.shape, packed.shape[1] // 3, tile.block_n // 4
     grid = (triton.cdiv(columns, tile.block_m) * triton.cdiv(quads, block_quads),)
-    int6_unpack_kernel[grid](
-        words,
-        packed,
-        codes,
-        columns,
-        depth,
-        quads,
-        BLOCK_N=tile.block_m,
-        BLOCK_QUADS=block_quads,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
+    options = launch_options(tile, BLOCK_N=tile.block_m, BLOCK_QUADS=block_quads)
+    int6_unpack_kernel[grid](words, packed, codes, columns, depth, quads, **options)
 
 
 def launch_int6_matmul(x: Tensor, codes: Tensor, scale: Tensor, y: Tensor, tile: Tile) -> None:
     """Write y (M, N) = x (M, K) codes (N, K)^T * scale (N,); x has any strides, the rest is contiguous."""
-    rows, depth = x.shape
-    columns = codes.shape[0]
-    grid = (triton.cdiv(rows, tile.block_m) * triton.cdiv(columns, tile.block_n),)
-    int6_matmul_kernel[grid](
-        x,
-        codes,
-        scale,
-        y,
-        rows,
-        columns,
-        depth,
-        *x.stride(),
-        **launch_options(tile, "MNK"),
+    (rows, depth), columns = x.shape, codes.shape[0]
+    int6_matmul_kernel[(tile_count(rows, columns, tile),)](
+        x, codes, scale, y, rows, columns, depth, x.stride(), **launch_options(tile, "MNK")
     )

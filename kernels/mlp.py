@@ -3,16 +3,17 @@
 The plain products around them (down-projection, dx) are left to cuBLAS.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import triton
 import triton.language as tl
-from pgolf_fast.kernels._common import Tile, dot_tile, halves, launch_options
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from pgolf_fast.kernels._common import (
+    Tile,
+    dot_tile,
+    halves,
+    launch_options,
+    store_tile,
+    tile_count,
+)
+from torch import Tensor
 
 
 @triton.jit
@@ -22,14 +23,11 @@ def _swiglu(pre, pre_ptr, hidden_ptr, row, first_col, rows, columns):
     BLOCK_N: tl.constexpr = pre.shape[1]
     row_mask = row[:, None] < rows
     col = first_col + tl.arange(0, BLOCK_N)
-    pre_ptrs = pre_ptr + row[:, None] * columns + col[None, :]
-    tl.store(pre_ptrs, pre.to(pre_ptr.dtype.element_ty), mask=row_mask & (col[None, :] < columns))
+    store_tile(pre_ptr, row, columns, col, pre, row_mask & (col[None, :] < columns))
     gate, up = tl.split(tl.reshape(pre, [BLOCK_M, BLOCK_N // 2, 2]))
     hidden = gate * tl.sigmoid(gate) * up
     half = first_col // 2 + tl.arange(0, BLOCK_N // 2)
-    half_ptrs = hidden_ptr + row[:, None] * (columns // 2) + half[None, :]
-    half_mask = row_mask & (half[None, :] < columns // 2)
-    tl.store(half_ptrs, hidden.to(hidden_ptr.dtype.element_ty), mask=half_mask)
+    store_tile(hidden_ptr, row, columns // 2, half, hidden, row_mask & (half[None, :] < columns // 2))
 
 
 @triton.jit
@@ -41,10 +39,8 @@ def mlp_up_kernel(
     rows,
     columns,
     depth,
-    x_stride_row,
-    x_stride_col,
-    w_stride_row,
-    w_stride_col,
+    x_strides,
+    w_strides,
     ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -59,22 +55,8 @@ def mlp_up_kernel(
     first_col = pid % tiles * BLOCK_N
     row = pid // tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     col = first_col + tl.arange(0, BLOCK_N)
-    pre = dot_tile(
-        x_ptr,
-        w_ptr,
-        row,
-        col,
-        rows,
-        columns,
-        depth,
-        x_stride_row,
-        x_stride_col,
-        w_stride_row,
-        w_stride_col,
-        BLOCK_K,
-    )
+    pre = dot_tile(x_ptr, w_ptr, row, col, rows, columns, depth, x_strides, w_strides, BLOCK_K)
     row_mask = row[:, None] < rows
-    offsets = row[:, None] * columns + col[None, :]
     mask = row_mask & (col[None, :] < columns)
     if ACTIVATION == "swiglu":
         left, right = halves(pre)
@@ -83,7 +65,7 @@ def mlp_up_kernel(
     elif ACTIVATION == "leaky_relu_squared":
         positive = pre >= 0
         leaky = tl.where(positive, pre, 0.5 * pre)
-        tl.store(hidden_ptr + offsets, (leaky * leaky).to(hidden_ptr.dtype.element_ty), mask=mask)
+        store_tile(hidden_ptr, row, columns, col, leaky * leaky, mask)
         # bit c % 32 of word c // 32; whole words, so that a warp packs them in registers with two shuffles
         bits = tl.reshape(positive.to(tl.int32), [BLOCK_M, BLOCK_N // 32, 32])
         words = tl.sum(bits << tl.arange(0, 32)[None, None, :], axis=2)  # [BLOCK_M, BLOCK_N // 32]
@@ -93,7 +75,7 @@ def mlp_up_kernel(
         tl.store(word_ptrs, words, mask=row_mask & (word[None, :] < words_per_row))
     else:
         relu = tl.where(pre <= 0, 0.0, pre)  # NaN stays
-        tl.store(hidden_ptr + offsets, (relu * relu).to(hidden_ptr.dtype.element_ty), mask=mask)
+        store_tile(hidden_ptr, row, columns, col, relu * relu, mask)
 
 
 @triton.jit
@@ -161,10 +143,8 @@ def mlp_dpre_kernel(
     rows,
     columns,
     depth,
-    dout_stride_row,
-    dout_stride_col,
-    w_stride_row,
-    w_stride_col,
+    dout_strides,
+    w_strides,
     ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -179,20 +159,8 @@ def mlp_dpre_kernel(
     first_col = pid % tiles * BLOCK_N
     row = pid // tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     col = first_col + tl.arange(0, BLOCK_N)
-    dhidden = dot_tile(
-        dout_ptr,
-        w_ptr,
-        row,
-        col,
-        rows,
-        columns,
-        depth,
-        dout_stride_row,
-        dout_stride_col,
-        w_stride_col,
-        w_stride_row,
-        BLOCK_K,
-    )
+    transposed = (w_strides[1], w_strides[0])
+    dhidden = dot_tile(dout_ptr, w_ptr, row, col, rows, columns, depth, dout_strides, transposed, BLOCK_K)
     middle = first_col + BLOCK_N // 2
     if ACTIVATION == "swiglu":
         left, right = halves(dhidden)
@@ -214,21 +182,10 @@ def launch_mlp_up(
     `saved`, contiguous like `hidden`: int32 (rows, ceil(M / 32)), bit c % 32 of word c // 32 set where
     pre[c] >= 0 (leaky_relu_squared), or the pre-activation (rows, 2M) (swiglu); not touched for relu_squared.
     """
-    rows, depth = x.shape
-    columns = weight.shape[0]
-    grid = (triton.cdiv(rows, tile.block_m) * triton.cdiv(columns, tile.block_n),)
-    mlp_up_kernel[grid](
-        x,
-        weight,
-        hidden,
-        saved,
-        rows,
-        columns,
-        depth,
-        *x.stride(),
-        *weight.stride(),
-        ACTIVATION=activation,
-        **launch_options(tile, "MNK"),
+    (rows, depth), columns = x.shape, weight.shape[0]
+    sizes = (rows, columns, depth, x.stride(), weight.stride())
+    mlp_up_kernel[(tile_count(rows, columns, tile),)](
+        x, weight, hidden, saved, *sizes, **launch_options(tile, "MNK", ACTIVATION=activation)
     )
 
 
@@ -247,21 +204,8 @@ def launch_mlp_dpre(
     `saved`: hidden (rows, M), but for swiglu the pre-activation (rows, 2M), and then `hidden` (rows, M) is
     written; `signs` as `launch_mlp_up` left them. All but dout and weight are contiguous.
     """
-    rows, depth = dout.shape
-    columns = weight.shape[1]
-    grid = (triton.cdiv(rows, tile.block_m) * triton.cdiv(columns, tile.block_n),)
-    mlp_dpre_kernel[grid](
-        dout,
-        weight,
-        saved,
-        signs,
-        dpre,
-        hidden,
-        rows,
-        columns,
-        depth,
-        *dout.stride(),
-        *weight.stride(),
-        ACTIVATION=activation,
-        **launch_options(tile, "MNK"),
+    (rows, depth), columns = dout.shape, weight.shape[1]
+    sizes = (rows, columns, depth, dout.stride(), weight.stride())
+    mlp_dpre_kernel[(tile_count(rows, columns, tile),)](
+        dout, weight, saved, signs, dpre, hidden, *sizes, **launch_options(tile, "MNK", ACTIVATION=activation)
     )

@@ -1,15 +1,9 @@
 """Muon's momentum before Newton-Schulz and weight update after it, each in one pass over memory."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import triton
 import triton.language as tl
 from pgolf_fast.kernels._common import Tile
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from torch import Tensor
 
 
 @triton.jit
@@ -76,16 +70,8 @@ def launch_muon_apply(
     tile: Tile,
 ) -> None:
     """Update `master` and write `shadow` if given: contiguous tensors of one shape; lr is one float32."""
-    block = tile.block_m * tile.block_n
-    muon_apply_kernel[(triton.cdiv(master.numel(), block),)](
-        master,
-        update,
-        shadow,
-        lr,
-        master.numel(),
-        weight_decay,
-        scale,
-        HAS_SHADOW=shadow is not None,
-        BLOCK=block,
-        num_warps=tile.num_warps,
+    block, n = tile.block_m * tile.block_n, master.numel()
+    constants = {"HAS_SHADOW": shadow is not None, "BLOCK": block, "num_warps": tile.num_warps}
+    muon_apply_kernel[(triton.cdiv(n, block),)](
+        master, update, shadow, lr, n, weight_decay, scale, **constants
     )

@@ -5,16 +5,17 @@ are stored a second time, transposed. Matrices are given by pointer and strides,
 as its wide transpose. Every result is rounded once, at its store.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import triton
 import triton.language as tl
-from pgolf_fast.kernels._common import Tile, launch_options
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from pgolf_fast.kernels._common import (
+    Tile,
+    dot_tile,
+    launch_options,
+    store_tile,
+    tile_count,
+    tile_of,
+)
+from torch import Tensor
 
 
 @triton.jit
@@ -23,9 +24,7 @@ def newton_schulz_sum_squares_kernel(
     partial_ptr,
     rows,
     cols,
-    g_stride_slot,
-    g_stride_row,
-    g_stride_col,
+    g_strides,
     parts,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -34,12 +33,12 @@ def newton_schulz_sum_squares_kernel(
     program = tl.program_id(0).to(tl.int64)
     slot, part = program // parts, program % parts
     row = part * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_ptr = g_ptr + slot * g_stride_slot + row[:, None] * g_stride_row  # [BLOCK_M, 1]
+    row_ptr = g_ptr + slot * g_strides[0] + row[:, None] * g_strides[1]  # [BLOCK_M, 1]
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for start in range(0, cols, BLOCK_N):
         col = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
         mask = (row < rows)[:, None] & (col < cols)[None, :]
-        value = tl.load(row_ptr + col[None, :] * g_stride_col, mask=mask, other=0.0).to(tl.float32)
+        value = tl.load(row_ptr + col[None, :] * g_strides[2], mask=mask, other=0.0).to(tl.float32)
         total += value * value
     tl.store(partial_ptr + program, tl.sum(tl.sum(total, axis=1), axis=0))
 
@@ -51,9 +50,7 @@ def newton_schulz_scale_kernel(
     x_ptr,
     rows,
     cols,
-    g_stride_slot,
-    g_stride_row,
-    g_stride_col,
+    g_strides,
     parts,
     PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -61,19 +58,16 @@ def newton_schulz_scale_kernel(
 ):
     """One tile [BLOCK_M, BLOCK_N] of x = g / (|g| + 1e-7). PARTS is the next power of two of `parts`."""
     program = tl.program_id(0).to(tl.int64)
-    tiles_n = tl.cdiv(cols, BLOCK_N)
-    tiles = tl.cdiv(rows, BLOCK_M) * tiles_n
+    tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(cols, BLOCK_N)
     slot, tile = program // tiles, program % tiles
     part = tl.arange(0, PARTS)
     squares = tl.load(partial_ptr + slot * parts + part, mask=part < parts, other=0.0)
     norm = tl.sqrt(tl.sum(squares, axis=0)) + 1e-7
-    row = tile // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
-    col = tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    row, col = tile_of(tile, cols, BLOCK_M, BLOCK_N)
     mask = (row < rows)[:, None] & (col < cols)[None, :]
-    source = g_ptr + slot * g_stride_slot + row[:, None] * g_stride_row + col[None, :] * g_stride_col
+    source = g_ptr + slot * g_strides[0] + row[:, None] * g_strides[1] + col[None, :] * g_strides[2]
     value = tl.load(source, mask=mask, other=0.0).to(tl.float32) / norm
-    target = x_ptr + slot * rows * cols + row[:, None] * cols + col[None, :]
-    tl.store(target, value.to(x_ptr.dtype.element_ty), mask=mask)
+    store_tile(x_ptr + slot * rows * cols, row, cols, col, value, mask)
 
 
 @triton.jit
@@ -93,9 +87,7 @@ def newton_schulz_gram_kernel(
     gram_ptr,
     rows,
     cols,
-    x_stride_slot,
-    x_stride_row,
-    x_stride_col,
+    x_strides,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -108,31 +100,14 @@ def newton_schulz_gram_kernel(
         return
     row = tile_m * BLOCK + tl.arange(0, BLOCK)
     col = tile_n * BLOCK + tl.arange(0, BLOCK)
-    left_ptr = x_ptr + slot * x_stride_slot + row[:, None] * x_stride_row  # [BLOCK, 1]
-    right_ptr = x_ptr + slot * x_stride_slot + col[None, :] * x_stride_row  # [1, BLOCK]
-    acc = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
-    for start in range(0, cols, BLOCK_K):
-        k = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
-        left = tl.load(
-            left_ptr + k[None, :] * x_stride_col, mask=(row < rows)[:, None] & (k < cols)[None, :], other=0.0
-        )
-        right = tl.load(
-            right_ptr + k[:, None] * x_stride_col, mask=(k < cols)[:, None] & (col < rows)[None, :], other=0.0
-        )
-        acc = tl.dot(left, right, acc, input_precision="ieee")
+    x_ptr += slot * x_strides[0]
+    strides = (x_strides[1], x_strides[2])
+    acc = dot_tile(x_ptr, x_ptr, row, col, rows, rows, cols, strides, strides, BLOCK_K)
     _store_symmetric(gram_ptr + slot * rows * rows, acc, row, col, rows, tile_m < tile_n)
 
 
 @triton.jit
-def newton_schulz_poly_kernel(
-    gram_ptr,
-    poly_ptr,
-    size,
-    b,
-    c,
-    BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+def newton_schulz_poly_kernel(gram_ptr, poly_ptr, size, b, c, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
     """One tile [BLOCK, BLOCK] of b A + c A A for contiguous symmetric A, and its mirror image."""
     program = tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(size, BLOCK)
@@ -142,6 +117,7 @@ def newton_schulz_poly_kernel(
         return
     row = tile_m * BLOCK + tl.arange(0, BLOCK)
     col = tile_n * BLOCK + tl.arange(0, BLOCK)
+    # not by dot_tile: its pointers cost 26 registers more, and 128 let two blocks share an SM (sm_90)
     gram = gram_ptr + slot * size * size
     acc = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
     for start in range(0, size, BLOCK_K):
@@ -169,9 +145,7 @@ def newton_schulz_apply_kernel(
     out_ptr,
     rows,
     cols,
-    x_stride_slot,
-    x_stride_row,
-    x_stride_col,
+    x_strides,
     a,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -179,25 +153,15 @@ def newton_schulz_apply_kernel(
 ):
     """One tile [BLOCK_M, BLOCK_N] of a X + P X; P is contiguous, out has the strides of X."""
     program = tl.program_id(0).to(tl.int64)
-    tiles_n = tl.cdiv(cols, BLOCK_N)
-    tiles = tl.cdiv(rows, BLOCK_M) * tiles_n
+    tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(cols, BLOCK_N)
     slot, tile = program // tiles, program % tiles
-    row = tile // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
-    col = tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    poly = poly_ptr + slot * rows * rows + row[:, None] * rows  # [BLOCK_M, 1]
-    x_slot = x_ptr + slot * x_stride_slot
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for start in range(0, rows, BLOCK_K):
-        k = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
-        left = tl.load(poly + k[None, :], mask=(row < rows)[:, None] & (k < rows)[None, :], other=0.0)
-        right = tl.load(
-            x_slot + k[:, None] * x_stride_row + col[None, :] * x_stride_col,
-            mask=(k < rows)[:, None] & (col < cols)[None, :],
-            other=0.0,
-        )
-        acc = tl.dot(left, right, acc, input_precision="ieee")
+    row, col = tile_of(tile, cols, BLOCK_M, BLOCK_N)
+    poly_ptr += slot * rows * rows
+    transposed = (x_strides[2], x_strides[1])
+    x_slot = x_ptr + slot * x_strides[0]
+    acc = dot_tile(poly_ptr, x_slot, row, col, rows, cols, rows, (rows, 1), transposed, BLOCK_K)
     inside = (row < rows)[:, None] & (col < cols)[None, :]
-    offset = slot * x_stride_slot + row[:, None] * x_stride_row + col[None, :] * x_stride_col
+    offset = slot * x_strides[0] + row[:, None] * x_strides[1] + col[None, :] * x_strides[2]
     once = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + offset, (a * once + acc).to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -212,32 +176,11 @@ def launch_newton_schulz_normalize(g: Tensor, partial: Tensor, x: Tensor, tile: 
 
     x is contiguous; partial is float32 (slots, norm_parts(rows, tile)).
     """
-    slots, rows, cols = g.shape
-    parts = partial.shape[1]
-    newton_schulz_sum_squares_kernel[(slots * parts,)](
-        g,
-        partial,
-        rows,
-        cols,
-        *g.stride(),
-        parts,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        num_warps=tile.num_warps,
-    )
-    tiles = triton.cdiv(rows, tile.block_m) * triton.cdiv(cols, tile.block_n)
-    newton_schulz_scale_kernel[(slots * tiles,)](
-        g,
-        partial,
-        x,
-        rows,
-        cols,
-        *g.stride(),
-        parts,
-        PARTS=triton.next_power_of_2(parts),
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        num_warps=tile.num_warps,
+    (slots, rows, cols), parts = g.shape, partial.shape[1]
+    sizes, options = (rows, cols, g.stride(), parts), launch_options(tile, "MN")
+    newton_schulz_sum_squares_kernel[(slots * parts,)](g, partial, *sizes, **options)
+    newton_schulz_scale_kernel[(slots * tile_count(rows, cols, tile),)](
+        g, partial, x, *sizes, PARTS=triton.next_power_of_2(parts), **options
     )
 
 
@@ -248,15 +191,7 @@ def launch_newton_schulz_gram(x: Tensor, gram: Tensor, tile: Tile) -> None:
     """
     slots, rows, cols = x.shape
     newton_schulz_gram_kernel[(slots * triton.cdiv(rows, tile.block_m) ** 2,)](
-        x,
-        gram,
-        rows,
-        cols,
-        *x.stride(),
-        BLOCK=tile.block_m,
-        BLOCK_K=tile.block_k,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        x, gram, rows, cols, x.stride(), **launch_options(tile, "K", BLOCK=tile.block_m)
     )
 
 
@@ -267,29 +202,13 @@ def launch_newton_schulz_poly(gram: Tensor, poly: Tensor, b: float, c: float, ti
     """
     slots, size, _ = gram.shape
     newton_schulz_poly_kernel[(slots * triton.cdiv(size, tile.block_m) ** 2,)](
-        gram,
-        poly,
-        size,
-        b,
-        c,
-        BLOCK=tile.block_m,
-        BLOCK_K=tile.block_k,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        gram, poly, size, b, c, **launch_options(tile, "K", BLOCK=tile.block_m)
     )
 
 
 def launch_newton_schulz_apply(poly: Tensor, x: Tensor, out: Tensor, a: float, tile: Tile) -> None:
     """Write out = a x + poly x: poly (slots, rows, rows) contiguous; x, out (slots, rows, cols) alike."""
     slots, rows, cols = x.shape
-    tiles = triton.cdiv(rows, tile.block_m) * triton.cdiv(cols, tile.block_n)
-    newton_schulz_apply_kernel[(slots * tiles,)](
-        poly,
-        x,
-        out,
-        rows,
-        cols,
-        *x.stride(),
-        a,
-        **launch_options(tile, "MNK"),
+    newton_schulz_apply_kernel[(slots * tile_count(rows, cols, tile),)](
+        poly, x, out, rows, cols, x.stride(), a, **launch_options(tile, "MNK")
     )

@@ -4,22 +4,18 @@ Token n of the flattened (B, T) tokens is position n % T of sequence n // T. An 
 row: entry n is the bigram of token n, entry count + n its trigram.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+from typing import Any
 
 import triton
 import triton.language as tl
-from pgolf_fast.kernels._common import Tile, column_block
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from pgolf_fast.kernels._common import Tile, column_block, launch_options, load_tile, store_tile
+from torch import Tensor
 
 
 @triton.jit
-def _token_back(tokens_ptr, batch_stride, time_stride, batch, time, inside, BACK: tl.constexpr):
+def _token_back(tokens_ptr, strides, batch, time, inside, BACK: tl.constexpr):
     """The token BACK positions earlier, as int64; 0 before the start of the sequence."""
-    address = tokens_ptr + batch * batch_stride + (time - BACK) * time_stride
+    address = tokens_ptr + batch * strides[0] + (time - BACK) * strides[1]
     return tl.load(address, mask=inside & (time >= BACK), other=0).to(tl.int64)
 
 
@@ -43,29 +39,23 @@ def _row(key, start, usable, SPLIT: tl.constexpr):
 
 @triton.jit
 def _ngrams(
-    tokens_ptr,
-    starts_ptr,
-    scale_ptr,
-    boost_ptr,
-    batch_stride,
-    time_stride,
+    sources,
     index,
     count,
     length,
     num_rows,
     vocab,
-    CURRENT: tl.constexpr,
-    PREVIOUS: tl.constexpr,
-    BEFORE: tl.constexpr,
+    MULTIPLIERS: tl.constexpr,
     TRIGRAM: tl.constexpr,
     HAS_STARTS: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
     """Bigram row, trigram row (the bigram's without TRIGRAM), word-start flag and gate of tokens `index`."""
+    tokens_ptr, starts_ptr, scale_ptr, boost_ptr, strides = sources
     inside = index < count
     batch, time = index // length, index % length
-    current = _token_back(tokens_ptr, batch_stride, time_stride, batch, time, inside, 0)
-    previous = _token_back(tokens_ptr, batch_stride, time_stride, batch, time, inside, 1)
+    current = _token_back(tokens_ptr, strides, batch, time, inside, 0)
+    previous = _token_back(tokens_ptr, strides, batch, time, inside, 1)
     gate = tl.load(scale_ptr).to(tl.float32) + tl.zeros_like(index).to(tl.float32)
     start = index < 0
     if HAS_STARTS:
@@ -74,23 +64,21 @@ def _ngrams(
         gate = tl.where(start, gate * tl.load(boost_ptr).to(tl.float32), gate)
         gate = tl.where(known, gate, float("nan"))
     usable = num_rows - 1
-    key = (CURRENT * current) ^ (PREVIOUS * previous)
+    key = (MULTIPLIERS[0] * current) ^ (MULTIPLIERS[1] * previous)
     bigram = tl.where(time < 1, usable, _row(key, start, usable, SPLIT))
     trigram = bigram
     if TRIGRAM:
-        before = _token_back(tokens_ptr, batch_stride, time_stride, batch, time, inside, 2)
-        trigram = tl.where(time < 2, usable, _row(key ^ (BEFORE * before), start, usable, SPLIT))
+        before = _token_back(tokens_ptr, strides, batch, time, inside, 2)
+        trigram = tl.where(time < 2, usable, _row(key ^ (MULTIPLIERS[2] * before), start, usable, SPLIT))
     return bigram, trigram, start, gate
 
 
 @triton.jit
 def _table_rows(table_ptr, table_stride, bigram, trigram, column, mask, TRIGRAM: tl.constexpr):
     """Sum of the table rows of each token, [tokens, columns] in float32."""
-    total = tl.load(table_ptr + bigram[:, None] * table_stride + column[None, :], mask=mask, other=0.0)
-    total = total.to(tl.float32)
+    total = load_tile(table_ptr, bigram, table_stride, column, mask)
     if TRIGRAM:
-        third = tl.load(table_ptr + trigram[:, None] * table_stride + column[None, :], mask=mask, other=0.0)
-        total += third.to(tl.float32)
+        total += load_tile(table_ptr, trigram, table_stride, column, mask)
     return total
 
 
@@ -102,17 +90,14 @@ def ngram_hash_embed_fwd_kernel(
     scale_ptr,
     boost_ptr,
     out_ptr,
-    batch_stride,
-    time_stride,
+    strides,
     table_stride,
     count,
     length,
     num_rows,
     vocab,
     width,
-    CURRENT: tl.constexpr,
-    PREVIOUS: tl.constexpr,
-    BEFORE: tl.constexpr,
+    MULTIPLIERS: tl.constexpr,
     TRIGRAM: tl.constexpr,
     HAS_STARTS: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -122,29 +107,13 @@ def ngram_hash_embed_fwd_kernel(
     """One tile [BLOCK_M tokens, BLOCK_N columns] of gate * (bigram row + trigram row)."""
     index = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    sources = (tokens_ptr, starts_ptr, scale_ptr, boost_ptr, strides)
     bigram, trigram, _, gate = _ngrams(
-        tokens_ptr,
-        starts_ptr,
-        scale_ptr,
-        boost_ptr,
-        batch_stride,
-        time_stride,
-        index,
-        count,
-        length,
-        num_rows,
-        vocab,
-        CURRENT,
-        PREVIOUS,
-        BEFORE,
-        TRIGRAM,
-        HAS_STARTS,
-        SPLIT,
+        sources, index, count, length, num_rows, vocab, MULTIPLIERS, TRIGRAM, HAS_STARTS, SPLIT
     )
     mask = (index < count)[:, None] & (column < width)[None, :]
     out = _table_rows(table_ptr, table_stride, bigram, trigram, column, mask, TRIGRAM) * gate[:, None]
-    address = out_ptr + index[:, None] * width + column[None, :]
-    tl.store(address, out.to(out_ptr.dtype.element_ty), mask=mask)
+    store_tile(out_ptr, index, width, column, out, mask)
 
 
 @triton.jit
@@ -160,17 +129,14 @@ def ngram_hash_embed_bwd_tokens_kernel(
     partial_ptr,
     dtable_ptr,
     dout_stride,
-    batch_stride,
-    time_stride,
+    strides,
     table_stride,
     count,
     length,
     num_rows,
     vocab,
     width,
-    CURRENT: tl.constexpr,
-    PREVIOUS: tl.constexpr,
-    BEFORE: tl.constexpr,
+    MULTIPLIERS: tl.constexpr,
     TRIGRAM: tl.constexpr,
     HAS_STARTS: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -185,31 +151,15 @@ def ngram_hash_embed_bwd_tokens_kernel(
     program = tl.program_id(0).to(tl.int64)
     index = program * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = index < count
+    sources = (tokens_ptr, starts_ptr, scale_ptr, boost_ptr, strides)
     bigram, trigram, start, gate = _ngrams(
-        tokens_ptr,
-        starts_ptr,
-        scale_ptr,
-        boost_ptr,
-        batch_stride,
-        time_stride,
-        index,
-        count,
-        length,
-        num_rows,
-        vocab,
-        CURRENT,
-        PREVIOUS,
-        BEFORE,
-        TRIGRAM,
-        HAS_STARTS,
-        SPLIT,
+        sources, index, count, length, num_rows, vocab, MULTIPLIERS, TRIGRAM, HAS_STARTS, SPLIT
     )
     along = tl.zeros((BLOCK_M,), tl.float32)
     for first in range(0, width, BLOCK_N):
         column = first + tl.arange(0, BLOCK_N)
         mask = inside[:, None] & (column < width)[None, :]
-        dout = tl.load(dout_ptr + index[:, None] * dout_stride + column[None, :], mask=mask, other=0.0)
-        dout = dout.to(tl.float32)
+        dout = load_tile(dout_ptr, index, dout_stride, column, mask)
         rows = _table_rows(table_ptr, table_stride, bigram, trigram, column, mask, TRIGRAM)
         along += tl.sum(dout * rows, 1)
         if ATOMIC:
@@ -274,8 +224,7 @@ def ngram_hash_embed_bwd_pieces_kernel(
     token = tl.where(entry < count, entry, entry - count)
     gate = tl.load(gate_ptr + token, mask=inside, other=0.0)
     mask = inside[:, None] & (column < width)[None, :]
-    dout = tl.load(dout_ptr + token[:, None] * dout_stride + column[None, :], mask=mask, other=0.0)
-    change = dout.to(tl.float32) * gate[:, None]
+    change = load_tile(dout_ptr, token, dout_stride, column, mask) * gate[:, None]
     current = tl.min(row, 0)
     while current < num_rows:
         total = tl.sum(tl.where((row == current)[:, None], change, 0.0), 0)
@@ -332,6 +281,28 @@ def pieces(entries: int, tile: Tile) -> int:
     return triton.cdiv(entries, tile.block_m)
 
 
+def _launch(
+    tokens: Tensor,
+    table: Tensor,
+    starts: Tensor | None,
+    multipliers: tuple[int, int, int],
+    split: bool,
+    trigram: bool,
+    tile: Tile,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the sizes and constants shared by the forward and the backward pass over tokens."""
+    vocab = 0 if starts is None else starts.shape[0]
+    sizes = (tokens.stride(), table.stride(0), tokens.numel(), tokens.shape[1], table.shape[0], vocab)
+    constants = {
+        "MULTIPLIERS": multipliers,
+        "TRIGRAM": trigram,
+        "HAS_STARTS": starts is not None,
+        "SPLIT": split,
+    }
+    options = launch_options(tile, "M", BLOCK_N=column_block(table.shape[1], tile), **constants)
+    return (*sizes, table.shape[1]), options
+
+
 def launch_ngram_hash_embed_fwd(
     tokens: Tensor,
     table: Tensor,
@@ -349,30 +320,10 @@ def launch_ngram_hash_embed_fwd(
 
     starts (vocab,) uint8; a token outside it gives NaN.
     """
-    (batch, length), (num_rows, width) = tokens.shape, table.shape
-    columns = column_block(width, tile)
-    grid = (triton.cdiv(batch * length, tile.block_m), triton.cdiv(width, columns))
-    ngram_hash_embed_fwd_kernel[grid](
-        tokens,
-        table,
-        starts,
-        scale,
-        boost,
-        out,
-        *tokens.stride(),
-        table.stride(0),
-        batch * length,
-        length,
-        num_rows,
-        0 if starts is None else starts.shape[0],
-        width,
-        *multipliers,
-        TRIGRAM=trigram,
-        HAS_STARTS=starts is not None,
-        SPLIT=split,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=columns,
-        num_warps=tile.num_warps,
+    sizes, options = _launch(tokens, table, starts, multipliers, split, trigram, tile)
+    count, width, columns = tokens.numel(), table.shape[1], options["BLOCK_N"]
+    ngram_hash_embed_fwd_kernel[(triton.cdiv(count, tile.block_m), triton.cdiv(width, columns))](
+        tokens, table, starts, scale, boost, out, *sizes, **options
     )
 
 
@@ -397,35 +348,10 @@ def launch_ngram_hash_embed_bwd_tokens(
 
     Also writes rows (entries,) and gate (B T,), or adds to `dtable` (rows, D), float32 and zeroed.
     """
-    (batch, length), (num_rows, width) = tokens.shape, table.shape
-    columns = column_block(width, tile)
+    sizes, options = _launch(tokens, table, starts, multipliers, split, trigram, tile)
+    tensors = (dout, tokens, table, starts, scale, boost, rows, gate, partial, dtable)
     ngram_hash_embed_bwd_tokens_kernel[(partial.shape[0],)](
-        dout,
-        tokens,
-        table,
-        starts,
-        scale,
-        boost,
-        rows,
-        gate,
-        partial,
-        dtable,
-        dout.stride(0),
-        *tokens.stride(),
-        table.stride(0),
-        batch * length,
-        length,
-        num_rows,
-        0 if starts is None else starts.shape[0],
-        width,
-        *multipliers,
-        TRIGRAM=trigram,
-        HAS_STARTS=starts is not None,
-        SPLIT=split,
-        ATOMIC=dtable is not None,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=columns,
-        num_warps=tile.num_warps,
+        *tensors, dout.stride(0), *sizes, ATOMIC=dtable is not None, **options
     )
 
 
@@ -434,26 +360,12 @@ def launch_ngram_hash_embed_bwd_scalars(
 ) -> None:
     """Write dscale and dboost from partial (programs, 2) of the pass over tokens; all others are ()."""
     ngram_hash_embed_bwd_scalars_kernel[(1,)](
-        partial,
-        scale,
-        boost,
-        dscale,
-        dboost,
-        partial.shape[0],
-        BLOCK=tile.block_n,
-        num_warps=tile.num_warps,
+        partial, scale, boost, dscale, dboost, partial.shape[0], BLOCK=tile.block_n, num_warps=tile.num_warps
     )
 
 
 def launch_ngram_hash_embed_bwd_pieces(
-    dout: Tensor,
-    gate: Tensor,
-    rows: Tensor,
-    order: Tensor,
-    sums: Tensor,
-    *,
-    num_rows: int,
-    tile: Tile,
+    dout: Tensor, gate: Tensor, rows: Tensor, order: Tensor, sums: Tensor, *, num_rows: int, tile: Tile
 ) -> None:
     """Write sums (num_rows + pieces, D) float32 from sorted rows (entries,) and their order (entries,) int64.
 
@@ -461,21 +373,10 @@ def launch_ngram_hash_embed_bwd_pieces(
     """
     width = sums.shape[1]
     columns = column_block(width, tile)
-    grid = (pieces(rows.shape[0], tile), triton.cdiv(width, columns))
-    ngram_hash_embed_bwd_pieces_kernel[grid](
-        dout,
-        gate,
-        rows,
-        order,
-        sums,
-        dout.stride(0),
-        rows.shape[0],
-        gate.shape[0],
-        num_rows,
-        width,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=columns,
-        num_warps=tile.num_warps,
+    ngram_hash_embed_bwd_pieces_kernel[(pieces(rows.shape[0], tile), triton.cdiv(width, columns))](
+        *(dout, gate, rows, order, sums),
+        *(dout.stride(0), rows.shape[0], gate.shape[0], num_rows, width),
+        **launch_options(tile, "M", BLOCK_N=columns),
     )
 
 
@@ -483,17 +384,9 @@ def launch_ngram_hash_embed_bwd_rows(
     rows: Tensor, sums: Tensor, dtable: Tensor, *, piece: int, tile: Tile
 ) -> None:
     """Write dtable (num_rows, D) from sorted rows (entries,) and sums of pieces of `piece` entries."""
-    num_rows, width = dtable.shape
+    (num_rows, width), entries = dtable.shape, rows.shape[0]
     columns = column_block(width, tile)
+    options = launch_options(tile, "M", BLOCK_N=columns, PIECE=piece)
     ngram_hash_embed_bwd_rows_kernel[(num_rows, triton.cdiv(width, columns))](
-        rows,
-        sums,
-        dtable,
-        rows.shape[0],
-        width,
-        rows.shape[0].bit_length(),
-        PIECE=piece,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=columns,
-        num_warps=tile.num_warps,
+        rows, sums, dtable, entries, width, entries.bit_length(), **options
     )

@@ -3,16 +3,10 @@
 Row n of the flattened (B, T, D) input is position n % T of sequence n // T.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import triton
 import triton.language as tl
-from pgolf_fast.kernels._common import Tile, column_block
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from pgolf_fast.kernels._common import Tile, column_block, launch_options, store_tile
+from torch import Tensor
 
 
 @triton.jit
@@ -39,7 +33,7 @@ def smear_gate_fwd_kernel(
     x = tl.load(address, mask=mask, other=0.0).to(tl.float32)
     previous = tl.load(address - time_stride, mask=before, other=0.0).to(tl.float32)
     out = (1 - s) * x + s * previous
-    tl.store(out_ptr + row[:, None] * width + column[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+    store_tile(out_ptr, row, width, column, out, mask)
 
 
 @triton.jit
@@ -79,7 +73,7 @@ def smear_gate_bwd_kernel(
         following = tl.load(address + dout_time_stride, mask=after, other=0.0).to(tl.float32)
         # x_t enters position t with weight 1 - s and position t + 1 with weight s
         dx = (1 - s)[None, :] * dout + s[None, :] * following
-        tl.store(dx_ptr + row[:, None] * width + column[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        store_tile(dx_ptr, row, width, column, dx, mask)
         dgate += tl.sum(dout * (previous - x), 0)
     tl.store(partial_ptr + program * width + column, dgate * s * (1 - s), mask=inside)
 
@@ -88,19 +82,9 @@ def launch_smear_gate_fwd(x: Tensor, gate: Tensor, out: Tensor, tile: Tile) -> N
     """Write out (B, T, D) from x (B, T, D) with unit inner stride and gate (D,)."""
     batch, length, width = x.shape
     columns = column_block(width, tile)
-    smear_gate_fwd_kernel[(triton.cdiv(batch * length, tile.block_m), triton.cdiv(width, columns))](
-        x,
-        gate,
-        out,
-        x.stride(0),
-        x.stride(1),
-        batch * length,
-        length,
-        width,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=columns,
-        num_warps=tile.num_warps,
-    )
+    grid = (triton.cdiv(batch * length, tile.block_m), triton.cdiv(width, columns))
+    sizes = (*x.stride()[:2], batch * length, length, width)
+    smear_gate_fwd_kernel[grid](x, gate, out, *sizes, **launch_options(tile, "M", BLOCK_N=columns))
 
 
 def launch_smear_gate_bwd(
@@ -110,21 +94,7 @@ def launch_smear_gate_bwd(
     batch, length, width = x.shape
     columns = column_block(width, tile)
     tiles = triton.cdiv(triton.cdiv(batch * length, tile.block_m), partial.shape[0])
+    sizes = (*dout.stride()[:2], *x.stride()[:2], batch * length, length, width, tiles)
     smear_gate_bwd_kernel[(partial.shape[0], triton.cdiv(width, columns))](
-        dout,
-        x,
-        gate,
-        dx,
-        partial,
-        dout.stride(0),
-        dout.stride(1),
-        x.stride(0),
-        x.stride(1),
-        batch * length,
-        length,
-        width,
-        tiles,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=columns,
-        num_warps=tile.num_warps,
+        dout, x, gate, dx, partial, *sizes, **launch_options(tile, "M", BLOCK_N=columns)
     )

@@ -4,16 +4,10 @@ The forward takes a block of rows through the vocabulary with an online logsumex
 each tile and writes d loss / d raw logits for some rows; the op feeds these to two matrix products.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import triton
 import triton.language as tl
-from pgolf_fast.kernels._common import Tile, halves, launch_options
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from pgolf_fast.kernels._common import Tile, halves, launch_options, store_tile, tile_count
+from torch import Tensor
 
 
 @triton.jit
@@ -57,12 +51,10 @@ def _raw_logits(
     vocab,
     width,
     PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One tile [BLOCK_M, BLOCK_N] of x W^T in float32; 0 outside."""
-    raw = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    """One tile of x W^T in float32, [len(row), len(column)]; 0 outside."""
+    raw = tl.zeros((row.shape[0], column.shape[0]), tl.float32)
     for first in range(0, width, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         x_mask = (row < rows)[:, None] & (k < width)[None, :]
@@ -122,19 +114,7 @@ def softcap_cross_entropy_fwd_kernel(
     for first in range(0, vocab, BLOCK_N):
         column = first + tl.arange(0, BLOCK_N)
         raw = _raw_logits(
-            x_ptr,
-            weight_ptr,
-            x_stride,
-            weight_stride,
-            row,
-            column,
-            rows,
-            vocab,
-            width,
-            PRECISION,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
+            x_ptr, weight_ptr, x_stride, weight_stride, row, column, rows, vocab, width, PRECISION, BLOCK_K
         )
         strips = halves(raw)
         for i in tl.static_range(2):
@@ -149,31 +129,14 @@ def softcap_cross_entropy_fwd_kernel(
 
 
 @triton.jit
-def _store_dlogits(
-    raw,
-    row,
-    column,
-    target,
-    logsumexp,
-    dloss,
-    dlogits_ptr,
-    rows,
-    vocab,
-    softcap,
-    inverse,
-    z_loss,
-    HAS_Z_LOSS: tl.constexpr,
-):
-    """Store d loss / d raw for one strip of a tile."""
+def _dlogits(raw, column, target, logsumexp, dloss, softcap, inverse, z_loss, HAS_Z_LOSS: tl.constexpr):
+    """d loss / d raw of one strip of a tile."""
     tanh, slope = _tanh(raw * inverse)
     # d loss / d raw = ((1 + 2 z_loss log Z) softmax - onehot) (1 - tanh^2)
     grad = tl.exp(softcap * tanh - logsumexp[:, None])
     if HAS_Z_LOSS:
         grad *= (1.0 + 2.0 * z_loss * logsumexp)[:, None]
-    grad = tl.where(column[None, :] == target[:, None], grad - 1.0, grad) * slope * dloss[:, None]
-    mask = (row < rows)[:, None] & (column < vocab)[None, :]
-    address = dlogits_ptr + row[:, None] * vocab + column[None, :]
-    tl.store(address, grad.to(dlogits_ptr.dtype.element_ty), mask=mask)
+    return tl.where(column[None, :] == target[:, None], grad - 1.0, grad) * slope * dloss[:, None]
 
 
 @triton.jit
@@ -210,19 +173,7 @@ def softcap_cross_entropy_dlogits_kernel(
     first = ((tile % across) * BLOCK_N).to(tl.int32)
     column = first + tl.arange(0, BLOCK_N)
     raw = _raw_logits(
-        x_ptr,
-        weight_ptr,
-        x_stride,
-        weight_stride,
-        row,
-        column,
-        rows,
-        vocab,
-        width,
-        PRECISION,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
+        x_ptr, weight_ptr, x_stride, weight_stride, row, column, rows, vocab, width, PRECISION, BLOCK_K
     )
     target = _target(targets_ptr, targets_stride, row, rows, vocab)
     logsumexp = tl.load(logsumexp_ptr + row, mask=row < rows, other=0.0)
@@ -231,21 +182,8 @@ def softcap_cross_entropy_dlogits_kernel(
     strips = _quarters(raw)
     for i in tl.static_range(4):
         strip = first + i * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
-        _store_dlogits(
-            strips[i],
-            row,
-            strip,
-            target,
-            logsumexp,
-            dloss,
-            dlogits_ptr,
-            rows,
-            vocab,
-            softcap,
-            inverse,
-            z_loss,
-            HAS_Z_LOSS,
-        )
+        grad = _dlogits(strips[i], strip, target, logsumexp, dloss, softcap, inverse, z_loss, HAS_Z_LOSS)
+        store_tile(dlogits_ptr, row, vocab, strip, grad, (row < rows)[:, None] & (strip < vocab)[None, :])
 
 
 def _precision(x: Tensor) -> str:
@@ -268,23 +206,10 @@ def launch_softcap_cross_entropy_fwd(
     A target outside the vocabulary gives a loss of NaN.
     """
     rows, width = x.shape
+    strides = (x.stride(0), weight.stride(0), targets.stride(0))
+    sizes = (*strides, rows, weight.shape[0], width, softcap, 1 / softcap, z_loss)
     softcap_cross_entropy_fwd_kernel[(triton.cdiv(rows, tile.block_m),)](
-        x,
-        weight,
-        targets,
-        loss,
-        logsumexp,
-        x.stride(0),
-        weight.stride(0),
-        targets.stride(0),
-        rows,
-        weight.shape[0],
-        width,
-        softcap,
-        1 / softcap,
-        z_loss,
-        PRECISION=_precision(x),
-        **launch_options(tile, "MNK"),
+        x, weight, targets, loss, logsumexp, *sizes, **launch_options(tile, "MNK", PRECISION=_precision(x))
     )
 
 
@@ -302,25 +227,9 @@ def launch_softcap_cross_entropy_dlogits(
 ) -> None:
     """Write dlogits (N, V), contiguous, with dloss (N,) of any stride; the rest as forward."""
     rows, vocab = dlogits.shape
-    grid = (triton.cdiv(rows, tile.block_m) * triton.cdiv(vocab, tile.block_n),)
-    softcap_cross_entropy_dlogits_kernel[grid](
-        x,
-        weight,
-        targets,
-        logsumexp,
-        dloss,
-        dlogits,
-        x.stride(0),
-        weight.stride(0),
-        targets.stride(0),
-        dloss.stride(0),
-        rows,
-        vocab,
-        x.shape[1],
-        softcap,
-        1 / softcap,
-        z_loss,
-        HAS_Z_LOSS=z_loss > 0,
-        PRECISION=_precision(x),
-        **launch_options(tile, "MNK"),
+    strides = (x.stride(0), weight.stride(0), targets.stride(0), dloss.stride(0))
+    sizes = (*strides, rows, vocab, x.shape[1], softcap, 1 / softcap, z_loss)
+    options = launch_options(tile, "MNK", HAS_Z_LOSS=z_loss > 0, PRECISION=_precision(x))
+    softcap_cross_entropy_dlogits_kernel[(tile_count(rows, vocab, tile),)](
+        x, weight, targets, logsumexp, dloss, dlogits, *sizes, **options
     )

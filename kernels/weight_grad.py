@@ -1,15 +1,9 @@
 """grad += A^T B, summed over very many rows: there are few output tiles, so programs split the rows, too."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import triton
 import triton.language as tl
-from pgolf_fast.kernels._common import Tile, dot_tile, halves, launch_options
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from pgolf_fast.kernels._common import Tile, dot_tile, halves, launch_options, tile_count, tile_of
+from torch import Tensor
 
 
 @triton.jit
@@ -32,13 +26,9 @@ def weight_grad_kernel(
     out_cols,
     depth,
     depth_per_split,
-    a_stride_row,
-    a_stride_depth,
-    b_stride_depth,
-    b_stride_col,
-    out_stride_split,
-    out_stride_row,
-    out_stride_col,
+    a_strides,
+    b_strides,
+    out_strides,
     ADD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -53,36 +43,25 @@ def weight_grad_kernel(
     tiles = tl.cdiv(out_rows, BLOCK_M) * tiles_n
     split = pid // tiles  # neighbors read the same rows of a and b
     tile = pid % tiles
-    row = tile // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
-    col = tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    row, col = tile_of(tile, out_cols, BLOCK_M, BLOCK_N)
     first = split * depth_per_split
     own = tl.minimum(depth - first, depth_per_split).to(tl.int32)
-    acc = dot_tile(
-        a_ptr + first * a_stride_depth,
-        b_ptr + first * b_stride_depth,
-        row,
-        col,
-        out_rows,
-        out_cols,
-        own,
-        a_stride_row,
-        a_stride_depth,
-        b_stride_col,
-        b_stride_depth,
-        BLOCK_K,
-    )
-    row_ptrs = out_ptr + split * out_stride_split + row[:, None] * out_stride_row
+    a_ptr += first * a_strides[1]
+    b_ptr += first * b_strides[0]
+    transposed = (b_strides[1], b_strides[0])
+    acc = dot_tile(a_ptr, b_ptr, row, col, out_rows, out_cols, own, a_strides, transposed, BLOCK_K)
+    row_ptrs = out_ptr + split * out_strides[0] + row[:, None] * out_strides[1]
     if ADD:
         left, right = halves(acc)
         half = tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
         mask = (row[:, None] < out_rows) & (half[None, :] < out_cols)
-        _add_to(row_ptrs + half[None, :] * out_stride_col, left, mask)
+        _add_to(row_ptrs + half[None, :] * out_strides[2], left, mask)
         half += BLOCK_N // 2
         mask = (row[:, None] < out_rows) & (half[None, :] < out_cols)
-        _add_to(row_ptrs + half[None, :] * out_stride_col, right, mask)
+        _add_to(row_ptrs + half[None, :] * out_strides[2], right, mask)
     else:
         mask = (row[:, None] < out_rows) & (col[None, :] < out_cols)
-        tl.store(row_ptrs + col[None, :] * out_stride_col, acc, mask=mask)
+        tl.store(row_ptrs + col[None, :] * out_strides[2], acc, mask=mask)
 
 
 @triton.jit
@@ -92,16 +71,13 @@ def weight_grad_sum_kernel(
     splits,
     out_rows,
     out_cols,
-    grad_stride_row,
-    grad_stride_col,
+    grad_strides,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """One tile [BLOCK_M, BLOCK_N] of grad += partial[0] + partial[1] + ..., in this order."""
     pid = tl.program_id(0).to(tl.int64)
-    tiles_n = tl.cdiv(out_cols, BLOCK_N)
-    row = pid // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
-    col = pid % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    row, col = tile_of(pid, out_cols, BLOCK_M, BLOCK_N)
     mask = (row[:, None] < out_rows) & (col[None, :] < out_cols)
     partial_ptrs = partial_ptr + row[:, None] * out_cols + col[None, :]
     matrix = tl.full([], out_rows, tl.int64) * out_cols
@@ -109,7 +85,7 @@ def weight_grad_sum_kernel(
     for _ in range(splits):
         total += tl.load(partial_ptrs, mask=mask, other=0.0)
         partial_ptrs += matrix
-    _add_to(grad_ptr + row[:, None] * grad_stride_row + col[None, :] * grad_stride_col, total, mask)
+    _add_to(grad_ptr + row[:, None] * grad_strides[0] + col[None, :] * grad_strides[1], total, mask)
 
 
 def launch_weight_grad(
@@ -120,37 +96,18 @@ def launch_weight_grad(
     With `partial`, float32 (splits, N, K) and contiguous, split s writes the product over its
     `depth_per_split` rows there, and `launch_weight_grad_sum` adds them to grad.
     """
-    out_rows, depth = left.shape
-    out_cols = right.shape[1]
-    tiles = triton.cdiv(out_rows, tile.block_m) * triton.cdiv(out_cols, tile.block_n)
+    (out_rows, depth), out_cols = left.shape, right.shape[1]
     splits = 1 if partial is None else partial.shape[0]
     out = grad.unsqueeze(0) if partial is None else partial
-    weight_grad_kernel[(tiles * splits,)](
-        left,
-        right,
-        out,
-        out_rows,
-        out_cols,
-        depth,
-        depth_per_split,
-        *left.stride(),
-        *right.stride(),
-        *out.stride(),
-        ADD=partial is None,
-        **launch_options(tile, "MNK"),
+    sizes = (out_rows, out_cols, depth, depth_per_split, left.stride(), right.stride(), out.stride())
+    weight_grad_kernel[(tile_count(out_rows, out_cols, tile) * splits,)](
+        left, right, out, *sizes, **launch_options(tile, "MNK", ADD=partial is None)
     )
 
 
 def launch_weight_grad_sum(partial: Tensor, grad: Tensor, tile: Tile) -> None:
     """Add partial, float32 (splits, N, K), summed over its first dimension, to grad (N, K) of any strides."""
     splits, out_rows, out_cols = partial.shape
-    grid = (triton.cdiv(out_rows, tile.block_m) * triton.cdiv(out_cols, tile.block_n),)
-    weight_grad_sum_kernel[grid](
-        partial,
-        grad,
-        splits,
-        out_rows,
-        out_cols,
-        *grad.stride(),
-        **launch_options(tile, "MN"),
+    weight_grad_sum_kernel[(tile_count(out_rows, out_cols, tile),)](
+        partial, grad, splits, out_rows, out_cols, grad.stride(), **launch_options(tile, "MN")
     )

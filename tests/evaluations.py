@@ -9,8 +9,8 @@ from helpers import randomize_, tiny_config
 from pgolf_fast.config.schema import EvalConfig, RunConfig
 from pgolf_fast.data.tokenizer import ByteTable
 from pgolf_fast.distributed import SINGLE, World
-from pgolf_fast.evaluation.evaluator import Evaluator
 from pgolf_fast.evaluation.score import Scorer, Stream
+from pgolf_fast.evaluation.scores import Evaluator
 from pgolf_fast.model.gpt import GPT
 
 CPU = torch.device("cpu")

@@ -9,9 +9,8 @@ import torch
 from evaluations import CPU, SEQ, OneOf, adapted, filled, stream_of, text, tiny_model
 
 from pgolf_fast.config.ttt import LoraConfig, TTTConfig
-from pgolf_fast.evaluation.adapters.base import Scored, borrowed
+from pgolf_fast.evaluation.adapters.base import Frozen, Scored, borrowed
 from pgolf_fast.evaluation.adapters.descent import AdamW, trainable_parameters
-from pgolf_fast.evaluation.adapters.frozen import Frozen
 from pgolf_fast.evaluation.adapters.lora import Lora, changed_losses, fresh_factors
 from pgolf_fast.evaluation.adapters.registry import KINDS, adapting_chunks, make_adapter
 from pgolf_fast.evaluation.protocol import score_and_adapt

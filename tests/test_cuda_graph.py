@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from pgolf_fast.model.cuda_graph import WARM_UP_RUNS, CapturedStep
+from pgolf_fast.model.compiled import WARM_UP_RUNS, CapturedStep
 
 
 class FakeStream:

@@ -14,8 +14,8 @@ from pgolf_fast.config.presets import exp101_as_run
 from pgolf_fast.config.schema import QuantConfig, RunConfig, TTTConfig
 from pgolf_fast.data.tokenizer import target_bytes
 from pgolf_fast.errors import PgolfError
+from pgolf_fast.evaluation.adapters.base import Frozen
 from pgolf_fast.evaluation.adapters.descent import chunk_lr, trainable_parameters
-from pgolf_fast.evaluation.adapters.frozen import Frozen
 from pgolf_fast.evaluation.score import Score, Stream
 from pgolf_fast.evaluation.scores import three_scores
 from pgolf_fast.evaluation.windows import plain_windows, sliding_windows

@@ -17,9 +17,8 @@ from pgolf_fast.config.presets import small
 from pgolf_fast.config.schema import DataConfig, TTTConfig
 from pgolf_fast.data.source import open_source
 from pgolf_fast.data.tokenizer import ByteTable
-from pgolf_fast.evaluation.adapters.base import Scored, borrowed
+from pgolf_fast.evaluation.adapters.base import Frozen, Scored, borrowed
 from pgolf_fast.evaluation.adapters.descent import SGD, trainable_parameters
-from pgolf_fast.evaluation.adapters.frozen import Frozen
 from pgolf_fast.evaluation.protocol import Ledger, score_and_adapt, target_chunks, window_chunks
 from pgolf_fast.evaluation.score import Scorer, Stream, batch_size
 from pgolf_fast.evaluation.windows import batches, plain_windows, sliding_windows

@@ -44,7 +44,7 @@ def test_sweep_compares_on_the_same_windows_and_repeats_nothing(tmp_path, monkey
         assert row.gain == pytest.approx(rows[0].bpb - row.bpb)
         assert row.low <= row.gain <= row.high
         assert row.bpb == pytest.approx(run(model, chosen[row.name]).score.bpb, abs=1e-6)
-    monkeypatch.setattr("pgolf_fast.evaluation.evaluator.Evaluator.adapted", None)
+    monkeypatch.setattr("pgolf_fast.evaluation.scores.Evaluator.adapted", None)
     assert sweep(model, stream_of(text()), config, chosen, None, tmp_path) == rows
     starts = document_starts(text())
     after = int(starts[len(starts) // 2])

@@ -22,10 +22,9 @@ from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import RunConfig, TTTConfig
 from pgolf_fast.config.ttt import GuidedConfig
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.evaluation.adapters.base import Scored, borrowed
+from pgolf_fast.evaluation.adapters.base import Frozen, Scored, borrowed
 from pgolf_fast.evaluation.adapters.descent import SGD, AdamW
 from pgolf_fast.evaluation.adapters.error_guided import learn_and_score
-from pgolf_fast.evaluation.adapters.frozen import Frozen
 from pgolf_fast.evaluation.adapters.registry import adapting_chunks, make_adapter
 from pgolf_fast.evaluation.run import score_run
 from pgolf_fast.evaluation.score import Scorer

@@ -24,9 +24,8 @@ from pgolf_fast.bench.run import attempt
 from pgolf_fast.config.presets import preset
 from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.data.tokenizer import ByteTable
-from pgolf_fast.evaluation.adapters.base import Scored
+from pgolf_fast.evaluation.adapters.base import Frozen, Scored
 from pgolf_fast.evaluation.adapters.descent import SGD, trainable_parameters
-from pgolf_fast.evaluation.adapters.frozen import Frozen
 from pgolf_fast.evaluation.estimate import forward_flops
 from pgolf_fast.evaluation.score import Scorer, Stream, batch_size
 from pgolf_fast.evaluation.windows import Windows, sliding_windows

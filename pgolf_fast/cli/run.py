@@ -184,7 +184,7 @@ class Eval(Shards):
 
     def _estimate(self, folder: RunFolder | None, config: RunConfig) -> None:
         from pgolf_fast.evaluation.run import estimate_run
-        from pgolf_fast.evaluation.scores import TTT, mark
+        from pgolf_fast.evaluation.scores import TTT, labeled
 
         console.setup_logging()
         start = time.perf_counter()
@@ -192,7 +192,7 @@ class Eval(Shards):
         header = ("estimate", "windows", "scored targets", "updates", "TFLOP", "time")
         rows = [
             (
-                mark(e.name, e.name == TTT and config.ttt.illegal),
+                labeled(e.name, e.name == TTT and config.ttt.illegal),
                 *(f"{count:,}" for count in (e.windows, e.tokens, e.updates)),
                 f"{e.flops / 1e12:,.2f}",
                 console.duration(e.seconds),

@@ -1,9 +1,6 @@
 """Documents in parallel: windows cut at document starts, scored segment by segment, a batch at a time."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-from itertools import groupby
+from dataclasses import replace
 
 import numpy as np
 
@@ -44,50 +41,35 @@ def document_chunks(windows: Windows, starts: np.ndarray, config: TTTConfig) -> 
     """
     windows = cut_at(windows, starts)
     ends = np.append(starts[1:], windows.end[-1])
-    segments = -(-(ends - starts) // config.lora.segment_tokens)
-    order: list[np.ndarray] = []
-    rows: list[np.ndarray] = []
+    length = config.lora.segment_tokens
+    segments = -(-(ends - starts) // length)
+    parts: list[tuple[np.ndarray, np.ndarray]] = []
     chunks: list[Chunk] = []
     scored = 0
-    for phase in _phases(starts, config):
+    phases = [np.arange(len(starts))]  # documents that are scored with the same weights of the model
+    if config.adapter == "phased":
+        phases = np.split(phases[0], np.flatnonzero(np.diff(starts // config.chunk_tokens)) + 1)
+    for phase in phases:
         by_length = phase[np.argsort(-segments[phase], kind="stable")]
         for low in range(0, len(by_length), config.lora.documents):
             batch = by_length[low : low + config.lora.documents]
             for number in range(segments[batch[0]]):
-                begin = starts[batch] + number * config.lora.segment_tokens
-                end = np.clip(begin + config.lora.segment_tokens, None, ends[batch])
-                chosen, row = _windows_of(windows, begin, np.maximum(begin, end))
-                order.append(chosen)
-                rows.append(row)
-                going_on = int((segments[batch] > number + 1).sum())  # longest first: these are the first
-                chunk = Chunk(
-                    scored,
-                    scored + len(chosen),
-                    tuple(begin[:going_on].tolist()),
-                    config.lora.segment_tokens,
-                    by_document=True,
-                    new_documents=len(batch) if number == 0 else 0,
-                )
-                chunks.append(chunk)
-                scored = chunk.high
+                begin = starts[batch] + number * length
+                end = np.clip(begin + length, None, ends[batch])
+                parts.append(_windows_of(windows, begin, np.maximum(begin, end)))
+                longer = int((segments[batch] > number + 1).sum())  # longest first: these are the first
+                learned, new = tuple(begin[:longer].tolist()), len(batch) if number == 0 else 0
+                high = scored + len(parts[-1][0])
+                chunks.append(Chunk(scored, high, learned, length, by_document=True, new_documents=new))
+                scored = high
         if config.adapter == "phased":
             first, last = int(starts[phase[0]]), int(ends[phase[-1]])
             position = first // config.chunk_tokens, -(-int(ends[-1]) // config.chunk_tokens)
             chunks.append(Chunk(scored, scored, (first,), last - first, *position))
     if not chunks[-1].by_document:  # nothing is scored after it
         chunks.pop()
-    ordered = windows[np.concatenate(order)]
-    return Windows(ordered.start, ordered.end, ordered.first, np.concatenate(rows)), chunks
-
-
-def _phases(starts: np.ndarray, config: TTTConfig) -> Iterator[np.ndarray]:
-    """Yield the numbers of documents that are scored with the same weights of the model."""
-    numbers = np.arange(len(starts))
-    if config.adapter != "phased":
-        yield numbers
-        return
-    for _, group in groupby(numbers, lambda i: starts[i] // config.chunk_tokens):
-        yield np.array(list(group))
+    order, rows = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return replace(windows[order], row=rows), chunks
 
 
 def _windows_of(windows: Windows, begin: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,14 +1,13 @@
 """Windows, updates, operations and time of an evaluation, before it starts.
 
-Counts follow the evaluator's own chunks. Time is that of a sample of the same shapes, run by the evaluator's
-own code, scaled by operations.
+Counts follow the evaluator's own chunks. Its own code runs a sample of the same shapes, whose time is scaled
+by operations.
 """
-
-from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,10 +16,9 @@ from pgolf_fast.config.model import ModelConfig
 from pgolf_fast.config.schema import RunConfig, TTTConfig
 from pgolf_fast.evaluation.adapters.base import Adapter, Scored
 from pgolf_fast.evaluation.adapters.registry import adapting_chunks
-from pgolf_fast.evaluation.evaluator import Evaluator
 from pgolf_fast.evaluation.protocol import Chunk
 from pgolf_fast.evaluation.score import Scorer, Stream
-from pgolf_fast.evaluation.scores import PLAIN, SLIDING, TTT
+from pgolf_fast.evaluation.scores import PLAIN, SLIDING, TTT, Evaluator
 from pgolf_fast.evaluation.windows import Windows
 from pgolf_fast.model.bank import Transform
 from pgolf_fast.model.gpt import GPT
@@ -31,18 +29,14 @@ LONG_SECONDS = 5.0  # and is not repeated if its first run takes this long
 ALL_GRADIENTS, INPUT_GRADIENTS = 3, 2
 
 
-@dataclass(frozen=True)
-class Estimate:
+class Estimate(NamedTuple):
     """Work and expected seconds of one of the three scores."""
 
     name: str
     windows: int
-    tokens: int
-    """Targets scored."""
-    updates: int
-    """Gradient steps of test-time training."""
-    flops: float
-    """As in `forward_flops`; an update is its forward and as much again for each kind of gradient."""
+    tokens: int  # targets scored
+    updates: int  # gradient steps of test-time training
+    flops: float  # of `forward_flops`; an update is its forward and as much again for each kind of gradient
     seconds: float
 
 
@@ -73,8 +67,7 @@ def windows_flops(model: ModelConfig, windows: Windows) -> float:
     return sum(count * forward_flops(model, *shape) for shape, count in by_shape)
 
 
-@dataclass(frozen=True)
-class Learning:
+class Learning(NamedTuple):
     """Updates of test-time training, and their operations on chunks of the stream and segments of documents.
 
     The low-rank changes themselves, a few percent, are not counted.
@@ -120,25 +113,20 @@ def estimate(model: GPT, stream: Stream, config: RunConfig, grid: Transform = No
         seconds = flops * _scoring(model.config, frozen, evaluator.scorer(windows))
         estimates.append(Estimate(name, len(windows), int(windows.places()[-1]), 0, flops, seconds))
     windows, chunks = adapting_chunks(sliding, stream, ttt)
-    learned = learning(chunks, ttt, model.config, config.eval_seq_len)
+    updates, on_chunks, on_segments = learning(chunks, ttt, model.config, config.eval_seq_len)
     scored = windows_flops(model.config, windows)
-    one_by_one = ttt.adapter == "error_guided"  # learns from one window at a time
-    sample = replace(
-        ttt,
-        epochs=1,
-        lora=replace(ttt.lora, epochs=1),
-        batch_seqs=1 if one_by_one else ttt.batch_seqs,
-    )
+    # error_guided learns from one window at a time
+    sequences = 1 if ttt.adapter == "error_guided" else ttt.batch_seqs
+    sample = replace(ttt, epochs=1, lora=replace(ttt.lora, epochs=1), batch_seqs=sequences)
     with evaluator.adapter(sample) as adapter:
         adapter.begin(sample.lora.documents)
         scorer = evaluator.scorer(windows, evaluator.adapting_size(ttt))
         seconds = scored * _scoring(model.config, adapter, scorer)
-        if learned.chunks:
-            seconds += learned.chunks * _adapting(adapter, evaluator, sample, by_document=False)
-        if learned.segments:
-            seconds += learned.segments * _adapting(adapter, evaluator, sample, by_document=True)
-    tokens, flops = int(windows.places()[-1]), scored + learned.chunks + learned.segments
-    return [*estimates, Estimate(TTT, len(windows), tokens, learned.updates, flops, seconds)]
+        for flops, by_document in ((on_chunks, False), (on_segments, True)):
+            if flops:
+                seconds += flops * _adapting(adapter, evaluator, sample, by_document)
+    tokens, flops = int(windows.places()[-1]), scored + on_chunks + on_segments
+    return [*estimates, Estimate(TTT, len(windows), tokens, updates, flops, seconds)]
 
 
 def _scoring(model: ModelConfig, adapter: Adapter, scorer: Scorer) -> float:
@@ -155,7 +143,7 @@ def _scoring(model: ModelConfig, adapter: Adapter, scorer: Scorer) -> float:
     return _seconds_per_flop(work, batch * threads, len(windows), device)
 
 
-def _adapting(adapter: Adapter, evaluator: Evaluator, ttt: TTTConfig, *, by_document: bool) -> float:
+def _adapting(adapter: Adapter, evaluator: Evaluator, ttt: TTTConfig, by_document: bool) -> float:
     """Return seconds per operation of one step on segments of documents, or on sequences of a chunk."""
     stream, model = evaluator.stream, evaluator.model.config
     length = ttt.lora.segment_tokens if by_document else evaluator.config.eval_seq_len
@@ -186,14 +174,15 @@ def _seconds_per_flop(work: Callable[[int], float], count: int, most: int, devic
         flops = work(count)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return time.perf_counter() - begin, flops
+        seconds = time.perf_counter() - begin
+        return seconds, seconds / flops
 
     count = min(count, most)
-    seconds, flops = timed()
+    seconds, ratio = timed()
     if device.type == "cpu" and seconds > LONG_SECONDS:
-        return seconds / flops
+        return ratio
     while True:
-        seconds, flops = timed()
+        seconds, ratio = timed()
         if seconds >= SAMPLE_SECONDS or count == most:
-            return seconds / flops
+            return ratio
         count = min(2 * count, most)

@@ -3,10 +3,8 @@
 Every part covers the same losses as the score, so the sums of each table are the score's.
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,7 +12,7 @@ from pgolf_fast.console import Table, number
 from pgolf_fast.data.tokenizer import SPACE, Tokenizer
 from pgolf_fast.evaluation.documents import document_starts
 from pgolf_fast.evaluation.score import Score, Scorer
-from pgolf_fast.evaluation.scores import TTT, mark
+from pgolf_fast.evaluation.scores import TTT, labeled
 
 CLASSES = ("word start", "within word", "byte", "after BOS", "BOS")
 """A target belongs to the last class that fits. BOS: any control, unknown or unused piece, which has no bytes
@@ -28,8 +26,7 @@ SHORTEST_CONTEXT, SHORTEST_DOCUMENT = 16, 128  # upper end of the first bucket; 
 _BLOCK = 2**22  # upper limit of targets in memory at once
 
 
-@dataclass(frozen=True)
-class Above:
+class Above(NamedTuple):
     """Targets with a loss above a threshold: their share of all, and their share of the summed loss."""
 
     targets: float
@@ -40,12 +37,9 @@ class Above:
 class Figures:
     """Breakdown of one score."""
 
-    by_class: dict[str, Score]
-    """Scores by name in `CLASSES`."""
-    by_context: dict[str, Score]
-    """Scores by context length in tokens."""
-    by_document: dict[str, Score]
-    """Scores by tokens of the document, BOS included."""
+    by_class: dict[str, Score]  # by name in `CLASSES`
+    by_context: dict[str, Score]  # by context length in tokens
+    by_document: dict[str, Score]  # by tokens of the document, BOS included
     quantiles: dict[str, float]
     """Losses in nats that `PERCENTS` of all targets do not exceed, interpolated linearly."""
     hardest: dict[str, float]
@@ -66,25 +60,16 @@ class Figures:
             "loss_quantiles": self.quantiles,
             "loss_share_of_hardest_percent": self.hardest,
             "loss_share_of_easiest_half": self.easiest_half,
-            "above_nats": {k: {"targets": a.targets, "loss": a.loss} for k, a in self.above.items()},
+            "above_nats": {k: a._asdict() for k, a in self.above.items()},
         }
 
 
 def token_classes(tokenizer: Tokenizer) -> np.ndarray:
     """Return the class of each id as a target regardless of its input: indices of `CLASSES`, uint8 (V,)."""
-    return np.array(
-        [
-            _SILENT
-            if tokenizer.is_silent(i)
-            else _BYTE
-            if tokenizer.is_byte(i)
-            else _WORD_START
-            if tokenizer.piece(i).startswith(SPACE)
-            else _WITHIN
-            for i in range(tokenizer.vocab_size)
-        ],
-        dtype=np.uint8,
-    )
+    ids = range(tokenizer.vocab_size)
+    silent, byte = [tokenizer.is_silent(i) for i in ids], [tokenizer.is_byte(i) for i in ids]
+    starts = [tokenizer.piece(i).startswith(SPACE) for i in ids]
+    return np.select([silent, byte, starts], [_SILENT, _BYTE, _WORD_START], _WITHIN).astype(np.uint8)
 
 
 def target_classes(tokens: np.ndarray, classes: np.ndarray) -> np.ndarray:
@@ -99,53 +84,40 @@ def doubling(values: np.ndarray, first: int) -> np.ndarray:
     return np.searchsorted(edges, values)
 
 
-def _names(count: int, first: int) -> list[str]:
-    ends = [first * 2**i for i in range(count)]
-    return [f"{low + 1}-{high}" for low, high in zip((0, *ends), ends, strict=False)]
-
-
-class _Sums:
-    """Sums of losses, targets and bytes by group."""
-
-    def __init__(self) -> None:
-        self._sums = np.zeros((3, 64))
-
-    def add(self, groups: np.ndarray, losses: np.ndarray, text_bytes: np.ndarray) -> None:
-        for row, weights in enumerate((losses, None, text_bytes)):
-            self._sums[row] += np.bincount(groups, weights, minlength=64)
-
-    def scores(self, names: Sequence[str] | None = None, first: int = 0) -> dict[str, Score]:
-        """Return scores by name; without names, by nonempty bucket of `doubling`."""
-        chosen = np.flatnonzero(self._sums[1]).tolist() if names is None else range(len(names))
-        names = _names(chosen[-1] + 1, first) if names is None else names
-        nats, tokens, text_bytes = self._sums
-        return {names[i]: Score(float(nats[i]), int(tokens[i]), int(text_bytes[i])) for i in chosen}
+def _scores(sums: np.ndarray, first: int = 0) -> dict[str, Score]:
+    """Return scores by class from sums (3, groups) or, with `first`, by nonempty bucket of `doubling`."""
+    if first:
+        buckets = np.flatnonzero(sums[1]).tolist()
+        names = {i: f"{first * 2 ** (i - 1) + 1 if i else 1}-{first * 2**i}" for i in buckets}
+    else:
+        names = dict(enumerate(CLASSES))
+    return {name: Score(float(sums[0, i]), int(sums[1, i]), int(sums[2, i])) for i, name in names.items()}
 
 
 def figures(scorer: Scorer, classes: np.ndarray) -> Figures:
     """Return the breakdown of losses that are filled in; `classes` is `token_classes`."""
     stream, windows = scorer.stream, scorer.windows
-    tokens = stream.tokens.cpu().numpy()
-    losses = scorer.losses.cpu().numpy()
+    tokens, losses = stream.tokens.cpu().numpy(), scorer.losses.cpu().numpy()
     starts = document_starts(tokens)
     lengths = np.diff(np.append(starts, stream.num_targets))
     class_of = target_classes(tokens, classes)
     document_of = np.repeat(doubling(lengths, SHORTEST_DOCUMENT).astype(np.uint8), lengths)
-    by_class, by_context, by_document = _Sums(), _Sums(), _Sums()
+    sums = np.zeros((3, 3, 64))  # by class, context or document; of nats, targets or bytes; in each group
     step = max(1, _BLOCK // scorer.seq_len)
     for low in range(0, len(windows), step):
         part = windows[low : low + step]
         targets = part.targets()
         context = targets - np.repeat(part.start, part.end - part.first) + 1
         own = losses[scorer.places[low] : scorer.places[low + len(part)]]
-        text_bytes = stream.target_bytes[targets]
-        by_class.add(class_of[targets], own, text_bytes)
-        by_context.add(doubling(context, SHORTEST_CONTEXT), own, text_bytes)
-        by_document.add(document_of[targets], own, text_bytes)
+        groups = class_of[targets], doubling(context, SHORTEST_CONTEXT), document_of[targets]
+        for kind, group in enumerate(groups):
+            for unit, weights in enumerate((own, None, stream.target_bytes[targets])):
+                sums[kind, unit] += np.bincount(group, weights, minlength=64)
+    by_class, by_context, by_document = sums
     return Figures(
-        by_class.scores(CLASSES),
-        by_context.scores(first=SHORTEST_CONTEXT),
-        by_document.scores(first=SHORTEST_DOCUMENT),
+        _scores(by_class),
+        _scores(by_context, SHORTEST_CONTEXT),
+        _scores(by_document, SHORTEST_DOCUMENT),
         *spread(losses),
     )
 
@@ -156,15 +128,12 @@ def spread(losses: np.ndarray) -> tuple[dict[str, float], dict[str, float], dict
     count, total = len(ordered), float(ordered.sum())
 
     def share(first: int) -> float:
-        """Return the share of ordered[first:] in the summed loss."""
         return float(ordered[first:].sum()) / total
 
     quantiles = {f"p{p}": float(q) for p, q in zip(PERCENTS, np.percentile(ordered, PERCENTS), strict=True)}
     hardest = {str(p): share(count - -(-count * p // 100)) for p in HARDEST}
-    above = {}
-    for threshold in THRESHOLDS:
-        first = int(np.searchsorted(ordered, threshold, side="right"))
-        above[str(threshold)] = Above((count - first) / count, share(first))
+    firsts = np.searchsorted(ordered, THRESHOLDS, side="right").tolist()
+    above = {str(t): Above((count - i) / count, share(i)) for t, i in zip(THRESHOLDS, firsts, strict=True)}
     return quantiles, hardest, above
 
 
@@ -173,25 +142,24 @@ def tables(figures: dict[str, dict], *, every: bool = True, illegal: str | None 
 
     illegal: why the test-time training breaks the rules, if it does; its columns are labeled.
     """
-    sliding, ttt = figures["sliding"], figures.get("sliding_ttt", {})
-    column = mark("bpb with TTT", illegal)
+    sliding, ttt, plain = figures["sliding"], figures.get("sliding_ttt", {}), figures["non_overlapping"]
+    column = labeled("bpb with TTT", illegal)
     by_class = _part_table("class (sliding)", sliding["by_class"], ttt.get("by_class"), column)
     if not every:
         return [by_class]
-    kept = {"sliding": sliding, **({mark(TTT, illegal): ttt} if ttt else {})}
+    by_document, with_ttt = sliding["by_document_tokens"], ttt.get("by_document_tokens")
+    both = {"sliding": sliding, **({labeled(TTT, illegal): ttt} if ttt else {})}
     quantiles = [
-        (name, *(f"{part['loss_quantiles'][name]:.4f}" for part in kept.values()))
-        for name in sliding["loss_quantiles"]
+        (p, *(f"{f['loss_quantiles'][p]:.4f}" for f in both.values())) for p in sliding["loss_quantiles"]
     ]
     hardest = [(f"{p} %", f"{share:.1%}") for p, share in sliding["loss_share_of_hardest_percent"].items()]
     hardest.append(("easiest 50 %", f"{sliding['loss_share_of_easiest_half']:.1%}"))
     above = [(f"> {k}", f"{a['targets']:.1%}", f"{a['loss']:.1%}") for k, a in sliding["above_nats"].items()]
-    by_document, with_ttt = sliding["by_document_tokens"], ttt.get("by_document_tokens")
     return [
         by_class,
         _part_table("document tokens (sliding)", by_document, with_ttt, column),
-        _part_table("context (non-overlapping)", figures["non_overlapping"]["by_context"]),
-        Table(("quantile of nats", *kept), quantiles),
+        _part_table("context (non-overlapping)", plain["by_context"]),
+        Table(("quantile of nats", *both), quantiles),
         Table(("hardest targets (sliding)", "of the loss"), hardest),
         Table(("nats (sliding)", "of targets", "of the loss"), above),
     ]

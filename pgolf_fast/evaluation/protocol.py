@@ -8,9 +8,7 @@ adapts on the same sequences in the same order. So the result does not depend on
 as the hardware repeats its own arithmetic.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -94,11 +92,7 @@ class Ledger:
 
 
 def score_and_adapt(
-    adapter: Adapter,
-    scorer: Scorer,
-    chunks: Sequence[Chunk],
-    what: str,
-    saved: SavedState | None = None,
+    adapter: Adapter, scorer: Scorer, chunks: Sequence[Chunk], what: str, saved: SavedState | None = None
 ) -> list[Score]:
     """Return the running score after each chunk; the last is the result. Progress is shown as `what`.
 
@@ -109,12 +103,12 @@ def score_and_adapt(
     if scores:
         ledger.note(scorer.windows[: chunks[len(scores) - 1].high])
     left = range(len(scores), len(chunks))
-    numbers: Iterable[int] = left
-    if scorer.world.is_main:
-        numbers = console.progress(
-            left, what, total=len(left), unit="chunk", note=lambda: f"bpb {scores[-1].bpb:.4f} so far"
-        )
-    for number in numbers:
+
+    def so_far() -> str:
+        return f"bpb {scores[-1].bpb:.4f} so far"
+
+    shown = console.progress(left, what, total=len(left), unit="chunk", note=so_far)
+    for number in shown if scorer.world.is_main else left:
         chunk, last = chunks[number], number == len(chunks) - 1
         if chunk.new_documents:
             adapter.begin(chunk.new_documents)

@@ -1,7 +1,5 @@
 """Saved states: an interrupted evaluation resumes after its last saved chunk, with the same result."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import time
@@ -26,6 +24,43 @@ def identity(model: nn.Module, stream: Stream, settings: object) -> str:
     return digest.hexdigest()
 
 
+class SavedState:
+    """One pass's state in a file that is written atomically: scores so far, losses, the adapter's state."""
+
+    def __init__(self, path: Path, resume: "Resume"):
+        self.path, self.resume = path, resume
+        self.spent = 0.0  # seconds that earlier processes spent on the chunks saved here
+        self._begin = self._last = time.monotonic()
+
+    def load(self, scorer: Scorer, adapter: Adapter) -> list[Score]:
+        """Restore losses and adapter from the file and return its running scores, or none."""
+        if not self.path.is_file():
+            return []
+        tensors, metadata = load_tensors(self.path)
+        if metadata.get("identity") != self.resume.identity:
+            console.logger.info("%s belongs to other weights, data or settings: starting over", self.path)
+            return []
+        losses = tensors.pop("losses")
+        scorer.losses[: len(losses)] = losses.to(scorer.losses.device)
+        adapter.load_state(tensors)
+        self.spent = metadata["seconds"]
+        console.logger.info("%s: resuming after %d chunks", self.path, len(metadata["scores"]))
+        return [Score(*score) for score in metadata["scores"]]
+
+    def save(self, scorer: Scorer, adapter: Adapter, scores: list[Score], *, last: bool) -> None:
+        """Write a state if enough time has passed or the chunk was the last."""
+        if not self.resume.writes or (not last and time.monotonic() - self._last < self.resume.seconds):
+            return
+        losses = scorer.losses[: scores[-1].tokens]
+        metadata = {
+            "identity": self.resume.identity,
+            "scores": [(score.nats, score.tokens, score.text_bytes) for score in scores],
+            "seconds": self.spent + time.monotonic() - self._begin,
+        }
+        save_tensors(self.path, {**adapter.state(), "losses": losses}, metadata)
+        self._last = time.monotonic()
+
+
 @dataclass(frozen=True)
 class Resume:
     """Saved states of one evaluation, in the folder of its `result`: one for each of its passes."""
@@ -45,42 +80,3 @@ class Resume:
         """Remove all states, once the result is written."""
         for path in self.result.parent.glob(f"{self.result.stem}.*.state"):
             path.unlink(missing_ok=True)
-
-
-class SavedState:
-    """One pass's state in a file that is written atomically: scores so far, losses, the adapter's state."""
-
-    def __init__(self, path: Path, resume: Resume):
-        self.path, self.identity, self.seconds = path, resume.identity, resume.seconds
-        self.writes = resume.writes
-        self.spent = 0.0
-        """Seconds that earlier processes spent on the chunks saved here."""
-        self._begin = self._last = time.monotonic()
-
-    def load(self, scorer: Scorer, adapter: Adapter) -> list[Score]:
-        """Restore losses and adapter from the file and return its running scores, or none."""
-        if not self.path.is_file():
-            return []
-        tensors, metadata = load_tensors(self.path)
-        if metadata.get("identity") != self.identity:
-            console.logger.info("%s belongs to other weights, data or settings: starting over", self.path)
-            return []
-        losses = tensors.pop("losses")
-        scorer.losses[: len(losses)] = losses.to(scorer.losses.device)
-        adapter.load_state(tensors)
-        self.spent = metadata["seconds"]
-        console.logger.info("%s: resuming after %d chunks", self.path, len(metadata["scores"]))
-        return [Score(*score) for score in metadata["scores"]]
-
-    def save(self, scorer: Scorer, adapter: Adapter, scores: list[Score], *, last: bool) -> None:
-        """Write a state if enough time has passed or the chunk was the last."""
-        if not self.writes or (not last and time.monotonic() - self._last < self.seconds):
-            return
-        losses = scorer.losses[: scores[-1].tokens]
-        metadata = {
-            "identity": self.identity,
-            "scores": [(score.nats, score.tokens, score.text_bytes) for score in scores],
-            "seconds": self.spent + time.monotonic() - self._begin,
-        }
-        save_tensors(self.path, {**adapter.state(), "losses": losses}, metadata)
-        self._last = time.monotonic()

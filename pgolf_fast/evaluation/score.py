@@ -5,8 +5,6 @@ that row. So a score does not depend on how windows are batched, divided among r
 loss itself does not.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +33,7 @@ class Score:
     tokens: int = 0
     text_bytes: int = 0
 
-    def __add__(self, other: Score) -> Score:
+    def __add__(self, other: "Score") -> "Score":
         return Score(self.nats + other.nats, self.tokens + other.tokens, self.text_bytes + other.text_bytes)
 
     @property
@@ -50,9 +48,8 @@ class Score:
 
     def to_dict(self) -> dict[str, float | None]:
         """Return plain values for JSON; None for a ratio with denominator 0."""
-        bpb = self.bpb if self.text_bytes else None
-        loss = self.loss if self.tokens else None
-        return {"bpb": bpb, "loss": loss, "tokens": self.tokens, "bytes": self.text_bytes}
+        ratios = {"bpb": self.bpb if self.text_bytes else None, "loss": self.loss if self.tokens else None}
+        return {**ratios, "tokens": self.tokens, "bytes": self.text_bytes}
 
 
 class Stream:
@@ -88,15 +85,12 @@ def batch_size(
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
         free -= torch.cuda.memory_allocated(device)
-        tokens = min(GPU_TOKENS, free // 2 // (_activations_per_token(config) * dtype.itemsize))
+        # upper bound on the activations of a position: skips; x, x0, norms, q, context, ... some in float32
+        streams = (config.num_layers // 2 + 12) * config.model_dim
+        values = streams + 8 * config.kv_dim + 2 * config.mlp_up_rows + config.mlp_hidden
+        tokens = min(GPU_TOKENS, free // 2 // (values * dtype.itemsize))
         tokens = int(world.same(tokens))
     return lambda length: 2 ** max(0, (tokens // length).bit_length() - 1)
-
-
-def _activations_per_token(config: ModelConfig) -> int:
-    """Return an upper bound on the activations per position at the widest point of a forward."""
-    streams = config.num_layers // 2 + 12  # skips; x, x0, the norms, q, the context, ... some in float32
-    return streams * config.model_dim + 8 * config.kv_dim + 2 * config.mlp_up_rows + config.mlp_hidden
 
 
 class Scorer:

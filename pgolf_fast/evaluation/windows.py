@@ -3,11 +3,10 @@
 A stream of N + 1 tokens has N targets; target t (0-based) is token t + 1, predicted at input position t.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,7 +28,7 @@ class Windows:
     def __len__(self) -> int:
         return len(self.start)
 
-    def __getitem__(self, index: slice | np.ndarray) -> Windows:
+    def __getitem__(self, index: slice | np.ndarray) -> "Windows":
         row = None if self.row is None else self.row[index]
         return Windows(self.start[index], self.end[index], self.first[index], row)
 
@@ -43,8 +42,7 @@ class Windows:
         return np.repeat(self.first - self.places()[:-1], counts) + np.arange(counts.sum())
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """Windows low .. high-1 of one shape: `length` inputs, of which the last `scored` are scored.
 
     Batches of a run of such windows have `full` of them; only the last one may have fewer.
@@ -68,22 +66,22 @@ def batches(windows: Windows, low: int, high: int, size: BatchSize) -> list[Batc
     """
     if low == high:
         return []
-    length = (windows.end - windows.start)[low:high]
-    scored = (windows.end - windows.first)[low:high]
-    changes = low + 1 + np.flatnonzero((np.diff(length) != 0) | (np.diff(scored) != 0))
+    part = windows[low:high]
+    shapes = np.stack((part.end - part.start, part.end - part.first), axis=1)
+    changes = low + 1 + np.flatnonzero(np.diff(shapes, axis=0).any(axis=1))
     result = []
     for begin, end in pairwise([low, *changes.tolist(), high]):
-        shape = int(length[begin - low]), int(scored[begin - low])
-        full = min(size(shape[0]), end - begin)
-        result += [Batch(first, min(first + full, end), *shape, full) for first in range(begin, end, full)]
+        length, scored = shapes[begin - low].tolist()
+        full = min(size(length), end - begin)
+        result += [
+            Batch(first, min(first + full, end), length, scored, full) for first in range(begin, end, full)
+        ]
     return result
 
 
 def plain_windows(num_targets: int, seq_len: int) -> Windows:
     """Return non-overlapping windows; the last may be shorter. Each target is scored once."""
-    _check(num_targets, seq_len)
-    start = np.arange(0, num_targets, seq_len)
-    return Windows(start, np.minimum(start + seq_len, num_targets), start)
+    return sliding_windows(num_targets, seq_len, seq_len)
 
 
 def sliding_windows(num_targets: int, seq_len: int, stride: int, *, repeat_tail: bool = False) -> Windows:
@@ -93,7 +91,8 @@ def sliding_windows(num_targets: int, seq_len: int, stride: int, *, repeat_tail:
     windows start up to the end of the stream and each scores its last `stride` targets, as in PR 1501: the
     last targets are then counted several times.
     """
-    _check(num_targets, seq_len)
+    if num_targets < 1 or seq_len < 1:
+        raise PgolfError(f"nothing to score: {num_targets} targets in windows of {seq_len} tokens")
     if not 0 < stride <= seq_len:
         raise PgolfError(f"stride {stride} must be between 1 and the window length {seq_len}")
     start = np.arange(0, num_targets, stride)
@@ -105,8 +104,3 @@ def sliding_windows(num_targets: int, seq_len: int, stride: int, *, repeat_tail:
     count = int(np.searchsorted(end, num_targets)) + 1
     start, end = start[:count], end[:count]
     return Windows(start, end, np.concatenate(([0], end[:-1])))
-
-
-def _check(num_targets: int, seq_len: int) -> None:
-    if num_targets < 1 or seq_len < 1:
-        raise PgolfError(f"nothing to score: {num_targets} targets in windows of {seq_len} tokens")

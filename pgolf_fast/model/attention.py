@@ -4,14 +4,14 @@
 projections) and the benchmark's formulas (plain weights) project in their own way and share this core.
 """
 
-from __future__ import annotations
-
+import functools
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pgolf_fast.config.schema import ModelConfig
 from pgolf_fast.ops import reference
 
 # q (B, W, H, hd), k and v (B, T, KV, hd), normalized and rotated -> (B, W, H, hd)
@@ -61,3 +61,43 @@ def attend(
     queries = reference.rotate(q.to(wide), cos[first:], sin[first:]) * gain.to(wide)[:, None]
     y = inner(queries, reference.rotate(k.to(wide), cos, sin), v).to(q.dtype)
     return (reference.exclusive(y, v[:, first:]) if xsa else y).flatten(2)
+
+
+def rope_base(config: ModelConfig, context: int) -> float:
+    """Return the base for `context` tokens: base * (context / trained)^(r / (r - 2)) beyond `trained`."""
+    dims = config.rotary_dims
+    if context <= config.rope_train_seq_len or dims <= 2:
+        return config.rope_base
+    return config.rope_base * (context / config.rope_train_seq_len) ** (dims / (dims - 2))
+
+
+def _tables(config: ModelConfig, length: int, context: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    dims = config.rotary_dims
+    with torch.inference_mode(False), torch.no_grad():
+        exponents = torch.arange(0, dims, 2, dtype=torch.float32, device=device) / dims
+        frequencies = rope_base(config, context) ** -exponents
+        positions = torch.arange(length, dtype=torch.float32, device=device)
+        if config.rope_bf16_tables and context <= config.rope_train_seq_len:
+            frequencies, positions = frequencies.bfloat16(), positions.bfloat16()
+        angles = torch.outer(positions, frequencies)
+        cos, sin = angles.cos(), angles.sin()
+        if config.rope_bf16_tables:
+            cos, sin = cos.bfloat16(), sin.bfloat16()
+        return cos.float(), sin.float()
+
+
+# never evicted: captured CUDA graphs keep reading them
+_cached_tables = functools.cache(_tables)
+
+
+def rope_tables(
+    config: ModelConfig, length: int, device: torch.device, context: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return cos and sin, each (length, r/2) float32, for positions 0 .. length-1.
+
+    `context` (default: length) sets the base only, so that a text written token by token can use the base of
+    its final length.
+    """
+    if torch.compiler.is_compiling():  # the graph keeps the tables; a cached function would only warn
+        return _tables(config, length, context or length, device)
+    return _cached_tables(config, length, context or length, device)

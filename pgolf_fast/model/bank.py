@@ -4,8 +4,6 @@ With n layers, `qo` is (2n, D, D), queries then output projections; `kv` is (2n,
 `up` is (n, M, D) and `down` (n, D, M). Every slot belongs to one layer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -46,8 +44,7 @@ def make_banks(weights: list[Tensor], grads: list[Tensor] | None = None) -> Bank
     """
     if grads is None:
         return Banks(*weights)
-    leaves = [w.detach().requires_grad_() for w in weights]
-    return Banks(*leaves, *grads)
+    return Banks(*(w.detach().requires_grad_() for w in weights), *grads)
 
 
 # Maps master banks to what forward reads: one function for all, one for each, or None for the masters

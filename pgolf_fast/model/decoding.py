@@ -1,16 +1,13 @@
 """Token-by-token decoding with cached keys and values."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.model.attention import attend
-from pgolf_fast.model.cuda_graph import CapturedStep
+from pgolf_fast.model.attention import attend, rope_tables
+from pgolf_fast.model.compiled import CapturedStep
 from pgolf_fast.model.gpt import GPT
-from pgolf_fast.model.rope import rope_tables
 
 NGRAM_REACH = 3  # tokens of the longest hash n-gram
 WINDOW = NGRAM_REACH + 1  # tokens that the newest input depends on: SmearGate looks one position back
@@ -70,19 +67,17 @@ class Decoder:
         self._position.fill_(self.length)
         self.length += 1
         if not self.static or self.length < WINDOW:
-            return self._growing_step()
+            window = self._tokens[:, max(0, self.length - WINDOW) : self.length]
+            keys, values = (t[..., : self.length, :] for t in (self._keys, self._values))
+            return self._logits(window, keys, values)
         if not self._keys.is_cuda:
             return self._static_step()
         # the warm-up runs of the capture write this position again with the same values
         self._graph = self._graph or CapturedStep(self._static_step)
         return self._graph().clone()
 
-    def _growing_step(self) -> Tensor:
-        window = self._tokens[:, max(0, self.length - WINDOW) : self.length]
-        return self._logits(window, self._keys[:, :, :, : self.length], self._values[:, :, :, : self.length])
-
     def _static_step(self) -> Tensor:
-        """Compute what `_growing_step` does, with no shape or address that depends on the position."""
+        """Compute a step with no shape or address that depends on the position."""
         window = self._tokens.index_select(1, self._position - WINDOW + 1 + self._positions[:WINDOW])
         written = (self._positions <= self._position)[None, None, None]
         return self._logits(window, self._keys, self._values, written)

@@ -1,7 +1,5 @@
 """The network of PR 1501: a U-Net transformer over weight banks, with the community's state-dict names."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from functools import partial
@@ -14,9 +12,8 @@ from torch import Tensor, nn
 from pgolf_fast import ops
 from pgolf_fast.config.schema import ModelConfig
 from pgolf_fast.errors import PgolfError
+from pgolf_fast.model.attention import rope_tables
 from pgolf_fast.model.bank import BANK_NAMES, Banks, Shadow, Transform, make_banks, transformed
-from pgolf_fast.model.embeddings import NgramHash, SmearGate, ValueEmbedding
-from pgolf_fast.model.rope import rope_tables
 
 # (layer, normalized input, value embedding or None) -> attention output, all (B, T, ...)
 AttentionFunction = Callable[[int, Tensor, Tensor | None], Tensor]
@@ -81,16 +78,10 @@ class GPT(nn.Module):
         self.skip_weights = nn.Parameter(torch.ones(config.num_skips, d))
         self.bigram: NgramHash | None = None
         if config.bigram_vocab_size:
-            self.bigram = NgramHash(
-                config.bigram_vocab_size,
-                config.bigram_dim,
-                d,
-                pos_conditional=config.pos_conditional,
-                trigram=config.trigram,
-            )
+            self.bigram = NgramHash(config)
         self.ve_shared: ValueEmbedding | None = None
         if config.ve_enabled:
-            self.ve_shared = ValueEmbedding(config.vocab_size, config.ve_dim, config.kv_dim)
+            self.ve_shared = ValueEmbedding(config)
             self.ve_layer_scales = nn.ParameterList(nn.Parameter(torch.ones(1)) for _ in config.ve_layers)
         if has_leading_space is None:
             has_leading_space = torch.zeros(config.vocab_size, dtype=torch.bool)
@@ -167,23 +158,16 @@ class GPT(nn.Module):
         self._shadow.written(list(self.bank_parameters()), self.compute_dtype)
 
     def embed(self, tokens: Tensor, projection: Tensor | None = None) -> Tensor:
-        """Return normalized token plus hash n-gram embeddings, (B, T) -> (B, T, D), before SmearGate.
-
-        `projection` replaces that of the n-gram embedding.
-        """
+        """Return normalized token plus n-gram embeddings, (B, T, D); `projection` replaces the n-grams'."""
         x = F.embedding(tokens, self.tok_emb.weight).to(self.compute_dtype)
         if self.bigram is not None:
             weight = self.bigram.proj.weight if projection is None else projection
-            x = x + self.bigram(
-                tokens, self.has_leading_space, self.word_start_boost, weight.to(self.compute_dtype)
-            )
+            weight = weight.to(self.compute_dtype)
+            x = x + self.bigram(tokens, self.has_leading_space, self.word_start_boost, weight)
         return ops.rms_norm(x)
 
     def value_embeddings(self, tokens: Tensor, projection: Tensor | None = None) -> dict[int, Tensor]:
-        """Return the value embedding of each layer that has one, (B, T, KV*hd).
-
-        `projection` replaces the model's own.
-        """
+        """Return the value embedding of each layer that has one, (B, T, KV*hd), by `projection` if given."""
         if self.ve_shared is None:
             return {}
         weight = self.ve_shared.proj.weight if projection is None else projection
@@ -203,9 +187,9 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Run all blocks and the final norm, (B, T, D) -> (B, T, D).
 
-        The first half of the blocks encode: their outputs are added back in reverse order by the second half.
-        With `last`, only that many positions leave the last block, whose `attention` must return only these.
-        `mlp` replaces the blocks' own MLP.
+        The second half of the blocks adds the outputs of the first half in reverse order. With `last`, only
+        that many positions leave the last block, whose `attention` must return only these. `mlp` replaces
+        the blocks' own MLP.
         """
         mlp = mlp or partial(self._mlp, banks)
         x0, n = x, self.config.num_layers
@@ -231,15 +215,8 @@ class GPT(nn.Module):
         return ops.rms_norm(x)
 
     def _mlp(self, banks: Banks, layer: int, x: Tensor) -> Tensor:
-        return ops.mlp(
-            x,
-            banks.up,
-            banks.down,
-            layer,
-            self.config.mlp_activation,
-            grad_up=banks.grad_up,
-            grad_down=banks.grad_down,
-        )
+        kind, grad_up, grad_down = self.config.mlp_activation, banks.grad_up, banks.grad_down
+        return ops.mlp(x, banks.up, banks.down, layer, kind, grad_up=grad_up, grad_down=grad_down)
 
     def block(self, layer: int) -> Block:
         block = self.blocks[layer]
@@ -326,3 +303,58 @@ class GPT(nn.Module):
         raw = F.linear(hidden, self.tok_emb.weight.to(self.compute_dtype))
         raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
         return self.config.logit_softcap * torch.tanh(raw / self.config.logit_softcap)
+
+
+class NgramHash(nn.Module):
+    """Hash n-gram embedding: table rows by bigram (and trigram), projected to the model width."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.embed = nn.Embedding(config.bigram_vocab_size, config.bigram_dim)
+        self.proj = nn.Linear(config.bigram_dim, config.model_dim, bias=False)
+        self.scale = nn.Parameter(torch.tensor(0.05))
+        self.pos_conditional, self.trigram = config.pos_conditional, config.trigram
+
+    def forward(self, tokens: Tensor, has_leading_space: Tensor, boost: Tensor, projection: Tensor) -> Tensor:
+        """Embed tokens (B, T) as (B, T, D) in the projection's dtype.
+
+        Scale and word-start gate act on the table rows: the projection is linear, so this equals scaling its
+        result, and rows are narrower.
+        """
+        rows = ops.ngram_hash_embed(
+            tokens,
+            self.embed.weight,
+            has_leading_space,
+            self.scale,
+            boost,
+            pos_conditional=self.pos_conditional,
+            trigram=self.trigram,
+            out_dtype=projection.dtype,
+        )
+        return F.linear(rows, projection)
+
+
+class SmearGate(nn.Module):
+    """Mix of each position with the one before it, by a learned gate per channel."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.smear_gate(x, self.gate)
+
+
+class ValueEmbedding(nn.Module):
+    """A token table projected to the width of the attention values."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.embed = nn.Embedding(config.vocab_size, config.ve_dim)
+        self.proj = nn.Linear(config.ve_dim, config.kv_dim, bias=False)
+        self.scale = nn.Parameter(torch.tensor(0.1))
+
+    def forward(self, tokens: Tensor, projection: Tensor) -> Tensor:
+        """Embed tokens (B, T) as (B, T, KV*hd) in the projection's dtype."""
+        rows = F.embedding(tokens, self.embed.weight).to(projection.dtype)
+        return F.linear(rows, projection) * self.scale.to(projection.dtype)

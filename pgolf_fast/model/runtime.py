@@ -1,8 +1,8 @@
 """Kernels and dtype for this machine, and the environment to report with a number."""
 
-from __future__ import annotations
-
 import platform
+from contextlib import suppress
+from importlib import metadata
 
 import torch
 
@@ -39,25 +39,21 @@ def resolve_dtype(name: Dtype, device: torch.device) -> torch.dtype:
 
 def environment() -> dict[str, object]:
     """Return the machine and the versions behind a number."""
-    from importlib import metadata
-
     from pgolf_fast import __version__
     from pgolf_fast.ops.lzma import backend
 
-    versions: dict[str, str | None] = {}
-    for package in ("torch", "triton", "numpy", "sentencepiece", "safetensors"):
-        try:
+    packages = ("torch", "triton", "numpy", "sentencepiece", "safetensors")
+    versions: dict[str, str | None] = dict.fromkeys(packages)
+    for package in packages:
+        with suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "pgolf_fast": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": _processor(),
         "cpu_threads": torch.get_num_threads(),
-        "gpu": gpu,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cuda": torch.version.cuda,
         "lzma": backend(),
         **versions,

@@ -19,9 +19,9 @@ from pgolf_fast import ops
 from pgolf_fast.config.schema import QuantConfig
 from pgolf_fast.console import progress
 from pgolf_fast.errors import PgolfError
+from pgolf_fast.model.attention import rope_tables
 from pgolf_fast.model.decoding import Decoder, sample
 from pgolf_fast.model.gpt import GPT
-from pgolf_fast.model.rope import rope_tables
 from pgolf_fast.model.weights import Tensors
 from pgolf_fast.ops import reference
 from pgolf_fast.quant.gptq import inverse_factor

@@ -13,8 +13,7 @@ from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.data.loader import Loader
 from pgolf_fast.distributed import World
 from pgolf_fast.model.bank import Banks
-from pgolf_fast.model.compiled import compiled
-from pgolf_fast.model.cuda_graph import CapturedStep
+from pgolf_fast.model.compiled import CapturedStep, compiled
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.model.weights import load_weights
 from pgolf_fast.optim.average import WeightAverage

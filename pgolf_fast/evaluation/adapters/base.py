@@ -1,7 +1,5 @@
 """The interface between the protocol, which hands over scored tokens, and the adapter that learns."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +9,8 @@ import torch
 from torch import Tensor
 
 from pgolf_fast.config.schema import TTTConfig
+from pgolf_fast.model.bank import Transform
+from pgolf_fast.model.compiled import compiled
 from pgolf_fast.model.gpt import GPT
 
 ADAM_EPS = 1e-8
@@ -40,10 +40,8 @@ class Adapter(ABC):
     the same weights.
     """
 
-    trainable: int = 0
-    """Count of the numbers that adapt."""
-    updates: int = 0
-    """Gradient steps so far."""
+    trainable: int = 0  # count of the numbers that adapt
+    updates: int = 0  # gradient steps so far
 
     def begin(self, documents: int) -> None:  # noqa: B027 - most adapters do not know documents
         """Start `documents` new documents and forget what was learned from each of the last ones."""
@@ -69,21 +67,36 @@ class Adapter(ABC):
         """Restore a `state`."""
 
 
+class Learner(Adapter):
+    """An adapter whose state is named lists of tensors and the count of updates."""
+
+    @abstractmethod
+    def _lists(self) -> dict[str, Tensors]: ...
+
+    def state(self) -> dict[str, Tensor]:
+        lists = self._lists().items()
+        tensors = {f"{kind}.{i}": t.detach() for kind, own in lists for i, t in enumerate(own)}
+        return {**tensors, "updates": torch.tensor(self.updates)}
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        for kind, tensors in self._lists().items():
+            for i, tensor in enumerate(tensors):
+                tensor.copy_(state[f"{kind}.{i}"])
+        self.updates = int(state["updates"])
+
+
 @contextmanager
 def borrowed(model: GPT) -> Iterator[None]:
     """Restore the weights, gradients and flags of `model` on exit, also after an error."""
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    flags = {name: p.requires_grad for name, p in model.named_parameters()}
-    grads = {name: p.grad for name, p in model.named_parameters()}
+    before = [(p, p.detach().clone(), p.requires_grad, p.grad) for p in model.parameters()]
     try:
         yield
     finally:
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(before[name])
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(flags[name])
-            parameter.grad = grads[name]
+        for parameter, value, flag, grad in before:
+            parameter.detach().copy_(value)
+            parameter.requires_grad_(flag)
+            parameter.grad = grad
 
 
 def freeze(model: GPT) -> None:
@@ -91,19 +104,6 @@ def freeze(model: GPT) -> None:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         parameter.grad = None
-
-
-def named(lists: dict[str, Tensors]) -> dict[str, Tensor]:
-    """Return the tensors of named lists by name and position, for `Adapter.state`."""
-    return {f"{kind}.{i}": t.detach() for kind, tensors in lists.items() for i, t in enumerate(tensors)}
-
-
-@torch.no_grad()
-def restore_(lists: dict[str, Tensors], state: dict[str, Tensor]) -> None:
-    """Copy what `named` returned back into the lists."""
-    for kind, tensors in lists.items():
-        for i, tensor in enumerate(tensors):
-            tensor.copy_(state[f"{kind}.{i}"])
 
 
 def adamw_(
@@ -130,3 +130,29 @@ def adamw_(
         maximize=False,
         grad_scale=divisor,
     )
+
+
+class Frozen(Adapter):
+    """The model with its current weights."""
+
+    def __init__(self, model: GPT, transform: Transform = None, *, compile: bool = False):
+        """Read the banks through `transform`; `compile` is for batches of several windows."""
+        with torch.no_grad():
+            self._banks = model.banks(transform)
+        self._eager = model.token_losses
+        # batches of several windows have one shape; single windows, at the end of the stream, have many
+        self._batched = compiled(model.token_losses) if compile else model.token_losses
+
+    @torch.no_grad()
+    def score(self, tokens: Tensor, targets: Tensor, context: int, rows: Tensor | None = None) -> Tensor:
+        losses = self._batched if len(tokens) > 1 else self._eager
+        return losses(tokens, targets, self._banks, context=context)
+
+    def adapt(self, scored: Scored) -> None:
+        pass
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        pass

@@ -1,7 +1,5 @@
 """Adapters that train the model's own parameters: SGD and AdamW."""
 
-from __future__ import annotations
-
 import math
 from abc import abstractmethod
 from dataclasses import replace
@@ -12,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from pgolf_fast.config.schema import TTTConfig
-from pgolf_fast.evaluation.adapters.base import Adapter, Scored, Tensors, adamw_, freeze, named, restore_
+from pgolf_fast.evaluation.adapters.base import Learner, Scored, Tensors, adamw_, freeze
 from pgolf_fast.model.bank import BANK_NAMES, Banks, Transform, make_banks, transformed
-from pgolf_fast.model.compiled import compiled
-from pgolf_fast.model.cuda_graph import CapturedStep
+from pgolf_fast.model.compiled import CapturedStep, compiled
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.quant.grid import fake_int6
 
@@ -50,7 +47,7 @@ def chunk_lr(config: TTTConfig, chunk: int, chunks: int) -> float:
     return 0.5 * config.lr * (1 + math.cos(math.pi * chunk / max(chunks - 1, 1)))
 
 
-class Descent(Adapter):
+class Descent(Learner):
     """Clipped gradient steps on the parameters of a `borrowed` model (PR 1501).
 
     Each chunk is passed over `epochs` times in batches of sequences, in order, without a shorter last one.
@@ -138,12 +135,9 @@ class Descent(Adapter):
         """Return the banks to train on; "projections" also rounds those of the embeddings, as PR 1501 ran."""
         if self.config.quantize_forward != "projections":
             return self._banks
-        ngram, value = self.model.bigram, self.model.ve_shared
-        return replace(
-            self._banks,
-            ngram_projection=None if ngram is None else fake_int6(ngram.proj.weight),
-            value_projection=None if value is None else fake_int6(value.proj.weight),
-        )
+        modules = self.model.bigram, self.model.ve_shared
+        ngram, value = (None if module is None else fake_int6(module.proj.weight) for module in modules)
+        return replace(self._banks, ngram_projection=ngram, value_projection=value)
 
     @torch.no_grad()
     def _step(self) -> None:
@@ -162,7 +156,6 @@ class Descent(Adapter):
 
     @torch.no_grad()
     def _refresh(self) -> None:
-        """Write the copies of the banks that forward reads."""
         masters = list(self.model.bank_parameters())
         for weight, fresh in zip(self._weights, transformed(masters, self._grid), strict=True):
             if weight.data_ptr() != fresh.data_ptr():
@@ -171,12 +164,8 @@ class Descent(Adapter):
     def _lists(self) -> dict[str, Tensors]:
         return {**self._moments, "parameter": self._parameters}
 
-    def state(self) -> dict[str, Tensor]:
-        return {**named(self._lists()), "updates": torch.tensor(self.updates)}
-
     def load_state(self, state: dict[str, Tensor]) -> None:
-        restore_(self._lists(), state)
-        self.updates = int(state["updates"])
+        super().load_state(state)
         self._step_number.fill_(self.updates)
         self._refresh()
 

@@ -7,8 +7,6 @@ and `pgolf audit` fails it. It bypasses the ledger of `evaluation.protocol`, thr
 learns.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,7 +16,7 @@ from torch import Tensor
 
 from pgolf_fast import ops
 from pgolf_fast.config.ttt import GuidedConfig, TTTConfig
-from pgolf_fast.evaluation.adapters.base import Adapter, Scored, freeze, named, restore_
+from pgolf_fast.evaluation.adapters.base import Adapter, Learner, Scored, Tensors, freeze
 from pgolf_fast.evaluation.protocol import Chunk, score_and_adapt
 from pgolf_fast.evaluation.resume import SavedState
 from pgolf_fast.evaluation.score import Score, Scorer
@@ -31,7 +29,7 @@ from pgolf_fast.quant.grid import fake_int6
 _SEED = 1337
 
 
-class ErrorGuided(Adapter):
+class ErrorGuided(Learner):
     """Low-rank changes (Hu et al. 2021) of the last blocks' MLP matrices, trained by Adam.
 
     The change of a matrix (out, in) is B A with A (rank, in), normal with variance 1 / in, and B (out, rank),
@@ -71,7 +69,6 @@ class ErrorGuided(Adapter):
         self.updates += 1
 
     def _mlp(self, layer: int, x: Tensor) -> Tensor:
-        """Compute the MLP of a block, changed if the block is one of the last."""
         banks, kind = self._banks, self.model.config.mlp_activation
         if layer < self._first:
             return ops.mlp(x, banks.up, banks.down, layer, kind)
@@ -79,12 +76,8 @@ class ErrorGuided(Adapter):
         hidden = reference.activation(F.linear(x, banks.up[layer]) + x @ a_up.T @ b_up.T, kind)
         return F.linear(hidden, banks.down[layer]) + hidden @ a_down.T @ b_down.T
 
-    def state(self) -> dict[str, Tensor]:
-        return {**named({"factor": self._factors}), "updates": torch.tensor(self.updates)}
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        restore_({"factor": self._factors}, state)
-        self.updates = int(state["updates"])
+    def _lists(self) -> dict[str, Tensors]:
+        return {"factor": self._factors}
 
 
 def learn_and_score(

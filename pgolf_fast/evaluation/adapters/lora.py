@@ -5,8 +5,6 @@ a matrix W (out, in) it is B A with A (rank, in) and B (out, rank). B starts at 
 from the unchanged model. Documents are the first dimension of A and B; none depends on another.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 
@@ -15,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pgolf_fast.config.schema import ModelConfig, TTTConfig
-from pgolf_fast.evaluation.adapters.base import Adapter, Scored, Tensors, adamw_, freeze, named, restore_
-from pgolf_fast.model.attention import attend
+from pgolf_fast.evaluation.adapters.base import Adapter, Learner, Scored, Tensors, adamw_, freeze
+from pgolf_fast.evaluation.adapters.descent import AdamW
+from pgolf_fast.model.attention import attend, rope_tables
 from pgolf_fast.model.bank import Banks, Transform
 from pgolf_fast.model.gpt import GPT
-from pgolf_fast.model.rope import rope_tables
 from pgolf_fast.ops import reference
 from pgolf_fast.quant.grid import fake_int6
 
@@ -91,7 +89,7 @@ def changed_losses(
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
 
 
-class Lora(Adapter):
+class Lora(Learner):
     """Low-rank changes of each document, trained by AdamW; the model itself stays as it is.
 
     A document learns from each of its segments after it is scored. Inputs reach back up to `seq_len` tokens,
@@ -161,15 +159,46 @@ class Lora(Adapter):
             adamw_((own[0], clipped, *own[1:]), self._steps, self.config, self.config.lora.lr, None)
 
     def _lists(self) -> dict[str, Tensors]:
-        return {"factor": self._tensors, "mean": self._means, "square": self._squares}
-
-    def state(self) -> dict[str, Tensor]:
-        rest = {"text": self._text, "steps": self._steps, "updates": torch.tensor(self.updates)}
-        return {**named(self._lists()), **rest}
+        moments = {"mean": self._means, "square": self._squares}
+        return {"factor": self._tensors, **moments, "text": [self._text], "steps": [self._steps]}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         self.begin(len(state["factor.0"]))
-        restore_(self._lists(), state)
-        self._text = state["text"].to(self._text.device, copy=True)
-        self._steps.copy_(state["steps"])
-        self.updates = int(state["updates"])
+        self._text = torch.empty_like(state["text.0"], device=self._text.device)
+        super().load_state(state)
+
+
+class Phased(Adapter):
+    """`Lora` learns from segments of documents, `AdamW` from chunks of the stream."""
+
+    def __init__(
+        self, model: GPT, config: TTTConfig, seq_len: int, grid: Transform = fake_int6, **options: bool
+    ):
+        """Take the arguments of `Descent`, which the one of the stream is made with."""
+        self._stream = AdamW(model, config, seq_len, grid, **options)
+        self._documents = Lora(model, config, seq_len, banks=self._stream.banks)
+        self._parts: dict[str, Adapter] = {"stream": self._stream, "documents": self._documents}
+        self.trainable = sum(part.trainable for part in self._parts.values())
+
+    def begin(self, documents: int) -> None:
+        self._documents.begin(documents)
+
+    def score(self, tokens: Tensor, targets: Tensor, context: int, rows: Tensor | None = None) -> Tensor:
+        return self._documents.score(tokens, targets, context, rows)
+
+    def adapt(self, scored: Scored) -> None:
+        (self._documents if scored.by_document else self._stream).adapt(scored)
+        self.updates = self._stream.updates + self._documents.updates
+
+    def state(self) -> dict[str, Tensor]:
+        return {
+            f"{kind}.{name}": tensor
+            for kind, part in self._parts.items()
+            for name, tensor in part.state().items()
+        }
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        for kind, part in self._parts.items():
+            own = [name for name in state if name.startswith(f"{kind}.")]
+            part.load_state({name.removeprefix(f"{kind}."): state[name] for name in own})
+        self.updates = self._stream.updates + self._documents.updates

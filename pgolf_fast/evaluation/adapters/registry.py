@@ -1,9 +1,6 @@
-"""The table of adapters: how each is made, what it is given in which order, and which protocol runs it."""
-
-from __future__ import annotations
+"""The table of adapters, the chunks that each learns from, and the protocol that runs it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 from pgolf_fast.config.schema import TTTConfig
@@ -11,8 +8,7 @@ from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.adapters.base import Adapter
 from pgolf_fast.evaluation.adapters.descent import SGD, AdamW
 from pgolf_fast.evaluation.adapters.error_guided import ErrorGuided, learn_and_score
-from pgolf_fast.evaluation.adapters.lora import Lora
-from pgolf_fast.evaluation.adapters.phased import Phased
+from pgolf_fast.evaluation.adapters.lora import Lora, Phased
 from pgolf_fast.evaluation.documents import document_chunks, document_starts
 from pgolf_fast.evaluation.protocol import Chunk, ProtocolFunction, score_and_adapt, target_chunks
 from pgolf_fast.evaluation.score import Stream
@@ -25,34 +21,12 @@ from pgolf_fast.quant.grid import fake_int6
 Plan = tuple[Windows, list[Chunk]]
 
 
-def _by_chunk(windows: Windows, stream: Stream, config: TTTConfig) -> Plan:
-    return windows, target_chunks(windows, stream.num_targets, config.chunk_tokens)
-
-
-def _by_document(windows: Windows, stream: Stream, config: TTTConfig) -> Plan:
-    return document_chunks(windows, document_starts(stream.tokens.cpu().numpy()), config)
-
-
-def _at_once(windows: Windows, stream: Stream, config: TTTConfig) -> Plan:
-    return windows, [Chunk(0, len(windows), (0,), stream.num_targets)]
-
-
-@dataclass(frozen=True)
-class Kind:
-    """One kind of adapter."""
-
-    make: Callable[..., Adapter]
-    """Called as `make_adapter`."""
-    plan: Callable[[Windows, Stream, TTTConfig], Plan]
-    protocol: Callable[[TTTConfig], ProtocolFunction] = lambda config: score_and_adapt
-
-
-KINDS = {
-    "sgd": Kind(SGD, _by_chunk),
-    "adamw": Kind(AdamW, _by_chunk),
-    "lora": Kind(Lora, _by_document),
-    "phased": Kind(Phased, _by_document),
-    "error_guided": Kind(ErrorGuided, _at_once, lambda config: partial(learn_and_score, config.guided)),
+KINDS: dict[str, Callable[..., Adapter]] = {
+    "sgd": SGD,
+    "adamw": AdamW,
+    "lora": Lora,
+    "phased": Phased,
+    "error_guided": ErrorGuided,
 }
 
 
@@ -64,17 +38,21 @@ def make_adapter(
     Low-rank changes ignore the options. Adapters that break the rules are made like any other:
     `need_legal` guards their use.
     """
-    return KINDS[config.adapter].make(model, config, seq_len, grid, **options)
+    return KINDS[config.adapter](model, config, seq_len, grid, **options)
 
 
 def adapting_chunks(windows: Windows, stream: Stream, config: TTTConfig) -> Plan:
     """Return the windows in the order in which the configured adapter has them scored, and its chunks."""
-    return KINDS[config.adapter].plan(windows, stream, config)
+    if config.adapter == "error_guided":
+        return windows, [Chunk(0, len(windows), (0,), stream.num_targets)]
+    if config.by_document:
+        return document_chunks(windows, document_starts(stream.tokens.cpu().numpy()), config)
+    return windows, target_chunks(windows, stream.num_targets, config.chunk_tokens)
 
 
 def protocol_of(config: TTTConfig) -> ProtocolFunction:
     """Return the function that scores with the configured adapter, called as `score_and_adapt`."""
-    return KINDS[config.adapter].protocol(config)
+    return partial(learn_and_score, config.guided) if config.adapter == "error_guided" else score_and_adapt
 
 
 def need_legal(config: TTTConfig, allow_illegal: bool) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pgolf_fast.bench.drawing import Axes, label
 from pgolf_fast.console import Table, number
-from pgolf_fast.evaluation.adapters.frozen import Frozen
+from pgolf_fast.evaluation.adapters.base import Frozen
 from pgolf_fast.evaluation.documents import document_starts
 from pgolf_fast.evaluation.figures import THRESHOLDS, Figures, figures, shares, token_classes
 from pgolf_fast.evaluation.score import LossFunction, Scorer, Stream, batch_size

@@ -15,8 +15,7 @@ from pgolf_fast.config.run_folder import RunFolder, Weights
 from pgolf_fast.config.schema import EvalConfig, PackConfig, RunConfig, TTTConfig
 from pgolf_fast.data.source import open_source
 from pgolf_fast.data.tokenizer import ByteTable, Tokenizer
-from pgolf_fast.evaluation.adapters.base import Adapter, borrowed
-from pgolf_fast.evaluation.adapters.frozen import Frozen
+from pgolf_fast.evaluation.adapters.base import Adapter, Frozen, borrowed
 from pgolf_fast.evaluation.adapters.registry import adapting_chunks, make_adapter, protocol_of
 from pgolf_fast.evaluation.protocol import Chunk, score_and_adapt, window_chunks
 from pgolf_fast.evaluation.score import LossFunction, Stream, batch_size

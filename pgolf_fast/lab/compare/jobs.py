@@ -25,9 +25,9 @@ from pgolf_fast.data.source import Source
 from pgolf_fast.distributed import this_process
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.documents import document_starts
-from pgolf_fast.evaluation.evaluator import Evaluator
 from pgolf_fast.evaluation.run import open_run, score_run
 from pgolf_fast.evaluation.score import Scorer
+from pgolf_fast.evaluation.scores import Evaluator
 from pgolf_fast.io import write_text
 from pgolf_fast.lab.compare.plan import Job
 from pgolf_fast.train.loop import train

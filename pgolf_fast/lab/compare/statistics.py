@@ -13,7 +13,7 @@ import numpy as np
 from pgolf_fast.config.run_folder import SCORES
 from pgolf_fast.console import Table
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.evaluation.scores import mark
+from pgolf_fast.evaluation.scores import labeled
 
 RESAMPLES = 2000
 MARGIN = 0.005  # nats per token: the challenge accepts a record that is better by that at p < 0.01
@@ -150,4 +150,4 @@ def welch_table(ours: Sequence[dict], theirs: Sequence[dict], margin: float) -> 
 
 def _title(score: str, runs: Sequence[dict], label: str = "") -> str:
     illegal = score == "sliding_ttt" and any(run.get("illegal") for run in runs)
-    return mark(f"{SCORES[score]}, {label}" if label else SCORES[score], illegal)
+    return labeled(f"{SCORES[score]}, {label}" if label else SCORES[score], illegal)

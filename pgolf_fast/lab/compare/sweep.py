@@ -17,11 +17,10 @@ from pgolf_fast.distributed import SINGLE, World
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.adapters.registry import need_legal
 from pgolf_fast.evaluation.documents import document_starts
-from pgolf_fast.evaluation.evaluator import Evaluator
 from pgolf_fast.evaluation.resume import identity
 from pgolf_fast.evaluation.run import open_run
 from pgolf_fast.evaluation.score import Stream
-from pgolf_fast.evaluation.scores import mark
+from pgolf_fast.evaluation.scores import Evaluator, labeled
 from pgolf_fast.io import write_text
 from pgolf_fast.lab.compare.statistics import bootstrap_gain
 from pgolf_fast.model.bank import Transform
@@ -167,7 +166,7 @@ def sweep_table(content: Mapping[str, Any]) -> console.Table:
     illegal = content.get("illegal", {})
     rows = [
         (
-            mark(name, name in illegal),
+            labeled(name, name in illegal),
             f"{row['bpb']:.6f}",
             f"{row['gain']:+.6f}",
             f"{row['low']:+.5f} to {row['high']:+.5f}",

@@ -14,7 +14,7 @@ from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.console import Table
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.figures import shares
-from pgolf_fast.evaluation.scores import TTT, mark
+from pgolf_fast.evaluation.scores import TTT, labeled
 from pgolf_fast.io import write_bytes
 from pgolf_fast.lab.analysis.artifact_bytes import ArtifactTable, TensorBytes
 from pgolf_fast.lab.analysis.summary import paint_bars
@@ -155,7 +155,7 @@ def paint_parts(panels: Sequence[Axes], scores: dict) -> None:
     by_context.set(xlabel="tokens of context", title="by context")
     curves = {"sliding": sliding["by_document_tokens"]}
     if ttt is not None:
-        curves[mark(TTT, scores.get("illegal"))] = ttt["by_document_tokens"]
+        curves[labeled(TTT, scores.get("illegal"))] = ttt["by_document_tokens"]
     _bits(by_document, curves)
     by_document.set(xlabel="tokens of the document", title="by document length")
     for axes in panels:
@@ -179,7 +179,7 @@ def _bits(axes: Axes, curves: dict[str, dict]) -> None:
 def paint_course(axes: Axes, scores: dict) -> None:
     """Draw the running bits per byte by chunk of test-time training, and the sliding score without it."""
     course = scores["ttt_bpb_by_chunk"]
-    name = f"{mark(TTT, scores.get('illegal'))}, so far"
+    name = f"{labeled(TTT, scores.get('illegal'))}, so far"
     axes.plot(range(1, len(course) + 1), course, "o-" if len(course) == 1 else "-", label=name)
     axes.axhline(scores["sliding"]["bpb"], color="0.5", linestyle=":", label="sliding, whole stream")
     axes.set(xlabel="chunk", ylabel="bits per byte", title="test-time training")

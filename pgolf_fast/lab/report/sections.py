@@ -17,7 +17,7 @@ from pgolf_fast.config.run_folder import SCORES, RunFolder
 from pgolf_fast.console import Table, number
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.figures import tables
-from pgolf_fast.evaluation.scores import conditions, mark, score_table
+from pgolf_fast.evaluation.scores import conditions, labeled, score_table
 from pgolf_fast.io import load_metadata, write_text
 from pgolf_fast.lab.analysis.artifact_bytes import ArtifactTable, artifact_table
 from pgolf_fast.lab.audit.check import findings_table
@@ -290,7 +290,7 @@ def _gains(tree: Tree) -> Table:
     steps = {"sliding windows": ("non_overlapping", "sliding"), "TTT": ("sliding", "sliding_ttt")}
     rows = [
         (
-            mark(what, what == "TTT" and tree.get("illegal")),
+            labeled(what, what == "TTT" and tree.get("illegal")),
             *(f"{tree[new][unit] - tree[old][unit]:+.6f}" for unit in ("bpb", "loss")),
         )
         for what, (old, new) in steps.items()
@@ -301,7 +301,7 @@ def _gains(tree: Tree) -> Table:
 
 def _score_name(tree: Tree, key: str) -> str:
     """Name a score, with a label if it breaks the rules."""
-    return mark(SCORES[key], key == "sliding_ttt" and tree.get("illegal"))
+    return labeled(SCORES[key], key == "sliding_ttt" and tree.get("illegal"))
 
 
 def _is_scored(tree: Tree, key: str) -> bool:
