@@ -4,8 +4,6 @@ The cases run the public ops, forward and backward, so what is compiled is what 
 tiles, the same specialization on strides and alignment.
 """
 
-from __future__ import annotations
-
 import ast
 import importlib.util
 import json

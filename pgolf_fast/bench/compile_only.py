@@ -4,8 +4,6 @@ Everything before the launch is real: this project's launchers, Triton's special
 compiler, the assembler that ships with it, and the limit on shared memory. Works with triton 3.6 to 3.9.
 """
 
-from __future__ import annotations
-
 import itertools
 import re
 import shutil

@@ -1,7 +1,5 @@
 """`pgolf doctor`: versions, the implementation that each op runs, and whether it is right on this machine."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Ops in plain PyTorch over plain weights, for peers: the same mathematics, open to torch.compile."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor
 

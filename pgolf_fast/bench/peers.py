@@ -1,7 +1,5 @@
 """Other implementations of a case: eager PyTorch, torch.compile with several settings, and other packages."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import importlib

@@ -1,7 +1,5 @@
 """Plans of `pgolf bench` and `pgolf tune` for this machine, and their results as text."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from pathlib import Path

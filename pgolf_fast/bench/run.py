@@ -1,7 +1,5 @@
 """Measurement: every op, mode and peer that a plan asks for, each judged before it is timed."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TypeVar

@@ -1,7 +1,5 @@
 """Benchmark records as JSON lines, their summary, and the comparison of two files."""
 
-from __future__ import annotations
-
 import subprocess
 import time
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The one timer: contenders in turn, medians and quantiles; and the state of the GPU."""
 
-from __future__ import annotations
-
 import contextlib
 import statistics
 import subprocess

@@ -4,8 +4,6 @@ A kernel is timed inside its op at the preset's shapes, the best tile so far and
 candidate that does not compile, does not fit or gives a wrong result is counted and skipped.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace

@@ -4,8 +4,6 @@ All take (B, T, heads, hd) with K and V not repeated and return the natural logs
 that the backward of one may follow the forward of another. `choose` forces one; otherwise a table decides.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import NamedTuple

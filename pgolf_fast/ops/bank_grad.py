@@ -4,8 +4,6 @@ With a gradient bank, the backward op adds into its slot and returns nothing to 
 (gradcheck, one-off gradients), autograd gets a bank-sized tensor that is zero in the other slots.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

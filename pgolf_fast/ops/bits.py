@@ -13,8 +13,6 @@ This is a format for memory: files hold one byte per code, which every entropy c
 packed bytes. Inference only: no autograd is registered.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """A case: an op with inputs, its reference and its cost; and contenders, the implementations of a case."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field

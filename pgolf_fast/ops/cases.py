@@ -4,8 +4,6 @@ Tests and `pgolf doctor` run each case at `SMALL` sizes; `pgolf bench`, `pgolf t
 of a preset. Not imported by `pgolf_fast.ops`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial

@@ -3,8 +3,6 @@
 Every message names the op and the argument, what it is and what it should be.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

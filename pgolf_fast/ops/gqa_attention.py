@@ -3,8 +3,6 @@
 Sources: PR 1501 (banks, XSA, value embedding, q gain); Su et al. 2021 (RoPE); Ainslie et al. 2023 (GQA).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

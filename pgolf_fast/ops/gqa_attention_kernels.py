@@ -4,8 +4,6 @@ One launch projects, normalizes and rotates. Attention is ours or a library's (`
 output projection and dx are cuBLAS products; weight gradients go through `bank_grad.add_matmul`.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import NamedTuple
 

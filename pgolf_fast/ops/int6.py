@@ -5,8 +5,6 @@ the "4+2 split" of 3 * K8 / 4 bytes per row (K8: K padded to a multiple of 8).
 Inference only: no autograd is registered.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

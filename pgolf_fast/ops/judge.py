@@ -4,8 +4,6 @@ A result may miss the float64 answer by at most twice what the reference itself 
 dtype, plus one rounding of the largest value and 1e-6.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any

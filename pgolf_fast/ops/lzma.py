@@ -4,8 +4,6 @@ Compress one byte per weight: codes packed to 6 bits first come out 6 to 13 % la
 Both release the GIL, so threads compress in parallel.
 """
 
-from __future__ import annotations
-
 from types import ModuleType
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """pgolf::mlp: act(x W_up^T) W_down^T from slots of the two MLP banks (PR 1501; SwiGLU: Shazeer 2020)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

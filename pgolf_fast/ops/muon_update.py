@@ -5,8 +5,6 @@ nothing synchronizes and a captured CUDA graph replays with the current value.
 Both ops are for the optimizer: no autograd is registered.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

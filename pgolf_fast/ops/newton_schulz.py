@@ -1,7 +1,5 @@
 """pgolf::newton_schulz: approximate orthogonalization of a stack of matrices (Jordan et al. 2024, Muon)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

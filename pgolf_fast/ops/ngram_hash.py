@@ -1,7 +1,5 @@
 """pgolf::ngram_hash_embed: hashed bigram and trigram embedding with a word-start gate (PR 1501)."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 import torch

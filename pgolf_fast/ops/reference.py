@@ -4,8 +4,6 @@ Each is the bare formula, differentiable by autograd, accumulating in at least f
 float64). Sources: PR 1501 for the network, Keller Jordan's Muon for `newton_schulz`.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

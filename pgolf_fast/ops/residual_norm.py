@@ -3,8 +3,6 @@
 Sources: PR 1501 (residual mix with x0, layer scale, SmearGate), Zhang & Sennrich 2019 (RMS norm).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

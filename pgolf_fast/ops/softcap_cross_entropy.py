@@ -1,7 +1,5 @@
 """pgolf::softcap_cross_entropy: tied head, softcap and cross-entropy without the logits in memory."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -4,8 +4,6 @@ An op asks `uses_kernels`. If True, it allocates its results, looks up a `Tile` 
 `pgolf_fast.kernels`. Each op declares the rows of its kernels; `set_tiles` replaces rows by measured ones.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace

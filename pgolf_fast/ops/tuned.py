@@ -5,8 +5,6 @@ Triton version and kernel source, and for any number of tokens. PGOLF_FAST_TUNE=
 never measures.
 """
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import json
