@@ -13,13 +13,9 @@ from pgolf_fast.ops import tiles
 from pgolf_fast.ops.tiles import Tile
 
 # Not measured. sm80 also serves GPUs with 99 KiB of shared memory per block, hence half of block_k.
-tiles.declare(
-    "weight_grad",
-    sm90=Tile(128, 128, 64, num_warps=8, num_stages=3),
-    sm80=Tile(128, 128, 32, num_warps=8, num_stages=3),
-)
+tiles.declare("weight_grad", sm90=Tile(128, 128, 64, 8, 3), sm80=Tile(128, 128, 32, 8, 3))
 # Bound by memory: reads the parts once and adds them; nothing to pipeline.
-tiles.declare("weight_grad_sum", sm90=Tile(16, 128, 32, num_warps=4, num_stages=1))
+tiles.declare("weight_grad_sum", Tile(16, 128, 32, 4, 1))
 
 # Minimum blocks of rows that one program sums; with fewer, writing a partial sum would dominate.
 _MIN_BLOCKS = 8

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pgolf_fast.ops import tiles
-from pgolf_fast.ops.checks import expect_floating, expect_shape
+from pgolf_fast.ops.checks import expect_floating, expect_shape, same_device
 from pgolf_fast.ops.tiles import Tile
 
 # Not measured; bound by memory.
@@ -54,10 +54,7 @@ def _check(op: str, name: str, value: Tensor, **tensors: Tensor) -> None:
     for other, tensor in others:
         expect_shape(op, other, tensor, tuple(like.shape))
         expect_floating(op, other, tensor)
-        if tensor.device != like.device:
-            raise ValueError(
-                f"pgolf::{op}: {other}.device is {tensor.device}, but {first}.device is {like.device}"
-            )
+    same_device(op, **tensors)
     expect_floating(op, name, value)
     if value.numel() != 1:
         raise ValueError(f"pgolf::{op}: {name} has {value.numel()} elements, but one is needed")
@@ -68,9 +65,8 @@ def _check(op: str, name: str, value: Tensor, **tensors: Tensor) -> None:
 @torch.library.custom_op("pgolf::muon_momentum", mutates_args=("buffer",))
 def _muon_momentum(grad: Tensor, buffer: Tensor, momentum: Tensor) -> Tensor:
     _check("muon_momentum", "momentum", momentum, buffer=buffer, grad=grad)
-    if tiles.uses_kernels("muon", buffer):
-        return _momentum_cuda(grad, buffer, momentum)
-    return _momentum_cpu(grad, buffer, momentum)
+    run = _momentum_cuda if tiles.uses_kernels("muon", buffer) else _momentum_cpu
+    return run(grad, buffer, momentum)
 
 
 def _momentum_cpu(grad: Tensor, buffer: Tensor, momentum: Tensor) -> Tensor:
@@ -100,9 +96,8 @@ def _muon_apply(
     master: Tensor, update: Tensor, shadow: Tensor | None, lr: Tensor, weight_decay: float, scale: float
 ) -> None:
     _check_apply(master, update, shadow, lr)
-    if tiles.uses_kernels("muon", master) and tiles.uses_kernels("muon", update):
-        return _apply_cuda(master, update, shadow, lr, weight_decay, scale)
-    return _apply_cpu(master, update, shadow, lr, weight_decay, scale)
+    kernels = tiles.uses_kernels("muon", master) and tiles.uses_kernels("muon", update)
+    (_apply_cuda if kernels else _apply_cpu)(master, update, shadow, lr, weight_decay, scale)
 
 
 def _apply_cpu(

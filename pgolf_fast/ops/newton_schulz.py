@@ -37,10 +37,6 @@ def _newton_schulz(g: Tensor, steps: int) -> Tensor:
         return torch.empty_like(g, memory_format=torch.contiguous_format)
     if tiles.uses_kernels("newton_schulz", g):
         return _cuda(g, steps)
-    return _cpu(g, steps)
-
-
-def _cpu(g: Tensor, steps: int) -> Tensor:
     return reference.newton_schulz(g, steps).clone(memory_format=torch.contiguous_format)
 
 
@@ -50,7 +46,8 @@ def _cuda(g: Tensor, steps: int) -> Tensor:
 
     a, b, c = reference.NS_COEFFICIENTS
     tall = g.shape[1] > g.shape[2]
-    normalize = tiles.lookup("newton_schulz_normalize", g)
+    names = ("normalize", "gram", "poly", "apply")
+    normalize, gram_tile, poly_tile, apply_tile = (tiles.lookup(f"newton_schulz_{name}", g) for name in names)
     x = torch.empty_like(g, memory_format=torch.contiguous_format)
     partial = g.new_empty(g.shape[0], kernels.norm_parts(g.shape[1], normalize), dtype=torch.float32)
     with tiles.on_device_of(g):
@@ -62,11 +59,9 @@ def _cuda(g: Tensor, steps: int) -> Tensor:
         poly = torch.empty_like(gram)
         for _ in range(steps):
             wide, wide_following = (x.mT, following.mT) if tall else (x, following)
-            kernels.launch_newton_schulz_gram(wide, gram, tiles.lookup("newton_schulz_gram", g))
-            kernels.launch_newton_schulz_poly(gram, poly, b, c, tiles.lookup("newton_schulz_poly", g))
-            kernels.launch_newton_schulz_apply(
-                poly, wide, wide_following, a, tiles.lookup("newton_schulz_apply", g)
-            )
+            kernels.launch_newton_schulz_gram(wide, gram, gram_tile)
+            kernels.launch_newton_schulz_poly(gram, poly, b, c, poly_tile)
+            kernels.launch_newton_schulz_apply(poly, wide, wide_following, a, apply_tile)
             x, following = following, x
     return x
 
