@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from pgolf_fast.bench import formulas
-from pgolf_fast.ops import attention_backend, reference
+from pgolf_fast.model.attention import attend
+from pgolf_fast.ops import attention_backend, reference, reference_bytes
 from pgolf_fast.ops.case import Case, Contender, Inputs, Outputs
 
 # Peers round at other places than ours and may accumulate in low precision: they get more room.
@@ -62,15 +62,59 @@ def formulas_of(case: Case) -> dict[str, Formula]:
     """Return the formulas of a case by peer name; "eager" is its definition."""
     if case.kernels == "mlp":
         activation = case.name.removeprefix("mlp-")
-        return {"eager": Formula(lambda x, up, down: (formulas.mlp(x, up, down, activation),))}
+        return {"eager": Formula(lambda x, up, down: (plain_mlp(x, up, down, activation),))}
     if case.kernels == "gqa_attention":
         return _attention_formulas(case)
     if case.kernels == "int6_matmul":
         return {
-            "eager": Formula(lambda **t: (formulas.int6_matmul(**t),)),
+            "eager": Formula(lambda **t: (unpacked_matmul(**t),)),
             "dense": Formula(_dense(case)),
         }
     return {"eager": Formula(case.reference)}
+
+
+def plain_mlp(x: Tensor, up: Tensor, down: Tensor, activation: str) -> Tensor:
+    """Compute `ops.mlp` from one layer's two weights."""
+    return F.linear(reference.activation(F.linear(x, up), activation), down)
+
+
+def sdpa_attention(
+    x: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    q_gain: Tensor,
+    value_embed: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    num_kv_heads: int,
+    xsa: bool,
+) -> Tensor:
+    """Compute `ops.gqa_attention` from one layer's four weights and PyTorch's attention, all in x's dtype."""
+    q, k, v = (F.linear(x, weight) for weight in (query, key, value))
+    context = attend(
+        *(q, k, v, q_gain, cos, sin),
+        num_kv_heads=num_kv_heads,
+        xsa=xsa,
+        value_embed=value_embed,
+        inner=_sdpa,
+        dtype=x.dtype,
+    )
+    return F.linear(context, out)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Compute causal attention of (B, T, heads, hd); the backend is the caller's choice."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+
+def unpacked_matmul(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
+    """Compute `ops.int6_matmul`, unpacking on every call and multiplying in x's dtype."""
+    codes = reference_bytes.unpack_bits(packed, x.shape[-1], 6)
+    return F.linear(x, (codes.to(scale.dtype) * scale[:, None]).to(x.dtype))
 
 
 def _attention_formulas(case: Case) -> dict[str, Formula]:
@@ -79,7 +123,7 @@ def _attention_formulas(case: Case) -> dict[str, Formula]:
         return (reference.gqa_attention(**t, **banks, slot=0, **case.options),)
 
     def sdpa(**t: Any) -> Outputs:
-        return (formulas.sdpa_attention(**t, **case.options),)
+        return (sdpa_attention(**t, **case.options),)
 
     cuda = case.device.type == "cuda"
     return {
@@ -95,7 +139,7 @@ def _dense(case: Case) -> Callable[..., Outputs]:
     packed, scale = case.inputs["packed"], case.inputs["scale"]
     assert packed is not None
     assert scale is not None
-    dense = formulas.int6_matmul(eye, packed, scale).T.to(case.dtype).contiguous()
+    dense = unpacked_matmul(eye, packed, scale).T.to(case.dtype).contiguous()
     return lambda x, packed, scale: (F.linear(x, dense.to(x.dtype)),)
 
 

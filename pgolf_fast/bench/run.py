@@ -1,8 +1,8 @@
-"""Measurement: every op, mode and peer that a plan asks for, each judged before it is timed."""
+"""`pgolf bench`: every op, mode and peer that a plan asks for, each judged before it is timed."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 
@@ -10,12 +10,20 @@ from pgolf_fast import console
 from pgolf_fast.bench import peers, registry
 from pgolf_fast.bench.roofline import roof
 from pgolf_fast.bench.store import Record
-from pgolf_fast.bench.timer import Timing, gpu_state, passed, peak_bytes, time_in_turn
+from pgolf_fast.bench.timer import Timing, deadline_after, gpu_state, passed, peak_bytes, time_in_turn
+from pgolf_fast.config.presets import preset
 from pgolf_fast.config.schema import RunConfig
-from pgolf_fast.ops import cases, judge
+from pgolf_fast.config.shrink import shrink
+from pgolf_fast.errors import PgolfError
+from pgolf_fast.model.runtime import resolve_dtype
+from pgolf_fast.ops import cases, judge, tuned
 from pgolf_fast.ops.case import MODES, Case, Contender, Mode
 
 Result = TypeVar("Result")
+GPU_TOKENS = (98_304, 32_768, 196_608)
+CPU_TOKENS = (2_048,)
+QUICK_TOKENS = (128,)
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,56 @@ class Plan:
         free = [name for name in self.ops if cases.CASES[name].rows is None]
         fixed = [(name, m) for name in self.ops for m in cases.CASES[name].rows or ()]
         return [(name, m) for m in self.tokens for name in free] + fixed
+
+
+def bench_plan(
+    name: str,
+    *,
+    ops: Sequence[str] = (),
+    tokens: Sequence[int] = (),
+    modes: Sequence[Mode] = MODES,
+    peer_names: Sequence[str] | None = None,
+    dtype: Dtype = "auto",
+    quick: bool = False,
+    minutes: float | None = None,
+) -> Plan:
+    """Return the plan for a preset on this machine; empty `ops` and `tokens` take all and the usual counts.
+
+    quick: shrink the preset and measure little, to see whether everything runs. Raises PgolfError for unknown
+    names.
+    """
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
+    config = preset(name)
+    usual: tuple[int, ...] = CPU_TOKENS if device is None else GPU_TOKENS
+    chosen: tuple[str, ...] = peers.PEERS
+    seconds, runs = (2.0 if device is None else 0.5), 20
+    if quick:
+        usual, chosen, seconds, runs = QUICK_TOKENS, peers.QUICK, 0.02, 5
+        config = shrink(config, "tiny")
+    for peer in peer_names or ():
+        if peer not in peers.PEERS:
+            raise PgolfError(f"unknown peer {peer!r}: peers are {', '.join(peers.PEERS)}")
+    for count in tokens:
+        if count < 1:
+            raise PgolfError(f"--tokens has {count}; it must be positive")
+    if device is not None and tuned.load_tuned(device) and not quick:
+        console.logger.info("set PGOLF_FAST_TUNE=off to measure the launch table as it is written")
+    if dtype != "auto":
+        compute = getattr(torch, dtype)
+    else:
+        compute = torch.float32 if device is None else resolve_dtype("auto", device)
+    return Plan(
+        config=config,
+        ops=registry.select(ops),
+        tokens=tokens or usual,
+        peers=chosen if peer_names is None else peer_names,
+        dtype=compute,
+        device=device or torch.device("cpu"),
+        modes=[mode for mode in MODES if mode in modes],
+        seconds=seconds,
+        runs=runs,
+        deadline=deadline_after(minutes),
+    )
 
 
 def attempt(action: Callable[[], Result]) -> Result | str:

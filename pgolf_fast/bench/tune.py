@@ -13,9 +13,11 @@ import torch
 from pgolf_fast import console
 from pgolf_fast.bench import peers, registry
 from pgolf_fast.bench.run import attempt
-from pgolf_fast.bench.timer import passed, time_in_turn
+from pgolf_fast.bench.timer import deadline_after, passed, time_in_turn
+from pgolf_fast.config.presets import preset
 from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.errors import PgolfError
+from pgolf_fast.model.runtime import resolve_dtype
 from pgolf_fast.ops import judge, tiles, tuned
 from pgolf_fast.ops.case import Case, Contender, Mode
 from pgolf_fast.ops.tiles import Tile
@@ -53,6 +55,32 @@ class TunePlan:
     def arch(self) -> str:
         """Row of the table; a rehearsal on a CPU uses Hopper's."""
         return tiles.architecture(self.device) if self.device.type == "cuda" else "sm90"
+
+
+def tune_plan(
+    name: str,
+    *,
+    ops: Sequence[str] = (),
+    kernels: Sequence[str] = (),
+    tokens: int | None = None,
+    candidates: int = 24,
+    minutes: float | None = None,
+) -> TunePlan:
+    """Return the plan for a preset on this GPU. Raises PgolfError without a GPU."""
+    if not torch.cuda.is_available():
+        raise PgolfError("pgolf tune measures kernels on a GPU, and PyTorch sees none on this machine")
+    config = preset(name)
+    device = torch.device("cuda", torch.cuda.current_device())
+    return TunePlan(
+        config=config,
+        ops=registry.select(ops),
+        tokens=tokens or config.train.micro_batch_tokens,
+        dtype=resolve_dtype("auto", device),
+        device=device,
+        kernels=kernels,
+        candidates=candidates,
+        deadline=deadline_after(minutes),
+    )
 
 
 @dataclass
@@ -239,3 +267,18 @@ def as_tuned(found: Found, plan: TunePlan) -> Tuned:
         table_ms=found.table_ms,
         measured=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     )
+
+
+def tune_table(found: list[Found]) -> str:
+    """Return one line per kernel: its times before and after, and the fastest row."""
+    rows = []
+    for one in found:
+        row, ratio = one.best, one.table_ms / one.best_ms
+        best = (
+            f"{row.block_m} x {row.block_n} x {row.block_k}, {row.num_warps} warps, {row.num_stages} stages"
+        )
+        counts = f"{one.tried} ({one.failed} failed, {one.wrong} wrong)"
+        times = (f"{one.table_ms:.4f}", f"{one.best_ms:.4f}", f"{ratio:.3f}")
+        rows.append((one.kernel, one.op, one.mode, *times, best, counts))
+    header = ("kernel", "timed in", "mode", "table ms", "best ms", "ratio", "best row", "candidates")
+    return console.table(rows, header) if rows else "no kernel was tuned"

@@ -60,11 +60,11 @@ class Bench:
 
 
 def bench(options: Bench) -> int:
-    from pgolf_fast.bench import plan, plots, run, store
+    from pgolf_fast.bench import plots, run, store
 
     console.setup_logging()
     if options.compare is not None:
-        text, slower = plan.compare_files(*options.compare, options.threshold)
+        text, slower = store.compare_files(*options.compare, options.threshold)
         print_out(text)
         return 1 if slower else 0
     if options.records is not None:
@@ -75,11 +75,11 @@ def bench(options: Bench) -> int:
             name: getattr(options, name) for name in ("ops", "tokens", "modes", "dtype", "quick", "minutes")
         }
         try:
-            run.measure(plan.bench_plan(options.preset, peer_names=options.peers, **wanted), results.add)
+            run.measure(run.bench_plan(options.preset, peer_names=options.peers, **wanted), results.add)
         finally:
             results.close()
         records = results.records
-    print_out(plan.describe(records))
+    print_out(store.describe(records))
     if options.plots is not None:
         for name, plot in (("roofline.png", plots.plot_roofline), ("ratios.png", plots.plot_ratios)):
             plot(records, options.plots / name)
@@ -106,18 +106,18 @@ class Tune:
 
 
 def tune(options: Tune) -> int:
-    from pgolf_fast.bench import plan, tune
+    from pgolf_fast.bench import tune
     from pgolf_fast.ops import tuned
 
     console.setup_logging()
     wanted = {name: getattr(options, name) for name in ("ops", "kernels", "tokens", "candidates", "minutes")}
-    chosen = plan.tune_plan(options.preset, **wanted)
+    chosen = tune.tune_plan(options.preset, **wanted)
     path = options.out or tuned.cache_file()
     results = tune.tune(chosen, lambda one: tuned.save_rows(path, [tune.as_tuned(one, chosen)]))
     if not results:
         print_out("no kernel was launched by these ops")
         return 1
-    print_out(f"{plan.tune_table(results)}\nwrote {path}")
+    print_out(f"{tune.tune_table(results)}\nwrote {path}")
     return 0
 
 
