@@ -123,7 +123,7 @@ def test_products_are_seen_through_device_functions(tmp_path, monkeypatch):
         "@triton.jit\ndef plain_kernel(a):\n    tl.sum(a)\n\n"
         "def host_kernel(a):\n    tl.dot(a, a)\n"
     )
-    monkeypatch.setattr(aot, "_kernel_folders", lambda: [tmp_path])
+    monkeypatch.setattr(aot, "kernel_folders", lambda: [tmp_path])
     assert aot.kernels_in_source() == {"far_kernel": True, "near_kernel": True, "plain_kernel": False}
 
 

@@ -26,6 +26,7 @@ from pgolf_fast.io import write_text
 from pgolf_fast.ops import cases, tiles
 from pgolf_fast.ops.cases import CASES
 from pgolf_fast.ops.ngram_hash import choose_table_gradient
+from pgolf_fast.ops.tuned import kernel_folders
 
 TOKENS = 2048
 DTYPE = torch.bfloat16
@@ -78,20 +79,23 @@ def compile_presets(
     """
     if importlib.util.find_spec("triton") is None:
         raise PgolfError("Triton is not installed, and `pgolf aot` compiles with it: pip install triton")
+    from triton.runtime.errors import OutOfResources
+
     configs = [preset(name) for name in names]
     rows: list[Row] = []
     misfits: list[str] = []
     for arch in architectures:
         with compile_only(arch) as compiled, tiles.kernels_on_cpu(row_of(arch)):
-            for config in configs:
-                for case, tokens in _cases(config, only):
-                    for what, around in (("", nullcontext), SETTINGS.get(case, ("", None))):
-                        if around is None:
-                            continue
-                        before, label = len(compiled), f"{case} {what}".strip()
+            for config, (case, tokens) in ((c, one) for c in configs for one in _cases(c, only)):
+                settings = [("", nullcontext), *([SETTINGS[case]] if case in SETTINGS else [])]
+                for what, around in settings:
+                    before, label = len(compiled), f"{case} {what}".strip()
+                    try:
                         with around():
-                            misfits += _run(label, partial(run_case, case, config, tokens), arch)
-                        rows += [Row(label, entry) for entry in compiled[before:]]
+                            run_case(case, config, tokens)
+                    except OutOfResources as error:
+                        misfits.append(f"{label} does not fit sm_{arch}: {error}")
+                    rows += [Row(label, entry) for entry in compiled[before:]]
     return rows, list(dict.fromkeys(misfits))
 
 
@@ -120,16 +124,6 @@ def row_of(arch: int) -> str:
     return "sm80" if arch < 90 else "sm90" if arch < 100 else "sm100"
 
 
-def _run(case: str, run: Callable[[], None], arch: int) -> list[str]:
-    from triton.runtime.errors import OutOfResources
-
-    try:
-        run()
-    except OutOfResources as error:
-        return [f"{case} does not fit sm_{arch}: {error}"]
-    return []
-
-
 def table(rows: Sequence[Row]) -> str:
     """Return all rows as text, sorted by architecture and kernel."""
     cells = sorted((row.cells() for row in rows), key=lambda c: (int(str(c[1])[3:]), c))
@@ -155,8 +149,7 @@ def problems(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         entry = row.compiled
         name = f"{entry.kernel} on sm_{entry.arch} ({row.case})"
-        if entry.shared_bytes > SHARED_LIMIT[entry.arch]:
-            limit = SHARED_LIMIT[entry.arch]
+        if entry.shared_bytes > (limit := SHARED_LIMIT[entry.arch]):
             lines.append(f"{name}: {entry.shared_bytes} bytes of shared memory, but there are {limit}")
         if entry.arch == 90 and entry.spill_bytes:
             lines.append(f"{name}: {entry.spill_bytes} bytes of registers spill to memory")
@@ -174,38 +167,16 @@ def unreached(rows: Sequence[Row]) -> list[str]:
 def kernels_in_source() -> dict[str, bool]:
     """Return every kernel of kernels/*.py, and True if it or a function it calls multiplies matrices."""
     calls: dict[str, set[str]] = {}
-    for folder in _kernel_folders():
-        for path in sorted(folder.glob("*.py")):
-            for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                if isinstance(function, ast.FunctionDef) and _is_jit(function):
-                    calls.setdefault(function.name, set()).update(_called(function))
-    return {name: _reaches_dot(name, calls) for name in sorted(calls) if name.endswith("_kernel")}
-
-
-def _kernel_folders() -> Iterator[Path]:
-    spec = importlib.util.find_spec("pgolf_fast.kernels")
-    yield from map(Path, spec.submodule_search_locations or () if spec else ())
+    for path in (path for folder in kernel_folders() for path in sorted(folder.glob("*.py"))):
+        for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(function, ast.FunctionDef) and _is_jit(function):
+                named = (ast.unparse(node.func) for node in ast.walk(function) if isinstance(node, ast.Call))
+                calls.setdefault(function.name, set()).update(named)
+    multiply = {name for name, called in calls.items() if "tl.dot" in called}
+    while callers := {name for name, called in calls.items() if called & multiply} - multiply:
+        multiply |= callers
+    return {name: name in multiply for name in sorted(calls) if name.endswith("_kernel")}
 
 
 def _is_jit(function: ast.FunctionDef) -> bool:
     return any(ast.unparse(decorator).split("(")[0].endswith("jit") for decorator in function.decorator_list)
-
-
-def _called(function: ast.FunctionDef) -> Iterator[str]:
-    for node in ast.walk(function):
-        if isinstance(node, ast.Call):
-            yield (
-                ast.unparse(node.func).split(".")[-1] if "tl.dot" not in ast.unparse(node.func) else "tl.dot"
-            )
-
-
-def _reaches_dot(name: str, calls: dict[str, set[str]]) -> bool:
-    seen, waiting = set(), [name]
-    while waiting:
-        current = waiting.pop()
-        if current == "tl.dot":
-            return True
-        if current in calls and current not in seen:
-            seen.add(current)
-            waiting += calls[current]
-    return False

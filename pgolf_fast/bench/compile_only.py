@@ -64,9 +64,7 @@ def _tool(name: str) -> str:
     shipped = Path(nvidia.__file__).parent / "bin" / name
     found = str(shipped) if shipped.exists() else shutil.which(name)
     if found is None:
-        raise PgolfError(
-            f"{name} is needed to read compiled kernels; it comes with Triton's wheel or with CUDA"
-        )
+        raise PgolfError(f"{name} is needed to read compiled kernels; it comes with Triton and with CUDA")
     return found
 
 
@@ -130,15 +128,9 @@ class _Driver:
         return torch.cpu
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        return {
-            "max_shared_mem": SHARED_LIMIT[self.arch],
-            "multiprocessor_count": 132,
-            "max_num_regs": 65536,
-            "warpSize": 32,
-            "mem_clock_rate": 1,
-            "mem_bus_width": 1,
-            "sm_clock_rate": 1,
-        }
+        fixed = {"multiprocessor_count": 132, "max_num_regs": 65536, "warpSize": 32}
+        unused = dict.fromkeys(("mem_clock_rate", "mem_bus_width", "sm_clock_rate"), 1)
+        return {"max_shared_mem": SHARED_LIMIT[self.arch], **fixed, **unused}
 
     def load_binary(
         self, name: str, cubin: bytes, shared: int, device: int

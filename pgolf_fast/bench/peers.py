@@ -47,9 +47,7 @@ def plain_inputs(case: Case) -> Inputs:
     banks = {bank for bank, _ in case.weights.values()}
     inputs = {name: t for name, t in case.inputs.items() if name not in banks}
     for weight, (bank, slot) in case.weights.items():
-        tensor = case.inputs[bank]
-        assert tensor is not None
-        inputs[weight] = tensor.detach()[slot].clone().requires_grad_()
+        inputs[weight] = case.inputs[bank].detach()[slot].clone().requires_grad_()
     return inputs
 
 
@@ -66,10 +64,7 @@ def formulas_of(case: Case) -> dict[str, Formula]:
     if case.kernels == "gqa_attention":
         return _attention_formulas(case)
     if case.kernels == "int6_matmul":
-        return {
-            "eager": Formula(lambda **t: (unpacked_matmul(**t),)),
-            "dense": Formula(_dense(case)),
-        }
+        return {"eager": Formula(lambda **t: (unpacked_matmul(**t),)), "dense": Formula(_dense(case))}
     return {"eager": Formula(case.reference)}
 
 
@@ -94,15 +89,8 @@ def sdpa_attention(
 ) -> Tensor:
     """Compute `ops.gqa_attention` from one layer's four weights and PyTorch's attention, all in x's dtype."""
     q, k, v = (F.linear(x, weight) for weight in (query, key, value))
-    context = attend(
-        *(q, k, v, q_gain, cos, sin),
-        num_kv_heads=num_kv_heads,
-        xsa=xsa,
-        value_embed=value_embed,
-        inner=_sdpa,
-        dtype=x.dtype,
-    )
-    return F.linear(context, out)
+    settings: dict[str, Any] = {"num_kv_heads": num_kv_heads, "xsa": xsa, "value_embed": value_embed}
+    return F.linear(attend(q, k, v, q_gain, cos, sin, inner=_sdpa, dtype=x.dtype, **settings), out)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -136,10 +124,7 @@ def _attention_formulas(case: Case) -> dict[str, Formula]:
 def _dense(case: Case) -> Callable[..., Outputs]:
     """Return the product with weights unpacked once and kept in x's dtype."""
     eye = torch.eye(case.sizes.dim, dtype=torch.float32, device=case.device)
-    packed, scale = case.inputs["packed"], case.inputs["scale"]
-    assert packed is not None
-    assert scale is not None
-    dense = unpacked_matmul(eye, packed, scale).T.to(case.dtype).contiguous()
+    dense = unpacked_matmul(eye, case.inputs["packed"], case.inputs["scale"]).T.to(case.dtype).contiguous()
     return lambda x, packed, scale: (F.linear(x, dense.to(x.dtype)),)
 
 
@@ -250,7 +235,6 @@ def _liger_cross_entropy(case: Case) -> Contender:
 def _liger_swiglu(case: Case) -> Contender:
     liger, inputs = _import("liger_kernel.transformers.functional"), plain_inputs(case)
     up = inputs.pop("up")
-    assert up is not None
     # Liger takes gate rows and up rows apart
     inputs["up_apart"] = torch.cat((up[0::2], up[1::2])).detach().requires_grad_()
 

@@ -71,11 +71,11 @@ def _muon_momentum(grad: Tensor, buffer: Tensor, momentum: Tensor) -> Tensor:
 
 def _momentum_cpu(grad: Tensor, buffer: Tensor, momentum: Tensor) -> Tensor:
     low = grad.to(buffer.dtype, copy=True, memory_format=torch.contiguous_format)
-    if momentum.device.type == "cpu":
-        share = momentum.item()
-        buffer.mul_(share).add_(low)
-        return low.add_(buffer, alpha=share)
-    return _momentum_unread(low, buffer, momentum.reshape(()))
+    if momentum.device.type != "cpu":
+        return _momentum_unread(low, buffer, momentum.reshape(()))
+    share = momentum.item()
+    buffer.mul_(share).add_(low)
+    return low.add_(buffer, alpha=share)
 
 
 def _momentum_unread(low: Tensor, buffer: Tensor, momentum: Tensor) -> Tensor:

@@ -14,16 +14,6 @@ for _kernel in ("newton_schulz_gram", "newton_schulz_poly", "newton_schulz_apply
     tiles.declare(_kernel, Tile(128, 128, 64, num_warps=8, num_stages=3))
 
 
-def newton_schulz(g: Tensor, steps: int = 5) -> Tensor:
-    """Approximate `U V^T` of each matrix `g = U S V^T`: singular values end up in about 0.68 to 1.14.
-
-    g (slots, rows, cols) in the dtype the iteration runs in (bfloat16 in training); the result has the shape
-    and dtype of g. Each step is `a x + (b A + c A A) x` with `A = x x^T`. No autograd is registered. Raises
-    ValueError if g is not 3-D or `steps` is negative.
-    """
-    return torch.ops.pgolf.newton_schulz(g, steps)
-
-
 def _check(g: Tensor, steps: int) -> None:
     expect_shape("newton_schulz", "g", g, (None, None, None))
     if steps < 0:
@@ -31,7 +21,13 @@ def _check(g: Tensor, steps: int) -> None:
 
 
 @torch.library.custom_op("pgolf::newton_schulz", mutates_args=())
-def _newton_schulz(g: Tensor, steps: int) -> Tensor:
+def newton_schulz(g: Tensor, steps: int = 5) -> Tensor:
+    """Approximate `U V^T` of each matrix `g = U S V^T`: singular values end up in about 0.68 to 1.14.
+
+    g (slots, rows, cols) in the dtype the iteration runs in (bfloat16 in training); the result has the shape
+    and dtype of g. Each step is `a x + (b A + c A A) x` with `A = x x^T`. No autograd is registered. Raises
+    ValueError if g is not 3-D or `steps` is negative.
+    """
     _check(g, steps)
     if g.numel() == 0:
         return torch.empty_like(g, memory_format=torch.contiguous_format)
@@ -66,7 +62,7 @@ def _cuda(g: Tensor, steps: int) -> Tensor:
     return x
 
 
-@_newton_schulz.register_fake
-def _(g, steps):
+@newton_schulz.register_fake
+def _(g, steps=5):
     _check(g, steps)
     return torch.empty_like(g, memory_format=torch.contiguous_format)

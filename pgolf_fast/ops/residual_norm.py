@@ -187,14 +187,6 @@ def _backward(ctx: Any, dmixed: Tensor, dnormed: Tensor, _: Tensor | None) -> tu
 _residual_norm.register_autograd(_backward, setup_context=_setup_context)
 
 
-def smear_gate(x: Tensor, gate: Tensor) -> Tensor:
-    """Return `(1 - s) x_t + s x_{t-1}` with `s = sigmoid(gate)` per channel and `x_{-1} = 0`.
-
-    x (B, T, D), gate (D,); the result is like x. Raises ValueError if shapes or devices do not match.
-    """
-    return torch.ops.pgolf.smear_gate(x, gate)
-
-
 def _check_smear(x: Tensor, gate: Tensor) -> None:
     expect_shape("smear_gate", "x", x, (None, None, None))
     expect_shape("smear_gate", "gate", gate, (x.shape[-1],))
@@ -202,14 +194,18 @@ def _check_smear(x: Tensor, gate: Tensor) -> None:
 
 
 @torch.library.custom_op("pgolf::smear_gate", mutates_args=())
-def _smear_gate(x: Tensor, gate: Tensor) -> Tensor:
+def smear_gate(x: Tensor, gate: Tensor) -> Tensor:
+    """Return `(1 - s) x_t + s x_{t-1}` with `s = sigmoid(gate)` per channel and `x_{-1} = 0`.
+
+    x (B, T, D), gate (D,); the result is like x. Raises ValueError if shapes or devices do not match.
+    """
     _check_smear(x, gate)
     if tiles.uses_kernels("smear_gate", x):
         return _smear_forward_cuda(x, gate)
     return reference.smear_gate(x, gate).contiguous()
 
 
-@_smear_gate.register_fake
+@smear_gate.register_fake
 def _(x, gate):
     _check_smear(x, gate)
     return x.new_empty(x.shape)
@@ -260,12 +256,10 @@ def _(dout, x, gate):
     return x.new_empty(x.shape), gate.new_empty(gate.shape)
 
 
-def _smear_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
 def _smear_backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor]:
     return torch.ops.pgolf.smear_gate_backward(dout, *ctx.saved_tensors)
 
 
-_smear_gate.register_autograd(_smear_backward, setup_context=_smear_setup_context)
+smear_gate.register_autograd(
+    _smear_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
+)
