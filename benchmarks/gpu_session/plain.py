@@ -30,9 +30,8 @@ def attention(x, qo_bank, kv_bank, q_gain, value_embed, cos, sin, slot, *, num_k
     """Compute `ops.gqa_attention` by PyTorch's scaled dot-product attention."""
     n = len(qo_bank) // 2
     weights = qo_bank[slot], kv_bank[slot], kv_bank[n + slot], qo_bank[n + slot]
-    return peers.sdpa_attention(
-        x, *weights, q_gain, value_embed, cos, sin, num_kv_heads=num_kv_heads, xsa=xsa
-    )
+    settings = {"value_embed": value_embed, "num_kv_heads": num_kv_heads, "xsa": xsa}
+    return peers.sdpa_attention(x, *weights, q_gain, cos=cos, sin=sin, **settings)
 
 
 def ngram(tokens, table, spaces, scale, boost, *, pos_conditional, trigram, out_dtype=None) -> Tensor:

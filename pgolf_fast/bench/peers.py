@@ -74,23 +74,14 @@ def plain_mlp(x: Tensor, up: Tensor, down: Tensor, activation: str) -> Tensor:
 
 
 def sdpa_attention(
-    x: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    q_gain: Tensor,
-    value_embed: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    *,
-    num_kv_heads: int,
-    xsa: bool,
+    x: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, q_gain: Tensor, **settings: Any
 ) -> Tensor:
-    """Compute `ops.gqa_attention` from one layer's four weights and PyTorch's attention, all in x's dtype."""
+    """Compute `ops.gqa_attention` from one layer's four weights and PyTorch's attention, all in x's dtype.
+
+    settings: cos, sin, value_embed, num_kv_heads and xsa, as `model.attention.attend` takes them.
+    """
     q, k, v = (F.linear(x, weight) for weight in (query, key, value))
-    settings: dict[str, Any] = {"num_kv_heads": num_kv_heads, "xsa": xsa, "value_embed": value_embed}
-    return F.linear(attend(q, k, v, q_gain, cos, sin, inner=_sdpa, dtype=x.dtype, **settings), out)
+    return F.linear(attend(q, k, v, q_gain, inner=_sdpa, dtype=x.dtype, **settings), out)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ candidate that does not compile, does not fit or gives a wrong result is counted
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
@@ -125,10 +126,10 @@ def tune(plan: TunePlan, done: Callable[[Found], None]) -> list[Found]:
     Raises PgolfError for an unknown kernel.
     """
     uses = find_uses(plan)
+    for name in plan.kernels:
+        if name not in tiles.kernels():
+            raise PgolfError(f"no kernel {name!r}: kernels are {', '.join(tiles.kernels())}")
     if plan.kernels:
-        unknown = [name for name in plan.kernels if name not in tiles.kernels()]
-        if unknown:
-            raise PgolfError(f"no kernel {unknown[0]!r}: kernels are {', '.join(tiles.kernels())}")
         uses = {kernel: use for kernel, use in uses.items() if kernel in plan.kernels}
     results = []
     for use in dict.fromkeys(uses.values()):
@@ -191,22 +192,19 @@ def tune_kernel(plan: TunePlan, kernel: str, case: Case, ours: Contender, truth:
     table, mode = tiles.row(kernel, plan.arch), "fwd+bwd" if truth.douts else "fwd"
     run: Callable[[], object] = (lambda: ours.both(truth.douts)) if truth.douts else ours.forward
 
-    def with_tile(tile: Tile) -> Callable[[], object]:
-        def call() -> object:
-            tiles.set_tiles({kernel: {plan.arch: tile}})
-            return run()
-
-        return call
+    def run_with(tile: Tile) -> object:
+        tiles.set_tiles({kernel: {plan.arch: tile}})
+        return run()
 
     def milliseconds(*candidates: Tile) -> list[float]:
-        calls = {str(i): with_tile(tile) for i, tile in enumerate(candidates)}
+        calls = {str(i): partial(run_with, tile) for i, tile in enumerate(candidates)}
         times = time_in_turn(calls, plan.device, seconds=0.5, rounds=5, runs=plan.runs)
         return [timing.median for timing in times.values()]
 
     def correct(tile: Tile) -> bool:
-        if isinstance(attempt(with_tile(tile)), str):
+        if isinstance(attempt(run_with, tile), str):
             return False
-        verdict = attempt(lambda: judge.judge(case, ours, truth))
+        verdict = attempt(judge.judge, case, ours, truth)
         return not isinstance(verdict, str) and verdict.ok
 
     first = milliseconds(table)[0]
@@ -227,10 +225,7 @@ def tune_kernel(plan: TunePlan, kernel: str, case: Case, ours: Contender, truth:
 
 
 def _climb(
-    plan: TunePlan,
-    result: Found,
-    milliseconds: Callable[..., list[float]],
-    correct: Callable[[Tile], bool],
+    plan: TunePlan, result: Found, milliseconds: Callable[..., list[float]], correct: Callable[[Tile], bool]
 ) -> None:
     seen, improved = {result.table}, True
     while improved and not passed(plan.deadline):
@@ -240,17 +235,18 @@ def _climb(
                 continue
             seen.add(tile)
             result.tried += 1
-            times = attempt(lambda tile=tile: milliseconds(result.best, tile))  # type: ignore[misc]
+            times = attempt(milliseconds, result.best, tile)
             if isinstance(times, str):
                 result.failed += 1
                 result.errors.append(f"{tile}: {times}")
                 continue
             best, candidate = times
-            if candidate < GAIN * best:
-                if not correct(tile):
-                    result.wrong += 1
-                    continue
+            if candidate >= GAIN * best:
+                continue
+            if correct(tile):
                 result.best, result.best_ms, improved = tile, candidate, True
+            else:
+                result.wrong += 1
 
 
 def as_tuned(found: Found, plan: TunePlan) -> Tuned:
@@ -274,9 +270,8 @@ def tune_table(found: list[Found]) -> str:
     rows = []
     for one in found:
         row, ratio = one.best, one.table_ms / one.best_ms
-        best = (
-            f"{row.block_m} x {row.block_n} x {row.block_k}, {row.num_warps} warps, {row.num_stages} stages"
-        )
+        best = f"{row.block_m} x {row.block_n} x {row.block_k}, "
+        best += f"{row.num_warps} warps, {row.num_stages} stages"
         counts = f"{one.tried} ({one.failed} failed, {one.wrong} wrong)"
         times = (f"{one.table_ms:.4f}", f"{one.best_ms:.4f}", f"{ratio:.3f}")
         rows.append((one.kernel, one.op, one.mode, *times, best, counts))

@@ -67,6 +67,16 @@ def expect_slot(op: str, slot: int, slots: int) -> None:
         raise ValueError(f"pgolf::{op}: slot is {slot}, but the bank has layers 0 to {slots - 1}")
 
 
+def expect_ids(op: str, name: str, ids: Tensor, holder: str, count: int) -> None:
+    """Raise IndexError for an id outside 0..count - 1; on the CPU only, since reading a GPU synchronizes."""
+    if ids.is_cuda or not ids.numel():
+        return
+    low, high = (int(value) for value in ids.long().aminmax())
+    if low < 0 or high >= count:
+        wrong = low if low < 0 else high
+        raise IndexError(f"pgolf::{op}: {name} hold {wrong}, but {holder} has ids 0 to {count - 1}")
+
+
 def dense(t: Tensor | None) -> Tensor | None:
     """Return `t` contiguous; None stays None."""
     return None if t is None else t.contiguous()

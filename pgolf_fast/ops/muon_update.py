@@ -48,7 +48,8 @@ def _as_tensor(value: float | Tensor) -> Tensor:
     return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
 
 
-def _check(op: str, name: str, value: Tensor, **tensors: Tensor) -> None:
+def _check(op: str, name: str, value: Tensor, **given: Tensor | None) -> None:
+    tensors = {key: tensor for key, tensor in given.items() if tensor is not None}
     (first, like), *others = tensors.items()
     expect_floating(op, first, like)
     for other, tensor in others:
@@ -95,7 +96,7 @@ def _(grad, buffer, momentum):
 def _muon_apply(
     master: Tensor, update: Tensor, shadow: Tensor | None, lr: Tensor, weight_decay: float, scale: float
 ) -> None:
-    _check_apply(master, update, shadow, lr)
+    _check("muon_apply", "lr", lr, master=master, update=update, shadow=shadow)
     kernels = tiles.uses_kernels("muon", master) and tiles.uses_kernels("muon", update)
     (_apply_cuda if kernels else _apply_cpu)(master, update, shadow, lr, weight_decay, scale)
 
@@ -115,12 +116,7 @@ def _apply_cpu(
 
 @_muon_apply.register_fake
 def _(master, update, shadow, lr, weight_decay, scale):
-    _check_apply(master, update, shadow, lr)
-
-
-def _check_apply(master: Tensor, update: Tensor, shadow: Tensor | None, lr: Tensor) -> None:
-    others = {"update": update} if shadow is None else {"update": update, "shadow": shadow}
-    _check("muon_apply", "lr", lr, master=master, **others)
+    _check("muon_apply", "lr", lr, master=master, update=update, shadow=shadow)
 
 
 def _apply_unread(master: Tensor, update: Tensor, lr: Tensor, weight_decay: float, scale: float) -> None:

@@ -10,6 +10,7 @@ from pgolf_fast.ops.checks import (
     as_rows,
     expect_dtype,
     expect_floating,
+    expect_ids,
     expect_integer,
     expect_shape,
     same_device,
@@ -126,18 +127,6 @@ def _checked(*arguments: Any) -> _Call:
     return call
 
 
-def _check_ids(tokens: Tensor, has_leading_space: Tensor | None) -> None:
-    """Raise IndexError for a token outside has_leading_space; on the CPU only, where reading it is free."""
-    if has_leading_space is None or tokens.is_cuda or not tokens.numel():
-        return
-    low, high = (int(value) for value in tokens.long().aminmax())
-    if low < 0 or high >= len(has_leading_space):
-        raise IndexError(
-            f"pgolf::ngram_hash_embed: tokens hold {low if low < 0 else high}, "
-            f"but has_leading_space has ids 0 to {len(has_leading_space) - 1}"
-        )
-
-
 @torch.library.custom_op("pgolf::ngram_hash_embed", mutates_args=())
 def _ngram_hash_embed(
     tokens: Tensor,
@@ -150,7 +139,8 @@ def _ngram_hash_embed(
     out_dtype: torch.dtype,
 ) -> Tensor:
     call = _checked(tokens, table, has_leading_space, scale, boost, pos_conditional, trigram)
-    _check_ids(tokens, has_leading_space)
+    if has_leading_space is not None:
+        expect_ids("ngram_hash_embed", "tokens", tokens, "has_leading_space", len(has_leading_space))
     if tiles.uses_kernels("ngram_hash_embed", table):
         return _forward_cuda(call, table.new_empty(*tokens.shape, table.shape[1], dtype=out_dtype))
     return (call.gather() * call.gate()).to(out_dtype).contiguous()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pgolf_fast.ops import checks, tiles
-from pgolf_fast.ops.checks import expect_integer, expect_shape, same_device, unit_inner_stride
+from pgolf_fast.ops.checks import expect_ids, expect_integer, expect_shape, same_device, unit_inner_stride
 from pgolf_fast.ops.tiles import Tile
 
 _ROWS = 4096  # rows of logits alive at once: 16 MB at vocabulary 1024
@@ -66,20 +66,9 @@ def _softcap_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, softcap: float, z_loss: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     _check(x, weight, targets, softcap, z_loss)
-    if not x.is_cuda:  # on a GPU, reading them would synchronize and break a CUDA graph capture
-        _check_targets(targets, weight.shape[0])
+    expect_ids("softcap_cross_entropy", "targets", targets, "the vocabulary", weight.shape[0])
     run = _forward_cuda if tiles.uses_kernels("softcap_cross_entropy", x) else _forward_cpu
     return run(x, weight, targets, softcap, z_loss)
-
-
-def _check_targets(targets: Tensor, vocab: int) -> None:
-    targets = targets.long()
-    outside = targets[(targets < 0) | (targets >= vocab)]
-    if len(outside):
-        raise IndexError(
-            f"pgolf::softcap_cross_entropy: targets hold {outside[0].item()}, "
-            f"but the vocabulary has ids 0 to {vocab - 1}"
-        )
 
 
 def _forward_cpu(
