@@ -64,10 +64,11 @@ def triton_version() -> str:
         return "none"
 
 
-def kernel_folders() -> list[Path]:
-    """Return the folders that hold the source of the kernels; none if they are not installed."""
+def kernel_files() -> list[Path]:
+    """Return the source files of the kernels; none if they are not installed."""
     spec = util.find_spec("pgolf_fast.kernels")
-    return [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
+    folders = (spec.submodule_search_locations or ()) if spec else ()
+    return [path for folder in folders for path in sorted(Path(folder).glob("*.py"))]
 
 
 def source_hash(kernel: str) -> str:
@@ -75,7 +76,7 @@ def source_hash(kernel: str) -> str:
 
     A kernel whose name matches no file is hashed over all files.
     """
-    files = {path.stem: path for folder in kernel_folders() for path in sorted(folder.glob("*.py"))}
+    files = {path.stem: path for path in kernel_files()}
     word = kernel.split("_")[0]
     waiting = [stem for stem in files if stem.split("_")[0] == word] or list(files)
     seen: set[str] = set()
