@@ -49,9 +49,8 @@ def _implementation(op: str, device: torch.device, dtype: torch.dtype) -> str:
         return f"Triton, tiles for {tiles.architecture(device)}" if device.type == "cuda" else "Triton"
     if device.type != "cuda":
         return "PyTorch"
-    return "PyTorch" + (
-        ", by choice" if tiles.implementation(op) == "torch" else ": Triton does not support this GPU"
-    )
+    by_choice = tiles.implementation(op) == "torch"
+    return "PyTorch, by choice" if by_choice else "PyTorch: Triton does not support this GPU"
 
 
 def public_ops() -> list[str]:

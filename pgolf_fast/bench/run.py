@@ -29,7 +29,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure and for how long."""
+    """Ops, sizes and peers to measure, and for how long."""
 
     config: RunConfig
     ops: Sequence[str]

@@ -16,8 +16,7 @@ _KEY = ("preset", "op", "peer", "mode", "tokens", "dtype", "device")
 
 def commit() -> str:
     """Return the checked-out commit, with "-dirty" if files differ from it; "unknown" outside a checkout."""
-    here = Path(__file__).parent
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--exclude", "*"]
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
     except (OSError, subprocess.SubprocessError):

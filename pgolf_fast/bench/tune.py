@@ -37,7 +37,7 @@ LIMITS = {
 
 @dataclass(frozen=True)
 class TunePlan:
-    """What to tune and for how long."""
+    """Kernels to tune, and for how long."""
 
     config: RunConfig
     ops: Sequence[str]
@@ -135,7 +135,7 @@ def tune(plan: TunePlan, done: Callable[[Found], None]) -> list[Found]:
     for use in dict.fromkeys(uses.values()):
         if passed(plan.deadline):
             break
-        case = _case(plan, use)
+        case = registry.make_case(use.op, plan.config, use.tokens, plan.dtype, plan.device)
         truth = judge.truth_of(case, backward=use.mode == "fwd+bwd")
         for kernel in (name for name, its in uses.items() if its == use):
             if passed(plan.deadline):
@@ -146,16 +146,12 @@ def tune(plan: TunePlan, done: Callable[[Found], None]) -> list[Found]:
     return results
 
 
-def _case(plan: TunePlan, use: Use) -> Case:
-    return registry.make_case(use.op, plan.config, use.tokens, plan.dtype, plan.device)
-
-
 def find_uses(plan: TunePlan) -> dict[str, Use]:
     """Return the first case that launches each kernel, and the mode that it needs."""
     uses: dict[str, Use] = {}
     for op in plan.ops:
         for tokens in registry.token_counts(op, (plan.tokens,)):
-            case = _case(plan, Use(op, tokens, "fwd"))
+            case = registry.make_case(op, plan.config, tokens, plan.dtype, plan.device)
             names = [name for name, one in peers.variants(case).items() if isinstance(one, Contender)]
             for variant in ("ours", *names):
                 for mode in case.modes(("fwd", "fwd+bwd")):

@@ -53,20 +53,17 @@ def _add_matmul_cuda(grad: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _depth_per_split(grad: Tensor, depth: int, tile: Tile) -> int:
-    """Rows that each program sums, in whole blocks: just few enough to give every multiprocessor a program.
+    """Return the rows that one program sums, in whole blocks: few enough to give every processor a program.
 
     Depends on shapes and the GPU alone, and the parts are added in order, so the result is reproducible.
     """
     programs = -(-grad.shape[0] // tile.block_m) * -(-grad.shape[1] // tile.block_n)
     blocks = -(-depth // tile.block_k)
-    splits = max(1, min(_multiprocessors(grad.device) // programs, blocks // _MIN_BLOCKS))
+    processors = 132  # an H100's: compiled ahead of time, or interpreted
+    if grad.is_cuda:
+        processors = torch.cuda.get_device_properties(grad.device).multi_processor_count
+    splits = max(1, min(processors // programs, blocks // _MIN_BLOCKS))
     return -(-blocks // splits) * tile.block_k
-
-
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 132  # an H100's: compiled ahead of time, or interpreted
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def scatter_slots(bank: Tensor, slots: Sequence[int], grads: Sequence[Tensor] | Tensor) -> Tensor:

@@ -136,7 +136,6 @@ def _forward_cpu(
 
 
 def _last(t: Tensor, queries: int) -> Tensor:
-    """Return the last positions of (B, T, ...)."""
     return t[:, t.shape[1] - queries :]
 
 

@@ -140,9 +140,7 @@ def forced() -> str | None:
 
 @contextmanager
 def kernels_on_cpu(arch: str) -> Iterator[None]:
-    """Run kernels on CPU tensors: in Triton's interpreter (`arch` is "interpreter"), or under a driver that
-    compiles for `arch` instead of running.
-    """
+    """Run kernels on CPU tensors: in Triton's "interpreter", or with a driver that compiles for `arch`."""
     global _forced
     before, _forced = _forced, arch
     try:
