@@ -5,8 +5,6 @@ A contender that this machine lacks is skipped with the reason. Every result is 
 step of the pipeline works on the files that the step before it left in FOLDER, at first config.json.
 """
 
-from __future__ import annotations
-
 import bz2
 import contextlib
 import dataclasses
@@ -14,6 +12,7 @@ import importlib
 import json
 import lzma
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -22,7 +21,6 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -41,12 +39,11 @@ from synthetic_artifact import (
 )
 
 from pgolf_fast.artifact import codecs, rans_decoder
-from pgolf_fast.artifact.container import read_container, sizes
-from pgolf_fast.artifact.landing import fit_to_target
+from pgolf_fast.artifact.container import read_container, sizes, write_container
+from pgolf_fast.artifact.fit import fit_to_target
 from pgolf_fast.artifact.load import load
 from pgolf_fast.artifact.pack import artifact_bytes, build_records, pack, section_codecs
-from pgolf_fast.artifact.writer import write_container
-from pgolf_fast.config.fields import run_config_from_dict, run_config_to_dict
+from pgolf_fast.config.fields import run_config_from_dict
 from pgolf_fast.config.schema import PackConfig, RunConfig
 from pgolf_fast.ops import native
 from pgolf_fast.quant.rd import RateDistortion
@@ -62,16 +59,7 @@ class UnavailableError(Exception):
     """This machine lacks a contender; the message is the reason."""
 
 
-@dataclass(frozen=True)
-class Peer:
-    """A general compressor. `make` returns compress and decompress, or raises UnavailableError."""
-
-    setting: str
-    make: Callable[[], tuple[Bytes2Bytes, Bytes2Bytes]]
-
-
 def _module(name: str) -> Any:
-    """Import an optional package."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -126,27 +114,27 @@ def _program(
 
 
 _LC0 = [{"id": lzma.FILTER_LZMA2, "preset": 9, "lc": 0, "lp": 0, "pb": 0}]
-PEERS: dict[str, Peer] = {
-    "lzma 9": Peer(
-        "Python's lzma, preset 9: what PR 1501 uses",
-        lambda: (partial(lzma.compress, preset=9), lzma.decompress),
+_lzma = partial(lzma.compress, preset=9)
+# General compressors: the setting, and a function that returns both directions or raises UnavailableError
+PEERS: dict[str, tuple[str, Callable[[], tuple[Bytes2Bytes, Bytes2Bytes]]]] = {
+    "lzma 9": ("Python's lzma, preset 9: what PR 1501 uses", lambda: (_lzma, lzma.decompress)),
+    "lzma 9 lc0": (
+        "the same with lc=lp=pb=0",
+        lambda: (partial(lzma.compress, filters=_LC0), lzma.decompress),
     ),
-    "lzma 9 lc0": Peer(
-        "the same with lc=lp=pb=0", lambda: (partial(lzma.compress, filters=_LC0), lzma.decompress)
-    ),
-    "brotli 11": Peer("quality 11, window 2^24", _brotli),
-    "zstd 22 long": Peer("level 22, long-distance matching, window 2^27", _zstd_long),
-    "zstd 3": Peer("level 3", _zstd),
-    "zlib 9": Peer("level 9", lambda: (partial(zlib.compress, level=9), zlib.decompress)),
-    "bz2 9": Peer("level 9", lambda: (bz2.compress, bz2.decompress)),
-    "zpaq 5": Peer("zpaq -method 5, its threads", _zpaq),
-    "lrzip zpaq": Peer("lrzip -z -T -L 9, its threads", _lrzip),
+    "brotli 11": ("quality 11, window 2^24", _brotli),
+    "zstd 22 long": ("level 22, long-distance matching, window 2^27", _zstd_long),
+    "zstd 3": ("level 3", _zstd),
+    "zlib 9": ("level 9", lambda: (partial(zlib.compress, level=9), zlib.decompress)),
+    "bz2 9": ("level 9", lambda: (bz2.compress, bz2.decompress)),
+    "zpaq 5": ("zpaq -method 5, its threads", _zpaq),
+    "lrzip zpaq": ("lrzip -z -T -L 9, its threads", _lrzip),
 }
 BASELINE = "lzma 9"
 QUICK_SECONDS = 10.0  # a contender this quick on a whole artifact also compresses the codes alone
 SLOW_SECONDS, RUNS = 20.0, 3  # best of RUNS, fewer once SLOW_SECONDS are spent
 ARTIFACT, PRUNED = "model.pgolf", 0.02  # `prune` removes this share of the bank codes' bytes
-TARGET_BITS = 4.3  # bits a bank code at which `land` must arrive
+TARGET_BITS = 4.3  # bits per bank code that step `land` must meet
 
 
 def versions() -> dict[str, str]:
@@ -166,25 +154,23 @@ def measure_peer(name: str, folder: Path) -> Record:
 
     The baseline, and any contender that is quick enough, also compresses the codes alone, untimed.
     """
-    encode, decode = PEERS[name].make()
-    plain = (folder / REFERENCE).read_bytes()
+    setting, make = PEERS[name]
+    encode, decode = make()
+    size, times = both_directions(name, encode, decode, (folder / REFERENCE).read_bytes())
+    quick = name == BASELINE or times["encode_s"] < QUICK_SECONDS
+    alone = {"codes_bytes": len(encode((folder / CODES).read_bytes()))} if quick else {}
+    return {"setting": setting, "bytes": size, **alone, **times}
+
+
+def both_directions(name: str, encode: Bytes2Bytes, decode: Bytes2Bytes, plain: bytes) -> tuple[int, Record]:
+    """Return the packed size, and times and memory. Raises RuntimeError if decoding gives other bytes."""
     before = peak_mib()
     packed, encode_s, runs = best_of(lambda: encode(plain))
     again, decode_s, _ = best_of(lambda: decode(packed))
     if again != plain:
         raise RuntimeError(f"{name} gave back other bytes")
-    memory = peak_mib() - before
-    codes = (folder / CODES).read_bytes()
-    alone = {"codes_bytes": len(encode(codes))} if name == BASELINE or encode_s < QUICK_SECONDS else {}
-    return {
-        "setting": PEERS[name].setting,
-        "bytes": len(packed),
-        **alone,
-        "encode_s": encode_s,
-        "decode_s": decode_s,
-        "runs": runs,
-        "memory_mib": memory,
-    }
+    times = {"encode_s": encode_s, "decode_s": decode_s, "runs": runs}
+    return len(packed), {**times, "memory_mib": peak_mib() - before}
 
 
 def measure_container(
@@ -230,22 +216,14 @@ def measure_rans(folder: Path, *, numpy: bool = False) -> Record:
     """Measure the entropy coder alone on the bank codes; `numpy` decodes by the reference decoder."""
     shapes = [(*matrix.codes.shape, 1) for matrix in read_artifact(folder)[0].matrices().values()]
     plain = (folder / CODES).read_bytes()
-    before = peak_mib()
-    packed, encode_s, runs = best_of(lambda: codecs.encode("rans", plain, shapes))
-    decoders = (
-        lambda: codecs.decode("rans", packed, len(plain), shapes),
-        lambda: rans_decoder.decode(packed, shapes),
-    )
-    again, decode_s, _ = best_of(decoders[numpy])
-    if again != plain:
-        raise RuntimeError("rans gave back other codes")
-    return {
-        "codes_bytes": len(packed),
-        "encode_s": encode_s,
-        "decode_s": decode_s,
-        "runs": runs,
-        "memory_mib": peak_mib() - before,
-    }
+
+    def decode(packed: bytes) -> bytes:
+        if numpy:
+            return rans_decoder.decode(packed, shapes)
+        return codecs.decode("rans", packed, len(plain), shapes)
+
+    size, times = both_directions("rans", lambda b: codecs.encode("rans", b, shapes), decode, plain)
+    return {"codes_bytes": size, **times}
 
 
 OURS: dict[str, Callable[[Path], Record]] = {
@@ -255,7 +233,6 @@ OURS: dict[str, Callable[[Path], Record]] = {
     "rans, codes only": measure_rans,
     "rans, codes only, numpy": partial(measure_rans, numpy=True),
 }
-CONTENDERS = (*PEERS, *OURS)
 
 
 # The export pipeline
@@ -270,9 +247,9 @@ def step_gptq(folder: Path, config: RunConfig) -> Record:
 
 
 def step_pack(folder: Path, config: RunConfig) -> Record:
-    quantized, run = read_artifact(folder)
+    quantized, _ = read_artifact(folder)
     free = dataclasses.replace(config.pack, code_bytes=0)
-    done, seconds = timed(lambda: pack(quantized, run, folder / ARTIFACT, free))
+    done, seconds = timed(lambda: pack(quantized, config, folder / ARTIFACT, free))
     return {"seconds": seconds, "bytes": done.total_bytes}
 
 
@@ -283,11 +260,11 @@ def step_load(folder: Path, config: RunConfig) -> Record:
 
 def step_prune(folder: Path, config: RunConfig) -> Record:
     """Pack again with a limit that only pruning can meet."""
-    quantized, run = read_artifact(folder)
+    quantized, _ = read_artifact(folder)
     now = sizes(folder / ARTIFACT)
     target = now.total_bytes - int(PRUNED * now.sections[0].stored_bytes)
     limit = PackConfig(limit_bytes=target, code_bytes=0)
-    done, seconds = timed(lambda: pack(quantized, run, folder / "pruned.pgolf", limit))
+    done, seconds = timed(lambda: pack(quantized, config, folder / "pruned.pgolf", limit))
     return {
         "seconds": seconds,
         "target_bytes": target,
@@ -298,15 +275,15 @@ def step_prune(folder: Path, config: RunConfig) -> Record:
 
 
 def step_land(folder: Path, config: RunConfig) -> Record:
-    """Land grid `rd` at a byte target; calibration is not part of it."""
+    """Fit grid `rd` to a byte target; calibration is not part of it."""
     state = synthetic_weights(config)
-    fishers, tree = synthetic_fishers(state), run_config_to_dict(config)
+    fishers = synthetic_fishers(state)
     grids, factors_s = timed(lambda: RateDistortion(state, fishers, config.quant))
     _, once_s = timed(lambda: grids.quantize(1e-9))
     codes = sum(matrix.codes.numel() for matrix in read_artifact(folder)[0].matrices().values())
     target = int(TARGET_BITS / 8 * codes)
     landed, seconds = timed(
-        lambda: fit_to_target(grids, lambda s: artifact_bytes(s, tree, PackConfig()), target)
+        lambda: fit_to_target(grids, lambda s: artifact_bytes(s, config, PackConfig()), target)
     )
     return {
         "seconds": seconds,
@@ -344,12 +321,10 @@ def best_of(call: Callable[[], Result], runs: int = RUNS) -> tuple[Result, float
 
 def peak_mib() -> float:
     """Return the peak MiB of this process, or of a program that it started; 0 if unknown."""
-    own = 0.0
     # Not getrusage: its figure for a process starts with the memory of the parent that forked it.
     status = Path("/proc/self/status")
-    if status.is_file():
-        line = next((x for x in status.read_text().splitlines() if x.startswith("VmHWM")), "VmHWM: 0 kB")
-        own = int(line.split()[1]) / 1024
+    peak = re.search(r"VmHWM:\s*(\d+)", status.read_text()) if status.is_file() else None
+    own = int(peak[1]) / 1024 if peak else 0.0
     return max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)
 
 

@@ -5,13 +5,11 @@
 `codecs`: four artifacts, each through general compressors (layout of PR 1501) and our container:
 a trained model (--run); codes of PR 1501's size and statistics with equal rows, with rows of different
 scale, and with rows and columns of different scale. `pipeline`: GPTQ, packing, loading, pruning to a byte
-target and landing of grid `rd`, at full size. Each measurement runs in a process of its own, one at a time;
+target and fitting grid `rd` to one, at full size. Each measurement runs in its own process, one at a time;
 keep the machine quiet. Writes artifact.json after every measurement and artifact.txt, the tables printed.
 
 A full run takes most of an hour: zpaq needs minutes per direction for each of the large artifacts.
 """
-
-from __future__ import annotations
 
 import argparse
 import json
@@ -20,7 +18,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +28,16 @@ ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(HERE)]  # the package need not be installed
 
 from artifact_worker import BASELINE, OURS, PEERS, STEPS, versions  # noqa: E402 - after the path is set
-from synthetic_artifact import REFERENCE, synthetic, write_artifact, write_config  # noqa: E402
+from synthetic_artifact import REFERENCE, Synthetic, synthetic, write_artifact, write_config  # noqa: E402
 
 from pgolf_fast import console  # noqa: E402
-from pgolf_fast.artifact.steps import read_quantized  # noqa: E402
+from pgolf_fast.artifact.pack import read_quantized  # noqa: E402
 from pgolf_fast.bench.store import provenance  # noqa: E402
 from pgolf_fast.config.presets import exp101, tiny  # noqa: E402
 from pgolf_fast.config.run_folder import RunFolder  # noqa: E402
 from pgolf_fast.config.schema import RunConfig  # noqa: E402
 from pgolf_fast.io import write_text  # noqa: E402
-from pgolf_fast.lab.analysis.entropy_bounds import static_bounds  # noqa: E402
-from pgolf_fast.quant.state import QuantizedState  # noqa: E402
+from pgolf_fast.lab.analysis.artifact_bytes import static_bounds  # noqa: E402
 
 Record = dict[str, Any]
 PARTS = ("codecs", "pipeline")
@@ -61,45 +59,33 @@ BYTES_BELOW = 200
 PEAK_MIB = 4096.0
 
 
-@dataclass(frozen=True, eq=False)
-class Artifact:
-    """A model to pack, and the least bits that its bank codes need, if known."""
-
-    name: str
-    quantized: QuantizedState
-    config: RunConfig
-    oracle_bits: float | None = None
-
-
 def main() -> int:
     arguments = parse()
     results = Results(arguments.out, arguments.smoke)
     with tempfile.TemporaryDirectory() as temporary:
         if "codecs" in arguments.parts:
-            for artifact in artifacts(arguments):
-                folder = Path(temporary) / artifact.name
-                write_artifact(folder, artifact.quantized, artifact.config)
-                results.begin(artifact, folder)
+            for artifact, config, made in artifacts(arguments):
+                folder = Path(temporary) / artifact
+                write_artifact(folder, made.quantized, config)
+                results.begin(artifact, config, made, (folder / REFERENCE).stat().st_size)
                 for name in arguments.contenders:
-                    results.add_contender(artifact.name, name, measured(name, folder))
+                    results.add(name, measured(name, folder), artifact)
         if "pipeline" in arguments.parts:
             folder = Path(temporary) / "pipeline"
             write_config(folder, config_of(arguments))
             for step in STEPS:
                 found = measured(step, folder)
-                results.add_step(step, found)
+                results.add(step, found)
                 if "error" in found:  # later steps need its files
                     break
     text = report_text(results.content)
     print(text)
-    results.finish(text)
+    results.write("artifact.txt", text)
     return 1 if failures(results.content) else 0
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--run", type=Path, help="run folder of a trained and quantized model")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--artifacts", nargs="+", default=list(ARTIFACTS), choices=ARTIFACTS)
@@ -112,18 +98,18 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
-def artifacts(arguments: argparse.Namespace) -> Iterator[Artifact]:
+def artifacts(arguments: argparse.Namespace) -> Iterator[tuple[str, RunConfig, Synthetic]]:
+    """Yield names, configurations and models; of a trained model, the bits of an oracle are unknown."""
     if "trained" in arguments.artifacts:
         if arguments.run is None:
             say(f"trained model: skipped, because --run is not given; to make one: {TRAIN_ONE}")
         else:
             run = RunFolder(arguments.run)
-            yield Artifact("trained", read_quantized(run)[0], run.read_config())
+            yield "trained", run.read_config(), Synthetic(read_quantized(run)[0])
     config = config_of(arguments)
     for name, (rows, columns) in SPREADS.items():
         if name in arguments.artifacts:
-            made = synthetic(config.model, rows=rows, columns=columns)
-            yield Artifact(name, made.quantized, config, made.oracle_bits)
+            yield name, config, synthetic(config.model, rows=rows, columns=columns)
 
 
 def config_of(arguments: argparse.Namespace) -> RunConfig:
@@ -138,17 +124,12 @@ def config_of(arguments: argparse.Namespace) -> RunConfig:
 def measured(name: str, folder: Path) -> Record:
     """Measure in a separate process; return the record, {"skipped": reason} or {"error": last line}."""
     path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH", "")) if p)
-    done = subprocess.run(
-        [sys.executable, str(HERE / "artifact_worker.py"), name, str(folder)],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, str(HERE / "artifact_worker.py"), name, str(folder)]
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         return {"error": (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]}
-    record: Record = json.loads(done.stdout.splitlines()[-1])
-    return record
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 class Results:
@@ -158,44 +139,37 @@ class Results:
         self.folder = folder
         machine = {**provenance(), "cores": os.cpu_count(), "peers": versions()}
         self.content: Record = {**machine, "smoke": smoke, "artifacts": {}, "pipeline": {}}
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
 
-    def begin(self, artifact: Artifact, folder: Path) -> None:
-        matrices = [matrix.codes.numpy() for matrix in artifact.quantized.matrices().values()]
+    def begin(self, name: str, config: RunConfig, made: Synthetic, reference_bytes: int) -> None:
+        matrices = [matrix.codes.numpy() for matrix in made.quantized.matrices().values()]
         static = static_bounds(matrices)
         bounds = {name: asdict(bound) for name, bound in static.items()}
-        if artifact.oracle_bits is not None:
-            bounds["oracle"] = {"bytes": artifact.oracle_bits / 8, "side_bytes": 0.0}
-        self.content["artifacts"][artifact.name] = {
-            "model": artifact.config.name,
+        if made.oracle_bits is not None:
+            bounds["oracle"] = {"bytes": made.oracle_bits / 8, "side_bytes": 0.0}
+        self.content["artifacts"][name] = {
+            "model": config.name,
             "codes": sum(m.size for m in matrices),
-            "reference_bytes": (folder / REFERENCE).stat().st_size,
+            "reference_bytes": reference_bytes,
             "bounds": bounds,
             "best_bound": min(static, key=lambda name: static[name].bytes),
             "contenders": {},
         }
 
-    def add_contender(self, artifact: str, name: str, found: Record) -> None:
-        self.content["artifacts"][artifact]["contenders"][name] = found
-        self._note(f"{artifact}, {name}", found)
+    def add(self, name: str, found: Record, artifact: str | None = None) -> None:
+        """Record what was measured, of a contender on an artifact or of a step of the pipeline."""
+        artifacts = self.content["artifacts"]
+        place = self.content["pipeline"] if artifact is None else artifacts[artifact]["contenders"]
+        place[name] = found
+        values = ", ".join(f"{key} {shown(value)}" for key, value in found.items())
+        say(f"{name if artifact is None else f'{artifact}, {name}'}: {values}")
+        self.write("artifact.json", json.dumps(self.content, indent=1))
 
-    def add_step(self, step: str, found: Record) -> None:
-        self.content["pipeline"][step] = found
-        self._note(step, found)
-
-    def finish(self, text: str) -> None:
+    def write(self, name: str, text: str) -> None:
         if self.folder is not None:
-            write_text(self.folder / "artifact.txt", text + "\n")
-
-    def _note(self, what: str, found: Record) -> None:
-        say(f"{what}: " + ", ".join(f"{key} {shown(value)}" for key, value in found.items()))
-        if self.folder is not None:
-            write_text(self.folder / "artifact.json", json.dumps(self.content, indent=1) + "\n")
+            write_text(self.folder / name, text + "\n")
 
 
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+say = partial(print, file=sys.stderr, flush=True)
 
 
 # Tables
@@ -213,12 +187,10 @@ def report_text(content: Record) -> str:
     for name, found in content["artifacts"].items():
         parts += [heading(name, found), bound_table(found), contender_table(found)]
     if content["pipeline"]:
-        rows = [
-            (step, *(shown(found.get(k, "-")) for k in _STEP)) for step, found in content["pipeline"].items()
-        ]
+        steps = content["pipeline"].items()
+        rows = [(step, *(shown(found.get(key, "-")) for key in _STEP)) for step, found in steps]
         parts.append(console.table(rows, ("step", *_STEP)))
-        broken = {step: found["error"] for step, found in content["pipeline"].items() if "error" in found}
-        parts += [f"{step}: FAILED, {why}" for step, why in broken.items()]
+        parts += [f"{step}: FAILED, {found['error']}" for step, found in steps if "error" in found]
     checks = [] if content["smoke"] else verdicts(content)
     if checks:
         parts.append(console.table(checks, ("what", "measured", "limit", "kept")))
@@ -237,15 +209,10 @@ def heading(name: str, found: Record) -> str:
 
 
 def bound_table(found: Record) -> str:
-    rows = [
-        (
-            name,
-            shown(round(b["bytes"])),
-            shown(8 * b["bytes"] / found["codes"]),
-            shown(round(b["side_bytes"])),
-        )
-        for name, b in found["bounds"].items()
-    ]
+    rows = []
+    for name, b in found["bounds"].items():
+        size, side = round(b["bytes"]), round(b["side_bytes"])
+        rows.append((name, shown(size), shown(8 * b["bytes"] / found["codes"]), shown(side)))
     return console.table(rows, ("bound of the codes", "bytes", "bits a code", "side information, about"))
 
 
@@ -255,9 +222,8 @@ def contender_table(found: Record) -> str:
     base = found["contenders"].get(BASELINE, {})
     for name, c in found["contenders"].items():
         if "encode_s" not in c:
-            notes.append(
-                f"{name}: " + (f"skipped, {c['skipped']}" if "skipped" in c else f"FAILED, {c['error']}")
-            )
+            why = f"skipped, {c['skipped']}" if "skipped" in c else f"FAILED, {c['error']}"
+            notes.append(f"{name}: {why}")
             continue
         rows.append(
             (

@@ -8,28 +8,27 @@ and never be slower with test-time training. Both take turns; the fastest round 
 are printed. On a GPU: `python benchmarks/gpu_session --parts eval`.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import naive_eval
 import torch
+from artifact_worker import timed
 from torch import Tensor
 
 from pgolf_fast import console
 from pgolf_fast.artifact.load import load
-from pgolf_fast.config.adapters import adapters
 from pgolf_fast.config.presets import preset
 from pgolf_fast.config.run_folder import RunFolder
+from pgolf_fast.config.ttt import adapters
 from pgolf_fast.data.source import open_source
 from pgolf_fast.distributed import keep_freed_memory
-from pgolf_fast.evaluation.adapters.base import borrowed
+from pgolf_fast.evaluation.adapters.base import borrowed, freeze
 from pgolf_fast.evaluation.adapters.descent import SGD, trainable_parameters
 from pgolf_fast.evaluation.adapters.frozen import Frozen
 from pgolf_fast.evaluation.estimate import forward_flops, windows_flops
@@ -44,9 +43,7 @@ NAIVE_BATCHES = (4, 8, 16, 32, 64)
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--run", type=Path, help="a trained run folder; default: random weights of --preset")
     parser.add_argument("--preset", default="small")
     parser.add_argument("--data", help="folder of shards; default: the run's, or the zero-download corpus")
@@ -77,7 +74,7 @@ def main() -> int:
     tokens = source.validation(config.eval_seq_len)[: arguments.tokens + 1]
     bench = Bench(model, Stream(tokens, source.table, torch.device("cpu")), config, arguments.stride)
     found = bench.run(arguments.rounds)
-    print(bench.describe(found))
+    print(describe(found))
     if arguments.out:
         write_text(arguments.out, json.dumps(found, indent=1) + "\n")
     return 0
@@ -112,16 +109,14 @@ class Bench:
         part, losses = self.windows[1:129], self.naive_losses()
         seconds = {}
         for batch in (*NAIVE_BATCHES[:1], *NAIVE_BATCHES):  # the first warms up
-            start = time.perf_counter()
-            naive_eval.score(losses, self.stream.tokens, part, self.length, batch)
-            seconds[batch] = time.perf_counter() - start
+            score = partial(naive_eval.score, losses, self.stream.tokens, part, self.length, batch)
+            seconds[batch] = timed(score)[1]
         self.batch = min(seconds, key=seconds.__getitem__)
         return seconds
 
     def naive_sliding(self) -> Tensor:
-        return naive_eval.score(
-            self.naive_losses(), self.stream.tokens, self.windows, self.length, self.batch
-        )
+        data = self.stream.tokens, self.windows, self.length, self.batch
+        return naive_eval.score(self.naive_losses(), *data)
 
     def fast_sliding(self) -> Tensor:
         scorer = Scorer(self.stream, self.windows, self.length, self.size)
@@ -132,22 +127,13 @@ class Bench:
         model = self.model
         with borrowed(model):
             parameters = trainable_parameters(model, self.ttt)
-            for parameter in model.parameters():
-                parameter.requires_grad_(False)
-                parameter.grad = None
+            freeze(model)
             for parameter in parameters:
                 parameter.requires_grad_()
             learner = naive_eval.SGD(model.loss, parameters, self.ttt, self.length)
+            data = self.stream.tokens, self.windows, self.chunks, self.length, self.batch
             # Without gradient banks, forward casts the banks every time, so autograd reaches the masters.
-            return naive_eval.score_and_adapt(
-                model.token_losses,
-                learner,
-                self.stream.tokens,
-                self.windows,
-                self.chunks,
-                self.length,
-                self.batch,
-            )
+            return naive_eval.score_and_adapt(model.token_losses, learner, *data)
 
     def fast_ttt(self) -> Tensor:
         scorer = Scorer(self.stream, self.windows, self.length, self.size)
@@ -167,9 +153,8 @@ class Bench:
         losses: dict[str, Tensor] = {}
         for _ in range(rounds):
             for name, function in contenders.items():
-                start = time.perf_counter()
-                losses[name] = function()
-                seconds[name].append(time.perf_counter() - start)
+                losses[name], taken = timed(function)
+                seconds[name].append(taken)
                 print(f"{name}: {seconds[name][-1]:.2f} s", flush=True)
         best = {name: min(times) for name, times in seconds.items()}
         speed_up, allowed = best["naive sliding"] / best["fast sliding"], self.allowed()
@@ -192,23 +177,20 @@ class Bench:
             "loss": {name: values.double().mean().item() for name, values in losses.items()},
         }
 
-    def describe(self, found) -> str:
-        rows = [
-            (name, f"{min(times):.2f}", f"{found['tokens'] / min(times):,.0f}", f"{found['loss'][name]:.6f}")
-            for name, times in found["seconds"].items()
-        ]
-        dtype = found["compute_dtype"].removeprefix("torch.")
-        lines = [
-            f"{found['tokens']:,} targets in {found['windows']:,} windows of {found['seq_len']}, stride "
-            f"{found['stride']}, {dtype}, {found['threads']} threads; "
-            f"batches of {found['naive_batch']} (naive) and {found['fast_batch']} (fast)",
-            console.table(rows, ("evaluator", "seconds", "targets/s", "nats/token")),
-            f"largest difference of a loss, sliding: {found['largest_difference']:.1e} nats",
-            f"sliding: {found['sliding_speed_up']:.2f} times naive; exact savings allow "
-            f"{found['sliding_speed_up_allowed']:.2f}: {found['sliding_reached']:.0%} of it",
-            f"sliding + TTT: {found['ttt_speed_up']:.2f} times naive",
-        ]
-        return "\n".join(lines)
+
+def describe(found) -> str:
+    tokens, losses = found["tokens"], found["loss"]
+    best = {name: min(times) for name, times in found["seconds"].items()}
+    rows = [(name, f"{s:.2f}", f"{tokens / s:,.0f}", f"{losses[name]:.6f}") for name, s in best.items()]
+    return f"""\
+{tokens:,} targets in {found["windows"]:,} windows of {found["seq_len"]}, stride {found["stride"]}, \
+{found["compute_dtype"].removeprefix("torch.")}, {found["threads"]} threads; \
+batches of {found["naive_batch"]} (naive) and {found["fast_batch"]} (fast)
+{console.table(rows, ("evaluator", "seconds", "targets/s", "nats/token"))}
+largest difference of a loss, sliding: {found["largest_difference"]:.1e} nats
+sliding: {found["sliding_speed_up"]:.2f} times naive; exact savings allow \
+{found["sliding_speed_up_allowed"]:.2f}: {found["sliding_reached"]:.0%} of it
+sliding + TTT: {found["ttt_speed_up"]:.2f} times naive"""
 
 
 if __name__ == "__main__":

@@ -15,15 +15,13 @@ Every measurement runs in a separate process, whose peak memory is reported. Tim
 as many threads as PyTorch takes (set OMP_NUM_THREADS). Prints tables and writes JSON.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -45,9 +43,10 @@ from pgolf_fast.model.decoding import Decoder
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.ops.native import extension
 from pgolf_fast.quant import gptq
-from pgolf_fast.quant.calibration import hessian_name, self_generate
-from pgolf_fast.quant.state import READERS, unbank
+from pgolf_fast.quant.calibration import self_generate
+from pgolf_fast.quant.state import READERS, hessian_name, unbank
 
+PARTS = ("gptq", "calibration")
 LENGTHS = 8
 UNCACHED_BATCH = 8  # as in the original program
 COMPARED_TEXTS = 4
@@ -78,23 +77,20 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parts = ("gptq", "calibration")
-    parser.add_argument("parts", nargs="*", default=list(parts), help="gptq, calibration (default: both)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("parts", nargs="*", default=list(PARTS), help="gptq, calibration (default: both)")
     parser.add_argument("--smoke", action="store_true", help="toy sizes, to see that it runs")
     parser.add_argument("--out", type=Path, help="JSON file")
     parser.add_argument("--worker", choices=list(WORKERS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if wrong := [part for part in arguments.parts if part not in parts]:
-        parser.error(f"no part {wrong[0]}; there are {', '.join(parts)}")
+    if wrong := [part for part in arguments.parts if part not in PARTS]:
+        parser.error(f"no part {wrong[0]}; there are {', '.join(PARTS)}")
     return arguments
 
 
 def run(worker: str, smoke: bool) -> dict[str, Any]:
     """Run a worker in a separate process and return its result."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--worker", worker, *["--smoke"] * smoke]
+    command = [sys.executable, __file__, "--worker", worker, *["--smoke"] * smoke]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -121,9 +117,8 @@ def measure_gptq(path: str, floor: bool, smoke: bool) -> dict[str, object]:
     groups = bank_matrices(tiny() if smoke else exp101())
     before = round(peak_mib())
     with mock.patch.object(gptq, "extension", return_value=extension() if path == "C++" else None):
-        start = time.perf_counter()
-        done = gptq.gptq(groups, scale_floor=floor)
-        seconds, peak = time.perf_counter() - start, round(peak_mib())
+        done, seconds = timed(lambda: gptq.gptq(groups, scale_floor=floor))
+        peak = round(peak_mib())
     other = gptq.gptq(groups[: len(READERS)], scale_floor=floor)
     with mock.patch.object(gptq, "extension", return_value=None):
         in_torch = gptq.gptq(groups[: len(READERS)], scale_floor=floor)
@@ -160,7 +155,12 @@ def measure_calibration(smoke: bool) -> dict[str, object]:
     difference = largest_difference(model, text[:COMPARED_TEXTS])
     lengths = np.unique(np.linspace(1, length - 1, LENGTHS).astype(int))
     batches = -(-count // UNCACHED_BATCH)
-    seconds = [batches * uncached_token(model, text[:, :n]) for n in lengths]
+
+    def token_after(prefix: Tensor) -> float:
+        """Return the seconds for the logits after prefix (B, n) without a cache."""
+        return min(timed(lambda: model.head(model.hidden(prefix)[:, -1]))[1] for _ in range(2))
+
+    seconds = [batches * token_after(text[:, :n]) for n in lengths]
     uncached = float(np.interp(np.arange(1, length), lengths, seconds).sum())
     return {
         "texts": count,
@@ -184,11 +184,6 @@ def random_model(config: ModelConfig) -> GPT:
     return model
 
 
-def uncached_token(model: GPT, prefix: Tensor) -> float:
-    """Return the seconds for the logits after prefix (B, n) without a cache."""
-    return min(timed(lambda: model.head(model.hidden(prefix)[:, -1]))[1] for _ in range(2))
-
-
 def largest_difference(model: GPT, text: Tensor) -> float:
     """Return the largest difference of cached and full logits over all positions of text (B, T)."""
     decoder, full = Decoder(model, *text.shape), model.logits(text)
@@ -197,12 +192,11 @@ def largest_difference(model: GPT, text: Tensor) -> float:
 
 
 WORKERS: dict[str, Callable[[bool], dict[str, object]]] = {
-    "C++, free": lambda smoke: measure_gptq("C++", False, smoke),
-    "C++, floor": lambda smoke: measure_gptq("C++", True, smoke),
-    "torch, free": lambda smoke: measure_gptq("torch", False, smoke),
-    "torch, floor": lambda smoke: measure_gptq("torch", True, smoke),
-    "calibration": measure_calibration,
+    f"{path}, {steps}": partial(measure_gptq, path, steps == "floor")
+    for path in ("C++", "torch")
+    for steps in ("free", "floor")
 }
+WORKERS["calibration"] = measure_calibration
 
 
 if __name__ == "__main__":

@@ -3,23 +3,19 @@
 Usage: python benchmarks/bench_meta.py [--preset small] [--repeats 5]
 """
 
-from __future__ import annotations
-
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
 
 from pgolf_fast import console
-from pgolf_fast.config.meta import MetaConfig, ReptileConfig
+from pgolf_fast.bench.timer import time_in_turn
 from pgolf_fast.config.presets import preset
+from pgolf_fast.config.schema import MetaConfig, ReptileConfig
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.model.runtime import resolve_dtype
-from pgolf_fast.train.meta.rates import SlotRates
-from pgolf_fast.train.meta.reptile import Reptile
-from pgolf_fast.train.meta.step import meta_step
+from pgolf_fast.train.meta import SlotRates, meta_step
+from pgolf_fast.train.reptile import Reptile
 
 KINDS = {
     "fomaml": MetaConfig(),
@@ -52,30 +48,17 @@ def contenders(name: str, device: torch.device) -> dict[str, Callable[[], object
     }
 
 
-def milliseconds(run: Callable[[], object], device: torch.device) -> float:
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return 1e3 * (time.perf_counter() - start)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="small")
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    repeats = arguments.repeats
     runs = contenders(arguments.preset, device)
-    for run in runs.values():
-        milliseconds(run, device)
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(arguments.repeats):  # in turn, so that a drift of the machine affects all
-        for name, run in runs.items():
-            times[name].append(milliseconds(run, device))
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    ordinary = medians["ordinary micro-batch"]
-    rows = [(name, f"{ms:.1f}", f"{ms / ordinary:.2f}") for name, ms in medians.items()]
+    times = time_in_turn(runs, device, seconds=3600, rounds=repeats, runs=repeats)
+    ordinary = times["ordinary micro-batch"].median
+    rows = [(name, f"{t.median:.1f}", f"{t.median / ordinary:.2f}") for name, t in times.items()]
     print(console.table(rows, (f"{arguments.preset}, {device.type}", "ms", "micro-batches")))
 
 

@@ -9,8 +9,6 @@ loss by its own step, and the cosine between the outer half's gradients with the
 last is 1, the meta step is an ordinary step on the outer half.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import sys
@@ -22,14 +20,14 @@ from torch import Tensor
 
 from pgolf_fast import console
 from pgolf_fast.artifact.load import load
-from pgolf_fast.config.meta import MetaConfig
 from pgolf_fast.config.run_folder import RunFolder
+from pgolf_fast.config.schema import MetaConfig
 from pgolf_fast.data.loader import make_loader
 from pgolf_fast.data.source import open_source
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.model.bank import make_banks
 from pgolf_fast.model.gpt import GPT
-from pgolf_fast.train.meta.step import Batch, bank_gradients, halves, inner_gradients
+from pgolf_fast.train.meta import Batch, bank_gradients, halves, inner_gradients
 
 BATCHES = 4
 DTYPES = (torch.bfloat16, torch.float32)
@@ -58,17 +56,13 @@ def measure(path: Path, dtype: torch.dtype) -> InnerStep:
     """Measure a run's final float weights on the first batches of its data."""
     folder = RunFolder(path)
     config = folder.read_config()
-    model, source = (
-        load(folder, "float", config=config).model,
-        open_source(config.data, config.model.vocab_size),
-    )
+    model = load(folder, "float", config=config).model
+    source = open_source(config.data, config.model.vocab_size)
     model.compute_dtype = dtype
     with make_loader(source.train_shards(), config) as loader:
         rows = [one(model, loader.next_batch(), config.train.meta or MetaConfig()) for _ in range(BATCHES)]
-    return InnerStep(
-        str(dtype).removeprefix("torch."),
-        *(statistics.median(column) for column in zip(*rows, strict=True)),
-    )
+    medians = map(statistics.median, zip(*rows, strict=True))
+    return InnerStep(str(dtype).removeprefix("torch."), *medians)
 
 
 def one(model: GPT, batch: Batch, meta: MetaConfig) -> tuple[float, ...]:
@@ -94,10 +88,9 @@ def lengths(a: list[Tensor], b: list[Tensor]) -> tuple[float, float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders")
+    runs = parser.parse_args().runs
     try:
-        rows = [
-            (run.name, *measure(run, dtype).row()) for run in parser.parse_args().runs for dtype in DTYPES
-        ]
+        rows = [(run.name, *measure(run, dtype).row()) for run in runs for dtype in DTYPES]
     except PgolfError as error:
         sys.exit(str(error))
     print(console.table(rows, HEADER))

@@ -3,8 +3,6 @@
 Nothing is skipped or shared between windows, and test-time training is PyTorch's own SGD.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

@@ -8,26 +8,25 @@ bits that fit, or one bit more with as many +-1 codes zeroed as needed, finest r
 Calibration text, Hessians and data are the same for all. Scores are over all validation data of the run.
 """
 
-from __future__ import annotations
-
 import argparse
+import itertools
 import json
 import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from pgolf_fast import console
-from pgolf_fast.artifact.landing import fit_to_target
+from pgolf_fast.artifact.fit import fit_to_target
 from pgolf_fast.artifact.load import load
 from pgolf_fast.artifact.pack import artifact_bytes
 from pgolf_fast.bench.drawing import write_png
 from pgolf_fast.bench.store import provenance
-from pgolf_fast.config.fields import run_config_to_dict
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import PackConfig, QuantConfig
 from pgolf_fast.data.source import open_source
@@ -35,8 +34,7 @@ from pgolf_fast.evaluation.score import Stream
 from pgolf_fast.evaluation.scores import plain_score
 from pgolf_fast.io import write_text
 from pgolf_fast.quant import rd
-from pgolf_fast.quant.calibration import collect_hessians, self_generate
-from pgolf_fast.quant.fisher import collect_fisher
+from pgolf_fast.quant.calibration import collect_fisher, collect_hessians, self_generate
 from pgolf_fast.quant.rd import RateDistortion
 from pgolf_fast.quant.state import QuantizedState, QuantizedTensor, dequantize_state, is_slot, quantize_state
 
@@ -65,8 +63,7 @@ class Study:
         self.fishers = collect_fisher(self.model, self.text, self.hessians)
 
     def bytes(self, state: QuantizedState, quant: QuantConfig) -> int:
-        tree = run_config_to_dict(replace(self.config, quant=quant))
-        return artifact_bytes(state, tree, PackConfig(code_bytes=0))
+        return artifact_bytes(state, replace(self.config, quant=quant, pack=PackConfig(code_bytes=0)))
 
     def bpb(self, state: dict[str, Tensor]) -> float:
         self.model.load_state_dict(state)
@@ -124,8 +121,7 @@ def fixed_bits(
     fitting = [bits for bits, (_, size) in natural.items() if size <= target]
     if fitting:
         yield f"{max(fitting)} bits", natural[max(fitting)][0]
-    over = min((bits for bits in natural if bits not in fitting), default=None)
-    if over is not None:
+    if over := min((bits for bits in natural if bits not in fitting), default=0):
         quant = replace(study.quant, grid=grid, bits=over)  # type: ignore[arg-type]
         state = pruned(natural[over][0], lambda s: study.bytes(s, quant), target)
         if state is not None:
@@ -134,13 +130,11 @@ def fixed_bits(
 
 def compare(study: Study) -> list[Row]:
     """Return rows of target, grid, how, bytes and bpb; of several states the one that diverges least."""
-    natural: dict[str, dict[int, tuple[QuantizedState, int]]] = {}
-    for grid in ("reference", "percentile"):
-        natural[grid] = {}
-        for bits in BITS:
-            quant = replace(study.quant, grid=grid, bits=bits)
-            state = quantize_state(study.floats, quant, study.hessians)
-            natural[grid][bits] = state, study.bytes(state, quant)
+    natural: dict[str, dict[int, tuple[QuantizedState, int]]] = {"reference": {}, "percentile": {}}
+    for grid, bits in itertools.product(natural, BITS):
+        quant = replace(study.quant, grid=grid, bits=bits)  # type: ignore[arg-type]
+        state = quantize_state(study.floats, quant, study.hessians)
+        natural[grid][bits] = state, study.bytes(state, quant)
     rows: list[Row] = []
     for target in (natural["reference"][bits][1] for bits in (4, 5, 6)):
         for grid, states in natural.items():
@@ -172,11 +166,11 @@ def rd_row(study: Study, target: int) -> Row:
 class _BanksOnly(RateDistortion):
     """Grid rd on bank matrices only; tables and projections as in the other grids."""
 
-    others: dict[str, QuantizedTensor | Tensor]
+    small: dict[str, QuantizedTensor | Tensor]
 
     def quantize(self, price: float, like: QuantizedState | None = None) -> QuantizedState:
         tensors = super().quantize(price, like).tensors
-        return QuantizedState({n: t if is_slot(n) else self.others[n] for n, t in tensors.items()})
+        return QuantizedState({n: t if is_slot(n) else self.small[n] for n, t in tensors.items()})
 
 
 def parts(study: Study, target: int) -> list[Row]:
@@ -187,17 +181,13 @@ def parts(study: Study, target: int) -> list[Row]:
     one_mean = {n: replace(f, rows=torch.full_like(f.rows, mean)) for n, f in fishers.items()}
     banks_only = _BanksOnly(floats, {n: f for n, f in fishers.items() if is_slot(n)}, quant)
     percentile = quantize_state(floats, replace(study.quant, grid="percentile"), study.hessians)
-    banks_only.others = percentile.tensors
+    banks_only.small = percentile.tensors
     whole, rowwise = (RateDistortion(floats, fishers, quant) for _ in range(2))
-    rowwise._groups = [
+    for i, group in enumerate(rowwise._groups):
         # One step for all columns: their error then counts by the mean of 1 / U_ii^2.
-        replace(
-            g,
-            column_step=torch.ones_like(g.column_step),
-            mean_pivot=torch.diagonal(g.factor).pow(-2).mean().rsqrt().item(),
-        )
-        for g in rowwise._groups
-    ]
+        pivot = torch.diagonal(group.factor).pow(-2).mean().rsqrt().item()
+        ones = torch.ones_like(group.column_step)
+        rowwise._groups[i] = replace(group, column_step=ones, mean_pivot=pivot)
     variants = {
         "rd": whole,
         "no column steps": rowwise,
@@ -209,10 +199,9 @@ def parts(study: Study, target: int) -> list[Row]:
     }
     rows: list[Row] = []
     for name, grids in variants.items():
-        usual = rd.ROUNDING_PRICE
-        rd.ROUNDING_PRICE = 0.0 if name == "nearest codes" else usual
-        landed = fit_to_target(grids, lambda state: study.bytes(state, quant), target)
-        rd.ROUNDING_PRICE = usual
+        price = 0.0 if name == "nearest codes" else rd.ROUNDING_PRICE
+        with mock.patch.object(rd, "ROUNDING_PRICE", price):
+            landed = fit_to_target(grids, lambda state: study.bytes(state, quant), target)
         lost = study.divergence(dequantize_state(landed.state))
         console.logger.info("%s: %.5f", name, lost)
         rows.append({"part": name, "bytes": landed.artifact_bytes, "divergence": lost})
@@ -254,10 +243,9 @@ def main() -> None:
         result["parts_target"], result["parts"] = targets[0], parts(study, targets[0])
     write_text(arguments.out, json.dumps({**result, **provenance()}, indent=2) + "\n")
     draw(arguments.out.with_suffix(".png"), result)
-    for rows in (result["rows"], result.get("parts", [])):
-        if rows:
-            names = [name for name in rows[0] if name != "landing_seconds"]
-            console.logger.info("%s\n", console.Table(names, [[row[name] for name in names] for row in rows]))
+    for rows in filter(None, (result["rows"], result.get("parts"))):
+        names = [name for name in rows[0] if name != "landing_seconds"]
+        console.logger.info("%s\n", console.Table(names, [[row[name] for name in names] for row in rows]))
 
 
 if __name__ == "__main__":

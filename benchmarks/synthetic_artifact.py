@@ -8,8 +8,6 @@ A folder holds `reference.pt` for the general compressors (the layout of PR 1501
 and kinds, one byte a weight), `codes.bin` (the bank codes alone) and `config.json`.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +23,7 @@ from pgolf_fast.config.model import ModelConfig
 from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.model.bank import BANK_NAMES
 from pgolf_fast.model.gpt import GPT
-from pgolf_fast.quant.calibration import hessian_name
-from pgolf_fast.quant.fisher import Fisher
+from pgolf_fast.quant.calibration import Fisher
 from pgolf_fast.quant.grid import quantize_int8_rows
 from pgolf_fast.quant.state import (
     READERS,
@@ -34,6 +31,7 @@ from pgolf_fast.quant.state import (
     QuantizedState,
     QuantizedTensor,
     group_of,
+    hessian_name,
     is_slot,
     unbank,
 )
@@ -50,7 +48,7 @@ class Synthetic:
     """A model, and the bits that a coder would need for its bank codes if it knew their distributions."""
 
     quantized: QuantizedState
-    oracle_bits: float
+    oracle_bits: float | None = None
 
 
 def unbanked_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -98,10 +96,8 @@ def _codes(
     )
     sigma = SIGMA * by_row[:, None] * by_column
     codes = np.rint(sigma * random.standard_normal(shape)).clip(-CLIP, CLIP)
-    above, below = (
-        np.where(codes == CLIP, np.inf, codes + 0.5),
-        np.where(codes == -CLIP, -np.inf, codes - 0.5),
-    )
+    above = np.where(codes == CLIP, np.inf, codes + 0.5)
+    below = np.where(codes == -CLIP, -np.inf, codes - 0.5)
     # Take both ends on the side where the distribution function is small: near 1 their difference cancels.
     flip = codes > 0
     low, high = np.where(flip, -above, below) / sigma, np.where(flip, -below, above) / sigma
@@ -112,12 +108,11 @@ def _codes(
 def synthetic_weights(config: RunConfig, seed: int = 0) -> dict[str, Tensor]:
     """Return a float32 state dict whose bank weights have a standard deviation of `SIGMA` steps of 1/31."""
     generator = torch.Generator().manual_seed(seed)
-    return {
-        name: torch.empty(t.shape).normal_(
-            0, SIGMA / CLIP if name in BANK_NAMES else TABLE_STD, generator=generator
-        )
-        for name, t in _meta_state(config.model).items()
-    }
+    state = {}
+    for name, tensor in _meta_state(config.model).items():
+        deviation = SIGMA / CLIP if name in BANK_NAMES else TABLE_STD
+        state[name] = torch.empty(tensor.shape).normal_(0, deviation, generator=generator)
+    return state
 
 
 def synthetic_hessians(state: dict[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
@@ -179,8 +174,7 @@ def write_config(folder: Path, config: RunConfig) -> None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    return config
+    return json.loads((folder / CONFIG).read_text(encoding="utf-8"))
 
 
 def read_artifact(folder: Path) -> tuple[QuantizedState, dict[str, Any]]:

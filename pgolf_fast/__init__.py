@@ -11,7 +11,8 @@
     loaded = pg.load("runs/a")  # loaded.model, loaded.tokenizer, loaded.config
 
 Keyword arguments set fields of the configuration; `__` separates groups: train__steps is train.steps.
-Importing this package loads no torch: each name is imported on first use.
+Importing this package loads no torch: each name is imported on first use. `torch.ops.pgolf.*` exists after
+`import pgolf_fast.ops`.
 """
 
 from importlib import import_module as _import_module
@@ -22,10 +23,10 @@ if TYPE_CHECKING:
     from pgolf_fast import ops as ops
     from pgolf_fast.artifact.load import generate as generate
     from pgolf_fast.artifact.load import load as load
-    from pgolf_fast.artifact.steps import pack_run as pack
-    from pgolf_fast.artifact.steps import quantize_run as quantize
+    from pgolf_fast.artifact.pack import pack_run as pack
+    from pgolf_fast.artifact.pack import quantize_run as quantize
     from pgolf_fast.config.presets import preset as preset
-    from pgolf_fast.evaluation.steps import score as score
+    from pgolf_fast.evaluation.run import score as score
     from pgolf_fast.model.gpt import GPT as GPT
     from pgolf_fast.train.loop import train as train
 
@@ -37,10 +38,10 @@ _PLACES = {
     "generate": "artifact.load:generate",
     "load": "artifact.load:load",
     "ops": "ops:",
-    "pack": "artifact.steps:pack_run",
+    "pack": "artifact.pack:pack_run",
     "preset": "config.presets:preset",
-    "quantize": "artifact.steps:quantize_run",
-    "score": "evaluation.steps:score",
+    "quantize": "artifact.pack:quantize_run",
+    "score": "evaluation.run:score",
     "train": "train:",  # a module that can be called: its name is also that of the function
 }
 

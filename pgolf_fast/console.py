@@ -1,7 +1,6 @@
 """Console output: log lines, metrics as JSON lines, progress bars, durations and tables."""
 
-from __future__ import annotations
-
+import contextlib
 import json
 import logging
 import math
@@ -46,9 +45,10 @@ class MetricsWriter:
         self._file = None
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            truncated = _last_line_is_open(path)
+            # a crash may have truncated the last line: start a new one instead of extending it
+            truncated = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open for the whole run
-            if truncated:  # by a crash: start a new line instead of extending the partial one
+            if truncated:
                 self._file.write("\n")
 
     def write(self, kind: str, **values: object) -> None:
@@ -61,22 +61,12 @@ class MetricsWriter:
             self._file.close()
 
 
-def _last_line_is_open(path: Path) -> bool:
-    if not path.is_file() or path.stat().st_size == 0:
-        return False
-    with open(path, "rb") as handle:
-        handle.seek(-1, 2)
-        return handle.read(1) != b"\n"
-
-
 def read_metrics(path: Path) -> list[dict]:
     """Return the JSON objects of a metrics file, skipping lines truncated by a crash."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
-        try:
+        with contextlib.suppress(json.JSONDecodeError):
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
     return [row for row in rows if isinstance(row, dict)]
 
 
@@ -162,10 +152,15 @@ class Table:
     def __str__(self) -> str:
         return self.text()
 
+    def _columns(self) -> list[tuple[str, ...]]:
+        return list(zip(*self.rows, strict=True)) if self.rows else [()] * len(self.header or ())
+
     def numeric(self) -> list[bool]:
-        """Return, per column, whether it holds at least one number and otherwise only placeholders."""
-        columns = zip(*self.rows, strict=True) if self.rows else ((),) * len(self.header or ())
-        return [_is_numeric(column) for column in columns]
+        """Return True for each column that holds at least one number and otherwise only placeholders."""
+        known = [
+            [cell.strip() for cell in column if cell.strip() not in ("", "-")] for column in self._columns()
+        ]
+        return [bool(cells) and all(map(_NUMBER.fullmatch, cells)) for cells in known]
 
     def text(self) -> str:
         """Render aligned columns for a terminal or a log."""
@@ -199,8 +194,7 @@ class Table:
     def html(self) -> str:
         """Render a `<table>`: cells escaped, backticks as `<code>`, classes `n` (numeric) and `s` (short)."""
         numeric = self.numeric()
-        columns = zip(*self.rows, strict=True) if self.rows else ((),) * len(numeric)
-        short = [all(len(cell) <= self.SHORT for cell in column) for column in columns]
+        short = [all(len(cell) <= self.SHORT for cell in column) for column in self._columns()]
         kinds = [
             ' class="n"' if right else ' class="s"' if fits else ""
             for right, fits in zip(numeric, short, strict=True)
@@ -220,11 +214,6 @@ class Table:
         return f"<table>{caption}{head}<tbody>{body}</tbody></table>"
 
     __html__ = html  # Jinja2's autoescape inserts the element as it is
-
-
-def _is_numeric(cells: Sequence[str]) -> bool:
-    known = [cell.strip() for cell in cells if cell.strip() not in ("", "-")]
-    return bool(known) and all(_NUMBER.fullmatch(cell) for cell in known)
 
 
 def inline_html(text: str) -> str:

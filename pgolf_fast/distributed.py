@@ -1,7 +1,5 @@
 """Ranks, their devices, and the collectives they share. Nothing else in the package asks for a rank."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Atomic writes, file locks, named tensors with metadata, and the CPU cores of this process."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import json
@@ -78,11 +76,8 @@ def write_bytes(path: Path | str, content: bytes) -> None:
         temporary.write_bytes(content)
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """Write tensors and JSON `metadata` as a safetensors file, atomically.
-
-    Raises PgolfError naming the file if the disk is full; the previous file is unchanged.
-    """
+def save_tensors(path: Path, tensors: dict[str, "Tensor"], metadata: dict[str, Any]) -> None:
+    """Write tensors and JSON `metadata` as a safetensors file, atomically, as `atomic_path` does."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -98,7 +93,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any
             raise
 
 
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_tensors(path: Path) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
     """Return what `save_tensors` wrote. Raises PgolfError for a damaged or another kind of file."""
     with _opened(path) as (handle, metadata):
         return {name: handle.get_tensor(name) for name in handle.keys()}, metadata  # noqa: SIM118

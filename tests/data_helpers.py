@@ -41,6 +41,6 @@ def document_shards(folder: Path, lengths: list[int], *borders: int) -> list[Sha
     return [write_shard(folder / f"docs_train_{i:06d}.bin", part) for i, part in enumerate(parts)]
 
 
-def die(_: object) -> None:
+def die(*_: object) -> None:
     """End this process at once, as the system does when memory runs out."""
     os._exit(9)

@@ -21,15 +21,16 @@ from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import locked
 from pgolf_fast.lab.compare.jobs import documents, fingerprint, finished, prepare, run_job, step_times
 from pgolf_fast.lab.compare.plan import BASELINE, Job, make_jobs, make_variants
-from pgolf_fast.lab.compare.plot import draw_ablation, seed_differences
 from pgolf_fast.lab.compare.processes import Task, make_slots, run_tasks
 from pgolf_fast.lab.compare.table import (
     FinishedRun,
     commits,
     describe,
+    draw_ablation,
     make_rows,
     pass_gains,
     read_runs,
+    seed_differences,
     to_dict,
 )
 from pgolf_fast.train.checkpoint import newest_checkpoint
@@ -71,7 +72,7 @@ def made_up_run(folder, variant, seed, sliding, budget="steps", tokens=100):
     result = {"scores": scores, "steps": 8, "ms_per_step": 2.0, "ms_per_step_mean": 3.0, "commit": "c"}
     result |= {"artifact_bytes": 1000, "artifact_sha256": "none"}
     (path / "result.json").write_text(json.dumps(result))
-    content = {"text_bytes": text_bytes.tolist(), "nats": {"sliding": nats.tolist()}}
+    content = {"text_bytes": text_bytes.tolist(), "sliding": nats.tolist()}
     (path / "documents.json").write_text(json.dumps(content))
     return Job(budget, variant, seed, tiny(), path)
 
@@ -163,14 +164,11 @@ def test_tasks_run_in_parallel_and_failures_have_reasons(tmp_path):
         for i, command in enumerate(commands)
     ]
     failures = run_tasks(tasks, [{}, {}])
-    assert sorted((f.name, f.reason) for f in failures) == [
-        ("task 2", "no disk"),
-        ("task 3", "ended by signal 9"),
-    ]
+    assert failures == {"task 2": "no disk", "task 3": "ended by signal 9"}
 
 
 def test_a_worker_ends_with_its_parent():
-    code = "from pgolf_fast.lab.compare.worker import end_with_parent\nimport time\nend_with_parent()\n"
+    code = "from pgolf_fast.lab.compare.processes import end_with_parent\nimport time\nend_with_parent()\n"
     code += "print('here', flush=True)\ntime.sleep(60)"
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -294,7 +292,7 @@ def test_folder_is_locked_while_a_command_runs(data, tmp_path, capsys, monkeypat
     """A second command is refused in one line; a variant with a Reptile phase gets one line of warning."""
     begun = []
     monkeypatch.setattr(
-        "pgolf_fast.lab.compare.processes.run_tasks", lambda tasks, _: begun.append(tasks) or []
+        "pgolf_fast.lab.compare.processes.run_tasks", lambda tasks, _: begun.append(tasks) or {}
     )
     out = tmp_path / "out"
     arguments = ["ablate", "tiny", "--out", str(out), *words(run_config(data))]

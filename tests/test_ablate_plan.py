@@ -6,13 +6,21 @@ from pathlib import Path
 import pytest
 from runs import make_dataset, run_config
 
-from pgolf_fast.cli.compare import Ablate, ablate
 from pgolf_fast.cli.options import parse
+from pgolf_fast.cli.study import Ablate
 from pgolf_fast.config.fields import flip
 from pgolf_fast.config.presets import small, tiny
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.lab.compare.plan import BASELINE, make_jobs, make_variants, with_budget
-from pgolf_fast.lab.compare.step_cost import StepCost, cost_table, meta_steps, step_costs
+from pgolf_fast.lab.compare.plan import (
+    BASELINE,
+    StepCost,
+    cost_table,
+    make_jobs,
+    make_variants,
+    meta_steps,
+    step_costs,
+    with_budget,
+)
 
 # Flips
 
@@ -131,7 +139,7 @@ def test_incomparable_variants_are_refused(flips, message):
 def test_variant_name_does_not_depend_on_spelling(words, name):
     """The name is that of a folder, which a resumed command must find."""
     config = flip(tiny(), ["model.ve_layers=1"])
-    assert [variant.name for variant in make_variants(config, [words])] == [BASELINE, name]
+    assert list(make_variants(config, [words])) == [BASELINE, name]
 
 
 def test_budget_of_the_other_kind_needs_a_limit():
@@ -148,7 +156,7 @@ def test_budget_of_the_other_kind_needs_a_limit():
 def test_measured_budget_gives_cheaper_variants_more_steps(tmp_path):
     """Plain steps of 1 s, steps with meta-learning of 3 s, one in 16: the variant gets 2 steps for each."""
     variants = make_variants(tiny(), [["train.meta=none"], ["model.trigram=false"]])
-    costs = {v.name: StepCost(1.0, 3.0 if v.config.train.meta else None) for v in variants}
+    costs = {name: StepCost(1.0, 3.0 if c.train.meta else None) for name, c in variants.items()}
     costs["model.trigram=false"] = StepCost(0.5, 1.5)
     jobs = make_jobs(variants, (1,), ["measured"], tmp_path, steps=320, costs=costs)
     base, plain, quick = (job.config for job in jobs)
@@ -165,11 +173,11 @@ def test_measured_budget_gives_cheaper_variants_more_steps(tmp_path):
 
 def test_step_costs_are_measured_once(tmp_path, monkeypatch):
     config = run_config(make_dataset(tmp_path / "data"))
-    configs = {v.name: v.config for v in make_variants(config, [["train.meta=none"]])}
+    configs = make_variants(config, [["train.meta=none"]])
     costs = step_costs(configs, tmp_path / "costs.json", rounds=1)
     assert costs[BASELINE].meta > 0
     assert costs["train.meta=none"].meta is None
-    monkeypatch.setattr("pgolf_fast.lab.compare.step_cost._measure", None)
+    monkeypatch.setattr("pgolf_fast.lab.compare.plan._measure", None)
     assert step_costs(configs, tmp_path / "costs.json") == costs
     assert "baseline, meta" in cost_table(costs, BASELINE).text()
     reptile = flip(config, ["train.reptile.share=0.5"])
@@ -184,4 +192,4 @@ def test_flips_of_a_command_line():
     assert options.flip == (("a=1", "b=2"), ("c=3",), ("d=4",))
     assert (options.preset, options.seeds) == ("tiny", (1, 2))
     with pytest.raises(PgolfError, match="no FIELD=VALUE"):
-        ablate(parse("ablate", Ablate, ["tiny", "--flip", "--seeds", "1"]))
+        parse("ablate", Ablate, ["tiny", "--flip", "--seeds", "1"]).main()

@@ -18,7 +18,7 @@ from pgolf_fast.evaluation.protocol import score_and_adapt
 from pgolf_fast.evaluation.resume import Resume
 from pgolf_fast.evaluation.score import Scorer
 from pgolf_fast.evaluation.windows import sliding_windows
-from pgolf_fast.quant.fake import fake_int6
+from pgolf_fast.quant.grid import fake_int6
 
 BASE = TTTConfig(
     chunk_tokens=64,

@@ -9,10 +9,10 @@ import torch
 from helpers import tiny_config
 
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.lab.analysis import connectivity, deltas, overlap, quant, spectra, surface, triangle
+from pgolf_fast.lab.analysis import geometry, quant, surface
+from pgolf_fast.lab.analysis.geometry import leading
 from pgolf_fast.lab.analysis.models import LoadedModel
-from pgolf_fast.lab.analysis.options import Options
-from pgolf_fast.lab.analysis.weights import leading
+from pgolf_fast.lab.analysis.summary import Options
 from pgolf_fast.model.bank import BANK_NAMES
 from pgolf_fast.model.gpt import GPT
 
@@ -41,7 +41,7 @@ def two():
 
 
 def test_published_deltas_compare_whole_tensors(two):
-    result = deltas.published(*two).values["tensors"]
+    result = geometry.deltas(*two).values["tensors"]
     a, b = ({n: t.numpy().astype(np.float64) for n, t in s.state.items()} for s in two)
     assert set(result) == {n for n in a if a[n].size >= 2} != set(a)
     for name, part in result.items():
@@ -56,7 +56,7 @@ def test_published_deltas_compare_whole_tensors(two):
 
 
 def test_deltas_by_slot_match_independent_weights(two):
-    for name, part in deltas.corrected(*two).values.items():
+    for name, part in geometry.slot_deltas(*two).values.items():
         n = part["elements"]
         assert n == two[0].state[name][0].numel()
         assert part["cosine_spread_if_independent"] == pytest.approx(n**-0.5)
@@ -77,20 +77,20 @@ def test_deltas_by_slot_match_independent_weights(two):
 
 def test_identical_and_orthogonal_models():
     a = loaded("a", 1)
-    same = deltas.published(a, a).values
+    same = geometry.deltas(a, a).values
     assert [same["mean_cosine_banks"], same["mean_cosine_others"]] == pytest.approx([1, 1])
     assert all(part["relative_l2"] == 0 for part in same["tensors"].values())
-    assert connectivity.published(a, a).values["ratio"] == pytest.approx(1)
-    assert all(p["ratio"] == pytest.approx(1) for p in connectivity.expected(a, a).values.values())
+    assert surface.mode_connectivity(a, a).values["ratio"] == pytest.approx(1)
+    assert all(p["ratio"] == pytest.approx(1) for p in surface.midpoint_norms(a, a).values.values())
     x, y = ({n: torch.zeros_like(t) for n, t in a.state.items()} for _ in range(2))
     for name in BANK_NAMES:
         x[name][..., 0::2], y[name][..., 1::2] = 1.0, 1.0
     left, right = LoadedModel("x", Path("x"), x, None, None), LoadedModel("y", Path("y"), y, None, None)
-    assert deltas.published(left, right).values["mean_cosine_banks"] == 0
-    assert deltas.published(left, right).values["mean_cosine_others"] is None  # zeros have no angle
-    for part in connectivity.expected(left, right).values.values():
+    assert geometry.deltas(left, right).values["mean_cosine_banks"] == 0
+    assert geometry.deltas(left, right).values["mean_cosine_others"] is None  # zeros have no angle
+    for part in surface.midpoint_norms(left, right).values.values():
         assert [part["ratio"], part["from_cosine"]] == pytest.approx([math.sqrt(0.5)] * 2)
-    assert connectivity.published(left, right).values["ratio"] == pytest.approx(math.sqrt(0.5))
+    assert surface.mode_connectivity(left, right).values["ratio"] == pytest.approx(math.sqrt(0.5))
 
 
 def test_opposite_models_have_a_zero_midpoint():
@@ -98,7 +98,7 @@ def test_opposite_models_have_a_zero_midpoint():
     for seed in range(4):
         a = loaded("a", seed)
         b = LoadedModel("b", Path("b"), {n: -t for n, t in a.state.items()}, None, None)
-        for part in connectivity.expected(a, b).values.values():
+        for part in surface.midpoint_norms(a, b).values.values():
             assert part["cosine"] == pytest.approx(-1)
             assert [part["ratio"], part["from_cosine"]] == pytest.approx([0, 0], abs=1e-6)
 
@@ -106,8 +106,8 @@ def test_opposite_models_have_a_zero_midpoint():
 def test_a_slot_of_zeros_keeps_its_place(two):
     state = {n: t.clone() for n, t in two[0].state.items()}
     state["qo_bank"][1] = 0
-    result = deltas.corrected(LoadedModel("a", Path("a"), state, None, None), two[1])
-    whole = deltas.corrected(*two).values["qo_bank"]
+    result = geometry.slot_deltas(LoadedModel("a", Path("a"), state, None, None), two[1])
+    whole = geometry.slot_deltas(*two).values["qo_bank"]
     for key in ("cosine_by_slot", "relative_l2_by_slot", "relative_l2_if_independent"):
         values = result.values["qo_bank"][key]
         assert values == [None if slot == 1 else v for slot, v in enumerate(whole[key])]
@@ -115,7 +115,7 @@ def test_a_slot_of_zeros_keeps_its_place(two):
 
 
 def test_published_connectivity_is_sums_of_norms(two):
-    result = connectivity.published(*two).values
+    result = surface.mode_connectivity(*two).values
     a, b = ({n: t.numpy().astype(np.float64) for n, t in s.state.items()} for s in two)
 
     def norms(tensors):
@@ -195,7 +195,7 @@ def test_weighted_errors_use_the_inputs_of_each_matrix(two):
 
 
 def test_published_spectra_flatten_banks_to_slots(two):
-    result = spectra.published(two).values["a"]
+    result = geometry.spectra(two).values["a"]
     assert {*BANK_NAMES} <= set(result["tensors"])
     for name in BANK_NAMES:
         bank = two[0].state[name].numpy().astype(np.float64)
@@ -214,12 +214,12 @@ def test_published_spectra_flatten_banks_to_slots(two):
 def test_published_spectra_take_tables_from_65536_elements_on():
     large = loaded("large", vocab_size=2048).state
     assert large["tok_emb.weight"].numel() == 65_536 > large["bigram.embed.weight"].numel()
-    names = spectra.published([LoadedModel("l", Path("l"), large, None, None)]).values["l"]["tensors"]
+    names = geometry.spectra([LoadedModel("l", Path("l"), large, None, None)]).values["l"]["tensors"]
     assert set(names) == {*BANK_NAMES, "tok_emb.weight"}
 
 
 def test_spectra_of_slots_match_each_matrix(two):
-    result = spectra.corrected(two).values["b"]
+    result = geometry.slot_spectra(two).values["b"]
     for name in BANK_NAMES:
         for slot, matrix in enumerate(two[1].state[name].double()):
             values = np.linalg.svd(matrix.numpy(), compute_uv=False)
@@ -233,18 +233,18 @@ def test_spectra_of_slots_match_each_matrix(two):
 
 
 def test_effective_and_stable_rank_of_known_matrices():
-    assert spectra.effective_rank(torch.ones(7).double()) == pytest.approx(7)
-    assert spectra.stable_rank(torch.ones(7).double()) == 7
+    assert geometry.effective_rank(torch.ones(7).double()) == pytest.approx(7)
+    assert geometry.stable_rank(torch.ones(7).double()) == 7
     one = torch.tensor([3.0, 0, 0]).double()
-    assert spectra.effective_rank(one) == spectra.stable_rank(one) == 1
-    assert spectra.condition(one) is None
-    assert spectra.effective_rank(torch.zeros(3).double()) is None
+    assert geometry.effective_rank(one) == geometry.stable_rank(one) == 1
+    assert geometry.condition(one) is None
+    assert geometry.effective_rank(torch.zeros(3).double()) is None
 
 
 def test_directions_of_the_published_overlap():
     """5 of 22 slots, 2 of 11 (the published table says 32)."""
     assert [leading(n) for n in (22, 11, 512, 128, 64, 3)] == [5, 2, 32, 32, 16, 1]
-    result = overlap.published(banks("a", 22), banks("b", 22, 1)).values["tensors"]
+    result = geometry.overlap(banks("a", 22), banks("b", 22, 1)).values["tensors"]
     assert {n: (p["directions"], p["dimension"]) for n, p in result.items()} == {
         "qo_bank": (5, 22),
         "kv_bank": (5, 22),
@@ -255,7 +255,7 @@ def test_directions_of_the_published_overlap():
 
 def test_published_overlap_is_between_left_singular_vectors_of_flattened_banks():
     a, b = banks("a", 22), banks("b", 22, 1)
-    for name, part in overlap.published(a, b).values["tensors"].items():
+    for name, part in geometry.overlap(a, b).values["tensors"].items():
         left = []
         for s in (a, b):
             flat = s.state[name].numpy().astype(np.float64).reshape(len(s.state[name]), -1)
@@ -263,9 +263,9 @@ def test_published_overlap_is_between_left_singular_vectors_of_flattened_banks()
         cosines = np.linalg.svd(left[0].T @ left[1], compute_uv=False)
         assert part["mean_cosine"] == pytest.approx(cosines.mean())
         assert part["aligned"] == (cosines > 0.9).mean()
-    assert "strongest in a bank (5 of 22, 2 of 11)" in overlap.published(a, b).shows
-    assert "strongest in a bank (2 of 8, 1 of 4)" in overlap.published(loaded("a"), loaded("b")).shows
-    same = overlap.published(a, a).values["mean"]
+    assert "strongest in a bank (5 of 22, 2 of 11)" in geometry.overlap(a, b).shows
+    assert "strongest in a bank (2 of 8, 1 of 4)" in geometry.overlap(loaded("a"), loaded("b")).shows
+    same = geometry.overlap(a, a).values["mean"]
     assert same == {"mean_cosine": pytest.approx(1), "aligned": 1}
 
 
@@ -284,7 +284,7 @@ def test_names_in_plots_are_escaped():
 
 def test_overlap_of_slots_matches_random_subspaces():
     a, b = banks("a", 22), banks("b", 22, 1)
-    for name, sides in overlap.corrected(a, b).values.items():
+    for name, sides in geometry.slot_overlap(a, b).values.items():
         for side, axis in (("outputs", 0), ("inputs", 1)):
             part = sides[side]
             k, d = part["directions"], part["dimension"]
@@ -299,7 +299,7 @@ def test_overlap_of_slots_matches_random_subspaces():
             mean = np.mean(part["mean_squared_cosine_by_slot"])
             slots = len(part["mean_squared_cosine_by_slot"])
             assert abs(mean - part["if_random"]) < 4 * part["spread_if_random"] / math.sqrt(slots)
-    for sides in overlap.corrected(a, a).values.values():
+    for sides in geometry.slot_overlap(a, a).values.values():
         assert sides["inputs"]["mean_squared_cosine_by_slot"][0] == pytest.approx(1)
 
 
@@ -310,14 +310,14 @@ def test_random_overlap_matches_sampled_subspaces():
             torch.linalg.qr(torch.randn(4000, d, k, generator=generator, dtype=torch.float64)).Q
             for _ in range(2)
         )
-        drawn = overlap.principal_cosines(x, y).square().mean(1)
-        mean, deviation = overlap.random_overlap(k, d)
+        drawn = geometry.principal_cosines(x, y).square().mean(1)
+        mean, deviation = geometry.random_overlap(k, d)
         assert float(drawn.mean()) == pytest.approx(mean, abs=5 * deviation / math.sqrt(4000))
         assert float(drawn.std()) == pytest.approx(deviation, rel=0.1)
 
 
 def test_published_proxies_of_the_error_surface(two):
-    for name, part in surface.published(two).values["a"].items():
+    for name, part in surface.proxies(two).values["a"].items():
         bank = two[0].state[name].numpy().astype(np.float64)
         values = np.linalg.svd(bank.reshape(len(bank), -1), compute_uv=False)
         shares = values / values.sum()
@@ -330,7 +330,7 @@ def test_published_proxies_of_the_error_surface(two):
 
 def test_triangle_as_published_and_its_angles():
     three = [loaded(n, i) for i, n in enumerate("abc")]
-    result = triangle.published(three).values
+    result = geometry.triangle(three).values
     a, b, c = ({n: t.numpy().astype(np.float64) for n, t in s.state.items()} for s in three)
     apart = {n: np.linalg.norm(a[n] - c[n]) for n in a}
     side = result["sides"]["a - c"]
@@ -340,7 +340,7 @@ def test_triangle_as_published_and_its_angles():
     centroid = sum(np.linalg.norm((a[n] + b[n] + c[n]) / 3) for n in a)
     assert result["centroid_ratio"] == pytest.approx(centroid / sum(np.linalg.norm(t) for t in a.values()))
     assert result["near_equilateral"]  # as any three independent models of one size are
-    angles = triangle.corrected(three).values["banks"]
+    angles = geometry.angles(three).values["banks"]
     x, y, z = (np.concatenate([m[n].ravel() for n in BANK_NAMES]) for m in (a, b, c))
     cosine = (x - y) @ (z - y) / np.linalg.norm(x - y) / np.linalg.norm(z - y)
     assert angles["b"]["degrees"] == pytest.approx(np.degrees(np.arccos(cosine)))
@@ -353,8 +353,8 @@ def test_triangle_that_is_not_equilateral():
     a, c = loaded("a", 0), loaded("c", 1)
     near = {n: t + 0.1 * torch.randn(t.shape) for n, t in a.state.items()}
     three = [a, LoadedModel("b", Path("b"), near, None, None), c]
-    assert not triangle.published(three).values["near_equilateral"]
-    angles = triangle.corrected(three).values["banks"]
+    assert not geometry.triangle(three).values["near_equilateral"]
+    angles = geometry.angles(three).values["banks"]
     assert angles["c"]["degrees"] < 30 < angles["c"]["if_independent"]
 
 
@@ -362,17 +362,17 @@ def test_identical_models_have_no_direction():
     near = 1 - 2e-16
     products = [[1.0, near, 0.3], [near, 1.0, 0.3], [0.3, 0.3, 1.0]]
     rounded = 1e4 * torch.tensor(products, dtype=torch.float64)
-    assert triangle.angle_at(rounded, 0, 1, 2) is None
-    assert triangle.angle_at(rounded, 2, 0, 1) == pytest.approx(0, abs=1e-6)
+    assert geometry.angle_at(rounded, 0, 1, 2) is None
+    assert geometry.angle_at(rounded, 2, 0, 1) == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize(
     "summaries",
     [
-        deltas.analyze,
-        overlap.analyze,
-        connectivity.analyze,
-        triangle.analyze,
+        geometry.analyze_deltas,
+        geometry.analyze_overlap,
+        surface.analyze_connectivity,
+        geometry.analyze_triangle,
     ],
 )
 def test_models_of_different_shapes_are_refused_by_name(summaries):
@@ -386,13 +386,13 @@ def test_every_summary_says_what_it_shows(two):
     summaries = [
         summary
         for summaries in (
-            deltas.analyze,
-            overlap.analyze,
-            spectra.analyze,
+            geometry.analyze_deltas,
+            geometry.analyze_overlap,
+            geometry.analyze_spectra,
             quant.analyze,
-            connectivity.analyze,
-            surface.analyze,
-            triangle.analyze,
+            surface.analyze_connectivity,
+            surface.analyze_surface,
+            geometry.analyze_triangle,
         )
         for summary in summaries(three, OPTIONS)
     ]

@@ -18,12 +18,10 @@ from pgolf_fast.config.schema import PackConfig, QuantConfig
 from pgolf_fast.console import Table
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import save_tensors
-from pgolf_fast.lab.analysis import connectivity, quant, surface
-from pgolf_fast.lab.analysis.models import open_model, open_models
-from pgolf_fast.lab.analysis.options import Options
+from pgolf_fast.lab.analysis import quant, surface
+from pgolf_fast.lab.analysis.models import open_model, open_models, open_validation
 from pgolf_fast.lab.analysis.registry import ANALYSES
-from pgolf_fast.lab.analysis.summary import Summary
-from pgolf_fast.lab.analysis.validation import open_validation
+from pgolf_fast.lab.analysis.summary import Options, Summary
 from pgolf_fast.model.bank import BANK_NAMES
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.quant.state import quantize_state, unbank
@@ -63,7 +61,7 @@ def runs(data, tmp_path_factory):
         save_tensors(folder.model_file, model.state_dict(), {"config": run_config_to_dict(config)})
         if seed == 0:
             state = quantize_state(model.state_dict(), QuantConfig(method="round", grid="percentile"))
-            pack(state, run_config_to_dict(config), folder.artifact_file, PackConfig(code_bytes=0))
+            pack(state, config, folder.artifact_file, PackConfig(code_bytes=0))
     return result
 
 
@@ -228,9 +226,7 @@ def test_without_names_every_possible_analysis_runs(runs, tmp_path, monkeypatch,
 
 def test_nan_is_null_in_json(runs, tmp_path, monkeypatch, capsys):
     def analyze(models, options):
-        return [
-            Summary("x", "published", "Shows.", Table((), ()), {"a": [float("nan"), (1.0, float("inf"))]})
-        ]
+        return [Summary("x", "Shows.", Table((), ()), {"a": [float("nan"), (1.0, float("inf"))]})]
 
     monkeypatch.setattr(quant, "analyze", analyze)
     run(runs[0].path, "--only", "quant", "--out", tmp_path, capsys=capsys)
@@ -327,8 +323,8 @@ def test_published_forms_need_no_network(runs, tmp_path, capsys):
     given = Path(one.need_config().data.path)
     options = Options(data=given, tokens=64, curvature_tokens=32, probes=2, lanczos_steps=2)
     for pair in ([one, bare], [bare, one]):
-        line = connectivity.analyze(pair, options)
-        curved = surface.analyze(pair, options)
+        line = surface.analyze_connectivity(pair, options)
+        curved = surface.analyze_surface(pair, options)
         assert [summary.form for summary in line] == ["published", "corrected", "corrected"]
         assert [len(summary.table.rows) > 0 for summary in (*line, *curved)] == [
             True,
@@ -341,7 +337,7 @@ def test_published_forms_need_no_network(runs, tmp_path, capsys):
             assert "name its preset with --preset" in summary.shows
     config = two.need_config()
     other = replace(two, config=replace(config, model=replace(config.model, pos_conditional=False)))
-    line = connectivity.analyze([one, other], options)
+    line = surface.analyze_connectivity([one, other], options)
     assert "one and two are different networks" in line[-1].shows
 
 
@@ -353,7 +349,7 @@ def test_models_of_different_windows_are_not_compared(runs):
     for pair in ([one, longer], [longer, one]):
         with pytest.raises(PgolfError, match=r"windows of \d+ tokens, \w+ of \d+: their losses"):
             open_validation(pair, Options())
-        result = surface.analyze(pair, Options(data=Path(config.data.path)))
+        result = surface.analyze_surface(pair, Options(data=Path(config.data.path)))
         assert "losses cannot be compared" in result[-1].shows
     # rounding errors are computed for each model alone, on texts that are named
     how = quant.analyze([one, longer], Options(calibration_tokens=64))[-1].values["calibration"]
@@ -415,7 +411,7 @@ def test_loss_on_the_line_matches_the_models(runs):
     a, b = open_models([folder.path for folder in runs[:2]])
     options = Options(tokens=96, points=3)
     validation = open_validation([a, b], options)
-    losses = connectivity.path_losses(a, b, validation, options)
+    losses = surface.path_losses(a, b, validation, options)
     tokens = torch.from_numpy(validation.tokens)
     inputs, targets = (part.view(-1, validation.seq_len) for part in (tokens[:-1], tokens[1:]))
     middle = replace(a, state={n: (t + b.state[n]) / 2 for n, t in a.state.items()})
@@ -423,7 +419,7 @@ def test_loss_on_the_line_matches_the_models(runs):
         with torch.no_grad():
             want = loaded.network(validation.source.table).token_losses(inputs, targets).mean(1)
         np.testing.assert_allclose(result, want.numpy(), rtol=1e-5)
-    summary = connectivity.corrected(a, b, "x", validation, options).values
+    summary = surface.loss_on_line(a, b, "x", validation, options).values
     excess = losses[1] - (losses[0] + losses[2]) / 2
     assert summary["excess"] == pytest.approx([0, excess.mean(), 0], abs=1e-9)
     assert summary["excess_error"][1] == pytest.approx(excess.std(ddof=1) / len(excess) ** 0.5)
@@ -436,14 +432,14 @@ def test_no_line_between_different_networks(runs):
     other = replace(b, config=replace(config, model=replace(config.model, pos_conditional=False)))
     options = Options(tokens=64)
     with pytest.raises(PgolfError, match="one and two are different networks"):
-        connectivity.path_losses(a, other, open_validation([a], options), options)
+        surface.path_losses(a, other, open_validation([a], options), options)
 
 
 def test_curvature_of_a_run_by_parts(runs):
     one = open_model(runs[0].path)
     options = Options(tokens=64, curvature_tokens=33, probes=2, lanczos_steps=2)
     validation = open_validation([one], options)
-    curvature, parts = surface.corrected([one], validation, options)
+    curvature, parts = surface.curvature([one], validation, options)
     result = curvature.values["models"]["one"]
     assert curvature.values["targets"] == 64
     tokens = torch.from_numpy(validation.tokens)

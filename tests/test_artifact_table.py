@@ -9,11 +9,9 @@ import pytest
 from helpers import randomize_, tiny_config
 
 from pgolf_fast.artifact.pack import pack
-from pgolf_fast.config.fields import run_config_to_dict
 from pgolf_fast.config.schema import PackConfig, QuantConfig, RunConfig
-from pgolf_fast.lab.analysis.artifact_bytes import REFERENCE, artifact_table
-from pgolf_fast.lab.analysis.entropy_bounds import plane_bound, static_bounds
-from pgolf_fast.lab.report.treemap import paint_treemap, plot_treemap
+from pgolf_fast.lab.analysis.artifact_bytes import REFERENCE, artifact_table, plane_bound, static_bounds
+from pgolf_fast.lab.report.plots import paint_treemap, plot_treemap
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.ops import native
 from pgolf_fast.quant.state import quantize_state
@@ -26,7 +24,7 @@ def artifact(tmp_path_factory):
     randomize_(model, 0)
     quantized = quantize_state(model.state_dict(), QuantConfig(method="round", small_tensor=600))
     path = tmp_path_factory.mktemp("artifact") / "model.pgolf"
-    run = run_config_to_dict(RunConfig(name="test", model=config))
+    run = RunConfig(name="test", model=config)
     return pack(quantized, run, path, PackConfig(code_bytes=0, codecs=("rans",)))
 
 

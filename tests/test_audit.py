@@ -16,13 +16,13 @@ import torch
 from runs import make_dataset, read_json, run_config
 
 from pgolf_fast import cli, ops
-from pgolf_fast.artifact import steps
+from pgolf_fast.artifact.pack import pack_run, quantize_run
 from pgolf_fast.artifact.submission import Script, code_bytes
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import TTTConfig
 from pgolf_fast.evaluation.protocol import Ledger
 from pgolf_fast.io import write_text
-from pgolf_fast.lab.audit import guard, provenance, scoring, submission
+from pgolf_fast.lab.audit import guard, scoring, submission
 from pgolf_fast.lab.audit.check import AuditCheck, broken, run_checks
 from pgolf_fast.lab.audit.rules import checks
 from pgolf_fast.lab.audit.target import open_target
@@ -59,8 +59,8 @@ def run(tmp_path_factory):
 
 def pack(folder):
     config = folder.read_config()
-    steps.quantize_run(folder, config.quant)
-    steps.pack_run(folder, config.pack)
+    quantize_run(folder, config.quant)
+    pack_run(folder, config.pack)
 
 
 @pytest.fixture
@@ -350,7 +350,7 @@ def test_training_that_ignores_the_validation_files(target, tmp_path):
         val.write_bytes((val.parent / "audit_train_000000.bin").read_bytes())
         loop.train(config, out)
 
-    finding = provenance.training_ignores_validation(
+    finding = submission.training_ignores_validation(
         blind, target.config, target.tokens, target.tokenizer.path
     )
     assert (finding.passed, finding.evidence[:26]) == (False, "two validation sets have t")
@@ -361,9 +361,9 @@ def test_quantization_that_reads_shards(run):
     path = next(Path(run.read_config().data.path).glob("*_val_*.bin"))
 
     def reads(folder):
-        return guard.run_guarded(f"open({str(path)!r})", files=provenance.SHARDS)
+        return guard.run_guarded(f"open({str(path)!r})", files=submission.SHARDS)
 
-    finding = provenance.calibration_ignores_data(run, reads)
+    finding = submission.calibration_ignores_data(run, reads)
     assert (finding.passed, finding.evidence) == (False, f"quantizing opens {path.name}")
 
 
@@ -374,9 +374,9 @@ def test_quantization_on_another_machine(run, monkeypatch):
             pack(folder)
         return guard.GuardedRun(0, "", [], [])
 
-    assert provenance.calibration_ignores_data(run, other).passed is False
-    monkeypatch.setattr(provenance, "environment", lambda: {"torch": "0.1"})
-    finding = provenance.calibration_ignores_data(run, other)
+    assert submission.calibration_ignores_data(run, other).passed is False
+    monkeypatch.setattr(submission, "environment", lambda: {"torch": "0.1"})
+    finding = submission.calibration_ignores_data(run, other)
     assert finding.passed is None
     assert f"torch {torch.__version__}" in finding.evidence
 

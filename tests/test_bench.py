@@ -255,12 +255,12 @@ def test_compare_finds_slower_and_missing_ops(tmp_path, capsys):
 def test_compare_refuses_files_without_records_in_common(tmp_path):
     one, other = written(tmp_path / "a", record()), written(tmp_path / "b", record(dtype="bfloat16"))
     with pytest.raises(PgolfError, match="no measurement in common"):
-        kernels.bench(kernels.Bench(compare=(one, other)))
+        kernels.Bench(compare=(one, other)).main()
     (tmp_path / "c").write_text("")
     with pytest.raises(PgolfError, match="holds no benchmark records"):
-        kernels.bench(kernels.Bench(compare=(one, tmp_path / "c")))
+        kernels.Bench(compare=(one, tmp_path / "c")).main()
     with pytest.raises(PgolfError, match="no file"):
-        kernels.bench(kernels.Bench(records=tmp_path / "d"))
+        kernels.Bench(records=tmp_path / "d").main()
 
 
 def test_summary_takes_the_best_peer_and_the_last_time():
@@ -279,7 +279,7 @@ def test_a_cut_line_does_not_spoil_the_next(tmp_path):
 def test_plots_are_pictures(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     path = written(tmp_path / "r", record(), record("eager", 5.0), record("compile", 0.5))
-    assert kernels.bench(kernels.Bench(records=path, plots=tmp_path / "plots")) == 0
+    assert kernels.Bench(records=path, plots=tmp_path / "plots").main() == 0
     text = capsys.readouterr().out
     for name in ("roofline.png", "ratios.png"):
         assert (tmp_path / "plots" / name).read_bytes().startswith(b"\x89PNG")

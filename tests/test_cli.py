@@ -13,7 +13,7 @@ from runs import make_dataset, pgolf, read_json, run_config, words
 from pgolf_fast import cli
 from pgolf_fast.artifact.container import sizes
 from pgolf_fast.artifact.load import load
-from pgolf_fast.artifact.steps import read_quantized
+from pgolf_fast.artifact.pack import read_quantized
 from pgolf_fast.config.presets import tiny
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.data.source import open_source

@@ -13,9 +13,9 @@ from pgolf_fast import cli
 from pgolf_fast.cli.commands import COMMANDS, GROUPS
 from pgolf_fast.cli.options import parse, preset_with
 from pgolf_fast.config.fields import flatten
-from pgolf_fast.config.meta import ReptileConfig
 from pgolf_fast.config.presets import PRESETS, exp101, preset
 from pgolf_fast.config.run_folder import RunFolder
+from pgolf_fast.config.schema import ReptileConfig
 from pgolf_fast.errors import PgolfError
 
 LONG = ("train", "ablate", "config", "import")  # these show every field of the configuration
@@ -75,7 +75,7 @@ def test_help_begins_with_purpose_and_example_and_fits_a_screen(name, capsys, mo
 
 
 def test_help_of_data_lists_its_commands(capsys):
-    for words in (("data", "--help"), ("help", "data"), ("data", "-h")):
+    for words in (("data", "--help"), ("help", "data"), ("data", "-h"), ("data", "help")):
         text = shown(capsys, *words)
         assert all(f"data {name}" in text for name in ("info", "tokenize", "download"))
         assert "train" not in text.replace("Train a tokenizer", "")
@@ -210,7 +210,7 @@ def test_documented_spellings_are_accepted(line):
     words = line.replace("PRESET", "small").split()
     length = 2 if words[0] == "data" else 1
     name = " ".join(words[:length])
-    _, kind = COMMANDS[name].load()
+    kind = COMMANDS[name].load()
     options = parse(name, kind, words[length:])
     assert isinstance(options, kind)
     if hasattr(options, "fields") and getattr(options, "preset", ""):
@@ -237,7 +237,7 @@ def test_commands_of_the_docs_are_accepted(line):
 
 
 def test_options_may_come_before_and_after_the_run():
-    _, kind = COMMANDS["eval"].load()
+    kind = COMMANDS["eval"].load()
     words = ["--weights", "float", "--eval.stride", "8"]
     options = parse("eval", kind, [*words, "RUN"])
     assert options == parse("eval", kind, ["RUN", *words])
@@ -254,7 +254,7 @@ def test_fields_are_set_together_on_the_preset(capsys):
         "2",
         "3",
     ]
-    _, kind = COMMANDS["train"].load()
+    kind = COMMANDS["train"].load()
     options = parse("train", kind, ["small", *words, "--model.no-trigram", "--train.qat.from-share=0.5"])
     with pytest.raises(PgolfError, match=r"train\.qat\.below"):
         preset_with("small", None, options.fields)
@@ -272,6 +272,8 @@ def test_fields_are_set_together_on_the_preset(capsys):
         ("data inform", "unknown command 'data inform': did you mean data info?"),
         ("data", "pgolf data needs one of info, tokenize, download"),
         ("xyz", "commands are demo, train"),
+        ("hepl", "did you mean help?"),
+        ("--verison", "did you mean --version?"),
         ("train exp11", "unknown preset 'exp11': did you mean exp101?"),
         ("train exp101 --train.stepz 3", "did you mean --train.steps?"),
         ("train --train.stepz 3 exp101", "did you mean --train.steps?"),
@@ -279,7 +281,7 @@ def test_fields_are_set_together_on_the_preset(capsys):
         ("train exp101 --train.steps", "Missing value for argument '--train.steps'"),
         ("train --train.steps 3", "train needs PRESET: for example `pgolf train exp101"),
         ("train exp101 small", "train does not take 'small'"),
-        ("train exp101 --track fun", "invalid choice 'fun' for argument '--track'"),
+        ("train exp101 --track fun", "--track is 'fun'; it must be one of tensorboard, wandb"),
         ("config exp101 --train.meta soon", "train.meta is 'soon'; it is a group: set its fields"),
         ("config exp101 --train.meta none --train.meta.every 3", "contradict"),
         ("config exp101 --model.num-heads 7", "num_heads 7"),
@@ -291,12 +293,15 @@ def test_fields_are_set_together_on_the_preset(capsys):
         ("config exp101 --from-env run.sh", "--from-env takes no preset"),
         ("config exp101 --base exp101", "--base is for --from-env"),
         ("quantize", "quantize needs RUN: for example `pgolf quantize"),
-        ("quantize /nowhere", "run folder /nowhere does not exist"),
+        ("quantize /nowhere", "run folder /nowhere does not exist: give the --out of a training run"),
         ("eval /nowhere", "run folder /nowhere does not exist"),
         ("eval --weight float RUN", "did you mean --weights?"),
         ("audit", "audit needs RUN_OR_ARTIFACT"),
         ("audit /nowhere", "run or artifact /nowhere does not exist"),
-        ("generate RUN --tokens many", "--tokens: invalid literal for int() with base 10: 'many'"),
+        ("generate RUN --tokens many", "--tokens is 'many'; it must be INT"),
+        ("bench --tokens 1 b", "--tokens is '1 b'; it must be INT ..."),
+        ("bench --compare a", "--compare is 'a'; it must be PATH PATH"),
+        ("seeds a b --margin x", "--margin is 'x'; it must be FLOAT"),
         ("generate RUN --tokens 0", "--tokens is 0; it must be at least 1"),
         ("demo --seconds 0", "--seconds is 0.0; it must be positive"),
         ("ablate small --flip", "--flip has no FIELD=VALUE"),
@@ -304,7 +309,7 @@ def test_fields_are_set_together_on_the_preset(capsys):
         ("import /nowhere.pt exp101", "weights file /nowhere.pt does not exist"),
         ("import exp101", "import needs PRESET"),
         ("seeds one", "pgolf seeds needs at least 2 runs"),
-        ("completion fish", "invalid choice 'fish'"),
+        ("completion fish", "shell is 'fish'; it must be one of bash, zsh"),
         ("data info /nowhere", "data folder /nowhere does not exist"),
     ],
 )

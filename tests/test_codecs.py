@@ -169,7 +169,7 @@ def test_smallest_stores_incompressible_data_raw():
 
 def test_smallest_passes_settings_on():
     data, shapes = codes()
-    name, stored = smallest(data, shapes, ("lzma",), {"lzma": {"preset": 0}})
+    name, stored = smallest(data, shapes, ("lzma",), preset=0)
     assert (name, stored) == ("lzma", encode("lzma", data, shapes, preset=0))
     assert len(stored) > len(encode("lzma", data, shapes, preset=9))
 

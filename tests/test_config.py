@@ -5,10 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from pgolf_fast.config.adapters import adapters, unknown_adapter
 from pgolf_fast.config.env import assignments, translate
 from pgolf_fast.config.fields import flatten, run_config_from_dict, run_config_to_dict, set_fields
-from pgolf_fast.config.meta import MetaConfig
 from pgolf_fast.config.presets import (
     PRESETS,
     exp101,
@@ -16,12 +14,14 @@ from pgolf_fast.config.presets import (
     exp101_swiglu,
     exp105a,
     preset,
+    shrink,
     small,
     tiny,
 )
 from pgolf_fast.config.schema import (
     DataConfig,
     EvalConfig,
+    MetaConfig,
     ModelConfig,
     OptimConfig,
     QuantConfig,
@@ -29,7 +29,7 @@ from pgolf_fast.config.schema import (
     TrainConfig,
     TTTConfig,
 )
-from pgolf_fast.config.shrink import shrink
+from pgolf_fast.config.ttt import adapters, unknown_adapter
 from pgolf_fast.errors import PgolfError
 
 
@@ -147,7 +147,7 @@ def test_json_is_read_strictly(path, value, message):
         (lambda: TrainConfig(warmdown_fraction=0.5), "give one and set the other to None"),
         (lambda: TrainConfig(warmdown_steps=None), "give one and set the other to None"),
         (lambda: TrainConfig(warmdown_steps=None, warmdown_fraction=1.5), "above 0 and at most 1"),
-        (lambda: OptimConfig(adam_beta1=1.5), r"optim.adam_beta1 is 1.5; it must be in \[0, 1\)"),
+        (lambda: OptimConfig(adam_beta1=1.5), r"optim.adam_beta1 is 1.5; it must be at least 0 and below 1"),
         (lambda: QuantConfig(block_size=0), "quant.block_size is 0"),
         (lambda: QuantConfig(bits=9), "quant.bits is 9; it must be 2 to 8"),
         (lambda: TTTConfig(momentum=-1), "ttt.momentum is -1"),

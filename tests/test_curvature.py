@@ -7,8 +7,7 @@ import torch
 from helpers import randomize_, tiny_config
 
 from pgolf_fast import ops
-from pgolf_fast.lab.analysis.curvature import LossSurface, extremes, random_signs, trace
-from pgolf_fast.lab.analysis.surface import _eigenvalue
+from pgolf_fast.lab.analysis.surface import LossSurface, _eigenvalue, extremes, random_signs, trace
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.ops import reference
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from data_helpers import real_data
 
-from pgolf_fast.data import floors
-from pgolf_fast.data.floors import ngram_floors
+from pgolf_fast.data import corpus
+from pgolf_fast.data.corpus import ngram_floors
 from pgolf_fast.data.shards import find_shards
 from pgolf_fast.data.tokenizer import (
     ByteTable,
@@ -263,7 +263,7 @@ def test_no_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(PgolfError, match=r"no tokenizer .*: name one with --data.tokenizer"):
         find_tokenizer(tmp_path / "a/b/data")
     with pytest.raises(PgolfError, match=r"x.model does not exist: give a SentencePiece .model file"):
-        find_tokenizer(tmp_path / "a/b/data", str(tmp_path / "x.model"))
+        Tokenizer.load(find_tokenizer(tmp_path / "a/b/data", str(tmp_path / "x.model")))
 
 
 # --- floors
@@ -286,7 +286,7 @@ def test_floors_of_a_large_vocabulary_are_the_same(monkeypatch: pytest.MonkeyPat
     train, val = random_ids.integers(0, 50, 400).astype(np.uint16), random_ids.integers(0, 60, 300)
     table = ByteTable(np.ones(60, np.int16), np.zeros(60, np.bool_), np.zeros(60, np.bool_))
     dense = ngram_floors(train, val, table, 60)
-    monkeypatch.setattr(floors, "_DENSE", 0)
+    monkeypatch.setattr(corpus, "_DENSE", 0)
     assert ngram_floors(train, val, table, 60) == pytest.approx(dense, rel=1e-12)
 
 

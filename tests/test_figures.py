@@ -29,7 +29,7 @@ from pgolf_fast.evaluation.score import Stream
 from pgolf_fast.evaluation.scores import three_scores
 from pgolf_fast.evaluation.windows import sliding_windows
 from pgolf_fast.io import save_tensors
-from pgolf_fast.lab.report.score_plot import draw_scores
+from pgolf_fast.lab.report.plots import draw_scores
 from pgolf_fast.model.gpt import GPT
 from tests.helpers import randomize_
 from tests.runs import make_dataset, run_config

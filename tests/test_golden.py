@@ -15,8 +15,7 @@ from evaluations import adapted
 from helpers import gptq_alone
 from torch import nn
 
-from pgolf_fast.config.meta import MetaConfig
-from pgolf_fast.config.schema import ModelConfig, TTTConfig
+from pgolf_fast.config.schema import MetaConfig, ModelConfig, TTTConfig
 from pgolf_fast.data.tokenizer import ByteTable
 from pgolf_fast.evaluation.score import Stream
 from pgolf_fast.evaluation.windows import sliding_windows
@@ -25,8 +24,7 @@ from pgolf_fast.model.gpt import GPT
 from pgolf_fast.ops import reference
 from pgolf_fast.optim.muon import Muon
 from pgolf_fast.quant.grid import quantize_int8_rows, quantize_rows
-from pgolf_fast.train.meta.rates import SlotRates
-from pgolf_fast.train.meta.step import meta_step
+from pgolf_fast.train.meta import SlotRates, meta_step
 
 FOLDER = Path(os.environ.get("PGOLF_GOLDEN_DIR", Path(__file__).parent / "golden"))
 FILES = sorted(FOLDER.glob("*.npz"))

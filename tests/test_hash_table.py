@@ -17,18 +17,22 @@ from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.data.tokenizer import Tokenizer, byte_table
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import save_tensors
-from pgolf_fast.lab.analysis.bucket_load import ORDERS, all_pairs, contexts_of, groups, ideal_load, load
 from pgolf_fast.lab.analysis.hash_table import (
     GATE,
+    ORDERS,
     TABLE,
     TRIGRAM,
     _without,
+    all_pairs,
     analyze,
     analyze_layouts,
+    contexts_of,
+    groups,
+    ideal_load,
+    load,
 )
-from pgolf_fast.lab.analysis.models import LoadedModel, open_model
-from pgolf_fast.lab.analysis.options import Options
-from pgolf_fast.lab.analysis.validation import open_validation
+from pgolf_fast.lab.analysis.models import LoadedModel, open_model, open_validation
+from pgolf_fast.lab.analysis.summary import Options
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.ops import reference
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import randomize_, tiny_config
 
-from pgolf_fast.config.meta import MetaConfig
+from pgolf_fast.config.schema import MetaConfig
 from pgolf_fast.model.gpt import GPT
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))

@@ -10,11 +10,9 @@ from runs import make_dataset, run_config
 
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.io import save_tensors
-from pgolf_fast.lab.analysis.calibration import BINS, Calibration
-from pgolf_fast.lab.analysis.losses import PR296, PR296_MEAN, SHOWN, analyze, least_shares
-from pgolf_fast.lab.analysis.models import open_models
-from pgolf_fast.lab.analysis.options import Options
-from pgolf_fast.lab.analysis.validation import open_validation
+from pgolf_fast.lab.analysis.losses import BINS, PR296, PR296_MEAN, SHOWN, Calibration, analyze, least_shares
+from pgolf_fast.lab.analysis.models import open_models, open_validation
+from pgolf_fast.lab.analysis.summary import Options
 from pgolf_fast.lab.compare.statistics import bootstrap_ratio
 from pgolf_fast.model.gpt import GPT
 
@@ -164,12 +162,14 @@ def test_only_targets_drawn_from_the_predictions_are_calibrated():
     for name, said in (("right", logs), ("overconfident", (2 * logs).log_softmax(-1))):
         calibration = Calibration(GPT(tiny_config()))
         calibration._add(said, drawn, -said.gather(1, drawn[:, None])[:, 0])
-        errors[name] = calibration.top_error, calibration.every_error
+        means = calibration.probabilities()
+        errors[name] = calibration.likeliest()["expected_error"], means["expected_error"]
         if name == "right":
-            assert calibration.loss == pytest.approx(calibration.entropy, rel=0.02)
-            assert calibration.target_probability == pytest.approx(calibration.expected_probability, rel=0.02)
+            assert means["mean_loss"] == pytest.approx(means["mean_entropy"], rel=0.02)
+            expected = means["mean_expected_target_probability"]
+            assert means["mean_target_probability"] == pytest.approx(expected, rel=0.02)
         else:
-            assert calibration.loss > 1.2 * calibration.entropy
+            assert means["mean_loss"] > 1.2 * means["mean_entropy"]
     assert max(errors["right"]) < 0.02
     assert min(errors["overconfident"]) > 0.05
 

@@ -10,9 +10,8 @@ from runs import assert_same, differs, make_dataset, make_trainer, run_config, r
 from safetensors.torch import load_file
 
 from pgolf_fast.artifact.load import load_artifact
-from pgolf_fast.artifact.steps import pack_run, quantize_run
-from pgolf_fast.config.meta import MetaConfig
-from pgolf_fast.config.schema import RunConfig, TrainConfig
+from pgolf_fast.artifact.pack import pack_run, quantize_run
+from pgolf_fast.config.schema import MetaConfig, RunConfig, TrainConfig
 from pgolf_fast.console import read_metrics
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import load_tensors
@@ -20,8 +19,7 @@ from pgolf_fast.model.bank import BANK_NAMES, Banks
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.train.checkpoint import newest_checkpoint
 from pgolf_fast.train.loop import train
-from pgolf_fast.train.meta.rates import SlotRates
-from pgolf_fast.train.meta.step import meta_step
+from pgolf_fast.train.meta import SlotRates, meta_step
 
 RATED = {"train__meta__method": "cross_chunk", "train__meta__slot_rates": True, "train__meta__every": 2}
 

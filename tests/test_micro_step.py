@@ -13,7 +13,7 @@ from pgolf_fast.model.gpt import GPT
 from pgolf_fast.ops import tiles
 from pgolf_fast.train import loop
 from pgolf_fast.train.loop import train
-from pgolf_fast.train.micro_step import MicroStep
+from pgolf_fast.train.trainer import MicroStep
 
 
 @pytest.fixture(scope="module")

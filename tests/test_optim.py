@@ -16,7 +16,7 @@ from pgolf_fast.optim.average import WeightAverage
 from pgolf_fast.optim.muon import Muon
 from pgolf_fast.optim.optimizer import Optimizer
 from pgolf_fast.optim.schedule import Schedule
-from pgolf_fast.quant.fake import fake_int6
+from pgolf_fast.quant.grid import fake_int6
 
 
 def triggered_at(seconds):

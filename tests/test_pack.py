@@ -13,25 +13,23 @@ import pytest
 import torch
 from helpers import randomize_, tiny_config
 
-from pgolf_fast.artifact import prune
-from pgolf_fast.artifact.container import TensorRecord, read_container
+from pgolf_fast.artifact import fit
+from pgolf_fast.artifact.container import TensorRecord, read_container, write_container
 from pgolf_fast.artifact.load import build_model, load, load_artifact, unpack
 from pgolf_fast.artifact.pack import build_records, pack
 from pgolf_fast.artifact.submission import code_bytes
-from pgolf_fast.artifact.writer import write_container
-from pgolf_fast.config.fields import run_config_to_dict
 from pgolf_fast.config.schema import PackConfig, QuantConfig, RunConfig
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import save_tensors
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.ops import native
 from pgolf_fast.ops.lzma import compress_bytes
+from pgolf_fast.quant.calibration import quantize_model
 from pgolf_fast.quant.rd import rate_distortion
 from pgolf_fast.quant.state import (
     QuantizedState,
     QuantizedTensor,
     dequantize_state,
-    quantize_model,
     quantize_state,
 )
 
@@ -54,7 +52,7 @@ def quantized(model) -> QuantizedState:
 
 
 def write(quantized: QuantizedState, path: Path, config: PackConfig = FREE_CODE):
-    return pack(quantized, run_config_to_dict(RUN), path, config)
+    return pack(quantized, RUN, path, config)
 
 
 def test_pack_and_load_bit_for_bit(model, quantized, tmp_path):
@@ -62,9 +60,10 @@ def test_pack_and_load_bit_for_bit(model, quantized, tmp_path):
     report = write(quantized, path)
     assert report.path == path
     assert report.weights_bytes == path.stat().st_size == report.total_bytes
-    assert report.weights_bytes == report.header_bytes + sum(s.stored_bytes for s in report.sections)
-    assert [s.name for s in report.sections] == ["codes", "scales", "embeddings", "small"]
-    assert (report.pruned, report.compressions) == (0, 1)
+    sections = report.sizes.sections
+    assert report.weights_bytes == report.sizes.header_bytes + sum(s.stored_bytes for s in sections)
+    assert [s.name for s in sections] == ["codes", "scales", "embeddings", "small"]
+    assert report.pruned == 0
     stored, again = unpack(path)
     assert stored == RUN
     assert again.tensors.keys() == quantized.tensors.keys()
@@ -118,12 +117,14 @@ def test_packs_and_prunes_without_the_extension(quantized, tmp_path, monkeypatch
     limit = int(0.99 * size)
     report = write(quantized, tmp_path / "m", replace(FREE_CODE, limit_bytes=limit))
     assert limit - 200 < report.total_bytes <= limit
-    assert {s.codec for s in report.sections} <= {"lzma", "raw"}
+    assert {s.codec for s in report.sizes.sections} <= {"lzma", "raw"}
 
 
 def test_which_codecs_compete_for_which_sections(quantized, tmp_path):
     def used(**settings):
-        return {s.codec for s in write(quantized, tmp_path / "m", replace(FREE_CODE, **settings)).sections}
+        return {
+            s.codec for s in write(quantized, tmp_path / "m", replace(FREE_CODE, **settings)).sizes.sections
+        }
 
     assert used(codecs=("lzma",), lzma_limit_bytes=0) <= {"lzma", "raw"}
     assert used(codecs=("raw",)) == {"raw"}
@@ -169,7 +170,6 @@ def test_pruning_fits_and_takes_no_more_than_needed(quantized, tmp_path, share):
     limit = int(size * (1 - share)) + 5000
     report = write(quantized, tmp_path / "m", PackConfig(code_bytes=5000, limit_bytes=limit))
     assert limit - 200 < report.total_bytes <= limit
-    assert report.compressions <= prune.PROBES + 2
     before, after = pruned_codes(quantized, tmp_path / "m")
     changed = before != after
     assert np.abs(before[changed]).max() == 1
@@ -181,7 +181,7 @@ def test_rows_with_the_smallest_scale_go_first(tmp_path):
     rng = np.random.default_rng(0)
     codes = [rng.integers(-2, 3, (30, 40), dtype=np.int8) for _ in range(2)]
     scale = [rng.uniform(0.01, 0.1, 30).astype(np.float16) for _ in range(2)]
-    order = prune._Order(list(zip(codes, scale, strict=True)))
+    order = fit._Order(list(zip(codes, scale, strict=True)))
     flat, cost = np.concatenate(codes).ravel(), np.repeat(np.concatenate(scale), 40)
     for number in (0, 1, 500, order.candidates):
         gone = (order.pruned(number) != flat).nonzero()[0]
@@ -195,7 +195,7 @@ def test_rows_with_the_smallest_scale_go_first(tmp_path):
 def test_entropy_is_that_of_the_pruned_codes():
     rng = np.random.default_rng(1)
     codes = np.clip(np.rint(3 * rng.standard_normal((50, 60))), -31, 31).astype(np.int8)
-    order = prune._Order([(codes, np.ones(50, np.float16))])
+    order = fit._Order([(codes, np.ones(50, np.float16))])
     for number in (0, 7, order.candidates):
         shares = np.bincount(order.pruned(number) + 31) / codes.size
         bits = -sum(p * np.log2(p) for p in shares if p) * codes.size
@@ -218,9 +218,9 @@ def test_few_compressions_at_a_realistic_size():
     size = coded_size(np.concatenate([codes for codes, _ in matrices]))
     for share in (0.005, 0.02):
         target = int(size * (1 - share))
-        done = prune.prune_to_fit(matrices, target, size, coded_size, tolerance=64)
+        done = fit.prune_to_fit(matrices, target, size, coded_size, tolerance=64)
         assert target - 64 <= coded_size(np.concatenate(done.codes)) <= target
-        assert done.compressions <= prune.PROBES
+        assert done.compressions <= fit.PROBES
         assert (
             sum((new != old).sum() for new, (old, _) in zip(done.codes, matrices, strict=True)) == done.count
         )
@@ -245,7 +245,7 @@ def test_damage_is_reported_with_section_and_byte(quantized, tmp_path):
     path = tmp_path / "m"
     report = write(quantized, path)
     content = bytearray(path.read_bytes())
-    start = report.header_bytes - 32  # the digest comes last
+    start = report.sizes.header_bytes - 32  # the digest comes last
     content[start + 100] ^= 0xFF
     path.write_bytes(content)
     with pytest.raises(PgolfError, match=rf"{re.escape(str(path))} .*'codes' at byte {start}"):
@@ -257,7 +257,7 @@ def test_damage_is_reported_with_section_and_byte(quantized, tmp_path):
 
 def test_the_wrong_model(quantized, tmp_path):
     other = replace(RUN, model=tiny_config(num_layers=5, ve_enabled=False, ve_layers=()))
-    pack(quantized, run_config_to_dict(other), tmp_path / "m", FREE_CODE)
+    pack(quantized, other, tmp_path / "m", FREE_CODE)
     with pytest.raises(PgolfError, match="holds another model") as error:
         load(tmp_path / "m")
     assert "missing blocks.4.attn.q_gain" in str(error.value)
@@ -289,14 +289,14 @@ def test_containers_without_a_packed_model(quantized, tmp_path):
     write_container(path, tree, [r for r in records if r.name != "tok_emb.weight.scale"])
     with pytest.raises(PgolfError, match=r"tok_emb\.weight has no scale"):
         load(path)
-    write_container(path, tree, [*records, TensorRecord.of("x", "integer", np.zeros(1, np.int32))])
+    write_container(path, tree, [*records, TensorRecord("x", "integer", np.zeros(1, np.int32))])
     with pytest.raises(PgolfError, match="x of kind integer"):
         load(path)
     for bits in ("6", 99, None):
         write_container(path, {**tree, "bits": {"codes": bits}}, records)
         with pytest.raises(PgolfError, match="codes have 2 to 8 bits"):
             load(path)
-    left = TensorRecord.of("tok_emb.weight.left", "scales", np.float16(1).reshape(()))
+    left = TensorRecord("tok_emb.weight.left", "scales", np.float16(1).reshape(()))
     write_container(path, tree, [*records, left])
     with pytest.raises(PgolfError, match=r"correction of tok_emb\.weight do not fit"):
         load(path)

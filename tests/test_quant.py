@@ -13,18 +13,19 @@ from helpers import gptq_alone, randomize_, tiny_config
 from pgolf_fast.artifact.load import build_model, load_artifact
 from pgolf_fast.artifact.pack import pack
 from pgolf_fast.artifact.standalone import reader
-from pgolf_fast.config.fields import run_config_to_dict
 from pgolf_fast.config.presets import exp101
 from pgolf_fast.config.schema import PackConfig, QuantConfig, RunConfig
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.model.rope import rope_tables
 from pgolf_fast.ops import reference
-from pgolf_fast.quant.calibration import INPUTS, collect_hessians, hessian_name, self_generate
-from pgolf_fast.quant.fake import fake_int6, fake_quantize_rows, make_fake
+from pgolf_fast.quant.calibration import collect_hessians, quantize_model, self_generate
 from pgolf_fast.quant.gptq import gptq
 from pgolf_fast.quant.grid import (
     dequantize,
+    fake_int6,
+    fake_quantize_rows,
+    make_fake,
     quantize_int8_rows,
     quantize_rows,
     round_to_grid,
@@ -33,11 +34,12 @@ from pgolf_fast.quant.grid import (
 )
 from pgolf_fast.quant.rd import rate_distortion
 from pgolf_fast.quant.state import (
+    READERS,
     TABLES,
     QuantizedState,
     QuantizedTensor,
     dequantize_state,
-    quantize_model,
+    hessian_name,
     quantize_state,
     rebank,
     unbank,
@@ -348,7 +350,7 @@ def test_hessians_are_the_sums_of_squares(changes):
     recorder = Recorder(model, 12)
     model.hidden(tokens[:, :-1], observer=recorder)
     hessians = collect_hessians(model, tokens, batch=2)
-    assert set(hessians) == {hessian_name(i, which) for i in range(4) for which in INPUTS}
+    assert set(hessians) == {hessian_name(i, which) for i in range(4) for which in READERS}
     for name, inputs in recorder.inputs.items():
         rows = inputs.flatten(0, 1).double()
         want = rows.T @ rows / 5
@@ -425,7 +427,7 @@ def test_tables_that_stay_float16(grid, tmp_path):
     codes, more = ({n for n, t in s.items() if isinstance(t, QuantizedTensor)} for s in (found, usual))
     assert more - codes == set(TABLES)
     run = RunConfig(name="test", model=model.config, quant=config)
-    pack(QuantizedState(found), run_config_to_dict(run), tmp_path / "m", PackConfig(code_bytes=0))
+    pack(QuantizedState(found), run, tmp_path / "m", PackConfig(code_bytes=0))
     stored, state = load_artifact(tmp_path / "m")
     again = build_model(stored, state, model.has_leading_space)
     assert stored.quant.tables == "float16"

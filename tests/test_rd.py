@@ -1,4 +1,4 @@
-"""Grid rd: importances, steps, costs, landing at a byte target, and an artifact round trip."""
+"""Grid rd: importances, steps, costs, fitting a byte target, and an artifact round trip."""
 
 from __future__ import annotations
 
@@ -9,18 +9,22 @@ import pytest
 import torch
 from helpers import randomize_, tiny_config
 
-from pgolf_fast.artifact import landing
-from pgolf_fast.artifact.landing import TOLERANCE, fit_to_target, mixed
+from pgolf_fast.artifact import fit
+from pgolf_fast.artifact.fit import TOLERANCE, fit_to_target, mixed
 from pgolf_fast.artifact.load import load_artifact, unpack
 from pgolf_fast.artifact.pack import artifact_bytes, pack
 from pgolf_fast.artifact.standalone import reader
-from pgolf_fast.config.fields import run_config_to_dict
 from pgolf_fast.config.schema import PackConfig, QuantConfig, RunConfig
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.model.bank import BANK_NAMES
 from pgolf_fast.model.gpt import GPT
-from pgolf_fast.quant.calibration import collect_hessians, self_generate
-from pgolf_fast.quant.fisher import _fit, collect_fisher
+from pgolf_fast.quant.calibration import (
+    _fit_table,
+    collect_fisher,
+    collect_hessians,
+    quantize_model,
+    self_generate,
+)
 from pgolf_fast.quant.gptq import inverse_factor
 from pgolf_fast.quant.rd import RateDistortion, code_costs, rate_distortion, short_floats, short_steps
 from pgolf_fast.quant.state import (
@@ -29,7 +33,6 @@ from pgolf_fast.quant.state import (
     code_bits,
     dequantize_state,
     group_of,
-    quantize_model,
     quantize_state,
 )
 
@@ -62,7 +65,7 @@ def grids(model, fishers):
 
 
 def size(state) -> int:
-    return artifact_bytes(state, run_config_to_dict(RUN), FREE_CODE)
+    return artifact_bytes(state, RUN, FREE_CODE)
 
 
 def divergence(model: GPT, state, tokens) -> float:
@@ -82,7 +85,7 @@ def test_recovers_the_factors_of_gradients():
     rows = torch.exp(torch.randn(200, generator=generator))
     columns = torch.linalg.qr(torch.randn(12, 12, generator=generator)).Q * torch.linspace(0.3, 2, 12)
     gradients = rows.sqrt()[:, None] * torch.randn(64, 200, 12, generator=generator) @ columns.T
-    fisher = _fit(gradients, 64)
+    fisher = _fit_table(gradients, 64)
     hessian = columns @ columns.T
     scale = hessian.diagonal().mean()
     torch.testing.assert_close(fisher.hessian, hessian / scale, atol=0.05, rtol=0.05)
@@ -221,10 +224,10 @@ def test_lands_under_the_target(model, fishers, share, rank):
 
 
 def test_a_sample_saves_a_round(model, fishers, monkeypatch):
-    """A large model's first price comes from some of its rows; the landing is as exact as without."""
+    """A large model's first price comes from some of its rows; the fit is as exact as without."""
     grids = RateDistortion(model.state_dict(), fishers, QUANT)
     target = int(0.6 * size(grids.quantize(1e-9)))
-    monkeypatch.setattr(landing, "SAMPLE_WEIGHTS", grids.weights // 3)
+    monkeypatch.setattr(fit, "SAMPLE_WEIGHTS", grids.weights // 3)
     prices = []
     original = RateDistortion.quantize
 
@@ -286,7 +289,7 @@ def test_pack_and_load_bit_for_bit(model, fishers, tmp_path, rank):
     state = {n: t.clone() for n, t in model.state_dict().items()}
     state["tok_emb.weight"][:, 3] *= 300
     quantized = RateDistortion(state, fishers, replace(QUANT, rank=rank)).quantize(PRICE)
-    report = pack(quantized, run_config_to_dict(RUN), tmp_path / "m", FREE_CODE)
+    report = pack(quantized, RUN, tmp_path / "m", FREE_CODE)
     assert report.weights_bytes <= size(quantized)
     again = unpack(tmp_path / "m")[1]
     assert again.tensors.keys() == quantized.tensors.keys()

@@ -11,13 +11,12 @@ from runs import assert_same, differs, make_dataset, make_trainer, run_config, r
 from safetensors.torch import load_file
 
 from pgolf_fast import cli
-from pgolf_fast.config.meta import ReptileConfig
-from pgolf_fast.config.schema import TrainConfig
+from pgolf_fast.config.schema import ReptileConfig, TrainConfig
 from pgolf_fast.console import read_metrics
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.model.bank import Banks
 from pgolf_fast.optim.schedule import Schedule
-from pgolf_fast.quant.fake import make_fake
+from pgolf_fast.quant.grid import make_fake
 from pgolf_fast.train.checkpoint import newest_checkpoint
 from pgolf_fast.train.loop import train
 
@@ -56,14 +55,14 @@ def test_an_outer_step_interpolates_towards_plain_sgd(data, qat):
         data, **PHASE, train__reptile__batch_seqs=2, train__meta=None, train__qat__below=2.0 if qat else 0.0
     )
     trainer, seen = at_the_phase(config)
-    position = trainer.loader.state()["position"]["offset"]
+    position = trainer.loader.state()["position"]
     base = {name: value.clone() for name, value in trainer.average.final().items()}
     assert differs(base, snapshot(trainer.model))
     result = trainer.advance()
     trainer.loader.close()
     assert [x.shape for x, _ in seen] == [(2, 32)] * 3
     assert not any(torch.equal(seen[i][0], seen[j][0]) for i, j in ((0, 1), (0, 2), (1, 2)))
-    assert trainer.loader.state()["position"]["offset"] == position + 3 * 65
+    assert trainer.loader.state()["position"] == position + 3 * 65
     assert result.tokens == 3 * 64
 
     rounding = make_fake(6, config.quant.scale_floor) if qat else (lambda w: w)
@@ -253,7 +252,7 @@ def test_ranks_share_the_work_of_the_phase_and_of_rates(data, tmp_path):
         "from safetensors.torch import save_file\n"
         "from pgolf_fast import cli\n"
         "from pgolf_fast.train import loop\n"
-        "from pgolf_fast.train.meta.reptile import Reptile\n"
+        "from pgolf_fast.train.reptile import Reptile\n"
         "kept, adapt, finish = {}, Reptile.adapt, loop._Run._finish\n"
         "def watched(self, *rest):\n"
         "    inner = adapt(self, *rest)\n"

@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.evaluation.adapters.descent import SGD
-from pgolf_fast.evaluation.steps import score_run
+from pgolf_fast.evaluation.run import score_run
 from pgolf_fast.train.loop import train
 
 TTT = {"ttt__chunk_tokens": 256, "ttt__batch_seqs": 2, "ttt__lr": 0.05, "ttt__epochs": 2}

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.ops import native
 from pgolf_fast.quant import gptq
-from pgolf_fast.quant.gptq import Rate
+from pgolf_fast.quant.gptq import round_columns
 
 needs_extension = pytest.mark.skipif(native.extension() is None, reason="C++ extension not built")
 
 
 def problem(columns: int, rows: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Return arguments of `rounded` that are constant nowhere."""
+    """Return arguments of `round_columns` that are constant nowhere."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
@@ -40,20 +40,11 @@ def plain(given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: given[name] for name in ("columns", "row_step", "factor")}
 
 
-RATE = ("cost", "row_class", "column_class", "lam")
-
-
-def rounded(**given) -> torch.Tensor:
-    """Call `round_columns` with the arguments of its `Rate` given flat."""
-    rate = Rate(**{name: given.pop(name) for name in RATE if name in given}) if "cost" in given else None
-    return gptq.round_columns(**{n: t for n, t in given.items() if n not in RATE}, rate=rate)
-
-
 def in_torch(**arguments) -> torch.Tensor:
     """Round as on a machine without the extension."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gptq, "extension", lambda: None)
-        return rounded(**arguments)
+        return round_columns(**arguments)
 
 
 def in_numbers(given: dict[str, torch.Tensor], clip_range: int, *, rate: bool) -> np.ndarray:
@@ -77,7 +68,7 @@ def in_numbers(given: dict[str, torch.Tensor], clip_range: int, *, rate: bool) -
     return codes
 
 
-@pytest.mark.parametrize("run", [in_torch, pytest.param(rounded, marks=needs_extension)])
+@pytest.mark.parametrize("run", [in_torch, pytest.param(round_columns, marks=needs_extension)])
 @pytest.mark.parametrize("rate", [False, True])
 def test_computes_the_formula(run, rate):
     given = problem(30, 21)
@@ -107,13 +98,13 @@ def test_cpp_matches_torch(columns, rows, clip_range, block_size, rate, seed):
     given = problem(columns, rows, seed)
     if not rate:
         given = plain(given)
-    native = rounded(**given, clip_range=clip_range, block_size=block_size, threads=2)
+    native = round_columns(**given, clip_range=clip_range, block_size=block_size, threads=2)
     want = in_torch(**given, clip_range=clip_range)
     assert (native != want).float().mean() <= 2e-3
     assert (native.int() - want.int()).abs().max() <= (2 * clip_range if rate else 2)
 
 
-@pytest.mark.parametrize("run", [in_torch, rounded])
+@pytest.mark.parametrize("run", [in_torch, round_columns])
 def test_batch_equals_single_problems(run):
     several = [problem(24, 40, seed) for seed in range(3)]
     for name in ("columns", "cost"):
@@ -125,7 +116,7 @@ def test_batch_equals_single_problems(run):
         assert (codes == run(**one | {"cost": cost}, clip_range=31)).float().mean() >= 0.999
 
 
-@pytest.mark.parametrize("run", [in_torch, rounded])
+@pytest.mark.parametrize("run", [in_torch, round_columns])
 def test_omitted_arguments_are_ones_or_zeros(run):
     given = problem(20, 33)
     bare = plain(given) | {"cost": given["cost"], "lam": 1e-3}
@@ -155,14 +146,14 @@ def test_rejects_arguments_that_do_not_fit():
         ("column_class", r"column_class must be \(1, 6\)"),
     ):
         with pytest.raises(PgolfError, match=message):
-            rounded(**given | {name: given[name][1:]}, clip_range=31)
+            round_columns(**given | {name: given[name][1:]}, clip_range=31)
     with pytest.raises(PgolfError, match="clip_range is 128"):
-        rounded(**given, clip_range=128)
+        round_columns(**given, clip_range=128)
     with pytest.raises(PgolfError, match=r"must be \(classes, 256\)"):
-        rounded(**given | {"cost": torch.zeros(7, 255)}, clip_range=31)
+        round_columns(**given | {"cost": torch.zeros(7, 255)}, clip_range=31)
     for classes in (torch.full((5,), 6), torch.full((5,), -1)):
         with pytest.raises(PgolfError, match="7 classes"):
-            rounded(**given | {"row_class": classes.int()}, clip_range=31)
+            round_columns(**given | {"row_class": classes.int()}, clip_range=31)
 
 
 @needs_extension

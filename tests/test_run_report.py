@@ -18,9 +18,7 @@ from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.ttt import TTTConfig
 from pgolf_fast.io import load_tensors, save_tensors
 from pgolf_fast.lab.audit.check import AuditCheck, AuditFinding
-from pgolf_fast.lab.report.loss_curve import draw_loss_curve, paint_training
-from pgolf_fast.lab.report.pace import pace_table, step_seconds
-from pgolf_fast.lab.report.score_plot import paint_parts
+from pgolf_fast.lab.report.plots import draw_loss_curve, pace_table, paint_parts, paint_training, step_seconds
 from pgolf_fast.train.loop import train
 
 SECTIONS = [

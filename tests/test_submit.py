@@ -13,15 +13,14 @@ import torch
 from runs import make_dataset, read_json, run_config
 
 from pgolf_fast import cli
-from pgolf_fast.artifact import steps, submission
-from pgolf_fast.artifact.container import TensorRecord
+from pgolf_fast.artifact import submission
+from pgolf_fast.artifact.container import TensorRecord, write_container
+from pgolf_fast.artifact.pack import pack, pack_run, quantize_run, read_quantized
 from pgolf_fast.artifact.standalone import parts, reader
-from pgolf_fast.artifact.submit import About, write_submission
-from pgolf_fast.artifact.writer import write_container
-from pgolf_fast.config.fields import run_config_to_dict
+from pgolf_fast.artifact.submission import About, write_submission
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.evaluation.steps import score_run
+from pgolf_fast.evaluation.run import score_run
 from pgolf_fast.train.loop import train
 
 ABOUT = About("A. Person", "person", None, None, "non_record_16mb")
@@ -52,8 +51,8 @@ def finished(data, path, **changes):
     train(run_config(data, **changes), path)
     folder = RunFolder(path)
     config = folder.read_config()
-    steps.quantize_run(folder, config.quant)
-    steps.pack_run(folder, config.pack)
+    quantize_run(folder, config.quant)
+    pack_run(folder, config.pack)
     score_run(folder, config, "artifact")
     return folder
 
@@ -239,7 +238,7 @@ def test_reader_reads_what_the_container_writes(tmp_path, codec):
     }
     kinds = {"q": "codes", "scale": "scales", "ids": "integer"}
     records = [
-        TensorRecord.of(name, kinds.get(name.split(".")[-1], "float16"), array, section)
+        TensorRecord(name, kinds.get(name.split(".")[-1], "float16"), array, section)
         for (name, array), section in zip(
             arrays.items(), [None, None, "embeddings", None, None, None, None, None], strict=True
         )
@@ -273,7 +272,7 @@ def test_script_refuses_another_or_a_damaged_artifact(run, data, tmp_path):
     assert "the artifact is damaged" in call(script, data, status=1)
     config = run.read_config()
     other = replace(config, eval=replace(config.eval, stride=8))
-    steps.pack(steps.read_quantized(run)[0], run_config_to_dict(other), artifact, config.pack)
+    pack(read_quantized(run)[0], other, artifact, config.pack)
     assert "this is another artifact" in call(script, data, status=1)
 
 

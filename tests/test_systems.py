@@ -14,13 +14,12 @@ from runs import VOCAB, make_dataset, read_json
 from test_submit import ABOUT, call, same_scores
 
 from pgolf_fast import cli
-from pgolf_fast.artifact import steps as export
 from pgolf_fast.artifact.load import load
-from pgolf_fast.artifact.submit import write_submission
-from pgolf_fast.config.presets import PRESETS, preset
+from pgolf_fast.artifact.pack import pack_run, quantize_run, read_quantized
+from pgolf_fast.artifact.submission import write_submission
+from pgolf_fast.config.presets import PRESETS, preset, shrink
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import RunConfig, TTTConfig
-from pgolf_fast.config.shrink import shrink
 from pgolf_fast.config.ttt import GuidedConfig
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.adapters.base import Scored, borrowed
@@ -28,8 +27,8 @@ from pgolf_fast.evaluation.adapters.descent import SGD, AdamW
 from pgolf_fast.evaluation.adapters.error_guided import learn_and_score
 from pgolf_fast.evaluation.adapters.frozen import Frozen
 from pgolf_fast.evaluation.adapters.registry import adapting_chunks, make_adapter
+from pgolf_fast.evaluation.run import score_run
 from pgolf_fast.evaluation.score import Scorer
-from pgolf_fast.evaluation.steps import score_run
 from pgolf_fast.evaluation.windows import plain_windows
 from pgolf_fast.io import load_tensors
 from pgolf_fast.lab.audit.check import run_checks
@@ -113,8 +112,8 @@ def made(data, tmp_path_factory):
     def make(name: str) -> RunFolder:
         folder = train(miniature(name, data), tmp_path_factory.mktemp("runs") / name).folder
         config = folder.read_config()
-        export.quantize_run(folder, config.quant)
-        export.pack_run(folder, config.pack)
+        quantize_run(folder, config.quant)
+        pack_run(folder, config.pack)
         score_run(folder, config, "artifact", allow_illegal=name == ILLEGAL)
         return folder
 
@@ -212,7 +211,7 @@ def test_trains_packs_and_scores(made, name):
     assert (scores["ttt_updates"] > 0) == (config.ttt.epochs > 0)
     assert (scores["sliding_ttt"]["loss"] != scores["sliding"]["loss"]) == (config.ttt.epochs > 0)
     assert scores["illegal"] == config.ttt.illegal
-    tensors = export.read_quantized(folder)[0].tensors
+    tensors = read_quantized(folder)[0].tensors
     table = tensors["tok_emb.weight"]
     assert isinstance(table, QuantizedTensor) == (config.quant.tables == "int8")
     slots = [t for n, t in tensors.items() if n.startswith("blocks.") and isinstance(t, QuantizedTensor)]

@@ -25,7 +25,7 @@ from runs import (
 from safetensors.torch import load_file
 
 from pgolf_fast import cli
-from pgolf_fast.artifact.steps import pack_run, quantize_run
+from pgolf_fast.artifact.pack import pack_run, quantize_run
 from pgolf_fast.config.presets import exp101
 from pgolf_fast.config.schema import DataConfig
 from pgolf_fast.console import read_metrics

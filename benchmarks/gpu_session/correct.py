@@ -1,7 +1,5 @@
 """Session part `correct`: every op against float64 on this GPU, also beyond 2^31 elements."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -11,6 +9,7 @@ import torch
 
 from benchmarks.gpu_session.session import PartFile, Session
 from pgolf_fast.bench import peers, registry
+from pgolf_fast.bench.doctor import check_ops
 from pgolf_fast.bench.run import attempt
 from pgolf_fast.config.presets import preset
 from pgolf_fast.ops import judge
@@ -44,8 +43,6 @@ def run(session: Session) -> bool:
 
 def doctor_rows(session: Session, note) -> None:
     """Record the rows of `pgolf doctor --check`."""
-    from pgolf_fast.bench.doctor import check_ops
-
     rows = attempt(lambda: check_ops(session.device, torch.bfloat16))
     if isinstance(rows, str):
         note(what="doctor", ok=False, verdict=rows)
@@ -58,9 +55,8 @@ def preset_shapes(session: Session, note) -> None:
     """Compare every op at the preset's widths with float64, forward and every gradient."""
     config = preset(session.preset)
     tokens = 64 if session.dry else 4 * config.train.seq_len
-    sizes = [
-        (name, m) for name in registry.select(session.ops) for m in registry.token_counts(name, (tokens,))
-    ]
+    names = registry.select(session.ops)
+    sizes = [(name, m) for name in names for m in registry.token_counts(name, (tokens,))]
     for dtype in (torch.bfloat16, torch.float32):
         for name, count in sizes:
             what = f"{name}, {count} tokens, {str(dtype).removeprefix('torch.')}"
@@ -115,17 +111,11 @@ def run_tests(session: Session) -> dict[str, object]:
         return {"status": None, "summary": f"not run: {missing[0]} is not installed"}
     if session.left < 15 and not session.dry:
         return {"status": None, "summary": "not run: out of time"}
-    files = [TESTS / "test_residual_norm.py"] if session.dry else [TESTS]
-    command = [sys.executable, "-m", "pytest", *map(str, files), "-q", "-k", "cuda", "-p", "no:cacheprovider"]
+    tests = str(TESTS / "test_residual_norm.py" if session.dry else TESTS)
+    command = [sys.executable, "-m", "pytest", tests, "-q", "-k", "cuda", "-p", "no:cacheprovider"]
+    root, limit = TESTS.parent.parent, max(20.0, session.left - 5)
     try:
-        done = subprocess.run(
-            command,
-            cwd=TESTS.parent.parent,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=max(20.0, session.left - 5),
-        )
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=limit)
     except subprocess.TimeoutExpired as error:
         output = error.stdout.decode() if isinstance(error.stdout, bytes) else error.stdout or ""
         return {"status": None, "summary": "stopped: out of time", "output": output[-4000:]}

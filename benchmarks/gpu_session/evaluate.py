@@ -6,11 +6,8 @@ last block to the scored positions, and the difference of their losses. Plain co
 in the batch size of the published run, ours choose theirs.
 """
 
-from __future__ import annotations
-
 import gc
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,9 +16,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import naive_eval
-from benchmarks.gpu_session.plain import plain_loss, plain_ops
-from benchmarks.gpu_session.session import PartFile, Session, prepared
-from benchmarks.gpu_session.step import markov_tokens
+from benchmarks.gpu_session.plain import plain_banks, plain_loss, plain_ops
+from benchmarks.gpu_session.session import PartFile, Session, prepared, take_turns, timed
+from benchmarks.gpu_session.step import dry_model, make_model, markov_tokens
 from pgolf_fast.bench.peers import compile_settings
 from pgolf_fast.bench.run import attempt
 from pgolf_fast.config.presets import preset
@@ -33,10 +30,8 @@ from pgolf_fast.evaluation.adapters.frozen import Frozen
 from pgolf_fast.evaluation.estimate import forward_flops
 from pgolf_fast.evaluation.score import Scorer, Stream, batch_size
 from pgolf_fast.evaluation.windows import Windows, sliding_windows
-from pgolf_fast.model.bank import Banks
 from pgolf_fast.model.compiled import tag_compile_cache
 from pgolf_fast.model.gpt import GPT
-from pgolf_fast.model.runtime import resolve_dtype
 from pgolf_fast.ops.tuned import load_tuned
 
 PLAIN_BATCH = 128  # windows, as in the published run
@@ -49,8 +44,7 @@ class Contender:
     name: str
     ours: bool
     compile: bool
-    dry: bool = False
-    """Also run in a rehearsal."""
+    dry: bool = False  # also run in a rehearsal
 
 
 # Most important first: when time is short, the last are left out.
@@ -93,19 +87,8 @@ class Runner:
         self.adapt_ms.append(timed(self.adapt)[1])
         return losses
 
-
-def timed(function):
-    """Return the result of a call and its milliseconds, between two synchronizations."""
-    _synchronize()
-    start = time.perf_counter()
-    result = function()
-    _synchronize()
-    return result, 1e3 * (time.perf_counter() - start)
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    def rounds(self) -> list[tuple[float, float]]:
+        return list(zip(self.score_ms, self.adapt_ms, strict=True))
 
 
 def run_config(session: Session) -> RunConfig:
@@ -114,9 +97,8 @@ def run_config(session: Session) -> RunConfig:
     ttt = replace(config.ttt, quantize_forward="none", parameters="banks")
     if not session.dry:
         return replace(config, ttt=ttt)
-    model = replace(config.model, num_layers=2, ve_layers=(1,), xsa_last_n=2, frozen_skips=0)
     ttt = replace(ttt, chunk_tokens=128, batch_seqs=2)
-    return replace(config, model=model, ttt=ttt, eval=replace(config.eval, seq_len=32, stride=8))
+    return replace(config, model=dry_model(config), ttt=ttt, eval=replace(config.eval, seq_len=32, stride=8))
 
 
 def make_chunk(config: RunConfig, device: torch.device) -> Chunk:
@@ -131,20 +113,21 @@ def make_chunk(config: RunConfig, device: torch.device) -> Chunk:
 
 def prepare(contender: Contender, chunk: Chunk, session: Session) -> Runner:
     """Compile and capture everything by one round; its update of the weights is kept."""
-    config, device = chunk.config, session.device
-    torch.manual_seed(0)
-    dtype = resolve_dtype(config.train.compute_dtype, device)
-    model = GPT(config.model, compute_dtype=dtype).to(device)
-    runner = ours(contender, chunk, model) if contender.ours else plain(contender, chunk, model)
+    model = make_model(chunk.config, session.device)
+    runner = (ours if contender.ours else plain)(contender, chunk, model)
     runner.score()
     runner.adapt()
     return runner
 
 
+def make_scorer(chunk: Chunk, model: GPT) -> Scorer:
+    config = chunk.config
+    size = batch_size(config.eval.batch_seqs, config.model, model.compute_dtype, model.qo_bank.device)
+    return Scorer(chunk.stream, chunk.windows, chunk.seq_len, size)
+
+
 def ours(contender: Contender, chunk: Chunk, model: GPT) -> Runner:
-    config, device = chunk.config, model.qo_bank.device
-    size = batch_size(config.eval.batch_seqs, config.model, model.compute_dtype, device)
-    scorer = Scorer(chunk.stream, chunk.windows, chunk.seq_len, size)
+    config, device, scorer = chunk.config, model.qo_bank.device, make_scorer(chunk, model)
     graph = contender.compile and device.type == "cuda"
     adapter = SGD(model, config.ttt, chunk.seq_len, None, compile=contender.compile, cuda_graph=graph)
 
@@ -161,8 +144,7 @@ def plain(contender: Contender, chunk: Chunk, model: GPT) -> Runner:
         parameter.requires_grad_(any(parameter is p for p in parameters))
 
     def token_losses(x: Tensor, y: Tensor) -> Tensor:
-        weights = [m.to(model.compute_dtype).unbind() for m in model.bank_parameters()]
-        return model.token_losses(x, y, Banks(*weights))  # type: ignore[arg-type]  # indexed by slot only
+        return model.token_losses(x, y, plain_banks(model))
 
     mean_loss = plain_loss(model)
     if contender.compile:
@@ -188,15 +170,10 @@ def rows(runners: Sequence[Runner], chunk: Chunk) -> list[dict[str, object]]:
     """Return one record per contender: E1, its two parts, and the time of 947 chunks."""
     found = []
     positions = len(chunk.windows) * chunk.seq_len
-    plain_ms = {
-        r.contender.compile: statistics.median(_both(r))
-        for r in runners
-        if not r.contender.ours and r.score_ms
-    }
-    for runner in runners:
-        if not runner.score_ms:
-            continue
-        score, both = statistics.median(runner.score_ms), statistics.median(_both(runner))
+    measured = [(r, statistics.median(map(sum, r.rounds()))) for r in runners if r.score_ms]
+    plain_ms = {r.contender.compile: both for r, both in measured if not r.contender.ours}
+    for runner, both in measured:
+        score = statistics.median(runner.score_ms)
         found.append(
             {
                 "contender": runner.contender.name,
@@ -207,50 +184,39 @@ def rows(runners: Sequence[Runner], chunk: Chunk) -> list[dict[str, object]]:
                 "seconds_of_947_chunks": 0.947 * both,
                 "plain_eager_over_this": plain_ms[False] / both if False in plain_ms else None,
                 "plain_compile_over_this": plain_ms[True] / both if True in plain_ms else None,
-                "rounds": list(zip(runner.score_ms, runner.adapt_ms, strict=True)),
+                "rounds": runner.rounds(),
             }
         )
     return found
 
 
-def _both(runner: Runner) -> list[float]:
-    return [a + b for a, b in zip(runner.score_ms, runner.adapt_ms, strict=True)]
-
-
 def cut_or_whole(chunk: Chunk, session: Session) -> dict[str, object]:
     """E2: score with and without the cut, in turn, on the same weights."""
-    config, device = chunk.config, session.device
-    torch.manual_seed(0)
-    dtype = resolve_dtype(config.train.compute_dtype, device)
-    model = GPT(config.model, compute_dtype=dtype).to(device)
+    config, model = chunk.config, make_model(chunk.config, session.device)
     frozen = Frozen(model, compile=not session.dry)
 
     def whole(tokens: Tensor, targets: Tensor, context: int) -> Tensor:
         rest = tokens[:, 1 : tokens.shape[1] - targets.shape[1] + 1]
         return frozen.score(tokens, torch.cat((rest, targets), dim=1), context)[:, rest.shape[1] :]
 
-    size = batch_size(config.eval.batch_seqs, config.model, dtype, device)
-    scorers = {
-        contender: Scorer(chunk.stream, chunk.windows, chunk.seq_len, size) for contender in ("cut", "whole")
-    }
+    scorers = {contender: make_scorer(chunk, model) for contender in ("cut", "whole")}
     losses = {"cut": frozen.score, "whole": whole}
     ms: dict[str, list[float]] = {contender: [] for contender in scorers}
     for i in range(6):
         for contender, scorer in scorers.items():
             taken = timed(lambda: scorer.score(losses[contender], 0, len(chunk.windows)))[1]  # noqa: B023 - called now
             ms[contender] += [taken] if i else []
-    gap = (scorers["cut"].losses - scorers["whole"].losses).abs()
+    cut, whole_losses = (scorer.losses.double() for scorer in scorers.values())
+    median = {contender: statistics.median(times) for contender, times in ms.items()}
     return {
-        "windows_a_batch": size(chunk.seq_len),
+        "windows_a_batch": scorers["cut"].size(chunk.seq_len),
         "ms": ms,
-        "median_ms": {contender: statistics.median(times) for contender, times in ms.items()},
-        "speed_up": statistics.median(ms["whole"]) / statistics.median(ms["cut"]),
+        "median_ms": median,
+        "speed_up": median["whole"] / median["cut"],
         "speed_up_allowed": forward_flops(config.model, chunk.seq_len, chunk.seq_len)
         / forward_flops(config.model, chunk.seq_len, config.eval.stride),
-        "largest_difference_nats": gap.max().item(),
-        "difference_of_means_nats": abs(
-            scorers["cut"].losses.double().mean().item() - scorers["whole"].losses.double().mean().item()
-        ),
+        "largest_difference_nats": (cut - whole_losses).abs().max().item(),
+        "difference_of_means_nats": (cut.mean() - whole_losses.mean()).abs().item(),
     }
 
 
@@ -265,18 +231,14 @@ def run(session: Session) -> bool:
     makers = {one.name: partial(prepare, one, chunk, session) for one in chosen}
     runners, failed = prepared(makers, file, session.deadline(0.6))
     first: dict[str, float] = {}
-    deadline = session.deadline(0.6)
-    for i in range(2 if session.dry else 7):
-        if i >= 3 and time.monotonic() > deadline:
-            break
-        for runner in list(runners):
-            losses = attempt(runner.round)
-            if isinstance(losses, str):
-                failed[runner.contender.name] = losses
-                runners.remove(runner)
-            elif i == 0:
-                first[runner.contender.name] = losses.double().mean().item()
+
+    def one_round(runner: Runner) -> None:
+        first.setdefault(runner.contender.name, runner.round().double().mean().item())
+
+    def write() -> None:
         file.write(E1=rows(runners, chunk), loss_of_first_round=first, failed=failed)
+
+    take_turns(runners, one_round, 2 if session.dry else 7, session.deadline(0.6), failed, write)
     del runners[:]
     gc.collect()
     cut = attempt(lambda: cut_or_whole(chunk, session))

@@ -1,7 +1,6 @@
 """Session parts `ops` and `tune`: `pgolf bench` and `pgolf tune` within the session's time."""
 
-from __future__ import annotations
-
+import contextlib
 from dataclasses import asdict, replace
 from unittest import mock
 
@@ -9,9 +8,14 @@ import torch
 
 from benchmarks.gpu_session.session import PartFile, Session
 from pgolf_fast.bench import peers, registry, run, store, tune
+<<<<<<< HEAD
 from pgolf_fast.bench.run import GPU_TOKENS
 from pgolf_fast.bench.store import describe
 from pgolf_fast.bench.tune import tune_table
+=======
+from pgolf_fast.bench.plan import GPU_TOKENS, describe, tune_table
+from pgolf_fast.bench.roofline import measured_roof, roof
+>>>>>>> main
 from pgolf_fast.config.presets import preset
 from pgolf_fast.ops import cases, tiles, tuned
 from pgolf_fast.ops.case import MODES
@@ -30,7 +34,7 @@ def run_ops(session: Session) -> bool:
 
     def add(record: store.Record) -> None:
         results.add(record)
-        file.write(measured=len(results.records), table=tables(results.records))
+        file.write(measured=len(results.records), table=[describe(results.records)])
 
     try:
         for plan in plans(session):
@@ -40,13 +44,21 @@ def run_ops(session: Session) -> bool:
     late = "skipped: out of time"
     wrong = [r for r in results.records if r["peer"] == "ours" and r.get("error", late) != late]
     ok = not wrong and bool(store.timed(results.records))
-    file.finish(ok, roof=asdict_roof(session))
+    kind = session.device, dtype_of(session)
+    roofs = {"used": asdict(roof(*kind))}
+    if session.left > 5:
+        roofs["measured"] = asdict(measured_roof(*kind))
+    file.finish(ok, roof=roofs)
     return ok
 
 
+def dtype_of(session: Session) -> torch.dtype:
+    return torch.float32 if session.dry else torch.bfloat16
+
+
 def plans(session: Session) -> list[run.Plan]:
-    """Return plans: the important size, then the others, then the slow settings of torch.compile."""
-    names, dtype = registry.select(session.ops), torch.float32 if session.dry else torch.bfloat16
+    """Return plans: the most important size, the other sizes, then the slow settings of torch.compile."""
+    names = registry.select(session.ops)
 
     def plan(tokens: tuple[int, ...], peers_wanted: tuple[str, ...], ops: list[str], modes=MODES) -> run.Plan:
         return run.Plan(
@@ -54,7 +66,7 @@ def plans(session: Session) -> list[run.Plan]:
             ops=ops,
             tokens=tokens,
             peers=peers_wanted,
-            dtype=dtype,
+            dtype=dtype_of(session),
             device=session.device,
             modes=modes,
             seconds=0.01 if session.dry else 0.3,
@@ -74,20 +86,6 @@ def plans(session: Session) -> list[run.Plan]:
     return [*found, plan(tokens[:1], SLOW, names)]
 
 
-def tables(records: list[store.Record]) -> list[str]:
-    return [describe(records)]
-
-
-def asdict_roof(session: Session) -> dict[str, object]:
-    from pgolf_fast.bench.roofline import measured_roof, roof
-
-    dtype = torch.float32 if session.dry else torch.bfloat16
-    found: dict[str, object] = {"used": asdict(roof(session.device, dtype))}
-    if session.left > 5:
-        found["measured"] = asdict(measured_roof(session.device, dtype))
-    return found
-
-
 def run_tune(session: Session) -> bool:
     """Write tune.json and tiles.json; return whether any kernel was tuned."""
     file = PartFile(session, "tune")
@@ -96,7 +94,7 @@ def run_tune(session: Session) -> bool:
         config=config,
         ops=registry.select(session.ops),
         tokens=64 if session.dry else config.train.micro_batch_tokens,
-        dtype=torch.float32 if session.dry else torch.bfloat16,
+        dtype=dtype_of(session),
         device=session.device,
         candidates=3 if session.dry else 24,
         runs=2 if session.dry else 10,
@@ -109,10 +107,7 @@ def run_tune(session: Session) -> bool:
         tuned.save_rows(session.out / tuned.FILE_NAME, [tune.as_tuned(one, plan)])
         file.write(kernels=[asdict(each) for each in found], table=[tune_table(found)])
 
-    if session.dry:
-        with rehearsed_kernel():
-            tune.tune(plan, done)
-    else:
+    with rehearsed_kernel() if session.dry else contextlib.nullcontext():
         tune.tune(plan, done)
     reached = {one.kernel for one in found}
     file.finish(bool(found), not_reached=[name for name in tiles.kernels() if name not in reached])

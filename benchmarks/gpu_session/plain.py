@@ -5,10 +5,9 @@ and autograd, so that Inductor can fuse everything and none of our kernels runs.
 that their gradients are stacked once instead of allocating a zero-filled bank per slice.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -58,31 +57,23 @@ def plain_ops(
 
     `functions` replaces some of PLAIN, for example by compiled ones.
     """
-    kept = {name: getattr(ops, name) for name in PLAIN}
-    chosen = {op: tiles._chosen.get(op, "auto") for op in tiles.DEFAULTS}
     kernel = BACKENDS[backend]
-    with contextlib.nullcontext() if kernel is None else sdpa_kernel(kernel):
-        try:
-            for name, function in {**PLAIN, **(functions or {})}.items():
-                setattr(ops, name, function)
-            for op in chosen:  # ops called inside other ops (Muon's) take their PyTorch path
-                tiles.choose(op, "torch")
-            yield
-        finally:
-            for name, function in kept.items():
-                setattr(ops, name, function)
-            for op, implementation in chosen.items():
-                tiles.choose(op, implementation)
+    # Ops called inside other ops (Muon's) take their PyTorch path.
+    inner = mock.patch.dict(tiles._chosen, dict.fromkeys(tiles.DEFAULTS, "torch"))
+    attention = contextlib.nullcontext() if kernel is None else sdpa_kernel(kernel)
+    with mock.patch.multiple(ops, **PLAIN | dict(functions or {})), inner, attention:
+        yield
+
+
+def plain_banks(model: GPT) -> Banks:
+    """Return the model's banks in the compute dtype, unbound: they can only be indexed by slot."""
+    weights = [m.to(model.compute_dtype).unbind() for m in model.bank_parameters()]
+    return Banks(*weights)  # type: ignore[arg-type]
 
 
 def plain_loss(model: GPT) -> Callable[[Tensor, Tensor], Tensor]:
     """Return the mean loss as a function of a batch, to be called inside `plain_ops`."""
-
-    def loss(tokens: Tensor, targets: Tensor) -> Tensor:
-        weights = [m.to(model.compute_dtype).unbind() for m in model.bank_parameters()]
-        return model.loss(tokens, targets, Banks(*weights))  # type: ignore[arg-type]  # indexed by slot only
-
-    return loss
+    return lambda tokens, targets: model.loss(tokens, targets, plain_banks(model))
 
 
 class PlainTrainer:
@@ -103,9 +94,8 @@ class PlainTrainer:
         self.loss, self.functions, self.step = plain_loss(model), {}, 0
         if compile is not None:
             self.loss = torch.compile(self.loss, dynamic=False, fullgraph=True, **compile)  # type: ignore[call-overload]
-            self.functions = {"newton_schulz": torch.compile(reference.newton_schulz, dynamic=False)}
-            if "backend" in compile:  # a rehearsal
-                self.functions = {}
+            if "backend" not in compile:  # else a rehearsal
+                self.functions = {"newton_schulz": torch.compile(reference.newton_schulz, dynamic=False)}
 
     def advance(self) -> Tensor:
         """Make one optimizer step; return the mean loss of its batch without synchronizing."""

@@ -1,7 +1,5 @@
 """Run the parts of a GPU session, each in a separate process with its share of the time."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import json
@@ -14,7 +12,12 @@ import time
 from collections import deque
 from pathlib import Path
 
+import torch
+
 from benchmarks import gpu_session
+from pgolf_fast import console
+from pgolf_fast.bench.store import provenance
+from pgolf_fast.io import write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ROOT / "benchmarks" / "gpu_session"
@@ -26,15 +29,12 @@ DRY_PRESET = "tiny"
 
 def main() -> int:
     arguments = parse()
-    out = output_folder(arguments.out)
+    out = arguments.out
     if arguments.worker is not None:
         return work(arguments, out)
-    import torch
-
     if not arguments.dry_run and not torch.cuda.is_available():
         print("gpu_session: this machine has no CUDA GPU; rehearse with --dry-run", file=sys.stderr)
         return 2
-    out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * arguments.minutes
     summary: dict[str, object] = {"build": None if arguments.dry_run else build_extension(), "parts": {}}
     waiting = [part for part in PARTS if part in arguments.parts]
@@ -44,26 +44,27 @@ def main() -> int:
         left = end - time.monotonic() - GRACE
         seconds = left * PARTS[part] / (PARTS[part] + sum(PARTS[p] for p in waiting))
         states[part] = run_part(part, seconds, arguments, out)
-        write_summary(out, summary, states)
+        summary |= {**provenance(), "parts": states, "text": describe(out, states).splitlines()}
+        write_text(out / "summary.json", json.dumps(summary, indent=1) + "\n")
     print(describe(out, states))
     return 0 if all(state["ok"] for state in states.values()) else 1
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=gpu_session.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=gpu_session.__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
     parser.add_argument("--minutes", type=float, default=9.0, help="for all parts together (default 9)")
-    parser.add_argument("--out", type=Path, help="folder; default $OUT or benchmarks/results/session-<date>")
+    out = os.environ.get("OUT") or ROOT / "benchmarks" / "results" / time.strftime("session-%Y%m%d-%H%M%S")
+    text = "folder; default $OUT or benchmarks/results/session-<date>"
+    parser.add_argument("--out", type=Path, default=out, help=text)
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, at toy sizes")
     parser.add_argument("--preset", default="exp101")
     parser.add_argument("--ops", nargs="*", default=[], help="ops by the beginning of their names")
     parser.add_argument("--tokens", nargs="*", type=int, default=[], help="of part ops")
     parser.add_argument("--peers", nargs="*", default=[], help="of part ops")
-    parser.add_argument(
-        "--contenders", "--ways", nargs="*", default=[], help="of part step, by parts of their names"
-    )
+    parser.add_argument("--contenders", nargs="*", default=[], help="of part step, by parts of their names")
     parser.add_argument("--steps", type=int, default=200, help="of part step, at most")
     parser.add_argument("--worker", choices=list(PARTS), help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
@@ -71,14 +72,6 @@ def parse() -> argparse.Namespace:
     if arguments.minutes <= 0.5:
         parser.error(f"--minutes is {arguments.minutes}; give at least 1")
     return arguments
-
-
-def output_folder(given: Path | None) -> Path:
-    if given is not None:
-        return given
-    if os.environ.get("OUT"):
-        return Path(os.environ["OUT"])
-    return ROOT / "benchmarks" / "results" / f"session-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def build_extension() -> str:
@@ -152,8 +145,6 @@ def finish_part(
     out: Path, part: str, status: str, seconds: float, code: int | None, tail: list[str]
 ) -> dict[str, object]:
     """Record in the part's file how it ended; what it had written is kept."""
-    from pgolf_fast.io import write_text
-
     path = out / f"{part}.json"
     content = json.loads(path.read_text()) if path.is_file() else {"part": part}
     ok = status == "done" and code == 0 and content.get("status") == "done"
@@ -166,40 +157,31 @@ def finish_part(
     return {"status": status, "ok": ok, "seconds": round(seconds, 1)}
 
 
-def write_summary(out: Path, summary: dict[str, object], states: dict[str, dict[str, object]]) -> None:
-    from pgolf_fast.bench.store import provenance
-    from pgolf_fast.io import write_text
-
-    summary.update(provenance(), parts=states, text=describe(out, states).splitlines())
-    write_text(out / "summary.json", json.dumps(summary, indent=1) + "\n")
-
-
 def describe(out: Path, states: dict[str, dict[str, object]]) -> str:
     """Summarize the session: states of the parts, ops against their best peers, the training step."""
-    from pgolf_fast import console
-
     rows = [(part, state["status"], state["ok"], state["seconds"]) for part, state in states.items()]
     parts = [console.table(rows, ("part", "status", "ok", "seconds"))]
     found = {part: json.loads((out / f"{part}.json").read_text()) for part in states}
     wrong = [r for r in found.get("correct", {}).get("checks", []) if r["ok"] is False]
     parts += [console.table([(r["what"], r["verdict"]) for r in wrong], ("wrong", "why"))] if wrong else []
     parts += found.get("ops", {}).get("table", [])
-    for name in ("T1", "T2"):
-        steps = [
-            (r["contender"], r["micro_batch_tokens"], *(shown(r[k]) for k in STEP_COLUMNS))
-            for r in found.get("step", {}).get(name, [])
-        ]
-        parts += [console.table(steps, (name, "micro-batch", *STEP_COLUMNS))] if steps else []
-    chunks = [
-        (r["contender"], *(shown(r[k]) for k in CHUNK_COLUMNS)) for r in found.get("eval", {}).get("E1", [])
-    ]
-    parts += [console.table(chunks, ("E1", *CHUNK_COLUMNS))] if chunks else []
+    for part, name, columns in (("step", "T1", STEPS), ("step", "T2", STEPS), ("eval", "E1", CHUNKS)):
+        if records := found.get(part, {}).get(name):
+            values = [(r["contender"], *(shown(r[column]) for column in columns)) for r in records]
+            parts.append(console.table(values, (name, *columns)))
     parts += found.get("tune", {}).get("table", [])
     return "\n\n".join(parts)
 
 
-CHUNK_COLUMNS = ("chunk_ms", "score_ms", "adapt_ms", "plain_eager_over_this", "plain_compile_over_this")
-STEP_COLUMNS = ("median_ms", "tokens_per_second", "mfu_percent", "peak_gib", "best_plain_over_this")
+CHUNKS = ("chunk_ms", "score_ms", "adapt_ms", "plain_eager_over_this", "plain_compile_over_this")
+STEPS = (
+    "micro_batch_tokens",
+    "median_ms",
+    "tokens_per_second",
+    "mfu_percent",
+    "peak_gib",
+    "best_plain_over_this",
+)
 
 
 def shown(value: float | None) -> str:
@@ -210,11 +192,9 @@ def work(arguments: argparse.Namespace, out: Path) -> int:
     """Run one part, in its own process."""
     started = time.monotonic()
     if arguments.dry_run:
-        import torch
-
         torch.set_num_threads(1)
+    from benchmarks.gpu_session import correct, evaluate, ops, step
     from benchmarks.gpu_session.session import Session
-    from pgolf_fast import console
 
     console.setup_logging()
     session = Session(
@@ -229,8 +209,6 @@ def work(arguments: argparse.Namespace, out: Path) -> int:
         peers=tuple(arguments.peers),
         contenders=tuple(arguments.contenders),
     )
-    from benchmarks.gpu_session import correct, evaluate, ops, step
-
     parts = {
         "correct": correct.run,
         "ops": ops.run_ops,

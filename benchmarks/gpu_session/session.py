@@ -1,13 +1,12 @@
 """State shared by the parts of a GPU session: arguments, remaining time, and the JSON file of a part."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,6 +16,7 @@ from pgolf_fast.bench.timer import gpu_state
 from pgolf_fast.io import write_text
 
 Runner = TypeVar("Runner")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -24,17 +24,13 @@ class Session:
     """Arguments of a part."""
 
     out: Path
-    seconds: float
-    """Time limit of this part."""
-    started: float
-    """`time.monotonic()` at its start."""
-    dry: bool
-    """A rehearsal on a CPU at toy sizes."""
+    seconds: float  # time limit of this part
+    started: float  # `time.monotonic()` at its start
+    dry: bool  # a rehearsal on a CPU at toy sizes
     preset: str
     ops: tuple[str, ...] = ()
     tokens: tuple[int, ...] = ()
-    steps: int = 200
-    """Maximum number of training steps, for the comparison of losses."""
+    steps: int = 200  # most training steps, for the comparison of losses
     peers: tuple[str, ...] = ()
     contenders: tuple[str, ...] = ()
 
@@ -103,3 +99,45 @@ def prepared(
         print(f"{name}: {failed.get(name) or f'ready after {seconds[name]:.0f} s'}", flush=True)
         file.write(prepared=seconds, failed=failed)
     return runners, failed
+
+
+def take_turns(
+    runners: list[Any],
+    step: Callable[[Any], object],
+    most: int,
+    deadline: float,
+    failed: dict[str, str],
+    write: Callable[[], None],
+) -> None:
+    """Call `step` with each runner in turn, `most` times or, after three, until the deadline.
+
+    A runner that fails is removed, with its reason in `failed`. Calls `write` now and then, and at the end.
+    """
+    longest = 0.0
+    for i in range(most):
+        if i >= 3 and time.monotonic() + longest > deadline:
+            break
+        start = time.monotonic()
+        for runner in list(runners):
+            problem = attempt(partial(step, runner))
+            if isinstance(problem, str):
+                runners.remove(runner)
+                failed[runner.contender.name] = problem
+        longest = max(longest, time.monotonic() - start) if i else 0.0
+        if i in (0, 2) or i % 10 == 9:
+            write()
+    write()
+
+
+def timed(call: Callable[[], Result]) -> tuple[Result, float]:
+    """Return the result of a call and its milliseconds, between two synchronizations."""
+    synchronize()
+    start = time.perf_counter()
+    result = call()
+    synchronize()
+    return result, 1e3 * (time.perf_counter() - start)
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

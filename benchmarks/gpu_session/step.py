@@ -6,8 +6,6 @@ step is complete (forward, backward, clipping, optimizer); the tokens are a rand
 learned.
 """
 
-from __future__ import annotations
-
 import gc
 import statistics
 import time
@@ -22,7 +20,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu_session.plain import PlainTrainer
-from benchmarks.gpu_session.session import PartFile, Session, prepared
+from benchmarks.gpu_session.session import PartFile, Session, prepared, synchronize, take_turns, timed
 from pgolf_fast.bench.aot import kernels_in_source
 from pgolf_fast.bench.peers import compile_settings, forced_attention
 from pgolf_fast.bench.roofline import roof
@@ -32,6 +30,7 @@ from pgolf_fast.config.model import ModelConfig
 from pgolf_fast.config.presets import preset
 from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.distributed import World
+from pgolf_fast.evaluation.estimate import forward_flops
 from pgolf_fast.model.compiled import tag_compile_cache
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.model.runtime import resolve_dtype
@@ -48,16 +47,11 @@ class Contender:
 
     name: str
     ours: bool
-    compile: str | None = None
-    """A setting of torch.compile, as in `bench.peers`; None runs eagerly."""
-    backend: str = "any"
-    """Attention backend of plain PyTorch."""
-    attention: str = "auto"
-    """Our attention, as in `ops.attention_backend`."""
-    graph: bool = False
-    """Whether our micro-steps are replayed from a CUDA graph."""
-    dry: bool = False
-    """Also run in a rehearsal."""
+    compile: str | None = None  # a setting of torch.compile, as in `bench.peers`; None runs eagerly
+    backend: str = "any"  # attention backend of plain PyTorch
+    attention: str = "auto"  # our attention, as in `ops.attention_backend`
+    graph: bool = False  # replay our micro-steps from a CUDA graph
+    dry: bool = False  # also run in a rehearsal
 
 
 # Most important first: when time is short, the last are left out.
@@ -79,15 +73,7 @@ REFERENCE = "plain, compile, flash"  # the baseline of the losses
 
 def flops_per_token(model: ModelConfig, length: int) -> float:
     """Return FLOPs of forward and backward: three times forward, with half of the attention matrix."""
-    d = model.model_dim
-    weights = model.num_layers * d * (2 * d + 2 * model.kv_dim + model.mlp_up_rows + model.mlp_hidden)
-    weights += model.vocab_size * d
-    if model.bigram_vocab_size:
-        weights += model.bigram_dim * d
-    if model.ve_enabled:
-        weights += model.ve_dim * model.kv_dim
-    attention = model.num_layers * 4.0 * model.num_heads * model.head_dim * (length + 1) / 2
-    return 3 * (2.0 * weights + attention)
+    return 3 * forward_flops(model, length, length) / length
 
 
 class Pool:
@@ -134,24 +120,23 @@ class Runner:
 
     def step(self) -> None:
         """Time one step, from a synchronized GPU until its loss is on the host."""
-        start = time.perf_counter()
-        with forced_attention(self.contender.attention):
-            result = self.trainer.advance()
-        loss = float(result) if isinstance(result, Tensor) else result.loss
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.ms.append(1e3 * (time.perf_counter() - start))
+
+        def advance() -> float:
+            with forced_attention(self.contender.attention):
+                result = self.trainer.advance()
+            return float(result) if isinstance(result, Tensor) else result.loss
+
+        loss, ms = timed(advance)
+        self.ms.append(ms)
         self.losses.append(loss)
 
 
 def run_config(session: Session, micro: int = 1) -> RunConfig:
     """Return the preset at a constant learning rate, without features that act only every few steps."""
     config = preset(session.preset)
-    micro_batch, batch, length = (
-        (64, 256, 32)
-        if session.dry
-        else (config.train.micro_batch_tokens, config.train.batch_tokens, config.train.seq_len)
-    )
+    if session.dry:
+        train = replace(config.train, micro_batch_tokens=64, batch_tokens=256, seq_len=32)
+        config = replace(config, model=dry_model(config), train=train, eval=replace(config.eval, stride=32))
     train = replace(
         config.train,
         schedule="steps",
@@ -160,14 +145,20 @@ def run_config(session: Session, micro: int = 1) -> RunConfig:
         adaptive_warmdown=False,
         meta=None,
         qat=None,
-        batch_tokens=batch,
-        micro_batch_tokens=micro * micro_batch,
-        seq_len=length,
+        micro_batch_tokens=micro * config.train.micro_batch_tokens,
     )
-    if not session.dry:
-        return replace(config, train=train)
-    model = replace(config.model, num_layers=2, ve_layers=(1,), xsa_last_n=2, frozen_skips=0)
-    return replace(config, model=model, train=train, eval=replace(config.eval, stride=length))
+    return replace(config, train=train)
+
+
+def dry_model(config: RunConfig) -> ModelConfig:
+    """Return the model of a rehearsal: two layers, with every feature in one of them."""
+    return replace(config.model, num_layers=2, ve_layers=(1,), xsa_last_n=2, frozen_skips=0)
+
+
+def make_model(config: RunConfig, device: torch.device) -> GPT:
+    """Return the same random model for the same configuration."""
+    torch.manual_seed(config.train.seed)
+    return GPT(config.model, compute_dtype=resolve_dtype(config.train.compute_dtype, device)).to(device)
 
 
 def make_pool(config: RunConfig, device: torch.device, micro_batches: int) -> tuple[Tensor, Tensor]:
@@ -184,8 +175,7 @@ def prepare(contender: Contender, config: RunConfig, pool: tuple[Tensor, Tensor]
     if contender.compile is not None:
         settings = {"backend": "aot_eager"} if session.dry else compile_settings(contender.compile)
     before = _memory(device)
-    torch.manual_seed(train.seed)
-    model = GPT(config.model, compute_dtype=resolve_dtype(train.compute_dtype, device)).to(device)
+    model = make_model(config, device)
     loader = Pool(*pool, train.micro_batch_tokens // train.seq_len)
     trainer: Trainer | PlainTrainer
     if contender.ours:
@@ -229,36 +219,15 @@ def prepare_all(
     return prepared(makers, file, deadline)
 
 
-def rounds(runners: list[Runner], deadline: float, most: int, note) -> None:
-    """Make one step of each contender in turn until the deadline; drop a contender that fails."""
-    longest = 0.0
-    for i in range(most):
-        if i >= 3 and time.monotonic() + longest > deadline:
-            break
-        start = time.monotonic()
-        for runner in list(runners):
-            problem = attempt(runner.step)
-            if isinstance(problem, str):
-                runners.remove(runner)
-                note({runner.contender.name: problem})
-        longest = max(longest, time.monotonic() - start) if i else 0.0
-        if i in (0, 2) or i % 10 == 9:
-            note({})
-    note({})
-
-
 def rows(runners: Sequence[Runner], config: RunConfig, device: torch.device) -> list[dict[str, object]]:
     """Return one record per contender, with the ratio to the fastest plain one."""
     tokens = config.train.batch_tokens
     flops = tokens * flops_per_token(config.model, config.train.seq_len)
-    medians = {r.contender.name: statistics.median(r.ms) for r in runners if r.ms}
-    plain = [medians[r.contender.name] for r in runners if r.ms and not r.contender.ours]
+    measured = [(runner, statistics.median(runner.ms)) for runner in runners if runner.ms]
+    plain = [median for runner, median in measured if not runner.contender.ours]
+    peak = roof(device, resolve_dtype(config.train.compute_dtype, device)).flops
     found = []
-    for runner in runners:
-        if not runner.ms:
-            continue
-        median = medians[runner.contender.name]
-        peak = roof(device, resolve_dtype(config.train.compute_dtype, device)).flops
+    for runner, median in measured:
         found.append(
             {
                 "contender": runner.contender.name,
@@ -290,11 +259,10 @@ def loss_differences(runners: Sequence[Runner]) -> dict[str, dict[str, float]]:
         if name == REFERENCE or not pairs:
             continue
         gaps = [a - b for a, b in pairs]
-        last = gaps[-50:]
         found[name] = {
             "steps": len(gaps),
             "largest": max(map(abs, gaps)),
-            "mean_of_last_50": sum(last) / len(last),
+            "mean_of_last_50": statistics.fmean(gaps[-50:]),
             "last_loss": losses[-1],
         }
     return found
@@ -318,8 +286,7 @@ def time_by_class(runner: Runner, device: torch.device) -> dict[str, object]:
     activity = ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU
     with forced_attention(runner.contender.attention), profile(activities=[activity]) as trace:
         runner.trainer.advance()
-        if cuda:
-            torch.cuda.synchronize(device)
+        synchronize()
     totals: dict[str, float] = defaultdict(float)
     kernels = []
     for event in trace.key_averages():
@@ -351,32 +318,23 @@ def run(session: Session) -> bool:
 
 def compare_contenders(session: Session, file: PartFile) -> list[Contender]:
     """Measure T1, T3 and the profiles; return our fastest contender and the fastest plain one."""
-    contenders = [
-        contender
-        for contender in CONTENDERS
-        if (contender.dry or not session.dry) and session.wants(contender.name)
-    ]
+    contenders = [c for c in CONTENDERS if (c.dry or not session.dry) and session.wants(c.name)]
     config, device = run_config(session), session.device
     runners, failed = prepare_all(contenders, config, session, file, session.deadline(0.55))
 
-    def note(problems: dict[str, str]) -> None:
-        failed.update(problems)
-        differences = loss_differences(runners)
-        file.write(T1=rows(runners, config, device), T3=differences, failed=failed)
+    def write() -> None:
+        file.write(T1=rows(runners, config, device), T3=loss_differences(runners), failed=failed)
 
     before = gpu_state(device)
-    rounds(runners, session.deadline(0.6), session.steps, note)
+    take_turns(runners, Runner.step, session.steps, session.deadline(0.6), failed, write)
     file.write(clocks=[before, gpu_state(device)])
     profiles: dict[str, object] = {}
     for runner in runners:
         if session.left > 20 or session.dry:
             profiles[runner.contender.name] = attempt(lambda runner=runner: time_by_class(runner, device))
             file.write(profiles=profiles)
-    best = []
-    for ours in (True, False):
-        side = [r for r in runners if r.ms and r.contender.ours is ours]
-        best += [min(side, key=lambda r: statistics.median(r.ms)).contender] if side else []
-    return best
+    slowest_first = sorted((r for r in runners if r.ms), key=lambda r: -statistics.median(r.ms))
+    return list({r.contender.ours: r.contender for r in slowest_first}.values())
 
 
 def larger_micro_batches(session: Session, file: PartFile, contenders: Sequence[Contender]) -> None:
@@ -388,7 +346,7 @@ def larger_micro_batches(session: Session, file: PartFile, contenders: Sequence[
         release(session.device)
         config = run_config(session, factor)
         runners, failed = prepare_all(contenders, config, session, file, session.deadline(0.5))
-        rounds(runners, session.deadline(0.4), 5, lambda problems, failed=failed: failed.update(problems))
+        take_turns(runners, Runner.step, 5, session.deadline(0.4), failed, lambda: None)
         found += rows(runners, config, session.device)
         file.write(T2=found, T2_failed=failed)
         del runners

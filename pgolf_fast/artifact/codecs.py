@@ -4,10 +4,8 @@ A section is a list of arrays, coded as one string of bytes. Every codec is give
 rANS uses them. Damaged bytes raise ValueError; no decoder uses much more memory than its output.
 """
 
-from __future__ import annotations
-
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 
@@ -17,7 +15,6 @@ from pgolf_fast.ops import native
 from pgolf_fast.ops.lzma import compress_bytes, decompress_bytes
 
 Shape = tuple[int, int, int]  # rows, columns, bytes of an item; row-major, little-endian
-Settings = Mapping[str, int | bool | str]
 
 CODECS: dict[str, int] = {"raw": 0, "lzma": 1, "rans": 2, "zstd": 3, "brotli": 4}  # the numbers in a file
 
@@ -41,7 +38,7 @@ def encode(codec: str, data: bytes, shapes: Sequence[Shape], **settings: int | b
     settings out of range, or shapes that do not add up to the data.
     """
     _check_shapes(shapes, len(data))
-    return _ENCODERS[_known(codec)](data, shapes, **settings)
+    return _CODERS[_known(codec)][0](data, shapes, **settings)
 
 
 def decode(codec: str, stored: bytes, raw_bytes: int, shapes: Sequence[Shape]) -> bytes:
@@ -50,43 +47,32 @@ def decode(codec: str, stored: bytes, raw_bytes: int, shapes: Sequence[Shape]) -
     Raises ValueError when the stored bytes are damaged or hold another number; PgolfError as `encode`.
     """
     _check_shapes(shapes, raw_bytes)
-    data = _DECODERS[_known(codec)](stored, raw_bytes, shapes)
+    data = _CODERS[_known(codec)][1](stored, raw_bytes, shapes)
     if len(data) != raw_bytes:
         raise ValueError(f"the {codec} bytes hold {len(data)} bytes, but {raw_bytes} were stated")
     return data
 
 
 def smallest(
-    data: bytes,
-    shapes: Sequence[Shape],
-    candidates: Sequence[str] = ("rans", "lzma"),
-    settings: Mapping[str, Settings] | None = None,
+    data: bytes, shapes: Sequence[Shape], candidates: Sequence[str] = ("rans", "lzma"), preset: int = 9
 ) -> tuple[str, bytes]:
     """Return the candidate that makes `data` smallest, and its bytes; ("raw", data) if none makes it smaller.
 
-    Candidates run in parallel threads; the first wins a tie. LZMA is dropped where a quick probe falls far
-    behind. settings: by codec, the settings of `encode`. Without the C++ extension, LZMA replaces rANS.
+    Candidates run in parallel threads; the first wins a tie. LZMA, at `preset`, is dropped where a quick
+    probe falls far behind. Without the C++ extension, LZMA replaces rANS.
     """
-    names = list(dict.fromkeys(_known(name) for name in candidates))
-    if native.extension() is None:
-        names = list(dict.fromkeys("lzma" if name == "rans" else name for name in names))
-    chosen = settings or {}
-
-    def packed(name: str) -> bytes:
-        return encode(name, data, shapes, **chosen.get(name, {}))
-
+    replaced = {"rans": "lzma"} if native.extension() is None else {}
+    names = dict.fromkeys(replaced.get(name, name) for name in map(_known, candidates))
     quick = [name for name in names if name != "lzma"]
     with ThreadPoolExecutor(max(1, len(quick))) as pool:
-        done = dict(zip(quick, pool.map(packed, quick), strict=True))
-    if "lzma" in names and (not done or len(data) <= PROBE_FROM or _lzma_may_win(data, done)):
-        done["lzma"] = packed("lzma")
+        done = dict(zip(quick, pool.map(lambda name: encode(name, data, shapes), quick), strict=True))
+    if "lzma" in names:
+        must_try = not done or len(data) <= PROBE_FROM
+        probe = 0 if must_try else len(compress_bytes(data, preset=PROBE_PRESET))
+        if probe <= PROBE_MARGIN * min(map(len, done.values()), default=0):
+            done["lzma"] = encode("lzma", data, shapes, preset=preset)
     best = min(((n, done[n]) for n in names if n in done), key=lambda p: len(p[1]), default=("raw", data))
     return best if len(best[1]) < len(data) else ("raw", data)
-
-
-def _lzma_may_win(data: bytes, done: Mapping[str, bytes]) -> bool:
-    """Return whether a quick probe of LZMA comes close to the best other codec."""
-    return len(compress_bytes(data, preset=PROBE_PRESET)) <= PROBE_MARGIN * min(map(len, done.values()))
 
 
 def _known(codec: str) -> str:
@@ -134,9 +120,8 @@ def _extra(codec: str, package: str) -> ModuleType:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise PgolfError(
-            f"the codec {codec} needs the package {package}: pip install 'pgolf-fast[codecs]'"
-        ) from error
+        hint = "pip install 'pgolf-fast[codecs]'"
+        raise PgolfError(f"the codec {codec} needs the package {package}: {hint}") from error
 
 
 def _encode_zstd(data: bytes, shapes: Sequence[Shape], level: int = 22) -> bytes:
@@ -166,9 +151,8 @@ def _decode_zstd(stored: bytes, raw_bytes: int, shapes: Sequence[Shape]) -> byte
     except zstandard.ZstdError as error:
         raise ValueError(f"the zstd frame is corrupt: {error}") from error
     if not stream.eof or stream.unused_data:
-        raise ValueError(
-            "bytes follow the end of the zstd frame" if stream.eof else "the zstd frame is truncated"
-        )
+        where = "bytes follow the end of the zstd frame" if stream.eof else "the zstd frame is truncated"
+        raise ValueError(where)
     return bytes(out)
 
 
@@ -191,17 +175,12 @@ def _decode_brotli(stored: bytes, raw_bytes: int, shapes: Sequence[Shape]) -> by
     return bytes(out)
 
 
-_ENCODERS: dict[str, Callable[..., bytes]] = {
-    "raw": lambda data, shapes: data,
-    "lzma": _encode_lzma,
-    "rans": _encode_rans,
-    "zstd": _encode_zstd,
-    "brotli": _encode_brotli,
-}
-_DECODERS: dict[str, Callable[[bytes, int, Sequence[Shape]], bytes]] = {
-    "raw": lambda stored, raw_bytes, shapes: stored,
-    "lzma": lambda stored, raw_bytes, shapes: decompress_bytes(stored, raw_bytes),
-    "rans": _decode_rans,
-    "zstd": _decode_zstd,
-    "brotli": _decode_brotli,
+_Encoder = Callable[..., bytes]
+_Decoder = Callable[[bytes, int, Sequence[Shape]], bytes]
+_CODERS: dict[str, tuple[_Encoder, _Decoder]] = {
+    "raw": (lambda data, shapes: data, lambda stored, raw_bytes, shapes: stored),
+    "lzma": (_encode_lzma, lambda stored, raw_bytes, shapes: decompress_bytes(stored, raw_bytes)),
+    "rans": (_encode_rans, _decode_rans),
+    "zstd": (_encode_zstd, _decode_zstd),
+    "brotli": (_encode_brotli, _decode_brotli),
 }

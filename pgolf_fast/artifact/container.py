@@ -2,10 +2,8 @@
 
 The file holds no pickle, and the reader trusts nothing in it: lengths are checked against the file's size and
 fixed limits before memory is allocated, every section has a checksum, the file has a digest, and every byte
-must be accounted for. `writer.py` writes it; docs/artifact.md describes every byte.
+must be accounted for. docs/artifact.md describes every byte.
 """
-
-from __future__ import annotations
 
 import contextlib
 import hashlib
@@ -14,9 +12,10 @@ import json
 import math
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 
 from pgolf_fast.artifact import codecs
 from pgolf_fast.errors import PgolfError
+from pgolf_fast.io import atomic_path
 
 # The file stores positions in SECTIONS, KINDS, DTYPES and codecs.CODECS: append to them, never reorder.
 SECTIONS = ("codes", "scales", "embeddings", "small")  # also their order in the file
@@ -38,7 +38,7 @@ KINDS: dict[Kind, tuple[str, ...]] = {  # and the dtypes each may have
 }
 DTYPES = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "float16", "float32")
 KIND_NAMES, CODEC_NAMES = tuple(KINDS), tuple(codecs.CODECS)
-_DEFAULT_SECTION = {"codes": "codes", "scales": "scales"}  # every other kind: "small"
+Codecs = Sequence[str] | Mapping[str, Sequence[str]]  # to try, for all sections or by section name
 
 MAGIC = b"\x89PGOLF\r\n"
 VERSION = 1
@@ -65,14 +65,12 @@ class TensorRecord:
     """One named array.
 
     `kind` fixes the allowed dtypes (`KINDS`): codes are int8, one byte per weight; scales are float16.
-    `section` is one of `SECTIONS`; None derives it from the kind.
-    Raises PgolfError when kind, dtype, shape, section and array disagree.
+    `section` is one of `SECTIONS`; by default that of the kind's name, else "small".
+    Raises PgolfError when kind, section and array disagree.
     """
 
     name: str
     kind: Kind
-    dtype: str
-    shape: tuple[int, ...]
     array: NDArray[Any]
     section: str | None = None
 
@@ -80,22 +78,19 @@ class TensorRecord:
         if problem := _record_problem(self):
             raise PgolfError(f"tensor {self.name!r} cannot go into an artifact: {problem}")
         if self.section is None:
-            object.__setattr__(self, "section", _DEFAULT_SECTION.get(self.kind, "small"))
-
-    @classmethod
-    def of(cls, name: str, kind: Kind, array: NDArray[Any], section: str | None = None) -> TensorRecord:
-        """Return a record with the array's own dtype and shape."""
-        return cls(name, kind, array.dtype.name, array.shape, array, section)
+            object.__setattr__(self, "section", self.kind if self.kind in ("codes", "scales") else "small")
 
 
 @dataclass(frozen=True)
 class SectionSize:
-    """A section's uncompressed and stored bytes, and its codec."""
+    """A section's uncompressed and stored bytes, its codec, and the place and CRC-32 of its stored bytes."""
 
     name: str
     raw_bytes: int
     stored_bytes: int
     codec: str
+    crc32: int = field(repr=False)
+    offset: int = field(default=0, compare=False, repr=False)  # in the file
 
 
 @dataclass(frozen=True)
@@ -115,16 +110,13 @@ class ContainerSizes:
 
 
 def _record_problem(record: TensorRecord) -> str | None:
+    array = record.array
     if not isinstance(record.name, str) or not 0 < len(_utf8(record.name)) < 1 << 16:
         return "its name must be 1 to 65535 bytes of UTF-8"
     if record.kind not in KINDS:
         return f"its kind is {record.kind!r}, but must be one of {', '.join(KINDS)}"
-    if record.dtype not in KINDS[record.kind]:
-        return f"{record.kind} are stored as {' or '.join(KINDS[record.kind])}, not as {record.dtype}"
-    array = record.array
-    if array.dtype.name != record.dtype or array.shape != tuple(record.shape):
-        stated = f"{record.dtype} {tuple(record.shape)}"
-        return f"the record says {stated}, but its array is {array.dtype.name} {array.shape}"
+    if array.dtype.name not in KINDS[record.kind]:
+        return f"{record.kind} are stored as {' or '.join(KINDS[record.kind])}, not as {array.dtype.name}"
     if array.ndim > MAX_DIMENSIONS:
         return f"it has {array.ndim} dimensions, but at most {MAX_DIMENSIONS} are allowed"
     if _span(array.shape, array.itemsize) > MAX_RAW_BYTES:
@@ -147,13 +139,108 @@ def _span(shape: Sequence[int], item_bytes: int) -> int:
     return math.prod(filter(None, shape)) * item_bytes
 
 
-def codec_shape(shape: Sequence[int], dtype: str) -> codecs.Shape:
+def _codec_shape(shape: Sequence[int], dtype: str) -> codecs.Shape:
     """Return the matrix that a codec sees of a tensor: every dimension but the last counts as rows."""
     return math.prod(shape[:-1]), shape[-1] if shape else 1, np.dtype(dtype).itemsize
 
 
-def little_endian(dtype: str) -> np.dtype[Any]:
-    return np.dtype(dtype).newbyteorder("<")
+# Writing
+
+
+def write_container(
+    path: Path | str,
+    config: dict[str, Any],
+    tensors: Sequence[TensorRecord],
+    *,
+    codecs: Codecs = ("rans", "lzma"),
+    preset: int = 9,
+) -> ContainerSizes:
+    """Write a container atomically; the same input gives the same bytes (for one version of liblzma).
+
+    config: JSON values only. Sections are compressed in parallel, each by the one of `codecs` (for all
+    sections, or by section name) that makes it smallest, or stored raw if none does. `preset`, 0 (fast) to
+    9 (small), is LZMA's.
+    Raises PgolfError for a duplicate name, a config that is not JSON, or more than 1 GiB of tensors.
+    """
+    header, sections = _encode(config, tensors, codecs, preset)
+    digest = hashlib.sha256()
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        for part in (header, *(stored for _, stored in sections)):
+            digest.update(part)
+            file.write(part)
+        file.write(digest.digest())
+    return ContainerSizes(len(header) + DIGEST_BYTES, tuple(s for s, _ in sections), digest.hexdigest())
+
+
+def container_bytes(
+    config: dict[str, Any], tensors: Sequence[TensorRecord], *, codecs: Codecs, preset: int
+) -> int:
+    """Return the size of the file that `write_container` would write. Raises PgolfError as it does."""
+    header, sections = _encode(config, tensors, codecs, preset)
+    return len(header) + sum(len(stored) for _, stored in sections) + DIGEST_BYTES
+
+
+def _encode(
+    config: dict[str, Any], tensors: Sequence[TensorRecord], candidates: Codecs, preset: int
+) -> tuple[bytes, list[tuple[SectionSize, bytes]]]:
+    """Return prefix and header, then every section, as they are stored; only the digest is missing."""
+    total, names = sum(record.array.nbytes for record in tensors), Counter(record.name for record in tensors)
+    _need_room(len(tensors), MAX_TENSORS, "tensors")
+    _need_room(total, MAX_RAW_BYTES, "bytes of tensors")
+    if repeated := [name for name, count in names.items() if count > 1]:
+        raise PgolfError(f"two tensors are called {repeated[0]!r}: names in an artifact must be unique")
+
+    def encode_section(name: str) -> tuple[SectionSize, bytes]:
+        arrays = [record.array for record in tensors if record.section == name]
+        raw = b"".join(np.ascontiguousarray(a, a.dtype.newbyteorder("<")).tobytes() for a in arrays)
+        shapes = [_codec_shape(a.shape, a.dtype.name) for a in arrays]
+        tried = candidates[name] if isinstance(candidates, Mapping) else candidates
+        codec, stored = codecs.smallest(raw, shapes, tried, preset)
+        return SectionSize(name, len(raw), len(stored), codec, zlib.crc32(stored)), stored
+
+    used = [name for name in SECTIONS if any(record.section == name for record in tensors)]
+    try:
+        with ThreadPoolExecutor(len(SECTIONS)) as pool:
+            sections = list(pool.map(encode_section, used))
+        raw = _raw_header(_json(config), tensors, [size for size, _ in sections])
+        _need_room(len(raw), MAX_HEADER_BYTES, "bytes of header")
+        codec, stored = codecs.smallest(raw, [(1, len(raw), 1)], ("lzma",), preset)
+    except ValueError as error:
+        raise PgolfError(str(error)) from error
+    file_bytes = START + len(stored) + sum(len(body) for _, body in sections) + DIGEST_BYTES
+    prefix = PREFIX.pack(MAGIC, VERSION, codecs.CODECS[codec], len(stored), len(raw), file_bytes)
+    return prefix + CRC.pack(zlib.crc32(stored, zlib.crc32(prefix))) + stored, sections
+
+
+def _need_room(number: int, limit: int, what: str) -> None:
+    if number > limit:
+        raise PgolfError(f"{number} {what} do not fit into an artifact: the limit is {limit} {what}")
+
+
+def _raw_header(config: bytes, tensors: Sequence[TensorRecord], sections: Sequence[SectionSize]) -> bytes:
+    raw = bytearray(CONFIG_BYTES.pack(len(config)) + config + SECTION_COUNT.pack(len(sections)))
+    for section in sections:
+        numbers = SECTIONS.index(section.name), codecs.CODECS[section.codec]
+        raw += SECTION.pack(*numbers, section.raw_bytes, section.stored_bytes, section.crc32)
+    raw += TENSOR_COUNT.pack(len(tensors))
+    for record in tensors:
+        assert record.section is not None  # set by TensorRecord
+        kind, dtype = KIND_NAMES.index(record.kind), DTYPES.index(record.array.dtype.name)
+        shape, name = record.array.shape, record.name.encode("utf-8")
+        raw += TENSOR.pack(SECTIONS.index(record.section), kind, dtype, len(shape))
+        raw += struct.pack(f"<{len(shape)}I", *shape) + NAME_BYTES.pack(len(name)) + name
+    return bytes(raw)
+
+
+def _json(config: dict[str, Any]) -> bytes:
+    try:
+        text = json.dumps(config, allow_nan=False, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return text.encode("utf-8")
+    except (TypeError, ValueError) as error:
+        raise PgolfError(f"the configuration cannot be written as JSON: {error}") from error
+
+
+# Reading
 
 
 def read_container(source: Path | str | bytes) -> tuple[dict[str, Any], list[TensorRecord]]:
@@ -164,43 +251,34 @@ def read_container(source: Path | str | bytes) -> tuple[dict[str, Any], list[Ten
     """
     with _opened(source) as (file, size):
         data = file.read()
-        header = _read_header(data, size)
-        _check_sums(data, header.sections)
+        config, sections, tensors = _read_header(data, size)
+        stored = {s.name: data[s.offset : s.offset + s.stored_bytes] for s in sections}
+        for section in sections:
+            _check_crc(section.name, section.offset, zlib.crc32(stored[section.name]), section.crc32)
+        digest = hashlib.sha256(memoryview(data)[:-DIGEST_BYTES]).digest()
+        problem = "it is not the SHA-256 of the bytes before it"
+        _need(digest == data[-DIGEST_BYTES:], problem, "digest", size - DIGEST_BYTES)
+
+        def decode(section: SectionSize) -> bytes:
+            shapes = [_codec_shape(t.shape, t.dtype) for t in tensors if t.section == section.name]
+            return _decode(section, stored[section.name], shapes)
+
         with ThreadPoolExecutor(len(SECTIONS)) as pool:
-            decoded = pool.map(
-                lambda section: _decode_section(data, section, header.tensors), header.sections
-            )
-            raw = {section.name: part for section, part in zip(header.sections, decoded, strict=True)}
-        config = _parse_config(header.config)
-    return config, [_record(tensor, raw[tensor.section]) for tensor in header.tensors]
+            raw = dict(zip(stored, pool.map(decode, sections), strict=True))
+        tree = _parse_config(config)
+    return tree, [_record(tensor, raw[tensor.section]) for tensor in tensors]
 
 
 def sizes(source: Path | str | bytes) -> ContainerSizes:
-    """Return a container's byte counts from its checked header, without reading sections.
-
-    Raises PgolfError.
-    """
+    """Return byte counts from a container's checked header, not reading sections. Raises PgolfError."""
     with _opened(source) as (file, size):
         head = file.read(START)
         if len(head) == START:
             head += file.read(min(PREFIX.unpack_from(head)[3], MAX_HEADER_BYTES))
-        sections = _read_header(head, size).sections
+        sections = tuple(_read_header(head, size)[1])
         file.seek(size - DIGEST_BYTES)
         digest = file.read()
-    header_bytes = size - sum(section.stored_bytes for section in sections)
-    counts = tuple(SectionSize(s.name, s.raw_bytes, s.stored_bytes, s.codec) for s in sections)
-    return ContainerSizes(header_bytes, counts, digest.hex())
-
-
-class _Section(NamedTuple):
-    """A section as the header describes it; `offset` counts from the start of the file."""
-
-    name: str
-    codec: str
-    raw_bytes: int
-    stored_bytes: int
-    crc32: int
-    offset: int
+    return ContainerSizes(size - sum(s.stored_bytes for s in sections), sections, digest.hex())
 
 
 class _Tensor(NamedTuple):
@@ -212,14 +290,6 @@ class _Tensor(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
     offset: int
-
-
-class _Header(NamedTuple):
-    """A header checked against itself and the file's size; `config` is not parsed yet."""
-
-    config: bytes
-    sections: list[_Section]
-    tensors: list[_Tensor]
 
 
 @contextlib.contextmanager
@@ -239,48 +309,33 @@ def _opened(source: Path | str | bytes) -> Iterator[tuple[BinaryIO, int]]:
         raise PgolfError(f"artifact {name} {error}") from error
 
 
-def _damaged(section: str, offset: int, problem: str) -> ValueError:
+def _damaged(problem: str, section: str = "header", offset: int = START) -> ValueError:
     return ValueError(
         f"is damaged in section '{section}' at byte {offset}: {problem}; copy it again, or pack it again"
     )
 
 
-def _bad_header(problem: str) -> ValueError:
-    return _damaged("header", START, problem)
+def _need(holds: bool, problem: str, section: str = "header", offset: int = START) -> None:
+    if not holds:
+        raise _damaged(problem, section, offset)
 
 
 def _check_crc(section: str, offset: int, got: int, want: int) -> None:
-    if got != want:
-        raise _damaged(section, offset, f"its checksum is {got:08x}, but {want:08x} was written")
+    _need(got == want, f"its checksum is {got:08x}, but {want:08x} was written", section, offset)
 
 
-def _check_sums(data: bytes, sections: Sequence[_Section]) -> None:
-    view = memoryview(data)
-    for section in sections:
-        stored = view[section.offset : section.offset + section.stored_bytes]
-        _check_crc(section.name, section.offset, zlib.crc32(stored), section.crc32)
-    if hashlib.sha256(view[:-DIGEST_BYTES]).digest() != view[-DIGEST_BYTES:]:
-        raise _damaged("digest", len(data) - DIGEST_BYTES, "it is not the SHA-256 of the bytes before it")
-
-
-def _decode(section: _Section, stored: bytes, shapes: Sequence[codecs.Shape]) -> bytes:
+def _decode(section: SectionSize, stored: bytes, shapes: Sequence[codecs.Shape]) -> bytes:
     try:
         return codecs.decode(section.codec, stored, section.raw_bytes, shapes)
     except ValueError as error:
-        raise _damaged(section.name, section.offset, str(error)) from error
-
-
-def _decode_section(data: bytes, section: _Section, tensors: Sequence[_Tensor]) -> bytes:
-    stored = data[section.offset : section.offset + section.stored_bytes]
-    return _decode(
-        section, stored, [codec_shape(t.shape, t.dtype) for t in tensors if t.section == section.name]
-    )
+        raise _damaged(str(error), section.name, section.offset) from error
 
 
 def _record(tensor: _Tensor, raw: bytes) -> TensorRecord:
-    stored = np.frombuffer(raw, little_endian(tensor.dtype), math.prod(tensor.shape), tensor.offset)
+    little = np.dtype(tensor.dtype).newbyteorder("<")
+    stored = np.frombuffer(raw, little, math.prod(tensor.shape), tensor.offset)
     array = stored.reshape(tensor.shape).astype(tensor.dtype)  # in this machine's byte order
-    return TensorRecord.of(tensor.name, tensor.kind, array, tensor.section)
+    return TensorRecord(tensor.name, tensor.kind, array, tensor.section)
 
 
 def _parse_config(text: bytes) -> dict[str, Any]:
@@ -290,115 +345,95 @@ def _parse_config(text: bytes) -> dict[str, Any]:
     try:
         tree = json.loads(text.decode("utf-8"), parse_constant=reject)
     except (ValueError, RecursionError) as error:
-        raise _bad_header(f"its configuration is not JSON ({error})") from error
-    if not isinstance(tree, dict):
-        raise _bad_header("its configuration is not a JSON object")
+        raise _damaged(f"its configuration is not JSON ({error})") from error
+    _need(isinstance(tree, dict), "its configuration is not a JSON object")
     return tree
 
 
-def _read_header(head: bytes, size: int) -> _Header:
-    """Return the checked header of a file of `size` bytes.
+def _read_header(head: bytes, size: int) -> tuple[bytes, list[SectionSize], list[_Tensor]]:
+    """Return the configuration, still as JSON, the sections and the tensors of a file of `size` bytes.
 
-    `head` reaches at least to the end of the header, or of the file if that is shorter. Raises ValueError.
+    `head` reaches at least to the end of the header, or of the file if that is shorter. Raises ValueError
+    for a header that contradicts itself or the file's size.
     """
     if head[:8] != MAGIC:
         raise ValueError(
             "is not an artifact: it does not start with the bytes 89 'PGOLF'; `pgolf pack` writes artifacts"
         )
-    if size < START + DIGEST_BYTES:
-        raise _damaged("header", 8, f"the file ends after {size} bytes")
+    _need(size >= START + DIGEST_BYTES, f"the file ends after {size} bytes", offset=8)
     _, version, codec, stored_bytes, raw_bytes, file_bytes = PREFIX.unpack_from(head)
     if version != VERSION:
         raise ValueError(
             f"has version {version}, but this program reads version {VERSION}: "
             "read it with the release of pgolf-fast that wrote it"
         )
-    if file_bytes != size:
-        raise _damaged("header", 24, f"the file has {size} bytes, but {file_bytes} were written")
-    end = START + stored_bytes
-    if end > size - DIGEST_BYTES or stored_bytes > MAX_HEADER_BYTES:
-        left = size - DIGEST_BYTES - START
-        raise _damaged("header", 16, f"it claims {stored_bytes} bytes, but {left} are left")
-    stored = head[START:end]
-    checksum = zlib.crc32(stored, zlib.crc32(head[: PREFIX.size]))
-    _check_crc("header", 0, checksum, CRC.unpack_from(head, PREFIX.size)[0])
-    if codec > 1:
-        raise _damaged("header", 12, f"its codec is {codec}, but must be 0 or 1")
-    if raw_bytes > MAX_HEADER_BYTES:
-        problem = f"it claims {raw_bytes} bytes uncompressed, but the limit is {MAX_HEADER_BYTES}"
-        raise _damaged("header", 20, problem)
-    section = _Section("header", CODEC_NAMES[codec], raw_bytes, stored_bytes, checksum, START)
-    return _parse_header(_decode(section, stored, [(1, raw_bytes, 1)]), end, size - DIGEST_BYTES)
+    _need(file_bytes == size, f"the file has {size} bytes, but {file_bytes} were written", offset=24)
+    end, left = START + stored_bytes, size - DIGEST_BYTES - START
+    problem = f"it claims {stored_bytes} bytes, but {left} are left"
+    _need(stored_bytes <= min(left, MAX_HEADER_BYTES), problem, offset=16)
+    stored, (crc32,) = head[START:end], CRC.unpack_from(head, PREFIX.size)
+    _check_crc("header", 0, zlib.crc32(stored, zlib.crc32(head[: PREFIX.size])), crc32)
+    _need(codec <= 1, f"its codec is {codec}, but must be 0 or 1", offset=12)
+    problem = f"it claims {raw_bytes} bytes uncompressed, but the limit is {MAX_HEADER_BYTES}"
+    _need(raw_bytes <= MAX_HEADER_BYTES, problem, offset=20)
+    section = SectionSize("header", raw_bytes, stored_bytes, CODEC_NAMES[codec], crc32, START)
+    cursor = _Cursor(_decode(section, stored, [(1, raw_bytes, 1)]))
+    config = cursor.take(cursor.unpack(CONFIG_BYTES, "the configuration")[0], "the configuration")
+    sections = _parse_sections(cursor, end, size - DIGEST_BYTES)
+    tensors = _parse_tensors(cursor, sections)
+    unread = len(cursor.read())
+    _need(not unread, f"{unread} bytes follow its last tensor")
+    return config, sections, tensors
 
 
-class _Cursor:
+class _Cursor(io.BytesIO):
     """A reader of consecutive fields of the uncompressed header."""
 
-    def __init__(self, data: bytes) -> None:
-        self.data, self.position = data, 0
-
     def take(self, count: int, what: str) -> bytes:
-        start, self.position = self.position, self.position + count
-        if self.position > len(self.data):
-            raise _bad_header(f"it ends within {what}")
-        return self.data[start : self.position]
+        data = self.read(count)
+        _need(len(data) == count, f"it ends within {what}")
+        return data
 
     def unpack(self, layout: struct.Struct, what: str) -> tuple[Any, ...]:
         return layout.unpack(self.take(layout.size, what))
 
 
-def _parse_header(raw: bytes, start: int, end: int) -> _Header:
-    """Parse a header whose sections must fill bytes `start` to `end` of the file."""
-    cursor = _Cursor(raw)
-    config = cursor.take(cursor.unpack(CONFIG_BYTES, "the configuration")[0], "the configuration")
-    sections = _parse_sections(cursor, start, end)
-    tensors = _parse_tensors(cursor, sections)
-    if left := len(raw) - cursor.position:
-        raise _bad_header(f"{left} bytes follow its last tensor")
-    return _Header(config, sections, tensors)
-
-
-def _parse_sections(cursor: _Cursor, offset: int, end: int) -> list[_Section]:
-    sections: list[_Section] = []
+def _parse_sections(cursor: _Cursor, offset: int, end: int) -> list[SectionSize]:
+    """Parse sections that must fill bytes `offset` to `end` of the file."""
+    sections: list[SectionSize] = []
     last, raw_left = -1, MAX_RAW_BYTES
     for index in range(cursor.unpack(SECTION_COUNT, "the number of sections")[0]):
         number, codec, raw, stored, crc32 = cursor.unpack(SECTION, f"section {index}")
-        if number >= len(SECTIONS):
-            raise _bad_header(f"section {index} has the unknown name {number}")
+        _need(number < len(SECTIONS), f"section {index} has the unknown name {number}")
         label = f"section '{SECTIONS[number]}'"
-        if number <= last:
-            raise _bad_header(f"{label} is repeated or out of order")
-        if codec >= len(CODEC_NAMES):
-            raise _bad_header(f"{label} has the unknown codec {codec}")
-        if raw > raw_left:
-            raise _bad_header(f"its sections claim more than the limit of {MAX_RAW_BYTES} bytes uncompressed")
-        if stored > end - offset:
-            raise _bad_header(f"{label} claims {stored} bytes, but {end - offset} are left")
-        if stored > raw or (stored == raw) != (CODEC_NAMES[codec] == "raw"):
-            raise _bad_header(f"{label} stores {raw} bytes in {stored}, which its codec cannot")
-        sections.append(_Section(SECTIONS[number], CODEC_NAMES[codec], raw, stored, crc32, offset))
+        _need(number > last, f"{label} is repeated or out of order")
+        _need(codec < len(CODEC_NAMES), f"{label} has the unknown codec {codec}")
+        _need(
+            raw <= raw_left, f"its sections claim more than the limit of {MAX_RAW_BYTES} bytes uncompressed"
+        )
+        _need(stored <= end - offset, f"{label} claims {stored} bytes, but {end - offset} are left")
+        possible = stored <= raw and (stored == raw) == (CODEC_NAMES[codec] == "raw")
+        _need(possible, f"{label} stores {raw} bytes in {stored}, which its codec cannot")
+        sections.append(SectionSize(SECTIONS[number], raw, stored, CODEC_NAMES[codec], crc32, offset))
         last, raw_left, offset = number, raw_left - raw, offset + stored
-    if offset != end:
-        raise _bad_header(f"{end - offset} bytes of the file belong to no section")
+    _need(offset == end, f"{end - offset} bytes of the file belong to no section")
     return sections
 
 
-def _parse_tensors(cursor: _Cursor, sections: list[_Section]) -> list[_Tensor]:
+def _parse_tensors(cursor: _Cursor, sections: list[SectionSize]) -> list[_Tensor]:
     (count,) = cursor.unpack(TENSOR_COUNT, "the number of tensors")
-    if count > MAX_TENSORS:
-        raise _bad_header(f"it claims {count} tensors, but the limit is {MAX_TENSORS}")
+    _need(count <= MAX_TENSORS, f"it claims {count} tensors, but the limit is {MAX_TENSORS}")
     tensors: list[_Tensor] = []
     numbers: dict[str, int] = {}  # by name
     capacity = {section.name: section.raw_bytes for section in sections}
     filled: dict[str, int] = {}
     for number in range(count):
         tensor = _parse_tensor(cursor, f"tensor {number}", capacity, filled)
-        if (first := numbers.setdefault(tensor.name, number)) != number:
-            raise _bad_header(f"tensor {number} has the name of tensor {first}")
+        first = numbers.setdefault(tensor.name, number)
+        _need(first == number, f"tensor {number} has the name of tensor {first}")
         tensors.append(tensor)
-    for name, raw_bytes in capacity.items():
-        if filled.get(name) != raw_bytes:
-            raise _bad_header(f"tensors do not fill the {raw_bytes} bytes of section '{name}'")
+    for name, raw in capacity.items():
+        _need(filled.get(name) == raw, f"tensors do not fill the {raw} bytes of section '{name}'")
     return tensors
 
 
@@ -406,25 +441,25 @@ def _parse_tensor(cursor: _Cursor, label: str, capacity: dict[str, int], filled:
     """Parse the next tensor and add its bytes to those `filled` in its section, at most its `capacity`."""
     number, kind, dtype, dimensions = cursor.unpack(TENSOR, label)
     section = SECTIONS[number] if number < len(SECTIONS) else ""
-    if section not in capacity:
-        raise _bad_header(f"{label} is in section {number}, which does not exist")
-    if kind >= len(KINDS) or dtype >= len(DTYPES) or DTYPES[dtype] not in KINDS[KIND_NAMES[kind]]:
-        raise _bad_header(f"{label} has kind {kind} and dtype {dtype}, which do not match")
-    if dimensions > MAX_DIMENSIONS:
-        raise _bad_header(f"{label} has {dimensions} dimensions, but the limit is {MAX_DIMENSIONS}")
+    _need(section in capacity, f"{label} is in section {number}, which does not exist")
+    match = kind < len(KINDS) and dtype < len(DTYPES) and DTYPES[dtype] in KINDS[KIND_NAMES[kind]]
+    _need(match, f"{label} has kind {kind} and dtype {dtype}, which do not match")
+    _need(
+        dimensions <= MAX_DIMENSIONS,
+        f"{label} has {dimensions} dimensions, but the limit is {MAX_DIMENSIONS}",
+    )
     shape = struct.unpack(f"<{dimensions}I", cursor.take(4 * dimensions, label))
     item_bytes = np.dtype(DTYPES[dtype]).itemsize
-    if _span(shape, item_bytes) > MAX_RAW_BYTES:
-        raise _bad_header(f"{label} has a shape whose product exceeds the limit of {MAX_RAW_BYTES} bytes")
+    problem = f"{label} has a shape whose product exceeds the limit of {MAX_RAW_BYTES} bytes"
+    _need(_span(shape, item_bytes) <= MAX_RAW_BYTES, problem)
     offset = filled.get(section, 0)
     filled[section] = offset + math.prod(shape) * item_bytes
-    if filled[section] > capacity[section]:
-        raise _bad_header(f"{label} exceeds the {capacity[section]} bytes of section '{section}'")
+    problem = f"{label} exceeds the {capacity[section]} bytes of section '{section}'"
+    _need(filled[section] <= capacity[section], problem)
     name = cursor.take(cursor.unpack(NAME_BYTES, label)[0], label)
-    if not name:
-        raise _bad_header(f"{label} has no name")
+    _need(bool(name), f"{label} has no name")
     try:
         text = name.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise _bad_header(f"the name of {label} is not UTF-8") from error
+        raise _damaged(f"the name of {label} is not UTF-8") from error
     return _Tensor(text, section, KIND_NAMES[kind], DTYPES[dtype], shape, offset)

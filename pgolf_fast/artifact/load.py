@@ -1,9 +1,6 @@
 """Weights to a model: an artifact or a run folder in, a `LoadedModel` out."""
 
-from __future__ import annotations
-
 import functools
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -15,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from pgolf_fast import console
 from pgolf_fast.artifact.container import read_container, sizes
 from pgolf_fast.config.fields import run_config_from_dict
-from pgolf_fast.config.run_folder import RunFolder
+from pgolf_fast.config.run_folder import RunFolder, RunPath
 from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.data.tokenizer import Tokenizer, byte_table
 from pgolf_fast.distributed import this_process
@@ -23,8 +20,8 @@ from pgolf_fast.errors import PgolfError
 from pgolf_fast.model import decoding
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.model.runtime import choose_kernels, resolve_dtype
-from pgolf_fast.model.weights import load_weights, read_weights
-from pgolf_fast.quant.fake import FixedGrid
+from pgolf_fast.model.weights import Tensors, load_weights, read_weights
+from pgolf_fast.quant.grid import FixedGrid
 from pgolf_fast.quant.state import CODES, QuantizedState, bank_grids, dequantize_state, is_part
 
 
@@ -33,16 +30,11 @@ class LoadedModel:
     """A model on its device, with what scoring and generating need besides."""
 
     model: GPT
-    config: RunConfig
-    """Settings to score it with."""
-    path: Path
-    """File of the weights."""
-    tokenizer: Tokenizer | None
-    """None for an artifact outside a run folder, unless one was given."""
-    quantized: QuantizedState | None = None
-    """Codes of an artifact; None for float weights."""
-    sha256: str | None = None
-    """Digest of an artifact; None for float weights."""
+    config: RunConfig  # settings to score it with
+    path: Path  # file of the weights
+    tokenizer: Tokenizer | None  # none for an artifact outside a run folder, unless one was given
+    quantized: QuantizedState | None = None  # codes of an artifact
+    sha256: str | None = None  # digest of an artifact
 
     @functools.cached_property
     def grid(self) -> tuple[FixedGrid, ...] | None:
@@ -55,28 +47,23 @@ class LoadedModel:
             raise PgolfError(f"{self.path} has no tokenizer next to it: pass tokenizer=FILE.model")
         return self.tokenizer
 
-    def table(self) -> console.Table:
-        """A few facts about the model."""
-        config = self.config
+    def __str__(self) -> str:
         weights = "float32" if self.quantized is None else f"artifact, {self.path.stat().st_size:,} bytes"
         rows = [
-            ("preset", config.name),
-            ("parameters", f"{config.model.num_parameters():,}"),
+            ("preset", self.config.name),
+            ("parameters", f"{self.config.model.num_parameters():,}"),
             ("weights", weights),
             ("computes in", str(self.model.compute_dtype).removeprefix("torch.")),
             ("device", str(self.model.qo_bank.device)),
             ("file", str(self.path)),
         ]
-        return console.Table(None, rows)
-
-    def __str__(self) -> str:
-        return self.table().text()
+        return console.Table(None, rows).text()
 
     __repr__ = __str__
 
 
 def load(
-    path: str | Path | RunFolder,
+    path: RunPath,
     weights: Literal["auto", "artifact", "float"] = "auto",
     *,
     config: RunConfig | None = None,
@@ -128,7 +115,7 @@ def load(
 
 
 def generate(
-    model: str | Path | RunFolder | LoadedModel,
+    model: RunPath | LoadedModel,
     prompt: str = "",
     tokens: int = 200,
     *,
@@ -159,20 +146,12 @@ def unpack(path: Path | str) -> tuple[RunConfig, QuantizedState]:
     run_config, bits = tree.get("run"), tree.get("bits")
     if not isinstance(run_config, dict) or not isinstance(bits, dict):
         raise PgolfError(f"artifact {path} holds no packed model: its configuration lacks 'run' or 'bits'")
-    names = {record.name for record in records}
-    for record in records:
-        kind = "float16"
-        if record.name.endswith(CODES):
-            kind = "codes"
-        elif is_part(record.name, names):
-            kind = "scales"
-        if record.kind != kind:
-            raise PgolfError(
-                f"artifact {path}: {record.name} of kind {record.kind} is no part of a packed model; "
-                "pack it again"
-            )
     named = {record.name: torch.from_numpy(record.array) for record in records}
     try:
+        for name, kind in ((record.name, record.kind) for record in records):
+            parts = "scales" if is_part(name, named) else "float16"
+            if kind != ("codes" if name.endswith(CODES) else parts):
+                raise PgolfError(f"{name} of kind {kind} is no part of a packed model")
         return run_config_from_dict(run_config), QuantizedState.from_named(named, bits)
     except PgolfError as error:
         raise PgolfError(f"artifact {path}: {error}; pack it again") from error
@@ -195,15 +174,13 @@ class _NoInitialValues(TorchFunctionMode):
     """Skip `torch.nn.init`: on the meta device it would import PyTorch's compiler, which takes seconds."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        return (
-            kwargs["tensor"] if getattr(func, "__module__", "") == "torch.nn.init" else func(*args, **kwargs)
-        )
+        skipped = getattr(func, "__module__", "") == "torch.nn.init"
+        return kwargs["tensor"] if skipped else func(*args, **(kwargs or {}))
 
 
 def build_model(
     config: RunConfig,
-    state: Mapping[str, Tensor],
+    state: Tensors,
     has_leading_space: Tensor | None = None,
     compute_dtype: torch.dtype = torch.float32,
     origin: str = "the state dict",
@@ -213,9 +190,8 @@ def build_model(
     has_leading_space (vocab,), from the tokenizer: word starts are unknown without it.
     Raises PgolfError listing names and shapes of `origin` that do not fit.
     """
-    if (
-        has_leading_space is None
-    ):  # sized by the stored table: the configuration of a damaged file may be absurd
+    if has_leading_space is None:
+        # sized by the stored table: the configuration of a damaged file may be absurd
         table = state.get("tok_emb.weight", torch.zeros(0, 0))
         has_leading_space = torch.zeros(len(table), dtype=torch.bool)
     with torch.device("meta"), _NoInitialValues():

@@ -1,7 +1,6 @@
-"""Write a quantized model as an artifact within its byte budget."""
+"""Quantize a run folder's weights, and write them as an artifact within its byte budget."""
 
-from __future__ import annotations
-
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,38 +13,81 @@ from pgolf_fast.artifact.container import (
     SECTIONS,
     ContainerSizes,
     Kind,
-    SectionSize,
     TensorRecord,
+    container_bytes,
+    write_container,
 )
-from pgolf_fast.artifact.prune import Pruned, prune_to_fit
+from pgolf_fast.artifact.fit import Pruned, fit_to_target, prune_to_fit
+from pgolf_fast.artifact.load import load
 from pgolf_fast.artifact.submission import code_bytes
-from pgolf_fast.artifact.writer import container_bytes, write_container
-from pgolf_fast.config.schema import PackConfig
-from pgolf_fast.console import Table
+from pgolf_fast.config.fields import run_config_to_dict, with_fields
+from pgolf_fast.config.run_folder import RunFolder, RunPath
+from pgolf_fast.config.schema import PackConfig, QuantConfig, RunConfig
+from pgolf_fast.console import Table, logger
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import atomic_path
-from pgolf_fast.quant.state import CODES, SCALE, QuantizedState, is_part, section_of
+from pgolf_fast.model.gpt import GPT
+from pgolf_fast.quant.calibration import quantize_model
+from pgolf_fast.quant.rd import rate_distortion
+from pgolf_fast.quant.state import CODES, SCALE, QuantizedState, QuantizedTensor, is_part, section_of
 
 TOLERANCE = 128  # bytes below the limit at which the search for codes to prune stops, besides the margin
 HEADER_MARGIN = 64  # bytes by which the header may grow when a section's size and checksum change
 
 
+def quantize_run(run: RunPath, quant: QuantConfig | None = None, **fields: object) -> Table:
+    """Quantize the float weights of a run folder and write them there; count tensors by type.
+
+    quant: settings, by default the run's; fields: changes to them, such as bits=5. Grid rd makes the
+    artifact, packed with the run's own settings, `quant.target_bytes` long.
+    Raises PgolfError when the run has no weights or the target cannot be reached.
+    """
+    folder = RunFolder.of(run)
+    config = folder.read_config()
+    config = replace(config, quant=with_fields(quant or config.quant, fields))
+    model = load(folder, "float", config=config).model
+    if config.quant.grid == "rd":
+        quantized = _fit_to_target(model, config)
+    else:
+        quantized = quantize_model(model, config.quant, seq_len=config.train.seq_len)
+    folder.retire(folder.artifact_file)
+    quantized.save(folder.quantized_file, config.quant)
+    widths = Counter(t.bits for t in quantized.tensors.values() if isinstance(t, QuantizedTensor))
+    rows = [(f"int{width}", f"{widths[width]:,}") for width in sorted(widths)]
+    rows.append(("float16", f"{len(quantized.tensors) - widths.total():,}"))
+    return Table(("tensors", "number"), rows)
+
+
+def _fit_to_target(model: GPT, config: RunConfig) -> QuantizedState:
+    """Quantize on grid rd at the price at which the artifact has the configured size."""
+    target = config.quant.target_bytes
+    if target is None:
+        target = config.pack.limit_bytes - _code_bytes(config.pack)
+    grids = rate_distortion(model, config.quant, seq_len=config.train.seq_len)
+    fitted = fit_to_target(grids, lambda state: artifact_bytes(state, config), target)
+    size = f"{fitted.artifact_bytes:,}"
+    logger.info("%s of %s bytes, at %.2e nats a bit", size, f"{target:,}", fitted.price)
+    return fitted.state
+
+
+def _code_bytes(packing: PackConfig) -> int:
+    return code_bytes() if packing.code_bytes is None else packing.code_bytes
+
+
 @dataclass(frozen=True)
 class PackReport:
-    """Bytes of an artifact.
-
-    `pruned` of the `candidates` (codes of +-1) were zeroed to fit the limit.
-    """
+    """Bytes of an artifact; `pruned` of the `candidates` (codes of +-1) were zeroed to fit the limit."""
 
     path: Path
-    header_bytes: int
-    sections: tuple[SectionSize, ...]
-    weights_bytes: int
+    sizes: ContainerSizes
     code_bytes: int
     limit_bytes: int
     pruned: int
     candidates: int
-    compressions: int
+
+    @property
+    def weights_bytes(self) -> int:
+        return self.sizes.total_bytes
 
     @property
     def total_bytes(self) -> int:
@@ -55,8 +97,8 @@ class PackReport:
     def table(self, title: str = "part") -> Table:
         """Tabulate bytes by part, ending with weights + code = total against the limit."""
         rows = {
-            "header": self.header_bytes,
-            **{f"section {s.name}": s.stored_bytes for s in self.sections},
+            "header": self.sizes.header_bytes,
+            **{f"section {s.name}": s.stored_bytes for s in self.sizes.sections},
             "weights": self.weights_bytes,
             "+ code": self.code_bytes,
             "= total": self.total_bytes,
@@ -70,63 +112,76 @@ class PackReport:
         return self.table().text()
 
 
+def read_quantized(run: RunPath) -> tuple[QuantizedState, QuantConfig]:
+    """Read the quantized weights of a run folder and the settings that made them."""
+    folder = RunFolder.of(run)
+    return QuantizedState.load(folder.need(folder.quantized_file, "quantize"))
+
+
+def pack_run(run: RunPath, pack_config: PackConfig | None = None, **fields: object) -> PackReport:
+    """Pack the quantized weights of a run folder into its artifact.
+
+    pack_config: settings, by default the run's; fields: changes to them, such as limit_bytes=2_000_000.
+    Raises PgolfError when the artifact cannot be made to fit the limit.
+    """
+    folder = RunFolder.of(run)
+    quantized, quant = read_quantized(folder)
+    config = folder.read_config()
+    packing = with_fields(pack_config or config.pack, fields)
+    return pack(quantized, replace(config, quant=quant, pack=packing), folder.artifact_file)
+
+
 def build_records(quantized: QuantizedState) -> list[TensorRecord]:
     """Return the container's records, named as by `QuantizedState.to_named`.
 
     Codes of bank matrices and of tables go to different sections, because their statistics differ.
     """
-    named = quantized.to_named()
-    records = []
+    named, records = quantized.to_named(), []
     for name, tensor in named.items():
+        kind: Kind = "scales" if is_part(name, named) else "float16"
+        section = None
         if name.endswith(CODES):
-            section = section_of(name.removesuffix(CODES))
-            records.append(TensorRecord.of(name, "codes", tensor.numpy(), section))
-        else:
-            kind: Kind = "scales" if is_part(name, named) else "float16"
-            records.append(TensorRecord.of(name, kind, tensor.numpy()))
+            kind, section = "codes", section_of(name.removesuffix(CODES))
+        records.append(TensorRecord(name, kind, tensor.numpy(), section))
     return records
 
 
-def artifact_bytes(quantized: QuantizedState, run_config: dict[str, Any], config: PackConfig) -> int:
+def artifact_bytes(quantized: QuantizedState, config: RunConfig, packing: PackConfig | None = None) -> int:
     """Return the size of the file that `pack` would write without pruning."""
-    tree, records = {"run": run_config, "bits": quantized.bits()}, build_records(quantized)
-    return container_bytes(tree, records, codecs=section_codecs(records, config), preset=config.lzma_preset)
+    packing, records = packing or config.pack, build_records(quantized)
+    tried = section_codecs(records, packing)
+    return container_bytes(_tree(quantized, config), records, codecs=tried, preset=packing.lzma_preset)
+
+
+def _tree(quantized: QuantizedState, config: RunConfig) -> dict[str, Any]:
+    return {"run": run_config_to_dict(config), "bits": quantized.bits()}
 
 
 def pack(
-    quantized: QuantizedState, run_config: dict[str, Any], path: Path | str, config: PackConfig
+    quantized: QuantizedState, config: RunConfig, path: Path | str, packing: PackConfig | None = None
 ) -> PackReport:
-    """Write an artifact; if it is too large and `config.prune` is on, zero +-1 codes until it fits.
+    """Write an artifact; if it is too large and `packing.prune` is on, zero +-1 codes until it fits.
 
-    run_config: from `run_config_to_dict`. Raises PgolfError, leaving `path` as it was, when weights and code
-    exceed `config.limit_bytes`.
+    config: stored in the artifact. packing: by default `config.pack`. Raises PgolfError, leaving `path` as it
+    was, when weights and code exceed `packing.limit_bytes`.
     """
-    code = code_bytes() if config.code_bytes is None else config.code_bytes
-    tree, records = {"run": run_config, "bits": quantized.bits()}, build_records(quantized)
-    tried = section_codecs(records, config)
-    pruned, compressions = None, 1
+    packing, tree, records = packing or config.pack, _tree(quantized, config), build_records(quantized)
+    code, tried = _code_bytes(packing), section_codecs(records, packing)
+    pruned = None
     with atomic_path(path) as temporary:
-        sizes = write_container(temporary, tree, records, codecs=tried, preset=config.lzma_preset)
-        if sizes.total_bytes + code > config.limit_bytes:
-            if not config.prune:
-                raise _too_large(sizes.total_bytes, code, config.limit_bytes, "pack.prune is off; turn it on")
-            pruned = _prune(records, sizes, code, config)
-            records = _with_codes(records, pruned.codes)
-            sizes = write_container(temporary, tree, records, codecs=tried, preset=config.lzma_preset)
-            compressions += pruned.compressions + 1
-            if sizes.total_bytes + code > config.limit_bytes:  # HEADER_MARGIN covers the header's growth
-                raise _too_large(sizes.total_bytes, code, config.limit_bytes, "pruning missed the limit")
-    return PackReport(
-        path=Path(path),
-        header_bytes=sizes.header_bytes,
-        sections=sizes.sections,
-        weights_bytes=sizes.total_bytes,
-        code_bytes=code,
-        limit_bytes=config.limit_bytes,
-        pruned=pruned.count if pruned else 0,
-        candidates=sum(int((np.abs(t.codes.numpy()) == 1).sum()) for t in quantized.matrices().values()),
-        compressions=compressions,
-    )
+        sizes = write_container(temporary, tree, records, codecs=tried, preset=packing.lzma_preset)
+        if sizes.total_bytes + code > packing.limit_bytes:
+            if not packing.prune:
+                raise _too_large(sizes, code, packing, "pack.prune is off; turn it on")
+            pruned = _prune(records, sizes, code, packing)
+            left = iter(pruned.codes)
+            records = [replace(r, array=next(left)) if r.section == "codes" else r for r in records]
+            sizes = write_container(temporary, tree, records, codecs=tried, preset=packing.lzma_preset)
+            if sizes.total_bytes + code > packing.limit_bytes:  # HEADER_MARGIN covers the header's growth
+                raise _too_large(sizes, code, packing, "pruning missed the limit")
+    candidates = sum(int((np.abs(t.codes.numpy()) == 1).sum()) for t in quantized.matrices().values())
+    count = pruned.count if pruned else 0
+    return PackReport(Path(path), sizes, code, packing.limit_bytes, count, candidates)
 
 
 def section_codecs(records: list[TensorRecord], config: PackConfig) -> dict[str, tuple[str, ...]]:
@@ -138,45 +193,36 @@ def section_codecs(records: list[TensorRecord], config: PackConfig) -> dict[str,
 
 def _prune(records: list[TensorRecord], sizes: ContainerSizes, code: int, config: PackConfig) -> Pruned:
     """Zero codes until they fit. Raises PgolfError when zeroing all +-1 codes is not enough."""
-    matrices, scales = _matrix_arrays(records)
+    scales = {r.name: r.array for r in records if r.kind == "scales"}
+    matrices = [
+        (r.array, scales[r.name.removesuffix(CODES) + SCALE]) for r in records if r.section == "codes"
+    ]
     now, codec = next(((s.stored_bytes, s.codec) for s in sizes.sections if s.name == "codes"), (0, "raw"))
     rest = sizes.total_bytes - now
     budget = config.limit_bytes - code - rest - HEADER_MARGIN
     if not matrices or budget <= 0:
         hint = "even no bank weights at all would not fit; raise pack.limit_bytes or make the tables smaller"
-        raise _too_large(sizes.total_bytes, code, config.limit_bytes, hint)
+        raise _too_large(sizes, code, config, hint)
 
-    shapes = [(*array.shape, 1) for array in matrices]
+    shapes = [(*array.shape, 1) for array, _ in matrices]
 
     def coded_size(flat: NDArray[np.int8]) -> int:
         settings = {"preset": config.lzma_preset} if codec == "lzma" else {}
         return min(len(codecs.encode(codec, flat.tobytes(), shapes, **settings)), flat.size)
 
-    pruned = prune_to_fit(list(zip(matrices, scales, strict=True)), budget, now, coded_size, TOLERANCE)
+    pruned = prune_to_fit(matrices, budget, now, coded_size, TOLERANCE)
     if not pruned.fits:
         hint = (
             f"zeroing all {pruned.candidates:,} codes of +-1 is not enough; "
             "make the model smaller, quantize to fewer bits, or train with more weight decay"
         )
-        raise _too_large(sizes.total_bytes, code, config.limit_bytes, hint)
+        raise _too_large(sizes, code, config, hint)
     return pruned
 
 
-def _too_large(weights: int, code: int, limit: int, hint: str) -> PgolfError:
-    total = weights + code
+def _too_large(sizes: ContainerSizes, code: int, config: PackConfig, hint: str) -> PgolfError:
+    weights, total, limit = sizes.total_bytes, sizes.total_bytes + code, config.limit_bytes
     return PgolfError(
         f"weights {weights:,} + code {code:,} = {total:,} bytes > {limit:,} bytes "
         f"({total - limit:,} over): {hint}"
     )
-
-
-def _matrix_arrays(records: list[TensorRecord]) -> tuple[list[NDArray[Any]], list[NDArray[Any]]]:
-    """Return codes and scales of the bank matrices, in file order."""
-    scales = {r.name: r.array for r in records if r.kind == "scales"}
-    in_codes = [r for r in records if r.section == "codes"]
-    return [r.array for r in in_codes], [scales[r.name.removesuffix(CODES) + SCALE] for r in in_codes]
-
-
-def _with_codes(records: list[TensorRecord], codes: list[NDArray[np.int8]]) -> list[TensorRecord]:
-    left = iter(codes)
-    return [replace(r, array=next(left)) if r.section == "codes" else r for r in records]

@@ -1,23 +1,216 @@
-"""The evaluation script of a submission as one small file, and its size in bytes."""
-
-from __future__ import annotations
+"""A run as a submission folder for the challenge, and its evaluation script as one small file."""
 
 import ast
 import base64
 import functools
+import hashlib
+import json
 import lzma
+import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
 
 import pgolf_fast
+from pgolf_fast.artifact.container import sizes
+from pgolf_fast.artifact.load import unpack
+from pgolf_fast.config.fields import flatten
+from pgolf_fast.config.presets import preset
+from pgolf_fast.config.run_folder import RunFolder, read_scores
+from pgolf_fast.config.schema import QuantConfig, RunConfig, TTTConfig
 from pgolf_fast.console import logger
+from pgolf_fast.errors import PgolfError
+from pgolf_fast.io import atomic_path, write_text
 
+LIMIT_BYTES = 16_000_000
+SCRIPT, ARTIFACT = "train_gpt.py", "model.pgolf"
+_SCORES = {
+    "non_overlapping": "non-overlapping windows",
+    "sliding": "sliding windows",
+    "sliding_ttt": "sliding windows, legal test-time training",
+}
+_ADAPTERS = ("sgd", "adamw", "lora")  # what the evaluation script supports
+_CODECS = ("raw", "lzma", "rans")
+# Fields that say where a run was made and how it was exported, not what it is.
+_NOT_SHOWN = ("name", "data.path", "data.tokenizer", "pack.", "kernels.")
 _MAIN = "pgolf_fast.artifact.standalone.scores"
 _DIGEST = "SHA256"  # the global that holds the artifact's digest
 _NO_DIGEST = f'{_DIGEST} = ""'
 _WRAP = "import base64,lzma\nexec(lzma.decompress(base64.b85decode({!r})))\n"
+
+
+# The folder
+
+
+@dataclass(frozen=True)
+class About:
+    """Facts that are not in the run folder: author, title, track."""
+
+    author: str
+    github_id: str
+    name: str | None
+    blurb: str | None
+    track: str
+
+
+def write_submission(folder: RunFolder, out: Path, about: About, *, readable: bool = False) -> dict[str, int]:
+    """Write README.md, submission.json, train.log, the artifact and the evaluation script into `out`.
+
+    readable: write the script as readable source instead of compressed, and count that. Returns bytes by
+    part. Raises PgolfError when the run is not packed or not scored, its scores are of another artifact or
+    other settings, it breaks the rules, the script lacks its adapter or codecs, or code and artifact exceed
+    LIMIT_BYTES.
+    """
+    artifact = folder.need(folder.artifact_file, "pack")
+    log = folder.need(folder.log_file, "train PRESET --out")
+    config, container = unpack(artifact)[0], sizes(artifact)
+    digest = container.sha256
+    if config.ttt.illegal is not None:
+        raise PgolfError(
+            f"ttt.adapter {config.ttt.adapter} breaks the rules: {config.ttt.illegal}. "
+            "It cannot be submitted: set another ttt.adapter in config.json, pack and score again"
+        )
+    _check_script(config.ttt, {section.codec for section in container.sections})
+    scores = _scores(folder, config, digest)
+    forms = build_script(digest)
+    script = forms.readable if readable else forms.wrapped
+    code, weights = len(script.encode()), artifact.stat().st_size
+    if code + weights > LIMIT_BYTES:
+        raise PgolfError(
+            f"code {code:,} + artifact {weights:,} = {code + weights:,} bytes > {LIMIT_BYTES:,} bytes: "
+            f"pack the run again with pack.limit_bytes {LIMIT_BYTES} and pack.code_bytes {code}"
+        )
+    facts = _facts(folder, config, about) | {
+        "scores": scores,
+        "digest": digest,
+        "code": code,
+        "weights": weights,
+        "readable": readable,
+    }
+    template = resources.files("pgolf_fast.artifact").joinpath("submission.md.j2").read_text(encoding="utf-8")
+    readme = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(template)
+    write_text(out / SCRIPT, script)
+    write_text(out / "README.md", readme.render(facts))
+    write_text(out / "submission.json", json.dumps(_summary(facts, about), indent=2) + "\n")
+    for source, name in ((artifact, ARTIFACT), (log, "train.log")):
+        with atomic_path(out / name) as temporary:
+            shutil.copyfile(source, temporary)
+    return {
+        "script, readable": len(forms.readable.encode()),
+        "script, minified": len(forms.minified.encode()),
+        "script, compressed": len(forms.wrapped.encode()),
+        "code": code,
+        "+ artifact": weights,
+        "= total": code + weights,
+        "limit": LIMIT_BYTES,
+    }
+
+
+def _check_script(ttt: TTTConfig, codecs: set[str]) -> None:
+    """Raise PgolfError for an adapter or codec that the script lacks."""
+    if ttt.adapter not in _ADAPTERS:
+        raise PgolfError(
+            f"the evaluation script has no ttt.adapter {ttt.adapter}, only {', '.join(_ADAPTERS)}: set one "
+            "of these in config.json, pack and score again"
+        )
+    if unknown := sorted(codecs.difference(_CODECS)):
+        raise PgolfError(
+            f"the evaluation script cannot read {' and '.join(unknown)}, only {', '.join(_CODECS)}: pack "
+            "again with --pack.codecs rans lzma, and score again"
+        )
+
+
+def _scores(folder: RunFolder, config: RunConfig, digest: str) -> dict[str, Any]:
+    """Read the scores. Raises PgolfError if they are of another artifact or other settings."""
+    path = folder.need(folder.path / "scores_artifact.json", "eval")
+    scores = read_scores(path)
+    again = f"run `pgolf eval {folder.path}` again"
+    if scores.get("artifact_sha256") != digest:
+        raise PgolfError(f"{path} holds the scores of another artifact: {again}")
+    for group in ("eval", "ttt"):
+        if scores.get(group) != asdict(getattr(config, group)):
+            raise PgolfError(
+                f"{path} was computed with other {group} settings than those in the artifact, which the "
+                f"script uses: {again} without --{group} options, or change config.json and pack again"
+            )
+    return scores
+
+
+def _facts(folder: RunFolder, config: RunConfig, about: About) -> dict[str, Any]:
+    """Return what the README and submission.json say of the run, but scores and sizes."""
+    path, model, quant = folder.path / "env.json", config.model, config.quant
+    environment = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    steps = [line for line in folder.history() if line["kind"] == "step"]
+    cpu = f"{environment.get('processor') or 'CPU'}, {environment.get('cpu_threads')} threads"
+    blurb = (
+        f"{model.num_layers} layers x {model.model_dim}, {model.num_parameters():,} parameters, "
+        f"{model.mlp_activation} MLP; {_widths(quant)} weights ({quant.method}) and {quant.tables} tables, "
+        "entropy coded; scored with legal test-time training."
+    )
+    return {
+        "config": config,
+        "name": about.name or config.name,
+        "blurb": about.blurb or blurb,
+        "hardware": str(environment.get("gpu") or cpu),
+        "environment": {"torch": None, "pgolf_fast": None, **environment},
+        # none for imported weights
+        "training": {"steps": steps[-1]["step"], "seconds": steps[-1]["elapsed"]} if steps else None,
+        "tokenizer": hashlib.sha256(folder.tokenizer_file.read_bytes()).hexdigest(),
+        "changes": _changes(config),
+        "widths": _widths(quant),
+        "labels": _SCORES,
+        "script": SCRIPT,
+        "artifact": ARTIFACT,
+        "limit": LIMIT_BYTES,
+    }
+
+
+def _summary(facts: dict[str, Any], about: About) -> dict[str, Any]:
+    """Return the contents of submission.json: the community's fields first, then ours."""
+    training, best = facts["training"], facts["scores"]["sliding_ttt"]
+    return {
+        **asdict(about),
+        "name": facts["name"],
+        "blurb": facts["blurb"],
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "val_loss": best["loss"],
+        "val_bpb": best["bpb"],
+        "bytes_total": facts["code"] + facts["weights"],
+        "bytes_code": facts["code"],
+        "bytes_model": facts["weights"],
+        "hardware": facts["hardware"],
+        "seed": facts["config"].train.seed,
+        "step_stop": training and training["steps"],
+        "wallclock_seconds": training and round(training["seconds"], 1),
+        "scores": {name: facts["scores"][name] for name in _SCORES},
+        "artifact_sha256": facts["digest"],
+    }
+
+
+def _widths(quant: QuantConfig) -> str:
+    return "int2 to int8 (a rate-distortion grid)" if quant.grid == "rd" else f"int{quant.bits}"
+
+
+def _changes(config: RunConfig) -> list[str]:
+    """List the fields in which the run differs from its preset."""
+    try:
+        before = dict(flatten(preset(config.name)))
+    except PgolfError:
+        return ["not comparable: no preset has this name"]
+    return [
+        f"`{name} {value}`"
+        for name, value in flatten(config)
+        if before.get(name, ...) != value and not name.startswith(_NOT_SHOWN)
+    ]
+
+
+# The script
 
 
 @dataclass(frozen=True)
@@ -57,9 +250,6 @@ def _parts() -> tuple[str, str, str]:
         raise AssertionError(f"the script must have the line {_NO_DIGEST} exactly once")
     minified = _minify(readable.replace(_NO_DIGEST, "", 1))
     return readable, minified, base64.b85encode(_compress(minified.encode())).decode()
-
-
-# Concatenation
 
 
 def _bundle() -> str:
@@ -110,9 +300,6 @@ def _names(node: ast.stmt) -> Iterator[str]:
         yield node.name
     for target in (*getattr(node, "targets", ()), *filter(None, (getattr(node, "target", None),))):
         yield from (name.id for name in ast.walk(target) if isinstance(name, ast.Name))
-
-
-# Size
 
 
 def _minify(source: str) -> str:

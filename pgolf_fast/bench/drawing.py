@@ -1,20 +1,21 @@
 """Plots as PNG bytes, drawn with matplotlib on a light or a dark background."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pgolf_fast import console
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import write_bytes
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+else:
+    Axes = Figure = Any  # matplotlib need not be installed
 
-Paint = Callable[["Figure"], None]
+Paint = Callable[[Figure], None]
 DPI = 144  # twice the resolution at which a page shows it
 # The bright scheme of P. Tol, "Colour Schemes" (SRON 2021), and its light scheme on dark backgrounds
 _LIGHT_CYCLE = ("#4477AA", "#EE6677", "#228833", "#AA3377", "#66CCEE", "#CCBB44", "#BBBBBB")
@@ -29,14 +30,13 @@ def png(paint: Paint, size: tuple[float, float], *, dark: bool = False) -> bytes
     Raises PgolfError without matplotlib.
     """
     try:
-        import matplotlib
+        import matplotlib.figure
         from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
     except ImportError as error:
         raise PgolfError("plots need matplotlib: pip install 'pgolf-fast[plot]'") from error
     with matplotlib.rc_context(_style(dark)):
         # Not pyplot, which registers every figure globally and may try to open a display
-        figure = Figure(figsize=size, layout="constrained")
+        figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
         paint(figure)
         file = io.BytesIO()
@@ -44,15 +44,19 @@ def png(paint: Paint, size: tuple[float, float], *, dark: bool = False) -> bytes
     return file.getvalue()
 
 
-def write_png(path: Path, paint: Paint, size: tuple[float, float], what: str) -> Path | None:
-    """Write `png` to a file atomically and return its path.
-
-    Without matplotlib, log that `what` is not drawn and return None.
-    """
+def has_matplotlib(what: str) -> bool:
+    """Return whether matplotlib is installed; if not, log that `what` is not drawn."""
     try:
         import matplotlib.figure  # noqa: F401 - checks that it is installed
     except ImportError:
         console.logger.warning("no %s: matplotlib is missing (pip install 'pgolf-fast[plot]')", what)
+        return False
+    return True
+
+
+def write_png(path: Path, paint: Paint, size: tuple[float, float], what: str) -> Path | None:
+    """Write `png` to a file and return its path; without matplotlib, log it and return None."""
+    if not has_matplotlib(what):
         return None
     write_bytes(path, png(paint, size))
     return path
@@ -75,6 +79,8 @@ def _style(dark: bool) -> dict[str, object]:
         **dict.fromkeys(texts, colors["text"]),
         **dict.fromkeys(lines, colors["line"]),
         "axes.prop_cycle": cycler(color=_DARK_CYCLE if dark else _LIGHT_CYCLE),
+        "axes.grid": True,
+        "axes.axisbelow": True,
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.titlesize": 10,

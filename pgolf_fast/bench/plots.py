@@ -1,18 +1,12 @@
 """Plots of a results file: the roofline, and each peer's time over ours (matplotlib)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from pgolf_fast.bench import drawing
+from pgolf_fast.bench.drawing import Figure, png
 from pgolf_fast.bench.store import Record, timed
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import write_bytes
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 def _machine(records: Sequence[Record]) -> str:
@@ -41,12 +35,12 @@ def plot_roofline(records: Sequence[Record], path: Path) -> None:
             group = [r for r in ours if r["op"] == op]
             xs, ys = [r["flops"] / r["ideal_bytes"] for r in group], [r["tflops"] for r in group]
             axes.scatter(xs, ys, label=op, s=24)
-        axes.set(xscale="log", yscale="log", xlabel="FLOP per byte of ideal traffic", ylabel="TFLOP/s")
-        axes.set_title(_machine(records), fontsize=10)
+        axes.set(xscale="log", yscale="log", title=_machine(records))
+        axes.set(xlabel="FLOP per byte of ideal traffic", ylabel="TFLOP/s")
         axes.grid(alpha=0.3, which="both")
-        axes.legend(fontsize=7)
+        axes.legend()
 
-    write_bytes(path, drawing.png(paint, (8, 5.5)))
+    write_bytes(path, png(paint, (8, 5.5)))
 
 
 def plot_ratios(records: Sequence[Record], path: Path) -> None:
@@ -71,7 +65,7 @@ def plot_ratios(records: Sequence[Record], path: Path) -> None:
         axes.set_yticks([row + 0.4 - thick / 2 for row in range(len(groups))], list(groups), fontsize=7)
         axes.invert_yaxis()
         axes.set(xlabel="time of the peer / our time", title=_machine(records))
-        axes.legend(fontsize=7)
+        axes.legend()
 
     height = 1.2 + 0.16 * sum(len(times) for times in groups.values())
-    write_bytes(path, drawing.png(paint, (8, height)))
+    write_bytes(path, png(paint, (8, height)))

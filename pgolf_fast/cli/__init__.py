@@ -1,22 +1,19 @@
 """The command line: `pgolf COMMAND ...`. Nothing heavy is imported before a command needs it."""
 
-from __future__ import annotations
-
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from pgolf_fast.cli.commands import COMMANDS, GROUPS
-from pgolf_fast.cli.output import print_out
+from pgolf_fast.cli.commands import COMMANDS, GROUPS, Command
 from pgolf_fast.errors import PgolfError
 
-_HELP = ("-h", "--help")
+_DATA = [name for name in COMMANDS if name.startswith("data ")]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Return the exit status: 0, 2 for bad input, 130 when interrupted."""
     try:
-        return _dispatch(list(sys.argv[1:] if argv is None else argv))
+        return _dispatch(list(sys.argv[1:] if argv is None else argv)) or 0
     except PgolfError as error:
         print(f"pgolf: {error}", file=sys.stderr)
         return 2
@@ -33,57 +30,49 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _dispatch(words: list[str]) -> int:
+def _dispatch(words: list[str]) -> int | None:
     if words[:1] == ["help"]:  # `pgolf help train small` is `pgolf train small --help`
         words = [*words[1:], "--help"]
-    if not words or words[0] in _HELP:
-        print_out(_overview(GROUPS))
-        return 0
-    if words[0] == "--version":
-        from pgolf_fast import __version__
+    match words:
+        case [] | ["-h" | "--help", *_]:
+            print(_overview(GROUPS))
+        case ["--version", *_]:
+            from pgolf_fast import __version__
 
-        print_out(f"pgolf_fast {__version__}")
-        return 0
-    if words[0] == "data" and words[1:2] in ([], *([word] for word in _HELP)):
-        if len(words) == 1:
-            names = ", ".join(name.removeprefix("data ") for name in COMMANDS if name.startswith("data "))
+            print(f"pgolf_fast {__version__}")
+        case ["data"]:
+            names = ", ".join(name.split()[1] for name in _DATA)
             raise PgolfError(f"pgolf data needs one of {names}; for example `pgolf data info DIR`")
-        print_out(_overview(["data"]))
-        return 0
-    name, rest = _find(words)
-    from pgolf_fast.cli.options import parse
+        case ["data", "-h" | "--help" | "help", *_]:
+            print(_overview(["data"]))
+        case _:
+            from pgolf_fast.cli.options import parse
 
-    function, kind = COMMANDS[name].load()
-    options = parse(name, kind, rest)
-    return 0 if options is None else function(options)
+            length = 2 if words[0] == "data" else 1
+            command = _find(" ".join(words[:length]))
+            options = parse(command.name, command.load(), words[length:])
+            return None if options is None else options.main()
+    return 0
 
 
-def _find(words: list[str]) -> tuple[str, list[str]]:
-    """Return the command and the words after it. Raises PgolfError suggesting the nearest command."""
-    length = 2 if words[0] == "data" else 1
-    name = " ".join(words[:length])
+def _find(name: str) -> Command:
+    """Return a command by name. Raises PgolfError suggesting the nearest one."""
     if name not in COMMANDS:
-        known = [command for command in COMMANDS if (length == 2) == command.startswith("data ")]
-        near = difflib.get_close_matches(name, [*known, *(["data"] if length == 1 else [])], n=1)
+        known = _DATA if name.startswith("data ") else [*(n for n in COMMANDS if n not in _DATA), "data"]
+        near = difflib.get_close_matches(name, [*known, "help", "--version"], n=1)
         hint = f"did you mean {near[0]}?" if near else f"commands are {', '.join(known)}"
         raise PgolfError(f"unknown command {name!r}: {hint}")
-    return name, words[length:]
+    return COMMANDS[name]
 
 
-def _overview(groups: Sequence[str] | dict[str, str]) -> str:
+def _overview(groups: Iterable[str]) -> str:
     """Return the commands of some groups, one line each."""
+    parts = ["usage: pgolf COMMAND [options]"]
+    if groups is GROUPS:
+        parts.append("Train, quantize, pack and honestly score a small language model under a byte budget.")
     width = max(map(len, COMMANDS))
-    lines = ["usage: pgolf COMMAND [options]", ""]
-    if len(groups) > 1:
-        lines += ["Train, quantize, pack and honestly score a small language model under a byte budget.", ""]
     for group in groups:
-        lines.append(f"{group}: {GROUPS[group]}")
-        lines += [
-            f"  {name.ljust(width)}  {command.about}"
-            for name, command in COMMANDS.items()
-            if command.group == group
-        ]
-        lines.append("")
-    return "\n".join(
-        [*lines, "`pgolf help COMMAND` lists the options of a command. Start with `pgolf demo`."]
-    )
+        lines = (f"  {c.name:{width}}  {c.about}" for c in COMMANDS.values() if c.group == group)
+        parts.append("\n".join([f"{group}: {GROUPS[group]}", *lines]))
+    parts.append("`pgolf help COMMAND` lists the options of a command. Start with `pgolf demo`.")
+    return "\n\n".join(parts)

@@ -1,7 +1,5 @@
 """`pgolf demo`: the whole pipeline on text this machine already has, ending in one table."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import time
@@ -9,28 +7,21 @@ from dataclasses import replace
 from pathlib import Path
 
 from pgolf_fast import console
-from pgolf_fast.artifact.steps import pack_run, quantize_run
-from pgolf_fast.config.presets import tiny
+from pgolf_fast.artifact.pack import pack_run, quantize_run
+from pgolf_fast.config.presets import preset
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.data.corpus import build_corpus
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.evaluation.scores import ThreeScores
-from pgolf_fast.evaluation.steps import score_run
-from pgolf_fast.lab.report.loss_curve import draw_loss_curve
-from pgolf_fast.train.loop import TrainResult, train
+from pgolf_fast.evaluation.run import score_run
+from pgolf_fast.lab.report.plots import draw_loss_curve
+from pgolf_fast.train.loop import train
 
 
 def demo_config(seconds: float, seed: int) -> RunConfig:
     """Return preset `tiny` with a training time."""
-    base = tiny()
-    return replace(
-        base,
-        name="demo",
-        train=replace(
-            base.train, seed=seed, steps=10**6, max_seconds=seconds, schedule="time", checkpoint_minutes=None
-        ),
-    )
+    clock = {"train__schedule": "time", "train__max_seconds": seconds, "train__steps": 10**6}
+    return replace(preset("tiny", train__seed=seed, train__checkpoint_minutes=None, **clock), name="demo")
 
 
 def run_demo(out: Path, *, seconds: float, seed: int) -> str:
@@ -41,27 +32,40 @@ def run_demo(out: Path, *, seconds: float, seed: int) -> str:
     console.logger.info(
         "building the corpus from documentation on this machine (cached after the first time)"
     )
-    corpus = build_corpus(vocab_size=1024)
-    config = demo_config(seconds, seed)
-    trained = train(config, out)
+    corpus = json.loads((build_corpus(vocab_size=1024) / "info.json").read_text(encoding="utf-8"))
+    trained = train(demo_config(seconds, seed), out)
     folder = trained.folder
-    config = folder.read_config()
     console.setup_logging(folder.log_file)
-    quantize_run(folder, config.quant)
-    packed = pack_run(folder, config.pack)
-    scores = score_run(folder, config, "artifact")
+    quantize_run(folder)
+    packed = pack_run(folder)
+    scores = score_run(folder, folder.read_config(), "artifact")
     curve = draw_loss_curve(folder)
     console.close_logging()
-    facts = json.loads((corpus / "info.json").read_text(encoding="utf-8"))
-    took = time.perf_counter() - start
-    parts = [
-        console.table(_training_rows(trained, scores, facts)),
-        scores.table("score of the artifact").text(),
-        packed.table("artifact").text(),
-        f"run folder  {folder.path}\nartifact    {folder.artifact_file}\n"
-        f"loss curve  {curve or 'needs matplotlib'}\ntime        {console.duration(took)} in total",
-    ]
-    return "\n\n".join(["", *parts])
+    bpb = {
+        "corpus floor, unigram bpb": corpus["unigram_bpb"],
+        "corpus floor, bigram bpb": corpus["bigram_bpb"],
+        "float weights, bpb": trained.raw.bpb,
+        "EMA and SWA weights, bpb": trained.averaged.bpb,
+        "int6 artifact, bpb": scores.plain.bpb,
+    }
+    training = {
+        "tokens seen": f"{trained.tokens:,}",
+        "tokens/s": f"{trained.tokens / trained.seconds:,.0f}",
+        **{name: f"{value:.4f}" for name, value in bpb.items()},
+    }
+    files = {
+        "run folder": folder.path,
+        "artifact": folder.artifact_file,
+        "loss curve": curve or "needs matplotlib",
+        "time": f"{console.duration(time.perf_counter() - start)} in total",
+    }
+    tables = (
+        console.Table(None, training.items()),
+        scores.table("score of the artifact"),
+        packed.table("artifact"),
+        console.Table(None, files.items()),
+    )
+    return "\n\n".join(["", *map(str, tables)])
 
 
 def _clear(out: Path) -> None:
@@ -73,15 +77,3 @@ def _clear(out: Path) -> None:
     if files and (not folder.config_file.is_file() or folder.read_config().name != "demo"):
         raise PgolfError(f"{out} is not an earlier demo: choose another --out")
     shutil.rmtree(out)
-
-
-def _training_rows(trained: TrainResult, scores: ThreeScores, facts: dict) -> list[tuple[str, str]]:
-    return [
-        ("tokens seen", f"{trained.tokens:,}"),
-        ("tokens/s", f"{trained.tokens / trained.seconds:,.0f}"),
-        ("corpus floor, unigram bpb", f"{facts['unigram_bpb']:.4f}"),
-        ("corpus floor, bigram bpb", f"{facts['bigram_bpb']:.4f}"),
-        ("float weights, bpb", f"{trained.raw.bpb:.4f}"),
-        ("EMA and SWA weights, bpb", f"{trained.averaged.bpb:.4f}"),
-        ("int6 artifact, bpb", f"{scores.plain.bpb:.4f}"),
-    ]

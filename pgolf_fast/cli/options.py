@@ -1,7 +1,5 @@
 """Options of the commands: dataclasses and configuration fields, parsed by tyro."""
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import dataclasses
@@ -12,36 +10,25 @@ import io
 import itertools
 import os
 import re
-import textwrap
-import types
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from pgolf_fast.cli.commands import COMMANDS
-from pgolf_fast.cli.output import print_out
 from pgolf_fast.config.fields import flip
-from pgolf_fast.config.presets import PRESETS, is_preset, preset
+from pgolf_fast.config.presets import PRESETS, is_preset, preset, shrink
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import RunConfig
-from pgolf_fast.config.shrink import shrink
 from pgolf_fast.errors import PgolfError
 
-Options = TypeVar("Options")
 Words = tuple[str, ...]
 Size = Literal["tiny", "small"]
 Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 Preset = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET")]
-# Commands on a run take the run's own names of these settings too, which error messages use
-_ALIASES = ("--data.path", "--data.tokenizer")
-DataFolder = Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="", aliases=_ALIASES[:1])]
-TokenizerFile = Annotated[
-    Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="", aliases=_ALIASES[1:])
-]
 _TypedDict: Any = typing.TypedDict  # made of names and types that are only known at run time
 _HELP = ("-h", "--help", "--help-all")
 
@@ -61,16 +48,28 @@ class Fields:
 AllFields = Annotated[Words, Fields()]
 
 
-def parse(command: str, kind: type[Options], argv: Sequence[str]) -> Options | None:
-    """Return the options of a command from words, or None after printing the help they ask for.
+def _place(metavar: str, field: str) -> Any:
+    """Return the look of a path option that also goes by the name of the field of a run that it replaces."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint="", aliases=[f"--{field}"])
 
-    Raises PgolfError in one line, naming the nearest option for one that does not exist.
-    """
-    words = [word for word in argv if word not in _HELP]
-    if len(words) < len(argv):
-        print_out(_help(command, kind, words, everything="--help-all" in argv))
-        return None
-    return _parse(command, kind, words)
+
+@dataclass(frozen=True, kw_only=True)
+class Shards:
+    """Options of every command that reads the validation data of a run."""
+
+    # Folder of validation shards; default: the run's (of several runs, the first one's).
+    data: Annotated[Path | None, _place("DIR", "data.path")] = None
+    # Tokenizer of those shards; default: the one that belongs to them.
+    tokenizer: Annotated[Path | None, _place("FILE", "data.tokenizer")] = None
+
+    @property
+    def words(self) -> Words:
+        return given({"data.path": self.data, "data.tokenizer": self.tokenizer})
+
+
+def given(fields: dict[str, object]) -> Words:
+    """Return FIELD=VALUE words for the values that are not None."""
+    return tuple(f"{name}={value}" for name, value in fields.items() if value is not None)
 
 
 def existing(path: Path, what: str) -> Path:
@@ -82,7 +81,9 @@ def existing(path: Path, what: str) -> Path:
 
 def run_folder(path: Path, words: Words = ()) -> tuple[RunFolder, RunConfig]:
     """Return a run folder, and its configuration with the fields that the words set."""
-    folder = RunFolder(existing(path, "run folder"))
+    if not path.exists():
+        raise PgolfError(f"run folder {path} does not exist: give the --out of a training run")
+    folder = RunFolder(path)
     return folder, flip(folder.read_config(), words)
 
 
@@ -92,101 +93,104 @@ def preset_with(name: str, size: Size | None, words: Words) -> RunConfig:
     return flip(base if size is None else shrink(base, size), words)
 
 
+def wrote(*paths: Path | None) -> None:
+    """Print the names of the files that were written."""
+    for path in filter(None, paths):
+        print(f"wrote {path}")
+
+
 # Parsing, with one line for every mistake
 
 
-def _parse(command: str, kind: type[Options], words: Sequence[str]) -> Options:
-    resolved: Any = resolve(kind, preset("exp101"))
-    _check_names(command, resolved, words)
+def parse(command: str, kind: Any, argv: Sequence[str]) -> Any:
+    """Return the options of a command from words, or None after printing the help they ask for.
+
+    Raises PgolfError in one line, naming the nearest option for one that does not exist.
+    """
+    words = [word for word in argv if word not in _HELP]
+    if len(words) < len(argv):
+        print(_help(command, kind, words, everything="--help-all" in argv))
+        return None
+    resolved = resolve(kind, preset("exp101"))
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box), _unwrapped():
             options, unknown = tyro.cli(resolved, prog=command, args=words, return_unknown_args=True)
     except SystemExit:
+        _check_names(command, resolved, words)
         raise PgolfError(_message(command, box.getvalue())) from None
     if unknown:
+        _check_names(command, resolved, words)
         raise PgolfError(f"{command} does not take {unknown[0]!r}: see `pgolf {command} --help`")
-    typed = {name: _words(getattr(options, name)) for name in _markers(kind)}
+    typed = {} if _marker(kind) is None else {"fields": _words(options.fields)}
     return kind(**{**vars(options), **typed})
 
 
 @contextlib.contextmanager
 def _unwrapped() -> Iterator[None]:
     """Keep tyro from wrapping messages at the terminal's width."""
-    before = os.environ.get("COLUMNS")
+    before = {name: value for name, value in os.environ.items() if name == "COLUMNS"}
     os.environ["COLUMNS"] = "10000"
     try:
         yield
     finally:
         del os.environ["COLUMNS"]
-        if before is not None:
-            os.environ["COLUMNS"] = before
+        os.environ.update(before)
 
 
 def _message(command: str, box: str) -> str:
-    """Return one line for the framed message of tyro: its title, then what is wrong or missing."""
+    """Return one line for the framed message of tyro: title, what is wrong or missing, the option's help."""
     title, *lines = filter(None, (line.strip("╭╮╰╯│─- ") for line in box.splitlines()))
+    quoted = re.findall("'([^']*)'", lines[0]) if lines else []
     if title == "Required options":
         return f"{command} needs {lines[1]}: for example `{COMMANDS[command].example}`"
+    if title == "Invalid choice":
+        value, option, *choices = quoted
+        return f"{option} is {value!r}; it must be one of {', '.join(sorted({*choices} - {'None'}))}"
+    if title == "Value error" and "Argument helptext:" in lines:
+        option, _, metavar = lines[lines.index("Argument helptext:") + 1].partition(" ")
+        return f"--{option} is {' '.join(quoted)!r}; it must be {metavar}"
     return lines[0].removeprefix("Error parsing ") if lines else title
 
 
-def _check_names(command: str, kind: type, words: Sequence[str]) -> None:
+def _check_names(command: str, resolved: Any, words: Sequence[str]) -> None:
     """Raise PgolfError naming the nearest option for the first one that does not exist."""
-    known = [*_names(kind), *(alias.lstrip("-") for alias in _ALIASES)]
+    known = re.findall(r"--([a-z][\w.-]*)", _tyro_help(command, resolved))
     for word in itertools.takewhile(lambda word: word != "--", words):
         name = word.partition("=")[0].lstrip("-").replace("_", "-")
-        if re.match("--?[a-zA-Z]", word) and re.sub(r"(^|\.)no-", r"\1", name) not in known:
+        if re.match("--?[a-zA-Z]", word) and name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
             hint = f"did you mean --{near[0]}?" if near else f"see `pgolf {command} --help`"
             raise PgolfError(f"unknown option {word.partition('=')[0]}: {hint}")
 
 
-def _names(kind: type) -> Iterator[str]:
-    """Yield the options of a class that `resolve` returned, fields of the configuration by dotted name."""
-    for name, hint in typing.get_type_hints(kind, include_extras=True).items():
-        extras = getattr(hint, "__metadata__", ())
-        if typing.is_typeddict(typing.get_args(hint)[0] if extras else hint):
-            for group, fields in typing.get_type_hints(typing.get_args(hint)[0]).items():
-                inner = typing.get_type_hints(fields) if typing.is_typeddict(fields) else ()
-                yield from ([f"{group}.{field}".replace("_", "-") for field in inner] or [group])
-        elif tyro.conf.Positional not in extras:
-            yield name.replace("_", "-")
-
-
 # Fields of the configuration as options
 
 
-def resolve(kind: type[Options], shown: RunConfig, *, brief: bool = False) -> type[Options]:
+def resolve(kind: Any, shown: RunConfig, *, brief: bool = False) -> Any:
     """Return `kind` with options for the fields of the configuration, whose defaults are those of `shown`."""
     annotations: dict[str, Any] = {}
-    docs, markers = _docs(kind), _markers(kind)  # type: ignore[arg-type]
-    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
-        hint, default = typing.get_type_hints(kind, include_extras=True)[field.name], field.default
-        if field.name in markers:
-            fields = _fields(markers[field.name], shown, brief=brief)
-            annotations[field.name] = Annotated[fields, tyro.conf.arg(name="", help="")]
+    hints, marker = typing.get_type_hints(kind, include_extras=True), _marker(kind)
+    for field in dataclasses.fields(kind):
+        hint, default = hints[field.name], field.default
+        if field.name == "fields":
+            fields = _fields(marker, shown, brief=brief)
+            annotations["fields"] = Annotated[fields, tyro.conf.arg(name="", help="")]
         elif not hasattr(hint, "__metadata__"):
             # the text says what None, False or nothing means, so "(default: None)" would only repeat it
             silent = default is None or default is False or default == ()
             _, metavar = _option(_without_none(hint), optional=False)
-            option = tyro.conf.arg(
-                help=docs[field.name], metavar=metavar, help_behavior_hint="" if silent else None
-            )
+            option = tyro.conf.arg(metavar=metavar, help_behavior_hint="" if silent else None)
             annotations[field.name] = Annotated[hint, option]
     defaults = {name: getattr(kind, name) for name in annotations if hasattr(kind, name)}
     body = {"__annotations__": annotations, "__module__": kind.__module__, **defaults}
     return dataclass(frozen=True)(type(kind.__name__, (kind,), body))
 
 
-def _markers(kind: type) -> dict[str, Fields]:
-    """Return the fields of an options class that collect fields of the configuration."""
-    return {
-        name: item
-        for name, hint in typing.get_type_hints(kind, include_extras=True).items()
-        for item in getattr(hint, "__metadata__", ())
-        if isinstance(item, Fields)
-    }
+def _marker(kind: Any) -> Any:
+    """Return the `Fields` of an options class, or None if it takes no fields of the configuration."""
+    hint = typing.get_type_hints(kind, include_extras=True).get("fields")
+    return None if hint is None else hint.__metadata__[0]
 
 
 def _fields(marker: Fields, shown: RunConfig, *, brief: bool) -> Any:
@@ -202,24 +206,23 @@ def _fields(marker: Fields, shown: RunConfig, *, brief: bool) -> Any:
     return _TypedDict("Groups", groups, total=False)
 
 
-def _groups(kind: type, shown: object, prefix: str = "") -> Iterator[tuple[str, type, object]]:
+def _groups(kind: Any, shown: object, prefix: str = "") -> Iterator[tuple[str, Any, object]]:
     """Yield every group as (dotted name, class, its value in `shown`, None if it is off)."""
     for name, hint in typing.get_type_hints(kind).items():
         inner = _without_none(hint)
         if dataclasses.is_dataclass(inner):
             value = getattr(shown, name, None)
-            yield f"{prefix}{name}", typing.cast(type, inner), value
-            yield from _groups(typing.cast(type, inner), value, f"{prefix}{name}.")
+            yield f"{prefix}{name}", inner, value
+            yield from _groups(inner, value, f"{prefix}{name}.")
 
 
-def _group(group: str, kind: type, shown: object, hidden: Words) -> Any:
+def _group(group: str, kind: Any, shown: object, hidden: Words) -> Any:
     """Return a TypedDict with an option for every field of a configuration class."""
     docs, fields = _docs(kind), {}
     when = "default" if shown is not None else "default when on"
     for name, hint in typing.get_type_hints(kind).items():
         inner = _without_none(hint)
         value = getattr(kind() if shown is None else shown, name)
-        metavar: str | None
         if not dataclasses.is_dataclass(inner):
             parsed, metavar = _option(inner, optional=inner is not hint)
             about, word = docs.get(name, ""), _text(value, " ") or "empty"
@@ -263,48 +266,47 @@ def _text(value: object, separator: str) -> str:
 def _words(groups: dict[str, Any]) -> Words:
     """Return what was typed as FIELD=VALUE words."""
     return tuple(
-        f"{group}.{name}={_text(value, ',')}" if isinstance(fields, dict) else f"{group}={fields}"
+        f"{group}.{name}={_text(value, ',')}" if name else f"{group}={value}"
         for group, fields in groups.items()
-        for name, value in (fields.items() if isinstance(fields, dict) else [("", "")])
+        for name, value in (fields.items() if isinstance(fields, dict) else [("", fields)])
     )
 
 
 def _without_none(hint: Any) -> Any:
     """Return X for the type X | None, and any other type as it is."""
-    if typing.get_origin(hint) not in (types.UnionType, typing.Union):
-        return hint
-    return next(option for option in typing.get_args(hint) if option is not types.NoneType)
+    return typing.get_args(hint)[0] if type(None) in typing.get_args(hint) else hint
 
 
 @functools.cache
 def _docs(kind: type) -> dict[str, str]:
     """Return the string below each field of a class, which Python itself does not keep."""
-    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
-    return {
-        field.target.id: " ".join(text.value.value.split())
-        for field, text in itertools.pairwise(typing.cast(ast.ClassDef, tree).body)
-        if isinstance(field, ast.AnnAssign)
-        and isinstance(field.target, ast.Name)
-        and isinstance(text, ast.Expr)
-        and isinstance(text.value, ast.Constant)
-        and isinstance(text.value.value, str)
-    }
+    (tree,) = ast.parse(inspect.getsource(kind)).body
+    docs = {}
+    for pair in itertools.pairwise(typing.cast(ast.ClassDef, tree).body):
+        match pair:
+            case (ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text)))):
+                docs[name] = " ".join(text.split())
+    return docs
 
 
 # Help
 
 
-def _help(command: str, kind: type, words: Sequence[str], *, everything: bool) -> str:
-    """Return what a command does, an example, and its options."""
-    named, shown = _shown(command, kind, words)
+def _tyro_help(command: str, resolved: Any) -> str:
     box = io.StringIO()
     with contextlib.redirect_stdout(box), contextlib.suppress(SystemExit):
-        resolved: Any = resolve(kind, shown, brief=not everything)
         tyro.cli(resolved, prog=f"pgolf {command}", args=["--help"], description="")
-    text = re.sub(r"(?m)^ +-+\s*\n|^ *-h, --help.*\n( {8}.*\n)?|[ ]+$", "", box.getvalue().strip())
-    entry = COMMANDS[command]
+    return box.getvalue().strip()
+
+
+def _help(command: str, kind: Any, words: Sequence[str], *, everything: bool) -> str:
+    """Return what a command does, an example, and its options."""
+    named, shown = _shown(command, kind, words)
+    text = _tyro_help(command, resolve(kind, shown, brief=not everything))
+    text = re.sub(r"(?m)^ +-+\s*\n|^ *-h, --help.*\n( {8}.*\n)?|[ ]+$", "", text)
+    entry, marker = COMMANDS[command], _marker(kind)
     lines = [f"{entry.about}.", f"Example: {entry.example}", "", text]
-    for marker in _markers(kind).values():
+    if marker is not None:
         lines.append("")
         if marker.brief and not everything:
             more = ", ".join(f"--{name}".replace("_", "-") for name in marker.brief)
@@ -316,11 +318,11 @@ def _help(command: str, kind: type, words: Sequence[str], *, everything: bool) -
     return "\n".join(lines)
 
 
-def _shown(command: str, kind: type, words: Sequence[str]) -> tuple[str, RunConfig]:
+def _shown(command: str, kind: Any, words: Sequence[str]) -> tuple[str, RunConfig]:
     """Return the name and configuration whose defaults a help shows: the preset or run named, else exp101."""
     named, size = "exp101", None
     with contextlib.suppress(PgolfError):  # where nothing is named
-        options: Any = _parse(command, kind, words)
+        options = parse(command, kind, words)
         named = str(getattr(options, "preset", "") or getattr(options, "run", "") or named)
         size = getattr(options, "shrink", None)
     if Path(named).is_dir():

@@ -1,113 +1,329 @@
-"""Commands that make and use a run: demo, train, import, generate."""
+"""Commands from text to a submission: demo, train, import, quantize, pack, eval, submit, generate, ..."""
 
-from __future__ import annotations
-
+import contextlib
+import io
+import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Union, get_args
 
 import tyro
 
-from pgolf_fast.cli.options import AllFields, Preset, Run, Size, existing, preset_with, run_folder
-from pgolf_fast.cli.output import print_out
+from pgolf_fast import console
+from pgolf_fast.cli.commands import COMMANDS, GROUPS
+from pgolf_fast.cli.options import (
+    AllFields,
+    Fields,
+    Preset,
+    Run,
+    Shards,
+    Size,
+    Words,
+    existing,
+    given,
+    preset_with,
+    resolve,
+    run_folder,
+    wrote,
+)
+from pgolf_fast.config.fields import flatten, flip
+from pgolf_fast.config.presets import PRESETS, is_preset, preset
+from pgolf_fast.config.run_folder import RunFolder, Weights
+from pgolf_fast.config.schema import Codec, RunConfig
 from pgolf_fast.errors import PgolfError
+
+_QUANT_FIELDS = ("quant.percentiles", "quant.block_size", "quant.damping", "quant.small_tensor")
+TTT_FIELDS = ("ttt.*", "ttt.lora.*", "ttt.guided.*")
 
 
 @dataclass(frozen=True)
 class Demo:
-    seconds: float = 100.0
-    """Training time. Quantizing and scoring come on top."""
-    out: Path = Path("runs/demo")
-    """Run folder; an earlier demo there is replaced."""
-    seed: int = 42
-    """Seed of the weights."""
+    seconds: float = 100.0  # Training time. Quantizing and scoring come on top.
+    out: Path = Path("runs/demo")  # Run folder; an earlier demo there is replaced.
+    seed: int = 42  # Seed of the weights.
 
+    def main(self) -> None:
+        if self.seconds <= 0:
+            raise PgolfError(f"--seconds is {self.seconds}; it must be positive")
+        from pgolf_fast.cli.demo import run_demo
 
-def demo(options: Demo) -> int:
-    if options.seconds <= 0:
-        raise PgolfError(f"--seconds is {options.seconds}; it must be positive")
-    from pgolf_fast.cli.demo import run_demo
-
-    print_out(run_demo(options.out, seconds=options.seconds, seed=options.seed))
-    return 0
+        print(run_demo(self.out, seconds=self.seconds, seed=self.seed))
 
 
 @dataclass(frozen=True)
 class Train:
-    preset: Preset
-    """Configuration to start from; `pgolf config` lists the presets."""
+    preset: Preset  # Configuration to start from; `pgolf config` lists the presets.
     fields: AllFields
-    out: Path | None = None
-    """Run folder; default: runs/PRESET."""
-    resume: bool = False
-    """Continue the run in that folder from its newest checkpoint."""
-    track: Literal["wandb", "tensorboard"] | None = None
-    """Also send metrics there; metrics.jsonl is always written."""
+    out: Path | None = None  # Run folder; default: runs/PRESET.
+    resume: bool = False  # Continue the run in that folder from its newest checkpoint.
+    track: Literal["wandb", "tensorboard"] | None = None  # Send metrics there as well as to metrics.jsonl.
+    # Train the preset at this size, under the name PRESET_SIZE; other options change it from there.
     shrink: Size | None = None
-    """Train the preset at this size, under the name PRESET_SIZE; other options change it from there."""
 
+    def main(self) -> None:
+        from pgolf_fast.train.loop import train
 
-def train(options: Train) -> int:
-    from pgolf_fast.train.loop import train as run_training
-
-    config = preset_with(options.preset, options.shrink, options.fields)
-    out = options.out or Path("runs") / config.name
-    result = run_training(config, out, resume=options.resume, track=options.track)
-    if not result.is_main:
-        return 0
-    print_out(str(result))
-    return 0
+        config = preset_with(self.preset, self.shrink, self.fields)
+        result = train(config, self.out or Path("runs", config.name), resume=self.resume, track=self.track)
+        if result.is_main:
+            print(result)
 
 
 @dataclass(frozen=True)
 class Import:
+    # Weights, .pt or .safetensors; a .pt file is read without running pickled code.
     weights: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
-    """Weights, .pt or .safetensors; a .pt file is read without running pickled code."""
-    preset: Preset
-    """Preset the weights were trained as."""
+    preset: Preset  # Preset the weights were trained as.
     fields: AllFields
-    out: Path | None = None
-    """Run folder; default: runs/NAME of the weights file."""
-    shrink: Size | None = None
-    """Size of the preset that the weights have."""
+    out: Path | None = None  # Run folder; default: runs/NAME of the weights file.
+    shrink: Size | None = None  # Size of the preset that the weights have.
+
+    def main(self) -> None:
+        from pgolf_fast.train.checkpoint import import_weights
+
+        weights = existing(self.weights, "weights file")
+        config = preset_with(self.preset, self.shrink, self.fields)
+        folder = RunFolder(self.out or Path("runs", weights.stem))
+        import_weights(weights, config, folder)
+        print(f"wrote {folder.model_file}; continue with `pgolf quantize {folder.path}`")
 
 
-def import_weights(options: Import) -> int:
-    from pgolf_fast.config.run_folder import RunFolder
-    from pgolf_fast.train.importing import import_weights as write_run
+@dataclass(frozen=True)
+class Quantize:
+    run: Run  # Run folder.
+    fields: Annotated[Words, Fields(("quant",), brief=_QUANT_FIELDS)]
+    grid: Literal["reference", "percentile", "rd"] | None = None  # Short for --quant.grid.
+    target_bytes: int | None = None  # Short for --quant.target-bytes.
 
-    weights = existing(options.weights, "weights file")
-    config = preset_with(options.preset, options.shrink, options.fields)
-    folder = RunFolder(options.out or Path("runs") / weights.stem)
-    write_run(weights, config, folder)
-    print_out(f"wrote {folder.model_file}; continue with `pgolf quantize {folder.path}`")
-    return 0
+    def main(self) -> None:
+        from pgolf_fast.artifact.pack import quantize_run
+
+        short = given({"quant.grid": self.grid, "quant.target_bytes": self.target_bytes})
+        folder, config = run_folder(self.run, (*self.fields, *short))
+        console.setup_logging(folder.log_file)
+        print(quantize_run(folder, config.quant))
+        wrote(folder.quantized_file)
+
+
+@dataclass(frozen=True)
+class Pack:
+    run: Run  # Run folder, quantized.
+    fields: Annotated[Words, Fields(("pack",))]
+    # Also print bytes by section and tensor, entropy bounds, and the artifact's size under every codec.
+    table: bool = False
+    # Codecs that --table measures, if installed; at full size lzma, zstd and brotli take a minute each.
+    measure: tuple[Codec, ...] = get_args(Codec)
+    json: Path | None = None  # File for the table as JSON.
+    treemap: Path | None = None  # PNG file for a treemap of the bytes.
+
+    def main(self) -> None:
+        from pgolf_fast.artifact.pack import pack_run
+
+        folder, config = run_folder(self.run, self.fields)
+        console.setup_logging(folder.log_file)
+        packed = pack_run(folder, config.pack)
+        print(packed)
+        wrote(packed.path)
+        if self.table or self.json or self.treemap:
+            self._print_bytes(packed.path)
+
+    def _print_bytes(self, artifact: Path) -> None:
+        from pgolf_fast.io import write_text
+        from pgolf_fast.lab.analysis.artifact_bytes import artifact_table
+        from pgolf_fast.lab.report.plots import plot_treemap
+
+        table = artifact_table(artifact, self.measure if self.table or self.json else ())
+        if self.table:
+            print("\n" + table.text())
+        if self.json is not None:
+            write_text(self.json, json.dumps(table.to_dict(), indent=1) + "\n")
+        if self.treemap is not None:
+            plot_treemap(table, self.treemap)
+        wrote(self.json, self.treemap)
+
+
+@dataclass(frozen=True)
+class Eval(Shards):
+    run: Run  # Run folder; with --estimate, a preset too.
+    fields: Annotated[Words, Fields(("eval", "ttt"), brief=TTT_FIELDS)]
+    weights: Weights = "artifact"  # Score the packed artifact, or the float weights before quantization.
+    figures: bool = False  # Print all tables of the figures, not only the one by class.
+    estimate: bool = False  # Print the amount of work and how long it would take here; score nothing.
+    allow_illegal: bool = False  # Also score test-time training that breaks the rules, labeled ILLEGAL.
+
+    def main(self) -> None:
+        words, name = (*self.fields, *self.words), str(self.run)
+        if self.estimate and is_preset(name) and not self.run.exists():
+            self._estimate(None, flip(preset(name), words))
+        elif self.estimate:
+            self._estimate(*run_folder(self.run, words))
+        else:
+            self._score(*run_folder(self.run, words))
+
+    def _score(self, folder: RunFolder, config: RunConfig) -> None:
+        from pgolf_fast.distributed import join_world
+        from pgolf_fast.evaluation.figures import tables
+        from pgolf_fast.evaluation.run import score_run
+        from pgolf_fast.lab.report.plots import draw_scores
+
+        with join_world() as world:
+            console.setup_logging(folder.log_file if world.is_main else None, quiet=not world.is_main)
+            scores = score_run(folder, config, self.weights, world, allow_illegal=self.allow_illegal)
+        if not world.is_main:
+            return
+        path = folder.scores_file(self.weights)
+        content = json.loads(path.read_text(encoding="utf-8"))
+        print(scores.table())
+        if scores.illegal:
+            print(f"\nThe third score BREAKS THE RULES of the challenge: {scores.illegal}.")
+        for table in tables(content["figures"], every=self.figures, illegal=scores.illegal):
+            print(f"\n{table}")
+        print()
+        wrote(path, draw_scores(content, path.with_suffix(".png")))
+
+    def _estimate(self, folder: RunFolder | None, config: RunConfig) -> None:
+        from pgolf_fast.evaluation.run import estimate_run
+        from pgolf_fast.evaluation.scores import TTT, mark
+
+        console.setup_logging()
+        start = time.perf_counter()
+        estimates, source = estimate_run(folder, config, self.weights)
+        header = ("estimate", "windows", "scored targets", "updates", "TFLOP", "time")
+        rows = [
+            (
+                mark(e.name, e.name == TTT and config.ttt.illegal),
+                *(f"{count:,}" for count in (e.windows, e.tokens, e.updates)),
+                f"{e.flops / 1e12:,.2f}",
+                console.duration(e.seconds),
+            )
+            for e in estimates
+        ]
+        print(console.Table(header, rows))
+        total, taken = sum(e.seconds for e in estimates), time.perf_counter() - start
+        print(
+            f"\nabout {console.duration(total)} in total on this machine, measured with {source}; "
+            f"the estimate took {console.duration(taken)}"
+        )
+
+
+@dataclass(frozen=True)
+class Submit:
+    run: Run  # Run folder, packed and scored.
+    out: Path | None = None  # Folder to write; default: RUN/submission.
+    author: str = "your name"  # Author of the submission.
+    github_id: str = "your-github-id"  # GitHub handle of the author.
+    name: str | None = None  # Title; default: the preset's name.
+    blurb: str | None = None  # One or two sentences about it; default: made from the configuration.
+    track: str = "non_record_16mb"  # Track to submit to.
+    readable: bool = False  # Write the script as readable source, not compressed, and count that.
+
+    def main(self) -> None:
+        from pgolf_fast.artifact.submission import About, write_submission
+
+        folder, _ = run_folder(self.run)
+        out = self.out or folder.path / "submission"
+        about = About(self.author, self.github_id, self.name, self.blurb, self.track)
+        written = write_submission(folder, out, about, readable=self.readable)
+        print(console.Table(("part", "bytes"), [(part, f"{size:,}") for part, size in written.items()]))
+        wrote(out)
 
 
 @dataclass(frozen=True)
 class Generate:
-    run: Run
-    """Run folder."""
-    prompt: str = ""
-    """Text to continue; an empty prompt starts a document."""
-    tokens: int = 200
-    """Tokens to generate."""
-    temperature: float = 0.8
-    """Sampling temperature; 0 takes the most likely token."""
-    seed: int = 0
-    """Seed of the sampling."""
+    run: Run  # Run folder.
+    prompt: str = ""  # Text to continue; an empty prompt starts a document.
+    tokens: int = 200  # Tokens to generate.
+    temperature: float = 0.8  # Sampling temperature; 0 takes the most likely token.
+    seed: int = 0  # Seed of the sampling.
+
+    def main(self) -> None:
+        from pgolf_fast.artifact.load import generate
+
+        if self.tokens < 1:
+            raise PgolfError(f"--tokens is {self.tokens}; it must be at least 1")
+        if self.temperature < 0:
+            raise PgolfError(f"--temperature is {self.temperature}; it must not be negative")
+        folder, _ = run_folder(self.run)
+        print(generate(folder, self.prompt, self.tokens, temperature=self.temperature, seed=self.seed))
 
 
-def generate(options: Generate) -> int:
-    from pgolf_fast.artifact.load import generate as generate_text
+@dataclass(frozen=True)
+class Config:
+    fields: AllFields
+    # Preset to print; without one, all presets are listed.
+    preset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET", help_behavior_hint="")] = ""
+    diff: str | None = None  # Print only the fields that differ from this preset.
+    shrink: Size | None = None  # Print the preset at this size.
+    from_env: Path | None = None  # Translate the environment variables of a run script instead.
+    base: str | None = None  # With --from-env: the preset that the variables change; default: exp101_as_run.
 
-    if options.tokens < 1:
-        raise PgolfError(f"--tokens is {options.tokens}; it must be at least 1")
-    if options.temperature < 0:
-        raise PgolfError(f"--temperature is {options.temperature}; it must not be negative")
-    folder, _ = run_folder(options.run)
-    text = generate_text(
-        folder, options.prompt, options.tokens, temperature=options.temperature, seed=options.seed
+    def main(self) -> None:
+        changes = self.fields or self.diff or self.shrink
+        if self.from_env is not None:
+            if self.preset or changes:
+                raise PgolfError("--from-env takes no preset and no other option than --base: leave them out")
+            _print_translation(self.from_env, preset(self.base or "exp101_as_run"))
+        elif self.base is not None:
+            raise PgolfError("--base is for --from-env; name the preset itself: pgolf config PRESET")
+        elif self.preset:
+            config = preset_with(self.preset, self.shrink, self.fields)
+            if self.diff is not None:
+                print(_difference(config, preset(self.diff)))
+            else:
+                parameters = ("parameters", f"{config.model.num_parameters():,}")
+                print(console.Table(None, [*_shown(config).items(), parameters]))
+        elif changes:
+            raise PgolfError("config needs a preset, for example exp101; `pgolf config` lists them")
+        else:
+            rows = [(n, f"{f().model.num_parameters():,}", f.__doc__ or "") for n, f in PRESETS.items()]
+            print(console.Table(("preset", "parameters", "description"), rows))
+
+
+def _shown(config: RunConfig) -> dict[str, str]:
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in flatten(config)}
+
+
+def _difference(ours: RunConfig, theirs: RunConfig) -> str:
+    """Return a table of the fields in which two configurations differ."""
+    left, right = (
+        {**_shown(config), "parameters": str(config.model.num_parameters())} for config in (ours, theirs)
     )
-    print_out(text)
-    return 0
+    rows = [(name, left.get(name, "null"), right.get(name, "null")) for name in {**left, **right}]
+    rows = [(name, old, new) for name, old, new in rows if old != new and name != "name"]
+    if not rows:
+        return f"{ours.name} and {theirs.name} do not differ"
+    return console.Table(("field", ours.name, theirs.name), rows).text()
+
+
+def _print_translation(script: Path, base: RunConfig) -> None:
+    from pgolf_fast.config.env import translate
+
+    translation = translate(existing(script, "run script").read_text(encoding="utf-8"), base)
+    rows = sorted(translation.used.items())
+    print(console.Table(("variable", "field"), rows) if rows else "no known variables")
+    print(f"\nchanges to {base.name}:")
+    print(_difference(translation.config, base))
+    if translation.unknown:
+        unknown = ", ".join(f"{name}={value}" for name, value in sorted(translation.unknown.items()))
+        print(f"\nunknown, not translated: {unknown}")
+
+
+@dataclass(frozen=True)
+class Completion:
+    # Shell to write for. For zsh: pgolf completion zsh > DIR/_pgolf, where DIR is in fpath.
+    shell: Annotated[Literal["bash", "zsh"], tyro.conf.Positional]
+
+    def main(self) -> None:
+        union: Any = Union  # of types that are only known at run time
+        kinds: dict[str, list[Any]] = {"": [], "data": []}
+        for name, command in COMMANDS.items():
+            group, _, last = name.rpartition(" ")
+            about = tyro.conf.subcommand(last, description=command.about)
+            kinds[group].append(Annotated[resolve(command.load(), preset("exp101")), about])
+        about = tyro.conf.subcommand("data", description=GROUPS["data"])
+        kinds[""].append(Annotated[union[tuple(kinds["data"])], about])
+        script = io.StringIO()
+        with contextlib.redirect_stdout(script), contextlib.suppress(SystemExit):
+            tyro.cli(union[tuple(kinds[""])], prog="pgolf", args=["--tyro-print-completion", self.shell])
+        print(script.getvalue().rstrip())

@@ -1,6 +1,7 @@
-"""Checks that configuration classes share."""
+"""Checks that configuration classes share. `group` is the dotted name of `config`, for messages."""
 
-from __future__ import annotations
+import difflib
+from collections.abc import Callable, Iterable
 
 from pgolf_fast.errors import PgolfError
 
@@ -12,39 +13,53 @@ def need(condition: bool, message: str) -> None:
 
 
 def need_positive(group: str, config: object, *names: str) -> None:
-    """Raise PgolfError unless each of these fields of `group` is positive, or None."""
-    for name in names:
-        value = getattr(config, name)
-        message = f"{group}.{name} is {value}; it must be positive{_or_none(config, name)}"
-        need(value is None or value > 0, message)
+    """Raise PgolfError unless each of these fields is positive, or None."""
+    _need_all(group, config, names, lambda value: value > 0, "must be positive")
 
 
 def need_not_negative(group: str, config: object, *names: str) -> None:
-    """Raise PgolfError if one of these fields of `group` is negative."""
-    for name in names:
-        value = getattr(config, name)
-        need(value >= 0, f"{group}.{name} is {value}; it must not be negative")
+    """Raise PgolfError if one of these fields is negative."""
+    _need_all(group, config, names, lambda value: value >= 0, "must not be negative")
 
 
 def need_share(group: str, config: object, *names: str) -> None:
     """Raise PgolfError unless each of these fields is above 0 and at most 1, or None."""
-    for name in names:
-        value = getattr(config, name)
-        message = f"{group}.{name} is {value}; it must be above 0 and at most 1{_or_none(config, name)}"
-        need(value is None or 0 < value <= 1, message)
+    _need_all(group, config, names, lambda value: 0 < value <= 1, "must be above 0 and at most 1")
 
 
 def need_decay(group: str, config: object, *names: str) -> None:
-    """Raise PgolfError unless each of these fields is at least 0 and below 1."""
+    """Raise PgolfError unless each of these fields is at least 0 and below 1, or None."""
+    _need_all(group, config, names, lambda value: 0 <= value < 1, "must be at least 0 and below 1")
+
+
+def _need_all(
+    group: str, config: object, names: Iterable[str], fits: Callable[[float], bool], rule: str
+) -> None:
     for name in names:
         value = getattr(config, name)
-        need(0 <= value < 1, f"{group}.{name} is {value}; it must be in [0, 1)")
+        or_none = ", or None" if "None" in str(type(config).__annotations__[name]) else ""
+        need(value is None or fits(value), f"{group}.{name} is {value}; it {rule}{or_none}")
 
 
-def _or_none(config: object, name: str) -> str:
-    return ", or None" if "None" in str(type(config).__annotations__[name]) else ""
+def need_multiple(group: str, config: object, whole: str, part: str) -> None:
+    """Raise PgolfError unless the field `whole` is a multiple of the field `part`."""
+    a, b = getattr(config, whole), getattr(config, part)
+    need(a % b == 0, f"{group}.{whole} {a} is not a multiple of {group}.{part} {b}")
 
 
-def blocks_of(share: float, layers: int) -> int:
-    """Return the number of blocks that a share of `layers` is: rounded down, at least one."""
-    return max(1, int(share * layers + 1e-9))  # 0.29 * 100 is a little below 29
+def need_either(group: str, config: object, one: str, other: str) -> None:
+    """Raise PgolfError unless exactly one of these two fields is None."""
+    a, b = getattr(config, one), getattr(config, other)
+    message = f"{group}.{one} is {a} and {group}.{other} is {b}; give one and set the other to None"
+    need((a is None) != (b is None), message)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return the question that suggests the nearest known name, or no text if none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
+    return f"did you mean {near[0]}? " if near else ""
+
+
+def share_of(share: float, count: int) -> int:
+    """Return a share of `count` things, rounded down but at least one."""
+    return max(1, int(share * count + 1e-9))  # 0.29 * 100 is a little below 29

@@ -1,120 +1,63 @@
 """Translation of run scripts: the environment variables of PR 1501 and related programs."""
 
-from __future__ import annotations
-
 import re
 import shlex
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from pgolf_fast.config.fields import flatten, set_fields
-from pgolf_fast.config.meta import MetaConfig
-from pgolf_fast.config.schema import RunConfig
+from pgolf_fast.config.fields import field_type, flatten, set_fields, without_none
+from pgolf_fast.config.schema import MetaConfig, RunConfig
 from pgolf_fast.errors import PgolfError
 
-Value = int | float | str | bool | None | tuple[int, ...] | MetaConfig
-
-
-def _flag(text: str) -> bool:
-    if text.lower() in ("1", "true", "yes", "on"):
-        return True
-    if text.lower() in ("0", "false", "no", "off", ""):
-        return False
-    raise ValueError(text)
-
-
-def _off_at_zero(convert: Callable[[str], float]) -> Callable[[str], float | None]:
-    return lambda text: convert(text) or None
-
-
-def _layers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(",") if part.strip())
-
-
-def _method(split: str) -> str:
-    return "cross_chunk" if split == "batch" else "fomaml"
-
-
-def _meta(text: str) -> MetaConfig | None:
-    return MetaConfig() if _flag(text) else None
-
-
-FIELDS: dict[str, tuple[str, Callable[[str], Value]]] = {
-    "SEED": ("train.seed", int),
-    "ITERATIONS": ("train.steps", int),
-    "MAX_WALLCLOCK_SECONDS": ("train.max_seconds", _off_at_zero(float)),
-    "WARMUP_STEPS": ("train.warmup_steps", int),
-    "WARMDOWN_ITERS": ("train.warmdown_steps", int),
-    "TRAIN_BATCH_TOKENS": ("train.batch_tokens", int),
-    "GRAD_ACCUM_TOTAL": ("accumulation", int),
-    "TRAIN_SEQ_LEN": ("train.seq_len", int),
-    "VAL_LOSS_EVERY": ("train.val_every", _off_at_zero(int)),
-    "TRAIN_LOG_EVERY": ("train.log_every", int),
-    "ADAPTIVE_WARMDOWN": ("train.adaptive_warmdown", _flag),
-    "ADAPTIVE_WARMDOWN_EMA": ("train.adaptive_ema", float),
-    "ADAPTIVE_WARMDOWN_THRESHOLD": ("train.adaptive_threshold", float),
-    "ADAPTIVE_WARMDOWN_MIN_STEP": ("train.adaptive_min_step", int),
-    "META_TTT_ENABLED": ("train.meta", _meta),
-    "META_TTT_INNER_LR": ("train.meta.inner_lr", float),
-    "META_TTT_EVERY": ("train.meta.every", int),
-    "META_TTT_LOSS_WEIGHT": ("train.meta.weight", float),
-    "META_TTT_FREEZE_BLOCKS": ("train.meta.freeze_blocks", int),
-    "META_TTT_SPLIT": ("train.meta.method", _method),
-    "META_TTT_DELTA_WEIGHT": ("train.meta.delta_weight", float),
-    "META_TTT_SAM_ENABLED": ("sam", _flag),
-    "META_TTT_SAM_RHO": ("train.meta.sam_radius", float),
-    "META_SGD_ENABLED": ("train.meta.slot_rates", _flag),
-    "LATE_QAT_THRESHOLD": ("train.qat.below", float),
-    "DATA_PATH": ("data.path", str),
-    "TOKENIZER_PATH": ("data.tokenizer", str),
-    "VOCAB_SIZE": ("model.vocab_size", int),
-    "NUM_LAYERS": ("model.num_layers", int),
-    "MODEL_DIM": ("model.model_dim", int),
-    "NUM_HEADS": ("model.num_heads", int),
-    "NUM_KV_HEADS": ("model.num_kv_heads", int),
-    "MLP_MULT": ("model.mlp_mult", float),
-    "TIE_EMBEDDINGS": ("model.tie_embeddings", _flag),
-    "TIED_EMBED_INIT_STD": ("model.tied_embed_init_std", float),
-    "LOGIT_SOFTCAP": ("model.logit_softcap", float),
-    "ROPE_BASE": ("model.rope_base", float),
-    "ROPE_DIMS": ("model.rope_dims", int),
-    "QK_GAIN_INIT": ("model.qk_gain_init", float),
-    "BIGRAM_VOCAB_SIZE": ("model.bigram_vocab_size", int),
-    "BIGRAM_DIM": ("model.bigram_dim", int),
-    "TRIGRAM": ("model.trigram", _flag),
-    "POS_CONDITIONAL_BIGRAM": ("model.pos_conditional", _flag),
-    "XSA_LAST_N": ("model.xsa_last_n", int),
-    "LN_SCALE": ("model.ln_scale", _flag),
-    "VE_ENABLED": ("model.ve_enabled", _flag),
-    "VE_DIM": ("model.ve_dim", int),
-    "VE_LAYERS": ("model.ve_layers", _layers),
-    "MATRIX_LR": ("optim.matrix_lr", float),
-    "SCALAR_LR": ("optim.scalar_lr", float),
-    "TIED_EMBED_LR": ("optim.embed_lr", float),
-    "MUON_MOMENTUM": ("optim.muon_momentum", float),
-    "MUON_MOMENTUM_WARMUP_START": ("optim.muon_momentum_start", float),
-    "MUON_MOMENTUM_WARMUP_STEPS": ("optim.muon_momentum_warmup_steps", int),
-    "MUON_BACKEND_STEPS": ("optim.muon_newton_schulz_steps", int),
-    "MUON_WD": ("optim.weight_decay", float),
-    "ADAM_WD": ("optim.weight_decay", float),
-    "BETA1": ("optim.adam_beta1", float),
-    "BETA2": ("optim.adam_beta2", float),
-    "ADAM_EPS": ("optim.adam_eps", float),
-    "GRAD_CLIP_NORM": ("optim.grad_clip", _off_at_zero(float)),
-    "EMA_DECAY": ("average.ema_decay", float),
-    "EMA_EVERY": ("average.ema_every", int),
-    "SWA_EVERY": ("average.swa_every", _off_at_zero(int)),
-    "EVAL_SEQ_LEN": ("eval.seq_len", int),
-    "EVAL_STRIDE": ("eval.stride", int),
-    "EVAL_BATCH_SEQS": ("eval.batch_seqs", int),
-    "TTT_LR": ("ttt.lr", float),
-    "TTT_EPOCHS": ("ttt.epochs", int),
-    "TTT_CHUNK_TOKENS": ("ttt.chunk_tokens", int),
-    "TTT_FREEZE_BLOCKS": ("ttt.freeze_blocks", int),
-    "TTT_MOMENTUM": ("ttt.momentum", float),
-    "TTT_BATCH_SEQS": ("ttt.batch_seqs", int),
-    "TTT_GRAD_CLIP": ("ttt.grad_clip", float),
+_SAME_NAME = {  # variables named like a field, with or without its group in front
+    "data": "DATA_PATH",
+    "model": "VOCAB_SIZE NUM_LAYERS NUM_HEADS NUM_KV_HEADS MLP_MULT TIE_EMBEDDINGS "
+    "TIED_EMBED_INIT_STD LOGIT_SOFTCAP ROPE_BASE ROPE_DIMS QK_GAIN_INIT BIGRAM_VOCAB_SIZE BIGRAM_DIM TRIGRAM "
+    "XSA_LAST_N LN_SCALE VE_ENABLED VE_DIM VE_LAYERS",
+    "train": "SEED WARMUP_STEPS TRAIN_BATCH_TOKENS TRAIN_SEQ_LEN TRAIN_LOG_EVERY ADAPTIVE_WARMDOWN",
+    "optim": "MATRIX_LR SCALAR_LR MUON_MOMENTUM ADAM_EPS",
+    "average": "EMA_DECAY EMA_EVERY SWA_EVERY",
+    "eval": "EVAL_SEQ_LEN EVAL_STRIDE EVAL_BATCH_SEQS",
+    "ttt": "TTT_LR TTT_EPOCHS TTT_CHUNK_TOKENS TTT_FREEZE_BLOCKS TTT_MOMENTUM TTT_BATCH_SEQS TTT_GRAD_CLIP",
 }
+FIELDS = {
+    name: f"{group}.{name.lower().removeprefix(f'{group}_')}"
+    for group, names in _SAME_NAME.items()
+    for name in names.split()
+} | {
+    "ITERATIONS": "train.steps",
+    "MAX_WALLCLOCK_SECONDS": "train.max_seconds",
+    "WARMDOWN_ITERS": "train.warmdown_steps",
+    "GRAD_ACCUM_TOTAL": "accumulation",
+    "VAL_LOSS_EVERY": "train.val_every",
+    "ADAPTIVE_WARMDOWN_EMA": "train.adaptive_ema",
+    "ADAPTIVE_WARMDOWN_THRESHOLD": "train.adaptive_threshold",
+    "ADAPTIVE_WARMDOWN_MIN_STEP": "train.adaptive_min_step",
+    "META_TTT_ENABLED": "train.meta",
+    "META_TTT_INNER_LR": "train.meta.inner_lr",
+    "META_TTT_EVERY": "train.meta.every",
+    "META_TTT_LOSS_WEIGHT": "train.meta.weight",
+    "META_TTT_FREEZE_BLOCKS": "train.meta.freeze_blocks",
+    "META_TTT_SPLIT": "train.meta.method",
+    "META_TTT_DELTA_WEIGHT": "train.meta.delta_weight",
+    "META_TTT_SAM_ENABLED": "sam",
+    "META_TTT_SAM_RHO": "train.meta.sam_radius",
+    "META_SGD_ENABLED": "train.meta.slot_rates",
+    "LATE_QAT_THRESHOLD": "train.qat.below",
+    "TOKENIZER_PATH": "data.tokenizer",
+    "MODEL_DIM": "model.model_dim",
+    "POS_CONDITIONAL_BIGRAM": "model.pos_conditional",
+    "TIED_EMBED_LR": "optim.embed_lr",
+    "MUON_MOMENTUM_WARMUP_START": "optim.muon_momentum_start",
+    "MUON_MOMENTUM_WARMUP_STEPS": "optim.muon_momentum_warmup_steps",
+    "MUON_BACKEND_STEPS": "optim.muon_newton_schulz_steps",
+    "MUON_WD": "optim.weight_decay",
+    "ADAM_WD": "optim.weight_decay",
+    "BETA1": "optim.adam_beta1",
+    "BETA2": "optim.adam_beta2",
+    "GRAD_CLIP_NORM": "optim.grad_clip",
+}
+_PSEUDO_FIELDS = {"accumulation": int, "sam": bool}  # translated by `_with_values`
+_OFF_AT_ZERO = ("train.max_seconds", "train.val_every", "optim.grad_clip", "average.swa_every")
 
 _ASSIGNMENT = re.compile(r"^([A-Za-z_][A-Za-z0-9_]*)=(.*)$", re.DOTALL)
 _DEFAULT = re.compile(r"^\$\{[A-Za-z_][A-Za-z0-9_]*:?[-=]([^}]*)\}$")
@@ -156,14 +99,14 @@ def translate(script: str, base: RunConfig) -> Translation:
     """
     used: dict[str, str] = {}
     unknown: dict[str, str] = {}
-    values: dict[str, Value] = {}
+    values: dict[str, object] = {}
     for name, text in assignments(script).items():
         if name not in FIELDS:
             unknown[name] = text
             continue
-        field, convert = FIELDS[name]
+        field = FIELDS[name]
         try:
-            value = convert(text)
+            value = _value(field, text)
         except ValueError:
             raise PgolfError(f"{name}={text!r} does not fit {field}: give a value of its type") from None
         if values.get(field, value) != value:
@@ -175,7 +118,23 @@ def translate(script: str, base: RunConfig) -> Translation:
     return Translation(_with_values(base, values), used, unknown)
 
 
-def _with_values(base: RunConfig, values: dict[str, Value]) -> RunConfig:
+def _value(field: str, text: str) -> object:
+    """Return the text of a variable as a value of its field. Raises ValueError if it is of another type."""
+    if field == "train.meta.method":
+        return "cross_chunk" if text == "batch" else "fomaml"
+    kind = _PSEUDO_FIELDS.get(field) or without_none(field_type(RunConfig, field))
+    if kind in (bool, MetaConfig):
+        on = text.lower() in ("1", "true", "yes", "on")
+        if not on and text.lower() not in ("0", "false", "no", "off", ""):
+            raise ValueError(text)
+        return on if kind is bool else MetaConfig() if on else None
+    if field == "model.ve_layers":
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    value = kind(text)
+    return None if value == 0 and field in _OFF_AT_ZERO else value
+
+
+def _with_values(base: RunConfig, values: dict[str, object]) -> RunConfig:
     """Return `base` with these fields set, and the pseudo-fields `sam` and `accumulation` translated.
 
     A batch without an accumulation count is split into eight micro-batches, as in the original.

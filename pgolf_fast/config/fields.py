@@ -1,12 +1,10 @@
 """Configurations as JSON and as dotted fields, strictly: unknown fields and wrong types are errors."""
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,7 +37,7 @@ def from_dict(cls: type[Config], values: object, where: str = "") -> Config:
     for name, value in values.items():
         full = f"{where}.{name}" if where else name
         if name not in hints:
-            raise PgolfError(_unknown_field(full, list(hints)))
+            raise _unknown_field(full.split("."), hints)
         arguments[name] = _convert(hints[name], value, full)
     return cls(**arguments)
 
@@ -64,18 +62,11 @@ def set_fields(config: Config, values: Mapping[str, object]) -> Config:
     """
     tree = dataclasses.asdict(config)  # type: ignore[call-overload]
     for name, value in sorted(values.items()):  # a group before its fields
+        hint, place = field_type(type(config), name), tree
         *groups, last = name.split(".")
-        kind, place = typing.cast(type, type(config)), tree
-        for depth, group in enumerate(groups):
-            kind = _without_none(_hint(kind, groups[:depth], group))
-            if not dataclasses.is_dataclass(kind):
-                raise PgolfError(
-                    f"unknown field {name}: {'.'.join(groups[: depth + 1])} is a value, not a group"
-                )
-            if place[group] is None:
-                place[group] = {}
+        for group in groups:
+            place[group] = {} if place[group] is None else place[group]
             place = place[group]
-        hint = _hint(kind, groups, last)
         if isinstance(value, str):
             value = _parse(hint, value, name)
         place[last] = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
@@ -83,10 +74,7 @@ def set_fields(config: Config, values: Mapping[str, object]) -> Config:
 
 
 def with_fields(config: Config, fields: Mapping[str, object]) -> Config:
-    """Set fields as `set_fields` does, by names in which `__` or `.` separates groups: `train__steps=10`.
-
-    Paths become text.
-    """
+    """Set fields as `set_fields` does; names may have `__` for dots (train__steps), values may be paths."""
     plain = {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
     return set_fields(config, {name.replace("__", "."): value for name, value in plain.items()})
 
@@ -99,11 +87,16 @@ def flip(config: RunConfig, words: Sequence[str]) -> RunConfig:
     """
     given: dict[str, str] = {}
     for word in words:
-        name, (_, equals, _) = field_name(word), word.partition("=")
-        if not name or not equals:
+        name = field_name(word)
+        if not name or "=" not in word:
             raise PgolfError(f"{word!r} is not FIELD=VALUE: write it like model.trigram=false")
         for other, before in given.items():
-            _check_apart(name, word, other, before)
+            if name == other:
+                hint = "leave one out, or give each variant a --flip of its own"
+                raise PgolfError(f"{before} and {word} set the same field: {hint}")
+            if name.startswith(f"{other}.") or other.startswith(f"{name}."):
+                hint = "a group that is none has no fields; leave one out"
+                raise PgolfError(f"{before} and {word} contradict: {hint}")
         given[name] = word
     return set_fields(config, {name: word.partition("=")[2] for name, word in given.items()})
 
@@ -113,31 +106,28 @@ def field_name(word: str) -> str:
     return word.partition("=")[0].lstrip("-").replace("-", "_")
 
 
-def _check_apart(name: str, word: str, other: str, before: str) -> None:
-    if name == other:
-        raise PgolfError(
-            f"{before} and {word} set the same field: leave one out, or give each variant a --flip of its own"
-        )
-    if name.startswith(f"{other}.") or other.startswith(f"{name}."):
-        raise PgolfError(f"{before} and {word} contradict: a group that is none has no fields; leave one out")
+def field_type(kind: Any, name: str) -> Any:
+    """Return the type of a dotted field. Raises PgolfError naming the nearest field if there is none."""
+    parts = name.split(".")
+    for depth, part in enumerate(parts):
+        kind = without_none(kind)
+        if not dataclasses.is_dataclass(kind):
+            raise PgolfError(f"unknown field {name}: {'.'.join(parts[:depth])} is a value, not a group")
+        hints = typing.get_type_hints(kind)
+        if part not in hints:
+            raise _unknown_field(parts[: depth + 1], hints)
+        kind = hints[part]
+    return kind
 
 
-def _hint(kind: type, parents: Sequence[str], field: str) -> Any:
-    """Return the type of a field. Raises PgolfError naming the nearest field if there is none."""
-    hints = typing.get_type_hints(kind)
-    if field not in hints:
-        raise PgolfError(_unknown_field(".".join([*parents, field]), list(hints)))
-    return hints[field]
-
-
-def _unknown_field(name: str, known: list[str]) -> str:
-    *parents, last = name.split(".")
+def _unknown_field(parts: Sequence[str], known: Iterable[str]) -> PgolfError:
+    *parents, last = parts
     near = difflib.get_close_matches(last, known, n=1, cutoff=0.4)
-    hint = f": did you mean {'.'.join([*parents, near[0]])}?" if near else f": known are {', '.join(known)}"
-    return f"unknown field {name}{hint}"
+    hint = f"did you mean {'.'.join([*parents, near[0]])}?" if near else f"known are {', '.join(known)}"
+    return PgolfError(f"unknown field {'.'.join(parts)}: {hint}")
 
 
-def _without_none(hint: Any) -> Any:
+def without_none(hint: Any) -> Any:
     """Return X for the type X | None, and any other type as it is."""
     if typing.get_origin(hint) not in (types.UnionType, typing.Union):
         return hint
@@ -147,7 +137,7 @@ def _without_none(hint: Any) -> Any:
 
 def _convert(hint: Any, value: object, where: str) -> Any:
     """Return a plain value as the type of its field. Raises PgolfError if it is of another type."""
-    inner = _without_none(hint)
+    inner = without_none(hint)
     origin, options = typing.get_origin(inner), typing.get_args(inner)
     if value is None and inner is not hint:
         return None
@@ -169,7 +159,7 @@ def _convert(hint: Any, value: object, where: str) -> Any:
 
 def _parse(hint: Any, text: str, name: str) -> object:
     """Return the value that text means; text that fits no type is left for `_convert` to refuse."""
-    inner = _without_none(hint)
+    inner = without_none(hint)
     if inner is not hint and text.lower() in ("none", "off"):
         return None
     if dataclasses.is_dataclass(inner):

@@ -1,11 +1,9 @@
 """Settings of the network."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 
-from pgolf_fast.config.checks import need, need_not_negative, need_positive
+from pgolf_fast.config.checks import need, need_multiple, need_not_negative, need_positive
 
 Activation = Literal["leaky_relu_squared", "relu_squared", "swiglu"]
 
@@ -77,14 +75,8 @@ class ModelConfig:
             need_positive("model", self, "bigram_dim")
         if self.ve_enabled:
             need_positive("model", self, "ve_dim")
-        need(
-            self.model_dim % self.num_heads == 0,
-            f"model.model_dim {self.model_dim} is not a multiple of model.num_heads {self.num_heads}",
-        )
-        need(
-            self.num_heads % self.num_kv_heads == 0,
-            f"model.num_heads {self.num_heads} is not a multiple of model.num_kv_heads {self.num_kv_heads}",
-        )
+        need_multiple("model", self, "model_dim", "num_heads")
+        need_multiple("model", self, "num_heads", "num_kv_heads")
         need(
             0 <= self.rope_dims <= self.head_dim and self.rope_dims % 2 == 0,
             f"model.rope_dims {self.rope_dims} must be even and between 0 and the head dim {self.head_dim}",
@@ -96,26 +88,23 @@ class ModelConfig:
         )
         need(
             self.mlp_hidden > 0,
-            f"model.mlp_mult {self.mlp_mult} gives an empty MLP at width {self.model_dim}",
+            f"model.mlp_mult {self.mlp_mult} makes the MLP empty at width {self.model_dim}",
         )
         need(
-            len(set(self.ve_layers)) == len(self.ve_layers),
-            f"model.ve_layers {self.ve_layers} repeats a block",
+            len({*self.ve_layers}) == len(self.ve_layers), f"model.ve_layers {self.ve_layers} repeats a block"
         )
+        rows = self.bigram_vocab_size
+        need(rows == 0 or rows >= 4, f"model.bigram_vocab_size is {rows}; use 0 (off) or at least 4")
         need(
-            self.bigram_vocab_size == 0 or self.bigram_vocab_size >= 4,
-            f"model.bigram_vocab_size is {self.bigram_vocab_size}; use 0 (off) or at least 4",
-        )
-        need(
-            not (self.bigram_vocab_size == 0 and self.trigram),
+            rows > 0 or not self.trigram,
             "model.trigram needs a hash table: set model.bigram_vocab_size above 0 or model.trigram to False",
         )
         bad = [i for i in self.ve_layers if not 0 <= i < self.num_layers] if self.ve_enabled else []
         need(not bad, f"model.ve_layers {bad} do not exist: the model has blocks 0 to {self.num_layers - 1}")
         need(
-            0 <= self.frozen_skips <= self.num_skips,
-            f"model.frozen_skips is {self.frozen_skips}; "
-            f"a model of {self.num_layers} layers has {self.num_skips} skips",
+            self.frozen_skips <= self.num_skips,
+            f"model.frozen_skips is {self.frozen_skips}; a model of {self.num_layers} layers has "
+            f"{self.num_skips} skips",
         )
 
     @property

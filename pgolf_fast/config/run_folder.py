@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,11 +32,22 @@ def stale(product: Path) -> Path:
     return product.with_name(f"{product.name}.stale")
 
 
-@dataclass(frozen=True)
 class RunFolder:
-    """Paths inside a run folder, and its configuration, which is read once."""
+    """The files of a run folder, and its configuration, which is read once."""
 
-    path: Path
+    def __init__(self, path: Path):
+        self.path = path
+        self.config_file = path / "config.json"
+        self.metrics_file = path / "metrics.jsonl"
+        self.log_file = path / "train.log"
+        self.checkpoints = path / "checkpoints"
+        self.model_file = path / "model.safetensors"  # the final averaged weights, float32
+        self.quantized_file = path / "quantized.safetensors"
+        self.artifact_file = path / "model.pgolf"
+        self.audit_file = path / "audit.json"
+        self.sweep_file = path / "ttt_sweep.json"  # result of `pgolf ttt-sweep` on the artifact
+        self.tokenizer_file = path / "tokenizer.model"
+        self._config: RunConfig | None = None
 
     @classmethod
     def of(cls, run: str | Path | RunFolder) -> RunFolder:
@@ -48,48 +57,6 @@ class RunFolder:
             raise PgolfError(f"run folder {folder.path} does not exist: give the --out of a training run")
         folder.read_config()
         return folder
-
-    @property
-    def config_file(self) -> Path:
-        return self.path / "config.json"
-
-    @property
-    def metrics_file(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def log_file(self) -> Path:
-        return self.path / "train.log"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def model_file(self) -> Path:
-        """The final averaged weights, float32."""
-        return self.path / "model.safetensors"
-
-    @property
-    def quantized_file(self) -> Path:
-        return self.path / "quantized.safetensors"
-
-    @property
-    def artifact_file(self) -> Path:
-        return self.path / "model.pgolf"
-
-    @property
-    def audit_file(self) -> Path:
-        return self.path / "audit.json"
-
-    @property
-    def sweep_file(self) -> Path:
-        """Result of `pgolf ttt-sweep` on the artifact."""
-        return self.path / "ttt_sweep.json"
-
-    @property
-    def tokenizer_file(self) -> Path:
-        return self.path / "tokenizer.model"
 
     def scores_file(self, weights: Weights) -> Path:
         """Scores of those weights, written by `pgolf eval`."""
@@ -118,9 +85,7 @@ class RunFolder:
             if line.get("kind") in ("step", "resume"):
                 first = line["step"] + (line["kind"] == "resume")  # the first step of what follows
                 if first <= last:
-                    lines = [
-                        old for old in lines if old.get("kind") == "resume" or old.get("step", 0) < first
-                    ]
+                    lines = [o for o in lines if o.get("kind") == "resume" or o.get("step", 0) < first]
                 last = line["step"]
             lines.append(line)
         return lines
@@ -129,35 +94,35 @@ class RunFolder:
         """Rename files made from weights that are now replaced to NAME.stale."""
         for product in products:
             if product.is_file():
-                product.replace(stale(product))
-                console.logger.info(
-                    "%s was made from other weights and is now %s", product.name, stale(product).name
-                )
+                old = product.replace(stale(product)).name
+                console.logger.info("%s was made from other weights and is now %s", product.name, old)
 
     def write_config(self, config: RunConfig) -> None:
         """Write config.json."""
         write_text(self.config_file, json.dumps(run_config_to_dict(config), indent=2) + "\n")
-        self.__dict__.pop("_config", None)
+        self._config = None
 
     def read_config(self) -> RunConfig:
         """Return the configuration of the run. Raises PgolfError if this is no run folder."""
-        return self._config
-
-    @functools.cached_property
-    def _config(self) -> RunConfig:
+        if self._config is not None:
+            return self._config
         if not self.config_file.is_file():
             raise PgolfError(
                 f"{self.path} is not a run folder: it has no config.json; give the --out of a training run"
             )
         try:
-            return run_config_from_dict(json.loads(self.config_file.read_text(encoding="utf-8")))
+            tree = json.loads(self.config_file.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
-            raise PgolfError(
-                f"{self.config_file} is not valid JSON (line {error.lineno}): {error.msg}"
-            ) from error
+            problem = f"is not valid JSON (line {error.lineno}): {error.msg}"
+            raise PgolfError(f"{self.config_file} {problem}") from error
+        self._config = run_config_from_dict(tree)
+        return self._config
 
     def need(self, path: Path, made_by: str) -> Path:
         """Return `path` if it exists. Raises PgolfError naming the command that makes it."""
         if not path.is_file():
             raise PgolfError(f"{path} does not exist yet: run `pgolf {made_by} {self.path}` first")
         return path
+
+
+RunPath = str | Path | RunFolder

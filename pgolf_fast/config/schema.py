@@ -1,12 +1,18 @@
 """Every setting of a run, as frozen dataclasses."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pgolf_fast.config.checks import need, need_decay, need_not_negative, need_positive, need_share
-from pgolf_fast.config.meta import MetaConfig, ReptileConfig
+from pgolf_fast.config.checks import (
+    need,
+    need_decay,
+    need_either,
+    need_multiple,
+    need_not_negative,
+    need_positive,
+    need_share,
+    share_of,
+)
 from pgolf_fast.config.model import ModelConfig
 from pgolf_fast.config.ttt import TTTConfig
 
@@ -100,15 +106,82 @@ class QATConfig:
     """Quantize the banks; False starts it without any effect, as PR 1501 ran."""
 
     def __post_init__(self) -> None:
+        need_either("train.qat", self, "below", "from_share")
+        need_decay("train.qat", self, "from_share")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetaConfig:
+    """An extra first-order meta-learning step on the last micro-batch (docs/meta.md)."""
+
+    method: Literal["fomaml", "cross_chunk", "sam"] = "fomaml"
+    """Split into inner and outer half: fomaml splits each sequence in time (PR 1501), cross_chunk the batch
+    (PR 1502); sam is cross_chunk with the inner gradient of sharpness-aware minimization (PR 1601)."""
+    every: int = 4
+    """Optimizer steps between meta steps."""
+    inner_lr: float = 0.002
+    """Learning rate of the inner SGD step on the banks."""
+    weight: float = 0.5
+    """Weight of the loss after the inner step in the objective."""
+    dilute: bool = True
+    """Divide the objective by the number of micro-batches, as the originals did."""
+    freeze_blocks: int = 2
+    """Number of first blocks that the inner step does not change."""
+    above: float = 0.5
+    """Learning-rate multiplier at or below which meta steps stop."""
+    delta_weight: float = 0.0
+    """Weight of (loss after the inner step - loss before it) in the objective (PR 1502)."""
+    slot_rates: bool = False
+    """Learn a factor on inner_lr for every bank slot (MetaSGD, PR 1502)."""
+    sam_radius: float = 0.05
+    """Norm of SAM's ascent step over all banks."""
+
+    def __post_init__(self) -> None:
+        need_positive("train.meta", self, "every", "sam_radius")
+        need_not_negative("train.meta", self, "inner_lr", "weight", "freeze_blocks", "delta_weight")
         need(
-            (self.below is None) != (self.from_share is None),
-            f"train.qat.below is {self.below} and train.qat.from_share is {self.from_share}; give one and "
-            "set the other to None",
+            self.weight + self.delta_weight > 0,
+            "train.meta.weight and train.meta.delta_weight are both 0, so a meta step would change nothing: "
+            "raise one, or pass --train.meta none",
         )
-        need(
-            self.from_share is None or 0 <= self.from_share < 1,
-            f"train.qat.from_share is {self.from_share}; it must be at least 0 and below 1, or None",
-        )
+        for name in ("delta_weight", "slot_rates"):
+            need(
+                self.inner_lr > 0 or not getattr(self, name),
+                f"train.meta.inner_lr is 0, so nothing adapts: train.meta.{name} needs it positive",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReptileConfig:
+    """A last phase of training that interpolates MLP weights towards inner SGD (PR 296; Nichol 2018)."""
+
+    share: float = 0.2
+    """Share of the run, at its end, that the phase takes, in steps or time as train.schedule. The
+    learning-rate decay ends where it begins."""
+    inner_steps: int = 3
+    """Inner SGD steps of an outer step, each on its own segment."""
+    inner_lr: float = 0.1
+    """Learning rate of the inner steps."""
+    outer_lr: float = 0.01
+    """Interpolation factor towards the result of the inner steps."""
+    batch_seqs: int = 1
+    """Sequences of train.seq_len tokens in one inner step."""
+    block_share: float = 0.25
+    """Share of the blocks, the last ones, whose MLP is trained (at least one block)."""
+
+    def __post_init__(self) -> None:
+        need(0 < self.share < 1, f"train.reptile.share is {self.share}; it must be between 0 and 1")
+        need_positive("train.reptile", self, "inner_steps", "batch_seqs")
+        need_not_negative("train.reptile", self, "inner_lr", "outer_lr")
+        need_share("train.reptile", self, "block_share")
+
+    def blocks(self, layers: int) -> int:
+        """Return the number of trained blocks of a model with that many layers."""
+        return share_of(self.block_share, layers)
+
+    def steps(self, steps: int) -> int:
+        """Return the number of steps that the phase takes of a run of `steps`."""
+        return round(self.share * steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,24 +251,12 @@ class TrainConfig:
         need_positive("train", self, *sizes, "val_every", "max_seconds")
         need_not_negative("train", self, "z_loss", "seed")
         need_share("train", self, "warmdown_fraction")
-        need(
-            self.micro_batch_tokens % self.seq_len == 0,
-            f"train.micro_batch_tokens {self.micro_batch_tokens} is not a multiple of "
-            f"train.seq_len {self.seq_len}",
-        )
-        need(
-            self.batch_tokens % self.micro_batch_tokens == 0,
-            f"train.batch_tokens {self.batch_tokens} is not a multiple of "
-            f"train.micro_batch_tokens {self.micro_batch_tokens}",
-        )
+        need_multiple("train", self, "micro_batch_tokens", "seq_len")
+        need_multiple("train", self, "batch_tokens", "micro_batch_tokens")
+        need_either("train", self, "warmdown_steps", "warmdown_fraction")
         need(
             not (self.schedule == "time" and self.max_seconds is None),
             "train.schedule 'time' needs train.max_seconds; set it, or use train.schedule steps",
-        )
-        need(
-            (self.warmdown_steps is None) != (self.warmdown_fraction is None),
-            f"train.warmdown_steps is {self.warmdown_steps} and train.warmdown_fraction is "
-            f"{self.warmdown_fraction}; give one and set the other to None",
         )
         need(
             self.meta is None or self.seq_len % 2 == 0,
@@ -250,10 +311,8 @@ class QuantConfig:
         need(0 <= self.rank <= 8, f"quant.rank is {self.rank}; it must be 0 to 8")
         need(2 <= self.bits <= 8, f"quant.bits is {self.bits}; it must be 2 to 8")
         need(len(self.percentiles) > 0, "quant.percentiles is empty")
-        need(
-            all(0 < p <= 1 for p in self.percentiles),
-            f"quant.percentiles {self.percentiles} must be in (0, 1]",
-        )
+        shares = all(0 < share <= 1 for share in self.percentiles)
+        need(shares, f"quant.percentiles {self.percentiles} must be above 0 and at most 1")
         sizes = ("block_size", "calibration_sequences", "calibration_length", "calibration_batch")
         need_positive("quant", self, *sizes, "temperature", "target_bytes")
 
@@ -309,10 +368,6 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         need_positive("eval", self, "stride", "batch_seqs", "seq_len")
-        need(
-            self.seq_len is None or self.stride <= self.seq_len,
-            f"eval.stride {self.stride} is longer than the window eval.seq_len {self.seq_len}",
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -332,48 +387,35 @@ class RunConfig:
     name: str = "exp101"
     """Name of the preset."""
     model: ModelConfig = field(default_factory=ModelConfig)
-    """The network."""
     data: DataConfig = field(default_factory=DataConfig)
-    """The data."""
     train: TrainConfig = field(default_factory=TrainConfig)
-    """The training loop."""
     optim: OptimConfig = field(default_factory=OptimConfig)
-    """The optimizers."""
     average: AverageConfig = field(default_factory=AverageConfig)
-    """Weight averaging."""
     quant: QuantConfig = field(default_factory=QuantConfig)
-    """Quantization."""
     pack: PackConfig = field(default_factory=PackConfig)
-    """The artifact."""
     eval: EvalConfig = field(default_factory=EvalConfig)
-    """Scoring."""
     ttt: TTTConfig = field(default_factory=TTTConfig)
-    """Test-time training."""
     kernels: KernelConfig = field(default_factory=KernelConfig)
-    """Kernel implementations."""
 
     @property
     def eval_seq_len(self) -> int:
         return self.eval.seq_len or self.train.seq_len
 
     def __post_init__(self) -> None:
+        stride, layers, meta = self.eval.stride, self.model.num_layers, self.train.meta
+        window = self.eval_seq_len
+        need(stride <= window, f"eval.stride {stride} is longer than the window of {window} tokens")
         need(
-            self.eval.stride <= self.eval_seq_len,
-            f"eval.stride {self.eval.stride} is longer than the window of {self.eval_seq_len} tokens",
+            self.ttt.frozen_slots < layers,
+            f"ttt.freeze_blocks {self.ttt.freeze_blocks} leaves nothing to adapt: the model has {layers} "
+            "layers",
         )
-        need(
-            self.ttt.frozen_slots < self.model.num_layers,
-            f"ttt.freeze_blocks {self.ttt.freeze_blocks} leaves nothing to adapt: the model has "
-            f"{self.model.num_layers} layers",
-        )
-        meta = self.train.meta
-        need(
-            meta is None or meta.freeze_blocks <= self.model.num_layers,
-            f"train.meta.freeze_blocks exceeds the model's {self.model.num_layers} layers",
-        )
+        if meta is None:
+            return
+        need(meta.freeze_blocks <= layers, f"train.meta.freeze_blocks exceeds the model's {layers} layers")
         for name in ("delta_weight", "slot_rates"):
             need(
-                meta is None or meta.freeze_blocks < self.model.num_layers or not getattr(meta, name),
-                f"train.meta.freeze_blocks freezes all {self.model.num_layers} layers, so nothing adapts: "
-                f"train.meta.{name} needs one that does",
+                meta.freeze_blocks < layers or not getattr(meta, name),
+                f"train.meta.freeze_blocks freezes all {layers} layers, so nothing adapts: train.meta.{name} "
+                "needs one that does",
             )

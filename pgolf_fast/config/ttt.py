@@ -1,16 +1,16 @@
 """Settings of test-time training, which adapts the model to tokens it has scored."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from pgolf_fast.config.checks import (
-    blocks_of,
+    did_you_mean,
     need_decay,
     need_not_negative,
     need_positive,
     need_share,
+    share_of,
 )
 
 
@@ -61,11 +61,11 @@ class GuidedConfig:
 
     def blocks(self, layers: int) -> int:
         """Return the number of trained blocks of a model with that many layers."""
-        return blocks_of(self.block_share, layers)
+        return share_of(self.block_share, layers)
 
     def hard_windows(self, windows: int) -> int:
         """Return the number of windows that are trained on, of `windows`."""
-        return max(1, int(self.share * windows + 1e-9))
+        return share_of(self.share, windows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,11 +120,44 @@ class TTTConfig:
     @property
     def illegal(self) -> str | None:
         """Why the resulting score breaks the challenge's rules, or None if it does not."""
-        if self.adapter != "error_guided":
-            return None
-        return "it learns from targets before it scores them (score before train, C3)"
+        reason = "it learns from targets before it scores them (score before train, C3)"
+        return reason if self.adapter == "error_guided" else None
 
     @property
     def by_document(self) -> bool:
         """True if documents are scored as a batch, each with its own update."""
         return self.adapter in ("lora", "phased")
+
+
+def adapters(seq_len: int) -> dict[str, TTTConfig]:
+    """Return settings by name, for windows of `seq_len` tokens and a few hundred thousand tokens in all."""
+    sgd = TTTConfig(chunk_tokens=32 * seq_len, epochs=1)
+    # many small steps: chunks of four windows, with two passes over each in one batch
+    adamw = replace(
+        sgd,
+        adapter="adamw",
+        chunk_tokens=4 * seq_len,
+        batch_seqs=4,
+        epochs=2,
+        lr=1.5e-4,
+        decay="constant",
+        parameters="all",
+        freeze_blocks=0,
+        quantize_forward="none",
+    )
+    lora = replace(sgd, adapter="lora", lora=LoraConfig(segment_tokens=seq_len))
+    return {
+        "sgd": sgd,
+        "sgd-as-run": replace(sgd, parameters="all", quantize_forward="projections"),
+        "adamw": adamw,
+        "adamw-banks": replace(adamw, parameters="banks"),
+        "adamw-quantized": replace(adamw, parameters="banks", quantize_forward="banks"),
+        "lora": lora,
+        "phased": replace(adamw, adapter="phased", chunk_tokens=32 * seq_len, epochs=1, lora=lora.lora),
+    }
+
+
+def unknown_adapter(name: str, known: Iterable[str]) -> str:
+    """Return a line naming an unknown adapter and the known ones, nearest first if one is near."""
+    names = list(known)
+    return f"unknown adapter {name!r}: {did_you_mean(name, names)}adapters are {', '.join(names)}"

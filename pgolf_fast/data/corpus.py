@@ -1,13 +1,13 @@
 """A corpus without a download: prose from the installed documentation of Python, torch and numpy."""
 
-from __future__ import annotations
-
 import ast
+import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
 import inspect
 import json
+import math
 import os
 import platform
 import re
@@ -23,13 +23,10 @@ from pathlib import Path
 import numpy as np
 
 from pgolf_fast import console
-from pgolf_fast.data.floors import ngram_floors
 from pgolf_fast.data.shards import write_shard
-from pgolf_fast.data.tokenizer import Tokenizer, byte_table, scored_bytes, train_tokenizer
+from pgolf_fast.data.tokenizer import ByteTable, Tokenizer, byte_table, scored_bytes, train_tokenizer
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import write_text
-
-__all__ = ["Source", "build_corpus", "default_sources", "documents", "ngram_floors"]
 
 _FORMAT = 1
 _FILES = ("corpus_train_000000.bin", "corpus_val_000000.bin", "tokenizer.model", "info.json")
@@ -38,22 +35,10 @@ _MIN_PARAGRAPH = 60
 _MIN_DOCUMENT = 200
 _MIN_PROSE = 0.8
 _STALE_SECONDS = 3600.0
-_SKIPPED_FOLDERS = frozenset(
-    {
-        "test",
-        "tests",
-        "testing",
-        "idlelib",
-        "idle_test",
-        "lib2to3",
-        "turtledemo",
-        "ensurepip",
-        "_vendor",
-        "site-packages",
-        "dist-packages",
-        "__pycache__",
-    }
+_SKIPPED_FOLDERS = re.compile(
+    "tests?|testing|idlelib|idle_test|lib2to3|turtledemo|ensurepip|_vendor|(site|dist)-packages|__pycache__"
 )
+_DENSE = 1 << 24  # entries of a bigram table up to which it is held whole
 
 
 @dataclass(frozen=True)
@@ -89,12 +74,12 @@ def documents(sources: list[Source]) -> Iterator[tuple[str, str]]:
         if source.topics:
             for topic, text in sorted(_help_topics().items()):
                 yield from _document(f"{source.name}/topics/{topic}", [text], seen)
-        files = [
-            path for path in source.root.rglob("*.py") if _SKIPPED_FOLDERS.isdisjoint(_inside(path, source))
-        ]
-        files.sort(key=lambda path: _inside(path, source))
-        for path in console.progress(files, f"reading {source.name} documentation", unit="file"):
-            yield from _document("/".join((source.name, *_inside(path, source))), _docstrings(path), seen)
+        inside = sorted(path.relative_to(source.root).parts for path in source.root.rglob("*.py"))
+        files = [parts for parts in inside if not any(map(_SKIPPED_FOLDERS.fullmatch, parts))]
+        for parts in console.progress(files, f"reading {source.name} documentation", unit="file"):
+            yield from _document(
+                "/".join((source.name, *parts)), _docstrings(source.root.joinpath(*parts)), seen
+            )
 
 
 def build_corpus(cache_dir: Path | None = None, vocab_size: int = 1024) -> Path:
@@ -108,12 +93,17 @@ def build_corpus(cache_dir: Path | None = None, vocab_size: int = 1024) -> Path:
 
     sources = default_sources()
     parent = Path(cache_dir) if cache_dir is not None else Path(platformdirs.user_cache_dir("pgolf_fast"))
-    folder = parent / _key(sources, vocab_size)
+    versions = "_".join(f"{source.name}{source.version}" for source in sources)
+    pieces = importlib.metadata.version("sentencepiece")
+    folder = parent / f"corpus_v{_FORMAT}_{versions}_sentencepiece{pieces}_sp{vocab_size}"
     if _is_complete(folder):
         return folder
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(parent)
+        for path in parent.glob(".corpus-*.tmp"):  # of builds that were killed
+            with contextlib.suppress(OSError):  # removed by another process
+                if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                    shutil.rmtree(path, ignore_errors=True)
         building = Path(tempfile.mkdtemp(prefix=".corpus-", suffix=".tmp", dir=parent))
     except OSError as error:
         raise PgolfError(
@@ -133,7 +123,9 @@ def _build(folder: Path, sources: list[Source], vocab_size: int) -> None:
     start = time.monotonic()
     texts: dict[str, list[str]] = {"train": [], "val": []}
     for name, text in documents(sources):
-        texts[_split(name)].append(text)
+        # by a hash of its name: a document keeps its split when others are added or removed
+        part = int(hashlib.sha1(name.encode()).hexdigest(), 16) % _VAL_PART
+        texts["train" if part else "val"].append(text)
     if not texts["train"] or not texts["val"]:
         looked = ", ".join(str(source.root) for source in sources) or "nowhere"
         raise PgolfError(
@@ -143,8 +135,8 @@ def _build(folder: Path, sources: list[Source], vocab_size: int) -> None:
         )
     tokenizer = Tokenizer.load(train_tokenizer(texts["train"], vocab_size, folder / "tokenizer"))
     table = byte_table(tokenizer)
-    info: dict[str, object] = {"format": _FORMAT, "vocab_size": vocab_size}
-    info["sources"] = {source.name: source.version for source in sources}
+    versions = {source.name: source.version for source in sources}
+    info: dict[str, object] = {"format": _FORMAT, "vocab_size": vocab_size, "sources": versions}
     tokens = {}
     for split, file in zip(("train", "val"), _FILES, strict=False):
         tokens[split] = np.array(
@@ -163,12 +155,6 @@ def _build(folder: Path, sources: list[Source], vocab_size: int) -> None:
     console.logger.info("built-in corpus: %d training tokens, built in %s", len(tokens["train"]), took)
 
 
-def _key(sources: list[Source], vocab_size: int) -> str:
-    versions = "_".join(f"{source.name}{source.version}" for source in sources)
-    pieces = importlib.metadata.version("sentencepiece")
-    return f"corpus_v{_FORMAT}_{versions}_sentencepiece{pieces}_sp{vocab_size}"
-
-
 def _is_complete(folder: Path) -> bool:
     return all((folder / name).is_file() for name in _FILES)
 
@@ -182,26 +168,6 @@ def _move_into_place(building: Path, folder: Path) -> None:
             return
         shutil.rmtree(folder, ignore_errors=True)  # some of its files were removed
         os.rename(building, folder)
-
-
-def _remove_stale(parent: Path) -> None:
-    """Remove the temporary folders of builds that were killed over an hour ago."""
-    for path in parent.glob(".corpus-*.tmp"):
-        try:
-            old = time.time() - path.stat().st_mtime > _STALE_SECONDS
-        except OSError:
-            continue
-        if old:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _split(name: str) -> str:
-    # by name: a document keeps its split when others are added or removed
-    return "val" if int(hashlib.sha1(name.encode()).hexdigest(), 16) % _VAL_PART == 0 else "train"
-
-
-def _inside(path: Path, source: Source) -> tuple[str, ...]:
-    return path.relative_to(source.root).parts
 
 
 def _help_topics() -> dict[str, str]:
@@ -227,13 +193,9 @@ def _docstrings(path: Path) -> list[str]:
 
 
 def _walk(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
-    first = node.body[0] if node.body else None
-    if (
-        isinstance(first, ast.Expr)
-        and isinstance(first.value, ast.Constant)
-        and isinstance(first.value.value, str)
-    ):
-        yield first.value.value
+    text = ast.get_docstring(node, clean=False)
+    if text is not None:
+        yield text
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
         return
     for child in node.body:
@@ -256,11 +218,10 @@ def _call_strings(call: ast.Call) -> Iterator[str]:
 
 def _document(name: str, texts: list[str], seen: set[str]) -> Iterator[tuple[str, str]]:
     paragraphs = []
-    for text in texts:
-        for paragraph in _prose(text):
-            if paragraph not in seen:
-                seen.add(paragraph)
-                paragraphs.append(paragraph)
+    for paragraph in (paragraph for text in texts for paragraph in _prose(text)):
+        if paragraph not in seen:
+            seen.add(paragraph)
+            paragraphs.append(paragraph)
     joined = "\n".join(paragraphs)
     if len(joined) >= _MIN_DOCUMENT:
         yield name, joined
@@ -283,3 +244,49 @@ def _prose(text: str) -> Iterator[str]:
         plain = sum(c.isalpha() or c == " " for c in line)
         if plain >= _MIN_PROSE * len(line):
             yield line
+
+
+def ngram_floors(
+    train_tokens: np.ndarray, val_tokens: np.ndarray, table: ByteTable, vocab_size: int
+) -> tuple[float, float]:
+    """Score `val_tokens` by a unigram and an interpolated bigram model of `train_tokens`, in bits per byte.
+
+    The unigram uses counts plus one, the bigram Witten-Bell smoothing over the unigram. Raises `PgolfError`
+    for fewer than two tokens, ids outside the vocabulary, or validation tokens without any text.
+    """
+    for name, tokens in (("training", train_tokens), ("validation", val_tokens)):
+        if len(tokens) < 2:
+            raise PgolfError(f"{len(tokens)} {name} tokens are too few to count pairs of; give at least 2")
+        if int(tokens.max()) >= vocab_size:
+            raise PgolfError(f"{name} tokens hold id {int(tokens.max())}, but vocab_size is {vocab_size}")
+    count_bytes = scored_bytes(table, val_tokens)
+    if count_bytes == 0:
+        raise PgolfError("the validation tokens have no text at all: give files with text in them")
+    unigram = np.bincount(train_tokens, minlength=vocab_size).astype(np.float64) + 1.0
+    unigram /= unigram.sum()
+    previous, current = val_tokens[:-1].astype(np.int64), val_tokens[1:].astype(np.int64)
+    pair_counts, context_counts, followers = _pair_counts(
+        train_tokens, previous * vocab_size + current, vocab_size
+    )
+    context, kinds = context_counts[previous], followers[previous]
+    below = unigram[current]
+    mixed = (pair_counts + kinds * below) / np.maximum(context + kinds, 1.0)
+    bigram = np.where(context + kinds > 0, mixed, below)
+    per_bit = 1.0 / (math.log(2.0) * count_bytes)
+    return -float(np.log(below).sum()) * per_bit, -float(np.log(bigram).sum()) * per_bit
+
+
+def _pair_counts(
+    tokens: np.ndarray, asked: np.ndarray, vocab_size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Count the asked pairs (prev * V + cur), each id as context, and its distinct followers."""
+    keys = tokens[:-1].astype(np.int64) * vocab_size + tokens[1:]
+    if vocab_size * vocab_size <= _DENSE:
+        dense = np.bincount(keys, minlength=vocab_size * vocab_size)
+        rows = dense.reshape(vocab_size, vocab_size)
+        return dense[asked], rows.sum(axis=1), np.count_nonzero(rows, axis=1)
+    pairs, counts = np.unique(keys, return_counts=True)
+    at = np.minimum(np.searchsorted(pairs, asked), len(pairs) - 1)
+    asked_counts = np.where(pairs[at] == asked, counts[at], 0)
+    context = np.bincount(tokens[:-1], minlength=vocab_size)
+    return asked_counts, context, np.bincount(pairs // vocab_size, minlength=vocab_size)

@@ -1,7 +1,5 @@
 """Download of the challenge's shards and tokenizer from the Hugging Face Hub, with every file verified."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import hashlib
@@ -9,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -73,27 +71,23 @@ def download(
                 f"{api.endpoint} does not say which commit {revision} of {repo_id} is; try a commit"
             )
     remotes = _choose(api, repo_id, commit, dataset, train_shards, folder)
-    given = {name: value.lower() for name, value in (checksums or {}).items()}
     for remote in console.progress(remotes, "downloading", unit="file"):
-        sha256 = given.get(remote.target.name, remote.sha256)
-        if remote.target.is_file() and _fault(remote.target, remote, sha256) is None:
+        wanted = (checksums or {}).get(remote.target.name)
+        remote = replace(remote, sha256=wanted.lower() if wanted else remote.sha256)
+        if remote.target.is_file() and _fault(remote.target, remote) is None:
             continue
-        _accept(_fetch(api, repo_id, commit, remote, staging), remote, sha256)
+        with _hub_errors(f"{remote.path} of {repo_id} at {api.endpoint}"):
+            staged = api.hf_hub_download(
+                repo_id, remote.path, repo_type="dataset", revision=commit, local_dir=staging
+            )
+        _accept(Path(staged), remote)
     shutil.rmtree(staging, ignore_errors=True)
     return folder / "datasets" / f"fineweb10B_{dataset}"
 
 
-def _fetch(api: HfApi, repo_id: str, commit: str, remote: _Remote, staging: Path) -> Path:
-    """Download a file to `staging`, unverified."""
-    with _hub_errors(f"{remote.path} of {repo_id} at {api.endpoint}"):
-        return Path(
-            api.hf_hub_download(repo_id, remote.path, repo_type="dataset", revision=commit, local_dir=staging)
-        )
-
-
-def _accept(staged: Path, remote: _Remote, sha256: str | None) -> None:
+def _accept(staged: Path, remote: _Remote) -> None:
     """Move a downloaded file to its target. Raises PgolfError and removes it if it is corrupt."""
-    fault = _fault(staged, remote, sha256)
+    fault = _fault(staged, remote)
     if fault is None:
         try:
             if remote.target.suffix == ".bin":
@@ -112,29 +106,24 @@ def _accept(staged: Path, remote: _Remote, sha256: str | None) -> None:
     os.replace(staged, remote.target)
 
 
-def _fault(path: Path, remote: _Remote, sha256: str | None) -> str | None:
+def _fault(path: Path, remote: _Remote) -> str | None:
     """Return what is wrong with the bytes of `path`, or None."""
     size = path.stat().st_size
     if size != remote.size:
         return f"it has {size} bytes instead of {remote.size}"
-    if sha256 is not None:
-        digest = _digest(path, hashlib.sha256())
-        return None if digest == sha256 else f"its sha256 is {digest} instead of {sha256}"
-    if remote.git_sha1 is not None:
-        digest = _digest(path, hashlib.sha1(b"blob %d\0" % size))  # how git names a file of this content
-        return None if digest == remote.git_sha1 else f"its git hash is {digest} instead of {remote.git_sha1}"
-    return None
-
-
-def _digest(path: Path, digest: hashlib._Hash) -> str:
+    kind, wanted, digest = "sha256", remote.sha256, hashlib.sha256()
+    if wanted is None:  # git names a file by the hash of its content after a header
+        kind, wanted, digest = "git hash", remote.git_sha1, hashlib.sha1(b"blob %d\0" % size)
     with open(path, "rb") as handle:
         while block := handle.read(_BLOCK):
             digest.update(block)
-    return digest.hexdigest()
+    if wanted in (None, digest.hexdigest()):
+        return None
+    return f"its {kind} is {digest.hexdigest()} instead of {wanted}"
 
 
 def _choose(
-    api: HfApi, repo_id: str, commit: str, dataset: str, train_shards: int, out: Path
+    api: "HfApi", repo_id: str, commit: str, dataset: str, train_shards: int, out: Path
 ) -> list[_Remote]:
     """Return the files to download: tokenizer first, then validation, then training shards."""
     name = f"fineweb10B_{dataset}"
@@ -161,7 +150,7 @@ def _choose(
     return [*models, *val, *train[:train_shards]]
 
 
-def _list(api: HfApi, repo_id: str, commit: str, path: str, target: Path) -> list[_Remote]:
+def _list(api: "HfApi", repo_id: str, commit: str, path: str, target: Path) -> list[_Remote]:
     """Return the files of a folder of the repository in order of name; none if there is no such folder."""
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -187,27 +176,23 @@ def _hub_errors(what: str) -> Iterator[None]:
 
     try:
         yield
-    except PgolfError:
-        raise
-    except hub.GatedRepoError as error:
-        raise PgolfError(
-            f"{what} needs permission: ask for it on its page, then log in with `hf auth login`"
-        ) from error
-    except hub.RepositoryNotFoundError as error:
-        raise PgolfError(
-            f"{what} does not exist or is private: check the name, or `hf auth login`"
-        ) from error
-    except hub.RevisionNotFoundError as error:
-        raise PgolfError(f"{what} has no such revision: use main, a tag or a commit") from error
-    except hub.HFValidationError as error:
-        raise PgolfError(f"{what} is no valid name ({error}): use owner/name") from error
     except (OSError, hub.HTTPError, hub.EntryNotFoundError, ValueError) as error:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            raise PgolfError(f"no space left to fetch {what}: free some or choose another folder") from error
-        raise PgolfError(
-            f"cannot fetch {what}: {_short(error)}; check the network connection and run it again "
-            "(finished files are kept), or copy the shards from elsewhere and set data.path"
-        ) from error
+        if isinstance(error, hub.GatedRepoError):
+            message = f"{what} needs permission: ask for it on its page, then log in with `hf auth login`"
+        elif isinstance(error, hub.RepositoryNotFoundError):
+            message = f"{what} does not exist or is private: check the name, or `hf auth login`"
+        elif isinstance(error, hub.RevisionNotFoundError):
+            message = f"{what} has no such revision: use main, a tag or a commit"
+        elif isinstance(error, hub.HFValidationError):
+            message = f"{what} is no valid name ({error}): use owner/name"
+        elif getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            message = f"no space left to fetch {what}: free some or choose another folder"
+        else:
+            message = (
+                f"cannot fetch {what}: {_short(error)}; check the network connection and run it again "
+                "(finished files are kept), or copy the shards from elsewhere and set data.path"
+            )
+        raise PgolfError(message) from error
 
 
 def _short(error: BaseException) -> str:

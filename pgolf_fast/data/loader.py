@@ -1,7 +1,5 @@
 """Training batches: shards -> a stream of tokens -> one Loader, which reads ahead in a thread."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING
@@ -22,13 +20,9 @@ _CHECK_AT_OPENING = 10_000_000
 
 
 class TokenStream:
-    """The tokens of all shards in order, starting over after the last.
-
-    Raises `PgolfError` if there are no shards or an id is not below `vocab_size`.
-    """
+    """The tokens of all shards in order, again and again. Ids are checked against `vocab_size`."""
 
     kind = "sequential"
-    fields = ("epoch", "shard", "offset")
 
     def __init__(self, shards: Sequence[Shard], *, vocab_size: int | None = None):
         if not shards:
@@ -52,34 +46,30 @@ class TokenStream:
         done = 0
         while done < count:
             start, length = self._next_run()
-            step = min(count - done, length)
-            self._read(out[done : done + step], start)
-            self.skip(step)
-            done += step
+            index = int(np.searchsorted(self._starts, start, side="right")) - 1
+            offset = start - int(self._starts[index])
+            block = self._tokens[index][offset : offset + min(length, count - done)]  # to the shard's end
+            if self.vocab_size is not None and int(block.max()) >= self.vocab_size:
+                raise_bad_token(self.shards[index], offset, block, self.vocab_size)
+            out[done : done + len(block)] = block
+            self.skip(len(block))
+            done += len(block)
         return out
 
     def skip(self, count: int) -> None:
         """Advance by `count` tokens without reading them."""
-        epochs, self._at = divmod(self._at + count, self.total)
-        if epochs:
-            self._start_epoch(self._epoch + epochs)
+        self.seek(self.position + count)
 
     @property
-    def position(self) -> dict[str, int]:
-        """Position of the next token, as JSON values named by `fields`."""
-        index = self._shard_at(self._at)
-        return {"epoch": self._epoch, "shard": index, "offset": self._at - int(self._starts[index])}
+    def position(self) -> int:
+        """Tokens before the next one, over all epochs."""
+        return self._epoch * self.total + self._at
 
-    def seek(self, position: dict[str, int]) -> None:
-        """Go to a `position`. Raises `PgolfError` if the data has no such place."""
-        epoch, index, offset = self._values(position)
-        if index >= len(self.shards) or offset >= self.shards[index].num_tokens:
-            raise PgolfError(
-                f"cannot resume at shard {index}, token {offset}: the data now has {len(self.shards)} "
-                f"shards and {self.total} tokens; use the data this run was started with"
-            )
-        self._start_epoch(epoch)
-        self._at = int(self._starts[index]) + offset
+    def seek(self, position: int) -> None:
+        """Move to a `position`."""
+        epoch, self._at = divmod(position, self.total)
+        if epoch != self._epoch:
+            self._start_epoch(epoch)
 
     def _next_run(self) -> tuple[int, int]:
         """Return where in the shards the next token is, and how many consecutive ones follow from there."""
@@ -88,64 +78,29 @@ class TokenStream:
     def _start_epoch(self, epoch: int) -> None:
         self._epoch = epoch
 
-    def _shard_at(self, start: int) -> int:
-        return int(np.searchsorted(self._starts, start, side="right")) - 1
-
-    def _read(self, out: np.ndarray, start: int) -> None:
-        """Fill `out` from token `start` of the concatenated shards, and check the ids."""
-        done = 0
-        while done < len(out):
-            index = self._shard_at(start + done)
-            offset = start + done - int(self._starts[index])
-            block = self._tokens[index][offset : offset + len(out) - done]
-            if self.vocab_size is not None and int(block.max()) >= self.vocab_size:
-                raise_bad_token(self.shards[index], offset, block, self.vocab_size)
-            out[done : done + len(block)] = block
-            done += len(block)
-
-    def _values(self, position: dict[str, int]) -> list[int]:
-        values = [position.get(name) for name in self.fields]
-        if not all(isinstance(value, int) and value >= 0 for value in values):
-            raise PgolfError(
-                f"cannot resume the data: its position is {position}; {', '.join(self.fields)} are whole "
-                "numbers: the checkpoint is damaged or of another loader"
-            )
-        return [int(value) for value in values if value is not None]
-
 
 class DocumentStream(TokenStream):
-    """Whole documents, in an order that depends on `seed` and the epoch only.
-
-    A document starts at each BOS id. Raises `PgolfError` as `TokenStream`, and if no document starts.
-    """
+    """Whole documents, each from a BOS id to the next, in an order that `seed` and the epoch determine."""
 
     kind = "shuffled"
-    fields = ("epoch", "index", "offset")
 
     def __init__(self, shards: Sequence[Shard], *, seed: int, vocab_size: int | None = None):
         super().__init__(shards, vocab_size=vocab_size)
         self._seed = seed
-        self._begins = self._index_documents()
-        self._lengths = np.diff(self._begins, append=self.total)
-        self._start_epoch(0)
-
-    def identity(self) -> dict[str, object]:
-        return {**super().identity(), "data.seed": self._seed}
-
-    def _index_documents(self) -> np.ndarray:
-        begins = []
-        for tokens, first in zip(self._tokens, self._starts, strict=False):
-            for start in range(0, len(tokens), 1 << 24):  # in blocks, to keep the comparison's array small
-                hits = np.flatnonzero(tokens[start : start + (1 << 24)] == BOS_ID)
-                begins.append(hits + (start + int(first)))
-        documents = np.concatenate(begins)
-        if not len(documents):
+        firsts = zip(self.shards, self._starts, strict=False)
+        begins = np.concatenate([shard.document_starts() + int(first) for shard, first in firsts])
+        if not len(begins):
             raise PgolfError(
                 f"no document starts (token id {BOS_ID}) in {self.shards[0].path.parent}: "
                 "the shuffled loader needs them; use data.loader sequential or tokenize with BOS"
             )
         # tokens before the first BOS are a document too
-        return documents if documents[0] == 0 else np.concatenate([[0], documents])
+        self._begins = begins if begins[0] == 0 else np.concatenate([[0], begins])
+        self._lengths = np.diff(self._begins, append=self.total)
+        self._start_epoch(0)
+
+    def identity(self) -> dict[str, object]:
+        return {**super().identity(), "data.seed": self._seed}
 
     def _start_epoch(self, epoch: int) -> None:
         # a generator for each epoch, so that a resumed run needs no history
@@ -154,30 +109,10 @@ class DocumentStream(TokenStream):
         self._order = generator.permutation(len(self._begins))
         self._ends = np.cumsum(self._lengths[self._order])
 
-    def _locate(self) -> tuple[int, int]:
-        """Return the current document's index in this epoch's order, and the offset in it."""
-        index = int(np.searchsorted(self._ends, self._at, side="right"))
-        return index, self._at - (int(self._ends[index - 1]) if index else 0)
-
     def _next_run(self) -> tuple[int, int]:
-        index, offset = self._locate()
-        document = self._order[index]
-        return int(self._begins[document]) + offset, int(self._lengths[document]) - offset
-
-    @property
-    def position(self) -> dict[str, int]:
-        index, offset = self._locate()
-        return {"epoch": self._epoch, "index": index, "offset": offset}
-
-    def seek(self, position: dict[str, int]) -> None:
-        epoch, index, offset = self._values(position)
-        self._start_epoch(epoch)
-        if index >= len(self._order) or offset >= self._lengths[self._order[index]]:
-            raise PgolfError(
-                f"cannot resume at document {index}, token {offset}: the data now has {len(self._order)} "
-                f"documents and {self.total} tokens; use the data this run was started with"
-            )
-        self._at = (int(self._ends[index - 1]) if index else 0) + offset
+        index = int(np.searchsorted(self._ends, self._at, side="right"))
+        document, left = self._order[index], int(self._ends[index]) - self._at
+        return int(self._begins[document] + self._lengths[document]) - left, left
 
 
 class Loader:
@@ -202,7 +137,7 @@ class Loader:
         self._stream, self._seq_len, self._pin = stream, seq_len, pin
         self._rank, self._world_size = rank, world_size
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="pgolf-loader")
-        self._ahead: Future[tuple[Batch, dict[str, int]]] | None = None
+        self._ahead: Future[tuple[Batch, int]] | None = None
         self._closed = False
         # after the batches returned so far; the stream itself is one batch ahead
         self._position = stream.position
@@ -218,10 +153,7 @@ class Loader:
             )
 
     def set_batch(self, micro_batch_tokens: int) -> None:
-        """Change the tokens of a batch from the next one on; no token is skipped.
-
-        Raises `PgolfError` unless they are whole sequences.
-        """
+        """Change the tokens of a batch, in whole sequences, from the next one on; no token is skipped."""
         if self._seq_len < 1 or micro_batch_tokens < 1 or micro_batch_tokens % self._seq_len:
             raise PgolfError(
                 f"train.micro_batch_tokens {micro_batch_tokens} is not a positive multiple of train.seq_len "
@@ -232,10 +164,7 @@ class Loader:
         self._span = micro_batch_tokens + 1  # one more for the last target
 
     def next_batch(self) -> Batch:
-        """Return inputs and targets, two int64 tensors of shape (micro_batch_tokens // seq_len, seq_len).
-
-        Raises what reading this batch raised in the thread.
-        """
+        """Return inputs and targets, two int64 tensors (micro_batch_tokens // seq_len, seq_len)."""
         if self._closed:
             raise RuntimeError("next_batch called on a closed Loader")
         if self._ahead is None:
@@ -244,7 +173,7 @@ class Loader:
         self._ahead = self._pool.submit(self._read)
         return batch
 
-    def _read(self) -> tuple[Batch, dict[str, int]]:
+    def _read(self) -> tuple[Batch, int]:
         """Return the next batch and the stream's position after it."""
         import torch
 
@@ -260,10 +189,7 @@ class Loader:
         return (inputs, targets), self._stream.position
 
     def state(self) -> dict[str, object]:
-        """Return what `load_state` needs to continue after the batches returned so far, as JSON values.
-
-        It is the same on every rank.
-        """
+        """Return the state after the batches returned so far, as JSON values, the same on every rank."""
         return {**self._stream.identity(), "position": self._position}
 
     def load_state(self, state: dict[str, object]) -> None:
@@ -275,9 +201,10 @@ class Loader:
                     "use the data, data.loader and data.seed this run was started with"
                 )
         position = state.get("position")
-        if not isinstance(position, dict):
+        if not isinstance(position, int) or position < 0:
             raise PgolfError(
-                f"cannot resume the data: its position is {position!r}; the checkpoint is damaged"
+                f"cannot resume the data: its position is {position!r}, not a number of tokens; "
+                "the checkpoint is damaged"
             )
         self._discard()
         self._stream.seek(position)
@@ -294,7 +221,7 @@ class Loader:
         self._closed = True
         self._pool.shutdown()
 
-    def __enter__(self) -> Loader:
+    def __enter__(self) -> "Loader":
         return self
 
     def __exit__(self, *_: object) -> None:

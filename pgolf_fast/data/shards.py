@@ -1,7 +1,5 @@
 """Token shards: a 1024-byte header, then little-endian uint16 token ids."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -34,12 +32,16 @@ class Shard:
         """The token ids, uint16 of shape (num_tokens,), memory-mapped."""
         return np.memmap(self.path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(self.num_tokens,))
 
+    def document_starts(self) -> np.ndarray:
+        """Return the positions of the BOS ids, int64 of shape (documents,)."""
+        tokens, blocks = self.tokens, range(0, self.num_tokens, _CHECK_BLOCK)
+        return np.concatenate(
+            [at + np.flatnonzero(tokens[at : at + _CHECK_BLOCK] == BOS_ID) for at in blocks]
+        )
 
-def open_shard(path: Path | str, *, vocab_size: int | None = None) -> Shard:
-    """Open the shard in `path` and check magic, version and exact size; with `vocab_size` also every id.
 
-    Raises `PgolfError` for a missing, foreign, truncated or empty file.
-    """
+def open_shard(path: Path | str) -> Shard:
+    """Open a shard. Raises `PgolfError` if it is missing, empty, truncated or another kind of file."""
     path = Path(path)
     try:
         size = path.stat().st_size
@@ -72,10 +74,7 @@ def open_shard(path: Path | str, *, vocab_size: int | None = None) -> Shard:
             f"{path} has {size} bytes, but its header says {count} tokens, which takes {expected} bytes: "
             "the file is damaged or was cut short; download or tokenize it again"
         )
-    shard = Shard(path, count)
-    if vocab_size is not None:
-        check_tokens(shard, vocab_size)
-    return shard
+    return Shard(path, count)
 
 
 def check_tokens(shard: Shard, vocab_size: int, *, limit: int | None = None) -> None:
@@ -97,10 +96,7 @@ def raise_bad_token(shard: Shard, start: int, block: np.ndarray, vocab_size: int
 
 
 def write_shard(path: Path | str, tokens: np.ndarray) -> Shard:
-    """Write ids of shape (n,) as a shard, atomically.
-
-    Raises `PgolfError` for an empty array, a dtype that is not an integer, or ids outside 0..65535.
-    """
+    """Write ids, integers of shape (n,) from 0 to 65535, as a shard, atomically."""
     tokens = np.asarray(tokens)
     if tokens.ndim != 1 or tokens.size == 0:
         raise PgolfError(
@@ -131,13 +127,15 @@ def data_folder(folder: Path | str) -> Path:
     return folder
 
 
-def find_shards(folder: Path | str, split: Split) -> list[Shard]:
-    """Open the shards `*_{split}_*.bin` of `folder`, in lexicographic order of their names.
+def shard_paths(folder: Path, split: Split) -> list[Path]:
+    """Return the files `*_{split}_*.bin` of `folder` in reading order, which is that of their names."""
+    return sorted(folder.glob(f"*_{split}_*.bin"))
 
-    Raises `PgolfError` if the folder or its shards are missing, or a shard is bad.
-    """
+
+def find_shards(folder: Path | str, split: Split) -> list[Shard]:
+    """Open the shards of a split. Raises `PgolfError` if there is none or one is bad."""
     folder = data_folder(folder)
-    paths = sorted(folder.glob(f"*_{split}_*.bin"), key=lambda p: p.name)
+    paths = shard_paths(folder, split)
     if not paths:
         raise PgolfError(
             f"no *_{split}_*.bin shard in {folder}: make some with `pgolf data tokenize` "

@@ -1,16 +1,32 @@
 """The data of a run: shards, validation stream, tokenizer and byte table, checked against each other."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from pgolf_fast import console
 from pgolf_fast.config.schema import DataConfig
 from pgolf_fast.data.corpus import build_corpus
-from pgolf_fast.data.shards import Shard, data_folder, find_shards, load_validation
-from pgolf_fast.data.tokenizer import ByteTable, Tokenizer, byte_table, check_vocab, find_tokenizer
+from pgolf_fast.data.shards import (
+    Shard,
+    Split,
+    check_tokens,
+    data_folder,
+    find_shards,
+    load_validation,
+    open_shard,
+    shard_paths,
+)
+from pgolf_fast.data.tokenizer import (
+    ByteTable,
+    Tokenizer,
+    byte_table,
+    check_vocab,
+    find_tokenizer,
+    scored_bytes,
+)
+from pgolf_fast.errors import PgolfError
 
 
 @dataclass(frozen=True)
@@ -40,3 +56,41 @@ def open_source(config: DataConfig, vocab_size: int) -> Source:
     tokenizer = Tokenizer.load(find_tokenizer(folder, config.tokenizer))
     check_vocab(tokenizer, vocab_size)
     return Source(folder, tokenizer, byte_table(tokenizer), vocab_size, config.val_tokens)
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """Counts of a shard."""
+
+    file: str
+    split: Split
+    tokens: int
+    documents: int
+    """Documents that start in this shard, counted by BOS ids."""
+    scored_bytes: int
+    """Bytes of this shard's targets, the denominator of bits per byte."""
+    bytes_per_token: float
+    """scored_bytes per target."""
+
+
+def describe(folder: Path | str, tokenizer: Tokenizer) -> list[ShardInfo]:
+    """Return one row per training and validation shard of `folder`, in reading order.
+
+    Raises `PgolfError` if there is no shard, one is bad, or it has ids the tokenizer does not know.
+    """
+    folder = data_folder(folder)
+    splits: tuple[Split, ...] = ("train", "val")
+    paths = [(path, split) for split in splits for path in shard_paths(folder, split)]
+    if not paths:
+        raise PgolfError(
+            f"no *_train_*.bin or *_val_*.bin shard in {folder}: make some with `pgolf data tokenize` "
+            "or `pgolf data download`"
+        )
+    table, rows = byte_table(tokenizer), []
+    for path, split in console.progress(paths, "reading", unit="shard"):
+        shard = open_shard(path)
+        check_tokens(shard, tokenizer.vocab_size)
+        count, documents = scored_bytes(table, shard.tokens), len(shard.document_starts())
+        per_token = count / max(shard.num_tokens - 1, 1)
+        rows.append(ShardInfo(path.name, split, shard.num_tokens, documents, count, per_token))
+    return rows

@@ -1,36 +1,41 @@
-"""Tokenization of text files to shards."""
+"""Tokenization of .txt, .jsonl, .jsonl.gz and .jsonl.xz files to shards, with a validation split."""
 
-from __future__ import annotations
-
+import functools
+import gzip
+import hashlib
+import json
+import lzma
 import multiprocessing
 import os
 import tempfile
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator
+import zlib
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import IO, Any
 
 import numpy as np
 
-from pgolf_fast.data.shards import BOS_ID, write_shard
-from pgolf_fast.data.texts import expand, make_plan
+from pgolf_fast import console
+from pgolf_fast.data.shards import BOS_ID, Split, shard_paths, write_shard
 from pgolf_fast.data.tokenizer import ByteTable, Tokenizer, byte_table, scored_bytes, train_tokenizer
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import available_cores, write_bytes
 
-Split = Literal["train", "val"]
 Part = tuple[Split, str]
+SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.xz")
 
 _CHUNK_CHARS = 500_000
 _CHUNK_DOCUMENTS = 500
+_HASHES = 1 << 64
+_LINES = 'each line must be like {"text": "..."}'
 _ALONE_BYTES = 16_000_000
 """Input size in bytes below which starting worker processes would take longer than it saves."""
-
-_tokenizer: Tokenizer | None = None
-"""The tokenizer of a worker process."""
 
 
 def tokenize_files(
@@ -101,8 +106,7 @@ def _check_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise PgolfError(f"cannot make the folder {folder}: {error.strerror}; choose another") from error
-    old = sorted(folder.glob("*_train_*.bin")) + sorted(folder.glob("*_val_*.bin"))
-    if old:
+    if old := shard_paths(folder, "train") + shard_paths(folder, "val"):
         raise PgolfError(
             f"{folder} already holds shards ({old[0].name}): remove them or choose another folder"
         )
@@ -111,26 +115,23 @@ def _check_folder(folder: Path) -> None:
 
 
 class _Writer:
-    """Collects the tokens of each split and writes a shard whenever one is full."""
+    """Collect the tokens of each split, and write a shard whenever one is full."""
 
     def __init__(self, folder: Path, shard_tokens: int, table: ByteTable):
         self._folder, self._size, self._table = folder, shard_tokens, table
         self._waiting: dict[Split, list[np.ndarray]] = {"train": [], "val": []}
         self._waiting_tokens: dict[Split, int] = {"train": 0, "val": 0}
-        self._shards: dict[Split, int] = {"train": 0, "val": 0}
-        self._counts: dict[str, int] = {}
+        self._counts: Counter[str] = Counter()
+        self._shards: Counter[Split] = Counter()
 
     def add(self, split: Split, ids: np.ndarray) -> None:
         """Add a document. Its first token is BOS, so bytes can be counted per document."""
         self._waiting[split].append(ids)
         self._waiting_tokens[split] += len(ids)
-        for name, amount in (
-            ("documents", 1),
-            ("tokens", len(ids)),
-            ("bytes", scored_bytes(self._table, ids)),
-        ):
-            for key in (name, f"{split}_{name}"):
-                self._counts[key] = self._counts.get(key, 0) + amount
+        counts = {"documents": 1, "tokens": len(ids), "bytes": scored_bytes(self._table, ids)}
+        for name, amount in counts.items():
+            self._counts[name] += amount
+            self._counts[f"{split}_{name}"] += amount
         while self._waiting_tokens[split] >= self._size:
             self._flush(split)
 
@@ -138,43 +139,37 @@ class _Writer:
         tokens = np.concatenate(self._waiting[split])
         write_shard(self._folder / f"text_{split}_{self._shards[split]:06d}.bin", tokens[: self._size])
         self._shards[split] += 1
-        rest = tokens[self._size :]
-        self._waiting[split] = [rest.copy()] if len(rest) else []
-        self._waiting_tokens[split] = len(rest)
+        rest = tokens[self._size :].copy()
+        self._waiting[split], self._waiting_tokens[split] = [rest], len(rest)
 
     def finish(self) -> dict[str, object]:
         """Write the remaining tokens; return the counts of documents, tokens, bytes and shards."""
-        for split in self._waiting:
-            if self._waiting_tokens[split]:
+        for split, tokens in self._waiting_tokens.items():
+            if tokens:
                 self._flush(split)
             self._counts[f"{split}_shards"] = self._shards[split]
-        counts = self._counts
         return {
-            **counts,
-            "bytes_per_token": round(counts.get("bytes", 0) / max(counts.get("tokens", 0), 1), 4),
+            **self._counts,
+            "bytes_per_token": round(self._counts["bytes"] / max(self._counts["tokens"], 1), 4),
         }
 
 
 def _encode(parts: Iterator[Part], model: Path, workers: int) -> Iterator[tuple[Split, np.ndarray]]:
     """Yield documents as tokens, in order."""
     if workers == 1:
-        tokenizer = Tokenizer.load(model)
-        for split, text in parts:
-            yield split, _ids(tokenizer, text)
+        for part in parts:
+            yield from _encode_chunk(model, [part])
         return
-    waiting: deque[tuple[list[Split], Future[list[np.ndarray]]]] = deque()
-    context = multiprocessing.get_context("spawn")  # fork is not safe with threads
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(model,))
+    waiting: deque[Future[list[tuple[Split, np.ndarray]]]] = deque()
+    # fork is not safe with threads
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
     try:
         for chunk in _chunks(parts):
-            waiting.append(
-                ([split for split, _ in chunk], pool.submit(_encode_chunk, [text for _, text in chunk]))
-            )
+            waiting.append(pool.submit(_encode_chunk, model, chunk))
             if len(waiting) > 3 * workers:  # enough to keep workers busy, without reading all text ahead
-                splits, future = waiting.popleft()
-                yield from zip(splits, future.result(), strict=True)
-        for splits, future in waiting:
-            yield from zip(splits, future.result(), strict=True)
+                yield from waiting.popleft().result()
+        for future in waiting:
+            yield from future.result()
     except BrokenProcessPool as error:
         raise PgolfError(
             f"a tokenizing process died, perhaps for lack of memory: try again with fewer workers than "
@@ -197,15 +192,148 @@ def _chunks(parts: Iterator[Part]) -> Iterator[list[Part]]:
         yield chunk
 
 
-def _start_worker(model: Path) -> None:
-    global _tokenizer
-    _tokenizer = Tokenizer.load(model)
+def _encode_chunk(model: Path, chunk: list[Part]) -> list[tuple[Split, np.ndarray]]:
+    tokenizer = _loaded(model)
+    return [(split, np.array(tokenizer.encode_document(text), dtype=np.uint16)) for split, text in chunk]
 
 
-def _encode_chunk(texts: list[str]) -> list[np.ndarray]:
-    assert _tokenizer is not None
-    return [_ids(_tokenizer, text) for text in texts]
+_loaded = functools.lru_cache(maxsize=1)(Tokenizer.load)  # once per process
 
 
-def _ids(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    return np.array(tokenizer.encode_document(text), dtype=np.uint16)
+def expand(inputs: Iterable[Path | str]) -> list[Path]:
+    """Return the files of `inputs`, with a folder replaced by the text files directly in it.
+
+    Raises `PgolfError` if there are no files, or one is missing or of another kind.
+    """
+    files: list[Path] = []
+    for item in inputs:
+        path = Path(item)
+        if path.is_dir():
+            files += sorted(p for p in path.iterdir() if p.is_file() and p.name.endswith(SUFFIXES))
+        elif not path.exists():
+            raise PgolfError(f"{path} does not exist: give {', '.join(SUFFIXES)} files or folders of them")
+        elif not path.name.endswith(SUFFIXES):
+            raise PgolfError(
+                f"{path} is not a kind of file that can be read: give {', '.join(SUFFIXES)} files"
+            )
+        else:
+            files.append(path)
+    if not files:
+        raise PgolfError(f"no files to tokenize: give {', '.join(SUFFIXES)} files or folders that hold some")
+    return files
+
+
+def read_documents(path: Path) -> Iterator[str]:
+    """Yield the documents of a file that are not blank: a whole .txt, or the "text" of each line of a .jsonl.
+
+    Raises `PgolfError` naming the file (and line) if it cannot be read.
+    """
+    try:
+        if path.name.endswith(".txt"):
+            text = path.read_text(encoding="utf-8")
+            if text.strip():
+                yield text
+            return
+        with _open(path) as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    text = _text_of(line, path, number)
+                    if text.strip():
+                        yield text
+    except UnicodeDecodeError as error:
+        raise PgolfError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it first"
+        ) from error
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        raise PgolfError(f"cannot read {path}: {error}; it is unreadable or damaged") from error
+
+
+def _open(path: Path) -> IO[bytes]:
+    opener: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    return opener(path, "rb")
+
+
+def _text_of(line: bytes, path: Path, number: int) -> str:
+    try:
+        row = json.loads(line)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise PgolfError(f"{path} line {number} is not JSON ({error}): {_LINES}") from error
+    text = row.get("text") if isinstance(row, dict) else None
+    if not isinstance(text, str):
+        raise PgolfError(f'{path} line {number} has no "text" string: {_LINES}')
+    return text
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A split of documents: validation has those with a hash below `threshold`. A single document is cut."""
+
+    documents: int
+    threshold: int
+    cut: float | None = None
+
+    def parts(self, files: Sequence[Path], what: str) -> Iterator[tuple[Split, str]]:
+        """Yield (split, text) of each document in order, with a progress bar labeled `what`."""
+        for text in console.progress(
+            chain.from_iterable(map(read_documents, files)), what, total=self.documents, unit="doc"
+        ):
+            if self.cut is not None:
+                head, tail = _cut(text, self.cut)
+                yield "train", head
+                yield "val", tail
+            else:
+                yield ("val" if _hash(text) < self.threshold else "train"), text
+
+
+def make_plan(files: Sequence[Path], val_fraction: float) -> Plan:
+    """Read all documents and decide their split by the sha1 of their text.
+
+    There is always a training document, and a validation document unless `val_fraction` is 0. Raises
+    `PgolfError` if there is no text, or all documents are the same.
+    """
+    if not 0 <= val_fraction < 1:
+        raise PgolfError(f"val_fraction is {val_fraction}; it must be at least 0 and less than 1")
+    threshold, count, below = int(val_fraction * _HASHES), 0, 0
+    lowest, highest, last = _HASHES, -1, ""
+    for last in console.progress(chain.from_iterable(map(read_documents, files)), "reading", unit="doc"):
+        value = _hash(last)
+        count, below = count + 1, below + (value < threshold)
+        lowest, highest = min(lowest, value), max(highest, value)
+    if count == 0:
+        raise PgolfError(f"empty corpus: no text in {_names(files)}; give files with text in them")
+    if val_fraction == 0:
+        return Plan(count, 0)
+    if count == 1:
+        if not all(part.strip() for part in _cut(last, 1 - val_fraction)):
+            raise PgolfError(
+                f"the only document in {_names(files)} is too short to use {val_fraction:.0%} of it "
+                "for validation: give more text, or val_fraction 0"
+            )
+        return Plan(count, 0, cut=1 - val_fraction)
+    if lowest == highest:
+        raise PgolfError(
+            f"all {count} documents in {_names(files)} are the same: nothing is left for validation"
+        )
+    if below == 0:
+        threshold = lowest + 1
+    elif below == count:
+        threshold = highest
+    return Plan(count, threshold)
+
+
+def _hash(text: str) -> int:
+    # of the text only: the split depends neither on the order nor on the names of the files
+    return int.from_bytes(hashlib.sha1(text.encode("utf-8", "replace")).digest()[:8], "big")
+
+
+def _cut(text: str, at: float) -> tuple[str, str]:
+    """Cut `text` in two at about `at` of its length, at white space if there is any."""
+    middle = int(len(text) * at)
+    space = max(text.rfind(" ", 0, middle), text.rfind("\n", 0, middle))
+    middle = space if space > 0 else middle
+    return text[:middle], text[middle:]
+
+
+def _names(files: Sequence[Path]) -> str:
+    shown = ", ".join(str(path) for path in files[:3])
+    return shown if len(files) <= 3 else f"{shown} and {len(files) - 3} more files"

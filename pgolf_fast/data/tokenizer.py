@@ -1,8 +1,8 @@
 """SentencePiece tokenizers, and the bytes of text of each token."""
 
-from __future__ import annotations
-
+import contextlib
 import functools
+import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,12 +27,12 @@ _TRAINING_CHARS = 256_000_000
 class Tokenizer:
     """A SentencePiece model, loaded by `Tokenizer.load`."""
 
-    def __init__(self, processor: SentencePieceProcessor, path: Path):
+    def __init__(self, processor: "SentencePieceProcessor", path: Path):
         self._processor = processor
         self.path = path
 
     @classmethod
-    def load(cls, path: Path | str) -> Tokenizer:
+    def load(cls, path: Path | str) -> "Tokenizer":
         """Load a .model file. Raises `PgolfError` if it is missing or not a SentencePiece model."""
         from sentencepiece import SentencePieceProcessor
 
@@ -42,13 +42,10 @@ class Tokenizer:
                 f"tokenizer {path} does not exist: give a SentencePiece .model file with --data.tokenizer"
             )
         processor = SentencePieceProcessor()
-        try:
-            loaded = processor.LoadFromSerializedProto(path.read_bytes())
-        except (RuntimeError, OSError, TypeError) as error:
-            raise _not_a_model(path) from error
-        if not loaded or len(processor) == 0:
-            raise _not_a_model(path)
-        return cls(processor, path)
+        with contextlib.suppress(RuntimeError, OSError, TypeError):
+            if processor.LoadFromSerializedProto(path.read_bytes()) and len(processor) > 0:
+                return cls(processor, path)
+        raise PgolfError(f"{path} is not a SentencePiece model: give a .model file with --data.tokenizer")
 
     @property
     def vocab_size(self) -> int:
@@ -93,10 +90,6 @@ class Tokenizer:
         return bool(self._processor.is_byte(token))
 
 
-def _not_a_model(path: Path) -> PgolfError:
-    return PgolfError(f"{path} is not a SentencePiece model: give a .model file with --data.tokenizer")
-
-
 @dataclass(frozen=True)
 class ByteTable:
     """The bytes of text of each token id, for bits per byte."""
@@ -127,10 +120,7 @@ def byte_table(tokenizer: Tokenizer) -> ByteTable:
 
 
 def target_bytes(table: ByteTable, prev_ids: np.ndarray, target_ids: np.ndarray) -> np.ndarray:
-    """Return the bytes of each target given the token before it, int64 of the shape of `target_ids`.
-
-    Raises `PgolfError` for an id outside the table.
-    """
+    """Return the bytes of each target given the token before it, int64 of the shape of `target_ids`."""
     prev_ids, target_ids = np.asarray(prev_ids), np.asarray(target_ids)
     size = len(table.base_bytes)
     for ids in (prev_ids, target_ids):
@@ -159,12 +149,7 @@ def find_tokenizer(folder: Path | str, explicit: Path | str | None = None) -> Pa
     with the number in the folder's name (`..._sp1024`) is taken. Raises `PgolfError` unless there is one.
     """
     if explicit is not None:
-        path = Path(explicit)
-        if not path.is_file():
-            raise PgolfError(
-                f"tokenizer {path} does not exist: give a SentencePiece .model file with --data.tokenizer"
-            )
-        return path
+        return Path(explicit)
     folder = Path(folder).absolute()
     places = [folder, folder.parent, folder.parent / "tokenizers", folder.parent.parent / "tokenizers"]
     for place in places:
@@ -204,20 +189,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, prefix_path: Path | s
     The same texts give the same bytes. Raises `PgolfError` if there is no text, or too little (or too many
     different characters) for `vocab_size`.
     """
-    import io
-
     import sentencepiece
 
-    prefix = Path(prefix_path)
-    path = prefix.with_name(prefix.name + ".model")
-    sentences = _sentences(texts)
-    first = next(sentences, None)
-    if first is None:
+    path = Path(f"{prefix_path}.model")
+    sentences = list(_sentences(texts))  # not lazily: SentencePiece would hide an error of the iterator
+    if not sentences:
         raise PgolfError(f"cannot train tokenizer {path}: the text is empty; give files with text in them")
-    model, failures = io.BytesIO(), list[BaseException]()
+    model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_watched(first, sentences, failures),
+            sentence_iterator=iter(sentences),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -235,22 +216,18 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, prefix_path: Path | s
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        if failures:
-            raise failures[0] from None
         raise _training_error(str(error), vocab_size) from error
     write_bytes(path, model.getvalue())
     return path
 
 
 def _training_error(message: str, vocab_size: int) -> PgolfError:
-    most = re.search(r"value <= (\d+)", message)
-    if most:
+    if most := re.search(r"value <= (\d+)", message):
         return PgolfError(
             f"vocab_size {vocab_size} is too large for this text: it supports at most {most.group(1)} "
             "pieces; use a smaller vocab_size or more text"
         )
-    least = re.search(r"smaller than required_chars\D*\d+ vs (\d+)", message)
-    if least:
+    if least := re.search(r"smaller than required_chars\D*\d+ vs (\d+)", message):
         return PgolfError(
             f"vocab_size {vocab_size} is too small: 256 byte pieces, 4 control pieces and the characters of "
             f"this text need at least {least.group(1)}; use a larger vocab_size"
@@ -275,13 +252,3 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
             start = end
         if total >= _TRAINING_CHARS:
             return
-
-
-def _watched(first: str, rest: Iterator[str], failures: list[BaseException]) -> Iterator[str]:
-    """Yield `first` and `rest`, and record errors, which SentencePiece turns into a RuntimeError."""
-    try:
-        yield first
-        yield from rest
-    except BaseException as error:
-        failures.append(error)
-        raise

@@ -23,7 +23,7 @@ from pgolf_fast.evaluation.score import Score, Scorer, Stream, batch_size
 from pgolf_fast.evaluation.windows import BatchSize, Windows, plain_windows, sliding_windows
 from pgolf_fast.model.bank import Transform
 from pgolf_fast.model.gpt import GPT
-from pgolf_fast.quant.fake import make_fake
+from pgolf_fast.quant.grid import make_fake
 
 
 @dataclass(frozen=True)

@@ -197,14 +197,23 @@ def tables(figures: dict[str, dict], *, every: bool = True, illegal: str | None 
     ]
 
 
+def shares(parts: dict[str, dict]) -> dict[str, dict[str, float]]:
+    """Return each part's shares of the targets, the bytes and the summed loss; parts as `Score.to_dict`."""
+    columns = {
+        "targets": [p["tokens"] for p in parts.values()],
+        "bytes": [p["bytes"] for p in parts.values()],
+        "loss": [p["tokens"] * (p["loss"] or 0.0) for p in parts.values()],
+    }
+    own = {unit: [size / (sum(sizes) or 1) for size in sizes] for unit, sizes in columns.items()}
+    return {name: {unit: own[unit][i] for unit in own} for i, name in enumerate(parts)}
+
+
 def _part_table(title: str, parts: dict, with_ttt: dict | None = None, column: str = "") -> Table:
     """Tabulate parts of a score: each one's share of targets, bytes and loss, and its own score."""
-    targets, text_bytes = (sum(p[unit] for p in parts.values()) for unit in ("tokens", "bytes"))
-    nats = {name: p["tokens"] * (p["loss"] or 0.0) for name, p in parts.items()}
     rows = []
-    for name, part in parts.items():
-        shares = part["tokens"] / targets, part["bytes"] / max(text_bytes, 1), nats[name] / sum(nats.values())
-        scores = [part["bpb"], part["loss"], *([] if with_ttt is None else [with_ttt[name]["bpb"]])]
-        rows.append((name, *(f"{share:.2%}" for share in shares), *(number(s, ".4f") for s in scores)))
+    for name, own in shares(parts).items():
+        scores = [parts[name]["bpb"], parts[name]["loss"]]
+        scores += [] if with_ttt is None else [with_ttt[name]["bpb"]]
+        rows.append((name, *(f"{s:.2%}" for s in own.values()), *(number(s, ".4f") for s in scores)))
     header = (title, "targets", "bytes", "loss", "bpb", "nats/token", column)
     return Table(header[: 6 if with_ttt is None else 7], rows)

@@ -1,7 +1,5 @@
 """Weights from files, checked strictly against the model."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,10 +9,10 @@ from torch import Tensor, nn
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import load_tensors
 
+Tensors = Mapping[str, Tensor]
 
-def load_weights(
-    model: nn.Module, tensors: Mapping[str, Tensor], origin: str, *, assign: bool = False
-) -> None:
+
+def load_weights(model: nn.Module, tensors: Tensors, origin: str, *, assign: bool = False) -> None:
     """Copy weights into a model, or let it use them with `assign`.
 
     Raises PgolfError listing names and shapes of `origin` that do not fit.
@@ -45,9 +43,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             why = f"{type(error).__name__} {str(error).splitlines()[0]}"
             raise PgolfError(f"{path} cannot be read as a PyTorch state dict: {why}") from error
         if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-            raise PgolfError(
-                f"{path} is not a state dict of tensors: save model.state_dict() and nothing else"
-            )
+            hint = "save model.state_dict() and nothing else"
+            raise PgolfError(f"{path} is not a state dict of tensors: {hint}")
         return state
     tensors, _ = load_tensors(path)
     prefixed = {name[6:]: value for name, value in tensors.items() if name.startswith("model.")}

@@ -1,4 +1,4 @@
-"""The network's operations as torch ops `pgolf::*`; importing this package registers `torch.ops.pgolf.*`.
+"""The network's operations as torch ops: `torch.ops.pgolf.*` exists after `import pgolf_fast.ops`.
 
 One file per op: the public function, checks, `_cpu` and `_cuda` implementations, fake, and the same for
 backward. `reference.py` holds the formulas, `cases.py` the catalogue of inputs (a `case.Case` each) and

@@ -1,7 +1,5 @@
 """Averages of the weights during training: EMA, and SWA over snapshots of the EMA (PR 1501)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 
@@ -47,6 +45,5 @@ class WeightAverage:
         self.swa_count = swa_count
         for name in self.ema:
             self.ema[name].copy_(state[f"ema.{name}"])
-        self.swa = {}
-        if swa_count:
-            self.swa = {n: state[f"swa.{n}"].to(value.device, copy=True) for n, value in self.ema.items()}
+        saved = self.ema.items() if swa_count else ()
+        self.swa = {name: state[f"swa.{name}"].to(value.device, copy=True) for name, value in saved}

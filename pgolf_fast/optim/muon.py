@@ -1,7 +1,5 @@
 """Muon over weight banks (Jordan et al. 2024): momentum, orthogonalization of all slots at once, decay."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 
@@ -37,11 +35,7 @@ class Muon:
 
     @torch.no_grad()
     def step(
-        self,
-        *,
-        lr: float | Tensor,
-        momentum: float | Tensor,
-        shadows: dict[str, Tensor] | None = None,
+        self, *, lr: float | Tensor, momentum: float | Tensor, shadows: dict[str, Tensor] | None = None
     ) -> None:
         """Update the banks from their gradients, which are not changed. All ranks end with the same weights.
 

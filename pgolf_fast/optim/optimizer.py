@@ -1,9 +1,6 @@
 """The optimizer of each parameter: Muon for the banks, AdamW for tables and everything small."""
 
-from __future__ import annotations
-
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from pgolf_fast.config.schema import OptimConfig
@@ -113,12 +110,3 @@ class Optimizer:
                 self.adamw.state[parameter] = {
                     k.split(".", 2)[1]: state[k].to(parameter.device, copy=True) for k in keys
                 }
-
-
-def mean_gradients(gradients: list[Tensor], world: World) -> None:
-    """Average every gradient over ranks in place."""
-    if world.world_size == 1:
-        return
-    for gradient in gradients:
-        dist.all_reduce(gradient)
-        gradient.div_(world.world_size)

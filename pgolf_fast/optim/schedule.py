@@ -1,7 +1,5 @@
 """The learning-rate multiplier: constant, then a decay to zero over time or steps (PR 1501, PR 301)."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import asdict, dataclass
 

@@ -1,6 +1,15 @@
-"""Calibration without data: Hessians on text that the model generates itself (PR 1501)."""
+"""Calibration without data: what errors cost, measured on text that the model generates itself (PR 1501).
 
-from __future__ import annotations
+GPTQ needs a Hessian of each matrix's input. Grid rd also needs row importances: Fisher information with a row
+and a column factor (K-FAC, Martens and Grosse 2015). A change E of a matrix raises the loss by about
+1/2 sum_r rows[r] e_r^T hessian e_r nats per token. Gradients are those of the log-probability of tokens
+sampled from the model, so their mean square is the true Fisher information rather than the empirical one.
+"""
+
+import functools
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,16 +22,29 @@ from pgolf_fast.errors import PgolfError
 from pgolf_fast.model.decoding import Decoder, sample
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.model.rope import rope_tables
+from pgolf_fast.model.weights import Tensors
 from pgolf_fast.ops import reference
+from pgolf_fast.quant.gptq import inverse_factor
+from pgolf_fast.quant.state import QuantizedState, group_of, hessian_name, is_slot, quantize_state, unbank
 
 DAMPING = 0.01  # times the mean diagonal; like the original, in addition to GPTQ's own damping
 SMALLEST_DAMPING = 1e-6
-INPUTS = ("attn_in", "attn_out", "mlp_in", "mlp_hidden")
+BATCHES = 16  # gradients that importances are averaged over
+SHARED = 0.1  # share of the matrix mean in a row's importance: short text does not visit every row
+TABLE_DAMPING = 1e-3  # times the mean diagonal, for Hessians fitted to gradients
+_ROUNDS = 3  # alternations of fitting rows and columns
 
 
-def hessian_name(layer: int, which: str) -> str:
-    """Name a Hessian: `attn_in` is the input of Q, K and V, `attn_out` of the output projection."""
-    return f"blocks.{layer}.{which}"
+@torch.no_grad()
+def quantize_model(model: GPT, config: QuantConfig, *, seq_len: int) -> QuantizedState:
+    """Quantize a model; method gptq collects Hessians on text that the model writes.
+
+    seq_len: the training length, which calibration text does not exceed. The model is not changed.
+    """
+    hessians = None
+    if config.method == "gptq":
+        hessians = collect_hessians(model, self_generate(model, config, seq_len))
+    return quantize_state(model.state_dict(), config, hessians)
 
 
 @torch.no_grad()
@@ -43,22 +65,17 @@ def self_generate(model: GPT, config: QuantConfig, seq_len: int) -> Tensor:
         )
     device = model.tok_emb.weight.device
     generator = torch.Generator(device=device).manual_seed(config.seed)
-    sizes = [
-        min(config.calibration_batch, config.calibration_sequences - start)
-        for start in range(0, config.calibration_sequences, config.calibration_batch)
-    ]
-    steps = ((batch, position) for batch in range(len(sizes)) for position in range(length))
-    texts: list[Tensor] = []
-    for batch, position in progress(steps, "calibration text", total=len(sizes) * length, unit="step"):
+    text = torch.empty(config.calibration_sequences, length, dtype=torch.int64, device=device)
+    parts = text.split(config.calibration_batch)
+    steps = itertools.product(parts, range(length))
+    for part, position in progress(steps, "calibration text", total=len(parts) * length, unit="step"):
         if position == 0:
-            decoder = Decoder(model, sizes[batch], length)
-            start_ids = (sizes[batch],)
-            tokens = torch.randint(model.config.vocab_size, start_ids, generator=generator, device=device)
-            texts.append(tokens.new_empty(sizes[batch], length))
+            decoder, size = Decoder(model, len(part), length), (len(part),)
+            tokens = torch.randint(model.config.vocab_size, size, generator=generator, device=device)
         else:
             tokens = sample(decoder.step(tokens), temperature=config.temperature, generator=generator)
-        texts[-1][:, position] = tokens
-    return torch.cat(texts)
+        part[:, position] = tokens
+    return text
 
 
 @torch.no_grad()
@@ -69,11 +86,8 @@ def collect_hessians(model: GPT, tokens: Tensor, batch: int = 8) -> dict[str, Te
     inputs, divided by the number of sequences, plus 1 % of its mean diagonal (PR 1501).
     Raises PgolfError for fewer than one sequence or two tokens.
     """
-    if tokens.ndim != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
-        raise PgolfError(f"Hessians need (sequences, length of 2 or more) tokens, not {tuple(tokens.shape)}")
-    parts = tokens.to(model.tok_emb.weight.device)[:, :-1].split(batch)
     grams = _Grams(model)
-    for part in progress(parts, "Hessians", unit="batch"):
+    for part in progress(_inputs(model, tokens, "Hessians").split(batch), "Hessians", unit="batch"):
         grams.add_text(part)
     for gram in grams.sums.values():
         gram /= tokens.shape[0]
@@ -82,15 +96,20 @@ def collect_hessians(model: GPT, tokens: Tensor, batch: int = 8) -> dict[str, Te
     return grams.sums
 
 
+def _inputs(model: GPT, tokens: Tensor, what: str) -> Tensor:
+    """Return all tokens but the last of each sequence, on the model's device."""
+    if tokens.ndim != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
+        raise PgolfError(f"{what} need (sequences, length of 2 or more) tokens, not {tuple(tokens.shape)}")
+    return tokens[:, :-1].to(model.tok_emb.weight.device)
+
+
 class _Grams:
     """Float32 sums of x^T x over the inputs of every bank matrix; the `Observer` of its own forward."""
 
     def __init__(self, model: GPT):
         self.model, self.banks, self.sums = model, model.banks(), dict[str, Tensor]()
         # attention with the identity as output projection returns that projection's input
-        self.identity = torch.eye(
-            model.config.model_dim, dtype=self.banks.qo.dtype, device=self.banks.qo.device
-        )
+        self.identity = torch.eye(model.config.model_dim).to(self.banks.qo)
 
     def add_text(self, tokens: Tensor) -> None:
         """Run one forward of tokens (B, T), as `GPT.hidden` does."""
@@ -128,3 +147,99 @@ class _Grams:
         if name not in self.sums:
             self.sums[name] = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
         self.sums[name].addmm_(rows.T, rows)
+
+
+@dataclass(frozen=True, eq=False)
+class Fisher:
+    """Factors of a matrix (R, C): row importances (R,) and hessian (C, C), float32 on its device."""
+
+    rows: Tensor
+    hessian: Tensor
+    damping: float
+
+
+def collect_fisher(
+    model: GPT, tokens: Tensor, hessians: Tensors, *, damping: float = 0.01, seed: int = 42
+) -> dict[str, Fisher]:
+    """Return the factors of every matrix by unbanked name. The model is not changed.
+
+    tokens (sequences, length) are inputs; targets are sampled from the model. hessians, from
+    `collect_hessians`, are the column factors of bank matrices. Tables have no input to take a Hessian of:
+    their two factors are fitted to gradients alternately, like a matrix normal distribution (Dutilleul 1999).
+    Row importances are measured against the inverse of the column factor, the spread of GPTQ's errors.
+    Raises PgolfError for fewer than one sequence or two tokens, or a non-finite gradient.
+    """
+    inputs = _inputs(model, tokens, "importances")
+    columns = {name: hessian / inputs.shape[1] for name, hessian in hessians.items()}
+    factors = {name: _square_root(hessian, damping, name) for name, hessian in columns.items()}
+    rows: dict[str, Tensor] = {}
+    kept: dict[str, list[Tensor]] = {}
+    for gradients in _gradients(model, inputs, seed):
+        for name, gradient in gradients.items():
+            if not bool(torch.isfinite(gradient).all()):
+                raise PgolfError(f"the gradient of {name} is not finite: the training run diverged")
+            if is_slot(name):
+                share = _row_sums(gradient, factors[group_of(name)])
+                rows[name] = rows[name] + share if name in rows else share
+            else:
+                kept.setdefault(name, []).append(gradient.bfloat16())
+    fishers = {
+        name: Fisher(_smooth(total / inputs.numel()), columns[group_of(name)], damping)
+        for name, total in rows.items()
+    }
+    for name, samples in kept.items():
+        fishers[name] = _fit_table(torch.stack(samples), inputs.numel())
+    return fishers
+
+
+def _gradients(model: GPT, inputs: Tensor, seed: int) -> Iterator[dict[str, Tensor]]:
+    """Yield, per batch of text, the float32 gradients of the summed loss by unbanked matrix name."""
+    generator = torch.Generator(inputs.device).manual_seed(seed)
+    parameters = dict(model.named_parameters())
+    parts = inputs.split(-(-len(inputs) // BATCHES))
+    for part in progress(parts, "importances", unit="batch"):
+        with torch.no_grad():
+            chances = torch.softmax(model.logits(part).float(), dim=-1)
+            targets = torch.multinomial(chances.flatten(0, 1), 1, generator=generator).view_as(part)
+        with torch.enable_grad():
+            loss = model.token_losses(part, targets).sum()
+        grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        by_name = {n: g for n, g in zip(parameters, grads, strict=True) if g is not None}
+        yield {n: g.float() for n, g in unbank(by_name).items() if n.endswith(".weight") and g.ndim == 2}
+
+
+def _square_root(hessian: Tensor, damping: float, name: str) -> Tensor:
+    """Return V (C, C) with V^T V = (hessian + damping mean(diag) I)^-1."""
+    order, factor = inverse_factor(hessian, damping, name)
+    return factor[:, order.argsort()]
+
+
+def _row_sums(gradient: Tensor, root: Tensor) -> Tensor:
+    """Return g_r^T H^-1 g_r / C per row: a sample of its importance, times the number of tokens summed."""
+    return (gradient @ root.T).square().mean(dim=1)
+
+
+def _smooth(rows: Tensor) -> Tensor:
+    """Pull importances towards their mean, so that none is zero; ones if all are zero."""
+    mean = rows.mean()
+    return torch.lerp(rows, mean.expand_as(rows), SHARED) if mean > 0 else torch.ones_like(rows)
+
+
+def _fit_table(gradients: Tensor, tokens: int) -> Fisher:
+    """Fit both factors of a matrix to gradients (batches, R, C); the hessian has mean diagonal 1."""
+    hessian = torch.eye(gradients.shape[2], device=gradients.device)
+    rows = _fitted_rows(gradients, hessian, tokens)
+    for _ in range(_ROUNDS):
+        weighed = (gradient.float() * rows.rsqrt()[:, None] for gradient in gradients)
+        gram = functools.reduce(torch.add, (w.T @ w for w in weighed))
+        mean = torch.diagonal(gram).mean()
+        if mean <= 0:
+            break
+        hessian = gram / mean
+        rows = _fitted_rows(gradients, _square_root(hessian, TABLE_DAMPING, "a table"), tokens)
+    return Fisher(rows, hessian, TABLE_DAMPING)
+
+
+def _fitted_rows(gradients: Tensor, root: Tensor, tokens: int) -> Tensor:
+    sums = (_row_sums(gradient.float(), root) for gradient in gradients)
+    return _smooth(functools.reduce(torch.add, sums) / tokens)

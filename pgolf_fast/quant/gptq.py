@@ -1,8 +1,6 @@
 """GPTQ: round column by column, and let later columns compensate for each error (Frantar et al. 2022)."""
 
-from __future__ import annotations
-
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -10,43 +8,58 @@ import torch
 from torch import Tensor
 
 from pgolf_fast.errors import PgolfError
+from pgolf_fast.model.weights import Tensors
 from pgolf_fast.ops.native import extension
-from pgolf_fast.quant.grid import PERCENTILES, best_candidate, check_matrix, scale_candidates
+from pgolf_fast.quant.grid import PERCENTILES, Coded, best_candidate, check_matrix, scale_candidates
 
 COSTS = 256  # a cost table's columns: code q is at index q + 128
 
 
 @torch.no_grad()
 def gptq(
-    groups: Iterable[tuple[Mapping[str, Tensor], Tensor]],
+    groups: Iterable[tuple[Tensors, Tensor]],
     *,
     clip_range: int = 31,
     percentiles: Sequence[float] = PERCENTILES,
     scale_floor: bool = True,
     block_size: int = 128,
     damping: float = 0.01,
-) -> dict[str, tuple[Tensor, Tensor]]:
+) -> dict[str, Coded]:
     """Quantize each weight (R, C) to codes int8 (R, C) and scale float16 (R,), keeping x W^T close.
 
     groups: matrices that read one input (say, Q, K and V), under unique names, with its Hessian (C, C): the
     sum of x^T x, up to a factor. Columns go in descending order of the Hessian's diagonal, to which `damping`
     times its mean is added; row scales are searched as in `quantize_rows` (PR 1501). Rows are independent, so
     a group with all its candidate scales takes one pass and one factorization.
-
     A CPU takes the groups one by one, so it holds one in memory. On a GPU a column of one group is too little
     work, so all groups of one shape run at once.
-
     Raises PgolfError for shapes that do not fit, non-finite values, or a Hessian that is not positive
     definite even with 100 times the damping.
     """
     results = {}
     waiting: dict[torch.Size, list[_Group]] = {}
     for weights, hessian in groups:
-        group = _prepare(weights, hessian, clip_range, percentiles, scale_floor, damping)
-        if group.columns.is_cuda:
-            waiting.setdefault(group.columns.shape, []).append(group)
-        else:
-            results.update(_round_groups([group], clip_range, block_size))
+        for name, weight in weights.items():
+            check_matrix(weight, name)
+            if hessian.shape != (size := (weight.shape[1],) * 2):
+                problem = f"{name} has {size[0]} columns, so its Hessian must be {size}"
+                raise PgolfError(f"{problem}, but it is {tuple(hessian.shape)}")
+        if not bool(torch.isfinite(hessian).all()):
+            what = f"the Hessian of {', '.join(weights)}"
+            raise PgolfError(f"{what} has values that are not finite: check the calibration text")
+        order, factor = inverse_factor(hessian, damping, ", ".join(weights))
+        dead = torch.diagonal(hessian) == 0
+        matrices = [
+            (name, weight, scale_candidates(weight, clip_range, percentiles, scale_floor))
+            for name, weight in weights.items()
+        ]
+        columns = torch.cat(
+            [w.float().masked_fill(dead, 0.0).T[order].repeat(1, len(s)) for _, w, s in matrices], dim=1
+        )
+        group = _Group(matrices, order, columns, factor)
+        waiting.setdefault(group.columns.shape, []).append(group)
+        if not group.columns.is_cuda:
+            results.update(_round_groups(waiting.pop(group.columns.shape), clip_range, block_size))
     for stack in waiting.values():
         results.update(_round_groups(stack, clip_range, block_size))
     return results
@@ -56,75 +69,37 @@ def gptq(
 class _Group:
     """Matrices of C columns that read one input, ready to round; N counts all rows times their candidates."""
 
-    weights: Mapping[str, Tensor]
-    candidates: dict[str, list[Tensor]]  # row scales float16 (R,)
+    matrices: list[tuple[str, Tensor, list[Tensor]]]  # name, weight (R, C), candidate scales float16 (R,)
     order: Tensor  # (C,) of the columns
     columns: Tensor  # float32 (C, N)
     factor: Tensor  # (C, C)
 
-    def steps(self) -> Tensor:
-        """Return all steps, float32 (N,)."""
-        return torch.cat([scale for scales in self.candidates.values() for scale in scales]).float()
+    @property
+    def scales(self) -> list[Tensor]:
+        return [scale for *_, scales in self.matrices for scale in scales]
 
-    def best(self, codes: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    def best(self, codes: Tensor) -> dict[str, Coded]:
         """Pick each matrix's best candidate from the rounded columns, int8 (C, N)."""
         rows = torch.empty_like(codes.T, memory_format=torch.contiguous_format)
         rows[:, self.order] = codes.T
-        parts = iter(rows.split([len(s) for scales in self.candidates.values() for s in scales]))
+        parts = iter(rows.split([len(scale) for scale in self.scales]))
         results = {}
-        for name, weight in self.weights.items():
-            best, scale = best_candidate(weight, [(next(parts), scale) for scale in self.candidates[name]])
+        for name, weight, scales in self.matrices:
+            best, scale = best_candidate(weight, [(next(parts), scale) for scale in scales])
             results[name] = best.clone(), scale  # a copy, so that memory of the other candidates is freed
         return results
 
 
-def _prepare(
-    weights: Mapping[str, Tensor],
-    hessian: Tensor,
-    clip_range: int,
-    percentiles: Sequence[float],
-    scale_floor: bool,
-    damping: float,
-) -> _Group:
-    for name, weight in weights.items():
-        _check(name, weight, hessian)
-    order, factor = inverse_factor(hessian, damping, ", ".join(weights))
-    dead = torch.diagonal(hessian) == 0
-    candidates = {
-        name: scale_candidates(weight, clip_range, percentiles, scale_floor)
-        for name, weight in weights.items()
-    }
-    columns = [
-        weight.float().masked_fill(dead, 0.0).T[order].repeat(1, len(candidates[name]))
-        for name, weight in weights.items()
-    ]
-    return _Group(weights, candidates, order, torch.cat(columns, dim=1), factor)
-
-
-def _round_groups(
-    groups: Sequence[_Group], clip_range: int, block_size: int
-) -> dict[str, tuple[Tensor, Tensor]]:
+def _round_groups(groups: Sequence[_Group], clip_range: int, block_size: int) -> dict[str, Coded]:
     """Round groups of one shape together."""
     codes = round_columns(
         torch.stack([group.columns for group in groups]),
-        torch.stack([group.steps() for group in groups]),
+        torch.stack([torch.cat(group.scales).float() for group in groups]),
         torch.stack([group.factor for group in groups]),
         clip_range=clip_range,
         block_size=block_size,
     )
     return {name: best for g, c in zip(groups, codes, strict=True) for name, best in g.best(c).items()}
-
-
-def _check(name: str, weight: Tensor, hessian: Tensor) -> None:
-    check_matrix(weight, name)
-    columns = weight.shape[1]
-    if hessian.shape != (columns, columns):
-        raise PgolfError(
-            f"{name} has {columns} columns, so its Hessian must be ({columns}, {columns}), "
-            f"but it is {tuple(hessian.shape)}"
-        )
-    if not bool(torch.isfinite(hessian).all()):
-        raise PgolfError(f"the Hessian of {name} has values that are not finite: check the calibration text")
 
 
 def inverse_factor(hessian: Tensor, damping: float = 0.01, name: str = "weight") -> tuple[Tensor, Tensor]:
@@ -167,21 +142,6 @@ def _inverse_of_lower(lower: Tensor) -> Tensor:
     return inverse
 
 
-@dataclass(frozen=True, eq=False)
-class Rate:
-    """Price of each code, for rate-distortion rounding.
-
-    cost float32 (K, 256): bits of code q at index q + 128, for each of K classes. An element's class is
-    row_class (N,) + column_class (C,), int32, zeros if None. lam, (N,) or a number: price of a bit over
-    the row's importance.
-    """
-
-    cost: Tensor
-    row_class: Tensor | None = None
-    column_class: Tensor | None = None
-    lam: Tensor | float = 0.0
-
-
 @torch.no_grad()
 def round_columns(
     columns: Tensor,
@@ -190,7 +150,10 @@ def round_columns(
     *,
     clip_range: int,
     column_step: Tensor | None = None,
-    rate: Rate | None = None,
+    cost: Tensor | None = None,
+    row_class: Tensor | None = None,
+    column_class: Tensor | None = None,
+    lam: Tensor | float = 0.0,
     block_size: int = 128,
     threads: int = 0,
 ) -> Tensor:
@@ -200,47 +163,46 @@ def round_columns(
     then (w - q step) / factor[i, i] * factor[i, j] is subtracted from every later column j. row_step (N,),
     column_step (C,) or None for ones, factor float32 (C, C), upper, with factor^T factor = H^-1.
 
-    With `rate`, the choice is among that q, its neighbor towards zero, and zero: the first that minimizes
+    With `cost`, the choice is among that q, its neighbor towards zero, and zero: the first that minimizes
     (w - q step)^2 / factor[i, i]^2 + lam[n] cost[row_class[n] + column_class[i], q + 128],
-    GPTQ's own loss plus the price of the code, as video coders quantize.
+    GPTQ's own loss plus the price of the code, as video coders quantize. cost float32 (K, 256): bits of each
+    code for each of K classes. row_class (N,), column_class (C,): int32, zeros if None. lam, (N,) or a
+    number: price of a bit over the row's importance.
 
-    All tensors but `rate.cost` may have a leading batch dimension: independent problems of one shape.
+    All tensors but `cost` may have a leading batch dimension: independent problems of one shape.
     On the CPU, blocks of `block_size` columns run in C++ on `threads` threads (0: all cores) if the extension
     is built, otherwise in torch; codes differ only where another order of summation rounds differently.
     Raises PgolfError for shapes that do not fit, clip_range outside 1..127, or classes without a cost.
     """
     single = columns.ndim == 2
-
-    def batched(tensor: Tensor) -> Tensor:
-        return tensor[None] if single else tensor
-
-    work, factor = batched(columns).float().clone(memory_format=torch.contiguous_format), batched(factor)
+    work = (columns[None] if single else columns).float().clone(memory_format=torch.contiguous_format)
     batch, total, width = work.shape
 
-    def classes(given: Tensor | None, size: int) -> Tensor:
+    def batched(name: str, given: Tensor | None, *shape: int, default: int = 0) -> Tensor:
+        dtype = torch.int32 if name.endswith("class") else torch.float32
         if given is None:
-            return torch.zeros(batch, size, dtype=torch.int32, device=work.device)
-        return batched(given).to(work.device, torch.int32).contiguous()
+            return torch.full((batch, *shape), default, dtype=dtype, device=work.device)
+        tensor = (given[None] if single else given).to(work.device, dtype).contiguous()
+        if tensor.shape != (batch, *shape):
+            needed = f"{name} must be {(batch, *shape)}, but it is {tuple(tensor.shape)}"
+            raise PgolfError(f"to round columns {tuple(work.shape)}, {needed}")
+        return tensor
 
-    row_class, column_class, lam = (
-        (rate.row_class, rate.column_class, rate.lam) if rate else (None, None, 0.0)
-    )
-    steps = work.new_ones(batch, total) if column_step is None else batched(column_step).float()
     rule = _Rule(
         clip_range=clip_range,
-        row_step=batched(row_step).float().contiguous(),
-        column_step=steps.contiguous(),
-        cost=rate.cost.float().contiguous() if rate else None,
-        row_class=classes(row_class, width),
-        column_class=classes(column_class, total),
+        row_step=batched("row_step", row_step, width),
+        column_step=batched("column_step", column_step, total, default=1),
+        cost=None if cost is None else cost.float().contiguous(),
+        row_class=batched("row_class", row_class, width),
+        column_class=batched("column_class", column_class, total),
         lam=torch.as_tensor(lam, dtype=torch.float32, device=work.device).expand(batch, width).contiguous(),
     )
-    rule.check(work, factor)
-    codes = _round_all(work, factor, rule, block_size, threads)
+    rule.check(work)
+    codes = _round_all(work, batched("factor", factor, total, total), rule, block_size, threads)
     return codes[0] if single else codes
 
 
-def _round_all(work: Tensor, factor: Tensor, rule: _Rule, block_size: int, threads: int) -> Tensor:
+def _round_all(work: Tensor, factor: Tensor, rule: "_Rule", block_size: int, threads: int) -> Tensor:
     """Return codes (B, C, N) of the columns `work`, whose values become their errors."""
     native = extension() if work.device.type == "cpu" else None
     codes = torch.empty_like(work, dtype=torch.int8)
@@ -248,9 +210,12 @@ def _round_all(work: Tensor, factor: Tensor, rule: _Rule, block_size: int, threa
     def finish(first: int, last: int) -> None:
         # Halving makes most of the error propagation large matrix products.
         if native is not None and last - first <= block_size:
-            _round_block(native, work, codes, factor, rule, slice(first, last), threads)
+            rule.round_block(native, work, codes, factor, slice(first, last), threads)
         elif last - first == 1:
-            _round_column(work[:, first], codes[:, first], factor[:, first, first, None], rule, first)
+            own = factor[:, first, first, None]
+            code = rule.codes(work[:, first], first, own)
+            work[:, first].addcmul_(code, rule.step(first), value=-1).div_(own)
+            codes[:, first] = code
         else:
             middle = (first + last) // 2
             finish(first, middle)
@@ -275,21 +240,7 @@ class _Rule:
     column_class: Tensor  # (B, C)
     lam: Tensor  # (B, N)
 
-    def check(self, columns: Tensor, factor: Tensor) -> None:
-        batch, total, width = columns.shape
-        wanted = {
-            "factor": (factor, (batch, total, total)),
-            "row_step": (self.row_step, (batch, width)),
-            "column_step": (self.column_step, (batch, total)),
-            "row_class": (self.row_class, (batch, width)),
-            "column_class": (self.column_class, (batch, total)),
-        }
-        for name, (tensor, shape) in wanted.items():
-            if tensor.shape != shape:
-                raise PgolfError(
-                    f"to round columns {tuple(columns.shape)}, {name} must be {shape}, "
-                    f"but it is {tuple(tensor.shape)}"
-                )
+    def check(self, columns: Tensor) -> None:
         if not 1 <= self.clip_range <= 127:
             raise PgolfError(f"clip_range is {self.clip_range}; codes of 8 bits or less need 1 to 127")
         if self.cost is not None and columns.numel():
@@ -318,40 +269,26 @@ class _Rule:
         """Return the steps (B, N) of a column."""
         return self.row_step * self.column_step[:, column, None]
 
-
-def _round_column(values: Tensor, codes: Tensor, own: Tensor, rule: _Rule, column: int) -> None:
-    """Round one column (B, N): write its codes, and replace its values by their errors."""
-    code = rule.codes(values, column, own)
-    values.addcmul_(code, rule.step(column), value=-1).div_(own)
-    codes.copy_(code)
-
-
-def _round_block(
-    native: ModuleType,
-    work: Tensor,
-    codes: Tensor,
-    factor: Tensor,
-    rule: _Rule,
-    block: slice,
-    threads: int,
-) -> None:
-    """Round columns `block` in C++: write codes (B, C, N), and replace values in `work` by their errors."""
-    for i in range(len(work)):
-        costs = {}
-        if rule.cost is not None:
-            costs = {
-                "cost": rule.cost.numpy(),
-                "row_class": rule.row_class[i].numpy(),
-                "column_class": rule.column_class[i, block].numpy(),
-                "lam": rule.lam[i].numpy(),
-            }
-        native.gptq_round_block(
-            work[i, block].numpy(),
-            codes[i, block].numpy(),
-            rule.row_step[i].numpy(),
-            rule.column_step[i, block].numpy(),
-            factor[i, block, block].contiguous().numpy(),
-            rule.clip_range,
-            **costs,
-            threads=threads,
-        )
+    def round_block(
+        self, native: ModuleType, work: Tensor, codes: Tensor, factor: Tensor, block: slice, threads: int
+    ) -> None:
+        """Round columns `block` in C++: write codes (B, C, N), and replace values of `work` by errors."""
+        for i in range(len(work)):
+            costs = {}
+            if self.cost is not None:
+                costs = {
+                    "cost": self.cost.numpy(),
+                    "row_class": self.row_class[i].numpy(),
+                    "column_class": self.column_class[i, block].numpy(),
+                    "lam": self.lam[i].numpy(),
+                }
+            native.gptq_round_block(
+                work[i, block].numpy(),
+                codes[i, block].numpy(),
+                self.row_step[i].numpy(),
+                self.column_step[i, block].numpy(),
+                factor[i, block, block].contiguous().numpy(),
+                self.clip_range,
+                **costs,
+                threads=threads,
+            )

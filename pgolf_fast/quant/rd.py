@@ -25,13 +25,14 @@ from pgolf_fast.config.schema import QuantConfig
 from pgolf_fast.console import progress
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.model.gpt import GPT
-from pgolf_fast.quant.calibration import collect_hessians, self_generate
-from pgolf_fast.quant.fisher import Fisher, collect_fisher
-from pgolf_fast.quant.gptq import Rate, inverse_factor, round_columns
+from pgolf_fast.model.weights import Tensors
+from pgolf_fast.quant.calibration import Fisher, collect_fisher, collect_hessians, self_generate
+from pgolf_fast.quant.gptq import inverse_factor, round_columns
 from pgolf_fast.quant.grid import check_matrix
 from pgolf_fast.quant.state import (
     QuantizedState,
     QuantizedTensor,
+    Stored,
     code_bits,
     group_of,
     stays_float,
@@ -151,7 +152,7 @@ class RateDistortion:
     Raises PgolfError for non-finite values.
     """
 
-    def __init__(self, state: Mapping[str, Tensor], fishers: Mapping[str, Fisher], config: QuantConfig):
+    def __init__(self, state: Tensors, fishers: Mapping[str, Fisher], config: QuantConfig):
         self.tensors, self.config = unbank(state), config
         members: dict[str, list[str]] = {}
         for name in self.tensors:
@@ -209,16 +210,14 @@ class RateDistortion:
         like: a finer state that lends its column steps and right correction factors. The two states then
         differ in rows only. Rows are independent, so any mixture of their rows is a valid state.
         """
-        done: dict[str, QuantizedTensor | Tensor] = {}
+        done: dict[str, Stored] = {}
         for group in progress(self._groups, f"price {price:.2e}", unit="group"):
             done.update(self._quantize_group(group, price, like.tensors if like else {}))
-        for name, tensor in self.tensors.items():
-            if name not in done:
-                done[name] = to_float16(name, tensor)
+        done |= {name: to_float16(name, t) for name, t in self.tensors.items() if name not in done}
         return QuantizedState({name: done[name] for name in self.tensors})
 
     def _quantize_group(
-        self, group: _Group, price: float, like: Mapping[str, QuantizedTensor | Tensor]
+        self, group: _Group, price: float, like: Mapping[str, Stored]
     ) -> dict[str, QuantizedTensor]:
         shared = [t for t in (like.get(name) for name in group.names) if isinstance(t, QuantizedTensor)]
         column_step = group.column_steps(price)
@@ -233,39 +232,30 @@ class RateDistortion:
             group.factor,
             clip_range=CLIP_RANGE,
             column_step=column_step,
-            rate=Rate(
-                cost=code_costs(torch.exp2((lattice - _ROW_ZERO - _COLUMN_ZERO) / _PER_OCTAVE)),
-                row_class=_classes(rows, _ROW_ZERO, _ROW_CLASSES),
-                column_class=_classes(columns, _COLUMN_ZERO, _COLUMN_CLASSES),
-                lam=2 * ROUNDING_PRICE * price / group.importance,
-            ),
+            cost=code_costs(torch.exp2((lattice - _ROW_ZERO - _COLUMN_ZERO) / _PER_OCTAVE)),
+            row_class=_classes(rows, _ROW_ZERO, _ROW_CLASSES),
+            column_class=_classes(columns, _COLUMN_ZERO, _COLUMN_CLASSES),
+            lam=2 * ROUNDING_PRICE * price / group.importance,
             block_size=self.config.block_size,
         )
-        unordered, steps = torch.empty_like(codes.T), torch.empty_like(column_step)
-        unordered[:, group.order], steps[group.order] = codes.T, column_step
-        column_scale = steps.half().cpu()
-        parts = zip(unordered.cpu().split(group.rows), row_step.half().cpu().split(group.rows), strict=True)
+        original = group.order.argsort()
+        column_scale = column_step[original].half().cpu()
+        parts = zip(
+            codes[original].T.cpu().split(group.rows), row_step.half().cpu().split(group.rows), strict=True
+        )
         done = {
             name: QuantizedTensor(c.contiguous(), scale, code_bits(c), column_scale.clone())
             for name, (c, scale) in zip(group.names, parts, strict=True)
         }
         if self.config.rank:
             error = group.columns - codes * row_step * column_step[:, None]
-            for name, low_rank in self._corrections(group, error, price, like).items():
-                done[name] = replace(done[name], low_rank=low_rank)
-        return done
-
-    def _corrections(
-        self, group: _Group, error: Tensor, price: float, like: Mapping[str, QuantizedTensor | Tensor]
-    ) -> dict[str, tuple[Tensor, Tensor] | None]:
-        """Corrections of `error` (C, N) by matrix, with right factors from `like` where it has the matrix."""
-        errors, importances = error.split(group.rows, dim=1), group.importance.split(group.rows)
-        done = {}
-        for name, own, importance in zip(group.names, errors, importances, strict=True):
-            finer = like.get(name)
-            right = finer.low_rank[1] if isinstance(finer, QuantizedTensor) and finer.low_rank else None
-            if finer is None or right is not None:
-                done[name] = self._correction(group, own, importance, price, right)
+            errors, importances = error.split(group.rows, dim=1), group.importance.split(group.rows)
+            for name, own, importance in zip(group.names, errors, importances, strict=True):
+                finer = like.get(name)
+                right = finer.low_rank[1] if isinstance(finer, QuantizedTensor) and finer.low_rank else None
+                if finer is None or right is not None:
+                    low_rank = self._correction(group, own, importance, price, right)
+                    done[name] = replace(done[name], low_rank=low_rank)
         return done
 
     def _correction(
@@ -286,8 +276,7 @@ class RateDistortion:
             if count == 0:
                 return None
             ordered = directions[:count] @ group.factor  # back from white to columns
-            right = torch.empty_like(ordered)
-            right[:, group.order] = ordered
+            right = ordered[:, group.order.argsort()]
             right = short_floats(right / right.abs().amax(dim=1, keepdim=True)).half()
         basis = torch.linalg.solve_triangular(
             group.factor.T, right.to(error.device).float()[:, group.order].T, upper=False

@@ -17,12 +17,10 @@ from pgolf_fast.console import progress
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import load_tensors, save_tensors
 from pgolf_fast.model.bank import BANK_NAMES
-from pgolf_fast.model.gpt import GPT
+from pgolf_fast.model.weights import Tensors
 from pgolf_fast.ops.bits import dequantize_bytes
-from pgolf_fast.quant.calibration import collect_hessians, hessian_name, self_generate
-from pgolf_fast.quant.fake import FixedGrid
 from pgolf_fast.quant.gptq import gptq
-from pgolf_fast.quant.grid import check_matrix, quantize_int8_rows, quantize_rows
+from pgolf_fast.quant.grid import Coded, FixedGrid, check_matrix, quantize_int8_rows, quantize_rows
 
 # Matrices of each bank, layer by layer, in the order of the stack.
 SLOTS = {
@@ -80,11 +78,14 @@ class QuantizedTensor:
         return scaled if (low := self.correction()) is None else scaled.add_(low)
 
 
+Stored = QuantizedTensor | Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class QuantizedState:
     """A quantized model on the CPU: unbanked name -> `QuantizedTensor`, or the tensor in float16."""
 
-    tensors: dict[str, QuantizedTensor | Tensor]
+    tensors: dict[str, Stored]
 
     def matrices(self) -> dict[str, QuantizedTensor]:
         """Bank matrices alone."""
@@ -117,13 +118,13 @@ class QuantizedState:
         return named
 
     @classmethod
-    def from_named(cls, named: Mapping[str, Tensor], bits: Mapping[str, Any]) -> QuantizedState:
+    def from_named(cls, named: Tensors, bits: Mapping[str, Any]) -> QuantizedState:
         """Rebuild the state from `to_named()` and `bits()`.
 
         Raises PgolfError for codes without a scale per row, column steps or corrections of another shape,
         tensors that belong to no matrix, or bits outside 2 to 8.
         """
-        tensors: dict[str, QuantizedTensor | Tensor] = {}
+        tensors: dict[str, Stored] = {}
         for name, tensor in named.items():
             if name.endswith(CODES):
                 matrix = name.removesuffix(CODES)
@@ -150,21 +151,16 @@ class QuantizedState:
 
 
 def is_part(name: str, named: Container[str]) -> bool:
-    """Whether a tensor of `named` is the scale, column steps or correction of a matrix stored there.
+    """Return whether a tensor of `named` is the scale, column steps or correction of a matrix stored there.
 
     The suffix alone does not decide: the model has plain tensors such as `bigram.scale`.
     """
     matrix, dot, suffix = name.rpartition(".")
-    if matrix + CODES not in named:
-        return False
-    return dot + suffix in (SCALE, LEFT, RIGHT) or (
-        dot + suffix == COLUMNS and columns_owner(matrix) == matrix
-    )
+    suffixes = (SCALE, LEFT, RIGHT, COLUMNS) if columns_owner(matrix) == matrix else (SCALE, LEFT, RIGHT)
+    return matrix + CODES in named and dot + suffix in suffixes
 
 
-def _matrix(
-    named: Mapping[str, Tensor], name: str, codes: Tensor, bits: Mapping[str, Any]
-) -> QuantizedTensor:
+def _matrix(named: Tensors, name: str, codes: Tensor, bits: Mapping[str, Any]) -> QuantizedTensor:
     scale, left, right = (named.get(name + suffix) for suffix in (SCALE, LEFT, RIGHT))
     columns = named.get(columns_owner(name) + COLUMNS)
     if codes.ndim != 2 or scale is None or scale.shape != codes.shape[:1]:
@@ -187,8 +183,13 @@ def section_of(name: str) -> str:
 
 
 def is_slot(name: str) -> bool:
-    """Whether an unbanked name is that of a bank matrix."""
+    """Return whether an unbanked name is that of a bank matrix."""
     return _SLOT.fullmatch(name) is not None
+
+
+def hessian_name(layer: int, which: str) -> str:
+    """Name a Hessian: `attn_in` is the input of Q, K and V, `attn_out` of the output projection."""
+    return f"blocks.{layer}.{which}"
 
 
 def group_of(name: str) -> str:
@@ -208,11 +209,8 @@ def code_bits(codes: Tensor) -> int:
     return max(2, 1 + int(codes.abs().amax()).bit_length()) if codes.numel() else 2
 
 
-def unbank(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Split every bank of a state dict into its matrices, under the community's names.
-
-    Raises PgolfError when a bank is missing.
-    """
+def unbank(state: Tensors) -> dict[str, Tensor]:
+    """Split banks into matrices under the community's names. Raises PgolfError if a bank is missing."""
     missing = [name for name in BANK_NAMES if name not in state]
     if missing:
         raise PgolfError(f"the state has no {', '.join(missing)}: it is not a model with weight banks")
@@ -230,26 +228,22 @@ def _slots_of(name: str, bank: Tensor) -> dict[str, Tensor]:
     }
 
 
-def rebank(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def rebank(tensors: Tensors) -> dict[str, Tensor]:
     """Undo `unbank`. Raises PgolfError when matrices of a bank are missing or differ in shape."""
     layers = 1 + max((int(m[1]) for m in map(_SLOT.fullmatch, tensors) if m), default=-1)
     banks = {}
     for bank, slots in SLOTS.items():
         names = [f"blocks.{layer}.{slot}" for slot in slots for layer in range(layers)]
-        missing = [name for name in names if name not in tensors]
+        missing = ", ".join(name for name in names if name not in tensors)
         if missing or not layers:
-            raise PgolfError(
-                f"{bank} cannot be put together: {', '.join(missing) or 'every matrix'} is missing"
-            )
+            raise PgolfError(f"{bank} cannot be put together: {missing or 'every matrix'} is missing")
         if len({tensors[name].shape for name in names}) > 1:
             raise PgolfError(f"{bank} cannot be put together: its matrices differ in shape")
         banks[bank] = torch.stack([tensors[name] for name in names])
     return {**banks, **{name: tensor for name, tensor in tensors.items() if not is_slot(name)}}
 
 
-def quantize_state(
-    state: Mapping[str, Tensor], config: QuantConfig, hessians: Mapping[str, Tensor] | None = None
-) -> QuantizedState:
+def quantize_state(state: Tensors, config: QuantConfig, hessians: Tensors | None = None) -> QuantizedState:
     """Quantize bank matrices and large tables of a state dict; store the rest as float16.
 
     hessians: from `collect_hessians`; used by method gptq only.
@@ -259,7 +253,7 @@ def quantize_state(
     if config.grid == "rd":
         raise PgolfError("grid rd needs a byte target: use `pgolf quantize --grid rd`")
     tensors = unbank(state)
-    done: dict[str, QuantizedTensor | Tensor] = dict(_quantize_slots(tensors, config, hessians))
+    done: dict[str, Stored] = dict(_quantize_slots(tensors, config, hessians))
     for name, tensor in tensors.items():
         if name in done:
             continue
@@ -277,7 +271,7 @@ def quantize_state(
 
 
 def stays_float(name: str, config: QuantConfig) -> bool:
-    """Whether the configuration stores this embedding table as float16."""
+    """Return whether the configuration stores this embedding table as float16."""
     return config.tables == "float16" and name in TABLES
 
 
@@ -290,19 +284,23 @@ def to_float16(name: str, tensor: Tensor) -> Tensor:
 
 
 def _quantize_slots(
-    tensors: Mapping[str, Tensor], config: QuantConfig, hessians: Mapping[str, Tensor] | None
+    tensors: Tensors, config: QuantConfig, hessians: Tensors | None
 ) -> dict[str, QuantizedTensor]:
     groups: dict[str, dict[str, Tensor]] = {}
     for name in filter(is_slot, tensors):
         groups.setdefault(group_of(name), {})[name] = tensors[name].detach()
     steps = progress(groups, f"quantize ({config.method})", unit="group")
-    done: dict[str, tuple[Tensor, Tensor]] = {}
+    clip_range, percentiles, floor = config.clip_range, config.percentiles, config.scale_floor
+    done: dict[str, Coded] = {}
     if config.method == "gptq":
+        if missing := [group for group in groups if group not in (hessians or {})]:
+            problem = f"quant.method gptq needs the Hessian {missing[0]}"
+            raise PgolfError(f"{problem}: collect it, or use quant.method round")
         done = gptq(
-            ((groups[group], _hessian(hessians, group)) for group in steps),
-            clip_range=config.clip_range,
-            percentiles=config.percentiles,
-            scale_floor=config.scale_floor,
+            ((groups[group], hessians[group]) for group in steps if hessians),
+            clip_range=clip_range,
+            percentiles=percentiles,
+            scale_floor=floor,
             block_size=config.block_size,
             damping=config.damping,
         )
@@ -310,18 +308,9 @@ def _quantize_slots(
         for name, weight in (item for group in steps for item in groups[group].items()):
             check_matrix(weight, name)
             done[name] = quantize_rows(
-                weight,
-                clip_range=config.clip_range,
-                percentiles=config.percentiles,
-                scale_floor=config.scale_floor,
+                weight, clip_range=clip_range, percentiles=percentiles, scale_floor=floor
             )
     return {n: QuantizedTensor(codes.cpu(), scale.cpu(), config.bits) for n, (codes, scale) in done.items()}
-
-
-def _hessian(hessians: Mapping[str, Tensor] | None, name: str) -> Tensor:
-    if hessians is None or name not in hessians:
-        raise PgolfError(f"quant.method gptq needs the Hessian {name}: collect it, or use quant.method round")
-    return hessians[name]
 
 
 def dequantize_state(quantized: QuantizedState) -> dict[str, Tensor]:
@@ -338,10 +327,10 @@ def dequantize_state(quantized: QuantizedState) -> dict[str, Tensor]:
     for name, tensor in quantized.tensors.items():
         if isinstance(tensor, Tensor):
             state[name] = tensor.float()
-        else:
-            if name not in matrices:
-                slots[name] = state[name] = dequantize_bytes(tensor.codes, tensor.scale)
-            tensor.finish_(slots[name])
+            continue
+        if name not in matrices:
+            slots[name] = state[name] = dequantize_bytes(tensor.codes, tensor.scale)
+        tensor.finish_(slots[name])
     return state
 
 
@@ -351,20 +340,9 @@ def bank_grids(quantized: QuantizedState) -> tuple[FixedGrid, ...]:
     steps = rebank({name: matrix.step() for name, matrix in matrices.items()})
     offsets: dict[str, Tensor] = {}
     if any(matrix.low_rank is not None for matrix in matrices.values()):
-        low = {name: (matrix.correction(), matrix.codes) for name, matrix in matrices.items()}
-        offsets = rebank({n: torch.zeros(c.shape) if part is None else part for n, (part, c) in low.items()})
+        low = {name: matrix.correction() for name, matrix in matrices.items()}
+        offsets = rebank(
+            {n: torch.zeros(matrices[n].codes.shape) if x is None else x for n, x in low.items()}
+        )
     bits = max(matrix.bits for matrix in matrices.values())
     return tuple(FixedGrid(steps[n], 2 ** (bits - 1) - 1, offsets.get(n)) for n in BANK_NAMES)
-
-
-@torch.no_grad()
-def quantize_model(model: GPT, config: QuantConfig, *, seq_len: int) -> QuantizedState:
-    """Quantize a model; method gptq collects Hessians on text that the model writes.
-
-    seq_len: the training length, which calibration text does not exceed. The model is not changed.
-    """
-    hessians = None
-    if config.method == "gptq":
-        text = self_generate(model, config, seq_len)
-        hessians = collect_hessians(model, text)
-    return quantize_state(model.state_dict(), config, hessians)

@@ -1,7 +1,5 @@
 """Training loop, meta-learning, checkpoints. Calling this module trains, as `train.loop.train` does."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -17,8 +15,13 @@ class _Train(ModuleType):
     # `pgolf_fast.train` names both this package and the public function. Python rebinds the attribute to the
     # package whenever a submodule is first imported, so the package itself must be callable.
     def __call__(
-        self, config: RunConfig, out: str | Path, *, resume: bool = False, track: TrackerName | None = None
-    ) -> TrainResult:
+        self,
+        config: "RunConfig",
+        out: str | Path,
+        *,
+        resume: bool = False,
+        track: "TrackerName | None" = None,
+    ) -> "TrainResult":
         """Train a configuration into a run folder; see `pgolf_fast.train.loop.train`."""
         from pgolf_fast.train.loop import train
 

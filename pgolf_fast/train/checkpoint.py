@@ -1,29 +1,56 @@
-"""Checkpoints of a run, of which the newest few are kept."""
+"""Setup and checkpoints of a run, and import of published weights."""
 
-from __future__ import annotations
-
+import json
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from pgolf_fast.io import save_tensors
+from pgolf_fast.config.fields import run_config_to_dict
+from pgolf_fast.config.run_folder import RunFolder
+from pgolf_fast.config.schema import RunConfig
+from pgolf_fast.data.source import Source, open_source
+from pgolf_fast.errors import PgolfError
+from pgolf_fast.io import save_tensors, write_bytes, write_text
+from pgolf_fast.model.gpt import GPT
+from pgolf_fast.model.runtime import environment
+from pgolf_fast.model.weights import load_weights, read_weights
 
+_CHECKPOINTS = "step_*.safetensors"
 _KEEP = 2  # one to fall back to if the newest turns out damaged
+
+
+def write_setup(folder: RunFolder, config: RunConfig, source: Source) -> None:
+    """Write the configuration, the environment and the tokenizer of a run."""
+    folder.write_config(config)
+    write_text(folder.path / "env.json", json.dumps(environment(), indent=2) + "\n")
+    write_bytes(folder.tokenizer_file, source.tokenizer.path.read_bytes())
 
 
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """Write the checkpoint of a step, and delete all but the newest few."""
     save_tensors(folder / f"step_{step:08d}.safetensors", tensors, metadata)
-    for old in _checkpoints(folder)[:-_KEEP]:
+    for old in sorted(folder.glob(_CHECKPOINTS))[:-_KEEP]:
         old.unlink(missing_ok=True)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """Return the newest checkpoint, or None if there is none."""
-    checkpoints = _checkpoints(folder)
-    return checkpoints[-1] if checkpoints else None
+    return max(folder.glob(_CHECKPOINTS), default=None)
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step_*.safetensors"))
+def import_weights(weights: Path, config: RunConfig, folder: RunFolder) -> None:
+    """Turn weights into a run folder that `quantize`, `pack` and `eval` continue from.
+
+    weights: a state dict (.pt, read without running pickled code) or safetensors for the model of `config`.
+    The tokenizer comes from the data that `config` names. Raises PgolfError if names or shapes differ, or the
+    folder already holds a run.
+    """
+    if folder.config_file.is_file():
+        raise PgolfError(f"{folder.path} already holds a run: choose another --out")
+    source = open_source(config.data, config.model.vocab_size)
+    model = GPT(config.model)
+    load_weights(model, read_weights(weights), str(weights))
+    write_setup(folder, config, source)
+    metadata = {"imported": str(weights), "config": run_config_to_dict(config)}
+    save_tensors(folder.model_file, model.state_dict(), metadata)

@@ -1,9 +1,8 @@
 """Training: from a configuration to averaged weights in a run folder."""
 
-from __future__ import annotations
-
-import json
-import shutil
+import re
+import resource
+import sys
 import time
 from collections import deque
 from dataclasses import dataclass, replace
@@ -14,39 +13,25 @@ import torch
 from pgolf_fast import console
 from pgolf_fast.config.fields import flatten, run_config_to_dict
 from pgolf_fast.config.run_folder import RunFolder
-from pgolf_fast.config.schema import RunConfig
+from pgolf_fast.config.schema import RunConfig, TrainConfig
 from pgolf_fast.data.loader import make_loader
 from pgolf_fast.data.source import Source, open_source
 from pgolf_fast.distributed import World, join_world
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.score import Score, Stream
 from pgolf_fast.evaluation.scores import plain_score
-from pgolf_fast.io import atomic_path, load_tensors, save_tensors, write_text
+from pgolf_fast.io import load_tensors, save_tensors
 from pgolf_fast.model.gpt import GPT
-from pgolf_fast.model.runtime import choose_kernels, environment, resolve_dtype
+from pgolf_fast.model.runtime import choose_kernels, resolve_dtype
 from pgolf_fast.model.weights import load_weights
-from pgolf_fast.train.checkpoint import newest_checkpoint, save_checkpoint
-from pgolf_fast.train.progress import StepLog
+from pgolf_fast.train.checkpoint import newest_checkpoint, save_checkpoint, write_setup
 from pgolf_fast.train.track import Metrics, TrackerName, need_tracker, open_tracker
-from pgolf_fast.train.trainer import NonFiniteError, PendingStep, Trainer
+from pgolf_fast.train.trainer import NonFiniteError, PendingStep, StepResult, Trainer
 
-# Settings that a resumed run may change, by prefix: its length, reports and rates, and what comes after it.
-_MAY_CHANGE = (
-    "name",
-    "optim.",
-    "train.steps",
-    "train.max_seconds",
-    "train.log_every",
-    "train.val_every",
-    "train.checkpoint_minutes",
-    "train.compute_dtype",
-    "train.compile",
-    "train.cuda_graph",
-    "quant.",
-    "pack.",
-    "eval.",
-    "ttt.",
-    "kernels.",
+# Settings that a resumed run may change: its length, reports and rates, and what comes after it.
+_MAY_CHANGE = re.compile(
+    r"name|(optim|quant|pack|eval|ttt|kernels)\..*|train\.(steps|max_seconds|log_every|val_every|"
+    r"checkpoint_minutes|compute_dtype|compile|cuda_graph)"
 )
 _MUST_STAY = ("quant.bits", "quant.grid")  # the grid of quantization-aware training
 
@@ -66,7 +51,7 @@ class TrainResult:
     """The folder keeps the raw weights, which a Reptile phase made, and not the average it started from."""
 
     def rows(self) -> list[tuple[str, str]]:
-        """(what, value) of each number."""
+        """Return the name and text of each number."""
         rate = self.tokens / self.seconds if self.seconds else 0.0
         return [
             ("steps", f"{self.steps:,}"),
@@ -153,7 +138,7 @@ def _check_folder(folder: RunFolder, config: RunConfig, resume: bool) -> list[st
         if before.get(name) != now.get(name)
     }
     refused = [
-        text for name, text in changed.items() if not name.startswith(_MAY_CHANGE) or name in _MUST_STAY
+        text for name, text in changed.items() if not _MAY_CHANGE.fullmatch(name) or name in _MUST_STAY
     ]
     if refused:
         raise PgolfError(f"{folder.path} cannot be resumed with other settings: {'; '.join(refused)}")
@@ -163,6 +148,46 @@ def _check_folder(folder: RunFolder, config: RunConfig, resume: bool) -> list[st
 def _lag(world: World) -> int:
     """Return the number of steps launched before one is read: a GPU has work while its numbers travel."""
     return 1 if world.device.type == "cuda" else 0
+
+
+class StepLog:
+    """The progress line: step, loss, tokens/s, ms/step, time left and memory, every train.log_every steps."""
+
+    def __init__(self, config: TrainConfig, world: World):
+        self.config, self.world = config, world
+        self._since, self._tokens = (0, 0.0), 0
+
+    def start_at(self, step: int, elapsed: float) -> None:
+        """Measure from here on: an earlier process made the steps before."""
+        self._since = (step, elapsed)
+
+    def after_step(self, result: StepResult, elapsed: float, *, last: bool) -> None:
+        """Count a step, and log the line if it is due."""
+        step = result.step
+        self._tokens += result.tokens
+        if not (step == 1 or step % self.config.log_every == 0 or last):
+            return
+        steps, seconds = step - self._since[0], elapsed - self._since[1]
+        pace, rate = seconds / max(steps, 1), self._tokens / max(seconds, 1e-9)
+        self._since, self._tokens = (step, elapsed), 0
+        phase = "reptile" if result.reptile else f"lr x{result.multiplier:.3f}"
+        left = (self.config.steps - step) * pace
+        if self.config.max_seconds is not None:
+            left = max(0.0, min(left, self.config.max_seconds - elapsed))
+        console.logger.info(
+            f"step {step}/{self.config.steps}  loss {result.loss:.4f}  {phase}"
+            f"{'  int6' if result.qat else ''}  {rate:,.0f} tok/s  {1e3 * pace:.0f} ms/step  "
+            f"{console.duration(elapsed)} elapsed, ETA {console.duration(left)}  "
+            f"{peak_memory_mib(self.world)} MiB"
+        )
+
+
+def peak_memory_mib(world: World) -> int:
+    """Return this process's peak memory in MiB: allocated on its GPU if it has one, else resident."""
+    if world.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(world.device) >> 20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak >> (20 if sys.platform == "darwin" else 10)  # bytes on macOS, KiB on Linux
 
 
 class _Run:
@@ -205,20 +230,12 @@ class _Run:
 
     def _start(self, resume: bool, changed: list[str]) -> None:
         if self.world.is_main:
-            self.folder.write_config(self.config)
-            write_text(self.folder.path / "env.json", json.dumps(environment(), indent=2) + "\n")
-            with atomic_path(self.folder.tokenizer_file) as temporary:
-                shutil.copyfile(self.source.tokenizer.path, temporary)
+            write_setup(self.folder, self.config, self.source)
         c, t = self.config, self.trainer
         console.logger.info(
-            "%s: %s parameters, %s tokens per step in %d micro-batches, %s on %s, %d process(es)",
-            c.name,
-            f"{c.model.num_parameters():,}",
-            f"{t.tokens_per_step:,}",
-            t.micro_steps,
-            c.train.compute_dtype,
-            self.world.device.type,
-            self.world.world_size,
+            f"{c.name}: {c.model.num_parameters():,} parameters, {t.tokens_per_step:,} tokens per step in "
+            f"{t.micro_steps} micro-batches, {c.train.compute_dtype} on {self.world.device.type}, "
+            f"{self.world.world_size} process(es)"
         )
         if c.train.compile:
             console.logger.info("compiling: %d warm-up steps whose effect is undone", c.train.warmup_steps)
@@ -245,7 +262,7 @@ class _Run:
             for earlier, _, _ in unread:
                 earlier.result()  # waits here, so that the wait counts as training time
             # one clock for all ranks: learning rate, switches and checkpoints depend on it
-            t.end_step(self.world.same(time.perf_counter() - start))
+            t.elapsed += self.world.same(time.perf_counter() - start)
             done = self._done()
             unread.append((pending, before, t.elapsed))
             validate = bool(c.val_every) and t.step % (c.val_every or 1) == 0
@@ -270,23 +287,17 @@ class _Run:
         result = pending.result()
         triggered = self.trainer.observe(result, before)
         if triggered:
-            console.logger.info(
-                "step %d: training loss has stopped improving; the learning rate decays from here",
-                result.step,
-            )
+            reason = "training loss has stopped improving; the learning rate decays from here"
+            console.logger.info(f"step {result.step}: {reason}")
         self.metrics.write("step", **vars(result), elapsed=after, decay_triggered=triggered)
         self.log.after_step(result, after, last=last)
 
     def _log_reptile(self) -> None:
-        """Log the start of the Reptile phase."""
         t = self.trainer
         if t.reptile is not None and t.reptile_from == t.step - 1:
             console.logger.info(
-                "step %d: Reptile starts from the averaged weights (%s) and moves the MLP of blocks %d to %d",
-                t.step,
-                self._average_name,
-                t.reptile.first,
-                self.config.model.num_layers - 1,
+                f"step {t.step}: Reptile starts from the averaged weights ({self._average_name}) and moves "
+                f"the MLP of blocks {t.reptile.first} to {self.config.model.num_layers - 1}"
             )
 
     @property
@@ -315,7 +326,13 @@ class _Run:
     def _finish(self) -> TrainResult:
         """Score raw and averaged weights, and write the final ones."""
         t = self.trainer
-        self._log_meta_learning()
+        if t.rates is not None:
+            console.logger.info("slot rates of the inner step: %s", t.rates.summary())
+        if t.reptile is not None and not t.in_reptile:
+            console.logger.warning(
+                f"the run ended at step {t.step}, {console.duration(t.elapsed)}, before its Reptile phase, "
+                f"which train.schedule {self.config.train.schedule} puts later"
+            )
         raw = self._validate(self._raw_name)
         weights, name = {n: v.clone() for n, v in self.model.state_dict().items()}, self._raw_name
         average = {name: value.to(self.world.device) for name, value in t.average.final().items()}
@@ -331,18 +348,5 @@ class _Run:
             save_tensors(self.folder.model_file, self.model.state_dict(), metadata)
             console.logger.info("wrote %s", self.folder.model_file)
         self.world.barrier()
-        return TrainResult(
-            self.folder, t.step, t.tokens, t.elapsed, raw, averaged, self.world.is_main, t.in_reptile
-        )
-
-    def _log_meta_learning(self) -> None:
-        t = self.trainer
-        if t.rates is not None:
-            console.logger.info("slot rates of the inner step: %s", t.rates.summary())
-        if t.reptile is not None and not t.in_reptile:
-            console.logger.warning(
-                "the run ended at step %d, %s, before its Reptile phase, which train.schedule %s puts later",
-                t.step,
-                console.duration(t.elapsed),
-                self.config.train.schedule,
-            )
+        numbers = (t.step, t.tokens, t.elapsed, raw, averaged)
+        return TrainResult(self.folder, *numbers, self.world.is_main, t.in_reptile)

@@ -1,11 +1,10 @@
 """Metrics of a run: always metrics.jsonl, and a tracker if one is asked for."""
 
-from __future__ import annotations
-
+import importlib
 import re
 import uuid
 from collections.abc import Callable, Iterator
-from typing import Literal, Protocol
+from typing import Literal
 
 from pgolf_fast import console
 from pgolf_fast.config.fields import flatten
@@ -17,21 +16,14 @@ from pgolf_fast.io import write_text
 TrackerName = Literal["wandb", "tensorboard"]
 
 
-class Tracker(Protocol):
-    """Receives named numbers by step. A resumed run sends some steps again."""
+class Tracker:
+    """Base of trackers, which discards the numbers it gets. A resumed run sends some steps again."""
 
     def log(self, step: int, values: dict[str, float]) -> None: ...
     def close(self) -> None: ...
 
 
-class NoTracker:
-    """A tracker that discards everything."""
-
-    def log(self, step: int, values: dict[str, float]) -> None: ...
-    def close(self) -> None: ...
-
-
-class WandbTracker:
+class WandbTracker(Tracker):
     """Weights & Biases. The run's id is kept in its folder, so that a resumed run continues the same one."""
 
     def __init__(self, config: RunConfig, folder: RunFolder, first_step: int):
@@ -58,7 +50,7 @@ class WandbTracker:
         self._run.finish()
 
 
-class TensorBoardTracker:
+class TensorBoardTracker(Tracker):
     """TensorBoard event files in the run's folder `tensorboard`; a resumed run replaces what it repeats."""
 
     def __init__(self, config: RunConfig, folder: RunFolder, first_step: int):
@@ -85,10 +77,7 @@ _TRACKERS: dict[TrackerName, Callable[[RunConfig, RunFolder, int], Tracker]] = {
 def need_tracker(name: TrackerName) -> None:
     """Raise PgolfError naming what to install if the tracker's package is missing."""
     try:
-        if name == "wandb":
-            import wandb  # noqa: F401 - a check that it can be imported
-        else:
-            import torch.utils.tensorboard  # noqa: F401
+        importlib.import_module("wandb" if name == "wandb" else "torch.utils.tensorboard")
     except ImportError as error:
         raise PgolfError(
             f"--track {name} cannot be imported ({_first_line(error)}): pip install 'pgolf-fast[{name}]'"
@@ -104,14 +93,11 @@ def open_tracker(name: TrackerName, config: RunConfig, folder: RunFolder, first_
 
 
 class Metrics:
-    """Writes lines of metrics.jsonl and sends their numbers to a tracker.
-
-    A tracker that fails is dropped with one warning: the file has everything.
-    """
+    """Writer of metrics.jsonl that also sends numbers to a tracker, which is dropped if it fails."""
 
     def __init__(self, lines: console.MetricsWriter):
         self._lines = lines
-        self._tracker: Tracker = NoTracker()
+        self._tracker = Tracker()
         self._elapsed = 0.0
 
     def track(self, tracker: Tracker, elapsed: float) -> None:
@@ -136,7 +122,7 @@ class Metrics:
             self._drop_tracker(error)
 
     def _drop_tracker(self, error: Exception) -> None:
-        self._tracker = NoTracker()
+        self._tracker = Tracker()
         console.logger.warning(
             "tracking stopped (%s); training continues, and metrics.jsonl has everything", _first_line(error)
         )

@@ -1,7 +1,5 @@
 """One optimizer step, and all state that a step changes."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,17 +12,54 @@ from torch import Tensor, nn
 from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.data.loader import Loader
 from pgolf_fast.distributed import World
+from pgolf_fast.model.bank import Banks
 from pgolf_fast.model.compiled import compiled
+from pgolf_fast.model.cuda_graph import CapturedStep
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.model.weights import load_weights
 from pgolf_fast.optim.average import WeightAverage
-from pgolf_fast.optim.optimizer import Optimizer, mean_gradients
+from pgolf_fast.optim.optimizer import Optimizer
 from pgolf_fast.optim.schedule import Schedule
-from pgolf_fast.quant.fake import make_fake
-from pgolf_fast.train.meta.rates import SlotRates
-from pgolf_fast.train.meta.reptile import Reptile
-from pgolf_fast.train.meta.step import meta_step
-from pgolf_fast.train.micro_step import LossFunction, MicroStep
+from pgolf_fast.quant.grid import make_fake
+from pgolf_fast.train.meta import SlotRates, meta_step
+from pgolf_fast.train.reptile import Reptile
+
+LossFunction = Callable[[Tensor, Tensor, Banks], Tensor]
+
+
+class MicroStep:
+    """Adds the gradients of `scale * loss` to the model's gradients and returns the loss, detached.
+
+    With `cuda_graph` it replays a capture, which depends on the addresses of the banks and their gradients
+    and on the shape of the batch: any change of these makes a new one. The returned loss is then overwritten
+    by the next call.
+    """
+
+    def __init__(self, model: GPT, scale: float, *, cuda_graph: bool = False):
+        self.model, self.scale, self.cuda_graph = model, scale, cuda_graph
+        self._key: object = None
+        self._captured: CapturedStep[Tensor] | None = None
+
+    def __call__(self, loss_function: LossFunction, tokens: Tensor, targets: Tensor, banks: Banks) -> Tensor:
+        def step(tokens: Tensor, targets: Tensor) -> Tensor:
+            loss = loss_function(tokens, targets, banks)
+            (loss * self.scale).backward()
+            return loss.detach()
+
+        if not self.cuda_graph:
+            return step(tokens, targets)
+        key = (loss_function, tokens.shape, tuple(w.data_ptr() for w in banks.weights()))
+        if self._captured is None or key != self._key:
+            self._captured, self._key = CapturedStep(step, (tokens, targets), self._gradients()), key
+        return self._captured(tokens, targets)
+
+    def _gradients(self) -> list[Tensor]:
+        """Return the gradient of every parameter, made where there is none: a capture adds in place."""
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return [p.grad for p in parameters if p.grad is not None]
 
 
 class NonFiniteError(RuntimeError):
@@ -47,7 +82,7 @@ class StepResult:
 
 
 class PendingStep:
-    """A launched step, whose numbers may still be on their way from the GPU."""
+    """A launched step, whose numbers the GPU may not have computed yet."""
 
     def __init__(self, known: StepResult, numbers: Tensor, *, has_meta_loss: bool):
         """`numbers` are loss, gradient norm and meta loss, of shape (3,)."""
@@ -94,8 +129,8 @@ class Trainer:
     def launch(self) -> PendingStep:
         """Launch one optimizer step without waiting for the GPU.
 
-        On the CPU a number that is not finite raises NonFiniteError before any update. On a GPU the update is
-        made, and `PendingStep.result` raises.
+        On the CPU a non-finite number raises NonFiniteError before any update. On a GPU the update is made,
+        and `PendingStep.result` raises.
         """
         if self.reptile is not None and (self.in_reptile or self.schedule.over(self.step, self.elapsed)):
             return self._outer_step(self.reptile)
@@ -104,9 +139,10 @@ class Trainer:
         loss, tokens, targets = self._accumulate()
         meta_loss = self._meta(multiplier, tokens, targets)  # on the last micro-batch
         self._mask_frozen_skips()
-        mean_gradients(self.optimizer.gradients(), self.world)
+        for gradient in self.optimizer.gradients():
+            self.world.mean_(gradient)
         norm = self.optimizer.clip()
-        # before the update: on the CPU a number that is not finite must not reach the weights
+        # before the update: on the CPU a non-finite number must not reach the weights
         pending = self._pending(loss, norm, meta_loss, multiplier)
         self.optimizer.step(self.step, multiplier)
         self.optimizer.zero_grad()
@@ -115,18 +151,11 @@ class Trainer:
         return pending
 
     def observe(self, result: StepResult, elapsed: float) -> bool:
-        """Show the adaptive schedule a step's loss; return True if that triggers the decay.
-
-        `elapsed` is the training clock when the step was launched.
-        """
+        """Return True if this step, launched at `elapsed`, triggers the decay of the adaptive schedule."""
         return not result.reptile and self.schedule.observe(result.step - 1, result.loss, elapsed)
 
-    def end_step(self, seconds: float) -> None:
-        """Advance the training clock by what a step took."""
-        self.elapsed += seconds
-
     def advance(self) -> StepResult:
-        """Make one step and wait for its numbers, with the clock standing still."""
+        """Make one step and wait for its numbers, without advancing the clock."""
         result = self.launch().result()
         self.observe(result, self.elapsed)
         return result
@@ -156,7 +185,7 @@ class Trainer:
     def _pending(
         self, loss: Tensor, norm: Tensor, meta_loss: Tensor | None, multiplier: float
     ) -> PendingStep:
-        """Send the step's numbers, averaged over ranks, on their way; on the CPU they must be finite."""
+        """Start reading the step's numbers, averaged over ranks; on the CPU they must be finite."""
         numbers = (loss, norm, torch.zeros_like(loss) if meta_loss is None else meta_loss)
         known = StepResult(
             step=self.step + 1,
@@ -178,7 +207,8 @@ class Trainer:
             self._start_reptile(self.step)
         batches = (self._next_batch() for _ in range(reptile.config.inner_steps))
         inner = reptile.adapt(batches, self._rounding())
-        mean_gradients(inner.ends, self.world)
+        for end in inner.ends:
+            self.world.mean_(end)
         pending = self._pending(inner.loss, inner.grad_norm, None, 0.0)
         reptile.move(inner.ends)
         self.step += 1

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pgolf_fast.artifact.container import KINDS, TensorRecord
-from pgolf_fast.artifact.writer import write_container
+from pgolf_fast.artifact.container import KINDS, TensorRecord, write_container
 
 CONFIG = {"run": {"name": "golden ✓", "model": {"dim": 48, "rates": [0.1, 1e-30]}}, "bits": {"codes": 6}}
 CODECS = {"v1": ("rans", "lzma"), "v1_zstd": ("zstd",), "v1_brotli": ("brotli",)}
@@ -23,29 +22,27 @@ def records() -> list[TensorRecord]:
         return np.clip(np.rint(rng.normal(0, spread, shape)), -31, 31).astype(np.int8)
 
     made = [
-        TensorRecord.of("equal.q", "codes", codes(24, 40)),
-        TensorRecord.of("rows.q", "codes", codes(24, 40, spread=np.geomspace(0.3, 12, 24)[:, None])),
-        TensorRecord.of("columns.q", "codes", codes(24, 40, spread=np.geomspace(0.3, 12, 40))),
-        TensorRecord.of("constant.q", "codes", np.full((5, 7), -31, np.int8)),
-        TensorRecord.of("empty.q", "codes", np.zeros((0, 40), np.int8)),
-        TensorRecord.of("equal.scale", "scales", rng.uniform(0.01, 0.02, 24).astype(np.float16)),
-        TensorRecord.of(
-            "table", "codes", np.resize(codes(37), (40, 8)), "embeddings"
-        ),  # repetitions: LZMA wins
-        TensorRecord.of("ünïcode", "float16", np.array([0, -0.0, np.inf, np.nan, 6e-8], np.float16)),
-        TensorRecord.of("gain", "float32", rng.normal(1, 0.01, (3, 4, 5)).astype(np.float32)),
+        TensorRecord("equal.q", "codes", codes(24, 40)),
+        TensorRecord("rows.q", "codes", codes(24, 40, spread=np.geomspace(0.3, 12, 24)[:, None])),
+        TensorRecord("columns.q", "codes", codes(24, 40, spread=np.geomspace(0.3, 12, 40))),
+        TensorRecord("constant.q", "codes", np.full((5, 7), -31, np.int8)),
+        TensorRecord("empty.q", "codes", np.zeros((0, 40), np.int8)),
+        TensorRecord("equal.scale", "scales", rng.uniform(0.01, 0.02, 24).astype(np.float16)),
+        TensorRecord("table", "codes", np.resize(codes(37), (40, 8)), "embeddings"),  # repetitions: LZMA wins
+        TensorRecord("ünïcode", "float16", np.array([0, -0.0, np.inf, np.nan, 6e-8], np.float16)),
+        TensorRecord("gain", "float32", rng.normal(1, 0.01, (3, 4, 5)).astype(np.float32)),
     ]
     for dtype in KINDS["integer"]:
         limits = np.iinfo(dtype)
-        made.append(TensorRecord.of(dtype, "integer", np.array([limits.min, 1, limits.max], dtype)))
-    return [*made, TensorRecord.of("number", "integer", np.array(7, np.int64))]
+        made.append(TensorRecord(dtype, "integer", np.array([limits.min, 1, limits.max], dtype)))
+    return [*made, TensorRecord("number", "integer", np.array(7, np.int64))]
 
 
 def describe(record: TensorRecord) -> list[object]:
     """Return the expected kind, dtype, shape, section and SHA-256 of the little-endian bytes."""
     content = record.array.astype(record.array.dtype.newbyteorder("<")).tobytes()
     digest = hashlib.sha256(content).hexdigest()
-    return [record.kind, record.dtype, list(record.shape), record.section, digest]
+    return [record.kind, record.array.dtype.name, list(record.array.shape), record.section, digest]
 
 
 def main(folder: Path) -> None:

@@ -17,7 +17,7 @@ from pgolf_fast.model.bank import BANK_NAMES, Banks, Transform, make_banks, tran
 from pgolf_fast.model.compiled import compiled
 from pgolf_fast.model.cuda_graph import CapturedStep
 from pgolf_fast.model.gpt import GPT
-from pgolf_fast.quant.fake import fake_int6
+from pgolf_fast.quant.grid import fake_int6
 
 
 def trainable_parameters(model: GPT, config: TTTConfig) -> list[nn.Parameter]:

@@ -26,7 +26,7 @@ from pgolf_fast.evaluation.windows import plain_windows
 from pgolf_fast.model.bank import Transform
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.ops import reference
-from pgolf_fast.quant.fake import fake_int6
+from pgolf_fast.quant.grid import fake_int6
 
 _SEED = 1337
 

@@ -21,7 +21,7 @@ from pgolf_fast.model.bank import Banks, Transform
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.model.rope import rope_tables
 from pgolf_fast.ops import reference
-from pgolf_fast.quant.fake import fake_int6
+from pgolf_fast.quant.grid import fake_int6
 
 # Factors A (documents, layers, rank, in) and B (documents, layers, out, rank) of each matrix by name
 Factors = dict[str, tuple[Tensor, Tensor]]

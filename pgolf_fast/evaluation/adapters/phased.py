@@ -10,7 +10,7 @@ from pgolf_fast.evaluation.adapters.descent import AdamW
 from pgolf_fast.evaluation.adapters.lora import Lora
 from pgolf_fast.model.bank import Transform
 from pgolf_fast.model.gpt import GPT
-from pgolf_fast.quant.fake import fake_int6
+from pgolf_fast.quant.grid import fake_int6
 
 
 class Phased(Adapter):

@@ -19,7 +19,7 @@ from pgolf_fast.evaluation.score import Stream
 from pgolf_fast.evaluation.windows import Windows
 from pgolf_fast.model.bank import Transform
 from pgolf_fast.model.gpt import GPT
-from pgolf_fast.quant.fake import fake_int6
+from pgolf_fast.quant.grid import fake_int6
 
 # Windows in the order in which they are scored, and chunks of them
 Plan = tuple[Windows, list[Chunk]]

@@ -4,38 +4,34 @@ Shares by size of the loss are PR 296's table, and shares by word start are PR 1
 C. Guo et al., "On Calibration of Modern Neural Networks" (2017).
 """
 
-from __future__ import annotations
-
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from pgolf_fast.bench.drawing import label
-from pgolf_fast.console import Table
+from pgolf_fast.bench.drawing import Axes, label
+from pgolf_fast.console import Table, number
 from pgolf_fast.evaluation.adapters.frozen import Frozen
 from pgolf_fast.evaluation.documents import document_starts
-from pgolf_fast.evaluation.figures import THRESHOLDS, Figures, figures, token_classes
+from pgolf_fast.evaluation.figures import THRESHOLDS, Figures, figures, shares, token_classes
 from pgolf_fast.evaluation.score import LossFunction, Scorer, Stream, batch_size
 from pgolf_fast.evaluation.windows import plain_windows
-from pgolf_fast.lab.analysis.calibration import Calibration
-from pgolf_fast.lab.analysis.models import LoadedModel
-from pgolf_fast.lab.analysis.options import Options
-from pgolf_fast.lab.analysis.summary import Column, Summary, draw, tabulate
-from pgolf_fast.lab.analysis.validation import Validation, diverged, open_validation
+from pgolf_fast.lab.analysis.models import LoadedModel, Validation, diverged, open_validation
+from pgolf_fast.lab.analysis.summary import Options, Summary, columns, draw, tabulate
 from pgolf_fast.lab.compare.statistics import bootstrap_ratio
 from pgolf_fast.model.gpt import GPT
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 SHOWN, CONTEXT_TOKENS = 12, 24  # hardest targets, and tokens shown before each
 # PR 296's table of 62 M validation tokens: nats -> share of targets above, share of the loss; and the mean
 PR296 = {1: (0.596, 0.85), 3: (0.327, 0.55), 5: (0.116, 0.30), 7: (0.027, 0.15), 10: (0.002, 0.03)}
 PR296_MEAN = 1.9668
+BINS = 10  # of equal width, for the probability of the likeliest token
+DECADES, BINS_PER_DECADE = 6, 2  # for the probability of every token; a last bin holds all lower ones
 
 
 @dataclass(frozen=True)
@@ -44,18 +40,13 @@ class ModelLosses:
 
     name: str
     network: GPT
-    losses: np.ndarray
-    """By target, (targets,) float64."""
+    losses: np.ndarray  # by target, (targets,) float64
     figures: Figures
-    calibration: Calibration
+    calibration: "Calibration"
 
 
 def analyze(models: Sequence[LoadedModel], options: Options) -> list[Summary]:
-    """Measure shares by class and by size of the loss, quantiles, the hardest targets, and calibration.
-
-    Raises PgolfError without validation data, for an unknown configuration, and for losses that are not
-    finite.
-    """
+    """Measure shares by class and by size of the loss, quantiles, the hardest targets, and calibration."""
     validation = open_validation(models, options)
     stream = validation.stream(options.device)
     classes = token_classes(validation.source.tokenizer)
@@ -63,8 +54,7 @@ def analyze(models: Sequence[LoadedModel], options: Options) -> list[Summary]:
     for model in models:
         network = model.network(validation.source.table, options.device)
         calibration = Calibration(network)
-        scorer = score_plain(network, stream, validation.seq_len, calibration.losses)
-        losses = by_target(scorer, model.name)
+        scorer, losses = score_plain(model.name, network, stream, validation.seq_len, calibration.losses)
         measured.append(ModelLosses(model.name, network, losses, figures(scorer, classes), calibration))
     starts = validation.source.table.has_leading_space[validation.tokens[1:]]
     return [
@@ -79,21 +69,21 @@ def analyze(models: Sequence[LoadedModel], options: Options) -> list[Summary]:
     ]
 
 
-def score_plain(model: GPT, stream: Stream, seq_len: int, losses_of: LossFunction | None = None) -> Scorer:
-    """Score non-overlapping windows with `losses_of`, by default the model's own losses."""
+def score_plain(
+    name: str, model: GPT, stream: Stream, seq_len: int, losses_of: LossFunction | None = None
+) -> tuple[Scorer, np.ndarray]:
+    """Score non-overlapping windows with `losses_of`, by default the model's own; losses (targets,) float64.
+
+    Raises PgolfError naming the model if a loss is not finite.
+    """
     size = batch_size(None, model.config, model.compute_dtype, stream.tokens.device)
     windows = plain_windows(stream.num_targets, seq_len)
     scorer = Scorer(stream, windows, seq_len, size, pad=False)
     scorer.score(losses_of or Frozen(model).score, 0, len(windows))
-    return scorer
-
-
-def by_target(scorer: Scorer, name: str) -> np.ndarray:
-    """Return the losses (targets,) float64. Raises PgolfError naming the model if one is not finite."""
     losses = scorer.by_target().astype(np.float64)
     if not np.isfinite(losses).all():
         raise diverged(name, "losses")
-    return losses
+    return scorer, losses
 
 
 def _published_classes(measured: Sequence[ModelLosses], starts: np.ndarray) -> Summary:
@@ -108,62 +98,45 @@ def _published_classes(measured: Sequence[ModelLosses], starts: np.ndarray) -> S
                 "loss_share": float(own.sum() / one.losses.sum()),
                 "loss": float(own.mean()) if len(own) else None,
             }
-    columns: list[Column] = [
-        ("of all", "targets", ".2%"),
-        ("of the loss", "loss_share", ".2%"),
-        ("nats/token", "loss", ".4f"),
-    ]
+    shown = columns(".2%", targets="of all", loss_share="of the loss") + columns(".4f", loss="nats/token")
     return Summary(
         "losses by word start",
-        "published",
         "Shows how much of the summed loss falls on tokens that begin a word (PR 1501 reports about 70 %, at "
         "3.37 nats against 1.08); cannot show that these tokens are hard for their length, as a word start "
         "represents more bytes than a piece within a word.",
-        tabulate(("model", "targets"), columns, values),
+        tabulate(("model", "targets"), shown, values),
         values,
+        form="published",
     )
 
 
 def _classes(measured: Sequence[ModelLosses]) -> Summary:
-    shares: dict[str, dict[str, dict[str, Any]]] = {}
-    for one in measured:
-        parts = one.figures.by_class
-        nats = sum(part.nats for part in parts.values())
-        tokens, text_bytes = (sum(getattr(p, u) for p in parts.values()) for u in ("tokens", "text_bytes"))
-        shares[one.name] = {
-            kind: {
-                "tokens": part.tokens / tokens,
-                "bytes": part.text_bytes / max(text_bytes, 1),
-                "nats": part.nats / nats,
-                "loss": part.loss if part.tokens else None,
-                "bpb": part.bpb if part.text_bytes else None,
-            }
-            for kind, part in parts.items()
-        }
-    columns: list[Column] = [
-        ("of all", "tokens", ".2%"),
-        ("of the bytes", "bytes", ".2%"),
-        ("of the loss", "nats", ".2%"),
-        ("nats/token", "loss", ".4f"),
-        ("bits/byte", "bpb", ".4f"),
+    values = {one.name: {kind: p.to_dict() for kind, p in one.figures.by_class.items()} for one in measured}
+    rows = [
+        (
+            *(name, kind, *(f"{share:.2%}" for share in own.values())),
+            *(number(parts[kind][unit], ".4f") for unit in ("loss", "bpb")),
+        )
+        for name, parts in values.items()
+        for kind, own in shares(parts).items()
     ]
+    header = ("model", "targets", "of all", "of the bytes", "of the loss", "nats/token", "bits/byte")
     return Summary(
         "losses by class of target",
-        "corrected",
         "Shows where the bits go, by token and by byte, with bytes and document ends as separate classes; "
         "classes with equal values in the last column have the same share of the loss as of the text.",
-        tabulate(("model", "targets"), columns, shares),
-        {one.name: {kind: p.to_dict() for kind, p in one.figures.by_class.items()} for one in measured},
+        Table(header, rows),
+        values,
     )
 
 
 def least_shares(above: dict[int, float], mean: float) -> dict[int, float]:
     """Return the least share of the loss that targets above each threshold can carry.
 
-    above: threshold in nats -> share of targets above it; mean: nats per target. Each target counts as the
-    highest threshold that it exceeds.
+    above: threshold in nats -> share of targets above it; mean: nats per target.
     """
     edges = sorted(above)
+    # Each target counts as the highest threshold that it exceeds
     between = [above[low] - (above[high] if high else 0.0) for low, high in pairwise([*edges, 0])]
     least = np.cumsum([low * share for low, share in zip(edges, between, strict=True)][::-1])[::-1]
     return {edge: float(nats) / mean for edge, nats in zip(edges, least, strict=True)}
@@ -171,64 +144,50 @@ def least_shares(above: dict[int, float], mean: float) -> dict[int, float]:
 
 def _published_sizes(measured: Sequence[ModelLosses]) -> Summary:
     rows: list[tuple[str, ...]] = []
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {one.name: {} for one in measured}
     for one in measured:
-        values[one.name] = {}
-        for threshold, published in PR296.items():
+        for threshold, (targets, loss) in PR296.items():
             above = one.figures.above[str(threshold)]
             values[one.name][str(threshold)] = {"targets": above.targets, "loss_share": above.loss}
             count = round(above.targets * len(one.losses))
-            shares = (above.targets, above.loss, published[0])
-            cells = (*(f"{share:.1%}" for share in shares), f"{published[1]:.0%}")
-            rows.append((one.name, f"> {threshold}", f"{count:,}", *cells))
+            cells = (f"{share:.1%}" for share in (above.targets, above.loss, targets))
+            rows.append((one.name, f"> {threshold}", f"{count:,}", *cells, f"{loss:.0%}"))
     least = least_shares({nats: targets for nats, (targets, _) in PR296.items()}, PR296_MEAN)
     header = ("model", "nats", "targets", "of all", "of the loss", "PR 296: of all", "PR 296: of the loss")
     return Summary(
         "losses by size",
-        "published",
         "Shows that few tokens carry much of the loss, as in PR 296, whose figures are on the right; cannot "
         "show that they could be learned, and PR 296's shares do not match its counts: "
         f"{PR296[3][0]:.1%} of targets above 3 nats carry at least {int(100 * least[3])}% of a mean of "
         f"{PR296_MEAN}, not {PR296[3][1]:.0%}.",
         Table(header, rows),
         {"models": values, "least_shares_of_pr_296": {str(nats): share for nats, share in least.items()}},
+        form="published",
     )
 
 
 def _sizes(measured: Sequence[ModelLosses], starts: np.ndarray) -> Summary:
     """Add bootstrap intervals over documents, whose first targets are `starts`, and lower bounds."""
-    values: dict[str, dict[str, Any]] = {}
+    rows: list[tuple[str, ...]] = []
+    values: dict[str, dict[str, Any]] = {one.name: {} for one in measured}
     for one in measured:
         counts = {t: one.figures.above[str(t)].targets for t in THRESHOLDS}
-        least = least_shares(counts, float(one.losses.mean()))
         total = np.add.reduceat(one.losses, starts)
-        values[one.name] = {}
-        for threshold in THRESHOLDS:
-            above = one.figures.above[str(threshold)]
+        for threshold, least in least_shares(counts, float(one.losses.mean())).items():
+            targets, share = counts[threshold], one.figures.above[str(threshold)].loss
             part = np.add.reduceat(np.where(one.losses > threshold, one.losses, 0.0), starts)
             low, high = bootstrap_ratio(part, total)
-            shares = {"targets": above.targets, "loss_share": above.loss, "least": least[threshold]}
-            values[one.name][str(threshold)] = {**shares, "low": low, "high": high}
-
-    def interval(part: dict[str, float]) -> str:
-        return f"{part['low']:.1%} to {part['high']:.1%}" if len(starts) > 1 else "-"
-
-    columns: list[Column] = [
-        ("of all", "targets", ".2%"),
-        ("of the loss", "loss_share", ".2%"),
-        ("95 % interval", "interval", str),
-        ("at least", "least", ".1%"),
-    ]
-    shown = {
-        name: {f"> {nats}": {**part, "interval": interval(part)} for nats, part in parts.items()}
-        for name, parts in values.items()
-    }
+            interval = f"{low:.1%} to {high:.1%}" if len(starts) > 1 else "-"
+            rows.append(
+                (one.name, f"> {threshold}", f"{targets:.2%}", f"{share:.2%}", interval, f"{least:.1%}")
+            )
+            bounds = {"least": least, "low": low, "high": high}
+            values[one.name][str(threshold)] = {"targets": targets, "loss_share": share, **bounds}
     return Summary(
         "losses by size, with intervals",
-        "corrected",
         f"Shows the same shares, summed in float64, with 95 % intervals over {len(starts):,} documents and "
         "the minimum that the counts alone imply; a share shows how uneven the loss is, not a possible gain.",
-        tabulate(("model", "nats"), columns, shown),
+        Table(("model", "nats", "of all", "of the loss", "95 % interval", "at least"), rows),
         values,
         draw("losses", lambda axes: _paint_losses(axes, measured), 2, width=9.0),
     )
@@ -243,8 +202,6 @@ def _paint_losses(panels: Sequence[Axes], measured: Sequence[ModelLosses]) -> No
         weights.hist(one.losses, edges, weights=one.losses / one.losses.sum(), histtype="step")
     counts.set(xlabel="loss of a target, nats", ylabel="share of targets", title="targets")
     weights.set(xlabel="loss of a target, nats", ylabel="share of the loss", title="loss")
-    for axes in (counts, weights):
-        axes.grid(alpha=0.3)
     counts.legend()
 
 
@@ -258,7 +215,6 @@ def _quantiles(measured: Sequence[ModelLosses]) -> Summary:
         rows += [(one.name, f"hardest {p} %", f"{share:.2%} of the loss") for p, share in hardest.items()]
     return Summary(
         "quantiles of the loss",
-        "corrected",
         "Shows the spread of losses over targets, and how much of the sum the hardest carry; cannot show "
         "which part of it is noise of the text, which no model predicts.",
         Table(("model", "targets", "loss"), rows),
@@ -268,9 +224,8 @@ def _quantiles(measured: Sequence[ModelLosses]) -> Summary:
 
 def _hardest(measured: Sequence[ModelLosses], validation: Validation) -> Summary:
     tokenizer, tokens = validation.source.tokenizer, validation.tokens
-    values: dict[str, list[dict[str, Any]]] = {}
+    values: dict[str, list[dict[str, Any]]] = {one.name: [] for one in measured}
     for one in measured:
-        values[one.name] = []
         for target in np.argsort(-one.losses, kind="stable")[:SHOWN].tolist():
             guess, probability = _guess(one.network, validation, target)
             before = tokens[max(target + 1 - CONTEXT_TOKENS, 0) : target + 1]
@@ -284,17 +239,13 @@ def _hardest(measured: Sequence[ModelLosses], validation: Validation) -> Summary
                     "context": " ".join(tokenizer.decode(before.tolist()).split()),
                 }
             )
-    rows = [
-        (name, f"{t['loss']:.2f}", t["target"], t["guess"], f"{t['guess_probability']:.1%}", t["context"])
-        for name, targets in values.items()
-        for t in targets
-    ]
+    shown = columns(".2f", loss="nats") + columns(str, target="target", guess="expected")
+    shown += columns(".1%", guess_probability="probability") + columns(str, context="after")
     return Summary(
         "hardest targets",
-        "corrected",
         "Shows which targets surprise a model most, the text before them, and what the model expected "
         "instead (a leading \u2581 is a space); a dozen extremes are examples, not a sample.",
-        Table(("model", "nats", "target", "expected", "probability", "after"), rows),
+        tabulate(("model",), shown, values),
         values,
     )
 
@@ -309,63 +260,139 @@ def _guess(model: GPT, validation: Validation, target: int) -> tuple[int, float]
     return int(token), float(probability)
 
 
-def _reliability(measured: Sequence[ModelLosses]) -> Summary:
-    rows: list[tuple[str, ...]] = []
-    for one in measured:
-        c = one.calibration
-        bins = [(f"{low:.1f} to {high:.1f}", n, p, right) for low, high, n, p, right in c.reliability()]
-        for name, count, confidence, accuracy in (*bins, ("all", c.targets, c.confidence, c.accuracy)):
-            cells = (f"{confidence:.3f}", f"{accuracy:.3f}", f"{accuracy - confidence:+.3f}")
-            rows.append((one.name, name, f"{count:,}", *(cells if count else ("-",) * 3)))
-        rows.append((one.name, "expected error", "", "", "", f"{c.top_error:.4f}"))
-    return Summary(
-        "calibration of the likeliest token",
-        "corrected",
-        "Shows whether the likeliest token is correct as often as its probability says; the expected error "
-        "depends on the bins, is above zero for a perfect model on few tokens, and ignores all other tokens.",
-        Table(("model", "probability", "targets", "mean probability", "accuracy", "difference"), rows),
-        {one.name: one.calibration.to_dict() for one in measured},
-        draw("reliability", lambda axes: _paint_reliability(axes, measured), 2, width=9.0, height=3.8),
+class Calibration:
+    """Sums over all predictions made through `losses`, for the likeliest token and for every token."""
+
+    def __init__(self, model: GPT):
+        self._model, self._lock = model, threading.Lock()
+        with torch.no_grad():
+            self._banks = model.banks()
+        self._top = np.zeros((3, BINS))  # targets, summed probability, how many right
+        self._every = np.zeros((3, DECADES * BINS_PER_DECADE + 1))  # predictions, summed probability, hits
+        self._sums = np.zeros(4)  # loss, entropy, probability of the target, sum of squared probabilities
+
+    @torch.no_grad()
+    def losses(self, tokens: Tensor, targets: Tensor, context: int) -> Tensor:
+        """Return losses in nats, (B, T) and (B, W) -> (B, W) float32, with the logits in memory."""
+        last = None if targets.shape[1] == tokens.shape[1] else targets.shape[1]
+        logits = self._model.head(self._model.hidden(tokens, self._banks, last=last, context=context))
+        logs = logits.flatten(0, 1).log_softmax(-1)
+        wanted = targets.flatten()
+        losses = -logs.gather(1, wanted[:, None])[:, 0]
+        self._add(logs, wanted, losses)
+        return losses.view_as(targets).float()
+
+    def _add(self, logs: Tensor, wanted: Tensor, losses: Tensor) -> None:
+        probabilities = logs.exp()
+        confidence, guess = probabilities.max(-1)
+        top = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
+        places = (logs * (-BINS_PER_DECADE / np.log(10))).floor().long().clamp(0, self._every.shape[1] - 1)
+        hits = places.gather(1, wanted[:, None])[:, 0]
+        sums = (losses, -(probabilities * logs).sum(-1), (-losses).exp(), probabilities.square().sum(-1))
+        added_top = _histograms(top, BINS, None, confidence, guess == wanted)
+        added_every = _histograms(places.flatten(), self._every.shape[1], None, probabilities.flatten())
+        added_hits = _histograms(hits, self._every.shape[1], None)
+        with self._lock:  # the scorer calls `losses` from several threads
+            self._top += added_top
+            self._every += np.concatenate((added_every, added_hits))
+            self._sums += [float(values.double().sum()) for values in sums]
+
+    def likeliest(self) -> dict[str, Any]:
+        """Return calibration of the likeliest token, and by bin that of every token, as plain JSON values.
+
+        Expected calibration error: |hits - summed probability| by bin, per target.
+        """
+        edges = [10 ** (-i / BINS_PER_DECADE) for i in range(self._every.shape[1])]
+        count, confidence, right = self._top.sum(1).tolist()
+        return {
+            "targets": int(count),
+            "confidence": confidence / count,
+            "accuracy": right / count,
+            "expected_error": _expected_error(self._top, count),
+            "likeliest": _bins(
+                self._top, [i / BINS for i in range(BINS)], [(i + 1) / BINS for i in range(BINS)]
+            ),
+            "every_token": _bins(self._every, [*edges[1:], 0.0], edges),
+        }
+
+    def probabilities(self) -> dict[str, float]:
+        """Return mean loss (nats) and probability of the target, and both if targets were predictions."""
+        count = self._top[0].sum()
+        loss, entropy, target, expected = (self._sums / count).tolist()
+        return {
+            **{"mean_loss": loss, "mean_entropy": entropy, "mean_target_probability": target},
+            "mean_expected_target_probability": expected,
+            "expected_error": _expected_error(self._every, count),
+        }
+
+
+def _expected_error(sums: np.ndarray, targets: float) -> float:
+    return float(np.abs(sums[2] - sums[1]).sum() / targets)
+
+
+def _bins(sums: np.ndarray, lows: Sequence[float], highs: Sequence[float]) -> list[dict[str, Any]]:
+    """Tabulate bins (from, to]: count, mean probability and frequency; zeros for an empty bin."""
+    return [
+        {
+            **{"from": low, "to": high, "count": int(count)},
+            **{"probability": probability / max(count, 1), "frequency": hits / max(count, 1)},
+        }
+        for low, high, (count, probability, hits) in zip(lows, highs, sums.T.tolist(), strict=True)
+    ]
+
+
+def _histograms(places: Tensor, bins: int, *weights: Tensor | None) -> np.ndarray:
+    """Sum each of `weights` (None counts) by bin, float64 (weights, bins)."""
+    at = places.cpu().numpy()
+    return np.stack(
+        [np.bincount(at, None if w is None else w.double().cpu().numpy(), minlength=bins) for w in weights]
     )
 
 
-def _paint_reliability(panels: Sequence[Axes], measured: Sequence[ModelLosses]) -> None:
+def _reliability(measured: Sequence[ModelLosses]) -> Summary:
+    values = {one.name: one.calibration.likeliest() for one in measured}
+    rows: list[tuple[str, ...]] = []
+    for name, all_bins in values.items():
+        whole = (all_bins["targets"], all_bins["confidence"], all_bins["accuracy"])
+        bins = {f"{b['from']:.1f} to {b['to']:.1f}": tuple(b.values())[2:] for b in all_bins["likeliest"]}
+        for place, (count, confidence, accuracy) in {**bins, "all": whole}.items():
+            cells = (f"{confidence:.3f}", f"{accuracy:.3f}", f"{accuracy - confidence:+.3f}")
+            rows.append((name, place, f"{count:,}", *(cells if count else ("-",) * 3)))
+        rows.append((name, "expected error", "", "", "", f"{all_bins['expected_error']:.4f}"))
+    return Summary(
+        "calibration of the likeliest token",
+        "Shows whether the likeliest token is correct as often as its probability says; the expected error "
+        "depends on the bins, is above zero for a perfect model on few tokens, and ignores all other tokens.",
+        Table(("model", "probability", "targets", "mean probability", "accuracy", "difference"), rows),
+        values,
+        draw("reliability", lambda axes: _paint_reliability(axes, values), 2, width=9.0, height=3.8),
+    )
+
+
+def _paint_reliability(panels: Sequence[Axes], values: dict[str, dict[str, Any]]) -> None:
     top, every = panels
-    top.plot((0, 1), (0, 1), color="0.5", linewidth=0.8)
-    every.plot((1e-7, 1), (1e-7, 1), color="0.5", linewidth=0.8)
-    for one in measured:
-        bins = [row for row in one.calibration.reliability() if row[2]]
-        top.plot([b[3] for b in bins], [b[4] for b in bins], "o-", markersize=4, label=label(one.name))
-        bins = [row for row in one.calibration.every_probability() if row[3] and row[4]]
-        every.plot([b[3] for b in bins], [b[4] for b in bins], "o-", markersize=4)
+    for axes, least, kind in ((top, 0.0, "likeliest"), (every, 1e-7, "every_token")):
+        axes.plot((least, 1), (least, 1), color="0.5", linewidth=0.8)
+        for name, bins in values.items():
+            # A logarithmic axis has no zero
+            seen = [b for b in bins[kind] if b["count"] and (axes is top or b["frequency"])]
+            x, y = ([b[key] for b in seen] for key in ("probability", "frequency"))
+            axes.plot(x, y, "o-", markersize=4, label=label(name))
     top.set(xlabel="probability", ylabel="accuracy", title="likeliest token")
     every.set(xscale="log", yscale="log", xlabel="probability", ylabel="frequency", title="every token")
-    for axes in (top, every):
-        axes.grid(alpha=0.3)
     top.legend()
 
 
 def _probabilities(measured: Sequence[ModelLosses]) -> Summary:
     rows: list[tuple[str, ...]] = []
-    values: dict[str, Any] = {}
-    for one in measured:
-        c = one.calibration
-        values[one.name] = {
-            "mean_loss": c.loss,
-            "mean_entropy": c.entropy,
-            "mean_target_probability": c.target_probability,
-            "mean_expected_target_probability": c.expected_probability,
-            "expected_error": c.every_error,
-        }
-        pairs = (
-            ("loss, nats", c.loss, c.entropy),
-            ("probability of the target", c.target_probability, c.expected_probability),
-        )
-        rows += [(one.name, what, f"{a:.4f}", f"{b:.4f}", f"{a - b:+.4f}") for what, a, b in pairs]
-        rows.append((one.name, "expected error, all tokens", "", "", f"{c.every_error:.4f}"))
+    values = {one.name: one.calibration.probabilities() for one in measured}
+    for name, means in values.items():
+        loss, entropy, target, expected, error = means.values()
+        pairs = {"loss, nats": (loss, entropy), "probability of the target": (target, expected)}
+        rows += [(name, what, f"{a:.4f}", f"{b:.4f}", f"{a - b:+.4f}") for what, (a, b) in pairs.items()]
+        rows.append((name, "expected error, all tokens", "", "", f"{error:.4f}"))
     return Summary(
         "calibration of the target's probability",
-        "corrected",
         "Shows whether the losses are those that the probabilities predict (the mean loss of a calibrated "
         "model is its own entropy); overconfidence in one place can hide underconfidence in another.",
         Table(("model", "quantity", "measured", "predicted", "difference"), rows),

@@ -1,12 +1,11 @@
-"""Loading models for an analysis from run folders, checkpoints, artifacts and .pt files."""
+"""Models of an analysis: run folders, checkpoints, artifacts and .pt files, and their validation tokens."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,9 +13,12 @@ from pgolf_fast.artifact.load import load_artifact
 from pgolf_fast.config.fields import run_config_from_dict
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import RunConfig
+from pgolf_fast.data.source import Source, open_source
 from pgolf_fast.data.tokenizer import ByteTable, Tokenizer
 from pgolf_fast.errors import PgolfError
+from pgolf_fast.evaluation.score import Stream
 from pgolf_fast.io import load_metadata
+from pgolf_fast.lab.analysis.summary import Options, Summary, unmeasured
 from pgolf_fast.model.bank import BANK_NAMES
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.model.weights import load_weights, read_weights
@@ -31,16 +33,9 @@ class LoadedModel:
 
     name: str
     path: Path
-    state: dict[str, Tensor]
-    """float32 on the CPU, under the community's names, with banks."""
-    config: RunConfig | None
-    """None for a file without a configuration, such as a community .pt."""
-    folder: RunFolder | None
-    """The run folder that `path` is or is in."""
-
-    @property
-    def parameters(self) -> int:
-        return sum(tensor.numel() for tensor in self.state.values())
+    state: dict[str, Tensor]  # float32 on the CPU, under the community's names, with banks
+    config: RunConfig | None  # None for a file without a configuration, such as a community .pt
+    folder: RunFolder | None  # the run folder that `path` is or is in
 
     def network(
         self, table: ByteTable, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
@@ -71,12 +66,13 @@ def open_model(path: Path, weights: Weights = "auto", config: RunConfig | None =
     """Load a run folder, a checkpoint (.safetensors), an artifact (.pgolf) or a community .pt file.
 
     `weights` selects those of a run folder; auto prefers the float ones. `config` is for files without a
-    configuration and takes precedence over that of their run folder. Raises PgolfError for anything else, and
-    for weights that are damaged or not finite.
+    configuration and takes precedence over that of their run folder. Raises PgolfError for damaged weights.
     """
     if not path.exists():
         raise PgolfError(f"model {path} does not exist")
-    folder = _run_folder(path)
+    # Checkpoints are one folder deeper than other files of a run
+    places = (path,) if path.is_dir() else (path.parent, path.parent.parent)
+    folder = next((run for run in map(RunFolder, places) if run.config_file.is_file()), None)
     file = _weights_file(RunFolder(path), weights) if path.is_dir() else path
     if file.suffix == ".pgolf":
         config, state = load_artifact(file)
@@ -86,13 +82,14 @@ def open_model(path: Path, weights: Weights = "auto", config: RunConfig | None =
     wide = {name: tensor.detach().float().cpu() for name, tensor in state.items()}
     if BANK_NAMES[0] not in wide and any(map(is_slot, wide)):
         wide = rebank(wide)
-    missing = [name for name in BANK_NAMES if name not in wide]
-    if missing:
+    if missing := [name for name in BANK_NAMES if name not in wide]:
         raise PgolfError(f"{file} has no {', '.join(missing)}: it is not a model with weight banks")
     for name, tensor in wide.items():
         if not bool(torch.isfinite(tensor).all()):
             raise PgolfError(f"{file}: {name} has values that are not finite: use an earlier checkpoint")
-    return LoadedModel(_name(path, folder), path, wide, config, folder)
+    own = path.resolve().name if path.is_dir() else path.stem
+    name = own if path.is_dir() or folder is None else f"{folder.path.resolve().name}/{own}"
+    return LoadedModel(name, path, wide, config, folder)
 
 
 def open_models(
@@ -109,17 +106,10 @@ def open_models(
     return list(models.values())
 
 
-def _run_folder(path: Path) -> RunFolder | None:
-    """Return the run folder that `path` is or is in; checkpoints are one folder deeper."""
-    places = (path,) if path.is_dir() else (path.parent, path.parent.parent)
-    return next((run for run in map(RunFolder, places) if run.config_file.is_file()), None)
-
-
 def _weights_file(folder: RunFolder, weights: Weights) -> Path:
     folder.read_config()  # raises if it is not a run folder
-    if weights == "artifact" or (
-        weights == "auto" and not folder.model_file.is_file() and folder.artifact_file.is_file()
-    ):
+    only_packed = folder.artifact_file.is_file() and not folder.model_file.is_file()
+    if weights == "artifact" or (weights == "auto" and only_packed):
         return folder.need(folder.artifact_file, "pack")
     return folder.need(folder.model_file, "train PRESET --resume --out")
 
@@ -135,7 +125,95 @@ def _config(path: Path, folder: RunFolder | None, named: RunConfig | None) -> Ru
     return None if folder is None else folder.read_config()
 
 
-def _name(path: Path, folder: RunFolder | None) -> str:
-    if path.is_dir():
-        return path.resolve().name
-    return path.stem if folder is None else f"{folder.path.resolve().name}/{path.stem}"
+@dataclass(frozen=True)
+class Validation:
+    """The beginning of a validation stream, in whole windows."""
+
+    source: Source
+    seq_len: int
+    tokens: np.ndarray  # int64 (k * seq_len + 1,)
+
+    def first(self, targets: int) -> np.ndarray:
+        """Return the first `targets` targets, rounded up to whole windows, as tokens (n + 1,)."""
+        return self.tokens[: -(-targets // self.seq_len) * self.seq_len + 1]
+
+    def stream(self, device: torch.device | str) -> Stream:
+        """Return a stream of all tokens on a device, with the bytes of every target."""
+        return Stream(self.tokens, self.source.table, torch.device(device))
+
+
+def open_validation(models: Sequence[LoadedModel], options: Options) -> Validation:
+    """Read `options.tokens` targets, rounded up to whole windows, or fewer if there are no more.
+
+    They are from the folder in the options, or from that of the first model's run. Raises PgolfError if there
+    is neither, or if a model was trained with another tokenizer or is scored on other windows.
+    """
+    length, first = window_length(models), models[0]
+    config = first.need_config()
+    if options.data is None and first.folder is None and config.data.path is None:
+        raise PgolfError(f"{first.path} does not name its data: give a folder of shards with --data.path")
+    data = replace(config.data, val_tokens=-(-options.tokens // length) * length)
+    if options.data is not None:
+        data = replace(data, path=str(options.data), tokenizer=None)
+    if options.tokenizer is not None:
+        data = replace(data, tokenizer=str(options.tokenizer))
+    source = open_source(data, config.model.vocab_size)
+    for model in models:
+        own = model.tokenizer()
+        # Files are compared, since the same vocabulary size does not mean the same tokens
+        if own is not None and own.path.read_bytes() != source.tokenizer.path.read_bytes():
+            raise PgolfError(
+                f"the shards in {source.folder} belong to tokenizer {source.tokenizer.path}, {model.name} "
+                f"to another ({own.path}): use shards made with that, or name it with --data.tokenizer"
+            )
+    return Validation(source, length, source.validation(length).astype(np.int64))
+
+
+def window_length(models: Sequence[LoadedModel]) -> int:
+    """Return the window length on which all models are scored.
+
+    Raises PgolfError if lengths differ: losses with more or less context cannot be compared.
+    """
+    first, *others = models
+    length = first.need_config().eval_seq_len
+    for other in others:
+        if (own := other.need_config().eval_seq_len) != length:
+            raise PgolfError(
+                f"{first.name} is scored on windows of {length} tokens, {other.name} of {own}: their "
+                "losses cannot be compared, analyze each model alone"
+            )
+    return length
+
+
+def validation_or_why(models: Sequence[LoadedModel], options: Options) -> Validation | str:
+    """Return `open_validation`, or the reason why there are no tokens.
+
+    Raises PgolfError if the options name data that cannot be read.
+    """
+    try:
+        window_length(models)
+    except PgolfError as error:
+        return str(error)
+    try:
+        return open_validation(models, options)
+    except PgolfError as error:
+        if options.data is not None:
+            raise
+        return str(error)
+
+
+def measure(
+    name: str, validation: Validation | str, summarize: Callable[[Validation], list[Summary]]
+) -> list[Summary]:
+    """Return the summaries, or one that says why `name` cannot be measured."""
+    try:
+        if isinstance(validation, str):
+            raise PgolfError(validation)
+        return summarize(validation)
+    except PgolfError as error:
+        return [unmeasured(name, str(error))]
+
+
+def diverged(name: str, what: str) -> PgolfError:
+    """Return the error for a model whose `what`, such as losses, are not finite."""
+    return PgolfError(f"{name}: its {what} are not finite, it has diverged: use an earlier checkpoint")

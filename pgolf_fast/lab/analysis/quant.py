@@ -1,7 +1,5 @@
 """Errors of rounding the banks to 6 bits."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,11 +9,9 @@ from torch import Tensor
 from pgolf_fast.console import Table, number
 from pgolf_fast.data.tokenizer import byte_table
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.lab.analysis.models import LoadedModel
-from pgolf_fast.lab.analysis.options import Options
-from pgolf_fast.lab.analysis.summary import Column, Summary, draw, paint_bars, ratio, tabulate, unmeasured
-from pgolf_fast.lab.analysis.validation import diverged, validation_or_why
-from pgolf_fast.lab.analysis.weights import common
+from pgolf_fast.lab.analysis.geometry import common
+from pgolf_fast.lab.analysis.models import LoadedModel, diverged, validation_or_why
+from pgolf_fast.lab.analysis.summary import Options, Summary, columns, draw_bars, ratio, tabulate, unmeasured
 from pgolf_fast.model.bank import BANK_NAMES
 from pgolf_fast.quant.calibration import collect_hessians, self_generate
 from pgolf_fast.quant.grid import dequantize, quantize_rows
@@ -43,8 +39,7 @@ GRIDS: dict[str, Callable[[Tensor], Tensor]] = {"published": floored_grid, "row"
 def analyze(models: Sequence[LoadedModel], options: Options) -> list[Summary]:
     """Measure rounding errors of each bank: as published, relative to the weights, and in the outputs.
 
-    The last needs calibration: validation tokens, or text that the model writes. Raises PgolfError if the
-    options name data that cannot be read.
+    The last needs validation tokens or text that the model writes. Raises PgolfError for unreadable data.
     """
     summaries = [published(models), corrected(models)]
     hessians: dict[str, Mapping[str, Tensor]] = {}
@@ -69,25 +64,24 @@ def calibrate(
     own), or without data text that the model writes, as much as its configuration says.
     """
     try:
-        model.need_config()
+        config = model.need_config()
     except PgolfError as error:
         return None, str(error)
-    validation = validation_or_why([first or model, model], options)
-    tokenizer = model.tokenizer()
+    validation, tokenizer = validation_or_why([first or model, model], options), model.tokenizer()
     if not isinstance(validation, str):
         network = model.network(validation.source.table, options.device)
         ids = torch.from_numpy(validation.first(options.calibration_tokens))
         text = ids.unfold(0, validation.seq_len + 1, validation.seq_len)
         described = f"{len(text) * validation.seq_len:,} validation tokens"
-    elif tokenizer is None or model.config is None:
+    elif tokenizer is None:
         return None, validation
     else:
-        network, length = model.network(byte_table(tokenizer), options.device), model.config.train.seq_len
+        network, length = model.network(byte_table(tokenizer), options.device), config.train.seq_len
         ids = torch.arange(min(length, network.config.vocab_size), device=options.device)
         with torch.no_grad():  # sampling from logits that are not finite would fail with another error
             if not bool(network.logits(ids[None]).isfinite().all()):
                 return None, str(diverged(model.name, "logits"))
-        text = self_generate(network, model.config.quant, length)
+        text = self_generate(network, config.quant, length)
         described = f"{text.numel():,} tokens written by the model"
     hessians = collect_hessians(network, text)
     if not all(bool(hessian.isfinite().all()) for hessian in hessians.values()):
@@ -98,73 +92,65 @@ def calibrate(
 def published(models: Sequence[LoadedModel]) -> Summary:
     """Measure the mean squared error of each bank on the floored grid (PR 1501).
 
-    The last row is weighted by parameters. Two models of the same shapes also have ratios, and the number of
-    slots where the first has the lower error.
+    The last row but one is weighted by parameters. Two models of the same shapes also have ratios, and the
+    number of slots where the first has the lower error.
     """
     by_slot = {m.name: {bank: _errors(m.state[bank], floored_grid) for bank in BANK_NAMES} for m in models}
-    sizes = torch.tensor([[m.state[b].numel() for b in BANK_NAMES] for m in models], dtype=torch.float64)
-    means = torch.stack([torch.stack([e.mean() for e in banks.values()]) for banks in by_slot.values()])
-    overall = ((means * sizes).sum(1) / sizes.sum(1)).tolist()
-    two, why = len(models) == 2, ""
+    overall = {}
+    for model in models:
+        sizes = {bank: model.state[bank].numel() for bank in BANK_NAMES}
+        total = sum(float(by_slot[model.name][bank].mean()) * size for bank, size in sizes.items())
+        overall[model.name] = total / sum(sizes.values())
+    means = {bank: [float(own[bank].mean()) for own in by_slot.values()] for bank in BANK_NAMES}
+    means |= {"all": [*overall.values()], "step² / 12": [FIXED_STEP_MSE] * len(models)}
+    header, why = ["bank", *overall], ""
+    rows = [[bank, *(f"{error:.4e}" for error in errors)] for bank, errors in means.items()]
     try:
-        two = two and bool(common(models))
+        if len(models) == 2 and common(models):
+            header += ["ratio", f"lower in {models[0].name}"]
+            lower = {bank: torch.lt(*(own[bank] for own in by_slot.values())).tolist() for bank in BANK_NAMES}
+            for row in rows:
+                slots = lower.get(row[0])
+                row.append(number(ratio(*means[row[0]]), ".5f"))
+                row.append("-" if slots is None else f"{sum(slots)}/{len(slots)}")
     except PgolfError as error:
-        two, why = False, f" No ratios: {error}."
-    rows = []
-    for bank, errors in zip(("all", *BANK_NAMES), (overall, *means.T.tolist()), strict=True):
-        cells = [number(error, ".4e") for error in errors]
-        if two:
-            cells.append(number(ratio(*errors), ".5f"))
-            a, b = (by_slot[m.name].get(bank) for m in models)
-            cells.append("-" if a is None or b is None else f"{int((a < b).sum())}/{len(a)}")
-        rows.append((bank, *cells))
-    step = [f"{FIXED_STEP_MSE:.4e}"] * len(models)
-    rows = [*rows[1:], rows[0], ("step² / 12", *step, *(["-", "-"] if two else []))]
-    names = [m.name for m in models]
+        why = f" No ratios: {error}."
     values = {
         name: {"slot_mse": {bank: e.tolist() for bank, e in by_slot[name].items()}, "mean_mse": mse}
-        for name, mse in zip(names, overall, strict=True)
+        for name, mse in overall.items()
     }
     return Summary(
         "quantization errors on the published grid",
-        "published",
         "Shows the error of the step 1/31, which is step² / 12 = 8.67e-5 for any bank whose rows stay below "
         "1 and whose weights spread over more than a step; cannot show which of two such models rounds "
         f"better, since it hardly depends on their weights.{why}",
-        Table(("bank", *names, *(["ratio", f"lower in {names[0]}"] if two else [])), rows),
+        Table(header, rows),
         {"step_squared_over_12": FIXED_STEP_MSE, "models": values},
+        form="published",
     )
 
 
 def corrected(models: Sequence[LoadedModel]) -> Summary:
     """Measure squared errors of both grids relative to the bank, and the share of rows on the floor."""
-    values: dict[str, dict[str, dict[str, float | None]]] = {}
-    for model in models:
-        values[model.name] = {}
-        for name in BANK_NAMES:
-            bank = model.state[name]
-            energy = float(bank.double().square().sum())
-            part: dict[str, float | None] = {
-                "rows_on_the_floor": float((bank.abs().amax(2) < 1).double().mean())
-            }
-            for grid, rounded in GRIDS.items():
-                mse = float(_errors(bank, rounded).mean())
-                part[f"mse_{grid}"], part[f"relative_{grid}"] = mse, ratio(mse * bank.numel(), energy)
-            values[model.name][name] = part
-    columns: list[Column] = [
-        ("rows below 1", "rows_on_the_floor", ".1%"),
-        ("MSE, row grid", "mse_row", ".3e"),
-        ("lost, published grid", "relative_published", ".3%"),
-        ("lost, row grid", "relative_row", ".3%"),
-    ]
+    values = {m.name: {name: _losses_of_rounding(m.state[name]) for name in BANK_NAMES} for m in models}
+    shown = columns(".1%", rows_on_the_floor="rows below 1") + columns(".3e", mse_row="MSE, row grid")
+    shown += columns(".3%", relative_published="lost, published grid", relative_row="lost, row grid")
     return Summary(
         "quantization errors by row",
-        "corrected",
         "Shows how much of the weights' squares rounding loses, with fixed steps and with steps that follow "
         "each row; cannot show what the loss will be, as some weights matter more than others.",
-        tabulate(("model", "bank"), columns, values),
+        tabulate(("model", "bank"), shown, values),
         values,
     )
+
+
+def _losses_of_rounding(bank: Tensor) -> dict[str, float | None]:
+    energy = float(bank.double().square().sum())
+    part: dict[str, float | None] = {"rows_on_the_floor": float((bank.abs().amax(2) < 1).double().mean())}
+    for grid, rounded in GRIDS.items():
+        mse = float(_errors(bank, rounded).mean())
+        part |= {f"mse_{grid}": mse, f"relative_{grid}": ratio(mse * bank.numel(), energy)}
+    return part
 
 
 def weighted(
@@ -189,24 +175,20 @@ def weighted(
             bank: {grid: ratio(part[grid], part["output"]) for grid in GRIDS} for bank, part in sums.items()
         }
 
-    def paint(axes: list) -> None:
-        heights = {
-            f"{name}, {grid} grid": [100 * (banks[bank][grid] or 0) for bank in BANK_NAMES]
-            for name, banks in values.items()
-            for grid in GRIDS
-        }
-        paint_bars(axes[0], BANK_NAMES, heights)
-        axes[0].set(ylabel="% of the outputs' squares", yscale="log", title="changed by rounding to 6 bits")
-
-    columns: list[Column] = [(f"changed, {grid} grid", grid, ".3%") for grid in GRIDS]
+    heights = {
+        f"{name}, {grid} grid": [100 * (banks[bank][grid] or 0) for bank in BANK_NAMES]
+        for name, banks in values.items()
+        for grid in GRIDS
+    }
+    labels = {"ylabel": "% of the outputs' squares", "title": "changed by rounding to 6 bits"}
+    shown = columns(".3%", published="changed, published grid", row="changed, row grid")
     return Summary(
         "quantization errors, Hessian-weighted",
-        "corrected",
         f"Shows how much of each bank's output (sum of squares, on {text}) plain rounding changes; cannot "
         "show how the following layers respond, nor what GPTQ would save.",
-        tabulate(("model", "bank"), columns, values),
+        tabulate(("model", "bank"), shown, values),
         {"calibration": text, **values},
-        draw("hessian_weighted", paint),
+        draw_bars("hessian_weighted", BANK_NAMES, heights, None, yscale="log", **labels),
     )
 
 

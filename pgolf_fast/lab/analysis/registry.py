@@ -1,7 +1,5 @@
 """Registry of the analyses: run them by name and write the results."""
 
-from __future__ import annotations
-
 import difflib
 import json
 import math
@@ -16,20 +14,19 @@ from pgolf_fast.console import Table
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import write_bytes, write_text
 from pgolf_fast.lab.analysis.models import LoadedModel
-from pgolf_fast.lab.analysis.options import Options
-from pgolf_fast.lab.analysis.summary import DARK, Summary, unmeasured
+from pgolf_fast.lab.analysis.summary import DARK, Options, Summary, unmeasured
 from pgolf_fast.lab.report.html_page import Figure, Section, portable, render
 
-ANALYSES = {  # name: module with `analyze(models, options)`, and the least number of models
-    "deltas": ("deltas", 2),  # distances between weights
-    "quant": ("quant", 1),  # errors of rounding to 6 bits
-    "spectra": ("spectra", 1),  # singular values
-    "overlap": ("overlap", 2),  # angles between leading subspaces
-    "connectivity": ("connectivity", 2),  # loss on the line between two models
-    "surface": ("surface", 1),  # curvature of the loss
-    "triangle": ("triangle", 3),  # distances among three models or more
-    "hash": ("hash_table", 1),  # buckets of the hash table
-    "losses": ("losses", 1),  # distribution of the loss, calibration
+ANALYSES = {  # name: module, its function of models and options, and the least number of models
+    "deltas": ("geometry", "analyze_deltas", 2),  # distances between weights
+    "quant": ("quant", "analyze", 1),  # errors of rounding to 6 bits
+    "spectra": ("geometry", "analyze_spectra", 1),  # singular values
+    "overlap": ("geometry", "analyze_overlap", 2),  # angles between leading subspaces
+    "connectivity": ("surface", "analyze_connectivity", 2),  # loss on the line between two models
+    "surface": ("surface", "analyze_surface", 1),  # curvature of the loss
+    "triangle": ("geometry", "analyze_triangle", 3),  # distances among three models or more
+    "hash": ("hash_table", "analyze", 1),  # buckets of the hash table
+    "losses": ("losses", "analyze", 1),  # distribution of the loss, calibration
 }
 
 
@@ -44,33 +41,24 @@ def check_names(only: Sequence[str]) -> None:
 
 def need_models(name: str, count: int) -> None:
     """Raise PgolfError if an analysis needs more than `count` models."""
-    least = ANALYSES[name][1]
+    least = ANALYSES[name][2]
     if count < least:
         raise PgolfError(f"{name} needs at least {least} models, not {count}: give another")
 
 
 @dataclass(frozen=True)
-class Completed:
-    """An analysis that ran."""
-
-    name: str
-    seconds: float
-    summaries: list[Summary]
-
-
-@dataclass(frozen=True)
 class Results:
-    """Analyses that ran, and why others were skipped."""
+    """Summaries and seconds of the analyses that ran, and why others were skipped."""
 
     models: Sequence[LoadedModel]
     options: Options
-    completed: list[Completed] = field(default_factory=list)
+    summaries: dict[str, list[Summary]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
 
     def time_table(self) -> Table:
         """Tabulate the seconds of each analysis and the total."""
-        seconds = {one.name: one.seconds for one in self.completed}
-        rows = {**seconds, "all": sum(seconds.values())}.items()
+        rows = {**self.seconds, "all": sum(self.seconds.values())}.items()
         return Table(("analysis", "seconds"), [(name, f"{value:.1f}") for name, value in rows])
 
 
@@ -92,15 +80,16 @@ def run_analyses(
         try:
             need_models(name, len(models))
             # Imported when it runs, so that one analysis does not load the code of all
-            module = import_module(f"pgolf_fast.lab.analysis.{ANALYSES[name][0]}")
-            summaries = module.analyze(models, options)
+            module, function, _ = ANALYSES[name]
+            analyze = getattr(import_module(f"pgolf_fast.lab.analysis.{module}"), function)
+            results.summaries[name] = analyze(models, options)
         except PgolfError as error:
             if only:
                 raise
             results.skipped[name] = str(error)
             continue
-        results.completed.append(Completed(name, time.perf_counter() - start, summaries))
-        for summary in summaries:
+        results.seconds[name] = time.perf_counter() - start
+        for summary in results.summaries[name]:
             show(summary)
     return results
 
@@ -117,21 +106,21 @@ def write_results(out: Path, results: Results) -> None:
     skipped = {name: portable(why) for name, why in results.skipped.items()}
     analyses: dict[str, Any] = {}
     sections: list[Section] = []
-    for one in results.completed:
+    for analysis, summaries in results.summaries.items():
         entries = []
-        for number, summary in enumerate(map(_portable, one.summaries), start=1):
-            files = {name: f"{one.name}_{number}_{name}.png" for name in summary.plots}
+        for number, summary in enumerate(map(_portable, summaries), start=1):
+            files = {name: f"{analysis}_{number}_{name}.png" for name in summary.plots}
             for name, file in files.items():
                 write_bytes(out / file, summary.plots[name])
-            entries.append({**_entry(summary), "plots": files})
+            table = {"header": summary.table.header, "rows": summary.table.rows}
+            entries.append({**vars(summary), "table": table, "plots": files})
             sections.append(_section(summary))
-        analyses[one.name] = {"seconds": one.seconds, "summaries": entries}
-    models = [{"name": m.name, "file": _last(m.path), "parameters": m.parameters} for m in results.models]
-    settings = {
-        key: _last(value) if isinstance(value, Path) else value if isinstance(value, int) else str(value)
-        for key, value in vars(results.options).items()
-        if value is not None
-    }
+        analyses[analysis] = {"seconds": results.seconds[analysis], "summaries": entries}
+    models = [
+        {"name": m.name, "file": _plain(m.path), "parameters": sum(t.numel() for t in m.state.values())}
+        for m in results.models
+    ]
+    settings = {key: value for key, value in vars(results.options).items() if value is not None}
     tree = {"models": models, "options": settings, "analyses": analyses, "skipped": skipped}
     write_text(out / "analysis.json", json.dumps(_plain(tree), indent=1, allow_nan=False) + "\n")
     rows = [(m["name"], m["file"], f"{m['parameters']:,}") for m in models]
@@ -148,31 +137,23 @@ def _portable(summary: Summary) -> Summary:
     return summary if reason is None else unmeasured(summary.name, portable(reason))
 
 
-def _last(path: Path) -> str:
-    """Return the last component of a path."""
-    return path.resolve().name
-
-
-def _entry(summary: Summary) -> dict[str, Any]:
-    table = {"header": summary.table.header, "rows": summary.table.rows}
-    described = {"name": summary.name, "form": summary.form, "shows": summary.shows}
-    return {**described, **table, "values": summary.values}
-
-
 def _section(summary: Summary) -> Section:
-    figures = tuple(
+    figures = [
         Figure(png, summary.plots.get(name + DARK), alt=f"{summary.name}: {name.replace('_', ' ')}")
         for name, png in summary.plots.items()
         if not name.endswith(DARK)
-    )
-    tables = (summary.table,) if summary.table.rows else ()
-    return Section(summary.name, summary.shows, tables, figures, summary.form)
+    ]
+    return Section(summary.name, summary.shows, [summary.table], figures, summary.form)
 
 
 def _plain(value: Any) -> Any:
-    """Convert to JSON values: tuples to lists, and numbers that are not finite to null."""
+    """Convert to JSON values: paths to their last component, and numbers that are not finite to null."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, Path):
+        return value.resolve().name
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, (str, int, float, type(None))) else str(value)

@@ -1,26 +1,44 @@
-"""Result of an analysis: a table with a sentence on what it shows, values for JSON, and plots."""
+"""Settings and results of analyses: tables with a sentence on what they show, values for JSON, and plots."""
 
-from __future__ import annotations
-
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from statistics import fmean, pstdev
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal
 
-from pgolf_fast import console
-from pgolf_fast.bench.drawing import label, png
+from pgolf_fast.bench.drawing import Axes, Figure, has_matplotlib, label, png
+from pgolf_fast.config.checks import need
 from pgolf_fast.console import Table, number
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+DARK = "_dark"  # suffix of the name of a plot for dark pages
+Format = str | Callable[[Any], str]  # of a number, or a function that returns the cell
+Column = tuple[str, str, Format]  # header, key of the value, format
 
-DARK = "_dark"
-"""Suffix of the name of a plot for dark pages."""
-Column = tuple[str, str, str | Callable[[Any], str]]
-"""Header, key of the value, and format of a number or function that returns the cell."""
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Settings of all analyses; each reads those that it needs."""
+
+    data: Path | None = None  # folder of validation shards; default: that of the first model's run
+    tokenizer: Path | None = None  # of those shards; default: the one that belongs to them
+    tokens: int = 16_384  # validation targets for losses, from the beginning of the validation data
+    device: str = "cpu"
+    hash_rows: tuple[int, ...] = ()  # sizes of additional hash tables whose buckets are counted
+    calibration_tokens: int = 4096  # validation tokens whose inputs weight the rounding errors
+    points: int = 7  # on the line between two models, including the ends, where the loss is measured
+    curvature_tokens: int = 512  # validation targets, at least one window, of the loss with the Hessian
+    probes: int = 6  # random vectors for the trace of the Hessian
+    lanczos_steps: int = 8  # Hessian-vector products for the extreme eigenvalues
+    seed: int = 0  # of all random vectors
+
+    def __post_init__(self) -> None:
+        least = {"points": 3, "probes": 2, "lanczos_steps": 2}
+        for name in ("tokens", "calibration_tokens", "curvature_tokens", *least):
+            value, lowest = getattr(self, name), least.get(name, 1)
+            need(value >= lowest, f"--{name.replace('_', '-')} is {value}; it must be at least {lowest}")
+        for rows in self.hash_rows:
+            need(rows >= 4, f"--hash-rows is {rows}; it must be at least 4")
 
 
 @dataclass(frozen=True)
@@ -28,50 +46,47 @@ class Summary:
     """One table of an analysis, in its published form or in the form that answers the question."""
 
     name: str
-    form: Literal["published", "corrected"]
-    shows: str
-    """One sentence on what it can and cannot show."""
+    shows: str  # one sentence on what it can and cannot show
     table: Table
-    values: dict[str, Any]
-    """Numbers of the table and those behind it, for JSON."""
-    plots: dict[str, bytes] = field(default_factory=dict)
-    """PNGs by name."""
+    values: dict[str, Any]  # numbers of the table and those behind it, for JSON
+    plots: dict[str, bytes] = field(default_factory=dict)  # PNGs by name
+    form: Literal["published", "corrected"] = "corrected"
 
     def text(self) -> str:
         """Render the heading, the table and the sentence for a terminal."""
-        heading = f"{self.name} [{self.form}]"
-        return "\n".join(filter(None, [heading, self.table.text() if self.table.rows else "", self.shows]))
+        return "\n".join(filter(None, [f"{self.name} [{self.form}]", self.table.text(), self.shows]))
 
 
 def unmeasured(name: str, reason: str) -> Summary:
     """Return a summary without a table that says why there is none and what to do about it."""
-    empty = Table((), ())
-    return Summary(name, "corrected", f"Not measured: {reason}.", empty, {"not_measured": reason})
+    return Summary(name, f"Not measured: {reason}.", Table(None, ()), {"not_measured": reason})
 
 
-def tabulate(keys: Sequence[str], columns: Sequence[Column], values: Mapping[str, Any]) -> Table:
-    """Tabulate nested mappings, one row per innermost mapping.
+def columns(form: Format, **headers: str) -> list[Column]:
+    """Return columns of one format from key="header"."""
+    return [(header, key, form) for key, header in headers.items()]
 
-    keys: headers of the key columns, one for each level of `values`.
-    columns: the columns after those, from the innermost mappings.
+
+def tabulate(
+    keys: Sequence[str],
+    shown: Sequence[Column],
+    values: Mapping[str, Any],
+    more: Iterable[Sequence[str]] = (),
+) -> Table:
+    """Tabulate nested mappings, one row per innermost mapping, and append the rows in `more`.
+
+    keys: headers of the key columns, one for each level of `values`; lists may be the last level.
+    shown: the columns after those, from the innermost mappings.
     """
-    rows = [
-        (*path, *(_cell(leaf[key], form) for _, key, form in columns))
-        for path, leaf in _leaves(values, len(keys))
-    ]
-    return Table((*keys, *(header for header, _, _ in columns)), rows)
+    leaves: list[tuple[tuple[str, ...], Any]] = [((), values)]
+    for _ in keys:
+        leaves = [((*path, key), part) for path, tree in leaves for key, part in tree.items()]
+    leaves = [(path, part) for path, own in leaves for part in (own if isinstance(own, list) else [own])]
+    rows = [(*path, *(_cell(leaf[key], form) for _, key, form in shown)) for path, leaf in leaves]
+    return Table((*keys, *(header for header, _, _ in shown)), (*rows, *more))
 
 
-def _leaves(values: Mapping[str, Any], depth: int) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
-    if depth == 0:
-        yield (), values
-        return
-    for key, part in values.items():
-        for path, leaf in _leaves(part, depth - 1):
-            yield (key, *path), leaf
-
-
-def _cell(value: Any, form: str | Callable[[Any], str]) -> str:
+def _cell(value: Any, form: Format) -> str:
     return number(value, form) if isinstance(form, str) else form(value)
 
 
@@ -86,12 +101,21 @@ def mean(values: Iterable[float | None]) -> float | None:
     return fmean(known) if known else None
 
 
-def mean_and_deviation(values: Iterable[float | None]) -> str:
-    """Format the mean ± standard deviation of the values that are not None."""
-    known = [value for value in values if value is not None]
-    if not known or not math.isfinite(fmean(known)):
-        return "-"
-    return f"{fmean(known):.4g} ± {pstdev(known):.2g}"
+def count(values: Sequence[object]) -> str:
+    return f"{len(values)}"
+
+
+def over(statistic: Callable[[list[float]], float]) -> Callable[[Iterable[float | None]], str]:
+    """Return a column format for lists: the statistic of the values that are not None."""
+
+    def cell(values: Iterable[float | None]) -> str:
+        known = [value for value in values if value is not None]
+        return number(statistic(known), ".4f") if known else "-"
+
+    return cell
+
+
+_can_draw = cache(has_matplotlib)  # logs once that it is missing
 
 
 def draw(
@@ -106,7 +130,7 @@ def draw(
 
     Without matplotlib, log that once and return {}.
     """
-    if not _has_matplotlib():
+    if not _can_draw("plots"):
         return {}
 
     def paint_figure(figure: Figure) -> None:
@@ -114,16 +138,6 @@ def draw(
 
     size = width, height
     return {name: png(paint_figure, size), name + DARK: png(paint_figure, size, dark=True)}
-
-
-@cache
-def _has_matplotlib() -> bool:
-    try:
-        import matplotlib  # noqa: F401 - checks that it is installed
-    except ImportError:
-        console.logger.warning("no plots: matplotlib is missing (pip install 'pgolf-fast[plot]')")
-        return False
-    return True
 
 
 def paint_bars(
@@ -138,4 +152,20 @@ def paint_bars(
         places = [tick + width * i for tick in range(len(ticks))]
         axes.bar(places, values, width, yerr=None if errors is None else errors[name], label=label(name))
     axes.set_xticks([tick + 0.4 - width / 2 for tick in range(len(ticks))], list(ticks))
-    axes.legend(fontsize=8)
+    axes.legend()
+
+
+def draw_bars(
+    name: str,
+    ticks: Sequence[str],
+    heights: Mapping[str, Sequence[float]],
+    errors: Mapping[str, Sequence[float]] | None = None,
+    **labels: str,
+) -> dict[str, bytes]:
+    """Draw `paint_bars` on one panel; `labels` are those of `Axes.set`."""
+
+    def paint(axes: list[Axes]) -> None:
+        paint_bars(axes[0], ticks, heights, errors)
+        axes[0].set(**labels)
+
+    return draw(name, paint)

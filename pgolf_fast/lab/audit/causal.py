@@ -4,28 +4,21 @@ A part of the network is causal if changing the tokens from index t on leaves it
 bit-identical. Parts are compared in the order of computation, so the first that differs is the cause.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pgolf_fast.evaluation.score import LossFunction
-from pgolf_fast.lab.audit.check import AuditFinding
+from pgolf_fast.lab.audit.check import AuditFinding, fails, holds, undecided
+from pgolf_fast.lab.audit.target import Audit
 from pgolf_fast.model.gpt import GPT
 
 SCORED = 4  # targets of a window whose other positions are context only
 # Names of operations of the network: a target that enters one could change its predictions
 _NETWORK = ("embed", "smear", "norm", "attention", "mlp", "mm", "linear", "conv")
-
-
-def changed_from(tokens: Tensor, index: int, vocab_size: int, sampler: torch.Generator) -> Tensor:
-    """Return `tokens` (T,) with each token from `index` on replaced by a different id below vocab_size."""
-    shift = torch.randint(1, vocab_size, tokens.shape, generator=sampler).to(tokens.device)
-    shift[:index] = 0
-    return (tokens + shift) % vocab_size
 
 
 class _Observer:
@@ -43,7 +36,7 @@ class _Observer:
 
 
 @torch.no_grad()
-def embedding_parts(model: GPT, tokens: Tensor) -> dict[str, Tensor]:
+def _embedding_parts(model: GPT, tokens: Tensor) -> dict[str, Tensor]:
     """Return every embedding looked up by the tokens (B, T), as (B, T, ...), in the order of computation."""
     parts = {}
     if model.bigram is not None:
@@ -56,79 +49,73 @@ def embedding_parts(model: GPT, tokens: Tensor) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def all_parts(model: GPT, tokens: Tensor) -> dict[str, Tensor]:
+def _all_parts(model: GPT, tokens: Tensor) -> dict[str, Tensor]:
     """Return the output of every part of a forward of tokens (B, T), as (B, T, ...), in computation order."""
     seen = _Observer(model)
     logits = model.head(model.hidden(tokens, observer=seen))
-    parts = embedding_parts(model, tokens)
+    parts = _embedding_parts(model, tokens)
     smear = {"smear": model.smear(parts["embedding"])} if model.config.smear else {}
     return {**parts, **smear, **seen.parts, "logits": logits}
 
 
-def causality(model: GPT, losses_of: LossFunction, tokens: Tensor, lengths: Sequence[int]) -> AuditFinding:
-    """C1: check every part of the network, its logits, and the losses as scored, at several lengths.
-
-    tokens: (N,) with N larger than every length; each length takes a prefix.
-    """
-    names: set[str] = set()
-    changes = 0
+def _changed_spans(audit: Audit) -> Iterator[tuple[Tensor, dict[int, Tensor]]]:
+    """Yield prefixes (length + 1,), each with copies, by index, whose tokens from there on differ."""
     sampler = torch.Generator().manual_seed(1)
-    for length in lengths:
-        span = tokens[: length + 1]
-        before = all_parts(model, span[None, :-1])
-        names |= set(before)
-        for index in _cuts(length):
-            other = changed_from(span, index, model.config.vocab_size, sampler)
-            after = all_parts(model, other[None, :-1])
-            leak = _first_leak(before, after, index)
-            if leak is not None:
-                part, position = leak
-                return AuditFinding(
-                    False, f"{part}: position {position} of {length} changes with token {index}"
-                )
-            for scored in {min(SCORED, length), length}:
-                late = _changed_losses(losses_of, span, other, scored, index)
-                if late is not None:
-                    text = f"the loss of token {late} of {length} changes with tokens from {index} on"
-                    return AuditFinding(False, f"scoring: {text}")
-            changes += 1
-    return AuditFinding(
-        True, f"{len(names)} parts are bit-identical before each of {changes} changes, T = {_all(lengths)}"
-    )
+    for length in audit.lengths:
+        span, changed = audit.stream.tokens[: length + 1], {}
+        for index in sorted({1, length // 2, length - 1}):
+            shift = torch.randint(1, audit.vocab_size, span.shape, generator=sampler).to(span.device)
+            shift[:index] = 0
+            changed[index] = (span + shift) % audit.vocab_size
+        yield span, changed
 
 
-def no_target_in_keys(
-    model: GPT, losses_of: LossFunction, tokens: Tensor, lengths: Sequence[int]
-) -> AuditFinding:
+def causality(audit: Audit) -> AuditFinding:
+    """C1: check every part of the network, its logits, and the losses as scored, at several lengths."""
+    names, count, model = set[str](), 0, audit.model
+    with audit.fresh_losses() as losses_of:
+        for span, changed in _changed_spans(audit):
+            length, before = len(span) - 1, _all_parts(model, span[None, :-1])
+            names |= before.keys()
+            count += len(changed)
+            for index, other in changed.items():
+                if leak := _first_leak(before, _all_parts(model, other[None, :-1]), index):
+                    return fails(f"{leak[0]}: position {leak[1]} of {length} changes with token {index}")
+                for scored in {min(SCORED, length), length}:
+                    # Token 0 is never a target, so a loss that differs is not 0.
+                    if late := _changed_loss(losses_of, span, other, scored, index):
+                        text = f"the loss of token {late} of {length} changes with tokens from {index} on"
+                        return fails(f"scoring: {text}")
+    shown = ", ".join(f"{length:,}" for length in audit.lengths)
+    return holds(f"{len(names)} parts are bit-identical before each of {count} changes, T = {shown}")
+
+
+def no_target_in_keys(audit: Audit) -> AuditFinding:
     """C6: check that embeddings at a position depend on tokens up to it, and targets reach only the loss."""
-    sampler = torch.Generator().manual_seed(6)
-    for length in lengths:
-        span = tokens[:length]
-        before = embedding_parts(model, span[None])
-        for index in _cuts(length):
-            after = embedding_parts(model, changed_from(span, index, model.config.vocab_size, sampler)[None])
-            leak = _first_leak(before, after, index)
-            if leak is not None:
-                return AuditFinding(False, f"{leak[0]}: the key at position {leak[1]} holds token {index}")
-    length = max(lengths)
+    model, tokens = audit.model, audit.stream.tokens
+    for span, changed in _changed_spans(audit):
+        before = _embedding_parts(model, span[None, :-1])
+        for index, other in changed.items():
+            if leak := _first_leak(before, _embedding_parts(model, other[None, :-1]), index):
+                return fails(f"{leak[0]}: the key at position {leak[1]} holds token {index}")
+    length = max(audit.lengths)
     trace = _Taint(targets := tokens[None, 1 : length + 1].clone())
-    with torch.no_grad(), trace:
+    with audit.fresh_losses() as losses_of, torch.no_grad(), trace:
         losses_of(tokens[None, :length], targets, length)
     if trace.network:
-        return AuditFinding(False, f"targets enter {trace.network[0]}, before the loss")
-    return AuditFinding(
-        True, f"keys hold tokens up to their position; targets enter {', '.join(trace.ops)} only"
-    )
+        return fails(f"targets enter {trace.network[0]}, before the loss")
+    return holds(f"keys hold tokens up to their position; targets enter {', '.join(trace.ops)} only")
 
 
 @torch.no_grad()
-def word_starts_of_inputs(model: GPT, tokens: Tensor) -> AuditFinding:
+def word_starts_of_inputs(audit: Audit) -> AuditFinding:
     """C14: check that the word-start gate at a position depends on its input token, not on the target."""
+    model, tokens = audit.model, audit.stream.tokens
     if model.bigram is None or not (model.config.word_start_boost or model.config.pos_conditional):
-        return AuditFinding(None, "the model does not use word starts")
+        return undecided("the model does not use word starts")
     length = min(64, len(tokens) - 1)
     span = tokens[:length]
-    whole = embedding_parts(model, span[None])["hash n-grams"][0]
+    whole = _embedding_parts(model, span[None])["hash n-grams"][0]
     kept = model.has_leading_space.clone()
     tried = moved = 0
     try:
@@ -138,26 +125,14 @@ def word_starts_of_inputs(model: GPT, tokens: Tensor) -> AuditFinding:
                 continue  # the target also occurs as an input, which may depend on the flag
             model.has_leading_space.copy_(kept)
             model.has_leading_space[target] = ~kept[target]
-            flipped = embedding_parts(model, span[None])["hash n-grams"][0]
+            flipped = _embedding_parts(model, span[None])["hash n-grams"][0]
             tried += 1
             if not torch.equal(flipped[: position + 1], whole[: position + 1]):
-                return AuditFinding(
-                    False, f"position {position} changes with the word-start flag of its target"
-                )
+                return fails(f"position {position} changes with the word-start flag of its target")
             moved += not torch.equal(flipped[position + 1], whole[position + 1])
     finally:
         model.has_leading_space.copy_(kept)
-    return AuditFinding(
-        True, f"of {tried} flipped flags, none has an effect before its token and {moved} have one at it"
-    )
-
-
-def _cuts(length: int) -> list[int]:
-    return sorted({1, length // 2, length - 1} - {0})
-
-
-def _all(values: Sequence[int]) -> str:
-    return ", ".join(f"{value:,}" for value in values)
+    return holds(f"of {tried} flipped flags, none has an effect before its token and {moved} have one at it")
 
 
 def _first_leak(before: dict[str, Tensor], after: dict[str, Tensor], index: int) -> tuple[str, int] | None:
@@ -169,7 +144,7 @@ def _first_leak(before: dict[str, Tensor], after: dict[str, Tensor], index: int)
     return None
 
 
-def _changed_losses(
+def _changed_loss(
     losses_of: LossFunction, span: Tensor, other: Tensor, scored: int, index: int
 ) -> int | None:
     """Return the first token before `index`, among the last `scored` targets, whose loss differs."""
@@ -192,31 +167,23 @@ class _Taint(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        entering = [t for t in _tensors((args, kwargs or {})) if self._is_tainted(t)]
-        if entering:
-            name = str(func).removesuffix(".default")
-            loss = "cross_entropy" in name
-            if (any(word in name for word in _NETWORK) and not loss) or (
-                loss and any(t.is_floating_point() for t in entering)
-            ):
-                self.network.append(name)
-            for tensor in _tensors(out):
-                if tensor.untyped_storage().data_ptr() not in self._storages and tensor.numel():
-                    self._held.append(tensor)
-                    self._storages.add(tensor.untyped_storage().data_ptr())
-                    if name not in self.ops:
-                        self.ops.append(name)
+        entering = [t for t in _tensors((args, kwargs)) if t.untyped_storage().data_ptr() in self._storages]
+        if not entering:
+            return out
+        name = str(func).removesuffix(".default")
+        if "cross_entropy" in name:
+            predicts = any(t.is_floating_point() for t in entering)
+        else:
+            predicts = any(word in name for word in _NETWORK)
+        self.network += [name] if predicts else []
+        for tensor in _tensors(out):
+            storage = tensor.untyped_storage().data_ptr()
+            if storage not in self._storages and tensor.numel():
+                self._held.append(tensor)
+                self._storages.add(storage)
+                self.ops += [name] if name not in self.ops else []
         return out
 
-    def _is_tainted(self, tensor: Tensor) -> bool:
-        return tensor.untyped_storage().data_ptr() in self._storages
 
-
-def _tensors(tree: object) -> Iterator[Tensor]:
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, dict):
-        yield from _tensors(list(tree.values()))
-    elif isinstance(tree, list | tuple):
-        for item in tree:
-            yield from _tensors(item)
+def _tensors(tree: object) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

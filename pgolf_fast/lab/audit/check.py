@@ -1,10 +1,9 @@
 """Audit checks: what a check is, what it finds, and running a list of them."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from pgolf_fast import console
@@ -16,6 +15,9 @@ class AuditFinding:
 
     passed: bool | None
     evidence: str
+
+
+holds, fails, undecided = (partial(AuditFinding, verdict) for verdict in (True, False, None))
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def run_checks(checks: Iterable[AuditCheck]) -> list[AuditResult]:
         try:
             finding = check.run()
         except Exception as error:  # noqa: BLE001 - any error of the audited code is evidence against it
-            finding = AuditFinding(False, f"stopped by {type(error).__name__}: {error}")
+            finding = fails(f"stopped by {type(error).__name__}: {error}")
         seconds = time.perf_counter() - start
         results.append(AuditResult(check.id, check.title, finding.passed, finding.evidence, seconds))
     return results

@@ -4,8 +4,6 @@ The hook (PEP 578) sees what Python opens. It does not see files that a library 
 SentencePiece does with its model.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -75,27 +73,19 @@ def run_guarded(
 ) -> GuardedRun:
     """Run a program in a separate Python process, with `arguments` as sys.argv.
 
-    files: patterns of paths to refuse; modules: names whose import to refuse; events: Python audit events to
-    refuse.
+    Refuse it the paths that match `files`, imports of `modules`, and the Python audit events `events`.
     """
-    package = str(Path(pgolf_fast.__file__).parents[1])
-    paths = [package, os.environ.get("PYTHONPATH", "")]
-    environment = {
-        **os.environ,
+    paths = [str(Path(pgolf_fast.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    here = {
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
     with TemporaryDirectory() as folder:
         log = Path(folder).resolve() / "seen.json"
         asked = {"log": str(log), "files": list(files), "modules": list(modules), "events": list(events)}
-        done = subprocess.run(
-            [sys.executable, "-c", _PROGRAM, json.dumps(asked), code, *map(str, arguments)],
-            cwd=cwd,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        command = [sys.executable, "-c", _PROGRAM, json.dumps(asked), code, *map(str, arguments)]
+        environment = {**os.environ, **here}
+        done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
         seen = json.loads(log.read_text()) if log.is_file() else {"opened": [], "refused": []}
     opened = [Path(path) for path in dict.fromkeys(seen["opened"])]
     return GuardedRun(done.returncode, done.stdout + done.stderr, opened, seen["refused"])

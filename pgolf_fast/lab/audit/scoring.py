@@ -1,9 +1,6 @@
 """C2 to C5, C7, C13, C15 to C17: the order of scoring and updates, and the sums that are reported."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -12,11 +9,11 @@ from torch import Tensor
 
 from pgolf_fast.data.shards import BOS_ID
 from pgolf_fast.data.tokenizer import SPACE, ByteTable, Tokenizer, scored_bytes, target_bytes
-from pgolf_fast.distributed import SINGLE, World
-from pgolf_fast.evaluation.score import LossFunction
-from pgolf_fast.evaluation.windows import Windows
-from pgolf_fast.lab.audit.check import AuditFinding
-from pgolf_fast.lab.audit.watch import Watched, scored_targets
+from pgolf_fast.distributed import World
+from pgolf_fast.evaluation.windows import plain_windows
+from pgolf_fast.lab.audit.check import AuditFinding, fails, holds, undecided
+from pgolf_fast.lab.audit.target import Audit
+from pgolf_fast.lab.audit.watch import evaluate
 
 NORMALIZED = 1e-5  # allowed deviation of the sum of all probabilities from 1
 # Documents are batched by length, so other borders change the batches and with them the rounding. A score
@@ -24,157 +21,135 @@ NORMALIZED = 1e-5  # allowed deviation of the sum of all probabilities from 1
 ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.2}
 
 _ROWS = 32  # per batch: LoRA weights are copied for each row, so a larger batch costs memory
-
-# Losses (N,) of a stream of tokens (N + 1,)
-Losses = Callable[[np.ndarray], np.ndarray]
+_POSITIONS, _DOCUMENTS = 16, 32  # at most, checked by C7 and by C13
 
 
-def state_causality(
-    losses_of: Losses, tokens: np.ndarray, vocab_size: int, rounding: float = 0.0
-) -> AuditFinding:
+def state_causality(audit: Audit) -> AuditFinding:
     """C2: check that streams which differ from token k on have the same losses before it, updates included.
 
-    Done twice: with the same document borders, and without borders, where losses may differ by `rounding`.
+    Done twice: with the same document borders, and without borders, where losses may differ by rounding.
     """
-    before, evidence = losses_of(tokens), []
+    rounding = ROUNDING[audit.model.compute_dtype] if audit.by_document else 0.0
+    tokens, before, evidence = audit.tokens, audit.losses(audit.tokens), []
     rng = np.random.default_rng(2)
     for near, borders in ((len(tokens) * 5 // 8, True), (len(tokens) // 2, False)):
         # In the middle of a window's targets: a window that ends at k reads nothing after it.
         k = near // 8 * 8 + 3
         other = tokens.copy()
-        shift = rng.integers(1, vocab_size, len(tokens) - k)
-        other[k:] = (other[k:] + shift) % vocab_size
+        shift = rng.integers(1, audit.vocab_size, len(tokens) - k)
+        other[k:] = (other[k:] + shift) % audit.vocab_size
         if borders:
             other[k:][other[k:] == BOS_ID] = BOS_ID + 1
             other[k:][tokens[k:] == BOS_ID] = BOS_ID
-        after = losses_of(other)
+        after = audit.losses(other)
         past, future = (np.abs(after - before)[part] for part in (slice(k - 1), slice(k, None)))
-        worst = float(past.max())
-        limit = 0.0 if borders else rounding
-        if not worst <= limit:
-            where = int(np.argmax(~(past <= limit))) + 1
-            return AuditFinding(
-                False,
-                f"the loss of token {where:,} changes with tokens from {k:,} on, by {past[where - 1]:.2g}",
-            )
+        kept = past <= (0.0 if borders else rounding)
+        if not kept.all():
+            at = int(np.argmin(kept))
+            return fails(f"the loss of token {at + 1:,} changes with tokens from {k:,} on, by {past[at]:.2g}")
         if not future.any():
-            return AuditFinding(
-                False, f"no loss after token {k:,} changes with the tokens: the losses are not scores"
-            )
+            return fails(f"no loss after token {k:,} changes with the tokens: the losses are not scores")
         same = f"{(past == 0).sum():,} of {len(past):,} bit-identical"
         evidence.append(f"other tokens from {k:,} on{'' if borders else ', borders too'}: {same}")
-    return AuditFinding(True, "; ".join(evidence))
+    return holds("; ".join(evidence))
 
 
-def score_before_train(seen: Watched) -> AuditFinding:
+def score_before_train(audit: Audit) -> AuditFinding:
     """C3: check that every update uses scored targets only, and nothing changes while a chunk is scored."""
+    seen = audit.watched
     if seen.early_updates:
-        return AuditFinding(False, seen.early_updates[0])
+        return fails(seen.early_updates[0])
     if not seen.updates:
-        return AuditFinding(True, f"no updates; {seen.checksums:,} equal checksums")
-    return AuditFinding(
-        True, f"{seen.updates} updates on scored targets, {seen.steps} steps; {seen.checksums:,} checksums"
-    )
+        return holds(f"no updates; {seen.checksums:,} equal checksums")
+    updates = f"{seen.updates} updates on scored targets, {seen.steps} steps"
+    return holds(f"{updates}; {seen.checksums:,} checksums")
 
 
-def nothing_after_last_score(seen: Watched) -> AuditFinding:
+def nothing_after_last_score(audit: Audit) -> AuditFinding:
     """C4: check that there is no update after the last score."""
+    seen = audit.watched
     if seen.late_updates:
-        return AuditFinding(False, "; ".join(seen.late_updates))
-    return AuditFinding(True, f"0 of {seen.steps} steps after the last score, and the same weights")
+        return fails("; ".join(seen.late_updates))
+    return holds(f"0 of {seen.steps} steps after the last score, and the same weights")
 
 
-def once_each(
-    seen: Watched, target_bytes: np.ndarray, whole: Mapping[str, Windows], count: int
-) -> AuditFinding:
-    """C5: check that each target is scored once, and that the reported figure is the sum of these scores.
-
-    whole: windows over the `count` targets of the whole split, by name.
-    """
-    streams = {"watched": seen.times}
-    for name, windows in whole.items():
-        streams[name] = np.bincount(scored_targets(windows), minlength=count)
+def once_each(audit: Audit) -> AuditFinding:
+    """C5: check that each target is scored once, and that the reported figure is the sum of these scores."""
+    seen, target, count = audit.watched, audit.target, len(audit.target.validation) - 1
+    whole = {"sliding": target.windows(count), "non-overlapping": plain_windows(count, audit.seq_len)}
+    of_whole = {name: np.bincount(cut.targets(), minlength=count) for name, cut in whole.items()}
+    streams = {"watched": seen.times, **of_whole}
     for name, times in streams.items():
         missing, several = int((times == 0).sum()), int((times > 1).sum())
         if missing or several:
             what = f"{missing:,} have no score, {several:,} have several"
-            return AuditFinding(False, f"{name}: of {len(times):,} targets {what}")
+            return fails(f"{name}: of {len(times):,} targets {what}")
     score, nats = seen.score, float(seen.losses.sum(dtype=np.float64))
-    if (score.tokens, score.text_bytes) != (len(seen.losses), int(target_bytes.sum())):
-        return AuditFinding(
-            False, f"the score is over {score.tokens:,} tokens and {score.text_bytes:,} bytes"
-        )
+    if (score.tokens, score.text_bytes) != (len(seen.losses), int(audit.stream.target_bytes.sum())):
+        return fails(f"the score is over {score.tokens:,} tokens and {score.text_bytes:,} bytes")
     if not abs(score.nats - nats) <= 1e-9 * abs(nats):
-        return AuditFinding(False, f"{score.nats:.6f} nats are reported, the first scores sum to {nats:.6f}")
+        return fails(f"{score.nats:.6f} nats are reported, the first scores sum to {nats:.6f}")
     counts = ", ".join(f"{name} {len(times):,}" for name, times in streams.items())
-    return AuditFinding(True, f"{counts}, each once")
+    return holds(f"{counts}, each once")
 
 
 @torch.no_grad()
-def normalized(losses_of: LossFunction, tokens: Tensor, vocab_size: int, length: int = 16) -> AuditFinding:
+def normalized(audit: Audit) -> AuditFinding:
     """C7: check that exp(-loss) over all ids as targets sums to 1 at every position.
 
     Row v has id v + j as its target at position j, so the rows together cover every id at every position.
     """
-    length = min(length, len(tokens) - 1)
+    tokens, vocab_size = audit.stream.tokens, audit.vocab_size
+    length = min(_POSITIONS, len(tokens) - 1)
     rows, columns = torch.arange(vocab_size)[:, None], torch.arange(length)[None]
     targets = ((rows + columns) % vocab_size).to(tokens.device)
     total = torch.zeros(length, dtype=torch.float64, device=tokens.device)
-    for part in targets.split(_ROWS):
-        inputs = tokens[None, :length].expand(len(part), -1).contiguous()
-        total += losses_of(inputs, part, length).double().neg().exp().sum(0)
-    off = (total - 1).abs()
-    worst = float(off.max())
-    evidence = (
-        f"sum of {vocab_size:,} probabilities deviates from 1 by at most {worst:.1e}, {length} positions"
-    )
-    return AuditFinding(bool((off <= NORMALIZED).all()), evidence)
+    with audit.fresh_losses() as losses_of:
+        for part in targets.split(_ROWS):
+            inputs = tokens[None, :length].expand(len(part), -1).contiguous()
+            total += losses_of(inputs, part, length).double().neg().exp().sum(0)
+    off = float((total - 1).abs().max())  # NaN if any sum is
+    text = f"sum of {vocab_size:,} probabilities deviates from 1 by at most {off:.1e}, {length} positions"
+    return AuditFinding(off <= NORMALIZED, text)
 
 
-def byte_counts(
-    tokens: np.ndarray, table: ByteTable, tokenizer: Tokenizer, documents: int = 32
-) -> AuditFinding:
+def byte_counts(tokens: np.ndarray, table: ByteTable, tokenizer: Tokenizer) -> AuditFinding:
     """C13: check that counted bytes are those of the decoded text, for documents spread over the split.
 
     A leading space of a document does not count.
     """
-    begins = np.flatnonzero(tokens == BOS_ID)
-    whole = list(pairwise(begins))
+    whole = list(pairwise(np.flatnonzero(tokens == BOS_ID)))
     if not whole:
-        return AuditFinding(None, f"no whole document in {len(tokens):,} tokens")
-    chosen = [whole[i] for i in np.unique(np.linspace(0, len(whole) - 1, documents).astype(int))]
+        return undecided(f"no whole document in {len(tokens):,} tokens")
+    chosen = [whole[i] for i in np.unique(np.linspace(0, len(whole) - 1, _DOCUMENTS).astype(int))]
     size = count = 0
     for begin, end in chosen:
         counted = int(target_bytes(table, tokens[begin : end - 1], tokens[begin + 1 : end]).sum())
         ids = tokens[begin + 1 : end].tolist()
         text = tokenizer.decode(ids)
         opens = bool(ids) and tokenizer.piece(ids[0]).startswith(SPACE) and text.startswith(" ")
-        if counted != len(text.encode()) - opens:
-            sizes = f"{counted:,} bytes counted, the text has {len(text.encode()) - opens:,}"
-            return AuditFinding(False, f"document at token {begin:,}: {sizes}")
+        if counted != (real := len(text.encode()) - opens):
+            return fails(f"document at token {begin:,}: {counted:,} bytes counted, the text has {real:,}")
         size, count = size + counted, count + len(ids)
     decoded = f"{len(chosen)} of {len(whole):,} documents: {size:,} bytes of {count:,} tokens as decoded"
     split = f"whole split: {scored_bytes(table, tokens):,} bytes of {len(tokens) - 1:,} targets"
-    return AuditFinding(True, f"{decoded}; {split}")
+    return holds(f"{decoded}; {split}")
 
 
-def deterministic(losses_of: Losses, tokens: np.ndarray, seen: Watched, seed: int) -> AuditFinding:
+def deterministic(audit: Audit) -> AuditFinding:
     """C15: check that every loss is bit-identical when scored again, with another number of threads."""
-    again = losses_of(tokens)
-    different = int((again != seen.losses).sum())
-    if different:
-        return AuditFinding(False, f"{different:,} of {len(again):,} losses differ when scored again")
-    text = f"{len(again):,} losses bit-identical"
-    return AuditFinding(True, f"{text}; one run, seed {seed}: a record needs three seeds")
+    again, seed = audit.losses(audit.tokens), audit.target.config.train.seed
+    if different := int((again != audit.watched.losses).sum()):
+        return fails(f"{different:,} of {len(again):,} losses differ when scored again")
+    return holds(f"{len(again):,} losses bit-identical; one run, seed {seed}: a record needs three seeds")
 
 
-def no_update_while_scoring(seen: Watched) -> AuditFinding:
+def no_update_while_scoring(audit: Audit) -> AuditFinding:
     """C16: check that no gradient is computed and no optimizer state changes while a batch is scored."""
+    seen = audit.watched
     if seen.touched:
-        return AuditFinding(False, seen.touched[0])
-    return AuditFinding(
-        True, f"{seen.batches:,} batches: no gradients; weights and optimizer state unchanged"
-    )
+        return fails(seen.touched[0])
+    return holds(f"{seen.batches:,} batches: no gradients; weights and optimizer state unchanged")
 
 
 @dataclass(frozen=True)
@@ -188,20 +163,22 @@ class OneOf(World):
         return value
 
 
-def same_for_any_ranks(methods: Mapping[str, Callable[[World], np.ndarray]]) -> AuditFinding:
+def same_for_any_ranks(audit: Audit) -> AuditFinding:
     """C17: check that several ranks together compute the losses of one rank alone.
 
     This process plays each rank in turn and sums their losses. Ranks need not communicate anything else:
     updates depend on tokens only, and every rank has all of them.
     """
-    for name, losses_of in methods.items():
-        alone = losses_of(SINGLE)
+    methods = {"frozen": audit.target.frozen, "adapting": audit.target.method}
+    for name, method in methods.items():
+        # One window per batch, so that every rank gets some windows of each chunk.
+        method = replace(method, size=lambda _: 1)
+        alone = evaluate(method, audit.stream)
         for world_size in (2, 3):
-            shares = np.stack([losses_of(OneOf(rank, world_size)) for rank in range(world_size)])
-            different = int((shares.sum(0) != alone).sum())
-            if different:
-                what = f"{different:,} of {len(alone):,} losses differ by {world_size} ranks"
-                return AuditFinding(False, f"{name}: {what}")
+            ranks = [OneOf(rank, world_size) for rank in range(world_size)]
+            shares = np.stack([evaluate(method, audit.stream, rank) for rank in ranks])
+            if different := int((shares.sum(0) != alone).sum()):
+                return fails(f"{name}: {different:,} of {len(alone):,} losses differ by {world_size} ranks")
             if not (shares == 0).any(1).all():
-                return AuditFinding(False, f"{name}: one of {world_size} ranks scored everything")
-    return AuditFinding(True, f"2 and 3 ranks, {' and '.join(methods)}: bit-identical")
+                return fails(f"{name}: one of {world_size} ranks scored everything")
+    return holds(f"2 and 3 ranks, {' and '.join(methods)}: bit-identical")

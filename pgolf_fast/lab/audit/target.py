@@ -1,15 +1,16 @@
-"""Open a run or an artifact for an audit."""
-
-from __future__ import annotations
+"""Open a run or an artifact for an audit, and compute once what several checks need."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from pgolf_fast.artifact.load import load, unpack
+from pgolf_fast.artifact.load import LoadedModel, load, unpack
+from pgolf_fast.config.fields import with_fields
 from pgolf_fast.config.run_folder import RunFolder, Weights
 from pgolf_fast.config.schema import EvalConfig, PackConfig, RunConfig, TTTConfig
 from pgolf_fast.data.source import open_source
@@ -18,15 +19,15 @@ from pgolf_fast.evaluation.adapters.base import Adapter, borrowed
 from pgolf_fast.evaluation.adapters.frozen import Frozen
 from pgolf_fast.evaluation.adapters.registry import adapting_chunks, make_adapter, protocol_of
 from pgolf_fast.evaluation.protocol import Chunk, score_and_adapt, window_chunks
-from pgolf_fast.evaluation.score import Stream, batch_size
-from pgolf_fast.evaluation.windows import BatchSize, Windows, sliding_windows
-from pgolf_fast.lab.audit import provenance
-from pgolf_fast.lab.audit.watch import Method
-from pgolf_fast.model.bank import Transform
+from pgolf_fast.evaluation.score import LossFunction, Stream, batch_size
+from pgolf_fast.evaluation.windows import Windows, sliding_windows
+from pgolf_fast.lab.audit import submission
+from pgolf_fast.lab.audit.watch import Method, Watched, evaluate, watch
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.train.loop import train
 
-CHUNKS = 4  # of the audited stream: three to learn from and a last one, from which nothing may be learned
+LENGTHS = (2, 17, 64)  # context lengths at which causality is checked, with that of the windows
+CHUNKS = 4  # of the audited stream: three for updates, and a last one that no update may use
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,31 +36,53 @@ class AuditTarget:
 
     config: RunConfig
     model: GPT
-    validation: np.ndarray
-    """The whole validation split, (N + 1,)."""
-    tokens: np.ndarray
-    """Its beginning, which is scored and learned from, (n + 1,)."""
+    validation: np.ndarray  # the whole validation split, (N + 1,)
+    tokens: np.ndarray  # its beginning, which is scored and used for updates, (n + 1,)
     tokenizer: Tokenizer
     table: ByteTable
-    method: Method
-    """Evaluation with test-time training."""
-    frozen: Method
-    """Evaluation without it."""
-    windows: Callable[[int], Windows]
-    """Sliding windows over a number of targets."""
-    folder: RunFolder | None = None
-    """The run folder, or None for an artifact alone."""
+    method: Method  # evaluation with test-time training
+    frozen: Method  # evaluation without it
+    windows: Callable[[int], Windows]  # sliding windows over a number of targets
+    folder: RunFolder | None = None  # the run folder, or None for an artifact alone
     artifact: Path | None = None
-    train: provenance.Train = train
-    requantize: provenance.Requantize = provenance.requantize
+    train: submission.Train = train
+    requantize: submission.Requantize = submission.requantize
     limit_bytes: int = PackConfig.limit_bytes
-    train_limit: float | None = None
-    """In seconds."""
-    eval_limit: float | None = None
-    """In seconds."""
+    train_limit: float | None = None  # seconds
+    eval_limit: float | None = None  # seconds
 
     def stream(self, tokens: np.ndarray) -> Stream:
         return Stream(tokens, self.table, self.model.qo_bank.device)
+
+
+class Audit:
+    """A target with what several checks share: its stream, its losses, and one watched evaluation."""
+
+    def __init__(self, target: AuditTarget):
+        self.target, self.model, self.tokens = target, target.model, target.tokens
+        self.seq_len, self.vocab_size = target.config.eval_seq_len, target.config.model.vocab_size
+        self.by_document = target.config.ttt.by_document
+        self.stream = target.stream(target.tokens)
+        self.lengths = sorted({*LENGTHS, self.seq_len})
+
+    @cached_property
+    def watched(self) -> Watched:
+        return watch(self.target.method, self.stream, self.model)
+
+    def losses(self, tokens: np.ndarray) -> np.ndarray:
+        """Return the losses (N,) of a stream of tokens (N + 1,), with test-time training."""
+        return evaluate(self.target.method, self.target.stream(tokens))
+
+    @contextmanager
+    def fresh_losses(self) -> Iterator[LossFunction]:
+        """Yield the loss function of an adapter before its first update."""
+        with self.target.method.adapter() as adapter:
+            if not self.by_document:
+                yield adapter.score
+                return
+            adapter.begin(1)
+            row = torch.zeros((), dtype=torch.int64, device=self.stream.tokens.device)
+            yield lambda x, y, context: adapter.score(x, y, context, row.repeat(len(x)))
 
 
 def settings(path: Path) -> RunConfig:
@@ -85,29 +108,30 @@ def open_target(
     folder = RunFolder(path) if path.is_dir() else None
     artifact = path if folder is None else folder.artifact_file if folder.artifact_file.is_file() else None
     config = settings(path)
-    source_config = replace(
-        config.data,
-        path=str(data) if data else config.data.path,
-        tokenizer=str(tokenizer) if tokenizer else config.data.tokenizer,
-    )
-    config = replace(config, eval=evaluation or config.eval, ttt=ttt or config.ttt, data=source_config)
+    config = replace(config, eval=evaluation or config.eval, ttt=ttt or config.ttt)
+    places = {"data.path": data, "data.tokenizer": tokenizer}
+    config = with_fields(config, {name: place for name, place in places.items() if place})
     source = open_source(config.data, config.model.vocab_size)
     validation = source.validation(config.eval_seq_len)
     count = min(tokens or 8 * config.eval_seq_len, len(validation) - 1)
     config = replace(config, ttt=_in_chunks(config.ttt, count))
     weights: Weights = "float" if artifact is None else "artifact"
     loaded = load(artifact or path, weights, config=config, tokenizer=source.tokenizer)
-    model, config, grid = loaded.model, loaded.config, loaded.grid
-    windows = sliding(config)
+    length, scoring = loaded.config.eval_seq_len, loaded.config.eval
+
+    def windows(count: int) -> Windows:
+        return sliding_windows(count, length, scoring.stride, repeat_tail=scoring.repeat_tail)
+
+    adapting, frozen = _methods(loaded, windows)
     return AuditTarget(
-        config=config,
-        model=model,
+        config=loaded.config,
+        model=loaded.model,
         validation=validation,
         tokens=validation[: count + 1].astype(np.int64),
         tokenizer=source.tokenizer,
         table=source.table,
-        method=learning(model, config, windows, grid),
-        frozen=frozen(model, config, windows),
+        method=adapting,
+        frozen=frozen,
         windows=windows,
         folder=folder,
         artifact=artifact,
@@ -122,37 +146,24 @@ def _in_chunks(ttt: TTTConfig, count: int) -> TTTConfig:
     return replace(ttt, chunk_tokens=chunk_tokens, lora=lora, guided=guided)
 
 
-def sliding(config: RunConfig) -> Callable[[int], Windows]:
-    """Return a function from a number of targets to the sliding windows of a configuration."""
-    length, stride, repeat = config.eval_seq_len, config.eval.stride, config.eval.repeat_tail
-    return lambda count: sliding_windows(count, length, stride, repeat_tail=repeat)
-
-
-def learning(model: GPT, config: RunConfig, windows: Callable[[int], Windows], grid: Transform) -> Method:
-    """Return sliding windows with the configured adapter, as `Evaluator.adapted` combines them."""
+def _methods(loaded: LoadedModel, windows: Callable[[int], Windows]) -> tuple[Method, Method]:
+    """Return the evaluation with test-time training, as `Evaluator.adapted` does it, and the one without."""
+    model, config, length = loaded.model, loaded.config, loaded.config.eval_seq_len
+    size = batch_size(config.eval.batch_seqs, config.model, model.compute_dtype, model.qo_bank.device)
 
     @contextmanager
     def adapter() -> Iterator[Adapter]:
         with borrowed(model):
-            yield make_adapter(model, config.ttt, config.eval_seq_len, grid)
+            yield make_adapter(model, config.ttt, length, loaded.grid)
 
-    def plan(stream: Stream) -> tuple[Windows, Sequence[Chunk]]:
+    def adapting_plan(stream: Stream) -> tuple[Windows, Sequence[Chunk]]:
         return adapting_chunks(windows(stream.num_targets), stream, config.ttt)
 
-    return Method(plan, adapter, protocol_of(config.ttt), config.eval_seq_len, _size(model, config))
-
-
-def frozen(model: GPT, config: RunConfig, windows: Callable[[int], Windows]) -> Method:
-    """Return sliding windows with a frozen model."""
-    size = _size(model, config)
-
-    def plan(stream: Stream) -> tuple[Windows, Sequence[Chunk]]:
+    def frozen_plan(stream: Stream) -> tuple[Windows, Sequence[Chunk]]:
         cut = windows(stream.num_targets)
         return cut, window_chunks(cut, size)
 
-    return Method(plan, lambda: nullcontext(Frozen(model)), score_and_adapt, config.eval_seq_len, size)
-
-
-def _size(model: GPT, config: RunConfig) -> BatchSize:
-    device = model.qo_bank.device
-    return batch_size(config.eval.batch_seqs, config.model, model.compute_dtype, device)
+    return (
+        Method(adapting_plan, adapter, protocol_of(config.ttt), length, size),
+        Method(frozen_plan, lambda: nullcontext(Frozen(model)), score_and_adapt, length, size),
+    )

@@ -4,8 +4,6 @@ The watcher keeps its own ledger. It does not trust the protocol about the targe
 the stream for the tokens: they must occur at a position where every target has its score.
 """
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -16,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pgolf_fast.bench.timer import one_thread
 from pgolf_fast.distributed import SINGLE, World
 from pgolf_fast.evaluation.adapters.base import Adapter, Scored
 from pgolf_fast.evaluation.protocol import Chunk
@@ -27,12 +26,9 @@ from pgolf_fast.evaluation.windows import BatchSize, Windows
 class Method:
     """The parts of an evaluation. Each can be replaced by the part to audit."""
 
-    plan: Callable[[Stream], tuple[Windows, Sequence[Chunk]]]
-    """Cuts a stream into windows and chunks of windows."""
-    adapter: Callable[[], AbstractContextManager[Adapter]]
-    """Makes a fresh adapter; on exit the model is as before."""
-    protocol: Callable[..., list[Score]]
-    """`evaluation.protocol.score_and_adapt` or a replacement."""
+    plan: Callable[[Stream], tuple[Windows, Sequence[Chunk]]]  # cuts a stream into windows, and into chunks
+    adapter: Callable[[], AbstractContextManager[Adapter]]  # makes one; on exit the model is as before
+    protocol: Callable[..., list[Score]]  # `evaluation.protocol.score_and_adapt` or a replacement
     seq_len: int
     size: BatchSize
 
@@ -49,56 +45,39 @@ def evaluate(method: Method, stream: Stream, world: World = SINGLE) -> np.ndarra
 def by_target(scorer: Scorer) -> np.ndarray:
     """Return losses in the order of the stream, (targets,) float32: the first of several, NaN for none."""
     losses = np.full(scorer.stream.num_targets, np.nan, dtype=np.float32)
-    targets, firsts = np.unique(scored_targets(scorer.windows), return_index=True)
+    targets, firsts = np.unique(scorer.windows.targets(), return_index=True)
     losses[targets] = scorer.losses.cpu().numpy()[firsts]
     return losses
-
-
-def scored_targets(windows: Windows) -> np.ndarray:
-    """Return the targets of all windows, in the order of the windows."""
-    counts = windows.end - windows.first
-    return np.repeat(windows.first - windows.places()[:-1], counts) + np.arange(counts.sum())
 
 
 @dataclass
 class Watched:
     """Observations of one evaluation."""
 
-    times: np.ndarray
-    """Number of times each target was scored, (targets,)."""
-    losses: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
-    """Losses as returned by `evaluate`."""
-    score: Score = field(default_factory=Score)
-    """The score that the protocol reports."""
-    updates: int = 0
-    """Calls of the adapter's `adapt`."""
-    steps: int = 0
-    """Gradient steps."""
-    batches: int = 0
-    """Batches of windows that were scored."""
-    checksums: int = 0
-    """Checksums of all weights and optimizer state."""
+    times: np.ndarray  # number of times each target was scored, (targets,)
+    losses: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))  # as `evaluate` returns them
+    score: Score = field(default_factory=Score)  # as the protocol reports it
+    updates: int = 0  # calls of the adapter's `adapt`
+    steps: int = 0  # gradient steps
+    batches: int = 0  # batches of windows that were scored
+    checksums: int = 0  # of all weights and optimizer state
+    # Updates on targets without a score, and changes while a chunk was scored
     early_updates: list[str] = field(default_factory=list)
-    """Updates on targets without a score, and changes while a chunk was scored."""
+    # Changes and gradients while a batch was scored
     touched: list[str] = field(default_factory=list)
-    """Changes and gradients while a batch was scored."""
+    # Updates and changes after the last score
     late_updates: list[str] = field(default_factory=list)
-    """Updates and changes after the last score."""
 
 
 def watch(method: Method, stream: Stream, model: nn.Module) -> Watched:
     """Evaluate with one thread, watching the adapter and the weights of `model`, which it may change."""
     windows, chunks = method.plan(stream)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # with more, batches overlap and a change could not be attributed
-    try:
-        with method.adapter() as adapter:
-            watcher = _Watcher(adapter, stream, model)
-            scorer = _WatchedScorer(watcher, stream, windows, method.seq_len, method.size)
-            scores = method.protocol(watcher, scorer, chunks, "audit, watched")
-            watcher.end()
-    finally:
-        torch.set_num_threads(threads)
+    # With more threads, batches overlap and a change could not be attributed.
+    with one_thread(), method.adapter() as adapter:
+        watcher = _Watcher(adapter, stream, model)
+        scorer = _WatchedScorer(watcher, stream, windows, method.seq_len, method.size)
+        scores = method.protocol(watcher, scorer, chunks, "audit, watched")
+        watcher.end()
     seen = watcher.seen
     seen.losses, seen.score = by_target(scorer), scores[-1]
     return seen
@@ -117,11 +96,10 @@ class _Watcher:
         return getattr(self._adapter, name)
 
     def score(self, *arguments: Any) -> Tensor:
-        before, kept = self.checksum(), 0
+        before, kept = self.checksum(), list[Tensor]()
 
         def keep(tensor: Tensor) -> Tensor:
-            nonlocal kept
-            kept += 1
+            kept.append(tensor)
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -135,18 +113,16 @@ class _Watcher:
 
     def adapt(self, scored: Scored) -> None:
         self.seen.updates += 1
-        rows = scored.tokens.cpu().numpy()
-        for row in rows:
-            if not self._is_scored(row):
-                self.seen.early_updates.append(
-                    f"update {self.seen.updates} uses {len(row) - 1:,} targets, not all of which are scored"
-                )
+        early = [row for row in scored.tokens.cpu().numpy() if not self._is_scored(row)]
+        self.seen.early_updates += [
+            f"update {self.seen.updates} uses {len(row) - 1:,} targets, not all of which are scored"
+            for row in early
+        ]
         self._adapter.adapt(scored)
 
     def _is_scored(self, row: np.ndarray) -> bool:
         """Return whether these tokens occur in the stream where every target has its score."""
-        last = len(self._tokens) - len(row)
-        starts = np.arange(last + 1)
+        starts = np.arange(len(self._tokens) - len(row) + 1)
         for offset, token in enumerate(row):
             starts = starts[self._tokens[starts + offset] == token]
         return any(self.seen.times[start : start + len(row) - 1].all() for start in starts)
@@ -162,7 +138,7 @@ class _Watcher:
 
     def scored(self, windows: Windows, unchanged: bool) -> None:
         """Record that these windows have their scores."""
-        np.add.at(self.seen.times, scored_targets(windows), 1)
+        np.add.at(self.seen.times, windows.targets(), 1)
         if not unchanged:
             self.seen.early_updates.append("weights or optimizer state changed while a chunk was scored")
         if len(windows):
@@ -172,12 +148,12 @@ class _Watcher:
         """Compare with the state at the last score."""
         self.seen.steps = self._adapter.updates
         updates, steps, checksum = (now - then for now, then in zip(self._now(), self._last, strict=True))
-        if updates:
-            self.seen.late_updates.append(f"{updates} update(s) after the last chunk was scored")
-        if steps:
-            self.seen.late_updates.append(f"{steps:,} gradient steps after the last score")
-        if checksum:
-            self.seen.late_updates.append("weights or optimizer state changed after the last score")
+        changes = {
+            f"{updates} update(s) after the last chunk was scored": updates,
+            f"{steps:,} gradient steps after the last score": steps,
+            "weights or optimizer state changed after the last score": checksum,
+        }
+        self.seen.late_updates += [text for text, change in changes.items() if change]
 
     def _now(self) -> tuple[int, int, int]:
         return self.seen.updates, self._adapter.updates, self.checksum()

@@ -4,8 +4,6 @@ job.json describes the run before it starts; result.json is written last and ato
 is an ordinary run folder, from which an interrupted run resumes.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import statistics
@@ -17,7 +15,7 @@ import numpy as np
 
 from pgolf_fast import console
 from pgolf_fast.artifact.container import sizes
-from pgolf_fast.artifact.steps import pack_run, quantize_run
+from pgolf_fast.artifact.pack import pack_run, quantize_run
 from pgolf_fast.bench.store import provenance
 from pgolf_fast.config.fields import flatten, run_config_from_dict, run_config_to_dict
 from pgolf_fast.config.run_folder import RunFolder, stale
@@ -28,8 +26,8 @@ from pgolf_fast.distributed import this_process
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.documents import document_starts
 from pgolf_fast.evaluation.evaluator import Evaluator
-from pgolf_fast.evaluation.score import Scorer, Stream
-from pgolf_fast.evaluation.steps import open_run, score_run
+from pgolf_fast.evaluation.run import open_run, score_run
+from pgolf_fast.evaluation.score import Scorer
 from pgolf_fast.io import write_text
 from pgolf_fast.lab.compare.plan import Job
 from pgolf_fast.train.loop import train
@@ -61,13 +59,8 @@ def prepare(job: Job, data: str, scores: Scores) -> bool:
 
     `data` is the `fingerprint` of its data. Raises PgolfError if the folder holds another run.
     """
-    asked = {
-        "budget": job.budget,
-        "variant": job.variant,
-        "seed": job.seed,
-        "data": data,
-        "config": run_config_to_dict(job.config),
-    }
+    asked = {"budget": job.budget, "variant": job.variant, "seed": job.seed, "data": data}
+    asked["config"] = run_config_to_dict(job.config)
     asked = json.loads(json.dumps(asked))  # turns tuples into lists, as they will be read back
     known = _read(job.path / JOB)
     if known is None and job.path.is_dir() and any(job.path.iterdir()):
@@ -83,10 +76,8 @@ def prepare(job: Job, data: str, scores: Scores) -> bool:
 def _check_same(job: Job, known: dict[str, Any], asked: dict[str, Any]) -> None:
     """Raise PgolfError naming every field in which two contents of job.json differ."""
     before, now = (
-        {
-            **{name: content[name] for name in ("budget", "variant", "seed", "data")},
-            **dict(flatten(run_config_from_dict(content["config"]))),
-        }
+        {name: content[name] for name in ("budget", "variant", "seed", "data")}
+        | dict(flatten(run_config_from_dict(content["config"])))
         for content in (known, asked)
     )
     changed = [
@@ -127,9 +118,7 @@ def finished(job: Job) -> dict[str, Any] | None:
 def documents(path: Path) -> dict[str, np.ndarray]:
     """Read `text_bytes` and the nats of each score of a finished run, all per document (documents,)."""
     content = json.loads((path / DOCUMENTS).read_text(encoding="utf-8"))
-    return {"text_bytes": np.array(content["text_bytes"])} | {
-        name: np.array(nats) for name, nats in content["nats"].items()
-    }
+    return {name: np.array(values) for name, values in content.items()}
 
 
 def run_job(path: Path) -> None:
@@ -146,7 +135,7 @@ def run_job(path: Path) -> None:
             quantize_run(folder, config.quant)
         if not folder.artifact_file.is_file():
             pack_run(folder, config.pack)
-        _write(path, job, folder, config, _score(folder, config, job["scores"]))
+        _write(folder, job, config, _score(folder, config, job["scores"]))
     finally:
         console.close_logging()
 
@@ -157,24 +146,18 @@ def _score(folder: RunFolder, config: RunConfig, scores: Scores) -> dict[str, Sc
         return score_run(folder, config, "artifact").scorers
     loaded, stream = open_run(folder, config, "artifact", this_process().device)
     evaluator = Evaluator(loaded.model, stream, config)
-    windows = {"non_overlapping": evaluator.plain_windows()}
-    if scores == "sliding":
-        windows["sliding"] = evaluator.sliding_windows()
-    return {name: evaluator.frozen(part, name).scorer for name, part in windows.items()}
+    windows = {"non_overlapping": evaluator.plain_windows(), "sliding": evaluator.sliding_windows()}
+    return {name: evaluator.frozen(windows[name], name).scorer for name in PASSES[scores]}
 
 
-def _write(
-    path: Path, job: dict[str, Any], folder: RunFolder, config: RunConfig, scorers: dict[str, Scorer]
-) -> None:
+def _write(folder: RunFolder, job: dict[str, Any], config: RunConfig, scorers: dict[str, Scorer]) -> None:
     """Write documents.json, then result.json."""
-    stream: Stream = scorers["non_overlapping"].stream
+    stream = scorers["non_overlapping"].stream
     starts = document_starts(stream.tokens.cpu().numpy())
-    nats = {
-        name: np.add.reduceat(scorer.by_target().astype(np.float64), starts).tolist()
-        for name, scorer in scorers.items()
-    }
-    text_bytes = np.add.reduceat(stream.target_bytes, starts).tolist()
-    write_text(path / DOCUMENTS, json.dumps({"text_bytes": text_bytes, "nats": nats}) + "\n")
+    nats = {name: scorer.by_target().astype(np.float64) for name, scorer in scorers.items()}
+    by_target = {"text_bytes": stream.target_bytes, **nats}
+    sums = {name: np.add.reduceat(values, starts).tolist() for name, values in by_target.items()}
+    write_text(folder.path / DOCUMENTS, json.dumps(sums) + "\n")
     rows = folder.history()
     steps = {row["step"]: row["elapsed"] for row in rows if row["kind"] == "step"}
     times = step_times(rows)
@@ -191,7 +174,7 @@ def _write(
         "config": run_config_to_dict(config),
         **provenance(),
     }
-    write_text(path / RESULT, json.dumps(result, indent=2) + "\n")
+    write_text(folder.path / RESULT, json.dumps(result, indent=2) + "\n")
 
 
 def step_times(rows: Sequence[dict[str, Any]]) -> list[float]:

@@ -1,10 +1,12 @@
-"""Run tasks in separate processes, several at a time, so that no run inherits compiled code or memory."""
+"""Run jobs in separate processes, several at a time, so that no run inherits compiled code or memory.
 
-from __future__ import annotations
+`python -m pgolf_fast.lab.compare.processes FOLDER` is the process of one job.
+"""
 
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -19,20 +21,11 @@ from pgolf_fast.io import available_cores
 
 @dataclass(frozen=True)
 class Task:
-    """A command that calls `worker.end_with_parent` and prints the reason of a failure to standard output."""
+    """A command that calls `end_with_parent` and prints the reason of a failure to standard output."""
 
     name: str
     command: tuple[str, ...]
-    log: Path
-    """File for standard error when several tasks run at once."""
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A failed task and its reason."""
-
-    name: str
-    reason: str
+    log: Path  # for standard error when several tasks run at once
 
 
 Slot = dict[str, str]  # environment variables of the tasks that run there
@@ -40,8 +33,7 @@ Slot = dict[str, str]  # environment variables of the tasks that run there
 
 def job_task(name: str, path: Path) -> Task:
     """Return the task that runs the job in a folder."""
-    command = (sys.executable, "-m", "pgolf_fast.lab.compare.worker", str(path))
-    return Task(name, command, path / "worker.log")
+    return Task(name, (sys.executable, "-m", __name__, str(path)), path / "worker.log")
 
 
 def make_slots(workers: int | None, devices: int, *, timed: bool) -> list[Slot]:
@@ -58,20 +50,18 @@ def make_slots(workers: int | None, devices: int, *, timed: bool) -> list[Slot]:
         names = visible.split(",") if visible else [str(i) for i in range(devices)]
         return [{"CUDA_VISIBLE_DEVICES": name} for name in names[: workers or devices]]
     workers = workers or 1
-    if workers == 1:
-        return [{}]
-    if timed:
+    if timed and workers > 1:
         raise PgolfError(
             f"--workers {workers} would let runs of budget time compete for this CPU: leave --workers out, "
             "or use --budget steps"
         )
-    if "OMP_NUM_THREADS" in os.environ:
+    if workers == 1 or "OMP_NUM_THREADS" in os.environ:
         return [{} for _ in range(workers)]
     return [{"OMP_NUM_THREADS": str(max(1, available_cores() // workers))} for _ in range(workers)]
 
 
-def run_tasks(tasks: Sequence[Task], slots: Sequence[Slot]) -> list[Failure]:
-    """Run all tasks in order, one per slot at a time, and return the failures.
+def run_tasks(tasks: Sequence[Task], slots: Sequence[Slot]) -> dict[str, str]:
+    """Run all tasks in order, one per slot at a time; return the reason of each failure by the task's name.
 
     A log line after each task reports progress. On an interrupt all running processes are terminated.
     """
@@ -79,7 +69,7 @@ def run_tasks(tasks: Sequence[Task], slots: Sequence[Slot]) -> list[Failure]:
     for slot in slots:
         free.put(slot)
     running: set[subprocess.Popen[str]] = set()
-    begin, failures = time.monotonic(), []
+    begin, failures = time.monotonic(), dict[str, str]()
 
     def work(task: Task) -> tuple[Task, str | None, float]:
         slot, start = free.get(), time.monotonic()
@@ -93,18 +83,12 @@ def run_tasks(tasks: Sequence[Task], slots: Sequence[Slot]) -> list[Failure]:
             futures = [pool.submit(work, task) for task in tasks]
             for count, future in enumerate(as_completed(futures), start=1):
                 task, reason, seconds = future.result()
-                left = (time.monotonic() - begin) / count * (len(tasks) - count)
-                console.logger.info(
-                    "%d of %d: %s %s in %s; about %s left",
-                    count,
-                    len(tasks),
-                    task.name,
-                    "done" if reason is None else f"FAILED ({reason})",
-                    console.duration(seconds),
-                    console.duration(left),
-                )
                 if reason is not None:
-                    failures.append(Failure(task.name, reason))
+                    failures[task.name] = reason
+                ended = "done" if reason is None else f"FAILED ({reason})"
+                left = console.duration((time.monotonic() - begin) / count * (len(tasks) - count))
+                text = f"{task.name} {ended} in {console.duration(seconds)}; about {left} left"
+                console.logger.info("%d of %d: %s", count, len(tasks), text)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list(running):
@@ -116,7 +100,7 @@ def run_tasks(tasks: Sequence[Task], slots: Sequence[Slot]) -> list[Failure]:
 def _run(task: Task, slot: Slot, running: set[subprocess.Popen[str]], *, alone: bool) -> str | None:
     """Run a task and return the reason of a failure, or None.
 
-    Its standard input stays open for the lifetime of this process (see `worker.end_with_parent`).
+    Its standard input stays open for the lifetime of this process (see `end_with_parent`).
     """
     task.log.parent.mkdir(parents=True, exist_ok=True)
     with open(os.devnull if alone else task.log, "a", encoding="utf-8") as log:
@@ -140,5 +124,38 @@ def _run(task: Task, slot: Slot, running: set[subprocess.Popen[str]], *, alone: 
         return None
     if status < 0:
         return f"ended by signal {-status}"
-    where = "" if alone else f": see {task.log}"
-    return answer.strip() or f"status {status}{where}"
+    return answer.strip() or f"status {status}" + ("" if alone else f": see {task.log}")
+
+
+def end_with_parent() -> None:
+    """End this process when the holder of its standard input ends for any reason.
+
+    Otherwise a run whose parent was killed would continue next to the one started in its place.
+    """
+
+    def watch() -> None:
+        # Not sys.stdin: this thread would hold its lock when the interpreter shuts down.
+        while os.read(0, 1):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def main() -> int:
+    """Run the job in the folder that the command line names; print the reason of a failure."""
+    end_with_parent()
+    from pgolf_fast.lab.compare.jobs import run_job  # late: its imports take seconds
+
+    try:
+        run_job(Path(sys.argv[1]))
+    except PgolfError as error:
+        sys.stdout.write(str(error))
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,19 +1,22 @@
-"""Confidence intervals and significance tests for paired and unpaired runs."""
+"""Confidence intervals and significance tests for paired and unpaired runs, and tables of groups of seeds."""
 
-from __future__ import annotations
-
+import itertools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
+from pgolf_fast.config.run_folder import SCORES
+from pgolf_fast.console import Table
 from pgolf_fast.errors import PgolfError
+from pgolf_fast.evaluation.scores import mark
 
 RESAMPLES = 2000
+MARGIN = 0.005  # nats per token: the challenge accepts a record that is better by that at p < 0.01
 
 
 @dataclass(frozen=True)
@@ -23,32 +26,22 @@ class Interval:
     mean: float
     low: float
     high: float
+    # seeds: covers new runs of both; documents: covers other text for these two runs only
     over: Literal["seeds", "documents"]
-    """seeds: covers new runs of both; documents: covers other text for these two runs only."""
-    count: int
-    """Number of seeds or documents."""
+    count: int  # of seeds or documents
 
 
-@dataclass(frozen=True)
-class WelchTest:
-    """One-sided Welch's t-test of "the mean of b exceeds the mean of a by more than a margin"."""
-
-    t: float
-    degrees: float
-    p: float
-
-
-def welch_test(a: Sequence[float], b: Sequence[float], margin: float = 0.0) -> WelchTest:
+def welch_test(a: Sequence[float], b: Sequence[float], margin: float = 0.0) -> Any:
     """Test whether b exceeds a by more than `margin`, with unequal variances and group sizes (Welch 1947).
 
-    Raises PgolfError for fewer than two runs in a group, or if neither group's runs differ.
+    Returns SciPy's one-sided result: `statistic`, `df` and `pvalue`. Raises PgolfError for fewer than two
+    runs in a group, or if neither group's runs differ.
     """
     if min(len(a), len(b)) < 2:
         raise PgolfError("a deviation needs at least 2 runs in each group")
     if len(set(a)) == len(set(b)) == 1:
         raise PgolfError("all runs of a group have the same score: are they of different seeds?")
-    result = _scipy_stats().ttest_ind([x - margin for x in b], a, equal_var=False, alternative="greater")
-    return WelchTest(float(result.statistic), float(result.df), float(result.pvalue))
+    return _scipy_stats().ttest_ind([x - margin for x in b], a, equal_var=False, alternative="greater")
 
 
 def over_seeds(baseline: Sequence[float], variant: Sequence[float]) -> Interval:
@@ -60,8 +53,8 @@ def over_seeds(baseline: Sequence[float], variant: Sequence[float]) -> Interval:
     count = len(differences)
     if count < 2:
         raise PgolfError(f"an interval over seeds needs at least 2 seeds, and has {count}: give more --seeds")
-    mean, deviation = statistics.fmean(differences), statistics.stdev(differences)
-    half = student_quantile(0.975, count - 1) * deviation / math.sqrt(count)
+    mean, error = statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(count)
+    half = float(_scipy_stats().t.ppf(0.975, count - 1)) * error
     return Interval(mean, mean - half, mean + half, "seeds", count)
 
 
@@ -75,7 +68,7 @@ def over_documents(baseline: np.ndarray, variant: np.ndarray, text_bytes: np.nda
 
 
 def bootstrap_gain(
-    before: np.ndarray, after: np.ndarray, text_bytes: np.ndarray, *, seed: int = 0
+    before: np.ndarray, after: np.ndarray, text_bytes: np.ndarray
 ) -> tuple[float, float, float]:
     """Return the bits per byte gained from `before` to `after`, and its 2.5 % and 97.5 % bootstrap points.
 
@@ -84,17 +77,17 @@ def bootstrap_gain(
     the interval covers other documents, not another order of them.
     """
     gained = before - after
-    low, high = bootstrap_ratio(gained, math.log(2) * text_bytes, seed=seed)
+    low, high = bootstrap_ratio(gained, math.log(2) * text_bytes)
     return float(gained.sum() / (math.log(2) * text_bytes.sum())), low, high
 
 
-def bootstrap_ratio(part: np.ndarray, whole: np.ndarray, *, seed: int = 0) -> tuple[float, float]:
+def bootstrap_ratio(part: np.ndarray, whole: np.ndarray) -> tuple[float, float]:
     """Return the 2.5 % and 97.5 % points of sum(part) / sum(whole) over documents drawn with replacement.
 
     Both are sums per document (documents,); `whole` is not negative.
     """
     count = len(whole)
-    rng, ratios = np.random.default_rng(seed), []
+    rng, ratios = np.random.default_rng(0), []
     # Resamples are drawn in batches of at most 2^22 counts (32 MiB) to bound memory.
     batch = max(1, 2**22 // count)
     for first in range(0, RESAMPLES, batch):
@@ -105,15 +98,56 @@ def bootstrap_ratio(part: np.ndarray, whole: np.ndarray, *, seed: int = 0) -> tu
     return float(low), float(high)
 
 
-def student_quantile(p: float, degrees: float) -> float:
-    """Return the p-quantile of Student's t distribution."""
-    return float(_scipy_stats().t.ppf(p, degrees))
-
-
-def _scipy_stats() -> ModuleType:
+def _scipy_stats() -> Any:
     """Import scipy.stats. Raises PgolfError naming the extra if SciPy is missing."""
     try:
         from scipy import stats
     except ImportError as error:
         raise PgolfError("t-tests and seed intervals need SciPy: pip install 'pgolf-fast[stats]'") from error
     return stats
+
+
+def check_comparable(paths: Sequence[Path], scores: Sequence[dict]) -> None:
+    """Raise PgolfError if a file is named twice, or if two runs were scored on different text."""
+    seen: set[Path] = set()
+    for path, run in zip(paths, scores, strict=True):
+        if path.resolve() in seen:
+            raise PgolfError(f"{path.parent} is named twice: a run counts once")
+        seen.add(path.resolve())
+        for name in SCORES:
+            ours, first = ((s[name]["tokens"], s[name]["bytes"]) for s in (run, scores[0]))
+            if ours != first:
+                raise PgolfError(
+                    f"{path} scored {ours[0]:,} targets of {ours[1]:,} bytes, {paths[0]} {first[0]:,} of "
+                    f"{first[1]:,}: compare runs on the same text"
+                )
+
+
+def group_table(groups: Mapping[str, Sequence[dict]]) -> Table:
+    """Tabulate mean and sample standard deviation of every score over the runs of a group.
+
+    `groups` maps a label ("" for none) to the contents of scores files.
+    """
+    rows = []
+    for (label, scores), score in itertools.product(groups.items(), SCORES):
+        columns = [[run[score][unit] for run in scores] for unit in ("bpb", "loss")]
+        values = [value(column) for column in columns for value in (statistics.fmean, statistics.stdev)]
+        title = _title(score, scores, label)
+        rows.append((title, len(scores), *(f"{value:.6f}" for value in values)))
+    return Table(("score", "runs", "bpb", "deviation", "nats/token", "deviation"), rows)
+
+
+def welch_table(ours: Sequence[dict], theirs: Sequence[dict], margin: float) -> Table:
+    """Tabulate Welch's t-test of every score: `ours` better than `theirs` by more than `margin` nats."""
+    rows = []
+    for score in SCORES:
+        a, b = ([run[score]["loss"] for run in runs] for runs in (ours, theirs))
+        test, gain = welch_test(a, b, margin), statistics.fmean(b) - statistics.fmean(a)
+        numbers = (f"{gain:+.6f}", f"{test.statistic:.3f}", f"{test.df:.2f}", f"{test.pvalue:.3g}")
+        rows.append((_title(score, [*ours, *theirs]), *numbers))
+    return Table(("score", "nats gained", "t", "degrees", f"p of more than {margin:g}"), rows)
+
+
+def _title(score: str, runs: Sequence[dict], label: str = "") -> str:
+    illegal = score == "sliding_ttt" and any(run.get("illegal") for run in runs)
+    return mark(f"{SCORES[score]}, {label}" if label else SCORES[score], illegal)

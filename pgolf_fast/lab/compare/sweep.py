@@ -1,11 +1,9 @@
 """Compare adapters on one model: the gain of each over sliding windows without test-time training."""
 
-from __future__ import annotations
-
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,15 +13,15 @@ import numpy as np
 from pgolf_fast import console
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import RunConfig, TTTConfig
-from pgolf_fast.distributed import SINGLE, World, this_process
+from pgolf_fast.distributed import SINGLE, World
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.adapters.registry import need_legal
 from pgolf_fast.evaluation.documents import document_starts
-from pgolf_fast.evaluation.evaluator import Evaluator, Pass
+from pgolf_fast.evaluation.evaluator import Evaluator
 from pgolf_fast.evaluation.resume import identity
+from pgolf_fast.evaluation.run import open_run
 from pgolf_fast.evaluation.score import Stream
 from pgolf_fast.evaluation.scores import mark
-from pgolf_fast.evaluation.steps import open_run
 from pgolf_fast.io import write_text
 from pgolf_fast.lab.compare.statistics import bootstrap_gain
 from pgolf_fast.model.bank import Transform
@@ -62,7 +60,7 @@ def sweep(
     model: GPT,
     stream: Stream,
     config: RunConfig,
-    adapters: dict[str, TTTConfig],
+    adapters: Mapping[str, TTTConfig],
     grid: Transform,
     folder: Path,
     world: World = SINGLE,
@@ -79,77 +77,63 @@ def sweep(
     Raises PgolfError if no document begins at `after` or later, and for an adapter that breaks the rules,
     unless `allow_illegal`.
     """
+    starts = document_starts(stream.tokens.cpu().numpy())
+    counted = starts >= after
+    if not counted.any():
+        raise PgolfError(
+            f"no document begins at target {after:,} or later: the last begins at {starts[-1]:,}"
+        )
     # A repeated tail would score some targets twice.
     config = replace(config, eval=replace(config.eval, repeat_tail=False))
-    passes = _Passes(Evaluator(model, stream, config, grid, world), folder, allow_illegal)
-    base = passes.baseline()
-    others = [passes.adapted(name, ttt) for name, ttt in adapters.items()]
-    counted = passes.starts >= after
-    if not counted.any():
-        last = passes.starts[-1]
-        raise PgolfError(f"no document begins at target {after:,} or later: the last begins at {last:,}")
-    text_bytes = np.add.reduceat(stream.target_bytes, passes.starts)
-    return [compare(base, one, text_bytes, counted, stream.num_targets) for one in (base, *others)]
+    evaluator = Evaluator(model, stream, config, grid, world)
+    paths = {folder / f"{name}.json": ttt for name, ttt in {BASELINE: None, **adapters}.items()}
+    passes = [_pass(evaluator, path, starts, ttt, allow_illegal) for path, ttt in paths.items()]
+    size = np.add.reduceat(stream.target_bytes, starts)[counted]
+    before, *_ = nats = [np.array(one.nats)[counted] for one in passes]
+    return [
+        AdapterGain(
+            one.name,
+            float(total.sum() / (math.log(2) * size.sum())),
+            *bootstrap_gain(before, total, size),
+            1e6 * one.seconds / stream.num_targets,
+            one.updates,
+            one.trainable,
+        )
+        for one, total in zip(passes, nats, strict=True)
+    ]
 
 
-def compare(
-    base: AdapterPass, other: AdapterPass, text_bytes: np.ndarray, counted: np.ndarray, tokens: int
-) -> AdapterGain:
-    """Compare two passes on the `counted` documents; both took their seconds for all `tokens`."""
-    before, after, size = np.array(base.nats)[counted], np.array(other.nats)[counted], text_bytes[counted]
-    bpb = after.sum() / (math.log(2) * size.sum())
-    gain = bootstrap_gain(before, after, size)
-    return AdapterGain(
-        other.name, float(bpb), *gain, 1e6 * other.seconds / tokens, other.updates, other.trainable
-    )
-
-
-class _Passes:
-    """Passes over one stream with one model, each kept in a file."""
-
-    def __init__(self, evaluator: Evaluator, folder: Path, allow_illegal: bool):
-        self.evaluator, self.folder, self.allow_illegal = evaluator, folder, allow_illegal
-        self.windows = evaluator.sliding_windows()
-        self.starts = document_starts(evaluator.stream.tokens.cpu().numpy())
-
-    def baseline(self) -> AdapterPass:
-        """Return the pass without test-time training."""
-        return self._kept(BASELINE, None, lambda: self.evaluator.frozen(self.windows, BASELINE))
-
-    def adapted(self, name: str, ttt: TTTConfig) -> AdapterPass:
-        """Return the pass with an adapter."""
-
-        def score() -> Pass:
-            return self.evaluator.adapted(self.windows, ttt, name, allow_illegal=self.allow_illegal)
-
-        return self._kept(name, ttt, score)
-
-    def _kept(self, name: str, ttt: TTTConfig | None, score: Callable[[], Pass]) -> AdapterPass:
-        """Read the pass from its file if that is of the same identity; otherwise score and write it."""
-        model, config = self.evaluator.model, self.evaluator.config
-        settings = [asdict(config.eval), config.eval_seq_len, str(model.compute_dtype), ttt and asdict(ttt)]
-        digest = identity(model, self.evaluator.stream, settings)
-        path = self.folder / f"{name}.json"
-        if path.is_file():
-            known = AdapterPass(**json.loads(path.read_text(encoding="utf-8")))
-            if known.identity == digest:
-                console.logger.info("%s: already in %s", name, path)
-                return known
-        begin = time.perf_counter()
-        result = score()
-        seconds = time.perf_counter() - begin
-        nats = np.add.reduceat(result.scorer.by_target().astype(np.float64), self.starts)
-        made = AdapterPass(name, digest, nats.tolist(), seconds, result.updates, result.trainable)
-        if self.evaluator.world.is_main:
-            write_text(path, json.dumps(asdict(made)) + "\n")
-        return made
+def _pass(
+    evaluator: Evaluator, path: Path, starts: np.ndarray, ttt: TTTConfig | None, allow_illegal: bool
+) -> AdapterPass:
+    """Read a pass from its file if that is of the same identity; otherwise score it and write the file."""
+    model, config, windows = evaluator.model, evaluator.config, evaluator.sliding_windows()
+    settings = [asdict(config.eval), config.eval_seq_len, str(model.compute_dtype), ttt and asdict(ttt)]
+    digest = identity(model, evaluator.stream, settings)
+    name = path.stem
+    if path.is_file():
+        known = AdapterPass(**json.loads(path.read_text(encoding="utf-8")))
+        if known.identity == digest:
+            console.logger.info("%s: already in %s", name, path)
+            return known
+    begin = time.perf_counter()
+    if ttt is None:
+        result = evaluator.frozen(windows, name)
+    else:
+        result = evaluator.adapted(windows, ttt, name, allow_illegal=allow_illegal)
+    seconds = time.perf_counter() - begin
+    nats = np.add.reduceat(result.scorer.by_target().astype(np.float64), starts)
+    made = AdapterPass(name, digest, nats.tolist(), seconds, result.updates, result.trainable)
+    if evaluator.world.is_main:
+        write_text(path, json.dumps(asdict(made)) + "\n")
+    return made
 
 
 def sweep_run(
     folder: RunFolder,
     config: RunConfig,
-    adapters: dict[str, TTTConfig],
-    world: World | None = None,
+    adapters: Mapping[str, TTTConfig],
+    world: World,
     *,
     after: int = 0,
     allow_illegal: bool = False,
@@ -161,19 +145,9 @@ def sweep_run(
     """
     for ttt in adapters.values():
         need_legal(ttt, allow_illegal)
-    world = world or this_process()
     loaded, stream = open_run(folder, config, "artifact", world.device)
-    gains = sweep(
-        loaded.model,
-        stream,
-        config,
-        adapters,
-        loaded.grid,
-        folder.path / "ttt_sweep",
-        world,
-        after=after,
-        allow_illegal=allow_illegal,
-    )
+    run = loaded.model, stream, config, adapters, loaded.grid, folder.path / "ttt_sweep", world
+    gains = sweep(*run, after=after, allow_illegal=allow_illegal)
     content = {
         "artifact_sha256": loaded.sha256,
         "tokens": stream.num_targets,

@@ -1,15 +1,15 @@
-"""Tables of an ablation: every variant against the baseline, every scoring pass against the one before."""
-
-from __future__ import annotations
+"""Tables and plot of an ablation: variants against the baseline, scoring passes against the one before."""
 
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Literal
 
+from pgolf_fast.bench.drawing import write_png
 from pgolf_fast.config.run_folder import SCORES
-from pgolf_fast.console import Table
+from pgolf_fast.console import Table, number
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.lab.compare.jobs import PASSES, documents, finished
 from pgolf_fast.lab.compare.plan import BASELINE, Job
@@ -24,6 +24,7 @@ INTERVALS = {
         "variation between seeds is NOT covered"
     ),
 }
+_DIFFERENCE = ("difference", "95 % interval")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,9 @@ class FinishedRun:
         return self.result["scores"][score]["bpb"]
 
 
+BySeed = dict[int, FinishedRun]
+
+
 @dataclass(frozen=True)
 class VariantScore:
     """One score of a variant under one budget; numbers are means over seeds."""
@@ -45,16 +49,14 @@ class VariantScore:
     variant: str
     seeds: tuple[int, ...]
     steps: float
+    # Median over a run's steps but the first, so rare slow steps (meta-learning) do not count; None if a run
+    # has only one step
     ms_per_step: float | None
-    """Median over a run's steps but the first, so rare slow steps (meta-learning) do not count. None if a
-    run has only one step."""
-    ms_per_step_mean: float | None
-    """Mean over the same steps: includes rare slow steps and other load on the machine."""
+    ms_per_step_mean: float | None  # over the same steps: with rare slow steps and other load on the machine
     artifact_bytes: float
     score: str
     bpb: float
-    difference: Interval | None
-    """Difference from the baseline's runs of the same seeds; None for the baseline, or without such runs."""
+    difference: Interval | None  # from the baseline's runs of the same seeds; None if there are none
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,15 @@ def make_rows(runs: Sequence[FinishedRun], interval: IntervalOver | None = None)
     rows = []
     for (budget, variant), by_seed in groups.items():
         base = {} if variant == BASELINE else groups.get((budget, BASELINE), {})
+        means: dict[str, Any] = {}
+        for name in ("steps", "ms_per_step", "ms_per_step_mean", "artifact_bytes"):
+            column = [run.result[name] for run in by_seed.values()]
+            means[name] = None if None in column else statistics.fmean(column)
         for score in _shared_scores(by_seed):
-            rows.append(_row(budget, variant, score, by_seed, base, interval))
+            bpb = statistics.fmean(run.bpb(score) for run in by_seed.values())
+            difference = _difference(base, by_seed, score, interval)
+            one: dict[str, Any] = {"score": score, "bpb": bpb, "difference": difference}
+            rows.append(VariantScore(budget, variant, tuple(by_seed), **means, **one))
     return rows
 
 
@@ -93,72 +102,39 @@ def pass_gains(runs: Sequence[FinishedRun], interval: IntervalOver | None = None
 
     Sliding windows are compared with non-overlapping ones, test-time training with sliding windows.
     """
-    gains = []
-    for (budget, variant), by_seed in _by_variant(runs).items():
-        scores = _shared_scores(by_seed)
-        for before, after in pairwise(scores):
-            gain = _interval(by_seed, before, by_seed, after, interval)
-            gains.append(PassGain(budget, variant, before, after, gain))
-    return gains
+    return [
+        PassGain(*group, before, after, _interval(by_seed, before, by_seed, after, interval))
+        for group, by_seed in _by_variant(runs).items()
+        for before, after in pairwise(_shared_scores(by_seed))
+    ]
 
 
-def _by_variant(runs: Sequence[FinishedRun]) -> dict[tuple[str, str], dict[int, FinishedRun]]:
-    groups: dict[tuple[str, str], dict[int, FinishedRun]] = {}
+def _by_variant(runs: Sequence[FinishedRun]) -> dict[tuple[str, str], BySeed]:
+    groups: dict[tuple[str, str], BySeed] = {}
     for run in runs:
         groups.setdefault((run.job.budget, run.job.variant), {})[run.job.seed] = run
     return groups
 
 
-def _shared_scores(by_seed: dict[int, FinishedRun]) -> list[str]:
+def _shared_scores(by_seed: BySeed) -> list[str]:
     """Return the scores that every seed has, in the order of PASSES."""
     return [s for s in PASSES["all"] if all(s in run.result["scores"] for run in by_seed.values())]
 
 
-def _row(
-    budget: str,
-    variant: str,
-    score: str,
-    runs: dict[int, FinishedRun],
-    base: dict[int, FinishedRun],
-    interval: IntervalOver | None,
-) -> VariantScore:
-    def mean(name: str) -> float:
-        return statistics.fmean(run.result[name] for run in runs.values())
-
-    timed = all(run.result["ms_per_step"] is not None for run in runs.values())
-    return VariantScore(
-        budget,
-        variant,
-        tuple(runs),
-        mean("steps"),
-        mean("ms_per_step") if timed else None,
-        mean("ms_per_step_mean") if timed else None,
-        mean("artifact_bytes"),
-        score,
-        statistics.fmean(run.bpb(score) for run in runs.values()),
-        _difference(base, runs, score, interval),
-    )
-
-
-def _difference(
-    base: dict[int, FinishedRun], runs: dict[int, FinishedRun], score: str, interval: IntervalOver | None
-) -> Interval | None:
+def _difference(base: BySeed, runs: BySeed, score: str, interval: IntervalOver | None) -> Interval | None:
     """Return the difference in one score over the seeds of both, or None if they share none."""
     shared = [seed for seed in runs if seed in base and score in base[seed].result["scores"]]
     if not shared:
         return None
     old, new = ({seed: by_seed[seed] for seed in shared} for by_seed in (base, runs))
-    _check_same_text([*old.values(), *new.values()], score)
+    both = [*old.values(), *new.values()]
+    texts = [[run.result["scores"][score][k] for k in ("tokens", "bytes")] for run in both]
+    if any(text != texts[0] for text in texts):
+        raise PgolfError(f"{both[0].job.name} and other runs in its table were not scored on the same text")
     return _interval(old, score, new, score, interval)
 
 
-def _interval(
-    base: dict[int, FinishedRun],
-    before: str,
-    runs: dict[int, FinishedRun],
-    after: str,
-    interval: IntervalOver | None,
-) -> Interval:
+def _interval(base: BySeed, before: str, runs: BySeed, after: str, interval: IntervalOver | None) -> Interval:
     """Compare score `after` of `runs` with score `before` of `base`; both have the same seeds."""
     if interval == "seeds" or (interval is None and len(base) > 1):
         return over_seeds([base[s].bpb(before) for s in base], [runs[s].bpb(after) for s in base])
@@ -169,58 +145,40 @@ def _interval(
     return over_documents(old[before], new[after], old["text_bytes"])
 
 
-def _check_same_text(runs: Sequence[FinishedRun], score: str) -> None:
-    first, *rest = ({k: run.result["scores"][score][k] for k in ("tokens", "bytes")} for run in runs)
-    if any(other != first for other in rest):
-        raise PgolfError(f"{runs[0].job.name} and others of its table were not scored on the same text")
-
-
-def ablation_table(rows: Sequence[VariantScore]) -> Table:
-    """Tabulate every variant's scores against the baseline."""
-    header = ("budget", "variant", "seeds", "steps", "ms/step", "mean", "bytes", "score", "bpb")
+def describe(rows: Sequence[VariantScore], gains: Sequence[PassGain] = ()) -> str:
+    """Format the tables as text, preceded by the meaning of signs and intervals."""
+    differences = [*(row.difference for row in rows), *(gain.difference for gain in gains)]
+    kinds = {one.over for one in differences if one is not None}
+    notes = [SIGN, *(INTERVALS[kind] for kind in sorted(kinds, reverse=True))]
+    notes.append("ms/step: median of a run's steps but the first; mean: with rare steps and other load")
+    header = ("budget", "variant", "seeds", "steps", "ms/step", "mean", "bytes", "score", "bpb", *_DIFFERENCE)
     lines = [
         (
             row.budget,
             row.variant,
             len(row.seeds),
             f"{row.steps:,.0f}",
-            *("-" if ms is None else f"{ms:.1f}" for ms in (row.ms_per_step, row.ms_per_step_mean)),
+            number(row.ms_per_step, ".1f"),
+            number(row.ms_per_step_mean, ".1f"),
             f"{row.artifact_bytes:,.0f}",
             SCORES[row.score],
             f"{row.bpb:.5f}",
-            *show_interval(row.difference),
+            *_show_interval(row.difference),
         )
         for row in rows
     ]
-    return Table((*header, "difference", "95 % interval"), lines)
-
-
-def gain_table(gains: Sequence[PassGain]) -> Table:
-    """Tabulate what each scoring pass gains over the one before."""
-    header = ("budget", "variant", "score", "compared with", "difference", "95 % interval")
-    return Table(
-        header,
-        [
-            (g.budget, g.variant, SCORES[g.after], SCORES[g.before], *show_interval(g.difference))
-            for g in gains
-        ],
-    )
-
-
-def describe(rows: Sequence[VariantScore], gains: Sequence[PassGain] = ()) -> str:
-    """Format the tables as text, preceded by the meaning of signs and intervals."""
-    kinds = {row.difference.over for row in rows if row.difference is not None}
-    kinds |= {gain.difference.over for gain in gains}
-    notes = [SIGN, *(INTERVALS[kind] for kind in sorted(kinds, reverse=True))]
-    notes.append("ms/step: median of a run's steps but the first; mean: with rare steps and other load")
-    parts = ["\n".join(notes), ablation_table(rows).text()]
+    parts = ["\n".join(notes), Table(header, lines).text()]
     if gains:
-        parts.append(gain_table(gains).text())
+        columns = ("budget", "variant", "score", "compared with", *_DIFFERENCE)
+        passes = [
+            (g.budget, g.variant, SCORES[g.after], SCORES[g.before], *_show_interval(g.difference))
+            for g in gains
+        ]
+        parts.append(Table(columns, passes).text())
     return "\n\n".join(parts)
 
 
-def show_interval(interval: Interval | None) -> tuple[str, str]:
-    """Format a difference and its interval."""
+def _show_interval(interval: Interval | None) -> tuple[str, str]:
     if interval is None:
         return "-", "-"
     return f"{interval.mean:+.5f}", f"{interval.low:+.5f} to {interval.high:+.5f}"
@@ -242,3 +200,51 @@ def to_dict(
 def commits(runs: Sequence[FinishedRun]) -> list[str]:
     """Return the versions of this package that made the runs."""
     return sorted({run.result["commit"] for run in runs})
+
+
+def draw_ablation(rows: Sequence[VariantScore], runs: Sequence[FinishedRun], path: Path) -> Path | None:
+    """Write a PNG with a row of panels per budget, a column per score, and a line per variant.
+
+    Returns None if nothing is compared or matplotlib is missing (with a warning).
+    """
+    compared = [(row, row.difference) for row in rows if row.difference is not None]
+    if not compared:
+        return None
+    budgets, scores, names = (
+        list(dict.fromkeys(getattr(row, field) for row, _ in compared))
+        for field in ("budget", "score", "variant")
+    )
+
+    def paint(figure) -> None:
+        grid = figure.subplots(len(budgets), len(scores), sharex=True, sharey=True, squeeze=False)
+        for row, d in compared:
+            axes, y = grid[budgets.index(row.budget)][scores.index(row.score)], names.index(row.variant)
+            bar = [[d.mean - d.low], [d.high - d.mean]]
+            axes.errorbar(d.mean, y, xerr=bar, fmt="D", color="C0", capsize=4)
+            points = seed_differences(row, runs)
+            axes.plot(points, [y] * len(points), "o", color="0.55", markersize=4, zorder=3)
+        grid[0][0].invert_yaxis()  # the axes are shared, so this puts every panel in the order of the table
+        for budget, panels in zip(budgets, grid, strict=True):
+            for score, axes in zip(scores, panels, strict=True):
+                axes.axvline(0, color="0.3", linewidth=0.8)
+                axes.set(title=f"{SCORES[score]}, equal {budget}")
+                axes.set_yticks(range(len(names)), names)
+                axes.margins(y=0.3)
+                axes.grid(alpha=0.3, axis="x")
+        figure.supxlabel(
+            "bits per byte above the baseline (left is better); bars: 95 % intervals, dots: seeds"
+        )
+
+    size = (2 + 3.6 * len(scores), len(budgets) * (1.4 + 0.45 * len(names)))
+    return write_png(path, paint, size, "picture")
+
+
+def seed_differences(row: VariantScore, runs: Sequence[FinishedRun]) -> list[float]:
+    """Return variant - baseline for each seed that both have."""
+    bpb = {
+        (run.job.variant, run.job.seed): run.bpb(row.score)
+        for run in runs
+        if run.job.budget == row.budget and row.score in run.result["scores"]
+    }
+    shared = [seed for seed in row.seeds if (BASELINE, seed) in bpb]
+    return [bpb[row.variant, seed] - bpb[BASELINE, seed] for seed in shared]

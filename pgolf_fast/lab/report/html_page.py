@@ -4,8 +4,6 @@ A page loads nothing: styles are inline, images are data URLs, there is no scrip
 content security policy forbids everything else. Templates are in `templates/`; Jinja2 escapes all text.
 """
 
-from __future__ import annotations
-
 import base64
 import re
 from collections.abc import Sequence
@@ -13,10 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pgolf_fast.bench import drawing
 from pgolf_fast.console import Table, inline_html
-
-Label = Literal["", "published", "corrected"]
 
 
 @dataclass(frozen=True)
@@ -31,16 +26,13 @@ class Figure:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, text (paragraphs separated by empty lines, code in backticks), tables and figures.
-
-    label: the form of an analysis, shown as a badge.
-    """
+    """A heading, text (paragraphs separated by empty lines, code in backticks), tables and figures."""
 
     title: str
     text: str = ""
-    tables: tuple[Table, ...] = ()
-    figures: tuple[Figure, ...] = ()
-    label: Label = ""
+    tables: Sequence[Table] = ()  # those without rows are not shown
+    figures: Sequence[Figure] = ()
+    label: Literal["", "published", "corrected"] = ""  # form of an analysis, shown as a badge
 
 
 def render(template: str, title: str, sections: Sequence[Section], **context: object) -> str:
@@ -60,11 +52,6 @@ def render(template: str, title: str, sections: Sequence[Section], **context: ob
     environment.filters["paragraphs"] = lambda text: list(filter(None, map(str.strip, text.split("\n\n"))))
     environment.filters["data_url"] = lambda png: f"data:image/png;base64,{base64.b64encode(png).decode()}"
     return environment.get_template(f"{template}.html.j2").render(title=title, sections=sections, **context)
-
-
-def figure(paint: drawing.Paint, size: tuple[float, float], *, alt: str, caption: str = "") -> Figure:
-    """Draw a figure for light and for dark screens. Raises PgolfError without matplotlib."""
-    return Figure(drawing.png(paint, size), drawing.png(paint, size, dark=True), caption=caption, alt=alt)
 
 
 def portable(text: str) -> str:

@@ -1,14 +1,16 @@
-"""Sections of a run's report; each has a plain sentence where the run has nothing to show."""
+"""Report of a run in any state; a section with nothing to show has a plain sentence instead."""
 
-from __future__ import annotations
-
+import json
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pgolf_fast import __version__, console
+from pgolf_fast.artifact.container import sizes
 from pgolf_fast.artifact.submission import code_bytes
+from pgolf_fast.bench import drawing
 from pgolf_fast.config.fields import flatten
 from pgolf_fast.config.presets import preset
 from pgolf_fast.config.run_folder import SCORES, RunFolder
@@ -16,50 +18,128 @@ from pgolf_fast.console import Table, number
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.figures import tables
 from pgolf_fast.evaluation.scores import conditions, mark, score_table
-from pgolf_fast.io import write_text
+from pgolf_fast.io import load_metadata, write_text
+from pgolf_fast.lab.analysis.artifact_bytes import ArtifactTable, artifact_table
 from pgolf_fast.lab.audit.check import findings_table
 from pgolf_fast.lab.compare.sweep import sweep_table
-from pgolf_fast.lab.report import html_page, treemap
-from pgolf_fast.lab.report.html_page import Figure, Section
-from pgolf_fast.lab.report.loss_curve import as_float, paint_training
-from pgolf_fast.lab.report.pace import pace_table, paint_pace
-from pgolf_fast.lab.report.run import RunRecord, read_run
-from pgolf_fast.lab.report.score_plot import paint_course, paint_parts
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure as Canvas
+from pgolf_fast.lab.report import plots
+from pgolf_fast.lab.report.html_page import Figure, Section, portable, render
+from pgolf_fast.lab.report.plots import as_float, pace_table
 
 WIDTH = 9.0  # inches
 LONGEST_LIST = 12
+Tree = dict[str, Any]  # a JSON object
+
+
+def _json(path: Path) -> Tree:
+    tree = json.loads(path.read_text(encoding="utf-8"))
+    return tree if isinstance(tree, dict) else {}
+
+
+def _artifact(path: Path) -> Tree:
+    return {"table": artifact_table(path, tried=()), "sha256": sizes(path).sha256}
+
+
+class RunRecord:
+    """Parsed files of a run folder; one that is missing or damaged is empty or None, listed in `missing`."""
+
+    def __init__(self, folder: RunFolder):
+        """Read a run folder that has at least config.json. Raises PgolfError if it has none."""
+        self.folder, self.config = folder, folder.read_config()
+        self.name = name = folder.path.resolve().name
+        self.missing: list[tuple[str, str, str]] = []  # part, reason, and the command that creates it
+        self.lines: dict[str, list[Tree]] = defaultdict(
+            list
+        )  # of metrics.jsonl that belong to a step, by kind
+        for row in folder.history():
+            if isinstance(row.get("step"), int):
+                self.lines[str(row.get("kind"))].append(row)
+        # A step that was repeated after an interruption has its last line
+        self.steps: dict[int, Tree] = {row["step"]: row for row in self.lines["step"]}
+        if not self.steps:
+            self.missing.append(("training log", "metrics.jsonl has no steps", "written by training"))
+        train = f"`pgolf train {self.config.name} --resume --out {name}`"
+        score, audit = f"`pgolf eval {name}`", f"`pgolf audit {name}`"
+        self.weights: Tree = self._read(  # metadata: step, weights
+            folder.model_file, "final weights", train, load_metadata, "training did not finish"
+        )
+        pack = f"`pgolf {'pack' if folder.quantized_file.is_file() else 'quantize'} {name}`"
+        packed = self._read(folder.artifact_file, "artifact", pack, _artifact, "the run is not packed")
+        self.artifact: ArtifactTable | None = packed.get("table")
+        scores = self._read(folder.scores_file("artifact"), "scores of the artifact", score)
+        score_float = f"`pgolf eval {name} --weights float`"
+        floats = self._read(folder.scores_file("float"), "scores of the float weights", score_float)
+        self.scores = {weights: tree for weights, tree in (("artifact", scores), ("float", floats)) if tree}
+        self.audit: Tree = self._read(folder.audit_file, "audit", audit)
+        for what, tree, command in (("scores", scores, score), ("audit", self.audit, audit)):
+            if packed and tree.get("artifact_sha256") not in (None, packed["sha256"]):
+                part = f"{what} of the current artifact"
+                self.missing.append((part, "those shown are of another artifact", command))
+        self.sweep: Tree = {}
+        if folder.sweep_file.is_file():  # optional, so not missing
+            self.sweep = self._read(folder.sweep_file, "sweep", f"`pgolf ttt-sweep {name}`")
+        self.environment: Tree = self._read(folder.path / "env.json", "environment", "written by training")
+
+    def _read(
+        self, path: Path, what: str, command: str, load: Callable[[Path], Any] = _json, why: str = ""
+    ) -> Any:
+        """Load a file; if it is missing or damaged, record that and return {}."""
+        if path.is_file():
+            try:
+                return load(path)
+            except PgolfError as error:
+                why = portable(str(error))
+            except ValueError as error:  # not JSON, or not text
+                why = f"{path.name} is damaged: {error}"
+        self.missing.append((what, why or f"there is no {path.name}", command))
+        return {}
+
+    @property
+    def seconds(self) -> float:
+        """Training time up to the last step; NaN if unknown."""
+        return as_float(self.steps[max(self.steps)].get("elapsed")) if self.steps else math.nan
+
+    @property
+    def broken_steps(self) -> list[int]:
+        """Steps whose loss is not finite."""
+        return [s for s in sorted(self.steps) if not math.isfinite(as_float(self.steps[s].get("loss")))]
 
 
 def write_report(folder: RunFolder, out: Path) -> Path:
     """Write the HTML report of a run folder in any state and return its path.
 
-    The page says what is missing (an interrupted, unpacked or unscored run, losses that are not finite).
     Raises PgolfError if `folder` has no readable config.json.
     """
-    run = read_run(folder)
+    run = RunRecord(folder)
     makers = (
         *(overview, missing, configuration, training, throughput, scores, quantization_gap, adaptation),
         *(parts, artifact_bytes, audit, environment),
     )
     sections = [make(run) for make in makers]
-    page = html_page.render("run", f"Run {run.name}", sections, config=run.config, version=__version__)
-    write_text(out, page)
+    write_text(out, render("run", f"Run {run.name}", sections, config=run.config, version=__version__))
     return out
 
 
 def overview(run: RunRecord) -> Section:
     """Summarize the run in one table."""
-    m = run.config.model
+    m, train = run.config.model, run.config.train
+    last = max(run.steps, default=0)
+    if run.folder.model_file.is_file():
+        state = "trained to the end" if run.steps else "imported weights, not trained here"
+    elif run.steps:
+        limit = f" or {console.duration(train.max_seconds)}" if train.max_seconds else ""
+        state = f"interrupted or still running: step {last:,} of {train.steps:,}{limit}"
+    else:
+        state = "not trained yet: only the configuration exists"
     rows = {
         "preset": run.config.name,
-        "state": run.state(),
+        "state": state,
         "network": f"{m.num_layers} layers x {m.model_dim}, {m.num_parameters():,} parameters",
     }
     if run.steps:
-        rows["trained on"] = f"{run.tokens:,} tokens in {console.duration(run.seconds)}"
+        unrecorded = (last - len(run.steps)) * train.batch_tokens
+        tokens = sum(row["tokens"] for row in run.steps.values()) + unrecorded
+        rows["trained on"] = f"{tokens:,} tokens in {console.duration(run.seconds)}"
     for weights, tree in run.scores.items():
         if scored := [key for key in SCORES if _is_scored(tree, key)]:
             bpb, name = tree[scored[-1]]["bpb"], _score_name(tree, scored[-1])
@@ -79,24 +159,23 @@ def missing(run: RunRecord) -> Section:
     """List the parts that are not available, with the command that creates each."""
     if not run.missing:
         return Section("What is missing", "Nothing: the run is trained, packed, scored and audited.")
-    rows = [
-        (m.what, m.why, f"`{m.command}`" if m.command.startswith("pgolf") else m.command) for m in run.missing
-    ]
     text = f"Run the commands in the folder that contains `{run.name}`."
-    return Section("What is missing", text, (Table(("part", "reason", "created by"), rows),))
+    return Section("What is missing", text, (Table(("part", "reason", "created by"), run.missing),))
 
 
 def configuration(run: RunRecord) -> Section:
     """List the fields that differ from the preset, and what changed when the run resumed."""
-    changes = [(row["step"], text) for row in run.resumes for text in row.get("changed") or ["nothing"]]
-    resumed = (Table(("resumed at step", "changed"), changes, "Interruptions"),) if changes else ()
+    changes = [
+        (row["step"], text) for row in run.lines["resume"] for text in row.get("changed") or ["nothing"]
+    ]
+    resumed = Table(("resumed at step", "changed"), changes, "Interruptions")
     now = dict(flatten(run.config))
     try:
         before = dict(flatten(preset(run.config.name)))
     except PgolfError:
         fields = [(name, _setting(name, value)) for name, value in now.items()]
         text = f"`{run.config.name}` is not the name of a preset; these are all fields."
-        return Section("Configuration", text, (Table(("field", "run"), fields), *resumed))
+        return Section("Configuration", text, (Table(("field", "run"), fields), resumed))
     disabled = tuple(f"{name}." for name in {*now, *before} if now.get(name, ...) is None)
     rows = [
         (name, _setting(name, before.get(name, "on")), _setting(name, now.get(name, "on")))
@@ -104,13 +183,13 @@ def configuration(run: RunRecord) -> Section:
         if now.get(name, ...) != before.get(name, ...) and name != "name" and not name.startswith(disabled)
     ]
     if not rows:
-        return Section("Configuration", f"Preset `{run.config.name}`, unchanged.", tables=resumed)
+        return Section("Configuration", f"Preset `{run.config.name}`, unchanged.", [resumed])
     text = (
         f"Differences from the current preset `{run.config.name}`. Where a preset leaves a choice to the "
         "machine (`auto`, `none`), training records what it chose."
     )
     differences = Table(("field", "preset", "run"), rows, f"{len(rows)} fields that differ")
-    return Section("Configuration", text, (differences, *resumed))
+    return Section("Configuration", text, (differences, resumed))
 
 
 def _setting(name: str, value: object) -> str:
@@ -127,7 +206,7 @@ def _setting(name: str, value: object) -> str:
 def training(run: RunRecord) -> Section:
     """Show the loss, the learning rate, validations and learned rates."""
     if not run.steps:
-        return Section("Training", "No steps are recorded.", tables=_validations(run))
+        return Section("Training", "No steps are recorded.", [_validations(run)])
     losses = {s: loss for s in sorted(run.steps) if math.isfinite(loss := as_float(run.steps[s].get("loss")))}
     batch = run.config.train.batch_tokens
     text = f"Loss of batches of {batch:,} tokens, before the step that learns from them."
@@ -135,9 +214,8 @@ def training(run: RunRecord) -> Section:
         text += f" It includes z-loss, {weight:g} times the squared log-sum-exp of the logits."
     if losses:
         first, last = min(losses), max(losses)
-        text += (
-            f" Step {first:,} had {losses[first]:.4f} nats per token, step {last:,} had {losses[last]:.4f}."
-        )
+        text += f" Step {first:,} had {losses[first]:.4f} nats per token, "
+        text += f"step {last:,} had {losses[last]:.4f}."
     if broken := run.broken_steps:
         more = len(broken) - LONGEST_LIST
         listed = ", ".join(f"{s:,}" for s in broken[:LONGEST_LIST])
@@ -146,38 +224,33 @@ def training(run: RunRecord) -> Section:
             f"{f' and {more:,} more' if more > 0 else ''}."
         )
     note, figures = _plot(
-        lambda canvas: paint_training(canvas, run.steps, run.validations),
+        lambda canvas: plots.paint_training(canvas, run.steps, run.lines["val"]),
         (WIDTH, 4.8),
         "Training loss and validation by step; below, the learning-rate multiplier.",
         "Loss by step, and below it the factor on all learning rates.",
     )
-    return Section("Training", text + note, (*_validations(run), *_slot_rates(run)), figures)
+    return Section("Training", text + note, (_validations(run), _slot_rates(run)), figures)
 
 
-def _validations(run: RunRecord) -> tuple[Table, ...]:
+def _validations(run: RunRecord) -> Table:
     rows = [
-        (
-            *(row["step"], row.get("weights", "")),
-            *(number(row.get(unit), ".4f") for unit in ("loss", "bpb")),
-        )
-        for row in run.validations
+        (row["step"], row.get("weights", ""), number(row.get("loss"), ".4f"), number(row.get("bpb"), ".4f"))
+        for row in run.lines["val"]
     ]
     header = ("step", "weights", "nats/token", "bpb")
-    return (Table(header, rows, "Validation, non-overlapping windows"),) if rows else ()
+    return Table(header, rows, "Validation, non-overlapping windows")
 
 
-def _slot_rates(run: RunRecord) -> tuple[Table, ...]:
+def _slot_rates(run: RunRecord) -> Table:
     """Tabulate the last recorded MetaSGD factors on the inner learning rate, which start at 1."""
-    if not run.slot_rates:
-        return ()
-    last = run.slot_rates[-1]
+    last: Tree = {"step": 0, **(run.lines["slot_rates"] or [{}])[-1]}
     rows = [
         (bank, len(rates), *(f"{v:.4f}" for v in (min(rates), sum(rates) / len(rates), max(rates))))
         for bank, rates in last.items()
         if isinstance(rates, list) and rates
     ]
     header = ("bank", "slots", "min", "mean", "max")
-    return (Table(header, rows, f"Learned rates of the inner step (MetaSGD) at step {last['step']:,}"),)
+    return Table(header, rows, f"Learned rates of the inner step (MetaSGD) at step {last['step']:,}")
 
 
 def throughput(run: RunRecord) -> Section:
@@ -190,7 +263,7 @@ def throughput(run: RunRecord) -> Section:
         f"{console.duration(run.seconds)} in total."
     )
     note, figures = _plot(
-        lambda canvas: paint_pace(canvas, run.steps),
+        lambda canvas: plots.paint_pace(canvas.subplots(), run.steps),
         (WIDTH, 3.0),
         "Tokens per second over the run.",
         "Tokens per second: medians over adjacent steps.",
@@ -211,10 +284,10 @@ def scores(run: RunRecord) -> Section:
         "The three scores of the same weights belong together: the gain of test-time training is the third "
         "less the second, and the gain of sliding windows is the second less the first."
     )
-    return Section("Scores", text, tuple(table for table in score_tables if table.rows))
+    return Section("Scores", text, score_tables)
 
 
-def _gains(tree: dict[str, Any]) -> Table:
+def _gains(tree: Tree) -> Table:
     steps = {"sliding windows": ("non_overlapping", "sliding"), "TTT": ("sliding", "sliding_ttt")}
     rows = [
         (
@@ -227,16 +300,14 @@ def _gains(tree: dict[str, Any]) -> Table:
     return Table(("change by", "bpb", "nats/token"), rows)
 
 
-def _score_name(tree: dict[str, Any], key: str) -> str:
+def _score_name(tree: Tree, key: str) -> str:
     """Name a score, with a label if it breaks the rules."""
     return mark(SCORES[key], key == "sliding_ttt" and tree.get("illegal"))
 
 
-def _is_scored(tree: dict[str, Any], key: str) -> bool:
+def _is_scored(tree: Tree, key: str) -> bool:
     score = tree.get(key)
-    return isinstance(score, dict) and all(
-        math.isfinite(as_float(score.get(unit))) for unit in ("bpb", "loss")
-    )
+    return isinstance(score, dict) and all(math.isfinite(as_float(score.get(u))) for u in ("bpb", "loss"))
 
 
 def quantization_gap(run: RunRecord) -> Section:
@@ -255,7 +326,7 @@ def quantization_gap(run: RunRecord) -> Section:
             " Not comparable, because float weights and artifact were scored on different targets or with "
             f"other settings: {names}."
         )
-    elif not pairs and (ended := run.final_validation) and _is_scored(artifact, "non_overlapping"):
+    elif not pairs and (ended := _final_validation(run)) and _is_scored(artifact, "non_overlapping"):
         pairs = {SCORES["non_overlapping"]: (ended, artifact["non_overlapping"])}
         text += (
             " The float weights are not scored; their score here is the validation at the end of training "
@@ -269,7 +340,13 @@ def quantization_gap(run: RunRecord) -> Section:
     if not rows and not differing:
         return Section(title, "Unknown: the float weights are not scored.")
     header = ("windows", "float bpb", "artifact bpb", "gap, bpb", "gap, nats/token")
-    return Section(title, text, (Table(header, rows),) if rows else ())
+    return Section(title, text, [Table(header, rows)])
+
+
+def _final_validation(run: RunRecord) -> Tree | None:
+    """Return that of the weights in model.safetensors: the average or, after Reptile, the last step's."""
+    kept = [run.weights.get(name, ...) for name in ("step", "weights")]
+    return next((row for row in run.lines["val"] if [row["step"], row.get("weights")] == kept), None)
 
 
 def adaptation(run: RunRecord) -> Section:
@@ -291,7 +368,7 @@ def adaptation(run: RunRecord) -> Section:
     if settings := _ttt_settings(tree.get("ttt", {})):
         text += f" Settings: {settings}."
     note, figures = _plot(
-        lambda canvas: paint_course(canvas.subplots(), tree),
+        lambda canvas: plots.paint_course(canvas.subplots(), tree),
         (WIDTH, 3.4),
         "Running bits per byte by chunk of test-time training, and the sliding score without it.",
         "Bits per byte up to each chunk, in the order of scoring. The dotted line is the whole stream "
@@ -300,7 +377,7 @@ def adaptation(run: RunRecord) -> Section:
     return Section(title, text + note, compared, figures)
 
 
-def _ttt_settings(ttt: dict[str, Any]) -> str:
+def _ttt_settings(ttt: Tree) -> str:
     """List the settings that the adapter uses."""
     names: tuple[str, ...] = ("chunk_tokens", "epochs", "lr", "parameters")
     own = {"lora": "lora", "phased": "lora", "error_guided": "guided"}.get(str(ttt.get("adapter")))
@@ -317,12 +394,12 @@ def parts(run: RunRecord) -> Section:
         why = "has none" if tree else "does not exist"
         return Section(title, f"No figures: scores_{weights}.json {why}; `pgolf eval` writes them.")
     note, figures = _plot(
-        lambda canvas: paint_parts(canvas.subplots(1, 3), tree),
+        lambda canvas: plots.paint_parts(canvas.subplots(1, 3), tree),
         (10.5, 3.6),
         "Shares by class of target; bits per byte by tokens of context and by length of document.",
     )
     text = f"Parts of the scores of the {weights} weights." + note
-    return Section(title, text, tuple(tables(tree["figures"], illegal=tree.get("illegal"))), figures)
+    return Section(title, text, tables(tree["figures"], illegal=tree.get("illegal")), figures)
 
 
 def artifact_bytes(run: RunRecord) -> Section:
@@ -338,8 +415,8 @@ def artifact_bytes(run: RunRecord) -> Section:
         f"Artifact {table.total_bytes:,} + code {code:,} = {total:,} bytes of {pack.limit_bytes:,}: {fits}."
     )
     note, figures = _plot(
-        lambda canvas: treemap.paint_treemap(canvas, table),
-        treemap.SIZE,
+        lambda canvas: plots.paint_treemap(canvas, table),
+        plots.TREEMAP_SIZE,
         "Treemap of the artifact: one rectangle per tensor, with an area in proportion to its bytes.",
         "Tensors of the artifact; areas are in proportion to the stored bytes.",
     )
@@ -355,13 +432,12 @@ def audit(run: RunRecord) -> Section:
     return Section("Audit", text, (findings_table(findings),))
 
 
-def _verdict(tree: dict[str, Any]) -> str:
+def _verdict(tree: Tree) -> str:
     findings = tree.get("findings") or []
     failed = [f["id"] for f in findings if f["passed"] is False]
     held, skipped = (sum(f["passed"] is answer for f in findings) for answer in (True, None))
-    text = f"{held} of {len(findings)} properties hold"
-    if skipped:
-        text += f", {skipped} could not be checked"
+    unclear = f", {skipped} could not be checked" if skipped else ""
+    text = f"{held} of {len(findings)} properties hold{unclear}"
     return f"FAILED: {', '.join(failed)} ({text})" if failed else text
 
 
@@ -369,18 +445,16 @@ def environment(run: RunRecord) -> Section:
     """List the machine and the versions that training recorded."""
     if not run.environment:
         return Section("Environment", "There is no env.json: machine and versions are unknown.")
-    rows = [
-        (name.replace("_", " "), "none" if value is None else value)
-        for name, value in run.environment.items()
-    ]
+    rows = [(key.replace("_", " "), "none" if v is None else v) for key, v in run.environment.items()]
     return Section("Environment", "As recorded by training.", (Table(("property", "value"), rows),))
 
 
 def _plot(
-    paint: Callable[[Canvas], None], size: tuple[float, float], alt: str, caption: str = ""
+    paint: drawing.Paint, size: tuple[float, float], alt: str, caption: str = ""
 ) -> tuple[str, tuple[Figure, ...]]:
-    """Draw one figure; if it cannot be drawn, return a paragraph that says why instead."""
+    """Draw a figure for light and dark screens; if that fails, return a paragraph that says why instead."""
     try:
-        return "", (html_page.figure(paint, size, alt=alt, caption=caption),)
+        light, dark = (drawing.png(paint, size, dark=dark) for dark in (False, True))
     except PgolfError as error:
         return f"\n\nNo plot: {error}.", ()
+    return "", (Figure(light, dark, caption, alt),)

@@ -4,18 +4,49 @@ All methods are first order (Finn et al. 2017): the gradient after the inner ste
 before it. docs/meta.md has the formulas, and where the originals' texts and programs disagree.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 
-from pgolf_fast.config.meta import MetaConfig
-from pgolf_fast.model.bank import make_banks
+from pgolf_fast.config.schema import MetaConfig
+from pgolf_fast.model.bank import BANK_NAMES, make_banks
 from pgolf_fast.model.gpt import GPT
-from pgolf_fast.train.meta.rates import SlotRates
 
 # (tokens, targets), each (B, T)
 Batch = tuple[Tensor, Tensor]
+
+
+class SlotRates(nn.Module):
+    """A factor on the inner learning rate for each bank slot, initially 1 (MetaSGD: Li et al. 2017, PR 1502).
+
+    They belong to the trainer: checkpoints and metrics.jsonl have them, saved weights and artifact do not.
+    """
+
+    def __init__(self, model: GPT):
+        super().__init__()
+        for name, bank in zip(BANK_NAMES, model.bank_parameters(), strict=True):
+            self.register_parameter(name, nn.Parameter(bank.new_ones(len(bank))))
+
+    def scale(self, steps: list[Tensor]) -> list[Tensor]:
+        """Multiply each slot of these four (slots, rows, cols) by its rate."""
+        return [step * rate[:, None, None] for step, rate in zip(steps, self.parameters(), strict=True)]
+
+    @torch.no_grad()
+    def receive(self, outer: list[Tensor], steps: list[Tensor], inner_lr: float) -> None:
+        """Add the rates' gradient, given `outer`, that of the banks `bank - inner_lr * rate * step`."""
+        for rate, gradient, step in zip(self.parameters(), outer, steps, strict=True):
+            added = -inner_lr * (gradient * step).sum(dim=(1, 2))  # the chain rule
+            rate.grad = added if rate.grad is None else rate.grad + added
+
+    def values(self) -> dict[str, list[float]]:
+        """Return the rates by bank, one for each slot."""
+        return {name: rate.tolist() for name, rate in self.named_parameters()}
+
+    def summary(self) -> str:
+        """Return one line with the range and mean of each bank's rates."""
+        return "; ".join(
+            f"{name} {min(rates):.3f} to {max(rates):.3f}, mean {sum(rates) / len(rates):.3f}"
+            for name, rates in self.values().items()
+        )
 
 
 def meta_step(
@@ -60,10 +91,7 @@ def meta_step(
 
 
 def halves(tokens: Tensor, targets: Tensor, *, across_batch: bool) -> tuple[Batch, Batch]:
-    """Split a batch into inner and outer half: by sequences if `across_batch`, else each sequence in two.
-
-    A batch of one sequence is always split in time.
-    """
+    """Split a batch into inner and outer half: by sequence if `across_batch` and B > 1, else in time."""
     dim = 0 if across_batch and len(tokens) > 1 else 1
     sizes = [tokens.shape[dim] // 2, -(-tokens.shape[dim] // 2)]
     (x, outer_x), (y, outer_y) = tokens.split(sizes, dim), targets.split(sizes, dim)

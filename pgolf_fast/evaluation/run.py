@@ -1,16 +1,14 @@
 """Score a run folder or an artifact, and estimate the time that takes."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from pgolf_fast.artifact.load import LoadedModel, load
 from pgolf_fast.config.fields import run_config_to_dict, with_fields
-from pgolf_fast.config.run_folder import RunFolder, Weights
+from pgolf_fast.config.run_folder import RunFolder, RunPath, Weights
 from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.data.source import Source, open_source
 from pgolf_fast.distributed import World, this_process
@@ -33,26 +31,25 @@ def open_run(
     Raises PgolfError if the weights are missing, or the tokens were made by another tokenizer than the run's.
     """
     folder.weights_file(weights)  # the first thing to complain about
+    source, stream = _open_data(config, device, folder.tokenizer_file)
+    return load(folder, weights, config=config, tokenizer=source.tokenizer, device=device), stream
+
+
+def _open_data(
+    config: RunConfig, device: torch.device, tokenizer: Path | None = None
+) -> tuple[Source, Stream]:
+    """Open the validation tokens. Raises PgolfError if they were made by another tokenizer than that one."""
     source = open_source(config.data, config.model.vocab_size)
-    _check_tokenizer(source, folder.tokenizer_file)
-    loaded = load(folder, weights, config=config, tokenizer=source.tokenizer, device=device)
-    return loaded, _stream(source, config, device)
-
-
-def _stream(source: Source, config: RunConfig, device: torch.device) -> Stream:
-    return Stream(source.validation(config.eval_seq_len), source.table, device)
-
-
-def _check_tokenizer(source: Source, own: Path) -> None:
-    if source.tokenizer.path.read_bytes() != own.read_bytes():
+    if tokenizer is not None and source.tokenizer.path.read_bytes() != tokenizer.read_bytes():
         raise PgolfError(
             f"the shards in {source.folder} belong to tokenizer {source.tokenizer.path}, the run to another "
-            f"({own}): use shards made with the run's, or name it with --tokenizer"
+            f"({tokenizer}): use shards made with the run's, or name it with --tokenizer"
         )
+    return source, Stream(source.validation(config.eval_seq_len), source.table, device)
 
 
 def score(
-    model: str | Path | RunFolder | LoadedModel,
+    model: RunPath | LoadedModel,
     weights: Literal["auto", "artifact", "float"] = "auto",
     *,
     data: str | Path | None = None,
@@ -77,9 +74,7 @@ def score(
         return score_run(folder, config, weights, allow_illegal=allow_illegal)
     loaded = model if isinstance(model, LoadedModel) else load(model, weights, tokenizer=tokenizer)
     config = with_fields(loaded.config, fields)
-    source = open_source(config.data, config.model.vocab_size)
-    _check_tokenizer(source, loaded.need_tokenizer().path)
-    stream = _stream(source, config, loaded.model.qo_bank.device)
+    _, stream = _open_data(config, loaded.model.qo_bank.device, loaded.need_tokenizer().path)
     return three_scores(loaded.model, stream, config, loaded.grid, allow_illegal=allow_illegal)
 
 
@@ -111,25 +106,18 @@ def score_run(
         model, stream, config, loaded.grid, world=world, resume=resume, allow_illegal=allow_illegal
     )
     if world.is_main:
-        write_text(result, json.dumps(_report(scores, loaded, weights, tree), indent=2) + "\n")
+        classes = token_classes(loaded.need_tokenizer())
+        shown = {name: figures(scorer, classes).to_dict() for name, scorer in scores.scorers.items()}
+        report = {
+            "weights": weights,
+            "artifact_sha256": loaded.sha256,
+            "eval": tree["eval"],
+            "ttt": tree["ttt"],
+        }
+        write_text(result, json.dumps(report | scores.to_dict() | {"figures": shown}, indent=2) + "\n")
         if resume is not None:
             resume.forget()
     return scores
-
-
-def _report(
-    scores: ThreeScores, loaded: LoadedModel, weights: Weights, tree: dict[str, Any]
-) -> dict[str, Any]:
-    """Contents of a scores file."""
-    classes = token_classes(loaded.need_tokenizer())
-    return {
-        "weights": weights,
-        "artifact_sha256": loaded.sha256,
-        "eval": tree["eval"],
-        "ttt": tree["ttt"],
-        **scores.to_dict(),
-        "figures": {name: figures(scorer, classes).to_dict() for name, scorer in scores.scorers.items()},
-    }
 
 
 def estimate_run(folder: RunFolder | None, config: RunConfig, weights: Weights) -> tuple[list[Estimate], str]:
@@ -137,21 +125,13 @@ def estimate_run(folder: RunFolder | None, config: RunConfig, weights: Weights) 
 
     Without a run, or before it has such weights, these are freshly initialized.
     """
-    device = this_process().device
-    path = None
-    if folder is not None:
-        path = folder.artifact_file if weights == "artifact" else folder.model_file
-    if folder is None or path is None or not path.is_file():
-        source = open_source(config.data, config.model.vocab_size)
-        model = _new_model(source, config, device)
-        return estimate(model, _stream(source, config, device), config), "new weights"
-    loaded, stream = open_run(folder, config, weights, device)
-    name = "the artifact" if weights == "artifact" else "the float weights"
-    return estimate(loaded.model, stream, loaded.config, loaded.grid), name
-
-
-def _new_model(source: Source, config: RunConfig, device: torch.device) -> GPT:
+    device, artifact = this_process().device, weights == "artifact"
+    if folder is not None and (folder.artifact_file if artifact else folder.model_file).is_file():
+        loaded, stream = open_run(folder, config, weights, device)
+        name = "the artifact" if artifact else "the float weights"
+        return estimate(loaded.model, stream, loaded.config, loaded.grid), name
+    source, stream = _open_data(config, device)
     choose_kernels(config.kernels, device)
     dtype = resolve_dtype(config.train.compute_dtype, device)
-    leading = torch.from_numpy(source.table.has_leading_space)
-    return GPT(config.model, leading, compute_dtype=dtype).to(device)
+    model = GPT(config.model, torch.from_numpy(source.table.has_leading_space), compute_dtype=dtype)
+    return estimate(model.to(device), stream, config), "new weights"

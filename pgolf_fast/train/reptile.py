@@ -7,8 +7,6 @@ steps, on its own segments, and the results are averaged. Quantization-aware tra
 inner steps then read rounded weights, with straight-through gradients.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -16,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pgolf_fast import ops
-from pgolf_fast.config.meta import ReptileConfig
+from pgolf_fast.config.schema import ReptileConfig
 from pgolf_fast.model.bank import transformed
 from pgolf_fast.model.gpt import GPT
 
