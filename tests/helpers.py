@@ -1,6 +1,6 @@
 """Helpers shared by test files: accuracy assertions, memory layouts, a tiny network."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +8,6 @@ from torch import Tensor
 
 from pgolf_fast.config.schema import ModelConfig
 from pgolf_fast.ops import judge
-from pgolf_fast.ops.judge import results
 from pgolf_fast.quant.gptq import gptq
 
 
@@ -25,9 +24,55 @@ def assert_as_accurate(got, low, exact, factor=2.0, atol=1e-6):
     assert verdict.ok, f"{verdict}, {factor} times eager's"
 
 
+def results(
+    function: Callable[..., Any], inputs: Sequence[Tensor | None], douts: Sequence[Tensor] | None = None
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Return outputs of `function(*inputs)`, gradients of its floating-point inputs, and incoming gradients.
+
+    Without `douts`, incoming gradients are random.
+    """
+    leaves = [t if t is None else t.detach().requires_grad_(t.is_floating_point()) for t in inputs]
+    out = function(*leaves)
+    outs = list(out) if isinstance(out, (tuple, list)) else [out]
+    douts = list(douts or [torch.randn(o.shape, dtype=o.dtype, device=o.device) for o in outs])
+    floats = [t for t in leaves if t is not None and t.requires_grad]
+    grads = torch.autograd.grad(outs, floats, [d.to(o.dtype) for d, o in zip(douts, outs, strict=True)])
+    return [o.detach() for o in outs], list(grads), douts
+
+
+def compare(
+    op: Callable[..., Any],
+    formula: Callable[..., Any],
+    inputs: Sequence[Tensor | None],
+    *,
+    eager: Callable[..., Any] | None = None,
+    factor: float = judge.FACTOR,
+) -> list[judge.Verdict]:
+    """Compare outputs and every gradient of `op(*inputs)` with `formula` in float64.
+
+    The yardstick is `eager` (by default the formula itself) in the dtype of the inputs. Raises TypeError if
+    the dtypes of results differ from the yardstick's.
+    """
+    outs, grads, douts = results(op, inputs)
+    low_outs, low_grads, _ = results(eager or formula, inputs, douts)
+    wide = [t.double() if t is not None and t.is_floating_point() else t for t in inputs]
+    exact_outs, exact_grads, _ = results(formula, wide, douts)
+    for got, low in zip(outs + grads, low_outs + low_grads, strict=True):
+        if got.dtype != low.dtype:
+            raise TypeError(f"a result has dtype {got.dtype}, but the formula's has {low.dtype}")
+    exact = _named(exact_outs, exact_grads)
+    truth = judge.Truth(exact, _named(low_outs, low_grads), tuple(douts), judge.coarsest(inputs))
+    return judge.verdicts(_named(outs, grads), truth, factor)
+
+
+def _named(outs: Sequence[Tensor], grads: Sequence[Tensor]) -> dict[str, Tensor]:
+    names: Iterator[str] = (f"{kind}{i}" for kind, n in (("out", outs), ("d ", grads)) for i in range(len(n)))
+    return dict(zip(names, (*outs, *grads), strict=True))
+
+
 def assert_matches_float64(op, formula, inputs: Sequence[Tensor | None], *, eager=None, factor=2.0) -> None:
-    """Outputs and every gradient of `op` agree with `formula` in float64 (see `judge.compare`)."""
-    verdicts = judge.compare(op, formula, inputs, eager=eager, factor=factor)
+    """Outputs and every gradient of `op` agree with `formula` in float64 (see `compare`)."""
+    verdicts = compare(op, formula, inputs, eager=eager, factor=factor)
     assert all(verdict.ok for verdict in verdicts), "; ".join(map(str, verdicts))
 
 

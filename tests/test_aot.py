@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pgolf_fast.bench import aot
-from pgolf_fast.bench.compile_only import SHARED_LIMIT, Compiled
+from pgolf_fast.bench.aot import SHARED_LIMIT, Compiled
 from pgolf_fast.errors import PgolfError
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton")
@@ -123,7 +123,7 @@ def test_products_are_seen_through_device_functions(tmp_path, monkeypatch):
         "@triton.jit\ndef plain_kernel(a):\n    tl.sum(a)\n\n"
         "def host_kernel(a):\n    tl.dot(a, a)\n"
     )
-    monkeypatch.setattr(aot, "_kernel_folders", lambda: [tmp_path])
+    monkeypatch.setattr(aot, "kernel_files", lambda: sorted(tmp_path.glob("*.py")))
     assert aot.kernels_in_source() == {"far_kernel": True, "near_kernel": True, "plain_kernel": False}
 
 

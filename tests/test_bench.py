@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from pgolf_fast.bench import peers, plots, registry, run, store, timer
-from pgolf_fast.bench.plan import bench_plan
 from pgolf_fast.bench.roofline import Roof
+from pgolf_fast.bench.run import bench_plan
 from pgolf_fast.cli import kernels, main
 from pgolf_fast.cli.options import parse
 from pgolf_fast.config.presets import exp101, tiny

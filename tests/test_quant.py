@@ -327,9 +327,11 @@ class Recorder:
 
     def attention_input(self, layer, x, value_embed):
         m, c = self.model, self.model.config
-        args = m.qo_bank, m.kv_bank, m.blocks[layer].attn.q_gain, value_embed, *self.tables
+        qo_bank = m.qo_bank.clone()
+        qo_bank[c.num_layers + layer] = torch.eye(c.model_dim)  # leaves the input of the output projection
+        args = qo_bank, m.kv_bank, m.blocks[layer].attn.q_gain, value_embed, *self.tables
         self.inputs[hessian_name(layer, "attn_in")] = x
-        self.inputs[hessian_name(layer, "attn_out")] = reference.attention_context(
+        self.inputs[hessian_name(layer, "attn_out")] = reference.gqa_attention(
             x, *args, layer, c.num_kv_heads, m.uses_xsa(layer)
         )
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pgolf_fast.bench import timer, tune
-from pgolf_fast.bench.plan import tune_table
+from pgolf_fast.bench.tune import tune_table
 from pgolf_fast.cli import main
 from pgolf_fast.config.presets import tiny
 from pgolf_fast.errors import PgolfError

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pgolf_fast import ops
-from pgolf_fast.bench import formulas
+from pgolf_fast.bench import peers
 from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.model.bank import Banks
 from pgolf_fast.model.gpt import GPT
@@ -29,9 +29,8 @@ def attention(x, qo_bank, kv_bank, q_gain, value_embed, cos, sin, slot, *, num_k
     """Compute `ops.gqa_attention` by PyTorch's scaled dot-product attention."""
     n = len(qo_bank) // 2
     weights = qo_bank[slot], kv_bank[slot], kv_bank[n + slot], qo_bank[n + slot]
-    return formulas.sdpa_attention(
-        x, *weights, q_gain, value_embed, cos, sin, num_kv_heads=num_kv_heads, xsa=xsa
-    )
+    settings = {"value_embed": value_embed, "num_kv_heads": num_kv_heads, "xsa": xsa}
+    return peers.sdpa_attention(x, *weights, q_gain, cos=cos, sin=sin, **settings)
 
 
 def ngram(tokens, table, spaces, scale, boost, *, pos_conditional, trigram, out_dtype=None) -> Tensor:
@@ -41,7 +40,7 @@ def ngram(tokens, table, spaces, scale, boost, *, pos_conditional, trigram, out_
 
 PLAIN: dict[str, Callable[..., object]] = {
     "gqa_attention": attention,
-    "mlp": lambda x, up, down, slot, kind, **_: formulas.mlp(x, up[slot], down[slot], kind),
+    "mlp": lambda x, up, down, slot, kind, **_: peers.plain_mlp(x, up[slot], down[slot], kind),
     "residual_norm": reference.residual_norm,
     "smear_gate": reference.smear_gate,
     "softcap_cross_entropy": reference.softcap_cross_entropy,

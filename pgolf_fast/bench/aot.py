@@ -1,25 +1,31 @@
 """`pgolf aot`: compile every kernel at the shapes of presets, for GPUs that need not be present.
 
 The cases run the public ops, forward and backward, so what is compiled is what training launches: the same
-tiles, the same specialization on strides and alignment.
+tiles, the same specialization on strides and alignment. A Triton driver that needs no GPU compiles launches
+and records them. All else is real: Triton's compiler, the assembler that ships with it, and the limit on
+shared memory. Works with triton 3.6 to 3.9.
 """
-
-from __future__ import annotations
 
 import ast
 import importlib.util
+import itertools
 import json
+import re
+import shutil
+import subprocess
+import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from pgolf_fast import console
 from pgolf_fast.bench import registry
-from pgolf_fast.bench.compile_only import SHARED_LIMIT, Compiled, compile_only
 from pgolf_fast.bench.peers import forced_attention
 from pgolf_fast.config.presets import preset
 from pgolf_fast.config.schema import RunConfig
@@ -28,9 +34,153 @@ from pgolf_fast.io import write_text
 from pgolf_fast.ops import cases, tiles
 from pgolf_fast.ops.cases import CASES
 from pgolf_fast.ops.ngram_hash import choose_table_gradient
+from pgolf_fast.ops.tuned import kernel_files
 
 TOKENS = 2048
 DTYPE = torch.bfloat16
+_devices = itertools.count(1000)
+
+# Maximum shared memory of one block in bytes, by compute capability (CUDA C programming guide).
+SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+
+
+@dataclass
+class Compiled:
+    """The assembler's report on one specialization of a kernel."""
+
+    kernel: str
+    arch: int
+    warps: int
+    stages: int
+    registers: int
+    spill_bytes: int
+    """Stack and local memory; 0 if nothing spilled."""
+    shared_bytes: int
+    instructions: Counter[str] = field(default_factory=Counter)
+    """Count of each opcode in the machine code."""
+    launches: list[tuple[int, int, int]] = field(default_factory=list)
+    """The grid of every launch."""
+
+    def count(self, fragment: str) -> int:
+        """Count instructions whose opcode contains `fragment`."""
+        return sum(n for opcode, n in self.instructions.items() if fragment in opcode)
+
+
+def _tool(name: str) -> str:
+    import triton.backends.nvidia as nvidia
+
+    shipped = Path(nvidia.__file__).parent / "bin" / name
+    found = str(shipped) if shipped.exists() else shutil.which(name)
+    if found is None:
+        raise PgolfError(f"{name} is needed to read compiled kernels; it comes with Triton and with CUDA")
+    return found
+
+
+def _inspect(cubin: bytes) -> tuple[dict[str, int], Counter[str]]:
+    """Return resource usage and opcode counts of a device binary."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage, code = (
+            subprocess.run([_tool(tool), flag, path], capture_output=True, text=True, check=True).stdout
+            for tool, flag in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
+        )
+    numbers = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", usage)}
+    opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\S+\s+)?([A-Z][A-Z0-9_]*)", code, re.MULTILINE)
+    return numbers, Counter(opcodes)
+
+
+class _Launcher:
+    """A replacement for Triton's C launcher that records the grid, and the compiler's warps and stages."""
+
+    def __init__(self, source: object, metadata: Any):
+        self.warps, self.stages = metadata.num_warps, metadata.num_stages
+
+    def __call__(self, x: int, y: int, z: int, stream: int, function: Compiled, *rest: object) -> None:
+        function.warps, function.stages = self.warps, self.stages
+        function.launches.append((x, y, z))
+
+
+class _Driver:
+    """The methods of Triton's CUDA driver that compiling a launch needs."""
+
+    launcher_cls = _Launcher
+
+    def __init__(self, arch: int):
+        self.arch, self.device = arch, next(_devices)
+        self.utils = self
+        self.compiled: list[Compiled] = []
+
+    def is_active(self) -> bool:
+        return True
+
+    def get_current_target(self) -> object:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        # Triton caches compiled kernels by device: a new number makes it compile again.
+        return self.device
+
+    def set_current_device(self, device: int) -> None:
+        pass
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_device_interface(self) -> object:
+        return torch.cpu
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        fixed = {"multiprocessor_count": 132, "max_num_regs": 65536, "warpSize": 32}
+        unused = dict.fromkeys(("mem_clock_rate", "mem_bus_width", "sm_clock_rate"), 1)
+        return {"max_shared_mem": SHARED_LIMIT[self.arch], **fixed, **unused}
+
+    def load_binary(
+        self, name: str, cubin: bytes, shared: int, device: int
+    ) -> tuple[Compiled, Compiled, int, int, int]:
+        usage, opcodes = _inspect(cubin)
+        spill = usage.get("STACK", 0) + usage.get("LOCAL", 0)
+        entry = Compiled(name, self.arch, 0, 0, usage.get("REG", 0), spill, shared, opcodes)
+        self.compiled.append(entry)
+        # The first is the module; without one, Triton would load the binary again at every launch.
+        return entry, entry, entry.registers, spill, 1024
+
+    def unload_module(self, module: object) -> None:
+        pass
+
+    def map_python_to_cpp_type(self, kind: str) -> str:
+        return kind
+
+    def assemble_tensormap_to_arg(self, information: object, arguments: object) -> object:
+        return arguments
+
+
+@contextmanager
+def compile_only(arch: int) -> Iterator[list[Compiled]]:
+    """Make Triton launches (on CPU tensors) compile for compute capability `arch` (90 is sm_90).
+
+    Yields a list that receives one entry per specialization. Raises PgolfError if Triton was imported with
+    its interpreter on, or `arch` is not in SHARED_LIMIT.
+    """
+    import triton
+    from triton.runtime.driver import driver
+
+    if arch not in SHARED_LIMIT:
+        raise PgolfError(f"no architecture sm_{arch}: use one of {', '.join(map(str, SHARED_LIMIT))}")
+    if triton.knobs.runtime.interpret:
+        raise PgolfError("TRITON_INTERPRET=1 is set: kernels cannot be compiled in this process")
+    stand_in = _Driver(arch)
+    before = getattr(driver, "_active", None)
+    driver.set_active(stand_in)
+    try:
+        yield stand_in.compiled
+    finally:
+        driver._active = before
 
 
 @dataclass(frozen=True)
@@ -43,7 +193,8 @@ class Row:
     def cells(self) -> tuple[object, ...]:
         c = self.compiled
         numbers = (c.warps, c.stages, c.registers, c.spill_bytes, c.shared_bytes)
-        return (c.kernel, f"sm_{c.arch}", *numbers, c.tensor_core_instructions, c.tma_instructions, self.case)
+        # HMMA and similar on Ampere, HGMMA on Hopper, UTC*MMA on Blackwell; bulk copies from Hopper on
+        return (c.kernel, f"sm_{c.arch}", *numbers, c.count("MMA"), c.count("UTMA"), self.case)
 
     def record(self) -> dict[str, object]:
         return dict(zip((name.replace(" ", "_") for name in HEADER), self.cells(), strict=True))
@@ -80,20 +231,23 @@ def compile_presets(
     """
     if importlib.util.find_spec("triton") is None:
         raise PgolfError("Triton is not installed, and `pgolf aot` compiles with it: pip install triton")
+    from triton.runtime.errors import OutOfResources
+
     configs = [preset(name) for name in names]
     rows: list[Row] = []
     misfits: list[str] = []
     for arch in architectures:
         with compile_only(arch) as compiled, tiles.kernels_on_cpu(row_of(arch)):
-            for config in configs:
-                for case, tokens in _cases(config, only):
-                    for what, around in (("", nullcontext), SETTINGS.get(case, ("", None))):
-                        if around is None:
-                            continue
-                        before, label = len(compiled), f"{case} {what}".strip()
+            for config, (case, tokens) in ((c, one) for c in configs for one in _cases(c, only)):
+                settings = [("", nullcontext), *([SETTINGS[case]] if case in SETTINGS else [])]
+                for what, around in settings:
+                    before, label = len(compiled), f"{case} {what}".strip()
+                    try:
                         with around():
-                            misfits += _run(label, partial(run_case, case, config, tokens), arch)
-                        rows += [Row(label, entry) for entry in compiled[before:]]
+                            run_case(case, config, tokens)
+                    except OutOfResources as error:
+                        misfits.append(f"{label} does not fit sm_{arch}: {error}")
+                    rows += [Row(label, entry) for entry in compiled[before:]]
     return rows, list(dict.fromkeys(misfits))
 
 
@@ -122,16 +276,6 @@ def row_of(arch: int) -> str:
     return "sm80" if arch < 90 else "sm90" if arch < 100 else "sm100"
 
 
-def _run(case: str, run: Callable[[], None], arch: int) -> list[str]:
-    from triton.runtime.errors import OutOfResources
-
-    try:
-        run()
-    except OutOfResources as error:
-        return [f"{case} does not fit sm_{arch}: {error}"]
-    return []
-
-
 def table(rows: Sequence[Row]) -> str:
     """Return all rows as text, sorted by architecture and kernel."""
     cells = sorted((row.cells() for row in rows), key=lambda c: (int(str(c[1])[3:]), c))
@@ -157,8 +301,7 @@ def problems(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         entry = row.compiled
         name = f"{entry.kernel} on sm_{entry.arch} ({row.case})"
-        if entry.shared_bytes > SHARED_LIMIT[entry.arch]:
-            limit = SHARED_LIMIT[entry.arch]
+        if entry.shared_bytes > (limit := SHARED_LIMIT[entry.arch]):
             lines.append(f"{name}: {entry.shared_bytes} bytes of shared memory, but there are {limit}")
         if entry.arch == 90 and entry.spill_bytes:
             lines.append(f"{name}: {entry.spill_bytes} bytes of registers spill to memory")
@@ -176,38 +319,17 @@ def unreached(rows: Sequence[Row]) -> list[str]:
 def kernels_in_source() -> dict[str, bool]:
     """Return every kernel of kernels/*.py, and True if it or a function it calls multiplies matrices."""
     calls: dict[str, set[str]] = {}
-    for folder in _kernel_folders():
-        for path in sorted(folder.glob("*.py")):
-            for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                if isinstance(function, ast.FunctionDef) and _is_jit(function):
-                    calls.setdefault(function.name, set()).update(_called(function))
-    return {name: _reaches_dot(name, calls) for name in sorted(calls) if name.endswith("_kernel")}
-
-
-def _kernel_folders() -> Iterator[Path]:
-    spec = importlib.util.find_spec("pgolf_fast.kernels")
-    yield from map(Path, spec.submodule_search_locations or () if spec else ())
+    for path in kernel_files():
+        for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(function, ast.FunctionDef) and _is_jit(function):
+                named = (ast.unparse(node.func) for node in ast.walk(function) if isinstance(node, ast.Call))
+                words = ("tl.dot" if "tl.dot" in name else name.split(".")[-1] for name in named)
+                calls.setdefault(function.name, set()).update(words)
+    multiply = {name for name, called in calls.items() if "tl.dot" in called}
+    while callers := {name for name, called in calls.items() if called & multiply} - multiply:
+        multiply |= callers
+    return {name: name in multiply for name in sorted(calls) if name.endswith("_kernel")}
 
 
 def _is_jit(function: ast.FunctionDef) -> bool:
     return any(ast.unparse(decorator).split("(")[0].endswith("jit") for decorator in function.decorator_list)
-
-
-def _called(function: ast.FunctionDef) -> Iterator[str]:
-    for node in ast.walk(function):
-        if isinstance(node, ast.Call):
-            yield (
-                ast.unparse(node.func).split(".")[-1] if "tl.dot" not in ast.unparse(node.func) else "tl.dot"
-            )
-
-
-def _reaches_dot(name: str, calls: dict[str, set[str]]) -> bool:
-    seen, waiting = set(), [name]
-    while waiting:
-        current = waiting.pop()
-        if current == "tl.dot":
-            return True
-        if current in calls and current not in seen:
-            seen.add(current)
-            waiting += calls[current]
-    return False

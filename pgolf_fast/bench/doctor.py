@@ -1,9 +1,5 @@
 """`pgolf doctor`: versions, the implementation that each op runs, and whether it is right on this machine."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-
 import torch
 from torch._library.custom_ops import OPDEFS
 
@@ -21,25 +17,19 @@ def examine(*, check: bool, table: bool = False) -> tuple[str, bool]:
         return f'{ops_table()}\n\nyes / no; "-": not meant to have one', True
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = resolve_dtype("auto", device)
-    parts = [str(facts(dtype)), str(implementations(device, dtype)), str(attention(device))]
+    facts = [(name, str(value)) for name, value in environment().items()]
+    parts = [
+        str(Table(None, [*facts, ("compute dtype 'auto'", str(dtype).removeprefix("torch."))])),
+        str(implementations(device, dtype)),
+        str(Table(("attention", "what it is", "here"), attention_backend.available(device))),
+    ]
     wrong: list[str] = []
     if check:
         rows = check_ops(device, dtype)
-        parts.append(str(check_table(rows)))
+        parts.append(str(Table(("op", "dtype", "by", "compared", "error / allowed", "verdict"), rows)))
         wrong = list(dict.fromkeys(op for row in rows if row[-1] != "ok" for op in cases.CASES[row[0]].ops))
         parts += [f"do not use: {', '.join(wrong)}"] if wrong else []
     return "\n\n".join(parts), not wrong
-
-
-def facts(dtype: torch.dtype) -> Table:
-    """Return versions and machine."""
-    rows = [(name, str(value)) for name, value in environment().items()]
-    return Table(None, [*rows, ("compute dtype 'auto'", str(dtype).removeprefix("torch."))])
-
-
-def attention(device: torch.device) -> Table:
-    """Return the backends of attention and whether this machine has them."""
-    return Table(("attention", "what it is", "here"), attention_backend.available(device))
 
 
 def implementations(device: torch.device, dtype: torch.dtype) -> Table:
@@ -59,9 +49,8 @@ def _implementation(op: str, device: torch.device, dtype: torch.dtype) -> str:
         return f"Triton, tiles for {tiles.architecture(device)}" if device.type == "cuda" else "Triton"
     if device.type != "cuda":
         return "PyTorch"
-    return "PyTorch" + (
-        ", by choice" if tiles.implementation(op) == "torch" else ": Triton does not support this GPU"
-    )
+    by_choice = tiles.implementation(op) == "torch"
+    return "PyTorch, by choice" if by_choice else "PyTorch: Triton does not support this GPU"
 
 
 def public_ops() -> list[str]:
@@ -82,12 +71,9 @@ def ops_table() -> Table:
         definition, kernel = OPDEFS[f"pgolf::{name}"], kernels_of(name)
         cuda = tiles.implementation(kernel) if kernel else "torch" if _has(name, "CUDA") else "-"
         fake, autograd = definition._abstract_fn is not None, definition._backward_fn is not None
-        rows.append((name, *map(_said, (_has(name, "CPU"), cuda, fake)), "yes" if autograd else "-"))
+        cpu, faked = ("yes" if has else "no" for has in (_has(name, "CPU"), fake))
+        rows.append((name, cpu, cuda, faked, "yes" if autograd else "-"))
     return Table(("op", "cpu", "cuda", "fake", "autograd"), rows)
-
-
-def _said(value: bool | str) -> str:
-    return value if isinstance(value, str) else "yes" if value else "no"
 
 
 def _has(name: str, device: str) -> bool:
@@ -100,11 +86,6 @@ def check_ops(device: torch.device, dtype: torch.dtype) -> list[Row]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return [_check(name, device, kind) for name in cases.CASES for kind in _dtypes(name, device, dtype)]
-
-
-def check_table(rows: Sequence[Row]) -> Table:
-    """Return the rows of `check_ops` as a table."""
-    return Table(("op", "dtype", "by", "compared", "error / allowed", "verdict"), rows)
 
 
 def _dtypes(name: str, device: torch.device, dtype: torch.dtype) -> list[torch.dtype]:

@@ -1,7 +1,5 @@
 """Other implementations of a case: eager PyTorch, torch.compile with several settings, and other packages."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import importlib
@@ -15,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from pgolf_fast.bench import formulas
-from pgolf_fast.ops import attention_backend, reference
+from pgolf_fast.model.attention import attend
+from pgolf_fast.ops import attention_backend, reference, reference_bytes
 from pgolf_fast.ops.case import Case, Contender, Inputs, Outputs
 
 # Peers round at other places than ours and may accumulate in low precision: they get more room.
@@ -49,9 +47,7 @@ def plain_inputs(case: Case) -> Inputs:
     banks = {bank for bank, _ in case.weights.values()}
     inputs = {name: t for name, t in case.inputs.items() if name not in banks}
     for weight, (bank, slot) in case.weights.items():
-        tensor = case.inputs[bank]
-        assert tensor is not None
-        inputs[weight] = tensor.detach()[slot].clone().requires_grad_()
+        inputs[weight] = case.inputs[bank].detach()[slot].clone().requires_grad_()
     return inputs
 
 
@@ -64,15 +60,40 @@ def formulas_of(case: Case) -> dict[str, Formula]:
     """Return the formulas of a case by peer name; "eager" is its definition."""
     if case.kernels == "mlp":
         activation = case.name.removeprefix("mlp-")
-        return {"eager": Formula(lambda x, up, down: (formulas.mlp(x, up, down, activation),))}
+        return {"eager": Formula(lambda x, up, down: (plain_mlp(x, up, down, activation),))}
     if case.kernels == "gqa_attention":
         return _attention_formulas(case)
     if case.kernels == "int6_matmul":
-        return {
-            "eager": Formula(lambda **t: (formulas.int6_matmul(**t),)),
-            "dense": Formula(_dense(case)),
-        }
+        return {"eager": Formula(lambda **t: (unpacked_matmul(**t),)), "dense": Formula(_dense(case))}
     return {"eager": Formula(case.reference)}
+
+
+def plain_mlp(x: Tensor, up: Tensor, down: Tensor, activation: str) -> Tensor:
+    """Compute `ops.mlp` from one layer's two weights."""
+    return F.linear(reference.activation(F.linear(x, up), activation), down)
+
+
+def sdpa_attention(
+    x: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, q_gain: Tensor, **settings: Any
+) -> Tensor:
+    """Compute `ops.gqa_attention` from one layer's four weights and PyTorch's attention, all in x's dtype.
+
+    settings: cos, sin, value_embed, num_kv_heads and xsa, as `model.attention.attend` takes them.
+    """
+    q, k, v = (F.linear(x, weight) for weight in (query, key, value))
+    return F.linear(attend(q, k, v, q_gain, inner=_sdpa, dtype=x.dtype, **settings), out)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Compute causal attention of (B, T, heads, hd); the backend is the caller's choice."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+
+def unpacked_matmul(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
+    """Compute `ops.int6_matmul`, unpacking on every call and multiplying in x's dtype."""
+    codes = reference_bytes.unpack_bits(packed, x.shape[-1], 6)
+    return F.linear(x, (codes.to(scale.dtype) * scale[:, None]).to(x.dtype))
 
 
 def _attention_formulas(case: Case) -> dict[str, Formula]:
@@ -81,7 +102,7 @@ def _attention_formulas(case: Case) -> dict[str, Formula]:
         return (reference.gqa_attention(**t, **banks, slot=0, **case.options),)
 
     def sdpa(**t: Any) -> Outputs:
-        return (formulas.sdpa_attention(**t, **case.options),)
+        return (sdpa_attention(**t, **case.options),)
 
     cuda = case.device.type == "cuda"
     return {
@@ -94,10 +115,7 @@ def _attention_formulas(case: Case) -> dict[str, Formula]:
 def _dense(case: Case) -> Callable[..., Outputs]:
     """Return the product with weights unpacked once and kept in x's dtype."""
     eye = torch.eye(case.sizes.dim, dtype=torch.float32, device=case.device)
-    packed, scale = case.inputs["packed"], case.inputs["scale"]
-    assert packed is not None
-    assert scale is not None
-    dense = formulas.int6_matmul(eye, packed, scale).T.to(case.dtype).contiguous()
+    dense = unpacked_matmul(eye, case.inputs["packed"], case.inputs["scale"]).T.to(case.dtype).contiguous()
     return lambda x, packed, scale: (F.linear(x, dense.to(x.dtype)),)
 
 
@@ -208,7 +226,6 @@ def _liger_cross_entropy(case: Case) -> Contender:
 def _liger_swiglu(case: Case) -> Contender:
     liger, inputs = _import("liger_kernel.transformers.functional"), plain_inputs(case)
     up = inputs.pop("up")
-    assert up is not None
     # Liger takes gate rows and up rows apart
     inputs["up_apart"] = torch.cat((up[0::2], up[1::2])).detach().requires_grad_()
 

@@ -1,7 +1,5 @@
 """Cases of `pgolf_fast.ops.cases` at the shapes of a preset."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Roofline of a machine: its limits of arithmetic and memory traffic."""
 
-from __future__ import annotations
-
 import functools
 from dataclasses import dataclass
 

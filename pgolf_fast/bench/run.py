@@ -1,10 +1,9 @@
-"""Measurement: every op, mode and peer that a plan asks for, each judged before it is timed."""
+"""`pgolf bench`: every op, mode and peer that a plan asks for, each judged before it is timed."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TypeVar
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -12,17 +11,25 @@ from pgolf_fast import console
 from pgolf_fast.bench import peers, registry
 from pgolf_fast.bench.roofline import roof
 from pgolf_fast.bench.store import Record
-from pgolf_fast.bench.timer import Timing, gpu_state, passed, peak_bytes, time_in_turn
+from pgolf_fast.bench.timer import Timing, deadline_after, gpu_state, passed, peak_bytes, time_in_turn
+from pgolf_fast.config.presets import preset
 from pgolf_fast.config.schema import RunConfig
-from pgolf_fast.ops import cases, judge
+from pgolf_fast.config.shrink import shrink
+from pgolf_fast.errors import PgolfError
+from pgolf_fast.model.runtime import resolve_dtype
+from pgolf_fast.ops import cases, judge, tuned
 from pgolf_fast.ops.case import MODES, Case, Contender, Mode
 
 Result = TypeVar("Result")
+GPU_TOKENS = (98_304, 32_768, 196_608)
+CPU_TOKENS = (2_048,)
+QUICK_TOKENS = (128,)
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure and for how long."""
+    """Ops, sizes and peers to measure, and for how long."""
 
     config: RunConfig
     ops: Sequence[str]
@@ -44,10 +51,60 @@ class Plan:
         return [(name, m) for m in self.tokens for name in free] + fixed
 
 
-def attempt(action: Callable[[], Result]) -> Result | str:
-    """Return the result of `action`, or its error in one line."""
+def bench_plan(
+    name: str,
+    *,
+    ops: Sequence[str] = (),
+    tokens: Sequence[int] = (),
+    modes: Sequence[Mode] = MODES,
+    peer_names: Sequence[str] | None = None,
+    dtype: Dtype = "auto",
+    quick: bool = False,
+    minutes: float | None = None,
+) -> Plan:
+    """Return the plan for a preset on this machine; empty `ops` and `tokens` take all and the usual counts.
+
+    quick: shrink the preset and measure little, to see whether everything runs. Raises PgolfError for unknown
+    names.
+    """
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
+    config = preset(name)
+    usual: tuple[int, ...] = CPU_TOKENS if device is None else GPU_TOKENS
+    chosen: tuple[str, ...] = peers.PEERS
+    seconds, runs = (2.0 if device is None else 0.5), 20
+    if quick:
+        usual, chosen, seconds, runs = QUICK_TOKENS, peers.QUICK, 0.02, 5
+        config = shrink(config, "tiny")
+    for peer in peer_names or ():
+        if peer not in peers.PEERS:
+            raise PgolfError(f"unknown peer {peer!r}: peers are {', '.join(peers.PEERS)}")
+    for count in tokens:
+        if count < 1:
+            raise PgolfError(f"--tokens has {count}; it must be positive")
+    if device is not None and tuned.load_tuned(device) and not quick:
+        console.logger.info("set PGOLF_FAST_TUNE=off to measure the launch table as it is written")
+    if dtype != "auto":
+        compute = getattr(torch, dtype)
+    else:
+        compute = torch.float32 if device is None else resolve_dtype("auto", device)
+    return Plan(
+        config=config,
+        ops=registry.select(ops),
+        tokens=tokens or usual,
+        peers=chosen if peer_names is None else peer_names,
+        dtype=compute,
+        device=device or torch.device("cpu"),
+        modes=[mode for mode in MODES if mode in modes],
+        seconds=seconds,
+        runs=runs,
+        deadline=deadline_after(minutes),
+    )
+
+
+def attempt(action: Callable[..., Result], *arguments: Any) -> Result | str:
+    """Return the result of `action(*arguments)`, or its error in one line."""
     try:
-        return action()
+        return action(*arguments)
     except Exception as error:  # noqa: BLE001 - whatever a contender raises is a result
         text = str(error).strip().splitlines() or [""]
         return f"{type(error).__name__}: {text[0][:300]}"
@@ -68,39 +125,40 @@ def measure(plan: Plan, write: Callable[[Record], None]) -> None:
             continue
         console.logger.info("%s, %d tokens", name, tokens)
         torch._dynamo.reset()  # compiled code of other cases would count towards the recompile limit
-        case = attempt(
-            lambda name=name, tokens=tokens: registry.make_case(  # type: ignore[misc]
-                name, plan.config, tokens, plan.dtype, plan.device
-            )
-        )
+        case = attempt(registry.make_case, name, plan.config, tokens, plan.dtype, plan.device)
         if isinstance(case, str):
             write({**about, "peer": "ours", "mode": "-", "error": case})
             continue
-        about |= {"shape": asdict(case.sizes)}
-        _measure_case(plan, case, lambda record, about=about: write({**about, **record}))  # type: ignore[misc]
+        about["shape"] = asdict(case.sizes)
+        for record in _measure_case(plan, case):
+            write({**about, **record})
         del case
         if plan.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
-def _measure_case(plan: Plan, case: Case, write: Callable[[Record], None]) -> None:
-    contenders = _contenders(plan, case, write)
-    modes = case.modes(plan.modes)
+def _measure_case(plan: Plan, case: Case) -> Iterator[Record]:
+    contenders, modes = [case.ours()], case.modes(plan.modes)
+    for peer in (peer for peer in plan.peers if peers.applies(peer, case)):
+        try:
+            contenders.append(peers.build(peer, case))
+        except peers.UnavailableError as error:
+            yield {"peer": peer, "mode": "-", "error": f"unavailable: {error}"}
     truth = attempt(lambda: judge.truth_of(case, backward=modes[-1] == "fwd+bwd"))
     if isinstance(truth, str):
-        write({"peer": "ours", "mode": "-", "error": f"no reference result: {truth}"})
+        yield {"peer": "ours", "mode": "-", "error": f"no reference result: {truth}"}
         return
     for mode in modes:
         wanted = truth if mode == "fwd+bwd" else replace(truth, douts=())
         errors: dict[str, float] = {}
         for contender in contenders:
             if passed(plan.deadline) and contender.name != "ours":
-                write({"peer": contender.name, "mode": mode, "error": "skipped: out of time"})
+                yield {"peer": contender.name, "mode": mode, "error": "skipped: out of time"}
                 continue
-            verdict = attempt(lambda c=contender, w=wanted: judge.judge(case, c, w))  # type: ignore[misc]
+            verdict = attempt(judge.judge, case, contender, wanted)
             if isinstance(verdict, str) or not verdict.ok:
                 what = verdict if isinstance(verdict, str) else f"refused, wrong result: {verdict}"
-                write({"peer": contender.name, "mode": mode, "error": what})
+                yield {"peer": contender.name, "mode": mode, "error": what}
             else:
                 errors[contender.name] = verdict.error
             if contender.name == "ours" and "ours" not in errors:
@@ -108,20 +166,7 @@ def _measure_case(plan: Plan, case: Case, write: Callable[[Record], None]) -> No
         if "ours" in errors:
             correct = [c for c in contenders if c.name in errors]
             for record in _time(plan, case, mode, correct, truth.douts):
-                write({**record, "largest_error": errors[record["peer"]]})
-
-
-def _contenders(plan: Plan, case: Case, write: Callable[[Record], None]) -> list[Contender]:
-    """Return ours first, then the plan's peers that this machine has."""
-    found = [case.ours()]
-    for peer in plan.peers:
-        if not peers.applies(peer, case):
-            continue
-        try:
-            found.append(peers.build(peer, case))
-        except peers.UnavailableError as error:
-            write({"peer": peer, "mode": "-", "error": f"unavailable: {error}"})
-    return found
+                yield {**record, "largest_error": errors[record["peer"]]}
 
 
 def _time(
@@ -129,22 +174,15 @@ def _time(
 ) -> list[Record]:
     """Return one record per contender, timed in turn."""
     calls: dict[str, Callable[[], object]] = {
-        c.name: c.forward if mode == "fwd" else (lambda c=c: c.both(douts))  # type: ignore[misc]
-        for c in contenders
+        c.name: c.forward if mode == "fwd" else partial(c.both, douts) for c in contenders
     }
     peaks = {name: peak_bytes(call, plan.device) for name, call in calls.items()}
     before = gpu_state(plan.device)
     times = time_in_turn(calls, plan.device, seconds=plan.seconds, runs=plan.runs)
     after = gpu_state(plan.device)
+    states = {"gpu_before": before, "gpu_after": after}
     return [
-        {
-            "peer": name,
-            "mode": mode,
-            **figures(case, mode, timing),
-            "peak_bytes": peaks[name],
-            "gpu_before": before,
-            "gpu_after": after,
-        }
+        {"peer": name, "mode": mode, **figures(case, mode, timing), "peak_bytes": peaks[name], **states}
         for name, timing in times.items()
     ]
 

@@ -1,11 +1,8 @@
 """Benchmark records as JSON lines, their summary, and the comparison of two files."""
 
-from __future__ import annotations
-
 import subprocess
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +16,7 @@ _KEY = ("preset", "op", "peer", "mode", "tokens", "dtype", "device")
 
 def commit() -> str:
     """Return the checked-out commit, with "-dirty" if files differ from it; "unknown" outside a checkout."""
-    here = Path(__file__).parent
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--exclude", "*"]
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
     except (OSError, subprocess.SubprocessError):
@@ -66,17 +62,10 @@ def timed(records: Sequence[Record]) -> list[Record]:
     return [record for record in last.values() if "median_ms" in record]
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Ratios of the times in two files, after over before."""
-
-    rows: list[tuple[str, ...]]
-    slower: list[str]
-    """Our ops that became slower than the threshold allows, or are missing."""
-
-
-def compare(before: Sequence[Record], after: Sequence[Record], threshold: float) -> Comparison:
-    """Compare medians; list our ops whose ratio exceeds `threshold`.
+def _compare(
+    before: Sequence[Record], after: Sequence[Record], threshold: float
+) -> tuple[list[tuple[str, ...]], list[str]]:
+    """Return rows of medians and their ratios, and our ops that are missing or slower than `threshold`.
 
     Raises PgolfError if the files have no measurement in common.
     """
@@ -99,10 +88,9 @@ def compare(before: Sequence[Record], after: Sequence[Record], threshold: float)
         raise PgolfError("the two files have no measurement in common: same preset, dtype and device?")
     gpus = {r["environment"].get("gpu") or r["environment"].get("processor") for r in (*before, *after)}
     if len(gpus) > 1:
-        console.logger.warning(
-            "the files come from different machines: %s", ", ".join(map(str, sorted(gpus)))
-        )
-    return Comparison(rows, slower)
+        names = ", ".join(map(str, sorted(gpus)))
+        console.logger.warning("the files come from different machines: %s", names)
+    return rows, slower
 
 
 def summary(records: Sequence[Record]) -> list[tuple[str, ...]]:
@@ -116,9 +104,9 @@ def summary(records: Sequence[Record]) -> list[tuple[str, ...]]:
         peers = [r for r in group if not r["peer"].startswith("ours")]
         if ours is None:
             continue
-        best = min(peers, key=lambda r: r["median_ms"], default=None)
         against = ["-", "-", "-"]
-        if best is not None:
+        if peers:
+            best = min(peers, key=lambda r: r["median_ms"])
             ratio = best["median_ms"] / ours["median_ms"]
             against = [best["peer"], f"{best['median_ms']:.4f}", f"{ratio:.2f}"]
         roof = f"{ours['roofline_percent']:.0f}%"
@@ -129,6 +117,21 @@ def summary(records: Sequence[Record]) -> list[tuple[str, ...]]:
 SUMMARY_HEADER = ("op", "mode", "tokens", "ours ms", "of roofline", "best peer", "its ms", "peer / ours")
 
 
-def failures(records: Sequence[Record]) -> list[tuple[str, ...]]:
-    """Return the records without a time, with the reason."""
-    return [(r["op"], r["mode"], str(r["tokens"]), r["peer"], r["error"]) for r in records if "error" in r]
+def describe(records: list[Record]) -> str:
+    """Return the summary table, and what was not measured with the reason."""
+    parts = []
+    if rows := summary(records):
+        parts.append(console.table(rows, SUMMARY_HEADER))
+    missing = [(r["op"], r["mode"], str(r["tokens"]), r["peer"], r["error"]) for r in records if "error" in r]
+    if missing:
+        parts.append(console.table(missing, ("op", "mode", "tokens", "peer", "not measured because")))
+    return "\n\n".join(parts) or "nothing was measured"
+
+
+def compare_files(before: Path, after: Path, threshold: float) -> tuple[str, bool]:
+    """Return a table that compares two results files, and whether one of our ops became slower."""
+    rows, slower = _compare(read_records(before), read_records(after), threshold)
+    text = console.table(rows, ("op, mode, tokens, peer", before.name, after.name, "ratio"))
+    if slower:
+        text += "\n\nslower than allowed:\n" + "\n".join(slower)
+    return text, bool(slower)

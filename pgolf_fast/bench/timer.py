@@ -1,7 +1,5 @@
 """The one timer: contenders in turn, medians and quantiles; and the state of the GPU."""
 
-from __future__ import annotations
-
 import contextlib
 import statistics
 import subprocess
@@ -13,6 +11,11 @@ import torch
 
 FLUSH_BYTES = 256 << 20  # more than any L2: 60 MB on an H200
 WANTED_RUNS, MIN_RUNS = 20, 5
+
+
+def deadline_after(minutes: float | None) -> float | None:
+    """Return the time of `time.monotonic()` after that many minutes; None without a limit."""
+    return None if minutes is None else time.monotonic() + 60 * minutes
 
 
 def passed(deadline: float | None) -> bool:
@@ -135,8 +138,6 @@ def gpu_state(device: torch.device) -> dict[str, str]:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
     except (OSError, subprocess.SubprocessError):
         return {}
-    lines = done.stdout.strip().splitlines()
     index = device.index or 0
-    if index >= len(lines):
-        return {}
-    return dict(zip(_QUERY, (value.strip() for value in lines[index].split(",")), strict=False))
+    values = [line.split(",") for line in done.stdout.strip().splitlines()][index : index + 1]
+    return {name: value.strip() for row in values for name, value in zip(_QUERY, row, strict=False)}

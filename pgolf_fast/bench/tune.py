@@ -4,20 +4,21 @@ A kernel is timed inside its op at the preset's shapes, the best tile so far and
 candidate that does not compile, does not fit or gives a wrong result is counted and skipped.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
 from pgolf_fast import console
 from pgolf_fast.bench import peers, registry
 from pgolf_fast.bench.run import attempt
-from pgolf_fast.bench.timer import passed, time_in_turn
+from pgolf_fast.bench.timer import deadline_after, passed, time_in_turn
+from pgolf_fast.config.presets import preset
 from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.errors import PgolfError
+from pgolf_fast.model.runtime import resolve_dtype
 from pgolf_fast.ops import judge, tiles, tuned
 from pgolf_fast.ops.case import Case, Contender, Mode
 from pgolf_fast.ops.tiles import Tile
@@ -36,7 +37,7 @@ LIMITS = {
 
 @dataclass(frozen=True)
 class TunePlan:
-    """What to tune and for how long."""
+    """Kernels to tune, and for how long."""
 
     config: RunConfig
     ops: Sequence[str]
@@ -55,6 +56,32 @@ class TunePlan:
     def arch(self) -> str:
         """Row of the table; a rehearsal on a CPU uses Hopper's."""
         return tiles.architecture(self.device) if self.device.type == "cuda" else "sm90"
+
+
+def tune_plan(
+    name: str,
+    *,
+    ops: Sequence[str] = (),
+    kernels: Sequence[str] = (),
+    tokens: int | None = None,
+    candidates: int = 24,
+    minutes: float | None = None,
+) -> TunePlan:
+    """Return the plan for a preset on this GPU. Raises PgolfError without a GPU."""
+    if not torch.cuda.is_available():
+        raise PgolfError("pgolf tune measures kernels on a GPU, and PyTorch sees none on this machine")
+    config = preset(name)
+    device = torch.device("cuda", torch.cuda.current_device())
+    return TunePlan(
+        config=config,
+        ops=registry.select(ops),
+        tokens=tokens or config.train.micro_batch_tokens,
+        dtype=resolve_dtype("auto", device),
+        device=device,
+        kernels=kernels,
+        candidates=candidates,
+        deadline=deadline_after(minutes),
+    )
 
 
 @dataclass
@@ -99,16 +126,16 @@ def tune(plan: TunePlan, done: Callable[[Found], None]) -> list[Found]:
     Raises PgolfError for an unknown kernel.
     """
     uses = find_uses(plan)
+    for name in plan.kernels:
+        if name not in tiles.kernels():
+            raise PgolfError(f"no kernel {name!r}: kernels are {', '.join(tiles.kernels())}")
     if plan.kernels:
-        unknown = [name for name in plan.kernels if name not in tiles.kernels()]
-        if unknown:
-            raise PgolfError(f"no kernel {unknown[0]!r}: kernels are {', '.join(tiles.kernels())}")
         uses = {kernel: use for kernel, use in uses.items() if kernel in plan.kernels}
     results = []
     for use in dict.fromkeys(uses.values()):
         if passed(plan.deadline):
             break
-        case = _case(plan, use)
+        case = registry.make_case(use.op, plan.config, use.tokens, plan.dtype, plan.device)
         truth = judge.truth_of(case, backward=use.mode == "fwd+bwd")
         for kernel in (name for name, its in uses.items() if its == use):
             if passed(plan.deadline):
@@ -119,16 +146,12 @@ def tune(plan: TunePlan, done: Callable[[Found], None]) -> list[Found]:
     return results
 
 
-def _case(plan: TunePlan, use: Use) -> Case:
-    return registry.make_case(use.op, plan.config, use.tokens, plan.dtype, plan.device)
-
-
 def find_uses(plan: TunePlan) -> dict[str, Use]:
     """Return the first case that launches each kernel, and the mode that it needs."""
     uses: dict[str, Use] = {}
     for op in plan.ops:
         for tokens in registry.token_counts(op, (plan.tokens,)):
-            case = _case(plan, Use(op, tokens, "fwd"))
+            case = registry.make_case(op, plan.config, tokens, plan.dtype, plan.device)
             names = [name for name, one in peers.variants(case).items() if isinstance(one, Contender)]
             for variant in ("ours", *names):
                 for mode in case.modes(("fwd", "fwd+bwd")):
@@ -165,22 +188,19 @@ def tune_kernel(plan: TunePlan, kernel: str, case: Case, ours: Contender, truth:
     table, mode = tiles.row(kernel, plan.arch), "fwd+bwd" if truth.douts else "fwd"
     run: Callable[[], object] = (lambda: ours.both(truth.douts)) if truth.douts else ours.forward
 
-    def with_tile(tile: Tile) -> Callable[[], object]:
-        def call() -> object:
-            tiles.set_tiles({kernel: {plan.arch: tile}})
-            return run()
-
-        return call
+    def run_with(tile: Tile) -> object:
+        tiles.set_tiles({kernel: {plan.arch: tile}})
+        return run()
 
     def milliseconds(*candidates: Tile) -> list[float]:
-        calls = {str(i): with_tile(tile) for i, tile in enumerate(candidates)}
+        calls = {str(i): partial(run_with, tile) for i, tile in enumerate(candidates)}
         times = time_in_turn(calls, plan.device, seconds=0.5, rounds=5, runs=plan.runs)
         return [timing.median for timing in times.values()]
 
     def correct(tile: Tile) -> bool:
-        if isinstance(attempt(with_tile(tile)), str):
+        if isinstance(attempt(run_with, tile), str):
             return False
-        verdict = attempt(lambda: judge.judge(case, ours, truth))
+        verdict = attempt(judge.judge, case, ours, truth)
         return not isinstance(verdict, str) and verdict.ok
 
     first = milliseconds(table)[0]
@@ -201,10 +221,7 @@ def tune_kernel(plan: TunePlan, kernel: str, case: Case, ours: Contender, truth:
 
 
 def _climb(
-    plan: TunePlan,
-    result: Found,
-    milliseconds: Callable[..., list[float]],
-    correct: Callable[[Tile], bool],
+    plan: TunePlan, result: Found, milliseconds: Callable[..., list[float]], correct: Callable[[Tile], bool]
 ) -> None:
     seen, improved = {result.table}, True
     while improved and not passed(plan.deadline):
@@ -214,17 +231,18 @@ def _climb(
                 continue
             seen.add(tile)
             result.tried += 1
-            times = attempt(lambda tile=tile: milliseconds(result.best, tile))  # type: ignore[misc]
+            times = attempt(milliseconds, result.best, tile)
             if isinstance(times, str):
                 result.failed += 1
                 result.errors.append(f"{tile}: {times}")
                 continue
             best, candidate = times
-            if candidate < GAIN * best:
-                if not correct(tile):
-                    result.wrong += 1
-                    continue
+            if candidate >= GAIN * best:
+                continue
+            if correct(tile):
                 result.best, result.best_ms, improved = tile, candidate, True
+            else:
+                result.wrong += 1
 
 
 def as_tuned(found: Found, plan: TunePlan) -> Tuned:
@@ -241,3 +259,17 @@ def as_tuned(found: Found, plan: TunePlan) -> Tuned:
         table_ms=found.table_ms,
         measured=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     )
+
+
+def tune_table(found: list[Found]) -> str:
+    """Return one line per kernel: its times before and after, and the fastest row."""
+    rows = []
+    for one in found:
+        row, ratio = one.best, one.table_ms / one.best_ms
+        best = f"{row.block_m} x {row.block_n} x {row.block_k}, "
+        best += f"{row.num_warps} warps, {row.num_stages} stages"
+        counts = f"{one.tried} ({one.failed} failed, {one.wrong} wrong)"
+        times = (f"{one.table_ms:.4f}", f"{one.best_ms:.4f}", f"{ratio:.3f}")
+        rows.append((one.kernel, one.op, one.mode, *times, best, counts))
+    header = ("kernel", "timed in", "mode", "table ms", "best ms", "ratio", "best row", "candidates")
+    return console.table(rows, header) if rows else "no kernel was tuned"

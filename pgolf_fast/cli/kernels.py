@@ -44,15 +44,15 @@ class Bench:
     threshold: float = 1.1  # With --compare: allowed ratio of the times, after to before.
 
     def main(self) -> int:
-        from pgolf_fast.bench import plan, plots, store
+        from pgolf_fast.bench import plots, store
 
         console.setup_logging()
         if self.compare is not None:
-            text, slower = plan.compare_files(*self.compare, self.threshold)
+            text, slower = store.compare_files(*self.compare, self.threshold)
             print(text)
             return 1 if slower else 0
         records = self._measure() if self.records is None else store.read_records(self.records)
-        print(plan.describe(records))
+        print(store.describe(records))
         if self.plots is not None:
             for name, plot in (("roofline.png", plots.plot_roofline), ("ratios.png", plots.plot_ratios)):
                 plot(records, self.plots / name)
@@ -60,12 +60,12 @@ class Bench:
         return 1 if any("error" in record and record["peer"] == "ours" for record in records) else 0
 
     def _measure(self) -> list[dict[str, Any]]:
-        from pgolf_fast.bench import plan, run, store
+        from pgolf_fast.bench import run, store
 
         names = ("ops", "tokens", "modes", "dtype", "quick", "minutes")
         wanted = {name: getattr(self, name) for name in names}
         with contextlib.closing(store.Store(self.out)) as results:
-            run.measure(plan.bench_plan(self.preset, peer_names=self.peers, **wanted), results.add)
+            run.measure(run.bench_plan(self.preset, peer_names=self.peers, **wanted), results.add)
         return results.records
 
 
@@ -80,18 +80,18 @@ class Tune:
     out: Path | None = None  # JSON file for the results; default: the user's cache, which training reads.
 
     def main(self) -> int:
-        from pgolf_fast.bench import plan, tune
+        from pgolf_fast.bench import tune
         from pgolf_fast.ops import tuned
 
         console.setup_logging()
         names = ("ops", "kernels", "tokens", "candidates", "minutes")
-        chosen = plan.tune_plan(self.preset, **{name: getattr(self, name) for name in names})
+        chosen = tune.tune_plan(self.preset, **{name: getattr(self, name) for name in names})
         path = self.out or tuned.cache_file()
         results = tune.tune(chosen, lambda one: tuned.save_rows(path, [tune.as_tuned(one, chosen)]))
         if not results:
             print("no kernel was launched by these ops")
             return 1
-        print(plan.tune_table(results))
+        print(tune.tune_table(results))
         wrote(path)
         return 0
 

@@ -4,8 +4,6 @@ All take (B, T, heads, hd) with K and V not repeated and return the natural logs
 that the backward of one may follow the forward of another. `choose` forces one; otherwise a table decides.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -26,14 +24,11 @@ NAMES = {
     "fa4": "FlashAttention 4 (package flash_attn.cute)",
     "plain": "all scores in memory",
 }
+_PACKAGES = {"fa3": "flash_attn_interface", "fa4": "flash_attn.cute"}
 
-# GPU architecture -> backends for 16-bit heads, by preference. Not measured yet: PyTorch's flash kernels are
-# known to train well. float32 runs on our kernels, which are exact there.
-_PREFERRED: dict[str, tuple[str, ...]] = {
-    "sm80": ("flash", "triton"),
-    "sm90": ("flash", "triton"),
-    "sm100": ("flash", "triton"),
-}
+# Backends for 16-bit heads, by preference, on every architecture. Not measured yet: PyTorch's flash kernels
+# are known to train well. float32 runs on our kernels, which are exact there.
+_PREFERRED = ("flash", "triton")
 _SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 LARGEST_HEAD_DIM = 128  # of our kernels
 
@@ -48,6 +43,10 @@ class Shape(NamedTuple):
     head_dim: int
     windowed: bool = False
     """True if queries are only the last positions, where libraries disagree on what causal means."""
+
+
+def shape_of(q: Tensor, k: Tensor) -> Shape:
+    return Shape(q.device, q.dtype, q.shape[-1], q.shape[1] != k.shape[1])
 
 
 def choose(name: str) -> None:
@@ -72,9 +71,7 @@ def backend(shape: Shape) -> str:
     if tiles.forced() is not None:
         return "triton"
     if shape.dtype in _SIXTEEN_BITS and not shape.windowed:
-        for name in _PREFERRED[tiles.architecture(shape.device)]:
-            if why_not(name, shape) is None:
-                return name
+        return next((name for name in _PREFERRED if why_not(name, shape) is None), "triton")
     return "triton"
 
 
@@ -123,16 +120,20 @@ def forward(name: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]
     q (B, W, H, hd), k and v (B, T, KV, hd); y is like q. W < T means the last W positions, which only "plain"
     and, on a CPU, "flash" support. Not for "triton".
     """
-    return _FORWARD[name](q, k, v)
+    return _RUN[name][0](q, k, v)
 
 
 def backward(name: str, dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor) -> Gradients:
     """Return gradients of q, k and v, in float32 or v's dtype; `y` enters only by row sums of dy * y."""
-    return _BACKWARD[name](dy, q, k, v, y, lse)
+    return _RUN[name][1](dy, q, k, v, y, lse)
 
 
 def _heads_first(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.transpose(1, 2) for t in tensors)
+
+
+def _heads_last(dq: Tensor, dk: Tensor, dv: Tensor) -> Gradients:
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
 def _repeated(t: Tensor, q: Tensor) -> Tensor:
@@ -151,11 +152,9 @@ def _wide(t: Tensor) -> torch.dtype:
 
 def _flash(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     if q.device.type == "cpu" and q.shape[1] < k.shape[1]:
-        q_rows, mask = _group_rows(q, k), _group_mask(q, k)
-        keys, values = (t.to(_wide(t)) for t in _heads_first(k, v))
-        y, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q_rows, keys, values, 0.0, False, attn_mask=mask
-        )
+        rows = (_group_rows(q, k), *(t.to(_wide(t)) for t in _heads_first(k, v)))
+        mask = _group_mask(q, k)
+        y, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*rows, 0.0, False, attn_mask=mask)
         return _ungroup_rows(y, q).to(q.dtype), lse.reshape(q.shape[0], q.shape[2], q.shape[1])
     if q.device.type == "cpu":
         # float32 is faster than bfloat16 here: 4.5 against 5.5 ms
@@ -194,26 +193,23 @@ def _flash_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse:
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             dy_rows, q_rows, keys, values, y_rows, lse, 0.0, False, attn_mask=_group_mask(q, k)
         )
-        dk, dv = _heads_first(dk, dv)
-        return _ungroup_rows(dq, q), dk, dv
+        return _ungroup_rows(dq, q), dk.transpose(1, 2), dv.transpose(1, 2)
     if q.device.type == "cpu":
         # 11 ms against 17 ms in bfloat16
         heads = (t.to(_wide(q)) for t in _heads_first(dy, q, _repeated(k, q), _repeated(v, q), y))
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*heads, lse, 0.0, True)
-        dq, dk, dv = _heads_first(*grads)
+        dq, dk, dv = _heads_last(*grads)
         return dq, _sum_groups(dk, k.shape[2]), _sum_groups(dv, k.shape[2])
     seed, length = torch.empty(2, dtype=torch.uint64, device=q.device), q.shape[1]
     grads = torch.ops.aten._scaled_dot_product_flash_attention_backward(
         *_heads_first(dy, q, k, v, y), lse, None, None, length, length, 0.0, True, seed, seed
     )
-    dq, dk, dv = _heads_first(*grads)
-    return dq, dk, dv
+    return _heads_last(*grads)
 
 
 def _cudnn(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    y, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        *_heads_first(q, k, v), None, True, 0.0, True
-    )
+    heads = _heads_first(q, k, v)
+    y, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(*heads, None, True, 0.0, True)
     return y.transpose(1, 2), lse.reshape(q.shape[0], q.shape[2], q.shape[1])
 
 
@@ -223,8 +219,7 @@ def _cudnn_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse:
     grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
         *heads, lse.unsqueeze(-1), seed, seed, None, None, None, length, length, 0.0, True
     )
-    dq, dk, dv = _heads_first(*grads)
-    return dq, dk, dv
+    return _heads_last(*grads)
 
 
 def _fa3(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -281,11 +276,8 @@ def _plain_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse:
     dy, q, k, v, y = (t.to(scores.dtype) for t in (dy, q, k, v, y))
     along = (dy * y).sum(-1, keepdim=True)
     dscores = probabilities * (dy @ v.mT - along) * q.shape[-1] ** -0.5
-    dq, dk, dv = _heads_first(dscores @ k, dscores.mT @ q, probabilities.mT @ dy)
+    dq, dk, dv = _heads_last(dscores @ k, dscores.mT @ q, probabilities.mT @ dy)
     return dq, _sum_groups(dk, kv_heads), _sum_groups(dv, kv_heads)
-
-
-_PACKAGES = {"fa3": "flash_attn_interface", "fa4": "flash_attn.cute"}
 
 
 def _installed(package: str) -> bool:
@@ -295,17 +287,10 @@ def _installed(package: str) -> bool:
         return False
 
 
-_FORWARD: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
-    "flash": _flash,
-    "cudnn": _cudnn,
-    "fa3": _fa3,
-    "fa4": _fa4,
-    "plain": _plain,
-}
-_BACKWARD: dict[str, Callable[..., Gradients]] = {
-    "flash": _flash_backward,
-    "cudnn": _cudnn_backward,
-    "fa3": _fa3_backward,
-    "fa4": _fa4_backward,
-    "plain": _plain_backward,
+_RUN: dict[str, tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., Gradients]]] = {
+    "flash": (_flash, _flash_backward),
+    "cudnn": (_cudnn, _cudnn_backward),
+    "fa3": (_fa3, _fa3_backward),
+    "fa4": (_fa4, _fa4_backward),
+    "plain": (_plain, _plain_backward),
 }

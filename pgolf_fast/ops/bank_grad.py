@@ -4,8 +4,6 @@ With a gradient bank, the backward op adds into its slot and returns nothing to 
 (gradcheck, one-off gradients), autograd gets a bank-sized tensor that is zero in the other slots.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -15,13 +13,9 @@ from pgolf_fast.ops import tiles
 from pgolf_fast.ops.tiles import Tile
 
 # Not measured. sm80 also serves GPUs with 99 KiB of shared memory per block, hence half of block_k.
-tiles.declare(
-    "weight_grad",
-    sm90=Tile(128, 128, 64, num_warps=8, num_stages=3),
-    sm80=Tile(128, 128, 32, num_warps=8, num_stages=3),
-)
+tiles.declare("weight_grad", sm90=Tile(128, 128, 64, 8, 3), sm80=Tile(128, 128, 32, 8, 3))
 # Bound by memory: reads the parts once and adds them; nothing to pipeline.
-tiles.declare("weight_grad_sum", sm90=Tile(16, 128, 32, num_warps=4, num_stages=1))
+tiles.declare("weight_grad_sum", Tile(16, 128, 32, 4, 1))
 
 # Minimum blocks of rows that one program sums; with fewer, writing a partial sum would dominate.
 _MIN_BLOCKS = 8
@@ -59,20 +53,17 @@ def _add_matmul_cuda(grad: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _depth_per_split(grad: Tensor, depth: int, tile: Tile) -> int:
-    """Rows that each program sums, in whole blocks: just few enough to give every multiprocessor a program.
+    """Return the rows that one program sums, in whole blocks: few enough to give every processor a program.
 
     Depends on shapes and the GPU alone, and the parts are added in order, so the result is reproducible.
     """
     programs = -(-grad.shape[0] // tile.block_m) * -(-grad.shape[1] // tile.block_n)
     blocks = -(-depth // tile.block_k)
-    splits = max(1, min(_multiprocessors(grad.device) // programs, blocks // _MIN_BLOCKS))
+    processors = 132  # an H100's: compiled ahead of time, or interpreted
+    if grad.is_cuda:
+        processors = torch.cuda.get_device_properties(grad.device).multi_processor_count
+    splits = max(1, min(processors // programs, blocks // _MIN_BLOCKS))
     return -(-blocks // splits) * tile.block_k
-
-
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 132  # an H100's: compiled ahead of time, or interpreted
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def scatter_slots(bank: Tensor, slots: Sequence[int], grads: Sequence[Tensor] | Tensor) -> Tensor:

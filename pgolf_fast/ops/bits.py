@@ -13,8 +13,6 @@ This is a format for memory: files hold one byte per code, which every entropy c
 packed bytes. Inference only: no autograd is registered.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -40,9 +38,8 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     try:
         if extension is None or codes.device.type != "cpu":
             return reference_bytes.pack_bits(codes, bits)
-        return torch.from_numpy(
-            extension.pack_bits(codes.contiguous().numpy(), bits, torch.get_num_threads())
-        )
+        threads = torch.get_num_threads()
+        return torch.from_numpy(extension.pack_bits(codes.contiguous().numpy(), bits, threads))
     except ValueError as error:
         raise ValueError(f"pgolf::pack_bits: {error}") from error
 
@@ -81,7 +78,6 @@ def dequantize_bits(packed: Tensor, scale: Tensor, columns: int, bits: int, dtyp
     and rounded once, to nearest even: bitwise (codes.float() * scale.float()[:, None]).to(dtype).
     Raises ValueError if shapes, dtypes or devices do not match.
     """
-    _check_dequantize(packed, scale, columns, bits, dtype)
     return _dequantize(packed, scale, columns, bits, dtype)
 
 
@@ -96,21 +92,18 @@ def dequantize_bytes(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.fl
 
     For loading: the first call of any Python custom op imports PyTorch's compiler, which takes longer.
     """
-    packed = codes.view(torch.uint8)
-    _check_dequantize(packed, scale, codes.shape[1], 8, dtype)
-    return _dequantize(packed, scale, codes.shape[1], 8, dtype)
+    return _dequantize(codes.view(torch.uint8), scale, codes.shape[1], 8, dtype)
 
 
 def _dequantize(packed: Tensor, scale: Tensor, columns: int, bits: int, dtype: torch.dtype) -> Tensor:
+    _check_dequantize(packed, scale, columns, bits, dtype)
     extension = native.extension()
     if extension is None or packed.device.type != "cpu":
         return reference_bytes.dequantize_bits(packed, scale, columns, bits, dtype)
     values = packed.new_empty((packed.shape[0], columns), dtype=dtype)
     target = values if dtype == torch.float32 else values.view(torch.uint16)
-    factors = scale.detach().float().contiguous()
-    extension.dequantize_bits(
-        packed.contiguous().numpy(), factors.numpy(), bits, target.numpy(), torch.get_num_threads()
-    )
+    arrays = packed.contiguous().numpy(), scale.detach().float().contiguous().numpy()
+    extension.dequantize_bits(*arrays, bits, target.numpy(), torch.get_num_threads())
     return values
 
 

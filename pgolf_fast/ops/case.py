@@ -1,10 +1,8 @@
 """A case: an op with inputs, its reference and its cost; and contenders, the implementations of a case."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -13,7 +11,7 @@ from torch import Tensor
 
 Mode = Literal["fwd", "fwd+bwd"]
 MODES: tuple[Mode, ...] = ("fwd", "fwd+bwd")
-Inputs = dict[str, Tensor | None]
+Inputs = dict[str, Any]  # tensors; None for an optional input that is absent
 Outputs = tuple[Tensor, ...]
 
 
@@ -98,12 +96,11 @@ class Contender:
     def fresh(self) -> Outputs:
         """Run forward on the initial inputs."""
         restored = {name: value.clone() for name, value in self.mutated.items()}
-        with self.around(), torch.no_grad():
-            return self.function(**{**self.inputs, **restored})
+        return replace(self, inputs={**self.inputs, **restored}).forward()
 
     def both(self, douts: Sequence[Tensor]) -> tuple[Outputs, tuple[Tensor | None, ...]]:
         """Return outputs, and gradients of the trained inputs in order (None for those with a bank)."""
-        leaves = [t for name in self.trained if (t := self.inputs[name]) is not None]
+        leaves = [self.inputs[name] for name in self.trained]
         with self.around():
             outs = self.function(**self.inputs)
             return outs, torch.autograd.grad(outs, leaves, douts, allow_unused=True)
@@ -165,9 +162,7 @@ class Case:
 
     @property
     def batch(self) -> int:
-        entries = self.inputs[self.batched[0]]
-        assert entries is not None
-        return entries.shape[0]
+        return self.inputs[self.batched[0]].shape[0]
 
     @property
     def blocks(self) -> int:
@@ -180,15 +175,13 @@ class Case:
 
     def ours(self, *, banks: bool = True) -> Contender:
         """Return the op itself, adding weight gradients into gradient banks if it has any."""
-        scratch = {n: t.clone() for n in self.mutated if (t := self.inputs[n]) is not None}
-        initial = {n: t for n in self.mutated if (t := self.inputs[n]) is not None}
+        initial = {name: self.inputs[name] for name in self.mutated}
+        inputs = {**self.inputs, **{name: t.clone() for name, t in initial.items()}}
         grads = {
-            keyword: torch.zeros_like(t, dtype=torch.float32)
-            for keyword, name in self.grad_banks.items()
-            if banks and (t := self.inputs[name]) is not None
+            keyword: torch.zeros_like(self.inputs[name], dtype=torch.float32)
+            for keyword, name in (self.grad_banks.items() if banks else ())
         }
         held = {self.grad_banks[keyword]: grad.detach() for keyword, grad in grads.items()}
-        inputs = {**self.inputs, **scratch}
         return Contender("ours", partial(self.op, **grads), inputs, self.trained, held, initial)
 
     def by_weight(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -204,9 +197,4 @@ class Case:
         used: dict[str, set[int]] = {}
         for bank, slot in self.weights.values():
             used.setdefault(bank, set()).add(slot)
-        found = {}
-        for bank, slots in used.items():
-            tensor = self.inputs[bank]
-            assert tensor is not None
-            found[bank] = [slot for slot in range(len(tensor)) if slot not in slots]
-        return found
+        return {bank: sorted({*range(len(self.inputs[bank]))} - slots) for bank, slots in used.items()}

@@ -4,8 +4,6 @@ Tests and `pgolf doctor` run each case at `SMALL` sizes; `pgolf bench`, `pgolf t
 of a preset. Not imported by `pgolf_fast.ops`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,8 +18,6 @@ from pgolf_fast.ops.case import Case, Inputs, Outputs, Sizes, Work
 
 LAYERS, LAYER = 3, 1  # layers of the banks that are built, and the one that is read
 NEWTON_SCHULZ_STEPS = 5
-
-
 SMALL = Sizes()
 
 
@@ -44,9 +40,8 @@ class Builder:
         """Weights of the size that keeps activations near one."""
         return (self.randn(slots, rows, columns) * max(1, columns) ** -0.5).requires_grad_()
 
-    def states(self, *, width: int | None = None) -> Tensor:
-        s = self.sizes
-        return self.randn(s.batch, s.length, s.dim if width is None else width).requires_grad_()
+    def states(self, *, width: int = 0) -> Tensor:
+        return self.randn(self.sizes.batch, self.sizes.length, width or self.sizes.dim).requires_grad_()
 
     @property
     def size(self) -> int:
@@ -59,25 +54,26 @@ class Builder:
         return max(1, 4096 // max(1, self.sizes.length))
 
 
+def _one(function: Callable[..., Tensor], **settings: Any) -> Callable[..., Outputs]:
+    """Return `function` with these settings, called by name, and its result as a tuple."""
+    return lambda **t: (function(**t, **settings),)
+
+
 def _mlp(b: Builder, activation: str) -> Case:
     gated, d, m = activation == "swiglu", b.sizes.dim, b.sizes.tokens
     hidden = b.sizes.gated_hidden if gated else b.sizes.hidden
     rows = hidden * (2 if gated else 1)
-    weights = d * (rows + hidden)
+    weights, flops = d * (rows + hidden), 2.0 * m * d * (rows + hidden)
+    forward, backward = b.size * (2 * m * d + weights), b.size * (3 * m * d + weights) + 8 * weights
     return Case(
         inputs={"x": b.states(), "up_bank": b.bank(LAYERS, rows, d), "down_bank": b.bank(LAYERS, d, hidden)},
-        op=lambda **t: (ops.mlp(**t, slot=LAYER, activation=activation),),
-        reference=lambda **t: (reference.mlp(**t, slot=LAYER, kind=activation),),
+        op=_one(ops.mlp, slot=LAYER, activation=activation),
+        reference=_one(reference.mlp, slot=LAYER, kind=activation),
         batched=("x",),
         trained=("x", "up_bank", "down_bank"),
         grad_banks={"grad_up": "up_bank", "grad_down": "down_bank"},
         weights={"up": ("up_bank", LAYER), "down": ("down_bank", LAYER)},
-        work=Work(
-            2.0 * m * weights,
-            b.size * (2 * m * d + weights),
-            4.0 * m * weights,
-            b.size * (3 * m * d + weights) + 8 * weights,
-        ),
+        work=Work(flops, forward, 2 * flops, backward),
         tokens=m,
         chunk=b.chunk,
     )
@@ -98,19 +94,16 @@ def _gqa_attention(b: Builder, xsa: bool = True, value: bool = True, window: boo
         "sin": angle.sin(),
     }
 
-    def op(**t: Any) -> Outputs:
-        last = queries if window else None
-        return (ops.gqa_attention(**t, slot=LAYER, num_kv_heads=s.kv_heads, xsa=xsa, window=last),)
+    options: dict[str, Any] = {"num_kv_heads": s.kv_heads, "xsa": xsa}
 
     def formula(**t: Any) -> Outputs:
-        full = reference.gqa_attention(**t, slot=LAYER, num_kv_heads=s.kv_heads, xsa=xsa)
-        return (full[:, s.length - queries :],)
+        return (reference.gqa_attention(**t, slot=LAYER, **options)[:, s.length - queries :],)
 
     weights = 2 * d * (d + kv)
     inner = 2.0 * s.heads * s.head_dim * (s.length + 1) * m  # causal QK^T and PV
     return Case(
         inputs=inputs,
-        op=op,
+        op=_one(ops.gqa_attention, slot=LAYER, window=queries if window else None, **options),
         reference=formula,
         batched=("x", "value_embed") if value else ("x",),
         trained=("x", "qo_bank", "kv_bank", "q_gain", *(("value_embed",) if value else ())),
@@ -129,17 +122,14 @@ def _gqa_attention(b: Builder, xsa: bool = True, value: bool = True, window: boo
         ),
         tokens=m,
         chunk=b.chunk,
-        options={"num_kv_heads": s.kv_heads, "xsa": xsa},
+        options=options,
     )
 
 
 def _ngram_hash_embed(b: Builder) -> Case:
     s, m, table = b.sizes, b.sizes.tokens, b.sizes.bigram_rows * b.sizes.bigram_dim
     flags: dict[str, Any] = {"pos_conditional": s.pos_conditional, "trigram": s.trigram}
-
-    def formula(**t: Any) -> Outputs:
-        return (reference.ngram_hash_embed(**t, **flags).to(t["table"].dtype),)
-
+    flops, written = 2.0 * m * s.bigram_dim, b.size * m * s.bigram_dim
     return Case(
         inputs={
             "tokens": torch.randint(s.vocab, (s.batch, s.length), device=b.device),
@@ -148,16 +138,11 @@ def _ngram_hash_embed(b: Builder) -> Case:
             "scale": torch.tensor(0.7, device=b.device).requires_grad_(),
             "boost": torch.tensor(1.3, device=b.device).requires_grad_(),
         },
-        op=lambda **t: (ops.ngram_hash_embed(**t, **flags),),
-        reference=formula,
+        op=_one(ops.ngram_hash_embed, **flags),
+        reference=lambda **t: (reference.ngram_hash_embed(**t, **flags).to(t["table"].dtype),),
         batched=("tokens",),
         trained=("table", "scale", "boost"),
-        work=Work(
-            2.0 * m * s.bigram_dim,
-            8 * m + b.size * (table + m * s.bigram_dim),
-            4.0 * m * s.bigram_dim,
-            8 * m + b.size * (m * s.bigram_dim + 2 * table),
-        ),
+        work=Work(flops, 8 * m + b.size * table + written, 2 * flops, 8 * m + 2 * b.size * table + written),
         tokens=m,
         chunk=max(1, 65_536 // max(1, s.length)),
     )
@@ -187,8 +172,8 @@ def _smear_gate(b: Builder) -> Case:
     d, m = b.sizes.dim, b.sizes.tokens
     return Case(
         inputs={"x": b.states(), "gate": b.scale(d)},
-        op=lambda **t: (ops.smear_gate(**t),),
-        reference=lambda **t: (reference.smear_gate(**t),),
+        op=_one(ops.smear_gate),
+        reference=_one(reference.smear_gate),
         batched=("x",),
         trained=("x", "gate"),
         work=Work(3.0 * m * d, 2 * m * d * b.size, 6.0 * m * d, 3 * m * d * b.size),
@@ -200,22 +185,18 @@ def _smear_gate(b: Builder) -> Case:
 def _softcap_cross_entropy(b: Builder, z_loss: float = 0.0) -> Case:
     s, d, m, vocab = b.sizes, b.sizes.dim, b.sizes.tokens, b.sizes.vocab
     settings: dict[str, Any] = {"softcap": s.softcap, "z_loss": z_loss}
+    flops, read = 2.0 * m * d * vocab, b.size * (m * d + vocab * d)
     return Case(
         inputs={
             "x": b.states(),
             "weight": b.bank(1, vocab, d)[0].detach().requires_grad_(),
             "targets": torch.randint(vocab, (s.batch, s.length), device=b.device),
         },
-        op=lambda **t: (ops.softcap_cross_entropy(**t, **settings),),
-        reference=lambda **t: (reference.softcap_cross_entropy(**t, **settings),),
+        op=_one(ops.softcap_cross_entropy, **settings),
+        reference=_one(reference.softcap_cross_entropy, **settings),
         batched=("x", "targets"),
         trained=("x", "weight"),
-        work=Work(
-            2.0 * m * d * vocab,
-            b.size * (m * d + vocab * d) + 12 * m,
-            4.0 * m * d * vocab,
-            b.size * (2 * m * d + 2 * vocab * d) + 12 * m,
-        ),
+        work=Work(flops, read + 12 * m, 2 * flops, 2 * read + 12 * m),
         tokens=m,
         chunk=b.chunk,
     )
@@ -229,8 +210,8 @@ def _newton_schulz(b: Builder, bank: str) -> Case:
     flops = slots * NEWTON_SCHULZ_STEPS * (4.0 * small * small * large + 2.0 * small**3)
     return Case(
         inputs={"g": b.randn(slots, rows, cols)},
-        op=lambda g: (ops.newton_schulz(g, NEWTON_SCHULZ_STEPS),),
-        reference=lambda g: (reference.newton_schulz(g, NEWTON_SCHULZ_STEPS),),
+        op=_one(ops.newton_schulz, steps=NEWTON_SCHULZ_STEPS),
+        reference=_one(reference.newton_schulz, steps=NEWTON_SCHULZ_STEPS),
         batched=("g",),
         work=Work(flops, 2.0 * slots * rows * cols * b.size),
     )
@@ -241,9 +222,6 @@ def _muon_momentum(b: Builder) -> Case:
     shape = (b.sizes.layers, b.sizes.up_rows, b.sizes.dim)
     grad = b.randn(*shape).float()
 
-    def op(grad: Tensor, buffer: Tensor) -> Outputs:
-        return ops.muon_momentum(grad, buffer, 0.95), buffer
-
     def formula(grad: Tensor, buffer: Tensor) -> Outputs:
         low = grad.to(buffer.dtype)
         new = 0.95 * buffer + low
@@ -251,7 +229,7 @@ def _muon_momentum(b: Builder) -> Case:
 
     return Case(
         inputs={"buffer": b.randn(*shape), "grad": grad},
-        op=op,
+        op=lambda grad, buffer: (ops.muon_momentum(grad, buffer, 0.95), buffer),
         reference=formula,
         batched=("grad", "buffer"),
         mutated=("buffer",),
@@ -289,13 +267,13 @@ def _int6_matmul(b: Builder, one_token: bool = False) -> Case:
     codes = torch.randint(-32, 32, (n, k), dtype=torch.int8)
     packed = ops.int6_pack(codes).to(b.device)
 
-    def formula(x: Tensor, packed: Tensor, scale: Tensor) -> Outputs:
-        return (reference_bytes.scaled_matmul(x, reference_bytes.unpack_bits(packed, k, 6), scale),)
+    def formula(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
+        return reference_bytes.scaled_matmul(x, reference_bytes.unpack_bits(packed, k, 6), scale)
 
     return Case(
         inputs={"x": b.randn(m, k), "packed": packed, "scale": torch.rand(n, device=b.device) / 16},
-        op=lambda **t: (ops.int6_matmul(**t),),
-        reference=formula,
+        op=_one(ops.int6_matmul),
+        reference=_one(formula),
         batched=("x",),
         work=Work(2.0 * m * n * k, b.size * m * (k + n) + packed.numel() + 4 * n),
         tokens=m,
@@ -319,12 +297,12 @@ def _bits(b: Builder, bits: int) -> Case:
 
 
 def _lzma(b: Builder) -> Case:
-    def op(data: Tensor) -> Outputs:
-        return (ops.lzma_decompress(ops.lzma_compress(data.cpu()), data.numel()).to(data.device),)
+    def op(data: Tensor) -> Tensor:
+        return ops.lzma_decompress(ops.lzma_compress(data.cpu()), data.numel()).to(data.device)
 
     return Case(
         inputs={"data": torch.arange(5000, device=b.device).remainder(251).to(torch.uint8)},
-        op=op,
+        op=_one(op),
         reference=lambda data: (data,),
         batched=("data",),
     )
@@ -350,7 +328,6 @@ class Entry:
         return self.covers or (str(self.kernels),)
 
 
-_MOMENTUM, _APPLY = ("muon_momentum",), ("muon_apply",)
 _BITS, _LZMA = ("pack_bits", "unpack_bits", "dequantize_bits"), ("lzma_compress", "lzma_decompress")
 _variant = partial(Entry, timed=False)
 
@@ -365,8 +342,8 @@ CASES: dict[str, Entry] = {
     "mlp-relu_squared": Entry("mlp", partial(_mlp, activation="relu_squared")),
     "newton_schulz-qo": Entry("newton_schulz", partial(_newton_schulz, bank="qo"), (1,)),
     "newton_schulz-mlp": Entry("newton_schulz", partial(_newton_schulz, bank="mlp"), (1,)),
-    "muon_momentum": Entry("muon", _muon_momentum, (1,), covers=_MOMENTUM),
-    "muon_apply": Entry("muon", _muon_apply, (1,), covers=_APPLY),
+    "muon_momentum": Entry("muon", _muon_momentum, (1,), covers=("muon_momentum",)),
+    "muon_apply": Entry("muon", _muon_apply, (1,), covers=("muon_apply",)),
     "int6_matmul": Entry("int6_matmul", _int6_matmul, (1, 8, 64, 4096)),
     "gqa_attention-plain": _variant("gqa_attention", partial(_gqa_attention, xsa=False, value=False)),
     "gqa_attention-window": _variant("gqa_attention", partial(_gqa_attention, window=True)),
@@ -375,7 +352,9 @@ CASES: dict[str, Entry] = {
     "softcap_cross_entropy-z_loss": _variant(
         "softcap_cross_entropy", partial(_softcap_cross_entropy, z_loss=0.1)
     ),
-    "muon_apply-unshadowed": _variant("muon", partial(_muon_apply, shadowed=False), (1,), covers=_APPLY),
+    "muon_apply-unshadowed": _variant(
+        "muon", partial(_muon_apply, shadowed=False), (1,), covers=("muon_apply",)
+    ),
     "int6_matmul-decode": _variant("int6_matmul", partial(_int6_matmul, one_token=True), (1,)),
     **{f"bits-{n}": _variant(None, partial(_bits, bits=n), (1,), covers=_BITS) for n in range(4, 9)},
     "lzma": _variant(None, _lzma, (1,), covers=_LZMA),

@@ -3,8 +3,6 @@
 Every message names the op and the argument, what it is and what it should be.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -67,6 +65,16 @@ def expect_slot(op: str, slot: int, slots: int) -> None:
     """Raise ValueError unless `slot` is one of the bank's layers."""
     if not 0 <= slot < slots:
         raise ValueError(f"pgolf::{op}: slot is {slot}, but the bank has layers 0 to {slots - 1}")
+
+
+def expect_ids(op: str, name: str, ids: Tensor, holder: str, count: int) -> None:
+    """Raise IndexError for an id outside 0..count - 1; on the CPU only, since reading a GPU synchronizes."""
+    if ids.is_cuda or not ids.numel():
+        return
+    low, high = (int(value) for value in ids.long().aminmax())
+    if low < 0 or high >= count:
+        wrong = low if low < 0 else high
+        raise IndexError(f"pgolf::{op}: {name} hold {wrong}, but {holder} has ids 0 to {count - 1}")
 
 
 def dense(t: Tensor | None) -> Tensor | None:

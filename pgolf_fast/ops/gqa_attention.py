@@ -3,8 +3,6 @@
 Sources: PR 1501 (banks, XSA, value embedding, q gain); Su et al. 2021 (RoPE); Ainslie et al. 2023 (GQA).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -13,10 +11,9 @@ from torch import Tensor
 
 from pgolf_fast.ops import attention_backend, reference
 from pgolf_fast.ops import gqa_attention_kernels as kernels
-from pgolf_fast.ops.attention_backend import Shape
 from pgolf_fast.ops.bank_grad import scatter_slots
 from pgolf_fast.ops.checks import expect_shape, expect_slot, same_device, same_dtype_device
-from pgolf_fast.ops.gqa_attention_kernels import Saved, Weights, weights_of
+from pgolf_fast.ops.gqa_attention_kernels import Call, Gradients, Saved, weights_of
 
 
 def gqa_attention(
@@ -54,7 +51,9 @@ def gqa_attention(
 
 
 def _check(x, qo_bank, kv_bank, q_gain, value_embed, cos, sin, slot, num_kv_heads, window) -> None:
-    op, (batch, length, dim) = "gqa_attention", _shape3(x)
+    op = "gqa_attention"
+    expect_shape(op, "x", x, (None, None, None))
+    batch, length, dim = x.shape
     expect_shape(op, "qo_bank", qo_bank, (None, dim, dim))
     expect_shape(op, "q_gain", q_gain, (None,))
     num_heads = q_gain.shape[0]
@@ -78,11 +77,6 @@ def _check(x, qo_bank, kv_bank, q_gain, value_embed, cos, sin, slot, num_kv_head
         raise ValueError(f"pgolf::{op}: window is {window}, but x has {length} positions: give 1 to {length}")
 
 
-def _shape3(x: Tensor) -> tuple[int, int, int]:
-    expect_shape("gqa_attention", "x", x, (None, None, None))
-    return x.shape[0], x.shape[1], x.shape[2]
-
-
 @torch.library.custom_op("pgolf::gqa_attention", mutates_args=())
 def _gqa_attention(
     x: Tensor,
@@ -101,9 +95,9 @@ def _gqa_attention(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     _check(x, qo_bank, kv_bank, q_gain, value_embed, cos, sin, slot, num_kv_heads, window)
     queries = x.shape[1] if window is None else window
-    weights = weights_of(qo_bank, kv_bank, slot)
+    call = Call(x, weights_of(qo_bank, kv_bank, slot), q_gain, cos, sin, xsa)
     run = kernels.forward if kernels.supports(x, x.shape[2] // q_gain.shape[0]) else _forward_cpu
-    out, saved = run(x, weights, q_gain, value_embed, cos, sin, num_kv_heads, xsa, queries)
+    out, saved = run(call, value_embed, num_kv_heads, queries)
     return (out, *saved)  # type: ignore[return-value]  # nine tensors
 
 
@@ -117,31 +111,17 @@ def _(
     wide = torch.promote_types(x.dtype, torch.float32)
     q, kv = (batch, queries, num_heads, dim // num_heads), (batch, length, num_kv_heads, dim // num_heads)
     per_row = (batch, num_heads, queries)
-    return (
-        x.new_empty(batch, queries, dim),
-        x.new_empty(q),
-        x.new_empty(kv),
-        x.new_empty(kv),
-        x.new_empty(*q[:3], 1, dtype=wide),
-        x.new_empty(*kv[:3], 1, dtype=wide),
-        x.new_empty(q),
-        x.new_empty(per_row, dtype=wide),
-        x.new_empty(per_row if xsa else (0,), dtype=wide),
-    )
+    low = (x.new_empty(shape) for shape in ((batch, queries, dim), q, kv, kv))
+    rstds = (x.new_empty(*shape[:3], 1, dtype=wide) for shape in (q, kv))
+    rows = (x.new_empty(shape, dtype=wide) for shape in (per_row, per_row if xsa else (0,)))
+    return (*low, *rstds, x.new_empty(q), *rows)
 
 
 def _forward_cpu(
-    x: Tensor,
-    weights: Weights,
-    q_gain: Tensor,
-    value_embed: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    num_kv_heads: int,
-    xsa: bool,
-    queries: int,
+    call: Call, value_embed: Tensor | None, num_kv_heads: int, queries: int
 ) -> tuple[Tensor, Saved]:
     """Compute `kernels.forward` in PyTorch."""
+    x, weights, q_gain, cos, sin, xsa = call
     q = F.linear(_last(x, queries), weights.q).unflatten(-1, (q_gain.shape[0], -1))
     k = F.linear(x, weights.k).unflatten(-1, (num_kv_heads, -1))
     v = F.linear(x, weights.v)
@@ -156,7 +136,6 @@ def _forward_cpu(
 
 
 def _last(t: Tensor, queries: int) -> Tensor:
-    """Return the last positions of (B, T, ...)."""
     return t[:, t.shape[1] - queries :]
 
 
@@ -186,8 +165,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _backend(q: Tensor, k: Tensor) -> str:
-    windowed = q.shape[1] != k.shape[1]
-    return attention_backend.without_kernels(Shape(q.device, q.dtype, q.shape[-1], windowed))
+    return attention_backend.without_kernels(attention_backend.shape_of(q, k))
 
 
 @torch.library.custom_op("pgolf::gqa_attention_backward", mutates_args=("grad_qo", "grad_kv"))
@@ -206,9 +184,9 @@ def _gqa_attention_backward(
     grad_kv: Tensor | None,
     has_value_embed: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    weights = weights_of(qo_bank, kv_bank, slot)
+    call = Call(x, weights_of(qo_bank, kv_bank, slot), q_gain, cos, sin, xsa)
     run = kernels.backward if kernels.supports(x, x.shape[2] // q_gain.shape[0]) else _backward_cpu
-    dx, factors, dgain, dvalue = run(dout, x, weights, q_gain, cos, sin, Saved(*saved), xsa, has_value_embed)
+    dx, factors, dgain, dvalue = run(dout, call, Saved(*saved), has_value_embed)
     dgain = dgain.to(q_gain.dtype)
     if grad_qo is None or grad_kv is None:
         dq, dk, dv, dout_weight = (left @ right for left, right in factors)
@@ -220,29 +198,14 @@ def _gqa_attention_backward(
 @_gqa_attention_backward.register_fake
 def _(dout, x, qo_bank, kv_bank, q_gain, cos, sin, saved, slot, xsa, grad_qo, grad_kv, has_value_embed=True):
     dense = grad_qo is None or grad_kv is None
-    dqo = x.new_empty(2, *qo_bank.shape[1:]) if dense else x.new_empty(0)
-    dkv = x.new_empty(2, *kv_bank.shape[1:]) if dense else x.new_empty(0)
-    return (
-        x.new_empty(x.shape),
-        dqo,
-        dkv,
-        q_gain.new_empty(q_gain.shape),
-        x.new_empty(*x.shape[:2], kv_bank.shape[1]) if has_value_embed else x.new_empty(0),
-    )
+    dqo, dkv = (x.new_empty((2, *b.shape[1:]) if dense else (0,)) for b in (qo_bank, kv_bank))
+    dvalue = x.new_empty((*x.shape[:2], kv_bank.shape[1]) if has_value_embed else (0,))
+    return x.new_empty(x.shape), dqo, dkv, q_gain.new_empty(q_gain.shape), dvalue
 
 
-def _backward_cpu(
-    dout: Tensor,
-    x: Tensor,
-    weights: Weights,
-    q_gain: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    s: Saved,
-    xsa: bool,
-    has_value_embed: bool,
-) -> tuple[Tensor, list[tuple[Tensor, Tensor]], Tensor, Tensor]:
+def _backward_cpu(dout: Tensor, call: Call, s: Saved, has_value_embed: bool) -> Gradients:
     """Compute `kernels.backward` in PyTorch."""
+    x, weights, q_gain, cos, sin, xsa = call
     dim, queries = x.shape[2], s.q.shape[1]
     first, own = x.shape[1] - queries, _last(s.v, queries)
     context = (_exclusive(s.y, own) if xsa else s.y).flatten(0, 1).flatten(1)

@@ -4,8 +4,6 @@ One launch projects, normalizes and rotates. Attention is ours or a library's (`
 output projection and dx are cuBLAS products; weight gradients go through `bank_grad.add_matmul`.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -14,46 +12,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pgolf_fast.ops import attention_backend, reference, tiles
-from pgolf_fast.ops.attention_backend import Shape
 from pgolf_fast.ops.bank_grad import add_matmul
 from pgolf_fast.ops.checks import dense
 from pgolf_fast.ops.tiles import Tile
 
-OP = "gqa_attention"
+# dx, factors of four weight gradients, dgain, dvalue
+Gradients = tuple[Tensor, list[tuple[Tensor, Tensor]], Tensor, Tensor]
+
+
+def _rows(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Tile:
+    return Tile(block_m, block_n, num_warps=num_warps, num_stages=num_stages)
+
 
 # Rows named _128 are for heads of more than 64 channels. Not measured: the largest tiles that the assembler
 # fits into registers, with a margin for the presets' heads of 64.
-tiles.declare(
-    "attention_projection",
-    sm90=Tile(128, 128, 64, num_warps=8, num_stages=3),
-    sm80=Tile(128, 128, 32, num_warps=8, num_stages=3),
-)
-tiles.declare(
-    "flash_attention_fwd",
-    sm90=Tile(128, 128, num_warps=8, num_stages=2),
-    sm80=Tile(128, 64, num_warps=8, num_stages=3),
-)
-tiles.declare(
-    "flash_attention_fwd_128",
-    sm90=Tile(128, 64, num_warps=8, num_stages=2),
-    sm80=Tile(128, 32, num_warps=8, num_stages=2),
-)
-tiles.declare(
-    "flash_attention_bwd_dkdv",
-    sm90=Tile(64, 128, num_warps=8, num_stages=2),
-    sm80=Tile(32, 128, num_warps=8, num_stages=2),
-)
-tiles.declare("flash_attention_bwd_dkdv_128", sm90=Tile(32, 64, num_warps=8, num_stages=2))
-tiles.declare(
-    "flash_attention_bwd_dq",
-    sm90=Tile(64, 64, num_warps=4, num_stages=2),
-    sm80=Tile(128, 32, num_warps=8, num_stages=2),
-)
-tiles.declare(
-    "flash_attention_bwd_dq_128",
-    sm90=Tile(64, 64, num_warps=4, num_stages=2),
-    sm80=Tile(64, 32, num_warps=4, num_stages=1),
-)
+tiles.declare("attention_projection", sm90=Tile(128, 128, 64, 8, 3), sm80=Tile(128, 128, 32, 8, 3))
+tiles.declare("flash_attention_fwd", sm90=_rows(128, 128, 8, 2), sm80=_rows(128, 64, 8, 3))
+tiles.declare("flash_attention_fwd_128", sm90=_rows(128, 64, 8, 2), sm80=_rows(128, 32, 8, 2))
+tiles.declare("flash_attention_bwd_dkdv", sm90=_rows(64, 128, 8, 2), sm80=_rows(32, 128, 8, 2))
+tiles.declare("flash_attention_bwd_dkdv_128", sm90=_rows(32, 64, 8, 2))
+tiles.declare("flash_attention_bwd_dq", sm90=_rows(64, 64, 4, 2), sm80=_rows(128, 32, 8, 2))
+tiles.declare("flash_attention_bwd_dq_128", sm90=_rows(64, 64, 4, 2), sm80=_rows(64, 32, 4, 1))
 # XSA and norms, forward and backward; bound by memory.
 tiles.declare("attention_rows", sm90=Tile(32, num_warps=4))
 tiles.declare("attention_rows_128", sm90=Tile(16, num_warps=4))
@@ -100,10 +79,21 @@ def weights_of(qo_bank: Tensor, kv_bank: Tensor, slot: int) -> Weights:
     return Weights(qo_bank[slot], kv_bank[slot], kv_bank[layers + slot], qo_bank[layers + slot])
 
 
+class Call(NamedTuple):
+    """Arguments that forward and backward share."""
+
+    x: Tensor
+    weights: Weights
+    q_gain: Tensor
+    cos: Tensor
+    sin: Tensor
+    xsa: bool
+
+
 def supports(x: Tensor, head_dim: int) -> bool:
     """True if the kernels run this call; PyTorch runs wider heads and empty batches."""
     fits = 0 < head_dim <= attention_backend.LARGEST_HEAD_DIM and x.numel() > 0
-    return fits and tiles.uses_kernels(OP, x)
+    return fits and tiles.uses_kernels("gqa_attention", x)
 
 
 def tile_for(kernel: str, heads: Tensor) -> Tile:
@@ -116,8 +106,7 @@ def tile_for(kernel: str, heads: Tensor) -> Tile:
 
 
 def _backend(q: Tensor, k: Tensor) -> str:
-    windowed = q.shape[1] != k.shape[1]
-    return attention_backend.backend(Shape(q.device, q.dtype, q.shape[-1], windowed))
+    return attention_backend.backend(attention_backend.shape_of(q, k))
 
 
 def _gained(q: Tensor, gain: Tensor) -> Tensor:
@@ -125,37 +114,21 @@ def _gained(q: Tensor, gain: Tensor) -> Tensor:
     return torch.mul(q, gain.abs()[:, None], out=torch.empty_like(q))
 
 
-def forward(
-    x: Tensor,
-    weights: Weights,
-    q_gain: Tensor,
-    value_embed: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    num_kv_heads: int,
-    xsa: bool,
-    queries: int,
-) -> tuple[Tensor, Saved]:
+def forward(call: Call, value_embed: Tensor | None, num_kv_heads: int, queries: int) -> tuple[Tensor, Saved]:
     """Return the output (B, W, D) and the tensors saved for backward; `queries` is W."""
-    with tiles.on_device_of(x):
-        q, k, v, q_rstd, k_rstd = _project(x, weights, q_gain, value_embed, cos, sin, num_kv_heads, queries)
-        context, along, lse = _attend(q, k, v, q_gain, xsa)
-    out = F.linear(context.flatten(2), weights.out)
+    with tiles.on_device_of(call.x):
+        q, k, v, q_rstd, k_rstd = _project(call, value_embed, num_kv_heads, queries)
+        context, along, lse = _attend(q, k, v, call.q_gain, call.xsa)
+    out = F.linear(context.flatten(2), call.weights.out)
     return out, Saved(q, k, v, q_rstd, k_rstd, context, lse, along)
 
 
 def _project(
-    x: Tensor,
-    weights: Weights,
-    q_gain: Tensor,
-    value_embed: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    num_kv_heads: int,
-    queries: int,
+    call: Call, value_embed: Tensor | None, num_kv_heads: int, queries: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from pgolf_fast.kernels.attention_projection import launch_attention_projection
 
+    x, weights, q_gain, cos, sin, _ = call
     (batch, length, dim), num_heads = x.shape, q_gain.shape[0]
     q = x.new_empty(batch, queries, num_heads, dim // num_heads)
     k = x.new_empty(batch, length, num_kv_heads, dim // num_heads)
@@ -188,18 +161,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, q_gain: Tensor, xsa: bool) -> tuple
     return context, along, lse.contiguous()
 
 
-def backward(
-    dout: Tensor,
-    x: Tensor,
-    weights: Weights,
-    q_gain: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    s: Saved,
-    xsa: bool,
-    has_value_embed: bool,
-) -> tuple[Tensor, list[tuple[Tensor, Tensor]], Tensor, Tensor]:
+def backward(dout: Tensor, call: Call, s: Saved, has_value_embed: bool) -> Gradients:
     """Return dx, factors of the q, k, v and out weight gradients, dgain, and dvalue (empty without one)."""
+    x, weights = call.x, call.weights
     (batch, length, dim), queries = x.shape, s.q.shape[1]
     kv_dim, x_rows, x_tail = weights.k.shape[0], x.reshape(-1, dim), x[:, length - queries :]
     outer = dout.reshape(-1, dim)
@@ -211,18 +175,14 @@ def backward(
         else:
             merged = x.new_empty(batch * length, 2 * kv_dim)
             dq, (dk, dv) = x.new_empty(batch * queries, dim), merged.split(kv_dim, dim=1)
-        dgain = _attend_backward(dcontext, s, q_gain, cos, sin, xsa, dq, dk, dv)
+        dgain = _attend_backward(dcontext, call, s, dq, dk, dv)
     if queries == length:
         dx = merged @ torch.cat(weights[:3])
     else:
         dx = merged @ torch.cat(weights[1:3])
         dx.view(x.shape)[:, length - queries :] += (dq @ weights.q).view(batch, queries, dim)
-    factors = [
-        (dq.T, x_tail.reshape(-1, dim)),
-        (dk.T, x_rows),
-        (dv.T, x_rows),
-        (outer.T, s.y.view(-1, dim)),
-    ]
+    context = s.y.view(-1, dim)
+    factors = [(dq.T, x_tail.reshape(-1, dim)), (dk.T, x_rows), (dv.T, x_rows), (outer.T, context)]
     dvalue = x.new_empty(0)
     if has_value_embed:
         dvalue = dv.reshape(batch, length, kv_dim).clone(memory_format=torch.contiguous_format)
@@ -237,17 +197,7 @@ def add_factors(factors: list[tuple[Tensor, Tensor]], grad_qo: Tensor, grad_kv: 
         add_matmul(bank, place, left, right)
 
 
-def _attend_backward(
-    dcontext: Tensor,
-    s: Saved,
-    q_gain: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    xsa: bool,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-) -> Tensor:
+def _attend_backward(dcontext: Tensor, call: Call, s: Saved, dq: Tensor, dk: Tensor, dv: Tensor) -> Tensor:
     """Write the projections' gradients to dq, dk and dv (rows may be strided) and return the gain's.
 
     Overwrites dcontext.
@@ -255,10 +205,9 @@ def _attend_backward(
     from pgolf_fast.kernels.attention_projection import launch_rope_norm_bwd
     from pgolf_fast.kernels.flash_attention_backward import launch_flash_attention_bwd_delta
 
-    gain, cos, sin = (t.contiguous() for t in (q_gain, cos, sin))
-    tile = tile_for("attention_rows", s.q)
-    delta = torch.empty_like(s.lse)
-    own = None
+    gain, cos, sin = (t.contiguous() for t in (call.q_gain, call.cos, call.sin))
+    tile, xsa = tile_for("attention_rows", s.q), call.xsa
+    delta, own = torch.empty_like(s.lse), None
     if xsa:  # in float32: it may cancel most of the rest of dv
         own = s.v.new_empty(*s.q.shape[:2], *s.v.shape[2:], dtype=torch.float32)
     name, dy = _backend(s.q, s.k), dcontext
@@ -288,20 +237,8 @@ def _own_backward(
     from pgolf_fast.kernels import flash_attention_backward as kernels
 
     dq_heads, dk_heads = torch.empty_like(s.q), torch.empty_like(s.k)
-    kernels.launch_flash_attention_bwd_dkdv(
-        s.q,
-        s.k,
-        s.v,
-        gain,
-        dy,
-        s.lse,
-        delta,
-        own,
-        dk_heads,
-        dv,
-        tile=tile_for("flash_attention_bwd_dkdv", s.q),
-    )
-    kernels.launch_flash_attention_bwd_dq(
-        s.q, s.k, s.v, gain, dy, s.lse, delta, dq_heads, tile=tile_for("flash_attention_bwd_dq", s.q)
-    )
+    inputs = (s.q, s.k, s.v, gain, dy, s.lse, delta)
+    tile = tile_for("flash_attention_bwd_dkdv", s.q)
+    kernels.launch_flash_attention_bwd_dkdv(*inputs, own, dk_heads, dv, tile=tile)
+    kernels.launch_flash_attention_bwd_dq(*inputs, dq_heads, tile=tile_for("flash_attention_bwd_dq", s.q))
     return dq_heads, dk_heads

@@ -5,8 +5,6 @@ the "4+2 split" of 3 * K8 / 4 bytes per row (K8: K padded to a multiple of 8).
 Inference only: no autograd is registered.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -16,13 +14,9 @@ from pgolf_fast.ops.checks import expect_floating, expect_shape, same_device
 from pgolf_fast.ops.tiles import Tile
 
 # Not measured. sm80 also serves GPUs with 99 KiB of shared memory per block, hence the smaller tiles.
-tiles.declare("int6_matmul_skinny", sm90=Tile(64, 64, 128, num_warps=4, num_stages=3))
-tiles.declare("int6_unpack", sm90=Tile(16, 256, 32, num_warps=4, num_stages=1))
-tiles.declare(
-    "int6_matmul",
-    sm90=Tile(128, 256, 64, num_warps=8, num_stages=3),
-    sm80=Tile(128, 128, 32, num_warps=8, num_stages=3),
-)
+tiles.declare("int6_matmul_skinny", Tile(64, 64, 128, 4, 3))
+tiles.declare("int6_unpack", Tile(16, 256, 32, 4, 1))
+tiles.declare("int6_matmul", sm90=Tile(128, 256, 64, 8, 3), sm80=Tile(128, 128, 32, 8, 3))
 
 # With more rows of x, the matrix is unpacked once instead of in every tile of rows.
 SKINNY_ROWS = 64
@@ -51,10 +45,6 @@ def int6_matmul(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
     _check_matmul(x, packed, scale)
     if tiles.uses_kernels("int6_matmul", x):
         return _cuda(x, packed, scale)
-    return _cpu(x, packed, scale)
-
-
-def _cpu(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
     return reference_bytes.scaled_matmul(x, int6_unpack(packed, x.shape[-1]), scale).contiguous()
 
 
@@ -65,35 +55,29 @@ def _(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
 
 
 def _cuda(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
-    from pgolf_fast.kernels.int6_matmul import (
-        launch_int6_matmul,
-        launch_int6_matmul_skinny,
-        launch_int6_unpack,
-    )
+    from pgolf_fast.kernels import int6_matmul as kernels
 
     columns, depth = packed.shape[0], x.shape[-1]
     y = x.new_empty((*x.shape[:-1], columns))
     if y.numel() == 0 or depth == 0:
         return y.zero_()
-    rows, scale = x.reshape(-1, depth), scale.contiguous()
-    flat_y = y.view(-1, columns)
-    packed = packed.contiguous()
+    rows, flat_y = x.reshape(-1, depth), y.view(-1, columns)
+    scale, packed = scale.contiguous(), packed.contiguous()
     if packed.data_ptr() % 2:  # the low plane is read as 16-bit words
         packed = packed.clone()
     words = packed.view(-1).view(torch.int16)
     with tiles.on_device_of(x):
         if len(rows) <= SKINNY_ROWS and x.dtype != torch.float32:
-            launch_int6_matmul_skinny(
-                rows, words, packed, scale, flat_y, tiles.lookup("int6_matmul_skinny", x)
-            )
+            tile = tiles.lookup("int6_matmul_skinny", x)
+            kernels.launch_int6_matmul_skinny(rows, words, packed, scale, flat_y, tile)
             return y
         codes = x.new_empty(columns, depth)
-        launch_int6_unpack(words, packed, codes, tiles.lookup("int6_unpack", x))
+        kernels.launch_int6_unpack(words, packed, codes, tiles.lookup("int6_unpack", x))
         if x.dtype == torch.float32:
             # Exact in float32; Triton 3.7 would compute this product in TF32 on sm_100.
             torch.mul(rows @ codes.t(), scale.float(), out=flat_y)
         else:
-            launch_int6_matmul(rows, codes, scale, flat_y, tiles.lookup("int6_matmul", x))
+            kernels.launch_int6_matmul(rows, codes, scale, flat_y, tiles.lookup("int6_matmul", x))
     return y
 
 

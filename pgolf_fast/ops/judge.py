@@ -4,16 +4,13 @@ A result may miss the float64 answer by at most twice what the reference itself 
 dtype, plus one rounding of the largest value and 1e-6.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from pgolf_fast.ops.case import Case, Contender, Inputs, Outputs
+from pgolf_fast.ops.case import Case, Contender, Inputs
 
 Named = dict[str, Tensor]
 FACTOR = 2.0
@@ -68,15 +65,13 @@ def truth_of(case: Case, *, backward: bool | None = None) -> Truth:
     exact, low = _evaluate(case, douts, torch.float64), _evaluate(case, douts, None)
     # The rounding of a plain sum grows with the root of its length; sums over blocks are shorter.
     summing = 4 * torch.finfo(torch.float32).eps * max(case.tokens, 1) ** 0.5 if case.blocks > 1 else 0.0
-    return Truth(exact, low, douts, _coarsest(case.inputs.values()), summing)
+    return Truth(exact, low, douts, coarsest(case.inputs.values()), summing)
 
 
-def _coarsest(tensors: Any) -> float:
-    return max((torch.finfo(t.dtype).eps for t in tensors if _floats(t)), default=0.0)
-
-
-def _floats(t: Tensor | None) -> bool:
-    return t is not None and t.is_floating_point()
+def coarsest(tensors: Iterable[Tensor | None]) -> float:
+    """Return the largest eps of the floating-point tensors; 0 without any."""
+    floats = (t for t in tensors if t is not None and t.is_floating_point())
+    return max((torch.finfo(t.dtype).eps for t in floats), default=0.0)
 
 
 def _block(case: Case, start: int, stop: int, dtype: torch.dtype | None) -> Inputs:
@@ -105,7 +100,7 @@ def _evaluate(case: Case, douts: Sequence[Tensor], dtype: torch.dtype | None) ->
         if not douts:
             continue
         incoming = [d[start : start + case.chunk].to(o.dtype) for d, o in zip(douts, outs, strict=True)]
-        grads = torch.autograd.grad(outs, [_tensor(block[name]) for name in case.trained], incoming)
+        grads = torch.autograd.grad(outs, [block[name] for name in case.trained], incoming)
         for name, grad in zip(case.trained, grads, strict=True):
             if name in case.batched:
                 pieces.setdefault(f"d {name}", []).append(grad)
@@ -116,17 +111,9 @@ def _evaluate(case: Case, douts: Sequence[Tensor], dtype: torch.dtype | None) ->
     return {**{name: torch.cat(parts) for name, parts in pieces.items()}, **case.by_weight(shared)}
 
 
-def _tensor(t: Tensor | None) -> Tensor:
-    assert t is not None
-    return t
-
-
 def judge(case: Case, contender: Contender, truth: Truth) -> Verdict:
     """Return the worst verdict on the results of `contender`: outputs, and gradients if `truth` has them."""
-    if truth.douts:
-        outs, grads = contender.results(truth.douts)
-    else:
-        outs, grads = contender.fresh(), {}
+    outs, grads = contender.results(truth.douts) if truth.douts else (contender.fresh(), {})
     for name, slots in case.unused_slots().items():
         if name in grads and bool(grads[name][slots].any()):
             return Verdict(f"d {name} changed outside its slots", float("nan"), 0.0)
@@ -156,7 +143,7 @@ def _verdict(name: str, got: Tensor, truth: Truth, factor: float, largest: float
     exact, low = truth.exact[name], truth.low[name]
     few, summed = exact.numel() < FEW, truth.summing and low.dtype == torch.float64
     # A gradient bank may take a product before or after its rounding to the weights' dtype.
-    eps = truth.eps if few or summed else _coarsest((got, low))
+    eps = truth.eps if few or summed else coarsest((got, low))
     rounding = (eps + (truth.summing if summed else 0.0)) * (largest if few else _largest(exact))
     return verdict(name, got, low, exact, factor=factor * (4 if few else 1), atol=1e-6 + rounding)
 
@@ -191,50 +178,4 @@ def judge_tail(case: Case, contender: Contender, entries: int) -> Verdict:
     }
     small, last = replace(case, inputs=ends), [dout[-entries:] for dout in douts]
     exact, low = _evaluate(small, last, torch.float64), _evaluate(small, last, None)
-    return worst(verdicts(got, Truth(exact, low, tuple(last), _coarsest(ends.values())), contender.factor))
-
-
-def results(
-    function: Callable[..., Any], inputs: Sequence[Tensor | None], douts: Sequence[Tensor] | None = None
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Return outputs of `function(*inputs)`, gradients of its floating-point inputs, and incoming gradients.
-
-    Without `douts`, incoming gradients are random.
-    """
-    leaves = [t if t is None else t.detach().requires_grad_(t.is_floating_point()) for t in inputs]
-    out = function(*leaves)
-    outs = list(out) if isinstance(out, (tuple, list)) else [out]
-    douts = list(douts or [torch.randn(o.shape, dtype=o.dtype, device=o.device) for o in outs])
-    floats = [t for t in leaves if t is not None and t.requires_grad]
-    grads = torch.autograd.grad(outs, floats, [d.to(o.dtype) for d, o in zip(douts, outs, strict=True)])
-    return [o.detach() for o in outs], list(grads), douts
-
-
-def compare(
-    op: Callable[..., Any],
-    formula: Callable[..., Any],
-    inputs: Sequence[Tensor | None],
-    *,
-    eager: Callable[..., Any] | None = None,
-    factor: float = FACTOR,
-) -> list[Verdict]:
-    """Compare outputs and every gradient of `op(*inputs)` with `formula` in float64.
-
-    The yardstick is `eager` (by default the formula itself) in the dtype of the inputs. Raises TypeError if
-    the dtypes of results differ from the yardstick's.
-    """
-    outs, grads, douts = results(op, inputs)
-    low_outs, low_grads, _ = results(eager or formula, inputs, douts)
-    wide = [t.double() if t is not None and t.is_floating_point() else t for t in inputs]
-    exact_outs, exact_grads, _ = results(formula, wide, douts)
-    for got, low in zip(outs + grads, low_outs + low_grads, strict=True):
-        if got.dtype != low.dtype:
-            raise TypeError(f"a result has dtype {got.dtype}, but the formula's has {low.dtype}")
-    exact = _named(exact_outs, exact_grads)
-    truth = Truth(exact, _named(low_outs, low_grads), tuple(douts), _coarsest(inputs))
-    return verdicts(_named(outs, grads), truth, factor)
-
-
-def _named(outs: Outputs | list[Tensor], grads: Sequence[Tensor]) -> Named:
-    names: Iterator[str] = (f"{kind}{i}" for kind, n in (("out", outs), ("d ", grads)) for i in range(len(n)))
-    return dict(zip(names, (*outs, *grads), strict=True))
+    return worst(verdicts(got, Truth(exact, low, tuple(last), coarsest(ends.values())), contender.factor))

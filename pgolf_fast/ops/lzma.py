@@ -4,8 +4,6 @@ Compress one byte per weight: codes packed to 6 bits first come out 6 to 13 % la
 Both release the GIL, so threads compress in parallel.
 """
 
-from __future__ import annotations
-
 from types import ModuleType
 from typing import Literal
 
@@ -77,7 +75,7 @@ def lzma_compress(data: Tensor, preset: int = 9) -> Tensor:
     """
     _check_bytes("lzma_compress", data)
     try:
-        return _tensor(compress_bytes(_bytes(data), preset))
+        return _tensor(compress_bytes(data.numpy().tobytes(), preset))
     except ValueError as error:
         raise ValueError(f"pgolf::lzma_compress: {error}") from error
 
@@ -96,7 +94,7 @@ def lzma_decompress(data: Tensor, size: int) -> Tensor:
     """
     _check_bytes("lzma_decompress", data)
     try:
-        return _tensor(decompress_bytes(_bytes(data), size))
+        return _tensor(decompress_bytes(data.numpy().tobytes(), size))
     except ValueError as error:
         raise ValueError(f"pgolf::lzma_decompress: {error}") from error
 
@@ -110,10 +108,6 @@ def _(data: Tensor, size: int) -> Tensor:
 def _check_bytes(op: str, data: Tensor) -> None:
     expect_dtype(op, "data", data, torch.uint8)
     expect_shape(op, "data", data, (None,))
-
-
-def _bytes(data: Tensor) -> bytes:
-    return data.numpy().tobytes()
 
 
 def _tensor(data: bytes) -> Tensor:

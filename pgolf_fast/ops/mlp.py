@@ -1,7 +1,5 @@
 """pgolf::mlp: act(x W_up^T) W_down^T from slots of the two MLP banks (PR 1501; SwiGLU: Shazeer 2020)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -17,18 +15,10 @@ ACTIVATIONS = ("leaky_relu_squared", "relu_squared", "swiglu")
 
 # Not measured. sm80 also serves GPUs with 99 KiB of shared memory per block, hence the smaller tiles. float32
 # products do not run on tensor cores and get fewer columns.
-tiles.declare(
-    "mlp_up",
-    sm90=Tile(128, 256, 64, num_warps=8, num_stages=3),
-    sm80=Tile(128, 128, 32, num_warps=8, num_stages=3),
-)
-tiles.declare("mlp_up_float32", Tile(128, 128, 64, num_warps=8, num_stages=3))
+tiles.declare("mlp_up", sm90=Tile(128, 256, 64, 8, 3), sm80=Tile(128, 128, 32, 8, 3))
+tiles.declare("mlp_up_float32", Tile(128, 128, 64, 8, 3))
 for _kernel in ("mlp_dpre", "mlp_dpre_swiglu"):  # swiglu reads and writes two more tiles
-    tiles.declare(
-        _kernel,
-        sm90=Tile(128, 128, 64, num_warps=8, num_stages=3),
-        sm80=Tile(128, 128, 32, num_warps=8, num_stages=3),
-    )
+    tiles.declare(_kernel, sm90=Tile(128, 128, 64, 8, 3), sm80=Tile(128, 128, 32, 8, 3))
 
 
 def mlp(
@@ -78,9 +68,8 @@ def _mlp(
     Where that square underflows (float16: |pre| < 2e-4, others: 1e-19), so does the gradient.
     """
     _check(x, up_bank, down_bank, slot, activation)
-    if tiles.uses_kernels("mlp", x):
-        return _forward_cuda(x, up_bank[slot], down_bank[slot], activation)
-    return _forward_cpu(x, up_bank[slot], down_bank[slot], activation)
+    run = _forward_cuda if tiles.uses_kernels("mlp", x) else _forward_cpu
+    return run(x, up_bank[slot], down_bank[slot], activation)
 
 
 def _forward_cpu(x: Tensor, up: Tensor, down: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,24 +78,22 @@ def _forward_cpu(x: Tensor, up: Tensor, down: Tensor, activation: str) -> tuple[
     return out, pre, x.new_empty(0, dtype=torch.int32)
 
 
-def _saved_shapes(x: Tensor, up_rows: int, activation: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the shapes of `saved` and `signs`."""
-    signs = tiles.uses_kernels("mlp", x) and activation == "leaky_relu_squared"
-    return (*x.shape[:-1], up_rows), ((*x.shape[:-1], (up_rows + 31) // 32) if signs else (0,))
+def _empty_saved(x: Tensor, up_rows: int, activation: str) -> tuple[Tensor, Tensor]:
+    signed = tiles.uses_kernels("mlp", x) and activation == "leaky_relu_squared"
+    signs = x.new_empty((*x.shape[:-1], (up_rows + 31) // 32) if signed else (0,), dtype=torch.int32)
+    return x.new_empty(*x.shape[:-1], up_rows), signs
 
 
 @_mlp.register_fake
 def _(x, up_bank, down_bank, slot, activation, grad_up, grad_down):
     _check(x, up_bank, down_bank, slot, activation)
-    saved, signs = _saved_shapes(x, up_bank.shape[1], activation)
-    return x.new_empty(x.shape), x.new_empty(saved), x.new_empty(signs, dtype=torch.int32)
+    return x.new_empty(x.shape), *_empty_saved(x, up_bank.shape[1], activation)
 
 
 def _forward_cuda(x: Tensor, up: Tensor, down: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
     from pgolf_fast.kernels.mlp import launch_mlp_up
 
-    saved_shape, signs_shape = _saved_shapes(x, up.shape[0], activation)
-    saved, signs = x.new_empty(saved_shape), x.new_empty(signs_shape, dtype=torch.int32)
+    saved, signs = _empty_saved(x, up.shape[0], activation)
     gated = activation == "swiglu"
     hidden = x.new_empty(*x.shape[:-1], down.shape[1]) if gated else saved
     if x.numel() and hidden.numel():

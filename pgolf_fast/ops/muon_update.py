@@ -5,13 +5,11 @@ nothing synchronizes and a captured CUDA graph replays with the current value.
 Both ops are for the optimizer: no autograd is registered.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
 from pgolf_fast.ops import tiles
-from pgolf_fast.ops.checks import expect_floating, expect_shape
+from pgolf_fast.ops.checks import expect_floating, expect_shape, same_device
 from pgolf_fast.ops.tiles import Tile
 
 # Not measured; bound by memory.
@@ -50,16 +48,14 @@ def _as_tensor(value: float | Tensor) -> Tensor:
     return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
 
 
-def _check(op: str, name: str, value: Tensor, **tensors: Tensor) -> None:
+def _check(op: str, name: str, value: Tensor, **given: Tensor | None) -> None:
+    tensors = {key: tensor for key, tensor in given.items() if tensor is not None}
     (first, like), *others = tensors.items()
     expect_floating(op, first, like)
     for other, tensor in others:
         expect_shape(op, other, tensor, tuple(like.shape))
         expect_floating(op, other, tensor)
-        if tensor.device != like.device:
-            raise ValueError(
-                f"pgolf::{op}: {other}.device is {tensor.device}, but {first}.device is {like.device}"
-            )
+    same_device(op, **tensors)
     expect_floating(op, name, value)
     if value.numel() != 1:
         raise ValueError(f"pgolf::{op}: {name} has {value.numel()} elements, but one is needed")
@@ -70,18 +66,17 @@ def _check(op: str, name: str, value: Tensor, **tensors: Tensor) -> None:
 @torch.library.custom_op("pgolf::muon_momentum", mutates_args=("buffer",))
 def _muon_momentum(grad: Tensor, buffer: Tensor, momentum: Tensor) -> Tensor:
     _check("muon_momentum", "momentum", momentum, buffer=buffer, grad=grad)
-    if tiles.uses_kernels("muon", buffer):
-        return _momentum_cuda(grad, buffer, momentum)
-    return _momentum_cpu(grad, buffer, momentum)
+    run = _momentum_cuda if tiles.uses_kernels("muon", buffer) else _momentum_cpu
+    return run(grad, buffer, momentum)
 
 
 def _momentum_cpu(grad: Tensor, buffer: Tensor, momentum: Tensor) -> Tensor:
     low = grad.to(buffer.dtype, copy=True, memory_format=torch.contiguous_format)
-    if momentum.device.type == "cpu":
-        share = momentum.item()
-        buffer.mul_(share).add_(low)
-        return low.add_(buffer, alpha=share)
-    return _momentum_unread(low, buffer, momentum.reshape(()))
+    if momentum.device.type != "cpu":
+        return _momentum_unread(low, buffer, momentum.reshape(()))
+    share = momentum.item()
+    buffer.mul_(share).add_(low)
+    return low.add_(buffer, alpha=share)
 
 
 def _momentum_unread(low: Tensor, buffer: Tensor, momentum: Tensor) -> Tensor:
@@ -101,10 +96,9 @@ def _(grad, buffer, momentum):
 def _muon_apply(
     master: Tensor, update: Tensor, shadow: Tensor | None, lr: Tensor, weight_decay: float, scale: float
 ) -> None:
-    _check_apply(master, update, shadow, lr)
-    if tiles.uses_kernels("muon", master) and tiles.uses_kernels("muon", update):
-        return _apply_cuda(master, update, shadow, lr, weight_decay, scale)
-    return _apply_cpu(master, update, shadow, lr, weight_decay, scale)
+    _check("muon_apply", "lr", lr, master=master, update=update, shadow=shadow)
+    kernels = tiles.uses_kernels("muon", master) and tiles.uses_kernels("muon", update)
+    (_apply_cuda if kernels else _apply_cpu)(master, update, shadow, lr, weight_decay, scale)
 
 
 def _apply_cpu(
@@ -122,12 +116,7 @@ def _apply_cpu(
 
 @_muon_apply.register_fake
 def _(master, update, shadow, lr, weight_decay, scale):
-    _check_apply(master, update, shadow, lr)
-
-
-def _check_apply(master: Tensor, update: Tensor, shadow: Tensor | None, lr: Tensor) -> None:
-    others = {"update": update} if shadow is None else {"update": update, "shadow": shadow}
-    _check("muon_apply", "lr", lr, master=master, **others)
+    _check("muon_apply", "lr", lr, master=master, update=update, shadow=shadow)
 
 
 def _apply_unread(master: Tensor, update: Tensor, lr: Tensor, weight_decay: float, scale: float) -> None:

@@ -1,7 +1,5 @@
 """Access to the C++ codecs, with one warning where they are missing."""
 
-from __future__ import annotations
-
 import functools
 import logging
 from types import ModuleType

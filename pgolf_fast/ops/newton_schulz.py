@@ -1,7 +1,5 @@
 """pgolf::newton_schulz: approximate orthogonalization of a stack of matrices (Jordan et al. 2024, Muon)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -16,16 +14,6 @@ for _kernel in ("newton_schulz_gram", "newton_schulz_poly", "newton_schulz_apply
     tiles.declare(_kernel, Tile(128, 128, 64, num_warps=8, num_stages=3))
 
 
-def newton_schulz(g: Tensor, steps: int = 5) -> Tensor:
-    """Approximate `U V^T` of each matrix `g = U S V^T`: singular values end up in about 0.68 to 1.14.
-
-    g (slots, rows, cols) in the dtype the iteration runs in (bfloat16 in training); the result has the shape
-    and dtype of g. Each step is `a x + (b A + c A A) x` with `A = x x^T`. No autograd is registered. Raises
-    ValueError if g is not 3-D or `steps` is negative.
-    """
-    return torch.ops.pgolf.newton_schulz(g, steps)
-
-
 def _check(g: Tensor, steps: int) -> None:
     expect_shape("newton_schulz", "g", g, (None, None, None))
     if steps < 0:
@@ -33,16 +21,18 @@ def _check(g: Tensor, steps: int) -> None:
 
 
 @torch.library.custom_op("pgolf::newton_schulz", mutates_args=())
-def _newton_schulz(g: Tensor, steps: int) -> Tensor:
+def newton_schulz(g: Tensor, steps: int = 5) -> Tensor:
+    """Approximate `U V^T` of each matrix `g = U S V^T`: singular values end up in about 0.68 to 1.14.
+
+    g (slots, rows, cols) in the dtype the iteration runs in (bfloat16 in training); the result has the shape
+    and dtype of g. Each step is `a x + (b A + c A A) x` with `A = x x^T`. No autograd is registered. Raises
+    ValueError if g is not 3-D or `steps` is negative.
+    """
     _check(g, steps)
     if g.numel() == 0:
         return torch.empty_like(g, memory_format=torch.contiguous_format)
     if tiles.uses_kernels("newton_schulz", g):
         return _cuda(g, steps)
-    return _cpu(g, steps)
-
-
-def _cpu(g: Tensor, steps: int) -> Tensor:
     return reference.newton_schulz(g, steps).clone(memory_format=torch.contiguous_format)
 
 
@@ -52,7 +42,8 @@ def _cuda(g: Tensor, steps: int) -> Tensor:
 
     a, b, c = reference.NS_COEFFICIENTS
     tall = g.shape[1] > g.shape[2]
-    normalize = tiles.lookup("newton_schulz_normalize", g)
+    names = ("normalize", "gram", "poly", "apply")
+    normalize, gram_tile, poly_tile, apply_tile = (tiles.lookup(f"newton_schulz_{name}", g) for name in names)
     x = torch.empty_like(g, memory_format=torch.contiguous_format)
     partial = g.new_empty(g.shape[0], kernels.norm_parts(g.shape[1], normalize), dtype=torch.float32)
     with tiles.on_device_of(g):
@@ -64,16 +55,14 @@ def _cuda(g: Tensor, steps: int) -> Tensor:
         poly = torch.empty_like(gram)
         for _ in range(steps):
             wide, wide_following = (x.mT, following.mT) if tall else (x, following)
-            kernels.launch_newton_schulz_gram(wide, gram, tiles.lookup("newton_schulz_gram", g))
-            kernels.launch_newton_schulz_poly(gram, poly, b, c, tiles.lookup("newton_schulz_poly", g))
-            kernels.launch_newton_schulz_apply(
-                poly, wide, wide_following, a, tiles.lookup("newton_schulz_apply", g)
-            )
+            kernels.launch_newton_schulz_gram(wide, gram, gram_tile)
+            kernels.launch_newton_schulz_poly(gram, poly, b, c, poly_tile)
+            kernels.launch_newton_schulz_apply(poly, wide, wide_following, a, apply_tile)
             x, following = following, x
     return x
 
 
-@_newton_schulz.register_fake
-def _(g, steps):
+@newton_schulz.register_fake
+def _(g, steps=5):
     _check(g, steps)
     return torch.empty_like(g, memory_format=torch.contiguous_format)

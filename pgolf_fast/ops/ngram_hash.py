@@ -1,8 +1,6 @@
 """pgolf::ngram_hash_embed: hashed bigram and trigram embedding with a word-start gate (PR 1501)."""
 
-from __future__ import annotations
-
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +10,7 @@ from pgolf_fast.ops.checks import (
     as_rows,
     expect_dtype,
     expect_floating,
+    expect_ids,
     expect_integer,
     expect_shape,
     same_device,
@@ -69,41 +68,63 @@ def ngram_hash_embed(
     )
 
 
-def _check(
-    tokens: Tensor,
-    table: Tensor,
-    has_leading_space: Tensor | None,
-    scale: Tensor,
-    boost: Tensor,
-    pos_conditional: bool,
-) -> None:
-    expect_shape("ngram_hash_embed", "tokens", tokens, (None, None))
-    expect_shape("ngram_hash_embed", "table", table, (None, None))
-    expect_floating("ngram_hash_embed", "table", table)
-    expect_shape("ngram_hash_embed", "scale", scale, ())
-    expect_shape("ngram_hash_embed", "boost", boost, ())
-    same_device("ngram_hash_embed", tokens=tokens, table=table, scale=scale, boost=boost)
-    if has_leading_space is not None:
-        expect_shape("ngram_hash_embed", "has_leading_space", has_leading_space, (None,))
-        expect_dtype("ngram_hash_embed", "has_leading_space", has_leading_space, torch.bool)
-        same_device("ngram_hash_embed", tokens=tokens, has_leading_space=has_leading_space)
-    expect_integer("ngram_hash_embed", "tokens", tokens)
+class _Call(NamedTuple):
+    """Arguments of `ngram_hash_embed`, after checks."""
+
+    tokens: Tensor
+    table: Tensor
+    has_leading_space: Tensor | None
+    scale: Tensor
+    boost: Tensor
+    pos_conditional: bool
+    trigram: bool
+
+    def rows(self) -> tuple[Tensor, Tensor | None]:
+        split = self.has_leading_space if self.pos_conditional else None
+        return reference.ngram_rows(self.tokens, self.table.shape[0], split, self.trigram)
+
+    def gather(self) -> Tensor:
+        """Return the sum of each token's table rows, (B, T, D), in at least float32."""
+        bigram, third = self.rows()
+        wide = torch.promote_types(self.table.dtype, torch.float32)
+        rows = self.table[bigram].to(wide)
+        return rows if third is None else rows + self.table[third].to(wide)
+
+    def gate(self) -> Tensor:
+        """Return scale * gate, (B, T, 1) or (), in at least float32."""
+        wide = self.scale.to(torch.promote_types(self.scale.dtype, torch.float32))
+        if self.has_leading_space is None:
+            return wide
+        return torch.where(self.has_leading_space[self.tokens.long()].unsqueeze(-1), wide * self.boost, wide)
+
+    def kernel_inputs(self) -> tuple[tuple[Tensor | None, ...], dict[str, Any]]:
+        """Return tensors and options of the kernels; bools as bytes, which every Triton loads the same."""
+        flags = self.has_leading_space
+        flags = None if flags is None else flags.contiguous().view(torch.uint8)
+        multipliers = (reference.HASH_CURRENT, reference.HASH_PREVIOUS, reference.HASH_BEFORE)
+        options = {"multipliers": multipliers, "split": self.pos_conditional, "trigram": self.trigram}
+        return (self.tokens, as_rows(self.table), flags, self.scale, self.boost), options
+
+
+def _checked(*arguments: Any) -> _Call:
+    op, call = "ngram_hash_embed", _Call(*arguments)
+    tokens, table, flags, scale, boost = call[:5]
+    expect_shape(op, "tokens", tokens, (None, None))
+    expect_shape(op, "table", table, (None, None))
+    expect_floating(op, "table", table)
+    expect_shape(op, "scale", scale, ())
+    expect_shape(op, "boost", boost, ())
+    same_device(op, tokens=tokens, table=table, scale=scale, boost=boost)
+    if flags is not None:
+        expect_shape(op, "has_leading_space", flags, (None,))
+        expect_dtype(op, "has_leading_space", flags, torch.bool)
+        same_device(op, tokens=tokens, has_leading_space=flags)
+    expect_integer(op, "tokens", tokens)
     if table.shape[0] < 4:
-        raise ValueError(f"pgolf::ngram_hash_embed: table has {table.shape[0]} rows; it needs at least 4")
-    if pos_conditional and has_leading_space is None:
-        raise ValueError("pgolf::ngram_hash_embed: pos_conditional needs has_leading_space, which is None")
-
-
-def _check_ids(tokens: Tensor, has_leading_space: Tensor | None) -> None:
-    """Raise IndexError for a token outside has_leading_space; on the CPU only, where reading it is free."""
-    if has_leading_space is None or tokens.is_cuda or not tokens.numel():
-        return
-    low, high = (int(value) for value in tokens.long().aminmax())
-    if low < 0 or high >= len(has_leading_space):
-        raise IndexError(
-            f"pgolf::ngram_hash_embed: tokens hold {low if low < 0 else high}, "
-            f"but has_leading_space has ids 0 to {len(has_leading_space) - 1}"
-        )
+        raise ValueError(f"pgolf::{op}: table has {table.shape[0]} rows; it needs at least 4")
+    if call.pos_conditional and flags is None:
+        raise ValueError(f"pgolf::{op}: pos_conditional needs has_leading_space, which is None")
+    return call
 
 
 @torch.library.custom_op("pgolf::ngram_hash_embed", mutates_args=())
@@ -117,64 +138,30 @@ def _ngram_hash_embed(
     trigram: bool,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    _check(tokens, table, has_leading_space, scale, boost, pos_conditional)
-    _check_ids(tokens, has_leading_space)
+    call = _checked(tokens, table, has_leading_space, scale, boost, pos_conditional, trigram)
+    if has_leading_space is not None:
+        expect_ids("ngram_hash_embed", "tokens", tokens, "has_leading_space", len(has_leading_space))
     if tiles.uses_kernels("ngram_hash_embed", table):
-        out = table.new_empty(*tokens.shape, table.shape[1], dtype=out_dtype)
-        return _forward_cuda(tokens, table, has_leading_space, scale, boost, pos_conditional, trigram, out)
-    rows = _gather(tokens, table, has_leading_space if pos_conditional else None, trigram)
-    return (rows * _gate(tokens, has_leading_space, scale, boost)).to(out_dtype).contiguous()
+        return _forward_cuda(call, table.new_empty(*tokens.shape, table.shape[1], dtype=out_dtype))
+    return (call.gather() * call.gate()).to(out_dtype).contiguous()
 
 
 @_ngram_hash_embed.register_fake
 def _(tokens, table, has_leading_space, scale, boost, pos_conditional, trigram, out_dtype):
-    _check(tokens, table, has_leading_space, scale, boost, pos_conditional)
+    _checked(tokens, table, has_leading_space, scale, boost, pos_conditional, trigram)
     return table.new_empty(*tokens.shape, table.shape[1], dtype=out_dtype)
 
 
-def _gather(tokens: Tensor, table: Tensor, split: Tensor | None, trigram: bool) -> Tensor:
-    """Return the sum of each token's table rows, (B, T, D), in at least float32."""
-    bigram, third = reference.ngram_rows(tokens, table.shape[0], split, trigram)
-    wide = torch.promote_types(table.dtype, torch.float32)
-    rows = table[bigram].to(wide)
-    return rows if third is None else rows + table[third].to(wide)
-
-
-def _gate(tokens: Tensor, has_leading_space: Tensor | None, scale: Tensor, boost: Tensor) -> Tensor:
-    """Return scale * gate, (B, T, 1) or (), in at least float32."""
-    wide = scale.to(torch.promote_types(scale.dtype, torch.float32))
-    if has_leading_space is None:
-        return wide
-    return torch.where(has_leading_space[tokens.long()].unsqueeze(-1), wide * boost, wide)
-
-
-def _forward_cuda(
-    tokens: Tensor,
-    table: Tensor,
-    has_leading_space: Tensor | None,
-    scale: Tensor,
-    boost: Tensor,
-    pos_conditional: bool,
-    trigram: bool,
-    out: Tensor,
-) -> Tensor:
+def _forward_cuda(call: _Call, out: Tensor) -> Tensor:
     from pgolf_fast.kernels.ngram_hash import launch_ngram_hash_embed_fwd
 
     if not out.numel():
         return out
-    inputs = (tokens, as_rows(table), _bytes(has_leading_space), scale, boost)
-    options = {"multipliers": _MULTIPLIERS, "split": pos_conditional, "trigram": trigram}
-    with tiles.on_device_of(table):
-        launch_ngram_hash_embed_fwd(*inputs, out, **options, tile=tiles.lookup("ngram_hash_embed_fwd", table))
+    inputs, options = call.kernel_inputs()
+    tile = tiles.lookup("ngram_hash_embed_fwd", call.table)
+    with tiles.on_device_of(call.table):
+        launch_ngram_hash_embed_fwd(*inputs, out, **options, tile=tile)
     return out
-
-
-_MULTIPLIERS = (reference.HASH_CURRENT, reference.HASH_PREVIOUS, reference.HASH_BEFORE)
-
-
-def _bytes(flags: Tensor | None) -> Tensor | None:
-    """Return bools as bytes, which every Triton version loads the same."""
-    return None if flags is None else flags.contiguous().view(torch.uint8)
 
 
 @torch.library.custom_op("pgolf::ngram_hash_embed_backward", mutates_args=())
@@ -188,37 +175,23 @@ def _ngram_hash_embed_backward(
     pos_conditional: bool,
     trigram: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if tiles.uses_kernels("ngram_hash_embed", table):
-        return _backward_cuda(dout, tokens, table, has_leading_space, scale, boost, pos_conditional, trigram)
-    return _backward_cpu(dout, tokens, table, has_leading_space, scale, boost, pos_conditional, trigram)
+    run = _backward_cuda if tiles.uses_kernels("ngram_hash_embed", table) else _backward_cpu
+    return run(dout, _Call(tokens, table, has_leading_space, scale, boost, pos_conditional, trigram))
 
 
-def _backward_cpu(
-    dout: Tensor,
-    tokens: Tensor,
-    table: Tensor,
-    has_leading_space: Tensor | None,
-    scale: Tensor,
-    boost: Tensor,
-    pos_conditional: bool,
-    trigram: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    split = has_leading_space if pos_conditional else None
+def _backward_cpu(dout: Tensor, call: _Call) -> tuple[Tensor, Tensor, Tensor]:
+    table, flags, scale, boost = call.table, call.has_leading_space, call.scale, call.boost
     wide = torch.promote_types(table.dtype, torch.float32)
     dout = dout.to(wide)
     # d scale and d boost need <dout, rows> per token; gathering again is cheaper than saving the rows
-    along = (dout * _gather(tokens, table, split, trigram)).sum(-1)
-    starts = (
-        torch.zeros_like(along, dtype=torch.bool)
-        if has_leading_space is None
-        else has_leading_space[tokens.long()]
-    )
+    along = (dout * call.gather()).sum(-1)
+    starts = torch.zeros_like(along, dtype=torch.bool) if flags is None else flags[call.tokens.long()]
     at_starts = torch.where(starts, along, 0).sum()
     dscale = at_starts * boost + torch.where(starts, 0, along).sum()
     dboost = at_starts * scale
-    drows = (dout * _gate(tokens, has_leading_space, scale, boost)).reshape(-1, table.shape[1])
+    drows = (dout * call.gate()).reshape(-1, table.shape[1])
     dtable = torch.zeros_like(table, dtype=wide)
-    for index in reference.ngram_rows(tokens, table.shape[0], split, trigram):
+    for index in call.rows():
         if index is not None:
             dtable.index_add_(0, index.flatten(), drows)
     return dtable.to(table.dtype), dscale.to(scale.dtype).clone(), dboost.to(boost.dtype).clone()
@@ -229,40 +202,29 @@ def _(dout, tokens, table, has_leading_space, scale, boost, pos_conditional, tri
     return table.new_empty(table.shape), scale.new_empty(()), boost.new_empty(())
 
 
-def _backward_cuda(
-    dout: Tensor,
-    tokens: Tensor,
-    table: Tensor,
-    has_leading_space: Tensor | None,
-    scale: Tensor,
-    boost: Tensor,
-    pos_conditional: bool,
-    trigram: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_cuda(dout: Tensor, call: _Call) -> tuple[Tensor, Tensor, Tensor]:
     from pgolf_fast.kernels import ngram_hash as kernels
 
+    table, scale, boost = call.table, call.scale, call.boost
     if not dout.numel():
         dtable, dscale, dboost = (torch.zeros_like(t) for t in (table, scale, boost))
         return dtable.contiguous(), dscale, dboost
     atomic = _table_gradient == "atomic" and not torch.are_deterministic_algorithms_enabled()
-    count, dout = tokens.numel(), as_rows(dout)
+    count, dout = call.tokens.numel(), as_rows(dout)
     tile = tiles.lookup("ngram_hash_embed_bwd_tokens", table)
     partial = table.new_empty(kernels.token_programs(count, tile), 2, dtype=torch.float32)
-    rows: Tensor | None = None
-    gate: Tensor | None = None
-    total: Tensor | None = None
+    rows = gate = total = None
     if atomic:
         total = table.new_zeros(table.shape, dtype=torch.float32)
     else:
         row_dtype = torch.int32 if table.shape[0] < 2**31 else torch.int64
-        rows = table.new_empty(count * (2 if trigram else 1), dtype=row_dtype)
+        rows = table.new_empty(count * (2 if call.trigram else 1), dtype=row_dtype)
         gate = table.new_empty(count, dtype=torch.float32)
     dscale, dboost = scale.new_empty(()), boost.new_empty(())
-    inputs = (dout, tokens, as_rows(table), _bytes(has_leading_space), scale, boost)
-    options = {"multipliers": _MULTIPLIERS, "split": pos_conditional, "trigram": trigram}
+    inputs, options = call.kernel_inputs()
     with tiles.on_device_of(table):
         outputs = (rows, gate, partial, total)
-        kernels.launch_ngram_hash_embed_bwd_tokens(*inputs, *outputs, **options, tile=tile)
+        kernels.launch_ngram_hash_embed_bwd_tokens(dout, *inputs, *outputs, **options, tile=tile)
         tile = tiles.lookup("ngram_hash_embed_bwd_scalars", table)
         kernels.launch_ngram_hash_embed_bwd_scalars(partial, scale, boost, dscale, dboost, tile)
         dtable = _sorted_sums(dout, rows, gate, table) if total is None else total.to(table.dtype)

@@ -4,8 +4,6 @@ Each is the bare formula, differentiable by autograd, accumulating in at least f
 float64). Sources: PR 1501 for the network, Keller Jordan's Muon for `newton_schulz`.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -85,33 +83,6 @@ def exclusive(y: Tensor, v: Tensor) -> Tensor:
     return (groups - (groups * unit).sum(-1, keepdim=True) * unit).flatten(2, 3).to(y.dtype)
 
 
-def attention_context(
-    x: Tensor,
-    qo_bank: Tensor,
-    kv_bank: Tensor,
-    q_gain: Tensor,
-    value_embed: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    slot: int,
-    num_kv_heads: int,
-    xsa: bool,
-) -> Tensor:
-    """Return everything of `gqa_attention` before the output projection: (B, T, D) -> (B, T, D)."""
-    layers = qo_bank.shape[0] // 2
-    q = _wide(x @ qo_bank[slot].T).unflatten(-1, (q_gain.shape[0], -1))
-    k = _wide(x @ kv_bank[slot].T).unflatten(-1, (num_kv_heads, -1))
-    v = x @ kv_bank[layers + slot].T
-    v = _wide(v if value_embed is None else v + value_embed).unflatten(-1, (num_kv_heads, -1))
-    q, k = rotate(rms_norm(q), cos, sin) * _wide(q_gain)[:, None], rotate(rms_norm(k), cos, sin)
-    repeat = q.shape[2] // num_kv_heads
-    keys, values = (t.repeat_interleave(repeat, dim=2).transpose(1, 2) for t in (k, v))
-    scores = q.transpose(1, 2) @ keys.transpose(2, 3) * q.shape[-1] ** -0.5
-    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
-    y = (scores.masked_fill(future, -torch.inf).softmax(-1) @ values).transpose(1, 2)
-    return (exclusive(y, v) if xsa else y).flatten(2).to(x.dtype)
-
-
 def gqa_attention(
     x: Tensor,
     qo_bank: Tensor,
@@ -124,9 +95,19 @@ def gqa_attention(
     num_kv_heads: int,
     xsa: bool,
 ) -> Tensor:
-    """Return `attention_context` times the output projection, slot `layers + slot` of the qo bank."""
-    context = attention_context(x, qo_bank, kv_bank, q_gain, value_embed, cos, sin, slot, num_kv_heads, xsa)
-    return context @ qo_bank[qo_bank.shape[0] // 2 + slot].T
+    """Return causal attention (B, T, D) of one block from x (B, T, D), as `ops.gqa_attention` defines it."""
+    layers = qo_bank.shape[0] // 2
+    q = _wide(x @ qo_bank[slot].T).unflatten(-1, (q_gain.shape[0], -1))
+    k = _wide(x @ kv_bank[slot].T).unflatten(-1, (num_kv_heads, -1))
+    v = x @ kv_bank[layers + slot].T
+    v = _wide(v if value_embed is None else v + value_embed).unflatten(-1, (num_kv_heads, -1))
+    q, k = rotate(rms_norm(q), cos, sin) * _wide(q_gain)[:, None], rotate(rms_norm(k), cos, sin)
+    repeat = q.shape[2] // num_kv_heads
+    keys, values = (t.repeat_interleave(repeat, dim=2).transpose(1, 2) for t in (k, v))
+    scores = q.transpose(1, 2) @ keys.transpose(2, 3) * q.shape[-1] ** -0.5
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
+    y = (scores.masked_fill(future, -torch.inf).softmax(-1) @ values).transpose(1, 2)
+    return (exclusive(y, v) if xsa else y).flatten(2).to(x.dtype) @ qo_bank[layers + slot].T
 
 
 def ngram_rows(

@@ -1,7 +1,5 @@
 """The byte ops in Python: used where the C++ codecs are missing, and as the tests' reference."""
 
-from __future__ import annotations
-
 import functools
 import lzma
 

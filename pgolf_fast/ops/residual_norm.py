@@ -3,31 +3,20 @@
 Sources: PR 1501 (residual mix with x0, layer scale, SmearGate), Zhang & Sennrich 2019 (RMS norm).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pgolf_fast.ops import reference, tiles
-from pgolf_fast.ops.checks import (
-    as_rows,
-    dense,
-    expect_shape,
-    same_device,
-    same_dtype_device,
-    unit_inner_stride,
-)
+from pgolf_fast.ops import checks, reference, tiles
+from pgolf_fast.ops.checks import as_rows, dense, expect_shape, same_device, unit_inner_stride
 from pgolf_fast.ops.tiles import Tile
 
-# Not measured; bound by memory. block_n is the widest row that is kept in registers.
-tiles.declare("residual_norm_fwd", sm90=Tile(4, 4096, num_warps=4))
-tiles.declare("residual_norm_bwd", sm90=Tile(4, 4096, num_warps=4))
-# Not measured; bound by memory.
-tiles.declare("smear_gate_fwd", sm90=Tile(16, 128, num_warps=4))
-tiles.declare("smear_gate_bwd", sm90=Tile(16, 128, num_warps=4))
+# Not measured; bound by memory. block_n of residual_norm is the widest row kept in registers.
+for _kernel in ("fwd", "bwd"):
+    tiles.declare(f"residual_norm_{_kernel}", Tile(4, 4096, num_warps=4))
+    tiles.declare(f"smear_gate_{_kernel}", Tile(16, 128, num_warps=4))
 
 # Programs that share the rows of a backward, each with its own partial sums of the per-channel gradients:
 # eight per multiprocessor of an H100 or H200.
@@ -50,7 +39,7 @@ def residual_norm(
 
 def _check(x: Tensor, branch: Tensor, x_scale: Tensor | None, branch_scale: Tensor) -> None:
     expect_shape("residual_norm", "branch", branch, tuple(x.shape))
-    same_dtype_device("residual_norm", x=x, branch=branch)
+    checks.same_dtype_device("residual_norm", x=x, branch=branch)
     for name, scale in (("x_scale", x_scale), ("branch_scale", branch_scale)):
         if scale is not None:
             expect_shape("residual_norm", name, scale, (x.shape[-1],))
@@ -62,9 +51,8 @@ def _residual_norm(
     x: Tensor, branch: Tensor, x_scale: Tensor | None, branch_scale: Tensor, layer_scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check(x, branch, x_scale, branch_scale)
-    if tiles.uses_kernels("residual_norm", x):
-        return _forward_cuda(x, branch, x_scale, branch_scale, layer_scale)
-    return _forward_cpu(x, branch, x_scale, branch_scale, layer_scale)
+    run = _forward_cuda if tiles.uses_kernels("residual_norm", x) else _forward_cpu
+    return run(x, branch, x_scale, branch_scale, layer_scale)
 
 
 def _forward_cpu(
@@ -121,22 +109,18 @@ def _residual_norm_backward(
     rstd: Tensor,
     layer_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if tiles.uses_kernels("residual_norm", x):
-        return _backward_cuda(dmixed, dnormed, x, branch, x_scale, branch_scale, mixed, rstd, layer_scale)
-    return _backward_cpu(dmixed, dnormed, x, branch, x_scale, branch_scale, mixed, rstd, layer_scale)
+    run = _backward_cuda if tiles.uses_kernels("residual_norm", x) else _backward_cpu
+    return run(dmixed, dnormed, (x, branch, x_scale, branch_scale, mixed, rstd), layer_scale)
+
+
+# x, branch, x_scale, branch_scale, mixed, rstd
+_Saved = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor]
 
 
 def _backward_cpu(
-    dmixed: Tensor,
-    dnormed: Tensor,
-    x: Tensor,
-    branch: Tensor,
-    x_scale: Tensor | None,
-    branch_scale: Tensor,
-    mixed: Tensor,
-    rstd: Tensor,
-    layer_scale: float,
+    dmixed: Tensor, dnormed: Tensor, saved: _Saved, layer_scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, branch, x_scale, branch_scale, mixed, rstd = saved
     wide = rstd.dtype
     unit = mixed.to(wide) * rstd
     # d rms_norm = rstd (g - unit mean(g unit)), where g is the gradient of the normalized value
@@ -145,16 +129,11 @@ def _backward_cpu(
     total = grad.sub_(unit.mul_(along)).mul_(rstd).add_(dmixed)
     rows = total.reshape(-1, total.shape[-1])
     dbranch_scale = (rows * branch.reshape(rows.shape)).sum(0)
-    dbranch = (total * branch_scale.to(wide)).to(x.dtype)
+    dbranch = (total * branch_scale.to(wide)).to(x.dtype).contiguous()
     if x_scale is None:
-        return (
-            total.to(x.dtype, copy=True).contiguous(),
-            dbranch.contiguous(),
-            total.new_empty(0),
-            dbranch_scale,
-        )
+        return total.to(x.dtype, copy=True).contiguous(), dbranch, total.new_empty(0), dbranch_scale
     dx_scale = (rows * x.reshape(rows.shape)).sum(0)
-    return (total * x_scale.to(wide)).to(x.dtype).contiguous(), dbranch.contiguous(), dx_scale, dbranch_scale
+    return (total * x_scale.to(wide)).to(x.dtype).contiguous(), dbranch, dx_scale, dbranch_scale
 
 
 @_residual_norm_backward.register_fake
@@ -164,39 +143,28 @@ def _(dmixed, dnormed, x, branch, x_scale, branch_scale, mixed, rstd, layer_scal
 
 
 def _backward_cuda(
-    dmixed: Tensor,
-    dnormed: Tensor,
-    x: Tensor,
-    branch: Tensor,
-    x_scale: Tensor | None,
-    branch_scale: Tensor,
-    mixed: Tensor,
-    rstd: Tensor,
-    layer_scale: float,
+    dmixed: Tensor, dnormed: Tensor, saved: _Saved, layer_scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, branch, x_scale, branch_scale, mixed, rstd = saved
     from pgolf_fast.kernels import residual_norm as kernels
 
     width, vectors = x.shape[-1], 1 if x_scale is None else 2
     dx, dbranch = x.new_empty(x.shape), x.new_empty(x.shape)
-    if x.numel():
+    if not x.numel():
+        sums = rstd.new_zeros(vectors, width)
+    else:
         tile = tiles.lookup("residual_norm_bwd", x)
+        options: dict[str, Any] = {"layer_scale": layer_scale, "tile": tile}
         dmixed, dnormed, mixed = as_rows(dmixed), as_rows(dnormed), mixed.contiguous().view(-1, width)
         rstd, along = rstd.contiguous(), None
         partial = rstd.new_empty(vectors, _partials(len(mixed)), width)
         with tiles.on_device_of(x):
             if not kernels.fits_tile(width, tile):
                 along = torch.empty_like(rstd)
-                kernels.launch_residual_norm_bwd_mean(
-                    dnormed, mixed, rstd, along, layer_scale=layer_scale, tile=tile
-                )
+                kernels.launch_residual_norm_bwd_mean(dnormed, mixed, rstd, along, **options)
             inputs = (dmixed, dnormed, as_rows(x), as_rows(branch), dense(x_scale), dense(branch_scale))
-            outputs = (dx, dbranch, partial)
-            kernels.launch_residual_norm_bwd(
-                *inputs, mixed, rstd, along, *outputs, layer_scale=layer_scale, tile=tile
-            )
+            kernels.launch_residual_norm_bwd(*inputs, mixed, rstd, along, dx, dbranch, partial, **options)
         sums = partial.sum(1)
-    else:
-        sums = rstd.new_zeros(vectors, width)
     return dx, dbranch, sums[1].clone() if vectors == 2 else sums.new_empty(0), sums[0].clone()
 
 
@@ -219,14 +187,6 @@ def _backward(ctx: Any, dmixed: Tensor, dnormed: Tensor, _: Tensor | None) -> tu
 _residual_norm.register_autograd(_backward, setup_context=_setup_context)
 
 
-def smear_gate(x: Tensor, gate: Tensor) -> Tensor:
-    """Return `(1 - s) x_t + s x_{t-1}` with `s = sigmoid(gate)` per channel and `x_{-1} = 0`.
-
-    x (B, T, D), gate (D,); the result is like x. Raises ValueError if shapes or devices do not match.
-    """
-    return torch.ops.pgolf.smear_gate(x, gate)
-
-
 def _check_smear(x: Tensor, gate: Tensor) -> None:
     expect_shape("smear_gate", "x", x, (None, None, None))
     expect_shape("smear_gate", "gate", gate, (x.shape[-1],))
@@ -234,14 +194,18 @@ def _check_smear(x: Tensor, gate: Tensor) -> None:
 
 
 @torch.library.custom_op("pgolf::smear_gate", mutates_args=())
-def _smear_gate(x: Tensor, gate: Tensor) -> Tensor:
+def smear_gate(x: Tensor, gate: Tensor) -> Tensor:
+    """Return `(1 - s) x_t + s x_{t-1}` with `s = sigmoid(gate)` per channel and `x_{-1} = 0`.
+
+    x (B, T, D), gate (D,); the result is like x. Raises ValueError if shapes or devices do not match.
+    """
     _check_smear(x, gate)
     if tiles.uses_kernels("smear_gate", x):
         return _smear_forward_cuda(x, gate)
     return reference.smear_gate(x, gate).contiguous()
 
 
-@_smear_gate.register_fake
+@smear_gate.register_fake
 def _(x, gate):
     _check_smear(x, gate)
     return x.new_empty(x.shape)
@@ -273,9 +237,8 @@ def _smear_backward_cuda(dout: Tensor, x: Tensor, gate: Tensor) -> tuple[Tensor,
 
 @torch.library.custom_op("pgolf::smear_gate_backward", mutates_args=())
 def _smear_gate_backward(dout: Tensor, x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    if tiles.uses_kernels("smear_gate", x):
-        return _smear_backward_cuda(dout, x, gate)
-    return _smear_backward_cpu(dout, x, gate)
+    run = _smear_backward_cuda if tiles.uses_kernels("smear_gate", x) else _smear_backward_cpu
+    return run(dout, x, gate)
 
 
 def _smear_backward_cpu(dout: Tensor, x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
@@ -293,12 +256,10 @@ def _(dout, x, gate):
     return x.new_empty(x.shape), gate.new_empty(gate.shape)
 
 
-def _smear_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
 def _smear_backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor]:
     return torch.ops.pgolf.smear_gate_backward(dout, *ctx.saved_tensors)
 
 
-_smear_gate.register_autograd(_smear_backward, setup_context=_smear_setup_context)
+smear_gate.register_autograd(
+    _smear_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
+)

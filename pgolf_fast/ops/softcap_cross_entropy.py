@@ -1,21 +1,13 @@
 """pgolf::softcap_cross_entropy: tied head, softcap and cross-entropy without the logits in memory."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pgolf_fast.ops import tiles
-from pgolf_fast.ops.checks import (
-    expect_integer,
-    expect_shape,
-    same_device,
-    same_dtype_device,
-    unit_inner_stride,
-)
+from pgolf_fast.ops import checks, tiles
+from pgolf_fast.ops.checks import expect_ids, expect_integer, expect_shape, same_device, unit_inner_stride
 from pgolf_fast.ops.tiles import Tile
 
 _ROWS = 4096  # rows of logits alive at once: 16 MB at vocabulary 1024
@@ -54,7 +46,7 @@ def softcap_cross_entropy(
 def _check(x: Tensor, weight: Tensor, targets: Tensor, softcap: float, z_loss: float) -> None:
     expect_shape("softcap_cross_entropy", "weight", weight, (None, x.shape[-1]))
     expect_shape("softcap_cross_entropy", "targets", targets, (x.shape[0],))
-    same_dtype_device("softcap_cross_entropy", x=x, weight=weight)
+    checks.same_dtype_device("softcap_cross_entropy", x=x, weight=weight)
     same_device("softcap_cross_entropy", x=x, targets=targets)
     expect_integer("softcap_cross_entropy", "targets", targets)
     if not softcap > 0:
@@ -74,21 +66,9 @@ def _softcap_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, softcap: float, z_loss: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     _check(x, weight, targets, softcap, z_loss)
-    if not x.is_cuda:  # on a GPU, reading them would synchronize and break a CUDA graph capture
-        _check_targets(targets, weight.shape[0])
-    if tiles.uses_kernels("softcap_cross_entropy", x):
-        return _forward_cuda(x, weight, targets, softcap, z_loss)
-    return _forward_cpu(x, weight, targets, softcap, z_loss)
-
-
-def _check_targets(targets: Tensor, vocab: int) -> None:
-    targets = targets.long()
-    outside = targets[(targets < 0) | (targets >= vocab)]
-    if len(outside):
-        raise IndexError(
-            f"pgolf::softcap_cross_entropy: targets hold {outside[0].item()}, "
-            f"but the vocabulary has ids 0 to {vocab - 1}"
-        )
+    expect_ids("softcap_cross_entropy", "targets", targets, "the vocabulary", weight.shape[0])
+    run = _forward_cuda if tiles.uses_kernels("softcap_cross_entropy", x) else _forward_cpu
+    return run(x, weight, targets, softcap, z_loss)
 
 
 def _forward_cpu(
@@ -137,27 +117,14 @@ def _forward_cuda(
 
 @torch.library.custom_op("pgolf::softcap_cross_entropy_backward", mutates_args=())
 def _softcap_cross_entropy_backward(
-    dloss: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    logsumexp: Tensor,
-    softcap: float,
-    z_loss: float = 0.0,
+    dloss: Tensor, x: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, softcap: float, z_loss: float
 ) -> tuple[Tensor, Tensor]:
-    if tiles.uses_kernels("softcap_cross_entropy", x):
-        return _backward_cuda(dloss, x, weight, targets, logsumexp, softcap, z_loss)
-    return _backward_cpu(dloss, x, weight, targets, logsumexp, softcap, z_loss)
+    run = _backward_cuda if tiles.uses_kernels("softcap_cross_entropy", x) else _backward_cpu
+    return run(dloss, x, weight, targets, lse, softcap, z_loss)
 
 
 def _backward_cpu(
-    dloss: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    logsumexp: Tensor,
-    softcap: float,
-    z_loss: float,
+    dloss: Tensor, x: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, softcap: float, z_loss: float
 ) -> tuple[Tensor, Tensor]:
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     accumulator = weight.new_zeros(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32))
@@ -165,9 +132,9 @@ def _backward_cpu(
         rows = slice(start, start + _ROWS)
         tanh = _capped(x[rows], weight, softcap)
         # d loss / d raw = ((1 + 2 z_loss log Z) softmax - onehot) (1 - tanh^2)
-        grad = torch.exp(tanh * softcap - logsumexp[rows].unsqueeze(1))
+        grad = torch.exp(tanh * softcap - lse[rows].unsqueeze(1))
         if z_loss:
-            grad.mul_((1 + 2 * z_loss * logsumexp[rows]).unsqueeze(1))
+            grad.mul_((1 + 2 * z_loss * lse[rows]).unsqueeze(1))
         ones = grad.new_full((grad.shape[0], 1), -1.0)
         grad.scatter_add_(1, targets[rows].long().unsqueeze(1), ones)
         grad.mul_(tanh.square_().neg_().add_(1.0)).mul_(dloss[rows].unsqueeze(1))
@@ -178,18 +145,12 @@ def _backward_cpu(
 
 
 @_softcap_cross_entropy_backward.register_fake
-def _(dloss, x, weight, targets, logsumexp, softcap, z_loss=0.0):
+def _(dloss, x, weight, targets, lse, softcap, z_loss):
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
 def _backward_cuda(
-    dloss: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    logsumexp: Tensor,
-    softcap: float,
-    z_loss: float,
+    dloss: Tensor, x: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, softcap: float, z_loss: float
 ) -> tuple[Tensor, Tensor]:
     from pgolf_fast.kernels.softcap_cross_entropy import launch_softcap_cross_entropy_dlogits
 
@@ -202,7 +163,7 @@ def _backward_cuda(
     for start in range(0, count, max(size, 1)):
         rows = slice(start, min(start + size, count))
         low = dlogits[: rows.stop - start]
-        inputs = (x[rows], weight, targets[rows], logsumexp[rows], dloss[rows])
+        inputs = (x[rows], weight, targets[rows], lse[rows], dloss[rows])
         with tiles.on_device_of(x):
             launch_softcap_cross_entropy_dlogits(*inputs, low, softcap=softcap, z_loss=z_loss, tile=tile)
         torch.mm(low, weight, out=dx[rows])
@@ -218,9 +179,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, dloss: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, weight, targets, logsumexp = ctx.saved_tensors
+    x, weight, targets, lse = ctx.saved_tensors
     dx, dweight = torch.ops.pgolf.softcap_cross_entropy_backward(
-        dloss, x, weight, targets, logsumexp, ctx.softcap, ctx.z_loss
+        dloss, x, weight, targets, lse, ctx.softcap, ctx.z_loss
     )
     return dx, dweight, None, None, None
 

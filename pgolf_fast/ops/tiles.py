@@ -4,8 +4,6 @@ An op asks `uses_kernels`. If True, it allocates its results, looks up a `Tile` 
 `pgolf_fast.kernels`. Each op declares the rows of its kernels; `set_tiles` replaces rows by measured ones.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -62,17 +60,17 @@ def set_tiles(rows: Mapping[str, Mapping[str, Tile]]) -> None:
 
 
 def kernels() -> tuple[str, ...]:
-    """Names of all kernels in the table."""
+    """Return the names of all kernels in the table."""
     return tuple(sorted(_table))
 
 
 def row(kernel: str, arch: str) -> Tile:
-    """The table's row for 16-bit elements: sm80, sm90 or sm100."""
+    """Return the table's row for 16-bit elements: sm80, sm90 or sm100."""
     return _table[kernel].get(arch) or _table[kernel]["sm80"]
 
 
 def lookup(kernel: str, t: Tensor) -> Tile:
-    """The tile of `kernel` on the GPU of `t`; 4-byte elements get half of block_k, to fit shared memory."""
+    """Return the tile for the GPU of `t`; 4-byte elements get half of block_k, to fit shared memory."""
     if _record is not None:
         _record.append(kernel)
     arch = _forced or architecture(t.device)
@@ -94,7 +92,7 @@ def recorded() -> Iterator[list[str]]:
 
 
 def architecture(device: torch.device) -> str:
-    """The row name of a CUDA device: sm80, sm90 or sm100.
+    """Return the row name of a CUDA device: sm80, sm90 or sm100.
 
     sm80 also serves 86, 89 and 120, whose blocks have 99 KiB of shared memory.
     """
@@ -121,30 +119,28 @@ def implementation(op: str) -> Implementation:
 
 
 def uses_kernels(op: str, t: Tensor) -> bool:
-    """True if `op` runs Triton kernels on tensors like `t`: 16 or 32 bits, on a GPU that Triton supports."""
+    """Return True if `op` runs kernels on tensors like `t`: 16 or 32 bits, on a GPU with Triton."""
     if t.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
-    if _forced is not None:
-        return implementation(op) == "triton"
-    return t.is_cuda and implementation(op) == "triton" and _triton_supports(t.device)
+    if implementation(op) != "triton":
+        return False
+    return _forced is not None or (t.is_cuda and _triton_supports(t.device))
 
 
 def _triton_supports(device: torch.device) -> bool:
-    if not torch.cuda.is_available() or find_spec("triton") is None:  # a fake CUDA tensor needs no GPU
-        return False
+    if not torch.cuda.is_available() or find_spec("triton") is None:
+        return False  # a fake CUDA tensor needs no GPU
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def forced() -> str | None:
-    """The architecture given to the innermost `kernels_on_cpu`, or None outside it."""
+    """Return the architecture given to the innermost `kernels_on_cpu`, or None outside it."""
     return _forced
 
 
 @contextmanager
 def kernels_on_cpu(arch: str) -> Iterator[None]:
-    """Run kernels on CPU tensors: in Triton's interpreter (`arch` is "interpreter"), or under a driver that
-    compiles for `arch` instead of running.
-    """
+    """Run kernels on CPU tensors: in Triton's "interpreter", or with a driver that compiles for `arch`."""
     global _forced
     before, _forced = _forced, arch
     try:

@@ -5,8 +5,6 @@ Triton version and kernel source, and for any number of tokens. PGOLF_FAST_TUNE=
 never measures.
 """
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import json
@@ -42,12 +40,12 @@ class Tuned:
 
     @property
     def key(self) -> str:
-        """Everything that the tile is valid for."""
+        """Return everything that the tile is valid for."""
         return "|".join((self.kernel, self.dtype, self.gpu, self.triton, self.source))
 
 
 def cache_file() -> Path:
-    """The file that tiles are kept in."""
+    """Return the file that tiles are kept in."""
     folder = os.environ.get("PGOLF_FAST_CACHE")
     if folder is not None:
         return Path(folder) / FILE_NAME
@@ -59,21 +57,26 @@ def cache_file() -> Path:
 
 
 def triton_version() -> str:
-    """Version of the installed Triton, or "none"."""
+    """Return the version of the installed Triton, or "none"."""
     try:
         return metadata.version("triton")
     except metadata.PackageNotFoundError:
         return "none"
 
 
+def kernel_files() -> list[Path]:
+    """Return the source files of the kernels; none if they are not installed."""
+    spec = util.find_spec("pgolf_fast.kernels")
+    folders = (spec.submodule_search_locations or ()) if spec else ()
+    return [path for folder in folders for path in sorted(Path(folder).glob("*.py"))]
+
+
 def source_hash(kernel: str) -> str:
-    """Hash of the kernel files that begin with the kernel's first word, and of the files they import.
+    """Hash the kernel files that begin with the kernel's first word, and of the files they import.
 
     A kernel whose name matches no file is hashed over all files.
     """
-    spec = util.find_spec("pgolf_fast.kernels")
-    folders = map(Path, (spec.submodule_search_locations or ()) if spec else ())
-    files = {path.stem: path for folder in folders for path in sorted(folder.glob("*.py"))}
+    files = {path.stem: path for path in kernel_files()}
     word = kernel.split("_")[0]
     waiting = [stem for stem in files if stem.split("_")[0] == word] or list(files)
     seen: set[str] = set()
@@ -89,14 +92,14 @@ def source_hash(kernel: str) -> str:
 
 
 def _imported(path: Path) -> list[str]:
-    """Modules of pgolf_fast.kernels that a kernel file imports."""
+    """Return the modules of pgolf_fast.kernels that a kernel file imports."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     modules = [n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
     return [m.split(".")[2] for m in modules if m.startswith("pgolf_fast.kernels.")]
 
 
 def read_rows(path: Path) -> list[Tuned]:
-    """All tiles of a file, none if it does not exist. An unreadable file is ignored with a warning."""
+    """Return all tiles of a file; none if it does not exist. An unreadable file is ignored with a warning."""
     if not path.is_file():
         return []
     try:
@@ -140,7 +143,7 @@ def load_tuned(device: torch.device | None = None, path: Path | None = None) -> 
 
 
 def matching(found: Sequence[Tuned], gpu: str) -> list[Tuned]:
-    """Tiles for that GPU, the installed Triton and the kernels' present source."""
+    """Return the tiles for that GPU, the installed Triton and the kernels' present source."""
     version, known = triton_version(), set(tiles.kernels())
     return [
         one

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import compare
 
 from pgolf_fast.ops import cases, judge
 from pgolf_fast.ops.case import Contender
@@ -114,4 +115,4 @@ def test_tail_of_a_batch_is_judged(name):
 
 def test_results_of_another_dtype_are_refused():
     with pytest.raises(TypeError, match=r"a result has dtype torch\.float64"):
-        judge.compare(lambda t: 2 * t.double(), lambda t: 2 * t, [torch.randn(3)])
+        compare(lambda t: 2 * t.double(), lambda t: 2 * t, [torch.randn(3)])

@@ -193,8 +193,8 @@ def test_rows_apart(device):
     op, backward = torch.ops.pgolf.softcap_cross_entropy, torch.ops.pgolf.softcap_cross_entropy_backward
     losses, logsumexp = op(x, weight, targets, 30.0)
     assert torch.equal(losses, op(x, weight, targets.contiguous(), 30.0)[0])
-    got = backward(dloss, x, weight, targets, logsumexp, 30.0)
-    want = backward(dloss.contiguous(), x, weight, targets.contiguous(), logsumexp, 30.0)
+    got = backward(dloss, x, weight, targets, logsumexp, 30.0, 0.0)
+    want = backward(dloss.contiguous(), x, weight, targets.contiguous(), logsumexp, 30.0, 0.0)
     torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
