@@ -8,14 +8,10 @@ import torch
 
 from benchmarks.gpu_session.session import PartFile, Session
 from pgolf_fast.bench import peers, registry, run, store, tune
-<<<<<<< HEAD
+from pgolf_fast.bench.roofline import measured_roof, roof
 from pgolf_fast.bench.run import GPU_TOKENS
 from pgolf_fast.bench.store import describe
 from pgolf_fast.bench.tune import tune_table
-=======
-from pgolf_fast.bench.plan import GPU_TOKENS, describe, tune_table
-from pgolf_fast.bench.roofline import measured_roof, roof
->>>>>>> main
 from pgolf_fast.config.presets import preset
 from pgolf_fast.ops import cases, tiles, tuned
 from pgolf_fast.ops.case import MODES

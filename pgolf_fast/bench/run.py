@@ -12,9 +12,8 @@ from pgolf_fast.bench import peers, registry
 from pgolf_fast.bench.roofline import roof
 from pgolf_fast.bench.store import Record
 from pgolf_fast.bench.timer import Timing, deadline_after, gpu_state, passed, peak_bytes, time_in_turn
-from pgolf_fast.config.presets import preset
+from pgolf_fast.config.presets import preset, shrink
 from pgolf_fast.config.schema import RunConfig
-from pgolf_fast.config.shrink import shrink
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.model.runtime import resolve_dtype
 from pgolf_fast.ops import cases, judge, tuned
