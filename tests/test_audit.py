@@ -27,7 +27,7 @@ from pgolf_fast.lab.audit.check import AuditCheck, broken, run_checks
 from pgolf_fast.lab.audit.rules import checks
 from pgolf_fast.lab.audit.target import open_target
 from pgolf_fast.lab.audit.watch import watch
-from pgolf_fast.model import embeddings
+from pgolf_fast.model import gpt
 from pgolf_fast.ops import reference
 from pgolf_fast.quant import state
 from pgolf_fast.train import loop
@@ -119,14 +119,14 @@ def test_artifact_alone_and_unpacked_run_leave_some_rules_undecided(run, tmp_pat
 
 
 def test_target_in_the_hash_key(target, failing, monkeypatch):
-    honest = embeddings.NgramHash.forward
+    honest = gpt.NgramHash.forward
 
     def forward(self, tokens, has_leading_space, boost, projection):
         upcoming = torch.cat((tokens[:, 1:], tokens[:, -1:]), dim=1) % len(self.embed.weight)
         peek = self.embed(upcoming).to(projection.dtype) @ projection.T
         return honest(self, tokens, has_leading_space, boost, projection) + peek
 
-    monkeypatch.setattr(embeddings.NgramHash, "forward", forward)
+    monkeypatch.setattr(gpt.NgramHash, "forward", forward)
     assert failing(target, MODEL) == ["C1", "C6"]
 
 
@@ -179,7 +179,7 @@ def test_smear_from_the_future(target, failing, monkeypatch):
         s = torch.sigmoid(self.gate)
         return (1 - s) * x + s * torch.cat((x[:, 1:], x[:, -1:]), dim=1)
 
-    monkeypatch.setattr(embeddings.SmearGate, "forward", forward)
+    monkeypatch.setattr(gpt.SmearGate, "forward", forward)
     assert failing(target, MODEL) == ["C1"]
     assert evidence(target, "C1").startswith("smear: position 0 of 2 changes with token 1")
 
@@ -250,13 +250,13 @@ def test_targets_that_reach_the_network(target, failing, monkeypatch):
 
 
 def test_word_starts_of_targets(target, failing, monkeypatch):
-    honest = embeddings.NgramHash.forward
+    honest = gpt.NgramHash.forward
 
     def forward(self, tokens, has_leading_space, boost, projection):
         upcoming = has_leading_space[torch.cat((tokens[:, 1:], tokens[:, -1:]), dim=1)]
         return honest(self, tokens, has_leading_space, boost, projection) * (1 + upcoming[..., None].float())
 
-    monkeypatch.setattr(embeddings.NgramHash, "forward", forward)
+    monkeypatch.setattr(gpt.NgramHash, "forward", forward)
     assert failing(target, [*MODEL, "C14"]) == ["C1", "C6", "C14"]
 
 
