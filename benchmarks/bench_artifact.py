@@ -189,11 +189,11 @@ def report_text(content: Record) -> str:
     if content["pipeline"]:
         steps = content["pipeline"].items()
         rows = [(step, *(shown(found.get(key, "-")) for key in _STEP)) for step, found in steps]
-        parts.append(console.table(rows, ("step", *_STEP)))
+        parts.append(console.Table(("step", *_STEP), rows).text())
         parts += [f"{step}: FAILED, {found['error']}" for step, found in steps if "error" in found]
     checks = [] if content["smoke"] else verdicts(content)
     if checks:
-        parts.append(console.table(checks, ("what", "measured", "limit", "kept")))
+        parts.append(console.Table(("what", "measured", "limit", "kept"), checks).text())
     return "\n\n".join(parts)
 
 
@@ -213,7 +213,9 @@ def bound_table(found: Record) -> str:
     for name, b in found["bounds"].items():
         size, side = round(b["bytes"]), round(b["side_bytes"])
         rows.append((name, shown(size), shown(8 * b["bytes"] / found["codes"]), shown(side)))
-    return console.table(rows, ("bound of the codes", "bytes", "bits a code", "side information, about"))
+    return console.Table(
+        ("bound of the codes", "bytes", "bits a code", "side information, about"), rows
+    ).text()
 
 
 def contender_table(found: Record) -> str:
@@ -239,7 +241,7 @@ def contender_table(found: Record) -> str:
             )
         )
     header = ("contender", "bytes", "ratio", "codes", "ratio", "over bound", "encode s", "decode s", "MiB")
-    lines = [console.table(rows, header)] if rows else []
+    lines = [console.Table(header, rows).text()] if rows else []
     if packed := found["contenders"].get(CONTAINER, {}).get("sections"):
         notes.append("container: " + ", ".join(f"{s} {c} {n:,}" for s, (c, n) in packed.items()))
     return "\n".join([*lines, *notes])

@@ -185,7 +185,7 @@ def describe(found) -> str:
 {tokens:,} targets in {found["windows"]:,} windows of {found["seq_len"]}, stride {found["stride"]}, \
 {found["compute_dtype"].removeprefix("torch.")}, {found["threads"]} threads; \
 batches of {found["naive_batch"]} (naive) and {found["fast_batch"]} (fast)
-{console.table(rows, ("evaluator", "seconds", "targets/s", "nats/token"))}
+{console.Table(("evaluator", "seconds", "targets/s", "nats/token"), rows).text()}
 largest difference of a loss, sliding: {found["largest_difference"]:.1e} nats
 sliding: {found["sliding_speed_up"]:.2f} times naive; exact savings allow \
 {found["sliding_speed_up_allowed"]:.2f}: {found["sliding_reached"]:.0%} of it

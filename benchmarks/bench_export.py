@@ -36,7 +36,7 @@ from pgolf_fast.bench.store import provenance
 from pgolf_fast.config.model import ModelConfig
 from pgolf_fast.config.presets import exp101, small, tiny
 from pgolf_fast.config.schema import QuantConfig, RunConfig
-from pgolf_fast.console import table
+from pgolf_fast.console import Table
 from pgolf_fast.distributed import keep_freed_memory
 from pgolf_fast.io import write_text
 from pgolf_fast.model.decoding import Decoder
@@ -65,12 +65,12 @@ def main() -> int:
         runs = [run(f"{path}, {steps}", arguments.smoke) for steps in ("free", "floor") for path in paths]
         results["gptq"] = runs
         columns = ("path", "steps", "matrices", "weights", "seconds", "inputs MiB", "peak MiB", "same codes")
-        print(table([[r[c] for c in columns] for r in runs], columns), end="\n\n", flush=True)
+        print(Table(columns, [[r[c] for c in columns] for r in runs]), end="\n\n", flush=True)
     if "calibration" in arguments.parts:
         done = run("calibration", arguments.smoke)
         results["calibration"] = done
-        print(table(list(done["lengths"].items()), ("prefix", "uncached s a token")), end="\n\n")
-        print(table([(name, value) for name, value in done.items() if name != "lengths"]))
+        print(Table(("prefix", "uncached s a token"), done["lengths"].items()), end="\n\n")
+        print(Table(None, [(name, value) for name, value in done.items() if name != "lengths"]))
     if arguments.out is not None:
         write_text(arguments.out, json.dumps(results, indent=1) + "\n")
     return 0

@@ -59,7 +59,7 @@ def main() -> None:
     times = time_in_turn(runs, device, seconds=3600, rounds=repeats, runs=repeats)
     ordinary = times["ordinary micro-batch"].median
     rows = [(name, f"{t.median:.1f}", f"{t.median / ordinary:.2f}") for name, t in times.items()]
-    print(console.table(rows, (f"{arguments.preset}, {device.type}", "ms", "micro-batches")))
+    print(console.Table((f"{arguments.preset}, {device.type}", "ms", "micro-batches"), rows).text())
 
 
 if __name__ == "__main__":

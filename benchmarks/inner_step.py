@@ -93,7 +93,7 @@ def main() -> None:
         rows = [(run.name, *measure(run, dtype).row()) for run in runs for dtype in DTYPES]
     except PgolfError as error:
         sys.exit(str(error))
-    print(console.table(rows, HEADER))
+    print(console.Table(HEADER, rows).text())
 
 
 if __name__ == "__main__":

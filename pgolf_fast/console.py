@@ -219,8 +219,3 @@ class Table:
 def inline_html(text: str) -> str:
     """Escape text for HTML and turn `code` in backticks into `<code>` elements."""
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
-
-
-def table(rows: Sequence[Sequence[object]], header: Sequence[str] | None = None) -> str:
-    """Return `Table(header, rows).text()`."""
-    return Table(header, rows).text()

@@ -160,15 +160,17 @@ def finish_part(
 def describe(out: Path, states: dict[str, dict[str, object]]) -> str:
     """Summarize the session: states of the parts, ops against their best peers, the training step."""
     rows = [(part, state["status"], state["ok"], state["seconds"]) for part, state in states.items()]
-    parts = [console.table(rows, ("part", "status", "ok", "seconds"))]
+    parts = [console.Table(("part", "status", "ok", "seconds"), rows).text()]
     found = {part: json.loads((out / f"{part}.json").read_text()) for part in states}
     wrong = [r for r in found.get("correct", {}).get("checks", []) if r["ok"] is False]
-    parts += [console.table([(r["what"], r["verdict"]) for r in wrong], ("wrong", "why"))] if wrong else []
+    parts += (
+        [console.Table(("wrong", "why"), [(r["what"], r["verdict"]) for r in wrong]).text()] if wrong else []
+    )
     parts += found.get("ops", {}).get("table", [])
     for part, name, columns in (("step", "T1", STEPS), ("step", "T2", STEPS), ("eval", "E1", CHUNKS)):
         if records := found.get(part, {}).get(name):
             values = [(r["contender"], *(shown(r[column]) for column in columns)) for r in records]
-            parts.append(console.table(values, (name, *columns)))
+            parts.append(console.Table((name, *columns), values).text())
     parts += found.get("tune", {}).get("table", [])
     return "\n\n".join(parts)
 

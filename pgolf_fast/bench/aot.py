@@ -53,13 +53,10 @@ class Compiled:
     warps: int
     stages: int
     registers: int
-    spill_bytes: int
-    """Stack and local memory; 0 if nothing spilled."""
+    spill_bytes: int  # Stack and local memory; 0 if nothing spilled
     shared_bytes: int
-    instructions: Counter[str] = field(default_factory=Counter)
-    """Count of each opcode in the machine code."""
-    launches: list[tuple[int, int, int]] = field(default_factory=list)
-    """The grid of every launch."""
+    instructions: Counter[str] = field(default_factory=Counter)  # Count of each opcode in the machine code
+    launches: list[tuple[int, int, int]] = field(default_factory=list)  # The grid of every launch
 
     def count(self, fragment: str) -> int:
         """Count instructions whose opcode contains `fragment`."""
@@ -279,7 +276,7 @@ def row_of(arch: int) -> str:
 def table(rows: Sequence[Row]) -> str:
     """Return all rows as text, sorted by architecture and kernel."""
     cells = sorted((row.cells() for row in rows), key=lambda c: (int(str(c[1])[3:]), c))
-    return console.table(cells, HEADER)
+    return console.Table(HEADER, cells).text()
 
 
 def write(path: Path, rows: Sequence[Row], names: Sequence[str]) -> None:

@@ -37,11 +37,9 @@ class Plan:
     dtype: torch.dtype
     device: torch.device
     modes: Sequence[Mode] = MODES
-    seconds: float = 0.5
-    """Time spent on one contender in one mode."""
+    seconds: float = 0.5  # Time spent on one contender in one mode
     runs: int = 20
-    deadline: float | None = None
-    """`time.monotonic()` after which nothing new is started."""
+    deadline: float | None = None  # `time.monotonic()` after which nothing new is started
 
     def items(self) -> list[tuple[str, int]]:
         """Return ops with token counts: all ops at the first count, then at the next; fixed counts last."""

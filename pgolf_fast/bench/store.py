@@ -121,17 +121,17 @@ def describe(records: list[Record]) -> str:
     """Return the summary table, and what was not measured with the reason."""
     parts = []
     if rows := summary(records):
-        parts.append(console.table(rows, SUMMARY_HEADER))
+        parts.append(console.Table(SUMMARY_HEADER, rows).text())
     missing = [(r["op"], r["mode"], str(r["tokens"]), r["peer"], r["error"]) for r in records if "error" in r]
     if missing:
-        parts.append(console.table(missing, ("op", "mode", "tokens", "peer", "not measured because")))
+        parts.append(console.Table(("op", "mode", "tokens", "peer", "not measured because"), missing).text())
     return "\n\n".join(parts) or "nothing was measured"
 
 
 def compare_files(before: Path, after: Path, threshold: float) -> tuple[str, bool]:
     """Return a table that compares two results files, and whether one of our ops became slower."""
     rows, slower = _compare(read_records(before), read_records(after), threshold)
-    text = console.table(rows, ("op, mode, tokens, peer", before.name, after.name, "ratio"))
+    text = console.Table(("op, mode, tokens, peer", before.name, after.name, "ratio"), rows).text()
     if slower:
         text += "\n\nslower than allowed:\n" + "\n".join(slower)
     return text, bool(slower)

@@ -44,13 +44,10 @@ class TunePlan:
     tokens: int
     dtype: torch.dtype
     device: torch.device
-    kernels: Sequence[str] = ()
-    """Kernels by name; empty tunes every kernel that the ops launch."""
-    candidates: int = 24
-    """Maximum number of candidates per kernel."""
+    kernels: Sequence[str] = ()  # Kernels by name; empty tunes every kernel that the ops launch
+    candidates: int = 24  # Maximum number of candidates per kernel
     runs: int = 10
-    deadline: float | None = None
-    """`time.monotonic()` after which no candidate is started."""
+    deadline: float | None = None  # `time.monotonic()` after which no candidate is started
 
     @property
     def arch(self) -> str:
@@ -96,10 +93,8 @@ class Found:
     table_ms: float
     best_ms: float
     tried: int = 0
-    failed: int = 0
-    """Candidates that did not compile or did not fit."""
-    wrong: int = 0
-    """Candidates that were faster but gave a wrong result."""
+    failed: int = 0  # Candidates that did not compile or did not fit
+    wrong: int = 0  # Candidates that were faster but gave a wrong result
     errors: list[str] = field(default_factory=list)
 
 
@@ -272,4 +267,4 @@ def tune_table(found: list[Found]) -> str:
         times = (f"{one.table_ms:.4f}", f"{one.best_ms:.4f}", f"{ratio:.3f}")
         rows.append((one.kernel, one.op, one.mode, *times, best, counts))
     header = ("kernel", "timed in", "mode", "table ms", "best ms", "ratio", "best row", "candidates")
-    return console.table(rows, header) if rows else "no kernel was tuned"
+    return console.Table(header, rows).text() if rows else "no kernel was tuned"

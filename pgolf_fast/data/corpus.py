@@ -48,8 +48,7 @@ class Source:
     name: str
     version: str
     root: Path
-    topics: bool = False
-    """Also read the language topics of `help()`."""
+    topics: bool = False  # Also read the language topics of `help()`
 
 
 def default_sources() -> list[Source]:

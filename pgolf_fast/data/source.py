@@ -65,12 +65,9 @@ class ShardInfo:
     file: str
     split: Split
     tokens: int
-    documents: int
-    """Documents that start in this shard, counted by BOS ids."""
-    scored_bytes: int
-    """Bytes of this shard's targets, the denominator of bits per byte."""
-    bytes_per_token: float
-    """scored_bytes per target."""
+    documents: int  # Documents that start in this shard, counted by BOS ids
+    scored_bytes: int  # Bytes of this shard's targets, the denominator of bits per byte
+    bytes_per_token: float  # scored_bytes per target
 
 
 def describe(folder: Path | str, tokenizer: Tokenizer) -> list[ShardInfo]:

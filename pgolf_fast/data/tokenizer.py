@@ -94,12 +94,10 @@ class Tokenizer:
 class ByteTable:
     """The bytes of text of each token id, for bits per byte."""
 
-    base_bytes: np.ndarray
-    """int16 (V,): UTF-8 bytes of the piece without its leading space."""
+    base_bytes: np.ndarray  # int16 (V,): UTF-8 bytes of the piece without its leading space
     has_leading_space: np.ndarray
     """bool (V,): the piece starts with a space, which is one more byte unless it follows a boundary."""
-    is_boundary: np.ndarray
-    """bool (V,): control, unknown and unused ids."""
+    is_boundary: np.ndarray  # bool (V,): control, unknown and unused ids
 
 
 @functools.lru_cache(maxsize=4)

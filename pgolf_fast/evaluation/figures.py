@@ -44,8 +44,7 @@ class Figures:
     """Losses in nats that `PERCENTS` of all targets do not exceed, interpolated linearly."""
     hardest: dict[str, float]
     """Share of the summed loss in the hardest targets, by percent of targets, rounded up."""
-    above: dict[str, Above]
-    """Shares above `THRESHOLDS` in nats (the table of PR 296)."""
+    above: dict[str, Above]  # Shares above `THRESHOLDS` in nats (the table of PR 296)
 
     @property
     def easiest_half(self) -> float:

@@ -67,10 +67,8 @@ class Resume:
 
     result: Path
     identity: str
-    seconds: float = 120.0
-    """Time between states: one is written after the first chunk that ends later."""
-    writes: bool = True
-    """Whether this rank writes. All ranks read, so they must share the folder."""
+    seconds: float = 120.0  # Time between states: one is written after the first chunk that ends later
+    writes: bool = True  # Whether this rank writes. All ranks read, so they must share the folder
 
     def of(self, name: str) -> SavedState:
         """Return the state of the pass `name`."""

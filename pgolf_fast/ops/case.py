@@ -24,15 +24,11 @@ class Sizes:
     dim: int = 64
     heads: int = 4
     kv_heads: int = 2
-    rotary: int = 8
-    """Rotated channels per head."""
-    hidden: int = 96
-    """Hidden channels of an ungated MLP."""
+    rotary: int = 8  # Rotated channels per head
+    hidden: int = 96  # Hidden channels of an ungated MLP
     gated_hidden: int = 64
-    up_rows: int = 96
-    """Rows of the MLP's up bank, for the optimizer's cases."""
-    layers: int = 3
-    """Layers of the banks, for the optimizer's cases."""
+    up_rows: int = 96  # Rows of the MLP's up bank, for the optimizer's cases
+    layers: int = 3  # Layers of the banks, for the optimizer's cases
     vocab: int = 50
     bigram_rows: int = 64
     bigram_dim: int = 16
@@ -74,19 +70,15 @@ class Contender:
     """One implementation of a case, bound to its inputs."""
 
     name: str
-    function: Callable[..., Outputs]
-    """Called with `inputs` by name."""
+    function: Callable[..., Outputs]  # Called with `inputs` by name
     inputs: Inputs
-    trained: tuple[str, ...] = ()
-    """Inputs that autograd differentiates."""
+    trained: tuple[str, ...] = ()  # Inputs that autograd differentiates
     banks: Mapping[str, Tensor] = field(default_factory=dict)
     """Gradient banks that backward adds into, by input name."""
     mutated: Mapping[str, Tensor] = field(default_factory=dict)
     """Initial values of the inputs that a call overwrites."""
-    factor: float = 2.0
-    """Allowed multiple of eager's own error; infinite for peers that round the weights."""
-    around: Callable[[], AbstractContextManager[object]] = nullcontext
-    """Context of forward and backward."""
+    factor: float = 2.0  # Allowed multiple of eager's own error; infinite for peers that round the weights
+    around: Callable[[], AbstractContextManager[object]] = nullcontext  # Context of forward and backward
 
     def forward(self) -> Outputs:
         """Run forward alone. Inputs that the op overwrites are not restored, so that only it is timed."""
@@ -121,30 +113,21 @@ class Case:
     inputs: Inputs
     op: Callable[..., Outputs]
     """Called with `inputs` by name and, optionally, gradient banks by the names in `grad_banks`."""
-    reference: Callable[..., Outputs]
-    """Called with `inputs` by name."""
-    batched: tuple[str, ...]
-    """Inputs whose first dimension is the batch: its entries are independent."""
-    trained: tuple[str, ...] = ()
-    """Inputs with gradients; empty for an op without backward."""
+    reference: Callable[..., Outputs]  # Called with `inputs` by name
+    batched: tuple[str, ...]  # Inputs whose first dimension is the batch: its entries are independent
+    trained: tuple[str, ...] = ()  # Inputs with gradients; empty for an op without backward
     grad_banks: Mapping[str, str] = field(default_factory=dict)
     """Keyword of each gradient bank -> the input that it belongs to."""
     weights: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     """Name of each weight -> its bank and slot."""
-    mutated: tuple[str, ...] = ()
-    """Inputs that the op overwrites."""
+    mutated: tuple[str, ...] = ()  # Inputs that the op overwrites
     work: Work = Work()
-    tokens: int = 0
-    """Tokens, or rows of x; 0 if the op does not depend on them."""
-    chunk: int = 1 << 30
-    """Entries of the batch that are evaluated at once in float64."""
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """Settings of the op that peers need too."""
-    name: str = ""
-    """Name in the catalogue; set by `make`, as are `kernels` and `sizes`."""
+    tokens: int = 0  # Tokens, or rows of x; 0 if the op does not depend on them
+    chunk: int = 1 << 30  # Entries of the batch that are evaluated at once in float64
+    options: Mapping[str, Any] = field(default_factory=dict)  # Settings of the op that peers need too
+    name: str = ""  # Name in the catalogue; set by `make`, as are `kernels` and `sizes`
     sizes: Sizes = Sizes()
-    kernels: str | None = None
-    """The op's name in `tiles.DEFAULTS`; None for ops without Triton kernels."""
+    kernels: str | None = None  # The op's name in `tiles.DEFAULTS`; None for ops without Triton kernels
 
     @property
     def first(self) -> Tensor:

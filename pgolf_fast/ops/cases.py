@@ -312,15 +312,11 @@ def _lzma(b: Builder) -> Case:
 class Entry:
     """A case of the catalogue."""
 
-    kernels: str | None
-    """The op's name in `tiles.DEFAULTS`; None for ops without Triton kernels."""
+    kernels: str | None  # The op's name in `tiles.DEFAULTS`; None for ops without Triton kernels
     make: Callable[[Builder], Case]
-    rows: tuple[int, ...] | None = None
-    """Token counts to use at a preset's shapes; None: any."""
-    timed: bool = True
-    """Part of `pgolf bench`; the others are variants for correctness and compilation."""
-    covers: tuple[str, ...] = ()
-    """Torch ops that the case runs; empty: the op named like `kernels`."""
+    rows: tuple[int, ...] | None = None  # Token counts to use at a preset's shapes; None: any
+    timed: bool = True  # Part of `pgolf bench`; the others are variants for correctness and compilation
+    covers: tuple[str, ...] = ()  # Torch ops that the case runs; empty: the op named like `kernels`
 
     @property
     def ops(self) -> tuple[str, ...]:

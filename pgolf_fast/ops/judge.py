@@ -46,10 +46,8 @@ class Truth:
 
     exact: Named
     low: Named
-    douts: tuple[Tensor, ...]
-    """Incoming gradients of the outputs; empty if only forward is judged."""
-    eps: float
-    """Rounding of the coarsest input dtype."""
+    douts: tuple[Tensor, ...]  # Incoming gradients of the outputs; empty if only forward is judged
+    eps: float  # Rounding of the coarsest input dtype
     summing: float = 0.0
     """Allowance for gradients that are float32 sums over all tokens, as a share of the largest value."""
 

@@ -69,8 +69,7 @@ class NonFiniteError(RuntimeError):
 class StepResult:
     """Numbers of one step for the log. In the Reptile phase they are means over inner steps."""
 
-    step: int
-    """Number of the step, from 1."""
+    step: int  # Number of the step, from 1
     tokens: int
     multiplier: float
     qat: bool
