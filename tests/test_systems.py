@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from artifact.test_submission import ABOUT, call, same_scores
 from evaluations import adapted, stream_of, text
 from helpers import randomize_, tiny_config
 from runs import VOCAB, make_dataset, read_json
-from test_submit import ABOUT, call, same_scores
 
 from pgolf_fast import cli
 from pgolf_fast.artifact.load import load

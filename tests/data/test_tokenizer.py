@@ -92,8 +92,8 @@ def test_training_is_deterministic_and_quiet(tmp_path: Path) -> None:
         "for name in 'ab': train_tokenizer([some_text(), some_text(seed=1)], 300, sys.argv[1] + '/' + name)\n"
     )
     out = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path), str(Path(__file__).parent)],
-        cwd=Path(__file__).parents[1],
+        [sys.executable, "-c", script, str(tmp_path), str(Path(__file__).parents[1])],
+        cwd=Path(__file__).parents[2],
         check=True,
         capture_output=True,
     )

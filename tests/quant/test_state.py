@@ -45,7 +45,7 @@ from pgolf_fast.quant.state import (
     unbank,
 )
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 QUICK = QuantConfig(calibration_sequences=6, calibration_length=24, calibration_batch=4, small_tensor=600)
 
 

@@ -337,6 +337,6 @@ def test_importing_it_touches_no_network() -> None:
         "import socket; socket.socket = None; import pgolf_fast.data.download, sys; "
         "print('huggingface_hub' in sys.modules)"
     )
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     out = subprocess.run([sys.executable, "-c", code], cwd=root, check=True, capture_output=True, text=True)
     assert out.stdout == "False\n"

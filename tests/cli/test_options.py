@@ -219,7 +219,7 @@ def test_documented_spellings_are_accepted(line):
 
 def commands_of_the_docs():
     """Command lines in README and docs, without comments and placeholders for more options."""
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     for path in (
         root / "README.md",
         root / "benchmarks" / "README.md",

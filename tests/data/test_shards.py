@@ -192,6 +192,6 @@ def test_importing_the_room_needs_no_torch() -> None:
     code = "; ".join(f"import pgolf_fast.data.{name}" for name in names)
     heavy = "{'torch', 'sentencepiece', 'huggingface_hub', 'tqdm'}"
     code += f"; import sys; print(sorted({heavy} & set(sys.modules)))"
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     out = subprocess.run([sys.executable, "-c", code], cwd=root, check=True, capture_output=True, text=True)
     assert (out.stdout, out.stderr) == ("[]\n", "")

@@ -24,8 +24,8 @@ from pgolf_fast.artifact.container import (
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.ops import native
 
-GOLDEN = Path(__file__).parent / "golden_artifacts"
-DOCUMENT = Path(__file__).parent.parent / "docs" / "artifact.md"
+GOLDEN = Path(__file__).parents[1] / "golden_artifacts"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "artifact.md"
 CONFIG = {"dim": 64, "name": "tiny, ünïcode", "rates": [0.1, 1e-30], "nested": {"on": True, "off": None}}
 
 

@@ -202,7 +202,7 @@ def test_default_sources_import_nothing_large() -> None:
     )
     out = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
         check=True,
         capture_output=True,
         text=True,

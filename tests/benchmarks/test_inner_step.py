@@ -10,7 +10,7 @@ from helpers import randomize_, tiny_config
 from pgolf_fast.config.schema import MetaConfig
 from pgolf_fast.model.gpt import GPT
 
-sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 from inner_step import InnerStep, lengths, one
 

@@ -14,7 +14,7 @@ import torch
 from pgolf_fast.config.presets import exp101, tiny
 from pgolf_fast.quant.state import QuantizedTensor, is_slot
 
-FOLDER = Path(__file__).parent.parent / "benchmarks"
+FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture(autouse=True)
