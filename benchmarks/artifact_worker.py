@@ -1,7 +1,7 @@
 """Measurements of `bench_artifact.py`: contenders on one artifact, and the steps of the export pipeline.
 
 `python artifact_worker.py NAME FOLDER` makes one measurement in a separate process and prints a JSON line.
-A contender that this machine lacks is skipped with the reason. Every result is decoded and compared. Each
+A contender that is not installed is skipped with the reason. Every result is decoded and compared. Each
 step of the pipeline works on the files that the step before it left in FOLDER, at first config.json.
 """
 
@@ -56,7 +56,7 @@ ZSTD_WINDOW_LOG = 27
 
 
 class UnavailableError(Exception):
-    """This machine lacks a contender; the message is the reason."""
+    """A contender is not installed; the message is the reason."""
 
 
 def _module(name: str) -> Any:

@@ -113,7 +113,7 @@ def artifacts(arguments: argparse.Namespace) -> Iterator[tuple[str, RunConfig, S
 
 
 def config_of(arguments: argparse.Namespace) -> RunConfig:
-    """Return the configuration of made-up models: exp101, or with --smoke one that takes seconds."""
+    """Return the configuration of synthetic models: exp101, or with --smoke one that takes seconds."""
     if not arguments.smoke:
         return exp101()
     base = tiny()
@@ -156,7 +156,7 @@ class Results:
         }
 
     def add(self, name: str, found: Record, artifact: str | None = None) -> None:
-        """Record what was measured, of a contender on an artifact or of a step of the pipeline."""
+        """Record measurements of a contender on an artifact, or of a step of the pipeline."""
         artifacts = self.content["artifacts"]
         place = self.content["pipeline"] if artifact is None else artifacts[artifact]["contenders"]
         place[name] = found

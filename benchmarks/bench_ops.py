@@ -1,4 +1,4 @@
-"""Time every op at the shapes of `small` next to eager and compiled PyTorch (`make bench`)."""
+"""Time every op at the shapes of `small` against eager and compiled PyTorch (`make bench`)."""
 
 import functools
 from dataclasses import asdict

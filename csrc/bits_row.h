@@ -49,7 +49,7 @@ __attribute__((always_inline)) inline void scale_codes(const int8_t* codes, size
 bool has_avx2();
 
 // Packs whole blocks of 32 codes; returns the number of codes packed, and clears `good` when one is out of range.
-// Planes go by value: behind a reference, compilers must assume that a stored byte changes its pointers.
+// Planes are passed by value: behind a reference, compilers must assume that a stored byte changes its pointers.
 template <int bits>
 PGOLF_AVX2 size_t pack_blocks_avx2(const int8_t* codes, size_t count, Planes<bits, uint8_t> planes, bool& good);
 

@@ -64,7 +64,7 @@ void grow(std::string& out, lzma_stream& state) {
     state.avail_out = out.size() - used;
 }
 
-// Only called with a result that ends decoding without success.
+// Only called with a result that means decoding failed.
 [[noreturn]] void fail_decoding(lzma_ret result, const lzma_stream& state, size_t size, size_t out_size) {
     switch (result) {
         case LZMA_MEM_ERROR:

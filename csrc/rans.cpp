@@ -111,11 +111,11 @@ struct Matrices {
 template <class Byte>
 Matrices<Byte> matrices_of(Byte* bytes, const Shape* shapes, size_t count, const Palettes& palettes) {
     Matrices<Byte> matrices;
-    size_t room = 0;
+    size_t capacity = 0;
     for_arrays(shapes, count, [&](const Shape& s, size_t) {
-        room += s.itemsize == 1 ? 0 : s.rows * s.columns * palettes.planes_of(s.itemsize);
+        capacity += s.itemsize == 1 ? 0 : s.rows * s.columns * palettes.planes_of(s.itemsize);
     });
-    matrices.planes.resize(room);
+    matrices.planes.resize(capacity);
     uint8_t* planes = matrices.planes.data();
     for_arrays(shapes, count, [&](const Shape& shape, size_t offset) {
         const size_t items = shape.rows * shape.columns;

@@ -19,7 +19,7 @@ struct Shape {
 std::vector<uint8_t> rans_encode(const uint8_t* data, size_t size, const Shape* shapes, size_t count,
                                  size_t threads = 0);
 
-// Fills exactly `out_size` bytes at `out`, whatever the payload holds; memory stays within a few times
+// Fills exactly `out_size` bytes at `out`, regardless of the payload; memory stays within a few times
 // out_size + size. Throws std::invalid_argument that says what is wrong with the payload or the shapes.
 void rans_decode(const uint8_t* payload, size_t size, const Shape* shapes, size_t count, uint8_t* out,
                  size_t out_size, size_t threads = 0);

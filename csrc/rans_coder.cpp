@@ -77,9 +77,9 @@ void Encoder::encode_segment(const std::vector<Source>& matrices, Segment& segme
                                      tables_.data() + m.row_model(row), classes});
                });
     // The last symbol is coded first. A symbol emits at most one word; one more word is scratch.
-    const size_t room = segment.last - segment.first + 1;
-    const std::unique_ptr<uint16_t[]> words(new uint16_t[room]);
-    uint16_t* word = words.get() + room;
+    const size_t capacity = segment.last - segment.first + 1;
+    const std::unique_ptr<uint16_t[]> words(new uint16_t[capacity]);
+    uint16_t* word = words.get() + capacity;
     segment.states.assign(segment.lanes, kLow);
     for (auto piece = pieces.rbegin(); piece != pieces.rend(); ++piece) {
         uint32_t* states = segment.states.data() + piece->lane;
@@ -88,7 +88,7 @@ void Encoder::encode_segment(const std::vector<Source>& matrices, Segment& segme
         else
             encode_run<false>(piece->in, piece->length, piece->models, nullptr, states, word);
     }
-    segment.words.assign(word, words.get() + room);
+    segment.words.assign(word, words.get() + capacity);
 }
 
 Decoder::Decoder(const std::vector<Frequencies>& models) : tables_(models.size()) {

@@ -94,13 +94,13 @@ def save_tensors(path: Path, tensors: dict[str, "Tensor"], metadata: dict[str, A
 
 
 def load_tensors(path: Path) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
-    """Return what `save_tensors` wrote. Raises PgolfError for a damaged or another kind of file."""
+    """Return what `save_tensors` wrote. Raises PgolfError if the file is damaged or of another kind."""
     with _opened(path) as (handle, metadata):
         return {name: handle.get_tensor(name) for name in handle.keys()}, metadata  # noqa: SIM118
 
 
 def load_metadata(path: Path) -> dict[str, Any]:
-    """Return the metadata without reading the tensors. Raises PgolfError as `load_tensors`."""
+    """Return the metadata without reading the tensors. Raises PgolfError as `load_tensors` does."""
     with _opened(path) as (_, metadata):
         return metadata
 

@@ -1,7 +1,7 @@
 """Triton's interpreter, repaired and made strict, for tests of kernels on machines without a GPU.
 
 Repairs (needed with triton 3.6 to 3.9, each measured): loop bounds under numpy 2.4, bfloat16 products, casts
-to bfloat16 that round to nearest. Strictness: any other arithmetic on bfloat16 is refused, because the
+to bfloat16 that round to nearest. Strictness: any other arithmetic on bfloat16 is rejected, because the
 interpreter would compute on the bit patterns, and a load or store outside every tensor argument is an error.
 """
 

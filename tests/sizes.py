@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "pgolf_fast"
-ROOMS = ["config", "data", "ops", "model", "optim", "train", "quant", "artifact", "evaluation"]
+FOLDERS = ["config", "data", "ops", "model", "optim", "train", "quant", "artifact", "evaluation"]
 FUNCTION, KERNEL = 60, 100  # most lines of a function, and of a `@triton.jit` one
 
 
@@ -20,9 +20,9 @@ def lines(*places: Path) -> int:
 
 def parts() -> dict[str, int]:
     """Lines of Python (C++ for csrc, Markdown for the README) of each part."""
-    driver = {room: lines(PACKAGE / room) for room in ROOMS}
+    driver = {name: lines(PACKAGE / name) for name in FOLDERS}
     driver["leaves"] = lines(*PACKAGE.glob("*.py"))
-    beside = {room: lines(PACKAGE / room) for room in ("lab", "bench", "cli")}
+    beside = {name: lines(PACKAGE / name) for name in ("lab", "bench", "cli")}
     whole = {"driver": sum(driver.values()), "package": sum(driver.values()) + sum(beside.values())}
     folders = {name: lines(ROOT / name) for name in ("kernels", "csrc", "benchmarks", "tests")}
     return {**driver, **beside, **whole, **folders, "README.md": lines(ROOT / "README.md")}

@@ -1,4 +1,4 @@
-"""The Python API: light to import, complete, plain results, one clear line for bad input."""
+"""The Python API: light to import, complete, with plain results and one clear line for bad input."""
 
 from __future__ import annotations
 

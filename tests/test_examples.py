@@ -1,4 +1,4 @@
-"""The scripts in examples/ run, on tiny sizes, and print what they promise."""
+"""The scripts in examples/ run at tiny sizes and print what they promise."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def golden_model(meta, values):
 
 
 def assert_gradients(model, values):
-    """Every gradient of the file within 1e-3 of its tensor's maximum, and none that the file lacks."""
+    """Every gradient of the file within 1e-3 of its tensor's maximum, and none that is not in the file."""
     for name, parameter in model.named_parameters():
         if f"grad/{name}" not in values:
             assert parameter.grad is None or not parameter.grad.any(), name

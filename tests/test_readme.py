@@ -26,7 +26,7 @@ def test_finds_python_blocks_only():
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """Replace the zero-download corpus, which takes half a minute to build, by the help topics of Python."""
+    """Replace the zero-download corpus, which takes half a minute to build, with Python's help topics."""
     folders: dict[int, Path] = {}
 
     def build(*, vocab_size: int) -> Path:

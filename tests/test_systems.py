@@ -248,7 +248,7 @@ def test_the_submitted_script_computes_the_same_scores(made, data, tmp_path, nam
 
 @pytest.fixture(scope="module")
 def challenge_data(tmp_path_factory):
-    """With as many tokens in the vocabulary as the presets have."""
+    """With the vocabulary size of the presets."""
     return make_dataset(tmp_path_factory.mktemp("data"), 1024)
 
 
@@ -443,7 +443,7 @@ def test_training_minimizes_z_loss_and_scores_leave_it_out(data, tmp_path):
 
 
 def test_without_averages_the_last_weights_stay(made):
-    """ema_decay 0 is no average."""
+    """ema_decay 0 means no average."""
     folder = made("baseline")
     checkpoint = max((folder.path / "checkpoints").glob("*.safetensors"))
     tensors, _ = load_tensors(checkpoint)

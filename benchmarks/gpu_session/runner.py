@@ -144,7 +144,7 @@ def end_group(process: subprocess.Popen[str]) -> None:
 def finish_part(
     out: Path, part: str, status: str, seconds: float, code: int | None, tail: list[str]
 ) -> dict[str, object]:
-    """Record in the part's file how it ended; what it had written is kept."""
+    """Record in the part's file how it ended, keeping what it had written."""
     path = out / f"{part}.json"
     content = json.loads(path.read_text()) if path.is_file() else {"part": part}
     ok = status == "done" and code == 0 and content.get("status") == "done"

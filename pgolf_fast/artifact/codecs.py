@@ -1,6 +1,6 @@
-"""The codecs of an artifact's sections: raw, LZMA, rANS, and zstd and brotli as extras.
+"""The codecs of an artifact's sections: raw, LZMA and rANS, plus zstd and brotli as extras.
 
-A section is a list of arrays, coded as one string of bytes. Every codec is given the arrays' shapes; only
+A section is a list of arrays, coded as one string of bytes. Every codec receives the arrays' shapes; only
 rANS uses them. Damaged bytes raise ValueError; no decoder uses much more memory than its output.
 """
 

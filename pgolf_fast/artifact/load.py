@@ -1,4 +1,4 @@
-"""Weights to a model: an artifact or a run folder in, a `LoadedModel` out."""
+"""Load a model: an artifact or a run folder in, a `LoadedModel` out."""
 
 import functools
 from dataclasses import dataclass, replace
@@ -140,25 +140,25 @@ def generate(
 def unpack(path: Path | str) -> tuple[RunConfig, QuantizedState]:
     """Read the run's configuration and the quantized model of an artifact.
 
-    Raises PgolfError for a damaged file, one that is no packed model, or codes and scales that do not match.
+    Raises PgolfError for a damaged file, one that is not a packed model, or mismatched codes and scales.
     """
     tree, records = read_container(path)
     run_config, bits = tree.get("run"), tree.get("bits")
     if not isinstance(run_config, dict) or not isinstance(bits, dict):
-        raise PgolfError(f"artifact {path} holds no packed model: its configuration lacks 'run' or 'bits'")
+        raise PgolfError(f"artifact {path} is not a packed model: its configuration has no 'run' or 'bits'")
     named = {record.name: torch.from_numpy(record.array) for record in records}
     try:
         for name, kind in ((record.name, record.kind) for record in records):
             parts = "scales" if is_part(name, named) else "float16"
             if kind != ("codes" if name.endswith(CODES) else parts):
-                raise PgolfError(f"{name} of kind {kind} is no part of a packed model")
+                raise PgolfError(f"{name} of kind {kind} is not part of a packed model")
         return run_config_from_dict(run_config), QuantizedState.from_named(named, bits)
     except PgolfError as error:
         raise PgolfError(f"artifact {path}: {error}; pack it again") from error
 
 
 def load_artifact(path: Path | str) -> tuple[RunConfig, dict[str, Tensor]]:
-    """Read the configuration and the float32 state dict of an artifact. Raises PgolfError as `unpack`."""
+    """Read configuration and float32 state dict of an artifact. Raises PgolfError as `unpack` does."""
     config, quantized = unpack(path)
     return config, _dequantized(path, quantized)
 

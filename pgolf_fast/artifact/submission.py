@@ -63,8 +63,8 @@ def write_submission(folder: RunFolder, out: Path, about: About, *, readable: bo
     """Write README.md, submission.json, train.log, the artifact and the evaluation script into `out`.
 
     readable: write the script as readable source instead of compressed, and count that. Returns bytes by
-    part. Raises PgolfError when the run is not packed or not scored, its scores are of another artifact or
-    other settings, it breaks the rules, the script lacks its adapter or codecs, or code and artifact exceed
+    part. Raises PgolfError when the run is not packed or not scored, its scores belong to another artifact or
+    other settings, it breaks the rules, the script has no such adapter or codec, or code and artifact exceed
     LIMIT_BYTES.
     """
     artifact = folder.need(folder.artifact_file, "pack")
@@ -108,7 +108,7 @@ def write_submission(folder: RunFolder, out: Path, about: About, *, readable: bo
 
 
 def _check_script(ttt: TTTConfig, codecs: set[str]) -> None:
-    """Raise PgolfError for an adapter or codec that the script lacks."""
+    """Raise PgolfError for an adapter or codec that the script does not support."""
     if ttt.adapter not in _ADAPTERS:
         raise PgolfError(
             f"the evaluation script has no ttt.adapter {ttt.adapter}, only {', '.join(_ADAPTERS)}: set one "
@@ -122,7 +122,7 @@ def _check_script(ttt: TTTConfig, codecs: set[str]) -> None:
 
 
 def _scores(folder: RunFolder, config: RunConfig, digest: str) -> dict[str, Any]:
-    """Read the scores. Raises PgolfError if they are of another artifact or other settings."""
+    """Read the scores. Raises PgolfError if they belong to another artifact or other settings."""
     path = folder.need(folder.path / "scores_artifact.json", "eval")
     scores = read_scores(path)
     again = f"run `pgolf eval {folder.path}` again"
@@ -138,7 +138,7 @@ def _scores(folder: RunFolder, config: RunConfig, digest: str) -> dict[str, Any]
 
 
 def _facts(folder: RunFolder, config: RunConfig, about: About) -> dict[str, Any]:
-    """Return what the README and submission.json say of the run, but scores and sizes."""
+    """Return what the README and submission.json say about the run, except scores and sizes."""
     path, model, quant = folder.path / "env.json", config.model, config.quant
     environment = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     steps = [line for line in folder.history() if line["kind"] == "step"]
@@ -146,7 +146,7 @@ def _facts(folder: RunFolder, config: RunConfig, about: About) -> dict[str, Any]
     blurb = (
         f"{model.num_layers} layers x {model.model_dim}, {model.num_parameters():,} parameters, "
         f"{model.mlp_activation} MLP; {_widths(quant)} weights ({quant.method}) and {quant.tables} tables, "
-        "entropy coded; scored with legal test-time training."
+        "entropy-coded; scored with legal test-time training."
     )
     return {
         "config": config,
@@ -235,7 +235,7 @@ def code_bytes() -> int:
 
 @functools.cache
 def _parts() -> tuple[str, str, str]:
-    """Return the readable script, the minified one without its digest, and that compressed in base 85."""
+    """Return the readable script, the minified one without its digest, and the latter in base 85."""
     readable = _bundle()
     if readable.count(_NO_DIGEST) != 1:
         raise AssertionError(f"the script must have the line {_NO_DIGEST} exactly once")

@@ -45,9 +45,9 @@ study: is it legal, is it better, what is in it
     pgolf report runs/small --audit
   ablate: Train a preset and variants of it under one budget; compare their scores with intervals
     pgolf ablate small --flip model.trigram=false --flip train.meta=none --seeds 42 43 44
-  seeds: Print mean and deviation of scored runs, and test whether they beat other runs
+  seeds: Print the mean and deviation of scored runs, and test whether they beat other runs
     pgolf seeds runs/a1 runs/a2 runs/a3 --against runs/b1 runs/b2 runs/b3
-  ttt-sweep: Compare adapters of test-time training on a run's artifact, with intervals
+  ttt-sweep: Compare test-time training adapters on a run's artifact, with intervals
     pgolf ttt-sweep runs/small --adapters sgd lora --stride 256
   analyze: Study the weights, spectra, rounding errors and curvature of models
     pgolf analyze runs/a runs/b --only deltas quant
@@ -59,7 +59,7 @@ kernels: what runs on this machine, and how fast
     pgolf bench --ops mlp --out results.jsonl
   tune: Measure tile sizes of the Triton kernels on this GPU and keep the best
     pgolf tune --preset exp101 --minutes 20
-  aot: Compile every Triton kernel for GPUs that need not be here: registers, spills, tensor cores
+  aot: Compile every Triton kernel, even for absent GPUs; list registers, spills and tensor cores
     pgolf aot --arch 90
 """
 

@@ -14,7 +14,7 @@ from pgolf_fast.cli.options import Words, wrote
 @dataclass(frozen=True)
 class Doctor:
     check: bool = False  # Also check every op, forward and backward, against its reference on this machine.
-    table: bool = False  # Print only which ops have which implementation and tests.
+    table: bool = False  # Print only the table of the implementations and tests that each op has.
 
     def main(self) -> int:
         from pgolf_fast.bench.doctor import examine
@@ -27,21 +27,21 @@ class Doctor:
 @dataclass(frozen=True)
 class Bench:
     preset: str = "exp101"  # Preset whose shapes are measured.
-    ops: Words = ()  # Ops by the start of their names (mlp, gqa_attention, int6_matmul, ...); default: all.
+    ops: Words = ()  # Ops, by the start of their names (mlp, gqa_attention, int6_matmul, ...); default: all.
     tokens: tuple[int, ...] = ()  # Token counts; default: 98304 32768 196608 on a GPU, 2048 on a CPU.
     modes: tuple[Literal["fwd", "fwd+bwd"], ...] = ("fwd", "fwd+bwd")  # Passes to measure.
     peers: Words | None = None  # Other implementations by name; default: all that are installed.
     # Compute dtype; auto is bfloat16 on a GPU and float32 on a CPU.
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     out: Path | None = None  # JSONL file to append records to.
-    # Shrink the preset to tiny and measure little, without torch.compile, to see whether everything runs.
+    # Smoke test: shrink the preset to tiny and take few measurements, without torch.compile.
     quick: bool = False
-    minutes: float | None = None  # Start nothing new after this long.
+    minutes: float | None = None  # Start no new measurement after this long.
     plots: Path | None = None  # Folder for roofline.png and ratios.png.
     records: Path | None = None  # Print and plot this results file instead of measuring.
     # Compare two results files instead, before and after; exit status 1 if one of our ops became slower.
     compare: tuple[Path, Path] | None = None
-    threshold: float = 1.1  # With --compare: allowed ratio of the times, after to before.
+    threshold: float = 1.1  # With --compare: largest allowed ratio of times, after to before.
 
     def main(self) -> int:
         from pgolf_fast.bench import plots, store
@@ -75,7 +75,7 @@ class Tune:
     ops: Words = ()  # Ops by the start of their names; default: all.
     kernels: Words = ()  # Kernels by name; default: every kernel that the ops launch.
     tokens: int | None = None  # Token count; default: a micro-batch of the preset.
-    candidates: int = 24  # Limit for the candidates tried per kernel.
+    candidates: int = 24  # Maximum number of candidates tried per kernel.
     minutes: float | None = None  # Start no new candidate after this long.
     out: Path | None = None  # JSON file for the results; default: the user's cache, which training reads.
 

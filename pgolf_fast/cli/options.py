@@ -35,7 +35,7 @@ _HELP = ("-h", "--help", "--help-all")
 
 @dataclass(frozen=True)
 class Fields:
-    """Annotates the options field that collects configuration fields as FIELD=VALUE words.
+    """Annotates the field of an options class that collects configuration fields as FIELD=VALUE words.
 
     groups: groups of the configuration that the command takes; none means all.
     brief: fields, or GROUP.* for all of a group, that `--help` only names; `--help-all` describes them.
@@ -49,7 +49,7 @@ AllFields = Annotated[Words, Fields()]
 
 
 def _place(metavar: str, field: str) -> Any:
-    """Return the look of a path option that also goes by the name of the field of a run that it replaces."""
+    """Return the settings of a path option whose alias is the configuration field that it overrides."""
     return tyro.conf.arg(metavar=metavar, help_behavior_hint="", aliases=[f"--{field}"])
 
 
@@ -139,7 +139,7 @@ def _unwrapped() -> Iterator[None]:
 
 
 def _message(command: str, box: str) -> str:
-    """Return one line for the framed message of tyro: title, what is wrong or missing, the option's help."""
+    """Return tyro's framed message as one line: title, what is wrong or missing, the option's help."""
     title, *lines = filter(None, (line.strip("╭╮╰╯│─- ") for line in box.splitlines()))
     quoted = re.findall("'([^']*)'", lines[0]) if lines else []
     if title == "Required options":
@@ -228,7 +228,7 @@ def _group(group: str, kind: Any, shown: object, hidden: Words) -> Any:
             about, word = docs.get(name, ""), _text(value, " ") or "empty"
         elif inner is not hint:
             parsed, metavar = str, "none"
-            about, word = "none switches the group off.", "none" if value is None else "on"
+            about, word = "none turns the group off.", "none" if value is None else "on"
         else:
             continue
         option = tyro.conf.arg(help=about, metavar=metavar, help_behavior_hint=f"({when}: {word})")
@@ -257,7 +257,7 @@ def _option(kind: Any, *, optional: bool) -> tuple[Any, str | None]:
 
 
 def _text(value: object, separator: str) -> str:
-    """Return a value as a person types it."""
+    """Return a value as the user would type it."""
     if isinstance(value, tuple):
         return separator.join(_text(item, separator) for item in value)
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)

@@ -39,7 +39,7 @@ TTT_FIELDS = ("ttt.*", "ttt.lora.*", "ttt.guided.*")
 
 @dataclass(frozen=True)
 class Demo:
-    seconds: float = 100.0  # Training time. Quantizing and scoring come on top.
+    seconds: float = 100.0  # Training time in seconds; quantizing and scoring take extra.
     out: Path = Path("runs/demo")  # Run folder; an earlier demo there is replaced.
     seed: int = 42  # Seed of the weights.
 
@@ -74,10 +74,10 @@ class Train:
 class Import:
     # Weights, .pt or .safetensors; a .pt file is read without running pickled code.
     weights: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
-    preset: Preset  # Preset the weights were trained as.
+    preset: Preset  # Preset that the weights were trained with.
     fields: AllFields
-    out: Path | None = None  # Run folder; default: runs/NAME of the weights file.
-    shrink: Size | None = None  # Size of the preset that the weights have.
+    out: Path | None = None  # Run folder; default: runs/ plus the name of the weights file.
+    shrink: Size | None = None  # Size of the preset, if the weights are of a shrunken one.
 
     def main(self) -> None:
         from pgolf_fast.train.checkpoint import import_weights
@@ -148,8 +148,8 @@ class Eval(Shards):
     run: Run  # Run folder; with --estimate, a preset too.
     fields: Annotated[Words, Fields(("eval", "ttt"), brief=TTT_FIELDS)]
     weights: Weights = "artifact"  # Score the packed artifact, or the float weights before quantization.
-    figures: bool = False  # Print all tables of the figures, not only the one by class.
-    estimate: bool = False  # Print the amount of work and how long it would take here; score nothing.
+    figures: bool = False  # Print all tables, not just the one by token class.
+    estimate: bool = False  # Print the amount of work and how long it would take here, without scoring.
     allow_illegal: bool = False  # Also score test-time training that breaks the rules, labeled ILLEGAL.
 
     def main(self) -> None:
@@ -216,7 +216,7 @@ class Submit:
     name: str | None = None  # Title; default: the preset's name.
     blurb: str | None = None  # One or two sentences about it; default: made from the configuration.
     track: str = "non_record_16mb"  # Track to submit to.
-    readable: bool = False  # Write the script as readable source, not compressed, and count that.
+    readable: bool = False  # Write the script as readable source instead of compressed, and count its bytes.
 
     def main(self) -> None:
         from pgolf_fast.artifact.submission import About, write_submission
@@ -235,7 +235,7 @@ class Generate:
     prompt: str = ""  # Text to continue; an empty prompt starts a document.
     tokens: int = 200  # Tokens to generate.
     temperature: float = 0.8  # Sampling temperature; 0 takes the most likely token.
-    seed: int = 0  # Seed of the sampling.
+    seed: int = 0  # Sampling seed.
 
     def main(self) -> None:
         from pgolf_fast.artifact.load import generate

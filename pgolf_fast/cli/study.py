@@ -42,9 +42,9 @@ class Audit(Shards):
     fields: Annotated[Words, Fields(("eval", "ttt"), brief=("eval.*", *TTT_FIELDS))]
     tokens: int | None = None  # Targets to score, from the start of the data; default: eight windows.
     only: tuple[str, ...] = ()  # Run only these checks, for example C2 C5.
-    limit_bytes: int = PackConfig.limit_bytes  # Limit for the bytes of artifact and script together.
-    train_limit: float | None = None  # Limit for the training time, in seconds.
-    eval_limit: float | None = None  # Limit for the evaluation time, in seconds.
+    limit_bytes: int = PackConfig.limit_bytes  # Limit on the total bytes of artifact and script.
+    train_limit: float | None = None  # Limit on the training time, in seconds.
+    eval_limit: float | None = None  # Limit on the evaluation time, in seconds.
     json: Path | None = None  # File for the findings; default: audit.json in the run, if all checks run.
 
     def main(self) -> int:
@@ -56,7 +56,7 @@ class Audit(Shards):
         target = self._target()
         known = checks(target)
         if unknown := set(self.only) - {check.id for check in known}:
-            raise PgolfError(f"there is no check {', '.join(sorted(unknown))}; they are C1 to C{len(known)}")
+            raise PgolfError(f"there is no check {', '.join(sorted(unknown))}: choose C1 to C{len(known)}")
         results = run_checks(check for check in known if not self.only or check.id in self.only)
         findings = [{**asdict(result), "verdict": result.verdict} for result in results]
         print(findings_table(findings))
@@ -126,7 +126,7 @@ class Ablate:
     seconds: float | None = None  # Training time of every run with budget time; default: the preset's.
     # plain: non-overlapping windows only; sliding: also sliding windows; all: also test-time training.
     scores: Literal["plain", "sliding", "all"] = "all"
-    # Sample of the intervals; default: seeds if there are several, else documents.
+    # What the intervals are taken over; default: seeds if there are several, else documents.
     interval: Literal["seeds", "documents"] | None = None
     out: Path | None = None  # Folder of all runs; default: runs/ablate_PRESET. Finished runs are reused.
     workers: int | None = None  # Runs in parallel; default: one per GPU, or one. CPU runs share the cores.
@@ -241,7 +241,7 @@ class Seeds:
 @dataclass(frozen=True)
 class TttSweep(Shards):
     run: Run  # Run folder, packed.
-    adapters: Words = ()  # Adapters by name; default: all, and `run`, the run's own settings.
+    adapters: Words = ()  # Adapters by name; default: all, plus `run`, the run's own settings.
     stride: int | None = None  # Tokens between windows; default: the run's.
     tokens: int | None = None  # Score only this many validation tokens; default: all.
     after: int = 0  # Compare only documents that start at this target or later.
@@ -284,8 +284,8 @@ class Analyze(Shards):
     out: Path = Path("runs/analysis")  # Folder for analysis.json, the plots and report.html.
     # Weights to read from a run folder; auto takes the float weights if they are there.
     weights: Literal["auto", "float", "artifact"] = "auto"
-    preset: str | None = None  # Preset of files that hold no configuration, such as .pt files.
-    tokens: int = AnalysisOptions.tokens  # Validation targets to take losses over.
+    preset: str | None = None  # Preset for files without a configuration, such as .pt files.
+    tokens: int = AnalysisOptions.tokens  # Validation targets to compute losses on.
     # Rows of additional hash tables whose buckets are counted, for example 3072 4096 10240.
     hash_rows: tuple[int, ...] = AnalysisOptions.hash_rows
     calibration_tokens: int = AnalysisOptions.calibration_tokens  # Tokens that weight the rounding errors.

@@ -55,11 +55,11 @@ def need_either(group: str, config: object, one: str, other: str) -> None:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return the question that suggests the nearest known name, or no text if none is near."""
+    """Return the question that suggests the nearest known name, or an empty string if none is close."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
     return f"did you mean {near[0]}? " if near else ""
 
 
 def share_of(share: float, count: int) -> int:
-    """Return a share of `count` things, rounded down but at least one."""
+    """Return a share of `count`, rounded down but at least 1."""
     return max(1, int(share * count + 1e-9))  # 0.29 * 100 is a little below 29

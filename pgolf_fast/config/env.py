@@ -95,7 +95,7 @@ def assignments(script: str) -> dict[str, str]:
 def translate(script: str, base: RunConfig) -> Translation:
     """Return `base` with the variables that a run script sets.
 
-    Raises PgolfError for a value of the wrong type, or two variables that contradict each other.
+    Raises PgolfError for a value of the wrong type, or for two variables that contradict each other.
     """
     used: dict[str, str] = {}
     unknown: dict[str, str] = {}

@@ -54,7 +54,7 @@ def flatten(config: object, prefix: str = "") -> Iterator[tuple[str, object]]:
 
 
 def set_fields(config: Config, values: Mapping[str, object]) -> Config:
-    """Return a copy of `config` with dotted fields set, all at once: only together do they need to fit.
+    """Return a copy of `config` with dotted fields set, all at once: only the result has to be valid.
 
     Text is parsed by the type of its field: true or false, a number, a word, items separated by commas, none
     for a field that may be off. Setting a field of a group that is off turns the group on with its defaults.
@@ -82,7 +82,7 @@ def with_fields(config: Config, fields: Mapping[str, object]) -> Config:
 def flip(config: RunConfig, words: Sequence[str]) -> RunConfig:
     """Return `config` with the FIELD=VALUE of every word set: model.trigram=false, train.meta=none.
 
-    Raises PgolfError as `set_fields`, for a word of another form, for a field that is set twice, and for a
+    Raises PgolfError as `set_fields` does, for a malformed word, for a field that is set twice, and for a
     group that is none and has a field set.
     """
     given: dict[str, str] = {}
@@ -158,7 +158,7 @@ def _convert(hint: Any, value: object, where: str) -> Any:
 
 
 def _parse(hint: Any, text: str, name: str) -> object:
-    """Return the value that text means; text that fits no type is left for `_convert` to refuse."""
+    """Return the value that text means; text that fits no type is left for `_convert` to reject."""
     inner = without_none(hint)
     if inner is not hint and text.lower() in ("none", "off"):
         return None

@@ -31,7 +31,7 @@ class ModelConfig:
     tied_embed_init_std: float = 0.005
     """Standard deviation of the initial token embedding."""
     logit_softcap: float = 30.0
-    """Bound of the logits: softcap * tanh(raw / softcap)."""
+    """Bound on the logits: softcap * tanh(raw / softcap)."""
     rope_base: float = 10000.0
     """RoPE base for sequences of up to rope_train_seq_len tokens; it grows for longer ones (NTK scaling)."""
     rope_dims: int = 16
@@ -39,7 +39,7 @@ class ModelConfig:
     rope_train_seq_len: int = 1024
     """Sequence length in tokens up to which RoPE keeps its base."""
     rope_bf16_tables: bool = False
-    """Round RoPE tables to bfloat16 as the original did (at short lengths also the frequencies)."""
+    """Round RoPE tables to bfloat16 as the original did (at short lengths, the frequencies too)."""
     qk_gain_init: float = 1.5
     """Initial per-head gain on normalized queries."""
     bigram_vocab_size: int = 4096
@@ -51,11 +51,11 @@ class ModelConfig:
     pos_conditional: bool = True
     """Use separate halves of the hash table for word starts and other tokens."""
     word_start_boost: bool = True
-    """Learn a factor on the hash embedding of word starts."""
+    """Learn a multiplier for the hash embedding of word starts."""
     smear: bool = True
     """Mix each position's embedding with the one before it (SmearGate)."""
     xsa_last_n: int = 11
-    """Number of last blocks with exclusive self-attention; 0 removes it."""
+    """Number of trailing blocks with exclusive self-attention; 0 removes it."""
     ln_scale: bool = True
     """Scale the normalized input of block i by 1/sqrt(i+1)."""
     ve_enabled: bool = True

@@ -1,7 +1,7 @@
 """Presets: functions that return a complete configuration, and `shrink`, which fits one to a CPU.
 
-Each changes fields of another, written as on the command line. Presets of other public systems are as their
-authors describe them (docs/systems.md); most start from `baseline`, the challenge's network and loop.
+Each changes fields of another, written as on the command line. Presets of other public systems follow their
+authors' descriptions (docs/systems.md); most start from `baseline`, the challenge's network and loop.
 """
 
 from collections.abc import Callable
@@ -237,7 +237,7 @@ def _shrink_train(train: TrainConfig, to: Size) -> TrainConfig:
 
 
 def _shrink_average(base: RunConfig) -> AverageConfig:
-    """Average over fewer steps; what is off stays off."""
+    """Average over fewer steps; averages that are off stay off."""
     average = replace(base.average, swa_every=base.average.swa_every and 10)
     if base.train.warmdown_shape == "cosine":
         average = replace(average, swa_below=0.02)

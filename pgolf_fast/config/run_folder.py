@@ -81,7 +81,7 @@ class RunFolder:
     def history(self) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl that led to the current weights; [] without the file.
 
-        Lines after a checkpoint that a later start resumed from were computed again and are left out.
+        Lines after a checkpoint that the run was later resumed from were recomputed and are left out.
         """
         lines: list[dict[str, Any]] = []
         last = 0
@@ -107,7 +107,7 @@ class RunFolder:
         self._config = None
 
     def read_config(self) -> RunConfig:
-        """Return the configuration of the run. Raises PgolfError if this is no run folder."""
+        """Return the configuration of the run. Raises PgolfError if this is not a run folder."""
         if self._config is not None:
             return self._config
         if not self.config_file.is_file():

@@ -56,7 +56,7 @@ class OptimConfig:
     muon_momentum_warmup_steps: int = 1500
     """Steps over which Muon momentum rises linearly."""
     muon_newton_schulz_steps: int = 5
-    """Newton-Schulz iterations of a Muon update."""
+    """Newton-Schulz iterations per Muon update."""
     adam_beta1: float = 0.9
     """AdamW decay of the first moment."""
     adam_beta2: float = 0.95
@@ -66,7 +66,7 @@ class OptimConfig:
     weight_decay: float = 0.04
     """Decoupled weight decay of both optimizers."""
     grad_clip: float | None = 0.3
-    """Limit of the global gradient norm over all parameters; None is off."""
+    """Limit on the global gradient norm over all parameters; None disables clipping."""
 
     def __post_init__(self) -> None:
         need_not_negative("optim", self, "matrix_lr", "embed_lr", "scalar_lr", "weight_decay")
@@ -83,11 +83,11 @@ class AverageConfig:
     ema_every: int = 10
     """Steps between EMA updates; each uses ema_decay ** ema_every."""
     swa_every: int | None = 50
-    """Steps between snapshots of the EMA for stochastic weight averaging; None is off."""
+    """Steps between snapshots of the EMA for stochastic weight averaging; None disables it."""
     swa_below: float = 0.2
     """Learning-rate multiplier below which snapshots are taken."""
     swa_apply: bool = True
-    """Use the mean of the snapshots as the final weights; False ignores it, as PR 1501 ran."""
+    """Use the mean of the snapshots as the final weights; False ignores them, as PR 1501 did."""
 
     def __post_init__(self) -> None:
         need_decay("average", self, "ema_decay")
@@ -99,11 +99,11 @@ class QATConfig:
     """Late quantization-aware training: fake int6 with straight-through gradients."""
 
     below: float | None = 0.25
-    """Learning-rate multiplier below which it starts."""
+    """Learning-rate multiplier below which quantization-aware training starts."""
     from_share: float | None = None
-    """Share of the schedule, in steps or time as train.schedule, after which it starts, instead of below."""
+    """Share of the schedule, in the unit of train.schedule, after which it starts; replaces below."""
     banks: bool = True
-    """Quantize the banks; False starts it without any effect, as PR 1501 ran."""
+    """Quantize the banks; False starts it without any effect, as PR 1501 did."""
 
     def __post_init__(self) -> None:
         need_either("train.qat", self, "below", "from_share")
@@ -115,7 +115,7 @@ class MetaConfig:
     """An extra first-order meta-learning step on the last micro-batch (docs/meta.md)."""
 
     method: Literal["fomaml", "cross_chunk", "sam"] = "fomaml"
-    """Split into inner and outer half: fomaml splits each sequence in time (PR 1501), cross_chunk the batch
+    """Split into inner and outer halves: fomaml splits each sequence in time (PR 1501), cross_chunk the batch
     (PR 1502); sam is cross_chunk with the inner gradient of sharpness-aware minimization (PR 1601)."""
     every: int = 4
     """Optimizer steps between meta steps."""
@@ -126,13 +126,13 @@ class MetaConfig:
     dilute: bool = True
     """Divide the objective by the number of micro-batches, as the originals did."""
     freeze_blocks: int = 2
-    """Number of first blocks that the inner step does not change."""
+    """Number of leading blocks that the inner step does not change."""
     above: float = 0.5
     """Learning-rate multiplier at or below which meta steps stop."""
     delta_weight: float = 0.0
     """Weight of (loss after the inner step - loss before it) in the objective (PR 1502)."""
     slot_rates: bool = False
-    """Learn a factor on inner_lr for every bank slot (MetaSGD, PR 1502)."""
+    """Learn a multiplier of inner_lr for every bank slot (MetaSGD, PR 1502)."""
     sam_radius: float = 0.05
     """Norm of SAM's ascent step over all banks."""
 
@@ -153,21 +153,21 @@ class MetaConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ReptileConfig:
-    """A last phase of training that interpolates MLP weights towards inner SGD (PR 296; Nichol 2018)."""
+    """A last phase of training that interpolates MLP weights toward inner SGD (PR 296; Nichol 2018)."""
 
     share: float = 0.2
-    """Share of the run, at its end, that the phase takes, in steps or time as train.schedule. The
-    learning-rate decay ends where it begins."""
+    """Share of the run, at its end, that the phase takes, in the unit of train.schedule. The learning-rate
+    decay ends where the phase begins."""
     inner_steps: int = 3
-    """Inner SGD steps of an outer step, each on its own segment."""
+    """Inner SGD steps per outer step, each on its own segment."""
     inner_lr: float = 0.1
     """Learning rate of the inner steps."""
     outer_lr: float = 0.01
-    """Interpolation factor towards the result of the inner steps."""
+    """Interpolation factor toward the result of the inner steps."""
     batch_seqs: int = 1
     """Sequences of train.seq_len tokens in one inner step."""
     block_share: float = 0.25
-    """Share of the blocks, the last ones, whose MLP is trained (at least one block)."""
+    """Share of the blocks, counted from the last, whose MLPs are trained (at least one block)."""
 
     def __post_init__(self) -> None:
         need(0 < self.share < 1, f"train.reptile.share is {self.share}; it must be between 0 and 1")
@@ -193,24 +193,24 @@ class TrainConfig:
     steps: int = 7500
     """Maximum number of optimizer steps."""
     max_seconds: float | None = 4800.0
-    """Maximum training time in seconds, without validation and warm-up; None is no limit."""
+    """Maximum training time in seconds, not counting validation and warm-up; None means no limit."""
     batch_tokens: int = 786_432
     """Tokens in one optimizer step, over all ranks and micro-batches."""
     micro_batch_tokens: int = 98_304
-    """Tokens in one forward and backward on one rank. It changes memory only, unless train.meta is on: a meta
+    """Tokens in a forward and backward pass on one rank. Affects only memory, unless train.meta is on: a meta
     step uses one micro-batch."""
     seq_len: int = 2048
     """Tokens in a training sequence."""
     compute_dtype: Dtype = "auto"
-    """Dtype of activations and matmuls; auto is bfloat16 if the hardware has it."""
+    """Dtype of activations and matmuls; auto is bfloat16 if the hardware supports it."""
     table_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Dtype of the embedding tables during training."""
     compile: bool | None = None
     """Run the loss under torch.compile; None compiles on CUDA only."""
     cuda_graph: bool | None = None
-    """Replay forward and backward from a CUDA graph; None is off until it has been timed."""
+    """Replay forward and backward from a CUDA graph; None leaves it off until it has been timed."""
     warmup_steps: int = 20
-    """Untimed steps before training, to compile; their effect is undone. Only with train.compile."""
+    """Untimed steps before training that trigger compilation and are then undone; only with train.compile."""
     schedule: Literal["time", "steps"] = "time"
     """Unit of the learning-rate decay; time needs max_seconds."""
     warmdown_steps: int | None = 2500
@@ -222,13 +222,13 @@ class TrainConfig:
     z_loss: float = 0.0
     """Weight of the mean squared log-partition function in the training loss (PR 301)."""
     lr_hold_steps: int = 25
-    """First steps, which use the full learning rate whatever the schedule says."""
+    """Number of initial steps that use the full learning rate regardless of the schedule."""
     adaptive_warmdown: bool = True
     """Start the decay when the training loss stops improving (PR 1501)."""
     adaptive_min_step: int = 2000
     """First step at which adaptive_warmdown checks the loss."""
     adaptive_every: int = 100
-    """Steps between checks of adaptive_warmdown."""
+    """Steps between adaptive_warmdown checks."""
     adaptive_ema: float = 0.99
     """EMA decay of the loss that adaptive_warmdown checks."""
     adaptive_threshold: float = 5e-4
@@ -240,11 +240,11 @@ class TrainConfig:
     checkpoint_minutes: float | None = 10.0
     """Minutes between checkpoints; None writes only the final one."""
     meta: MetaConfig | None = field(default_factory=MetaConfig)
-    """Meta-learning step; None is off."""
+    """Meta-learning step; None disables it."""
     reptile: ReptileConfig | None = None
-    """Reptile phase at the end; None is off."""
+    """Reptile phase at the end; None disables it."""
     qat: QATConfig | None = field(default_factory=QATConfig)
-    """Late quantization-aware training; None is off."""
+    """Late quantization-aware training; None disables it."""
 
     def __post_init__(self) -> None:
         sizes = ("steps", "batch_tokens", "micro_batch_tokens", "seq_len", "log_every", "adaptive_every")
@@ -283,7 +283,7 @@ class QuantConfig:
     rank: int = 0
     """Maximum rank of grid rd's low-rank error corrections (LQER)."""
     method: Literal["gptq", "round"] = "gptq"
-    """Rounding: gptq uses Hessians of self-generated text, round is to nearest."""
+    """Rounding: gptq uses Hessians from self-generated text; round rounds to nearest."""
     bits: int = 6
     """Bits per bank weight, with codes from -(2^(bits-1) - 1) to 2^(bits-1) - 1. Grid rd chooses its own."""
     percentiles: tuple[float, ...] = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
@@ -303,9 +303,9 @@ class QuantConfig:
     seed: int = 42
     """Seed of calibration text."""
     tables: Literal["int8", "float16"] = "int8"
-    """Storage of embedding tables of more than small_tensor elements (PR 301: float16)."""
+    """Storage of embedding tables with more than small_tensor elements (PR 301: float16)."""
     small_tensor: int = 65_536
-    """Number of elements up to which a tensor is stored as float16, except with grid rd."""
+    """Tensors with up to this many elements are stored as float16, except with grid rd."""
 
     def __post_init__(self) -> None:
         need(0 <= self.rank <= 8, f"quant.rank is {self.rank}; it must be 0 to 8")
@@ -334,13 +334,13 @@ class PackConfig:
     """The artifact and its byte budget."""
 
     limit_bytes: int = 16_000_000
-    """Limit of weights plus code in bytes."""
+    """Limit on weights plus code, in bytes."""
     code_bytes: int | None = None
     """Bytes of code; None counts the evaluation script that `pgolf submit` writes."""
     codecs: tuple[Codec, ...] = ("rans", "lzma")
-    """Codecs to try on every section, keeping the smallest; without the C++ extension LZMA replaces rans."""
+    """Codecs to try on every section, keeping the smallest; without the C++ extension, LZMA replaces rans."""
     lzma_limit_bytes: int = 1_048_576
-    """Raw bytes of a section up to which LZMA is tried; it takes 1 to 2 s per megabyte."""
+    """Largest section, in raw bytes, on which LZMA is tried; it takes 1 to 2 s per megabyte."""
     lzma_preset: int = 9
     """xz preset of LZMA, 0 to 9."""
     prune: bool = True
@@ -356,7 +356,7 @@ class EvalConfig:
     stride: int = 64
     """Tokens between the starts of sliding windows."""
     batch_seqs: int | None = None
-    """Windows scored at once; None fits a CPU's cache or half of a GPU's free memory."""
+    """Windows scored at once; None chooses what fits a CPU's cache or half of a GPU's free memory."""
     repeat_tail: bool = False
     """Score the last targets many times as the original did, for parity only."""
     compile: bool | None = None
@@ -364,7 +364,7 @@ class EvalConfig:
     cuda_graph: bool | None = None
     """Replay test-time training updates from a CUDA graph; None does so on CUDA."""
     checkpoint_minutes: float | None = 2.0
-    """Minutes between saved states that an interrupted `pgolf eval` resumes from; None saves none."""
+    """Minutes between saved states that an interrupted `pgolf eval` resumes from; None disables saving."""
 
     def __post_init__(self) -> None:
         need_positive("eval", self, "stride", "batch_seqs", "seq_len")
@@ -372,7 +372,7 @@ class EvalConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class KernelConfig:
-    """Implementations of ops on a CUDA GPU; a CPU has one of each."""
+    """Implementations of ops on a CUDA GPU; on a CPU each op has only one."""
 
     implementation: Literal["auto", "triton", "torch"] = "auto"
     """Triton kernels or PyTorch for every op; auto uses the defaults that `pgolf doctor` shows."""

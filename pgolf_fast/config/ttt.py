@@ -23,7 +23,7 @@ class LoraConfig:
     lr: float = 0.005
     """AdamW learning rate, constant."""
     segment_tokens: int = 256
-    """Tokens of a document that are scored before the update on them."""
+    """Tokens of a document that are scored before each update."""
     epochs: int = 2
     """AdamW steps on each scored segment."""
     documents: int = 16
@@ -42,13 +42,13 @@ class GuidedConfig:
     """
 
     share: float = 0.02
-    """Share of all windows that are trained on, those of highest mean loss (at least one window)."""
+    """Share of all windows, those with the highest mean loss, that are trained on (at least one window)."""
     window_tokens: int = 1024
     """Tokens in a window of the first pass; windows do not overlap."""
     rank: int = 4
     """Rank of the update of each matrix."""
     block_share: float = 0.28
-    """Share of the blocks, the last ones, whose MLP is trained (at least one block; 3 of 11)."""
+    """Share of the blocks, counted from the last, whose MLPs are trained (at least one block; 3 of 11)."""
     lr: float = 0.001
     """Adam learning rate, constant."""
     epochs: int = 3
@@ -64,7 +64,7 @@ class GuidedConfig:
         return share_of(self.block_share, layers)
 
     def hard_windows(self, windows: int) -> int:
-        """Return the number of windows that are trained on, of `windows`."""
+        """Return how many of `windows` windows are trained on."""
         return share_of(self.share, windows)
 
 
@@ -93,19 +93,20 @@ class TTTConfig:
     batch_seqs: int = 16
     """Sequences in one optimizer step."""
     grad_clip: float | None = 1.0
-    """Limit of the global gradient norm, for lora of each document's; None is off."""
+    """Limit on the global gradient norm, for lora per document; None disables clipping."""
     parameters: Literal["all", "banks", "blocks", "mlps"] = "banks"
-    """Adapted parameters: banks; all, without the scalars of the first freeze_blocks blocks (as PR 1501 ran);
-    blocks, matrices and scalars after the first freeze_blocks, and skips (PR 301); mlps, only the MLP
-    matrices of those blocks (PR 296)."""
+    """Adapted parameters. banks: only the banks. all: everything but the scalars of the first freeze_blocks
+    blocks (as PR 1501 ran). blocks: matrices and scalars of the later blocks, and skips (PR 301). mlps: only
+    the MLP matrices of the later blocks (PR 296)."""
     freeze_blocks: int = 2
-    """Number of first blocks that are not adapted; `parameters` says what of them. No effect on banks."""
+    """Number of leading blocks left unadapted; `parameters` says which part of them. No effect with banks."""
     quantize_forward: Literal["none", "banks", "projections"] = "banks"
-    """Fake-quantize: banks, in scoring and adapting; projections, in adapting only (as PR 1501 ran)."""
+    """What to fake-quantize. banks: when scoring and adapting; projections: only when adapting (as PR 1501
+    ran)."""
     lora: LoraConfig = field(default_factory=LoraConfig)
-    """Low-rank updates of lora and phased."""
+    """Low-rank updates for lora and phased."""
     guided: GuidedConfig = field(default_factory=GuidedConfig)
-    """Low-rank updates of error_guided."""
+    """Low-rank updates for error_guided."""
 
     def __post_init__(self) -> None:
         need_positive("ttt", self, "chunk_tokens", "batch_seqs", "grad_clip")
@@ -114,7 +115,7 @@ class TTTConfig:
 
     @property
     def frozen_slots(self) -> int:
-        """Number of first blocks whose matrices are not adapted either."""
+        """Number of leading blocks whose matrices are not adapted either."""
         return self.freeze_blocks if self.parameters in ("blocks", "mlps") else 0
 
     @property
@@ -158,6 +159,6 @@ def adapters(seq_len: int) -> dict[str, TTTConfig]:
 
 
 def unknown_adapter(name: str, known: Iterable[str]) -> str:
-    """Return a line naming an unknown adapter and the known ones, nearest first if one is near."""
+    """Return a line naming an unknown adapter, a suggestion if one is close, and the known ones."""
     names = list(known)
     return f"unknown adapter {name!r}: {did_you_mean(name, names)}adapters are {', '.join(names)}"

@@ -151,7 +151,7 @@ def _choose(
 
 
 def _list(api: "HfApi", repo_id: str, commit: str, path: str, target: Path) -> list[_Remote]:
-    """Return the files of a folder of the repository in order of name; none if there is no such folder."""
+    """Return the files of a folder of the repository, sorted by name; none if there is no such folder."""
     from huggingface_hub.errors import EntryNotFoundError
 
     files = []
@@ -184,7 +184,7 @@ def _hub_errors(what: str) -> Iterator[None]:
         elif isinstance(error, hub.RevisionNotFoundError):
             message = f"{what} has no such revision: use main, a tag or a commit"
         elif isinstance(error, hub.HFValidationError):
-            message = f"{what} is no valid name ({error}): use owner/name"
+            message = f"{what} is not a valid name ({error}): use owner/name"
         elif getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             message = f"no space left to fetch {what}: free some or choose another folder"
         else:

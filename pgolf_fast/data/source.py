@@ -73,7 +73,7 @@ class ShardInfo:
 def describe(folder: Path | str, tokenizer: Tokenizer) -> list[ShardInfo]:
     """Return one row per training and validation shard of `folder`, in reading order.
 
-    Raises `PgolfError` if there is no shard, one is bad, or it has ids the tokenizer does not know.
+    Raises `PgolfError` if there is no shard, or one is bad or has ids that the tokenizer does not know.
     """
     folder = data_folder(folder)
     splits: tuple[Split, ...] = ("train", "val")

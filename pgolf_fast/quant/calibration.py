@@ -220,7 +220,7 @@ def _row_sums(gradient: Tensor, root: Tensor) -> Tensor:
 
 
 def _smooth(rows: Tensor) -> Tensor:
-    """Pull importances towards their mean, so that none is zero; ones if all are zero."""
+    """Pull importances toward their mean, so that none is zero; return ones if all are zero."""
     mean = rows.mean()
     return torch.lerp(rows, mean.expand_as(rows), SHARED) if mean > 0 else torch.ones_like(rows)
 

@@ -163,7 +163,7 @@ def round_columns(
     then (w - q step) / factor[i, i] * factor[i, j] is subtracted from every later column j. row_step (N,),
     column_step (C,) or None for ones, factor float32 (C, C), upper, with factor^T factor = H^-1.
 
-    With `cost`, the choice is among that q, its neighbor towards zero, and zero: the first that minimizes
+    With `cost`, the choice is among that q, its neighbor toward zero, and zero: the first that minimizes
     (w - q step)^2 / factor[i, i]^2 + lam[n] cost[row_class[n] + column_class[i], q + 128],
     GPTQ's own loss plus the price of the code, as video coders quantize. cost float32 (K, 256): bits of each
     code for each of K classes. row_class (N,), column_class (C,): int32, zeros if None. lam, (N,) or a
@@ -203,7 +203,7 @@ def round_columns(
 
 
 def _round_all(work: Tensor, factor: Tensor, rule: "_Rule", block_size: int, threads: int) -> Tensor:
-    """Return codes (B, C, N) of the columns `work`, whose values become their errors."""
+    """Return codes (B, C, N) of the columns `work`, whose values are replaced by their errors."""
     native = extension() if work.device.type == "cpu" else None
     codes = torch.empty_like(work, dtype=torch.int8)
 

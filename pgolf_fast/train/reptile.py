@@ -1,8 +1,8 @@
-"""Reptile, the last phase of a run: interpolate towards the result of SGD (Nichol et al. 2018, PR 296).
+"""Reptile, the last phase of a run: interpolate toward the result of SGD (Nichol et al. 2018, PR 296).
 
-The phase starts from the averaged weights, and its result is the final weights: no average is taken in it. An
-outer step makes a few inner SGD steps, each on the next segment of the training stream, and then interpolates
-towards their result. Only the MLP matrices of the last blocks are trained. Each rank makes its own inner
+The phase starts from the averaged weights, and its result is the final weights: no averages are updated.
+An outer step makes a few inner SGD steps, each on the next segment of the training stream, then interpolates
+toward their result. Only the MLP matrices of the last blocks are trained. Each rank makes its own inner
 steps, on its own segments, and the results are averaged. Quantization-aware training stays on if it was on:
 inner steps then read rounded weights, with straight-through gradients.
 """

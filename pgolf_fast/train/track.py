@@ -17,7 +17,7 @@ TrackerName = Literal["wandb", "tensorboard"]
 
 
 class Tracker:
-    """Base of trackers, which discards the numbers it gets. A resumed run sends some steps again."""
+    """Base class of trackers, which discards what it receives. A resumed run sends some steps again."""
 
     def log(self, step: int, values: dict[str, float]) -> None: ...
     def close(self) -> None: ...

@@ -67,7 +67,7 @@ class NonFiniteError(RuntimeError):
 
 @dataclass(frozen=True)
 class StepResult:
-    """Numbers of one step for the log. In the Reptile phase they are means over inner steps."""
+    """One step's numbers for the log. In the Reptile phase, they are means over inner steps."""
 
     step: int  # Number of the step, from 1
     tokens: int
@@ -199,7 +199,7 @@ class Trainer:
         return pending
 
     def _outer_step(self, reptile: Reptile) -> PendingStep:
-        """Make one step of the Reptile phase, in which schedule, optimizer and averages stay as they are."""
+        """Make one step of the Reptile phase, which leaves schedule, optimizer and averages unchanged."""
         if not self.in_reptile:
             load_weights(self.model, self.average.final(), "the average")
             self._start_reptile(self.step)

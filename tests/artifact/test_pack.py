@@ -282,7 +282,7 @@ def test_containers_without_a_packed_model(quantized, tmp_path):
     path = tmp_path / "m"
     records = build_records(quantized)
     write_container(path, {}, records)
-    with pytest.raises(PgolfError, match="holds no packed model"):
+    with pytest.raises(PgolfError, match="is not a packed model"):
         load(path)
     write(quantized, path)
     tree = read_container(path)[0]

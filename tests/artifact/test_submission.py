@@ -1,4 +1,4 @@
-"""The submission folder, and its script, which reproduces the scores of `pgolf eval` on its own."""
+"""The submission folder, and its script, which reproduces the scores of `pgolf eval` by itself."""
 
 import ast
 import json

@@ -1,4 +1,4 @@
-"""`pgolf doctor` says what runs here, and a wrong op is refused by name."""
+"""`pgolf doctor` says what runs here, and a wrong op is reported by name."""
 
 import pytest
 import torch

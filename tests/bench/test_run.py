@@ -155,7 +155,7 @@ def test_records_hold_what_a_reader_needs(tmp_path):
 
 
 def replace_case(monkeypatch, name, change):
-    """Make the catalogue build `change(case)` under that name."""
+    """Make the catalog build `change(case)` under that name."""
     entry = cases.CASES[name]
     monkeypatch.setitem(cases.CASES, name, replace(entry, make=lambda builder: change(entry.make(builder))))
 

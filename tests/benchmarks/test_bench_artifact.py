@@ -1,4 +1,4 @@
-"""The artifact benchmark: made-up artifacts, bounds, peers, limits, and a rehearsal from end to end."""
+"""The artifact benchmark: synthetic artifacts, bounds, peers, limits, and a rehearsal from end to end."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""Commands from start to end: what they print, write and refuse."""
+"""Commands from start to finish: what they print, write and refuse."""
 
 import os
 import shutil
@@ -31,7 +31,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(data, tmp_path_factory):
-    """A trained run that the commands below share, each with files of its own."""
+    """A trained run that the commands below share; each gets its own files."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     train(run_config(data), folder)
     return folder
@@ -45,7 +45,7 @@ def call(capsys, *arguments):
 
 
 def refused(capsys, *arguments):
-    """The one line a refused command prints."""
+    """The one line that a rejected command prints."""
     status, out, err = call(capsys, *arguments)
     assert status == 2
     assert out == ""
@@ -124,7 +124,7 @@ def in_memory_bpb(folder):
 
 
 def test_from_training_to_text(capsys, run):
-    """quantize, pack, eval and generate on one run; each refuses to run before the one it needs."""
+    """quantize, pack, eval and generate on one run; each refuses to run before the one it depends on."""
     folder = RunFolder(run)
     assert "run `pgolf quantize" in refused(capsys, "pack", run)
     assert "run `pgolf pack" in refused(capsys, "eval", run)
@@ -209,7 +209,7 @@ def test_system_errors_are_one_line(capsys, tmp_path, data):
 
 
 def test_a_full_disk_while_metrics_are_written_is_one_line(capsys, tmp_path, data):
-    """metrics.jsonl on a device that is always full: the first thing a run writes every step."""
+    """metrics.jsonl, which every step writes first, on a device that is always full."""
     out = tmp_path / "run"
     out.mkdir()
     (out / "metrics.jsonl").symlink_to("/dev/full")
@@ -233,7 +233,7 @@ def test_shards_of_another_tokenizer_are_refused(capsys, tmp_path, data):
 
 @pytest.mark.slow
 def test_published_weights_become_a_run(capsys, data, run, tmp_path):
-    """A .pt of exactly the model's names is taken over to the bit; one name less is refused by name."""
+    """A .pt of exactly the model's names is imported bit for bit; a missing name is rejected and named."""
     config = run_config(data)
     state = load(run, "float", config=config).model.state_dict()
     torch.save(state, tmp_path / "final_model.pt")

@@ -237,7 +237,7 @@ def test_meta_learning_of_a_run_script():
 
 
 def test_run_script_may_pass_through_impossible_states():
-    """Fields that only fit together are set together, in whatever order the script has them."""
+    """Fields that only fit together are set together, in any order that the script has them."""
     script = "NUM_HEADS=6\nMODEL_DIM=384\nNUM_KV_HEADS=3\nTRAIN_SEQ_LEN=1024\nTRAIN_BATCH_TOKENS=524288\n"
     config = translate(script, exp101()).config
     assert (config.train.batch_tokens, config.train.micro_batch_tokens) == (524_288, 65_536)

@@ -128,16 +128,16 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
         const uint8_t* at = data + 2 + 6 * i;
         shapes[i] = {number(at, 2) << at[5] % 49, number(at + 2, 2), at[4]};
     }
-    const size_t room = bytes_of(shapes);
+    const size_t capacity = bytes_of(shapes);
     const Bytes rest(data + start, data + size);
-    Bytes out(std::min(room, kLimit));
+    Bytes out(std::min(capacity, kLimit));
     if (data[0] & 2 && !rest.empty()) out.resize(rest[0]);
     try {
         if (data[0] & 1) {
             round_trip(rest, shapes);
         } else {
             decode(rest, shapes, out);
-            fuzz::require(out.size() == room, "only shapes that fill the output are accepted");
+            fuzz::require(out.size() == capacity, "only shapes that fill the output are accepted");
         }
         fuzz::accepted++;
     } catch (const std::invalid_argument&) {

@@ -277,7 +277,7 @@ def test_own_checksums_are_what_counts(hub: Hub, tmp_path: Path) -> None:
         ({"train_shards": -1}, "train_shards is -1; it must be 0 or more"),
         ({"dataset": "sp77"}, "someone/golf has no dataset fineweb10B_sp77"),
         ({"repo_id": "someone/else"}, "dataset someone/else at .* does not exist or is private"),
-        ({"repo_id": "a/b/c"}, "dataset a/b/c at .* is no valid name"),
+        ({"repo_id": "a/b/c"}, "dataset a/b/c at .* is not a valid name"),
         ({"revision": "v9"}, "dataset someone/golf at .* has no such revision"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Adapters of test-time training: their formulas, low-rank changes by document, and the rules they keep."""
+"""Adapters of test-time training: their formulas, per-document low-rank updates, and the rules they obey."""
 
 import functools
 from dataclasses import replace

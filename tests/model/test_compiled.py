@@ -1,4 +1,4 @@
-"""CUDA-graph capture, with a graph that runs its step again in place of a GPU."""
+"""CUDA-graph capture, with a fake graph that reruns its step instead of a GPU."""
 
 from contextlib import nullcontext
 
@@ -15,7 +15,7 @@ class FakeStream:
 
 @pytest.fixture
 def replays(monkeypatch):
-    """Replace CUDA's graphs and return what a replay calls, to be filled in."""
+    """Replace CUDA's graphs; return the list of calls that a replay makes, for the test to fill."""
     calls = []
 
     class FakeGraph:

@@ -1,4 +1,4 @@
-"""Every case of the catalogue agrees with its reference: the one place where op agreement is checked."""
+"""Every case of the catalog agrees with its reference: the one place where op agreement is checked."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def test_inputs_depend_on_the_seed_alone():
 
 @pytest.mark.slow
 def test_every_kernel_is_launched():
-    """In the interpreter: the catalogue reaches every kernel that can be tuned."""
+    """In the interpreter: the catalog reaches every kernel that can be tuned."""
     pytest.importorskip("triton")
     import interpreter
 

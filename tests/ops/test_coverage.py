@@ -104,7 +104,7 @@ def _names(node: ast.AST) -> set[str]:
 
 
 def shows(test: TestSource, column: str) -> bool:
-    """True if a test is of the kind of that column."""
+    """True if a test is of that column's kind."""
     if column == "interpreter":
         return test.interpreted
     if column == "strided":  # opcheck looks at the strides of results, not at their values
@@ -120,7 +120,7 @@ def needed(op: str) -> list[str]:
 
 
 def missing(folder: Path) -> set[tuple[str, str]]:
-    """Return (op, column) for every kind of test that an op lacks."""
+    """Return (op, column) for every kind of test that an op does not have."""
     evidence = [test for path in sorted(folder.glob("test_*.py")) for test in read_tests(path)]
     holes = set()
     for op in public_ops():

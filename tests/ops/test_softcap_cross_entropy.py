@@ -65,7 +65,7 @@ def op_module():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [32, 40, 80, 81, 110])
 def test_more_rows_than_the_kernels_hold(rows, dtype, device, monkeypatch):
-    """Backward with room for 40 rows of the vocabulary: exactly full, one more, several times."""
+    """Backward with memory for 40 rows of the vocabulary: exactly full, one more, several times."""
     monkeypatch.setattr(op_module(), "_DLOGITS", 40 * 37 + 5)
     inputs = make((rows,), 8, 37, dtype, device)
     assert_matches_float64(loss(15.0), formula(15.0), inputs)

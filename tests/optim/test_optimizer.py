@@ -35,7 +35,7 @@ def test_time_cosine_of_the_published_run(elapsed, multiplier):
 
 def test_multiplier_holds_at_the_start_and_waits_for_the_warmdown():
     schedule = Schedule(TrainConfig())
-    assert schedule.multiplier(24, 4700.0) == 1.0  # the first 25 steps, whatever the clock says
+    assert schedule.multiplier(24, 4700.0) == 1.0  # the first 25 steps, regardless of the clock
     # untriggered: the last 2500 steps' worth of time; at 0.68 s a step that begins at 3100 s
     assert schedule.multiplier(4000, 2720.0) == 1.0
     assert 0 < schedule.multiplier(6000, 4080.0) < 1

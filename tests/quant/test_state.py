@@ -198,7 +198,7 @@ def test_sharing_and_blocks_change_nothing(floor, block_size):
 
 
 def test_groups_are_independent(device):
-    """A GPU stacks groups of one shape: here two of three, one of which has more candidates."""
+    """A GPU stacks groups of equal shape: here two of three, one of which has more candidates."""
     groups = []
     for index, (rows, columns, largest) in enumerate([(20, 96, 0.5), (20, 96, 0.5), (33, 40, 4.0)]):
         weight, hessian = problem(rows, columns, seed=index)

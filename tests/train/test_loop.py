@@ -235,7 +235,7 @@ def test_diverging_run_is_stopped(data, tmp_path):
 
 
 def test_late_qat_acts_on_the_banks_once_it_is_due(data):
-    """Losses agree before it starts and differ after; banks=False is no quantization."""
+    """Losses agree before it starts and differ after; banks=False means no quantization."""
     off = make_trainer(run_config(data, train__qat=None))
     on = make_trainer(run_config(data, train__qat__below=0.8))
     idle = make_trainer(run_config(data, train__qat__below=0.8, train__qat__banks=False))

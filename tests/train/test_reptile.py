@@ -49,7 +49,7 @@ def snapshot(model):
 
 
 @pytest.mark.parametrize("qat", [False, True], ids=["float", "qat"])
-def test_an_outer_step_interpolates_towards_plain_sgd(data, qat):
+def test_an_outer_step_interpolates_toward_plain_sgd(data, qat):
     """From the averaged weights, on successive segments, in the last block's MLP and nowhere else."""
     config = run_config(
         data, **PHASE, train__reptile__batch_seqs=2, train__meta=None, train__qat__below=2.0 if qat else 0.0
@@ -88,7 +88,7 @@ def test_an_outer_step_interpolates_towards_plain_sgd(data, qat):
 
 
 def test_the_outer_step_is_an_exact_interpolation(data):
-    """For one step: weights + outer_lr * (adapted - weights), to the bit, and no gradient remains."""
+    """For one step: weights + outer_lr * (adapted - weights), bit for bit, and no gradient remains."""
     trainer, _ = at_the_phase(run_config(data, **PHASE))
     results, adapt = [], trainer.reptile.adapt
     trainer.reptile.adapt = lambda *a: (results.append(adapt(*a)), results[0])[1]

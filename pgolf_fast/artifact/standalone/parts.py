@@ -1,4 +1,4 @@
-"""Layers with the backward passes of the package's ops, so that gradients round the same way."""
+"""Layers with the backward passes of the package's ops, so that gradients are rounded identically."""
 
 from collections.abc import Callable
 

@@ -1,8 +1,8 @@
 """Score an artifact: its size against 16,000,000 bytes, then bits per byte in three settings.
 
 `pgolf submit` writes this script next to an artifact; it is the code that counts. It needs torch, numpy and
-sentencepiece. Formulas, windows and rounding, also of gradients, are those of `pgolf eval` without Triton
-kernels, so the scores agree.
+sentencepiece. Formulas, windows and rounding, including that of gradients, are those of `pgolf eval` without
+Triton kernels, so the scores agree.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Bytes of an artifact by section and tensor, sizes under each codec, and lower bounds by entropy.
 
 Every bound is the plug-in entropy of the codes under their own histograms, so no static coder with these
-classes does better. `Bound.bytes` excludes what a decoder needs besides, the histograms and classes;
+classes does better. `Bound.bytes` excludes what else a decoder needs, the histograms and classes;
 `Bound.side_bytes` estimates that. A histogram per row would mostly be side information: 512 codes of 63
 values have a plug-in entropy about 0.05 bits too low. Rows and columns are therefore classified by their
 scale only, in steps of 1/8 octave, and all elements of a class share a histogram.

@@ -2,7 +2,7 @@
 
 The published forms are those of PR 1501 and PR 1502. They took every tensor of at least 65,536 elements,
 which in exp101 are the four banks and the three tables, and flattened a bank to a matrix with one row per
-slot. Here banks are included whatever their size, so that small models have the same rows.
+slot. Here banks are always included, so that small models have the same rows.
 """
 
 import math
@@ -79,7 +79,7 @@ def common(models: Sequence[LoadedModel]) -> list[str]:
 
 
 def pairs(models: Sequence[LoadedModel]) -> Iterator[tuple[LoadedModel, LoadedModel]]:
-    """Yield every pair of models, in order. Raises PgolfError as `common`."""
+    """Yield every pair of models, in order. Raises PgolfError as `common` does."""
     common(models)
     yield from combinations(models, 2)
 
@@ -141,7 +141,7 @@ def deltas(a: LoadedModel, b: LoadedModel) -> Summary:
 
 
 def slot_deltas(a: LoadedModel, b: LoadedModel) -> Summary:
-    """Compare the matrix of each slot, next to what independent weights would give.
+    """Compare the matrix of each slot, alongside what independent weights would give.
 
     Two vectors of n elements with independent random directions have cosine 0 +- 1/sqrt(n), and
     |B - A| / |A| = sqrt(1 + |B|^2 / |A|^2). A slot that is zero in either model has None.
@@ -241,7 +241,7 @@ def spectra(models: Sequence[LoadedModel]) -> Summary:
         "spectra of flattened banks",
         "Shows the singular values of a bank flattened to a matrix with one row per slot; cannot show "
         "anything about its weight matrices, since a few long, nearly orthogonal rows of similar length have "
-        "a condition near 1 and full rank whatever they contain, and embedding tables dominate the means.",
+        "a condition number near 1 and full rank whatever they hold; embedding tables dominate the means.",
         Table(("model", "tensor", "largest", "Frobenius", "stable rank", "condition"), rows),
         values,
         form="published",
@@ -345,7 +345,7 @@ def overlap(a: LoadedModel, b: LoadedModel) -> Summary:
 
 
 def slot_overlap(a: LoadedModel, b: LoadedModel) -> Summary:
-    """Compare the leading left and right singular subspaces of each slot, next to random ones."""
+    """Compare the leading left and right singular subspaces of each slot, alongside random ones."""
     values = {name: _compare_subspaces(a.state[name], b.state[name]) for name in BANK_NAMES}
     shown = columns(count, mean_squared_cosine_by_slot="slots")
     shown += columns("d", directions="directions", dimension="of")
@@ -394,8 +394,8 @@ def _paint_overlap(axes: list[Axes], values: dict[str, Any]) -> None:
 def triangle(three: Sequence[LoadedModel]) -> Summary:
     """Sum the distances of the tensors, and the norms of their centroid (PR 1502).
 
-    A triangle is near-equilateral if its two shorter sides exceed 0.85 of the longest. The norm of the
-    centroid is relative to the first model, as that of a midpoint is.
+    A triangle is near-equilateral if its two shorter sides exceed 0.85 of the longest. Like that of
+    a midpoint, the norm of the centroid is relative to the first model.
     """
     names = common(three)
     sides: dict[str, dict[str, float]] = {}

@@ -336,7 +336,7 @@ def _without_each(name: str, network: GPT, validation: Validation, options: Opti
 
 @contextmanager
 def _without(network: GPT, part: str) -> Iterator[None]:
-    """Set the gate to 1, skip trigram rows or add nothing from the table; restore the model afterwards."""
+    """Set the gate to 1, skip trigram rows or add nothing from the table; restore the model afterward."""
     table = network.bigram
     assert table is not None
     scale, boost, trigram = table.scale.data.clone(), network.word_start_boost.data.clone(), table.trigram

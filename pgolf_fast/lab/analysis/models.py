@@ -145,8 +145,8 @@ class Validation:
 def open_validation(models: Sequence[LoadedModel], options: Options) -> Validation:
     """Read `options.tokens` targets, rounded up to whole windows, or fewer if there are no more.
 
-    They are from the folder in the options, or from that of the first model's run. Raises PgolfError if there
-    is neither, or if a model was trained with another tokenizer or is scored on other windows.
+    They come from the folder in the options, or from that of the first model's run. Raises PgolfError if
+    there is neither, or if a model was trained with another tokenizer or is scored on other windows.
     """
     length, first = window_length(models), models[0]
     config = first.need_config()

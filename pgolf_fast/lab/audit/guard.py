@@ -1,4 +1,4 @@
-"""Run a Python program under an audit hook: record the files it opens, and refuse files, modules and calls.
+"""Run a Python program under an audit hook: record the files it opens, and deny files, modules and calls.
 
 The hook (PEP 578) sees what Python opens. It does not see files that a library opens in native code, as
 SentencePiece does with its model.
@@ -54,7 +54,7 @@ PROGRAMS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.sp
 
 @dataclass(frozen=True)
 class GuardedRun:
-    """Exit status and output of a program, the files it opened, and what it was refused."""
+    """Exit status and output of a program, the files it opened, and what it was denied."""
 
     status: int
     output: str
@@ -73,7 +73,7 @@ def run_guarded(
 ) -> GuardedRun:
     """Run a program in a separate Python process, with `arguments` as sys.argv.
 
-    Refuse it the paths that match `files`, imports of `modules`, and the Python audit events `events`.
+    Deny it paths that match `files`, imports of `modules`, and the Python audit events `events`.
     """
     paths = [str(Path(pgolf_fast.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     here = {

@@ -247,7 +247,7 @@ def _is_installed(path: Path) -> bool:
 def within_time(
     folder: RunFolder | None, training_limit: float | None, evaluation_limit: float | None
 ) -> AuditFinding:
-    """C12: check, by the run's logs, the seconds of training and of evaluation (all three scores)."""
+    """C12: check, from the run's logs, the seconds of training and of evaluation (all three scores)."""
     if folder is None:
         return undecided("an artifact does not record how long it took")
     training = max((row["elapsed"] for row in folder.history() if row["kind"] == "step"), default=None)

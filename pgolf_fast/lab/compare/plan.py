@@ -117,7 +117,7 @@ def with_budget(
 ) -> RunConfig:
     """Return `config` limited to `steps` optimizer steps or `seconds` of training, with its schedule adapted.
 
-    None takes the limit of the configuration. Raises PgolfError if its limit is of the other kind.
+    None takes the limit of the configuration. Raises PgolfError if that limit is of the other kind.
     """
     train = config.train
     if budget == "time":
@@ -179,9 +179,9 @@ def make_jobs(
 ) -> list[Job]:
     """Return every run, with its folder out/BUDGET/VARIANT/seedN.
 
-    For each seed and budget all variants follow each other, so that a drift of the machine affects them
-    alike. Budget `measured` needs `costs`, the `StepCost` of each variant by name: a variant gets as many
-    steps as fit into the training time of the baseline. Raises PgolfError for a seed given twice, or a
+    For each seed and budget, all variants run back to back, so that any drift in machine speed affects
+    them alike. Budget `measured` needs `costs`, the `StepCost` of each variant by name: a variant gets as
+    many steps as fit into the training time of the baseline. Raises PgolfError for a seed given twice, or a
     missing limit.
     """
     if len(set(seeds)) < len(seeds) or not seeds:

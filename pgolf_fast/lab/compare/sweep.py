@@ -105,7 +105,7 @@ def sweep(
 def _pass(
     evaluator: Evaluator, path: Path, starts: np.ndarray, ttt: TTTConfig | None, allow_illegal: bool
 ) -> AdapterPass:
-    """Read a pass from its file if that is of the same identity; otherwise score it and write the file."""
+    """Read a pass from its file if the identity matches; otherwise score it and write the file."""
     model, config, windows = evaluator.model, evaluator.config, evaluator.sliding_windows()
     settings = [asdict(config.eval), config.eval_seq_len, str(model.compute_dtype), ttt and asdict(ttt)]
     digest = identity(model, evaluator.stream, settings)

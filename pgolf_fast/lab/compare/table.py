@@ -139,7 +139,7 @@ def _interval(base: BySeed, before: str, runs: BySeed, after: str, interval: Int
     if interval == "seeds" or (interval is None and len(base) > 1):
         return over_seeds([base[s].bpb(before) for s in base], [runs[s].bpb(after) for s in base])
     if len(base) > 1:
-        raise PgolfError(f"an interval over documents is of one seed, and there are {len(base)}: give one")
+        raise PgolfError(f"an interval over documents takes one seed, and there are {len(base)}: give one")
     (seed,) = base
     old, new = (documents(by_seed[seed].job.path) for by_seed in (base, runs))
     return over_documents(old[before], new[after], old["text_bytes"])

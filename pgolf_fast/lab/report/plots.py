@@ -25,7 +25,7 @@ PACE_POINTS = 120  # at most
 TREEMAP_SIZE = (13.0, 8.0)  # inches
 # The light scheme of P. Tol, "Colour Schemes" (SRON 2021): distinct to color-blind readers, black text on it
 COLORS = ("#77AADD", "#EE8866", "#44BB99", "#EEDD88", "#FFAABB", "#BBCC33", "#99DDFF", "#AAAA00", "#DDDDDD")
-LABELED = 0.004  # of the artifact; a smaller rectangle has no room for a label
+LABELED = 0.004  # of the artifact; a smaller rectangle is too small for a label
 _SLOT = re.compile(r"blocks\.(\d+)\.((?:attn|mlp)\.\w+)\.weight")
 _SLOT_NAMES = {
     **{"attn.c_q": "attention Q", "attn.c_k": "attention K", "attn.c_v": "attention V"},

@@ -310,7 +310,7 @@ def _is_scored(tree: Tree, key: str) -> bool:
 
 
 def quantization_gap(run: RunRecord) -> Section:
-    """Subtract the float scores from the artifact's, or else the validation at the end of training."""
+    """Subtract from the artifact's scores the float scores, or else the validation at the end of training."""
     title = "Quantization gap"
     artifact, floats = run.scores.get("artifact", {}), run.scores.get("float", {})
     if not artifact:

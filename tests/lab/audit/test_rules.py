@@ -357,7 +357,7 @@ def test_training_that_ignores_the_validation_files(target, tmp_path):
 
 
 def test_quantization_that_reads_shards(run):
-    """It is refused the shard, and the finding names the file."""
+    """It is denied the shard, and the finding names the file."""
     path = next(Path(run.read_config().data.path).glob("*_val_*.bin"))
 
     def reads(folder):
@@ -440,7 +440,7 @@ def test_command_line(run, tmp_path, capsys):
     for words, message in (
         ([], "audit needs RUN_OR_ARTIFACT"),
         ([str(tmp_path / "none")], "does not exist"),
-        ([str(run.path), "--only", "C18"], "there is no check C18; they are C1 to C17"),
+        ([str(run.path), "--only", "C18"], "there is no check C18: choose C1 to C17"),
         ([str(run.path), "--tokens", "5"], "--tokens is 5; it must be at least one window of 32"),
     ):
         assert cli.main(["audit", *words]) == 2

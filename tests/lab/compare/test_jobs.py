@@ -289,7 +289,7 @@ def test_a_result_outlives_its_artifact_but_not_a_newer_one(tmp_path):
 
 
 def test_folder_is_locked_while_a_command_runs(data, tmp_path, capsys, monkeypatch):
-    """A second command is refused in one line; a variant with a Reptile phase gets one line of warning."""
+    """A second command is rejected in one line; a variant with a Reptile phase gets one line of warning."""
     begun = []
     monkeypatch.setattr(
         "pgolf_fast.lab.compare.processes.run_tasks", lambda tasks, _: begun.append(tasks) or {}

@@ -1,4 +1,4 @@
-"""The plan of an ablation: flips, variants, budgets and runs, and which of them are refused."""
+"""The plan of an ablation: flips, variants, budgets and runs, and which of them are rejected."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -45,7 +45,7 @@ def test_flip_of_a_field_switches_its_group_on():
 
 
 def test_fields_of_one_flip_need_to_fit_together_only():
-    """Without a hash table there is no trigram: one field alone is refused."""
+    """Without a hash table there is no trigram: one field alone is rejected."""
     both = flip(tiny(), ["model.bigram_vocab_size=0", "model.trigram=false"])
     assert both.model.bigram_vocab_size == 0
     with pytest.raises(PgolfError, match="needs a hash table"):
