@@ -53,18 +53,7 @@ def store_tile(ptr, row, stride, col, value, mask):
 
 
 @triton.jit
-def dot_tile(
-    a_ptr,
-    b_ptr,
-    row,
-    col,
-    rows,
-    cols,
-    depth,
-    a_strides,
-    b_strides,
-    BLOCK_K: tl.constexpr,
-):
+def dot_tile(a_ptr, b_ptr, row, col, rows, cols, depth, a_strides, b_strides, BLOCK_K: tl.constexpr):
     """Compute sum_k a[row, k] * b[col, k] in float32, [len(row), len(col)]; 0 outside `rows` and `cols`.
 
     `row` and `col` are int64 vectors. Both operands have any strides, so either may be transposed.

@@ -46,7 +46,7 @@ def int6_matmul_skinny_kernel(
 ):
     """y = x codes^T * scale for few rows of x, one tile [BLOCK_N, BLOCK_M] of y^T.
 
-    Codes are unpacked in registers, and take the long side of the tile.
+    Codes are unpacked in registers and form the long side of the tile.
     """
     pid = tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(columns, BLOCK_N)

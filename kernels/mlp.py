@@ -5,14 +5,7 @@ The plain products around them (down-projection, dx) are left to cuBLAS.
 
 import triton
 import triton.language as tl
-from pgolf_fast.kernels._common import (
-    Tile,
-    dot_tile,
-    halves,
-    launch_options,
-    store_tile,
-    tile_count,
-)
+from pgolf_fast.kernels._common import Tile, dot_tile, halves, launch_options, store_tile, tile_count
 from torch import Tensor
 
 

@@ -7,27 +7,13 @@ as its wide transpose. Every result is rounded once, at its store.
 
 import triton
 import triton.language as tl
-from pgolf_fast.kernels._common import (
-    Tile,
-    dot_tile,
-    launch_options,
-    store_tile,
-    tile_count,
-    tile_of,
-)
+from pgolf_fast.kernels._common import Tile, dot_tile, launch_options, store_tile, tile_count, tile_of
 from torch import Tensor
 
 
 @triton.jit
 def newton_schulz_sum_squares_kernel(
-    g_ptr,
-    partial_ptr,
-    rows,
-    cols,
-    g_strides,
-    parts,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    g_ptr, partial_ptr, rows, cols, g_strides, parts, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     """Sum of squares of BLOCK_M whole rows of one matrix, as one partial sum of its Frobenius norm."""
     program = tl.program_id(0).to(tl.int64)
@@ -83,13 +69,7 @@ def _store_symmetric(ptr, value, row, col, size, above_diagonal):
 
 @triton.jit
 def newton_schulz_gram_kernel(
-    x_ptr,
-    gram_ptr,
-    rows,
-    cols,
-    x_strides,
-    BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    x_ptr, gram_ptr, rows, cols, x_strides, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr
 ):
     """One tile [BLOCK, BLOCK] of X X^T and its mirror image; programs below the diagonal return at once."""
     program = tl.program_id(0).to(tl.int64)

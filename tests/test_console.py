@@ -8,15 +8,7 @@ import math
 import pytest
 
 from pgolf_fast import console
-from pgolf_fast.console import (
-    MetricsWriter,
-    Table,
-    duration,
-    number,
-    progress,
-    read_metrics,
-    setup_logging,
-)
+from pgolf_fast.console import MetricsWriter, Table, duration, number, progress, read_metrics, setup_logging
 
 
 @pytest.fixture(autouse=True)

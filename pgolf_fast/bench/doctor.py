@@ -60,7 +60,7 @@ def public_ops() -> list[str]:
 
 
 def kernels_of(name: str) -> str | None:
-    """Return the name in `tiles.DEFAULTS` that an op's kernels are chosen by; None without kernels."""
+    """Return the key in `tiles.DEFAULTS` for an op's kernels; None if it has none."""
     return next((entry.kernels for entry in cases.CASES.values() if name in entry.ops), None)
 
 
@@ -82,7 +82,7 @@ def _has(name: str, device: str) -> bool:
 
 
 def check_ops(device: torch.device, dtype: torch.dtype) -> list[Row]:
-    """Run every case of the catalogue and return a row for each dtype; the last cell is "ok" or the error."""
+    """Run every case of the catalog and return a row for each dtype; the last cell is "ok" or the error."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return [_check(name, device, kind) for name in cases.CASES for kind in _dtypes(name, device, dtype)]

@@ -17,12 +17,12 @@ from pgolf_fast.model.attention import attend
 from pgolf_fast.ops import attention_backend, reference, reference_bytes
 from pgolf_fast.ops.case import Case, Contender, Inputs, Outputs
 
-# Peers round at other places than ours and may accumulate in low precision: they get more room.
+# Peers round in other places than our ops and may accumulate in low precision: their tolerance is wider.
 FACTOR = 10.0
 
 
 class UnavailableError(Exception):
-    """A peer that this machine lacks; the message names the package or setting in one line."""
+    """A peer that is not available here; the message names the package or setting in one line."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Formula:
     """The only attention kernel it may use; None leaves the choice to PyTorch."""
 
     def contender(self, name: str, case: Case, function: Callable[..., Outputs] | None = None) -> Contender:
-        """Bind to the inputs of `case`; `function` replaces the code (for example by a compiled one)."""
+        """Bind to the inputs of `case`; `function` replaces the code (for example with a compiled one)."""
         call, inputs = function or self.function, plain_inputs(case)
         around: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
         if self.backend is not None:
@@ -159,7 +159,7 @@ QUICK = ("eager", "dense", "sdpa-flash")
 
 
 def compile_settings(peer: str) -> dict[str, object]:
-    """Return the torch.compile settings of a peer. Raises UnavailableError for an option that torch lacks."""
+    """Return the torch.compile settings of a peer. Raises UnavailableError for an option torch lacks."""
     settings = COMPILED[peer][1]
     options = settings.get("options")
     if isinstance(options, dict):
@@ -182,7 +182,7 @@ def applies(peer: str, case: Case) -> bool:
 
 
 def build(peer: str, case: Case) -> Contender:
-    """Bind `peer` to the inputs of `case`. Raises UnavailableError if this machine lacks it."""
+    """Bind `peer` to the inputs of `case`. Raises UnavailableError if it is not available here."""
     known = formulas_of(case)
     if peer in PLAIN:
         return known[peer].contender(peer, case)

@@ -15,7 +15,7 @@ def _machine(records: Sequence[Record]) -> str:
 
 
 def plot_roofline(records: Sequence[Record], path: Path) -> None:
-    """Plot our ops, TFLOP/s over FLOP per byte, under the limits of the machine."""
+    """Plot TFLOP/s against FLOP per byte for our ops, below the machine's limits."""
     ours = [r for r in timed(records) if r["peer"] == "ours"]
     if not ours:
         raise PgolfError("there is no time of our own ops to plot")

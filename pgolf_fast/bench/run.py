@@ -121,7 +121,7 @@ def measure(plan: Plan, write: Callable[[Record], None]) -> None:
             write({**about, "peer": "ours", "mode": "-", "error": "skipped: out of time"})
             continue
         console.logger.info("%s, %d tokens", name, tokens)
-        torch._dynamo.reset()  # compiled code of other cases would count towards the recompile limit
+        torch._dynamo.reset()  # compiled code of other cases would count toward the recompile limit
         case = attempt(registry.make_case, name, plan.config, tokens, plan.dtype, plan.device)
         if isinstance(case, str):
             write({**about, "peer": "ours", "mode": "-", "error": case})
@@ -185,7 +185,7 @@ def _time(
 
 
 def figures(case: Case, mode: Mode, timing: Timing) -> Record:
-    """Return times, rates by the op's FLOPs and ideal bytes, and the share of the roofline."""
+    """Return times, rates by the op's FLOPs and ideal bytes, and the fraction of the roofline."""
     flops, moved = case.work.of(mode)
     limit = roof(case.device, case.dtype)
     seconds = timing.median / 1e3

@@ -165,7 +165,7 @@ def tables(figures: dict[str, dict], *, every: bool = True, illegal: str | None 
 
 
 def shares(parts: dict[str, dict]) -> dict[str, dict[str, float]]:
-    """Return each part's shares of the targets, the bytes and the summed loss; parts as `Score.to_dict`."""
+    """Return each part's share of targets, bytes and summed loss; parts as from `Score.to_dict`."""
     columns = {
         "targets": [p["tokens"] for p in parts.values()],
         "bytes": [p["bytes"] for p in parts.values()],

@@ -1,7 +1,7 @@
 """Score first, then adapt: the loop behind every score (PR 1501; rules: the challenge's issue 1017).
 
 A chunk of windows is scored; then, unless it is the last, the adapter is given its tokens. The ledger records
-which targets have their score and hands over nothing else.
+which targets have been scored and hands out nothing else.
 
 With several ranks, the batches of a chunk are divided among them, their losses are gathered, and every rank
 adapts on the same sequences in the same order. So the result does not depend on the number of ranks, as far
@@ -63,7 +63,7 @@ def target_chunks(windows: Windows, num_targets: int, chunk_tokens: int) -> list
 
 
 def window_chunks(windows: Windows, size: BatchSize) -> list[Chunk]:
-    """Return chunks of many batches that are scored only."""
+    """Return chunks of many batches, for scoring only."""
     count = BATCHES_PER_CHUNK * size(int((windows.end - windows.start).max()))
     return [Chunk(low, high) for low, high in pairwise([*range(0, len(windows), count), len(windows)])]
 

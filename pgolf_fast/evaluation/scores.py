@@ -95,7 +95,7 @@ class Evaluator:
             yield make_adapter(self.model, ttt, seq_len, grid, compile=self._compile, cuda_graph=graph)
 
     def frozen(self, windows: Windows, what: str, saved: SavedState | None = None) -> Pass:
-        """Score every window with the weights as they are. Progress is shown as `what`."""
+        """Score every window with the weights as they are. `what` labels the progress display."""
         scorer, chunks = self.scorer(windows), window_chunks(windows, self.size)
         return Pass(score_and_adapt(self.frozen_adapter(), scorer, chunks, what, saved), scorer)
 
@@ -190,7 +190,7 @@ def three_scores(
     resume: Resume | None = None,
     allow_illegal: bool = False,
 ) -> ThreeScores:
-    """Return all three scores of a model, whose weights are unchanged afterwards; `grid` as in `Evaluator`.
+    """Return all three scores of a model, whose weights are unchanged afterward; `grid` as in `Evaluator`.
 
     Raises PgolfError, before anything is scored, for test-time training that breaks the rules, unless
     `allow_illegal`. With `resume`, resumes from the states saved there.

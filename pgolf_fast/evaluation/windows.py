@@ -45,7 +45,7 @@ class Windows:
 class Batch(NamedTuple):
     """Windows low .. high-1 of one shape: `length` inputs, of which the last `scored` are scored.
 
-    Batches of a run of such windows have `full` of them; only the last one may have fewer.
+    Batches of such windows hold `full` each; only the last may hold fewer.
     """
 
     low: int

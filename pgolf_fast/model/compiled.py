@@ -23,7 +23,7 @@ def tag_compile_cache() -> None:
     """Separate PyTorch's on-disk cache of compiled graphs by the source of our ops and their implementation.
 
     The cache key holds an op's name but neither its fake and backward nor the implementation chosen, on which
-    the saved tensors depend. Without the tag, a changed op may be served a graph of the old one.
+    the saved tensors depend. Without the tag, a changed op may get the old op's graph.
     """
     sources = sorted(Path(tiles.__file__).parent.glob("*.py"))
     digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources))

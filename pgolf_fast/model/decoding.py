@@ -55,7 +55,7 @@ class Decoder:
     def step(self, tokens: Tensor) -> Tensor:
         """Append tokens (B,) and return the logits of the next ones, (B, V) in at least float32.
 
-        Raises PgolfError when the texts already have max_length tokens, or for another batch size.
+        Raises PgolfError when the texts already have max_length tokens, or if the batch size differs.
         """
         if self.length == self.max_length:
             raise PgolfError(

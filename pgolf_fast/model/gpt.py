@@ -239,7 +239,7 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Return final normalized states, (B, T) -> (B, T, D); with `last`, those of the last positions only.
 
-        `context` is the length for which positions are encoded (default T), as if tokens followed up to it.
+        `context` is the sequence length that the position encoding assumes (default T).
         `mlp` replaces the blocks' own MLP.
         """
         banks = banks or self.banks()

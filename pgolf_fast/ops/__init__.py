@@ -1,7 +1,7 @@
 """The network's operations as torch ops: `torch.ops.pgolf.*` exists after `import pgolf_fast.ops`.
 
 One file per op: the public function, checks, `_cpu` and `_cuda` implementations, fake, and the same for
-backward. `reference.py` holds the formulas, `cases.py` the catalogue of inputs (a `case.Case` each) and
+backward. `reference.py` holds the formulas, `cases.py` the catalog of inputs (a `case.Case` each) and
 `judge.py` the comparison with float64; neither is imported here.
 
 The implementation is chosen inside the op (`tiles.uses_kernels`), not by `register_kernel("cuda")`: tests run

@@ -36,7 +36,7 @@ _chosen: str | None = None
 
 
 class Shape(NamedTuple):
-    """Properties of a call that the choice depends on."""
+    """Properties of a call that determine the choice."""
 
     device: torch.device
     dtype: torch.dtype
@@ -124,7 +124,7 @@ def forward(name: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]
 
 
 def backward(name: str, dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor) -> Gradients:
-    """Return gradients of q, k and v, in float32 or v's dtype; `y` enters only by row sums of dy * y."""
+    """Return gradients of q, k and v, in float32 or v's dtype; `y` enters only through row sums of dy * y."""
     return _RUN[name][1](dy, q, k, v, y, lse)
 
 

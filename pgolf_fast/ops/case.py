@@ -125,7 +125,7 @@ class Case:
     tokens: int = 0  # Tokens, or rows of x; 0 if the op does not depend on them
     chunk: int = 1 << 30  # Entries of the batch that are evaluated at once in float64
     options: Mapping[str, Any] = field(default_factory=dict)  # Settings of the op that peers need too
-    name: str = ""  # Name in the catalogue; set by `make`, as are `kernels` and `sizes`
+    name: str = ""  # Name in the catalog; set by `make`, as are `kernels` and `sizes`
     sizes: Sizes = Sizes()
     kernels: str | None = None  # The op's name in `tiles.DEFAULTS`; None for ops without Triton kernels
 

@@ -1,4 +1,4 @@
-"""The catalogue of ops: inputs, the op, its reference, FLOPs and ideal bytes.
+"""The catalog of ops: inputs, the op, its reference, FLOPs and ideal bytes.
 
 Tests and `pgolf doctor` run each case at `SMALL` sizes; `pgolf bench`, `pgolf tune` and `pgolf aot` at those
 of a preset. Not imported by `pgolf_fast.ops`.
@@ -310,7 +310,7 @@ def _lzma(b: Builder) -> Case:
 
 @dataclass(frozen=True)
 class Entry:
-    """A case of the catalogue."""
+    """A case of the catalog."""
 
     kernels: str | None  # The op's name in `tiles.DEFAULTS`; None for ops without Triton kernels
     make: Callable[[Builder], Case]
@@ -364,7 +364,7 @@ def make(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Case:
-    """Build a case of the catalogue; the same arguments give the same inputs."""
+    """Build a case of the catalog; the same arguments give the same inputs."""
     device = torch.device(device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)

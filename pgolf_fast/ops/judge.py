@@ -21,7 +21,7 @@ FEW = 16
 
 @dataclass(frozen=True)
 class Verdict:
-    """The largest error of one result, and the error that is allowed."""
+    """The largest error of one result, and the allowed error."""
 
     what: str
     error: float

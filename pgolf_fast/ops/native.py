@@ -9,7 +9,7 @@ _log = logging.getLogger("pgolf_fast")
 
 @functools.cache
 def extension() -> ModuleType | None:
-    """Return `pgolf_fast._C`, or None where it was not built; what is missing is logged once."""
+    """Return `pgolf_fast._C`, or None if it was not built, which is logged once."""
     try:
         from pgolf_fast import _C
     except ImportError as error:

@@ -26,12 +26,7 @@ from pgolf_fast.ops import native
 from pgolf_fast.ops.lzma import compress_bytes
 from pgolf_fast.quant.calibration import quantize_model
 from pgolf_fast.quant.rd import rate_distortion
-from pgolf_fast.quant.state import (
-    QuantizedState,
-    QuantizedTensor,
-    dequantize_state,
-    quantize_state,
-)
+from pgolf_fast.quant.state import QuantizedState, QuantizedTensor, dequantize_state, quantize_state
 
 RUN = RunConfig(name="test", model=tiny_config())
 ROUND = QuantConfig(method="round", small_tensor=600)

@@ -128,8 +128,7 @@ def test_tuned_rows_are_kept_by_key(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content",
-    ["{", "[]", '{"tiles": [{}]}', '{"tiles": [{"tile": {"block_m": 1}}]}', '{"tiles": 3}'],
+    "content", ["{", "[]", '{"tiles": [{}]}', '{"tiles": [{"tile": {"block_m": 1}}]}', '{"tiles": 3}']
 )
 def test_a_spoiled_cache_is_ignored_with_a_warning(tmp_path, caplog, content, monkeypatch):
     monkeypatch.setattr(tuned.console.logger, "propagate", True)

@@ -17,14 +17,7 @@ from pgolf_fast.data.source import open_source
 from pgolf_fast.data.tokenizer import ByteTable
 from pgolf_fast.evaluation.adapters.registry import adapting_chunks
 from pgolf_fast.evaluation.estimate import estimate, forward_flops, learning, windows_flops
-from pgolf_fast.evaluation.figures import (
-    CLASSES,
-    doubling,
-    figures,
-    spread,
-    target_classes,
-    token_classes,
-)
+from pgolf_fast.evaluation.figures import CLASSES, doubling, figures, spread, target_classes, token_classes
 from pgolf_fast.evaluation.score import Stream
 from pgolf_fast.evaluation.scores import three_scores
 from pgolf_fast.evaluation.windows import sliding_windows

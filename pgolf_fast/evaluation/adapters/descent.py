@@ -132,7 +132,7 @@ class Descent(Learner):
         self._refresh()
 
     def _with_projections(self) -> Banks:
-        """Return the banks to train on; "projections" also rounds those of the embeddings, as PR 1501 ran."""
+        """Return the banks to train on; "projections" also rounds embedding projections (PR 1501)."""
         if self.config.quantize_forward != "projections":
             return self._banks
         modules = self.model.bigram, self.model.ve_shared

@@ -174,7 +174,7 @@ class Phased(Adapter):
     def __init__(
         self, model: GPT, config: TTTConfig, seq_len: int, grid: Transform = fake_int6, **options: bool
     ):
-        """Take the arguments of `Descent`, which the one of the stream is made with."""
+        """Take the arguments of `Descent`, with which the stream's own is built."""
         self._stream = AdamW(model, config, seq_len, grid, **options)
         self._documents = Lora(model, config, seq_len, banks=self._stream.banks)
         self._parts: dict[str, Adapter] = {"stream": self._stream, "documents": self._documents}

@@ -140,12 +140,7 @@ def test_layouts_need_no_model(text):
     tokens, flags = text
     published, real = analyze_layouts({"mine": config_of(True, True)}, tokens, flags)
     assert (published.form, real.form) == ("published", "corrected")
-    assert list(published.values) == [
-        "63 shared",
-        "63 shared, trigrams",
-        "63 split",
-        "63 split, trigrams",
-    ]
+    assert list(published.values) == ["63 shared", "63 shared, trigrams", "63 split", "63 split, trigrams"]
     assert {row[:2] for row in published.table.rows if row[1] != "-"} == {("63 split, trigrams", "mine")}
     observed = real.values["layouts"]["63 split"]
     assert [one["observed"]["occurrences"] for one in observed] == [

@@ -9,12 +9,7 @@ import pytest
 
 from pgolf_fast.cli import main
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.lab.compare.statistics import (
-    bootstrap_gain,
-    over_documents,
-    over_seeds,
-    welch_test,
-)
+from pgolf_fast.lab.compare.statistics import bootstrap_gain, over_documents, over_seeds, welch_test
 
 
 def test_interval_over_seeds_by_hand():

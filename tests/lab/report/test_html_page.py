@@ -20,10 +20,7 @@ def page(title, sections):
 
 def test_all_text_is_escaped():
     everywhere = Section(
-        EVIL,
-        EVIL,
-        (Table((EVIL, EVIL), ((EVIL, EVIL),), EVIL),),
-        (Figure(png=PNG, caption=EVIL, alt=EVIL),),
+        EVIL, EVIL, (Table((EVIL, EVIL), ((EVIL, EVIL),), EVIL),), (Figure(png=PNG, caption=EVIL, alt=EVIL),)
     )
     parsed = check_page(page(EVIL, [everywhere] * 3))
     shown = EVIL.replace("`", "")  # backticks mark code
