@@ -36,7 +36,7 @@ class Frequencies(Adapter):
 
     def adapt(self, scored):
         """Learn from a chunk whose targets all have their final score."""
-        self.count(scored.tokens[1:])
+        self.count(scored.tokens[:, 1:])  # (rows, n + 1): the first column is context only
 
     def count(self, ids):
         self.counts += torch.bincount(ids.flatten(), minlength=len(self.counts))

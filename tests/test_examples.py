@@ -10,10 +10,13 @@ from pathlib import Path
 
 import matplotlib
 import pytest
+import torch
+from helpers import tiny_config
 from runs import make_dataset, run_config
 
 import pgolf_fast as pg
 from pgolf_fast.config.fields import flatten
+from pgolf_fast.model.gpt import GPT
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -72,6 +75,17 @@ def test_own_adapter_keeps_the_rules(call, run):
     found = verdicts(call("own_adapter", run))
     assert set(found) == {"C1", "C2", "C3", "C4", "C5", "C7", "C15", "C16"}
     assert set(found.values()) == {"pass"}
+
+
+def test_own_adapter_learns_from_each_scored_chunk():
+    """Counts grow by the targets of the chunk, not by the token before its first target."""
+    from types import SimpleNamespace
+
+    example = runpy.run_path(str(EXAMPLES / "own_adapter.py"))
+    adapter = example["Frequencies"](GPT(tiny_config()), leak=False)
+    before = adapter.counts.clone()
+    adapter.adapt(SimpleNamespace(tokens=torch.tensor([[5, 1, 2], [5, 2, 2]])))
+    assert (adapter.counts - before)[:6].tolist() == [0, 1, 3, 0, 0, 0]
 
 
 def test_leaking_adapter_fails_the_audit(call, run):

@@ -281,7 +281,9 @@ class Config:
 
 
 def _shown(config: RunConfig) -> dict[str, str]:
-    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in flatten(config)}
+    """Return every field as text that the command line takes back: true, 0.5, none."""
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in flatten(config)}
+    return {name: "none" if text == "null" else text for name, text in texts.items()}
 
 
 def _difference(ours: RunConfig, theirs: RunConfig) -> str:
@@ -289,7 +291,7 @@ def _difference(ours: RunConfig, theirs: RunConfig) -> str:
     left, right = (
         {**_shown(config), "parameters": str(config.model.num_parameters())} for config in (ours, theirs)
     )
-    rows = [(name, left.get(name, "null"), right.get(name, "null")) for name in {**left, **right}]
+    rows = [(name, left.get(name, "none"), right.get(name, "none")) for name in {**left, **right}]
     rows = [(name, old, new) for name, old, new in rows if old != new and name != "name"]
     if not rows:
         return f"{ours.name} and {theirs.name} do not differ"

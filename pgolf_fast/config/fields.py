@@ -160,7 +160,7 @@ def _convert(hint: Any, value: object, where: str) -> Any:
 def _parse(hint: Any, text: str, name: str) -> object:
     """Return the value that text means; text that fits no type is left for `_convert` to reject."""
     inner = without_none(hint)
-    if inner is not hint and text.lower() in ("none", "off"):
+    if inner is not hint and text.lower() in ("none", "off", "null"):
         return None
     if dataclasses.is_dataclass(inner):
         off = ", or none" if inner is not hint else ""

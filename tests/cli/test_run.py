@@ -64,7 +64,7 @@ def test_config_prints_every_field_and_the_count(capsys):
     assert status == 0
     fields = dict(line.split(None, 1) for line in out.splitlines())
     assert fields["train.steps"] == "77"
-    assert fields["train.meta"] == "null"
+    assert fields["train.meta"] == "none"
     assert fields["model.ve_layers"] == "[7, 8, 9, 10]"
     assert fields["parameters"] == "26,960,991"
 
