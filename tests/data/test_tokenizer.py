@@ -87,12 +87,12 @@ def test_trained_tokenizer_is_like_the_challenges(small: Tokenizer) -> None:
 
 def test_training_is_deterministic_and_quiet(tmp_path: Path) -> None:
     script = (
-        "import sys; sys.path.insert(0, sys.argv[2]); from test_data_tokenizer import some_text\n"
+        "import sys; sys.path[:0] = sys.argv[2:]; from test_tokenizer import some_text\n"
         "from pgolf_fast.data.tokenizer import train_tokenizer\n"
         "for name in 'ab': train_tokenizer([some_text(), some_text(seed=1)], 300, sys.argv[1] + '/' + name)\n"
     )
     out = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path), str(Path(__file__).parents[1])],
+        [sys.executable, "-c", script, str(tmp_path), *map(str, Path(__file__).parents[:2])],
         cwd=Path(__file__).parents[2],
         check=True,
         capture_output=True,

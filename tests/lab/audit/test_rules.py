@@ -29,7 +29,7 @@ from pgolf_fast.lab.audit.target import open_target
 from pgolf_fast.lab.audit.watch import watch
 from pgolf_fast.model import gpt
 from pgolf_fast.ops import reference
-from pgolf_fast.quant import state
+from pgolf_fast.quant import calibration
 from pgolf_fast.train import loop
 
 ALL = [f"C{number}" for number in range(1, 18)]
@@ -213,7 +213,7 @@ def test_validation_tokens_in_calibration(run, failing, tmp_path, monkeypatch):
         (folder.path / path.name).write_bytes(path.read_bytes())
     validation = open_target(run.path).validation[: 4 * 32].astype(np.int64)
     with monkeypatch.context() as patch:
-        patch.setattr(state, "self_generate", lambda *_, **__: torch.from_numpy(validation).view(4, 32))
+        patch.setattr(calibration, "self_generate", lambda *_, **__: torch.from_numpy(validation).view(4, 32))
         pack(folder)
     assert failing(open_target(folder.path), ["C9"]) == ["C9"]
 
@@ -370,7 +370,7 @@ def test_quantization_that_reads_shards(run):
 def test_quantization_on_another_machine(run, monkeypatch):
     def other(folder):
         with monkeypatch.context() as patch:
-            patch.setattr(state, "self_generate", lambda *_, **__: torch.ones(4, 32, dtype=torch.int64))
+            patch.setattr(calibration, "self_generate", lambda *_, **__: torch.ones(4, 32, dtype=torch.int64))
             pack(folder)
         return guard.GuardedRun(0, "", [], [])
 

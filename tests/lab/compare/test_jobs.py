@@ -103,7 +103,7 @@ def test_table_of_one_seed_names_what_its_interval_leaves_out(tmp_path):
     with pytest.raises(PgolfError, match="at least 2 seeds"):
         make_rows(read_runs(jobs), "seeds")
     jobs += [made_up_run(tmp_path, BASELINE, 2, 2.0), made_up_run(tmp_path, "x", 2, 2.5)]
-    with pytest.raises(PgolfError, match="is of one seed"):
+    with pytest.raises(PgolfError, match="over documents takes one seed, and there are 2"):
         make_rows(read_runs(jobs), "documents")
 
 
