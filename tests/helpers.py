@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -176,3 +177,8 @@ def randomize_(model: torch.nn.Module, seed: int) -> torch.nn.Module:
         values *= parameter.shape[-1] ** -0.5 if parameter.dim() == 3 else 0.5
         parameter.copy_(values if parameter.dim() > 1 else values + 1)
     return model
+
+
+def slow(*values, **options):
+    """Return a parameter whose tests only `make test-slow` runs."""
+    return pytest.param(*values, marks=pytest.mark.slow, **options)

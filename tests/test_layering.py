@@ -131,7 +131,7 @@ def test_imports_point_one_way():
             {
                 "pgolf_fast.model.rope": "from . import bank",
                 "pgolf_fast.model.bank": "def f():\n    import pgolf_fast.model.layers",
-                "pgolf_fast.model.layers": "from pgolf_fast.model.attention import rotary",
+                "pgolf_fast.model.layers": "from pgolf_fast.model.rope import rotary",
             },
             "import each other: pgolf_fast.model.bank, pgolf_fast.model.layers, pgolf_fast.model.rope",
         ),

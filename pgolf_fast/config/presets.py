@@ -152,7 +152,7 @@ def is_preset(name: str) -> bool:
     return name in PRESETS or (parent in PRESETS and size in SIZES)
 
 
-def preset(name: str, **fields: object) -> RunConfig:
+def preset(name: str, /, **fields: object) -> RunConfig:
     """Return the preset of that name, or `<preset>_<size>` for a shrunken one (exp105a_tiny).
 
     fields: changes, with `__` between groups: preset("tiny", train__steps=10, data__path="shards").

@@ -24,8 +24,8 @@ def pgolf_aot(*words, interpret=False):
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
-# One case of each kind of kernel: products with an epilogue, attention with gradients, rows, packed weights.
-FEW = ("mlp-leaky_relu_squared", "gqa_attention", "residual_norm", "softcap_cross_entropy")
+# Products with an epilogue, rows, the loss. Attention takes a minute, so only the slow tests compile it.
+FEW = ("mlp-leaky_relu_squared", "residual_norm", "softcap_cross_entropy")
 
 
 def without_interpreter(code):
@@ -60,8 +60,7 @@ print(json.dumps([row.record() for row in rows]))
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
     assert_no_problem(rows)
-    assert len({row["kernel"] for row in rows}) >= 12
-    assert {row["case"] for row in rows} <= {*FEW, "gqa_attention with a library's attention"}
+    assert {row["case"] for row in rows} == {*FEW}
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from helpers import (
     assert_strides_do_not_matter,
     lay_out,
     results,
+    slow,
 )
 
 from pgolf_fast.ops import cases, gqa_attention, reference
@@ -138,7 +139,7 @@ def test_small_heads(size, device):
     assert all(torch.isfinite(g).all() for g in grads)
 
 
-@pytest.mark.parametrize("xsa", [False, True], ids=["full", "xsa"])
+@pytest.mark.parametrize("xsa", [slow(False, id="full"), pytest.param(True, id="xsa")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_zero_and_negative_gains(dtype, xsa, device):
     """A head of gain 0 attends uniformly, and its gain still has a gradient."""
@@ -163,9 +164,8 @@ def test_heads_too_wide_for_the_kernels(monkeypatch, device):
     assert_matches_float64(attention("wide", tables, True), formula("wide", tables, True), inputs)
 
 
-@pytest.mark.pairwise
 @pytest.mark.parametrize("xsa", [False, True], ids=["full", "xsa"])
-@pytest.mark.parametrize("window", [1, 7, 33, 40])
+@pytest.mark.parametrize("window", [1, slow(7), 33, slow(40)])  # one token ... the whole length
 def test_window_is_the_end_of_the_full_result(window, xsa, device):
     """The gradients are those of the full result when only its end is used."""
     inputs, tables = make("tiles", device=device)
@@ -208,8 +208,7 @@ def test_strided_tables(device):
     torch.testing.assert_close(got, want)
 
 
-@pytest.mark.pairwise
-@pytest.mark.parametrize("xsa", [False, True], ids=["full", "xsa"])
+@pytest.mark.parametrize("xsa", [slow(False, id="full"), pytest.param(True, id="xsa")])  # reads one more
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strided_inputs(layout, xsa, device):
     inputs, tables = make("odd", device=device)
