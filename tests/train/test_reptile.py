@@ -233,7 +233,7 @@ def test_options_switch_the_phase_on_and_off(capsys):
     assert (fields["train.meta.slot_rates"], fields["train.meta.method"]) == ("true", "sam")
     assert cli.main(["config", "pr296_reptile", "--train.reptile", "none"]) == 0
     fields = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
-    assert fields["train.reptile"] == "null"
+    assert fields["train.reptile"] == "none"
     assert cli.main(["config", "exp101", "--train.reptile.share", "0.1", "--train.reptile", "none"]) == 2
     assert "contradict" in capsys.readouterr().err
     assert cli.main(["config", "exp101", "--train.reptile", "0.1"]) == 2
