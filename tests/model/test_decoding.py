@@ -6,27 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import tiny_config
 
 from pgolf_fast.config.presets import small
-from pgolf_fast.config.schema import ModelConfig
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.model.decoding import Decoder, generate, sample
 from pgolf_fast.model.gpt import GPT
 
-TINY = {
-    "vocab_size": 96,
-    "num_layers": 4,
-    "model_dim": 32,
-    "num_heads": 2,
-    "num_kv_heads": 1,
-    "bigram_vocab_size": 64,
-    "bigram_dim": 16,
-    "rope_dims": 8,
-    "ve_dim": 8,
-    "ve_layers": (2, 3),
-    "xsa_last_n": 4,
-    "frozen_skips": 0,
-}
 VARIANTS = {
     "exp101": {},
     "no_trigram": {"trigram": False},
@@ -49,7 +35,7 @@ VARIANTS = {
 
 def random_model(seed: int = 0, *, dtype: torch.dtype = torch.float32, **changes: object) -> GPT:
     """Return a tiny network with random parameters only: zeros would hide parts of it."""
-    config = ModelConfig(**{**TINY, **changes})  # type: ignore[arg-type]
+    config = tiny_config(**changes)
     generator = torch.Generator().manual_seed(seed)
     spaces = torch.rand(config.vocab_size, generator=generator) < 0.4
     model = GPT(config, spaces, compute_dtype=dtype)
