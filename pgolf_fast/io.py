@@ -1,9 +1,13 @@
-"""Atomic writes, file locks, named tensors with metadata, and the CPU cores of this process."""
+"""JSON, atomic writes, file locks, named tensors with metadata, and the CPU cores of this process."""
 
 import contextlib
 import errno
 import json
+import math
 import os
+import re
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +16,12 @@ from pgolf_fast.errors import PgolfError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_FULL = {
+    errno.ENOSPC: "no space is left; free some there or choose another folder",
+    errno.EDQUOT: "the disk quota is used up; free some space or choose another folder",
+    errno.EFBIG: "it is larger than this process may write; raise `ulimit -f` or choose another folder",
+}
 
 
 def available_cores() -> int:
@@ -32,36 +42,97 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # by the umask; safetensors would make it readable by its owner only
         yield temporary
         with open(temporary, "rb+") as handle:
             os.fsync(handle.fileno())
+        temporary.chmod(mode)
         os.replace(temporary, final)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in _FULL:
             raise PgolfError(
-                f"no space left while writing {final}: free some space there or choose another folder; "
-                "the previous file, if any, is unchanged"
+                f"cannot write {final}: {_FULL[error.errno]}; the previous file, if any, is unchanged"
             ) from error
         raise
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of killed processes in `folder`. The caller holds the folder's lock."""
+    for file in folder.glob(".*.tmp"):
+        file.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def locked(path: Path, busy: str) -> Iterator[None]:
     """Hold the lock file `path` during the block. The system releases the lock of a process that dies.
 
-    Raises PgolfError with the message `busy` if another process holds the lock.
+    Raises PgolfError if another process holds the lock: `busy`, then its process number, host and age.
     """
     import fcntl  # not available on Windows, and only needed here
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as handle:
+    with open(path, "a+") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise PgolfError(busy) from None
+            handle.seek(0)
+            pid, _, host = handle.read().strip().partition(" ")
+            owner = f"process {pid} on {host}" if host else "another process"
+            age = max(0.0, time.time() - os.fstat(handle.fileno()).st_mtime)
+            raise PgolfError(f"{busy}: {owner} has held its lock for {age:.0f} s") from None
+        handle.truncate(0)
+        handle.write(f"{os.getpid()} {socket.gethostname()}\n")
+        handle.flush()
         yield
+
+
+def parse_json(text: str | bytes, where: str) -> Any:
+    """Return the value of JSON `text`. Raises PgolfError naming `where`, a file or a line of one."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        reason = f"(line {error.lineno}): {error.msg}"
+    except UnicodeDecodeError as error:
+        reason = f"in UTF-8: byte {error.start} is {error.object[error.start]:#04x}"
+    except RecursionError:
+        reason = "that can be read: it is nested too deeply"
+    except ValueError:  # Python refuses integers of more than 4,300 digits
+        reason = "that can be read: an integer has too many digits"
+    raise PgolfError(f"{where} is not valid JSON {reason}")
+
+
+def read_json(path: Path, kind: type = dict) -> Any:
+    """Return the value of a JSON file. Raises PgolfError if it is not JSON, or its value not a `kind`."""
+    value = parse_json(path.read_bytes(), str(path))
+    if not isinstance(value, kind):
+        raise PgolfError(f"{path} holds a JSON {type(value).__name__}, not a {kind.__name__}: it was changed")
+    return value
+
+
+def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
+    """Write `value` as JSON, atomically. Raises PgolfError naming the entry that is NaN or infinite."""
+    if wrong := _not_finite(value):
+        name, number = wrong
+        raise PgolfError(f"{path} is not written: {name} is {number}, which is no result")
+    write_text(path, json.dumps(value, indent=indent) + "\n")
+
+
+def _not_finite(value: Any, name: str = "") -> tuple[str, float] | None:
+    """Return the dotted name and the value of the first number in a tree that is NaN or infinite."""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else (name or "the value", value)
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list | tuple)
+        else ()
+    )
+    found = (_not_finite(item, f"{name}.{key}" if name else str(key)) for key, item in items)
+    return next(filter(None, found), None)
 
 
 def write_text(path: Path | str, text: str) -> None:
@@ -88,9 +159,10 @@ def save_tensors(path: Path, tensors: dict[str, "Tensor"], metadata: dict[str, A
             save_file(ready, temporary, metadata={"metadata": json.dumps(metadata)})
         except SafetensorError as error:
             # safetensors reports the system's error number in its text only
-            if any(f"os error {code})" in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
-                raise OSError(errno.ENOSPC, "No space left on device") from error
-            raise
+            code = re.search(r"os error (\d+)\)", str(error))
+            if code is None:
+                raise
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
 
 
 def load_tensors(path: Path) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
@@ -111,8 +183,8 @@ def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
 
     try:
         with safe_open(path, framework="pt") as handle:
-            yield handle, json.loads((handle.metadata() or {}).get("metadata", "{}"))
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+            yield handle, parse_json((handle.metadata() or {}).get("metadata", "{}"), f"metadata of {path}")
+    except (SafetensorError, OSError) as error:
         raise PgolfError(
             f"{path} cannot be read as tensors: it is damaged or another kind of file ({error})"
         ) from error

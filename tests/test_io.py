@@ -2,6 +2,9 @@
 
 import errno
 import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +17,11 @@ from pgolf_fast.io import (
     available_cores,
     load_metadata,
     load_tensors,
+    locked,
+    read_json,
     save_tensors,
     write_bytes,
+    write_json,
     write_text,
 )
 
@@ -82,9 +88,7 @@ def test_full_disk_is_explained(tmp_path, monkeypatch, where, number):
         monkeypatch.setattr(Path, "write_bytes", fail_with(number))
     else:
         monkeypatch.setattr(io.os, {"rename": "replace", "flush": "fsync"}[where], fail_with(number))
-    with pytest.raises(
-        PgolfError, match=r"no space left while writing .*weights\.bin: free some space"
-    ) as caught:
+    with pytest.raises(PgolfError, match=r"cannot write .*weights\.bin: free some space") as caught:
         write_bytes(final, b"new")
     assert "previous file, if any, is unchanged" in str(caught.value)
     assert final.read_text() == "old"
@@ -124,7 +128,7 @@ def test_full_disk_names_the_tensor_file_and_keeps_the_old_one(tmp_path, monkeyp
     save_tensors(path, {"a": torch.zeros(3)}, {})
     before = path.read_bytes()
     monkeypatch.setattr("safetensors.torch.save_file", fail_with(errno.ENOSPC))
-    with pytest.raises(PgolfError, match=r"no space left while writing .*model.safetensors"):
+    with pytest.raises(PgolfError, match=r"cannot write .*model.safetensors: no space is left"):
         save_tensors(path, {"a": torch.ones(3)}, {})
     assert path.read_bytes() == before
     assert names(tmp_path) == ["model.safetensors"]
@@ -139,3 +143,60 @@ def test_available_cores_respects_the_affinity():
         assert available_cores() == 1
     finally:
         os.sched_setaffinity(0, allowed)
+
+
+def test_lock_names_its_owner_and_ends_with_it(tmp_path):
+    with locked(tmp_path / ".lock", "runs/a is in use"):
+        line = rf"runs/a is in use: process {os.getpid()} on {socket.gethostname()} has held its lock for 0 s"
+        with pytest.raises(PgolfError, match=line), locked(tmp_path / ".lock", "runs/a is in use"):
+            pass
+    with locked(tmp_path / ".lock", "busy"):  # free again
+        pass
+
+
+def test_lock_of_a_dead_process_is_taken_over(tmp_path):
+    program = f"""import os, pathlib, pgolf_fast.io as io
+with io.locked(pathlib.Path({str(tmp_path / "l")!r}), ""):
+    os._exit(9)"""
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 9
+    with locked(tmp_path / "l", "busy"):
+        assert (tmp_path / "l").read_text().split()[0] == str(os.getpid())
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o002, 0o077])
+def test_files_get_the_mode_of_the_umask(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        save_tensors(tmp_path / "tensors", {"a": torch.ones(1)}, {})
+        write_text(tmp_path / "text", "x")
+    finally:
+        os.umask(before)
+    assert {(tmp_path / name).stat().st_mode & 0o777 for name in ("tensors", "text")} == {0o666 & ~mask}
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b'{"a": 1', "line 1"),
+        (b'{"a": "\xff"}', "not valid JSON in UTF-8: byte 7 is 0xff"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "too many digits"),
+        (b'{"a": ' + b"[" * 99999 + b"]" * 99999 + b"}", "nested too deeply"),
+        (b"[1]", "holds a JSON list, not a dict"),
+        (b"", "line 1"),
+    ],
+)
+def test_what_is_not_json_is_named(tmp_path, content, problem):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(PgolfError, match=rf"config\.json .*{problem}"):
+        read_json(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [({"a": [1.0, {"b": float("nan")}]}, "a.1.b is nan"), (float("inf"), "the value is inf")],
+)
+def test_json_never_holds_nan(tmp_path, value, name):
+    write_json(tmp_path / "scores.json", {"a": 1.5})
+    with pytest.raises(PgolfError, match=name):
+        write_json(tmp_path / "scores.json", value)
+    assert read_json(tmp_path / "scores.json") == {"a": 1.5}

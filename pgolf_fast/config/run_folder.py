@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +12,7 @@ from pgolf_fast import console
 from pgolf_fast.config.fields import run_config_from_dict, run_config_to_dict
 from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.io import write_text
+from pgolf_fast.io import locked, read_json, remove_leftovers, write_json
 
 SCORES = {"non_overlapping": "non-overlapping", "sliding": "sliding", "sliding_ttt": "sliding + TTT"}
 Weights = Literal["artifact", "float"]
@@ -20,10 +21,10 @@ Weights = Literal["artifact", "float"]
 def read_scores(path: Path) -> dict[str, Any]:
     """Read the file that `pgolf eval` writes. Raises PgolfError if it does not hold three scores."""
     try:
-        scores = json.loads(path.read_text(encoding="utf-8"))
+        scores = read_json(path)
         if all({"bpb", "loss", "tokens", "bytes"} <= scores[name].keys() for name in SCORES):
             return scores
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+    except (FileNotFoundError, KeyError, AttributeError):
         pass
     raise PgolfError(f"{path} does not hold three scores: run `pgolf eval {path.parent}` first")
 
@@ -103,7 +104,7 @@ class RunFolder:
 
     def write_config(self, config: RunConfig) -> None:
         """Write config.json."""
-        write_text(self.config_file, json.dumps(run_config_to_dict(config), indent=2) + "\n")
+        write_json(self.config_file, run_config_to_dict(config))
         self._config = None
 
     def read_config(self) -> RunConfig:
@@ -114,13 +115,16 @@ class RunFolder:
             raise PgolfError(
                 f"{self.path} is not a run folder: it has no config.json; give the --out of a training run"
             )
-        try:
-            tree = json.loads(self.config_file.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            problem = f"is not valid JSON (line {error.lineno}): {error.msg}"
-            raise PgolfError(f"{self.config_file} {problem}") from error
-        self._config = run_config_from_dict(tree)
+        self._config = run_config_from_dict(read_json(self.config_file))
         return self._config
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other processes from writing this run during the block. Raises PgolfError if one does."""
+        with locked(self.path / ".lock", f"{self.path} is in use"):
+            for place in (self.path, self.checkpoints):
+                remove_leftovers(place)
+            yield
 
     def need(self, path: Path, made_by: str) -> Path:
         """Return `path` if it exists. Raises PgolfError naming the command that makes it."""
