@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, Literal
 
 from pgolf_fast import console
 from pgolf_fast.config.fields import run_config_from_dict, run_config_to_dict
+from pgolf_fast.config.presets import is_preset
 from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import locked, read_json, remove_leftovers, write_json
@@ -72,6 +74,13 @@ class RunFolder:
         if weights == "artifact":
             return self.need(self.artifact_file, "pack")
         return self.need(self.model_file, "train PRESET --resume --out")
+
+    def resume_command(self) -> str:
+        """Return the command that continues the training of this run, quoted for a shell."""
+        name = str(self.path)
+        if name.startswith("-") or is_preset(name):  # these words mean something else to `pgolf train`
+            name = f"./{name}"
+        return f"pgolf train --resume {shlex.quote(name)}"
 
     @property
     def products(self) -> tuple[Path, ...]:
