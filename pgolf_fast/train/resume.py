@@ -1,9 +1,8 @@
 """Resuming a run: the settings that must stay, and the newest checkpoint that is whole."""
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -24,19 +23,13 @@ _MAY_CHANGE = re.compile(
 _MUST_STAY = ("quant.bits", "quant.grid")  # the grid of quantization-aware training
 
 
-@dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(NamedTuple):
     """A checkpoint that was read, and newer ones that could not be used."""
 
     path: Path
     tensors: dict[str, Tensor]
     metadata: dict[str, Any]
     damaged: tuple[Path, ...]
-
-    def set_aside(self) -> None:
-        """Rename the newer checkpoints, so that new ones are not taken for older than them."""
-        for path in self.damaged:
-            path.replace(path.with_name(f"{path.name}.damaged"))
 
 
 def check_folder(folder: RunFolder, config: RunConfig, resume: bool) -> list[str]:
@@ -75,12 +68,12 @@ def newest_whole(folder: RunFolder, config: RunConfig) -> Checkpoint | None:
             damaged[path] = str(error)
             continue
         for reason in damaged.values():
-            console.logger.warning(f"{reason}; going on from step {metadata['step']}, {path}, instead")
+            console.logger.warning(f"{reason}; continuing from {path} instead")
         return Checkpoint(path, tensors, metadata, tuple(damaged))
     if damaged:
         raise PgolfError(
-            f"no checkpoint of {folder.path} can be used: {'; '.join(damaged.values())}. Put back a whole one "
-            "or remove them, to train from the start"
+            f"no checkpoint of {folder.path} can be used: {'; '.join(damaged.values())}. Put back a whole "
+            "one, or remove them to train from the start"
         )
     return None
 
