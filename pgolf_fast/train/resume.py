@@ -34,13 +34,10 @@ class Checkpoint(NamedTuple):
 
 def check_folder(folder: RunFolder, config: RunConfig, resume: bool) -> list[str]:
     """Return what differs from the run in the folder. Raises PgolfError if it cannot be continued so."""
-    if folder.path.exists() and not folder.path.is_dir():
-        raise PgolfError(f"{folder.path} is a file: choose another --out")
     kept = bool(checkpoints(folder.checkpoints)) or folder.model_file.is_file()
     if not resume and (kept or folder.config_file.is_file()):
         raise PgolfError(
-            f"{folder.path} already holds a run: `{folder.resume_command()}` continues it; "
-            "choose another --out for a new one"
+            f"{folder.path} already holds a run: pass --resume to continue it, or choose another --out"
         )
     if not folder.config_file.is_file():
         return []
@@ -59,7 +56,7 @@ def newest_whole(folder: RunFolder, config: RunConfig) -> Checkpoint | None:
     for path in reversed(checkpoints(folder.checkpoints)):
         try:
             tensors, metadata = load_tensors(path)
-            if not isinstance(metadata.get("step"), int) or not isinstance(metadata.get("config"), dict):
+            if not {"config", "elapsed", "loader", "schedule", "step"} <= metadata.keys():
                 raise PgolfError(f"{path} is not a checkpoint of a training run")
             refused = _changes(run_config_from_dict(metadata["config"]), config)[1]
             if refused:
