@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,6 +16,14 @@ from typing import TypeVar
 
 Item = TypeVar("Item")
 logger = logging.getLogger("pgolf_fast")
+
+
+def command(*words: object) -> str:
+    """Return the `pgolf` command of these words, quoted for a shell."""
+    # A path that starts with - would be an option
+    return shlex.join(
+        ["pgolf", *(f"./{w}" if isinstance(w, Path) and str(w)[0] == "-" else str(w) for w in words)]
+    )
 
 
 def setup_logging(log_file: Path | None = None, *, quiet: bool = False) -> None:

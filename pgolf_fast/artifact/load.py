@@ -1,5 +1,6 @@
 """Load a model: an artifact or a run folder in, a `LoadedModel` out."""
 
+import contextlib
 import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,8 +13,9 @@ from torch.overrides import TorchFunctionMode
 from pgolf_fast import console
 from pgolf_fast.artifact.container import read_container, sizes
 from pgolf_fast.config.fields import run_config_from_dict
-from pgolf_fast.config.run_folder import RunFolder, RunPath
+from pgolf_fast.config.run_folder import RunFolder, RunPath, absolute, copy_files
 from pgolf_fast.config.schema import RunConfig
+from pgolf_fast.data.source import open_source
 from pgolf_fast.data.tokenizer import Tokenizer, byte_table
 from pgolf_fast.distributed import this_process
 from pgolf_fast.errors import PgolfError
@@ -44,7 +46,7 @@ class LoadedModel:
     def need_tokenizer(self) -> Tokenizer:
         """Return the tokenizer. Raises PgolfError if it is not known."""
         if self.tokenizer is None:
-            raise PgolfError(f"{self.path} has no tokenizer next to it: pass tokenizer=FILE.model")
+            raise PgolfError(f"{self.path} has no tokenizer next to it: pass tokenizer=FILE.model or --tokenizer FILE")
         return self.tokenizer
 
     def __str__(self) -> str:
@@ -91,6 +93,7 @@ def load(
     quantized = digest = None
     if weights == "artifact":
         stored, quantized = unpack(file)
+        stored = _with_data(stored, file)
         config, digest = config or stored, sizes(file).sha256
         state = _dequantized(file, quantized)
     else:
@@ -158,9 +161,40 @@ def unpack(path: Path | str) -> tuple[RunConfig, QuantizedState]:
 
 
 def load_artifact(path: Path | str) -> tuple[RunConfig, dict[str, Tensor]]:
-    """Read configuration and float32 state dict of an artifact. Raises PgolfError as `unpack` does."""
+    """Read `stored_config` and float32 state dict of an artifact. Raises PgolfError as `unpack` does."""
     config, quantized = unpack(path)
-    return config, _dequantized(path, quantized)
+    return _with_data(config, Path(path)), _dequantized(path, quantized)
+
+
+def stored_config(path: Path, data: Path | None = None) -> RunConfig:
+    """Return the configuration of a run folder or an artifact; an artifact's data is that of its run folder.
+
+    Raises PgolfError for an artifact outside of a run folder without `data`.
+    """
+    if path.is_dir():
+        return RunFolder(path).read_config()
+    stored = unpack(path)[0]
+    config = _with_data(stored, path)
+    if config is stored and data is None and config.data.path is None:
+        raise PgolfError(f"{path} does not say where its data is: give a folder of shards with --data DIR")
+    return config
+
+
+def artifact_run(artifact: Path, config: RunConfig, out: Path) -> RunFolder:
+    """Make a run folder `out` of an artifact alone, and the tokenizer next to it or else that of its data."""
+    tokenizer = artifact.parent / "tokenizer.model"
+    if not tokenizer.is_file():
+        tokenizer = open_source(config.data, config.model.vocab_size).tokenizer.path
+    return copy_files(absolute(config), {"model.pgolf": artifact, "tokenizer.model": tokenizer}, out)
+
+
+def _with_data(config: RunConfig, artifact: Path) -> RunConfig:
+    """Return the configuration of an artifact with the data of the run folder that the file lies in."""
+    with contextlib.suppress(PgolfError):  # any other config.json
+        run = RunFolder(artifact.parent).read_config()
+        if run.model == config.model:
+            return replace(config, data=run.data)
+    return config
 
 
 def _dequantized(path: Path | str, quantized: QuantizedState) -> dict[str, Tensor]:

@@ -153,7 +153,9 @@ def artifact_bytes(quantized: QuantizedState, config: RunConfig, packing: PackCo
 
 
 def _tree(quantized: QuantizedState, config: RunConfig) -> dict[str, Any]:
-    return {"run": run_config_to_dict(config), "bits": quantized.bits()}
+    # An artifact is shared: it does not say where the data lies on this machine
+    data = replace(config.data, path=None, tokenizer=None)
+    return {"run": run_config_to_dict(replace(config, data=data)), "bits": quantized.bits()}
 
 
 def pack(

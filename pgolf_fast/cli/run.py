@@ -3,7 +3,9 @@
 import contextlib
 import io
 import json
+import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args
@@ -29,12 +31,50 @@ from pgolf_fast.cli.options import (
 )
 from pgolf_fast.config.fields import flatten, flip
 from pgolf_fast.config.presets import PRESETS, is_preset, preset
-from pgolf_fast.config.run_folder import RunFolder, Weights
+from pgolf_fast.config.run_folder import RunFolder, Weights, read_scores
 from pgolf_fast.config.schema import Codec, RunConfig
 from pgolf_fast.errors import PgolfError
 
 _QUANT_FIELDS = ("quant.percentiles", "quant.block_size", "quant.damping", "quant.small_tensor")
+_COPY = "Copy the run, without its checkpoints, to this folder and write there, not into the run."
+RunOrArtifact = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_ARTIFACT")]
+OutCopy = Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="", help=_COPY)]
 TTT_FIELDS = ("ttt.*", "ttt.lora.*", "ttt.guided.*")
+
+
+@contextlib.contextmanager
+def results_in(
+    run: Path, out: Path | None, words: Words, shards: Shards | None = None, world: Any = None
+) -> Iterator[tuple[RunFolder, RunConfig]]:
+    """Yield the run folder for results and log lines, locked, and its configuration with `words` set.
+
+    It is the run itself or, with `out`, a copy of it there. With `shards`, `run` may be an artifact alone,
+    whose run folder is made in `out` or, without one, in a temporary folder. Of several ranks, the first
+    copies, locks and logs.
+    """
+    from pgolf_fast.io import need_writable
+
+    with contextlib.ExitStack() as stack:
+        main, alone = world is None or world.is_main, shards is not None and run.is_file()
+        place = out or (Path(stack.enter_context(tempfile.TemporaryDirectory())) if alone else run)
+        if main or (alone and out is None):
+            need_writable(place)
+            if alone and shards is not None:
+                from pgolf_fast.artifact.load import artifact_run, stored_config
+
+                config = stored_config(run, shards.data)
+                flip(config, words)  # a wrong one leaves no folder behind
+                artifact_run(run, flip(config, shards.words), place)
+            elif out is not None:
+                run_folder(run, words)[0].copy_to(out)
+        if world is not None:
+            world.barrier()
+        folder, config = run_folder(place, words)
+        if main:
+            stack.enter_context(folder.lock())
+        console.setup_logging(folder.log_file if main else None, quiet=not main)
+        stack.callback(console.close_logging)
+        yield folder, config
 
 
 @dataclass(frozen=True)
@@ -86,7 +126,7 @@ class Import:
         config = preset_with(self.preset, self.shrink, self.fields)
         folder = RunFolder(self.out or Path("runs", weights.stem))
         import_weights(weights, config, folder)
-        print(f"wrote {folder.model_file}; continue with `pgolf quantize {folder.path}`")
+        print(f"wrote {folder.model_file}; continue with `{console.command('quantize', folder.path)}`")
 
 
 @dataclass(frozen=True)
@@ -95,14 +135,14 @@ class Quantize:
     fields: Annotated[Words, Fields(("quant",), brief=_QUANT_FIELDS)]
     grid: Literal["reference", "percentile", "rd"] | None = None  # Short for --quant.grid.
     target_bytes: int | None = None  # Short for --quant.target-bytes.
+    out: OutCopy = None
 
     def main(self) -> None:
         from pgolf_fast.artifact.pack import quantize_run
 
         short = given({"quant.grid": self.grid, "quant.target_bytes": self.target_bytes})
-        folder, config = run_folder(self.run, (*self.fields, *short))
-        console.setup_logging(folder.log_file)
-        print(quantize_run(folder, config.quant))
+        with results_in(self.run, self.out, (*self.fields, *short)) as (folder, config):
+            print(quantize_run(folder, config.quant))
         wrote(folder.quantized_file)
 
 
@@ -116,13 +156,13 @@ class Pack:
     measure: tuple[Codec, ...] = get_args(Codec)
     json: Path | None = None  # File for the table as JSON.
     treemap: Path | None = None  # PNG file for a treemap of the bytes.
+    out: OutCopy = None
 
     def main(self) -> None:
         from pgolf_fast.artifact.pack import pack_run
 
-        folder, config = run_folder(self.run, self.fields)
-        console.setup_logging(folder.log_file)
-        packed = pack_run(folder, config.pack)
+        with results_in(self.run, self.out, self.fields) as (folder, config):
+            packed = pack_run(folder, config.pack)
         print(packed)
         wrote(packed.path)
         if self.table or self.json or self.treemap:
@@ -133,6 +173,7 @@ class Pack:
         from pgolf_fast.lab.analysis.artifact_bytes import artifact_table
         from pgolf_fast.lab.report.plots import plot_treemap
 
+        console.setup_logging()  # without the run's log, which is no place for measurements of codecs
         table = artifact_table(artifact, self.measure if self.table or self.json else ())
         if self.table:
             print("\n" + table.text())
@@ -145,12 +186,13 @@ class Pack:
 
 @dataclass(frozen=True)
 class Eval(Shards):
-    run: Run  # Run folder; with --estimate, a preset too.
+    run: RunOrArtifact  # Run folder, or artifact file; with --estimate, a preset too.
     fields: Annotated[Words, Fields(("eval", "ttt"), brief=TTT_FIELDS)]
     weights: Weights = "artifact"  # Score the packed artifact, or the float weights before quantization.
     figures: bool = False  # Print all tables, not just the one by token class.
     estimate: bool = False  # Print the amount of work and how long it would take here, without scoring.
     allow_illegal: bool = False  # Also score test-time training that breaks the rules, labeled ILLEGAL.
+    out: OutCopy = None
 
     def main(self) -> None:
         words, name = (*self.fields, *self.words), str(self.run)
@@ -159,28 +201,32 @@ class Eval(Shards):
         elif self.estimate:
             self._estimate(*run_folder(self.run, words))
         else:
-            self._score(*run_folder(self.run, words))
+            self._score(words)
 
-    def _score(self, folder: RunFolder, config: RunConfig) -> None:
+    def _score(self, words: Words) -> None:
         from pgolf_fast.distributed import join_world
         from pgolf_fast.evaluation.figures import tables
         from pgolf_fast.evaluation.run import score_run
         from pgolf_fast.lab.report.plots import draw_scores
 
-        with join_world() as world:
-            console.setup_logging(folder.log_file if world.is_main else None, quiet=not world.is_main)
+        if self.run.is_file() and self.weights == "float":
+            raise PgolfError(f"{self.run} is a file: float weights are scored in a run folder")
+        written: tuple[Path | None, ...] = ()
+        with join_world() as world, results_in(self.run, self.out, words, self, world) as (folder, config):
             scores = score_run(folder, config, self.weights, world, allow_illegal=self.allow_illegal)
-        if not world.is_main:
-            return
-        path = folder.scores_file(self.weights)
-        content = json.loads(path.read_text(encoding="utf-8"))
+            if not world.is_main:
+                return
+            path = folder.scores_file(self.weights)
+            content = read_scores(path)
+            if self.out or self.run.is_dir():
+                written = path, draw_scores(content, path.with_suffix(".png"))
         print(scores.table())
         if scores.illegal:
             print(f"\nThe third score BREAKS THE RULES of the challenge: {scores.illegal}.")
         for table in tables(content["figures"], every=self.figures, illegal=scores.illegal):
             print(f"\n{table}")
         print()
-        wrote(path, draw_scores(content, path.with_suffix(".png")))
+        wrote(*written)
 
     def _estimate(self, folder: RunFolder | None, config: RunConfig) -> None:
         from pgolf_fast.evaluation.run import estimate_run
@@ -231,21 +277,22 @@ class Submit:
 
 @dataclass(frozen=True)
 class Generate:
-    run: Run  # Run folder.
+    run: RunOrArtifact  # Run folder, or artifact file.
     prompt: str = ""  # Text to continue; an empty prompt starts a document.
     tokens: int = 200  # Tokens to generate.
     temperature: float = 0.8  # Sampling temperature; 0 takes the most likely token.
     seed: int = 0  # Sampling seed.
+    tokenizer: Path | None = None  # Tokenizer; default: that of the run, or next to the artifact.
 
     def main(self) -> None:
-        from pgolf_fast.artifact.load import generate
+        from pgolf_fast.artifact.load import generate, load
 
         if self.tokens < 1:
             raise PgolfError(f"--tokens is {self.tokens}; it must be at least 1")
         if self.temperature < 0:
             raise PgolfError(f"--temperature is {self.temperature}; it must not be negative")
-        folder, _ = run_folder(self.run)
-        print(generate(folder, self.prompt, self.tokens, temperature=self.temperature, seed=self.seed))
+        loaded = load(existing(self.run, "run folder or artifact"), tokenizer=self.tokenizer)
+        print(generate(loaded, self.prompt, self.tokens, temperature=self.temperature, seed=self.seed))
 
 
 @dataclass(frozen=True)

@@ -77,9 +77,10 @@ class Audit(Shards):
         return 1 if wrong else 0
 
     def _target(self) -> Any:
-        from pgolf_fast.lab.audit.target import open_target, settings
+        from pgolf_fast.artifact.load import stored_config
+        from pgolf_fast.lab.audit.target import open_target
 
-        config = flip(settings(existing(self.run, "run or artifact")), self.fields)
+        config = flip(stored_config(existing(self.run, "run or artifact"), self.data), self.fields)
         least = config.eval_seq_len
         if self.tokens is not None and self.tokens < least:
             raise PgolfError(f"--tokens is {self.tokens}; it must be at least one window of {least}")

@@ -1,6 +1,7 @@
 """Score a run folder or an artifact, and estimate the time that takes."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -9,8 +10,10 @@ import torch
 from pgolf_fast.artifact.load import LoadedModel, load
 from pgolf_fast.config.fields import run_config_to_dict, with_fields
 from pgolf_fast.config.run_folder import RunFolder, RunPath, Weights
-from pgolf_fast.config.schema import RunConfig
+from pgolf_fast.config.schema import DataConfig, RunConfig
+from pgolf_fast.console import logger
 from pgolf_fast.data.source import Source, open_source
+from pgolf_fast.data.tokenizer import find_tokenizer
 from pgolf_fast.distributed import World, this_process
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.estimate import Estimate, estimate
@@ -28,11 +31,32 @@ def open_run(
 ) -> tuple[LoadedModel, Stream]:
     """Open everything that scoring reads: the run's model and the validation tokens of `config.data`.
 
-    Raises PgolfError if the weights are missing, or the tokens were made by another tokenizer than the run's.
+    A tokenizer that the run was trained with and that is gone is replaced by the copy in the run folder.
+    Raises PgolfError if weights or data are missing, or the tokens were made by another tokenizer than the
+    run's.
     """
     folder.weights_file(weights)  # the first thing to complain about
+    config = replace(config, data=_present(folder, config.data))
     source, stream = _open_data(config, device, folder.tokenizer_file)
     return load(folder, weights, config=config, tokenizer=source.tokenizer, device=device), stream
+
+
+def _present(folder: RunFolder, data: DataConfig) -> DataConfig:
+    """Return `data` with the run's own tokenizer if theirs is gone. Raises PgolfError if the shards are."""
+    own, named = folder.tokenizer_file, data.tokenizer
+    if data.path is None:
+        return data
+    if not Path(data.path).is_dir():
+        tried = " and ".join(folder.places(data.path))
+        raise PgolfError(f"data folder {data.path} does not exist (tried {tried}): give --data DIR")
+    if not own.is_file() or named != folder.read_config().data.tokenizer or (named and Path(named).is_file()):
+        return data
+    try:
+        find_tokenizer(data.path)
+        return replace(data, tokenizer=None)
+    except PgolfError as error:
+        logger.warning("%s: using the run's, %s", str(error).partition(":")[0], own)
+        return replace(data, tokenizer=str(own))
 
 
 def _open_data(
@@ -40,7 +64,7 @@ def _open_data(
 ) -> tuple[Source, Stream]:
     """Open the validation tokens. Raises PgolfError if they were made by another tokenizer than that one."""
     source = open_source(config.data, config.model.vocab_size)
-    if tokenizer is not None and source.tokenizer.path.read_bytes() != tokenizer.read_bytes():
+    if tokenizer is not None and tokenizer.is_file() and source.tokenizer.path.read_bytes() != tokenizer.read_bytes():
         raise PgolfError(
             f"the shards in {source.folder} belong to tokenizer {source.tokenizer.path}, the run to another "
             f"({tokenizer}): use shards made with the run's, or name it with --tokenizer"

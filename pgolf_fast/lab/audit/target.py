@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pgolf_fast.artifact.load import LoadedModel, load, unpack
+from pgolf_fast.artifact.load import LoadedModel, load, stored_config
 from pgolf_fast.config.fields import with_fields
 from pgolf_fast.config.run_folder import RunFolder, Weights
 from pgolf_fast.config.schema import EvalConfig, PackConfig, RunConfig, TTTConfig
@@ -84,11 +84,6 @@ class Audit:
             yield lambda x, y, context: adapter.score(x, y, context, row.repeat(len(x)))
 
 
-def settings(path: Path) -> RunConfig:
-    """Return the configuration of a run folder or an artifact file. Raises PgolfError if it is neither."""
-    return RunFolder(path).read_config() if path.is_dir() else unpack(path)[0]
-
-
 def open_target(
     path: Path,
     *,
@@ -106,7 +101,7 @@ def open_target(
     """
     folder = RunFolder(path) if path.is_dir() else None
     artifact = path if folder is None else folder.artifact_file if folder.artifact_file.is_file() else None
-    config = settings(path)
+    config = stored_config(path, data)
     config = replace(config, eval=evaluation or config.eval, ttt=ttt or config.ttt)
     places = {"data.path": data, "data.tokenizer": tokenizer}
     config = with_fields(config, {name: place for name, place in places.items() if place})
