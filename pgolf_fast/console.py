@@ -227,4 +227,4 @@ class Table:
 
 def inline_html(text: str) -> str:
     """Escape text for HTML and turn `code` in backticks into `<code>` elements."""
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
+    return re.sub(r"(?<!`)(``?)(?!`)(.+?)(?<!`)\1(?!`)", r"<code>\2</code>", escape(text), flags=re.DOTALL)

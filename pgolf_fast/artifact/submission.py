@@ -4,9 +4,9 @@ import ast
 import base64
 import functools
 import hashlib
-import json
 import lzma
 import math
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -27,13 +27,14 @@ from pgolf_fast.config.run_folder import RunFolder, read_scores
 from pgolf_fast.config.schema import QuantConfig, RunConfig, TTTConfig
 from pgolf_fast.console import command, logger
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.io import parse_json, read_json, write_bytes, write_json
+from pgolf_fast.io import json_text, need_writable, read_json, write_bytes, write_json
 
 LIMIT_BYTES = 16_000_000
 OFFICIAL_BYTES = 151_080_363  # of the challenge's validation targets in 1,024 pieces
 SCRIPT, ARTIFACT = "train_gpt.py", "model.pgolf"
 _WRITTEN = ".pgolf_submit.json"  # digests of the files that `write_submission` wrote
-_PLACEHOLDERS = {"", "your name", "your-github-id", "your github id", "you", "none", "a. person"}
+_TEXTS = ("README.md", "submission.json")  # which people edit
+_PLACEHOLDERS = {"", "your name", "your-github-id", "your github id", "you", "none"}
 _SCORES = {
     "non_overlapping": "non-overlapping windows",
     "sliding": "sliding windows",
@@ -74,7 +75,8 @@ def write_submission(folder: RunFolder, out: Path, about: About, *, readable: bo
     LIMIT_BYTES, or `out` holds files of these names that this function did not write.
     """
     artifact = folder.need(folder.artifact_file, "pack")
-    log = folder.log_file
+    log = folder.need(folder.log_file, "train PRESET --out")
+    need_writable(out)
     config, container = unpack(artifact)[0], sizes(artifact)
     digest = container.sha256
     if config.ttt.illegal is not None:
@@ -97,7 +99,7 @@ def write_submission(folder: RunFolder, out: Path, about: About, *, readable: bo
     facts["warnings"] = _warnings(config, about, scores)
     template = resources.files("pgolf_fast.artifact").joinpath("submission.md.j2").read_text(encoding="utf-8")
     readme = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(template)
-    summary = json.dumps(_summary(facts, about), indent=2) + "\n"
+    summary = json_text(out / "submission.json", _summary(facts, about))
     files = {
         SCRIPT: script.encode(),
         "README.md": readme.render(facts).encode(),
@@ -139,9 +141,10 @@ def _warnings(config: RunConfig, about: About, scores: dict[str, Any]) -> list[s
 def _without_folders(text: str, folder: RunFolder) -> str:
     """Shorten the paths in a log to their last component: a submission does not describe this machine."""
     data = folder.read_config().data
-    for place in filter(None, (data.path, data.tokenizer, str(folder.path.absolute()), str(Path.home()))):
-        if os.path.isabs(place) and place != "/":
-            text = text.replace(place, Path(place).name)  # they may have spaces
+    for place in filter(None, (data.tokenizer, data.path, str(folder.path.absolute()))):
+        if os.path.isabs(place):
+            text = text.replace(place, Path(place).name)  # it may have spaces
+    text = re.sub(r"(['\"])~?/[^'\"\n]*/([^'\"\n/]+)\1", r"\1\2\1", text)
     return re.sub(r"(^|[^\w/.:~])~?/(?:[^\s/]+/)*(?=[^\s/])", r"\1", text, flags=re.M)
 
 
@@ -149,20 +152,21 @@ def _write_own(out: Path, files: dict[str, bytes]) -> None:
     """Write files that are new or that an earlier call wrote. Raises PgolfError for any other file."""
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     record = out / _WRITTEN
-    before = read_json(record) if record.is_file() else {}
+    before = read_json(record) if record.is_file() else {}  # every digest that was written, by name
     changed = []
     for name, digest in digests.items():
         file = out / name
         found = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
-        if (file.exists() or file.is_symlink()) and found not in (digest, before.get(name)):
+        if (file.exists() or file.is_symlink()) and found not in (digest, *before.get(name, ())):
             changed.append(name)
-    kept = [name for name in changed if name in before and name.startswith(("README", "submission"))]
+    kept = [name for name in changed if name in before and name in _TEXTS]
     if other := sorted({*changed} - {*kept}):
         raise PgolfError(
             f"{out} holds {' and '.join(other)} that pgolf submit did not write: move them, or choose another "
             "--out"
         )
-    write_json(record, before | {name: digest for name, digest in digests.items() if name not in kept})
+    written = {name: [*before.get(name, ()), digest] for name, digest in digests.items()}
+    write_json(record, written | {name: before[name] for name in kept})
     for name in files.keys() - kept:
         write_bytes(out / name, files[name])
     if kept:

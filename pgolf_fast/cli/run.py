@@ -269,6 +269,7 @@ class Submit:
 
         folder, _ = run_folder(self.run)
         out = self.out or folder.path / "submission"
+        console.setup_logging()
         about = About(self.author, self.github_id, self.name, self.blurb, self.track)
         written = write_submission(folder, out, about, readable=self.readable)
         print(console.Table(("part", "bytes"), [(part, f"{size:,}") for part, size in written.items()]))
