@@ -14,6 +14,8 @@ from numbers import Real
 from pathlib import Path
 from typing import TypeVar
 
+from pgolf_fast.io import cannot_write
+
 Item = TypeVar("Item")
 logger = logging.getLogger("pgolf_fast")
 
@@ -27,16 +29,15 @@ def command(*words: object) -> str:
 
 
 def setup_logging(log_file: Path | None = None, *, quiet: bool = False) -> None:
-    """Send log lines to standard error and, if given, append them to `log_file`."""
+    """Send log lines to standard error and, if given, append them with the time to `log_file`."""
     close_logging()
     logger.setLevel(logging.INFO)
     logger.propagate = False  # handlers of the root logger would print every line twice
-    handlers: list[logging.Handler] = [] if quiet else [logging.StreamHandler(sys.stderr)]
+    # without any handler Python prints warnings to standard error
+    logger.addHandler(logging.NullHandler() if quiet else logging.StreamHandler(sys.stderr))
     if log_file is not None:
-        log_file.parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
-    for handler in handlers:
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler = _LogFile(_Appender(log_file))
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(handler)
 
 
@@ -47,23 +48,53 @@ def close_logging() -> None:
         handler.close()
 
 
+class _Appender:
+    """A file that text is appended to. It has no buffer, whose rest would fail again when the file closes."""
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path, self._file = path, open(path, "ab", buffering=0)  # noqa: SIM115 - open for the whole run
+
+    def write(self, text: str) -> None:
+        """Write `text`. Raises PgolfError naming the file if the disk is full."""
+        data = text.encode()
+        try:
+            while data:
+                data = data[self._file.write(data) :]
+        except OSError as error:
+            raise cannot_write(self._path, error) from error
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _LogFile(logging.StreamHandler):
+    """Handler that says once that its file cannot be written, and is then left out."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        logger.removeHandler(self)
+        logger.warning("%s; log lines are no longer kept", sys.exc_info()[1])
+        self.close()
+
+    def close(self) -> None:
+        self.stream.close()
+        super().close()
+
+
 class MetricsWriter:
-    """Append JSON objects to a file, one per line; each line is flushed before the next is written."""
+    """Append JSON objects to a file, one per line; a crash loses at most the current line."""
 
     def __init__(self, path: Path | None):
-        self._file = None
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # a crash may have truncated the last line: start a new one instead of extending it
-            truncated = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
-            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open for the whole run
-            if truncated:
-                self._file.write("\n")
+        # a crash may have truncated the last line: start a new one instead of extending it
+        truncated = path is not None and path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
+        self._file = None if path is None else _Appender(path)
+        if self._file is not None and truncated:
+            self._file.write("\n")
 
     def write(self, kind: str, **values: object) -> None:
+        """Write a line. Raises PgolfError naming the file if the disk is full."""
         if self._file is not None:
             self._file.write(json.dumps({"kind": kind, **values}) + "\n")
-            self._file.flush()  # a crash loses at most the current line
 
     def close(self) -> None:
         if self._file is not None:
@@ -71,12 +102,17 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """Return the JSON objects of a metrics file, skipping lines truncated by a crash."""
+    """Return the JSON objects of a metrics file, skipping lines that a crash truncated or damaged."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
+    for line in path.read_bytes().splitlines():
+        with contextlib.suppress(ValueError, RecursionError):  # not UTF-8 is a ValueError too
             rows.append(json.loads(line))
     return [row for row in rows if isinstance(row, dict)]
+
+
+def line_seconds() -> float:
+    """Return the most seconds between two progress lines: fewer where somebody watches them."""
+    return 10.0 if sys.stderr.isatty() else 60.0
 
 
 def progress(

@@ -9,6 +9,7 @@ import re
 import socket
 import tempfile
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,11 +54,16 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     except OSError as error:
         if error.errno in _FULL:
             raise PgolfError(
-                f"cannot write {final}: {_FULL[error.errno]}; the previous file, if any, is unchanged"
+                f"{cannot_write(final, error)}; the previous file, if any, is unchanged"
             ) from error
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def cannot_write(path: Path, error: OSError) -> PgolfError:
+    """Return the error of a failed write: the file, the reason and, if the disk is full, what to do."""
+    return PgolfError(f"cannot write {path}: {_FULL.get(error.errno or 0, error.strerror)}")
 
 
 def need_writable(folder: Path, option: str = "--out DIR") -> None:
@@ -170,15 +176,16 @@ def write_bytes(path: Path | str, content: bytes) -> None:
 
 
 def save_tensors(path: Path, tensors: dict[str, "Tensor"], metadata: dict[str, Any]) -> None:
-    """Write tensors and JSON `metadata` as a safetensors file, atomically, as `atomic_path` does."""
+    """Write tensors, JSON `metadata` and a checksum of both as a safetensors file, as `atomic_path` does."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     ready = {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
+    text = json.dumps(metadata)
     with atomic_path(path) as temporary:
         try:
             # a safetensors file holds strings only, so the metadata is one JSON string
-            save_file(ready, temporary, metadata={"metadata": json.dumps(metadata)})
+            save_file(ready, temporary, metadata={"metadata": text, "crc32": _checksum(ready, text)})
         except SafetensorError as error:
             # safetensors reports the system's error number in its text only
             code = re.search(r"os error (\d+)\)", str(error))
@@ -190,7 +197,22 @@ def save_tensors(path: Path, tensors: dict[str, "Tensor"], metadata: dict[str, A
 def load_tensors(path: Path) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
     """Return what `save_tensors` wrote. Raises PgolfError if the file is damaged or of another kind."""
     with _opened(path) as (handle, metadata):
-        return {name: handle.get_tensor(name) for name in handle.keys()}, metadata  # noqa: SIM118
+        tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        stored = handle.metadata() or {}
+    if "crc32" in stored and stored["crc32"] != _checksum(tensors, stored.get("metadata", "")):
+        raise PgolfError(f"{path} is damaged: its contents do not match their checksum")
+    return tensors, metadata
+
+
+def _checksum(tensors: dict[str, "Tensor"], text: str) -> str:
+    """Return the CRC-32 of a text and of names, dtypes, shapes and values of tensors on the CPU."""
+    import torch
+
+    crc = zlib.crc32(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)
+        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, crc)
+    return f"{crc:08x}"
 
 
 def load_metadata(path: Path) -> dict[str, Any]:

@@ -73,7 +73,8 @@ def _clear(out: Path) -> None:
     if not out.exists():
         return
     folder = RunFolder(out)
-    files = {entry.name for entry in out.iterdir()} - {folder.log_file.name}
+    files = {entry.name for entry in out.iterdir()} - {folder.log_file.name, ".lock"}
     if files and (not folder.config_file.is_file() or folder.read_config().name != "demo"):
         raise PgolfError(f"{out} is not an earlier demo: choose another --out")
-    shutil.rmtree(out)
+    with folder.lock():  # not while another demo trains there
+        shutil.rmtree(out)

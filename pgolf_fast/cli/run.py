@@ -93,21 +93,39 @@ class Demo:
 
 @dataclass(frozen=True)
 class Train:
-    preset: Preset  # Configuration to start from; `pgolf config` lists the presets.
     fields: AllFields
+    # Configuration to start from; `pgolf config` lists the presets. With --resume, also a run folder.
+    preset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET", help_behavior_hint="")] = ""
     out: Path | None = None  # Run folder; default: runs/PRESET.
-    resume: bool = False  # Continue the run in that folder from its newest checkpoint.
+    resume: bool = False  # Continue the run from its newest checkpoint; `pgolf train --resume RUN` suffices.
     track: Literal["wandb", "tensorboard"] | None = None  # Send metrics there as well as to metrics.jsonl.
     # Train the preset at this size, under the name PRESET_SIZE; other options change it from there.
     shrink: Size | None = None
 
-    def main(self) -> None:
+    def main(self) -> int:
+        from pgolf_fast.train.interrupt import Interrupted
         from pgolf_fast.train.loop import train
 
-        config = preset_with(self.preset, self.shrink, self.fields)
-        result = train(config, self.out or Path("runs", config.name), resume=self.resume, track=self.track)
+        out, config = self._run_and_settings()
+        try:
+            result = train(config, out, resume=self.resume, track=self.track)
+        except Interrupted as stop:  # the last line of the log says what is kept
+            return stop.status
         if result.is_main:
             print(result)
+        return 0
+
+    def _run_and_settings(self) -> tuple[Path, RunConfig]:
+        """Return the run folder and its configuration: that of the preset, or the resumed run's own."""
+        run = self.out if self.preset == "" else Path(self.preset)
+        if self.resume and run is not None and not is_preset(self.preset):
+            if self.shrink is not None or self.out not in (None, run):
+                raise PgolfError(f"--resume {run} takes no --shrink and no other --out: leave them out")
+            return run, run_folder(run, self.fields)[1]
+        if self.preset == "":
+            raise PgolfError(f"train needs PRESET: for example `{COMMANDS['train'].example}`")
+        config = preset_with(self.preset, self.shrink, self.fields)
+        return self.out or Path("runs", config.name), config
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,10 @@ def run_config_to_dict(config: RunConfig) -> dict[str, Any]:
 
 
 def run_config_from_dict(values: dict[str, Any]) -> RunConfig:
-    """Invert `run_config_to_dict`. Raises PgolfError for an unknown field or a wrong type."""
+    """Invert `run_config_to_dict`. Raises PgolfError for a missing group, unknown field or wrong type."""
+    missing = [name for name in ("model", "data", "train", "quant", "eval") if name not in values]
+    if missing:
+        raise PgolfError(f"the configuration of a run has lost {', '.join(missing)}: restore the whole of it")
     return from_dict(RunConfig, values)
 
 

@@ -44,6 +44,14 @@ def absolute(config: RunConfig) -> RunConfig:
     return replace(config, data=replace(data, path=path, tokenizer=tokenizer))
 
 
+def _is_whole(line: dict[str, Any]) -> bool:
+    """Return whether a line of metrics.jsonl has a kind and a step, and a number where one belongs."""
+    numbers = [line.get(name, 0) for name in ("loss", "bpb", "tokens", "multiplier")]
+    numbers.append(line.get("elapsed", None if line.get("kind") == "step" else 0))
+    finite = all(isinstance(value, int | float) and math.isfinite(value) for value in numbers)
+    return isinstance(line.get("kind"), str) and type(line.get("step")) is int and finite
+
+
 def stale(product: Path) -> Path:
     """Return the name that `RunFolder.retire` gives to a file."""
     return product.with_name(f"{product.name}.stale")
@@ -86,7 +94,7 @@ class RunFolder:
         """Return the file of those weights. Raises PgolfError naming the command that makes it."""
         if weights == "artifact":
             return self.need(self.artifact_file, "pack")
-        return self.need(self.model_file, "train PRESET --resume --out")
+        return self.need(self.model_file, "train --resume")
 
     def resume_command(self) -> str:
         """Return the command that continues the training of this run, quoted for a shell."""
@@ -104,17 +112,25 @@ class RunFolder:
     def history(self) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl that led to the current weights; [] without the file.
 
-        Lines after a checkpoint that the run was later resumed from were recomputed and are left out.
+        Lines after a checkpoint that the run was later resumed from were recomputed and are left out, as is
+        the end that a resumed run had before. Damaged lines are left out with a warning.
         """
         lines: list[dict[str, Any]] = []
-        last = 0
+        last = damaged = 0
         for line in console.read_metrics(self.metrics_file) if self.metrics_file.is_file() else []:
-            if line.get("kind") in ("step", "resume"):
+            if not _is_whole(line):
+                damaged += 1
+                continue
+            if line["kind"] in ("step", "resume"):
                 first = line["step"] + (line["kind"] == "resume")  # the first step of what follows
+                if lines and lines[-1]["kind"] == "end":
+                    lines.pop()
                 if first <= last:
-                    lines = [o for o in lines if o.get("kind") == "resume" or o.get("step", 0) < first]
+                    lines = [o for o in lines if o["kind"] == "resume" or o["step"] < first]
                 last = line["step"]
             lines.append(line)
+        if damaged:
+            console.logger.warning(f"{self.metrics_file}: {damaged} damaged lines are left out")
         return lines
 
     def retire(self, *products: Path) -> None:
@@ -137,7 +153,11 @@ class RunFolder:
             raise PgolfError(
                 f"{self.path} is not a run folder: it has no config.json; give the --out of a training run"
             )
-        config = run_config_from_dict(read_json(self.config_file))
+        values = read_json(self.config_file)
+        try:
+            config = run_config_from_dict(values)
+        except PgolfError as error:
+            raise PgolfError(f"{self.config_file}: {error}") from error
         path, tokenizer = (p and self._found(p) for p in (config.data.path, config.data.tokenizer))
         self._config = replace(config, data=replace(config.data, path=path, tokenizer=tokenizer))
         return self._config

@@ -1,13 +1,16 @@
 """Training batches: shards -> a stream of tokens -> one Loader, which reads ahead in a thread."""
 
+import os
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from io import FileIO
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pgolf_fast.config.schema import RunConfig
-from pgolf_fast.data.shards import BOS_ID, Shard, check_tokens, raise_bad_token
+from pgolf_fast.data.shards import BOS_ID, HEADER_BYTES, Shard, check_tokens, raise_bad_token
 from pgolf_fast.errors import PgolfError
 
 if TYPE_CHECKING:
@@ -17,6 +20,57 @@ Batch = tuple["torch.Tensor", "torch.Tensor"]
 
 _CHECK_AT_OPENING = 10_000_000
 """Tokens of each shard checked before training starts; the rest is checked as it is read."""
+
+
+_OPEN_FILES = 64  # a data set may have more shards than a process may open
+
+
+class _Reader:
+    """Reads shards by system calls: a memory map of a file that gets shorter would end the process."""
+
+    def __init__(self, shards: Sequence[Shard]):
+        self._shards = shards
+        self._states = [_state(os.stat(shard.path)) for shard in shards]
+        self._files: dict[int, FileIO] = {}  # the one read last is at the end
+
+    def read(self, index: int, offset: int, count: int) -> np.ndarray:
+        """Return tokens of a shard, uint16 of shape (count,). Raises PgolfError if the file was changed."""
+        path = self._shards[index].path
+        file = self._files.pop(index, None) or FileIO(path)
+        self._files[index] = file
+        if len(self._files) > _OPEN_FILES:
+            self._files.pop(next(iter(self._files))).close()
+        data = os.pread(file.fileno(), 2 * count, HEADER_BYTES + 2 * offset)
+        if _state(os.fstat(file.fileno())) != self._states[index] or len(data) < 2 * count:
+            raise PgolfError(f"{path} was changed while it was being read: put back the shard that was there")
+        return np.frombuffer(data, dtype="<u2")
+
+    def digest(self) -> str:
+        """Return a checksum of the token count and of the first and last tokens of every shard."""
+        crc = 0
+        for index, shard in enumerate(self._shards):
+            count = min(shard.num_tokens, 4096)
+            crc = zlib.crc32(f"{shard.num_tokens} ".encode(), crc)
+            for offset in (0, shard.num_tokens - count):
+                crc = zlib.crc32(self.read(index, offset, count).data, crc)
+        return f"{crc:08x}"
+
+    def close(self) -> None:
+        while self._files:
+            self._files.popitem()[1].close()
+
+
+def _state(found: os.stat_result) -> tuple[int, ...]:
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def tokens_digest(shards: Sequence[Shard]) -> str:
+    """Return a checksum by which moved shards are recognized, of their sizes and some of their tokens."""
+    reader = _Reader(shards)
+    try:
+        return reader.digest()
+    finally:
+        reader.close()
 
 
 class TokenStream:
@@ -29,7 +83,8 @@ class TokenStream:
             raise PgolfError("no shards to read tokens from: give at least one")
         self.shards, self.vocab_size = list(shards), vocab_size
         self._starts = np.cumsum([0, *(shard.num_tokens for shard in shards)])
-        self._tokens = [shard.tokens for shard in shards]
+        self._reader = _Reader(self.shards)
+        self._digest = tokens_digest(self.shards)
         self.total = int(self._starts[-1])
         self._epoch, self._at = 0, 0
         if vocab_size is not None:
@@ -37,8 +92,8 @@ class TokenStream:
                 check_tokens(shard, vocab_size, limit=_CHECK_AT_OPENING)
 
     def identity(self) -> dict[str, object]:
-        """Return what must be the same for a position to be resumed."""
-        return {"data.loader": self.kind, "total_tokens": self.total}
+        """Return what must be the same for a position to be resumed, wherever the shards are."""
+        return {"data.loader": self.kind, "total_tokens": self.total, "tokens": self._digest}
 
     def take(self, count: int) -> np.ndarray:
         """Return the next `count` tokens, uint16 of shape (count,), continuing into the next epoch."""
@@ -48,13 +103,18 @@ class TokenStream:
             start, length = self._next_run()
             index = int(np.searchsorted(self._starts, start, side="right")) - 1
             offset = start - int(self._starts[index])
-            block = self._tokens[index][offset : offset + min(length, count - done)]  # to the shard's end
+            to_end = self.shards[index].num_tokens - offset
+            block = self._reader.read(index, offset, min(length, count - done, to_end))
             if self.vocab_size is not None and int(block.max()) >= self.vocab_size:
                 raise_bad_token(self.shards[index], offset, block, self.vocab_size)
             out[done : done + len(block)] = block
             self.skip(len(block))
             done += len(block)
         return out
+
+    def close(self) -> None:
+        """Close the shards. Reading opens them again."""
+        self._reader.close()
 
     def skip(self, count: int) -> None:
         """Advance by `count` tokens without reading them."""
@@ -195,7 +255,7 @@ class Loader:
     def load_state(self, state: dict[str, object]) -> None:
         """Continue after the batches that came before `state`. Raises `PgolfError` if the data differs."""
         for name, now in self._stream.identity().items():
-            if state.get(name) != now:
+            if state.get(name, now) != now:
                 raise PgolfError(
                     f"cannot resume the data: {name} was {state.get(name)!r} and is now {now!r}; "
                     "use the data, data.loader and data.seed this run was started with"
@@ -220,6 +280,7 @@ class Loader:
         """End the thread. Closing twice is allowed."""
         self._closed = True
         self._pool.shutdown()
+        self._stream.close()
 
     def __enter__(self) -> "Loader":
         return self

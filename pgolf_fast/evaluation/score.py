@@ -6,7 +6,7 @@ loss itself does not.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pgolf_fast import console
 from pgolf_fast.config.schema import ModelConfig
 from pgolf_fast.data.tokenizer import ByteTable, target_bytes
 from pgolf_fast.distributed import SINGLE, World
@@ -115,6 +116,8 @@ class Scorer:
         self.places = windows.places()
         self.losses = torch.zeros(int(self.places[-1]), dtype=torch.float32, device=device)
         """Losses of all scored targets in nats, in the order of the windows."""
+        self.what: str | None = None
+        """Title under which `score` shows its progress."""
         self._pad = device.type == "cuda" if pad is None else pad
         self._start = torch.from_numpy(windows.start).to(device)
         self._row = None if windows.row is None else torch.from_numpy(windows.row).to(device)
@@ -125,7 +128,11 @@ class Scorer:
         if low == high:
             return Score()
         mine = batches(self.windows, low, high, self.size)[self.world.rank :: self.world.world_size]
-        _in_threads(lambda batch: self._fill(losses_of, batch), mine, self._start.device)
+        done = _in_threads(lambda batch: self._fill(losses_of, batch), mine, self._start.device)
+        if self.what is not None and self.world.is_main:
+            done = console.progress(done, self.what, total=len(mine), unit="batch")
+        for _ in done:
+            pass
         # losses of the other ranks are zero here
         self.world.sum_(self.losses[self.places[low] : self.places[high]])
         return self.sums(low, high)
@@ -158,20 +165,20 @@ class Scorer:
         return torch.cat((own, own[-1:].expand(missing))) if missing else own
 
 
-def _in_threads(function: Callable[[Batch], None], items: list[Batch], device: torch.device) -> None:
-    """Apply `function` to each item, on a CPU one item per thread.
+def _in_threads(
+    function: Callable[[Batch], None], items: list[Batch], device: torch.device
+) -> Iterator[None]:
+    """Apply `function` to each item, on a CPU one item per thread, and yield after each.
 
     No thread waits for another within an item, and its bits are the same for any number of threads.
     """
     threads = torch.get_num_threads()
     if device.type != "cpu" or threads == 1:
-        for item in items:
-            function(item)
+        yield from map(function, items)
         return
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
-            for _ in pool.map(function, items):
-                pass
+            yield from pool.map(function, items)
         finally:
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(threads)  # a matrix library may keep one number for all threads

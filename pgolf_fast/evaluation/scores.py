@@ -173,11 +173,18 @@ def conditions(scores: dict, name: str) -> list[object]:
     return [scores[name]["tokens"], ttt, *(scores.get("eval", {}).get(field) for field in fields)]
 
 
-def plain_score(model: GPT, stream: Stream, config: RunConfig, world: World = SINGLE) -> Score:
-    """Return bits per byte over non-overlapping windows, computed by all ranks together, on every rank."""
+def plain_score(
+    model: GPT, stream: Stream, config: RunConfig, world: World = SINGLE, what: str = PLAIN
+) -> Score:
+    """Return bits per byte over non-overlapping windows, computed by all ranks together, on every rank.
+
+    Progress is shown as `what`.
+    """
     evaluator = Evaluator(model, stream, config, world=world)
     windows = evaluator.plain_windows()
-    return evaluator.scorer(windows).score(Frozen(model).score, 0, len(windows))
+    scorer = evaluator.scorer(windows)
+    scorer.what = what
+    return scorer.score(Frozen(model).score, 0, len(windows))
 
 
 def three_scores(

@@ -30,13 +30,18 @@ def write_setup(folder: RunFolder, config: RunConfig, source: Source) -> None:
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """Write the checkpoint of a step, and delete all but the newest few."""
     save_tensors(folder / f"step_{step:08d}.safetensors", tensors, metadata)
-    for old in sorted(folder.glob(_CHECKPOINTS))[:-_KEEP]:
+    for old in checkpoints(folder)[:-_KEEP]:
         old.unlink(missing_ok=True)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints in a folder, the newest last."""
+    return sorted(folder.glob(_CHECKPOINTS))
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """Return the newest checkpoint, or None if there is none."""
-    return max(folder.glob(_CHECKPOINTS), default=None)
+    return max(checkpoints(folder), default=None)
 
 
 def import_weights(weights: Path, config: RunConfig, folder: RunFolder) -> None:

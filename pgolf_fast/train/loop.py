@@ -1,39 +1,42 @@
 """Training: from a configuration to averaged weights in a run folder."""
 
-import re
+import contextlib
+import functools
+import math
 import resource
+import signal
 import sys
 import time
+import zlib
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from pgolf_fast import console
-from pgolf_fast.config.fields import flatten, run_config_to_dict
+from pgolf_fast.config.fields import run_config_to_dict
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import RunConfig, TrainConfig
-from pgolf_fast.data.loader import make_loader
+from pgolf_fast.data.loader import make_loader, tokens_digest
+from pgolf_fast.data.shards import find_shards
 from pgolf_fast.data.source import Source, open_source
 from pgolf_fast.distributed import World, join_world
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.score import Score, Stream
 from pgolf_fast.evaluation.scores import plain_score
-from pgolf_fast.io import load_tensors, save_tensors
+from pgolf_fast.io import save_tensors
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.model.runtime import choose_kernels, resolve_dtype
 from pgolf_fast.model.weights import load_weights
 from pgolf_fast.train.checkpoint import newest_checkpoint, save_checkpoint, write_setup
+from pgolf_fast.train.clock import StepClock
+from pgolf_fast.train.interrupt import Interrupted, Interrupts
+from pgolf_fast.train.resume import check_folder, newest_whole
 from pgolf_fast.train.track import Metrics, TrackerName, need_tracker, open_tracker
 from pgolf_fast.train.trainer import NonFiniteError, PendingStep, StepResult, Trainer
-
-# Settings that a resumed run may change: its length, reports and rates, and what comes after it.
-_MAY_CHANGE = re.compile(
-    r"name|(optim|quant|pack|eval|ttt|kernels)\..*|train\.(steps|max_seconds|log_every|val_every|"
-    r"checkpoint_minutes|compute_dtype|compile|cuda_graph)"
-)
-_MUST_STAY = ("quant.bits", "quant.grid")  # the grid of quantization-aware training
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class TrainResult:
     raw: Score
     averaged: Score
     is_main: bool
+    unfinished: tuple[str, ...] = ()
+    """What of its schedule the run did not reach."""
     keeps_raw: bool = False
     """The folder keeps the raw weights, which a Reptile phase made, and not the average it started from."""
 
@@ -60,6 +65,7 @@ class TrainResult:
             ("training time", console.duration(self.seconds)),
             ("bpb, after Reptile" if self.keeps_raw else "bpb, raw weights", f"{self.raw.bpb:.4f}"),
             ("bpb, averaged weights", f"{self.averaged.bpb:.4f}"),
+            *(("unfinished", text) for text in self.unfinished),
             ("run folder", str(self.folder.path)),
         ]
 
@@ -70,23 +76,28 @@ class TrainResult:
 def train(
     config: RunConfig, out: Path, *, resume: bool = False, track: TrackerName | None = None
 ) -> TrainResult:
-    """Train `config` into the folder `out`. With `resume`, continue from its newest checkpoint, if any.
+    """Train `config` into the folder `out`. With `resume`, continue from its newest whole checkpoint, if any.
 
-    With `track`, send metrics to that tracker too. Raises PgolfError for a folder that holds another run,
-    data that does not fit, a tracker that does not start, or a non-finite loss.
+    With `track`, send metrics to that tracker too. Raises PgolfError for a folder that holds another run or
+    is in use, data that does not fit, a tracker that does not start, or a non-finite loss; Interrupted, a
+    KeyboardInterrupt, after SIGINT, SIGTERM or SIGHUP, for which it writes a checkpoint.
     """
     if track is not None:
         need_tracker(track)
     with join_world() as world:
         config = _resolved(config, world)
+        if out.exists() and not out.is_dir():
+            raise PgolfError(f"{out} is a file: choose another --out")
         folder = RunFolder(out)
-        changed = _check_folder(folder, config, resume)
-        world.barrier()  # every rank has read the folder before one of them writes
-        console.setup_logging(folder.log_file if world.is_main else None, quiet=not world.is_main)
-        try:
-            return _Run(config, folder, world).run(resume, changed, track)
-        finally:
-            console.close_logging()
+        with _locked(folder, world):
+            changed = check_folder(folder, config, resume)
+            world.barrier()  # every rank has read the folder before one of them writes
+            console.setup_logging(folder.log_file if world.is_main else None, quiet=not world.is_main)
+            try:
+                with Interrupts(world.world_size) as stop:
+                    return _Run(config, folder, world, stop).run(resume, changed, track)
+            finally:
+                console.close_logging()
 
 
 def build_model(config: RunConfig, source: Source, world: World) -> GPT:
@@ -121,28 +132,19 @@ def _resolved(config: RunConfig, world: World) -> RunConfig:
     return replace(config, train=train)
 
 
-def _check_folder(folder: RunFolder, config: RunConfig, resume: bool) -> list[str]:
-    """Return what differs from the run in the folder. Raises PgolfError if it cannot be continued so."""
-    if not folder.config_file.is_file():
-        if folder.path.exists() and not folder.path.is_dir():
-            raise PgolfError(f"{folder.path} is a file: choose another --out")
-        return []
-    if not resume:
-        raise PgolfError(
-            f"{folder.path} already holds a run: pass --resume to continue it, or choose another --out"
-        )
-    before, now = dict(flatten(folder.read_config())), dict(flatten(config))
-    changed = {
-        name: f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name)
-    }
-    refused = [
-        text for name, text in changed.items() if not _MAY_CHANGE.fullmatch(name) or name in _MUST_STAY
-    ]
-    if refused:
-        raise PgolfError(f"{folder.path} cannot be resumed with other settings: {'; '.join(refused)}")
-    return list(changed.values())
+@contextlib.contextmanager
+def _locked(folder: RunFolder, world: World) -> Iterator[None]:
+    """Hold the folder's lock on the main rank. Every rank raises PgolfError if another process holds it."""
+    with contextlib.ExitStack() as stack:
+        busy = None
+        try:
+            if world.is_main:
+                stack.enter_context(folder.lock())
+        except (PgolfError, OSError) as error:
+            busy = error
+        if world.same(float(busy is not None)):
+            raise busy or PgolfError(f"{folder.path} is in use")
+        yield
 
 
 def _lag(world: World) -> int:
@@ -151,11 +153,11 @@ def _lag(world: World) -> int:
 
 
 class StepLog:
-    """The progress line: step, loss, tokens/s, ms/step, time left and memory, every train.log_every steps."""
+    """The progress line, every train.log_every steps, and more often if these take long."""
 
     def __init__(self, config: TrainConfig, world: World):
         self.config, self.world = config, world
-        self._since, self._tokens = (0, 0.0), 0
+        self._since, self._tokens, self._line = (0, 0.0), 0, time.monotonic()
 
     def start_at(self, step: int, elapsed: float) -> None:
         """Measure from here on: an earlier process made the steps before."""
@@ -163,19 +165,24 @@ class StepLog:
 
     def after_step(self, result: StepResult, elapsed: float, *, last: bool) -> None:
         """Count a step, and log the line if it is due."""
-        step = result.step
+        step, c = result.step, self.config
         self._tokens += result.tokens
-        if not (step == 1 or step % self.config.log_every == 0 or last):
+        waited = time.monotonic() - self._line >= console.line_seconds()
+        if not (step == 1 or step % c.log_every == 0 or last or waited):
             return
+        self._line = time.monotonic()
         steps, seconds = step - self._since[0], elapsed - self._since[1]
         pace, rate = seconds / max(steps, 1), self._tokens / max(seconds, 1e-9)
         self._since, self._tokens = (step, elapsed), 0
         phase = "reptile" if result.reptile else f"lr x{result.multiplier:.3f}"
-        left = (self.config.steps - step) * pace
-        if self.config.max_seconds is not None:
-            left = max(0.0, min(left, self.config.max_seconds - elapsed))
+        place, left = f"{step}/{c.steps}", (c.steps - step) * pace
+        if c.max_seconds is not None:
+            left = max(0.0, min(left, c.max_seconds - elapsed))
+            if c.schedule == "time":
+                share = min(1.0, elapsed / c.max_seconds)
+                place = f"{step}, {100 * share:.0f} % of {console.duration(c.max_seconds)}"
         console.logger.info(
-            f"step {step}/{self.config.steps}  loss {result.loss:.4f}  {phase}"
+            f"step {place}  loss {result.loss:.4f}  {phase}"
             f"{'  int6' if result.qat else ''}  {rate:,.0f} tok/s  {1e3 * pace:.0f} ms/step  "
             f"{console.duration(elapsed)} elapsed, ETA {console.duration(left)}  "
             f"{peak_memory_mib(self.world)} MiB"
@@ -193,22 +200,21 @@ def peak_memory_mib(world: World) -> int:
 class _Run:
     """One training run, from its configuration to its final weights."""
 
-    def __init__(self, config: RunConfig, folder: RunFolder, world: World):
-        self.config, self.folder, self.world = config, folder, world
+    def __init__(self, config: RunConfig, folder: RunFolder, world: World, stop: Interrupts):
+        self.config, self.folder, self.world, self.stop = config, folder, world, stop
         choose_kernels(config.kernels, world.device)
         self.source = open_source(config.data, config.model.vocab_size)
         self.model = build_model(config, self.source, world)
         self.stream = Stream(self.source.validation(config.eval_seq_len), self.source.table, world.device)
+        self.shards = self.source.train_shards()
         self.loader = make_loader(
-            self.source.train_shards(),
-            config,
-            rank=world.rank,
-            world_size=world.world_size,
-            pin=world.device.type == "cuda",
+            self.shards, config, rank=world.rank, world_size=world.world_size, pin=world.device.type == "cuda"
         )
         self.trainer = Trainer(self.model, config, self.loader, world)
         self.metrics = Metrics(console.MetricsWriter(folder.metrics_file if world.is_main else None))
-        self.log = StepLog(config.train, world)
+        self.log, self.clock = StepLog(config.train, world), StepClock()
+        self.unsaved = False
+        """Whether the state is between two steps and newer than every checkpoint."""
 
     def run(self, resume: bool, changed: list[str], track: TrackerName | None) -> TrainResult:
         try:
@@ -222,31 +228,62 @@ class _Run:
             good = newest_checkpoint(self.folder.checkpoints)
             raise PgolfError(
                 f"training stopped: {error}. Last good checkpoint: {good or 'none yet'}. "
-                "Resume with lower optim.matrix_lr and optim.embed_lr, or with train.compute_dtype float32"
+                "Resume with lower optim.matrix_lr and optim.embed_lr, or with train.compute_dtype float32: "
+                f"`{self.folder.resume_command()}`"
             ) from error
+        except Interrupted as stop:
+            if self.unsaved:
+                self._save()
+            console.logger.warning(f"{stop} after step {self.trainer.step}; {self._kept()}")
+            raise
+        except PgolfError as error:  # the disk is full, a shard was changed
+            if self.unsaved:
+                with contextlib.suppress(PgolfError, OSError):
+                    self._write_checkpoint()
+            raise PgolfError(f"{error}; {self._kept()}") from error
         finally:
             self.loader.close()
             self.metrics.close()
 
+    def _kept(self) -> str:
+        """Return what is kept of the run, and the command that continues it."""
+        newest, command = newest_checkpoint(self.folder.checkpoints), self.folder.resume_command()
+        if newest is None:
+            return f"there is no checkpoint yet: `{command}` starts anew"
+        return f"{newest} is kept: `{command}` continues from it"
+
     def _start(self, resume: bool, changed: list[str]) -> None:
-        if self.world.is_main:
-            write_setup(self.folder, self.config, self.source)
         c, t = self.config, self.trainer
+        shards, targets = sum(shard.num_tokens for shard in self.shards), self.stream.num_targets
+        console.logger.info(
+            f"data: {c.data.path or 'the built-in corpus'}, {shards:,} training tokens, {targets:,} "
+            f"validation tokens, tokenizer {self.source.tokenizer.path.name} of {c.model.vocab_size:,} pieces"
+        )
         console.logger.info(
             f"{c.name}: {c.model.num_parameters():,} parameters, {t.tokens_per_step:,} tokens per step in "
             f"{t.micro_steps} micro-batches, {c.train.compute_dtype} on {self.world.device.type}, "
             f"{self.world.world_size} process(es)"
         )
+        checkpoint = newest_whole(self.folder, c) if resume else None
+        if checkpoint is not None:
+            self._check_data(checkpoint.metadata)
+        elif resume:
+            console.logger.info(f"{self.folder.path} has no checkpoint to resume from: training starts anew")
+        self.world.barrier()  # every rank has read the folder before one of them writes
+        if checkpoint is None and self.world.is_main:
+            self.folder.retire(self.folder.model_file)
+            write_setup(self.folder, c, self.source)
         if c.train.compile:
             console.logger.info("compiling: %d warm-up steps whose effect is undone", c.train.warmup_steps)
             t.warm_up(c.train.warmup_steps)
-        checkpoint = newest_checkpoint(self.folder.checkpoints) if resume else None
         if checkpoint is not None:
-            tensors, metadata = load_tensors(checkpoint)
-            t.restore(tensors, metadata, str(checkpoint))
+            t.restore(checkpoint.tensors, checkpoint.metadata, str(checkpoint.path))
+            if self.world.is_main:  # settings and data have passed all checks
+                checkpoint.set_aside()
+                write_setup(self.folder, c, self.source)
             self.log.start_at(t.step, t.elapsed)
-            self.metrics.write("resume", step=t.step, checkpoint=checkpoint.name, changed=changed)
-            console.logger.info("resumed from %s at step %d", checkpoint, t.step)
+            self.metrics.write("resume", step=t.step, checkpoint=checkpoint.path.name, changed=changed)
+            console.logger.info("resumed from %s at step %d", checkpoint.path, t.step)
             for text in changed:
                 console.logger.info("changed: %s", text)
 
@@ -255,28 +292,44 @@ class _Run:
         lag = _lag(self.world)
         unread: deque[tuple[PendingStep, float, float]] = deque()  # a step, the clock before and after it
         last_save, done = t.elapsed, self._done()
+        self.stop.at_once = False
         while not done:
-            before, start = t.elapsed, time.perf_counter()
+            self.unsaved, before = False, t.elapsed
+            self.clock.start()
             pending = t.launch()
             self._log_reptile()
             for earlier, _, _ in unread:
                 earlier.result()  # waits here, so that the wait counts as training time
-            # one clock for all ranks: learning rate, switches and checkpoints depend on it
-            t.elapsed += self.world.same(time.perf_counter() - start)
-            done = self._done()
+            seconds, stop = self._agree(self.clock.stop())
+            t.elapsed += seconds
+            self.unsaved, done = True, self._done()
             unread.append((pending, before, t.elapsed))
             validate = bool(c.val_every) and t.step % (c.val_every or 1) == 0
             save = c.checkpoint_minutes is not None and t.elapsed - last_save >= 60 * c.checkpoint_minutes
-            while len(unread) > (0 if done or validate or save else lag):
+            while len(unread) > (0 if done or validate or save or stop else lag):
                 self._read(*unread.popleft(), last=done and not unread)
             if t.rates is not None and (done or t.step % c.log_every == 0):
                 self.metrics.write("slot_rates", step=t.step, **t.rates.values())
+            if stop:
+                raise Interrupted(stop)
             if validate:
                 self._validate(self._raw_name)
             if save:
                 self._save()
                 last_save = t.elapsed
         self._save()
+
+    def _agree(self, seconds: float) -> tuple[float, int]:
+        """Return one clock and one decision to stop for all ranks: learning rates and checkpoints need them.
+
+        They are the main rank's seconds, and a signal if any rank has received one, else 0.
+        """
+        stop = self.stop.number
+        if self.world.world_size > 1:
+            ours = [seconds if self.world.is_main else 0.0, float(stop > 0)]
+            seconds, stopped = self.world.sum_(torch.tensor(ours, dtype=torch.float64)).tolist()
+            stop = stop or (signal.SIGTERM if stopped else 0)
+        return seconds, stop
 
     def _done(self) -> bool:
         t, c = self.trainer, self.config.train
@@ -312,15 +365,44 @@ class _Run:
         return "EMA" if ema else "raw weights, no average"
 
     def _save(self) -> None:
-        if self.world.is_main:
-            metadata = {**self.trainer.metadata(), "config": run_config_to_dict(self.config)}
-            save_checkpoint(self.folder.checkpoints, self.trainer.step, self.trainer.tensors(), metadata)
+        self._write_checkpoint()
+        self.unsaved = False
         self.world.barrier()
 
+    def _write_checkpoint(self) -> None:
+        if self.world.is_main:
+            t = self.trainer
+            metadata = {**t.metadata(), "config": run_config_to_dict(self.config), "data": self._data}
+            save_checkpoint(self.folder.checkpoints, t.step, t.tensors(), metadata)
+
+    @functools.cached_property
+    def _data(self) -> dict[str, str]:
+        """Checksums of what data must share, besides the training tokens, to continue this run."""
+        tokenizer = zlib.crc32(self.source.tokenizer.path.read_bytes())
+        validation = tokens_digest(find_shards(self.source.folder, "val"))
+        return {"validation tokens": validation, "tokenizer": f"{tokenizer:08x}"}
+
+    def _check_data(self, metadata: dict[str, Any]) -> None:
+        """Raise PgolfError if this is not the data of a checkpoint, which may lie elsewhere now."""
+        for name, before in metadata.get("data", {}).items():
+            if before != self._data.get(name):
+                raise PgolfError(
+                    f"{self.source.folder} has other data than this run was trained on: its {name} differ; "
+                    "set data.path and data.tokenizer to the same data, wherever it is"
+                )
+
     def _validate(self, weights: str) -> Score:
-        score, step = plain_score(self.model, self.stream, self.config, self.world), self.trainer.step
+        """Score the model. A signal ends this at once, unless other ranks would wait for this one."""
+        step = self.trainer.step
+        what = f"step {step} val ({weights})"
+        console.logger.info(f"{what}: scoring {self.stream.num_targets:,} tokens")
+        self.stop.at_once = self.world.world_size == 1
+        score = plain_score(self.model, self.stream, self.config, self.world, what)
+        self.stop.at_once = False
+        if not math.isfinite(score.loss):
+            raise NonFiniteError(f"the validation loss ({weights}) at step {step} is {score.loss}")
         self.metrics.write("val", step=step, weights=weights, loss=score.loss, bpb=score.bpb)
-        console.logger.info("step %d val (%s): loss %.4f, %.4f bpb", step, weights, score.loss, score.bpb)
+        console.logger.info(f"{what}: loss {score.loss:.4f}, {score.bpb:.4f} bpb")
         return score
 
     def _finish(self) -> TrainResult:
@@ -328,11 +410,6 @@ class _Run:
         t = self.trainer
         if t.rates is not None:
             console.logger.info("slot rates of the inner step: %s", t.rates.summary())
-        if t.reptile is not None and not t.in_reptile:
-            console.logger.warning(
-                f"the run ended at step {t.step}, {console.duration(t.elapsed)}, before its Reptile phase, "
-                f"which train.schedule {self.config.train.schedule} puts later"
-            )
         raw = self._validate(self._raw_name)
         weights, name = {n: v.clone() for n, v in self.model.state_dict().items()}, self._raw_name
         average = {name: value.to(self.world.device) for name, value in t.average.final().items()}
@@ -347,6 +424,25 @@ class _Run:
             metadata = {"step": t.step, "weights": name, "config": run_config_to_dict(self.config)}
             save_tensors(self.folder.model_file, self.model.state_dict(), metadata)
             console.logger.info("wrote %s", self.folder.model_file)
+        unfinished = self._unfinished()
+        self.metrics.write("end", step=t.step, elapsed=t.elapsed, unfinished=unfinished)
+        for text in unfinished:
+            console.logger.warning(f"the run ended at step {t.step}, {console.duration(t.elapsed)}, {text}")
         self.world.barrier()
-        numbers = (t.step, t.tokens, t.elapsed, raw, averaged)
-        return TrainResult(self.folder, *numbers, self.world.is_main, t.in_reptile)
+        numbers = (t.step, t.tokens, t.elapsed, raw, averaged, self.world.is_main)
+        return TrainResult(self.folder, *numbers, tuple(unfinished), t.in_reptile)
+
+    def _unfinished(self) -> list[str]:
+        """Return what the limit on steps or time left out of the schedule, as ends of sentences."""
+        t, c = self.trainer, self.config.train
+        texts = []
+        if not t.schedule.over(t.step, t.elapsed):
+            rate = t.schedule.multiplier(t.step, t.elapsed)
+            texts.append(
+                f"before the learning-rate decay of train.schedule {c.schedule} ended, at x{rate:.3f}"
+            )
+        if c.qat is not None and not t.qat:
+            texts.append("before quantization-aware training (train.qat) began")
+        if t.reptile is not None and not t.in_reptile:
+            texts.append(f"before its Reptile phase, which train.schedule {c.schedule} puts later")
+        return texts

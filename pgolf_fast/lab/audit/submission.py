@@ -269,6 +269,7 @@ def _evaluation_seconds(folder: RunFolder) -> float | None:
     """Return the seconds of the last evaluation in the log, or None if it is not complete."""
     text = folder.log_file.read_text(encoding="utf-8") if folder.log_file.is_file() else ""
     last = {}
-    for name, words in re.findall(r"^(non-overlapping|sliding|sliding \+ TTT): done in (\S+)$", text, re.M):
+    names = r"^(?:\S+ [\d:]{8} )?(non-overlapping|sliding|sliding \+ TTT): done in (\S+)$"  # after the time
+    for name, words in re.findall(names, text, re.M):
         last[name] = sum(float(n) * _SECONDS[u] for n, u in re.findall(r"([\d.]+)([hms])", words))
     return sum(last.values()) if len(last) == 3 else None

@@ -1,0 +1,99 @@
+"""Resuming a run: the settings that must stay, and the newest checkpoint that is whole."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pgolf_fast import console
+from pgolf_fast.config.fields import flatten, run_config_from_dict
+from pgolf_fast.config.run_folder import RunFolder
+from pgolf_fast.config.schema import RunConfig
+from pgolf_fast.errors import PgolfError
+from pgolf_fast.io import load_tensors
+from pgolf_fast.train.checkpoint import checkpoints
+
+# Settings that a resumed run may change: its length, reports and rates, what comes after it, and the place of
+# its data, whose tokens the loader compares.
+_MAY_CHANGE = re.compile(
+    r"name|(optim|quant|pack|eval|ttt|kernels)\..*|data\.(path|tokenizer)|train\.(steps|max_seconds|"
+    r"log_every|val_every|checkpoint_minutes|compute_dtype|compile|cuda_graph|micro_batch_tokens)"
+)
+_MUST_STAY = ("quant.bits", "quant.grid")  # the grid of quantization-aware training
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was read, and newer ones that could not be used."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    metadata: dict[str, Any]
+    damaged: tuple[Path, ...]
+
+    def set_aside(self) -> None:
+        """Rename the newer checkpoints, so that new ones are not taken for older than them."""
+        for path in self.damaged:
+            path.replace(path.with_name(f"{path.name}.damaged"))
+
+
+def check_folder(folder: RunFolder, config: RunConfig, resume: bool) -> list[str]:
+    """Return what differs from the run in the folder. Raises PgolfError if it cannot be continued so."""
+    if folder.path.exists() and not folder.path.is_dir():
+        raise PgolfError(f"{folder.path} is a file: choose another --out")
+    kept = bool(checkpoints(folder.checkpoints)) or folder.model_file.is_file()
+    if not resume and (kept or folder.config_file.is_file()):
+        raise PgolfError(
+            f"{folder.path} already holds a run: `{folder.resume_command()}` continues it; "
+            "choose another --out for a new one"
+        )
+    if not folder.config_file.is_file():
+        return []
+    changed, refused = _changes(folder.read_config(), config)
+    if refused and kept:
+        raise PgolfError(f"{folder.path} cannot be resumed with other settings: {'; '.join(refused)}")
+    return changed
+
+
+def newest_whole(folder: RunFolder, config: RunConfig) -> Checkpoint | None:
+    """Return the newest checkpoint that is whole and has the settings of `config`; None without any.
+
+    Warns of newer ones. Raises PgolfError if there are checkpoints, and none can be used.
+    """
+    damaged: dict[Path, str] = {}
+    for path in reversed(checkpoints(folder.checkpoints)):
+        try:
+            tensors, metadata = load_tensors(path)
+            if not isinstance(metadata.get("step"), int) or not isinstance(metadata.get("config"), dict):
+                raise PgolfError(f"{path} is not a checkpoint of a training run")
+            refused = _changes(run_config_from_dict(metadata["config"]), config)[1]
+            if refused:
+                raise PgolfError(f"{path} is of a run with other settings: {'; '.join(refused)}")
+        except PgolfError as error:
+            damaged[path] = str(error)
+            continue
+        for reason in damaged.values():
+            console.logger.warning(f"{reason}; going on from step {metadata['step']}, {path}, instead")
+        return Checkpoint(path, tensors, metadata, tuple(damaged))
+    if damaged:
+        raise PgolfError(
+            f"no checkpoint of {folder.path} can be used: {'; '.join(damaged.values())}. Put back a whole one "
+            "or remove them, to train from the start"
+        )
+    return None
+
+
+def _changes(before: RunConfig, now: RunConfig) -> tuple[list[str], list[str]]:
+    """Return what differs between two configurations, and what of this a resumed run must not change."""
+    old, new = dict(flatten(before)), dict(flatten(now))
+    changed = {
+        name: f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    }
+    refused = [
+        text for name, text in changed.items() if not _MAY_CHANGE.fullmatch(name) or name in _MUST_STAY
+    ]
+    return list(changed.values()), refused
