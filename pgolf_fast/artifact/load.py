@@ -46,7 +46,9 @@ class LoadedModel:
     def need_tokenizer(self) -> Tokenizer:
         """Return the tokenizer. Raises PgolfError if it is not known."""
         if self.tokenizer is None:
-            raise PgolfError(f"{self.path} has no tokenizer next to it: pass tokenizer=FILE.model or --tokenizer FILE")
+            raise PgolfError(
+                f"{self.path} has no tokenizer next to it: pass tokenizer=FILE.model or --tokenizer FILE"
+            )
         return self.tokenizer
 
     def __str__(self) -> str:

@@ -34,6 +34,7 @@ from pgolf_fast.config.presets import PRESETS, is_preset, preset
 from pgolf_fast.config.run_folder import RunFolder, Weights, read_scores
 from pgolf_fast.config.schema import Codec, RunConfig
 from pgolf_fast.errors import PgolfError
+from pgolf_fast.io import need_writable
 
 _QUANT_FIELDS = ("quant.percentiles", "quant.block_size", "quant.damping", "quant.small_tensor")
 _COPY = "Copy the run, without its checkpoints, to this folder and write there, not into the run."
@@ -52,8 +53,6 @@ def results_in(
     whose run folder is made in `out` or, without one, in a temporary folder. Of several ranks, the first
     copies, locks and logs.
     """
-    from pgolf_fast.io import need_writable
-
     with contextlib.ExitStack() as stack:
         main, alone = world is None or world.is_main, shards is not None and run.is_file()
         place = out or (Path(stack.enter_context(tempfile.TemporaryDirectory())) if alone else run)

@@ -30,6 +30,7 @@ from pgolf_fast.config.run_folder import Weights, read_scores
 from pgolf_fast.config.schema import PackConfig
 from pgolf_fast.config.ttt import adapters, unknown_adapter
 from pgolf_fast.errors import PgolfError
+from pgolf_fast.io import need_writable
 from pgolf_fast.lab.analysis.summary import Options as AnalysisOptions
 
 _OWN = "run"  # name of the run's own test-time training settings among the adapters
@@ -49,7 +50,7 @@ class Audit(Shards):
 
     def main(self) -> int:
         from pgolf_fast.artifact.container import sizes
-        from pgolf_fast.io import need_writable, write_text
+        from pgolf_fast.io import write_text
         from pgolf_fast.lab.audit.check import broken, findings_table, run_checks
         from pgolf_fast.lab.audit.rules import checks
 
@@ -95,15 +96,15 @@ class Audit(Shards):
 @dataclass(frozen=True)
 class Report:
     run: Run  # Run folder, finished or not.
-    out: Path | None = None  # HTML file; default: RUN/report.html.
+    out: Path | None = None  # HTML file, or folder for report.html; default: the run.
     audit: bool = False  # First audit the run, as `pgolf audit` does.
 
     def main(self) -> int:
-        from pgolf_fast.io import need_writable
         from pgolf_fast.lab.report.sections import write_report
 
         folder, _ = run_folder(self.run)
-        page = self.out or folder.path / "report.html"
+        page = self.out or folder.path
+        page = page / "report.html" if page.is_dir() else page
         need_writable(page.parent, "--out FILE")
         if self.out is not None and self.audit:
             folder.audit_file = page.with_suffix(".audit.json")
@@ -306,7 +307,6 @@ class Analyze(Shards):
     def main(self) -> None:
         import torch
 
-        from pgolf_fast.io import need_writable
         from pgolf_fast.lab.analysis.models import open_models
         from pgolf_fast.lab.analysis.registry import check_names, run_analyses, write_results
 

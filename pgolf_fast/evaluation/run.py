@@ -64,7 +64,11 @@ def _open_data(
 ) -> tuple[Source, Stream]:
     """Open the validation tokens. Raises PgolfError if they were made by another tokenizer than that one."""
     source = open_source(config.data, config.model.vocab_size)
-    if tokenizer is not None and tokenizer.is_file() and source.tokenizer.path.read_bytes() != tokenizer.read_bytes():
+    if (
+        tokenizer is not None
+        and tokenizer.is_file()
+        and source.tokenizer.path.read_bytes() != tokenizer.read_bytes()
+    ):
         raise PgolfError(
             f"the shards in {source.folder} belong to tokenizer {source.tokenizer.path}, the run to another "
             f"({tokenizer}): use shards made with the run's, or name it with --tokenizer"

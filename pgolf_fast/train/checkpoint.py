@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from pgolf_fast.config.fields import run_config_to_dict
-from pgolf_fast.config.run_folder import RunFolder
+from pgolf_fast.config.run_folder import RunFolder, absolute
 from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.data.source import Source, open_source
 from pgolf_fast.errors import PgolfError
@@ -53,6 +53,7 @@ def import_weights(weights: Path, config: RunConfig, folder: RunFolder) -> None:
     """
     if folder.config_file.is_file():
         raise PgolfError(f"{folder.path} already holds a run: choose another --out")
+    config = absolute(config)
     source = open_source(config.data, config.model.vocab_size)
     model = GPT(config.model)
     load_weights(model, read_weights(weights), str(weights))

@@ -18,7 +18,7 @@ import torch
 
 from pgolf_fast import console
 from pgolf_fast.config.fields import run_config_to_dict
-from pgolf_fast.config.run_folder import RunFolder
+from pgolf_fast.config.run_folder import RunFolder, absolute
 from pgolf_fast.config.schema import RunConfig, TrainConfig
 from pgolf_fast.data.loader import make_loader, tokens_digest
 from pgolf_fast.data.shards import find_shards
@@ -129,7 +129,7 @@ def _resolved(config: RunConfig, world: World) -> RunConfig:
         cuda_graph=bool(config.train.cuda_graph) and cuda,
         micro_batch_tokens=micro,
     )
-    return replace(config, train=train)
+    return absolute(replace(config, train=train))
 
 
 @contextlib.contextmanager

@@ -120,7 +120,9 @@ def write_report(folder: RunFolder, out: Path) -> Path:
     )
     sections = {make: _guarded(make, run) for make in makers}
     sections[missing] = missing(run)  # again, with the files that a section could not show
-    write_text(out, render("run", f"Run {run.name}", list(sections.values()), config=run.config, version=__version__))
+    write_text(
+        out, render("run", f"Run {run.name}", list(sections.values()), config=run.config, version=__version__)
+    )
     return out
 
 
