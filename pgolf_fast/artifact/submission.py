@@ -162,8 +162,8 @@ def _write_own(out: Path, files: dict[str, bytes]) -> None:
     kept = [name for name in changed if name in before and name in _TEXTS]
     if other := sorted({*changed} - {*kept}):
         raise PgolfError(
-            f"{out} holds {' and '.join(other)} that pgolf submit did not write: move them, or choose another "
-            "--out"
+            f"{out} holds {' and '.join(other)} that pgolf submit did not write: move them, or choose "
+            "another --out"
         )
     written = {name: [*before.get(name, ()), digest] for name, digest in digests.items()}
     write_json(record, written | {name: before[name] for name in kept})

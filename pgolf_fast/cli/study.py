@@ -262,10 +262,10 @@ class TttSweep(Shards):
         from pgolf_fast.lab.compare.sweep import sweep_run, sweep_table
 
         words = (*self.words, *given({"data.val_tokens": self.tokens, "eval.stride": self.stride}))
-        folder, config = run_folder(self.run, words)
-        known = adapters(config.eval_seq_len)
-        usual = [*known, *([] if config.ttt in known.values() else [_OWN])]
-        known[_OWN] = config.ttt
+        own = run_folder(self.run, words)[1]
+        known = adapters(own.eval_seq_len)
+        usual = [*known, *([] if own.ttt in known.values() else [_OWN])]
+        known[_OWN] = own.ttt
         for name in self.adapters:
             if name not in known:
                 raise PgolfError(unknown_adapter(name, known))

@@ -26,7 +26,7 @@ Weights = Literal["artifact", "float"]
 
 
 def read_scores(path: Path) -> dict[str, Any]:
-    """Read the file that `pgolf eval` writes. Raises PgolfError if it does not hold three finite scores."""
+    """Read the file that `pgolf eval` writes. Raises PgolfError if it does not hold three scores."""
     try:
         scores = read_json(path)
         if all(math.isfinite(scores[name][unit]) for name in SCORES for unit in _UNITS):
@@ -34,7 +34,7 @@ def read_scores(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, KeyError, TypeError, OverflowError):
         pass
     again = console.command("eval", path.parent)
-    raise PgolfError(f"{path} does not hold three finite scores: run `{again}` first")
+    raise PgolfError(f"{path} does not hold three scores: run `{again}` first")
 
 
 def absolute(config: RunConfig) -> RunConfig:
@@ -45,9 +45,11 @@ def absolute(config: RunConfig) -> RunConfig:
 
 
 def _is_whole(line: dict[str, Any]) -> bool:
-    """Return whether a line of metrics.jsonl has a kind and a step, and a number where one belongs."""
-    numbers = [line.get(name, 0) for name in ("loss", "bpb", "tokens", "multiplier")]
-    numbers.append(line.get("elapsed", None if line.get("kind") == "step" else 0))
+    """Return whether a line of metrics.jsonl has a kind and a step, and counts of tokens and time if it is one.
+
+    Its loss need not be finite: reports show where it was not.
+    """
+    numbers = [line.get(name, None if line.get("kind") == "step" else 0) for name in ("tokens", "elapsed")]
     finite = all(isinstance(value, int | float) and math.isfinite(value) for value in numbers)
     return isinstance(line.get("kind"), str) and type(line.get("step")) is int and finite
 

@@ -76,10 +76,10 @@ class RunRecord:
                 self.scores[weights] = shown
                 self._read(folder.path / f"scores_{weights}.json", f"{weights} scores", made_by, read_scores)
         self.audit: Tree = self._read(folder.audit_file, "audit", audit)
-        for what, tree, command in (("scores", scores, score), ("audit", self.audit, audit)):
+        for what, tree, made_by in (("scores", scores, score), ("audit", self.audit, audit)):
             if packed and tree.get("artifact_sha256") not in (None, packed["sha256"]):
                 part = f"{what} of the current artifact"
-                self.missing.append((part, "those shown are of another artifact", command))
+                self.missing.append((part, "those shown are of another artifact", made_by))
         self.sweep: Tree = {}
         if folder.sweep_file.is_file():  # optional, so not missing
             self.sweep = self._read(folder.sweep_file, "sweep", _code(command("ttt-sweep", named.path)))
@@ -120,9 +120,8 @@ def write_report(folder: RunFolder, out: Path) -> Path:
     )
     sections = {make: _guarded(make, run) for make in makers}
     sections[missing] = missing(run)  # again, with the files that a section could not show
-    write_text(
-        out, render("run", f"Run {run.name}", list(sections.values()), config=run.config, version=__version__)
-    )
+    shown = list(sections.values())
+    write_text(out, render("run", f"Run {run.name}", shown, config=run.config, version=__version__))
     return out
 
 

@@ -106,7 +106,8 @@ def test_seeds_command(capsys, tmp_path):
 
 def test_seeds_that_break_the_rules_are_marked_in_every_table(capsys, tmp_path):
     ours, theirs = (
-        [scored_run(tmp_path / f"{name}{i}", loss) for i, loss in enumerate((3.31, 3.32))] for name in "ab"
+        [scored_run(tmp_path / f"{n}{i}", x + loss) for i, loss in enumerate((3.31, 3.32))]
+        for n, x in (("a", 0), ("b", 1))
     )
     path = tmp_path / "b1" / "scores_artifact.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "illegal": "it learns first"}))

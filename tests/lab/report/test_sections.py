@@ -149,7 +149,7 @@ def test_an_interrupted_run(run, capsys, undrawn, monkeypatch):
     assert "step 5 had" in page.sections["Training"].text
     missing = page.sections["What is missing"].text
     assert "Run the commands in the folder that contains run." in missing
-    for command in ("train test --resume --out run", "quantize run", "eval run", "audit run"):
+    for command in ("train --resume run", "quantize run", "eval run", "audit run"):
         assert f"pgolf {command}" in page.code
     monkeypatch.chdir(run.path)
     report(RunFolder(Path()), capsys, "--audit", status=2, printed="not audited: ")
@@ -287,8 +287,8 @@ def test_damaged_files_are_named(run, capsys, undrawn):
     whole = run.artifact_file.read_bytes()
     run.artifact_file.write_bytes(whole[: len(whole) // 2])
     missing = report(run, capsys).sections["What is missing"]
-    assert "scores_float.json is damaged" in missing.text
-    assert "audit.json is damaged" in missing.text
+    assert "scores_float.json is not valid JSON (line 1)" in missing.text
+    assert "audit.json is not valid JSON" in missing.text
     assert "artifact" in [row[0] for row in missing.tables[0]]
 
 
