@@ -69,13 +69,14 @@ def load(
     config: RunConfig | None = None,
     tokenizer: str | Path | Tokenizer | None = None,
     device: torch.device | str | None = None,
+    finite: bool = True,
 ) -> LoadedModel:
     """Load the model of a run folder or of an artifact file.
 
     weights: `auto` takes the artifact of a run folder, or its float weights if it is not packed.
     config: settings to score with, by default those stored with the weights. tokenizer: by default that of
-    the run folder. device: by default the GPU if there is one.
-    Raises PgolfError for a missing or damaged file, or tensors that do not fit the model.
+    the run folder. device: by default the GPU if there is one. finite: False also loads NaN, for an audit.
+    Raises PgolfError for a missing or damaged file, tensors that do not fit the model, or NaN in them.
     """
     path = path.path if isinstance(path, RunFolder) else Path(path)
     if not path.exists():
@@ -90,7 +91,7 @@ def load(
     file = folder.weights_file(weights) if path.is_dir() else path
     quantized = digest = None
     if weights == "artifact":
-        stored, quantized = unpack(file)
+        stored, quantized = unpack(file, finite=finite)
         config, digest = config or stored, sizes(file).sha256
         state = _dequantized(file, quantized)
     else:
@@ -110,7 +111,7 @@ def load(
     elif stored.model.bigram_vocab_size and stored.model.pos_conditional:
         console.logger.warning("%s: without a tokenizer word starts are unknown and logits differ", file)
     dtype = resolve_dtype(config.train.compute_dtype, device)
-    model = build_model(stored, state, leading, dtype, str(file)).to(device)
+    model = build_model(stored, state, leading, dtype, str(file), finite=finite).to(device)
     return LoadedModel(model, config, file, tokenizer, quantized, digest)
 
 
@@ -137,10 +138,11 @@ def generate(
     return tokenizer.decode([int(i) for i in ids[0, 1:]])
 
 
-def unpack(path: Path | str) -> tuple[RunConfig, QuantizedState]:
+def unpack(path: Path | str, *, finite: bool = True) -> tuple[RunConfig, QuantizedState]:
     """Read the run's configuration and the quantized model of an artifact.
 
-    Raises PgolfError for a damaged file, one that is not a packed model, or mismatched codes and scales.
+    Raises PgolfError for a damaged file, one that is not a packed model, mismatched codes and scales, or, if
+    `finite`, values that are not.
     """
     tree, records = read_container(path)
     run_config, bits = tree.get("run"), tree.get("bits")
@@ -152,7 +154,8 @@ def unpack(path: Path | str) -> tuple[RunConfig, QuantizedState]:
             parts = "scales" if is_part(name, named) else "float16"
             if kind != ("codes" if name.endswith(CODES) else parts):
                 raise PgolfError(f"{name} of kind {kind} is not part of a packed model")
-        return run_config_from_dict(run_config), QuantizedState.from_named(named, bits)
+        state = QuantizedState.from_named(named, bits)
+        return run_config_from_dict(run_config), state.check() if finite else state
     except PgolfError as error:
         raise PgolfError(f"artifact {path}: {error}; pack it again") from error
 
@@ -184,11 +187,13 @@ def build_model(
     has_leading_space: Tensor | None = None,
     compute_dtype: torch.dtype = torch.float32,
     origin: str = "the state dict",
+    *,
+    finite: bool = True,
 ) -> GPT:
     """Make a model that uses the tensors of `state`, without copying them.
 
     has_leading_space (vocab,), from the tokenizer: word starts are unknown without it.
-    Raises PgolfError listing names and shapes of `origin` that do not fit.
+    Raises PgolfError as `load_weights` does.
     """
     if has_leading_space is None:
         # sized by the stored table: the configuration of a damaged file may be absurd
@@ -196,5 +201,5 @@ def build_model(
         has_leading_space = torch.zeros(len(table), dtype=torch.bool)
     with torch.device("meta"), _NoInitialValues():
         model = GPT(config.model, has_leading_space, compute_dtype=compute_dtype)
-    load_weights(model, state, origin, assign=True)
+    load_weights(model, state, origin, assign=True, finite=finite)
     return model

@@ -2,7 +2,9 @@
 
 import contextlib
 import io
+import itertools
 import json
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +36,10 @@ from pgolf_fast.config.schema import Codec, RunConfig
 from pgolf_fast.errors import PgolfError
 
 _QUANT_FIELDS = ("quant.percentiles", "quant.block_size", "quant.damping", "quant.small_tensor")
+_GPTQ_FIELDS = (
+    *("quant.block_size", "quant.damping", "quant.temperature", "quant.seed"),
+    *(f"quant.calibration_{name}" for name in ("sequences", "length", "batch")),
+)
 TTT_FIELDS = ("ttt.*", "ttt.lora.*", "ttt.guided.*")
 
 
@@ -72,12 +78,13 @@ class Train:
 
 @dataclass(frozen=True)
 class Import:
-    # Weights, .pt or .safetensors; a .pt file is read without running pickled code.
+    # Weights, as safetensors or by torch.save, read by content; no pickled code is run.
     weights: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
     preset: Preset  # Preset that the weights were trained with.
     fields: AllFields
     out: Path | None = None  # Run folder; default: runs/ plus the name of the weights file.
     shrink: Size | None = None  # Size of the preset, if the weights are of a shrunken one.
+    key: str | None = None  # Weights to take if the file holds several, for example ema.
 
     def main(self) -> None:
         from pgolf_fast.train.checkpoint import import_weights
@@ -85,8 +92,9 @@ class Import:
         weights = existing(self.weights, "weights file")
         config = preset_with(self.preset, self.shrink, self.fields)
         folder = RunFolder(self.out or Path("runs", weights.stem))
-        import_weights(weights, config, folder)
-        print(f"wrote {folder.model_file}; continue with `pgolf quantize {folder.path}`")
+        console.setup_logging()
+        import_weights(weights, config, folder, self.key)
+        print(f"wrote {folder.model_file}; continue with `pgolf quantize {shlex.quote(str(folder.path))}`")
 
 
 @dataclass(frozen=True)
@@ -95,15 +103,49 @@ class Quantize:
     fields: Annotated[Words, Fields(("quant",), brief=_QUANT_FIELDS)]
     grid: Literal["reference", "percentile", "rd"] | None = None  # Short for --quant.grid.
     target_bytes: int | None = None  # Short for --quant.target-bytes.
+    # Also score this many validation tokens with the weights before and after, on non-overlapping windows.
+    score: int | None = None
 
     def main(self) -> None:
         from pgolf_fast.artifact.pack import quantize_run
 
         short = given({"quant.grid": self.grid, "quant.target_bytes": self.target_bytes})
-        folder, config = run_folder(self.run, (*self.fields, *short))
+        words = (*self.fields, *short)
+        folder, config = run_folder(self.run, words)
+        if self.score is not None and self.score < 1:
+            raise PgolfError(f"--score is {self.score}; it must be at least 1")
+        _refuse_unused(words, config)
         console.setup_logging(folder.log_file)
+        before = self._bpb(folder, config)
         print(quantize_run(folder, config.quant))
+        if before is not None:
+            after = self._bpb(folder, config, quantized=True)
+            print(f"\n{before:.4f} bpb before, {after:.4f} after, on {self.score:,} tokens")
         wrote(folder.quantized_file)
+
+    def _bpb(self, folder: RunFolder, config: RunConfig, *, quantized: bool = False) -> float | None:
+        from pgolf_fast.evaluation.run import quick_score
+
+        return self.score and quick_score(folder, config, self.score, quantized=quantized).bpb
+
+
+def _refuse_unused(words: Words, config: RunConfig) -> None:
+    """Raise PgolfError for an option that has no effect with the grid, method or codecs chosen."""
+    rd, rounds = config.quant.grid == "rd", config.quant.method == "round"
+    needs: dict[str, tuple[str, ...]] = {
+        "--quant.grid rd": () if rd else ("quant.target_bytes", "quant.rank"),
+        "another --quant.grid than rd": ("quant.bits", "quant.percentiles", "quant.small_tensor")
+        if rd
+        else (),
+        "--quant.method gptq": _GPTQ_FIELDS if rounds else (),
+        "--pack.codecs lzma": ()
+        if "lzma" in config.pack.codecs
+        else ("pack.lzma_preset", "pack.lzma_limit_bytes"),
+    }
+    for (need, names), word in itertools.product(needs.items(), words):
+        name, _, value = word.partition("=")
+        if name in names and value != "none":
+            raise PgolfError(f"--{name.replace('_', '-')} has no effect without {need}: give both or neither")
 
 
 @dataclass(frozen=True)
@@ -121,6 +163,7 @@ class Pack:
         from pgolf_fast.artifact.pack import pack_run
 
         folder, config = run_folder(self.run, self.fields)
+        _refuse_unused(self.fields, config)
         console.setup_logging(folder.log_file)
         packed = pack_run(folder, config.pack)
         print(packed)

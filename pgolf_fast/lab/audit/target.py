@@ -86,7 +86,7 @@ class Audit:
 
 def settings(path: Path) -> RunConfig:
     """Return the configuration of a run folder or an artifact file. Raises PgolfError if it is neither."""
-    return RunFolder(path).read_config() if path.is_dir() else unpack(path)[0]
+    return RunFolder(path).read_config() if path.is_dir() else unpack(path, finite=False)[0]
 
 
 def open_target(
@@ -115,7 +115,7 @@ def open_target(
     count = min(tokens or 8 * config.eval_seq_len, len(validation) - 1)
     config = replace(config, ttt=_in_chunks(config.ttt, count))
     weights: Weights = "float" if artifact is None else "artifact"
-    loaded = load(artifact or path, weights, config=config, tokenizer=source.tokenizer)
+    loaded = load(artifact or path, weights, config=config, tokenizer=source.tokenizer, finite=False)
     length, scoring = loaded.config.eval_seq_len, loaded.config.eval
 
     def windows(count: int) -> Windows:
