@@ -20,7 +20,7 @@ from pgolf_fast.errors import PgolfError
 from pgolf_fast.model import decoding
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.model.runtime import choose_kernels, resolve_dtype
-from pgolf_fast.model.weights import Tensors, load_weights, read_weights
+from pgolf_fast.model.weights import Tensors, load_weights, need_finite, read_weights
 from pgolf_fast.quant.grid import FixedGrid
 from pgolf_fast.quant.state import CODES, QuantizedState, bank_grids, dequantize_state, is_part
 
@@ -111,7 +111,9 @@ def load(
     elif stored.model.bigram_vocab_size and stored.model.pos_conditional:
         console.logger.warning("%s: without a tokenizer word starts are unknown and logits differ", file)
     dtype = resolve_dtype(config.train.compute_dtype, device)
-    model = build_model(stored, state, leading, dtype, str(file), finite=finite).to(device)
+    model = build_model(stored, state, leading, dtype, str(file)).to(device)
+    if finite:
+        need_finite(state, str(file))
     return LoadedModel(model, config, file, tokenizer, quantized, digest)
 
 
@@ -187,8 +189,6 @@ def build_model(
     has_leading_space: Tensor | None = None,
     compute_dtype: torch.dtype = torch.float32,
     origin: str = "the state dict",
-    *,
-    finite: bool = True,
 ) -> GPT:
     """Make a model that uses the tensors of `state`, without copying them.
 
@@ -201,5 +201,5 @@ def build_model(
         has_leading_space = torch.zeros(len(table), dtype=torch.bool)
     with torch.device("meta"), _NoInitialValues():
         model = GPT(config.model, has_leading_space, compute_dtype=compute_dtype)
-    load_weights(model, state, origin, assign=True, finite=finite)
+    load_weights(model, state, origin, assign=True)
     return model

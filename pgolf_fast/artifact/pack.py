@@ -1,5 +1,6 @@
 """Quantize a run folder's weights, and write them as an artifact within its byte budget."""
 
+import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -58,22 +59,20 @@ def quantize_run(run: RunPath, quant: QuantConfig | None = None, **fields: objec
 
 
 def _errors(model: GPT, quantized: QuantizedState) -> Table:
-    """Tabulate the error of the weights by type: its root mean square, relative to that of the weights."""
-    kinds: dict[str, list[tuple[float, float, str]]] = {}  # square error, square weight, name
-    exact = unbank(model.state_dict())
-    for name, stored in quantized.tensors.items():
-        coded = isinstance(stored, QuantizedTensor)
-        kind, got = (f"int{stored.bits}", stored.dequantized()) if coded else ("float16", stored)
-        weight = exact[name].double().cpu()
-        square = float((weight - got).square().sum()), float(weight.square().sum())
-        kinds.setdefault(kind, []).append((*square, name))
+    """Tabulate the errors of tensors by type, relative to the tensors: root mean square and largest."""
+    kinds: dict[str, list[tuple[float, str]]] = {}
+    for name, exact in unbank(model.state_dict()).items():
+        kind, stored = "float16", quantized.tensors[name]
+        if isinstance(stored, QuantizedTensor):
+            kind, stored = f"int{stored.bits}", stored.dequantized()
+        weight = exact.float().cpu()
+        error = float((weight - stored).norm() / weight.norm().clamp_min(1e-30))
+        kinds.setdefault(kind, []).append((error, name))
     rows = []
-    for kind, found in sorted(kinds.items(), key=lambda item: (item[0] == "float16", item[0])):
-        errors, weights, _ = zip(*found, strict=True)
-        worst, name = max((error / (weight or 1.0), name) for error, weight, name in found)
-        total = sum(errors) / (sum(weights) or 1.0)
-        rows.append((kind, f"{len(found):,}", f"{total**0.5:.2%}", f"{worst**0.5:.2%}", name))
-    return Table(("tensors", "number", "relative error", "at worst", "of"), rows)
+    for kind, errors in sorted(kinds.items()):
+        mean, (worst, name) = statistics.fmean(e * e for e, _ in errors) ** 0.5, max(errors)
+        rows.append((kind, f"{len(errors):,}", f"{mean:.2%}", f"{worst:.2%}", name))
+    return Table(("tensors", "number", "relative error", "at most", "of"), rows)
 
 
 def _fit_to_target(model: GPT, config: RunConfig) -> QuantizedState:

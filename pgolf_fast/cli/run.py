@@ -4,8 +4,10 @@ import contextlib
 import io
 import itertools
 import json
+import re
 import shlex
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args
@@ -36,11 +38,16 @@ from pgolf_fast.config.schema import Codec, RunConfig
 from pgolf_fast.errors import PgolfError
 
 _QUANT_FIELDS = ("quant.percentiles", "quant.block_size", "quant.damping", "quant.small_tensor")
-_GPTQ_FIELDS = (
-    *("quant.block_size", "quant.damping", "quant.temperature", "quant.seed"),
-    *(f"quant.calibration_{name}" for name in ("sequences", "length", "batch")),
-)
 TTT_FIELDS = ("ttt.*", "ttt.lora.*", "ttt.guided.*")
+_NEED: dict[str, tuple[str, Callable[[RunConfig], bool]]] = {  # options, what they need, and if it is missing
+    r"quant\.(target_bytes|rank)": ("--quant.grid rd", lambda c: c.quant.grid != "rd"),
+    r"quant\.(bits|percentiles|small_tensor)": ("a --quant.grid with rows", lambda c: c.quant.grid == "rd"),
+    r"quant\.(block_size|damping|temperature|seed|calibration_.*)": (
+        "--quant.method gptq",
+        lambda c: c.quant.method == "round",
+    ),
+    r"pack\.lzma_.*": ("--pack.codecs lzma", lambda c: {"lzma", "rans"}.isdisjoint(c.pack.codecs)),
+}
 
 
 @dataclass(frozen=True)
@@ -108,44 +115,29 @@ class Quantize:
 
     def main(self) -> None:
         from pgolf_fast.artifact.pack import quantize_run
+        from pgolf_fast.evaluation.run import quick_score
 
         short = given({"quant.grid": self.grid, "quant.target_bytes": self.target_bytes})
         words = (*self.fields, *short)
         folder, config = run_folder(self.run, words)
-        if self.score is not None and self.score < 1:
-            raise PgolfError(f"--score is {self.score}; it must be at least 1")
         _refuse_unused(words, config)
         console.setup_logging(folder.log_file)
-        before = self._bpb(folder, config)
+        before = None if self.score is None else quick_score(folder, config, self.score)
         print(quantize_run(folder, config.quant))
-        if before is not None:
-            after = self._bpb(folder, config, quantized=True)
-            print(f"\n{before:.4f} bpb before, {after:.4f} after, on {self.score:,} tokens")
+        if self.score is not None and before is not None:
+            after = quick_score(folder, config, self.score, quantized=True)
+            print(f"\nbpb on {before.tokens:,} tokens: {before.bpb:.4f} before, {after.bpb:.4f} after")
         wrote(folder.quantized_file)
-
-    def _bpb(self, folder: RunFolder, config: RunConfig, *, quantized: bool = False) -> float | None:
-        from pgolf_fast.evaluation.run import quick_score
-
-        return self.score and quick_score(folder, config, self.score, quantized=quantized).bpb
 
 
 def _refuse_unused(words: Words, config: RunConfig) -> None:
     """Raise PgolfError for an option that has no effect with the grid, method or codecs chosen."""
-    rd, rounds = config.quant.grid == "rd", config.quant.method == "round"
-    needs: dict[str, tuple[str, ...]] = {
-        "--quant.grid rd": () if rd else ("quant.target_bytes", "quant.rank"),
-        "another --quant.grid than rd": ("quant.bits", "quant.percentiles", "quant.small_tensor")
-        if rd
-        else (),
-        "--quant.method gptq": _GPTQ_FIELDS if rounds else (),
-        "--pack.codecs lzma": ()
-        if "lzma" in config.pack.codecs
-        else ("pack.lzma_preset", "pack.lzma_limit_bytes"),
-    }
-    for (need, names), word in itertools.product(needs.items(), words):
+    for word, (pattern, (needed, unused)) in itertools.product(words, _NEED.items()):
         name, _, value = word.partition("=")
-        if name in names and value != "none":
-            raise PgolfError(f"--{name.replace('_', '-')} has no effect without {need}: give both or neither")
+        if re.fullmatch(pattern, name) and value != "none" and unused(config):
+            raise PgolfError(
+                f"--{name.replace('_', '-')} has no effect without {needed}: give both or neither"
+            )
 
 
 @dataclass(frozen=True)

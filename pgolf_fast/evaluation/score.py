@@ -131,12 +131,10 @@ class Scorer:
         _in_threads(lambda batch: self._fill(losses_of, batch), mine, self._start.device)
         # losses of the other ranks are zero here
         losses = self.world.sum_(self.losses[self.places[low] : self.places[high]])
-        if len(wrong := (~torch.isfinite(losses)).nonzero()):
-            target, loss = self.windows[low:high].targets()[int(wrong[0])], float(losses[wrong[0]])
-            hint = "activations overflow, or test-time training diverges: lower its learning rate"
-            raise PgolfError(
-                f"the loss of validation target {target:,} is {loss}, and {len(wrong) - 1:,} more: {hint}"
-            )
+        if len(wrong := (~losses.isfinite()).nonzero()):
+            target, loss = self.windows[low:high].targets()[int(wrong[0])], losses[wrong[0]].item()
+            hint = "activations overflow, or test-time training diverges (lower ttt.lr)"
+            raise PgolfError(f"the loss of target {target:,} is {loss}, one of {len(wrong):,}: {hint}")
         return self.sums(low, high)
 
     def sums(self, low: int, high: int) -> Score:

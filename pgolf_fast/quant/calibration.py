@@ -74,10 +74,8 @@ def self_generate(model: GPT, config: QuantConfig, seq_len: int) -> Tensor:
             tokens = torch.randint(model.config.vocab_size, size, generator=generator, device=device)
         else:
             logits = decoder.step(tokens)
-            if not bool(torch.isfinite(logits).all()):
-                grams = _Grams(model)
-                grams.add_text(part[:, :position])
-                grams.check()
+            if not bool(logits.isfinite().all()):
+                _Grams(model).add_text(part[:, :position])  # names the block
             tokens = sample(logits, temperature=config.temperature, generator=generator)
         part[:, position] = tokens
     return text
@@ -94,7 +92,6 @@ def collect_hessians(model: GPT, tokens: Tensor, batch: int = 8) -> dict[str, Te
     grams = _Grams(model)
     for part in progress(_inputs(model, tokens, "Hessians").split(batch), "Hessians", unit="batch"):
         grams.add_text(part)
-    grams.check()
     for gram in grams.sums.values():
         gram /= tokens.shape[0]
         diagonal = torch.diagonal(gram)
@@ -118,17 +115,13 @@ class _Grams:
         self.identity = torch.eye(model.config.model_dim).to(self.banks.qo)
 
     def add_text(self, tokens: Tensor) -> None:
-        """Run one forward of tokens (B, T), as `GPT.hidden` does."""
+        """Run one forward of tokens (B, T), as `GPT.hidden` does. Raises PgolfError if a sum overflows."""
         self.tables = rope_tables(self.model.config, tokens.shape[1], tokens.device)
         x = self.model.smear(self.model.embed(tokens))
         self.model.trunk(x, self.model.value_embeddings(tokens), self.banks, self.attend, self)
-
-    def check(self) -> None:
-        """Raise PgolfError naming the first block whose activations, or their squares, overflow."""
-        for name, gram in self.sums.items():
-            if not bool(torch.isfinite(gram).all()):
-                problem = f"activations overflow in block {name.split('.')[1]} ({name})"
-                raise PgolfError(f"{problem}: the run diverged, quantize an earlier checkpoint")
+        if broken := [name for name, gram in self.sums.items() if not bool(gram.isfinite().all())]:
+            problem = f"activations overflow in block {broken[0].split('.')[1]} ({broken[0]})"
+            raise PgolfError(f"{problem}: the run diverged, quantize an earlier checkpoint")
 
     def attend(self, layer: int, x: Tensor, value_embed: Tensor | None) -> Tensor:
         config, banks, n = self.model.config, self.banks, self.model.config.num_layers

@@ -137,10 +137,9 @@ class QuantizedState:
         """Return the state. Raises PgolfError naming a tensor with NaN, infinite values or steps below 0."""
         named = self.to_named()
         for name, tensor in named.items():
-            problem = not_finite(tensor)
-            if is_part(name, named) and name.endswith((SCALE, COLUMNS)) and not bool((tensor > 0).all()):
-                problem = problem or f"{int((tensor <= 0).sum())} of {len(tensor)} steps are not positive"
-            if problem:
+            steps = name.endswith((SCALE, COLUMNS)) and is_part(name, named)
+            problem = "a step is 0 or less" if steps and not bool((tensor > 0).all()) else None
+            if problem := not_finite(tensor) or problem:
                 raise PgolfError(f"{name}: {problem}")
         return self
 
@@ -289,9 +288,7 @@ def to_float16(name: str, tensor: Tensor) -> Tensor:
     """Return a float16 copy on the CPU. Raises PgolfError for values that float16 cannot hold."""
     half = tensor.detach().half().cpu()
     if problem := not_finite(half):
-        raise PgolfError(
-            f"{name}: {problem} in float16, whose largest is 65504: quantize an earlier checkpoint"
-        )
+        raise PgolfError(f"{name}: {problem.replace('float32', 'float16')}: quantize an earlier checkpoint")
     return half.clone()
 
 

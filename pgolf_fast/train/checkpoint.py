@@ -13,7 +13,7 @@ from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import save_tensors, write_bytes, write_json
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.model.runtime import environment
-from pgolf_fast.model.weights import load_weights, read_weights
+from pgolf_fast.model.weights import load_weights, need_finite, read_weights
 from pgolf_fast.quant.state import is_slot, rebank
 
 _CHECKPOINTS = "step_*.safetensors"
@@ -54,7 +54,8 @@ def import_weights(weights: Path, config: RunConfig, folder: RunFolder, key: str
         state = rebank(state)
     source = open_source(config.data, config.model.vocab_size)
     model = GPT(config.model)
-    load_weights(model, state, str(weights), columns=True)
+    load_weights(model, state, str(weights), table=True)
+    need_finite(state, str(weights))
     with folder.lock():
         write_setup(folder, config, source)
         metadata = {"imported": weights.name, "config": run_config_to_dict(config)}

@@ -69,5 +69,6 @@ def checks(target: AuditTarget) -> list[AuditCheck]:
     named = target.model.state_dict().items()
     if wrong := next((f"{name}: {problem}" for name, t in named if (problem := not_finite(t))), None):
         for id in (*_FAIL, *_SAY_NOTHING):
-            rules[id] = rules[id][0], partial(_no_numbers, wrong, fails if id in _FAIL else undecided)
+            verdict = (fails if id in _FAIL else undecided)(wrong)
+            rules[id] = rules[id][0], partial(lambda verdict, _: verdict, verdict)
     return [AuditCheck(id, title, partial(check, audit)) for id, (title, check) in rules.items()]
