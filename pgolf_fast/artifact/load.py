@@ -22,7 +22,7 @@ from pgolf_fast.errors import PgolfError
 from pgolf_fast.model import decoding
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.model.runtime import choose_kernels, resolve_dtype
-from pgolf_fast.model.weights import Tensors, load_weights, read_weights
+from pgolf_fast.model.weights import Tensors, load_weights, need_finite, read_weights
 from pgolf_fast.quant.grid import FixedGrid
 from pgolf_fast.quant.state import CODES, QuantizedState, bank_grids, dequantize_state, is_part
 
@@ -73,13 +73,14 @@ def load(
     config: RunConfig | None = None,
     tokenizer: str | Path | Tokenizer | None = None,
     device: torch.device | str | None = None,
+    finite: bool = True,
 ) -> LoadedModel:
     """Load the model of a run folder or of an artifact file.
 
     weights: `auto` takes the artifact of a run folder, or its float weights if it is not packed.
     config: settings to score with, by default those stored with the weights. tokenizer: by default that of
-    the run folder. device: by default the GPU if there is one.
-    Raises PgolfError for a missing or damaged file, or tensors that do not fit the model.
+    the run folder. device: by default the GPU if there is one. finite: False also loads NaN, for an audit.
+    Raises PgolfError for a missing or damaged file, tensors that do not fit the model, or NaN in them.
     """
     path = path.path if isinstance(path, RunFolder) else Path(path)
     if not path.exists():
@@ -94,7 +95,7 @@ def load(
     file = folder.weights_file(weights) if path.is_dir() else path
     quantized = digest = None
     if weights == "artifact":
-        stored, quantized = unpack(file)
+        stored, quantized = unpack(file, finite=finite)
         stored = _with_data(stored, file)
         config, digest = config or stored, sizes(file).sha256
         state = _dequantized(file, quantized)
@@ -116,6 +117,8 @@ def load(
         console.logger.warning("%s: without a tokenizer word starts are unknown and logits differ", file)
     dtype = resolve_dtype(config.train.compute_dtype, device)
     model = build_model(stored, state, leading, dtype, str(file)).to(device)
+    if finite:
+        need_finite(state, str(file))
     return LoadedModel(model, config, file, tokenizer, quantized, digest)
 
 
@@ -142,10 +145,11 @@ def generate(
     return tokenizer.decode([int(i) for i in ids[0, 1:]])
 
 
-def unpack(path: Path | str) -> tuple[RunConfig, QuantizedState]:
+def unpack(path: Path | str, *, finite: bool = True) -> tuple[RunConfig, QuantizedState]:
     """Read the run's configuration and the quantized model of an artifact.
 
-    Raises PgolfError for a damaged file, one that is not a packed model, or mismatched codes and scales.
+    Raises PgolfError for a damaged file, one that is not a packed model, mismatched codes and scales, or, if
+    `finite`, values that are not.
     """
     tree, records = read_container(path)
     run_config, bits = tree.get("run"), tree.get("bits")
@@ -157,7 +161,8 @@ def unpack(path: Path | str) -> tuple[RunConfig, QuantizedState]:
             parts = "scales" if is_part(name, named) else "float16"
             if kind != ("codes" if name.endswith(CODES) else parts):
                 raise PgolfError(f"{name} of kind {kind} is not part of a packed model")
-        return run_config_from_dict(run_config), QuantizedState.from_named(named, bits)
+        state = QuantizedState.from_named(named, bits)
+        return run_config_from_dict(run_config), state.check() if finite else state
     except PgolfError as error:
         raise PgolfError(f"artifact {path}: {error}; pack it again") from error
 
@@ -175,7 +180,7 @@ def stored_config(path: Path, data: Path | None = None) -> RunConfig:
     """
     if path.is_dir():
         return RunFolder(path).read_config()
-    stored = unpack(path)[0]
+    stored = unpack(path, finite=False)[0]
     config = _with_data(stored, path)
     if config is stored and data is None and config.data.path is None:
         raise PgolfError(f"{path} does not say where its data is: give a folder of shards with --data DIR")
@@ -224,7 +229,7 @@ def build_model(
     """Make a model that uses the tensors of `state`, without copying them.
 
     has_leading_space (vocab,), from the tokenizer: word starts are unknown without it.
-    Raises PgolfError listing names and shapes of `origin` that do not fit.
+    Raises PgolfError as `load_weights` does.
     """
     if has_leading_space is None:
         # sized by the stored table: the configuration of a damaged file may be absurd

@@ -2,10 +2,12 @@
 
 import contextlib
 import io
+import itertools
 import json
+import re
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args
@@ -41,6 +43,15 @@ _COPY = "Copy the run, without its checkpoints, to this folder and write there, 
 RunOrArtifact = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_ARTIFACT")]
 OutCopy = Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="", help=_COPY)]
 TTT_FIELDS = ("ttt.*", "ttt.lora.*", "ttt.guided.*")
+_NEED: dict[str, tuple[str, Callable[[RunConfig], bool]]] = {  # options, what they need, and if it is missing
+    r"quant\.(target_bytes|rank)": ("--quant.grid rd", lambda c: c.quant.grid != "rd"),
+    r"quant\.(bits|percentiles|small_tensor)": ("a --quant.grid with rows", lambda c: c.quant.grid == "rd"),
+    r"quant\.(block_size|damping|temperature|seed|calibration_.*)": (
+        "--quant.method gptq",
+        lambda c: c.quant.method == "round",
+    ),
+    r"pack\.lzma_.*": ("--pack.codecs lzma", lambda c: {"lzma", "rans"}.isdisjoint(c.pack.codecs)),
+}
 
 
 @contextlib.contextmanager
@@ -129,12 +140,13 @@ class Train:
 
 @dataclass(frozen=True)
 class Import:
-    # Weights, .pt or .safetensors; a .pt file is read without running pickled code.
+    # Weights, as safetensors or by torch.save, read by content; no pickled code is run.
     weights: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
     preset: Preset  # Preset that the weights were trained with.
     fields: AllFields
     out: Path | None = None  # Run folder; default: runs/ plus the name of the weights file.
     shrink: Size | None = None  # Size of the preset, if the weights are of a shrunken one.
+    key: str | None = None  # Weights to take if the file holds several, for example ema.
 
     def main(self) -> None:
         from pgolf_fast.train.checkpoint import import_weights
@@ -142,7 +154,8 @@ class Import:
         weights = existing(self.weights, "weights file")
         config = preset_with(self.preset, self.shrink, self.fields)
         folder = RunFolder(self.out or Path("runs", weights.stem))
-        import_weights(weights, config, folder)
+        console.setup_logging()
+        import_weights(weights, config, folder, self.key)
         print(f"wrote {folder.model_file}; continue with `{console.command('quantize', folder.path)}`")
 
 
@@ -152,15 +165,34 @@ class Quantize:
     fields: Annotated[Words, Fields(("quant",), brief=_QUANT_FIELDS)]
     grid: Literal["reference", "percentile", "rd"] | None = None  # Short for --quant.grid.
     target_bytes: int | None = None  # Short for --quant.target-bytes.
+    # Also score this many validation tokens with the weights before and after, on non-overlapping windows.
+    score: int | None = None
     out: OutCopy = None
 
     def main(self) -> None:
         from pgolf_fast.artifact.pack import quantize_run
+        from pgolf_fast.evaluation.run import quick_score
 
         short = given({"quant.grid": self.grid, "quant.target_bytes": self.target_bytes})
-        with results_in(self.run, self.out, (*self.fields, *short)) as (folder, config):
+        words = (*self.fields, *short)
+        _refuse_unused(words, run_folder(self.run, words)[1])
+        with results_in(self.run, self.out, words) as (folder, config):
+            before = None if self.score is None else quick_score(folder, config, self.score)
             print(quantize_run(folder, config.quant))
+            if self.score is not None and before is not None:
+                after = quick_score(folder, config, self.score, quantized=True)
+                print(f"\nbpb on {before.tokens:,} tokens: {before.bpb:.4f} before, {after.bpb:.4f} after")
         wrote(folder.quantized_file)
+
+
+def _refuse_unused(words: Words, config: RunConfig) -> None:
+    """Raise PgolfError for an option that has no effect with the grid, method or codecs chosen."""
+    for word, (pattern, (needed, unused)) in itertools.product(words, _NEED.items()):
+        name, _, value = word.partition("=")
+        if re.fullmatch(pattern, name) and value != "none" and unused(config):
+            raise PgolfError(
+                f"--{name.replace('_', '-')} has no effect without {needed}: give both or neither"
+            )
 
 
 @dataclass(frozen=True)
@@ -178,6 +210,7 @@ class Pack:
     def main(self) -> None:
         from pgolf_fast.artifact.pack import pack_run
 
+        _refuse_unused(self.fields, run_folder(self.run, self.fields)[1])
         with results_in(self.run, self.out, self.fields) as (folder, config):
             packed = pack_run(folder, config.pack)
         print(packed)

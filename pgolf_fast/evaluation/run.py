@@ -1,6 +1,5 @@
 """Score a run folder or an artifact, and estimate the time that takes."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -8,6 +7,7 @@ from typing import Literal
 import torch
 
 from pgolf_fast.artifact.load import LoadedModel, load
+from pgolf_fast.artifact.pack import read_quantized
 from pgolf_fast.config.fields import run_config_to_dict, with_fields
 from pgolf_fast.config.run_folder import RunFolder, RunPath, Weights
 from pgolf_fast.config.schema import DataConfig, RunConfig
@@ -19,11 +19,13 @@ from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.estimate import Estimate, estimate
 from pgolf_fast.evaluation.figures import figures, token_classes
 from pgolf_fast.evaluation.resume import Resume, identity
-from pgolf_fast.evaluation.score import Stream
-from pgolf_fast.evaluation.scores import ThreeScores, three_scores
-from pgolf_fast.io import write_text
+from pgolf_fast.evaluation.score import Score, Stream
+from pgolf_fast.evaluation.scores import ThreeScores, plain_score, three_scores
+from pgolf_fast.io import write_json
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.model.runtime import choose_kernels, resolve_dtype
+from pgolf_fast.model.weights import load_weights
+from pgolf_fast.quant.state import dequantize_state
 
 
 def open_run(
@@ -73,7 +75,10 @@ def _open_data(
             f"the shards in {source.folder} belong to tokenizer {source.tokenizer.path}, the run to another "
             f"({tokenizer}): use shards made with the run's, or name it with --tokenizer"
         )
-    return source, Stream(source.validation(config.eval_seq_len), source.table, device)
+    stream = Stream(source.validation(config.eval_seq_len), source.table, device)
+    if not stream.target_bytes.any():
+        raise PgolfError(f"nothing to score: no token of {source.folder}'s validation shards is text")
+    return source, stream
 
 
 def score(
@@ -142,10 +147,20 @@ def score_run(
             "eval": tree["eval"],
             "ttt": tree["ttt"],
         }
-        write_text(result, json.dumps(report | scores.to_dict() | {"figures": shown}, indent=2) + "\n")
+        write_json(result, report | scores.to_dict() | {"figures": shown})
         if resume is not None:
             resume.forget()
     return scores
+
+
+def quick_score(folder: RunFolder, config: RunConfig, tokens: int, *, quantized: bool = False) -> Score:
+    """Score the float or the quantized weights on non-overlapping windows over the first `tokens` targets."""
+    config = with_fields(config, {"data.val_tokens": tokens})
+    loaded, stream = open_run(folder, config, "float", this_process().device)
+    if quantized:
+        state = dequantize_state(read_quantized(folder)[0])
+        load_weights(loaded.model, state, str(folder.quantized_file))
+    return plain_score(loaded.model, stream, loaded.config)
 
 
 def estimate_run(folder: RunFolder | None, config: RunConfig, weights: Weights) -> tuple[list[Estimate], str]:

@@ -124,7 +124,10 @@ class Scorer:
         self._bytes = np.concatenate(([0], np.cumsum(stream.target_bytes)))
 
     def score(self, losses_of: LossFunction, low: int, high: int) -> Score:
-        """Fill in the losses of windows low .. high-1 and return their sums, on every rank."""
+        """Fill in the losses of windows low .. high-1 and return their sums, on every rank.
+
+        Raises PgolfError naming the first target whose loss is not finite.
+        """
         if low == high:
             return Score()
         mine = batches(self.windows, low, high, self.size)[self.world.rank :: self.world.world_size]
@@ -134,7 +137,11 @@ class Scorer:
         for _ in done:
             pass
         # losses of the other ranks are zero here
-        self.world.sum_(self.losses[self.places[low] : self.places[high]])
+        losses = self.world.sum_(self.losses[self.places[low] : self.places[high]])
+        if len(wrong := (~losses.isfinite()).nonzero()):
+            target, loss = self.windows[low:high].targets()[int(wrong[0])], losses[wrong[0]].item()
+            hint = "activations overflow, or test-time training diverges (lower ttt.lr)"
+            raise PgolfError(f"the loss of target {target:,} is {loss}, one of {len(wrong):,}: {hint}")
         return self.sums(low, high)
 
     def sums(self, low: int, high: int) -> Score:

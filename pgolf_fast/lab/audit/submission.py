@@ -137,7 +137,7 @@ def calibration_ignores_data(folder: RunFolder | None, again: Requantize = requa
         return undecided("only a packed run has the weights from before quantization")
     if not folder.model_file.is_file():
         return undecided("there are no float weights to quantize again")
-    config, before = unpack(folder.artifact_file)
+    config, before = unpack(folder.artifact_file, finite=False)
     with TemporaryDirectory() as temporary:
         copy = RunFolder(Path(temporary) / "run")
         copy.write_config(config)

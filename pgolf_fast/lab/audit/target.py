@@ -110,7 +110,7 @@ def open_target(
     count = min(tokens or 8 * config.eval_seq_len, len(validation) - 1)
     config = replace(config, ttt=_in_chunks(config.ttt, count))
     weights: Weights = "float" if artifact is None else "artifact"
-    loaded = load(artifact or path, weights, config=config, tokenizer=source.tokenizer)
+    loaded = load(artifact or path, weights, config=config, tokenizer=source.tokenizer, finite=False)
     length, scoring = loaded.config.eval_seq_len, loaded.config.eval
 
     def windows(count: int) -> Windows:
