@@ -23,11 +23,13 @@ class Info:
         tokenizer = Tokenizer.load(find_tokenizer(self.folder, self.tokenizer))
         header = ("shard", "split", "tokens", "documents", "scored bytes", "bytes/token")
         rows = []
-        for shard in describe(self.folder, tokenizer):
-            counts = (f"{count:,}" for count in (shard.tokens, shard.documents, shard.scored_bytes))
-            rows.append((shard.file, shard.split, *counts, f"{shard.bytes_per_token:.4f}"))
+        for shard in (shards := describe(self.folder, tokenizer)):
+            counts = (console.number(n, ",") for n in (shard.tokens, shard.documents, shard.scored_bytes))
+            rows.append((shard.file, shard.split, *counts, console.number(shard.bytes_per_token, ".4f")))
         print(console.Table(header, rows))
         print(f"tokenizer {tokenizer.path} ({tokenizer.vocab_size} pieces)")
+        if sides := [shard.side_file for shard in shards if shard.side_file]:
+            print(f"bytes counted by {', '.join(sides)}")
 
 
 @dataclass(frozen=True)
