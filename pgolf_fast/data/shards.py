@@ -1,13 +1,13 @@
 """Token shards: a 1024-byte header, then little-endian uint16 token ids."""
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from pgolf_fast.console import logger
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import atomic_path
 
@@ -19,7 +19,7 @@ BOS_ID = 1
 """The first token of every document; there is no end marker."""
 
 Split = Literal["train", "val"]
-_NAME = re.compile(r"(?!\.).+_(train|val)_(bytes_)?(\d+)\.bin")
+_NAME = re.compile(r"(?!\.).+_(train|val)_(bytes_)?\d+\.bin")
 _CHECK_BLOCK = 1 << 22  # 8 MB of a memory-mapped file at a time
 
 
@@ -141,36 +141,12 @@ def side_file(path: Path) -> Path:
     return path.with_name("_bytes_".join(path.name.rsplit("_", 1)))
 
 
-def unread_files(folder: Path) -> str:
-    """Return a sentence on the .bin files in `folder` that are neither a shard nor its side file, or ""."""
+def warn_of_others(folder: Path) -> None:
+    """Warn of .bin files in `folder` that are neither a shard nor its side file, and so are not read."""
     shards = [*shard_paths(folder, "train"), *shard_paths(folder, "val")]
-    known = {*shards, *map(side_file, shards)}
-    others = sorted(path.name for path in folder.glob("[!.]*.bin") if path not in known)
-    shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
-    return f"not read, as the name is no shard's (NAME_val_000000.bin): {shown}" if others else ""
-
-
-def side_files(shards: Sequence[Shard]) -> list[Shard]:
-    """Open the byte side files of `shards`, which hold the bytes of text of each token; none is allowed.
-
-    Raises `PgolfError` if only some shards have one, or one has another length than its shard.
-    """
-    paths = [side_file(shard.path) for shard in shards]
-    missing = [path for path in paths if not path.is_file()]
-    if len(missing) == len(paths):
-        return []
-    if missing:
-        raise PgolfError(
-            f"{missing[0]} does not exist, but other shards have such a side file: add it, or remove them all"
-        )
-    sides = [open_shard(path) for path in paths]
-    for shard, side in zip(shards, sides, strict=True):
-        if side.num_tokens != shard.num_tokens:
-            raise PgolfError(
-                f"{side.path} has the bytes of {side.num_tokens:,} tokens, but {shard.path.name} has "
-                f"{shard.num_tokens:,}: use the side file that was made with the shard, or remove it"
-            )
-    return sides
+    if others := sorted({*folder.glob("[!.]*.bin")}.difference(shards, map(side_file, shards))):
+        names = ", ".join(path.name for path in others[:5]) + ", ..." * (len(others) > 5)
+        logger.warning("%s: not read, for no shard has such a name: %s", folder, names)
 
 
 def find_shards(folder: Path | str, split: Split) -> list[Shard]:
@@ -181,7 +157,6 @@ def find_shards(folder: Path | str, split: Split) -> list[Shard]:
         raise PgolfError(
             f"no *_{split}_*.bin shard in {folder}: make some with `pgolf data tokenize` "
             "or `pgolf data download`, or set data.path to the folder that holds them"
-            + ((unread := unread_files(folder)) and f" ({unread})")
         )
     return [open_shard(path) for path in paths]
 
@@ -209,12 +184,7 @@ def load_validation(
             f"set it to {seq_len} or more, or leave it out"
         )
     keep = (wanted - 1) // seq_len * seq_len + 1
-    return first_tokens(shards, keep)
-
-
-def first_tokens(shards: Sequence[Shard], count: int) -> np.ndarray:
-    """Return the first `count` tokens of `shards`, uint16."""
     parts: list[np.ndarray] = []
     for shard in shards:
-        parts.append(shard.tokens[: count - sum(len(part) for part in parts)])
+        parts.append(shard.tokens[: keep - sum(len(part) for part in parts)])
     return np.concatenate(parts)

@@ -15,12 +15,11 @@ from pgolf_fast.data.shards import (
     check_tokens,
     data_folder,
     find_shards,
-    first_tokens,
     load_validation,
     open_shard,
     shard_paths,
-    side_files,
-    unread_files,
+    side_file,
+    warn_of_others,
 )
 from pgolf_fast.data.tokenizer import (
     ByteTable,
@@ -57,19 +56,17 @@ class Source:
         return load_validation(self.folder, seq_len, vocab_size=self.vocab_size, max_tokens=self.val_tokens)
 
     def side_bytes(self, tokens: np.ndarray) -> np.ndarray | None:
-        """Return the bytes of the targets tokens[1:] by the side files of the shards, or None without any.
-
-        tokens: the beginning of `validation`. Raises `PgolfError` for side files that do not fit.
-        """
+        """Return the bytes of the targets in `tokens`, which begin `validation`, if side files count them."""
         shards = find_shards(self.folder, "val")
         looks_foreign(shards[0], self.tokenizer)
-        sides = side_files(shards)
+        sides = [side for shard in shards if (side := side_counts(shard, self.table)) is not None]
         if not sides:
             return None
-        counts = first_tokens(sides, len(tokens))
-        check_side(counts, tokens, self.table, sides[0].path)
-        console.logger.info("bytes of text are those of %s", ", ".join(side.path.name for side in sides))
-        return counts[1:].astype(np.int64)
+        names = f"side files like {side_file(shards[0].path).name}"
+        if len(sides) < len(shards):
+            raise PgolfError(f"{self.folder} has {len(shards)} validation shards but {len(sides)} {names}")
+        console.logger.info("bytes of text are counted by %s", names)
+        return np.concatenate(sides)[1 : len(tokens)].astype(np.int64)
 
 
 def open_source(config: DataConfig, vocab_size: int) -> Source:
@@ -80,61 +77,53 @@ def open_source(config: DataConfig, vocab_size: int) -> Source:
     folder = build_corpus(vocab_size=vocab_size) if config.path is None else data_folder(Path(config.path))
     tokenizer = Tokenizer.load(find_tokenizer(folder, config.tokenizer))
     check_vocab(tokenizer, vocab_size)
-    if unread := unread_files(folder):
-        console.logger.warning("%s: %s", folder, unread)
+    warn_of_others(folder)
     return Source(folder, tokenizer, byte_table(tokenizer), vocab_size, config.val_tokens)
 
 
-def check_side(counts: np.ndarray, tokens: np.ndarray, table: ByteTable, path: Path) -> int:
-    """Return the bytes of the targets tokens[1:] by the counts (len(tokens),) in side file `path`.
+def side_counts(shard: Shard, table: ByteTable) -> np.ndarray | None:
+    """Return the bytes of text of each token by the shard's byte side file, or None if it has none.
 
-    Raises `PgolfError` if BOS tokens have bytes, or the sum is far from that of the pieces.
+    Raises `PgolfError` if they cannot be those of the shard.
     """
-    if wrong := int(np.count_nonzero(counts[tokens == BOS_ID])):
-        raise PgolfError(
-            f"{path} counts bytes for {wrong:,} BOS tokens, which have none: use the side file that was made "
-            "with the shard, or remove it"
-        )
+    path, tokens = side_file(shard.path), shard.tokens
+    if not path.is_file():
+        return None
+    counts = open_shard(path).tokens
     own, pieces = int(counts[1:].sum(dtype=np.int64)), scored_bytes(table, tokens)
-    if abs(own - pieces) > SIDE_SHARE * pieces:
+    alike = len(counts) == len(tokens) and not counts[tokens == BOS_ID].any()
+    if not alike or abs(own - pieces) > SIDE_SHARE * pieces:
         raise PgolfError(
-            f"{path} counts {own:,} bytes of text, but the pieces of these {len(tokens):,} tokens have "
-            f"{pieces:,}: use the side file that was made with the shard, or remove it"
+            f"{path} counts {own:,} bytes of {len(counts):,} tokens, but {shard.path.name} has {pieces:,} of "
+            f"{len(tokens):,}, and none of BOS tokens: use the side file that was made with it, or remove it"
         )
-    return own
+    return counts
 
 
 def returning(tokens: np.ndarray, tokenizer: Tokenizer) -> tuple[int, int]:
     """Return how many documents are the same tokens when decoded and encoded again, and how many were tried.
 
-    Text of this tokenizer always is; that of another one is not. Control pieces are left out.
+    Text of this tokenizer always is; that of another one, or with unknown or unused pieces, is not.
     """
-    starts = np.flatnonzero(tokens == BOS_ID)
-    documents = np.split(tokens, starts)[1:] if len(starts) else [tokens]
-    silent = byte_table(tokenizer).is_boundary
-    same = tried = 0
-    for index in np.unique(np.linspace(0, len(documents) - 1, _DOCUMENTS).astype(int)):
-        document = documents[index]
-        ids = document[~silent[document]][:_LENGTH].tolist()
-        if len(ids) > 1:
-            whole = len(ids) * 3 // 4  # the last word may be cut
-            tried, same = tried + 1, same + (tokenizer.encode(tokenizer.decode(ids))[:whole] == ids[:whole])
-    return same, tried
+    documents, same = np.split(tokens, np.flatnonzero(tokens == BOS_ID))[1:] or [tokens], list[bool]()
+    for document in documents[:: -(-len(documents) // _DOCUMENTS)]:
+        ids = document[document != BOS_ID][:_LENGTH].tolist()
+        whole = len(ids) * 3 // 4  # the last word may be cut, and an end marker has no text
+        same += [tokenizer.encode(tokenizer.decode(ids))[:whole] == ids[:whole]] * (whole > 0)
+    return sum(same), len(same)
 
 
 def looks_foreign(shard: Shard, tokenizer: Tokenizer) -> bool:
-    """Return whether the beginning of a shard is hardly text of a tokenizer; warn then, and of odd pieces."""
+    """Return whether the beginning of a shard does not look like text of a tokenizer, and warn if so."""
     tokens = np.array(shard.tokens[:_SAMPLE])
     if int(tokens.max()) >= tokenizer.vocab_size:
         return True  # an error wherever such a token is read
     same, tried = returning(tokens, tokenizer)
-    odd = byte_table(tokenizer).is_boundary[tokens] & (tokens != BOS_ID) & (tokens != tokenizer.eos_id)
-    if (foreign := 2 * same < tried) or odd.any():
+    if foreign := 2 * same < tried:
         console.logger.warning(
-            "%s does not look like text of tokenizer %s: %d of %d documents are the same tokens when decoded "
-            "and encoded again, and %d of %d tokens are padding, unknown or unused pieces. Bytes of text and "
-            "scores are wrong with another tokenizer than the shard's: name it with --data.tokenizer",
-            *(shard.path, tokenizer.path, same, tried, odd.sum(), len(tokens)),
+            f"{shard.path} does not look like text of tokenizer {tokenizer.path}: {same} of {tried} "
+            "documents are the same tokens when decoded and encoded again. Scores are wrong with another "
+            "tokenizer than the shard's: name that with --data.tokenizer"
         )
     return foreign
 
@@ -147,10 +136,8 @@ class ShardInfo:
     split: Split
     tokens: int
     documents: int  # Documents that start in this shard, counted by BOS ids
-    scored_bytes: int | None
-    """Bytes of this shard's targets, the denominator of bits per byte; None for text of another tokenizer."""
+    scored_bytes: int | None  # Bytes of this shard's targets, unless it looks like another tokenizer's text
     bytes_per_token: float | None  # scored_bytes per target
-    side_file: str | None  # File that counts them; else they are those of the pieces
 
 
 def describe(folder: Path | str, tokenizer: Tokenizer) -> list[ShardInfo]:
@@ -160,24 +147,19 @@ def describe(folder: Path | str, tokenizer: Tokenizer) -> list[ShardInfo]:
     """
     folder, rows, table = data_folder(folder), [], byte_table(tokenizer)
     splits: tuple[Split, ...] = ("train", "val")
-    unread = unread_files(folder)
-    if not any(shard_paths(folder, split) for split in splits):
+    paths = [(path, split) for split in splits for path in shard_paths(folder, split)]
+    warn_of_others(folder)
+    if not paths:
         raise PgolfError(
             f"no *_train_*.bin or *_val_*.bin shard in {folder}: make some with `pgolf data tokenize` "
-            "or `pgolf data download`" + (unread and f" ({unread})")
+            "or `pgolf data download`"
         )
-    if unread:
-        console.logger.warning("%s: %s", folder, unread)
-    shards = [(open_shard(path), split) for split in splits for path in shard_paths(folder, split)]
-    for shard, split in console.progress(shards, "reading", unit="shard"):
+    for path, split in console.progress(paths, "reading", unit="shard"):
+        shard = open_shard(path)
         check_tokens(shard, tokenizer.vocab_size)
-        count, side_file, documents = None, None, len(shard.document_starts())
+        count, side, documents = None, side_counts(shard, table), len(shard.document_starts())
         if not looks_foreign(shard, tokenizer):
-            count = scored_bytes(table, shard.tokens)
-            for side in side_files([shard]):
-                side_file = side.path.name
-                count = check_side(side.tokens, shard.tokens, table, side.path)
+            count = scored_bytes(table, shard.tokens) if side is None else int(side[1:].sum(dtype=np.int64))
         per_token = None if count is None else count / max(shard.num_tokens - 1, 1)
-        row = shard.path.name, split, shard.num_tokens, documents, count, per_token, side_file
-        rows.append(ShardInfo(*row))
+        rows.append(ShardInfo(path.name, split, shard.num_tokens, documents, count, per_token))
     return rows

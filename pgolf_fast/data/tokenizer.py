@@ -18,17 +18,15 @@ if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
 
 SPACE = "\u2581"
-OPERATORS = ("\ue001", "\ue002", "\ue003", "\ue004")
-"""Pieces of the CaseOps transform (PR 1729): they say where capitals were and stand for no bytes of text."""
+OPERATORS = "\ue001\ue002\ue003\ue004"  # pieces of CaseOps (PR 1729): where capitals were, no bytes of text
+_PLAIN = str.maketrans(SPACE, " ", OPERATORS)
 _SENTENCES = (
     "The quick brown Fox can't jump over 13 lazy dogs; it costs $4,096 (or 50 %)!",
     "two  spaces,   three,\ta tab\na new line\r\n\n    and an indented one",
-    " a space before and one after ",
-    "na\u00efve \u00dcn\u00efc\u00f6d\u00e9 \u00df \u0416 \u03bb \ua66e x",
-    "\U0001f642 \u65e5\u672c\u8a9e\u3002 \ud55c\uad6d\uc5b4 \ufb01x \u2122 \u00bd \U0001f680\U0001f680",
+    " na\u00efve \u00dcn\u00efc\u00f6d\u00e9 \u00df \u0416 \u03bb \ua66e \u00bd \ufb01x ",
+    "\U0001f642 \u65e5\u672c\u8a9e\u3002 \ud55c\uad6d\uc5b4 \U0001f680\U0001f680",
     'ALL CAPS, MiXeD iPhone; https://example.org/a?b=c&d={e}|~^\\_`#@*+<>[]"',
 )
-"""Known text of every kind: what a tokenizer spells in unusual ways is counted at least once."""
 _BLOCK = 1 << 22  # tokens at a time: counting makes int64 arrays of them
 _SENTENCE_CHARS = 2000
 _TRAINING_CHARS = 256_000_000
@@ -44,11 +42,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path | str) -> "Tokenizer":
-        """Load a .model file.
-
-        Raises `PgolfError` if it is missing or not a SentencePiece model, or if it loses characters of known
-        text or their bytes cannot be counted.
-        """
+        """Load a .model file. Raises `PgolfError` if it is missing, no SentencePiece model, or loses text."""
         from sentencepiece import SentencePieceProcessor
 
         path = Path(path)
@@ -56,17 +50,15 @@ class Tokenizer:
             raise PgolfError(
                 f"tokenizer {path} does not exist: give a SentencePiece .model file with --data.tokenizer"
             )
-        processor, reason = SentencePieceProcessor(), "it has no pieces"
+        processor = SentencePieceProcessor()
         try:
-            loaded = processor.LoadFromSerializedProto(path.read_bytes()) and len(processor) > 0
+            processor.LoadFromSerializedProto(path.read_bytes())
         except (RuntimeError, OSError, TypeError) as error:
-            # SentencePiece puts the place in its source first, and the condition where it has no words
-            loaded, reason = False, re.sub(r"^[A-Z]+: |\S+\(\d+\) \[.*\] *", "", str(error)).strip()
-        if not loaded:
+            # a reason follows the place in SentencePiece's source, or there is none
+            reason = re.sub(r"^[A-Z]+: |\S+\(\d+\) \[.*\] *", "", str(error)) or "it cannot be parsed"
             raise PgolfError(
-                f"{path} is not a SentencePiece model ({reason or 'it cannot be parsed'}): "
-                "give a .model file with --data.tokenizer"
-            )
+                f"{path} is not a SentencePiece model ({reason}): give a .model file with --data.tokenizer"
+            ) from error
         tokenizer = cls(processor, path)
         if fault := counting_fault(tokenizer, byte_table(tokenizer)):
             raise PgolfError(f"tokenizer {path} cannot be used: {fault}")
@@ -80,10 +72,6 @@ class Tokenizer:
     def bos_id(self) -> int:
         """The id that starts a document; -1 if the model has none."""
         return int(self._processor.bos_id())
-
-    @property
-    def eos_id(self) -> int:
-        return int(self._processor.eos_id())
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of `text`, without BOS. Lone surrogates are read as '?'."""
@@ -146,37 +134,31 @@ def byte_table(tokenizer: Tokenizer) -> ByteTable:
 
 
 def plain_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    """Return the text of `ids` as it was: a U+2581 spelled in bytes is a space, and operators are nothing."""
-    text = tokenizer.decode(ids).replace(SPACE, " ")
-    return text.translate(dict.fromkeys(map(ord, OPERATORS)))
+    """Return the text of `ids` as it was, with a space for one that is spelled in bytes, as U+2581."""
+    return tokenizer.decode(ids).translate(_PLAIN)
 
 
 def counting_fault(tokenizer: Tokenizer, table: ByteTable) -> str | None:
     """Return what is wrong with the bytes that `table` counts for known text, or None.
 
-    The text may be normalized (white space, NFKC, case), but no character may get lost, and the count must be
-    its length in UTF-8. The space that opens a text need not count.
+    It may be normalized (white space, NFKC, case), but no character may get lost, and the count must be its
+    length in UTF-8. The space that opens a text need not count.
     """
     for text in _SENTENCES:
         ids = tokenizer.encode(text)
         back = plain_text(tokenizer, ids)
         if _folded(back) != _folded(text):
-            bytes_exist = any(map(tokenizer.is_byte, range(tokenizer.vocab_size)))
-            why = "" if bytes_exist else " (it has no byte pieces: use one trained with byte_fallback)"
-            return f"it loses characters, {text!r} comes back as {back!r}{why}"
+            return f"it loses characters ({text!r} comes back as {back!r}): train one with byte_fallback"
         back = back if text.endswith(" ") else back.rstrip(" ")
         counted = scored_bytes(table, np.array([np.argmax(table.is_boundary), *ids]))
         if counted not in {size := len(back.encode()), size - back.startswith(" ")}:
-            why = (
-                "a space is spelled in the three bytes of U+2581; " if SPACE in tokenizer.decode(ids) else ""
-            )
-            return f"{counted} bytes are counted for the {size} of {text!r}: {why}use another tokenizer"
+            why = " (no piece is a space, U+2581)" * (SPACE in tokenizer.decode(ids))
+            return f"{counted} bytes are counted for the {size} of {text!r}{why}: use another tokenizer"
     return None
 
 
-def _folded(text: str) -> list[str]:
-    """Return the words of `text` without what normalization may change."""
-    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).split()
+def _folded(text: str) -> list[str]:  # into what normalization keeps
+    return unicodedata.normalize("NFKC", text.casefold()).split()
 
 
 def target_bytes(table: ByteTable, prev_ids: np.ndarray, target_ids: np.ndarray) -> np.ndarray:
