@@ -45,9 +45,9 @@ def absolute(config: RunConfig) -> RunConfig:
 
 
 def _is_whole(line: dict[str, Any]) -> bool:
-    """Return whether a line of metrics.jsonl has a kind and a step, and counts of tokens and time if it is one.
+    """Return whether a line of metrics.jsonl has a kind and a step, and the tokens and time of a step.
 
-    Its loss need not be finite: reports show where it was not.
+    A loss need not be finite: reports show where it was not.
     """
     numbers = [line.get(name, None if line.get("kind") == "step" else 0) for name in ("tokens", "elapsed")]
     finite = all(isinstance(value, int | float) and math.isfinite(value) for value in numbers)

@@ -75,7 +75,8 @@ def _open_data(
             f"the shards in {source.folder} belong to tokenizer {source.tokenizer.path}, the run to another "
             f"({tokenizer}): use shards made with the run's, or name it with --tokenizer"
         )
-    stream = Stream(source.validation(config.eval_seq_len), source.table, device)
+    tokens = source.validation(config.eval_seq_len)
+    stream = Stream(tokens, source.table, device, source.side_bytes(tokens))
     if not stream.target_bytes.any():
         raise PgolfError(f"nothing to score: no token of {source.folder}'s validation shards is text")
     return source, stream
