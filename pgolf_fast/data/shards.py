@@ -124,8 +124,8 @@ def data_folder(folder: Path | str) -> Path:
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "does not exist"
         raise PgolfError(
-            f"data folder {folder} {what}: set data.path to a folder of *_train_*.bin and *_val_*.bin "
-            "shards, or leave it out to use the built-in corpus"
+            f"data folder {folder} {what}: name one of *_train_*.bin and *_val_*.bin shards with "
+            "--data.path; without it, a new run takes the built-in corpus"
         )
     return folder
 

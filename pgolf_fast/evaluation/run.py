@@ -38,12 +38,12 @@ def open_run(
     run's.
     """
     folder.weights_file(weights)  # the first thing to complain about
-    config = replace(config, data=_present(folder, config.data))
+    config = replace(config, data=present_data(folder, config.data))
     source, stream = _open_data(config, device, folder.tokenizer_file)
     return load(folder, weights, config=config, tokenizer=source.tokenizer, device=device), stream
 
 
-def _present(folder: RunFolder, data: DataConfig) -> DataConfig:
+def present_data(folder: RunFolder, data: DataConfig) -> DataConfig:
     """Return `data` with the run's own tokenizer if theirs is gone. Raises PgolfError if the shards are."""
     own, named = folder.tokenizer_file, data.tokenizer
     if data.path is None:

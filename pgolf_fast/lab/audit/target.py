@@ -18,6 +18,7 @@ from pgolf_fast.data.tokenizer import ByteTable, Tokenizer
 from pgolf_fast.evaluation.adapters.base import Adapter, Frozen, borrowed
 from pgolf_fast.evaluation.adapters.registry import adapting_chunks, make_adapter, protocol_of
 from pgolf_fast.evaluation.protocol import Chunk, score_and_adapt, window_chunks
+from pgolf_fast.evaluation.run import present_data
 from pgolf_fast.evaluation.score import LossFunction, Stream, batch_size
 from pgolf_fast.evaluation.windows import Windows, sliding_windows
 from pgolf_fast.lab.audit import submission
@@ -107,6 +108,8 @@ def open_target(
     config = replace(config, eval=evaluation or config.eval, ttt=ttt or config.ttt)
     places = {"data.path": data, "data.tokenizer": tokenizer}
     config = with_fields(config, {name: place for name, place in places.items() if place})
+    if folder is not None:
+        config = replace(config, data=present_data(folder, config.data))
     source = open_source(config.data, config.model.vocab_size)
     validation = source.validation(config.eval_seq_len)
     count = min(tokens or 8 * config.eval_seq_len, len(validation) - 1)
