@@ -23,9 +23,8 @@ logger = logging.getLogger("pgolf_fast")
 def command(*words: object) -> str:
     """Return the `pgolf` command of these words, quoted for a shell."""
     # A path that starts with - would be an option
-    return shlex.join(
-        ["pgolf", *(f"./{w}" if isinstance(w, Path) and str(w)[0] == "-" else str(w) for w in words)]
-    )
+    safe = (f"./{w}" if isinstance(w, Path) and str(w)[0] == "-" else str(w) for w in words)
+    return shlex.join(("pgolf", *safe))
 
 
 def setup_logging(log_file: Path | None = None, *, quiet: bool = False) -> None:

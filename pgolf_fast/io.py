@@ -137,15 +137,10 @@ def read_json(path: Path, kind: type = dict) -> Any:
 
 def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
     """Write `value` as JSON, atomically. Raises PgolfError naming the entry that is NaN or infinite."""
-    write_text(path, json_text(path, value, indent))
-
-
-def json_text(path: Path, value: Any, indent: int | None = 2) -> str:
-    """Return what `write_json` writes. Raises PgolfError as it does."""
     if wrong := _not_finite(value):
         name, number = wrong
         raise PgolfError(f"{path} is not written: {name} is {number}, which is no result")
-    return json.dumps(value, indent=indent) + "\n"
+    write_text(path, json.dumps(value, indent=indent) + "\n")
 
 
 def _not_finite(value: Any, name: str = "") -> tuple[str, float] | None:

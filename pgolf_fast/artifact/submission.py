@@ -4,6 +4,7 @@ import ast
 import base64
 import functools
 import hashlib
+import json
 import lzma
 import math
 import os
@@ -27,13 +28,12 @@ from pgolf_fast.config.run_folder import RunFolder, read_scores
 from pgolf_fast.config.schema import QuantConfig, RunConfig, TTTConfig
 from pgolf_fast.console import command, logger
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.io import json_text, need_writable, read_json, write_bytes, write_json
+from pgolf_fast.io import need_writable, read_json, write_bytes, write_json
 
 LIMIT_BYTES = 16_000_000
 OFFICIAL_BYTES = 151_080_363  # of the challenge's validation targets in 1,024 pieces
 SCRIPT, ARTIFACT = "train_gpt.py", "model.pgolf"
 _WRITTEN = ".pgolf_submit.json"  # digests of the files that `write_submission` wrote
-_TEXTS = ("README.md", "submission.json")  # which people edit
 _PLACEHOLDERS = {"", "your name", "your-github-id", "your github id", "you", "none"}
 _SCORES = {
     "non_overlapping": "non-overlapping windows",
@@ -99,11 +99,10 @@ def write_submission(folder: RunFolder, out: Path, about: About, *, readable: bo
     facts["warnings"] = _warnings(config, about, scores)
     template = resources.files("pgolf_fast.artifact").joinpath("submission.md.j2").read_text(encoding="utf-8")
     readme = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(template)
-    summary = json_text(out / "submission.json", _summary(facts, about))
     files = {
         SCRIPT: script.encode(),
         "README.md": readme.render(facts).encode(),
-        "submission.json": summary.encode(),
+        "submission.json": json.dumps(_summary(facts, about), indent=2, allow_nan=False).encode() + b"\n",
         ARTIFACT: artifact.read_bytes(),
         "train.log": _without_folders(log.read_text(encoding="utf-8", errors="replace"), folder).encode(),
     }
@@ -123,10 +122,11 @@ def write_submission(folder: RunFolder, out: Path, about: About, *, readable: bo
 
 def _warnings(config: RunConfig, about: About, scores: dict[str, Any]) -> list[str]:
     """Say what keeps the folder from being a submission that others can compare with."""
-    warnings = []
-    for option, value in (("author", about.author), ("github-id", about.github_id)):
-        if value.strip().strip("<>").lower() in _PLACEHOLDERS:
-            warnings.append(f"the {option.replace('-', ' ')} {value!r} is a placeholder: give --{option}")
+    warnings = [
+        f"{value!r} is a placeholder: give --{option}"
+        for option, value in (("author", about.author), ("github-id", about.github_id))
+        if value.strip().strip("<>").lower() in _PLACEHOLDERS
+    ]
     count = scores["non_overlapping"]["bytes"]
     if not math.isclose(count, OFFICIAL_BYTES, rel_tol=1e-3):
         warnings.append(
@@ -150,30 +150,21 @@ def _without_folders(text: str, folder: RunFolder) -> str:
 
 def _write_own(out: Path, files: dict[str, bytes]) -> None:
     """Write files that are new or that an earlier call wrote. Raises PgolfError for any other file."""
-    digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    record = out / _WRITTEN
-    before = read_json(record) if record.is_file() else {}  # every digest that was written, by name
-    changed = []
-    for name, digest in digests.items():
-        file = out / name
-        found = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
-        if (file.exists() or file.is_symlink()) and found not in (digest, *before.get(name, ())):
-            changed.append(name)
-    kept = [name for name in changed if name in before and name in _TEXTS]
-    if other := sorted({*changed} - {*kept}):
-        raise PgolfError(
-            f"{out} holds {' and '.join(other)} that pgolf submit did not write: move them, or choose "
-            "another --out"
-        )
-    written = {name: [*before.get(name, ()), digest] for name, digest in digests.items()}
-    write_json(record, written | {name: before[name] for name in kept})
+    record, kept = out / _WRITTEN, []
+    written = read_json(record) if record.is_file() else {}  # every digest that was written, by name
+    for name, content in files.items():
+        file, known = out / name, [*written.get(name, ()), hashlib.sha256(content).hexdigest()]
+        own = file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() in known
+        if own or not os.path.lexists(file):
+            written[name] = known
+        elif name in written and name in ("README.md", "submission.json"):  # which people edit
+            kept.append(name)
+            logger.warning("WARNING: kept %s, changed since it was written; remove it for a new one", file)
+        else:
+            raise PgolfError(f"pgolf submit did not write {file}: move it, or choose another --out")
+    write_json(record, written)
     for name in files.keys() - kept:
         write_bytes(out / name, files[name])
-    if kept:
-        logger.warning(
-            "WARNING: kept %s, changed since pgolf submit wrote it; remove it to have it written again",
-            " and ".join(kept),
-        )
 
 
 def _check_script(ttt: TTTConfig, codecs: set[str]) -> None:

@@ -332,14 +332,14 @@ def test_submit_overwrites_only_what_it_wrote(run, tmp_path, caplog):
     write_submission(run, out, replace(ABOUT, author="B. Person"))
     assert (out / "README.md").read_text() == edited
     assert read_json(out / "submission.json")["author"] == "B. Person"
-    assert "WARNING: kept README.md" in caplog.text
+    assert f"WARNING: kept {out}/README.md, changed since" in caplog.text
     (out / "README.md").write_text(first)  # what an earlier call wrote is no edit
     write_submission(run, out, ABOUT)
     assert (out / "README.md").read_text() != edited
     for name in ("train_gpt.py", "train.log", "model.pgolf"):
         own = (out / name).read_bytes()
         (out / name).write_bytes(own + b"#")
-        with pytest.raises(PgolfError, match=f"out holds {name} that pgolf submit did not write"):
+        with pytest.raises(PgolfError, match=f"pgolf submit did not write .*/out/{name}: move it"):
             write_submission(run, out, ABOUT)
         assert (out / name).read_bytes() == own + b"#"
         (out / name).write_bytes(own)
@@ -347,13 +347,19 @@ def test_submit_overwrites_only_what_it_wrote(run, tmp_path, caplog):
     (foreign / "README.md").write_text("# Another project")
     (foreign / "train.log").mkdir()
     (foreign / "submission.json").symlink_to("nowhere")
-    with pytest.raises(PgolfError, match=r"holds README\.md and submission\.json and train\.log that"):
+    with pytest.raises(PgolfError, match=r"pgolf submit did not write .*/README\.md"):
         write_submission(run, foreign, ABOUT)
-    assert {path.name for path in foreign.iterdir()} == {"README.md", "train.log", "submission.json"}
-    with pytest.raises(PgolfError, match=r"README\.md is a file: give another --out"):
-        write_submission(run, foreign / "README.md", ABOUT)
+    (foreign / "README.md").rename(foreign / "NOTES.md")
+    with pytest.raises(PgolfError, match=r"pgolf submit did not write .*/submission\.json"):
+        write_submission(run, foreign, ABOUT)
+    (foreign / "submission.json").unlink()
+    with pytest.raises(PgolfError, match=r"pgolf submit did not write .*/train\.log"):
+        write_submission(run, foreign, ABOUT)
+    assert {path.name for path in foreign.iterdir()} == {"NOTES.md", "train.log"}
+    with pytest.raises(PgolfError, match=r"NOTES\.md is a file: give another --out"):
+        write_submission(run, foreign / "NOTES.md", ABOUT)
     before = run.log_file.read_bytes()
-    with pytest.raises(PgolfError, match="that pgolf submit did not write"):
+    with pytest.raises(PgolfError, match="pgolf submit did not write"):
         write_submission(run, run.path, ABOUT)  # its files have these names too
     assert run.log_file.read_bytes() == before
 
@@ -363,8 +369,8 @@ def test_submit_warns_of_what_is_no_submission_yet(run, tmp_path, caplog):
     for author, github in (("your name", "your-github-id"), ("Your Name", "you"), (" ", "<you>")):
         caplog.clear()
         write_submission(run, tmp_path / "out", replace(ABOUT, author=author, github_id=github))
-        assert f"WARNING: the author {author!r} is a placeholder: give --author" in caplog.text
-        assert f"WARNING: the github id {github!r} is a placeholder" in caplog.text
+        assert f"WARNING: {author!r} is a placeholder: give --author" in caplog.text
+        assert f"WARNING: {github!r} is a placeholder: give --github-id" in caplog.text
         readme = (tmp_path / "out" / "README.md").read_text()
         assert readme.count("**WARNING**") == 3
     count = read_json(run.scores_file("artifact"))["sliding"]["bytes"]
