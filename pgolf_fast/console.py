@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,6 +18,13 @@ from pgolf_fast.io import cannot_write
 
 Item = TypeVar("Item")
 logger = logging.getLogger("pgolf_fast")
+
+
+def command(*words: object) -> str:
+    """Return the `pgolf` command of these words, quoted for a shell."""
+    # A path that starts with - would be an option
+    safe = (f"./{w}" if isinstance(w, Path) and str(w)[0] == "-" else str(w) for w in words)
+    return shlex.join(("pgolf", *safe))
 
 
 def setup_logging(log_file: Path | None = None, *, quiet: bool = False) -> None:
@@ -254,4 +262,4 @@ class Table:
 
 def inline_html(text: str) -> str:
     """Escape text for HTML and turn `code` in backticks into `<code>` elements."""
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
+    return re.sub(r"(?<!`)(``?)(?!`)(.+?)(?<!`)\1(?!`)", r"<code>\2</code>", escape(text), flags=re.DOTALL)

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import socket
+import tempfile
 import time
 import zlib
 from collections.abc import Iterator
@@ -65,9 +66,25 @@ def cannot_write(path: Path, error: OSError) -> PgolfError:
     return PgolfError(f"cannot write {path}: {_FULL.get(error.errno or 0, error.strerror)}")
 
 
+def need_writable(folder: Path, option: str = "--out DIR") -> None:
+    """Raise PgolfError naming `option` unless files can be written in `folder`, or it can be made."""
+    place = folder
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise PgolfError(f"{place} is a file: give another {option}")
+    try:
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        if error.errno in _FULL:  # what is written later may replace larger files
+            return
+        reason = os.strerror(error.errno or 0)
+        raise PgolfError(f"{folder} cannot be written ({reason}): give {option} for the results") from error
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files of killed processes in `folder`. The caller holds the folder's lock."""
-    for file in folder.glob(".*.tmp"):
+    for file in folder.glob(".*.[0-9]*.tmp"):
         file.unlink(missing_ok=True)
 
 

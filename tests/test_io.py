@@ -200,3 +200,19 @@ def test_json_never_holds_nan(tmp_path, value, name):
     with pytest.raises(PgolfError, match=name):
         write_json(tmp_path / "scores.json", value)
     assert read_json(tmp_path / "scores.json") == {"a": 1.5}
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch):
+    """The folder need not exist yet; a file in its way, or an ancestor that is read-only, is named."""
+    io.need_writable(tmp_path / "a" / "b")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(PgolfError, match="file is a file: give another --out FILE"):
+        io.need_writable(tmp_path / "file" / "deeper", "--out FILE")
+
+    def refuse(dir):
+        raise OSError(errno.EACCES, "no")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    with pytest.raises(PgolfError, match=r"b cannot be written \(Permission denied\): give --out DIR"):
+        io.need_writable(tmp_path / "a" / "b")

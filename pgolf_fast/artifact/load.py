@@ -1,5 +1,6 @@
 """Load a model: an artifact or a run folder in, a `LoadedModel` out."""
 
+import contextlib
 import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,15 +13,16 @@ from torch.overrides import TorchFunctionMode
 from pgolf_fast import console
 from pgolf_fast.artifact.container import read_container, sizes
 from pgolf_fast.config.fields import run_config_from_dict
-from pgolf_fast.config.run_folder import RunFolder, RunPath
+from pgolf_fast.config.run_folder import RunFolder, RunPath, absolute, copy_files
 from pgolf_fast.config.schema import RunConfig
+from pgolf_fast.data.source import open_source
 from pgolf_fast.data.tokenizer import Tokenizer, byte_table
 from pgolf_fast.distributed import this_process
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.model import decoding
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.model.runtime import choose_kernels, resolve_dtype
-from pgolf_fast.model.weights import Tensors, load_weights, read_weights
+from pgolf_fast.model.weights import Tensors, load_weights, need_finite, read_weights
 from pgolf_fast.quant.grid import FixedGrid
 from pgolf_fast.quant.state import CODES, QuantizedState, bank_grids, dequantize_state, is_part
 
@@ -44,7 +46,9 @@ class LoadedModel:
     def need_tokenizer(self) -> Tokenizer:
         """Return the tokenizer. Raises PgolfError if it is not known."""
         if self.tokenizer is None:
-            raise PgolfError(f"{self.path} has no tokenizer next to it: pass tokenizer=FILE.model")
+            raise PgolfError(
+                f"{self.path} has no tokenizer next to it: pass tokenizer=FILE.model or --tokenizer FILE"
+            )
         return self.tokenizer
 
     def __str__(self) -> str:
@@ -69,13 +73,14 @@ def load(
     config: RunConfig | None = None,
     tokenizer: str | Path | Tokenizer | None = None,
     device: torch.device | str | None = None,
+    finite: bool = True,
 ) -> LoadedModel:
     """Load the model of a run folder or of an artifact file.
 
     weights: `auto` takes the artifact of a run folder, or its float weights if it is not packed.
     config: settings to score with, by default those stored with the weights. tokenizer: by default that of
-    the run folder. device: by default the GPU if there is one.
-    Raises PgolfError for a missing or damaged file, or tensors that do not fit the model.
+    the run folder. device: by default the GPU if there is one. finite: False also loads NaN, for an audit.
+    Raises PgolfError for a missing or damaged file, tensors that do not fit the model, or NaN in them.
     """
     path = path.path if isinstance(path, RunFolder) else Path(path)
     if not path.exists():
@@ -90,7 +95,8 @@ def load(
     file = folder.weights_file(weights) if path.is_dir() else path
     quantized = digest = None
     if weights == "artifact":
-        stored, quantized = unpack(file)
+        stored, quantized = unpack(file, finite=finite)
+        stored = _with_data(stored, file)
         config, digest = config or stored, sizes(file).sha256
         state = _dequantized(file, quantized)
     else:
@@ -111,6 +117,8 @@ def load(
         console.logger.warning("%s: without a tokenizer word starts are unknown and logits differ", file)
     dtype = resolve_dtype(config.train.compute_dtype, device)
     model = build_model(stored, state, leading, dtype, str(file)).to(device)
+    if finite:
+        need_finite(state, str(file))
     return LoadedModel(model, config, file, tokenizer, quantized, digest)
 
 
@@ -137,10 +145,11 @@ def generate(
     return tokenizer.decode([int(i) for i in ids[0, 1:]])
 
 
-def unpack(path: Path | str) -> tuple[RunConfig, QuantizedState]:
+def unpack(path: Path | str, *, finite: bool = True) -> tuple[RunConfig, QuantizedState]:
     """Read the run's configuration and the quantized model of an artifact.
 
-    Raises PgolfError for a damaged file, one that is not a packed model, or mismatched codes and scales.
+    Raises PgolfError for a damaged file, one that is not a packed model, mismatched codes and scales, or, if
+    `finite`, values that are not.
     """
     tree, records = read_container(path)
     run_config, bits = tree.get("run"), tree.get("bits")
@@ -152,15 +161,47 @@ def unpack(path: Path | str) -> tuple[RunConfig, QuantizedState]:
             parts = "scales" if is_part(name, named) else "float16"
             if kind != ("codes" if name.endswith(CODES) else parts):
                 raise PgolfError(f"{name} of kind {kind} is not part of a packed model")
-        return run_config_from_dict(run_config), QuantizedState.from_named(named, bits)
+        state = QuantizedState.from_named(named, bits)
+        return run_config_from_dict(run_config), state.check() if finite else state
     except PgolfError as error:
         raise PgolfError(f"artifact {path}: {error}; pack it again") from error
 
 
 def load_artifact(path: Path | str) -> tuple[RunConfig, dict[str, Tensor]]:
-    """Read configuration and float32 state dict of an artifact. Raises PgolfError as `unpack` does."""
+    """Read `stored_config` and float32 state dict of an artifact. Raises PgolfError as `unpack` does."""
     config, quantized = unpack(path)
-    return config, _dequantized(path, quantized)
+    return _with_data(config, Path(path)), _dequantized(path, quantized)
+
+
+def stored_config(path: Path, data: Path | None = None) -> RunConfig:
+    """Return the configuration of a run folder or an artifact; an artifact's data is that of its run folder.
+
+    Raises PgolfError for an artifact outside of a run folder without `data`.
+    """
+    if path.is_dir():
+        return RunFolder(path).read_config()
+    stored = unpack(path, finite=False)[0]
+    config = _with_data(stored, path)
+    if config is stored and data is None and config.data.path is None:
+        raise PgolfError(f"{path} does not say where its data is: give a folder of shards with --data DIR")
+    return config
+
+
+def artifact_run(artifact: Path, config: RunConfig, out: Path) -> RunFolder:
+    """Make a run folder `out` of an artifact alone, and the tokenizer next to it or else that of its data."""
+    tokenizer = artifact.parent / "tokenizer.model"
+    if not tokenizer.is_file():
+        tokenizer = open_source(config.data, config.model.vocab_size).tokenizer.path
+    return copy_files(absolute(config), {"model.pgolf": artifact, "tokenizer.model": tokenizer}, out)
+
+
+def _with_data(config: RunConfig, artifact: Path) -> RunConfig:
+    """Return the configuration of an artifact with the data of the run folder that the file lies in."""
+    with contextlib.suppress(PgolfError):  # any other config.json
+        run = RunFolder(artifact.parent).read_config()
+        if run.model == config.model:
+            return replace(config, data=run.data)
+    return config
 
 
 def _dequantized(path: Path | str, quantized: QuantizedState) -> dict[str, Tensor]:
@@ -188,7 +229,7 @@ def build_model(
     """Make a model that uses the tensors of `state`, without copying them.
 
     has_leading_space (vocab,), from the tokenizer: word starts are unknown without it.
-    Raises PgolfError listing names and shapes of `origin` that do not fit.
+    Raises PgolfError as `load_weights` does.
     """
     if has_leading_space is None:
         # sized by the stored table: the configuration of a damaged file may be absurd

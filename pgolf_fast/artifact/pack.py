@@ -1,6 +1,6 @@
 """Quantize a run folder's weights, and write them as an artifact within its byte budget."""
 
-from collections import Counter
+import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,33 +29,50 @@ from pgolf_fast.io import atomic_path
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.quant.calibration import quantize_model
 from pgolf_fast.quant.rd import rate_distortion
-from pgolf_fast.quant.state import CODES, SCALE, QuantizedState, QuantizedTensor, is_part, section_of
+from pgolf_fast.quant.state import CODES, SCALE, QuantizedState, QuantizedTensor, is_part, section_of, unbank
 
 TOLERANCE = 128  # bytes below the limit at which the search for codes to prune stops, besides the margin
 HEADER_MARGIN = 64  # bytes by which the header may grow when a section's size and checksum change
 
 
 def quantize_run(run: RunPath, quant: QuantConfig | None = None, **fields: object) -> Table:
-    """Quantize the float weights of a run folder and write them there; count tensors by type.
+    """Quantize the float weights of a run folder and write them there; tabulate the errors by type.
 
     quant: settings, by default the run's; fields: changes to them, such as bits=5. Grid rd makes the
     artifact, packed with the run's own settings, `quant.target_bytes` long.
-    Raises PgolfError when the run has no weights or the target cannot be reached.
+    Raises PgolfError when the run has no weights, they or the result are not finite, or the target cannot be
+    reached.
     """
     folder = RunFolder.of(run)
     config = folder.read_config()
     config = replace(config, quant=with_fields(quant or config.quant, fields))
     model = load(folder, "float", config=config).model
+    logger.info("quantizing %s: grid %s, method %s", folder.path, config.quant.grid, config.quant.method)
     if config.quant.grid == "rd":
         quantized = _fit_to_target(model, config)
     else:
         quantized = quantize_model(model, config.quant, seq_len=config.train.seq_len)
+    quantized.check()
     folder.retire(folder.artifact_file)
     quantized.save(folder.quantized_file, config.quant)
-    widths = Counter(t.bits for t in quantized.tensors.values() if isinstance(t, QuantizedTensor))
-    rows = [(f"int{width}", f"{widths[width]:,}") for width in sorted(widths)]
-    rows.append(("float16", f"{len(quantized.tensors) - widths.total():,}"))
-    return Table(("tensors", "number"), rows)
+    return _errors(model, quantized)
+
+
+def _errors(model: GPT, quantized: QuantizedState) -> Table:
+    """Tabulate the errors of tensors by type, relative to the tensors: root mean square and largest."""
+    kinds: dict[str, list[tuple[float, str]]] = {}
+    for name, exact in unbank(model.state_dict()).items():
+        kind, stored = "float16", quantized.tensors[name]
+        if isinstance(stored, QuantizedTensor):
+            kind, stored = f"int{stored.bits}", stored.dequantized()
+        weight = exact.float().cpu()
+        error = float((weight - stored).norm() / weight.norm().clamp_min(1e-30))
+        kinds.setdefault(kind, []).append((error, name))
+    rows = []
+    for kind, errors in sorted(kinds.items()):
+        mean, (worst, name) = statistics.fmean(e * e for e, _ in errors) ** 0.5, max(errors)
+        rows.append((kind, f"{len(errors):,}", f"{mean:.2%}", f"{worst:.2%}", name))
+    return Table(("tensors", "number", "relative error", "at most", "of"), rows)
 
 
 def _fit_to_target(model: GPT, config: RunConfig) -> QuantizedState:
@@ -153,7 +170,9 @@ def artifact_bytes(quantized: QuantizedState, config: RunConfig, packing: PackCo
 
 
 def _tree(quantized: QuantizedState, config: RunConfig) -> dict[str, Any]:
-    return {"run": run_config_to_dict(config), "bits": quantized.bits()}
+    # An artifact is shared: it does not say where the data lies on this machine
+    data = replace(config.data, path=None, tokenizer=None)
+    return {"run": run_config_to_dict(replace(config, data=data)), "bits": quantized.bits()}
 
 
 def pack(

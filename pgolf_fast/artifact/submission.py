@@ -6,7 +6,9 @@ import functools
 import hashlib
 import json
 import lzma
-import shutil
+import math
+import os
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -24,12 +26,15 @@ from pgolf_fast.config.fields import flatten
 from pgolf_fast.config.presets import preset
 from pgolf_fast.config.run_folder import RunFolder, read_scores
 from pgolf_fast.config.schema import QuantConfig, RunConfig, TTTConfig
-from pgolf_fast.console import logger
+from pgolf_fast.console import command, logger
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.io import atomic_path, write_text
+from pgolf_fast.io import need_writable, read_json, write_bytes, write_json
 
 LIMIT_BYTES = 16_000_000
+OFFICIAL_BYTES = 151_080_363  # of the challenge's validation targets in 1,024 pieces
 SCRIPT, ARTIFACT = "train_gpt.py", "model.pgolf"
+_WRITTEN = ".pgolf_submit.json"  # digests of the files that `write_submission` wrote
+_PLACEHOLDERS = {"", "your name", "your-github-id", "your github id", "you", "none"}
 _SCORES = {
     "non_overlapping": "non-overlapping windows",
     "sliding": "sliding windows",
@@ -63,12 +68,15 @@ def write_submission(folder: RunFolder, out: Path, about: About, *, readable: bo
     """Write README.md, submission.json, train.log, the artifact and the evaluation script into `out`.
 
     readable: write the script as readable source instead of compressed, and count that. Returns bytes by
-    part. Raises PgolfError when the run is not packed or not scored, its scores belong to another artifact or
-    other settings, it breaks the rules, the script has no such adapter or codec, or code and artifact exceed
-    LIMIT_BYTES.
+    part. README.md and submission.json that were changed since an earlier call are kept, and named in a
+    warning; so are placeholders for names, and scores of other text than the challenge's.
+    Raises PgolfError when the run is not packed or not scored, its scores belong to another artifact or
+    other settings, it breaks the rules, the script has no such adapter or codec, code and artifact exceed
+    LIMIT_BYTES, or `out` holds files of these names that this function did not write.
     """
     artifact = folder.need(folder.artifact_file, "pack")
     log = folder.need(folder.log_file, "train PRESET --out")
+    need_writable(out)
     config, container = unpack(artifact)[0], sizes(artifact)
     digest = container.sha256
     if config.ttt.illegal is not None:
@@ -88,14 +96,19 @@ def write_submission(folder: RunFolder, out: Path, about: About, *, readable: bo
         )
     facts = _facts(folder, config, about)
     facts |= {"scores": scores, "digest": digest, "code": code, "weights": weights, "readable": readable}
+    facts["warnings"] = _warnings(config, about, scores)
     template = resources.files("pgolf_fast.artifact").joinpath("submission.md.j2").read_text(encoding="utf-8")
     readme = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(template)
-    write_text(out / SCRIPT, script)
-    write_text(out / "README.md", readme.render(facts))
-    write_text(out / "submission.json", json.dumps(_summary(facts, about), indent=2) + "\n")
-    for source, name in ((artifact, ARTIFACT), (log, "train.log")):
-        with atomic_path(out / name) as temporary:
-            shutil.copyfile(source, temporary)
+    files = {
+        SCRIPT: script.encode(),
+        "README.md": readme.render(facts).encode(),
+        "submission.json": json.dumps(_summary(facts, about), indent=2, allow_nan=False).encode() + b"\n",
+        ARTIFACT: artifact.read_bytes(),
+        "train.log": _without_folders(log.read_text(encoding="utf-8", errors="replace"), folder).encode(),
+    }
+    _write_own(out, files)
+    for warning in facts["warnings"]:
+        logger.warning("WARNING: %s", warning)
     return {
         "script, readable": len(forms.readable.encode()),
         "script, minified": len(forms.minified.encode()),
@@ -105,6 +118,53 @@ def write_submission(folder: RunFolder, out: Path, about: About, *, readable: bo
         "= total": code + weights,
         "limit": LIMIT_BYTES,
     }
+
+
+def _warnings(config: RunConfig, about: About, scores: dict[str, Any]) -> list[str]:
+    """Say what keeps the folder from being a submission that others can compare with."""
+    warnings = [
+        f"{value!r} is a placeholder: give --{option}"
+        for option, value in (("author", about.author), ("github-id", about.github_id))
+        if value.strip().strip("<>").lower() in _PLACEHOLDERS
+    ]
+    count = scores["non_overlapping"]["bytes"]
+    if not math.isclose(count, OFFICIAL_BYTES, rel_tol=1e-3):
+        warnings.append(
+            f"the scores are of {count:,} bytes of text, the challenge's validation set has about "
+            f"{OFFICIAL_BYTES:,}: they do not compare with scores of the challenge"
+        )
+    if config.data.path or config.data.tokenizer:
+        warnings.append(f"{ARTIFACT} names a folder of this machine: pack and score the run again")
+    return warnings
+
+
+def _without_folders(text: str, folder: RunFolder) -> str:
+    """Shorten the paths in a log to their last component: a submission does not describe this machine."""
+    data = folder.read_config().data
+    for place in filter(None, (data.tokenizer, data.path, str(folder.path.absolute()))):
+        if os.path.isabs(place):
+            text = text.replace(place, Path(place).name)  # it may have spaces
+    text = re.sub(r"(['\"])~?/[^'\"\n]*/([^'\"\n/]+)\1", r"\1\2\1", text)
+    return re.sub(r"(^|[^\w/.:~])~?/(?:[^\s/]+/)*(?=[^\s/])", r"\1", text, flags=re.M)
+
+
+def _write_own(out: Path, files: dict[str, bytes]) -> None:
+    """Write files that are new or that an earlier call wrote. Raises PgolfError for any other file."""
+    record, kept = out / _WRITTEN, []
+    written = read_json(record) if record.is_file() else {}  # every digest that was written, by name
+    for name, content in files.items():
+        file, known = out / name, [*written.get(name, ()), hashlib.sha256(content).hexdigest()]
+        own = file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() in known
+        if own or not os.path.lexists(file):
+            written[name] = known
+        elif name in written and name in ("README.md", "submission.json"):  # which people edit
+            kept.append(name)
+            logger.warning("WARNING: kept %s, changed since it was written; remove it for a new one", file)
+        else:
+            raise PgolfError(f"pgolf submit did not write {file}: move it, or choose another --out")
+    write_json(record, written)
+    for name in files.keys() - kept:
+        write_bytes(out / name, files[name])
 
 
 def _check_script(ttt: TTTConfig, codecs: set[str]) -> None:
@@ -125,7 +185,7 @@ def _scores(folder: RunFolder, config: RunConfig, digest: str) -> dict[str, Any]
     """Read the scores. Raises PgolfError if they belong to another artifact or other settings."""
     path = folder.need(folder.path / "scores_artifact.json", "eval")
     scores = read_scores(path)
-    again = f"run `pgolf eval {folder.path}` again"
+    again = f"run `{command('eval', folder.path)}` again"
     if scores.get("artifact_sha256") != digest:
         raise PgolfError(f"{path} holds the scores of another artifact: {again}")
     for group in ("eval", "ttt"):
@@ -140,7 +200,7 @@ def _scores(folder: RunFolder, config: RunConfig, digest: str) -> dict[str, Any]
 def _facts(folder: RunFolder, config: RunConfig, about: About) -> dict[str, Any]:
     """Return what the README and submission.json say about the run, except scores and sizes."""
     path, model, quant = folder.path / "env.json", config.model, config.quant
-    environment = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    environment = read_json(path) if path.is_file() else {}
     steps = [line for line in folder.history() if line["kind"] == "step"]
     cpu = f"{environment.get('processor') or 'CPU'}, {environment.get('cpu_threads')} threads"
     blurb = (

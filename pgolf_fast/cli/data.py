@@ -15,7 +15,7 @@ class Info:
     tokenizer: Path | None = None  # SentencePiece .model file; default: the one in or next to the folder.
 
     def main(self) -> None:
-        from pgolf_fast.data.shards import data_folder
+        from pgolf_fast.data.shards import data_folder, side_file
         from pgolf_fast.data.source import describe
         from pgolf_fast.data.tokenizer import Tokenizer, find_tokenizer
 
@@ -24,10 +24,12 @@ class Info:
         header = ("shard", "split", "tokens", "documents", "scored bytes", "bytes/token")
         rows = []
         for shard in describe(self.folder, tokenizer):
-            counts = (f"{count:,}" for count in (shard.tokens, shard.documents, shard.scored_bytes))
-            rows.append((shard.file, shard.split, *counts, f"{shard.bytes_per_token:.4f}"))
+            counts = (console.number(n, ",") for n in (shard.tokens, shard.documents, shard.scored_bytes))
+            rows.append((shard.file, shard.split, *counts, console.number(shard.bytes_per_token, ".4f")))
         print(console.Table(header, rows))
         print(f"tokenizer {tokenizer.path} ({tokenizer.vocab_size} pieces)")
+        if sides := [path.name for row in rows if (path := side_file(self.folder / row[0])).is_file()]:
+            print(f"bytes counted by {', '.join(sides)}")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import tyro
 
 from pgolf_fast import console
 from pgolf_fast.cli.options import Words, wrote
+from pgolf_fast.io import need_writable
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ class Bench:
 
         names = ("ops", "tokens", "modes", "dtype", "quick", "minutes")
         wanted = {name: getattr(self, name) for name in names}
+        if self.out is not None:
+            need_writable(self.out.parent, "--out FILE")
         with contextlib.closing(store.Store(self.out)) as results:
             run.measure(run.bench_plan(self.preset, peer_names=self.peers, **wanted), results.add)
         return results.records
@@ -87,6 +90,7 @@ class Tune:
         names = ("ops", "kernels", "tokens", "candidates", "minutes")
         chosen = tune.tune_plan(self.preset, **{name: getattr(self, name) for name in names})
         path = self.out or tuned.cache_file()
+        need_writable(path.parent, "--out FILE")
         results = tune.tune(chosen, lambda one: tuned.save_rows(path, [tune.as_tuned(one, chosen)]))
         if not results:
             print("no kernel was launched by these ops")
@@ -109,6 +113,8 @@ class Aot:
     def main(self) -> int:
         from pgolf_fast.bench import aot
 
+        if self.out is not None:
+            need_writable(self.out.parent, "--out FILE")
         rows, misfits = aot.compile_presets(self.presets, self.arch)
         print(aot.table(rows))
         wrong = [*misfits, *aot.problems(rows)]

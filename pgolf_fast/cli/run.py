@@ -2,8 +2,12 @@
 
 import contextlib
 import io
+import itertools
 import json
+import re
+import tempfile
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args
@@ -29,12 +33,58 @@ from pgolf_fast.cli.options import (
 )
 from pgolf_fast.config.fields import flatten, flip
 from pgolf_fast.config.presets import PRESETS, is_preset, preset
-from pgolf_fast.config.run_folder import RunFolder, Weights
+from pgolf_fast.config.run_folder import RunFolder, Weights, read_scores
 from pgolf_fast.config.schema import Codec, RunConfig
 from pgolf_fast.errors import PgolfError
+from pgolf_fast.io import need_writable
 
 _QUANT_FIELDS = ("quant.percentiles", "quant.block_size", "quant.damping", "quant.small_tensor")
+_COPY = "Copy the run, without its checkpoints, to this folder and write there, not into the run."
+RunOrArtifact = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_ARTIFACT")]
+OutCopy = Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="", help=_COPY)]
 TTT_FIELDS = ("ttt.*", "ttt.lora.*", "ttt.guided.*")
+_NEED: dict[str, tuple[str, Callable[[RunConfig], bool]]] = {  # options, what they need, and if it is missing
+    r"quant\.(target_bytes|rank)": ("--quant.grid rd", lambda c: c.quant.grid != "rd"),
+    r"quant\.(bits|percentiles|small_tensor)": ("a --quant.grid with rows", lambda c: c.quant.grid == "rd"),
+    r"quant\.(block_size|damping|temperature|seed|calibration_.*)": (
+        "--quant.method gptq",
+        lambda c: c.quant.method == "round",
+    ),
+    r"pack\.lzma_.*": ("--pack.codecs lzma", lambda c: {"lzma", "rans"}.isdisjoint(c.pack.codecs)),
+}
+
+
+@contextlib.contextmanager
+def results_in(
+    run: Path, out: Path | None, words: Words, shards: Shards | None = None, world: Any = None
+) -> Iterator[tuple[RunFolder, RunConfig]]:
+    """Yield the run folder for results and log lines, locked, and its configuration with `words` set.
+
+    It is the run itself or, with `out`, a copy of it there. With `shards`, `run` may be an artifact alone,
+    whose run folder is made in `out` or, without one, in a temporary folder. Of several ranks, the first
+    copies, locks and logs.
+    """
+    with contextlib.ExitStack() as stack:
+        main, alone = world is None or world.is_main, shards is not None and run.is_file()
+        place = out or (Path(stack.enter_context(tempfile.TemporaryDirectory())) if alone else run)
+        if main or (alone and out is None):
+            need_writable(place)
+            if alone and shards is not None:
+                from pgolf_fast.artifact.load import artifact_run, stored_config
+
+                config = stored_config(run, shards.data)
+                flip(config, words)  # a wrong one leaves no folder behind
+                artifact_run(run, flip(config, shards.words), place)
+            elif out is not None:
+                run_folder(run, words)[0].copy_to(out)
+        if world is not None:
+            world.barrier()
+        folder, config = run_folder(place, words)
+        if main:
+            stack.enter_context(folder.lock())
+        console.setup_logging(folder.log_file if main else None, quiet=not main)
+        stack.callback(console.close_logging)
+        yield folder, config
 
 
 @dataclass(frozen=True)
@@ -90,12 +140,13 @@ class Train:
 
 @dataclass(frozen=True)
 class Import:
-    # Weights, .pt or .safetensors; a .pt file is read without running pickled code.
+    # Weights, as safetensors or by torch.save, read by content; no pickled code is run.
     weights: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
     preset: Preset  # Preset that the weights were trained with.
     fields: AllFields
     out: Path | None = None  # Run folder; default: runs/ plus the name of the weights file.
     shrink: Size | None = None  # Size of the preset, if the weights are of a shrunken one.
+    key: str | None = None  # Weights to take if the file holds several, for example ema.
 
     def main(self) -> None:
         from pgolf_fast.train.checkpoint import import_weights
@@ -103,8 +154,9 @@ class Import:
         weights = existing(self.weights, "weights file")
         config = preset_with(self.preset, self.shrink, self.fields)
         folder = RunFolder(self.out or Path("runs", weights.stem))
-        import_weights(weights, config, folder)
-        print(f"wrote {folder.model_file}; continue with `pgolf quantize {folder.path}`")
+        console.setup_logging()
+        import_weights(weights, config, folder, self.key)
+        print(f"wrote {folder.model_file}; continue with `{console.command('quantize', folder.path)}`")
 
 
 @dataclass(frozen=True)
@@ -113,15 +165,34 @@ class Quantize:
     fields: Annotated[Words, Fields(("quant",), brief=_QUANT_FIELDS)]
     grid: Literal["reference", "percentile", "rd"] | None = None  # Short for --quant.grid.
     target_bytes: int | None = None  # Short for --quant.target-bytes.
+    # Also score this many validation tokens with the weights before and after, on non-overlapping windows.
+    score: int | None = None
+    out: OutCopy = None
 
     def main(self) -> None:
         from pgolf_fast.artifact.pack import quantize_run
+        from pgolf_fast.evaluation.run import quick_score
 
         short = given({"quant.grid": self.grid, "quant.target_bytes": self.target_bytes})
-        folder, config = run_folder(self.run, (*self.fields, *short))
-        console.setup_logging(folder.log_file)
-        print(quantize_run(folder, config.quant))
+        words = (*self.fields, *short)
+        _refuse_unused(words, run_folder(self.run, words)[1])
+        with results_in(self.run, self.out, words) as (folder, config):
+            before = None if self.score is None else quick_score(folder, config, self.score)
+            print(quantize_run(folder, config.quant))
+            if self.score is not None and before is not None:
+                after = quick_score(folder, config, self.score, quantized=True)
+                print(f"\nbpb on {before.tokens:,} tokens: {before.bpb:.4f} before, {after.bpb:.4f} after")
         wrote(folder.quantized_file)
+
+
+def _refuse_unused(words: Words, config: RunConfig) -> None:
+    """Raise PgolfError for an option that has no effect with the grid, method or codecs chosen."""
+    for word, (pattern, (needed, unused)) in itertools.product(words, _NEED.items()):
+        name, _, value = word.partition("=")
+        if re.fullmatch(pattern, name) and value != "none" and unused(config):
+            raise PgolfError(
+                f"--{name.replace('_', '-')} has no effect without {needed}: give both or neither"
+            )
 
 
 @dataclass(frozen=True)
@@ -134,13 +205,14 @@ class Pack:
     measure: tuple[Codec, ...] = get_args(Codec)
     json: Path | None = None  # File for the table as JSON.
     treemap: Path | None = None  # PNG file for a treemap of the bytes.
+    out: OutCopy = None
 
     def main(self) -> None:
         from pgolf_fast.artifact.pack import pack_run
 
-        folder, config = run_folder(self.run, self.fields)
-        console.setup_logging(folder.log_file)
-        packed = pack_run(folder, config.pack)
+        _refuse_unused(self.fields, run_folder(self.run, self.fields)[1])
+        with results_in(self.run, self.out, self.fields) as (folder, config):
+            packed = pack_run(folder, config.pack)
         print(packed)
         wrote(packed.path)
         if self.table or self.json or self.treemap:
@@ -151,6 +223,7 @@ class Pack:
         from pgolf_fast.lab.analysis.artifact_bytes import artifact_table
         from pgolf_fast.lab.report.plots import plot_treemap
 
+        console.setup_logging()  # without the run's log, which is no place for measurements of codecs
         table = artifact_table(artifact, self.measure if self.table or self.json else ())
         if self.table:
             print("\n" + table.text())
@@ -163,12 +236,13 @@ class Pack:
 
 @dataclass(frozen=True)
 class Eval(Shards):
-    run: Run  # Run folder; with --estimate, a preset too.
+    run: RunOrArtifact  # Run folder, or artifact file; with --estimate, a preset too.
     fields: Annotated[Words, Fields(("eval", "ttt"), brief=TTT_FIELDS)]
     weights: Weights = "artifact"  # Score the packed artifact, or the float weights before quantization.
     figures: bool = False  # Print all tables, not just the one by token class.
     estimate: bool = False  # Print the amount of work and how long it would take here, without scoring.
     allow_illegal: bool = False  # Also score test-time training that breaks the rules, labeled ILLEGAL.
+    out: OutCopy = None
 
     def main(self) -> None:
         words, name = (*self.fields, *self.words), str(self.run)
@@ -177,28 +251,32 @@ class Eval(Shards):
         elif self.estimate:
             self._estimate(*run_folder(self.run, words))
         else:
-            self._score(*run_folder(self.run, words))
+            self._score(words)
 
-    def _score(self, folder: RunFolder, config: RunConfig) -> None:
+    def _score(self, words: Words) -> None:
         from pgolf_fast.distributed import join_world
         from pgolf_fast.evaluation.figures import tables
         from pgolf_fast.evaluation.run import score_run
         from pgolf_fast.lab.report.plots import draw_scores
 
-        with join_world() as world:
-            console.setup_logging(folder.log_file if world.is_main else None, quiet=not world.is_main)
+        if self.run.is_file() and self.weights == "float":
+            raise PgolfError(f"{self.run} is a file: float weights are scored in a run folder")
+        written: tuple[Path | None, ...] = ()
+        with join_world() as world, results_in(self.run, self.out, words, self, world) as (folder, config):
             scores = score_run(folder, config, self.weights, world, allow_illegal=self.allow_illegal)
-        if not world.is_main:
-            return
-        path = folder.scores_file(self.weights)
-        content = json.loads(path.read_text(encoding="utf-8"))
+            if not world.is_main:
+                return
+            path = folder.scores_file(self.weights)
+            content = read_scores(path)
+            if self.out or self.run.is_dir():
+                written = path, draw_scores(content, path.with_suffix(".png"))
         print(scores.table())
         if scores.illegal:
             print(f"\nThe third score BREAKS THE RULES of the challenge: {scores.illegal}.")
         for table in tables(content["figures"], every=self.figures, illegal=scores.illegal):
             print(f"\n{table}")
         print()
-        wrote(path, draw_scores(content, path.with_suffix(".png")))
+        wrote(*written)
 
     def _estimate(self, folder: RunFolder | None, config: RunConfig) -> None:
         from pgolf_fast.evaluation.run import estimate_run
@@ -241,6 +319,7 @@ class Submit:
 
         folder, _ = run_folder(self.run)
         out = self.out or folder.path / "submission"
+        console.setup_logging()
         about = About(self.author, self.github_id, self.name, self.blurb, self.track)
         written = write_submission(folder, out, about, readable=self.readable)
         print(console.Table(("part", "bytes"), [(part, f"{size:,}") for part, size in written.items()]))
@@ -249,21 +328,22 @@ class Submit:
 
 @dataclass(frozen=True)
 class Generate:
-    run: Run  # Run folder.
+    run: RunOrArtifact  # Run folder, or artifact file.
     prompt: str = ""  # Text to continue; an empty prompt starts a document.
     tokens: int = 200  # Tokens to generate.
     temperature: float = 0.8  # Sampling temperature; 0 takes the most likely token.
     seed: int = 0  # Sampling seed.
+    tokenizer: Path | None = None  # Tokenizer; default: that of the run, or next to the artifact.
 
     def main(self) -> None:
-        from pgolf_fast.artifact.load import generate
+        from pgolf_fast.artifact.load import generate, load
 
         if self.tokens < 1:
             raise PgolfError(f"--tokens is {self.tokens}; it must be at least 1")
         if self.temperature < 0:
             raise PgolfError(f"--temperature is {self.temperature}; it must not be negative")
-        folder, _ = run_folder(self.run)
-        print(generate(folder, self.prompt, self.tokens, temperature=self.temperature, seed=self.seed))
+        loaded = load(existing(self.run, "run folder or artifact"), tokenizer=self.tokenizer)
+        print(generate(loaded, self.prompt, self.tokens, temperature=self.temperature, seed=self.seed))
 
 
 @dataclass(frozen=True)

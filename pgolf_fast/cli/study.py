@@ -23,13 +23,14 @@ from pgolf_fast.cli.options import (
     run_folder,
     wrote,
 )
-from pgolf_fast.cli.run import TTT_FIELDS
+from pgolf_fast.cli.run import TTT_FIELDS, OutCopy, results_in
 from pgolf_fast.config.fields import flip
 from pgolf_fast.config.presets import preset
 from pgolf_fast.config.run_folder import Weights, read_scores
 from pgolf_fast.config.schema import PackConfig
 from pgolf_fast.config.ttt import adapters, unknown_adapter
 from pgolf_fast.errors import PgolfError
+from pgolf_fast.io import need_writable
 from pgolf_fast.lab.analysis.summary import Options as AnalysisOptions
 
 _OWN = "run"  # name of the run's own test-time training settings among the adapters
@@ -53,6 +54,8 @@ class Audit(Shards):
         from pgolf_fast.lab.audit.check import broken, findings_table, run_checks
         from pgolf_fast.lab.audit.rules import checks
 
+        if self.json is not None or (self.run.is_dir() and not self.only):
+            need_writable((self.json or self.run / "audit.json").parent, "--json FILE")
         target = self._target()
         known = checks(target)
         if unknown := set(self.only) - {check.id for check in known}:
@@ -77,9 +80,10 @@ class Audit(Shards):
         return 1 if wrong else 0
 
     def _target(self) -> Any:
-        from pgolf_fast.lab.audit.target import open_target, settings
+        from pgolf_fast.artifact.load import stored_config
+        from pgolf_fast.lab.audit.target import open_target
 
-        config = flip(settings(existing(self.run, "run or artifact")), self.fields)
+        config = flip(stored_config(existing(self.run, "run or artifact"), self.data), self.fields)
         least = config.eval_seq_len
         if self.tokens is not None and self.tokens < least:
             raise PgolfError(f"--tokens is {self.tokens}; it must be at least one window of {least}")
@@ -92,21 +96,26 @@ class Audit(Shards):
 @dataclass(frozen=True)
 class Report:
     run: Run  # Run folder, finished or not.
-    out: Path | None = None  # HTML file; default: RUN/report.html.
+    out: Path | None = None  # HTML file, or folder for report.html; default: the run.
     audit: bool = False  # First audit the run, as `pgolf audit` does.
 
     def main(self) -> int:
         from pgolf_fast.lab.report.sections import write_report
 
         folder, _ = run_folder(self.run)
+        page = self.out or folder.path
+        page = page / "report.html" if page.is_dir() else page
+        need_writable(page.parent, "--out FILE")
+        if self.out is not None and self.audit:
+            folder.audit_file = page.with_suffix(".audit.json")
         status = 0
         if self.audit:
             try:
-                status = Audit(run=folder.path, fields=()).main()
+                status = Audit(run=folder.path, fields=(), json=folder.audit_file).main()
             except PgolfError as error:  # a run that is not packed yet still gets a page
                 print(f"not audited: {error}")
                 status = 2
-        wrote(write_report(folder, self.out or folder.path / "report.html"))
+        wrote(write_report(folder, page))
         return status
 
 
@@ -246,24 +255,24 @@ class TttSweep(Shards):
     tokens: int | None = None  # Score only this many validation tokens; default: all.
     after: int = 0  # Compare only documents that start at this target or later.
     allow_illegal: bool = False  # Also compare adapters that break the rules; their rows are labeled ILLEGAL.
+    out: OutCopy = None
 
     def main(self) -> None:
         from pgolf_fast.distributed import join_world
         from pgolf_fast.lab.compare.sweep import sweep_run, sweep_table
 
-        words = given({"data.val_tokens": self.tokens, "eval.stride": self.stride})
-        folder, config = run_folder(self.run, (*self.words, *words))
-        known = adapters(config.eval_seq_len)
-        usual = [*known, *([] if config.ttt in known.values() else [_OWN])]
-        known[_OWN] = config.ttt
+        words = (*self.words, *given({"data.val_tokens": self.tokens, "eval.stride": self.stride}))
+        own = run_folder(self.run, words)[1]
+        known = adapters(own.eval_seq_len)
+        usual = [*known, *([] if own.ttt in known.values() else [_OWN])]
+        known[_OWN] = own.ttt
         for name in self.adapters:
             if name not in known:
                 raise PgolfError(unknown_adapter(name, known))
         if self.after < 0:
             raise PgolfError(f"--after is {self.after}; it must not be negative")
         chosen = {name: known[name] for name in self.adapters or usual}
-        with join_world() as world:
-            console.setup_logging(folder.log_file if world.is_main else None, quiet=not world.is_main)
+        with join_world() as world, results_in(self.run, self.out, words, None, world) as (folder, config):
             illegal = self.allow_illegal
             content = sweep_run(folder, config, chosen, world, after=self.after, allow_illegal=illegal)
         if world.is_main:
@@ -304,8 +313,7 @@ class Analyze(Shards):
         if not self.models:
             raise PgolfError("give at least one model: a run folder, a checkpoint, an artifact or a .pt file")
         check_names(self.only)
-        if self.out.exists() and not self.out.is_dir():
-            raise PgolfError(f"--out {self.out} is a file; give a folder")
+        need_writable(self.out)
         console.setup_logging()
         config = None if self.preset is None else preset(self.preset)
         if self.data is not None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import filecmp
 import math
+import os
 import shlex
+import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,9 +18,10 @@ from pgolf_fast.config.fields import run_config_from_dict, run_config_to_dict
 from pgolf_fast.config.presets import is_preset
 from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.io import locked, read_json, remove_leftovers, write_json
+from pgolf_fast.io import atomic_path, locked, need_writable, read_json, remove_leftovers, write_json
 
 SCORES = {"non_overlapping": "non-overlapping", "sliding": "sliding", "sliding_ttt": "sliding + TTT"}
+_UNITS = ("bpb", "loss", "tokens", "bytes")
 Weights = Literal["artifact", "float"]
 
 
@@ -25,17 +29,27 @@ def read_scores(path: Path) -> dict[str, Any]:
     """Read the file that `pgolf eval` writes. Raises PgolfError if it does not hold three scores."""
     try:
         scores = read_json(path)
-        if all({"bpb", "loss", "tokens", "bytes"} <= scores[name].keys() for name in SCORES):
+        if all(math.isfinite(scores[name][unit]) for name in SCORES for unit in _UNITS):
             return scores
-    except (FileNotFoundError, KeyError, AttributeError):
+    except (FileNotFoundError, KeyError, TypeError, OverflowError):
         pass
-    raise PgolfError(f"{path} does not hold three scores: run `pgolf eval {path.parent}` first")
+    again = console.command("eval", path.parent)
+    raise PgolfError(f"{path} does not hold three scores: run `{again}` first")
+
+
+def absolute(config: RunConfig) -> RunConfig:
+    """Return `config` with absolute data paths, which mean the same in every working directory."""
+    data = config.data
+    path, tokenizer = (p and os.path.abspath(p) for p in (data.path, data.tokenizer))
+    return replace(config, data=replace(data, path=path, tokenizer=tokenizer))
 
 
 def _is_whole(line: dict[str, Any]) -> bool:
-    """Return whether a line of metrics.jsonl has a kind and a step, and a number where one belongs."""
-    numbers = [line.get(name, 0) for name in ("loss", "bpb", "tokens", "multiplier")]
-    numbers.append(line.get("elapsed", None if line.get("kind") == "step" else 0))
+    """Return whether a line of metrics.jsonl has a kind and a step, and the tokens and time of a step.
+
+    A loss need not be finite: reports show where it was not.
+    """
+    numbers = [line.get(name, None if line.get("kind") == "step" else 0) for name in ("tokens", "elapsed")]
     finite = all(isinstance(value, int | float) and math.isfinite(value) for value in numbers)
     return isinstance(line.get("kind"), str) and type(line.get("step")) is int and finite
 
@@ -143,14 +157,31 @@ class RunFolder:
             )
         values = read_json(self.config_file)
         try:
-            self._config = run_config_from_dict(values)
+            config = run_config_from_dict(values)
         except PgolfError as error:
             raise PgolfError(f"{self.config_file}: {error}") from error
+        path, tokenizer = (p and self._found(p) for p in (config.data.path, config.data.tokenizer))
+        self._config = replace(config, data=replace(config.data, path=path, tokenizer=tokenizer))
         return self._config
+
+    def places(self, path: str) -> list[str]:
+        """Return where data of this run may be: a relative path starts here or in a parent of the run."""
+        starts = ["."] if os.path.isabs(path) else [".", *map(str, self.path.absolute().parents)]
+        return list(dict.fromkeys(os.path.abspath(os.path.join(start, path)) for start in starts))
+
+    def _found(self, path: str) -> str:
+        return next(filter(os.path.exists, self.places(path)), path)
+
+    def copy_to(self, out: Path) -> RunFolder:
+        """Copy the run, except its checkpoints, into `out`, as `copy_files` does."""
+        copied = (self.path / "env.json", self.metrics_file, self.log_file, self.tokenizer_file)
+        files = (*copied, self.model_file, *self.products)
+        return copy_files(self.read_config(), {file.name: file for file in files if file.is_file()}, out)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Keep other processes from writing this run during the block. Raises PgolfError if one does."""
+        need_writable(self.path)
         with locked(self.path / ".lock", f"{self.path} is in use"):
             for place in (self.path, self.checkpoints):
                 remove_leftovers(place)
@@ -159,9 +190,34 @@ class RunFolder:
     def need(self, path: Path, made_by: str) -> Path:
         """Return `path` if it exists. Raises PgolfError naming the command that makes it."""
         if not path.is_file():
-            command = f"pgolf {made_by} {shlex.quote(str(self.path))}"
+            command = console.command(*made_by.split(), self.path)
             raise PgolfError(f"{path} does not exist yet: run `{command}` first")
         return path
+
+
+def copy_files(config: RunConfig, files: dict[str, Path], out: Path) -> RunFolder:
+    """Copy files, by their new names, into the run folder `out`; those that it already has are kept.
+
+    Raises PgolfError if `out` holds files but no run, or a run with another configuration or other weights.
+    """
+    copy = RunFolder(out)
+    if not copy.config_file.is_file():
+        if out.exists() and any(entry.name != ".lock" for entry in out.iterdir()):
+            raise PgolfError(f"{out} holds other files than those of a run: choose a new or empty --out")
+        copy.write_config(config)
+    elif copy.read_config() != config:
+        raise PgolfError(f"{out} holds a run with another configuration: choose another --out")
+    weights = (copy.tokenizer_file, copy.model_file, copy.quantized_file, copy.artifact_file)
+    for name, source in files.items():
+        target = out / name
+        if not target.exists():
+            with atomic_path(target) as temporary:
+                shutil.copyfile(source, temporary)
+        elif target in weights and not filecmp.cmp(source, target, shallow=False):
+            raise PgolfError(
+                f"{target} differs from {source}: give {out} itself as the run, or choose another --out"
+            )
+    return copy
 
 
 RunPath = str | Path | RunFolder

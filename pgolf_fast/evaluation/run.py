@@ -1,26 +1,31 @@
 """Score a run folder or an artifact, and estimate the time that takes."""
 
-import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from pgolf_fast.artifact.load import LoadedModel, load
+from pgolf_fast.artifact.pack import read_quantized
 from pgolf_fast.config.fields import run_config_to_dict, with_fields
 from pgolf_fast.config.run_folder import RunFolder, RunPath, Weights
-from pgolf_fast.config.schema import RunConfig
+from pgolf_fast.config.schema import DataConfig, RunConfig
+from pgolf_fast.console import logger
 from pgolf_fast.data.source import Source, open_source
+from pgolf_fast.data.tokenizer import find_tokenizer
 from pgolf_fast.distributed import World, this_process
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.estimate import Estimate, estimate
 from pgolf_fast.evaluation.figures import figures, token_classes
 from pgolf_fast.evaluation.resume import Resume, identity
-from pgolf_fast.evaluation.score import Stream
-from pgolf_fast.evaluation.scores import ThreeScores, three_scores
-from pgolf_fast.io import write_text
+from pgolf_fast.evaluation.score import Score, Stream
+from pgolf_fast.evaluation.scores import ThreeScores, plain_score, three_scores
+from pgolf_fast.io import write_json
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.model.runtime import choose_kernels, resolve_dtype
+from pgolf_fast.model.weights import load_weights
+from pgolf_fast.quant.state import dequantize_state
 
 
 def open_run(
@@ -28,11 +33,32 @@ def open_run(
 ) -> tuple[LoadedModel, Stream]:
     """Open everything that scoring reads: the run's model and the validation tokens of `config.data`.
 
-    Raises PgolfError if the weights are missing, or the tokens were made by another tokenizer than the run's.
+    A tokenizer that the run was trained with and that is gone is replaced by the copy in the run folder.
+    Raises PgolfError if weights or data are missing, or the tokens were made by another tokenizer than the
+    run's.
     """
     folder.weights_file(weights)  # the first thing to complain about
+    config = replace(config, data=present_data(folder, config.data))
     source, stream = _open_data(config, device, folder.tokenizer_file)
     return load(folder, weights, config=config, tokenizer=source.tokenizer, device=device), stream
+
+
+def present_data(folder: RunFolder, data: DataConfig) -> DataConfig:
+    """Return `data` with the run's own tokenizer if theirs is gone. Raises PgolfError if the shards are."""
+    own, named = folder.tokenizer_file, data.tokenizer
+    if data.path is None:
+        return data
+    if not Path(data.path).is_dir():
+        tried = " and ".join(folder.places(data.path))
+        raise PgolfError(f"data folder {data.path} does not exist (tried {tried}): give --data DIR")
+    if not own.is_file() or named != folder.read_config().data.tokenizer or (named and Path(named).is_file()):
+        return data
+    try:
+        find_tokenizer(data.path)
+        return replace(data, tokenizer=None)
+    except PgolfError as error:
+        logger.warning("%s: using the run's, %s", str(error).partition(":")[0], own)
+        return replace(data, tokenizer=str(own))
 
 
 def _open_data(
@@ -40,12 +66,20 @@ def _open_data(
 ) -> tuple[Source, Stream]:
     """Open the validation tokens. Raises PgolfError if they were made by another tokenizer than that one."""
     source = open_source(config.data, config.model.vocab_size)
-    if tokenizer is not None and source.tokenizer.path.read_bytes() != tokenizer.read_bytes():
+    if (
+        tokenizer is not None
+        and tokenizer.is_file()
+        and source.tokenizer.path.read_bytes() != tokenizer.read_bytes()
+    ):
         raise PgolfError(
             f"the shards in {source.folder} belong to tokenizer {source.tokenizer.path}, the run to another "
             f"({tokenizer}): use shards made with the run's, or name it with --tokenizer"
         )
-    return source, Stream(source.validation(config.eval_seq_len), source.table, device)
+    tokens = source.validation(config.eval_seq_len)
+    stream = Stream(tokens, source.table, device, source.side_bytes(tokens))
+    if not stream.target_bytes.any():
+        raise PgolfError(f"nothing to score: no token of {source.folder}'s validation shards is text")
+    return source, stream
 
 
 def score(
@@ -114,10 +148,20 @@ def score_run(
             "eval": tree["eval"],
             "ttt": tree["ttt"],
         }
-        write_text(result, json.dumps(report | scores.to_dict() | {"figures": shown}, indent=2) + "\n")
+        write_json(result, report | scores.to_dict() | {"figures": shown})
         if resume is not None:
             resume.forget()
     return scores
+
+
+def quick_score(folder: RunFolder, config: RunConfig, tokens: int, *, quantized: bool = False) -> Score:
+    """Score the float or the quantized weights on non-overlapping windows over the first `tokens` targets."""
+    config = with_fields(config, {"data.val_tokens": tokens})
+    loaded, stream = open_run(folder, config, "float", this_process().device)
+    if quantized:
+        state = dequantize_state(read_quantized(folder)[0])
+        load_weights(loaded.model, state, str(folder.quantized_file))
+    return plain_score(loaded.model, stream, loaded.config)
 
 
 def estimate_run(folder: RunFolder | None, config: RunConfig, weights: Weights) -> tuple[list[Estimate], str]:

@@ -54,14 +54,17 @@ class Score:
 
 
 class Stream:
-    """Tokens on the model's device, and the byte count of every target."""
+    """Tokens on the model's device, and the bytes of every target: `side_bytes`, or those of its piece."""
 
-    def __init__(self, tokens: np.ndarray, table: ByteTable, device: torch.device):
+    def __init__(
+        self, tokens: np.ndarray, table: ByteTable, device: torch.device, side_bytes: np.ndarray | None = None
+    ):
         if len(tokens) < 2:
             raise PgolfError(f"nothing to score: the stream has {len(tokens)} tokens and needs at least 2")
         ids = tokens.astype(np.int64)
         self.tokens = torch.from_numpy(ids).to(device)
-        self.target_bytes = target_bytes(table, ids[:-1], ids[1:])
+        counted = target_bytes(table, ids[:-1], ids[1:])  # raises for unknown ids
+        self.target_bytes = counted if side_bytes is None else side_bytes
 
     @property
     def num_targets(self) -> int:
@@ -123,7 +126,10 @@ class Scorer:
         self._bytes = np.concatenate(([0], np.cumsum(stream.target_bytes)))
 
     def score(self, losses_of: LossFunction, low: int, high: int) -> Score:
-        """Fill in the losses of windows low .. high-1 and return their sums, on every rank."""
+        """Fill in the losses of windows low .. high-1 and return their sums, on every rank.
+
+        Raises PgolfError naming the first target whose loss is not finite.
+        """
         if low == high:
             return Score()
         mine = batches(self.windows, low, high, self.size)[self.world.rank :: self.world.world_size]
@@ -132,7 +138,11 @@ class Scorer:
         for _ in console.progress(done, self.what or "", total=len(mine), unit="batch") if shown else done:
             pass
         # losses of the other ranks are zero here
-        self.world.sum_(self.losses[self.places[low] : self.places[high]])
+        losses = self.world.sum_(self.losses[self.places[low] : self.places[high]])
+        if len(wrong := (~losses.isfinite()).nonzero()):
+            target, loss = self.windows[low:high].targets()[int(wrong[0])], losses[wrong[0]].item()
+            hint = "activations overflow, or test-time training diverges (lower ttt.lr)"
+            raise PgolfError(f"the loss of target {target:,} is {loss}, one of {len(wrong):,}: {hint}")
         return self.sums(low, high)
 
     def sums(self, low: int, high: int) -> Score:

@@ -154,7 +154,7 @@ class ThreeScores:
             "illegal": self.illegal,
             "ttt_updates": self.ttt.updates,
             "ttt_trainable_parameters": self.ttt.trainable,
-            "ttt_bpb_by_chunk": [score.bpb for score in self.ttt.by_chunk],
+            "ttt_bpb_by_chunk": [score.to_dict()["bpb"] for score in self.ttt.by_chunk],
         }
 
 

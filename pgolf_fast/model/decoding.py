@@ -129,12 +129,17 @@ def sample(
 ) -> Tensor:
     """Draw a token id per row of logits (B, V) from softmax(logits / temperature) over the best top_k, (B,).
 
-    Temperature 0 takes the most likely token. Raises PgolfError for a negative temperature or top_k below 1.
+    Temperature 0 takes the most likely token. Raises PgolfError for a negative temperature, top_k below 1, or
+    logits that are not finite.
     """
     if temperature < 0:
         raise PgolfError(f"temperature is {temperature}; it must not be negative")
     if top_k is not None and top_k < 1:
         raise PgolfError(f"top_k is {top_k}; it must be at least 1, or None for all tokens")
+    if not bool(torch.isfinite(logits).all()):
+        raise PgolfError(
+            "the model's logits are not finite: its activations overflow, so it cannot write text"
+        )
     if temperature == 0:
         return logits.argmax(dim=-1)
     if top_k is not None and top_k < logits.shape[-1]:

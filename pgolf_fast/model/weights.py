@@ -1,51 +1,144 @@
-"""Weights from files, checked strictly against the model."""
+"""Weights from files of many kinds, checked strictly against the model."""
 
+import re
+import warnings
+import zipfile
 from collections.abc import Mapping
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from pgolf_fast.console import Table, logger
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import load_tensors
 
 Tensors = Mapping[str, Tensor]
+_FOREIGN = {  # how files begin that are taken for weights
+    rb"\Z": "empty: download or copy it again",
+    rb"version https://git-lfs": "a Git LFS pointer, not the file itself: get that with `git lfs pull`",
+    rb"\x89PGOLF": "an artifact, which holds no float weights: `pgolf eval` scores it as it is",
+    rb"(\xef\xbb\xbf)?\s*<": "an HTML or XML page, not weights: download the file itself",
+    rb"(\xef\xbb\xbf)?\s*[{[]": "JSON, not weights: give the file with the tensors",
+    rb"[\t\r\n -~]*\Z": "text, not weights: give the file with the tensors",
+    rb"GGUF|\x93NUMPY|\x89HDF": "of GGUF, NumPy or HDF5: give named tensors of torch.save or safetensors",
+    rb"\x1f\x8b|\xfd7zXZ|\x28\xb5\x2f\xfd|BZh|7z\xbc": "compressed: unpack it first",
+}
+_WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_KNOWN = re.compile(r"(.*\.)?(tok_emb\.weight|qo_bank)")  # names of every model, with any prefix
+_USUAL = re.compile(r"((model|module)\.)*")  # prefixes to take off the names of another model
+_LAST = re.compile("ema|avg|average|swa|shadow|teacher|optim|muon|adam|moment|grad", re.IGNORECASE)
 
 
-def load_weights(model: nn.Module, tensors: Tensors, origin: str, *, assign: bool = False) -> None:
+def not_finite(tensor: Tensor) -> str | None:
+    """Say how many values are NaN or, as float32, infinite; None if there are none."""
+    if bool((wide := tensor.float()).isfinite().all()):
+        return None
+    counts = {"NaN": int(wide.isnan().sum()), "infinite as float32": int(wide.isinf().sum())}
+    return " and ".join(f"{n:,} of {wide.numel():,} values are {kind}" for kind, n in counts.items() if n)
+
+
+def need_finite(tensors: Tensors, origin: str) -> None:
+    """Raise PgolfError naming the first tensor of `origin` with values that are not finite."""
+    for name, tensor in tensors.items():
+        if problem := not_finite(tensor):
+            raise PgolfError(f"{origin}: {name}: {problem}: the run diverged, use an earlier checkpoint")
+
+
+def load_weights(
+    model: nn.Module, tensors: Tensors, origin: str, *, assign: bool = False, table: bool = False
+) -> None:
     """Copy weights into a model, or let it use them with `assign`.
 
-    Raises PgolfError listing names and shapes of `origin` that do not fit.
+    Raises PgolfError listing names and shapes of `origin` that do not fit, in one line or as a `table`.
     """
-    expected = model.state_dict()
-    problems = [f"missing {name}" for name in expected if name not in tensors]
-    problems += [f"unexpected {name}" for name in tensors if name not in expected]
-    problems += [
-        f"{name} is {tuple(tensors[name].shape)}, the model needs {tuple(value.shape)}"
-        for name, value in expected.items()
-        if name in tensors and tensors[name].shape != value.shape
-    ]
-    if problems:
-        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise PgolfError(f"{origin} holds another model: {shown}")
+    expected, given = ({n: tuple(t.shape) for n, t in s.items()} for s in (model.state_dict(), tensors))
+    names = ([n for n in a if n not in b] for a, b in ((expected, given), (given, expected)))
+    rows = list(zip_longest(*names, fillvalue="nothing"))
+    rows += [(f"{n} {s}", f"{n} {given[n]}") for n, s in expected.items() if given.get(n, s) != s]
+    if rows:
+        shown = "; ".join(f"{theirs} for {ours}" for ours, theirs in rows[:8])
+        if table:
+            shown = f"is it another preset or --shrink?\n{Table(('expected', 'in the file'), rows[:16])}"
+        more = f"\n... and {len(rows) - 16} more" if table and len(rows) > 16 else ""
+        raise PgolfError(f"{origin} holds another model: {shown}{more}")
     model.load_state_dict(tensors, strict=True, assign=assign)
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read a run's model.safetensors, a checkpoint, or a community .pt file.
+def read_weights(path: Path, key: str | None = None) -> dict[str, Tensor]:
+    """Read the weights in a safetensors file or in what `torch.save` wrote, whatever the file is called.
 
-    A .pt file is read without running pickled code. Raises PgolfError for anything but a dict of tensors.
+    They may be an entry of a training checkpoint, and their names may have prefixes such as `module.`. Of
+    several sets, the one under `key` is taken, or the first that is no average; a log line names it. No
+    pickled code is run. Raises PgolfError saying what else the file is, or why its tensors are no weights.
     """
-    if path.suffix == ".pt":
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            why = f"{type(error).__name__} {str(error).splitlines()[0]}"
-            raise PgolfError(f"{path} cannot be read as a PyTorch state dict: {why}") from error
-        if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-            hint = "save model.state_dict() and nothing else"
-            raise PgolfError(f"{path} is not a state dict of tensors: {hint}")
-        return state
-    tensors, _ = load_tensors(path)
-    prefixed = {name[6:]: value for name, value in tensors.items() if name.startswith("model.")}
-    return prefixed or tensors
+    if path.is_dir():
+        raise PgolfError(f"{path} is a folder, not a file of weights; `pgolf quantize` continues from a run")
+    with open(path, "rb") as file:
+        head = file.read(512)
+    # a safetensors file begins with the length of its header, 8 bytes, and the header is JSON
+    tree: object = load_tensors(path)[0] if head[4:9] == b"\0\0\0\0{" else _unpickled(path, head)
+    sets = _sets(tree)
+    if not sets:
+        keys = (
+            f"only {', '.join(map(str, list(tree)[:8]))}"
+            if isinstance(tree, Mapping)
+            else type(tree).__name__
+        )
+        raise PgolfError(f"{path} is not a state dict of tensors: it holds {keys}")
+    if key is not None and key not in sets:
+        raise PgolfError(f"{path} has no weights under {key!r}, only under {', '.join(map(repr, sets))}")
+    taken = key if key is not None else min(sets, key=lambda name: bool(_LAST.search(name)))
+    if others := [repr(name) for name in sets if name != taken]:
+        logger.info("%s: took the weights under %r; it also holds %s", path, taken, ", ".join(others[:8]))
+    for name, tensor in sets[taken].items():
+        dense = tensor.layout == torch.strided and not tensor.is_meta
+        if not dense or not tensor.is_floating_point():
+            kind = "no values" if tensor.is_meta else str(tensor.dtype if dense else tensor.layout)[6:]
+            kind += " codes without their scales" if kind in ("int8", "uint8") else ""
+            raise PgolfError(f"{path}: {name} holds {kind}: give dense floating-point weights")
+        if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+            raise PgolfError(f"{path}: {name} is larger than its values in the file: save a copy of it")
+    return sets[taken]
+
+
+def _unpickled(path: Path, head: bytes) -> object:
+    """Return what `torch.save` wrote, without running code. Raises PgolfError for any other file."""
+    if problem := next((what for begins, what in _FOREIGN.items() if re.match(begins, head)), None):
+        raise PgolfError(f"{path} is {problem}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001 - of many types; their texts advise to load unsafely
+        text = str(error)
+    why = "it is damaged, truncated or not of torch.save: download or copy it again"
+    if asked := re.search(r"GLOBAL ([\w.]+)", text):
+        why = f"it calls for {asked[1]}, and no code of a file is run: ask for its state dict, as safetensors"
+    elif zipfile.is_zipfile(path):
+        program = "TorchScript" in text
+        why = f"it is {'a TorchScript program' if program else 'another zip file'}: give a saved state_dict()"
+    raise PgolfError(f"{path} cannot be read as tensors: {why}")
+
+
+def _sets(tree: object) -> dict[str, dict[str, Tensor]]:
+    """Return every set of named tensors in nested dicts, by its dotted place with the prefix of its names.
+
+    If none has the names of a model, return the largest.
+    """
+    sets: dict[str, dict[str, Tensor]] = {}
+    others: dict[str, dict[str, Tensor]] = {}
+    queue, seen = [("", tree)], set[int]()
+    for place, node in queue:  # which grows meanwhile
+        if not isinstance(node, Mapping) or id(node) in seen:
+            continue
+        seen.add(id(node))
+        queue += [(f"{place}{name}.", inner) for name, inner in node.items()]
+        tensors = {_WRAPPERS.sub("", str(n)): t for n, t in node.items() if isinstance(t, Tensor)}
+        for prefix in sorted({found[1] or "" for found in map(_KNOWN.fullmatch, tensors) if found}):
+            of = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+            sets[(place + prefix).rstrip(".")] = of
+        others[place.rstrip(".")] = {_USUAL.sub("", n, 1): t for n, t in tensors.items()}
+    largest = max(others.items(), key=lambda item: len(item[1]), default=("", {}))
+    return sets or ({largest[0]: largest[1]} if largest[1] else {})

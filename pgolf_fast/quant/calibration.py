@@ -55,7 +55,7 @@ def self_generate(model: GPT, config: QuantConfig, seq_len: int) -> Tensor:
     the rest come from softmax(logits / temperature). One generator on the model's device, seeded with
     `config.seed`, draws everything, so the text depends on device, dtype and calibration_batch. RoPE uses the
     base of the final length. Memory: that of `Decoder`.
-    Raises PgolfError for lengths below 2.
+    Raises PgolfError for lengths below 2, or if activations overflow.
     """
     length = min(config.calibration_length, seq_len)
     if length < 2 or config.calibration_sequences < 1 or config.calibration_batch < 1:
@@ -73,7 +73,10 @@ def self_generate(model: GPT, config: QuantConfig, seq_len: int) -> Tensor:
             decoder, size = Decoder(model, len(part), length), (len(part),)
             tokens = torch.randint(model.config.vocab_size, size, generator=generator, device=device)
         else:
-            tokens = sample(decoder.step(tokens), temperature=config.temperature, generator=generator)
+            logits = decoder.step(tokens)
+            if not bool(logits.isfinite().all()):
+                _Grams(model).add_text(part[:, :position])  # names the block
+            tokens = sample(logits, temperature=config.temperature, generator=generator)
         part[:, position] = tokens
     return text
 
@@ -84,7 +87,7 @@ def collect_hessians(model: GPT, tokens: Tensor, batch: int = 8) -> dict[str, Te
 
     tokens (sequences, length): each sequence gives length - 1 inputs. A Hessian is the sum of x^T x over all
     inputs, divided by the number of sequences, plus 1 % of its mean diagonal (PR 1501).
-    Raises PgolfError for fewer than one sequence or two tokens.
+    Raises PgolfError for fewer than one sequence or two tokens, or if activations overflow.
     """
     grams = _Grams(model)
     for part in progress(_inputs(model, tokens, "Hessians").split(batch), "Hessians", unit="batch"):
@@ -112,10 +115,13 @@ class _Grams:
         self.identity = torch.eye(model.config.model_dim).to(self.banks.qo)
 
     def add_text(self, tokens: Tensor) -> None:
-        """Run one forward of tokens (B, T), as `GPT.hidden` does."""
+        """Run one forward of tokens (B, T), as `GPT.hidden` does. Raises PgolfError if a sum overflows."""
         self.tables = rope_tables(self.model.config, tokens.shape[1], tokens.device)
         x = self.model.smear(self.model.embed(tokens))
         self.model.trunk(x, self.model.value_embeddings(tokens), self.banks, self.attend, self)
+        if broken := [name for name, gram in self.sums.items() if not bool(gram.isfinite().all())]:
+            problem = f"activations overflow in block {broken[0].split('.')[1]} ({broken[0]})"
+            raise PgolfError(f"{problem}: the run diverged, quantize an earlier checkpoint")
 
     def attend(self, layer: int, x: Tensor, value_embed: Tensor | None) -> Tensor:
         config, banks, n = self.model.config, self.banks, self.model.config.num_layers

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pgolf_fast.errors import PgolfError
+from pgolf_fast.model.weights import not_finite
 
 PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
 INT8_PERCENTILE = 0.9999984
@@ -107,11 +108,8 @@ def check_matrix(weight: Tensor, name: str = "weight") -> None:
     """Raise PgolfError unless `weight` is a non-empty matrix of finite numbers."""
     if weight.ndim != 2 or weight.numel() == 0:
         raise PgolfError(f"{name} has shape {tuple(weight.shape)}; a matrix with rows and columns is needed")
-    if not bool(torch.isfinite(weight).all()):
-        raise PgolfError(
-            f"{name} has values that are not finite: the training run diverged, so there is "
-            "nothing to quantize; use an earlier checkpoint"
-        )
+    if problem := not_finite(weight):
+        raise PgolfError(f"{name}: {problem}: the run diverged, quantize an earlier checkpoint")
 
 
 class _Round(torch.autograd.Function):

@@ -17,7 +17,7 @@ from pgolf_fast.console import progress
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import load_tensors, save_tensors
 from pgolf_fast.model.bank import BANK_NAMES
-from pgolf_fast.model.weights import Tensors
+from pgolf_fast.model.weights import Tensors, not_finite
 from pgolf_fast.ops.bits import dequantize_bytes
 from pgolf_fast.quant.gptq import gptq
 from pgolf_fast.quant.grid import Coded, FixedGrid, dequantize, quantize_int8_rows, quantize_rows
@@ -133,6 +133,16 @@ class QuantizedState:
                 tensors[name] = tensor
         return cls(tensors)
 
+    def check(self) -> QuantizedState:
+        """Return the state. Raises PgolfError naming a tensor with NaN, infinite values or steps below 0."""
+        named = self.to_named()
+        for name, tensor in named.items():
+            steps = name.endswith((SCALE, COLUMNS)) and is_part(name, named)
+            problem = "a step is 0 or less" if steps and not bool((tensor > 0).all()) else None
+            if problem := not_finite(tensor) or problem:
+                raise PgolfError(f"{name}: {problem}")
+        return self
+
     def save(self, path: Path, quant: QuantConfig) -> None:
         """Write the state to a safetensors file, with the settings that made it."""
         # safetensors sorts tensors by size and name, so the order is metadata
@@ -141,11 +151,11 @@ class QuantizedState:
 
     @classmethod
     def load(cls, path: Path) -> tuple[QuantizedState, QuantConfig]:
-        """Read what `save` wrote. Raises PgolfError for another or a damaged file."""
+        """Read what `save` wrote. Raises PgolfError for another or a damaged file, or as `check` does."""
         named, metadata = load_tensors(path)
         try:
             state = cls.from_named({name: named[name] for name in metadata["order"]}, metadata["bits"])
-            return state, from_dict(QuantConfig, metadata["quant"], "quant")
+            return state.check(), from_dict(QuantConfig, metadata["quant"], "quant")
         except (KeyError, TypeError, PgolfError) as error:
             raise PgolfError(f"{path} holds no quantized model ({error}): quantize the run again") from error
 
@@ -277,8 +287,8 @@ def stays_float(name: str, config: QuantConfig) -> bool:
 def to_float16(name: str, tensor: Tensor) -> Tensor:
     """Return a float16 copy on the CPU. Raises PgolfError for values that float16 cannot hold."""
     half = tensor.detach().half().cpu()
-    if not bool(torch.isfinite(half).all()):
-        raise PgolfError(f"{name} has values that are not finite or beyond the 65504 of float16")
+    if problem := not_finite(half):
+        raise PgolfError(f"{name}: {problem.replace('float32', 'float16')}: quantize an earlier checkpoint")
     return half.clone()
 
 

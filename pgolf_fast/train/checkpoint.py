@@ -1,20 +1,20 @@
 """Setup and checkpoints of a run, and import of published weights."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from pgolf_fast.config.fields import run_config_to_dict
-from pgolf_fast.config.run_folder import RunFolder
+from pgolf_fast.config.run_folder import RunFolder, absolute
 from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.data.source import Source, open_source
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.io import save_tensors, write_bytes, write_text
+from pgolf_fast.io import save_tensors, write_bytes, write_json
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.model.runtime import environment
-from pgolf_fast.model.weights import load_weights, read_weights
+from pgolf_fast.model.weights import load_weights, need_finite, read_weights
+from pgolf_fast.quant.state import is_slot, rebank
 
 _CHECKPOINTS = "step_*.safetensors"
 _KEEP = 2  # one to fall back to if the newest turns out damaged
@@ -23,7 +23,7 @@ _KEEP = 2  # one to fall back to if the newest turns out damaged
 def write_setup(folder: RunFolder, config: RunConfig, source: Source) -> None:
     """Write the configuration, the environment and the tokenizer of a run."""
     folder.write_config(config)
-    write_text(folder.path / "env.json", json.dumps(environment(), indent=2) + "\n")
+    write_json(folder.path / "env.json", environment())
     write_bytes(folder.tokenizer_file, source.tokenizer.path.read_bytes())
 
 
@@ -44,18 +44,25 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return max(checkpoints(folder), default=None)
 
 
-def import_weights(weights: Path, config: RunConfig, folder: RunFolder) -> None:
+def import_weights(weights: Path, config: RunConfig, folder: RunFolder, key: str | None = None) -> None:
     """Turn weights into a run folder that `quantize`, `pack` and `eval` continue from.
 
-    weights: a state dict (.pt, read without running pickled code) or safetensors for the model of `config`.
-    The tokenizer comes from the data that `config` names. Raises PgolfError if names or shapes differ, or the
-    folder already holds a run.
+    weights: a file for the model of `config`, of any kind that `read_weights` takes; banks may be split under
+    the community's names. key: the entry to take if the file holds several sets of weights. The tokenizer
+    comes from the data that `config` names. Raises PgolfError if names or shapes differ, values are not
+    finite, or the folder already holds a run.
     """
     if folder.config_file.is_file():
         raise PgolfError(f"{folder.path} already holds a run: choose another --out")
+    config = absolute(config)
+    state = read_weights(weights, key)
+    if any(map(is_slot, state)):
+        state = rebank(state)
     source = open_source(config.data, config.model.vocab_size)
     model = GPT(config.model)
-    load_weights(model, read_weights(weights), str(weights))
-    write_setup(folder, config, source)
-    metadata = {"imported": str(weights), "config": run_config_to_dict(config)}
-    save_tensors(folder.model_file, model.state_dict(), metadata)
+    load_weights(model, state, str(weights), table=True)
+    need_finite(state, str(weights))
+    with folder.lock():
+        write_setup(folder, config, source)
+        metadata = {"imported": weights.name, "config": run_config_to_dict(config)}
+        save_tensors(folder.model_file, model.state_dict(), metadata)

@@ -12,7 +12,7 @@ import torch
 
 from pgolf_fast import console
 from pgolf_fast.config.fields import run_config_to_dict
-from pgolf_fast.config.run_folder import RunFolder
+from pgolf_fast.config.run_folder import RunFolder, absolute
 from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.data.loader import make_loader
 from pgolf_fast.data.source import Source, open_source
@@ -124,7 +124,7 @@ def _resolved(config: RunConfig, world: World) -> RunConfig:
         cuda_graph=bool(config.train.cuda_graph) and cuda,
         micro_batch_tokens=micro,
     )
-    return replace(config, train=train)
+    return absolute(replace(config, train=train))
 
 
 @contextlib.contextmanager
@@ -155,7 +155,8 @@ class _Run:
         choose_kernels(config.kernels, world.device)
         self.source = open_source(config.data, config.model.vocab_size)
         self.model = build_model(config, self.source, world)
-        self.stream = Stream(self.source.validation(config.eval_seq_len), self.source.table, world.device)
+        tokens = self.source.validation(config.eval_seq_len)
+        self.stream = Stream(tokens, self.source.table, world.device, self.source.side_bytes(tokens))
         self.shards = self.source.train_shards()
         self.loader = make_loader(
             self.shards, config, rank=world.rank, world_size=world.world_size, pin=world.device.type == "cuda"

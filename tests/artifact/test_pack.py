@@ -15,10 +15,11 @@ from helpers import randomize_, tiny_config
 
 from pgolf_fast.artifact import fit
 from pgolf_fast.artifact.container import TensorRecord, read_container, write_container
-from pgolf_fast.artifact.load import build_model, load, load_artifact, unpack
+from pgolf_fast.artifact.load import build_model, load, load_artifact, stored_config, unpack
 from pgolf_fast.artifact.pack import build_records, pack
 from pgolf_fast.artifact.submission import code_bytes
-from pgolf_fast.config.schema import PackConfig, QuantConfig, RunConfig
+from pgolf_fast.config.run_folder import RunFolder
+from pgolf_fast.config.schema import DataConfig, PackConfig, QuantConfig, RunConfig
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import save_tensors
 from pgolf_fast.model.gpt import GPT
@@ -74,6 +75,31 @@ def test_pack_and_load_bit_for_bit(model, quantized, tmp_path):
     want = dequantize_state(quantized)
     assert list(state) == list(want)
     assert all(torch.equal(state[name], tensor) for name, tensor in want.items())
+
+
+def test_an_artifact_names_no_folder(quantized, tmp_path):
+    """Artifacts are shared, and their header was the run's whole configuration."""
+    path = tmp_path / "model.pgolf"
+    data = DataConfig(path="/home/somebody/shards", tokenizer="/home/somebody/t.model", val_tokens=64)
+    pack(quantized, replace(RUN, data=data), path, FREE_CODE)
+    assert b"somebody" not in path.read_bytes()
+    assert unpack(path)[0].data == DataConfig(val_tokens=64)
+    with pytest.raises(PgolfError, match="does not say where its data is"):
+        stored_config(path)
+    assert stored_config(path, Path("shards")).data.path is None
+    # in its run folder it has the run's data, which a plain implementation takes for the built-in corpus
+    RunFolder(tmp_path).write_config(replace(RUN, data=data))
+    assert stored_config(path).data == load_artifact(path)[0].data == load(path).config.data == data
+    # but not next to the configuration of something else
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    assert load_artifact(path)[0].data.path is None
+    RunFolder(tmp_path).write_config(replace(RUN, model=replace(RUN.model, num_layers=5), data=data))
+    assert load_artifact(path)[0].data.path is None
+    # artifacts of older versions name their data, and still load
+    tree, records = read_container(path)
+    tree["run"]["data"]["path"] = "/old/shards"
+    write_container(path, tree, records)
+    assert stored_config(path).data.path == unpack(path)[0].data.path == "/old/shards"
 
 
 def test_loaded_model_computes_the_same(model, quantized, tmp_path):

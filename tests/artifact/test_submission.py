@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import os
 import subprocess
 import sys
@@ -182,6 +183,7 @@ def test_folder(run, data, tmp_path, capsys):
         "train.log",
         "model.pgolf",
         "train_gpt.py",
+        ".pgolf_submit.json",
     }
     scores = read_json(run.path / "scores_artifact.json")
     summary = read_json(out / "submission.json")
@@ -196,7 +198,7 @@ def test_folder(run, data, tmp_path, capsys):
         assert f"| {scores[name]['bpb']:.6f} |" in readme
     assert scores["artifact_sha256"] in readme
     assert str(data) not in readme
-    assert (out / "train.log").read_bytes() == run.log_file.read_bytes()
+    assert len((out / "train.log").read_text().splitlines()) == len(run.log_file.read_text().splitlines())
     assert (out / "model.pgolf").read_bytes() == run.artifact_file.read_bytes()
 
 
@@ -303,6 +305,10 @@ def test_submit_refuses_scores_of_another_run(run, tmp_path):
         with pytest.raises(PgolfError, match="other ttt settings"):
             write_submission(run, tmp_path, ABOUT)
         path.write_text(before[:99])
+        with pytest.raises(PgolfError, match="is not valid JSON"):
+            write_submission(run, tmp_path, ABOUT)
+        spoiled = {**scores, "sliding": {**scores["sliding"], "bpb": math.nan}}
+        path.write_text(json.dumps(spoiled))
         with pytest.raises(PgolfError, match="does not hold three scores: run `pgolf eval"):
             write_submission(run, tmp_path, ABOUT)
         path.unlink()
@@ -311,6 +317,98 @@ def test_submit_refuses_scores_of_another_run(run, tmp_path):
     finally:
         path.write_text(before)
     assert not list(tmp_path.iterdir())
+
+
+def test_submit_overwrites_only_what_it_wrote(run, tmp_path, caplog):
+    """A README written by hand, or edited since, would be lost by a plain write."""
+    out, foreign = tmp_path / "out", tmp_path / "repository"
+    write_submission(run, out, ABOUT)
+    first = (out / "README.md").read_text()
+    write_submission(run, out, replace(ABOUT, name="Second"))
+    assert (out / "README.md").read_text() != first
+    assert "kept" not in caplog.text
+    edited = first + "My notes.\n"
+    (out / "README.md").write_text(edited)
+    write_submission(run, out, replace(ABOUT, author="B. Person"))
+    assert (out / "README.md").read_text() == edited
+    assert read_json(out / "submission.json")["author"] == "B. Person"
+    assert f"WARNING: kept {out}/README.md, changed since" in caplog.text
+    (out / "README.md").write_text(first)  # what an earlier call wrote is no edit
+    write_submission(run, out, ABOUT)
+    assert (out / "README.md").read_text() != edited
+    for name in ("train_gpt.py", "train.log", "model.pgolf"):
+        own = (out / name).read_bytes()
+        (out / name).write_bytes(own + b"#")
+        with pytest.raises(PgolfError, match=f"pgolf submit did not write .*/out/{name}: move it"):
+            write_submission(run, out, ABOUT)
+        assert (out / name).read_bytes() == own + b"#"
+        (out / name).write_bytes(own)
+    foreign.mkdir()
+    (foreign / "README.md").write_text("# Another project")
+    (foreign / "train.log").mkdir()
+    (foreign / "submission.json").symlink_to("nowhere")
+    with pytest.raises(PgolfError, match=r"pgolf submit did not write .*/README\.md"):
+        write_submission(run, foreign, ABOUT)
+    (foreign / "README.md").rename(foreign / "NOTES.md")
+    with pytest.raises(PgolfError, match=r"pgolf submit did not write .*/submission\.json"):
+        write_submission(run, foreign, ABOUT)
+    (foreign / "submission.json").unlink()
+    with pytest.raises(PgolfError, match=r"pgolf submit did not write .*/train\.log"):
+        write_submission(run, foreign, ABOUT)
+    assert {path.name for path in foreign.iterdir()} == {"NOTES.md", "train.log"}
+    with pytest.raises(PgolfError, match=r"NOTES\.md is a file: give another --out"):
+        write_submission(run, foreign / "NOTES.md", ABOUT)
+    before = run.log_file.read_bytes()
+    with pytest.raises(PgolfError, match="pgolf submit did not write"):
+        write_submission(run, run.path, ABOUT)  # its files have these names too
+    assert run.log_file.read_bytes() == before
+
+
+def test_submit_warns_of_what_is_no_submission_yet(run, tmp_path, caplog):
+    """Placeholders and scores of other text end up in a pull request."""
+    for author, github in (("your name", "your-github-id"), ("Your Name", "you"), (" ", "<you>")):
+        caplog.clear()
+        write_submission(run, tmp_path / "out", replace(ABOUT, author=author, github_id=github))
+        assert f"WARNING: {author!r} is a placeholder: give --author" in caplog.text
+        assert f"WARNING: {github!r} is a placeholder: give --github-id" in caplog.text
+        readme = (tmp_path / "out" / "README.md").read_text()
+        assert readme.count("**WARNING**") == 3
+    count = read_json(run.scores_file("artifact"))["sliding"]["bytes"]
+    assert f"**WARNING**: the scores are of {count:,} bytes of text" in readme
+    path = run.scores_file("artifact")
+    before = path.read_text()
+    try:
+        # the official set at 1,024 pieces and at 8,192; twice the set, as with a wrong byte count
+        for official, wrong in ((151_080_363, 0), (151_084_310, 0), (302_160_726, 1), (149_000_000, 1)):
+            tree = json.loads(before)
+            tree["non_overlapping"]["bytes"] = official
+            path.write_text(json.dumps(tree))
+            caplog.clear()
+            write_submission(run, tmp_path / "out", ABOUT)
+            assert caplog.text.count("WARNING: ") == wrong
+            assert (tmp_path / "out" / "README.md").read_text().count("WARNING") == wrong
+    finally:
+        path.write_text(before)
+
+
+def test_submit_describes_no_machine(run, data, tmp_path):
+    """The log names every file that was read or written, and is published."""
+    before = run.log_file.read_text()
+    odd = ["read '/home/some body/my data/a.bin' ok", "(/srv/some.body/x.bin)", "place=/mnt/somebody/y.bin"]
+    odd += ["see https://example.org/page/z", f"{data} and {run.path}/w.safetensors", "12 steps/s, 1/300"]
+    try:
+        run.log_file.write_text("\n".join([before.rstrip(), *odd, ""]))
+        write_submission(run, tmp_path / "out", ABOUT, readable=True)
+    finally:
+        run.log_file.write_text(before)
+    log = (tmp_path / "out" / "train.log").read_text()
+    for text in ("read 'a.bin' ok", "(x.bin)", "=y.bin", "https://example.org/page/z", "12 steps/s, 1/300"):
+        assert text in log
+    assert "run/w.safetensors" in log
+    for file in (tmp_path / "out").iterdir():
+        content = file.read_bytes()
+        for word in (str(run.path.parent), str(data), str(tmp_path), "some body", "some.body", "somebody"):
+            assert word.encode() not in content, (file, word)
 
 
 @pytest.mark.parametrize(

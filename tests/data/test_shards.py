@@ -120,7 +120,7 @@ def test_shards_are_found_in_order_of_name(tmp_path: Path) -> None:
 
 
 def test_missing_folder_and_missing_shards(tmp_path: Path) -> None:
-    with pytest.raises(PgolfError, match=r"does not exist: set data.path"):
+    with pytest.raises(PgolfError, match=r"does not exist: name one of .* with --data.path"):
         find_shards(tmp_path / "none", "train")
     with pytest.raises(PgolfError, match=r"is not a folder"):
         find_shards(damage(tmp_path / "file", b""), "train")

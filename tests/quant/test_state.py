@@ -143,7 +143,7 @@ def test_without_floor_the_error_is_smaller():
 @pytest.mark.parametrize("bad", [torch.zeros(3), torch.full((2, 2), torch.nan), torch.zeros(0, 4)])
 def test_rejects_what_is_no_finite_matrix(bad):
     for quantize in (quantize_rows, quantize_int8_rows):
-        with pytest.raises(PgolfError, match=r"shape|finite"):
+        with pytest.raises(PgolfError, match=r"shape|4 of 4 values are NaN"):
             quantize(bad)
 
 
@@ -482,5 +482,5 @@ def test_quantize_state_errors():
     for name, value in (("kv_bank", torch.nan), ("skip_weights", 1e6), ("tok_emb.weight", torch.inf)):
         broken = {**state, name: torch.full_like(state[name], value)}
         label = "blocks" if name == "kv_bank" else name
-        with pytest.raises(PgolfError, match=rf"{label}.*finite"):
+        with pytest.raises(PgolfError, match=rf"{label}.*values are (NaN|infinite)"):
             quantize_state(broken, plain)

@@ -111,7 +111,7 @@ def _weights_file(folder: RunFolder, weights: Weights) -> Path:
     only_packed = folder.artifact_file.is_file() and not folder.model_file.is_file()
     if weights == "artifact" or (weights == "auto" and only_packed):
         return folder.need(folder.artifact_file, "pack")
-    return folder.need(folder.model_file, "train PRESET --resume --out")
+    return folder.need(folder.model_file, "train --resume")
 
 
 def _config(path: Path, folder: RunFolder | None, named: RunConfig | None) -> RunConfig | None:
@@ -139,7 +139,8 @@ class Validation:
 
     def stream(self, device: torch.device | str) -> Stream:
         """Return a stream of all tokens on a device, with the bytes of every target."""
-        return Stream(self.tokens, self.source.table, torch.device(device))
+        side_bytes = self.source.side_bytes(self.tokens)
+        return Stream(self.tokens, self.source.table, torch.device(device), side_bytes)
 
 
 def open_validation(models: Sequence[LoadedModel], options: Options) -> Validation:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pgolf_fast.artifact.load import LoadedModel, load, unpack
+from pgolf_fast.artifact.load import LoadedModel, load, stored_config
 from pgolf_fast.config.fields import with_fields
 from pgolf_fast.config.run_folder import RunFolder, Weights
 from pgolf_fast.config.schema import EvalConfig, PackConfig, RunConfig, TTTConfig
@@ -18,6 +18,7 @@ from pgolf_fast.data.tokenizer import ByteTable, Tokenizer
 from pgolf_fast.evaluation.adapters.base import Adapter, Frozen, borrowed
 from pgolf_fast.evaluation.adapters.registry import adapting_chunks, make_adapter, protocol_of
 from pgolf_fast.evaluation.protocol import Chunk, score_and_adapt, window_chunks
+from pgolf_fast.evaluation.run import present_data
 from pgolf_fast.evaluation.score import LossFunction, Stream, batch_size
 from pgolf_fast.evaluation.windows import Windows, sliding_windows
 from pgolf_fast.lab.audit import submission
@@ -47,11 +48,13 @@ class AuditTarget:
     train: submission.Train = train
     requantize: submission.Requantize = submission.requantize
     limit_bytes: int = PackConfig.limit_bytes
+    side_bytes: np.ndarray | None = None  # bytes of the targets of `validation` by side files, (N,)
     train_limit: float | None = None  # seconds
     eval_limit: float | None = None  # seconds
 
     def stream(self, tokens: np.ndarray) -> Stream:
-        return Stream(tokens, self.table, self.model.qo_bank.device)
+        side_bytes = None if self.side_bytes is None else self.side_bytes[: len(tokens) - 1]
+        return Stream(tokens, self.table, self.model.qo_bank.device, side_bytes)
 
 
 class Audit:
@@ -84,11 +87,6 @@ class Audit:
             yield lambda x, y, context: adapter.score(x, y, context, row.repeat(len(x)))
 
 
-def settings(path: Path) -> RunConfig:
-    """Return the configuration of a run folder or an artifact file. Raises PgolfError if it is neither."""
-    return RunFolder(path).read_config() if path.is_dir() else unpack(path)[0]
-
-
 def open_target(
     path: Path,
     *,
@@ -106,16 +104,18 @@ def open_target(
     """
     folder = RunFolder(path) if path.is_dir() else None
     artifact = path if folder is None else folder.artifact_file if folder.artifact_file.is_file() else None
-    config = settings(path)
+    config = stored_config(path, data)
     config = replace(config, eval=evaluation or config.eval, ttt=ttt or config.ttt)
     places = {"data.path": data, "data.tokenizer": tokenizer}
     config = with_fields(config, {name: place for name, place in places.items() if place})
+    if folder is not None:
+        config = replace(config, data=present_data(folder, config.data))
     source = open_source(config.data, config.model.vocab_size)
     validation = source.validation(config.eval_seq_len)
     count = min(tokens or 8 * config.eval_seq_len, len(validation) - 1)
     config = replace(config, ttt=_in_chunks(config.ttt, count))
     weights: Weights = "float" if artifact is None else "artifact"
-    loaded = load(artifact or path, weights, config=config, tokenizer=source.tokenizer)
+    loaded = load(artifact or path, weights, config=config, tokenizer=source.tokenizer, finite=False)
     length, scoring = loaded.config.eval_seq_len, loaded.config.eval
 
     def windows(count: int) -> Windows:
@@ -129,6 +129,7 @@ def open_target(
         tokens=validation[: count + 1].astype(np.int64),
         tokenizer=source.tokenizer,
         table=source.table,
+        side_bytes=source.side_bytes(validation),
         method=adapting,
         frozen=frozen,
         windows=windows,

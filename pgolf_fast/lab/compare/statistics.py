@@ -108,12 +108,18 @@ def _scipy_stats() -> Any:
 
 
 def check_comparable(paths: Sequence[Path], scores: Sequence[dict]) -> None:
-    """Raise PgolfError if a file is named twice, or if two runs were scored on different text."""
-    seen: set[Path] = set()
+    """Raise PgolfError if two runs are one file or one model, or were scored on different text."""
+    seen: dict[object, Path] = {}
     for path, run in zip(paths, scores, strict=True):
         if path.resolve() in seen:
             raise PgolfError(f"{path.parent} is named twice: a run counts once")
-        seen.add(path.resolve())
+        # Two seeds never give three equal scores
+        losses = tuple(run[name]["loss"] for name in SCORES)
+        for same in (path.resolve(), run.get("artifact_sha256") or losses, losses):
+            if (other := seen.setdefault(same, path)) != path:
+                raise PgolfError(
+                    f"{other.parent} and {path.parent} hold the same model or a copy: a run counts once"
+                )
         for name in SCORES:
             ours, first = ((s[name]["tokens"], s[name]["bytes"]) for s in (run, scores[0]))
             if ours != first:

@@ -1,7 +1,7 @@
 """Report of a run in any state; a section with nothing to show has a plain sentence instead."""
 
-import json
 import math
+import os
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +13,12 @@ from pgolf_fast.artifact.submission import code_bytes
 from pgolf_fast.bench import drawing
 from pgolf_fast.config.fields import flatten
 from pgolf_fast.config.presets import preset
-from pgolf_fast.config.run_folder import SCORES, RunFolder
-from pgolf_fast.console import Table, number
+from pgolf_fast.config.run_folder import SCORES, RunFolder, read_scores
+from pgolf_fast.console import Table, command, number
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.figures import tables
 from pgolf_fast.evaluation.scores import conditions, labeled, score_table
-from pgolf_fast.io import load_metadata, write_text
+from pgolf_fast.io import load_metadata, read_json, write_text
 from pgolf_fast.lab.analysis.artifact_bytes import ArtifactTable, artifact_table
 from pgolf_fast.lab.audit.check import findings_table
 from pgolf_fast.lab.compare.sweep import sweep_table
@@ -29,11 +29,11 @@ from pgolf_fast.lab.report.plots import as_float, pace_table
 WIDTH = 9.0  # inches
 LONGEST_LIST = 12
 Tree = dict[str, Any]  # a JSON object
-
-
-def _json(path: Path) -> Tree:
-    tree = json.loads(path.read_text(encoding="utf-8"))
-    return tree if isinstance(tree, dict) else {}
+# Titles of sections that are not those of their functions
+TITLES = {
+    **{"missing": "What is missing", "adaptation": "Test-time training"},
+    **{"parts": "Where the bits go", "artifact_bytes": "Bytes"},
+}
 
 
 def _artifact(path: Path) -> Tree:
@@ -46,7 +46,8 @@ class RunRecord:
     def __init__(self, folder: RunFolder):
         """Read a run folder that has at least config.json. Raises PgolfError if it has none."""
         self.folder, self.config = folder, folder.read_config()
-        self.name = name = folder.path.resolve().name
+        self.name = name = os.fsencode(folder.path.resolve().name).decode("utf-8", "replace")
+        named = RunFolder(Path(name))  # the run as seen from the folder that contains it
         self.missing: list[tuple[str, str, str]] = []  # part, reason, and the command that creates it
         # Lines of metrics.jsonl that belong to a step, by kind
         self.lines: dict[str, list[Tree]] = defaultdict(list)
@@ -57,40 +58,43 @@ class RunRecord:
         self.steps: dict[int, Tree] = {row["step"]: row for row in self.lines["step"]}
         if not self.steps:
             self.missing.append(("training log", "metrics.jsonl has no steps", "written by training"))
-        train = f"`pgolf train {self.config.name} --resume --out {name}`"
-        score, audit = f"`pgolf eval {name}`", f"`pgolf audit {name}`"
+        train = _code(named.resume_command())
+        score, audit = (_code(command(word, named.path)) for word in ("eval", "audit"))
         self.weights: Tree = self._read(  # metadata: step, weights
             folder.model_file, "final weights", train, load_metadata, "training did not finish"
         )
-        pack = f"`pgolf {'pack' if folder.quantized_file.is_file() else 'quantize'} {name}`"
+        pack = _code(command("pack" if folder.quantized_file.is_file() else "quantize", named.path))
         packed = self._read(folder.artifact_file, "artifact", pack, _artifact, "the run is not packed")
         self.artifact: ArtifactTable | None = packed.get("table")
         scores = self._read(folder.scores_file("artifact"), "scores of the artifact", score)
-        score_float = f"`pgolf eval {name} --weights float`"
+        score_float = _code(command("eval", named.path, "--weights", "float"))
         floats = self._read(folder.scores_file("float"), "scores of the float weights", score_float)
-        self.scores = {weights: tree for weights, tree in (("artifact", scores), ("float", floats)) if tree}
+        self.scores: dict[str, Tree] = {}
+        for weights, tree, made_by in (("artifact", scores, score), ("float", floats, score_float)):
+            if tree:
+                shown = {k: v for k, v in tree.items() if k not in SCORES or isinstance(v, dict)}
+                self.scores[weights] = shown
+                self._read(folder.path / f"scores_{weights}.json", f"{weights} scores", made_by, read_scores)
         self.audit: Tree = self._read(folder.audit_file, "audit", audit)
-        for what, tree, command in (("scores", scores, score), ("audit", self.audit, audit)):
+        for what, tree, made_by in (("scores", scores, score), ("audit", self.audit, audit)):
             if packed and tree.get("artifact_sha256") not in (None, packed["sha256"]):
                 part = f"{what} of the current artifact"
-                self.missing.append((part, "those shown are of another artifact", command))
+                self.missing.append((part, "those shown are of another artifact", made_by))
         self.sweep: Tree = {}
         if folder.sweep_file.is_file():  # optional, so not missing
-            self.sweep = self._read(folder.sweep_file, "sweep", f"`pgolf ttt-sweep {name}`")
+            self.sweep = self._read(folder.sweep_file, "sweep", _code(command("ttt-sweep", named.path)))
         self.environment: Tree = self._read(folder.path / "env.json", "environment", "written by training")
 
     def _read(
-        self, path: Path, what: str, command: str, load: Callable[[Path], Any] = _json, why: str = ""
+        self, path: Path, what: str, made_by: str, load: Callable[[Path], Any] = read_json, why: str = ""
     ) -> Any:
         """Load a file; if it is missing or damaged, record that and return {}."""
         if path.is_file():
             try:
                 return load(path)
-            except PgolfError as error:
+            except (PgolfError, OSError) as error:
                 why = portable(str(error))
-            except ValueError as error:  # not JSON, or not text
-                why = f"{path.name} is damaged: {error}"
-        self.missing.append((what, why or f"there is no {path.name}", command))
+        self.missing.append((what, why or f"there is no {path.name}", made_by))
         return {}
 
     @property
@@ -114,9 +118,28 @@ def write_report(folder: RunFolder, out: Path) -> Path:
         *(overview, missing, configuration, training, throughput, scores, quantization_gap, adaptation),
         *(parts, artifact_bytes, audit, environment),
     )
-    sections = [make(run) for make in makers]
-    write_text(out, render("run", f"Run {run.name}", sections, config=run.config, version=__version__))
+    sections = {make: _guarded(make, run) for make in makers}
+    sections[missing] = missing(run)  # again, with the files that a section could not show
+    shown = list(sections.values())
+    write_text(out, render("run", f"Run {run.name}", shown, config=run.config, version=__version__))
     return out
+
+
+def _guarded(make: Callable[[RunRecord], Section], run: RunRecord) -> Section:
+    """Make a section, or say that its files do not hold what belongs there: anyone may have edited them."""
+    title = TITLES.get(make.__name__, make.__name__.replace("_", " ").capitalize())
+    try:
+        return make(run)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        reason = f"a file of the run is incomplete or damaged ({type(error).__name__}: {error})"
+        run.missing.append((title, portable(reason), "the command that wrote the file"))
+        return Section(title, f"Not shown: {reason}.")
+
+
+def _code(words: str) -> str:
+    """Return a command as code in a page's text."""
+    fence = "``" if "`" in words else "`"
+    return f"{fence}{words}{fence}"
 
 
 def overview(run: RunRecord) -> Section:
@@ -151,6 +174,9 @@ def overview(run: RunRecord) -> Section:
         rows["trained with"] = str(hardware)
     broken = len(run.broken_steps)
     text = f"The loss of {broken:,} steps is not finite: see Training." if broken else ""
+    for ended in run.lines["end"][-1:]:
+        if never := ended.get("unfinished"):
+            text += f"\n\nThe schedule did not end: {'; '.join(map(str, never))}."
     return Section("Overview", text, (Table(("property", "value"), rows.items()),))
 
 
@@ -158,7 +184,7 @@ def missing(run: RunRecord) -> Section:
     """List the parts that are not available, with the command that creates each."""
     if not run.missing:
         return Section("What is missing", "Nothing: the run is trained, packed, scored and audited.")
-    text = f"Run the commands in the folder that contains `{run.name}`."
+    text = f"Run the commands in the folder that contains {_code(run.name)}."
     return Section("What is missing", text, (Table(("part", "reason", "created by"), run.missing),))
 
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import shutil
 import sys
 
 import numpy as np
@@ -104,9 +106,38 @@ def test_seeds_command(capsys, tmp_path):
         assert message in capsys.readouterr().err
 
 
+def test_seeds_counts_a_model_once(capsys, tmp_path):
+    """Copies of a run have a deviation of 0, and a test over them is sure of any difference."""
+    one, two = (scored_run(tmp_path / name, loss) for name, loss in (("one", 3.1), ("two", 3.2)))
+    shutil.copytree(one, tmp_path / "copy")
+    (tmp_path / "link").symlink_to(tmp_path / "one")
+    (tmp_path / "again").mkdir()
+    path = tmp_path / "one" / "scores_artifact.json"
+    digest = {"artifact_sha256": "ab" * 32}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **digest}))
+    # the same artifact scored elsewhere: another last digit
+    other = {**json.loads(path.read_text())}
+    other["sliding"] = {**other["sliding"], "loss": 3.1000001}
+    (tmp_path / "again" / "scores_artifact.json").write_text(json.dumps(other))
+    for name, reason in (
+        ("copy", "one and .*copy hold the same model"),
+        ("again", "one and .*again hold the same model"),
+        ("link", "link is named twice"),
+        ("two/../one", "one is named twice"),
+    ):
+        for words in ((one, two, f"{tmp_path}/{name}"), (one, two, "--against", f"{tmp_path}/{name}", two)):
+            assert main(["seeds", *words]) == 2
+            assert re.search(reason, capsys.readouterr().err)
+    # NaN is no score: it would make the mean NaN or end in a traceback
+    path.write_text(path.read_text().replace("3.1", "NaN"))
+    assert main(["seeds", one, two]) == 2
+    assert "does not hold three scores" in capsys.readouterr().err
+
+
 def test_seeds_that_break_the_rules_are_marked_in_every_table(capsys, tmp_path):
     ours, theirs = (
-        [scored_run(tmp_path / f"{name}{i}", loss) for i, loss in enumerate((3.31, 3.32))] for name in "ab"
+        [scored_run(tmp_path / f"{n}{i}", x + loss) for i, loss in enumerate((3.31, 3.32))]
+        for n, x in (("a", 0), ("b", 1))
     )
     path = tmp_path / "b1" / "scores_artifact.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "illegal": "it learns first"}))

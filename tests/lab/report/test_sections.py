@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import shutil
 import sys
 from dataclasses import asdict
@@ -149,7 +150,7 @@ def test_an_interrupted_run(run, capsys, undrawn, monkeypatch):
     assert "step 5 had" in page.sections["Training"].text
     missing = page.sections["What is missing"].text
     assert "Run the commands in the folder that contains run." in missing
-    for command in ("train test --resume --out run", "quantize run", "eval run", "audit run"):
+    for command in ("train --resume run", "quantize run", "eval run", "audit run"):
         assert f"pgolf {command}" in page.code
     monkeypatch.chdir(run.path)
     report(RunFolder(Path()), capsys, "--audit", status=2, printed="not audited: ")
@@ -230,7 +231,7 @@ def test_scores_without_figures_and_of_another_artifact(run, capsys, undrawn):
     assert "scores_artifact.json has none" in page.sections["Where the bits go"].text
     missing = page.sections["What is missing"].text
     assert missing.count("those shown are of another artifact") == 2
-    last = [json.loads(line) for line in run.metrics_file.read_text().splitlines()][-1]
+    last = [row for row in run.history() if row["kind"] == "val"][-1]
     gap = read_json(run.path / "scores_artifact.json")["non_overlapping"]["bpb"] - last["bpb"]
     assert f"{gap:+.6f}" in page.sections["Quantization gap"].text
     assert "the validation at the end of training" in page.sections["Quantization gap"].text
@@ -287,8 +288,8 @@ def test_damaged_files_are_named(run, capsys, undrawn):
     whole = run.artifact_file.read_bytes()
     run.artifact_file.write_bytes(whole[: len(whole) // 2])
     missing = report(run, capsys).sections["What is missing"]
-    assert "scores_float.json is damaged" in missing.text
-    assert "audit.json is damaged" in missing.text
+    assert "scores_float.json is not valid JSON (line 1)" in missing.text
+    assert "audit.json is not valid JSON" in missing.text
     assert "artifact" in [row[0] for row in missing.tables[0]]
 
 
@@ -425,3 +426,72 @@ def test_a_spike_does_not_flatten_the_loss_curve():
 def test_the_name_of_a_run_is_not_math(run):
     odd = RunFolder(run.path.rename(run.path.parent / "a$_$b"))
     assert draw_loss_curve(odd).read_bytes().startswith(b"\x89PNG")
+
+
+def commands(page):
+    """The commands that a page tells to run, split as a shell does."""
+    return [shlex.split(text) for text in page.code if text.startswith("pgolf ")]
+
+
+@pytest.mark.parametrize("name", ["my run's <b> & $(id) 日本", "`tick`", "-dash", "tiny"])
+def test_commands_on_the_page_can_be_typed(run, capsys, undrawn, monkeypatch, name):
+    """Unquoted, a name of several words is several arguments; `tiny` alone is a preset."""
+    from pgolf_fast.cli.commands import COMMANDS
+    from pgolf_fast.cli.options import parse
+
+    for file in (run.model_file, run.artifact_file, run.scores_file("artifact")):
+        file.unlink()
+    odd = RunFolder(run.path.rename(run.path.parent / name))
+    monkeypatch.chdir(odd.path.parent)
+    page = report(odd, capsys)
+    assert page.titles == [f"Run {name}"]
+    typed = commands(page)
+    assert {words[1] for words in typed} >= {"train", "pack", "eval"}
+    for _, command, *words in typed:
+        options = parse(command, COMMANDS[command].load(), words)
+        place = options.out or Path(options.preset) if command == "train" else options.run
+        assert place.resolve() == odd.path
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("scores_artifact.json", '{"sliding": 3}'),
+        ("scores_artifact.json", '{"non_overlapping": {"bpb": 1.0}, "sliding": [], "figures": 3}'),
+        ("scores_float.json", '{"figures": {"sliding": {}}, "ttt_bpb_by_chunk": "no"}'),
+        ("audit.json", '{"findings": [3]}'),
+        ("env.json", "[1, 2]"),
+        ("env.json", b"\xff\xfe\xff"),
+        ("ttt_sweep.json", '{"adapters": {"lora": {"name": "lora"}}}'),
+        ("metrics.jsonl", '{"kind": "step", "step": "abc"}\n[]\n{"kind": "val", "step": 1, "weights": 4}\n'),
+    ],
+)
+def test_edited_files_are_listed_and_the_rest_is_shown(run, capsys, undrawn, file, content):
+    """Well-formed but incomplete files: a traceback, or a section that is silently not there."""
+    (run.path / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    page = report(run, capsys)
+    missing = page.sections["What is missing"].text
+    assert "Nothing: the run is trained" not in missing
+    assert f"{run.artifact_file.stat().st_size:,}" in page.sections["Bytes"].text
+    if file.startswith("scores"):
+        assert f"{file} does not hold three scores" in missing
+
+
+def test_a_schedule_without_its_end_is_said_at_the_top(run, capsys, undrawn):
+    never = ["the learning rate ended at x0.609 of its schedule", "int6 was never trained with"]
+    end = {"kind": "end", "step": 8, "elapsed": 1.0, "unfinished": never}
+    metrics(run, lambda rows: [*(row for row in rows if row["kind"] != "end"), end])
+    text = report(run, capsys).sections["Overview"].text
+    assert f"The schedule did not end: {never[0]}; {never[1]}." in text
+
+
+def test_read_only_runs_need_a_place_before_the_work(run, capsys, undrawn, monkeypatch, tmp_path):
+    """Root can write everywhere, so a file in the way stands for a read-only disk."""
+    blocked = tmp_path / "file"
+    blocked.write_text("x")
+    monkeypatch.setattr("pgolf_fast.lab.report.sections.write_report", lambda *_: pytest.fail("worked"))
+    assert cli.main(["report", str(run.path), "--out", str(blocked / "page.html")]) == 2
+    assert "file is a file: give another --out FILE" in capsys.readouterr().err
+    monkeypatch.setattr("pgolf_fast.lab.analysis.models.open_models", lambda *_: pytest.fail("worked"))
+    assert cli.main(["analyze", str(run.path), "--out", str(blocked)]) == 2
+    assert "file is a file: give another --out DIR" in capsys.readouterr().err
