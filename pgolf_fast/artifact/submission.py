@@ -26,7 +26,7 @@ from pgolf_fast.config.run_folder import RunFolder, read_scores
 from pgolf_fast.config.schema import QuantConfig, RunConfig, TTTConfig
 from pgolf_fast.console import logger
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.io import atomic_path, write_text
+from pgolf_fast.io import atomic_path, write_json, write_text
 
 LIMIT_BYTES = 16_000_000
 SCRIPT, ARTIFACT = "train_gpt.py", "model.pgolf"
@@ -92,7 +92,7 @@ def write_submission(folder: RunFolder, out: Path, about: About, *, readable: bo
     readme = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(template)
     write_text(out / SCRIPT, script)
     write_text(out / "README.md", readme.render(facts))
-    write_text(out / "submission.json", json.dumps(_summary(facts, about), indent=2) + "\n")
+    write_json(out / "submission.json", _summary(facts, about))
     for source, name in ((artifact, ARTIFACT), (log, "train.log")):
         with atomic_path(out / name) as temporary:
             shutil.copyfile(source, temporary)

@@ -136,7 +136,7 @@ def _refuse_unused(words: Words, config: RunConfig) -> None:
         name, _, value = word.partition("=")
         if re.fullmatch(pattern, name) and value != "none" and unused(config):
             raise PgolfError(
-                f"--{name.replace('_', '-')} has no effect without {needed}: give both or neither"
+                f"--{name.replace('_', '-')} has no effect without {needed}"
             )
 
 

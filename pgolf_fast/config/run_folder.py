@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +23,11 @@ def read_scores(path: Path) -> dict[str, Any]:
     """Read the file that `pgolf eval` writes. Raises PgolfError if it does not hold three scores."""
     try:
         scores = read_json(path)
-        if all({"bpb", "loss", "tokens", "bytes"} <= scores[name].keys() for name in SCORES):
+        if all(math.isfinite(scores[n][key]) for n in SCORES for key in ("bpb", "loss", "tokens", "bytes")):
             return scores
-    except (FileNotFoundError, KeyError, AttributeError):
+    except (FileNotFoundError, KeyError, TypeError):
         pass
-    raise PgolfError(f"{path} does not hold three scores: run `pgolf eval {path.parent}` first")
+    raise PgolfError(f"{path} does not hold three finite scores: run `pgolf eval {path.parent}` first")
 
 
 def stale(product: Path) -> Path:

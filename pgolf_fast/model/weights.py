@@ -108,9 +108,10 @@ def _unpickled(path: Path, head: bytes) -> object:
     if problem := next((what for begins, what in _FOREIGN.items() if re.match(begins, head)), None):
         raise PgolfError(f"{path} is {problem}")
     try:
-        with warnings.catch_warnings():
+        # an open file, since torch takes the suffix .safetensors at its word
+        with warnings.catch_warnings(), open(path, "rb") as file:
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001 - of many types; their texts advise to load unsafely
         text = str(error)
     why = "it is damaged, truncated or not of torch.save: download or copy it again"

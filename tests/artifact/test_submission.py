@@ -303,7 +303,7 @@ def test_submit_refuses_scores_of_another_run(run, tmp_path):
         with pytest.raises(PgolfError, match="other ttt settings"):
             write_submission(run, tmp_path, ABOUT)
         path.write_text(before[:99])
-        with pytest.raises(PgolfError, match="does not hold three scores: run `pgolf eval"):
+        with pytest.raises(PgolfError, match="does not hold three finite scores: run `pgolf eval"):
             write_submission(run, tmp_path, ABOUT)
         path.unlink()
         with pytest.raises(PgolfError, match="pgolf eval"):

@@ -97,7 +97,7 @@ def test_seeds_command(capsys, tmp_path):
         (*ours, "--against", theirs[0]): "--against needs at least 2 runs",
         (*ours, ours[0]): "named twice",
         (*ours, scored_run(tmp_path / "c", 3.0, tokens=99)): "compare runs on the same text",
-        (*ours, str(tmp_path)): "does not hold three scores",
+        (*ours, str(tmp_path)): "does not hold three finite scores",
     }
     for words, message in refusals.items():
         assert main(["seeds", *words]) == 2
