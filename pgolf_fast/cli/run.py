@@ -135,9 +135,7 @@ def _refuse_unused(words: Words, config: RunConfig) -> None:
     for word, (pattern, (needed, unused)) in itertools.product(words, _NEED.items()):
         name, _, value = word.partition("=")
         if re.fullmatch(pattern, name) and value != "none" and unused(config):
-            raise PgolfError(
-                f"--{name.replace('_', '-')} has no effect without {needed}"
-            )
+            raise PgolfError(f"--{name.replace('_', '-')} has no effect without {needed}")
 
 
 @dataclass(frozen=True)

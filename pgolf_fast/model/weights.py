@@ -54,15 +54,19 @@ def load_weights(
     Raises PgolfError listing names and shapes of `origin` that do not fit, in one line or as a `table`.
     """
     expected, given = ({n: tuple(t.shape) for n, t in s.items()} for s in (model.state_dict(), tensors))
-    names = ([n for n in a if n not in b] for a, b in ((expected, given), (given, expected)))
-    rows = list(zip_longest(*names, fillvalue="nothing"))
-    rows += [(f"{n} {s}", f"{n} {given[n]}") for n, s in expected.items() if given.get(n, s) != s]
-    if rows:
-        shown = "; ".join(f"{theirs} for {ours}" for ours, theirs in rows[:8])
-        if table:
-            shown = f"is it another preset or --shrink?\n{Table(('expected', 'in the file'), rows[:16])}"
-        more = f"\n... and {len(rows) - 16} more" if table and len(rows) > 16 else ""
-        raise PgolfError(f"{origin} holds another model: {shown}{more}")
+    missing, extra = ([n for n in a if n not in b] for a, b in ((expected, given), (given, expected)))
+    resized = [name for name, shape in expected.items() if given.get(name, shape) != shape]
+    rows = [*zip_longest(missing, extra, fillvalue="nothing")]
+    rows += [(f"{name} {expected[name]}", f"{name} {given[name]}") for name in resized]
+    if rows and table:
+        shown = Table(("expected", "in the file"), rows[:16]).text()
+        more = f"\n... and {len(rows) - 16} more" if len(rows) > 16 else ""
+        raise PgolfError(f"{origin} holds another model; is it of another preset or --shrink?\n{shown}{more}")
+    problems = [f"missing {name}" for name in missing] + [f"unexpected {name}" for name in extra]
+    problems += [f"{name} is {given[name]}, the model needs {expected[name]}" for name in resized]
+    if problems:
+        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise PgolfError(f"{origin} holds another model: {'; '.join(problems[:8])}{more}")
     model.load_state_dict(tensors, strict=True, assign=assign)
 
 

@@ -333,3 +333,19 @@ def test_a_file_that_is_no_quantized_state(tmp_path):
     named = {"blocks.0.mlp.fc.weight.q": torch.zeros(2, 2, dtype=torch.int8)}
     with pytest.raises(PgolfError, match=r"blocks\.0\.mlp\.fc\.weight has no scale"):
         QuantizedState.from_named(named, {"codes": 6})
+
+
+@pytest.mark.parametrize("name", ["smear.gate", "blocks.1.attn.proj.weight", "tok_emb.weight"])
+def test_an_artifact_with_nan_is_refused_by_the_name_of_its_tensor(quantized, tmp_path, name):
+    """It was loaded, and every score was NaN with status 0."""
+    tensor = quantized.tensors[name]
+    coded = isinstance(tensor, QuantizedTensor)
+    values = (tensor.scale if coded else tensor).clone()
+    values.view(-1)[1] = torch.nan
+    wrong, path = replace(tensor, scale=values) if coded else values, tmp_path / "m"
+    write(QuantizedState({**quantized.tensors, name: wrong}), path)
+    message = rf"artifact {path}: {name}.*: 1 of [\d,]+ values are NaN; pack it again"
+    for read in (load, load_artifact, unpack):
+        with pytest.raises(PgolfError, match=message):
+            read(path)
+    assert load(path, finite=False).quantized is not None  # for an audit

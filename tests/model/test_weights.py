@@ -98,7 +98,7 @@ def test_of_several_sets_the_first_that_is_no_average_is_taken_and_named(tmp_pat
         assert_state(read_weights(tmp_path / "w"))
     assert "took the weights under 'net.module'; it also holds 'ema', 'optimizer.muon'" in caplog.text
     assert torch.equal(read_weights(tmp_path / "w", "ema")["qo_bank"], STATE["qo_bank"] + 1)
-    with pytest.raises(PgolfError, match="no weights under 'best', only under 'ema', 'optimizer.muon', 'net"):
+    with pytest.raises(PgolfError, match=r"no weights under 'best', only under 'ema', 'optim"):
         read_weights(tmp_path / "w", "best")
 
 
@@ -212,7 +212,7 @@ def test_values_that_are_not_finite_are_counted():
     tensor[0, :5] = torch.nan
     tensor[1, 0] = 1e39  # finite, but not in float32
     assert not_finite(tensor) == "5 of 4,096 values are NaN and 1 of 4,096 values are infinite as float32"
-    with pytest.raises(PgolfError, match="w: b: 5 of 4,096 values are NaN and .* use an earlier checkpoint"):
+    with pytest.raises(PgolfError, match=r"w: b: 5 of 4,096 values are NaN and .* use an earlier checkpoint"):
         need_finite({"a": torch.ones(2), "b": tensor}, "w")
     assert not_finite(torch.zeros(0)) is None
 
@@ -224,15 +224,12 @@ def test_a_difference_is_shown_in_two_columns(tmp_path):
     with pytest.raises(PgolfError) as error:
         load_weights(MODEL, other, "w.pt", table=True)
     head, header, _, first, *rest = str(error.value).splitlines()
-    assert head == "w.pt holds another model: is it another preset or --shrink?"
+    assert head == "w.pt holds another model; is it of another preset or --shrink?"
     assert header.split() == ["expected", "in", "the", "file"]
     assert first.split() == ["blocks.0.attn_scale", "layers.0.attn_scale"]
     assert len(rest) == 16
-    with pytest.raises(PgolfError, match=r"w.pt holds another model: layers.0.attn_scale for blocks.0.attn"):
+    with pytest.raises(PgolfError, match=r"w.pt holds another model: missing blocks.0.attn_scale; .*more$"):
         load_weights(MODEL, other, "w.pt")
-    wrong = {**STATE, "skip_weights": torch.zeros(1, 32)}
-    with pytest.raises(PgolfError, match=r"skip_weights \(1, 32\) for skip_weights \(2, 32\)$"):
-        load_weights(MODEL, wrong, "w.pt")
 
 
 def test_files_without_weights_say_what_they_hold(tmp_path):

@@ -14,6 +14,7 @@ from pgolf_fast.artifact.load import load
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.data.source import open_source
 from pgolf_fast.distributed import SINGLE
+from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import load_tensors
 from pgolf_fast.quant.state import unbank
 from pgolf_fast.train.loop import build_model
@@ -108,5 +109,5 @@ def test_float_weights_with_nan_are_not_scored(config, state, tmp_path):
     wrong = {name: tensor.clone() for name, tensor in state.items()}
     wrong["tok_emb.weight"][3, 0] = torch.inf
     save_file(wrong, folder.model_file)
-    with pytest.raises(Exception, match="tok_emb.weight: 1 of 12,288 values are infinite"):
+    with pytest.raises(PgolfError, match=r"tok_emb.weight: 1 of 12,288 values are infinite"):
         load(folder, "float")

@@ -191,7 +191,7 @@ def test_weights_are_read_from_community_and_own_files(data, tmp_path):
     with pytest.raises(PgolfError, match=r"odd.pt is not a state dict of tensors"):
         read_weights(tmp_path / "odd.pt")
     (tmp_path / "bad.safetensors").write_bytes(b"nothing of the kind")
-    with pytest.raises(PgolfError, match=r"bad.safetensors cannot be read as tensors"):
+    with pytest.raises(PgolfError, match=r"bad.safetensors is text, not weights"):
         read_weights(tmp_path / "bad.safetensors")
 
 

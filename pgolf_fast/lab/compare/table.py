@@ -39,9 +39,7 @@ class FinishedRun:
         """Return a score. Raises PgolfError if it is not a number."""
         bpb = self.result["scores"][score]["bpb"]
         if bpb is None or not math.isfinite(bpb):
-            raise PgolfError(
-                f"{self.job.path}: its {score} score is {bpb}; remove it and run it again"
-            )
+            raise PgolfError(f"{self.job.path}: its {score} score is {bpb}; remove it and run it again")
         return bpb
 
 

@@ -104,6 +104,16 @@ def test_seeds_command(capsys, tmp_path):
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "null", '"3.1"', "[]"])
+def test_seeds_refuses_scores_that_are_no_numbers(capsys, tmp_path, value):
+    """Python reads NaN in JSON, and the deviation of NaN is an AttributeError."""
+    runs = [scored_run(tmp_path / f"a{i}", 3.3 + i) for i in range(2)]
+    path = tmp_path / "a1" / "scores_artifact.json"
+    path.write_text(path.read_text().replace("4.3", value, 1))
+    assert main(["seeds", *runs]) == 2
+    assert f"{path} does not hold three finite scores: run `pgolf eval" in capsys.readouterr().err
+
+
 def test_seeds_that_break_the_rules_are_marked_in_every_table(capsys, tmp_path):
     ours, theirs = (
         [scored_run(tmp_path / f"{name}{i}", loss) for i, loss in enumerate((3.31, 3.32))] for name in "ab"
