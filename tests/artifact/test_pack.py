@@ -255,10 +255,10 @@ def test_the_wrong_model(quantized, tmp_path):
     pack(quantized, other, tmp_path / "m", FREE_CODE)
     with pytest.raises(PgolfError, match="holds another model") as error:
         load(tmp_path / "m")
-    assert "missing blocks.4.attn.q_gain" in str(error.value)
+    assert "blocks.4.attn.q_gain / " in str(error.value)
     tables = QuantizedState({**quantized.tensors, "smear.gate": torch.zeros(31).half()})
     write(tables, tmp_path / "m")
-    with pytest.raises(PgolfError, match=r"smear\.gate is \(31,\), the model needs \(32,\)"):
+    with pytest.raises(PgolfError, match=r"smear\.gate \(32,\) / smear\.gate \(31,\)"):
         load(tmp_path / "m")
 
 
@@ -266,10 +266,10 @@ def test_missing_and_extra_tensors(quantized, tmp_path):
     for name in ("smear.gate", "blocks.2.mlp.fc.weight"):
         fewer = QuantizedState({n: t for n, t in quantized.tensors.items() if n != name})
         write(fewer, tmp_path / "m")
-        with pytest.raises(PgolfError, match=rf"missing {re.escape(name)}|{re.escape(name)} is missing"):
+        with pytest.raises(PgolfError, match=rf"{re.escape(name)} (/ nothing|is missing)"):
             load(tmp_path / "m")
     write(QuantizedState({**quantized.tensors, "extra": torch.zeros(2).half()}), tmp_path / "m")
-    with pytest.raises(PgolfError, match="unexpected extra"):
+    with pytest.raises(PgolfError, match="nothing / extra"):
         load(tmp_path / "m")
 
 

@@ -163,10 +163,10 @@ def test_from_training_to_text(capsys, run):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--target-bytes 5000", "--quant.target-bytes has no effect without --quant.grid rd"),
-        ("--quant.rank 2", "--quant.rank has no effect without --quant.grid rd"),
-        ("--grid rd --quant.bits 4", "--quant.bits has no effect without a --quant.grid with rows"),
-        ("--quant.method round --quant.damping 0.1", "--quant.damping has no effect without --quant.method"),
+        ("--target-bytes 5000", "--quant.target-bytes has no effect: it needs --quant.grid rd"),
+        ("--quant.rank 2", "--quant.rank has no effect: it needs --quant.grid rd"),
+        ("--grid rd --quant.bits 4", "--quant.bits has no effect: it needs --quant.grid percentile"),
+        ("--quant.method round --quant.damping 0.1", "--quant.damping has no effect: it needs --quant.m"),
         ("--quant.method round --quant.calibration-length 9", "--quant.calibration-length has no effect"),
         ("--score 0", "data.val_tokens is 0"),
     ],
@@ -179,7 +179,7 @@ def test_options_without_effect_are_refused(capsys, run, words, message):
 def test_codec_options_without_effect_are_refused(capsys, run):
     words = ("--pack.codecs", "raw", "--pack.lzma-preset", 3)
     message = refused(capsys, "pack", run, *words)
-    assert "--pack.lzma-preset has no effect without --pack.codecs lzma" in message
+    assert "--pack.lzma-preset has no effect: it needs --pack.codecs lzma or rans" in message
 
 
 def test_quantize_ends_with_its_error_and_score(capsys, data, run, tmp_path):

@@ -12,12 +12,20 @@ from safetensors.torch import save_file
 from pgolf_fast import cli
 from pgolf_fast.artifact.load import load
 from pgolf_fast.config.run_folder import RunFolder
+from pgolf_fast.console import close_logging
 from pgolf_fast.data.source import open_source
 from pgolf_fast.distributed import SINGLE
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import load_tensors
 from pgolf_fast.quant.state import unbank
 from pgolf_fast.train.loop import build_model
+
+
+@pytest.fixture(autouse=True)
+def logging():
+    """Detach the log from the standard error of a test that has ended."""
+    yield
+    close_logging()
 
 
 @pytest.fixture(scope="module")
