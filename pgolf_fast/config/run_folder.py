@@ -26,7 +26,7 @@ Weights = Literal["artifact", "float"]
 
 
 def read_scores(path: Path) -> dict[str, Any]:
-    """Read the file that `pgolf eval` writes. Raises PgolfError if it does not hold three scores."""
+    """Read the file that `pgolf eval` writes. Raises PgolfError if it does not hold three finite scores."""
     try:
         scores = read_json(path)
         if all(math.isfinite(scores[name][unit]) for name in SCORES for unit in _UNITS):
@@ -34,7 +34,7 @@ def read_scores(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, KeyError, TypeError, OverflowError):
         pass
     again = console.command("eval", path.parent)
-    raise PgolfError(f"{path} does not hold three scores: run `{again}` first")
+    raise PgolfError(f"{path} does not hold three finite scores: run `{again}` first")
 
 
 def absolute(config: RunConfig) -> RunConfig:
