@@ -367,7 +367,7 @@ def test_spaces_spelled_in_bytes_are_counted_as_the_text(target, monkeypatch):
     documents = [tokenizer.encode_document(target.tokenizer.decode(target.tokens.tolist())) for _ in range(3)]
     tokens = np.concatenate(documents)
     finding = scoring.byte_counts(tokens, byte_table(tokenizer), tokenizer)
-    assert (finding.passed, finding.evidence[:16]) == (False, "known text: 106 ")
+    assert (finding.passed, finding.evidence[:12]) == (False, "known text: ")
     monkeypatch.setattr(scoring, "counting_fault", lambda tokenizer, table: None)
     finding = scoring.byte_counts(tokens, byte_table(tokenizer), tokenizer)
     assert finding.passed is False
@@ -377,10 +377,10 @@ def test_spaces_spelled_in_bytes_are_counted_as_the_text(target, monkeypatch):
 @pytest.mark.parametrize(
     ("planted", "evidence"),
     [
-        # of a document, or of all of them together where side files count
-        ({"counts": lambda right: right + (right > 6)}, "bytes counted, the text has"),
-        ({"counts": lambda right: np.roll(right, 1)}, "bytes counted, the text has"),
-        ({"counts": lambda right: right + (right > 3), "exact": False}, "documents: "),
+        # where no side file counts, all bytes are those of the pieces, also in the last, cut document
+        ({"counts": lambda right: right + (right > 3)}, "bytes are scored, the pieces have"),
+        ({"counts": lambda right: np.roll(right, 1)}, "5,695 bytes are scored, the pieces have 5,695"),
+        ({"counts": lambda right: right + (right > 1), "exact": False}, "1 documents: "),
         ({"exact": False}, None),
         ({"tokens": lambda tokens: np.where(tokens > 299, 599 - tokens, tokens)}, "are other tokens when"),
     ],
