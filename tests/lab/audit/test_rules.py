@@ -479,6 +479,12 @@ def test_no_verdict_depends_on_where_it_is_typed(target, checkout, monkeypatch, 
     assert finding.passed, finding.evidence
 
 
+def test_quantizing_again_reads_no_module_of_the_working_directory(checkout, tmp_path, monkeypatch):
+    monkeypatch.chdir(checkout)  # json.py is there
+    seen = guard.run_guarded("import json, pgolf_fast; print(json.__file__)", cwd=tmp_path)
+    assert (seen.status, str(checkout) in seen.output) == (0, False)
+
+
 def test_entry_points_of_any_distribution_may_be_read(target, checkout, monkeypatch):
     """Those of a checkout that a .pth file adds to the path; nothing else there."""
     for code, passed in (
