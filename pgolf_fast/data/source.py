@@ -32,7 +32,7 @@ from pgolf_fast.data.tokenizer import (
 from pgolf_fast.errors import PgolfError
 
 _SAMPLE = 1 << 16  # tokens at the beginning of a shard that are compared with its tokenizer
-_DOCUMENTS, _LENGTH = 64, 128  # of them at most, and tokens of each
+_DOCUMENTS, _LENGTH = 64, 256  # of them at most, and tokens of each
 SIDE_SHARE = 0.05  # by which side files may differ from the pieces: they count text before normalization
 
 
@@ -119,7 +119,7 @@ def looks_foreign(shard: Shard, tokenizer: Tokenizer) -> bool:
     if int(tokens.max()) >= tokenizer.vocab_size:
         return True  # an error wherever such a token is read
     same, tried = returning(tokens, tokenizer)
-    if foreign := 2 * same < tried:
+    if foreign := 10 * same < 9 * tried:
         console.logger.warning(
             f"{shard.path} does not look like text of tokenizer {tokenizer.path}: {same} of {tried} "
             "documents are the same tokens when decoded and encoded again. Scores are wrong with another "

@@ -131,7 +131,10 @@ def byte_counts(
     """
     if fault := counting_fault(tokenizer, table):
         return fails(f"known text: {fault}")
-    counts = target_bytes(table, tokens[:-1], tokens[1:]) if counts is None else counts
+    pieces = target_bytes(table, tokens[:-1], tokens[1:])
+    counts = pieces if counts is None else counts
+    if exact and not np.array_equal(counts, pieces):
+        return fails(f"{counts.sum():,} bytes are scored, the pieces have {pieces.sum():,}")
     whole = list(pairwise(np.flatnonzero(tokens == BOS_ID)))
     if not whole:
         return undecided(f"no whole document in {len(tokens):,} tokens")
