@@ -1,8 +1,9 @@
-"""The rules of the challenge, C1 to C17, and the check of each."""
+"""The rules of the challenge, C1 to C18, and the check of each."""
 
 from collections.abc import Callable
 from functools import partial
 
+from pgolf_fast.data.source import open_source
 from pgolf_fast.lab.audit import causal, scoring, submission
 from pgolf_fast.lab.audit.check import AuditCheck, AuditFinding
 from pgolf_fast.lab.audit.target import Audit, AuditTarget
@@ -36,6 +37,11 @@ def _byte_counts(audit: Audit) -> AuditFinding:
     return scoring.byte_counts(audit.target.validation, audit.target.table, audit.target.tokenizer)
 
 
+def _validation_is_unseen(audit: Audit) -> AuditFinding:
+    source = open_source(audit.target.config.data, audit.target.config.model.vocab_size)
+    return submission.validation_is_unseen(source.folder)
+
+
 # The title and the check of each rule
 RULES: dict[str, tuple[str, Callable[[Audit], AuditFinding]]] = {
     "C1": ("no score reads its target or a later token", causal.causality),
@@ -55,10 +61,11 @@ RULES: dict[str, tuple[str, Callable[[Audit], AuditFinding]]] = {
     "C15": ("scoring is deterministic", scoring.deterministic),
     "C16": ("no update while scoring", scoring.no_update_while_scoring),
     "C17": ("the same for any number of ranks", scoring.same_for_any_ranks),
+    "C18": ("validation documents not in training data", _validation_is_unseen),
 }
 
 
 def checks(target: AuditTarget) -> list[AuditCheck]:
-    """Return the checks of C1 to C17 for a target, in this order."""
+    """Return the checks of C1 to C18 for a target, in this order."""
     audit = Audit(target)
     return [AuditCheck(id, title, partial(check, audit)) for id, (title, check) in RULES.items()]
