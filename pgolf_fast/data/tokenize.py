@@ -294,7 +294,7 @@ def _open(path: Path) -> IO[bytes]:
 
 def _text_of(line: bytes, path: Path, number: int) -> str:
     try:
-        row = parse_json(line, f"{path} line {number}")
+        row = parse_json(line.strip(), f"{path} line {number}")
     except PgolfError as error:
         raise PgolfError(f"{str(error).replace(' (line 1)', '')}; {_LINES}") from None
     text = row.get("text") if isinstance(row, dict) else None
