@@ -29,6 +29,11 @@ class Overlap:
     complete: bool  # all training tokens were read
     text: str
 
+    @property
+    def by_chance(self) -> bool:
+        """Whether a right split may have this much: a crawl holds some pages twice, and many alike."""
+        return self.copies <= self.documents // 1000 and self.near <= self.documents // 20
+
 
 def find_overlap(folder: Path | str, *, ngrams: bool = True, seconds: float = math.inf) -> Overlap:
     """Compare the validation documents of `folder` with its training shards, for about `seconds` at most.
