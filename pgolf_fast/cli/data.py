@@ -33,19 +33,15 @@ class Info:
 
     def main(self) -> None:
         from pgolf_fast.data.manifest import check_manifest
-        from pgolf_fast.data.overlap import find_overlap
         from pgolf_fast.data.shards import Split, shard_paths
         from pgolf_fast.data.source import describe
         from pgolf_fast.data.tokenizer import Tokenizer, find_tokenizer
+        from pgolf_fast.lab.audit.overlap import find_overlap
 
         console.setup_logging()
         splits = [split for split in get_args(Split) if shard_paths(self.folder, split)]
         if not splits:
-            what = (
-                "does not exist"
-                if not self.folder.exists()
-                else "holds no *_train_*.bin or *_val_*.bin shard"
-            )
+            what = "holds no *_train_*.bin or *_val_*.bin" if self.folder.exists() else "does not exist"
             raise PgolfError(f"data folder {self.folder} {what}: make shards with `pgolf data tokenize`")
         with _own_options():
             tokenizer = Tokenizer.load(find_tokenizer(self.folder, self.tokenizer))

@@ -248,24 +248,16 @@ def ngram_floors(
     unigram = np.bincount(train_tokens, minlength=vocab_size).astype(np.float64) + 1.0
     unigram /= unigram.sum()
     previous, current = val_tokens[:-1].astype(np.int64), val_tokens[1:].astype(np.int64)
-    pair_counts, context_counts, followers = _pair_counts(
-        train_tokens, previous * vocab_size + current, vocab_size
+    pairs, counts = np.unique(
+        train_tokens[:-1].astype(np.int64) * vocab_size + train_tokens[1:], return_counts=True
     )
-    context, kinds = context_counts[previous], followers[previous]
+    asked = previous * vocab_size + current
+    at = np.minimum(np.searchsorted(pairs, asked), len(pairs) - 1)
+    pair_counts = np.where(pairs[at] == asked, counts[at], 0)
+    context = np.bincount(train_tokens[:-1], minlength=vocab_size)[previous]
+    kinds = np.bincount(pairs // vocab_size, minlength=vocab_size)[previous]  # distinct followers
     below = unigram[current]
     mixed = (pair_counts + kinds * below) / np.maximum(context + kinds, 1.0)
     bigram = np.where(context + kinds > 0, mixed, below)
     per_bit = 1.0 / (math.log(2.0) * count_bytes)
     return -float(np.log(below).sum()) * per_bit, -float(np.log(bigram).sum()) * per_bit
-
-
-def _pair_counts(
-    tokens: np.ndarray, asked: np.ndarray, vocab_size: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Count the asked pairs (prev * V + cur), each id as context, and its distinct followers."""
-    keys = tokens[:-1].astype(np.int64) * vocab_size + tokens[1:]
-    pairs, counts = np.unique(keys, return_counts=True)
-    at = np.minimum(np.searchsorted(pairs, asked), len(pairs) - 1)
-    asked_counts = np.where(pairs[at] == asked, counts[at], 0)
-    context = np.bincount(tokens[:-1], minlength=vocab_size)
-    return asked_counts, context, np.bincount(pairs // vocab_size, minlength=vocab_size)

@@ -1,6 +1,5 @@
 """Tokenization of .txt, .jsonl, .jsonl.gz and .jsonl.xz files to shards, with a validation split."""
 
-import contextlib
 import functools
 import gzip
 import hashlib
@@ -8,12 +7,11 @@ import lzma
 import multiprocessing
 import os
 import tempfile
-import threading
 import time
 import zlib
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import chain
@@ -83,8 +81,9 @@ def tokenize_files(
         building = Path(temporary)
         if given is None:
             texts = (text for split, text in plan.parts(paths, "training tokenizer") if split == "train")
-            with _heartbeat("training tokenizer"):
-                given = Tokenizer.load(train_tokenizer(texts, vocab_size, building / "tokenizer"))
+            with ThreadPoolExecutor(1) as pool:
+                trained = pool.submit(train_tokenizer, texts, vocab_size, building / "tokenizer")
+                given = Tokenizer.load(_result(trained, "training tokenizer"))
         else:
             write_bytes(building / "tokenizer.model", given.path.read_bytes())
         writer = _Writer(building, shard_tokens, byte_table(given))
@@ -92,7 +91,7 @@ def tokenize_files(
             writer.add(split, ids)
         counts = writer.finish()
         write_manifest(building, given, plan.rule, counts)
-        _check_folder(folder)  # another process may have written shards meanwhile
+        _check_folder(folder)  # another process may have been faster
         for path in sorted(building.iterdir()):
             os.replace(path, folder / path.name)
     return {"out": str(folder), "files": len(paths), **counts, "seconds": round(time.monotonic() - start, 3)}
@@ -168,26 +167,17 @@ class _Writer:
 
 def _encode(parts: Iterator[Part], model: Path, workers: int) -> Iterator[tuple[Split, np.ndarray]]:
     """Yield documents as tokens, in order."""
-    if workers == 1:
-        for chunk in _chunks(parts):
-            with _heartbeat("tokenizing"):
-                documents = _encode_chunk(model, chunk)
-            yield from documents
-        return
     waiting: deque[Future[list[tuple[Split, np.ndarray]]]] = deque()
     # fork is not safe with threads
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    spawn = multiprocessing.get_context("spawn")
+    pool = ThreadPoolExecutor(1) if workers == 1 else ProcessPoolExecutor(workers, mp_context=spawn)
     try:
         for chunk in _chunks(parts):
             waiting.append(pool.submit(_encode_chunk, model, chunk))
-            while len(waiting) > 3 * workers:  # enough to keep workers busy, without reading all text ahead
-                with _heartbeat("tokenizing"):
-                    documents = waiting.popleft().result()
-                yield from documents
-        for future in waiting:
-            with _heartbeat("tokenizing"):
-                documents = future.result()
-            yield from documents
+            if len(waiting) > 3 * workers:  # enough to keep workers busy, without reading all text ahead
+                yield from _result(waiting.popleft(), "tokenizing")
+        while waiting:
+            yield from _result(waiting.popleft(), "tokenizing")
     except BrokenProcessPool as error:
         raise PgolfError(
             f"a tokenizing process died, perhaps for lack of memory: try again with fewer workers than "
@@ -197,22 +187,12 @@ def _encode(parts: Iterator[Part], model: Path, workers: int) -> Iterator[tuple[
         pool.shutdown(cancel_futures=True)
 
 
-@contextlib.contextmanager
-def _heartbeat(step: str) -> Iterator[None]:
-    """Log every 10 s how long the block has been running."""
-    done, start = threading.Event(), time.monotonic()
-
-    def log() -> None:
-        while not done.wait(_QUIET_SECONDS):
-            console.logger.info("%s: busy for %s", step, console.duration(time.monotonic() - start))
-
-    thread = threading.Thread(target=log, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
+def _result(future: Future[Any], step: str) -> Any:
+    """Return what a future returns; log every 10 s until then."""
+    start = time.monotonic()
+    while not wait([future], _QUIET_SECONDS).done:
+        console.logger.info("%s: busy for %s", step, console.duration(time.monotonic() - start))
+    return future.result()
 
 
 def _chunks(parts: Iterator[Part]) -> Iterator[list[Part]]:

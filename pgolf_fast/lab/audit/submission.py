@@ -24,11 +24,11 @@ from pgolf_fast.artifact.submission import build_script
 from pgolf_fast.config.presets import shrink
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import RunConfig
-from pgolf_fast.data.overlap import find_overlap
 from pgolf_fast.data.shards import shard_paths, write_shard
 from pgolf_fast.io import load_tensors
 from pgolf_fast.lab.audit.check import AuditFinding, fails, holds, undecided
 from pgolf_fast.lab.audit.guard import NETWORK, PROGRAMS, GuardedRun, run_guarded
+from pgolf_fast.lab.audit.overlap import find_overlap
 from pgolf_fast.model.runtime import environment
 from pgolf_fast.quant.state import QuantizedState
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from pgolf_fast.data.overlap import Overlap
 from pgolf_fast.data.shards import BOS_ID, write_shard
 from pgolf_fast.lab.audit import submission
+from pgolf_fast.lab.audit.overlap import Overlap
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pgolf_fast.data import overlap
-from pgolf_fast.data.overlap import Overlap, find_overlap
 from pgolf_fast.data.shards import BOS_ID, write_shard
 from pgolf_fast.errors import PgolfError
+from pgolf_fast.lab.audit import overlap
+from pgolf_fast.lab.audit.overlap import Overlap, find_overlap
 
 
 def documents(count: int, seed: int, length: int = 60) -> list[np.ndarray]:
