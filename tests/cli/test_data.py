@@ -107,7 +107,7 @@ def test_info_compares_validation_with_training(capsys, shards, tmp_path):
     ("name", "message"),
     [
         ("none", "none does not exist: make shards with"),
-        ("empty", "empty holds no *_train_*.bin or *_val_*.bin shard: make shards with"),
+        ("empty", "empty holds no *_train_*.bin or *_val_*.bin: make shards with"),
         ("file", "file holds no"),
         ("bare", "name one with --tokenizer"),
         ("changed", "text_val_000000.bin has 9 tokens, but manifest.json says"),

@@ -41,11 +41,9 @@ def find_overlap(folder: Path | str, *, ngrams: bool = True, seconds: float = ma
     Neither documents nor n-grams include BOS. Raises `PgolfError` if a split has no shard or a bad one.
     """
     val, train = find_shards(folder, "val"), find_shards(folder, "train")
-    end, (held, total) = (
-        time.monotonic() + seconds,
-        (sum(s.num_tokens for s in part) for part in (val, train)),
-    )
-    every = np.uint64(1 << max(0, math.ceil(math.log2(held / _SAMPLE))))
+    end, total = time.monotonic() + seconds, sum(shard.num_tokens for shard in train)
+    surplus = sum(shard.num_tokens for shard in val) / _SAMPLE
+    every = np.uint64(1 << max(0, math.ceil(math.log2(surplus))))
     begins: list[int] = []  # position of each document
     numbers: dict[bytes, list[int]] = {}  # documents by digest
     hashes = [_CODES[:0]]
@@ -78,8 +76,8 @@ def find_overlap(folder: Path | str, *, ngrams: bool = True, seconds: float = ma
     first = first or "".join(f"{_place(val, begins[number])}, nearly" for number in sorted(near)[:1])
     text = f"{len(found):,} of {len(begins):,} validation documents"
     if ngrams:
-        share = f"{common.sum() / max(len(which), 1):.1%} of the {_NGRAM}-grams"
-        text += f", {len(near):,} near copies and {share}"
+        share = common.sum() / max(len(which), 1)
+        text += f", {len(near):,} more nearly, and {share:.1%} of the {_NGRAM}-grams of tokens"
     text += f" are in {'' if compared == total else f'the first {compared:,} of '}{total:,} training tokens"
     text += f"; first the document at {first}" if first else ""
     return Overlap(len(begins), len(found), len(near), compared == total, text)

@@ -34,8 +34,8 @@ def test_disjoint_text_has_no_overlap(tmp_path: Path) -> None:
     result = found(tmp_path, documents(20, 1), documents(200, 2))
     assert (result.documents, result.copies, result.near, result.complete) == (20, 0, 0, True)
     total = sum(map(len, documents(200, 2))) + 200
-    line = "0 of 20 validation documents, 0 near copies and 0.0% of the 13-grams are in {:,} training tokens"
-    assert result.text == line.format(total)
+    counts = "0 of 20 validation documents, 0 more nearly, and 0.0% of the 13-grams of tokens"
+    assert result.text == f"{counts} are in {total:,} training tokens"
 
 
 @pytest.mark.parametrize("block", [50, 1000, 1_000_000])
@@ -60,7 +60,7 @@ def test_copies_are_found_wherever_they_are(
     # in another order, twice, and without training text between them
     result = found(tmp_path, val, [*val[::-1], *val])
     assert (result.copies, result.near) == (20, 0)
-    assert "20 of 20 validation documents, 0 near copies and 100.0% of the 13-grams" in result.text
+    assert "20 of 20 validation documents, 0 more nearly, and 100.0% of the 13-grams" in result.text
     assert found(tmp_path, val, [*val[::-1], *val], ngrams=False).copies == 20
 
 
@@ -89,9 +89,7 @@ def test_near_copies_are_found_by_their_ngrams(tmp_path: Path) -> None:
     assert (result.copies, result.near) == (0, 2)
     # 403 - 12 less 3 * 13, 200 - 12, and 405 - 12 of all
     share = (403 - 12 - 39 + 188 + 393) / sum(len(doc) - 12 for doc in val)
-    assert (
-        f"0 of 10 validation documents, 2 near copies and {share:.1%} of the 13-grams are in" in result.text
-    )
+    assert f"0 of 10 validation documents, 2 more nearly, and {share:.1%} of the 13-grams" in result.text
     at = sum(map(len, val[:3])) + 4
     assert result.text.endswith(f"; first the document at text_val_000000.bin, token {at:,}, nearly")
     short = found(tmp_path, [val[0][:19]], [val[0][:30]])  # 7 n-grams, too few

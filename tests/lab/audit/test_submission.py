@@ -27,7 +27,7 @@ def test_text_that_was_changed_in_few_places(tmp_path, val):
     write_shard(tmp_path / "a_train_1.bin", val)
     finding = submission.validation_is_unseen(tmp_path)
     assert finding.passed is False
-    assert "0 of 2 validation documents, 2 near copies and 93.3% of the 13-grams are in" in finding.evidence
+    assert "0 of 2 validation documents, 2 more nearly, and 93.3% of the 13-grams" in finding.evidence
 
 
 def test_training_data_that_cannot_be_compared(tmp_path, val):
