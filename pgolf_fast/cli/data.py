@@ -49,8 +49,8 @@ class Info:
         header = ("shard", "split", "tokens", "documents", "scored bytes", "bytes/token")
         rows = []
         for shard in describe(self.folder, tokenizer):
-            counts = (f"{count:,}" for count in (shard.tokens, shard.documents, shard.scored_bytes))
-            rows.append((shard.file, shard.split, *counts, f"{shard.bytes_per_token:.4f}"))
+            counts = (console.number(n, ",") for n in (shard.tokens, shard.documents, shard.scored_bytes))
+            rows.append((shard.file, shard.split, *counts, console.number(shard.bytes_per_token, ".4f")))
         print(console.Table(header, rows))
         print(f"tokenizer {tokenizer.path} ({tokenizer.vocab_size:,} pieces)")
         if manifest is not None:

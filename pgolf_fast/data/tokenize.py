@@ -6,6 +6,7 @@ import hashlib
 import lzma
 import multiprocessing
 import os
+import shutil
 import tempfile
 import time
 import zlib
@@ -25,7 +26,7 @@ from pgolf_fast.data.manifest import write_manifest
 from pgolf_fast.data.shards import BOS_ID, Split, shard_paths, write_shard
 from pgolf_fast.data.tokenizer import ByteTable, Tokenizer, byte_table, scored_bytes, train_tokenizer
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.io import available_cores, parse_json, write_bytes
+from pgolf_fast.io import available_cores, locked, parse_json, write_bytes
 
 Part = tuple[Split, str]
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.xz")
@@ -68,33 +69,40 @@ def tokenize_files(
     given = None if tokenizer is None else _given_tokenizer(tokenizer, vocab_size)
     _check_folder(folder)
     plan = make_plan(paths, val_fraction, val_docs)
-    if given is None and (plan.first == plan.documents or plan.threshold == _HASHES):
+    if workers is None:
+        small = sum(path.stat().st_size for path in paths) < _ALONE_BYTES
+        workers = 1 if small else available_cores()
+    with locked(folder / ".lock", f"{folder} is in use"):
+        _check_folder(folder)  # another process may have been faster
+        for left in folder.glob(".tokenize-*"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        # inside `out`: a rename is atomic within one file system
+        with tempfile.TemporaryDirectory(prefix=".tokenize-", dir=folder) as temporary:
+            building = Path(temporary)
+            if given is None:
+                given = _trained(plan, paths, vocab_size, building / "tokenizer")
+            else:
+                write_bytes(building / "tokenizer.model", given.path.read_bytes())
+            writer = _Writer(building, shard_tokens, byte_table(given))
+            for split, ids in _encode(plan.parts(paths, "tokenizing"), building / "tokenizer.model", workers):
+                writer.add(split, ids)
+            counts = writer.finish()
+            write_manifest(building, given, plan.rule, counts)
+            for path in sorted(building.iterdir()):
+                os.replace(path, folder / path.name)
+    return {"out": str(folder), "files": len(paths), **counts, "seconds": round(time.monotonic() - start, 3)}
+
+
+def _trained(plan: "Plan", files: Sequence[Path], vocab_size: int, prefix: Path) -> Tokenizer:
+    if plan.first == plan.documents or plan.threshold == _HASHES:
         raise PgolfError(
             f"all {plan.documents:,} documents are for validation and none is left to train a tokenizer on: "
             "give a tokenizer, or a smaller val_docs or val_fraction"
         )
-    if workers is None:
-        small = sum(path.stat().st_size for path in paths) < _ALONE_BYTES
-        workers = 1 if small else available_cores()
-    # inside `out`: a rename is atomic within one file system
-    with tempfile.TemporaryDirectory(prefix=".tokenize-", dir=folder) as temporary:
-        building = Path(temporary)
-        if given is None:
-            texts = (text for split, text in plan.parts(paths, "training tokenizer") if split == "train")
-            with ThreadPoolExecutor(1) as pool:
-                trained = pool.submit(train_tokenizer, texts, vocab_size, building / "tokenizer")
-                given = Tokenizer.load(_result(trained, "training tokenizer"))
-        else:
-            write_bytes(building / "tokenizer.model", given.path.read_bytes())
-        writer = _Writer(building, shard_tokens, byte_table(given))
-        for split, ids in _encode(plan.parts(paths, "tokenizing"), building / "tokenizer.model", workers):
-            writer.add(split, ids)
-        counts = writer.finish()
-        write_manifest(building, given, plan.rule, counts)
-        _check_folder(folder)  # another process may have been faster
-        for path in sorted(building.iterdir()):
-            os.replace(path, folder / path.name)
-    return {"out": str(folder), "files": len(paths), **counts, "seconds": round(time.monotonic() - start, 3)}
+    texts = (text for split, text in plan.parts(files, "training tokenizer") if split == "train")
+    with ThreadPoolExecutor(1) as pool:
+        model = pool.submit(train_tokenizer, texts, vocab_size, prefix)
+        return Tokenizer.load(_result(model, "training tokenizer"))
 
 
 def _given_tokenizer(path: Path | str, vocab_size: int) -> Tokenizer:

@@ -127,6 +127,7 @@ def test_every_document_arrives_in_order(tmp_path: Path) -> None:
         s.num_tokens for p in ("train", "val") for s in find_shards(tmp_path / "out", p)
     )  # type: ignore[arg-type]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        ".lock",
         "manifest.json",
         "text_train_000000.bin",
         "text_val_000000.bin",
@@ -139,7 +140,7 @@ def test_workers_and_runs_change_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     file = write_jsonl(tmp_path / "a.jsonl", made_up(100))
     for name, workers in (("one", 1), ("two", 2), ("auto", None)):
         tokenize_files([file], out=tmp_path / name, vocab_size=320, shard_tokens=1000, workers=workers)
-    for path in (tmp_path / "one").iterdir():
+    for path in (tmp_path / "one").glob("[!.]*"):
         for name in ("two", "auto"):
             assert (tmp_path / name / path.name).read_bytes() == path.read_bytes()
 
@@ -296,7 +297,7 @@ def test_bad_input_is_named_and_nothing_is_written(tmp_path: Path, name: str) ->
     with pytest.raises(PgolfError, match=message) as caught:
         tokenize_files(files, out=tmp_path / "out", vocab_size=300)
     assert "\n" not in str(caught.value)
-    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+    assert {path.name for path in (tmp_path / "out").glob("*")} <= {".lock"}
 
 
 @pytest.mark.parametrize(
@@ -320,7 +321,7 @@ def test_bad_settings(tmp_path: Path, settings: dict, message: str) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", made_up(20))
     with pytest.raises(PgolfError, match=message):
         tokenize_files([file], out=tmp_path / "out", **settings)
-    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+    assert {path.name for path in (tmp_path / "out").glob("*")} <= {".lock"}
 
 
 def test_shards_that_are_there_are_not_mixed_in(tmp_path: Path) -> None:
@@ -332,12 +333,29 @@ def test_shards_that_are_there_are_not_mixed_in(tmp_path: Path) -> None:
         tokenize_files([file], out=file, vocab_size=300)
 
 
+def test_two_at_once_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both would find the folder empty and fill it; and what a killed one left is removed by the next."""
+    file, out = write_jsonl(tmp_path / "a.jsonl", made_up(20)), tmp_path / "out"
+    (out / ".tokenize-left" / "x").mkdir(parents=True)
+    honest = tokenize.train_tokenizer
+
+    def slow(*arguments: object) -> Path:
+        with pytest.raises(PgolfError, match=r"out is in use: process \d+ on .* has held its lock"):
+            tokenize_files([file], out=out, vocab_size=310)
+        return honest(*arguments)
+
+    monkeypatch.setattr(tokenize, "train_tokenizer", slow)
+    tokenize_files([file], out=out, vocab_size=300)
+    assert not list(out.glob(".tokenize-*"))
+    assert Tokenizer.load(out / "tokenizer.model").vocab_size == 300
+
+
 def test_a_dead_worker_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", made_up(20))
     monkeypatch.setattr(tokenize, "_encode_chunk", die)
     with pytest.raises(PgolfError, match=r"a tokenizing process died.* fewer workers than 2"):
         tokenize_files([file], out=tmp_path / "out", vocab_size=300, workers=2)
-    assert not list((tmp_path / "out").iterdir())
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
 
 
 def test_progress_is_reported(
