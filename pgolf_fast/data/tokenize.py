@@ -227,7 +227,7 @@ _loaded = functools.lru_cache(maxsize=1)(Tokenizer.load)  # once per process
 def expand(inputs: Iterable[Path | str]) -> list[Path]:
     """Return the files of `inputs`, with a folder replaced by the text files directly in it.
 
-    Raises `PgolfError` if there are no files, one is missing or of another kind, or one is given twice.
+    Raises `PgolfError` if there are no files, or one is missing, of another kind or given twice.
     """
     files: list[Path] = []
     kinds = f"{', '.join(SUFFIXES)} files"
@@ -245,8 +245,10 @@ def expand(inputs: Iterable[Path | str]) -> list[Path]:
     if not files:
         where = f" in {_names(paths)}" if paths else ""
         raise PgolfError(f"no files to tokenize{where}: give {kinds} or folders that hold some")
-    if twice := [path for path, count in Counter(map(Path.resolve, files)).items() if count > 1]:
-        raise PgolfError(f"{twice[0]} is given twice, and its documents would be too: give it once")
+    seen: dict[Path, Path] = {}
+    for path in files:
+        if (other := seen.setdefault(path.resolve(), path)) is not path:
+            raise PgolfError(f"{other} and {path} are the same file: give one of them")
     return files
 
 

@@ -269,7 +269,14 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list[Path], str]]:
     cases["many"] = ([folder / f"{i}.txt" for i in range(5)], "and 2 more files")
     for path in cases["many"][0]:
         path.touch()
-    cases["twice"] = ([folder / "no_text.jsonl", folder], "no_text.jsonl is given twice")
+    (folder / "both").mkdir()
+    (folder / "both" / "a.jsonl").write_text(good)
+    (folder / "both" / "b.jsonl").symlink_to("a.jsonl")
+    cases["twice by link"] = ([folder / "both"], "a.jsonl and .*b.jsonl are the same file: give one of them")
+    cases["twice"] = (
+        [folder / "no_text.jsonl", folder],
+        "no_text.jsonl and .*no_text.jsonl are the same file",
+    )
     (folder / "link.txt").symlink_to("gone.txt")
     cases["link"] = ([folder / "link.txt"], "link.txt, a link to gone.txt, does not exist")
     (folder / "only").mkdir()
@@ -289,7 +296,7 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list[Path], str]]:
         "plain.jsonl.gz", "cut.jsonl.gz", "plain.jsonl.xz", "cut.jsonl.xz", "page.html", "empty.txt",
         "short.txt", "same.jsonl", "nothing", "bare folder", "missing", "many",
         "digits.jsonl", "deep.jsonl", "open.jsonl.gz", "utf16.jsonl", "noise.jsonl.xz", "flipped.jsonl.gz",
-        "twice", "link", "hidden", "folder", "pipe",
+        "twice", "twice by link", "link", "hidden", "folder", "pipe",
     ],
 )  # fmt: skip
 def test_bad_input_is_named_and_nothing_is_written(tmp_path: Path, name: str) -> None:

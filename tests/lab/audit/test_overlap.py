@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import logging
+import re
 from pathlib import Path
 
 import numpy as np
@@ -127,3 +129,15 @@ def test_a_split_that_is_missing(tmp_path: Path) -> None:
     write(tmp_path, "val", documents(2, 1))
     with pytest.raises(PgolfError, match=r"no \*_train_\*.bin shard in"):
         find_overlap(tmp_path)
+
+
+def test_progress_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ticks = iter(range(0, 1_000_000, 11))
+    monkeypatch.setattr(overlap, "_BLOCK", 1000)
+    monkeypatch.setattr("pgolf_fast.console.time.monotonic", lambda: float(next(ticks)))
+    monkeypatch.setattr("pgolf_fast.console.logger", logging.getLogger("test_overlap"))
+    with caplog.at_level(logging.INFO):
+        found(tmp_path, documents(2, 1), documents(40, 2))
+    assert re.match(r"comparing: 1/5 M tokens, .* M tokens/s, ETA \S+$", caplog.messages[0])
