@@ -100,9 +100,12 @@ def _trained(plan: "Plan", files: Sequence[Path], vocab_size: int, prefix: Path)
             "give a tokenizer, or a smaller val_docs or val_fraction"
         )
     texts = (text for split, text in plan.parts(files, "training tokenizer") if split == "train")
+    start = time.monotonic()
     with ThreadPoolExecutor(1) as pool:
-        model = pool.submit(train_tokenizer, texts, vocab_size, prefix)
-        return Tokenizer.load(_result(model, "training tokenizer"))
+        trained = pool.submit(train_tokenizer, texts, vocab_size, prefix)
+        while not wait([trained], _QUIET_SECONDS).done:  # it says nothing after the last text
+            console.logger.info("training tokenizer: %s so far", console.duration(time.monotonic() - start))
+    return Tokenizer.load(trained.result())
 
 
 def _given_tokenizer(path: Path | str, vocab_size: int) -> Tokenizer:
@@ -175,17 +178,20 @@ class _Writer:
 
 def _encode(parts: Iterator[Part], model: Path, workers: int) -> Iterator[tuple[Split, np.ndarray]]:
     """Yield documents as tokens, in order."""
+    if workers == 1:
+        for part in parts:
+            yield from _encode_chunk(model, [part])
+        return
     waiting: deque[Future[list[tuple[Split, np.ndarray]]]] = deque()
     # fork is not safe with threads
-    spawn = multiprocessing.get_context("spawn")
-    pool = ThreadPoolExecutor(1) if workers == 1 else ProcessPoolExecutor(workers, mp_context=spawn)
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
     try:
         for chunk in _chunks(parts):
             waiting.append(pool.submit(_encode_chunk, model, chunk))
             if len(waiting) > 3 * workers:  # enough to keep workers busy, without reading all text ahead
-                yield from _result(waiting.popleft(), "tokenizing")
-        while waiting:
-            yield from _result(waiting.popleft(), "tokenizing")
+                yield from waiting.popleft().result()
+        for future in waiting:
+            yield from future.result()
     except BrokenProcessPool as error:
         raise PgolfError(
             f"a tokenizing process died, perhaps for lack of memory: try again with fewer workers than "
@@ -193,14 +199,6 @@ def _encode(parts: Iterator[Part], model: Path, workers: int) -> Iterator[tuple[
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _result(future: Future[Any], step: str) -> Any:
-    """Return what a future returns; log every 10 s until then."""
-    start = time.monotonic()
-    while not wait([future], _QUIET_SECONDS).done:
-        console.logger.info("%s: busy for %s", step, console.duration(time.monotonic() - start))
-    return future.result()
 
 
 def _chunks(parts: Iterator[Part]) -> Iterator[list[Part]]:
