@@ -33,7 +33,7 @@ class Info:
 
     def main(self) -> None:
         from pgolf_fast.data.manifest import check_manifest
-        from pgolf_fast.data.shards import Split, shard_paths
+        from pgolf_fast.data.shards import Split, shard_paths, side_file
         from pgolf_fast.data.source import describe
         from pgolf_fast.data.tokenizer import Tokenizer, find_tokenizer
         from pgolf_fast.lab.audit.overlap import find_overlap
@@ -53,6 +53,8 @@ class Info:
             rows.append((shard.file, shard.split, *counts, console.number(shard.bytes_per_token, ".4f")))
         print(console.Table(header, rows))
         print(f"tokenizer {tokenizer.path} ({tokenizer.vocab_size:,} pieces)")
+        if sides := [path.name for row in rows if (path := side_file(self.folder / row[0])).is_file()]:
+            print(f"bytes counted by {', '.join(sides)}")
         if manifest is not None:
             print(f"validation: {manifest['split']}; tokenizer and token counts are those of the manifest")
         if self.overlap or len(splits) == 2:

@@ -1,11 +1,13 @@
 """Token shards: a 1024-byte header, then little-endian uint16 token ids."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from pgolf_fast.console import logger
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import atomic_path
 
@@ -17,6 +19,7 @@ BOS_ID = 1
 """The first token of every document; there is no end marker."""
 
 Split = Literal["train", "val"]
+_NAME = re.compile(r"(?!\.).+_(train|val)_(bytes_)?\d+\.bin")
 _CHECK_BLOCK = 1 << 22  # 8 MB of a memory-mapped file at a time
 
 
@@ -128,8 +131,22 @@ def data_folder(folder: Path | str) -> Path:
 
 
 def shard_paths(folder: Path, split: Split) -> list[Path]:
-    """Return the files `*_{split}_*.bin` of `folder` in reading order, which is that of their names."""
-    return sorted(folder.glob(f"*_{split}_*.bin"))
+    """Return the files NAME_{split}_NUMBER.bin of `folder` in reading order, which is that of their names."""
+    named = ((_NAME.fullmatch(path.name), path) for path in folder.glob("*.bin"))
+    return sorted(path for name, path in named if name and name.group(1, 2) == (split, None))
+
+
+def side_file(path: Path) -> Path:
+    """Return the path of a shard's byte side file: x_val_bytes_000000.bin for x_val_000000.bin."""
+    return path.with_name("_bytes_".join(path.name.rsplit("_", 1)))
+
+
+def warn_of_others(folder: Path) -> None:
+    """Warn of .bin files in `folder` that are neither a shard nor its side file, and so are not read."""
+    shards = [*shard_paths(folder, "train"), *shard_paths(folder, "val")]
+    if others := sorted({*folder.glob("[!.]*.bin")}.difference(shards, map(side_file, shards))):
+        names = ", ".join(path.name for path in others[:5]) + ", ..." * (len(others) > 5)
+        logger.warning("%s: not read, for no shard has such a name: %s", folder, names)
 
 
 def find_shards(folder: Path | str, split: Split) -> list[Shard]:

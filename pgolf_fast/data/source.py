@@ -10,6 +10,7 @@ from pgolf_fast.config.schema import DataConfig
 from pgolf_fast.data.corpus import build_corpus
 from pgolf_fast.data.manifest import check_manifest
 from pgolf_fast.data.shards import (
+    BOS_ID,
     Shard,
     Split,
     check_tokens,
@@ -18,6 +19,8 @@ from pgolf_fast.data.shards import (
     load_validation,
     open_shard,
     shard_paths,
+    side_file,
+    warn_of_others,
 )
 from pgolf_fast.data.tokenizer import (
     ByteTable,
@@ -28,6 +31,10 @@ from pgolf_fast.data.tokenizer import (
     scored_bytes,
 )
 from pgolf_fast.errors import PgolfError
+
+_SAMPLE = 1 << 16  # tokens at the beginning of a shard that are compared with its tokenizer
+_DOCUMENTS, _LENGTH = 64, 256  # of them at most, and tokens of each
+SIDE_SHARE = 0.05  # by which side files may differ from the pieces: they count text before normalization
 
 
 @dataclass(frozen=True)
@@ -41,11 +48,26 @@ class Source:
     val_tokens: int | None
 
     def train_shards(self) -> list[Shard]:
-        return find_shards(self.folder, "train")
+        shards = find_shards(self.folder, "train")
+        looks_foreign(shards[0], self.tokenizer)
+        return shards
 
     def validation(self, seq_len: int) -> np.ndarray:
         """Return the validation stream, a whole number of `seq_len` targets plus one token."""
         return load_validation(self.folder, seq_len, vocab_size=self.vocab_size, max_tokens=self.val_tokens)
+
+    def side_bytes(self, tokens: np.ndarray) -> np.ndarray | None:
+        """Return the bytes of the targets in `tokens`, which begin `validation`, if side files count them."""
+        shards = find_shards(self.folder, "val")
+        looks_foreign(shards[0], self.tokenizer)
+        sides = [side for shard in shards if (side := side_counts(shard, self.table)) is not None]
+        if not sides:
+            return None
+        names = f"side files like {side_file(shards[0].path).name}"
+        if len(sides) < len(shards):
+            raise PgolfError(f"{self.folder} has {len(shards)} validation shards but {len(sides)} {names}")
+        console.logger.info("bytes of text are counted by %s", names)
+        return np.concatenate(sides)[1 : len(tokens)].astype(np.int64)
 
 
 def open_source(config: DataConfig, vocab_size: int) -> Source:
@@ -57,7 +79,55 @@ def open_source(config: DataConfig, vocab_size: int) -> Source:
     tokenizer = Tokenizer.load(find_tokenizer(folder, config.tokenizer))
     check_vocab(tokenizer, vocab_size)
     check_manifest(folder, tokenizer)
+    warn_of_others(folder)
     return Source(folder, tokenizer, byte_table(tokenizer), vocab_size, config.val_tokens)
+
+
+def side_counts(shard: Shard, table: ByteTable) -> np.ndarray | None:
+    """Return the bytes of text of each token by the shard's byte side file, or None if it has none.
+
+    Raises `PgolfError` if they cannot be those of the shard.
+    """
+    path, tokens = side_file(shard.path), shard.tokens
+    if not path.is_file():
+        return None
+    counts = open_shard(path).tokens
+    own, pieces = int(counts[1:].sum(dtype=np.int64)), scored_bytes(table, tokens)
+    alike = len(counts) == len(tokens) and not counts[tokens == BOS_ID].any()
+    if not alike or abs(own - pieces) > SIDE_SHARE * pieces:
+        raise PgolfError(
+            f"{path} counts {own:,} bytes of {len(counts):,} tokens, but {shard.path.name} has {pieces:,} of "
+            f"{len(tokens):,}, and none of BOS tokens: use the side file that was made with it, or remove it"
+        )
+    return counts
+
+
+def returning(tokens: np.ndarray, tokenizer: Tokenizer) -> tuple[int, int]:
+    """Return how many documents are the same tokens when decoded and encoded again, and how many were tried.
+
+    Text of this tokenizer always is; that of another one, or with unknown or unused pieces, is not.
+    """
+    documents, same = np.split(tokens, np.flatnonzero(tokens == BOS_ID))[1:] or [tokens], list[bool]()
+    for document in documents[:: -(-len(documents) // _DOCUMENTS)]:
+        ids = document[document != BOS_ID][:_LENGTH].tolist()
+        whole = len(ids) * 3 // 4  # the last word may be cut, and an end marker has no text
+        same += [tokenizer.encode(tokenizer.decode(ids))[:whole] == ids[:whole]] * (whole > 0)
+    return sum(same), len(same)
+
+
+def looks_foreign(shard: Shard, tokenizer: Tokenizer) -> bool:
+    """Return whether the beginning of a shard does not look like text of a tokenizer, and warn if so."""
+    tokens = np.array(shard.tokens[:_SAMPLE])
+    if int(tokens.max()) >= tokenizer.vocab_size:
+        return True  # an error wherever such a token is read
+    same, tried = returning(tokens, tokenizer)
+    if foreign := 10 * same < 9 * tried:
+        console.logger.warning(
+            f"{shard.path} does not look like text of tokenizer {tokenizer.path}: {same} of {tried} "
+            "documents are the same tokens when decoded and encoded again. Scores are wrong with another "
+            "tokenizer than the shard's: name that with --data.tokenizer"
+        )
+    return foreign
 
 
 @dataclass(frozen=True)
@@ -68,8 +138,8 @@ class ShardInfo:
     split: Split
     tokens: int
     documents: int  # Documents that start in this shard, counted by BOS ids
-    scored_bytes: int  # Bytes of this shard's targets, the denominator of bits per byte
-    bytes_per_token: float  # scored_bytes per target
+    scored_bytes: int | None  # Bytes of this shard's targets, unless it looks like another tokenizer's text
+    bytes_per_token: float | None  # scored_bytes per target
 
 
 def describe(folder: Path | str, tokenizer: Tokenizer) -> list[ShardInfo]:
@@ -77,19 +147,21 @@ def describe(folder: Path | str, tokenizer: Tokenizer) -> list[ShardInfo]:
 
     Raises `PgolfError` if there is no shard, or one is bad or has ids that the tokenizer does not know.
     """
-    folder = data_folder(folder)
+    folder, rows, table = data_folder(folder), [], byte_table(tokenizer)
     splits: tuple[Split, ...] = ("train", "val")
     paths = [(path, split) for split in splits for path in shard_paths(folder, split)]
+    warn_of_others(folder)
     if not paths:
         raise PgolfError(
             f"no *_train_*.bin or *_val_*.bin shard in {folder}: make some with `pgolf data tokenize` "
             "or `pgolf data download`"
         )
-    table, rows = byte_table(tokenizer), []
     for path, split in console.progress(paths, "reading", unit="shard"):
         shard = open_shard(path)
         check_tokens(shard, tokenizer.vocab_size)
-        count, documents = scored_bytes(table, shard.tokens), len(shard.document_starts())
-        per_token = count / max(shard.num_tokens - 1, 1)
+        count, side, documents = None, side_counts(shard, table), len(shard.document_starts())
+        if not looks_foreign(shard, tokenizer):
+            count = scored_bytes(table, shard.tokens) if side is None else int(side[1:].sum(dtype=np.int64))
+        per_token = None if count is None else count / max(shard.num_tokens - 1, 1)
         rows.append(ShardInfo(path.name, split, shard.num_tokens, documents, count, per_token))
     return rows

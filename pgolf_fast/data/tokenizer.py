@@ -1,9 +1,9 @@
 """SentencePiece tokenizers, and the bytes of text of each token."""
 
-import contextlib
 import functools
 import io
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,15 @@ if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
 
 SPACE = "\u2581"
+OPERATORS = "\ue001\ue002\ue003\ue004"  # pieces of CaseOps (PR 1729): where capitals were, no bytes of text
+_PLAIN = str.maketrans(SPACE, " ", OPERATORS)
+_SENTENCES = (
+    "The quick brown Fox can't jump over 13 lazy dogs; it costs $4,096 (or 50 %)!",
+    "two  spaces,   three,\ta tab\na new line\r\n\n    and an indented one",
+    " na\u00efve \u00dcn\u00efc\u00f6d\u00e9 \u00df \u0416 \u03bb \ua66e \u00bd \ufb01x ",
+    "\U0001f642 \u65e5\u672c\u8a9e\u3002 \ud55c\uad6d\uc5b4 \U0001f680\U0001f680",
+    'ALL CAPS, MiXeD iPhone; https://example.org/a?b=c&d={e}|~^\\_`#@*+<>[]"',
+)
 _BLOCK = 1 << 22  # tokens at a time: counting makes int64 arrays of them
 _SENTENCE_CHARS = 2000
 _TRAINING_CHARS = 256_000_000
@@ -33,7 +42,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path | str) -> "Tokenizer":
-        """Load a .model file. Raises `PgolfError` if it is missing or not a SentencePiece model."""
+        """Load a .model file. Raises `PgolfError` if it is missing, no SentencePiece model, or loses text."""
         from sentencepiece import SentencePieceProcessor
 
         path = Path(path)
@@ -42,10 +51,18 @@ class Tokenizer:
                 f"tokenizer {path} does not exist: give a SentencePiece .model file with --data.tokenizer"
             )
         processor = SentencePieceProcessor()
-        with contextlib.suppress(RuntimeError, OSError, TypeError):
-            if processor.LoadFromSerializedProto(path.read_bytes()) and len(processor) > 0:
-                return cls(processor, path)
-        raise PgolfError(f"{path} is not a SentencePiece model: give a .model file with --data.tokenizer")
+        try:
+            processor.LoadFromSerializedProto(path.read_bytes())
+        except (RuntimeError, OSError, TypeError) as error:
+            # a reason follows the place in SentencePiece's source, or there is none
+            reason = re.sub(r"^[A-Z]+: |\S+\(\d+\) \[.*\] *", "", str(error)) or "it cannot be parsed"
+            raise PgolfError(
+                f"{path} is not a SentencePiece model ({reason}): give a .model file with --data.tokenizer"
+            ) from error
+        tokenizer = cls(processor, path)
+        if fault := counting_fault(tokenizer, byte_table(tokenizer)):
+            raise PgolfError(f"tokenizer {path} cannot be used: {fault}")
+        return tokenizer
 
     @property
     def vocab_size(self) -> int:
@@ -110,11 +127,38 @@ def byte_table(tokenizer: Tokenizer) -> ByteTable:
             table.is_boundary[token] = True
         elif tokenizer.is_byte(token):
             table.base_bytes[token] = 1  # byte fallback: one raw byte
-        else:
-            piece = tokenizer.piece(token)
+        elif (piece := tokenizer.piece(token)) not in OPERATORS:
             table.has_leading_space[token] = piece.startswith(SPACE)
-            table.base_bytes[token] = len(piece.removeprefix(SPACE).encode("utf-8"))
+            table.base_bytes[token] = len(piece.removeprefix(SPACE).replace(SPACE, " ").encode("utf-8"))
     return table
+
+
+def plain_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """Return the text of `ids` as it was, with a space for one that is spelled in bytes, as U+2581."""
+    return tokenizer.decode(ids).translate(_PLAIN)
+
+
+def counting_fault(tokenizer: Tokenizer, table: ByteTable) -> str | None:
+    """Return what is wrong with the bytes that `table` counts for known text, or None.
+
+    It may be normalized (white space, NFKC, case), but no character may get lost, and the count must be its
+    length in UTF-8. The space that opens a text need not count.
+    """
+    for text in _SENTENCES:
+        ids = tokenizer.encode(text)
+        back = plain_text(tokenizer, ids)
+        if _folded(back) != _folded(text):
+            return f"it loses characters ({text!r} comes back as {back!r}): train one with byte_fallback"
+        back = back if text.endswith(" ") else back.rstrip(" ")
+        counted = scored_bytes(table, np.array([np.argmax(table.is_boundary), *ids]))
+        if counted not in {size := len(back.encode()), size - back.startswith(" ")}:
+            why = " (no piece is a space, U+2581)" * (SPACE in tokenizer.decode(ids))
+            return f"{counted} bytes are counted for the {size} of {text!r}{why}: use another tokenizer"
+    return None
+
+
+def _folded(text: str) -> list[str]:  # into what normalization keeps
+    return unicodedata.normalize("NFKC", text.casefold()).split()
 
 
 def target_bytes(table: ByteTable, prev_ids: np.ndarray, target_ids: np.ndarray) -> np.ndarray:
@@ -151,7 +195,7 @@ def find_tokenizer(folder: Path | str, explicit: Path | str | None = None) -> Pa
     folder = Path(folder).absolute()
     places = [folder, folder.parent, folder.parent / "tokenizers", folder.parent.parent / "tokenizers"]
     for place in places:
-        models = sorted(place.glob("*.model")) if place.is_dir() else []
+        models = sorted(place.glob("[!.]*.model")) if place.is_dir() else []
         if models:
             return models[0] if len(models) == 1 else _pick(models, folder)
     raise PgolfError(

@@ -16,9 +16,10 @@ from pgolf_fast.io import load_tensors, save_tensors
 
 
 def identity(model: nn.Module, stream: Stream, settings: object) -> str:
-    """Return a digest of weights, tokens and settings, all of which a resumed evaluation must share."""
+    """Return a digest of weights, tokens, their bytes and settings, which a resumed evaluation must share."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, tensor in [*model.state_dict().items(), ("tokens", stream.tokens)]:
+    counts = torch.from_numpy(stream.target_bytes)
+    for name, tensor in [*model.state_dict().items(), ("tokens", stream.tokens), ("bytes", counts)]:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

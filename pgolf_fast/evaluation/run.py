@@ -45,7 +45,8 @@ def _open_data(
             f"the shards in {source.folder} belong to tokenizer {source.tokenizer.path}, the run to another "
             f"({tokenizer}): use shards made with the run's, or name it with --tokenizer"
         )
-    return source, Stream(source.validation(config.eval_seq_len), source.table, device)
+    tokens = source.validation(config.eval_seq_len)
+    return source, Stream(tokens, source.table, device, source.side_bytes(tokens))
 
 
 def score(

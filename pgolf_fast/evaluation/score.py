@@ -53,14 +53,17 @@ class Score:
 
 
 class Stream:
-    """Tokens on the model's device, and the byte count of every target."""
+    """Tokens on the model's device, and the bytes of every target: `side_bytes`, or those of its piece."""
 
-    def __init__(self, tokens: np.ndarray, table: ByteTable, device: torch.device):
+    def __init__(
+        self, tokens: np.ndarray, table: ByteTable, device: torch.device, side_bytes: np.ndarray | None = None
+    ):
         if len(tokens) < 2:
             raise PgolfError(f"nothing to score: the stream has {len(tokens)} tokens and needs at least 2")
         ids = tokens.astype(np.int64)
         self.tokens = torch.from_numpy(ids).to(device)
-        self.target_bytes = target_bytes(table, ids[:-1], ids[1:])
+        counted = target_bytes(table, ids[:-1], ids[1:])  # raises for unknown ids
+        self.target_bytes = counted if side_bytes is None else side_bytes
 
     @property
     def num_targets(self) -> int:

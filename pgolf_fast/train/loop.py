@@ -198,7 +198,8 @@ class _Run:
         choose_kernels(config.kernels, world.device)
         self.source = open_source(config.data, config.model.vocab_size)
         self.model = build_model(config, self.source, world)
-        self.stream = Stream(self.source.validation(config.eval_seq_len), self.source.table, world.device)
+        tokens = self.source.validation(config.eval_seq_len)
+        self.stream = Stream(tokens, self.source.table, world.device, self.source.side_bytes(tokens))
         self.loader = make_loader(
             self.source.train_shards(),
             config,

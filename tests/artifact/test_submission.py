@@ -2,7 +2,9 @@
 
 import ast
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import slow
-from runs import make_dataset, read_json, run_config
+from runs import VOCAB, make_dataset, read_json, run_config
 
 from pgolf_fast import cli
 from pgolf_fast.artifact import submission
@@ -20,6 +22,9 @@ from pgolf_fast.artifact.pack import pack, pack_run, quantize_run, read_quantize
 from pgolf_fast.artifact.standalone import parts, reader
 from pgolf_fast.artifact.submission import About, write_submission
 from pgolf_fast.config.run_folder import RunFolder
+from pgolf_fast.data.shards import open_shard, write_shard
+from pgolf_fast.data.source import open_source
+from pgolf_fast.data.tokenizer import target_bytes
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.run import score_run
 from pgolf_fast.train.loop import train
@@ -170,6 +175,30 @@ def test_script_alone_prints_the_scores_of_eval(data, tmp_path, variant):
     assert f"; {widths}" in read_json(tmp_path / "out" / "submission.json")["blurb"]
     assert f"GPTQ, {widths}" in (tmp_path / "out" / "README.md").read_text()
     assert scores["sliding"]["loss"] != scores["sliding_ttt"]["loss"]
+
+
+def test_side_files_are_the_bytes_of_every_score(run, data, tmp_path):
+    """Of training's validation, of `pgolf eval` and of the script; pieces count fewer bytes."""
+    sides = tmp_path / "data"
+    shutil.copytree(data, sides)
+    (sides / "._help_val_000000.bin").write_bytes(b"of macOS")
+    source = open_source(replace(run.read_config().data, path=str(sides)), VOCAB)
+    tokens = np.array(open_shard(sides / "help_val_000000.bin").tokens)
+    counts = np.append(0, target_bytes(source.table, tokens[:-1], tokens[1:]))
+    counts[1:][(tokens[1:] != 1) & (np.arange(1, len(tokens)) % 40 == 0)] += 1
+    write_shard(sides / "help_val_bytes_000000.bin", counts)
+    folder = finished(sides, tmp_path / "run")
+    write_submission(folder, tmp_path / "out", ABOUT)
+    scores = same_scores(folder, call(tmp_path / "out" / "train_gpt.py", sides))
+    expected = counts[1 : len(source.validation(32))].sum()
+    assert {scores[name]["bytes"] for name in NAMES} == {expected}
+    assert sum(part["bytes"] for part in scores["figures"]["sliding"]["by_class"].values()) == expected
+    last = [row for row in folder.history() if row["kind"] == "val"][-1]
+    bits = last["loss"] * scores["non_overlapping"]["tokens"] / math.log(2)
+    assert last["bpb"] == pytest.approx(bits / expected, rel=1e-4)
+    write_shard(sides / "help_val_bytes_000000.bin", counts[:-1])
+    refusal = call(tmp_path / "out" / "train_gpt.py", sides, status=1)
+    assert f"has {len(tokens)} validation tokens, but side files for {len(tokens) - 1}" in refusal
 
 
 def test_folder(run, data, tmp_path, capsys):

@@ -1,13 +1,20 @@
 from __future__ import annotations
 
+import contextlib
+import logging
+import random
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from data_helpers import counting_shards, real_data
 
+from pgolf_fast.config.schema import DataConfig
+from pgolf_fast.console import logger
 from pgolf_fast.data.shards import (
     HEADER_BYTES,
     MAGIC,
@@ -15,10 +22,19 @@ from pgolf_fast.data.shards import (
     find_shards,
     load_validation,
     open_shard,
+    side_file,
+    warn_of_others,
     write_shard,
 )
-from pgolf_fast.data.source import describe
-from pgolf_fast.data.tokenizer import Tokenizer, find_tokenizer
+from pgolf_fast.data.source import describe, open_source, returning
+from pgolf_fast.data.tokenizer import (
+    Tokenizer,
+    byte_table,
+    find_tokenizer,
+    scored_bytes,
+    target_bytes,
+    train_tokenizer,
+)
 from pgolf_fast.errors import PgolfError
 
 
@@ -39,6 +55,19 @@ def test_the_layout_is_the_challenges(tmp_path: Path) -> None:
     assert raw[:12] == MAGIC.to_bytes(4, "little") + b"\1\0\0\0" + b"\2\0\0\0"
     assert raw[12:HEADER_BYTES] == bytes(HEADER_BYTES - 12)
     assert raw[HEADER_BYTES:] == b"\1\0\2\1"
+
+
+@contextlib.contextmanager
+def warnings_of() -> Iterator[list[str]]:
+    """Collect what is warned of."""
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    try:
+        yield said
+    finally:
+        logger.removeHandler(handler)
 
 
 def damage(path: Path, content: bytes) -> Path:
@@ -119,6 +148,21 @@ def test_shards_are_found_in_order_of_name(tmp_path: Path) -> None:
     assert [s.path.name for s in find_shards(tmp_path, "val")] == ["x_val_000000.bin"]
 
 
+def test_only_names_of_shards_are_shards(tmp_path: Path) -> None:
+    """A pattern like *_val_* reads all of the others as validation text."""
+    shards = ["a_val_0.bin", "fineweb_val_000000.bin", "my_val_bytes_val_000001.bin"]
+    sides = ["a_val_bytes_0.bin", "fineweb_val_bytes_000000.bin"]
+    others = ["fineweb_val_000000_copy.bin", "fineweb_val_bytes_000007.bin", "fineweb_val_old.bin", "x.bin"]
+    for name in [*shards, *sides, *others, "._fineweb_val_000000.bin", "fineweb_val_000000.bin.tmp"]:
+        (tmp_path / name).write_bytes(shard_bytes())
+    assert [shard.path.name for shard in find_shards(tmp_path, "val")] == shards
+    with pytest.raises(PgolfError, match=r"no .*_train_"):
+        find_shards(tmp_path, "train")
+    with warnings_of() as said:
+        warn_of_others(tmp_path)
+    assert said == [f"{tmp_path}: not read, for no shard has such a name: {', '.join(others)}"]
+
+
 def test_missing_folder_and_missing_shards(tmp_path: Path) -> None:
     with pytest.raises(PgolfError, match=r"does not exist: set data.path"):
         find_shards(tmp_path / "none", "train")
@@ -174,6 +218,117 @@ def test_describe_real_shards() -> None:
         ("val", 35_859, 23, 90_060),
     ]
     assert rows[1].bytes_per_token == pytest.approx(90_060 / 35_858)
+
+
+# Byte side files, and text of another tokenizer
+
+DOCUMENTS = [
+    f"{name} read {count} quiet letters by the river, and nobody knew why the café was closed. " * 9
+    for count, name in enumerate(["Ada", "Ben", "Cleo", "Dan", "Eve", "Flo"])
+]
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of documents and their tokenizer."""
+    folder = tmp_path_factory.mktemp("texts")
+    return tokenized(folder, Tokenizer.load(train_tokenizer(DOCUMENTS, 350, folder / "tokenizer")))
+
+
+def tokenized(folder: Path, tokenizer: Tokenizer) -> Path:
+    for name, part in (("train_0", DOCUMENTS), ("val_0", DOCUMENTS[:4]), ("val_1", DOCUMENTS[4:])):
+        ids = np.concatenate([tokenizer.encode_document(text) for text in part])
+        write_shard(folder / f"t_{name}.bin", ids)
+    return folder
+
+
+def with_sides(texts: Path, folder: Path, change=lambda counts: counts, names=("val_0", "val_1")) -> Path:
+    """Copy `texts` with side files, which hold one byte more for every 50th token than the pieces."""
+    shutil.copytree(texts, folder)
+    table = byte_table(Tokenizer.load(texts / "tokenizer.model"))
+    for name in names:
+        tokens = np.array(open_shard(texts / f"t_{name}.bin").tokens)
+        counts = np.append(0, target_bytes(table, tokens[:-1], tokens[1:]))
+        counts[1:][(tokens[1:] != 1) & (np.arange(1, len(tokens)) % 50 == 0)] += 1
+        write_shard(side_file(folder / f"t_{name}.bin"), change(counts))
+    return folder
+
+
+def test_side_files_are_the_bytes(texts: Path, tmp_path: Path) -> None:
+    plain = open_source(DataConfig(path=str(texts)), 350)
+    assert plain.side_bytes(plain.validation(16)) is None
+    source = open_source(DataConfig(path=str(with_sides(texts, tmp_path / "s"))), 350)
+    tokens = source.validation(16)
+    np.testing.assert_array_equal(tokens, plain.validation(16))  # side files are no text
+    counts = source.side_bytes(tokens)
+    assert counts is not None
+    sides = [open_shard(tmp_path / "s" / f"t_val_bytes_{i}.bin").tokens for i in (0, 1)]
+    np.testing.assert_array_equal(counts, np.concatenate(sides)[1 : len(tokens)])
+    assert counts.sum() > scored_bytes(source.table, tokens)
+    rows = describe(tmp_path / "s", source.tokenizer)
+    assert [row.scored_bytes for row in rows[1:]] == [int(side[1:].sum(dtype=np.int64)) for side in sides]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda counts: counts[:-1], r"bytes of \d+ tokens, but t_val_0.bin has .* use the side file"),
+        (lambda counts: np.roll(counts, 1), "and none of BOS tokens"),  # with the right sum
+        (lambda counts: counts + (np.arange(len(counts)) % 8 == 3) * (counts > 0) * 2, "t_val_0.bin has"),
+        (lambda counts: counts * 0 + (counts > 0), "t_val_bytes_0.bin counts"),  # a token, a byte
+        (lambda counts: counts[:0:-1].repeat(2)[: len(counts)], "t_val_bytes_0.bin counts"),
+    ],
+    ids=["shorter", "shifted", "too many", "too few", "another text's"],
+)
+def test_side_files_of_something_else_are_refused(texts: Path, tmp_path: Path, change, message: str) -> None:
+    folder = with_sides(texts, tmp_path / "s", change)
+    source = open_source(DataConfig(path=str(folder)), 350)
+    with pytest.raises(PgolfError, match=message) as caught:
+        source.side_bytes(source.validation(16))
+    assert "t_val_bytes_0.bin" in str(caught.value)
+    with pytest.raises(PgolfError, match=message):
+        describe(folder, source.tokenizer)
+
+
+def test_a_missing_side_file_is_named(texts: Path, tmp_path: Path) -> None:
+    source = open_source(DataConfig(path=str(with_sides(texts, tmp_path / "s", names=["val_1"]))), 350)
+    with pytest.raises(PgolfError, match=r"2 validation shards but 1 side files like"):
+        source.side_bytes(source.validation(16))
+
+
+def test_text_of_another_tokenizer_is_warned_of(texts: Path, tmp_path: Path) -> None:
+    """Of the same size, so that every id exists; bytes would be counted all the same."""
+    words = ["seven", "wizards", "brew", "potent", "ale", "lazy", "dogs", "jump", "over", "quick", "foxes"]
+    mixed = [" ".join(random.Random(i).choices(words, k=99)) for i in range(9)]
+    other = Tokenizer.load(train_tokenizer(mixed, 350, tmp_path / "other"))
+    own = Tokenizer.load(texts / "tokenizer.model")
+    with warnings_of() as said:
+        assert all(row.scored_bytes for row in describe(texts, own))
+        source = open_source(DataConfig(path=str(texts)), 350)
+        source.train_shards(), source.side_bytes(source.validation(16))
+    assert said == []
+    for tokenizer, split in ((other, "train"), (other, "val")):
+        with warnings_of() as said:
+            source = open_source(DataConfig(path=str(texts), tokenizer=str(tokenizer.path)), 350)
+            source.train_shards() if split == "train" else source.side_bytes(source.validation(16))
+        (warning,) = said
+        assert warning.startswith(
+            f"{texts}/t_{split}_0.bin does not look like text of tokenizer {other.path}: 0 of"
+        )
+    with warnings_of() as said:
+        rows = describe(texts, other)
+    assert len(said) == 3
+    assert [(row.scored_bytes, row.bytes_per_token) for row in rows] == [(None, None)] * 3
+
+
+def test_documents_may_be_marked_in_other_ways(texts: Path) -> None:
+    tokenizer = Tokenizer.load(texts / "tokenizer.model")
+    parts = [tokenizer.encode(text) for text in DOCUMENTS]
+    for mark in (lambda ids: ids, lambda ids: [1, 1, *ids], lambda ids: [1, *ids, 2], lambda ids: [*ids, 1]):
+        same, tried = returning(np.array([i for ids in parts for i in mark(ids)]), tokenizer)
+        assert same == tried > 0
+    unused = [[*ids[:5], 3, *ids[5:]] for ids in parts]  # an unknown piece inside the text
+    assert returning(np.array([i for ids in unused for i in [1, *ids]]), tokenizer) == (0, 6)
 
 
 def test_describe_says_what_is_missing(tmp_path: Path) -> None:

@@ -222,12 +222,12 @@ def test_a_tokenizer_with_another_bos_is_refused(tmp_path: Path) -> None:
     import sentencepiece
 
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(made_up(50)), model_prefix=str(tmp_path / "t5"), vocab_size=40,
-        bos_id=-1, minloglevel=2,
+        sentence_iterator=iter(made_up(50)), model_prefix=str(tmp_path / "t5"), vocab_size=300,
+        bos_id=-1, byte_fallback=True, minloglevel=2,
     )  # fmt: skip
     file = write_jsonl(tmp_path / "a.jsonl", made_up(20))
     with pytest.raises(PgolfError, match=r"t5.model has BOS id -1; shards need id 1"):
-        tokenize_files([file], out=tmp_path / "out", vocab_size=40, tokenizer=tmp_path / "t5.model")
+        tokenize_files([file], out=tmp_path / "out", vocab_size=300, tokenizer=tmp_path / "t5.model")
     with pytest.raises(PgolfError, match=r"t5.model has no BOS piece"):
         Tokenizer.load(tmp_path / "t5.model").encode_document("text")
 

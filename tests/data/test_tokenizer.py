@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +15,12 @@ from data_helpers import real_data
 from pgolf_fast.data.corpus import ngram_floors
 from pgolf_fast.data.shards import find_shards
 from pgolf_fast.data.tokenizer import (
+    OPERATORS,
     ByteTable,
     Tokenizer,
     byte_table,
     check_vocab,
+    counting_fault,
     find_tokenizer,
     scored_bytes,
     target_bytes,
@@ -145,6 +149,18 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
             Tokenizer.load(tmp_path / "bad.model")
 
 
+def test_the_reason_is_sentencepieces_own(small: Tokenizer, tmp_path: Path) -> None:
+    whole, path = small.path.read_bytes(), tmp_path / "bad.model"
+    for content, reason in (
+        (whole.replace(b"\x0a\x03<s>", b"\x0a\x03<\0>"), r"\(piece must not include null character\.\)"),
+        (whole[:1000], r"\(it cannot be parsed\)"),  # not the line of SentencePiece's source
+        (b"", r"\(unk is not defined\.\)"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(PgolfError, match=rf"not a SentencePiece model {reason}: give a .model file"):
+            Tokenizer.load(path)
+
+
 def test_unknown_ids_are_refused(small: Tokenizer) -> None:
     with pytest.raises(PgolfError, match=r"token id 320 does not exist: .* has 320 pieces"):
         small.decode([5, 320])
@@ -220,6 +236,98 @@ def test_golden_scored_bytes(real: Tokenizer, dataset: str, split: str, expected
     assert scored_bytes(byte_table(real), shard.tokens) == expected
 
 
+# Bytes are proven on known text
+
+
+def trained(path: Path, **changes: object) -> Path:
+    """Train on words, digits and line breaks as `train_tokenizer` does, except for `changes`."""
+    import sentencepiece
+
+    options = {"model_type": "bpe", "vocab_size": 330, "pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3}
+    options |= {"byte_fallback": True, "add_dummy_prefix": False, "hard_vocab_limit": False, "minloglevel": 2}
+    sentences = iter([f"{some_text(400)}  of   the\t{some_text(100, 1)}"])
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=sentences, model_prefix=str(path), **{**options, **changes}
+    )
+    return path.with_suffix(".model")
+
+
+def without_space(model: bytes) -> bytes:
+    """Return a model whose piece U+2581 is another character."""
+    space = b"\x0a\x03\xe2\x96\x81\x15"
+    assert model.count(space) == 1
+    return model.replace(space, b"\x0a\x03\xe4\xb8\xad\x15")
+
+
+def test_spaces_spelled_in_three_bytes_are_refused(small: Tokenizer, tmp_path: Path) -> None:
+    # counted as three bytes each; only some of them in the first, where words still begin with a space
+    some = without_space(small.path.read_bytes())
+    every = re.sub(rb"(\x0a.)\xe2\x96\x81([a-z]+\x15)", rb"\1QQQ\2", some)
+    for content in (some, every):
+        (tmp_path / "t.model").write_bytes(content)
+        with pytest.raises(PgolfError, match=r"\d+ bytes are counted for the \d+ of .* a space, U\+2581"):
+            Tokenizer.load(tmp_path / "t.model")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        # unknown characters would be one token of no bytes
+        (
+            {"byte_fallback": False, "vocab_size": 60},
+            r"it loses characters \(.*: train one with byte_fallback",
+        ),
+        # a space after the last word of every document would count
+        ({"treat_whitespace_as_suffix": True, "add_dummy_prefix": True}, "77 bytes are counted for the 76"),
+    ],
+    ids=["no byte pieces", "a space after all"],
+)
+def test_tokenizers_that_lose_or_add_text_are_refused(tmp_path: Path, changes: dict, message: str) -> None:
+    with pytest.raises(PgolfError, match=rf"t.model cannot be used: {message}"):
+        Tokenizer.load(trained(tmp_path / "t", **changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"normalization_rule_name": "nmt_nfkc_cf"},  # case is no fault, nor are the others
+        {"add_dummy_prefix": True},
+        {"treat_whitespace_as_suffix": True},
+        # spaces inside a piece would count three bytes each
+        {"split_by_whitespace": False},
+        {"remove_extra_whitespaces": False, "allow_whitespace_only_pieces": True},
+        {"normalization_rule_name": "identity", "user_defined_symbols": ["\n", "\u2581\u2581"]},
+    ],
+    ids=lambda changes: "-".join(changes),
+)
+def test_bytes_of_unusual_tokenizers_are_right(tmp_path: Path, changes: dict) -> None:
+    tokenizer = Tokenizer.load(trained(tmp_path / "t", **changes))
+    text = f"the fox of the dog, {some_text(50)}  in   1987 \U0001f642\tpotent ale"
+    ids = np.array(tokenizer.encode_document(text))
+    kept = text if "remove_extra_whitespaces" in changes else re.sub(" +", " ", text)
+    assert scored_bytes(byte_table(tokenizer), ids) == len(kept.encode())
+
+
+def test_operators_of_caseops_are_no_text(tmp_path: Path) -> None:
+    """They say where capitals are, and would count three bytes each."""
+    tokenizer = Tokenizer.load(trained(tmp_path / "t", user_defined_symbols=list(OPERATORS)))
+    title, capitals, _, _ = OPERATORS
+    ids = tokenizer.encode_document(f"{title}the {capitals}fox brews ale")
+    assert {tokenizer.piece(i) for i in ids} >= {title, capitals}
+    assert scored_bytes(byte_table(tokenizer), np.array(ids)) == len(b"The FOX brews ale")
+
+
+def test_a_wrong_table_is_a_fault(small: Tokenizer) -> None:
+    table = byte_table(small)
+    assert counting_fault(small, table) is None
+    for wrong in (
+        replace(table, base_bytes=table.base_bytes + 2 * table.has_leading_space),
+        replace(table, base_bytes=np.where(table.base_bytes > 1, 1, table.base_bytes)),  # characters
+        replace(table, has_leading_space=np.zeros_like(table.has_leading_space)),
+    ):
+        assert "bytes are counted for the" in (counting_fault(small, wrong) or "")
+
+
 # --- finding
 
 
@@ -234,6 +342,14 @@ def test_tokenizer_in_or_next_to_the_folder(tmp_path: Path, place: str) -> None:
     (tmp_path / "a/b/data").mkdir(parents=True)
     touch(tmp_path / place / "t.model")
     assert find_tokenizer(tmp_path / "a/b/data") == tmp_path / place / "t.model"
+
+
+def test_names_with_a_dot_are_passed_over(tmp_path: Path) -> None:
+    """macOS writes ._NAME beside NAME; two models would be ambiguous, or the first would be read."""
+    (tmp_path / "data").mkdir()
+    touch(tmp_path / "data/._t.model")
+    touch(tmp_path / "tokenizers/t.model", tmp_path / "tokenizers/._t.model")
+    assert find_tokenizer(tmp_path / "data") == tmp_path / "tokenizers/t.model"
 
 
 def test_the_nearest_tokenizer_wins(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ Triton kernels, so the scores agree.
 import argparse
 import math
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -162,27 +163,36 @@ def byte_table(tokenizer: SentencePieceProcessor) -> np.ndarray:
             table[2, i] = 1
         elif tokenizer.is_byte(i):
             table[0, i] = 1
-        else:
-            piece = tokenizer.id_to_piece(i)
-            table[0, i], table[1, i] = len(piece.removeprefix("\u2581").encode()), piece.startswith("\u2581")
+        elif (piece := tokenizer.id_to_piece(i)) not in "\ue001\ue002\ue003\ue004":  # CaseOps: no text
+            text = piece.removeprefix("\u2581").replace("\u2581", " ")
+            table[0, i], table[1, i] = len(text.encode()), piece.startswith("\u2581")
     return table
 
 
+def read_shards(folder: str, kind: str) -> np.ndarray:
+    """Read all shards NAME_kind_NUMBER.bin, in name order."""
+    parts = [np.zeros(0, np.uint16)]
+    for path in sorted(Path(folder).glob("[!.]*.bin")):
+        if re.fullmatch(rf".+_{kind}_\d+\.bin", path.name):
+            header, tokens = np.fromfile(path, "<i4", 3), np.fromfile(path, "<u2", offset=1024)
+            if list(header) != [20240520, 1, len(tokens)]:
+                sys.exit(f"{path} is not a complete shard of tokens")
+            parts.append(tokens)
+    return np.concatenate(parts).astype(np.int64)
+
+
 def validation_tokens(folder: str, length: int, limit: int | None) -> np.ndarray:
-    """Read a whole number of sequences plus one token from *_val_*.bin, in name order."""
-    parts = []
-    for path in sorted(Path(folder).glob("*_val_*.bin")):
-        header, tokens = np.fromfile(path, "<i4", 3), np.fromfile(path, "<u2", offset=1024)
-        if list(header) != [20240520, 1, len(tokens)]:
-            sys.exit(f"{path} is not a complete shard of tokens")
-        parts.append(tokens)
-    tokens = np.concatenate(parts or [np.zeros(0, np.uint16)])
+    """Return a whole number of sequences plus one token, and the bytes of each by side files (2, tokens)."""
+    tokens, side = read_shards(folder, "val"), read_shards(folder, "val_bytes")
+    if len(side) not in (0, len(tokens)):
+        sys.exit(f"{folder} has {len(tokens)} validation tokens, but side files for {len(side)}")
+    side = side if len(side) else np.full(len(tokens), -1)
     count = len(tokens) if limit is None else min(len(tokens), limit + 1)
     if count <= length:
         sys.exit(
             f"{folder} has {len(tokens)} validation tokens; a sequence of {length} needs one more than that"
         )
-    return tokens[: (count - 1) // length * length + 1].astype(np.int64)
+    return np.stack((tokens, side))[:, : (count - 1) // length * length + 1]
 
 
 def multiplies_bfloat16(device: str) -> bool:
@@ -218,8 +228,9 @@ def main() -> None:
     table = byte_table(tokenizer)
     if len(tokenizer) != run.model.vocab_size:
         sys.exit(f"{options.tokenizer} has {len(tokenizer)} pieces, the model {run.model.vocab_size}")
-    tokens = validation_tokens(options.data, run.eval.seq_len or run.train.seq_len, run.data.val_tokens)
-    target_bytes = table[0, tokens[1:]] + (table[1, tokens[1:]] & ~table[2, tokens[:-1]])
+    tokens, side = validation_tokens(options.data, run.eval.seq_len or run.train.seq_len, run.data.val_tokens)
+    by_piece = table[0, tokens[1:]] + (table[1, tokens[1:]] & ~table[2, tokens[:-1]])
+    target_bytes = np.where(side[1:] < 0, by_piece, side[1:])
     dtype = options.dtype or run.train.compute_dtype
     if dtype == "auto":
         dtype = "bfloat16" if multiplies_bfloat16(options.device) else "float32"

@@ -139,7 +139,8 @@ class Validation:
 
     def stream(self, device: torch.device | str) -> Stream:
         """Return a stream of all tokens on a device, with the bytes of every target."""
-        return Stream(self.tokens, self.source.table, torch.device(device))
+        side_bytes = self.source.side_bytes(self.tokens)
+        return Stream(self.tokens, self.source.table, torch.device(device), side_bytes)
 
 
 def open_validation(models: Sequence[LoadedModel], options: Options) -> Validation:

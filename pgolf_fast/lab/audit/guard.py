@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -49,6 +49,7 @@ sys.addaudithook(hook)
 exec(compile(code, "<audited>", "exec"), {"__name__": "__main__"})
 """
 NETWORK = ("socket.connect", "socket.getaddrinfo", "socket.bind", "socket.sendto")
+_HOMES = ("PYTHONHOME", "PYTHONUSERBASE")  # places of Python and its packages
 PROGRAMS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn")
 
 
@@ -70,22 +71,28 @@ def run_guarded(
     modules: Sequence[str] = (),
     events: Sequence[str] = (),
     cwd: Path | None = None,
+    needs: Collection[str] = (),
 ) -> GuardedRun:
-    """Run a program in a separate Python process, with `arguments` as sys.argv.
+    """Run a program in a separate Python process in the folder `cwd`, with `arguments` as sys.argv.
 
-    Deny it paths that match `files`, imports of `modules`, and the Python audit events `events`.
+    Deny it paths that match `files`, imports of `modules`, and the Python audit events `events`. With
+    `needs`, packages that it may import, it has nothing else of this process's import path and settings of
+    Python: the outcome depends neither on the working directory nor on PYTHONPATH.
     """
-    paths = [str(Path(pgolf_fast.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    here = {
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),
-    }
+    paths = [os.path.abspath(p) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
+    if needs:
+        paths = [p for p in paths if any(Path(p, name).is_dir() for name in needs)]
+    else:
+        paths.insert(0, str(Path(pgolf_fast.__file__).parents[1]))
+    kept = {k: v for k, v in os.environ.items() if not (needs and k.startswith("PYTHON")) or k in _HOMES}
+    here = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    if cwd is not None:
+        here["TMPDIR"] = str(cwd)  # PyTorch writes to the temporary folder to find out whether it can
     with TemporaryDirectory() as folder:
         log = Path(folder).resolve() / "seen.json"
         asked = {"log": str(log), "files": list(files), "modules": list(modules), "events": list(events)}
         command = [sys.executable, "-c", _PROGRAM, json.dumps(asked), code, *map(str, arguments)]
-        environment = {**os.environ, **here}
-        done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=cwd, env={**kept, **here}, capture_output=True, text=True)
         seen = json.loads(log.read_text()) if log.is_file() else {"opened": [], "refused": []}
     opened = [Path(path) for path in dict.fromkeys(seen["opened"])]
     return GuardedRun(done.returncode, done.stdout + done.stderr, opened, seen["refused"])

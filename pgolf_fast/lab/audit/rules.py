@@ -34,7 +34,9 @@ def _within_time(audit: Audit) -> AuditFinding:
 
 
 def _byte_counts(audit: Audit) -> AuditFinding:
-    return scoring.byte_counts(audit.target.validation, audit.target.table, audit.target.tokenizer)
+    target, tokens = audit.target, audit.target.validation
+    counts, exact = target.stream(tokens).target_bytes, target.side_bytes is None
+    return scoring.byte_counts(tokens, target.table, target.tokenizer, counts, exact=exact)
 
 
 def _validation_is_unseen(audit: Audit) -> AuditFinding:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from pgolf_fast.data.shards import BOS_ID
-from pgolf_fast.data.tokenizer import SPACE, ByteTable, Tokenizer, scored_bytes, target_bytes
+from pgolf_fast.data.source import SIDE_SHARE, returning
+from pgolf_fast.data.tokenizer import SPACE, ByteTable, Tokenizer, counting_fault, plain_text, target_bytes
 from pgolf_fast.distributed import World
 from pgolf_fast.evaluation.windows import plain_windows
 from pgolf_fast.lab.audit.check import AuditFinding, fails, holds, undecided
@@ -113,27 +114,48 @@ def normalized(audit: Audit) -> AuditFinding:
     return AuditFinding(off <= NORMALIZED, text)
 
 
-def byte_counts(tokens: np.ndarray, table: ByteTable, tokenizer: Tokenizer) -> AuditFinding:
-    """C13: check that counted bytes are those of the decoded text, for documents spread over the split.
+def byte_counts(
+    tokens: np.ndarray,
+    table: ByteTable,
+    tokenizer: Tokenizer,
+    counts: np.ndarray | None = None,
+    *,
+    exact: bool = True,
+) -> AuditFinding:
+    """C13: check that counted bytes are those of the text: of known text, and of documents over the split.
 
-    A leading space of a document does not count.
+    counts: bytes of the targets tokens[1:] as they are scored, by default those of `table`. They are compared
+    with the length in UTF-8 of each document's text, which must be these tokens when it is encoded again. A
+    leading space of a document does not count. Side files count text before it is normalized, so unless
+    `exact`, the documents together may differ by SIDE_SHARE.
     """
+    if fault := counting_fault(tokenizer, table):
+        return fails(f"known text: {fault}")
+    pieces = target_bytes(table, tokens[:-1], tokens[1:])
+    counts = pieces if counts is None else counts
+    if exact and not np.array_equal(counts, pieces):
+        return fails(f"{counts.sum():,} bytes are scored, the pieces have {pieces.sum():,}")
     whole = list(pairwise(np.flatnonzero(tokens == BOS_ID)))
     if not whole:
         return undecided(f"no whole document in {len(tokens):,} tokens")
+    same, tried = returning(tokens, tokenizer)
+    if 2 * same < tried:
+        return fails(f"{tried - same} of {tried} documents are other tokens when decoded and encoded again")
     chosen = [whole[i] for i in np.unique(np.linspace(0, len(whole) - 1, _DOCUMENTS).astype(int))]
-    size = count = 0
+    size = length = count = 0
     for begin, end in chosen:
-        counted = int(target_bytes(table, tokens[begin : end - 1], tokens[begin + 1 : end]).sum())
-        ids = tokens[begin + 1 : end].tolist()
-        text = tokenizer.decode(ids)
+        ids, counted = tokens[begin + 1 : end].tolist(), int(counts[begin : end - 1].sum())
+        text = plain_text(tokenizer, ids)
         opens = bool(ids) and tokenizer.piece(ids[0]).startswith(SPACE) and text.startswith(" ")
-        if counted != (real := len(text.encode()) - opens):
+        if counted != (real := len(text.encode()) - opens) and exact:
             return fails(f"document at token {begin:,}: {counted:,} bytes counted, the text has {real:,}")
-        size, count = size + counted, count + len(ids)
+        size, length, count = size + counted, length + real, count + len(ids)
+    if abs(size - length) > SIDE_SHARE * length:
+        return fails(f"{len(chosen)} documents: {size:,} bytes counted, the text has {length:,}")
+    again = f"{same} of {tried} documents are the same when encoded again"
     decoded = f"{len(chosen)} of {len(whole):,} documents: {size:,} bytes of {count:,} tokens as decoded"
-    split = f"whole split: {scored_bytes(table, tokens):,} bytes of {len(tokens) - 1:,} targets"
-    return holds(f"{decoded}; {split}")
+    split = f"whole split: {int(counts.sum()):,} bytes of {len(tokens) - 1:,} targets"
+    return holds(f"known text; {again}; {decoded}; {split}")
 
 
 def deterministic(audit: Audit) -> AuditFinding:

@@ -10,6 +10,7 @@ import sys
 import sysconfig
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -125,7 +126,7 @@ sys.exit(main(["quantize", sys.argv[0]]) or main(["pack", sys.argv[0]]))
 
 def requantize(folder: RunFolder) -> GuardedRun:
     """Run `pgolf quantize` and `pgolf pack` without access to token shards and network."""
-    return run_guarded(_AGAIN, [folder.path], files=SHARDS, events=NETWORK)
+    return run_guarded(_AGAIN, [folder.path], files=SHARDS, events=NETWORK, cwd=folder.path)
 
 
 def calibration_ignores_data(folder: RunFolder | None, again: Requantize = requantize) -> AuditFinding:
@@ -216,8 +217,8 @@ def self_contained(artifact: Path | None, tokenizer: Path, tokens: np.ndarray) -
         shutil.copyfile(tokenizer, folder / "tokenizer.model")
         write_shard(folder / "audit_val_000000.bin", tokens.astype(np.uint16))
         words = (folder / "train_gpt.py", "--data", folder, "--tokenizer", folder / "tokenizer.model")
-        events = (*NETWORK, *PROGRAMS)
-        seen = run_guarded(_SCRIPT, words, modules=("pgolf_fast",), events=events, cwd=folder)
+        denied = {"modules": ("pgolf_fast",), "events": (*NETWORK, *PROGRAMS)}
+        seen = run_guarded(_SCRIPT, words, **denied, cwd=folder, needs=ALLOWED)
         own = sorted(path.name for path in seen.opened if path.parent == folder and path.is_file())
         outside = [path for path in seen.opened if folder not in path.parents and not _is_installed(path)]
     if seen.refused:
@@ -242,8 +243,11 @@ def _imported(source: str) -> set[str]:
 
 def _is_installed(path: Path) -> bool:
     """Return whether a file belongs to Python, an installed package, or the system."""
-    roots = {*sysconfig.get_paths().values(), sys.prefix, sys.base_prefix, *_SYSTEM}
-    return any(path.is_relative_to(Path(root).resolve()) for root in roots)
+    packages = [str(Path(str(s.origin)).parents[1]) for s in map(find_spec, ALLOWED) if s]
+    roots = {*sysconfig.get_paths().values(), sys.prefix, sys.base_prefix, *_SYSTEM, *packages}
+    # importing PyTorch reads the entry points of all distributions on the path, wherever they are
+    entry_points = path.name == "entry_points.txt" and path.parent.suffix in (".egg-info", ".dist-info")
+    return entry_points or any(path.is_relative_to(Path(root).resolve()) for root in roots)
 
 
 def within_time(

@@ -47,11 +47,13 @@ class AuditTarget:
     train: submission.Train = train
     requantize: submission.Requantize = submission.requantize
     limit_bytes: int = PackConfig.limit_bytes
+    side_bytes: np.ndarray | None = None  # bytes of the targets of `validation` by side files, (N,)
     train_limit: float | None = None  # seconds
     eval_limit: float | None = None  # seconds
 
     def stream(self, tokens: np.ndarray) -> Stream:
-        return Stream(tokens, self.table, self.model.qo_bank.device)
+        side_bytes = None if self.side_bytes is None else self.side_bytes[: len(tokens) - 1]
+        return Stream(tokens, self.table, self.model.qo_bank.device, side_bytes)
 
 
 class Audit:
@@ -129,6 +131,7 @@ def open_target(
         tokens=validation[: count + 1].astype(np.int64),
         tokenizer=source.tokenizer,
         table=source.table,
+        side_bytes=source.side_bytes(validation),
         method=adapting,
         frozen=frozen,
         windows=windows,

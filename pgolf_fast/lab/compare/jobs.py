@@ -20,7 +20,7 @@ from pgolf_fast.bench.store import provenance
 from pgolf_fast.config.fields import flatten, run_config_from_dict, run_config_to_dict
 from pgolf_fast.config.run_folder import RunFolder, stale
 from pgolf_fast.config.schema import RunConfig
-from pgolf_fast.data.shards import find_shards
+from pgolf_fast.data.shards import find_shards, open_shard, side_file
 from pgolf_fast.data.source import Source
 from pgolf_fast.distributed import this_process
 from pgolf_fast.errors import PgolfError
@@ -45,7 +45,9 @@ _ENDS = 2**20  # bytes at either end of a shard that go into its fingerprint: wh
 def fingerprint(source: Source) -> str:
     """Return a digest of tokenizer and shards: names, sizes, and the first and last MiB of each shard."""
     digest = hashlib.sha256(source.tokenizer.path.read_bytes())
-    for shard in [*source.train_shards(), *find_shards(source.folder, "val")]:
+    validation = find_shards(source.folder, "val")
+    sides = [open_shard(path) for shard in validation if (path := side_file(shard.path)).is_file()]
+    for shard in [*source.train_shards(), *validation, *sides]:
         digest.update(f"{shard.path.name} {shard.num_tokens}".encode())
         with open(shard.path, "rb") as handle:
             digest.update(handle.read(_ENDS))
