@@ -89,17 +89,17 @@ def remove_leftovers(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path, busy: str) -> Iterator[None]:
+def locked(path: Path, busy: str | None = None) -> Iterator[None]:
     """Hold the lock file `path` during the block. The system releases the lock of a process that dies.
 
-    Raises PgolfError if another process holds the lock: `busy`, then its process number, host and age.
+    If another process holds it: wait, or with `busy` raise PgolfError of that text and process, host and age.
     """
     import fcntl  # not available on Windows, and only needed here
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+") as handle:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if busy is None else fcntl.LOCK_NB))
         except BlockingIOError:
             handle.seek(0)
             pid, _, host = handle.read().strip().partition(" ")

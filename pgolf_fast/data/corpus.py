@@ -1,12 +1,10 @@
 """A corpus without a download: prose from the installed documentation of Python, torch and numpy."""
 
 import ast
-import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
 import inspect
-import json
 import math
 import os
 import platform
@@ -23,10 +21,11 @@ from pathlib import Path
 import numpy as np
 
 from pgolf_fast import console
+from pgolf_fast.data.manifest import write_manifest
 from pgolf_fast.data.shards import write_shard
 from pgolf_fast.data.tokenizer import ByteTable, Tokenizer, byte_table, scored_bytes, train_tokenizer
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.io import write_text
+from pgolf_fast.io import locked, write_json
 
 _FORMAT = 1
 _FILES = ("corpus_train_000000.bin", "corpus_val_000000.bin", "tokenizer.model", "info.json")
@@ -34,11 +33,9 @@ _VAL_PART = 20
 _MIN_PARAGRAPH = 60
 _MIN_DOCUMENT = 200
 _MIN_PROSE = 0.8
-_STALE_SECONDS = 3600.0
 _SKIPPED_FOLDERS = re.compile(
     "tests?|testing|idlelib|idle_test|lib2to3|turtledemo|ensurepip|_vendor|(site|dist)-packages|__pycache__"
 )
-_DENSE = 1 << 24  # entries of a bigram table up to which it is held whole
 
 
 @dataclass(frozen=True)
@@ -85,8 +82,8 @@ def build_corpus(cache_dir: Path | None = None, vocab_size: int = 1024) -> Path:
     """Return the folder of the built-in corpus: two shards, `tokenizer.model` and `info.json`.
 
     It is built once per set of package versions and vocabulary, in `cache_dir` or the user's cache folder,
-    and appears there complete: builds may be killed, and several may run at once. Raises `PgolfError` if no
-    text is found, the folder cannot be written, or the text does not support `vocab_size` pieces.
+    and appears there complete: a build may be killed, and one at the same time waits for it. Raises
+    `PgolfError` if no text is found, the folder cannot be written, or the text does not support `vocab_size`.
     """
     import platformdirs
 
@@ -98,23 +95,19 @@ def build_corpus(cache_dir: Path | None = None, vocab_size: int = 1024) -> Path:
     if _is_complete(folder):
         return folder
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        for path in parent.glob(".corpus-*.tmp"):  # of builds that were killed
-            with contextlib.suppress(OSError):  # removed by another process
-                if time.time() - path.stat().st_mtime > _STALE_SECONDS:
-                    shutil.rmtree(path, ignore_errors=True)
-        building = Path(tempfile.mkdtemp(prefix=".corpus-", suffix=".tmp", dir=parent))
+        with locked(parent / ".corpus.lock"):
+            for path in parent.glob(".corpus-*.tmp"):  # of a build that was killed
+                shutil.rmtree(path, ignore_errors=True)
+            with tempfile.TemporaryDirectory(prefix=".corpus-", suffix=".tmp", dir=parent) as temporary:
+                if not _is_complete(folder):  # built by another process meanwhile
+                    _build(Path(temporary) / "corpus", sources, vocab_size)
+                    shutil.rmtree(folder, ignore_errors=True)  # some of its files were removed
+                    os.rename(Path(temporary) / "corpus", folder)
     except OSError as error:
         raise PgolfError(
             f"cannot write the built-in corpus to {parent}: {error.strerror}; "
             "make that folder writable, set XDG_CACHE_HOME, or set data.path to shards of your own"
         ) from error
-    try:
-        _build(building, sources, vocab_size)
-        building.chmod(0o755)
-        _move_into_place(building, folder)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
     return folder
 
 
@@ -149,24 +142,15 @@ def _build(folder: Path, sources: list[Source], vocab_size: int) -> None:
         }
     unigram, bigram = ngram_floors(tokens["train"], tokens["val"], table, vocab_size)
     info["unigram_bpb"], info["bigram_bpb"] = round(unigram, 4), round(bigram, 4)
-    write_text(folder / "info.json", json.dumps(info, indent=2) + "\n")
+    write_json(folder / "info.json", info)
+    rule = f"1 of {_VAL_PART} documents, by the hash of their name"
+    write_manifest(folder, tokenizer, rule, {split: info[split] for split in texts})
     took = console.duration(time.monotonic() - start)
     console.logger.info("built-in corpus: %d training tokens, built in %s", len(tokens["train"]), took)
 
 
 def _is_complete(folder: Path) -> bool:
     return all((folder / name).is_file() for name in _FILES)
-
-
-def _move_into_place(building: Path, folder: Path) -> None:
-    """Rename the finished folder; if another process was first, keep its folder."""
-    try:
-        os.rename(building, folder)
-    except OSError:
-        if _is_complete(folder):
-            return
-        shutil.rmtree(folder, ignore_errors=True)  # some of its files were removed
-        os.rename(building, folder)
 
 
 def _help_topics() -> dict[str, str]:
@@ -264,28 +248,16 @@ def ngram_floors(
     unigram = np.bincount(train_tokens, minlength=vocab_size).astype(np.float64) + 1.0
     unigram /= unigram.sum()
     previous, current = val_tokens[:-1].astype(np.int64), val_tokens[1:].astype(np.int64)
-    pair_counts, context_counts, followers = _pair_counts(
-        train_tokens, previous * vocab_size + current, vocab_size
+    pairs, counts = np.unique(
+        train_tokens[:-1].astype(np.int64) * vocab_size + train_tokens[1:], return_counts=True
     )
-    context, kinds = context_counts[previous], followers[previous]
+    asked = previous * vocab_size + current
+    at = np.minimum(np.searchsorted(pairs, asked), len(pairs) - 1)
+    pair_counts = np.where(pairs[at] == asked, counts[at], 0)
+    context = np.bincount(train_tokens[:-1], minlength=vocab_size)[previous]
+    kinds = np.bincount(pairs // vocab_size, minlength=vocab_size)[previous]  # distinct followers
     below = unigram[current]
     mixed = (pair_counts + kinds * below) / np.maximum(context + kinds, 1.0)
     bigram = np.where(context + kinds > 0, mixed, below)
     per_bit = 1.0 / (math.log(2.0) * count_bytes)
     return -float(np.log(below).sum()) * per_bit, -float(np.log(bigram).sum()) * per_bit
-
-
-def _pair_counts(
-    tokens: np.ndarray, asked: np.ndarray, vocab_size: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Count the asked pairs (prev * V + cur), each id as context, and its distinct followers."""
-    keys = tokens[:-1].astype(np.int64) * vocab_size + tokens[1:]
-    if vocab_size * vocab_size <= _DENSE:
-        dense = np.bincount(keys, minlength=vocab_size * vocab_size)
-        rows = dense.reshape(vocab_size, vocab_size)
-        return dense[asked], rows.sum(axis=1), np.count_nonzero(rows, axis=1)
-    pairs, counts = np.unique(keys, return_counts=True)
-    at = np.minimum(np.searchsorted(pairs, asked), len(pairs) - 1)
-    asked_counts = np.where(pairs[at] == asked, counts[at], 0)
-    context = np.bincount(tokens[:-1], minlength=vocab_size)
-    return asked_counts, context, np.bincount(pairs // vocab_size, minlength=vocab_size)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pgolf_fast import console
+from pgolf_fast.data.manifest import write_manifest
 from pgolf_fast.data.shards import open_shard
 from pgolf_fast.data.tokenizer import Tokenizer
 from pgolf_fast.errors import PgolfError
@@ -82,7 +83,9 @@ def download(
             )
         _accept(Path(staged), remote)
     shutil.rmtree(staging, ignore_errors=True)
-    return folder / "datasets" / f"fineweb10B_{dataset}"
+    shards = folder / "datasets" / f"fineweb10B_{dataset}"
+    write_manifest(shards, Tokenizer.load(remotes[0].target), f"that of {repo_id} at {commit}", {})
+    return shards
 
 
 def _accept(staged: Path, remote: _Remote) -> None:

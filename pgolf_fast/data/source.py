@@ -8,6 +8,7 @@ import numpy as np
 from pgolf_fast import console
 from pgolf_fast.config.schema import DataConfig
 from pgolf_fast.data.corpus import build_corpus
+from pgolf_fast.data.manifest import check_manifest
 from pgolf_fast.data.shards import (
     BOS_ID,
     Shard,
@@ -77,6 +78,7 @@ def open_source(config: DataConfig, vocab_size: int) -> Source:
     folder = build_corpus(vocab_size=vocab_size) if config.path is None else data_folder(Path(config.path))
     tokenizer = Tokenizer.load(find_tokenizer(folder, config.tokenizer))
     check_vocab(tokenizer, vocab_size)
+    check_manifest(folder, tokenizer)
     warn_of_others(folder)
     return Source(folder, tokenizer, byte_table(tokenizer), vocab_size, config.val_tokens)
 

@@ -3,16 +3,16 @@
 import functools
 import gzip
 import hashlib
-import json
 import lzma
 import multiprocessing
 import os
+import shutil
 import tempfile
 import time
 import zlib
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import chain
@@ -22,10 +22,11 @@ from typing import IO, Any
 import numpy as np
 
 from pgolf_fast import console
+from pgolf_fast.data.manifest import write_manifest
 from pgolf_fast.data.shards import BOS_ID, Split, shard_paths, write_shard
 from pgolf_fast.data.tokenizer import ByteTable, Tokenizer, byte_table, scored_bytes, train_tokenizer
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.io import available_cores, write_bytes
+from pgolf_fast.io import available_cores, locked, parse_json, write_bytes
 
 Part = tuple[Split, str]
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.xz")
@@ -34,6 +35,7 @@ _CHUNK_CHARS = 500_000
 _CHUNK_DOCUMENTS = 500
 _HASHES = 1 << 64
 _LINES = 'each line must be like {"text": "..."}'
+_QUIET_SECONDS = 10.0
 _ALONE_BYTES = 16_000_000
 """Input size in bytes below which starting worker processes would take longer than it saves."""
 
@@ -44,16 +46,17 @@ def tokenize_files(
     out: Path | str,
     vocab_size: int,
     tokenizer: Path | str | None = None,
-    val_fraction: float = 0.05,
+    val_fraction: float | None = None,
+    val_docs: int | None = None,
     shard_tokens: int = 100_000_000,
     workers: int | None = None,
 ) -> dict[str, object]:
     """Write the documents of `files` as shards and a tokenizer to `out`, and return counts.
 
     A .txt file is one document; .jsonl, .jsonl.gz and .jsonl.xz hold one in the "text" of each line.
-    Validation documents are chosen by the hash of their text, or are the end of a single document. Without
-    `tokenizer`, one of `vocab_size` pieces is trained on the training documents. Raises `PgolfError` for bad
-    input, and writes no shards then.
+    Validation has the first `val_docs` documents, or a `val_fraction` (default: 0.05) of them by the hash of
+    their text, or that part of a single document. Without `tokenizer`, one of `vocab_size` pieces is trained
+    on the training documents. Raises `PgolfError` for bad input, and writes no shards then.
     """
     start = time.monotonic()
     if shard_tokens < 1:
@@ -65,25 +68,44 @@ def tokenize_files(
     paths, folder = expand(files), Path(out)
     given = None if tokenizer is None else _given_tokenizer(tokenizer, vocab_size)
     _check_folder(folder)
-    plan = make_plan(paths, val_fraction)
+    plan = make_plan(paths, val_fraction, val_docs)
     if workers is None:
         small = sum(path.stat().st_size for path in paths) < _ALONE_BYTES
         workers = 1 if small else available_cores()
-    # inside `out`: a rename is atomic within one file system
-    with tempfile.TemporaryDirectory(prefix=".tokenize-", dir=folder) as temporary:
-        building = Path(temporary)
-        if given is None:
-            texts = (text for split, text in plan.parts(paths, "training tokenizer") if split == "train")
-            given = Tokenizer.load(train_tokenizer(texts, vocab_size, building / "tokenizer"))
-        else:
-            write_bytes(building / "tokenizer.model", given.path.read_bytes())
-        writer = _Writer(building, shard_tokens, byte_table(given))
-        for split, ids in _encode(plan.parts(paths, "tokenizing"), building / "tokenizer.model", workers):
-            writer.add(split, ids)
-        counts = writer.finish()
-        for path in sorted(building.iterdir()):
-            os.replace(path, folder / path.name)
+    with locked(folder / ".lock", f"{folder} is in use"):
+        _check_folder(folder)  # another process may have been faster
+        for left in folder.glob(".tokenize-*"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        # inside `out`: a rename is atomic within one file system
+        with tempfile.TemporaryDirectory(prefix=".tokenize-", dir=folder) as temporary:
+            building = Path(temporary)
+            if given is None:
+                given = _trained(plan, paths, vocab_size, building / "tokenizer")
+            else:
+                write_bytes(building / "tokenizer.model", given.path.read_bytes())
+            writer = _Writer(building, shard_tokens, byte_table(given))
+            for split, ids in _encode(plan.parts(paths, "tokenizing"), building / "tokenizer.model", workers):
+                writer.add(split, ids)
+            counts = writer.finish()
+            write_manifest(building, given, plan.rule, counts)
+            for path in sorted(building.iterdir()):
+                os.replace(path, folder / path.name)
     return {"out": str(folder), "files": len(paths), **counts, "seconds": round(time.monotonic() - start, 3)}
+
+
+def _trained(plan: "Plan", files: Sequence[Path], vocab_size: int, prefix: Path) -> Tokenizer:
+    if plan.first == plan.documents or plan.threshold == _HASHES:
+        raise PgolfError(
+            f"all {plan.documents:,} documents are for validation and none is left to train a tokenizer on: "
+            "give a tokenizer, or a smaller val_docs or val_fraction"
+        )
+    texts = (text for split, text in plan.parts(files, "training tokenizer") if split == "train")
+    start = time.monotonic()
+    with ThreadPoolExecutor(1) as pool:
+        trained = pool.submit(train_tokenizer, texts, vocab_size, prefix)
+        while not wait([trained], _QUIET_SECONDS).done:  # it says nothing after the last text
+            console.logger.info("training tokenizer: %s so far", console.duration(time.monotonic() - start))
+    return Tokenizer.load(trained.result())
 
 
 def _given_tokenizer(path: Path | str, vocab_size: int) -> Tokenizer:
@@ -203,23 +225,28 @@ _loaded = functools.lru_cache(maxsize=1)(Tokenizer.load)  # once per process
 def expand(inputs: Iterable[Path | str]) -> list[Path]:
     """Return the files of `inputs`, with a folder replaced by the text files directly in it.
 
-    Raises `PgolfError` if there are no files, or one is missing or of another kind.
+    Raises `PgolfError` if there are no files, or one is missing, of another kind or given twice.
     """
     files: list[Path] = []
-    for item in inputs:
-        path = Path(item)
+    kinds = f"{', '.join(SUFFIXES)} files"
+    for path in (paths := [Path(item) for item in inputs]):
         if path.is_dir():
-            files += sorted(p for p in path.iterdir() if p.is_file() and p.name.endswith(SUFFIXES))
+            inside = [p for p in path.iterdir() if p.name.endswith(SUFFIXES) and p.is_file()]
+            files += sorted(p for p in inside if not p.name.startswith("."))  # macOS writes ._NAME
         elif not path.exists():
-            raise PgolfError(f"{path} does not exist: give {', '.join(SUFFIXES)} files or folders of them")
-        elif not path.name.endswith(SUFFIXES):
-            raise PgolfError(
-                f"{path} is not a kind of file that can be read: give {', '.join(SUFFIXES)} files"
-            )
+            link = f", a link to {os.readlink(path)}," if path.is_symlink() else ""
+            raise PgolfError(f"{path}{link} does not exist: give {kinds} or folders of them")
+        elif not (path.name.endswith(SUFFIXES) and path.is_file()):
+            raise PgolfError(f"{path} is not a kind of file that can be read: give {kinds}")
         else:
             files.append(path)
     if not files:
-        raise PgolfError(f"no files to tokenize: give {', '.join(SUFFIXES)} files or folders that hold some")
+        where = f" in {_names(paths)}" if paths else ""
+        raise PgolfError(f"no files to tokenize{where}: give {kinds} or folders that hold some")
+    seen: dict[Path, Path] = {}
+    for path in files:
+        if (other := seen.setdefault(path.resolve(), path)) is not path:
+            raise PgolfError(f"{other} and {path} are the same file: give one of them")
     return files
 
 
@@ -230,7 +257,7 @@ def read_documents(path: Path) -> Iterator[str]:
     """
     try:
         if path.name.endswith(".txt"):
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
             if text.strip():
                 yield text
             return
@@ -255,9 +282,9 @@ def _open(path: Path) -> IO[bytes]:
 
 def _text_of(line: bytes, path: Path, number: int) -> str:
     try:
-        row = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise PgolfError(f"{path} line {number} is not JSON ({error}): {_LINES}") from error
+        row = parse_json(line.strip(), f"{path} line {number}")
+    except PgolfError as error:
+        raise PgolfError(f"{str(error).replace(' (line 1)', '')}; {_LINES}") from None
     text = row.get("text") if isinstance(row, dict) else None
     if not isinstance(text, str):
         raise PgolfError(f'{path} line {number} has no "text" string: {_LINES}')
@@ -266,59 +293,65 @@ def _text_of(line: bytes, path: Path, number: int) -> str:
 
 @dataclass(frozen=True)
 class Plan:
-    """A split of documents: validation has those with a hash below `threshold`. A single document is cut."""
+    """A split: validation has the first documents, those with a low hash, or the end of the only one."""
 
     documents: int
-    threshold: int
+    rule: str
+    first: int = 0
+    threshold: int = 0
     cut: float | None = None
 
     def parts(self, files: Sequence[Path], what: str) -> Iterator[tuple[Split, str]]:
         """Yield (split, text) of each document in order, with a progress bar labeled `what`."""
-        for text in console.progress(
-            chain.from_iterable(map(read_documents, files)), what, total=self.documents, unit="doc"
-        ):
+        texts = chain.from_iterable(map(read_documents, files))
+        for number, text in enumerate(console.progress(texts, what, total=self.documents, unit="doc")):
             if self.cut is not None:
                 head, tail = _cut(text, self.cut)
                 yield "train", head
                 yield "val", tail
             else:
-                yield ("val" if _hash(text) < self.threshold else "train"), text
+                yield ("val" if number < self.first or _hash(text) < self.threshold else "train"), text
 
 
-def make_plan(files: Sequence[Path], val_fraction: float) -> Plan:
-    """Read all documents and decide their split by the sha1 of their text.
+def make_plan(files: Sequence[Path], val_fraction: float | None, val_docs: int | None = None) -> Plan:
+    """Read all documents and choose validation: the first `val_docs`, or a share by the sha1 of their text.
 
-    There is always a training document, and a validation document unless `val_fraction` is 0. Raises
-    `PgolfError` if there is no text, or all documents are the same.
+    Each split gets a document unless the share is 0 or 1. Raises `PgolfError` if both are given, or there is
+    no text, or not enough of it.
     """
-    if not 0 <= val_fraction < 1:
-        raise PgolfError(f"val_fraction is {val_fraction}; it must be at least 0 and less than 1")
-    threshold, count, below = int(val_fraction * _HASHES), 0, 0
-    lowest, highest, last = _HASHES, -1, ""
+    if None not in (val_docs, val_fraction):
+        raise PgolfError(f"val_docs {val_docs} and val_fraction {val_fraction} are two splits: give one")
+    share = 0.05 if val_fraction is None else val_fraction
+    if not 0 <= share <= 1:
+        raise PgolfError(f"val_fraction is {share}; it must be from 0 to 1")
+    count, lowest, highest, last = 0, _HASHES, -1, ""
     for last in console.progress(chain.from_iterable(map(read_documents, files)), "reading", unit="doc"):
         value = _hash(last)
-        count, below = count + 1, below + (value < threshold)
-        lowest, highest = min(lowest, value), max(highest, value)
+        count, lowest, highest = count + 1, min(lowest, value), max(highest, value)
     if count == 0:
         raise PgolfError(f"empty corpus: no text in {_names(files)}; give files with text in them")
-    if val_fraction == 0:
-        return Plan(count, 0)
-    if count == 1:
-        if not all(part.strip() for part in _cut(last, 1 - val_fraction)):
+    if val_docs is not None:
+        if not 0 <= val_docs <= count:
             raise PgolfError(
-                f"the only document in {_names(files)} is too short to use {val_fraction:.0%} of it "
+                f"val_docs is {val_docs:,}, but {_names(files)} hold {count:,} documents: give more text, or "
+                f"0 to {count:,}"
+            )
+        return Plan(count, f"first {val_docs:,} documents", first=val_docs)
+    threshold, rule = int(share * _HASHES), f"{share:g} of the documents, by the hash of their text"
+    if share in (0, 1):
+        return Plan(count, rule, threshold=threshold)
+    if count == 1:
+        if not all(part.strip() for part in _cut(last, 1 - share)):
+            raise PgolfError(
+                f"the only document in {_names(files)} is too short to use {share:.0%} of it "
                 "for validation: give more text, or val_fraction 0"
             )
-        return Plan(count, 0, cut=1 - val_fraction)
+        return Plan(count, f"last {share:g} of the only document", cut=1 - share)
     if lowest == highest:
         raise PgolfError(
             f"all {count} documents in {_names(files)} are the same: nothing is left for validation"
         )
-    if below == 0:
-        threshold = lowest + 1
-    elif below == count:
-        threshold = highest
-    return Plan(count, threshold)
+    return Plan(count, rule, threshold=min(max(threshold, lowest + 1), highest))
 
 
 def _hash(text: str) -> int:

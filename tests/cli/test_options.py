@@ -182,7 +182,8 @@ submit RUN
 submit RUN --out DIR --readable --author A --github-id a --name N --blurb B --track T
 generate RUN --prompt text --tokens 3 --temperature 0.5 --seed 1
 import FILE.pt exp101 --data.path DIR --out RUN
-data info DIR --tokenizer FILE
+data info DIR --tokenizer FILE --overlap
+data tokenize A --val-docs 50000
 data tokenize A B --vocab-size 512 --out DIR --tokenizer FILE --val-fraction 0.1 --workers 2
 data download sp1024 --train-shards 80 --out data --endpoint URL
 config

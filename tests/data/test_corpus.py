@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ from pgolf_fast.data.tokenizer import Tokenizer, byte_table, find_tokenizer, sco
 from pgolf_fast.errors import PgolfError
 
 PROSE = "This paragraph explains at some length, in words of one kind or another, what module {} is good for."
-FILES = ["corpus_train_000000.bin", "corpus_val_000000.bin", "info.json", "tokenizer.model"]
+FILES = ["corpus_train_000000.bin", "corpus_val_000000.bin", "info.json", "manifest.json", "tokenizer.model"]
 
 
 def write_module(path: Path, name: str) -> None:
@@ -44,6 +43,7 @@ def test_the_corpus_is_complete_and_usable(few: list[Source], tmp_path: Path) ->
     assert "package1.2" in folder.name
     assert folder.name.endswith("_sp300")
     assert sorted(p.name for p in folder.iterdir()) == FILES
+    assert folder.stat().st_mode & 0o777 == (tmp_path / "cache").stat().st_mode & 0o777
     tokenizer = Tokenizer.load(find_tokenizer(folder))
     info = json.loads((folder / "info.json").read_text())
     assert info["sources"] == {"package": "1.2"}
@@ -92,17 +92,14 @@ def test_a_failed_build_leaves_nothing(
     monkeypatch.setattr(corpus, "ngram_floors", fail)
     with pytest.raises(KeyboardInterrupt):
         build_corpus(tmp_path / "cache", vocab_size=300)
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [".corpus.lock"]
 
 
-def test_leftovers_of_killed_builds_are_removed_when_old(few: list[Source], tmp_path: Path) -> None:
-    old, young = tmp_path / "cache" / ".corpus-old.tmp", tmp_path / "cache" / ".corpus-young.tmp"
-    old.mkdir(parents=True)
-    young.mkdir()
-    os.utime(old, (time.time() - 7200,) * 2)
+def test_leftovers_of_killed_builds_are_removed(few: list[Source], tmp_path: Path) -> None:
+    left = tmp_path / "cache" / ".corpus-left.tmp"
+    left.mkdir(parents=True)
     build_corpus(tmp_path / "cache", vocab_size=300)
-    assert not old.exists()
-    assert young.exists()
+    assert not left.exists()
 
 
 def test_a_damaged_cache_is_built_again(few: list[Source], tmp_path: Path) -> None:
@@ -112,11 +109,16 @@ def test_a_damaged_cache_is_built_again(few: list[Source], tmp_path: Path) -> No
     assert sorted(p.name for p in folder.iterdir()) == FILES
 
 
-def test_builders_at_the_same_time(few: list[Source], tmp_path: Path) -> None:
+def test_builders_at_the_same_time(
+    few: list[Source], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The corpus is built by one of them. Without the lock, each would build it."""
+    built, build = [], corpus._build
+    monkeypatch.setattr(corpus, "_build", lambda folder, *rest: (built.append(folder), build(folder, *rest)))
     with ThreadPoolExecutor(4) as pool:
         folders = list(pool.map(lambda _: build_corpus(tmp_path / "cache", vocab_size=300), range(4)))
-    assert len(set(folders)) == 1
-    assert [p.name for p in (tmp_path / "cache").iterdir()] == [folders[0].name]
+    assert (len(set(folders)), len(built)) == (1, 1)
+    assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == [".corpus.lock", folders[0].name]
 
 
 def test_the_users_cache_folder_is_the_default(
@@ -131,7 +133,7 @@ def test_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus, "default_sources", lambda: [Source("package", "1", tmp_path / "package")])
     with pytest.raises(PgolfError, match=r"empty corpus: found 0 training and 0 validation documents"):
         build_corpus(tmp_path / "cache", vocab_size=300)
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [".corpus.lock"]
 
 
 def test_a_folder_that_cannot_be_made(few: list[Source], tmp_path: Path) -> None:

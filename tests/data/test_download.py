@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from pgolf_fast.data.download import download
+from pgolf_fast.data.manifest import check_manifest
 from pgolf_fast.data.shards import find_shards, write_shard
 from pgolf_fast.data.tokenizer import Tokenizer, find_tokenizer, train_tokenizer
 from pgolf_fast.errors import PgolfError
@@ -171,18 +172,24 @@ def test_shards_and_tokenizer_arrive(hub: Hub, tmp_path: Path) -> None:
         f"datasets/{DATASET}/fineweb_train_000001.bin",
         f"datasets/{DATASET}/fineweb_val_000000.bin",
         f"datasets/{DATASET}/fineweb_val_000001.bin",
+        f"datasets/{DATASET}/manifest.json",
         "tokenizers/fineweb_300_bpe.model",
     ]
-    for path in (out / "datasets" / DATASET).iterdir():
+    for path in (out / "datasets" / DATASET).glob("*.bin"):
         assert path.read_bytes() == hub.files[f"datasets/datasets/{DATASET}/{path.name}"]
-    assert Tokenizer.load(find_tokenizer(folder)).vocab_size == 300
+    assert (tokenizer := Tokenizer.load(find_tokenizer(folder))).vocab_size == 300
+    assert check_manifest(folder, tokenizer)["split"] == f"that of {REPO} at {COMMIT}"
+    fetch(hub, out, train_shards=3)  # another shard in the folder is another manifest
+    assert len(check_manifest(folder, tokenizer)["shards"]) == 5
+    (folder / "fineweb_train_000002.bin").unlink()
+    fetch(hub, out, train_shards=2)
     assert [s.num_tokens for s in find_shards(folder, "train")] == [20_000, 20_001]
 
 
 def test_a_repository_without_the_outer_folder(hub: Hub, tmp_path: Path) -> None:
     hub.files = {path.removeprefix("datasets/"): content for path, content in hub.files.items()}
     hub.in_git.clear()
-    assert len(everything(fetch(hub, tmp_path / "out", train_shards=0))) == 2
+    assert len(everything(fetch(hub, tmp_path / "out", train_shards=0))) == 3
 
 
 def test_what_is_there_is_not_fetched_again(hub: Hub, tmp_path: Path) -> None:
@@ -231,7 +238,7 @@ def test_a_corrupt_file_is_removed_and_named(hub: Hub, tmp_path: Path) -> None:
     assert not list((tmp_path / "out").rglob("fineweb_val_000001.bin"))
     hub.files[path] = hub.announced[path]  # repaired: the next try succeeds and cleans up
     fetch(hub, tmp_path / "out")
-    assert len(everything(tmp_path / "out")) == 4
+    assert len(everything(tmp_path / "out")) == 5
 
 
 def test_a_corrupt_file_kept_in_git_is_found_too(hub: Hub, tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from data_helpers import real_data
 
-from pgolf_fast.data import corpus
 from pgolf_fast.data.corpus import ngram_floors
 from pgolf_fast.data.shards import find_shards
 from pgolf_fast.data.tokenizer import (
@@ -395,15 +394,6 @@ def test_floors_by_hand() -> None:
     after_1 = (0 + 1 * below) / (1 + 1)  # 1 is followed by 0
     assert unigram == pytest.approx(-np.log2(below))
     assert bigram == pytest.approx(-np.log2(after_0 * after_1) / 2)
-
-
-def test_floors_of_a_large_vocabulary_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    random_ids = np.random.default_rng(0)
-    train, val = random_ids.integers(0, 50, 400).astype(np.uint16), random_ids.integers(0, 60, 300)
-    table = ByteTable(np.ones(60, np.int16), np.zeros(60, np.bool_), np.zeros(60, np.bool_))
-    dense = ngram_floors(train, val, table, 60)
-    monkeypatch.setattr(corpus, "_DENSE", 0)
-    assert ngram_floors(train, val, table, 60) == pytest.approx(dense, rel=1e-12)
 
 
 def test_floors_refuse_too_little() -> None:

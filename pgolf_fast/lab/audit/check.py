@@ -22,7 +22,7 @@ holds, fails, undecided = (partial(AuditFinding, verdict) for verdict in (True, 
 
 @dataclass(frozen=True)
 class AuditCheck:
-    """A property by its number in the challenge's rules (C1 to C17), and the function that checks it."""
+    """A property by its number in the challenge's rules (C1 to C18), and the function that checks it."""
 
     id: str
     title: str

@@ -1,8 +1,9 @@
-"""The rules of the challenge, C1 to C17, and the check of each."""
+"""The rules of the challenge, C1 to C18, and the check of each."""
 
 from collections.abc import Callable
 from functools import partial
 
+from pgolf_fast.data.source import open_source
 from pgolf_fast.lab.audit import causal, scoring, submission
 from pgolf_fast.lab.audit.check import AuditCheck, AuditFinding, fails, undecided
 from pgolf_fast.lab.audit.target import Audit, AuditTarget
@@ -39,6 +40,11 @@ def _byte_counts(audit: Audit) -> AuditFinding:
     return scoring.byte_counts(tokens, target.table, target.tokenizer, counts, exact=exact)
 
 
+def _validation_is_unseen(audit: Audit) -> AuditFinding:
+    source = open_source(audit.target.config.data, audit.target.config.model.vocab_size)
+    return submission.validation_is_unseen(source.folder)
+
+
 # The title and the check of each rule
 RULES: dict[str, tuple[str, Callable[[Audit], AuditFinding]]] = {
     "C1": ("no score reads its target or a later token", causal.causality),
@@ -58,6 +64,7 @@ RULES: dict[str, tuple[str, Callable[[Audit], AuditFinding]]] = {
     "C15": ("scoring is deterministic", scoring.deterministic),
     "C16": ("no update while scoring", scoring.no_update_while_scoring),
     "C17": ("the same for any number of ranks", scoring.same_for_any_ranks),
+    "C18": ("validation documents not in training data", _validation_is_unseen),
 }
 
 
@@ -68,7 +75,7 @@ _NAN = dict.fromkeys(("C1", "C7", "C15"), fails) | dict.fromkeys(
 
 
 def checks(target: AuditTarget) -> list[AuditCheck]:
-    """Return the checks of C1 to C17 for a target, in this order."""
+    """Return the checks of C1 to C18 for a target, in this order."""
     audit, rules = Audit(target), dict(RULES)
     named = target.model.state_dict().items()
     if wrong := next((f"{name}: {problem}" for name, t in named if (problem := not_finite(t))), None):

@@ -1,4 +1,4 @@
-"""C8 to C12: training and calibration without data; size, self-containment and time of a submission."""
+"""C8 to C12 and C18: training and calibration data; size, self-containment and time of a submission."""
 
 import ast
 import contextlib
@@ -25,10 +25,11 @@ from pgolf_fast.artifact.submission import build_script
 from pgolf_fast.config.presets import shrink
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import RunConfig
-from pgolf_fast.data.shards import write_shard
+from pgolf_fast.data.shards import shard_paths, write_shard
 from pgolf_fast.io import load_tensors
 from pgolf_fast.lab.audit.check import AuditFinding, fails, holds, undecided
 from pgolf_fast.lab.audit.guard import NETWORK, PROGRAMS, GuardedRun, run_guarded
+from pgolf_fast.lab.audit.overlap import find_overlap
 from pgolf_fast.model.runtime import environment
 from pgolf_fast.quant.state import QuantizedState
 
@@ -39,6 +40,7 @@ Requantize = Callable[[RunFolder], GuardedRun]  # quantizes and packs a run fold
 ALLOWED = frozenset({"torch", "numpy", "sentencepiece"})
 _SCRIPT = "import runpy, sys; runpy.run_path(sys.argv[0], run_name='__main__')"
 _SYSTEM = ("/proc", "/sys", "/dev", "/etc", "/usr", "/lib")
+_COMPARE_SECONDS = 30.0
 _SECONDS = {"h": 3600.0, "m": 60.0, "s": 1.0}
 
 
@@ -267,6 +269,18 @@ def within_time(
         return undecided(f"{', '.join(evidence)}; no limit given (--train-limit, --eval-limit)")
     passed = all(took is not None and took <= limit for took, limit in limited)
     return AuditFinding(passed, ", ".join(evidence))
+
+
+def validation_is_unseen(data: Path, seconds: float = _COMPARE_SECONDS) -> AuditFinding:
+    """C18: check that the training shards hold no validation document, and few near copies of one."""
+    if not shard_paths(data, "train"):
+        return undecided(f"no training shards in {data}")
+    found = find_overlap(data, seconds=seconds)
+    if not found.by_chance:
+        return fails(found.text)
+    if found.complete:
+        return undecided(f"{found.text}: this may be chance") if found.copies else holds(found.text)
+    return undecided(f"{found.text}, in {seconds:g} s; `pgolf data info --overlap` compares all")
 
 
 def _evaluation_seconds(folder: RunFolder) -> float | None:

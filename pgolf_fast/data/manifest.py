@@ -1,0 +1,63 @@
+"""The manifest of a shard folder: its tokenizer, split and counts, checked whenever the folder is opened."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pgolf_fast.data.shards import Split, open_shard, shard_paths
+from pgolf_fast.data.tokenizer import Tokenizer
+from pgolf_fast.errors import PgolfError
+from pgolf_fast.io import read_json, write_json
+
+_FILE, _FORMAT = "manifest.json", "pgolf shards 1"
+_LARGEST = 1 << 22  # bytes; a folder of 1,000 shards needs 1 % of it
+_SPLITS: tuple[Split, ...] = ("train", "val")
+
+
+def write_manifest(folder: Path, tokenizer: Tokenizer, split: str, counts: Mapping[str, object]) -> None:
+    """Describe the shards in `folder`: `split` is the rule that chose validation, `counts` are per split."""
+    value = {"format": _FORMAT, "tokenizer_sha256": _digest(tokenizer), "vocab_size": tokenizer.vocab_size}
+    write_json(folder / _FILE, {**value, "split": split, **counts, "shards": _shards(folder)})
+
+
+def check_manifest(folder: Path, tokenizer: Tokenizer) -> dict[str, Any] | None:
+    """Return the manifest of `folder`, or None if it has none of this package.
+
+    Raises `PgolfError` for a bad manifest, another tokenizer, and a missing, extra or changed shard.
+    """
+    path = folder / _FILE
+    if not path.is_file():
+        return None
+    if (size := path.stat().st_size) > _LARGEST:
+        raise PgolfError(f"{path} has {size:,} bytes, too many for a manifest: remove it")
+    manifest = read_json(path)
+    if manifest.get("format") != _FORMAT:
+        return None
+    made_with, split, before = (manifest.get(name) for name in ("tokenizer_sha256", "split", "shards"))
+    if not (isinstance(made_with, str) and isinstance(split, str) and isinstance(before, dict)):
+        raise PgolfError(
+            f"{path} has no tokenizer_sha256, split or shards: it was changed; restore or remove it"
+        )
+    if (given := _digest(tokenizer)) != made_with:
+        raise PgolfError(
+            f"tokenizer {tokenizer.path} (sha256 {given[:12]}) is not that of the shards in {folder} (sha256 "
+            f"{made_with[:12]} in {_FILE}): give the one they were made with by --data.tokenizer"
+        )
+    now = _shards(folder)
+    for name in sorted(before.keys() | now.keys()):
+        had, has = (f"{c:,} tokens" if isinstance(c := d.get(name), int) else "none" for d in (before, now))
+        if had != has:
+            raise PgolfError(
+                f"shard {folder / name} has {has}, but {_FILE} says {had}: restore the shards, "
+                f"or remove {_FILE} if they were changed on purpose"
+            )
+    return manifest
+
+
+def _digest(tokenizer: Tokenizer) -> str:
+    return hashlib.sha256(tokenizer.path.read_bytes()).hexdigest()
+
+
+def _shards(folder: Path) -> dict[str, int]:
+    return {p.name: open_shard(p).num_tokens for split in _SPLITS for p in shard_paths(folder, split)}
