@@ -1,33 +1,114 @@
 """The command line: `pgolf COMMAND ...`. Nothing heavy is imported before a command needs it."""
 
+import contextlib
 import difflib
+import os
+import signal
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from pgolf_fast.cli.commands import COMMANDS, GROUPS, Command
-from pgolf_fast.errors import PgolfError
+from pgolf_fast.errors import BAD_INPUT, PgolfError, explain, one_line
 
 _DATA = [name for name in COMMANDS if name.startswith("data ")]
+_MEMORY = {  # what needs less memory, by command
+    **dict.fromkeys(("train", "ablate"), "lower --train.micro-batch-tokens"),
+    **dict.fromkeys(("eval", "audit"), "lower --eval.batch-seqs"),
+    "quantize": "lower --quant.calibration-sequences",
+    "analyze": "lower --tokens, or choose fewer analyses with --only",
+    **dict.fromkeys(("bench", "tune"), "lower --tokens"),
+    "data tokenize": "lower --workers",
+}
+_AFTER = {  # what is kept of an interrupted command
+    "train": "`pgolf train` resumes with --resume",
+    "eval": "the same command continues from the state that was saved last",
+    "ttt-sweep": "the same command keeps the adapters that are finished",
+    "ablate": "the same command keeps the runs that are finished and resumes the others",
+    "data download": "the same command keeps the files that are complete",
+    "bench": "the records written so far are kept",
+    "tune": "the tiles found so far are kept",
+}
+
+
+class _Terminated(KeyboardInterrupt):
+    """A signal that asks this process to end, as Ctrl-C does."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.status = 128 + number
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Return the exit status: 0, 2 for bad input, 130 when interrupted."""
+    """Run one command and return the exit status.
+
+    0, 1 if what is checked does not hold, 2 for bad input, 70 for a bug, 128 + N if signal N ended it.
+    """
+    _prepare_streams()
+    words = list(sys.argv[1:] if argv is None else argv)
+    name = " ".join(words[: 2 if words[:1] == ["data"] else 1])
     try:
-        return _dispatch(list(sys.argv[1:] if argv is None else argv)) or 0
-    except PgolfError as error:
-        print(f"pgolf: {error}", file=sys.stderr)
-        return 2
+        with _terminable():
+            status = _dispatch(words) or 0
+            sys.stdout.flush()
+            return status
     except BrokenPipeError:  # the reader, for example `head`, has closed the pipe
         sys.stdout = None  # type: ignore[assignment]
         return 0
-    except OSError as error:  # a full disk, a read-only folder, a file where a folder should be
-        if error.filename is None and error.strerror is None:
-            raise
-        print(f"pgolf: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("pgolf: interrupted; `pgolf train` resumes with --resume", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        # an exception may bring what is kept; its own text is more exact
+        kept = str(error) or _AFTER.get(name, "")
+        _complain(f"interrupted{'; ' if kept else ''}{kept}")
+        return getattr(error, "status", 128 + signal.SIGINT)
+    except Exception as error:  # noqa: BLE001 - whatever it is, it ends in one line
+        if os.environ.get("PGOLF_TRACEBACK", "") not in ("", "0"):
+            import traceback
+
+            traceback.print_exc()
+        status, line = explain(error, _MEMORY.get(name, ""))
+        _complain(line, "\n" if not any("\n" in word for word in words) else "")
+        if status == BAD_INPUT and isinstance(error, OSError) and error.filename is None:
+            sys.stdout = None  # type: ignore[assignment]  # what it still holds cannot be written either
+        return status
+
+
+def _complain(text: str, keep: str = "") -> None:
+    with contextlib.suppress(OSError):  # nobody may be reading
+        print(f"pgolf: {one_line(text, keep)}", file=sys.stderr)
+
+
+def _prepare_streams() -> None:
+    """Let output have characters that its encoding lacks, and give it a place if its file is closed."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass  # a file opened later must not become standard output
+    os.close(descriptor)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - until the end
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Raise _Terminated in the main thread at a signal that would end this process without a word."""
+    owner = os.getpid()
+
+    def end(number: int, _frame: object) -> None:
+        if os.getpid() != owner:  # a child that inherited this handler
+            os._exit(128 + number)
+        raise _Terminated(number)
+
+    before = {}
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        with contextlib.suppress(ValueError):  # only the main thread may
+            if signal.getsignal(number) is signal.SIG_DFL:
+                before[number] = signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _dispatch(words: list[str]) -> int | None:
@@ -46,8 +127,11 @@ def _dispatch(words: list[str]) -> int | None:
         case ["data", "-h" | "--help" | "help", *_]:
             print(_overview(["data"]))
         case _:
+            import logging
+
             from pgolf_fast.cli.options import parse
 
+            logging.raiseExceptions = False  # a full disk or a closed pipe would print a traceback a line
             length = 2 if words[0] == "data" else 1
             command = _find(" ".join(words[:length]))
             options = parse(command.name, command.load(), words[length:])
