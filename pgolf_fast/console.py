@@ -6,6 +6,7 @@ import logging
 import math
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from html import escape
@@ -15,6 +16,7 @@ from typing import TypeVar
 
 Item = TypeVar("Item")
 logger = logging.getLogger("pgolf_fast")
+PAUSE = 10.0  # seconds between lines about work in progress
 
 
 def setup_logging(log_file: Path | None = None, *, quiet: bool = False) -> None:
@@ -70,6 +72,34 @@ def read_metrics(path: Path) -> list[dict]:
     return [row for row in rows if isinstance(row, dict)]
 
 
+@contextlib.contextmanager
+def every(seconds: float, say: Callable[[], object]) -> Iterator[None]:
+    """Call `say` from a thread every `seconds` during the block."""
+    ended = threading.Event()
+
+    def work() -> None:
+        while not ended.wait(seconds):
+            with contextlib.suppress(Exception):  # a line less is better than a traceback between the lines
+                say()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+@contextlib.contextmanager
+def busy(what: str) -> Iterator[None]:
+    """Log that `what` begins, and every 10 s that it still runs."""
+    begin = time.monotonic()
+    logger.info("%s", what)
+    with every(PAUSE, lambda: logger.info("%s: %s so far", what, duration(time.monotonic() - begin))):
+        yield
+
+
 def progress(
     items: Iterable[Item],
     what: str,
@@ -85,7 +115,7 @@ def progress(
     if sys.stderr.isatty():
         from tqdm import tqdm
 
-        with tqdm(items, desc=what, total=total, unit=unit, leave=False) as bar:
+        with tqdm(items, desc=what, total=total, unit=unit, leave=False) as bar, every(1.0, bar.refresh):
             for item in bar:
                 yield item
                 if note is not None:
@@ -94,16 +124,24 @@ def progress(
     if total is None and hasattr(items, "__len__"):
         total = len(items)  # type: ignore[arg-type]
     start = last = time.monotonic()
-    for done, item in enumerate(items, start=1):
-        yield item
-        now = time.monotonic()
-        if now - last >= 10.0:
-            last = now
-            rate = done / (now - start)
-            eta = f", ETA {duration((total - done) / rate)}" if total else ""
-            of = f"/{total}" if total else ""
-            more = f", {note()}" if note is not None else ""
-            logger.info("%s: %d%s %s%s, %.3g %s/s%s", what, done, of, unit, more, rate, unit, eta)
+    done = 0
+
+    def say(now: float) -> None:
+        nonlocal last
+        last, rate = now, done / (now - start)
+        eta = f", ETA {duration((total - done) / rate)}" if total and done else ""
+        of = f"/{total}" if total else ""
+        more = f", {note()}" if note is not None and done else ""
+        pace = f"{rate:.3g} {unit}/s" if done else duration(now - start)
+        logger.info("%s: %d%s %s%s, %s%s", what, done, of, unit, more, pace, eta)
+
+    with every(PAUSE, lambda: say(time.monotonic())):  # for an item that takes longer
+        for item in items:
+            yield item
+            done += 1
+            now = time.monotonic()
+            if now - last >= PAUSE:
+                say(now)
 
 
 def duration(seconds: float) -> str:

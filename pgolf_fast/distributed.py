@@ -19,7 +19,13 @@ from pgolf_fast.errors import PgolfError
 _CPU = torch.device("cpu")
 _LEFT_OVER = "if it is left over, `unset RANK WORLD_SIZE MASTER_ADDR MASTER_PORT`, else start with torchrun"
 # How many processes they started: srun, Open MPI, MPICH and Intel MPI, MVAPICH
-_LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+_LAUNCHERS = (
+    "SLURM_STEP_NUM_TASKS",
+    "SLURM_NTASKS",
+    "OMPI_COMM_WORLD_SIZE",
+    "PMI_SIZE",
+    "MV2_COMM_WORLD_SIZE",
+)
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,7 @@ def _meet(rank: int, world_size: int) -> dist.Store:
     host, port = given["MASTER_ADDR"], _integer("MASTER_PORT", 0)
     # a launcher that started as many processes will bring them; otherwise the variables may be left over
     launched = any(os.environ.get(name) == str(world_size) for name in _LAUNCHERS)
-    seconds = _integer("PGOLF_FAST_WAIT", 600 if launched else 15)
+    seconds = _integer("PGOLF_FAST_WAIT", 600 if launched else 10)
     if not 0 < port < 2**16 or seconds < 1:
         raise PgolfError(f"MASTER_PORT is {port} and PGOLF_FAST_WAIT {seconds}; {_LEFT_OVER}")
     where = f"rank {rank} of WORLD_SIZE={world_size} at {host}:{port}"
@@ -124,7 +130,9 @@ def _meet(rank: int, world_size: int) -> dist.Store:
         reason = f"not all came within {seconds} s"
         if isinstance(error, OSError) or "EADDRINUSE" in str(error):
             reason = getattr(error, "strerror", None) or "the port is in use"
-        raise PgolfError(f"{where}: {reason}; {_LEFT_OVER}, or wait longer with PGOLF_FAST_WAIT=600") from error
+        raise PgolfError(
+            f"{where}: {reason}; {_LEFT_OVER}, or wait longer with PGOLF_FAST_WAIT=600"
+        ) from error
     store.set_timeout(dist.default_pg_timeout)
     return store
 

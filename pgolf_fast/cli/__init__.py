@@ -129,13 +129,16 @@ def _dispatch(words: list[str]) -> int | None:
         case _:
             import logging
 
-            from pgolf_fast.cli.options import parse
+            from pgolf_fast.cli.options import check, parse
 
             logging.raiseExceptions = False  # a full disk or a closed pipe would print a traceback a line
             length = 2 if words[0] == "data" else 1
             command = _find(" ".join(words[:length]))
             options = parse(command.name, command.load(), words[length:])
-            return None if options is None else options.main()
+            if options is None:
+                return 0
+            check(command.name, options)
+            return options.main()
     return 0
 
 

@@ -11,7 +11,7 @@ import itertools
 import os
 import re
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -99,6 +99,60 @@ def wrote(*paths: Path | None) -> None:
         print(f"wrote {path}")
 
 
+# What an option needs to have an effect: (option, test of the options, what is missing or too much)
+_WORKS: dict[str, tuple[tuple[str, Callable[[Any], Any], str], ...]] = {
+    "pack": (("measure", lambda o: o.table or o.json, "without --table or --json"),),
+    "eval": tuple(
+        (name, lambda o: not o.estimate, "with --estimate") for name in ("figures", "allow_illegal", "out")
+    ),
+    "generate": (("seed", lambda o: o.temperature, "at --temperature 0"),),
+    "audit": tuple(
+        (name, lambda o, check=check: not o.only or check in o.only, f"without check {check}")
+        for name, check in (("limit_bytes", "C10"), ("train_limit", "C12"), ("eval_limit", "C12"))
+    ),
+    "ablate": (
+        ("steps", lambda o: o.budget != "time", "with --budget time"),
+        ("seconds", lambda o: o.budget in ("time", "both"), "without --budget time or both"),
+    ),
+    "seeds": (("margin", lambda o: o.against, "without --against"),),
+    "analyze": (
+        *(
+            (name, lambda o, user=user: not o.only or user in o.only, f"without analysis {user}")
+            for user, names in (
+                ("connectivity", ("points",)),
+                ("hash", ("hash_rows",)),
+                ("quant", ("calibration_tokens",)),
+                ("surface", ("curvature_tokens", "probes", "lanczos_steps", "seed")),
+            )
+            for name in names
+        ),
+        ("weights", lambda o: any(path.is_dir() for path in o.models), "without a run folder"),
+    ),
+    "doctor": (("check", lambda o: not o.table, "with --table"),),
+    "bench": (
+        ("threshold", lambda o: o.compare, "without --compare"),
+        *((name, lambda o: not o.compare, "with --compare") for name in ("records", "plots")),
+        *(
+            (name, lambda o: not (o.compare or o.records), "with --compare or --records")
+            for name in ("preset", "ops", "tokens", "modes", "peers", "dtype", "out", "quick", "minutes")
+        ),
+    ),
+}
+
+
+def check(command: str, options: Any) -> None:
+    """Raise PgolfError for options that have no effect, and for fields that do not fit the preset they change.
+
+    Commands import what they need after this, so that a mistake is answered at once.
+    """
+    for name, works, why in _WORKS.get(command, ()):
+        default = getattr(type(options), name, None)
+        if getattr(options, name, default) != default and not works(options):
+            raise PgolfError(f"--{name.replace('_', '-')} has no effect {why}: leave it out")
+    if is_preset(str(getattr(options, "preset", ""))) and hasattr(options, "fields"):
+        preset_with(options.preset, options.shrink, options.fields)
+
+
 # Parsing, with one line for every mistake
 
 
@@ -111,6 +165,7 @@ def parse(command: str, kind: Any, argv: Sequence[str]) -> Any:
     if len(words) < len(argv):
         print(_help(command, kind, words, everything="--help-all" in argv))
         return None
+    _check_empty(words)
     resolved = resolve(kind, preset("exp101"))
     box = io.StringIO()
     try:
@@ -124,6 +179,18 @@ def parse(command: str, kind: Any, argv: Sequence[str]) -> Any:
         raise PgolfError(f"{command} does not take {unknown[0]!r}: see `pgolf {command} --help`")
     typed = {} if _marker(kind) is None else {"fields": _words(options.fields)}
     return kind(**{**vars(options), **typed})
+
+
+def _check_empty(words: Sequence[str]) -> None:
+    """Raise PgolfError for an empty word, which as a path would mean the working directory."""
+    option = "an argument"
+    for word in words:
+        name, sign, value = word.partition("=")
+        option = name if word.startswith("--") else option
+        # empty text may be meant, and an empty list of a field
+        may_be = option in ("--prompt", "--blurb") or ("." in option and not option.startswith("--data."))
+        if not may_be and not (value if sign and word.startswith("--") else word):
+            raise PgolfError(f"{option} is empty: give a value, or leave it out")
 
 
 @contextlib.contextmanager

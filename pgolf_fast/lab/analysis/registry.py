@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from pgolf_fast.console import Table
+from pgolf_fast.console import Table, busy
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import write_bytes, write_text
 from pgolf_fast.lab.analysis.models import LoadedModel
@@ -82,7 +82,8 @@ def run_analyses(
             # Imported when it runs, so that one analysis does not load the code of all
             module, function, _ = ANALYSES[name]
             analyze = getattr(import_module(f"pgolf_fast.lab.analysis.{module}"), function)
-            results.summaries[name] = analyze(models, options)
+            with busy(f"analysis {name}"):
+                results.summaries[name] = analyze(models, options)
         except PgolfError as error:
             if only:
                 raise

@@ -47,14 +47,17 @@ class AuditResult:
 def run_checks(checks: Iterable[AuditCheck]) -> list[AuditResult]:
     """Run every check in turn. A check that raises has failed."""
     results = []
-    for check in console.progress(list(checks), "audit", unit="check"):
+    for check in checks:
         start = time.perf_counter()
         try:
-            finding = check.run()
+            with console.every(console.PAUSE, partial(console.logger.info, "%s: still checking", check.id)):
+                finding = check.run()
         except Exception as error:  # noqa: BLE001 - any error of the audited code is evidence against it
             finding = fails(f"stopped by {type(error).__name__}: {error}")
         seconds = time.perf_counter() - start
         results.append(AuditResult(check.id, check.title, finding.passed, finding.evidence, seconds))
+        took = console.duration(seconds)
+        console.logger.info("%s %s (%s): %s", check.id, results[-1].verdict, took, check.title)
     return results
 
 

@@ -3,7 +3,6 @@
 import ast
 import contextlib
 import io
-import json
 import re
 import shutil
 import sys
@@ -25,7 +24,7 @@ from pgolf_fast.config.presets import shrink
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.data.shards import write_shard
-from pgolf_fast.io import load_tensors
+from pgolf_fast.io import load_tensors, read_json
 from pgolf_fast.lab.audit.check import AuditFinding, fails, holds, undecided
 from pgolf_fast.lab.audit.guard import NETWORK, PROGRAMS, GuardedRun, run_guarded
 from pgolf_fast.model.runtime import environment
@@ -175,7 +174,7 @@ def _different_numbers(before: QuantizedState, after: QuantizedState) -> float:
 def _other_machine(folder: RunFolder) -> str:
     """Return the entries of env.json that differ on this machine, as text."""
     path = folder.path / "env.json"
-    there = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    there = read_json(path) if path.is_file() else {}
     here = environment()
     names = ("processor", "gpu", "cuda", "torch", "cpu_threads")
     return ", ".join(f"{n} {there[n]}" for n in names if n in there and there[n] != here.get(n))
@@ -267,7 +266,7 @@ def within_time(
 
 def _evaluation_seconds(folder: RunFolder) -> float | None:
     """Return the seconds of the last evaluation in the log, or None if it is not complete."""
-    text = folder.log_file.read_text(encoding="utf-8") if folder.log_file.is_file() else ""
+    text = folder.log_file.read_text(encoding="utf-8", errors="replace") if folder.log_file.is_file() else ""
     last = {}
     for name, words in re.findall(r"^(non-overlapping|sliding|sliding \+ TTT): done in (\S+)$", text, re.M):
         last[name] = sum(float(n) * _SECONDS[u] for n, u in re.findall(r"([\d.]+)([hms])", words))

@@ -1,6 +1,5 @@
 """Report of a run in any state; a section with nothing to show has a plain sentence instead."""
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from pgolf_fast.console import Table, number
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.figures import tables
 from pgolf_fast.evaluation.scores import conditions, labeled, score_table
-from pgolf_fast.io import load_metadata, write_text
+from pgolf_fast.io import load_metadata, read_json, well_formed, write_text
 from pgolf_fast.lab.analysis.artifact_bytes import ArtifactTable, artifact_table
 from pgolf_fast.lab.audit.check import findings_table
 from pgolf_fast.lab.compare.sweep import sweep_table
@@ -32,8 +31,7 @@ Tree = dict[str, Any]  # a JSON object
 
 
 def _json(path: Path) -> Tree:
-    tree = json.loads(path.read_text(encoding="utf-8"))
-    return tree if isinstance(tree, dict) else {}
+    return read_json(path)
 
 
 def _artifact(path: Path) -> Tree:
@@ -88,8 +86,6 @@ class RunRecord:
                 return load(path)
             except PgolfError as error:
                 why = portable(str(error))
-            except ValueError as error:  # not JSON, or not text
-                why = f"{path.name} is damaged: {error}"
         self.missing.append((what, why or f"there is no {path.name}", command))
         return {}
 
@@ -114,9 +110,19 @@ def write_report(folder: RunFolder, out: Path) -> Path:
         *(overview, missing, configuration, training, throughput, scores, quantization_gap, adaptation),
         *(parts, artifact_bytes, audit, environment),
     )
-    sections = [make(run) for make in makers]
+    sections = [_made(make, run) for make in makers]
     write_text(out, render("run", f"Run {run.name}", sections, config=run.config, version=__version__))
     return out
+
+
+def _made(make: Callable[[RunRecord], Section], run: RunRecord) -> Section:
+    """Return a section; a sentence stands for one that reads a file with parts missing or of other types."""
+    try:
+        with well_formed(run.folder.path):
+            return make(run)
+    except PgolfError as error:
+        console.logger.warning("section %s is left out: %s", make.__name__, error)
+        return Section(make.__name__.replace("_", " ").capitalize(), f"Left out: {portable(str(error))}.")
 
 
 def overview(run: RunRecord) -> Section:
