@@ -16,7 +16,7 @@ from typing import TypeVar
 
 Item = TypeVar("Item")
 logger = logging.getLogger("pgolf_fast")
-PAUSE = 10.0  # seconds between lines about work in progress
+_PAUSE = 10.0  # seconds between lines about work in progress
 
 
 def setup_logging(log_file: Path | None = None, *, quiet: bool = False) -> None:
@@ -73,7 +73,7 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 @contextlib.contextmanager
-def every(seconds: float, say: Callable[[], object]) -> Iterator[None]:
+def _every(seconds: float, say: Callable[[], object]) -> Iterator[None]:
     """Call `say` from a thread every `seconds` during the block."""
     ended = threading.Event()
 
@@ -91,15 +91,6 @@ def every(seconds: float, say: Callable[[], object]) -> Iterator[None]:
         thread.join()
 
 
-@contextlib.contextmanager
-def busy(what: str) -> Iterator[None]:
-    """Log that `what` begins, and every 10 s that it still runs."""
-    begin = time.monotonic()
-    logger.info("%s", what)
-    with every(PAUSE, lambda: logger.info("%s: %s so far", what, duration(time.monotonic() - begin))):
-        yield
-
-
 def progress(
     items: Iterable[Item],
     what: str,
@@ -115,7 +106,7 @@ def progress(
     if sys.stderr.isatty():
         from tqdm import tqdm
 
-        with tqdm(items, desc=what, total=total, unit=unit, leave=False) as bar, every(1.0, bar.refresh):
+        with tqdm(items, desc=what, total=total, unit=unit, leave=False) as bar, _every(1.0, bar.refresh):
             for item in bar:
                 yield item
                 if note is not None:
@@ -135,12 +126,12 @@ def progress(
         pace = f"{rate:.3g} {unit}/s" if done else duration(now - start)
         logger.info("%s: %d%s %s%s, %s%s", what, done, of, unit, more, pace, eta)
 
-    with every(PAUSE, lambda: say(time.monotonic())):  # for an item that takes longer
+    with _every(_PAUSE, lambda: say(time.monotonic())):  # for an item that takes longer
         for item in items:
             yield item
             done += 1
             now = time.monotonic()
-            if now - last >= PAUSE:
+            if now - last >= _PAUSE:
                 say(now)
 
 

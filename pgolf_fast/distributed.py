@@ -2,12 +2,9 @@
 
 import ctypes
 import os
-import socket
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -17,15 +14,9 @@ from pgolf_fast import console
 from pgolf_fast.errors import PgolfError
 
 _CPU = torch.device("cpu")
-_LEFT_OVER = "if it is left over, `unset RANK WORLD_SIZE MASTER_ADDR MASTER_PORT`, else start with torchrun"
-# How many processes they started: srun, Open MPI, MPICH and Intel MPI, MVAPICH
-_LAUNCHERS = (
-    "SLURM_STEP_NUM_TASKS",
-    "SLURM_NTASKS",
-    "OMPI_COMM_WORLD_SIZE",
-    "PMI_SIZE",
-    "MV2_COMM_WORLD_SIZE",
-)
+_LEFT_OVER = "`unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR` if that is left over, else start with torchrun"
+# The number of processes that srun, Open MPI, MPICH and MVAPICH started, or the pods of a Kubernetes job
+_LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "PET_NNODES")
 
 
 @dataclass(frozen=True)
@@ -73,21 +64,28 @@ SINGLE = World()
 def join_world() -> Iterator[World]:
     """Join the process group if a launcher started this process, and leave it at the end.
 
-    Raises PgolfError if the launcher's variables are left over from elsewhere, or the other ranks do not come.
+    Raises PgolfError if the variables of a launcher are not those of one that started this process.
     """
     rank, world_size = _integer("RANK", 0), _integer("WORLD_SIZE", 1)
     if not 0 <= rank < world_size:
         raise PgolfError(f"RANK is {rank} and WORLD_SIZE is {world_size}; {_LEFT_OVER}")
-    store = _meet(rank, world_size) if world_size > 1 and "TORCHELASTIC_RUN_ID" not in os.environ else None
-    world = World(rank, world_size, _local_device())
     if world_size == 1:
-        yield world
+        yield World(device=_local_device())
         return
+    where = {name: os.environ.get(name) for name in ("RANK", "MASTER_ADDR", "MASTER_PORT")}
+    if missing := [name for name, value in where.items() if not value]:
+        raise PgolfError(f"WORLD_SIZE is {world_size} without {' and '.join(missing)}; {_LEFT_OVER}")
+    if not any(os.environ.get(name) == str(world_size) for name in _LAUNCHERS):
+        if "TORCHELASTIC_RUN_ID" not in os.environ:  # this process would wait for others that never come
+            raise PgolfError(
+                f"WORLD_SIZE is {world_size}, but no launcher started this process; {_LEFT_OVER}"
+            )
+    elif rank == 0:
+        console.logger.warning("waiting for %d ranks at %s:%s", world_size, *list(where.values())[1:])
+    world = World(rank, world_size, _local_device())
     cuda = world.device.type == "cuda"
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if cuda else "gloo",
-        device_id=world.device if cuda else None,
-        **({} if store is None else {"store": store, "rank": rank, "world_size": world_size}),
+        "cpu:gloo,cuda:nccl" if cuda else "gloo", device_id=world.device if cuda else None
     )
     try:
         yield world
@@ -97,58 +95,10 @@ def join_world() -> Iterator[World]:
 
 def _integer(name: str, default: int) -> int:
     """Return a launcher's variable. Raises PgolfError if it is no number."""
-    text = os.environ.get(name, str(default))
     try:
-        return int(text)
+        return int(os.environ.get(name, default))
     except ValueError:
-        raise PgolfError(f"{name} is {text!r}, which is no number; {_LEFT_OVER}") from None
-
-
-def _meet(rank: int, world_size: int) -> dist.Store:
-    """Return the store in which the ranks of another launcher than torchrun meet, once all have come.
-
-    Raises PgolfError if they do not come in $PGOLF_FAST_WAIT seconds.
-    """
-    given = {name: os.environ.get(name, "") for name in ("RANK", "MASTER_ADDR", "MASTER_PORT")}
-    if missing := [name for name, value in given.items() if not value]:
-        raise PgolfError(f"WORLD_SIZE is {world_size} without {' and '.join(missing)}; {_LEFT_OVER}")
-    host, port = given["MASTER_ADDR"], _integer("MASTER_PORT", 0)
-    # a launcher that started as many processes will bring them; otherwise the variables may be left over
-    launched = any(os.environ.get(name) == str(world_size) for name in _LAUNCHERS)
-    seconds = _integer("PGOLF_FAST_WAIT", 600 if launched else 10)
-    if not 0 < port < 2**16 or seconds < 1:
-        raise PgolfError(f"MASTER_PORT is {port} and PGOLF_FAST_WAIT {seconds}; {_LEFT_OVER}")
-    where = f"rank {rank} of WORLD_SIZE={world_size} at {host}:{port}"
-    console.logger.warning("waiting up to %d s for the other ranks: this is %s", seconds, where)
-    try:
-        if rank:
-            _reach(host, port, seconds)
-        # rank 0 listens at all addresses; a stale one, which it cannot reach, would print C++ tracebacks
-        at = host if rank else "localhost"
-        store = dist.TCPStore(at, port, world_size, rank == 0, timedelta(seconds=seconds))
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = f"not all came within {seconds} s"
-        if isinstance(error, OSError) or "EADDRINUSE" in str(error):
-            reason = getattr(error, "strerror", None) or "the port is in use"
-        raise PgolfError(
-            f"{where}: {reason}; {_LEFT_OVER}, or wait longer with PGOLF_FAST_WAIT=600"
-        ) from error
-    store.set_timeout(dist.default_pg_timeout)
-    return store
-
-
-def _reach(host: str, port: int, seconds: float) -> None:
-    """Return when rank 0 listens. TCPStore would print a C++ traceback for every attempt."""
-    end = time.monotonic() + seconds
-    while True:
-        try:
-            return socket.create_connection((host, port), timeout=seconds).close()
-        except socket.gaierror:
-            raise
-        except OSError:
-            if time.monotonic() > end:
-                raise
-            time.sleep(0.2)
+        raise PgolfError(f"{name} is {os.environ[name]!r}, which is no number; {_LEFT_OVER}") from None
 
 
 def this_process() -> World:

@@ -114,7 +114,7 @@ def read_json(path: Path, kind: type = dict) -> Any:
 
 @contextlib.contextmanager
 def well_formed(path: Path) -> Iterator[None]:
-    """Raise PgolfError if the block, which reads the content of `path`, finds parts missing or of other types."""
+    """Raise PgolfError if the block, which reads `path`, finds parts missing or of other types."""
     try:
         yield
     except (LookupError, TypeError, AttributeError, ValueError) as error:

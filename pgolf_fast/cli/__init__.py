@@ -5,37 +5,25 @@ import difflib
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 from pgolf_fast.cli.commands import COMMANDS, GROUPS, Command
-from pgolf_fast.errors import BAD_INPUT, PgolfError, explain, one_line
+from pgolf_fast.errors import PgolfError, explain, one_line
 
 _DATA = [name for name in COMMANDS if name.startswith("data ")]
-_MEMORY = {  # what needs less memory, by command
-    **dict.fromkeys(("train", "ablate"), "lower --train.micro-batch-tokens"),
-    **dict.fromkeys(("eval", "audit"), "lower --eval.batch-seqs"),
-    "quantize": "lower --quant.calibration-sequences",
-    "analyze": "lower --tokens, or choose fewer analyses with --only",
-    **dict.fromkeys(("bench", "tune"), "lower --tokens"),
-    "data tokenize": "lower --workers",
+_TELL = {  # of a command: what to do without memory, and what is kept if it is interrupted
+    "train": ("lower --train.micro-batch-tokens", "`pgolf train` resumes with --resume"),
+    "ablate": ("lower --train.micro-batch-tokens", "the same command resumes"),
+    "quantize": ("lower --quant.calibration-sequences", ""),
+    "eval": ("lower --eval.batch-seqs", "the same command continues from the state that was saved last"),
+    "audit": ("lower --eval.batch-seqs", ""),
+    "ttt-sweep": ("", "the same command keeps the adapters that are finished"),
+    "analyze": ("lower --tokens, or choose fewer analyses with --only", ""),
+    "bench": ("lower --tokens", "the records written so far are kept"),
+    "tune": ("lower --tokens", "the tiles found so far are kept"),
+    "data download": ("", "the same command keeps the files that are complete"),
+    "data tokenize": ("lower --workers", ""),
 }
-_AFTER = {  # what is kept of an interrupted command
-    "train": "`pgolf train` resumes with --resume",
-    "eval": "the same command continues from the state that was saved last",
-    "ttt-sweep": "the same command keeps the adapters that are finished",
-    "ablate": "the same command keeps the runs that are finished and resumes the others",
-    "data download": "the same command keeps the files that are complete",
-    "bench": "the records written so far are kept",
-    "tune": "the tiles found so far are kept",
-}
-
-
-class _Terminated(KeyboardInterrupt):
-    """A signal that asks this process to end, as Ctrl-C does."""
-
-    def __init__(self, number: int):
-        super().__init__()
-        self.status = 128 + number
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,30 +31,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0, 1 if what is checked does not hold, 2 for bad input, 70 for a bug, 128 + N if signal N ended it.
     """
-    _prepare_streams()
+    _prepare_process()
     words = list(sys.argv[1:] if argv is None else argv)
-    name = " ".join(words[: 2 if words[:1] == ["data"] else 1])
+    memory, kept = _TELL.get(" ".join(words[: 2 if words[:1] == ["data"] else 1]), ("", ""))
     try:
-        with _terminable():
-            status = _dispatch(words) or 0
-            sys.stdout.flush()
-            return status
+        status = _dispatch(words) or 0
+        sys.stdout.flush()
+        return status
     except BrokenPipeError:  # the reader, for example `head`, has closed the pipe
         sys.stdout = None  # type: ignore[assignment]
         return 0
     except KeyboardInterrupt as error:
-        # an exception may bring what is kept; its own text is more exact
-        kept = str(error) or _AFTER.get(name, "")
+        number = next((a for a in error.args if isinstance(a, int)), signal.SIGINT)
+        kept = next((a for a in error.args if isinstance(a, str)), kept)  # its own words are more exact
         _complain(f"interrupted{'; ' if kept else ''}{kept}")
-        return getattr(error, "status", 128 + signal.SIGINT)
+        return 128 + number
     except Exception as error:  # noqa: BLE001 - whatever it is, it ends in one line
-        if os.environ.get("PGOLF_TRACEBACK", "") not in ("", "0"):
+        if os.environ.get("PGOLF_TRACEBACK", "0") != "0":
             import traceback
 
             traceback.print_exc()
-        status, line = explain(error, _MEMORY.get(name, ""))
-        _complain(line, "\n" if not any("\n" in word for word in words) else "")
-        if status == BAD_INPUT and isinstance(error, OSError) and error.filename is None:
+        status, line = explain(error, memory)
+        _complain(line, keep="" if any("\n" in word for word in words) else "\n")
+        if isinstance(error, OSError) and error.filename is None:
             sys.stdout = None  # type: ignore[assignment]  # what it still holds cannot be written either
         return status
 
@@ -76,8 +63,8 @@ def _complain(text: str, keep: str = "") -> None:
         print(f"pgolf: {one_line(text, keep)}", file=sys.stderr)
 
 
-def _prepare_streams() -> None:
-    """Let output have characters that its encoding lacks, and give it a place if its file is closed."""
+def _prepare_process() -> None:
+    """Escape what the output's encoding lacks, replace closed standard files, end at signals as at Ctrl-C."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
         pass  # a file opened later must not become standard output
     os.close(descriptor)
@@ -87,28 +74,14 @@ def _prepare_streams() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - until the end
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """Raise _Terminated in the main thread at a signal that would end this process without a word."""
-    owner = os.getpid()
-
-    def end(number: int, _frame: object) -> None:
-        if os.getpid() != owner:  # a child that inherited this handler
-            os._exit(128 + number)
-        raise _Terminated(number)
-
-    before = {}
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         with contextlib.suppress(ValueError):  # only the main thread may
             if signal.getsignal(number) is signal.SIG_DFL:
-                before[number] = signal.signal(number, end)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+                signal.signal(number, _end)
+
+
+def _end(number: int, _frame: object) -> None:
+    raise KeyboardInterrupt(number)
 
 
 def _dispatch(words: list[str]) -> int | None:

@@ -1,6 +1,5 @@
 """Commands that study and compare runs: audit, report, ablate, seeds, ttt-sweep, analyze."""
 
-import json
 import os
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -86,8 +85,8 @@ class Audit(Shards):
             raise PgolfError(f"--tokens is {self.tokens}; it must be at least one window of {least}")
         options = {name: getattr(self, name) for name in ("tokens", "data", "tokenizer")}
         console.setup_logging()
-        with console.busy(f"auditing {self.run}: opening it and its data"):
-            target = open_target(self.run, evaluation=config.eval, ttt=config.ttt, **options)
+        console.logger.info("auditing %s: opening it and its data", self.run)
+        target = open_target(self.run, evaluation=config.eval, ttt=config.ttt, **options)
         limits = {name: getattr(self, name) for name in ("limit_bytes", "train_limit", "eval_limit")}
         return replace(target, **limits)
 
@@ -102,6 +101,8 @@ class Report:
         folder, _ = run_folder(self.run)
         from pgolf_fast.lab.report.sections import write_report
 
+        console.setup_logging()
+        console.logger.info("reading %s and drawing its plots", folder.path)
         status = 0
         if self.audit:
             try:
@@ -174,7 +175,7 @@ class Ablate:
 
     def _check_interval(self) -> None:
         count = len(self.seeds)
-        if "WORLD_SIZE" in os.environ:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
             raise PgolfError("pgolf ablate starts its own processes: run it without torchrun")
         if self.interval == "seeds" and count < 2:
             raise PgolfError(f"an interval over seeds needs at least 2 --seeds, and has {count}")

@@ -10,7 +10,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from pgolf_fast.console import Table, busy
+from pgolf_fast import console
+from pgolf_fast.console import Table
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import write_bytes, write_text
 from pgolf_fast.lab.analysis.models import LoadedModel
@@ -75,15 +76,15 @@ def run_analyses(
     for name in only:  # before the first one takes its time
         need_models(name, len(models))
     results = Results(models, options)
-    for name in dict.fromkeys(only or ANALYSES):
+    for name in console.progress(dict.fromkeys(only or ANALYSES), "analyses", unit="analysis"):
+        console.logger.info("analysis %s", name)
         start = time.perf_counter()
         try:
             need_models(name, len(models))
             # Imported when it runs, so that one analysis does not load the code of all
             module, function, _ = ANALYSES[name]
             analyze = getattr(import_module(f"pgolf_fast.lab.analysis.{module}"), function)
-            with busy(f"analysis {name}"):
-                results.summaries[name] = analyze(models, options)
+            results.summaries[name] = analyze(models, options)
         except PgolfError as error:
             if only:
                 raise

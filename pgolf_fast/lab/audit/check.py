@@ -47,11 +47,10 @@ class AuditResult:
 def run_checks(checks: Iterable[AuditCheck]) -> list[AuditResult]:
     """Run every check in turn. A check that raises has failed."""
     results = []
-    for check in checks:
+    for check in console.progress(list(checks), "audit", unit="check"):
         start = time.perf_counter()
         try:
-            with console.every(console.PAUSE, partial(console.logger.info, "%s: still checking", check.id)):
-                finding = check.run()
+            finding = check.run()
         except Exception as error:  # noqa: BLE001 - any error of the audited code is evidence against it
             finding = fails(f"stopped by {type(error).__name__}: {error}")
         seconds = time.perf_counter() - start
