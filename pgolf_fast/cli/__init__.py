@@ -43,11 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt as error:
         number = next((a for a in error.args if isinstance(a, int)), signal.SIGINT)
-        kept = next((a for a in error.args if isinstance(a, str)), kept)  # its own words are more exact
-        _complain(f"interrupted{'; ' if kept else ''}{kept}")
-        return 128 + number
+        what = next((a for a in error.args if isinstance(a, str)), "interrupted")
+        _complain(f"{what}{'; ' if kept else ''}{kept}")
+        return getattr(error, "status", 128 + number)
     except Exception as error:  # noqa: BLE001 - whatever it is, it ends in one line
-        if os.environ.get("PGOLF_TRACEBACK", "0") != "0":
+        if os.environ.get("PGOLF_TRACEBACK", "0") not in ("", "0"):
             import traceback
 
             traceback.print_exc()
