@@ -41,7 +41,10 @@ def joined(monkeypatch):
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2 without RANK and MASTER_ADDR and MASTER_PORT"),
         ({**THERE, "MASTER_PORT": ""}, "without MASTER_PORT"),
         (THERE, "no launcher started this process"),  # gloo would wait for 30 minutes without a word
-        ({**THERE, "SLURM_STEP_NUM_TASKS": "1"}, "no launcher started this process"),  # a shell in an allocation
+        (
+            {**THERE, "SLURM_STEP_NUM_TASKS": "1"},
+            "no launcher started this process",
+        ),  # a shell in an allocation
         ({**THERE, "SLURM_NTASKS": "2"}, "no launcher started this process"),  # a batch script without srun
     ],
 )

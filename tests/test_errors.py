@@ -30,19 +30,31 @@ def raised(function, *arguments):
     [
         (PgolfError("give a preset"), "give a preset"),
         (MemoryError(), "out of memory: lower --x"),
-        (OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0"), "(2.00 GiB were asked for)"),
+        (
+            OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0"),
+            "(2.00 GiB were asked for)",
+        ),
         (RuntimeError("can't start new thread"), "out of memory: lower --x"),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "out of memory"),
         (OSError(errno.ENOSPC, "No space left on device", "a/b"), "a/b: No space left on device"),
         (OSError(errno.ENOSPC, "No space left on device"), "writing: No space left on device"),
         (OSError("odd"), "system error: odd"),
         (UnicodeDecodeError("utf-8", b"ab\xff", 2, 3, "invalid start byte"), "byte 2 is 0xff"),
-        (UnicodeEncodeError("utf-8", "a\udcff", 1, 2, "surrogates not allowed"), "character 1 is not Unicode"),
+        (
+            UnicodeEncodeError("utf-8", "a\udcff", 1, 2, "surrogates not allowed"),
+            "character 1 is not Unicode",
+        ),
         (ModuleNotFoundError("No module named 'jinja2.x'", name="jinja2.x"), "needs the package jinja2,"),
         (RecursionError("maximum recursion depth exceeded"), "nested too deeply"),
         (OverflowError("Python int too large to convert to C long"), "a number is too large (Python int"),
-        (DistNetworkError("timed out\nframe #0: c10"), "another rank has ended or cannot be reached (timed out)"),
-        (RuntimeError("[/gloo/transport/tcp/pair.cc:525] Read error [127.0.0.1]:3"), "another rank has ended"),
+        (
+            DistNetworkError("timed out\nframe #0: c10"),
+            "another rank has ended or cannot be reached (timed out)",
+        ),
+        (
+            RuntimeError("[/gloo/transport/tcp/pair.cc:525] Read error [127.0.0.1]:3"),
+            "another rank has ended",
+        ),
     ],
 )
 def test_what_a_person_can_cause_is_bad_input(error, line):
@@ -52,7 +64,9 @@ def test_what_a_person_can_cause_is_bad_input(error, line):
     assert len(text.splitlines()) == 1
 
 
-@pytest.mark.parametrize("make", [lambda: torch.empty(2**60), lambda: np.empty(2**60), lambda: torch.empty(2**62, 9)])
+@pytest.mark.parametrize(
+    "make", [lambda: torch.empty(2**60), lambda: np.empty(2**60), lambda: torch.empty(2**62, 9)]
+)
 def test_real_allocations_that_fail(make):
     """MemoryError alone would miss torch's, which are RuntimeErrors."""
     status, text = explain(raised(make), "lower --eval.batch-seqs")

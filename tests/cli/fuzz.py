@@ -48,29 +48,106 @@ BASES = [
     *("import run/model.safetensors tiny --out new", "import weights.pt tiny --out new", "quantize run"),
     *("pack run", "pack run --table --measure raw --json new.json", "eval run", "eval run --weights float"),
     *("eval run --estimate", "eval exp101 --estimate --data data", "submit run", "submit run --out new"),
-    *("generate run --tokens 3 --prompt a", "config", "config exp101 --diff small", "config --from-env run.sh"),
+    *(
+        "generate run --tokens 3 --prompt a",
+        "config",
+        "config exp101 --diff small",
+        "config --from-env run.sh",
+    ),
     *("completion bash", "data info data", "data tokenize docs.jsonl --vocab-size 300 --out new --workers 1"),
     *("data tokenize text.txt docs.jsonl --tokenizer data/tokenizer.model --out new --workers 1",),
     *("data download sp1024 --endpoint http://127.0.0.1:9 --out new", "audit run --only C10", "audit run"),
-    *("report run", "report run --out new.html", "ablate tiny --steps 1 --flip model.trigram=false --out new"),
+    *(
+        "report run",
+        "report run --out new.html",
+        "ablate tiny --steps 1 --flip model.trigram=false --out new",
+    ),
     *("seeds run run2", "seeds run run2 --against run3 run4", "ttt-sweep run --adapters sgd --stride 64"),
-    *("analyze run --only spectra --out new", "analyze run run2 --out new", "analyze run/model.pgolf --out new"),
+    *(
+        "analyze run --only spectra --out new",
+        "analyze run run2 --out new",
+        "analyze run/model.pgolf --out new",
+    ),
     *("doctor", "bench --records records.jsonl", "bench --compare records.jsonl records.jsonl", "help train"),
     *("bench --ops mlp --quick --minutes 0.01", "tune --minutes 0.01", "aot --arch 90 --out new.json"),
     *("--help", "--version", "data", "help", "", "eval run --data data --tokenizer data/tokenizer.model"),
 ]
-NUMBERS = "0 1 2 3 -1 7 1e3 1.5 -0.0 nan inf -inf 1e400 1e-400 1_000 0x10 ٣ 2147483648 9223372036854775808".split()
-ODD = [*NUMBERS, "9" * 30, "9" * 5000, "-" + "9" * 30, "", " ", "-", "--", "é", "日本", "a\nb", "\udcff", "\x1b[31m"]
-ODD += ["x" * 300, "x" * 100_000, "true", "none", "off", "a,b", "=", "a=b", "$(id)", "'", "*", "~", "../..", "%s{}"]
-FILES = "run run2 run3 run.sh docs.jsonl text.txt records.jsonl data data/tokenizer.model run/model.pgolf".split()
+NUMBERS = (
+    "0 1 2 3 -1 7 1e3 1.5 -0.0 nan inf -inf 1e400 1e-400 1_000 0x10 ٣ 2147483648 9223372036854775808".split()
+)
+ODD = [
+    *NUMBERS,
+    "9" * 30,
+    "9" * 5000,
+    "-" + "9" * 30,
+    "",
+    " ",
+    "-",
+    "--",
+    "é",
+    "日本",
+    "a\nb",
+    "\udcff",
+    "\x1b[31m",
+]
+ODD += [
+    "x" * 300,
+    "x" * 100_000,
+    "true",
+    "none",
+    "off",
+    "a,b",
+    "=",
+    "a=b",
+    "$(id)",
+    "'",
+    "*",
+    "~",
+    "../..",
+    "%s{}",
+]
+FILES = (
+    "run run2 run3 run.sh docs.jsonl text.txt records.jsonl data data/tokenizer.model run/model.pgolf".split()
+)
 FILES += "run/model.safetensors weights.pt empty binary latin1 nested.json huge.json list.json folder dangling".split()
 FILES += ["loop", "fifo", "-dash", "with space", "b\udcffd", "nowhere", "empty/x", "folder/x/y", "new", "."]
 FILES += ["/", "/dev/null", "/dev/full", "/proc/version", "run/config.json", "run/metrics.jsonl", "locked"]
 WORDS = "tiny small exp101 reference rd sgd lora float artifact C1 C10 C99 spectra losses eager mlp bash raw".split()
-VALUES = [None, True, -1, 0, 10**30, 1e308, float("nan"), "abc", "", [], {}, [1], {"a": 1}, "é" * 100, [[]] * 3]
+VALUES = [
+    None,
+    True,
+    -1,
+    0,
+    10**30,
+    1e308,
+    float("nan"),
+    "abc",
+    "",
+    [],
+    {},
+    [1],
+    {"a": 1},
+    "é" * 100,
+    [[]] * 3,
+]
 ENVIRONMENTS = [
-    *("WORLD_SIZE=2", "WORLD_SIZE=", "RANK=3", "LOCAL_RANK=x", "WORLD_SIZE=0", "OMP_NUM_THREADS=abc", "COLUMNS=1"),
-    *("PGOLF_FAST_CACHE=", "PGOLF_FAST_CACHE=/dev/null", "PGOLF_FAST_TUNE=odd", "HOME=/nowhere", "TERM=", "LANG=C"),
+    *(
+        "WORLD_SIZE=2",
+        "WORLD_SIZE=",
+        "RANK=3",
+        "LOCAL_RANK=x",
+        "WORLD_SIZE=0",
+        "OMP_NUM_THREADS=abc",
+        "COLUMNS=1",
+    ),
+    *(
+        "PGOLF_FAST_CACHE=",
+        "PGOLF_FAST_CACHE=/dev/null",
+        "PGOLF_FAST_TUNE=odd",
+        "HOME=/nowhere",
+        "TERM=",
+        "LANG=C",
+    ),
     *("CUDA_VISIBLE_DEVICES=x", "XDG_CACHE_HOME=binary", "TMPDIR=/nowhere", "COLUMNS=x", "PGOLF_TRACEBACK=0"),
 ]
 
@@ -105,7 +182,13 @@ def _make_run(place: Path) -> None:
 def _make_files(place: Path) -> None:
     docs = [json.dumps({"text": f"Document {i} of no importance. " * 20}) for i in range(20)]
     record = {"kind": "bench", "preset": "tiny", "op": "mlp", "peer": "ours", "mode": "fwd", "tokens": 64}
-    record |= {"dtype": "float32", "device": "cpu", "median_ms": 1.0, "roofline_percent": 3.0, "environment": {}}
+    record |= {
+        "dtype": "float32",
+        "device": "cpu",
+        "median_ms": 1.0,
+        "roofline_percent": 3.0,
+        "environment": {},
+    }
     texts = {
         "run.sh": "export SEED=$SEED ITERATIONS=3\nfor S in 1 2; do MATRIX_LR=0.1 python train_gpt.py; done\n",
         "docs.jsonl": "\n".join(docs),
@@ -173,8 +256,14 @@ def examples(draw: st.DrawFn) -> dict:
     if argv and not draw(st.integers(0, 5)):
         at = draw(st.integers(0, len(argv) - 1))
         argv = [*argv[:at], draw(value), *argv[at + 1 :]]
-    damage = draw(st.lists(st.tuples(st.integers(0, 99), st.integers(0, 12), st.integers(0, 999)), max_size=1))
-    return {"argv": argv, "damage": damage, "environment": draw(st.lists(st.sampled_from(ENVIRONMENTS), max_size=1))}
+    damage = draw(
+        st.lists(st.tuples(st.integers(0, 99), st.integers(0, 15), st.integers(0, 999)), max_size=2)
+    )
+    return {
+        "argv": argv,
+        "damage": damage,
+        "environment": draw(st.lists(st.sampled_from(ENVIRONMENTS), max_size=1)),
+    }
 
 
 def damage_file(folder: Path, which: int, how: int, where: int) -> str:
@@ -182,7 +271,19 @@ def damage_file(folder: Path, which: int, how: int, where: int) -> str:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     path = files[which % len(files)]
     content = path.read_bytes()
-    kinds = ["cut", "empty", "delete", "folder", "link", "garbage", "latin1", "list", "object", "nested", "flip"]
+    kinds = [
+        "cut",
+        "empty",
+        "delete",
+        "folder",
+        "link",
+        "garbage",
+        "latin1",
+        "list",
+        "object",
+        "nested",
+        "flip",
+    ]
     kind = "json" if how > 10 and path.suffix in (".json", ".jsonl") else kinds[how % len(kinds)]
     if kind in ("delete", "folder", "link"):
         path.unlink()
@@ -236,7 +337,11 @@ def outcome(example: dict, world: Path) -> tuple[str | None, str, int]:
         begin = time.process_time()
         signal.alarm(SECONDS)
         try:
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors), warnings.catch_warnings():
+            with (
+                contextlib.redirect_stdout(out),
+                contextlib.redirect_stderr(errors),
+                warnings.catch_warnings(),
+            ):
                 warnings.simplefilter("ignore")
                 status = cli.main(example["argv"])
         except BaseException as error:  # noqa: BLE001 - the worst outcome
@@ -256,7 +361,9 @@ def outcome(example: dict, world: Path) -> tuple[str | None, str, int]:
     name = example["argv"][0] if example["argv"] else ""
     wrong = None
     if "Traceback" in text + out.getvalue() or "this is a bug" in text or status == 999:
-        wrong = re.sub(r"\d+|'[^']*'", "_", re.sub(r".*this is a bug in pgolf_fast", "bug", text[-1500:], flags=re.S))
+        wrong = re.sub(
+            r"\d+|'[^']*'", "_", re.sub(r".*this is a bug in pgolf_fast", "bug", text[-1500:], flags=re.S)
+        )
     elif status not in STATUSES or (status == 1 and name not in CHECKS):
         wrong = f"status {status}"
     elif len(lines) != (status not in (0, 1)) or (lines and not text.splitlines()[-1].startswith("pgolf: ")):
@@ -273,7 +380,9 @@ def subprocesses_end() -> None:
             pass
 
 
-def fuzz(first: int, seconds: float, limit: int | None, world: Path) -> tuple[int, dict[str, str], dict[int, int]]:
+def fuzz(
+    first: int, seconds: float, limit: int | None, world: Path
+) -> tuple[int, dict[str, str], dict[int, int]]:
     """Run examples until the time or their number is out; return their count, the failures, the statuses."""
     end, count, failures = time.monotonic() + seconds, 0, dict[str, str]()
     statuses: dict[int, int] = {}
@@ -282,7 +391,11 @@ def fuzz(first: int, seconds: float, limit: int | None, world: Path) -> tuple[in
 
         @seed(first * 1_000_000 + number)
         @settings(
-            max_examples=20, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+            max_examples=20,
+            deadline=None,
+            database=None,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
         )
         @given(examples())
         def batch(example: dict) -> None:
@@ -294,7 +407,12 @@ def fuzz(first: int, seconds: float, limit: int | None, world: Path) -> tuple[in
             wrong, text, status = outcome(example, world)
             statuses[status] = statuses.get(status, 0) + 1
             if os.environ.get("FUZZ_VERBOSE"):
-                print(f"{time.monotonic() - begin:.1f}s {status}", str(example)[:300], file=sys.__stdout__, flush=True)
+                print(
+                    f"{time.monotonic() - begin:.1f}s {status}",
+                    str(example)[:300],
+                    file=sys.__stdout__,
+                    flush=True,
+                )
             if wrong is not None and wrong not in failures:
                 failures[wrong] = f"{str(example)[:2000]}\n{text}"
                 print(f"FAILED {wrong}\n{failures[wrong]}\n", file=sys.__stdout__, flush=True)

@@ -100,7 +100,9 @@ def test_output_that_the_encoding_lacks_is_escaped(encoding):
     assert "café 文".encode(encoding, "backslashreplace") in done.stderr
 
 
-@pytest.mark.parametrize("redirection", [">&-", "2>&-", ">&- 2>&-", "<&-", ">/dev/full", "| true", "2>&1 | true"])
+@pytest.mark.parametrize(
+    "redirection", [">&-", "2>&-", ">&- 2>&-", "<&-", ">/dev/full", "| true", "2>&1 | true"]
+)
 def test_standard_files_that_are_closed_full_or_unread(redirection):
     """Python reports what it cannot flush at exit with status 120."""
     line = f"set -o pipefail; {sys.executable} -m pgolf_fast.cli --help {redirection}"
@@ -111,7 +113,9 @@ def test_standard_files_that_are_closed_full_or_unread(redirection):
 
 def test_files_do_not_become_standard_output():
     """With standard output closed, the next file that is opened would get its number."""
-    code = "import os; from pgolf_fast import cli; cli.main(['--version']); print(os.open('/dev/null', 0) > 2)"
+    code = (
+        "import os; from pgolf_fast import cli; cli.main(['--version']); print(os.open('/dev/null', 0) > 2)"
+    )
     line = f'{sys.executable} -c "{code}" >&-'
     assert subprocess.run(["bash", "-c", line], check=False).returncode == 0
 
