@@ -5,12 +5,19 @@ from pathlib import Path
 from traceback import extract_tb
 
 BAD_INPUT, BUG = 2, 70  # exit statuses; 70 is EX_SOFTWARE of sysexits.h
-_MEMORY = re.compile(
-    r"out of memory|not enough memory|(can't|cannot|unable to|failed to) allocate|bad_alloc|ALLOC_FAILED"
-    r"|array is too big|size calculation overflowed|multiplication overflow|can't start new thread",
-    re.IGNORECASE,
-)
-_TOO_LARGE = re.compile(r"without overflow|too large to (convert|fit)|Overflow when unpacking")
+# What a person can cause, by the names of the exception's classes and its text, and the line for it
+_CAUSES = {
+    r"MemoryError|(?i:out of memory|not enough memory|(can't|cannot|unable to|failed to) allocate|bad_alloc)"
+    r"|ALLOC_FAILED|array is too big|size calculation overflowed|multiplication overflow|start new thread": (
+        "out of memory: {memory} ({first})"
+    ),
+    r"UnicodeDecodeError": "an input is not UTF-8 text ({first})",
+    r"UnicodeEncodeError": "a name or text that is not Unicode cannot be written ({first})",
+    r"ModuleNotFoundError.*named '(?!pgolf_fast)": "a package is not installed ({first})",
+    r"RecursionError": "an input is nested too deeply",
+    r"OverflowError|without overflow|Overflow when unpacking": "a number is too large ({first})",
+    r"DistError|gloo|NCCL|Connection (closed|reset)": "another rank has ended or cannot be reached ({first})",
+}
 _LONGEST = 4000  # characters of a line
 
 
@@ -23,31 +30,20 @@ def explain(error: BaseException, memory: str = "") -> tuple[int, str]:
 
     memory: what to lower if memory ran out.
     """
-    kinds = {kind.__name__ for kind in type(error).__mro__}  # by name, because torch may not be imported
     text = str(error).strip() or type(error).__name__
-    first = text.splitlines()[0]
-    match error:
-        case PgolfError():
-            return BAD_INPUT, text
-        case _ if kinds & {"MemoryError", "OutOfMemoryError"} or _MEMORY.search(text):
-            asked = re.search(r"allocate ([\d.]+ ?\w+)", text)
-            more = f" ({asked[1]} were asked for)" if asked else ""
-            return BAD_INPUT, f"out of memory{more}: {memory or 'free some, or use a machine with more'}"
-        case UnicodeDecodeError(start=start, object=content):
-            return BAD_INPUT, f"an input is not UTF-8 text: byte {start} is {content[start]:#04x}"
-        case UnicodeEncodeError(start=start, object=content):
-            return BAD_INPUT, f"{content!r:.200} cannot be written as text: character {start} is not Unicode"
-        case OSError():
-            what = error.strerror or text
-            return BAD_INPUT, f"{error.filename or 'writing' if error.strerror else 'system error'}: {what}"
-        case ModuleNotFoundError(name=str(name)) if not name.startswith("pgolf_fast"):
-            return BAD_INPUT, f"this needs the package {name.partition('.')[0]}, which is not installed"
-        case RecursionError():
-            return BAD_INPUT, "an input is nested too deeply"
-        case _ if isinstance(error, OverflowError) or _TOO_LARGE.search(text):
-            return BAD_INPUT, f"a number is too large ({first})"
-        case _ if "DistError" in kinds or re.search(r"gloo|NCCL|[Cc]onnection (closed|reset)", text):
-            return BAD_INPUT, f"another rank has ended or cannot be reached ({first})"
+    if isinstance(error, PgolfError):
+        return BAD_INPUT, text
+    first = text.splitlines()[0][:300]
+    # classes by name, because torch may not be imported
+    named = " ".join(kind.__name__ for kind in type(error).__mro__) + f": {text}"
+    for pattern, line in _CAUSES.items():
+        if re.search(pattern, named):
+            return BAD_INPUT, line.format(memory=memory or "use a machine with more", first=first)
+    if isinstance(error, OSError):
+        what = (
+            f"{error.filename or 'writing'}: {error.strerror}" if error.strerror else f"system error: {text}"
+        )
+        return BAD_INPUT, what
     return BUG, (
         f"this is a bug in pgolf_fast: {type(error).__name__}: {first} ({_place(error)}); run it again with "
         "PGOLF_TRACEBACK=1 and report what it prints"

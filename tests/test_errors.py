@@ -32,19 +32,25 @@ def raised(function, *arguments):
         (MemoryError(), "out of memory: lower --x"),
         (
             OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0"),
-            "(2.00 GiB were asked for)",
+            "lower --x (CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0)",
         ),
         (RuntimeError("can't start new thread"), "out of memory: lower --x"),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "out of memory"),
         (OSError(errno.ENOSPC, "No space left on device", "a/b"), "a/b: No space left on device"),
         (OSError(errno.ENOSPC, "No space left on device"), "writing: No space left on device"),
         (OSError("odd"), "system error: odd"),
-        (UnicodeDecodeError("utf-8", b"ab\xff", 2, 3, "invalid start byte"), "byte 2 is 0xff"),
+        (
+            UnicodeDecodeError("utf-8", b"ab\xff", 2, 3, "invalid start byte"),
+            "can't decode byte 0xff in position 2",
+        ),
         (
             UnicodeEncodeError("utf-8", "a\udcff", 1, 2, "surrogates not allowed"),
-            "character 1 is not Unicode",
+            "a name or text that is not Unicode cannot be written",
         ),
-        (ModuleNotFoundError("No module named 'jinja2.x'", name="jinja2.x"), "needs the package jinja2,"),
+        (
+            ModuleNotFoundError("No module named 'jinja2.x'", name="jinja2.x"),
+            "a package is not installed (No module named 'jinja2.x')",
+        ),
         (RecursionError("maximum recursion depth exceeded"), "nested too deeply"),
         (OverflowError("Python int too large to convert to C long"), "a number is too large (Python int"),
         (
@@ -70,8 +76,8 @@ def test_what_a_person_can_cause_is_bad_input(error, line):
 def test_real_allocations_that_fail(make):
     """MemoryError alone would miss torch's, which are RuntimeErrors."""
     status, text = explain(raised(make), "lower --eval.batch-seqs")
-    assert (status, text[:14]) == (errors.BAD_INPUT, "out of memory ") or text.startswith("out of memory:")
-    assert text.endswith("lower --eval.batch-seqs")
+    assert status == errors.BAD_INPUT
+    assert text.startswith("out of memory: lower --eval.batch-seqs (")
 
 
 @pytest.mark.parametrize(

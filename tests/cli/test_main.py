@@ -50,7 +50,7 @@ def test_a_bug_is_one_line_and_its_own_status(ending, monkeypatch):
         (["eval", "run"], "lower --eval.batch-seqs"),
         (["audit", "run"], "lower --eval.batch-seqs"),
         (["data", "tokenize", "x"], "lower --workers"),
-        (["doctor"], "free some"),
+        (["doctor"], "use a machine with more"),
     ],
 )
 def test_out_of_memory_names_the_setting_of_the_command(ending, words, setting):
