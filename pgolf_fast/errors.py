@@ -33,7 +33,7 @@ def explain(error: BaseException, memory: str = "") -> tuple[int, str]:
     text = str(error).strip() or type(error).__name__
     if isinstance(error, PgolfError):
         return BAD_INPUT, text
-    first = text.splitlines()[0][:300]
+    first = re.sub(r"^\[enforce fail.*?\] \w+ == 0\. ", "", text.splitlines()[0])[:300]
     # classes by name, because torch may not be imported
     named = " ".join(kind.__name__ for kind in type(error).__mro__) + f": {text}"
     for pattern, line in _CAUSES.items():

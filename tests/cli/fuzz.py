@@ -264,7 +264,11 @@ def damage_file(folder: Path, which: int, how: int, where: int) -> str:
         "nested": b"[" * 99_999,
         "flip": content[:at] + bytes([content[at] ^ 0xFF] if content else []) + content[at + 1 :],
     }
-    path.write_bytes(_changed_json(content, where) if kind == "json" else new[kind])
+    if kind == "json":
+        with contextlib.suppress(Exception):  # damaged already
+            path.write_bytes(_changed_json(content, where))
+    else:
+        path.write_bytes(new[kind])
     return f"{path.name}: {kind} {at if kind != 'json' else where}"
 
 
