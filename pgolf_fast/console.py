@@ -7,6 +7,7 @@ import math
 import re
 import shlex
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from html import escape
@@ -18,6 +19,7 @@ from pgolf_fast.io import cannot_write
 
 Item = TypeVar("Item")
 logger = logging.getLogger("pgolf_fast")
+_PAUSE = 10.0  # seconds between lines about work in progress
 
 
 def command(*words: object) -> str:
@@ -114,6 +116,25 @@ def line_seconds() -> float:
     return 10.0 if sys.stderr.isatty() else 60.0
 
 
+@contextlib.contextmanager
+def _every(seconds: float, say: Callable[[], object]) -> Iterator[None]:
+    """Call `say` from a thread every `seconds` during the block."""
+    ended = threading.Event()
+
+    def work() -> None:
+        while not ended.wait(seconds):
+            with contextlib.suppress(Exception):  # a line less is better than a traceback between the lines
+                say()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
 def progress(
     items: Iterable[Item],
     what: str,
@@ -129,7 +150,7 @@ def progress(
     if sys.stderr.isatty():
         from tqdm import tqdm
 
-        with tqdm(items, desc=what, total=total, unit=unit, leave=False) as bar:
+        with tqdm(items, desc=what, total=total, unit=unit, leave=False) as bar, _every(1.0, bar.refresh):
             for item in bar:
                 yield item
                 if note is not None:
@@ -138,16 +159,24 @@ def progress(
     if total is None and hasattr(items, "__len__"):
         total = len(items)  # type: ignore[arg-type]
     start = last = time.monotonic()
-    for done, item in enumerate(items, start=1):
-        yield item
-        now = time.monotonic()
-        if now - last >= 10.0:
-            last = now
-            rate = done / (now - start)
-            eta = f", ETA {duration((total - done) / rate)}" if total else ""
-            of = f"/{total}" if total else ""
-            more = f", {note()}" if note is not None else ""
-            logger.info("%s: %d%s %s%s, %.3g %s/s%s", what, done, of, unit, more, rate, unit, eta)
+    done = 0
+
+    def say(now: float) -> None:
+        nonlocal last
+        last, rate = now, done / (now - start)
+        eta = f", ETA {duration((total - done) / rate)}" if total and done else ""
+        of = f"/{total}" if total else ""
+        more = f", {note()}" if note is not None and done else ""
+        pace = f"{rate:.3g} {unit}/s" if done else duration(now - start)
+        logger.info("%s: %d%s %s%s, %s%s", what, done, of, unit, more, pace, eta)
+
+    with _every(_PAUSE, lambda: say(time.monotonic())):  # for an item that takes longer
+        for item in items:
+            yield item
+            done += 1
+            now = time.monotonic()
+            if now - last >= _PAUSE:
+                say(now)
 
 
 def duration(seconds: float) -> str:

@@ -10,9 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pgolf_fast import console
 from pgolf_fast.errors import PgolfError
 
 _CPU = torch.device("cpu")
+_LEFT_OVER = "`unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR` if that is left over, else start with torchrun"
+# The number of processes that srun, Open MPI, MPICH and MVAPICH started, or the pods of a Kubernetes job
+_LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "PET_NNODES")
 
 
 @dataclass(frozen=True)
@@ -58,12 +62,27 @@ SINGLE = World()
 
 @contextmanager
 def join_world() -> Iterator[World]:
-    """Join the process group if torchrun started this process, and leave it at the end."""
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    world = World(rank, world_size, _local_device())
+    """Join the process group if a launcher started this process, and leave it at the end.
+
+    Raises PgolfError if the variables of a launcher are not those of one that started this process.
+    """
+    rank, world_size = _integer("RANK", 0), _integer("WORLD_SIZE", 1)
+    if not 0 <= rank < world_size:
+        raise PgolfError(f"RANK is {rank} and WORLD_SIZE is {world_size}; {_LEFT_OVER}")
     if world_size == 1:
-        yield world
+        yield World(device=_local_device())
         return
+    where = {name: os.environ.get(name) for name in ("RANK", "MASTER_ADDR", "MASTER_PORT")}
+    if missing := [name for name, value in where.items() if not value]:
+        raise PgolfError(f"WORLD_SIZE is {world_size} without {' and '.join(missing)}; {_LEFT_OVER}")
+    if not any(os.environ.get(name) == str(world_size) for name in _LAUNCHERS):
+        if "TORCHELASTIC_RUN_ID" not in os.environ:  # this process would wait for others that never come
+            raise PgolfError(
+                f"WORLD_SIZE is {world_size}, but no launcher started this process; {_LEFT_OVER}"
+            )
+    elif rank == 0:
+        console.logger.warning("waiting for %d ranks at %s:%s", world_size, *list(where.values())[1:])
+    world = World(rank, world_size, _local_device())
     cuda = world.device.type == "cuda"
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo", device_id=world.device if cuda else None
@@ -72,6 +91,14 @@ def join_world() -> Iterator[World]:
         yield world
     finally:
         dist.destroy_process_group()
+
+
+def _integer(name: str, default: int) -> int:
+    """Return a launcher's variable. Raises PgolfError if it is no number."""
+    try:
+        return int(os.environ.get(name, default))
+    except ValueError:
+        raise PgolfError(f"{name} is {os.environ[name]!r}, which is no number; {_LEFT_OVER}") from None
 
 
 def this_process() -> World:
@@ -83,8 +110,8 @@ def _local_device() -> torch.device:
     if not torch.cuda.is_available():
         keep_freed_memory()
         return torch.device("cpu")
-    local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if local_rank >= gpus:
+    local_rank, gpus = _integer("LOCAL_RANK", 0), torch.cuda.device_count()
+    if not 0 <= local_rank < gpus:
         raise PgolfError(
             f"rank {os.environ.get('RANK', '0')} needs GPU {local_rank} but this machine has {gpus}: "
             "start torchrun with --nproc_per_node at most that"

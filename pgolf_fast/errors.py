@@ -1,5 +1,66 @@
-"""The exception for errors that a user can fix."""
+"""The exception for errors that a user can fix, and the line that any exception ends with."""
+
+import re
+from pathlib import Path
+from traceback import extract_tb
+
+BAD_INPUT, BUG = 2, 70  # exit statuses; 70 is EX_SOFTWARE of sysexits.h
+# What a person can cause, by the names of the exception's classes and its text, and the line for it
+_CAUSES = {
+    r"MemoryError|(?i:out of memory|not enough memory|(can't|cannot|unable to|failed to) allocate|bad_alloc)"
+    r"|ALLOC_FAILED|array is too big|size calculation overflowed|multiplication overflow|start new thread": (
+        "out of memory: {memory} ({first})"
+    ),
+    r"UnicodeDecodeError": "an input is not UTF-8 text ({first})",
+    r"UnicodeEncodeError": "a name or text that is not Unicode cannot be written ({first})",
+    r"ModuleNotFoundError.*named '(?!pgolf_fast)": "a package is not installed ({first})",
+    r"RecursionError": "an input is nested too deeply",
+    r"OverflowError|without overflow|Overflow when unpacking": "a number is too large ({first})",
+    r"DistError|gloo|NCCL|Connection (closed|reset)": "another rank has ended or cannot be reached ({first})",
+}
+_LONGEST = 4000  # characters of a line
 
 
 class PgolfError(Exception):
     """Bad input: what was given, what is needed, what to do. The command line prints it and exits with 2."""
+
+
+def explain(error: BaseException, memory: str = "") -> tuple[int, str]:
+    """Return the exit status of an exception, and the line that says what happened and what to do.
+
+    memory: what to lower if memory ran out.
+    """
+    text = str(error).strip() or type(error).__name__
+    if isinstance(error, PgolfError):
+        return BAD_INPUT, text
+    first = re.sub(r"^\[enforce fail.*?\] \w+ == 0\. ", "", text.splitlines()[0])[:300]
+    # classes by name, because torch may not be imported
+    named = " ".join(kind.__name__ for kind in type(error).__mro__) + f": {text}"
+    for pattern, line in _CAUSES.items():
+        if re.search(pattern, named):
+            return BAD_INPUT, line.format(memory=memory or "use a machine with more", first=first)
+    if isinstance(error, OSError):
+        what = (
+            f"{error.filename or 'writing'}: {error.strerror}" if error.strerror else f"system error: {text}"
+        )
+        return BAD_INPUT, what
+    return BUG, (
+        f"this is a bug in pgolf_fast: {type(error).__name__}: {first} ({_place(error)}); run it again with "
+        "PGOLF_TRACEBACK=1 and report what it prints"
+    )
+
+
+def one_line(text: str, keep: str = "") -> str:
+    """Return `text` in characters that print, with those in `keep`; others are written as their escapes."""
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+    shown = (c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+    return "".join(shown)
+
+
+def _place(error: BaseException) -> str:
+    """Return the file and line where the exception was raised: the innermost of this package."""
+    frames = extract_tb(error.__traceback__)
+    root = str(Path(__file__).parent)
+    own = [frame for frame in frames if frame.filename.startswith(root)] or list(frames)
+    return f"{Path(own[-1].filename).name}:{own[-1].lineno}" if own else "no traceback"

@@ -135,6 +135,16 @@ def read_json(path: Path, kind: type = dict) -> Any:
     return value
 
 
+@contextlib.contextmanager
+def well_formed(path: Path) -> Iterator[None]:
+    """Raise PgolfError if the block, which reads `path`, finds parts missing or of other types."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise PgolfError(f"{path} was damaged or changed after it was written ({reason})") from error
+
+
 def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
     """Write `value` as JSON, atomically. Raises PgolfError naming the entry that is NaN or infinite."""
     if wrong := _not_finite(value):

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import re
+import time
 from datetime import datetime
 from types import SimpleNamespace
 
@@ -239,3 +240,24 @@ def test_progress_without_a_length(monkeypatch, capsys):
     setup_logging()
     assert list(progress(iter("ab"), "reading")) == ["a", "b"]
     assert capsys.readouterr().err.splitlines()[0] == "reading: 1 it, 0.05 it/s"
+
+
+def test_an_item_that_takes_long_is_not_silent(monkeypatch, capsys):
+    """Lines at the end of items only would say nothing during the first one."""
+    monkeypatch.setattr(console, "_PAUSE", 0.05)
+    setup_logging()
+    for _ in progress(range(1), "auditing", unit="check"):
+        time.sleep(0.3)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) >= 2
+    assert lines[0].startswith("auditing: 0/1 check, 0.")
+
+
+def test_no_line_after_the_last_item_and_none_from_a_note_that_fails(monkeypatch, capsys):
+    monkeypatch.setattr(console, "_PAUSE", 0.02)
+    setup_logging()
+    for _ in progress(range(2), "scoring", note=lambda: [][0]):
+        time.sleep(0.01)
+    capsys.readouterr()
+    time.sleep(0.06)
+    assert capsys.readouterr().err == ""

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "errors": set(),
     "io": {"errors"},
     "console": {"errors", "io"},
-    "distributed": {"errors"},
+    "distributed": {"errors", "console"},
     "config": {"errors", "io", "console"},
     "data": {"config", "errors", "io", "console"},
     "kernels": set(),

@@ -235,7 +235,9 @@ def compile_presets(
     misfits: list[str] = []
     for arch in architectures:
         with compile_only(arch) as compiled, tiles.kernels_on_cpu(row_of(arch)):
-            for config, (case, tokens) in ((c, one) for c in configs for one in _cases(c, only)):
+            todo = [(config, one) for config in configs for one in _cases(config, only)]
+            console.logger.info("compiling %d cases for sm_%d", len(todo), arch)
+            for config, (case, tokens) in console.progress(todo, f"sm_{arch}", unit="case"):
                 settings = [("", nullcontext), *([SETTINGS[case]] if case in SETTINGS else [])]
                 for what, around in settings:
                     before, label = len(compiled), f"{case} {what}".strip()

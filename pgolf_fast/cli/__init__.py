@@ -1,33 +1,87 @@
 """The command line: `pgolf COMMAND ...`. Nothing heavy is imported before a command needs it."""
 
+import contextlib
 import difflib
+import os
+import signal
 import sys
 from collections.abc import Iterable, Sequence
 
 from pgolf_fast.cli.commands import COMMANDS, GROUPS, Command
-from pgolf_fast.errors import PgolfError
+from pgolf_fast.errors import PgolfError, explain, one_line
 
 _DATA = [name for name in COMMANDS if name.startswith("data ")]
+_TELL = {  # of a command: what to do without memory, and what is kept if it is interrupted
+    "train": ("lower --train.micro-batch-tokens", "`pgolf train` resumes with --resume"),
+    "ablate": ("lower --train.micro-batch-tokens", "the same command resumes"),
+    "quantize": ("lower --quant.calibration-sequences", ""),
+    "eval": ("lower --eval.batch-seqs", "the same command continues from the state that was saved last"),
+    "audit": ("lower --eval.batch-seqs", ""),
+    "ttt-sweep": ("", "the same command keeps the adapters that are finished"),
+    "analyze": ("lower --tokens, or choose fewer analyses with --only", ""),
+    "bench": ("lower --tokens", "the records written so far are kept"),
+    "tune": ("lower --tokens", "the tiles found so far are kept"),
+    "data download": ("", "the same command keeps the files that are complete"),
+    "data tokenize": ("lower --workers", ""),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Return the exit status: 0, 2 for bad input, 130 when interrupted."""
+    """Run one command and return the exit status.
+
+    0, 1 if what is checked does not hold, 2 for bad input, 70 for a bug, 128 + N if signal N ended it.
+    """
+    _prepare_process()
+    words = list(sys.argv[1:] if argv is None else argv)
+    memory, kept = _TELL.get(" ".join(words[: 2 if words[:1] == ["data"] else 1]), ("", ""))
     try:
-        return _dispatch(list(sys.argv[1:] if argv is None else argv)) or 0
-    except PgolfError as error:
-        print(f"pgolf: {error}", file=sys.stderr)
-        return 2
+        status = _dispatch(words) or 0
+        sys.stdout.flush()
+        return status
     except BrokenPipeError:  # the reader, for example `head`, has closed the pipe
         sys.stdout = None  # type: ignore[assignment]
         return 0
-    except OSError as error:  # a full disk, a read-only folder, a file where a folder should be
-        if error.filename is None and error.strerror is None:
-            raise
-        print(f"pgolf: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("pgolf: interrupted; `pgolf train` resumes with --resume", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        number = next((a for a in error.args if isinstance(a, int)), signal.SIGINT)
+        what = next((a for a in error.args if isinstance(a, str)), "interrupted")
+        _complain(f"{what}{'; ' if kept else ''}{kept}")
+        return getattr(error, "status", 128 + number)
+    except Exception as error:  # noqa: BLE001 - whatever it is, it ends in one line
+        if os.environ.get("PGOLF_TRACEBACK", "0") not in ("", "0"):
+            import traceback
+
+            traceback.print_exc()
+        status, line = explain(error, memory)
+        _complain(line, keep="" if any("\n" in word for word in words) else "\n")
+        if isinstance(error, OSError) and error.filename is None:
+            sys.stdout = None  # type: ignore[assignment]  # what it still holds cannot be written either
+        return status
+
+
+def _complain(text: str, keep: str = "") -> None:
+    with contextlib.suppress(OSError):  # nobody may be reading
+        print(f"pgolf: {one_line(text, keep)}", file=sys.stderr)
+
+
+def _prepare_process() -> None:
+    """Escape what the output's encoding lacks, replace closed standard files, end at signals as at Ctrl-C."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass  # a file opened later must not become standard output
+    os.close(descriptor)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - until the end
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        with contextlib.suppress(ValueError):  # only the main thread may
+            if signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, _end)
+
+
+def _end(number: int, _frame: object) -> None:
+    raise KeyboardInterrupt(number)
 
 
 def _dispatch(words: list[str]) -> int | None:
@@ -46,12 +100,18 @@ def _dispatch(words: list[str]) -> int | None:
         case ["data", "-h" | "--help" | "help", *_]:
             print(_overview(["data"]))
         case _:
-            from pgolf_fast.cli.options import parse
+            import logging
 
+            from pgolf_fast.cli.options import check, parse
+
+            logging.raiseExceptions = False  # a full disk or a closed pipe would print a traceback a line
             length = 2 if words[0] == "data" else 1
             command = _find(" ".join(words[:length]))
             options = parse(command.name, command.load(), words[length:])
-            return None if options is None else options.main()
+            if options is None:
+                return 0
+            check(command.name, options)
+            return options.main()
     return 0
 
 

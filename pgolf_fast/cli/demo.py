@@ -1,6 +1,5 @@
 """`pgolf demo`: the whole pipeline on text this machine already has, ending in one table."""
 
-import json
 import shutil
 import time
 from dataclasses import replace
@@ -14,6 +13,7 @@ from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.data.corpus import build_corpus
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.run import score_run
+from pgolf_fast.io import read_json
 from pgolf_fast.lab.report.plots import draw_loss_curve
 from pgolf_fast.train.loop import train
 
@@ -32,7 +32,7 @@ def run_demo(out: Path, *, seconds: float, seed: int) -> str:
     console.logger.info(
         "building the corpus from documentation on this machine (cached after the first time)"
     )
-    corpus = json.loads((build_corpus(vocab_size=1024) / "info.json").read_text(encoding="utf-8"))
+    corpus = read_json(build_corpus(vocab_size=1024) / "info.json")
     trained = train(demo_config(seconds, seed), out)
     folder = trained.folder
     console.setup_logging(folder.log_file)

@@ -9,6 +9,7 @@ import tyro
 
 from pgolf_fast import console
 from pgolf_fast.cli.options import Words, wrote
+from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import need_writable
 
 
@@ -46,19 +47,22 @@ class Bench:
 
     def main(self) -> int:
         from pgolf_fast.bench import plots, store
+        from pgolf_fast.io import well_formed
 
         console.setup_logging()
         if self.compare is not None:
-            text, slower = store.compare_files(*self.compare, self.threshold)
+            with well_formed(self.compare[1]):
+                text, slower = store.compare_files(*self.compare, self.threshold)
             print(text)
             return 1 if slower else 0
         records = self._measure() if self.records is None else store.read_records(self.records)
-        print(store.describe(records))
-        if self.plots is not None:
-            for name, plot in (("roofline.png", plots.plot_roofline), ("ratios.png", plots.plot_ratios)):
-                plot(records, self.plots / name)
-                wrote(self.plots / name)
-        return 1 if any("error" in record and record["peer"] == "ours" for record in records) else 0
+        with well_formed(self.records) if self.records else contextlib.nullcontext():
+            print(store.describe(records))
+            if self.plots is not None:
+                for name, plot in (("roofline.png", plots.plot_roofline), ("ratios.png", plots.plot_ratios)):
+                    plot(records, self.plots / name)
+                    wrote(self.plots / name)
+            return 1 if any("error" in record and record["peer"] == "ours" for record in records) else 0
 
     def _measure(self) -> list[dict[str, Any]]:
         from pgolf_fast.bench import run, store
@@ -87,6 +91,8 @@ class Tune:
         from pgolf_fast.ops import tuned
 
         console.setup_logging()
+        if self.candidates < 1 or (self.tokens is not None and self.tokens < 1):
+            raise PgolfError(f"--candidates {self.candidates}, --tokens {self.tokens}: give at least 1")
         names = ("ops", "kernels", "tokens", "candidates", "minutes")
         chosen = tune.tune_plan(self.preset, **{name: getattr(self, name) for name in names})
         path = self.out or tuned.cache_file()
@@ -115,6 +121,7 @@ class Aot:
 
         if self.out is not None:
             need_writable(self.out.parent, "--out FILE")
+        console.setup_logging()
         rows, misfits = aot.compile_presets(self.presets, self.arch)
         print(aot.table(rows))
         wrong = [*misfits, *aot.problems(rows)]

@@ -10,6 +10,7 @@ import io
 import itertools
 import os
 import re
+import shutil
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -99,6 +100,58 @@ def wrote(*paths: Path | None) -> None:
         print(f"wrote {path}")
 
 
+# Options that have an effect only with one of others, without any of them, or with one of these values
+_WORKS = """
+pack: measure with table json
+eval: figures allow_illegal out without estimate
+generate: seed with temperature
+audit: limit_bytes with only=C10
+audit: train_limit eval_limit with only=C12
+ablate: steps with budget=steps budget=both budget=measured
+ablate: seconds with budget=time budget=both
+seeds: margin with against
+analyze: points with only=connectivity
+analyze: hash_rows with only=hash
+analyze: calibration_tokens with only=quant
+analyze: curvature_tokens probes lanczos_steps seed with only=surface
+doctor: check without table
+bench: threshold with compare
+bench: records plots without compare
+bench: preset ops tokens modes peers dtype out quick minutes without compare records
+"""
+
+
+def check(command: str, options: Any) -> None:
+    """Raise PgolfError for options that have no effect, and for fields that do not fit the preset.
+
+    Commands import what they need after this, so that a mistake is answered at once.
+    """
+    for line in filter(None, _WORKS.splitlines()):
+        name, *words = re.split(":? ", line)
+        at = next(i for i, word in enumerate(words) if word in ("with", "without"))
+        for option in words[:at] if name == command else ():
+            default = getattr(type(options), option, None)
+            works = any(_holds(options, word) for word in words[at + 1 :]) == (words[at] == "with")
+            if getattr(options, option, default) != default and not works:
+                other = "without" if words[at] == "with" else "with"
+                needs = " or ".join(f"--{word.replace('=', ' ')}" for word in words[at + 1 :])
+                option = option.replace("_", "-")
+                raise PgolfError(f"--{option} has no effect {other} {needs}: leave it out")
+    paths = (p for value in vars(options).values() for p in (value if isinstance(value, tuple) else (value,)))
+    for path in paths:
+        if isinstance(path, Path) and path.is_fifo() and path.parts[1:2] != ("dev",):  # not <(command)
+            raise PgolfError(f"{path} is a named pipe, whose writer may never come: give a file")
+    if is_preset(str(getattr(options, "preset", ""))) and hasattr(options, "fields"):
+        preset_with(options.preset, options.shrink, options.fields)
+
+
+def _holds(options: Any, word: str) -> bool:
+    """Return whether an option is given, or has the value after `=`; an empty list of names means all."""
+    name, _, value = word.partition("=")
+    given = getattr(options, name)
+    return bool(given) if not value else given == value or given == () or value in given
+
+
 # Parsing, with one line for every mistake
 
 
@@ -111,10 +164,11 @@ def parse(command: str, kind: Any, argv: Sequence[str]) -> Any:
     if len(words) < len(argv):
         print(_help(command, kind, words, everything="--help-all" in argv))
         return None
+    _check_empty(words)
     resolved = resolve(kind, preset("exp101"))
     box = io.StringIO()
     try:
-        with contextlib.redirect_stderr(box), _unwrapped():
+        with contextlib.redirect_stderr(box), _wrapped(10_000):
             options, unknown = tyro.cli(resolved, prog=command, args=words, return_unknown_args=True)
     except SystemExit:
         _check_names(command, resolved, words)
@@ -126,11 +180,23 @@ def parse(command: str, kind: Any, argv: Sequence[str]) -> Any:
     return kind(**{**vars(options), **typed})
 
 
+def _check_empty(words: Sequence[str]) -> None:
+    """Raise PgolfError for an empty word, which as a path would mean the working directory."""
+    option = "an argument"
+    for word in words:
+        name, sign, value = word.partition("=")
+        option = name if word.startswith("--") else option
+        # empty text may be meant, and an empty list of a field
+        may_be = option in ("--prompt", "--blurb") or ("." in option and not option.startswith("--data."))
+        if not may_be and not (value if sign and word.startswith("--") else word):
+            raise PgolfError(f"{option} is empty: give a value, or leave it out")
+
+
 @contextlib.contextmanager
-def _unwrapped() -> Iterator[None]:
-    """Keep tyro from wrapping messages at the terminal's width."""
+def _wrapped(columns: int) -> Iterator[None]:
+    """Make tyro wrap text at a width."""
     before = {name: value for name, value in os.environ.items() if name == "COLUMNS"}
-    os.environ["COLUMNS"] = "10000"
+    os.environ["COLUMNS"] = str(columns)
     try:
         yield
     finally:
@@ -294,7 +360,8 @@ def _docs(kind: type) -> dict[str, str]:
 
 def _tyro_help(command: str, resolved: Any) -> str:
     box = io.StringIO()
-    with contextlib.redirect_stdout(box), contextlib.suppress(SystemExit):
+    width = max(60, shutil.get_terminal_size().columns)  # less takes tyro minutes
+    with contextlib.redirect_stdout(box), contextlib.suppress(SystemExit), _wrapped(width):
         tyro.cli(resolved, prog=f"pgolf {command}", args=["--help"], description="")
     return box.getvalue().strip()
 

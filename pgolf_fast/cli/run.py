@@ -299,6 +299,9 @@ class Eval(Shards):
             f"\nabout {console.duration(total)} in total on this machine, measured with {source}; "
             f"the estimate took {console.duration(taken)}"
         )
+        if not estimates[-1].updates:
+            last = f"{estimates[-1].tokens:,} targets and chunks of {config.ttt.chunk_tokens:,}"
+            print(f"Test-time training learns nothing here: with {last}, no chunk follows the first one.")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Commands that study and compare runs: audit, report, ablate, seeds, ttt-sweep, analyze."""
 
-import json
 import os
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from pgolf_fast.cli.options import (
     wrote,
 )
 from pgolf_fast.cli.run import TTT_FIELDS, OutCopy, results_in
-from pgolf_fast.config.fields import flip
+from pgolf_fast.config.fields import field_name, flip
 from pgolf_fast.config.presets import preset
 from pgolf_fast.config.run_folder import Weights, read_scores
 from pgolf_fast.config.schema import PackConfig
@@ -49,8 +48,9 @@ class Audit(Shards):
     json: Path | None = None  # File for the findings; default: audit.json in the run, if all checks run.
 
     def main(self) -> int:
+        existing(self.run, "run or artifact")
         from pgolf_fast.artifact.container import sizes
-        from pgolf_fast.io import write_text
+        from pgolf_fast.io import write_json
         from pgolf_fast.lab.audit.check import broken, findings_table, run_checks
         from pgolf_fast.lab.audit.rules import checks
 
@@ -73,7 +73,7 @@ class Audit(Shards):
                 "tokens": len(target.tokens) - 1,
                 "findings": findings,
             }
-            write_text(out, json.dumps(content, indent=2) + "\n")
+            write_json(out, content)
             wrote(out)
         if wrong := broken(results):
             print(f"{len(wrong)} of {len(results)} do not hold: {', '.join(wrong)}")
@@ -88,6 +88,8 @@ class Audit(Shards):
         if self.tokens is not None and self.tokens < least:
             raise PgolfError(f"--tokens is {self.tokens}; it must be at least one window of {least}")
         options = {name: getattr(self, name) for name in ("tokens", "data", "tokenizer")}
+        console.setup_logging()
+        console.logger.info("auditing %s: opening it and its data", self.run)
         target = open_target(self.run, evaluation=config.eval, ttt=config.ttt, **options)
         limits = {name: getattr(self, name) for name in ("limit_bytes", "train_limit", "eval_limit")}
         return replace(target, **limits)
@@ -108,6 +110,8 @@ class Report:
         need_writable(page.parent, "--out FILE")
         if self.out is not None and self.audit:
             folder.audit_file = page.with_suffix(".audit.json")
+        console.setup_logging()
+        console.logger.info("reading %s and drawing its plots", folder.path)
         status = 0
         if self.audit:
             try:
@@ -146,6 +150,9 @@ class Ablate:
         if not all(self.flip):
             raise PgolfError("--flip has no FIELD=VALUE: write it like --flip train.meta=none")
         self._check_interval()
+        for word in (*self.fields, *(word for words in self.flip for word in words)):
+            if field_name(word) == "train.seed":
+                raise PgolfError(f"{word} has no effect: give seeds with --seeds")
         from pgolf_fast.data.source import open_source
         from pgolf_fast.io import locked
         from pgolf_fast.lab.compare.jobs import fingerprint, prepare
@@ -177,7 +184,7 @@ class Ablate:
 
     def _check_interval(self) -> None:
         count = len(self.seeds)
-        if "WORLD_SIZE" in os.environ:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
             raise PgolfError("pgolf ablate starts its own processes: run it without torchrun")
         if self.interval == "seeds" and count < 2:
             raise PgolfError(f"an interval over seeds needs at least 2 --seeds, and has {count}")
@@ -207,17 +214,18 @@ class Ablate:
 
 
 def _print_ablation(jobs: list, out: Path, interval: Any) -> None:
-    from pgolf_fast.io import write_text
+    from pgolf_fast.io import well_formed, write_json
     from pgolf_fast.lab.compare import table
 
-    runs = table.read_runs(jobs)
-    rows, gains = table.make_rows(runs, interval), table.pass_gains(runs, interval)
+    with well_formed(out):
+        runs = table.read_runs(jobs)
+        rows, gains = table.make_rows(runs, interval), table.pass_gains(runs, interval)
     if not rows:
         return
     print(table.describe(rows, gains))
     if len(made_by := table.commits(runs)) > 1:
         print(f"\nnote: the runs were made by several versions of this package: {', '.join(made_by)}")
-    write_text(out / "ablation.json", json.dumps(table.to_dict(rows, gains, runs), indent=2) + "\n")
+    write_json(out / "ablation.json", table.to_dict(rows, gains, runs))
     print()
     wrote(out / "ablation.json", table.draw_ablation(rows, runs, out / "ablation.png"))
 
@@ -258,19 +266,19 @@ class TttSweep(Shards):
     out: OutCopy = None
 
     def main(self) -> None:
-        from pgolf_fast.distributed import join_world
-        from pgolf_fast.lab.compare.sweep import sweep_run, sweep_table
-
-        words = (*self.words, *given({"data.val_tokens": self.tokens, "eval.stride": self.stride}))
-        own = run_folder(self.run, words)[1]
-        known = adapters(own.eval_seq_len)
-        usual = [*known, *([] if own.ttt in known.values() else [_OWN])]
-        known[_OWN] = own.ttt
+        words = given({"data.val_tokens": self.tokens, "eval.stride": self.stride})
+        folder, config = run_folder(self.run, (*self.words, *words))
+        known = adapters(config.eval_seq_len)
+        usual = [*known, *([] if config.ttt in known.values() else [_OWN])]
+        known[_OWN] = config.ttt
         for name in self.adapters:
             if name not in known:
                 raise PgolfError(unknown_adapter(name, known))
         if self.after < 0:
             raise PgolfError(f"--after is {self.after}; it must not be negative")
+        from pgolf_fast.distributed import join_world
+        from pgolf_fast.lab.compare.sweep import sweep_run, sweep_table
+
         chosen = {name: known[name] for name in self.adapters or usual}
         with join_world() as world, results_in(self.run, self.out, words, None, world) as (folder, config):
             illegal = self.allow_illegal
@@ -305,13 +313,15 @@ class Analyze(Shards):
     seed: int = AnalysisOptions.seed  # Seed of all random vectors.
 
     def main(self) -> None:
+        if not self.models:
+            raise PgolfError("give at least one model: a run folder, a checkpoint, an artifact or a .pt file")
+        for model in self.models:
+            existing(model, "model")
         import torch
 
         from pgolf_fast.lab.analysis.models import open_models
         from pgolf_fast.lab.analysis.registry import check_names, run_analyses, write_results
 
-        if not self.models:
-            raise PgolfError("give at least one model: a run folder, a checkpoint, an artifact or a .pt file")
         check_names(self.only)
         need_writable(self.out)
         console.setup_logging()

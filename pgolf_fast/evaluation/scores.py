@@ -210,6 +210,8 @@ def three_scores(
     passes: dict[str, Pass] = {}
     seconds: dict[str, float] = {}
     for name, run in runs.items():
+        count = len(plain if name == PLAIN else sliding)
+        console.logger.info("%s: scoring %d windows on %s", name, count, world.device)
         start = time.perf_counter()
         saved = None if resume is None else resume.of(name.replace(" + ", "_"))
         passes[name] = run(saved=saved)

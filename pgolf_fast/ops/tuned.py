@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 from pgolf_fast import console
-from pgolf_fast.io import write_text
+from pgolf_fast.errors import PgolfError
+from pgolf_fast.io import read_json, write_text
 from pgolf_fast.ops import tiles
 from pgolf_fast.ops.tiles import Tile
 
@@ -103,9 +104,8 @@ def read_rows(path: Path) -> list[Tuned]:
     if not path.is_file():
         return []
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return [_parse(entry) for entry in content["tiles"]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return [_parse(entry) for entry in read_json(path)["tiles"]]
+    except (OSError, PgolfError, ValueError, KeyError, TypeError, AttributeError) as error:
         console.logger.warning("%s was not written by `pgolf tune` (%s): its tiles are ignored", path, error)
         return []
 

@@ -1,6 +1,7 @@
 """Help, completion, and every spelling of a command line that has ever been documented."""
 
 import dataclasses
+import os
 import re
 import shutil
 import subprocess
@@ -312,6 +313,21 @@ def test_fields_are_set_together_on_the_preset(capsys):
         ("seeds one", "pgolf seeds needs at least 2 runs"),
         ("completion fish", "shell is 'fish'; it must be one of bash, zsh"),
         ("data info /nowhere", "data folder /nowhere does not exist"),
+        ("pack RUN --measure raw", "--measure has no effect without --table or --json"),
+        ("eval RUN --estimate --figures", "--figures has no effect with --estimate"),
+        ("eval exp101 --allow-illegal --estimate", "--allow-illegal has no effect with --estimate"),
+        ("generate RUN --temperature 0 --seed 1", "--seed has no effect without --temperature"),
+        ("audit RUN --only C1 C2 --limit-bytes 5", "--limit-bytes has no effect without --only C10"),
+        ("ablate tiny --budget time --steps 3", "--steps has no effect without --budget steps or"),
+        ("ablate tiny --seconds 3", "--seconds has no effect without --budget time or --budget both"),
+        ("ablate tiny --train.seed 3", "train.seed=3 has no effect: give seeds with --seeds"),
+        ("ablate tiny --flip train.seed=3", "train.seed=3 has no effect"),
+        ("seeds a b --margin 0.1", "--margin has no effect without --against"),
+        ("analyze A --only spectra hash --probes 3", "--probes has no effect without --only surface"),
+        ("doctor --check --table", "--check has no effect with --table"),
+        ("bench --threshold 2", "--threshold has no effect without --compare"),
+        ("bench --compare a b --ops mlp", "--ops has no effect with --compare or --records"),
+        ("train tiny --out=", "--out is empty: give a value, or leave it out"),
     ],
 )
 def test_mistakes_are_answered_in_one_line(line, message, capsys):
@@ -321,3 +337,42 @@ def test_mistakes_are_answered_in_one_line(line, message, capsys):
     assert len(captured.err.splitlines()) == 1, captured.err
     assert captured.err.startswith("pgolf: ")
     assert message in captured.err
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        (("train", "tiny", "--out", ""), "--out"),  # Path("") is the working directory
+        (("eval", ""), "an argument"),
+        (("data", "tokenize", "a", "", "--vocab-size", "300"), "an argument"),
+        (("train", "tiny", "--data.path", ""), "--data.path"),
+        (("ablate", "tiny", "--flip", "model.trigram=false", "", "--out", "x"), "--flip"),
+    ],
+)
+def test_empty_words_are_refused(words, option, capsys):
+    assert cli.main(list(words)) == 2
+    assert capsys.readouterr().err == f"pgolf: {option} is empty: give a value, or leave it out\n"
+
+
+def test_empty_text_and_lists_may_be_meant():
+    parse("generate", COMMANDS["generate"].load(), ["RUN", "--prompt", ""])
+    options = parse("train", COMMANDS["train"].load(), ["tiny", "--model.ve-layers", ""])
+    assert preset_with("tiny", None, options.fields).model.ve_layers == ()
+
+
+@pytest.mark.parametrize(
+    "words", ["eval {}", "config --from-env {}", "data tokenize {}", "audit RUN --json {}"]
+)
+def test_named_pipes_are_not_waited_for(words, capsys, tmp_path):
+    """Opening one waits until somebody writes to it."""
+    os.mkfifo(tmp_path / "pipe")
+    assert cli.main(words.format(tmp_path / "pipe").split()) == 2
+    assert "is a named pipe, whose writer may never come" in capsys.readouterr().err
+
+
+def test_narrow_terminals(capsys, monkeypatch):
+    """At a width of one column tyro takes minutes."""
+    monkeypatch.setenv("COLUMNS", "1")
+    assert max(map(len, shown(capsys, "generate", "--help").splitlines())) > 40
+    assert cli.main(["generate", "RUN", "--tokenz", "3"]) == 2
+    assert "did you mean --tokens?" in capsys.readouterr().err

@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from pgolf_fast import console
 from pgolf_fast.console import Table
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import write_bytes, write_text
@@ -75,7 +76,8 @@ def run_analyses(
     for name in only:  # before the first one takes its time
         need_models(name, len(models))
     results = Results(models, options)
-    for name in dict.fromkeys(only or ANALYSES):
+    for name in console.progress(dict.fromkeys(only or ANALYSES), "analyses", unit="analysis"):
+        console.logger.info("analysis %s", name)
         start = time.perf_counter()
         try:
             need_models(name, len(models))

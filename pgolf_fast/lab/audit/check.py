@@ -55,6 +55,8 @@ def run_checks(checks: Iterable[AuditCheck]) -> list[AuditResult]:
             finding = fails(f"stopped by {type(error).__name__}: {error}")
         seconds = time.perf_counter() - start
         results.append(AuditResult(check.id, check.title, finding.passed, finding.evidence, seconds))
+        took = console.duration(seconds)
+        console.logger.info("%s %s (%s): %s", check.id, results[-1].verdict, took, check.title)
     return results
 
 

@@ -3,7 +3,6 @@
 import ast
 import contextlib
 import io
-import json
 import re
 import shutil
 import sys
@@ -26,7 +25,7 @@ from pgolf_fast.config.presets import shrink
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.data.shards import shard_paths, write_shard
-from pgolf_fast.io import load_tensors
+from pgolf_fast.io import load_tensors, read_json
 from pgolf_fast.lab.audit.check import AuditFinding, fails, holds, undecided
 from pgolf_fast.lab.audit.guard import NETWORK, PROGRAMS, GuardedRun, run_guarded
 from pgolf_fast.lab.audit.overlap import find_overlap
@@ -178,7 +177,7 @@ def _different_numbers(before: QuantizedState, after: QuantizedState) -> float:
 def _other_machine(folder: RunFolder) -> str:
     """Return the entries of env.json that differ on this machine, as text."""
     path = folder.path / "env.json"
-    there = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    there = read_json(path) if path.is_file() else {}
     here = environment()
     names = ("processor", "gpu", "cuda", "torch", "cpu_threads")
     return ", ".join(f"{n} {there[n]}" for n in names if n in there and there[n] != here.get(n))
@@ -285,7 +284,7 @@ def validation_is_unseen(data: Path, seconds: float = _COMPARE_SECONDS) -> Audit
 
 def _evaluation_seconds(folder: RunFolder) -> float | None:
     """Return the seconds of the last evaluation in the log, or None if it is not complete."""
-    text = folder.log_file.read_text(encoding="utf-8") if folder.log_file.is_file() else ""
+    text = folder.log_file.read_text(encoding="utf-8", errors="replace") if folder.log_file.is_file() else ""
     last = {}
     names = r"^(?:\S+ [\d:]{8} )?(non-overlapping|sliding|sliding \+ TTT): done in (\S+)$"  # after the time
     for name, words in re.findall(names, text, re.M):

@@ -28,7 +28,7 @@ from pgolf_fast.evaluation.documents import document_starts
 from pgolf_fast.evaluation.run import open_run, score_run
 from pgolf_fast.evaluation.score import Scorer
 from pgolf_fast.evaluation.scores import Evaluator
-from pgolf_fast.io import read_json, write_json
+from pgolf_fast.io import read_json, well_formed, write_json
 from pgolf_fast.lab.compare.plan import Job
 from pgolf_fast.train.loop import train
 
@@ -69,19 +69,21 @@ def prepare(job: Job, data: str, scores: Scores) -> bool:
         raise PgolfError(f"{job.path} holds something other than this run: choose another --out")
     if known is not None:
         _check_same(job, known, asked)
-    if (done := finished(job)) is not None and set(PASSES[scores]) <= set(done["scores"]):
-        return False
+    with well_formed(job.path / RESULT):
+        if (done := finished(job)) is not None and set(PASSES[scores]) <= set(done["scores"]):
+            return False
     write_json(job.path / JOB, {**asked, "scores": scores})
     return True
 
 
 def _check_same(job: Job, known: dict[str, Any], asked: dict[str, Any]) -> None:
     """Raise PgolfError naming every field in which two contents of job.json differ."""
-    before, now = (
-        {name: content[name] for name in ("budget", "variant", "seed", "data")}
-        | dict(flatten(run_config_from_dict(content["config"])))
-        for content in (known, asked)
-    )
+    with well_formed(job.path / JOB):
+        before, now = (
+            {name: content[name] for name in ("budget", "variant", "seed", "data")}
+            | dict(flatten(run_config_from_dict(content["config"])))
+            for content in (known, asked)
+        )
     changed = [
         "other tokens" if name == "data" else f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())
@@ -117,7 +119,8 @@ def finished(job: Job) -> dict[str, Any] | None:
 
 def documents(path: Path) -> dict[str, np.ndarray]:
     """Read `text_bytes` and the nats of each score of a finished run, all per document (documents,)."""
-    return {name: np.array(values) for name, values in read_json(path / DOCUMENTS).items()}
+    with well_formed(path / DOCUMENTS):
+        return {name: np.array(v, dtype=np.float64) for name, v in read_json(path / DOCUMENTS).items()}
 
 
 def run_job(path: Path) -> None:

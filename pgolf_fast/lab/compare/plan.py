@@ -25,7 +25,7 @@ from pgolf_fast.data.loader import make_loader
 from pgolf_fast.data.source import open_source
 from pgolf_fast.distributed import devices, keep_freed_memory, this_process
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.io import write_text
+from pgolf_fast.io import read_json, well_formed, write_text
 from pgolf_fast.model.runtime import choose_kernels, resolve_dtype
 from pgolf_fast.optim.schedule import Schedule
 from pgolf_fast.train.loop import build_model
@@ -215,9 +215,10 @@ def step_costs(
     """
     asked = json.loads(json.dumps({name: run_config_to_dict(config) for name, config in configs.items()}))
     if path.is_file():
-        known = json.loads(path.read_text(encoding="utf-8"))
-        if known["configs"] == asked:
-            return {name: StepCost(**cost) for name, cost in known["costs"].items()}
+        with well_formed(path):
+            known = read_json(path)
+            if known["configs"] == asked:
+                return {name: StepCost(**cost) for name, cost in known["costs"].items()}
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // workers))
     try:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from pgolf_fast import console
-from pgolf_fast.errors import PgolfError
+from pgolf_fast.errors import PgolfError, explain
 from pgolf_fast.io import available_cores
 
 
@@ -74,6 +75,7 @@ def run_tasks(tasks: Sequence[Task], slots: Sequence[Slot]) -> dict[str, str]:
     def work(task: Task) -> tuple[Task, str | None, float]:
         slot, start = free.get(), time.monotonic()
         try:
+            console.logger.info("%s begins", task.name)
             return task, _run(task, slot, running, alone=len(slots) == 1), time.monotonic() - start
         finally:
             free.put(slot)
@@ -149,11 +151,14 @@ def main() -> int:
 
     try:
         run_job(Path(sys.argv[1]))
-    except PgolfError as error:
-        sys.stdout.write(str(error))
-        return 2
     except KeyboardInterrupt:
         return 130
+    except Exception as error:  # noqa: BLE001 - whatever it is, the parent shows one line
+        if os.environ.get("PGOLF_TRACEBACK"):
+            traceback.print_exc()
+        status, reason = explain(error, "lower --train.micro-batch-tokens")
+        sys.stdout.write(reason)
+        return status
     return 0
 
 

@@ -20,7 +20,7 @@ from pgolf_fast.evaluation.resume import identity
 from pgolf_fast.evaluation.run import open_run
 from pgolf_fast.evaluation.score import Stream
 from pgolf_fast.evaluation.scores import Evaluator, labeled
-from pgolf_fast.io import read_json, write_json
+from pgolf_fast.io import read_json, well_formed, write_json
 from pgolf_fast.lab.compare.statistics import bootstrap_gain
 from pgolf_fast.model.bank import Transform
 from pgolf_fast.model.gpt import GPT
@@ -110,10 +110,11 @@ def _pass(
     digest = identity(model, evaluator.stream, settings)
     name = path.stem
     if path.is_file():
-        known = read_json(path)
-        if known.get("identity") == digest:
+        with well_formed(path):
+            known = AdapterPass(**read_json(path))
+        if known.identity == digest:
             console.logger.info("%s: already in %s", name, path)
-            return AdapterPass(**known)
+            return known
     begin = time.perf_counter()
     if ttt is None:
         result = evaluator.frozen(windows, name)

@@ -373,3 +373,23 @@ def test_budget_time_on_a_shared_cpu_and_torchrun_are_refused(capsys, monkeypatc
 def test_table_names_the_versions_that_made_its_runs(tmp_path):
     job = made_up_run(tmp_path, BASELINE, 1, 2.0)
     assert commits([FinishedRun(job, {"commit": commit}) for commit in "bab"]) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", "[]", '{"scores": 3}', "[" * 99_999, "\udcff", '{"a": ' + "9" * 5000 + "}"]
+)
+def test_results_that_were_changed_are_named(content, tmp_path):
+    """Reading keys alone would end in KeyError, TypeError, RecursionError or UnicodeDecodeError."""
+    job = made_up_run(tmp_path, BASELINE, 1, 2.0)
+    (job.path / "job.json").write_text("{}")
+    (job.path / "result.json").write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(PgolfError, match=r"(result|job)\.json"):
+        prepare(job, "data", "sliding")
+
+
+def test_documents_that_were_changed_are_named(tmp_path):
+    job = made_up_run(tmp_path, BASELINE, 1, 2.0)
+    for content in ('{"sliding": [1, "x"]}', '{"sliding": {}}', "3"):
+        (job.path / "documents.json").write_text(content)
+        with pytest.raises(PgolfError, match=r"documents\.json"):
+            documents(job.path)

@@ -132,6 +132,8 @@ def test_seeds_counts_a_model_once(capsys, tmp_path):
     path.write_text(path.read_text().replace("3.1", "NaN"))
     assert main(["seeds", one, two]) == 2
     assert "does not hold three finite scores" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "null", '"3.1"', "[]"])
 def test_seeds_refuses_scores_that_are_no_numbers(capsys, tmp_path, value):
     """Python reads NaN in JSON, and the deviation of NaN is an AttributeError."""

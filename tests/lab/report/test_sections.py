@@ -293,6 +293,34 @@ def test_damaged_files_are_named(run, capsys, undrawn):
     assert "artifact" in [row[0] for row in missing.tables[0]]
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "heading"),
+    [
+        ("audit.json", {"findings": [1]}, "Audit"),  # a TypeError would end the page
+        ("audit.json", {"findings": [{"id": "C1"}]}, "Audit"),
+        ("scores_artifact.json", {"sliding": {"bpb": "two", "loss": None}}, None),
+        ("ttt_sweep.json", {"adapters": {"lora": 3}}, "Adaptation"),
+    ],
+)
+def test_parts_of_other_types_leave_out_their_section_only(name, content, heading, run, capsys, undrawn):
+    (run.path / name).write_text(json.dumps(content))
+    assert cli.main(["report", str(run.path)]) == 0
+    page = check_page((run.path / "report.html").read_text(encoding="utf-8"))
+    assert len(page.headings) == len(SECTIONS)
+    capsys.readouterr()
+    if heading is not None:
+        assert "Left out: " in page.sections[heading].text
+        assert "was damaged or changed after it was written" in page.sections[heading].text
+
+
+@pytest.mark.parametrize("content", ["[" * 99_999, '{"torch": ' + "9" * 5000 + "}", "[1]", "\udcff"])
+def test_json_that_python_refuses_in_other_ways_is_missing(content, run, capsys, undrawn):
+    """RecursionError and ValueError are no JSONDecodeError, and a list has no `get`."""
+    (run.path / "env.json").write_bytes(content.encode(errors="surrogateescape"))
+    rows = report(run, capsys).sections["What is missing"].tables[0]
+    assert "env.json" in next(row[1] for row in rows if row[0] == "environment")
+
+
 def test_without_matplotlib_there_is_a_note(run, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     page = report(run, capsys)
