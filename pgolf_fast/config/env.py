@@ -68,15 +68,13 @@ FIELDS = {
     "GPTQ_BLOCK_SIZE": "quant.block_size",
     "GPTQ_PERCDAMP": "quant.damping",
 }
-# variables that set their field in a way of their own
-_SWITCHES = {"GRAD_ACCUM_TOTAL": int} | dict.fromkeys(
-    ("META_TTT_SAM_ENABLED", "SWA_ENABLED", "EMA_ENABLED", "TTT_ENABLED"), bool
-)
 _OFF: dict[str, dict[str, object]] = {
     "SWA_ENABLED": {"average.swa_every": None},
     "EMA_ENABLED": {"average.ema_decay": 0.0, "average.ema_every": 1},
     "TTT_ENABLED": {"ttt.epochs": 0},
 }
+# variables that set their field in a way of their own
+_SWITCHES = {"GRAD_ACCUM_TOTAL": int, **dict.fromkeys(("META_TTT_SAM_ENABLED", *_OFF), bool)}
 _OFF_AT_ZERO = (
     *("train.max_seconds", "train.val_every", "optim.grad_clip", "average.swa_every"),
     *("ttt.grad_clip", "eval.seq_len", "eval.batch_seqs"),
@@ -87,15 +85,13 @@ _OFF_AT_ZERO = (
 class Translation:
     """A configuration and the variables it was made from.
 
-    used: variable -> field. refused: variable -> why it was left out. adjusted: lines about fields that follow
-    others. unknown: variables that stand for no field.
+    used: variable -> field. refused: variable -> reason. adjusted: lines about fields that follow others.
     """
 
     config: RunConfig
     used: dict[str, str]
     refused: dict[str, str]
     adjusted: list[str]
-    unknown: list[str]
 
 
 def translate(variables: Mapping[str, str], base: RunConfig) -> Translation:
@@ -107,10 +103,13 @@ def translate(variables: Mapping[str, str], base: RunConfig) -> Translation:
     refused: dict[str, str] = {}
     for name in (name for name in FIELDS if name in variables):  # in that order: MUON_WD before ADAM_WD
         field, text = FIELDS[name], variables[name]
+        if field.startswith("train.meta.") and given.get("META_TTT_ENABLED", base.train.meta) is None:
+            refused[name] = "train.meta is off"
+            continue
         try:
             given[name] = _value(name, text)
         except ValueError:
-            refused[name] = f"{text!r} is not a value of {field}"
+            refused[name] = f"this is not a value of {field}"
             continue
         before = next((n for n in given if FIELDS[n] == field and n not in _SWITCHES), name)
         if name not in _SWITCHES and given[before] != given[name]:
@@ -125,7 +124,7 @@ def translate(variables: Mapping[str, str], base: RunConfig) -> Translation:
             refused[name] = str(error)
             del given[name]
     used = {name: FIELDS[name] for name in variables if name in given}
-    return Translation(config, used, refused, adjusted, [name for name in variables if name not in FIELDS])
+    return Translation(config, used, refused, adjusted)
 
 
 def _culprit(base: RunConfig, given: dict[str, object], error: str) -> str:
@@ -156,11 +155,12 @@ def _value(name: str, text: str) -> object:
     value = kind(text) if kind in (int, float) else text
     if value == "" or (isinstance(value, float) and not math.isfinite(value)):
         raise ValueError(text)
-    return None if value == 0 and field in _OFF_AT_ZERO else value
+    off = isinstance(value, (int, float)) and value <= 0 and field in _OFF_AT_ZERO
+    return None if off else value
 
 
 def _with_values(base: RunConfig, given: dict[str, object]) -> tuple[RunConfig, list[str]]:
-    """Return `base` with the fields of these variables, and a line for every other field that follows them."""
+    """Return `base` with the fields of these variables, and a line for every field that follows them."""
     values = {FIELDS[name]: value for name, value in given.items() if name not in _SWITCHES}
     if values.get("train.qat.below", 1) == 0:
         del values["train.qat.below"]
@@ -169,13 +169,19 @@ def _with_values(base: RunConfig, given: dict[str, object]) -> tuple[RunConfig, 
         del values["train.meta"]
     if given.get("META_TTT_SAM_ENABLED"):
         values["train.meta.method"] = "sam"
-    for name, fields in _OFF.items():
-        if given.get(name) is False:
+    defaults, before = dict(flatten(RunConfig())), dict(flatten(base))
+    for switch, fields in _OFF.items():
+        if given.get(switch) is False:
             values |= fields
+        elif switch in given:
+            values = {n: defaults[n] for n, off in fields.items() if before[n] == off} | values
     if "train.batch_tokens" in values or "GRAD_ACCUM_TOTAL" in given:
-        batch, count = values.get("train.batch_tokens", base.train.batch_tokens), given.get("GRAD_ACCUM_TOTAL", 8)
+        batch, count = (
+            values.get("train.batch_tokens", base.train.batch_tokens),
+            given.get("GRAD_ACCUM_TOTAL", 8),
+        )
         values["train.micro_batch_tokens"] = max(1, batch // max(1, count))  # type: ignore[operator]
-    new: dict[str, Any] = {**dict(flatten(base)), **values}
+    new: dict[str, Any] = before | values
     adjusted = []
     for field, value, reason in _following(new, values):
         if value != new.get(field):
