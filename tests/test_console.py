@@ -160,8 +160,8 @@ def test_log_lines_go_to_stderr_and_the_file(tmp_path, capsys):
     assert captured.out == ""
     assert captured.err == "step 1\nslow path\n"
     stamped = re.fullmatch(r"(\S+ \S+) step 1\n(\S+ \S+) slow path\n", log.read_text())
-    for time in stamped.groups():
-        datetime.strptime(time, "%Y-%m-%d %H:%M:%S")
+    for stamp in stamped.groups():
+        datetime.strptime(stamp, "%Y-%m-%d %H:%M:%S")
 
 
 def test_quiet_logging(tmp_path, capsys):

@@ -5,10 +5,11 @@ import io
 import itertools
 import json
 import re
+import shlex
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args
 
@@ -31,7 +32,7 @@ from pgolf_fast.cli.options import (
     run_folder,
     wrote,
 )
-from pgolf_fast.config.fields import flatten, flip
+from pgolf_fast.config.fields import field_type, flatten, flip
 from pgolf_fast.config.presets import PRESETS, is_preset, preset
 from pgolf_fast.config.run_folder import RunFolder, Weights, read_scores
 from pgolf_fast.config.schema import Codec, RunConfig
@@ -354,17 +355,24 @@ class Config:
     preset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET", help_behavior_hint="")] = ""
     diff: str | None = None  # Print only the fields that differ from this preset.
     shrink: Size | None = None  # Print the preset at this size.
-    from_env: Path | None = None  # Translate the environment variables of a run script instead.
-    base: str | None = None  # With --from-env: the preset that the variables change; default: exp101_as_run.
+    from_env: Path | None = None  # Translate the environment variables of a run script; it is not executed.
+    base: str | None = (
+        None  # With --from-env: the preset that they change, also PRESET; default: exp101_as_run.
+    )
+    command: int | None = None  # With --from-env: number of the command to translate, of several in a script.
 
     def main(self) -> None:
         changes = self.fields or self.diff or self.shrink
         if self.from_env is not None:
-            if self.preset or changes:
-                raise PgolfError("--from-env takes no preset and no other option than --base: leave them out")
-            _print_translation(self.from_env, preset(self.base or "exp101_as_run"))
-        elif self.base is not None:
-            raise PgolfError("--base is for --from-env; name the preset itself: pgolf config PRESET")
+            if changes or (self.preset and self.base not in (None, self.preset)):
+                raise PgolfError(
+                    "--from-env takes one preset, --command and no other option: leave the rest out"
+                )
+            base = preset(self.preset or self.base or "exp101_as_run")
+            _print_translation(existing(self.from_env, "run script"), base, self.command)
+        elif self.base is not None or self.command is not None:
+            option = "--base" if self.base is not None else "--command"
+            raise PgolfError(f"{option} is for --from-env; name the preset itself: pgolf config PRESET")
         elif self.preset:
             config = preset_with(self.preset, self.shrink, self.fields)
             if self.diff is not None:
@@ -397,17 +405,55 @@ def _difference(ours: RunConfig, theirs: RunConfig) -> str:
     return console.Table(("field", ours.name, theirs.name), rows).text()
 
 
-def _print_translation(script: Path, base: RunConfig) -> None:
-    from pgolf_fast.config.env import translate
+def _print_translation(path: Path, base: RunConfig, number: int | None) -> None:
+    from pgolf_fast.cli.run_script import read_script
+    from pgolf_fast.config.env import FIELDS, translate
 
-    translation = translate(existing(script, "run script").read_text(encoding="utf-8"), base)
-    rows = sorted(translation.used.items())
-    print(console.Table(("variable", "field"), rows) if rows else "no known variables")
-    print(f"\nchanges to {base.name}:")
-    print(_difference(translation.config, base))
-    if translation.unknown:
-        unknown = ", ".join(f"{name}={value}" for name, value in sorted(translation.unknown.items()))
-        print(f"\nunknown, not translated: {unknown}")
+    script = read_script(path)
+    chosen = script.choose(number)
+    left_out, texts = {}, {}
+    for name, word in chosen.known.items():
+        if chosen.is_secret(name):
+            left_out[name] = "its value looks like a credential"
+        elif word.why:
+            left_out[name] = f"it is not constant: {word.why}"
+        else:
+            texts[name] = word.text
+    translation = translate(texts, base)
+    left_out |= translation.refused
+    rows = [(n, field, texts[n], chosen.known[n].note) for n, field in translation.used.items()]
+    if rows:
+        print(console.Table(("variable", "field", "value", "note"), rows))
+        print(f"\nchanges to {base.name}:")
+        print(_difference(base, replace(translation.config, name=path.name)))
+    if left_out:
+        kept = {**_shown(base), **_shown(translation.config)}
+        names = {n: f"{n}={texts[n]}" if n in texts else n for n in left_out}
+        lost = [(names[n], FIELDS[n], kept.get(FIELDS[n], "none"), why) for n, why in left_out.items()]
+        print("\nleft out; set the field yourself if the run needs it:")
+        print(console.Table(("variable", "field", "stays", "because"), lost))
+    if lines := [*translation.adjusted, *script.lines(chosen)]:
+        print("\n" + "\n".join(lines))
+    if not rows:
+        raise PgolfError(f"no variable of {path} could be translated: `pgolf train --help` lists the fields")
+    print(f"\n{_train_command(base, translation.config)}")
+
+
+def _train_command(base: RunConfig, config: RunConfig) -> str:
+    """Return the shell command that trains `config`, a changed `base`."""
+    words, theirs = ["pgolf", "train", base.name], dict(flatten(base))
+    for name, value in flatten(config):
+        group, _, last = name.replace("_", "-").rpartition(".")
+        if name == "name" or (name in theirs and theirs[name] == value):
+            continue
+        if field_type(RunConfig, name) is bool:
+            words.append(f"--{group}.{'' if value else 'no-'}{last}")
+        elif isinstance(value, tuple):
+            words += [f"--{group}.{last}", *map(str, value)]
+        else:
+            text = "none" if value is None else str(value)
+            words += [f"--{group}.{last}={text}"] if text.startswith("-") else [f"--{group}.{last}", text]
+    return shlex.join(words)
 
 
 @dataclass(frozen=True)

@@ -266,8 +266,8 @@ class TttSweep(Shards):
     out: OutCopy = None
 
     def main(self) -> None:
-        words = given({"data.val_tokens": self.tokens, "eval.stride": self.stride})
-        folder, config = run_folder(self.run, (*self.words, *words))
+        words = (*self.words, *given({"data.val_tokens": self.tokens, "eval.stride": self.stride}))
+        config = run_folder(self.run, words)[1]
         known = adapters(config.eval_seq_len)
         usual = [*known, *([] if config.ttt in known.values() else [_OWN])]
         known[_OWN] = config.ttt

@@ -1,8 +1,9 @@
 """Translation of run scripts: the environment variables of PR 1501 and related programs."""
 
-import re
-import shlex
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from pgolf_fast.config.fields import field_type, flatten, set_fields, without_none
 from pgolf_fast.config.schema import MetaConfig, RunConfig
@@ -17,7 +18,8 @@ _SAME_NAME = {  # variables named like a field, with or without its group in fro
     "optim": "MATRIX_LR SCALAR_LR MUON_MOMENTUM ADAM_EPS",
     "average": "EMA_DECAY EMA_EVERY SWA_EVERY",
     "eval": "EVAL_SEQ_LEN EVAL_STRIDE EVAL_BATCH_SEQS",
-    "ttt": "TTT_LR TTT_EPOCHS TTT_CHUNK_TOKENS TTT_FREEZE_BLOCKS TTT_MOMENTUM TTT_BATCH_SEQS TTT_GRAD_CLIP",
+    "ttt": "TTT_LR TTT_EPOCHS TTT_CHUNK_TOKENS TTT_FREEZE_BLOCKS TTT_MOMENTUM TTT_BATCH_SEQS TTT_GRAD_CLIP "
+    "TTT_WEIGHT_DECAY TTT_BETA2",
 }
 FIELDS = {
     name: f"{group}.{name.lower().removeprefix(f'{group}_')}"
@@ -27,7 +29,8 @@ FIELDS = {
     "ITERATIONS": "train.steps",
     "MAX_WALLCLOCK_SECONDS": "train.max_seconds",
     "WARMDOWN_ITERS": "train.warmdown_steps",
-    "GRAD_ACCUM_TOTAL": "accumulation",
+    "WARMDOWN_FRAC": "train.warmdown_fraction",
+    "GRAD_ACCUM_TOTAL": "train.micro_batch_tokens",
     "VAL_LOSS_EVERY": "train.val_every",
     "ADAPTIVE_WARMDOWN_EMA": "train.adaptive_ema",
     "ADAPTIVE_WARMDOWN_THRESHOLD": "train.adaptive_threshold",
@@ -39,7 +42,7 @@ FIELDS = {
     "META_TTT_FREEZE_BLOCKS": "train.meta.freeze_blocks",
     "META_TTT_SPLIT": "train.meta.method",
     "META_TTT_DELTA_WEIGHT": "train.meta.delta_weight",
-    "META_TTT_SAM_ENABLED": "sam",
+    "META_TTT_SAM_ENABLED": "train.meta.method",
     "META_TTT_SAM_RHO": "train.meta.sam_radius",
     "META_SGD_ENABLED": "train.meta.slot_rates",
     "LATE_QAT_THRESHOLD": "train.qat.below",
@@ -51,102 +54,170 @@ FIELDS = {
     "MUON_MOMENTUM_WARMUP_STEPS": "optim.muon_momentum_warmup_steps",
     "MUON_BACKEND_STEPS": "optim.muon_newton_schulz_steps",
     "MUON_WD": "optim.weight_decay",
+    "MUON_WEIGHT_DECAY": "optim.weight_decay",
     "ADAM_WD": "optim.weight_decay",
     "BETA1": "optim.adam_beta1",
     "BETA2": "optim.adam_beta2",
     "GRAD_CLIP_NORM": "optim.grad_clip",
+    "SWA_ENABLED": "average.swa_every",
+    "EMA_ENABLED": "average.ema_decay",
+    "TTT_ENABLED": "ttt.epochs",
+    "TTT_OPTIMIZER": "ttt.adapter",
+    "TTT_LORA_RANK": "ttt.lora.rank",
+    "TTT_LORA_LR": "ttt.lora.lr",
+    "GPTQ_BLOCK_SIZE": "quant.block_size",
+    "GPTQ_PERCDAMP": "quant.damping",
 }
-_PSEUDO_FIELDS = {"accumulation": int, "sam": bool}  # translated by `_with_values`
-_OFF_AT_ZERO = ("train.max_seconds", "train.val_every", "optim.grad_clip", "average.swa_every")
-
-_ASSIGNMENT = re.compile(r"^([A-Za-z_][A-Za-z0-9_]*)=(.*)$", re.DOTALL)
-_DEFAULT = re.compile(r"^\$\{[A-Za-z_][A-Za-z0-9_]*:?[-=]([^}]*)\}$")
+_OFF: dict[str, dict[str, object]] = {
+    "SWA_ENABLED": {"average.swa_every": None},
+    "EMA_ENABLED": {"average.ema_decay": 0.0, "average.ema_every": 1},
+    "TTT_ENABLED": {"ttt.epochs": 0},
+}
+# variables that set their field in a way of their own
+_SWITCHES = {"GRAD_ACCUM_TOTAL": int, **dict.fromkeys(("META_TTT_SAM_ENABLED", *_OFF), bool)}
+_OFF_AT_ZERO = (
+    *("train.max_seconds", "train.val_every", "optim.grad_clip", "average.swa_every"),
+    *("ttt.grad_clip", "eval.seq_len", "eval.batch_seqs"),
+)
 
 
 @dataclass(frozen=True)
 class Translation:
-    """A configuration, the variables it was made from (name -> field), and unknown variables."""
+    """A configuration and the variables it was made from.
+
+    used: variable -> field. refused: variable -> reason. adjusted: lines about fields that follow others.
+    """
 
     config: RunConfig
     used: dict[str, str]
-    unknown: dict[str, str]
+    refused: dict[str, str]
+    adjusted: list[str]
 
 
-def assignments(script: str) -> dict[str, str]:
-    """Return the NAME=value pairs of a shell script: exports, assignments, and those before a command.
+def translate(variables: Mapping[str, str], base: RunConfig) -> Translation:
+    """Return `base` with the fields that environment variables stand for.
 
-    `${NAME:-default}` counts as its default; the last assignment of a name wins.
+    A variable that does not fit its field, or contradicts the others, is left out and named with the reason.
     """
-    values: dict[str, str] = {}
-    for line in script.replace("\\\n", " ").splitlines():
-        try:
-            words = shlex.split(line, comments=True)
-        except ValueError:  # an unbalanced quote; known variables are set on one line
+    given: dict[str, object] = {}
+    refused: dict[str, str] = {}
+    for name in (name for name in FIELDS if name in variables):  # in that order: MUON_WD before ADAM_WD
+        field, text = FIELDS[name], variables[name]
+        if field.startswith("train.meta.") and given.get("META_TTT_ENABLED", base.train.meta) is None:
+            refused[name] = "train.meta is off"
             continue
-        for word in words[1:] if words[:1] in (["export"], ["env"]) else words:
-            match = _ASSIGNMENT.match(word)
-            if match is None:
-                break
-            default = _DEFAULT.match(match[2])
-            values[match[1]] = default[1] if default else match[2]
-    return values
-
-
-def translate(script: str, base: RunConfig) -> Translation:
-    """Return `base` with the variables that a run script sets.
-
-    Raises PgolfError for a value of the wrong type, or for two variables that contradict each other.
-    """
-    used: dict[str, str] = {}
-    unknown: dict[str, str] = {}
-    values: dict[str, object] = {}
-    for name, text in assignments(script).items():
-        if name not in FIELDS:
-            unknown[name] = text
-            continue
-        field = FIELDS[name]
         try:
-            value = _value(field, text)
+            given[name] = _value(name, text)
         except ValueError:
-            raise PgolfError(f"{name}={text!r} does not fit {field}: give a value of its type") from None
-        if values.get(field, value) != value:
-            raise PgolfError(
-                f"{name}={text} contradicts an earlier variable for {field}, which is one setting here"
-            )
-        values[field] = value
-        used[name] = field
-    return Translation(_with_values(base, values), used, unknown)
+            refused[name] = f"this is not a value of {field}"
+            continue
+        before = next((n for n in given if FIELDS[n] == field and n not in _SWITCHES), name)
+        if name not in _SWITCHES and given[before] != given[name]:
+            del given[name]
+            refused[name] = f"{field} is one setting here, which {before}={variables[before]} sets"
+    while True:
+        try:
+            config, adjusted = _with_values(base, given)
+            break
+        except PgolfError as error:
+            name = _culprit(base, given, str(error))
+            refused[name] = str(error)
+            del given[name]
+    used = {name: FIELDS[name] for name in variables if name in given}
+    return Translation(config, used, refused, adjusted)
 
 
-def _value(field: str, text: str) -> object:
+def _culprit(base: RunConfig, given: dict[str, object], error: str) -> str:
+    """Return the variable whose absence changes the error, those last that the error does not name."""
+    names = sorted(given, key=lambda name: error.rfind(FIELDS[name]), reverse=True)
+    for name in names:
+        try:
+            _with_values(base, {n: value for n, value in given.items() if n != name})
+        except PgolfError as other:
+            if str(other) == error:
+                continue
+        return name
+    return names[0]
+
+
+def _value(name: str, text: str) -> object:
     """Return the text of a variable as a value of its field. Raises ValueError if it is of another type."""
-    if field == "train.meta.method":
+    field = FIELDS[name]
+    if field == "train.meta.method" and name not in _SWITCHES:
         return "cross_chunk" if text == "batch" else "fomaml"
-    kind = _PSEUDO_FIELDS.get(field) or without_none(field_type(RunConfig, field))
+    kind = _SWITCHES.get(name) or without_none(field_type(RunConfig, field))
     if kind in (bool, MetaConfig):
-        on = text.lower() in ("1", "true", "yes", "on")
-        if not on and text.lower() not in ("0", "false", "no", "off", ""):
-            raise ValueError(text)
+        words = {"true": 1, "yes": 1, "on": 1, "false": 0, "no": 0, "off": 0, "": 0}
+        on = bool(words[text.lower()] if text.lower() in words else int(text))
         return on if kind is bool else MetaConfig() if on else None
     if field == "model.ve_layers":
         return tuple(int(part) for part in text.split(",") if part.strip())
-    value = kind(text)
-    return None if value == 0 and field in _OFF_AT_ZERO else value
+    value = kind(text) if kind in (int, float) else text
+    if value == "" or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError(text)
+    off = isinstance(value, (int, float)) and value <= 0 and field in _OFF_AT_ZERO
+    return None if off else value
 
 
-def _with_values(base: RunConfig, values: dict[str, object]) -> RunConfig:
-    """Return `base` with these fields set, and the pseudo-fields `sam` and `accumulation` translated.
-
-    A batch without an accumulation count is split into eight micro-batches, as in the original.
-    """
-    if values.pop("sam", False):
+def _with_values(base: RunConfig, given: dict[str, object]) -> tuple[RunConfig, list[str]]:
+    """Return `base` with the fields of these variables, and a line for every field that follows them."""
+    values = {FIELDS[name]: value for name, value in given.items() if name not in _SWITCHES}
+    if values.get("train.qat.below", 1) == 0:
+        del values["train.qat.below"]
+        values["train.qat"] = None
+    if "train.meta" in values and base.train.meta and values["train.meta"]:
+        del values["train.meta"]
+    if given.get("META_TTT_SAM_ENABLED"):
         values["train.meta.method"] = "sam"
-    accumulation = values.pop("accumulation", 8)
-    if "train.batch_tokens" in values or accumulation != 8:
-        batch = values.get("train.batch_tokens", base.train.batch_tokens)
-        assert isinstance(batch, int)
-        assert isinstance(accumulation, int)
-        values["train.micro_batch_tokens"] = max(1, batch // max(1, accumulation))
-    # scripts also set fields of groups that are off; set_fields would turn these groups on
-    off = {name for name, value in {**dict(flatten(base)), **values}.items() if value is None}
-    return set_fields(base, {n: v for n, v in values.items() if n.rpartition(".")[0] not in off})
+    defaults, before = dict(flatten(RunConfig())), dict(flatten(base))
+    for switch, fields in _OFF.items():
+        if given.get(switch) is False:
+            values |= fields
+        elif switch in given:
+            values = {n: defaults[n] for n, off in fields.items() if before[n] == off} | values
+    if "train.batch_tokens" in values or "GRAD_ACCUM_TOTAL" in given:
+        batch, count = (
+            values.get("train.batch_tokens", base.train.batch_tokens),
+            given.get("GRAD_ACCUM_TOTAL", 8),
+        )
+        values["train.micro_batch_tokens"] = max(1, batch // max(1, count))  # type: ignore[operator]
+    new: dict[str, Any] = before | values
+    adjusted = []
+    for field, value, reason in _following(new, values):
+        if value != new.get(field):
+            adjusted.append(f"{field} is {value} instead of {new[field]}: {reason}")
+            values[field] = new[field] = value
+    return set_fields(base, values), adjusted
+
+
+def _following(new: dict[str, Any], values: dict[str, object]) -> Iterator[tuple[str, object, str]]:
+    """Yield the fields that follow others as (field, value, reason); `values` are those that are given."""
+    layers, seq_len = max(1, new["model.num_layers"]), max(1, new["train.seq_len"])
+    if new["model.ve_enabled"]:
+        there = tuple(i for i in new["model.ve_layers"] if i < layers)
+        yield "model.ve_layers", there, f"the model has blocks 0 to {layers - 1}"
+    yield "model.frozen_skips", min(new["model.frozen_skips"], layers // 2), f"{layers} layers have no more"
+    if "train.meta.freeze_blocks" in new and new.get("train.meta", 1):
+        frozen = min(new["train.meta.freeze_blocks"], layers)
+        yield "train.meta.freeze_blocks", frozen, f"the model has {layers} layers"
+    head = new["model.model_dim"] // max(1, new["model.num_heads"])
+    if new["model.rope_dims"] > head > 0:
+        yield "model.rope_dims", head - head % 2, f"a head has {head} channels"
+    if not new["model.bigram_vocab_size"]:
+        yield "model.trigram", False, "there is no hash table"
+    if new["train.max_seconds"] is None:
+        yield "train.schedule", "steps", "there is no time limit"
+    if "train.warmdown_fraction" in values:
+        yield "train.warmdown_steps", None, "train.warmdown_fraction replaces it"
+    elif "train.warmdown_steps" in values:
+        yield "train.warmdown_fraction", None, "train.warmdown_steps replaces it"
+    if "train.qat.below" in values:
+        yield "train.qat.from_share", None, "train.qat.below replaces it"
+    micro, batch = new["train.micro_batch_tokens"], new["train.batch_tokens"]
+    if batch % seq_len == 0 and (batch % micro or micro % seq_len):
+        fit = seq_len * math.gcd(batch // seq_len, max(1, micro // seq_len))
+        yield "train.micro_batch_tokens", fit, "a part of the batch in whole sequences"
+    yield "train.log_every", new["train.log_every"] or new["train.steps"], "0 is no progress lines"
+    window = new["eval.seq_len"] or seq_len
+    if not 0 < new["eval.stride"] <= window:
+        yield "eval.stride", window, f"windows of {window} tokens that do not overlap"

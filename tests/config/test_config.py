@@ -1,11 +1,10 @@
-"""Presets, strict conversion, dotted fields and the translation of run scripts."""
+"""Presets, strict conversion and dotted fields."""
 
 import json
 from dataclasses import replace
 
 import pytest
 
-from pgolf_fast.config.env import assignments, translate
 from pgolf_fast.config.fields import flatten, run_config_from_dict, run_config_to_dict, set_fields
 from pgolf_fast.config.presets import (
     PRESETS,
@@ -190,65 +189,3 @@ def test_unknown_adapters_are_answered_with_the_nearest():
     names = adapters(256)
     assert all(name in names for name in ("sgd", "lora", "phased", "adamw-quantized"))
     assert "did you mean adamw-quantized?" in unknown_adapter("adamw-quantised", names)
-
-
-SCRIPT = """#!/bin/bash
-# the environment of PR 1501's scored run
-export SEED=42 ITERATIONS=7500 \\
-    MAX_WALLCLOCK_SECONDS="4800"
-export TRIGRAM=0   # innovation 2 is off
-export BIGRAM_VOCAB_SIZE=${BIGRAM_VOCAB_SIZE:-4096} BIGRAM_DIM=64 POS_CONDITIONAL_BIGRAM=1
-VE_LAYERS=7,8,9,10
-META_TTT_ENABLED=0 META_TTT_EVERY=2
-EVAL_STRIDE=64 QUUX=hello
-WARMDOWN_ITERS=2500 MATRIX_LR=0.03 TTT_LR=0.002 torchrun --standalone train_gpt.py
-"""
-
-
-def test_assignments_of_a_script():
-    found = assignments(SCRIPT)
-    assert found["MAX_WALLCLOCK_SECONDS"] == "4800"
-    assert found["BIGRAM_VOCAB_SIZE"] == "4096"
-    assert found["TTT_LR"] == "0.002"
-    assert "torchrun" not in found
-
-
-def test_run_script_becomes_a_configuration():
-    translated = translate(SCRIPT, exp101_as_run())
-    base = exp101_as_run()
-    want = replace(
-        base,
-        train=replace(base.train, meta=None),
-        optim=replace(base.optim, matrix_lr=0.03),
-        ttt=replace(base.ttt, lr=0.002),
-    )
-    assert translated.config == want
-    assert translated.unknown == {"QUUX": "hello"}
-    assert translated.used["VE_LAYERS"] == "model.ve_layers"
-
-
-def test_meta_learning_of_a_run_script():
-    """The variables of PR 1502's script, and of PR 1601's, which keeps the split and the delta loss."""
-    shared = "META_TTT_ENABLED=1 META_TTT_SPLIT=batch META_TTT_DELTA_WEIGHT=0.3 "
-    meta = translate(shared + "META_SGD_ENABLED=1", exp101()).config.train.meta
-    assert meta == MetaConfig(method="cross_chunk", delta_weight=0.3, slot_rates=True)
-    meta = translate(shared + "META_TTT_SAM_ENABLED=1 META_TTT_SAM_RHO=0.1", exp101()).config.train.meta
-    assert meta == MetaConfig(method="sam", delta_weight=0.3, sam_radius=0.1)
-
-
-def test_run_script_may_pass_through_impossible_states():
-    """Fields that only fit together are set together, in any order that the script has them."""
-    script = "NUM_HEADS=6\nMODEL_DIM=384\nNUM_KV_HEADS=3\nTRAIN_SEQ_LEN=1024\nTRAIN_BATCH_TOKENS=524288\n"
-    config = translate(script, exp101()).config
-    assert (config.train.batch_tokens, config.train.micro_batch_tokens) == (524_288, 65_536)
-    assert translate("GRAD_ACCUM_TOTAL=4", exp101()).config.train.micro_batch_tokens == 196_608
-    assert (config.model.num_heads, config.model.model_dim, config.model.num_kv_heads) == (6, 384, 3)
-
-
-def test_bad_values_in_a_run_script_are_named():
-    with pytest.raises(PgolfError, match=r"ITERATIONS='lots' does not fit train.steps"):
-        translate("ITERATIONS=lots", exp101())
-    with pytest.raises(PgolfError, match=r"ADAM_WD=0\.1 contradicts an earlier variable"):
-        translate("MUON_WD=0.04\nADAM_WD=0.1", exp101())
-    with pytest.raises(PgolfError, match=r"not a multiple of model\.num_heads 7"):
-        translate("NUM_HEADS=7", exp101())
