@@ -8,11 +8,12 @@ import multiprocessing
 import os
 import shutil
 import tempfile
+import threading
 import time
 import zlib
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import chain
@@ -100,11 +101,18 @@ def _trained(plan: "Plan", files: Sequence[Path], vocab_size: int, prefix: Path)
             "give a tokenizer, or a smaller val_docs or val_fraction"
         )
     texts = (text for split, text in plan.parts(files, "training tokenizer") if split == "train")
-    start = time.monotonic()
-    with ThreadPoolExecutor(1) as pool:
-        trained = pool.submit(train_tokenizer, texts, vocab_size, prefix)
-        while not wait([trained], _QUIET_SECONDS).done:  # it says nothing after the last text
-            console.logger.info("training tokenizer: %s so far", console.duration(time.monotonic() - start))
+    trained, start = Future[Path](), time.monotonic()
+
+    def train() -> None:
+        try:
+            trained.set_result(train_tokenizer(texts, vocab_size, prefix))
+        except BaseException as error:  # noqa: BLE001 - raised below, in the thread that waits
+            trained.set_exception(error)
+
+    # SentencePiece says nothing, and Ctrl-C would wait for it
+    threading.Thread(target=train, daemon=True).start()
+    while not wait([trained], _QUIET_SECONDS).done:
+        console.logger.info("training tokenizer: %s so far", console.duration(time.monotonic() - start))
     return Tokenizer.load(trained.result())
 
 

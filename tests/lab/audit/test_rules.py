@@ -24,7 +24,7 @@ from pgolf_fast.artifact.submission import Script, code_bytes
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import TTTConfig
 from pgolf_fast.data import source
-from pgolf_fast.data.shards import BOS_ID, open_shard, write_shard
+from pgolf_fast.data.shards import open_shard, write_shard
 from pgolf_fast.data.tokenizer import Tokenizer, byte_table, target_bytes
 from pgolf_fast.evaluation.protocol import Ledger
 from pgolf_fast.io import write_text
@@ -525,24 +525,6 @@ def test_a_script_that_imports_more(target, monkeypatch):
     monkeypatch.setattr(submission, "build_script", lambda digest: Script("import math, requests", "", ""))
     finding = submission.self_contained(target.artifact, target.tokenizer.path, target.tokens)
     assert (finding.passed, finding.evidence) == (False, "the script imports requests")
-
-
-def test_validation_documents_in_the_training_data(run, tmp_path, capsys):
-    """One document, across the border of two shards, fails C18 by name; no other check sees it."""
-    shards = shutil.copytree(run.read_config().data.path, tmp_path / "data")
-    train = np.asarray(open_shard(shards / "help_train_000000.bin").tokens)
-    val = np.asarray(open_shard(shards / "help_val_000000.bin").tokens)
-    document = val[: np.flatnonzero(val == BOS_ID)[1]]
-    write_shard(shards / "help_train_000000.bin", np.concatenate([train, document[:100]]))
-    write_shard(shards / "help_train_000001.bin", np.concatenate([document[100:], train[:500]]))
-    words = ["audit", str(run.path), "--data", str(shards), "--only", "C13", "C18"]
-    assert cli.main(words) == 1
-    out = capsys.readouterr().out
-    assert "1 of 2 do not hold: C18" in out
-    place = f"help_val_000000.bin, token 1, in help_train_000000.bin, token {len(train) + 1:,}"
-    assert re.search(
-        rf"^C18 .* FAIL .* 1 of 2 validation documents, .*; first the document at {place}", out, re.M
-    )
 
 
 def test_times_come_from_the_logs(tmp_path):

@@ -1,9 +1,15 @@
-"""C18 alone; tests/lab/audit/test_rules.py has the other checks on a run."""
+"""C18, validation documents in the training data; tests/lab/audit/test_rules.py has the other checks."""
+
+import re
 
 import numpy as np
 import pytest
+from runs import make_dataset, make_trainer, run_config
 
-from pgolf_fast.data.shards import BOS_ID, write_shard
+from pgolf_fast import cli
+from pgolf_fast.config.run_folder import RunFolder
+from pgolf_fast.data.shards import BOS_ID, open_shard, write_shard
+from pgolf_fast.io import save_tensors
 from pgolf_fast.lab.audit import submission
 from pgolf_fast.lab.audit.overlap import Overlap
 
@@ -50,3 +56,26 @@ def test_copies_that_may_be_chance(monkeypatch, tmp_path, counts, passed):
     monkeypatch.setattr(submission, "shard_paths", lambda *_: [tmp_path])
     monkeypatch.setattr(submission, "find_overlap", lambda *_, **__: Overlap(*counts, True, "found"))
     assert submission.validation_is_unseen(tmp_path).passed is passed
+
+
+def test_audit_fails_by_name(tmp_path, capsys):
+    """One document, across the border of two shards. C13 sees nothing of it, nor would any other check."""
+    config = run_config(shards := make_dataset(tmp_path / "data"))
+    (run := RunFolder(tmp_path / "run")).write_config(config)
+    trainer = make_trainer(config)
+    trainer.loader.close()
+    save_tensors(run.model_file, trainer.model.state_dict(), {})
+    words = ["audit", str(run.path), "--only", "C13", "C18"]
+    assert cli.main(words) == 0
+    train = np.asarray(open_shard(shards / "help_train_000000.bin").tokens)
+    val = np.asarray(open_shard(shards / "help_val_000000.bin").tokens)
+    document = val[: np.flatnonzero(val == BOS_ID)[1]]
+    write_shard(shards / "help_train_000000.bin", np.concatenate([train, document[:100]]))
+    write_shard(shards / "help_train_000001.bin", np.concatenate([document[100:], train[:500]]))
+    capsys.readouterr()
+    assert cli.main(words) == 1
+    out = capsys.readouterr().out
+    assert "1 of 2 do not hold: C18" in out
+    place = f"help_val_000000.bin, token 1, in help_train_000000.bin, token {len(train) + 1:,}"
+    row = rf"^C18 .* FAIL .* 1 of 2 validation documents, .*; first the document at {place}"
+    assert re.search(row, out, re.MULTILINE)
