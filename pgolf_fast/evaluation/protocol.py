@@ -105,7 +105,7 @@ def score_and_adapt(
     left = range(len(scores), len(chunks))
 
     def so_far() -> str:
-        return f"bpb {scores[-1].bpb:.4f} so far"
+        return f"bpb {console.number(scores[-1].bpb, '.4f')} so far"
 
     shown = console.progress(left, what, total=len(left), unit="chunk", note=so_far)
     for number in shown if scorer.world.is_main else left:

@@ -80,7 +80,7 @@ def read_weights(path: Path, key: str | None = None) -> dict[str, Tensor]:
     tree: object = load_tensors(path)[0] if head[4:9] == b"\0\0\0\0{" else _unpickled(path, head)
     sets = _sets(tree)
     if not sets:
-        keys = list(map(str, tree))[:8] if isinstance(tree, Mapping) else [type(tree).__name__]
+        keys = list(map(ascii, tree))[:8] if isinstance(tree, Mapping) else [type(tree).__name__]
         raise PgolfError(f"{path} is not a state dict of tensors: it holds only {', '.join(keys)}")
     if key is not None and key not in sets:
         raise PgolfError(f"{path} has no weights under {key!r}, only under {', '.join(map(repr, sets))}")
@@ -129,7 +129,8 @@ def _sets(tree: object) -> dict[str, dict[str, Tensor]]:
         if isinstance(node, Mapping) and id(node) not in seen:
             seen.add(id(node))
             queue += [(f"{place}{name}.", inner) for name, inner in node.items()]
-            tensors = {_WRAPPERS.sub("", str(n)): t for n, t in node.items() if isinstance(t, Tensor)}
+            named = {str(n).encode("unicode_escape").decode(): t for n, t in node.items()}
+            tensors = {_WRAPPERS.sub("", n): t for n, t in named.items() if isinstance(t, Tensor)}
             for prefix in sorted({found[1] or "" for found in map(_KNOWN.fullmatch, tensors) if found}):
                 of = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
                 sets[(place + prefix).rstrip(".")] = of

@@ -233,7 +233,10 @@ def test_a_difference_is_shown_in_two_columns(tmp_path):
 
 
 def test_files_without_weights_say_what_they_hold(tmp_path):
-    assert refusal(tmp_path / "w", {"step": 1}) == "FILE is not a state dict of tensors: it holds only step"
+    assert refusal(tmp_path / "w", {"step": 1}) == "FILE is not a state dict of tensors: it holds only 'step'"
     assert refusal(tmp_path / "w", [STATE]) == "FILE is not a state dict of tensors: it holds only list"
+    odd = {"\x1b[2J": torch.zeros(2)}  # as it is, it would clear the terminal
+    torch.save({"model": odd}, tmp_path / "w")
+    assert list(read_weights(tmp_path / "w")) == ["\\x1b[2J"]
     torch.save({"model": {"module.wte.weight": torch.zeros(2)}, "step": 1}, tmp_path / "w")
     assert list(read_weights(tmp_path / "w")) == ["module.wte.weight"]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import shlex
+import shutil
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from runs import make_dataset, run_config, words
@@ -13,9 +16,11 @@ from pgolf_fast import cli
 from pgolf_fast.artifact.load import load
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.console import close_logging
+from pgolf_fast.data.shards import BOS_ID, write_shard
 from pgolf_fast.data.source import open_source
 from pgolf_fast.distributed import SINGLE
 from pgolf_fast.errors import PgolfError
+from pgolf_fast.evaluation.run import estimate_run
 from pgolf_fast.io import load_tensors
 from pgolf_fast.quant.state import unbank
 from pgolf_fast.train.loop import build_model
@@ -119,3 +124,13 @@ def test_float_weights_with_nan_are_not_scored(config, state, tmp_path):
     save_file(wrong, folder.model_file)
     with pytest.raises(PgolfError, match=r"tok_emb.weight: 1 of 12,288 values are infinite"):
         load(folder, "float")
+
+
+def test_text_without_a_byte_is_not_scored(config, tmp_path):
+    """Bits per byte would divide by zero, and be null in the scores file."""
+    shutil.copytree(config.data.path, tmp_path / "data")
+    (shard,) = (tmp_path / "data").glob("*_val_*.bin")
+    write_shard(shard, np.full(4000, BOS_ID, dtype=np.uint16))
+    empty = replace(config, data=replace(config.data, path=str(tmp_path / "data")))
+    with pytest.raises(PgolfError, match=r"nothing to score: no token of .* is text"):
+        estimate_run(None, empty, "float")

@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 
 from pgolf_fast.cli import main
+from pgolf_fast.config.presets import tiny
 from pgolf_fast.errors import PgolfError
+from pgolf_fast.lab.compare.plan import Job
 from pgolf_fast.lab.compare.statistics import bootstrap_gain, over_documents, over_seeds, welch_test
+from pgolf_fast.lab.compare.table import FinishedRun
 
 
 def test_interval_over_seeds_by_hand():
@@ -142,6 +145,14 @@ def test_seeds_refuses_scores_that_are_no_numbers(capsys, tmp_path, value):
     path.write_text(path.read_text().replace("4.3", value, 1))
     assert main(["seeds", *runs]) == 2
     assert f"{path} does not hold three finite scores: run `pgolf eval" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf, None])
+def test_a_finished_run_without_a_score_is_not_averaged(tmp_path, value):
+    """The mean of the seeds, and every difference from it, would be NaN in the table."""
+    run = FinishedRun(Job("steps", "base", 1, tiny(), tmp_path), {"scores": {"sliding": {"bpb": value}}})
+    with pytest.raises(PgolfError, match=rf"{tmp_path}: its sliding score is {value}; remove it and run"):
+        run.bpb("sliding")
 
 
 def test_seeds_that_break_the_rules_are_marked_in_every_table(capsys, tmp_path):
