@@ -277,7 +277,7 @@ class _Run:
         self._save()
 
     def _agree(self, seconds: float) -> tuple[float, int]:
-        """Return the main rank's seconds, and a signal if any rank has received one, else 0, on every rank."""
+        """Return the main rank's seconds, and a signal if any rank got one, else 0, on every rank."""
         stop = self.stop.number
         if self.world.world_size > 1:
             ours = [seconds if self.world.is_main else 0.0, float(stop > 0)]

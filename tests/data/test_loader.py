@@ -333,9 +333,7 @@ def test_a_shard_that_changes_while_it_is_read_is_an_error(tmp_path: Path, kind:
     changed = {"cut short": content[:-30], "emptied": b"", "other tokens": bytes(len(content))}
     second.path.write_bytes(changed.get(kind, content + b"00"))
     os.utime(second.path, ns=(1, 1))  # a file system may have coarse times
-    with pytest.raises(
-        PgolfError, match=r"000001.bin was changed while it was being read: put back"
-    ):
+    with pytest.raises(PgolfError, match=r"000001.bin was changed while it was being read: put back"):
         stream.take(20)
 
 
