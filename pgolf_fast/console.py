@@ -58,7 +58,7 @@ class _Appender:
 
     def write(self, text: str) -> None:
         """Write `text`. Raises PgolfError naming the file if the disk is full."""
-        data = text.encode()
+        data = text.encode(errors="backslashreplace")  # names of files may not be UTF-8
         try:
             while data:
                 data = data[self._file.write(data) :]

@@ -21,8 +21,8 @@ def run_config_to_dict(config: RunConfig) -> dict[str, Any]:
 
 def run_config_from_dict(values: dict[str, Any]) -> RunConfig:
     """Invert `run_config_to_dict`. Raises PgolfError for a missing group, unknown field or wrong type."""
-    missing = [name for name in ("model", "data", "train", "quant", "eval") if name not in values]
-    if missing:
+    groups = ("model", "data", "train", "quant", "eval")
+    if isinstance(values, dict) and (missing := [name for name in groups if name not in values]):
         raise PgolfError(f"the configuration of a run has lost {', '.join(missing)}: restore the whole of it")
     return from_dict(RunConfig, values)
 

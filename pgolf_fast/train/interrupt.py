@@ -35,7 +35,7 @@ class Interrupts:
     def __enter__(self) -> "Interrupts":
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
-                if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):  # nohup ignores SIGHUP
                     self._before[number] = signal.signal(number, self._receive)
         return self
 

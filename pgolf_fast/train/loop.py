@@ -87,10 +87,13 @@ def train(
             world.barrier()  # every rank has read the folder before one of them writes
             console.setup_logging(folder.log_file if world.is_main else None, quiet=not world.is_main)
             try:
-                with Interrupts(world.world_size) as stop:
-                    result = _Run(config, folder, world, stop).run(resume, changed, track)
-                    stop.allow(at_once=True)
+                with Interrupts(world.world_size) as interrupts:
+                    result = _Run(config, folder, world, interrupts).run(resume, changed, track)
+                    interrupts.allow(at_once=True)
                     return result
+            except Interrupted as stop:
+                console.logger.warning(str(stop))
+                raise
             finally:
                 console.close_logging()
 
@@ -185,7 +188,7 @@ class _Run:
         except Interrupted as stop:
             if self.unsaved:
                 self._save()
-            console.logger.warning(f"{stop} after step {self.trainer.step}; {self._kept()}")
+            stop.args = (f"{stop} after step {self.trainer.step}; {self._kept()}",)
             raise
         except PgolfError as error:  # the disk is full, a shard was changed
             if self.unsaved:
@@ -200,7 +203,8 @@ class _Run:
         """Return what is kept of the run, and the command that continues it."""
         newest, command = newest_checkpoint(self.folder.checkpoints), self.folder.resume_command()
         if newest is None:
-            return f"there is no checkpoint yet: `{command}` starts anew"
+            anew = f": `{command}` starts anew" if self.folder.config_file.is_file() else ""
+            return f"there is no checkpoint yet{anew}"
         return f"{newest} is kept: `{command}` continues from it"
 
     def _start(self, resume: bool, changed: list[str]) -> None:
@@ -274,10 +278,7 @@ class _Run:
         self._save()
 
     def _agree(self, seconds: float) -> tuple[float, int]:
-        """Return one clock and one decision to stop for all ranks: learning rates and checkpoints need them.
-
-        They are the main rank's seconds, and a signal if any rank has received one, else 0.
-        """
+        """Return the main rank's seconds, and a signal if any rank got one, else 0, on every rank."""
         stop = self.stop.number
         if self.world.world_size > 1:
             ours = [seconds if self.world.is_main else 0.0, float(stop > 0)]

@@ -30,7 +30,7 @@ class StepClock:
         wall, busy = time.perf_counter() - self._wall, time.process_time() - self._busy
         usual = statistics.median(self._recent) if self._recent else wall
         # a step that takes long because something compiles keeps a processor busy; a pause does not
-        if wall > max(10 * usual, _PAUSE) and busy < wall / 2:
+        if wall > max(5 * usual, _PAUSE) and busy < wall / 2:
             paused = console.duration(wall - usual)
             console.logger.warning(f"the process was paused for {paused}, which is no training time")
             return usual

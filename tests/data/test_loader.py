@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from data_helpers import counting_shards, document_shards, real_data
 
 from pgolf_fast.config.schema import DataConfig, EvalConfig, RunConfig, TrainConfig
+from pgolf_fast.data import loader as loader_module
 from pgolf_fast.data.loader import DocumentStream, Loader, TokenStream, make_loader
 from pgolf_fast.data.shards import find_shards, write_shard
 from pgolf_fast.errors import PgolfError
@@ -319,6 +321,45 @@ def test_errors_surface_in_next_batch_after_the_good_batches(tmp_path: Path, mon
         monkeypatch.undo()
         loader.load_state(start)
         assert same(loader.next_batch(), first)
+
+
+@pytest.mark.parametrize("kind", ["cut short", "emptied", "other tokens", "longer"])
+def test_a_shard_that_changes_while_it_is_read_is_an_error(tmp_path: Path, kind: str) -> None:
+    """A memory map ends the process with SIGBUS for the first two, and trains on for the others."""
+    first, second = counting_shards(tmp_path, 50, 50)
+    stream = TokenStream([first, second])
+    stream.take(60)
+    content = second.path.read_bytes()
+    changed = {"cut short": content[:-30], "emptied": b"", "other tokens": bytes(len(content))}
+    second.path.write_bytes(changed.get(kind, content + b"00"))
+    os.utime(second.path, ns=(1, 1))  # a file system may have coarse times
+    with pytest.raises(PgolfError, match=r"000001.bin was changed while it was being read: put back"):
+        stream.take(20)
+
+
+def test_a_shard_that_is_replaced_before_it_is_read_is_an_error(tmp_path: Path, monkeypatch) -> None:
+    """Of many shards few are open; the others are recognized when they are opened again."""
+    monkeypatch.setattr(loader_module, "_OPEN_FILES", 2)
+    shards = counting_shards(tmp_path, *[10] * 6)
+    stream = TokenStream(shards)
+    assert stream.take(120).tolist() == [*range(60), *range(60)]
+    assert len(stream._files) == 2
+    new = write_shard(tmp_path / "new.bin", shards[0].tokens[::-1].copy())
+    new.path.replace(shards[0].path)
+    with pytest.raises(PgolfError, match=r"count_train_000000.bin was changed"):
+        stream.take(1)
+
+
+def test_moved_shards_are_recognized(tmp_path: Path) -> None:
+    """By more than their number of tokens, which is a round one for many data sets."""
+    here, there = (counting_shards(tmp_path / name, 30, 5000) for name in ("here", "there"))
+    assert TokenStream(here).identity() == TokenStream(there).identity()
+    tokens = there[1].tokens.copy()
+    tokens[-1] = 7
+    others = [[there[0], write_shard(there[1].path, tokens)], counting_shards(tmp_path / "cut", 3000, 2030)]
+    for other in others:
+        assert TokenStream(other).identity() != TokenStream(here).identity()
+        assert TokenStream(other).total == TokenStream(here).total
 
 
 def test_closing_ends_the_thread(tmp_path: Path) -> None:

@@ -84,10 +84,14 @@ def test_a_signal_during_validation_does_not_wait_for_its_end(data, tmp_path, mo
 
 
 def test_a_signal_before_the_first_step_or_in_the_last_validation(data, tmp_path, monkeypatch, capsys):
-    signal_in(monkeypatch, loop._Run, "_start", signal.SIGTERM)
-    with pytest.raises(Interrupted):
-        train(run_config(data), tmp_path / "run")
-    assert "stopped by SIGTERM after step 0; there is no checkpoint yet" in capsys.readouterr().err
+    for place, name, note in (
+        (loop._Run, "__init__", ""),  # nothing is written yet, so no command can go on from here
+        (loop._Run, "_start", " after step 0; there is no checkpoint yet"),
+    ):
+        signal_in(monkeypatch, place, name, signal.SIGTERM)
+        with pytest.raises(Interrupted):
+            train(run_config(data), tmp_path / "run")
+        assert capsys.readouterr().err.splitlines()[-1] == f"stopped by SIGTERM{note}"
     calls = []
     score = loop.plain_score
 

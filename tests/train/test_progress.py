@@ -37,7 +37,7 @@ def measured(monkeypatch, steps):
 
 
 def test_a_pause_of_the_process_is_no_training_time(monkeypatch, lines):
-    """Counted, 12 s of SIGSTOP would be most of a 20 s schedule; capped at ten steps, still a quarter."""
+    """Counted, 12 s of SIGSTOP would be most of a 20 s schedule; capped at five steps, still a lot."""
     usual = [(0.5, 0.9)] * 5
     assert measured(monkeypatch, [*usual, (12.5, 0.9), (0.5, 0.9)]) == pytest.approx([0.5] * 7)
     assert lines == ["the process was paused for 12.0s, which is no training time"]
@@ -48,7 +48,7 @@ def test_a_pause_of_the_process_is_no_training_time(monkeypatch, lines):
     [
         ((60.0, 58.0), "a compiler that keeps a processor busy is training time, or limits would be broken"),
         ((1.9, 0.0), "a short wait for the disk"),
-        ((4.9, 0.9), "less than ten usual steps"),
+        ((2.4, 0.4), "less than five usual steps"),
     ],
 )
 def test_slow_steps_count_in_full(monkeypatch, lines, step, why):

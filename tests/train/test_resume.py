@@ -305,11 +305,12 @@ def test_a_damaged_configuration_is_one_line_that_names_the_file(run, capsys, da
 def test_damaged_lines_of_metrics_are_left_out_with_a_warning(run, warnings):
     whole = run.history()
     wrong = ['{"kind": "step", "step": "abc", "loss": 1}', '{"kind": "step", "step": 9, "elapsed": "1"}']
+    wrong += [f'{{"kind": "step", "step": 9, "elapsed": 1{"0" * 400}}}']
     wrong += ['{"kind": "val", "step": 8, "bpb": NaN}', '{"step": 3}', '{"kind": [], "step": 3}', "[" * 9999]
     with run.metrics_file.open("ab") as file:
         file.write("\n".join(wrong).encode() + b'\n{"kind": "\xff"}\n\xff\xfe\n')
     assert run.history() == whole
-    assert warnings == [f"{run.metrics_file}: 5 damaged lines are left out"]
+    assert warnings == [f"{run.metrics_file}: 6 damaged lines are left out"]
     assert train(run.read_config(), run.path, resume=True).steps == 8  # appends to it
     ends = [row for row in run.history() if row["kind"] == "end"]
     assert len(ends) == 1  # that of the process which went on

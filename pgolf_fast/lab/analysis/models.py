@@ -112,8 +112,8 @@ def _weights_file(folder: RunFolder, weights: Weights) -> Path:
     folder.read_config()  # raises if it is not a run folder
     only_packed = folder.artifact_file.is_file() and not folder.model_file.is_file()
     if weights == "artifact" or (weights == "auto" and only_packed):
-        return folder.need(folder.artifact_file, "pack")
-    return folder.need(folder.model_file, "train --resume")
+        return folder.weights_file("artifact")
+    return folder.weights_file("float")
 
 
 def _config(path: Path, folder: RunFolder | None, named: RunConfig | None) -> RunConfig | None:
