@@ -9,13 +9,17 @@ import sys
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
+from evaluations import CPU, byte_table, tiny_model
 from runs import make_dataset, run_config
 from safetensors import safe_open
 
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.evaluation.adapters.descent import SGD
+from pgolf_fast.evaluation.resume import identity
 from pgolf_fast.evaluation.run import score_run
+from pgolf_fast.evaluation.score import Stream
 from pgolf_fast.train.loop import train
 
 TTT = {"ttt__chunk_tokens": 256, "ttt__batch_seqs": 2, "ttt__lr": 0.05, "ttt__epochs": 2}
@@ -61,6 +65,15 @@ def stop_at(monkeypatch, updates):
         adapt(self, scored)
 
     monkeypatch.setattr(SGD, "adapt", stopping)
+
+
+def test_states_belong_to_their_byte_counts():
+    """Half of a score's bytes would be those of the pieces, and half those of side files added since."""
+    model, tokens = tiny_model(), np.arange(60)
+    by_piece = Stream(tokens, byte_table(), CPU)
+    by_side = Stream(tokens, byte_table(), CPU, by_piece.target_bytes + (np.arange(59) == 7))
+    assert identity(model, by_side, {}) != identity(model, by_piece, {})
+    assert by_side.target_bytes.sum() == by_piece.target_bytes.sum() + 1
 
 
 def test_interrupted_evaluation_resumes_to_the_same_file(run, tmp_path, monkeypatch):

@@ -5,7 +5,6 @@ By default a violation runs the checks that it concerns; the slow tests run all 
 
 import inspect
 import re
-import shutil
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import get_args, get_type_hints
 import numpy as np
 import pytest
 import torch
-from runs import make_dataset, read_json, run_config
+from runs import read_json
 
 from pgolf_fast import cli, ops
 from pgolf_fast.artifact.load import unpack
@@ -23,12 +22,9 @@ from pgolf_fast.artifact.pack import pack_run, quantize_run
 from pgolf_fast.artifact.submission import Script, code_bytes
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import TTTConfig
-from pgolf_fast.data import source
-from pgolf_fast.data.shards import open_shard, write_shard
-from pgolf_fast.data.tokenizer import Tokenizer, byte_table, target_bytes
 from pgolf_fast.evaluation.protocol import Ledger
 from pgolf_fast.io import write_text
-from pgolf_fast.lab.audit import guard, scoring, submission
+from pgolf_fast.lab.audit import guard, submission
 from pgolf_fast.lab.audit.check import AuditCheck, broken, run_checks
 from pgolf_fast.lab.audit.rules import checks
 from pgolf_fast.lab.audit.target import open_target
@@ -55,24 +51,10 @@ ADAPTERS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A trained and packed run."""
-    data, path = make_dataset(tmp_path_factory.mktemp("data")), tmp_path_factory.mktemp("runs") / "run"
-    loop.train(run_config(data, eval__stride=8, ttt__lr=0.05), path)
-    pack(RunFolder(path))
-    return RunFolder(path)
-
-
 def pack(folder):
     config = folder.read_config()
     quantize_run(folder, config.quant)
     pack_run(folder, config.pack)
-
-
-@pytest.fixture
-def target(run):
-    return open_target(run.path)
 
 
 @pytest.fixture(params=["concerned", pytest.param("all", marks=pytest.mark.slow)])
@@ -341,79 +323,6 @@ def test_reported_figure_that_is_not_the_sum_of_the_scores(target, failing):
     assert failing(replace(target, method=replace(target.method, protocol=generous)), PROTOCOL) == ["C5"]
 
 
-def three_bytes_a_space(table):
-    return replace(table, base_bytes=table.base_bytes + 2 * table.has_leading_space)
-
-
-@pytest.mark.parametrize("known", [True, False], ids=["known text", "documents"])
-def test_wrong_denominator(run, monkeypatch, capsys, known):
-    """Known text and the documents each tell; decoded text that holds U+2581 for a space would agree."""
-    honest = source.byte_table
-    monkeypatch.setattr(source, "byte_table", lambda tokenizer: three_bytes_a_space(honest(tokenizer)))
-    if not known:
-        monkeypatch.setattr(scoring, "counting_fault", lambda tokenizer, table: None)
-    assert cli.main(["audit", str(run.path), "--only", "C13"]) == 1
-    out = capsys.readouterr().out
-    assert re.search(r"^C13 +byte counts are those of the text +FAIL ", out, re.MULTILINE)
-    assert ("known text: 106 bytes are counted for the 76" if known else "bytes counted, the text has") in out
-    assert "1 of 1 do not hold: C13" in out
-
-
-def test_spaces_spelled_in_bytes_are_counted_as_the_text(target, monkeypatch):
-    """Their pieces sum to the decoded text, in which each is U+2581: three bytes."""
-    from sentencepiece import SentencePieceProcessor
-
-    model, space = target.tokenizer.path.read_bytes(), b"\x0a\x03\xe2\x96\x81\x15"
-    processor = SentencePieceProcessor()
-    processor.LoadFromSerializedProto(model.replace(space, b"\x0a\x03\xe4\xb8\xad\x15"))
-    tokenizer = Tokenizer(processor, target.tokenizer.path)
-    documents = [tokenizer.encode_document(target.tokenizer.decode(target.tokens.tolist())) for _ in range(3)]
-    tokens = np.concatenate(documents)
-    finding = scoring.byte_counts(tokens, byte_table(tokenizer), tokenizer)
-    assert (finding.passed, finding.evidence[:12]) == (False, "known text: ")
-    monkeypatch.setattr(scoring, "counting_fault", lambda tokenizer, table: None)
-    finding = scoring.byte_counts(tokens, byte_table(tokenizer), tokenizer)
-    assert finding.passed is False
-    assert "bytes counted, the text has" in finding.evidence
-
-
-@pytest.mark.parametrize(
-    ("planted", "evidence"),
-    [
-        # where no side file counts, all bytes are those of the pieces, also in the last, cut document
-        ({"counts": lambda right: right + (right > 3)}, "bytes are scored, the pieces have"),
-        ({"counts": lambda right: np.roll(right, 1)}, "5,695 bytes are scored, the pieces have 5,695"),
-        ({"counts": lambda right: right + (right > 1), "exact": False}, "1 documents: "),
-        ({"exact": False}, None),
-        ({"tokens": lambda tokens: np.where(tokens > 299, 599 - tokens, tokens)}, "are other tokens when"),
-    ],
-)
-def test_byte_counts_that_are_not_those_of_the_text(target, planted, evidence):
-    tokens = planted.get("tokens", lambda same: same)(target.validation)
-    counts = planted.get("counts", lambda same: same)(target_bytes(target.table, tokens[:-1], tokens[1:]))
-    exact = planted.get("exact", True)
-    finding = scoring.byte_counts(tokens, target.table, target.tokenizer, counts, exact=exact)
-    assert finding.passed is (evidence is None), finding.evidence
-    assert (evidence or "") in finding.evidence
-    assert scoring.byte_counts(target.validation[:50], target.table, target.tokenizer).passed is None
-
-
-def test_side_files_are_what_is_audited(run, target, tmp_path):
-    """They hold a byte more for some tokens, as text has before it is normalized."""
-    data = shutil.copytree(run.read_config().data.path, tmp_path / "data")
-    tokens = np.array(open_shard(data / "help_val_000000.bin").tokens)
-    side = np.append(0, target_bytes(target.table, tokens[:-1], tokens[1:]))
-    side[1:][(tokens[1:] != 1) & (np.arange(1, len(tokens)) % 40 == 0)] += 1
-    write_shard(data / "help_val_bytes_000000.bin", side)
-    other = open_target(run.path, data=data)
-    count = len(other.validation) - 1
-    (finding,) = run_checks(check for check in checks(other) if check.id == "C13")
-    assert finding.verdict == "pass"
-    assert f"whole split: {side[1 : count + 1].sum():,} bytes of {count:,} targets" in finding.evidence
-    assert other.stream(other.tokens).target_bytes.sum() == side[1 : len(other.tokens)].sum()
-    assert broken(run_checks(check for check in checks(other) if check.id == "C5")) == []
-
-
 def test_training_that_ignores_the_validation_files(target, tmp_path):
     """Equal losses on two validation sets prove nothing, so the check fails."""
 
@@ -451,53 +360,6 @@ def test_quantization_on_another_machine(run, monkeypatch):
     finding = submission.calibration_ignores_data(run, other)
     assert finding.passed is None
     assert f"torch {torch.__version__}" in finding.evidence
-
-
-@pytest.fixture
-def checkout(tmp_path):
-    """A folder like that of an editable installation, with files that shadow modules."""
-    folder = tmp_path / "checkout"
-    (folder / "pgolf_fast.egg-info").mkdir(parents=True)
-    write_text(folder / "pgolf_fast.egg-info/PKG-INFO", "Name: pgolf_fast\nVersion: 0.1.0\n")
-    write_text(folder / "pgolf_fast.egg-info/entry_points.txt", "[console_scripts]\npgolf = x:y\n")
-    for name in ("json", "sitecustomize"):
-        write_text(folder / f"{name}.py", "open(__file__).read()\nraise ImportError('the wrong one')\n")
-    return folder
-
-
-@pytest.mark.parametrize("path", [None, "checkout", "."])
-@pytest.mark.parametrize("place", ["checkout", "run", "empty"])
-def test_no_verdict_depends_on_where_it_is_typed(target, checkout, monkeypatch, place, path):
-    """PyTorch reads entry points on the path and looks for a temporary folder, which no script needs."""
-    (checkout.parent / "empty").mkdir()
-    monkeypatch.chdir({"run": target.folder.path}.get(place, checkout.parent / place))
-    if path is not None:
-        monkeypatch.setenv("PYTHONPATH", str(checkout) if path == "checkout" else path)
-    code = (
-        "import importlib.metadata, json, tempfile, numpy\n"
-        "importlib.metadata.entry_points(), tempfile.gettempdir()"
-    )
-    monkeypatch.setattr(submission, "build_script", lambda digest: Script("", "", code))
-    finding = submission.self_contained(target.artifact, target.tokenizer.path, target.tokens)
-    assert finding.passed, finding.evidence
-
-
-def test_quantizing_again_reads_no_module_of_the_working_directory(checkout, tmp_path, monkeypatch):
-    monkeypatch.chdir(checkout)  # json.py is there
-    seen = guard.run_guarded("import json, pgolf_fast; print(json.__file__)", cwd=tmp_path)
-    assert (seen.status, str(checkout) in seen.output) == (0, False)
-
-
-def test_entry_points_of_any_distribution_may_be_read(target, checkout, monkeypatch):
-    """Those of a checkout that a .pth file adds to the path; nothing else there."""
-    for code, passed in (
-        ("import importlib.metadata\nassert len(importlib.metadata.entry_points(name='pgolf'))", True),
-        ("open(sys.path[-1] + '/pgolf_fast.egg-info/PKG-INFO')", False),
-    ):
-        whole = f"import sys\nsys.path.append({str(checkout)!r})\n{code}"
-        monkeypatch.setattr(submission, "build_script", lambda digest, code=whole: Script("", "", code))
-        finding = submission.self_contained(target.artifact, target.tokenizer.path, target.tokens)
-        assert finding.passed is passed, finding.evidence
 
 
 @pytest.mark.parametrize(
