@@ -1,14 +1,20 @@
 """Log lines, metrics, tables, durations."""
 
+import errno
 import itertools
 import json
 import logging
 import math
+import os
+import re
+from datetime import datetime
+from types import SimpleNamespace
 
 import pytest
 
 from pgolf_fast import console
 from pgolf_fast.console import MetricsWriter, Table, duration, number, progress, read_metrics, setup_logging
+from pgolf_fast.errors import PgolfError
 
 
 @pytest.fixture(autouse=True)
@@ -152,14 +158,67 @@ def test_log_lines_go_to_stderr_and_the_file(tmp_path, capsys):
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == "step 1\nslow path\n"
-    assert log.read_text() == "step 1\nslow path\n"
+    stamped = re.fullmatch(r"(\S+ \S+) step 1\n(\S+ \S+) slow path\n", log.read_text())
+    for time in stamped.groups():
+        datetime.strptime(time, "%Y-%m-%d %H:%M:%S")
 
 
 def test_quiet_logging(tmp_path, capsys):
     setup_logging(tmp_path / "log", quiet=True)
     console.logger.info("hidden")
     assert capsys.readouterr().err == ""
-    assert (tmp_path / "log").read_text() == "hidden\n"
+    console.logger.warning("also hidden")  # Python prints warnings where there is no handler at all
+    assert capsys.readouterr().err == ""
+    assert [line.split(" ", 2)[2] for line in (tmp_path / "log").read_text().splitlines()] == [
+        "hidden",
+        "also hidden",
+    ]
+
+
+@pytest.mark.parametrize("code", [errno.EFBIG, errno.ENOSPC, errno.EIO])
+def test_a_log_that_cannot_be_written_is_given_up_in_one_line(tmp_path, capsys, code):
+    """By default `logging` prints a traceback for every line, and closing the file raises once more."""
+    setup_logging(tmp_path / "log")
+    console.logger.info("first")
+    (file,) = [h.stream for h in console.logger.handlers if isinstance(h, console._LogFile)]
+    with file._file:
+        file._file = SimpleNamespace(write=fails(code), close=lambda: None)
+        for line in ("second", "third"):
+            console.logger.info(line)
+        console.close_logging()
+    *before, note, last = capsys.readouterr().err.splitlines()
+    assert (before, last) == (["first", "second"], "third")
+    assert note.startswith(f"cannot write {tmp_path}/log: ")
+    assert note.endswith("; log lines are no longer kept")
+
+
+def fails(code):
+    def fail(*_):
+        raise OSError(code, os.strerror(code))
+
+    return fail
+
+
+@pytest.mark.parametrize("part", [0, 5])
+def test_metrics_on_a_full_disk_name_the_file(tmp_path, part):
+    """The disk takes a part of the line; a buffer would keep the rest and fail again when the file closes."""
+    path = tmp_path / "metrics.jsonl"
+    writer = MetricsWriter(path)
+    writer.write("step", step=1)
+    raw, sizes = writer._file._file, iter([part])
+
+    def write(data):
+        size = next(sizes, 0)
+        return raw.write(data[:size]) if size else fails(errno.ENOSPC)()
+
+    writer._file._file = SimpleNamespace(write=write, close=raw.close)
+    with pytest.raises(PgolfError, match=rf"cannot write {path}: no space is left; free some"):
+        writer.write("step", step=2)
+    writer.close()
+    again = MetricsWriter(path)
+    again.write("step", step=2)
+    again.close()
+    assert [row["step"] for row in read_metrics(path)] == [1, 2]
 
 
 def test_progress_reports_every_ten_seconds(monkeypatch, capsys):

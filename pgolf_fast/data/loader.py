@@ -1,10 +1,10 @@
 """Training batches: shards -> a stream of tokens -> one Loader, which reads ahead in a thread."""
 
 import os
+import weakref
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from io import FileIO
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,57 +20,12 @@ Batch = tuple["torch.Tensor", "torch.Tensor"]
 
 _CHECK_AT_OPENING = 10_000_000
 """Tokens of each shard checked before training starts; the rest is checked as it is read."""
-
-
 _OPEN_FILES = 64  # a data set may have more shards than a process may open
 
 
-class _Reader:
-    """Reads shards by system calls: a memory map of a file that gets shorter would end the process."""
-
-    def __init__(self, shards: Sequence[Shard]):
-        self._shards = shards
-        self._states = [_state(os.stat(shard.path)) for shard in shards]
-        self._files: dict[int, FileIO] = {}  # the one read last is at the end
-
-    def read(self, index: int, offset: int, count: int) -> np.ndarray:
-        """Return tokens of a shard, uint16 of shape (count,). Raises PgolfError if the file was changed."""
-        path = self._shards[index].path
-        file = self._files.pop(index, None) or FileIO(path)
-        self._files[index] = file
-        if len(self._files) > _OPEN_FILES:
-            self._files.pop(next(iter(self._files))).close()
-        data = os.pread(file.fileno(), 2 * count, HEADER_BYTES + 2 * offset)
-        if _state(os.fstat(file.fileno())) != self._states[index] or len(data) < 2 * count:
-            raise PgolfError(f"{path} was changed while it was being read: put back the shard that was there")
-        return np.frombuffer(data, dtype="<u2")
-
-    def digest(self) -> str:
-        """Return a checksum of the token count and of the first and last tokens of every shard."""
-        crc = 0
-        for index, shard in enumerate(self._shards):
-            count = min(shard.num_tokens, 4096)
-            crc = zlib.crc32(f"{shard.num_tokens} ".encode(), crc)
-            for offset in (0, shard.num_tokens - count):
-                crc = zlib.crc32(self.read(index, offset, count).data, crc)
-        return f"{crc:08x}"
-
-    def close(self) -> None:
-        while self._files:
-            self._files.popitem()[1].close()
-
-
 def _state(found: os.stat_result) -> tuple[int, ...]:
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
-
-
-def tokens_digest(shards: Sequence[Shard]) -> str:
-    """Return a checksum by which moved shards are recognized, of their sizes and some of their tokens."""
-    reader = _Reader(shards)
-    try:
-        return reader.digest()
-    finally:
-        reader.close()
+    """Return what changes with a file's contents."""
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 class TokenStream:
@@ -83,8 +38,15 @@ class TokenStream:
             raise PgolfError("no shards to read tokens from: give at least one")
         self.shards, self.vocab_size = list(shards), vocab_size
         self._starts = np.cumsum([0, *(shard.num_tokens for shard in shards)])
-        self._reader = _Reader(self.shards)
-        self._digest = tokens_digest(self.shards)
+        self._states = [_state(os.stat(shard.path)) for shard in self.shards]
+        self._files: dict[int, int] = {}  # descriptors of open shards; the one read last is at the end
+        weakref.finalize(self, lambda files: [*map(os.close, files.values())], self._files)
+        crc = 0  # of token counts and of first and last tokens: shards are recognized wherever they are
+        for index, shard in enumerate(self.shards):
+            count = min(shard.num_tokens, 4096)
+            for at in (0, shard.num_tokens - count):
+                crc = zlib.crc32(self._read(index, at, count).data, zlib.crc32(b"%d" % at, crc))
+        self._digest = f"{crc:08x}"
         self.total = int(self._starts[-1])
         self._epoch, self._at = 0, 0
         if vocab_size is not None:
@@ -104,7 +66,7 @@ class TokenStream:
             index = int(np.searchsorted(self._starts, start, side="right")) - 1
             offset = start - int(self._starts[index])
             to_end = self.shards[index].num_tokens - offset
-            block = self._reader.read(index, offset, min(length, count - done, to_end))
+            block = self._read(index, offset, min(length, count - done, to_end))
             if self.vocab_size is not None and int(block.max()) >= self.vocab_size:
                 raise_bad_token(self.shards[index], offset, block, self.vocab_size)
             out[done : done + len(block)] = block
@@ -112,9 +74,20 @@ class TokenStream:
             done += len(block)
         return out
 
-    def close(self) -> None:
-        """Close the shards. Reading opens them again."""
-        self._reader.close()
+    def _read(self, index: int, offset: int, count: int) -> np.ndarray:
+        """Return tokens of a shard, uint16 of shape (count,). Raises PgolfError if its file was changed.
+
+        They are read by system calls: a memory map of a file that is cut short would end the process.
+        """
+        path = self.shards[index].path
+        file = self._files.pop(index) if index in self._files else os.open(path, os.O_RDONLY)
+        self._files[index] = file
+        if len(self._files) > _OPEN_FILES:
+            os.close(self._files.pop(next(iter(self._files))))
+        data = os.pread(file, 2 * count, HEADER_BYTES + 2 * offset)
+        if _state(os.fstat(file)) != self._states[index] or len(data) < 2 * count:
+            raise PgolfError(f"{path} was changed while it was being read: put back the shard that was there")
+        return np.frombuffer(data, dtype="<u2")
 
     def skip(self, count: int) -> None:
         """Advance by `count` tokens without reading them."""
@@ -280,7 +253,6 @@ class Loader:
         """End the thread. Closing twice is allowed."""
         self._closed = True
         self._pool.shutdown()
-        self._stream.close()
 
     def __enter__(self) -> "Loader":
         return self

@@ -119,8 +119,7 @@ class Scorer:
         self.places = windows.places()
         self.losses = torch.zeros(int(self.places[-1]), dtype=torch.float32, device=device)
         """Losses of all scored targets in nats, in the order of the windows."""
-        self.what: str | None = None
-        """Title under which `score` shows its progress."""
+        self.what: str | None = None  # title under which `score` shows its progress
         self._pad = device.type == "cuda" if pad is None else pad
         self._start = torch.from_numpy(windows.start).to(device)
         self._row = None if windows.row is None else torch.from_numpy(windows.row).to(device)
@@ -135,9 +134,8 @@ class Scorer:
             return Score()
         mine = batches(self.windows, low, high, self.size)[self.world.rank :: self.world.world_size]
         done = _in_threads(lambda batch: self._fill(losses_of, batch), mine, self._start.device)
-        if self.what is not None and self.world.is_main:
-            done = console.progress(done, self.what, total=len(mine), unit="batch")
-        for _ in done:
+        shown = self.what is not None and self.world.is_main
+        for _ in console.progress(done, self.what or "", total=len(mine), unit="batch") if shown else done:
             pass
         # losses of the other ranks are zero here
         losses = self.world.sum_(self.losses[self.places[low] : self.places[high]])
@@ -175,9 +173,7 @@ class Scorer:
         return torch.cat((own, own[-1:].expand(missing))) if missing else own
 
 
-def _in_threads(
-    function: Callable[[Batch], None], items: list[Batch], device: torch.device
-) -> Iterator[None]:
+def _in_threads(function: Callable[[Batch], None], items: list[Batch], device: torch.device) -> Iterator:
     """Apply `function` to each item, on a CPU one item per thread, and yield after each.
 
     No thread waits for another within an item, and its bits are the same for any number of threads.

@@ -176,10 +176,7 @@ def conditions(scores: dict, name: str) -> list[object]:
 def plain_score(
     model: GPT, stream: Stream, config: RunConfig, world: World = SINGLE, what: str = PLAIN
 ) -> Score:
-    """Return bits per byte over non-overlapping windows, computed by all ranks together, on every rank.
-
-    Progress is shown as `what`.
-    """
+    """Return the score of non-overlapping windows, by all ranks together, with progress shown as `what`."""
     evaluator = Evaluator(model, stream, config, world=world)
     windows = evaluator.plain_windows()
     scorer = evaluator.scorer(windows)

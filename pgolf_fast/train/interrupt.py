@@ -10,8 +10,7 @@ from typing import Any
 from pgolf_fast import console
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_REPEATS = 5.0
-"""Seconds in which processes of torchrun may get the same signal from the terminal and from torchrun."""
+_REPEATS = 5.0  # seconds; the terminal and torchrun may both send a process the same signal
 
 
 class Interrupted(KeyboardInterrupt):
@@ -23,14 +22,14 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Interrupts:
-    """Notes the number of the first signal in the block; with `at_once`, raises Interrupted right there.
+    """Keeps the number of the first signal in the block, or raises Interrupted where `allow` permits it.
 
     Outside the main thread, where Python handles no signals, it does nothing.
     """
 
     def __init__(self, world_size: int):
-        self.number, self.at_once = 0, True
-        self._alone, self._since = world_size == 1, 0.0
+        self.number = 0
+        self._alone, self._at_once, self._since = world_size == 1, True, 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupts":
@@ -44,16 +43,21 @@ class Interrupts:
         for number, before in self._before.items():
             signal.signal(number, before)
 
+    def allow(self, *, at_once: bool) -> None:
+        """Choose whether a signal raises Interrupted at once, as far as no other rank waits for this one."""
+        self._at_once = at_once and self._alone
+        if self._at_once and self.number:
+            raise Interrupted(self.number)
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.number:
             if time.monotonic() - self._since > _REPEATS:
-                signal.signal(number, signal.SIG_DFL)
-                os.kill(os.getpid(), number)
+                os._exit(128 + number)
             return
         self.number, self._since = number, time.monotonic()
         if self._alone:  # the system ends the process at the second signal, even inside a long operation
             for known in self._before:
                 signal.signal(known, signal.SIG_DFL)
-        if self.at_once:
+        if self._at_once:
             raise Interrupted(number)
         console.logger.info("stopping after this step; a second signal stops at once, without a checkpoint")

@@ -1,27 +1,20 @@
 """Training: from a configuration to averaged weights in a run folder."""
 
 import contextlib
-import functools
 import math
-import resource
 import signal
-import sys
-import time
-import zlib
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from pgolf_fast import console
 from pgolf_fast.config.fields import run_config_to_dict
 from pgolf_fast.config.run_folder import RunFolder, absolute
-from pgolf_fast.config.schema import RunConfig, TrainConfig
-from pgolf_fast.data.loader import make_loader, tokens_digest
-from pgolf_fast.data.shards import find_shards
+from pgolf_fast.config.schema import RunConfig
+from pgolf_fast.data.loader import make_loader
 from pgolf_fast.data.source import Source, open_source
 from pgolf_fast.distributed import World, join_world
 from pgolf_fast.errors import PgolfError
@@ -32,11 +25,11 @@ from pgolf_fast.model.gpt import GPT
 from pgolf_fast.model.runtime import choose_kernels, resolve_dtype
 from pgolf_fast.model.weights import load_weights
 from pgolf_fast.train.checkpoint import newest_checkpoint, save_checkpoint, write_setup
-from pgolf_fast.train.clock import StepClock
 from pgolf_fast.train.interrupt import Interrupted, Interrupts
+from pgolf_fast.train.progress import StepClock, StepLog
 from pgolf_fast.train.resume import check_folder, newest_whole
 from pgolf_fast.train.track import Metrics, TrackerName, need_tracker, open_tracker
-from pgolf_fast.train.trainer import NonFiniteError, PendingStep, StepResult, Trainer
+from pgolf_fast.train.trainer import NonFiniteError, PendingStep, Trainer
 
 
 @dataclass(frozen=True)
@@ -95,7 +88,9 @@ def train(
             console.setup_logging(folder.log_file if world.is_main else None, quiet=not world.is_main)
             try:
                 with Interrupts(world.world_size) as stop:
-                    return _Run(config, folder, world, stop).run(resume, changed, track)
+                    result = _Run(config, folder, world, stop).run(resume, changed, track)
+                    stop.allow(at_once=True)
+                    return result
             finally:
                 console.close_logging()
 
@@ -152,51 +147,6 @@ def _lag(world: World) -> int:
     return 1 if world.device.type == "cuda" else 0
 
 
-class StepLog:
-    """The progress line, every train.log_every steps, and more often if these take long."""
-
-    def __init__(self, config: TrainConfig, world: World):
-        self.config, self.world = config, world
-        self._since, self._tokens, self._line = (0, 0.0), 0, time.monotonic()
-
-    def start_at(self, step: int, elapsed: float) -> None:
-        """Measure from here on: an earlier process made the steps before."""
-        self._since = (step, elapsed)
-
-    def after_step(self, result: StepResult, elapsed: float, *, last: bool) -> None:
-        """Count a step, and log the line if it is due."""
-        step, c = result.step, self.config
-        self._tokens += result.tokens
-        waited = time.monotonic() - self._line >= console.line_seconds()
-        if not (step == 1 or step % c.log_every == 0 or last or waited):
-            return
-        self._line = time.monotonic()
-        steps, seconds = step - self._since[0], elapsed - self._since[1]
-        pace, rate = seconds / max(steps, 1), self._tokens / max(seconds, 1e-9)
-        self._since, self._tokens = (step, elapsed), 0
-        phase = "reptile" if result.reptile else f"lr x{result.multiplier:.3f}"
-        place, left = f"{step}/{c.steps}", (c.steps - step) * pace
-        if c.max_seconds is not None:
-            left = max(0.0, min(left, c.max_seconds - elapsed))
-            if c.schedule == "time":
-                share = min(1.0, elapsed / c.max_seconds)
-                place = f"{step}, {100 * share:.0f} % of {console.duration(c.max_seconds)}"
-        console.logger.info(
-            f"step {place}  loss {result.loss:.4f}  {phase}"
-            f"{'  int6' if result.qat else ''}  {rate:,.0f} tok/s  {1e3 * pace:.0f} ms/step  "
-            f"{console.duration(elapsed)} elapsed, ETA {console.duration(left)}  "
-            f"{peak_memory_mib(self.world)} MiB"
-        )
-
-
-def peak_memory_mib(world: World) -> int:
-    """Return this process's peak memory in MiB: allocated on its GPU if it has one, else resident."""
-    if world.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(world.device) >> 20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak >> (20 if sys.platform == "darwin" else 10)  # bytes on macOS, KiB on Linux
-
-
 class _Run:
     """One training run, from its configuration to its final weights."""
 
@@ -241,7 +191,7 @@ class _Run:
             if self.unsaved:
                 with contextlib.suppress(PgolfError, OSError):
                     self._write_checkpoint()
-            raise PgolfError(f"{error}; {self._kept()}") from error
+            raise PgolfError(f"{error}; {self._kept()}" if self.trainer.step else str(error)) from error
         finally:
             self.loader.close()
             self.metrics.close()
@@ -266,10 +216,11 @@ class _Run:
             f"{self.world.world_size} process(es)"
         )
         checkpoint = newest_whole(self.folder, c) if resume else None
-        if checkpoint is not None:
-            self._check_data(checkpoint.metadata)
-        elif resume:
+        if checkpoint is None and resume:
             console.logger.info(f"{self.folder.path} has no checkpoint to resume from: training starts anew")
+        kept, tokenizer = self.folder.tokenizer_file, self.source.tokenizer.path
+        if checkpoint is not None and kept.is_file() and kept.read_bytes() != tokenizer.read_bytes():
+            raise PgolfError(f"{tokenizer} is not the tokenizer of this run: set data.tokenizer to {kept}")
         self.world.barrier()  # every rank has read the folder before one of them writes
         if checkpoint is None and self.world.is_main:
             self.folder.retire(self.folder.model_file)
@@ -277,23 +228,25 @@ class _Run:
         if c.train.compile:
             console.logger.info("compiling: %d warm-up steps whose effect is undone", c.train.warmup_steps)
             t.warm_up(c.train.warmup_steps)
-        if checkpoint is not None:
-            t.restore(checkpoint.tensors, checkpoint.metadata, str(checkpoint.path))
-            if self.world.is_main:  # settings and data have passed all checks
-                checkpoint.set_aside()
-                write_setup(self.folder, c, self.source)
-            self.log.start_at(t.step, t.elapsed)
-            self.metrics.write("resume", step=t.step, checkpoint=checkpoint.path.name, changed=changed)
-            console.logger.info("resumed from %s at step %d", checkpoint.path, t.step)
-            for text in changed:
-                console.logger.info("changed: %s", text)
+        if checkpoint is None:
+            return
+        t.restore(checkpoint.tensors, checkpoint.metadata, str(checkpoint.path))
+        if self.world.is_main:  # settings and data have passed all checks
+            for path in checkpoint.damaged:  # new checkpoints would be taken for older than these
+                path.replace(path.with_name(f"{path.name}.damaged"))
+            write_setup(self.folder, c, self.source)
+        self.log.start_at(t.step, t.elapsed)
+        self.metrics.write("resume", step=t.step, checkpoint=checkpoint.path.name, changed=changed)
+        console.logger.info("resumed from %s at step %d", checkpoint.path, t.step)
+        for text in changed:
+            console.logger.info("changed: %s", text)
 
     def _steps(self) -> None:
         t, c = self.trainer, self.config.train
         lag = _lag(self.world)
         unread: deque[tuple[PendingStep, float, float]] = deque()  # a step, the clock before and after it
         last_save, done = t.elapsed, self._done()
-        self.stop.at_once = False
+        self.stop.allow(at_once=False)
         while not done:
             self.unsaved, before = False, t.elapsed
             self.clock.start()
@@ -373,33 +326,17 @@ class _Run:
     def _write_checkpoint(self) -> None:
         if self.world.is_main:
             t = self.trainer
-            metadata = {**t.metadata(), "config": run_config_to_dict(self.config), "data": self._data}
+            metadata = {**t.metadata(), "config": run_config_to_dict(self.config)}
             save_checkpoint(self.folder.checkpoints, t.step, t.tensors(), metadata)
-
-    @functools.cached_property
-    def _data(self) -> dict[str, str]:
-        """Checksums of what data must share, besides the training tokens, to continue this run."""
-        tokenizer = zlib.crc32(self.source.tokenizer.path.read_bytes())
-        validation = tokens_digest(find_shards(self.source.folder, "val"))
-        return {"validation tokens": validation, "tokenizer": f"{tokenizer:08x}"}
-
-    def _check_data(self, metadata: dict[str, Any]) -> None:
-        """Raise PgolfError if this is not the data of a checkpoint, which may lie elsewhere now."""
-        for name, before in metadata.get("data", {}).items():
-            if before != self._data.get(name):
-                raise PgolfError(
-                    f"{self.source.folder} has other data than this run was trained on: its {name} differ; "
-                    "set data.path and data.tokenizer to the same data, wherever it is"
-                )
 
     def _validate(self, weights: str) -> Score:
         """Score the model. A signal ends this at once, unless other ranks would wait for this one."""
         step = self.trainer.step
         what = f"step {step} val ({weights})"
+        self.stop.allow(at_once=True)
         console.logger.info(f"{what}: scoring {self.stream.num_targets:,} tokens")
-        self.stop.at_once = self.world.world_size == 1
         score = plain_score(self.model, self.stream, self.config, self.world, what)
-        self.stop.at_once = False
+        self.stop.allow(at_once=False)
         if not math.isfinite(score.loss):
             raise NonFiniteError(f"the validation loss ({weights}) at step {step} is {score.loss}")
         self.metrics.write("val", step=step, weights=weights, loss=score.loss, bpb=score.bpb)

@@ -1,9 +1,8 @@
 """Resuming a run: the settings that must stay, and the newest checkpoint that is whole."""
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -24,8 +23,7 @@ _MAY_CHANGE = re.compile(
 _MUST_STAY = ("quant.bits", "quant.grid")  # the grid of quantization-aware training
 
 
-@dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(NamedTuple):
     """A checkpoint that was read, and newer ones that could not be used."""
 
     path: Path
@@ -33,21 +31,13 @@ class Checkpoint:
     metadata: dict[str, Any]
     damaged: tuple[Path, ...]
 
-    def set_aside(self) -> None:
-        """Rename the newer checkpoints, so that new ones are not taken for older than them."""
-        for path in self.damaged:
-            path.replace(path.with_name(f"{path.name}.damaged"))
-
 
 def check_folder(folder: RunFolder, config: RunConfig, resume: bool) -> list[str]:
     """Return what differs from the run in the folder. Raises PgolfError if it cannot be continued so."""
-    if folder.path.exists() and not folder.path.is_dir():
-        raise PgolfError(f"{folder.path} is a file: choose another --out")
     kept = bool(checkpoints(folder.checkpoints)) or folder.model_file.is_file()
     if not resume and (kept or folder.config_file.is_file()):
         raise PgolfError(
-            f"{folder.path} already holds a run: `{folder.resume_command()}` continues it; "
-            "choose another --out for a new one"
+            f"{folder.path} already holds a run: pass --resume to continue it, or choose another --out"
         )
     if not folder.config_file.is_file():
         return []
@@ -66,7 +56,7 @@ def newest_whole(folder: RunFolder, config: RunConfig) -> Checkpoint | None:
     for path in reversed(checkpoints(folder.checkpoints)):
         try:
             tensors, metadata = load_tensors(path)
-            if not isinstance(metadata.get("step"), int) or not isinstance(metadata.get("config"), dict):
+            if not {"config", "elapsed", "loader", "schedule", "step"} <= metadata.keys():
                 raise PgolfError(f"{path} is not a checkpoint of a training run")
             refused = _changes(run_config_from_dict(metadata["config"]), config)[1]
             if refused:
@@ -75,12 +65,12 @@ def newest_whole(folder: RunFolder, config: RunConfig) -> Checkpoint | None:
             damaged[path] = str(error)
             continue
         for reason in damaged.values():
-            console.logger.warning(f"{reason}; going on from step {metadata['step']}, {path}, instead")
+            console.logger.warning(f"{reason}; continuing from {path} instead")
         return Checkpoint(path, tensors, metadata, tuple(damaged))
     if damaged:
         raise PgolfError(
-            f"no checkpoint of {folder.path} can be used: {'; '.join(damaged.values())}. Put back a whole one "
-            "or remove them, to train from the start"
+            f"no checkpoint of {folder.path} can be used: {'; '.join(damaged.values())}. Put back a whole "
+            "one, or remove them to train from the start"
         )
     return None
 

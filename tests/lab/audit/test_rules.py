@@ -412,7 +412,8 @@ def test_times_come_from_the_logs(tmp_path):
     folder = RunFolder(tmp_path)
     assert submission.within_time(folder, 600, None).passed is False  # not logged
     write_text(folder.metrics_file, '{"kind": "step", "step": 1, "elapsed": 590.5}\n')
-    log = "non-overlapping: done in 50.5s\nsliding: done in 2m25s\nsliding + TTT: done in 1h01m\n"
+    log = "non-overlapping: done in 50.5s\nsliding: done in 2m25s\n"  # of an earlier version
+    log += "2026-01-02 03:04:05 sliding + TTT: done in 1h01m\n"
     write_text(folder.log_file, "sliding: done in 3.0s\n" + log)
     seconds = 590.5, 50.5 + 145 + 3660
     assert submission.within_time(folder, *seconds).passed is True
