@@ -7,7 +7,7 @@ import json
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args
@@ -43,14 +43,11 @@ _COPY = "Copy the run, without its checkpoints, to this folder and write there, 
 RunOrArtifact = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_ARTIFACT")]
 OutCopy = Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="", help=_COPY)]
 TTT_FIELDS = ("ttt.*", "ttt.lora.*", "ttt.guided.*")
-_NEED: dict[str, tuple[str, Callable[[RunConfig], bool]]] = {  # options, what they need, and if it is missing
-    r"quant\.(target_bytes|rank)": ("--quant.grid rd", lambda c: c.quant.grid != "rd"),
-    r"quant\.(bits|percentiles|small_tensor)": ("a --quant.grid with rows", lambda c: c.quant.grid == "rd"),
-    r"quant\.(block_size|damping|temperature|seed|calibration_.*)": (
-        "--quant.method gptq",
-        lambda c: c.quant.method == "round",
-    ),
-    r"pack\.lzma_.*": ("--pack.codecs lzma", lambda c: {"lzma", "rans"}.isdisjoint(c.pack.codecs)),
+_NEED = {  # options that need one of some choices to have an effect
+    r"quant\.(target_bytes|rank)": ("quant.grid", ("rd",)),
+    r"quant\.(bits|percentiles|small_tensor)": ("quant.grid", ("percentile", "reference")),
+    r"quant\.(block_size|damping|temperature|seed|calibration_\w+)": ("quant.method", ("gptq",)),
+    r"pack\.lzma_\w+": ("pack.codecs", ("lzma", "rans")),
 }
 
 
@@ -186,13 +183,14 @@ class Quantize:
 
 
 def _refuse_unused(words: Words, config: RunConfig) -> None:
-    """Raise PgolfError for an option that has no effect with the grid, method or codecs chosen."""
-    for word, (pattern, (needed, unused)) in itertools.product(words, _NEED.items()):
+    """Raise PgolfError for an option that has no effect in the configuration."""
+    chosen = dict(flatten(config))
+    for word, (pattern, (field, choices)) in itertools.product(words, _NEED.items()):
         name, _, value = word.partition("=")
-        if re.fullmatch(pattern, name) and value != "none" and unused(config):
-            raise PgolfError(
-                f"--{name.replace('_', '-')} has no effect without {needed}: give both or neither"
-            )
+        used = any(choice in str(chosen[field]) for choice in choices)
+        if re.fullmatch(pattern, name) and value != "none" and not used:
+            needed = f"--{field} {' or '.join(choices)}"
+            raise PgolfError(f"--{name.replace('_', '-')} has no effect: it needs {needed}")
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def read_scores(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, KeyError, TypeError, OverflowError):
         pass
     again = console.command("eval", path.parent)
-    raise PgolfError(f"{path} does not hold three scores: run `{again}` first")
+    raise PgolfError(f"{path} does not hold three finite scores: run `{again}` first")
 
 
 def absolute(config: RunConfig) -> RunConfig:

@@ -126,10 +126,7 @@ class Scorer:
         self._bytes = np.concatenate(([0], np.cumsum(stream.target_bytes)))
 
     def score(self, losses_of: LossFunction, low: int, high: int) -> Score:
-        """Fill in the losses of windows low .. high-1 and return their sums, on every rank.
-
-        Raises PgolfError naming the first target whose loss is not finite.
-        """
+        """Fill in losses of windows low .. high-1, which must be finite; return their sums on every rank."""
         if low == high:
             return Score()
         mine = batches(self.windows, low, high, self.size)[self.world.rank :: self.world.world_size]

@@ -27,7 +27,6 @@ _FOREIGN = {  # how files begin that are taken for weights
 }
 _WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _KNOWN = re.compile(r"(.*\.)?(tok_emb\.weight|qo_bank)")  # names of every model, with any prefix
-_USUAL = re.compile(r"((model|module)\.)*")  # prefixes to take off the names of another model
 _LAST = re.compile("ema|avg|average|swa|shadow|teacher|optim|muon|adam|moment|grad", re.IGNORECASE)
 
 
@@ -55,14 +54,14 @@ def load_weights(
     """
     expected, given = ({n: tuple(t.shape) for n, t in s.items()} for s in (model.state_dict(), tensors))
     names = ([n for n in a if n not in b] for a, b in ((expected, given), (given, expected)))
-    rows = list(zip_longest(*names, fillvalue="nothing"))
+    rows = [*zip_longest(*names, fillvalue="nothing")]
     rows += [(f"{n} {s}", f"{n} {given[n]}") for n, s in expected.items() if given.get(n, s) != s]
     if rows:
-        shown = "; ".join(f"{theirs} for {ours}" for ours, theirs in rows[:8])
+        shown = "; ".join(" / ".join(row) for row in rows[:8])
         if table:
-            shown = f"is it another preset or --shrink?\n{Table(('expected', 'in the file'), rows[:16])}"
-        more = f"\n... and {len(rows) - 16} more" if table and len(rows) > 16 else ""
-        raise PgolfError(f"{origin} holds another model: {shown}{more}")
+            shown = f"\n{Table(('expected', 'in the file'), rows[:16])}"
+        hint = "is it of another preset or --shrink?"
+        raise PgolfError(f"{origin} holds another model, {hint} {len(rows)} differences: {shown}")
     model.load_state_dict(tensors, strict=True, assign=assign)
 
 
@@ -81,12 +80,8 @@ def read_weights(path: Path, key: str | None = None) -> dict[str, Tensor]:
     tree: object = load_tensors(path)[0] if head[4:9] == b"\0\0\0\0{" else _unpickled(path, head)
     sets = _sets(tree)
     if not sets:
-        keys = (
-            f"only {', '.join(map(str, list(tree)[:8]))}"
-            if isinstance(tree, Mapping)
-            else type(tree).__name__
-        )
-        raise PgolfError(f"{path} is not a state dict of tensors: it holds {keys}")
+        keys = list(map(str, tree))[:8] if isinstance(tree, Mapping) else [type(tree).__name__]
+        raise PgolfError(f"{path} is not a state dict of tensors: it holds only {', '.join(keys)}")
     if key is not None and key not in sets:
         raise PgolfError(f"{path} has no weights under {key!r}, only under {', '.join(map(repr, sets))}")
     taken = key if key is not None else min(sets, key=lambda name: bool(_LAST.search(name)))
@@ -108,37 +103,35 @@ def _unpickled(path: Path, head: bytes) -> object:
     if problem := next((what for begins, what in _FOREIGN.items() if re.match(begins, head)), None):
         raise PgolfError(f"{path} is {problem}")
     try:
-        with warnings.catch_warnings():
+        # an open file, since torch takes the suffix .safetensors at its word
+        with warnings.catch_warnings(), open(path, "rb") as file:
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001 - of many types; their texts advise to load unsafely
         text = str(error)
     why = "it is damaged, truncated or not of torch.save: download or copy it again"
     if asked := re.search(r"GLOBAL ([\w.]+)", text):
         why = f"it calls for {asked[1]}, and no code of a file is run: ask for its state dict, as safetensors"
     elif zipfile.is_zipfile(path):
-        program = "TorchScript" in text
-        why = f"it is {'a TorchScript program' if program else 'another zip file'}: give a saved state_dict()"
+        why = "it is a zip file, such as TorchScript, but no state_dict() of torch.save: give that"
     raise PgolfError(f"{path} cannot be read as tensors: {why}")
 
 
 def _sets(tree: object) -> dict[str, dict[str, Tensor]]:
-    """Return every set of named tensors in nested dicts, by its dotted place with the prefix of its names.
+    """Return the sets of named tensors in nested dicts, by dotted place and prefix of their names.
 
-    If none has the names of a model, return the largest.
+    If no set has the names of a model, return the largest.
     """
     sets: dict[str, dict[str, Tensor]] = {}
-    others: dict[str, dict[str, Tensor]] = {}
+    largest: dict[str, Tensor] = {}
     queue, seen = [("", tree)], set[int]()
     for place, node in queue:  # which grows meanwhile
-        if not isinstance(node, Mapping) or id(node) in seen:
-            continue
-        seen.add(id(node))
-        queue += [(f"{place}{name}.", inner) for name, inner in node.items()]
-        tensors = {_WRAPPERS.sub("", str(n)): t for n, t in node.items() if isinstance(t, Tensor)}
-        for prefix in sorted({found[1] or "" for found in map(_KNOWN.fullmatch, tensors) if found}):
-            of = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-            sets[(place + prefix).rstrip(".")] = of
-        others[place.rstrip(".")] = {_USUAL.sub("", n, 1): t for n, t in tensors.items()}
-    largest = max(others.items(), key=lambda item: len(item[1]), default=("", {}))
-    return sets or ({largest[0]: largest[1]} if largest[1] else {})
+        if isinstance(node, Mapping) and id(node) not in seen:
+            seen.add(id(node))
+            queue += [(f"{place}{name}.", inner) for name, inner in node.items()]
+            tensors = {_WRAPPERS.sub("", str(n)): t for n, t in node.items() if isinstance(t, Tensor)}
+            for prefix in sorted({found[1] or "" for found in map(_KNOWN.fullmatch, tensors) if found}):
+                of = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+                sets[(place + prefix).rstrip(".")] = of
+            largest = max(largest, tensors, key=len)
+    return sets or ({"": largest} if largest else {})

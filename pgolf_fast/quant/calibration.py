@@ -177,7 +177,8 @@ def collect_fisher(
     """
     inputs = _inputs(model, tokens, "importances")
     columns = {name: hessian / inputs.shape[1] for name, hessian in hessians.items()}
-    factors = {name: _square_root(hessian, damping, name) for name, hessian in columns.items()}
+    named = progress(columns.items(), "factors of Hessians", unit="Hessian")
+    factors = {name: _square_root(hessian, damping, name) for name, hessian in named}
     rows: dict[str, Tensor] = {}
     kept: dict[str, list[Tensor]] = {}
     for gradients in _gradients(model, inputs, seed):
@@ -193,7 +194,7 @@ def collect_fisher(
         name: Fisher(_smooth(total / inputs.numel()), columns[group_of(name)], damping)
         for name, total in rows.items()
     }
-    for name, samples in kept.items():
+    for name, samples in progress(kept.items(), "factors of tables", unit="table"):
         fishers[name] = _fit_table(torch.stack(samples), inputs.numel())
     return fishers
 

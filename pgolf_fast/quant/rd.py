@@ -157,7 +157,8 @@ class RateDistortion:
         for name in self.tensors:
             if name in fishers and not stays_float(name, config):
                 members.setdefault(group_of(name), []).append(name)
-        self._groups = [self._prepare(names, fishers) for names in members.values()]
+        named = progress(members.values(), "pivots", unit="group")
+        self._groups = [self._prepare(names, fishers) for names in named]
 
     def _prepare(self, names: list[str], fishers: Mapping[str, Fisher]) -> _Group:
         weights = {name: self.tensors[name].detach().float() for name in names}

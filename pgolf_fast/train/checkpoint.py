@@ -47,8 +47,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def import_weights(weights: Path, config: RunConfig, folder: RunFolder, key: str | None = None) -> None:
     """Turn weights into a run folder that `quantize`, `pack` and `eval` continue from.
 
-    weights: a file for the model of `config`, of any kind that `read_weights` takes; banks may be split under
-    the community's names. key: the entry to take if the file holds several sets of weights. The tokenizer
+    weights: for the model of `config`; `read_weights` says of which kinds, and what `key` is. The tokenizer
     comes from the data that `config` names. Raises PgolfError if names or shapes differ, values are not
     finite, or the folder already holds a run.
     """

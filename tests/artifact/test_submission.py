@@ -309,7 +309,7 @@ def test_submit_refuses_scores_of_another_run(run, tmp_path):
             write_submission(run, tmp_path, ABOUT)
         spoiled = {**scores, "sliding": {**scores["sliding"], "bpb": math.nan}}
         path.write_text(json.dumps(spoiled))
-        with pytest.raises(PgolfError, match="does not hold three scores: run `pgolf eval"):
+        with pytest.raises(PgolfError, match="does not hold three finite scores: run `pgolf eval"):
             write_submission(run, tmp_path, ABOUT)
         path.unlink()
         with pytest.raises(PgolfError, match="pgolf eval"):

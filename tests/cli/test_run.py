@@ -26,7 +26,7 @@ from pgolf_fast.data.source import open_source
 from pgolf_fast.data.tokenizer import train_tokenizer
 from pgolf_fast.evaluation.score import Stream
 from pgolf_fast.evaluation.scores import plain_score
-from pgolf_fast.quant.state import dequantize_state
+from pgolf_fast.quant.state import dequantize_state, unbank
 from pgolf_fast.train.loop import train
 
 
@@ -163,6 +163,51 @@ def test_from_training_to_text(capsys, run):
     assert out.startswith("The")
     assert out == call(capsys, "generate", run, "--prompt", "The ", "--tokens", "12")[1]
     assert out != call(capsys, "generate", run, "--prompt", "The ", "--tokens", "12", "--seed", "1")[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--target-bytes 5000", "--quant.target-bytes has no effect: it needs --quant.grid rd"),
+        ("--quant.rank 2", "--quant.rank has no effect: it needs --quant.grid rd"),
+        ("--grid rd --quant.bits 4", "--quant.bits has no effect: it needs --quant.grid percentile"),
+        ("--quant.method round --quant.damping 0.1", "--quant.damping has no effect: it needs --quant.m"),
+        ("--quant.method round --quant.calibration-length 9", "--quant.calibration-length has no effect"),
+        ("--score 0", "data.val_tokens is 0"),
+    ],
+)
+def test_options_without_effect_are_refused(capsys, run, words, message):
+    """The artifact stayed as large as it was, with status 0."""
+    assert message in refused(capsys, "quantize", run, *words.split())
+
+
+def test_codec_options_without_effect_are_refused(capsys, run):
+    words = ("--pack.codecs", "raw", "--pack.lzma-preset", 3)
+    message = refused(capsys, "pack", run, *words)
+    assert "--pack.lzma-preset has no effect: it needs --pack.codecs lzma or rans" in message
+
+
+def test_quantize_ends_with_its_error_and_score(capsys, data, run, tmp_path):
+    """Numbers of tensors alone look the same for 8 bits and for 2."""
+    folder = RunFolder(tmp_path / "run")
+    folder.write_config(run_config(data, quant__method="round", data__val_tokens=512))
+    for name in ("model.safetensors", "tokenizer.model"):
+        shutil.copy(run / name, folder.path)
+    errors, scores = [], []
+    for bits in (8, 2):
+        words = ("--quant.bits", bits, "--quant.grid", "percentile", "--score", 512)
+        status, out, log = call(capsys, "quantize", folder.path, *words)
+        assert status == 0
+        row = next(line.split() for line in out.splitlines() if line.startswith(f"int{bits} "))
+        assert row[4] in unbank(load(folder, "float").model.state_dict())
+        errors.append(float(row[2].rstrip("%")))
+        scores.append([float(x) for x in re.findall(r"([\d.]+) (?:before|after)", out)])
+        assert f"quantizing {folder.path}: grid percentile, method round" in log
+    assert errors[0] < 1 < errors[1] / 10
+    (float8, after8), (float2, after2) = scores
+    assert float8 == float2
+    assert abs(after8 - float8) < abs(after2 - float2)
+    assert after2 == pytest.approx(in_memory_bpb(folder), abs=1e-4)
 
 
 def test_grid_rd_meets_a_target(capsys, run):

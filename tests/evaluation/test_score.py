@@ -1,6 +1,7 @@
 """Scoring against a naive evaluator on real tokens, and independent of batches, threads and ranks."""
 
 import functools
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +18,7 @@ from pgolf_fast.config.presets import small
 from pgolf_fast.config.schema import DataConfig, TTTConfig
 from pgolf_fast.data.source import open_source
 from pgolf_fast.data.tokenizer import ByteTable
+from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.adapters.base import Frozen, Scored, borrowed
 from pgolf_fast.evaluation.adapters.descent import SGD, trainable_parameters
 from pgolf_fast.evaluation.protocol import Ledger, score_and_adapt, target_chunks, window_chunks
@@ -159,6 +161,19 @@ def test_error_in_a_thread_is_raised(model, stream):
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(("value", "shown"), [(math.nan, "nan"), (math.inf, "inf")])
+def test_the_first_target_without_a_finite_loss_is_named(stream, value, shown):
+    """A sum over all losses is NaN, and says nothing of where."""
+
+    def losses(tokens, targets, context):
+        return torch.where(tokens[:, -1:] == stream.tokens[40], value, torch.ones(targets.shape))
+
+    windows = sliding_windows(stream.num_targets, 16, 1)
+    first = int((stream.tokens[15:] == stream.tokens[40]).nonzero()[0]) + 15
+    with pytest.raises(PgolfError, match=rf"^the loss of target {first} is {shown}, one of \d+: activations"):
+        Scorer(stream, windows, 16, lambda length: 4).score(losses, 0, len(windows))
 
 
 def test_ledger_hands_over_a_copy_of_scored_tokens_only(stream):

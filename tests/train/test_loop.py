@@ -175,11 +175,11 @@ def test_checkpoint_of_another_model_is_refused_by_name(data, tmp_path):
     source = open_source(config.data, 384)
     other = build_model(run_config(data, model__ve_enabled=False), source, ALONE)
     weights = dict(trainer.model.state_dict())
-    with pytest.raises(PgolfError, match=r"x.safetensors holds another model: unexpected ve_shared"):
+    with pytest.raises(PgolfError, match=r"x.safetensors holds another model, .*: nothing / ve_shared"):
         load_weights(other, weights, "x.safetensors")
     weights["qo_bank"] = weights["qo_bank"][:2]
     del weights["skip_weights"]
-    with pytest.raises(PgolfError, match=r"missing skip_weights; qo_bank is \(2, 32, 32\), the model needs"):
+    with pytest.raises(PgolfError, match=r"skip_weights / nothing; qo_bank \(\d+, 32, 32\) / qo_bank \(2,"):
         load_weights(trainer.model, weights, "x.safetensors")
 
 
@@ -191,7 +191,7 @@ def test_weights_are_read_from_community_and_own_files(data, tmp_path):
     with pytest.raises(PgolfError, match=r"odd.pt is not a state dict of tensors"):
         read_weights(tmp_path / "odd.pt")
     (tmp_path / "bad.safetensors").write_bytes(b"nothing of the kind")
-    with pytest.raises(PgolfError, match=r"bad.safetensors cannot be read as tensors"):
+    with pytest.raises(PgolfError, match=r"bad.safetensors is text, not weights"):
         read_weights(tmp_path / "bad.safetensors")
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pgolf_fast.bench.drawing import Axes, label
 from pgolf_fast.console import Table, number
+from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.adapters.base import Frozen
 from pgolf_fast.evaluation.documents import document_starts
 from pgolf_fast.evaluation.figures import THRESHOLDS, Figures, figures, shares, token_classes
@@ -79,11 +80,11 @@ def score_plain(
     size = batch_size(None, model.config, model.compute_dtype, stream.tokens.device)
     windows = plain_windows(stream.num_targets, seq_len)
     scorer = Scorer(stream, windows, seq_len, size, pad=False)
-    scorer.score(losses_of or Frozen(model).score, 0, len(windows))
-    losses = scorer.by_target().astype(np.float64)
-    if not np.isfinite(losses).all():
-        raise diverged(name, "losses")
-    return scorer, losses
+    try:
+        scorer.score(losses_of or Frozen(model).score, 0, len(windows))
+    except PgolfError as error:
+        raise diverged(name, "losses") from error
+    return scorer, scorer.by_target().astype(np.float64)
 
 
 def _published_classes(measured: Sequence[ModelLosses], starts: np.ndarray) -> Summary:

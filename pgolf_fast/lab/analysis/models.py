@@ -1,5 +1,6 @@
 """Models of an analysis: run folders, checkpoints, artifacts and .pt files, and their validation tokens."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pgolf_fast.artifact.container import MAGIC
 from pgolf_fast.artifact.load import load_artifact
 from pgolf_fast.config.fields import run_config_from_dict
 from pgolf_fast.config.run_folder import RunFolder
@@ -21,7 +23,7 @@ from pgolf_fast.io import load_metadata
 from pgolf_fast.lab.analysis.summary import Options, Summary, unmeasured
 from pgolf_fast.model.bank import BANK_NAMES
 from pgolf_fast.model.gpt import GPT
-from pgolf_fast.model.weights import load_weights, read_weights
+from pgolf_fast.model.weights import load_weights, need_finite, read_weights
 from pgolf_fast.quant.state import is_slot, rebank
 
 Weights = Literal["auto", "float", "artifact"]
@@ -74,7 +76,9 @@ def open_model(path: Path, weights: Weights = "auto", config: RunConfig | None =
     places = (path,) if path.is_dir() else (path.parent, path.parent.parent)
     folder = next((run for run in map(RunFolder, places) if run.config_file.is_file()), None)
     file = _weights_file(RunFolder(path), weights) if path.is_dir() else path
-    if file.suffix == ".pgolf":
+    with open(file, "rb") as handle:
+        packed = handle.read(len(MAGIC)) == MAGIC
+    if packed:
         config, state = load_artifact(file)
     else:
         state = read_weights(file)
@@ -84,9 +88,7 @@ def open_model(path: Path, weights: Weights = "auto", config: RunConfig | None =
         wide = rebank(wide)
     if missing := [name for name in BANK_NAMES if name not in wide]:
         raise PgolfError(f"{file} has no {', '.join(missing)}: it is not a model with weight banks")
-    for name, tensor in wide.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise PgolfError(f"{file}: {name} has values that are not finite: use an earlier checkpoint")
+    need_finite(wide, str(file))
     own = path.resolve().name if path.is_dir() else path.stem
     name = own if path.is_dir() or folder is None else f"{folder.path.resolve().name}/{own}"
     return LoadedModel(name, path, wide, config, folder)
@@ -117,7 +119,9 @@ def _weights_file(folder: RunFolder, weights: Weights) -> Path:
 def _config(path: Path, folder: RunFolder | None, named: RunConfig | None) -> RunConfig | None:
     """Return the configuration in a file, else `named`, else that of the run folder."""
     if path.is_file():
-        metadata = load_metadata(path) if path.suffix == ".safetensors" else {}
+        metadata: dict = {}
+        with contextlib.suppress(PgolfError):  # of torch.save
+            metadata = load_metadata(path)
         if "config" in metadata:
             return run_config_from_dict(metadata["config"])
         if named is not None:

@@ -10,7 +10,7 @@ from pgolf_fast.console import Table, number
 from pgolf_fast.data.tokenizer import byte_table
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.lab.analysis.geometry import common
-from pgolf_fast.lab.analysis.models import LoadedModel, diverged, validation_or_why
+from pgolf_fast.lab.analysis.models import LoadedModel, validation_or_why
 from pgolf_fast.lab.analysis.summary import Options, Summary, columns, draw_bars, ratio, tabulate, unmeasured
 from pgolf_fast.model.bank import BANK_NAMES
 from pgolf_fast.quant.calibration import collect_hessians, self_generate
@@ -77,16 +77,14 @@ def calibrate(
         return None, validation
     else:
         network, length = model.network(byte_table(tokenizer), options.device), config.train.seq_len
-        ids = torch.arange(min(length, network.config.vocab_size), device=options.device)
-        with torch.no_grad():  # sampling from logits that are not finite would fail with another error
-            if not bool(network.logits(ids[None]).isfinite().all()):
-                return None, str(diverged(model.name, "logits"))
-        text = self_generate(network, config.quant, length)
-        described = f"{text.numel():,} tokens written by the model"
-    hessians = collect_hessians(network, text)
-    if not all(bool(hessian.isfinite().all()) for hessian in hessians.values()):
-        return None, str(diverged(model.name, "Hessians"))
-    return hessians, described
+        text, described = None, "tokens written by the model"
+    try:
+        if text is None:
+            text = self_generate(network, config.quant, length)
+            described = f"{text.numel():,} {described}"
+        return collect_hessians(network, text), described
+    except PgolfError as error:
+        return None, f"{model.name}: {error}"
 
 
 def published(models: Sequence[LoadedModel]) -> Summary:

@@ -28,7 +28,7 @@ from pgolf_fast.evaluation.documents import document_starts
 from pgolf_fast.evaluation.run import open_run, score_run
 from pgolf_fast.evaluation.score import Scorer
 from pgolf_fast.evaluation.scores import Evaluator
-from pgolf_fast.io import write_text
+from pgolf_fast.io import read_json, write_json
 from pgolf_fast.lab.compare.plan import Job
 from pgolf_fast.train.loop import train
 
@@ -71,7 +71,7 @@ def prepare(job: Job, data: str, scores: Scores) -> bool:
         _check_same(job, known, asked)
     if (done := finished(job)) is not None and set(PASSES[scores]) <= set(done["scores"]):
         return False
-    write_text(job.path / JOB, json.dumps({**asked, "scores": scores}, indent=2) + "\n")
+    write_json(job.path / JOB, {**asked, "scores": scores})
     return True
 
 
@@ -96,11 +96,9 @@ def _check_same(job: Job, known: dict[str, Any], asked: dict[str, Any]) -> None:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise PgolfError(f"{path} is damaged ({error}): remove its folder to run it again") from error
+        return read_json(path) if path.is_file() else None
+    except PgolfError as error:
+        raise PgolfError(f"{error}; remove its folder to run it again") from error
 
 
 def finished(job: Job) -> dict[str, Any] | None:
@@ -119,8 +117,7 @@ def finished(job: Job) -> dict[str, Any] | None:
 
 def documents(path: Path) -> dict[str, np.ndarray]:
     """Read `text_bytes` and the nats of each score of a finished run, all per document (documents,)."""
-    content = json.loads((path / DOCUMENTS).read_text(encoding="utf-8"))
-    return {name: np.array(values) for name, values in content.items()}
+    return {name: np.array(values) for name, values in read_json(path / DOCUMENTS).items()}
 
 
 def run_job(path: Path) -> None:
@@ -159,7 +156,7 @@ def _write(folder: RunFolder, job: dict[str, Any], config: RunConfig, scorers: d
     nats = {name: scorer.by_target().astype(np.float64) for name, scorer in scorers.items()}
     by_target = {"text_bytes": stream.target_bytes, **nats}
     sums = {name: np.add.reduceat(values, starts).tolist() for name, values in by_target.items()}
-    write_text(folder.path / DOCUMENTS, json.dumps(sums) + "\n")
+    write_json(folder.path / DOCUMENTS, sums, indent=None)
     rows = folder.history()
     steps = {row["step"]: row["elapsed"] for row in rows if row["kind"] == "step"}
     times = step_times(rows)
@@ -176,7 +173,7 @@ def _write(folder: RunFolder, job: dict[str, Any], config: RunConfig, scorers: d
         "config": run_config_to_dict(config),
         **provenance(),
     }
-    write_text(folder.path / RESULT, json.dumps(result, indent=2) + "\n")
+    write_json(folder.path / RESULT, result)
 
 
 def step_times(rows: Sequence[dict[str, Any]]) -> list[float]:

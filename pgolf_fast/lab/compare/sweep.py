@@ -1,6 +1,5 @@
 """Compare adapters on one model: the gain of each over sliding windows without test-time training."""
 
-import json
 import math
 import time
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ from pgolf_fast.evaluation.resume import identity
 from pgolf_fast.evaluation.run import open_run
 from pgolf_fast.evaluation.score import Stream
 from pgolf_fast.evaluation.scores import Evaluator, labeled
-from pgolf_fast.io import write_text
+from pgolf_fast.io import read_json, write_json
 from pgolf_fast.lab.compare.statistics import bootstrap_gain
 from pgolf_fast.model.bank import Transform
 from pgolf_fast.model.gpt import GPT
@@ -111,10 +110,10 @@ def _pass(
     digest = identity(model, evaluator.stream, settings)
     name = path.stem
     if path.is_file():
-        known = AdapterPass(**json.loads(path.read_text(encoding="utf-8")))
-        if known.identity == digest:
+        known = read_json(path)
+        if known.get("identity") == digest:
             console.logger.info("%s: already in %s", name, path)
-            return known
+            return AdapterPass(**known)
     begin = time.perf_counter()
     if ttt is None:
         result = evaluator.frozen(windows, name)
@@ -124,7 +123,7 @@ def _pass(
     nats = np.add.reduceat(result.scorer.by_target().astype(np.float64), starts)
     made = AdapterPass(name, digest, nats.tolist(), seconds, result.updates, result.trainable)
     if evaluator.world.is_main:
-        write_text(path, json.dumps(asdict(made)) + "\n")
+        write_json(path, asdict(made), indent=None)
     return made
 
 
@@ -157,7 +156,7 @@ def sweep_run(
         "illegal": {name: ttt.illegal for name, ttt in adapters.items() if ttt.illegal},
     }
     if world.is_main:
-        write_text(folder.sweep_file, json.dumps(content, indent=2) + "\n")
+        write_json(folder.sweep_file, content)
     return content
 
 

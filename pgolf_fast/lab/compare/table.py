@@ -1,5 +1,6 @@
 """Tables and plot of an ablation: variants against the baseline, scoring passes against the one before."""
 
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -35,7 +36,11 @@ class FinishedRun:
     result: dict[str, Any]
 
     def bpb(self, score: str) -> float:
-        return self.result["scores"][score]["bpb"]
+        """Return a score. Raises PgolfError if it is not a number."""
+        bpb = self.result["scores"][score]["bpb"]
+        if bpb is None or not math.isfinite(bpb):
+            raise PgolfError(f"{self.job.path}: its {score} score is {bpb}; remove it and run it again")
+        return bpb
 
 
 BySeed = dict[int, FinishedRun]

@@ -5,6 +5,7 @@ By default a violation runs the checks that it concerns; the slow tests run all 
 
 import inspect
 import re
+import shutil
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,8 @@ import torch
 from runs import make_dataset, read_json, run_config
 
 from pgolf_fast import cli, ops
+from pgolf_fast.artifact.load import unpack
+from pgolf_fast.artifact.pack import pack as write_artifact
 from pgolf_fast.artifact.pack import pack_run, quantize_run
 from pgolf_fast.artifact.submission import Script, code_bytes
 from pgolf_fast.config.run_folder import RunFolder
@@ -30,6 +33,7 @@ from pgolf_fast.lab.audit.watch import watch
 from pgolf_fast.model import gpt
 from pgolf_fast.ops import reference
 from pgolf_fast.quant import calibration
+from pgolf_fast.quant.state import QuantizedState
 from pgolf_fast.train import loop
 
 ALL = [f"C{number}" for number in range(1, 18)]
@@ -431,6 +435,23 @@ def test_error_inside_a_check_is_a_failure():
     (result,) = run_checks([AuditCheck("C3", "title", stops)])
     assert result.verdict == "FAIL"
     assert result.evidence == "stopped by AssertionError: would use unscored targets"
+
+
+@pytest.mark.parametrize("place", ["smear.gate", "blocks.0.attn.proj.weight.scale"])
+def test_nan_in_an_artifact_fails_by_name(run, tmp_path, capsys, place):
+    """A loader that refuses NaN would leave the audit without a verdict."""
+    config, state = unpack(run.artifact_file)
+    named = state.to_named()
+    named[place].view(-1)[2] = torch.nan
+    write_artifact(QuantizedState.from_named(named, state.bits()), config, tmp_path / "m.pgolf")
+    shutil.copy(run.tokenizer_file, tmp_path)
+    words = ("--only", "C1", "C3", "C7", "C10", "C15", "C17", "--data", config.data.path)
+    assert cli.main(["audit", str(tmp_path / "m.pgolf"), *words]) == 1
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1] == "3 of 6 do not hold: C1, C7, C15"
+    tensor = "smear.gate" if place == "smear.gate" else "qo_bank"
+    lines = re.findall(rf"(?m)^(C\d+) .* (FAIL|n\.a\.) .* {tensor}: [\d,]+ of [\d,]+ values are NaN$", out)
+    assert dict(lines) == {"C1": "FAIL", "C3": "n.a.", "C7": "FAIL", "C15": "FAIL", "C17": "n.a."}
 
 
 def test_command_line(run, tmp_path, capsys):

@@ -99,7 +99,7 @@ def test_seeds_command(capsys, tmp_path):
         (*ours, "--against", theirs[0]): "--against needs at least 2 runs",
         (*ours, ours[0]): "named twice",
         (*ours, scored_run(tmp_path / "c", 3.0, tokens=99)): "compare runs on the same text",
-        (*ours, str(tmp_path)): "does not hold three scores",
+        (*ours, str(tmp_path)): "does not hold three finite scores",
     }
     for words, message in refusals.items():
         assert main(["seeds", *words]) == 2
@@ -131,7 +131,17 @@ def test_seeds_counts_a_model_once(capsys, tmp_path):
     # NaN is no score: it would make the mean NaN or end in a traceback
     path.write_text(path.read_text().replace("3.1", "NaN"))
     assert main(["seeds", one, two]) == 2
-    assert "does not hold three scores" in capsys.readouterr().err
+    assert "does not hold three finite scores" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "null", '"3.1"', "[]"])
+def test_seeds_refuses_scores_that_are_no_numbers(capsys, tmp_path, value):
+    """Python reads NaN in JSON, and the deviation of NaN is an AttributeError."""
+    runs = [scored_run(tmp_path / f"a{i}", 3.3 + i) for i in range(2)]
+    path = tmp_path / "a1" / "scores_artifact.json"
+    path.write_text(path.read_text().replace("4.3", value, 1))
+    assert main(["seeds", *runs]) == 2
+    assert f"{path} does not hold three finite scores: run `pgolf eval" in capsys.readouterr().err
 
 
 def test_seeds_that_break_the_rules_are_marked_in_every_table(capsys, tmp_path):

@@ -474,7 +474,7 @@ def test_edited_files_are_listed_and_the_rest_is_shown(run, capsys, undrawn, fil
     assert "Nothing: the run is trained" not in missing
     assert f"{run.artifact_file.stat().st_size:,}" in page.sections["Bytes"].text
     if file.startswith("scores"):
-        assert f"{file} does not hold three scores" in missing
+        assert f"{file} does not hold three finite scores" in missing
 
 
 def test_a_schedule_without_its_end_is_said_at_the_top(run, capsys, undrawn):
