@@ -1,4 +1,4 @@
-"""Runs that move between machines and people: other places for results, artifacts alone, names, moved data."""
+"""Runs that move between machines and people: results elsewhere, artifacts alone, odd names, moved data."""
 
 import errno
 import json
