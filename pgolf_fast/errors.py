@@ -1,8 +1,7 @@
 """The exception for errors that a user can fix, and the line that any exception ends with."""
 
+import os
 import re
-from pathlib import Path
-from traceback import extract_tb
 
 BAD_INPUT, BUG = 2, 70  # exit statuses; 70 is EX_SOFTWARE of sysexits.h
 # What a person can cause, by the names of the exception's classes and its text, and the line for it
@@ -60,7 +59,8 @@ def one_line(text: str, keep: str = "") -> str:
 
 def _place(error: BaseException) -> str:
     """Return the file and line where the exception was raised: the innermost of this package."""
-    frames = extract_tb(error.__traceback__)
-    root = str(Path(__file__).parent)
-    own = [frame for frame in frames if frame.filename.startswith(root)] or list(frames)
-    return f"{Path(own[-1].filename).name}:{own[-1].lineno}" if own else "no traceback"
+    import traceback  # late: `pgolf --help` is quick
+
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if frame.filename.startswith(os.path.dirname(__file__))] or frames
+    return f"{os.path.basename(own[-1].filename)}:{own[-1].lineno}" if own else "no traceback"

@@ -74,13 +74,16 @@ def _prepare_process() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - until the end
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+    # one of several ranks ends at once, as it may wait for the others in a call that no handler interrupts
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)) if alone else ():
         with contextlib.suppress(ValueError):  # only the main thread may
             if signal.getsignal(number) is signal.SIG_DFL:
                 signal.signal(number, _end)
 
 
 def _end(number: int, _frame: object) -> None:
+    signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
     raise KeyboardInterrupt(number)
 
 
@@ -90,7 +93,7 @@ def _dispatch(words: list[str]) -> int | None:
     match words:
         case [] | ["-h" | "--help", *_]:
             print(_overview(GROUPS))
-        case ["--version", *_]:
+        case ["--version" | "-V", *_]:
             from pgolf_fast import __version__
 
             print(f"pgolf_fast {__version__}")

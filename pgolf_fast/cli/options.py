@@ -225,7 +225,7 @@ def _check_names(command: str, resolved: Any, words: Sequence[str]) -> None:
     for word in itertools.takewhile(lambda word: word != "--", words):
         name = word.partition("=")[0].lstrip("-").replace("_", "-")
         if re.match("--?[a-zA-Z]", word) and name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+            near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean --{near[0]}?" if near else f"see `pgolf {command} --help`"
             raise PgolfError(f"unknown option {word.partition('=')[0]}: {hint}")
 

@@ -13,6 +13,7 @@ import gc
 import io
 import json
 import os
+import random
 import re
 import resource
 import shutil
@@ -194,37 +195,27 @@ def _marker(kind):
     return _marker(kind)
 
 
-@st.composite
-def examples(draw: st.DrawFn) -> dict:
+def draw_example(draw: random.Random, options: dict[str, list[str]]) -> dict:
     """Draw a command line, files of the run to damage, and variables of the environment."""
-    options = option_words()
-    if draw(st.integers(0, 4)):
-        start = draw(st.sampled_from(BASES.strip().splitlines())).split()
+    if draw.random() < 0.85:
+        start = draw.choice(BASES.strip().splitlines()).split()
     else:
-        start = [
-            *draw(st.sampled_from(list(COMMANDS))).split(),
-            draw(st.sampled_from((FILES + WORDS).split())),
-        ]
+        start = [*draw.choice(list(COMMANDS)).split(), draw.choice((FILES + WORDS).split())]
     name = " ".join(start[: 2 if start[:1] == ["data"] else 1])
-    value = st.one_of(*(st.sampled_from(text.split()) for text in (ODD, FILES, WORDS)), st.sampled_from(LONG))
+    values = [*ODD.split(), *FILES.split(), *WORDS.split(), *LONG]
     argv = start
-    for _ in range(draw(st.integers(0, 2))):
-        option = draw(st.sampled_from([*options.get(name, ["--out"]), "--help", "--nonsense", "-x"]))
-        extra = [option, *draw(st.lists(value, max_size=2))]
-        extra = ["=".join(extra)] if len(extra) == 2 and draw(st.booleans()) else extra
-        at = draw(st.sampled_from([len(argv), min(len(argv), len(name.split()))]))
+    for _ in range(draw.choice((0, 0, 1, 1, 2))):
+        option = draw.choice([*options.get(name, ["--out"]), "--help", "--nonsense", "-x"])
+        extra = [option, *draw.choices(values, k=draw.choice((0, 1, 1, 1, 2)))]
+        extra = ["=".join(extra)] if len(extra) == 2 and draw.random() < 0.5 else extra
+        at = draw.choice([len(argv), min(len(argv), len(name.split()))])
         argv = [*argv[:at], *extra, *argv[at:]]
-    if argv and not draw(st.integers(0, 5)):
-        at = draw(st.integers(0, len(argv) - 1))
-        argv = [*argv[:at], draw(value), *argv[at + 1 :]]
-    damage = draw(
-        st.lists(st.tuples(st.integers(0, 99), st.integers(0, 15), st.integers(0, 999)), max_size=2)
-    )
-    return {
-        "argv": argv,
-        "damage": damage,
-        "environment": draw(st.lists(st.sampled_from(ENVIRONMENTS.split()), max_size=1)),
-    }
+    if draw.random() < 0.15:
+        at = draw.randrange(len(argv))
+        argv = [*argv[:at], draw.choice(values), *argv[at + 1 :]]
+    damage = [tuple(map(draw.randrange, (99, 16, 9999))) for _ in range(draw.choice((0, 0, 1, 2)))]
+    environment = draw.sample(ENVIRONMENTS.split(), draw.choice((0, 0, 0, 1)))
+    return {"argv": argv, "damage": damage, "environment": environment}
 
 
 def damage_file(folder: Path, which: int, how: int, where: int) -> str:
@@ -351,7 +342,7 @@ def fuzz(
     """Run examples until the time or their number is out; return their count, the failures, the statuses."""
     end, count, failures = time.monotonic() + seconds, 0, dict[str, str]()
     statuses: dict[int, int] = {}
-    number = 0
+    number, seen, options = 0, set[str](), option_words()
     while time.monotonic() < end and (limit is None or count < limit):
 
         @seed(first * 1_000_000 + number)
@@ -362,11 +353,15 @@ def fuzz(
             phases=[Phase.generate],
             suppress_health_check=list(HealthCheck),
         )
-        @given(examples())
-        def batch(example: dict) -> None:
+        @given(st.randoms(use_true_random=True))
+        def batch(draw: random.Random) -> None:
             nonlocal count
             if time.monotonic() > end or (limit is not None and count >= limit):
                 return
+            example = draw_example(draw, options)
+            if str(example) in seen:
+                return
+            seen.add(str(example))
             count += 1
             begin = time.monotonic()
             wrong, text, status = outcome(example, world)

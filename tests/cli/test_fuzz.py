@@ -10,7 +10,7 @@ def test_odd_command_lines_end_in_one_line(tmp_path):
     program = [sys.executable, str(Path(__file__).with_name("fuzz.py"))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*program, "--minutes", "2", "--examples", "40", "--seed", "1"],
+        [*program, "--minutes", "10", "--examples", "40", "--seed", "1"],
         capture_output=True,
         text=True,
         cwd=tmp_path,

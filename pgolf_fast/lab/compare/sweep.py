@@ -115,6 +115,7 @@ def _pass(
         if known.identity == digest:
             console.logger.info("%s: already in %s", name, path)
             return known
+    console.logger.info("%s: scoring %d windows", name, len(windows))
     begin = time.perf_counter()
     if ttt is None:
         result = evaluator.frozen(windows, name)
