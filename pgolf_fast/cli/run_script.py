@@ -13,7 +13,6 @@ from pgolf_fast.config.env import FIELDS
 from pgolf_fast.errors import PgolfError
 
 _LAUNCHER = re.compile(r"(.*/)?(python[\d.]*|torchrun|accelerate|deepspeed|uv|poetry)")
-_WRAPPER = re.compile("env|nohup|sudo|time|timeout|exec|nice|setsid|numactl|taskset|srun|mpirun|docker|.*=.*")
 _SHELL = re.compile("(.*/)?(bash|sh|zsh|ssh|su|tmux|screen|docker|podman|kubectl|srun|sbatch)")  # run strings
 _QUIET = re.compile("echo|printf|cat|grep|sed|awk|tee|log|info|test|git|cp|mv|rm|ls|:")
 _SECRET = re.compile(r"(?i)key|token(?!i[sz]|s)|secret|passw(or)?d|credential|auth(?!or)")
@@ -24,7 +23,7 @@ _CREDENTIAL = re.compile(
 _HOLE = re.compile("⟪+(.*?)⟫")  # text that only running the script would tell; ⟪$NAME⟫ if it is not set
 _COMPARE = {f"-{name}": getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")}
 _SUMS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv, "%": operator.mod}
-_STEPS, _DEPTH, _LENGTH = 50_000, 40, 50_000  # limits on what is followed
+_STEPS, _DEPTH, _LENGTH = 20_000, 40, 10_000  # limits on what is followed
 _NOT_EXPORTED = "set, but not exported"  # so it may not reach the program
 
 
@@ -48,7 +47,7 @@ class Word(NamedTuple):
 
 @dataclass(frozen=True)
 class Command:
-    """A command and its environment. It may only have variables and not train, or stand in a case not taken."""
+    """A command and its environment; it may only have variables and not train, or be in a case not taken."""
 
     line: int
     program: str
@@ -62,7 +61,7 @@ class Command:
         return {name: word for name, word in self.variables.items() if name in FIELDS}
 
     def is_secret(self, name: str) -> bool:
-        """Return True if a variable is named like a credential, or its value looks like one or contains one."""
+        """Return True if a variable is named like a credential, or its value looks like or contains one."""
         names = [n for n in self.variables if n not in FIELDS and _SECRET.search(n)]
         text = self.variables[name].text
         hidden = (self.variables[n].text for n in names)
@@ -349,14 +348,17 @@ class _Shell:
             inner = self.fork()
             for name, word in given.items():
                 inner.assign(name, [word], export=True)
-            return [inner.source(text, line) for text in strings][-1]
-        first, odd = texts[0].rpartition("/")[2], bool(words[0].why)  # odd: the program is a variable
-        launcher = texts[at] if at < len(words) else first
-        after = [] if texts[at + 1 : at + 2] in (["-"], ["-c"]) else texts[0 if odd else at :]
+            for text in strings:
+                inner.source(text, line)
+            return
+        odd = bool(words[0].why)  # the program is a variable
+        launcher = texts[at] if at < len(words) else texts[0]
+        tool = re.match(r"-c |- |-m (?!torch|accelerate|deepspeed)", " ".join((*texts[at + 1 : at + 3], "")))
+        after = [] if tool else texts[0 if odd else at :]
         script = next((text for text in after if re.fullmatch(r"(?s)[^-].*(\.py|⟫)", text)), "")
         name = (script or launcher).rpartition("/")[2]
-        runs = bool(script) and (at == 0 or odd or bool(_WRAPPER.fullmatch(first)))
-        trains = runs and ("torchrun" in launcher or (name.endswith("⟫") and not odd) or _trains(name))
+        trains = "torchrun" in launcher or (name.endswith("⟫") and not odd) or _trains(name)
+        trains = trains and bool(script)
         if trains or given.keys() & FIELDS.keys():
             gone = [name for option, name in itertools.pairwise(texts[:at]) if option == "-u"]
             kept = {} if "-i" in texts[:at] else self.vars  # env -i, env -u NAME

@@ -55,7 +55,9 @@ def test_meta_learning():
 
 
 def test_values_that_only_fit_together_are_set_together():
-    config = of("NUM_HEADS=6 MODEL_DIM=384 NUM_KV_HEADS=3 TRAIN_SEQ_LEN=1024 TRAIN_BATCH_TOKENS=524288").config
+    config = of(
+        "NUM_HEADS=6 MODEL_DIM=384 NUM_KV_HEADS=3 TRAIN_SEQ_LEN=1024 TRAIN_BATCH_TOKENS=524288"
+    ).config
     assert (config.model.num_heads, config.model.model_dim, config.model.num_kv_heads) == (6, 384, 3)
     assert (config.train.batch_tokens, config.train.micro_batch_tokens) == (524_288, 65_536)
     assert of("GRAD_ACCUM_TOTAL=4").config.train.micro_batch_tokens == 196_608
@@ -66,7 +68,10 @@ def test_values_that_only_fit_together_are_set_together():
 
 
 ZEROS = {  # variables at 0 -> fields, as the programs read them
-    "MAX_WALLCLOCK_SECONDS=0": {"train.max_seconds": None, "train.schedule": "steps"},  # not "needs max_seconds"
+    "MAX_WALLCLOCK_SECONDS=0": {
+        "train.max_seconds": None,
+        "train.schedule": "steps",
+    },  # not "needs max_seconds"
     "MAX_WALLCLOCK_SECONDS=0.0": {"train.max_seconds": None, "train.schedule": "steps"},
     "MAX_WALLCLOCK_SECONDS=-1": {"train.max_seconds": None},  # the programs test for > 0
     "VAL_LOSS_EVERY=0": {"train.val_every": None},
