@@ -406,14 +406,14 @@ def _difference(ours: RunConfig, theirs: RunConfig) -> str:
 
 
 def _print_translation(path: Path, base: RunConfig, number: int | None) -> None:
-    from pgolf_fast.cli.run_script import read_script
+    from pgolf_fast.cli.run_script import is_secret, read_script
     from pgolf_fast.config.env import FIELDS, translate
 
     script = read_script(path)
     chosen = script.choose(number)
     left_out, texts = {}, {}
     for name, word in chosen.known.items():
-        if chosen.is_secret(name):
+        if is_secret(chosen, name):
             left_out[name] = "its value looks like a credential"
         elif word.why:
             left_out[name] = f"it is not constant: {word.why}"

@@ -176,11 +176,9 @@ def _with_values(base: RunConfig, given: dict[str, object]) -> tuple[RunConfig, 
         elif switch in given:
             values = {n: defaults[n] for n, off in fields.items() if before[n] == off} | values
     if "train.batch_tokens" in values or "GRAD_ACCUM_TOTAL" in given:
-        batch, count = (
-            values.get("train.batch_tokens", base.train.batch_tokens),
-            given.get("GRAD_ACCUM_TOTAL", 8),
-        )
-        values["train.micro_batch_tokens"] = max(1, batch // max(1, count))  # type: ignore[operator]
+        batch: Any = values.get("train.batch_tokens", base.train.batch_tokens)
+        count: Any = given.get("GRAD_ACCUM_TOTAL", 8)
+        values["train.micro_batch_tokens"] = max(1, batch // max(1, count))
     new: dict[str, Any] = before | values
     adjusted = []
     for field, value, reason in _following(new, values):

@@ -292,7 +292,7 @@ def test_fields_are_set_together_on_the_preset(capsys):
             "quant.grid is 'fine'; it must be one of reference, percentile, rd",
         ),
         ("config --diff exp101", "config needs a preset"),
-        ("config exp101 --from-env run.sh", "--from-env takes no preset"),
+        ("config exp101 --from-env run.sh --base tiny", "--from-env takes one preset"),
         ("config exp101 --base exp101", "--base is for --from-env"),
         ("quantize", "quantize needs RUN: for example `pgolf quantize"),
         ("quantize /nowhere", "run folder /nowhere does not exist: give the --out of a training run"),
