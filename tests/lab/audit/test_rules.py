@@ -5,6 +5,7 @@ By default a violation runs the checks that it concerns; the slow tests run all 
 
 import inspect
 import re
+import shutil
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
