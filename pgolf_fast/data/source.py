@@ -124,7 +124,7 @@ def looks_foreign(shard: Shard, tokenizer: Tokenizer) -> bool:
         console.logger.warning(
             f"{shard.path} does not look like text of tokenizer {tokenizer.path}: {same} of {tried} "
             "documents are the same tokens when decoded and encoded again. Scores are wrong with another "
-            "tokenizer than the shard's: name that with --data.tokenizer"
+            "tokenizer than the shard's: give that one"
         )
     return foreign
 
