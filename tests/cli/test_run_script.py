@@ -80,6 +80,8 @@ FORMS = {
         ["SEED=3 MATRIX_LR=0.1 TRIGRAM"],
     ),
     "item": ("S=(7 8)\ni=1\nSEED=${S[$i]} TTT_EPOCHS=${S[0]} python train.py", ["SEED=8 TTT_EPOCHS=7"]),
+    "set item": ("S=(7 8)\nS[1]=9\nSEED=${S[1]} TTT_EPOCHS=${S[0]} python train.py", ["SEED=9 TTT_EPOCHS=7"]),
+    "named items": ("declare -A S=([a]=7)\nSEED=${S[a]} TRIGRAM=0 python train.py", ["SEED TRIGRAM=0"]),
     "arithmetic": (
         "N=8\nexport TRAIN_BATCH_TOKENS=$((65536 * N)) SEED=$(( (1 + 2) * 3 - 7 / 2 ))\npython train.py",
         ["TRAIN_BATCH_TOKENS=524288 SEED=6"],
