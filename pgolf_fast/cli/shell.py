@@ -94,7 +94,8 @@ class Shell:
         for node in nodes:
             if next(self.steps) > _STEPS:
                 raise PgolfError(f"the script has more than {_STEPS:,} steps: give the part that trains")
-            getattr(self, f"_{node.type}", self._others)(node)
+            broken = node.type != "command" and any(c.is_error or c.is_missing for c in node.children)
+            getattr(self, "_others" if broken else f"_{node.type}", self._others)(node)
 
     def _others(self, node: Any) -> None:
         if node.is_named and node.type != "comment":
@@ -130,12 +131,12 @@ class Shell:
     _pipeline = _command_substitution = _process_substitution = _subshell
 
     def _list(self, node: Any) -> None:
-        left, kind, right = (c for c in node.children if c.type != "comment")
-        verdict = self.test(left)
-        self.branch(verdict is not False if kind.type == "&&" else verdict is False, [right])
+        left, *right = (c for c in node.named_children if c.type != "comment")
+        both, verdict = any(c.type == "&&" for c in node.children), self.test(left)
+        self.branch(verdict is not False if both else verdict is False, right)
 
     def _heredoc_body(self, node: Any) -> None:
-        words = _text(node.parent.parent).partition("<<")[0].split()
+        words = _text(node.parent.parent or node.parent).partition("<<")[0].split()
         if any(map(_SHELL.fullmatch, words)) and not any(map(_QUIET.fullmatch, words)):
             self.fork().source(_text(node), self.at(node))
 
