@@ -101,11 +101,6 @@ def read_metrics(path: Path) -> list[dict]:
     return [row for row in rows if isinstance(row, dict)]
 
 
-def line_seconds() -> float:
-    """Return the most seconds between two progress lines: fewer where somebody watches them."""
-    return 10.0 if sys.stderr.isatty() else 60.0
-
-
 def progress(
     items: Iterable[Item],
     what: str,
