@@ -48,9 +48,9 @@ def check_folder(folder: RunFolder, config: RunConfig, resume: bool) -> list[str
 
 
 def newest_whole(folder: RunFolder, config: RunConfig) -> Checkpoint | None:
-    """Return the newest checkpoint that is whole and has the settings of `config`; None without any.
+    """Return the newest whole checkpoint of these settings, or None without any; newer ones are warned of.
 
-    Warns of newer ones. Raises PgolfError if there are checkpoints, and none can be used.
+    Raises PgolfError if there are checkpoints and none can be used.
     """
     damaged: dict[Path, str] = {}
     for path in reversed(checkpoints(folder.checkpoints)):
