@@ -111,7 +111,6 @@ def read_metrics(path: Path) -> list[dict]:
     return [row for row in rows if isinstance(row, dict)]
 
 
-<<<<<<< HEAD
 @contextlib.contextmanager
 def _every(seconds: float, say: Callable[[], object]) -> Iterator[None]:
     """Call `say` from a thread every `seconds` during the block."""
@@ -131,8 +130,6 @@ def _every(seconds: float, say: Callable[[], object]) -> Iterator[None]:
         thread.join()
 
 
-=======
->>>>>>> w_train
 def progress(
     items: Iterable[Item],
     what: str,

@@ -168,7 +168,7 @@ def parse(command: str, kind: Any, argv: Sequence[str]) -> Any:
     resolved = resolve(kind, preset("exp101"))
     box = io.StringIO()
     try:
-        with contextlib.redirect_stderr(box), _wrapped(10_000):
+        with contextlib.redirect_stderr(box), _wrapped(10_000 + 2 * sum(map(len, words))):
             options, unknown = tyro.cli(resolved, prog=command, args=words, return_unknown_args=True)
     except SystemExit:
         _check_names(command, resolved, words)
@@ -210,12 +210,13 @@ def _message(command: str, box: str) -> str:
     quoted = re.findall("'([^']*)'", lines[0]) if lines else []
     if title == "Required options":
         return f"{command} needs {lines[1]}: for example `{COMMANDS[command].example}`"
-    if title == "Invalid choice":
+    if title == "Invalid choice" and len(quoted) > 1:  # a value may hold quotes
         value, option, *choices = quoted
         return f"{option} is {value!r}; it must be one of {', '.join(sorted({*choices} - {'None'}))}"
     if title == "Value error" and "Argument helptext:" in lines:
         option, _, metavar = lines[lines.index("Argument helptext:") + 1].partition(" ")
-        return f"--{option} is {' '.join(quoted)!r}; it must be {metavar}"
+        given = f"is {' '.join(quoted)!r}; it " if quoted else ""
+        return f"--{option} {given}must be {metavar}"
     return lines[0].removeprefix("Error parsing ") if lines else title
 
 

@@ -370,6 +370,27 @@ def test_named_pipes_are_not_waited_for(words, capsys, tmp_path):
     assert "is a named pipe, whose writer may never come" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            "eval RUN --weights={}",
+            "--weights is 'xxxx",
+        ),  # a message is wrapped, and its quotes are on other lines
+        ("bench --modes {}", "xxxx"),
+        ("generate RUN --tokens {}", "--tokens must be INT"),
+        ("train {}", "unknown preset 'xxxx"),
+        ("config --{} 3", "unknown option --xxxx"),
+    ],
+)
+def test_long_words(words, message, capsys):
+    assert cli.main(words.format("x" * 30_000).split()) == 2
+    text = capsys.readouterr().err
+    assert message in text
+    assert len(text) < 5000
+    assert len(text.splitlines()) == 1
+
+
 def test_narrow_terminals(capsys, monkeypatch):
     """At a width of one column tyro takes minutes."""
     monkeypatch.setenv("COLUMNS", "1")
