@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SHARED = Path("/work/shared")
+SHARED = ROOT.parent / "shared"
 # By the number of a case: what its output must hold, and what it must not; counts are of matching lines
 EXPECTED = {
     "01": ([r"pgolf: .*(U\+2581|space)"], [r"^bytes +\d"]),
