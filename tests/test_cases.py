@@ -19,7 +19,7 @@ EXPECTED = {
     "02": ([r"fineweb_val_000000"], [r"fineweb_val_bytes_\S+ +val"]),
     "03": (["rc 0\n(.|\n)*rc 0\n(.|\n)*rc 0\n(.|\n)*rc 0", "train.seed|SEED"], ["rc [^0]"]),
     "05": (["(rc 0(.|\n)*){8}"], ["no known variables", "rc [^0]"]),
-    "06": (["HF_TOKEN", "WANDB_API_KEY"], ["hf_", "=[0-9a-f]{8}"]),
+    "06": (["pgolf train"], ["hf_", "=[0-9a-f]{8}"]),
     "07": (["--command"], []),
     "09": (["(rc 0(.|\n)*){3}"], ["rc [^0]"]),
     "10": (["(rc 0(.|\n)*){3}"], ["rc [^0]"]),
