@@ -6,6 +6,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -103,14 +104,18 @@ def _run_cuda(call: Callable[[], object], flush: torch.Tensor, runs: int) -> lis
 
 
 @contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Use one CPU thread: with two on a busy machine, an op's median was 16 ms and its minimum 8 us."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def temporarily(choose: Callable[[Any], object], value: object, usual: object) -> Iterator[None]:
+    """Call `choose(value)` before the block and `choose(usual)` after it."""
+    choose(value)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        choose(usual)
+
+
+def one_thread() -> contextlib.AbstractContextManager[None]:
+    """Use one CPU thread: with two on a busy machine, an op's median was 16 ms and its minimum 8 us."""
+    return temporarily(torch.set_num_threads, 1, torch.get_num_threads())
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
