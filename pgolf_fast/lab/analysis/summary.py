@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from statistics import fmean
 from typing import Any, Literal
 
 from pgolf_fast.bench.drawing import Axes, Figure, has_matplotlib, label, png
@@ -12,7 +11,7 @@ from pgolf_fast.config.checks import need
 from pgolf_fast.console import Table, number
 
 DARK = "_dark"  # suffix of the name of a plot for dark pages
-Format = str | Callable[[Any], str]  # of a number, or a function that returns the cell
+Format = str | Callable[[Any], object]  # of a number, or a function that returns the cell
 Column = tuple[str, str, Format]  # header, key of the value, format
 
 
@@ -56,6 +55,10 @@ class Summary:
         """Render the heading, the table and the sentence for a terminal."""
         return "\n".join(filter(None, [f"{self.name} [{self.form}]", self.table.text(), self.shows]))
 
+    @classmethod
+    def published(cls, name: str, shows: str, table: Table, values: dict[str, Any]) -> "Summary":
+        return cls(name, shows, table, values, form="published")
+
 
 def unmeasured(name: str, reason: str) -> Summary:
     """Return a summary without a table that says why there is none and what to do about it."""
@@ -68,12 +71,11 @@ def columns(form: Format, **headers: str) -> list[Column]:
 
 
 def tabulate(
-    keys: Sequence[str],
-    shown: Sequence[Column],
-    values: Mapping[str, Any],
-    more: Iterable[Sequence[str]] = (),
-) -> Table:
+    keys: Sequence[str], shown: Sequence[Column], values: dict[str, Any], more: Iterable[Sequence[str]] = ()
+) -> tuple[Table, dict[str, Any]]:
     """Tabulate nested mappings, one row per innermost mapping, and append the rows in `more`.
+
+    Returns the table and `values`, which are the next parts of a summary.
 
     keys: headers of the key columns, one for each level of `values`; lists may be the last level.
     shown: the columns after those, from the innermost mappings.
@@ -83,36 +85,16 @@ def tabulate(
         leaves = [((*path, key), part) for path, tree in leaves for key, part in tree.items()]
     leaves = [(path, part) for path, own in leaves for part in (own if isinstance(own, list) else [own])]
     rows = [(*path, *(_cell(leaf[key], form) for _, key, form in shown)) for path, leaf in leaves]
-    return Table((*keys, *(header for header, _, _ in shown)), (*rows, *more))
+    return Table((*keys, *(header for header, _, _ in shown)), (*rows, *more)), values
 
 
-def _cell(value: Any, form: Format) -> str:
+def _cell(value: Any, form: Format) -> object:
     return number(value, form) if isinstance(form, str) else form(value)
 
 
 def ratio(part: float, whole: float) -> float | None:
     """Return part / whole, or None if the whole is zero."""
     return part / whole if whole else None
-
-
-def mean(values: Iterable[float | None]) -> float | None:
-    """Return the mean of the values that are not None, or None if there are none."""
-    known = [value for value in values if value is not None]
-    return fmean(known) if known else None
-
-
-def count(values: Sequence[object]) -> str:
-    return f"{len(values)}"
-
-
-def over(statistic: Callable[[list[float]], float]) -> Callable[[Iterable[float | None]], str]:
-    """Return a column format for lists: the statistic of the values that are not None."""
-
-    def cell(values: Iterable[float | None]) -> str:
-        known = [value for value in values if value is not None]
-        return number(statistic(known), ".4f") if known else "-"
-
-    return cell
 
 
 _can_draw = cache(has_matplotlib)  # logs once that it is missing
@@ -145,27 +127,21 @@ def paint_bars(
     ticks: Sequence[str],
     heights: Mapping[str, Sequence[float]],
     errors: Mapping[str, Sequence[float]] | None = None,
+    **labels: str,
 ) -> None:
-    """Draw bars in groups at the `ticks`, one bar of each group for every key of `heights`."""
+    """Draw bars in groups at the `ticks`, one bar of each group for every key of `heights`.
+
+    `labels` are those of `Axes.set`.
+    """
     width = 0.8 / len(heights)
     for i, (name, values) in enumerate(heights.items()):
         places = [tick + width * i for tick in range(len(ticks))]
         axes.bar(places, values, width, yerr=None if errors is None else errors[name], label=label(name))
     axes.set_xticks([tick + 0.4 - width / 2 for tick in range(len(ticks))], list(ticks))
     axes.legend()
+    axes.set(**labels)
 
 
-def draw_bars(
-    name: str,
-    ticks: Sequence[str],
-    heights: Mapping[str, Sequence[float]],
-    errors: Mapping[str, Sequence[float]] | None = None,
-    **labels: str,
-) -> dict[str, bytes]:
-    """Draw `paint_bars` on one panel; `labels` are those of `Axes.set`."""
-
-    def paint(axes: list[Axes]) -> None:
-        paint_bars(axes[0], ticks, heights, errors)
-        axes[0].set(**labels)
-
-    return draw(name, paint)
+def draw_bars(name: str, *bars: Any, **labels: Any) -> dict[str, bytes]:
+    """Draw `paint_bars(axes, *bars, **labels)` on one panel."""
+    return draw(name, lambda axes: paint_bars(axes[0], *bars, **labels))

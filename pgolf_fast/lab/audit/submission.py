@@ -176,9 +176,8 @@ def _different_numbers(before: QuantizedState, after: QuantizedState) -> float:
 
 def _other_machine(folder: RunFolder) -> str:
     """Return the entries of env.json that differ on this machine, as text."""
-    path = folder.path / "env.json"
+    path, here = folder.path / "env.json", environment()
     there = read_json(path) if path.is_file() else {}
-    here = environment()
     names = ("processor", "gpu", "cuda", "torch", "cpu_threads")
     return ", ".join(f"{n} {there[n]}" for n in names if n in there and there[n] != here.get(n))
 
@@ -188,13 +187,8 @@ def within_bytes(artifact: Path | None, limit: int) -> AuditFinding:
     if artifact is None:
         return undecided("the run is not packed")
     weights, code = artifact.stat().st_size, len(build_script(sizes(artifact).sha256).wrapped.encode())
-    total = weights + code
-    text = f"artifact {weights:,} + script {code:,} = {total:,} bytes"
-    return (
-        holds(f"{text} of {limit:,}")
-        if total <= limit
-        else fails(f"{text}, {total - limit:,} over {limit:,}")
-    )
+    text, over = f"artifact {weights:,} + script {code:,} = {weights + code:,} bytes", weights + code - limit
+    return fails(f"{text}, {over:,} over {limit:,}") if over > 0 else holds(f"{text} of {limit:,}")
 
 
 def self_contained(artifact: Path | None, tokenizer: Path, tokens: np.ndarray) -> AuditFinding:
@@ -256,18 +250,15 @@ def within_time(
     if folder is None:
         return undecided("an artifact does not record how long it took")
     training = max((row["elapsed"] for row in folder.history() if row["kind"] == "step"), default=None)
-    times = (
-        ("training", training, training_limit),
-        ("evaluation", _evaluation_seconds(folder), evaluation_limit),
-    )
-    evidence, limited = [], [(took, limit) for _, took, limit in times if limit is not None]
-    for what, took, limit in times:
+    evaluation, evidence, passed = _evaluation_seconds(folder), [], []
+    limits = (("training", training, training_limit), ("evaluation", evaluation, evaluation_limit))
+    for what, took, limit in limits:
         of = "" if limit is None else f" of {console.duration(limit)}"
         evidence.append(f"{what} {'not logged' if took is None else console.duration(took)}{of}")
-    if not limited:
+        passed += [] if limit is None else [took is not None and took <= limit]
+    if not passed:
         return undecided(f"{', '.join(evidence)}; no limit given (--train-limit, --eval-limit)")
-    passed = all(took is not None and took <= limit for took, limit in limited)
-    return AuditFinding(passed, ", ".join(evidence))
+    return AuditFinding(all(passed), ", ".join(evidence))
 
 
 def validation_is_unseen(data: Path, seconds: float = _COMPARE_SECONDS) -> AuditFinding:

@@ -163,20 +163,15 @@ def _write(folder: RunFolder, job: dict[str, Any], config: RunConfig, scorers: d
     rows = folder.history()
     steps = {row["step"]: row["elapsed"] for row in rows if row["kind"] == "step"}
     times = step_times(rows)
-    result = {
-        **{name: job[name] for name in ("budget", "variant", "seed")},
-        "parameters": config.model.num_parameters(),
-        "steps": max(steps),
-        "training_seconds": steps[max(steps)],
-        "ms_per_step": 1e3 * statistics.median(times) if times else None,
-        "ms_per_step_mean": 1e3 * statistics.fmean(times) if times else None,
-        "artifact_bytes": folder.artifact_file.stat().st_size,
-        "artifact_sha256": sizes(folder.artifact_file).sha256,
-        "scores": {name: scorer.sums(0, len(scorer.windows)).to_dict() for name, scorer in scorers.items()},
-        "config": run_config_to_dict(config),
-        **provenance(),
-    }
-    write_json(folder.path / RESULT, result)
+    result = {name: job[name] for name in ("budget", "variant", "seed")}
+    result |= {"parameters": config.model.num_parameters(), "steps": max(steps)}
+    result["training_seconds"] = steps[max(steps)]
+    result["ms_per_step"] = 1e3 * statistics.median(times) if times else None
+    result["ms_per_step_mean"] = 1e3 * statistics.fmean(times) if times else None
+    result["artifact_bytes"] = folder.artifact_file.stat().st_size
+    result["artifact_sha256"] = sizes(folder.artifact_file).sha256
+    result["scores"] = {name: one.sums(0, len(one.windows)).to_dict() for name, one in scorers.items()}
+    write_json(folder.path / RESULT, {**result, "config": run_config_to_dict(config), **provenance()})
 
 
 def step_times(rows: Sequence[dict[str, Any]]) -> list[float]:

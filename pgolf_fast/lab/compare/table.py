@@ -157,28 +157,18 @@ def describe(rows: Sequence[VariantScore], gains: Sequence[PassGain] = ()) -> st
     notes = [SIGN, *(INTERVALS[kind] for kind in sorted(kinds, reverse=True))]
     notes.append("ms/step: median of a run's steps but the first; mean: with rare steps and other load")
     header = ("budget", "variant", "seeds", "steps", "ms/step", "mean", "bytes", "score", "bpb", *_DIFFERENCE)
-    lines = [
-        (
-            row.budget,
-            row.variant,
-            len(row.seeds),
-            f"{row.steps:,.0f}",
-            number(row.ms_per_step, ".1f"),
-            number(row.ms_per_step_mean, ".1f"),
-            f"{row.artifact_bytes:,.0f}",
-            SCORES[row.score],
-            f"{row.bpb:.5f}",
-            *_show_interval(row.difference),
-        )
-        for row in rows
-    ]
+    lines = []
+    for row in rows:
+        speed = (f"{row.steps:,.0f}", *(number(ms, ".1f") for ms in (row.ms_per_step, row.ms_per_step_mean)))
+        score = (f"{row.artifact_bytes:,.0f}", SCORES[row.score], f"{row.bpb:.5f}")
+        difference = _show_interval(row.difference)
+        lines.append((row.budget, row.variant, len(row.seeds), *speed, *score, *difference))
     parts = ["\n".join(notes), Table(header, lines).text()]
-    if gains:
+    passes = [
+        (g.budget, g.variant, SCORES[g.after], SCORES[g.before], *_show_interval(g.difference)) for g in gains
+    ]
+    if passes:
         columns = ("budget", "variant", "score", "compared with", *_DIFFERENCE)
-        passes = [
-            (g.budget, g.variant, SCORES[g.after], SCORES[g.before], *_show_interval(g.difference))
-            for g in gains
-        ]
         parts.append(Table(columns, passes).text())
     return "\n\n".join(parts)
 
@@ -193,13 +183,9 @@ def to_dict(
     rows: Sequence[VariantScore], gains: Sequence[PassGain], runs: Sequence[FinishedRun]
 ) -> dict[str, Any]:
     """Return everything as JSON values."""
-    return {
-        "sign": SIGN,
-        "intervals": INTERVALS,
-        "comparison": [asdict(row) for row in rows],
-        "passes": [asdict(gain) for gain in gains],
-        "runs": [{**run.result, "folder": str(run.job.path)} for run in runs],
-    }
+    tables = {"comparison": [asdict(row) for row in rows], "passes": [asdict(gain) for gain in gains]}
+    results = [{**run.result, "folder": str(run.job.path)} for run in runs]
+    return {"sign": SIGN, "intervals": INTERVALS, **tables, "runs": results}
 
 
 def commits(runs: Sequence[FinishedRun]) -> list[str]:

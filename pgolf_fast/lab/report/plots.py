@@ -164,8 +164,8 @@ def paint_parts(panels: Sequence[Axes], scores: dict) -> None:
 
 def _classes(axes: Axes, parts: dict) -> None:
     own = shares(parts).values()
-    paint_bars(axes, list(parts), {unit: [s[unit] for s in own] for unit in ("targets", "bytes", "loss")})
-    axes.set(ylabel="share", title="sliding, by class of target")
+    heights = {unit: [share[unit] for share in own] for unit in ("targets", "bytes", "loss")}
+    paint_bars(axes, list(parts), heights, ylabel="share", title="sliding, by class of target")
 
 
 def _bits(axes: Axes, curves: dict[str, dict]) -> None:
@@ -214,15 +214,11 @@ def paint_treemap(figure: Figure, table: ArtifactTable) -> None:
     tiles = [(group, name, size) for group, members in groups.items() for name, size in members]
     axes = figure.subplots()
     width = 100 * TREEMAP_SIZE[0] / TREEMAP_SIZE[1]  # rectangles are squarified in the shape of the figure
-    squarify.plot(
-        [max(size, 1e-3) for _, _, size in tiles],
-        norm_x=width,
-        color=[colors[group] for group, _, _ in tiles],
-        label=[f"{name}\n{short(size)}" if size > LABELED * total else "" for _, name, size in tiles],
-        ax=axes,
-        bar_kwargs={"edgecolor": axes.get_facecolor(), "linewidth": 0.8},
-        text_kwargs={"fontsize": 7, "color": "black"},
-    )
+    areas, shades = [max(size, 1e-3) for _, _, size in tiles], [colors[group] for group, _, _ in tiles]
+    labels = [f"{name}\n{short(size)}" if size > LABELED * total else "" for _, name, size in tiles]
+    bars, texts = {"edgecolor": axes.get_facecolor(), "linewidth": 0.8}, {"fontsize": 7, "color": "black"}
+    kinds = {"bar_kwargs": bars, "text_kwargs": texts}
+    squarify.plot(areas, norm_x=width, color=shades, label=labels, ax=axes, **kinds)
     axes.set(xlim=(0, width), ylim=(0, 100))
     axes.axis("off")
     axes.set_title(f"{table.path.name}: {total:,} bytes", fontsize=13, fontweight="bold")

@@ -153,11 +153,8 @@ def overview(run: RunRecord) -> Section:
         state = f"interrupted or still running: step {last:,} of {train.steps:,}{limit}"
     else:
         state = "not trained yet: only the configuration exists"
-    rows = {
-        "preset": run.config.name,
-        "state": state,
-        "network": f"{m.num_layers} layers x {m.model_dim}, {m.num_parameters():,} parameters",
-    }
+    rows = {"preset": run.config.name, "state": state}
+    rows["network"] = f"{m.num_layers} layers x {m.model_dim}, {m.num_parameters():,} parameters"
     if run.steps:
         unrecorded = (last - len(run.steps)) * train.batch_tokens
         tokens = sum(row["tokens"] for row in run.steps.values()) + unrecorded
@@ -203,7 +200,7 @@ def configuration(run: RunRecord) -> Section:
         return Section("Configuration", text, (Table(("field", "run"), fields), resumed))
     disabled = tuple(f"{name}." for name in {*now, *before} if now.get(name, ...) is None)
     rows = [
-        (name, _setting(name, before.get(name, "on")), _setting(name, now.get(name, "on")))
+        (name, *(_setting(name, fields.get(name, "on")) for fields in (before, now)))
         for name in dict.fromkeys([*now, *before])
         if now.get(name, ...) != before.get(name, ...) and name != "name" and not name.startswith(disabled)
     ]
@@ -239,15 +236,13 @@ def training(run: RunRecord) -> Section:
         text += f" It includes z-loss, {weight:g} times the squared log-sum-exp of the logits."
     if losses:
         first, last = min(losses), max(losses)
-        text += f" Step {first:,} had {losses[first]:.4f} nats per token, "
-        text += f"step {last:,} had {losses[last]:.4f}."
-    if broken := run.broken_steps:
-        more = len(broken) - LONGEST_LIST
-        listed = ", ".join(f"{s:,}" for s in broken[:LONGEST_LIST])
         text += (
-            f"\n\nThe loss is not finite at {len(broken):,} of {len(run.steps):,} steps: {listed}"
-            f"{f' and {more:,} more' if more > 0 else ''}."
+            f" Step {first:,} had {losses[first]:.4f} nats per token, step {last:,} had {losses[last]:.4f}."
         )
+    if broken := run.broken_steps:
+        more, listed = len(broken) - LONGEST_LIST, ", ".join(f"{s:,}" for s in broken[:LONGEST_LIST])
+        text += f"\n\nThe loss is not finite at {len(broken):,} of {len(run.steps):,} steps: {listed}"
+        text += f" and {more:,} more." if more > 0 else "."
     note, figures = _plot(
         lambda canvas: plots.paint_training(canvas, run.steps, run.lines["val"]),
         (WIDTH, 4.8),
@@ -259,11 +254,10 @@ def training(run: RunRecord) -> Section:
 
 def _validations(run: RunRecord) -> Table:
     rows = [
-        (row["step"], row.get("weights", ""), number(row.get("loss"), ".4f"), number(row.get("bpb"), ".4f"))
+        (row["step"], row.get("weights", ""), *(number(row.get(unit), ".4f") for unit in ("loss", "bpb")))
         for row in run.lines["val"]
     ]
-    header = ("step", "weights", "nats/token", "bpb")
-    return Table(header, rows, "Validation, non-overlapping windows")
+    return Table(("step", "weights", "nats/token", "bpb"), rows, "Validation, non-overlapping windows")
 
 
 def _slot_rates(run: RunRecord) -> Table:
@@ -283,10 +277,8 @@ def throughput(run: RunRecord) -> Section:
     table = pace_table(run.steps)
     if not table.rows:
         return Section("Throughput", "No two successive steps are recorded with their times.")
-    text = (
-        "Time of a step by the training clock, which excludes validation and checkpoints; "
-        f"{console.duration(run.seconds)} in total."
-    )
+    text = "Time of a step by the training clock, which excludes validation and checkpoints; "
+    text += f"{console.duration(run.seconds)} in total."
     note, figures = _plot(
         lambda canvas: plots.paint_pace(canvas.subplots(), run.steps),
         (WIDTH, 3.0),
@@ -314,14 +306,11 @@ def scores(run: RunRecord) -> Section:
 
 def _gains(tree: Tree) -> Table:
     steps = {"sliding windows": ("non_overlapping", "sliding"), "TTT": ("sliding", "sliding_ttt")}
-    rows = [
-        (
-            labeled(what, what == "TTT" and tree.get("illegal")),
-            *(f"{tree[new][unit] - tree[old][unit]:+.6f}" for unit in ("bpb", "loss")),
-        )
-        for what, (old, new) in steps.items()
-        if _is_scored(tree, old) and _is_scored(tree, new)
-    ]
+    rows = []
+    for what, (old, new) in steps.items():
+        if _is_scored(tree, old) and _is_scored(tree, new):
+            gains = (f"{tree[new][unit] - tree[old][unit]:+.6f}" for unit in ("bpb", "loss"))
+            rows.append((labeled(what, what == "TTT" and tree.get("illegal")), *gains))
     return Table(("change by", "bpb", "nats/token"), rows)
 
 
@@ -433,12 +422,11 @@ def artifact_bytes(run: RunRecord) -> Section:
     if table is None:
         return Section("Bytes", "There is no artifact.")
     code = code_bytes() if pack.code_bytes is None else pack.code_bytes
-    total = table.total_bytes + code
-    left = pack.limit_bytes - total
-    fits = f"{left:,} bytes are left" if left >= 0 else f"that is {-left:,} bytes too many"
-    text = (
-        f"Artifact {table.total_bytes:,} + code {code:,} = {total:,} bytes of {pack.limit_bytes:,}: {fits}."
+    total, limit = table.total_bytes + code, pack.limit_bytes
+    fits = (
+        f"{limit - total:,} bytes are left" if total <= limit else f"that is {total - limit:,} bytes too many"
     )
+    text = f"Artifact {table.total_bytes:,} + code {code:,} = {total:,} bytes of {limit:,}: {fits}."
     note, figures = _plot(
         lambda canvas: plots.paint_treemap(canvas, table),
         plots.TREEMAP_SIZE,
