@@ -56,7 +56,6 @@ class Compiled:
     spill_bytes: int  # Stack and local memory; 0 if nothing spilled
     shared_bytes: int
     instructions: Counter[str] = field(default_factory=Counter)  # Count of each opcode in the machine code
-    launches: list[tuple[int, int, int]] = field(default_factory=list)  # The grid of every launch
 
     def count(self, fragment: str) -> int:
         """Count instructions whose opcode contains `fragment`."""
@@ -74,7 +73,6 @@ def _tool(name: str) -> str:
 
 
 def _inspect(cubin: bytes) -> tuple[dict[str, int], Counter[str]]:
-    """Return resource usage and opcode counts of a device binary."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
@@ -88,14 +86,13 @@ def _inspect(cubin: bytes) -> tuple[dict[str, int], Counter[str]]:
 
 
 class _Launcher:
-    """A replacement for Triton's C launcher that records the grid, and the compiler's warps and stages."""
+    """A replacement for Triton's C launcher that records the compiler's warps and stages."""
 
     def __init__(self, source: object, metadata: Any):
         self.warps, self.stages = metadata.num_warps, metadata.num_stages
 
     def __call__(self, x: int, y: int, z: int, stream: int, function: Compiled, *rest: object) -> None:
         function.warps, function.stages = self.warps, self.stages
-        function.launches.append((x, y, z))
 
 
 class _Driver:

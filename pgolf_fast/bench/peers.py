@@ -31,8 +31,7 @@ class Formula:
     """PyTorch code for a case, called with its plain inputs by name."""
 
     function: Callable[..., Outputs]
-    backend: SDPBackend | None = None
-    """The only attention kernel it may use; None leaves the choice to PyTorch."""
+    backend: SDPBackend | None = None  # The only attention kernel it may use; None leaves it to PyTorch
 
     def contender(self, name: str, case: Case, inputs: Inputs | None = None) -> Contender:
         """Bind to `inputs`, by default the plain ones of `case`."""

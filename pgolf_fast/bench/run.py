@@ -156,7 +156,6 @@ def _measure_case(plan: Plan, case: Case) -> Iterator[Record]:
 def _time(
     plan: Plan, case: Case, mode: Mode, contenders: Sequence[Contender], douts: Sequence[torch.Tensor]
 ) -> list[Record]:
-    """Return one record per contender, timed in turn."""
     calls: dict[str, Callable[[], object]] = {
         c.name: c.forward if mode == "fwd" else partial(c.both, douts) for c in contenders
     }

@@ -74,11 +74,10 @@ def summary(records: Sequence[Record]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for (op, mode, tokens), group in groups.items():
         ours = next((r for r in group if r["peer"] == "ours"), None)
-        peers = [r for r in group if not r["peer"].startswith("ours")]
         if ours is None:
             continue
         against = ["-", "-", "-"]
-        if peers:
+        if peers := [r for r in group if not r["peer"].startswith("ours")]:
             best = min(peers, key=lambda r: r["median_ms"])
             ratio = best["median_ms"] / ours["median_ms"]
             against = [best["peer"], f"{best['median_ms']:.4f}", f"{ratio:.2f}"]

@@ -109,8 +109,7 @@ def tune(plan: TunePlan, done: Callable[[Found], None]) -> list[Found]:
     for name in plan.kernels:
         if name not in tiles.kernels():
             raise PgolfError(f"no kernel {name!r}: kernels are {', '.join(tiles.kernels())}")
-    if plan.kernels:
-        uses = {kernel: use for kernel, use in uses.items() if kernel in plan.kernels}
+    uses = {kernel: use for kernel, use in uses.items() if kernel in (plan.kernels or uses)}
     results = []
     for use in dict.fromkeys(uses.values()):
         if passed(plan.deadline):
@@ -215,14 +214,11 @@ def _climb(
             if isinstance(times, str):
                 result.failed += 1
                 result.errors.append(f"{tile}: {times}")
-                continue
-            best, candidate = times
-            if candidate >= GAIN * best:
-                continue
-            if correct(tile):
-                result.best, result.best_ms, improved = tile, candidate, True
-            else:
-                result.wrong += 1
+            elif times[1] < GAIN * times[0]:
+                if correct(tile):
+                    result.best, result.best_ms, improved = tile, times[1], True
+                else:
+                    result.wrong += 1
 
 
 def as_tuned(found: Found, plan: TunePlan) -> Tuned:

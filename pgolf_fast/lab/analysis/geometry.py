@@ -291,9 +291,7 @@ def random_overlap(directions: int, dimension: int) -> tuple[float, float]:
     The mean is k / d; the sum of squares has variance 2 k^2 (d-k)^2 / (d^2 (d-1) (d+2)).
     """
     k, d = directions, dimension
-    if d == 1:
-        return 1.0, 0.0
-    return k / d, math.sqrt(2 / ((d - 1) * (d + 2))) * (d - k) / d
+    return (1.0, 0.0) if d == 1 else (k / d, math.sqrt(2 / ((d - 1) * (d + 2))) * (d - k) / d)
 
 
 def overlap(a: LoadedModel, b: LoadedModel) -> Summary:

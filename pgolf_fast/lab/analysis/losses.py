@@ -228,7 +228,6 @@ def _hardest(measured: Sequence[ModelLosses], validation: Validation) -> Summary
 
 @torch.no_grad()
 def _guess(model: GPT, validation: Validation, target: int) -> tuple[int, float]:
-    """Return the likeliest token at the position of a target, and its probability."""
     begin = target // validation.seq_len * validation.seq_len
     tokens = torch.from_numpy(validation.tokens[None, begin : target + 1]).to(model.qo_bank.device)
     hidden = model.hidden(tokens, last=1, context=validation.seq_len)

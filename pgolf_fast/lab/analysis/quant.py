@@ -18,8 +18,7 @@ from pgolf_fast.quant.grid import dequantize, quantize_rows
 from pgolf_fast.quant.state import SLOTS, group_of, unbank
 
 LARGEST_CODE = 31
-FIXED_STEP_MSE = 1 / LARGEST_CODE**2 / 12  # 8.67e-5
-"""Mean squared error of rounding a smooth distribution to multiples of 1/31."""
+FIXED_STEP_MSE = 1 / LARGEST_CODE**2 / 12  # 8.67e-5, of rounding smooth distributions to multiples of 1/31
 
 
 def floored_grid(matrix: Tensor) -> Tensor:

@@ -30,6 +30,8 @@ ANALYSES = {  # name: module, its function of models and options, and the least 
     "losses": ("losses", "analyze", 1),  # distribution of the loss, calibration
 }
 
+Show = Callable[[Summary], None]
+
 
 def check_names(only: Sequence[str]) -> None:
     """Raise PgolfError, naming the closest match, for an unknown analysis."""
@@ -63,10 +65,7 @@ class Results:
 
 
 def run_analyses(
-    only: Sequence[str],
-    models: Sequence[LoadedModel],
-    options: Options,
-    show: Callable[[Summary], None] = lambda summary: None,
+    only: Sequence[str], models: Sequence[LoadedModel], options: Options, show: Show = lambda summary: None
 ) -> Results:
     """Run the analyses named in `only`, or every one that the models and their data allow.
 

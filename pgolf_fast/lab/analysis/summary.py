@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from pgolf_fast.console import Table, number
 DARK = "_dark"  # suffix of the name of a plot for dark pages
 Format = str | Callable[[Any], object]  # of a number, or a function that returns the cell
 Column = tuple[str, str, Format]  # header, key of the value, format
+Bars = Mapping[str, Sequence[float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,33 +102,22 @@ _can_draw = cache(has_matplotlib)  # logs once that it is missing
 
 
 def draw(
-    name: str,
-    paint: Callable[[list[Axes]], None],
-    panels: int = 1,
-    *,
-    width: float = 7.0,
-    height: float = 3.4,
+    name: str, paint: Callable[[list[Axes]], None], panels: int = 1, *, width: float = 7, height: float = 3.4
 ) -> dict[str, bytes]:
     """Draw `panels` axes in a row of `width` x `height` inches; return the PNGs `name` and `name_dark`.
 
     Without matplotlib, log that once and return {}.
     """
-    if not _can_draw("plots"):
-        return {}
 
     def paint_figure(figure: Figure) -> None:
         paint(list(figure.subplots(1, panels, squeeze=False)[0]))
 
-    size = width, height
-    return {name: png(paint_figure, size), name + DARK: png(paint_figure, size, dark=True)}
+    draw_one = partial(png, paint_figure, (width, height))
+    return {name: draw_one(), name + DARK: draw_one(dark=True)} if _can_draw("plots") else {}
 
 
 def paint_bars(
-    axes: Axes,
-    ticks: Sequence[str],
-    heights: Mapping[str, Sequence[float]],
-    errors: Mapping[str, Sequence[float]] | None = None,
-    **labels: str,
+    axes: Axes, ticks: Sequence[str], heights: Bars, errors: Bars | None = None, **labels: str
 ) -> None:
     """Draw bars in groups at the `ticks`, one bar of each group for every key of `heights`.
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -117,10 +117,7 @@ def open_target(
     weights: Weights = "float" if artifact is None else "artifact"
     loaded = load(artifact or path, weights, config=config, tokenizer=source.tokenizer, finite=False)
     length, scoring = loaded.config.eval_seq_len, loaded.config.eval
-
-    def windows(count: int) -> Windows:
-        return sliding_windows(count, length, scoring.stride, repeat_tail=scoring.repeat_tail)
-
+    windows = partial(sliding_windows, seq_len=length, stride=scoring.stride, repeat_tail=scoring.repeat_tail)
     beginning, side_bytes = validation[: count + 1].astype(np.int64), source.side_bytes(validation)
     text = validation, beginning, source.tokenizer, source.table
     evaluations = *_methods(loaded, windows), windows

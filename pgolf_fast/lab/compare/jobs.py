@@ -90,10 +90,8 @@ def _check_same(job: Job, known: dict[str, Any], asked: dict[str, Any]) -> None:
         if before.get(name) != now.get(name)
     ]
     if changed:
-        raise PgolfError(
-            f"{job.path} holds a run with other settings: {'; '.join(changed)}. Choose another --out, or "
-            "repeat the settings it was made with"
-        )
+        text = f"{job.path} holds a run with other settings: {'; '.join(changed)}"
+        raise PgolfError(f"{text}. Choose another --out, or repeat the settings it was made with")
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -153,7 +151,6 @@ def _score(folder: RunFolder, config: RunConfig, scores: Scores) -> dict[str, Sc
 
 
 def _write(folder: RunFolder, job: dict[str, Any], config: RunConfig, scorers: dict[str, Scorer]) -> None:
-    """Write documents.json, then result.json."""
     stream = scorers["non_overlapping"].stream
     starts = document_starts(stream.tokens.cpu().numpy())
     nats = {name: scorer.by_target().astype(np.float64) for name, scorer in scorers.items()}

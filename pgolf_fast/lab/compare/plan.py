@@ -103,11 +103,9 @@ def _check_flip(base: RunConfig, config: RunConfig, words: Sequence[str]) -> Non
     for name, instead in _SHARED.items():
         if before.get(name) != now.get(name):
             raise PgolfError(f"{given}: {name} is the same for all variants ({instead})")
-    if config.eval_seq_len != base.eval_seq_len:
-        raise PgolfError(
-            f"{given} changes the windows that scores are over from {base.eval_seq_len} to "
-            f"{config.eval_seq_len} tokens: add eval.seq_len={base.eval_seq_len} to it"
-        )
+    if (now_length := config.eval_seq_len) != (length := base.eval_seq_len):
+        text = f"{given} changes the windows that scores are over from {length} to {now_length} tokens"
+        raise PgolfError(f"{text}: add eval.seq_len={length} to it")
 
 
 def with_budget(
@@ -153,8 +151,6 @@ def meta_steps(config: RunConfig) -> int:
 
 
 def _fill_time(config: RunConfig, cost: StepCost, limit: float) -> RunConfig:
-    """Return `config` with as many steps as fit into `limit` seconds."""
-
     # The number of meta steps depends on the number of steps through the schedule, so search for it.
     def run(steps: int) -> RunConfig:
         return replace(config, train=replace(config.train, steps=steps))

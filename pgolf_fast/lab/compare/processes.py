@@ -52,10 +52,8 @@ def make_slots(workers: int | None, devices: int, *, timed: bool) -> list[Slot]:
         return [{"CUDA_VISIBLE_DEVICES": name} for name in names[: workers or devices]]
     workers = workers or 1
     if timed and workers > 1:
-        raise PgolfError(
-            f"--workers {workers} would let runs of budget time compete for this CPU: leave --workers out, "
-            "or use --budget steps"
-        )
+        text = f"--workers {workers} would let runs of budget time compete for this CPU"
+        raise PgolfError(f"{text}: leave --workers out, or use --budget steps")
     share = {"OMP_NUM_THREADS": str(max(1, available_cores() // workers))}
     return [{} if workers == 1 or "OMP_NUM_THREADS" in os.environ else share] * workers
 

@@ -78,9 +78,8 @@ def sweep(
     starts = document_starts(stream.tokens.cpu().numpy())
     counted = starts >= after
     if not counted.any():
-        raise PgolfError(
-            f"no document begins at target {after:,} or later: the last begins at {starts[-1]:,}"
-        )
+        last = f"the last begins at {starts[-1]:,}"
+        raise PgolfError(f"no document begins at target {after:,} or later: {last}")
     # A repeated tail would score some targets twice.
     config = replace(config, eval=replace(config.eval, repeat_tail=False))
     evaluator = Evaluator(model, stream, config, grid, world)

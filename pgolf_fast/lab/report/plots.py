@@ -127,8 +127,7 @@ def paint_pace(axes: Axes, steps: Steps) -> None:
     groups = np.array_split(np.array(rates), min(PACE_POINTS, len(rates)))
     x, y = np.array([(group[:, 0].mean(), np.median(group[:, 1])) for group in groups]).T
     axes.plot(x, y, "-" if len(x) > 1 else "o")
-    axes.set(xlabel="step", ylabel="tokens/s")
-    axes.set_ylim(bottom=0)
+    axes.set(xlabel="step", ylabel="tokens/s", ylim=(0, None))
 
 
 def draw_scores(scores: dict, path: Path) -> Path | None:
@@ -150,7 +149,10 @@ def paint_parts(panels: Sequence[Axes], scores: dict) -> None:
     by_class, by_context, by_document = panels
     figures = scores["figures"]
     sliding, ttt = figures["sliding"], figures.get("sliding_ttt")
-    _classes(by_class, sliding["by_class"])
+    own = shares(sliding["by_class"]).values()
+    heights = {unit: [share[unit] for share in own] for unit in ("targets", "bytes", "loss")}
+    labels = {"ylabel": "share", "title": "sliding, by class of target"}
+    paint_bars(by_class, list(sliding["by_class"]), heights, None, **labels)
     _bits(by_context, {"non-overlapping": figures["non_overlapping"]["by_context"]})
     by_context.set(xlabel="tokens of context", title="by context")
     curves = {"sliding": sliding["by_document_tokens"]}
@@ -160,12 +162,6 @@ def paint_parts(panels: Sequence[Axes], scores: dict) -> None:
     by_document.set(xlabel="tokens of the document", title="by document length")
     for axes in panels:
         axes.tick_params(axis="x", labelrotation=30)
-
-
-def _classes(axes: Axes, parts: dict) -> None:
-    own = shares(parts).values()
-    heights = {unit: [share[unit] for share in own] for unit in ("targets", "bytes", "loss")}
-    paint_bars(axes, list(parts), heights, ylabel="share", title="sliding, by class of target")
 
 
 def _bits(axes: Axes, curves: dict[str, dict]) -> None:
@@ -222,11 +218,10 @@ def paint_treemap(figure: Figure, table: ArtifactTable) -> None:
     axes.set(xlim=(0, width), ylim=(0, 100))
     axes.axis("off")
     axes.set_title(f"{table.path.name}: {total:,} bytes", fontsize=13, fontweight="bold")
-    sums = {group: sum(size for _, size in members) for group, members in groups.items()}
-    handles = [
-        Patch(color=colors[group], label=f"{group}  {short(size)}  {size / total:.1%}")
-        for group, size in sums.items()
-    ]
+    handles = []
+    for group, members in groups.items():
+        size = sum(size for _, size in members)
+        handles.append(Patch(color=colors[group], label=f"{group}  {short(size)}  {size / total:.1%}"))
     figure.legend(handles=handles, loc="outside lower center", ncols=5)
 
 

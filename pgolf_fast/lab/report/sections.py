@@ -206,10 +206,8 @@ def configuration(run: RunRecord) -> Section:
     ]
     if not rows:
         return Section("Configuration", f"Preset `{run.config.name}`, unchanged.", [resumed])
-    text = (
-        f"Differences from the current preset `{run.config.name}`. Where a preset leaves a choice to the "
-        "machine (`auto`, `none`), training records what it chose."
-    )
+    text = f"Differences from the current preset `{run.config.name}`. Where a preset leaves a choice to the "
+    text += "machine (`auto`, `none`), training records what it chose."
     differences = Table(("field", "preset", "run"), rows, f"{len(rows)} fields that differ")
     return Section("Configuration", text, (differences, resumed))
 
@@ -236,9 +234,8 @@ def training(run: RunRecord) -> Section:
         text += f" It includes z-loss, {weight:g} times the squared log-sum-exp of the logits."
     if losses:
         first, last = min(losses), max(losses)
-        text += (
-            f" Step {first:,} had {losses[first]:.4f} nats per token, step {last:,} had {losses[last]:.4f}."
-        )
+        text += f" Step {first:,} had {losses[first]:.4f} nats per token, "
+        text += f"step {last:,} had {losses[last]:.4f}."
     if broken := run.broken_steps:
         more, listed = len(broken) - LONGEST_LIST, ", ".join(f"{s:,}" for s in broken[:LONGEST_LIST])
         text += f"\n\nThe loss is not finite at {len(broken):,} of {len(run.steps):,} steps: {listed}"
@@ -297,10 +294,8 @@ def scores(run: RunRecord) -> Section:
         table = score_table(tree)
         table.caption = "The artifact" if weights == "artifact" else "The float weights, before quantization"
         score_tables += [table, _gains(tree)]
-    text = (
-        "The three scores of the same weights belong together: the gain of test-time training is the third "
-        "less the second, and the gain of sliding windows is the second less the first."
-    )
+    text = "The three scores of the same weights belong together: the gain of test-time training is the "
+    text += "third less the second, and the gain of sliding windows is the second less the first."
     return Section("Scores", text, score_tables)
 
 
@@ -315,7 +310,6 @@ def _gains(tree: Tree) -> Table:
 
 
 def _score_name(tree: Tree, key: str) -> str:
-    """Name a score, with a label if it breaks the rules."""
     return labeled(SCORES[key], key == "sliding_ttt" and tree.get("illegal"))
 
 
@@ -336,16 +330,12 @@ def quantization_gap(run: RunRecord) -> Section:
     text = "Loss of the artifact relative to the float weights on the same targets; positive is worse."
     if differing:
         names = "; ".join(_score_name(artifact, key) for key in differing)
-        text += (
-            " Not comparable, because float weights and artifact were scored on different targets or with "
-            f"other settings: {names}."
-        )
+        text += " Not comparable, because float weights and artifact were scored on different targets or "
+        text += f"with other settings: {names}."
     elif not pairs and (ended := _final_validation(run)) and _is_scored(artifact, "non_overlapping"):
         pairs = {SCORES["non_overlapping"]: (ended, artifact["non_overlapping"])}
-        text += (
-            " The float weights are not scored; their score here is the validation at the end of training "
-            f"({ended['weights']}), over the same windows unless `pgolf eval` was given others."
-        )
+        text += " The float weights are not scored; their score here is the validation at the end of "
+        text += f"training ({ended['weights']}), over the same windows unless `pgolf eval` was given others."
     rows = []
     for what, (floating, packed) in pairs.items():
         gaps = (packed[unit] - as_float(floating[unit]) for unit in ("bpb", "loss"))
@@ -372,13 +362,11 @@ def adaptation(run: RunRecord) -> Section:
         return Section(title, "There is no score with test-time training.", compared)
     updates, trainable = tree.get("ttt_updates", 0), tree.get("ttt_trainable_parameters", 0)
     gain = tree["sliding"]["bpb"] - tree["sliding_ttt"]["bpb"]
-    order = f"{len(course):,} chunks, each scored before anything learned from it"
+    text = f"{len(course):,} chunks, each scored before anything learned from it"
     if illegal := tree.get("illegal"):
-        order = f"This BREAKS THE RULES of the challenge: {illegal}"
-    text = (
-        f"{order}; {updates:,} updates of {trainable:,} parameters. The gain is {gain:+.6f} bits per byte "
-        "over the same windows without it."
-    )
+        text = f"This BREAKS THE RULES of the challenge: {illegal}"
+    text += f"; {updates:,} updates of {trainable:,} parameters. The gain is {gain:+.6f} bits per byte "
+    text += "over the same windows without it."
     if settings := _ttt_settings(tree.get("ttt", {})):
         text += f" Settings: {settings}."
     note, figures = _plot(
@@ -392,7 +380,6 @@ def adaptation(run: RunRecord) -> Section:
 
 
 def _ttt_settings(ttt: Tree) -> str:
-    """List the settings that the adapter uses."""
     names: tuple[str, ...] = ("chunk_tokens", "epochs", "lr", "parameters")
     own = {"lora": "lora", "phased": "lora", "error_guided": "guided"}.get(str(ttt.get("adapter")))
     if own is not None:
@@ -423,9 +410,8 @@ def artifact_bytes(run: RunRecord) -> Section:
         return Section("Bytes", "There is no artifact.")
     code = code_bytes() if pack.code_bytes is None else pack.code_bytes
     total, limit = table.total_bytes + code, pack.limit_bytes
-    fits = (
-        f"{limit - total:,} bytes are left" if total <= limit else f"that is {total - limit:,} bytes too many"
-    )
+    left, over = f"{limit - total:,} bytes are left", f"that is {total - limit:,} bytes too many"
+    fits = left if total <= limit else over
     text = f"Artifact {table.total_bytes:,} + code {code:,} = {total:,} bytes of {limit:,}: {fits}."
     note, figures = _plot(
         lambda canvas: plots.paint_treemap(canvas, table),
