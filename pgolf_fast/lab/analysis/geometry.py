@@ -120,10 +120,8 @@ def deltas(a: LoadedModel, b: LoadedModel) -> Summary:
         x, y = a.state[name], b.state[name]
         if x.numel() >= 2:
             length, distance = norm(x), norm(y - x)
-            tensors[name] = {
-                **{"norm_a": length, "norm_b": norm(y), "distance": distance},
-                **{"relative_l2": ratio(distance, length), "cosine": cosine(x, y)},
-            }
+            tensors[name] = {"norm_a": length, "norm_b": norm(y), "distance": distance}
+            tensors[name] |= {"relative_l2": ratio(distance, length), "cosine": cosine(x, y)}
     tensors = dict(sorted(tensors.items(), key=lambda item: -(item[1]["relative_l2"] or 0.0)))
     banks = mean(tensors[name]["cosine"] for name in BANK_NAMES)
     others = mean(tensor["cosine"] for name, tensor in tensors.items() if name not in BANK_NAMES)
@@ -349,11 +347,9 @@ def _compare_subspaces(a: Tensor, b: Tensor) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for side, (x, y) in sides.items():
         by_chance, deviation = random_overlap(k, x.shape[1])
-        values[side] = {
-            **{"directions": k, "dimension": x.shape[1]},
-            "mean_squared_cosine_by_slot": principal_cosines(x, y).square().mean(1).tolist(),
-            **{"if_random": by_chance, "spread_if_random": deviation},
-        }
+        cosines = {"mean_squared_cosine_by_slot": principal_cosines(x, y).square().mean(1).tolist()}
+        chance = {"if_random": by_chance, "spread_if_random": deviation}
+        values[side] = {"directions": k, "dimension": x.shape[1], **cosines, **chance}
     return values
 
 

@@ -119,9 +119,11 @@ def _weights_file(folder: RunFolder, weights: Weights) -> Path:
 def _config(path: Path, folder: RunFolder | None, named: RunConfig | None) -> RunConfig | None:
     """Return the configuration in a file, else `named`, else that of the run folder."""
     if path.is_file():
+        metadata: dict = {}
         with contextlib.suppress(PgolfError):  # of torch.save
-            if "config" in (metadata := load_metadata(path)):
-                return run_config_from_dict(metadata["config"])
+            metadata = load_metadata(path)
+        if "config" in metadata:
+            return run_config_from_dict(metadata["config"])
         if named is not None:
             return named
     return None if folder is None else folder.read_config()

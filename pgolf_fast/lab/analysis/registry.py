@@ -111,16 +111,15 @@ def write_results(out: Path, results: Results) -> None:
         for number, summary in enumerate(summaries, start=1):
             if reason := summary.values.get("not_measured"):
                 summary = unmeasured(summary.name, portable(reason))
-            files = {name: f"{analysis}_{number}_{name}.png" for name in summary.plots}
+            plots = summary.plots
+            files = {name: f"{analysis}_{number}_{name}.png" for name in plots}
             for name, file in files.items():
-                write_bytes(out / file, summary.plots[name])
+                write_bytes(out / file, plots[name])
             table = {"header": summary.table.header, "rows": summary.table.rows}
             entries.append({**vars(summary), "table": table, "plots": files})
-            figures = [
-                Figure(png, summary.plots.get(name + DARK), alt=f"{summary.name}: {name.replace('_', ' ')}")
-                for name, png in summary.plots.items()
-                if not name.endswith(DARK)
-            ]
+            light = (name for name in files if not name.endswith(DARK))
+            alts = {name: f"{summary.name}: {name.replace('_', ' ')}" for name in light}
+            figures = [Figure(plots[name], plots.get(name + DARK), alt=alt) for name, alt in alts.items()]
             sections.append(Section(summary.name, summary.shows, [summary.table], figures, summary.form))
         analyses[analysis] = {"seconds": results.seconds[analysis], "summaries": entries}
     models = [

@@ -237,10 +237,8 @@ def _whole(values: dict[str, Any], targets: int, options: Options) -> Summary:
 def _by_part(values: dict[str, Any]) -> Summary:
     parts = {name: model["trace_by_part"] for name, model in values.items()}
     rows = [(name, part, _with_error(value)) for name, own in parts.items() for part, value in own.items()]
-    heights, errors = (
-        {name: [part[key] for part in own.values()] for name, own in parts.items()}
-        for key in ("value", "error")
-    )
+    heights = {name: [part["value"] for part in own.values()] for name, own in parts.items()}
+    errors = {name: [part["error"] for part in own.values()] for name, own in parts.items()}
     labels = {"ylabel": "trace of the Hessian", "title": "curvature by part"}
     return Summary(
         "Hessian trace by part",

@@ -79,11 +79,9 @@ def prepare(job: Job, data: str, scores: Scores) -> bool:
 def _check_same(job: Job, known: dict[str, Any], asked: dict[str, Any]) -> None:
     """Raise PgolfError naming every field in which two contents of job.json differ."""
     with well_formed(job.path / JOB):
-        before, now = (
-            {name: content[name] for name in ("budget", "variant", "seed", "data")}
-            | dict(flatten(run_config_from_dict(content["config"])))
-            for content in (known, asked)
-        )
+        before, now = (dict(flatten(run_config_from_dict(content["config"]))) for content in (known, asked))
+        for name in ("budget", "variant", "seed", "data"):
+            before[name], now[name] = known[name], asked[name]
     changed = [
         "other tokens" if name == "data" else f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())

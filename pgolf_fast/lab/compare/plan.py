@@ -44,11 +44,9 @@ _SHARED = {
     "train.steps": "give --steps",
     "train.max_seconds": "give --seconds",
     "train.schedule": "give --budget",
-    **dict.fromkeys(
-        ("data.path", "data.tokenizer", "data.val_tokens", "model.vocab_size", "eval.repeat_tail"),
-        "all variants are scored on the same text",
-    ),
 }
+_TEXT = ("data.path", "data.tokenizer", "data.val_tokens", "model.vocab_size", "eval.repeat_tail")
+_SHARED |= dict.fromkeys(_TEXT, "all variants are scored on the same text")
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,9 @@ from pgolf_fast.lab.compare.statistics import Interval, over_documents, over_see
 
 IntervalOver = Literal["seeds", "documents"]
 SIGN = "difference = variant - baseline in bits per byte: negative is better than the baseline"
-INTERVALS = {
-    "seeds": "95 % intervals: Student's t on the paired differences of seeds",
-    "documents": (
-        "95 % intervals: paired bootstrap over the documents of one seed; "
-        "variation between seeds is NOT covered"
-    ),
-}
+INTERVALS = {"seeds": "95 % intervals: Student's t on the paired differences of seeds"}
+INTERVALS["documents"] = "95 % intervals: paired bootstrap over the documents of one seed; "
+INTERVALS["documents"] += "variation between seeds is NOT covered"
 _DIFFERENCE = ("difference", "95 % interval")
 
 
@@ -201,10 +197,8 @@ def draw_ablation(rows: Sequence[VariantScore], runs: Sequence[FinishedRun], pat
     compared = [(row, row.difference) for row in rows if row.difference is not None]
     if not compared:
         return None
-    budgets, scores, names = (
-        list(dict.fromkeys(getattr(row, field) for row, _ in compared))
-        for field in ("budget", "score", "variant")
-    )
+    parts = [(row.budget, row.score, row.variant) for row, _ in compared]
+    budgets, scores, names = (list(dict.fromkeys(part)) for part in zip(*parts, strict=True))
 
     def paint(figure) -> None:
         grid = figure.subplots(len(budgets), len(scores), sharex=True, sharey=True, squeeze=False)
@@ -222,9 +216,8 @@ def draw_ablation(rows: Sequence[VariantScore], runs: Sequence[FinishedRun], pat
                 axes.set_yticks(range(len(names)), names)
                 axes.margins(y=0.3)
                 axes.grid(alpha=0.3, axis="x")
-        figure.supxlabel(
-            "bits per byte above the baseline (left is better); bars: 95 % intervals, dots: seeds"
-        )
+        what = "bits per byte above the baseline (left is better)"
+        figure.supxlabel(f"{what}; bars: 95 % intervals, dots: seeds")
 
     size = (2 + 3.6 * len(scores), len(budgets) * (1.4 + 0.45 * len(names)))
     return write_png(path, paint, size, "picture")

@@ -27,10 +27,8 @@ TREEMAP_SIZE = (13.0, 8.0)  # inches
 COLORS = ("#77AADD", "#EE8866", "#44BB99", "#EEDD88", "#FFAABB", "#BBCC33", "#99DDFF", "#AAAA00", "#DDDDDD")
 LABELED = 0.004  # of the artifact; a smaller rectangle is too small for a label
 _SLOT = re.compile(r"blocks\.(\d+)\.((?:attn|mlp)\.\w+)\.weight")
-_SLOT_NAMES = {
-    **{"attn.c_q": "attention Q", "attn.c_k": "attention K", "attn.c_v": "attention V"},
-    **{"attn.proj": "attention out", "mlp.fc": "MLP up", "mlp.proj": "MLP down"},
-}
+_SLOT_NAMES = {"attn.c_q": "attention Q", "attn.c_k": "attention K", "attn.c_v": "attention V"}
+_SLOT_NAMES |= {"attn.proj": "attention out", "mlp.fc": "MLP up", "mlp.proj": "MLP down"}
 
 
 def draw_loss_curve(folder: RunFolder) -> Path | None:

@@ -30,10 +30,8 @@ WIDTH = 9.0  # inches
 LONGEST_LIST = 12
 Tree = dict[str, Any]  # a JSON object
 # Titles of sections that are not those of their functions
-TITLES = {
-    **{"missing": "What is missing", "adaptation": "Test-time training"},
-    **{"parts": "Where the bits go", "artifact_bytes": "Bytes"},
-}
+TITLES = {"missing": "What is missing", "adaptation": "Test-time training"}
+TITLES |= {"parts": "Where the bits go", "artifact_bytes": "Bytes"}
 
 
 def _artifact(path: Path) -> Tree:
@@ -114,10 +112,8 @@ def write_report(folder: RunFolder, out: Path) -> Path:
     Raises PgolfError if `folder` has no readable config.json.
     """
     run = RunRecord(folder)
-    makers = (
-        *(overview, missing, configuration, training, throughput, scores, quantization_gap, adaptation),
-        *(parts, artifact_bytes, audit, environment),
-    )
+    makers = [overview, missing, configuration, training, throughput, scores, quantization_gap, adaptation]
+    makers += [parts, artifact_bytes, audit, environment]
     sections = {make: _guarded(make, run) for make in makers}
     sections[missing] = missing(run)  # again, with the files that a section could not show
     shown = list(sections.values())
