@@ -9,7 +9,6 @@ shared memory. Works with triton 3.6 to 3.9.
 import ast
 import importlib.util
 import itertools
-import json
 import re
 import shutil
 import subprocess
@@ -27,10 +26,11 @@ import torch
 from pgolf_fast import console
 from pgolf_fast.bench import registry
 from pgolf_fast.bench.peers import forced_attention
+from pgolf_fast.bench.timer import temporarily
 from pgolf_fast.config.presets import preset
 from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.io import write_text
+from pgolf_fast.io import write_json
 from pgolf_fast.ops import cases, tiles
 from pgolf_fast.ops.cases import CASES
 from pgolf_fast.ops.ngram_hash import choose_table_gradient
@@ -56,7 +56,6 @@ class Compiled:
     spill_bytes: int  # Stack and local memory; 0 if nothing spilled
     shared_bytes: int
     instructions: Counter[str] = field(default_factory=Counter)  # Count of each opcode in the machine code
-    launches: list[tuple[int, int, int]] = field(default_factory=list)  # The grid of every launch
 
     def count(self, fragment: str) -> int:
         """Count instructions whose opcode contains `fragment`."""
@@ -74,7 +73,6 @@ def _tool(name: str) -> str:
 
 
 def _inspect(cubin: bytes) -> tuple[dict[str, int], Counter[str]]:
-    """Return resource usage and opcode counts of a device binary."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
@@ -88,49 +86,36 @@ def _inspect(cubin: bytes) -> tuple[dict[str, int], Counter[str]]:
 
 
 class _Launcher:
-    """A replacement for Triton's C launcher that records the grid, and the compiler's warps and stages."""
+    """A replacement for Triton's C launcher that records the compiler's warps and stages."""
 
     def __init__(self, source: object, metadata: Any):
         self.warps, self.stages = metadata.num_warps, metadata.num_stages
 
     def __call__(self, x: int, y: int, z: int, stream: int, function: Compiled, *rest: object) -> None:
         function.warps, function.stages = self.warps, self.stages
-        function.launches.append((x, y, z))
 
 
 class _Driver:
     """The methods of Triton's CUDA driver that compiling a launch needs."""
 
     launcher_cls = _Launcher
+    is_active = staticmethod(lambda: True)
+    get_current_stream = staticmethod(lambda device=0: 0)
+    set_current_device = unload_module = staticmethod(lambda which: None)
+    get_active_torch_device = staticmethod(lambda: torch.device("cpu"))
+    get_device_interface = staticmethod(lambda: torch.cpu)
+    map_python_to_cpp_type = staticmethod(lambda kind: kind)
+    assemble_tensormap_to_arg = staticmethod(lambda information, arguments: arguments)
 
     def __init__(self, arch: int):
-        self.arch, self.device = arch, next(_devices)
-        self.utils = self
-        self.compiled: list[Compiled] = []
-
-    def is_active(self) -> bool:
-        return True
-
-    def get_current_target(self) -> object:
         from triton.backends.compiler import GPUTarget
 
-        return GPUTarget("cuda", self.arch, 32)
-
-    def get_current_device(self) -> int:
+        self.arch, self.utils = arch, self
+        self.compiled: list[Compiled] = []
+        target, device = GPUTarget("cuda", arch, 32), next(_devices)
+        self.get_current_target = lambda: target
         # Triton caches compiled kernels by device: a new number makes it compile again.
-        return self.device
-
-    def set_current_device(self, device: int) -> None:
-        pass
-
-    def get_current_stream(self, device: int = 0) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def get_device_interface(self) -> object:
-        return torch.cpu
+        self.get_current_device = lambda: device
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         fixed = {"multiprocessor_count": 132, "max_num_regs": 65536, "warpSize": 32}
@@ -146,15 +131,6 @@ class _Driver:
         self.compiled.append(entry)
         # The first is the module; without one, Triton would load the binary again at every launch.
         return entry, entry, entry.registers, spill, 1024
-
-    def unload_module(self, module: object) -> None:
-        pass
-
-    def map_python_to_cpp_type(self, kind: str) -> str:
-        return kind
-
-    def assemble_tensormap_to_arg(self, information: object, arguments: object) -> object:
-        return arguments
 
 
 @contextmanager
@@ -201,20 +177,12 @@ _NUMBERS = ("warps", "stages", "registers", "spill bytes", "shared bytes", "tens
 HEADER = ("kernel", "arch", *_NUMBERS, "case")
 
 
-@contextmanager
-def _atomic_gradient() -> Iterator[None]:
-    choose_table_gradient("atomic")
-    try:
-        yield
-    finally:
-        choose_table_gradient("sorted")
-
-
 # Cases that also run with a setting that launches other kernels. PyTorch's CPU attention stands in for every
 # library: our kernels around them are the same.
+_atomic = partial(temporarily, choose_table_gradient, "atomic", "sorted")
 SETTINGS: dict[str, tuple[str, Callable[[], AbstractContextManager[None]]]] = {
     "gqa_attention": ("with a library's attention", partial(forced_attention, "flash")),
-    "ngram_hash_embed": ("with an atomic gradient", _atomic_gradient),
+    "ngram_hash_embed": ("with an atomic gradient", _atomic),
 }
 
 
@@ -234,7 +202,8 @@ def compile_presets(
     rows: list[Row] = []
     misfits: list[str] = []
     for arch in architectures:
-        with compile_only(arch) as compiled, tiles.kernels_on_cpu(row_of(arch)):
+        row = "sm80" if arch < 90 else "sm90" if arch < 100 else "sm100"
+        with compile_only(arch) as compiled, tiles.kernels_on_cpu(row):
             todo = [(config, one) for config in configs for one in _cases(config, only)]
             console.logger.info("compiling %d cases for sm_%d", len(todo), arch)
             for config, (case, tokens) in console.progress(todo, f"sm_{arch}", unit="case"):
@@ -270,11 +239,6 @@ def run_case(name: str, config: RunConfig, tokens: int) -> None:
             contender.both([torch.zeros_like(out) for out in contender.forward()])
 
 
-def row_of(arch: int) -> str:
-    """Return the table's row for a compute capability."""
-    return "sm80" if arch < 90 else "sm90" if arch < 100 else "sm100"
-
-
 def table(rows: Sequence[Row]) -> str:
     """Return all rows as text, sorted by architecture and kernel."""
     cells = sorted((row.cells() for row in rows), key=lambda c: (int(str(c[1])[3:]), c))
@@ -287,7 +251,7 @@ def write(path: Path, rows: Sequence[Row], names: Sequence[str]) -> None:
 
     about = {"triton": triton.__version__, "torch": torch.__version__, "presets": list(names)}
     content = {**about, "tokens": TOKENS, "dtype": str(DTYPE), "kernels": [row.record() for row in rows]}
-    write_text(path, json.dumps(content, indent=1) + "\n")
+    write_json(path, content, indent=1)
 
 
 def problems(rows: Sequence[Row]) -> list[str]:
@@ -320,7 +284,9 @@ def kernels_in_source() -> dict[str, bool]:
     calls: dict[str, set[str]] = {}
     for path in kernel_files():
         for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(function, ast.FunctionDef) and _is_jit(function):
+            if isinstance(function, ast.FunctionDef) and any(
+                ast.unparse(decorator).split("(")[0].endswith("jit") for decorator in function.decorator_list
+            ):
                 named = (ast.unparse(node.func) for node in ast.walk(function) if isinstance(node, ast.Call))
                 words = ("tl.dot" if "tl.dot" in name else name.split(".")[-1] for name in named)
                 calls.setdefault(function.name, set()).update(words)
@@ -328,7 +294,3 @@ def kernels_in_source() -> dict[str, bool]:
     while callers := {name for name, called in calls.items() if called & multiply} - multiply:
         multiply |= callers
     return {name: name in multiply for name in sorted(calls) if name.endswith("_kernel")}
-
-
-def _is_jit(function: ast.FunctionDef) -> bool:
-    return any(ast.unparse(decorator).split("(")[0].endswith("jit") for decorator in function.decorator_list)

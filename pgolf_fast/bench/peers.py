@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
+from pgolf_fast.bench.timer import temporarily
 from pgolf_fast.model.attention import attend
 from pgolf_fast.ops import attention_backend, reference, reference_bytes
 from pgolf_fast.ops.case import Case, Contender, Inputs, Outputs
@@ -30,16 +31,16 @@ class Formula:
     """PyTorch code for a case, called with its plain inputs by name."""
 
     function: Callable[..., Outputs]
-    backend: SDPBackend | None = None
-    """The only attention kernel it may use; None leaves the choice to PyTorch."""
+    backend: SDPBackend | None = None  # The only attention kernel it may use; None leaves it to PyTorch
 
-    def contender(self, name: str, case: Case, function: Callable[..., Outputs] | None = None) -> Contender:
-        """Bind to the inputs of `case`; `function` replaces the code (for example with a compiled one)."""
-        call, inputs = function or self.function, plain_inputs(case)
+    def contender(self, name: str, case: Case, inputs: Inputs | None = None) -> Contender:
+        """Bind to `inputs`, by default the plain ones of `case`."""
+        inputs = inputs or plain_inputs(case)
+        trained = tuple(key for key, t in inputs.items() if t is not None and t.requires_grad)
         around: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
         if self.backend is not None:
             around = functools.partial(torch.nn.attention.sdpa_kernel, self.backend)
-        return Contender(name, call, inputs, trained(inputs), factor=FACTOR, around=around)
+        return Contender(name, self.function, inputs, trained, factor=FACTOR, around=around)
 
 
 def plain_inputs(case: Case) -> Inputs:
@@ -49,11 +50,6 @@ def plain_inputs(case: Case) -> Inputs:
     for weight, (bank, slot) in case.weights.items():
         inputs[weight] = case.inputs[bank].detach()[slot].clone().requires_grad_()
     return inputs
-
-
-def trained(inputs: Inputs) -> tuple[str, ...]:
-    """Return the names of the inputs that require gradients."""
-    return tuple(name for name, t in inputs.items() if t is not None and t.requires_grad)
 
 
 def formulas_of(case: Case) -> dict[str, Formula]:
@@ -125,23 +121,16 @@ def variants(case: Case) -> dict[str, Contender | str]:
         return {}
     shape = attention_backend.Shape(case.device, case.dtype, case.sizes.head_dim)
     found: dict[str, Contender | str] = {}
-    for name in attention_backend.NAMES:
-        if name == "plain":  # holds all scores in memory
-            continue
+    for name in (n for n in attention_backend.NAMES if n != "plain"):  # which holds all scores in memory
         around = functools.partial(forced_attention, name)
         why_not = attention_backend.why_not(name, shape)
         found[f"ours-{name}"] = why_not or replace(case.ours(), name=f"ours-{name}", around=around)
     return found
 
 
-@contextlib.contextmanager
-def forced_attention(name: str) -> Iterator[None]:
+def forced_attention(name: str) -> contextlib.AbstractContextManager[None]:
     """Make attention use one backend wherever it is supported ("auto": the table's)."""
-    attention_backend.choose(name)
-    try:
-        yield
-    finally:
-        attention_backend.choose("auto")
+    return temporarily(attention_backend.choose, name, "auto")
 
 
 # peer -> (formula to compile, else "eager"; settings of torch.compile)
@@ -161,11 +150,9 @@ QUICK = ("eager", "dense", "sdpa-flash")
 def compile_settings(peer: str) -> dict[str, object]:
     """Return the torch.compile settings of a peer. Raises UnavailableError for an option torch lacks."""
     settings = COMPILED[peer][1]
-    options = settings.get("options")
-    if isinstance(options, dict):
+    if isinstance(options := settings.get("options"), dict):
         known = torch._inductor.list_options()
-        missing = [name for name in options if name not in known]
-        if missing:
+        if missing := [name for name in options if name not in known]:
             raise UnavailableError(f"torch {torch.__version__} has no Inductor option {missing[0]}")
     return settings
 
@@ -189,7 +176,7 @@ def build(peer: str, case: Case) -> Contender:
     if peer in COMPILED:
         formula = known.get(COMPILED[peer][0], known["eager"])
         compiled = torch.compile(formula.function, dynamic=False, **compile_settings(peer))  # type: ignore[call-overload]
-        return formula.contender(peer, case, compiled)
+        return replace(formula, function=compiled).contender(peer, case)
     if peer in OWN:
         variant = variants(case)[peer]
         if isinstance(variant, str):
@@ -207,12 +194,7 @@ def _import(module: str) -> ModuleType:
         raise UnavailableError(f"{module} cannot be imported: {error}") from error
 
 
-def _liger(case: Case, run: Callable[..., Outputs], inputs: Inputs | None = None) -> Contender:
-    inputs = inputs or plain_inputs(case)
-    return Contender("liger", run, inputs, trained(inputs), factor=FACTOR)
-
-
-def _liger_cross_entropy(case: Case) -> Contender:
+def _liger_loss(case: Case) -> Contender:
     liger, softcap = _import("liger_kernel.transformers.functional"), case.sizes.softcap
 
     def run(x: Tensor, weight: Tensor, targets: Tensor) -> Outputs:
@@ -220,10 +202,10 @@ def _liger_cross_entropy(case: Case) -> Contender:
         losses = liger.liger_cross_entropy(logits, targets.flatten(), reduction="none", softcap=softcap)
         return (losses.view(targets.shape),)
 
-    return _liger(case, run)
+    return Formula(run).contender("liger", case)
 
 
-def _liger_swiglu(case: Case) -> Contender:
+def _liger_mlp(case: Case) -> Contender:
     liger, inputs = _import("liger_kernel.transformers.functional"), plain_inputs(case)
     up = inputs.pop("up")
     # Liger takes gate rows and up rows apart
@@ -233,7 +215,7 @@ def _liger_swiglu(case: Case) -> Contender:
         gate, up = F.linear(x, up_apart).chunk(2, dim=-1)
         return (F.linear(liger.liger_swiglu(gate, up), down),)
 
-    return _liger(case, run, inputs)
+    return Formula(run).contender("liger", case, inputs)
 
 
 def _liger_norm(case: Case) -> Contender:
@@ -245,7 +227,7 @@ def _liger_norm(case: Case) -> Contender:
         normed = liger.liger_rms_norm(mixed, half, reference.RMS_EPS, in_place=False)
         return mixed, normed.to(mixed.dtype)
 
-    return _liger(case, run)
+    return Formula(run).contender("liger", case)
 
 
 def _gemlite_int8(case: Case) -> Contender:
@@ -262,10 +244,6 @@ def _gemlite_int8(case: Case) -> Contender:
 
 
 _FOREIGN: dict[str, dict[str, Callable[[Case], Contender]]] = {
-    "liger": {
-        "softcap_cross_entropy": _liger_cross_entropy,
-        "mlp-swiglu": _liger_swiglu,
-        "residual_norm": _liger_norm,
-    },
+    "liger": {"softcap_cross_entropy": _liger_loss, "mlp-swiglu": _liger_mlp, "residual_norm": _liger_norm},
     "gemlite": {"int6_matmul": _gemlite_int8},
 }

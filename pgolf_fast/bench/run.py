@@ -84,18 +84,10 @@ def bench_plan(
         compute = getattr(torch, dtype)
     else:
         compute = torch.float32 if device is None else resolve_dtype("auto", device)
-    return Plan(
-        config=config,
-        ops=registry.select(ops),
-        tokens=tokens or usual,
-        peers=chosen if peer_names is None else peer_names,
-        dtype=compute,
-        device=device or torch.device("cpu"),
-        modes=[mode for mode in MODES if mode in modes],
-        seconds=seconds,
-        runs=runs,
-        deadline=deadline_after(minutes),
-    )
+    named, modes = chosen if peer_names is None else peer_names, [mode for mode in MODES if mode in modes]
+    place, deadline = device or torch.device("cpu"), deadline_after(minutes)
+    ops, tokens = registry.select(ops), tokens or usual
+    return Plan(config, ops, tokens, named, compute, place, modes, seconds, runs, deadline)
 
 
 def attempt(action: Callable[..., Result], *arguments: Any) -> Result | str:
@@ -109,14 +101,9 @@ def attempt(action: Callable[..., Result], *arguments: Any) -> Result | str:
 
 def measure(plan: Plan, write: Callable[[Record], None]) -> None:
     """Pass every record to `write` as soon as it is complete. Errors are records too."""
+    kind = {"dtype": str(plan.dtype).removeprefix("torch."), "device": plan.device.type}
     for name, tokens in plan.items():
-        about: Record = {
-            "preset": plan.config.name,
-            "op": name,
-            "tokens": tokens,
-            "dtype": str(plan.dtype).removeprefix("torch."),
-            "device": plan.device.type,
-        }
+        about: Record = {"preset": plan.config.name, "op": name, "tokens": tokens, **kind}
         if passed(plan.deadline):
             write({**about, "peer": "ours", "mode": "-", "error": "skipped: out of time"})
             continue
@@ -169,15 +156,13 @@ def _measure_case(plan: Plan, case: Case) -> Iterator[Record]:
 def _time(
     plan: Plan, case: Case, mode: Mode, contenders: Sequence[Contender], douts: Sequence[torch.Tensor]
 ) -> list[Record]:
-    """Return one record per contender, timed in turn."""
     calls: dict[str, Callable[[], object]] = {
         c.name: c.forward if mode == "fwd" else partial(c.both, douts) for c in contenders
     }
     peaks = {name: peak_bytes(call, plan.device) for name, call in calls.items()}
-    before = gpu_state(plan.device)
+    states = {"gpu_before": gpu_state(plan.device)}
     times = time_in_turn(calls, plan.device, seconds=plan.seconds, runs=plan.runs)
-    after = gpu_state(plan.device)
-    states = {"gpu_before": before, "gpu_after": after}
+    states["gpu_after"] = gpu_state(plan.device)
     return [
         {"peer": name, "mode": mode, **figures(case, mode, timing), "peak_bytes": peaks[name], **states}
         for name, timing in times.items()
@@ -187,21 +172,11 @@ def _time(
 def figures(case: Case, mode: Mode, timing: Timing) -> Record:
     """Return times, rates by the op's FLOPs and ideal bytes, and the fraction of the roofline."""
     flops, moved = case.work.of(mode)
-    limit = roof(case.device, case.dtype)
-    seconds = timing.median / 1e3
-    return {
-        "median_ms": timing.median,
-        "p20_ms": timing.quantile(0.2),
-        "p80_ms": timing.quantile(0.8),
-        "min_ms": min(timing.samples),
-        "runs": len(timing.samples),
-        "samples_ms": [round(sample, 5) for sample in timing.samples],
-        "tflops": flops / seconds / 1e12,
-        "gbytes_per_second": moved / seconds / 1e9,
-        "roofline_percent": 100 * limit.seconds(flops, moved) / seconds,
-        "flops": flops,
-        "ideal_bytes": moved,
-        "roof_tflops": limit.flops / 1e12,
-        "roof_gbytes_per_second": limit.bytes / 1e9,
-        "roof_source": limit.source,
-    }
+    limit, seconds, samples = roof(case.device, case.dtype), timing.median / 1e3, timing.samples
+    times = {"median_ms": timing.median, "p20_ms": timing.quantile(0.2), "p80_ms": timing.quantile(0.8)}
+    runs = {"min_ms": min(samples), "runs": len(samples), "samples_ms": [round(s, 5) for s in samples]}
+    rates = {"tflops": flops / seconds / 1e12, "gbytes_per_second": moved / seconds / 1e9}
+    rates["roofline_percent"] = 100 * limit.seconds(flops, moved) / seconds
+    work = {"flops": flops, "ideal_bytes": moved}
+    roofs = {"roof_tflops": limit.flops / 1e12, "roof_gbytes_per_second": limit.bytes / 1e9}
+    return {**times, **runs, **rates, **work, **roofs, "roof_source": limit.source}

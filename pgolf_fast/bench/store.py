@@ -56,41 +56,14 @@ def read_records(path: Path) -> list[Record]:
     return records
 
 
+def _timed_by_key(records: Sequence[Record]) -> dict[tuple[Any, ...], Record]:
+    last = {tuple(record.get(k) for k in _KEY): record for record in records}
+    return {key: record for key, record in last.items() if "median_ms" in record}
+
+
 def timed(records: Sequence[Record]) -> list[Record]:
     """Return records that hold a time (not an error), the last one for each key."""
-    last = {tuple(record.get(k) for k in _KEY): record for record in records}
-    return [record for record in last.values() if "median_ms" in record]
-
-
-def _compare(
-    before: Sequence[Record], after: Sequence[Record], threshold: float
-) -> tuple[list[tuple[str, ...]], list[str]]:
-    """Return rows of medians and their ratios, and our ops that are missing or slower than `threshold`.
-
-    Raises PgolfError if the files have no measurement in common.
-    """
-    new = {tuple(r.get(k) for k in _KEY): r for r in timed(after)}
-    rows: list[tuple[str, ...]] = []
-    slower: list[str] = []
-    for old in timed(before):
-        key = tuple(old.get(k) for k in _KEY)
-        name = f"{old['op']} {old['mode']} {old['tokens']} {old['peer']}"
-        other = new.get(key)
-        if other is None:
-            rows.append((name, f"{old['median_ms']:.4f}", "-", "missing"))
-            slower += [f"{name} is missing"] if old["peer"] == "ours" else []
-            continue
-        ratio = other["median_ms"] / old["median_ms"]
-        rows.append((name, f"{old['median_ms']:.4f}", f"{other['median_ms']:.4f}", f"{ratio:.3f}"))
-        if old["peer"] == "ours" and ratio > threshold:
-            slower.append(f"{name}: {ratio:.3f} times as long")
-    if not any(row[-1] != "missing" for row in rows):
-        raise PgolfError("the two files have no measurement in common: same preset, dtype and device?")
-    gpus = {r["environment"].get("gpu") or r["environment"].get("processor") for r in (*before, *after)}
-    if len(gpus) > 1:
-        names = ", ".join(map(str, sorted(gpus)))
-        console.logger.warning("the files come from different machines: %s", names)
-    return rows, slower
+    return list(_timed_by_key(records).values())
 
 
 def summary(records: Sequence[Record]) -> list[tuple[str, ...]]:
@@ -101,11 +74,10 @@ def summary(records: Sequence[Record]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for (op, mode, tokens), group in groups.items():
         ours = next((r for r in group if r["peer"] == "ours"), None)
-        peers = [r for r in group if not r["peer"].startswith("ours")]
         if ours is None:
             continue
         against = ["-", "-", "-"]
-        if peers:
+        if peers := [r for r in group if not r["peer"].startswith("ours")]:
             best = min(peers, key=lambda r: r["median_ms"])
             ratio = best["median_ms"] / ours["median_ms"]
             against = [best["peer"], f"{best['median_ms']:.4f}", f"{ratio:.2f}"]
@@ -129,8 +101,29 @@ def describe(records: list[Record]) -> str:
 
 
 def compare_files(before: Path, after: Path, threshold: float) -> tuple[str, bool]:
-    """Return a table that compares two results files, and whether one of our ops became slower."""
-    rows, slower = _compare(read_records(before), read_records(after), threshold)
+    """Return a table of medians in two results files, and whether one of our ops is slower or missing.
+
+    Raises PgolfError if the files have no measurement in common.
+    """
+    files = read_records(before), read_records(after)
+    first, second = map(_timed_by_key, files)
+    rows, slower = list[tuple[str, ...]](), list[str]()
+    for key, old in first.items():
+        name, ms = f"{old['op']} {old['mode']} {old['tokens']} {old['peer']}", old["median_ms"]
+        if key not in second:
+            rows.append((name, f"{ms:.4f}", "-", "missing"))
+            slower += [f"{name} is missing"] if old["peer"] == "ours" else []
+            continue
+        ratio = second[key]["median_ms"] / ms
+        rows.append((name, f"{ms:.4f}", f"{second[key]['median_ms']:.4f}", f"{ratio:.3f}"))
+        if old["peer"] == "ours" and ratio > threshold:
+            slower.append(f"{name}: {ratio:.3f} times as long")
+    if not first.keys() & second.keys():
+        raise PgolfError("the two files have no measurement in common: same preset, dtype and device?")
+    gpus = {r["environment"].get("gpu") or r["environment"].get("processor") for file in files for r in file}
+    if len(gpus) > 1:
+        names = ", ".join(map(str, sorted(gpus)))
+        console.logger.warning("the files come from different machines: %s", names)
     text = console.Table(("op, mode, tokens, peer", before.name, after.name, "ratio"), rows).text()
     if slower:
         text += "\n\nslower than allowed:\n" + "\n".join(slower)

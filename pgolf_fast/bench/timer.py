@@ -6,11 +6,13 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 FLUSH_BYTES = 256 << 20  # more than any L2: 60 MB on an H200
 WANTED_RUNS, MIN_RUNS = 20, 5
+Calls = Mapping[str, Callable[[], object]]
 
 
 def deadline_after(minutes: float | None) -> float | None:
@@ -39,12 +41,7 @@ class Timing:
 
 
 def time_in_turn(
-    calls: Mapping[str, Callable[[], object]],
-    device: torch.device,
-    *,
-    seconds: float,
-    rounds: int = 7,
-    runs: int = WANTED_RUNS,
+    calls: Calls, device: torch.device, *, seconds: float, rounds: int = 7, runs: int = WANTED_RUNS
 ) -> dict[str, Timing]:
     """Time each call in milliseconds, in the order A B C A B C ..., so that drift affects all alike.
 
@@ -57,7 +54,7 @@ def time_in_turn(
     return _time_cpu(calls, seconds, runs)
 
 
-def _time_cpu(calls: Mapping[str, Callable[[], object]], seconds: float, runs: int) -> dict[str, Timing]:
+def _time_cpu(calls: Calls, seconds: float, runs: int) -> dict[str, Timing]:
     samples: dict[str, list[float]] = {name: [] for name in calls}
     with one_thread():
         for call in calls.values():
@@ -74,7 +71,7 @@ def _time_cpu(calls: Mapping[str, Callable[[], object]], seconds: float, runs: i
 
 
 def _time_cuda(
-    calls: Mapping[str, Callable[[], object]], device: torch.device, seconds: float, rounds: int, runs: int
+    calls: Calls, device: torch.device, seconds: float, rounds: int, runs: int
 ) -> dict[str, Timing]:
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
     samples: dict[str, list[float]] = {name: [] for name in calls}
@@ -103,14 +100,18 @@ def _run_cuda(call: Callable[[], object], flush: torch.Tensor, runs: int) -> lis
 
 
 @contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Use one CPU thread: with two on a busy machine, an op's median was 16 ms and its minimum 8 us."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def temporarily(choose: Callable[[Any], object], value: object, usual: object) -> Iterator[None]:
+    """Call `choose(value)` before the block and `choose(usual)` after it."""
+    choose(value)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        choose(usual)
+
+
+def one_thread() -> contextlib.AbstractContextManager[None]:
+    """Use one CPU thread: with two on a busy machine, an op's median was 16 ms and its minimum 8 us."""
+    return temporarily(torch.set_num_threads, 1, torch.get_num_threads())
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:

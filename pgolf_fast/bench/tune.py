@@ -26,13 +26,8 @@ from pgolf_fast.ops.tuned import Tuned
 
 GAIN = 0.99  # a candidate is better if it takes less than this share of the time
 # field -> smallest and largest value tried; tiles and warps double and halve, stages step by one
-LIMITS = {
-    "block_m": (16, 256),
-    "block_n": (16, 256),
-    "block_k": (16, 128),
-    "num_warps": (1, 16),
-    "num_stages": (1, 5),
-}
+LIMITS = {"block_m": (16, 256), "block_n": (16, 256), "block_k": (16, 128)}
+LIMITS |= {"num_warps": (1, 16), "num_stages": (1, 5)}
 
 
 @dataclass(frozen=True)
@@ -67,18 +62,10 @@ def tune_plan(
     """Return the plan for a preset on this GPU. Raises PgolfError without a GPU."""
     if not torch.cuda.is_available():
         raise PgolfError("pgolf tune measures kernels on a GPU, and PyTorch sees none on this machine")
-    config = preset(name)
-    device = torch.device("cuda", torch.cuda.current_device())
-    return TunePlan(
-        config=config,
-        ops=registry.select(ops),
-        tokens=tokens or config.train.micro_batch_tokens,
-        dtype=resolve_dtype("auto", device),
-        device=device,
-        kernels=kernels,
-        candidates=candidates,
-        deadline=deadline_after(minutes),
-    )
+    config, device = preset(name), torch.device("cuda", torch.cuda.current_device())
+    ops, tokens = registry.select(ops), tokens or config.train.micro_batch_tokens
+    dtype, deadline = resolve_dtype("auto", device), deadline_after(minutes)
+    return TunePlan(config, ops, tokens, dtype, device, kernels, candidates, deadline=deadline)
 
 
 @dataclass
@@ -108,9 +95,7 @@ class Use:
     variant: str = "ours"
 
     def contender(self, case: Case) -> Contender:
-        if self.variant == "ours":
-            return case.ours()
-        variant = peers.variants(case)[self.variant]
+        variant = case.ours() if self.variant == "ours" else peers.variants(case)[self.variant]
         assert isinstance(variant, Contender)
         return variant
 
@@ -124,8 +109,7 @@ def tune(plan: TunePlan, done: Callable[[Found], None]) -> list[Found]:
     for name in plan.kernels:
         if name not in tiles.kernels():
             raise PgolfError(f"no kernel {name!r}: kernels are {', '.join(tiles.kernels())}")
-    if plan.kernels:
-        uses = {kernel: use for kernel, use in uses.items() if kernel in plan.kernels}
+    uses = {kernel: use for kernel, use in uses.items() if kernel in (plan.kernels or uses)}
     results = []
     for use in dict.fromkeys(uses.values()):
         if passed(plan.deadline):
@@ -230,41 +214,30 @@ def _climb(
             if isinstance(times, str):
                 result.failed += 1
                 result.errors.append(f"{tile}: {times}")
-                continue
-            best, candidate = times
-            if candidate >= GAIN * best:
-                continue
-            if correct(tile):
-                result.best, result.best_ms, improved = tile, candidate, True
-            else:
-                result.wrong += 1
+            elif times[1] < GAIN * times[0]:
+                if correct(tile):
+                    result.best, result.best_ms, improved = tile, times[1], True
+                else:
+                    result.wrong += 1
 
 
 def as_tuned(found: Found, plan: TunePlan) -> Tuned:
     """Return the entry of the cache file."""
     gpu = torch.cuda.get_device_name(plan.device) if plan.device.type == "cuda" else "cpu"
-    return Tuned(
-        kernel=found.kernel,
-        dtype=str(plan.dtype).removeprefix("torch."),
-        gpu=gpu,
-        triton=tuned.triton_version(),
-        source=tuned.source_hash(found.kernel),
-        tile=found.best,
-        ms=found.best_ms,
-        table_ms=found.table_ms,
-        measured=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    )
+    dtype, measured = str(plan.dtype).removeprefix("torch."), time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    triton, source = tuned.triton_version(), tuned.source_hash(found.kernel)
+    best = found.best, found.best_ms, found.table_ms
+    return Tuned(found.kernel, dtype, gpu, triton, source, *best, measured)
 
 
 def tune_table(found: list[Found]) -> str:
     """Return one line per kernel: its times before and after, and the fastest row."""
     rows = []
     for one in found:
-        row, ratio = one.best, one.table_ms / one.best_ms
+        row, counts = one.best, f"{one.tried} ({one.failed} failed, {one.wrong} wrong)"
         best = f"{row.block_m} x {row.block_n} x {row.block_k}, "
         best += f"{row.num_warps} warps, {row.num_stages} stages"
-        counts = f"{one.tried} ({one.failed} failed, {one.wrong} wrong)"
-        times = (f"{one.table_ms:.4f}", f"{one.best_ms:.4f}", f"{ratio:.3f}")
+        times = (f"{one.table_ms:.4f}", f"{one.best_ms:.4f}", f"{one.table_ms / one.best_ms:.3f}")
         rows.append((one.kernel, one.op, one.mode, *times, best, counts))
     header = ("kernel", "timed in", "mode", "table ms", "best ms", "ratio", "best row", "candidates")
     return console.Table(header, rows).text() if rows else "no kernel was tuned"

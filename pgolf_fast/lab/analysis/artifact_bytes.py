@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from pgolf_fast import console
 from pgolf_fast.artifact import codecs
 from pgolf_fast.artifact.container import SectionSize, TensorRecord, read_container, sizes
-from pgolf_fast.console import Table
+from pgolf_fast.console import Table, number
 from pgolf_fast.errors import PgolfError
 
 REFERENCE = "torch.save + lzma 9"
@@ -105,40 +105,32 @@ class ArtifactTable:
         return sum(tensor.values for tensor in self.tensors if tensor.section == section)
 
     def section_table(self) -> Table:
-        sizes = [(s.name, s.codec, self._values(s.name), s.raw_bytes, s.stored_bytes) for s in self.sections]
-        sizes.append(("header", "-", 0, 0, self.header_bytes))
-        _, _, values, raw_bytes, _ = zip(*sizes, strict=True)
-        sizes.append(("= artifact", "-", sum(values), sum(raw_bytes), self.total_bytes))
-        rows = [
-            (
-                *(name, codec, f"{count:,}", f"{raw:,}", f"{stored:,}"),
-                *(f"{8 * stored / count:.3f}" if count else "-", f"{stored / self.total_bytes:.1%}"),
-            )
-            for name, codec, count, raw, stored in sizes
-        ]
         header = ("section", "codec", "values", "raw bytes", "stored bytes", "bits/value", "share")
+        sizes = [(s.name, s.codec, self._values(s.name), s.raw_bytes, s.stored_bytes) for s in self.sections]
+        values, raw_bytes = sum(t.values for t in self.tensors), sum(s.raw_bytes for s in self.sections)
+        sizes.append(("header", "-", 0, 0, self.header_bytes))
+        sizes.append(("= artifact", "-", values, raw_bytes, self.total_bytes))
+        rows = []
+        for name, codec, count, raw, stored in sizes:
+            bits = number(8 * stored / count if count else None, ".3f")
+            share = f"{stored / self.total_bytes:.1%}"
+            rows.append((name, codec, f"{count:,}", f"{raw:,}", f"{stored:,}", bits, share))
         return Table(header, rows)
 
     def tensor_table(self) -> Table:
-        rows = [
-            (
-                *(t.name, " x ".join(map(str, t.shape)), f"{t.raw_bytes:,}", f"{t.stored_bytes:,.0f}"),
-                f"{8 * t.stored_bytes / max(t.values, 1):.3f}",
-            )
-            for t in self.tensors
-        ]
+        rows = []
+        for t in self.tensors:
+            shape, bits = " x ".join(map(str, t.shape)), 8 * t.stored_bytes / max(t.values, 1)
+            rows.append((t.name, shape, f"{t.raw_bytes:,}", f"{t.stored_bytes:,.0f}", f"{bits:.3f}"))
         return Table(("tensor", "shape", "raw bytes", "stored bytes", "bits/value"), rows)
 
     def bound_table(self) -> Table:
-        rows = [
-            (
-                *(s.name, name, f"{bound.bytes:,.0f}", f"{8 * bound.bytes / self._values(s.name):.4f}"),
-                f"{bound.side_bytes:,.0f}",
-                f"{s.stored_bytes / bound.bytes:.4f}" if bound.bytes >= 1 else "-",
-            )
-            for s in self.sections
-            for name, bound in self.bounds[s.name].items()
-        ]
+        rows = []
+        for s in self.sections:
+            for name, b in self.bounds[s.name].items():
+                bits = f"{8 * b.bytes / self._values(s.name):.4f}"
+                excess = number(s.stored_bytes / b.bytes if b.bytes >= 1 else None, ".4f")
+                rows.append((s.name, name, f"{b.bytes:,.0f}", bits, f"{b.side_bytes:,.0f}", excess))
         header = ("section", "entropy bound", "bytes", "bits/value", "+ side bytes, about", "stored / bound")
         return Table(header, rows)
 
@@ -148,9 +140,8 @@ class ArtifactTable:
         for codec in dict.fromkeys(result.codec for result in self.codecs):
             own = {result.section: result for result in self.codecs if result.codec == codec}
             sizes = [f"{own[name].bytes:,}" if name in own else "" for name in names]
-            total = sum(r.bytes for r in own.values())
-            encode = sum(r.encode_seconds for r in own.values())
-            decode = sum(r.decode_seconds for r in own.values())
+            numbers = ((r.bytes, r.encode_seconds, r.decode_seconds) for r in own.values())
+            total, encode, decode = map(sum, zip(*numbers, strict=True))
             rows.append((codec, *sizes, f"{total:,}", f"{encode:.2f}", f"{decode:.2f}"))
         return Table(("codec", *names, "total", "encode s", "decode s"), rows)
 
@@ -166,15 +157,11 @@ def artifact_table(path: Path | str, tried: Sequence[str] = tuple(codecs.CODECS)
     by_section = {s.name: [r for r in records if r.section == s.name] for s in size.sections}
     results = [_measure(codec, name, own) for codec in tried for name, own in by_section.items()]
     results += [_measure_reference(records)] if tried else []
-    return ArtifactTable(
-        path=Path(path),
-        header_bytes=size.header_bytes,
-        total_bytes=size.total_bytes,
-        sections=size.sections,
-        tensors=tuple(t for s in size.sections for t in _tensor_bytes(s, by_section[s.name])),
-        bounds={name: _section_bounds(own) for name, own in by_section.items()},
-        codecs=tuple(result for result in results if result is not None),
-    )
+    tensors = tuple(t for s in size.sections for t in _tensor_bytes(s, by_section[s.name]))
+    bounds = {name: _section_bounds(own) for name, own in by_section.items()}
+    done = tuple(result for result in results if result is not None)
+    totals = size.header_bytes, size.total_bytes
+    return ArtifactTable(Path(path), *totals, size.sections, tensors, bounds, done)
 
 
 def _shape(record: TensorRecord) -> codecs.Shape:
@@ -226,15 +213,9 @@ def _measure_reference(records: Sequence[TensorRecord]) -> CodecResult:
     """Measure the community's artifact of the same tensors (PR 1501), a single stream."""
     console.logger.info("measuring %s", REFERENCE)
     kinds = {"codes": {"type": "int6"}, "scales": "scale"}
-    start = time.perf_counter()
-    file = io.BytesIO()
-    torch.save(
-        {
-            "w": {r.name: torch.from_numpy(r.array) for r in records},
-            "m": {r.name: kinds.get(r.kind, "passthrough") for r in records},
-        },
-        file,
-    )
+    start, file = time.perf_counter(), io.BytesIO()
+    weights = {r.name: torch.from_numpy(r.array) for r in records}
+    torch.save({"w": weights, "m": {r.name: kinds.get(r.kind, "passthrough") for r in records}}, file)
     stored = lzma.compress(file.getvalue(), preset=9)
     encoded = time.perf_counter()
     torch.load(io.BytesIO(lzma.decompress(stored)), weights_only=True)
@@ -246,7 +227,7 @@ def static_bounds(matrices: Sequence[Codes]) -> dict[str, Bound]:
     order0 = np.stack([_counts(codes, np.zeros((1, 1), np.int32), 1)[0] for codes in matrices])
     return {
         "order 0": _bound(order0, []),
-        "row": _classed(matrices, _row_levels),
+        "row": _classed(matrices, lambda codes: [_level(np.square(codes, dtype=np.float32).mean(1))]),
         "row x column": _classed(matrices, _row_and_column_levels),
     }
 
@@ -269,10 +250,6 @@ def _classed(matrices: Sequence[Codes], levels_of: Callable[[Codes], list[Levels
         table += _counts(codes, classes, _CLASSES)
         every += [rows, *columns]
     return _bound(table, every)
-
-
-def _row_levels(codes: Codes) -> list[Levels]:
-    return [_level(np.square(codes, dtype=np.float32).mean(1))]
 
 
 def _row_and_column_levels(codes: Codes) -> list[Levels]:

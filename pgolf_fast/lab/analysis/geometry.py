@@ -6,8 +6,8 @@ slot. Here banks are always included, so that small models have the same rows.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import combinations
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import combinations, product
 from statistics import fmean, pstdev
 from typing import Any
 
@@ -18,17 +18,7 @@ from pgolf_fast.bench.drawing import Axes, label
 from pgolf_fast.console import Table, number
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.lab.analysis.models import LoadedModel
-from pgolf_fast.lab.analysis.summary import (
-    Options,
-    Summary,
-    columns,
-    count,
-    draw,
-    mean,
-    over,
-    ratio,
-    tabulate,
-)
+from pgolf_fast.lab.analysis.summary import Options, Summary, columns, draw, ratio, tabulate
 from pgolf_fast.model.bank import BANK_NAMES
 
 LARGE = 65_536  # least number of elements of a tensor in the published spectra
@@ -67,14 +57,11 @@ def common(models: Sequence[LoadedModel]) -> list[str]:
     """
     first = models[0]
     names = [name for name in first.state if all(name in other.state for other in models)]
-    for name in names:
-        shape = first.state[name].shape
-        for other in models[1:]:
-            if other.state[name].shape != shape:
-                raise PgolfError(
-                    f"{name} is {tuple(shape)} in {first.name} and {tuple(other.state[name].shape)} in "
-                    f"{other.name}: only models of one shape can be compared"
-                )
+    for name, other in product(names, models):
+        shape, another = tuple(first.state[name].shape), tuple(other.state[name].shape)
+        if another != shape:
+            text = f"{name} is {shape} in {first.name} and {another} in {other.name}"
+            raise PgolfError(f"{text}: only models of one shape can be compared")
     return names
 
 
@@ -112,6 +99,20 @@ def norm(tensor: Tensor) -> float:
     return float(torch.linalg.vector_norm(tensor.double()))
 
 
+def known(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Return the mean of the values that are not None, or None if there are none."""
+    return fmean(numbers) if (numbers := known(values)) else None
+
+
+def over(statistic: Callable[[list[float]], float]) -> Callable[[Iterable[float | None]], str]:
+    """Return a column format for lists: the statistic of the values that are not None."""
+    return lambda values: number(statistic(numbers) if (numbers := known(values)) else None, ".4f")
+
+
 def deltas(a: LoadedModel, b: LoadedModel) -> Summary:
     """Compare every tensor of at least 2 elements as one vector (PR 1501)."""
     tensors: dict[str, dict[str, float | None]] = {}
@@ -119,24 +120,19 @@ def deltas(a: LoadedModel, b: LoadedModel) -> Summary:
         x, y = a.state[name], b.state[name]
         if x.numel() >= 2:
             length, distance = norm(x), norm(y - x)
-            tensors[name] = {
-                **{"norm_a": length, "norm_b": norm(y), "distance": distance},
-                **{"relative_l2": ratio(distance, length), "cosine": cosine(x, y)},
-            }
+            tensors[name] = {"norm_a": length, "norm_b": norm(y), "distance": distance}
+            tensors[name] |= {"relative_l2": ratio(distance, length), "cosine": cosine(x, y)}
     tensors = dict(sorted(tensors.items(), key=lambda item: -(item[1]["relative_l2"] or 0.0)))
+    banks = mean(tensors[name]["cosine"] for name in BANK_NAMES)
+    others = mean(tensor["cosine"] for name, tensor in tensors.items() if name not in BANK_NAMES)
     shown = columns(".5g", norm_a="|A|", norm_b="|B|", distance="|B-A|", relative_l2="|B-A|/|A|")
     shown += columns(".4f", cosine="cosine")
-    return Summary(
+    return Summary.published(
         f"weight deltas, {a.name} to {b.name}",
         "Shows how far apart two tensors are as long vectors; cannot show that the networks differ, since "
         "reordering hidden channels or heads changes every number here but not the function.",
-        tabulate(("tensor",), shown, tensors),
-        {
-            "tensors": tensors,
-            "mean_cosine_banks": mean(tensors[name]["cosine"] for name in BANK_NAMES),
-            "mean_cosine_others": mean(t["cosine"] for name, t in tensors.items() if name not in BANK_NAMES),
-        },
-        form="published",
+        tabulate(("tensor",), shown, tensors)[0],
+        {"tensors": tensors, "mean_cosine_banks": banks, "mean_cosine_others": others},
     )
 
 
@@ -147,7 +143,7 @@ def slot_deltas(a: LoadedModel, b: LoadedModel) -> Summary:
     |B - A| / |A| = sqrt(1 + |B|^2 / |A|^2). A slot that is zero in either model has None.
     """
     values = {name: _compare_slots(a.state[name], b.state[name]) for name in BANK_NAMES}
-    shown = columns(count, cosine_by_slot="slots") + columns(over(fmean), cosine_by_slot="mean cosine")
+    shown = columns(len, cosine_by_slot="slots") + columns(over(fmean), cosine_by_slot="mean cosine")
     shown += columns(over(pstdev), cosine_by_slot="spread") + columns(over(min), cosine_by_slot="lowest")
     shown += columns(over(max), cosine_by_slot="highest")
     shown += columns("0 ± {:.1e}".format, cosine_spread_if_independent="if independent")
@@ -159,8 +155,7 @@ def slot_deltas(a: LoadedModel, b: LoadedModel) -> Summary:
         "Shows for each matrix whether two models share a direction more than independent weights would; "
         "cannot show whether they compute the same, as hidden channels and heads are not aligned first (that "
         "is not attempted).",
-        tabulate(("bank",), shown, values),
-        values,
+        *tabulate(("bank",), shown, values),
         draw("cosines", lambda axes: _paint_cosines(axes[0], values)),
     )
 
@@ -175,11 +170,11 @@ def _compare_slots(a: Tensor, b: Tensor) -> dict[str, Any]:
         "relative_l2_by_slot": distance / norm_x,
         "relative_l2_if_independent": (1 + (norm_y / norm_x).square()).sqrt(),
     }
-    known = {
-        key: [value if ok else None for value, ok in zip(slots.tolist(), usable, strict=True)]
-        for key, slots in by_slot.items()
-    }
-    return {"elements": x.shape[1], "cosine_spread_if_independent": 1 / math.sqrt(x.shape[1]), **known}
+    compared: dict[str, Any] = {"elements": x.shape[1]}
+    compared["cosine_spread_if_independent"] = 1 / math.sqrt(x.shape[1])
+    for key, slots in by_slot.items():
+        compared[key] = [v if ok else None for v, ok in zip(slots.tolist(), usable, strict=True)]
+    return compared
 
 
 def _paint_cosines(axes: Axes, values: dict[str, Any]) -> None:
@@ -223,28 +218,22 @@ def spectra(models: Sequence[LoadedModel]) -> Summary:
         tensors: dict[str, dict[str, Any]] = {}
         for name in large(model.state):
             sigma = singular_values(flattened(model.state[name]))
-            tensors[name] = {
-                "op_norm": float(sigma[0]),
-                "frobenius": float(sigma.norm()),
-                "stable_rank": stable_rank(sigma),
-                "condition": condition(sigma),
-                "top": sigma[:ENDS].tolist(),
-                "bottom": sigma[-ENDS:].tolist(),
-            }
+            tensors[name] = {"op_norm": float(sigma[0]), "frobenius": float(sigma.norm())}
+            tensors[name] |= {"stable_rank": stable_rank(sigma), "condition": condition(sigma)}
+            tensors[name] |= {"top": sigma[:ENDS].tolist(), "bottom": sigma[-ENDS:].tolist()}
         means = {key: mean(part[key] for part in tensors.values()) for key in keys}
         lipschitz = sum(math.log(part["op_norm"]) for part in tensors.values() if part["op_norm"])
         for name, part in {**tensors, f"mean of {len(tensors)}": means}.items():
             rows.append((model.name, name, *(number(part[key]) for key in keys)))
         rows.append((model.name, "sum of ln of largest", number(lipschitz), "-", "-", "-"))
         values[model.name] = {"tensors": tensors, "means": means, "log_lipschitz": lipschitz}
-    return Summary(
+    return Summary.published(
         "spectra of flattened banks",
         "Shows the singular values of a bank flattened to a matrix with one row per slot; cannot show "
         "anything about its weight matrices, since a few long, nearly orthogonal rows of similar length have "
         "a condition number near 1 and full rank whatever they hold; embedding tables dominate the means.",
         Table(("model", "tensor", "largest", "Frobenius", "stable rank", "condition"), rows),
         values,
-        form="published",
     )
 
 
@@ -252,7 +241,7 @@ def slot_spectra(models: Sequence[LoadedModel]) -> Summary:
     """Measure the matrix of each slot, averaged by bank."""
     slots = {m.name: {bank: singular_values(m.state[bank]) for bank in BANK_NAMES} for m in models}
     values = {m: {bank: _slot_values(sigma) for bank, sigma in banks.items()} for m, banks in slots.items()}
-    shown = columns(count, largest="slots") + columns("d", full_rank="full rank")
+    shown = columns(len, largest="slots") + columns("d", full_rank="full rank")
     shown += columns(_mean_and_deviation, largest="largest", stable_rank="stable rank")
     shown += columns(_mean_and_deviation, effective_rank="effective rank", condition="condition")
     return Summary(
@@ -260,28 +249,23 @@ def slot_spectra(models: Sequence[LoadedModel]) -> Summary:
         "Shows for each weight matrix how its strength is spread over directions (mean ± standard deviation "
         "over the slots of a bank); cannot show which directions the data uses, nor how any of it affects "
         "the loss.",
-        tabulate(("model", "bank"), shown, values),
-        values,
+        *tabulate(("model", "bank"), shown, values),
         draw("spectra", lambda axes: _paint_spectra(axes, slots), len(BANK_NAMES), width=11, height=3),
     )
 
 
 def _slot_values(slots: Tensor) -> dict[str, Any]:
-    return {
-        "full_rank": slots.shape[1],
-        "largest": slots[:, 0].tolist(),
-        "stable_rank": [stable_rank(sigma) for sigma in slots],
-        "effective_rank": [effective_rank(sigma) for sigma in slots],
-        "condition": [condition(sigma) for sigma in slots],
-        "top": slots[:, :ENDS].tolist(),
-    }
+    values = {"full_rank": slots.shape[1], "largest": slots[:, 0].tolist()}
+    ranks = {"stable_rank": stable_rank, "effective_rank": effective_rank, "condition": condition}
+    values |= {name: [rank(sigma) for sigma in slots] for name, rank in ranks.items()}
+    return {**values, "top": slots[:, :ENDS].tolist()}
 
 
 def _mean_and_deviation(values: list[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    if not known or not math.isfinite(fmean(known)):
+    numbers = known(values)
+    if not numbers or not math.isfinite(fmean(numbers)):
         return "-"
-    return f"{fmean(known):.4g} ± {pstdev(known):.2g}"
+    return f"{fmean(numbers):.4g} ± {pstdev(numbers):.2g}"
 
 
 def _paint_spectra(axes: list[Axes], slots: dict[str, dict[str, Tensor]]) -> None:
@@ -305,9 +289,7 @@ def random_overlap(directions: int, dimension: int) -> tuple[float, float]:
     The mean is k / d; the sum of squares has variance 2 k^2 (d-k)^2 / (d^2 (d-1) (d+2)).
     """
     k, d = directions, dimension
-    if d == 1:
-        return 1.0, 0.0
-    return k / d, math.sqrt(2 / ((d - 1) * (d + 2))) * (d - k) / d
+    return (1.0, 0.0) if d == 1 else (k / d, math.sqrt(2 / ((d - 1) * (d + 2))) * (d - k) / d)
 
 
 def overlap(a: LoadedModel, b: LoadedModel) -> Summary:
@@ -321,33 +303,28 @@ def overlap(a: LoadedModel, b: LoadedModel) -> Summary:
         k = leading(min(matrices[0].shape))
         left = [torch.linalg.svd(matrix, full_matrices=False).U[:, :k] for matrix in matrices]
         cosines = principal_cosines(*left)
-        tensors[name] = {
-            "directions": k,
-            "dimension": len(left[0]),
-            "mean_cosine": float(cosines.mean()),
-            "aligned": float((cosines > ALIGNED).double().mean()),
-            "cosines": cosines.tolist(),
-        }
+        tensors[name] = {"directions": k, "dimension": len(left[0]), "mean_cosine": float(cosines.mean())}
+        tensors[name]["aligned"] = float((cosines > ALIGNED).double().mean())
+        tensors[name]["cosines"] = cosines.tolist()
     overall = {key: mean(v[key] for v in tensors.values()) for key in ("mean_cosine", "aligned")}
     last = ("mean", "-", "-", *(number(value, ".3f") for value in overall.values()))
     shown = columns("d", directions="directions", dimension="of")
     shown += columns(".3f", mean_cosine="mean cosine", aligned=f"above {ALIGNED}")
     sizes = dict.fromkeys(f"{tensors[n]['directions']} of {tensors[n]['dimension']}" for n in BANK_NAMES)
-    return Summary(
+    return Summary.published(
         f"subspace overlap, {a.name} and {b.name}",
         f"Shows which mixtures of slots are strongest in a bank ({', '.join(sizes)}), or of tokens in a "
         "table; cannot show whether layers work in the same subspaces, as directions of the residual stream "
         "are not compared, and random mixtures of so few slots overlap as much.",
-        tabulate(("tensor",), shown, tensors, [last]),
+        tabulate(("tensor",), shown, tensors, [last])[0],
         {"tensors": tensors, "mean": overall},
-        form="published",
     )
 
 
 def slot_overlap(a: LoadedModel, b: LoadedModel) -> Summary:
     """Compare the leading left and right singular subspaces of each slot, alongside random ones."""
     values = {name: _compare_subspaces(a.state[name], b.state[name]) for name in BANK_NAMES}
-    shown = columns(count, mean_squared_cosine_by_slot="slots")
+    shown = columns(len, mean_squared_cosine_by_slot="slots")
     shown += columns("d", directions="directions", dimension="of")
     shown += columns(over(fmean), mean_squared_cosine_by_slot="mean cosine²")
     shown += columns(over(pstdev), mean_squared_cosine_by_slot="spread")
@@ -358,8 +335,7 @@ def slot_overlap(a: LoadedModel, b: LoadedModel) -> Summary:
         "ones would; cannot show why (a common initialization or data set is enough), and compares hidden "
         "channels and heads (outputs of the MLP's first matrix and of Q, K, V, inputs of its second and of "
         "attention's projection) only in the order they happen to have.",
-        tabulate(("bank", "side"), shown, values),
-        values,
+        *tabulate(("bank", "side"), shown, values),
         draw("overlap", lambda axes: _paint_overlap(axes, values), 2, width=9),
     )
 
@@ -371,13 +347,9 @@ def _compare_subspaces(a: Tensor, b: Tensor) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for side, (x, y) in sides.items():
         by_chance, deviation = random_overlap(k, x.shape[1])
-        values[side] = {
-            "directions": k,
-            "dimension": x.shape[1],
-            "mean_squared_cosine_by_slot": principal_cosines(x, y).square().mean(1).tolist(),
-            "if_random": by_chance,
-            "spread_if_random": deviation,
-        }
+        cosines = {"mean_squared_cosine_by_slot": principal_cosines(x, y).square().mean(1).tolist()}
+        chance = {"if_random": by_chance, "spread_if_random": deviation}
+        values[side] = {"directions": k, "dimension": x.shape[1], **cosines, **chance}
     return values
 
 
@@ -409,13 +381,12 @@ def triangle(three: Sequence[LoadedModel]) -> Summary:
     share = ratio(centroid, sum(norm(three[0].state[name]) for name in names))
     last = [("near-equilateral", "-", "-", "yes" if equilateral else "no")]
     last.append(("|centroid| / |first|", "-", "-", number(share, ".4f")))
-    return Summary(
+    return Summary.published(
         f"triangle of {', '.join(model.name for model in three)}",
         "Shows the distance between each pair of models; cannot show that they are different solutions, "
         "since any three weights of one length and one common cosine form an equilateral triangle.",
-        tabulate(("side",), columns(".5g", banks="banks", others="others", total="total"), sides, last),
+        tabulate(("side",), columns(".5g", banks="banks", others="others", total="total"), sides, last)[0],
         {"sides": sides, "near_equilateral": equilateral, "centroid_ratio": share},
-        form="published",
     )
 
 
@@ -430,13 +401,11 @@ def angles(three: Sequence[LoadedModel]) -> Summary:
     values: dict[str, dict[str, Any]] = {}
     for part, members in {"banks": BANK_NAMES, "others": others}.items():
         products = gram([model.state for model in three], members)
-        independent = torch.diag(products.diagonal())
+        independent, lengths = torch.diag(products.diagonal()), products.diagonal().sqrt()
         measured[part] = {}
-        for i, model in enumerate(three):
-            at = i, *(n for n in range(3) if n != i)
+        for at, model in zip(((0, 1, 2), (1, 0, 2), (2, 0, 1)), three, strict=True):
             both = {"degrees": angle_at(products, *at), "if_independent": angle_at(independent, *at)}
             measured[part][model.name] = both
-        lengths = products.diagonal().sqrt()
         sides = combinations(range(3), 2)
         cosines = [ratio(float(products[i, j]), float(lengths[i] * lengths[j])) for i, j in sides]
         values[part] = {**measured[part], "cosines": cosines}
@@ -446,7 +415,7 @@ def angles(three: Sequence[LoadedModel]) -> Summary:
         "Shows whether two models are in a common direction as seen from the third, more (a smaller angle) "
         "than independent weights of these norms would be; cannot show whether they compute the same, as "
         "hidden channels and heads are not aligned first.",
-        tabulate(("part", "at"), shown, measured),
+        tabulate(("part", "at"), shown, measured)[0],
         values,
     )
 

@@ -42,10 +42,8 @@ def analyze(models: Sequence[LoadedModel], options: Options) -> list[Summary]:
     """
     chosen = [model for model in models if model.need_config().model.bigram_vocab_size]
     if not chosen:
-        names = ", ".join(model.name for model in models)
-        raise PgolfError(
-            f"{names}: no hash table (model.bigram_vocab_size is 0); analyze a model that has one"
-        )
+        why = "no hash table (model.bigram_vocab_size is 0); analyze a model that has one"
+        raise PgolfError(f"{', '.join(model.name for model in models)}: {why}")
     validation = open_validation(chosen, options)
     table = validation.source.table
     configs = {model.name: model.need_config().model for model in chosen}
@@ -144,22 +142,17 @@ def contexts_of(config: ModelConfig, tokens: np.ndarray, has_leading_space: np.n
         raise PgolfError(f"the hash table is analyzed on at least 3 tokens, not {len(tokens)}")
     ids, vocab = tokens.astype(np.int64), len(has_leading_space)
     leading = torch.from_numpy(has_leading_space) if config.pos_conditional else None
-    rows = reference.ngram_rows(
-        torch.from_numpy(ids)[None], config.bigram_vocab_size, leading, config.trigram
-    )
+    batch = torch.from_numpy(ids)[None]
+    rows = reference.ngram_rows(batch, config.bigram_vocab_size, leading, config.trigram)
     parts = []
-    for order, row in enumerate(rows):
-        if row is None:
-            continue
+    for order, row in enumerate(row for row in rows if row is not None):  # a row of bigrams comes first
         length = order + 1  # tokens before the current one
         keys = ids[length:]  # an n-gram is a number in base V
         for back in range(1, length + 1):
             keys = keys * vocab + ids[length - back : len(ids) - back]
         _, first, counts = np.unique(keys, return_index=True, return_counts=True)
-        ends = ids[length:][first]
-        parts.append(
-            (counts, row[0, length:].numpy()[first], has_leading_space[ends], np.full_like(ends, order))
-        )
+        ends, buckets = ids[length:][first], row[0, length:].numpy()[first]
+        parts.append((counts, buckets, has_leading_space[ends], np.full_like(ends, order)))
     counts, buckets, starts, orders = (np.concatenate(part) for part in zip(*parts, strict=True))
     return Contexts(counts, buckets, starts, orders, config.bigram_vocab_size, config.pos_conditional)
 
@@ -180,13 +173,9 @@ def load(contexts: Contexts, chosen: np.ndarray) -> Load:
     counts, buckets = contexts.counts[chosen], contexts.buckets[chosen]
     in_bucket = np.bincount(contexts.buckets, minlength=contexts.num_rows)
     total = contexts.occurrences_by_bucket()
-    return Load(
-        int(counts.sum()),
-        len(counts),
-        len(np.unique(buckets)),
-        float(np.average(in_bucket[buckets], weights=counts)),
-        float(np.average(1 - counts / total[buckets], weights=counts)),
-    )
+    company = float(np.average(in_bucket[buckets], weights=counts))
+    foreign = float(np.average(1 - counts / total[buckets], weights=counts))
+    return Load(int(counts.sum()), len(counts), len(np.unique(buckets)), company, foreign)
 
 
 def ideal_load(contexts: Contexts, chosen: np.ndarray, *, seed: int = 0) -> Load:
@@ -214,25 +203,21 @@ def _all_pairs(
         for layout, config in layouts.items()
     }
     shown = columns(str, used_by="used by", kind="contexts of", order="order")
-    shown += columns(",d", contexts="contexts", buckets="buckets each") + columns(
-        ",.1f", per_bucket="per bucket"
-    )
-    return Summary(
+    shown += columns(",d", contexts="contexts", buckets="buckets each")
+    shown += columns(",.1f", per_bucket="per bucket")
+    return Summary.published(
         "contexts per bucket, all n-grams",
         "Shows how many n-grams there are per bucket, counting every pair of token ids once (PR 1501: 256 "
         "shared, 163 and 350 split); cannot show what collides, as most pairs never occur and a few occur "
         "all the time.",
-        tabulate(("buckets",), shown, values),
-        values,
-        form="published",
+        *tabulate(("buckets",), shown, values),
     )
 
 
 def _loads(contexts: Mapping[str, Contexts], tokens: int, plotted: Sequence[str]) -> Summary:
     rows: list[tuple[str, ...]] = []
-    values: dict[str, list[dict[str, Any]]] = {}
+    values: dict[str, list[dict[str, Any]]] = {layout: [] for layout in contexts}
     for layout, every in contexts.items():
-        values[layout] = []
         for kind, order, chosen in groups(every):
             loads = real, ideal = load(every, chosen), ideal_load(every, chosen)
             entry = {"kind": kind, "order": order, "observed": vars(real), "expected": vars(ideal)}
@@ -241,10 +226,8 @@ def _loads(contexts: Mapping[str, Contexts], tokens: int, plotted: Sequence[str]
             cells = (format(getattr(one, key), form) for key, form in formats.items() for one in loads)
             rows.append((layout, kind, order, f"{real.contexts:,}", *cells))
     shown = {layout: contexts[layout] for layout in plotted}
-    header = (
-        *("buckets", "contexts of", "order", "distinct", "buckets used", "ideal hash"),
-        *("in its bucket", "ideal hash", "foreign use", "ideal hash"),
-    )
+    header: tuple[str, ...] = ("buckets", "contexts of", "order", "distinct", "buckets used", "ideal hash")
+    header += ("in its bucket", "ideal hash", "foreign use", "ideal hash")
     return Summary(
         "buckets on real tokens",
         f"Shows on {tokens:,} tokens, weighted by how often each context occurs, how many contexts share the "
@@ -280,13 +263,11 @@ def _learned(networks: Mapping[str, GPT]) -> Summary:
         assert network.bigram is not None
         boost = network.word_start_boost.item() if network.config.word_start_boost else None
         values[name] = {"scale": network.bigram.scale.item(), "boost": boost}
-    return Summary(
+    return Summary.published(
         "learned scale and gate",
         "Shows the two learned numbers (PR 1501's parent: 0.112 and 0.007); cannot show how much the table "
         "is used, as its rows and its projection can grow instead.",
-        tabulate(("model",), columns(".4f", scale="bigram.scale", boost="word_start_boost"), values),
-        values,
-        form="published",
+        *tabulate(("model",), columns(".4f", scale="bigram.scale", boost="word_start_boost"), values),
     )
 
 
@@ -307,8 +288,7 @@ def _added(networks: Mapping[str, GPT], validation: Validation, options: Options
         "what the table adds",
         "Shows how large the table's part of the embedding is relative to the token's own (root mean square "
         "over channels and real tokens); a small part can matter, and later layers can ignore a large one.",
-        tabulate(("model", "input"), shown, values),
-        values,
+        *tabulate(("model", "input"), shown, values),
     )
 
 
@@ -344,8 +324,7 @@ def _without(network: GPT, part: str) -> Iterator[None]:
         network.word_start_boost.data.fill_(1)
     elif part == TABLE:
         table.scale.data.zero_()
-    elif part == TRIGRAM:
-        table.trigram = False
+    table.trigram = trigram and part != TRIGRAM
     try:
         yield
     finally:
@@ -359,13 +338,11 @@ def _published_contribution(losses: Mapping[str, Mapping[str, np.ndarray]]) -> S
     for name, by_part in losses.items():
         nats = float(by_part[GATE].mean() - by_part[""].mean())
         values[name] = {"nats": nats, "bits_per_token": nats / math.log(2)}
-    return Summary(
+    return Summary.published(
         "loss without the gate",
         "Shows what a trained model loses with the gate set to 1 (PR 1501: +0.017 nats, called +0.025 bpb, "
         "which are bits per token); cannot show what a model trained without a gate would lose.",
-        tabulate(("model",), columns("+.5f", nats="nats/token", bits_per_token='its "bpb"'), values),
-        values,
-        form="published",
+        *tabulate(("model",), columns("+.5f", nats="nats/token", bits_per_token='its "bpb"'), values),
     )
 
 
@@ -384,17 +361,13 @@ def _contribution(losses: Mapping[str, Mapping[str, np.ndarray]], validation: Va
             change = without - base
             sides = [float(change[c].mean()) if c.any() else None for c in (after_start, ~after_start)]
             nats = float(change.mean())
-            values[name][part] = {
-                **{"nats": nats, "bpb": bpb, "low": low, "high": high},
-                **{"nats_after_word_starts": sides[0], "nats_elsewhere": sides[1]},
-            }
+            by_side = {"nats_after_word_starts": sides[0], "nats_elsewhere": sides[1]}
+            values[name][part] = {"nats": nats, "bpb": bpb, "low": low, "high": high, **by_side}
             interval = f"{low:+.5f} to {high:+.5f}" if len(starts) > 1 else "-"
             cells = (f"{nats:+.5f}", f"{bpb:+.5f}", interval, *(number(side, "+.5f") for side in sides))
             rows.append((name, part, *cells))
-    header = (
-        *("model", "without", "nats/token", "bits/byte", "95 % interval"),
-        *("nats after word starts", "nats elsewhere"),
-    )
+    header: tuple[str, ...] = ("model", "without", "nats/token", "bits/byte", "95 % interval")
+    header += ("nats after word starts", "nats elsewhere")
     return Summary(
         "loss without parts of the table",
         f"Shows what a trained model loses on {len(starts):,} documents when a part is removed, in bits per "

@@ -58,16 +58,9 @@ def analyze(models: Sequence[LoadedModel], options: Options) -> list[Summary]:
         scorer, losses = score_plain(model.name, network, stream, validation.seq_len, calibration.losses)
         measured.append(ModelLosses(model.name, network, losses, figures(scorer, classes), calibration))
     starts = validation.source.table.has_leading_space[validation.tokens[1:]]
-    return [
-        _published_classes(measured, starts),
-        _classes(measured),
-        _published_sizes(measured),
-        _sizes(measured, document_starts(validation.tokens)),
-        _quantiles(measured),
-        _hardest(measured, validation),
-        _reliability(measured),
-        _probabilities(measured),
-    ]
+    summaries = [_published_classes(measured, starts), _classes(measured), _published_sizes(measured)]
+    summaries += [_sizes(measured, document_starts(validation.tokens)), _quantiles(measured)]
+    return [*summaries, _hardest(measured, validation), _reliability(measured), _probabilities(measured)]
 
 
 def score_plain(
@@ -89,38 +82,29 @@ def score_plain(
 
 def _published_classes(measured: Sequence[ModelLosses], starts: np.ndarray) -> Summary:
     """Compare targets with a leading space, `starts` bool (targets,), with all others (PR 1501)."""
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {one.name: {} for one in measured}
     for one in measured:
-        values[one.name] = {}
         for kind, chosen in (("word start", starts), ("other", ~starts)):
             own = one.losses[chosen]
-            values[one.name][kind] = {
-                "targets": float(chosen.mean()),
-                "loss_share": float(own.sum() / one.losses.sum()),
-                "loss": float(own.mean()) if len(own) else None,
-            }
+            share, loss = float(own.sum() / one.losses.sum()), float(own.mean()) if len(own) else None
+            values[one.name][kind] = {"targets": float(chosen.mean()), "loss_share": share, "loss": loss}
     shown = columns(".2%", targets="of all", loss_share="of the loss") + columns(".4f", loss="nats/token")
-    return Summary(
+    return Summary.published(
         "losses by word start",
         "Shows how much of the summed loss falls on tokens that begin a word (PR 1501 reports about 70 %, at "
         "3.37 nats against 1.08); cannot show that these tokens are hard for their length, as a word start "
         "represents more bytes than a piece within a word.",
-        tabulate(("model", "targets"), shown, values),
-        values,
-        form="published",
+        *tabulate(("model", "targets"), shown, values),
     )
 
 
 def _classes(measured: Sequence[ModelLosses]) -> Summary:
     values = {one.name: {kind: p.to_dict() for kind, p in one.figures.by_class.items()} for one in measured}
-    rows = [
-        (
-            *(name, kind, *(f"{share:.2%}" for share in own.values())),
-            *(number(parts[kind][unit], ".4f") for unit in ("loss", "bpb")),
-        )
-        for name, parts in values.items()
-        for kind, own in shares(parts).items()
-    ]
+    rows: list[tuple[str, ...]] = []
+    for name, parts in values.items():
+        for kind, own in shares(parts).items():
+            means = (number(parts[kind][unit], ".4f") for unit in ("loss", "bpb"))
+            rows.append((name, kind, *(f"{share:.2%}" for share in own.values()), *means))
     header = ("model", "targets", "of all", "of the bytes", "of the loss", "nats/token", "bits/byte")
     return Summary(
         "losses by class of target",
@@ -155,7 +139,7 @@ def _published_sizes(measured: Sequence[ModelLosses]) -> Summary:
             rows.append((one.name, f"> {threshold}", f"{count:,}", *cells, f"{loss:.0%}"))
     least = least_shares({nats: targets for nats, (targets, _) in PR296.items()}, PR296_MEAN)
     header = ("model", "nats", "targets", "of all", "of the loss", "PR 296: of all", "PR 296: of the loss")
-    return Summary(
+    return Summary.published(
         "losses by size",
         "Shows that few tokens carry much of the loss, as in PR 296, whose figures are on the right; cannot "
         "show that they could be learned, and PR 296's shares do not match its counts: "
@@ -163,7 +147,6 @@ def _published_sizes(measured: Sequence[ModelLosses]) -> Summary:
         f"{PR296_MEAN}, not {PR296[3][1]:.0%}.",
         Table(header, rows),
         {"models": values, "least_shares_of_pr_296": {str(nats): share for nats, share in least.items()}},
-        form="published",
     )
 
 
@@ -179,9 +162,8 @@ def _sizes(measured: Sequence[ModelLosses], starts: np.ndarray) -> Summary:
             part = np.add.reduceat(np.where(one.losses > threshold, one.losses, 0.0), starts)
             low, high = bootstrap_ratio(part, total)
             interval = f"{low:.1%} to {high:.1%}" if len(starts) > 1 else "-"
-            rows.append(
-                (one.name, f"> {threshold}", f"{targets:.2%}", f"{share:.2%}", interval, f"{least:.1%}")
-            )
+            cells = (f"{targets:.2%}", f"{share:.2%}", interval, f"{least:.1%}")
+            rows.append((one.name, f"> {threshold}", *cells))
             bounds = {"least": least, "low": low, "high": high}
             values[one.name][str(threshold)] = {"targets": targets, "loss_share": share, **bounds}
     return Summary(
@@ -230,30 +212,22 @@ def _hardest(measured: Sequence[ModelLosses], validation: Validation) -> Summary
         for target in np.argsort(-one.losses, kind="stable")[:SHOWN].tolist():
             guess, probability = _guess(one.network, validation, target)
             before = tokens[max(target + 1 - CONTEXT_TOKENS, 0) : target + 1]
-            values[one.name].append(
-                {
-                    "position": target + 1,
-                    "loss": float(one.losses[target]),
-                    "target": tokenizer.piece(int(tokens[target + 1])),
-                    "guess": tokenizer.piece(guess),
-                    "guess_probability": probability,
-                    "context": " ".join(tokenizer.decode(before.tolist()).split()),
-                }
-            )
+            context, piece = tokenizer.decode(before.tolist()), tokenizer.piece(int(tokens[target + 1]))
+            entry = {"position": target + 1, "loss": float(one.losses[target]), "target": piece}
+            entry |= {"guess": tokenizer.piece(guess), "guess_probability": probability}
+            values[one.name].append({**entry, "context": " ".join(context.split())})
     shown = columns(".2f", loss="nats") + columns(str, target="target", guess="expected")
     shown += columns(".1%", guess_probability="probability") + columns(str, context="after")
     return Summary(
         "hardest targets",
         "Shows which targets surprise a model most, the text before them, and what the model expected "
         "instead (a leading \u2581 is a space); a dozen extremes are examples, not a sample.",
-        tabulate(("model",), shown, values),
-        values,
+        *tabulate(("model",), shown, values),
     )
 
 
 @torch.no_grad()
 def _guess(model: GPT, validation: Validation, target: int) -> tuple[int, float]:
-    """Return the likeliest token at the position of a target, and its probability."""
     begin = target // validation.seq_len * validation.seq_len
     tokens = torch.from_numpy(validation.tokens[None, begin : target + 1]).to(model.qo_bank.device)
     hidden = model.hidden(tokens, last=1, context=validation.seq_len)
@@ -304,15 +278,12 @@ class Calibration:
         Expected calibration error: |hits - summed probability| by bin, per target.
         """
         edges = [10 ** (-i / BINS_PER_DECADE) for i in range(self._every.shape[1])]
+        tenths = [i / BINS for i in range(BINS + 1)]
         count, confidence, right = self._top.sum(1).tolist()
         return {
-            "targets": int(count),
-            "confidence": confidence / count,
-            "accuracy": right / count,
+            **{"targets": int(count), "confidence": confidence / count, "accuracy": right / count},
             "expected_error": _expected_error(self._top, count),
-            "likeliest": _bins(
-                self._top, [i / BINS for i in range(BINS)], [(i + 1) / BINS for i in range(BINS)]
-            ),
+            "likeliest": _bins(self._top, tenths[:-1], tenths[1:]),
             "every_token": _bins(self._every, [*edges[1:], 0.0], edges),
         }
 
@@ -333,21 +304,15 @@ def _expected_error(sums: np.ndarray, targets: float) -> float:
 
 def _bins(sums: np.ndarray, lows: Sequence[float], highs: Sequence[float]) -> list[dict[str, Any]]:
     """Tabulate bins (from, to]: count, mean probability and frequency; zeros for an empty bin."""
-    return [
-        {
-            **{"from": low, "to": high, "count": int(count)},
-            **{"probability": probability / max(count, 1), "frequency": hits / max(count, 1)},
-        }
-        for low, high, (count, probability, hits) in zip(lows, highs, sums.T.tolist(), strict=True)
-    ]
+    names, counts = ("from", "to", "count", "probability", "frequency"), sums[0].astype(int).tolist()
+    parts = (lows, highs, counts, *(sums[1:] / np.maximum(sums[0], 1)).tolist())
+    return [dict(zip(names, values, strict=True)) for values in zip(*parts, strict=True)]
 
 
 def _histograms(places: Tensor, bins: int, *weights: Tensor | None) -> np.ndarray:
     """Sum each of `weights` (None counts) by bin, float64 (weights, bins)."""
-    at = places.cpu().numpy()
-    return np.stack(
-        [np.bincount(at, None if w is None else w.double().cpu().numpy(), minlength=bins) for w in weights]
-    )
+    at, given = places.cpu().numpy(), (w if w is None else w.double().cpu().numpy() for w in weights)
+    return np.stack([np.bincount(at, weight, minlength=bins) for weight in given])
 
 
 def _reliability(measured: Sequence[ModelLosses]) -> Summary:

@@ -167,10 +167,9 @@ def open_validation(models: Sequence[LoadedModel], options: Options) -> Validati
         own = model.tokenizer()
         # Files are compared, since the same vocabulary size does not mean the same tokens
         if own is not None and own.path.read_bytes() != source.tokenizer.path.read_bytes():
-            raise PgolfError(
-                f"the shards in {source.folder} belong to tokenizer {source.tokenizer.path}, {model.name} "
-                f"to another ({own.path}): use shards made with that, or name it with --data.tokenizer"
-            )
+            text = f"the shards in {source.folder} belong to tokenizer {source.tokenizer.path}, {model.name} "
+            text += f"to another ({own.path}): use shards made with that, or name it with --data.tokenizer"
+            raise PgolfError(text)
     return Validation(source, length, source.validation(length).astype(np.int64))
 
 
@@ -179,14 +178,11 @@ def window_length(models: Sequence[LoadedModel]) -> int:
 
     Raises PgolfError if lengths differ: losses with more or less context cannot be compared.
     """
-    first, *others = models
-    length = first.need_config().eval_seq_len
-    for other in others:
+    first, length = models[0], models[0].need_config().eval_seq_len
+    for other in models[1:]:
         if (own := other.need_config().eval_seq_len) != length:
-            raise PgolfError(
-                f"{first.name} is scored on windows of {length} tokens, {other.name} of {own}: their "
-                "losses cannot be compared, analyze each model alone"
-            )
+            text = f"{first.name} is scored on windows of {length} tokens, {other.name} of {own}"
+            raise PgolfError(f"{text}: their losses cannot be compared, analyze each model alone")
     return length
 
 

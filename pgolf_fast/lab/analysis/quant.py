@@ -18,8 +18,7 @@ from pgolf_fast.quant.grid import dequantize, quantize_rows
 from pgolf_fast.quant.state import SLOTS, group_of, unbank
 
 LARGEST_CODE = 31
-FIXED_STEP_MSE = 1 / LARGEST_CODE**2 / 12  # 8.67e-5
-"""Mean squared error of rounding a smooth distribution to multiples of 1/31."""
+FIXED_STEP_MSE = 1 / LARGEST_CODE**2 / 12  # 8.67e-5, of rounding smooth distributions to multiples of 1/31
 
 
 def floored_grid(matrix: Tensor) -> Tensor:
@@ -94,12 +93,12 @@ def published(models: Sequence[LoadedModel]) -> Summary:
     number of slots where the first has the lower error.
     """
     by_slot = {m.name: {bank: _errors(m.state[bank], floored_grid) for bank in BANK_NAMES} for m in models}
-    overall = {}
-    for model in models:
-        sizes = {bank: model.state[bank].numel() for bank in BANK_NAMES}
-        total = sum(float(by_slot[model.name][bank].mean()) * size for bank, size in sizes.items())
-        overall[model.name] = total / sum(sizes.values())
     means = {bank: [float(own[bank].mean()) for own in by_slot.values()] for bank in BANK_NAMES}
+    overall = {}
+    for place, model in enumerate(models):
+        sizes = {bank: model.state[bank].numel() for bank in BANK_NAMES}
+        total = sum(means[bank][place] * size for bank, size in sizes.items())
+        overall[model.name] = total / sum(sizes.values())
     means |= {"all": [*overall.values()], "step² / 12": [FIXED_STEP_MSE] * len(models)}
     header, why = ["bank", *overall], ""
     rows = [[bank, *(f"{error:.4e}" for error in errors)] for bank, errors in means.items()]
@@ -117,14 +116,13 @@ def published(models: Sequence[LoadedModel]) -> Summary:
         name: {"slot_mse": {bank: e.tolist() for bank, e in by_slot[name].items()}, "mean_mse": mse}
         for name, mse in overall.items()
     }
-    return Summary(
+    return Summary.published(
         "quantization errors on the published grid",
         "Shows the error of the step 1/31, which is step² / 12 = 8.67e-5 for any bank whose rows stay below "
         "1 and whose weights spread over more than a step; cannot show which of two such models rounds "
         f"better, since it hardly depends on their weights.{why}",
         Table(header, rows),
         {"step_squared_over_12": FIXED_STEP_MSE, "models": values},
-        form="published",
     )
 
 
@@ -137,8 +135,7 @@ def corrected(models: Sequence[LoadedModel]) -> Summary:
         "quantization errors by row",
         "Shows how much of the weights' squares rounding loses, with fixed steps and with steps that follow "
         "each row; cannot show what the loss will be, as some weights matter more than others.",
-        tabulate(("model", "bank"), shown, values),
-        values,
+        *tabulate(("model", "bank"), shown, values),
     )
 
 
@@ -172,7 +169,6 @@ def weighted(
         values[model.name] = {
             bank: {grid: ratio(part[grid], part["output"]) for grid in GRIDS} for bank, part in sums.items()
         }
-
     heights = {
         f"{name}, {grid} grid": [100 * (banks[bank][grid] or 0) for bank in BANK_NAMES]
         for name, banks in values.items()
@@ -184,7 +180,7 @@ def weighted(
         "quantization errors, Hessian-weighted",
         f"Shows how much of each bank's output (sum of squares, on {text}) plain rounding changes; cannot "
         "show how the following layers respond, nor what GPTQ would save.",
-        tabulate(("model", "bank"), shown, values),
+        tabulate(("model", "bank"), shown, values)[0],
         {"calibration": text, **values},
         draw_bars("hessian_weighted", BANK_NAMES, heights, None, yscale="log", **labels),
     )

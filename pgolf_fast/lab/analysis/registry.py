@@ -30,6 +30,8 @@ ANALYSES = {  # name: module, its function of models and options, and the least 
     "losses": ("losses", "analyze", 1),  # distribution of the loss, calibration
 }
 
+Show = Callable[[Summary], None]
+
 
 def check_names(only: Sequence[str]) -> None:
     """Raise PgolfError, naming the closest match, for an unknown analysis."""
@@ -42,8 +44,7 @@ def check_names(only: Sequence[str]) -> None:
 
 def need_models(name: str, count: int) -> None:
     """Raise PgolfError if an analysis needs more than `count` models."""
-    least = ANALYSES[name][2]
-    if count < least:
+    if count < (least := ANALYSES[name][2]):
         raise PgolfError(f"{name} needs at least {least} models, not {count}: give another")
 
 
@@ -64,10 +65,7 @@ class Results:
 
 
 def run_analyses(
-    only: Sequence[str],
-    models: Sequence[LoadedModel],
-    options: Options,
-    show: Callable[[Summary], None] = lambda summary: None,
+    only: Sequence[str], models: Sequence[LoadedModel], options: Options, show: Show = lambda summary: None
 ) -> Results:
     """Run the analyses named in `only`, or every one that the models and their data allow.
 
@@ -110,13 +108,19 @@ def write_results(out: Path, results: Results) -> None:
     sections: list[Section] = []
     for analysis, summaries in results.summaries.items():
         entries = []
-        for number, summary in enumerate(map(_portable, summaries), start=1):
-            files = {name: f"{analysis}_{number}_{name}.png" for name in summary.plots}
+        for number, summary in enumerate(summaries, start=1):
+            if reason := summary.values.get("not_measured"):
+                summary = unmeasured(summary.name, portable(reason))
+            plots = summary.plots
+            files = {name: f"{analysis}_{number}_{name}.png" for name in plots}
             for name, file in files.items():
-                write_bytes(out / file, summary.plots[name])
+                write_bytes(out / file, plots[name])
             table = {"header": summary.table.header, "rows": summary.table.rows}
             entries.append({**vars(summary), "table": table, "plots": files})
-            sections.append(_section(summary))
+            light = (name for name in files if not name.endswith(DARK))
+            alts = {name: f"{summary.name}: {name.replace('_', ' ')}" for name in light}
+            figures = [Figure(plots[name], plots.get(name + DARK), alt=alt) for name, alt in alts.items()]
+            sections.append(Section(summary.name, summary.shows, [summary.table], figures, summary.form))
         analyses[analysis] = {"seconds": results.seconds[analysis], "summaries": entries}
     models = [
         {"name": m.name, "file": _plain(m.path), "parameters": sum(t.numel() for t in m.state.values())}
@@ -131,21 +135,6 @@ def write_results(out: Path, results: Results) -> None:
         sections.append(Section("Skipped", tables=(Table(("analysis", "reason"), skipped.items()),)))
     title = f"Analysis of {', '.join(model.name for model in results.models)}"
     write_text(out / "report.html", render("analysis", title, sections))
-
-
-def _portable(summary: Summary) -> Summary:
-    """Remove folders from the reason why something was not measured."""
-    reason = summary.values.get("not_measured")
-    return summary if reason is None else unmeasured(summary.name, portable(reason))
-
-
-def _section(summary: Summary) -> Section:
-    figures = [
-        Figure(png, summary.plots.get(name + DARK), alt=f"{summary.name}: {name.replace('_', ' ')}")
-        for name, png in summary.plots.items()
-        if not name.endswith(DARK)
-    ]
-    return Section(summary.name, summary.shows, [summary.table], figures, summary.form)
 
 
 def _plain(value: Any) -> Any:

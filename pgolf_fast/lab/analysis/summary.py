@@ -2,9 +2,8 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from statistics import fmean
 from typing import Any, Literal
 
 from pgolf_fast.bench.drawing import Axes, Figure, has_matplotlib, label, png
@@ -12,8 +11,9 @@ from pgolf_fast.config.checks import need
 from pgolf_fast.console import Table, number
 
 DARK = "_dark"  # suffix of the name of a plot for dark pages
-Format = str | Callable[[Any], str]  # of a number, or a function that returns the cell
+Format = str | Callable[[Any], object]  # of a number, or a function that returns the cell
 Column = tuple[str, str, Format]  # header, key of the value, format
+Bars = Mapping[str, Sequence[float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +56,10 @@ class Summary:
         """Render the heading, the table and the sentence for a terminal."""
         return "\n".join(filter(None, [f"{self.name} [{self.form}]", self.table.text(), self.shows]))
 
+    @classmethod
+    def published(cls, name: str, shows: str, table: Table, values: dict[str, Any]) -> "Summary":
+        return cls(name, shows, table, values, form="published")
+
 
 def unmeasured(name: str, reason: str) -> Summary:
     """Return a summary without a table that says why there is none and what to do about it."""
@@ -68,12 +72,11 @@ def columns(form: Format, **headers: str) -> list[Column]:
 
 
 def tabulate(
-    keys: Sequence[str],
-    shown: Sequence[Column],
-    values: Mapping[str, Any],
-    more: Iterable[Sequence[str]] = (),
-) -> Table:
+    keys: Sequence[str], shown: Sequence[Column], values: dict[str, Any], more: Iterable[Sequence[str]] = ()
+) -> tuple[Table, dict[str, Any]]:
     """Tabulate nested mappings, one row per innermost mapping, and append the rows in `more`.
+
+    Returns the table and `values`, which are the next parts of a summary.
 
     keys: headers of the key columns, one for each level of `values`; lists may be the last level.
     shown: the columns after those, from the innermost mappings.
@@ -83,10 +86,10 @@ def tabulate(
         leaves = [((*path, key), part) for path, tree in leaves for key, part in tree.items()]
     leaves = [(path, part) for path, own in leaves for part in (own if isinstance(own, list) else [own])]
     rows = [(*path, *(_cell(leaf[key], form) for _, key, form in shown)) for path, leaf in leaves]
-    return Table((*keys, *(header for header, _, _ in shown)), (*rows, *more))
+    return Table((*keys, *(header for header, _, _ in shown)), (*rows, *more)), values
 
 
-def _cell(value: Any, form: Format) -> str:
+def _cell(value: Any, form: Format) -> object:
     return number(value, form) if isinstance(form, str) else form(value)
 
 
@@ -95,77 +98,40 @@ def ratio(part: float, whole: float) -> float | None:
     return part / whole if whole else None
 
 
-def mean(values: Iterable[float | None]) -> float | None:
-    """Return the mean of the values that are not None, or None if there are none."""
-    known = [value for value in values if value is not None]
-    return fmean(known) if known else None
-
-
-def count(values: Sequence[object]) -> str:
-    return f"{len(values)}"
-
-
-def over(statistic: Callable[[list[float]], float]) -> Callable[[Iterable[float | None]], str]:
-    """Return a column format for lists: the statistic of the values that are not None."""
-
-    def cell(values: Iterable[float | None]) -> str:
-        known = [value for value in values if value is not None]
-        return number(statistic(known), ".4f") if known else "-"
-
-    return cell
-
-
 _can_draw = cache(has_matplotlib)  # logs once that it is missing
 
 
 def draw(
-    name: str,
-    paint: Callable[[list[Axes]], None],
-    panels: int = 1,
-    *,
-    width: float = 7.0,
-    height: float = 3.4,
+    name: str, paint: Callable[[list[Axes]], None], panels: int = 1, *, width: float = 7, height: float = 3.4
 ) -> dict[str, bytes]:
     """Draw `panels` axes in a row of `width` x `height` inches; return the PNGs `name` and `name_dark`.
 
     Without matplotlib, log that once and return {}.
     """
-    if not _can_draw("plots"):
-        return {}
 
     def paint_figure(figure: Figure) -> None:
         paint(list(figure.subplots(1, panels, squeeze=False)[0]))
 
-    size = width, height
-    return {name: png(paint_figure, size), name + DARK: png(paint_figure, size, dark=True)}
+    draw_one = partial(png, paint_figure, (width, height))
+    return {name: draw_one(), name + DARK: draw_one(dark=True)} if _can_draw("plots") else {}
 
 
 def paint_bars(
-    axes: Axes,
-    ticks: Sequence[str],
-    heights: Mapping[str, Sequence[float]],
-    errors: Mapping[str, Sequence[float]] | None = None,
+    axes: Axes, ticks: Sequence[str], heights: Bars, errors: Bars | None = None, **labels: str
 ) -> None:
-    """Draw bars in groups at the `ticks`, one bar of each group for every key of `heights`."""
+    """Draw bars in groups at the `ticks`, one bar of each group for every key of `heights`.
+
+    `labels` are those of `Axes.set`.
+    """
     width = 0.8 / len(heights)
     for i, (name, values) in enumerate(heights.items()):
         places = [tick + width * i for tick in range(len(ticks))]
         axes.bar(places, values, width, yerr=None if errors is None else errors[name], label=label(name))
     axes.set_xticks([tick + 0.4 - width / 2 for tick in range(len(ticks))], list(ticks))
     axes.legend()
+    axes.set(**labels)
 
 
-def draw_bars(
-    name: str,
-    ticks: Sequence[str],
-    heights: Mapping[str, Sequence[float]],
-    errors: Mapping[str, Sequence[float]] | None = None,
-    **labels: str,
-) -> dict[str, bytes]:
-    """Draw `paint_bars` on one panel; `labels` are those of `Axes.set`."""
-
-    def paint(axes: list[Axes]) -> None:
-        paint_bars(axes[0], ticks, heights, errors)
-        axes[0].set(**labels)
-
-    return draw(name, paint)
+def draw_bars(name: str, *bars: Any, **labels: Any) -> dict[str, bytes]:
+    """Draw `paint_bars(axes, *bars, **labels)` on one panel."""
+    return draw(name, lambda axes: paint_bars(axes[0], *bars, **labels))

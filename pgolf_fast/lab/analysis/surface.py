@@ -57,8 +57,7 @@ def analyze_surface(models: Sequence[LoadedModel], options: Options) -> list[Sum
 
     Raises PgolfError if the options name data that cannot be read.
     """
-    validation = validation_or_why(models, options)
-    name = "curvature of the loss"
+    validation, name = validation_or_why(models, options), "curvature of the loss"
     return [proxies(models), *measure(name, validation, lambda data: curvature(models, data, options))]
 
 
@@ -73,13 +72,12 @@ def mode_connectivity(a: LoadedModel, b: LoadedModel) -> Summary:
     }
     share = ratio(sums["norm_middle"], sums["norm_a"])
     header = ("sum of |A|", "sum of |B|", "sum of |A-B|", "sum of |(A+B)/2|", "ratio")
-    return Summary(
+    return Summary.published(
         f"mode connectivity, {a.name} to {b.name}",
         "Shows how much shorter the average of two models is; cannot show whether they are connected, since "
         "no loss is measured and nothing supports reading 1 as one basin and less than 0.8 as two.",
         Table(header, [(*(f"{value:.2f}" for value in sums.values()), number(share, ".4f"))]),
         {**sums, "ratio": share},
-        form="published",
     )
 
 
@@ -102,8 +100,7 @@ def midpoint_norms(a: LoadedModel, b: LoadedModel) -> Summary:
         f"midpoint norms, {a.name} to {b.name}",
         "Shows that the published ratio repeats the cosine: sqrt((1 + cosine) / 2) for weights of equal "
         f"norm, {math.sqrt(0.5):.4f} for independent ones; cannot show more than the cosine does.",
-        tabulate(("bank",), shown, values),
-        values,
+        *tabulate(("bank",), shown, values),
     )
 
 
@@ -127,12 +124,8 @@ def loss_on_line(
     top = int(means.argmax())
     barrier = {"height": float(means[top]), "error": float(errors[top]), "at": float(shares[top])}
     values = {
-        "targets": count * validation.seq_len,
-        "at": shares.tolist(),
-        "loss": losses.mean(1).tolist(),
-        "excess": means.tolist(),
-        "excess_error": errors.tolist(),
-        "barrier": barrier,
+        **{"targets": count * validation.seq_len, "at": shares.tolist(), "loss": losses.mean(1).tolist()},
+        **{"excess": means.tolist(), "excess_error": errors.tolist(), "barrier": barrier},
     }
     points = zip(shares, values["loss"], means, errors, strict=True)
     rows = [(f"{at:.3f}", f"{loss:.4f}", f"{more:+.4f}", number(e, ".1e")) for at, loss, more, e in points]
@@ -181,26 +174,21 @@ def proxies(models: Sequence[LoadedModel]) -> Summary:
     values = {m.name: {bank: _proxies(m.state[bank]) for bank in BANK_NAMES} for m in models}
     shown = columns(".4g", condition="condition", effective_rank="effective rank", trace_proxy='"trace"')
     shown += columns(".4g", gap="gap", top_energy=f"top {geometry.ENDS} energy")
-    return Summary(
+    return Summary.published(
         "error surface by proxies",
         "Shows five functions of a flattened bank's singular values; cannot show anything about the error "
         'surface, since they depend on no loss and no data (the "trace" is the squared norm of the weights).',
-        tabulate(("model", "bank"), shown, values),
-        values,
-        form="published",
+        *tabulate(("model", "bank"), shown, values),
     )
 
 
 def _proxies(bank: Tensor) -> dict[str, float | None]:
     sigma = geometry.singular_values(geometry.flattened(bank))
     squares = sigma.square()
-    return {
-        "condition": geometry.condition(sigma),
-        "effective_rank": geometry.effective_rank(sigma),
-        "trace_proxy": float(squares.sum()),
-        "gap": float(sigma[0] - sigma[1]) if len(sigma) > 1 else None,
-        "top_energy": ratio(float(squares[: geometry.ENDS].sum()), float(squares.sum())),
-    }
+    total, gap = float(squares.sum()), float(sigma[0] - sigma[1]) if len(sigma) > 1 else None
+    ranks = {"condition": geometry.condition(sigma), "effective_rank": geometry.effective_rank(sigma)}
+    top = ratio(float(squares[: geometry.ENDS].sum()), total)
+    return {**ranks, "trace_proxy": total, "gap": gap, "top_energy": top}
 
 
 def curvature(models: Sequence[LoadedModel], validation: Validation, options: Options) -> list[Summary]:
@@ -220,9 +208,7 @@ def curvature(models: Sequence[LoadedModel], validation: Validation, options: Op
         blocks[OTHERS] = slice(max(place.stop for place in blocks.values()), surface.size)
         whole, parts = trace(surface.product, islice(signs, options.probes), blocks)
         values[model.name] = {
-            "loss": surface.loss,
-            "gradient": float(surface.gradient.norm()),
-            "trace": asdict(whole),
+            **{"loss": surface.loss, "gradient": float(surface.gradient.norm()), "trace": asdict(whole)},
             "trace_by_part": {name: asdict(part) for name, part in parts.items()},
             "largest_eigenvalues": [asdict(value) for value in top],
             "smallest_eigenvalue": asdict(bottom),
@@ -243,7 +229,7 @@ def _whole(values: dict[str, Any], targets: int, options: Options) -> Summary:
         "within ± the residual there is some eigenvalue, not always that one; ? means a residual above "
         f"{CONVERGED:.0%}); cannot show which model generalizes, as rescaling weights in front of a norm "
         "changes curvature but not the function.",
-        tabulate(("model",), shown, values),
+        tabulate(("model",), shown, values)[0],
         {"targets": targets, "models": values},
     )
 
@@ -251,11 +237,8 @@ def _whole(values: dict[str, Any], targets: int, options: Options) -> Summary:
 def _by_part(values: dict[str, Any]) -> Summary:
     parts = {name: model["trace_by_part"] for name, model in values.items()}
     rows = [(name, part, _with_error(value)) for name, own in parts.items() for part, value in own.items()]
-    heights, errors = (
-        {name: [part[key] for part in own.values()] for name, own in parts.items()}
-        for key in ("value", "error")
-    )
-
+    heights = {name: [part["value"] for part in own.values()] for name, own in parts.items()}
+    errors = {name: [part["error"] for part in own.values()] for name, own in parts.items()}
     labels = {"ylabel": "trace of the Hessian", "title": "curvature by part"}
     return Summary(
         "Hessian trace by part",

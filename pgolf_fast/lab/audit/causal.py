@@ -171,10 +171,8 @@ class _Taint(TorchDispatchMode):
         if not entering:
             return out
         name = str(func).removesuffix(".default")
-        if "cross_entropy" in name:
-            predicts = any(t.is_floating_point() for t in entering)
-        else:
-            predicts = any(word in name for word in _NETWORK)
+        floats, network = any(t.is_floating_point() for t in entering), any(word in name for word in _NETWORK)
+        predicts = floats if "cross_entropy" in name else network
         self.network += [name] if predicts else []
         for tensor in _tensors(out):
             storage = tensor.untyped_storage().data_ptr()

@@ -80,10 +80,8 @@ def run_guarded(
     Python: the outcome depends neither on the working directory nor on PYTHONPATH.
     """
     paths = [os.path.abspath(p) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
-    if needs:
-        paths = [p for p in paths if any(Path(p, name).is_dir() for name in needs)]
-    else:
-        paths.insert(0, str(Path(pgolf_fast.__file__).parents[1]))
+    usable = [p for p in paths if any(Path(p, name).is_dir() for name in needs)]
+    paths = usable if needs else [str(Path(pgolf_fast.__file__).parents[1]), *paths]
     kept = {k: v for k, v in os.environ.items() if not (needs and k.startswith("PYTHON")) or k in _HOMES}
     here = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     if cwd is not None:

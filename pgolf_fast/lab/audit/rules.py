@@ -9,40 +9,26 @@ from pgolf_fast.lab.audit.check import AuditCheck, AuditFinding, fails, undecide
 from pgolf_fast.lab.audit.target import Audit, AuditTarget
 from pgolf_fast.model.weights import not_finite
 
-
-def _training_ignores_validation(audit: Audit) -> AuditFinding:
-    t = audit.target
-    return submission.training_ignores_validation(t.train, t.config, t.tokens, t.tokenizer.path)
-
-
-def _calibration_ignores_data(audit: Audit) -> AuditFinding:
-    folder = audit.target.folder if audit.target.artifact else None
-    return submission.calibration_ignores_data(folder, audit.target.requantize)
-
-
-def _within_bytes(audit: Audit) -> AuditFinding:
-    return submission.within_bytes(audit.target.artifact, audit.target.limit_bytes)
-
-
-def _self_contained(audit: Audit) -> AuditFinding:
-    tokens = audit.tokens[: 2 * audit.seq_len + 1]
-    return submission.self_contained(audit.target.artifact, audit.target.tokenizer.path, tokens)
+# Checks of parts of the target
+_PARTS: dict[str, Callable[[AuditTarget], AuditFinding]] = {
+    "C8": lambda t: submission.training_ignores_validation(t.train, t.config, t.tokens, t.tokenizer.path),
+    "C9": lambda t: submission.calibration_ignores_data(t.folder if t.artifact else None, t.requantize),
+    "C10": lambda t: submission.within_bytes(t.artifact, t.limit_bytes),
+    "C11": lambda t: submission.self_contained(
+        t.artifact, t.tokenizer.path, t.tokens[: 2 * t.config.eval_seq_len + 1]
+    ),
+    "C12": lambda t: submission.within_time(t.folder, t.train_limit, t.eval_limit),
+    "C13": lambda t: scoring.byte_counts(
+        t.validation, t.table, t.tokenizer, t.stream(t.validation).target_bytes, exact=t.side_bytes is None
+    ),
+    "C18": lambda t: submission.validation_is_unseen(
+        open_source(t.config.data, t.config.model.vocab_size).folder
+    ),
+}
 
 
-def _within_time(audit: Audit) -> AuditFinding:
-    t = audit.target
-    return submission.within_time(t.folder, t.train_limit, t.eval_limit)
-
-
-def _byte_counts(audit: Audit) -> AuditFinding:
-    target, tokens = audit.target, audit.target.validation
-    counts, exact = target.stream(tokens).target_bytes, target.side_bytes is None
-    return scoring.byte_counts(tokens, target.table, target.tokenizer, counts, exact=exact)
-
-
-def _validation_is_unseen(audit: Audit) -> AuditFinding:
-    source = open_source(audit.target.config.data, audit.target.config.model.vocab_size)
-    return submission.validation_is_unseen(source.folder)
+def _part(id: str, audit: Audit) -> AuditFinding:
+    return _PARTS[id](audit.target)
 
 
 # The title and the check of each rule
@@ -54,17 +40,17 @@ RULES: dict[str, tuple[str, Callable[[Audit], AuditFinding]]] = {
     "C5": ("each target scored once", scoring.once_each),
     "C6": ("no target in a lookup key", causal.no_target_in_keys),
     "C7": ("probabilities sum to 1", scoring.normalized),
-    "C8": ("training without validation data", _training_ignores_validation),
-    "C9": ("calibration without data", _calibration_ignores_data),
-    "C10": ("artifact and script fit the byte limit", _within_bytes),
-    "C11": ("script is self-contained", _self_contained),
-    "C12": ("within the time limits", _within_time),
-    "C13": ("byte counts are those of the text", _byte_counts),
+    "C8": ("training without validation data", partial(_part, "C8")),
+    "C9": ("calibration without data", partial(_part, "C9")),
+    "C10": ("artifact and script fit the byte limit", partial(_part, "C10")),
+    "C11": ("script is self-contained", partial(_part, "C11")),
+    "C12": ("within the time limits", partial(_part, "C12")),
+    "C13": ("byte counts are those of the text", partial(_part, "C13")),
     "C14": ("word starts are those of the inputs", causal.word_starts_of_inputs),
     "C15": ("scoring is deterministic", scoring.deterministic),
     "C16": ("no update while scoring", scoring.no_update_while_scoring),
     "C17": ("the same for any number of ranks", scoring.same_for_any_ranks),
-    "C18": ("validation documents not in training data", _validation_is_unseen),
+    "C18": ("validation documents not in training data", partial(_part, "C18")),
 }
 
 

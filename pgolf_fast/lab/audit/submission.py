@@ -12,6 +12,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,30 +88,17 @@ def training_ignores_validation(
 def _tiny(config: RunConfig) -> RunConfig:
     """Return the configuration at a size that trains in a second, with every feature still on or off."""
     small = shrink(config, "tiny")
-    meta = config.train.meta and replace(config.train.meta, every=2, freeze_blocks=1, above=0.0)
-    reptile = config.train.reptile and replace(config.train.reptile, share=0.5)
-    train = replace(
-        config.train,
-        steps=_STEPS,
-        max_seconds=None,
-        schedule="steps",
-        seq_len=_LENGTH,
-        batch_tokens=4 * _LENGTH,
-        micro_batch_tokens=2 * _LENGTH,
-        warmdown_steps=_STEPS - 1,
-        warmdown_fraction=None,
-        lr_hold_steps=1,
-        adaptive_min_step=1,
-        adaptive_every=1,
-        compute_dtype="float32",
-        compile=False,
-        cuda_graph=False,
-        val_every=1,
-        log_every=1,
-        checkpoint_minutes=None,
-        meta=meta,
-        reptile=reptile,
-    )
+    changes: dict[str, Any] = {"steps": _STEPS, "schedule": "steps", "compute_dtype": "float32"}
+    changes |= {"seq_len": _LENGTH, "batch_tokens": 4 * _LENGTH, "micro_batch_tokens": 2 * _LENGTH}
+    changes |= {"warmdown_steps": _STEPS - 1, "compile": False, "cuda_graph": False}
+    changes |= dict.fromkeys(("max_seconds", "warmdown_fraction", "checkpoint_minutes"))
+    each_step = ("lr_hold_steps", "adaptive_min_step", "adaptive_every", "val_every", "log_every")
+    changes |= dict.fromkeys(each_step, 1)
+    if config.train.meta:
+        changes["meta"] = replace(config.train.meta, every=2, freeze_blocks=1, above=0.0)
+    if config.train.reptile:
+        changes["reptile"] = replace(config.train.reptile, share=0.5)
+    train = replace(config.train, **changes)
     average = replace(config.average, ema_decay=0.8, ema_every=1, swa_every=config.average.swa_every and 2)
     evaluation = replace(config.eval, seq_len=None, stride=min(config.eval.stride, _LENGTH))
     return replace(small, train=train, average=average, eval=evaluation)
@@ -176,9 +164,8 @@ def _different_numbers(before: QuantizedState, after: QuantizedState) -> float:
 
 def _other_machine(folder: RunFolder) -> str:
     """Return the entries of env.json that differ on this machine, as text."""
-    path = folder.path / "env.json"
+    path, here = folder.path / "env.json", environment()
     there = read_json(path) if path.is_file() else {}
-    here = environment()
     names = ("processor", "gpu", "cuda", "torch", "cpu_threads")
     return ", ".join(f"{n} {there[n]}" for n in names if n in there and there[n] != here.get(n))
 
@@ -188,13 +175,8 @@ def within_bytes(artifact: Path | None, limit: int) -> AuditFinding:
     if artifact is None:
         return undecided("the run is not packed")
     weights, code = artifact.stat().st_size, len(build_script(sizes(artifact).sha256).wrapped.encode())
-    total = weights + code
-    text = f"artifact {weights:,} + script {code:,} = {total:,} bytes"
-    return (
-        holds(f"{text} of {limit:,}")
-        if total <= limit
-        else fails(f"{text}, {total - limit:,} over {limit:,}")
-    )
+    text, over = f"artifact {weights:,} + script {code:,} = {weights + code:,} bytes", weights + code - limit
+    return fails(f"{text}, {over:,} over {limit:,}") if over > 0 else holds(f"{text} of {limit:,}")
 
 
 def self_contained(artifact: Path | None, tokenizer: Path, tokens: np.ndarray) -> AuditFinding:
@@ -230,7 +212,6 @@ def self_contained(artifact: Path | None, tokenizer: Path, tokens: np.ndarray) -
 
 
 def _imported(source: str) -> set[str]:
-    """Return the names of the top-level packages that a program imports."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -256,18 +237,15 @@ def within_time(
     if folder is None:
         return undecided("an artifact does not record how long it took")
     training = max((row["elapsed"] for row in folder.history() if row["kind"] == "step"), default=None)
-    times = (
-        ("training", training, training_limit),
-        ("evaluation", _evaluation_seconds(folder), evaluation_limit),
-    )
-    evidence, limited = [], [(took, limit) for _, took, limit in times if limit is not None]
-    for what, took, limit in times:
+    evaluation, evidence, passed = _evaluation_seconds(folder), [], []
+    limits = (("training", training, training_limit), ("evaluation", evaluation, evaluation_limit))
+    for what, took, limit in limits:
         of = "" if limit is None else f" of {console.duration(limit)}"
         evidence.append(f"{what} {'not logged' if took is None else console.duration(took)}{of}")
-    if not limited:
+        passed += [] if limit is None else [took is not None and took <= limit]
+    if not passed:
         return undecided(f"{', '.join(evidence)}; no limit given (--train-limit, --eval-limit)")
-    passed = all(took is not None and took <= limit for took, limit in limited)
-    return AuditFinding(passed, ", ".join(evidence))
+    return AuditFinding(all(passed), ", ".join(evidence))
 
 
 def validation_is_unseen(data: Path, seconds: float = _COMPARE_SECONDS) -> AuditFinding:

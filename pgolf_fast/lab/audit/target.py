@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,7 @@ LENGTHS = (2, 17, 64)  # context lengths at which causality is checked, with tha
 CHUNKS = 4  # of the audited stream: three for updates, and a last one that no update may use
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class AuditTarget:
     """An evaluation under audit. Every part can be replaced: model, adapter, protocol, trainer."""
 
@@ -117,24 +117,12 @@ def open_target(
     weights: Weights = "float" if artifact is None else "artifact"
     loaded = load(artifact or path, weights, config=config, tokenizer=source.tokenizer, finite=False)
     length, scoring = loaded.config.eval_seq_len, loaded.config.eval
-
-    def windows(count: int) -> Windows:
-        return sliding_windows(count, length, scoring.stride, repeat_tail=scoring.repeat_tail)
-
-    adapting, frozen = _methods(loaded, windows)
+    windows = partial(sliding_windows, seq_len=length, stride=scoring.stride, repeat_tail=scoring.repeat_tail)
+    beginning, side_bytes = validation[: count + 1].astype(np.int64), source.side_bytes(validation)
+    text = validation, beginning, source.tokenizer, source.table
+    evaluations = *_methods(loaded, windows), windows
     return AuditTarget(
-        config=loaded.config,
-        model=loaded.model,
-        validation=validation,
-        tokens=validation[: count + 1].astype(np.int64),
-        tokenizer=source.tokenizer,
-        table=source.table,
-        side_bytes=source.side_bytes(validation),
-        method=adapting,
-        frozen=frozen,
-        windows=windows,
-        folder=folder,
-        artifact=artifact,
+        loaded.config, loaded.model, *text, *evaluations, folder, artifact, side_bytes=side_bytes
     )
 
 

@@ -63,10 +63,8 @@ class Watched:
     checksums: int = 0  # of all weights and optimizer state
     # Updates on targets without a score, and changes while a chunk was scored
     early_updates: list[str] = field(default_factory=list)
-    # Changes and gradients while a batch was scored
-    touched: list[str] = field(default_factory=list)
-    # Updates and changes after the last score
-    late_updates: list[str] = field(default_factory=list)
+    touched: list[str] = field(default_factory=list)  # changes and gradients while a batch was scored
+    late_updates: list[str] = field(default_factory=list)  # updates and changes after the last score
 
 
 def watch(method: Method, stream: Stream, model: nn.Module) -> Watched:

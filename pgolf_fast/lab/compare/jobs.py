@@ -79,21 +79,17 @@ def prepare(job: Job, data: str, scores: Scores) -> bool:
 def _check_same(job: Job, known: dict[str, Any], asked: dict[str, Any]) -> None:
     """Raise PgolfError naming every field in which two contents of job.json differ."""
     with well_formed(job.path / JOB):
-        before, now = (
-            {name: content[name] for name in ("budget", "variant", "seed", "data")}
-            | dict(flatten(run_config_from_dict(content["config"])))
-            for content in (known, asked)
-        )
+        before, now = (dict(flatten(run_config_from_dict(content["config"]))) for content in (known, asked))
+        for name in ("budget", "variant", "seed", "data"):
+            before[name], now[name] = known[name], asked[name]
     changed = [
         "other tokens" if name == "data" else f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name)
     ]
     if changed:
-        raise PgolfError(
-            f"{job.path} holds a run with other settings: {'; '.join(changed)}. Choose another --out, or "
-            "repeat the settings it was made with"
-        )
+        text = f"{job.path} holds a run with other settings: {'; '.join(changed)}"
+        raise PgolfError(f"{text}. Choose another --out, or repeat the settings it was made with")
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -153,7 +149,6 @@ def _score(folder: RunFolder, config: RunConfig, scores: Scores) -> dict[str, Sc
 
 
 def _write(folder: RunFolder, job: dict[str, Any], config: RunConfig, scorers: dict[str, Scorer]) -> None:
-    """Write documents.json, then result.json."""
     stream = scorers["non_overlapping"].stream
     starts = document_starts(stream.tokens.cpu().numpy())
     nats = {name: scorer.by_target().astype(np.float64) for name, scorer in scorers.items()}
@@ -163,20 +158,15 @@ def _write(folder: RunFolder, job: dict[str, Any], config: RunConfig, scorers: d
     rows = folder.history()
     steps = {row["step"]: row["elapsed"] for row in rows if row["kind"] == "step"}
     times = step_times(rows)
-    result = {
-        **{name: job[name] for name in ("budget", "variant", "seed")},
-        "parameters": config.model.num_parameters(),
-        "steps": max(steps),
-        "training_seconds": steps[max(steps)],
-        "ms_per_step": 1e3 * statistics.median(times) if times else None,
-        "ms_per_step_mean": 1e3 * statistics.fmean(times) if times else None,
-        "artifact_bytes": folder.artifact_file.stat().st_size,
-        "artifact_sha256": sizes(folder.artifact_file).sha256,
-        "scores": {name: scorer.sums(0, len(scorer.windows)).to_dict() for name, scorer in scorers.items()},
-        "config": run_config_to_dict(config),
-        **provenance(),
-    }
-    write_json(folder.path / RESULT, result)
+    result = {name: job[name] for name in ("budget", "variant", "seed")}
+    result |= {"parameters": config.model.num_parameters(), "steps": max(steps)}
+    result["training_seconds"] = steps[max(steps)]
+    result["ms_per_step"] = 1e3 * statistics.median(times) if times else None
+    result["ms_per_step_mean"] = 1e3 * statistics.fmean(times) if times else None
+    result["artifact_bytes"] = folder.artifact_file.stat().st_size
+    result["artifact_sha256"] = sizes(folder.artifact_file).sha256
+    result["scores"] = {name: one.sums(0, len(one.windows)).to_dict() for name, one in scorers.items()}
+    write_json(folder.path / RESULT, {**result, "config": run_config_to_dict(config), **provenance()})
 
 
 def step_times(rows: Sequence[dict[str, Any]]) -> list[float]:

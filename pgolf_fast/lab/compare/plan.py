@@ -19,6 +19,7 @@ import torch
 
 from pgolf_fast import console
 from pgolf_fast.bench.store import provenance
+from pgolf_fast.bench.timer import temporarily
 from pgolf_fast.config.fields import field_name, flatten, flip, run_config_to_dict, with_fields
 from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.data.loader import make_loader
@@ -43,11 +44,9 @@ _SHARED = {
     "train.steps": "give --steps",
     "train.max_seconds": "give --seconds",
     "train.schedule": "give --budget",
-    **dict.fromkeys(
-        ("data.path", "data.tokenizer", "data.val_tokens", "model.vocab_size", "eval.repeat_tail"),
-        "all variants are scored on the same text",
-    ),
 }
+_TEXT = ("data.path", "data.tokenizer", "data.val_tokens", "model.vocab_size", "eval.repeat_tail")
+_SHARED |= dict.fromkeys(_TEXT, "all variants are scored on the same text")
 
 
 @dataclass(frozen=True)
@@ -79,14 +78,11 @@ def make_variants(base: RunConfig, flips: Sequence[Sequence[str]]) -> dict[str, 
         _check_flip(base, config, words)
         if same := next((name for name, other in variants.items() if other == config), None):
             raise PgolfError(f"--flip {' '.join(words)} is the same as {same}: leave one out")
-        variants[_name(config, words)] = config
+        # It names a folder too, which another spelling of the same values must find again
+        values = dict(flatten(config))
+        spelled = "+".join(f"{name}={_spell(values[name])}" for name in map(field_name, words))
+        variants[spelled.replace("/", "_")] = config
     return variants
-
-
-def _name(config: RunConfig, words: Sequence[str]) -> str:
-    """Name a variant, and so its folder, by fields and values: another spelling must find it again."""
-    values = dict(flatten(config))
-    return "+".join(f"{name}={_spell(values[name])}" for name in map(field_name, words)).replace("/", "_")
 
 
 def _spell(value: object) -> str:
@@ -105,11 +101,9 @@ def _check_flip(base: RunConfig, config: RunConfig, words: Sequence[str]) -> Non
     for name, instead in _SHARED.items():
         if before.get(name) != now.get(name):
             raise PgolfError(f"{given}: {name} is the same for all variants ({instead})")
-    if config.eval_seq_len != base.eval_seq_len:
-        raise PgolfError(
-            f"{given} changes the windows that scores are over from {base.eval_seq_len} to "
-            f"{config.eval_seq_len} tokens: add eval.seq_len={base.eval_seq_len} to it"
-        )
+    if (now_length := config.eval_seq_len) != (length := base.eval_seq_len):
+        text = f"{given} changes the windows that scores are over from {length} to {now_length} tokens"
+        raise PgolfError(f"{text}: add eval.seq_len={length} to it")
 
 
 def with_budget(
@@ -121,14 +115,13 @@ def with_budget(
     """
     train = config.train
     if budget == "time":
-        steps, seconds = ENDLESS, train.max_seconds if seconds is None else seconds
+        steps, seconds, schedule = ENDLESS, train.max_seconds if seconds is None else seconds, "time"
         if seconds is None:
             raise PgolfError(f"{config.name} ends by its steps: give --seconds for budget time")
     else:
         if steps is None and train.schedule == "time":
             raise PgolfError(f"{config.name} ends by its clock: give --steps for budget {budget}")
-        steps, seconds = train.steps if steps is None else steps, None
-    schedule = "steps" if seconds is None else "time"
+        steps, seconds, schedule = train.steps if steps is None else steps, None, "steps"
     limits = {"train.steps": steps, "train.max_seconds": seconds, "train.schedule": schedule}
     return with_fields(config, limits)
 
@@ -156,8 +149,6 @@ def meta_steps(config: RunConfig) -> int:
 
 
 def _fill_time(config: RunConfig, cost: StepCost, limit: float) -> RunConfig:
-    """Return `config` with as many steps as fit into `limit` seconds."""
-
     # The number of meta steps depends on the number of steps through the schedule, so search for it.
     def run(steps: int) -> RunConfig:
         return replace(config, train=replace(config.train, steps=steps))
@@ -186,20 +177,18 @@ def make_jobs(
     """
     if len(set(seeds)) < len(seeds) or not seeds:
         raise PgolfError(f"--seeds {' '.join(map(str, seeds))}: give at least one, each once")
-    configs: dict[tuple[str, str], RunConfig] = {}
+    configs: dict[str, dict[str, RunConfig]] = {}
     for budget in budgets:
         limited = {name: with_budget(config, budget, steps, seconds) for name, config in variants.items()}
         if budget == "measured":
             assert costs is not None
             limit = costs[BASELINE].seconds(limited[BASELINE])
-            limited = {
-                name: config if name == BASELINE else _fill_time(config, costs[name], limit)
-                for name, config in limited.items()
-            }
-        configs |= {(budget, name): config for name, config in limited.items()}
+            others = {n: _fill_time(c, costs[n], limit) for n, c in limited.items() if n != BASELINE}
+            limited = {BASELINE: limited[BASELINE], **others}
+        configs[budget] = limited
     jobs = []
     for seed, budget, variant in itertools.product(seeds, budgets, variants):
-        config = with_fields(configs[budget, variant], {"train.seed": seed})
+        config = with_fields(configs[budget][variant], {"train.seed": seed})
         jobs.append(Job(budget, variant, seed, config, out / budget / variant / f"seed{seed}"))
     return jobs
 
@@ -220,11 +209,8 @@ def step_costs(
             if known["configs"] == asked:
                 return {name: StepCost(**cost) for name, cost in known["costs"].items()}
     threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads // workers))
-    try:
+    with temporarily(torch.set_num_threads, max(1, threads // workers), threads):
         seconds = _measure(configs, rounds)
-    finally:
-        torch.set_num_threads(threads)
     median = {kind: statistics.median(taken) for kind, taken in seconds.items()}
     costs = {name: StepCost(median[name, False], median.get((name, True))) for name in configs}
     content = {"costs": {name: asdict(cost) for name, cost in costs.items()}, "configs": asked}

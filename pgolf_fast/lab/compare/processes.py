@@ -52,13 +52,10 @@ def make_slots(workers: int | None, devices: int, *, timed: bool) -> list[Slot]:
         return [{"CUDA_VISIBLE_DEVICES": name} for name in names[: workers or devices]]
     workers = workers or 1
     if timed and workers > 1:
-        raise PgolfError(
-            f"--workers {workers} would let runs of budget time compete for this CPU: leave --workers out, "
-            "or use --budget steps"
-        )
-    if workers == 1 or "OMP_NUM_THREADS" in os.environ:
-        return [{} for _ in range(workers)]
-    return [{"OMP_NUM_THREADS": str(max(1, available_cores() // workers))} for _ in range(workers)]
+        text = f"--workers {workers} would let runs of budget time compete for this CPU"
+        raise PgolfError(f"{text}: leave --workers out, or use --budget steps")
+    share = {"OMP_NUM_THREADS": str(max(1, available_cores() // workers))}
+    return [{} if workers == 1 or "OMP_NUM_THREADS" in os.environ else share] * workers
 
 
 def run_tasks(tasks: Sequence[Task], slots: Sequence[Slot]) -> dict[str, str]:

@@ -117,16 +117,13 @@ def check_comparable(paths: Sequence[Path], scores: Sequence[dict]) -> None:
         losses = tuple(run[name]["loss"] for name in SCORES)
         for same in (path.resolve(), run.get("artifact_sha256") or losses, losses):
             if (other := seen.setdefault(same, path)) != path:
-                raise PgolfError(
-                    f"{other.parent} and {path.parent} hold the same model or a copy: a run counts once"
-                )
+                both = f"{other.parent} and {path.parent}"
+                raise PgolfError(f"{both} hold the same model or a copy: a run counts once")
         for name in SCORES:
             ours, first = ((s[name]["tokens"], s[name]["bytes"]) for s in (run, scores[0]))
             if ours != first:
-                raise PgolfError(
-                    f"{path} scored {ours[0]:,} targets of {ours[1]:,} bytes, {paths[0]} {first[0]:,} of "
-                    f"{first[1]:,}: compare runs on the same text"
-                )
+                text = f"{path} scored {ours[0]:,} targets of {ours[1]:,} bytes, {paths[0]} {first[0]:,} of "
+                raise PgolfError(f"{text}{first[1]:,}: compare runs on the same text")
 
 
 def group_table(groups: Mapping[str, Sequence[dict]]) -> Table:

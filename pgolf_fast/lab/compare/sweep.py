@@ -78,9 +78,8 @@ def sweep(
     starts = document_starts(stream.tokens.cpu().numpy())
     counted = starts >= after
     if not counted.any():
-        raise PgolfError(
-            f"no document begins at target {after:,} or later: the last begins at {starts[-1]:,}"
-        )
+        last = f"the last begins at {starts[-1]:,}"
+        raise PgolfError(f"no document begins at target {after:,} or later: {last}")
     # A repeated tail would score some targets twice.
     config = replace(config, eval=replace(config.eval, repeat_tail=False))
     evaluator = Evaluator(model, stream, config, grid, world)
@@ -88,17 +87,12 @@ def sweep(
     passes = [_pass(evaluator, path, starts, ttt, allow_illegal) for path, ttt in paths.items()]
     size = np.add.reduceat(stream.target_bytes, starts)[counted]
     before, *_ = nats = [np.array(one.nats)[counted] for one in passes]
-    return [
-        AdapterGain(
-            one.name,
-            float(total.sum() / (math.log(2) * size.sum())),
-            *bootstrap_gain(before, total, size),
-            1e6 * one.seconds / stream.num_targets,
-            one.updates,
-            one.trainable,
-        )
-        for one, total in zip(passes, nats, strict=True)
-    ]
+    gains = []
+    for one, total in zip(passes, nats, strict=True):
+        bpb, cost = float(total.sum() / (math.log(2) * size.sum())), 1e6 * one.seconds / stream.num_targets
+        gain = bootstrap_gain(before, total, size)
+        gains.append(AdapterGain(one.name, bpb, *gain, cost, one.updates, one.trainable))
+    return gains
 
 
 def _pass(
@@ -148,15 +142,11 @@ def sweep_run(
     loaded, stream = open_run(folder, config, "artifact", world.device)
     run = loaded.model, stream, config, adapters, loaded.grid, folder.path / "ttt_sweep", world
     gains = sweep(*run, after=after, allow_illegal=allow_illegal)
-    content = {
-        "artifact_sha256": loaded.sha256,
-        "tokens": stream.num_targets,
-        "after": after,
-        "stride": config.eval.stride,
-        "adapters": {gain.name: asdict(gain) for gain in gains},
-        "settings": {name: asdict(ttt) for name, ttt in adapters.items()},
-        "illegal": {name: ttt.illegal for name, ttt in adapters.items() if ttt.illegal},
-    }
+    content: dict[str, Any] = {"artifact_sha256": loaded.sha256, "tokens": stream.num_targets}
+    content |= {"after": after, "stride": config.eval.stride}
+    content["adapters"] = {gain.name: asdict(gain) for gain in gains}
+    content["settings"] = {name: asdict(ttt) for name, ttt in adapters.items()}
+    content["illegal"] = {name: ttt.illegal for name, ttt in adapters.items() if ttt.illegal}
     if world.is_main:
         write_json(folder.sweep_file, content)
     return content
@@ -165,17 +155,10 @@ def sweep_run(
 def sweep_table(content: Mapping[str, Any]) -> console.Table:
     """Tabulate the content of ttt_sweep.json; adapters that break the rules are marked."""
     illegal = content.get("illegal", {})
-    rows = [
-        (
-            labeled(name, name in illegal),
-            f"{row['bpb']:.6f}",
-            f"{row['gain']:+.6f}",
-            f"{row['low']:+.5f} to {row['high']:+.5f}",
-            f"{row['microseconds_a_token']:.1f}",
-            f"{row['updates']:,}",
-            f"{row['trainable']:,}",
-        )
-        for name, row in content["adapters"].items()
-    ]
+    rows = []
+    for name, row in content["adapters"].items():
+        scores = (f"{row['bpb']:.6f}", f"{row['gain']:+.6f}", f"{row['low']:+.5f} to {row['high']:+.5f}")
+        costs = (f"{row['microseconds_a_token']:.1f}", f"{row['updates']:,}", f"{row['trainable']:,}")
+        rows.append((labeled(name, name in illegal), *scores, *costs))
     header = ("adapter", "bpb", "gain", "95 % interval", "us/token", "updates", "trainable")
     return console.Table(header, rows, f"Adapters compared on {content.get('tokens', 0):,} targets")

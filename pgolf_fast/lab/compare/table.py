@@ -18,13 +18,9 @@ from pgolf_fast.lab.compare.statistics import Interval, over_documents, over_see
 
 IntervalOver = Literal["seeds", "documents"]
 SIGN = "difference = variant - baseline in bits per byte: negative is better than the baseline"
-INTERVALS = {
-    "seeds": "95 % intervals: Student's t on the paired differences of seeds",
-    "documents": (
-        "95 % intervals: paired bootstrap over the documents of one seed; "
-        "variation between seeds is NOT covered"
-    ),
-}
+INTERVALS = {"seeds": "95 % intervals: Student's t on the paired differences of seeds"}
+INTERVALS["documents"] = "95 % intervals: paired bootstrap over the documents of one seed; "
+INTERVALS["documents"] += "variation between seeds is NOT covered"
 _DIFFERENCE = ("difference", "95 % interval")
 
 
@@ -157,28 +153,18 @@ def describe(rows: Sequence[VariantScore], gains: Sequence[PassGain] = ()) -> st
     notes = [SIGN, *(INTERVALS[kind] for kind in sorted(kinds, reverse=True))]
     notes.append("ms/step: median of a run's steps but the first; mean: with rare steps and other load")
     header = ("budget", "variant", "seeds", "steps", "ms/step", "mean", "bytes", "score", "bpb", *_DIFFERENCE)
-    lines = [
-        (
-            row.budget,
-            row.variant,
-            len(row.seeds),
-            f"{row.steps:,.0f}",
-            number(row.ms_per_step, ".1f"),
-            number(row.ms_per_step_mean, ".1f"),
-            f"{row.artifact_bytes:,.0f}",
-            SCORES[row.score],
-            f"{row.bpb:.5f}",
-            *_show_interval(row.difference),
-        )
-        for row in rows
-    ]
+    lines = []
+    for row in rows:
+        speed = (f"{row.steps:,.0f}", *(number(ms, ".1f") for ms in (row.ms_per_step, row.ms_per_step_mean)))
+        score = (f"{row.artifact_bytes:,.0f}", SCORES[row.score], f"{row.bpb:.5f}")
+        difference = _show_interval(row.difference)
+        lines.append((row.budget, row.variant, len(row.seeds), *speed, *score, *difference))
     parts = ["\n".join(notes), Table(header, lines).text()]
-    if gains:
+    passes = [
+        (g.budget, g.variant, SCORES[g.after], SCORES[g.before], *_show_interval(g.difference)) for g in gains
+    ]
+    if passes:
         columns = ("budget", "variant", "score", "compared with", *_DIFFERENCE)
-        passes = [
-            (g.budget, g.variant, SCORES[g.after], SCORES[g.before], *_show_interval(g.difference))
-            for g in gains
-        ]
         parts.append(Table(columns, passes).text())
     return "\n\n".join(parts)
 
@@ -193,13 +179,9 @@ def to_dict(
     rows: Sequence[VariantScore], gains: Sequence[PassGain], runs: Sequence[FinishedRun]
 ) -> dict[str, Any]:
     """Return everything as JSON values."""
-    return {
-        "sign": SIGN,
-        "intervals": INTERVALS,
-        "comparison": [asdict(row) for row in rows],
-        "passes": [asdict(gain) for gain in gains],
-        "runs": [{**run.result, "folder": str(run.job.path)} for run in runs],
-    }
+    tables = {"comparison": [asdict(row) for row in rows], "passes": [asdict(gain) for gain in gains]}
+    results = [{**run.result, "folder": str(run.job.path)} for run in runs]
+    return {"sign": SIGN, "intervals": INTERVALS, **tables, "runs": results}
 
 
 def commits(runs: Sequence[FinishedRun]) -> list[str]:
@@ -215,10 +197,8 @@ def draw_ablation(rows: Sequence[VariantScore], runs: Sequence[FinishedRun], pat
     compared = [(row, row.difference) for row in rows if row.difference is not None]
     if not compared:
         return None
-    budgets, scores, names = (
-        list(dict.fromkeys(getattr(row, field) for row, _ in compared))
-        for field in ("budget", "score", "variant")
-    )
+    parts = [(row.budget, row.score, row.variant) for row, _ in compared]
+    budgets, scores, names = (list(dict.fromkeys(part)) for part in zip(*parts, strict=True))
 
     def paint(figure) -> None:
         grid = figure.subplots(len(budgets), len(scores), sharex=True, sharey=True, squeeze=False)
@@ -236,9 +216,8 @@ def draw_ablation(rows: Sequence[VariantScore], runs: Sequence[FinishedRun], pat
                 axes.set_yticks(range(len(names)), names)
                 axes.margins(y=0.3)
                 axes.grid(alpha=0.3, axis="x")
-        figure.supxlabel(
-            "bits per byte above the baseline (left is better); bars: 95 % intervals, dots: seeds"
-        )
+        what = "bits per byte above the baseline (left is better)"
+        figure.supxlabel(f"{what}; bars: 95 % intervals, dots: seeds")
 
     size = (2 + 3.6 * len(scores), len(budgets) * (1.4 + 0.45 * len(names)))
     return write_png(path, paint, size, "picture")

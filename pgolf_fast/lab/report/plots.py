@@ -27,10 +27,8 @@ TREEMAP_SIZE = (13.0, 8.0)  # inches
 COLORS = ("#77AADD", "#EE8866", "#44BB99", "#EEDD88", "#FFAABB", "#BBCC33", "#99DDFF", "#AAAA00", "#DDDDDD")
 LABELED = 0.004  # of the artifact; a smaller rectangle is too small for a label
 _SLOT = re.compile(r"blocks\.(\d+)\.((?:attn|mlp)\.\w+)\.weight")
-_SLOT_NAMES = {
-    **{"attn.c_q": "attention Q", "attn.c_k": "attention K", "attn.c_v": "attention V"},
-    **{"attn.proj": "attention out", "mlp.fc": "MLP up", "mlp.proj": "MLP down"},
-}
+_SLOT_NAMES = {"attn.c_q": "attention Q", "attn.c_k": "attention K", "attn.c_v": "attention V"}
+_SLOT_NAMES |= {"attn.proj": "attention out", "mlp.fc": "MLP up", "mlp.proj": "MLP down"}
 
 
 def draw_loss_curve(folder: RunFolder) -> Path | None:
@@ -127,8 +125,7 @@ def paint_pace(axes: Axes, steps: Steps) -> None:
     groups = np.array_split(np.array(rates), min(PACE_POINTS, len(rates)))
     x, y = np.array([(group[:, 0].mean(), np.median(group[:, 1])) for group in groups]).T
     axes.plot(x, y, "-" if len(x) > 1 else "o")
-    axes.set(xlabel="step", ylabel="tokens/s")
-    axes.set_ylim(bottom=0)
+    axes.set(xlabel="step", ylabel="tokens/s", ylim=(0, None))
 
 
 def draw_scores(scores: dict, path: Path) -> Path | None:
@@ -150,7 +147,10 @@ def paint_parts(panels: Sequence[Axes], scores: dict) -> None:
     by_class, by_context, by_document = panels
     figures = scores["figures"]
     sliding, ttt = figures["sliding"], figures.get("sliding_ttt")
-    _classes(by_class, sliding["by_class"])
+    own = shares(sliding["by_class"]).values()
+    heights = {unit: [share[unit] for share in own] for unit in ("targets", "bytes", "loss")}
+    labels = {"ylabel": "share", "title": "sliding, by class of target"}
+    paint_bars(by_class, list(sliding["by_class"]), heights, None, **labels)
     _bits(by_context, {"non-overlapping": figures["non_overlapping"]["by_context"]})
     by_context.set(xlabel="tokens of context", title="by context")
     curves = {"sliding": sliding["by_document_tokens"]}
@@ -160,12 +160,6 @@ def paint_parts(panels: Sequence[Axes], scores: dict) -> None:
     by_document.set(xlabel="tokens of the document", title="by document length")
     for axes in panels:
         axes.tick_params(axis="x", labelrotation=30)
-
-
-def _classes(axes: Axes, parts: dict) -> None:
-    own = shares(parts).values()
-    paint_bars(axes, list(parts), {unit: [s[unit] for s in own] for unit in ("targets", "bytes", "loss")})
-    axes.set(ylabel="share", title="sliding, by class of target")
 
 
 def _bits(axes: Axes, curves: dict[str, dict]) -> None:
@@ -214,23 +208,18 @@ def paint_treemap(figure: Figure, table: ArtifactTable) -> None:
     tiles = [(group, name, size) for group, members in groups.items() for name, size in members]
     axes = figure.subplots()
     width = 100 * TREEMAP_SIZE[0] / TREEMAP_SIZE[1]  # rectangles are squarified in the shape of the figure
-    squarify.plot(
-        [max(size, 1e-3) for _, _, size in tiles],
-        norm_x=width,
-        color=[colors[group] for group, _, _ in tiles],
-        label=[f"{name}\n{short(size)}" if size > LABELED * total else "" for _, name, size in tiles],
-        ax=axes,
-        bar_kwargs={"edgecolor": axes.get_facecolor(), "linewidth": 0.8},
-        text_kwargs={"fontsize": 7, "color": "black"},
-    )
+    areas, shades = [max(size, 1e-3) for _, _, size in tiles], [colors[group] for group, _, _ in tiles]
+    labels = [f"{name}\n{short(size)}" if size > LABELED * total else "" for _, name, size in tiles]
+    bars, texts = {"edgecolor": axes.get_facecolor(), "linewidth": 0.8}, {"fontsize": 7, "color": "black"}
+    kinds = {"bar_kwargs": bars, "text_kwargs": texts}
+    squarify.plot(areas, norm_x=width, color=shades, label=labels, ax=axes, **kinds)
     axes.set(xlim=(0, width), ylim=(0, 100))
     axes.axis("off")
     axes.set_title(f"{table.path.name}: {total:,} bytes", fontsize=13, fontweight="bold")
-    sums = {group: sum(size for _, size in members) for group, members in groups.items()}
-    handles = [
-        Patch(color=colors[group], label=f"{group}  {short(size)}  {size / total:.1%}")
-        for group, size in sums.items()
-    ]
+    handles = []
+    for group, members in groups.items():
+        size = sum(size for _, size in members)
+        handles.append(Patch(color=colors[group], label=f"{group}  {short(size)}  {size / total:.1%}"))
     figure.legend(handles=handles, loc="outside lower center", ncols=5)
 
 

@@ -30,10 +30,8 @@ WIDTH = 9.0  # inches
 LONGEST_LIST = 12
 Tree = dict[str, Any]  # a JSON object
 # Titles of sections that are not those of their functions
-TITLES = {
-    **{"missing": "What is missing", "adaptation": "Test-time training"},
-    **{"parts": "Where the bits go", "artifact_bytes": "Bytes"},
-}
+TITLES = {"missing": "What is missing", "adaptation": "Test-time training"}
+TITLES |= {"parts": "Where the bits go", "artifact_bytes": "Bytes"}
 
 
 def _artifact(path: Path) -> Tree:
@@ -114,10 +112,8 @@ def write_report(folder: RunFolder, out: Path) -> Path:
     Raises PgolfError if `folder` has no readable config.json.
     """
     run = RunRecord(folder)
-    makers = (
-        *(overview, missing, configuration, training, throughput, scores, quantization_gap, adaptation),
-        *(parts, artifact_bytes, audit, environment),
-    )
+    makers = [overview, missing, configuration, training, throughput, scores, quantization_gap, adaptation]
+    makers += [parts, artifact_bytes, audit, environment]
     sections = {make: _guarded(make, run) for make in makers}
     sections[missing] = missing(run)  # again, with the files that a section could not show
     shown = list(sections.values())
@@ -153,11 +149,8 @@ def overview(run: RunRecord) -> Section:
         state = f"interrupted or still running: step {last:,} of {train.steps:,}{limit}"
     else:
         state = "not trained yet: only the configuration exists"
-    rows = {
-        "preset": run.config.name,
-        "state": state,
-        "network": f"{m.num_layers} layers x {m.model_dim}, {m.num_parameters():,} parameters",
-    }
+    rows = {"preset": run.config.name, "state": state}
+    rows["network"] = f"{m.num_layers} layers x {m.model_dim}, {m.num_parameters():,} parameters"
     if run.steps:
         unrecorded = (last - len(run.steps)) * train.batch_tokens
         tokens = sum(row["tokens"] for row in run.steps.values()) + unrecorded
@@ -203,16 +196,14 @@ def configuration(run: RunRecord) -> Section:
         return Section("Configuration", text, (Table(("field", "run"), fields), resumed))
     disabled = tuple(f"{name}." for name in {*now, *before} if now.get(name, ...) is None)
     rows = [
-        (name, _setting(name, before.get(name, "on")), _setting(name, now.get(name, "on")))
+        (name, *(_setting(name, fields.get(name, "on")) for fields in (before, now)))
         for name in dict.fromkeys([*now, *before])
         if now.get(name, ...) != before.get(name, ...) and name != "name" and not name.startswith(disabled)
     ]
     if not rows:
         return Section("Configuration", f"Preset `{run.config.name}`, unchanged.", [resumed])
-    text = (
-        f"Differences from the current preset `{run.config.name}`. Where a preset leaves a choice to the "
-        "machine (`auto`, `none`), training records what it chose."
-    )
+    text = f"Differences from the current preset `{run.config.name}`. Where a preset leaves a choice to the "
+    text += "machine (`auto`, `none`), training records what it chose."
     differences = Table(("field", "preset", "run"), rows, f"{len(rows)} fields that differ")
     return Section("Configuration", text, (differences, resumed))
 
@@ -242,12 +233,9 @@ def training(run: RunRecord) -> Section:
         text += f" Step {first:,} had {losses[first]:.4f} nats per token, "
         text += f"step {last:,} had {losses[last]:.4f}."
     if broken := run.broken_steps:
-        more = len(broken) - LONGEST_LIST
-        listed = ", ".join(f"{s:,}" for s in broken[:LONGEST_LIST])
-        text += (
-            f"\n\nThe loss is not finite at {len(broken):,} of {len(run.steps):,} steps: {listed}"
-            f"{f' and {more:,} more' if more > 0 else ''}."
-        )
+        more, listed = len(broken) - LONGEST_LIST, ", ".join(f"{s:,}" for s in broken[:LONGEST_LIST])
+        text += f"\n\nThe loss is not finite at {len(broken):,} of {len(run.steps):,} steps: {listed}"
+        text += f" and {more:,} more." if more > 0 else "."
     note, figures = _plot(
         lambda canvas: plots.paint_training(canvas, run.steps, run.lines["val"]),
         (WIDTH, 4.8),
@@ -259,11 +247,10 @@ def training(run: RunRecord) -> Section:
 
 def _validations(run: RunRecord) -> Table:
     rows = [
-        (row["step"], row.get("weights", ""), number(row.get("loss"), ".4f"), number(row.get("bpb"), ".4f"))
+        (row["step"], row.get("weights", ""), *(number(row.get(unit), ".4f") for unit in ("loss", "bpb")))
         for row in run.lines["val"]
     ]
-    header = ("step", "weights", "nats/token", "bpb")
-    return Table(header, rows, "Validation, non-overlapping windows")
+    return Table(("step", "weights", "nats/token", "bpb"), rows, "Validation, non-overlapping windows")
 
 
 def _slot_rates(run: RunRecord) -> Table:
@@ -283,10 +270,8 @@ def throughput(run: RunRecord) -> Section:
     table = pace_table(run.steps)
     if not table.rows:
         return Section("Throughput", "No two successive steps are recorded with their times.")
-    text = (
-        "Time of a step by the training clock, which excludes validation and checkpoints; "
-        f"{console.duration(run.seconds)} in total."
-    )
+    text = "Time of a step by the training clock, which excludes validation and checkpoints; "
+    text += f"{console.duration(run.seconds)} in total."
     note, figures = _plot(
         lambda canvas: plots.paint_pace(canvas.subplots(), run.steps),
         (WIDTH, 3.0),
@@ -305,28 +290,22 @@ def scores(run: RunRecord) -> Section:
         table = score_table(tree)
         table.caption = "The artifact" if weights == "artifact" else "The float weights, before quantization"
         score_tables += [table, _gains(tree)]
-    text = (
-        "The three scores of the same weights belong together: the gain of test-time training is the third "
-        "less the second, and the gain of sliding windows is the second less the first."
-    )
+    text = "The three scores of the same weights belong together: the gain of test-time training is the "
+    text += "third less the second, and the gain of sliding windows is the second less the first."
     return Section("Scores", text, score_tables)
 
 
 def _gains(tree: Tree) -> Table:
     steps = {"sliding windows": ("non_overlapping", "sliding"), "TTT": ("sliding", "sliding_ttt")}
-    rows = [
-        (
-            labeled(what, what == "TTT" and tree.get("illegal")),
-            *(f"{tree[new][unit] - tree[old][unit]:+.6f}" for unit in ("bpb", "loss")),
-        )
-        for what, (old, new) in steps.items()
-        if _is_scored(tree, old) and _is_scored(tree, new)
-    ]
+    rows = []
+    for what, (old, new) in steps.items():
+        if _is_scored(tree, old) and _is_scored(tree, new):
+            gains = (f"{tree[new][unit] - tree[old][unit]:+.6f}" for unit in ("bpb", "loss"))
+            rows.append((labeled(what, what == "TTT" and tree.get("illegal")), *gains))
     return Table(("change by", "bpb", "nats/token"), rows)
 
 
 def _score_name(tree: Tree, key: str) -> str:
-    """Name a score, with a label if it breaks the rules."""
     return labeled(SCORES[key], key == "sliding_ttt" and tree.get("illegal"))
 
 
@@ -347,16 +326,12 @@ def quantization_gap(run: RunRecord) -> Section:
     text = "Loss of the artifact relative to the float weights on the same targets; positive is worse."
     if differing:
         names = "; ".join(_score_name(artifact, key) for key in differing)
-        text += (
-            " Not comparable, because float weights and artifact were scored on different targets or with "
-            f"other settings: {names}."
-        )
+        text += " Not comparable, because float weights and artifact were scored on different targets or "
+        text += f"with other settings: {names}."
     elif not pairs and (ended := _final_validation(run)) and _is_scored(artifact, "non_overlapping"):
         pairs = {SCORES["non_overlapping"]: (ended, artifact["non_overlapping"])}
-        text += (
-            " The float weights are not scored; their score here is the validation at the end of training "
-            f"({ended['weights']}), over the same windows unless `pgolf eval` was given others."
-        )
+        text += " The float weights are not scored; their score here is the validation at the end of "
+        text += f"training ({ended['weights']}), over the same windows unless `pgolf eval` was given others."
     rows = []
     for what, (floating, packed) in pairs.items():
         gaps = (packed[unit] - as_float(floating[unit]) for unit in ("bpb", "loss"))
@@ -383,13 +358,11 @@ def adaptation(run: RunRecord) -> Section:
         return Section(title, "There is no score with test-time training.", compared)
     updates, trainable = tree.get("ttt_updates", 0), tree.get("ttt_trainable_parameters", 0)
     gain = tree["sliding"]["bpb"] - tree["sliding_ttt"]["bpb"]
-    order = f"{len(course):,} chunks, each scored before anything learned from it"
+    text = f"{len(course):,} chunks, each scored before anything learned from it"
     if illegal := tree.get("illegal"):
-        order = f"This BREAKS THE RULES of the challenge: {illegal}"
-    text = (
-        f"{order}; {updates:,} updates of {trainable:,} parameters. The gain is {gain:+.6f} bits per byte "
-        "over the same windows without it."
-    )
+        text = f"This BREAKS THE RULES of the challenge: {illegal}"
+    text += f"; {updates:,} updates of {trainable:,} parameters. The gain is {gain:+.6f} bits per byte "
+    text += "over the same windows without it."
     if settings := _ttt_settings(tree.get("ttt", {})):
         text += f" Settings: {settings}."
     note, figures = _plot(
@@ -403,7 +376,6 @@ def adaptation(run: RunRecord) -> Section:
 
 
 def _ttt_settings(ttt: Tree) -> str:
-    """List the settings that the adapter uses."""
     names: tuple[str, ...] = ("chunk_tokens", "epochs", "lr", "parameters")
     own = {"lora": "lora", "phased": "lora", "error_guided": "guided"}.get(str(ttt.get("adapter")))
     if own is not None:
@@ -433,12 +405,10 @@ def artifact_bytes(run: RunRecord) -> Section:
     if table is None:
         return Section("Bytes", "There is no artifact.")
     code = code_bytes() if pack.code_bytes is None else pack.code_bytes
-    total = table.total_bytes + code
-    left = pack.limit_bytes - total
-    fits = f"{left:,} bytes are left" if left >= 0 else f"that is {-left:,} bytes too many"
-    text = (
-        f"Artifact {table.total_bytes:,} + code {code:,} = {total:,} bytes of {pack.limit_bytes:,}: {fits}."
-    )
+    total, limit = table.total_bytes + code, pack.limit_bytes
+    left, over = f"{limit - total:,} bytes are left", f"that is {total - limit:,} bytes too many"
+    fits = left if total <= limit else over
+    text = f"Artifact {table.total_bytes:,} + code {code:,} = {total:,} bytes of {limit:,}: {fits}."
     note, figures = _plot(
         lambda canvas: plots.paint_treemap(canvas, table),
         plots.TREEMAP_SIZE,
