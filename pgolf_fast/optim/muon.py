@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pgolf_fast import ops
 from pgolf_fast.distributed import World
+from pgolf_fast.model.weights import Tensors
 from pgolf_fast.ops.muon_update import muon_apply, muon_momentum
 
 
@@ -61,7 +62,7 @@ class Muon:
         """Return the momentum buffers by name."""
         return {f"muon.{name}": buffer for name, buffer in self.momentum_buffers.items()}
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def load_state(self, state: Tensors) -> None:
         """Invert `state`."""
         for name, buffer in self.state().items():
             buffer.copy_(state[name])

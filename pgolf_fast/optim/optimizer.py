@@ -7,6 +7,7 @@ from pgolf_fast.config.schema import OptimConfig
 from pgolf_fast.distributed import World
 from pgolf_fast.model.bank import BANK_NAMES
 from pgolf_fast.model.gpt import GPT
+from pgolf_fast.model.weights import Tensors
 from pgolf_fast.optim.muon import Muon
 
 
@@ -98,7 +99,7 @@ class Optimizer:
                 tensors[f"adamw.{key}.{self._names[id(parameter)]}"] = value
         return tensors
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def load_state(self, state: Tensors) -> None:
         """Invert `state`."""
         self.muon.load_state(state)
         self.adamw.state.clear()

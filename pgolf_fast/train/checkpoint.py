@@ -16,7 +16,6 @@ from pgolf_fast.model.runtime import environment
 from pgolf_fast.model.weights import load_weights, need_finite, read_weights
 from pgolf_fast.quant.state import is_slot, rebank
 
-_CHECKPOINTS = "step_*.safetensors"
 _KEEP = 2  # one to fall back to if the newest turns out damaged
 
 
@@ -36,7 +35,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], metadat
 
 def checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints in a folder, the newest last."""
-    return sorted(folder.glob(_CHECKPOINTS))
+    return sorted(folder.glob("step_*.safetensors"))
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,7 +29,7 @@ from pgolf_fast.train.checkpoint import newest_checkpoint, save_checkpoint, writ
 from pgolf_fast.train.interrupt import Interrupted, Interrupts
 from pgolf_fast.train.progress import StepClock, StepLog
 from pgolf_fast.train.resume import check_folder, newest_whole
-from pgolf_fast.train.track import Metrics, TrackerName, need_tracker, open_tracker
+from pgolf_fast.train.track import Metrics, Tracking, need_tracker, open_tracker
 from pgolf_fast.train.trainer import NonFiniteError, PendingStep, Trainer
 
 
@@ -66,9 +67,7 @@ class TrainResult:
         return console.Table(None, self.rows()).text()
 
 
-def train(
-    config: RunConfig, out: Path, *, resume: bool = False, track: TrackerName | None = None
-) -> TrainResult:
+def train(config: RunConfig, out: Path, *, resume: bool = False, track: Tracking = None) -> TrainResult:
     """Train `config` into the folder `out`. With `resume`, continue from its newest whole checkpoint, if any.
 
     With `track`, send metrics to that tracker too. Raises PgolfError for a folder that holds another run or
@@ -111,22 +110,17 @@ def build_model(config: RunConfig, source: Source, world: World) -> GPT:
 
 def _resolved(config: RunConfig, world: World) -> RunConfig:
     """Return `config` with everything that depends on the machine decided: config.json has what ran."""
-    dtype = str(resolve_dtype(config.train.compute_dtype, world.device)).removeprefix("torch.")
-    cuda = world.device.type == "cuda"
-    micro = min(config.train.micro_batch_tokens, config.train.batch_tokens // world.world_size)
-    if config.train.batch_tokens % (micro * world.world_size) or micro % config.train.seq_len:
+    c, ranks, cuda = config.train, world.world_size, world.device.type == "cuda"
+    micro = min(c.micro_batch_tokens, c.batch_tokens // ranks)
+    if c.batch_tokens % (micro * ranks) or micro % c.seq_len:
         raise PgolfError(
-            f"train.batch_tokens {config.train.batch_tokens} cannot be split into {world.world_size} "
-            f"ranks of whole micro-batches of {micro} tokens (sequences of {config.train.seq_len}): change "
-            "train.micro_batch_tokens or the number of processes"
+            f"train.batch_tokens {c.batch_tokens} cannot be split into {ranks} ranks of whole micro-batches "
+            f"of {micro} tokens (sequences of {c.seq_len}): change train.micro_batch_tokens or the number of "
+            "processes"
         )
-    train = replace(
-        config.train,
-        compute_dtype=dtype,  # type: ignore[arg-type]  # one of Dtype by construction
-        compile=cuda if config.train.compile is None else config.train.compile,
-        cuda_graph=bool(config.train.cuda_graph) and cuda,
-        micro_batch_tokens=micro,
-    )
+    dtype: Any = str(resolve_dtype(c.compute_dtype, world.device)).removeprefix("torch.")
+    compile, graph = cuda if c.compile is None else c.compile, bool(c.cuda_graph) and cuda
+    train = replace(c, compute_dtype=dtype, compile=compile, cuda_graph=graph, micro_batch_tokens=micro)
     return absolute(replace(config, train=train))
 
 
@@ -170,7 +164,7 @@ class _Run:
         self.unsaved = False
         """Whether the state is between two steps and newer than every checkpoint."""
 
-    def run(self, resume: bool, changed: list[str], track: TrackerName | None) -> TrainResult:
+    def run(self, resume: bool, changed: list[str], track: Tracking) -> TrainResult:
         try:
             self._start(resume, changed)
             if track is not None and self.world.is_main:
@@ -280,11 +274,9 @@ class _Run:
     def _agree(self, seconds: float) -> tuple[float, int]:
         """Return the main rank's seconds, and a signal if any rank got one, else 0, on every rank."""
         stop = self.stop.number
-        if self.world.world_size > 1:
-            ours = [seconds if self.world.is_main else 0.0, float(stop > 0)]
-            seconds, stopped = self.world.sum_(torch.tensor(ours, dtype=torch.float64)).tolist()
-            stop = stop or (signal.SIGTERM if stopped else 0)
-        return seconds, stop
+        ours = [seconds if self.world.is_main else 0.0, float(stop > 0)]
+        seconds, stopped = self.world.sum_(torch.tensor(ours, dtype=torch.float64)).tolist()
+        return seconds, stop or (signal.SIGTERM if stopped else 0)
 
     def _done(self) -> bool:
         t, c = self.trainer, self.config.train
@@ -293,8 +285,7 @@ class _Run:
     def _read(self, pending: PendingStep, before: float, after: float, *, last: bool) -> None:
         """Wait for a step's numbers and write them down."""
         result = pending.result()
-        triggered = self.trainer.observe(result, before)
-        if triggered:
+        if triggered := self.trainer.observe(result, before):
             reason = "training loss has stopped improving; the learning rate decays from here"
             console.logger.info(f"step {result.step}: {reason}")
         self.metrics.write("step", **vars(result), elapsed=after, decay_triggered=triggered)
@@ -350,16 +341,14 @@ class _Run:
         if t.rates is not None:
             console.logger.info("slot rates of the inner step: %s", t.rates.summary())
         raw = self._validate(self._raw_name)
-        weights, name = {n: v.clone() for n, v in self.model.state_dict().items()}, self._raw_name
-        average = {name: value.to(self.world.device) for name, value in t.average.final().items()}
-        load_weights(self.model, average, "the average")
+        weights = {name: value.clone() for name, value in self.model.state_dict().items()}
+        load_weights(self.model, t.average.final(), "the average")
         averaged = self._validate(self._average_name)
         if t.in_reptile:  # it started from the average, and its weights are the final ones
             load_weights(self.model, weights, "the last step")
-        else:
-            name = self._average_name
         if self.world.is_main:
             self.folder.retire(*self.folder.products)
+            name = self._raw_name if t.in_reptile else self._average_name
             metadata = {"step": t.step, "weights": name, "config": run_config_to_dict(self.config)}
             save_tensors(self.folder.model_file, self.model.state_dict(), metadata)
             console.logger.info("wrote %s", self.folder.model_file)
@@ -376,10 +365,8 @@ class _Run:
         t, c = self.trainer, self.config.train
         texts = []
         if not t.schedule.over(t.step, t.elapsed):
-            rate = t.schedule.multiplier(t.step, t.elapsed)
-            texts.append(
-                f"before the learning-rate decay of train.schedule {c.schedule} ended, at x{rate:.3f}"
-            )
+            rate = f"x{t.schedule.multiplier(t.step, t.elapsed):.3f}"
+            texts.append(f"before the learning-rate decay of train.schedule {c.schedule} ended, at {rate}")
         if c.qat is not None and not t.qat:
             texts.append("before quantization-aware training (train.qat) began")
         if t.reptile is not None and not t.in_reptile:

@@ -14,13 +14,12 @@ from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import load_tensors
 from pgolf_fast.train.checkpoint import checkpoints
 
-# Settings that a resumed run may change: its length, reports and rates, what comes after it, and the place of
-# its data, whose tokens the loader compares.
+# Settings that a resumed run may change: its length, reports and rates, what comes after it but the grid of
+# quantization-aware training, and the place of its data, whose tokens the loader compares.
 _MAY_CHANGE = re.compile(
-    r"name|(optim|quant|pack|eval|ttt|kernels)\..*|data\.(path|tokenizer)|train\.(steps|max_seconds|"
-    r"log_every|val_every|checkpoint_minutes|compute_dtype|compile|cuda_graph|micro_batch_tokens)"
+    r"name|quant\.(?!bits$|grid$).*|(optim|pack|eval|ttt|kernels)\..*|data\.(path|tokenizer)|train\.(steps|"
+    r"max_seconds|log_every|val_every|checkpoint_minutes|compute_dtype|compile|cuda_graph|micro_batch_tokens)"
 )
-_MUST_STAY = ("quant.bits", "quant.grid")  # the grid of quantization-aware training
 
 
 class Checkpoint(NamedTuple):
@@ -36,9 +35,8 @@ def check_folder(folder: RunFolder, config: RunConfig, resume: bool) -> list[str
     """Return what differs from the run in the folder. Raises PgolfError if it cannot be continued so."""
     kept = bool(checkpoints(folder.checkpoints)) or folder.model_file.is_file()
     if not resume and (kept or folder.config_file.is_file()):
-        raise PgolfError(
-            f"{folder.path} already holds a run: pass --resume to continue it, or choose another --out"
-        )
+        hint = "pass --resume to continue it, or choose another --out"
+        raise PgolfError(f"{folder.path} already holds a run: {hint}")
     if not folder.config_file.is_file():
         return []
     changed, refused = _changes(folder.read_config(), config)
@@ -61,12 +59,11 @@ def newest_whole(folder: RunFolder, config: RunConfig) -> Checkpoint | None:
             refused = _changes(run_config_from_dict(metadata["config"]), config)[1]
             if refused:
                 raise PgolfError(f"{path} is of a run with other settings: {'; '.join(refused)}")
+            for reason in damaged.values():
+                console.logger.warning(f"{reason}; continuing from {path} instead")
+            return Checkpoint(path, tensors, metadata, tuple(damaged))
         except PgolfError as error:
             damaged[path] = str(error)
-            continue
-        for reason in damaged.values():
-            console.logger.warning(f"{reason}; continuing from {path} instead")
-        return Checkpoint(path, tensors, metadata, tuple(damaged))
     if damaged:
         raise PgolfError(
             f"no checkpoint of {folder.path} can be used: {'; '.join(damaged.values())}. Put back a whole "
@@ -83,7 +80,5 @@ def _changes(before: RunConfig, now: RunConfig) -> tuple[list[str], list[str]]:
         for name in sorted(old.keys() | new.keys())
         if old.get(name) != new.get(name)
     }
-    refused = [
-        text for name, text in changed.items() if not _MAY_CHANGE.fullmatch(name) or name in _MUST_STAY
-    ]
+    refused = [text for name, text in changed.items() if not _MAY_CHANGE.fullmatch(name)]
     return list(changed.values()), refused

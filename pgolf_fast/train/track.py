@@ -3,7 +3,7 @@
 import importlib
 import re
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Literal
 
 from pgolf_fast import console
@@ -14,6 +14,7 @@ from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import write_text
 
 TrackerName = Literal["wandb", "tensorboard"]
+Tracking = TrackerName | None
 
 
 class Tracker:
@@ -30,18 +31,12 @@ class WandbTracker(Tracker):
         import wandb
 
         known = folder.path / "wandb_id.txt"
-        name = known.read_text(encoding="utf-8").strip() if known.is_file() else uuid.uuid4().hex[:8]
-        self._run = wandb.init(
-            project="pgolf",
-            name=folder.path.name,
-            id=name,
-            resume="allow",
-            dir=str(folder.path),
-            config=dict(flatten(config)),
-        )
+        run = known.read_text(encoding="utf-8").strip() if known.is_file() else uuid.uuid4().hex[:8]
+        place, settings = {"name": folder.path.name, "dir": str(folder.path)}, dict(flatten(config))
+        self._run = wandb.init(project="pgolf", id=run, resume="allow", config=settings, **place)
         # wandb's own step only grows, and it would drop steps that are repeated after an interruption
         self._run.define_metric("*", step_metric="step")
-        write_text(known, name + "\n")
+        write_text(known, run + "\n")
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self._run.log({"step": step, **values})
@@ -68,12 +63,6 @@ class TensorBoardTracker(Tracker):
         self._writer.close()
 
 
-_TRACKERS: dict[TrackerName, Callable[[RunConfig, RunFolder, int], Tracker]] = {
-    "wandb": WandbTracker,
-    "tensorboard": TensorBoardTracker,
-}
-
-
 def need_tracker(name: TrackerName) -> None:
     """Raise PgolfError naming what to install if the tracker's package is missing."""
     try:
@@ -87,7 +76,8 @@ def need_tracker(name: TrackerName) -> None:
 def open_tracker(name: TrackerName, config: RunConfig, folder: RunFolder, first_step: int) -> Tracker:
     """Start the tracker with the run's configuration. Raises PgolfError if it does not start."""
     try:
-        return _TRACKERS[name](config, folder, first_step)
+        made = WandbTracker if name == "wandb" else TensorBoardTracker
+        return made(config, folder, first_step)
     except Exception as error:
         raise PgolfError(f"{name} did not start ({_first_line(error)}): fix this or drop --track") from error
 
