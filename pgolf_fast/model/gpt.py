@@ -76,22 +76,17 @@ class GPT(nn.Module):
         self.smear = SmearGate(d) if config.smear else nn.Identity()
         self.blocks = nn.ModuleList(Block(config, i) for i in range(n))
         self.skip_weights = nn.Parameter(torch.ones(config.num_skips, d))
-        self.bigram: NgramHash | None = None
-        if config.bigram_vocab_size:
-            self.bigram = NgramHash(config)
-        self.ve_shared: ValueEmbedding | None = None
+        self.bigram = NgramHash(config) if config.bigram_vocab_size else None
+        self.ve_shared = ValueEmbedding(config) if config.ve_enabled else None
         if config.ve_enabled:
-            self.ve_shared = ValueEmbedding(config)
             self.ve_layer_scales = nn.ParameterList(nn.Parameter(torch.ones(1)) for _ in config.ve_layers)
-        if has_leading_space is None:
-            has_leading_space = torch.zeros(config.vocab_size, dtype=torch.bool)
-        if has_leading_space.shape != (config.vocab_size,):
-            raise PgolfError(
-                f"has_leading_space has {has_leading_space.numel()} entries but model.vocab_size is "
-                f"{config.vocab_size}: use the tokenizer the model was made for"
-            )
-        self.register_buffer("has_leading_space", has_leading_space.bool(), persistent=False)
-        boost = torch.ones((), device=has_leading_space.device)
+        vocab = config.vocab_size
+        spaces = torch.zeros(vocab, dtype=torch.bool) if has_leading_space is None else has_leading_space
+        if spaces.shape != (vocab,):
+            problem = f"has_leading_space has {spaces.numel()} entries but model.vocab_size is {vocab}"
+            raise PgolfError(f"{problem}: use the tokenizer the model was made for")
+        self.register_buffer("has_leading_space", spaces.bool(), persistent=False)
+        boost = torch.ones((), device=spaces.device)
         if config.bigram_vocab_size and config.word_start_boost:
             self.word_start_boost = nn.Parameter(boost)
         else:
@@ -187,14 +182,12 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Run all blocks and the final norm, (B, T, D) -> (B, T, D).
 
-        The second half of the blocks adds the outputs of the first half in reverse order. With `last`, only
-        that many positions leave the last block, whose `attention` must return only these. `mlp` replaces
-        the blocks' own MLP.
+        The second half adds outputs of the first in reverse order. With `last`, only so many positions leave
+        the last block, whose `attention` must return only these. `mlp` replaces the blocks' own MLP.
         """
         mlp = mlp or partial(self._mlp, banks)
-        x0, n = x, self.config.num_layers
+        x0, n, encoders = x, self.config.num_layers, self.config.num_layers // 2
         skips: list[Tensor] = []
-        encoders = n // 2
         for i in range(n):
             block, value_embed = self.block(i), value_embeds.get(i)
             if i >= encoders and skips:
@@ -239,8 +232,7 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Return final normalized states, (B, T) -> (B, T, D); with `last`, those of the last positions only.
 
-        `context` is the sequence length that the position encoding assumes (default T).
-        `mlp` replaces the blocks' own MLP.
+        `context` is the length that the position encoding assumes (default T); `mlp` is as in `trunk`.
         """
         banks = banks or self.banks()
         cos, sin = rope_tables(self.config, tokens.shape[1], tokens.device, context)
@@ -318,8 +310,7 @@ class NgramHash(nn.Module):
     def forward(self, tokens: Tensor, has_leading_space: Tensor, boost: Tensor, projection: Tensor) -> Tensor:
         """Embed tokens (B, T) as (B, T, D) in the projection's dtype.
 
-        Scale and word-start gate act on the table rows: the projection is linear, so this equals scaling its
-        result, and rows are narrower.
+        Scale and word-start gate act on the table rows, which are narrower: the projection is linear.
         """
         rows = ops.ngram_hash_embed(
             tokens,
