@@ -1,8 +1,7 @@
 """Bits per byte of a token stream: losses of windows, batch by batch, summed in float64.
 
-The losses of all scored targets fill one float32 row in the order of the windows, and sums are taken over
-that row. So a score does not depend on how windows are batched, divided among ranks and ordered, as far as a
-loss itself does not.
+The losses of all scored targets fill one float32 row in the order of the windows, and sums are taken over it.
+So a score depends on how windows are batched, divided among ranks and ordered only as far as a loss does.
 """
 
 import math
@@ -87,13 +86,12 @@ def batch_size(
         return lambda length: batch
     tokens = CPU_TOKENS
     if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-        free -= torch.cuda.memory_allocated(device)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + unused
         # upper bound on the activations of a position: skips; x, x0, norms, q, context, ... some in float32
         streams = (config.num_layers // 2 + 12) * config.model_dim
         values = streams + 8 * config.kv_dim + 2 * config.mlp_up_rows + config.mlp_hidden
-        tokens = min(GPU_TOKENS, free // 2 // (values * dtype.itemsize))
-        tokens = int(world.same(tokens))
+        tokens = int(world.same(min(GPU_TOKENS, free // 2 // (values * dtype.itemsize))))
     return lambda length: 2 ** max(0, (tokens // length).bit_length() - 1)
 
 

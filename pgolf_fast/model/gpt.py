@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -234,24 +234,15 @@ class GPT(nn.Module):
 
         `context` is the length that the position encoding assumes (default T); `mlp` is as in `trunk`.
         """
-        banks = banks or self.banks()
-        cos, sin = rope_tables(self.config, tokens.shape[1], tokens.device, context)
+        banks, config = banks or self.banks(), self.config
+        cos, sin = rope_tables(config, tokens.shape[1], tokens.device, context)
 
         def attention(layer: int, x: Tensor, value_embed: Tensor | None) -> Tensor:
+            gain, window = self.block(layer).attn.q_gain, last if layer == config.num_layers - 1 else None
+            heads: dict[str, Any] = {"num_kv_heads": config.num_kv_heads, "xsa": self.uses_xsa(layer)}
+            grads: dict[str, Any] = {"grad_qo": banks.grad_qo, "grad_kv": banks.grad_kv}
             return ops.gqa_attention(
-                x,
-                banks.qo,
-                banks.kv,
-                self.block(layer).attn.q_gain,
-                value_embed,
-                cos,
-                sin,
-                layer,
-                num_kv_heads=self.config.num_kv_heads,
-                xsa=self.uses_xsa(layer),
-                grad_qo=banks.grad_qo,
-                grad_kv=banks.grad_kv,
-                window=last if layer == self.config.num_layers - 1 else None,
+                x, banks.qo, banks.kv, gain, value_embed, cos, sin, layer, **heads, **grads, window=window
             )
 
         x = self.smear(self.embed(tokens, banks.ngram_projection))
@@ -312,17 +303,9 @@ class NgramHash(nn.Module):
 
         Scale and word-start gate act on the table rows, which are narrower: the projection is linear.
         """
-        rows = ops.ngram_hash_embed(
-            tokens,
-            self.embed.weight,
-            has_leading_space,
-            self.scale,
-            boost,
-            pos_conditional=self.pos_conditional,
-            trigram=self.trigram,
-            out_dtype=projection.dtype,
-        )
-        return F.linear(rows, projection)
+        given = (tokens, self.embed.weight, has_leading_space, self.scale, boost)
+        kind: dict[str, Any] = {"pos_conditional": self.pos_conditional, "trigram": self.trigram}
+        return F.linear(ops.ngram_hash_embed(*given, **kind, out_dtype=projection.dtype), projection)
 
 
 class SmearGate(nn.Module):

@@ -46,9 +46,8 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def import_weights(weights: Path, config: RunConfig, folder: RunFolder, key: str | None = None) -> None:
     """Turn weights into a run folder that `quantize`, `pack` and `eval` continue from.
 
-    weights: for the model of `config`; `read_weights` says of which kinds, and what `key` is. The tokenizer
-    comes from the data that `config` names. Raises PgolfError if names or shapes differ, values are not
-    finite, or the folder already holds a run.
+    weights, key: as in `read_weights`, for the model of `config`, whose data the tokenizer comes from.
+    Raises PgolfError if names or shapes differ, values are not finite, or the folder already holds a run.
     """
     if folder.config_file.is_file():
         raise PgolfError(f"{folder.path} already holds a run: choose another --out")

@@ -3,8 +3,7 @@
 A first pass finds the windows of the highest loss, low-rank changes of the last MLPs are trained on these,
 and a second pass scores all windows. So tokens are learned from before they are scored, against condition 3
 of the challenge's issue 1017. For measurement only; never submit it: `pgolf eval` requires --allow-illegal,
-and `pgolf audit` fails it. It bypasses the ledger of `evaluation.protocol`, through which every other adapter
-learns.
+and `pgolf audit` fails it. Unlike every other adapter it bypasses the ledger of `evaluation.protocol`.
 """
 
 from collections.abc import Sequence
