@@ -258,11 +258,9 @@ class Table:
         short = [all(len(cell) <= self.SHORT for cell in column) for column in self._columns()]
         both = zip(numeric, short, strict=True)
         kinds = [' class="n"' if right else ' class="s"' if fits else "" for right, fits in both]
-        head = ""
-        if self.header is not None:
-            named = zip(kinds, self.header, strict=True)
-            names = "".join(f'<th scope="col"{kind}>{inline_html(name)}</th>' for kind, name in named)
-            head = f"<thead><tr>{names}</tr></thead>"
+        named = zip(kinds, self.header or (), strict=False)
+        names = "".join(f'<th scope="col"{kind}>{inline_html(name)}</th>' for kind, name in named)
+        head = "" if self.header is None else f"<thead><tr>{names}</tr></thead>"
         body = ""
         for row in self.rows:
             tags = ["td" if numeric[0] else 'th scope="row"', *["td"] * (len(row) - 1)]

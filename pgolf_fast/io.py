@@ -67,9 +67,7 @@ def cannot_write(path: Path, error: OSError) -> PgolfError:
 
 def need_writable(folder: Path, option: str = "--out DIR") -> None:
     """Raise PgolfError naming `option` unless files can be written in `folder`, or it can be made."""
-    place = folder
-    while not place.exists() and place != place.parent:
-        place = place.parent
+    place = next((path for path in (folder, *folder.parents) if path.exists()), folder)
     if not place.is_dir():
         raise PgolfError(f"{place} is a file: give another {option}")
     try:
@@ -164,8 +162,7 @@ def _not_finite(value: Any, name: str = "") -> tuple[str, float] | None:
 
 def write_text(path: Path | str, text: str) -> None:
     """Write `text` to `path` atomically."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path | str, content: bytes) -> None:

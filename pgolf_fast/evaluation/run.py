@@ -60,15 +60,13 @@ def present_data(folder: RunFolder, data: DataConfig) -> DataConfig:
         return replace(data, tokenizer=str(own))
 
 
-def _open_data(
-    config: RunConfig, device: torch.device, tokenizer: Path | None = None
-) -> tuple[Source, Stream]:
+def _open_data(config: RunConfig, device: torch.device, kept: Path | None = None) -> tuple[Source, Stream]:
     """Open the validation tokens. Raises PgolfError if they were made by another tokenizer than that one."""
     source = open_source(config.data, config.model.vocab_size)
     own = source.tokenizer.path
-    if tokenizer is not None and tokenizer.is_file() and own.read_bytes() != tokenizer.read_bytes():
+    if kept is not None and kept.is_file() and own.read_bytes() != kept.read_bytes():
         raise PgolfError(
-            f"the shards in {source.folder} belong to tokenizer {own}, the run to another ({tokenizer}): "
+            f"the shards in {source.folder} belong to tokenizer {own}, the run to another ({kept}): "
             "use shards made with the run's, or name it with --tokenizer"
         )
     tokens = source.validation(config.eval_seq_len)

@@ -61,13 +61,9 @@ class Stream:
         if len(tokens) < 2:
             raise PgolfError(f"nothing to score: the stream has {len(tokens)} tokens and needs at least 2")
         ids = tokens.astype(np.int64)
-        self.tokens = torch.from_numpy(ids).to(device)
+        self.tokens, self.num_targets = torch.from_numpy(ids).to(device), len(ids) - 1
         counted = target_bytes(table, ids[:-1], ids[1:])  # raises for unknown ids
         self.target_bytes = counted if side_bytes is None else side_bytes
-
-    @property
-    def num_targets(self) -> int:
-        return len(self.tokens) - 1
 
 
 # tokens (B, T), targets (B, W) of the last W positions, the length that positions are encoded for, and the

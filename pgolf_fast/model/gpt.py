@@ -102,10 +102,8 @@ class GPT(nn.Module):
         n = self.config.num_layers
         nn.init.normal_(self.tok_emb.weight, std=self.config.tied_embed_init_std)
         for i in range(n):
-            nn.init.orthogonal_(self.qo_bank[i])
-            nn.init.orthogonal_(self.kv_bank[i])
-            nn.init.orthogonal_(self.kv_bank[n + i])
-            nn.init.orthogonal_(self.mlp_up_bank[i])
+            for matrix in (self.qo_bank[i], self.kv_bank[i], self.kv_bank[n + i], self.mlp_up_bank[i]):
+                nn.init.orthogonal_(matrix)
         self.skip_weights[len(self.skip_weights) - self.config.frozen_skips :] = 0
         if self.bigram is not None:
             nn.init.zeros_(self.bigram.embed.weight)
@@ -212,9 +210,7 @@ class GPT(nn.Module):
         return ops.mlp(x, banks.up, banks.down, layer, kind, grad_up=grad_up, grad_down=grad_down)
 
     def block(self, layer: int) -> Block:
-        block = self.blocks[layer]
-        assert isinstance(block, Block)
-        return block
+        return self.blocks[layer]  # type: ignore[return-value]
 
     def uses_xsa(self, layer: int) -> bool:
         """Return whether a block's attention is exclusive (XSA), as in the last xsa_last_n blocks."""
@@ -255,17 +251,16 @@ class GPT(nn.Module):
         targets: Tensor,
         banks: Banks | None = None,
         *,
-        context: int | None = None,
-        mlp: MLPFunction | None = None,
         z_loss: float = 0.0,
+        **options: Any,
     ) -> Tensor:
         """Return the cross-entropy in nats of the last W positions, (B, T) and (B, W) -> (B, W) float32.
 
-        Queries, output projection and MLP of the last block, and logits, are computed for these only.
-        `context` and `mlp` are as in `hidden`. `z_loss` times the squared log-partition function is added.
+        Queries, output projection and MLP of the last block, and logits, are computed for these only. `context`
+        and `mlp` of `hidden` may be given. `z_loss` times the squared log-partition function is added.
         """
         last = None if targets.shape[1] == tokens.shape[1] else targets.shape[1]
-        hidden = self.hidden(tokens, banks, last=last, context=context, mlp=mlp)
+        hidden = self.hidden(tokens, banks, last=last, **options)
         head = self.tok_emb.weight.to(self.compute_dtype)
         return ops.softcap_cross_entropy(hidden, head, targets, self.config.logit_softcap, z_loss)
 

@@ -33,10 +33,8 @@ class Optimizer:
         # one group per table: tables may be bfloat16, and the fused kernel wants one dtype in a group
         groups = [{"params": [table], "base_lr": config.embed_lr} for table in tables]
         groups.append({"params": scalars, "base_lr": config.scalar_lr})
-        betas, decay = (config.adam_beta1, config.adam_beta2), config.weight_decay
-        self.adamw = torch.optim.AdamW(
-            groups, lr=0.0, betas=betas, eps=config.adam_eps, weight_decay=decay, fused=True
-        )
+        betas, eps, decay = (config.adam_beta1, config.adam_beta2), config.adam_eps, config.weight_decay
+        self.adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, weight_decay=decay, fused=True)
 
     def muon_momentum(self, step: int) -> float:
         """Return Muon's momentum: a linear warm-up, then constant (PR 1501)."""

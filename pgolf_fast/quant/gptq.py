@@ -86,7 +86,6 @@ class _Group:
 
 
 def _round_groups(groups: Sequence[_Group], clip_range: int, block_size: int) -> dict[str, Coded]:
-    """Round groups of one shape together."""
     codes = round_columns(
         torch.stack([group.columns for group in groups]),
         torch.stack([torch.cat(group.scales).float() for group in groups]),

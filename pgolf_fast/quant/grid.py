@@ -38,15 +38,13 @@ def row_clips(weight: Tensor, percentiles: Sequence[float]) -> Tensor:
     return torch.lerp(largest[(last - below).to(size.device)], largest[(last - above).to(size.device)], share)
 
 
-def scale_candidates(
-    weight: Tensor, clip_range: int, percentiles: Sequence[float], floor: bool
-) -> list[Tensor]:
-    """Return the distinct row scales, float16 (R,), of the percentiles, in their order.
+def scale_candidates(weight: Tensor, clip_range: int, shares: Sequence[float], floor: bool) -> list[Tensor]:
+    """Return the distinct row scales, float16 (R,), of the percentiles `shares`, in their order.
 
     With the floor, all rows below 1.0 get the same step, so there is often only one candidate.
     """
     candidates: list[Tensor] = []
-    for clip in row_clips(weight, percentiles):
+    for clip in row_clips(weight, shares):
         scale = row_scale(clip, clip_range, floor=floor)
         if not any(torch.equal(scale, other) for other in candidates):
             candidates.append(scale)

@@ -235,18 +235,16 @@ class RateDistortion:
         original = group.order.argsort()
         column_scale = column_step[original].half().cpu()
         split, scales = (t.cpu().split(group.rows) for t in (codes[original].T, row_step.half()))
-        parts = zip(group.names, split, scales, strict=True)
-        done = {
-            n: QuantizedTensor(c.contiguous(), s, code_bits(c), column_scale.clone()) for n, c, s in parts
-        }
+        own = zip(group.names, split, scales, strict=True)
+        done = {n: QuantizedTensor(c.contiguous(), s, code_bits(c), column_scale.clone()) for n, c, s in own}
         if self.config.rank:
             error = group.columns - codes * row_step * column_step[:, None]
             errors, importances = error.split(group.rows, dim=1), group.importance.split(group.rows)
-            for name, own, importance in zip(group.names, errors, importances, strict=True):
+            for name, part, importance in zip(group.names, errors, importances, strict=True):
                 finer = like.get(name)
                 right = finer.low_rank[1] if isinstance(finer, QuantizedTensor) and finer.low_rank else None
                 if finer is None or right is not None:
-                    low_rank = self._correction(group, own, importance, price, right)
+                    low_rank = self._correction(group, part, importance, price, right)
                     done[name] = replace(done[name], low_rank=low_rank)
         return done
 

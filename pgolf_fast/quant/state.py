@@ -231,7 +231,6 @@ def unbank(state: Tensors) -> dict[str, Tensor]:
 
 
 def _slots_of(name: str, bank: Tensor) -> dict[str, Tensor]:
-    """Views of a bank's matrices by unbanked name."""
     slots, layers = SLOTS[name], len(bank) // len(SLOTS[name])
     return {f"blocks.{i % layers}.{slots[i // layers]}": matrix for i, matrix in enumerate(bank.unbind(0))}
 

@@ -25,10 +25,9 @@ from pgolf_fast.io import save_tensors
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.model.runtime import choose_kernels, resolve_dtype
 from pgolf_fast.model.weights import load_weights
-from pgolf_fast.train.checkpoint import newest_checkpoint, save_checkpoint, write_setup
+from pgolf_fast.train import checkpoint as saved
 from pgolf_fast.train.interrupt import Interrupted, Interrupts
 from pgolf_fast.train.progress import StepClock, StepLog
-from pgolf_fast.train.resume import check_folder, newest_whole
 from pgolf_fast.train.track import Metrics, Tracking, need_tracker, open_tracker
 from pgolf_fast.train.trainer import NonFiniteError, PendingStep, Trainer
 
@@ -82,7 +81,7 @@ def train(config: RunConfig, out: Path, *, resume: bool = False, track: Tracking
             raise PgolfError(f"{out} is a file: choose another --out")
         folder = RunFolder(out)
         with _locked(folder, world):
-            changed = check_folder(folder, config, resume)
+            changed = saved.check_folder(folder, config, resume)
             world.barrier()  # every rank has read the folder before one of them writes
             console.setup_logging(folder.log_file if world.is_main else None, quiet=not world.is_main)
             try:
@@ -173,7 +172,7 @@ class _Run:
             self._steps()
             return self._finish()
         except NonFiniteError as error:
-            good = newest_checkpoint(self.folder.checkpoints)
+            good = saved.newest_checkpoint(self.folder.checkpoints)
             raise PgolfError(
                 f"training stopped: {error}. Last good checkpoint: {good or 'none yet'}. "
                 "Resume with lower optim.matrix_lr and optim.embed_lr, or with train.compute_dtype float32: "
@@ -195,7 +194,7 @@ class _Run:
 
     def _kept(self) -> str:
         """Return what is kept of the run, and the command that continues it."""
-        newest, command = newest_checkpoint(self.folder.checkpoints), self.folder.resume_command()
+        newest, command = saved.newest_checkpoint(self.folder.checkpoints), self.folder.resume_command()
         if newest is None:
             anew = f": `{command}` starts anew" if self.folder.config_file.is_file() else ""
             return f"there is no checkpoint yet{anew}"
@@ -213,7 +212,7 @@ class _Run:
             f"{t.micro_steps} micro-batches, {c.train.compute_dtype} on {self.world.device.type}, "
             f"{self.world.world_size} process(es)"
         )
-        checkpoint = newest_whole(self.folder, c) if resume else None
+        checkpoint = saved.newest_whole(self.folder, c) if resume else None
         if checkpoint is None and resume:
             console.logger.info(f"{self.folder.path} has no checkpoint to resume from: training starts anew")
         kept, tokenizer = self.folder.tokenizer_file, self.source.tokenizer.path
@@ -222,7 +221,7 @@ class _Run:
         self.world.barrier()  # every rank has read the folder before one of them writes
         if checkpoint is None and self.world.is_main:
             self.folder.retire(self.folder.model_file)
-            write_setup(self.folder, c, self.source)
+            saved.write_setup(self.folder, c, self.source)
         if c.train.compile:
             console.logger.info("compiling: %d warm-up steps whose effect is undone", c.train.warmup_steps)
             t.warm_up(c.train.warmup_steps)
@@ -232,7 +231,7 @@ class _Run:
         if self.world.is_main:  # settings and data have passed all checks
             for path in checkpoint.damaged:  # new checkpoints would be taken for older than these
                 path.replace(path.with_name(f"{path.name}.damaged"))
-            write_setup(self.folder, c, self.source)
+            saved.write_setup(self.folder, c, self.source)
         self.log.start_at(t.step, t.elapsed)
         self.metrics.write("resume", step=t.step, checkpoint=checkpoint.path.name, changed=changed)
         console.logger.info("resumed from %s at step %d", checkpoint.path, t.step)
@@ -319,7 +318,7 @@ class _Run:
         if self.world.is_main:
             t = self.trainer
             metadata = {**t.metadata(), "config": run_config_to_dict(self.config)}
-            save_checkpoint(self.folder.checkpoints, t.step, t.tensors(), metadata)
+            saved.save_checkpoint(self.folder.checkpoints, t.step, t.tensors(), metadata)
 
     def _validate(self, weights: str) -> Score:
         """Score the model. A signal ends this at once, unless other ranks would wait for this one."""

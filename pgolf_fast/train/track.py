@@ -1,5 +1,6 @@
 """Metrics of a run: always metrics.jsonl, and a tracker if one is asked for."""
 
+import contextlib
 import importlib
 import re
 import uuid
@@ -98,24 +99,23 @@ class Metrics:
         """Write a line of this kind, and track its numbers once it is on disk."""
         self._lines.write(kind, step=step, **values)
         numbers = dict(self._numbers(kind, values))
-        try:
+        with self._or_dropped():
             if numbers:
                 self._tracker.log(step, numbers)
-        except Exception as error:  # noqa: BLE001 - no tracker may stop a run
-            self._drop_tracker(error)
 
     def close(self) -> None:
         self._lines.close()
-        try:
+        with self._or_dropped():
             self._tracker.close()
-        except Exception as error:  # noqa: BLE001 - the run is over and its files are complete
-            self._drop_tracker(error)
 
-    def _drop_tracker(self, error: Exception) -> None:
-        self._tracker = Tracker()
-        console.logger.warning(
-            "tracking stopped (%s); training continues, and metrics.jsonl has everything", _first_line(error)
-        )
+    @contextlib.contextmanager
+    def _or_dropped(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - no tracker may stop a run or its end
+            self._tracker = Tracker()
+            reason = f"tracking stopped ({_first_line(error)})"
+            console.logger.warning("%s; training continues, and metrics.jsonl has everything", reason)
 
     def _numbers(self, kind: str, values: dict[str, object]) -> Iterator[tuple[str, float]]:
         """Yield the numbers of a line as (group/name, value), and the throughput of a training step."""

@@ -117,6 +117,11 @@ class Trainer:
         self.schedule = Schedule(train)
         self.average = WeightAverage(model, config.average)
         self.micro_steps = max(1, train.batch_tokens // (train.micro_batch_tokens * world.world_size))
+        self.tokens_per_step = self.micro_steps * train.micro_batch_tokens * world.world_size
+        """Tokens of a step before the Reptile phase, over all ranks."""
+        sequences = 0 if train.reptile is None else train.reptile.inner_steps * train.reptile.batch_seqs
+        self.tokens_per_outer_step = sequences * train.seq_len * world.world_size
+        """Tokens of a step of the Reptile phase, over all ranks."""
         loss = partial(model.loss, z_loss=train.z_loss) if train.z_loss else model.loss
         self.loss_function: LossFunction = compiled(loss) if train.compile else loss
         self.micro_step = MicroStep(model, 1 / self.micro_steps, cuda_graph=bool(train.cuda_graph))
@@ -159,18 +164,6 @@ class Trainer:
     @property
     def in_reptile(self) -> bool:
         return self.reptile_from is not None
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens of a step before the Reptile phase, over all ranks."""
-        return self.micro_steps * self.config.train.micro_batch_tokens * self.world.world_size
-
-    @property
-    def tokens_per_outer_step(self) -> int:
-        """Tokens of a step of the Reptile phase, over all ranks."""
-        train = self.config.train
-        sequences = 0 if train.reptile is None else train.reptile.inner_steps * train.reptile.batch_seqs
-        return sequences * train.seq_len * self.world.world_size
 
     @property
     def tokens(self) -> int:
@@ -261,15 +254,9 @@ class Trainer:
 
     def metadata(self) -> dict[str, Any]:
         """Return everything else that a step changes, as JSON values."""
-        return {
-            "step": self.step,
-            "elapsed": self.elapsed,
-            "qat": self.qat,
-            "swa_count": self.average.swa_count,
-            "reptile_from": self.reptile_from,
-            "schedule": self.schedule.state_dict(),
-            "loader": self.loader.state(),
-        }
+        clock = {"step": self.step, "elapsed": self.elapsed, "qat": self.qat}
+        phase = {"swa_count": self.average.swa_count, "reptile_from": self.reptile_from}
+        return {**clock, **phase, "schedule": self.schedule.state_dict(), "loader": self.loader.state()}
 
     def restore(self, tensors: Tensors, metadata: dict[str, Any], origin: str = "the snapshot") -> None:
         """Continue from `tensors` and `metadata`. Raises PgolfError if they belong to another model."""

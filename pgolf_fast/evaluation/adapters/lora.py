@@ -29,15 +29,9 @@ _SEED = 1337
 def matrices(config: ModelConfig) -> dict[str, tuple[int, int, int]]:
     """Return the count and size (out, in) of each kind of matrix that changes."""
     n, d, kv = config.num_layers, config.model_dim, config.kv_dim
-    return {
-        "q": (n, d, d),
-        "k": (n, kv, d),
-        "v": (n, kv, d),
-        "o": (n, d, d),
-        "up": (n, config.mlp_up_rows, d),
-        "down": (n, d, config.mlp_hidden),
-        "head": (1, config.vocab_size, d),
-    }
+    attention = {"q": (n, d, d), "k": (n, kv, d), "v": (n, kv, d), "o": (n, d, d)}
+    mlp = {"up": (n, config.mlp_up_rows, d), "down": (n, d, config.mlp_hidden)}
+    return {**attention, **mlp, "head": (1, config.vocab_size, d)}
 
 
 def fresh_factors(config: ModelConfig, rank: int, documents: int, device: torch.device) -> Factors:
