@@ -40,10 +40,8 @@ class Figures:
     by_class: dict[str, Score]  # by name in `CLASSES`
     by_context: dict[str, Score]  # by context length in tokens
     by_document: dict[str, Score]  # by tokens of the document, BOS included
-    quantiles: dict[str, float]
-    """Losses in nats that `PERCENTS` of all targets do not exceed, interpolated linearly."""
-    hardest: dict[str, float]
-    """Share of the summed loss in the hardest targets, by percent of targets, rounded up."""
+    quantiles: dict[str, float]  # losses in nats that `PERCENTS` of all targets do not exceed, interpolated
+    hardest: dict[str, float]  # share of the summed loss in the hardest targets, by percent, rounded up
     above: dict[str, Above]  # Shares above `THRESHOLDS` in nats (the table of PR 296)
 
     def to_dict(self) -> dict[str, object]:

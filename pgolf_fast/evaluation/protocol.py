@@ -51,6 +51,10 @@ class Chunk:
         return np.array(self.starts, dtype=np.int64)[:, None] + np.arange(self.length)
 
 
+Chunks = Sequence[Chunk]
+Saved = SavedState | None
+
+
 def target_chunks(windows: Windows, num_targets: int, chunk_tokens: int) -> list[Chunk]:
     """Return chunks of `chunk_tokens` targets; a window belongs to the chunk of its first scored target."""
     starts = range(0, num_targets, chunk_tokens)
@@ -90,7 +94,7 @@ class Ledger:
 
 
 def score_and_adapt(
-    adapter: Adapter, scorer: Scorer, chunks: Sequence[Chunk], what: str, saved: SavedState | None = None
+    adapter: Adapter, scorer: Scorer, chunks: Chunks, what: str, saved: Saved = None
 ) -> list[Score]:
     """Return the running score after each chunk; the last is the result. Progress is shown as `what`.
 

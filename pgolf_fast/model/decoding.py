@@ -156,8 +156,7 @@ def generate(model: GPT, prompt_ids: Tensor, num_tokens: int, **options: Any) ->
     prompt = prompt.long().to(model.tok_emb.weight.device)
     length = prompt.shape[1] + num_tokens
     decoder = Decoder(model, prompt.shape[0], length)
-    text = prompt.new_empty(prompt.shape[0], length)
-    text[:, : prompt.shape[1]] = prompt
+    text = F.pad(prompt, (0, num_tokens))
     for position in range(length - 1):
         logits = decoder.step(text[:, position])
         if position + 1 >= prompt.shape[1]:

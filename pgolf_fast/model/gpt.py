@@ -256,8 +256,8 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Return the cross-entropy in nats of the last W positions, (B, T) and (B, W) -> (B, W) float32.
 
-        Queries, output projection and MLP of the last block, and logits, are computed for these only. `context`
-        and `mlp` of `hidden` may be given. `z_loss` times the squared log-partition function is added.
+        Queries, output projection and MLP of the last block, and logits, are computed for these only.
+        `options`: `context`, `mlp` of `hidden`. `z_loss` times the squared log-partition function is added.
         """
         last = None if targets.shape[1] == tokens.shape[1] else targets.shape[1]
         hidden = self.hidden(tokens, banks, last=last, **options)

@@ -221,8 +221,7 @@ def code_bits(codes: Tensor) -> int:
 
 def unbank(state: Tensors) -> dict[str, Tensor]:
     """Split banks into matrices under the community's names. Raises PgolfError if a bank is missing."""
-    missing = [name for name in BANK_NAMES if name not in state]
-    if missing:
+    if missing := [name for name in BANK_NAMES if name not in state]:
         raise PgolfError(f"the state has no {', '.join(missing)}: it is not a model with weight banks")
     split: dict[str, Tensor] = {}
     for bank in SLOTS:

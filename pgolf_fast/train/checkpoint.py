@@ -85,8 +85,7 @@ def newest_whole(folder: RunFolder, config: RunConfig) -> Checkpoint | None:
             tensors, metadata = load_tensors(path)
             if not {"config", "elapsed", "loader", "schedule", "step"} <= metadata.keys():
                 raise PgolfError(f"{path} is not a checkpoint of a training run")
-            refused = _changes(run_config_from_dict(metadata["config"]), config)[1]
-            if refused:
+            if refused := _changes(run_config_from_dict(metadata["config"]), config)[1]:
                 raise PgolfError(f"{path} is of a run with other settings: {'; '.join(refused)}")
             for reason in damaged.values():
                 console.logger.warning(f"{reason}; continuing from {path} instead")

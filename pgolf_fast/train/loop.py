@@ -43,8 +43,7 @@ class TrainResult:
     raw: Score
     averaged: Score
     is_main: bool
-    unfinished: tuple[str, ...] = ()
-    """What of its schedule the run did not reach."""
+    unfinished: tuple[str, ...] = ()  # what of its schedule the run did not reach
     keeps_raw: bool = False
     """The folder keeps the raw weights, which a Reptile phase made, and not the average it started from."""
 
@@ -160,8 +159,7 @@ class _Run:
         self.trainer = Trainer(self.model, config, self.loader, world)
         self.metrics = Metrics(console.MetricsWriter(folder.metrics_file if world.is_main else None))
         self.log, self.clock = StepLog(config.train, world), StepClock()
-        self.unsaved = False
-        """Whether the state is between two steps and newer than every checkpoint."""
+        self.unsaved = False  # whether the state is between two steps and newer than every checkpoint
 
     def run(self, resume: bool, changed: list[str], track: Tracking) -> TrainResult:
         try:

@@ -53,7 +53,8 @@ class StepLog:
         """Count a step, and log the line if it is due."""
         step, c = result.step, self.config
         self._tokens += result.tokens
-        waited = time.monotonic() - self._line >= console.line_seconds()
+        limit = 10.0 if sys.stderr.isatty() else 60.0  # more lines where somebody watches them
+        waited = time.monotonic() - self._line >= limit
         if not (step == 1 or step % c.log_every == 0 or last or waited):
             return
         self._line = time.monotonic()

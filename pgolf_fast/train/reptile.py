@@ -36,19 +36,15 @@ class Reptile:
 
     def __init__(self, model: GPT, config: ReptileConfig):
         self.model, self.config, layers = model, config, model.config.num_layers
-        self.first = layers - config.blocks(layers)
-        """The first block that is trained."""
-
-    def banks(self) -> list[nn.Parameter]:
-        """Return the banks that have trained slots."""
-        return [self.model.mlp_up_bank, self.model.mlp_down_bank]
+        self.first = layers - config.blocks(layers)  # the first block that is trained
+        self.banks = [model.mlp_up_bank, model.mlp_down_bank]  # that have trained slots
 
     def adapt(self, batches: Iterable[Batch], rounding: Rounding | None) -> InnerSteps:
         """Make one SGD step for each batch of (tokens, targets), (B, T), without changing the model.
 
         `rounding` is the fake quantization that forward applies to the banks, or None.
         """
-        ends = [bank.detach()[self.first :].clone() for bank in self.banks()]
+        ends = [bank.detach()[self.first :].clone() for bank in self.banks]
         gradients = [torch.zeros_like(end) for end in ends]
         losses, norms = [], []
         for batch in batches:
@@ -83,5 +79,5 @@ class Reptile:
     @torch.no_grad()
     def move(self, ends: list[Tensor]) -> None:
         """Make the outer step, `weights += outer_lr * (ends - weights)`."""
-        for bank, end in zip(self.banks(), ends, strict=True):
+        for bank, end in zip(self.banks, ends, strict=True):
             bank[self.first :].lerp_(end, self.config.outer_lr)

@@ -111,8 +111,7 @@ class Trainer:
         train = config.train
         self.rates = SlotRates(model) if train.meta is not None and train.meta.slot_rates else None
         self.reptile = None if train.reptile is None else Reptile(model, train.reptile)
-        self.reptile_from: int | None = None
-        """Steps before the Reptile phase, once it has begun."""
+        self.reptile_from: int | None = None  # steps before the Reptile phase, once it has begun
         self.optimizer = Optimizer(model, config.optim, world, self._rates())
         self.schedule = Schedule(train)
         self.average = WeightAverage(model, config.average)
