@@ -9,7 +9,7 @@ import shlex
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from html import escape
 from numbers import Real
 from pathlib import Path
@@ -151,8 +151,8 @@ def progress(
                 if note is not None:
                     bar.set_postfix_str(note(), refresh=False)
         return
-    if total is None and hasattr(items, "__len__"):
-        total = len(items)  # type: ignore[arg-type]
+    if total is None and isinstance(items, Sized):
+        total = len(items)
     start = last = time.monotonic()
     done = 0
 
@@ -212,10 +212,9 @@ class Table:
         self.header = None if header is None else tuple(header)
         self.rows = tuple(tuple(str(cell) for cell in row) for row in rows)
         self.caption = caption
-        width = len(self.header) if self.header is not None else len(self.rows[0]) if self.rows else 0
-        for row in self.rows:
-            if len(row) != width:
-                raise ValueError(f"table {caption!r}: row {row} has {len(row)} cells, not {width}")
+        width = len(self.header if self.header is not None else next(iter(self.rows), ()))
+        if wrong := [row for row in self.rows if len(row) != width]:
+            raise ValueError(f"table {caption!r}: row {wrong[0]} has {len(wrong[0])} cells, not {width}")
 
     def __str__(self) -> str:
         return self.text()
@@ -225,53 +224,38 @@ class Table:
 
     def numeric(self) -> list[bool]:
         """Return True for each column that holds at least one number and otherwise only placeholders."""
-        known = [
-            [cell.strip() for cell in column if cell.strip() not in ("", "-")] for column in self._columns()
-        ]
+        columns = (map(str.strip, column) for column in self._columns())
+        known = ([cell for cell in column if cell not in ("", "-")] for column in columns)
         return [bool(cells) and all(map(_NUMBER.fullmatch, cells)) for cells in known]
 
     def text(self) -> str:
         """Render aligned columns for a terminal or a log."""
-        lines = [list(row) for row in self.rows]
-        if self.header is not None:
-            lines.insert(0, list(self.header))
-        if not lines:
-            return ""
+        lines = self.rows if self.header is None else (self.header, *self.rows)
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        aligned = [
-            "  ".join(
-                cell.rjust(width) if right else cell.ljust(width)
-                for cell, width, right in zip(line, widths, self.numeric(), strict=True)
-            ).rstrip()
-            for line in lines
-        ]
+        align = [str.rjust if right else str.ljust for right in self.numeric()]
+        cells = ([f(cell, w) for f, cell, w in zip(align, line, widths, strict=True)] for line in lines)
+        aligned = ["  ".join(line) for line in cells]
         if self.header is not None:
             aligned.insert(1, "  ".join("-" * width for width in widths))
-        return "\n".join(aligned)
+        return "\n".join(line.rstrip() for line in aligned)
 
     def markdown(self) -> str:
         """Render a GitHub table; without a header, the header cells are empty."""
-        header = self.header if self.header is not None else ("",) * len(self.rows[0] if self.rows else ())
+        header = self.header if self.header is not None else ("",) * len(self._columns())
         rule = ["---:" if right else "---" for right in self.numeric()]
-        lines = [
-            "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-            for cells in (header, rule, *self.rows)
-        ]
+        cells = ([cell.replace("|", "\\|") for cell in row] for row in (header, rule, *self.rows))
+        lines = [f"| {' | '.join(row)} |" for row in cells]
         return "\n".join([*([self.caption, ""] if self.caption else []), *lines])
 
     def html(self) -> str:
         """Render a `<table>`: cells escaped, backticks as `<code>`, classes `n` (numeric) and `s` (short)."""
         numeric = self.numeric()
         short = [all(len(cell) <= self.SHORT for cell in column) for column in self._columns()]
-        kinds = [
-            ' class="n"' if right else ' class="s"' if fits else ""
-            for right, fits in zip(numeric, short, strict=True)
-        ]
-        head = ""
-        if self.header is not None:
-            named = zip(kinds, self.header, strict=True)
-            names = "".join(f'<th scope="col"{kind}>{inline_html(name)}</th>' for kind, name in named)
-            head = f"<thead><tr>{names}</tr></thead>"
+        both = zip(numeric, short, strict=True)
+        kinds = [' class="n"' if right else ' class="s"' if fits else "" for right, fits in both]
+        named = zip(kinds, self.header or (), strict=False)
+        names = "".join(f'<th scope="col"{kind}>{inline_html(name)}</th>' for kind, name in named)
+        head = "" if self.header is None else f"<thead><tr>{names}</tr></thead>"
         body = ""
         for row in self.rows:
             tags = ["td" if numeric[0] else 'th scope="row"', *["td"] * (len(row) - 1)]

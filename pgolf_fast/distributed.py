@@ -34,8 +34,7 @@ class World:
     def mean_(self, values: Tensor) -> Tensor:
         """Average `values` over ranks in place, without synchronizing the GPU."""
         if self.world_size > 1:
-            dist.all_reduce(values)
-            values /= self.world_size
+            self.sum_(values).div_(self.world_size)
         return values
 
     def sum_(self, values: Tensor) -> Tensor:
@@ -77,16 +76,13 @@ def join_world() -> Iterator[World]:
         raise PgolfError(f"WORLD_SIZE is {world_size} without {' and '.join(missing)}; {_LEFT_OVER}")
     if not any(os.environ.get(name) == str(world_size) for name in _LAUNCHERS):
         if "TORCHELASTIC_RUN_ID" not in os.environ:  # this process would wait for others that never come
-            raise PgolfError(
-                f"WORLD_SIZE is {world_size}, but no launcher started this process; {_LEFT_OVER}"
-            )
+            problem = f"WORLD_SIZE is {world_size}, but no launcher started this process"
+            raise PgolfError(f"{problem}; {_LEFT_OVER}")
     elif rank == 0:
         console.logger.warning("waiting for %d ranks at %s:%s", world_size, *list(where.values())[1:])
     world = World(rank, world_size, _local_device())
-    cuda = world.device.type == "cuda"
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if cuda else "gloo", device_id=world.device if cuda else None
-    )
+    gpu = world.device if world.device.type == "cuda" else None
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", device_id=gpu)
     try:
         yield world
     finally:

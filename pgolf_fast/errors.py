@@ -39,10 +39,8 @@ def explain(error: BaseException, memory: str = "") -> tuple[int, str]:
         if re.search(pattern, named):
             return BAD_INPUT, line.format(memory=memory or "use a machine with more", first=first)
     if isinstance(error, OSError):
-        what = (
-            f"{error.filename or 'writing'}: {error.strerror}" if error.strerror else f"system error: {text}"
-        )
-        return BAD_INPUT, what
+        known = f"{error.filename or 'writing'}: {error.strerror}"
+        return BAD_INPUT, known if error.strerror else f"system error: {text}"
     return BUG, (
         f"this is a bug in pgolf_fast: {type(error).__name__}: {first} ({_place(error)}); run it again with "
         "PGOLF_TRACEBACK=1 and report what it prints"
@@ -53,8 +51,7 @@ def one_line(text: str, keep: str = "") -> str:
     """Return `text` in characters that print, with those in `keep`; others are written as their escapes."""
     if len(text) > _LONGEST:
         text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
-    shown = (c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
-    return "".join(shown)
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
 
 
 def _place(error: BaseException) -> str:

@@ -53,9 +53,8 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         os.replace(temporary, final)
     except OSError as error:
         if error.errno in _FULL:
-            raise PgolfError(
-                f"{cannot_write(final, error)}; the previous file, if any, is unchanged"
-            ) from error
+            problem = f"{cannot_write(final, error)}; the previous file, if any, is unchanged"
+            raise PgolfError(problem) from error
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -68,9 +67,7 @@ def cannot_write(path: Path, error: OSError) -> PgolfError:
 
 def need_writable(folder: Path, option: str = "--out DIR") -> None:
     """Raise PgolfError naming `option` unless files can be written in `folder`, or it can be made."""
-    place = folder
-    while not place.exists() and place != place.parent:
-        place = place.parent
+    place = next((path for path in (folder, *folder.parents) if path.exists()), folder)
     if not place.is_dir():
         raise PgolfError(f"{place} is a file: give another {option}")
     try:
@@ -148,8 +145,7 @@ def well_formed(path: Path) -> Iterator[None]:
 def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
     """Write `value` as JSON, atomically. Raises PgolfError naming the entry that is NaN or infinite."""
     if wrong := _not_finite(value):
-        name, number = wrong
-        raise PgolfError(f"{path} is not written: {name} is {number}, which is no result")
+        raise PgolfError(f"{path} is not written: {wrong[0]} is {wrong[1]}, which is no result")
     write_text(path, json.dumps(value, indent=indent) + "\n")
 
 
@@ -157,21 +153,16 @@ def _not_finite(value: Any, name: str = "") -> tuple[str, float] | None:
     """Return the dotted name and the value of the first number in a tree that is NaN or infinite."""
     if isinstance(value, float):
         return None if math.isfinite(value) else (name or "the value", value)
-    items = (
-        value.items()
-        if isinstance(value, dict)
-        else enumerate(value)
-        if isinstance(value, list | tuple)
-        else ()
-    )
+    if not isinstance(value, dict | list | tuple):
+        return None
+    items = value.items() if isinstance(value, dict) else enumerate(value)
     found = (_not_finite(item, f"{name}.{key}" if name else str(key)) for key, item in items)
     return next(filter(None, found), None)
 
 
 def write_text(path: Path | str, text: str) -> None:
     """Write `text` to `path` atomically."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path | str, content: bytes) -> None:
@@ -193,10 +184,9 @@ def save_tensors(path: Path, tensors: dict[str, "Tensor"], metadata: dict[str, A
             save_file(ready, temporary, metadata={"metadata": text, "crc32": _checksum(ready, text)})
         except SafetensorError as error:
             # safetensors reports the system's error number in its text only
-            code = re.search(r"os error (\d+)\)", str(error))
-            if code is None:
-                raise
-            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+            if code := re.search(r"os error (\d+)\)", str(error)):
+                raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+            raise
 
 
 def load_tensors(path: Path) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
@@ -234,6 +224,5 @@ def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
         with safe_open(path, framework="pt") as handle:
             yield handle, parse_json((handle.metadata() or {}).get("metadata", "{}"), f"metadata of {path}")
     except (SafetensorError, OSError) as error:
-        raise PgolfError(
-            f"{path} cannot be read as tensors: it is damaged or another kind of file ({error})"
-        ) from error
+        problem = f"it is damaged or another kind of file ({error})"
+        raise PgolfError(f"{path} cannot be read as tensors: {problem}") from error

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pgolf_fast.train.resume import newest_whole
+from pgolf_fast.train.checkpoint import newest_whole
 from runs import make_dataset, run_config, words
 
 from pgolf_fast import cli, io

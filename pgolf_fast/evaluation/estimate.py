@@ -1,7 +1,6 @@
 """Windows, updates, operations and time of an evaluation, before it starts.
 
-Counts follow the evaluator's own chunks. Its own code runs a sample of the same shapes, whose time is scaled
-by operations.
+Counts follow the evaluator's own chunks. Its code runs a sample of the same shapes, timed per operation.
 """
 
 import time

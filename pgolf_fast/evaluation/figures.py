@@ -40,16 +40,9 @@ class Figures:
     by_class: dict[str, Score]  # by name in `CLASSES`
     by_context: dict[str, Score]  # by context length in tokens
     by_document: dict[str, Score]  # by tokens of the document, BOS included
-    quantiles: dict[str, float]
-    """Losses in nats that `PERCENTS` of all targets do not exceed, interpolated linearly."""
-    hardest: dict[str, float]
-    """Share of the summed loss in the hardest targets, by percent of targets, rounded up."""
+    quantiles: dict[str, float]  # losses in nats that `PERCENTS` of all targets do not exceed, interpolated
+    hardest: dict[str, float]  # share of the summed loss in the hardest targets, by percent, rounded up
     above: dict[str, Above]  # Shares above `THRESHOLDS` in nats (the table of PR 296)
-
-    @property
-    def easiest_half(self) -> float:
-        """Share of the summed loss in the easier half of the targets."""
-        return 1 - self.hardest["50"]
 
     def to_dict(self) -> dict[str, object]:
         """Return plain values for JSON."""
@@ -58,7 +51,7 @@ class Figures:
             **{f"by_{name}": {k: s.to_dict() for k, s in part.items()} for name, part in parts.items()},
             "loss_quantiles": self.quantiles,
             "loss_share_of_hardest_percent": self.hardest,
-            "loss_share_of_easiest_half": self.easiest_half,
+            "loss_share_of_easiest_half": 1 - self.hardest["50"],
             "above_nats": {k: a._asdict() for k, a in self.above.items()},
         }
 
@@ -79,8 +72,7 @@ def target_classes(tokens: np.ndarray, classes: np.ndarray) -> np.ndarray:
 
 def doubling(values: np.ndarray, first: int) -> np.ndarray:
     """Return the bucket index of positive integers; buckets are 1 .. first, first+1 .. 2 first, ..."""
-    edges = first * 2 ** np.arange(40)
-    return np.searchsorted(edges, values)
+    return np.searchsorted(first * 2 ** np.arange(40), values)
 
 
 def _scores(sums: np.ndarray, first: int = 0) -> dict[str, Score]:
@@ -112,13 +104,9 @@ def figures(scorer: Scorer, classes: np.ndarray) -> Figures:
         for kind, group in enumerate(groups):
             for unit, weights in enumerate((own, None, stream.target_bytes[targets])):
                 sums[kind, unit] += np.bincount(group, weights, minlength=64)
-    by_class, by_context, by_document = sums
-    return Figures(
-        _scores(by_class),
-        _scores(by_context, SHORTEST_CONTEXT),
-        _scores(by_document, SHORTEST_DOCUMENT),
-        *spread(losses),
-    )
+    shortest = (0, SHORTEST_CONTEXT, SHORTEST_DOCUMENT)
+    by_class, by_context, by_document = map(_scores, sums, shortest)
+    return Figures(by_class, by_context, by_document, *spread(losses))
 
 
 def spread(losses: np.ndarray) -> tuple[dict[str, float], dict[str, float], dict[str, Above]]:
@@ -148,9 +136,8 @@ def tables(figures: dict[str, dict], *, every: bool = True, illegal: str | None 
         return [by_class]
     by_document, with_ttt = sliding["by_document_tokens"], ttt.get("by_document_tokens")
     both = {"sliding": sliding, **({labeled(TTT, illegal): ttt} if ttt else {})}
-    quantiles = [
-        (p, *(f"{f['loss_quantiles'][p]:.4f}" for f in both.values())) for p in sliding["loss_quantiles"]
-    ]
+    nats = {name: f["loss_quantiles"] for name, f in both.items()}
+    quantiles = [(p, *(f"{own[p]:.4f}" for own in nats.values())) for p in sliding["loss_quantiles"]]
     hardest = [(f"{p} %", f"{share:.1%}") for p, share in sliding["loss_share_of_hardest_percent"].items()]
     hardest.append(("easiest 50 %", f"{sliding['loss_share_of_easiest_half']:.1%}"))
     above = [(f"> {k}", f"{a['targets']:.1%}", f"{a['loss']:.1%}") for k, a in sliding["above_nats"].items()]

@@ -3,9 +3,8 @@
 A chunk of windows is scored; then, unless it is the last, the adapter is given its tokens. The ledger records
 which targets have been scored and hands out nothing else.
 
-With several ranks, the batches of a chunk are divided among them, their losses are gathered, and every rank
-adapts on the same sequences in the same order. So the result does not depend on the number of ranks, as far
-as the hardware repeats its own arithmetic.
+Ranks divide the batches of a chunk, gather their losses, and all adapt on the same sequences in one order.
+So the result depends on the number of ranks only as far as the hardware does not repeat its own arithmetic.
 """
 
 from collections.abc import Callable, Sequence
@@ -52,6 +51,10 @@ class Chunk:
         return np.array(self.starts, dtype=np.int64)[:, None] + np.arange(self.length)
 
 
+Chunks = Sequence[Chunk]
+Saved = SavedState | None
+
+
 def target_chunks(windows: Windows, num_targets: int, chunk_tokens: int) -> list[Chunk]:
     """Return chunks of `chunk_tokens` targets; a window belongs to the chunk of its first scored target."""
     starts = range(0, num_targets, chunk_tokens)
@@ -83,23 +86,21 @@ class Ledger:
         """Return a copy of a chunk's tokens. Raises AssertionError unless each of its targets is scored."""
         targets = chunk.targets
         if not self._scored[targets].all():
-            raise AssertionError(
-                f"test-time training would use unscored targets in {targets.min()}..{targets.max() + 1}"
-            )
+            where = f"{targets.min()}..{targets.max() + 1}"
+            raise AssertionError(f"test-time training would use unscored targets in {where}")
         positions = torch.from_numpy(np.concatenate((targets, targets[:, -1:] + 1), axis=1))
         tokens = self._tokens[positions.to(self._tokens.device)]
         return Scored(tokens, chunk.index, chunk.count, chunk.by_document)
 
 
 def score_and_adapt(
-    adapter: Adapter, scorer: Scorer, chunks: Sequence[Chunk], what: str, saved: SavedState | None = None
+    adapter: Adapter, scorer: Scorer, chunks: Chunks, what: str, saved: Saved = None
 ) -> list[Score]:
     """Return the running score after each chunk; the last is the result. Progress is shown as `what`.
 
     With `saved`, resumes from the state there and writes new ones from time to time.
     """
-    scores = saved.load(scorer, adapter) if saved is not None else []
-    ledger = Ledger(scorer.stream)
+    scores, ledger = saved.load(scorer, adapter) if saved is not None else [], Ledger(scorer.stream)
     if scores:
         ledger.note(scorer.windows[: chunks[len(scores) - 1].high])
     left = range(len(scores), len(chunks))
@@ -107,7 +108,7 @@ def score_and_adapt(
     def so_far() -> str:
         return f"bpb {console.number(scores[-1].bpb, '.4f')} so far"
 
-    shown = console.progress(left, what, total=len(left), unit="chunk", note=so_far)
+    shown = console.progress(left, what, unit="chunk", note=so_far)
     for number in shown if scorer.world.is_main else left:
         chunk, last = chunks[number], number == len(chunks) - 1
         if chunk.new_documents:

@@ -53,11 +53,9 @@ class SavedState:
         if not self.resume.writes or (not last and time.monotonic() - self._last < self.resume.seconds):
             return
         losses = scorer.losses[: scores[-1].tokens]
-        metadata = {
-            "identity": self.resume.identity,
-            "scores": [(score.nats, score.tokens, score.text_bytes) for score in scores],
-            "seconds": self.spent + time.monotonic() - self._begin,
-        }
+        spent = self.spent + time.monotonic() - self._begin
+        kept = [(score.nats, score.tokens, score.text_bytes) for score in scores]
+        metadata = {"identity": self.resume.identity, "scores": kept, "seconds": spent}
         save_tensors(self.path, {**adapter.state(), "losses": losses}, metadata)
         self._last = time.monotonic()
 

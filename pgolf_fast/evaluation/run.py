@@ -34,8 +34,7 @@ def open_run(
     """Open everything that scoring reads: the run's model and the validation tokens of `config.data`.
 
     A tokenizer that the run was trained with and that is gone is replaced by the copy in the run folder.
-    Raises PgolfError if weights or data are missing, or the tokens were made by another tokenizer than the
-    run's.
+    Raises PgolfError if weights or data are missing, or the tokens are of another tokenizer than the run's.
     """
     folder.weights_file(weights)  # the first thing to complain about
     config = replace(config, data=present_data(folder, config.data))
@@ -61,19 +60,14 @@ def present_data(folder: RunFolder, data: DataConfig) -> DataConfig:
         return replace(data, tokenizer=str(own))
 
 
-def _open_data(
-    config: RunConfig, device: torch.device, tokenizer: Path | None = None
-) -> tuple[Source, Stream]:
+def _open_data(config: RunConfig, device: torch.device, kept: Path | None = None) -> tuple[Source, Stream]:
     """Open the validation tokens. Raises PgolfError if they were made by another tokenizer than that one."""
     source = open_source(config.data, config.model.vocab_size)
-    if (
-        tokenizer is not None
-        and tokenizer.is_file()
-        and source.tokenizer.path.read_bytes() != tokenizer.read_bytes()
-    ):
+    own = source.tokenizer.path
+    if kept is not None and kept.is_file() and own.read_bytes() != kept.read_bytes():
         raise PgolfError(
-            f"the shards in {source.folder} belong to tokenizer {source.tokenizer.path}, the run to another "
-            f"({tokenizer}): use shards made with the run's, or name it with --tokenizer"
+            f"the shards in {source.folder} belong to tokenizer {own}, the run to another ({kept}): "
+            "use shards made with the run's, or name it with --tokenizer"
         )
     tokens = source.validation(config.eval_seq_len)
     stream = Stream(tokens, source.table, device, source.side_bytes(tokens))
@@ -142,12 +136,8 @@ def score_run(
     if world.is_main:
         classes = token_classes(loaded.need_tokenizer())
         shown = {name: figures(scorer, classes).to_dict() for name, scorer in scores.scorers.items()}
-        report = {
-            "weights": weights,
-            "artifact_sha256": loaded.sha256,
-            "eval": tree["eval"],
-            "ttt": tree["ttt"],
-        }
+        report = {"weights": weights, "artifact_sha256": loaded.sha256}
+        report |= {group: tree[group] for group in ("eval", "ttt")}
         write_json(result, report | scores.to_dict() | {"figures": shown})
         if resume is not None:
             resume.forget()

@@ -1,8 +1,7 @@
 """Bits per byte of a token stream: losses of windows, batch by batch, summed in float64.
 
-The losses of all scored targets fill one float32 row in the order of the windows, and sums are taken over
-that row. So a score does not depend on how windows are batched, divided among ranks and ordered, as far as a
-loss itself does not.
+The losses of all scored targets fill one float32 row in the order of the windows, and sums are taken over it.
+So a score depends on how windows are batched, divided among ranks and ordered only as far as a loss does.
 """
 
 import math
@@ -62,13 +61,9 @@ class Stream:
         if len(tokens) < 2:
             raise PgolfError(f"nothing to score: the stream has {len(tokens)} tokens and needs at least 2")
         ids = tokens.astype(np.int64)
-        self.tokens = torch.from_numpy(ids).to(device)
+        self.tokens, self.num_targets = torch.from_numpy(ids).to(device), len(ids) - 1
         counted = target_bytes(table, ids[:-1], ids[1:])  # raises for unknown ids
         self.target_bytes = counted if side_bytes is None else side_bytes
-
-    @property
-    def num_targets(self) -> int:
-        return len(self.tokens) - 1
 
 
 # tokens (B, T), targets (B, W) of the last W positions, the length that positions are encoded for, and the
@@ -87,13 +82,12 @@ def batch_size(
         return lambda length: batch
     tokens = CPU_TOKENS
     if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-        free -= torch.cuda.memory_allocated(device)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + unused
         # upper bound on the activations of a position: skips; x, x0, norms, q, context, ... some in float32
         streams = (config.num_layers // 2 + 12) * config.model_dim
         values = streams + 8 * config.kv_dim + 2 * config.mlp_up_rows + config.mlp_hidden
-        tokens = min(GPU_TOKENS, free // 2 // (values * dtype.itemsize))
-        tokens = int(world.same(tokens))
+        tokens = int(world.same(min(GPU_TOKENS, free // 2 // (values * dtype.itemsize))))
     return lambda length: 2 ** max(0, (tokens // length).bit_length() - 1)
 
 

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
 
 from pgolf_fast import console
 from pgolf_fast.config.run_folder import SCORES
@@ -55,16 +54,14 @@ class Evaluator:
         return plain_windows(self.stream.num_targets, self.config.eval_seq_len)
 
     def sliding_windows(self) -> Windows:
-        length, options = self.config.eval_seq_len, self.config.eval
-        count, tail = self.stream.num_targets, options.repeat_tail
-        return sliding_windows(count, length, options.stride, repeat_tail=tail)
+        count, length, options = self.stream.num_targets, self.config.eval_seq_len, self.config.eval
+        return sliding_windows(count, length, options.stride, repeat_tail=options.repeat_tail)
 
     @cached_property
     def size(self) -> BatchSize:
         """Windows per batch."""
-        model, device = self.model, self.model.qo_bank.device
-        batch = self.config.eval.batch_seqs
-        return batch_size(batch, model.config, model.compute_dtype, device, self.world)
+        model, batch = self.model, self.config.eval.batch_seqs
+        return batch_size(batch, model.config, model.compute_dtype, model.qo_bank.device, self.world)
 
     def adapting_size(self, ttt: TTTConfig) -> BatchSize:
         """Return windows per batch so that eight ranks share a chunk, if each batch gets four or more."""
@@ -178,10 +175,9 @@ def plain_score(
 ) -> Score:
     """Return the score of non-overlapping windows, by all ranks together, with progress shown as `what`."""
     evaluator = Evaluator(model, stream, config, world=world)
-    windows = evaluator.plain_windows()
-    scorer = evaluator.scorer(windows)
+    scorer = evaluator.scorer(evaluator.plain_windows())
     scorer.what = what
-    return scorer.score(Frozen(model).score, 0, len(windows))
+    return scorer.score(Frozen(model).score, 0, len(scorer.windows))
 
 
 def three_scores(
@@ -207,8 +203,7 @@ def three_scores(
         SLIDING: partial(evaluator.frozen, sliding, SLIDING),
         TTT: partial(evaluator.adapted, sliding, config.ttt, TTT, allow_illegal=allow_illegal),
     }
-    passes: dict[str, Pass] = {}
-    seconds: dict[str, float] = {}
+    passes, seconds = dict[str, Pass](), dict[str, float]()
     for name, run in runs.items():
         count = len(plain if name == PLAIN else sliding)
         console.logger.info("%s: scoring %d windows on %s", name, count, world.device)
@@ -217,18 +212,15 @@ def three_scores(
         passes[name] = run(saved=saved)
         seconds[name] = time.perf_counter() - start + (0.0 if saved is None else saved.spent)
         console.logger.info("%s: done in %s", name, console.duration(seconds[name]))
-    first, second, third = passes.values()
     scorers = {key: passes[name].scorer for key, name in SCORES.items()}
-    return ThreeScores(first.score, second.score, third, seconds, scorers, config.ttt.illegal)
+    plain_pass, sliding_pass, ttt = passes.values()
+    return ThreeScores(plain_pass.score, sliding_pass.score, ttt, seconds, scorers, config.ttt.illegal)
 
 
-def score_table(
-    scores: dict[str, Any], seconds: dict[str, float] | None = None, title: str = "windows"
-) -> Table:
+def score_table(scores: dict, seconds: dict[str, float] | None = None, title: str = "windows") -> Table:
     """Tabulate the scores of a scores file or of `ThreeScores.to_dict`: bits per byte and nats per token.
 
-    With `seconds`, by name, the last column is the time; otherwise it is the number of targets. A score that
-    is missing or not finite has no row.
+    The last column is `seconds`, by name, or the number of targets. A missing or non-finite score has no row.
     """
     rows = []
     for key, name in SCORES.items():

@@ -73,9 +73,8 @@ def batches(windows: Windows, low: int, high: int, size: BatchSize) -> list[Batc
     for begin, end in pairwise([low, *changes.tolist(), high]):
         length, scored = shapes[begin - low].tolist()
         full = min(size(length), end - begin)
-        result += [
-            Batch(first, min(first + full, end), length, scored, full) for first in range(begin, end, full)
-        ]
+        starts = range(begin, end, full)
+        result += [Batch(first, min(first + full, end), length, scored, full) for first in starts]
     return result
 
 
@@ -87,9 +86,8 @@ def plain_windows(num_targets: int, seq_len: int) -> Windows:
 def sliding_windows(num_targets: int, seq_len: int, stride: int, *, repeat_tail: bool = False) -> Windows:
     """Return windows every `stride` tokens that score what the previous one did not (Press et al. 2021).
 
-    The first window to reach the end is the last one, so each target is scored once. With `repeat_tail`,
-    windows start up to the end of the stream and each scores its last `stride` targets, as in PR 1501: the
-    last targets are then counted several times.
+    The first window to reach the end is the last one, so each target is scored once. With `repeat_tail`
+    (PR 1501) windows start up to the end and each scores its last `stride` targets, the last several times.
     """
     if num_targets < 1 or seq_len < 1:
         raise PgolfError(f"nothing to score: {num_targets} targets in windows of {seq_len} tokens")

@@ -80,10 +80,8 @@ def _tables(config: ModelConfig, length: int, context: int, device: torch.device
         if config.rope_bf16_tables and context <= config.rope_train_seq_len:
             frequencies, positions = frequencies.bfloat16(), positions.bfloat16()
         angles = torch.outer(positions, frequencies)
-        cos, sin = angles.cos(), angles.sin()
-        if config.rope_bf16_tables:
-            cos, sin = cos.bfloat16(), sin.bfloat16()
-        return cos.float(), sin.float()
+        stored = torch.bfloat16 if config.rope_bf16_tables else angles.dtype
+        return angles.cos().to(stored).float(), angles.sin().to(stored).float()
 
 
 # never evicted: captured CUDA graphs keep reading them
@@ -95,8 +93,7 @@ def rope_tables(
 ) -> tuple[Tensor, Tensor]:
     """Return cos and sin, each (length, r/2) float32, for positions 0 .. length-1.
 
-    `context` (default: length) sets the base only, so that a text written token by token can use the base of
-    its final length.
+    `context` (default: length) sets the base only: a text that grows token by token uses its final length's.
     """
     if torch.compiler.is_compiling():  # the graph keeps the tables; a cached function would only warn
         return _tables(config, length, context or length, device)

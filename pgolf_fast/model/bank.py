@@ -39,8 +39,7 @@ class Banks:
 def make_banks(weights: list[Tensor], grads: list[Tensor] | None = None) -> Banks:
     """Return `Banks` from lists in the order of BANK_NAMES.
 
-    With gradient banks the weights become leaves that require grad: backward must reach the ops even where no
-    activation needs a gradient.
+    With gradient banks the weights become leaves that require grad: backward must always reach the ops.
     """
     if grads is None:
         return Banks(*weights)

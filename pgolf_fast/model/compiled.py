@@ -11,6 +11,7 @@ from torch import Tensor
 from pgolf_fast.ops import tiles
 
 Result = TypeVar("Result")
+Tensors = Sequence[Tensor]
 
 
 def compiled(function: Callable[..., Result]) -> Callable[..., Result]:
@@ -42,9 +43,7 @@ class CapturedStep(Generic[Result]):
     the step updates in place: it gets its old values back after the warm-up runs.
     """
 
-    def __init__(
-        self, step: Callable[..., Result], inputs: Sequence[Tensor] = (), changed: Sequence[Tensor] = ()
-    ):
+    def __init__(self, step: Callable[..., Result], inputs: Tensors = (), changed: Tensors = ()):
         self._inputs = [t.clone() for t in inputs]
         before = [t.detach().clone() for t in changed]
         stream = torch.cuda.Stream()

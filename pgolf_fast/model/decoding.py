@@ -1,5 +1,7 @@
 """Token-by-token decoding with cached keys and values."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,6 +11,7 @@ from pgolf_fast.model.attention import attend, rope_tables
 from pgolf_fast.model.compiled import CapturedStep
 from pgolf_fast.model.gpt import GPT
 
+Source = torch.Generator | None
 NGRAM_REACH = 3  # tokens of the longest hash n-gram
 WINDOW = NGRAM_REACH + 1  # tokens that the newest input depends on: SmearGate looks one position back
 
@@ -58,9 +61,8 @@ class Decoder:
         Raises PgolfError when the texts already have max_length tokens, or if the batch size differs.
         """
         if self.length == self.max_length:
-            raise PgolfError(
-                f"the texts already have {self.max_length} tokens, the max_length of this decoder"
-            )
+            problem = f"the texts already have {self.max_length} tokens"
+            raise PgolfError(f"{problem}, the max_length of this decoder")
         if tokens.shape != (self.batch_size,):
             raise PgolfError(f"tokens has shape {tuple(tokens.shape)}; it must be ({self.batch_size},)")
         self._tokens[:, self.length] = tokens
@@ -101,17 +103,10 @@ class Decoder:
                 y = F.scaled_dot_product_attention(groups, own_keys, own_values, mask)
                 return y.flatten(1, 2).unsqueeze(1)
 
+            q, k, v = (F.linear(x, w) for w in (banks.qo[layer], banks.kv[layer], banks.kv[n + layer]))
+            gain, kv, xsa = model.block(layer).attn.q_gain, config.num_kv_heads, model.uses_xsa(layer)
             context = attend(
-                F.linear(x, banks.qo[layer]),
-                F.linear(x, banks.kv[layer]),
-                F.linear(x, banks.kv[n + layer]),
-                model.block(layer).attn.q_gain,
-                cos,
-                sin,
-                num_kv_heads=config.num_kv_heads,
-                xsa=model.uses_xsa(layer),
-                value_embed=value_embed,
-                inner=cached,
+                q, k, v, gain, cos, sin, num_kv_heads=kv, xsa=xsa, value_embed=value_embed, inner=cached
             )
             return F.linear(context, banks.qo[n + layer])
 
@@ -121,11 +116,7 @@ class Decoder:
 
 
 def sample(
-    logits: Tensor,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    generator: torch.Generator | None = None,
+    logits: Tensor, *, temperature: float = 1.0, top_k: int | None = None, generator: Source = None
 ) -> Tensor:
     """Draw a token id per row of logits (B, V) from softmax(logits / temperature) over the best top_k, (B,).
 
@@ -136,9 +127,8 @@ def sample(
     if top_k is not None and top_k < 1:
         raise PgolfError(f"top_k is {top_k}; it must be at least 1, or None for all tokens")
     if not bool(torch.isfinite(logits).all()):
-        raise PgolfError(
-            "the model's logits are not finite: its activations overflow, so it cannot write text"
-        )
+        problem = "the model's logits are not finite"
+        raise PgolfError(f"{problem}: its activations overflow, so it cannot write text")
     if temperature == 0:
         return logits.argmax(dim=-1)
     if top_k is not None and top_k < logits.shape[-1]:
@@ -149,18 +139,11 @@ def sample(
 
 
 @torch.no_grad()
-def generate(
-    model: GPT,
-    prompt_ids: Tensor,
-    num_tokens: int,
-    *,
-    temperature: float = 1.0,
-    generator: torch.Generator | None = None,
-    top_k: int | None = None,
-) -> Tensor:
+def generate(model: GPT, prompt_ids: Tensor, num_tokens: int, **options: Any) -> Tensor:
     """Return prompts with num_tokens more tokens each, int64 (B, P + num_tokens).
 
-    prompt_ids: (B, P) with P at least 1, or start tokens (B,). RoPE has the base of the final length.
+    prompt_ids: (B, P) with P at least 1, or start tokens (B,). `options` are those of `sample`. RoPE has the
+    base of the final length.
     Raises PgolfError for an empty prompt or ids outside the vocabulary.
     """
     prompt = prompt_ids[:, None] if prompt_ids.ndim == 1 else prompt_ids
@@ -168,16 +151,14 @@ def generate(
     if prompt.ndim != 2 or prompt.numel() == 0 or num_tokens < 0:
         raise PgolfError(f"cannot continue prompts of shape {tuple(prompt_ids.shape)} by {num_tokens} tokens")
     if int(prompt.min()) < 0 or int(prompt.max()) >= vocab:
-        raise PgolfError(
-            f"the prompt holds ids outside 0 to {vocab - 1}: use the tokenizer the model was made for"
-        )
+        problem = f"the prompt holds ids outside 0 to {vocab - 1}"
+        raise PgolfError(f"{problem}: use the tokenizer the model was made for")
     prompt = prompt.long().to(model.tok_emb.weight.device)
     length = prompt.shape[1] + num_tokens
     decoder = Decoder(model, prompt.shape[0], length)
-    text = prompt.new_empty(prompt.shape[0], length)
-    text[:, : prompt.shape[1]] = prompt
+    text = F.pad(prompt, (0, num_tokens))
     for position in range(length - 1):
         logits = decoder.step(text[:, position])
         if position + 1 >= prompt.shape[1]:
-            text[:, position + 1] = sample(logits, temperature=temperature, top_k=top_k, generator=generator)
+            text[:, position + 1] = sample(logits, **options)
     return text

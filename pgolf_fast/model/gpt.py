@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -76,22 +76,17 @@ class GPT(nn.Module):
         self.smear = SmearGate(d) if config.smear else nn.Identity()
         self.blocks = nn.ModuleList(Block(config, i) for i in range(n))
         self.skip_weights = nn.Parameter(torch.ones(config.num_skips, d))
-        self.bigram: NgramHash | None = None
-        if config.bigram_vocab_size:
-            self.bigram = NgramHash(config)
-        self.ve_shared: ValueEmbedding | None = None
+        self.bigram = NgramHash(config) if config.bigram_vocab_size else None
+        self.ve_shared = ValueEmbedding(config) if config.ve_enabled else None
         if config.ve_enabled:
-            self.ve_shared = ValueEmbedding(config)
             self.ve_layer_scales = nn.ParameterList(nn.Parameter(torch.ones(1)) for _ in config.ve_layers)
-        if has_leading_space is None:
-            has_leading_space = torch.zeros(config.vocab_size, dtype=torch.bool)
-        if has_leading_space.shape != (config.vocab_size,):
-            raise PgolfError(
-                f"has_leading_space has {has_leading_space.numel()} entries but model.vocab_size is "
-                f"{config.vocab_size}: use the tokenizer the model was made for"
-            )
-        self.register_buffer("has_leading_space", has_leading_space.bool(), persistent=False)
-        boost = torch.ones((), device=has_leading_space.device)
+        vocab = config.vocab_size
+        spaces = torch.zeros(vocab, dtype=torch.bool) if has_leading_space is None else has_leading_space
+        if spaces.shape != (vocab,):
+            problem = f"has_leading_space has {spaces.numel()} entries but model.vocab_size is {vocab}"
+            raise PgolfError(f"{problem}: use the tokenizer the model was made for")
+        self.register_buffer("has_leading_space", spaces.bool(), persistent=False)
+        boost = torch.ones((), device=spaces.device)
         if config.bigram_vocab_size and config.word_start_boost:
             self.word_start_boost = nn.Parameter(boost)
         else:
@@ -107,10 +102,8 @@ class GPT(nn.Module):
         n = self.config.num_layers
         nn.init.normal_(self.tok_emb.weight, std=self.config.tied_embed_init_std)
         for i in range(n):
-            nn.init.orthogonal_(self.qo_bank[i])
-            nn.init.orthogonal_(self.kv_bank[i])
-            nn.init.orthogonal_(self.kv_bank[n + i])
-            nn.init.orthogonal_(self.mlp_up_bank[i])
+            for matrix in (self.qo_bank[i], self.kv_bank[i], self.kv_bank[n + i], self.mlp_up_bank[i]):
+                nn.init.orthogonal_(matrix)
         self.skip_weights[len(self.skip_weights) - self.config.frozen_skips :] = 0
         if self.bigram is not None:
             nn.init.zeros_(self.bigram.embed.weight)
@@ -187,14 +180,12 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Run all blocks and the final norm, (B, T, D) -> (B, T, D).
 
-        The second half of the blocks adds the outputs of the first half in reverse order. With `last`, only
-        that many positions leave the last block, whose `attention` must return only these. `mlp` replaces
-        the blocks' own MLP.
+        The second half adds outputs of the first in reverse order. With `last`, only so many positions leave
+        the last block, whose `attention` must return only these. `mlp` replaces the blocks' own MLP.
         """
         mlp = mlp or partial(self._mlp, banks)
-        x0, n = x, self.config.num_layers
+        x0, n, encoders = x, self.config.num_layers, self.config.num_layers // 2
         skips: list[Tensor] = []
-        encoders = n // 2
         for i in range(n):
             block, value_embed = self.block(i), value_embeds.get(i)
             if i >= encoders and skips:
@@ -219,9 +210,7 @@ class GPT(nn.Module):
         return ops.mlp(x, banks.up, banks.down, layer, kind, grad_up=grad_up, grad_down=grad_down)
 
     def block(self, layer: int) -> Block:
-        block = self.blocks[layer]
-        assert isinstance(block, Block)
-        return block
+        return self.blocks[layer]  # type: ignore[return-value]
 
     def uses_xsa(self, layer: int) -> bool:
         """Return whether a block's attention is exclusive (XSA), as in the last xsa_last_n blocks."""
@@ -239,27 +228,17 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Return final normalized states, (B, T) -> (B, T, D); with `last`, those of the last positions only.
 
-        `context` is the sequence length that the position encoding assumes (default T).
-        `mlp` replaces the blocks' own MLP.
+        `context` is the length that the position encoding assumes (default T); `mlp` is as in `trunk`.
         """
-        banks = banks or self.banks()
-        cos, sin = rope_tables(self.config, tokens.shape[1], tokens.device, context)
+        banks, config = banks or self.banks(), self.config
+        cos, sin = rope_tables(config, tokens.shape[1], tokens.device, context)
 
         def attention(layer: int, x: Tensor, value_embed: Tensor | None) -> Tensor:
+            gain, window = self.block(layer).attn.q_gain, last if layer == config.num_layers - 1 else None
+            heads: dict[str, Any] = {"num_kv_heads": config.num_kv_heads, "xsa": self.uses_xsa(layer)}
+            grads: dict[str, Any] = {"grad_qo": banks.grad_qo, "grad_kv": banks.grad_kv}
             return ops.gqa_attention(
-                x,
-                banks.qo,
-                banks.kv,
-                self.block(layer).attn.q_gain,
-                value_embed,
-                cos,
-                sin,
-                layer,
-                num_kv_heads=self.config.num_kv_heads,
-                xsa=self.uses_xsa(layer),
-                grad_qo=banks.grad_qo,
-                grad_kv=banks.grad_kv,
-                window=last if layer == self.config.num_layers - 1 else None,
+                x, banks.qo, banks.kv, gain, value_embed, cos, sin, layer, **heads, **grads, window=window
             )
 
         x = self.smear(self.embed(tokens, banks.ngram_projection))
@@ -272,17 +251,16 @@ class GPT(nn.Module):
         targets: Tensor,
         banks: Banks | None = None,
         *,
-        context: int | None = None,
-        mlp: MLPFunction | None = None,
         z_loss: float = 0.0,
+        **options: Any,
     ) -> Tensor:
         """Return the cross-entropy in nats of the last W positions, (B, T) and (B, W) -> (B, W) float32.
 
         Queries, output projection and MLP of the last block, and logits, are computed for these only.
-        `context` and `mlp` are as in `hidden`. `z_loss` times the squared log-partition function is added.
+        `options`: `context`, `mlp` of `hidden`. `z_loss` times the squared log-partition function is added.
         """
         last = None if targets.shape[1] == tokens.shape[1] else targets.shape[1]
-        hidden = self.hidden(tokens, banks, last=last, context=context, mlp=mlp)
+        hidden = self.hidden(tokens, banks, last=last, **options)
         head = self.tok_emb.weight.to(self.compute_dtype)
         return ops.softcap_cross_entropy(hidden, head, targets, self.config.logit_softcap, z_loss)
 
@@ -318,20 +296,11 @@ class NgramHash(nn.Module):
     def forward(self, tokens: Tensor, has_leading_space: Tensor, boost: Tensor, projection: Tensor) -> Tensor:
         """Embed tokens (B, T) as (B, T, D) in the projection's dtype.
 
-        Scale and word-start gate act on the table rows: the projection is linear, so this equals scaling its
-        result, and rows are narrower.
+        Scale and word-start gate act on the table rows, which are narrower: the projection is linear.
         """
-        rows = ops.ngram_hash_embed(
-            tokens,
-            self.embed.weight,
-            has_leading_space,
-            self.scale,
-            boost,
-            pos_conditional=self.pos_conditional,
-            trigram=self.trigram,
-            out_dtype=projection.dtype,
-        )
-        return F.linear(rows, projection)
+        given = (tokens, self.embed.weight, has_leading_space, self.scale, boost)
+        kind: dict[str, Any] = {"pos_conditional": self.pos_conditional, "trigram": self.trigram}
+        return F.linear(ops.ngram_hash_embed(*given, **kind, out_dtype=projection.dtype), projection)
 
 
 class SmearGate(nn.Module):

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from pgolf_fast.config.schema import AverageConfig
+from pgolf_fast.model.weights import Tensors
 
 
 class WeightAverage:
@@ -40,7 +41,7 @@ class WeightAverage:
         tensors = {f"ema.{name}": value for name, value in self.ema.items()}
         return tensors | {f"swa.{name}": value for name, value in self.swa.items()}
 
-    def load_state(self, state: dict[str, Tensor], swa_count: int) -> None:
+    def load_state(self, state: Tensors, swa_count: int) -> None:
         """Invert `state`."""
         self.swa_count = swa_count
         for name in self.ema:

@@ -8,35 +8,29 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pgolf_fast import ops
-from pgolf_fast.distributed import World
+from pgolf_fast.distributed import SINGLE, World
+from pgolf_fast.model.weights import Tensors
 from pgolf_fast.ops.muon_update import muon_apply, muon_momentum
+
+Parameters = dict[str, nn.Parameter]
+Number = float | Tensor
 
 
 class Muon:
     """Nesterov momentum and Newton-Schulz in bfloat16, decoupled weight decay, float32 masters (PR 1501).
 
-    Under several ranks, gradients are averaged whole and every rank holds all momentum; only Newton-Schulz is
-    split between ranks.
+    Gradients are averaged over ranks and every rank holds all momentum; only Newton-Schulz is split.
     """
 
     def __init__(
-        self,
-        banks: dict[str, nn.Parameter],
-        *,
-        weight_decay: float,
-        newton_schulz_steps: int,
-        world: World | None = None,
+        self, banks: Parameters, *, weight_decay: float, newton_schulz_steps: int, world: World = SINGLE
     ):
-        self.banks, self.weight_decay, self.ns_steps = banks, weight_decay, newton_schulz_steps
-        self.world = world
-        self.momentum_buffers = {
-            name: torch.zeros_like(bank, dtype=torch.bfloat16) for name, bank in banks.items()
-        }
+        self.banks, self.world = banks, world
+        self.weight_decay, self.ns_steps = weight_decay, newton_schulz_steps
+        self.momentum_buffers = {n: torch.zeros_like(b, dtype=torch.bfloat16) for n, b in banks.items()}
 
     @torch.no_grad()
-    def step(
-        self, *, lr: float | Tensor, momentum: float | Tensor, shadows: dict[str, Tensor] | None = None
-    ) -> None:
+    def step(self, *, lr: Number, momentum: Number, shadows: dict[str, Tensor] | None = None) -> None:
         """Update the banks from their gradients, which are not changed. All ranks end with the same weights.
 
         `lr` and `momentum` may be tensors of one element, which a CUDA graph reads anew at every replay. The
@@ -48,28 +42,23 @@ class Muon:
             update = muon_momentum(bank.grad, self.momentum_buffers[name], momentum)
             update = map_slots(update, lambda part: ops.newton_schulz(part, self.ns_steps), self.world)
             rows, cols = bank.shape[-2:]
-            muon_apply(
-                bank,
-                update,
-                lr,
-                weight_decay=self.weight_decay,
-                scale=math.sqrt(max(1.0, rows / cols)),  # as Jordan et al. scale tall matrices
-                shadow=None if shadows is None else shadows.get(name),
-            )
+            scale = math.sqrt(max(1.0, rows / cols))  # as Jordan et al. scale tall matrices
+            shadow = None if shadows is None else shadows.get(name)
+            muon_apply(bank, update, lr, weight_decay=self.weight_decay, scale=scale, shadow=shadow)
 
     def state(self) -> dict[str, Tensor]:
         """Return the momentum buffers by name."""
         return {f"muon.{name}": buffer for name, buffer in self.momentum_buffers.items()}
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def load_state(self, state: Tensors) -> None:
         """Invert `state`."""
         for name, buffer in self.state().items():
             buffer.copy_(state[name])
 
 
-def map_slots(stack: Tensor, function: Callable[[Tensor], Tensor], world: World | None) -> Tensor:
+def map_slots(stack: Tensor, function: Callable[[Tensor], Tensor], world: World) -> Tensor:
     """Apply `function` to a (slots, rows, cols) stack, each rank to its share, and gather the results."""
-    if world is None or world.world_size == 1:
+    if world.world_size == 1:
         return function(stack)
     share = -(-stack.shape[0] // world.world_size)
     padded = stack.new_zeros(share * world.world_size, *stack.shape[1:])  # all_gather needs equal shares

@@ -4,10 +4,11 @@ import torch
 from torch import Tensor, nn
 
 from pgolf_fast.config.schema import OptimConfig
-from pgolf_fast.distributed import World
+from pgolf_fast.distributed import SINGLE, World
 from pgolf_fast.model.bank import BANK_NAMES
 from pgolf_fast.model.gpt import GPT
-from pgolf_fast.optim.muon import Muon
+from pgolf_fast.model.weights import Tensors
+from pgolf_fast.optim.muon import Muon, Parameters
 
 
 class Optimizer:
@@ -18,36 +19,22 @@ class Optimizer:
     """
 
     def __init__(
-        self,
-        model: GPT,
-        config: OptimConfig,
-        world: World | None = None,
-        extra: dict[str, nn.Parameter] | None = None,
+        self, model: GPT, config: OptimConfig, world: World = SINGLE, extra: Parameters | None = None
     ):
         self.config, self.model, self._extra = config, model, extra or {}
         named = {**dict(model.named_parameters()), **self._extra}
         self._names = {id(p): name for name, p in named.items()}
         self.parameters = list(named.values())
-        self.muon = Muon(
-            dict(zip(BANK_NAMES, model.bank_parameters(), strict=True)),
-            weight_decay=config.weight_decay,
-            newton_schulz_steps=config.muon_newton_schulz_steps,
-            world=world,
-        )
+        banks, steps = {name: named[name] for name in BANK_NAMES}, config.muon_newton_schulz_steps
+        self.muon = Muon(banks, weight_decay=config.weight_decay, newton_schulz_steps=steps, world=world)
         tables = model.tables()
         assigned = {id(p) for p in (*tables, *model.bank_parameters())}
         scalars = [p for p in self.parameters if id(p) not in assigned]
         # one group per table: tables may be bfloat16, and the fused kernel wants one dtype in a group
         groups = [{"params": [table], "base_lr": config.embed_lr} for table in tables]
         groups.append({"params": scalars, "base_lr": config.scalar_lr})
-        self.adamw = torch.optim.AdamW(
-            groups,
-            lr=0.0,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_eps,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+        betas, eps, decay = (config.adam_beta1, config.adam_beta2), config.adam_eps, config.weight_decay
+        self.adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, weight_decay=decay, fused=True)
 
     def muon_momentum(self, step: int) -> float:
         """Return Muon's momentum: a linear warm-up, then constant (PR 1501)."""
@@ -73,12 +60,9 @@ class Optimizer:
         for group in self.adamw.param_groups:
             group["lr"] = group["base_lr"] * multiplier
         self.adamw.step()
-        shadows = self.model.current_shadows()
-        self.muon.step(
-            lr=self.config.matrix_lr * multiplier,
-            momentum=self.muon_momentum(step),
-            shadows=None if shadows is None else dict(zip(BANK_NAMES, shadows, strict=True)),
-        )
+        written, lr = self.model.current_shadows(), self.config.matrix_lr * multiplier
+        shadows = None if written is None else dict(zip(BANK_NAMES, written, strict=True))
+        self.muon.step(lr=lr, momentum=self.muon_momentum(step), shadows=shadows)
         if shadows is not None:
             self.model.shadows_written()
 
@@ -98,15 +82,14 @@ class Optimizer:
                 tensors[f"adamw.{key}.{self._names[id(parameter)]}"] = value
         return tensors
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def load_state(self, state: Tensors) -> None:
         """Invert `state`."""
         self.muon.load_state(state)
         self.adamw.state.clear()
         for group in self.adamw.param_groups:
             for parameter in group["params"]:
                 name = self._names[id(parameter)]
-                keys = [k for k in state if k.startswith("adamw.") and k.split(".", 2)[2] == name]
+                split = {k: k.split(".", 2) for k in state if k.startswith("adamw.")}
+                own = {parts[1]: state[k] for k, parts in split.items() if parts[2] == name}
                 # a copy on the parameter's device: a checkpoint is read on the CPU
-                self.adamw.state[parameter] = {
-                    k.split(".", 2)[1]: state[k].to(parameter.device, copy=True) for k in keys
-                }
+                self.adamw.state[parameter] = {k: t.to(parameter.device, copy=True) for k, t in own.items()}

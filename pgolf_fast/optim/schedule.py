@@ -33,9 +33,8 @@ class Schedule:
         position, end, pace = self._position(step, elapsed)
         start = self.state.decay_start
         if start is None:
-            length = (
-                (c.warmdown_fraction or 0.0) * end if c.warmdown_steps is None else c.warmdown_steps * pace
-            )
+            steps, fraction = c.warmdown_steps, c.warmdown_fraction or 0.0
+            length = fraction * end if steps is None else steps * pace
             start = end - length if c.warmdown_shape == "linear" else max(end - length, 0.0)
         if position < start:
             return 1.0
@@ -47,11 +46,10 @@ class Schedule:
         qat = self.config.qat
         if qat is None:
             return False
-        if qat.from_share is not None:
-            position, end, _ = self._position(step, elapsed)
-            return position >= qat.from_share * end
-        assert qat.below is not None
-        return self.multiplier(step, elapsed) < qat.below
+        if qat.below is not None:
+            return self.multiplier(step, elapsed) < qat.below
+        position, end, _ = self._position(step, elapsed)
+        return position >= (qat.from_share or 0.0) * end
 
     def over(self, step: int, elapsed: float) -> bool:
         """Return True at the end of the decay, which is where a Reptile phase begins."""

@@ -125,17 +125,10 @@ class _Grams:
 
     def attend(self, layer: int, x: Tensor, value_embed: Tensor | None) -> Tensor:
         config, banks, n = self.model.config, self.banks, self.model.config.num_layers
-        context = ops.gqa_attention(
-            x,
-            torch.stack((banks.qo[layer], self.identity)),
-            torch.stack((banks.kv[layer], banks.kv[n + layer])),
-            self.model.block(layer).attn.q_gain,
-            value_embed,
-            *self.tables,
-            0,
-            num_kv_heads=config.num_kv_heads,
-            xsa=self.model.uses_xsa(layer),
-        )
+        qo, kv = (banks.qo[layer], self.identity), (banks.kv[layer], banks.kv[n + layer])
+        own = (torch.stack(qo), torch.stack(kv), self.model.block(layer).attn.q_gain, value_embed)
+        heads, xsa = config.num_kv_heads, self.model.uses_xsa(layer)
+        context = ops.gqa_attention(x, *own, *self.tables, 0, num_kv_heads=heads, xsa=xsa)
         self._add(layer, "attn_out", context)
         return F.linear(context, banks.qo[n + layer])
 
@@ -190,12 +183,10 @@ def collect_fisher(
                 rows[name] = rows[name] + share if name in rows else share
             else:
                 kept.setdefault(name, []).append(gradient.bfloat16())
-    fishers = {
-        name: Fisher(_smooth(total / inputs.numel()), columns[group_of(name)], damping)
-        for name, total in rows.items()
-    }
+    count = inputs.numel()
+    fishers = {n: Fisher(_smooth(t / count), columns[group_of(n)], damping) for n, t in rows.items()}
     for name, samples in progress(kept.items(), "factors of tables", unit="table"):
-        fishers[name] = _fit_table(torch.stack(samples), inputs.numel())
+        fishers[name] = _fit_table(torch.stack(samples), count)
     return fishers
 
 

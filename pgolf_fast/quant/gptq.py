@@ -31,10 +31,8 @@ def gptq(
     sum of x^T x, up to a factor. Columns go in descending order of the Hessian's diagonal, to which `damping`
     times its mean is added; row scales are searched as in `quantize_rows` (PR 1501). Rows are independent, so
     a group with all its candidate scales takes one pass and one factorization.
-    A CPU takes the groups one by one, so it holds one in memory. On a GPU a column of one group is too little
-    work, so all groups of one shape run at once.
-    Raises PgolfError for shapes that do not fit, non-finite values, or a Hessian that is not positive
-    definite even with 100 times the damping.
+    A CPU holds one group in memory. On a GPU all groups of one shape run at once: one is too little work.
+    Raises PgolfError for shapes that do not fit, non-finite values, or as `inverse_factor` does.
     """
     results = {}
     waiting: dict[torch.Size, list[_Group]] = {}
@@ -44,19 +42,16 @@ def gptq(
             if hessian.shape != (size := (weight.shape[1],) * 2):
                 problem = f"{name} has {size[0]} columns, so its Hessian must be {size}"
                 raise PgolfError(f"{problem}, but it is {tuple(hessian.shape)}")
+        what = ", ".join(weights)
         if not bool(torch.isfinite(hessian).all()):
-            what = f"the Hessian of {', '.join(weights)}"
-            raise PgolfError(f"{what} has values that are not finite: check the calibration text")
-        order, factor = inverse_factor(hessian, damping, ", ".join(weights))
+            problem = f"the Hessian of {what} has values that are not finite"
+            raise PgolfError(f"{problem}: check the calibration text")
+        order, factor = inverse_factor(hessian, damping, what)
         dead = torch.diagonal(hessian) == 0
-        matrices = [
-            (name, weight, scale_candidates(weight, clip_range, percentiles, scale_floor))
-            for name, weight in weights.items()
-        ]
-        columns = torch.cat(
-            [w.float().masked_fill(dead, 0.0).T[order].repeat(1, len(s)) for _, w, s in matrices], dim=1
-        )
-        group = _Group(matrices, order, columns, factor)
+        scales = [scale_candidates(w, clip_range, percentiles, scale_floor) for w in weights.values()]
+        matrices = list(zip(weights, weights.values(), scales, strict=True))
+        ready = (w.float().masked_fill(dead, 0.0).T[order].repeat(1, len(s)) for _, w, s in matrices)
+        group = _Group(matrices, order, torch.cat(list(ready), dim=1), factor)
         waiting.setdefault(group.columns.shape, []).append(group)
         if not group.columns.is_cuda:
             results.update(_round_groups(waiting.pop(group.columns.shape), clip_range, block_size))
@@ -91,7 +86,6 @@ class _Group:
 
 
 def _round_groups(groups: Sequence[_Group], clip_range: int, block_size: int) -> dict[str, Coded]:
-    """Round groups of one shape together."""
     codes = round_columns(
         torch.stack([group.columns for group in groups]),
         torch.stack([torch.cat(group.scales).float() for group in groups]),
@@ -188,15 +182,11 @@ def round_columns(
             raise PgolfError(f"to round columns {tuple(work.shape)}, {needed}")
         return tensor
 
-    rule = _Rule(
-        clip_range=clip_range,
-        row_step=batched("row_step", row_step, width),
-        column_step=batched("column_step", column_step, total, default=1),
-        cost=None if cost is None else cost.float().contiguous(),
-        row_class=batched("row_class", row_class, width),
-        column_class=batched("column_class", column_class, total),
-        lam=torch.as_tensor(lam, dtype=torch.float32, device=work.device).expand(batch, width).contiguous(),
-    )
+    costs = None if cost is None else cost.float().contiguous()
+    steps = batched("row_step", row_step, width), batched("column_step", column_step, total, default=1)
+    classes = batched("row_class", row_class, width), batched("column_class", column_class, total)
+    prices = torch.as_tensor(lam, dtype=torch.float32, device=work.device).expand(batch, width).contiguous()
+    rule = _Rule(clip_range, *steps, costs, *classes, prices)
     rule.check(work)
     codes = _round_all(work, batched("factor", factor, total, total), rule, block_size, threads)
     return codes[0] if single else codes
@@ -248,10 +238,8 @@ class _Rule:
                 raise PgolfError(f"cost is {tuple(self.cost.shape)}, but it must be (classes, {COSTS})")
             ends = [(int(c.min()), int(c.max())) for c in (self.row_class, self.column_class)]
             if min(low for low, _ in ends) < 0 or sum(high for _, high in ends) >= len(self.cost):
-                raise PgolfError(
-                    f"row_class and column_class, in {ends[0]} and {ends[1]}, exceed the "
-                    f"{len(self.cost)} classes of cost"
-                )
+                given = f"row_class and column_class, in {ends[0]} and {ends[1]}"
+                raise PgolfError(f"{given}, exceed the {len(self.cost)} classes of cost")
 
     def codes(self, values: Tensor, column: int, own: Tensor) -> Tensor:
         """Choose codes, float32 (B, N), for the values (B, N) of a column; own (B, 1) is factor[i, i]."""
@@ -274,21 +262,11 @@ class _Rule:
     ) -> None:
         """Round columns `block` in C++: write codes (B, C, N), and replace values of `work` by errors."""
         for i in range(len(work)):
+            steps = self.row_step[i], self.column_step[i, block]
+            needed = work[i, block], codes[i, block], *steps, factor[i, block, block].contiguous()
             costs = {}
             if self.cost is not None:
-                costs = {
-                    "cost": self.cost.numpy(),
-                    "row_class": self.row_class[i].numpy(),
-                    "column_class": self.column_class[i, block].numpy(),
-                    "lam": self.lam[i].numpy(),
-                }
-            native.gptq_round_block(
-                work[i, block].numpy(),
-                codes[i, block].numpy(),
-                self.row_step[i].numpy(),
-                self.column_step[i, block].numpy(),
-                factor[i, block, block].contiguous().numpy(),
-                self.clip_range,
-                **costs,
-                threads=threads,
-            )
+                costs = {"cost": self.cost, "row_class": self.row_class[i], "lam": self.lam[i]}
+                costs["column_class"] = self.column_class[i, block]
+            arrays, named = [t.numpy() for t in needed], {name: t.numpy() for name, t in costs.items()}
+            native.gptq_round_block(*arrays, self.clip_range, **named, threads=threads)

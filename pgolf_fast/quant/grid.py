@@ -38,15 +38,13 @@ def row_clips(weight: Tensor, percentiles: Sequence[float]) -> Tensor:
     return torch.lerp(largest[(last - below).to(size.device)], largest[(last - above).to(size.device)], share)
 
 
-def scale_candidates(
-    weight: Tensor, clip_range: int, percentiles: Sequence[float], floor: bool
-) -> list[Tensor]:
-    """Return the distinct row scales, float16 (R,), of the percentiles, in their order.
+def scale_candidates(weight: Tensor, clip_range: int, shares: Sequence[float], floor: bool) -> list[Tensor]:
+    """Return the distinct row scales, float16 (R,), of the percentiles `shares`, in their order.
 
     With the floor, all rows below 1.0 get the same step, so there is often only one candidate.
     """
     candidates: list[Tensor] = []
-    for clip in row_clips(weight, percentiles):
+    for clip in row_clips(weight, shares):
         scale = row_scale(clip, clip_range, floor=floor)
         if not any(torch.equal(scale, other) for other in candidates):
             candidates.append(scale)
@@ -113,14 +111,12 @@ def check_matrix(weight: Tensor, name: str = "weight") -> None:
 
 
 class _Round(torch.autograd.Function):
-    """Round to step * (lowest..highest) + offset in at least float32; the gradient passes unchanged."""
+    """Round to step * (low..high) + offset in at least float32; the gradient passes unchanged."""
 
     @staticmethod
-    def forward(
-        ctx, weight: Tensor, step: Tensor, lowest: int, highest: int, offset: Tensor | None
-    ) -> Tensor:
+    def forward(ctx, weight: Tensor, step: Tensor, low: int, high: int, offset: Tensor | None) -> Tensor:
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        codes = torch.round((wide if offset is None else wide - offset) / step).clamp_(lowest, highest)
+        codes = torch.round((wide if offset is None else wide - offset) / step).clamp_(low, high)
         return (codes * step if offset is None else codes * step + offset).to(weight.dtype)
 
     @staticmethod
@@ -131,8 +127,7 @@ class _Round(torch.autograd.Function):
 def fake_quantize_rows(weight: Tensor, clip_range: int = 31, *, scale_floor: bool = True) -> Tensor:
     """Round `weight` (..., R, C) to its rows' grids, in its dtype; gradients pass straight through.
 
-    A row's step is max |row| / clip_range, with `scale_floor` at least 1 / clip_range. Codes run from
-    -clip_range - 1 to clip_range.
+    Steps are max |row| / clip_range, with `scale_floor` at least 1 / clip_range; codes from -clip_range - 1.
     """
     with torch.no_grad():
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))

@@ -29,6 +29,7 @@ from pgolf_fast.quant.calibration import Fisher, collect_fisher, collect_hessian
 from pgolf_fast.quant.gptq import inverse_factor, round_columns
 from pgolf_fast.quant.grid import check_matrix
 from pgolf_fast.quant.state import (
+    Matrices,
     QuantizedState,
     QuantizedTensor,
     Stored,
@@ -168,15 +169,10 @@ class RateDistortion:
         order, factor = inverse_factor(shared.hessian, shared.damping, ", ".join(names))
         pivots = torch.diagonal(factor)
         mean = pivots.log().mean().exp()
-        return _Group(
-            {name: len(weight) for name, weight in weights.items()},
-            torch.cat([weight.T[order] for weight in weights.values()], dim=1),
-            order,
-            factor,
-            torch.cat([fishers[name].rows for name in names]),
-            short_steps(pivots / mean),
-            mean.item(),
-        )
+        rows = {name: len(weight) for name, weight in weights.items()}
+        columns = torch.cat([weight.T[order] for weight in weights.values()], dim=1)
+        importance, steps = torch.cat([fishers[name].rows for name in names]), short_steps(pivots / mean)
+        return _Group(rows, columns, order, factor, importance, steps, mean.item())
 
     @property
     def weights(self) -> int:
@@ -216,9 +212,7 @@ class RateDistortion:
         done |= {name: to_float16(name, t) for name, t in self.tensors.items() if name not in done}
         return QuantizedState({name: done[name] for name in self.tensors})
 
-    def _quantize_group(
-        self, group: _Group, price: float, like: Mapping[str, Stored]
-    ) -> dict[str, QuantizedTensor]:
+    def _quantize_group(self, group: _Group, price: float, like: Mapping[str, Stored]) -> Matrices:
         shared = [t for t in (like.get(name) for name in group.names) if isinstance(t, QuantizedTensor)]
         column_step = group.column_steps(price)
         if shared and shared[0].column_scale is not None:
@@ -240,21 +234,17 @@ class RateDistortion:
         )
         original = group.order.argsort()
         column_scale = column_step[original].half().cpu()
-        parts = zip(
-            codes[original].T.cpu().split(group.rows), row_step.half().cpu().split(group.rows), strict=True
-        )
-        done = {
-            name: QuantizedTensor(c.contiguous(), scale, code_bits(c), column_scale.clone())
-            for name, (c, scale) in zip(group.names, parts, strict=True)
-        }
+        split, scales = (t.cpu().split(group.rows) for t in (codes[original].T, row_step.half()))
+        own = zip(group.names, split, scales, strict=True)
+        done = {n: QuantizedTensor(c.contiguous(), s, code_bits(c), column_scale.clone()) for n, c, s in own}
         if self.config.rank:
             error = group.columns - codes * row_step * column_step[:, None]
             errors, importances = error.split(group.rows, dim=1), group.importance.split(group.rows)
-            for name, own, importance in zip(group.names, errors, importances, strict=True):
+            for name, part, importance in zip(group.names, errors, importances, strict=True):
                 finer = like.get(name)
                 right = finer.low_rank[1] if isinstance(finer, QuantizedTensor) and finer.low_rank else None
                 if finer is None or right is not None:
-                    low_rank = self._correction(group, own, importance, price, right)
+                    low_rank = self._correction(group, part, importance, price, right)
                     done[name] = replace(done[name], low_rank=low_rank)
         return done
 
@@ -278,9 +268,8 @@ class RateDistortion:
             ordered = directions[:count] @ group.factor  # back from white to columns
             right = ordered[:, group.order.argsort()]
             right = short_floats(right / right.abs().amax(dim=1, keepdim=True)).half()
-        basis = torch.linalg.solve_triangular(
-            group.factor.T, right.to(error.device).float()[:, group.order].T, upper=False
-        )
+        columns = right.to(error.device).float()[:, group.order].T
+        basis = torch.linalg.solve_triangular(group.factor.T, columns, upper=False)
         left = torch.linalg.lstsq(basis, white.T).solution.T
         return short_floats(left).half().cpu(), right.cpu()
 

@@ -79,6 +79,7 @@ class QuantizedTensor:
 
 
 Stored = QuantizedTensor | Tensor
+Matrices = dict[str, QuantizedTensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +88,7 @@ class QuantizedState:
 
     tensors: dict[str, Stored]
 
-    def matrices(self) -> dict[str, QuantizedTensor]:
+    def matrices(self) -> Matrices:
         """Bank matrices alone."""
         return {n: t for n, t in self.tensors.items() if is_slot(n) and isinstance(t, QuantizedTensor)}
 
@@ -121,8 +122,7 @@ class QuantizedState:
     def from_named(cls, named: Tensors, bits: Mapping[str, Any]) -> QuantizedState:
         """Rebuild the state from `to_named()` and `bits()`.
 
-        Raises PgolfError for codes without a scale per row, column steps or corrections of another shape,
-        tensors that belong to no matrix, or bits outside 2 to 8.
+        Raises PgolfError for parts that are missing, misshapen or of no matrix, or bits outside 2 to 8.
         """
         tensors: dict[str, Stored] = {}
         for name, tensor in named.items():
@@ -221,8 +221,7 @@ def code_bits(codes: Tensor) -> int:
 
 def unbank(state: Tensors) -> dict[str, Tensor]:
     """Split banks into matrices under the community's names. Raises PgolfError if a bank is missing."""
-    missing = [name for name in BANK_NAMES if name not in state]
-    if missing:
+    if missing := [name for name in BANK_NAMES if name not in state]:
         raise PgolfError(f"the state has no {', '.join(missing)}: it is not a model with weight banks")
     split: dict[str, Tensor] = {}
     for bank in SLOTS:
@@ -231,11 +230,8 @@ def unbank(state: Tensors) -> dict[str, Tensor]:
 
 
 def _slots_of(name: str, bank: Tensor) -> dict[str, Tensor]:
-    """Views of a bank's matrices by unbanked name."""
-    layers = len(bank) // len(SLOTS[name])
-    return {
-        f"blocks.{i % layers}.{SLOTS[name][i // layers]}": matrix for i, matrix in enumerate(bank.unbind(0))
-    }
+    slots, layers = SLOTS[name], len(bank) // len(SLOTS[name])
+    return {f"blocks.{i % layers}.{slots[i // layers]}": matrix for i, matrix in enumerate(bank.unbind(0))}
 
 
 def rebank(tensors: Tensors) -> dict[str, Tensor]:
@@ -257,8 +253,7 @@ def quantize_state(state: Tensors, config: QuantConfig, hessians: Tensors | None
     """Quantize bank matrices and large tables of a state dict; store the rest as float16.
 
     hessians: from `collect_hessians`; used by method gptq only.
-    Raises PgolfError for non-finite values, gptq without Hessians, or grid rd, which needs a price (see
-    `RateDistortion`).
+    Raises PgolfError for non-finite values, gptq without Hessians, or grid rd (see `RateDistortion`).
     """
     if config.grid == "rd":
         raise PgolfError("grid rd needs a byte target: use `pgolf quantize --grid rd`")
@@ -292,32 +287,23 @@ def to_float16(name: str, tensor: Tensor) -> Tensor:
     return half.clone()
 
 
-def _quantize_slots(
-    tensors: Tensors, config: QuantConfig, hessians: Tensors | None
-) -> dict[str, QuantizedTensor]:
+def _quantize_slots(tensors: Tensors, config: QuantConfig, hessians: Tensors | None) -> Matrices:
     groups: dict[str, dict[str, Tensor]] = {}
     for name in filter(is_slot, tensors):
         groups.setdefault(group_of(name), {})[name] = tensors[name].detach()
     steps = progress(groups, f"quantize ({config.method})", unit="group")
-    clip_range, percentiles, floor = config.clip_range, config.percentiles, config.scale_floor
+    rule: dict[str, Any] = {"clip_range": config.clip_range, "percentiles": config.percentiles}
+    rule["scale_floor"] = config.scale_floor
     done: dict[str, Coded] = {}
     if config.method == "gptq":
         if missing := [group for group in groups if group not in (hessians or {})]:
             problem = f"quant.method gptq needs the Hessian {missing[0]}"
             raise PgolfError(f"{problem}: collect it, or use quant.method round")
-        done = gptq(
-            ((groups[group], hessians[group]) for group in steps if hessians),
-            clip_range=clip_range,
-            percentiles=percentiles,
-            scale_floor=floor,
-            block_size=config.block_size,
-            damping=config.damping,
-        )
+        pairs = ((groups[group], hessians[group]) for group in steps if hessians)
+        done = gptq(pairs, **rule, block_size=config.block_size, damping=config.damping)
     else:
         for name, weight in (item for group in steps for item in groups[group].items()):
-            done[name] = quantize_rows(
-                weight, clip_range=clip_range, percentiles=percentiles, scale_floor=floor, name=name
-            )
+            done[name] = quantize_rows(weight, **rule, name=name)
     return {n: QuantizedTensor(codes.cpu(), scale.cpu(), config.bits) for n, (codes, scale) in done.items()}
 
 
@@ -349,8 +335,7 @@ def bank_grids(quantized: QuantizedState) -> tuple[FixedGrid, ...]:
     offsets: dict[str, Tensor] = {}
     if any(matrix.low_rank is not None for matrix in matrices.values()):
         low = {name: matrix.correction() for name, matrix in matrices.items()}
-        offsets = rebank(
-            {n: torch.zeros(matrices[n].codes.shape) if x is None else x for n, x in low.items()}
-        )
+        full = {n: torch.zeros(matrices[n].codes.shape) if x is None else x for n, x in low.items()}
+        offsets = rebank(full)
     bits = max(matrix.bits for matrix in matrices.values())
     return tuple(FixedGrid(steps[n], 2 ** (bits - 1) - 1, offsets.get(n)) for n in BANK_NAMES)

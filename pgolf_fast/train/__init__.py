@@ -8,19 +8,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pgolf_fast.config.schema import RunConfig
     from pgolf_fast.train.loop import TrainResult
-    from pgolf_fast.train.track import TrackerName
+    from pgolf_fast.train.track import Tracking
 
 
 class _Train(ModuleType):
     # `pgolf_fast.train` names both this package and the public function. Python rebinds the attribute to the
     # package whenever a submodule is first imported, so the package itself must be callable.
     def __call__(
-        self,
-        config: "RunConfig",
-        out: str | Path,
-        *,
-        resume: bool = False,
-        track: "TrackerName | None" = None,
+        self, config: "RunConfig", out: str | Path, *, resume: bool = False, track: "Tracking" = None
     ) -> "TrainResult":
         """Train a configuration into a run folder; see `pgolf_fast.train.loop.train`."""
         from pgolf_fast.train.loop import train

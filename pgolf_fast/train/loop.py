@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,11 +25,10 @@ from pgolf_fast.io import save_tensors
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.model.runtime import choose_kernels, resolve_dtype
 from pgolf_fast.model.weights import load_weights
-from pgolf_fast.train.checkpoint import newest_checkpoint, save_checkpoint, write_setup
+from pgolf_fast.train import checkpoint as saved
 from pgolf_fast.train.interrupt import Interrupted, Interrupts
 from pgolf_fast.train.progress import StepClock, StepLog
-from pgolf_fast.train.resume import check_folder, newest_whole
-from pgolf_fast.train.track import Metrics, TrackerName, need_tracker, open_tracker
+from pgolf_fast.train.track import Metrics, Tracking, need_tracker, open_tracker
 from pgolf_fast.train.trainer import NonFiniteError, PendingStep, Trainer
 
 
@@ -43,8 +43,7 @@ class TrainResult:
     raw: Score
     averaged: Score
     is_main: bool
-    unfinished: tuple[str, ...] = ()
-    """What of its schedule the run did not reach."""
+    unfinished: tuple[str, ...] = ()  # what of its schedule the run did not reach
     keeps_raw: bool = False
     """The folder keeps the raw weights, which a Reptile phase made, and not the average it started from."""
 
@@ -66,9 +65,7 @@ class TrainResult:
         return console.Table(None, self.rows()).text()
 
 
-def train(
-    config: RunConfig, out: Path, *, resume: bool = False, track: TrackerName | None = None
-) -> TrainResult:
+def train(config: RunConfig, out: Path, *, resume: bool = False, track: Tracking = None) -> TrainResult:
     """Train `config` into the folder `out`. With `resume`, continue from its newest whole checkpoint, if any.
 
     With `track`, send metrics to that tracker too. Raises PgolfError for a folder that holds another run or
@@ -83,7 +80,7 @@ def train(
             raise PgolfError(f"{out} is a file: choose another --out")
         folder = RunFolder(out)
         with _locked(folder, world):
-            changed = check_folder(folder, config, resume)
+            changed = saved.check_folder(folder, config, resume)
             world.barrier()  # every rank has read the folder before one of them writes
             console.setup_logging(folder.log_file if world.is_main else None, quiet=not world.is_main)
             try:
@@ -111,22 +108,17 @@ def build_model(config: RunConfig, source: Source, world: World) -> GPT:
 
 def _resolved(config: RunConfig, world: World) -> RunConfig:
     """Return `config` with everything that depends on the machine decided: config.json has what ran."""
-    dtype = str(resolve_dtype(config.train.compute_dtype, world.device)).removeprefix("torch.")
-    cuda = world.device.type == "cuda"
-    micro = min(config.train.micro_batch_tokens, config.train.batch_tokens // world.world_size)
-    if config.train.batch_tokens % (micro * world.world_size) or micro % config.train.seq_len:
+    c, ranks, cuda = config.train, world.world_size, world.device.type == "cuda"
+    micro = min(c.micro_batch_tokens, c.batch_tokens // ranks)
+    if c.batch_tokens % (micro * ranks) or micro % c.seq_len:
         raise PgolfError(
-            f"train.batch_tokens {config.train.batch_tokens} cannot be split into {world.world_size} "
-            f"ranks of whole micro-batches of {micro} tokens (sequences of {config.train.seq_len}): change "
-            "train.micro_batch_tokens or the number of processes"
+            f"train.batch_tokens {c.batch_tokens} cannot be split into {ranks} ranks of whole micro-batches "
+            f"of {micro} tokens (sequences of {c.seq_len}): change train.micro_batch_tokens or the number of "
+            "processes"
         )
-    train = replace(
-        config.train,
-        compute_dtype=dtype,  # type: ignore[arg-type]  # one of Dtype by construction
-        compile=cuda if config.train.compile is None else config.train.compile,
-        cuda_graph=bool(config.train.cuda_graph) and cuda,
-        micro_batch_tokens=micro,
-    )
+    dtype: Any = str(resolve_dtype(c.compute_dtype, world.device)).removeprefix("torch.")
+    compile, graph = cuda if c.compile is None else c.compile, bool(c.cuda_graph) and cuda
+    train = replace(c, compute_dtype=dtype, compile=compile, cuda_graph=graph, micro_batch_tokens=micro)
     return absolute(replace(config, train=train))
 
 
@@ -167,10 +159,9 @@ class _Run:
         self.trainer = Trainer(self.model, config, self.loader, world)
         self.metrics = Metrics(console.MetricsWriter(folder.metrics_file if world.is_main else None))
         self.log, self.clock = StepLog(config.train, world), StepClock()
-        self.unsaved = False
-        """Whether the state is between two steps and newer than every checkpoint."""
+        self.unsaved = False  # whether the state is between two steps and newer than every checkpoint
 
-    def run(self, resume: bool, changed: list[str], track: TrackerName | None) -> TrainResult:
+    def run(self, resume: bool, changed: list[str], track: Tracking) -> TrainResult:
         try:
             self._start(resume, changed)
             if track is not None and self.world.is_main:
@@ -179,7 +170,7 @@ class _Run:
             self._steps()
             return self._finish()
         except NonFiniteError as error:
-            good = newest_checkpoint(self.folder.checkpoints)
+            good = saved.newest_checkpoint(self.folder.checkpoints)
             raise PgolfError(
                 f"training stopped: {error}. Last good checkpoint: {good or 'none yet'}. "
                 "Resume with lower optim.matrix_lr and optim.embed_lr, or with train.compute_dtype float32: "
@@ -201,7 +192,7 @@ class _Run:
 
     def _kept(self) -> str:
         """Return what is kept of the run, and the command that continues it."""
-        newest, command = newest_checkpoint(self.folder.checkpoints), self.folder.resume_command()
+        newest, command = saved.newest_checkpoint(self.folder.checkpoints), self.folder.resume_command()
         if newest is None:
             anew = f": `{command}` starts anew" if self.folder.config_file.is_file() else ""
             return f"there is no checkpoint yet{anew}"
@@ -219,7 +210,7 @@ class _Run:
             f"{t.micro_steps} micro-batches, {c.train.compute_dtype} on {self.world.device.type}, "
             f"{self.world.world_size} process(es)"
         )
-        checkpoint = newest_whole(self.folder, c) if resume else None
+        checkpoint = saved.newest_whole(self.folder, c) if resume else None
         if checkpoint is None and resume:
             console.logger.info(f"{self.folder.path} has no checkpoint to resume from: training starts anew")
         kept, tokenizer = self.folder.tokenizer_file, self.source.tokenizer.path
@@ -228,7 +219,7 @@ class _Run:
         self.world.barrier()  # every rank has read the folder before one of them writes
         if checkpoint is None and self.world.is_main:
             self.folder.retire(self.folder.model_file)
-            write_setup(self.folder, c, self.source)
+            saved.write_setup(self.folder, c, self.source)
         if c.train.compile:
             console.logger.info("compiling: %d warm-up steps whose effect is undone", c.train.warmup_steps)
             t.warm_up(c.train.warmup_steps)
@@ -238,7 +229,7 @@ class _Run:
         if self.world.is_main:  # settings and data have passed all checks
             for path in checkpoint.damaged:  # new checkpoints would be taken for older than these
                 path.replace(path.with_name(f"{path.name}.damaged"))
-            write_setup(self.folder, c, self.source)
+            saved.write_setup(self.folder, c, self.source)
         self.log.start_at(t.step, t.elapsed)
         self.metrics.write("resume", step=t.step, checkpoint=checkpoint.path.name, changed=changed)
         console.logger.info("resumed from %s at step %d", checkpoint.path, t.step)
@@ -280,11 +271,9 @@ class _Run:
     def _agree(self, seconds: float) -> tuple[float, int]:
         """Return the main rank's seconds, and a signal if any rank got one, else 0, on every rank."""
         stop = self.stop.number
-        if self.world.world_size > 1:
-            ours = [seconds if self.world.is_main else 0.0, float(stop > 0)]
-            seconds, stopped = self.world.sum_(torch.tensor(ours, dtype=torch.float64)).tolist()
-            stop = stop or (signal.SIGTERM if stopped else 0)
-        return seconds, stop
+        ours = [seconds if self.world.is_main else 0.0, float(stop > 0)]
+        seconds, stopped = self.world.sum_(torch.tensor(ours, dtype=torch.float64)).tolist()
+        return seconds, stop or (signal.SIGTERM if stopped else 0)
 
     def _done(self) -> bool:
         t, c = self.trainer, self.config.train
@@ -293,8 +282,7 @@ class _Run:
     def _read(self, pending: PendingStep, before: float, after: float, *, last: bool) -> None:
         """Wait for a step's numbers and write them down."""
         result = pending.result()
-        triggered = self.trainer.observe(result, before)
-        if triggered:
+        if triggered := self.trainer.observe(result, before):
             reason = "training loss has stopped improving; the learning rate decays from here"
             console.logger.info(f"step {result.step}: {reason}")
         self.metrics.write("step", **vars(result), elapsed=after, decay_triggered=triggered)
@@ -328,7 +316,7 @@ class _Run:
         if self.world.is_main:
             t = self.trainer
             metadata = {**t.metadata(), "config": run_config_to_dict(self.config)}
-            save_checkpoint(self.folder.checkpoints, t.step, t.tensors(), metadata)
+            saved.save_checkpoint(self.folder.checkpoints, t.step, t.tensors(), metadata)
 
     def _validate(self, weights: str) -> Score:
         """Score the model. A signal ends this at once, unless other ranks would wait for this one."""
@@ -350,16 +338,14 @@ class _Run:
         if t.rates is not None:
             console.logger.info("slot rates of the inner step: %s", t.rates.summary())
         raw = self._validate(self._raw_name)
-        weights, name = {n: v.clone() for n, v in self.model.state_dict().items()}, self._raw_name
-        average = {name: value.to(self.world.device) for name, value in t.average.final().items()}
-        load_weights(self.model, average, "the average")
+        weights = {name: value.clone() for name, value in self.model.state_dict().items()}
+        load_weights(self.model, t.average.final(), "the average")
         averaged = self._validate(self._average_name)
         if t.in_reptile:  # it started from the average, and its weights are the final ones
             load_weights(self.model, weights, "the last step")
-        else:
-            name = self._average_name
         if self.world.is_main:
             self.folder.retire(*self.folder.products)
+            name = self._raw_name if t.in_reptile else self._average_name
             metadata = {"step": t.step, "weights": name, "config": run_config_to_dict(self.config)}
             save_tensors(self.folder.model_file, self.model.state_dict(), metadata)
             console.logger.info("wrote %s", self.folder.model_file)
@@ -376,10 +362,8 @@ class _Run:
         t, c = self.trainer, self.config.train
         texts = []
         if not t.schedule.over(t.step, t.elapsed):
-            rate = t.schedule.multiplier(t.step, t.elapsed)
-            texts.append(
-                f"before the learning-rate decay of train.schedule {c.schedule} ended, at x{rate:.3f}"
-            )
+            rate = f"x{t.schedule.multiplier(t.step, t.elapsed):.3f}"
+            texts.append(f"before the learning-rate decay of train.schedule {c.schedule} ended, at {rate}")
         if c.qat is not None and not t.qat:
             texts.append("before quantization-aware training (train.qat) began")
         if t.reptile is not None and not t.in_reptile:

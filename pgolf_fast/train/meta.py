@@ -8,11 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from pgolf_fast.config.schema import MetaConfig
-from pgolf_fast.model.bank import BANK_NAMES, make_banks
+from pgolf_fast.data.loader import Batch
+from pgolf_fast.model.bank import BANK_NAMES, Banks, make_banks
 from pgolf_fast.model.gpt import GPT
-
-# (tokens, targets), each (B, T)
-Batch = tuple[Tensor, Tensor]
 
 
 class SlotRates(nn.Module):
@@ -74,19 +72,18 @@ def meta_step(
     steps = inner_gradients(model, inner, config)
     with torch.no_grad():
         scaled = steps if rates is None else rates.scale(steps)
-        stepped = [
-            torch.sub(master, step, alpha=config.inner_lr).to(model.compute_dtype)
-            for master, step in zip(masters, scaled, strict=True)
-        ]
+        pairs = zip(masters, scaled, strict=True)
+        stepped = [torch.sub(m, s, alpha=config.inner_lr).to(model.compute_dtype) for m, s in pairs]
     # rates need the gradient of this loss alone, without what the training batch has accumulated
     received = gradients if rates is None else [torch.zeros_like(gradient) for gradient in gradients]
-    weight = config.weight + config.delta_weight
-    after = _add_gradients(model, outer, stepped, received, weight * loss_scale)
+    factor = (config.weight + config.delta_weight) * loss_scale
+    after = _add_gradients(model, outer, _banks(model, stepped, received), factor)
     if rates is not None:
         rates.receive(received, steps, config.inner_lr)
         torch._foreach_add_(gradients, received)
     if config.delta_weight:
-        _add_gradients(model, outer, list(masters), gradients, -config.delta_weight * loss_scale)
+        before = _banks(model, list(masters), gradients)
+        _add_gradients(model, outer, before, -config.delta_weight * loss_scale)
     return after
 
 
@@ -98,11 +95,9 @@ def halves(tokens: Tensor, targets: Tensor, *, across_batch: bool) -> tuple[Batc
     return (x, y), (outer_x, outer_y)
 
 
-def _add_gradients(
-    model: GPT, batch: Batch, weights: list[Tensor], gradients: list[Tensor], factor: float
-) -> Tensor:
-    """Return the loss at these banks, and differentiate `factor` times it; `gradients` are the banks'."""
-    loss = model.loss(*batch, make_banks(_compute(model, weights), gradients))
+def _add_gradients(model: GPT, batch: Batch, banks: Banks, factor: float) -> Tensor:
+    """Return the loss at these banks, and differentiate `factor` times it."""
+    loss = model.loss(*batch, banks)
     (loss * factor).backward()
     return loss.detach()
 
@@ -124,7 +119,7 @@ def inner_gradients(model: GPT, inner: Batch, config: MetaConfig) -> list[Tensor
 def bank_gradients(model: GPT, batch: Batch, weights: list[Tensor], frozen: int) -> list[Tensor]:
     """Return the loss's gradients by these banks, zero in the first `frozen` blocks; change nothing else."""
     gradients = [torch.zeros_like(weight) for weight in weights]
-    banks = make_banks(_compute(model, weights), gradients)
+    banks = _banks(model, weights, gradients)
     torch.autograd.backward(model.loss(*batch, banks), inputs=list(banks.weights()))
     for gradient in gradients:
         for start in range(0, len(gradient), model.config.num_layers):
@@ -132,5 +127,5 @@ def bank_gradients(model: GPT, batch: Batch, weights: list[Tensor], frozen: int)
     return gradients
 
 
-def _compute(model: GPT, weights: list[Tensor]) -> list[Tensor]:
-    return [weight.detach().to(model.compute_dtype) for weight in weights]
+def _banks(model: GPT, weights: list[Tensor], gradients: list[Tensor]) -> Banks:
+    return make_banks([weight.detach().to(model.compute_dtype) for weight in weights], gradients)

@@ -53,7 +53,8 @@ class StepLog:
         """Count a step, and log the line if it is due."""
         step, c = result.step, self.config
         self._tokens += result.tokens
-        waited = time.monotonic() - self._line >= (10 if sys.stderr.isatty() else 60)
+        limit = 10.0 if sys.stderr.isatty() else 60.0  # more lines where somebody watches them
+        waited = time.monotonic() - self._line >= limit
         if not (step == 1 or step % c.log_every == 0 or last or waited):
             return
         self._line = time.monotonic()
@@ -61,6 +62,7 @@ class StepLog:
         pace, rate = seconds / max(steps, 1), self._tokens / max(seconds, 1e-9)
         self._since, self._tokens = (step, elapsed), 0
         phase = "reptile" if result.reptile else f"lr x{result.multiplier:.3f}"
+        phase, peak = phase + ("  int6" if result.qat else ""), peak_memory_mib(self.world)
         place, left = f"{step}/{c.steps}", (c.steps - step) * pace
         if c.max_seconds is not None:
             left = max(0.0, min(left, c.max_seconds - elapsed))
@@ -68,10 +70,8 @@ class StepLog:
                 share = min(1.0, elapsed / c.max_seconds)
                 place = f"{step}, {100 * share:.0f} % of {console.duration(c.max_seconds)}"
         console.logger.info(
-            f"step {place}  loss {result.loss:.4f}  {phase}"
-            f"{'  int6' if result.qat else ''}  {rate:,.0f} tok/s  {1e3 * pace:.0f} ms/step  "
-            f"{console.duration(elapsed)} elapsed, ETA {console.duration(left)}  "
-            f"{peak_memory_mib(self.world)} MiB"
+            f"step {place}  loss {result.loss:.4f}  {phase}  {rate:,.0f} tok/s  {1e3 * pace:.0f} ms/step  "
+            f"{console.duration(elapsed)} elapsed, ETA {console.duration(left)}  {peak} MiB"
         )
 
 

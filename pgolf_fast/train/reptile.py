@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pgolf_fast import ops
 from pgolf_fast.config.schema import ReptileConfig
+from pgolf_fast.data.loader import Batch
 from pgolf_fast.model.bank import transformed
 from pgolf_fast.model.gpt import GPT
 
@@ -34,37 +35,27 @@ class Reptile:
     """Reptile on the MLP matrices of a model's last blocks."""
 
     def __init__(self, model: GPT, config: ReptileConfig):
-        self.model, self.config = model, config
-        layers = model.config.num_layers
-        self.first = layers - config.blocks(layers)
-        """The first block that is trained."""
+        self.model, self.config, layers = model, config, model.config.num_layers
+        self.first = layers - config.blocks(layers)  # the first block that is trained
+        self.banks = [model.mlp_up_bank, model.mlp_down_bank]  # that have trained slots
 
-    def banks(self) -> list[nn.Parameter]:
-        """Return the banks that have trained slots."""
-        return [self.model.mlp_up_bank, self.model.mlp_down_bank]
-
-    def adapt(self, batches: Iterable[tuple[Tensor, Tensor]], rounding: Rounding | None) -> InnerSteps:
+    def adapt(self, batches: Iterable[Batch], rounding: Rounding | None) -> InnerSteps:
         """Make one SGD step for each batch of (tokens, targets), (B, T), without changing the model.
 
         `rounding` is the fake quantization that forward applies to the banks, or None.
         """
-        ends = [bank.detach()[self.first :].clone() for bank in self.banks()]
+        ends = [bank.detach()[self.first :].clone() for bank in self.banks]
         gradients = [torch.zeros_like(end) for end in ends]
         losses, norms = [], []
-        for tokens, targets in batches:
+        for batch in batches:
             torch._foreach_zero_(gradients)  # in place: one buffer for all inner steps
-            losses.append(self._add_gradients(tokens, targets, ends, gradients, rounding))
+            losses.append(self._add_gradients(batch, ends, gradients, rounding))
             norms.append(nn.utils.get_total_norm(gradients))
             torch._foreach_add_(ends, gradients, alpha=-self.config.inner_lr)
         return InnerSteps(ends, torch.stack(losses).double().mean(), torch.stack(norms).double().mean())
 
     def _add_gradients(
-        self,
-        tokens: Tensor,
-        targets: Tensor,
-        weights: list[Tensor],
-        gradients: list[Tensor],
-        rounding: Rounding | None,
+        self, batch: Batch, weights: list[Tensor], gradients: list[Tensor], rounding: Rounding | None
     ) -> Tensor:
         """Return the loss at these weights of the trained slots, and add only their gradients."""
         model = self.model
@@ -81,12 +72,12 @@ class Reptile:
             slot, (grad_up, grad_down) = layer - self.first, gradients
             return ops.mlp(x, up, down, slot, activation, grad_up=grad_up, grad_down=grad_down)
 
-        loss = model.token_losses(tokens, targets, banks, mlp=mlp).mean()
+        loss = model.token_losses(*batch, banks, mlp=mlp).mean()
         torch.autograd.backward(loss, inputs=[up, down])
         return loss.detach()
 
     @torch.no_grad()
     def move(self, ends: list[Tensor]) -> None:
         """Make the outer step, `weights += outer_lr * (ends - weights)`."""
-        for bank, end in zip(self.banks(), ends, strict=True):
+        for bank, end in zip(self.banks, ends, strict=True):
             bank[self.first :].lerp_(end, self.config.outer_lr)

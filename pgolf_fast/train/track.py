@@ -1,9 +1,10 @@
 """Metrics of a run: always metrics.jsonl, and a tracker if one is asked for."""
 
+import contextlib
 import importlib
 import re
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Literal
 
 from pgolf_fast import console
@@ -14,6 +15,7 @@ from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import write_text
 
 TrackerName = Literal["wandb", "tensorboard"]
+Tracking = TrackerName | None
 
 
 class Tracker:
@@ -30,18 +32,12 @@ class WandbTracker(Tracker):
         import wandb
 
         known = folder.path / "wandb_id.txt"
-        name = known.read_text(encoding="utf-8").strip() if known.is_file() else uuid.uuid4().hex[:8]
-        self._run = wandb.init(
-            project="pgolf",
-            name=folder.path.name,
-            id=name,
-            resume="allow",
-            dir=str(folder.path),
-            config=dict(flatten(config)),
-        )
+        run = known.read_text(encoding="utf-8").strip() if known.is_file() else uuid.uuid4().hex[:8]
+        place, settings = {"name": folder.path.name, "dir": str(folder.path)}, dict(flatten(config))
+        self._run = wandb.init(project="pgolf", id=run, resume="allow", config=settings, **place)
         # wandb's own step only grows, and it would drop steps that are repeated after an interruption
         self._run.define_metric("*", step_metric="step")
-        write_text(known, name + "\n")
+        write_text(known, run + "\n")
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self._run.log({"step": step, **values})
@@ -68,12 +64,6 @@ class TensorBoardTracker(Tracker):
         self._writer.close()
 
 
-_TRACKERS: dict[TrackerName, Callable[[RunConfig, RunFolder, int], Tracker]] = {
-    "wandb": WandbTracker,
-    "tensorboard": TensorBoardTracker,
-}
-
-
 def need_tracker(name: TrackerName) -> None:
     """Raise PgolfError naming what to install if the tracker's package is missing."""
     try:
@@ -87,7 +77,8 @@ def need_tracker(name: TrackerName) -> None:
 def open_tracker(name: TrackerName, config: RunConfig, folder: RunFolder, first_step: int) -> Tracker:
     """Start the tracker with the run's configuration. Raises PgolfError if it does not start."""
     try:
-        return _TRACKERS[name](config, folder, first_step)
+        made = WandbTracker if name == "wandb" else TensorBoardTracker
+        return made(config, folder, first_step)
     except Exception as error:
         raise PgolfError(f"{name} did not start ({_first_line(error)}): fix this or drop --track") from error
 
@@ -108,24 +99,23 @@ class Metrics:
         """Write a line of this kind, and track its numbers once it is on disk."""
         self._lines.write(kind, step=step, **values)
         numbers = dict(self._numbers(kind, values))
-        try:
+        with self._or_dropped():
             if numbers:
                 self._tracker.log(step, numbers)
-        except Exception as error:  # noqa: BLE001 - no tracker may stop a run
-            self._drop_tracker(error)
 
     def close(self) -> None:
         self._lines.close()
-        try:
+        with self._or_dropped():
             self._tracker.close()
-        except Exception as error:  # noqa: BLE001 - the run is over and its files are complete
-            self._drop_tracker(error)
 
-    def _drop_tracker(self, error: Exception) -> None:
-        self._tracker = Tracker()
-        console.logger.warning(
-            "tracking stopped (%s); training continues, and metrics.jsonl has everything", _first_line(error)
-        )
+    @contextlib.contextmanager
+    def _or_dropped(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - no tracker may stop a run or its end
+            self._tracker = Tracker()
+            reason = f"tracking stopped ({_first_line(error)})"
+            console.logger.warning("%s; training continues, and metrics.jsonl has everything", reason)
 
     def _numbers(self, kind: str, values: dict[str, object]) -> Iterator[tuple[str, float]]:
         """Yield the numbers of a line as (group/name, value), and the throughput of a training step."""

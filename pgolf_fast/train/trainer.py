@@ -15,7 +15,7 @@ from pgolf_fast.distributed import World
 from pgolf_fast.model.bank import Banks
 from pgolf_fast.model.compiled import CapturedStep, compiled
 from pgolf_fast.model.gpt import GPT
-from pgolf_fast.model.weights import load_weights
+from pgolf_fast.model.weights import Tensors, load_weights
 from pgolf_fast.optim.average import WeightAverage
 from pgolf_fast.optim.optimizer import Optimizer
 from pgolf_fast.optim.schedule import Schedule
@@ -30,8 +30,7 @@ class MicroStep:
     """Adds the gradients of `scale * loss` to the model's gradients and returns the loss, detached.
 
     With `cuda_graph` it replays a capture, which depends on the addresses of the banks and their gradients
-    and on the shape of the batch: any change of these makes a new one. The returned loss is then overwritten
-    by the next call.
+    and on the batch's shape: any change makes a new one. The next call then overwrites the returned loss.
     """
 
     def __init__(self, model: GPT, scale: float, *, cuda_graph: bool = False):
@@ -112,12 +111,16 @@ class Trainer:
         train = config.train
         self.rates = SlotRates(model) if train.meta is not None and train.meta.slot_rates else None
         self.reptile = None if train.reptile is None else Reptile(model, train.reptile)
-        self.reptile_from: int | None = None
-        """Steps before the Reptile phase, once it has begun."""
+        self.reptile_from: int | None = None  # steps before the Reptile phase, once it has begun
         self.optimizer = Optimizer(model, config.optim, world, self._rates())
         self.schedule = Schedule(train)
         self.average = WeightAverage(model, config.average)
         self.micro_steps = max(1, train.batch_tokens // (train.micro_batch_tokens * world.world_size))
+        self.tokens_per_step = self.micro_steps * train.micro_batch_tokens * world.world_size
+        """Tokens of a step before the Reptile phase, over all ranks."""
+        sequences = 0 if train.reptile is None else train.reptile.inner_steps * train.reptile.batch_seqs
+        self.tokens_per_outer_step = sequences * train.seq_len * world.world_size
+        """Tokens of a step of the Reptile phase, over all ranks."""
         loss = partial(model.loss, z_loss=train.z_loss) if train.z_loss else model.loss
         self.loss_function: LossFunction = compiled(loss) if train.compile else loss
         self.micro_step = MicroStep(model, 1 / self.micro_steps, cuda_graph=bool(train.cuda_graph))
@@ -127,8 +130,7 @@ class Trainer:
     def launch(self) -> PendingStep:
         """Launch one optimizer step without waiting for the GPU.
 
-        On the CPU a non-finite number raises NonFiniteError before any update. On a GPU the update is made,
-        and `PendingStep.result` raises.
+        A non-finite number raises NonFiniteError: on the CPU here, before any update, else in the result.
         """
         if self.reptile is not None and (self.in_reptile or self.schedule.over(self.step, self.elapsed)):
             return self._outer_step(self.reptile)
@@ -163,37 +165,18 @@ class Trainer:
         return self.reptile_from is not None
 
     @property
-    def tokens_per_step(self) -> int:
-        """Tokens of a step before the Reptile phase, over all ranks."""
-        return self.micro_steps * self.config.train.micro_batch_tokens * self.world.world_size
-
-    @property
-    def tokens_per_outer_step(self) -> int:
-        """Tokens of a step of the Reptile phase, over all ranks."""
-        train = self.config.train
-        sequences = 0 if train.reptile is None else train.reptile.inner_steps * train.reptile.batch_seqs
-        return sequences * train.seq_len * self.world.world_size
-
-    @property
     def tokens(self) -> int:
         """Tokens of all steps so far, over all ranks."""
         plain = self.step if self.reptile_from is None else self.reptile_from
         return plain * self.tokens_per_step + (self.step - plain) * self.tokens_per_outer_step
 
-    def _pending(
-        self, loss: Tensor, norm: Tensor, meta_loss: Tensor | None, multiplier: float
-    ) -> PendingStep:
+    def _pending(self, loss: Tensor, norm: Tensor, meta: Tensor | None, multiplier: float) -> PendingStep:
         """Start reading the step's numbers, averaged over ranks; on the CPU they must be finite."""
-        numbers = (loss, norm, torch.zeros_like(loss) if meta_loss is None else meta_loss)
-        known = StepResult(
-            step=self.step + 1,
-            tokens=self.tokens_per_outer_step if self.in_reptile else self.tokens_per_step,
-            multiplier=multiplier,
-            qat=self.qat,
-            reptile=self.in_reptile,
-        )
+        numbers = (loss, norm, torch.zeros_like(loss) if meta is None else meta)
+        tokens = self.tokens_per_outer_step if self.in_reptile else self.tokens_per_step
+        known = StepResult(self.step + 1, tokens, multiplier, self.qat, self.in_reptile)
         means = self.world.mean_(torch.stack([number.double() for number in numbers]))
-        pending = PendingStep(known, means, has_meta_loss=meta_loss is not None)
+        pending = PendingStep(known, means, has_meta_loss=meta is not None)
         if self.world.device.type == "cpu":
             pending.result()
         return pending
@@ -202,7 +185,7 @@ class Trainer:
         """Make one step of the Reptile phase, which leaves schedule, optimizer and averages unchanged."""
         if not self.in_reptile:
             load_weights(self.model, self.average.final(), "the average")
-            self._start_reptile(self.step)
+            self._start_reptile(reptile, self.step)
         batches = (self._next_batch() for _ in range(reptile.config.inner_steps))
         inner = reptile.adapt(batches, self._rounding())
         for end in inner.ends:
@@ -212,23 +195,20 @@ class Trainer:
         self.step += 1
         return pending
 
-    def _start_reptile(self, step: int) -> None:
-        assert self.reptile is not None
+    def _start_reptile(self, reptile: Reptile, step: int) -> None:
         self.reptile_from = step
         # batches of another size from here on, also after a resume
-        self.loader.set_batch(self.reptile.config.batch_seqs * self.config.train.seq_len)
+        self.loader.set_batch(reptile.config.batch_seqs * self.config.train.seq_len)
 
     def _next_batch(self) -> tuple[Tensor, Tensor]:
-        tokens, targets = self.loader.next_batch()
-        device = self.world.device
-        return tokens.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        tokens, targets = (t.to(self.world.device, non_blocking=True) for t in self.loader.next_batch())
+        return tokens, targets
 
     def _rounding(self) -> Callable[[Tensor], Tensor] | None:
         """Return the fake quantization that forward applies to the banks, or None while it is off."""
-        qat = self.config.train.qat
-        if not self.qat or qat is None or not qat.banks:
-            return None
-        return make_fake(self.config.quant.bits, self.config.quant.scale_floor)
+        qat, quant = self.config.train.qat, self.config.quant
+        on = self.qat and qat is not None and qat.banks
+        return make_fake(quant.bits, quant.scale_floor) if on else None
 
     def _accumulate(self) -> tuple[Tensor, Tensor, Tensor]:
         """Add the gradients of the whole batch; return its mean loss here, and the last micro-batch."""
@@ -273,19 +253,11 @@ class Trainer:
 
     def metadata(self) -> dict[str, Any]:
         """Return everything else that a step changes, as JSON values."""
-        return {
-            "step": self.step,
-            "elapsed": self.elapsed,
-            "qat": self.qat,
-            "swa_count": self.average.swa_count,
-            "reptile_from": self.reptile_from,
-            "schedule": self.schedule.state_dict(),
-            "loader": self.loader.state(),
-        }
+        clock = {"step": self.step, "elapsed": self.elapsed, "qat": self.qat}
+        phase = {"swa_count": self.average.swa_count, "reptile_from": self.reptile_from}
+        return {**clock, **phase, "schedule": self.schedule.state_dict(), "loader": self.loader.state()}
 
-    def restore(
-        self, tensors: dict[str, Tensor], metadata: dict[str, Any], origin: str = "the snapshot"
-    ) -> None:
+    def restore(self, tensors: Tensors, metadata: dict[str, Any], origin: str = "the snapshot") -> None:
         """Continue from `tensors` and `metadata`. Raises PgolfError if they belong to another model."""
         weights = {name[6:]: value for name, value in tensors.items() if name.startswith("model.")}
         load_weights(self.model, weights, origin)
@@ -294,7 +266,7 @@ class Trainer:
         self.optimizer.load_state(tensors)
         self.average.load_state(tensors, metadata["swa_count"])
         self.schedule.load_state(metadata["schedule"])
-        if metadata["reptile_from"] is not None:
-            self._start_reptile(metadata["reptile_from"])
+        if self.reptile is not None and metadata["reptile_from"] is not None:
+            self._start_reptile(self.reptile, metadata["reptile_from"])
         self.loader.load_state(metadata["loader"])
         self.step, self.elapsed, self.qat = metadata["step"], metadata["elapsed"], metadata["qat"]

@@ -256,7 +256,7 @@ def test_ranks_share_the_work_of_the_phase_and_of_rates(data, tmp_path):
         "kept, adapt, finish = {}, Reptile.adapt, loop._Run._finish\n"
         "def watched(self, *rest):\n"
         "    inner = adapt(self, *rest)\n"
-        "    for name, end, bank in zip(('up', 'down'), inner.ends, self.banks()):\n"
+        "    for name, end, bank in zip(('up', 'down'), inner.ends, self.banks):\n"
         "        kept[f'end.{name}'] = end.clone()\n"
         "        kept[f'base.{name}'] = bank.detach()[self.first:].clone()\n"
         "    return inner\n"

@@ -19,9 +19,8 @@ from pgolf_fast.data.shards import find_shards, write_shard
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import load_tensors, save_tensors
 from pgolf_fast.train import loop
-from pgolf_fast.train.checkpoint import checkpoints
+from pgolf_fast.train.checkpoint import check_folder, checkpoints, newest_whole
 from pgolf_fast.train.loop import train
-from pgolf_fast.train.resume import check_folder, newest_whole
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,8 +37,7 @@ class Adapter(ABC):
     """A model that gives losses, and learns from what was scored.
 
     The protocol calls `score` for all windows of a chunk, on a CPU from several threads in parallel, and then
-    `adapt` once; never after the last chunk. Every rank calls `adapt` with the same tokens and must arrive at
-    the same weights.
+    `adapt` once; never after the last chunk. Every rank adapts with the same tokens to the same weights.
     """
 
     trainable: int = 0  # count of the numbers that adapt
@@ -114,22 +114,9 @@ def adamw_(
     Gradients are divided by `divisor` first. Decay is decoupled (Loshchilov and Hutter 2017).
     """
     parameters, grads, means, squares = tensors
-    torch._fused_adamw_(
-        parameters,
-        grads,
-        means,
-        squares,
-        [],
-        [step] * len(parameters),
-        lr=lr,
-        beta1=config.momentum,
-        beta2=config.beta2,
-        weight_decay=config.weight_decay,
-        eps=ADAM_EPS,
-        amsgrad=False,
-        maximize=False,
-        grad_scale=divisor,
-    )
+    rule: dict[str, Any] = {"lr": lr, "beta1": config.momentum, "beta2": config.beta2, "eps": ADAM_EPS}
+    rule |= {"weight_decay": config.weight_decay, "amsgrad": False, "maximize": False, "grad_scale": divisor}
+    torch._fused_adamw_(parameters, grads, means, squares, [], [step] * len(parameters), **rule)
 
 
 class Frozen(Adapter):

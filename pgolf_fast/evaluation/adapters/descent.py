@@ -5,6 +5,7 @@ from abc import abstractmethod
 from dataclasses import replace
 from functools import partial
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +26,8 @@ def trainable_parameters(model: GPT, config: TTTConfig) -> list[nn.Parameter]:
         return [model.mlp_up_bank, model.mlp_down_bank]
     frozen = tuple(f"blocks.{i}." for i in range(config.freeze_blocks))
     names = ("",) if config.parameters == "all" else (*BANK_NAMES, "blocks.", "skip_weights")
-    return [
-        p for name, p in model.named_parameters() if name.startswith(names) and not name.startswith(frozen)
-    ]
+    named = model.named_parameters()
+    return [p for name, p in named if name.startswith(names) and not name.startswith(frozen)]
 
 
 def moving_slots(tensor: Tensor, num_layers: int, frozen: int) -> list[Tensor]:
@@ -51,8 +51,7 @@ class Descent(Learner):
     """Clipped gradient steps on the parameters of a `borrowed` model (PR 1501).
 
     Each chunk is passed over `epochs` times in batches of sequences, in order, without a shorter last one.
-    Optimizer state is kept across chunks. Gradients go to gradient banks; forward reads copies that are
-    written once per update. Nothing synchronizes with a GPU.
+    Optimizer state is kept across chunks. Forward reads copies written at each update. Nothing awaits a GPU.
     """
 
     MOMENTS: tuple[str, ...]
@@ -83,10 +82,8 @@ class Descent(Learner):
         self.trainable, self.updates = sum(p.numel() for p in self._parameters), 0
         self._moments = {name: [torch.zeros_like(p) for p in self._parameters] for name in self.MOMENTS}
         self._lr, self._step_number = torch.zeros(2, device=model.qo_bank.device).unbind()
-        kept = self._grid is None and all(m.dtype == model.compute_dtype for m in masters)
-        self._weights = [
-            m.detach() if kept else m.detach().to(model.compute_dtype, copy=True) for m in masters
-        ]
+        copied = self._grid is not None or any(m.dtype != model.compute_dtype for m in masters)
+        self._weights = [m.detach().to(model.compute_dtype, copy=copied) for m in masters]
         self._refresh()
         self._banks = make_banks(self._weights, [m.grad for m in masters if m.grad is not None])
         self._loss = compiled(model.loss) if compile else model.loss
@@ -176,19 +173,11 @@ class SGD(Descent):
     MOMENTS = ("momentum",)
 
     def _rule(self, parameters: Tensors, grads: Tensors, moments: list[Tensors], divisor: Tensor) -> None:
-        torch._fused_sgd_(
-            parameters,
-            grads,
-            moments[0] if self.config.momentum else [],
-            weight_decay=0.0,
-            momentum=self.config.momentum,
-            lr=self._lr,
-            dampening=0.0,
-            nesterov=False,
-            maximize=False,
-            is_first_step=False,  # zero momentum gives the same first step
-            grad_scale=divisor,
-        )
+        buffers = moments[0] if self.config.momentum else []
+        rule: dict[str, Any] = {"momentum": self.config.momentum, "lr": self._lr, "grad_scale": divisor}
+        rule |= {"weight_decay": 0.0, "dampening": 0.0, "nesterov": False, "maximize": False}
+        # zero momentum gives the same first step
+        torch._fused_sgd_(parameters, grads, buffers, **rule, is_first_step=False)
 
 
 class AdamW(Descent):

@@ -3,11 +3,8 @@
 A first pass finds the windows of the highest loss, low-rank changes of the last MLPs are trained on these,
 and a second pass scores all windows. So tokens are learned from before they are scored, against condition 3
 of the challenge's issue 1017. For measurement only; never submit it: `pgolf eval` requires --allow-illegal,
-and `pgolf audit` fails it. It bypasses the ledger of `evaluation.protocol`, through which every other adapter
-learns.
+and `pgolf audit` fails it. Unlike every other adapter it bypasses the ledger of `evaluation.protocol`.
 """
-
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -17,8 +14,7 @@ from torch import Tensor
 from pgolf_fast import ops
 from pgolf_fast.config.ttt import GuidedConfig, TTTConfig
 from pgolf_fast.evaluation.adapters.base import Adapter, Learner, Scored, Tensors, freeze
-from pgolf_fast.evaluation.protocol import Chunk, score_and_adapt
-from pgolf_fast.evaluation.resume import SavedState
+from pgolf_fast.evaluation.protocol import Chunks, Saved, score_and_adapt
 from pgolf_fast.evaluation.score import Score, Scorer
 from pgolf_fast.evaluation.windows import plain_windows
 from pgolf_fast.model.bank import Transform
@@ -81,12 +77,7 @@ class ErrorGuided(Learner):
 
 
 def learn_and_score(
-    config: GuidedConfig,
-    adapter: Adapter,
-    scorer: Scorer,
-    chunks: Sequence[Chunk],
-    what: str,
-    saved: SavedState | None = None,
+    config: GuidedConfig, adapter: Adapter, scorer: Scorer, chunks: Chunks, what: str, saved: Saved = None
 ) -> list[Score]:
     """Run both passes in place of `protocol.score_and_adapt`. Every rank runs the first pass by itself.
 

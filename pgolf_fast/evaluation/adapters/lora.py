@@ -29,15 +29,9 @@ _SEED = 1337
 def matrices(config: ModelConfig) -> dict[str, tuple[int, int, int]]:
     """Return the count and size (out, in) of each kind of matrix that changes."""
     n, d, kv = config.num_layers, config.model_dim, config.kv_dim
-    return {
-        "q": (n, d, d),
-        "k": (n, kv, d),
-        "v": (n, kv, d),
-        "o": (n, d, d),
-        "up": (n, config.mlp_up_rows, d),
-        "down": (n, d, config.mlp_hidden),
-        "head": (1, config.vocab_size, d),
-    }
+    attention = {"q": (n, d, d), "k": (n, kv, d), "v": (n, kv, d), "o": (n, d, d)}
+    mlp = {"up": (n, config.mlp_up_rows, d), "down": (n, d, config.mlp_hidden)}
+    return {**attention, **mlp, "head": (1, config.vocab_size, d)}
 
 
 def fresh_factors(config: ModelConfig, rank: int, documents: int, device: torch.device) -> Factors:
@@ -63,17 +57,11 @@ def changed_losses(
         return torch.baddbmm(F.linear(x, weight), x @ a[:, layer].mT, b[:, layer].mT)
 
     def attention(layer: int, x: Tensor, value_embed: Tensor | None) -> Tensor:
-        n = config.num_layers
+        n, gain, xsa = config.num_layers, model.block(layer).attn.q_gain, model.uses_xsa(layer)
+        q = linear(x[:, -last:] if layer == n - 1 else x, banks.qo[layer], "q", layer)
+        k, v = linear(x, banks.kv[layer], "k", layer), linear(x, banks.kv[n + layer], "v", layer)
         context = attend(
-            linear(x[:, -last:] if layer == n - 1 else x, banks.qo[layer], "q", layer),
-            linear(x, banks.kv[layer], "k", layer),
-            linear(x, banks.kv[n + layer], "v", layer),
-            model.block(layer).attn.q_gain,
-            cos,
-            sin,
-            num_kv_heads=config.num_kv_heads,
-            xsa=model.uses_xsa(layer),
-            value_embed=value_embed,
+            q, k, v, gain, cos, sin, num_kv_heads=config.num_kv_heads, xsa=xsa, value_embed=value_embed
         )
         return linear(context, banks.qo[n + layer], "o", layer)
 
@@ -191,14 +179,11 @@ class Phased(Adapter):
         self.updates = self._stream.updates + self._documents.updates
 
     def state(self) -> dict[str, Tensor]:
-        return {
-            f"{kind}.{name}": tensor
-            for kind, part in self._parts.items()
-            for name, tensor in part.state().items()
-        }
+        states = {kind: part.state().items() for kind, part in self._parts.items()}
+        return {f"{kind}.{name}": tensor for kind, own in states.items() for name, tensor in own}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         for kind, part in self._parts.items():
-            own = [name for name in state if name.startswith(f"{kind}.")]
-            part.load_state({name.removeprefix(f"{kind}."): state[name] for name in own})
+            own = {name.partition(".")[2]: t for name, t in state.items() if name.startswith(f"{kind}.")}
+            part.load_state(own)
         self.updates = self._stream.updates + self._documents.updates

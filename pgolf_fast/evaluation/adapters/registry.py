@@ -17,17 +17,8 @@ from pgolf_fast.model.bank import Transform
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.quant.grid import fake_int6
 
-# Windows in the order in which they are scored, and chunks of them
-Plan = tuple[Windows, list[Chunk]]
-
-
-KINDS: dict[str, Callable[..., Adapter]] = {
-    "sgd": SGD,
-    "adamw": AdamW,
-    "lora": Lora,
-    "phased": Phased,
-    "error_guided": ErrorGuided,
-}
+KINDS: dict[str, Callable[..., Adapter]] = {"sgd": SGD, "adamw": AdamW, "lora": Lora, "phased": Phased}
+KINDS["error_guided"] = ErrorGuided
 
 
 def make_adapter(
@@ -35,13 +26,12 @@ def make_adapter(
 ) -> Adapter:
     """Return the configured adapter of a `borrowed` model; arguments are those of `Descent`.
 
-    Low-rank changes ignore the options. Adapters that break the rules are made like any other:
-    `need_legal` guards their use.
+    Low-rank changes ignore the options. `need_legal` guards the use of adapters that break the rules.
     """
     return KINDS[config.adapter](model, config, seq_len, grid, **options)
 
 
-def adapting_chunks(windows: Windows, stream: Stream, config: TTTConfig) -> Plan:
+def adapting_chunks(windows: Windows, stream: Stream, config: TTTConfig) -> tuple[Windows, list[Chunk]]:
     """Return the windows in the order in which the configured adapter has them scored, and its chunks."""
     if config.adapter == "error_guided":
         return windows, [Chunk(0, len(windows), (0,), stream.num_targets)]
