@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pgolf_fast.artifact import codecs
+from pgolf_fast.config.checks import need
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import atomic_path
 
@@ -213,8 +214,7 @@ def _encode(
 
 
 def _need_room(number: int, limit: int, what: str) -> None:
-    if number > limit:
-        raise PgolfError(f"{number} {what} do not fit into an artifact: the limit is {limit} {what}")
+    need(number <= limit, f"{number} {what} do not fit into an artifact: the limit is {limit} {what}")
 
 
 def _raw_header(config: bytes, tensors: Sequence[TensorRecord], sections: Sequence[SectionSize]) -> bytes:

@@ -22,6 +22,7 @@ from jinja2 import Environment, StrictUndefined
 import pgolf_fast
 from pgolf_fast.artifact.container import sizes
 from pgolf_fast.artifact.load import unpack
+from pgolf_fast.config.checks import need
 from pgolf_fast.config.fields import flatten
 from pgolf_fast.config.presets import preset
 from pgolf_fast.config.run_folder import RunFolder, read_scores
@@ -186,8 +187,7 @@ def _scores(folder: RunFolder, config: RunConfig, digest: str) -> dict[str, Any]
     path = folder.need(folder.path / "scores_artifact.json", "eval")
     scores = read_scores(path)
     again = f"run `{command('eval', folder.path)}` again"
-    if scores.get("artifact_sha256") != digest:
-        raise PgolfError(f"{path} holds the scores of another artifact: {again}")
+    need(scores.get("artifact_sha256") == digest, f"{path} holds the scores of another artifact: {again}")
     for group in ("eval", "ttt"):
         if scores.get(group) != asdict(getattr(config, group)):
             raise PgolfError(

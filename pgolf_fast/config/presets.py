@@ -7,7 +7,7 @@ authors' descriptions (docs/systems.md); most start from `baseline`, the challen
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from pgolf_fast.config.checks import did_you_mean
+from pgolf_fast.config.checks import did_you_mean, need
 from pgolf_fast.config.fields import flip, with_fields
 from pgolf_fast.config.schema import AverageConfig, ModelConfig, RunConfig, TrainConfig
 from pgolf_fast.config.ttt import TTTConfig, adapters
@@ -188,8 +188,7 @@ SIZES = {
 
 def shrink(base: RunConfig, size: str) -> RunConfig:
     """Return `base` at one of SIZES, named like the size if `base` is exp101, else `<base>_<size>`."""
-    if size not in SIZES:
-        raise PgolfError(f"unknown size {size!r}: sizes are {', '.join(SIZES)}")
+    need(size in SIZES, f"unknown size {size!r}: sizes are {', '.join(SIZES)}")
     to = SIZES[size]
     model, train = _shrink_model(base.model, to), _shrink_train(base.train, to)
     small = _changed(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pgolf_fast import console
+from pgolf_fast.config.checks import need
 from pgolf_fast.config.fields import run_config_from_dict, run_config_to_dict
 from pgolf_fast.config.presets import is_preset
 from pgolf_fast.config.schema import RunConfig
@@ -151,10 +152,8 @@ class RunFolder:
         """Return the configuration of the run. Raises PgolfError if this is not a run folder."""
         if self._config is not None:
             return self._config
-        if not self.config_file.is_file():
-            raise PgolfError(
-                f"{self.path} is not a run folder: it has no config.json; give the --out of a training run"
-            )
+        why = f"{self.path} is not a run folder: it has no config.json; give the --out of a training run"
+        need(self.config_file.is_file(), why)
         values = read_json(self.config_file)
         try:
             config = run_config_from_dict(values)

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from pgolf_fast import console
+from pgolf_fast.config.checks import need
 from pgolf_fast.data.manifest import write_manifest
 from pgolf_fast.data.shards import write_shard
 from pgolf_fast.data.tokenizer import ByteTable, Tokenizer, byte_table, scored_bytes, train_tokenizer
@@ -238,13 +239,11 @@ def ngram_floors(
     for fewer than two tokens, ids outside the vocabulary, or validation tokens without any text.
     """
     for name, tokens in (("training", train_tokens), ("validation", val_tokens)):
-        if len(tokens) < 2:
-            raise PgolfError(f"{len(tokens)} {name} tokens are too few to count pairs of; give at least 2")
+        need(len(tokens) >= 2, f"{len(tokens)} {name} tokens are too few to count pairs of; give at least 2")
         if int(tokens.max()) >= vocab_size:
             raise PgolfError(f"{name} tokens hold id {int(tokens.max())}, but vocab_size is {vocab_size}")
     count_bytes = scored_bytes(table, val_tokens)
-    if count_bytes == 0:
-        raise PgolfError("the validation tokens have no text at all: give files with text in them")
+    need(count_bytes != 0, "the validation tokens have no text at all: give files with text in them")
     unigram = np.bincount(train_tokens, minlength=vocab_size).astype(np.float64) + 1.0
     unigram /= unigram.sum()
     previous, current = val_tokens[:-1].astype(np.int64), val_tokens[1:].astype(np.int64)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pgolf_fast import console
+from pgolf_fast.config.checks import need
 from pgolf_fast.data.manifest import write_manifest
 from pgolf_fast.data.shards import open_shard
 from pgolf_fast.data.tokenizer import Tokenizer
@@ -61,16 +62,14 @@ def download(
         raise PgolfError(
             "downloading needs the huggingface_hub package: pip install 'pgolf-fast[hub]'"
         ) from error
-    if train_shards < 0:
-        raise PgolfError(f"train_shards is {train_shards}; it must be 0 or more")
+    need(train_shards >= 0, f"train_shards is {train_shards}; it must be 0 or more")
     folder, staging = Path(out), Path(out) / ".download"  # one file system, for os.replace
     api = huggingface_hub.HfApi(endpoint=endpoint)
     with _hub_errors(f"dataset {repo_id} at {api.endpoint}"):
         commit = api.dataset_info(repo_id, revision=revision).sha
         if commit is None:
-            raise PgolfError(
-                f"{api.endpoint} does not say which commit {revision} of {repo_id} is; try a commit"
-            )
+            what = f"which commit {revision} of {repo_id} is"
+            raise PgolfError(f"{api.endpoint} does not say {what}; try a commit")
     remotes = _choose(api, repo_id, commit, dataset, train_shards, folder)
     for remote in console.progress(remotes, "downloading", unit="file"):
         wanted = (checksums or {}).get(remote.target.name)
@@ -138,13 +137,9 @@ def _choose(
         raise PgolfError(f"{repo_id} has no dataset {name}: expected in datasets/{name}; try sp1024")
     val = [r for r in shards if fnmatch(r.target.name, "*_val_*.bin")]
     train = [r for r in shards if fnmatch(r.target.name, "*_train_*.bin")]
-    if not val:
-        raise PgolfError(f"{repo_id} has no validation shard in datasets/{name}; try another dataset")
-    if len(train) < train_shards:
-        raise PgolfError(
-            f"{repo_id} has {len(train)} training shards in datasets/{name}, but {train_shards} were asked "
-            f"for: ask for {len(train)} or fewer"
-        )
+    need(val, f"{repo_id} has no validation shard in datasets/{name}; try another dataset")
+    hint = f"but {train_shards} were asked for: ask for {len(train)} or fewer"
+    need(len(train) >= train_shards, f"{repo_id} has {len(train)} training shards in datasets/{name}, {hint}")
     number = re.sub(r"\D", "", dataset)
     models = _list(api, repo_id, commit, f"{root}tokenizers", out / "tokenizers")
     models = [r for r in models if fnmatch(r.target.name, f"*_{number}_*.model")]

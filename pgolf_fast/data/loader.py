@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pgolf_fast.config.checks import need
 from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.data.shards import BOS_ID, HEADER_BYTES, Shard, check_tokens, raise_bad_token
 from pgolf_fast.errors import PgolfError
@@ -34,8 +35,7 @@ class TokenStream:
     kind = "sequential"
 
     def __init__(self, shards: Sequence[Shard], *, vocab_size: int | None = None):
-        if not shards:
-            raise PgolfError("no shards to read tokens from: give at least one")
+        need(shards, "no shards to read tokens from: give at least one")
         self.shards, self.vocab_size = list(shards), vocab_size
         self._starts = np.cumsum([0, *(shard.num_tokens for shard in shards)])
         self._states = [_state(os.stat(shard.path)) for shard in self.shards]
@@ -122,11 +122,8 @@ class DocumentStream(TokenStream):
         self._seed = seed
         firsts = zip(self.shards, self._starts, strict=False)
         begins = np.concatenate([shard.document_starts() + int(first) for shard, first in firsts])
-        if not len(begins):
-            raise PgolfError(
-                f"no document starts (token id {BOS_ID}) in {self.shards[0].path.parent}: "
-                "the shuffled loader needs them; use data.loader sequential or tokenize with BOS"
-            )
+        hint = "the shuffled loader needs them; use data.loader sequential or tokenize with BOS"
+        need(len(begins), f"no document starts (token id {BOS_ID}) in {self.shards[0].path.parent}: {hint}")
         # tokens before the first BOS are a document too
         self._begins = begins if begins[0] == 0 else np.concatenate([[0], begins])
         self._lengths = np.diff(self._begins, append=self.total)
@@ -175,10 +172,8 @@ class Loader:
         # after the batches returned so far; the stream itself is one batch ahead
         self._position = stream.position
         self.set_batch(micro_batch_tokens)
-        if not 0 <= rank < world_size:
-            raise PgolfError(
-                f"rank {rank} does not exist: with world_size {world_size} it is 0 to {world_size - 1}"
-            )
+        why = f"rank {rank} does not exist: with world_size {world_size} it is 0 to {world_size - 1}"
+        need(0 <= rank < world_size, why)
         if stream.total < seq_len + 1:
             raise PgolfError(
                 f"sequence longer than data: the training shards have {stream.total} tokens, but one "
@@ -235,10 +230,8 @@ class Loader:
                 )
         position = state.get("position")
         if not isinstance(position, int) or position < 0:
-            raise PgolfError(
-                f"cannot resume the data: its position is {position!r}, not a number of tokens; "
-                "the checkpoint is damaged"
-            )
+            what = f"its position is {position!r}, not a number of tokens"
+            raise PgolfError(f"cannot resume the data: {what}; the checkpoint is damaged")
         self._discard()
         self._stream.seek(position)
         self._position = self._stream.position

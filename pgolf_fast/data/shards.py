@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 
+from pgolf_fast.config.checks import need
 from pgolf_fast.console import logger
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import atomic_path
@@ -65,12 +66,8 @@ def open_shard(path: Path | str) -> Shard:
             f"{path} is not a token shard: its first word is {magic}, a shard has {MAGIC}; "
             "make shards with `pgolf data tokenize` or `pgolf data download`"
         )
-    if version != VERSION:
-        raise PgolfError(f"{path} is a shard of version {version}; only version {VERSION} can be read")
-    if count <= 0:
-        raise PgolfError(
-            f"{path} holds {count} tokens; a shard needs at least one: remove it or make it again"
-        )
+    need(version == VERSION, f"{path} is a shard of version {version}; only version {VERSION} can be read")
+    need(count > 0, f"{path} holds {count} tokens; a shard needs at least one: remove it or make it again")
     expected = HEADER_BYTES + 2 * count
     if size != expected:
         raise PgolfError(
@@ -101,12 +98,9 @@ def raise_bad_token(shard: Shard, start: int, block: np.ndarray, vocab_size: int
 def write_shard(path: Path | str, tokens: np.ndarray) -> Shard:
     """Write ids, integers of shape (n,) from 0 to 65535, as a shard, atomically."""
     tokens = np.asarray(tokens)
-    if tokens.ndim != 1 or tokens.size == 0:
-        raise PgolfError(
-            f"cannot write {path}: got an array of shape {tokens.shape}; give at least one token, in one row"
-        )
-    if tokens.dtype.kind not in "iu":
-        raise PgolfError(f"cannot write {path}: got {tokens.dtype} values; token ids are integers")
+    why = f"cannot write {path}: got an array of shape {tokens.shape}; give at least one token, in one row"
+    need(tokens.ndim == 1 and tokens.size != 0, why)
+    need(tokens.dtype.kind in "iu", f"cannot write {path}: got {tokens.dtype} values; token ids are integers")
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high > 0xFFFF:
         raise PgolfError(f"cannot write {path}: token ids run from {low} to {high}; a shard holds 0 to 65535")

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from pgolf_fast import console
+from pgolf_fast.config.checks import need
 from pgolf_fast.config.schema import DataConfig
 from pgolf_fast.data.corpus import build_corpus
 from pgolf_fast.data.manifest import check_manifest
@@ -152,11 +153,8 @@ def describe(folder: Path | str, tokenizer: Tokenizer) -> list[ShardInfo]:
     splits: tuple[Split, ...] = ("train", "val")
     paths = [(path, split) for split in splits for path in shard_paths(folder, split)]
     warn_of_others(folder)
-    if not paths:
-        raise PgolfError(
-            f"no *_train_*.bin or *_val_*.bin shard in {folder}: make some with `pgolf data tokenize` "
-            "or `pgolf data download`"
-        )
+    hint = "make some with `pgolf data tokenize` or `pgolf data download`"
+    need(paths, f"no *_train_*.bin or *_val_*.bin shard in {folder}: {hint}")
     for path, split in console.progress(paths, "reading", unit="shard"):
         shard = open_shard(path)
         check_tokens(shard, tokenizer.vocab_size)

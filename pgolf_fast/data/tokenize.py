@@ -23,6 +23,7 @@ from typing import IO, Any
 import numpy as np
 
 from pgolf_fast import console
+from pgolf_fast.config.checks import need
 from pgolf_fast.data.manifest import write_manifest
 from pgolf_fast.data.shards import BOS_ID, Split, shard_paths, write_shard
 from pgolf_fast.data.tokenizer import ByteTable, Tokenizer, byte_table, scored_bytes, train_tokenizer
@@ -60,10 +61,8 @@ def tokenize_files(
     on the training documents. Raises `PgolfError` for bad input, and writes no shards then.
     """
     start = time.monotonic()
-    if shard_tokens < 1:
-        raise PgolfError(f"shard_tokens is {shard_tokens}; it must be at least 1")
-    if workers is not None and workers < 1:
-        raise PgolfError(f"workers is {workers}; it must be at least 1")
+    need(shard_tokens >= 1, f"shard_tokens is {shard_tokens}; it must be at least 1")
+    need(workers is None or workers >= 1, f"workers is {workers}; it must be at least 1")
     if not 1 <= vocab_size <= 1 << 16:
         raise PgolfError(f"vocab_size is {vocab_size}; shards hold ids of 16 bits, so it must be 1 to 65536")
     paths, folder = expand(files), Path(out)
@@ -140,8 +139,7 @@ def _check_folder(folder: Path) -> None:
         raise PgolfError(
             f"{folder} already holds shards ({old[0].name}): remove them or choose another folder"
         )
-    if not os.access(folder, os.W_OK):
-        raise PgolfError(f"cannot write to {folder}: make it writable or choose another folder")
+    need(os.access(folder, os.W_OK), f"cannot write to {folder}: make it writable or choose another folder")
 
 
 class _Writer:
@@ -330,20 +328,15 @@ def make_plan(files: Sequence[Path], val_fraction: float | None, val_docs: int |
     if None not in (val_docs, val_fraction):
         raise PgolfError(f"val_docs {val_docs} and val_fraction {val_fraction} are two splits: give one")
     share = 0.05 if val_fraction is None else val_fraction
-    if not 0 <= share <= 1:
-        raise PgolfError(f"val_fraction is {share}; it must be from 0 to 1")
+    need(0 <= share <= 1, f"val_fraction is {share}; it must be from 0 to 1")
     count, lowest, highest, last = 0, _HASHES, -1, ""
     for last in console.progress(chain.from_iterable(map(read_documents, files)), "reading", unit="doc"):
         value = _hash(last)
         count, lowest, highest = count + 1, min(lowest, value), max(highest, value)
-    if count == 0:
-        raise PgolfError(f"empty corpus: no text in {_names(files)}; give files with text in them")
+    need(count != 0, f"empty corpus: no text in {_names(files)}; give files with text in them")
     if val_docs is not None:
-        if not 0 <= val_docs <= count:
-            raise PgolfError(
-                f"val_docs is {val_docs:,}, but {_names(files)} hold {count:,} documents: give more text, or "
-                f"0 to {count:,}"
-            )
+        hint = f"but {_names(files)} hold {count:,} documents: give more text, or 0 to {count:,}"
+        need(0 <= val_docs <= count, f"val_docs is {val_docs:,}, {hint}")
         return Plan(count, f"first {val_docs:,} documents", first=val_docs)
     threshold, rule = int(share * _HASHES), f"{share:g} of the documents, by the hash of their text"
     if share in (0, 1):
@@ -355,10 +348,8 @@ def make_plan(files: Sequence[Path], val_fraction: float | None, val_docs: int |
                 "for validation: give more text, or val_fraction 0"
             )
         return Plan(count, f"last {share:g} of the only document", cut=1 - share)
-    if lowest == highest:
-        raise PgolfError(
-            f"all {count} documents in {_names(files)} are the same: nothing is left for validation"
-        )
+    why = f"all {count} documents in {_names(files)} are the same: nothing is left for validation"
+    need(lowest != highest, why)
     return Plan(count, rule, threshold=min(max(threshold, lowest + 1), highest))
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pgolf_fast.config.checks import need
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import write_bytes
 
@@ -46,10 +47,8 @@ class Tokenizer:
         from sentencepiece import SentencePieceProcessor
 
         path = Path(path)
-        if not path.is_file():
-            raise PgolfError(
-                f"tokenizer {path} does not exist: give a SentencePiece .model file with --data.tokenizer"
-            )
+        why = f"tokenizer {path} does not exist: give a SentencePiece .model file with --data.tokenizer"
+        need(path.is_file(), why)
         processor = SentencePieceProcessor()
         try:
             processor.LoadFromSerializedProto(path.read_bytes())
@@ -79,19 +78,15 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids`; control tokens have none. Raises `PgolfError` for an unknown id."""
-        wrong = [i for i in ids if not 0 <= i < self.vocab_size]
-        if wrong:
-            raise PgolfError(
-                f"token id {wrong[0]} does not exist: tokenizer {self.path} has {self.vocab_size} pieces"
-            )
+        wrong = next((i for i in ids if not 0 <= i < self.vocab_size), None)
+        why = f"token id {wrong} does not exist: tokenizer {self.path} has {self.vocab_size} pieces"
+        need(wrong is None, why)
         return str(self._processor.decode([int(i) for i in ids]))
 
     def encode_document(self, text: str) -> list[int]:
         """Return BOS and the tokens of `text`. Raises `PgolfError` if the model has no BOS."""
-        if self.bos_id < 0:
-            raise PgolfError(
-                f"tokenizer {self.path} has no BOS piece, which starts each document: use one that has"
-            )
+        why = f"tokenizer {self.path} has no BOS piece, which starts each document: use one that has"
+        need(self.bos_id >= 0, why)
         return [self.bos_id, *self.encode(text)]
 
     def piece(self, token: int) -> str:
@@ -166,11 +161,9 @@ def target_bytes(table: ByteTable, prev_ids: np.ndarray, target_ids: np.ndarray)
     prev_ids, target_ids = np.asarray(prev_ids), np.asarray(target_ids)
     size = len(table.base_bytes)
     for ids in (prev_ids, target_ids):
+        hint = f"but the tokenizer has {size} pieces: use the tokenizer the shards were made with"
         if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < size:
-            raise PgolfError(
-                f"token ids run from {int(ids.min())} to {int(ids.max())}, but the tokenizer has {size} "
-                "pieces: use the tokenizer the shards were made with"
-            )
+            raise PgolfError(f"token ids run from {int(ids.min())} to {int(ids.max())}, {hint}")
     space = table.has_leading_space[target_ids] & ~table.is_boundary[prev_ids]
     return table.base_bytes[target_ids].astype(np.int64) + space
 
@@ -235,8 +228,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, prefix_path: Path | s
 
     path = Path(f"{prefix_path}.model")
     sentences = list(_sentences(texts))  # not lazily: SentencePiece would hide an error of the iterator
-    if not sentences:
-        raise PgolfError(f"cannot train tokenizer {path}: the text is empty; give files with text in them")
+    need(sentences, f"cannot train tokenizer {path}: the text is empty; give files with text in them")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
