@@ -1,5 +1,6 @@
 """Configurations as JSON and as dotted fields, strictly: unknown fields and wrong types are errors."""
 
+import contextlib
 import dataclasses
 import difflib
 import types
@@ -138,7 +139,6 @@ def without_none(hint: Any) -> Any:
 
 
 def _convert(hint: Any, value: object, where: str) -> Any:
-    """Return a plain value as the type of its field. Raises PgolfError if it is of another type."""
     inner = without_none(hint)
     origin, options = typing.get_origin(inner), typing.get_args(inner)
     if value is None and inner is not hint:
@@ -171,8 +171,6 @@ def _parse(hint: Any, text: str, name: str) -> object:
     if inner is bool and text.lower() in ("true", "false"):
         return text.lower() == "true"
     if inner in (int, float):
-        try:
+        with contextlib.suppress(ValueError):
             return inner(text)
-        except ValueError:
-            return text
     return text

@@ -11,7 +11,6 @@ from pgolf_fast.config.checks import did_you_mean, need
 from pgolf_fast.config.fields import flip, with_fields
 from pgolf_fast.config.schema import AverageConfig, ModelConfig, RunConfig, TrainConfig
 from pgolf_fast.config.ttt import TTTConfig, adapters
-from pgolf_fast.errors import PgolfError
 
 
 def _changed(base: RunConfig, name: str, **groups: str) -> RunConfig:
@@ -158,9 +157,8 @@ def preset(name: str, /, **fields: object) -> RunConfig:
     fields: changes, with `__` between groups: preset("tiny", train__steps=10, data__path="shards").
     Raises PgolfError for an unknown name, suggesting the nearest, or an unknown field.
     """
-    if not is_preset(name):
-        hint = did_you_mean(name, PRESETS)
-        raise PgolfError(f"unknown preset {name!r}: {hint}presets are {', '.join(PRESETS)}")
+    hint = did_you_mean(name, PRESETS)
+    need(is_preset(name), f"unknown preset {name!r}: {hint}presets are {', '.join(PRESETS)}")
     parent, _, size = name.rpartition("_")
     return with_fields(PRESETS[name]() if name in PRESETS else shrink(PRESETS[parent](), size), fields)
 

@@ -131,11 +131,8 @@ class MetaConfig:
     def __post_init__(self) -> None:
         checks.need_positive("train.meta", self, "every", "sam_radius")
         checks.need_not_negative("train.meta", self, "inner_lr", "weight", "freeze_blocks", "delta_weight")
-        need(
-            self.weight + self.delta_weight > 0,
-            "train.meta.weight and train.meta.delta_weight are both 0, so a meta step would change nothing: "
-            "raise one, or pass --train.meta none",
-        )
+        idle = "train.meta.weight and train.meta.delta_weight are both 0, so a meta step would change nothing"
+        need(self.weight + self.delta_weight > 0, f"{idle}: raise one, or pass --train.meta none")
         for name in ("delta_weight", "slot_rates"):
             why = f"train.meta.inner_lr is 0, so nothing adapts: train.meta.{name} needs it positive"
             need(self.inner_lr > 0 or not getattr(self, name), why)
@@ -244,10 +241,8 @@ class TrainConfig:
         checks.need_multiple("train", self, "micro_batch_tokens", "seq_len")
         checks.need_multiple("train", self, "batch_tokens", "micro_batch_tokens")
         checks.need_either("train", self, "warmdown_steps", "warmdown_fraction")
-        endless = self.schedule == "time" and self.max_seconds is None
-        need(
-            not endless, "train.schedule 'time' needs train.max_seconds; set it, or use train.schedule steps"
-        )
+        endless = "train.schedule 'time' needs train.max_seconds; set it, or use train.schedule steps"
+        need(self.schedule != "time" or self.max_seconds is not None, endless)
         odd = f"train.meta splits sequences in halves: train.seq_len {self.seq_len} must be even"
         need(self.meta is None or self.seq_len % 2 == 0, odd)
         if self.reptile is not None and self.schedule != "time":

@@ -23,15 +23,12 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 REPO_ID = "willdepueoai/parameter-golf"
-_ROOTS = ("datasets/", "")
-"""Parents of the folders `datasets` and `tokenizers` in a repository."""
+_ROOTS = ("datasets/", "")  # parents of the folders `datasets` and `tokenizers` in a repository
 _BLOCK = 1 << 22
 
 
 @dataclass(frozen=True)
 class _Remote:
-    """A file of the repository and its local target."""
-
     path: str
     size: int
     sha256: str | None
@@ -59,9 +56,8 @@ def download(
     try:
         import huggingface_hub
     except ImportError as error:
-        raise PgolfError(
-            "downloading needs the huggingface_hub package: pip install 'pgolf-fast[hub]'"
-        ) from error
+        why = "downloading needs the huggingface_hub package: pip install 'pgolf-fast[hub]'"
+        raise PgolfError(why) from error
     need(train_shards >= 0, f"train_shards is {train_shards}; it must be 0 or more")
     folder, staging = Path(out), Path(out) / ".download"  # one file system, for os.replace
     api = huggingface_hub.HfApi(endpoint=endpoint)
@@ -100,10 +96,8 @@ def _accept(staged: Path, remote: _Remote) -> None:
             fault = str(error)
     if fault is not None:
         staged.unlink(missing_ok=True)
-        raise PgolfError(
-            f"{remote.path} arrived corrupt and was removed: {fault}; run the download again, "
-            "and if it fails the same way, tell the owner of the dataset"
-        )
+        hint = f"{fault}; run the download again, and if it fails the same way, tell the owner of the dataset"
+        raise PgolfError(f"{remote.path} arrived corrupt and was removed: {hint}")
     remote.target.parent.mkdir(parents=True, exist_ok=True)
     os.replace(staged, remote.target)
 
@@ -152,17 +146,13 @@ def _list(api: "HfApi", repo_id: str, commit: str, path: str, target: Path) -> l
     """Return the files of a folder of the repository, sorted by name; none if there is no such folder."""
     from huggingface_hub.errors import EntryNotFoundError
 
-    files = []
-    with (
-        _hub_errors(f"folder {path} of {repo_id} at {api.endpoint}"),
-        contextlib.suppress(EntryNotFoundError),
-    ):
+    files, what = [], f"folder {path} of {repo_id} at {api.endpoint}"
+    with _hub_errors(what), contextlib.suppress(EntryNotFoundError):
         for entry in api.list_repo_tree(repo_id, path, revision=commit, repo_type="dataset"):
             if not hasattr(entry, "size"):
                 continue  # a folder
             lfs, name = entry.lfs, entry.path.rsplit("/", 1)[-1]
-            sha256 = lfs.sha256 if lfs is not None else None
-            size = lfs.size if lfs is not None else entry.size
+            size, sha256 = (entry.size, None) if lfs is None else (lfs.size, lfs.sha256)
             files.append(_Remote(entry.path, size, sha256, None if lfs else entry.blob_id, target / name))
     return sorted(files, key=lambda remote: remote.path)
 

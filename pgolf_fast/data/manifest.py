@@ -38,11 +38,9 @@ def check_manifest(folder: Path, tokenizer: Tokenizer) -> dict[str, Any] | None:
     made_with, split, before = (manifest.get(name) for name in ("tokenizer_sha256", "split", "shards"))
     why = f"{path} has no tokenizer_sha256, split or shards: it was changed; restore or remove it"
     need(isinstance(made_with, str) and isinstance(split, str) and isinstance(before, dict), why)
-    if (given := _digest(tokenizer)) != made_with:
-        raise PgolfError(
-            f"tokenizer {tokenizer.path} (sha256 {given[:12]}) is not that of the shards in {folder} (sha256 "
-            f"{made_with[:12]} in {_FILE}): give the one they were made with by --data.tokenizer"
-        )
+    given, hint = _digest(tokenizer), "give the one they were made with by --data.tokenizer"
+    why = f"tokenizer {tokenizer.path} (sha256 {given[:12]}) is not that of the shards in {folder}"
+    need(given == made_with, f"{why} (sha256 {made_with[:12]} in {_FILE}): {hint}")
     now = _shards(folder)
     for name in sorted(before.keys() | now.keys()):
         had, has = (f"{c:,} tokens" if isinstance(c := d.get(name), int) else "none" for d in (before, now))
