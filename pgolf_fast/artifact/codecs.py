@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 
 from pgolf_fast.artifact import rans_decoder
+from pgolf_fast.config.checks import need
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.ops import native
 from pgolf_fast.ops.lzma import compress_bytes, decompress_bytes
@@ -76,8 +77,7 @@ def smallest(
 
 
 def _known(codec: str) -> str:
-    if codec not in CODECS:
-        raise PgolfError(f"codec is {codec!r}, but must be one of {', '.join(CODECS)}")
+    need(codec in CODECS, f"codec is {codec!r}, but must be one of {', '.join(CODECS)}")
     return codec
 
 
@@ -100,9 +100,8 @@ def _encode_lzma(data: bytes, shapes: Sequence[Shape], search: bool = False, **s
 def _encode_rans(data: bytes, shapes: Sequence[Shape], threads: int = 0) -> bytes:
     extension = native.extension()
     if extension is None:
-        raise PgolfError(
-            "rANS encoding needs the C++ extension: run `pip install -e .` with a C++ compiler installed"
-        )
+        hint = "run `pip install -e .` with a C++ compiler installed"
+        raise PgolfError(f"rANS encoding needs the C++ extension: {hint}")
     return bytes(extension.rans_encode(data, list(shapes), threads))
 
 

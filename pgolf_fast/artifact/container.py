@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pgolf_fast.artifact import codecs
+from pgolf_fast.config.checks import need
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import atomic_path
 
@@ -144,9 +145,6 @@ def _codec_shape(shape: Sequence[int], dtype: str) -> codecs.Shape:
     return math.prod(shape[:-1]), shape[-1] if shape else 1, np.dtype(dtype).itemsize
 
 
-# Writing
-
-
 def write_container(
     path: Path | str,
     config: dict[str, Any],
@@ -213,8 +211,7 @@ def _encode(
 
 
 def _need_room(number: int, limit: int, what: str) -> None:
-    if number > limit:
-        raise PgolfError(f"{number} {what} do not fit into an artifact: the limit is {limit} {what}")
+    need(number <= limit, f"{number} {what} do not fit into an artifact: the limit is {limit} {what}")
 
 
 def _raw_header(config: bytes, tensors: Sequence[TensorRecord], sections: Sequence[SectionSize]) -> bytes:
@@ -238,9 +235,6 @@ def _json(config: dict[str, Any]) -> bytes:
         return text.encode("utf-8")
     except (TypeError, ValueError) as error:
         raise PgolfError(f"the configuration cannot be written as JSON: {error}") from error
-
-
-# Reading
 
 
 def read_container(source: Path | str | bytes) -> tuple[dict[str, Any], list[TensorRecord]]:
@@ -310,9 +304,8 @@ def _opened(source: Path | str | bytes) -> Iterator[tuple[BinaryIO, int]]:
 
 
 def _damaged(problem: str, section: str = "header", offset: int = START) -> ValueError:
-    return ValueError(
-        f"is damaged in section '{section}' at byte {offset}: {problem}; copy it again, or pack it again"
-    )
+    why = f"is damaged in section '{section}' at byte {offset}: {problem}; copy it again, or pack it again"
+    return ValueError(why)
 
 
 def _need(holds: bool, problem: str, section: str = "header", offset: int = START) -> None:
@@ -357,16 +350,13 @@ def _read_header(head: bytes, size: int) -> tuple[bytes, list[SectionSize], list
     for a header that contradicts itself or the file's size.
     """
     if head[:8] != MAGIC:
-        raise ValueError(
-            "is not an artifact: it does not start with the bytes 89 'PGOLF'; `pgolf pack` writes artifacts"
-        )
+        why = "is not an artifact: it does not start with the bytes 89 'PGOLF'; `pgolf pack` writes artifacts"
+        raise ValueError(why)
     _need(size >= START + DIGEST_BYTES, f"the file ends after {size} bytes", offset=8)
     _, version, codec, stored_bytes, raw_bytes, file_bytes = PREFIX.unpack_from(head)
     if version != VERSION:
-        raise ValueError(
-            f"has version {version}, but this program reads version {VERSION}: "
-            "read it with the release of pgolf-fast that wrote it"
-        )
+        hint = "read it with the release of pgolf-fast that wrote it"
+        raise ValueError(f"has version {version}, but this program reads version {VERSION}: {hint}")
     _need(file_bytes == size, f"the file has {size} bytes, but {file_bytes} were written", offset=24)
     end, left = START + stored_bytes, size - DIGEST_BYTES - START
     problem = f"it claims {stored_bytes} bytes, but {left} are left"
@@ -387,8 +377,6 @@ def _read_header(head: bytes, size: int) -> tuple[bytes, list[SectionSize], list
 
 
 class _Cursor(io.BytesIO):
-    """A reader of consecutive fields of the uncompressed header."""
-
     def take(self, count: int, what: str) -> bytes:
         data = self.read(count)
         _need(len(data) == count, f"it ends within {what}")
@@ -408,9 +396,8 @@ def _parse_sections(cursor: _Cursor, offset: int, end: int) -> list[SectionSize]
         label = f"section '{SECTIONS[number]}'"
         _need(number > last, f"{label} is repeated or out of order")
         _need(codec < len(CODEC_NAMES), f"{label} has the unknown codec {codec}")
-        _need(
-            raw <= raw_left, f"its sections claim more than the limit of {MAX_RAW_BYTES} bytes uncompressed"
-        )
+        problem = f"its sections claim more than the limit of {MAX_RAW_BYTES} bytes uncompressed"
+        _need(raw <= raw_left, problem)
         _need(stored <= end - offset, f"{label} claims {stored} bytes, but {end - offset} are left")
         possible = stored <= raw and (stored == raw) == (CODEC_NAMES[codec] == "raw")
         _need(possible, f"{label} stores {raw} bytes in {stored}, which its codec cannot")
@@ -444,10 +431,8 @@ def _parse_tensor(cursor: _Cursor, label: str, capacity: dict[str, int], filled:
     _need(section in capacity, f"{label} is in section {number}, which does not exist")
     match = kind < len(KINDS) and dtype < len(DTYPES) and DTYPES[dtype] in KINDS[KIND_NAMES[kind]]
     _need(match, f"{label} has kind {kind} and dtype {dtype}, which do not match")
-    _need(
-        dimensions <= MAX_DIMENSIONS,
-        f"{label} has {dimensions} dimensions, but the limit is {MAX_DIMENSIONS}",
-    )
+    problem = f"{label} has {dimensions} dimensions, but the limit is {MAX_DIMENSIONS}"
+    _need(dimensions <= MAX_DIMENSIONS, problem)
     shape = struct.unpack(f"<{dimensions}I", cursor.take(4 * dimensions, label))
     item_bytes = np.dtype(DTYPES[dtype]).itemsize
     problem = f"{label} has a shape whose product exceeds the limit of {MAX_RAW_BYTES} bytes"

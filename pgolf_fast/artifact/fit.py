@@ -23,8 +23,6 @@ COARSEST_PRICE = 1.0  # nats per bit; every weight is zero long before
 Matrix = tuple[NDArray[np.int8], NDArray[np.float16]]  # codes (R, C), scale (R,)
 Size = Callable[[QuantizedState], int]  # exact bytes of the artifact
 
-# Pruning
-
 
 @dataclass(frozen=True, eq=False)
 class Pruned:
@@ -133,11 +131,9 @@ class _Order:
     def entropy_bytes(self, number: int) -> float:
         """Return the bytes of an ideal order-0 coder that knows each matrix's histogram."""
         whole, rest = self.whole_rows(number)
-        removed = np.zeros((len(self.counts), 2))
-        for sign in (0, 1):
-            removed[:, sign] = np.bincount(
-                self.owners[:whole], self.ones[:whole, sign], minlength=len(self.counts)
-            )
+        owners, kinds = self.owners[:whole], len(self.counts)
+        lost = [np.bincount(owners, ones, minlength=kinds) for ones in self.ones[:whole].T]
+        removed = np.stack(lost, axis=1).astype(np.float64)  # of either sign
         if rest:  # assumes that the row's first candidates have the sign ratio of all
             removed[self.owners[whole]] += rest * self.ones[whole] / self.ones[whole].sum()
         counts = self.counts.astype(np.float64)
@@ -147,9 +143,6 @@ class _Order:
         totals = counts.sum(1, keepdims=True)
         bits = counts * np.log2(np.divide(totals, counts, out=np.ones_like(counts), where=counts > 0))
         return float(bits.sum() / 8)
-
-
-# Prices
 
 
 @dataclass(frozen=True, eq=False)

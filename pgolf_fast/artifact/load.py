@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from pgolf_fast import console
 from pgolf_fast.artifact.container import read_container, sizes
+from pgolf_fast.config.checks import need
 from pgolf_fast.config.fields import run_config_from_dict
 from pgolf_fast.config.run_folder import RunFolder, RunPath, absolute, copy_files
 from pgolf_fast.config.schema import RunConfig
@@ -46,9 +47,8 @@ class LoadedModel:
     def need_tokenizer(self) -> Tokenizer:
         """Return the tokenizer. Raises PgolfError if it is not known."""
         if self.tokenizer is None:
-            raise PgolfError(
-                f"{self.path} has no tokenizer next to it: pass tokenizer=FILE.model or --tokenizer FILE"
-            )
+            hint = "pass tokenizer=FILE.model or --tokenizer FILE"
+            raise PgolfError(f"{self.path} has no tokenizer next to it: {hint}")
         return self.tokenizer
 
     def __str__(self) -> str:
@@ -83,8 +83,7 @@ def load(
     Raises PgolfError for a missing or damaged file, tensors that do not fit the model, or NaN in them.
     """
     path = path.path if isinstance(path, RunFolder) else Path(path)
-    if not path.exists():
-        raise PgolfError(f"{path} does not exist: give a run folder or an artifact (.pgolf)")
+    need(path.exists(), f"{path} does not exist: give a run folder or an artifact (.pgolf)")
     folder = RunFolder.of(path) if path.is_dir() else RunFolder(path.parent)
     if weights == "auto":
         weights = "float" if path.is_dir() and not folder.artifact_file.is_file() else "artifact"
@@ -135,8 +134,7 @@ def generate(
     temperature: 0 takes the most likely token. Raises PgolfError for fewer than one token or a negative
     temperature.
     """
-    if tokens < 1:
-        raise PgolfError(f"tokens is {tokens}; it must be at least 1")
+    need(tokens >= 1, f"tokens is {tokens}; it must be at least 1")
     loaded = model if isinstance(model, LoadedModel) else load(model)
     tokenizer, device = loaded.need_tokenizer(), loaded.model.qo_bank.device
     start = torch.tensor([tokenizer.encode_document(prompt)], device=device)

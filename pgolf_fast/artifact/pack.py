@@ -8,15 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pgolf_fast.artifact import codecs
-from pgolf_fast.artifact.container import (
-    SECTIONS,
-    ContainerSizes,
-    Kind,
-    TensorRecord,
-    container_bytes,
-    write_container,
-)
+from pgolf_fast.artifact import codecs, container
+from pgolf_fast.artifact.container import SECTIONS, ContainerSizes, TensorRecord, write_container
 from pgolf_fast.artifact.fit import Pruned, fit_to_target, prune_to_fit
 from pgolf_fast.artifact.load import load
 from pgolf_fast.artifact.submission import code_bytes
@@ -154,7 +147,7 @@ def build_records(quantized: QuantizedState) -> list[TensorRecord]:
     """
     named, records = quantized.to_named(), []
     for name, tensor in named.items():
-        kind: Kind = "scales" if is_part(name, named) else "float16"
+        kind: container.Kind = "scales" if is_part(name, named) else "float16"
         section = None
         if name.endswith(CODES):
             kind, section = "codes", section_of(name.removesuffix(CODES))
@@ -166,7 +159,8 @@ def artifact_bytes(quantized: QuantizedState, config: RunConfig, packing: PackCo
     """Return the size of the file that `pack` would write without pruning."""
     packing, records = packing or config.pack, build_records(quantized)
     tried = section_codecs(records, packing)
-    return container_bytes(_tree(quantized, config), records, codecs=tried, preset=packing.lzma_preset)
+    tree = _tree(quantized, config)
+    return container.container_bytes(tree, records, codecs=tried, preset=packing.lzma_preset)
 
 
 def _tree(quantized: QuantizedState, config: RunConfig) -> dict[str, Any]:
@@ -212,9 +206,8 @@ def section_codecs(records: list[TensorRecord], config: PackConfig) -> dict[str,
 def _prune(records: list[TensorRecord], sizes: ContainerSizes, code: int, config: PackConfig) -> Pruned:
     """Zero codes until they fit. Raises PgolfError when zeroing all +-1 codes is not enough."""
     scales = {r.name: r.array for r in records if r.kind == "scales"}
-    matrices = [
-        (r.array, scales[r.name.removesuffix(CODES) + SCALE]) for r in records if r.section == "codes"
-    ]
+    coded = [r for r in records if r.section == "codes"]
+    matrices = [(r.array, scales[r.name.removesuffix(CODES) + SCALE]) for r in coded]
     now, codec = next(((s.stored_bytes, s.codec) for s in sizes.sections if s.name == "codes"), (0, "raw"))
     rest = sizes.total_bytes - now
     budget = config.limit_bytes - code - rest - HEADER_MARGIN
@@ -230,17 +223,13 @@ def _prune(records: list[TensorRecord], sizes: ContainerSizes, code: int, config
 
     pruned = prune_to_fit(matrices, budget, now, coded_size, TOLERANCE)
     if not pruned.fits:
-        hint = (
-            f"zeroing all {pruned.candidates:,} codes of +-1 is not enough; "
-            "make the model smaller, quantize to fewer bits, or train with more weight decay"
-        )
+        advice = "make the model smaller, quantize to fewer bits, or train with more weight decay"
+        hint = f"zeroing all {pruned.candidates:,} codes of +-1 is not enough; {advice}"
         raise _too_large(sizes, code, config, hint)
     return pruned
 
 
 def _too_large(sizes: ContainerSizes, code: int, config: PackConfig, hint: str) -> PgolfError:
     weights, total, limit = sizes.total_bytes, sizes.total_bytes + code, config.limit_bytes
-    return PgolfError(
-        f"weights {weights:,} + code {code:,} = {total:,} bytes > {limit:,} bytes "
-        f"({total - limit:,} over): {hint}"
-    )
+    over = f"{total:,} bytes > {limit:,} bytes ({total - limit:,} over)"
+    return PgolfError(f"weights {weights:,} + code {code:,} = {over}: {hint}")

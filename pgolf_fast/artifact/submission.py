@@ -22,10 +22,11 @@ from jinja2 import Environment, StrictUndefined
 import pgolf_fast
 from pgolf_fast.artifact.container import sizes
 from pgolf_fast.artifact.load import unpack
+from pgolf_fast.config.checks import need
 from pgolf_fast.config.fields import flatten
 from pgolf_fast.config.presets import preset
 from pgolf_fast.config.run_folder import RunFolder, read_scores
-from pgolf_fast.config.schema import QuantConfig, RunConfig, TTTConfig
+from pgolf_fast.config.schema import RunConfig, TTTConfig
 from pgolf_fast.console import command, logger
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import need_writable, read_json, write_bytes, write_json
@@ -48,9 +49,6 @@ _MAIN = "pgolf_fast.artifact.standalone.scores"
 _DIGEST = "SHA256"  # the global that holds the artifact's digest
 _NO_DIGEST = f'{_DIGEST} = ""'
 _WRAP = "import base64,lzma\nexec(lzma.decompress(base64.b85decode({!r})))\n"
-
-
-# The folder
 
 
 @dataclass(frozen=True)
@@ -79,21 +77,17 @@ def write_submission(folder: RunFolder, out: Path, about: About, *, readable: bo
     need_writable(out)
     config, container = unpack(artifact)[0], sizes(artifact)
     digest = container.sha256
-    if config.ttt.illegal is not None:
-        raise PgolfError(
-            f"ttt.adapter {config.ttt.adapter} breaks the rules: {config.ttt.illegal}. "
-            "It cannot be submitted: set another ttt.adapter in config.json, pack and score again"
-        )
+    why = f"ttt.adapter {config.ttt.adapter} breaks the rules: {config.ttt.illegal}"
+    hint = "It cannot be submitted: set another ttt.adapter in config.json, pack and score again"
+    need(config.ttt.illegal is None, f"{why}. {hint}")
     _check_script(config.ttt, {section.codec for section in container.sections})
     scores = _scores(folder, config, digest)
     forms = build_script(digest)
     script = forms.readable if readable else forms.wrapped
     code, weights = len(script.encode()), artifact.stat().st_size
-    if code + weights > LIMIT_BYTES:
-        raise PgolfError(
-            f"code {code:,} + artifact {weights:,} = {code + weights:,} bytes > {LIMIT_BYTES:,} bytes: "
-            f"pack the run again with pack.limit_bytes {LIMIT_BYTES} and pack.code_bytes {code}"
-        )
+    hint = f"pack the run again with pack.limit_bytes {LIMIT_BYTES} and pack.code_bytes {code}"
+    why = f"code {code:,} + artifact {weights:,} = {code + weights:,} bytes > {LIMIT_BYTES:,} bytes: {hint}"
+    need(code + weights <= LIMIT_BYTES, why)
     facts = _facts(folder, config, about)
     facts |= {"scores": scores, "digest": digest, "code": code, "weights": weights, "readable": readable}
     facts["warnings"] = _warnings(config, about, scores)
@@ -168,17 +162,11 @@ def _write_own(out: Path, files: dict[str, bytes]) -> None:
 
 
 def _check_script(ttt: TTTConfig, codecs: set[str]) -> None:
-    """Raise PgolfError for an adapter or codec that the script does not support."""
-    if ttt.adapter not in _ADAPTERS:
-        raise PgolfError(
-            f"the evaluation script has no ttt.adapter {ttt.adapter}, only {', '.join(_ADAPTERS)}: set one "
-            "of these in config.json, pack and score again"
-        )
+    hint = f"only {', '.join(_ADAPTERS)}: set one of these in config.json, pack and score again"
+    need(ttt.adapter in _ADAPTERS, f"the evaluation script has no ttt.adapter {ttt.adapter}, {hint}")
     if unknown := sorted(codecs.difference(_CODECS)):
-        raise PgolfError(
-            f"the evaluation script cannot read {' and '.join(unknown)}, only {', '.join(_CODECS)}: pack "
-            "again with --pack.codecs rans lzma, and score again"
-        )
+        hint = f"only {', '.join(_CODECS)}: pack again with --pack.codecs rans lzma, and score again"
+        raise PgolfError(f"the evaluation script cannot read {' and '.join(unknown)}, {hint}")
 
 
 def _scores(folder: RunFolder, config: RunConfig, digest: str) -> dict[str, Any]:
@@ -186,26 +174,25 @@ def _scores(folder: RunFolder, config: RunConfig, digest: str) -> dict[str, Any]
     path = folder.need(folder.path / "scores_artifact.json", "eval")
     scores = read_scores(path)
     again = f"run `{command('eval', folder.path)}` again"
-    if scores.get("artifact_sha256") != digest:
-        raise PgolfError(f"{path} holds the scores of another artifact: {again}")
+    need(scores.get("artifact_sha256") == digest, f"{path} holds the scores of another artifact: {again}")
     for group in ("eval", "ttt"):
-        if scores.get(group) != asdict(getattr(config, group)):
-            raise PgolfError(
-                f"{path} was computed with other {group} settings than those in the artifact, which the "
-                f"script uses: {again} without --{group} options, or change config.json and pack again"
-            )
+        other = f"other {group} settings than those in the artifact, which the script uses"
+        hint = f"{again} without --{group} options, or change config.json and pack again"
+        same = scores.get(group) == asdict(getattr(config, group))
+        need(same, f"{path} was computed with {other}: {hint}")
     return scores
 
 
 def _facts(folder: RunFolder, config: RunConfig, about: About) -> dict[str, Any]:
     """Return what the README and submission.json say about the run, except scores and sizes."""
     path, model, quant = folder.path / "env.json", config.model, config.quant
+    widths = "int2 to int8 (a rate-distortion grid)" if quant.grid == "rd" else f"int{quant.bits}"
     environment = read_json(path) if path.is_file() else {}
     steps = [line for line in folder.history() if line["kind"] == "step"]
     cpu = f"{environment.get('processor') or 'CPU'}, {environment.get('cpu_threads')} threads"
     blurb = (
         f"{model.num_layers} layers x {model.model_dim}, {model.num_parameters():,} parameters, "
-        f"{model.mlp_activation} MLP; {_widths(quant)} weights ({quant.method}) and {quant.tables} tables, "
+        f"{model.mlp_activation} MLP; {widths} weights ({quant.method}) and {quant.tables} tables, "
         "entropy-coded; scored with legal test-time training."
     )
     return {
@@ -218,7 +205,7 @@ def _facts(folder: RunFolder, config: RunConfig, about: About) -> dict[str, Any]
         "training": {"steps": steps[-1]["step"], "seconds": steps[-1]["elapsed"]} if steps else None,
         "tokenizer": hashlib.sha256(folder.tokenizer_file.read_bytes()).hexdigest(),
         "changes": _changes(config),
-        "widths": _widths(quant),
+        "widths": widths,
         "labels": _SCORES,
         "script": SCRIPT,
         "artifact": ARTIFACT,
@@ -248,12 +235,7 @@ def _summary(facts: dict[str, Any], about: About) -> dict[str, Any]:
     }
 
 
-def _widths(quant: QuantConfig) -> str:
-    return "int2 to int8 (a rate-distortion grid)" if quant.grid == "rd" else f"int{quant.bits}"
-
-
 def _changes(config: RunConfig) -> list[str]:
-    """List the fields in which the run differs from its preset."""
     try:
         before = dict(flatten(preset(config.name)))
     except PgolfError:
@@ -263,9 +245,6 @@ def _changes(config: RunConfig) -> list[str]:
         for name, value in flatten(config)
         if before.get(name, ...) != value and not name.startswith(_NOT_SHOWN)
     ]
-
-
-# The script
 
 
 @dataclass(frozen=True)
@@ -300,7 +279,12 @@ def _parts() -> tuple[str, str, str]:
     if readable.count(_NO_DIGEST) != 1:
         raise AssertionError(f"the script must have the line {_NO_DIGEST} exactly once")
     minified = _minify(readable.replace(_NO_DIGEST, "", 1))
-    return readable, minified, base64.b85encode(_compress(minified.encode())).decode()
+    # the smallest .lzma stream over all settings of the literal and position bits
+    shared = {"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 1 << 16}
+    settings = [{**shared, "lc": lc, "pb": pb} for lc in range(5) for pb in range(3)]
+    data = minified.encode()
+    packed = min((lzma.compress(data, lzma.FORMAT_ALONE, filters=[f]) for f in settings), key=len)
+    return readable, minified, base64.b85encode(packed).decode()
 
 
 def _bundle() -> str:
@@ -312,9 +296,8 @@ def _bundle() -> str:
 
     def define(name: str, origin: str) -> None:
         if origins.setdefault(name, origin) != origin:
-            raise AssertionError(
-                f"{name} comes from {origins[name]} and from {origin}: one file can have only one"
-            )
+            why = f"{name} comes from {origins[name]} and from {origin}"
+            raise AssertionError(f"{why}: one file can have only one")
 
     def add(module: str) -> None:
         path = Path(pgolf_fast.__file__).parent.joinpath(*module.split(".")[1:]).with_suffix(".py")
@@ -346,7 +329,6 @@ def _bundle() -> str:
 
 
 def _names(node: ast.stmt) -> Iterator[str]:
-    """Yield the names that a module's statement defines."""
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
         yield node.name
     for target in (*getattr(node, "targets", ()), *filter(None, (getattr(node, "target", None),))):
@@ -366,18 +348,8 @@ def _minify(source: str) -> str:
             hoist_literals=False,  # repeated literals cost nothing once compressed
         )
     logger.warning("python-minifier is not installed (extra 'submit'): the script keeps its long names")
-    tree = ast.parse(source)
+    tree, documented = ast.parse(source), (ast.Module, ast.ClassDef, ast.FunctionDef)
     for node in ast.walk(tree):
-        if (
-            isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
-            and ast.get_docstring(node) is not None
-        ):
+        if isinstance(node, documented) and ast.get_docstring(node) is not None:
             node.body = node.body[1:] or [ast.Pass()]
     return ast.unparse(ast.fix_missing_locations(tree)) + "\n"
-
-
-def _compress(data: bytes) -> bytes:
-    """Compress to the smallest .lzma stream over all settings of the literal and position bits."""
-    shared = {"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 1 << 16}
-    settings = [{**shared, "lc": lc, "pb": pb} for lc in range(5) for pb in range(3)]
-    return min((lzma.compress(data, lzma.FORMAT_ALONE, filters=[f]) for f in settings), key=len)

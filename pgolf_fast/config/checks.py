@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from pgolf_fast.errors import PgolfError
 
 
-def need(condition: bool, message: str) -> None:
+def need(condition: object, message: str) -> None:
     """Raise PgolfError with `message` unless the condition holds."""
     if not condition:
         raise PgolfError(message)

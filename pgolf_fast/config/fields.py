@@ -1,5 +1,6 @@
 """Configurations as JSON and as dotted fields, strictly: unknown fields and wrong types are errors."""
 
+import contextlib
 import dataclasses
 import difflib
 import types
@@ -8,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pgolf_fast.config.checks import need
 from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.errors import PgolfError
 
@@ -91,15 +93,13 @@ def flip(config: RunConfig, words: Sequence[str]) -> RunConfig:
     given: dict[str, str] = {}
     for word in words:
         name = field_name(word)
-        if not name or "=" not in word:
-            raise PgolfError(f"{word!r} is not FIELD=VALUE: write it like model.trigram=false")
+        need(name and "=" in word, f"{word!r} is not FIELD=VALUE: write it like model.trigram=false")
         for other, before in given.items():
-            if name == other:
-                hint = "leave one out, or give each variant a --flip of its own"
-                raise PgolfError(f"{before} and {word} set the same field: {hint}")
-            if name.startswith(f"{other}.") or other.startswith(f"{name}."):
-                hint = "a group that is none has no fields; leave one out"
-                raise PgolfError(f"{before} and {word} contradict: {hint}")
+            hint = "leave one out, or give each variant a --flip of its own"
+            need(name != other, f"{before} and {word} set the same field: {hint}")
+            nested = name.startswith(f"{other}.") or other.startswith(f"{name}.")
+            hint = "a group that is none has no fields; leave one out"
+            need(not nested, f"{before} and {word} contradict: {hint}")
         given[name] = word
     return set_fields(config, {name: word.partition("=")[2] for name, word in given.items()})
 
@@ -114,8 +114,8 @@ def field_type(kind: Any, name: str) -> Any:
     parts = name.split(".")
     for depth, part in enumerate(parts):
         kind = without_none(kind)
-        if not dataclasses.is_dataclass(kind):
-            raise PgolfError(f"unknown field {name}: {'.'.join(parts[:depth])} is a value, not a group")
+        is_group = dataclasses.is_dataclass(kind)
+        need(is_group, f"unknown field {name}: {'.'.join(parts[:depth])} is a value, not a group")
         hints = typing.get_type_hints(kind)
         if part not in hints:
             raise _unknown_field(parts[: depth + 1], hints)
@@ -139,7 +139,6 @@ def without_none(hint: Any) -> Any:
 
 
 def _convert(hint: Any, value: object, where: str) -> Any:
-    """Return a plain value as the type of its field. Raises PgolfError if it is of another type."""
     inner = without_none(hint)
     origin, options = typing.get_origin(inner), typing.get_args(inner)
     if value is None and inner is not hint:
@@ -149,9 +148,8 @@ def _convert(hint: Any, value: object, where: str) -> Any:
     if origin is tuple and isinstance(value, (list, tuple)):
         return tuple(_convert(options[0], item, where) for item in value)
     if origin is typing.Literal:
-        if value in options:
-            return value
-        raise PgolfError(f"{where} is {value!r}; it must be one of {', '.join(map(str, options))}")
+        need(value in options, f"{where} is {value!r}; it must be one of {', '.join(map(str, options))}")
+        return value
     if inner is float and type(value) is int:
         return float(value)
     # bool is a subclass of int, but True is no number here
@@ -173,8 +171,6 @@ def _parse(hint: Any, text: str, name: str) -> object:
     if inner is bool and text.lower() in ("true", "false"):
         return text.lower() == "true"
     if inner in (int, float):
-        try:
+        with contextlib.suppress(ValueError):
             return inner(text)
-        except ValueError:
-            return text
     return text

@@ -77,35 +77,24 @@ class ModelConfig:
             need_positive("model", self, "ve_dim")
         need_multiple("model", self, "model_dim", "num_heads")
         need_multiple("model", self, "num_heads", "num_kv_heads")
-        need(
-            0 <= self.rope_dims <= self.head_dim and self.rope_dims % 2 == 0,
-            f"model.rope_dims {self.rope_dims} must be even and between 0 and the head dim {self.head_dim}",
-        )
+        fits = 0 <= self.rope_dims <= self.head_dim and self.rope_dims % 2 == 0
+        range_ = f"must be even and between 0 and the head dim {self.head_dim}"
+        need(fits, f"model.rope_dims {self.rope_dims} {range_}")
         need(self.rope_dims > 0 or self.head_dim % 2 == 0, f"head dim {self.head_dim} must be even for RoPE")
-        need(
-            self.tie_embeddings,
-            "model.tie_embeddings=False is not supported: the head is the token embedding",
-        )
-        need(
-            self.mlp_hidden > 0,
-            f"model.mlp_mult {self.mlp_mult} makes the MLP empty at width {self.model_dim}",
-        )
-        need(
-            len({*self.ve_layers}) == len(self.ve_layers), f"model.ve_layers {self.ve_layers} repeats a block"
-        )
+        untied = "model.tie_embeddings=False is not supported: the head is the token embedding"
+        need(self.tie_embeddings, untied)
+        empty = f"model.mlp_mult {self.mlp_mult} makes the MLP empty at width {self.model_dim}"
+        need(self.mlp_hidden > 0, empty)
+        repeats = len({*self.ve_layers}) < len(self.ve_layers)
+        need(not repeats, f"model.ve_layers {self.ve_layers} repeats a block")
         rows = self.bigram_vocab_size
         need(rows == 0 or rows >= 4, f"model.bigram_vocab_size is {rows}; use 0 (off) or at least 4")
-        need(
-            rows > 0 or not self.trigram,
-            "model.trigram needs a hash table: set model.bigram_vocab_size above 0 or model.trigram to False",
-        )
+        hint = "set model.bigram_vocab_size above 0 or model.trigram to False"
+        need(rows > 0 or not self.trigram, f"model.trigram needs a hash table: {hint}")
         bad = [i for i in self.ve_layers if not 0 <= i < self.num_layers] if self.ve_enabled else []
         need(not bad, f"model.ve_layers {bad} do not exist: the model has blocks 0 to {self.num_layers - 1}")
-        need(
-            self.frozen_skips <= self.num_skips,
-            f"model.frozen_skips is {self.frozen_skips}; a model of {self.num_layers} layers has "
-            f"{self.num_skips} skips",
-        )
+        skips = f"a model of {self.num_layers} layers has {self.num_skips} skips"
+        need(self.frozen_skips <= self.num_skips, f"model.frozen_skips is {self.frozen_skips}; {skips}")
 
     @property
     def head_dim(self) -> int:

@@ -7,11 +7,10 @@ authors' descriptions (docs/systems.md); most start from `baseline`, the challen
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from pgolf_fast.config.checks import did_you_mean
+from pgolf_fast.config.checks import did_you_mean, need
 from pgolf_fast.config.fields import flip, with_fields
 from pgolf_fast.config.schema import AverageConfig, ModelConfig, RunConfig, TrainConfig
 from pgolf_fast.config.ttt import TTTConfig, adapters
-from pgolf_fast.errors import PgolfError
 
 
 def _changed(base: RunConfig, name: str, **groups: str) -> RunConfig:
@@ -158,9 +157,8 @@ def preset(name: str, /, **fields: object) -> RunConfig:
     fields: changes, with `__` between groups: preset("tiny", train__steps=10, data__path="shards").
     Raises PgolfError for an unknown name, suggesting the nearest, or an unknown field.
     """
-    if not is_preset(name):
-        hint = did_you_mean(name, PRESETS)
-        raise PgolfError(f"unknown preset {name!r}: {hint}presets are {', '.join(PRESETS)}")
+    hint = did_you_mean(name, PRESETS)
+    need(is_preset(name), f"unknown preset {name!r}: {hint}presets are {', '.join(PRESETS)}")
     parent, _, size = name.rpartition("_")
     return with_fields(PRESETS[name]() if name in PRESETS else shrink(PRESETS[parent](), size), fields)
 
@@ -188,8 +186,7 @@ SIZES = {
 
 def shrink(base: RunConfig, size: str) -> RunConfig:
     """Return `base` at one of SIZES, named like the size if `base` is exp101, else `<base>_<size>`."""
-    if size not in SIZES:
-        raise PgolfError(f"unknown size {size!r}: sizes are {', '.join(SIZES)}")
+    need(size in SIZES, f"unknown size {size!r}: sizes are {', '.join(SIZES)}")
     to = SIZES[size]
     model, train = _shrink_model(base.model, to), _shrink_train(base.train, to)
     small = _changed(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pgolf_fast import console
+from pgolf_fast.config.checks import need
 from pgolf_fast.config.fields import run_config_from_dict, run_config_to_dict
 from pgolf_fast.config.presets import is_preset
 from pgolf_fast.config.schema import RunConfig
@@ -83,8 +84,8 @@ class RunFolder:
     def of(cls, run: str | Path | RunFolder) -> RunFolder:
         """Return the run folder at a path. Raises PgolfError if there is none."""
         folder = run if isinstance(run, RunFolder) else cls(Path(run))
-        if not folder.path.is_dir():
-            raise PgolfError(f"run folder {folder.path} does not exist: give the --out of a training run")
+        why = f"run folder {folder.path} does not exist: give the --out of a training run"
+        need(folder.path.is_dir(), why)
         folder.read_config()
         return folder
 
@@ -151,16 +152,15 @@ class RunFolder:
         """Return the configuration of the run. Raises PgolfError if this is not a run folder."""
         if self._config is not None:
             return self._config
-        if not self.config_file.is_file():
-            raise PgolfError(
-                f"{self.path} is not a run folder: it has no config.json; give the --out of a training run"
-            )
+        why = f"{self.path} is not a run folder: it has no config.json; give the --out of a training run"
+        need(self.config_file.is_file(), why)
         values = read_json(self.config_file)
         try:
             config = run_config_from_dict(values)
         except PgolfError as error:
             raise PgolfError(f"{self.config_file}: {error}") from error
-        path, tokenizer = (p and self._found(p) for p in (config.data.path, config.data.tokenizer))
+        given = (config.data.path, config.data.tokenizer)
+        path, tokenizer = (p and next(filter(os.path.exists, self.places(p)), p) for p in given)
         self._config = replace(config, data=replace(config.data, path=path, tokenizer=tokenizer))
         return self._config
 
@@ -169,13 +169,10 @@ class RunFolder:
         starts = ["."] if os.path.isabs(path) else [".", *map(str, self.path.absolute().parents)]
         return list(dict.fromkeys(os.path.abspath(os.path.join(start, path)) for start in starts))
 
-    def _found(self, path: str) -> str:
-        return next(filter(os.path.exists, self.places(path)), path)
-
     def copy_to(self, out: Path) -> RunFolder:
         """Copy the run, except its checkpoints, into `out`, as `copy_files` does."""
-        copied = (self.path / "env.json", self.metrics_file, self.log_file, self.tokenizer_file)
-        files = (*copied, self.model_file, *self.products)
+        training = (self.path / "env.json", self.metrics_file, self.log_file, self.tokenizer_file)
+        files = (*training, self.model_file, *self.products)
         return copy_files(self.read_config(), {file.name: file for file in files if file.is_file()}, out)
 
     @contextlib.contextmanager
@@ -189,9 +186,8 @@ class RunFolder:
 
     def need(self, path: Path, made_by: str) -> Path:
         """Return `path` if it exists. Raises PgolfError naming the command that makes it."""
-        if not path.is_file():
-            command = console.command(*made_by.split(), self.path)
-            raise PgolfError(f"{path} does not exist yet: run `{command}` first")
+        command = console.command(*made_by.split(), self.path)
+        need(path.is_file(), f"{path} does not exist yet: run `{command}` first")
         return path
 
 
@@ -214,9 +210,8 @@ def copy_files(config: RunConfig, files: dict[str, Path], out: Path) -> RunFolde
             with atomic_path(target) as temporary:
                 shutil.copyfile(source, temporary)
         elif target in weights and not filecmp.cmp(source, target, shallow=False):
-            raise PgolfError(
-                f"{target} differs from {source}: give {out} itself as the run, or choose another --out"
-            )
+            why = f"{target} differs from {source}: give {out} itself as the run, or choose another --out"
+            raise PgolfError(why)
     return copy
 
 

@@ -3,16 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pgolf_fast.config.checks import (
-    need,
-    need_decay,
-    need_either,
-    need_multiple,
-    need_not_negative,
-    need_positive,
-    need_share,
-    share_of,
-)
+from pgolf_fast.config import checks
+from pgolf_fast.config.checks import need
 from pgolf_fast.config.model import ModelConfig
 from pgolf_fast.config.ttt import TTTConfig
 
@@ -35,8 +27,8 @@ class DataConfig:
     """Number of validation tokens to score; None scores all."""
 
     def __post_init__(self) -> None:
-        need_not_negative("data", self, "seed")
-        need_positive("data", self, "val_tokens")
+        checks.need_not_negative("data", self, "seed")
+        checks.need_positive("data", self, "val_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +61,9 @@ class OptimConfig:
     """Limit on the global gradient norm over all parameters; None disables clipping."""
 
     def __post_init__(self) -> None:
-        need_not_negative("optim", self, "matrix_lr", "embed_lr", "scalar_lr", "weight_decay")
-        need_decay("optim", self, "muon_momentum", "muon_momentum_start", "adam_beta1", "adam_beta2")
-        need_positive("optim", self, "grad_clip")
+        checks.need_not_negative("optim", self, "matrix_lr", "embed_lr", "scalar_lr", "weight_decay")
+        checks.need_decay("optim", self, "muon_momentum", "muon_momentum_start", "adam_beta1", "adam_beta2")
+        checks.need_positive("optim", self, "grad_clip")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +82,8 @@ class AverageConfig:
     """Use the mean of the snapshots as the final weights; False ignores them, as PR 1501 did."""
 
     def __post_init__(self) -> None:
-        need_decay("average", self, "ema_decay")
-        need_positive("average", self, "ema_every", "swa_every")
+        checks.need_decay("average", self, "ema_decay")
+        checks.need_positive("average", self, "ema_every", "swa_every")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +98,8 @@ class QATConfig:
     """Quantize the banks; False starts it without any effect, as PR 1501 did."""
 
     def __post_init__(self) -> None:
-        need_either("train.qat", self, "below", "from_share")
-        need_decay("train.qat", self, "from_share")
+        checks.need_either("train.qat", self, "below", "from_share")
+        checks.need_decay("train.qat", self, "from_share")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,18 +129,13 @@ class MetaConfig:
     """Norm of SAM's ascent step over all banks."""
 
     def __post_init__(self) -> None:
-        need_positive("train.meta", self, "every", "sam_radius")
-        need_not_negative("train.meta", self, "inner_lr", "weight", "freeze_blocks", "delta_weight")
-        need(
-            self.weight + self.delta_weight > 0,
-            "train.meta.weight and train.meta.delta_weight are both 0, so a meta step would change nothing: "
-            "raise one, or pass --train.meta none",
-        )
+        checks.need_positive("train.meta", self, "every", "sam_radius")
+        checks.need_not_negative("train.meta", self, "inner_lr", "weight", "freeze_blocks", "delta_weight")
+        idle = "train.meta.weight and train.meta.delta_weight are both 0, so a meta step would change nothing"
+        need(self.weight + self.delta_weight > 0, f"{idle}: raise one, or pass --train.meta none")
         for name in ("delta_weight", "slot_rates"):
-            need(
-                self.inner_lr > 0 or not getattr(self, name),
-                f"train.meta.inner_lr is 0, so nothing adapts: train.meta.{name} needs it positive",
-            )
+            why = f"train.meta.inner_lr is 0, so nothing adapts: train.meta.{name} needs it positive"
+            need(self.inner_lr > 0 or not getattr(self, name), why)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,13 +158,13 @@ class ReptileConfig:
 
     def __post_init__(self) -> None:
         need(0 < self.share < 1, f"train.reptile.share is {self.share}; it must be between 0 and 1")
-        need_positive("train.reptile", self, "inner_steps", "batch_seqs")
-        need_not_negative("train.reptile", self, "inner_lr", "outer_lr")
-        need_share("train.reptile", self, "block_share")
+        checks.need_positive("train.reptile", self, "inner_steps", "batch_seqs")
+        checks.need_not_negative("train.reptile", self, "inner_lr", "outer_lr")
+        checks.need_share("train.reptile", self, "block_share")
 
     def blocks(self, layers: int) -> int:
         """Return the number of trained blocks of a model with that many layers."""
-        return share_of(self.block_share, layers)
+        return checks.share_of(self.block_share, layers)
 
     def steps(self, steps: int) -> int:
         """Return the number of steps that the phase takes of a run of `steps`."""
@@ -248,27 +235,20 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         sizes = ("steps", "batch_tokens", "micro_batch_tokens", "seq_len", "log_every", "adaptive_every")
-        need_positive("train", self, *sizes, "val_every", "max_seconds")
-        need_not_negative("train", self, "z_loss", "seed")
-        need_share("train", self, "warmdown_fraction")
-        need_multiple("train", self, "micro_batch_tokens", "seq_len")
-        need_multiple("train", self, "batch_tokens", "micro_batch_tokens")
-        need_either("train", self, "warmdown_steps", "warmdown_fraction")
-        need(
-            not (self.schedule == "time" and self.max_seconds is None),
-            "train.schedule 'time' needs train.max_seconds; set it, or use train.schedule steps",
-        )
-        need(
-            self.meta is None or self.seq_len % 2 == 0,
-            f"train.meta splits sequences in halves: train.seq_len {self.seq_len} must be even",
-        )
-        need(
-            self.reptile is None
-            or self.schedule == "time"
-            or 0 < self.reptile.steps(self.steps) < self.steps,
-            f"train.reptile needs a step, and one before it: train.reptile.share of train.steps {self.steps} "
-            "leaves none; change one of them",
-        )
+        checks.need_positive("train", self, *sizes, "val_every", "max_seconds")
+        checks.need_not_negative("train", self, "z_loss", "seed")
+        checks.need_share("train", self, "warmdown_fraction")
+        checks.need_multiple("train", self, "micro_batch_tokens", "seq_len")
+        checks.need_multiple("train", self, "batch_tokens", "micro_batch_tokens")
+        checks.need_either("train", self, "warmdown_steps", "warmdown_fraction")
+        endless = "train.schedule 'time' needs train.max_seconds; set it, or use train.schedule steps"
+        need(self.schedule != "time" or self.max_seconds is not None, endless)
+        odd = f"train.meta splits sequences in halves: train.seq_len {self.seq_len} must be even"
+        need(self.meta is None or self.seq_len % 2 == 0, odd)
+        if self.reptile is not None and self.schedule != "time":
+            none_left = f"train.reptile.share of train.steps {self.steps} leaves none; change one of them"
+            fits = 0 < self.reptile.steps(self.steps) < self.steps
+            need(fits, f"train.reptile needs a step, and one before it: {none_left}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,7 +294,7 @@ class QuantConfig:
         shares = all(0 < share <= 1 for share in self.percentiles)
         need(shares, f"quant.percentiles {self.percentiles} must be above 0 and at most 1")
         sizes = ("block_size", "calibration_sequences", "calibration_length", "calibration_batch")
-        need_positive("quant", self, *sizes, "temperature", "target_bytes")
+        checks.need_positive("quant", self, *sizes, "temperature", "target_bytes")
 
     @property
     def clip_range(self) -> int:
@@ -367,7 +347,7 @@ class EvalConfig:
     """Minutes between saved states that an interrupted `pgolf eval` resumes from; None disables saving."""
 
     def __post_init__(self) -> None:
-        need_positive("eval", self, "stride", "batch_seqs", "seq_len")
+        checks.need_positive("eval", self, "stride", "batch_seqs", "seq_len")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -405,17 +385,13 @@ class RunConfig:
         stride, layers, meta = self.eval.stride, self.model.num_layers, self.train.meta
         window = self.eval_seq_len
         need(stride <= window, f"eval.stride {stride} is longer than the window of {window} tokens")
-        need(
-            self.ttt.frozen_slots < layers,
-            f"ttt.freeze_blocks {self.ttt.freeze_blocks} leaves nothing to adapt: the model has {layers} "
-            "layers",
-        )
+        frozen = f"ttt.freeze_blocks {self.ttt.freeze_blocks}"
+        none_left = f"{frozen} leaves nothing to adapt: the model has {layers} layers"
+        need(self.ttt.frozen_slots < layers, none_left)
         if meta is None:
             return
         need(meta.freeze_blocks <= layers, f"train.meta.freeze_blocks exceeds the model's {layers} layers")
+        all_frozen = f"train.meta.freeze_blocks freezes all {layers} layers, so nothing adapts"
         for name in ("delta_weight", "slot_rates"):
-            need(
-                meta.freeze_blocks < layers or not getattr(meta, name),
-                f"train.meta.freeze_blocks freezes all {layers} layers, so nothing adapts: train.meta.{name} "
-                "needs one that does",
-            )
+            adapts = meta.freeze_blocks < layers or not getattr(meta, name)
+            need(adapts, f"{all_frozen}: train.meta.{name} needs one that does")

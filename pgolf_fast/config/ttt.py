@@ -4,14 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from pgolf_fast.config.checks import (
-    did_you_mean,
-    need_decay,
-    need_not_negative,
-    need_positive,
-    need_share,
-    share_of,
-)
+from pgolf_fast.config import checks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +23,8 @@ class LoraConfig:
     """Documents in a batch; documents of similar length are batched together."""
 
     def __post_init__(self) -> None:
-        need_positive("ttt.lora", self, "rank", "segment_tokens", "documents")
-        need_not_negative("ttt.lora", self, "epochs", "lr")
+        checks.need_positive("ttt.lora", self, "rank", "segment_tokens", "documents")
+        checks.need_not_negative("ttt.lora", self, "epochs", "lr")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,17 +48,17 @@ class GuidedConfig:
     """Passes over the hardest windows, one window per step."""
 
     def __post_init__(self) -> None:
-        need_share("ttt.guided", self, "share", "block_share")
-        need_positive("ttt.guided", self, "window_tokens", "rank", "epochs")
-        need_not_negative("ttt.guided", self, "lr")
+        checks.need_share("ttt.guided", self, "share", "block_share")
+        checks.need_positive("ttt.guided", self, "window_tokens", "rank", "epochs")
+        checks.need_not_negative("ttt.guided", self, "lr")
 
     def blocks(self, layers: int) -> int:
         """Return the number of trained blocks of a model with that many layers."""
-        return share_of(self.block_share, layers)
+        return checks.share_of(self.block_share, layers)
 
     def hard_windows(self, windows: int) -> int:
         """Return how many of `windows` windows are trained on."""
-        return share_of(self.share, windows)
+        return checks.share_of(self.share, windows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,9 +102,9 @@ class TTTConfig:
     """Low-rank updates for error_guided."""
 
     def __post_init__(self) -> None:
-        need_positive("ttt", self, "chunk_tokens", "batch_seqs", "grad_clip")
-        need_not_negative("ttt", self, "epochs", "lr", "weight_decay", "freeze_blocks")
-        need_decay("ttt", self, "momentum", "beta2")
+        checks.need_positive("ttt", self, "chunk_tokens", "batch_seqs", "grad_clip")
+        checks.need_not_negative("ttt", self, "epochs", "lr", "weight_decay", "freeze_blocks")
+        checks.need_decay("ttt", self, "momentum", "beta2")
 
     @property
     def frozen_slots(self) -> int:
@@ -161,4 +154,4 @@ def adapters(seq_len: int) -> dict[str, TTTConfig]:
 def unknown_adapter(name: str, known: Iterable[str]) -> str:
     """Return a line naming an unknown adapter, a suggestion if one is close, and the known ones."""
     names = list(known)
-    return f"unknown adapter {name!r}: {did_you_mean(name, names)}adapters are {', '.join(names)}"
+    return f"unknown adapter {name!r}: {checks.did_you_mean(name, names)}adapters are {', '.join(names)}"

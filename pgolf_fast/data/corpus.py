@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from pgolf_fast import console
+from pgolf_fast.config.checks import need
 from pgolf_fast.data.manifest import write_manifest
 from pgolf_fast.data.shards import write_shard
 from pgolf_fast.data.tokenizer import ByteTable, Tokenizer, byte_table, scored_bytes, train_tokenizer
@@ -73,9 +74,8 @@ def documents(sources: list[Source]) -> Iterator[tuple[str, str]]:
         inside = sorted(path.relative_to(source.root).parts for path in source.root.rglob("*.py"))
         files = [parts for parts in inside if not any(map(_SKIPPED_FOLDERS.fullmatch, parts))]
         for parts in console.progress(files, f"reading {source.name} documentation", unit="file"):
-            yield from _document(
-                "/".join((source.name, *parts)), _docstrings(source.root.joinpath(*parts)), seen
-            )
+            texts = _docstrings(source.root.joinpath(*parts))
+            yield from _document("/".join((source.name, *parts)), texts, seen)
 
 
 def build_corpus(cache_dir: Path | None = None, vocab_size: int = 1024) -> Path:
@@ -104,10 +104,8 @@ def build_corpus(cache_dir: Path | None = None, vocab_size: int = 1024) -> Path:
                     shutil.rmtree(folder, ignore_errors=True)  # some of its files were removed
                     os.rename(Path(temporary) / "corpus", folder)
     except OSError as error:
-        raise PgolfError(
-            f"cannot write the built-in corpus to {parent}: {error.strerror}; "
-            "make that folder writable, set XDG_CACHE_HOME, or set data.path to shards of your own"
-        ) from error
+        hint = "make that folder writable, set XDG_CACHE_HOME, or set data.path to shards of your own"
+        raise PgolfError(f"cannot write the built-in corpus to {parent}: {error.strerror}; {hint}") from error
     return folder
 
 
@@ -120,26 +118,21 @@ def _build(folder: Path, sources: list[Source], vocab_size: int) -> None:
         texts["train" if part else "val"].append(text)
     if not texts["train"] or not texts["val"]:
         looked = ", ".join(str(source.root) for source in sources) or "nowhere"
-        raise PgolfError(
-            f"empty corpus: found {len(texts['train'])} training and {len(texts['val'])} validation "
-            f"documents in the Python sources (looked in {looked}); set data.path to shards, or make some "
-            "with `pgolf data tokenize`"
-        )
+        found = f"{len(texts['train'])} training and {len(texts['val'])} validation documents"
+        hint = "set data.path to shards, or make some with `pgolf data tokenize`"
+        where = f"in the Python sources (looked in {looked})"
+        raise PgolfError(f"empty corpus: found {found} {where}; {hint}")
     tokenizer = Tokenizer.load(train_tokenizer(texts["train"], vocab_size, folder / "tokenizer"))
     table = byte_table(tokenizer)
     versions = {source.name: source.version for source in sources}
     info: dict[str, object] = {"format": _FORMAT, "vocab_size": vocab_size, "sources": versions}
     tokens = {}
     for split, file in zip(("train", "val"), _FILES, strict=False):
-        tokens[split] = np.array(
-            [i for text in texts[split] for i in tokenizer.encode_document(text)], dtype=np.uint16
-        )
+        ids = [i for text in texts[split] for i in tokenizer.encode_document(text)]
+        tokens[split] = np.array(ids, dtype=np.uint16)
         write_shard(folder / file, tokens[split])
-        info[split] = {
-            "documents": len(texts[split]),
-            "tokens": len(tokens[split]),
-            "bytes": scored_bytes(table, tokens[split]),
-        }
+        count_bytes = scored_bytes(table, tokens[split])
+        info[split] = {"documents": len(texts[split]), "tokens": len(ids), "bytes": count_bytes}
     unigram, bigram = ngram_floors(tokens["train"], tokens["val"], table, vocab_size)
     info["unigram_bpb"], info["bigram_bpb"] = round(unigram, 4), round(bigram, 4)
     write_json(folder / "info.json", info)
@@ -200,12 +193,9 @@ def _call_strings(call: ast.Call) -> Iterator[str]:
 
 
 def _document(name: str, texts: list[str], seen: set[str]) -> Iterator[tuple[str, str]]:
-    paragraphs = []
-    for paragraph in (paragraph for text in texts for paragraph in _prose(text)):
-        if paragraph not in seen:
-            seen.add(paragraph)
-            paragraphs.append(paragraph)
-    joined = "\n".join(paragraphs)
+    fresh = dict.fromkeys(line for text in texts for line in _prose(text) if line not in seen)
+    seen.update(fresh)
+    joined = "\n".join(fresh)
     if len(joined) >= _MIN_DOCUMENT:
         yield name, joined
 
@@ -220,12 +210,9 @@ def _prose(text: str) -> Iterator[str]:
     for paragraph in re.split(r"\n\s*\n", text):
         if ">>>" in paragraph or paragraph.lstrip().startswith((".. ", "... ", "$ ", "# ")):
             continue
-        line = _ROLE.sub(r"\1", paragraph).replace("`", "").replace("**", "")
-        line = " ".join(line.split())
-        if len(line) < _MIN_PARAGRAPH:
-            continue
+        line = " ".join(_ROLE.sub(r"\1", paragraph).replace("`", "").replace("**", "").split())
         plain = sum(c.isalpha() or c == " " for c in line)
-        if plain >= _MIN_PROSE * len(line):
+        if len(line) >= _MIN_PARAGRAPH and plain >= _MIN_PROSE * len(line):
             yield line
 
 
@@ -238,19 +225,16 @@ def ngram_floors(
     for fewer than two tokens, ids outside the vocabulary, or validation tokens without any text.
     """
     for name, tokens in (("training", train_tokens), ("validation", val_tokens)):
-        if len(tokens) < 2:
-            raise PgolfError(f"{len(tokens)} {name} tokens are too few to count pairs of; give at least 2")
+        need(len(tokens) >= 2, f"{len(tokens)} {name} tokens are too few to count pairs of; give at least 2")
         if int(tokens.max()) >= vocab_size:
             raise PgolfError(f"{name} tokens hold id {int(tokens.max())}, but vocab_size is {vocab_size}")
     count_bytes = scored_bytes(table, val_tokens)
-    if count_bytes == 0:
-        raise PgolfError("the validation tokens have no text at all: give files with text in them")
+    need(count_bytes != 0, "the validation tokens have no text at all: give files with text in them")
     unigram = np.bincount(train_tokens, minlength=vocab_size).astype(np.float64) + 1.0
     unigram /= unigram.sum()
     previous, current = val_tokens[:-1].astype(np.int64), val_tokens[1:].astype(np.int64)
-    pairs, counts = np.unique(
-        train_tokens[:-1].astype(np.int64) * vocab_size + train_tokens[1:], return_counts=True
-    )
+    seen = train_tokens[:-1].astype(np.int64) * vocab_size + train_tokens[1:]
+    pairs, counts = np.unique(seen, return_counts=True)
     asked = previous * vocab_size + current
     at = np.minimum(np.searchsorted(pairs, asked), len(pairs) - 1)
     pair_counts = np.where(pairs[at] == asked, counts[at], 0)

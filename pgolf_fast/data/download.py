@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pgolf_fast import console
+from pgolf_fast.config.checks import need
 from pgolf_fast.data.manifest import write_manifest
 from pgolf_fast.data.shards import open_shard
 from pgolf_fast.data.tokenizer import Tokenizer
@@ -22,15 +23,12 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 REPO_ID = "willdepueoai/parameter-golf"
-_ROOTS = ("datasets/", "")
-"""Parents of the folders `datasets` and `tokenizers` in a repository."""
+_ROOTS = ("datasets/", "")  # parents of the folders `datasets` and `tokenizers` in a repository
 _BLOCK = 1 << 22
 
 
 @dataclass(frozen=True)
 class _Remote:
-    """A file of the repository and its local target."""
-
     path: str
     size: int
     sha256: str | None
@@ -58,19 +56,16 @@ def download(
     try:
         import huggingface_hub
     except ImportError as error:
-        raise PgolfError(
-            "downloading needs the huggingface_hub package: pip install 'pgolf-fast[hub]'"
-        ) from error
-    if train_shards < 0:
-        raise PgolfError(f"train_shards is {train_shards}; it must be 0 or more")
+        why = "downloading needs the huggingface_hub package: pip install 'pgolf-fast[hub]'"
+        raise PgolfError(why) from error
+    need(train_shards >= 0, f"train_shards is {train_shards}; it must be 0 or more")
     folder, staging = Path(out), Path(out) / ".download"  # one file system, for os.replace
     api = huggingface_hub.HfApi(endpoint=endpoint)
     with _hub_errors(f"dataset {repo_id} at {api.endpoint}"):
         commit = api.dataset_info(repo_id, revision=revision).sha
         if commit is None:
-            raise PgolfError(
-                f"{api.endpoint} does not say which commit {revision} of {repo_id} is; try a commit"
-            )
+            what = f"which commit {revision} of {repo_id} is"
+            raise PgolfError(f"{api.endpoint} does not say {what}; try a commit")
     remotes = _choose(api, repo_id, commit, dataset, train_shards, folder)
     for remote in console.progress(remotes, "downloading", unit="file"):
         wanted = (checksums or {}).get(remote.target.name)
@@ -101,10 +96,8 @@ def _accept(staged: Path, remote: _Remote) -> None:
             fault = str(error)
     if fault is not None:
         staged.unlink(missing_ok=True)
-        raise PgolfError(
-            f"{remote.path} arrived corrupt and was removed: {fault}; run the download again, "
-            "and if it fails the same way, tell the owner of the dataset"
-        )
+        hint = f"{fault}; run the download again, and if it fails the same way, tell the owner of the dataset"
+        raise PgolfError(f"{remote.path} arrived corrupt and was removed: {hint}")
     remote.target.parent.mkdir(parents=True, exist_ok=True)
     os.replace(staged, remote.target)
 
@@ -138,13 +131,9 @@ def _choose(
         raise PgolfError(f"{repo_id} has no dataset {name}: expected in datasets/{name}; try sp1024")
     val = [r for r in shards if fnmatch(r.target.name, "*_val_*.bin")]
     train = [r for r in shards if fnmatch(r.target.name, "*_train_*.bin")]
-    if not val:
-        raise PgolfError(f"{repo_id} has no validation shard in datasets/{name}; try another dataset")
-    if len(train) < train_shards:
-        raise PgolfError(
-            f"{repo_id} has {len(train)} training shards in datasets/{name}, but {train_shards} were asked "
-            f"for: ask for {len(train)} or fewer"
-        )
+    need(val, f"{repo_id} has no validation shard in datasets/{name}; try another dataset")
+    hint = f"but {train_shards} were asked for: ask for {len(train)} or fewer"
+    need(len(train) >= train_shards, f"{repo_id} has {len(train)} training shards in datasets/{name}, {hint}")
     number = re.sub(r"\D", "", dataset)
     models = _list(api, repo_id, commit, f"{root}tokenizers", out / "tokenizers")
     models = [r for r in models if fnmatch(r.target.name, f"*_{number}_*.model")]
@@ -157,17 +146,13 @@ def _list(api: "HfApi", repo_id: str, commit: str, path: str, target: Path) -> l
     """Return the files of a folder of the repository, sorted by name; none if there is no such folder."""
     from huggingface_hub.errors import EntryNotFoundError
 
-    files = []
-    with (
-        _hub_errors(f"folder {path} of {repo_id} at {api.endpoint}"),
-        contextlib.suppress(EntryNotFoundError),
-    ):
+    files, what = [], f"folder {path} of {repo_id} at {api.endpoint}"
+    with _hub_errors(what), contextlib.suppress(EntryNotFoundError):
         for entry in api.list_repo_tree(repo_id, path, revision=commit, repo_type="dataset"):
             if not hasattr(entry, "size"):
                 continue  # a folder
             lfs, name = entry.lfs, entry.path.rsplit("/", 1)[-1]
-            sha256 = lfs.sha256 if lfs is not None else None
-            size = lfs.size if lfs is not None else entry.size
+            size, sha256 = (entry.size, None) if lfs is None else (lfs.size, lfs.sha256)
             files.append(_Remote(entry.path, size, sha256, None if lfs else entry.blob_id, target / name))
     return sorted(files, key=lambda remote: remote.path)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pgolf_fast.config.checks import need
 from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.data.shards import BOS_ID, HEADER_BYTES, Shard, check_tokens, raise_bad_token
 from pgolf_fast.errors import PgolfError
@@ -18,8 +19,7 @@ if TYPE_CHECKING:
 
 Batch = tuple["torch.Tensor", "torch.Tensor"]
 
-_CHECK_AT_OPENING = 10_000_000
-"""Tokens of each shard checked before training starts; the rest is checked as it is read."""
+_CHECK_AT_OPENING = 10_000_000  # tokens of each shard; the rest is checked as it is read
 _OPEN_FILES = 64  # a data set may have more shards than a process may open
 
 
@@ -34,8 +34,7 @@ class TokenStream:
     kind = "sequential"
 
     def __init__(self, shards: Sequence[Shard], *, vocab_size: int | None = None):
-        if not shards:
-            raise PgolfError("no shards to read tokens from: give at least one")
+        need(shards, "no shards to read tokens from: give at least one")
         self.shards, self.vocab_size = list(shards), vocab_size
         self._starts = np.cumsum([0, *(shard.num_tokens for shard in shards)])
         self._states = [_state(os.stat(shard.path)) for shard in self.shards]
@@ -122,11 +121,8 @@ class DocumentStream(TokenStream):
         self._seed = seed
         firsts = zip(self.shards, self._starts, strict=False)
         begins = np.concatenate([shard.document_starts() + int(first) for shard, first in firsts])
-        if not len(begins):
-            raise PgolfError(
-                f"no document starts (token id {BOS_ID}) in {self.shards[0].path.parent}: "
-                "the shuffled loader needs them; use data.loader sequential or tokenize with BOS"
-            )
+        hint = "the shuffled loader needs them; use data.loader sequential or tokenize with BOS"
+        need(len(begins), f"no document starts (token id {BOS_ID}) in {self.shards[0].path.parent}: {hint}")
         # tokens before the first BOS are a document too
         self._begins = begins if begins[0] == 0 else np.concatenate([[0], begins])
         self._lengths = np.diff(self._begins, append=self.total)
@@ -175,23 +171,17 @@ class Loader:
         # after the batches returned so far; the stream itself is one batch ahead
         self._position = stream.position
         self.set_batch(micro_batch_tokens)
-        if not 0 <= rank < world_size:
-            raise PgolfError(
-                f"rank {rank} does not exist: with world_size {world_size} it is 0 to {world_size - 1}"
-            )
-        if stream.total < seq_len + 1:
-            raise PgolfError(
-                f"sequence longer than data: the training shards have {stream.total} tokens, but one "
-                f"sequence of {seq_len} needs {seq_len + 1}; use a shorter train.seq_len or more text"
-            )
+        why = f"rank {rank} does not exist: with world_size {world_size} it is 0 to {world_size - 1}"
+        need(0 <= rank < world_size, why)
+        why = f"sequence longer than data: the training shards have {stream.total} tokens"
+        hint = "use a shorter train.seq_len or more text"
+        need(stream.total > seq_len, f"{why}, but one sequence of {seq_len} needs {seq_len + 1}; {hint}")
 
     def set_batch(self, micro_batch_tokens: int) -> None:
         """Change the tokens of a batch, in whole sequences, from the next one on; no token is skipped."""
-        if self._seq_len < 1 or micro_batch_tokens < 1 or micro_batch_tokens % self._seq_len:
-            raise PgolfError(
-                f"train.micro_batch_tokens {micro_batch_tokens} is not a positive multiple of train.seq_len "
-                f"{self._seq_len}"
-            )
+        whole = min(self._seq_len, micro_batch_tokens) >= 1 and micro_batch_tokens % self._seq_len == 0
+        why = f"is not a positive multiple of train.seq_len {self._seq_len}"
+        need(whole, f"train.micro_batch_tokens {micro_batch_tokens} {why}")
         self._discard()
         self._stream.seek(self._position)  # back to the first token that was not returned
         self._span = micro_batch_tokens + 1  # one more for the last target
@@ -214,9 +204,8 @@ class Loader:
         self._stream.skip(self._rank * self._span)
         span = self._stream.take(self._span)
         self._stream.skip((self._world_size - 1 - self._rank) * self._span)
-        inputs, targets = (
-            torch.from_numpy(part.astype(np.int64)).view(-1, self._seq_len) for part in (span[:-1], span[1:])
-        )
+        parts = (part.astype(np.int64) for part in (span[:-1], span[1:]))
+        inputs, targets = (torch.from_numpy(part).view(-1, self._seq_len) for part in parts)
         if self._pin:
             inputs, targets = inputs.pin_memory(), targets.pin_memory()
         return (inputs, targets), self._stream.position
@@ -228,23 +217,18 @@ class Loader:
     def load_state(self, state: dict[str, object]) -> None:
         """Continue after the batches that came before `state`. Raises `PgolfError` if the data differs."""
         for name, now in self._stream.identity().items():
-            if state.get(name, now) != now:
-                raise PgolfError(
-                    f"cannot resume the data: {name} was {state.get(name)!r} and is now {now!r}; "
-                    "use the data, data.loader and data.seed this run was started with"
-                )
+            hint = "use the data, data.loader and data.seed this run was started with"
+            why = f"cannot resume the data: {name} was {state.get(name)!r} and is now {now!r}; {hint}"
+            need(state.get(name, now) == now, why)
         position = state.get("position")
         if not isinstance(position, int) or position < 0:
-            raise PgolfError(
-                f"cannot resume the data: its position is {position!r}, not a number of tokens; "
-                "the checkpoint is damaged"
-            )
+            what = f"its position is {position!r}, not a number of tokens"
+            raise PgolfError(f"cannot resume the data: {what}; the checkpoint is damaged")
         self._discard()
         self._stream.seek(position)
         self._position = self._stream.position
 
     def _discard(self) -> None:
-        """Drop the batch that was read ahead."""
         if self._ahead is not None:
             wait([self._ahead])
             self._ahead = None
@@ -265,17 +249,10 @@ def make_loader(
     shards: Sequence[Shard], config: RunConfig, *, rank: int = 0, world_size: int = 1, pin: bool = False
 ) -> Loader:
     """Return the loader that `config.data` and `config.train` ask for; `pin` for batches that go to a GPU."""
-    vocab_size = config.model.vocab_size
-    stream = (
-        DocumentStream(shards, seed=config.data.seed, vocab_size=vocab_size)
-        if config.data.loader == "shuffled"
-        else TokenStream(shards, vocab_size=vocab_size)
-    )
-    return Loader(
-        stream,
-        micro_batch_tokens=config.train.micro_batch_tokens,
-        seq_len=config.train.seq_len,
-        rank=rank,
-        world_size=world_size,
-        pin=pin,
-    )
+    vocab_size, train = config.model.vocab_size, config.train
+    if config.data.loader == "shuffled":
+        stream: TokenStream = DocumentStream(shards, seed=config.data.seed, vocab_size=vocab_size)
+    else:
+        stream = TokenStream(shards, vocab_size=vocab_size)
+    sizes = {"micro_batch_tokens": train.micro_batch_tokens, "seq_len": train.seq_len}
+    return Loader(stream, **sizes, rank=rank, world_size=world_size, pin=pin)

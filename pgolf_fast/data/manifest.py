@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pgolf_fast.config.checks import need
 from pgolf_fast.data.shards import Split, open_shard, shard_paths
 from pgolf_fast.data.tokenizer import Tokenizer
 from pgolf_fast.errors import PgolfError
@@ -35,23 +36,16 @@ def check_manifest(folder: Path, tokenizer: Tokenizer) -> dict[str, Any] | None:
     if manifest.get("format") != _FORMAT:
         return None
     made_with, split, before = (manifest.get(name) for name in ("tokenizer_sha256", "split", "shards"))
-    if not (isinstance(made_with, str) and isinstance(split, str) and isinstance(before, dict)):
-        raise PgolfError(
-            f"{path} has no tokenizer_sha256, split or shards: it was changed; restore or remove it"
-        )
-    if (given := _digest(tokenizer)) != made_with:
-        raise PgolfError(
-            f"tokenizer {tokenizer.path} (sha256 {given[:12]}) is not that of the shards in {folder} (sha256 "
-            f"{made_with[:12]} in {_FILE}): give the one they were made with by --data.tokenizer"
-        )
+    why = f"{path} has no tokenizer_sha256, split or shards: it was changed; restore or remove it"
+    need(isinstance(made_with, str) and isinstance(split, str) and isinstance(before, dict), why)
+    given, hint = _digest(tokenizer), "give the one they were made with by --data.tokenizer"
+    why = f"tokenizer {tokenizer.path} (sha256 {given[:12]}) is not that of the shards in {folder}"
+    need(given == made_with, f"{why} (sha256 {made_with[:12]} in {_FILE}): {hint}")
     now = _shards(folder)
     for name in sorted(before.keys() | now.keys()):
         had, has = (f"{c:,} tokens" if isinstance(c := d.get(name), int) else "none" for d in (before, now))
-        if had != has:
-            raise PgolfError(
-                f"shard {folder / name} has {has}, but {_FILE} says {had}: restore the shards, "
-                f"or remove {_FILE} if they were changed on purpose"
-            )
+        hint = f"restore the shards, or remove {_FILE} if they were changed on purpose"
+        need(had == has, f"shard {folder / name} has {has}, but {_FILE} says {had}: {hint}")
     return manifest
 
 

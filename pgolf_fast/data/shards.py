@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 
+from pgolf_fast.config.checks import need
 from pgolf_fast.console import logger
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import atomic_path
@@ -51,32 +52,20 @@ def open_shard(path: Path | str) -> Shard:
         with open(path, "rb") as handle:
             header = np.frombuffer(handle.read(HEADER_BYTES), dtype=np.uint8)
     except OSError as error:
-        raise PgolfError(
-            f"cannot read shard {path}: {error.strerror}; give the path of a .bin token file"
-        ) from error
-    if size < HEADER_BYTES:
-        raise PgolfError(
-            f"{path} has {size} bytes, less than the {HEADER_BYTES}-byte header of a shard: "
-            "it was cut short or is no shard; download or tokenize it again"
-        )
+        why = f"cannot read shard {path}: {error.strerror}; give the path of a .bin token file"
+        raise PgolfError(why) from error
+    hint = "it was cut short or is no shard; download or tokenize it again"
+    why = f"{path} has {size} bytes, less than the {HEADER_BYTES}-byte header of a shard: {hint}"
+    need(size >= HEADER_BYTES, why)
     magic, version, count = (int(v) for v in header.view("<i4")[:3])
-    if magic != MAGIC:
-        raise PgolfError(
-            f"{path} is not a token shard: its first word is {magic}, a shard has {MAGIC}; "
-            "make shards with `pgolf data tokenize` or `pgolf data download`"
-        )
-    if version != VERSION:
-        raise PgolfError(f"{path} is a shard of version {version}; only version {VERSION} can be read")
-    if count <= 0:
-        raise PgolfError(
-            f"{path} holds {count} tokens; a shard needs at least one: remove it or make it again"
-        )
+    hint = f"a shard has {MAGIC}; make shards with `pgolf data tokenize` or `pgolf data download`"
+    need(magic == MAGIC, f"{path} is not a token shard: its first word is {magic}, {hint}")
+    need(version == VERSION, f"{path} is a shard of version {version}; only version {VERSION} can be read")
+    need(count > 0, f"{path} holds {count} tokens; a shard needs at least one: remove it or make it again")
     expected = HEADER_BYTES + 2 * count
-    if size != expected:
-        raise PgolfError(
-            f"{path} has {size} bytes, but its header says {count} tokens, which takes {expected} bytes: "
-            "the file is damaged or was cut short; download or tokenize it again"
-        )
+    hint = "the file is damaged or was cut short; download or tokenize it again"
+    why = f"{path} has {size} bytes, but its header says {count} tokens, which takes {expected} bytes: {hint}"
+    need(size == expected, why)
     return Shard(path, count)
 
 
@@ -92,21 +81,17 @@ def check_tokens(shard: Shard, vocab_size: int, *, limit: int | None = None) -> 
 def raise_bad_token(shard: Shard, start: int, block: np.ndarray, vocab_size: int) -> None:
     """Raise `PgolfError` for the first id in `block` that is too large; `block` starts at token `start`."""
     at = int(np.argmax(block >= vocab_size))
-    raise PgolfError(
-        f"{shard.path} has token id {int(block[at])} at position {start + at}, but model.vocab_size is "
-        f"{vocab_size}: use shards made with this tokenizer, or set model.vocab_size to that of the shards"
-    )
+    why = f"{shard.path} has token id {int(block[at])} at position {start + at}"
+    hint = "use shards made with this tokenizer, or set model.vocab_size to that of the shards"
+    raise PgolfError(f"{why}, but model.vocab_size is {vocab_size}: {hint}")
 
 
 def write_shard(path: Path | str, tokens: np.ndarray) -> Shard:
     """Write ids, integers of shape (n,) from 0 to 65535, as a shard, atomically."""
     tokens = np.asarray(tokens)
-    if tokens.ndim != 1 or tokens.size == 0:
-        raise PgolfError(
-            f"cannot write {path}: got an array of shape {tokens.shape}; give at least one token, in one row"
-        )
-    if tokens.dtype.kind not in "iu":
-        raise PgolfError(f"cannot write {path}: got {tokens.dtype} values; token ids are integers")
+    why = f"cannot write {path}: got an array of shape {tokens.shape}; give at least one token, in one row"
+    need(tokens.ndim == 1 and tokens.size != 0, why)
+    need(tokens.dtype.kind in "iu", f"cannot write {path}: got {tokens.dtype} values; token ids are integers")
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high > 0xFFFF:
         raise PgolfError(f"cannot write {path}: token ids run from {low} to {high}; a shard holds 0 to 65535")
@@ -121,12 +106,10 @@ def write_shard(path: Path | str, tokens: np.ndarray) -> Shard:
 def data_folder(folder: Path | str) -> Path:
     """Return `folder` as a path. Raises `PgolfError` if it is not a folder."""
     folder = Path(folder)
-    if not folder.is_dir():
-        what = "is not a folder" if folder.exists() else "does not exist"
-        raise PgolfError(
-            f"data folder {folder} {what}: name one of *_train_*.bin and *_val_*.bin shards with "
-            "--data.path; without it, a new run takes the built-in corpus"
-        )
+    why = "is not a folder" if folder.exists() else "does not exist"
+    name_one = "name one of *_train_*.bin and *_val_*.bin shards with --data.path"
+    hint = f"{name_one}; without it, a new run takes the built-in corpus"
+    need(folder.is_dir(), f"data folder {folder} {why}: {hint}")
     return folder
 
 
@@ -153,11 +136,9 @@ def find_shards(folder: Path | str, split: Split) -> list[Shard]:
     """Open the shards of a split. Raises `PgolfError` if there is none or one is bad."""
     folder = data_folder(folder)
     paths = shard_paths(folder, split)
-    if not paths:
-        raise PgolfError(
-            f"no *_{split}_*.bin shard in {folder}: make some with `pgolf data tokenize` "
-            "or `pgolf data download`, or set data.path to the folder that holds them"
-        )
+    make = "make some with `pgolf data tokenize` or `pgolf data download`"
+    hint = f"{make}, or set data.path to the folder that holds them"
+    need(paths, f"no *_{split}_*.bin shard in {folder}: {hint}")
     return [open_shard(path) for path in paths]
 
 
@@ -172,17 +153,12 @@ def load_validation(
     for shard in shards:
         check_tokens(shard, vocab_size)
     available = sum(shard.num_tokens for shard in shards)
-    if available < seq_len + 1:
-        raise PgolfError(
-            f"sequence longer than data: {folder} has {available} validation tokens, but one sequence of "
-            f"{seq_len} needs {seq_len + 1}; use a shorter train.seq_len (and eval.seq_len) or more text"
-        )
+    why = f"{folder} has {available} validation tokens, but one sequence of {seq_len} needs {seq_len + 1}"
+    hint = "use a shorter train.seq_len (and eval.seq_len) or more text"
+    need(available > seq_len, f"sequence longer than data: {why}; {hint}")
     wanted = available if max_tokens is None else min(available, max_tokens + 1)
-    if wanted < seq_len + 1:
-        raise PgolfError(
-            f"data.val_tokens is {max_tokens}, less than one sequence of {seq_len} tokens: "
-            f"set it to {seq_len} or more, or leave it out"
-        )
+    hint = f"less than one sequence of {seq_len} tokens: set it to {seq_len} or more, or leave it out"
+    need(wanted >= seq_len + 1, f"data.val_tokens is {max_tokens}, {hint}")
     keep = (wanted - 1) // seq_len * seq_len + 1
     parts: list[np.ndarray] = []
     for shard in shards:

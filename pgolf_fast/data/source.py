@@ -6,22 +6,12 @@ from pathlib import Path
 import numpy as np
 
 from pgolf_fast import console
+from pgolf_fast.config.checks import need
 from pgolf_fast.config.schema import DataConfig
+from pgolf_fast.data import shards
 from pgolf_fast.data.corpus import build_corpus
 from pgolf_fast.data.manifest import check_manifest
-from pgolf_fast.data.shards import (
-    BOS_ID,
-    Shard,
-    Split,
-    check_tokens,
-    data_folder,
-    find_shards,
-    load_validation,
-    open_shard,
-    shard_paths,
-    side_file,
-    warn_of_others,
-)
+from pgolf_fast.data.shards import BOS_ID, Shard, Split, open_shard, shard_paths, side_file
 from pgolf_fast.data.tokenizer import (
     ByteTable,
     Tokenizer,
@@ -48,24 +38,25 @@ class Source:
     val_tokens: int | None
 
     def train_shards(self) -> list[Shard]:
-        shards = find_shards(self.folder, "train")
-        looks_foreign(shards[0], self.tokenizer)
-        return shards
+        found = shards.find_shards(self.folder, "train")
+        looks_foreign(found[0], self.tokenizer)
+        return found
 
     def validation(self, seq_len: int) -> np.ndarray:
         """Return the validation stream, a whole number of `seq_len` targets plus one token."""
-        return load_validation(self.folder, seq_len, vocab_size=self.vocab_size, max_tokens=self.val_tokens)
+        vocab_size, max_tokens = self.vocab_size, self.val_tokens
+        return shards.load_validation(self.folder, seq_len, vocab_size=vocab_size, max_tokens=max_tokens)
 
     def side_bytes(self, tokens: np.ndarray) -> np.ndarray | None:
         """Return the bytes of the targets in `tokens`, which begin `validation`, if side files count them."""
-        shards = find_shards(self.folder, "val")
-        looks_foreign(shards[0], self.tokenizer)
-        sides = [side for shard in shards if (side := side_counts(shard, self.table)) is not None]
+        found = shards.find_shards(self.folder, "val")
+        looks_foreign(found[0], self.tokenizer)
+        sides = [side for shard in found if (side := side_counts(shard, self.table)) is not None]
         if not sides:
             return None
-        names = f"side files like {side_file(shards[0].path).name}"
-        if len(sides) < len(shards):
-            raise PgolfError(f"{self.folder} has {len(shards)} validation shards but {len(sides)} {names}")
+        names = f"side files like {side_file(found[0].path).name}"
+        if len(sides) < len(found):
+            raise PgolfError(f"{self.folder} has {len(found)} validation shards but {len(sides)} {names}")
         console.logger.info("bytes of text are counted by %s", names)
         return np.concatenate(sides)[1 : len(tokens)].astype(np.int64)
 
@@ -75,11 +66,11 @@ def open_source(config: DataConfig, vocab_size: int) -> Source:
 
     Raises PgolfError for a missing folder or a tokenizer of another size than the model.
     """
-    folder = build_corpus(vocab_size=vocab_size) if config.path is None else data_folder(Path(config.path))
-    tokenizer = Tokenizer.load(find_tokenizer(folder, config.tokenizer))
+    folder = build_corpus(vocab_size=vocab_size) if config.path is None else Path(config.path)
+    tokenizer = Tokenizer.load(find_tokenizer(shards.data_folder(folder), config.tokenizer))
     check_vocab(tokenizer, vocab_size)
     check_manifest(folder, tokenizer)
-    warn_of_others(folder)
+    shards.warn_of_others(folder)
     return Source(folder, tokenizer, byte_table(tokenizer), vocab_size, config.val_tokens)
 
 
@@ -94,11 +85,10 @@ def side_counts(shard: Shard, table: ByteTable) -> np.ndarray | None:
     counts = open_shard(path).tokens
     own, pieces = int(counts[1:].sum(dtype=np.int64)), scored_bytes(table, tokens)
     alike = len(counts) == len(tokens) and not counts[tokens == BOS_ID].any()
-    if not alike or abs(own - pieces) > SIDE_SHARE * pieces:
-        raise PgolfError(
-            f"{path} counts {own:,} bytes of {len(counts):,} tokens, but {shard.path.name} has {pieces:,} of "
-            f"{len(tokens):,}, and none of BOS tokens: use the side file that was made with it, or remove it"
-        )
+    alike = alike and abs(own - pieces) <= SIDE_SHARE * pieces
+    has = f"{shard.path.name} has {pieces:,} of {len(tokens):,}, and none of BOS tokens"
+    hint = "use the side file that was made with it, or remove it"
+    need(alike, f"{path} counts {own:,} bytes of {len(counts):,} tokens, but {has}: {hint}")
     return counts
 
 
@@ -148,18 +138,15 @@ def describe(folder: Path | str, tokenizer: Tokenizer) -> list[ShardInfo]:
 
     Raises `PgolfError` if there is no shard, or one is bad or has ids that the tokenizer does not know.
     """
-    folder, rows, table = data_folder(folder), [], byte_table(tokenizer)
+    folder, rows, table = shards.data_folder(folder), [], byte_table(tokenizer)
     splits: tuple[Split, ...] = ("train", "val")
     paths = [(path, split) for split in splits for path in shard_paths(folder, split)]
-    warn_of_others(folder)
-    if not paths:
-        raise PgolfError(
-            f"no *_train_*.bin or *_val_*.bin shard in {folder}: make some with `pgolf data tokenize` "
-            "or `pgolf data download`"
-        )
+    shards.warn_of_others(folder)
+    hint = "make some with `pgolf data tokenize` or `pgolf data download`"
+    need(paths, f"no *_train_*.bin or *_val_*.bin shard in {folder}: {hint}")
     for path, split in console.progress(paths, "reading", unit="shard"):
         shard = open_shard(path)
-        check_tokens(shard, tokenizer.vocab_size)
+        shards.check_tokens(shard, tokenizer.vocab_size)
         count, side, documents = None, side_counts(shard, table), len(shard.document_starts())
         if not looks_foreign(shard, tokenizer):
             count = scored_bytes(table, shard.tokens) if side is None else int(side[1:].sum(dtype=np.int64))

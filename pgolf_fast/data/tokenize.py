@@ -18,11 +18,12 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from pgolf_fast import console
+from pgolf_fast.config.checks import need
 from pgolf_fast.data.manifest import write_manifest
 from pgolf_fast.data.shards import BOS_ID, Split, shard_paths, write_shard
 from pgolf_fast.data.tokenizer import ByteTable, Tokenizer, byte_table, scored_bytes, train_tokenizer
@@ -37,8 +38,7 @@ _CHUNK_DOCUMENTS = 500
 _HASHES = 1 << 64
 _LINES = 'each line must be like {"text": "..."}'
 _QUIET_SECONDS = 10.0
-_ALONE_BYTES = 16_000_000
-"""Input size in bytes below which starting worker processes would take longer than it saves."""
+_ALONE_BYTES = 16_000_000  # of input, below which starting worker processes takes longer than it saves
 
 
 def tokenize_files(
@@ -60,10 +60,8 @@ def tokenize_files(
     on the training documents. Raises `PgolfError` for bad input, and writes no shards then.
     """
     start = time.monotonic()
-    if shard_tokens < 1:
-        raise PgolfError(f"shard_tokens is {shard_tokens}; it must be at least 1")
-    if workers is not None and workers < 1:
-        raise PgolfError(f"workers is {workers}; it must be at least 1")
+    need(shard_tokens >= 1, f"shard_tokens is {shard_tokens}; it must be at least 1")
+    need(workers is None or workers >= 1, f"workers is {workers}; it must be at least 1")
     if not 1 <= vocab_size <= 1 << 16:
         raise PgolfError(f"vocab_size is {vocab_size}; shards hold ids of 16 bits, so it must be 1 to 65536")
     paths, folder = expand(files), Path(out)
@@ -95,11 +93,9 @@ def tokenize_files(
 
 
 def _trained(plan: "Plan", files: Sequence[Path], vocab_size: int, prefix: Path) -> Tokenizer:
-    if plan.first == plan.documents or plan.threshold == _HASHES:
-        raise PgolfError(
-            f"all {plan.documents:,} documents are for validation and none is left to train a tokenizer on: "
-            "give a tokenizer, or a smaller val_docs or val_fraction"
-        )
+    why = f"all {plan.documents:,} documents are for validation and none is left to train a tokenizer on"
+    hint = "give a tokenizer, or a smaller val_docs or val_fraction"
+    need(plan.first != plan.documents and plan.threshold != _HASHES, f"{why}: {hint}")
     texts = (text for split, text in plan.parts(files, "training tokenizer") if split == "train")
     trained, start = Future[Path](), time.monotonic()
 
@@ -118,16 +114,11 @@ def _trained(plan: "Plan", files: Sequence[Path], vocab_size: int, prefix: Path)
 
 def _given_tokenizer(path: Path | str, vocab_size: int) -> Tokenizer:
     tokenizer = Tokenizer.load(path)
-    if tokenizer.vocab_size != vocab_size:
-        raise PgolfError(
-            f"tokenizer {path} has {tokenizer.vocab_size} pieces but vocab_size is {vocab_size}: "
-            f"give vocab_size {tokenizer.vocab_size}, or leave the tokenizer out to train one"
-        )
-    if tokenizer.bos_id != BOS_ID:
-        raise PgolfError(
-            f"tokenizer {path} has BOS id {tokenizer.bos_id}; shards need id {BOS_ID} to open each document: "
-            "use another tokenizer or leave it out to train one"
-        )
+    hint = f"give vocab_size {tokenizer.vocab_size}, or leave the tokenizer out to train one"
+    why = f"tokenizer {path} has {tokenizer.vocab_size} pieces but vocab_size is {vocab_size}: {hint}"
+    need(tokenizer.vocab_size == vocab_size, why)
+    why = f"tokenizer {path} has BOS id {tokenizer.bos_id}; shards need id {BOS_ID} to open each document"
+    need(tokenizer.bos_id == BOS_ID, f"{why}: use another tokenizer or leave it out to train one")
     return tokenizer
 
 
@@ -137,16 +128,12 @@ def _check_folder(folder: Path) -> None:
     except OSError as error:
         raise PgolfError(f"cannot make the folder {folder}: {error.strerror}; choose another") from error
     if old := shard_paths(folder, "train") + shard_paths(folder, "val"):
-        raise PgolfError(
-            f"{folder} already holds shards ({old[0].name}): remove them or choose another folder"
-        )
-    if not os.access(folder, os.W_OK):
-        raise PgolfError(f"cannot write to {folder}: make it writable or choose another folder")
+        why = f"{folder} already holds shards ({old[0].name}): remove them or choose another folder"
+        raise PgolfError(why)
+    need(os.access(folder, os.W_OK), f"cannot write to {folder}: make it writable or choose another folder")
 
 
 class _Writer:
-    """Collect the tokens of each split, and write a shard whenever one is full."""
-
     def __init__(self, folder: Path, shard_tokens: int, table: ByteTable):
         self._folder, self._size, self._table = folder, shard_tokens, table
         self._waiting: dict[Split, list[np.ndarray]] = {"train": [], "val": []}
@@ -178,14 +165,11 @@ class _Writer:
             if tokens:
                 self._flush(split)
             self._counts[f"{split}_shards"] = self._shards[split]
-        return {
-            **self._counts,
-            "bytes_per_token": round(self._counts["bytes"] / max(self._counts["tokens"], 1), 4),
-        }
+        per_token = round(self._counts["bytes"] / max(self._counts["tokens"], 1), 4)
+        return {**self._counts, "bytes_per_token": per_token}
 
 
 def _encode(parts: Iterator[Part], model: Path, workers: int) -> Iterator[tuple[Split, np.ndarray]]:
-    """Yield documents as tokens, in order."""
     if workers == 1:
         for part in parts:
             yield from _encode_chunk(model, [part])
@@ -201,10 +185,8 @@ def _encode(parts: Iterator[Part], model: Path, workers: int) -> Iterator[tuple[
         for future in waiting:
             yield from future.result()
     except BrokenProcessPool as error:
-        raise PgolfError(
-            f"a tokenizing process died, perhaps for lack of memory: try again with fewer workers than "
-            f"{workers}"
-        ) from error
+        hint = f"try again with fewer workers than {workers}"
+        raise PgolfError(f"a tokenizing process died, perhaps for lack of memory: {hint}") from error
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -269,23 +251,18 @@ def read_documents(path: Path) -> Iterator[str]:
             if text.strip():
                 yield text
             return
-        with _open(path) as lines:
+        opener: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+        with opener(path, "rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     text = _text_of(line, path, number)
                     if text.strip():
                         yield text
     except UnicodeDecodeError as error:
-        raise PgolfError(
-            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it first"
-        ) from error
+        why = f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it first"
+        raise PgolfError(why) from error
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise PgolfError(f"cannot read {path}: {error}; it is unreadable or damaged") from error
-
-
-def _open(path: Path) -> IO[bytes]:
-    opener: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
-    return opener(path, "rb")
 
 
 def _text_of(line: bytes, path: Path, number: int) -> str:
@@ -330,35 +307,26 @@ def make_plan(files: Sequence[Path], val_fraction: float | None, val_docs: int |
     if None not in (val_docs, val_fraction):
         raise PgolfError(f"val_docs {val_docs} and val_fraction {val_fraction} are two splits: give one")
     share = 0.05 if val_fraction is None else val_fraction
-    if not 0 <= share <= 1:
-        raise PgolfError(f"val_fraction is {share}; it must be from 0 to 1")
+    need(0 <= share <= 1, f"val_fraction is {share}; it must be from 0 to 1")
     count, lowest, highest, last = 0, _HASHES, -1, ""
     for last in console.progress(chain.from_iterable(map(read_documents, files)), "reading", unit="doc"):
         value = _hash(last)
         count, lowest, highest = count + 1, min(lowest, value), max(highest, value)
-    if count == 0:
-        raise PgolfError(f"empty corpus: no text in {_names(files)}; give files with text in them")
+    need(count != 0, f"empty corpus: no text in {_names(files)}; give files with text in them")
     if val_docs is not None:
-        if not 0 <= val_docs <= count:
-            raise PgolfError(
-                f"val_docs is {val_docs:,}, but {_names(files)} hold {count:,} documents: give more text, or "
-                f"0 to {count:,}"
-            )
+        hint = f"but {_names(files)} hold {count:,} documents: give more text, or 0 to {count:,}"
+        need(0 <= val_docs <= count, f"val_docs is {val_docs:,}, {hint}")
         return Plan(count, f"first {val_docs:,} documents", first=val_docs)
     threshold, rule = int(share * _HASHES), f"{share:g} of the documents, by the hash of their text"
     if share in (0, 1):
         return Plan(count, rule, threshold=threshold)
     if count == 1:
-        if not all(part.strip() for part in _cut(last, 1 - share)):
-            raise PgolfError(
-                f"the only document in {_names(files)} is too short to use {share:.0%} of it "
-                "for validation: give more text, or val_fraction 0"
-            )
+        both = all(part.strip() for part in _cut(last, 1 - share))
+        why = f"the only document in {_names(files)} is too short to use {share:.0%} of it for validation"
+        need(both, f"{why}: give more text, or val_fraction 0")
         return Plan(count, f"last {share:g} of the only document", cut=1 - share)
-    if lowest == highest:
-        raise PgolfError(
-            f"all {count} documents in {_names(files)} are the same: nothing is left for validation"
-        )
+    why = f"all {count} documents in {_names(files)} are the same: nothing is left for validation"
+    need(lowest != highest, why)
     return Plan(count, rule, threshold=min(max(threshold, lowest + 1), highest))
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pgolf_fast.config.checks import need
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import write_bytes
 
@@ -29,8 +30,7 @@ _SENTENCES = (
 )
 _BLOCK = 1 << 22  # tokens at a time: counting makes int64 arrays of them
 _SENTENCE_CHARS = 2000
-_TRAINING_CHARS = 256_000_000
-"""Characters to train on; more text would not change the vocabulary and has to be held in memory."""
+_TRAINING_CHARS = 256_000_000  # more would not change the vocabulary and has to be held in memory
 
 
 class Tokenizer:
@@ -46,19 +46,16 @@ class Tokenizer:
         from sentencepiece import SentencePieceProcessor
 
         path = Path(path)
-        if not path.is_file():
-            raise PgolfError(
-                f"tokenizer {path} does not exist: give a SentencePiece .model file with --data.tokenizer"
-            )
+        why = f"tokenizer {path} does not exist: give a SentencePiece .model file with --data.tokenizer"
+        need(path.is_file(), why)
         processor = SentencePieceProcessor()
         try:
             processor.LoadFromSerializedProto(path.read_bytes())
         except (RuntimeError, OSError, TypeError) as error:
             # a reason follows the place in SentencePiece's source, or there is none
             reason = re.sub(r"^[A-Z]+: |\S+\(\d+\) \[.*\] *", "", str(error)) or "it cannot be parsed"
-            raise PgolfError(
-                f"{path} is not a SentencePiece model ({reason}): give a .model file with --data.tokenizer"
-            ) from error
+            why = f"{path} is not a SentencePiece model ({reason}): give a .model file with --data.tokenizer"
+            raise PgolfError(why) from error
         tokenizer = cls(processor, path)
         if fault := counting_fault(tokenizer, byte_table(tokenizer)):
             raise PgolfError(f"tokenizer {path} cannot be used: {fault}")
@@ -79,19 +76,15 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids`; control tokens have none. Raises `PgolfError` for an unknown id."""
-        wrong = [i for i in ids if not 0 <= i < self.vocab_size]
-        if wrong:
-            raise PgolfError(
-                f"token id {wrong[0]} does not exist: tokenizer {self.path} has {self.vocab_size} pieces"
-            )
+        wrong = next((i for i in ids if not 0 <= i < self.vocab_size), None)
+        why = f"token id {wrong} does not exist: tokenizer {self.path} has {self.vocab_size} pieces"
+        need(wrong is None, why)
         return str(self._processor.decode([int(i) for i in ids]))
 
     def encode_document(self, text: str) -> list[int]:
         """Return BOS and the tokens of `text`. Raises `PgolfError` if the model has no BOS."""
-        if self.bos_id < 0:
-            raise PgolfError(
-                f"tokenizer {self.path} has no BOS piece, which starts each document: use one that has"
-            )
+        why = f"tokenizer {self.path} has no BOS piece, which starts each document: use one that has"
+        need(self.bos_id >= 0, why)
         return [self.bos_id, *self.encode(text)]
 
     def piece(self, token: int) -> str:
@@ -166,11 +159,9 @@ def target_bytes(table: ByteTable, prev_ids: np.ndarray, target_ids: np.ndarray)
     prev_ids, target_ids = np.asarray(prev_ids), np.asarray(target_ids)
     size = len(table.base_bytes)
     for ids in (prev_ids, target_ids):
+        hint = f"but the tokenizer has {size} pieces: use the tokenizer the shards were made with"
         if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < size:
-            raise PgolfError(
-                f"token ids run from {int(ids.min())} to {int(ids.max())}, but the tokenizer has {size} "
-                "pieces: use the tokenizer the shards were made with"
-            )
+            raise PgolfError(f"token ids run from {int(ids.min())} to {int(ids.max())}, {hint}")
     space = table.has_leading_space[target_ids] & ~table.is_boundary[prev_ids]
     return table.base_bytes[target_ids].astype(np.int64) + space
 
@@ -198,10 +189,8 @@ def find_tokenizer(folder: Path | str, explicit: Path | str | None = None) -> Pa
         models = sorted(place.glob("[!.]*.model")) if place.is_dir() else []
         if models:
             return models[0] if len(models) == 1 else _pick(models, folder)
-    raise PgolfError(
-        f"no tokenizer (*.model) for {folder}; looked there, in its parent and in 'tokenizers' next to them: "
-        "name one with --data.tokenizer"
-    )
+    hint = "looked there, in its parent and in 'tokenizers' next to them: name one with --data.tokenizer"
+    raise PgolfError(f"no tokenizer (*.model) for {folder}; {hint}")
 
 
 def _pick(models: list[Path], folder: Path) -> Path:
@@ -211,18 +200,15 @@ def _pick(models: list[Path], folder: Path) -> Path:
         if len(matching) == 1:
             return matching[0]
     names = ", ".join(path.name for path in models)
-    raise PgolfError(
-        f"several tokenizers fit {folder}: {names} in {models[0].parent}; name one with --data.tokenizer"
-    )
+    why = f"several tokenizers fit {folder}: {names} in {models[0].parent}; name one with --data.tokenizer"
+    raise PgolfError(why)
 
 
 def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
     """Raise `PgolfError` unless the tokenizer has exactly `vocab_size` pieces."""
-    if tokenizer.vocab_size != vocab_size:
-        raise PgolfError(
-            f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} pieces but model.vocab_size is "
-            f"{vocab_size}: set model.vocab_size to {tokenizer.vocab_size}, or give another --data.tokenizer"
-        )
+    size = tokenizer.vocab_size
+    why = f"tokenizer {tokenizer.path} has {size} pieces but model.vocab_size is {vocab_size}"
+    need(size == vocab_size, f"{why}: set model.vocab_size to {size}, or give another --data.tokenizer")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, prefix_path: Path | str) -> Path:
@@ -235,8 +221,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, prefix_path: Path | s
 
     path = Path(f"{prefix_path}.model")
     sentences = list(_sentences(texts))  # not lazily: SentencePiece would hide an error of the iterator
-    if not sentences:
-        raise PgolfError(f"cannot train tokenizer {path}: the text is empty; give files with text in them")
+    need(sentences, f"cannot train tokenizer {path}: the text is empty; give files with text in them")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -265,18 +250,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, prefix_path: Path | s
 
 def _training_error(message: str, vocab_size: int) -> PgolfError:
     if most := re.search(r"value <= (\d+)", message):
-        return PgolfError(
-            f"vocab_size {vocab_size} is too large for this text: it supports at most {most.group(1)} "
-            "pieces; use a smaller vocab_size or more text"
-        )
+        hint = f"it supports at most {most.group(1)} pieces; use a smaller vocab_size or more text"
+        return PgolfError(f"vocab_size {vocab_size} is too large for this text: {hint}")
     if least := re.search(r"smaller than required_chars\D*\d+ vs (\d+)", message):
-        return PgolfError(
-            f"vocab_size {vocab_size} is too small: 256 byte pieces, 4 control pieces and the characters of "
-            f"this text need at least {least.group(1)}; use a larger vocab_size"
-        )
-    return PgolfError(
-        f"SentencePiece could not train {vocab_size} pieces on this text: {' '.join(message.split())}"
-    )
+        what = "256 byte pieces, 4 control pieces and the characters of this text"
+        hint = f"{what} need at least {least.group(1)}; use a larger vocab_size"
+        return PgolfError(f"vocab_size {vocab_size} is too small: {hint}")
+    why = f"SentencePiece could not train {vocab_size} pieces on this text: {' '.join(message.split())}"
+    return PgolfError(why)
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:

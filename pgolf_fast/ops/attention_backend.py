@@ -41,8 +41,7 @@ class Shape(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     head_dim: int
-    windowed: bool = False
-    """True if queries are only the last positions, where libraries disagree on what causal means."""
+    windowed: bool = False  # Queries are only the last positions: libraries disagree on what causal means
 
 
 def shape_of(q: Tensor, k: Tensor) -> Shape:
@@ -58,9 +57,8 @@ def choose(name: str) -> None:
     if name != "auto" and name not in NAMES:
         raise ValueError(f"no attention backend {name!r}; there are auto, {', '.join(NAMES)}")
     if name in _PACKAGES and not _installed(_PACKAGES[name]):
-        raise ValueError(
-            f"attention backend {name!r} needs the package {_PACKAGES[name]}, which is not installed"
-        )
+        why = f"attention backend {name!r} needs the package {_PACKAGES[name]}, which is not installed"
+        raise ValueError(why)
     _chosen = None if name == "auto" else name
 
 

@@ -93,7 +93,6 @@ def _gqa_attention(b: Builder, xsa: bool = True, value: bool = True, window: boo
         "cos": angle.cos(),
         "sin": angle.sin(),
     }
-
     options: dict[str, Any] = {"num_kv_heads": s.kv_heads, "xsa": xsa}
 
     def formula(**t: Any) -> Outputs:
@@ -101,6 +100,8 @@ def _gqa_attention(b: Builder, xsa: bool = True, value: bool = True, window: boo
 
     weights = 2 * d * (d + kv)
     inner = 2.0 * s.heads * s.head_dim * (s.length + 1) * m  # causal QK^T and PV
+    forward = b.size * (m * (2 * d + kv) + weights)
+    backward = b.size * (m * (3 * d + 2 * kv) + weights) + 8 * weights
     return Case(
         inputs=inputs,
         op=_one(ops.gqa_attention, slot=LAYER, window=queries if window else None, **options),
@@ -114,12 +115,7 @@ def _gqa_attention(b: Builder, xsa: bool = True, value: bool = True, window: boo
             "value": ("kv_bank", LAYERS + LAYER),
             "out": ("qo_bank", LAYERS + LAYER),
         },
-        work=Work(
-            2.0 * m * weights + inner,
-            b.size * (m * (2 * d + kv) + weights),
-            4.0 * m * weights + 2.5 * inner,
-            b.size * (m * (3 * d + 2 * kv) + weights) + 8 * weights,
-        ),
+        work=Work(2.0 * m * weights + inner, forward, 4.0 * m * weights + 2.5 * inner, backward),
         tokens=m,
         chunk=b.chunk,
         options=options,
@@ -238,7 +234,6 @@ def _muon_momentum(b: Builder) -> Case:
 
 
 def _muon_apply(b: Builder, shadowed: bool = True) -> Case:
-    """Build the weight update of the largest bank."""
     shape = (b.sizes.layers, b.sizes.up_rows, b.sizes.dim)
     update = b.randn(*shape)
 

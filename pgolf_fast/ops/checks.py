@@ -25,18 +25,15 @@ def _same(op: str, attributes: tuple[str, ...], tensors: dict[str, Tensor]) -> N
         for attribute in attributes:
             want, got = getattr(first, attribute), getattr(tensor, attribute)
             if want != got:
-                raise ValueError(
-                    f"pgolf::{op}: {name}.{attribute} is {got}, but {first_name}.{attribute} is {want}"
-                )
+                why = f"pgolf::{op}: {name}.{attribute} is {got}, but {first_name}.{attribute} is {want}"
+                raise ValueError(why)
 
 
 def expect_shape(op: str, name: str, tensor: Tensor, shape: Sequence[int | None]) -> None:
     """Raise ValueError unless `tensor.shape` is `shape`; None matches any size."""
     sizes = tuple(tensor.shape)
-    matches = len(sizes) == len(shape) and all(
-        want is None or got == want for got, want in zip(sizes, shape, strict=True)
-    )
-    if not matches:
+    match = (want is None or got == want for got, want in zip(sizes, shape, strict=False))
+    if len(sizes) != len(shape) or not all(match):
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         wanted += "," if len(shape) == 1 else ""
         raise ValueError(f"pgolf::{op}: {name}.shape is {sizes}, but ({wanted}) is needed")

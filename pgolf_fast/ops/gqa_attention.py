@@ -58,9 +58,8 @@ def _check(x, qo_bank, kv_bank, q_gain, value_embed, cos, sin, slot, num_kv_head
     expect_shape(op, "q_gain", q_gain, (None,))
     num_heads = q_gain.shape[0]
     if num_heads == 0 or dim % num_heads or num_heads % num_kv_heads:
-        raise ValueError(
-            f"pgolf::{op}: width {dim}, {num_heads} heads and {num_kv_heads} KV heads do not divide"
-        )
+        why = f"pgolf::{op}: width {dim}, {num_heads} heads and {num_kv_heads} KV heads do not divide"
+        raise ValueError(why)
     kv_dim = dim // num_heads * num_kv_heads
     expect_shape(op, "kv_bank", kv_bank, (qo_bank.shape[0], kv_dim, dim))
     if value_embed is not None:
@@ -77,28 +76,22 @@ def _check(x, qo_bank, kv_bank, q_gain, value_embed, cos, sin, slot, num_kv_head
         raise ValueError(f"pgolf::{op}: window is {window}, but x has {length} positions: give 1 to {length}")
 
 
-@torch.library.custom_op("pgolf::gqa_attention", mutates_args=())
+@torch.library.custom_op(
+    "pgolf::gqa_attention",
+    mutates_args=(),
+    schema="(Tensor x, Tensor qo_bank, Tensor kv_bank, Tensor q_gain, Tensor? value_embed, Tensor cos, "
+    "Tensor sin, SymInt slot, SymInt num_kv_heads, bool xsa, Tensor? grad_qo, Tensor? grad_kv, "
+    "SymInt? window=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 def _gqa_attention(
-    x: Tensor,
-    qo_bank: Tensor,
-    kv_bank: Tensor,
-    q_gain: Tensor,
-    value_embed: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    slot: int,
-    num_kv_heads: int,
-    xsa: bool,
-    grad_qo: Tensor | None,
-    grad_kv: Tensor | None,
-    window: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x, qo_bank, kv_bank, q_gain, value_embed, cos, sin, slot, num_kv_heads, xsa, grad_qo, grad_kv, window=None
+) -> tuple[Tensor, ...]:
     _check(x, qo_bank, kv_bank, q_gain, value_embed, cos, sin, slot, num_kv_heads, window)
     queries = x.shape[1] if window is None else window
     call = Call(x, weights_of(qo_bank, kv_bank, slot), q_gain, cos, sin, xsa)
     run = kernels.forward if kernels.supports(x, x.shape[2] // q_gain.shape[0]) else _forward_cpu
     out, saved = run(call, value_embed, num_kv_heads, queries)
-    return (out, *saved)  # type: ignore[return-value]  # nine tensors
+    return (out, *saved)
 
 
 @_gqa_attention.register_fake
@@ -117,9 +110,7 @@ def _(
     return (*low, *rstds, x.new_empty(q), *rows)
 
 
-def _forward_cpu(
-    call: Call, value_embed: Tensor | None, num_kv_heads: int, queries: int
-) -> tuple[Tensor, Saved]:
+def _forward_cpu(call: Call, value_embed: Tensor | None, num_kv_heads, queries) -> tuple[Tensor, Saved]:
     """Compute `kernels.forward` in PyTorch."""
     x, weights, q_gain, cos, sin, xsa = call
     q = F.linear(_last(x, queries), weights.q).unflatten(-1, (q_gain.shape[0], -1))
@@ -140,7 +131,6 @@ def _last(t: Tensor, queries: int) -> Tensor:
 
 
 def _unit(heads: Tensor) -> tuple[Tensor, Tensor]:
-    """Return RMS-normed heads and their 1 / rms."""
     wide = heads.to(torch.promote_types(heads.dtype, torch.float32))
     rstd = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     rstd = rstd.square_().div_(heads.shape[-1]).add_(reference.RMS_EPS).rsqrt_()
@@ -168,22 +158,16 @@ def _backend(q: Tensor, k: Tensor) -> str:
     return attention_backend.without_kernels(attention_backend.shape_of(q, k))
 
 
-@torch.library.custom_op("pgolf::gqa_attention_backward", mutates_args=("grad_qo", "grad_kv"))
+@torch.library.custom_op(
+    "pgolf::gqa_attention_backward",
+    mutates_args=("grad_qo", "grad_kv"),
+    schema="(Tensor dout, Tensor x, Tensor qo_bank, Tensor kv_bank, Tensor q_gain, Tensor cos, Tensor sin, "
+    "Tensor[] saved, SymInt slot, bool xsa, Tensor(a10!)? grad_qo, Tensor(a11!)? grad_kv, "
+    "bool has_value_embed=True) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 def _gqa_attention_backward(
-    dout: Tensor,
-    x: Tensor,
-    qo_bank: Tensor,
-    kv_bank: Tensor,
-    q_gain: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    saved: list[Tensor],
-    slot: int,
-    xsa: bool,
-    grad_qo: Tensor | None,
-    grad_kv: Tensor | None,
-    has_value_embed: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dout, x, qo_bank, kv_bank, q_gain, cos, sin, saved, slot, xsa, grad_qo, grad_kv, has_value_embed=True
+) -> tuple[Tensor, ...]:
     call = Call(x, weights_of(qo_bank, kv_bank, slot), q_gain, cos, sin, xsa)
     run = kernels.backward if kernels.supports(x, x.shape[2] // q_gain.shape[0]) else _backward_cpu
     dx, factors, dgain, dvalue = run(dout, call, Saved(*saved), has_value_embed)
@@ -256,9 +240,7 @@ def _exclusive_backward(dcontext: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor,
     return (grad - g_along @ unit.mT).flatten(2, 3).to(y.dtype), dv
 
 
-def _sdpa_backward(
-    dy: Tensor, s: Saved, q_gain: Tensor, cos: Tensor, sin: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _sdpa_backward(dy: Tensor, s: Saved, q_gain, cos, sin) -> tuple[Tensor, Tensor, Tensor]:
     """Return gradients of the rotated q (B, W, H, hd) and of k and v (B, T, KV, hd), summed by group."""
     if dy.numel() == 0:
         return torch.zeros_like(s.q), torch.zeros_like(s.k), torch.zeros_like(s.v)
@@ -266,9 +248,7 @@ def _sdpa_backward(
     return attention_backend.backward(_backend(q, k), dy, q, k, s.v, s.y, s.lse)
 
 
-def _rope_norm_backward(
-    grad: Tensor, unit: Tensor, rstd: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _rope_norm_backward(grad, unit, rstd, cos, sin, gain: Tensor | None) -> tuple[Tensor, Tensor]:
     """Backpropagate through gain, RoPE and RMS norm; return gradients of the projection and of the gain."""
     wide = rstd.dtype
     grad, unit = reference.rotate(grad.to(wide), cos, -sin), unit.to(wide)

@@ -123,9 +123,7 @@ def forward(call: Call, value_embed: Tensor | None, num_kv_heads: int, queries: 
     return out, Saved(q, k, v, q_rstd, k_rstd, context, lse, along)
 
 
-def _project(
-    call: Call, value_embed: Tensor | None, num_kv_heads: int, queries: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _project(call: Call, value_embed: Tensor | None, num_kv_heads: int, queries: int) -> tuple[Tensor, ...]:
     from pgolf_fast.kernels.attention_projection import launch_attention_projection
 
     x, weights, q_gain, cos, sin, _ = call
@@ -202,8 +200,8 @@ def _attend_backward(dcontext: Tensor, call: Call, s: Saved, dq: Tensor, dk: Ten
 
     Overwrites dcontext.
     """
+    from pgolf_fast.kernels import flash_attention_backward as kernels
     from pgolf_fast.kernels.attention_projection import launch_rope_norm_bwd
-    from pgolf_fast.kernels.flash_attention_backward import launch_flash_attention_bwd_delta
 
     gain, cos, sin = (t.contiguous() for t in (call.q_gain, call.cos, call.sin))
     tile, xsa = tile_for("attention_rows", s.q), call.xsa
@@ -213,11 +211,14 @@ def _attend_backward(dcontext: Tensor, call: Call, s: Saved, dq: Tensor, dk: Ten
     name, dy = _backend(s.q, s.k), dcontext
     y = s.y if name == "triton" or not xsa else torch.empty_like(s.y)  # libraries compute delta from it
     before_xsa = None if y is s.y else y
-    launch_flash_attention_bwd_delta(
-        dcontext, s.y, s.along, s.v, dy, delta, own, before_xsa, xsa=xsa, tile=tile
-    )
+    outputs = (dy, delta, own, before_xsa)
+    kernels.launch_flash_attention_bwd_delta(dcontext, s.y, s.along, s.v, *outputs, xsa=xsa, tile=tile)
     if name == "triton":
-        dq_heads, dk_heads = _own_backward(s, gain, dy, delta, own, dv)
+        dq_heads, dk_heads = torch.empty_like(s.q), torch.empty_like(s.k)
+        inputs = (s.q, s.k, s.v, gain, dy, s.lse, delta)
+        dkdv_tile, dq_tile = (tile_for(f"flash_attention_bwd_{which}", s.q) for which in ("dkdv", "dq"))
+        kernels.launch_flash_attention_bwd_dkdv(*inputs, own, dk_heads, dv, tile=dkdv_tile)
+        kernels.launch_flash_attention_bwd_dq(*inputs, dq_heads, tile=dq_tile)
     else:
         gained = _gained(s.q, gain)
         dq_heads, dk_heads, dv_heads = attention_backend.backward(name, dy, gained, s.k, s.v, y, s.lse)
@@ -229,16 +230,3 @@ def _attend_backward(dcontext: Tensor, call: Call, s: Saved, dq: Tensor, dk: Ten
     launch_rope_norm_bwd(dq_heads.contiguous(), s.q, s.q_rstd, gain, cos, sin, dq, dgain, tile=tile)
     launch_rope_norm_bwd(dk_heads.contiguous(), s.k, s.k_rstd, None, cos, sin, dk, None, tile=tile)
     return dgain.sum(0)
-
-
-def _own_backward(
-    s: Saved, gain: Tensor, dy: Tensor, delta: Tensor, own: Tensor | None, dv: Tensor
-) -> tuple[Tensor, Tensor]:
-    from pgolf_fast.kernels import flash_attention_backward as kernels
-
-    dq_heads, dk_heads = torch.empty_like(s.q), torch.empty_like(s.k)
-    inputs = (s.q, s.k, s.v, gain, dy, s.lse, delta)
-    tile = tile_for("flash_attention_bwd_dkdv", s.q)
-    kernels.launch_flash_attention_bwd_dkdv(*inputs, own, dk_heads, dv, tile=tile)
-    kernels.launch_flash_attention_bwd_dq(*inputs, dq_heads, tile=tile_for("flash_attention_bwd_dq", s.q))
-    return dq_heads, dk_heads

@@ -128,9 +128,8 @@ def worst(found: Sequence[Verdict]) -> Verdict:
 def verdicts(got: Mapping[str, Tensor], truth: Truth, factor: float = FACTOR) -> list[Verdict]:
     """Return one verdict for each result in `got` that `truth` knows."""
     largest = max(_largest(t) for t in (*truth.exact.values(), *truth.douts))
-    return [
-        _verdict(name, result, truth, factor, largest) for name, result in got.items() if name in truth.exact
-    ]
+    known = [name for name in got if name in truth.exact]
+    return [_verdict(name, got[name], truth, factor, largest) for name in known]
 
 
 def _largest(t: Tensor) -> float:

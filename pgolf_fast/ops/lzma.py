@@ -4,6 +4,7 @@ Compress one byte per weight: codes packed to 6 bits first come out 6 to 13 % la
 Both release the GIL, so threads compress in parallel.
 """
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Literal
 
@@ -73,11 +74,7 @@ def lzma_compress(data: Tensor, preset: int = 9) -> Tensor:
 
     Inference only, no autograd; CPU only. Raises ValueError for another dtype, shape or preset.
     """
-    _check_bytes("lzma_compress", data)
-    try:
-        return _tensor(compress_bytes(data.numpy().tobytes(), preset))
-    except ValueError as error:
-        raise ValueError(f"pgolf::lzma_compress: {error}") from error
+    return _run("lzma_compress", compress_bytes, data, preset)
 
 
 @lzma_compress.register_fake
@@ -92,11 +89,7 @@ def lzma_decompress(data: Tensor, size: int) -> Tensor:
 
     Inference only, no autograd; CPU only. Raises ValueError as `decompress_bytes` does.
     """
-    _check_bytes("lzma_decompress", data)
-    try:
-        return _tensor(decompress_bytes(data.numpy().tobytes(), size))
-    except ValueError as error:
-        raise ValueError(f"pgolf::lzma_decompress: {error}") from error
+    return _run("lzma_decompress", decompress_bytes, data, size)
 
 
 @lzma_decompress.register_fake
@@ -110,5 +103,10 @@ def _check_bytes(op: str, data: Tensor) -> None:
     expect_shape(op, "data", data, (None,))
 
 
-def _tensor(data: bytes) -> Tensor:
-    return torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy())
+def _run(op: str, function: Callable[[bytes, int], bytes], data: Tensor, argument: int) -> Tensor:
+    _check_bytes(op, data)
+    try:
+        result = function(data.numpy().tobytes(), argument)
+    except ValueError as error:
+        raise ValueError(f"pgolf::{op}: {error}") from error
+    return torch.from_numpy(np.frombuffer(result, dtype=np.uint8).copy())

@@ -51,16 +51,13 @@ def _check(x: Tensor, up_bank: Tensor, down_bank: Tensor, slot: int, activation:
     same_dtype_device("mlp", x=x, up_bank=up_bank, down_bank=down_bank)
 
 
-@torch.library.custom_op("pgolf::mlp", mutates_args=())
-def _mlp(
-    x: Tensor,
-    up_bank: Tensor,
-    down_bank: Tensor,
-    slot: int,
-    activation: str,
-    grad_up: Tensor | None,
-    grad_down: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+@torch.library.custom_op(
+    "pgolf::mlp",
+    mutates_args=(),
+    schema="(Tensor x, Tensor up_bank, Tensor down_bank, SymInt slot, str activation, Tensor? grad_up, "
+    "Tensor? grad_down) -> (Tensor, Tensor, Tensor)",
+)
+def _mlp(x, up_bank, down_bank, slot, activation, grad_up, grad_down) -> tuple[Tensor, Tensor, Tensor]:
     """Return the result and what backward needs: `saved` and `signs`.
 
     PyTorch saves the pre-activation. The kernels save it only for `swiglu`; otherwise they save the hidden
@@ -126,19 +123,13 @@ def _activate_backward(dhidden: Tensor, pre: Tensor, activation: str) -> Tensor:
     return torch.stack((dgate, dhidden * gate * sigmoid), dim=-1).flatten(-2).to(pre.dtype)
 
 
-@torch.library.custom_op("pgolf::mlp_backward", mutates_args=("grad_up", "grad_down"))
-def _mlp_backward(
-    dout: Tensor,
-    x: Tensor,
-    saved: Tensor,
-    signs: Tensor,
-    up_bank: Tensor,
-    down_bank: Tensor,
-    slot: int,
-    activation: str,
-    grad_up: Tensor | None,
-    grad_down: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+@torch.library.custom_op(
+    "pgolf::mlp_backward",
+    mutates_args=("grad_up", "grad_down"),
+    schema="(Tensor dout, Tensor x, Tensor saved, Tensor signs, Tensor up_bank, Tensor down_bank, "
+    "SymInt slot, str activation, Tensor(a8!)? grad_up, Tensor(a9!)? grad_down) -> (Tensor, Tensor, Tensor)",
+)
+def _mlp_backward(dout, x, saved, signs, up_bank, down_bank, slot, activation, grad_up, grad_down):
     if tiles.uses_kernels("mlp", x):
         dpre, hidden = _dpre_cuda(dout, saved, signs, down_bank[slot], activation)
     else:
@@ -160,9 +151,7 @@ def _(dout, x, saved, signs, up_bank, down_bank, slot, activation, grad_up, grad
     return x.new_empty(x.shape), x.new_empty(0), x.new_empty(0)
 
 
-def _dpre_cuda(
-    dout: Tensor, saved: Tensor, signs: Tensor, down: Tensor, activation: str
-) -> tuple[Tensor, Tensor]:
+def _dpre_cuda(dout: Tensor, saved: Tensor, signs, down, activation: str) -> tuple[Tensor, Tensor]:
     """Return the gradient of the pre-activation, and the hidden layer, whose own gradient is never stored."""
     from pgolf_fast.kernels.mlp import launch_mlp_dpre
 

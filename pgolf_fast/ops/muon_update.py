@@ -101,9 +101,7 @@ def _muon_apply(
     (_apply_cuda if kernels else _apply_cpu)(master, update, shadow, lr, weight_decay, scale)
 
 
-def _apply_cpu(
-    master: Tensor, update: Tensor, shadow: Tensor | None, lr: Tensor, weight_decay: float, scale: float
-) -> None:
+def _apply_cpu(master, update, shadow, lr, weight_decay: float, scale: float) -> None:
     if lr.device.type == "cpu":
         rate = lr.item()
         master.mul_(1 - rate * weight_decay)
@@ -138,9 +136,7 @@ def _momentum_cuda(grad: Tensor, buffer: Tensor, momentum: Tensor) -> Tensor:
     return update
 
 
-def _apply_cuda(
-    master: Tensor, update: Tensor, shadow: Tensor | None, lr: Tensor, weight_decay: float, scale: float
-) -> None:
+def _apply_cuda(master, update, shadow, lr, weight_decay: float, scale: float) -> None:
     from pgolf_fast.kernels.muon import launch_muon_apply
 
     if master.numel() == 0:

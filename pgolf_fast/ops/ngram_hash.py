@@ -5,16 +5,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from pgolf_fast.ops import reference, tiles
-from pgolf_fast.ops.checks import (
-    as_rows,
-    expect_dtype,
-    expect_floating,
-    expect_ids,
-    expect_integer,
-    expect_shape,
-    same_device,
-)
+from pgolf_fast.ops import checks, reference, tiles
+from pgolf_fast.ops.checks import as_rows, expect_shape
 from pgolf_fast.ops.tiles import Tile
 
 # Not measured; all are bound by memory.
@@ -69,8 +61,6 @@ def ngram_hash_embed(
 
 
 class _Call(NamedTuple):
-    """Arguments of `ngram_hash_embed`, after checks."""
-
     tokens: Tensor
     table: Tensor
     has_leading_space: Tensor | None
@@ -111,15 +101,15 @@ def _checked(*arguments: Any) -> _Call:
     tokens, table, flags, scale, boost = call[:5]
     expect_shape(op, "tokens", tokens, (None, None))
     expect_shape(op, "table", table, (None, None))
-    expect_floating(op, "table", table)
+    checks.expect_floating(op, "table", table)
     expect_shape(op, "scale", scale, ())
     expect_shape(op, "boost", boost, ())
-    same_device(op, tokens=tokens, table=table, scale=scale, boost=boost)
+    checks.same_device(op, tokens=tokens, table=table, scale=scale, boost=boost)
     if flags is not None:
         expect_shape(op, "has_leading_space", flags, (None,))
-        expect_dtype(op, "has_leading_space", flags, torch.bool)
-        same_device(op, tokens=tokens, has_leading_space=flags)
-    expect_integer(op, "tokens", tokens)
+        checks.expect_dtype(op, "has_leading_space", flags, torch.bool)
+        checks.same_device(op, tokens=tokens, has_leading_space=flags)
+    checks.expect_integer(op, "tokens", tokens)
     if table.shape[0] < 4:
         raise ValueError(f"pgolf::{op}: table has {table.shape[0]} rows; it needs at least 4")
     if call.pos_conditional and flags is None:
@@ -127,20 +117,16 @@ def _checked(*arguments: Any) -> _Call:
     return call
 
 
-@torch.library.custom_op("pgolf::ngram_hash_embed", mutates_args=())
-def _ngram_hash_embed(
-    tokens: Tensor,
-    table: Tensor,
-    has_leading_space: Tensor | None,
-    scale: Tensor,
-    boost: Tensor,
-    pos_conditional: bool,
-    trigram: bool,
-    out_dtype: torch.dtype,
-) -> Tensor:
+@torch.library.custom_op(
+    "pgolf::ngram_hash_embed",
+    mutates_args=(),
+    schema="(Tensor tokens, Tensor table, Tensor? has_leading_space, Tensor scale, Tensor boost, "
+    "bool pos_conditional, bool trigram, ScalarType out_dtype) -> Tensor",
+)
+def _ngram_hash_embed(tokens, table, has_leading_space, scale, boost, pos_conditional, trigram, out_dtype):
     call = _checked(tokens, table, has_leading_space, scale, boost, pos_conditional, trigram)
     if has_leading_space is not None:
-        expect_ids("ngram_hash_embed", "tokens", tokens, "has_leading_space", len(has_leading_space))
+        checks.expect_ids("ngram_hash_embed", "tokens", tokens, "has_leading_space", len(has_leading_space))
     if tiles.uses_kernels("ngram_hash_embed", table):
         return _forward_cuda(call, table.new_empty(*tokens.shape, table.shape[1], dtype=out_dtype))
     return (call.gather() * call.gate()).to(out_dtype).contiguous()
@@ -164,17 +150,15 @@ def _forward_cuda(call: _Call, out: Tensor) -> Tensor:
     return out
 
 
-@torch.library.custom_op("pgolf::ngram_hash_embed_backward", mutates_args=())
+@torch.library.custom_op(
+    "pgolf::ngram_hash_embed_backward",
+    mutates_args=(),
+    schema="(Tensor dout, Tensor tokens, Tensor table, Tensor? has_leading_space, Tensor scale, "
+    "Tensor boost, bool pos_conditional, bool trigram) -> (Tensor, Tensor, Tensor)",
+)
 def _ngram_hash_embed_backward(
-    dout: Tensor,
-    tokens: Tensor,
-    table: Tensor,
-    has_leading_space: Tensor | None,
-    scale: Tensor,
-    boost: Tensor,
-    pos_conditional: bool,
-    trigram: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    dout, tokens, table, has_leading_space, scale, boost, pos_conditional, trigram
+):
     run = _backward_cuda if tiles.uses_kernels("ngram_hash_embed", table) else _backward_cpu
     return run(dout, _Call(tokens, table, has_leading_space, scale, boost, pos_conditional, trigram))
 

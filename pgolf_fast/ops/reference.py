@@ -54,9 +54,8 @@ def activation(pre: Tensor, kind: str) -> Tensor:
     elif kind == "swiglu":
         hidden = F.silu(wide[..., 0::2]) * wide[..., 1::2]
     else:
-        raise ValueError(
-            f"pgolf::mlp: activation is {kind!r}; use leaky_relu_squared, relu_squared or swiglu"
-        )
+        why = f"pgolf::mlp: activation is {kind!r}; use leaky_relu_squared, relu_squared or swiglu"
+        raise ValueError(why)
     return hidden.to(pre.dtype)
 
 

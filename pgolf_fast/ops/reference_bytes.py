@@ -75,9 +75,8 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     if len(outside):
         row, column = outside[0].tolist()
         value = codes[row, column].item()
-        raise ValueError(
-            f"codes[{row}, {column}] is {value}, but {bits}-bit codes are in {-half}..{half - 1}"
-        )
+        why = f"codes[{row}, {column}] is {value}, but {bits}-bit codes are in {-half}..{half - 1}"
+        raise ValueError(why)
     u = torch.nn.functional.pad(codes, (0, -codes.shape[1] % 8)).add(half).to(torch.uint8)
     planes = []
     for width, lowest in PLANES[bits]:

@@ -55,9 +55,7 @@ def _residual_norm(
     return run(x, branch, x_scale, branch_scale, layer_scale)
 
 
-def _forward_cpu(
-    x: Tensor, branch: Tensor, x_scale: Tensor | None, branch_scale: Tensor, layer_scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_cpu(x, branch, x_scale, branch_scale, layer_scale: float) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.promote_types(x.dtype, torch.float32)
     mixed = torch.mul(branch, branch_scale.to(wide))
     mixed = mixed.add_(x) if x_scale is None else mixed.addcmul_(x.to(wide), x_scale.to(wide))
@@ -80,9 +78,7 @@ def _partials(rows: int) -> int:
     return max(1, min(_PROGRAMS, rows // _MIN_ROWS))
 
 
-def _forward_cuda(
-    x: Tensor, branch: Tensor, x_scale: Tensor | None, branch_scale: Tensor, layer_scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_cuda(x, branch, x_scale, branch_scale, layer_scale: float) -> tuple[Tensor, Tensor, Tensor]:
     from pgolf_fast.kernels.residual_norm import launch_residual_norm_fwd
 
     mixed, normed = x.new_empty(x.shape), x.new_empty(x.shape)
@@ -97,29 +93,23 @@ def _forward_cuda(
     return mixed, normed, rstd
 
 
-@torch.library.custom_op("pgolf::residual_norm_backward", mutates_args=())
-def _residual_norm_backward(
-    dmixed: Tensor,
-    dnormed: Tensor,
-    x: Tensor,
-    branch: Tensor,
-    x_scale: Tensor | None,
-    branch_scale: Tensor,
-    mixed: Tensor,
-    rstd: Tensor,
-    layer_scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@torch.library.custom_op(
+    "pgolf::residual_norm_backward",
+    mutates_args=(),
+    schema="(Tensor dmixed, Tensor dnormed, Tensor x, Tensor branch, Tensor? x_scale, Tensor branch_scale, "
+    "Tensor mixed, Tensor rstd, float layer_scale) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _residual_norm_backward(dmixed, dnormed, x, branch, x_scale, branch_scale, mixed, rstd, layer_scale):
     run = _backward_cuda if tiles.uses_kernels("residual_norm", x) else _backward_cpu
     return run(dmixed, dnormed, (x, branch, x_scale, branch_scale, mixed, rstd), layer_scale)
 
 
 # x, branch, x_scale, branch_scale, mixed, rstd
 _Saved = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor]
+_Gradients = tuple[Tensor, Tensor, Tensor, Tensor]  # of x, branch, x_scale (empty without one), branch_scale
 
 
-def _backward_cpu(
-    dmixed: Tensor, dnormed: Tensor, saved: _Saved, layer_scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _backward_cpu(dmixed: Tensor, dnormed: Tensor, saved: _Saved, layer_scale: float) -> _Gradients:
     x, branch, x_scale, branch_scale, mixed, rstd = saved
     wide = rstd.dtype
     unit = mixed.to(wide) * rstd
@@ -142,9 +132,7 @@ def _(dmixed, dnormed, x, branch, x_scale, branch_scale, mixed, rstd, layer_scal
     return x.new_empty(x.shape), x.new_empty(x.shape), dx_scale, rstd.new_empty(x.shape[-1])
 
 
-def _backward_cuda(
-    dmixed: Tensor, dnormed: Tensor, saved: _Saved, layer_scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _backward_cuda(dmixed: Tensor, dnormed: Tensor, saved: _Saved, layer_scale: float) -> _Gradients:
     x, branch, x_scale, branch_scale, mixed, rstd = saved
     from pgolf_fast.kernels import residual_norm as kernels
 

@@ -71,9 +71,7 @@ def _softcap_cross_entropy(
     return run(x, weight, targets, softcap, z_loss)
 
 
-def _forward_cpu(
-    x: Tensor, weight: Tensor, targets: Tensor, softcap: float, z_loss: float
-) -> tuple[Tensor, Tensor]:
+def _forward_cpu(x, weight, targets, softcap: float, z_loss: float) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(x.dtype, torch.float32)
     loss, logsumexp = x.new_empty(x.shape[0], dtype=wide), x.new_empty(x.shape[0], dtype=wide)
     for start in range(0, x.shape[0], _ROWS):
@@ -101,9 +99,7 @@ def _tile(kernel: str, x: Tensor) -> Tile:
     return replace(tile, block_m=min(tile.block_m, 64), block_n=min(tile.block_n, 64))
 
 
-def _forward_cuda(
-    x: Tensor, weight: Tensor, targets: Tensor, softcap: float, z_loss: float
-) -> tuple[Tensor, Tensor]:
+def _forward_cuda(x, weight, targets, softcap: float, z_loss: float) -> tuple[Tensor, Tensor]:
     from pgolf_fast.kernels.softcap_cross_entropy import launch_softcap_cross_entropy_fwd
 
     loss, logsumexp = (x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(2))
@@ -123,9 +119,7 @@ def _softcap_cross_entropy_backward(
     return run(dloss, x, weight, targets, lse, softcap, z_loss)
 
 
-def _backward_cpu(
-    dloss: Tensor, x: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, softcap: float, z_loss: float
-) -> tuple[Tensor, Tensor]:
+def _backward_cpu(dloss, x, weight, targets, lse, softcap: float, z_loss: float) -> tuple[Tensor, Tensor]:
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     accumulator = weight.new_zeros(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32))
     for start in range(0, x.shape[0], _ROWS):
@@ -149,9 +143,7 @@ def _(dloss, x, weight, targets, lse, softcap, z_loss):
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
-def _backward_cuda(
-    dloss: Tensor, x: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, softcap: float, z_loss: float
-) -> tuple[Tensor, Tensor]:
+def _backward_cuda(dloss, x, weight, targets, lse, softcap: float, z_loss: float) -> tuple[Tensor, Tensor]:
     from pgolf_fast.kernels.softcap_cross_entropy import launch_softcap_cross_entropy_dlogits
 
     x, weight = unit_inner_stride(x), unit_inner_stride(weight)

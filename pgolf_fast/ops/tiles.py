@@ -28,18 +28,11 @@ class Tile:
 
 
 # op -> what "auto" means on a CUDA GPU. A kernel that was measured to lose to torch.compile becomes "torch".
-DEFAULTS: dict[str, Implementation] = {
-    "mlp": "triton",
-    "weight_grad": "triton",
-    "gqa_attention": "triton",
-    "ngram_hash_embed": "triton",
-    "residual_norm": "triton",
-    "smear_gate": "triton",
-    "softcap_cross_entropy": "triton",
-    "newton_schulz": "triton",
-    "muon": "triton",
-    "int6_matmul": "triton",
-}
+_OPS = (
+    "mlp weight_grad gqa_attention ngram_hash_embed residual_norm smear_gate softcap_cross_entropy "
+    "newton_schulz muon int6_matmul"
+)
+DEFAULTS: dict[str, Implementation] = dict.fromkeys(_OPS.split(), "triton")
 
 _INTERPRETER = Tile(32, 32, 32, 1, 1)  # small, so that small tensors still have several tiles
 _table: dict[str, dict[str, Tile]] = {}  # kernel -> architecture -> tile
@@ -120,17 +113,13 @@ def implementation(op: str) -> Implementation:
 
 def uses_kernels(op: str, t: Tensor) -> bool:
     """Return True if `op` runs kernels on tensors like `t`: 16 or 32 bits, on a GPU with Triton."""
-    if t.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if t.dtype not in (torch.float32, torch.bfloat16, torch.float16) or implementation(op) != "triton":
         return False
-    if implementation(op) != "triton":
-        return False
-    return _forced is not None or (t.is_cuda and _triton_supports(t.device))
-
-
-def _triton_supports(device: torch.device) -> bool:
-    if not torch.cuda.is_available() or find_spec("triton") is None:
-        return False  # a fake CUDA tensor needs no GPU
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    if _forced is not None or not t.is_cuda:
+        return _forced is not None
+    # a fake CUDA tensor needs no GPU
+    there = torch.cuda.is_available() and find_spec("triton") is not None
+    return there and torch.cuda.get_device_capability(t.device) >= (8, 0)
 
 
 def forced() -> str | None:

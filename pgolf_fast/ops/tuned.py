@@ -85,18 +85,13 @@ def source_hash(kernel: str) -> str:
         stem = waiting.pop()
         if stem not in seen and stem in files:
             seen.add(stem)
-            waiting += _imported(files[stem])
+            nodes = ast.walk(ast.parse(files[stem].read_text(encoding="utf-8")))
+            modules = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+            waiting += [m.split(".")[2] for m in modules if m.startswith("pgolf_fast.kernels.")]
     digest = hashlib.sha256()
     for stem in sorted(seen):
         digest.update(stem.encode() + b"\0" + files[stem].read_bytes() + b"\0")
     return digest.hexdigest()[:16]
-
-
-def _imported(path: Path) -> list[str]:
-    """Return the modules of pgolf_fast.kernels that a kernel file imports."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    modules = [n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
-    return [m.split(".")[2] for m in modules if m.startswith("pgolf_fast.kernels.")]
 
 
 def read_rows(path: Path) -> list[Tuned]:
