@@ -75,9 +75,9 @@ def test_what_a_person_can_cause_is_bad_input(error, line):
 )
 def test_real_allocations_that_fail(make):
     """MemoryError alone would miss torch's, which are RuntimeErrors."""
-    status, text = explain(raised(make), "lower --eval.batch-seqs")
+    status, text = explain(raised(make), "lower eval.batch_seqs")
     assert status == errors.BAD_INPUT
-    assert text.startswith("out of memory: lower --eval.batch-seqs (")
+    assert text.startswith("out of memory: lower eval.batch_seqs (")
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,11 @@ from pgolf_fast.errors import PgolfError, explain, one_line
 
 _DATA = [name for name in COMMANDS if name.startswith("data ")]
 _TELL = {  # of a command: what to do without memory, and what is kept if it is interrupted
-    "train": ("lower --train.micro-batch-tokens", "`pgolf train` resumes with --resume"),
-    "ablate": ("lower --train.micro-batch-tokens", "the same command resumes"),
+    "train": ("lower train.micro_batch_tokens", "`pgolf train` resumes with --resume"),
+    "ablate": ("lower train.micro_batch_tokens", "the same command resumes"),
     "quantize": ("lower --quant.calibration-sequences", ""),
-    "eval": ("lower --eval.batch-seqs", "the same command continues from the state that was saved last"),
-    "audit": ("lower --eval.batch-seqs", ""),
+    "eval": ("lower eval.batch_seqs", "the same command continues from the state that was saved last"),
+    "audit": ("lower eval.batch_seqs", ""),
     "ttt-sweep": ("", "the same command keeps the adapters that are finished"),
     "analyze": ("lower --tokens, or choose fewer analyses with --only", ""),
     "bench": ("lower --tokens", "the records written so far are kept"),

@@ -46,9 +46,9 @@ def test_a_bug_is_one_line_and_its_own_status(ending, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "setting"),
     [
-        (["train", "small"], "lower --train.micro-batch-tokens"),
-        (["eval", "run"], "lower --eval.batch-seqs"),
-        (["audit", "run"], "lower --eval.batch-seqs"),
+        (["train", "small"], "lower train.micro_batch_tokens"),
+        (["eval", "run"], "lower eval.batch_seqs"),
+        (["audit", "run"], "lower eval.batch_seqs"),
         (["data", "tokenize", "x"], "lower --workers"),
         (["doctor"], "use a machine with more"),
     ],

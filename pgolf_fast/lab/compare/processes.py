@@ -153,7 +153,7 @@ def main() -> int:
     except Exception as error:  # noqa: BLE001 - whatever it is, the parent shows one line
         if os.environ.get("PGOLF_TRACEBACK"):
             traceback.print_exc()
-        status, reason = explain(error, "lower --train.micro-batch-tokens")
+        status, reason = explain(error, "lower train.micro_batch_tokens")
         sys.stdout.write(reason)
         return status
     return 0
