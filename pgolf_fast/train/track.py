@@ -87,9 +87,8 @@ class Metrics:
     """Writer of metrics.jsonl that also sends numbers to a tracker, which is dropped if it fails."""
 
     def __init__(self, lines: console.MetricsWriter):
-        self._lines = lines
+        self._lines, self._elapsed = lines, 0.0
         self._tracker = Tracker()
-        self._elapsed = 0.0
 
     def track(self, tracker: Tracker, elapsed: float) -> None:
         """Use `tracker` from now on, at `elapsed` seconds of the training clock."""
