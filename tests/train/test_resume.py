@@ -139,9 +139,9 @@ def test_one_process_trains_in_a_folder(data, run, capsys):
             assert f"my run is in use: process {os.getpid()} on {socket.gethostname()} has held" in err
             assert len(err.splitlines()) == 1
     assert run.config_file.read_bytes() == before
-    (run.path / ".step_x.tmp").touch()  # of a process that was killed
+    (run.path / ".step_x.4321.tmp").touch()  # of a process that was killed
     assert train(run.read_config(), run.path, resume=True).steps == 8
-    assert not (run.path / ".step_x.tmp").exists()
+    assert not (run.path / ".step_x.4321.tmp").exists()
 
 
 def test_the_lock_is_held_to_the_end(data, tmp_path, monkeypatch):
@@ -305,11 +305,11 @@ def test_damaged_lines_of_metrics_are_left_out_with_a_warning(run, warnings):
     whole = run.history()
     wrong = ['{"kind": "step", "step": "abc", "loss": 1}', '{"kind": "step", "step": 9, "elapsed": "1"}']
     wrong += [f'{{"kind": "step", "step": 9, "elapsed": 1{"0" * 400}}}']
-    wrong += ['{"kind": "val", "step": 8, "bpb": NaN}', '{"step": 3}', '{"kind": [], "step": 3}', "[" * 9999]
+    wrong += ['{"step": 3}', '{"kind": [], "step": 3}', "[" * 9999]
     with run.metrics_file.open("ab") as file:
         file.write("\n".join(wrong).encode() + b'\n{"kind": "\xff"}\n\xff\xfe\n')
     assert run.history() == whole
-    assert warnings == [f"{run.metrics_file}: 6 damaged lines are left out"]
+    assert warnings == [f"{run.metrics_file}: 5 damaged lines are left out"]
     assert train(run.read_config(), run.path, resume=True).steps == 8  # appends to it
     ends = [row for row in run.history() if row["kind"] == "end"]
     assert len(ends) == 1  # that of the process which went on
