@@ -38,7 +38,6 @@ class Info:
         from pgolf_fast.data.tokenizer import Tokenizer, find_tokenizer
         from pgolf_fast.lab.audit.overlap import find_overlap
 
-        console.setup_logging()
         splits = [split for split in get_args(Split) if shard_paths(self.folder, split)]
         if not splits:
             what = "holds no *_train_*.bin or *_val_*.bin" if self.folder.exists() else "does not exist"
@@ -79,7 +78,6 @@ class Tokenize:
     def main(self) -> None:
         from pgolf_fast.data.tokenize import tokenize_files
 
-        console.setup_logging()
         with _own_options():
             counts = tokenize_files(**vars(self))
         print(console.Table(None, [(k, f"{v:,}" if isinstance(v, int) else v) for k, v in counts.items()]))
@@ -99,6 +97,5 @@ class Download:
     def main(self) -> None:
         from pgolf_fast.data.download import download
 
-        console.setup_logging()
         folder = download(**vars(self))
         print(f"train with: pgolf train exp101 --data.path {shlex.quote(str(folder))}")

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from pgolf_fast.cli.commands import COMMANDS
-from pgolf_fast.config.fields import flip
+from pgolf_fast.config.fields import flip, without_none
 from pgolf_fast.config.presets import PRESETS, is_preset, preset, shrink
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import RunConfig
@@ -29,6 +29,7 @@ from pgolf_fast.errors import PgolfError
 Words = tuple[str, ...]
 Size = Literal["tiny", "small"]
 Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+RunOrArtifact = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_ARTIFACT")]
 Preset = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET")]
 _TypedDict: Any = typing.TypedDict  # made of names and types that are only known at run time
 _HELP = ("-h", "--help", "--help-all")
@@ -92,6 +93,11 @@ def preset_with(name: str, size: Size | None, words: Words) -> RunConfig:
     """Return a preset, at a smaller size if one is given, with the fields that the words set."""
     base = preset(name)
     return flip(base if size is None else shrink(base, size), words)
+
+
+def pick(chosen: object, names: str) -> dict[str, Any]:
+    """Return some options of a command by their names, which `names` has with spaces between them."""
+    return {name: getattr(chosen, name) for name in names.split()}
 
 
 def wrote(*paths: Path | None) -> None:
@@ -166,13 +172,11 @@ def parse(command: str, kind: Any, argv: Sequence[str]) -> Any:
         return None
     _check_empty(words)
     resolved = resolve(kind, preset("exp101"))
-    box = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(box), _wrapped(10_000):
-            options, unknown = tyro.cli(resolved, prog=command, args=words, return_unknown_args=True)
-    except SystemExit:
+    parsed, text = run_tyro(resolved, prog=command, args=words, return_unknown_args=True)
+    if parsed is None:
         _check_names(command, resolved, words)
-        raise PgolfError(_message(command, box.getvalue())) from None
+        raise PgolfError(_message(command, text))
+    options, unknown = parsed
     if unknown:
         _check_names(command, resolved, words)
         raise PgolfError(f"{command} does not take {unknown[0]!r}: see `pgolf {command} --help`")
@@ -192,16 +196,17 @@ def _check_empty(words: Sequence[str]) -> None:
             raise PgolfError(f"{option} is empty: give a value, or leave it out")
 
 
-@contextlib.contextmanager
-def _wrapped(columns: int) -> Iterator[None]:
-    """Make tyro wrap text at a width."""
-    before = {name: value for name, value in os.environ.items() if name == "COLUMNS"}
-    os.environ["COLUMNS"] = str(columns)
+def run_tyro(kind: Any, width: int = 10_000, **settings: Any) -> tuple[Any, str]:
+    """Return what `tyro.cli` returns, None if it exits, and what it prints, wrapped at a width."""
+    before, box = os.environ.get("COLUMNS"), io.StringIO()
+    os.environ["COLUMNS"] = str(width)
     try:
-        yield
+        with contextlib.redirect_stdout(box), contextlib.redirect_stderr(box):
+            return tyro.cli(kind, **settings), ""
+    except SystemExit:
+        return None, box.getvalue()
     finally:
-        del os.environ["COLUMNS"]
-        os.environ.update(before)
+        os.environ.pop("COLUMNS") if before is None else os.environ.update(COLUMNS=before)
 
 
 def _message(command: str, box: str) -> str:
@@ -245,7 +250,7 @@ def resolve(kind: Any, shown: RunConfig, *, brief: bool = False) -> Any:
         elif not hasattr(hint, "__metadata__"):
             # the text says what None, False or nothing means, so "(default: None)" would only repeat it
             silent = default is None or default is False or default == ()
-            _, metavar = _option(_without_none(hint), optional=False)
+            _, metavar = _option(without_none(hint), optional=False)
             option = tyro.conf.arg(metavar=metavar, help_behavior_hint="" if silent else None)
             annotations[field.name] = Annotated[hint, option]
     defaults = {name: getattr(kind, name) for name in annotations if hasattr(kind, name)}
@@ -275,7 +280,7 @@ def _fields(marker: Fields, shown: RunConfig, *, brief: bool) -> Any:
 def _groups(kind: Any, shown: object, prefix: str = "") -> Iterator[tuple[str, Any, object]]:
     """Yield every group as (dotted name, class, its value in `shown`, None if it is off)."""
     for name, hint in typing.get_type_hints(kind).items():
-        inner = _without_none(hint)
+        inner = without_none(hint)
         if dataclasses.is_dataclass(inner):
             value = getattr(shown, name, None)
             yield f"{prefix}{name}", inner, value
@@ -287,7 +292,7 @@ def _group(group: str, kind: Any, shown: object, hidden: Words) -> Any:
     docs, fields = _docs(kind), {}
     when = "default" if shown is not None else "default when on"
     for name, hint in typing.get_type_hints(kind).items():
-        inner = _without_none(hint)
+        inner = without_none(hint)
         value = getattr(kind() if shown is None else shown, name)
         if not dataclasses.is_dataclass(inner):
             parsed, metavar = _option(inner, optional=inner is not hint)
@@ -338,11 +343,6 @@ def _words(groups: dict[str, Any]) -> Words:
     )
 
 
-def _without_none(hint: Any) -> Any:
-    """Return X for the type X | None, and any other type as it is."""
-    return typing.get_args(hint)[0] if type(None) in typing.get_args(hint) else hint
-
-
 @functools.cache
 def _docs(kind: type) -> dict[str, str]:
     """Return the string below each field of a class, which Python itself does not keep."""
@@ -359,11 +359,8 @@ def _docs(kind: type) -> dict[str, str]:
 
 
 def _tyro_help(command: str, resolved: Any) -> str:
-    box = io.StringIO()
     width = max(60, shutil.get_terminal_size().columns)  # less takes tyro minutes
-    with contextlib.redirect_stdout(box), contextlib.suppress(SystemExit), _wrapped(width):
-        tyro.cli(resolved, prog=f"pgolf {command}", args=["--help"], description="")
-    return box.getvalue().strip()
+    return run_tyro(resolved, width, prog=f"pgolf {command}", args=["--help"], description="")[1].strip()
 
 
 def _help(command: str, kind: Any, words: Sequence[str], *, everything: bool) -> str:

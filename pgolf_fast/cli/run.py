@@ -16,22 +16,9 @@ from typing import Annotated, Any, Literal, Union, get_args
 import tyro
 
 from pgolf_fast import console
+from pgolf_fast.cli import options
 from pgolf_fast.cli.commands import COMMANDS, GROUPS
-from pgolf_fast.cli.options import (
-    AllFields,
-    Fields,
-    Preset,
-    Run,
-    Shards,
-    Size,
-    Words,
-    existing,
-    given,
-    preset_with,
-    resolve,
-    run_folder,
-    wrote,
-)
+from pgolf_fast.cli.options import AllFields, Fields, Preset, Run, RunOrArtifact, Shards, Size, Words
 from pgolf_fast.config.fields import field_type, flatten, flip
 from pgolf_fast.config.presets import PRESETS, is_preset, preset
 from pgolf_fast.config.run_folder import RunFolder, Weights, read_scores
@@ -41,7 +28,6 @@ from pgolf_fast.io import need_writable
 
 _QUANT_FIELDS = ("quant.percentiles", "quant.block_size", "quant.damping", "quant.small_tensor")
 _COPY = "Copy the run, without its checkpoints, to this folder and write there, not into the run."
-RunOrArtifact = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_ARTIFACT")]
 OutCopy = Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="", help=_COPY)]
 TTT_FIELDS = ("ttt.*", "ttt.lora.*", "ttt.guided.*")
 _NEED = {  # options that need one of some choices to have an effect
@@ -74,10 +60,10 @@ def results_in(
                 flip(config, words)  # a wrong one leaves no folder behind
                 artifact_run(run, flip(config, shards.words), place)
             elif out is not None:
-                run_folder(run, words)[0].copy_to(out)
+                options.run_folder(run, words)[0].copy_to(out)
         if world is not None:
             world.barrier()
-        folder, config = run_folder(place, words)
+        folder, config = options.run_folder(place, words)
         if main:
             stack.enter_context(folder.lock())
         console.setup_logging(folder.log_file if main else None, quiet=not main)
@@ -129,10 +115,10 @@ class Train:
         if self.resume and run is not None and not is_preset(self.preset):
             if self.shrink is not None or self.out not in (None, run):
                 raise PgolfError(f"--resume {run} takes no --shrink and no other --out: leave them out")
-            return run, run_folder(run, self.fields)[1]
+            return run, options.run_folder(run, self.fields)[1]
         if self.preset == "":
             raise PgolfError(f"train needs PRESET: for example `{COMMANDS['train'].example}`")
-        config = preset_with(self.preset, self.shrink, self.fields)
+        config = options.preset_with(self.preset, self.shrink, self.fields)
         return self.out or Path("runs", config.name), config
 
 
@@ -149,10 +135,9 @@ class Import:
     def main(self) -> None:
         from pgolf_fast.train.checkpoint import import_weights
 
-        weights = existing(self.weights, "weights file")
-        config = preset_with(self.preset, self.shrink, self.fields)
+        weights = options.existing(self.weights, "weights file")
+        config = options.preset_with(self.preset, self.shrink, self.fields)
         folder = RunFolder(self.out or Path("runs", weights.stem))
-        console.setup_logging()
         import_weights(weights, config, folder, self.key)
         print(f"wrote {folder.model_file}; continue with `{console.command('quantize', folder.path)}`")
 
@@ -171,16 +156,16 @@ class Quantize:
         from pgolf_fast.artifact.pack import quantize_run
         from pgolf_fast.evaluation.run import quick_score
 
-        short = given({"quant.grid": self.grid, "quant.target_bytes": self.target_bytes})
+        short = options.given({"quant.grid": self.grid, "quant.target_bytes": self.target_bytes})
         words = (*self.fields, *short)
-        _refuse_unused(words, run_folder(self.run, words)[1])
+        _refuse_unused(words, options.run_folder(self.run, words)[1])
         with results_in(self.run, self.out, words) as (folder, config):
             before = None if self.score is None else quick_score(folder, config, self.score)
             print(quantize_run(folder, config.quant))
             if self.score is not None and before is not None:
                 after = quick_score(folder, config, self.score, quantized=True)
                 print(f"\nbpb on {before.tokens:,} tokens: {before.bpb:.4f} before, {after.bpb:.4f} after")
-        wrote(folder.quantized_file)
+        options.wrote(folder.quantized_file)
 
 
 def _refuse_unused(words: Words, config: RunConfig) -> None:
@@ -209,11 +194,11 @@ class Pack:
     def main(self) -> None:
         from pgolf_fast.artifact.pack import pack_run
 
-        _refuse_unused(self.fields, run_folder(self.run, self.fields)[1])
+        _refuse_unused(self.fields, options.run_folder(self.run, self.fields)[1])
         with results_in(self.run, self.out, self.fields) as (folder, config):
             packed = pack_run(folder, config.pack)
         print(packed)
-        wrote(packed.path)
+        options.wrote(packed.path)
         if self.table or self.json or self.treemap:
             self._print_bytes(packed.path)
 
@@ -222,7 +207,6 @@ class Pack:
         from pgolf_fast.lab.analysis.artifact_bytes import artifact_table
         from pgolf_fast.lab.report.plots import plot_treemap
 
-        console.setup_logging()  # without the run's log, which is no place for measurements of codecs
         table = artifact_table(artifact, self.measure if self.table or self.json else ())
         if self.table:
             print("\n" + table.text())
@@ -230,7 +214,7 @@ class Pack:
             write_text(self.json, json.dumps(table.to_dict(), indent=1) + "\n")
         if self.treemap is not None:
             plot_treemap(table, self.treemap)
-        wrote(self.json, self.treemap)
+        options.wrote(self.json, self.treemap)
 
 
 @dataclass(frozen=True)
@@ -248,7 +232,7 @@ class Eval(Shards):
         if self.estimate and is_preset(name) and not self.run.exists():
             self._estimate(None, flip(preset(name), words))
         elif self.estimate:
-            self._estimate(*run_folder(self.run, words))
+            self._estimate(*options.run_folder(self.run, words))
         else:
             self._score(words)
 
@@ -275,13 +259,12 @@ class Eval(Shards):
         for table in tables(content["figures"], every=self.figures, illegal=scores.illegal):
             print(f"\n{table}")
         print()
-        wrote(*written)
+        options.wrote(*written)
 
     def _estimate(self, folder: RunFolder | None, config: RunConfig) -> None:
         from pgolf_fast.evaluation.run import estimate_run
         from pgolf_fast.evaluation.scores import TTT, labeled
 
-        console.setup_logging()
         start = time.perf_counter()
         estimates, source = estimate_run(folder, config, self.weights)
         header = ("estimate", "windows", "scored targets", "updates", "TFLOP", "time")
@@ -319,13 +302,12 @@ class Submit:
     def main(self) -> None:
         from pgolf_fast.artifact.submission import About, write_submission
 
-        folder, _ = run_folder(self.run)
+        folder, _ = options.run_folder(self.run)
         out = self.out or folder.path / "submission"
-        console.setup_logging()
         about = About(self.author, self.github_id, self.name, self.blurb, self.track)
         written = write_submission(folder, out, about, readable=self.readable)
         print(console.Table(("part", "bytes"), [(part, f"{size:,}") for part, size in written.items()]))
-        wrote(out)
+        options.wrote(out)
 
 
 @dataclass(frozen=True)
@@ -344,7 +326,7 @@ class Generate:
             raise PgolfError(f"--tokens is {self.tokens}; it must be at least 1")
         if self.temperature < 0:
             raise PgolfError(f"--temperature is {self.temperature}; it must not be negative")
-        loaded = load(existing(self.run, "run folder or artifact"), tokenizer=self.tokenizer)
+        loaded = load(options.existing(self.run, "run folder or artifact"), tokenizer=self.tokenizer)
         print(generate(loaded, self.prompt, self.tokens, temperature=self.temperature, seed=self.seed))
 
 
@@ -369,12 +351,12 @@ class Config:
                     "--from-env takes one preset, --command and no other option: leave the rest out"
                 )
             base = preset(self.preset or self.base or "exp101_as_run")
-            _print_translation(existing(self.from_env, "run script"), base, self.command)
+            _print_translation(options.existing(self.from_env, "run script"), base, self.command)
         elif self.base is not None or self.command is not None:
             option = "--base" if self.base is not None else "--command"
             raise PgolfError(f"{option} is for --from-env; name the preset itself: pgolf config PRESET")
         elif self.preset:
-            config = preset_with(self.preset, self.shrink, self.fields)
+            config = options.preset_with(self.preset, self.shrink, self.fields)
             if self.diff is not None:
                 print(_difference(config, preset(self.diff)))
             else:
@@ -467,7 +449,7 @@ class Completion:
         for name, command in COMMANDS.items():
             group, _, last = name.rpartition(" ")
             about = tyro.conf.subcommand(last, description=command.about)
-            kinds[group].append(Annotated[resolve(command.load(), preset("exp101")), about])
+            kinds[group].append(Annotated[options.resolve(command.load(), preset("exp101")), about])
         about = tyro.conf.subcommand("data", description=GROUPS["data"])
         kinds[""].append(Annotated[union[tuple(kinds["data"])], about])
         script = io.StringIO()

@@ -8,20 +8,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from pgolf_fast import console
-from pgolf_fast.cli.options import (
-    AllFields,
-    Fields,
-    Preset,
-    Run,
-    Shards,
-    Size,
-    Words,
-    existing,
-    given,
-    preset_with,
-    run_folder,
-    wrote,
-)
+from pgolf_fast.cli import options
+from pgolf_fast.cli.options import AllFields, Fields, Preset, Run, RunOrArtifact, Shards, Size, Words
 from pgolf_fast.cli.run import TTT_FIELDS, OutCopy, results_in
 from pgolf_fast.config.fields import field_name, flip
 from pgolf_fast.config.presets import preset
@@ -37,8 +25,7 @@ _OWN = "run"  # name of the run's own test-time training settings among the adap
 
 @dataclass(frozen=True)
 class Audit(Shards):
-    # Run folder, or artifact file.
-    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_ARTIFACT")]
+    run: RunOrArtifact  # Run folder, or artifact file.
     fields: Annotated[Words, Fields(("eval", "ttt"), brief=("eval.*", *TTT_FIELDS))]
     tokens: int | None = None  # Targets to score, from the start of the data; default: eight windows.
     only: tuple[str, ...] = ()  # Run only these checks, for example C2 C5.
@@ -48,7 +35,7 @@ class Audit(Shards):
     json: Path | None = None  # File for the findings; default: audit.json in the run, if all checks run.
 
     def main(self) -> int:
-        existing(self.run, "run or artifact")
+        options.existing(self.run, "run or artifact")
         from pgolf_fast.artifact.container import sizes
         from pgolf_fast.io import write_json
         from pgolf_fast.lab.audit.check import broken, findings_table, run_checks
@@ -74,7 +61,7 @@ class Audit(Shards):
                 "findings": findings,
             }
             write_json(out, content)
-            wrote(out)
+            options.wrote(out)
         if wrong := broken(results):
             print(f"{len(wrong)} of {len(results)} do not hold: {', '.join(wrong)}")
         return 1 if wrong else 0
@@ -83,16 +70,14 @@ class Audit(Shards):
         from pgolf_fast.artifact.load import stored_config
         from pgolf_fast.lab.audit.target import open_target
 
-        config = flip(stored_config(existing(self.run, "run or artifact"), self.data), self.fields)
+        config = flip(stored_config(options.existing(self.run, "run or artifact"), self.data), self.fields)
         least = config.eval_seq_len
         if self.tokens is not None and self.tokens < least:
             raise PgolfError(f"--tokens is {self.tokens}; it must be at least one window of {least}")
-        options = {name: getattr(self, name) for name in ("tokens", "data", "tokenizer")}
-        console.setup_logging()
         console.logger.info("auditing %s: opening it and its data", self.run)
-        target = open_target(self.run, evaluation=config.eval, ttt=config.ttt, **options)
-        limits = {name: getattr(self, name) for name in ("limit_bytes", "train_limit", "eval_limit")}
-        return replace(target, **limits)
+        chosen = options.pick(self, "tokens data tokenizer")
+        target = open_target(self.run, evaluation=config.eval, ttt=config.ttt, **chosen)
+        return replace(target, **options.pick(self, "limit_bytes train_limit eval_limit"))
 
 
 @dataclass(frozen=True)
@@ -104,13 +89,12 @@ class Report:
     def main(self) -> int:
         from pgolf_fast.lab.report.sections import write_report
 
-        folder, _ = run_folder(self.run)
+        folder, _ = options.run_folder(self.run)
         page = self.out or folder.path
         page = page / "report.html" if page.is_dir() else page
         need_writable(page.parent, "--out FILE")
         if self.out is not None and self.audit:
             folder.audit_file = page.with_suffix(".audit.json")
-        console.setup_logging()
         console.logger.info("reading %s and drawing its plots", folder.path)
         status = 0
         if self.audit:
@@ -119,7 +103,7 @@ class Report:
             except PgolfError as error:  # a run that is not packed yet still gets a page
                 print(f"not audited: {error}")
                 status = 2
-        wrote(write_report(folder, page))
+        options.wrote(write_report(folder, page))
         return status
 
 
@@ -146,7 +130,7 @@ class Ablate:
     shrink: Size | None = None  # Size of the preset.
 
     def main(self) -> None:
-        base = preset_with(self.preset, self.shrink, self.fields)
+        base = options.preset_with(self.preset, self.shrink, self.fields)
         if not all(self.flip):
             raise PgolfError("--flip has no FIELD=VALUE: write it like --flip train.meta=none")
         self._check_interval()
@@ -164,7 +148,6 @@ class Ablate:
         busy = f"another pgolf ablate is running in {out}: wait until it has ended, or choose another --out"
         with locked(out / "ablation.lock", busy):
             left = [job for job in jobs if prepare(job, data, self.scores)]
-            console.setup_logging()
             console.logger.info(
                 "%d runs, %d of them finished; %d at a time", len(jobs), len(jobs) - len(left), len(slots)
             )
@@ -227,7 +210,7 @@ def _print_ablation(jobs: list, out: Path, interval: Any) -> None:
         print(f"\nnote: the runs were made by several versions of this package: {', '.join(made_by)}")
     write_json(out / "ablation.json", table.to_dict(rows, gains, runs))
     print()
-    wrote(out / "ablation.json", table.draw_ablation(rows, runs, out / "ablation.png"))
+    options.wrote(out / "ablation.json", table.draw_ablation(rows, runs, out / "ablation.png"))
 
 
 @dataclass(frozen=True)
@@ -244,7 +227,7 @@ class Seeds:
         for where, runs in (("pgolf seeds", self.runs), ("--against", self.against or self.runs)):
             if len(runs) < 2:
                 raise PgolfError(f"{where} needs at least 2 runs for a deviation, and has {len(runs)}")
-        folders = [existing(run, "run folder") for run in (*self.runs, *self.against)]
+        folders = [options.existing(run, "run folder") for run in (*self.runs, *self.against)]
         paths = [folder / f"scores_{self.weights}.json" for folder in folders]
         read = [read_scores(path) for path in paths]
         statistics.check_comparable(paths, read)
@@ -266,8 +249,8 @@ class TttSweep(Shards):
     out: OutCopy = None
 
     def main(self) -> None:
-        words = (*self.words, *given({"data.val_tokens": self.tokens, "eval.stride": self.stride}))
-        config = run_folder(self.run, words)[1]
+        words = (*self.words, *options.given({"data.val_tokens": self.tokens, "eval.stride": self.stride}))
+        config = options.run_folder(self.run, words)[1]
         known = adapters(config.eval_seq_len)
         usual = [*known, *([] if config.ttt in known.values() else [_OWN])]
         known[_OWN] = config.ttt
@@ -288,7 +271,7 @@ class TttSweep(Shards):
             for name, ttt in chosen.items():
                 if ttt.illegal:
                     print(f"{name} BREAKS THE RULES of the challenge: {ttt.illegal}.")
-            wrote(folder.sweep_file)
+            options.wrote(folder.sweep_file)
 
 
 @dataclass(frozen=True)
@@ -316,7 +299,7 @@ class Analyze(Shards):
         if not self.models:
             raise PgolfError("give at least one model: a run folder, a checkpoint, an artifact or a .pt file")
         for model in self.models:
-            existing(model, "model")
+            options.existing(model, "model")
         import torch
 
         from pgolf_fast.lab.analysis.models import open_models
@@ -324,10 +307,9 @@ class Analyze(Shards):
 
         check_names(self.only)
         need_writable(self.out)
-        console.setup_logging()
         config = None if self.preset is None else preset(self.preset)
         if self.data is not None:
-            existing(self.data, "data folder")
+            options.existing(self.data, "data folder")
         shared = {field.name for field in fields(AnalysisOptions)} & vars(self).keys()
         device = "cuda" if torch.cuda.is_available() else "cpu"
         settings = AnalysisOptions(device=device, **{name: getattr(self, name) for name in shared})
