@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, get_args
 
-import tyro
+from tyro.conf import Positional, arg
 
 from pgolf_fast import console
 from pgolf_fast.errors import PgolfError
@@ -27,7 +27,7 @@ def _own_options() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Info:
-    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]  # Folder of shards.
+    folder: Annotated[Path, Positional, arg(metavar="DIR")]  # Folder of shards.
     tokenizer: Path | None = None  # SentencePiece .model file; default: the one in or next to the folder.
     overlap: bool = False  # Compare all validation documents and 13-grams with all training shards.
 
@@ -67,7 +67,7 @@ class Info:
 @dataclass(frozen=True)
 class Tokenize:
     # .txt (one document each); .jsonl, .jsonl.gz, .jsonl.xz (one document per line, in "text"); folders.
-    files: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE ...")]
+    files: Annotated[tuple[Path, ...], Positional, arg(metavar="FILE ...")]
     out: Path = Path("data/tokenized")  # Folder for shards and tokenizer.
     vocab_size: int = 1024  # Pieces of the tokenizer.
     tokenizer: Path | None = None  # SentencePiece .model file to use instead of training one.
@@ -89,7 +89,7 @@ class Tokenize:
 @dataclass(frozen=True)
 class Download:
     # Tokenization of the challenge's data to download.
-    dataset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATASET")] = "sp1024"
+    dataset: Annotated[str, Positional, arg(metavar="DATASET")] = "sp1024"
     out: Path = Path("data")  # Folder for datasets/ and tokenizers/.
     train_shards: int = 10  # Training shards of 100 M tokens (200 MB) each.
     endpoint: str | None = None  # Hub to download from instead of the default.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
+from tyro.conf import Positional, arg
 
 from pgolf_fast.cli.options import Words, pick, wrote
 from pgolf_fast.errors import PgolfError
@@ -104,10 +104,7 @@ class Tune:
 @dataclass(frozen=True)
 class Aot:
     # Presets whose shapes are compiled.
-    presets: Annotated[Words, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET ...")] = (
-        "exp101",
-        "exp101_swiglu",
-    )
+    presets: Annotated[Words, Positional, arg(metavar="PRESET ...")] = ("exp101", "exp101_swiglu")
     arch: tuple[int, ...] = (80, 90, 100)  # GPU capabilities: 80 (A100), 86, 89, 90 (H100), 100 (B200), 120.
     out: Path | None = None  # JSON file for the table.
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from tyro.conf import Positional, Suppress, arg
 
 from pgolf_fast.cli.commands import COMMANDS
 from pgolf_fast.config.fields import flip, without_none
@@ -28,9 +29,10 @@ from pgolf_fast.errors import PgolfError
 
 Words = tuple[str, ...]
 Size = Literal["tiny", "small"]
-Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-RunOrArtifact = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_ARTIFACT")]
-Preset = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET")]
+Run = Annotated[Path, Positional, arg(metavar="RUN")]
+RunOrFile = Annotated[Path, Positional, arg(metavar="RUN_OR_ARTIFACT")]
+Preset = Annotated[str, Positional, arg(metavar="PRESET")]
+AnyPreset = Annotated[str, Positional, arg(metavar="PRESET", help_behavior_hint="")]
 _TypedDict: Any = typing.TypedDict  # made of names and types that are only known at run time
 _HELP = ("-h", "--help", "--help-all")
 
@@ -52,7 +54,7 @@ AllFields = Annotated[Words, Fields()]
 
 def _place(metavar: str, field: str) -> Any:
     """Return the settings of a path option whose alias is the configuration field that it overrides."""
-    return tyro.conf.arg(metavar=metavar, help_behavior_hint="", aliases=[f"--{field}"])
+    return arg(metavar=metavar, help_behavior_hint="", aliases=[f"--{field}"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,12 +248,12 @@ def resolve(kind: Any, shown: RunConfig, *, brief: bool = False) -> Any:
         hint, default = hints[field.name], field.default
         if field.name == "fields":
             fields = _fields(marker, shown, brief=brief)
-            annotations["fields"] = Annotated[fields, tyro.conf.arg(name="", help="")]
+            annotations["fields"] = Annotated[fields, arg(name="", help="")]
         elif not hasattr(hint, "__metadata__"):
             # the text says what None, False or nothing means, so "(default: None)" would only repeat it
             silent = default is None or default is False or default == ()
             _, metavar = _option(without_none(hint), optional=False)
-            option = tyro.conf.arg(metavar=metavar, help_behavior_hint="" if silent else None)
+            option = arg(metavar=metavar, help_behavior_hint="" if silent else None)
             annotations[field.name] = Annotated[hint, option]
     defaults = {name: getattr(kind, name) for name in annotations if hasattr(kind, name)}
     body = {"__annotations__": annotations, "__module__": kind.__module__, **defaults}
@@ -270,10 +272,10 @@ def _fields(marker: Fields, shown: RunConfig, *, brief: bool) -> Any:
     for name, kind, value in _groups(RunConfig, shown):
         if not marker.groups or name.partition(".")[0] in marker.groups:
             fields = _group(name, kind, value, marker.brief if brief else ())
-            groups[name] = Annotated[fields, tyro.conf.arg(help="")]
+            groups[name] = Annotated[fields, arg(help="")]
     if not marker.groups:
         hint = f"(default: {shown.name})"
-        groups["name"] = Annotated[str, tyro.conf.arg(help="Name of the run.", help_behavior_hint=hint)]
+        groups["name"] = Annotated[str, arg(help="Name of the run.", help_behavior_hint=hint)]
     return _TypedDict("Groups", groups, total=False)
 
 
@@ -302,10 +304,10 @@ def _group(group: str, kind: Any, shown: object, hidden: Words) -> Any:
             about, word = "none turns the group off.", "none" if value is None else "on"
         else:
             continue
-        option = tyro.conf.arg(help=about, metavar=metavar, help_behavior_hint=f"({when}: {word})")
+        option = arg(help=about, metavar=metavar, help_behavior_hint=f"({when}: {word})")
         fields[name] = Annotated[parsed, option]
         if {f"{group}.*", f"{group}.{name}"} & {*hidden}:
-            fields[name] = Annotated[fields[name], tyro.conf.Suppress]
+            fields[name] = Annotated[fields[name], Suppress]
     return _TypedDict(kind.__name__, fields, total=False)
 
 

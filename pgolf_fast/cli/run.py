@@ -1,7 +1,6 @@
 """Commands from text to a submission: demo, train, import, quantize, pack, eval, submit, generate, ..."""
 
 import contextlib
-import io
 import itertools
 import json
 import re
@@ -14,11 +13,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args
 
 import tyro
+from tyro.conf import Positional, arg
 
 from pgolf_fast import console
 from pgolf_fast.cli import options
 from pgolf_fast.cli.commands import COMMANDS, GROUPS
-from pgolf_fast.cli.options import AllFields, Fields, Preset, Run, RunOrArtifact, Shards, Size, Words
+from pgolf_fast.cli.options import AllFields, AnyPreset, Fields, Preset, Run, RunOrFile, Shards, Size, Words
 from pgolf_fast.config.fields import field_type, flatten, flip
 from pgolf_fast.config.presets import PRESETS, is_preset, preset
 from pgolf_fast.config.run_folder import RunFolder, Weights, read_scores
@@ -28,7 +28,7 @@ from pgolf_fast.io import need_writable
 
 _QUANT_FIELDS = ("quant.percentiles", "quant.block_size", "quant.damping", "quant.small_tensor")
 _COPY = "Copy the run, without its checkpoints, to this folder and write there, not into the run."
-OutCopy = Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="", help=_COPY)]
+OutCopy = Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="", help=_COPY)]
 TTT_FIELDS = ("ttt.*", "ttt.lora.*", "ttt.guided.*")
 _NEED = {  # options that need one of some choices to have an effect
     r"quant\.(target_bytes|rank)": ("quant.grid", ("rd",)),
@@ -89,7 +89,7 @@ class Demo:
 class Train:
     fields: AllFields
     # Configuration to start from; `pgolf config` lists the presets. With --resume, also a run folder.
-    preset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET", help_behavior_hint="")] = ""
+    preset: AnyPreset = ""
     out: Path | None = None  # Run folder; default: runs/PRESET.
     resume: bool = False  # Continue the run from its newest checkpoint; `pgolf train --resume RUN` suffices.
     track: Literal["wandb", "tensorboard"] | None = None  # Send metrics there as well as to metrics.jsonl.
@@ -125,7 +125,7 @@ class Train:
 @dataclass(frozen=True)
 class Import:
     # Weights, as safetensors or by torch.save, read by content; no pickled code is run.
-    weights: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
+    weights: Annotated[Path, Positional, arg(metavar="FILE")]
     preset: Preset  # Preset that the weights were trained with.
     fields: AllFields
     out: Path | None = None  # Run folder; default: runs/ plus the name of the weights file.
@@ -219,7 +219,7 @@ class Pack:
 
 @dataclass(frozen=True)
 class Eval(Shards):
-    run: RunOrArtifact  # Run folder, or artifact file; with --estimate, a preset too.
+    run: RunOrFile  # Run folder, or artifact file; with --estimate, a preset too.
     fields: Annotated[Words, Fields(("eval", "ttt"), brief=TTT_FIELDS)]
     weights: Weights = "artifact"  # Score the packed artifact, or the float weights before quantization.
     figures: bool = False  # Print all tables, not just the one by token class.
@@ -268,15 +268,11 @@ class Eval(Shards):
         start = time.perf_counter()
         estimates, source = estimate_run(folder, config, self.weights)
         header = ("estimate", "windows", "scored targets", "updates", "TFLOP", "time")
-        rows = [
-            (
-                labeled(e.name, e.name == TTT and config.ttt.illegal),
-                *(f"{count:,}" for count in (e.windows, e.tokens, e.updates)),
-                f"{e.flops / 1e12:,.2f}",
-                console.duration(e.seconds),
-            )
-            for e in estimates
-        ]
+        rows = []
+        for e in estimates:
+            name = labeled(e.name, e.name == TTT and config.ttt.illegal)
+            counts = (f"{count:,}" for count in (e.windows, e.tokens, e.updates))
+            rows.append((name, *counts, f"{e.flops / 1e12:,.2f}", console.duration(e.seconds)))
         print(console.Table(header, rows))
         total, taken = sum(e.seconds for e in estimates), time.perf_counter() - start
         print(
@@ -312,7 +308,7 @@ class Submit:
 
 @dataclass(frozen=True)
 class Generate:
-    run: RunOrArtifact  # Run folder, or artifact file.
+    run: RunOrFile  # Run folder, or artifact file.
     prompt: str = ""  # Text to continue; an empty prompt starts a document.
     tokens: int = 200  # Tokens to generate.
     temperature: float = 0.8  # Sampling temperature; 0 takes the most likely token.
@@ -333,8 +329,7 @@ class Generate:
 @dataclass(frozen=True)
 class Config:
     fields: AllFields
-    # Preset to print; without one, all presets are listed.
-    preset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET", help_behavior_hint="")] = ""
+    preset: AnyPreset = ""  # Preset to print; without one, all presets are listed.
     diff: str | None = None  # Print only the fields that differ from this preset.
     shrink: Size | None = None  # Print the preset at this size.
     from_env: Path | None = None  # Translate the environment variables of a run script; it is not executed.
@@ -441,7 +436,7 @@ def _train_command(base: RunConfig, config: RunConfig) -> str:
 @dataclass(frozen=True)
 class Completion:
     # Shell to write for. For zsh: pgolf completion zsh > DIR/_pgolf, where DIR is in fpath.
-    shell: Annotated[Literal["bash", "zsh"], tyro.conf.Positional]
+    shell: Annotated[Literal["bash", "zsh"], Positional]
 
     def main(self) -> None:
         union: Any = Union  # of types that are only known at run time
@@ -452,7 +447,5 @@ class Completion:
             kinds[group].append(Annotated[options.resolve(command.load(), preset("exp101")), about])
         about = tyro.conf.subcommand("data", description=GROUPS["data"])
         kinds[""].append(Annotated[union[tuple(kinds["data"])], about])
-        script = io.StringIO()
-        with contextlib.redirect_stdout(script), contextlib.suppress(SystemExit):
-            tyro.cli(union[tuple(kinds[""])], prog="pgolf", args=["--tyro-print-completion", self.shell])
-        print(script.getvalue().rstrip())
+        words = ["--tyro-print-completion", self.shell]
+        print(options.run_tyro(union[tuple(kinds[""])], prog="pgolf", args=words)[1].rstrip())

@@ -5,11 +5,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
+from tyro.conf import Positional, UseAppendAction, arg
 
 from pgolf_fast import console
 from pgolf_fast.cli import options
-from pgolf_fast.cli.options import AllFields, Fields, Preset, Run, RunOrArtifact, Shards, Size, Words
+from pgolf_fast.cli.options import AllFields, Fields, Preset, Run, RunOrFile, Shards, Size, Words
 from pgolf_fast.cli.run import TTT_FIELDS, OutCopy, results_in
 from pgolf_fast.config.fields import field_name, flip
 from pgolf_fast.config.presets import preset
@@ -25,7 +25,7 @@ _OWN = "run"  # name of the run's own test-time training settings among the adap
 
 @dataclass(frozen=True)
 class Audit(Shards):
-    run: RunOrArtifact  # Run folder, or artifact file.
+    run: RunOrFile  # Run folder, or artifact file.
     fields: Annotated[Words, Fields(("eval", "ttt"), brief=("eval.*", *TTT_FIELDS))]
     tokens: int | None = None  # Targets to score, from the start of the data; default: eight windows.
     only: tuple[str, ...] = ()  # Run only these checks, for example C2 C5.
@@ -41,8 +41,9 @@ class Audit(Shards):
         from pgolf_fast.lab.audit.check import broken, findings_table, run_checks
         from pgolf_fast.lab.audit.rules import checks
 
-        if self.json is not None or (self.run.is_dir() and not self.only):
-            need_writable((self.json or self.run / "audit.json").parent, "--json FILE")
+        out = self.json or (self.run / "audit.json" if self.run.is_dir() and not self.only else None)
+        if out is not None:
+            need_writable(out.parent, "--json FILE")
         target = self._target()
         known = checks(target)
         if unknown := set(self.only) - {check.id for check in known}:
@@ -50,9 +51,6 @@ class Audit(Shards):
         results = run_checks(check for check in known if not self.only or check.id in self.only)
         findings = [{**asdict(result), "verdict": result.verdict} for result in results]
         print(findings_table(findings))
-        out = self.json
-        if out is None and target.folder is not None and not self.only:
-            out = target.folder.audit_file
         if out is not None:
             content = {
                 "audited": str(self.run),
@@ -70,7 +68,7 @@ class Audit(Shards):
         from pgolf_fast.artifact.load import stored_config
         from pgolf_fast.lab.audit.target import open_target
 
-        config = flip(stored_config(options.existing(self.run, "run or artifact"), self.data), self.fields)
+        config = flip(stored_config(self.run, self.data), self.fields)
         least = config.eval_seq_len
         if self.tokens is not None and self.tokens < least:
             raise PgolfError(f"--tokens is {self.tokens}; it must be at least one window of {least}")
@@ -112,9 +110,7 @@ class Ablate:
     preset: Preset  # Baseline; `pgolf config` lists the presets.
     fields: AllFields
     # One variant; repeat the option for more. Write lists with commas; none switches a field off.
-    flip: Annotated[
-        tuple[Words, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="FIELD=VALUE ...")
-    ] = ()
+    flip: Annotated[tuple[Words, ...], UseAppendAction, arg(metavar="FIELD=VALUE ...")] = ()
     seeds: tuple[int, ...] = (42,)  # Seeds of the weights; baseline and variants are trained with each.
     # Equal optimizer steps; equal training time by the clock; both, one after the other; or (measured) as
     # many steps as fit into the baseline's training time, by step costs measured before the runs.
@@ -148,9 +144,8 @@ class Ablate:
         busy = f"another pgolf ablate is running in {out}: wait until it has ended, or choose another --out"
         with locked(out / "ablation.lock", busy):
             left = [job for job in jobs if prepare(job, data, self.scores)]
-            console.logger.info(
-                "%d runs, %d of them finished; %d at a time", len(jobs), len(jobs) - len(left), len(slots)
-            )
+            counts = len(jobs), len(jobs) - len(left), len(slots)
+            console.logger.info("%d runs, %d of them finished; %d at a time", *counts)
             if len({job.config.train.reptile for job in jobs if job.budget == "steps"}) > 1:
                 console.logger.warning(
                     "variants differ in train.reptile, whose steps read other numbers of tokens than plain "
@@ -160,10 +155,8 @@ class Ablate:
             _print_ablation(jobs, out, None if failures else self.interval)
         if failures:
             name, reason = next(iter(failures.items()))
-            raise PgolfError(
-                f"{len(failures)} of {len(jobs)} runs failed, first {name} ({reason}); "
-                "the same command tries them again"
-            )
+            first = f"{len(failures)} of {len(jobs)} runs failed, first {name} ({reason})"
+            raise PgolfError(f"{first}; the same command tries them again")
 
     def _check_interval(self) -> None:
         count = len(self.seeds)
@@ -216,7 +209,7 @@ def _print_ablation(jobs: list, out: Path, interval: Any) -> None:
 @dataclass(frozen=True)
 class Seeds:
     # Run folders of one recipe with different seeds, scored by `pgolf eval`.
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN ...")]
+    runs: Annotated[tuple[Path, ...], Positional, arg(metavar="RUN ...")]
     against: tuple[Path, ...] = ()  # Run folders of the recipe to beat.
     margin: float | None = None  # Nats per token to beat it by; default: 0.005, as the challenge asks.
     weights: Weights = "artifact"  # Scores of the packed artifacts, or of the float weights.
@@ -277,9 +270,7 @@ class TttSweep(Shards):
 @dataclass(frozen=True)
 class Analyze(Shards):
     # Run folders, checkpoints (.safetensors), artifacts (.pgolf), community .pt files.
-    models: Annotated[
-        tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL ...", help_behavior_hint="")
-    ] = ()
+    models: Annotated[tuple[Path, ...], Positional, arg(metavar="MODEL ...", help_behavior_hint="")] = ()
     only: tuple[str, ...] = ()  # Analyses, such as deltas quant; default: all that models and data allow.
     out: Path = Path("runs/analysis")  # Folder for analysis.json, the plots and report.html.
     # Weights to read from a run folder; auto takes the float weights if they are there.
