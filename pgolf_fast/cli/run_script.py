@@ -36,7 +36,7 @@ class Script:
         """Yield what else is to be said: notes, the other commands, and other variables."""
         yield from self.notes
         if len(self.commands) > 1:
-            number = self.commands.index(chosen) + 1
+            number = next(i for i, c in enumerate(self.commands, 1) if c is chosen)
             yield f"command {number} of {len(self.commands)} is translated; --command N chooses another:"
             for i, c in enumerate(self.commands, 1):
                 case = "" if c.taken else " in a case not taken"
@@ -65,14 +65,16 @@ def read_script(path: Path) -> Script:
         state = shell.fork()
         try:
             state.source(block, 1)
-            for body in [] if shell.commands else state.functions.values():
+            for body in [] if shell.commands else [*state.functions.values()]:
                 state.fork(taken=False).run(body)
         except RecursionError:
             raise PgolfError(f"{path} is nested too deeply: give the part that sets the variables") from None
         variables = {name: words[0] for name, words in state.vars.items()}
         ends.append(Command(block.count("\n") + 1, "end of the file", variables))
     choices = ([c for c in shell.commands if c.trains], shell.commands, ends)
-    commands = next((some for some in choices if any(c.known for c in some)), ends)
+    commands = next(
+        (some for some in choices if any(c.known for c in some)), ends or [Command(1, path.name, {})]
+    )
     found: dict[str, int] = {}
     for number, line in enumerate(text.split("\n"), 1):
         for name in FIELDS.keys() & re.findall(r"[A-Za-z0-9_]+", line):

@@ -40,6 +40,9 @@ class Word(NamedTuple):
         return re.sub(r"⟪+\$.*?⟫", "", self.text)
 
 
+_ITEM = Word("⟪it_is_an_item_of_an_array⟫")
+
+
 @dataclass(frozen=True)
 class Command:
     """A command and its environment; it may only have variables and not train, or be in a case not taken."""
@@ -91,7 +94,8 @@ class Shell:
         for node in nodes:
             if next(self.steps) > _STEPS:
                 raise PgolfError(f"the script has more than {_STEPS:,} steps: give the part that trains")
-            getattr(self, f"_{node.type}", self._others)(node)
+            broken = node.type != "command" and any(c.is_error or c.is_missing for c in node.children)
+            getattr(self, "_others" if broken else f"_{node.type}", self._others)(node)
 
     def _others(self, node: Any) -> None:
         if node.is_named and node.type != "comment":
@@ -127,12 +131,12 @@ class Shell:
     _pipeline = _command_substitution = _process_substitution = _subshell
 
     def _list(self, node: Any) -> None:
-        left, kind, right = (c for c in node.children if c.type != "comment")
-        verdict = self.test(left)
-        self.branch(verdict is not False if kind.type == "&&" else verdict is False, [right])
+        left, *right = (c for c in node.named_children if c.type != "comment")
+        both, verdict = any(c.type == "&&" for c in node.children), self.test(left)
+        self.branch(verdict is not False if both else verdict is False, right)
 
     def _heredoc_body(self, node: Any) -> None:
-        words = _text(node.parent.parent).partition("<<")[0].split()
+        words = _text(node.parent.parent or node.parent).partition("<<")[0].split()
         if any(map(_SHELL.fullmatch, words)) and not any(map(_QUIET.fullmatch, words)):
             self.fork().source(_text(node), self.at(node))
 
@@ -277,12 +281,16 @@ class Shell:
     def assigned(self, node: Any) -> tuple[str, list[Word]]:
         """Return the name and the words of an assignment."""
         target, value = node.child_by_field_name("name"), node.child_by_field_name("value")
-        name, item, _ = _text(target).partition("[")
+        name, _, item = _text(target).partition("[")
         array = value is not None and value.type == "array"
         words = self.fields(value) if array else [Word("") if value is None else self.text(value)]
-        if name in self.vars and (item or any(c.type == "+=" for c in node.children)):
-            old = self.vars[name]
-            words = [*old, *words] if array or item else [_joined([old[0], words[0]])]
+        words = [_ITEM if array and re.match(r"\[.*\]=", w.text) else w for w in words]
+        old, index = self.vars.get(name, []), item.rstrip("]")
+        if item:
+            known = index.isdecimal() and int(index) < len(old)
+            words = [*old[: int(index)], *words, *old[int(index) + 1 :]] if known else [_ITEM]
+        elif old and any(c.type == "+=" for c in node.children):
+            words = [*old, *words] if array else [_joined([old[0], words[0]])]
         return name, words or [Word("")]
 
     def lookup(self, name: str) -> Word:
@@ -356,7 +364,7 @@ class Shell:
         if key:
             index = self.lookup(key[1:]).text if key[0] == "$" else key
             known = index.isdecimal() and int(index) < len(self.vars.get(name, []))
-            value = self.vars[name][int(index)] if known else Word("⟪it_is_an_item_of_an_array⟫")
+            value = self.vars[name][int(index)] if known else _ITEM
         start = len(match[0].encode())
         children = [c for c in node.named_children if c.start_byte - node.start_byte >= start]
         default = self.join(node, children, start, len(node.text) - 1) if kind != "}" else value

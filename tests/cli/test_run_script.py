@@ -1,6 +1,7 @@
 """Shell scripts as commands with their environments, and what `pgolf config --from-env` prints of them."""
 
 import shlex
+from random import Random
 
 import pytest
 
@@ -80,6 +81,8 @@ FORMS = {
         ["SEED=3 MATRIX_LR=0.1 TRIGRAM"],
     ),
     "item": ("S=(7 8)\ni=1\nSEED=${S[$i]} TTT_EPOCHS=${S[0]} python train.py", ["SEED=8 TTT_EPOCHS=7"]),
+    "set item": ("S=(7 8)\nS[1]=9\nSEED=${S[1]} TTT_EPOCHS=${S[0]} python train.py", ["SEED=9 TTT_EPOCHS=7"]),
+    "named items": ("declare -A S=([a]=7)\nSEED=${S[a]} TRIGRAM=0 python train.py", ["SEED TRIGRAM=0"]),
     "arithmetic": (
         "N=8\nexport TRAIN_BATCH_TOKENS=$((65536 * N)) SEED=$(( (1 + 2) * 3 - 7 / 2 ))\npython train.py",
         ["TRAIN_BATCH_TOKENS=524288 SEED=6"],
@@ -162,6 +165,7 @@ def test_markdown_snippets_are_scripts_of_their_own(tmp_path):
     ]
     assert [c.line for c in found.commands] == [4, 11]
     assert found.unread == {"MATRIX_LR": 6}
+    assert read_script(script(tmp_path, "SEED=3, no snippet\n```", "README.md")).unread == {"SEED": 1}
 
 
 @pytest.mark.parametrize(
@@ -179,6 +183,31 @@ def test_markdown_snippets_are_scripts_of_their_own(tmp_path):
 def test_files_that_are_no_script(text, message, tmp_path):
     with pytest.raises(PgolfError, match=message):
         read_script(script(tmp_path, text))
+
+
+def test_damaged_scripts_are_read_as_far_as_they_go(tmp_path):
+    """The parser leaves parts of a tree out or marks them; text is cut, and marks of the syntax put in."""
+    random = Random(0)
+    texts = [text for text, _ in FORMS.values()]
+    marks = [
+        *"\"'`(){}[]<>|&;\n!=",
+        "$((",
+        "${",
+        "<<E\n",
+        "then ",
+        "fi",
+        "esac",
+        "done",
+        "[[ ",
+        "&&",
+        "local ",
+    ]
+    for _ in range(400):
+        text = "\n".join(random.sample(texts, 2))
+        for at in (random.randrange(len(text)) for _ in range(4)):
+            text = text[:at] + random.choice([*marks, ""]) + text[at + random.randrange(4) :]
+        found = read_script(script(tmp_path, text + "\n:"))
+        assert all(isinstance(line, str) for line in found.lines(found.choose(None)))
 
 
 def test_values_that_double_are_cut_off(tmp_path):
