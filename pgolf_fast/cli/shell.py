@@ -6,6 +6,7 @@ import operator
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 from pgolf_fast.config.env import FIELDS
@@ -155,9 +156,8 @@ class Shell:
         subject = self.text(node.child_by_field_name("value"))
         items = [(i, i.children_by_field_name("value")) for i in node.named_children if i.type == "case_item"]
         texts = [[_text(v).strip("\"'") for v in values] for _, values in items]
-        hits = [
-            i for i, some in enumerate(texts) if any(fnmatch.fnmatchcase(subject.set_text, t) for t in some)
-        ]
+        fits = partial(fnmatch.fnmatchcase, subject.set_text)
+        hits = [i for i, some in enumerate(texts) if any(map(fits, some))]
         sure = bool(hits) and not (subject.why and texts[hits[0]] == ["*"])
         for i, (item, values) in enumerate(items):
             verdict = (sure or None) if i == (hits[0] if sure else 0) else False
@@ -183,10 +183,8 @@ class Shell:
     def _command(self, node: Any) -> None:
         own: dict[str, Word] = {}
         words: list[Word] = []
-        end, scope = (
-            0,
-            replace(self, vars={**self.vars}),
-        )  # assignments see those before them, arguments do not
+        scope = replace(self, vars={**self.vars})  # assignments see those before them, arguments do not
+        end = 0
         for child in node.children:
             gap = node.text[end : child.start_byte - node.start_byte]
             if end and b"\n" in gap.replace(b"\\\n", b""):  # the grammar may join a line and the next
