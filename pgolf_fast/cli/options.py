@@ -134,17 +134,13 @@ def check(command: str, options: Any) -> None:
 
     Commands import what they need after this, so that a mistake is answered at once.
     """
-    for line in filter(None, _WORKS.splitlines()):
-        name, *words = re.split(":? ", line)
-        at = next(i for i, word in enumerate(words) if word in ("with", "without"))
-        for option in words[:at] if name == command else ():
-            default = getattr(type(options), option, None)
-            works = any(_holds(options, word) for word in words[at + 1 :]) == (words[at] == "with")
-            if getattr(options, option, default) != default and not works:
-                other = "without" if words[at] == "with" else "with"
-                needs = " or ".join(f"--{word.replace('=', ' ')}" for word in words[at + 1 :])
-                option = option.replace("_", "-")
-                raise PgolfError(f"--{option} has no effect {other} {needs}: leave it out")
+    for names, kind, others in re.findall(rf"(?m)^{command}: (.*) (with|without) (.*)", _WORKS):
+        works = any(_holds(options, word) for word in others.split()) == (kind == "with")
+        for name in () if works else names.split():
+            if getattr(options, name) != getattr(type(options), name):
+                now = "without" if kind == "with" else "with"
+                needs = " or ".join(f"--{word.replace('=', ' ')}" for word in others.split())
+                raise PgolfError(f"--{name.replace('_', '-')} has no effect {now} {needs}: leave it out")
     paths = (p for value in vars(options).values() for p in (value if isinstance(value, tuple) else (value,)))
     for path in paths:
         if isinstance(path, Path) and path.is_fifo() and path.parts[1:2] != ("dev",):  # not <(command)

@@ -67,7 +67,7 @@ def results_in(
         if main:
             stack.enter_context(folder.lock())
         console.setup_logging(folder.log_file if main else None, quiet=not main)
-        stack.callback(console.close_logging)
+        stack.callback(console.setup_logging)  # what follows is not for the run's log
         yield folder, config
 
 
@@ -274,11 +274,9 @@ class Eval(Shards):
             counts = (f"{count:,}" for count in (e.windows, e.tokens, e.updates))
             rows.append((name, *counts, f"{e.flops / 1e12:,.2f}", console.duration(e.seconds)))
         print(console.Table(header, rows))
-        total, taken = sum(e.seconds for e in estimates), time.perf_counter() - start
-        print(
-            f"\nabout {console.duration(total)} in total on this machine, measured with {source}; "
-            f"the estimate took {console.duration(taken)}"
-        )
+        taken = console.duration(time.perf_counter() - start)
+        total = console.duration(sum(e.seconds for e in estimates))
+        print(f"\nabout {total} in total on this machine, measured with {source}; the estimate took {taken}")
         if not estimates[-1].updates:
             last = f"{estimates[-1].tokens:,} targets and chunks of {config.ttt.chunk_tokens:,}"
             print(f"Test-time training learns nothing here: with {last}, no chunk follows the first one.")
@@ -333,18 +331,16 @@ class Config:
     diff: str | None = None  # Print only the fields that differ from this preset.
     shrink: Size | None = None  # Print the preset at this size.
     from_env: Path | None = None  # Translate the environment variables of a run script; it is not executed.
-    base: str | None = (
-        None  # With --from-env: the preset that they change, also PRESET; default: exp101_as_run.
-    )
+    # With --from-env: the preset that they change, also PRESET; default: exp101_as_run.
+    base: str | None = None
     command: int | None = None  # With --from-env: number of the command to translate, of several in a script.
 
     def main(self) -> None:
         changes = self.fields or self.diff or self.shrink
         if self.from_env is not None:
             if changes or (self.preset and self.base not in (None, self.preset)):
-                raise PgolfError(
-                    "--from-env takes one preset, --command and no other option: leave the rest out"
-                )
+                takes = "takes one preset, --command and no other option"
+                raise PgolfError(f"--from-env {takes}: leave the rest out")
             base = preset(self.preset or self.base or "exp101_as_run")
             _print_translation(options.existing(self.from_env, "run script"), base, self.command)
         elif self.base is not None or self.command is not None:
@@ -372,9 +368,7 @@ def _shown(config: RunConfig) -> dict[str, str]:
 
 def _difference(ours: RunConfig, theirs: RunConfig) -> str:
     """Return a table of the fields in which two configurations differ."""
-    left, right = (
-        {**_shown(config), "parameters": str(config.model.num_parameters())} for config in (ours, theirs)
-    )
+    left, right = ({**_shown(c), "parameters": str(c.model.num_parameters())} for c in (ours, theirs))
     rows = [(name, left.get(name, "none"), right.get(name, "none")) for name in {**left, **right}]
     rows = [(name, old, new) for name, old, new in rows if old != new and name != "name"]
     if not rows:

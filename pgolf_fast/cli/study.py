@@ -176,10 +176,8 @@ class Ablate:
         variants = plan.make_variants(base, self.flip)
         for name, config in variants.items() if self.scores == "all" else ():  # before training, not after it
             if why := config.ttt.illegal:
-                raise PgolfError(
-                    f"{name}: ttt.adapter {config.ttt.adapter} breaks the rules: {why}. Give "
-                    "--scores sliding, and score single runs with pgolf eval --allow-illegal"
-                )
+                hint = "Give --scores sliding, and score single runs with pgolf eval --allow-illegal"
+                raise PgolfError(f"{name}: ttt.adapter {config.ttt.adapter} breaks the rules: {why}. {hint}")
         slots = processes.make_slots(self.workers, devices(), timed="time" in budgets)
         costs = None
         if "measured" in budgets:
