@@ -9,7 +9,7 @@ from tyro.conf import Positional, arg
 
 from pgolf_fast.cli.options import Words, pick, wrote
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.io import need_writable
+from pgolf_fast.io import need_writable, well_formed
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,6 @@ class Bench:
 
     def main(self) -> int:
         from pgolf_fast.bench import plots, store
-        from pgolf_fast.io import well_formed
 
         if self.compare is not None:
             with well_formed(self.compare[1]):

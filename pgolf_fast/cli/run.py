@@ -24,7 +24,7 @@ from pgolf_fast.config.presets import PRESETS, is_preset, preset
 from pgolf_fast.config.run_folder import RunFolder, Weights, read_scores
 from pgolf_fast.config.schema import Codec, RunConfig
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.io import need_writable
+from pgolf_fast.io import need_writable, write_text
 
 _QUANT_FIELDS = ("quant.percentiles", "quant.block_size", "quant.damping", "quant.small_tensor")
 _COPY = "Copy the run, without its checkpoints, to this folder and write there, not into the run."
@@ -203,7 +203,6 @@ class Pack:
             self._print_bytes(packed.path)
 
     def _print_bytes(self, artifact: Path) -> None:
-        from pgolf_fast.io import write_text
         from pgolf_fast.lab.analysis.artifact_bytes import artifact_table
         from pgolf_fast.lab.report.plots import plot_treemap
 

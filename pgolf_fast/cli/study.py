@@ -17,7 +17,7 @@ from pgolf_fast.config.run_folder import Weights, read_scores
 from pgolf_fast.config.schema import PackConfig
 from pgolf_fast.config.ttt import adapters, unknown_adapter
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.io import need_writable
+from pgolf_fast.io import locked, need_writable, well_formed, write_json
 from pgolf_fast.lab.analysis.summary import Options as AnalysisOptions
 
 _OWN = "run"  # name of the run's own test-time training settings among the adapters
@@ -37,7 +37,6 @@ class Audit(Shards):
     def main(self) -> int:
         options.existing(self.run, "run or artifact")
         from pgolf_fast.artifact.container import sizes
-        from pgolf_fast.io import write_json
         from pgolf_fast.lab.audit.check import broken, findings_table, run_checks
         from pgolf_fast.lab.audit.rules import checks
 
@@ -134,7 +133,6 @@ class Ablate:
             if field_name(word) == "train.seed":
                 raise PgolfError(f"{word} has no effect: give seeds with --seeds")
         from pgolf_fast.data.source import open_source
-        from pgolf_fast.io import locked
         from pgolf_fast.lab.compare.jobs import fingerprint, prepare
         from pgolf_fast.lab.compare.processes import job_task, run_tasks
 
@@ -188,7 +186,6 @@ class Ablate:
 
 
 def _print_ablation(jobs: list, out: Path, interval: Any) -> None:
-    from pgolf_fast.io import well_formed, write_json
     from pgolf_fast.lab.compare import table
 
     with well_formed(out):
