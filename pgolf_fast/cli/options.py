@@ -171,13 +171,11 @@ def parse(command: str, kind: Any, argv: Sequence[str]) -> Any:
     _check_empty(words)
     resolved = resolve(kind, preset("exp101"))
     parsed, text = run_tyro(resolved, prog=command, args=words, return_unknown_args=True)
-    if parsed is None:
+    options, unknown = parsed or (None, ())
+    if options is None or unknown:
         _check_names(command, resolved, words)
-        raise PgolfError(_message(command, text))
-    options, unknown = parsed
-    if unknown:
-        _check_names(command, resolved, words)
-        raise PgolfError(f"{command} does not take {unknown[0]!r}: see `pgolf {command} --help`")
+        extra = [f"{command} does not take {word!r}: see `pgolf {command} --help`" for word in unknown]
+        raise PgolfError(extra[0] if extra else _message(command, text))
     typed = {} if _marker(kind) is None else {"fields": _words(options.fields)}
     return kind(**{**vars(options), **typed})
 

@@ -86,9 +86,8 @@ class Shell:
         import tree_sitter_bash
         from tree_sitter import Language, Parser
 
-        before, self.line = self.line, line
-        self.run(*Parser(Language(tree_sitter_bash.language())).parse(text.encode()).root_node.children)
-        self.line = before
+        tree = Parser(Language(tree_sitter_bash.language())).parse(text.encode())
+        replace(self, line=line).run(*tree.root_node.children)
 
     def run(self, *nodes: Any) -> None:
         """Follow nodes by the methods below, which are named like the nodes of the grammar."""
@@ -202,9 +201,7 @@ class Shell:
         """Follow nodes; apart if `verdict` is False, with a note on what they set if it is None."""
         if verdict is False:
             return self.fork(taken=False).run(*body)
-        before, self.note = self.note, self.note or ("" if verdict else note)
-        self.run(*body)
-        self.note = before
+        replace(self, note=self.note or ("" if verdict else note)).run(*body)
 
     def execute(self, words: list[Word], own: dict[str, Word], line: int) -> None:
         """Follow a command whose environment has `own` besides what is exported."""
