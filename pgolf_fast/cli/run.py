@@ -199,14 +199,12 @@ class Pack:
             packed = pack_run(folder, config.pack)
         print(packed)
         options.wrote(packed.path)
-        if self.table or self.json or self.treemap:
-            self._print_bytes(packed.path)
-
-    def _print_bytes(self, artifact: Path) -> None:
+        if not (self.table or self.json or self.treemap):
+            return
         from pgolf_fast.lab.analysis.artifact_bytes import artifact_table
         from pgolf_fast.lab.report.plots import plot_treemap
 
-        table = artifact_table(artifact, self.measure if self.table or self.json else ())
+        table = artifact_table(packed.path, self.measure if self.table or self.json else ())
         if self.table:
             print("\n" + table.text())
         if self.json is not None:

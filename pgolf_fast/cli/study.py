@@ -37,14 +37,22 @@ class Audit(Shards):
     def main(self) -> int:
         options.existing(self.run, "run or artifact")
         from pgolf_fast.artifact.container import sizes
+        from pgolf_fast.artifact.load import stored_config
         from pgolf_fast.lab.audit.check import broken, findings_table, run_checks
         from pgolf_fast.lab.audit.rules import checks
+        from pgolf_fast.lab.audit.target import open_target
 
         out = self.json or (self.run / "audit.json" if self.run.is_dir() and not self.only else None)
         if out is not None:
             need_writable(out.parent, "--json FILE")
-        target = self._target()
-        known = checks(target)
+        config = flip(stored_config(self.run, self.data), self.fields)
+        least = config.eval_seq_len
+        if self.tokens is not None and self.tokens < least:
+            raise PgolfError(f"--tokens is {self.tokens}; it must be at least one window of {least}")
+        console.logger.info("auditing %s: opening it and its data", self.run)
+        chosen = options.pick(self, "tokens data tokenizer")
+        target = open_target(self.run, evaluation=config.eval, ttt=config.ttt, **chosen)
+        known = checks(replace(target, **options.pick(self, "limit_bytes train_limit eval_limit")))
         if unknown := set(self.only) - {check.id for check in known}:
             raise PgolfError(f"there is no check {', '.join(sorted(unknown))}: choose C1 to C{len(known)}")
         results = run_checks(check for check in known if not self.only or check.id in self.only)
@@ -62,19 +70,6 @@ class Audit(Shards):
         if wrong := broken(results):
             print(f"{len(wrong)} of {len(results)} do not hold: {', '.join(wrong)}")
         return 1 if wrong else 0
-
-    def _target(self) -> Any:
-        from pgolf_fast.artifact.load import stored_config
-        from pgolf_fast.lab.audit.target import open_target
-
-        config = flip(stored_config(self.run, self.data), self.fields)
-        least = config.eval_seq_len
-        if self.tokens is not None and self.tokens < least:
-            raise PgolfError(f"--tokens is {self.tokens}; it must be at least one window of {least}")
-        console.logger.info("auditing %s: opening it and its data", self.run)
-        chosen = options.pick(self, "tokens data tokenizer")
-        target = open_target(self.run, evaluation=config.eval, ttt=config.ttt, **chosen)
-        return replace(target, **options.pick(self, "limit_bytes train_limit eval_limit"))
 
 
 @dataclass(frozen=True)
@@ -128,7 +123,13 @@ class Ablate:
         base = options.preset_with(self.preset, self.shrink, self.fields)
         if not all(self.flip):
             raise PgolfError("--flip has no FIELD=VALUE: write it like --flip train.meta=none")
-        self._check_interval()
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise PgolfError("pgolf ablate starts its own processes: run it without torchrun")
+        count = len(self.seeds)
+        if self.interval == "seeds" and count < 2:
+            raise PgolfError(f"an interval over seeds needs at least 2 --seeds, and has {count}")
+        if self.interval == "documents" and count > 1:
+            raise PgolfError(f"an interval over documents takes one seed, and --seeds has {count}")
         for word in (*self.fields, *(word for words in self.flip for word in words)):
             if field_name(word) == "train.seed":
                 raise PgolfError(f"{word} has no effect: give seeds with --seeds")
@@ -155,15 +156,6 @@ class Ablate:
             name, reason = next(iter(failures.items()))
             first = f"{len(failures)} of {len(jobs)} runs failed, first {name} ({reason})"
             raise PgolfError(f"{first}; the same command tries them again")
-
-    def _check_interval(self) -> None:
-        count = len(self.seeds)
-        if os.environ.get("WORLD_SIZE", "1") != "1":
-            raise PgolfError("pgolf ablate starts its own processes: run it without torchrun")
-        if self.interval == "seeds" and count < 2:
-            raise PgolfError(f"an interval over seeds needs at least 2 --seeds, and has {count}")
-        if self.interval == "documents" and count > 1:
-            raise PgolfError(f"an interval over documents takes one seed, and --seeds has {count}")
 
     def _plan(self, base: Any, out: Path) -> tuple[list, list]:
         """Return the runs and the slots they run in, after measuring step costs for budget measured."""
