@@ -11,31 +11,27 @@ from pgolf_fast.errors import PgolfError
 
 # Groups and their variables, named like the field, with or without the group in front, or NAME=FIELD
 _NAMES = """
-data DATA_PATH
+data DATA_PATH TOKENIZER_PATH=tokenizer
 model VOCAB_SIZE NUM_LAYERS NUM_HEADS NUM_KV_HEADS MLP_MULT TIE_EMBEDDINGS TIED_EMBED_INIT_STD LOGIT_SOFTCAP
 model ROPE_BASE ROPE_DIMS QK_GAIN_INIT BIGRAM_VOCAB_SIZE BIGRAM_DIM TRIGRAM XSA_LAST_N LN_SCALE VE_ENABLED
-model VE_DIM VE_LAYERS
-train SEED WARMUP_STEPS TRAIN_BATCH_TOKENS TRAIN_SEQ_LEN TRAIN_LOG_EVERY ADAPTIVE_WARMDOWN
-optim MATRIX_LR SCALAR_LR MUON_MOMENTUM ADAM_EPS
-average EMA_DECAY EMA_EVERY SWA_EVERY
+model VE_DIM VE_LAYERS MODEL_DIM=model_dim POS_CONDITIONAL_BIGRAM=pos_conditional
+train SEED WARMUP_STEPS TRAIN_BATCH_TOKENS TRAIN_SEQ_LEN TRAIN_LOG_EVERY ADAPTIVE_WARMDOWN ITERATIONS=steps
+train MAX_WALLCLOCK_SECONDS=max_seconds WARMDOWN_ITERS=warmdown_steps WARMDOWN_FRAC=warmdown_fraction
+train GRAD_ACCUM_TOTAL=micro_batch_tokens VAL_LOSS_EVERY=val_every ADAPTIVE_WARMDOWN_EMA=adaptive_ema
+train ADAPTIVE_WARMDOWN_THRESHOLD=adaptive_threshold ADAPTIVE_WARMDOWN_MIN_STEP=adaptive_min_step
+train META_TTT_ENABLED=meta META_TTT_INNER_LR=meta.inner_lr META_TTT_EVERY=meta.every
+train META_TTT_LOSS_WEIGHT=meta.weight META_TTT_FREEZE_BLOCKS=meta.freeze_blocks META_TTT_SPLIT=meta.method
+train META_TTT_DELTA_WEIGHT=meta.delta_weight META_TTT_SAM_ENABLED=meta.method
+train META_TTT_SAM_RHO=meta.sam_radius META_SGD_ENABLED=meta.slot_rates LATE_QAT_THRESHOLD=qat.below
+optim MATRIX_LR SCALAR_LR MUON_MOMENTUM ADAM_EPS TIED_EMBED_LR=embed_lr
+optim MUON_MOMENTUM_WARMUP_START=muon_momentum_start MUON_MOMENTUM_WARMUP_STEPS=muon_momentum_warmup_steps
+optim MUON_BACKEND_STEPS=muon_newton_schulz_steps MUON_WD=weight_decay MUON_WEIGHT_DECAY=weight_decay
+optim ADAM_WD=weight_decay BETA1=adam_beta1 BETA2=adam_beta2 GRAD_CLIP_NORM=grad_clip
+average EMA_DECAY EMA_EVERY SWA_EVERY SWA_ENABLED=swa_every EMA_ENABLED=ema_decay
 eval EVAL_SEQ_LEN EVAL_STRIDE EVAL_BATCH_SEQS
 ttt TTT_LR TTT_EPOCHS TTT_CHUNK_TOKENS TTT_FREEZE_BLOCKS TTT_MOMENTUM TTT_BATCH_SEQS TTT_GRAD_CLIP
-ttt TTT_WEIGHT_DECAY TTT_BETA2
-train ITERATIONS=steps MAX_WALLCLOCK_SECONDS=max_seconds WARMDOWN_ITERS=warmdown_steps
-train WARMDOWN_FRAC=warmdown_fraction GRAD_ACCUM_TOTAL=micro_batch_tokens VAL_LOSS_EVERY=val_every
-train ADAPTIVE_WARMDOWN_EMA=adaptive_ema ADAPTIVE_WARMDOWN_THRESHOLD=adaptive_threshold
-train ADAPTIVE_WARMDOWN_MIN_STEP=adaptive_min_step META_TTT_ENABLED=meta META_TTT_INNER_LR=meta.inner_lr
-train META_TTT_EVERY=meta.every META_TTT_LOSS_WEIGHT=meta.weight META_TTT_FREEZE_BLOCKS=meta.freeze_blocks
-train META_TTT_SPLIT=meta.method META_TTT_DELTA_WEIGHT=meta.delta_weight META_TTT_SAM_ENABLED=meta.method
-train META_TTT_SAM_RHO=meta.sam_radius META_SGD_ENABLED=meta.slot_rates LATE_QAT_THRESHOLD=qat.below
-data TOKENIZER_PATH=tokenizer
-model MODEL_DIM=model_dim POS_CONDITIONAL_BIGRAM=pos_conditional
-optim TIED_EMBED_LR=embed_lr MUON_MOMENTUM_WARMUP_START=muon_momentum_start
-optim MUON_MOMENTUM_WARMUP_STEPS=muon_momentum_warmup_steps MUON_BACKEND_STEPS=muon_newton_schulz_steps
-optim MUON_WD=weight_decay MUON_WEIGHT_DECAY=weight_decay ADAM_WD=weight_decay BETA1=adam_beta1
-optim BETA2=adam_beta2 GRAD_CLIP_NORM=grad_clip
-average SWA_ENABLED=swa_every EMA_ENABLED=ema_decay
-ttt TTT_ENABLED=epochs TTT_OPTIMIZER=adapter TTT_LORA_RANK=lora.rank TTT_LORA_LR=lora.lr
+ttt TTT_WEIGHT_DECAY TTT_BETA2 TTT_ENABLED=epochs TTT_OPTIMIZER=adapter TTT_LORA_RANK=lora.rank
+ttt TTT_LORA_LR=lora.lr
 quant GPTQ_BLOCK_SIZE=block_size GPTQ_PERCDAMP=damping
 """
 FIELDS: dict[str, str] = {}
