@@ -24,6 +24,7 @@ _TELL = {  # of a command: what to do without memory, and what is kept if it is 
     "data download": ("", "the same command keeps the files that are complete"),
     "data tokenize": ("lower --workers", ""),
 }
+_OWN_LOG = ("train", "generate", "doctor")  # they log nothing, or set it up themselves
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,6 +106,7 @@ def _dispatch(words: list[str]) -> int | None:
         case _:
             import logging
 
+            from pgolf_fast import console
             from pgolf_fast.cli.options import check, parse
 
             logging.raiseExceptions = False  # a full disk or a closed pipe would print a traceback a line
@@ -114,6 +116,8 @@ def _dispatch(words: list[str]) -> int | None:
             if options is None:
                 return 0
             check(command.name, options)
+            if command.name not in _OWN_LOG:
+                console.setup_logging()
             return options.main()
     return 0
 

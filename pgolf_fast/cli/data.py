@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, get_args
 
-import tyro
+from tyro.conf import Positional, arg
 
 from pgolf_fast import console
 from pgolf_fast.errors import PgolfError
@@ -27,7 +27,7 @@ def _own_options() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Info:
-    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]  # Folder of shards.
+    folder: Annotated[Path, Positional, arg(metavar="DIR")]  # Folder of shards.
     tokenizer: Path | None = None  # SentencePiece .model file; default: the one in or next to the folder.
     overlap: bool = False  # Compare all validation documents and 13-grams with all training shards.
 
@@ -38,7 +38,6 @@ class Info:
         from pgolf_fast.data.tokenizer import Tokenizer, find_tokenizer
         from pgolf_fast.lab.audit.overlap import find_overlap
 
-        console.setup_logging()
         splits = [split for split in get_args(Split) if shard_paths(self.folder, split)]
         if not splits:
             what = "holds no *_train_*.bin or *_val_*.bin" if self.folder.exists() else "does not exist"
@@ -68,7 +67,7 @@ class Info:
 @dataclass(frozen=True)
 class Tokenize:
     # .txt (one document each); .jsonl, .jsonl.gz, .jsonl.xz (one document per line, in "text"); folders.
-    files: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE ...")]
+    files: Annotated[tuple[Path, ...], Positional, arg(metavar="FILE ...")]
     out: Path = Path("data/tokenized")  # Folder for shards and tokenizer.
     vocab_size: int = 1024  # Pieces of the tokenizer.
     tokenizer: Path | None = None  # SentencePiece .model file to use instead of training one.
@@ -79,7 +78,6 @@ class Tokenize:
     def main(self) -> None:
         from pgolf_fast.data.tokenize import tokenize_files
 
-        console.setup_logging()
         with _own_options():
             counts = tokenize_files(**vars(self))
         print(console.Table(None, [(k, f"{v:,}" if isinstance(v, int) else v) for k, v in counts.items()]))
@@ -91,7 +89,7 @@ class Tokenize:
 @dataclass(frozen=True)
 class Download:
     # Tokenization of the challenge's data to download.
-    dataset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATASET")] = "sp1024"
+    dataset: Annotated[str, Positional, arg(metavar="DATASET")] = "sp1024"
     out: Path = Path("data")  # Folder for datasets/ and tokenizers/.
     train_shards: int = 10  # Training shards of 100 M tokens (200 MB) each.
     endpoint: str | None = None  # Hub to download from instead of the default.
@@ -99,6 +97,5 @@ class Download:
     def main(self) -> None:
         from pgolf_fast.data.download import download
 
-        console.setup_logging()
         folder = download(**vars(self))
         print(f"train with: pgolf train exp101 --data.path {shlex.quote(str(folder))}")

@@ -10,6 +10,7 @@ from pgolf_fast.artifact.pack import pack_run, quantize_run
 from pgolf_fast.config.presets import preset
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import RunConfig
+from pgolf_fast.console import Table, duration, logger
 from pgolf_fast.data.corpus import build_corpus
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.run import score_run
@@ -28,10 +29,7 @@ def run_demo(out: Path, *, seconds: float, seed: int) -> str:
     """Train, quantize, pack and score into the run folder `out`. Return the final tables as text."""
     start = time.perf_counter()
     _clear(out)
-    console.setup_logging()
-    console.logger.info(
-        "building the corpus from documentation on this machine (cached after the first time)"
-    )
+    logger.info("building the corpus from documentation on this machine (cached after the first time)")
     corpus = read_json(build_corpus(vocab_size=1024) / "info.json")
     trained = train(demo_config(seconds, seed), out)
     folder = trained.folder
@@ -41,30 +39,23 @@ def run_demo(out: Path, *, seconds: float, seed: int) -> str:
     scores = score_run(folder, folder.read_config(), "artifact")
     curve = draw_loss_curve(folder)
     console.close_logging()
-    bpb = {
-        "corpus floor, unigram bpb": corpus["unigram_bpb"],
-        "corpus floor, bigram bpb": corpus["bigram_bpb"],
-        "float weights, bpb": trained.raw.bpb,
-        "EMA and SWA weights, bpb": trained.averaged.bpb,
-        "int6 artifact, bpb": scores.plain.bpb,
-    }
     training = {
         "tokens seen": f"{trained.tokens:,}",
         "tokens/s": f"{trained.tokens / trained.seconds:,.0f}",
-        **{name: f"{value:.4f}" for name, value in bpb.items()},
+        "corpus floor, unigram bpb": f"{corpus['unigram_bpb']:.4f}",
+        "corpus floor, bigram bpb": f"{corpus['bigram_bpb']:.4f}",
+        "float weights, bpb": f"{trained.raw.bpb:.4f}",
+        "EMA and SWA weights, bpb": f"{trained.averaged.bpb:.4f}",
+        "int6 artifact, bpb": f"{scores.plain.bpb:.4f}",
     }
     files = {
         "run folder": folder.path,
         "artifact": folder.artifact_file,
         "loss curve": curve or "needs matplotlib",
-        "time": f"{console.duration(time.perf_counter() - start)} in total",
+        "time": f"{duration(time.perf_counter() - start)} in total",
     }
-    tables = (
-        console.Table(None, training.items()),
-        scores.table("score of the artifact"),
-        packed.table("artifact"),
-        console.Table(None, files.items()),
-    )
+    both = scores.table("score of the artifact"), packed.table("artifact")
+    tables = Table(None, training.items()), *both, Table(None, files.items())
     return "\n\n".join(["", *map(str, tables)])
 
 

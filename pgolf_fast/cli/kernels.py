@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
+from tyro.conf import Positional, arg
 
-from pgolf_fast import console
-from pgolf_fast.cli.options import Words, wrote
+from pgolf_fast.cli.options import Words, pick, wrote
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.io import need_writable
+from pgolf_fast.io import need_writable, well_formed
 
 
 @dataclass(frozen=True)
@@ -47,9 +46,7 @@ class Bench:
 
     def main(self) -> int:
         from pgolf_fast.bench import plots, store
-        from pgolf_fast.io import well_formed
 
-        console.setup_logging()
         if self.compare is not None:
             with well_formed(self.compare[1]):
                 text, slower = store.compare_files(*self.compare, self.threshold)
@@ -67,8 +64,7 @@ class Bench:
     def _measure(self) -> list[dict[str, Any]]:
         from pgolf_fast.bench import run, store
 
-        names = ("ops", "tokens", "modes", "dtype", "quick", "minutes")
-        wanted = {name: getattr(self, name) for name in names}
+        wanted = pick(self, "ops tokens modes dtype quick minutes")
         if self.out is not None:
             need_writable(self.out.parent, "--out FILE")
         with contextlib.closing(store.Store(self.out)) as results:
@@ -90,11 +86,9 @@ class Tune:
         from pgolf_fast.bench import tune
         from pgolf_fast.ops import tuned
 
-        console.setup_logging()
         if self.candidates < 1 or (self.tokens is not None and self.tokens < 1):
             raise PgolfError(f"--candidates {self.candidates}, --tokens {self.tokens}: give at least 1")
-        names = ("ops", "kernels", "tokens", "candidates", "minutes")
-        chosen = tune.tune_plan(self.preset, **{name: getattr(self, name) for name in names})
+        chosen = tune.tune_plan(self.preset, **pick(self, "ops kernels tokens candidates minutes"))
         path = self.out or tuned.cache_file()
         need_writable(path.parent, "--out FILE")
         results = tune.tune(chosen, lambda one: tuned.save_rows(path, [tune.as_tuned(one, chosen)]))
@@ -109,10 +103,7 @@ class Tune:
 @dataclass(frozen=True)
 class Aot:
     # Presets whose shapes are compiled.
-    presets: Annotated[Words, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET ...")] = (
-        "exp101",
-        "exp101_swiglu",
-    )
+    presets: Annotated[Words, Positional, arg(metavar="PRESET ...")] = ("exp101", "exp101_swiglu")
     arch: tuple[int, ...] = (80, 90, 100)  # GPU capabilities: 80 (A100), 86, 89, 90 (H100), 100 (B200), 120.
     out: Path | None = None  # JSON file for the table.
 
@@ -121,7 +112,6 @@ class Aot:
 
         if self.out is not None:
             need_writable(self.out.parent, "--out FILE")
-        console.setup_logging()
         rows, misfits = aot.compile_presets(self.presets, self.arch)
         print(aot.table(rows))
         wrong = [*misfits, *aot.problems(rows)]

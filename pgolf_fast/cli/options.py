@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from tyro.conf import Positional, Suppress, arg
 
 from pgolf_fast.cli.commands import COMMANDS
-from pgolf_fast.config.fields import flip
+from pgolf_fast.config.fields import flip, without_none
 from pgolf_fast.config.presets import PRESETS, is_preset, preset, shrink
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import RunConfig
@@ -28,8 +29,10 @@ from pgolf_fast.errors import PgolfError
 
 Words = tuple[str, ...]
 Size = Literal["tiny", "small"]
-Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-Preset = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET")]
+Run = Annotated[Path, Positional, arg(metavar="RUN")]
+RunOrFile = Annotated[Path, Positional, arg(metavar="RUN_OR_ARTIFACT")]
+Preset = Annotated[str, Positional, arg(metavar="PRESET")]
+AnyPreset = Annotated[str, Positional, arg(metavar="PRESET", help_behavior_hint="")]
 _TypedDict: Any = typing.TypedDict  # made of names and types that are only known at run time
 _HELP = ("-h", "--help", "--help-all")
 
@@ -51,7 +54,7 @@ AllFields = Annotated[Words, Fields()]
 
 def _place(metavar: str, field: str) -> Any:
     """Return the settings of a path option whose alias is the configuration field that it overrides."""
-    return tyro.conf.arg(metavar=metavar, help_behavior_hint="", aliases=[f"--{field}"])
+    return arg(metavar=metavar, help_behavior_hint="", aliases=[f"--{field}"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +97,11 @@ def preset_with(name: str, size: Size | None, words: Words) -> RunConfig:
     return flip(base if size is None else shrink(base, size), words)
 
 
+def pick(chosen: object, names: str) -> dict[str, Any]:
+    """Return some options of a command by their names, which `names` has with spaces between them."""
+    return {name: getattr(chosen, name) for name in names.split()}
+
+
 def wrote(*paths: Path | None) -> None:
     """Print the names of the files that were written."""
     for path in filter(None, paths):
@@ -126,17 +134,13 @@ def check(command: str, options: Any) -> None:
 
     Commands import what they need after this, so that a mistake is answered at once.
     """
-    for line in filter(None, _WORKS.splitlines()):
-        name, *words = re.split(":? ", line)
-        at = next(i for i, word in enumerate(words) if word in ("with", "without"))
-        for option in words[:at] if name == command else ():
-            default = getattr(type(options), option, None)
-            works = any(_holds(options, word) for word in words[at + 1 :]) == (words[at] == "with")
-            if getattr(options, option, default) != default and not works:
-                other = "without" if words[at] == "with" else "with"
-                needs = " or ".join(f"--{word.replace('=', ' ')}" for word in words[at + 1 :])
-                option = option.replace("_", "-")
-                raise PgolfError(f"--{option} has no effect {other} {needs}: leave it out")
+    for names, kind, others in re.findall(rf"(?m)^{command}: (.*) (with|without) (.*)", _WORKS):
+        works = any(_holds(options, word) for word in others.split()) == (kind == "with")
+        for name in () if works else names.split():
+            if getattr(options, name) != getattr(type(options), name):
+                now = "without" if kind == "with" else "with"
+                needs = " or ".join(f"--{word.replace('=', ' ')}" for word in others.split())
+                raise PgolfError(f"--{name.replace('_', '-')} has no effect {now} {needs}: leave it out")
     paths = (p for value in vars(options).values() for p in (value if isinstance(value, tuple) else (value,)))
     for path in paths:
         if isinstance(path, Path) and path.is_fifo() and path.parts[1:2] != ("dev",):  # not <(command)
@@ -166,16 +170,12 @@ def parse(command: str, kind: Any, argv: Sequence[str]) -> Any:
         return None
     _check_empty(words)
     resolved = resolve(kind, preset("exp101"))
-    box = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(box), _wrapped(10_000 + 2 * sum(map(len, words))):
-            options, unknown = tyro.cli(resolved, prog=command, args=words, return_unknown_args=True)
-    except SystemExit:
+    parsed, text = run_tyro(resolved, prog=command, args=words, return_unknown_args=True)
+    options, unknown = parsed or (None, ())
+    if options is None or unknown:
         _check_names(command, resolved, words)
-        raise PgolfError(_message(command, box.getvalue())) from None
-    if unknown:
-        _check_names(command, resolved, words)
-        raise PgolfError(f"{command} does not take {unknown[0]!r}: see `pgolf {command} --help`")
+        extra = [f"{command} does not take {word!r}: see `pgolf {command} --help`" for word in unknown]
+        raise PgolfError(extra[0] if extra else _message(command, text))
     typed = {} if _marker(kind) is None else {"fields": _words(options.fields)}
     return kind(**{**vars(options), **typed})
 
@@ -192,16 +192,17 @@ def _check_empty(words: Sequence[str]) -> None:
             raise PgolfError(f"{option} is empty: give a value, or leave it out")
 
 
-@contextlib.contextmanager
-def _wrapped(columns: int) -> Iterator[None]:
-    """Make tyro wrap text at a width."""
-    before = {name: value for name, value in os.environ.items() if name == "COLUMNS"}
-    os.environ["COLUMNS"] = str(columns)
+def run_tyro(kind: Any, width: int = 10_000, **settings: Any) -> tuple[Any, str]:
+    """Return what `tyro.cli` returns, None if it exits, and what it prints, wrapped at a width."""
+    before, box = os.environ.get("COLUMNS"), io.StringIO()
+    os.environ["COLUMNS"] = str(width)
     try:
-        yield
+        with contextlib.redirect_stdout(box), contextlib.redirect_stderr(box):
+            return tyro.cli(kind, **settings), ""
+    except SystemExit:
+        return None, box.getvalue()
     finally:
-        del os.environ["COLUMNS"]
-        os.environ.update(before)
+        os.environ.pop("COLUMNS") if before is None else os.environ.update(COLUMNS=before)
 
 
 def _message(command: str, box: str) -> str:
@@ -242,12 +243,12 @@ def resolve(kind: Any, shown: RunConfig, *, brief: bool = False) -> Any:
         hint, default = hints[field.name], field.default
         if field.name == "fields":
             fields = _fields(marker, shown, brief=brief)
-            annotations["fields"] = Annotated[fields, tyro.conf.arg(name="", help="")]
+            annotations["fields"] = Annotated[fields, arg(name="", help="")]
         elif not hasattr(hint, "__metadata__"):
             # the text says what None, False or nothing means, so "(default: None)" would only repeat it
             silent = default is None or default is False or default == ()
-            _, metavar = _option(_without_none(hint), optional=False)
-            option = tyro.conf.arg(metavar=metavar, help_behavior_hint="" if silent else None)
+            _, metavar = _option(without_none(hint), optional=False)
+            option = arg(metavar=metavar, help_behavior_hint="" if silent else None)
             annotations[field.name] = Annotated[hint, option]
     defaults = {name: getattr(kind, name) for name in annotations if hasattr(kind, name)}
     body = {"__annotations__": annotations, "__module__": kind.__module__, **defaults}
@@ -266,17 +267,17 @@ def _fields(marker: Fields, shown: RunConfig, *, brief: bool) -> Any:
     for name, kind, value in _groups(RunConfig, shown):
         if not marker.groups or name.partition(".")[0] in marker.groups:
             fields = _group(name, kind, value, marker.brief if brief else ())
-            groups[name] = Annotated[fields, tyro.conf.arg(help="")]
+            groups[name] = Annotated[fields, arg(help="")]
     if not marker.groups:
         hint = f"(default: {shown.name})"
-        groups["name"] = Annotated[str, tyro.conf.arg(help="Name of the run.", help_behavior_hint=hint)]
+        groups["name"] = Annotated[str, arg(help="Name of the run.", help_behavior_hint=hint)]
     return _TypedDict("Groups", groups, total=False)
 
 
 def _groups(kind: Any, shown: object, prefix: str = "") -> Iterator[tuple[str, Any, object]]:
     """Yield every group as (dotted name, class, its value in `shown`, None if it is off)."""
     for name, hint in typing.get_type_hints(kind).items():
-        inner = _without_none(hint)
+        inner = without_none(hint)
         if dataclasses.is_dataclass(inner):
             value = getattr(shown, name, None)
             yield f"{prefix}{name}", inner, value
@@ -288,7 +289,7 @@ def _group(group: str, kind: Any, shown: object, hidden: Words) -> Any:
     docs, fields = _docs(kind), {}
     when = "default" if shown is not None else "default when on"
     for name, hint in typing.get_type_hints(kind).items():
-        inner = _without_none(hint)
+        inner = without_none(hint)
         value = getattr(kind() if shown is None else shown, name)
         if not dataclasses.is_dataclass(inner):
             parsed, metavar = _option(inner, optional=inner is not hint)
@@ -298,10 +299,10 @@ def _group(group: str, kind: Any, shown: object, hidden: Words) -> Any:
             about, word = "none turns the group off.", "none" if value is None else "on"
         else:
             continue
-        option = tyro.conf.arg(help=about, metavar=metavar, help_behavior_hint=f"({when}: {word})")
+        option = arg(help=about, metavar=metavar, help_behavior_hint=f"({when}: {word})")
         fields[name] = Annotated[parsed, option]
         if {f"{group}.*", f"{group}.{name}"} & {*hidden}:
-            fields[name] = Annotated[fields[name], tyro.conf.Suppress]
+            fields[name] = Annotated[fields[name], Suppress]
     return _TypedDict(kind.__name__, fields, total=False)
 
 
@@ -339,11 +340,6 @@ def _words(groups: dict[str, Any]) -> Words:
     )
 
 
-def _without_none(hint: Any) -> Any:
-    """Return X for the type X | None, and any other type as it is."""
-    return typing.get_args(hint)[0] if type(None) in typing.get_args(hint) else hint
-
-
 @functools.cache
 def _docs(kind: type) -> dict[str, str]:
     """Return the string below each field of a class, which Python itself does not keep."""
@@ -360,11 +356,8 @@ def _docs(kind: type) -> dict[str, str]:
 
 
 def _tyro_help(command: str, resolved: Any) -> str:
-    box = io.StringIO()
     width = max(60, shutil.get_terminal_size().columns)  # less takes tyro minutes
-    with contextlib.redirect_stdout(box), contextlib.suppress(SystemExit), _wrapped(width):
-        tyro.cli(resolved, prog=f"pgolf {command}", args=["--help"], description="")
-    return box.getvalue().strip()
+    return run_tyro(resolved, width, prog=f"pgolf {command}", args=["--help"], description="")[1].strip()
 
 
 def _help(command: str, kind: Any, words: Sequence[str], *, everything: bool) -> str:

@@ -1,7 +1,6 @@
 """Commands from text to a submission: demo, train, import, quantize, pack, eval, submit, generate, ..."""
 
 import contextlib
-import io
 import itertools
 import json
 import re
@@ -14,35 +13,22 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args
 
 import tyro
+from tyro.conf import Positional, arg
 
 from pgolf_fast import console
+from pgolf_fast.cli import options
 from pgolf_fast.cli.commands import COMMANDS, GROUPS
-from pgolf_fast.cli.options import (
-    AllFields,
-    Fields,
-    Preset,
-    Run,
-    Shards,
-    Size,
-    Words,
-    existing,
-    given,
-    preset_with,
-    resolve,
-    run_folder,
-    wrote,
-)
+from pgolf_fast.cli.options import AllFields, AnyPreset, Fields, Preset, Run, RunOrFile, Shards, Size, Words
 from pgolf_fast.config.fields import field_type, flatten, flip
 from pgolf_fast.config.presets import PRESETS, is_preset, preset
 from pgolf_fast.config.run_folder import RunFolder, Weights, read_scores
 from pgolf_fast.config.schema import Codec, RunConfig
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.io import need_writable
+from pgolf_fast.io import need_writable, write_text
 
 _QUANT_FIELDS = ("quant.percentiles", "quant.block_size", "quant.damping", "quant.small_tensor")
 _COPY = "Copy the run, without its checkpoints, to this folder and write there, not into the run."
-RunOrArtifact = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_ARTIFACT")]
-OutCopy = Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="", help=_COPY)]
+OutCopy = Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="", help=_COPY)]
 TTT_FIELDS = ("ttt.*", "ttt.lora.*", "ttt.guided.*")
 _NEED = {  # options that need one of some choices to have an effect
     r"quant\.(target_bytes|rank)": ("quant.grid", ("rd",)),
@@ -74,14 +60,14 @@ def results_in(
                 flip(config, words)  # a wrong one leaves no folder behind
                 artifact_run(run, flip(config, shards.words), place)
             elif out is not None:
-                run_folder(run, words)[0].copy_to(out)
+                options.run_folder(run, words)[0].copy_to(out)
         if world is not None:
             world.barrier()
-        folder, config = run_folder(place, words)
+        folder, config = options.run_folder(place, words)
         if main:
             stack.enter_context(folder.lock())
         console.setup_logging(folder.log_file if main else None, quiet=not main)
-        stack.callback(console.close_logging)
+        stack.callback(console.setup_logging)  # what follows is not for the run's log
         yield folder, config
 
 
@@ -103,7 +89,7 @@ class Demo:
 class Train:
     fields: AllFields
     # Configuration to start from; `pgolf config` lists the presets. With --resume, also a run folder.
-    preset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET", help_behavior_hint="")] = ""
+    preset: AnyPreset = ""
     out: Path | None = None  # Run folder; default: runs/PRESET.
     resume: bool = False  # Continue the run from its newest checkpoint; `pgolf train --resume RUN` suffices.
     track: Literal["wandb", "tensorboard"] | None = None  # Send metrics there as well as to metrics.jsonl.
@@ -129,17 +115,17 @@ class Train:
         if self.resume and run is not None and not is_preset(self.preset):
             if self.shrink is not None or self.out not in (None, run):
                 raise PgolfError(f"--resume {run} takes no --shrink and no other --out: leave them out")
-            return run, run_folder(run, self.fields)[1]
+            return run, options.run_folder(run, self.fields)[1]
         if self.preset == "":
             raise PgolfError(f"train needs PRESET: for example `{COMMANDS['train'].example}`")
-        config = preset_with(self.preset, self.shrink, self.fields)
+        config = options.preset_with(self.preset, self.shrink, self.fields)
         return self.out or Path("runs", config.name), config
 
 
 @dataclass(frozen=True)
 class Import:
     # Weights, as safetensors or by torch.save, read by content; no pickled code is run.
-    weights: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
+    weights: Annotated[Path, Positional, arg(metavar="FILE")]
     preset: Preset  # Preset that the weights were trained with.
     fields: AllFields
     out: Path | None = None  # Run folder; default: runs/ plus the name of the weights file.
@@ -149,10 +135,9 @@ class Import:
     def main(self) -> None:
         from pgolf_fast.train.checkpoint import import_weights
 
-        weights = existing(self.weights, "weights file")
-        config = preset_with(self.preset, self.shrink, self.fields)
+        weights = options.existing(self.weights, "weights file")
+        config = options.preset_with(self.preset, self.shrink, self.fields)
         folder = RunFolder(self.out or Path("runs", weights.stem))
-        console.setup_logging()
         import_weights(weights, config, folder, self.key)
         print(f"wrote {folder.model_file}; continue with `{console.command('quantize', folder.path)}`")
 
@@ -171,16 +156,16 @@ class Quantize:
         from pgolf_fast.artifact.pack import quantize_run
         from pgolf_fast.evaluation.run import quick_score
 
-        short = given({"quant.grid": self.grid, "quant.target_bytes": self.target_bytes})
+        short = options.given({"quant.grid": self.grid, "quant.target_bytes": self.target_bytes})
         words = (*self.fields, *short)
-        _refuse_unused(words, run_folder(self.run, words)[1])
+        _refuse_unused(words, options.run_folder(self.run, words)[1])
         with results_in(self.run, self.out, words) as (folder, config):
             before = None if self.score is None else quick_score(folder, config, self.score)
             print(quantize_run(folder, config.quant))
             if self.score is not None and before is not None:
                 after = quick_score(folder, config, self.score, quantized=True)
                 print(f"\nbpb on {before.tokens:,} tokens: {before.bpb:.4f} before, {after.bpb:.4f} after")
-        wrote(folder.quantized_file)
+        options.wrote(folder.quantized_file)
 
 
 def _refuse_unused(words: Words, config: RunConfig) -> None:
@@ -209,33 +194,29 @@ class Pack:
     def main(self) -> None:
         from pgolf_fast.artifact.pack import pack_run
 
-        _refuse_unused(self.fields, run_folder(self.run, self.fields)[1])
+        _refuse_unused(self.fields, options.run_folder(self.run, self.fields)[1])
         with results_in(self.run, self.out, self.fields) as (folder, config):
             packed = pack_run(folder, config.pack)
         print(packed)
-        wrote(packed.path)
-        if self.table or self.json or self.treemap:
-            self._print_bytes(packed.path)
-
-    def _print_bytes(self, artifact: Path) -> None:
-        from pgolf_fast.io import write_text
+        options.wrote(packed.path)
+        if not (self.table or self.json or self.treemap):
+            return
         from pgolf_fast.lab.analysis.artifact_bytes import artifact_table
         from pgolf_fast.lab.report.plots import plot_treemap
 
-        console.setup_logging()  # without the run's log, which is no place for measurements of codecs
-        table = artifact_table(artifact, self.measure if self.table or self.json else ())
+        table = artifact_table(packed.path, self.measure if self.table or self.json else ())
         if self.table:
             print("\n" + table.text())
         if self.json is not None:
             write_text(self.json, json.dumps(table.to_dict(), indent=1) + "\n")
         if self.treemap is not None:
             plot_treemap(table, self.treemap)
-        wrote(self.json, self.treemap)
+        options.wrote(self.json, self.treemap)
 
 
 @dataclass(frozen=True)
 class Eval(Shards):
-    run: RunOrArtifact  # Run folder, or artifact file; with --estimate, a preset too.
+    run: RunOrFile  # Run folder, or artifact file; with --estimate, a preset too.
     fields: Annotated[Words, Fields(("eval", "ttt"), brief=TTT_FIELDS)]
     weights: Weights = "artifact"  # Score the packed artifact, or the float weights before quantization.
     figures: bool = False  # Print all tables, not just the one by token class.
@@ -248,7 +229,7 @@ class Eval(Shards):
         if self.estimate and is_preset(name) and not self.run.exists():
             self._estimate(None, flip(preset(name), words))
         elif self.estimate:
-            self._estimate(*run_folder(self.run, words))
+            self._estimate(*options.run_folder(self.run, words))
         else:
             self._score(words)
 
@@ -275,31 +256,24 @@ class Eval(Shards):
         for table in tables(content["figures"], every=self.figures, illegal=scores.illegal):
             print(f"\n{table}")
         print()
-        wrote(*written)
+        options.wrote(*written)
 
     def _estimate(self, folder: RunFolder | None, config: RunConfig) -> None:
         from pgolf_fast.evaluation.run import estimate_run
         from pgolf_fast.evaluation.scores import TTT, labeled
 
-        console.setup_logging()
         start = time.perf_counter()
         estimates, source = estimate_run(folder, config, self.weights)
         header = ("estimate", "windows", "scored targets", "updates", "TFLOP", "time")
-        rows = [
-            (
-                labeled(e.name, e.name == TTT and config.ttt.illegal),
-                *(f"{count:,}" for count in (e.windows, e.tokens, e.updates)),
-                f"{e.flops / 1e12:,.2f}",
-                console.duration(e.seconds),
-            )
-            for e in estimates
-        ]
+        rows = []
+        for e in estimates:
+            name = labeled(e.name, e.name == TTT and config.ttt.illegal)
+            counts = (f"{count:,}" for count in (e.windows, e.tokens, e.updates))
+            rows.append((name, *counts, f"{e.flops / 1e12:,.2f}", console.duration(e.seconds)))
         print(console.Table(header, rows))
-        total, taken = sum(e.seconds for e in estimates), time.perf_counter() - start
-        print(
-            f"\nabout {console.duration(total)} in total on this machine, measured with {source}; "
-            f"the estimate took {console.duration(taken)}"
-        )
+        taken = console.duration(time.perf_counter() - start)
+        total = console.duration(sum(e.seconds for e in estimates))
+        print(f"\nabout {total} in total on this machine, measured with {source}; the estimate took {taken}")
         if not estimates[-1].updates:
             last = f"{estimates[-1].tokens:,} targets and chunks of {config.ttt.chunk_tokens:,}"
             print(f"Test-time training learns nothing here: with {last}, no chunk follows the first one.")
@@ -319,18 +293,17 @@ class Submit:
     def main(self) -> None:
         from pgolf_fast.artifact.submission import About, write_submission
 
-        folder, _ = run_folder(self.run)
+        folder, _ = options.run_folder(self.run)
         out = self.out or folder.path / "submission"
-        console.setup_logging()
         about = About(self.author, self.github_id, self.name, self.blurb, self.track)
         written = write_submission(folder, out, about, readable=self.readable)
         print(console.Table(("part", "bytes"), [(part, f"{size:,}") for part, size in written.items()]))
-        wrote(out)
+        options.wrote(out)
 
 
 @dataclass(frozen=True)
 class Generate:
-    run: RunOrArtifact  # Run folder, or artifact file.
+    run: RunOrFile  # Run folder, or artifact file.
     prompt: str = ""  # Text to continue; an empty prompt starts a document.
     tokens: int = 200  # Tokens to generate.
     temperature: float = 0.8  # Sampling temperature; 0 takes the most likely token.
@@ -344,37 +317,34 @@ class Generate:
             raise PgolfError(f"--tokens is {self.tokens}; it must be at least 1")
         if self.temperature < 0:
             raise PgolfError(f"--temperature is {self.temperature}; it must not be negative")
-        loaded = load(existing(self.run, "run folder or artifact"), tokenizer=self.tokenizer)
+        loaded = load(options.existing(self.run, "run folder or artifact"), tokenizer=self.tokenizer)
         print(generate(loaded, self.prompt, self.tokens, temperature=self.temperature, seed=self.seed))
 
 
 @dataclass(frozen=True)
 class Config:
     fields: AllFields
-    # Preset to print; without one, all presets are listed.
-    preset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET", help_behavior_hint="")] = ""
+    preset: AnyPreset = ""  # Preset to print; without one, all presets are listed.
     diff: str | None = None  # Print only the fields that differ from this preset.
     shrink: Size | None = None  # Print the preset at this size.
     from_env: Path | None = None  # Translate the environment variables of a run script; it is not executed.
-    base: str | None = (
-        None  # With --from-env: the preset that they change, also PRESET; default: exp101_as_run.
-    )
+    # With --from-env: the preset that they change, also PRESET; default: exp101_as_run.
+    base: str | None = None
     command: int | None = None  # With --from-env: number of the command to translate, of several in a script.
 
     def main(self) -> None:
         changes = self.fields or self.diff or self.shrink
         if self.from_env is not None:
             if changes or (self.preset and self.base not in (None, self.preset)):
-                raise PgolfError(
-                    "--from-env takes one preset, --command and no other option: leave the rest out"
-                )
+                takes = "takes one preset, --command and no other option"
+                raise PgolfError(f"--from-env {takes}: leave the rest out")
             base = preset(self.preset or self.base or "exp101_as_run")
-            _print_translation(existing(self.from_env, "run script"), base, self.command)
+            _print_translation(options.existing(self.from_env, "run script"), base, self.command)
         elif self.base is not None or self.command is not None:
             option = "--base" if self.base is not None else "--command"
             raise PgolfError(f"{option} is for --from-env; name the preset itself: pgolf config PRESET")
         elif self.preset:
-            config = preset_with(self.preset, self.shrink, self.fields)
+            config = options.preset_with(self.preset, self.shrink, self.fields)
             if self.diff is not None:
                 print(_difference(config, preset(self.diff)))
             else:
@@ -395,9 +365,7 @@ def _shown(config: RunConfig) -> dict[str, str]:
 
 def _difference(ours: RunConfig, theirs: RunConfig) -> str:
     """Return a table of the fields in which two configurations differ."""
-    left, right = (
-        {**_shown(config), "parameters": str(config.model.num_parameters())} for config in (ours, theirs)
-    )
+    left, right = ({**_shown(c), "parameters": str(c.model.num_parameters())} for c in (ours, theirs))
     rows = [(name, left.get(name, "none"), right.get(name, "none")) for name in {**left, **right}]
     rows = [(name, old, new) for name, old, new in rows if old != new and name != "name"]
     if not rows:
@@ -459,7 +427,7 @@ def _train_command(base: RunConfig, config: RunConfig) -> str:
 @dataclass(frozen=True)
 class Completion:
     # Shell to write for. For zsh: pgolf completion zsh > DIR/_pgolf, where DIR is in fpath.
-    shell: Annotated[Literal["bash", "zsh"], tyro.conf.Positional]
+    shell: Annotated[Literal["bash", "zsh"], Positional]
 
     def main(self) -> None:
         union: Any = Union  # of types that are only known at run time
@@ -467,10 +435,8 @@ class Completion:
         for name, command in COMMANDS.items():
             group, _, last = name.rpartition(" ")
             about = tyro.conf.subcommand(last, description=command.about)
-            kinds[group].append(Annotated[resolve(command.load(), preset("exp101")), about])
+            kinds[group].append(Annotated[options.resolve(command.load(), preset("exp101")), about])
         about = tyro.conf.subcommand("data", description=GROUPS["data"])
         kinds[""].append(Annotated[union[tuple(kinds["data"])], about])
-        script = io.StringIO()
-        with contextlib.redirect_stdout(script), contextlib.suppress(SystemExit):
-            tyro.cli(union[tuple(kinds[""])], prog="pgolf", args=["--tyro-print-completion", self.shell])
-        print(script.getvalue().rstrip())
+        words = ["--tyro-print-completion", self.shell]
+        print(options.run_tyro(union[tuple(kinds[""])], prog="pgolf", args=words)[1].rstrip())

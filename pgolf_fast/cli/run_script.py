@@ -71,10 +71,9 @@ def read_script(path: Path) -> Script:
             raise PgolfError(f"{path} is nested too deeply: give the part that sets the variables") from None
         variables = {name: words[0] for name, words in state.vars.items()}
         ends.append(Command(block.count("\n") + 1, "end of the file", variables))
+    ends = ends or [Command(1, path.name, {})]
     choices = ([c for c in shell.commands if c.trains], shell.commands, ends)
-    commands = next(
-        (some for some in choices if any(c.known for c in some)), ends or [Command(1, path.name, {})]
-    )
+    commands = next((some for some in choices if any(c.known for c in some)), ends)
     found: dict[str, int] = {}
     for number, line in enumerate(text.split("\n"), 1):
         for name in FIELDS.keys() & re.findall(r"[A-Za-z0-9_]+", line):

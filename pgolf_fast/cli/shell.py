@@ -6,6 +6,7 @@ import operator
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 from pgolf_fast.config.env import FIELDS
@@ -85,9 +86,8 @@ class Shell:
         import tree_sitter_bash
         from tree_sitter import Language, Parser
 
-        before, self.line = self.line, line
-        self.run(*Parser(Language(tree_sitter_bash.language())).parse(text.encode()).root_node.children)
-        self.line = before
+        tree = Parser(Language(tree_sitter_bash.language())).parse(text.encode())
+        replace(self, line=line).run(*tree.root_node.children)
 
     def run(self, *nodes: Any) -> None:
         """Follow nodes by the methods below, which are named like the nodes of the grammar."""
@@ -155,9 +155,8 @@ class Shell:
         subject = self.text(node.child_by_field_name("value"))
         items = [(i, i.children_by_field_name("value")) for i in node.named_children if i.type == "case_item"]
         texts = [[_text(v).strip("\"'") for v in values] for _, values in items]
-        hits = [
-            i for i, some in enumerate(texts) if any(fnmatch.fnmatchcase(subject.set_text, t) for t in some)
-        ]
+        fits = partial(fnmatch.fnmatchcase, subject.set_text)
+        hits = [i for i, some in enumerate(texts) if any(map(fits, some))]
         sure = bool(hits) and not (subject.why and texts[hits[0]] == ["*"])
         for i, (item, values) in enumerate(items):
             verdict = (sure or None) if i == (hits[0] if sure else 0) else False
@@ -183,10 +182,8 @@ class Shell:
     def _command(self, node: Any) -> None:
         own: dict[str, Word] = {}
         words: list[Word] = []
-        end, scope = (
-            0,
-            replace(self, vars={**self.vars}),
-        )  # assignments see those before them, arguments do not
+        scope = replace(self, vars={**self.vars})  # assignments see those before them, arguments do not
+        end = 0
         for child in node.children:
             gap = node.text[end : child.start_byte - node.start_byte]
             if end and b"\n" in gap.replace(b"\\\n", b""):  # the grammar may join a line and the next
@@ -204,9 +201,7 @@ class Shell:
         """Follow nodes; apart if `verdict` is False, with a note on what they set if it is None."""
         if verdict is False:
             return self.fork(taken=False).run(*body)
-        before, self.note = self.note, self.note or ("" if verdict else note)
-        self.run(*body)
-        self.note = before
+        replace(self, note=self.note or ("" if verdict else note)).run(*body)
 
     def execute(self, words: list[Word], own: dict[str, Word], line: int) -> None:
         """Follow a command whose environment has `own` besides what is exported."""

@@ -5,23 +5,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
+from tyro.conf import Positional, UseAppendAction, arg
 
 from pgolf_fast import console
-from pgolf_fast.cli.options import (
-    AllFields,
-    Fields,
-    Preset,
-    Run,
-    Shards,
-    Size,
-    Words,
-    existing,
-    given,
-    preset_with,
-    run_folder,
-    wrote,
-)
+from pgolf_fast.cli import options
+from pgolf_fast.cli.options import AllFields, Fields, Preset, Run, RunOrFile, Shards, Size, Words
 from pgolf_fast.cli.run import TTT_FIELDS, OutCopy, results_in
 from pgolf_fast.config.fields import field_name, flip
 from pgolf_fast.config.presets import preset
@@ -29,7 +17,7 @@ from pgolf_fast.config.run_folder import Weights, read_scores
 from pgolf_fast.config.schema import PackConfig
 from pgolf_fast.config.ttt import adapters, unknown_adapter
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.io import need_writable
+from pgolf_fast.io import locked, need_writable, well_formed, write_json
 from pgolf_fast.lab.analysis.summary import Options as AnalysisOptions
 
 _OWN = "run"  # name of the run's own test-time training settings among the adapters
@@ -37,8 +25,7 @@ _OWN = "run"  # name of the run's own test-time training settings among the adap
 
 @dataclass(frozen=True)
 class Audit(Shards):
-    # Run folder, or artifact file.
-    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_ARTIFACT")]
+    run: RunOrFile  # Run folder, or artifact file.
     fields: Annotated[Words, Fields(("eval", "ttt"), brief=("eval.*", *TTT_FIELDS))]
     tokens: int | None = None  # Targets to score, from the start of the data; default: eight windows.
     only: tuple[str, ...] = ()  # Run only these checks, for example C2 C5.
@@ -48,24 +35,29 @@ class Audit(Shards):
     json: Path | None = None  # File for the findings; default: audit.json in the run, if all checks run.
 
     def main(self) -> int:
-        existing(self.run, "run or artifact")
+        options.existing(self.run, "run or artifact")
         from pgolf_fast.artifact.container import sizes
-        from pgolf_fast.io import write_json
+        from pgolf_fast.artifact.load import stored_config
         from pgolf_fast.lab.audit.check import broken, findings_table, run_checks
         from pgolf_fast.lab.audit.rules import checks
+        from pgolf_fast.lab.audit.target import open_target
 
-        if self.json is not None or (self.run.is_dir() and not self.only):
-            need_writable((self.json or self.run / "audit.json").parent, "--json FILE")
-        target = self._target()
-        known = checks(target)
+        out = self.json or (self.run / "audit.json" if self.run.is_dir() and not self.only else None)
+        if out is not None:
+            need_writable(out.parent, "--json FILE")
+        config = flip(stored_config(self.run, self.data), self.fields)
+        least = config.eval_seq_len
+        if self.tokens is not None and self.tokens < least:
+            raise PgolfError(f"--tokens is {self.tokens}; it must be at least one window of {least}")
+        console.logger.info("auditing %s: opening it and its data", self.run)
+        chosen = options.pick(self, "tokens data tokenizer")
+        target = open_target(self.run, evaluation=config.eval, ttt=config.ttt, **chosen)
+        known = checks(replace(target, **options.pick(self, "limit_bytes train_limit eval_limit")))
         if unknown := set(self.only) - {check.id for check in known}:
             raise PgolfError(f"there is no check {', '.join(sorted(unknown))}: choose C1 to C{len(known)}")
         results = run_checks(check for check in known if not self.only or check.id in self.only)
         findings = [{**asdict(result), "verdict": result.verdict} for result in results]
         print(findings_table(findings))
-        out = self.json
-        if out is None and target.folder is not None and not self.only:
-            out = target.folder.audit_file
         if out is not None:
             content = {
                 "audited": str(self.run),
@@ -74,25 +66,10 @@ class Audit(Shards):
                 "findings": findings,
             }
             write_json(out, content)
-            wrote(out)
+            options.wrote(out)
         if wrong := broken(results):
             print(f"{len(wrong)} of {len(results)} do not hold: {', '.join(wrong)}")
         return 1 if wrong else 0
-
-    def _target(self) -> Any:
-        from pgolf_fast.artifact.load import stored_config
-        from pgolf_fast.lab.audit.target import open_target
-
-        config = flip(stored_config(existing(self.run, "run or artifact"), self.data), self.fields)
-        least = config.eval_seq_len
-        if self.tokens is not None and self.tokens < least:
-            raise PgolfError(f"--tokens is {self.tokens}; it must be at least one window of {least}")
-        options = {name: getattr(self, name) for name in ("tokens", "data", "tokenizer")}
-        console.setup_logging()
-        console.logger.info("auditing %s: opening it and its data", self.run)
-        target = open_target(self.run, evaluation=config.eval, ttt=config.ttt, **options)
-        limits = {name: getattr(self, name) for name in ("limit_bytes", "train_limit", "eval_limit")}
-        return replace(target, **limits)
 
 
 @dataclass(frozen=True)
@@ -104,13 +81,12 @@ class Report:
     def main(self) -> int:
         from pgolf_fast.lab.report.sections import write_report
 
-        folder, _ = run_folder(self.run)
+        folder, _ = options.run_folder(self.run)
         page = self.out or folder.path
         page = page / "report.html" if page.is_dir() else page
         need_writable(page.parent, "--out FILE")
         if self.out is not None and self.audit:
             folder.audit_file = page.with_suffix(".audit.json")
-        console.setup_logging()
         console.logger.info("reading %s and drawing its plots", folder.path)
         status = 0
         if self.audit:
@@ -119,7 +95,7 @@ class Report:
             except PgolfError as error:  # a run that is not packed yet still gets a page
                 print(f"not audited: {error}")
                 status = 2
-        wrote(write_report(folder, page))
+        options.wrote(write_report(folder, page))
         return status
 
 
@@ -128,9 +104,7 @@ class Ablate:
     preset: Preset  # Baseline; `pgolf config` lists the presets.
     fields: AllFields
     # One variant; repeat the option for more. Write lists with commas; none switches a field off.
-    flip: Annotated[
-        tuple[Words, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="FIELD=VALUE ...")
-    ] = ()
+    flip: Annotated[tuple[Words, ...], UseAppendAction, arg(metavar="FIELD=VALUE ...")] = ()
     seeds: tuple[int, ...] = (42,)  # Seeds of the weights; baseline and variants are trained with each.
     # Equal optimizer steps; equal training time by the clock; both, one after the other; or (measured) as
     # many steps as fit into the baseline's training time, by step costs measured before the runs.
@@ -146,15 +120,20 @@ class Ablate:
     shrink: Size | None = None  # Size of the preset.
 
     def main(self) -> None:
-        base = preset_with(self.preset, self.shrink, self.fields)
+        base = options.preset_with(self.preset, self.shrink, self.fields)
         if not all(self.flip):
             raise PgolfError("--flip has no FIELD=VALUE: write it like --flip train.meta=none")
-        self._check_interval()
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise PgolfError("pgolf ablate starts its own processes: run it without torchrun")
+        count = len(self.seeds)
+        if self.interval == "seeds" and count < 2:
+            raise PgolfError(f"an interval over seeds needs at least 2 --seeds, and has {count}")
+        if self.interval == "documents" and count > 1:
+            raise PgolfError(f"an interval over documents takes one seed, and --seeds has {count}")
         for word in (*self.fields, *(word for words in self.flip for word in words)):
             if field_name(word) == "train.seed":
                 raise PgolfError(f"{word} has no effect: give seeds with --seeds")
         from pgolf_fast.data.source import open_source
-        from pgolf_fast.io import locked
         from pgolf_fast.lab.compare.jobs import fingerprint, prepare
         from pgolf_fast.lab.compare.processes import job_task, run_tasks
 
@@ -164,10 +143,8 @@ class Ablate:
         busy = f"another pgolf ablate is running in {out}: wait until it has ended, or choose another --out"
         with locked(out / "ablation.lock", busy):
             left = [job for job in jobs if prepare(job, data, self.scores)]
-            console.setup_logging()
-            console.logger.info(
-                "%d runs, %d of them finished; %d at a time", len(jobs), len(jobs) - len(left), len(slots)
-            )
+            counts = len(jobs), len(jobs) - len(left), len(slots)
+            console.logger.info("%d runs, %d of them finished; %d at a time", *counts)
             if len({job.config.train.reptile for job in jobs if job.budget == "steps"}) > 1:
                 console.logger.warning(
                     "variants differ in train.reptile, whose steps read other numbers of tokens than plain "
@@ -177,19 +154,8 @@ class Ablate:
             _print_ablation(jobs, out, None if failures else self.interval)
         if failures:
             name, reason = next(iter(failures.items()))
-            raise PgolfError(
-                f"{len(failures)} of {len(jobs)} runs failed, first {name} ({reason}); "
-                "the same command tries them again"
-            )
-
-    def _check_interval(self) -> None:
-        count = len(self.seeds)
-        if os.environ.get("WORLD_SIZE", "1") != "1":
-            raise PgolfError("pgolf ablate starts its own processes: run it without torchrun")
-        if self.interval == "seeds" and count < 2:
-            raise PgolfError(f"an interval over seeds needs at least 2 --seeds, and has {count}")
-        if self.interval == "documents" and count > 1:
-            raise PgolfError(f"an interval over documents takes one seed, and --seeds has {count}")
+            first = f"{len(failures)} of {len(jobs)} runs failed, first {name} ({reason})"
+            raise PgolfError(f"{first}; the same command tries them again")
 
     def _plan(self, base: Any, out: Path) -> tuple[list, list]:
         """Return the runs and the slots they run in, after measuring step costs for budget measured."""
@@ -200,10 +166,8 @@ class Ablate:
         variants = plan.make_variants(base, self.flip)
         for name, config in variants.items() if self.scores == "all" else ():  # before training, not after it
             if why := config.ttt.illegal:
-                raise PgolfError(
-                    f"{name}: ttt.adapter {config.ttt.adapter} breaks the rules: {why}. Give "
-                    "--scores sliding, and score single runs with pgolf eval --allow-illegal"
-                )
+                hint = "Give --scores sliding, and score single runs with pgolf eval --allow-illegal"
+                raise PgolfError(f"{name}: ttt.adapter {config.ttt.adapter} breaks the rules: {why}. {hint}")
         slots = processes.make_slots(self.workers, devices(), timed="time" in budgets)
         costs = None
         if "measured" in budgets:
@@ -214,7 +178,6 @@ class Ablate:
 
 
 def _print_ablation(jobs: list, out: Path, interval: Any) -> None:
-    from pgolf_fast.io import well_formed, write_json
     from pgolf_fast.lab.compare import table
 
     with well_formed(out):
@@ -227,13 +190,13 @@ def _print_ablation(jobs: list, out: Path, interval: Any) -> None:
         print(f"\nnote: the runs were made by several versions of this package: {', '.join(made_by)}")
     write_json(out / "ablation.json", table.to_dict(rows, gains, runs))
     print()
-    wrote(out / "ablation.json", table.draw_ablation(rows, runs, out / "ablation.png"))
+    options.wrote(out / "ablation.json", table.draw_ablation(rows, runs, out / "ablation.png"))
 
 
 @dataclass(frozen=True)
 class Seeds:
     # Run folders of one recipe with different seeds, scored by `pgolf eval`.
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN ...")]
+    runs: Annotated[tuple[Path, ...], Positional, arg(metavar="RUN ...")]
     against: tuple[Path, ...] = ()  # Run folders of the recipe to beat.
     margin: float | None = None  # Nats per token to beat it by; default: 0.005, as the challenge asks.
     weights: Weights = "artifact"  # Scores of the packed artifacts, or of the float weights.
@@ -244,7 +207,7 @@ class Seeds:
         for where, runs in (("pgolf seeds", self.runs), ("--against", self.against or self.runs)):
             if len(runs) < 2:
                 raise PgolfError(f"{where} needs at least 2 runs for a deviation, and has {len(runs)}")
-        folders = [existing(run, "run folder") for run in (*self.runs, *self.against)]
+        folders = [options.existing(run, "run folder") for run in (*self.runs, *self.against)]
         paths = [folder / f"scores_{self.weights}.json" for folder in folders]
         read = [read_scores(path) for path in paths]
         statistics.check_comparable(paths, read)
@@ -266,8 +229,8 @@ class TttSweep(Shards):
     out: OutCopy = None
 
     def main(self) -> None:
-        words = (*self.words, *given({"data.val_tokens": self.tokens, "eval.stride": self.stride}))
-        config = run_folder(self.run, words)[1]
+        words = (*self.words, *options.given({"data.val_tokens": self.tokens, "eval.stride": self.stride}))
+        config = options.run_folder(self.run, words)[1]
         known = adapters(config.eval_seq_len)
         usual = [*known, *([] if config.ttt in known.values() else [_OWN])]
         known[_OWN] = config.ttt
@@ -288,15 +251,13 @@ class TttSweep(Shards):
             for name, ttt in chosen.items():
                 if ttt.illegal:
                     print(f"{name} BREAKS THE RULES of the challenge: {ttt.illegal}.")
-            wrote(folder.sweep_file)
+            options.wrote(folder.sweep_file)
 
 
 @dataclass(frozen=True)
 class Analyze(Shards):
     # Run folders, checkpoints (.safetensors), artifacts (.pgolf), community .pt files.
-    models: Annotated[
-        tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL ...", help_behavior_hint="")
-    ] = ()
+    models: Annotated[tuple[Path, ...], Positional, arg(metavar="MODEL ...", help_behavior_hint="")] = ()
     only: tuple[str, ...] = ()  # Analyses, such as deltas quant; default: all that models and data allow.
     out: Path = Path("runs/analysis")  # Folder for analysis.json, the plots and report.html.
     # Weights to read from a run folder; auto takes the float weights if they are there.
@@ -316,7 +277,7 @@ class Analyze(Shards):
         if not self.models:
             raise PgolfError("give at least one model: a run folder, a checkpoint, an artifact or a .pt file")
         for model in self.models:
-            existing(model, "model")
+            options.existing(model, "model")
         import torch
 
         from pgolf_fast.lab.analysis.models import open_models
@@ -324,10 +285,9 @@ class Analyze(Shards):
 
         check_names(self.only)
         need_writable(self.out)
-        console.setup_logging()
         config = None if self.preset is None else preset(self.preset)
         if self.data is not None:
-            existing(self.data, "data folder")
+            options.existing(self.data, "data folder")
         shared = {field.name for field in fields(AnalysisOptions)} & vars(self).keys()
         device = "cuda" if torch.cuda.is_available() else "cpu"
         settings = AnalysisOptions(device=device, **{name: getattr(self, name) for name in shared})

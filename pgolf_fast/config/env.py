@@ -9,65 +9,35 @@ from pgolf_fast.config.fields import field_type, flatten, set_fields, without_no
 from pgolf_fast.config.schema import MetaConfig, RunConfig
 from pgolf_fast.errors import PgolfError
 
-_SAME_NAME = {  # variables named like a field, with or without its group in front
-    "data": "DATA_PATH",
-    "model": "VOCAB_SIZE NUM_LAYERS NUM_HEADS NUM_KV_HEADS MLP_MULT TIE_EMBEDDINGS "
-    "TIED_EMBED_INIT_STD LOGIT_SOFTCAP ROPE_BASE ROPE_DIMS QK_GAIN_INIT BIGRAM_VOCAB_SIZE BIGRAM_DIM TRIGRAM "
-    "XSA_LAST_N LN_SCALE VE_ENABLED VE_DIM VE_LAYERS",
-    "train": "SEED WARMUP_STEPS TRAIN_BATCH_TOKENS TRAIN_SEQ_LEN TRAIN_LOG_EVERY ADAPTIVE_WARMDOWN",
-    "optim": "MATRIX_LR SCALAR_LR MUON_MOMENTUM ADAM_EPS",
-    "average": "EMA_DECAY EMA_EVERY SWA_EVERY",
-    "eval": "EVAL_SEQ_LEN EVAL_STRIDE EVAL_BATCH_SEQS",
-    "ttt": "TTT_LR TTT_EPOCHS TTT_CHUNK_TOKENS TTT_FREEZE_BLOCKS TTT_MOMENTUM TTT_BATCH_SEQS TTT_GRAD_CLIP "
-    "TTT_WEIGHT_DECAY TTT_BETA2",
-}
-FIELDS = {
-    name: f"{group}.{name.lower().removeprefix(f'{group}_')}"
-    for group, names in _SAME_NAME.items()
-    for name in names.split()
-} | {
-    "ITERATIONS": "train.steps",
-    "MAX_WALLCLOCK_SECONDS": "train.max_seconds",
-    "WARMDOWN_ITERS": "train.warmdown_steps",
-    "WARMDOWN_FRAC": "train.warmdown_fraction",
-    "GRAD_ACCUM_TOTAL": "train.micro_batch_tokens",
-    "VAL_LOSS_EVERY": "train.val_every",
-    "ADAPTIVE_WARMDOWN_EMA": "train.adaptive_ema",
-    "ADAPTIVE_WARMDOWN_THRESHOLD": "train.adaptive_threshold",
-    "ADAPTIVE_WARMDOWN_MIN_STEP": "train.adaptive_min_step",
-    "META_TTT_ENABLED": "train.meta",
-    "META_TTT_INNER_LR": "train.meta.inner_lr",
-    "META_TTT_EVERY": "train.meta.every",
-    "META_TTT_LOSS_WEIGHT": "train.meta.weight",
-    "META_TTT_FREEZE_BLOCKS": "train.meta.freeze_blocks",
-    "META_TTT_SPLIT": "train.meta.method",
-    "META_TTT_DELTA_WEIGHT": "train.meta.delta_weight",
-    "META_TTT_SAM_ENABLED": "train.meta.method",
-    "META_TTT_SAM_RHO": "train.meta.sam_radius",
-    "META_SGD_ENABLED": "train.meta.slot_rates",
-    "LATE_QAT_THRESHOLD": "train.qat.below",
-    "TOKENIZER_PATH": "data.tokenizer",
-    "MODEL_DIM": "model.model_dim",
-    "POS_CONDITIONAL_BIGRAM": "model.pos_conditional",
-    "TIED_EMBED_LR": "optim.embed_lr",
-    "MUON_MOMENTUM_WARMUP_START": "optim.muon_momentum_start",
-    "MUON_MOMENTUM_WARMUP_STEPS": "optim.muon_momentum_warmup_steps",
-    "MUON_BACKEND_STEPS": "optim.muon_newton_schulz_steps",
-    "MUON_WD": "optim.weight_decay",
-    "MUON_WEIGHT_DECAY": "optim.weight_decay",
-    "ADAM_WD": "optim.weight_decay",
-    "BETA1": "optim.adam_beta1",
-    "BETA2": "optim.adam_beta2",
-    "GRAD_CLIP_NORM": "optim.grad_clip",
-    "SWA_ENABLED": "average.swa_every",
-    "EMA_ENABLED": "average.ema_decay",
-    "TTT_ENABLED": "ttt.epochs",
-    "TTT_OPTIMIZER": "ttt.adapter",
-    "TTT_LORA_RANK": "ttt.lora.rank",
-    "TTT_LORA_LR": "ttt.lora.lr",
-    "GPTQ_BLOCK_SIZE": "quant.block_size",
-    "GPTQ_PERCDAMP": "quant.damping",
-}
+# Groups and their variables, named like the field, with or without the group in front, or NAME=FIELD
+_NAMES = """
+data DATA_PATH TOKENIZER_PATH=tokenizer
+model VOCAB_SIZE NUM_LAYERS NUM_HEADS NUM_KV_HEADS MLP_MULT TIE_EMBEDDINGS TIED_EMBED_INIT_STD LOGIT_SOFTCAP
+model ROPE_BASE ROPE_DIMS QK_GAIN_INIT BIGRAM_VOCAB_SIZE BIGRAM_DIM TRIGRAM XSA_LAST_N LN_SCALE VE_ENABLED
+model VE_DIM VE_LAYERS MODEL_DIM=model_dim POS_CONDITIONAL_BIGRAM=pos_conditional
+train SEED WARMUP_STEPS TRAIN_BATCH_TOKENS TRAIN_SEQ_LEN TRAIN_LOG_EVERY ADAPTIVE_WARMDOWN ITERATIONS=steps
+train MAX_WALLCLOCK_SECONDS=max_seconds WARMDOWN_ITERS=warmdown_steps WARMDOWN_FRAC=warmdown_fraction
+train GRAD_ACCUM_TOTAL=micro_batch_tokens VAL_LOSS_EVERY=val_every ADAPTIVE_WARMDOWN_EMA=adaptive_ema
+train ADAPTIVE_WARMDOWN_THRESHOLD=adaptive_threshold ADAPTIVE_WARMDOWN_MIN_STEP=adaptive_min_step
+train META_TTT_ENABLED=meta META_TTT_INNER_LR=meta.inner_lr META_TTT_EVERY=meta.every
+train META_TTT_LOSS_WEIGHT=meta.weight META_TTT_FREEZE_BLOCKS=meta.freeze_blocks META_TTT_SPLIT=meta.method
+train META_TTT_DELTA_WEIGHT=meta.delta_weight META_TTT_SAM_ENABLED=meta.method
+train META_TTT_SAM_RHO=meta.sam_radius META_SGD_ENABLED=meta.slot_rates LATE_QAT_THRESHOLD=qat.below
+optim MATRIX_LR SCALAR_LR MUON_MOMENTUM ADAM_EPS TIED_EMBED_LR=embed_lr
+optim MUON_MOMENTUM_WARMUP_START=muon_momentum_start MUON_MOMENTUM_WARMUP_STEPS=muon_momentum_warmup_steps
+optim MUON_BACKEND_STEPS=muon_newton_schulz_steps MUON_WD=weight_decay MUON_WEIGHT_DECAY=weight_decay
+optim ADAM_WD=weight_decay BETA1=adam_beta1 BETA2=adam_beta2 GRAD_CLIP_NORM=grad_clip
+average EMA_DECAY EMA_EVERY SWA_EVERY SWA_ENABLED=swa_every EMA_ENABLED=ema_decay
+eval EVAL_SEQ_LEN EVAL_STRIDE EVAL_BATCH_SEQS
+ttt TTT_LR TTT_EPOCHS TTT_CHUNK_TOKENS TTT_FREEZE_BLOCKS TTT_MOMENTUM TTT_BATCH_SEQS TTT_GRAD_CLIP
+ttt TTT_WEIGHT_DECAY TTT_BETA2 TTT_ENABLED=epochs TTT_OPTIMIZER=adapter TTT_LORA_RANK=lora.rank
+ttt TTT_LORA_LR=lora.lr
+quant GPTQ_BLOCK_SIZE=block_size GPTQ_PERCDAMP=damping
+"""
+FIELDS: dict[str, str] = {}
+for _group, *_words in map(str.split, _NAMES.strip().splitlines()):
+    for _name, _, _field in (word.partition("=") for word in _words):
+        FIELDS[_name] = f"{_group}.{_field or _name.lower().removeprefix(f'{_group}_')}"
 _OFF: dict[str, dict[str, object]] = {
     "SWA_ENABLED": {"average.swa_every": None},
     "EMA_ENABLED": {"average.ema_decay": 0.0, "average.ema_every": 1},
@@ -118,13 +88,12 @@ def translate(variables: Mapping[str, str], base: RunConfig) -> Translation:
     while True:
         try:
             config, adjusted = _with_values(base, given)
-            break
+            used = {name: FIELDS[name] for name in variables if name in given}
+            return Translation(config, used, refused, adjusted)
         except PgolfError as error:
             name = _culprit(base, given, str(error))
             refused[name] = str(error)
             del given[name]
-    used = {name: FIELDS[name] for name in variables if name in given}
-    return Translation(config, used, refused, adjusted)
 
 
 def _culprit(base: RunConfig, given: dict[str, object], error: str) -> str:

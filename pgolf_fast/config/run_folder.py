@@ -46,11 +46,11 @@ def absolute(config: RunConfig) -> RunConfig:
 
 
 def _is_whole(line: dict[str, Any]) -> bool:
-    """Return whether a line of metrics.jsonl has a kind and a step, and the tokens and time of a step.
+    """Return whether a line of metrics.jsonl has a kind and a step, and a time if it is of a step.
 
     A loss need not be finite: reports show where it was not.
     """
-    numbers = [line.get(name, None if line.get("kind") == "step" else 0) for name in ("tokens", "elapsed")]
+    numbers = [line.get("tokens", 0), line.get("elapsed", None if line.get("kind") == "step" else 0)]
     finite = all(isinstance(value, int | float) and abs(value) < 1e300 for value in numbers)
     return isinstance(line.get("kind"), str) and type(line.get("step")) is int and finite
 

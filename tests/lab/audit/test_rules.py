@@ -419,11 +419,12 @@ def test_error_inside_a_check_is_a_failure():
 def test_nan_in_an_artifact_fails_by_name(run, tmp_path, capsys, place):
     """A loader that refuses NaN would leave the audit without a verdict."""
     config, state = unpack(run.artifact_file)
+    data = str(run.read_config().data.path)  # the artifact names none
     named = state.to_named()
     named[place].view(-1)[2] = torch.nan
     write_artifact(QuantizedState.from_named(named, state.bits()), config, tmp_path / "m.pgolf")
     shutil.copy(run.tokenizer_file, tmp_path)
-    words = ("--only", "C1", "C3", "C7", "C10", "C15", "C17", "--data", config.data.path)
+    words = ("--only", "C1", "C3", "C7", "C10", "C15", "C17", "--data", data)
     assert cli.main(["audit", str(tmp_path / "m.pgolf"), *words]) == 1
     out = capsys.readouterr().out
     assert out.splitlines()[-1] == "3 of 6 do not hold: C1, C7, C15"
