@@ -170,7 +170,8 @@ def parse(command: str, kind: Any, argv: Sequence[str]) -> Any:
         return None
     _check_empty(words)
     resolved = resolve(kind, preset("exp101"))
-    parsed, text = run_tyro(resolved, prog=command, args=words, return_unknown_args=True)
+    width = 10_000 + 2 * sum(map(len, words))  # so that no message wraps
+    parsed, text = run_tyro(resolved, width, prog=command, args=words, return_unknown_args=True)
     options, unknown = parsed or (None, ())
     if options is None or unknown:
         _check_names(command, resolved, words)
