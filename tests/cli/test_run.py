@@ -259,9 +259,7 @@ def test_a_full_disk_while_metrics_are_written_is_one_line(capsys, tmp_path, dat
     out = tmp_path / "run"
     out.mkdir()
     (out / "metrics.jsonl").symlink_to("/dev/full")
-    assert (
-        "No space left on device" in call(capsys, "train", "tiny", "--out", out, *words(run_config(data)))[2]
-    )
+    assert "no space is left" in call(capsys, "train", "tiny", "--out", out, *words(run_config(data)))[2]
 
 
 def test_shards_of_another_tokenizer_are_refused(capsys, tmp_path, data):
