@@ -23,18 +23,18 @@ _PAUSE = 10.0  # seconds between lines about work in progress
 
 
 def command(*words: object) -> str:
-    """Return the `pgolf` command of these words, quoted for a shell."""
+    """Return the `pgolf` command made of these words, quoted for a shell."""
     # A path that starts with - would be an option
     safe = (f"./{w}" if isinstance(w, Path) and str(w)[0] == "-" else str(w) for w in words)
     return shlex.join(("pgolf", *safe))
 
 
 def setup_logging(log_file: Path | None = None, *, quiet: bool = False) -> None:
-    """Send log lines to standard error and, if given, append them with the time to `log_file`."""
+    """Send log lines to standard error and append them, with timestamps, to `log_file` if it is given."""
     close_logging()
     logger.setLevel(logging.INFO)
     logger.propagate = False  # handlers of the root logger would print every line twice
-    # without any handler Python prints warnings to standard error
+    # without any handler, Python prints warnings to standard error
     logger.addHandler(logging.NullHandler() if quiet else logging.StreamHandler(sys.stderr))
     if log_file is not None:
         handler = _LogFile(_Appender(log_file))
@@ -50,7 +50,7 @@ def close_logging() -> None:
 
 
 class _Appender:
-    """A file that text is appended to. It has no buffer, whose rest would fail again when the file closes."""
+    """A file for appending text. It is unbuffered, because a buffer that failed would fail again at close."""
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,7 +58,7 @@ class _Appender:
 
     def write(self, text: str) -> None:
         """Write `text`. Raises PgolfError naming the file if the disk is full."""
-        data = text.encode(errors="backslashreplace")  # names of files may not be UTF-8
+        data = text.encode(errors="backslashreplace")  # file names may not be UTF-8
         try:
             while data:
                 data = data[self._file.write(data) :]
@@ -70,7 +70,7 @@ class _Appender:
 
 
 class _LogFile(logging.StreamHandler):
-    """Handler that says once that its file cannot be written, and is then left out."""
+    """Handler that reports once that its file cannot be written, and is then removed."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         logger.removeHandler(self)
@@ -118,7 +118,7 @@ def _every(seconds: float, say: Callable[[], object]) -> Iterator[None]:
 
     def work() -> None:
         while not ended.wait(seconds):
-            with contextlib.suppress(Exception):  # a line less is better than a traceback between the lines
+            with contextlib.suppress(Exception):  # a missing line is better than a traceback
                 say()
 
     thread = threading.Thread(target=work, daemon=True)

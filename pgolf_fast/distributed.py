@@ -15,7 +15,7 @@ from pgolf_fast.errors import PgolfError
 
 _CPU = torch.device("cpu")
 _LEFT_OVER = "`unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR` if that is left over, else start with torchrun"
-# The number of processes that srun, Open MPI, MPICH and MVAPICH started, or the pods of a Kubernetes job
+# The number of processes started by srun, Open MPI, MPICH or MVAPICH, or of pods in a Kubernetes job
 _LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "PET_NNODES")
 
 
@@ -63,7 +63,7 @@ SINGLE = World()
 def join_world() -> Iterator[World]:
     """Join the process group if a launcher started this process, and leave it at the end.
 
-    Raises PgolfError if the variables of a launcher are not those of one that started this process.
+    Raises PgolfError if the variables of a launcher are inconsistent, or none started this process.
     """
     rank, world_size = _integer("RANK", 0), _integer("WORLD_SIZE", 1)
     if not 0 <= rank < world_size:
@@ -75,7 +75,7 @@ def join_world() -> Iterator[World]:
     if missing := [name for name, value in where.items() if not value]:
         raise PgolfError(f"WORLD_SIZE is {world_size} without {' and '.join(missing)}; {_LEFT_OVER}")
     if not any(os.environ.get(name) == str(world_size) for name in _LAUNCHERS):
-        if "TORCHELASTIC_RUN_ID" not in os.environ:  # this process would wait for others that never come
+        if "TORCHELASTIC_RUN_ID" not in os.environ:  # this process would wait for others that never join
             problem = f"WORLD_SIZE is {world_size}, but no launcher started this process"
             raise PgolfError(f"{problem}; {_LEFT_OVER}")
     elif rank == 0:
@@ -90,7 +90,7 @@ def join_world() -> Iterator[World]:
 
 
 def _integer(name: str, default: int) -> int:
-    """Return a launcher's variable. Raises PgolfError if it is no number."""
+    """Return a launcher's variable. Raises PgolfError if it is not an integer."""
     try:
         return int(os.environ.get(name, default))
     except ValueError:

@@ -1,10 +1,10 @@
-"""The exception for errors that a user can fix, and the line that any exception ends with."""
+"""The exception for errors that a user can fix, and one-line messages for all exceptions."""
 
 import os
 import re
 
 BAD_INPUT, BUG = 2, 70  # exit statuses; 70 is EX_SOFTWARE of sysexits.h
-# What a person can cause, by the names of the exception's classes and its text, and the line for it
+# Errors that users can cause: a pattern for the exception's class names and text, and the message
 _CAUSES = {
     r"MemoryError|(?i:out of memory|not enough memory|(can't|cannot|unable to|failed to) allocate|bad_alloc)"
     r"|ALLOC_FAILED|array is too big|size calculation overflowed|multiplication overflow|start new thread": (
@@ -33,7 +33,7 @@ def explain(error: BaseException, memory: str = "") -> tuple[int, str]:
     if isinstance(error, PgolfError):
         return BAD_INPUT, text
     first = re.sub(r"^\[enforce fail.*?\] \w+ == 0\. ", "", text.splitlines()[0])[:300]
-    # classes by name, because torch may not be imported
+    # match classes by name, because torch may not be imported
     named = " ".join(kind.__name__ for kind in type(error).__mro__) + f": {text}"
     for pattern, line in _CAUSES.items():
         if re.search(pattern, named):
@@ -48,15 +48,15 @@ def explain(error: BaseException, memory: str = "") -> tuple[int, str]:
 
 
 def one_line(text: str, keep: str = "") -> str:
-    """Return `text` in characters that print, with those in `keep`; others are written as their escapes."""
+    """Return `text` with characters escaped that are neither printable nor in `keep`."""
     if len(text) > _LONGEST:
         text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
 
 
 def _place(error: BaseException) -> str:
-    """Return the file and line where the exception was raised: the innermost of this package."""
-    import traceback  # late: `pgolf --help` is quick
+    """Return the file and line of the innermost frame of this package in the traceback."""
+    import traceback  # imported late to keep `pgolf --help` fast
 
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if frame.filename.startswith(os.path.dirname(__file__))] or frames

@@ -66,7 +66,7 @@ def cannot_write(path: Path, error: OSError) -> PgolfError:
 
 
 def need_writable(folder: Path, option: str = "--out DIR") -> None:
-    """Raise PgolfError naming `option` unless files can be written in `folder`, or it can be made."""
+    """Raise PgolfError naming `option` unless `folder` is writable or can be created."""
     place = next((path for path in (folder, *folder.parents) if path.exists()), folder)
     if not place.is_dir():
         raise PgolfError(f"{place} is a file: give another {option}")
@@ -89,7 +89,7 @@ def remove_leftovers(folder: Path) -> None:
 def locked(path: Path, busy: str | None = None) -> Iterator[None]:
     """Hold the lock file `path` during the block. The system releases the lock of a process that dies.
 
-    If another process holds it: wait, or with `busy` raise PgolfError of that text and process, host and age.
+    If another process holds it, wait or, with `busy`, raise PgolfError with that text, process, host and age.
     """
     import fcntl  # not available on Windows, and only needed here
 
@@ -134,7 +134,7 @@ def read_json(path: Path, kind: type = dict) -> Any:
 
 @contextlib.contextmanager
 def well_formed(path: Path) -> Iterator[None]:
-    """Raise PgolfError if the block, which reads `path`, finds parts missing or of other types."""
+    """Raise PgolfError if the block, which reads `path`, finds missing parts or wrong types."""
     try:
         yield
     except (LookupError, TypeError, AttributeError, ValueError) as error:

@@ -133,7 +133,7 @@ class _Order:
         whole, rest = self.whole_rows(number)
         owners, kinds = self.owners[:whole], len(self.counts)
         lost = [np.bincount(owners, ones, minlength=kinds) for ones in self.ones[:whole].T]
-        removed = np.stack(lost, axis=1).astype(np.float64)  # of either sign
+        removed = np.stack(lost, axis=1).astype(np.float64)  # codes of each sign
         if rest:  # assumes that the row's first candidates have the sign ratio of all
             removed[self.owners[whole]] += rest * self.ones[whole] / self.ones[whole].sum()
         counts = self.counts.astype(np.float64)

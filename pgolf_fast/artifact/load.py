@@ -79,8 +79,8 @@ def load(
 
     weights: `auto` takes the artifact of a run folder, or its float weights if it is not packed.
     config: settings to score with, by default those stored with the weights. tokenizer: by default that of
-    the run folder. device: by default the GPU if there is one. finite: False also loads NaN, for an audit.
-    Raises PgolfError for a missing or damaged file, tensors that do not fit the model, or NaN in them.
+    the run folder. device: by default the GPU if there is one. finite: False allows NaN, for an audit.
+    Raises PgolfError for a missing or damaged file, tensors that do not fit the model, or NaN values.
     """
     path = path.path if isinstance(path, RunFolder) else Path(path)
     need(path.exists(), f"{path} does not exist: give a run folder or an artifact (.pgolf)")
@@ -146,8 +146,8 @@ def generate(
 def unpack(path: Path | str, *, finite: bool = True) -> tuple[RunConfig, QuantizedState]:
     """Read the run's configuration and the quantized model of an artifact.
 
-    Raises PgolfError for a damaged file, one that is not a packed model, mismatched codes and scales, or, if
-    `finite`, values that are not.
+    Raises PgolfError for a damaged file, one that is not a packed model, mismatched codes and scales, or,
+    with `finite`, NaN or infinite values.
     """
     tree, records = read_container(path)
     run_config, bits = tree.get("run"), tree.get("bits")
@@ -166,15 +166,15 @@ def unpack(path: Path | str, *, finite: bool = True) -> tuple[RunConfig, Quantiz
 
 
 def load_artifact(path: Path | str) -> tuple[RunConfig, dict[str, Tensor]]:
-    """Read `stored_config` and float32 state dict of an artifact. Raises PgolfError as `unpack` does."""
+    """Return the configuration and float32 state dict of an artifact. Raises PgolfError as `unpack` does."""
     config, quantized = unpack(path)
     return _with_data(config, Path(path)), _dequantized(path, quantized)
 
 
 def stored_config(path: Path, data: Path | None = None) -> RunConfig:
-    """Return the configuration of a run folder or an artifact; an artifact's data is that of its run folder.
+    """Return the configuration of a run folder or an artifact; an artifact uses the data of its run folder.
 
-    Raises PgolfError for an artifact outside of a run folder without `data`.
+    Raises PgolfError for an artifact that is not in a run folder, unless `data` is given.
     """
     if path.is_dir():
         return RunFolder(path).read_config()
@@ -186,7 +186,7 @@ def stored_config(path: Path, data: Path | None = None) -> RunConfig:
 
 
 def artifact_run(artifact: Path, config: RunConfig, out: Path) -> RunFolder:
-    """Make a run folder `out` of an artifact alone, and the tokenizer next to it or else that of its data."""
+    """Make a run folder `out` from an artifact and the tokenizer next to it, or else that of its data."""
     tokenizer = artifact.parent / "tokenizer.model"
     if not tokenizer.is_file():
         tokenizer = open_source(config.data, config.model.vocab_size).tokenizer.path
@@ -194,8 +194,8 @@ def artifact_run(artifact: Path, config: RunConfig, out: Path) -> RunFolder:
 
 
 def _with_data(config: RunConfig, artifact: Path) -> RunConfig:
-    """Return the configuration of an artifact with the data of the run folder that the file lies in."""
-    with contextlib.suppress(PgolfError):  # any other config.json
+    """Return the configuration of an artifact with the data of the run folder that contains the file."""
+    with contextlib.suppress(PgolfError):  # config.json may be unrelated
         run = RunFolder(artifact.parent).read_config()
         if run.model == config.model:
             return replace(config, data=run.data)
@@ -226,7 +226,7 @@ def build_model(
 ) -> GPT:
     """Make a model that uses the tensors of `state`, without copying them.
 
-    has_leading_space (vocab,), from the tokenizer: word starts are unknown without it.
+    has_leading_space: (vocab,), from the tokenizer; without it, word starts are unknown.
     Raises PgolfError as `load_weights` does.
     """
     if has_leading_space is None:

@@ -29,12 +29,12 @@ HEADER_MARGIN = 64  # bytes by which the header may grow when a section's size a
 
 
 def quantize_run(run: RunPath, quant: QuantConfig | None = None, **fields: object) -> Table:
-    """Quantize the float weights of a run folder and write them there; tabulate the errors by type.
+    """Quantize the float weights of a run folder, write the result there, and tabulate the errors by type.
 
-    quant: settings, by default the run's; fields: changes to them, such as bits=5. Grid rd makes the
-    artifact, packed with the run's own settings, `quant.target_bytes` long.
-    Raises PgolfError when the run has no weights, they or the result are not finite, or the target cannot be
-    reached.
+    quant: settings, by default the run's; fields: changes to them, such as bits=5. Grid rd makes
+    an artifact of `quant.target_bytes` bytes when it is packed with the run's own settings.
+    Raises PgolfError if the run has no weights, the weights or the result are not finite, or the target
+    cannot be reached.
     """
     folder = RunFolder.of(run)
     config = folder.read_config()
@@ -52,7 +52,7 @@ def quantize_run(run: RunPath, quant: QuantConfig | None = None, **fields: objec
 
 
 def _errors(model: GPT, quantized: QuantizedState) -> Table:
-    """Tabulate the errors of tensors by type, relative to the tensors: root mean square and largest."""
+    """Tabulate the relative quantization errors of tensors by type: root mean square and largest."""
     kinds: dict[str, list[tuple[float, str]]] = {}
     for name, exact in unbank(model.state_dict()).items():
         kind, stored = "float16", quantized.tensors[name]
@@ -164,7 +164,7 @@ def artifact_bytes(quantized: QuantizedState, config: RunConfig, packing: PackCo
 
 
 def _tree(quantized: QuantizedState, config: RunConfig) -> dict[str, Any]:
-    # An artifact is shared: it does not say where the data lies on this machine
+    # Artifacts are shared, so they do not record where the data is on this machine
     data = replace(config.data, path=None, tokenizer=None)
     return {"run": run_config_to_dict(replace(config, data=data)), "bits": quantized.bits()}
 

@@ -32,7 +32,7 @@ from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import need_writable, read_json, write_bytes, write_json
 
 LIMIT_BYTES = 16_000_000
-OFFICIAL_BYTES = 151_080_363  # of the challenge's validation targets in 1,024 pieces
+OFFICIAL_BYTES = 151_080_363  # of the challenge's validation targets, 1,024 pieces
 SCRIPT, ARTIFACT = "train_gpt.py", "model.pgolf"
 _WRITTEN = ".pgolf_submit.json"  # digests of the files that `write_submission` wrote
 _PLACEHOLDERS = {"", "your name", "your-github-id", "your github id", "you", "none"}
@@ -66,10 +66,10 @@ def write_submission(folder: RunFolder, out: Path, about: About, *, readable: bo
     """Write README.md, submission.json, train.log, the artifact and the evaluation script into `out`.
 
     readable: write the script as readable source instead of compressed, and count that. Returns bytes by
-    part. README.md and submission.json that were changed since an earlier call are kept, and named in a
-    warning; so are placeholders for names, and scores of other text than the challenge's.
+    part. If README.md or submission.json was edited after an earlier call, it is kept, with a warning.
+    Placeholders for names, and scores on text other than the challenge's, also give warnings.
     Raises PgolfError when the run is not packed or not scored, its scores belong to another artifact or
-    other settings, it breaks the rules, the script has no such adapter or codec, code and artifact exceed
+    other settings, it breaks the rules, the script lacks its adapter or codec, code and artifact exceed
     LIMIT_BYTES, or `out` holds files of these names that this function did not write.
     """
     artifact = folder.need(folder.artifact_file, "pack")
@@ -115,7 +115,7 @@ def write_submission(folder: RunFolder, out: Path, about: About, *, readable: bo
 
 
 def _warnings(config: RunConfig, about: About, scores: dict[str, Any]) -> list[str]:
-    """Say what keeps the folder from being a submission that others can compare with."""
+    """Return the reasons why the submission cannot be compared with others."""
     warnings = [
         f"{value!r} is a placeholder: give --{option}"
         for option, value in (("author", about.author), ("github-id", about.github_id))
@@ -133,25 +133,25 @@ def _warnings(config: RunConfig, about: About, scores: dict[str, Any]) -> list[s
 
 
 def _without_folders(text: str, folder: RunFolder) -> str:
-    """Shorten the paths in a log to their last component: a submission does not describe this machine."""
+    """Shorten the paths in a log to their last component, so that a submission reveals no local folders."""
     data = folder.read_config().data
     for place in filter(None, (data.tokenizer, data.path, str(folder.path.absolute()))):
         if os.path.isabs(place):
-            text = text.replace(place, Path(place).name)  # it may have spaces
+            text = text.replace(place, Path(place).name)  # paths may contain spaces
     text = re.sub(r"(['\"])~?/[^'\"\n]*/([^'\"\n/]+)\1", r"\1\2\1", text)
     return re.sub(r"(^|[^\w/.:~])~?/(?:[^\s/]+/)*(?=[^\s/])", r"\1", text, flags=re.M)
 
 
 def _write_own(out: Path, files: dict[str, bytes]) -> None:
-    """Write files that are new or that an earlier call wrote. Raises PgolfError for any other file."""
+    """Write files, replacing only those that an earlier call wrote. Raises PgolfError if others exist."""
     record, kept = out / _WRITTEN, []
-    written = read_json(record) if record.is_file() else {}  # every digest that was written, by name
+    written = read_json(record) if record.is_file() else {}  # name -> digests of all versions
     for name, content in files.items():
         file, known = out / name, [*written.get(name, ()), hashlib.sha256(content).hexdigest()]
         own = file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() in known
         if own or not os.path.lexists(file):
             written[name] = known
-        elif name in written and name in ("README.md", "submission.json"):  # which people edit
+        elif name in written and name in ("README.md", "submission.json"):  # users edit these
             kept.append(name)
             logger.warning("WARNING: kept %s, changed since it was written; remove it for a new one", file)
         else:

@@ -121,7 +121,7 @@ def variants(case: Case) -> dict[str, Contender | str]:
         return {}
     shape = attention_backend.Shape(case.device, case.dtype, case.sizes.head_dim)
     found: dict[str, Contender | str] = {}
-    for name in (n for n in attention_backend.NAMES if n != "plain"):  # which holds all scores in memory
+    for name in (n for n in attention_backend.NAMES if n != "plain"):  # plain holds all scores in memory
         around = functools.partial(forced_attention, name)
         why_not = attention_backend.why_not(name, shape)
         found[f"ours-{name}"] = why_not or replace(case.ours(), name=f"ours-{name}", around=around)

@@ -62,7 +62,7 @@ def _timed_by_key(records: Sequence[Record]) -> dict[tuple[Any, ...], Record]:
 
 
 def timed(records: Sequence[Record]) -> list[Record]:
-    """Return records that hold a time (not an error), the last one for each key."""
+    """Return the last record for each key that holds a time, not an error."""
     return list(_timed_by_key(records).values())
 
 
@@ -101,7 +101,7 @@ def describe(records: list[Record]) -> str:
 
 
 def compare_files(before: Path, after: Path, threshold: float) -> tuple[str, bool]:
-    """Return a table of medians in two results files, and whether one of our ops is slower or missing.
+    """Return a table of medians from two results files, and whether one of our ops is slower or missing.
 
     Raises PgolfError if the files have no measurement in common.
     """

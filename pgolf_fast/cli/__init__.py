@@ -11,7 +11,7 @@ from pgolf_fast.cli.commands import COMMANDS, GROUPS, Command
 from pgolf_fast.errors import PgolfError, explain, one_line
 
 _DATA = [name for name in COMMANDS if name.startswith("data ")]
-_TELL = {  # of a command: what to do without memory, and what is kept if it is interrupted
+_TELL = {  # per command: what to do if memory runs out, and what is kept after an interrupt
     "train": ("lower train.micro_batch_tokens", "`pgolf train` resumes with --resume"),
     "ablate": ("lower train.micro_batch_tokens", "the same command resumes"),
     "quantize": ("lower --quant.calibration-sequences", ""),
@@ -24,13 +24,13 @@ _TELL = {  # of a command: what to do without memory, and what is kept if it is 
     "data download": ("", "the same command keeps the files that are complete"),
     "data tokenize": ("lower --workers", ""),
 }
-_OWN_LOG = ("train", "generate", "doctor")  # they log nothing, or set it up themselves
+_OWN_LOG = ("train", "generate", "doctor")  # these log nothing, or set up logging themselves
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status.
 
-    0, 1 if what is checked does not hold, 2 for bad input, 70 for a bug, 128 + N if signal N ended it.
+    0 for success, 1 for a failed check, 2 for bad input, 70 for a bug, 128 + N if signal N ended it.
     """
     _prepare_process()
     words = list(sys.argv[1:] if argv is None else argv)
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         what = next((a for a in error.args if isinstance(a, str)), "interrupted")
         _complain(f"{what}{'; ' if kept else ''}{kept}")
         return getattr(error, "status", 128 + number)
-    except Exception as error:  # noqa: BLE001 - whatever it is, it ends in one line
+    except Exception as error:  # noqa: BLE001 - any error is reported in one line
         if os.environ.get("PGOLF_TRACEBACK", "0") not in ("", "0"):
             import traceback
 
@@ -55,17 +55,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         status, line = explain(error, memory)
         _complain(line, keep="" if any("\n" in word for word in words) else "\n")
         if isinstance(error, OSError) and error.filename is None:
-            sys.stdout = None  # type: ignore[assignment]  # what it still holds cannot be written either
+            sys.stdout = None  # type: ignore[assignment]  # its buffer cannot be written either
         return status
 
 
 def _complain(text: str, keep: str = "") -> None:
-    with contextlib.suppress(OSError):  # nobody may be reading
+    with contextlib.suppress(OSError):  # stderr may be closed
         print(f"pgolf: {one_line(text, keep)}", file=sys.stderr)
 
 
 def _prepare_process() -> None:
-    """Escape what the output's encoding lacks, replace closed standard files, end at signals as at Ctrl-C."""
+    """Escape unencodable output, replace closed standard streams, and handle signals like Ctrl-C."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
         pass  # a file opened later must not become standard output
     os.close(descriptor)
@@ -75,16 +75,16 @@ def _prepare_process() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - until the end
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    # one of several ranks ends at once, as it may wait for the others in a call that no handler interrupts
+    # with several ranks, a signal ends the process: a rank may be in a call that no handler interrupts
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)) if alone else ():
-        with contextlib.suppress(ValueError):  # only the main thread may
+        with contextlib.suppress(ValueError):  # only the main thread may set handlers
             if signal.getsignal(number) is signal.SIG_DFL:
                 signal.signal(number, _end)
 
 
 def _end(number: int, _frame: object) -> None:
-    signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+    signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
     raise KeyboardInterrupt(number)
 
 
@@ -109,7 +109,7 @@ def _dispatch(words: list[str]) -> int | None:
             from pgolf_fast import console
             from pgolf_fast.cli.options import check, parse
 
-            logging.raiseExceptions = False  # a full disk or a closed pipe would print a traceback a line
+            logging.raiseExceptions = False  # no traceback per line on a full disk or a closed pipe
             length = 2 if words[0] == "data" else 1
             command = _find(" ".join(words[:length]))
             options = parse(command.name, command.load(), words[length:])

@@ -13,7 +13,7 @@ from tyro.conf import Positional, arg
 from pgolf_fast import console
 from pgolf_fast.errors import PgolfError
 
-_SECONDS = 2.0  # for the comparison that `data info` makes without --overlap
+_SECONDS = 2.0  # time limit of the comparison in `data info` without --overlap
 
 
 @contextlib.contextmanager
@@ -71,8 +71,8 @@ class Tokenize:
     out: Path = Path("data/tokenized")  # Folder for shards and tokenizer.
     vocab_size: int = 1024  # Pieces of the tokenizer.
     tokenizer: Path | None = None  # SentencePiece .model file to use instead of training one.
-    val_docs: int | None = None  # The first documents are for validation; the challenge's split has 50,000.
-    val_fraction: float | None = None  # Else a share for validation, by a hash of the text; default: 0.05.
+    val_docs: int | None = None  # Use the first N documents for validation; the challenge's split has 50,000.
+    val_fraction: float | None = None  # Else, the share for validation, by a hash of the text; default: 0.05.
     workers: int | None = None  # Processes; default: one per core.
 
     def main(self) -> None:

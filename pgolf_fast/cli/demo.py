@@ -67,5 +67,5 @@ def _clear(out: Path) -> None:
     files = {entry.name for entry in out.iterdir()} - {folder.log_file.name, ".lock"}
     if files and (not folder.config_file.is_file() or folder.read_config().name != "demo"):
         raise PgolfError(f"{out} is not an earlier demo: choose another --out")
-    with folder.lock():  # not while another demo trains there
+    with folder.lock():  # another demo may be training there
         shutil.rmtree(out)

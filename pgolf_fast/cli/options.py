@@ -98,7 +98,7 @@ def preset_with(name: str, size: Size | None, words: Words) -> RunConfig:
 
 
 def pick(chosen: object, names: str) -> dict[str, Any]:
-    """Return some options of a command by their names, which `names` has with spaces between them."""
+    """Return some options of a command by name; `names` are separated by spaces."""
     return {name: getattr(chosen, name) for name in names.split()}
 
 
@@ -108,7 +108,7 @@ def wrote(*paths: Path | None) -> None:
         print(f"wrote {path}")
 
 
-# Options that have an effect only with one of others, without any of them, or with one of these values
+# Options that have an effect only with one of some other options or values, or without all of them
 _WORKS = """
 pack: measure with table json
 eval: figures allow_illegal out without estimate
@@ -132,7 +132,7 @@ bench: preset ops tokens modes peers dtype out quick minutes without compare rec
 def check(command: str, options: Any) -> None:
     """Raise PgolfError for options that have no effect, and for fields that do not fit the preset.
 
-    Commands import what they need after this, so that a mistake is answered at once.
+    It runs before commands import what they need, so that mistakes are reported at once.
     """
     for names, kind, others in re.findall(rf"(?m)^{command}: (.*) (with|without) (.*)", _WORKS):
         works = any(_holds(options, word) for word in others.split()) == (kind == "with")
@@ -187,14 +187,14 @@ def _check_empty(words: Sequence[str]) -> None:
     for word in words:
         name, sign, value = word.partition("=")
         option = name if word.startswith("--") else option
-        # empty text may be meant, and an empty list of a field
+        # text, and a field that is a list, may be empty on purpose
         may_be = option in ("--prompt", "--blurb") or ("." in option and not option.startswith("--data."))
         if not may_be and not (value if sign and word.startswith("--") else word):
             raise PgolfError(f"{option} is empty: give a value, or leave it out")
 
 
 def run_tyro(kind: Any, width: int = 10_000, **settings: Any) -> tuple[Any, str]:
-    """Return what `tyro.cli` returns, None if it exits, and what it prints, wrapped at a width."""
+    """Return the result of `tyro.cli` (None if it exits) and its output, wrapped at `width`."""
     before, box = os.environ.get("COLUMNS"), io.StringIO()
     os.environ["COLUMNS"] = str(width)
     try:
@@ -357,7 +357,7 @@ def _docs(kind: type) -> dict[str, str]:
 
 
 def _tyro_help(command: str, resolved: Any) -> str:
-    width = max(60, shutil.get_terminal_size().columns)  # less takes tyro minutes
+    width = max(60, shutil.get_terminal_size().columns)  # tyro takes minutes at smaller widths
     return run_tyro(resolved, width, prog=f"pgolf {command}", args=["--help"], description="")[1].strip()
 
 

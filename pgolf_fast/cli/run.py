@@ -30,7 +30,7 @@ _QUANT_FIELDS = ("quant.percentiles", "quant.block_size", "quant.damping", "quan
 _COPY = "Copy the run, without its checkpoints, to this folder and write there, not into the run."
 OutCopy = Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="", help=_COPY)]
 TTT_FIELDS = ("ttt.*", "ttt.lora.*", "ttt.guided.*")
-_NEED = {  # options that need one of some choices to have an effect
+_NEED = {  # fields that have an effect only if another field has one of these values
     r"quant\.(target_bytes|rank)": ("quant.grid", ("rd",)),
     r"quant\.(bits|percentiles|small_tensor)": ("quant.grid", ("percentile", "reference")),
     r"quant\.(block_size|damping|temperature|seed|calibration_\w+)": ("quant.method", ("gptq",)),
@@ -42,11 +42,10 @@ _NEED = {  # options that need one of some choices to have an effect
 def results_in(
     run: Path, out: Path | None, words: Words, shards: Shards | None = None, world: Any = None
 ) -> Iterator[tuple[RunFolder, RunConfig]]:
-    """Yield the run folder for results and log lines, locked, and its configuration with `words` set.
+    """Yield the locked run folder for results and log lines, and its configuration with `words` set.
 
-    It is the run itself or, with `out`, a copy of it there. With `shards`, `run` may be an artifact alone,
-    whose run folder is made in `out` or, without one, in a temporary folder. Of several ranks, the first
-    copies, locks and logs.
+    It is the run itself or, with `out`, a copy of it there. With `shards`, `run` may be an artifact file,
+    whose run folder is created in `out` or in a temporary folder. Only the main rank copies, locks and logs.
     """
     with contextlib.ExitStack() as stack:
         main, alone = world is None or world.is_main, shards is not None and run.is_file()
@@ -57,7 +56,7 @@ def results_in(
                 from pgolf_fast.artifact.load import artifact_run, stored_config
 
                 config = stored_config(run, shards.data)
-                flip(config, words)  # a wrong one leaves no folder behind
+                flip(config, words)  # fail before a folder is created
                 artifact_run(run, flip(config, shards.words), place)
             elif out is not None:
                 options.run_folder(run, words)[0].copy_to(out)
@@ -67,7 +66,7 @@ def results_in(
         if main:
             stack.enter_context(folder.lock())
         console.setup_logging(folder.log_file if main else None, quiet=not main)
-        stack.callback(console.setup_logging)  # what follows is not for the run's log
+        stack.callback(console.setup_logging)  # later lines do not belong in the run's log
         yield folder, config
 
 
@@ -124,7 +123,7 @@ class Train:
 
 @dataclass(frozen=True)
 class Import:
-    # Weights, as safetensors or by torch.save, read by content; no pickled code is run.
+    # Weights in safetensors or torch.save format, detected by content; no pickled code is run.
     weights: Annotated[Path, Positional, arg(metavar="FILE")]
     preset: Preset  # Preset that the weights were trained with.
     fields: AllFields
@@ -216,7 +215,7 @@ class Pack:
 
 @dataclass(frozen=True)
 class Eval(Shards):
-    run: RunOrFile  # Run folder, or artifact file; with --estimate, a preset too.
+    run: RunOrFile  # Run folder or artifact file; with --estimate, also a preset.
     fields: Annotated[Words, Fields(("eval", "ttt"), brief=TTT_FIELDS)]
     weights: Weights = "artifact"  # Score the packed artifact, or the float weights before quantization.
     figures: bool = False  # Print all tables, not just the one by token class.
@@ -328,9 +327,9 @@ class Config:
     diff: str | None = None  # Print only the fields that differ from this preset.
     shrink: Size | None = None  # Print the preset at this size.
     from_env: Path | None = None  # Translate the environment variables of a run script; it is not executed.
-    # With --from-env: the preset that they change, also PRESET; default: exp101_as_run.
+    # With --from-env: the preset to change, which PRESET also sets; default: exp101_as_run.
     base: str | None = None
-    command: int | None = None  # With --from-env: number of the command to translate, of several in a script.
+    command: int | None = None  # With --from-env: the command to translate, if a script has several.
 
     def main(self) -> None:
         changes = self.fields or self.diff or self.shrink
@@ -408,7 +407,7 @@ def _print_translation(path: Path, base: RunConfig, number: int | None) -> None:
 
 
 def _train_command(base: RunConfig, config: RunConfig) -> str:
-    """Return the shell command that trains `config`, a changed `base`."""
+    """Return the shell command that trains `config`, given as changes to `base`."""
     words, theirs = ["pgolf", "train", base.name], dict(flatten(base))
     for name, value in flatten(config):
         group, _, last = name.replace("_", "-").rpartition(".")

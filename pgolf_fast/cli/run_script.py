@@ -1,4 +1,4 @@
-"""Run scripts: their training commands, the variables of each, and what else there is to say."""
+"""Run scripts: their training commands, the variables of each, and notes about them."""
 
 import re
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ _CREDENTIAL = re.compile(
 
 @dataclass(frozen=True)
 class Script:
-    """The commands of a file, known variables that none of them has (name -> line), and notes."""
+    """The commands of a file, known variables that no command has (name -> line), and notes."""
 
     path: Path
     commands: list[Command]
@@ -33,7 +33,7 @@ class Script:
         return first if number is None else self.commands[number - 1]
 
     def lines(self, chosen: Command) -> Iterator[str]:
-        """Yield what else is to be said: notes, the other commands, and other variables."""
+        """Yield the other lines to print: notes, other commands, and variables that are not translated."""
         yield from self.notes
         if len(self.commands) > 1:
             number = next(i for i, c in enumerate(self.commands, 1) if c is chosen)
@@ -52,7 +52,7 @@ class Script:
 def read_script(path: Path) -> Script:
     """Read a shell script, a file of NAME=value lines, or the shell snippets of a Markdown file.
 
-    Raises PgolfError if the file is empty or no text.
+    Raises PgolfError if the file is empty or not text.
     """
     try:
         text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
@@ -100,7 +100,7 @@ def _differences(command: Command, other: Command) -> str:
 
 
 def _snippets(text: str) -> Iterator[str]:
-    """Yield the fenced shell snippets of Markdown, each below as many empty lines as stand before it."""
+    """Yield the fenced shell snippets of Markdown, padded with empty lines to keep line numbers."""
     for match in re.finditer(r"(?ms)^ *(```+|~~~+) *(\w*)[^\n]*\n(.*?)^ *\1", text + "\n```\n```"):
         if match[2].lower() in ("", "bash", "sh", "shell", "zsh", "console", "env", "dotenv"):
             yield "\n" * text.count("\n", 0, match.start(3)) + re.sub(r"(?m)^( *)[$>] ", r"\1", match[3])

@@ -14,12 +14,12 @@ from pgolf_fast.errors import PgolfError
 
 _LAUNCHER = re.compile(r"(.*/)?(python[\d.]*|torchrun|accelerate|deepspeed|uv|poetry)")
 _SHELL = re.compile("(.*/)?(bash|sh|zsh|ssh|su|tmux|screen|docker|podman|kubectl|srun|sbatch)")  # run strings
-_TRAINS = re.compile("(?i)(?!.*(token|spm|bpe|shard|data|download|eval|test_)).*train")  # not a tool's name
+_TRAINS = re.compile("(?i)(?!.*(token|spm|bpe|shard|data|download|eval|test_)).*train")  # but not tools
 _QUIET = re.compile("echo|printf|cat|grep|sed|awk|tee|log|info|test|git|cp|mv|rm|ls|:")
-HOLE = re.compile("⟪+(.*?)⟫")  # text that only running the script would tell; ⟪$NAME⟫ if it is not set
+HOLE = re.compile("⟪+(.*?)⟫")  # text that is known only at run time; ⟪$NAME⟫ for an unset variable
 _COMPARE = {f"-{name}": getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")}
 _SUMS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv, "%": operator.mod}
-_STEPS, _DEPTH, _LENGTH = 20_000, 40, 10_000  # limits on what is followed
+_STEPS, _DEPTH, _LENGTH = 20_000, 40, 10_000  # limits of the walk
 NOT_EXPORTED = "set, but not exported"  # so it may not reach the program
 
 
@@ -46,7 +46,7 @@ _ITEM = Word("⟪it_is_an_item_of_an_array⟫")
 
 @dataclass(frozen=True)
 class Command:
-    """A command and its environment; it may only have variables and not train, or be in a case not taken."""
+    """A command and its environment. It need not train, and may be in a branch that is not taken."""
 
     line: int
     program: str
@@ -56,13 +56,13 @@ class Command:
 
     @property
     def known(self) -> dict[str, Word]:
-        """The variables that stand for fields."""
+        """The variables that set fields."""
         return {name: word for name, word in self.variables.items() if name in FIELDS}
 
 
 @dataclass
 class Shell:
-    """A walk over a syntax tree that follows variables; all are arrays, a scalar of one word."""
+    """A walk over a syntax tree that tracks variables. Each is an array; a scalar has one word."""
 
     commands: list[Command] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -78,11 +78,11 @@ class Shell:
     depth: int = 0
 
     def fork(self, **changes: Any) -> "Shell":
-        """Return a copy that assigns for itself, as a subshell does."""
+        """Return a copy whose assignments do not affect this one, as in a subshell."""
         return replace(self, vars={**self.vars}, exported={*self.exported}, **changes)
 
     def source(self, text: str, line: int) -> None:
-        """Follow a text as a script that begins at `line`."""
+        """Interpret `text` as a script that begins at `line`."""
         import tree_sitter_bash
         from tree_sitter import Language, Parser
 
@@ -90,7 +90,7 @@ class Shell:
         replace(self, line=line).run(*tree.root_node.children)
 
     def run(self, *nodes: Any) -> None:
-        """Follow nodes by the methods below, which are named like the nodes of the grammar."""
+        """Interpret nodes with the methods below, which are named after the node types of the grammar."""
         for node in nodes:
             if next(self.steps) > _STEPS:
                 raise PgolfError(f"the script has more than {_STEPS:,} steps: give the part that trains")
@@ -171,7 +171,7 @@ class Shell:
             self.assign(_text(node.child_by_field_name("variable")), [word._replace(note=word.note or note)])
             self.run(node.child_by_field_name("body"))
             if len(self.commands) > before:
-                break  # other values would be other runs
+                break  # other values would give other runs
             note = ""
 
     def _while_statement(self, node: Any) -> None:
@@ -182,7 +182,7 @@ class Shell:
     def _command(self, node: Any) -> None:
         own: dict[str, Word] = {}
         words: list[Word] = []
-        scope = replace(self, vars={**self.vars})  # assignments see those before them, arguments do not
+        scope = replace(self, vars={**self.vars})  # assignments see earlier ones, arguments do not
         end = 0
         for child in node.children:
             gap = node.text[end : child.start_byte - node.start_byte]
@@ -198,13 +198,13 @@ class Shell:
         self.execute(words, own, self.at(node))
 
     def branch(self, verdict: bool | None, body: Sequence[Any], note: str = "") -> None:
-        """Follow nodes; apart if `verdict` is False, with a note on what they set if it is None."""
+        """Interpret nodes: in a fork if `verdict` is False; if it is None, note what they set."""
         if verdict is False:
             return self.fork(taken=False).run(*body)
         replace(self, note=self.note or ("" if verdict else note)).run(*body)
 
     def execute(self, words: list[Word], own: dict[str, Word], line: int) -> None:
-        """Follow a command whose environment has `own` besides what is exported."""
+        """Interpret a command whose environment has `own` in addition to exported variables."""
         texts = [w.text for w in words] or [""]
         name = texts[0].rpartition("/")[2]
         if not words:
@@ -236,7 +236,7 @@ class Shell:
         self.vars |= {n: words for n, words in before.items() if n in inner.local}
 
     def launch(self, words: list[Word], own: dict[str, Word], line: int) -> None:
-        """Record a command that trains or has known variables; follow the strings that a shell runs."""
+        """Record a command that trains or has known variables; interpret strings that a shell runs."""
         texts = [w.text for w in words]
         at = next((i for i, text in enumerate(texts) if _LAUNCHER.fullmatch(text)), len(words))
         found = ((w, re.fullmatch(r"(?s)(?:--env=|-e)?([A-Za-z_]\w*)=(.*)", w.text)) for w in words[:at])
@@ -298,7 +298,7 @@ class Shell:
         return self.vars[name][0] if name in self.vars else Word(f"⟪${name}⟫")
 
     def fields(self, node: Any) -> list[Word]:
-        """Return the words that a word becomes: several for arrays and unquoted variables."""
+        """Return the words that a node expands to: several for arrays and unquoted variables."""
         if node.type in ("array", "command_name"):
             return [w for child in node.named_children for w in self.fields(child)]
         quoted = node.type in ("string", "raw_string")
@@ -386,7 +386,7 @@ class Shell:
         return int(text) if re.fullmatch(r"-?\d{1,18}", text) else None
 
     def test(self, node: Any) -> bool | None:
-        """Return whether a condition holds, unset variables being empty; None if it is not constant."""
+        """Return whether a condition holds, with unset variables empty, or None if it is not constant."""
         parts = [c for c in node.children if c.type not in ("[", "[[", "]", "]]", "(", ")")]
         if node.type in ("test_command", "parenthesized_expression") and len(parts) == 1:
             return self.test(parts[0])

@@ -43,7 +43,7 @@ _OFF: dict[str, dict[str, object]] = {
     "EMA_ENABLED": {"average.ema_decay": 0.0, "average.ema_every": 1},
     "TTT_ENABLED": {"ttt.epochs": 0},
 }
-# variables that set their field in a way of their own
+# variables with their own code to set a field
 _SWITCHES = {"GRAD_ACCUM_TOTAL": int, **dict.fromkeys(("META_TTT_SAM_ENABLED", *_OFF), bool)}
 _OFF_AT_ZERO = (
     *("train.max_seconds", "train.val_every", "optim.grad_clip", "average.swa_every"),
@@ -55,7 +55,7 @@ _OFF_AT_ZERO = (
 class Translation:
     """A configuration and the variables it was made from.
 
-    used: variable -> field. refused: variable -> reason. adjusted: lines about fields that follow others.
+    used: variable -> field. refused: variable -> reason. adjusted: lines about derived fields.
     """
 
     config: RunConfig
@@ -65,13 +65,13 @@ class Translation:
 
 
 def translate(variables: Mapping[str, str], base: RunConfig) -> Translation:
-    """Return `base` with the fields that environment variables stand for.
+    """Return `base` with the fields set that the environment variables correspond to.
 
-    A variable that does not fit its field, or contradicts the others, is left out and named with the reason.
+    A variable that is invalid for its field, or contradicts others, is left out, with the reason.
     """
     given: dict[str, object] = {}
     refused: dict[str, str] = {}
-    for name in (name for name in FIELDS if name in variables):  # in that order: MUON_WD before ADAM_WD
+    for name in (name for name in FIELDS if name in variables):  # in this order: MUON_WD before ADAM_WD
         field, text = FIELDS[name], variables[name]
         if field.startswith("train.meta.") and given.get("META_TTT_ENABLED", base.train.meta) is None:
             refused[name] = "train.meta is off"
@@ -97,7 +97,7 @@ def translate(variables: Mapping[str, str], base: RunConfig) -> Translation:
 
 
 def _culprit(base: RunConfig, given: dict[str, object], error: str) -> str:
-    """Return the variable whose absence changes the error, those last that the error does not name."""
+    """Return the variable whose removal changes the error, trying those that it names first."""
     names = sorted(given, key=lambda name: error.rfind(FIELDS[name]), reverse=True)
     for name in names:
         try:
@@ -129,7 +129,7 @@ def _value(name: str, text: str) -> object:
 
 
 def _with_values(base: RunConfig, given: dict[str, object]) -> tuple[RunConfig, list[str]]:
-    """Return `base` with the fields of these variables, and a line for every field that follows them."""
+    """Return `base` with the fields of these variables, and a line for every field derived from them."""
     values = {FIELDS[name]: value for name, value in given.items() if name not in _SWITCHES}
     if values.get("train.qat.below", 1) == 0:
         del values["train.qat.below"]
@@ -158,7 +158,7 @@ def _with_values(base: RunConfig, given: dict[str, object]) -> tuple[RunConfig, 
 
 
 def _following(new: dict[str, Any], values: dict[str, object]) -> Iterator[tuple[str, object, str]]:
-    """Yield the fields that follow others as (field, value, reason); `values` are those that are given."""
+    """Yield the fields derived from others as (field, value, reason); `values` are the given ones."""
     layers, seq_len = max(1, new["model.num_layers"]), max(1, new["train.seq_len"])
     if new["model.ve_enabled"]:
         there = tuple(i for i in new["model.ve_layers"] if i < layers)

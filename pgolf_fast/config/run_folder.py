@@ -39,16 +39,16 @@ def read_scores(path: Path) -> dict[str, Any]:
 
 
 def absolute(config: RunConfig) -> RunConfig:
-    """Return `config` with absolute data paths, which mean the same in every working directory."""
+    """Return `config` with absolute data paths, which do not depend on the working directory."""
     data = config.data
     path, tokenizer = (p and os.path.abspath(p) for p in (data.path, data.tokenizer))
     return replace(config, data=replace(data, path=path, tokenizer=tokenizer))
 
 
 def _is_whole(line: dict[str, Any]) -> bool:
-    """Return whether a line of metrics.jsonl has a kind and a step, and a time if it is of a step.
+    """Return whether a line of metrics.jsonl has a kind and a step and, if the kind is step, a time.
 
-    A loss need not be finite: reports show where it was not.
+    Losses need not be finite, because reports show where they were not.
     """
     numbers = [line.get("tokens", 0), line.get("elapsed", None if line.get("kind") == "step" else 0)]
     finite = all(isinstance(value, int | float) and abs(value) < 1e300 for value in numbers)
@@ -102,7 +102,7 @@ class RunFolder:
     def resume_command(self) -> str:
         """Return the command that continues the training of this run, quoted for a shell."""
         name = str(self.path)
-        if name.startswith("-") or is_preset(name):  # these words mean something else to `pgolf train`
+        if name.startswith("-") or is_preset(name):  # which `pgolf train` would read differently
             name = f"./{name}"
         return f"pgolf train --resume {shlex.quote(name)}"
 
@@ -115,8 +115,8 @@ class RunFolder:
     def history(self) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl that led to the current weights; [] without the file.
 
-        Lines after a checkpoint that the run was later resumed from were recomputed and are left out, as is
-        the end that a resumed run had before. Damaged lines are left out with a warning.
+        If the run was resumed from a checkpoint, older lines for later steps are left out, as is an earlier
+        end of the run. Damaged lines are left out with a warning.
         """
         lines: list[dict[str, Any]] = []
         last = damaged = 0
@@ -165,7 +165,7 @@ class RunFolder:
         return self._config
 
     def places(self, path: str) -> list[str]:
-        """Return where data of this run may be: a relative path starts here or in a parent of the run."""
+        """Return candidates for a data path: a relative one may start here or in any parent of the run."""
         starts = ["."] if os.path.isabs(path) else [".", *map(str, self.path.absolute().parents)]
         return list(dict.fromkeys(os.path.abspath(os.path.join(start, path)) for start in starts))
 
@@ -177,7 +177,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other processes from writing this run during the block. Raises PgolfError if one does."""
+        """Keep other processes from writing to this run in the block. Raises PgolfError if it is in use."""
         need_writable(self.path)
         with locked(self.path / ".lock", f"{self.path} is in use"):
             for place in (self.path, self.checkpoints):
@@ -192,7 +192,7 @@ class RunFolder:
 
 
 def copy_files(config: RunConfig, files: dict[str, Path], out: Path) -> RunFolder:
-    """Copy files, by their new names, into the run folder `out`; those that it already has are kept.
+    """Copy `files` (new name -> file) into the run folder `out`; files that it already has are kept.
 
     Raises PgolfError if `out` holds files but no run, or a run with another configuration or other weights.
     """

@@ -82,7 +82,7 @@ def build_corpus(cache_dir: Path | None = None, vocab_size: int = 1024) -> Path:
     """Return the folder of the built-in corpus: two shards, `tokenizer.model` and `info.json`.
 
     It is built once per set of package versions and vocabulary, in `cache_dir` or the user's cache folder,
-    and appears there complete: a build may be killed, and one at the same time waits for it. Raises
+    and moved there when it is complete, so a build may be killed. Concurrent builds wait for it. Raises
     `PgolfError` if no text is found, the folder cannot be written, or the text does not support `vocab_size`.
     """
     import platformdirs
@@ -96,7 +96,7 @@ def build_corpus(cache_dir: Path | None = None, vocab_size: int = 1024) -> Path:
         return folder
     try:
         with locked(parent / ".corpus.lock"):
-            for path in parent.glob(".corpus-*.tmp"):  # of a build that was killed
+            for path in parent.glob(".corpus-*.tmp"):  # left by a killed build
                 shutil.rmtree(path, ignore_errors=True)
             with tempfile.TemporaryDirectory(prefix=".corpus-", suffix=".tmp", dir=parent) as temporary:
                 if not _is_complete(folder):  # built by another process meanwhile

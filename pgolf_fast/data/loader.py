@@ -24,7 +24,7 @@ _OPEN_FILES = 64  # a data set may have more shards than a process may open
 
 
 def _state(found: os.stat_result) -> tuple[int, ...]:
-    """Return what changes with a file's contents."""
+    """Return the attributes of a file that change with its contents."""
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
@@ -38,9 +38,9 @@ class TokenStream:
         self.shards, self.vocab_size = list(shards), vocab_size
         self._starts = np.cumsum([0, *(shard.num_tokens for shard in shards)])
         self._states = [_state(os.stat(shard.path)) for shard in self.shards]
-        self._files: dict[int, int] = {}  # descriptors of open shards; the one read last is at the end
+        self._files: dict[int, int] = {}  # descriptors of open shards, the most recently used last
         weakref.finalize(self, lambda files: [*map(os.close, files.values())], self._files)
-        crc = 0  # of token counts and of first and last tokens: shards are recognized wherever they are
+        crc = 0  # of token counts and of first and last tokens, to recognize shards that were moved
         for index, shard in enumerate(self.shards):
             count = min(shard.num_tokens, 4096)
             for at in (0, shard.num_tokens - count):
@@ -53,7 +53,7 @@ class TokenStream:
                 check_tokens(shard, vocab_size, limit=_CHECK_AT_OPENING)
 
     def identity(self) -> dict[str, object]:
-        """Return what must be the same for a position to be resumed, wherever the shards are."""
+        """Return what must match for a position to be resumed; the location of the shards may change."""
         return {"data.loader": self.kind, "total_tokens": self.total, "tokens": self._digest}
 
     def take(self, count: int) -> np.ndarray:
@@ -76,7 +76,7 @@ class TokenStream:
     def _read(self, index: int, offset: int, count: int) -> np.ndarray:
         """Return tokens of a shard, uint16 of shape (count,). Raises PgolfError if its file was changed.
 
-        They are read by system calls: a memory map of a file that is cut short would end the process.
+        They are read with system calls, because a memory map of a truncated file would crash the process.
         """
         path = self.shards[index].path
         file = self._files.pop(index) if index in self._files else os.open(path, os.O_RDONLY)

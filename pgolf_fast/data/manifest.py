@@ -12,18 +12,18 @@ from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import read_json, write_json
 
 _FILE, _FORMAT = "manifest.json", "pgolf shards 1"
-_LARGEST = 1 << 22  # bytes; a folder of 1,000 shards needs 1 % of it
+_LARGEST = 1 << 22  # bytes; a folder of 1,000 shards needs 1% of it
 _SPLITS: tuple[Split, ...] = ("train", "val")
 
 
 def write_manifest(folder: Path, tokenizer: Tokenizer, split: str, counts: Mapping[str, object]) -> None:
-    """Describe the shards in `folder`: `split` is the rule that chose validation, `counts` are per split."""
+    """Describe the shards in `folder`: `split` is the rule that chose validation; `counts` are per split."""
     value = {"format": _FORMAT, "tokenizer_sha256": _digest(tokenizer), "vocab_size": tokenizer.vocab_size}
     write_json(folder / _FILE, {**value, "split": split, **counts, "shards": _shards(folder)})
 
 
 def check_manifest(folder: Path, tokenizer: Tokenizer) -> dict[str, Any] | None:
-    """Return the manifest of `folder`, or None if it has none of this package.
+    """Return the manifest of `folder`, or None if this package did not write one.
 
     Raises `PgolfError` for a bad manifest, another tokenizer, and a missing, extra or changed shard.
     """

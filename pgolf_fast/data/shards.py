@@ -114,7 +114,7 @@ def data_folder(folder: Path | str) -> Path:
 
 
 def shard_paths(folder: Path, split: Split) -> list[Path]:
-    """Return the files NAME_{split}_NUMBER.bin of `folder` in reading order, which is that of their names."""
+    """Return the files NAME_{split}_NUMBER.bin of `folder` in reading order, sorted by name."""
     named = ((_NAME.fullmatch(path.name), path) for path in folder.glob("*.bin"))
     return sorted(path for name, path in named if name and name.group(1, 2) == (split, None))
 
@@ -125,7 +125,7 @@ def side_file(path: Path) -> Path:
 
 
 def warn_of_others(folder: Path) -> None:
-    """Warn of .bin files in `folder` that are neither a shard nor its side file, and so are not read."""
+    """Warn of .bin files in `folder` that are neither shards nor side files, so they are not read."""
     shards = [*shard_paths(folder, "train"), *shard_paths(folder, "val")]
     if others := sorted({*folder.glob("[!.]*.bin")}.difference(shards, map(side_file, shards))):
         names = ", ".join(path.name for path in others[:5]) + ", ..." * (len(others) > 5)

@@ -22,9 +22,9 @@ from pgolf_fast.data.tokenizer import (
 )
 from pgolf_fast.errors import PgolfError
 
-_SAMPLE = 1 << 16  # tokens at the beginning of a shard that are compared with its tokenizer
-_DOCUMENTS, _LENGTH = 64, 256  # of them at most, and tokens of each
-SIDE_SHARE = 0.05  # by which side files may differ from the pieces: they count text before normalization
+_SAMPLE = 1 << 16  # tokens at the start of a shard that are checked against its tokenizer
+_DOCUMENTS, _LENGTH = 64, 256  # largest number of documents, and of tokens in each
+SIDE_SHARE = 0.05  # by which side files may differ from pieces, as they count text before normalization
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Source:
         return shards.load_validation(self.folder, seq_len, vocab_size=vocab_size, max_tokens=max_tokens)
 
     def side_bytes(self, tokens: np.ndarray) -> np.ndarray | None:
-        """Return the bytes of the targets in `tokens`, which begin `validation`, if side files count them."""
+        """Return the bytes of the targets in `tokens`, a prefix of `validation`; None without side files."""
         found = shards.find_shards(self.folder, "val")
         looks_foreign(found[0], self.tokenizer)
         sides = [side for shard in found if (side := side_counts(shard, self.table)) is not None]
@@ -75,9 +75,9 @@ def open_source(config: DataConfig, vocab_size: int) -> Source:
 
 
 def side_counts(shard: Shard, table: ByteTable) -> np.ndarray | None:
-    """Return the bytes of text of each token by the shard's byte side file, or None if it has none.
+    """Return the bytes of each token from the shard's byte side file, or None if it has none.
 
-    Raises `PgolfError` if they cannot be those of the shard.
+    Raises `PgolfError` if they cannot belong to the shard.
     """
     path, tokens = side_file(shard.path), shard.tokens
     if not path.is_file():
@@ -93,9 +93,9 @@ def side_counts(shard: Shard, table: ByteTable) -> np.ndarray | None:
 
 
 def returning(tokens: np.ndarray, tokenizer: Tokenizer) -> tuple[int, int]:
-    """Return how many documents are the same tokens when decoded and encoded again, and how many were tried.
+    """Return how many documents give the same tokens when decoded and re-encoded, and how many were tried.
 
-    Text of this tokenizer always is; that of another one, or with unknown or unused pieces, is not.
+    Text of this tokenizer always does; text of another one, or with unknown or unused pieces, does not.
     """
     documents, same = np.split(tokens, np.flatnonzero(tokens == BOS_ID))[1:] or [tokens], list[bool]()
     for document in documents[:: -(-len(documents) // _DOCUMENTS)]:
@@ -107,10 +107,10 @@ def returning(tokens: np.ndarray, tokenizer: Tokenizer) -> tuple[int, int]:
 
 
 def looks_foreign(shard: Shard, tokenizer: Tokenizer) -> bool:
-    """Return whether the beginning of a shard does not look like text of a tokenizer, and warn if so."""
+    """Return whether the start of a shard does not look like text of a tokenizer, and warn if so."""
     tokens = np.array(shard.tokens[:_SAMPLE])
     if int(tokens.max()) >= tokenizer.vocab_size:
-        return True  # an error wherever such a token is read
+        return True  # reading such a token is an error
     same, tried = returning(tokens, tokenizer)
     if foreign := 10 * same < 9 * tried:
         console.logger.warning(

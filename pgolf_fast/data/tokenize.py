@@ -38,7 +38,7 @@ _CHUNK_DOCUMENTS = 500
 _HASHES = 1 << 64
 _LINES = 'each line must be like {"text": "..."}'
 _QUIET_SECONDS = 10.0
-_ALONE_BYTES = 16_000_000  # of input, below which starting worker processes takes longer than it saves
+_ALONE_BYTES = 16_000_000  # of input; with less, starting worker processes takes longer than it saves
 
 
 def tokenize_files(
@@ -55,9 +55,9 @@ def tokenize_files(
     """Write the documents of `files` as shards and a tokenizer to `out`, and return counts.
 
     A .txt file is one document; .jsonl, .jsonl.gz and .jsonl.xz hold one in the "text" of each line.
-    Validation has the first `val_docs` documents, or a `val_fraction` (default: 0.05) of them by the hash of
-    their text, or that part of a single document. Without `tokenizer`, one of `vocab_size` pieces is trained
-    on the training documents. Raises `PgolfError` for bad input, and writes no shards then.
+    Validation gets the first `val_docs` documents, or a share `val_fraction` (default: 0.05) chosen by a hash
+    of their text; a single document is split. Without `tokenizer`, one with `vocab_size` pieces is trained
+    on the training documents. Raises `PgolfError` for bad input, without writing shards.
     """
     start = time.monotonic()
     need(shard_tokens >= 1, f"shard_tokens is {shard_tokens}; it must be at least 1")
@@ -73,7 +73,7 @@ def tokenize_files(
         workers = 1 if small else available_cores()
     with locked(folder / ".lock", f"{folder} is in use"):
         _check_folder(folder)  # another process may have been faster
-        for left in folder.glob(".tokenize-*"):  # by a process that was killed
+        for left in folder.glob(".tokenize-*"):  # left by a killed process
             shutil.rmtree(left, ignore_errors=True)
         # inside `out`: a rename is atomic within one file system
         with tempfile.TemporaryDirectory(prefix=".tokenize-", dir=folder) as temporary:
@@ -105,7 +105,7 @@ def _trained(plan: "Plan", files: Sequence[Path], vocab_size: int, prefix: Path)
         except BaseException as error:  # noqa: BLE001 - raised below, in the thread that waits
             trained.set_exception(error)
 
-    # SentencePiece says nothing, and Ctrl-C would wait for it
+    # SentencePiece prints nothing and blocks Ctrl-C
     threading.Thread(target=train, daemon=True).start()
     while not wait([trained], _QUIET_SECONDS).done:
         console.logger.info("training tokenizer: %s so far", console.duration(time.monotonic() - start))
@@ -278,7 +278,7 @@ def _text_of(line: bytes, path: Path, number: int) -> str:
 
 @dataclass(frozen=True)
 class Plan:
-    """A split: validation has the first documents, those with a low hash, or the end of the only one."""
+    """A split: validation gets the first documents, those with a low hash, or the end of a single one."""
 
     documents: int
     rule: str
@@ -302,7 +302,7 @@ def make_plan(files: Sequence[Path], val_fraction: float | None, val_docs: int |
     """Read all documents and choose validation: the first `val_docs`, or a share by the sha1 of their text.
 
     Each split gets a document unless the share is 0 or 1. Raises `PgolfError` if both are given, or there is
-    no text, or not enough of it.
+    not enough text.
     """
     if None not in (val_docs, val_fraction):
         raise PgolfError(f"val_docs {val_docs} and val_fraction {val_fraction} are two splits: give one")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
 
 SPACE = "\u2581"
-OPERATORS = "\ue001\ue002\ue003\ue004"  # pieces of CaseOps (PR 1729): where capitals were, no bytes of text
+OPERATORS = "\ue001\ue002\ue003\ue004"  # pieces of CaseOps (PR 1729) that mark capitals and have no bytes
 _PLAIN = str.maketrans(SPACE, " ", OPERATORS)
 _SENTENCES = (
     "The quick brown Fox can't jump over 13 lazy dogs; it costs $4,096 (or 50 %)!",
@@ -30,7 +30,7 @@ _SENTENCES = (
 )
 _BLOCK = 1 << 22  # tokens at a time: counting makes int64 arrays of them
 _SENTENCE_CHARS = 2000
-_TRAINING_CHARS = 256_000_000  # more would not change the vocabulary and has to be held in memory
+_TRAINING_CHARS = 256_000_000  # more would not change the vocabulary, and is held in memory
 
 
 class Tokenizer:
@@ -42,7 +42,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path | str) -> "Tokenizer":
-        """Load a .model file. Raises `PgolfError` if it is missing, no SentencePiece model, or loses text."""
+        """Load a .model file. Raises `PgolfError` if it is missing, of another format, or loses text."""
         from sentencepiece import SentencePieceProcessor
 
         path = Path(path)
@@ -52,7 +52,7 @@ class Tokenizer:
         try:
             processor.LoadFromSerializedProto(path.read_bytes())
         except (RuntimeError, OSError, TypeError) as error:
-            # a reason follows the place in SentencePiece's source, or there is none
+            # the reason, if any, follows the location in SentencePiece's source
             reason = re.sub(r"^[A-Z]+: |\S+\(\d+\) \[.*\] *", "", str(error)) or "it cannot be parsed"
             why = f"{path} is not a SentencePiece model ({reason}): give a .model file with --data.tokenizer"
             raise PgolfError(why) from error
@@ -127,15 +127,15 @@ def byte_table(tokenizer: Tokenizer) -> ByteTable:
 
 
 def plain_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    """Return the text of `ids` as it was, with a space for one that is spelled in bytes, as U+2581."""
+    """Return the original text of `ids`, with a space where the bytes of U+2581 encode one."""
     return tokenizer.decode(ids).translate(_PLAIN)
 
 
 def counting_fault(tokenizer: Tokenizer, table: ByteTable) -> str | None:
     """Return what is wrong with the bytes that `table` counts for known text, or None.
 
-    It may be normalized (white space, NFKC, case), but no character may get lost, and the count must be its
-    length in UTF-8. The space that opens a text need not count.
+    Text may be normalized (whitespace, NFKC, case), but no character may be lost, and the count must be its
+    length in UTF-8. A leading space need not be counted.
     """
     for text in _SENTENCES:
         ids = tokenizer.encode(text)
@@ -150,7 +150,7 @@ def counting_fault(tokenizer: Tokenizer, table: ByteTable) -> str | None:
     return None
 
 
-def _folded(text: str) -> list[str]:  # into what normalization keeps
+def _folded(text: str) -> list[str]:  # to what normalization preserves
     return unicodedata.normalize("NFKC", text.casefold()).split()
 
 

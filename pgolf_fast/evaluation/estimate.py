@@ -1,6 +1,6 @@
 """Windows, updates, operations and time of an evaluation, before it starts.
 
-Counts follow the evaluator's own chunks. Its code runs a sample of the same shapes, timed per operation.
+Counts follow the evaluator's own chunks. Times come from a sample of the same shapes, per operation.
 """
 
 import time

@@ -4,7 +4,7 @@ A chunk of windows is scored; then, unless it is the last, the adapter is given 
 which targets have been scored and hands out nothing else.
 
 Ranks divide the batches of a chunk, gather their losses, and all adapt on the same sequences in one order.
-So the result depends on the number of ranks only as far as the hardware does not repeat its own arithmetic.
+The result depends on the number of ranks only where the hardware's arithmetic is not reproducible.
 """
 
 from collections.abc import Callable, Sequence

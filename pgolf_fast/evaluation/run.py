@@ -33,8 +33,8 @@ def open_run(
 ) -> tuple[LoadedModel, Stream]:
     """Open everything that scoring reads: the run's model and the validation tokens of `config.data`.
 
-    A tokenizer that the run was trained with and that is gone is replaced by the copy in the run folder.
-    Raises PgolfError if weights or data are missing, or the tokens are of another tokenizer than the run's.
+    If the tokenizer that the run was trained with is gone, the copy in the run folder is used.
+    Raises PgolfError if weights or data are missing, or the tokens were made with another tokenizer.
     """
     folder.weights_file(weights)  # the first thing to complain about
     config = replace(config, data=present_data(folder, config.data))
@@ -43,7 +43,7 @@ def open_run(
 
 
 def present_data(folder: RunFolder, data: DataConfig) -> DataConfig:
-    """Return `data` with the run's own tokenizer if theirs is gone. Raises PgolfError if the shards are."""
+    """Return `data` with the run's copy of the tokenizer if it is gone. Raises PgolfError without shards."""
     own, named = folder.tokenizer_file, data.tokenizer
     if data.path is None:
         return data

@@ -1,7 +1,7 @@
 """Bits per byte of a token stream: losses of windows, batch by batch, summed in float64.
 
 The losses of all scored targets fill one float32 row in the order of the windows, and sums are taken over it.
-So a score depends on how windows are batched, divided among ranks and ordered only as far as a loss does.
+A score depends on batching, ranks and the order of windows only where the individual losses do.
 """
 
 import math
@@ -167,7 +167,7 @@ class Scorer:
 def _in_threads(function: Callable[[Batch], None], items: list[Batch], device: torch.device) -> Iterator:
     """Apply `function` to each item, on a CPU one item per thread, and yield after each.
 
-    No thread waits for another within an item, and its bits are the same for any number of threads.
+    Threads do not wait for each other within an item, and results are bit-identical for any thread count.
     """
     threads = torch.get_num_threads()
     if device.type != "cpu" or threads == 1:

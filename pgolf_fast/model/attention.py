@@ -93,7 +93,7 @@ def rope_tables(
 ) -> tuple[Tensor, Tensor]:
     """Return cos and sin, each (length, r/2) float32, for positions 0 .. length-1.
 
-    `context` (default: length) sets the base only: a text that grows token by token uses its final length's.
+    `context` (default: length) sets only the base: text that grows token by token uses its final length.
     """
     if torch.compiler.is_compiling():  # the graph keeps the tables; a cached function would only warn
         return _tables(config, length, context or length, device)

@@ -120,7 +120,7 @@ def sample(
 ) -> Tensor:
     """Draw a token id per row of logits (B, V) from softmax(logits / temperature) over the best top_k, (B,).
 
-    Temperature 0 takes the most likely. Raises PgolfError for negative ones, top_k below 1, NaN or infinity.
+    Temperature 0 is greedy. Raises PgolfError for negative ones, top_k below 1, NaN or infinity.
     """
     if temperature < 0:
         raise PgolfError(f"temperature is {temperature}; it must not be negative")

@@ -181,7 +181,7 @@ class GPT(nn.Module):
         """Run all blocks and the final norm, (B, T, D) -> (B, T, D).
 
         The second half adds outputs of the first in reverse order. With `last`, only so many positions leave
-        the last block, whose `attention` must return only these. `mlp` replaces the blocks' own MLP.
+        the last block, whose `attention` must return only those. `mlp` replaces the blocks' own MLP.
         """
         mlp = mlp or partial(self._mlp, banks)
         x0, n, encoders = x, self.config.num_layers, self.config.num_layers // 2

@@ -1,4 +1,4 @@
-"""Weights from files of many kinds, checked strictly against the model."""
+"""Weights from files of several formats, checked strictly against the model."""
 
 import re
 import warnings
@@ -15,7 +15,7 @@ from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import load_tensors
 
 Tensors = Mapping[str, Tensor]
-_FOREIGN = {  # how files begin that are taken for weights
+_FOREIGN = {  # first bytes of files that may be mistaken for weights
     rb"\Z": "empty: download or copy it again",
     rb"version https://git-lfs": "a Git LFS pointer, not the file itself: get that with `git lfs pull`",
     rb"\x89PGOLF": "an artifact, which holds no float weights: `pgolf eval` scores it as it is",
@@ -26,7 +26,7 @@ _FOREIGN = {  # how files begin that are taken for weights
     rb"\x1f\x8b|\xfd7zXZ|\x28\xb5\x2f\xfd|BZh|7z\xbc": "compressed: unpack it first",
 }
 _WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-_KNOWN = re.compile(r"(.*\.)?(tok_emb\.weight|qo_bank)")  # names of every model, with any prefix
+_KNOWN = re.compile(r"(.*\.)?(tok_emb\.weight|qo_bank)")  # names in every model, with any prefix
 _LAST = re.compile("ema|avg|average|swa|shadow|teacher|optim|muon|adam|moment|grad", re.IGNORECASE)
 
 
@@ -69,8 +69,8 @@ def read_weights(path: Path, key: str | None = None) -> dict[str, Tensor]:
     """Read the weights in a safetensors file or in what `torch.save` wrote, whatever the file is called.
 
     They may be an entry of a training checkpoint, and their names may have prefixes such as `module.`. Of
-    several sets, the one under `key` is taken, or the first that is no average; a log line names it. No
-    pickled code is run. Raises PgolfError saying what else the file is, or why its tensors are no weights.
+    several sets, the one under `key` is used, or the first that is not an average; the choice is logged. No
+    pickled code is run. Raises PgolfError that says why the file or its tensors cannot be used.
     """
     if path.is_dir():
         raise PgolfError(f"{path} is a folder, not a file of weights; `pgolf quantize` continues from a run")
@@ -103,11 +103,11 @@ def _unpickled(path: Path, head: bytes) -> object:
     if problem := next((what for begins, what in _FOREIGN.items() if re.match(begins, head)), None):
         raise PgolfError(f"{path} is {problem}")
     try:
-        # an open file, since torch takes the suffix .safetensors at its word
+        # an open file, because torch.load trusts the suffix .safetensors
         with warnings.catch_warnings(), open(path, "rb") as file:
             warnings.simplefilter("ignore")
             return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001 - of many types; their texts advise to load unsafely
+    except Exception as error:  # noqa: BLE001 - many types; their messages suggest unsafe loading
         text = str(error)
     why = "it is damaged, truncated or not of torch.save: download or copy it again"
     if asked := re.search(r"GLOBAL ([\w.]+)", text):
@@ -125,7 +125,7 @@ def _sets(tree: object) -> dict[str, dict[str, Tensor]]:
     sets: dict[str, dict[str, Tensor]] = {}
     largest: dict[str, Tensor] = {}
     queue, seen = [("", tree)], set[int]()
-    for place, node in queue:  # which grows meanwhile
+    for place, node in queue:  # the loop appends to it
         if isinstance(node, Mapping) and id(node) not in seen:
             seen.add(id(node))
             queue += [(f"{place}{name}.", inner) for name, inner in node.items()]

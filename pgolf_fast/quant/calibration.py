@@ -75,7 +75,7 @@ def self_generate(model: GPT, config: QuantConfig, seq_len: int) -> Tensor:
         else:
             logits = decoder.step(tokens)
             if not bool(logits.isfinite().all()):
-                _Grams(model).add_text(part[:, :position])  # names the block
+                _Grams(model).add_text(part[:, :position])  # raises an error that names the block
             tokens = sample(logits, temperature=config.temperature, generator=generator)
         part[:, position] = tokens
     return text

@@ -31,7 +31,7 @@ def gptq(
     sum of x^T x, up to a factor. Columns go in descending order of the Hessian's diagonal, to which `damping`
     times its mean is added; row scales are searched as in `quantize_rows` (PR 1501). Rows are independent, so
     a group with all its candidate scales takes one pass and one factorization.
-    A CPU holds one group in memory. On a GPU all groups of one shape run at once: one is too little work.
+    On a CPU, one group is in memory at a time. On a GPU, all groups of one shape run at once to fill it.
     Raises PgolfError for shapes that do not fit, non-finite values, or as `inverse_factor` does.
     """
     results = {}

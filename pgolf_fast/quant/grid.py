@@ -127,7 +127,7 @@ class _Round(torch.autograd.Function):
 def fake_quantize_rows(weight: Tensor, clip_range: int = 31, *, scale_floor: bool = True) -> Tensor:
     """Round `weight` (..., R, C) to its rows' grids, in its dtype; gradients pass straight through.
 
-    Steps are max |row| / clip_range, with `scale_floor` at least 1 / clip_range; codes from -clip_range - 1.
+    Steps are max |row| / clip_range, with `scale_floor` at least 1 / clip_range; codes >= -clip_range - 1.
     """
     with torch.no_grad():
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))

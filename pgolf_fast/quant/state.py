@@ -122,7 +122,7 @@ class QuantizedState:
     def from_named(cls, named: Tensors, bits: Mapping[str, Any]) -> QuantizedState:
         """Rebuild the state from `to_named()` and `bits()`.
 
-        Raises PgolfError for parts that are missing, misshapen or of no matrix, or bits outside 2 to 8.
+        Raises PgolfError for missing parts, wrong shapes, parts of no known matrix, or bits outside 2 to 8.
         """
         tensors: dict[str, Stored] = {}
         for name, tensor in named.items():

@@ -1,4 +1,4 @@
-"""Setup and checkpoints of a run, what resuming needs of them, and import of published weights."""
+"""Checkpoints of a run, checks before it is resumed, and import of published weights."""
 
 import re
 from pathlib import Path
@@ -19,8 +19,8 @@ from pgolf_fast.model.weights import load_weights, need_finite, read_weights
 from pgolf_fast.quant.state import is_slot, rebank
 
 _KEEP = 2  # one to fall back to if the newest turns out damaged
-# Settings that a resumed run may change: its length, reports and rates, what comes after it but the grid of
-# quantization-aware training, and the place of its data, whose tokens the loader compares.
+# Settings that a resumed run may change: its length, logging and rates, later stages except for the grid of
+# quantization-aware training, and the location of its data, whose tokens the loader compares.
 _MAY_CHANGE = re.compile(
     r"name|quant\.(?!bits$|grid$).*|(optim|pack|eval|ttt|kernels)\..*|data\.(path|tokenizer)|train\.(steps|"
     r"max_seconds|log_every|val_every|checkpoint_minutes|compute_dtype|compile|cuda_graph|micro_batch_tokens)"
@@ -61,7 +61,7 @@ class Checkpoint(NamedTuple):
 
 
 def check_folder(folder: RunFolder, config: RunConfig, resume: bool) -> list[str]:
-    """Return what differs from the run in the folder. Raises PgolfError if it cannot be continued so."""
+    """Return what differs from the run in the folder. Raises PgolfError if it cannot be continued."""
     kept = bool(checkpoints(folder.checkpoints)) or folder.model_file.is_file()
     if not resume and (kept or folder.config_file.is_file()):
         hint = "pass --resume to continue it, or choose another --out"
@@ -75,9 +75,9 @@ def check_folder(folder: RunFolder, config: RunConfig, resume: bool) -> list[str
 
 
 def newest_whole(folder: RunFolder, config: RunConfig) -> Checkpoint | None:
-    """Return the newest checkpoint that is whole and has the settings of `config`; None without any.
+    """Return the newest intact checkpoint with the settings of `config`, or None if there are none.
 
-    Warns of newer ones. Raises PgolfError if there are checkpoints, and none can be used.
+    Warns about newer ones. Raises PgolfError if there are checkpoints but none can be used.
     """
     damaged: dict[Path, str] = {}
     for path in reversed(checkpoints(folder.checkpoints)):
@@ -101,7 +101,7 @@ def newest_whole(folder: RunFolder, config: RunConfig) -> Checkpoint | None:
 
 
 def _changes(before: RunConfig, now: RunConfig) -> tuple[list[str], list[str]]:
-    """Return what differs between two configurations, and what of this a resumed run must not change."""
+    """Return what differs between two configurations, and which of these a resumed run must not change."""
     old, new = dict(flatten(before)), dict(flatten(now))
     changed = {
         name: f"{name} was {old.get(name)!r} and is {new.get(name)!r}"

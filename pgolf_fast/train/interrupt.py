@@ -44,7 +44,7 @@ class Interrupts:
             signal.signal(number, before)
 
     def allow(self, *, at_once: bool) -> None:
-        """Choose whether a signal raises Interrupted at once, as far as no other rank waits for this one."""
+        """Choose whether a signal raises Interrupted at once, if no other rank waits for this one."""
         self._at_once = at_once and self._alone
         if self._at_once and self.number:
             raise Interrupted(self.number)
@@ -55,7 +55,7 @@ class Interrupts:
                 os._exit(128 + number)
             return
         self.number, self._since = number, time.monotonic()
-        if self._alone:  # the system ends the process at the second signal, even inside a long operation
+        if self._alone:  # the system ends the process at a second signal, even in a long operation
             for known in self._before:
                 signal.signal(known, signal.SIG_DFL)
         if self._at_once:

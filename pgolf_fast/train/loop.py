@@ -43,7 +43,7 @@ class TrainResult:
     raw: Score
     averaged: Score
     is_main: bool
-    unfinished: tuple[str, ...] = ()  # what of its schedule the run did not reach
+    unfinished: tuple[str, ...] = ()  # parts of its schedule that the run did not reach
     keeps_raw: bool = False
     """The folder keeps the raw weights, which a Reptile phase made, and not the average it started from."""
 
@@ -66,11 +66,11 @@ class TrainResult:
 
 
 def train(config: RunConfig, out: Path, *, resume: bool = False, track: Tracking = None) -> TrainResult:
-    """Train `config` into the folder `out`. With `resume`, continue from its newest whole checkpoint, if any.
+    """Train `config` in the folder `out`. With `resume`, continue from the newest intact checkpoint, if any.
 
     With `track`, send metrics to that tracker too. Raises PgolfError for a folder that holds another run or
-    is in use, data that does not fit, a tracker that does not start, or a non-finite loss; Interrupted, a
-    KeyboardInterrupt, after SIGINT, SIGTERM or SIGHUP, for which it writes a checkpoint.
+    is in use, data that does not fit, a tracker that does not start, or a non-finite loss. After SIGINT,
+    SIGTERM or SIGHUP, writes a checkpoint and raises Interrupted, a KeyboardInterrupt.
     """
     if track is not None:
         need_tracker(track)
@@ -181,7 +181,7 @@ class _Run:
                 self._save()
             stop.args = (f"{stop} after step {self.trainer.step}; {self._kept()}",)
             raise
-        except PgolfError as error:  # the disk is full, a shard was changed
+        except PgolfError as error:  # for example, a full disk or a changed shard
             if self.unsaved:
                 with contextlib.suppress(PgolfError, OSError):
                     self._write_checkpoint()
@@ -227,7 +227,7 @@ class _Run:
             return
         t.restore(checkpoint.tensors, checkpoint.metadata, str(checkpoint.path))
         if self.world.is_main:  # settings and data have passed all checks
-            for path in checkpoint.damaged:  # new checkpoints would be taken for older than these
+            for path in checkpoint.damaged:  # else new checkpoints would look older than these
                 path.replace(path.with_name(f"{path.name}.damaged"))
             saved.write_setup(self.folder, c, self.source)
         self.log.start_at(t.step, t.elapsed)
@@ -269,7 +269,7 @@ class _Run:
         self._save()
 
     def _agree(self, seconds: float) -> tuple[float, int]:
-        """Return the main rank's seconds, and a signal if any rank got one, else 0, on every rank."""
+        """Return, on every rank, the main rank's seconds and a signal that any rank received, or 0."""
         stop = self.stop.number
         ours = [seconds if self.world.is_main else 0.0, float(stop > 0)]
         seconds, stopped = self.world.sum_(torch.tensor(ours, dtype=torch.float64)).tolist()
@@ -358,7 +358,7 @@ class _Run:
         return TrainResult(self.folder, *numbers, tuple(unfinished), t.in_reptile)
 
     def _unfinished(self) -> list[str]:
-        """Return what the limit on steps or time left out of the schedule, as ends of sentences."""
+        """Return the parts of the schedule that the step or time limit cut off, as sentence endings."""
         t, c = self.trainer, self.config.train
         texts = []
         if not t.schedule.over(t.step, t.elapsed):

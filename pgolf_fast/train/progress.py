@@ -1,4 +1,4 @@
-"""The clock of training, without pauses of the process, and its progress lines."""
+"""A clock for training that excludes pauses of the process, and progress lines."""
 
 import resource
 import statistics
@@ -13,11 +13,11 @@ from pgolf_fast.config.schema import TrainConfig
 from pgolf_fast.distributed import World
 from pgolf_fast.train.trainer import StepResult
 
-_PAUSE = 2.0  # seconds; a shorter step is never taken for a pause
+_PAUSE = 2.0  # seconds; a shorter step is never treated as a pause
 
 
 class StepClock:
-    """Measures steps. One in which the process was stopped, or its machine asleep, counts as a usual one."""
+    """Measures steps. One during which the process or machine was suspended counts as a typical one."""
 
     def __init__(self) -> None:
         self._recent: deque[float] = deque(maxlen=20)
@@ -29,7 +29,7 @@ class StepClock:
         """Return the seconds since `start` that count as training time."""
         wall, busy = time.perf_counter() - self._wall, time.process_time() - self._busy
         usual = statistics.median(self._recent) if self._recent else wall
-        # a step that takes long because something compiles keeps a processor busy; a pause does not
+        # a step that is slow because of compilation keeps a processor busy; a pause does not
         if wall > max(5 * usual, _PAUSE) and busy < wall / 2:
             paused = console.duration(wall - usual)
             console.logger.warning(f"the process was paused for {paused}, which is no training time")
@@ -39,21 +39,21 @@ class StepClock:
 
 
 class StepLog:
-    """The progress line, every train.log_every steps, and more often if these take long."""
+    """The progress line, every train.log_every steps, and more often if steps are slow."""
 
     def __init__(self, config: TrainConfig, world: World):
         self.config, self.world = config, world
         self._since, self._tokens, self._line = (0, 0.0), 0, time.monotonic()
 
     def start_at(self, step: int, elapsed: float) -> None:
-        """Measure from here on: an earlier process made the steps before."""
+        """Measure from this step on; an earlier process ran the previous ones."""
         self._since = (step, elapsed)
 
     def after_step(self, result: StepResult, elapsed: float, *, last: bool) -> None:
         """Count a step, and log the line if it is due."""
         step, c = result.step, self.config
         self._tokens += result.tokens
-        limit = 10.0 if sys.stderr.isatty() else 60.0  # more lines where somebody watches them
+        limit = 10.0 if sys.stderr.isatty() else 60.0  # more often on a terminal
         waited = time.monotonic() - self._line >= limit
         if not (step == 1 or step % c.log_every == 0 or last or waited):
             return

@@ -130,7 +130,7 @@ class Trainer:
     def launch(self) -> PendingStep:
         """Launch one optimizer step without waiting for the GPU.
 
-        A non-finite number raises NonFiniteError: on the CPU here, before any update, else in the result.
+        A non-finite number raises NonFiniteError: on a CPU here, before any update; on a GPU, in the result.
         """
         if self.reptile is not None and (self.in_reptile or self.schedule.over(self.step, self.elapsed)):
             return self._outer_step(self.reptile)

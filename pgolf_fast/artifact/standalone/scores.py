@@ -182,7 +182,7 @@ def read_shards(folder: str, kind: str) -> np.ndarray:
 
 
 def validation_tokens(folder: str, length: int, limit: int | None) -> np.ndarray:
-    """Return a whole number of sequences plus one token, and the bytes of each by side files (2, tokens)."""
+    """Return a whole number of sequences plus one token, with byte counts from side files, (2, tokens)."""
     tokens, side = read_shards(folder, "val"), read_shards(folder, "val_bytes")
     if len(side) not in (0, len(tokens)):
         sys.exit(f"{folder} has {len(tokens)} validation tokens, but side files for {len(side)}")

@@ -51,7 +51,7 @@ class Descent(Learner):
     """Clipped gradient steps on the parameters of a `borrowed` model (PR 1501).
 
     Each chunk is passed over `epochs` times in batches of sequences, in order, without a shorter last one.
-    Optimizer state is kept across chunks. Forward reads copies written at each update. Nothing awaits a GPU.
+    Optimizer state is kept across chunks. Forward reads copies made at each update. Nothing waits for a GPU.
     """
 
     MOMENTS: tuple[str, ...]

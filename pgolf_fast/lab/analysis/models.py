@@ -120,7 +120,7 @@ def _config(path: Path, folder: RunFolder | None, named: RunConfig | None) -> Ru
     """Return the configuration in a file, else `named`, else that of the run folder."""
     if path.is_file():
         metadata: dict = {}
-        with contextlib.suppress(PgolfError):  # of torch.save
+        with contextlib.suppress(PgolfError):  # a torch.save file
             metadata = load_metadata(path)
         if "config" in metadata:
             return run_config_from_dict(metadata["config"])

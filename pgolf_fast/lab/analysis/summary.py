@@ -11,7 +11,7 @@ from pgolf_fast.config.checks import need
 from pgolf_fast.console import Table, number
 
 DARK = "_dark"  # suffix of the name of a plot for dark pages
-Format = str | Callable[[Any], object]  # of a number, or a function that returns the cell
+Format = str | Callable[[Any], object]  # for a number, or a function that returns the cell
 Column = tuple[str, str, Format]  # header, key of the value, format
 Bars = Mapping[str, Sequence[float]]
 

@@ -49,7 +49,7 @@ sys.addaudithook(hook)
 exec(compile(code, "<audited>", "exec"), {"__name__": "__main__"})
 """
 NETWORK = ("socket.connect", "socket.getaddrinfo", "socket.bind", "socket.sendto")
-_HOMES = ("PYTHONHOME", "PYTHONUSERBASE")  # places of Python and its packages
+_HOMES = ("PYTHONHOME", "PYTHONUSERBASE")  # locations of Python and its packages
 PROGRAMS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn")
 
 
@@ -76,8 +76,8 @@ def run_guarded(
     """Run a program in a separate Python process in the folder `cwd`, with `arguments` as sys.argv.
 
     Deny it paths that match `files`, imports of `modules`, and the Python audit events `events`. With
-    `needs`, packages that it may import, it has nothing else of this process's import path and settings of
-    Python: the outcome depends neither on the working directory nor on PYTHONPATH.
+    `needs`, it can import only those packages and inherits no import path or Python settings, so the
+    outcome does not depend on the working directory or PYTHONPATH.
     """
     paths = [os.path.abspath(p) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
     usable = [p for p in paths if any(Path(p, name).is_dir() for name in needs)]
@@ -85,7 +85,7 @@ def run_guarded(
     kept = {k: v for k, v in os.environ.items() if not (needs and k.startswith("PYTHON")) or k in _HOMES}
     here = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     if cwd is not None:
-        here["TMPDIR"] = str(cwd)  # PyTorch writes to the temporary folder to find out whether it can
+        here["TMPDIR"] = str(cwd)  # PyTorch writes to the temporary folder to test whether it can
     with TemporaryDirectory() as folder:
         log = Path(folder).resolve() / "seen.json"
         asked = {"log": str(log), "files": list(files), "modules": list(modules), "events": list(events)}

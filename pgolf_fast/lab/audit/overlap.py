@@ -12,10 +12,10 @@ import numpy as np
 from pgolf_fast import console
 from pgolf_fast.data.shards import BOS_ID, Shard, find_shards
 
-_NGRAM, _NEAR, _FEW = 13, 0.8, 8  # tokens; share and least number of the n-grams of a near copy
+_NGRAM, _NEAR, _FEW = 13, 0.8, 8  # tokens; minimum share and number of n-grams of a near copy
 _BLOCK = 1_000_000  # tokens at a time; a document of more than 16 blocks is cut
-_SAMPLE = 1 << 20  # n-grams to compare; of more, those with certain hashes, which are a fair sample
-_FACTOR, _SHIFT = np.uint64(0x9E3779B97F4A7C15), np.uint64(40)  # of hashes; 24 bits are left for the filter
+_SAMPLE = 1 << 20  # n-grams to compare; if there are more, a sample chosen by hash
+_FACTOR, _SHIFT = np.uint64(0x9E3779B97F4A7C15), np.uint64(40)  # for hashes; leaves 24 bits for the filter
 _CODES = np.random.default_rng(_NGRAM).integers(0, 1 << 64, 1 << 16, dtype=np.uint64)
 
 
@@ -24,14 +24,14 @@ class Overlap:
     """Validation documents, and those of them that are in the training shards."""
 
     documents: int
-    copies: int  # the same tokens
-    near: int  # others with most of their n-grams there
+    copies: int  # with the same tokens
+    near: int  # others that share most of their n-grams
     complete: bool  # all training tokens were read
     text: str
 
     @property
     def by_chance(self) -> bool:
-        """Whether a right split may have this much: a crawl holds some pages twice, and many alike."""
+        """Whether a correct split may have this much: crawls contain duplicate and similar pages."""
         return self.copies <= self.documents // 1000 and self.near <= self.documents // 20
 
 
@@ -55,7 +55,7 @@ def find_overlap(folder: Path | str, *, ngrams: bool = True, seconds: float = ma
             hashes.append(hashed[hashed % every == 0])
     keys, which = np.unique(np.concatenate(hashes), return_inverse=True)
     seen, known = np.zeros(len(keys), np.bool_), np.zeros(1 << 24, np.bool_)
-    known[keys >> _SHIFT] = True  # a filter: to search for every n-gram would take twice as long
+    known[keys >> _SHIFT] = True  # a filter: searching for every n-gram takes twice as long
     found, first, compared, steps = set(), "", 0, sum(-(-shard.num_tokens // _BLOCK) for shard in train) + 1
     for at, block in console.progress(_blocks(train), "comparing", total=steps, unit="M tokens"):
         for begin, _, digest in _documents(block):
@@ -84,7 +84,7 @@ def find_overlap(folder: Path | str, *, ngrams: bool = True, seconds: float = ma
 
 
 def _blocks(shards: Sequence[Shard]) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield blocks of whole documents, across the borders of shards, each with its position."""
+    """Yield blocks of whole documents, across shard boundaries, each with its position."""
     rest, at = np.zeros(0, np.uint16), 0
     for shard in shards:
         for low in range(0, shard.num_tokens, _BLOCK):

@@ -54,7 +54,7 @@ RULES: dict[str, tuple[str, Callable[[Audit], AuditFinding]]] = {
 }
 
 
-# What rules of losses say of a model with NaN: order and number of scores and updates cannot be seen then
+# Verdicts for a model with NaN: without losses, order and number of scores and updates are unknown
 _NAN = dict.fromkeys(("C1", "C7", "C15"), fails)
 _NAN |= dict.fromkeys(("C2", "C3", "C4", "C5", "C16", "C17"), undecided)
 

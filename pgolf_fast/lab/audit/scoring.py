@@ -122,12 +122,12 @@ def byte_counts(
     *,
     exact: bool = True,
 ) -> AuditFinding:
-    """C13: check that counted bytes are those of the text: of known text, and of documents over the split.
+    """C13: check that byte counts match the text, for known text and for documents across the split.
 
-    counts: bytes of the targets tokens[1:] as they are scored, by default those of `table`. They are compared
-    with the length in UTF-8 of each document's text, which must be these tokens when it is encoded again. A
-    leading space of a document does not count. Side files count text before it is normalized, so unless
-    `exact`, the documents together may differ by SIDE_SHARE.
+    counts: bytes of the targets tokens[1:] as they are scored, by default from `table`. They are compared
+    with the UTF-8 length of each document's text, and most documents must give the same tokens when encoded
+    again. A leading space of a document is not counted. Side files count text before it is normalized, so
+    unless `exact`, the total may differ by SIDE_SHARE.
     """
     if fault := counting_fault(tokenizer, table):
         return fails(f"known text: {fault}")

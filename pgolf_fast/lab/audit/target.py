@@ -48,7 +48,7 @@ class AuditTarget:
     train: submission.Train = train
     requantize: submission.Requantize = submission.requantize
     limit_bytes: int = PackConfig.limit_bytes
-    side_bytes: np.ndarray | None = None  # bytes of the targets of `validation` by side files, (N,)
+    side_bytes: np.ndarray | None = None  # bytes of the targets of `validation` from side files, (N,)
     train_limit: float | None = None  # seconds
     eval_limit: float | None = None  # seconds
 

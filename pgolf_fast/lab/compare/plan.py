@@ -78,7 +78,7 @@ def make_variants(base: RunConfig, flips: Sequence[Sequence[str]]) -> dict[str, 
         _check_flip(base, config, words)
         if same := next((name for name, other in variants.items() if other == config), None):
             raise PgolfError(f"--flip {' '.join(words)} is the same as {same}: leave one out")
-        # It names a folder too, which another spelling of the same values must find again
+        # It also names a folder, which must be the same for every spelling of the values
         values = dict(flatten(config))
         spelled = "+".join(f"{name}={_spell(values[name])}" for name in map(field_name, words))
         variants[spelled.replace("/", "_")] = config

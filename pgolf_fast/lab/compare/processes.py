@@ -150,7 +150,7 @@ def main() -> int:
         run_job(Path(sys.argv[1]))
     except KeyboardInterrupt:
         return 130
-    except Exception as error:  # noqa: BLE001 - whatever it is, the parent shows one line
+    except Exception as error:  # noqa: BLE001 - the parent reports any error in one line
         if os.environ.get("PGOLF_TRACEBACK"):
             traceback.print_exc()
         status, reason = explain(error, "lower train.micro_batch_tokens")

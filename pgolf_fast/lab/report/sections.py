@@ -122,7 +122,7 @@ def write_report(folder: RunFolder, out: Path) -> Path:
 
 
 def _guarded(make: Callable[[RunRecord], Section], run: RunRecord) -> Section:
-    """Make a section, or say that its files do not hold what belongs there: anyone may have edited them."""
+    """Make a section, or report that its files are invalid, as they may have been edited."""
     title = TITLES.get(make.__name__, make.__name__.replace("_", " ").capitalize())
     try:
         return make(run)
