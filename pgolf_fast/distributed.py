@@ -94,7 +94,7 @@ def _integer(name: str, default: int) -> int:
     try:
         return int(os.environ.get(name, default))
     except ValueError:
-        raise PgolfError(f"{name} is {os.environ[name]!r}, which is no number; {_LEFT_OVER}") from None
+        raise PgolfError(f"{name} is {os.environ[name]!r}, which is not an integer; {_LEFT_OVER}") from None
 
 
 def this_process() -> World:

@@ -145,7 +145,7 @@ def well_formed(path: Path) -> Iterator[None]:
 def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
     """Write `value` as JSON, atomically. Raises PgolfError naming the entry that is NaN or infinite."""
     if wrong := _not_finite(value):
-        raise PgolfError(f"{path} is not written: {wrong[0]} is {wrong[1]}, which is no result")
+        raise PgolfError(f"{path} is not written: {wrong[0]} is {wrong[1]}")
     write_text(path, json.dumps(value, indent=indent) + "\n")
 
 

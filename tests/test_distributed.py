@@ -31,7 +31,7 @@ def joined(monkeypatch):
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"WORLD_SIZE": ""}, "WORLD_SIZE is '', which is no number"),  # int('') is a ValueError
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE is '', which is not an integer"),  # int('') is a ValueError
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
         ({"RANK": "x"}, "RANK is 'x'"),
         ({"RANK": "1"}, "RANK is 1 and WORLD_SIZE is 1"),  # would train, and write nothing

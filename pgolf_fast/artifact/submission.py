@@ -125,7 +125,7 @@ def _warnings(config: RunConfig, about: About, scores: dict[str, Any]) -> list[s
     if not math.isclose(count, OFFICIAL_BYTES, rel_tol=1e-3):
         warnings.append(
             f"the scores are of {count:,} bytes of text, the challenge's validation set has about "
-            f"{OFFICIAL_BYTES:,}: they do not compare with scores of the challenge"
+            f"{OFFICIAL_BYTES:,}: they are not comparable with scores of the challenge"
         )
     if config.data.path or config.data.tokenizer:
         warnings.append(f"{ARTIFACT} names a folder of this machine: pack and score the run again")

@@ -61,7 +61,7 @@ class Info:
             found = find_overlap(self.folder, ngrams=self.overlap, seconds=seconds)
             print(f"overlap: {found.text}{'' if found.complete else '; --overlap compares all'}")
             if found.copies or not found.by_chance:
-                print("WARNING: validation text is in the training data, so scores on it are too good")
+                print("WARNING: validation text is in the training data, so scores on it are too optimistic")
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,7 @@ def check(command: str, options: Any) -> None:
     paths = (p for value in vars(options).values() for p in (value if isinstance(value, tuple) else (value,)))
     for path in paths:
         if isinstance(path, Path) and path.is_fifo() and path.parts[1:2] != ("dev",):  # not <(command)
-            raise PgolfError(f"{path} is a named pipe, whose writer may never come: give a file")
+            raise PgolfError(f"{path} is a named pipe: give a regular file")
     if is_preset(str(getattr(options, "preset", ""))) and hasattr(options, "fields"):
         preset_with(options.preset, options.shrink, options.fields)
 

@@ -39,11 +39,11 @@ class Script:
             number = next(i for i, c in enumerate(self.commands, 1) if c is chosen)
             yield f"command {number} of {len(self.commands)} is translated; --command N chooses another:"
             for i, c in enumerate(self.commands, 1):
-                case = "" if c.taken else " in a case not taken"
+                case = "" if c.taken else " in a branch that is not taken"
                 yield f"  {i}: line {c.line}{case}, {c.program}: {_differences(c, chosen)}"
         if self.unread:
             places = ", ".join(f"{name} (line {line})" for name, line in self.unread.items())
-            yield f"seen, but not read as a variable of a command: {places}"
+            yield f"mentioned, but not set for any command: {places}"
         unknown = [n for n, w in chosen.variables.items() if n not in FIELDS and w.note != NOT_EXPORTED]
         if unknown:
             yield f"unknown, not translated: {', '.join(sorted(unknown))}"

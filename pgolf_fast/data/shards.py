@@ -54,7 +54,7 @@ def open_shard(path: Path | str) -> Shard:
     except OSError as error:
         why = f"cannot read shard {path}: {error.strerror}; give the path of a .bin token file"
         raise PgolfError(why) from error
-    hint = "it was cut short or is no shard; download or tokenize it again"
+    hint = "it is truncated or not a shard; download or tokenize it again"
     why = f"{path} has {size} bytes, less than the {HEADER_BYTES}-byte header of a shard: {hint}"
     need(size >= HEADER_BYTES, why)
     magic, version, count = (int(v) for v in header.view("<i4")[:3])
@@ -129,7 +129,7 @@ def warn_of_others(folder: Path) -> None:
     shards = [*shard_paths(folder, "train"), *shard_paths(folder, "val")]
     if others := sorted({*folder.glob("[!.]*.bin")}.difference(shards, map(side_file, shards))):
         names = ", ".join(path.name for path in others[:5]) + ", ..." * (len(others) > 5)
-        logger.warning("%s: not read, for no shard has such a name: %s", folder, names)
+        logger.warning("%s: ignored, because shards are not named like this: %s", folder, names)
 
 
 def find_shards(folder: Path | str, split: Split) -> list[Shard]:

@@ -32,7 +32,9 @@ class StepClock:
         # a step that is slow because of compilation keeps a processor busy; a pause does not
         if wall > max(5 * usual, _PAUSE) and busy < wall / 2:
             paused = console.duration(wall - usual)
-            console.logger.warning(f"the process was paused for {paused}, which is no training time")
+            console.logger.warning(
+                f"the process was paused for {paused}, which does not count as training time"
+            )
             return usual
         self._recent.append(wall)
         return wall

@@ -281,7 +281,7 @@ def test_all_is_said_but_no_secret(capsys, tmp_path):
     assert "not supported" in rows["TIE_EMBEDDINGS=0"]
     assert "command 1 of 2 is translated; --command N chooses another:" in out
     assert "2: line 7, train_gpt.py: SEED=2 EMA_DECAY=0.99 without TIE_EMBEDDINGS NUM_LAYERS" in out
-    assert "seen, but not read as a variable of a command: NUM_KV_HEADS (line 2)" in out
+    assert "mentioned, but not set for any command: NUM_KV_HEADS (line 2)" in out
     assert "model.ve_layers is (7, 8, 9) instead of (7, 8, 9, 10)" in out
 
 
@@ -302,7 +302,7 @@ def test_branches_not_taken_are_listed_and_not_mixed_in(capsys, tmp_path):
     text += "SEED=3 python train.py"
     _, out, _ = config(capsys, script(tmp_path, text))
     assert "command 2 of 2 is translated" in out
-    assert "1: line 3 in a case not taken, train.py: ITERATIONS=10 TRIGRAM=0 without SEED" in out
+    assert "1: line 3 in a branch that is not taken, train.py: ITERATIONS=10 TRIGRAM=0 without SEED" in out
     assert out.splitlines()[-1] == "pgolf train exp101_as_run --train.seed 3"
 
 
@@ -321,7 +321,7 @@ def test_names_that_are_only_seen_are_named(text, capsys, tmp_path):
     """A reader that looks at assignments only says "no known variables", with status 0."""
     status, out, err = config(capsys, script(tmp_path, text))
     assert status == 2
-    assert "seen, but not read as a variable of a command: SEED (line" in out
+    assert "mentioned, but not set for any command: SEED (line" in out
     assert err.count("\n") == 1
     assert "no variable of" in err
 

@@ -160,7 +160,7 @@ def test_only_names_of_shards_are_shards(tmp_path: Path) -> None:
         find_shards(tmp_path, "train")
     with warnings_of() as said:
         warn_of_others(tmp_path)
-    assert said == [f"{tmp_path}: not read, for no shard has such a name: {', '.join(others)}"]
+    assert said == [f"{tmp_path}: ignored, because shards are not named like this: {', '.join(others)}"]
 
 
 def test_missing_folder_and_missing_shards(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def test_a_pause_of_the_process_is_no_training_time(monkeypatch, lines):
     """Counted, 12 s of SIGSTOP would be most of a 20 s schedule; capped at five steps, still a lot."""
     usual = [(0.5, 0.9)] * 5
     assert measured(monkeypatch, [*usual, (12.5, 0.9), (0.5, 0.9)]) == pytest.approx([0.5] * 7)
-    assert lines == ["the process was paused for 12.0s, which is no training time"]
+    assert lines == ["the process was paused for 12.0s, which does not count as training time"]
 
 
 @pytest.mark.parametrize(
