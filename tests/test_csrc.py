@@ -71,6 +71,7 @@ def check_survival(driver, executions, mebibytes):
     assert done / 20 < accepted  # inputs must get past the first checks to be worth running
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_survives_damaged_input(target, drivers):
     check_survival(drivers / f"fuzz_{target}", *TARGETS[target])

@@ -48,6 +48,7 @@ def assert_no_problem(rows):
         assert not multiplies[row["kernel"]] or row["tensor_core"] > 0, row
 
 
+@pytest.mark.slow
 def test_representative_kernels_compile_for_hopper():
     code = f"""
 import json

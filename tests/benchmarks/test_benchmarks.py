@@ -252,6 +252,7 @@ def test_rehearsal_preset_is_small():
     assert tiny().model.num_parameters() < 2_000_000
 
 
+@pytest.mark.slow
 def test_calibration_benchmark_runs(tmp_path):
     """The short proof of the export benchmark; the slow test runs all of its parts."""
     out = tmp_path / "export.json"

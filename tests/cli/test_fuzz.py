@@ -5,7 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.slow
 def test_odd_command_lines_end_in_one_line(tmp_path):
     program = [sys.executable, str(Path(__file__).with_name("fuzz.py"))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
