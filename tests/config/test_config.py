@@ -161,6 +161,13 @@ def test_impossible_configurations_say_why(make, message):
         make()
 
 
+@pytest.mark.parametrize("value", ["nan", "inf", float("-inf")])
+@pytest.mark.parametrize("name", ["optim.adam_eps", "model.mlp_mult", "model.rope_base", "train.qat.below"])
+def test_numbers_are_finite(name, value):
+    with pytest.raises(PgolfError, match=f"{name} is -?(nan|inf); it must be finite"):
+        set_fields(exp101(), {name: value})
+
+
 def test_a_preset_name_may_carry_a_size():
     assert preset("exp105a_tiny") == shrink(exp105a(), "tiny")
     assert preset("exp105a_tiny").name == "exp105a_tiny"
