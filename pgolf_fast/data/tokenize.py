@@ -133,10 +133,9 @@ def _check_folder(folder: Path, given: Tokenizer | None) -> None:
     manifest, model = folder / "manifest.json", folder / "tokenizer.model"
     if not (manifest.is_file() and b"pgolf shards" in manifest.read_bytes()):  # not made here
         same = given is not None and model.is_file() and model.read_bytes() == given.path.read_bytes()
-        theirs = [
-            path for path in (manifest, model) if os.path.lexists(path) and not (path == model and same)
-        ]
-        need(not theirs, f"{theirs and theirs[0]} would be replaced: move it away or choose another folder")
+        for path in (manifest,) if same else (manifest, model):
+            why = f"{path} would be replaced: move it away or choose another folder"
+            need(not os.path.lexists(path), why)
     need(os.access(folder, os.W_OK), f"cannot write to {folder}: make it writable or choose another folder")
 
 

@@ -17,6 +17,7 @@ from pgolf_fast.config.presets import (
     small,
     tiny,
 )
+from pgolf_fast.config.run_folder import SCORES, read_scores
 from pgolf_fast.config.schema import (
     DataConfig,
     EvalConfig,
@@ -196,3 +197,16 @@ def test_unknown_adapters_are_answered_with_the_nearest():
     names = adapters(256)
     assert all(name in names for name in ("sgd", "lora", "phased", "adamw-quantized"))
     assert "did you mean adamw-quantized?" in unknown_adapter("adamw-quantised", names)
+
+
+@pytest.mark.parametrize("value", [-1.0, 0, float("nan"), float("inf")])
+def test_scores_are_positive_and_finite(tmp_path, value):
+    path, scores = (
+        tmp_path / "s.json",
+        {name: dict.fromkeys(("bpb", "loss", "tokens", "bytes"), 1.5) for name in SCORES},
+    )
+    path.write_text(json.dumps(scores))
+    assert read_scores(path) == scores
+    path.write_text(json.dumps({**scores, "sliding": scores["sliding"] | {"bpb": value}}))
+    with pytest.raises(PgolfError, match="does not hold three finite scores"):
+        read_scores(path)
