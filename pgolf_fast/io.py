@@ -41,6 +41,8 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     PgolfError naming the file if the disk is full.
     """
     final = Path(path)
+    if final.exists() and not (final.is_file() or final.is_dir()):  # root would replace /dev/null
+        raise PgolfError(f"{final} is a device or a pipe: give the path of a file")
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
     try:

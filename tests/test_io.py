@@ -216,3 +216,11 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path, mon
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)
     with pytest.raises(PgolfError, match=r"b cannot be written \(Permission denied\): give --out DIR"):
         io.need_writable(tmp_path / "a" / "b")
+
+
+def test_a_device_or_a_pipe_is_not_replaced_by_a_file(tmp_path):
+    """A rename would do that to /dev/null, for root."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(PgolfError, match="pipe is a device or a pipe: give the path of a file"):
+        io.write_text(tmp_path / "pipe", "text")
+    assert (tmp_path / "pipe").is_fifo()

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import math
 import re
 import shlex
 import tempfile
@@ -314,8 +315,8 @@ class Generate:
 
         if self.tokens < 1:
             raise PgolfError(f"--tokens is {self.tokens}; it must be at least 1")
-        if self.temperature < 0:
-            raise PgolfError(f"--temperature is {self.temperature}; it must not be negative")
+        if not 0 <= self.temperature < math.inf:
+            raise PgolfError(f"--temperature is {self.temperature}; it must be finite and not negative")
         loaded = load(options.existing(self.run, "run folder or artifact"), tokenizer=self.tokenizer)
         print(generate(loaded, self.prompt, self.tokens, temperature=self.temperature, seed=self.seed))
 

@@ -179,6 +179,9 @@ class Shell:
         body, note = [node.child_by_field_name("body")], f"first pass of the loop on line {self.at(node)}"
         self.branch(False if ends else None, body, note)
 
+    def _c_style_for_statement(self, node: Any) -> None:
+        self.branch(None, node.children, f"first pass of the loop on line {self.at(node)}")
+
     def _command(self, node: Any) -> None:
         own: dict[str, Word] = {}
         words: list[Word] = []
@@ -192,7 +195,7 @@ class Shell:
             end = child.end_byte - node.start_byte
             if child.type == "variable_assignment":
                 name, scope.vars[name] = pair = scope.assigned(child)
-                own[name] = pair[1][0]
+                own[name] = pair[1][0]._replace(note=pair[1][0].note or self.note)
             elif not child.type.endswith("_redirect"):
                 words += self.fields(child)
         self.execute(words, own, self.at(node))

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -154,6 +155,7 @@ def _convert(hint: Any, value: object, where: str) -> Any:
         return float(value)
     # bool is a subclass of int, but True is no number here
     if origin is None and isinstance(value, inner) and not (inner is int and isinstance(value, bool)):
+        need(not isinstance(value, float) or math.isfinite(value), f"{where} is {value}; it must be finite")
         return value
     raise PgolfError(f"{where} is {value!r}; it must be {getattr(inner, '__name__', inner)}")
 

@@ -30,7 +30,7 @@ def read_scores(path: Path) -> dict[str, Any]:
     """Read the file that `pgolf eval` writes. Raises PgolfError if it does not hold three finite scores."""
     try:
         scores = read_json(path)
-        if all(math.isfinite(scores[name][unit]) for name in SCORES for unit in _UNITS):
+        if all(0 < scores[name][unit] < math.inf for name in SCORES for unit in _UNITS):
             return scores
     except (FileNotFoundError, KeyError, TypeError, OverflowError):
         pass

@@ -1,6 +1,7 @@
 """The manifest of a shard folder: its tokenizer, split and counts, checked whenever the folder is opened."""
 
 import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def check_manifest(folder: Path, tokenizer: Tokenizer) -> dict[str, Any] | None:
     Raises `PgolfError` for a bad manifest, another tokenizer, and a missing, extra or changed shard.
     """
     path = folder / _FILE
-    if not path.is_file():
+    if path.is_dir() or not os.path.lexists(path):  # a link to nowhere is no missing file
         return None
     if (size := path.stat().st_size) > _LARGEST:
         raise PgolfError(f"{path} has {size:,} bytes, too many for a manifest: remove it")

@@ -1,5 +1,6 @@
 """The data of a run: shards, validation stream, tokenizer and byte table, checked against each other."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from pgolf_fast.data.tokenizer import (
     check_vocab,
     find_tokenizer,
     scored_bytes,
+    target_bytes,
 )
 from pgolf_fast.errors import PgolfError
 
@@ -80,7 +82,7 @@ def side_counts(shard: Shard, table: ByteTable) -> np.ndarray | None:
     Raises `PgolfError` if they cannot belong to the shard.
     """
     path, tokens = side_file(shard.path), shard.tokens
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
     counts = open_shard(path).tokens
     own, pieces = int(counts[1:].sum(dtype=np.int64)), scored_bytes(table, tokens)
@@ -89,6 +91,10 @@ def side_counts(shard: Shard, table: ByteTable) -> np.ndarray | None:
     has = f"{shard.path.name} has {pieces:,} of {len(tokens):,}, and none of BOS tokens"
     hint = "use the side file that was made with it, or remove it"
     need(alike, f"{path} counts {own:,} bytes of {len(counts):,} tokens, but {has}: {hint}")
+    by_piece = target_bytes(table, (head := tokens[:_SAMPLE])[:-1], head[1:])
+    if np.abs(counts[1 : len(head)] - by_piece).sum() > 2 * SIDE_SHARE * by_piece.sum():
+        why = f"has them, as if it were shifted: {hint}, or tables by token class are wrong"
+        console.logger.warning(f"{path} counts bytes at other tokens than {shard.path.name} {why}")
     return counts
 
 

@@ -66,14 +66,14 @@ def tokenize_files(
         raise PgolfError(f"vocab_size is {vocab_size}; shards hold ids of 16 bits, so it must be 1 to 65536")
     paths, folder = expand(files), Path(out)
     given = None if tokenizer is None else _given_tokenizer(tokenizer, vocab_size)
-    _check_folder(folder)
+    _check_folder(folder, given)
     plan = make_plan(paths, val_fraction, val_docs)
     if workers is None:
         small = sum(path.stat().st_size for path in paths) < _ALONE_BYTES
         workers = 1 if small else available_cores()
     with locked(folder / ".lock", f"{folder} is in use"):
-        _check_folder(folder)  # another process may have been faster
-        for left in folder.glob(".tokenize-*"):  # left by a killed process
+        _check_folder(folder, given)  # another process may have been faster
+        for left in folder.glob(".tokenize-*"):  # by a process that was killed
             shutil.rmtree(left, ignore_errors=True)
         # inside `out`: a rename is atomic within one file system
         with tempfile.TemporaryDirectory(prefix=".tokenize-", dir=folder) as temporary:
@@ -122,7 +122,7 @@ def _given_tokenizer(path: Path | str, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _check_folder(folder: Path) -> None:
+def _check_folder(folder: Path, given: Tokenizer | None) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -130,6 +130,12 @@ def _check_folder(folder: Path) -> None:
     if old := shard_paths(folder, "train") + shard_paths(folder, "val"):
         why = f"{folder} already holds shards ({old[0].name}): remove them or choose another folder"
         raise PgolfError(why)
+    manifest, model = folder / "manifest.json", folder / "tokenizer.model"
+    if not (manifest.is_file() and b"pgolf shards" in manifest.read_bytes()):  # not made here
+        same = given is not None and model.is_file() and model.read_bytes() == given.path.read_bytes()
+        for path in (manifest,) if same else (manifest, model):
+            why = f"{path} would be replaced: move it away or choose another folder"
+            need(not os.path.lexists(path), why)
     need(os.access(folder, os.W_OK), f"cannot write to {folder}: make it writable or choose another folder")
 
 

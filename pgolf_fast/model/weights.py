@@ -81,7 +81,8 @@ def read_weights(path: Path, key: str | None = None) -> dict[str, Tensor]:
     sets = _sets(tree)
     if not sets:
         keys = list(map(ascii, tree))[:8] if isinstance(tree, Mapping) else [type(tree).__name__]
-        raise PgolfError(f"{path} is not a state dict of tensors: it holds only {', '.join(keys)}")
+        held = ", ".join(keys) or "nothing"
+        raise PgolfError(f"{path} is not a state dict of tensors: it holds only {held}")
     if key is not None and key not in sets:
         raise PgolfError(f"{path} has no weights under {key!r}, only under {', '.join(map(repr, sets))}")
     taken = key if key is not None else min(sets, key=lambda name: bool(_LAST.search(name)))

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from pgolf_fast import console
@@ -18,6 +19,7 @@ from pgolf_fast.model.runtime import environment
 from pgolf_fast.model.weights import load_weights, need_finite, read_weights
 from pgolf_fast.quant.state import is_slot, rebank
 
+_PARTS = {"config": dict, "elapsed": float, "loader": dict, "schedule": dict, "step": int}
 _KEEP = 2  # one to fall back to if the newest turns out damaged
 # Settings that a resumed run may change: its length, logging and rates, later stages except for the grid of
 # quantization-aware training, and the location of its data, whose tokens the loader compares.
@@ -83,10 +85,11 @@ def newest_whole(folder: RunFolder, config: RunConfig) -> Checkpoint | None:
     for path in reversed(checkpoints(folder.checkpoints)):
         try:
             tensors, metadata = load_tensors(path)
-            if not {"config", "elapsed", "loader", "schedule", "step"} <= metadata.keys():
+            if not all(isinstance(metadata.get(name), kind) for name, kind in _PARTS.items()):
                 raise PgolfError(f"{path} is not a checkpoint of a training run")
             if refused := _changes(run_config_from_dict(metadata["config"]), config)[1]:
                 raise PgolfError(f"{path} is of a run with other settings: {'; '.join(refused)}")
+            need_finite({**tensors, "elapsed": torch.tensor(metadata["elapsed"])}, f"{path} is no state")
             for reason in damaged.values():
                 console.logger.warning(f"{reason}; continuing from {path} instead")
             return Checkpoint(path, tensors, metadata, tuple(damaged))

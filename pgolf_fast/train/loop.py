@@ -21,7 +21,7 @@ from pgolf_fast.distributed import World, join_world
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.score import Score, Stream
 from pgolf_fast.evaluation.scores import plain_score
-from pgolf_fast.io import save_tensors
+from pgolf_fast.io import save_tensors, well_formed
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.model.runtime import choose_kernels, resolve_dtype
 from pgolf_fast.model.weights import load_weights
@@ -225,7 +225,8 @@ class _Run:
             t.warm_up(c.train.warmup_steps)
         if checkpoint is None:
             return
-        t.restore(checkpoint.tensors, checkpoint.metadata, str(checkpoint.path))
+        with well_formed(checkpoint.path):
+            t.restore(checkpoint.tensors, checkpoint.metadata, str(checkpoint.path))
         if self.world.is_main:  # settings and data have passed all checks
             for path in checkpoint.damaged:  # else new checkpoints would look older than these
                 path.replace(path.with_name(f"{path.name}.damaged"))

@@ -1,5 +1,6 @@
 """Shell scripts as commands with their environments, and what `pgolf config --from-env` prints of them."""
 
+import re
 import shlex
 from random import Random
 
@@ -336,3 +337,9 @@ def test_a_base_preset_is_given_once(capsys, tmp_path):
         assert "--from-env takes one preset" in capsys.readouterr().err
     assert cli.main(["config", "exp101", "--command", "2"]) == 2
     assert "--command is for --from-env" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("head", ["i=3; while [ $i -lt 9 ]", "for ((i=3; i<9; i++))"])
+def test_the_first_pass_of_a_loop_is_said(capsys, tmp_path, head):
+    _, out, _ = config(capsys, script(tmp_path, f"{head}; do SEED=$i python train.py; ((i++)); done"))
+    assert re.search(r"SEED +train.seed +3 +first pass of the loop on line 1\n", out)

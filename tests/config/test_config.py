@@ -17,6 +17,7 @@ from pgolf_fast.config.presets import (
     small,
     tiny,
 )
+from pgolf_fast.config.run_folder import SCORES, read_scores
 from pgolf_fast.config.schema import (
     DataConfig,
     EvalConfig,
@@ -161,6 +162,13 @@ def test_impossible_configurations_say_why(make, message):
         make()
 
 
+@pytest.mark.parametrize("value", ["nan", "inf", float("-inf")])
+@pytest.mark.parametrize("name", ["optim.adam_eps", "model.mlp_mult", "model.rope_base", "train.qat.below"])
+def test_numbers_are_finite(name, value):
+    with pytest.raises(PgolfError, match=f"{name} is -?(nan|inf); it must be finite"):
+        set_fields(exp101(), {name: value})
+
+
 def test_a_preset_name_may_carry_a_size():
     assert preset("exp105a_tiny") == shrink(exp105a(), "tiny")
     assert preset("exp105a_tiny").name == "exp105a_tiny"
@@ -189,3 +197,16 @@ def test_unknown_adapters_are_answered_with_the_nearest():
     names = adapters(256)
     assert all(name in names for name in ("sgd", "lora", "phased", "adamw-quantized"))
     assert "did you mean adamw-quantized?" in unknown_adapter("adamw-quantised", names)
+
+
+@pytest.mark.parametrize("value", [-1.0, 0, float("nan"), float("inf")])
+def test_scores_are_positive_and_finite(tmp_path, value):
+    path, scores = (
+        tmp_path / "s.json",
+        {name: dict.fromkeys(("bpb", "loss", "tokens", "bytes"), 1.5) for name in SCORES},
+    )
+    path.write_text(json.dumps(scores))
+    assert read_scores(path) == scores
+    path.write_text(json.dumps({**scores, "sliding": scores["sliding"] | {"bpb": value}}))
+    with pytest.raises(PgolfError, match="does not hold three finite scores"):
+        read_scores(path)

@@ -290,6 +290,26 @@ def test_side_files_of_something_else_are_refused(texts: Path, tmp_path: Path, c
         describe(folder, source.tokenizer)
 
 
+def test_side_files_at_other_tokens_are_warned_of(texts: Path, tmp_path: Path) -> None:
+    bos = [open_shard(texts / f"t_val_{i}.bin").tokens == 1 for i in (0, 1)]
+    shifted = lambda counts: np.roll(counts, 1) * ~next(b for b in bos if len(b) == len(counts))  # noqa: E731
+    folder = with_sides(texts, tmp_path / "s", shifted)
+    source = open_source(DataConfig(path=str(folder)), 350)
+    with warnings_of() as said:
+        source.side_bytes(source.validation(16))
+    assert "counts bytes at other tokens than t_val_0.bin" in said[0]
+
+
+def test_a_side_file_that_leads_nowhere_is_not_passed_over(texts: Path, tmp_path: Path) -> None:
+    folder = with_sides(texts, tmp_path / "s")
+    for name in ("t_val_bytes_0.bin", "t_val_bytes_1.bin"):
+        (folder / name).unlink()
+        (folder / name).symlink_to("nowhere")
+    source = open_source(DataConfig(path=str(folder)), 350)
+    with pytest.raises(PgolfError, match=r"t_val_bytes_0.bin: No such file"):
+        source.side_bytes(source.validation(16))
+
+
 def test_a_missing_side_file_is_named(texts: Path, tmp_path: Path) -> None:
     source = open_source(DataConfig(path=str(with_sides(texts, tmp_path / "s", names=["val_1"]))), 350)
     with pytest.raises(PgolfError, match=r"2 validation shards but 1 side files like"):

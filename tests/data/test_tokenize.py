@@ -341,6 +341,16 @@ def test_shards_that_are_there_are_not_mixed_in(tmp_path: Path) -> None:
         tokenize_files([file], out=file, vocab_size=300)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.model", "manifest.json"])
+def test_files_of_others_are_not_replaced(tmp_path: Path, name: str) -> None:
+    source, out = write_jsonl(tmp_path / "a.jsonl", made_up(30)), tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text("mine")
+    with pytest.raises(PgolfError, match=f"out/{name} would be replaced"):
+        tokenize_files([source], out=out, vocab_size=300)
+    assert [(path.name, path.read_text()) for path in out.iterdir()] == [(name, "mine")]
+
+
 def test_two_at_once_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both would find the folder empty and fill it; and what a killed one left is removed by the next."""
     file, out = write_jsonl(tmp_path / "a.jsonl", made_up(20)), tmp_path / "out"

@@ -64,7 +64,18 @@ def of_another_seed(path):
     save_tensors(path, tensors, metadata)
 
 
+def changed(path, tensor=None, **values):
+    tensors, metadata = load_tensors(path)
+    if tensor is not None:
+        tensors[tensor].view(-1)[3] = float("nan")
+    save_tensors(path, tensors, {**metadata, **values})
+
+
 DAMAGES = {
+    "of a diverged run": (lambda path: changed(path, "model.qo_bank"), "qo_bank: 1 of .* values are NaN"),
+    "an endless clock": (lambda path: changed(path, elapsed=float("inf")), "elapsed: 1 of 1 values"),
+    "a step of text": (lambda path: changed(path, step="8"), "is not a checkpoint of a training run"),
+    "no schedule": (lambda path: changed(path, schedule=None), "is not a checkpoint of a training run"),
     "truncated": (lambda path: os.truncate(path, path.stat().st_size // 2), "damaged or another kind"),
     "empty": (lambda path: path.write_bytes(b""), "damaged or another kind"),
     # without a checksum both would train on: the file is as well-formed as before
