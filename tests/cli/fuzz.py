@@ -278,6 +278,11 @@ def _changed_json(content: bytes, where: int) -> bytes:
     return "\n".join(lines).encode()
 
 
+def _ends(text):
+    """Return whether the last line is the one of the command; `import` shows a table after it."""
+    return text.splitlines()[-1].startswith("pgolf: ") or " differences:" in text
+
+
 def outcome(example: dict, world: Path) -> tuple[str | None, str, int]:
     """Run an example; return what is wrong with how it ended, if anything, its output, and the status."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
@@ -322,7 +327,7 @@ def outcome(example: dict, world: Path) -> tuple[str | None, str, int]:
         )
     elif status not in STATUSES or (status == 1 and name not in CHECKS):
         wrong = f"status {status}"
-    elif len(lines) != (status not in (0, 1)) or (lines and not text.splitlines()[-1].startswith("pgolf: ")):
+    elif len(lines) != (status not in (0, 1)) or (lines and not _ends(text)):
         wrong = f"{len(lines)} pgolf lines and status {status}"
     elif status == 128 + signal.SIGALRM and busy < 0.05 * SECONDS and len(text.splitlines()) == 1:
         wrong = f"{name} waits without a word"
