@@ -234,6 +234,8 @@ class Eval(Shards):
             self._score(words)
 
     def _score(self, words: Words) -> None:
+        if not self.run.is_file():
+            options.run_folder(self.run, words)  # refuse before PyTorch is imported, which takes 2 s
         from pgolf_fast.distributed import join_world
         from pgolf_fast.evaluation.figures import tables
         from pgolf_fast.evaluation.run import score_run
