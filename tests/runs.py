@@ -8,10 +8,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from pgolf_fast import cli
 from pgolf_fast.config.fields import flatten, set_fields
 from pgolf_fast.config.presets import tiny
 from pgolf_fast.config.schema import RunConfig, TTTConfig
@@ -111,6 +113,13 @@ def pgolf(*arguments: object, **settings: object) -> subprocess.CompletedProcess
     command = [sys.executable, "-m", "pgolf_fast.cli", *map(str, arguments)]
     options = {"capture_output": True, "text": True, "timeout": 300, "env": environment}
     return subprocess.run(command, check=False, **{**options, **settings})
+
+
+def call(capsys: Any, *arguments: object) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of one command in this process."""
+    status = cli.main([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
 
 
 def read_json(path: Path) -> dict:

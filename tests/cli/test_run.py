@@ -9,9 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 from data_helpers import real_data
-from runs import make_dataset, pgolf, read_json, run_config, words
+from runs import call, make_dataset, pgolf, read_json, run_config, words
 
-from pgolf_fast import cli
 from pgolf_fast.artifact.container import sizes
 from pgolf_fast.artifact.load import load
 from pgolf_fast.artifact.pack import read_quantized
@@ -36,13 +35,6 @@ def run(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
     train(run_config(data), folder)
     return folder
-
-
-def call(capsys, *arguments):
-    """Exit status, standard output and standard error of one command in this process."""
-    status = cli.main([str(a) for a in arguments])
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
 
 
 def refused(capsys, *arguments):

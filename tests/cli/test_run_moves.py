@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from runs import make_dataset, read_json, run_config
+from runs import call, make_dataset, read_json, run_config
 
 from pgolf_fast import cli
 from pgolf_fast.config.run_folder import RunFolder
@@ -21,13 +21,6 @@ from pgolf_fast.train.loop import train
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return make_dataset(tmp_path_factory.mktemp("data"))
-
-
-def call(capsys, *arguments):
-    """Exit status, standard output and standard error of one command in this process."""
-    status = cli.main([str(a) for a in arguments])
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
 
 
 def refused(capsys, *arguments):
