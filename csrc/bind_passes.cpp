@@ -1,6 +1,6 @@
 #include <pybind11/stl.h>
 
-#include <initializer_list>
+#include <optional>
 
 #include "bind.h"
 #include "passes.h"
@@ -44,6 +44,8 @@ Activation activation_of(const std::string& name) {
     throw py::value_error("activation is " + name + ": use leaky_relu_squared, relu_squared or swiglu");
 }
 
+using Matrices = py::array_t<float, py::array::c_style>;
+
 void activate(const py::array& pre, py::array& hidden, const std::string& kind, size_t threads) {
     const Operand in("pre", pre), out("hidden", hidden);
     const Activation activation = activation_of(kind);
@@ -65,6 +67,23 @@ void activate_backward(const py::array& dhidden, const py::array& pre, py::array
     passes().activate_backward(grad.type(), dh, x, dx, h, count, activation, threads);
 }
 
+void symmetric_product(const Matrices& x, const std::optional<Matrices>& add, Matrices& out, float alpha, float beta,
+                       size_t threads) {
+    if (x.ndim() != 3) throw py::value_error("x has " + std::to_string(x.ndim()) + " dimensions, but 3 are needed");
+    const auto count = x.shape(0), rows = x.shape(1), columns = x.shape(2);
+    const auto check = [&](const Matrices& squares, const char* name) {
+        if (squares.ndim() != 3 || squares.shape(0) != count || squares.shape(1) != rows || squares.shape(2) != rows)
+            throw py::value_error(std::string(name) + " must have the shape (" + std::to_string(count) + ", " +
+                                  std::to_string(rows) + ", " + std::to_string(rows) + ")");
+    };
+    check(out, "out");
+    if (add) check(*add, "add");
+    const float *from = x.data(), *other = add ? add->data() : nullptr;
+    float* to = out.mutable_data();
+    py::gil_scoped_release unlocked;
+    passes().symmetric_product(from, other, to, alpha, beta, size_t(count), size_t(rows), size_t(columns), threads);
+}
+
 void choose(const std::string& name) {
     if (choose_passes(name)) return;
     std::string known = "auto";
@@ -81,6 +100,8 @@ void bind_passes(py::module_& m) {
     m.def("activate", &activate, py::arg("pre"), py::arg("hidden"), py::arg("activation"), py::arg("threads") = 0);
     m.def("activate_backward", &activate_backward, py::arg("dhidden"), py::arg("pre"), py::arg("dpre"),
           py::arg("hidden"), py::arg("activation"), py::arg("threads") = 0);
+    m.def("symmetric_product", &symmetric_product, py::arg("x").noconvert(), py::arg("add").noconvert(),
+          py::arg("out").noconvert(), py::arg("alpha"), py::arg("beta"), py::arg("threads") = 0);
 }
 
 }  // namespace pgolf

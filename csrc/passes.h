@@ -24,6 +24,9 @@ struct Passes {
     // Gradient of pre from that of hidden; also writes hidden again.
     void (*activate_backward)(Type, const void* dhidden, const void* pre, void* dpre, void* hidden, size_t count,
                               Activation, size_t threads);
+    // alpha x x^T + beta add (count, rows, rows) of x (count, rows, columns); add is symmetric, or null.
+    void (*symmetric_product)(const float* x, const float* add, float* out, float alpha, float beta, size_t count,
+                              size_t rows, size_t columns, size_t threads);
 };
 
 extern const Passes passes_portable, passes_avx2, passes_avx512;

@@ -3,11 +3,13 @@
 #include "simd.h"
 
 #include "activation.h"
+#include "symmetric.h"
 
 constexpr Passes table(const char* name) {
     Passes all{};
     all.name = name;
     all.activate = activate;
     all.activate_backward = activate_backward;
+    all.symmetric_product = symmetric_product;
     return all;
 }

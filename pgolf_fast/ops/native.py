@@ -47,3 +47,10 @@ def passes(op: str, t: Tensor) -> ModuleType | None:
 def arrays(*tensors: Tensor) -> list[np.ndarray]:
     """Return contiguous views of CPU tensors for a pass, of bfloat16 as int16."""
     return [(t.view(torch.int16) if t.dtype == torch.bfloat16 else t).detach().numpy() for t in tensors]
+
+
+def multiplies(dtype: torch.dtype) -> bool:
+    """Return True if this CPU has instructions that multiply in the 16-bit `dtype`; others emulate it slowly."""
+    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    names = ("avx512_bf16", "amx_bf16") if dtype == torch.bfloat16 else ("avx512_fp16", "amx_fp16")
+    return any(known.get(name) for name in names)
