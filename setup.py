@@ -19,6 +19,8 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
+# -Wno-psabi: vectors are passed between inlined functions only, so their calling convention does not matter
+FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wno-psabi", "-pthread"]
 PROBE = "#include <lzma.h>\nint main() { return lzma_version_number() < 50000000u; }\n"
 
 

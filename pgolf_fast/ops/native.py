@@ -50,7 +50,7 @@ def arrays(*tensors: Tensor) -> list[np.ndarray]:
 
 
 def multiplies(dtype: torch.dtype) -> bool:
-    """Return True if this CPU has instructions that multiply in the 16-bit `dtype`; others emulate it slowly."""
+    """Return True if this CPU multiplies in the 16-bit `dtype` natively; emulation is slow."""
     known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     names = ("avx512_bf16", "amx_bf16") if dtype == torch.bfloat16 else ("avx512_fp16", "amx_fp16")
     return any(known.get(name) for name in names)

@@ -149,7 +149,7 @@ def tables():
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 15, 9), (3, 16, 64), (2, 33, 1), (2, 97, 130), (0, 3, 2)])
 def test_symmetric_product(shape, tables):
-    """Both triangles are right and equal, for every instruction set, and the same for any number of threads."""
+    """Both triangles are right and equal for every instruction set, with the same bits on any threads."""
     from pgolf_fast import _C
 
     x = torch.randn(shape)
@@ -166,7 +166,8 @@ def test_symmetric_product(shape, tables):
             wanted = exact if other is None else exact + 0.5 * add
             torch.testing.assert_close(outs[0].double(), wanted, atol=1e-4, rtol=1e-5)
             assert torch.equal(outs[0], outs[0].mT)
-            assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+            assert torch.equal(outs[0], outs[1])
+            assert torch.equal(outs[0], outs[2])
 
 
 def test_every_table_iterates_alike(tables):
