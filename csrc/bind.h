@@ -54,5 +54,6 @@ void bind_lzma(py::module_& m);
 void bind_bits(py::module_& m);
 void bind_rans(py::module_& m);
 void bind_gptq(py::module_& m);
+void bind_passes(py::module_& m);
 
 }  // namespace pgolf

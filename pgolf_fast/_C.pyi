@@ -1,6 +1,7 @@
 """Types of the C++ codecs (csrc/bind.cpp). The module is missing where it could not be built."""
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,3 +52,22 @@ def rans_encode(data: Buffer, shapes: Sequence[tuple[int, int, int]], threads: i
 def rans_decode(
     payload: Buffer, shapes: Sequence[tuple[int, int, int]], size: int, threads: int = 0
 ) -> bytes: ...
+
+# Fused CPU passes: operands are contiguous arrays of float32, or of bfloat16 viewed as int16.
+Floats: TypeAlias = NDArray[np.float32] | NDArray[np.int16]
+
+def passes() -> str: ...
+def runnable_passes() -> list[str]: ...
+def choose_passes(name: str) -> None: ...
+def activate(pre: Floats, hidden: Floats, activation: str, threads: int = 0) -> None: ...
+def activate_backward(
+    dhidden: Floats, pre: Floats, dpre: Floats, hidden: Floats, activation: str, threads: int = 0
+) -> None: ...
+def symmetric_product(
+    x: NDArray[np.float32],
+    add: NDArray[np.float32] | None,
+    out: NDArray[np.float32],
+    alpha: float,
+    beta: float,
+    threads: int = 0,
+) -> None: ...

@@ -8,7 +8,7 @@ import torch
 
 from pgolf_fast.config.schema import Dtype, KernelConfig
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.ops import attention_backend, tiles
+from pgolf_fast.ops import attention_backend, native, tiles
 from pgolf_fast.ops.tuned import load_tuned
 
 
@@ -33,8 +33,7 @@ def resolve_dtype(name: Dtype, device: torch.device) -> torch.dtype:
         return getattr(torch, name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
-    fast = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return torch.bfloat16 if fast.get("avx512_bf16") or fast.get("amx_bf16") else torch.float32
+    return torch.bfloat16 if native.multiplies(torch.bfloat16) else torch.float32
 
 
 def environment() -> dict[str, object]:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pgolf_fast.ops import reference, tiles
+from pgolf_fast.ops import native, reference, tiles
 from pgolf_fast.ops.bank_grad import add_matmul, scatter_slots
 from pgolf_fast.ops.checks import as_rows, expect_shape, expect_slot, same_dtype_device
 from pgolf_fast.ops.tiles import Tile
@@ -103,6 +103,10 @@ def _forward_cuda(x: Tensor, up: Tensor, down: Tensor, activation: str) -> tuple
 
 def _activate(pre: Tensor, activation: str) -> Tensor:
     """Compute `reference.activation` without widening where low-precision arithmetic rounds only once."""
+    if fused := native.passes("mlp", pre):
+        hidden = pre.new_empty(*pre.shape[:-1], pre.shape[-1] // (2 if activation == "swiglu" else 1))
+        fused.activate(*native.arrays(pre.contiguous(), hidden), activation, torch.get_num_threads())
+        return hidden
     if activation == "leaky_relu_squared":
         return F.leaky_relu(pre, 0.5).square_()  # halving is exact
     if activation == "relu_squared":
@@ -110,7 +114,21 @@ def _activate(pre: Tensor, activation: str) -> Tensor:
     return reference.activation(pre, activation)
 
 
-def _activate_backward(dhidden: Tensor, pre: Tensor, activation: str) -> Tensor:
+def _activate_backward(dhidden: Tensor, pre: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """Return the gradient of the pre-activation, and the hidden layer."""
+    if fused := native.passes("mlp", pre):
+        operands = (
+            dhidden.contiguous(),
+            pre.contiguous(),
+            pre.new_empty(pre.shape),
+            pre.new_empty(dhidden.shape),
+        )
+        fused.activate_backward(*native.arrays(*operands), activation, torch.get_num_threads())
+        return operands[2:]
+    return _dpre_torch(dhidden, pre, activation), _activate(pre, activation)
+
+
+def _dpre_torch(dhidden: Tensor, pre: Tensor, activation: str) -> Tensor:
     if activation == "leaky_relu_squared":  # d(leaky(z)^2) = 2 leaky(z) leaky'(z)
         twice = F.leaky_relu(pre, 0.5).mul_(2).mul_(dhidden)
         return torch.ops.aten.leaky_relu_backward(twice, pre, 0.5, False)
@@ -133,8 +151,7 @@ def _mlp_backward(dout, x, saved, signs, up_bank, down_bank, slot, activation, g
     if tiles.uses_kernels("mlp", x):
         dpre, hidden = _dpre_cuda(dout, saved, signs, down_bank[slot], activation)
     else:
-        dpre = _activate_backward(dout @ down_bank[slot], saved, activation)
-        hidden = _activate(saved, activation)
+        dpre, hidden = _activate_backward(dout @ down_bank[slot], saved, activation)
     dx = (dpre @ up_bank[slot]).contiguous()
     rows, flat_dpre, flat_x, hidden = (as_rows(t) for t in (dout, dpre, x, hidden))
     if grad_up is None or grad_down is None:

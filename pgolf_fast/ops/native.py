@@ -4,6 +4,12 @@ import functools
 import logging
 from types import ModuleType
 
+import numpy as np
+import torch
+from torch import Tensor
+
+from pgolf_fast.ops import tiles
+
 _log = logging.getLogger("pgolf_fast")
 
 
@@ -26,3 +32,25 @@ def extension() -> ModuleType | None:
             "its headers (on Debian: liblzma-dev) and run `pip install -e .` again"
         )
     return _C
+
+
+def passes(op: str, t: Tensor) -> ModuleType | None:
+    """Return `pgolf_fast._C` if `op` runs its fused pass on tensors like `t`, else None: PyTorch then.
+
+    A pass takes float32 and bfloat16 on the CPU. `tiles.choose(op, "torch")` leaves it out.
+    """
+    if t.dtype not in (torch.float32, torch.bfloat16) or not t.is_cpu or tiles.implementation(op) == "torch":
+        return None
+    return extension()
+
+
+def arrays(*tensors: Tensor) -> list[np.ndarray]:
+    """Return contiguous views of CPU tensors for a pass, of bfloat16 as int16."""
+    return [(t.view(torch.int16) if t.dtype == torch.bfloat16 else t).detach().numpy() for t in tensors]
+
+
+def multiplies(dtype: torch.dtype) -> bool:
+    """Return True if this CPU multiplies in the 16-bit `dtype` natively; emulation is slow."""
+    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    names = ("avx512_bf16", "amx_bf16") if dtype == torch.bfloat16 else ("avx512_fp16", "amx_fp16")
+    return any(known.get(name) for name in names)

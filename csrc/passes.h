@@ -1,0 +1,41 @@
+// Fused CPU passes: one table of functions for each instruction set, of which the best one is chosen at run time.
+// Every pass is a header of its own that is compiled once for each set (passes_<set>.cpp).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace pgolf {
+
+struct bf16 {
+    uint16_t bits;
+};
+
+enum class Type { f32, bf16 };
+enum class Activation { leaky_relu_squared, relu_squared, swiglu };
+
+// `threads` is the most threads that a pass may use (0: one per core); no result depends on it.
+struct Passes {
+    const char* name;
+    // hidden (count) from pre (count, or 2 * count alternating gate and up for swiglu).
+    void (*activate)(Type, const void* pre, void* hidden, size_t count, Activation, size_t threads);
+    // Gradient of pre from that of hidden; also writes hidden again.
+    void (*activate_backward)(Type, const void* dhidden, const void* pre, void* dpre, void* hidden, size_t count,
+                              Activation, size_t threads);
+    // alpha x x^T + beta add (count, rows, rows) of x (count, rows, columns); add is symmetric, or null.
+    void (*symmetric_product)(const float* x, const float* add, float* out, float alpha, float beta, size_t count,
+                              size_t rows, size_t columns, size_t threads);
+};
+
+extern const Passes passes_portable, passes_avx2, passes_avx512;
+
+// Returns the table in use: the best that this CPU can run, or the one given to `choose_passes`.
+const Passes& passes();
+// Uses the table of that name, or the best one for "auto"; returns false if this CPU cannot run it.
+bool choose_passes(const std::string& name);
+// Names of the tables that this CPU can run, best first.
+std::vector<std::string> runnable_passes();
+
+}  // namespace pgolf

@@ -1,0 +1,15 @@
+// Every fused pass, for one instruction set. passes_<set>.cpp includes this inside the set's namespace, after the
+// standard headers, PGOLF_LANES and the compiler's target. No include guard, as in simd.h.
+#include "simd.h"
+
+#include "activation.h"
+#include "symmetric.h"
+
+constexpr Passes table(const char* name) {
+    Passes all{};
+    all.name = name;
+    all.activate = activate;
+    all.activate_backward = activate_backward;
+    all.symmetric_product = symmetric_product;
+    return all;
+}

@@ -1,0 +1,104 @@
+// Vectors of kLanes float32 for one instruction set, by the vector extensions of GCC and clang. There is no include
+// guard: passes_<set>.cpp includes this inside the set's own namespace after choosing PGOLF_LANES, so that no function
+// compiled for one set can be linked into another. Sums are float32 and bf16 is rounded to nearest even.
+
+#define PGOLF_INLINE static inline __attribute__((always_inline, unused))
+
+constexpr size_t kLanes = PGOLF_LANES;
+typedef float vec __attribute__((vector_size(4 * PGOLF_LANES)));
+typedef int32_t ivec __attribute__((vector_size(4 * PGOLF_LANES)));
+typedef uint32_t uvec __attribute__((vector_size(4 * PGOLF_LANES)));
+typedef uint16_t hvec __attribute__((vector_size(2 * PGOLF_LANES)));
+
+struct Whole {  // a vector with all its lanes
+    static constexpr size_t lanes = kLanes;
+};
+struct Part {  // the first `lanes` of a vector; the others are zero when loaded
+    size_t lanes;
+};
+
+PGOLF_INLINE vec splat(float x) { return x - vec{}; }
+PGOLF_INLINE vec max(vec a, vec b) { return a > b ? a : b; }
+PGOLF_INLINE vec min(vec a, vec b) { return a < b ? a : b; }
+
+PGOLF_INLINE vec widen(hvec half) { return (vec)(__builtin_convertvector(half, uvec) << 16); }
+
+PGOLF_INLINE hvec narrow(vec x) {
+    const uvec u = (uvec)x;
+    const uvec rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    const uvec kept = (uvec)(x == x ? (ivec)rounded : (ivec)((u >> 16) | 0x40));  // NaN stays NaN
+    return __builtin_convertvector(kept, hvec);
+}
+
+template <class Lanes>
+PGOLF_INLINE vec load(const float* p, Lanes n) {
+    vec x{};
+    __builtin_memcpy(&x, p, 4 * n.lanes);
+    return x;
+}
+template <class Lanes>
+PGOLF_INLINE vec load(const bf16* p, Lanes n) {
+    hvec half{};
+    __builtin_memcpy(&half, p, 2 * n.lanes);
+    return widen(half);
+}
+template <class Lanes>
+PGOLF_INLINE void store(float* p, vec x, Lanes n) {
+    __builtin_memcpy(p, &x, 4 * n.lanes);
+}
+template <class Lanes>
+PGOLF_INLINE void store(bf16* p, vec x, Lanes n) {
+    const hvec half = narrow(x);
+    __builtin_memcpy(p, &half, 2 * n.lanes);
+}
+template <class T>
+PGOLF_INLINE vec load(const T* p) {
+    return load(p, Whole{});
+}
+template <class T>
+PGOLF_INLINE void store(T* p, vec x) {
+    store(p, x, Whole{});
+}
+
+PGOLF_INLINE float sum(vec x) {
+    float part[kLanes];
+    __builtin_memcpy(part, &x, sizeof part);
+    for (size_t n = kLanes / 2; n; n /= 2)
+        for (size_t i = 0; i < n; i++) part[i] += part[i + n];
+    return part[0];
+}
+
+PGOLF_INLINE float largest(vec x) {
+    float part[kLanes];
+    __builtin_memcpy(part, &x, sizeof part);
+    for (size_t n = kLanes / 2; n; n /= 2)
+        for (size_t i = 0; i < n; i++) part[i] = part[i] > part[i + n] ? part[i] : part[i + n];
+    return part[0];
+}
+
+// e^x with a relative error below 2e-7 for x in -87.3 to 88; smaller x give e^-87.3, larger ones e^88.
+PGOLF_INLINE vec exp(vec x) {
+    x = min(max(x, splat(-87.3f)), splat(88.0f));
+    const vec shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    const vec n = (x * 1.44269504f + shift) - shift;
+    vec r = x - n * 0.693145752f;
+    r = r - n * 1.42860677e-6f;
+    vec p = splat(1.0f / 5040) * r + 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    return p * (vec)((__builtin_convertvector(n, ivec) + 127) << 23);
+}
+
+PGOLF_INLINE vec sigmoid(vec x) { return 1.0f / (1.0f + exp(-x)); }
+
+// Calls body(i, lanes) for begin <= i < end in steps of a vector; the last one may be a part.
+template <class Body>
+PGOLF_INLINE void sweep(size_t begin, size_t end, const Body& body) {
+    size_t i = begin;
+    for (; i + kLanes <= end; i += kLanes) body(i, Whole{});
+    if (i < end) body(i, Part{end - i});
+}
