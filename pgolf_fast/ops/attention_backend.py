@@ -151,7 +151,7 @@ def _fault(name: str, shape: Shape) -> str | None:
             return None
         if reason := _check(name, shape):
             what = f"{str(shape.dtype).removeprefix('torch.')} heads of {shape.head_dim} on {shape.device}"
-            console.logger.warning("attention %s is not used for %s, but the next: %s", name, what, reason)
+            console.logger.warning("falling back from attention %s for %s: %s", name, what, reason)
     _faults[key] = reason
     return reason
 

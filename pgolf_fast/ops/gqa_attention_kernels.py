@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pgolf_fast.ops import attention_backend, reference, tiles
-from pgolf_fast.ops.bank_grad import add_matmul
+from pgolf_fast.ops.bank_grad import add_matmul, product
 from pgolf_fast.ops.checks import dense
 from pgolf_fast.ops.tiles import Tile
 
-# dx, factors of four weight gradients, dgain, dvalue
-Gradients = tuple[Tensor, list[tuple[Tensor, Tensor]], Tensor, Tensor]
+Factors = list[tuple[Tensor, Tensor]]  # of the gradients of q, k, v and out, or of q, k, v in one and out
+Gradients = tuple[Tensor, Factors, Tensor, Tensor]  # dx, of the weights, dgain, dvalue
 
 
 def _rows(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Tile:
@@ -165,7 +165,7 @@ def _attend_own(q: Tensor, k: Tensor, v: Tensor, q_gain: Tensor, xsa: bool) -> t
 
 
 def backward(dout: Tensor, call: Call, s: Saved, has_value_embed: bool) -> Gradients:
-    """Return dx, factors of the q, k, v and out weight gradients, dgain, and dvalue (empty without one)."""
+    """Return dx, factors of the weight gradients, dgain, and dvalue (empty without one)."""
     x, weights = call.x, call.weights
     (batch, length, dim), queries = x.shape, s.q.shape[1]
     kv_dim, x_rows, x_tail = weights.k.shape[0], x.reshape(-1, dim), x[:, length - queries :]
@@ -179,25 +179,41 @@ def backward(dout: Tensor, call: Call, s: Saved, has_value_embed: bool) -> Gradi
             merged = x.new_empty(batch * length, 2 * kv_dim)
             dq, (dk, dv) = x.new_empty(batch * queries, dim), merged.split(kv_dim, dim=1)
         dgain = _attend_backward(dcontext, call, s, dq, dk, dv)
+    context = s.y.view(-1, dim)
     if queries == length:
-        dx = merged @ torch.cat(weights[:3])
+        dx, factors = merged @ torch.cat(weights[:3]), [(merged.T, x_rows), (outer.T, context)]
     else:
         dx = merged @ torch.cat(weights[1:3])
         dx.view(x.shape)[:, length - queries :] += (dq @ weights.q).view(batch, queries, dim)
-    context = s.y.view(-1, dim)
-    factors = [(dq.T, x_tail.reshape(-1, dim)), (dk.T, x_rows), (dv.T, x_rows), (outer.T, context)]
+        factors = [(dq.T, x_tail.reshape(-1, dim)), (dk.T, x_rows), (dv.T, x_rows), (outer.T, context)]
     dvalue = x.new_empty(0)
     if has_value_embed:
         dvalue = dv.reshape(batch, length, kv_dim).clone(memory_format=torch.contiguous_format)
     return dx.view(x.shape), factors, dgain, dvalue
 
 
-def add_factors(factors: list[tuple[Tensor, Tensor]], grad_qo: Tensor, grad_kv: Tensor, slot: int) -> None:
+def add_factors(factors: Factors, grad_qo: Tensor, grad_kv: Tensor, slot: int) -> None:
     """Add the products of `factors` to their slots of the gradient banks."""
     layers = grad_qo.shape[0] // 2
-    places = ((grad_qo, slot), (grad_kv, slot), (grad_kv, layers + slot), (grad_qo, layers + slot))
-    for (bank, place), (left, right) in zip(places, factors, strict=True):
+    places = [(grad_qo, slot), (grad_kv, slot), (grad_kv, layers + slot), (grad_qo, layers + slot)]
+    if len(factors) == 2 and not tiles.uses_kernels("weight_grad", factors[0][0]):
+        # x is read once, and 1,024 rows of gradients fill a GPU better than 512 and twice 256
+        merged = product(*factors[0]).split([bank.shape[1] for bank, _ in places[:3]])
+        for (bank, place), grad in zip(places, merged, strict=False):
+            bank[place].add_(grad)
+        places, factors = places[3:], factors[1:]
+    for (bank, place), (left, right) in zip(places, apart(factors), strict=True):
         add_matmul(bank, place, left, right)
+
+
+def apart(factors: Factors) -> Factors:
+    """Return the factors of each gradient alone."""
+    if len(factors) != 2:
+        return factors
+    (merged, x), out = factors
+    dim = out[0].shape[0]
+    kv_dim = (merged.shape[0] - dim) // 2
+    return [*((rows, x) for rows in merged.split((dim, kv_dim, kv_dim))), out]
 
 
 def _attend_backward(dcontext: Tensor, call: Call, s: Saved, dq: Tensor, dk: Tensor, dv: Tensor) -> Tensor:
