@@ -36,8 +36,8 @@ def encode(codec: str, data: bytes, shapes: Sequence[Shape], **settings: int | b
 
     settings, by codec. lzma: those of `compress_bytes`, and search=True to try LZMA_SEARCH as well, in
     parallel threads. rans: threads (0: `cores.threads`). zstd: level (22; always with long-distance
-    matching). brotli: quality (11). Raises PgolfError for a codec that is unknown or not installed; ValueError for
-    settings out of range, or shapes that do not add up to the data.
+    matching). brotli: quality (11). Raises PgolfError for a codec that is unknown or not installed;
+    ValueError for settings out of range, or shapes that do not add up to the data.
     """
     _check_shapes(shapes, len(data))
     return _CODERS[_known(codec)][0](data, shapes, **settings)
