@@ -19,6 +19,8 @@ from importlib import import_module as _import_module
 from pathlib import Path as _Path
 from typing import TYPE_CHECKING
 
+from pgolf_fast.cores import prepare_openmp as _prepare_openmp
+
 if TYPE_CHECKING:
     from pgolf_fast import ops as ops
     from pgolf_fast.artifact.load import generate as generate
@@ -45,6 +47,7 @@ _PLACES = {
     "train": "train:",  # a module that can be called: its name is also that of the function
 }
 
+_prepare_openmp()  # before torch is imported
 _here = _Path(__file__).parent
 if not (_here / "kernels").is_dir() and (_here.parent / "setup.py").is_file():
     __path__.append(str(_here.parent))  # source checkout: kernels/ is next to the package

@@ -1,4 +1,4 @@
-"""JSON, atomic writes, file locks, named tensors with metadata, and the CPU cores of this process."""
+"""JSON, atomic writes, file locks, and named tensors with metadata."""
 
 import contextlib
 import errno
@@ -24,13 +24,6 @@ _FULL = {
     errno.EDQUOT: "the disk quota is used up; free some space or choose another folder",
     errno.EFBIG: "it is larger than this process may write; raise `ulimit -f` or choose another folder",
 }
-
-
-def available_cores() -> int:
-    """Return the number of CPU cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # Linux only; respects taskset and container limits
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 @contextlib.contextmanager

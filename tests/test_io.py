@@ -14,7 +14,6 @@ from pgolf_fast import io
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import (
     atomic_path,
-    available_cores,
     load_metadata,
     load_tensors,
     locked,
@@ -132,17 +131,6 @@ def test_full_disk_names_the_tensor_file_and_keeps_the_old_one(tmp_path, monkeyp
         save_tensors(path, {"a": torch.ones(3)}, {})
     assert path.read_bytes() == before
     assert names(tmp_path) == ["model.safetensors"]
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux only")
-def test_available_cores_respects_the_affinity():
-    allowed = os.sched_getaffinity(0)
-    assert available_cores() == len(allowed)
-    try:
-        os.sched_setaffinity(0, {min(allowed)})
-        assert available_cores() == 1
-    finally:
-        os.sched_setaffinity(0, allowed)
 
 
 def test_lock_names_its_owner_and_ends_with_it(tmp_path):

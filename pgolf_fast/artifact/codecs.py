@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 
+from pgolf_fast import cores
 from pgolf_fast.artifact import rans_decoder
 from pgolf_fast.config.checks import need
 from pgolf_fast.errors import PgolfError
@@ -34,9 +35,9 @@ def encode(codec: str, data: bytes, shapes: Sequence[Shape], **settings: int | b
     """Compress `data`, which holds arrays of `shapes` one after another.
 
     settings, by codec. lzma: those of `compress_bytes`, and search=True to try LZMA_SEARCH as well, in
-    parallel threads. rans: threads (0: one per core). zstd: level (22; always with long-distance matching).
-    brotli: quality (11). Raises PgolfError for a codec that is unknown or not installed; ValueError for
-    settings out of range, or shapes that do not add up to the data.
+    parallel threads. rans: threads (0: `cores.threads`). zstd: level (22; always with long-distance
+    matching). brotli: quality (11). Raises PgolfError for a codec that is unknown or not installed;
+    ValueError for settings out of range, or shapes that do not add up to the data.
     """
     _check_shapes(shapes, len(data))
     return _CODERS[_known(codec)][0](data, shapes, **settings)
@@ -93,7 +94,7 @@ def _check_shapes(shapes: Sequence[Shape], size: int) -> None:
 
 def _encode_lzma(data: bytes, shapes: Sequence[Shape], search: bool = False, **settings: int) -> bytes:
     tried = [settings, *({**settings, **more} for more in LZMA_SEARCH if search)]
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(cores.threads()) as pool:
         return min(pool.map(lambda some: compress_bytes(data, **some), tried), key=len)
 
 
@@ -102,13 +103,13 @@ def _encode_rans(data: bytes, shapes: Sequence[Shape], threads: int = 0) -> byte
     if extension is None:
         hint = "run `pip install -e .` with a C++ compiler installed"
         raise PgolfError(f"rANS encoding needs the C++ extension: {hint}")
-    return bytes(extension.rans_encode(data, list(shapes), threads))
+    return bytes(extension.rans_encode(data, list(shapes), threads or cores.threads()))
 
 
 def _decode_rans(stored: bytes, raw_bytes: int, shapes: Sequence[Shape]) -> bytes:
     extension = native.extension()
     if extension is not None:
-        return bytes(extension.rans_decode(stored, list(shapes), raw_bytes))
+        return bytes(extension.rans_decode(stored, list(shapes), raw_bytes, cores.threads()))
     try:
         return bytes(rans_decoder.decode(stored, shapes))
     except (IndexError, OverflowError, TypeError) as error:

@@ -1,9 +1,14 @@
 """`pgolf doctor`: versions, the implementation that each op runs, and whether it is right on this machine."""
 
+from importlib import import_module
+from pathlib import Path
+
 import torch
 from torch._library.custom_ops import OPDEFS
 
 from pgolf_fast.console import Table
+from pgolf_fast.errors import PgolfError
+from pgolf_fast.io import write_json
 from pgolf_fast.model.runtime import environment, resolve_dtype
 from pgolf_fast.ops import attention_backend, cases, judge, lzma, native, tiles
 from pgolf_fast.ops.case import Case
@@ -30,6 +35,22 @@ def examine(*, check: bool, table: bool = False) -> tuple[str, bool]:
         wrong = list(dict.fromkeys(op for row in rows if row[-1] != "ok" for op in cases.CASES[row[0]].ops))
         parts += [f"do not use: {', '.join(wrong)}"] if wrong else []
     return "\n\n".join(parts), not wrong
+
+
+def fetch_fa3() -> Path:
+    """Download FlashAttention 3, built for this PyTorch and GPU, and remember where it is.
+
+    Only this function uses the network: training loads what it left, and a newer build comes only with a new
+    call. Raises PgolfError if the package `kernels` is missing, or has no build for this machine.
+    """
+    if not attention_backend.installed("kernels"):
+        raise PgolfError("the package kernels is not installed: pip install 'pgolf-fast[fa3]'")
+    try:
+        module = import_module("kernels").get_kernel("kernels-community/flash-attn3", version=1)
+    except Exception as error:
+        raise PgolfError(f"FlashAttention 3 was not fetched: {error}") from error
+    write_json(attention_backend.fetched_file(), {"torch": torch.__version__, "module": module.__file__})
+    return Path(module.__file__)
 
 
 def implementations(device: torch.device, dtype: torch.dtype) -> Table:

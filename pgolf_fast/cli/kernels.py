@@ -16,10 +16,14 @@ from pgolf_fast.io import need_writable, well_formed
 class Doctor:
     check: bool = False  # Also check every op, forward and backward, against its reference on this machine.
     table: bool = False  # Print only the table of the implementations and tests that each op has.
+    # First download the prebuilt FlashAttention 3 (extra fa3); training never downloads it.
+    fetch_fa3: bool = False
 
     def main(self) -> int:
-        from pgolf_fast.bench.doctor import examine
+        from pgolf_fast.bench.doctor import examine, fetch_fa3
 
+        if self.fetch_fa3:
+            wrote(fetch_fa3())
         text, healthy = examine(check=self.check, table=self.table)
         print(text)
         return 0 if healthy else 1

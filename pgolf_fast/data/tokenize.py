@@ -24,11 +24,12 @@ import numpy as np
 
 from pgolf_fast import console
 from pgolf_fast.config.checks import need
+from pgolf_fast.cores import available_cores
 from pgolf_fast.data.manifest import write_manifest
 from pgolf_fast.data.shards import BOS_ID, Split, shard_paths, write_shard
 from pgolf_fast.data.tokenizer import ByteTable, Tokenizer, byte_table, scored_bytes, train_tokenizer
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.io import available_cores, locked, parse_json, write_bytes
+from pgolf_fast.io import locked, parse_json, write_bytes
 
 Part = tuple[Split, str]
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.xz")

@@ -1,17 +1,26 @@
 """Backends of softmax(q k^T) v inside `gqa_attention`: our Triton kernels, PyTorch's, or a library.
 
 All take (B, T, heads, hd) with K and V not repeated and return the natural logsumexp (B, H, T) in float32, so
-that the backward of one may follow the forward of another. `choose` forces one; otherwise a table decides.
+that the backward of one may follow the forward of another. `choose` forces one; otherwise a table decides,
+and a backend is compared with float64 once before it is used.
 """
 
+import functools
+import sys
 from collections.abc import Callable
-from importlib.util import find_spec
-from typing import NamedTuple
+from importlib import import_module
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from pgolf_fast import console
+from pgolf_fast.errors import PgolfError
+from pgolf_fast.io import read_json
 from pgolf_fast.ops import tiles
+from pgolf_fast.ops.tuned import cache_file
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 
@@ -20,19 +29,34 @@ NAMES = {
     "triton": "own Triton kernels, XSA inside",
     "flash": "PyTorch's flash attention",
     "cudnn": "cuDNN's attention, through PyTorch",
-    "fa3": "FlashAttention 3 (package flash_attn_interface)",
+    "fa3": "FlashAttention 3 (package flash_attn_interface, or prebuilt)",
     "fa4": "FlashAttention 4 (package flash_attn.cute)",
     "plain": "all scores in memory",
 }
 _PACKAGES = {"fa3": "flash_attn_interface", "fa4": "flash_attn.cute"}
 
-# Backends for 16-bit heads, by preference, on every architecture. Not measured yet: PyTorch's flash kernels
-# are known to train well. float32 runs on our kernels, which are exact there.
-_PREFERRED = ("flash", "triton")
+# Backends for 16-bit heads, by preference, then "plain". float32 runs on our kernels, which are exact there.
+_PREFERRED = {
+    # Heads of 64, causal, 2,048 tokens, forward, TFLOP/s on an H100 (FlashAttention-3, 2024): FA3 420, Triton
+    # 342, cuDNN 334, FA2 262. cuDNN trains 1.7 to 2.3 times as fast as FA2 (Hugging Face transformers 48163).
+    "sm90": ("fa3", "fa4", "cudnn", "triton", "flash"),
+    # PyTorch's flash kernels were written for this one; with cuDNN, training is 6 % slower (the same source).
+    "sm80": ("flash", "triton"),
+    # Not measured: PyTorch's flash kernels run everywhere.
+    "sm100": ("flash", "triton"),
+}
 _SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 LARGEST_HEAD_DIM = 128  # of our kernels
 
 _chosen: str | None = None
+_faults: dict[tuple[object, ...], str | None] = {}  # what `_fault` found
+
+# Largest error of a result, as a share of its largest value. Rounding probabilities, their gradients and all
+# results to bfloat16 costs at most 0.006 at heads of 8, 64 and 128 channels.
+_TOLERANCE = 0.02
+_CHECKED_TOKENS = 256  # several tiles of every library
+
+GET_FA3 = "pip install 'pgolf-fast[fa3]' && pgolf doctor --fetch-fa3"
 
 
 class Shape(NamedTuple):
@@ -56,9 +80,8 @@ def choose(name: str) -> None:
     global _chosen
     if name != "auto" and name not in NAMES:
         raise ValueError(f"no attention backend {name!r}; there are auto, {', '.join(NAMES)}")
-    if name in _PACKAGES and not _installed(_PACKAGES[name]):
-        why = f"attention backend {name!r} needs the package {_PACKAGES[name]}, which is not installed"
-        raise ValueError(why)
+    if reason := _missing(name):
+        raise ValueError(f"attention backend {name!r}: {reason}")
     _chosen = None if name == "auto" else name
 
 
@@ -66,11 +89,10 @@ def backend(shape: Shape) -> str:
     """Return the backend of a call for which the op runs kernels."""
     if _chosen is not None and why_not(_chosen, shape) is None:
         return _chosen
-    if tiles.forced() is not None:
+    if tiles.forced() is not None or shape.dtype not in _SIXTEEN_BITS or shape.windowed:
         return "triton"
-    if shape.dtype in _SIXTEEN_BITS and not shape.windowed:
-        return next((name for name in _PREFERRED if why_not(name, shape) is None), "triton")
-    return "triton"
+    names = (*_PREFERRED[tiles.architecture(shape.device)], "plain")
+    return next(name for name in names if _fault(name, shape) is None)
 
 
 def without_kernels(shape: Shape) -> str:
@@ -88,8 +110,8 @@ def why_not(name: str, shape: Shape) -> str | None:
         return "a window of queries"
     if shape.device.type != "cuda":
         return "no CUDA GPU"
-    if name in _PACKAGES and not _installed(_PACKAGES[name]):
-        return f"package {_PACKAGES[name]} is not installed"
+    if reason := _missing(name):
+        return reason
     if shape.dtype not in _SIXTEEN_BITS:
         return "16-bit heads only"
     if shape.head_dim % 8 or shape.head_dim > (256 if name == "flash" else 128):
@@ -108,22 +130,65 @@ def available(device: torch.device, head_dim: int = 64) -> list[tuple[str, str, 
     rows = []
     for name, what in NAMES.items():
         reason = "kernels need a CUDA GPU" if name == "triton" and not served else why_not(name, shape)
+        reason = reason or _faults.get((name, *shape[:3]))
         rows.append((name, what, "chosen" if name == chosen else reason or "available"))
     return rows
+
+
+def _fault(name: str, shape: Shape) -> str | None:
+    """Return why `name` is not used for calls like `shape`, or None: found out once a process.
+
+    While a CUDA graph is captured or a compiler traces, nothing can be checked: what is not known passes.
+    """
+    key = (name, *shape[:3])
+    if key in _faults or name == "plain":
+        return _faults.get(key)
+    reason = why_not(name, shape)
+    if reason is None:
+        if torch.compiler.is_compiling() or torch._guards.detect_fake_mode() is not None:
+            return None
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return None
+        if reason := _check(name, shape):
+            what = f"{str(shape.dtype).removeprefix('torch.')} heads of {shape.head_dim} on {shape.device}"
+            console.logger.warning("falling back from attention %s for %s: %s", name, what, reason)
+    _faults[key] = reason
+    return reason
+
+
+def _check(name: str, shape: Shape) -> str | None:
+    """Compare one forward and backward of `name` with "plain" in float64; return what is wrong."""
+    generator = torch.Generator().manual_seed(0)  # training's own stays where it is
+    sizes = [(1, _CHECKED_TOKENS, heads, shape.head_dim) for heads in (8, 4, 4, 8)]
+    drawn = [torch.randn(size, generator=generator) for size in sizes]
+    try:
+        q, k, v, dy = (t.to(shape.device, shape.dtype) for t in drawn)
+        with torch.no_grad(), tiles.on_device_of(q):
+            y, lse = (t.contiguous() for t in forward(name, q, k, v))
+            got = (y, lse, *backward(name, dy, q, k, v, y, lse))
+            dy, q, k, v = (t.double() for t in (dy, q, k, v))
+            y, lse = forward("plain", q, k, v)
+            pairs = zip(got, (y, lse, *backward("plain", dy, q, k, v, y, lse)), strict=True)
+            errors = [float((a.double() - b).abs().max() / b.abs().max()) for a, b in pairs]
+    except Exception as error:  # noqa: BLE001 - whatever a library raises, the next one may work
+        return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+    named = zip(("y", "logsumexp", "dq", "dk", "dv"), errors, strict=True)
+    wrong = [f"{result} is off by {e:.1%}" for result, e in named if not e <= _TOLERANCE]  # NaN is wrong
+    return ", ".join(wrong) or None
 
 
 def forward(name: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Compute causal attention at scale 1 / sqrt(hd) and its logsumexp (B, H, W).
 
-    q (B, W, H, hd), k and v (B, T, KV, hd); y is like q. W < T means the last W positions, which only "plain"
-    and, on a CPU, "flash" support. Not for "triton".
+    q (B, W, H, hd), k and v (B, T, KV, hd); y is like q. W < T means the last W positions, which "triton",
+    "plain" and, on a CPU, "flash" support.
     """
-    return _RUN[name][0](q, k, v)
+    return RUN[name][0](q, k, v)
 
 
 def backward(name: str, dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor) -> Gradients:
     """Return gradients of q, k and v, in float32 or v's dtype; `y` enters only through row sums of dy * y."""
-    return _RUN[name][1](dy, q, k, v, y, lse)
+    return RUN[name][1](dy, q, k, v, y, lse)
 
 
 def _heads_first(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -220,19 +285,43 @@ def _cudnn_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse:
     return _heads_last(*grads)
 
 
-def _fa3(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    import flash_attn_interface  # type: ignore[import-not-found]  # noqa: F401  # registers the ops used here
+def fetched_file() -> Path:
+    """Return the file that tells where `pgolf doctor --fetch-fa3` left it, and for which PyTorch."""
+    return cache_file().with_name("fa3.json")
 
-    y, lse, *_ = torch.ops.flash_attn_3.fwd(q, k, v, softmax_scale=q.shape[-1] ** -0.5, is_causal=True)
+
+def _fetched() -> Path | None:
+    try:
+        found = read_json(fetched_file())
+        path = Path(found["module"])
+    except (OSError, PgolfError, KeyError, TypeError):
+        return None
+    return path if found["torch"] == torch.__version__ and path.is_file() else None
+
+
+@functools.cache
+def _fa3_ops() -> Any:
+    """Return the namespace of FlashAttention 3's ops, the same in both packages. Never uses the network."""
+    if installed(_PACKAGES["fa3"]):
+        import_module(_PACKAGES["fa3"])
+        return torch.ops.flash_attn_3
+    spec = spec_from_file_location("pgolf_fast_fa3", _fetched() or "")
+    if spec is None or spec.loader is None:
+        raise ImportError(_missing("fa3"))
+    sys.modules[spec.name] = module = module_from_spec(spec)  # before it runs: it imports its own parts
+    spec.loader.exec_module(module)
+    return module.ops
+
+
+def _fa3(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    y, lse, *_ = _fa3_ops().fwd(q, k, v, softmax_scale=q.shape[-1] ** -0.5, is_causal=True)
     return y, lse
 
 
 def _fa3_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor) -> Gradients:
-    import flash_attn_interface  # noqa: F401
-
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     scale = q.shape[-1] ** -0.5
-    torch.ops.flash_attn_3.bwd(dy, q, k, v, y, lse, dq=dq, dk=dk, dv=dv, softmax_scale=scale, is_causal=True)
+    _fa3_ops().bwd(dy, q, k, v, y, lse, dq=dq, dk=dk, dv=dv, softmax_scale=scale, is_causal=True)
     return dq, dk, dv
 
 
@@ -278,14 +367,25 @@ def _plain_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse:
     return dq, _sum_groups(dk, kv_heads), _sum_groups(dv, kv_heads)
 
 
-def _installed(package: str) -> bool:
+def _missing(name: str) -> str | None:
+    """Return what must be installed for a backend, or None."""
+    package = _PACKAGES.get(name)
+    if package is None or installed(package) or (name == "fa3" and _fetched() is not None):
+        return None
+    return f"package {package} is not installed" + (f"; prebuilt: {GET_FA3}" if name == "fa3" else "")
+
+
+def installed(package: str) -> bool:
+    """Return whether a package can be imported. A bare folder of that name, like our kernels/, is none."""
     try:
-        return find_spec(package) is not None
-    except ModuleNotFoundError:  # the parent package is missing
+        spec = find_spec(package)
+    except (ModuleNotFoundError, ValueError):  # the parent package is missing, or a module without a spec
         return False
+    return spec is not None and spec.origin is not None
 
 
-_RUN: dict[str, tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., Gradients]]] = {
+# gqa_attention_kernels adds "triton"
+RUN: dict[str, tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., Gradients]]] = {
     "flash": (_flash, _flash_backward),
     "cudnn": (_cudnn, _cudnn_backward),
     "fa3": (_fa3, _fa3_backward),

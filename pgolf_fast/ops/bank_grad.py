@@ -24,23 +24,30 @@ _MIN_BLOCKS = 8
 def add_matmul(grad_bank: Tensor, slot: int, left: Tensor, right: Tensor) -> None:
     """Compute `grad_bank[slot] += left @ right` in the gradient bank's dtype.
 
-    left (rows, n), right (n, columns) of one dtype; grad_bank (slots, rows, columns) of any float dtype. The
-    Triton kernels round once, after the addition; PyTorch rounds the product to the dtype of `left` first,
-    unless the bank has the same dtype.
+    left (rows, n), right (n, columns) of one dtype; grad_bank (slots, rows, columns) of any float dtype. On a
+    GPU, 16-bit products are rounded once, after the addition. On a CPU, they are rounded to the dtype of
+    `left` first.
     """
+    if grad_bank.numel() == 0 or left.shape[1] == 0:
+        return
     if tiles.uses_kernels("weight_grad", left):
-        return _add_matmul_cuda(grad_bank[slot], left, right)
-    if left.dtype == grad_bank.dtype:
+        _add_matmul_triton(grad_bank[slot], left, right)
+    elif left.dtype == grad_bank.dtype:
         grad_bank[slot].addmm_(left, right)
     else:
-        grad_bank[slot].add_(left @ right)
+        grad_bank[slot].add_(product(left, right))
 
 
-def _add_matmul_cuda(grad: Tensor, left: Tensor, right: Tensor) -> None:
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """Compute `left @ right` of two matrices; on a GPU, 16 bits come out as float32."""
+    if left.is_cuda and left.element_size() == 2:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left @ right
+
+
+def _add_matmul_triton(grad: Tensor, left: Tensor, right: Tensor) -> None:
     from pgolf_fast.kernels.weight_grad import launch_weight_grad, launch_weight_grad_sum
 
-    if grad.numel() == 0 or left.shape[1] == 0:
-        return
     tile = tiles.lookup("weight_grad", left)
     depth_per_split = _depth_per_split(grad, left.shape[1], tile)
     splits = -(-left.shape[1] // depth_per_split)

@@ -173,7 +173,7 @@ def _gqa_attention_backward(
     dx, factors, dgain, dvalue = run(dout, call, Saved(*saved), has_value_embed)
     dgain = dgain.to(q_gain.dtype)
     if grad_qo is None or grad_kv is None:
-        dq, dk, dv, dout_weight = (left @ right for left, right in factors)
+        dq, dk, dv, dout_weight = (left @ right for left, right in kernels.apart(factors))
         return dx, torch.stack((dq, dout_weight)), torch.stack((dk, dv)), dgain, dvalue
     kernels.add_factors(factors, grad_qo, grad_kv, slot)
     return dx, x.new_empty(0), x.new_empty(0), dgain, dvalue

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pgolf_fast.ops import attention_backend, reference, tiles
-from pgolf_fast.ops.bank_grad import add_matmul
+from pgolf_fast.ops.bank_grad import add_matmul, product
 from pgolf_fast.ops.checks import dense
 from pgolf_fast.ops.tiles import Tile
 
-# dx, factors of four weight gradients, dgain, dvalue
-Gradients = tuple[Tensor, list[tuple[Tensor, Tensor]], Tensor, Tensor]
+Factors = list[tuple[Tensor, Tensor]]  # of the gradients of q, k, v and out, or of q, k, v in one and out
+Gradients = tuple[Tensor, Factors, Tensor, Tensor]  # dx, of the weights, dgain, dvalue
 
 
 def _rows(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Tile:
@@ -141,26 +141,31 @@ def _project(call: Call, value_embed: Tensor | None, num_kv_heads: int, queries:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, q_gain: Tensor, xsa: bool) -> tuple[Tensor, Tensor, Tensor]:
-    from pgolf_fast.kernels.flash_attention import launch_flash_attention_fwd, launch_xsa_fwd
+    from pgolf_fast.kernels.flash_attention import launch_xsa_fwd
 
-    context, per_row = torch.empty_like(q), (q.shape[0], q.shape[2], q.shape[1])
-    along = q.new_empty(per_row if xsa else 0, dtype=torch.float32)
     name = _backend(q, k)
     if name == "triton":
-        lse, tile = q.new_empty(per_row, dtype=torch.float32), tile_for("flash_attention_fwd", q)
-        launch_flash_attention_fwd(q, k, v, q_gain.contiguous(), context, along, lse, xsa=xsa, tile=tile)
-        return context, along, lse
-    y, lse = attention_backend.forward(name, _gained(q, q_gain), k, v)
-    y = y.contiguous()
-    if xsa:
-        launch_xsa_fwd(y, v, context, along, tile=tile_for("attention_rows", q))
-    else:
-        context = y
-    return context, along, lse.contiguous()
+        return _attend_own(q, k, v, q_gain, xsa)
+    y, lse = (t.contiguous() for t in attention_backend.forward(name, _gained(q, q_gain), k, v))
+    if not xsa:
+        return y, lse.new_empty(0), lse
+    context, along = torch.empty_like(q), torch.empty_like(lse)
+    launch_xsa_fwd(y, v, context, along, tile=tile_for("attention_rows", q))
+    return context, along, lse
+
+
+def _attend_own(q: Tensor, k: Tensor, v: Tensor, q_gain: Tensor, xsa: bool) -> tuple[Tensor, Tensor, Tensor]:
+    from pgolf_fast.kernels.flash_attention import launch_flash_attention_fwd
+
+    lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
+    context, along = torch.empty_like(q), torch.empty_like(lse) if xsa else lse.new_empty(0)
+    tile = tile_for("flash_attention_fwd", q)
+    launch_flash_attention_fwd(q, k, v, q_gain.contiguous(), context, along, lse, xsa=xsa, tile=tile)
+    return context, along, lse
 
 
 def backward(dout: Tensor, call: Call, s: Saved, has_value_embed: bool) -> Gradients:
-    """Return dx, factors of the q, k, v and out weight gradients, dgain, and dvalue (empty without one)."""
+    """Return dx, factors of the weight gradients, dgain, and dvalue (empty without one)."""
     x, weights = call.x, call.weights
     (batch, length, dim), queries = x.shape, s.q.shape[1]
     kv_dim, x_rows, x_tail = weights.k.shape[0], x.reshape(-1, dim), x[:, length - queries :]
@@ -174,25 +179,41 @@ def backward(dout: Tensor, call: Call, s: Saved, has_value_embed: bool) -> Gradi
             merged = x.new_empty(batch * length, 2 * kv_dim)
             dq, (dk, dv) = x.new_empty(batch * queries, dim), merged.split(kv_dim, dim=1)
         dgain = _attend_backward(dcontext, call, s, dq, dk, dv)
+    context = s.y.view(-1, dim)
     if queries == length:
-        dx = merged @ torch.cat(weights[:3])
+        dx, factors = merged @ torch.cat(weights[:3]), [(merged.T, x_rows), (outer.T, context)]
     else:
         dx = merged @ torch.cat(weights[1:3])
         dx.view(x.shape)[:, length - queries :] += (dq @ weights.q).view(batch, queries, dim)
-    context = s.y.view(-1, dim)
-    factors = [(dq.T, x_tail.reshape(-1, dim)), (dk.T, x_rows), (dv.T, x_rows), (outer.T, context)]
+        factors = [(dq.T, x_tail.reshape(-1, dim)), (dk.T, x_rows), (dv.T, x_rows), (outer.T, context)]
     dvalue = x.new_empty(0)
     if has_value_embed:
         dvalue = dv.reshape(batch, length, kv_dim).clone(memory_format=torch.contiguous_format)
     return dx.view(x.shape), factors, dgain, dvalue
 
 
-def add_factors(factors: list[tuple[Tensor, Tensor]], grad_qo: Tensor, grad_kv: Tensor, slot: int) -> None:
+def add_factors(factors: Factors, grad_qo: Tensor, grad_kv: Tensor, slot: int) -> None:
     """Add the products of `factors` to their slots of the gradient banks."""
     layers = grad_qo.shape[0] // 2
-    places = ((grad_qo, slot), (grad_kv, slot), (grad_kv, layers + slot), (grad_qo, layers + slot))
-    for (bank, place), (left, right) in zip(places, factors, strict=True):
+    places = [(grad_qo, slot), (grad_kv, slot), (grad_kv, layers + slot), (grad_qo, layers + slot)]
+    if len(factors) == 2 and not tiles.uses_kernels("weight_grad", factors[0][0]):
+        # x is read once, and 1,024 rows of gradients fill a GPU better than 512 and twice 256
+        merged = product(*factors[0]).split([bank.shape[1] for bank, _ in places[:3]])
+        for (bank, place), grad in zip(places, merged, strict=False):
+            bank[place].add_(grad)
+        places, factors = places[3:], factors[1:]
+    for (bank, place), (left, right) in zip(places, apart(factors), strict=True):
         add_matmul(bank, place, left, right)
+
+
+def apart(factors: Factors) -> Factors:
+    """Return the factors of each gradient alone."""
+    if len(factors) != 2:
+        return factors
+    (merged, x), out = factors
+    dim = out[0].shape[0]
+    kv_dim = (merged.shape[0] - dim) // 2
+    return [*((rows, x) for rows in merged.split((dim, kv_dim, kv_dim))), out]
 
 
 def _attend_backward(dcontext: Tensor, call: Call, s: Saved, dq: Tensor, dk: Tensor, dv: Tensor) -> Tensor:
@@ -215,10 +236,7 @@ def _attend_backward(dcontext: Tensor, call: Call, s: Saved, dq: Tensor, dk: Ten
     kernels.launch_flash_attention_bwd_delta(dcontext, s.y, s.along, s.v, *outputs, xsa=xsa, tile=tile)
     if name == "triton":
         dq_heads, dk_heads = torch.empty_like(s.q), torch.empty_like(s.k)
-        inputs = (s.q, s.k, s.v, gain, dy, s.lse, delta)
-        dkdv_tile, dq_tile = (tile_for(f"flash_attention_bwd_{which}", s.q) for which in ("dkdv", "dq"))
-        kernels.launch_flash_attention_bwd_dkdv(*inputs, own, dk_heads, dv, tile=dkdv_tile)
-        kernels.launch_flash_attention_bwd_dq(*inputs, dq_heads, tile=dq_tile)
+        _own_gradients((s.q, s.k, s.v, gain, dy, s.lse, delta), own, dq_heads, dk_heads, dv)
     else:
         gained = _gained(s.q, gain)
         dq_heads, dk_heads, dv_heads = attention_backend.backward(name, dy, gained, s.k, s.v, y, s.lse)
@@ -230,3 +248,35 @@ def _attend_backward(dcontext: Tensor, call: Call, s: Saved, dq: Tensor, dk: Ten
     launch_rope_norm_bwd(dq_heads.contiguous(), s.q, s.q_rstd, gain, cos, sin, dq, dgain, tile=tile)
     launch_rope_norm_bwd(dk_heads.contiguous(), s.k, s.k_rstd, None, cos, sin, dk, None, tile=tile)
     return dgain.sum(0)
+
+
+def _own_gradients(
+    inputs: tuple[Tensor, ...], own: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor
+) -> None:
+    from pgolf_fast.kernels import flash_attention_backward as kernels
+
+    dkdv_tile, dq_tile = (tile_for(f"flash_attention_bwd_{which}", dq) for which in ("dkdv", "dq"))
+    kernels.launch_flash_attention_bwd_dkdv(*inputs, own, dk, dv, tile=dkdv_tile)
+    kernels.launch_flash_attention_bwd_dq(*inputs, dq, tile=dq_tile)
+
+
+def _own(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute our attention as a library would: without gain and XSA."""
+    y, _, lse = _attend_own(q, k, v, q.new_ones(q.shape[2], dtype=torch.float32), xsa=False)
+    return y, lse
+
+
+def _own_backward(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor
+) -> attention_backend.Gradients:
+    from pgolf_fast.kernels.flash_attention_backward import launch_flash_attention_bwd_delta
+
+    delta, gain = torch.empty_like(lse), q.new_ones(q.shape[2], dtype=torch.float32)
+    tile = tile_for("attention_rows", q)
+    launch_flash_attention_bwd_delta(dy, y, None, v, dy, delta, None, xsa=False, tile=tile)
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    _own_gradients((q, k, v, gain, dy, lse, delta), None, dq, dk, dv.view(-1, v.shape[2] * v.shape[3]))
+    return dq, dk, dv
+
+
+attention_backend.RUN["triton"] = (_own, _own_backward)  # to be checked like the others

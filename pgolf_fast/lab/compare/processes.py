@@ -16,8 +16,8 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from pgolf_fast import console
+from pgolf_fast.cores import CHOSEN, available_cores
 from pgolf_fast.errors import PgolfError, explain
-from pgolf_fast.io import available_cores
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ def make_slots(workers: int | None, devices: int, *, timed: bool) -> list[Slot]:
         text = f"--workers {workers} would let runs of budget time compete for this CPU"
         raise PgolfError(f"{text}: leave --workers out, or use --budget steps")
     share = {"OMP_NUM_THREADS": str(max(1, available_cores() // workers))}
-    return [{} if workers == 1 or "OMP_NUM_THREADS" in os.environ else share] * workers
+    by_user = "OMP_NUM_THREADS" in os.environ.keys() - CHOSEN.keys()
+    return [{} if workers == 1 or by_user else share] * workers
 
 
 def run_tasks(tasks: Sequence[Task], slots: Sequence[Slot]) -> dict[str, str]:

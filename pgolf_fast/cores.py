@@ -1,0 +1,94 @@
+"""CPU cores of this process, and the variables that tell OpenMP about them. Loads no torch."""
+
+import math
+import os
+import sys
+from pathlib import Path
+
+# Spins of an OpenMP thread at a barrier before it sleeps. libgomp's default, 300,000, is milliseconds: beside
+# other busy processes, a thread burns its time slices waiting for one that is not running. Measured on two
+# cores with `benchmarks/bench_load.py`; OMP_WAIT_POLICY=passive, without any spins, costs 18 to 35 %.
+SPIN_COUNT = "1000"
+CHOSEN: dict[str, str] = {}
+"""Variables that `prepare_openmp` has set in this process."""
+
+
+def available_cores() -> int:
+    """Return the number of CPU cores this process may use: by its affinity and its container's CPU quota."""
+    quota = cpu_quota()
+    return allowed_cores() if quota is None else max(1, min(allowed_cores(), math.ceil(quota)))
+
+
+def allowed_cores() -> int:
+    """Return the number of CPU cores in this process's affinity, which taskset and cpusets limit."""
+    if hasattr(os, "sched_getaffinity"):  # Linux only
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def cpu_quota(root: Path = Path("/")) -> float | None:
+    """Return the CPU time per time that the cgroups of this process allow, in cores; None if unlimited.
+
+    root: where /proc and /sys are.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    limits = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        mount = root / "sys/fs/cgroup" / controllers  # version 2 has no controllers here, and no subfolder
+        folder = mount / path.lstrip("/")
+        # A container may see its own group as the root, but be told the host's path, which is not there
+        limits += [_limit(place) for place in (folder, *folder.parents) if place.is_relative_to(mount)]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _limit(group: Path) -> float | None:
+    """Return the quota of one cgroup of either version."""
+    try:
+        if (group / "cpu.max").is_file():
+            quota, period = (group / "cpu.max").read_text(encoding="utf-8").split()
+        else:
+            quota, period = (
+                (group / f"cpu.cfs_{name}_us").read_text(encoding="utf-8") for name in ("quota", "period")
+            )
+        share = int(quota) / int(period)
+    except (OSError, ValueError, ZeroDivisionError):  # no such file, or "max"
+        return None
+    return share if share > 0 else None  # version 1 says -1 for no limit
+
+
+def threads() -> int:
+    """Return the number of threads to compute with: OMP_NUM_THREADS if set, else `available_cores`."""
+    first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    return int(first) if first.isdecimal() and int(first) else available_cores()
+
+
+def prepare_openmp() -> None:
+    """Set how long OpenMP's threads spin and, under a CPU quota, how many they are; children inherit both.
+
+    Variables of the user win. OpenMP reads them when torch is imported: after that, nothing is set.
+    """
+    if "torch" in sys.modules:
+        return
+    names = os.environ.keys()
+    if not names & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} and not any(n.startswith("KMP_") for n in names):
+        CHOSEN["GOMP_SPINCOUNT"] = SPIN_COUNT
+    limits = {"OMP_NUM_THREADS", "OMP_THREAD_LIMIT", "MKL_NUM_THREADS"}
+    if (
+        not names & limits and available_cores() < allowed_cores()
+    ):  # OpenMP respects the affinity, not the quota
+        CHOSEN["OMP_NUM_THREADS"] = str(available_cores())
+    os.environ.update(CHOSEN)
+
+
+def describe() -> str:
+    """Return the cores, limits, threads and spin count of this process in one line."""
+    quota, spins = cpu_quota(), os.environ.get("GOMP_SPINCOUNT", "default")
+    limited = "no CPU quota" if quota is None else f"a CPU quota of {quota:g}"
+    machine = f"{os.cpu_count()} in this machine, {allowed_cores()} by affinity, {limited}"
+    return f"{machine}: {threads()} threads; GOMP_SPINCOUNT {spins}"
