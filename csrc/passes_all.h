@@ -3,11 +3,15 @@
 #include "simd.h"
 
 #include "activation.h"
+#include "attention.h"
+#include "attention_backward.h"
 
 constexpr Passes table(const char* name) {
     Passes all{};
     all.name = name;
     all.activate = activate;
     all.activate_backward = activate_backward;
+    all.attention = attention;
+    all.attention_backward = attention_backward;
     return all;
 }

@@ -63,3 +63,38 @@ def activate(pre: Floats, hidden: Floats, activation: str, threads: int = 0) -> 
 def activate_backward(
     dhidden: Floats, pre: Floats, dpre: Floats, hidden: Floats, activation: str, threads: int = 0
 ) -> None: ...
+def attention(
+    q: Floats,
+    k: Floats,
+    v: Floats,
+    gain: NDArray[np.float32],
+    cos: NDArray[np.float32],
+    sin: NDArray[np.float32],
+    y: Floats,
+    context: Floats,
+    q_rstd: NDArray[np.float32],
+    k_rstd: NDArray[np.float32],
+    lse: NDArray[np.float32],
+    xsa: bool,
+    threads: int = 0,
+) -> None: ...
+def attention_backward(
+    dcontext: Floats,
+    q: Floats,
+    k: Floats,
+    v: Floats,
+    y: Floats,
+    q_rstd: NDArray[np.float32],
+    k_rstd: NDArray[np.float32],
+    lse: NDArray[np.float32],
+    gain: NDArray[np.float32],
+    cos: NDArray[np.float32],
+    sin: NDArray[np.float32],
+    context: Floats,
+    dq: Floats,
+    dk: Floats,
+    dv: Floats,
+    dgain: NDArray[np.float32],
+    xsa: bool,
+    threads: int = 0,
+) -> None: ...
