@@ -11,4 +11,5 @@ PYBIND11_MODULE(_C, m) {
     pgolf::bind_rans(m);
     pgolf::bind_gptq(m);
     pgolf::bind_passes(m);
+    pgolf::bind_attention(m);
 }

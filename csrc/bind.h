@@ -55,5 +55,6 @@ void bind_bits(py::module_& m);
 void bind_rans(py::module_& m);
 void bind_gptq(py::module_& m);
 void bind_passes(py::module_& m);
+void bind_attention(py::module_& m);
 
 }  // namespace pgolf

@@ -16,6 +16,28 @@ struct bf16 {
 enum class Type { f32, bf16 };
 enum class Activation { leaky_relu_squared, relu_squared, swiglu };
 
+// Causal attention of the last `queries` of `keys` positions. Heads have `dim` channels; the first 2 * `turned` rotate.
+struct AttentionShape {
+    size_t batch, queries, keys, heads, kv_heads, dim, turned;
+    bool xsa;
+    const float *gain, *cos, *sin;  // (heads), (keys, turned), (keys, turned)
+};
+
+// Heads are (batch, positions, heads, dim), of the pass's type; the others float32.
+struct AttentionForward {
+    void *q, *k;  // projections; the pass normalizes them in place
+    const void* v;
+    void *y, *context;                 // before and after XSA; `context` is not used without XSA
+    float *q_rstd, *k_rstd, *lse;      // 1 / RMS of each head; logsumexp (batch, heads, queries)
+};
+
+struct AttentionBackward {
+    const void *dcontext, *q, *k, *v, *y;  // q and k normalized
+    const float *q_rstd, *k_rstd, *lse;
+    void *context, *dq, *dk, *dv;  // gradients of the projections; `context` again with XSA
+    float* dgain;
+};
+
 // `threads` is the most threads that a pass may use (0: one per core); no result depends on it.
 struct Passes {
     const char* name;
@@ -27,6 +49,8 @@ struct Passes {
     // alpha x x^T + beta add (count, rows, rows) of x (count, rows, columns); add is symmetric, or null.
     void (*symmetric_product)(const float* x, const float* add, float* out, float alpha, float beta, size_t count,
                               size_t rows, size_t columns, size_t threads);
+    void (*attention)(Type, const AttentionShape&, const AttentionForward&, size_t threads);
+    void (*attention_backward)(Type, const AttentionShape&, const AttentionBackward&, size_t threads);
 };
 
 extern const Passes passes_portable, passes_avx2, passes_avx512;

@@ -4,6 +4,8 @@
 
 #include "activation.h"
 #include "symmetric.h"
+#include "attention.h"
+#include "attention_backward.h"
 
 constexpr Passes table(const char* name) {
     Passes all{};
@@ -11,5 +13,7 @@ constexpr Passes table(const char* name) {
     all.activate = activate;
     all.activate_backward = activate_backward;
     all.symmetric_product = symmetric_product;
+    all.attention = attention;
+    all.attention_backward = attention_backward;
     return all;
 }

@@ -78,7 +78,7 @@ PGOLF_INLINE float largest(vec x) {
 
 // e^x with a relative error below 2e-7 for x in -87.3 to 88; smaller x give e^-87.3, larger ones e^88.
 PGOLF_INLINE vec exp(vec x) {
-    x = min(max(x, splat(-87.3f)), splat(88.0f));
+    x = min(splat(88.0f), max(splat(-87.3f), x));  // in this order NaN stays NaN
     const vec shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
     const vec n = (x * 1.44269504f + shift) - shift;
     vec r = x - n * 0.693145752f;

@@ -45,7 +45,7 @@ def need_finite(tensors: Tensors, origin: str) -> None:
             raise PgolfError(f"{origin}: {name}: {problem}: the run diverged, use an earlier checkpoint")
 
 
-def _difference(row: tuple[str, str]) -> str:
+def _difference(row: tuple[str, ...]) -> str:
     expected, given = row
     return f"missing {expected}" if given == "nothing" else f"{expected} / {given}"
 

@@ -3,13 +3,14 @@
 Sources: PR 1501 (banks, XSA, value embedding, q gain); Su et al. 2021 (RoPE); Ainslie et al. 2023 (GQA).
 """
 
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pgolf_fast.ops import attention_backend, reference
+from pgolf_fast.ops import attention_backend, native, reference
 from pgolf_fast.ops import gqa_attention_kernels as kernels
 from pgolf_fast.ops.bank_grad import scatter_slots
 from pgolf_fast.ops.checks import expect_shape, expect_slot, same_device, same_dtype_device
@@ -111,12 +112,15 @@ def _(
 
 
 def _forward_cpu(call: Call, value_embed: Tensor | None, num_kv_heads, queries) -> tuple[Tensor, Saved]:
-    """Compute `kernels.forward` in PyTorch."""
+    """Compute `kernels.forward` by the fused pass, or in PyTorch."""
     x, weights, q_gain, cos, sin, xsa = call
     q = F.linear(_last(x, queries), weights.q).unflatten(-1, (q_gain.shape[0], -1))
     k = F.linear(x, weights.k).unflatten(-1, (num_kv_heads, -1))
     v = F.linear(x, weights.v)
     v = (v if value_embed is None else v.add_(value_embed)).unflatten(-1, (num_kv_heads, -1))
+    if fused := native.passes("gqa_attention", x):
+        context, saved = _forward_fused(fused, call, q.contiguous(), k.contiguous(), v.contiguous())
+        return F.linear(context.flatten(2), weights.out), saved
     q_unit, q_rstd = _unit(q)
     k_unit, k_rstd = _unit(k)
     y, lse = _sdpa(*_rotated(q_unit, k_unit, cos, sin, q_gain), v)
@@ -124,6 +128,18 @@ def _forward_cpu(call: Call, value_embed: Tensor | None, num_kv_heads, queries) 
     out = F.linear(context.flatten(2), weights.out)
     along = lse.new_zeros(lse.shape if xsa else (0,))
     return out, Saved(*(t.contiguous() for t in (q_unit, k_unit, v, q_rstd, k_rstd, y, lse, along)))
+
+
+def _forward_fused(fused: ModuleType, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Saved]:
+    """Return the context and the tensors saved; q and k become their normalized heads."""
+    tables = (t.float().contiguous() for t in (call.q_gain, call.cos, call.sin))
+    y, lse = torch.empty_like(q), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
+    context = torch.empty_like(q) if call.xsa else y
+    q_rstd, k_rstd = (t.new_empty(*t.shape[:3], 1, dtype=torch.float32) for t in (q, k))
+    operands = native.arrays(q, k, v, *tables, y, context, q_rstd, k_rstd, lse)
+    fused.attention(*operands, call.xsa, torch.get_num_threads())
+    along = lse.new_zeros(lse.shape if call.xsa else (0,))
+    return context, Saved(q, k, v, q_rstd, k_rstd, y, lse, along)
 
 
 def _last(t: Tensor, queries: int) -> Tensor:
@@ -188,19 +204,15 @@ def _(dout, x, qo_bank, kv_bank, q_gain, cos, sin, saved, slot, xsa, grad_qo, gr
 
 
 def _backward_cpu(dout: Tensor, call: Call, s: Saved, has_value_embed: bool) -> Gradients:
-    """Compute `kernels.backward` in PyTorch."""
-    x, weights, q_gain, cos, sin, xsa = call
+    """Compute `kernels.backward` by the fused pass, or in PyTorch."""
+    x, weights = call.x, call.weights
     dim, queries = x.shape[2], s.q.shape[1]
-    first, own = x.shape[1] - queries, _last(s.v, queries)
-    context = (_exclusive(s.y, own) if xsa else s.y).flatten(0, 1).flatten(1)
-    dcontext = (dout @ weights.out).view(s.y.shape)
-    dy, dv_own = _exclusive_backward(dcontext, s.y, own) if xsa else (dcontext, None)
-    dq, dk, dv = _sdpa_backward(dy, s, q_gain, cos, sin)
-    if dv_own is not None:
-        dv = dv + (dv_own if first == 0 else F.pad(dv_own, (0, 0, 0, 0, first, 0)))
-    dq, dgain = _rope_norm_backward(dq, s.q, s.q_rstd, cos[first:], sin[first:], q_gain)
-    dk, _ = _rope_norm_backward(dk, s.k, s.k_rstd, cos, sin, None)
-    dq, dk, dv = (t.to(x.dtype).reshape(-1, t.shape[2] * t.shape[3]) for t in (dq, dk, dv))
+    first, dcontext = x.shape[1] - queries, (dout @ weights.out).view(s.y.shape)
+    if fused := native.passes("gqa_attention", x):
+        context, dq, dk, dv, dgain = _backward_fused(fused, dcontext, call, s)
+    else:
+        context, dq, dk, dv, dgain = _backward_torch(dcontext, call, s)
+    context, dq, dk, dv = (t.to(x.dtype).reshape(-1, t.shape[2] * t.shape[3]) for t in (context, dq, dk, dv))
     if first == 0:
         dx = (dq @ weights.q).addmm_(dk, weights.k).addmm_(dv, weights.v).view(x.shape)
     else:
@@ -210,6 +222,31 @@ def _backward_cpu(dout: Tensor, call: Call, s: Saved, has_value_embed: bool) -> 
     factors = [(dq.T, tail), (dk.T, rows), (dv.T, rows), (outer.T, context)]
     dvalue = dv.view(*x.shape[:2], dv.shape[1]) if has_value_embed else x.new_empty(0)
     return dx, factors, dgain, dvalue
+
+
+def _backward_fused(fused: ModuleType, dcontext: Tensor, call: Call, s: Saved) -> tuple[Tensor, ...]:
+    """Return the context, the gradients of the three projections, and the gain's."""
+    tables = (t.float().contiguous() for t in (call.q_gain, call.cos, call.sin))
+    given = (t.contiguous() for t in (dcontext, s.q, s.k, s.v, s.y, s.q_rstd, s.k_rstd, s.lse))
+    dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in s[:3])
+    context = torch.empty_like(dq) if call.xsa else s.y
+    dgain = call.q_gain.new_empty(call.q_gain.shape, dtype=torch.float32)
+    operands = native.arrays(*given, *tables, context, dq, dk, dv, dgain)
+    fused.attention_backward(*operands, call.xsa, torch.get_num_threads())
+    return context, dq, dk, dv, dgain
+
+
+def _backward_torch(dcontext: Tensor, call: Call, s: Saved) -> tuple[Tensor, ...]:
+    """Return what `_backward_fused` does."""
+    q_gain, cos, sin, xsa = call[2:]
+    first, own = s.v.shape[1] - s.q.shape[1], _last(s.v, s.q.shape[1])
+    dy, dv_own = _exclusive_backward(dcontext, s.y, own) if xsa else (dcontext, None)
+    dq, dk, dv = _sdpa_backward(dy, s, q_gain, cos, sin)
+    if dv_own is not None:
+        dv = dv + (dv_own if first == 0 else F.pad(dv_own, (0, 0, 0, 0, first, 0)))
+    dq, dgain = _rope_norm_backward(dq, s.q, s.q_rstd, cos[first:], sin[first:], q_gain)
+    dk, _ = _rope_norm_backward(dk, s.k, s.k_rstd, cos, sin, None)
+    return _exclusive(s.y, own) if xsa else s.y, dq, dk, dv, dgain
 
 
 def _own_value(v: Tensor) -> tuple[Tensor, Tensor]:
