@@ -56,10 +56,19 @@ class Compiled:
     spill_bytes: int  # Stack and local memory; 0 if nothing spilled
     shared_bytes: int
     instructions: Counter[str] = field(default_factory=Counter)  # Count of each opcode in the machine code
+    narrow: int = 0  # Loads of 16 bits from global memory in loops: without vectors, without cp.async
 
     def count(self, fragment: str) -> int:
         """Count instructions whose opcode contains `fragment`."""
         return sum(n for opcode, n in self.instructions.items() if fragment in opcode)
+
+    @property
+    def per_sm(self) -> int:
+        """Blocks on a multiprocessor: a warp gets registers in units of 256, a block 1 KiB more memory."""
+        threads = 1536 if self.arch in (86, 89, 120) else 2048
+        registers = -(-max(self.registers, 1) * 32 // 256) * 256 * max(self.warps, 1)
+        shared = (SHARED_LIMIT[self.arch] + 1024) // (self.shared_bytes + 1024)
+        return min(65_536 // registers, shared, threads // (32 * max(self.warps, 1)), 32)
 
 
 def _tool(name: str) -> str:
@@ -72,7 +81,8 @@ def _tool(name: str) -> str:
     return found
 
 
-def _inspect(cubin: bytes) -> tuple[dict[str, int], Counter[str]]:
+def _inspect(cubin: bytes) -> tuple[dict[str, int], str]:
+    """Return the resource usage and the assembly of a compiled kernel."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
@@ -81,8 +91,24 @@ def _inspect(cubin: bytes) -> tuple[dict[str, int], Counter[str]]:
             for tool, flag in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
         )
     numbers = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", usage)}
-    opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\S+\s+)?([A-Z][A-Z0-9_]*)", code, re.MULTILINE)
-    return numbers, Counter(opcodes)
+    return numbers, code
+
+
+def opcodes(code: str) -> Counter[str]:
+    """Count the opcodes of an assembly, without their modifiers."""
+    found = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\S+\s+)?([A-Z][A-Z0-9_]*)", code, re.MULTILINE)
+    return Counter(found)
+
+
+def narrow_loads(code: str) -> int:
+    """Count the 16-bit loads from global memory between a label and a jump back to it."""
+    lines = code.splitlines()
+    labels = {line[:-1]: i for i, line in enumerate(lines) if re.fullmatch(r"\.L_x_\d+:", line)}
+    inside: set[int] = set()
+    for i, line in enumerate(lines):
+        if jump := re.search(r"\bBRA\b.*\((\.L_x_\d+)\)", line):
+            inside.update(range(labels.get(jump[1], i), i))
+    return sum(re.search(r"\bLDG\.\S*[US]16\b", lines[i]) is not None for i in inside)
 
 
 class _Launcher:
@@ -125,9 +151,10 @@ class _Driver:
     def load_binary(
         self, name: str, cubin: bytes, shared: int, device: int
     ) -> tuple[Compiled, Compiled, int, int, int]:
-        usage, opcodes = _inspect(cubin)
+        usage, code = _inspect(cubin)
         spill = usage.get("STACK", 0) + usage.get("LOCAL", 0)
-        entry = Compiled(name, self.arch, 0, 0, usage.get("REG", 0), spill, shared, opcodes)
+        sizes = (usage.get("REG", 0), spill, shared)
+        entry = Compiled(name, self.arch, 0, 0, *sizes, opcodes(code), narrow_loads(code))
         self.compiled.append(entry)
         # The first is the module; without one, Triton would load the binary again at every launch.
         return entry, entry, entry.registers, spill, 1024
@@ -162,26 +189,31 @@ class Row:
 
     case: str
     compiled: Compiled
+    wanted: int = 1  # Blocks on a Hopper multiprocessor for which its tile was chosen
 
     def cells(self) -> tuple[object, ...]:
         c = self.compiled
-        numbers = (c.warps, c.stages, c.registers, c.spill_bytes, c.shared_bytes)
+        numbers = (c.warps, c.stages, c.registers, c.spill_bytes, c.shared_bytes, c.per_sm)
+        loads = (c.count("LDGSTS"), c.narrow)
         # HMMA and similar on Ampere, HGMMA on Hopper, UTC*MMA on Blackwell; bulk copies from Hopper on
-        return (c.kernel, f"sm_{c.arch}", *numbers, c.count("MMA"), c.count("UTMA"), self.case)
+        return (c.kernel, f"sm_{c.arch}", *numbers, c.count("MMA"), *loads, c.count("UTMA"), self.case)
 
     def record(self) -> dict[str, object]:
         return dict(zip((name.replace(" ", "_") for name in HEADER), self.cells(), strict=True))
 
 
-_NUMBERS = ("warps", "stages", "registers", "spill bytes", "shared bytes", "tensor core", "TMA")
-HEADER = ("kernel", "arch", *_NUMBERS, "case")
+_SIZES = ("warps", "stages", "registers", "spill bytes", "shared bytes", "blocks per SM")
+_COUNTS = ("tensor core", "cp.async", "16-bit loads in loops", "TMA")
+HEADER = ("kernel", "arch", *_SIZES, *_COUNTS, "case")
 
 
 # Cases that also run with a setting that launches other kernels. PyTorch's CPU attention stands in for every
 # library: our kernels around them are the same.
 _atomic = partial(temporarily, choose_table_gradient, "atomic", "sorted")
+_own_gradients = partial(temporarily, partial(tiles.choose, "weight_grad"), "triton", "auto")
 SETTINGS: dict[str, tuple[str, Callable[[], AbstractContextManager[None]]]] = {
     "gqa_attention": ("with a library's attention", partial(forced_attention, "flash")),
+    "mlp-leaky_relu_squared": ("with our weight gradients", _own_gradients),
     "ngram_hash_embed": ("with an atomic gradient", _atomic),
 }
 
@@ -210,13 +242,21 @@ def compile_presets(
                 settings = [("", nullcontext), *([SETTINGS[case]] if case in SETTINGS else [])]
                 for what, around in settings:
                     before, label = len(compiled), f"{case} {what}".strip()
-                    try:
-                        with around():
-                            run_case(case, config, tokens)
-                    except OutOfResources as error:
-                        misfits.append(f"{label} does not fit sm_{arch}: {error}")
-                    rows += [Row(label, entry) for entry in compiled[before:]]
+                    with tiles.recorded() as tiled:
+                        try:
+                            with around():
+                                run_case(case, config, tokens)
+                        except OutOfResources as error:
+                            misfits.append(f"{label} does not fit sm_{arch}: {error}")
+                    rows += [Row(label, entry, _wanted(entry.kernel, tiled)) for entry in compiled[before:]]
     return rows, list(dict.fromkeys(misfits))
+
+
+def _wanted(kernel: str, tiled: Sequence[str]) -> int:
+    """Return for how many blocks a multiprocessor the kernel's tile was chosen, among those looked up."""
+    name = kernel.removesuffix("_kernel")
+    same = [t for t in tiled if t == name] or [t for t in tiled if t.startswith(name)]
+    return tiles.per_sm[same[0]] if same else 1
 
 
 def _cases(config: RunConfig, only: Sequence[str]) -> Iterator[tuple[str, int]]:
@@ -257,7 +297,7 @@ def write(path: Path, rows: Sequence[Row], names: Sequence[str]) -> None:
 def problems(rows: Sequence[Row]) -> list[str]:
     """Return one line for each thing that makes a kernel slow or impossible to launch.
 
-    Spills and missing HGMMA instructions count on Hopper, shared memory on every GPU.
+    Shared memory counts on every GPU, the rest on Hopper.
     """
     multiplies = kernels_in_source()
     lines = []
@@ -266,10 +306,19 @@ def problems(rows: Sequence[Row]) -> list[str]:
         name = f"{entry.kernel} on sm_{entry.arch} ({row.case})"
         if entry.shared_bytes > (limit := SHARED_LIMIT[entry.arch]):
             lines.append(f"{name}: {entry.shared_bytes} bytes of shared memory, but there are {limit}")
-        if entry.arch == 90 and entry.spill_bytes:
+        if entry.arch != 90:
+            continue
+        if entry.spill_bytes:
             lines.append(f"{name}: {entry.spill_bytes} bytes of registers spill to memory")
-        if entry.arch == 90 and multiplies.get(entry.kernel) and not entry.count("HGMMA"):
-            lines.append(f"{name}: multiplies matrices without HGMMA")
+        if entry.per_sm < row.wanted:
+            lines.append(f"{name}: {entry.per_sm} blocks on a multiprocessor, its tile is for {row.wanted}")
+        if multiplies.get(entry.kernel):
+            if not entry.count("HGMMA"):
+                lines.append(f"{name}: multiplies matrices without HGMMA")
+            if not entry.count("LDGSTS") + entry.count("UTMA"):
+                lines.append(f"{name}: loads its operands without cp.async")
+            if entry.narrow:
+                lines.append(f"{name}: {entry.narrow} loads of 16 bits in a loop")
     return lines
 
 

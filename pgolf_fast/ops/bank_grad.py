@@ -13,7 +13,7 @@ from pgolf_fast.ops import tiles
 from pgolf_fast.ops.tiles import Tile
 
 # Not measured. sm80 also serves GPUs with 99 KiB of shared memory per block, hence half of block_k.
-tiles.declare("weight_grad", sm90=Tile(128, 128, 64, 8, 3), sm80=Tile(128, 128, 32, 8, 3))
+tiles.declare("weight_grad", sm90=Tile(128, 128, 64, 8, 3), sm80=Tile(128, 128, 32, 8, 3), blocks=2)
 # Bound by memory: reads the parts once and adds them; nothing to pipeline.
 tiles.declare("weight_grad_sum", Tile(16, 128, 32, 4, 1))
 
@@ -60,7 +60,7 @@ def _add_matmul_triton(grad: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _depth_per_split(grad: Tensor, depth: int, tile: Tile) -> int:
-    """Return the rows that one program sums, in whole blocks: few enough to give every processor a program.
+    """Return the rows that one program sums, in whole blocks: few enough to fill every processor.
 
     Depends on shapes and the GPU alone, and the parts are added in order, so the result is reproducible.
     """
@@ -69,7 +69,7 @@ def _depth_per_split(grad: Tensor, depth: int, tile: Tile) -> int:
     processors = 132  # an H100's: compiled ahead of time, or interpreted
     if grad.is_cuda:
         processors = torch.cuda.get_device_properties(grad.device).multi_processor_count
-    splits = max(1, min(processors // programs, blocks // _MIN_BLOCKS))
+    splits = max(1, min(tiles.per_sm["weight_grad"] * processors // programs, blocks // _MIN_BLOCKS))
     return -(-blocks // splits) * tile.block_k
 
 

@@ -14,11 +14,14 @@ from pgolf_fast.ops.tiles import Tile
 ACTIVATIONS = ("leaky_relu_squared", "relu_squared", "swiglu")
 
 # Not measured. sm80 also serves GPUs with 99 KiB of shared memory per block, hence the smaller tiles. float32
-# products do not run on tensor cores and get fewer columns.
+# products do not run on tensor cores and get fewer columns. mlp_up waits for L2: three blocks of 64 x 128
+# would fit, but read twice as much as one of 128 x 256, which costs more than its epilogue.
 tiles.declare("mlp_up", sm90=Tile(128, 256, 64, 8, 3), sm80=Tile(128, 128, 32, 8, 3))
 tiles.declare("mlp_up_float32", Tile(128, 128, 64, 8, 3))
-for _kernel in ("mlp_dpre", "mlp_dpre_swiglu"):  # swiglu reads and writes two more tiles
-    tiles.declare(_kernel, sm90=Tile(128, 128, 64, 8, 3), sm80=Tile(128, 128, 32, 8, 3))
+_DPRE = Tile(128, 128, 32, 8, 3)
+tiles.declare("mlp_dpre", sm90=Tile(128, 128, 64, 8, 3), sm80=_DPRE, blocks=2)
+# swiglu reads and writes two more tiles: 180 registers and one block in tiles of 128 x 128, now 80 registers
+tiles.declare("mlp_dpre_swiglu", sm90=Tile(128, 64, 64, 8, 3), sm80=_DPRE, blocks=3)
 
 
 def mlp(
@@ -149,6 +152,7 @@ def _dpre_torch(dhidden: Tensor, pre: Tensor, activation: str) -> Tensor:
 )
 def _mlp_backward(dout, x, saved, signs, up_bank, down_bank, slot, activation, grad_up, grad_down):
     if tiles.uses_kernels("mlp", x):
+        dout = dout.contiguous()  # that of `sum()` has stride 0: its kernel loads 16 bits at a time
         dpre, hidden = _dpre_cuda(dout, saved, signs, down_bank[slot], activation)
     else:
         dpre, hidden = _activate_backward(dout @ down_bank[slot], saved, activation)

@@ -11,7 +11,7 @@ from pgolf_fast.ops.tiles import Tile
 tiles.declare("newton_schulz_normalize", Tile(16, 128, num_warps=4))
 # Not measured. Three stages of 128 x 64 take 96 KiB, which every supported GPU has.
 for _kernel in ("newton_schulz_gram", "newton_schulz_poly", "newton_schulz_apply"):
-    tiles.declare(_kernel, Tile(128, 128, 64, num_warps=8, num_stages=3))
+    tiles.declare(_kernel, Tile(128, 128, 64, num_warps=8, num_stages=3), blocks=2)
 
 
 def _check(g: Tensor, steps: int) -> None:

@@ -45,7 +45,10 @@ def assert_no_problem(rows):
         assert row["shared_bytes"] <= SHARED_LIMIT[90], row
         assert row["warps"] >= 1, row
         assert row["stages"] >= 1, row
-        assert not multiplies[row["kernel"]] or row["tensor_core"] > 0, row
+        if multiplies[row["kernel"]]:
+            assert row["tensor_core"] > 0, row
+            assert row["cp.async"] > 0, row
+            assert row["16-bit_loads_in_loops"] == 0, row
 
 
 @pytest.mark.slow
@@ -61,7 +64,9 @@ print(json.dumps([row.record() for row in rows]))
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
     assert_no_problem(rows)
-    assert {row["case"] for row in rows} == {*FEW}
+    assert {row["case"] for row in rows} == {*FEW, "mlp-leaky_relu_squared with our weight gradients"}
+    kernels = {row["kernel"]: row for row in rows}
+    assert kernels["mlp_dpre_kernel"]["blocks_per_SM"] == 2  # 221 registers and one block if dout is expanded
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +99,73 @@ def test_table_names_versions_and_shapes(hopper):
     assert table["presets"] == ["exp101", "exp101_swiglu"]
     assert table["tokens"] == 2048
     assert "newton_schulz_gram_kernel" in done.stdout
+
+
+@pytest.mark.slow
+def test_expanded_gradients_take_the_fast_kernel():
+    """The gradient of `sum()` has strides of 0: the op copies it, since the kernel itself would be slow."""
+    code = """
+import torch
+from pgolf_fast import ops
+from pgolf_fast.bench import aot
+from pgolf_fast.kernels.mlp import launch_mlp_dpre
+from pgolf_fast.ops import tiles
+def make(*shape):
+    return torch.zeros(shape, dtype=torch.bfloat16)
+x, up, down = make(256, 128).requires_grad_(), make(1, 256, 128), make(1, 128, 256)
+kind = "leaky_relu_squared"
+with aot.compile_only(90) as compiled, tiles.kernels_on_cpu("sm90"):
+    ops.mlp(x, up, down, 0, kind).sum().backward()
+    (quick,) = [aot.Row("op", c, tiles.per_sm["mlp_dpre"]) for c in compiled if "dpre" in c.kernel]
+    signs, saved, expanded = torch.zeros(256, 8, dtype=torch.int32), make(256, 256), make(1).expand(256, 128)
+    launch_mlp_dpre(expanded, down[0], saved, signs, saved, saved, kind, tiles.row("mlp_dpre", "sm90"))
+slow = aot.Row("kernel", compiled[-1], quick.wanted)
+assert aot.problems([quick]) == [], aot.problems([quick])
+assert quick.compiled.narrow == 0 < slow.compiled.narrow, (quick.compiled.narrow, slow.compiled.narrow)
+lines = aot.problems([slow])
+assert "1 blocks on a multiprocessor, its tile is for 2" in lines[0], lines
+assert lines[1].endswith("loads of 16 bits in a loop"), lines
+"""
+    done = without_interpreter(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_loads_in_loops_are_counted():
+    """Between a label and a jump back to it; not after it, and not in a jump onto itself."""
+    code = """
+        /*0080*/              @P1 LDG.E.U16 R1, desc[UR16][R18.64] ;
+.L_x_2:
+        /*0090*/              @P1 BRA `(.L_x_0) ;
+        /*00a0*/              @P3 LDG.E.U16 R188, desc[UR16][R18.64] ;
+        /*00b0*/                  LDG.E.128 R4, desc[UR16][R18.64] ;
+.L_x_1:
+        /*00c0*/                  LDG.E.S16.CONSTANT R183, desc[UR16][R20.64] ;
+        /*00d0*/              @P0 BRA `(.L_x_1) ;
+        /*00e0*/             @!P1 BRA `(.L_x_2) ;
+.L_x_0:
+        /*00f0*/                  LDG.E.U16 R2, desc[UR16][R18.64] ;
+.L_x_3:
+        /*0100*/                  BRA `(.L_x_3);
+"""
+    assert aot.narrow_loads(code) == 2
+    assert aot.opcodes(code) == {"LDG": 5, "BRA": 4}
+
+
+@pytest.mark.parametrize(
+    ("arch", "warps", "registers", "shared", "wants"),
+    [
+        (90, 8, 128, 98_304, 2),
+        (90, 8, 129, 98_304, 1),  # registers
+        (90, 4, 128, 57_344, 4),
+        (90, 8, 64, 147_456, 1),  # shared memory
+        (90, 8, 32, 0, 8),  # threads
+        (90, 1, 16, 0, 32),  # blocks
+        (80, 8, 64, 81_920, 2),
+        (86, 8, 32, 0, 6),
+    ],
+)
+def test_blocks_on_a_multiprocessor(arch, warps, registers, shared, wants):
+    assert Compiled("a_kernel", arch, warps, 3, registers, 0, shared).per_sm == wants
 
 
 def test_refuses_the_interpreter_in_one_line():
@@ -130,16 +202,21 @@ def test_products_are_seen_through_device_functions(tmp_path, monkeypatch):
 def test_problems_are_named(monkeypatch):
     monkeypatch.setattr(aot, "kernels_in_source", lambda: {"a_kernel": True, "b_kernel": False})
     good = Compiled("a_kernel", 90, 4, 3, 200, 0, 1000)
-    good.instructions["HGMMA"] = 8
-    assert aot.problems([aot.Row("case", good)]) == []
+    good.instructions.update(HGMMA=8, LDGSTS=4)
+    assert aot.problems([aot.Row("case", good, 2)]) == []
     assert aot.unreached([aot.Row("case", good)]) == ["b_kernel"]
     spilling = Compiled("b_kernel", 90, 4, 3, 255, 24, SHARED_LIMIT[90] + 1)
     scalar = Compiled("a_kernel", 90, 4, 3, 200, 0, 1000)
     scalar.instructions["HMMA"] = 8
-    lines = aot.problems([aot.Row("case", spilling), aot.Row("case", scalar)])
-    assert [line.split(":")[0].split(" ")[0] for line in lines] == ["b_kernel", "b_kernel", "a_kernel"]
+    scalar.narrow = 3
+    lines = aot.problems([aot.Row("case", spilling), aot.Row("case", scalar, 3)])
+    assert [line.split(":")[0].split(" ")[0] for line in lines] == ["b_kernel"] * 3 + ["a_kernel"] * 4
     assert "spill" in lines[1]
-    assert "without HGMMA" in lines[2]
+    assert "0 blocks" in lines[2]
+    assert "2 blocks on a multiprocessor, its tile is for 3" in lines[3]
+    assert "without HGMMA" in lines[4]
+    assert "without cp.async" in lines[5]
+    assert "3 loads of 16 bits in a loop" in lines[6]
 
 
 def test_a_case_that_does_not_fit_is_named():

@@ -116,14 +116,14 @@ def test_products_on_a_gpu_come_out_in_float32():
 
 
 def test_rows_are_split_to_fill_a_gpu():
-    tiles = Tile(128, 256, 64)
+    tile = Tile(128, 256, 64)
 
     def splits(n, k, depth):
-        own = _depth_per_split(torch.empty(n, k), depth, tiles)
-        assert own % tiles.block_k == 0
+        own = _depth_per_split(torch.empty(n, k), depth, tile)
+        assert own % tile.block_k == 0
         return -(-depth // own)
 
-    assert splits(1536, 512, 98_304) == 5  # 24 tiles for 132 multiprocessors
+    assert splits(1536, 512, 98_304) == 11  # 24 tiles for 132 multiprocessors of two blocks each
     assert splits(1536, 512, 1_024) == 2  # short sums are worth fewer parts
     assert splits(1536, 512, 100) == 1
     assert splits(8192, 2048, 98_304) == 1  # enough tiles as it is
