@@ -9,6 +9,9 @@ process of its own, which waits while another one is measured; rounds, loads, jo
 gives to as many threads beside as many busy loops.
 """
 
+import pgolf_fast  # noqa: F401 - first: it sets what torch reads when it is imported
+
+# isort: split
 import argparse
 import contextlib
 import json
@@ -16,6 +19,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +30,8 @@ from cpu_jobs import JOBS, run_for
 from pgolf_fast import console
 from pgolf_fast.bench.store import provenance
 from pgolf_fast.config.presets import preset
-from pgolf_fast.io import available_cores, write_text
+from pgolf_fast.cores import available_cores
+from pgolf_fast.io import write_text
 
 LIBGOMP_SPINS = "300000"  # its default: libgomp/env.c of GCC
 BUSY = "import os\nparent = os.getppid()\nwhile os.getppid() == parent:\n    for _ in range(10**6): pass"
@@ -124,7 +129,11 @@ def measure(arguments: argparse.Namespace, chosen: Sequence[Setting]) -> list[di
             workers.append(Worker(setting, arguments.preset, arguments.jobs))
             stack.callback(workers[-1].close)
             print(f"{setting.name}: {workers[-1].environment}", flush=True)
+        end = time.monotonic() + 60 * arguments.minutes
         for number in range(arguments.rounds):
+            if number and time.monotonic() > end:
+                print(f"stopped after {number} rounds and {arguments.minutes:g} minutes", flush=True)
+                break
             for load in arguments.loads:
                 with busy_loops(load):
                     for job in arguments.jobs:
@@ -161,6 +170,15 @@ def table(records: Sequence[dict], cores: int) -> console.Table:
     return console.Table(head, rows)
 
 
+def cost_when_quiet(records: Sequence[dict]) -> str:
+    """Return the speed of "after" over "before" without load, by job."""
+    speed = {(r["job"], r["setting"]): statistics.median(r["speeds"]) for r in records if r["load"] == 0}
+    jobs = [job for job, name in speed if name == "after" and (job, "before") in speed]
+    return ", ".join(f"{job} {speed[job, 'after'] / speed[job, 'before']:.3f}" for job in jobs) + (
+        " times as fast when quiet, after over before" if jobs else ""
+    )
+
+
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     cores = available_cores()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -170,6 +188,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--settings", nargs="+", help="some of those in the table; default: all")
     parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--minutes", type=float, default=2.0, help="start no new round after this long")
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(words)
@@ -182,7 +201,7 @@ def main() -> int:
         return 0
     chosen = [s for s in settings(cores) if arguments.settings is None or s.name in arguments.settings]
     records = measure(arguments, chosen)
-    text = f"{arguments.preset} on {cores} cores\n{table(records, cores).text()}"
+    text = f"{arguments.preset} on {cores} cores\n{table(records, cores).text()}\n{cost_when_quiet(records)}"
     print(text)
     if arguments.json:
         facts = {"preset": arguments.preset, "cores": cores, "seconds": arguments.seconds, **provenance()}

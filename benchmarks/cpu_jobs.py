@@ -12,16 +12,17 @@ from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.data.shards import BOS_ID
 from pgolf_fast.data.tokenizer import ByteTable
 from pgolf_fast.distributed import this_process
-from pgolf_fast.evaluation.adapters.base import Scored
 from pgolf_fast.evaluation.adapters.registry import adapting_chunks
-from pgolf_fast.evaluation.score import Stream
+from pgolf_fast.evaluation.protocol import Chunk, Ledger
+from pgolf_fast.evaluation.score import CPU_TOKENS, Stream
 from pgolf_fast.evaluation.scores import Evaluator
+from pgolf_fast.evaluation.windows import Windows
 from pgolf_fast.train.trainer import Trainer
 
 Pieces = Iterator[int]  # yields after each piece of work how many tokens it had
 MICRO_BATCHES = 4  # different ones, which are repeated
 DOCUMENT_SEGMENTS = 4  # of test-time training, in each document
-SCORED_BATCHES = 8  # in a piece
+SCORED_BATCHES = 8  # in a piece of scoring
 
 
 def steady(config: RunConfig) -> RunConfig:
@@ -60,33 +61,40 @@ def _evaluator(config: RunConfig, documents: int, length: int) -> Evaluator:
 def score(config: RunConfig) -> Pieces:
     """Score windows that do not overlap."""
     length = config.eval_seq_len
-    count = SCORED_BATCHES * max(1, 4096 // length)
-    evaluator = _evaluator(config, 4 * count, length)
+    count = SCORED_BATCHES * max(1, CPU_TOKENS // length)  # windows in a piece
+    evaluator = _evaluator(config, 2 * count, length)
     adapter, scorer = evaluator.frozen_adapter(), evaluator.scorer(evaluator.plain_windows())
     while True:
         for low in range(0, len(scorer.windows), count):
             yield scorer.score(adapter.score, low, min(low + count, len(scorer.windows))).tokens
 
 
+def adapting(config: RunConfig) -> tuple[Evaluator, Windows, list[Chunk]]:
+    """Return an evaluator of some documents, and the windows and chunks of its test-time training."""
+    options, length = config.ttt, config.eval_seq_len
+    if options.by_document:
+        evaluator = _evaluator(
+            config, options.lora.documents, DOCUMENT_SEGMENTS * options.lora.segment_tokens
+        )
+    else:
+        evaluator = _evaluator(config, max(1, 2 * options.chunk_tokens // length), length)
+    return evaluator, *adapting_chunks(evaluator.sliding_windows(), evaluator.stream, options)
+
+
 def ttt(config: RunConfig) -> Pieces:
     """Score sliding windows with the configured adapter, which learns from each chunk once it is scored."""
-    options, length = config.ttt, config.eval_seq_len
-    segment = options.lora.segment_tokens if options.by_document else length
-    documents = options.lora.documents if options.by_document else 2 * options.chunk_tokens // length
-    evaluator = _evaluator(config, documents, DOCUMENT_SEGMENTS * segment if options.by_document else length)
-    windows, chunks = adapting_chunks(evaluator.sliding_windows(), evaluator.stream, options)
-    scorer = evaluator.scorer(windows, evaluator.adapting_size(options))
-    tokens = evaluator.stream.tokens
-    with evaluator.adapter(options) as adapter:
+    evaluator, windows, chunks = adapting(config)
+    scorer = evaluator.scorer(windows, evaluator.adapting_size(config.ttt))
+    ledger = Ledger(evaluator.stream)
+    with evaluator.adapter(config.ttt) as adapter:
         while True:
             for chunk in chunks:
                 if chunk.new_documents:
                     adapter.begin(chunk.new_documents)
                 done = scorer.score(adapter.score, chunk.low, chunk.high).tokens
+                ledger.note(windows[chunk.low : chunk.high])
                 if chunk.starts and chunk is not chunks[-1]:
-                    positions = torch.from_numpy(chunk.targets)
-                    rows = tokens[torch.cat((positions, positions[:, -1:] + 1), 1)]
-                    adapter.adapt(Scored(rows, chunk.index, chunk.count, chunk.by_document))
+                    adapter.adapt(ledger.hand_over(chunk))
                 yield done
 
 
