@@ -52,6 +52,7 @@ inline uint8_t* data_of(const py::bytes& bytes) {
 
 void bind_lzma(py::module_& m);
 void bind_bits(py::module_& m);
+void bind_int6(py::module_& m);
 void bind_rans(py::module_& m);
 void bind_gptq(py::module_& m);
 
