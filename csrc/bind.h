@@ -54,6 +54,7 @@ void bind_lzma(py::module_& m);
 void bind_bits(py::module_& m);
 void bind_int6(py::module_& m);
 void bind_rans(py::module_& m);
+void bind_decode(py::module_& m);
 void bind_gptq(py::module_& m);
 
 }  // namespace pgolf
