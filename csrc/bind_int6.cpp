@@ -13,7 +13,7 @@ void multiply_into(const Matrix<Value>& x, const Matrix<uint8_t>& packed, const 
         throw py::value_error("packed has rows of " + std::to_string(packed.shape(1)) + " bytes, which do not hold " +
                               std::to_string(depth) + " codes");
     if (scale.ndim() != 1 || static_cast<size_t>(scale.shape(0)) != columns)
-        throw py::value_error("scale must have one number for each of the " + std::to_string(columns) + " rows of packed");
+        throw py::value_error("scale must have a number for each of the " + std::to_string(columns) + " rows of packed");
     if (rows_of(y, "y") != rows || static_cast<size_t>(y.shape(1)) != columns)
         throw py::value_error("y must have the rows of x and a column for each row of packed");
     const Value* source = x.data();
@@ -28,6 +28,7 @@ void multiply_into(const Matrix<Value>& x, const Matrix<uint8_t>& packed, const 
 
 void bind_int6(py::module_& m) {
     using py::arg;
+    m.def("int6_simd", &int6_simd);
     m.def("int6_matmul", &multiply_into<float>, arg("x").noconvert(), arg("packed").noconvert(),
           arg("scale").noconvert(), arg("y").noconvert(), arg("threads") = 0, arg("simd") = true);
     m.def("int6_matmul", &multiply_into<uint16_t>, arg("x").noconvert(), arg("packed").noconvert(),

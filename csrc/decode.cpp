@@ -14,10 +14,18 @@
 #define PGOLF_RUN parallel_for
 #endif
 
+// Inlined in two functions, of which one is compiled for AVX2.
+#define PGOLF_INLINE __attribute__((always_inline)) inline
+#if defined(__x86_64__)
+#define PGOLF_FMA __attribute__((target("avx2,fma")))
+#else
+#define PGOLF_FMA
+#endif
+
 namespace pgolf {
 namespace {
 
-float dot(const float* a, const float* b, size_t count) {
+PGOLF_INLINE float dot(const float* a, const float* b, size_t count) {
     float lanes[8] = {}, rest = 0;  // eight sums, which compilers vectorize
     size_t k = 0;
     for (; k + 8 <= count; k += 8)
@@ -27,12 +35,12 @@ float dot(const float* a, const float* b, size_t count) {
     return rest;
 }
 
-void scale_to(const float* x, float factor, size_t count, float* y) {
+PGOLF_INLINE void scale_to(const float* x, float factor, size_t count, float* y) {
     for (size_t i = 0; i < count; i++) y[i] = x[i] * factor;
 }
 
 // RMS norm of a head, RoPE on its first 2 * half channels, and its gain.
-void turn(const float* x, size_t width, const DecodeBlock& b, float gain, float* y) {
+PGOLF_INLINE void turn(const float* x, size_t width, const DecodeBlock& b, float gain, float* y) {
     scale_to(x, 1 / std::sqrt(dot(x, x, width) / float(width) + b.eps), width, y);
     for (size_t i = 0; i < b.half; i++) {
         const float first = y[i], second = y[b.half + i];
@@ -43,7 +51,7 @@ void turn(const float* x, size_t width, const DecodeBlock& b, float gain, float*
 }
 
 // Attention of the query heads that share KV head `kv` of text `t`: qkv is the text's row, context its result.
-void attend(const DecodeBlock& b, size_t t, size_t kv, const float* qkv, float* context) {
+PGOLF_INLINE void attend(const DecodeBlock& b, size_t t, size_t kv, const float* qkv, float* context) {
     const size_t width = b.dim / b.heads, group = b.heads / b.kv_heads, kv_dim = b.kv_heads * width;
     const size_t place = (t * b.kv_heads + kv) * b.positions * width, last = b.position * width, count = b.position + 1;
     float *keys = b.keys + place, *values = b.values + place, *value = values + last;
@@ -73,6 +81,14 @@ void attend(const DecodeBlock& b, size_t t, size_t kv, const float* qkv, float* 
     }
 }
 
+void attend_portable(const DecodeBlock& b, size_t t, size_t kv, const float* qkv, float* context) {
+    attend(b, t, kv, qkv, context);
+}
+
+PGOLF_FMA void attend_avx2(const DecodeBlock& b, size_t t, size_t kv, const float* qkv, float* context) {
+    attend(b, t, kv, qkv, context);
+}
+
 void activate(const float* pre, size_t hidden, DecodeActivation kind, float* y) {
     for (size_t i = 0; i < hidden; i++) {
         if (kind == DecodeActivation::swiglu) {
@@ -87,9 +103,10 @@ void activate(const float* pre, size_t hidden, DecodeActivation kind, float* y) 
 
 }  // namespace
 
-void decode_block(const DecodeBlock& b, float* x, const float* x0, size_t threads) {
+void decode_block(const DecodeBlock& b, float* x, const float* x0, size_t threads, bool simd) {
     const size_t dim = b.dim, width = dim / b.heads, in_rows = dim + 2 * b.kv_heads * width;
-    const BitsOptions options{threads, true};
+    const BitsOptions options{threads, simd};
+    const auto attend_one = simd && int6_simd() ? attend_avx2 : attend_portable;
     std::vector<float> normed(b.batch * dim), branch(b.batch * dim), wide(b.batch * std::max(in_rows, b.up_rows)),
         hidden(b.batch * b.hidden);
     const auto norm = [&] {
@@ -109,7 +126,7 @@ void decode_block(const DecodeBlock& b, float* x, const float* x0, size_t thread
     const bool many = b.batch * dim * (b.position + 1) >= size_t(1) << 16;
     PGOLF_RUN(b.batch * b.kv_heads, many ? threads : 1, [&](size_t i) {
         const size_t t = i / b.kv_heads;
-        attend(b, t, i % b.kv_heads, wide.data() + t * in_rows, normed.data() + t * dim);
+        attend_one(b, t, i % b.kv_heads, wide.data() + t * in_rows, normed.data() + t * dim);
     });
     const uint8_t* out = b.attention.codes + in_rows * packed_row_bytes(dim, 6);
     int6_matmul(normed.data(), b.batch, dim, out, b.attention.scale + in_rows, dim, branch.data(), options);

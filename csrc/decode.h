@@ -30,6 +30,6 @@ struct DecodeBlock {
 
 // Advances x (batch, dim) by a block and writes the position's keys and values; x0 (batch, dim) is the block's second
 // residual stream. The formulas are those of ops/reference.py. The results are the same for any number of threads.
-void decode_block(const DecodeBlock& block, float* x, const float* x0, size_t threads);
+void decode_block(const DecodeBlock& block, float* x, const float* x0, size_t threads, bool simd = true);
 
 }  // namespace pgolf

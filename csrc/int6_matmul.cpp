@@ -175,12 +175,7 @@ PGOLF_FMA void dot_avx2(size_t inputs, const float* x, const float* codes, size_
     tile_avx2<3>(x, codes, depth, sums);
 }
 
-bool has_fma() {
-    static const bool has = has_avx2() && __builtin_cpu_supports("fma");
-    return has;
-}
 #else
-bool has_fma() { return false; }
 float dot_packed_avx2(const float*, const uint8_t*, size_t) { return 0; }
 constexpr auto unpack_avx2 = unpack_portable;
 constexpr auto dot_avx2 = dot_portable;
@@ -190,7 +185,7 @@ template <class Value>
 void multiply(const Value* x, size_t rows, size_t depth, const uint8_t* packed, const float* scale, size_t columns,
               Value* y, BitsOptions options) {
     const size_t padded = padded_to_blocks(depth), row_bytes = packed_row_bytes(depth, 6);
-    const bool simd = options.simd && has_fma();
+    const bool simd = options.simd && int6_simd();
     const auto unpack = simd ? unpack_avx2 : unpack_portable;
     const auto dot = simd ? dot_avx2 : dot_portable;
     std::vector<float> blocks(rows * padded);
@@ -221,6 +216,15 @@ void multiply(const Value* x, size_t rows, size_t depth, const uint8_t* packed, 
 }
 
 }  // namespace
+
+bool int6_simd() {
+#if defined(__x86_64__)
+    static const bool has = has_avx2() && __builtin_cpu_supports("fma");
+    return has;
+#else
+    return false;
+#endif
+}
 
 void int6_matmul(const float* x, size_t rows, size_t depth, const uint8_t* packed, const float* scale, size_t columns,
                  float* y, BitsOptions options) {

@@ -17,4 +17,7 @@ void int6_matmul(const float* x, size_t rows, size_t depth, const uint8_t* packe
 void int6_matmul(const uint16_t* x, size_t rows, size_t depth, const uint8_t* packed, const float* scale,
                  size_t columns, uint16_t* y, BitsOptions options = {});
 
+// Returns whether this processor runs the AVX2 form; it also needs FMA.
+bool int6_simd();
+
 }  // namespace pgolf

@@ -19,7 +19,7 @@ Source = torch.Generator | None
 NGRAM_REACH = 3  # tokens of the longest hash n-gram
 WINDOW = NGRAM_REACH + 1  # tokens that the newest input depends on: SmearGate looks one position back
 
-NATIVE_TEXTS = 8  # texts up to which whole blocks run in C++, whose attention is simpler than PyTorch's
+NATIVE_TEXTS = 64  # texts up to which whole blocks run in C++
 
 
 class Decoder:
@@ -70,8 +70,11 @@ class Decoder:
         That is with packed float32 on a CPU, for few texts: then the calls themselves take most of the time.
         """
         extension, model, banks, config = native.extension(), self.model, self._banks, self.model.config
-        few = self.batch_size <= NATIVE_TEXTS and self._keys.device.type == "cpu" and not self.static
-        if not (few and extension and isinstance(banks, PackedBanks) and self._keys.dtype == torch.float32):
+        if extension is None or not isinstance(banks, PackedBanks) or self.static:
+            return []
+        most = NATIVE_TEXTS if extension.int6_simd() else 4
+        cpu = self._keys.device.type == "cpu" and self._keys.dtype == torch.float32
+        if not cpu or self.batch_size > most:
             return []
         names = {"dim": config.model_dim, "heads": config.num_heads, "kv_heads": config.num_kv_heads}
         names |= {"up_rows": config.mlp_up_rows, "hidden": config.mlp_hidden, "batch": self.batch_size}

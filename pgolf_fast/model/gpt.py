@@ -166,9 +166,7 @@ class GPT(nn.Module):
         for a packed model, whose masters are empty.
         """
         if self.packed is not None:
-            raise PgolfError(
-                "the model's banks are packed codes, which only decode and score: load float ones"
-            )
+            raise PgolfError("packed banks decode and score only: load the model with float ones")
         masters = self.bank_parameters()
         grads = [m.grad for m in masters if m.grad is not None]
         if torch.is_grad_enabled() and masters[0].requires_grad and not grads:

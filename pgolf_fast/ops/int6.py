@@ -64,7 +64,7 @@ def _(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
 def _direct_rows() -> int:
     """Return the most rows of x that C++ multiplies; its portable form reads x again for every code row."""
     extension = native.extension()
-    return 0 if extension is None else SKINNY_ROWS if extension.bits_simd() == "AVX2" else 4
+    return 0 if extension is None else SKINNY_ROWS if extension.int6_simd() else 4
 
 
 def _cpu(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
