@@ -52,7 +52,9 @@ inline uint8_t* data_of(const py::bytes& bytes) {
 
 void bind_lzma(py::module_& m);
 void bind_bits(py::module_& m);
+void bind_int6(py::module_& m);
 void bind_rans(py::module_& m);
+void bind_decode(py::module_& m);
 void bind_gptq(py::module_& m);
 void bind_passes(py::module_& m);
 void bind_attention(py::module_& m);

@@ -23,20 +23,20 @@ struct Planes {
     }
 };
 
-inline float scaled(int8_t code, float scale, const float*) { return float(code) * scale; }
+inline float rounded(float value, const float*) { return value; }
 
-inline uint16_t scaled(int8_t code, float scale, const uint16_t*) {
-    const float product = float(code) * scale;
+// Rounds to bfloat16: nearest, ties to even.
+inline uint16_t rounded(float value, const uint16_t*) {
     uint32_t word;
-    std::memcpy(&word, &product, 4);
-    const uint32_t rounded = (word + 0x7fff + (word >> 16 & 1)) >> 16;
-    return uint16_t((word & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);  // rounding could turn a NaN into zero
+    std::memcpy(&word, &value, 4);
+    const uint32_t near = (word + 0x7fff + (word >> 16 & 1)) >> 16;
+    return uint16_t((word & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : near);  // rounding could turn a NaN into zero
 }
 
 // A plain loop that compilers vectorize, inlined so that it is compiled for its caller's target.
 template <class Value>
 __attribute__((always_inline)) inline void scale_codes(const int8_t* codes, size_t count, float scale, Value* values) {
-    for (size_t i = 0; i < count; i++) values[i] = scaled(codes[i], scale, values);
+    for (size_t i = 0; i < count; i++) values[i] = rounded(float(codes[i]) * scale, values);
 }
 
 // The AVX2 path. Callers check has_avx2() first; outside x86-64 it is false and the rest is never called.

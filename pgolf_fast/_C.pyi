@@ -48,6 +48,38 @@ def dequantize_bits(
     simd: bool = True,
 ) -> None: ...
 def bits_simd() -> str: ...
+def int6_simd() -> bool: ...
+def int6_matmul(
+    x: NDArray[np.float32] | NDArray[np.uint16],
+    packed: NDArray[np.uint8],
+    scale: NDArray[np.float32],
+    y: NDArray[np.float32] | NDArray[np.uint16],
+    threads: int = 0,
+    simd: bool = True,
+) -> None: ...
+
+class DecodeBlock:
+    def __init__(
+        self,
+        sizes: dict[str, int],
+        arrays: dict[str, NDArray[np.float32]],
+        attention: NDArray[np.uint8],
+        up: NDArray[np.uint8],
+        down: NDArray[np.uint8],
+        layer_scale: float,
+        eps: float,
+        xsa: bool,
+        activation: int,
+    ) -> None: ...
+    def step(
+        self,
+        x: NDArray[np.float32],
+        x0: NDArray[np.float32],
+        value_embed: NDArray[np.float32] | None,
+        position: int,
+        threads: int = 0,
+    ) -> None: ...
+
 def rans_encode(data: Buffer, shapes: Sequence[tuple[int, int, int]], threads: int = 0) -> bytes: ...
 def rans_decode(
     payload: Buffer, shapes: Sequence[tuple[int, int, int]], size: int, threads: int = 0

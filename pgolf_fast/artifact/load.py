@@ -21,11 +21,12 @@ from pgolf_fast.data.tokenizer import Tokenizer, byte_table
 from pgolf_fast.distributed import this_process
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.model import decoding
+from pgolf_fast.model.bank import BANK_NAMES, PackedBanks
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.model.runtime import choose_kernels, resolve_dtype
 from pgolf_fast.model.weights import Tensors, load_weights, need_finite, read_weights
 from pgolf_fast.quant.grid import FixedGrid
-from pgolf_fast.quant.state import CODES, QuantizedState, bank_grids, dequantize_state, is_part
+from pgolf_fast.quant.state import CODES, QuantizedState, bank_grids, dequantize_state, is_part, packed_banks
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +54,7 @@ class LoadedModel:
 
     def __str__(self) -> str:
         weights = "float32" if self.quantized is None else f"artifact, {self.path.stat().st_size:,} bytes"
+        weights += "" if self.model.packed is None else ", as packed 6-bit codes"
         rows = [
             ("preset", self.config.name),
             ("parameters", f"{self.config.model.num_parameters():,}"),
@@ -68,22 +70,27 @@ class LoadedModel:
 
 def load(
     path: RunPath,
-    weights: Literal["auto", "artifact", "float"] = "auto",
+    weights: Literal["auto", "artifact", "float", "packed"] = "auto",
     *,
     config: RunConfig | None = None,
     tokenizer: str | Path | Tokenizer | None = None,
     device: torch.device | str | None = None,
     finite: bool = True,
+    packed: bool = False,
 ) -> LoadedModel:
     """Load the model of a run folder or of an artifact file.
 
-    weights: `auto` takes the artifact of a run folder, or its float weights if it is not packed.
+    weights: `auto` takes the artifact of a run folder, or its float weights if it is not packed; `packed` is
+    the artifact with `packed` set.
     config: settings to score with, by default those stored with the weights. tokenizer: by default that of
     the run folder. device: by default the GPU if there is one. finite: False allows NaN, for an audit.
+    packed: keep the banks of an artifact as 6-bit codes, for scoring and generating; where its grid needs
+    more, the banks become float and a line says so.
     Raises PgolfError for a missing or damaged file, tensors that do not fit the model, or NaN values.
     """
     path = path.path if isinstance(path, RunFolder) else Path(path)
     need(path.exists(), f"{path} does not exist: give a run folder or an artifact (.pgolf)")
+    packed = packed or weights == "packed"
     folder = RunFolder.of(path) if path.is_dir() else RunFolder(path.parent)
     if weights == "auto":
         weights = "float" if path.is_dir() and not folder.artifact_file.is_file() else "artifact"
@@ -92,18 +99,21 @@ def load(
     if weights == "float" and path.is_file():
         raise PgolfError(f"{path} is a file: float weights are loaded from a run folder")
     file = folder.weights_file(weights) if path.is_dir() else path
-    quantized = digest = None
-    if weights == "artifact":
+    quantized = digest = codes = None
+    device = torch.device(device) if device is not None else this_process().device
+    if weights != "float":
         stored, quantized = unpack(file, finite=finite)
         stored = _with_data(stored, file)
         config, digest = config or stored, sizes(file).sha256
-        state = _dequantized(file, quantized)
+        codes = packed_banks(quantized, device) if packed else None
+        if packed and codes is None:
+            console.logger.info("%s has more than 6 bits and a step per row: using float banks", file)
+        state = _dequantized(file, quantized, banks=codes is None)
     else:
         stored, state = folder.read_config(), read_weights(file)
         config = config or stored
         if config.ttt.quantize_forward == "banks":  # float weights adapt without rounding
             config = replace(config, ttt=replace(config.ttt, quantize_forward="none"))
-    device = torch.device(device) if device is not None else this_process().device
     choose_kernels(config.kernels, device)
     if tokenizer is None and folder.tokenizer_file.is_file():
         tokenizer = folder.tokenizer_file
@@ -115,7 +125,7 @@ def load(
     elif stored.model.bigram_vocab_size and stored.model.pos_conditional:
         console.logger.warning("%s: without a tokenizer word starts are unknown and logits differ", file)
     dtype = resolve_dtype(config.train.compute_dtype, device)
-    model = build_model(stored, state, leading, dtype, str(file)).to(device)
+    model = build_model(stored, state, leading, dtype, str(file), codes).to(device)
     if finite:
         need_finite(state, str(file))
     return LoadedModel(model, config, file, tokenizer, quantized, digest)
@@ -135,7 +145,7 @@ def generate(
     temperature.
     """
     need(tokens >= 1, f"tokens is {tokens}; it must be at least 1")
-    loaded = model if isinstance(model, LoadedModel) else load(model)
+    loaded = model if isinstance(model, LoadedModel) else load(model, packed=True)
     tokenizer, device = loaded.need_tokenizer(), loaded.model.qo_bank.device
     start = torch.tensor([tokenizer.encode_document(prompt)], device=device)
     sampler = torch.Generator(device).manual_seed(seed)
@@ -202,9 +212,9 @@ def _with_data(config: RunConfig, artifact: Path) -> RunConfig:
     return config
 
 
-def _dequantized(path: Path | str, quantized: QuantizedState) -> dict[str, Tensor]:
+def _dequantized(path: Path | str, quantized: QuantizedState, banks: bool = True) -> dict[str, Tensor]:
     try:
-        return dequantize_state(quantized)
+        return dequantize_state(quantized, banks=banks)
     except PgolfError as error:
         raise PgolfError(f"artifact {path}: {error}") from error
 
@@ -223,10 +233,12 @@ def build_model(
     has_leading_space: Tensor | None = None,
     compute_dtype: torch.dtype = torch.float32,
     origin: str = "the state dict",
+    packed: PackedBanks | None = None,
 ) -> GPT:
     """Make a model that uses the tensors of `state`, without copying them.
 
-    has_leading_space: (vocab,), from the tokenizer; without it, word starts are unknown.
+    has_leading_space: (vocab,), from the tokenizer; without it, word starts are unknown. packed: the banks,
+    which `state` does not hold then.
     Raises PgolfError as `load_weights` does.
     """
     if has_leading_space is None:
@@ -235,5 +247,10 @@ def build_model(
         has_leading_space = torch.zeros(len(table), dtype=torch.bool)
     with torch.device("meta"), _NoInitialValues():
         model = GPT(config.model, has_leading_space, compute_dtype=compute_dtype)
+    if packed is not None:
+        banks = dict(zip(BANK_NAMES, packed.shapes, strict=True))
+        state = {**state, **{name: torch.empty(shape, device="meta") for name, shape in banks.items()}}
     load_weights(model, state, origin, assign=True)
+    if packed is not None:
+        model.use_packed(packed)
     return model

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from torch._library.custom_ops import OPDEFS
+from torch._library.simple_registry import singleton
 
 from pgolf_fast.console import Table
 from pgolf_fast.errors import PgolfError
@@ -76,7 +77,9 @@ def _implementation(op: str, device: torch.device, dtype: torch.dtype) -> str:
 
 def public_ops() -> list[str]:
     """Return the names of the ops that a user may call, sorted."""
-    names = (qualified.split("::")[1] for qualified in OPDEFS if qualified.startswith("pgolf::"))
+    names = {
+        name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("pgolf::")
+    }
     return sorted(name for name in names if not name.endswith("_backward"))
 
 
@@ -89,9 +92,10 @@ def ops_table() -> Table:
     """Return the implementations of every public op, as PyTorch's registry lists them."""
     rows = []
     for name in public_ops():
-        definition, kernel = OPDEFS[f"pgolf::{name}"], kernels_of(name)
+        definition, kernel = OPDEFS.get(f"pgolf::{name}"), kernels_of(name)
         cuda = tiles.implementation(kernel) if kernel else "torch" if _has(name, "CUDA") else "-"
-        fake, autograd = definition._abstract_fn is not None, definition._backward_fn is not None
+        fake = singleton.find(f"pgolf::{name}").fake_impl.kernel is not None
+        autograd = definition is not None and definition._backward_fn is not None
         cpu, faked = ("yes" if has else "no" for has in (_has(name, "CPU"), fake))
         rows.append((name, cpu, cuda, faked, "yes" if autograd else "-"))
     return Table(("op", "cpu", "cuda", "fake", "autograd"), rows)

@@ -218,7 +218,9 @@ class Pack:
 class Eval(Shards):
     run: RunOrFile  # Run folder or artifact file; with --estimate, also a preset.
     fields: Annotated[Words, Fields(("eval", "ttt"), brief=TTT_FIELDS)]
-    weights: Weights = "artifact"  # Score the packed artifact, or the float weights before quantization.
+    # Weights to score: the artifact, with float banks or with its 6-bit codes (packed: less memory, the same
+    # scores), or the float ones before quantization.
+    weights: Weights = "artifact"
     figures: bool = False  # Print all tables, not just the one by token class.
     estimate: bool = False  # Print the amount of work and how long it would take here, without scoring.
     allow_illegal: bool = False  # Also score test-time training that breaks the rules, labeled ILLEGAL.
@@ -319,7 +321,8 @@ class Generate:
             raise PgolfError(f"--tokens is {self.tokens}; it must be at least 1")
         if not 0 <= self.temperature < math.inf:
             raise PgolfError(f"--temperature is {self.temperature}; it must be finite and not negative")
-        loaded = load(options.existing(self.run, "run folder or artifact"), tokenizer=self.tokenizer)
+        run = options.existing(self.run, "run folder or artifact")
+        loaded = load(run, tokenizer=self.tokenizer, packed=True)
         print(generate(loaded, self.prompt, self.tokens, temperature=self.temperature, seed=self.seed))
 
 

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pgolf_fast import console
 from pgolf_fast.config.checks import need
@@ -23,7 +23,7 @@ from pgolf_fast.io import atomic_path, locked, need_writable, read_json, remove_
 
 SCORES = {"non_overlapping": "non-overlapping", "sliding": "sliding", "sliding_ttt": "sliding + TTT"}
 _UNITS = ("bpb", "loss", "tokens", "bytes")
-Weights = Literal["artifact", "float"]
+Weights = Literal["artifact", "float", "packed"]  # packed: an artifact whose banks stay 6-bit codes
 
 
 def read_scores(path: Path) -> dict[str, Any]:
@@ -95,7 +95,7 @@ class RunFolder:
 
     def weights_file(self, weights: Weights) -> Path:
         """Return the file of those weights. Raises PgolfError naming the command that makes it."""
-        if weights == "artifact":
+        if weights != "float":
             return self.need(self.artifact_file, "pack")
         return self.need(self.model_file, "train --resume")
 
@@ -109,7 +109,7 @@ class RunFolder:
     @property
     def products(self) -> tuple[Path, ...]:
         """Every file derived from the final weights."""
-        scores = (self.scores_file("float"), self.scores_file("artifact"))
+        scores = map(self.scores_file, get_args(Weights))
         return (self.quantized_file, self.artifact_file, *scores, self.sweep_file, self.audit_file)
 
     def history(self) -> list[dict[str, Any]]:

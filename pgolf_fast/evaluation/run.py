@@ -117,6 +117,7 @@ def score_run(
     """Compute the three scores of a run; write them and their `figures` to scores_<weights>.json.
 
     Float weights adapt without rounding; an artifact's adapt on its own grid, if the configuration rounds.
+    Packed weights give the artifact's scores, with one layer of dense banks at a time until they adapt.
     With a `world` of several processes each scores a share. After an interruption, the next call with the
     same weights, data and settings resumes, and writes the same file.
     Raises PgolfError for test-time training that breaks the rules, unless `allow_illegal`; the file says so.
@@ -159,7 +160,7 @@ def estimate_run(folder: RunFolder | None, config: RunConfig, weights: Weights) 
 
     Without a run, or before it has such weights, these are freshly initialized.
     """
-    device, artifact = this_process().device, weights == "artifact"
+    device, artifact = this_process().device, weights != "float"
     if folder is not None and (folder.artifact_file if artifact else folder.model_file).is_file():
         loaded, stream = open_run(folder, config, weights, device)
         name = "the artifact" if artifact else "the float weights"

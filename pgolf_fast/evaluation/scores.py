@@ -88,7 +88,7 @@ class Evaluator:
         config, cuda = self.config, self.model.qo_bank.device.type == "cuda"
         grid = self.grid or make_fake(config.quant.bits, config.quant.scale_floor)
         graph, seq_len = cuda and config.eval.cuda_graph is not False, config.eval_seq_len
-        with borrowed(self.model):
+        with self.model.unpacked(), borrowed(self.model):
             yield make_adapter(self.model, ttt, seq_len, grid, compile=self._compile, cuda_graph=graph)
 
     def frozen(self, windows: Windows, what: str, saved: SavedState | None = None) -> Pass:

@@ -4,11 +4,17 @@ With n layers, `qo` is (2n, D, D), queries then output projections; `kv` is (2n,
 `up` is (n, M, D) and `down` (n, D, M). Every slot belongs to one layer.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from pgolf_fast import ops
+from pgolf_fast.ops import reference
 
 BANK_NAMES = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
 
@@ -34,6 +40,109 @@ class Banks:
 
     def weights(self) -> Iterator[Tensor]:
         yield from (self.qo, self.kv, self.up, self.down)
+
+    def attention_of(self, layer: int) -> tuple[Tensor, Tensor, int]:
+        """Return the banks of queries and outputs, of keys and values, and the layer's slot in them."""
+        return self.qo, self.kv, layer
+
+    def mlp_of(self, layer: int) -> tuple[Tensor, Tensor, int]:
+        """Return the two MLP banks and the layer's slot in them."""
+        return self.up, self.down, layer
+
+    def project_in(self, layer: int, x: Tensor) -> Sequence[Tensor]:
+        """Return q, k and v of a layer's normalized input (..., D), before value embedding and norm."""
+        n = len(self.qo) // 2
+        return [F.linear(x, w) for w in (self.qo[layer], self.kv[layer], self.kv[n + layer])]
+
+    def project_out(self, layer: int, context: Tensor) -> Tensor:
+        """Return the layer's output projection of `context` (..., D)."""
+        return F.linear(context, self.qo[len(self.qo) // 2 + layer])
+
+    def mlp(self, layer: int, x: Tensor, activation: str) -> Tensor:
+        """Return the layer's MLP of its normalized input (..., D)."""
+        return ops.mlp(x, self.up, self.down, layer, activation)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedMatrices:
+    """Matrices (n, R, C) as 6-bit codes in -32..31 times a step per row.
+
+    codes: uint8 (n, R, bytes of a row), as `ops.int6_pack` makes them; scale: float32 (n, R).
+    """
+
+    codes: Tensor
+    scale: Tensor
+    columns: int
+
+    def rows(self, layer: int, first: int = 0, end: int | None = None) -> tuple[Tensor, Tensor]:
+        """Return codes and steps of some rows of one matrix, as `ops.int6_matmul` takes them."""
+        return self.codes[layer, first:end], self.scale[layer, first:end]
+
+    def dense(self, layer: int, dtype: torch.dtype) -> Tensor:
+        """Return the matrix (R, C) of a layer: codes * scale, rounded once to `dtype`."""
+        return ops.dequantize_bits(*self.rows(layer), self.columns, 6, dtype)
+
+
+class PackedBanks:
+    """The four banks as packed 6-bit codes, for inference: 0.38 of the bytes of bfloat16.
+
+    `attention` stacks each layer's q, k, v and output matrices by rows. A few rows of x, as in decoding, are
+    multiplied by the codes themselves; for more, `attention_of` and `mlp_of` make one layer's dense banks in
+    `dtype`, which are those of the dequantized model.
+    """
+
+    grad_qo = grad_kv = grad_up = grad_down = ngram_projection = value_projection = None
+
+    def __init__(self, attention: PackedMatrices, up: PackedMatrices, down: PackedMatrices):
+        self.attention, self.up, self.down = attention, up, down
+        self.dtype = torch.float32
+        layers, dim = range(len(up.codes)), attention.columns
+        kv = attention.codes.shape[1] // 2 - dim
+        self._sizes = dim, kv, kv
+        # views made once: slicing at each product would cost as much as a tenth of it
+        self._inward = [attention.rows(layer, 0, dim + 2 * kv) for layer in layers]
+        self._outward = [attention.rows(layer, dim + 2 * kv) for layer in layers]
+        self._up, self._down = ([m.rows(layer) for layer in layers] for m in (up, down))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and steps."""
+        parts = (self.attention, self.up, self.down)
+        return sum(t.nbytes for part in parts for t in (part.codes, part.scale))
+
+    def attention_of(self, layer: int) -> tuple[Tensor, Tensor, int]:
+        dense, (dim, kv, _) = self.attention.dense(layer, self.dtype), self._sizes
+        # slot 0 holds the rows of q and slot 1 those behind k and v
+        qo = dense.as_strided((2, dim, dim), ((dim + 2 * kv) * dim, dim, 1))
+        return qo, dense[dim : dim + 2 * kv].view(2, kv, dim), 0
+
+    def mlp_of(self, layer: int) -> tuple[Tensor, Tensor, int]:
+        up, down = (part.dense(layer, self.dtype)[None] for part in (self.up, self.down))
+        return up, down, 0
+
+    def project_in(self, layer: int, x: Tensor) -> Sequence[Tensor]:
+        return ops.int6_matmul(x, *self._inward[layer]).split(self._sizes, dim=-1)
+
+    def project_out(self, layer: int, context: Tensor) -> Tensor:
+        return ops.int6_matmul(context, *self._outward[layer])
+
+    def mlp(self, layer: int, x: Tensor, activation: str) -> Tensor:
+        hidden = reference.activation(ops.int6_matmul(x, *self._up[layer]), activation)
+        return ops.int6_matmul(hidden, *self._down[layer])
+
+    @property
+    def shapes(self) -> list[tuple[int, int, int]]:
+        """Shapes of the four banks, in the order of BANK_NAMES."""
+        n, (dim, kv, _), hidden = len(self._up), self._sizes, self.down.columns
+        return [(2 * n, dim, dim), (2 * n, kv, dim), (n, self.up.codes.shape[1], dim), (n, dim, hidden)]
+
+    def unpacked(self) -> list[Tensor]:
+        """Return the four float32 banks, in the order of BANK_NAMES."""
+        layers, (dim, kv, _) = range(len(self._up)), self._sizes
+        parts = [self.attention.dense(layer, torch.float32).split((dim, kv, kv, dim)) for layer in layers]
+        q, k, v, out = (torch.stack(part) for part in zip(*parts, strict=True))
+        mlp = (torch.stack([m.dense(i, torch.float32) for i in layers]) for m in (self.up, self.down))
+        return [torch.cat((q, out)), torch.cat((k, v)), *mlp]
 
 
 def make_banks(weights: list[Tensor], grads: list[Tensor] | None = None) -> Banks:

@@ -6,21 +6,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pgolf_fast import ops
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.model.attention import attend, rope_tables
+from pgolf_fast.model.bank import PackedBanks
 from pgolf_fast.model.compiled import CapturedStep
-from pgolf_fast.model.gpt import GPT
+from pgolf_fast.model.gpt import GPT, AnyBanks
+from pgolf_fast.ops import native, reference
+from pgolf_fast.ops.mlp import ACTIVATIONS
 
 Source = torch.Generator | None
 NGRAM_REACH = 3  # tokens of the longest hash n-gram
 WINDOW = NGRAM_REACH + 1  # tokens that the newest input depends on: SmearGate looks one position back
 
+NATIVE_TEXTS = 64  # texts up to which whole blocks run in C++
+
 
 class Decoder:
     """Logits of a batch of growing texts, one position per `step`: `model.logits` of the whole prefix.
 
-    `context` (default: max_length) sets the RoPE base, as in `rope_tables`. The model's weights must not
-    change between steps. Memory: 2 * layers * batch * max_length * KV*hd values in the model's compute dtype.
+    `context` (default: max_length) sets the RoPE base, as in `rope_tables`; `banks` replace the model's own.
+    The model's weights must not change between steps. Memory: 2 * layers * batch * max_length * KV*hd values
+    in the model's compute dtype.
 
     `static` (default: on a GPU) runs the same operations on the same memory at every step from the fourth:
     attention covers all max_length positions and masks those not written yet. On a GPU the step is captured
@@ -35,6 +42,7 @@ class Decoder:
         *,
         context: int | None = None,
         static: bool | None = None,
+        banks: AnyBanks | None = None,
     ):
         if batch_size < 1 or max_length < 1:
             raise PgolfError(f"decoding {batch_size} texts of {max_length} tokens: both must be at least 1")
@@ -51,8 +59,56 @@ class Decoder:
             self._tokens = torch.zeros(batch_size, max_length, dtype=torch.long, device=device)
             self._position = torch.zeros(1, dtype=torch.long, device=device)  # of the newest token
             self._positions = torch.arange(max_length, device=device)
-            self._banks = model.banks()
+            self._banks = banks or model.reading_banks()
         self._graph: CapturedStep[Tensor] | None = None
+        self._blocks = self._native_blocks()
+
+    @torch.no_grad()
+    def _native_blocks(self) -> list[Any]:
+        """Return the blocks as C++ objects, if these are faster than PyTorch's operations; else [].
+
+        That is with packed float32 on a CPU, for few texts: then the calls themselves take most of the time.
+        """
+        extension, model, banks, config = native.extension(), self.model, self._banks, self.model.config
+        if extension is None or not isinstance(banks, PackedBanks) or self.static:
+            return []
+        most = NATIVE_TEXTS if extension.int6_simd() else 4
+        cpu = self._keys.device.type == "cpu" and self._keys.dtype == torch.float32
+        if not cpu or self.batch_size > most:
+            return []
+        names = {"dim": config.model_dim, "heads": config.num_heads, "kv_heads": config.num_kv_heads}
+        names |= {"up_rows": config.mlp_up_rows, "hidden": config.mlp_hidden, "batch": self.batch_size}
+        names |= {"half": self._cos.shape[1], "positions": self.max_length}
+        blocks = []
+        for i in range(config.num_layers):
+            block, parts = model.block(i), (banks.attention, banks.up, banks.down)
+            x_mix, x0_mix = block.resid_mix.float().unbind(0)
+            arrays = {"x_mix": x_mix, "x0_mix": x0_mix, "attention_scale": block.attn_scale}
+            arrays |= {"mlp_scale": block.mlp_scale, "gain": block.attn.q_gain, "keys": self._keys[i]}
+            arrays |= {"values": self._values[i], "cos": self._cos, "sin": self._sin}
+            steps = zip(("attention_steps", "up_steps", "down_steps"), parts, strict=True)
+            arrays |= {name: part.scale[i] for name, part in steps}
+            floats = {name: t.detach().float().contiguous().numpy() for name, t in arrays.items()}
+            codes = (part.codes[i].numpy() for part in parts)
+            kind = ACTIVATIONS.index(config.mlp_activation)
+            settings = (block.layer_scale, reference.RMS_EPS, model.uses_xsa(i), kind)
+            blocks.append(extension.DecodeBlock(names, floats, *codes, *settings))
+        return blocks
+
+    def _native_logits(self, window: Tensor) -> Tensor:
+        """Compute `_logits` with the blocks in C++."""
+        model, n, position = self.model, self.model.config.num_layers, self.length - 1
+        x = model.smear(model.embed(window))[:, -1].clone()
+        values = {i: v[:, 0].numpy() for i, v in model.value_embeddings(window[:, -1:]).items()}
+        skips: list[Tensor] = []
+        array, x0, threads = x.numpy(), x.clone().numpy(), torch.get_num_threads()
+        for i, block in enumerate(self._blocks):
+            if i >= n // 2 and skips:
+                x.addcmul_(skips.pop(), model.skip_weights[i - n // 2].float())
+            block.step(array, x0, values.get(i), position, threads)
+            if i < n // 2:
+                skips.append(x.clone())
+        return model.head(ops.rms_norm(x))
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
@@ -70,6 +126,8 @@ class Decoder:
         self.length += 1
         if not self.static or self.length < WINDOW:
             window = self._tokens[:, max(0, self.length - WINDOW) : self.length]
+            if self._blocks:
+                return self._native_logits(window)
             keys, values = (t[..., : self.length, :] for t in (self._keys, self._values))
             return self._logits(window, keys, values)
         if not self._keys.is_cuda:
@@ -90,7 +148,7 @@ class Decoder:
         Attention reads keys and values (layers, B, KV, positions, hd) where `mask` (1, 1, 1, positions) is
         true, after those of this position are written to them.
         """
-        model, config, banks, n = self.model, self.model.config, self._banks, self.model.config.num_layers
+        model, config, banks = self.model, self.model.config, self._banks
         cos, sin = self._cos.index_select(0, self._position), self._sin.index_select(0, self._position)
 
         def attention(layer: int, x: Tensor, value_embed: Tensor | None) -> Tensor:
@@ -103,15 +161,18 @@ class Decoder:
                 y = F.scaled_dot_product_attention(groups, own_keys, own_values, mask)
                 return y.flatten(1, 2).unsqueeze(1)
 
-            q, k, v = (F.linear(x, w) for w in (banks.qo[layer], banks.kv[layer], banks.kv[n + layer]))
+            q, k, v = banks.project_in(layer, x)
             gain, kv, xsa = model.block(layer).attn.q_gain, config.num_kv_heads, model.uses_xsa(layer)
             context = attend(
                 q, k, v, gain, cos, sin, num_kv_heads=kv, xsa=xsa, value_embed=value_embed, inner=cached
             )
-            return F.linear(context, banks.qo[n + layer])
+            return banks.project_out(layer, context)
+
+        def mlp(layer: int, x: Tensor) -> Tensor:
+            return banks.mlp(layer, x, config.mlp_activation)
 
         x = model.smear(model.embed(window))[:, -1:]
-        x = model.trunk(x, model.value_embeddings(window[:, -1:]), banks, attention)
+        x = model.trunk(x, model.value_embeddings(window[:, -1:]), banks, attention, mlp=mlp)
         return model.head(x[:, -1])
 
 

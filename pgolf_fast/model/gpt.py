@@ -1,7 +1,8 @@
 """The network of PR 1501: a U-Net transformer over weight banks, with the community's state-dict names."""
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Protocol
 
@@ -13,8 +14,9 @@ from pgolf_fast import ops
 from pgolf_fast.config.schema import ModelConfig
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.model.attention import rope_tables
-from pgolf_fast.model.bank import BANK_NAMES, Banks, Shadow, Transform, make_banks, transformed
+from pgolf_fast.model.bank import BANK_NAMES, Banks, PackedBanks, Shadow, Transform, make_banks, transformed
 
+AnyBanks = Banks | PackedBanks
 # (layer, normalized input, value embedding or None) -> attention output, all (B, T, ...)
 AttentionFunction = Callable[[int, Tensor, Tensor | None], Tensor]
 # (layer, normalized input) -> MLP output, all (B, T, ...)
@@ -92,6 +94,7 @@ class GPT(nn.Module):
         else:
             self.register_buffer("word_start_boost", boost, persistent=False)
         self._shadow = Shadow()
+        self.packed: PackedBanks | None = None
         self.reset_parameters()
 
     @torch.no_grad()
@@ -129,12 +132,41 @@ class GPT(nn.Module):
             if bank.grad is None:
                 bank.grad = torch.zeros_like(bank)
 
+    def use_packed(self, packed: PackedBanks) -> None:
+        """Read the banks from packed codes from now on; the master banks become empty."""
+        packed.dtype, self.packed = self.compute_dtype, packed
+        for name in BANK_NAMES:
+            empty = torch.empty(0, device=self.tok_emb.weight.device)
+            setattr(self, name, nn.Parameter(empty, requires_grad=False))
+
+    @contextlib.contextmanager
+    def unpacked(self) -> Iterator[None]:
+        """Give a packed model float32 master banks, which may be trained; they are dropped on exit."""
+        if (packed := self.packed) is None:
+            yield
+            return
+        for name, bank in zip(BANK_NAMES, packed.unpacked(), strict=True):
+            setattr(self, name, nn.Parameter(bank))
+        self.packed = None
+        try:
+            yield
+        finally:
+            self._shadow = Shadow()
+            self.use_packed(packed)
+
+    def reading_banks(self) -> AnyBanks:
+        """Return the banks for inference: packed ones, or `banks()`."""
+        return self.packed or self.banks()
+
     def banks(self, transform: Transform = None) -> Banks:
         """Return the banks for one forward: masters after `transform`, in compute dtype.
 
         With gradient banks allocated, backward adds to them, straight through `transform`. Otherwise, with
-        gradients enabled, autograd reaches the masters through `transform` and the cast.
+        gradients enabled, autograd reaches the masters through `transform` and the cast. Raises PgolfError
+        for a packed model, whose masters are empty.
         """
+        if self.packed is not None:
+            raise PgolfError("packed banks decode and score only: load the model with float ones")
         masters = self.bank_parameters()
         grads = [m.grad for m in masters if m.grad is not None]
         if torch.is_grad_enabled() and masters[0].requires_grad and not grads:
@@ -172,7 +204,7 @@ class GPT(nn.Module):
         self,
         x: Tensor,
         value_embeds: dict[int, Tensor],
-        banks: Banks,
+        banks: AnyBanks,
         attention: AttentionFunction,
         observer: Observer | None = None,
         last: int | None = None,
@@ -205,9 +237,9 @@ class GPT(nn.Module):
                 skips.append(x)
         return ops.rms_norm(x)
 
-    def _mlp(self, banks: Banks, layer: int, x: Tensor) -> Tensor:
-        kind, grad_up, grad_down = self.config.mlp_activation, banks.grad_up, banks.grad_down
-        return ops.mlp(x, banks.up, banks.down, layer, kind, grad_up=grad_up, grad_down=grad_down)
+    def _mlp(self, banks: AnyBanks, layer: int, x: Tensor) -> Tensor:
+        kind, (up, down, slot) = self.config.mlp_activation, banks.mlp_of(layer)
+        return ops.mlp(x, up, down, slot, kind, grad_up=banks.grad_up, grad_down=banks.grad_down)
 
     def block(self, layer: int) -> Block:
         return self.blocks[layer]  # type: ignore[return-value]
@@ -219,7 +251,7 @@ class GPT(nn.Module):
     def hidden(
         self,
         tokens: Tensor,
-        banks: Banks | None = None,
+        banks: AnyBanks | None = None,
         observer: Observer | None = None,
         *,
         last: int | None = None,
@@ -230,15 +262,16 @@ class GPT(nn.Module):
 
         `context` is the length that the position encoding assumes (default T); `mlp` is as in `trunk`.
         """
-        banks, config = banks or self.banks(), self.config
+        banks, config = banks or self.reading_banks(), self.config
         cos, sin = rope_tables(config, tokens.shape[1], tokens.device, context)
 
         def attention(layer: int, x: Tensor, value_embed: Tensor | None) -> Tensor:
             gain, window = self.block(layer).attn.q_gain, last if layer == config.num_layers - 1 else None
             heads: dict[str, Any] = {"num_kv_heads": config.num_kv_heads, "xsa": self.uses_xsa(layer)}
             grads: dict[str, Any] = {"grad_qo": banks.grad_qo, "grad_kv": banks.grad_kv}
+            qo, kv, slot = banks.attention_of(layer)
             return ops.gqa_attention(
-                x, banks.qo, banks.kv, gain, value_embed, cos, sin, layer, **heads, **grads, window=window
+                x, qo, kv, gain, value_embed, cos, sin, slot, **heads, **grads, window=window
             )
 
         x = self.smear(self.embed(tokens, banks.ngram_projection))
@@ -249,7 +282,7 @@ class GPT(nn.Module):
         self,
         tokens: Tensor,
         targets: Tensor,
-        banks: Banks | None = None,
+        banks: AnyBanks | None = None,
         *,
         z_loss: float = 0.0,
         **options: Any,
@@ -265,14 +298,14 @@ class GPT(nn.Module):
         return ops.softcap_cross_entropy(hidden, head, targets, self.config.logit_softcap, z_loss)
 
     def loss(
-        self, tokens: Tensor, targets: Tensor, banks: Banks | None = None, *, z_loss: float = 0.0
+        self, tokens: Tensor, targets: Tensor, banks: AnyBanks | None = None, *, z_loss: float = 0.0
     ) -> Tensor:
         """Return the mean cross-entropy of the batch in nats; `z_loss` is as in `token_losses`."""
         return self.token_losses(tokens, targets, banks, z_loss=z_loss).mean()
 
     forward = loss
 
-    def logits(self, tokens: Tensor, banks: Banks | None = None) -> Tensor:
+    def logits(self, tokens: Tensor, banks: AnyBanks | None = None) -> Tensor:
         """Return softcapped logits, (B, T, V) in at least float32."""
         return self.head(self.hidden(tokens, banks))
 

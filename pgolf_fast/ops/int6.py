@@ -5,12 +5,14 @@ the "4+2 split" of 3 * K8 / 4 bytes per row (K8: K padded to a multiple of 8).
 Inference only: no autograd is registered.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
-from pgolf_fast.ops import reference_bytes, tiles
+from pgolf_fast.ops import native, reference_bytes, tiles
 from pgolf_fast.ops.bits import check_packed, pack_bits, unpack_bits
-from pgolf_fast.ops.checks import expect_floating, expect_shape, same_device
+from pgolf_fast.ops.checks import as_rows, expect_floating, expect_shape, same_device
 from pgolf_fast.ops.tiles import Tile
 
 # Not measured. sm80 also serves GPUs with 99 KiB of shared memory per block, hence the smaller tiles.
@@ -37,14 +39,18 @@ def int6_matmul(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
     """Return `y[..., n] = scale[n] * sum_k x[..., k] * codes[n, k]`; no autograd is registered.
 
     x (..., K) and scale (N,) are floating point; packed uint8 (N, 3 * K8 / 4) holds codes (N, K). The sum is
-    taken in at least float32 and rounded once; y is (..., N) in x's dtype. On a GPU, up to SKINNY_ROWS rows
-    of 16-bit x (decoding) are multiplied by the packed codes directly; otherwise the codes are first unpacked
-    to x's dtype, in which they are exact. In both cases the scale multiplies a float32 sum.
+    taken in at least float32 and rounded once; y is (..., N) in x's dtype. Up to SKINNY_ROWS rows of x
+    (decoding) are multiplied by the packed codes directly: on a GPU of 16-bit x, on a CPU of float32 and
+    bfloat16 x by C++ code, with the same result for any number of threads. Otherwise the codes are first
+    unpacked to a dtype in which they are exact. In all cases the scale multiplies a float32 sum.
     Raises ValueError if shapes, dtypes or devices do not match.
     """
     _check_matmul(x, packed, scale)
     if tiles.uses_kernels("int6_matmul", x):
         return _cuda(x, packed, scale)
+    rows = x.shape[:-1].numel()
+    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and 0 < rows <= _direct_rows():
+        return _cpu(x, packed, scale)
     return reference_bytes.scaled_matmul(x, int6_unpack(packed, x.shape[-1]), scale).contiguous()
 
 
@@ -52,6 +58,24 @@ def int6_matmul(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
 def _(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
     _check_matmul(x, packed, scale)
     return x.new_empty((*x.shape[:-1], packed.shape[0]))
+
+
+@functools.cache
+def _direct_rows() -> int:
+    """Return the most rows of x that C++ multiplies; its portable form reads x again for every code row."""
+    extension = native.extension()
+    return 0 if extension is None else SKINNY_ROWS if extension.int6_simd() else 4
+
+
+def _cpu(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
+    extension = native.extension()
+    assert extension is not None  # by _direct_rows
+    y = x.new_empty((*x.shape[:-1], len(packed)))
+    rows = as_rows(x.detach()).contiguous(), y.view(x.shape[:-1].numel(), len(packed))
+    given, result = (t.view(torch.uint16).numpy() if x.dtype == torch.bfloat16 else t.numpy() for t in rows)
+    factors = scale.detach().float().contiguous().numpy()
+    extension.int6_matmul(given, packed.contiguous().numpy(), factors, result, torch.get_num_threads())
+    return y
 
 
 def _cuda(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:

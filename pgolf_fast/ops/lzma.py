@@ -36,13 +36,13 @@ def compress_bytes(
     position; nice_len (2..273) is the match length at which the search stops; mode is the search itself.
     Raises ValueError for settings out of range. The bytes depend on the version of liblzma.
     """
-    given = {"lc": lc, "lp": lp, "pb": pb, "nice_len": nice_len}
-    settings = {name: value for name, value in given.items() if value is not None}
+    number = None
     if mode is not None:
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}, but LZMA's modes are fast and normal")
-        settings["mode"] = 1 + MODES.index(mode)
-    return _codec().lzma_compress(data, preset, extreme, **settings)
+        number = 1 + MODES.index(mode)
+    settings = {"extreme": extreme, "lc": lc, "lp": lp, "pb": pb, "nice_len": nice_len, "mode": number}
+    return lzma_compress(_tensor(data), preset, **settings).numpy().tobytes()
 
 
 def decompress_bytes(data: bytes, size: int) -> bytes:
@@ -51,7 +51,11 @@ def decompress_bytes(data: bytes, size: int) -> bytes:
     Raises ValueError that says whether the stream is truncated, corrupt, longer or shorter than `size`, or
     followed by other bytes. Never writes more than `size` bytes; the decoder itself uses at most 256 MiB.
     """
-    return _codec().lzma_decompress(data, size)
+    return lzma_decompress(_tensor(data), size).numpy().tobytes()
+
+
+def _tensor(data: bytes) -> Tensor:
+    return torch.from_numpy(np.frombuffer(bytearray(data), dtype=np.uint8))
 
 
 def backend() -> str:
@@ -68,31 +72,55 @@ def _codec() -> ModuleType:
     return extension if extension is not None and hasattr(extension, "lzma_compress") else reference_bytes
 
 
-@torch.library.custom_op("pgolf::lzma_compress", mutates_args=(), device_types="cpu")
-def lzma_compress(data: Tensor, preset: int = 9) -> Tensor:
+# Not by `torch.library.custom_op`: its first call imports PyTorch's compiler, which would add 2 s to every
+# command that reads an artifact.
+_LIBRARY = torch.library.Library("pgolf", "FRAGMENT")
+_LIBRARY.define(
+    "lzma_compress(Tensor data, int preset=9, *, bool extreme=False, int? lc=None, int? lp=None, "
+    "int? pb=None, int? nice_len=None, int? mode=None) -> Tensor"
+)
+_LIBRARY.define("lzma_decompress(Tensor data, int size) -> Tensor")
+
+
+def lzma_compress(data: Tensor, preset: int = 9, **settings: int | None) -> Tensor:
     """Compress `data` uint8 (n,) to one .xz stream, uint8 (m,); m depends on the data.
 
-    Inference only, no autograd; CPU only. Raises ValueError for another dtype, shape or preset.
+    settings: those of `compress_bytes`, with `mode` 1 for fast and 2 for normal. Inference only, no autograd;
+    CPU only. Raises ValueError for another dtype or shape, or settings out of range.
     """
-    return _run("lzma_compress", compress_bytes, data, preset)
+    return torch.ops.pgolf.lzma_compress(data, preset, **settings)
 
 
-@lzma_compress.register_fake
-def _(data: Tensor, preset: int = 9) -> Tensor:
-    _check_bytes("lzma_compress", data)
-    return data.new_empty(torch.library.get_ctx().new_dynamic_size())
+def _compress(data: Tensor, preset: int = 9, *, extreme: bool = False, **settings: int | None) -> Tensor:
+    given = {name: value for name, value in settings.items() if value is not None}
+    return _run(
+        "lzma_compress", data, lambda content: _codec().lzma_compress(content, preset, extreme, **given)
+    )
 
 
-@torch.library.custom_op("pgolf::lzma_decompress", mutates_args=(), device_types="cpu")
 def lzma_decompress(data: Tensor, size: int) -> Tensor:
     """Decompress the .xz stream `data`, uint8 (m,), to uint8 (size,).
 
     Inference only, no autograd; CPU only. Raises ValueError as `decompress_bytes` does.
     """
-    return _run("lzma_decompress", decompress_bytes, data, size)
+    return torch.ops.pgolf.lzma_decompress(data, size)
 
 
-@lzma_decompress.register_fake
+def _decompress(data: Tensor, size: int) -> Tensor:
+    return _run("lzma_decompress", data, lambda content: _codec().lzma_decompress(content, size))
+
+
+_LIBRARY.impl("lzma_compress", _compress, "CPU")
+_LIBRARY.impl("lzma_decompress", _decompress, "CPU")
+
+
+@torch.library.register_fake("pgolf::lzma_compress", lib=_LIBRARY)
+def _(data: Tensor, preset: int = 9, **settings: int | None) -> Tensor:
+    _check_bytes("lzma_compress", data)
+    return data.new_empty(torch.library.get_ctx().new_dynamic_size())
+
+
+@torch.library.register_fake("pgolf::lzma_decompress", lib=_LIBRARY)
 def _(data: Tensor, size: int) -> Tensor:
     _check_bytes("lzma_decompress", data)
     return data.new_empty(size)
@@ -103,10 +131,9 @@ def _check_bytes(op: str, data: Tensor) -> None:
     expect_shape(op, "data", data, (None,))
 
 
-def _run(op: str, function: Callable[[bytes, int], bytes], data: Tensor, argument: int) -> Tensor:
+def _run(op: str, data: Tensor, work: Callable[[bytes], bytes]) -> Tensor:
     _check_bytes(op, data)
     try:
-        result = function(data.numpy().tobytes(), argument)
+        return _tensor(work(data.numpy().tobytes()))
     except ValueError as error:
         raise ValueError(f"pgolf::{op}: {error}") from error
-    return torch.from_numpy(np.frombuffer(result, dtype=np.uint8).copy())

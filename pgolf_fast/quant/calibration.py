@@ -20,6 +20,7 @@ from pgolf_fast.config.schema import QuantConfig
 from pgolf_fast.console import progress
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.model.attention import rope_tables
+from pgolf_fast.model.bank import PackedBanks
 from pgolf_fast.model.decoding import Decoder, sample
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.model.weights import Tensors
@@ -48,13 +49,13 @@ def quantize_model(model: GPT, config: QuantConfig, *, seq_len: int) -> Quantize
 
 
 @torch.no_grad()
-def self_generate(model: GPT, config: QuantConfig, seq_len: int) -> Tensor:
+def self_generate(model: GPT, config: QuantConfig, seq_len: int, packed: PackedBanks | None = None) -> Tensor:
     """Generate calibration text, int64 (calibration_sequences, min(calibration_length, seq_len)).
 
     `calibration_batch` sequences grow together, one token at a time. First tokens are uniform over all ids;
     the rest come from softmax(logits / temperature). One generator on the model's device, seeded with
     `config.seed`, draws everything, so the text depends on device, dtype and calibration_batch. RoPE uses the
-    base of the final length. Memory: that of `Decoder`.
+    base of the final length. `packed` replaces the model's banks. Memory: that of `Decoder`.
     Raises PgolfError for lengths below 2, or if activations overflow.
     """
     length = min(config.calibration_length, seq_len)
@@ -70,7 +71,7 @@ def self_generate(model: GPT, config: QuantConfig, seq_len: int) -> Tensor:
     steps = itertools.product(parts, range(length))
     for part, position in progress(steps, "calibration text", total=len(parts) * length, unit="step"):
         if position == 0:
-            decoder, size = Decoder(model, len(part), length), (len(part),)
+            decoder, size = Decoder(model, len(part), length, banks=packed), (len(part),)
             tokens = torch.randint(model.config.vocab_size, size, generator=generator, device=device)
         else:
             logits = decoder.step(tokens)

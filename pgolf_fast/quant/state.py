@@ -16,9 +16,10 @@ from pgolf_fast.config.schema import QuantConfig
 from pgolf_fast.console import progress
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import load_tensors, save_tensors
-from pgolf_fast.model.bank import BANK_NAMES
+from pgolf_fast.model.bank import BANK_NAMES, PackedBanks, PackedMatrices
 from pgolf_fast.model.weights import Tensors, not_finite
 from pgolf_fast.ops.bits import dequantize_bytes
+from pgolf_fast.ops.int6 import int6_pack
 from pgolf_fast.quant.gptq import gptq
 from pgolf_fast.quant.grid import Coded, FixedGrid, dequantize, quantize_int8_rows, quantize_rows
 
@@ -307,9 +308,35 @@ def _quantize_slots(tensors: Tensors, config: QuantConfig, hessians: Tensors | N
     return {n: QuantizedTensor(codes.cpu(), scale.cpu(), config.bits) for n, (codes, scale) in done.items()}
 
 
-def dequantize_state(quantized: QuantizedState) -> dict[str, Tensor]:
-    """Return the float32 state dict with banks. Raises PgolfError as `rebank` does."""
+# Rows of a layer's packed attention matrix, as `PackedBanks` stacks them, and the MLP's two.
+_PACKED = (("attn.c_q", "attn.c_k", "attn.c_v", "attn.proj"), ("mlp.fc",), ("mlp.proj",))
+
+
+def packed_banks(quantized: QuantizedState, device: torch.device | None = None) -> PackedBanks | None:
+    """Return the bank matrices as packed 6-bit codes, on `device`, with the values of `dequantize_state`.
+
+    None if a matrix has codes of more bits, column steps or a low-rank correction (of the presets: int8
+    ones, and those of grid rd). Raises PgolfError as `rebank` does.
+    """
     matrices = quantized.matrices()
+    if any(m.bits > 6 or m.column_scale is not None or m.low_rank is not None for m in matrices.values()):
+        return None
+    layers = len(rebank({name: matrix.codes for name, matrix in matrices.items()})["mlp_up_bank"])
+    parts = []
+    for slots in _PACKED:
+        stacks = [[matrices[f"blocks.{i}.{slot}.weight"] for slot in slots] for i in range(layers)]
+        codes = torch.stack([int6_pack(torch.cat([m.codes for m in stack])) for stack in stacks])
+        scale = torch.stack([torch.cat([m.scale.float() for m in stack]) for stack in stacks])
+        parts.append(PackedMatrices(codes.to(device), scale.to(device), stacks[0][0].codes.shape[1]))
+    return PackedBanks(*parts)
+
+
+def dequantize_state(quantized: QuantizedState, *, banks: bool = True) -> dict[str, Tensor]:
+    """Return the float32 state dict, with or without banks. Raises PgolfError as `rebank` does."""
+    matrices = quantized.matrices()
+    if not banks:
+        rest = {n: t for n, t in quantized.tensors.items() if n not in matrices}
+        return {n: t.float() if isinstance(t, Tensor) else t.dequantized() for n, t in rest.items()}
     # stack banks as int8: a quarter of the bytes to copy
     codes = rebank({name: matrix.codes for name, matrix in matrices.items()})
     scale = rebank({name: matrix.scale for name, matrix in matrices.items()})

@@ -9,9 +9,13 @@ import torch
 from helpers import tiny_config
 
 from pgolf_fast.config.presets import small
+from pgolf_fast.config.schema import QuantConfig
 from pgolf_fast.errors import PgolfError
+from pgolf_fast.model import decoding
 from pgolf_fast.model.decoding import Decoder, generate, sample
 from pgolf_fast.model.gpt import GPT
+from pgolf_fast.ops import native
+from pgolf_fast.quant.state import dequantize_state, packed_banks, quantize_state
 
 VARIANTS = {
     "exp101": {},
@@ -117,6 +121,74 @@ def test_captured_step_matches_full_forward(dtype):
     assert (replayed - growing).abs().max() <= tolerance
     assert (replayed - full).abs().max() <= tolerance
     assert (replayed.cpu() - exact).abs().max() <= tolerance
+
+
+def packed_and_dequantized(dtype: torch.dtype = torch.float32, **changes: object) -> tuple[GPT, GPT]:
+    """Return two models of the same 6-bit weights: packed, and with float banks."""
+    config = QuantConfig(method="round", grid="percentile")
+    source = random_model(**changes)
+    quantized = quantize_state(source.state_dict(), config)
+    models = [GPT(source.config, source.has_leading_space, compute_dtype=dtype) for _ in range(2)]
+    for model in models:
+        model.load_state_dict(dequantize_state(quantized))
+    codes = packed_banks(quantized)
+    assert codes is not None
+    models[0].use_packed(codes)
+    return models[0], models[1]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_packed_step_matches_the_dequantized_model(variant):
+    packed, dense = packed_and_dequantized(**VARIANTS[variant])
+    tokens = random_tokens(3, 30)
+    want = stepwise(dense, tokens)
+    for got in (stepwise(packed, tokens), stepwise(packed, tokens, static=True)):
+        torch.testing.assert_close(got, want, atol=2e-4, rtol=1e-4)
+    assert Decoder(packed, 3, 30)._blocks or native.extension() is None
+
+
+@pytest.mark.parametrize("batch", [2, 70])
+def test_packed_step_by_operations(batch):
+    """As on a GPU, in bfloat16, and for more texts than the C++ blocks take."""
+    packed, dense = packed_and_dequantized()
+    tokens = random_tokens(batch, 6)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoding, "NATIVE_TEXTS", 0)
+        assert not Decoder(packed, batch, 6)._blocks
+        torch.testing.assert_close(stepwise(packed, tokens), stepwise(dense, tokens), atol=2e-4, rtol=1e-4)
+    packed, rounded = packed_and_dequantized(torch.bfloat16)
+    exact = stepwise(dense, tokens)
+    error = (stepwise(packed, tokens) - exact).abs().mean()
+    assert error < 1.5 * (stepwise(rounded, tokens) - exact).abs().mean() + 1e-3
+
+
+@pytest.mark.skipif(native.extension() is None, reason="no C++ codecs")
+def test_packed_step_is_the_same_for_any_number_of_threads():
+    packed, _ = packed_and_dequantized()
+    tokens, before = random_tokens(20, 40), torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(Decoder(packed, 20, 40))
+        logits = [[d.step(column) for column in tokens.unbind(1)] for d in results]
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*logits, strict=True))
+
+
+@torch.no_grad()
+def test_packed_model_scores_like_the_dequantized_one_and_can_be_unpacked():
+    packed, dense = packed_and_dequantized()
+    tokens = random_tokens(2, 33)
+    given = tokens[:, :-1], tokens[:, 1:]
+    assert torch.equal(packed.token_losses(*given), dense.token_losses(*given))
+    assert not any(bank.numel() for bank in packed.bank_parameters())
+    with pytest.raises(PgolfError, match="packed banks decode and score only"):
+        packed.banks()
+    with packed.unpacked():
+        assert all(map(torch.equal, packed.bank_parameters(), dense.bank_parameters()))
+    assert torch.equal(packed.token_losses(*given), dense.token_losses(*given))
 
 
 def test_bfloat16_stays_close_to_float32():

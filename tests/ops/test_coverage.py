@@ -114,7 +114,8 @@ def shows(test: TestSource, column: str) -> bool:
 
 def needed(op: str) -> list[str]:
     """Return the columns that an op must have."""
-    differentiable, kernels = OPDEFS[f"pgolf::{op}"]._backward_fn is not None, kernels_of(op)
+    definition, kernels = OPDEFS.get(f"pgolf::{op}"), kernels_of(op)
+    differentiable = definition is not None and definition._backward_fn is not None
     unneeded = {"gradcheck": not differentiable, "interpreter": kernels is None}
     return [column for column in COLUMNS if not unneeded.get(column)]
 

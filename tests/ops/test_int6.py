@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import assert_as_accurate
 
+from pgolf_fast.ops import native
 from pgolf_fast.ops.bits import pack_bits, unpack_bits
 from pgolf_fast.ops.int6 import int6_matmul, int6_pack, int6_unpack
 
@@ -89,6 +90,41 @@ def test_matmul_vector_and_strided(dtype, rows, device):
     agrees(x, unaligned, scale, want)
     one = packed.new_zeros(1, packed.shape[1] + 3)[:, : packed.shape[1]].copy_(packed[:1])  # odd row stride
     agrees(x, one, scale[:1], want[:, :1])
+
+
+def as_array(t):
+    return (t.view(torch.uint16) if t.dtype == torch.bfloat16 else t).numpy()
+
+
+@pytest.mark.skipif(native.extension() is None, reason="no C++ codecs")
+@pytest.mark.parametrize("simd", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 512, 700), (1, 45, 3), (5, 64, 9), (64, 100, 65), (3, 7, 1)], ids=str)
+def test_every_form_in_cpp_and_number_of_threads(shape, dtype, simd):
+    rows, k, n = shape
+    x, codes, scale = torch.randn(rows, k).to(dtype), random_codes(n, k), torch.rand(n)
+    packed, results = int6_pack(codes).numpy(), []
+    for threads in (1, 2):
+        y = torch.full((rows, n), float("nan"), dtype=dtype)
+        native.extension().int6_matmul(as_array(x), packed, scale.numpy(), as_array(y), threads, simd)
+        results.append(y)
+    assert torch.equal(*results)
+    exact = x.double() @ (codes.double() * scale.double()[:, None]).t()
+    low = (x.float() @ codes.float().t() * scale).to(dtype)
+    atol = 1e-6 + torch.finfo(dtype).eps * float(exact.abs().max())
+    assert_as_accurate(results[0], low, exact, atol=atol)
+
+
+@pytest.mark.skipif(native.extension() is None, reason="no C++ codecs")
+def test_cpp_refuses_sizes_that_do_not_fit():
+    x, packed, scale, y = torch.ones(2, 16), int6_pack(random_codes(4, 16)), torch.ones(4), torch.ones(2, 4)
+    product = native.extension().int6_matmul
+    product(*(t.numpy() for t in (x, packed, scale, y)))
+    for bad in ((x[:, :8], packed, scale, y), (x, packed, scale[:3], y), (x, packed, scale, y[:1])):
+        with pytest.raises(ValueError, match=r"packed has rows|scale must have|y must have"):
+            product(*(t.contiguous().numpy() for t in bad))
+    with pytest.raises(TypeError):
+        product(x.double().numpy(), packed.numpy(), scale.numpy(), y.numpy())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -1,6 +1,7 @@
 """pgolf::lzma_*: two back ends that agree, and damaged streams."""
 
 import logging
+import subprocess
 import sys
 import types
 from concurrent.futures import ThreadPoolExecutor
@@ -117,9 +118,9 @@ def test_strided_tensor():
 def test_opcheck():
     data = torch.arange(200, dtype=torch.uint8)
     packed = codec.lzma_compress(data, 6)
-    torch.library.opcheck(codec.lzma_compress, (data, 6))
-    torch.library.opcheck(codec.lzma_compress, (data[::2], 6))
-    torch.library.opcheck(codec.lzma_decompress, (packed, 200))
+    torch.library.opcheck(torch.ops.pgolf.lzma_compress.default, (data, 6))
+    torch.library.opcheck(torch.ops.pgolf.lzma_compress.default, (data[::2], 6), {"lc": 0, "mode": 1})
+    torch.library.opcheck(torch.ops.pgolf.lzma_decompress.default, (packed, 200))
 
 
 def test_compiles_without_graph_break():
@@ -169,3 +170,13 @@ def test_fallback_is_announced_once(module, warning, reason, monkeypatch, caplog
         assert codec.backend() == f"Python's lzma module ({reason})"
     assert codec.decompress_bytes(packed[0], 3) == b"abc"
     assert [warning in record.message for record in caplog.records] == [True]
+
+
+def test_reading_imports_no_compiler():
+    """The ops are those of every artifact that is read, and the compiler takes 2 s to import."""
+    code = """
+import sys
+from pgolf_fast.ops.lzma import compress_bytes, decompress_bytes
+assert decompress_bytes(compress_bytes(b"abc"), 3) == b"abc"
+assert "torch._dynamo" not in sys.modules"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pgolf_fast.artifact.container import MAGIC
-from pgolf_fast.artifact.load import load_artifact
+from pgolf_fast.artifact.load import load_artifact, unpack
 from pgolf_fast.config.fields import run_config_from_dict
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import RunConfig
@@ -21,10 +21,10 @@ from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.score import Stream
 from pgolf_fast.io import load_metadata
 from pgolf_fast.lab.analysis.summary import Options, Summary, unmeasured
-from pgolf_fast.model.bank import BANK_NAMES
+from pgolf_fast.model.bank import BANK_NAMES, PackedBanks
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.model.weights import load_weights, need_finite, read_weights
-from pgolf_fast.quant.state import is_slot, rebank
+from pgolf_fast.quant.state import is_slot, packed_banks, rebank
 
 Weights = Literal["auto", "float", "artifact"]
 
@@ -38,6 +38,7 @@ class LoadedModel:
     state: dict[str, Tensor]  # float32 on the CPU, under the community's names, with banks
     config: RunConfig | None  # None for a file without a configuration, such as a community .pt
     folder: RunFolder | None  # the run folder that `path` is or is in
+    packed: PackedBanks | None = None  # the banks of an artifact as 6-bit codes
 
     def network(
         self, table: ByteTable, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
@@ -76,10 +77,12 @@ def open_model(path: Path, weights: Weights = "auto", config: RunConfig | None =
     places = (path,) if path.is_dir() else (path.parent, path.parent.parent)
     folder = next((run for run in map(RunFolder, places) if run.config_file.is_file()), None)
     file = _weights_file(RunFolder(path), weights) if path.is_dir() else path
+    codes = None
     with open(file, "rb") as handle:
         packed = handle.read(len(MAGIC)) == MAGIC
     if packed:
         config, state = load_artifact(file)
+        codes = packed_banks(unpack(file)[1])
     else:
         state = read_weights(file)
         config = _config(path, folder, config)
@@ -91,7 +94,7 @@ def open_model(path: Path, weights: Weights = "auto", config: RunConfig | None =
     need_finite(wide, str(file))
     own = path.resolve().name if path.is_dir() else path.stem
     name = own if path.is_dir() or folder is None else f"{folder.path.resolve().name}/{own}"
-    return LoadedModel(name, path, wide, config, folder)
+    return LoadedModel(name, path, wide, config, folder, codes)
 
 
 def open_models(

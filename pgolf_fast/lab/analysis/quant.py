@@ -79,7 +79,7 @@ def calibrate(
         text, described = None, "tokens written by the model"
     try:
         if text is None:
-            text = self_generate(network, config.quant, length)
+            text = self_generate(network, config.quant, length, model.packed)
             described = f"{text.numel():,} {described}"
         return collect_hessians(network, text), described
     except PgolfError as error:
