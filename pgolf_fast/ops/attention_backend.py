@@ -104,10 +104,12 @@ def why_not(name: str, shape: Shape) -> str | None:
     """Return why `name` does not support a call on this machine, or None if it does."""
     if name == "triton":
         return None if shape.head_dim <= LARGEST_HEAD_DIM else f"heads wider than {LARGEST_HEAD_DIM}"
-    if name == "plain" or (name == "flash" and shape.device.type == "cpu"):
+    if name == "plain":
         return None
     if shape.windowed:
         return "a window of queries"
+    if name == "flash" and shape.device.type == "cpu":
+        return None
     if shape.device.type != "cuda":
         return "no CUDA GPU"
     if reason := _missing(name):
@@ -180,8 +182,8 @@ def _check(name: str, shape: Shape) -> str | None:
 def forward(name: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Compute causal attention at scale 1 / sqrt(hd) and its logsumexp (B, H, W).
 
-    q (B, W, H, hd), k and v (B, T, KV, hd); y is like q. W < T means the last W positions, which "triton",
-    "plain" and, on a CPU, "flash" support.
+    q (B, W, H, hd), k and v (B, T, KV, hd); y is like q. W < T means the last W positions, for "triton"
+    and "plain" only.
     """
     return RUN[name][0](q, k, v)
 
@@ -214,11 +216,6 @@ def _wide(t: Tensor) -> torch.dtype:
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    if q.device.type == "cpu" and q.shape[1] < k.shape[1]:
-        rows = (_group_rows(q, k), *(t.to(_wide(t)) for t in _heads_first(k, v)))
-        mask = _group_mask(q, k)
-        y, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*rows, 0.0, False, attn_mask=mask)
-        return _ungroup_rows(y, q).to(q.dtype), lse.reshape(q.shape[0], q.shape[2], q.shape[1])
     if q.device.type == "cpu":
         # float32 is faster than bfloat16 here: 4.5 against 5.5 ms
         heads = (t.to(_wide(q)) for t in _heads_first(q, _repeated(k, q), _repeated(v, q)))
@@ -228,35 +225,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return y.transpose(1, 2), lse
 
 
-def _group_rows(t: Tensor, k: Tensor) -> Tensor:
-    """Turn heads that share keys into more queries: (B, W, H, hd) -> (B, KV, H / KV * W, hd), >= float32.
-
-    Keys and values need no repeating: 2.3 ms against 7.3 ms for "plain" (8 x 64 queries, 4 heads, 256 keys).
-    """
-    return t.to(_wide(t)).transpose(1, 2).reshape(t.shape[0], k.shape[2], -1, t.shape[3])
-
-
-def _ungroup_rows(t: Tensor, q: Tensor) -> Tensor:
-    """Invert `_group_rows`: (B, KV, H / KV * W, hd) -> (B, W, H, hd)."""
-    return t.reshape(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
-
-
-def _group_mask(q: Tensor, k: Tensor) -> Tensor:
-    """Return the causal mask for `_group_rows` of the last W of T positions, as an addend (H / KV * W, T)."""
-    queries, keys = q.shape[1], k.shape[1]
-    mask = torch.full((queries, keys), -torch.inf, dtype=_wide(q), device=q.device).triu_(1 + keys - queries)
-    return mask.repeat(q.shape[2] // k.shape[2], 1)
-
-
 def _flash_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor) -> Gradients:
-    if q.device.type == "cpu" and q.shape[1] < k.shape[1]:
-        dy_rows, q_rows, y_rows = (_group_rows(t, k) for t in (dy, q, y))
-        keys, values = (t.to(_wide(t)) for t in _heads_first(k, v))
-        lse = lse.reshape(q_rows.shape[:3])
-        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            dy_rows, q_rows, keys, values, y_rows, lse, 0.0, False, attn_mask=_group_mask(q, k)
-        )
-        return _ungroup_rows(dq, q), dk.transpose(1, 2), dv.transpose(1, 2)
     if q.device.type == "cpu":
         # 11 ms against 17 ms in bfloat16
         heads = (t.to(_wide(q)) for t in _heads_first(dy, q, _repeated(k, q), _repeated(v, q), y))
