@@ -88,7 +88,7 @@ def run_tune(session: Session) -> bool:
     config = preset(session.preset)
     plan = tune.TunePlan(
         config=config,
-        ops=registry.select(session.ops),
+        ops=registry.select(session.ops or (("gqa_attention", "mlp") if session.first else ())),
         tokens=64 if session.dry else config.train.micro_batch_tokens,
         dtype=dtype_of(session),
         device=session.device,

@@ -52,7 +52,7 @@ def declare(
 ) -> None:
     """Add the rows of `kernel` to the table; an architecture without its own row uses the sm90 row.
 
-    `blocks` is how many blocks share a Hopper multiprocessor: where one block waits, another computes.
+    `blocks` of the sm90 row share a multiprocessor, so that one computes while another waits.
     """
     per_sm[kernel] = blocks
     _table[kernel] = {"sm80": sm80 or sm90, "sm90": sm90, "sm100": sm100 or sm90}
