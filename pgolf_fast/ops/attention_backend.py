@@ -108,8 +108,6 @@ def why_not(name: str, shape: Shape) -> str | None:
         return "a window of queries"
     if shape.device.type != "cuda":
         return "no CUDA GPU"
-    if reason := _missing(name):
-        return reason
     if shape.dtype not in _SIXTEEN_BITS:
         return "16-bit heads only"
     if shape.head_dim % 8 or shape.head_dim > (256 if name == "flash" else 128):
@@ -117,7 +115,7 @@ def why_not(name: str, shape: Shape) -> str | None:
     capability = torch.cuda.get_device_capability(shape.device)
     if capability < (8, 0) or (name == "fa3" and capability[0] != 9) or (name == "fa4" and capability[0] < 9):
         return f"compute capability {capability[0]}.{capability[1]}"
-    return None
+    return _missing(name)
 
 
 def available(device: torch.device, head_dim: int = 64) -> list[tuple[str, str, str]]:
@@ -148,7 +146,7 @@ def _fault(name: str, shape: Shape) -> str | None:
         if capturing or torch.compiler.is_compiling() or torch._guards.detect_fake_mode() is not None:
             return None
         if reason := _check(name, shape):
-            what = f"{str(shape.dtype).removeprefix('torch.')} heads of {shape.head_dim} on {shape.device}"
+            what = f"{shape.dtype} heads of {shape.head_dim} on {shape.device}"
             console.logger.warning("falling back from attention %s for %s: %s", name, what, reason)
     _faults[key] = reason
     return reason

@@ -39,9 +39,7 @@ DEFAULTS["weight_grad"] = "torch"
 
 _INTERPRETER = Tile(32, 32, 32, 1, 1)  # small, so that small tensors still have several tiles
 _table: dict[str, dict[str, Tile]] = {}  # kernel -> architecture -> tile
-per_sm: dict[
-    str, int
-] = {}  # kernel -> blocks of its sm90 row that share a multiprocessor; `pgolf aot` checks
+per_sm: dict[str, int] = {}  # kernel -> blocks of its sm90 row on a multiprocessor
 _chosen: dict[str, Implementation] = {}
 _forced: str | None = None
 _record: list[str] | None = None

@@ -186,7 +186,7 @@ def test_a_broken_library_is_named_once_and_the_next_is_used(kind, reason, hoppe
             assert attention_backend.backend(HEADS) == "fa4"
     assert torch.equal(torch.get_rng_state(), state)
     assert len(caplog.messages) == 1
-    start = "falling back from attention fa3 for bfloat16 heads of 64 on cpu: "
+    start = "falling back from attention fa3 for torch.bfloat16 heads of 64 on cpu: "
     assert caplog.messages[0].startswith(start)
     assert reason in caplog.messages[0]
     assert attention_backend.backend(HEADS._replace(head_dim=32)) == "fa4"  # checked again
@@ -233,6 +233,10 @@ def test_reasons(monkeypatch):
     assert why("cudnn", Shape(gpu, torch.bfloat16, 64)) == "compute capability 7.5"
     assert why("cudnn", Shape(CPU, torch.bfloat16, 64)) == "no CUDA GPU"
     assert why("flash", Shape(gpu, torch.bfloat16, 64, windowed=True)) == "a window of queries"
+    assert why("fa3", Shape(gpu, torch.bfloat16, 64)) == "compute capability 7.5"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(attention_backend, "installed", lambda package: False)
+    assert why("fa3", Shape(gpu, torch.bfloat16, 64)).endswith("pgolf doctor --fetch-fa3")
 
 
 def test_available():
