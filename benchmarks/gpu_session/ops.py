@@ -89,9 +89,7 @@ def run_tune(session: Session) -> bool:
     longest = ("gqa_attention", "mlp") if session.first and not session.dry else ()
     plan = tune.TunePlan(
         config=config,
-        ops=registry.select(
-            session.ops or (("gqa_attention", "mlp") if session.first and not session.dry else ())
-        ),
+        ops=registry.select(session.ops or longest),
         tokens=64 if session.dry else config.train.micro_batch_tokens,
         dtype=dtype_of(session),
         device=session.device,
