@@ -57,7 +57,7 @@ def preset_shapes(session: Session, note) -> None:
     tokens = 64 if session.dry else 4 * config.train.seq_len
     names = registry.select(session.ops)
     sizes = [(name, m) for name in names for m in registry.token_counts(name, (tokens,))]
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in (torch.bfloat16,) if session.first else (torch.bfloat16, torch.float32):
         for name, count in sizes:
             what = f"{name}, {count} tokens, {str(dtype).removeprefix('torch.')}"
             if session.left < 0.3 * session.seconds:

@@ -1,23 +1,22 @@
 """Session part `eval`: scoring and test-time training, ours against the same model in plain PyTorch.
 
 E1: one chunk of legal test-time training at the preset's settings (exp101: 1,024 windows of 2,048 scored,
-then four epochs of two steps), all contenders in turn. E2: its scoring alone, with and without cutting the
-last block to the scored positions, and the difference of their losses. Plain contenders score all positions
-in the batch size of the published run, ours choose theirs.
+then four epochs of two steps), each contender in a process of its own, written at once. E2: scoring alone,
+with and without cutting the last block to the scored positions, and the difference of their losses. Plain
+contenders score all positions in the batch size of the published run, ours choose theirs.
 """
 
-import gc
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks import naive_eval
 from benchmarks.gpu_session.plain import plain_banks, plain_loss, plain_ops
-from benchmarks.gpu_session.session import PartFile, Session, prepared, take_turns, timed
+from benchmarks.gpu_session.session import PartFile, Session, each_alone, measure_way, timed
 from benchmarks.gpu_session.step import dry_model, make_model, markov_tokens
 from pgolf_fast.bench.peers import compile_settings
 from pgolf_fast.bench.run import attempt
@@ -48,11 +47,12 @@ class Contender:
 
 # Most important first: when time is short, the last are left out.
 CONTENDERS = (
+    Contender("ours, eager", True, False, dry=True),
     Contender("ours, compile and CUDA graph", True, True),
     Contender("plain, compile", False, True),
-    Contender("ours, eager", True, False, dry=True),
     Contender("plain, eager", False, False, dry=True),
 )
+ROUNDS = 7
 
 
 @dataclass
@@ -73,21 +73,14 @@ class Chunk:
 class Runner:
     """A contender that is compiled and ready."""
 
-    contender: Contender
     score: Callable[[], Tensor]
     adapt: Callable[[], None]
-    score_ms: list[float] = field(default_factory=list)
-    adapt_ms: list[float] = field(default_factory=list)
 
-    def round(self) -> Tensor:
-        """Score and adapt once, timed; return the losses."""
-        losses, ms = timed(self.score)
-        self.score_ms.append(ms)
-        self.adapt_ms.append(timed(self.adapt)[1])
-        return losses
-
-    def rounds(self) -> list[tuple[float, float]]:
-        return list(zip(self.score_ms, self.adapt_ms, strict=True))
+    def measured(self, rounds: int) -> dict[str, Any]:
+        """Score and adapt in turn; return the times of every round, and the mean loss of the first."""
+        scored = [(*timed(self.score), timed(self.adapt)[1]) for _ in range(rounds)]
+        loss = scored[0][0].double().mean().item()
+        return {"score_ms": [s for _, s, _ in scored], "adapt_ms": [a for *_, a in scored], "loss": loss}
 
 
 def run_config(session: Session) -> RunConfig:
@@ -134,7 +127,7 @@ def ours(contender: Contender, chunk: Chunk, model: GPT) -> Runner:
         scorer.score(adapter.score, 0, len(chunk.windows))
         return scorer.losses
 
-    return Runner(contender, score, lambda: adapter.adapt(Scored(chunk.tokens[None], 1, 947)))
+    return Runner(score, lambda: adapter.adapt(Scored(chunk.tokens[None], 1, 947)))
 
 
 def plain(contender: Contender, chunk: Chunk, model: GPT) -> Runner:
@@ -162,28 +155,29 @@ def plain(contender: Contender, chunk: Chunk, model: GPT) -> Runner:
         with plain_ops():
             learner.adapt(chunk.tokens, 1, 947)
 
-    return Runner(contender, score, adapt)
+    return Runner(score, adapt)
 
 
-def rows(runners: Sequence[Runner], chunk: Chunk) -> list[dict[str, object]]:
+def rows(measured: dict[str, dict[str, Any]], chunk: Chunk) -> list[dict[str, object]]:
     """Return one record per contender: E1, its two parts, and the time of 947 chunks."""
     found = []
     positions = len(chunk.windows) * chunk.seq_len
-    measured = [(r, statistics.median(map(sum, r.rounds()))) for r in runners if r.score_ms]
-    plain_ms = {r.contender.compile: both for r, both in measured if not r.contender.ours}
-    for runner, both in measured:
-        score = statistics.median(runner.score_ms)
+    rounds = {name: list(zip(m["score_ms"], m["adapt_ms"], strict=True)) for name, m in measured.items()}
+    chunk_ms = {name: statistics.median(map(sum, both)) for name, both in rounds.items()}
+    eager, compiled = chunk_ms.get("plain, eager"), chunk_ms.get("plain, compile")
+    for name, both in chunk_ms.items():
+        score = statistics.median(measured[name]["score_ms"])
         found.append(
             {
-                "contender": runner.contender.name,
+                "contender": name,
                 "chunk_ms": both,
                 "score_ms": score,
-                "adapt_ms": statistics.median(runner.adapt_ms),
+                "adapt_ms": statistics.median(measured[name]["adapt_ms"]),
                 "positions_per_second": positions / score * 1e3,
                 "seconds_of_947_chunks": 0.947 * both,
-                "plain_eager_over_this": plain_ms[False] / both if False in plain_ms else None,
-                "plain_compile_over_this": plain_ms[True] / both if True in plain_ms else None,
-                "rounds": runner.rounds(),
+                "plain_eager_over_this": eager and eager / both,
+                "plain_compile_over_this": compiled and compiled / both,
+                "rounds": rounds[name],
             }
         )
     return found
@@ -219,31 +213,37 @@ def cut_or_whole(chunk: Chunk, session: Session) -> dict[str, object]:
     }
 
 
+def run_way(session: Session) -> bool:
+    """Measure one contender, for `each_alone` in another process."""
+    (contender,) = (one for one in CONTENDERS if one.name == session.way)
+    chunk = make_chunk(run_config(session), session.device)
+    rounds = 2 if session.dry else ROUNDS
+    return measure_way(session, lambda: prepare(contender, chunk, session).measured(rounds))
+
+
 def run(session: Session) -> bool:
     """Write eval.json; return whether our evaluation and a plain one were measured and agree."""
     torch._dynamo.config.recompile_limit = 64
-    file = PartFile(session, "eval")
     load_tuned()
     tag_compile_cache()
+    if session.way:
+        return run_way(session)
+    file = PartFile(session, "eval")
     chunk = make_chunk(run_config(session), session.device)
-    chosen = [one for one in CONTENDERS if one.dry or not session.dry]
-    makers = {one.name: partial(prepare, one, chunk, session) for one in chosen}
-    runners, failed = prepared(makers, file, session.deadline(0.6))
-    first: dict[str, float] = {}
+    measured: dict[str, dict[str, Any]] = {}
 
-    def one_round(runner: Runner) -> None:
-        first.setdefault(runner.contender.name, runner.round().double().mean().item())
+    def note(name: str, values: dict[str, Any]) -> None:
+        measured[name] = values
+        losses = {each: found["loss"] for each, found in measured.items()}
+        file.write(E1=rows(measured, chunk), loss_of_first_round=losses)
 
-    def write() -> None:
-        file.write(E1=rows(runners, chunk), loss_of_first_round=first, failed=failed)
-
-    take_turns(runners, one_round, 2 if session.dry else 7, session.deadline(0.6), failed, write)
-    del runners[:]
-    gc.collect()
+    chosen = {one.name: one.compile for one in CONTENDERS if one.dry or not session.dry}
+    file.write(failed=each_alone(chosen, session, session.deadline(0.8), note))
     cut = attempt(lambda: cut_or_whole(chunk, session))
     file.write(E2=cut)
-    sides = {name.split(",")[0] for name in first}
-    together = max(first.values()) - min(first.values()) < 2e-3 if first else False
+    first = [found["loss"] for found in measured.values()]
+    together = bool(first) and max(first) - min(first) < 2e-3
+    sides = {name.split(",")[0] for name in measured}
     ok = sides == {"ours", "plain"} and together and not isinstance(cut, str)
     file.finish(ok)
     return ok

@@ -86,9 +86,10 @@ def run_tune(session: Session) -> bool:
     """Write tune.json and tiles.json; return whether any kernel was tuned."""
     file = PartFile(session, "tune")
     config = preset(session.preset)
+    longest = ("gqa_attention", "mlp") if session.first and not session.dry else ()
     plan = tune.TunePlan(
         config=config,
-        ops=registry.select(session.ops),
+        ops=registry.select(session.ops or longest),
         tokens=64 if session.dry else config.train.micro_batch_tokens,
         dtype=dtype_of(session),
         device=session.device,

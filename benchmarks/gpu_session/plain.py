@@ -6,6 +6,7 @@ that their gradients are stacked once instead of allocating a zero-filled bank p
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from unittest import mock
 
@@ -18,19 +19,66 @@ from pgolf_fast.bench import peers
 from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.model.bank import Banks
 from pgolf_fast.model.gpt import GPT
-from pgolf_fast.ops import reference, tiles
+from pgolf_fast.ops import attention_backend, reference, tiles
 from pgolf_fast.optim.optimizer import Optimizer
 from pgolf_fast.optim.schedule import Schedule
 
-BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "any": None}
+BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}  # others choose none
 
 
-def attention(x, qo_bank, kv_bank, q_gain, value_embed, cos, sin, slot, *, num_kv_heads, xsa, **_) -> Tensor:
-    """Compute `ops.gqa_attention` by PyTorch's scaled dot-product attention."""
+@torch.library.custom_op("pgolf_bench::fa3", mutates_args=())
+def fa3(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """FlashAttention 3 of (B, T, heads, hd), and its logsumexp, for `torch.compile`."""
+    y, lse = attention_backend.forward("fa3", q, k, v)
+    return y.contiguous(), lse.contiguous()
+
+
+@torch.library.custom_op("pgolf_bench::fa3_backward", mutates_args=())
+def fa3_backward(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = attention_backend.backward("fa3", dy.contiguous(), q, k, v, y, lse)
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
+@fa3.register_fake
+def _(q, k, v):
+    return q.new_empty(q.shape), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
+
+
+@fa3_backward.register_fake
+def _(dy, q, k, v, y, lse):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+fa3.register_autograd(
+    lambda ctx, dy, _: fa3_backward(dy, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, *output),
+)
+
+
+def attention(
+    x, qo_bank, kv_bank, q_gain, value_embed, cos, sin, slot, *, num_kv_heads, xsa, options=None, **_
+) -> Tensor:
+    """Compute `ops.gqa_attention` by PyTorch's scaled dot-product attention, or as `options` say."""
     n = len(qo_bank) // 2
     weights = qo_bank[slot], kv_bank[slot], kv_bank[n + slot], qo_bank[n + slot]
-    settings = {"value_embed": value_embed, "num_kv_heads": num_kv_heads, "xsa": xsa}
+    settings = {"value_embed": value_embed, "num_kv_heads": num_kv_heads, "xsa": xsa, **(options or {})}
     return peers.sdpa_attention(x, *weights, q_gain, cos=cos, sin=sin, **settings)
+
+
+def variant(backend: str, fused: bool) -> dict[str, Callable[..., object]]:
+    """Return the functions that differ from PLAIN with FlashAttention 3, or with q, k and v as one product.
+
+    Raises UnavailableError without FlashAttention 3.
+    """
+    options: dict[str, object] = {"fused": True} if fused else {}
+    if backend == "fa3":
+        shape = attention_backend.Shape(torch.device("cuda"), torch.bfloat16, 64)
+        if reason := attention_backend.why_not("fa3", shape):
+            raise peers.UnavailableError(reason)
+        options["inner"] = lambda q, k, v: fa3(q, k, v)[0]
+    return {"gqa_attention": functools.partial(attention, options=options)} if options else {}
 
 
 def ngram(tokens, table, spaces, scale, boost, *, pos_conditional, trigram, out_dtype=None) -> Tensor:
@@ -57,7 +105,7 @@ def plain_ops(
 
     `functions` replaces some of PLAIN, for example by compiled ones.
     """
-    kernel = BACKENDS[backend]
+    kernel = BACKENDS.get(backend)
     # Ops called inside other ops (Muon's) take their PyTorch path.
     inner = mock.patch.dict(tiles._chosen, dict.fromkeys(tiles.DEFAULTS, "torch"))
     attention = contextlib.nullcontext() if kernel is None else sdpa_kernel(kernel)
@@ -87,15 +135,16 @@ class PlainTrainer:
         *,
         backend: str = "any",
         compile: dict[str, object] | None = None,
+        functions: Mapping[str, Callable[..., object]] | None = None,
     ):
         self.model, self.config, self.next_batch, self.backend = model, config, next_batch, backend
         self.optimizer, self.schedule = Optimizer(model, config.optim), Schedule(config.train)
         self.micro_steps = config.train.batch_tokens // config.train.micro_batch_tokens
-        self.loss, self.functions, self.step = plain_loss(model), {}, 0
+        self.loss, self.functions, self.step = plain_loss(model), dict(functions or {}), 0
         if compile is not None:
             self.loss = torch.compile(self.loss, dynamic=False, fullgraph=True, **compile)  # type: ignore[call-overload]
             if "backend" not in compile:  # else a rehearsal
-                self.functions = {"newton_schulz": torch.compile(reference.newton_schulz, dynamic=False)}
+                self.functions["newton_schulz"] = torch.compile(reference.newton_schulz, dynamic=False)
 
     def advance(self) -> Tensor:
         """Make one optimizer step; return the mean loss of its batch without synchronizing."""

@@ -23,6 +23,10 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ROOT / "benchmarks" / "gpu_session"
 # part -> its share of the time, in the order they run
 PARTS = {"correct": 0.15, "ops": 0.25, "step": 0.3, "eval": 0.2, "tune": 0.1}
+# The same for a GPU that has never run this: right in bfloat16, a first number, then what costs more time
+FIRST = {"correct": 0.12, "step": 0.45, "ops": 0.15, "tune": 0.13, "eval": 0.15}
+FIRST_MINUTES = 40.0
+CACHE = ROOT / "build" / "gpu_session"  # of Inductor and Triton: one process compiles, the next loads
 GRACE = 15.0  # seconds between the end of a part's time and its end by force
 DRY_PRESET = "tiny"
 
@@ -35,14 +39,17 @@ def main() -> int:
     if not arguments.dry_run and not torch.cuda.is_available():
         print("gpu_session: this machine has no CUDA GPU; rehearse with --dry-run", file=sys.stderr)
         return 2
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        os.environ.setdefault(name, str(CACHE / name.split("_")[0].lower()))
+    shares = FIRST if arguments.first else PARTS
     end = time.monotonic() + 60 * arguments.minutes
     summary: dict[str, object] = {"build": None if arguments.dry_run else build_extension(), "parts": {}}
-    waiting = [part for part in PARTS if part in arguments.parts]
+    waiting = [part for part in shares if part in arguments.parts]
     states = {}
     while waiting:
         part = waiting.pop(0)
         left = end - time.monotonic() - GRACE
-        seconds = left * PARTS[part] / (PARTS[part] + sum(PARTS[p] for p in waiting))
+        seconds = left * shares[part] / (shares[part] + sum(shares[p] for p in waiting))
         states[part] = run_part(part, seconds, arguments, out)
         summary |= {**provenance(), "parts": states, "text": describe(out, states).splitlines()}
         write_text(out / "summary.json", json.dumps(summary, indent=1) + "\n")
@@ -55,7 +62,9 @@ def parse() -> argparse.Namespace:
         description=gpu_session.__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
-    parser.add_argument("--minutes", type=float, default=9.0, help="for all parts together (default 9)")
+    parser.add_argument("--minutes", type=float, help="for all parts together (default 9; --first: 40)")
+    text = "first contact with a GPU: bfloat16 only, the step before the ops, tiles of attention and MLP"
+    parser.add_argument("--first", action="store_true", help=text)
     out = os.environ.get("OUT") or ROOT / "benchmarks" / "results" / time.strftime("session-%Y%m%d-%H%M%S")
     text = "folder; default $OUT or benchmarks/results/session-<date>"
     parser.add_argument("--out", type=Path, default=out, help=text)
@@ -68,7 +77,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=200, help="of part step, at most")
     parser.add_argument("--worker", choices=list(PARTS), help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--way", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--micro", type=int, default=1, help=argparse.SUPPRESS)
+    parser.add_argument("--slow", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--way-seconds", type=float, default=240.0, help="for one contender, at most")
     arguments = parser.parse_args()
+    if arguments.minutes is None:
+        arguments.minutes = FIRST_MINUTES if arguments.first else 9.0
     if arguments.minutes <= 0.5:
         parser.error(f"--minutes is {arguments.minutes}; give at least 1")
     return arguments
@@ -94,7 +109,8 @@ def run_part(part: str, seconds: float, arguments: argparse.Namespace, out: Path
         return finish_part(out, part, "skipped: out of time", 0.0, None, [])
     command = [sys.executable, str(PROGRAM), "--worker", part, "--seconds", str(seconds)]
     command += ["--out", str(out), "--preset", arguments.preset, "--steps", str(arguments.steps)]
-    command += ["--dry-run"] if arguments.dry_run else []
+    command += ["--way-seconds", str(arguments.way_seconds), "--slow", arguments.slow]
+    command += [f"--{name.replace('_', '-')}" for name in ("dry_run", "first") if getattr(arguments, name)]
     for name in ("ops", "tokens", "peers", "contenders"):
         values = getattr(arguments, name)
         command += [f"--{name}", *map(str, values)] if values else []
@@ -210,6 +226,12 @@ def work(arguments: argparse.Namespace, out: Path) -> int:
         steps=4 if arguments.dry_run else arguments.steps,
         peers=tuple(arguments.peers),
         contenders=tuple(arguments.contenders),
+        first=arguments.first,
+        command=tuple(sys.argv[1:]),
+        way=arguments.way,
+        micro=arguments.micro,
+        slow=arguments.slow,
+        way_seconds=arguments.way_seconds,
     )
     parts = {
         "correct": correct.run,

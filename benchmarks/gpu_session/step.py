@@ -1,26 +1,36 @@
 """Session part `step`: the whole training step, ours against the same model in plain PyTorch.
 
-T1: milliseconds of a step at the preset's micro-batch, all contenders in turn. T3: their losses on the same
-tokens from the same weights. T2: the fastest of ours and of the peers again with larger micro-batches. Every
-step is complete (forward, backward, clipping, optimizer); the tokens are a random Markov chain, which can be
-learned.
+T1: milliseconds of a step at the preset's micro-batch: each contender in a process of its own, written at
+once; then in one process, in turn, as far as time goes. T3: their losses on the same tokens from the same
+weights. T2: the fastest of ours and of the peers again with larger micro-batches. Every step is complete
+(forward, backward, clipping, optimizer); the tokens are a random Markov chain, which can be learned.
 """
 
 import gc
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.gpu_session.plain import PlainTrainer
-from benchmarks.gpu_session.session import PartFile, Session, prepared, synchronize, take_turns, timed
+from benchmarks.gpu_session.plain import PlainTrainer, variant
+from benchmarks.gpu_session.session import (
+    PartFile,
+    Session,
+    each_alone,
+    measure_way,
+    prepared,
+    synchronize,
+    take_turns,
+    timed,
+)
 from pgolf_fast.bench.aot import kernels_in_source
 from pgolf_fast.bench.peers import compile_settings, forced_attention
 from pgolf_fast.bench.roofline import roof
@@ -51,24 +61,29 @@ class Contender:
     backend: str = "any"  # attention backend of plain PyTorch
     attention: str = "auto"  # our attention, as in `ops.attention_backend`
     graph: bool = False  # replay our micro-steps from a CUDA graph
+    fused: bool = False  # q, k and v of plain PyTorch by one product
     dry: bool = False  # also run in a rehearsal
 
 
-# Most important first: when time is short, the last are left out.
+# Most important first: when time is short, the last are left out. The first needs no compiler.
 CONTENDERS = (
-    Contender("ours, compile", True, "compile", dry=True),
-    Contender("plain, compile, flash", False, "compile", "flash", dry=True),
     Contender("ours, eager", True, dry=True),
-    Contender("plain, compile-mix-off, flash", False, "compile-mix-off", "flash"),
-    Contender("plain, compile, cudnn", False, "compile", "cudnn"),
-    Contender("ours, CUDA graph", True, graph=True),
+    Contender("plain, compile, cudnn", False, "compile", "cudnn", dry=True),
+    Contender("ours, compile", True, "compile", dry=True),
+    Contender("plain, compile, fa3", False, "compile", "fa3"),
     Contender("ours, compile, cudnn attention", True, "compile", attention="cudnn"),
+    Contender("plain, compile-mix-off, cudnn", False, "compile-mix-off", "cudnn"),
+    Contender("plain, compile, cudnn, one product for q, k, v", False, "compile", "cudnn", fused=True),
+    Contender("plain, compile, flash", False, "compile", "flash"),
+    Contender("ours, CUDA graph", True, graph=True),
     Contender("ours, compile, triton attention", True, "compile", attention="triton"),
     Contender("ours, compile and CUDA graph", True, "compile", graph=True),
-    Contender("plain, compile-max-autotune, flash", False, "compile-max-autotune", "flash"),
-    Contender("plain, eager, flash", False, None, "flash", dry=True),
+    Contender("plain, compile-max-autotune, cudnn", False, "compile-max-autotune", "cudnn"),
+    Contender("plain, compile-persistent-tma, cudnn", False, "compile-persistent-tma", "cudnn"),
+    Contender("plain, eager, cudnn", False, None, "cudnn", dry=True),
 )
-REFERENCE = "plain, compile, flash"  # the baseline of the losses
+REFERENCE = "plain, compile, cudnn"  # the baseline of the losses
+STEPS_ALONE = 5
 
 
 def flops_per_token(model: ModelConfig, length: int) -> float:
@@ -112,7 +127,7 @@ class Runner:
     """A contender that is compiled and ready."""
 
     contender: Contender
-    trainer: Trainer | PlainTrainer
+    trainer: Trainer | PlainTrainer | None  # none if another process measured it
     prepare_seconds: float
     peak_bytes: int | None
     ms: list[float] = field(default_factory=list)
@@ -122,6 +137,7 @@ class Runner:
         """Time one step, from a synchronized GPU until its loss is on the host."""
 
         def advance() -> float:
+            assert self.trainer is not None
             with forced_attention(self.contender.attention):
                 result = self.trainer.advance()
             return float(result) if isinstance(result, Tensor) else result.loss
@@ -193,7 +209,10 @@ def prepare(contender: Contender, config: RunConfig, pool: tuple[Tensor, Tensor]
         trainer = ours
     else:
         backend = "any" if session.dry else contender.backend
-        plain = PlainTrainer(model, config, loader.next_batch, backend=backend, compile=settings)
+        functions = variant(backend, contender.fused)
+        plain = PlainTrainer(
+            model, config, loader.next_batch, backend=backend, compile=settings, functions=functions
+        )
         plain.warm_up()
         loader.load_state({"position": 0})
         trainer = plain
@@ -209,14 +228,41 @@ def _memory(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device)
 
 
-def prepare_all(
-    contenders: Sequence[Contender], config: RunConfig, session: Session, file: PartFile, deadline: float
-) -> tuple[list[Runner], dict[str, str]]:
-    """Return the contenders prepared before the deadline, and the failures with their reasons."""
+def pool_of(config: RunConfig, session: Session) -> tuple[Tensor, Tensor]:
     batches = 8 if session.dry else max(8, POOL_TOKENS // config.train.micro_batch_tokens)
-    pool = make_pool(config, session.device, batches)
-    makers = {one.name: partial(prepare, one, config, pool, session) for one in contenders}
-    return prepared(makers, file, deadline)
+    return make_pool(config, session.device, batches)
+
+
+def measure_alone(
+    contenders: Sequence[Contender],
+    session: Session,
+    deadline: float,
+    note: Callable[[Runner], None],
+    *words: str,
+) -> dict[str, str]:
+    """Give `note` each contender as another process measured it; return the failures with reasons."""
+    by_name = {one.name: one for one in contenders}
+
+    def found(name: str, values: dict[str, Any]) -> None:
+        note(Runner(by_name[name], None, **values))
+
+    compiles = {name: one.compile is not None for name, one in by_name.items()}
+    return each_alone(compiles, session, deadline, found, *words)
+
+
+def run_way(session: Session) -> bool:
+    """Measure one contender, for `measure_alone` in another process."""
+    (contender,) = (one for one in CONTENDERS if one.name == session.way)
+    config = run_config(session, session.micro)
+
+    def measure() -> dict[str, Any]:
+        runner = prepare(contender, config, pool_of(config, session), session)
+        for _ in range(2 if session.dry else STEPS_ALONE):
+            runner.step()
+        names = ("prepare_seconds", "peak_bytes", "ms", "losses")
+        return {name: getattr(runner, name) for name in names}
+
+    return measure_way(session, measure)
 
 
 def rows(runners: Sequence[Runner], config: RunConfig, device: torch.device) -> list[dict[str, object]]:
@@ -241,6 +287,7 @@ def rows(runners: Sequence[Runner], config: RunConfig, device: torch.device) -> 
                 "best_plain_over_this": min(plain) / median if plain else None,
                 "micro_batch_tokens": config.train.micro_batch_tokens,
                 "prepare_seconds": runner.prepare_seconds,
+                "in_turn": runner.trainer is not None,
                 "ms": [round(ms, 3) for ms in runner.ms],
                 "losses": runner.losses,
             }
@@ -284,6 +331,7 @@ def time_by_class(runner: Runner, device: torch.device) -> dict[str, object]:
     cuda = device.type == "cuda"
     ours = set(kernels_in_source())
     activity = ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU
+    assert runner.trainer is not None
     with forced_attention(runner.contender.attention), profile(activities=[activity]) as trace:
         runner.trainer.advance()
         synchronize()
@@ -307,8 +355,10 @@ def _class_of(kernel: str, ours: set[str]) -> str:
 def run(session: Session) -> bool:
     """Write step.json; return whether our step and a plain one were measured."""
     torch._dynamo.config.recompile_limit = 64  # every contender compiles the same functions
-    file = PartFile(session, "step")
     load_tuned()
+    if session.way:
+        return run_way(session)
+    file = PartFile(session, "step")
     best = compare_contenders(session, file)
     larger_micro_batches(session, file, best)
     ok = {contender.ours for contender in best} == {True, False}
@@ -320,36 +370,59 @@ def compare_contenders(session: Session, file: PartFile) -> list[Contender]:
     """Measure T1, T3 and the profiles; return our fastest contender and the fastest plain one."""
     contenders = [c for c in CONTENDERS if (c.dry or not session.dry) and session.wants(c.name)]
     config, device = run_config(session), session.device
-    runners, failed = prepare_all(contenders, config, session, file, session.deadline(0.55))
+    measured: dict[str, Runner] = {}
+    failed: dict[str, str] = {}
 
     def write() -> None:
-        file.write(T1=rows(runners, config, device), T3=loss_differences(runners), failed=failed)
+        found = list(measured.values())
+        file.write(T1=rows(found, config, device), T3=loss_differences(found), failed=failed)
 
+    def note(runner: Runner) -> None:
+        measured[runner.contender.name] = runner
+        write()
+
+    failed |= measure_alone(contenders, session, session.deadline(0.5), note)
+    write()
     before = gpu_state(device)
-    take_turns(runners, Runner.step, session.steps, session.deadline(0.6), failed, write)
+    in_turn(measured, session, file, write)
     file.write(clocks=[before, gpu_state(device)])
+    slowest_first = sorted(measured.values(), key=lambda r: -statistics.median(r.ms))
+    return list({r.contender.ours: r.contender for r in slowest_first}.values())
+
+
+def in_turn(measured: dict[str, Runner], session: Session, file: PartFile, write: Callable[[], None]) -> None:
+    """Measure again, in one process and in turn, whatever there is time for; then profile it."""
+    config, device = run_config(session), session.device
+    pool, deadline = pool_of(config, session), session.deadline(0.4)
+    makers = {name: partial(prepare, r.contender, config, pool, session) for name, r in measured.items()}
+    before = {name: runner.prepare_seconds for name, runner in measured.items()}
+    runners, failed = prepared(makers, file, deadline, before)
+
+    def note() -> None:
+        measured.update({runner.contender.name: runner for runner in runners if runner.ms})
+        write()
+
+    take_turns(runners, Runner.step, session.steps, session.deadline(0.5), failed, note)
+    file.write(failed_in_turn=failed)
     profiles: dict[str, object] = {}
     for runner in runners:
         if session.left > 20 or session.dry:
             profiles[runner.contender.name] = attempt(lambda runner=runner: time_by_class(runner, device))
             file.write(profiles=profiles)
-    slowest_first = sorted((r for r in runners if r.ms), key=lambda r: -statistics.median(r.ms))
-    return list({r.contender.ours: r.contender for r in slowest_first}.values())
 
 
 def larger_micro_batches(session: Session, file: PartFile, contenders: Sequence[Contender]) -> None:
     """T2: measure the fastest contender of each side with fewer, larger micro-batches."""
+    release(session.device)
     found: list[dict[str, object]] = []
     for factor in LARGER[:1] if session.dry else LARGER:
         if session.left < 60 and not session.dry:
             break
-        release(session.device)
-        config = run_config(session, factor)
-        runners, failed = prepare_all(contenders, config, session, file, session.deadline(0.5))
-        take_turns(runners, Runner.step, 5, session.deadline(0.4), failed, lambda: None)
-        found += rows(runners, config, session.device)
+        runners: list[Runner] = []
+        words = ("--micro", str(factor))
+        failed = measure_alone(contenders, session, session.deadline(0.8), runners.append, *words)
+        found += rows(runners, run_config(session, factor), session.device)
         file.write(T2=found, T2_failed=failed)
-        del runners
 
 
 def release(device: torch.device) -> None:

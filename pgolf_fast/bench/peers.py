@@ -74,10 +74,16 @@ def sdpa_attention(
 ) -> Tensor:
     """Compute `ops.gqa_attention` from one layer's four weights and PyTorch's attention, all in x's dtype.
 
-    settings: cos, sin, value_embed, num_kv_heads and xsa, as `model.attention.attend` takes them.
+    settings: cos, sin, value_embed, num_kv_heads and xsa, as `model.attention.attend` takes them; `inner` is
+    another attention, and with `fused` q, k and v are one product.
     """
-    q, k, v = (F.linear(x, weight) for weight in (query, key, value))
-    return F.linear(attend(q, k, v, q_gain, inner=_sdpa, dtype=x.dtype, **settings), out)
+    weights = (query, key, value)
+    if settings.pop("fused", False):
+        rows = [len(weight) for weight in weights]
+        q, k, v = F.linear(x, torch.cat(weights)).split(rows, dim=-1)
+    else:
+        q, k, v = (F.linear(x, weight) for weight in weights)
+    return F.linear(attend(q, k, v, q_gain, dtype=x.dtype, **{"inner": _sdpa, **settings}), out)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -133,12 +139,20 @@ def forced_attention(name: str) -> contextlib.AbstractContextManager[None]:
     return temporarily(attention_backend.choose, name, "auto")
 
 
+# The most that Inductor does for products on Hopper
+_PERSISTENT: dict[str, object] = {
+    "max_autotune": True,
+    "triton.enable_persistent_tma_matmul": True,
+    "coordinate_descent_tuning": True,
+    "epilogue_fusion": True,
+}
 # peer -> (formula to compile, else "eager"; settings of torch.compile)
 COMPILED: dict[str, tuple[str, dict[str, object]]] = {
     "compile": ("sdpa-flash", {}),
     "compile-mix-off": ("sdpa-flash", {"options": {"triton.mix_order_reduction": False}}),
     "compile-max-autotune": ("sdpa-flash", {"mode": "max-autotune-no-cudagraphs"}),
     "compile-cudnn": ("sdpa-cudnn", {}),
+    "compile-persistent-tma": ("sdpa-cudnn", {"options": _PERSISTENT}),
 }
 PLAIN = ("eager", "dense", "sdpa-flash", "sdpa-cudnn")
 FOREIGN = ("liger", "gemlite")

@@ -40,10 +40,8 @@ _PREFERRED = {
     # Heads of 64, causal, 2,048 tokens, forward, TFLOP/s on an H100 (FlashAttention-3, 2024): FA3 420, Triton
     # 342, cuDNN 334, FA2 262. cuDNN trains 1.7 to 2.3 times as fast as FA2 (Hugging Face transformers 48163).
     "sm90": ("fa3", "fa4", "cudnn", "triton", "flash"),
-    # PyTorch's flash kernels were written for this one; with cuDNN, training is 6 % slower (the same source).
-    "sm80": ("flash", "triton"),
-    # Not measured: PyTorch's flash kernels run everywhere.
-    "sm100": ("flash", "triton"),
+    "sm80": ("flash", "triton"),  # what flash was written for; with cuDNN, training is 6 % slower (the same)
+    "sm100": ("flash", "triton"),  # not measured: flash runs everywhere
 }
 _SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 LARGEST_HEAD_DIM = 128  # of our kernels
@@ -112,8 +110,6 @@ def why_not(name: str, shape: Shape) -> str | None:
         return None
     if shape.device.type != "cuda":
         return "no CUDA GPU"
-    if reason := _missing(name):
-        return reason
     if shape.dtype not in _SIXTEEN_BITS:
         return "16-bit heads only"
     if shape.head_dim % 8 or shape.head_dim > (256 if name == "flash" else 128):
@@ -121,7 +117,7 @@ def why_not(name: str, shape: Shape) -> str | None:
     capability = torch.cuda.get_device_capability(shape.device)
     if capability < (8, 0) or (name == "fa3" and capability[0] != 9) or (name == "fa4" and capability[0] < 9):
         return f"compute capability {capability[0]}.{capability[1]}"
-    return None
+    return _missing(name)
 
 
 def available(device: torch.device, head_dim: int = 64) -> list[tuple[str, str, str]]:
@@ -140,19 +136,19 @@ def available(device: torch.device, head_dim: int = 64) -> list[tuple[str, str, 
 def _fault(name: str, shape: Shape) -> str | None:
     """Return why `name` is not used for calls like `shape`, or None: found out once a process.
 
-    While a CUDA graph is captured or a compiler traces, nothing can be checked: what is not known passes.
+    Nothing is checked while a CUDA graph is captured or a compiler traces. "triton" needs no check: where it
+    fails, so does the rest of the op.
     """
     key = (name, *shape[:3])
     if key in _faults or name == "plain":
         return _faults.get(key)
     reason = why_not(name, shape)
-    if reason is None:
-        if torch.compiler.is_compiling() or torch._guards.detect_fake_mode() is not None:
-            return None
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+    if reason is None and name != "triton":
+        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        if capturing or torch.compiler.is_compiling() or torch._guards.detect_fake_mode() is not None:
             return None
         if reason := _check(name, shape):
-            what = f"{str(shape.dtype).removeprefix('torch.')} heads of {shape.head_dim} on {shape.device}"
+            what = f"{shape.dtype} heads of {shape.head_dim} on {shape.device}"
             console.logger.warning("falling back from attention %s for %s: %s", name, what, reason)
     _faults[key] = reason
     return reason
@@ -182,15 +178,15 @@ def _check(name: str, shape: Shape) -> str | None:
 def forward(name: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Compute causal attention at scale 1 / sqrt(hd) and its logsumexp (B, H, W).
 
-    q (B, W, H, hd), k and v (B, T, KV, hd); y is like q. W < T means the last W positions, for "triton"
-    and "plain" only.
+    q (B, W, H, hd), k and v (B, T, KV, hd); y is like q. W < T means the last W positions, for "plain" only.
+    Not for "triton".
     """
-    return RUN[name][0](q, k, v)
+    return _RUN[name][0](q, k, v)
 
 
 def backward(name: str, dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor) -> Gradients:
     """Return gradients of q, k and v, in float32 or v's dtype; `y` enters only through row sums of dy * y."""
-    return RUN[name][1](dy, q, k, v, y, lse)
+    return _RUN[name][1](dy, q, k, v, y, lse)
 
 
 def _heads_first(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -353,8 +349,7 @@ def installed(package: str) -> bool:
     return spec is not None and spec.origin is not None
 
 
-# gqa_attention_kernels adds "triton"
-RUN: dict[str, tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., Gradients]]] = {
+_RUN: dict[str, tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., Gradients]]] = {
     "flash": (_flash, _flash_backward),
     "cudnn": (_cudnn, _cudnn_backward),
     "fa3": (_fa3, _fa3_backward),

@@ -24,10 +24,9 @@ def _rows(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Tile:
     return Tile(block_m, block_n, num_warps=num_warps, num_stages=num_stages)
 
 
-# Rows named _128 are for heads of more than 64 channels. Not measured. On sm_90, several blocks share a
-# multiprocessor where registers allow it, since neither softmax nor epilogues overlap with the products of
-# their own block. Registers and blocks of the tiles before: projection, 128 x 128: 188, one; forward,
-# 128 x 128: 221, one. dk and dv: the only tile with more warps in flight, 32 x 64, reads q twice as often.
+# Rows named _128 are for heads of more than 64 channels. Not measured. On sm_90, blocks share a
+# multiprocessor if registers allow it: nothing else overlaps with softmax and epilogues. In tiles of
+# 128 x 128, projection (188 registers) and forward (221) had one block, as dk and dv have in theirs.
 tiles.declare("attention_projection", Tile(64, 128, 64, 4, 3), Tile(128, 128, 32, 8, 3), blocks=2)
 tiles.declare("flash_attention_fwd", sm90=_rows(128, 64, 8, 3), blocks=2)
 tiles.declare("flash_attention_fwd_128", sm90=_rows(128, 64, 8, 2), sm80=_rows(128, 32, 8, 2))
@@ -143,27 +142,22 @@ def _project(call: Call, value_embed: Tensor | None, num_kv_heads: int, queries:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, q_gain: Tensor, xsa: bool) -> tuple[Tensor, Tensor, Tensor]:
-    from pgolf_fast.kernels.flash_attention import launch_xsa_fwd
+    from pgolf_fast.kernels.flash_attention import launch_flash_attention_fwd, launch_xsa_fwd
 
+    context, per_row = torch.empty_like(q), (q.shape[0], q.shape[2], q.shape[1])
+    along = q.new_empty(per_row if xsa else 0, dtype=torch.float32)
     name = _backend(q, k)
     if name == "triton":
-        return _attend_own(q, k, v, q_gain, xsa)
-    y, lse = (t.contiguous() for t in attention_backend.forward(name, _gained(q, q_gain), k, v))
-    if not xsa:
-        return y, lse.new_empty(0), lse
-    context, along = torch.empty_like(q), torch.empty_like(lse)
-    launch_xsa_fwd(y, v, context, along, tile=tile_for("attention_rows", q))
-    return context, along, lse
-
-
-def _attend_own(q: Tensor, k: Tensor, v: Tensor, q_gain: Tensor, xsa: bool) -> tuple[Tensor, Tensor, Tensor]:
-    from pgolf_fast.kernels.flash_attention import launch_flash_attention_fwd
-
-    lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
-    context, along = torch.empty_like(q), torch.empty_like(lse) if xsa else lse.new_empty(0)
-    tile = tile_for("flash_attention_fwd", q)
-    launch_flash_attention_fwd(q, k, v, q_gain.contiguous(), context, along, lse, xsa=xsa, tile=tile)
-    return context, along, lse
+        lse, tile = q.new_empty(per_row, dtype=torch.float32), tile_for("flash_attention_fwd", q)
+        launch_flash_attention_fwd(q, k, v, q_gain.contiguous(), context, along, lse, xsa=xsa, tile=tile)
+        return context, along, lse
+    y, lse = attention_backend.forward(name, _gained(q, q_gain), k, v)
+    y = y.contiguous()
+    if xsa:
+        launch_xsa_fwd(y, v, context, along, tile=tile_for("attention_rows", q))
+    else:
+        context = y
+    return context, along, lse.contiguous()
 
 
 def backward(dout: Tensor, call: Call, s: Saved, has_value_embed: bool) -> Gradients:
@@ -238,7 +232,10 @@ def _attend_backward(dcontext: Tensor, call: Call, s: Saved, dq: Tensor, dk: Ten
     kernels.launch_flash_attention_bwd_delta(dcontext, s.y, s.along, s.v, *outputs, xsa=xsa, tile=tile)
     if name == "triton":
         dq_heads, dk_heads = torch.empty_like(s.q), torch.empty_like(s.k)
-        _own_gradients((s.q, s.k, s.v, gain, dy, s.lse, delta), own, dq_heads, dk_heads, dv)
+        inputs = (s.q, s.k, s.v, gain, dy, s.lse, delta)
+        dkdv_tile, dq_tile = (tile_for(f"flash_attention_bwd_{which}", s.q) for which in ("dkdv", "dq"))
+        kernels.launch_flash_attention_bwd_dkdv(*inputs, own, dk_heads, dv, tile=dkdv_tile)
+        kernels.launch_flash_attention_bwd_dq(*inputs, dq_heads, tile=dq_tile)
     else:
         gained = _gained(s.q, gain)
         dq_heads, dk_heads, dv_heads = attention_backend.backward(name, dy, gained, s.k, s.v, y, s.lse)
@@ -250,35 +247,3 @@ def _attend_backward(dcontext: Tensor, call: Call, s: Saved, dq: Tensor, dk: Ten
     launch_rope_norm_bwd(dq_heads.contiguous(), s.q, s.q_rstd, gain, cos, sin, dq, dgain, tile=tile)
     launch_rope_norm_bwd(dk_heads.contiguous(), s.k, s.k_rstd, None, cos, sin, dk, None, tile=tile)
     return dgain.sum(0)
-
-
-def _own_gradients(
-    inputs: tuple[Tensor, ...], own: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor
-) -> None:
-    from pgolf_fast.kernels import flash_attention_backward as kernels
-
-    dkdv_tile, dq_tile = (tile_for(f"flash_attention_bwd_{which}", dq) for which in ("dkdv", "dq"))
-    kernels.launch_flash_attention_bwd_dkdv(*inputs, own, dk, dv, tile=dkdv_tile)
-    kernels.launch_flash_attention_bwd_dq(*inputs, dq, tile=dq_tile)
-
-
-def _own(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute our attention as a library would: without gain and XSA."""
-    y, _, lse = _attend_own(q, k, v, q.new_ones(q.shape[2], dtype=torch.float32), xsa=False)
-    return y, lse
-
-
-def _own_backward(
-    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor
-) -> attention_backend.Gradients:
-    from pgolf_fast.kernels.flash_attention_backward import launch_flash_attention_bwd_delta
-
-    delta, gain = torch.empty_like(lse), q.new_ones(q.shape[2], dtype=torch.float32)
-    tile = tile_for("attention_rows", q)
-    launch_flash_attention_bwd_delta(dy, y, None, v, dy, delta, None, xsa=False, tile=tile)
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    _own_gradients((q, k, v, gain, dy, lse, delta), None, dq, dk, dv.view(-1, v.shape[2] * v.shape[3]))
-    return dq, dk, dv
-
-
-attention_backend.RUN["triton"] = (_own, _own_backward)  # to be checked like the others

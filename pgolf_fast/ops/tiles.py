@@ -39,9 +39,7 @@ DEFAULTS["weight_grad"] = "torch"
 
 _INTERPRETER = Tile(32, 32, 32, 1, 1)  # small, so that small tensors still have several tiles
 _table: dict[str, dict[str, Tile]] = {}  # kernel -> architecture -> tile
-per_sm: dict[
-    str, int
-] = {}  # kernel -> blocks of its sm90 row that share a multiprocessor; `pgolf aot` checks
+per_sm: dict[str, int] = {}  # kernel -> blocks of its sm90 row on a multiprocessor
 _chosen: dict[str, Implementation] = {}
 _forced: str | None = None
 _record: list[str] | None = None
@@ -52,7 +50,7 @@ def declare(
 ) -> None:
     """Add the rows of `kernel` to the table; an architecture without its own row uses the sm90 row.
 
-    `blocks` is how many blocks share a Hopper multiprocessor: where one block waits, another computes.
+    `blocks` of the sm90 row share a multiprocessor, so that one computes while another waits.
     """
     per_sm[kernel] = blocks
     _table[kernel] = {"sm80": sm80 or sm90, "sm90": sm90, "sm100": sm100 or sm90}

@@ -1,9 +1,12 @@
 """`pgolf doctor` says what runs here, and a wrong op is reported by name."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from pgolf_fast.bench import doctor
+from pgolf_fast.cli.kernels import Doctor
 from pgolf_fast.ops import cases, tiles
 
 CPU = torch.device("cpu")
@@ -73,3 +76,10 @@ def test_table_is_printed():
     text, healthy = doctor.examine(check=False, table=True)
     assert healthy
     assert text.splitlines()[0].split() == ["op", "cpu", "cuda", "fake", "autograd"]
+
+
+def test_flash_attention_is_fetched_before_the_report(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "fetch_fa3", lambda: Path("fa3/__init__.py"))
+    monkeypatch.setattr(doctor, "examine", lambda **_: ("the report", True))
+    assert Doctor(fetch_fa3=True).main() == 0
+    assert capsys.readouterr().out.split() == ["wrote", "fa3/__init__.py", "the", "report"]

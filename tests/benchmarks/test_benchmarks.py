@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from pgolf_fast import ops
 from pgolf_fast.config.presets import exp101, tiny
 from pgolf_fast.model.bank import BANK_NAMES
 from pgolf_fast.model.gpt import GPT
-from pgolf_fast.ops import tiles
+from pgolf_fast.ops import attention_backend, tiles
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
@@ -180,7 +181,8 @@ def test_whole_session_can_be_rehearsed(tmp_path):
     assert {"ours", "eager", "dense", "compile"} <= {r["peer"] for r in records if "median_ms" in r}
     step = read(tmp_path, "step")
     measured = {row["contender"]: row for row in step["T1"]}
-    assert set(measured) == {"ours, compile", "plain, compile, flash", "ours, eager", "plain, eager, flash"}
+    assert set(measured) == {"ours, compile", "plain, compile, cudnn", "ours, eager", "plain, eager, cudnn"}
+    assert all(row["in_turn"] for row in measured.values())
     assert all(row["median_ms"] > 0 and row["mfu_percent"] > 0 for row in measured.values())
     assert max(gap["largest"] for gap in step["T3"].values()) < 0.05
     assert len(step["T2"]) == 2
@@ -193,6 +195,132 @@ def test_whole_session_can_be_rehearsed(tmp_path):
     tuned = read(tmp_path, "tune")
     assert [kernel["kernel"] for kernel in tuned["kernels"]] == ["smear_gate_fwd"]
     assert len(list(tmp_path.iterdir())) <= 8  # as many files as come back from a machine
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["step", "eval"])
+@pytest.mark.parametrize("which", [0, 1])
+def test_slow_compile_costs_one_way(part, which, tmp_path):
+    """A way that does not end in time leaves the rows of every other."""
+    from benchmarks.gpu_session import evaluate, step
+
+    ways = [c.name for c in (step if part == "step" else evaluate).CONTENDERS if c.dry]
+    words = ["--minutes", "6", "--parts", part, "--slow", ways[which], "--way-seconds", "60"]
+    run_session("--dry-run", "--out", str(tmp_path), *words, timeout=400)
+    found = read(tmp_path, part)
+    assert found["failed"] == {ways[which]: "stopped after 60 s"}
+    rows = {row["contender"] for row in found["T1" if part == "step" else "E1"]}
+    assert rows == set(ways) - {ways[which]}
+
+
+def quick_session(tmp_path, seconds, **settings):
+    from benchmarks.gpu_session.session import Session
+
+    now = time.monotonic()
+    return Session(out=tmp_path, seconds=seconds, started=now, dry=True, preset="tiny", **settings)
+
+
+def test_ways_are_measured_alone(tmp_path, monkeypatch):
+    """Each in its own process with half of the time left: what hangs, crashes or is missing costs one way."""
+    from benchmarks.gpu_session import session as module
+
+    script = tmp_path / "gpu_session.py"
+    script.write_text(f"""
+import json, os, sys, time
+way = sys.argv[sys.argv.index("--way") + 1]
+if way == "hangs":
+    time.sleep(100)
+if way == "crashes":
+    os._exit(3)
+found = {{"failed": "not installed"}} if way == "missing" else {{"ms": [1.0], "words": sys.argv[1:]}}
+open({str(tmp_path / "way.json")!r}, "w").write(json.dumps(found))
+""")
+    monkeypatch.setattr(module, "__file__", str(script / "session.py"))  # its folder is what is run
+    noted = {}
+
+    def note(name, found):
+        noted[name] = found
+
+    one = quick_session(tmp_path, 40.0, way_seconds=6.0, command=("--worker", "step"))
+    ways = {"hangs": True, "first": False, "crashes": True, "missing": True, "second": True}
+    failed = module.each_alone(ways, one, one.deadline(), note, "--micro", "2")
+    assert set(noted) == {"first", "second"}
+    assert noted["first"]["words"][:4] == ["--worker", "step", "--way", "first"]
+    assert noted["first"]["words"][-2:] == ["--micro", "2"]
+    assert failed == {
+        "hangs": "stopped after 6 s",
+        "crashes": "crashed with exit status 3",
+        "missing": "not installed",
+    }
+
+
+def test_no_way_starts_that_cannot_end(tmp_path, monkeypatch):
+    from benchmarks.gpu_session import session as module
+
+    started = []
+
+    def alone(session, name, limit):
+        started.append(name)
+        time.sleep(0.4 if name.startswith("slow") else 0.0)
+        return {"ms": [1.0]}
+
+    monkeypatch.setattr(module, "alone", alone)
+    one = quick_session(tmp_path, 5.0)
+    ways = {"slow": True, "eager": False, "compiled": True, "late": False}
+    failed = module.each_alone(ways, one, one.deadline(), lambda name, found: None)
+    assert (started, failed) == (list(ways), {})
+    one = quick_session(tmp_path, 1.0, way_seconds=0.3)  # less than the slow one took
+    started.clear()
+    monkeypatch.setattr(module, "FIRST_WAY", 0.0)
+    failed = module.each_alone(ways, one, one.deadline(), lambda name, found: None)
+    assert started == ["slow", "eager", "late"]
+    assert failed == {"compiled": "not started: out of time"}
+    started.clear()
+    failed = module.each_alone(ways, quick_session(tmp_path, 5.0), time.monotonic(), lambda *_: None)
+    assert started == ["slow", "eager"]  # after the deadline, two are enough
+    assert set(failed) == {"compiled", "late"}
+
+
+def test_ours_eager_comes_first():
+    from benchmarks.gpu_session import evaluate, runner, step
+
+    for part in (step, evaluate):
+        assert part.CONTENDERS[0].name == "ours, eager"
+        assert not part.CONTENDERS[0].compile
+    assert list(runner.FIRST)[:2] == ["correct", "step"]
+    assert set(runner.FIRST) == set(runner.PARTS)
+
+
+@pytest.mark.parametrize("kind", ["fused", "fa3"])
+def test_other_forms_of_plain_attention_are_the_same(kind, monkeypatch):
+    """One product for q, k and v; FlashAttention 3 as an op that torch.compile can see (here a stand-in)."""
+    from benchmarks.gpu_session import plain
+
+    runs = (attention_backend._plain, attention_backend._plain_backward)
+    monkeypatch.setitem(attention_backend._RUN, "fa3", runs)
+    monkeypatch.setattr(attention_backend, "why_not", lambda name, shape: None)
+    functions = plain.variant("fa3" if kind == "fa3" else "cudnn", kind == "fused")
+    assert set(functions) == {"gqa_attention"}
+    assert plain.variant("cudnn", False) == {}
+    x, qo, kv = torch.randn(2, 24, 32), torch.randn(4, 32, 32) / 6, torch.randn(4, 16, 32) / 6
+    gain, tables = torch.tensor([1.5, -0.7]), [torch.ones(24, 0)] * 2
+    grads = []
+    for function in (plain.attention, functions["gqa_attention"]):
+        leaves = [t.clone().requires_grad_() for t in (x, qo, kv, gain)]
+        out = function(*leaves, None, *tables, 1, num_kv_heads=1, xsa=True)
+        grads.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+    if kind == "fa3":
+        inputs = [torch.randn(1, 8, n, 8, requires_grad=True) for n in (2, 1, 1)]
+        torch.library.opcheck(plain.fa3, inputs)
+
+
+def test_plain_attention_names_what_is_missing(monkeypatch):
+    from benchmarks.gpu_session import plain
+
+    monkeypatch.setattr(attention_backend, "why_not", lambda name, shape: "package x is not installed")
+    with pytest.raises(plain.peers.UnavailableError, match="package x is not installed"):
+        plain.variant("fa3", False)
 
 
 def test_part_that_crashes_or_overruns_is_recorded(tmp_path, monkeypatch):
