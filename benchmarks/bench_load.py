@@ -103,8 +103,8 @@ def work(arguments: argparse.Namespace) -> None:
         print(json.dumps(cpu_jobs.run_for(running[name], float(seconds))), flush=True)
 
 
-def measure(arguments: argparse.Namespace, chosen: Sequence[Setting]) -> list[dict]:
-    """Return a record per job, setting and load: tokens per second and cores in use, of every round."""
+def measure(arguments: argparse.Namespace, chosen: Sequence[Setting]) -> Iterator[list[dict]]:
+    """Yield, after each load, a record per job, setting and load so far: speeds and cores of every round."""
     found: dict[tuple[str, str, int], dict] = {}
     with contextlib.ExitStack() as stack:
         workers = []
@@ -126,7 +126,7 @@ def measure(arguments: argparse.Namespace, chosen: Sequence[Setting]) -> list[di
                         record["speeds"].append(got["tokens"] / got["seconds"])
                         record["cores"].append(got["cpu"] / got["seconds"])
                 print(f"round {number + 1} of {arguments.rounds}, {load} busy loops: done", flush=True)
-    return list(found.values())
+                yield list(found.values())
 
 
 def describe_speeds(records: Sequence[dict], cores: int) -> str:
@@ -161,20 +161,21 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=2.0, help="start no new round after this long")
-    parser.add_argument("--json", type=Path, help="file for the figures")
+    parser.add_argument("--json", type=Path, help="file for the figures, rewritten after each load")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         work(arguments)
         return 0
     chosen = [s for s in settings(cores) if arguments.settings is None or s.name in arguments.settings]
-    records = measure(arguments, chosen)
-    text = f"{arguments.preset}; {describe()}\n{describe_speeds(records, cores)}"
+    facts = {"preset": arguments.preset, "seconds": arguments.seconds, "cores": cores, **provenance()}
+    text = "no load was measured"
+    for records in measure(arguments, chosen):
+        text = f"{arguments.preset}; {describe()}\n{describe_speeds(records, cores)}"
+        if arguments.json:
+            found = {**facts, "records": records, "table": text.splitlines()}
+            write_text(arguments.json, json.dumps(found, indent=1) + "\n")
     print(text)
-    if arguments.json:
-        found = {"preset": arguments.preset, "seconds": arguments.seconds, "cores": cores, **provenance()}
-        found |= {"records": records, "table": text.splitlines()}
-        write_text(arguments.json, json.dumps(found, indent=1) + "\n")
     return 0
 
 
