@@ -10,9 +10,6 @@ profile of one of our steps by operation. A way that fails is a row with the rea
 ours failed or losses disagree.
 """
 
-import pgolf_fast  # noqa: F401 - first: it sets what torch reads when it is imported
-
-# isort: split
 import argparse
 import json
 import statistics
@@ -23,8 +20,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+import cpu_jobs  # before torch, so that OpenMP is set up
 import torch
-from cpu_jobs import steady, token_pool
 from gpu_session.plain import PlainTrainer
 from gpu_session.step import Pool, make_model
 from torch import Tensor
@@ -55,12 +52,6 @@ class Way:
     prepare_seconds: float = 0.0
     seconds: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
-
-    def step(self, *, timed: bool = True) -> None:
-        start = time.perf_counter()
-        self.losses.append(self.advance())
-        if timed:
-            self.seconds.append(time.perf_counter() - start)
 
 
 def ours(config: RunConfig, pool: Pool) -> Callable[[], float]:
@@ -94,43 +85,32 @@ WAYS: dict[str, Callable[..., Callable[[], float]]] = {
 
 def prepare(name: str, config: RunConfig, tokens: tuple[Tensor, Tensor]) -> Way:
     """Return a way after its steps of warm-up."""
-    start = time.perf_counter()
-    way = Way(
-        name, WAYS[name](config, Pool(*tokens, config.train.micro_batch_tokens // config.train.seq_len))
-    )
-    for _ in range(WARM_UP):
-        way.step(timed=False)
+    start, sequences = time.perf_counter(), config.train.micro_batch_tokens // config.train.seq_len
+    way = Way(name, WAYS[name](config, Pool(*tokens, sequences)))
+    way.losses += [way.advance() for _ in range(WARM_UP)]
     way.prepare_seconds = time.perf_counter() - start
     return way
 
 
 def operations(way: Way) -> list[dict]:
-    """Return the operations of one step that take longest by themselves, in milliseconds."""
+    """Return the operations of one step that take longest by themselves."""
     with profile(activities=[ProfilerActivity.CPU]) as trace:
         way.advance()
-    events = trace.key_averages()
+    events = sorted(trace.key_averages(), key=lambda e: -e.self_cpu_time_total)
     total = sum(e.self_cpu_time_total for e in events)
-    events = sorted(events, key=lambda e: -e.self_cpu_time_total)[:LONGEST]
-    return [
-        {
-            "operation": e.key[:60],
-            "calls": e.count,
-            "ms": e.self_cpu_time_total / 1e3,
-            "share": e.self_cpu_time_total / total,
-        }
-        for e in events
-    ]
+    rows = [(e.key[:60], e.count, e.self_cpu_time_total) for e in events[:LONGEST]]
+    return [{"operation": key, "calls": n, "ms": us / 1e3, "share": us / total} for key, n, us in rows]
 
 
 def compare(config: RunConfig, threads: int, names: Sequence[str], rounds: int, end: float) -> dict:
-    """Measure the ways on that many threads; return their record. No round begins after `end`."""
+    """Measure the ways on that many threads; return a record. Only the first round may begin after `end`."""
     torch.set_num_threads(threads)
     torch._dynamo.reset()  # compiled code has the number of threads in it
-    tokens, ways, failed = token_pool(config), list[Way](), dict[str, str]()
+    tokens, ways, failed = cpu_jobs.token_pool(config), dict[str, Way](), dict[str, str]()
     for name in names:
         try:
-            ways.append(prepare(name, config, tokens))
-            print(f"{threads} threads, {name}: ready in {ways[-1].prepare_seconds:.0f} s", flush=True)
+            ways[name] = prepare(name, config, tokens)
+            print(f"{threads} threads, {name}: ready in {ways[name].prepare_seconds:.0f} s", flush=True)
         except Exception as error:  # noqa: BLE001 - one peer's compiler must not lose the others' rows
             failed[name] = (str(error).strip() or repr(error)).splitlines()[0]
             print(f"{threads} threads, {name}: failed: {failed[name]}", flush=True)
@@ -138,89 +118,62 @@ def compare(config: RunConfig, threads: int, names: Sequence[str], rounds: int, 
         if number and time.monotonic() > end:
             print(f"out of time after {number} rounds", flush=True)
             break
-        for way in ways:
-            way.step()
-    found = {w.name: w for w in ways}
-    return {
-        "threads": threads,
-        "ways": [row(way, found.get("ours"), found.get("eager")) for way in ways],
-        "failed": failed,
-        "profile": operations(found["ours"]) if "ours" in found else [],
-    }
+        for way in ways.values():
+            start = time.perf_counter()
+            way.losses.append(way.advance())
+            way.seconds.append(time.perf_counter() - start)
+    rows = [row(way, ways.get("ours"), ways.get("eager", way)) for way in ways.values()]
+    longest = operations(ways["ours"]) if "ours" in ways else []
+    return {"threads": threads, "ways": rows, "failed": failed, "profile": longest}
 
 
-def row(way: Way, ours: Way | None, reference: Way | None) -> dict:
-    """Return a way's figures; differences of losses are those from `reference`."""
-    median = statistics.median(way.seconds)
-    truth = way if reference is None else reference
-    gaps = [abs(a - b) for a, b in zip(way.losses, truth.losses, strict=False)]
-    return {
-        "way": way.name,
-        "median_s": median,
-        "min_s": min(way.seconds),
-        "over_ours": None if ours is None else median / statistics.median(ours.seconds),
-        "min_over_ours": None if ours is None else min(way.seconds) / min(ours.seconds),
-        "last_loss": way.losses[-1],
-        "largest_gap": max(gaps),
-        "prepare_s": way.prepare_seconds,
-        "seconds": way.seconds,
-        "losses": way.losses,
-    }
+def row(way: Way, ours: Way | None, truth: Way) -> dict:
+    """Return a way's figures; `loss_gap` is the largest difference of a step's loss from that of `truth`."""
+    found = {"way": way.name, "median_s": statistics.median(way.seconds), "min_s": min(way.seconds)}
+    if ours is not None:
+        found["over_ours"] = found["median_s"] / statistics.median(ours.seconds)
+        found["min_over_ours"] = found["min_s"] / min(ours.seconds)
+    found |= {"loss": way.losses[-1], "prepare_s": way.prepare_seconds}
+    found["loss_gap"] = max(abs(a - b) for a, b in zip(way.losses, truth.losses, strict=True))
+    return {**found, "seconds": way.seconds, "losses": way.losses}
 
 
-HEAD = ("way", "median s", "min s", "over ours", "min over ours", "last loss", "largest gap", "prepared in s")
+COLUMNS = {"median_s": ".4f", "min_s": ".4f", "over_ours": ".2f", "min_over_ours": ".2f"}
+COLUMNS |= {"loss": ".5f", "loss_gap": ".1e", "prepare_s": ".0f"}
 
 
 def text_of(record: dict) -> str:
     rows = [
-        (
-            r["way"],
-            f"{r['median_s']:.4f}",
-            f"{r['min_s']:.4f}",
-            *("-" if r[k] is None else f"{r[k]:.2f}" for k in ("over_ours", "min_over_ours")),
-            f"{r['last_loss']:.5f}",
-            f"{r['largest_gap']:.1e}",
-            f"{r['prepare_s']:.0f}",
-        )
+        (r["way"], *(format(r[key], form) if key in r else "-" for key, form in COLUMNS.items()))
         for r in record["ways"]
     ]
-    rows += [(name, f"failed: {reason}", *["-"] * 6) for name, reason in record["failed"].items()]
+    parts = [f"{record['threads']} threads", console.Table(("way", *COLUMNS), rows).text()] if rows else []
+    parts += [f"{name} failed: {reason}" for name, reason in record["failed"].items()]
     longest = [
         (o["operation"], f"{o['calls']}", f"{o['ms']:.1f}", f"{o['share']:.1%}") for o in record["profile"]
     ]
-    parts = [f"{record['threads']} threads", console.Table(HEAD, rows).text()]
-    parts += [console.Table(("operation of ours", "calls", "ms", "share"), longest).text()] if longest else []
-    return "\n".join(parts)
+    return "\n".join([*parts, console.Table(("operation of ours", "calls", "ms", "share"), longest).text()])
 
 
 def make_config(arguments: argparse.Namespace) -> RunConfig:
     """Return the preset with steps that are all alike; with --micro-batch, of one micro-batch."""
-    config = steady(preset(arguments.preset))
+    config = cpu_jobs.steady(preset(arguments.preset))
     if size := arguments.micro_batch:
         train = replace(config.train, seq_len=min(config.train.seq_len, size))
         config = replace(config, train=replace(train, micro_batch_tokens=size, batch_tokens=size))
     return config
 
 
-def parse() -> argparse.Namespace:
-    cores = available_cores()
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--preset", default="small", help="for example small, tiny, exp101_tiny, exp101")
-    parser.add_argument("--threads", nargs="+", type=int, default=sorted({1, cores}))
+    parser.add_argument("--threads", nargs="+", type=int, default=sorted({1, available_cores()}))
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
-    parser.add_argument(
-        "--micro-batch", type=int, help="tokens of a step, as one micro-batch; default: the preset's"
-    )
+    parser.add_argument("--micro-batch", type=int, help="tokens of a step of one micro-batch, at most")
     parser.add_argument("--minutes", type=float, default=10.0, help="start no new round after this long")
-    parser.add_argument(
-        "--json", type=Path, help="file for the figures, rewritten after each count of threads"
-    )
-    return parser.parse_args()
-
-
-def main() -> int:
-    arguments = parse()
+    parser.add_argument("--json", type=Path, help="file for the figures, rewritten after each thread count")
+    arguments = parser.parse_args()
     torch._dynamo.config.recompile_limit = 64  # every way compiles the same functions
     config, records, begin = make_config(arguments), list[dict](), time.monotonic()
     shape = f"{config.train.batch_tokens} tokens a step in sequences of {config.train.seq_len}"
@@ -233,7 +186,7 @@ def main() -> int:
         if arguments.json:
             facts = {"preset": arguments.preset, "what": what, **provenance()}
             write_text(arguments.json, json.dumps({**facts, "records": records}, indent=1) + "\n")
-    wrong = [r["way"] for record in records for r in record["ways"] if not r["largest_gap"] <= AGREE]
+    wrong = [r["way"] for record in records for r in record["ways"] if not r["loss_gap"] <= AGREE]
     if wrong:
         print(f"losses differ by more than {AGREE} nats: {', '.join(wrong)}")
     return 1 if wrong or any("ours" in record["failed"] for record in records) else 0

@@ -1,9 +1,16 @@
 """Training, scoring and test-time training of a configuration as endless jobs, on synthetic tokens."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the package need not be installed
+
+import pgolf_fast  # noqa: F401 - before torch, which reads what this sets
+
+# isort: split
 import numpy as np
 import torch
 from gpu_session.step import Pool, make_model, markov_tokens

@@ -13,6 +13,8 @@
 Keyword arguments set fields of the configuration; `__` separates groups: train__steps is train.steps.
 Importing this package loads no torch: each name is imported on first use. `torch.ops.pgolf.*` exists after
 `import pgolf_fast.ops`.
+Import it before torch: it then sets how long OpenMP's threads spin, unless your environment does
+(`pgolf_fast.cores`), without which training on a busy CPU is many times slower.
 """
 
 from importlib import import_module as _import_module
