@@ -123,8 +123,8 @@ def test_matches_reference(case, dtype, value_embed, xsa, device):
     assert_matches_float64(op, exact, inputs, eager=low)
 
 
-# (shape, window) for the fused pass: widths that fill no vector, lengths around its tiles (192 keys forward, 96
-# backward), more than one block of keys, and many sequences, which have one block each.
+# (shape, window) for the fused pass: widths that fill no vector, lengths around its tiles (192 keys forward,
+# 96 backward), more than one block of keys, and many sequences, which have one block each.
 PASSES = {
     "two tokens": (sizes(1, 2, 2, 2, 24, 0), None),
     "head dim 40": (sizes(1, 65, 4, 2, 40, 10), None),
@@ -138,7 +138,7 @@ PASSES = {
 
 @pytest.fixture(params=["auto", "portable"])
 def table(request):
-    """Run fused passes for the best instruction set of this machine, and for the one that every machine has."""
+    """Run fused passes for this machine's best instruction set, and for the one that every machine has."""
     extension = pytest.importorskip("pgolf_fast._C")
     extension.choose_passes(request.param)
     yield extension
