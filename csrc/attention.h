@@ -9,6 +9,7 @@ constexpr size_t kTall = kLanes == 16 ? 12 : kLanes == 8 ? 6 : 4;  // rows and c
 constexpr size_t kWide = 2 * kLanes;                               // registers
 constexpr size_t kKeys = 192;                                      // keys in a tile: a multiple of both
 constexpr size_t kRows = 24;                                       // rows that share a tile while it is in L1
+constexpr size_t kDepth = 64;                                      // channels summed in one chain
 constexpr float kRmsEpsilon = 1.1920929e-7f, kXsaEpsilon = 1e-24f;  // of the mean square, of the square
 
 PGOLF_INLINE size_t round_up(size_t n, size_t step) { return (n + step - 1) / step * step; }
@@ -72,12 +73,7 @@ struct Sizes : AttentionShape {
 // c (kTall, kWide) = a b, or c += a b, where a has `depth` > 0 columns, or rows if it is transposed.
 template <bool kTransposed, bool kAdd>
 void multiply(size_t depth, const float* a, size_t lda, const float* b, size_t ldb, float* c, size_t ldc) {
-    vec sums[kTall][2];
-#pragma GCC unroll 12
-    for (size_t r = 0; r < kTall; r++) {
-        sums[r][0] = kAdd ? load(c + r * ldc) : vec{};
-        sums[r][1] = kAdd ? load(c + r * ldc + kLanes) : vec{};
-    }
+    vec sums[kTall][2] = {};
     size_t k = 0;
     do {
         const vec left = load(b + k * ldb), right = load(b + k * ldb + kLanes);
@@ -90,9 +86,19 @@ void multiply(size_t depth, const float* a, size_t lda, const float* b, size_t l
     } while (++k < depth);
 #pragma GCC unroll 12
     for (size_t r = 0; r < kTall; r++) {
-        store(c + r * ldc, sums[r][0]);
-        store(c + r * ldc + kLanes, sums[r][1]);
+        float* row = c + r * ldc;
+        store(row, kAdd ? load(row) + sums[r][0] : sums[r][0]);
+        store(row + kLanes, kAdd ? load(row + kLanes) + sums[r][1] : sums[r][1]);
     }
+}
+
+// c = a b over the channels. Sums of more than kDepth terms are sums of sums: with one chain of 128 terms, gradients
+// were a quarter less exact than PyTorch's.
+inline void multiply_channels(size_t dim, const float* a, size_t lda, const float* b, size_t ldb, float* c,
+                              size_t ldc) {
+    multiply<false, false>(std::min(dim, kDepth), a, lda, b, ldb, c, ldc);
+    for (size_t i = kDepth; i < dim; i += kDepth)
+        multiply<false, true>(std::min(dim - i, kDepth), a + i, lda, b + i * ldb, ldb, c, ldc);
 }
 
 template <class A, class B>
@@ -175,28 +181,29 @@ PGOLF_INLINE float soften(float* scores, size_t count, size_t width, Softmax& st
     return factor;
 }
 
-// Attention of kRows rows from `row` on: q (kRows, ld) turned and scaled; sums (kRows, ld) of values and states follow.
-inline void attend(const Sizes& n, size_t row, const float* q, const float* turned_keys, const float* values,
-                   float* scores, float* sums, Softmax* states) {
-    std::fill(sums, sums + kRows * n.ld, 0.0f);
-    for (size_t tile = 0; tile < n.tiles && tile * kKeys <= n.position(row + kRows - 1); tile++) {
+// Attention of `height` rows from `row` on, a multiple of kTall: from q (height, ld), turned and scaled, to sums of
+// values (height, ld) and their states.
+inline void attend(const Sizes& n, size_t row, size_t height, const float* q, const float* turned_keys,
+                   const float* values, float* scores, float* sums, Softmax* states) {
+    std::fill(sums, sums + height * n.ld, 0.0f);
+    for (size_t tile = 0; tile < n.tiles && tile * kKeys <= n.position(row + height - 1); tile++) {
         const size_t key = tile * kKeys, width = std::min(kKeys, n.keys - key);
         const auto seen = [&](size_t r) {  // keys of the tile that row + r attends to
             const size_t end = n.position(row + r) + 1;
             return end < key ? 0 : std::min(width, end - key);
         };
         for (size_t j = 0; j < width; j += kWide)
-            for (size_t r = 0; r < kRows; r += kTall)
+            for (size_t r = 0; r < height; r += kTall)
                 if (j < seen(r + kTall - 1))
-                    multiply<false, false>(n.dim, q + r * n.ld, n.ld, turned_keys + tile * n.turned_tile() + j, n.ldt,
-                                           scores + r * n.ldt + j, n.ldt);
-        for (size_t r = 0; r < kRows; r++) {
+                    multiply_channels(n.dim, q + r * n.ld, n.ld, turned_keys + tile * n.turned_tile() + j, n.ldt,
+                                      scores + r * n.ldt + j, n.ldt);
+        for (size_t r = 0; r < height; r++) {
             const float factor = soften(scores + r * n.ldt, seen(r), seen(r / kTall * kTall + kTall - 1), states[r]);
-            if (tile)
-                for (size_t i = 0; i < n.ld; i += kLanes) store(sums + r * n.ld + i, factor * load(sums + r * n.ld + i));
+            float* kept = sums + r * n.ld;
+            for (size_t i = 0; tile && i < n.ld; i += kLanes) store(kept + i, factor * load(kept + i));
         }
         for (size_t i = 0; i < n.dim; i += kWide)
-            for (size_t r = 0; r < kRows; r += kTall)
+            for (size_t r = 0; r < height; r += kTall)
                 if (const size_t depth = seen(r + kTall - 1))
                     multiply<false, true>(depth, scores + r * n.ldt, n.ldt, values + key * n.ld + i, n.ld,
                                           sums + r * n.ld + i, n.ld);
@@ -234,10 +241,10 @@ void attention_as(const AttentionShape& shape, const AttentionForward& io, size_
     const size_t blocks = (n.rows + kRows - 1) / kRows;
     share(n.pairs * blocks, threads, kRows * (2 * n.ld + n.ldt), [&](size_t item, float* scratch) {
         const size_t pair = item / blocks, row = (blocks - 1 - item % blocks) * kRows;  // the longest first
-        const size_t count = std::min(kRows, n.rows - row);
+        const size_t count = std::min(kRows, n.rows - row), height = round_up(count, kTall);
         float *turned = scratch, *sums = turned + kRows * n.ld, *scores = sums + kRows * n.ld;
         Softmax states[kRows];
-        for (size_t r = 0; r < kRows; r++) {
+        for (size_t r = 0; r < height; r++) {
             const size_t head = n.q_head(pair, row + r);
             if (r < count) {
                 const float scale = n.gain_of(pair, row + r) / std::sqrt(float(n.dim));
@@ -247,8 +254,8 @@ void attention_as(const AttentionShape& shape, const AttentionForward& io, size_
                 std::fill(turned + r * n.ld, turned + (r + 1) * n.ld, 0.0f);
             }
         }
-        attend(n, row, turned, turned_keys + pair * n.tiles * n.turned_tile(), values + pair * n.keys * n.ld, scores, sums,
-               states);
+        attend(n, row, height, turned, turned_keys + pair * n.tiles * n.turned_tile(), values + pair * n.keys * n.ld,
+               scores, sums, states);
         for (size_t r = 0; r < count; r++) {
             const size_t at = n.q_head(pair, row + r) * n.dim, own = n.k_head(pair, n.position(row + r)) * n.dim;
             finish(n, sums + r * n.ld, states[r].total, v + own, y + at, context + at);

@@ -58,11 +58,15 @@ PGOLF_INLINE float normalize_back(const Sizes& n, float* grad, const T* unit, si
     return dgain;
 }
 
-// dy.y summed in the order of `multiply`: the gradient of a token that attends to itself alone is exactly zero.
+// dy.y summed in the order of `multiply_channels`: a token that attends to itself alone has a gradient of exactly zero.
 template <class T>
 PGOLF_INLINE float delta_of(const Sizes& n, const float* dy, const T* y) {
     float total = 0;
-    for (size_t i = 0; i < n.dim; i++) total += dy[i] * load(y + i, Part{1})[0];
+    for (size_t begin = 0; begin < n.dim; begin += kDepth) {
+        float part = 0;
+        for (size_t i = begin; i < std::min(n.dim, begin + kDepth); i++) part += dy[i] * load(y + i, Part{1})[0];
+        total += part;
+    }
     return total;
 }
 
@@ -134,8 +138,8 @@ inline void attend_back(const Workspace& n, size_t pair, size_t which, size_t ro
         for (size_t r = 0; r < height; r += kTall)
             if (j < seen(r + kTall - 1)) {
                 const size_t at = r * n.ldt + j;
-                multiply<false, false>(n.dim, q + r * n.ld, n.ld, turned_k + j, n.ldt, scores + at, n.ldt);
-                multiply<false, false>(n.dim, dy + r * n.ld, n.ld, turned_v + j, n.ldt, dp + at, n.ldt);
+                multiply_channels(n.dim, q + r * n.ld, n.ld, turned_k + j, n.ldt, scores + at, n.ldt);
+                multiply_channels(n.dim, dy + r * n.ld, n.ld, turned_v + j, n.ldt, dp + at, n.ldt);
             }
     for (size_t r = 0; r < height; r++)
         soften_back(scores + r * n.ldt, dp + r * n.ldt, seen(r), round_up(count, kTall), n.lse[here + r],
@@ -172,7 +176,8 @@ void backward_block(const Workspace& n, const AttentionBackward& io, size_t pair
             normalize_back(n, from_k, k + at, key, 1, 1, io.k_rstd[head], to_k + at);
             const float* own = n.xsa && key >= n.first ? n.own_of(pair, key - n.first) : nullptr;
             sweep(0, n.dim, [=](size_t c, auto lanes) {
-                store(to_v + at + c, own ? load(from_v + c, lanes) + load(own + c, lanes) : load(from_v + c, lanes), lanes);
+                const vec grad = load(from_v + c, lanes);
+                store(to_v + at + c, own ? grad + load(own + c, lanes) : grad, lanes);
             });
         }
     }

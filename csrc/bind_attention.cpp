@@ -52,7 +52,8 @@ class Call {
     static void* checked(const char* name, const py::array& array, Type type, const Shape& shape) {
         const Operand operand(name, array);
         if (operand.type() != type)
-            throw py::value_error(std::string(name) + (type == Type::f32 ? " must hold float32" : " must hold bfloat16 as int16"));
+            throw py::value_error(std::string(name) + " must hold " +
+                                  (type == Type::f32 ? "float32" : "bfloat16 as int16"));
         const size_t ndim = static_cast<size_t>(array.ndim());
         if (Shape(array.shape(), array.shape() + ndim) != shape)
             throw py::value_error(std::string(name) + " has shape " + text_of(array.shape(), ndim) + ", but " +

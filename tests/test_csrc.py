@@ -13,13 +13,23 @@ DRIVERS = Path(__file__).parent / "csrc"
 # Executions of each driver, and the MiB that no allocation may exceed (LZMA dictionaries may have 256).
 # LZMA is slow, and liblzma is fuzzed elsewhere. `make fuzz` runs longer.
 TARGETS = {
+    "attention": (1_000, 1),
     "bits": (30_000, 1),
     "int6": (4_000, 1),
     "lzma": (2_000, 300),
+    "passes": (4_000, 1),
     "rans": (18_000, 1),
     "symmetric": (10_000, 1),
 }
-LONG = {"bits": 600_000, "int6": 60_000, "lzma": 50_000, "rans": 400_000, "symmetric": 100_000}
+LONG = {
+    "attention": 10_000,
+    "bits": 600_000,
+    "int6": 60_000,
+    "lzma": 50_000,
+    "passes": 40_000,
+    "rans": 400_000,
+    "symmetric": 100_000,
+}
 
 
 def run(driver, executions, mebibytes):

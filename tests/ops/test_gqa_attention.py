@@ -1,3 +1,6 @@
+import importlib
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,8 +14,11 @@ from helpers import (
     slow,
 )
 
-from pgolf_fast.ops import cases, gqa_attention, reference
+from pgolf_fast.ops import cases, gqa_attention, reference, tiles
 from pgolf_fast.ops.case import Sizes
+from pgolf_fast.ops.gqa_attention_kernels import Call
+
+op_module = importlib.import_module("pgolf_fast.ops.gqa_attention")  # the package's name is the function
 
 HAS_KERNELS = True
 
@@ -34,6 +40,7 @@ CASES = {
     "tiles": sizes(2, 40, 4, 2, 16, 8),
     "head dim 24": sizes(1, 35, 3, 3, 24, 8),
     "head dim 48": sizes(2, 33, 2, 1, 48, 0),
+    "head dim 5": sizes(2, 63, 2, 1, 5, 4),
     "no rows": sizes(0, 4, 2, 1, 16, 8),
     "no tokens": sizes(2, 0, 2, 1, 16, 8),
 }
@@ -114,6 +121,130 @@ def test_matches_reference(case, dtype, value_embed, xsa, device):
     inputs, tables = make(case, dtype, device, value_embed)
     op, exact, low = (f(case, tables, xsa) for f in (attention, formula, eager))
     assert_matches_float64(op, exact, inputs, eager=low)
+
+
+# (shape, window) for the fused pass: widths that fill no vector, lengths around its tiles (192 keys forward,
+# 96 backward), more than one block of keys, and many sequences, which have one block each.
+PASSES = {
+    "two tokens": (sizes(1, 2, 2, 2, 24, 0), None),
+    "head dim 40": (sizes(1, 65, 4, 2, 40, 10), None),
+    "head dim 256": (sizes(1, 97, 2, 1, 256, 32), None),
+    "ratio 3": (sizes(34, 13, 3, 1, 7, 2), None),
+    "windowed": (sizes(1, 200, 4, 2, 16, 8), 64),
+    "one query": (sizes(2, 193, 2, 1, 33, 6), 1),
+    "blocks": (sizes(1, 1000, 2, 1, 8, 8), None),
+}
+
+
+@pytest.fixture(params=["auto", "portable"])
+def table(request):
+    """Run fused passes for this machine's best instruction set, and for the one that every machine has."""
+    extension = pytest.importorskip("pgolf_fast._C")
+    extension.choose_passes(request.param)
+    yield extension
+    extension.choose_passes("auto")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", PASSES)
+def test_pass_matches_reference(case, dtype, table, monkeypatch):
+    shape, window = PASSES[case]
+    monkeypatch.setitem(CASES, case, shape)
+    inputs, tables = make(case, dtype)
+    queries = window or shape.length
+    exact, low = (lambda *t, f=f: f(case, tables, True)(*t)[:, -queries:] for f in (formula, eager))
+    # eager's own error on a gain, a sum over all tokens, is small by chance in some cases: 4 times, not 2
+    op = attention(case, tables, True, window=window)
+    assert_matches_float64(op, exact, inputs, eager=low, factor=4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", ["ratio 3", "windowed", "blocks"])
+def test_pass_does_not_depend_on_threads(case, dtype, table, monkeypatch):
+    shape, window = PASSES[case]
+    monkeypatch.setitem(CASES, case, shape)
+    inputs, tables = make(case, dtype)
+    x, qo, kv, gain, _ = inputs
+    q, k, v = (F.linear(x, w) for w in (qo[SLOT], kv[SLOT], kv[LAYERS + SLOT]))
+    heads = [
+        t.unflatten(-1, (-1, shape.dim // shape.heads)) for t in (q[:, -(window or shape.length) :], k, v)
+    ]
+    dcontext, call = torch.randn_like(heads[0]), Call(x, None, gain, *tables, True)
+    threads, got = torch.get_num_threads(), []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        context, saved = op_module._forward_fused(table, call, *(t.clone() for t in heads))
+        got.append((context, *saved, *op_module._backward_fused(table, dcontext, call, saved)))
+    torch.set_num_threads(threads)
+    for other in got[1:]:
+        torch.testing.assert_close(other, got[0], rtol=0, atol=0)
+
+
+def test_pytorch_runs_what_the_pass_does_not_take(monkeypatch):
+    pytest.importorskip("pgolf_fast._C")
+    inputs, tables = make("odd")
+    want = results(attention("odd", tables, True), inputs, [torch.ones_like(inputs[0])])
+
+    def refuse(*_):
+        raise AssertionError("the fused pass was called")
+
+    monkeypatch.setattr(op_module, "_forward_fused", refuse)
+    monkeypatch.setattr(op_module, "_backward_fused", refuse)
+    with pytest.raises(AssertionError, match="the fused pass"):
+        attention("odd", tables, True)(*inputs)
+    for dtype in (torch.double, torch.half):
+        results(attention("odd", tables, True), [t.to(dtype) for t in inputs])
+    tiles.choose("gqa_attention", "torch")
+    try:
+        got = results(attention("odd", tables, True), inputs, [torch.ones_like(inputs[0])])
+    finally:
+        tiles.choose("gqa_attention", "auto")
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def operands():
+    q, k = np.ones((2, 3, 4, 8), np.float32), np.ones((2, 5, 2, 8), np.float32)
+    rows = {"q": q, "k": k, "v": k.copy(), "gain": np.ones(4, np.float32)}
+    rows |= {name: np.ones((5, 3), np.float32) for name in ("cos", "sin")}
+    rows |= {"y": q.copy(), "context": q.copy(), "lse": np.ones((2, 4, 3), np.float32)}
+    return rows | {"q_rstd": np.ones((2, 3, 4, 1), np.float32), "k_rstd": np.ones((2, 5, 2, 1), np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "message"),
+    [
+        (
+            "q",
+            np.ones((2, 3, 32), np.float32),
+            "q, k and cos have 3, 4 and 2 dimensions, but 4, 4 and 2 are needed",
+        ),
+        ("q", np.ones((2, 3, 3, 8), np.float32), r"q has shape \(2, 3, 3, 8\) and k \(2, 5, 2, 8\)"),
+        ("q", np.ones((2, 6, 4, 8), np.float32), r"q has shape \(2, 6, 4, 8\) .* its positions not more"),
+        ("q", np.ones((2, 3, 4, 8)), "q must hold float32, or bfloat16 as int16"),
+        ("k", np.ones((1, 5, 2, 8), np.float32), r"k has shape \(1, 5, 2, 8\), but \(2, 5, 2, 8\) is needed"),
+        ("v", np.ones((2, 5, 2, 8), np.int16), "v must hold float32"),
+        ("v", np.ones((2, 5, 2, 16), np.float32)[..., ::2], "v must be contiguous"),
+        ("cos", np.ones((5, 5), np.float32), "cos turns 10 channels of 8"),
+        ("sin", np.ones((5, 2), np.float32), r"sin has shape \(5, 2\), but \(5, 3\) is needed"),
+        ("gain", np.ones(3, np.float32), r"gain has shape \(3\), but \(4\) is needed"),
+        ("lse", np.ones((2, 3, 4), np.float32), r"lse has shape \(2, 3, 4\), but \(2, 4, 3\) is needed"),
+        ("context", np.ones((2, 3, 4, 9), np.float32), r"context has shape .*, but \(2, 3, 4, 8\) is needed"),
+    ],
+)
+def test_pass_rejects_bad_operands(name, bad, message):
+    extension = pytest.importorskip("pgolf_fast._C")
+    extension.attention(**operands(), xsa=True)
+    with pytest.raises(ValueError, match=message):
+        extension.attention(**{**operands(), name: bad}, xsa=True)
+    back = (
+        operands()
+        | {n: operands()["q"] for n in ("dcontext", "dq")}
+        | {n: operands()["k"] for n in ("dk", "dv")}
+    )
+    back["dgain"] = np.ones(4, np.float32)
+    extension.attention_backward(**back, xsa=True)
+    with pytest.raises(ValueError, match=message):
+        extension.attention_backward(**{**back, name: bad}, xsa=True)
 
 
 def test_matches_pytorch():
