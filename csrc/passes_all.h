@@ -3,11 +3,20 @@
 #include "simd.h"
 
 #include "activation.h"
+#include "residual_norm.h"
+#include "smear_gate.h"
+#include "softcap_loss.h"
 
 constexpr Passes table(const char* name) {
     Passes all{};
     all.name = name;
     all.activate = activate;
     all.activate_backward = activate_backward;
+    all.softcap_loss = softcap_loss;
+    all.residual_norm = residual_norm;
+    all.residual_norm_backward = residual_norm_backward;
+    all.scaled_add_backward = scaled_add_backward;
+    all.smear_gate = smear_gate;
+    all.smear_gate_backward = smear_gate_backward;
     return all;
 }

@@ -3,8 +3,8 @@
 import functools
 import logging
 from types import ModuleType
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,13 +37,16 @@ def extension() -> ModuleType | None:
 def passes(op: str, t: Tensor) -> ModuleType | None:
     """Return `pgolf_fast._C` if `op` runs its fused pass on tensors like `t`, else None: PyTorch then.
 
-    A pass takes float32 and bfloat16 on the CPU. `tiles.choose(op, "torch")` leaves it out.
+    A pass takes float32 and bfloat16 on the CPU. `tiles.choose(op, "torch")` and `kernels_on_cpu` leave it out.
     """
-    if t.dtype not in (torch.float32, torch.bfloat16) or not t.is_cpu or tiles.implementation(op) == "torch":
-        return None
-    return extension()
+    fits = t.is_cpu and t.dtype in (torch.float32, torch.bfloat16)
+    return extension() if fits and tiles.implementation(op) != "torch" and not tiles.forced() else None
 
 
-def arrays(*tensors: Tensor) -> list[np.ndarray]:
-    """Return contiguous views of CPU tensors for a pass, of bfloat16 as int16."""
-    return [(t.view(torch.int16) if t.dtype == torch.bfloat16 else t).detach().numpy() for t in tensors]
+def arrays(*tensors: Tensor | None) -> list[Any]:
+    """Return contiguous views of CPU tensors for a pass, of bfloat16 as int16; None stays None."""
+    return [None if t is None else _bits(t).detach().numpy() for t in tensors]
+
+
+def _bits(t: Tensor) -> Tensor:
+    return t.view(torch.int16) if t.dtype == torch.bfloat16 else t

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pgolf_fast.ops import checks, reference, tiles
+from pgolf_fast.ops import checks, native, reference, tiles
 from pgolf_fast.ops.checks import as_rows, dense, expect_shape, same_device, unit_inner_stride
 from pgolf_fast.ops.tiles import Tile
 
@@ -51,8 +51,23 @@ def _residual_norm(
     x: Tensor, branch: Tensor, x_scale: Tensor | None, branch_scale: Tensor, layer_scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check(x, branch, x_scale, branch_scale)
+    if fused := native.passes("residual_norm", x):
+        return _forward_pass(fused, x, branch, x_scale, branch_scale, layer_scale)
     run = _forward_cuda if tiles.uses_kernels("residual_norm", x) else _forward_cpu
     return run(x, branch, x_scale, branch_scale, layer_scale)
+
+
+def _float32(scale: Tensor | None) -> Tensor | None:
+    return None if scale is None else scale.to(torch.float32).contiguous()
+
+
+def _forward_pass(fused, x, branch, x_scale, branch_scale, layer_scale: float):
+    mixed, normed = x.new_empty(x.shape), x.new_empty(x.shape)
+    rstd = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+    inputs = (x.contiguous(), branch.contiguous(), _float32(x_scale), _float32(branch_scale))
+    operands = native.arrays(*inputs, mixed, normed, rstd)
+    fused.residual_norm(*operands, layer_scale, torch.get_num_threads())
+    return mixed, normed, rstd
 
 
 def _forward_cpu(x, branch, x_scale, branch_scale, layer_scale: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,13 +115,27 @@ def _forward_cuda(x, branch, x_scale, branch_scale, layer_scale: float) -> tuple
     "Tensor mixed, Tensor rstd, float layer_scale) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _residual_norm_backward(dmixed, dnormed, x, branch, x_scale, branch_scale, mixed, rstd, layer_scale):
+    saved = (x, branch, x_scale, branch_scale, mixed, rstd)
+    if fused := native.passes("residual_norm", x):
+        return _backward_pass(fused, dmixed, dnormed, saved, layer_scale)
     run = _backward_cuda if tiles.uses_kernels("residual_norm", x) else _backward_cpu
-    return run(dmixed, dnormed, (x, branch, x_scale, branch_scale, mixed, rstd), layer_scale)
+    return run(dmixed, dnormed, saved, layer_scale)
 
 
 # x, branch, x_scale, branch_scale, mixed, rstd
 _Saved = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor]
 _Gradients = tuple[Tensor, Tensor, Tensor, Tensor]  # of x, branch, x_scale (empty without one), branch_scale
+
+
+def _backward_pass(fused, dmixed: Tensor, dnormed: Tensor, saved: _Saved, layer_scale: float) -> _Gradients:
+    x, branch, x_scale, branch_scale, mixed, rstd = saved
+    dx, dbranch = x.new_empty(x.shape), x.new_empty(x.shape)
+    sums = rstd.new_empty(1 if x_scale is None else 2, x.shape[-1])
+    inputs = (dmixed.contiguous(), dnormed.contiguous(), x.contiguous(), branch.contiguous())
+    held = (_float32(x_scale), _float32(branch_scale), mixed.contiguous(), rstd.contiguous())
+    operands = native.arrays(*inputs, *held, dx, dbranch, sums)
+    fused.residual_norm_backward(*operands, layer_scale, torch.get_num_threads())
+    return dx, dbranch, sums.new_empty(0) if x_scale is None else sums[1].clone(), sums[0].clone()
 
 
 def _backward_cpu(dmixed: Tensor, dnormed: Tensor, saved: _Saved, layer_scale: float) -> _Gradients:
@@ -188,6 +217,11 @@ def smear_gate(x: Tensor, gate: Tensor) -> Tensor:
     x (B, T, D), gate (D,); the result is like x. Raises ValueError if shapes or devices do not match.
     """
     _check_smear(x, gate)
+    if fused := native.passes("smear_gate", x):
+        out = x.new_empty(x.shape)
+        operands = native.arrays(x.contiguous(), torch.sigmoid(gate.float()).contiguous(), out)
+        fused.smear_gate(*operands, torch.get_num_threads())
+        return out
     if tiles.uses_kernels("smear_gate", x):
         return _smear_forward_cuda(x, gate)
     return reference.smear_gate(x, gate).contiguous()
@@ -225,8 +259,18 @@ def _smear_backward_cuda(dout: Tensor, x: Tensor, gate: Tensor) -> tuple[Tensor,
 
 @torch.library.custom_op("pgolf::smear_gate_backward", mutates_args=())
 def _smear_gate_backward(dout: Tensor, x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    if fused := native.passes("smear_gate", x):
+        return _smear_backward_pass(fused, dout, x, gate)
     run = _smear_backward_cuda if tiles.uses_kernels("smear_gate", x) else _smear_backward_cpu
     return run(dout, x, gate)
+
+
+def _smear_backward_pass(fused, dout: Tensor, x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    s = torch.sigmoid(gate.float()).contiguous()
+    dx, change = x.new_empty(x.shape), torch.empty_like(s)
+    operands = native.arrays(dout.contiguous(), x.contiguous(), s, dx, change)
+    fused.smear_gate_backward(*operands, torch.get_num_threads())
+    return dx, change.mul_(s * (1 - s)).to(gate.dtype)
 
 
 def _smear_backward_cpu(dout: Tensor, x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
