@@ -19,6 +19,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
+FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wno-psabi", "-pthread"]
 PROBE = "#include <lzma.h>\nint main() { return lzma_version_number() < 50000000u; }\n"
 
 
@@ -137,7 +138,7 @@ def extensions() -> list[Extension]:
             depends=sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/*.h")),
             include_dirs=[str(ROOT / "csrc"), include],
             define_macros=[] if lzma else [("PGOLF_NO_LZMA", "1")],
-            extra_compile_args=["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wno-psabi", "-pthread", *compile_args],
+            extra_compile_args=[*FLAGS, *compile_args],
             extra_link_args=["-pthread", *link_args],
             language="c++",
             optional=wanted == "auto",

@@ -116,7 +116,8 @@ void residual_norm_backward(const Maybe& dmixed, const py::array& dnormed, const
                             const py::array& rstd, py::array& dx, const Maybe& dbranch, const Maybe& dscales,
                             float scale, size_t threads) {
     const Operand out("mixed", mixed), r("rstd", rstd), grad("dnormed", dnormed), into("dx", dx);
-    const size_t rows = r.size(), width = width_of(out, rows, branch_scale), count = rows * width, vectors = x_scale ? 2 : 1;
+    const size_t rows = r.size(), width = width_of(out, rows, branch_scale), count = rows * width;
+    const size_t vectors = x_scale ? 2 : 1;
     expect_together({{"branch", !!branch}, {"dmixed", !!dmixed}, {"x", !!x}, {"branch_scale", !!branch_scale},
                      {"dbranch", !!dbranch}, {"dscales", !!dscales}});
     if (x_scale) expect_together({{"branch", !!branch}, {"x_scale", true}});
@@ -130,21 +131,6 @@ void residual_norm_backward(const Maybe& dmixed, const py::array& dnormed, const
     py::gil_scoped_release unlocked;
     passes().residual_norm_backward(out.type(), given, threads);
     if (totals) sums.store(totals);
-}
-
-void scaled_add_backward(const py::array& dout, const py::array& branch, const py::array& scale, py::array& dbranch,
-                         py::array& dscale, size_t threads) {
-    const Operand grad("dout", dout), from("branch", branch), factor("scale", scale), into("dbranch", dbranch),
-        total("dscale", dscale);
-    const size_t width = factor.size(), rows = width ? grad.size() / width : 0, count = rows * width;
-    const void *g = grad.has(count).data(), *b = from.like(grad, count).data();
-    const float* s = factor.floats(width);
-    void* d = into.like(grad, count).writable();
-    float* t = total.floats(width);
-    BlockSums sums(rows, width);
-    py::gil_scoped_release unlocked;
-    passes().scaled_add_backward(grad.type(), g, b, s, d, sums.data(), rows, width, threads);
-    sums.store(t);
 }
 
 Sequences sequences_of(const py::array& x) {
@@ -198,8 +184,6 @@ void bind_passes(py::module_& m) {
     m.def("residual_norm_backward", &residual_norm_backward, py::arg("dmixed"), py::arg("dnormed"), py::arg("x"),
           py::arg("branch"), py::arg("x_scale"), py::arg("branch_scale"), py::arg("mixed"), py::arg("rstd"),
           py::arg("dx"), py::arg("dbranch"), py::arg("dscales"), py::arg("scale"), py::arg("threads") = 0);
-    m.def("scaled_add_backward", &scaled_add_backward, py::arg("dout"), py::arg("branch"), py::arg("scale"),
-          py::arg("dbranch"), py::arg("dscale"), py::arg("threads") = 0);
     m.def("smear_gate", &smear_gate, py::arg("x"), py::arg("gate"), py::arg("out"), py::arg("threads") = 0);
     m.def("smear_gate_backward", &smear_gate_backward, py::arg("dout"), py::arg("x"), py::arg("gate"), py::arg("dx"),
           py::arg("dsum"), py::arg("threads") = 0);

@@ -12,7 +12,7 @@ namespace pgolf {
 class Operand {
    public:
     Operand(const char* name, const py::array& array) : name_(name), array_(array) {
-        if (!(array.flags() & py::array::c_style)) fail(" has strides; a contiguous array is needed");
+        if (!(array.flags() & py::array::c_style)) fail(" is strided; a contiguous array is needed");
         const bool wide = py::isinstance<py::array_t<float>>(array);
         if (!wide && !py::isinstance<py::array_t<int16_t>>(array))
             fail(".dtype is " + dtype() + "; float32, or int16 holding bfloat16, is needed");
@@ -25,7 +25,8 @@ class Operand {
     void* writable() const { return const_cast<py::array&>(array_).mutable_data(); }
 
     const Operand& has(size_t count) const {
-        if (size() != count) fail(" has " + std::to_string(size()) + " elements, but " + std::to_string(count) + " are needed");
+        if (size() != count)
+            fail(" has " + std::to_string(size()) + " elements, but " + std::to_string(count) + " are needed");
         return *this;
     }
     const Operand& like(const Operand& other, size_t count) const {

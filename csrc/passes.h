@@ -21,8 +21,8 @@ struct SoftcapLoss {
     bool gradient;  // of each row's loss, written over the row's logits
 };
 
-// mixed = x_scale * x + branch_scale * branch and normed = scale * rms_norm(mixed), rows of `width`. A null x_scale is 1;
-// with a null branch, mixed is x and is not written.
+// mixed = x_scale * x + branch_scale * branch and normed = scale * rms_norm(mixed), rows of `width`. A null x_scale is
+// 1; with a null branch, mixed is x and is not written.
 struct ResidualNorm {
     const void *x, *branch;
     const float *x_scale, *branch_scale;
@@ -47,8 +47,8 @@ struct Sequences {
     size_t count, length, width;
 };
 
-// Sums over rows are taken in blocks of this size, whatever the number of threads, and added up in float64. With 128, the
-// float32 sums of a block were less accurate than PyTorch's.
+// Sums over rows are taken in blocks of this size, whatever the number of threads, and added up in float64. With 128,
+// the float32 sums of a block were less accurate than PyTorch's.
 constexpr size_t kSumRows = 32;
 
 // `threads` is the most threads that a pass may use (0: one per core); no result depends on it.
@@ -65,9 +65,6 @@ struct Passes {
                          float* loss, float* logsumexp, size_t threads);
     void (*residual_norm)(Type, const ResidualNorm&, size_t threads);
     void (*residual_norm_backward)(Type, const ResidualNormBackward&, size_t threads);
-    // Gradients of x + scale * branch: that of branch, and as in `sums` above that of scale.
-    void (*scaled_add_backward)(Type, const void* dout, const void* branch, const float* scale, void* dbranch,
-                                float* sums, size_t rows, size_t width, size_t threads);
     // `gate` (width) is the sigmoid, `sums` that of dout * (x_{t-1} - x_t).
     void (*smear_gate)(Type, const void* x, const float* gate, void* out, const Sequences&, size_t threads);
     void (*smear_gate_backward)(Type, const void* dout, const void* x, const float* gate, void* dx, float* sums,

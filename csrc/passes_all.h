@@ -15,7 +15,6 @@ constexpr Passes table(const char* name) {
     all.softcap_loss = softcap_loss;
     all.residual_norm = residual_norm;
     all.residual_norm_backward = residual_norm_backward;
-    all.scaled_add_backward = scaled_add_backward;
     all.smear_gate = smear_gate;
     all.smear_gate_backward = smear_gate_backward;
     return all;

@@ -68,20 +68,3 @@ void residual_norm(Type type, const ResidualNorm& given, size_t threads) {
 void residual_norm_backward(Type type, const ResidualNormBackward& given, size_t threads) {
     (type == Type::f32 ? residual_norm_backward_as<float> : residual_norm_backward_as<bf16>)(given, threads);
 }
-
-void scaled_add_backward(Type type, const void* dout, const void* branch, const float* scale, void* dbranch,
-                         float* sums, size_t rows, size_t width, size_t threads) {
-    as_type(type, [=](auto kind) {
-        using T = decltype(kind);
-        over_rows(rows, kSumRows, threads, [=](size_t row, size_t block) {
-            const T *grad = static_cast<const T*>(dout) + row * width, *from = static_cast<const T*>(branch) + row * width;
-            T* into = static_cast<T*>(dbranch) + row * width;
-            float* own = sums + block * width;
-            sweep(0, width, [&](size_t i, auto n) {
-                const vec g = load(grad + i, n);
-                store(own + i, load(own + i, n) + g * load(from + i, n), n);
-                store(into + i, g * load(scale + i, n), n);
-            });
-        });
-    });
-}

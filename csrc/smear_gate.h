@@ -29,7 +29,8 @@ void smear_gate_backward(Type type, const void* dout, const void* x, const float
             const bool first = row % shape.length == 0, last = (row + 1) % shape.length == 0;
             sweep(0, width, [&](size_t i, auto n) {
                 const vec s = load(gate + i, n), g = load(grad + i, n);
-                const vec before = first ? vec{} : load(now - width + i, n), after = last ? vec{} : load(grad + width + i, n);
+                const vec before = first ? vec{} : load(now - width + i, n);
+                const vec after = last ? vec{} : load(grad + width + i, n);
                 store(own + i, load(own + i, n) + g * (before - load(now + i, n)), n);
                 store(into + i, (1.0f - s) * g + s * after, n);
             });

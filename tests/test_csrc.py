@@ -12,8 +12,8 @@ import pytest
 DRIVERS = Path(__file__).parent / "csrc"
 # Executions of each driver, and the MiB that no allocation may exceed (LZMA dictionaries may have 256).
 # LZMA is slow, and liblzma is fuzzed elsewhere. `make fuzz` runs longer.
-TARGETS = {"bits": (30_000, 1), "lzma": (2_000, 300), "rans": (18_000, 1)}
-LONG = {"bits": 600_000, "lzma": 50_000, "rans": 400_000}
+TARGETS = {"bits": (30_000, 1), "lzma": (2_000, 300), "passes": (4_000, 8), "rans": (18_000, 1)}
+LONG = {"bits": 600_000, "lzma": 50_000, "passes": 50_000, "rans": 400_000}
 
 
 def run(driver, executions, mebibytes):

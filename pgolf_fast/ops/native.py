@@ -2,9 +2,11 @@
 
 import functools
 import logging
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,16 +39,19 @@ def extension() -> ModuleType | None:
 def passes(op: str, t: Tensor) -> ModuleType | None:
     """Return `pgolf_fast._C` if `op` runs its fused pass on tensors like `t`, else None: PyTorch then.
 
-    A pass takes float32 and bfloat16 on the CPU. `tiles.choose(op, "torch")` and `kernels_on_cpu` leave it out.
+    A pass takes float32 and bfloat16 on the CPU; `tiles.choose(op, "torch")` and `kernels_on_cpu` leave it
+    out.
     """
     fits = t.is_cpu and t.dtype in (torch.float32, torch.bfloat16)
     return extension() if fits and tiles.implementation(op) != "torch" and not tiles.forced() else None
 
 
-def arrays(*tensors: Tensor | None) -> list[Any]:
-    """Return contiguous views of CPU tensors for a pass, of bfloat16 as int16; None stays None."""
-    return [None if t is None else _bits(t).detach().numpy() for t in tensors]
+def call(run: Callable[..., None], *operands: Any) -> None:
+    """Run a pass on PyTorch's threads; tensors among `operands` that it writes must be contiguous."""
+    run(*(arrays(t)[0] if isinstance(t, Tensor) else t for t in operands), torch.get_num_threads())
 
 
-def _bits(t: Tensor) -> Tensor:
-    return t.view(torch.int16) if t.dtype == torch.bfloat16 else t
+def arrays(*tensors: Tensor) -> list[np.ndarray]:
+    """Return CPU tensors for a pass, bfloat16 as int16: views where contiguous."""
+    dense = (t.detach().contiguous() for t in tensors)
+    return [(t.view(torch.int16) if t.dtype == torch.bfloat16 else t).numpy() for t in dense]

@@ -11,8 +11,8 @@ from pgolf_fast.ops.checks import expect_ids, expect_integer, expect_shape, same
 from pgolf_fast.ops.tiles import Tile
 
 _ROWS = 4096  # rows of logits alive at once: 16 MB at vocabulary 1024
-# Elements of d loss / d logits that the CPU's forward may keep for backward, 64 MiB in float32: 16,384 rows at
-# vocabulary 1024. With more, backward computes the logits again.
+# Elements of d loss / d logits that the CPU's forward keeps for backward at most, 64 MiB in float32: 16,384
+# rows at vocabulary 1024. If there are more, backward computes the logits again.
 _KEPT = 2**24
 
 # 128 registers per thread on sm_90 in both, so that two blocks share a multiprocessor and overlap.
@@ -69,14 +69,15 @@ def _capped(x: Tensor, weight: Tensor, softcap: float) -> Tensor:
 def _softcap_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, softcap: float, z_loss: float = 0.0, keep: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return losses, logsumexps and, with `keep`, d loss / d logits (rows, V) if a pass writes them, or (0, V)."""
+    """Return losses, logsumexps and d loss / d logits: (rows, V) if kept and written by a pass, or (0, V)."""
     _check(x, weight, targets, softcap, z_loss)
     expect_ids("softcap_cross_entropy", "targets", targets, "the vocabulary", weight.shape[0])
     dlogits = x.new_empty(_kept_rows(x, weight, keep), weight.shape[0])
+    if tiles.uses_kernels("softcap_cross_entropy", x):
+        return *_forward_cuda(x, weight, targets, softcap, z_loss), dlogits
     if fused := native.passes("softcap_cross_entropy", x):
         return *_forward_pass(fused, x, weight, targets, softcap, z_loss, dlogits), dlogits
-    run = _forward_cuda if tiles.uses_kernels("softcap_cross_entropy", x) else _forward_cpu
-    return *run(x, weight, targets, softcap, z_loss), dlogits
+    return *_forward_cpu(x, weight, targets, softcap, z_loss), dlogits
 
 
 def _kept_rows(x: Tensor, weight: Tensor, keep: bool) -> int:
@@ -90,9 +91,8 @@ def _forward_pass(fused, x, weight, targets, softcap: float, z_loss: float, dlog
     for start in range(0, x.shape[0], _ROWS):
         rows = slice(start, start + _ROWS)
         logits = torch.mm(x[rows], weight.T, out=dlogits[rows]) if len(dlogits) else x[rows] @ weight.T
-        operands = (logits, targets[rows].long().contiguous(), loss[rows], logsumexp[rows])
-        keep = bool(len(dlogits))
-        fused.softcap_loss(*native.arrays(*operands), softcap, z_loss, keep, torch.get_num_threads())
+        operands = (logits, targets[rows].long(), loss[rows], logsumexp[rows])
+        native.call(fused.softcap_loss, *operands, softcap, z_loss, len(dlogits) > 0)
     return loss, logsumexp
 
 
@@ -148,14 +148,15 @@ def _softcap_cross_entropy_backward(
     softcap: float,
     z_loss: float,
 ) -> tuple[Tensor, Tensor]:
+    if tiles.uses_kernels("softcap_cross_entropy", x):
+        return _backward_cuda(dloss, x, weight, targets, lse, softcap, z_loss)
     if fused := native.passes("softcap_cross_entropy", x):
         return _backward_pass(fused, dloss, x, weight, targets, dlogits, softcap, z_loss)
-    run = _backward_cuda if tiles.uses_kernels("softcap_cross_entropy", x) else _backward_cpu
-    return run(dloss, x, weight, targets, lse, softcap, z_loss)
+    return _backward_cpu(dloss, x, weight, targets, lse, softcap, z_loss)
 
 
 def _backward_pass(fused, dloss, x, weight, targets, dlogits: Tensor, softcap: float, z_loss: float):
-    """Multiply d loss / d logits, kept or computed again, by x and weight, and these products' rows by dloss."""
+    """Return the products of d loss / d logits, kept or computed again, and weight or x, scaled by dloss."""
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     accumulator = weight.new_zeros(weight.shape, dtype=torch.float32)
     for start in range(0, x.shape[0], _ROWS):
