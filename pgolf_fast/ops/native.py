@@ -42,7 +42,7 @@ def passes(op: str, t: Tensor) -> ModuleType | None:
     A pass takes float32 and bfloat16 on the CPU; `tiles.choose(op, "torch")` and `kernels_on_cpu` leave it
     out.
     """
-    # No pass loses on one thread (rough; a busy AVX2 CPU, shapes of `small`, float32, bfloat16): forward takes
+    # No pass loses on one thread (rough; busy AVX2 CPU, shapes of `small`, float32, bfloat16): forward takes
     # 0.1 to 0.9 of PyTorch's time, backward 0.07 to 0.5; portable at most 0.53 of PyTorch without AVX.
     fits = t.is_cpu and t.dtype in (torch.float32, torch.bfloat16)
     return extension() if fits and tiles.implementation(op) != "torch" and not tiles.forced() else None
