@@ -12,25 +12,35 @@ struct ReluSquared {
     PGOLF_INLINE vec slope(vec pre) { return 2.0f * max(pre, vec{}); }
 };
 
-// Alternating values gate, up as two vectors, and back.
+// Alternating values gate, up as two vectors, and back: on little-endian machines gate is the low half of a pair.
+typedef uint64_t pairs __attribute__((vector_size(8 * PGOLF_LANES)));
 struct Pairs {
-    vec gate{}, up{};
+    vec gate, up;
 };
 
-template <class T, class Lanes>
-PGOLF_INLINE Pairs load_pairs(const T* p, Lanes n) {
-    float part[2][kLanes] = {};
-    for (size_t i = 0; i < n.lanes; i++)
-        for (size_t k = 0; k < 2; k++) part[k][i] = load(p + 2 * i + k, Part{1})[0];
-    return {load(part[0]), load(part[1])};
+template <class Lanes>
+PGOLF_INLINE Pairs load_pairs(const float* p, Lanes n) {
+    pairs x{};
+    __builtin_memcpy(&x, p, 8 * n.lanes);
+    return {(vec)__builtin_convertvector(x, uvec), (vec)__builtin_convertvector(x >> 32, uvec)};
 }
-
-template <class T, class Lanes>
-PGOLF_INLINE void store_pairs(T* p, const Pairs& x, Lanes n) {
-    for (size_t i = 0; i < n.lanes; i++) {
-        store(p + 2 * i, splat(x.gate[i]), Part{1});
-        store(p + 2 * i + 1, splat(x.up[i]), Part{1});
-    }
+template <class Lanes>
+PGOLF_INLINE Pairs load_pairs(const bf16* p, Lanes n) {
+    uvec x{};
+    __builtin_memcpy(&x, p, 4 * n.lanes);
+    return {(vec)(x << 16), (vec)(x & 0xffff0000u)};
+}
+template <class Lanes>
+PGOLF_INLINE void store_pairs(float* p, const Pairs& x, Lanes n) {
+    const pairs both =
+        __builtin_convertvector((uvec)x.gate, pairs) | (__builtin_convertvector((uvec)x.up, pairs) << 32);
+    __builtin_memcpy(p, &both, 8 * n.lanes);
+}
+template <class Lanes>
+PGOLF_INLINE void store_pairs(bf16* p, const Pairs& x, Lanes n) {
+    const uvec both =
+        __builtin_convertvector(narrow(x.gate), uvec) | (__builtin_convertvector(narrow(x.up), uvec) << 16);
+    __builtin_memcpy(p, &both, 4 * n.lanes);
 }
 
 template <class Body>

@@ -38,6 +38,41 @@ struct AttentionBackward {
     float* dgain;
 };
 
+struct SoftcapLoss {
+    float softcap, z_loss;
+    bool gradient;  // of each row's loss, written over the row's logits
+};
+
+// mixed = x_scale * x + branch_scale * branch and normed = scale * rms_norm(mixed), rows of `width`. A null x_scale is
+// 1; with a null branch, mixed is x and is not written.
+struct ResidualNorm {
+    const void *x, *branch;
+    const float *x_scale, *branch_scale;
+    void *mixed, *normed;
+    float* rstd;  // (rows)
+    size_t rows, width;
+    float scale;
+};
+
+// `sums` holds, for each block of kSumRows rows, the gradient of branch_scale (width) and then that of x_scale, if not
+// null; it starts with zeros.
+struct ResidualNormBackward {
+    const void *dmixed, *dnormed, *x, *branch, *mixed;
+    const float *x_scale, *branch_scale, *rstd;
+    void *dx, *dbranch;
+    float* sums;
+    size_t rows, width;
+    float scale;
+};
+
+struct Sequences {
+    size_t count, length, width;
+};
+
+// Sums over rows are taken in blocks of this size, whatever the number of threads, and added up in float64. With 128,
+// the float32 sums of a block were less accurate than PyTorch's.
+constexpr size_t kSumRows = 32;
+
 // `threads` is the most threads that a pass may use (0: one per core); no result depends on it.
 struct Passes {
     const char* name;
@@ -51,6 +86,16 @@ struct Passes {
                               size_t rows, size_t columns, size_t threads);
     void (*attention)(Type, const AttentionShape&, const AttentionForward&, size_t threads);
     void (*attention_backward)(Type, const AttentionShape&, const AttentionBackward&, size_t threads);
+    // Losses and logsumexps (rows) of logits (rows, vocab) before the softcap; the logits become d loss / d logits if
+    // asked for, and stay as they are otherwise.
+    void (*softcap_loss)(Type, void* logits, const int64_t* targets, size_t rows, size_t vocab, const SoftcapLoss&,
+                         float* loss, float* logsumexp, size_t threads);
+    void (*residual_norm)(Type, const ResidualNorm&, size_t threads);
+    void (*residual_norm_backward)(Type, const ResidualNormBackward&, size_t threads);
+    // `gate` (width) is the sigmoid, `sums` that of dout * (x_{t-1} - x_t).
+    void (*smear_gate)(Type, const void* x, const float* gate, void* out, const Sequences&, size_t threads);
+    void (*smear_gate_backward)(Type, const void* dout, const void* x, const float* gate, void* dx, float* sums,
+                                const Sequences&, size_t threads);
 };
 
 extern const Passes passes_portable, passes_avx2, passes_avx512;

@@ -6,6 +6,9 @@
 #include "symmetric.h"
 #include "attention.h"
 #include "attention_backward.h"
+#include "residual_norm.h"
+#include "smear_gate.h"
+#include "softcap_loss.h"
 
 constexpr Passes table(const char* name) {
     Passes all{};
@@ -15,5 +18,10 @@ constexpr Passes table(const char* name) {
     all.symmetric_product = symmetric_product;
     all.attention = attention;
     all.attention_backward = attention_backward;
+    all.softcap_loss = softcap_loss;
+    all.residual_norm = residual_norm;
+    all.residual_norm_backward = residual_norm_backward;
+    all.smear_gate = smear_gate;
+    all.smear_gate_backward = smear_gate_backward;
     return all;
 }

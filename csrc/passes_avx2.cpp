@@ -1,7 +1,9 @@
 // The fused passes for AVX2 with FMA.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
+#include <thread>
 #include <vector>
 
 #include "passes.h"

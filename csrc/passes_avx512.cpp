@@ -1,7 +1,9 @@
 // The fused passes for AVX-512 with bfloat16 products.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
+#include <thread>
 #include <vector>
 
 #include "passes.h"

@@ -1,7 +1,9 @@
 // The fused passes for any CPU: vectors of 4, which SSE2 and NEON have.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
+#include <thread>
 #include <vector>
 
 #include "passes.h"

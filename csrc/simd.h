@@ -76,10 +76,23 @@ PGOLF_INLINE float largest(vec x) {
     return part[0];
 }
 
-// e^x with a relative error below 2e-7 for x in -87.3 to 88; smaller x give e^-87.3, larger ones e^88.
-PGOLF_INLINE vec exp(vec x) {
-    x = min(splat(88.0f), max(splat(-87.3f), x));  // in this order NaN stays NaN
-    const vec shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+// The lanes that hold elements keep x, the others become `rest`.
+PGOLF_INLINE vec select(vec x, vec, Whole) { return x; }
+PGOLF_INLINE vec select(vec x, vec rest, Part n) {
+    ivec index{};
+    for (size_t i = 0; i < kLanes; i++) index[i] = int32_t(i);
+    return index < int32_t(n.lanes) ? x : rest;
+}
+
+// e^x = power * (1 + rest).
+struct Exponential {
+    vec power, rest;
+};
+
+// With a relative error below 2e-7 for x in -87.3 to 88; smaller x give e^-87.3, larger ones e^88, NaN gives NaN.
+PGOLF_INLINE Exponential exponential(vec x) {
+    x = min(splat(88.0f), max(splat(-87.3f), x));  // in this order both keep NaN
+    const vec shift = splat(12582912.0f);          // 1.5 * 2^23: adding it rounds to an integer
     const vec n = (x * 1.44269504f + shift) - shift;
     vec r = x - n * 0.693145752f;
     r = r - n * 1.42860677e-6f;
@@ -89,8 +102,20 @@ PGOLF_INLINE vec exp(vec x) {
     p = p * r + 1.0f / 6;
     p = p * r + 0.5f;
     p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    return p * (vec)((__builtin_convertvector(n, ivec) + 127) << 23);
+    return {(vec)((__builtin_convertvector(n, ivec) + 127) << 23), p * r};
+}
+
+PGOLF_INLINE vec exp(vec x) {
+    const Exponential e = exponential(x);
+    return e.power * (e.rest + 1.0f);
+}
+
+// With a relative error below 4e-7: the small arguments of a large softcap need it.
+PGOLF_INLINE vec tanh(vec x) {
+    const uvec sign = (uvec)x & 0x80000000u;
+    const Exponential e = exponential(-2.0f * (vec)((uvec)x ^ sign));  // (1 - e^-2|x|) / (1 + e^-2|x|)
+    const vec change = e.power * e.rest + (e.power - 1.0f);
+    return (vec)((uvec)(-change / (change + 2.0f)) ^ sign);
 }
 
 PGOLF_INLINE vec sigmoid(vec x) { return 1.0f / (1.0f + exp(-x)); }
@@ -101,4 +126,18 @@ PGOLF_INLINE void sweep(size_t begin, size_t end, const Body& body) {
     size_t i = begin;
     for (; i + kLanes <= end; i += kLanes) body(i, Whole{});
     if (i < end) body(i, Part{end - i});
+}
+
+// Calls body(row, block) for every row, on several threads, one block of `each` rows at a time.
+template <class Body>
+void over_rows(size_t rows, size_t each, size_t threads, const Body& body) {
+    run_on_pool((rows + each - 1) / each, threads, [&](size_t block) {
+        for (size_t row = block * each; row < std::min(rows, (block + 1) * each); row++) body(row, block);
+    });
+}
+
+// Calls body(T{}) with the element type T that `type` names.
+template <class Body>
+void as_type(Type type, const Body& body) {
+    type == Type::f32 ? body(float{}) : body(bf16{});
 }

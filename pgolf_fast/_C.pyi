@@ -138,3 +138,48 @@ def attention_backward(
     xsa: bool,
     threads: int = 0,
 ) -> None: ...
+def softcap_loss(
+    logits: Floats,
+    targets: NDArray[np.int64],
+    loss: NDArray[np.float32],
+    logsumexp: NDArray[np.float32],
+    softcap: float,
+    z_loss: float,
+    gradient: bool,
+    threads: int = 0,
+) -> None: ...
+def residual_norm(
+    x: Floats,
+    branch: Floats | None,
+    x_scale: NDArray[np.float32] | None,
+    branch_scale: NDArray[np.float32] | None,
+    mixed: Floats | None,
+    normed: Floats,
+    rstd: NDArray[np.float32],
+    scale: float,
+    threads: int = 0,
+) -> None: ...
+def residual_norm_backward(
+    dmixed: Floats | None,
+    dnormed: Floats,
+    x: Floats | None,
+    branch: Floats | None,
+    x_scale: NDArray[np.float32] | None,
+    branch_scale: NDArray[np.float32] | None,
+    mixed: Floats,
+    rstd: NDArray[np.float32],
+    dx: Floats,
+    dbranch: Floats | None,
+    dscales: NDArray[np.float32] | None,
+    scale: float,
+    threads: int = 0,
+) -> None: ...
+def smear_gate(x: Floats, gate: NDArray[np.float32], out: Floats, threads: int = 0) -> None: ...
+def smear_gate_backward(
+    dout: Floats,
+    x: Floats,
+    gate: NDArray[np.float32],
+    dx: Floats,
+    dsum: NDArray[np.float32],
+    threads: int = 0,
+) -> None: ...

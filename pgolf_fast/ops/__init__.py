@@ -18,8 +18,7 @@ from pgolf_fast.ops.mlp import mlp
 from pgolf_fast.ops.muon_update import muon_apply, muon_momentum
 from pgolf_fast.ops.newton_schulz import newton_schulz
 from pgolf_fast.ops.ngram_hash import ngram_hash_embed
-from pgolf_fast.ops.reference import rms_norm
-from pgolf_fast.ops.residual_norm import residual_norm, smear_gate
+from pgolf_fast.ops.residual_norm import residual_norm, rms_norm, smear_gate
 from pgolf_fast.ops.softcap_cross_entropy import softcap_cross_entropy
 
 __all__ = [

@@ -164,6 +164,20 @@ def _residual_norm(b: Builder, scaled: bool = True, wider: int = 1) -> Case:
     )
 
 
+def _rms_norm(b: Builder) -> Case:
+    d, m = b.sizes.dim, b.sizes.tokens
+    return Case(
+        inputs={"x": b.states()},
+        op=_one(ops.rms_norm),
+        reference=_one(reference.rms_norm),
+        batched=("x",),
+        trained=("x",),
+        work=Work(4.0 * m * d, 2 * m * d * b.size, 8.0 * m * d, 3 * m * d * b.size),
+        tokens=m,
+        chunk=b.chunk,
+    )
+
+
 def _smear_gate(b: Builder) -> Case:
     d, m = b.sizes.dim, b.sizes.tokens
     return Case(
@@ -339,6 +353,7 @@ CASES: dict[str, Entry] = {
     "gqa_attention-plain": _variant("gqa_attention", partial(_gqa_attention, xsa=False, value=False)),
     "gqa_attention-window": _variant("gqa_attention", partial(_gqa_attention, window=True)),
     "residual_norm-unscaled": _variant("residual_norm", partial(_residual_norm, scaled=False)),
+    "rms_norm": _variant(None, _rms_norm, covers=("rms_norm",)),
     "residual_norm-wide": _variant("residual_norm", partial(_residual_norm, wider=16)),
     "softcap_cross_entropy-z_loss": _variant(
         "softcap_cross_entropy", partial(_softcap_cross_entropy, z_loss=0.1)

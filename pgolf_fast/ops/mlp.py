@@ -108,7 +108,7 @@ def _activate(pre: Tensor, activation: str) -> Tensor:
     """Compute `reference.activation` without widening where low-precision arithmetic rounds only once."""
     if fused := native.passes("mlp", pre):
         hidden = pre.new_empty(*pre.shape[:-1], pre.shape[-1] // (2 if activation == "swiglu" else 1))
-        fused.activate(*native.arrays(pre.contiguous(), hidden), activation, torch.get_num_threads())
+        native.call(fused.activate, pre, hidden, activation)
         return hidden
     if activation == "leaky_relu_squared":
         return F.leaky_relu(pre, 0.5).square_()  # halving is exact
@@ -120,14 +120,9 @@ def _activate(pre: Tensor, activation: str) -> Tensor:
 def _activate_backward(dhidden: Tensor, pre: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """Return the gradient of the pre-activation, and the hidden layer."""
     if fused := native.passes("mlp", pre):
-        operands = (
-            dhidden.contiguous(),
-            pre.contiguous(),
-            pre.new_empty(pre.shape),
-            pre.new_empty(dhidden.shape),
-        )
-        fused.activate_backward(*native.arrays(*operands), activation, torch.get_num_threads())
-        return operands[2:]
+        dpre, hidden = pre.new_empty(pre.shape), pre.new_empty(dhidden.shape)
+        native.call(fused.activate_backward, dhidden, pre, dpre, hidden, activation)
+        return dpre, hidden
     return _dpre_torch(dhidden, pre, activation), _activate(pre, activation)
 
 

@@ -1,4 +1,4 @@
-"""pgolf::residual_norm: scaled residual sum and its scaled RMS norm in one pass; pgolf::smear_gate.
+"""pgolf::residual_norm: scaled residual sum and its scaled RMS norm; pgolf::rms_norm; pgolf::smear_gate.
 
 Sources: PR 1501 (residual mix with x0, layer scale, SmearGate), Zhang & Sennrich 2019 (RMS norm).
 """
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pgolf_fast.ops import checks, reference, tiles
+from pgolf_fast.ops import checks, native, reference, tiles
 from pgolf_fast.ops.checks import as_rows, dense, expect_shape, same_device, unit_inner_stride
 from pgolf_fast.ops.tiles import Tile
 
@@ -55,7 +55,17 @@ def _residual_norm(
     return run(x, branch, x_scale, branch_scale, layer_scale)
 
 
+def _float32(scale: Tensor | None) -> Tensor | None:
+    return None if scale is None else scale.float()
+
+
 def _forward_cpu(x, branch, x_scale, branch_scale, layer_scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    if fused := native.passes("residual_norm", x):
+        mixed, normed = x.new_empty(x.shape), x.new_empty(x.shape)
+        rstd = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+        operands = (x, branch, _float32(x_scale), branch_scale.float(), mixed, normed, rstd)
+        native.call(fused.residual_norm, *operands, layer_scale)
+        return mixed, normed, rstd
     wide = torch.promote_types(x.dtype, torch.float32)
     mixed = torch.mul(branch, branch_scale.to(wide))
     mixed = mixed.add_(x) if x_scale is None else mixed.addcmul_(x.to(wide), x_scale.to(wide))
@@ -109,8 +119,19 @@ _Saved = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor]
 _Gradients = tuple[Tensor, Tensor, Tensor, Tensor]  # of x, branch, x_scale (empty without one), branch_scale
 
 
-def _backward_cpu(dmixed: Tensor, dnormed: Tensor, saved: _Saved, layer_scale: float) -> _Gradients:
+def _backward_pass(fused, dmixed: Tensor, dnormed: Tensor, saved: _Saved, layer_scale: float) -> _Gradients:
     x, branch, x_scale, branch_scale, mixed, rstd = saved
+    dx, dbranch = x.new_empty(x.shape), x.new_empty(x.shape)
+    sums = rstd.new_empty(1 if x_scale is None else 2, x.shape[-1])
+    inputs = (dmixed, dnormed, x, branch, _float32(x_scale), branch_scale.float(), mixed, rstd)
+    native.call(fused.residual_norm_backward, *inputs, dx, dbranch, sums, layer_scale)
+    return dx, dbranch, sums.new_empty(0) if x_scale is None else sums[1].clone(), sums[0].clone()
+
+
+def _backward_cpu(dmixed: Tensor, dnormed: Tensor, saved: _Saved, layer_scale: float) -> _Gradients:
+    if fused := native.passes("residual_norm", mixed := saved[4]):
+        return _backward_pass(fused, dmixed, dnormed, saved, layer_scale)
+    x, branch, x_scale, branch_scale, _, rstd = saved
     wide = rstd.dtype
     unit = mixed.to(wide) * rstd
     # d rms_norm = rstd (g - unit mean(g unit)), where g is the gradient of the normalized value
@@ -175,6 +196,60 @@ def _backward(ctx: Any, dmixed: Tensor, dnormed: Tensor, _: Tensor | None) -> tu
 _residual_norm.register_autograd(_backward, setup_context=_setup_context)
 
 
+def rms_norm(x: Tensor) -> Tensor:
+    """Return `x / sqrt(mean(x^2) + eps)` over the last dimension, (..., D), without a gain.
+
+    On a GPU these are PyTorch's own ops, which torch.compile fuses with their neighbors.
+    """
+    return torch.ops.pgolf.rms_norm(x)[0] if x.is_cpu else reference.rms_norm(x)
+
+
+@torch.library.custom_op("pgolf::rms_norm", mutates_args=())
+def _rms_norm(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the result and 1 / sqrt(...), (..., 1)."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if fused := native.passes("residual_norm", x):
+        normed, rstd = x.new_empty(x.shape), x.new_empty(*x.shape[:-1], 1, dtype=wide)
+        native.call(fused.residual_norm, x, None, None, None, None, normed, rstd, 1.0)
+        return normed, rstd
+    rstd = torch.rsqrt(x.to(wide).square().mean(-1, keepdim=True) + reference.RMS_EPS)
+    return (x * rstd).to(x.dtype).contiguous(), rstd.contiguous()
+
+
+@_rms_norm.register_fake
+def _(x):
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(x.shape), x.new_empty(*x.shape[:-1], 1, dtype=wide)
+
+
+@torch.library.custom_op("pgolf::rms_norm_backward", mutates_args=())
+def _rms_norm_backward(dout: Tensor, x: Tensor, rstd: Tensor) -> Tensor:
+    if fused := native.passes("residual_norm", x):
+        dx = x.new_empty(x.shape)
+        nothing = (None, None, None, None)
+        native.call(fused.residual_norm_backward, None, dout, *nothing, x, rstd, dx, None, None, 1.0)
+        return dx
+    unit = x * rstd
+    along = (dout * unit).mean(-1, keepdim=True)
+    return ((dout - unit * along) * rstd).to(x.dtype).contiguous()
+
+
+@_rms_norm_backward.register_fake
+def _(dout, x, rstd):
+    return x.new_empty(x.shape)
+
+
+def _setup_rms_norm(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+_rms_norm.register_autograd(
+    lambda ctx, dout, _: torch.ops.pgolf.rms_norm_backward(dout, *ctx.saved_tensors),
+    setup_context=_setup_rms_norm,
+)
+
+
 def _check_smear(x: Tensor, gate: Tensor) -> None:
     expect_shape("smear_gate", "x", x, (None, None, None))
     expect_shape("smear_gate", "gate", gate, (x.shape[-1],))
@@ -190,6 +265,10 @@ def smear_gate(x: Tensor, gate: Tensor) -> Tensor:
     _check_smear(x, gate)
     if tiles.uses_kernels("smear_gate", x):
         return _smear_forward_cuda(x, gate)
+    if fused := native.passes("smear_gate", x):
+        out = x.new_empty(x.shape)
+        native.call(fused.smear_gate, x, torch.sigmoid(gate.float()), out)
+        return out
     return reference.smear_gate(x, gate).contiguous()
 
 
@@ -232,6 +311,10 @@ def _smear_gate_backward(dout: Tensor, x: Tensor, gate: Tensor) -> tuple[Tensor,
 def _smear_backward_cpu(dout: Tensor, x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(x.dtype, torch.float32)
     s = torch.sigmoid(gate.to(wide))
+    if fused := native.passes("smear_gate", x):
+        dx, change = x.new_empty(x.shape), s.new_empty(s.shape)
+        native.call(fused.smear_gate_backward, dout, x, s, dx, change)
+        return dx, change.mul_(s * (1 - s)).to(gate.dtype)
     dout, values = dout.to(wide), x.to(wide)
     dx = (1 - s) * dout + s * F.pad(dout[:, 1:], (0, 0, 0, 1))
     change = F.pad(values[:, :-1], (0, 0, 1, 0)) - values

@@ -6,11 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pgolf_fast.ops import checks, tiles
+from pgolf_fast.ops import checks, native, tiles
 from pgolf_fast.ops.checks import expect_ids, expect_integer, expect_shape, same_device, unit_inner_stride
 from pgolf_fast.ops.tiles import Tile
 
 _ROWS = 4096  # rows of logits alive at once: 16 MB at vocabulary 1024
+# Elements of d loss / d logits that the CPU's forward keeps for backward at most, 64 MiB in float32: 16,384
+# rows at vocabulary 1024. If there are more, backward computes the logits again.
+_KEPT = 2**24
 
 # Blocks overlap one another's epilogues: in tiles of 128 x 128, dlogits takes 162 registers, so one block.
 tiles.declare("softcap_cross_entropy_fwd", sm90=Tile(128, 128, 64, num_warps=8, num_stages=2), blocks=2)
@@ -37,8 +40,9 @@ def softcap_cross_entropy(
     PyTorch fails with a device-side assertion.
     """
     expect_shape("softcap_cross_entropy", "targets", targets, tuple(x.shape[:-1]))
+    differentiated = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     flat = torch.ops.pgolf.softcap_cross_entropy(
-        x.reshape(-1, x.shape[-1]), weight, targets.reshape(-1), softcap, z_loss
+        x.reshape(-1, x.shape[-1]), weight, targets.reshape(-1), softcap, z_loss, differentiated
     )
     return flat[0].view(targets.shape)
 
@@ -63,12 +67,33 @@ def _capped(x: Tensor, weight: Tensor, softcap: float) -> Tensor:
 
 @torch.library.custom_op("pgolf::softcap_cross_entropy", mutates_args=())
 def _softcap_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, softcap: float, z_loss: float = 0.0
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, weight: Tensor, targets: Tensor, softcap: float, z_loss: float = 0.0, keep: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return losses, logsumexps and d loss / d logits: (rows, V) if kept and written by a pass, or (0, V)."""
     _check(x, weight, targets, softcap, z_loss)
     expect_ids("softcap_cross_entropy", "targets", targets, "the vocabulary", weight.shape[0])
-    run = _forward_cuda if tiles.uses_kernels("softcap_cross_entropy", x) else _forward_cpu
-    return run(x, weight, targets, softcap, z_loss)
+    dlogits = x.new_empty(_kept_rows(x, weight, keep), weight.shape[0])
+    if tiles.uses_kernels("softcap_cross_entropy", x):
+        return *_forward_cuda(x, weight, targets, softcap, z_loss), dlogits
+    if fused := native.passes("softcap_cross_entropy", x):
+        return *_forward_pass(fused, x, weight, targets, softcap, z_loss, dlogits), dlogits
+    return *_forward_cpu(x, weight, targets, softcap, z_loss), dlogits
+
+
+def _kept_rows(x: Tensor, weight: Tensor, keep: bool) -> int:
+    kept = keep and native.passes("softcap_cross_entropy", x) and x.shape[0] * weight.shape[0] <= _KEPT
+    return x.shape[0] if kept else 0
+
+
+def _forward_pass(fused, x, weight, targets, softcap: float, z_loss: float, dlogits: Tensor):
+    """Return losses and logsumexps; write d loss / d logits unless `dlogits` has no rows."""
+    loss, logsumexp = (x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(2))
+    for start in range(0, x.shape[0], _ROWS):
+        rows = slice(start, start + _ROWS)
+        logits = torch.mm(x[rows], weight.T, out=dlogits[rows]) if len(dlogits) else x[rows] @ weight.T
+        operands = (logits, targets[rows].long(), loss[rows], logsumexp[rows])
+        native.call(fused.softcap_loss, *operands, softcap, z_loss, len(dlogits) > 0)
+    return loss, logsumexp
 
 
 def _forward_cpu(x, weight, targets, softcap: float, z_loss: float) -> tuple[Tensor, Tensor]:
@@ -85,10 +110,11 @@ def _forward_cpu(x, weight, targets, softcap: float, z_loss: float) -> tuple[Ten
 
 
 @_softcap_cross_entropy.register_fake
-def _(x, weight, targets, softcap, z_loss=0.0):
+def _(x, weight, targets, softcap, z_loss=0.0, keep=False):
     _check(x, weight, targets, softcap, z_loss)
     wide = torch.promote_types(x.dtype, torch.float32)
-    return x.new_empty(x.shape[0], dtype=wide), x.new_empty(x.shape[0], dtype=wide)
+    loss, logsumexp = x.new_empty(x.shape[0], dtype=wide), x.new_empty(x.shape[0], dtype=wide)
+    return loss, logsumexp, x.new_empty(_kept_rows(x, weight, keep), weight.shape[0])
 
 
 def _tile(kernel: str, x: Tensor) -> Tile:
@@ -113,10 +139,36 @@ def _forward_cuda(x, weight, targets, softcap: float, z_loss: float) -> tuple[Te
 
 @torch.library.custom_op("pgolf::softcap_cross_entropy_backward", mutates_args=())
 def _softcap_cross_entropy_backward(
-    dloss: Tensor, x: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, softcap: float, z_loss: float
+    dloss: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    dlogits: Tensor,
+    softcap: float,
+    z_loss: float,
 ) -> tuple[Tensor, Tensor]:
-    run = _backward_cuda if tiles.uses_kernels("softcap_cross_entropy", x) else _backward_cpu
-    return run(dloss, x, weight, targets, lse, softcap, z_loss)
+    if tiles.uses_kernels("softcap_cross_entropy", x):
+        return _backward_cuda(dloss, x, weight, targets, lse, softcap, z_loss)
+    if fused := native.passes("softcap_cross_entropy", x):
+        return _backward_pass(fused, dloss, x, weight, targets, dlogits, softcap, z_loss)
+    return _backward_cpu(dloss, x, weight, targets, lse, softcap, z_loss)
+
+
+def _backward_pass(fused, dloss, x, weight, targets, dlogits: Tensor, softcap: float, z_loss: float):
+    """Return the products of d loss / d logits, kept or computed again, and weight or x, scaled by dloss."""
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    accumulator = weight.new_zeros(weight.shape, dtype=torch.float32)
+    for start in range(0, x.shape[0], _ROWS):
+        rows = slice(start, start + _ROWS)
+        low = dlogits[rows]
+        if not len(dlogits):
+            low = x.new_empty(len(x[rows]), weight.shape[0])
+            _forward_pass(fused, x[rows], weight, targets[rows], softcap, z_loss, low)
+        scale = dloss[rows].unsqueeze(1)
+        torch.mm(low, weight, out=dx[rows]).mul_(scale)
+        accumulator += low.T @ (x[rows] * scale).to(x.dtype)
+    return dx, accumulator.to(weight.dtype)
 
 
 def _backward_cpu(dloss, x, weight, targets, lse, softcap: float, z_loss: float) -> tuple[Tensor, Tensor]:
@@ -139,7 +191,7 @@ def _backward_cpu(dloss, x, weight, targets, lse, softcap: float, z_loss: float)
 
 
 @_softcap_cross_entropy_backward.register_fake
-def _(dloss, x, weight, targets, lse, softcap, z_loss):
+def _(dloss, x, weight, targets, lse, dlogits, softcap, z_loss):
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
@@ -164,18 +216,17 @@ def _backward_cuda(dloss, x, weight, targets, lse, softcap: float, z_loss: float
     return dx, dweight.to(weight.dtype)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, targets, ctx.softcap, ctx.z_loss = inputs
-    ctx.save_for_backward(x, weight, targets, output[1])
-    ctx.mark_non_differentiable(output[1])
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, targets, ctx.softcap, ctx.z_loss, _ = inputs
+    ctx.save_for_backward(x, weight, targets, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
 
 
-def _backward(ctx: Any, dloss: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, weight, targets, lse = ctx.saved_tensors
+def _backward(ctx: Any, dloss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     dx, dweight = torch.ops.pgolf.softcap_cross_entropy_backward(
-        dloss, x, weight, targets, lse, ctx.softcap, ctx.z_loss
+        dloss, *ctx.saved_tensors, ctx.softcap, ctx.z_loss
     )
-    return dx, dweight, None, None, None
+    return dx, dweight, None, None, None, None
 
 
 _softcap_cross_entropy.register_autograd(_backward, setup_context=_setup_context)

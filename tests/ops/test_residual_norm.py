@@ -112,6 +112,24 @@ def test_strided_inputs(layout, scaled, device):
     assert_strides_do_not_matter(norm, inputs)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_rms_norm_matches_reference(shape, dtype, device):
+    assert_matches_float64(rms_norm, reference.rms_norm, make(shape, dtype, device)[:1])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rms_norm_strided_inputs(layout, device):
+    assert_strides_do_not_matter(rms_norm, lay_out(layout, make((3, 5, 12), device=device)[:1]))
+
+
+def test_rms_norm_opcheck():
+    for x in (torch.randn(2, 5, 8), torch.randn(2, 5, 8).mT):
+        torch.library.opcheck(torch.ops.pgolf.rms_norm, (x.detach().requires_grad_(),))
+        normed, rstd = torch.ops.pgolf.rms_norm(x)
+        torch.library.opcheck(torch.ops.pgolf.rms_norm_backward, (torch.randn_like(normed), x, rstd))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_smear_strided_inputs(layout, device):
     assert_strides_do_not_matter(smear_gate, lay_out(layout, make_smear((3, 5, 12), device=device)))
@@ -143,6 +161,7 @@ def test_smear_opcheck(layout, device):
 def test_gradcheck(scaled):
     inputs = [t if t is None else t.double().requires_grad_() for t in make((2, 3, 4), scaled=scaled)]
     torch.autograd.gradcheck(norm, inputs)
+    torch.autograd.gradcheck(rms_norm, inputs[:1])
 
 
 def test_smear_gradcheck():
@@ -152,7 +171,7 @@ def test_smear_gradcheck():
 def test_compiles_without_graph_break(device):
     def run(x, branch, x_scale, branch_scale, gate):
         mixed, normed = norm(x, branch, x_scale, branch_scale)
-        return smear_gate(mixed.sin() + normed, gate)
+        return rms_norm(smear_gate(mixed.sin() + normed, gate))
 
     inputs = [*make((2, 5, 8), device=device), torch.randn(8, device=device)]
     want, wants, douts = results(run, inputs)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from helpers import LAYOUTS, assert_matches_float64, assert_strides_do_not_matter, lay_out, results
 
-from pgolf_fast.ops import reference, softcap_cross_entropy, tiles
+from pgolf_fast.ops import native, reference, softcap_cross_entropy, tiles
 
 HAS_KERNELS = True
 # leading shape of x, width, vocabulary; interpreted tiles are 32 in each: (70,) has partial tiles in all
@@ -147,15 +147,22 @@ def test_loss_of_no_knowledge(device):
     torch.testing.assert_close(losses, torch.full((5,), math.log(37), device=device))
 
 
-def test_never_holds_all_logits():
+@pytest.mark.parametrize("kept", [False, True], ids=["again", "kept"])
+def test_never_holds_all_logits(kept, monkeypatch):
+    """More than `_KEPT` logits are computed a chunk at a time; scoring never holds more."""
     x, weight, targets = make((3 * CHUNK,), 16, 256)
+    chunk, total = 4 * CHUNK * 256, 4 * targets.numel() * 256
+    monkeypatch.setattr(op_module(), "_KEPT", targets.numel() * 256 - (not kept))
     leaves = [x.requires_grad_(), weight.requires_grad_()]
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
+    with torch.profiler.profile(profile_memory=True) as profile, torch.no_grad():
+        softcap_cross_entropy(*leaves, targets, 30.0)
+    assert chunk <= largest_allocation(profile) <= 2 * chunk
+    with torch.profiler.profile(profile_memory=True) as profile:
         torch.autograd.grad(softcap_cross_entropy(*leaves, targets, 30.0).sum(), leaves)
-    largest = max(event.self_cpu_memory_usage for event in profile.events())
-    assert 4 * CHUNK * 256 <= largest <= 2 * 4 * CHUNK * 256
+    if kept and native.passes("softcap_cross_entropy", x):
+        assert largest_allocation(profile) == total
+    else:
+        assert chunk <= largest_allocation(profile) <= 2 * chunk
 
 
 def test_kernels_hold_few_dlogits(device, monkeypatch):
@@ -191,10 +198,10 @@ def test_rows_apart(device):
     x, weight, _ = make((70,), 45, 75, device=device)
     targets, dloss = torch.randint(75, (140,), device=device)[::2], torch.randn(210, device=device)[::3]
     op, backward = torch.ops.pgolf.softcap_cross_entropy, torch.ops.pgolf.softcap_cross_entropy_backward
-    losses, logsumexp = op(x, weight, targets, 30.0)
+    losses, logsumexp, none = op(x, weight, targets, 30.0)
     assert torch.equal(losses, op(x, weight, targets.contiguous(), 30.0)[0])
-    got = backward(dloss, x, weight, targets, logsumexp, 30.0, 0.0)
-    want = backward(dloss.contiguous(), x, weight, targets.contiguous(), logsumexp, 30.0, 0.0)
+    got = backward(dloss, x, weight, targets, logsumexp, none, 30.0, 0.0)
+    want = backward(dloss.contiguous(), x, weight, targets.contiguous(), logsumexp, none, 30.0, 0.0)
     torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
@@ -207,8 +214,8 @@ def test_opcheck(layout, softcap, device):
     leaves = [t.detach().requires_grad_() for t in (x, weight)]
     z_loss = 0.1
     torch.library.opcheck(torch.ops.pgolf.softcap_cross_entropy, (*leaves, targets, softcap, z_loss))
-    losses, logsumexp = torch.ops.pgolf.softcap_cross_entropy(x, weight, targets, softcap, z_loss)
-    backward = (torch.randn_like(losses), x, weight, targets, logsumexp, softcap, z_loss)
+    losses, logsumexp, none = torch.ops.pgolf.softcap_cross_entropy(x, weight, targets, softcap, z_loss)
+    backward = (torch.randn_like(losses), x, weight, targets, logsumexp, none, softcap, z_loss)
     torch.library.opcheck(torch.ops.pgolf.softcap_cross_entropy_backward, backward)
 
 
