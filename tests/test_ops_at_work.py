@@ -1,4 +1,4 @@
-"""Every op is called by training, export, scoring or generation: what only tests and benchmarks call is none."""
+"""Every op is called by training, export, scoring or generation: what only tests call is no op."""
 
 from dataclasses import replace
 
