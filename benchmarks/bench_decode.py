@@ -7,7 +7,6 @@ The network is exp101 with random weights. Steps of all ways alternate; minima a
 """
 
 import argparse
-import copy
 import importlib
 import json
 import statistics
@@ -21,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pgolf_fast import console
+from pgolf_fast.artifact.load import build_model
 from pgolf_fast.config.presets import exp101
-from pgolf_fast.model.bank import PackedBanks
+from pgolf_fast.model.bank import BANK_NAMES, PackedBanks
 from pgolf_fast.model.decoding import Decoder
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.model.runtime import environment
@@ -43,12 +43,10 @@ def models() -> dict[str, GPT]:
     quantized = quantize_state(source.state_dict(), replace(config.quant, method="round", grid="percentile"))
     state, codes = dequantize_state(quantized), packed_banks(quantized)
     assert codes is not None
-    made = {}
-    for name in WAYS:
-        dtype = torch.bfloat16 if name == "bfloat16" else torch.float32
-        made[name] = GPT(config.model, compute_dtype=dtype)
-        made[name].load_state_dict(copy.deepcopy(state))
-    made["packed"].use_packed(codes)
+    bank_free = {name: t for name, t in state.items() if name not in BANK_NAMES}
+    made = {"packed": build_model(config, bank_free, packed=codes)}
+    for dtype in (torch.bfloat16, torch.float32):
+        made[str(dtype).removeprefix("torch.")] = build_model(config, dict(state), compute_dtype=dtype)
     return made
 
 
