@@ -17,7 +17,6 @@ from pgolf_fast.config.presets import exp101
 from pgolf_fast.config.schema import PackConfig, QuantConfig, RunConfig
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.model.attention import rope_tables
-from pgolf_fast.model.bank import BANK_NAMES
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.ops import reference
 from pgolf_fast.quant.calibration import collect_hessians, quantize_model, self_generate
@@ -41,7 +40,6 @@ from pgolf_fast.quant.state import (
     QuantizedTensor,
     dequantize_state,
     hessian_name,
-    packed_banks,
     quantize_state,
     rebank,
     unbank,
@@ -293,24 +291,6 @@ def test_fake_quantized_banks_reach_the_loss_and_the_masters():
         torch.testing.assert_close(rounded.loss(tokens, tokens), fake)
     model.loss(tokens, tokens, model.banks(transform=fake_int6)).backward()
     assert all(bank.grad.abs().max() > 0 for bank in model.bank_parameters())
-
-
-# Packed banks
-
-
-def test_packed_banks_hold_the_dequantized_values_or_are_refused():
-    model = random_model()
-    quantized = quantize_state(model.state_dict(), replace(QUICK, method="round"))
-    packed, state = packed_banks(quantized), dequantize_state(quantized)
-    assert all(torch.equal(b, state[n]) for n, b in zip(BANK_NAMES, packed.unpacked(), strict=True))
-    rest = dequantize_state(quantized, banks=False)
-    assert rest.keys() == state.keys() - set(BANK_NAMES)
-    assert all(torch.equal(rest[name], state[name]) for name in rest)
-    assert packed.nbytes < 0.6 * 2 * sum(bank.numel() for bank in model.bank_parameters())
-    assert packed_banks(quantize_state(model.state_dict(), replace(QUICK, method="round", bits=8))) is None
-    text = self_generate(model, QUICK, 24, packed)
-    model.load_state_dict(state)
-    assert (text == self_generate(model, QUICK, 24)).float().mean() > 0.9  # rounding may flip a draw
 
 
 # Calibration
