@@ -7,7 +7,7 @@ The network is exp101 with random weights. Steps of all ways alternate; minima a
 """
 
 import argparse
-import copy
+import importlib
 import json
 import statistics
 import time
@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pgolf_fast import console, ops
+from pgolf_fast import console
+from pgolf_fast.artifact.load import build_model
 from pgolf_fast.config.presets import exp101
-from pgolf_fast.model.bank import PackedBanks
+from pgolf_fast.model.bank import BANK_NAMES, PackedBanks
 from pgolf_fast.model.decoding import Decoder
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.model.runtime import environment
@@ -42,12 +43,10 @@ def models() -> dict[str, GPT]:
     quantized = quantize_state(source.state_dict(), replace(config.quant, method="round", grid="percentile"))
     state, codes = dequantize_state(quantized), packed_banks(quantized)
     assert codes is not None
-    made = {}
-    for name in WAYS:
-        dtype = torch.bfloat16 if name == "bfloat16" else torch.float32
-        made[name] = GPT(config.model, compute_dtype=dtype)
-        made[name].load_state_dict(copy.deepcopy(state))
-    made["packed"].use_packed(codes)
+    bank_free = {name: t for name, t in state.items() if name not in BANK_NAMES}
+    made = {"packed": build_model(config, bank_free, packed=codes)}
+    for dtype in (torch.bfloat16, torch.float32):
+        made[str(dtype).removeprefix("torch.")] = build_model(config, dict(state), compute_dtype=dtype)
     return made
 
 
@@ -64,9 +63,11 @@ def products(model: GPT, batch: int) -> Callable[[], object]:
     banks, config, dtype = model.reading_banks(), model.config, model.compute_dtype
     x, hidden = (torch.randn(batch, n).to(dtype) for n in (config.model_dim, config.mlp_hidden))
     if isinstance(banks, PackedBanks):
+        product = importlib.import_module("pgolf_fast._C").int6_matmul  # as the blocks in C++ call it
         pairs = [(x, w) for w in (*banks._inward, *banks._outward, *banks._up)]
         pairs += [(hidden, w) for w in banks._down]
-        return lambda: [ops.int6_matmul(given, *weight) for given, weight in pairs]
+        calls = [(a.numpy(), c.numpy(), s.numpy(), torch.empty(batch, len(c)).numpy()) for a, (c, s) in pairs]
+        return lambda: [product(*arrays, torch.get_num_threads()) for arrays in calls]
     inputs = (x, x, x, hidden)
     dense = [(given, w) for given, bank in zip(inputs, banks.weights(), strict=True) for w in bank.unbind(0)]
     return lambda: [F.linear(given, weight) for given, weight in dense]

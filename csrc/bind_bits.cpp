@@ -7,8 +7,8 @@ namespace {
 // Raises ValueError unless shape and width of packed codes match.
 void check_packed(const Matrix<uint8_t>& packed, py::ssize_t columns, int bits) {
     rows_of(packed, "packed");
-    if (bits < 4 || bits > 8)
-        throw py::value_error("bits is " + std::to_string(bits) + ", but codes have 4 to 8 bits");
+    if (bits != 6 && bits != 8)
+        throw py::value_error("bits is " + std::to_string(bits) + ", but codes have 6 or 8 bits");
     const auto row_bytes = static_cast<size_t>(packed.shape(1));
     if (columns < 0 || packed_row_bytes(static_cast<size_t>(columns), bits) != row_bytes)
         throw py::value_error("packed has rows of " + std::to_string(row_bytes) + " bytes, which do not hold " +

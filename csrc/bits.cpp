@@ -48,41 +48,29 @@ bool all_in_range(uint64_t codes) {
 
 template <int bits>
 void pack8(uint64_t codes, const Planes<bits, uint8_t>& planes) {
-    using P = Planes<bits, uint8_t>;
     // code + 2^(bits-1), without carries between bytes
     const uint64_t u = (codes ^ every_byte(1 << (bits - 1))) & every_byte((1 << bits) - 1);
     uint64_t low = u & every_byte(0x0f);
     low = (low | low >> 4) & UINT64_C(0x00ff00ff00ff00ff);
     low = (low | low >> 8) & UINT64_C(0x0000ffff0000ffff);
     store(planes.low, low | low >> 16, 4);
-    if (P::has_two) {
-        uint64_t two = u >> 4 & every_byte(0x03);
-        two = (two | two >> 6) & UINT64_C(0x000f000f000f000f);
-        two = (two | two >> 12) & UINT64_C(0x000000ff000000ff);
-        store(planes.two, two | two >> 24, 2);
-    }
-    // The product adds bit 8i of the left side at bit 56 + i, and nothing else there.
-    if (P::has_one) *planes.one = uint8_t((u >> (bits - 1) & every_byte(1)) * UINT64_C(0x0102040810204080) >> 56);
+    uint64_t two = u >> 4 & every_byte(0x03);
+    two = (two | two >> 6) & UINT64_C(0x000f000f000f000f);
+    two = (two | two >> 12) & UINT64_C(0x000000ff000000ff);
+    store(planes.two, two | two >> 24, 2);
 }
 
 template <int bits>
 uint64_t unpack8(const Planes<bits, const uint8_t>& planes) {
-    using P = Planes<bits, const uint8_t>;
     uint64_t u = load(planes.low, 4);
     u = (u | u << 16) & UINT64_C(0x0000ffff0000ffff);
     u = (u | u << 8) & UINT64_C(0x00ff00ff00ff00ff);
     u = (u | u << 4) & every_byte(0x0f);
-    if (P::has_two) {
-        uint64_t two = load(planes.two, 2);
-        two = (two | two << 24) & UINT64_C(0x000000ff000000ff);
-        two = (two | two << 12) & UINT64_C(0x000f000f000f000f);
-        two = (two | two << 6) & every_byte(0x03);
-        u |= two << 4;
-    }
-    if (P::has_one) {
-        const uint64_t one = every_byte(*planes.one) & UINT64_C(0x8040201008040201);  // bit i in byte i
-        u |= ((one + every_byte(0x7f)) >> 7 & every_byte(1)) << (bits - 1);
-    }
+    uint64_t two = load(planes.two, 2);
+    two = (two | two << 24) & UINT64_C(0x000000ff000000ff);
+    two = (two | two << 12) & UINT64_C(0x000f000f000f000f);
+    two = (two | two << 6) & every_byte(0x03);
+    u |= two << 4;
     return sign_extend<bits>(u ^ every_byte(1 << (bits - 1)));
 }
 
@@ -175,12 +163,9 @@ void for_rows(size_t rows, size_t columns, size_t threads, const Work& work) {
 template <class Function>
 void with_bits(int bits, const Function& function) {
     switch (bits) {
-        case 4: return function(std::integral_constant<int, 4>{});
-        case 5: return function(std::integral_constant<int, 5>{});
         case 6: return function(std::integral_constant<int, 6>{});
-        case 7: return function(std::integral_constant<int, 7>{});
         case 8: return function(std::integral_constant<int, 8>{});
-        default: throw std::invalid_argument("bits is " + std::to_string(bits) + ", but codes have 4 to 8 bits");
+        default: throw std::invalid_argument("bits is " + std::to_string(bits) + ", but codes have 6 or 8 bits");
     }
 }
 

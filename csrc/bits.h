@@ -1,13 +1,11 @@
-// Packing of signed 4- to 8-bit codes into planes, and dequantization of packed codes.
+// Packing of signed 6-bit codes into planes, and dequantization of packed codes.
 //
-// A matrix of `rows` x `columns` codes, each -2^(bits-1) .. 2^(bits-1) - 1, is stored row by row. Rows are padded with
-// code 0 to K, the next multiple of 8. With u = code + 2^(bits-1), a packed row is up to three consecutive planes:
-//   4 low bits            low[j] = u[2j] & 15 | (u[2j+1] & 15) << 4                            K/2 bytes
-//   2 bits, width 6 and 7 two[j] = sum over i < 4 of (u[4j+i] >> 4 & 3) << 2i                  K/4 bytes
-//   1 bit, width 5 and 7  one[j] = sum over i < 8 of (u[8j+i] >> (bits-1)) << i               K/8 bytes
-// A row is K * bits / 8 bytes, every plane of every row starts on a byte, and a GPU thread unpacks with shifts and
-// masks that never cross bytes. kernels/int6_matmul.py reads the 6-bit layout. 8-bit codes are stored as they are,
-// without padding.
+// A matrix of `rows` x `columns` codes, each -32..31, is stored row by row. Rows are padded with code 0 to K, the next
+// multiple of 8. With u = code + 32, a packed row is two consecutive planes:
+//   4 low bits   low[j] = u[2j] & 15 | (u[2j+1] & 15) << 4             K/2 bytes
+//   2 high bits  two[j] = sum over i < 4 of (u[4j+i] >> 4) << 2i       K/4 bytes
+// Every plane of every row starts on a byte, and a GPU thread unpacks with shifts and masks that never cross bytes.
+// kernels/int6_matmul.py reads this layout. 8-bit codes are stored as they are, without padding.
 #pragma once
 
 #include <cstddef>
@@ -25,7 +23,7 @@ struct BitsOptions {
     bool simd = true;    // use the SIMD path where there is one; the results are the same
 };
 
-// All functions throw std::invalid_argument unless bits is 4..8.
+// All functions throw std::invalid_argument unless bits is 6 or 8.
 
 // `packed` has rows * packed_row_bytes(columns, bits) bytes.
 // Throws std::invalid_argument naming row and column of the first code out of range.

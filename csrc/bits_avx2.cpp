@@ -12,7 +12,6 @@ bool has_avx2() {
 
 template <int bits>
 PGOLF_AVX2 size_t pack_blocks_avx2(const int8_t* codes, size_t count, Planes<bits, uint8_t> planes, bool& good) {
-    using P = Planes<bits, uint8_t>;
     const __m256i half = _mm256_set1_epi8(1 << (bits - 1));
     const __m256i beyond = _mm256_set1_epi8(static_cast<char>(~((1 << bits) - 1)));
     __m256i seen = _mm256_setzero_si256();
@@ -25,17 +24,11 @@ PGOLF_AVX2 size_t pack_blocks_avx2(const int8_t* codes, size_t count, Planes<bit
         const __m256i pairs = _mm256_maddubs_epi16(nibbles, _mm256_set1_epi16(0x1001));  // even + 16 * odd
         _mm_storeu_si128(reinterpret_cast<__m128i*>(planes.low),
                          _mm_packus_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1)));
-        if (P::has_two) {
-            const __m256i two = _mm256_and_si256(_mm256_srli_epi16(u, 4), _mm256_set1_epi8(0x03));
-            const __m256i quads = _mm256_madd_epi16(_mm256_maddubs_epi16(two, _mm256_set1_epi16(0x0401)),
-                                                    _mm256_set1_epi32(0x00100001));
-            const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(quads), _mm256_extracti128_si256(quads, 1));
-            _mm_storel_epi64(reinterpret_cast<__m128i*>(planes.two), _mm_packus_epi16(words, words));
-        }
-        if (P::has_one) {
-            const int ones = _mm256_movemask_epi8(_mm256_slli_epi16(u, 8 - bits));
-            std::memcpy(planes.one, &ones, 4);
-        }
+        const __m256i two = _mm256_and_si256(_mm256_srli_epi16(u, 4), _mm256_set1_epi8(0x03));
+        const __m256i quads = _mm256_madd_epi16(_mm256_maddubs_epi16(two, _mm256_set1_epi16(0x0401)),
+                                                _mm256_set1_epi32(0x00100001));
+        const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(quads), _mm256_extracti128_si256(quads, 1));
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(planes.two), _mm_packus_epi16(words, words));
         planes.skip(32);
     }
     good &= _mm256_testz_si256(seen, beyond) != 0;
@@ -44,27 +37,16 @@ PGOLF_AVX2 size_t pack_blocks_avx2(const int8_t* codes, size_t count, Planes<bit
 
 template <int bits>
 PGOLF_AVX2 size_t unpack_blocks_avx2(Planes<bits, const uint8_t> planes, size_t count, int8_t* codes) {
-    using P = Planes<bits, const uint8_t>;
     const __m256i half = _mm256_set1_epi8(1 << (bits - 1));
-    const __m256i byte_of = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
-    const __m256i bit_of = _mm256_set1_epi64x(static_cast<long long>(0x8040201008040201));
     size_t done = 0;
     for (; done + 32 <= count; done += 32) {
         const __m256i pairs =
             _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(planes.low)));
         __m256i u = _mm256_and_si256(_mm256_or_si256(pairs, _mm256_slli_epi16(pairs, 4)), _mm256_set1_epi8(0x0f));
-        if (P::has_two) {
-            __m256i two = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(planes.two)));
-            two = _mm256_or_si256(two, _mm256_slli_epi32(two, 12));
-            two = _mm256_and_si256(_mm256_or_si256(two, _mm256_slli_epi32(two, 6)), _mm256_set1_epi8(0x03));
-            u = _mm256_or_si256(u, _mm256_slli_epi16(two, 4));
-        }
-        if (P::has_one) {
-            int ones;
-            std::memcpy(&ones, planes.one, 4);
-            const __m256i bit = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(ones), byte_of), bit_of);
-            u = _mm256_or_si256(u, _mm256_and_si256(_mm256_cmpeq_epi8(bit, bit_of), half));
-        }
+        __m256i two = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(planes.two)));
+        two = _mm256_or_si256(two, _mm256_slli_epi32(two, 12));
+        two = _mm256_and_si256(_mm256_or_si256(two, _mm256_slli_epi32(two, 6)), _mm256_set1_epi8(0x03));
+        u = _mm256_or_si256(u, _mm256_slli_epi16(two, 4));
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + done), _mm256_sub_epi8(u, half));
         planes.skip(32);
     }
@@ -105,13 +87,7 @@ void scale_codes_avx2(const int8_t* codes, size_t count, float scale, uint16_t* 
 
 #endif
 
-template size_t pack_blocks_avx2<4>(const int8_t*, size_t, Planes<4, uint8_t>, bool&);
-template size_t pack_blocks_avx2<5>(const int8_t*, size_t, Planes<5, uint8_t>, bool&);
 template size_t pack_blocks_avx2<6>(const int8_t*, size_t, Planes<6, uint8_t>, bool&);
-template size_t pack_blocks_avx2<7>(const int8_t*, size_t, Planes<7, uint8_t>, bool&);
-template size_t unpack_blocks_avx2<4>(Planes<4, const uint8_t>, size_t, int8_t*);
-template size_t unpack_blocks_avx2<5>(Planes<5, const uint8_t>, size_t, int8_t*);
 template size_t unpack_blocks_avx2<6>(Planes<6, const uint8_t>, size_t, int8_t*);
-template size_t unpack_blocks_avx2<7>(Planes<7, const uint8_t>, size_t, int8_t*);
 
 }  // namespace pgolf

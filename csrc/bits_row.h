@@ -10,16 +10,14 @@ namespace pgolf {
 // Pointers into the planes of one row at a column that is a multiple of 8. Byte is uint8_t or const uint8_t.
 template <int bits, class Byte>
 struct Planes {
-    static constexpr bool has_two = bits >= 6, has_one = bits % 2 == 1;
-    Byte *low, *two, *one;
+    static_assert(bits == 6, "8-bit codes are not packed");
+    Byte *low, *two;
 
-    Planes(Byte* row, size_t columns)
-        : low(row), two(row + (columns + 7) / 8 * 4), one(two + (has_two ? (columns + 7) / 8 * 2 : 0)) {}
+    Planes(Byte* row, size_t columns) : low(row), two(row + (columns + 7) / 8 * 4) {}
 
     void skip(size_t columns) {
         low += columns / 2;
-        if (has_two) two += columns / 4;
-        if (has_one) one += columns / 8;
+        two += columns / 4;
     }
 };
 

@@ -5,14 +5,6 @@
 #include <vector>
 
 #include "int6_matmul.h"
-#include "parallel.h"
-
-#if __has_include("pool.h")
-#include "pool.h"
-#define PGOLF_RUN run_on_pool
-#else
-#define PGOLF_RUN parallel_for
-#endif
 
 // Inlined in two functions, of which one is compiled for AVX2.
 #define PGOLF_INLINE __attribute__((always_inline)) inline
@@ -122,8 +114,7 @@ void decode_block(const DecodeBlock& b, float* x, const float* x0, size_t thread
     for (size_t i = 0; i < b.batch * dim; i++) x[i] = b.x_mix[i % dim] * x[i] + b.x0_mix[i % dim] * x0[i];
     norm();
     int6_matmul(normed.data(), b.batch, dim, b.attention.codes, b.attention.scale, in_rows, wide.data(), options);
-    // Waking threads pays from about 2^16 products on.
-    const bool many = b.batch * dim * (b.position + 1) >= size_t(1) << 16;
+    const bool many = b.batch * dim * (b.position + 1) >= kSharedWork;
     PGOLF_RUN(b.batch * b.kv_heads, many ? threads : 1, [&](size_t i) {
         const size_t t = i / b.kv_heads;
         attend_one(b, t, i % b.kv_heads, wide.data() + t * in_rows, normed.data() + t * dim);

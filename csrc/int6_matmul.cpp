@@ -4,14 +4,6 @@
 #include <vector>
 
 #include "bits_row.h"
-#include "parallel.h"
-
-#if __has_include("pool.h")
-#include "pool.h"
-#define PGOLF_RUN run_on_pool
-#else
-#define PGOLF_RUN parallel_for
-#endif
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -190,8 +182,7 @@ void multiply(const Value* x, size_t rows, size_t depth, const uint8_t* packed, 
     const auto dot = simd ? dot_avx2 : dot_portable;
     std::vector<float> blocks(rows * padded);
     for (size_t m = 0; m < rows; m++) arrange(x + m * depth, depth, blocks.data() + m * padded);
-    // Pieces of about 2^17 products, which take 10 us on one core.
-    const size_t piece = std::max<size_t>(1, (size_t(1) << 17) / std::max<size_t>(1, padded * rows * kCodes)) * kCodes;
+    const size_t piece = std::max<size_t>(1, kSharedWork / std::max<size_t>(1, padded * rows * kCodes)) * kCodes;
     PGOLF_RUN((columns + piece - 1) / piece, options.threads, [&](size_t index) {
         const size_t end = std::min(columns, (index + 1) * piece);
         if (simd && rows == 1) {

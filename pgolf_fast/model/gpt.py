@@ -154,9 +154,9 @@ class GPT(nn.Module):
             self._shadow = Shadow()
             self.use_packed(packed)
 
-    def reading_banks(self) -> AnyBanks:
-        """Return the banks for inference: packed ones, or `banks()`."""
-        return self.packed or self.banks()
+    def reading_banks(self, transform: Transform = None) -> AnyBanks:
+        """Return the banks for inference: packed ones, or `banks(transform)`."""
+        return self.packed if self.packed and transform is None else self.banks(transform)
 
     def banks(self, transform: Transform = None) -> Banks:
         """Return the banks for one forward: masters after `transform`, in compute dtype.

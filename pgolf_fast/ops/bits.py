@@ -1,16 +1,14 @@
-"""pgolf::pack_bits, pgolf::unpack_bits, pgolf::dequantize_bits: matrices of codes of 4 to 8 bits.
+"""pgolf::pack_bits, pgolf::unpack_bits, pgolf::dequantize_bits: matrices of codes of 6 or 8 bits.
 
-Layout: a row of C codes in -2^(bits-1) .. 2^(bits-1) - 1 is padded with code 0 to K, the next multiple of 8.
-With u = code + 2^(bits-1), the packed row is up to three planes, one after another:
+Layout: a row of C 6-bit codes in -32..31 is padded with code 0 to K, the next multiple of 8. With
+u = code + 32, the packed row is two planes, one after the other: the "4+2 split" that `int6_matmul` reads.
 
     low[j] = (u[2j] & 15) | (u[2j+1] & 15) << 4                     K/2 bytes
-    two[j] = sum over i < 4 of (u[4j+i] >> 4 & 3) << 2i             K/4 bytes, for 6 and 7 bits
-    one[j] = sum over i < 8 of (u[8j+i] >> (bits-1)) << i           K/8 bytes, for 5 and 7 bits
+    two[j] = sum over i < 4 of (u[4j+i] >> 4) << 2i                 K/4 bytes
 
-so a row takes K * bits / 8 bytes; 6 bits are the "4+2 split" that `int6_matmul` reads. Codes of 8 bits are
-the bytes themselves, without padding. The C++ code (csrc/bits.h) and the torch reference agree bitwise.
-This is a format for memory: files hold one byte per code, which every entropy coder compresses better than
-packed bytes. Inference only: no autograd is registered.
+Codes of 8 bits are the bytes themselves, without padding. The C++ code (csrc/bits.h) and the torch reference
+agree bitwise. This is a format for memory: files hold one byte per code, which every entropy coder compresses
+better than packed bytes. Inference only: no autograd is registered.
 """
 
 import torch
@@ -19,7 +17,7 @@ from torch import Tensor
 from pgolf_fast.ops import native, reference_bytes
 from pgolf_fast.ops.checks import expect_dtype, expect_shape, same_device
 
-WIDTHS = (4, 5, 6, 7, 8)
+WIDTHS = (6, 8)
 
 
 def row_bytes(columns: int, bits: int) -> int:
@@ -29,7 +27,7 @@ def row_bytes(columns: int, bits: int) -> int:
 
 @torch.library.custom_op("pgolf::pack_bits", mutates_args=())
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Pack int8 codes (R, C) of `bits` bits, 4 to 8, into uint8 (R, row_bytes(C, bits)).
+    """Pack int8 codes (R, C) of `bits` bits, 6 or 8, into uint8 (R, row_bytes(C, bits)).
 
     Raises ValueError for any other dtype, shape or width, and for a code out of range, naming its position.
     """
@@ -118,7 +116,7 @@ def check_packed(op: str, packed: Tensor, columns: int, bits: int) -> None:
 
 def _check_bits(op: str, bits: int) -> None:
     if bits not in WIDTHS:
-        raise ValueError(f"pgolf::{op}: bits is {bits}, but codes have 4 to 8 bits")
+        raise ValueError(f"pgolf::{op}: bits is {bits}, but codes have 6 or 8 bits")
 
 
 def _check_codes(codes: Tensor, bits: int) -> None:

@@ -362,7 +362,7 @@ CASES: dict[str, Entry] = {
         "muon", partial(_muon_apply, shadowed=False), (1,), covers=("muon_apply",)
     ),
     "int6_matmul-decode": _variant("int6_matmul", partial(_int6_matmul, one_token=True), (1,)),
-    **{f"bits-{n}": _variant(None, partial(_bits, bits=n), (1,), covers=_BITS) for n in range(4, 9)},
+    **{f"bits-{n}": _variant(None, partial(_bits, bits=n), (1,), covers=_BITS) for n in (6, 8)},
     "lzma": _variant(None, _lzma, (1,), covers=_LZMA),
 }
 

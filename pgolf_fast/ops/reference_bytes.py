@@ -63,7 +63,7 @@ def lzma_decompress(data: bytes, size: int) -> bytes:
 
 
 # Planes of a packed row by width: (bits of u in the plane, its lowest bit); ops/bits.py defines the layout.
-PLANES = {4: ((4, 0),), 5: ((4, 0), (1, 4)), 6: ((4, 0), (2, 4)), 7: ((4, 0), (2, 4), (1, 6))}
+PLANES = {6: ((4, 0), (2, 4))}
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:

@@ -140,6 +140,9 @@ def test_from_training_to_text(capsys, run):
     assert first["non_overlapping"]["bpb"] == pytest.approx(in_memory_bpb(folder), abs=1e-6)
     call(capsys, "eval", run)
     assert read_json(run / "scores_artifact.json")["sliding"] == first["sliding"]
+    assert call(capsys, "eval", run, "--weights", "packed")[0] == 0
+    packed = read_json(run / "scores_packed.json")
+    assert all(packed[name] == first[name] for name in ("non_overlapping", "sliding", "sliding_ttt"))
     status, out, _ = call(capsys, "eval", run, "--weights", "float")
     assert status == 0
     real = read_json(run / "scores_float.json")

@@ -1,4 +1,4 @@
-// Packing of 4- to 8-bit codes. Input: rows (1 byte), columns (1), width and path (1), then packed bytes, repeated to
+// Packing of 6-bit codes, and 8-bit codes as they are. Input: rows (1 byte), columns (1), width and path (1), then packed bytes, repeated to
 // the size needed.
 #include <cstring>
 #include <stdexcept>
@@ -19,7 +19,7 @@ Bytes make_input(Random& random) {
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     if (size < 4) return 0;
     const size_t rows = data[0] % 5, columns = data[1] % 110;
-    const int bits = 4 + data[2] % 5, half = 1 << (bits - 1);
+    const int bits = data[2] % 2 ? 8 : 6, half = 1 << (bits - 1);
     const pgolf::BitsOptions options{1, (data[2] & 128) != 0};
     fuzz::Bytes packed(rows * pgolf::packed_row_bytes(columns, bits)), repacked(packed.size());
     for (size_t i = 0; i < packed.size(); i++) packed[i] = data[3 + i % (size - 3)];

@@ -12,9 +12,11 @@ from pgolf_fast.config.presets import small
 from pgolf_fast.config.schema import QuantConfig
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.model import decoding
+from pgolf_fast.model.bank import BANK_NAMES
 from pgolf_fast.model.decoding import Decoder, generate, sample
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.ops import native
+from pgolf_fast.quant.calibration import self_generate
 from pgolf_fast.quant.state import dequantize_state, packed_banks, quantize_state
 
 VARIANTS = {
@@ -189,6 +191,26 @@ def test_packed_model_scores_like_the_dequantized_one_and_can_be_unpacked():
     with packed.unpacked():
         assert all(map(torch.equal, packed.bank_parameters(), dense.bank_parameters()))
     assert torch.equal(packed.token_losses(*given), dense.token_losses(*given))
+
+
+def test_packed_banks_hold_the_dequantized_values_or_are_refused():
+    state = random_model().state_dict()
+    quantized = quantize_state(state, QuantConfig(method="round"))
+    packed, want = packed_banks(quantized), dequantize_state(quantized)
+    assert packed is not None
+    assert all(torch.equal(b, want[n]) for n, b in zip(BANK_NAMES, packed.unpacked(), strict=True))
+    rest = dequantize_state(quantized, banks=False)
+    assert rest.keys() == want.keys() - set(BANK_NAMES)
+    assert all(torch.equal(rest[name], want[name]) for name in rest)
+    assert packed.nbytes < 0.6 * 2 * sum(want[name].numel() for name in BANK_NAMES)  # steps weigh here
+    assert packed_banks(quantize_state(state, QuantConfig(method="round", bits=8))) is None
+
+
+def test_calibration_text_from_packed_banks():
+    packed, dense = packed_and_dequantized()
+    quick = QuantConfig(calibration_sequences=6, calibration_length=24, calibration_batch=4)
+    text, want = self_generate(dense, quick, 24, packed.packed), self_generate(dense, quick, 24)
+    assert (text == want).float().mean() > 0.8  # rounding may flip a draw
 
 
 def test_bfloat16_stays_close_to_float32():

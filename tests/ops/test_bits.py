@@ -47,10 +47,7 @@ def pack_one_by_one(codes, bits):
     for row in codes.tolist():
         u = [code + (1 << bits - 1) for code in row + [0] * (-len(row) % 8)]
         packed = [(u[2 * j] & 15) | (u[2 * j + 1] & 15) << 4 for j in range(len(u) // 2)]
-        if bits >= 6:
-            packed += [sum((u[4 * j + i] >> 4 & 3) << 2 * i for i in range(4)) for j in range(len(u) // 4)]
-        if bits in (5, 7):
-            packed += [sum((u[8 * j + i] >> bits - 1) << i for i in range(8)) for j in range(len(u) // 8)]
+        packed += [sum((u[4 * j + i] >> 4 & 3) << 2 * i for i in range(4)) for j in range(len(u) // 4)]
         rows.append(packed)
     return torch.tensor(rows, dtype=torch.uint8).reshape(len(codes), row_bytes(codes.shape[1], bits))
 
@@ -217,7 +214,7 @@ def test_rejects_bad_input():
         pack_bits(torch.zeros(2, 2, dtype=torch.int32), 6)
     with pytest.raises(ValueError, match=r"codes\.shape is \(3,\), but \(any, any\) is needed"):
         pack_bits(random_codes(6, 3), 6)
-    with pytest.raises(ValueError, match="pgolf::pack_bits: bits is 3, but codes have 4 to 8 bits"):
+    with pytest.raises(ValueError, match="pgolf::pack_bits: bits is 3, but codes have 6 or 8 bits"):
         pack_bits(random_codes(6, 3, 3), 3)
     with pytest.raises(ValueError, match=r"packed\.shape is \(4, 12\), but \(any, 18\) is needed"):
         unpack_bits(packed, 17, 6)

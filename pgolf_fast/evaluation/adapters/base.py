@@ -125,7 +125,7 @@ class Frozen(Adapter):
     def __init__(self, model: GPT, transform: Transform = None, *, compile: bool = False):
         """Read the banks through `transform`; `compile` is for batches of several windows."""
         with torch.no_grad():
-            self._banks = model.banks(transform)
+            self._banks = model.reading_banks(transform)
         self._eager = model.token_losses
         # batches of several windows have one shape; single windows, at the end of the stream, have many
         self._batched = compiled(model.token_losses) if compile else model.token_losses
