@@ -7,7 +7,7 @@ from pathlib import Path
 
 # Spins of an OpenMP thread at a barrier before it sleeps. libgomp's default, 300,000, is milliseconds: beside
 # other busy processes, a thread burns its time slices waiting for one that is not running. Training `tiny` on
-# two cores with many others running made 240 to 750 tokens per CPU second with it and 3,400 to 3,900 with this
+# two cores with many others running made 240 to 750 tokens per CPU second with it, 3,400 to 3,900 with this
 # one. Without any spins (OMP_WAIT_POLICY=passive), a quiet machine is 18 to 35 % slower.
 SPIN_COUNT = "1000"
 CHOSEN: dict[str, str] = {}
