@@ -118,6 +118,8 @@ def _forward_cpu(call: Call, value_embed: Tensor | None, num_kv_heads, queries) 
     k = F.linear(x, weights.k).unflatten(-1, (num_kv_heads, -1))
     v = F.linear(x, weights.v)
     v = (v if value_embed is None else v.add_(value_embed)).unflatten(-1, (num_kv_heads, -1))
+    # 13.5 for 33.9 ms (backward 29 for 86) on AVX2, 16 x 256 tokens, 4 heads of 64, float32, one thread; with
+    # the portable pass 30 for 33 (64 for 79)
     if fused := native.passes("gqa_attention", x):
         context, saved = _forward_fused(fused, call, q.contiguous(), k.contiguous(), v.contiguous())
         return F.linear(context.flatten(2), weights.out), saved
