@@ -115,7 +115,7 @@ void decode_block(const DecodeBlock& b, float* x, const float* x0, size_t thread
     norm();
     int6_matmul(normed.data(), b.batch, dim, b.attention.codes, b.attention.scale, in_rows, wide.data(), options);
     const bool many = b.batch * dim * (b.position + 1) >= kSharedWork;
-    PGOLF_RUN(b.batch * b.kv_heads, many ? threads : 1, [&](size_t i) {
+    run_on_pool(b.batch * b.kv_heads, many ? threads : 1, [&](size_t i) {
         const size_t t = i / b.kv_heads;
         attend_one(b, t, i % b.kv_heads, wide.data() + t * in_rows, normed.data() + t * dim);
     });

@@ -183,7 +183,7 @@ void multiply(const Value* x, size_t rows, size_t depth, const uint8_t* packed, 
     std::vector<float> blocks(rows * padded);
     for (size_t m = 0; m < rows; m++) arrange(x + m * depth, depth, blocks.data() + m * padded);
     const size_t piece = std::max<size_t>(1, kSharedWork / std::max<size_t>(1, padded * rows * kCodes)) * kCodes;
-    PGOLF_RUN((columns + piece - 1) / piece, options.threads, [&](size_t index) {
+    run_on_pool((columns + piece - 1) / piece, options.threads, [&](size_t index) {
         const size_t end = std::min(columns, (index + 1) * piece);
         if (simd && rows == 1) {
             for (size_t n = index * piece; n < end; n++)

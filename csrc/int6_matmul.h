@@ -5,20 +5,12 @@
 #include <cstdint>
 
 #include "bits.h"
-
-// Products that are worth a thread of their own: 2^17 take 10 us on one core. Waking a thread of a pool costs 1 us,
-// starting one 30 us.
-#if __has_include("pool.h")
 #include "pool.h"
-#define PGOLF_RUN run_on_pool
-namespace pgolf { constexpr size_t kSharedWork = size_t(1) << 17; }
-#else
-#include "parallel.h"
-#define PGOLF_RUN parallel_for
-namespace pgolf { constexpr size_t kSharedWork = size_t(1) << 20; }
-#endif
 
 namespace pgolf {
+
+// Products that are worth a thread of their own: 2^17 take 10 us on one core, and waking a thread of the pool 1 us.
+constexpr size_t kSharedWork = size_t(1) << 17;
 
 // y[m][n] = scale[n] * sum over k of x[m][k] * code[n][k], summed in float, for x (rows, depth), y (rows, columns) and
 // packed codes (columns, depth). The results are the same for any number of threads.

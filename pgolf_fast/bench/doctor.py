@@ -7,6 +7,7 @@ import torch
 from torch._library.custom_ops import OPDEFS
 from torch._library.simple_registry import singleton
 
+from pgolf_fast import cores
 from pgolf_fast.console import Table
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import write_json
@@ -14,6 +15,7 @@ from pgolf_fast.model.runtime import environment, resolve_dtype
 from pgolf_fast.ops import attention_backend, cases, judge, lzma, native, tiles
 from pgolf_fast.ops.case import Case
 
+_PASSES = set(tiles.DEFAULTS) - {"weight_grad", "ngram_hash_embed", "muon"}  # ops in C++ on a CPU
 Row = tuple[str, str, str, str, str, str]
 
 
@@ -24,8 +26,9 @@ def examine(*, check: bool, table: bool = False) -> tuple[str, bool]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = resolve_dtype("auto", device)
     facts = [(name, str(value)) for name, value in environment().items()]
+    facts += [("compute dtype 'auto'", str(dtype).removeprefix("torch.")), ("CPU cores", cores.describe())]
     parts = [
-        str(Table(None, [*facts, ("compute dtype 'auto'", str(dtype).removeprefix("torch."))])),
+        str(Table(None, facts)),
         str(implementations(device, dtype)),
         str(Table(("attention", "what it is", "here"), attention_backend.available(device))),
     ]
@@ -70,7 +73,8 @@ def _implementation(op: str, device: torch.device, dtype: torch.dtype) -> str:
     if tiles.uses_kernels(op, torch.empty(0, dtype=dtype, device=device)):
         return f"Triton, tiles for {tiles.architecture(device)}" if device.type == "cuda" else "Triton"
     if device.type != "cuda":
-        return "PyTorch"
+        fused = native.passes(op, torch.empty(0, dtype=dtype)) if op in _PASSES else None
+        return "PyTorch" if fused is None else f"C++, SIMD: {fused.passes()}"
     by_choice = tiles.implementation(op) == "torch"
     return "PyTorch, by choice" if by_choice else "PyTorch: Triton does not support this GPU"
 

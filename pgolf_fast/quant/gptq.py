@@ -7,6 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from pgolf_fast import cores
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.model.weights import Tensors
 from pgolf_fast.ops.native import extension
@@ -164,8 +165,8 @@ def round_columns(
     number: price of a bit over the row's importance.
 
     All tensors but `cost` may have a leading batch dimension: independent problems of one shape.
-    On the CPU, blocks of `block_size` columns run in C++ on `threads` threads (0: all cores) if the extension
-    is built, otherwise in torch; codes differ only where another order of summation rounds differently.
+    On the CPU, blocks of `block_size` columns run in C++ on `threads` threads (0: `cores.threads`) if the
+    extension is built, otherwise in torch; codes differ only where another order of sums rounds differently.
     Raises PgolfError for shapes that do not fit, clip_range outside 1..127, or classes without a cost.
     """
     single = columns.ndim == 2
@@ -269,4 +270,4 @@ class _Rule:
                 costs = {"cost": self.cost, "row_class": self.row_class[i], "lam": self.lam[i]}
                 costs["column_class"] = self.column_class[i, block]
             arrays, named = [t.numpy() for t in needed], {name: t.numpy() for name, t in costs.items()}
-            native.gptq_round_block(*arrays, self.clip_range, **named, threads=threads)
+            native.gptq_round_block(*arrays, self.clip_range, **named, threads=threads or cores.threads())

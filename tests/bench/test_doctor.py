@@ -7,7 +7,7 @@ import torch
 
 from pgolf_fast.bench import doctor
 from pgolf_fast.cli.kernels import Doctor
-from pgolf_fast.ops import cases, tiles
+from pgolf_fast.ops import cases, native, tiles
 
 CPU = torch.device("cpu")
 
@@ -56,7 +56,11 @@ def test_a_wrong_op_is_refused_by_name(what, monkeypatch):
 
 
 def test_implementations_follow_device_and_dtype():
-    assert rows(doctor.implementations(CPU, torch.float32))["mlp"]["implementation"] == "PyTorch"
+    found = rows(doctor.implementations(CPU, torch.float32))
+    extension = native.extension()
+    fused = "PyTorch" if extension is None else f"C++, SIMD: {extension.passes()}"
+    assert found["mlp"]["implementation"] == found["newton_schulz"]["implementation"] == fused
+    assert found["muon"]["implementation"] == "PyTorch"
     with tiles.kernels_on_cpu("interpreter"):
         assert rows(doctor.implementations(CPU, torch.float32))["mlp"]["implementation"] == "Triton"
         assert rows(doctor.implementations(CPU, torch.float64))["mlp"]["implementation"] == "PyTorch"
