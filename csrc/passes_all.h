@@ -3,9 +3,9 @@
 #include "simd.h"
 
 #include "activation.h"
-#include "symmetric.h"
 #include "attention.h"
 #include "attention_backward.h"
+#include "symmetric.h"
 #include "residual_norm.h"
 #include "smear_gate.h"
 #include "softcap_loss.h"

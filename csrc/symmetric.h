@@ -42,11 +42,9 @@ inline void symmetric_panel(const float* x, const float* add, float* out, float 
 void symmetric_product(const float* xs, const float* adds, float* outs, float alpha, float beta, size_t count,
                        size_t rows, size_t columns, size_t threads) {
     const size_t panels = (rows + kPanel - 1) / kPanel;
-    run_on_pool(count * panels, threads, [=](size_t item) {
-        static thread_local std::vector<float> panel;
-        if (panel.size() < columns * kPanel) panel.resize(columns * kPanel);
+    share(count * panels, threads, columns * kPanel, [=](size_t item, float* panel) {
         const size_t matrix = item / panels, square = matrix * rows * rows;
         symmetric_panel(xs + matrix * rows * columns, adds ? adds + square : nullptr, outs + square, alpha, beta, rows,
-                        columns, item % panels * kPanel, panel.data());
+                        columns, item % panels * kPanel, panel);
     });
 }

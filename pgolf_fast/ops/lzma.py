@@ -51,7 +51,10 @@ def decompress_bytes(data: bytes, size: int) -> bytes:
     Raises ValueError that says whether the stream is truncated, corrupt, longer or shorter than `size`, or
     followed by other bytes. Never writes more than `size` bytes; the decoder itself uses at most 256 MiB.
     """
-    return lzma_decompress(_tensor(data), size).numpy().tobytes()
+    try:
+        return lzma_decompress(_tensor(data), size).numpy().tobytes()
+    except ValueError as error:  # callers are about files, not about ops
+        raise ValueError(str(error).removeprefix("pgolf::lzma_decompress: ")) from error
 
 
 def _tensor(data: bytes) -> Tensor:

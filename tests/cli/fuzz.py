@@ -280,7 +280,7 @@ def _changed_json(content: bytes, where: int) -> bytes:
 
 def _ends(text):
     """Return whether the last line is the one of the command; `import` shows a table after it."""
-    return text.splitlines()[-1].startswith("pgolf: ") or " differences:" in text
+    return text.splitlines()[-1].startswith("pgolf: ") or " holds another model, " in text
 
 
 def outcome(example: dict, world: Path) -> tuple[str | None, str, int]:

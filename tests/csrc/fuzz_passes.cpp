@@ -2,8 +2,11 @@
 // (1), then bytes that make the values, repeated to the size needed. Tables: those that this CPU can run, and one with
 // vectors of 16 that needs no AVX-512.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
+#include <thread>
+#include <vector>
 
 #include "fuzz.h"
 #include "passes.h"
