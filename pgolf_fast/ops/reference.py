@@ -4,6 +4,9 @@ Each is the bare formula, differentiable by autograd, accumulating in at least f
 float64). Sources: PR 1501 for the network, Keller Jordan's Muon for `newton_schulz`.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,6 +20,16 @@ HASH_CURRENT, HASH_PREVIOUS, HASH_BEFORE = 36313, 27191, 51497
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def gradients(formula: Callable[..., Any], inputs: Sequence[Tensor], *douts: Tensor) -> list[Tensor]:
+    """Return the gradients of `inputs`, contiguous, from those of the results of `formula`."""
+    # inside a custom op, calls would pass autograd by
+    autograd = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
+    with autograd, torch.enable_grad():
+        leaves = [t.detach().requires_grad_() for t in inputs]
+        grads = torch.autograd.grad(formula(*leaves), leaves, douts)
+    return [grad.contiguous() for grad in grads]
 
 
 def rms_norm(x: Tensor, eps: float = RMS_EPS) -> Tensor:
