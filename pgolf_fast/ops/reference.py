@@ -32,10 +32,14 @@ def gradients(formula: Callable[..., Any], inputs: Sequence[Tensor], *douts: Ten
     return [grad.contiguous() for grad in grads]
 
 
+def rstd(x: Tensor, eps: float = RMS_EPS) -> Tensor:
+    """Return 1 / sqrt(mean(x^2) + eps) over the last dimension, (..., 1), in at least float32."""
+    return torch.rsqrt(_wide(x).square().mean(-1, keepdim=True) + eps)
+
+
 def rms_norm(x: Tensor, eps: float = RMS_EPS) -> Tensor:
     """Return x / sqrt(mean(x^2) + eps) over the last dimension, without a gain."""
-    wide = _wide(x)
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return (_wide(x) * rstd(x, eps)).to(x.dtype)
 
 
 def residual_norm(

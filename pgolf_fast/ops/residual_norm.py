@@ -66,13 +66,7 @@ def _forward_cpu(x, branch, x_scale, branch_scale, layer_scale: float) -> tuple[
         native.call(fused.residual_norm, *operands, layer_scale)
         return mixed, normed, rstd
     mixed, normed = reference.residual_norm(x, branch, x_scale, branch_scale, layer_scale)
-    return mixed.contiguous(), normed.contiguous(), _rstd(mixed)
-
-
-def _rstd(x: Tensor) -> Tensor:
-    """Return 1 / sqrt(mean(x^2) + eps), (..., 1), in at least float32."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return torch.rsqrt(wide.square().mean(-1, keepdim=True) + reference.RMS_EPS).contiguous()
+    return mixed.contiguous(), normed.contiguous(), reference.rstd(mixed).contiguous()
 
 
 @_residual_norm.register_fake
@@ -118,19 +112,14 @@ _Saved = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor]
 _Gradients = tuple[Tensor, Tensor, Tensor, Tensor]  # of x, branch, x_scale (empty without one), branch_scale
 
 
-def _backward_pass(fused, dmixed: Tensor, dnormed: Tensor, saved: _Saved, layer_scale: float) -> _Gradients:
-    x, branch, x_scale, branch_scale, mixed, rstd = saved
-    dx, dbranch = x.new_empty(x.shape), x.new_empty(x.shape)
-    sums = rstd.new_empty(1 if x_scale is None else 2, x.shape[-1])
-    inputs = (dmixed, dnormed, x, branch, _float32(x_scale), branch_scale.float(), mixed, rstd)
-    native.call(fused.residual_norm_backward, *inputs, dx, dbranch, sums, layer_scale)
-    return dx, dbranch, sums.new_empty(0) if x_scale is None else sums[1].clone(), sums[0].clone()
-
-
 def _backward_cpu(dmixed: Tensor, dnormed: Tensor, saved: _Saved, layer_scale: float) -> _Gradients:
-    if fused := native.passes("residual_norm", saved[0]):
-        return _backward_pass(fused, dmixed, dnormed, saved, layer_scale)
-    x, branch, x_scale, branch_scale, _, rstd = saved
+    x, branch, x_scale, branch_scale, mixed, rstd = saved
+    if fused := native.passes("residual_norm", x):
+        dx, dbranch = x.new_empty(x.shape), x.new_empty(x.shape)
+        sums = rstd.new_empty(1 if x_scale is None else 2, x.shape[-1])
+        inputs = (dmixed, dnormed, x, branch, _float32(x_scale), branch_scale.float(), mixed, rstd)
+        native.call(fused.residual_norm_backward, *inputs, dx, dbranch, sums, layer_scale)
+        return dx, dbranch, sums.new_empty(0) if x_scale is None else sums[1].clone(), sums[0].clone()
 
     def formula(x: Tensor, branch: Tensor, branch_scale: Tensor, x_scale: Tensor | None = None) -> Any:
         return reference.residual_norm(x, branch, x_scale, branch_scale, layer_scale)
@@ -205,7 +194,7 @@ def _rms_norm(x: Tensor) -> tuple[Tensor, Tensor]:
         normed, rstd = x.new_empty(x.shape), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
         native.call(fused.residual_norm, x, None, None, None, None, normed, rstd, 1.0)
         return normed, rstd
-    return reference.rms_norm(x).contiguous(), _rstd(x)
+    return reference.rms_norm(x).contiguous(), reference.rstd(x).contiguous()
 
 
 @_rms_norm.register_fake
