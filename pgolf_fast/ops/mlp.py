@@ -75,8 +75,12 @@ def _mlp(x, up_bank, down_bank, slot, activation, grad_up, grad_down) -> tuple[T
 
 def _forward_cpu(x: Tensor, up: Tensor, down: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
     pre = F.linear(x, up).contiguous()
-    out = F.linear(_activate(pre, activation), down).contiguous()
-    return out, pre, x.new_empty(0, dtype=torch.int32)
+    if fused := native.passes("mlp", pre):
+        hidden = pre.new_empty(*pre.shape[:-1], down.shape[1])
+        native.call(fused.activate, pre, hidden, activation)
+    else:
+        hidden = reference.activation(pre, activation)
+    return F.linear(hidden, down).contiguous(), pre, x.new_empty(0, dtype=torch.int32)
 
 
 def _empty_saved(x: Tensor, up_rows: int, activation: str) -> tuple[Tensor, Tensor]:
@@ -103,14 +107,6 @@ def _forward_cuda(x: Tensor, up: Tensor, down: Tensor, activation: str) -> tuple
         with tiles.on_device_of(x):
             launch_mlp_up(as_rows(x), up, hidden, written, activation, tile)
     return F.linear(hidden, down).contiguous(), saved, signs  # nothing to fuse: cuBLAS
-
-
-def _activate(pre: Tensor, activation: str) -> Tensor:
-    if fused := native.passes("mlp", pre):
-        hidden = pre.new_empty(*pre.shape[:-1], pre.shape[-1] // (2 if activation == "swiglu" else 1))
-        native.call(fused.activate, pre, hidden, activation)
-        return hidden
-    return reference.activation(pre, activation)
 
 
 def _activate_backward(dhidden: Tensor, pre: Tensor, activation: str) -> tuple[Tensor, Tensor]:
