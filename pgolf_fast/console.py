@@ -138,10 +138,7 @@ def progress(
     unit: str = "it",
     note: Callable[[], str] | None = None,
 ) -> Iterator[Item]:
-    """Iterate with a progress bar on a terminal, or with a log line every 10 s elsewhere.
-
-    `note` is called after each item and its text is appended to the bar or log line.
-    """
+    """Iterate with a progress bar on a terminal, else a log line every 10 s; `note()` is appended to each."""
     if sys.stderr.isatty():
         from tqdm import tqdm
 
@@ -216,9 +213,6 @@ class Table:
         if wrong := [row for row in self.rows if len(row) != width]:
             raise ValueError(f"table {caption!r}: row {wrong[0]} has {len(wrong[0])} cells, not {width}")
 
-    def __str__(self) -> str:
-        return self.text()
-
     def _columns(self) -> list[tuple[str, ...]]:
         return list(zip(*self.rows, strict=True)) if self.rows else [()] * len(self.header or ())
 
@@ -238,6 +232,8 @@ class Table:
         if self.header is not None:
             aligned.insert(1, "  ".join("-" * width for width in widths))
         return "\n".join(line.rstrip() for line in aligned)
+
+    __str__ = text
 
     def markdown(self) -> str:
         """Render a GitHub table; without a header, the header cells are empty."""

@@ -28,10 +28,7 @@ def allowed_cores() -> int:
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:
-    """Return the CPU time per time that the cgroups of this process allow, in cores; None if unlimited.
-
-    root: where /proc and /sys are.
-    """
+    """Return the CPU quota of this process's cgroups in cores, or None; `root`: where /proc and /sys are."""
     try:
         lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -80,9 +77,8 @@ def prepare_openmp() -> None:
     if not names & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} and not any(n.startswith("KMP_") for n in names):
         CHOSEN["GOMP_SPINCOUNT"] = SPIN_COUNT
     limits = {"OMP_NUM_THREADS", "OMP_THREAD_LIMIT", "MKL_NUM_THREADS"}
-    if (
-        not names & limits and available_cores() < allowed_cores()
-    ):  # OpenMP respects the affinity, not the quota
+    # OpenMP respects the affinity, not the quota
+    if not names & limits and available_cores() < allowed_cores():
         CHOSEN["OMP_NUM_THREADS"] = str(available_cores())
     os.environ.update(CHOSEN)
 

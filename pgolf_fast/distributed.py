@@ -123,10 +123,7 @@ def devices() -> int:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep freed blocks, which CPU training would request again at the next step.
-
-    Measured on two cores: 9 % more tokens per second for `small`. A no-op without glibc.
-    """
+    """Tell glibc, if present, to keep freed blocks: on two cores 9 % more tokens per second for `small`."""
     trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # names of malloc.h's mallopt parameters
     try:
         mallopt = ctypes.CDLL(None).mallopt

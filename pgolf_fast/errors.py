@@ -25,10 +25,7 @@ class PgolfError(Exception):
 
 
 def explain(error: BaseException, memory: str = "") -> tuple[int, str]:
-    """Return the exit status of an exception, and the line that says what happened and what to do.
-
-    memory: what to lower if memory ran out.
-    """
+    """Return an exception's exit status, and what happened; `memory`: what to lower if that ran out."""
     text = str(error).strip() or type(error).__name__
     if isinstance(error, PgolfError):
         return BAD_INPUT, text

@@ -30,8 +30,7 @@ _FULL = {
 def atomic_path(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path next to `path`, which is flushed and renamed to `path` if the block succeeds.
 
-    If the block fails, the temporary file is removed and the previous file at `path` is unchanged. Raises
-    PgolfError naming the file if the disk is full.
+    Otherwise it is removed, and `path` is unchanged. Raises PgolfError naming the file if the disk is full.
     """
     final = Path(path)
     if final.exists() and not (final.is_file() or final.is_dir()):  # root would replace /dev/null

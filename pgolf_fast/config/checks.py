@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Callable, Iterable
+from functools import partial
 
 from pgolf_fast.errors import PgolfError
 
@@ -12,33 +13,18 @@ def need(condition: object, message: str) -> None:
         raise PgolfError(message)
 
 
-def need_positive(group: str, config: object, *names: str) -> None:
-    """Raise PgolfError unless each of these fields is positive, or None."""
-    _need_all(group, config, names, lambda value: value > 0, "must be positive")
-
-
-def need_not_negative(group: str, config: object, *names: str) -> None:
-    """Raise PgolfError if one of these fields is negative."""
-    _need_all(group, config, names, lambda value: value >= 0, "must not be negative")
-
-
-def need_share(group: str, config: object, *names: str) -> None:
-    """Raise PgolfError unless each of these fields is above 0 and at most 1, or None."""
-    _need_all(group, config, names, lambda value: 0 < value <= 1, "must be above 0 and at most 1")
-
-
-def need_decay(group: str, config: object, *names: str) -> None:
-    """Raise PgolfError unless each of these fields is at least 0 and below 1, or None."""
-    _need_all(group, config, names, lambda value: 0 <= value < 1, "must be at least 0 and below 1")
-
-
-def _need_all(
-    group: str, config: object, names: Iterable[str], fits: Callable[[float], bool], rule: str
-) -> None:
+def _need_all(rule: str, fits: Callable[[float], bool], group: str, config: object, *names: str) -> None:
+    """Raise PgolfError unless each of these fields fits the rule, or is None."""
     for name in names:
         value = getattr(config, name)
         or_none = ", or None" if "None" in str(type(config).__annotations__[name]) else ""
         need(value is None or fits(value), f"{group}.{name} is {value}; it {rule}{or_none}")
+
+
+need_positive = partial(_need_all, "must be positive", lambda value: value > 0)
+need_not_negative = partial(_need_all, "must not be negative", lambda value: value >= 0)
+need_share = partial(_need_all, "must be above 0 and at most 1", lambda value: 0 < value <= 1)
+need_decay = partial(_need_all, "must be at least 0 and below 1", lambda value: 0 <= value < 1)
 
 
 def need_multiple(group: str, config: object, whole: str, part: str) -> None:

@@ -53,22 +53,16 @@ _OFF_AT_ZERO = (
 
 @dataclass(frozen=True)
 class Translation:
-    """A configuration and the variables it was made from.
-
-    used: variable -> field. refused: variable -> reason. adjusted: lines about derived fields.
-    """
+    """A configuration and the variables it was made from."""
 
     config: RunConfig
-    used: dict[str, str]
-    refused: dict[str, str]
-    adjusted: list[str]
+    used: dict[str, str]  # variable -> field
+    refused: dict[str, str]  # variable -> reason
+    adjusted: list[str]  # lines about derived fields
 
 
 def translate(variables: Mapping[str, str], base: RunConfig) -> Translation:
-    """Return `base` with the fields set that the environment variables correspond to.
-
-    A variable that is invalid for its field, or contradicts others, is left out, with the reason.
-    """
+    """Return `base` with fields set from environment variables; invalid or contradicting ones are refused."""
     given: dict[str, object] = {}
     refused: dict[str, str] = {}
     for name in (name for name in FIELDS if name in variables):  # in this order: MUON_WD before ADAM_WD

@@ -33,8 +33,7 @@ def run_config_from_dict(values: dict[str, Any]) -> RunConfig:
 def from_dict(cls: type[Config], values: object, where: str = "") -> Config:
     """Build a configuration dataclass from plain values; absent fields take their defaults.
 
-    `where` is the dotted name of the group, for messages. Raises PgolfError for an unknown field or a wrong
-    type.
+    `where` is the group's dotted name, for messages. Raises PgolfError for unknown fields and wrong types.
     """
     if not isinstance(values, dict):
         raise PgolfError(f"{where or cls.__name__} is {values!r}; it must be an object with named fields")
@@ -88,8 +87,7 @@ def with_fields(config: Config, fields: Mapping[str, object]) -> Config:
 def flip(config: RunConfig, words: Sequence[str]) -> RunConfig:
     """Return `config` with the FIELD=VALUE of every word set: model.trigram=false, train.meta=none.
 
-    Raises PgolfError as `set_fields` does, for a malformed word, for a field that is set twice, and for a
-    group that is none and has a field set.
+    Raises PgolfError as `set_fields` does, and for malformed, repeated or contradicting words.
     """
     given: dict[str, str] = {}
     for word in words:

@@ -46,10 +46,7 @@ def absolute(config: RunConfig) -> RunConfig:
 
 
 def _is_whole(line: dict[str, Any]) -> bool:
-    """Return whether a line of metrics.jsonl has a kind and a step and, if the kind is step, a time.
-
-    Losses need not be finite, because reports show where they were not.
-    """
+    """Return whether a line has a kind, a step and, for a step, a time; losses may be infinite."""
     numbers = [line.get("tokens", 0), line.get("elapsed", None if line.get("kind") == "step" else 0)]
     finite = all(isinstance(value, int | float) and abs(value) < 1e300 for value in numbers)
     return isinstance(line.get("kind"), str) and type(line.get("step")) is int and finite

@@ -24,10 +24,7 @@ def write_manifest(folder: Path, tokenizer: Tokenizer, split: str, counts: Mappi
 
 
 def check_manifest(folder: Path, tokenizer: Tokenizer) -> dict[str, Any] | None:
-    """Return the manifest of `folder`, or None if this package did not write one.
-
-    Raises `PgolfError` for a bad manifest, another tokenizer, and a missing, extra or changed shard.
-    """
+    """Return the folder's manifest, if any. Raises `PgolfError` if it, the tokenizer or a shard differs."""
     path = folder / _FILE
     if path.is_dir() or not os.path.lexists(path):  # a link to nowhere is no missing file
         return None

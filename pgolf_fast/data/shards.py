@@ -39,9 +39,8 @@ class Shard:
     def document_starts(self) -> np.ndarray:
         """Return the positions of the BOS ids, int64 of shape (documents,)."""
         tokens, blocks = self.tokens, range(0, self.num_tokens, _CHECK_BLOCK)
-        return np.concatenate(
-            [at + np.flatnonzero(tokens[at : at + _CHECK_BLOCK] == BOS_ID) for at in blocks]
-        )
+        found = [at + np.flatnonzero(tokens[at : at + _CHECK_BLOCK] == BOS_ID) for at in blocks]
+        return np.concatenate(found)
 
 
 def open_shard(path: Path | str) -> Shard:

@@ -64,10 +64,7 @@ class Source:
 
 
 def open_source(config: DataConfig, vocab_size: int) -> Source:
-    """Open the data set that a configuration names, or the built-in corpus if it names none.
-
-    Raises PgolfError for a missing folder or a tokenizer of another size than the model.
-    """
+    """Open the configured or built-in data. Raises PgolfError for no folder, or a tokenizer of other size."""
     folder = build_corpus(vocab_size=vocab_size) if config.path is None else Path(config.path)
     tokenizer = Tokenizer.load(find_tokenizer(shards.data_folder(folder), config.tokenizer))
     check_vocab(tokenizer, vocab_size)
@@ -77,10 +74,7 @@ def open_source(config: DataConfig, vocab_size: int) -> Source:
 
 
 def side_counts(shard: Shard, table: ByteTable) -> np.ndarray | None:
-    """Return the bytes of each token from the shard's byte side file, or None if it has none.
-
-    Raises `PgolfError` if they cannot belong to the shard.
-    """
+    """Return the bytes of each token by the side file, if any. Raises `PgolfError` if it does not fit."""
     path, tokens = side_file(shard.path), shard.tokens
     if not os.path.lexists(path):
         return None
@@ -140,10 +134,7 @@ class ShardInfo:
 
 
 def describe(folder: Path | str, tokenizer: Tokenizer) -> list[ShardInfo]:
-    """Return one row per training and validation shard of `folder`, in reading order.
-
-    Raises `PgolfError` if there is no shard, or one is bad or has ids that the tokenizer does not know.
-    """
+    """Return a row per shard, in reading order. Raises `PgolfError` for none, a bad one or unknown ids."""
     folder, rows, table = shards.data_folder(folder), [], byte_table(tokenizer)
     splits: tuple[Split, ...] = ("train", "val")
     paths = [(path, split) for split in splits for path in shard_paths(folder, split)]

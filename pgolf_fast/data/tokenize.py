@@ -220,10 +220,7 @@ _loaded = functools.lru_cache(maxsize=1)(Tokenizer.load)  # once per process
 
 
 def expand(inputs: Iterable[Path | str]) -> list[Path]:
-    """Return the files of `inputs`, with a folder replaced by the text files directly in it.
-
-    Raises `PgolfError` if there are no files, or one is missing, of another kind or given twice.
-    """
+    """Return `inputs` with folders as their text files. Raises `PgolfError` for none or an unusable one."""
     files: list[Path] = []
     kinds = f"{', '.join(SUFFIXES)} files"
     for path in (paths := [Path(item) for item in inputs]):

@@ -21,10 +21,7 @@ def document_starts(tokens: np.ndarray) -> np.ndarray:
 
 
 def cut_at(windows: Windows, starts: np.ndarray) -> Windows:
-    """Split windows that score targets of several documents, so that each scores one document's.
-
-    Every target keeps its inputs. Raises PgolfError for windows that score a target twice.
-    """
+    """Split windows at document starts, keeping all inputs. Raises PgolfError if a target is scored twice."""
     if not np.array_equal(windows.first[1:], windows.end[:-1]):
         raise PgolfError("documents need windows that score each target once: set eval.repeat_tail to false")
     first = np.union1d(windows.first, starts)

@@ -1,7 +1,4 @@
-"""Windows, updates, operations and time of an evaluation, before it starts.
-
-Counts follow the evaluator's own chunks. Times come from a sample of the same shapes, per operation.
-"""
+"""Windows, updates, operations and time of an evaluation: counts of its chunks, times of a sample."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -67,14 +64,11 @@ def windows_flops(model: ModelConfig, windows: Windows) -> float:
 
 
 class Learning(NamedTuple):
-    """Updates of test-time training, and their operations on chunks of the stream and segments of documents.
-
-    The low-rank changes themselves, a few percent, are not counted.
-    """
+    """Updates of test-time training and their operations, without a few percent for low-rank changes."""
 
     updates: int = 0
-    chunks: float = 0.0
-    segments: float = 0.0
+    chunks: float = 0.0  # operations on chunks of the stream
+    segments: float = 0.0  # operations on segments of documents
 
 
 def learning(chunks: Sequence[Chunk], config: TTTConfig, model: ModelConfig, seq_len: int) -> Learning:
@@ -100,10 +94,7 @@ def learning(chunks: Sequence[Chunk], config: TTTConfig, model: ModelConfig, seq
 
 
 def estimate(model: GPT, stream: Stream, config: RunConfig, grid: Transform = None) -> list[Estimate]:
-    """Estimate the three scores as `three_scores` computes them from the same arguments, on one rank.
-
-    On a GPU, seconds exclude compilation.
-    """
+    """Estimate the `three_scores` of these arguments on one rank; on a GPU, seconds exclude compilation."""
     evaluator, ttt = Evaluator(model, stream, config, grid), config.ttt
     sliding, frozen = evaluator.sliding_windows(), evaluator.frozen_adapter()
     estimates = []

@@ -1,7 +1,4 @@
-"""Breakdown of a score by class of target, context length, document length and size of loss.
-
-Every part covers the same losses as the score, so the sums of each table are the score's.
-"""
+"""Breakdowns of a score that sum to it: by class of target, context, document length and size of loss."""
 
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -96,10 +96,7 @@ class Ledger:
 def score_and_adapt(
     adapter: Adapter, scorer: Scorer, chunks: Chunks, what: str, saved: Saved = None
 ) -> list[Score]:
-    """Return the running score after each chunk; the last is the result. Progress is shown as `what`.
-
-    With `saved`, resumes from the state there and writes new ones from time to time.
-    """
+    """Return running scores by chunk, the last being the result; `saved` is resumed from and written to."""
     scores, ledger = saved.load(scorer, adapter) if saved is not None else [], Ledger(scorer.stream)
     if scores:
         ledger.note(scorer.windows[: chunks[len(scores) - 1].high])

@@ -156,10 +156,7 @@ def quick_score(folder: RunFolder, config: RunConfig, tokens: int, *, quantized:
 
 
 def estimate_run(folder: RunFolder | None, config: RunConfig, weights: Weights) -> tuple[list[Estimate], str]:
-    """Estimate the work and time of `score_run` in this process; also name the weights that were tried.
-
-    Without a run, or before it has such weights, these are freshly initialized.
-    """
+    """Estimate `score_run` in this process; also name the weights used: new ones where the run has none."""
     device, artifact = this_process().device, weights != "float"
     if folder is not None and (folder.artifact_file if artifact else folder.model_file).is_file():
         loaded, stream = open_run(folder, config, weights, device)

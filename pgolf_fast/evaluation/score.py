@@ -104,10 +104,7 @@ class Scorer:
         *,
         pad: bool | None = None,
     ):
-        """Pad the last batch of a run to the size of the others if `pad` (default: on a GPU).
-
-        Compiled models and CUDA graphs then see one shape.
-        """
+        """With `pad` (default: on a GPU), last batches are filled up: compiled models see one shape."""
         device = stream.tokens.device
         self.stream, self.windows, self.seq_len, self.size, self.world = stream, windows, seq_len, size, world
         self.places = windows.places()
@@ -165,10 +162,13 @@ class Scorer:
 
 
 def _in_threads(function: Callable[[Batch], None], items: list[Batch], device: torch.device) -> Iterator:
-    """Apply `function` to each item, on a CPU one item per thread, and yield after each.
+    (
+        """Apply `function` to each item, on a CPU one item per thread, and yield after each.
 
     Threads do not wait for each other within an item, and results are bit-identical for any thread count.
     """
+        ""
+    )
     threads = torch.get_num_threads()
     if device.type != "cpu" or threads == 1:
         yield from map(function, items)

@@ -161,11 +161,9 @@ def labeled(name: str, illegal: object) -> str:
 
 
 def conditions(scores: dict, name: str) -> list[object]:
-    """Return what score `name` in a scores file depends on besides the weights.
-
-    Rounding of the banks during test-time training counts as part of the weights: float ones never do it.
-    """
+    """Return what score `name` in a scores file depends on besides the weights."""
     fields = ("seq_len",) if name == "non_overlapping" else ("seq_len", "stride", "repeat_tail")
+    # rounding of the banks counts as part of the weights: float ones never do it
     ttt = {**scores.get("ttt", {}), "quantize_forward": None} if name == "sliding_ttt" else None
     return [scores[name]["tokens"], ttt, *(scores.get("eval", {}).get(field) for field in fields)]
 

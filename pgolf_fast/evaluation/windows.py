@@ -15,15 +15,12 @@ from pgolf_fast.errors import PgolfError
 
 @dataclass(frozen=True)
 class Windows:
-    """Window i reads inputs start[i] .. end[i]-1 and scores targets first[i] .. end[i]-1.
-
-    Where documents are scored in parallel, it belongs to document row[i] of the batch.
-    """
+    """Window i reads inputs start[i] .. end[i]-1 and scores targets first[i] .. end[i]-1."""
 
     start: np.ndarray
     end: np.ndarray
     first: np.ndarray
-    row: np.ndarray | None = None
+    row: np.ndarray | None = None  # document of the batch, where these are scored in parallel
 
     def __len__(self) -> int:
         return len(self.start)
@@ -43,16 +40,13 @@ class Windows:
 
 
 class Batch(NamedTuple):
-    """Windows low .. high-1 of one shape: `length` inputs, of which the last `scored` are scored.
-
-    Batches of such windows hold `full` each; only the last may hold fewer.
-    """
+    """Windows low .. high-1 of one shape: `length` inputs, of which the last `scored` are scored."""
 
     low: int
     high: int
     length: int
     scored: int
-    full: int
+    full: int  # windows in other batches of the same shape; only the last may hold fewer
 
 
 # Windows per batch as a function of their length
@@ -60,10 +54,7 @@ BatchSize = Callable[[int], int]
 
 
 def batches(windows: Windows, low: int, high: int, size: BatchSize) -> list[Batch]:
-    """Split windows low .. high-1, in order, into batches of one shape.
-
-    The split depends on the windows and `size` only, so batches are identical for any world size.
-    """
+    """Split windows low .. high-1, in order, into batches of one shape, the same for any world size."""
     if low == high:
         return []
     part = windows[low:high]

@@ -77,10 +77,7 @@ def check_folder(folder: RunFolder, config: RunConfig, resume: bool) -> list[str
 
 
 def newest_whole(folder: RunFolder, config: RunConfig) -> Checkpoint | None:
-    """Return the newest intact checkpoint with the settings of `config`, or None if there are none.
-
-    Warns about newer ones. Raises PgolfError if there are checkpoints but none can be used.
-    """
+    """Return the newest whole checkpoint, if any; warn of newer ones. Raises PgolfError if none is usable."""
     damaged: dict[Path, str] = {}
     for path in reversed(checkpoints(folder.checkpoints)):
         try:

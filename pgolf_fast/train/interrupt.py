@@ -22,10 +22,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Interrupts:
-    """Keeps the number of the first signal in the block, or raises Interrupted where `allow` permits it.
-
-    Outside the main thread, where Python handles no signals, it does nothing.
-    """
+    """Keeps the number of the first signal in the block, or raises Interrupted where `allow` permits it."""
 
     def __init__(self, world_size: int):
         self.number = 0
@@ -33,7 +30,7 @@ class Interrupts:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupts":
-        if threading.current_thread() is threading.main_thread():
+        if threading.current_thread() is threading.main_thread():  # Python handles no signals in others
             for number in _SIGNALS:
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):  # nohup ignores SIGHUP
                     self._before[number] = signal.signal(number, self._receive)

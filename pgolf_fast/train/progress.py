@@ -31,10 +31,8 @@ class StepClock:
         usual = statistics.median(self._recent) if self._recent else wall
         # a step that is slow because of compilation keeps a processor busy; a pause does not
         if wall > max(5 * usual, _PAUSE) and busy < wall / 2:
-            paused = console.duration(wall - usual)
-            console.logger.warning(
-                f"the process was paused for {paused}, which does not count as training time"
-            )
+            paused = f"the process was paused for {console.duration(wall - usual)}"
+            console.logger.warning(f"{paused}, which does not count as training time")
             return usual
         self._recent.append(wall)
         return wall

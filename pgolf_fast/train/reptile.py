@@ -19,7 +19,7 @@ from pgolf_fast.data.loader import Batch
 from pgolf_fast.model.bank import transformed
 from pgolf_fast.model.gpt import GPT
 
-Rounding = Callable[[Tensor], Tensor]
+Rounding = Callable[[Tensor], Tensor]  # the fake quantization that forward applies to the banks
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,7 @@ class Reptile:
         self.banks = [model.mlp_up_bank, model.mlp_down_bank]  # that have trained slots
 
     def adapt(self, batches: Iterable[Batch], rounding: Rounding | None) -> InnerSteps:
-        """Make one SGD step for each batch of (tokens, targets), (B, T), without changing the model.
-
-        `rounding` is the fake quantization that forward applies to the banks, or None.
-        """
+        """Make one SGD step for each batch of (tokens, targets), (B, T), without changing the model."""
         ends = [bank.detach()[self.first :].clone() for bank in self.banks]
         gradients = [torch.zeros_like(end) for end in ends]
         losses, norms = [], []

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.data.loader import Loader
@@ -110,9 +110,11 @@ class Trainer:
         self.model, self.config, self.loader, self.world = model, config, loader, world
         train = config.train
         self.rates = SlotRates(model) if train.meta is not None and train.meta.slot_rates else None
+        named = () if self.rates is None else self.rates.named_parameters()
+        self._rates = {f"slot_rates.{name}": rate for name, rate in named}
         self.reptile = None if train.reptile is None else Reptile(model, train.reptile)
         self.reptile_from: int | None = None  # steps before the Reptile phase, once it has begun
-        self.optimizer = Optimizer(model, config.optim, world, self._rates())
+        self.optimizer = Optimizer(model, config.optim, world, self._rates)
         self.schedule = Schedule(train)
         self.average = WeightAverage(model, config.average)
         self.micro_steps = max(1, train.batch_tokens // (train.micro_batch_tokens * world.world_size))
@@ -241,14 +243,10 @@ class Trainer:
             self.optimizer.zero_grad()
         self.restore(tensors, metadata)
 
-    def _rates(self) -> dict[str, nn.Parameter]:
-        named = () if self.rates is None else self.rates.named_parameters()
-        return {f"slot_rates.{name}": rate for name, rate in named}
-
     def tensors(self) -> dict[str, Tensor]:
         """Return every tensor that a step changes."""
         weights = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        rates = {name: rate.detach() for name, rate in self._rates().items()}
+        rates = {name: rate.detach() for name, rate in self._rates.items()}
         return {**weights, **rates, **self.optimizer.state(), **self.average.state()}
 
     def metadata(self) -> dict[str, Any]:
@@ -261,7 +259,7 @@ class Trainer:
         """Continue from `tensors` and `metadata`. Raises PgolfError if they belong to another model."""
         weights = {name[6:]: value for name, value in tensors.items() if name.startswith("model.")}
         load_weights(self.model, weights, origin)
-        for name, rate in self._rates().items():
+        for name, rate in self._rates.items():
             rate.data.copy_(tensors[name])
         self.optimizer.load_state(tensors)
         self.average.load_state(tensors, metadata["swa_count"])

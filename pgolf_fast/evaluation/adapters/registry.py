@@ -24,10 +24,7 @@ KINDS["error_guided"] = ErrorGuided
 def make_adapter(
     model: GPT, config: TTTConfig, seq_len: int, grid: Transform = fake_int6, **options: bool
 ) -> Adapter:
-    """Return the configured adapter of a `borrowed` model; arguments are those of `Descent`.
-
-    Low-rank changes ignore the options. `need_legal` guards the use of adapters that break the rules.
-    """
+    """Return the configured adapter of a `borrowed` model; arguments are those of `Descent`."""
     return KINDS[config.adapter](model, config, seq_len, grid, **options)
 
 
