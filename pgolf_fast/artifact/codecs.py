@@ -126,9 +126,8 @@ def _extra(codec: str, package: str) -> ModuleType:
 
 def _encode_zstd(data: bytes, shapes: Sequence[Shape], level: int = 22) -> bytes:
     zstandard = _extra("zstd", "zstandard")
-    parameters = zstandard.ZstdCompressionParameters.from_level(
-        level, source_size=len(data), window_log=_window_log(len(data)), enable_ldm=True
-    )
+    sizes = {"source_size": len(data), "window_log": _window_log(len(data))}
+    parameters = zstandard.ZstdCompressionParameters.from_level(level, **sizes, enable_ldm=True)
     return bytes(zstandard.ZstdCompressor(compression_params=parameters).compress(data))
 
 

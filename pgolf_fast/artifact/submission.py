@@ -90,6 +90,7 @@ def write_submission(folder: RunFolder, out: Path, about: About, *, readable: bo
     need(code + weights <= LIMIT_BYTES, why)
     facts = _facts(folder, config, about)
     facts |= {"scores": scores, "digest": digest, "code": code, "weights": weights, "readable": readable}
+    facts |= {"labels": _SCORES, "script": SCRIPT, "artifact": ARTIFACT, "limit": LIMIT_BYTES}
     facts["warnings"] = _warnings(config, about, scores)
     template = resources.files("pgolf_fast.artifact").joinpath("submission.md.j2").read_text(encoding="utf-8")
     readme = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(template)
@@ -123,10 +124,8 @@ def _warnings(config: RunConfig, about: About, scores: dict[str, Any]) -> list[s
     ]
     count = scores["non_overlapping"]["bytes"]
     if not math.isclose(count, OFFICIAL_BYTES, rel_tol=1e-3):
-        warnings.append(
-            f"the scores are of {count:,} bytes of text, the challenge's validation set has about "
-            f"{OFFICIAL_BYTES:,}: they are not comparable with scores of the challenge"
-        )
+        scored = f"{count:,} bytes of text, the challenge's validation set has about {OFFICIAL_BYTES:,}"
+        warnings.append(f"the scores are of {scored}: they are not comparable with scores of the challenge")
     if config.data.path or config.data.tokenizer:
         warnings.append(f"{ARTIFACT} names a folder of this machine: pack and score the run again")
     return warnings
@@ -164,9 +163,9 @@ def _write_own(out: Path, files: dict[str, bytes]) -> None:
 def _check_script(ttt: TTTConfig, codecs: set[str]) -> None:
     hint = f"only {', '.join(_ADAPTERS)}: set one of these in config.json, pack and score again"
     need(ttt.adapter in _ADAPTERS, f"the evaluation script has no ttt.adapter {ttt.adapter}, {hint}")
-    if unknown := sorted(codecs.difference(_CODECS)):
-        hint = f"only {', '.join(_CODECS)}: pack again with --pack.codecs rans lzma, and score again"
-        raise PgolfError(f"the evaluation script cannot read {' and '.join(unknown)}, {hint}")
+    unknown = " and ".join(sorted(codecs.difference(_CODECS)))
+    hint = f"only {', '.join(_CODECS)}: pack again with --pack.codecs rans lzma, and score again"
+    need(not unknown, f"the evaluation script cannot read {unknown}, {hint}")
 
 
 def _scores(folder: RunFolder, config: RunConfig, digest: str) -> dict[str, Any]:
@@ -206,10 +205,6 @@ def _facts(folder: RunFolder, config: RunConfig, about: About) -> dict[str, Any]
         "tokenizer": hashlib.sha256(folder.tokenizer_file.read_bytes()).hexdigest(),
         "changes": _changes(config),
         "widths": widths,
-        "labels": _SCORES,
-        "script": SCRIPT,
-        "artifact": ARTIFACT,
-        "limit": LIMIT_BYTES,
     }
 
 

@@ -45,11 +45,6 @@ def need_finite(tensors: Tensors, origin: str) -> None:
             raise PgolfError(f"{origin}: {name}: {problem}: the run diverged, use an earlier checkpoint")
 
 
-def _difference(row: tuple[str, ...]) -> str:
-    expected, given = row
-    return f"missing {expected}" if given == "nothing" else f"{expected} / {given}"
-
-
 def load_weights(
     model: nn.Module, tensors: Tensors, origin: str, *, assign: bool = False, table: bool = False
 ) -> None:
@@ -62,7 +57,7 @@ def load_weights(
     rows = [*zip_longest(*names, fillvalue="nothing")]
     rows += [(f"{n} {s}", f"{n} {given[n]}") for n, s in expected.items() if given.get(n, s) != s]
     if rows:
-        shown = "; ".join(map(_difference, rows[:8]))
+        shown = "; ".join(f"missing {a}" if b == "nothing" else f"{a} / {b}" for a, b in rows[:8])
         if table and len(rows) > 1:
             shown = f"\n{Table(('expected', 'in the file'), rows[:16])}"
         hint = "is it of another preset or --shrink?"

@@ -4,7 +4,6 @@ import math
 from functools import partial
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,9 +26,7 @@ from pgolf_fast.artifact.standalone.reader import banked, dequantized
 class Model:
     """The network of PR 1501 with float32 parameters and activations in `dtype`."""
 
-    def __init__(
-        self, config: SimpleNamespace, arrays: dict[str, np.ndarray], space: Tensor, dtype: torch.dtype
-    ):
+    def __init__(self, config: SimpleNamespace, arrays: dict, space: Tensor, dtype: torch.dtype):
         self.config, self.space, self.dtype = config.run.model, space, dtype
         trees = [{n: t.to(space.device) for n, t in tree.items()} for tree in dequantized(arrays)]
         layers = self.config.num_layers
