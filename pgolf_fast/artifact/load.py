@@ -119,10 +119,8 @@ def load(
         tokenizer = folder.tokenizer_file
     if isinstance(tokenizer, str | Path):
         tokenizer = Tokenizer.load(tokenizer)
-    leading = None
-    if tokenizer is not None:
-        leading = torch.from_numpy(byte_table(tokenizer).has_leading_space)
-    elif stored.model.bigram_vocab_size and stored.model.pos_conditional:
+    leading = None if tokenizer is None else torch.from_numpy(byte_table(tokenizer).has_leading_space)
+    if leading is None and stored.model.bigram_vocab_size and stored.model.pos_conditional:
         console.logger.warning("%s: without a tokenizer word starts are unknown and logits differ", file)
     dtype = resolve_dtype(config.train.compute_dtype, device)
     model = build_model(stored, state, leading, dtype, str(file), codes).to(device)

@@ -210,7 +210,6 @@ def _prune(records: list[TensorRecord], sizes: ContainerSizes, code: int, config
     if not matrices or budget <= 0:
         hint = "even no bank weights at all would not fit; raise pack.limit_bytes or make the tables smaller"
         raise _too_large(sizes, code, config, hint)
-
     shapes = [(*array.shape, 1) for array, _ in matrices]
 
     def coded_size(flat: NDArray[np.int8]) -> int:

@@ -189,11 +189,9 @@ def _facts(folder: RunFolder, config: RunConfig, about: About) -> dict[str, Any]
     environment = read_json(path) if path.is_file() else {}
     steps = [line for line in folder.history() if line["kind"] == "step"]
     cpu = f"{environment.get('processor') or 'CPU'}, {environment.get('cpu_threads')} threads"
-    blurb = (
-        f"{model.num_layers} layers x {model.model_dim}, {model.num_parameters():,} parameters, "
-        f"{model.mlp_activation} MLP; {widths} weights ({quant.method}) and {quant.tables} tables, "
-        "entropy-coded; scored with legal test-time training."
-    )
+    size = f"{model.num_layers} layers x {model.model_dim}, {model.num_parameters():,} parameters"
+    stored = f"{widths} weights ({quant.method}) and {quant.tables} tables, entropy-coded"
+    blurb = f"{size}, {model.mlp_activation} MLP; {stored}; scored with legal test-time training."
     return {
         "config": config,
         "name": about.name or config.name,
@@ -335,13 +333,9 @@ def _minify(source: str) -> str:
     if find_spec("python_minifier") is not None:
         import python_minifier
 
-        return python_minifier.minify(
-            source,
-            rename_globals=True,
-            preserve_globals=[_DIGEST],
-            remove_literal_statements=True,
-            hoist_literals=False,  # repeated literals cost nothing once compressed
-        )
+        rule: dict[str, Any] = {"rename_globals": True, "preserve_globals": [_DIGEST]}
+        rule |= {"remove_literal_statements": True, "hoist_literals": False}  # repeats compress to nothing
+        return python_minifier.minify(source, **rule)
     logger.warning("python-minifier is not installed (extra 'submit'): the script keeps its long names")
     tree, documented = ast.parse(source), (ast.Module, ast.ClassDef, ast.FunctionDef)
     for node in ast.walk(tree):

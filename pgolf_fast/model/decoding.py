@@ -17,9 +17,7 @@ from pgolf_fast.ops import native, reference
 from pgolf_fast.ops.mlp import ACTIVATIONS
 
 Source = torch.Generator | None
-NGRAM_REACH = 3  # tokens of the longest hash n-gram
-WINDOW = NGRAM_REACH + 1  # tokens that the newest input depends on: SmearGate looks one position back
-
+WINDOW = 3 + 1  # tokens the newest input depends on: of the longest n-gram, and one that SmearGate sees
 NATIVE_TEXTS = 64  # texts up to which whole blocks run in C++
 
 

@@ -62,8 +62,7 @@ def self_generate(model: GPT, config: QuantConfig, seq_len: int, packed: PackedB
     length = min(config.calibration_length, seq_len)
     problem = f"calibration on {config.calibration_sequences} sequences of {length} tokens is not possible"
     rule = "quant.calibration_length must be at least 2 and the others at least 1"
-    sizes = (length - 1, config.calibration_sequences, config.calibration_batch)
-    need(min(sizes) >= 1, f"{problem}: {rule}")
+    need(min(length - 1, config.calibration_sequences, config.calibration_batch) >= 1, f"{problem}: {rule}")
     device = model.tok_emb.weight.device
     generator = torch.Generator(device=device).manual_seed(config.seed)
     text = torch.empty(config.calibration_sequences, length, dtype=torch.int64, device=device)
