@@ -126,9 +126,8 @@ def _extra(codec: str, package: str) -> ModuleType:
 
 def _encode_zstd(data: bytes, shapes: Sequence[Shape], level: int = 22) -> bytes:
     zstandard = _extra("zstd", "zstandard")
-    parameters = zstandard.ZstdCompressionParameters.from_level(
-        level, source_size=len(data), window_log=_window_log(len(data)), enable_ldm=True
-    )
+    sizes = {"source_size": len(data), "window_log": _window_log(len(data))}
+    parameters = zstandard.ZstdCompressionParameters.from_level(level, **sizes, enable_ldm=True)
     return bytes(zstandard.ZstdCompressor(compression_params=parameters).compress(data))
 
 
@@ -175,9 +174,8 @@ def _decode_brotli(stored: bytes, raw_bytes: int, shapes: Sequence[Shape]) -> by
     return bytes(out)
 
 
-_Encoder = Callable[..., bytes]
-_Decoder = Callable[[bytes, int, Sequence[Shape]], bytes]
-_CODERS: dict[str, tuple[_Encoder, _Decoder]] = {
+_Coder = tuple[Callable[..., bytes], Callable[[bytes, int, Sequence[Shape]], bytes]]  # encoder, decoder
+_CODERS: dict[str, _Coder] = {
     "raw": (lambda data, shapes: data, lambda stored, raw_bytes, shapes: stored),
     "lzma": (_encode_lzma, lambda stored, raw_bytes, shapes: decompress_bytes(stored, raw_bytes)),
     "rans": (_encode_rans, _decode_rans),

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import math
+import re
 import struct
 import zlib
 from collections import Counter
@@ -59,6 +60,7 @@ MAX_HEADER_BYTES = 16 << 20  # stored and uncompressed
 MAX_FILE_BYTES = START + MAX_HEADER_BYTES + MAX_RAW_BYTES + DIGEST_BYTES
 MAX_TENSORS = 1 << 16
 MAX_DIMENSIONS = 8
+_SURROGATE = re.compile("[\ud800-\udfff]")  # half of a UTF-16 pair, which UTF-8 cannot hold
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,8 +78,19 @@ class TensorRecord:
     section: str | None = None
 
     def __post_init__(self) -> None:
-        if problem := _record_problem(self):
-            raise PgolfError(f"tensor {self.name!r} cannot go into an artifact: {problem}")
+        name, kind, array = self.name, self.kind, self.array
+        cannot = f"tensor {name!r} cannot go into an artifact: "
+        valid = isinstance(name, str) and not _SURROGATE.search(name) and 0 < len(name.encode()) < 1 << 16
+        need(valid, f"{cannot}its name must be 1 to 65535 bytes of UTF-8")
+        need(kind in KINDS, f"{cannot}its kind is {kind!r}, but must be one of {', '.join(KINDS)}")
+        dtypes, dtype = KINDS[kind], array.dtype.name
+        need(dtype in dtypes, f"{cannot}{kind} are stored as {' or '.join(dtypes)}, not as {dtype}")
+        problem = f"it has {array.ndim} dimensions, but at most {MAX_DIMENSIONS} are allowed"
+        need(array.ndim <= MAX_DIMENSIONS, cannot + problem)
+        problem = f"the product of its shape {array.shape} exceeds the limit of {MAX_RAW_BYTES} bytes"
+        need(_span(array.shape, array.itemsize) <= MAX_RAW_BYTES, cannot + problem)
+        problem = f"its section is {self.section!r}, but must be one of {', '.join(SECTIONS)}"
+        need(self.section is None or self.section in SECTIONS, cannot + problem)
         if self.section is None:
             object.__setattr__(self, "section", self.kind if self.kind in ("codes", "scales") else "small")
 
@@ -108,31 +121,6 @@ class ContainerSizes:
     @property
     def total_bytes(self) -> int:
         return self.header_bytes + sum(section.stored_bytes for section in self.sections)
-
-
-def _record_problem(record: TensorRecord) -> str | None:
-    array = record.array
-    if not isinstance(record.name, str) or not 0 < len(_utf8(record.name)) < 1 << 16:
-        return "its name must be 1 to 65535 bytes of UTF-8"
-    if record.kind not in KINDS:
-        return f"its kind is {record.kind!r}, but must be one of {', '.join(KINDS)}"
-    if array.dtype.name not in KINDS[record.kind]:
-        return f"{record.kind} are stored as {' or '.join(KINDS[record.kind])}, not as {array.dtype.name}"
-    if array.ndim > MAX_DIMENSIONS:
-        return f"it has {array.ndim} dimensions, but at most {MAX_DIMENSIONS} are allowed"
-    if _span(array.shape, array.itemsize) > MAX_RAW_BYTES:
-        return f"the product of its shape {array.shape} exceeds the limit of {MAX_RAW_BYTES} bytes"
-    if record.section is not None and record.section not in SECTIONS:
-        return f"its section is {record.section!r}, but must be one of {', '.join(SECTIONS)}"
-    return None
-
-
-def _utf8(text: str) -> bytes:
-    """Return the text's bytes, or none if it contains a lone surrogate."""
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError:
-        return b""
 
 
 def _span(shape: Sequence[int], item_bytes: int) -> int:

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pgolf_fast.config.checks import need
 from pgolf_fast.console import logger
-from pgolf_fast.errors import PgolfError
 from pgolf_fast.quant.rd import RateDistortion
 from pgolf_fast.quant.state import QuantizedState, QuantizedTensor, Stored, code_bits
 
@@ -170,10 +170,10 @@ def fit_to_target(grids: RateDistortion, artifact_bytes: Size, target: int) -> F
         state = grids.quantize(price, None if fine is None else fine.state)
         fit = Fit(state, artifact_bytes(state), price)
         logger.info("price %.3e nats/bit: %d bytes, target %d", price, fit.artifact_bytes, target)
-        if fit.artifact_bytes > target and price >= COARSEST_PRICE:
-            needed = f"even with nearly all weights zero the artifact needs {fit.artifact_bytes:,} bytes"
-            hint = "raise quant.target_bytes or pack.limit_bytes"
-            raise PgolfError(f"{needed}, more than the target of {target:,}: {hint}")
+        needed = f"even with nearly all weights zero the artifact needs {fit.artifact_bytes:,} bytes"
+        hint = "raise quant.target_bytes or pack.limit_bytes"
+        possible = fit.artifact_bytes <= target or price < COARSEST_PRICE
+        need(possible, f"{needed}, more than the target of {target:,}: {hint}")
         return fit
 
     price = _first_price(grids, artifact_bytes, target)

@@ -96,8 +96,8 @@ def load(
         weights = "float" if path.is_dir() and not folder.artifact_file.is_file() else "artifact"
         if weights == "float":
             console.logger.warning("%s is not packed: using the float weights", path)
-    if weights == "float" and path.is_file():
-        raise PgolfError(f"{path} is a file: float weights are loaded from a run folder")
+    wrong = weights == "float" and path.is_file()
+    need(not wrong, f"{path} is a file: float weights are loaded from a run folder")
     file = folder.weights_file(weights) if path.is_dir() else path
     quantized = digest = codes = None
     device = torch.device(device) if device is not None else this_process().device
@@ -119,10 +119,8 @@ def load(
         tokenizer = folder.tokenizer_file
     if isinstance(tokenizer, str | Path):
         tokenizer = Tokenizer.load(tokenizer)
-    leading = None
-    if tokenizer is not None:
-        leading = torch.from_numpy(byte_table(tokenizer).has_leading_space)
-    elif stored.model.bigram_vocab_size and stored.model.pos_conditional:
+    leading = None if tokenizer is None else torch.from_numpy(byte_table(tokenizer).has_leading_space)
+    if leading is None and stored.model.bigram_vocab_size and stored.model.pos_conditional:
         console.logger.warning("%s: without a tokenizer word starts are unknown and logits differ", file)
     dtype = resolve_dtype(config.train.compute_dtype, device)
     model = build_model(stored, state, leading, dtype, str(file), codes).to(device)
@@ -141,8 +139,7 @@ def generate(
 ) -> str:
     """Return `prompt`, which opens a document, continued by that many sampled tokens.
 
-    temperature: 0 takes the most likely token. Raises PgolfError for fewer than one token or a negative
-    temperature.
+    temperature: 0 takes the most likely token. Raises PgolfError if it is negative, or for tokens below 1.
     """
     need(tokens >= 1, f"tokens is {tokens}; it must be at least 1")
     loaded = model if isinstance(model, LoadedModel) else load(model, packed=True)

@@ -33,8 +33,7 @@ def quantize_run(run: RunPath, quant: QuantConfig | None = None, **fields: objec
 
     quant: settings, by default the run's; fields: changes to them, such as bits=5. Grid rd makes
     an artifact of `quant.target_bytes` bytes when it is packed with the run's own settings.
-    Raises PgolfError if the run has no weights, the weights or the result are not finite, or the target
-    cannot be reached.
+    Raises PgolfError without weights, for weights or a result not finite, or a target out of reach.
     """
     folder = RunFolder.of(run)
     config = folder.read_config()
@@ -158,8 +157,7 @@ def build_records(quantized: QuantizedState) -> list[TensorRecord]:
 def artifact_bytes(quantized: QuantizedState, config: RunConfig, packing: PackConfig | None = None) -> int:
     """Return the size of the file that `pack` would write without pruning."""
     packing, records = packing or config.pack, build_records(quantized)
-    tried = section_codecs(records, packing)
-    tree = _tree(quantized, config)
+    tree, tried = _tree(quantized, config), section_codecs(records, packing)
     return container.container_bytes(tree, records, codecs=tried, preset=packing.lzma_preset)
 
 
@@ -192,8 +190,7 @@ def pack(
             if sizes.total_bytes + code > packing.limit_bytes:  # HEADER_MARGIN covers the header's growth
                 raise _too_large(sizes, code, packing, "pruning missed the limit")
     candidates = sum(int((np.abs(t.codes.numpy()) == 1).sum()) for t in quantized.matrices().values())
-    zeroed = pruned.count if pruned else 0
-    return PackReport(Path(path), sizes, code, packing.limit_bytes, zeroed, candidates)
+    return PackReport(Path(path), sizes, code, packing.limit_bytes, pruned.count if pruned else 0, candidates)
 
 
 def section_codecs(records: list[TensorRecord], config: PackConfig) -> dict[str, tuple[str, ...]]:
@@ -209,12 +206,10 @@ def _prune(records: list[TensorRecord], sizes: ContainerSizes, code: int, config
     coded = [r for r in records if r.section == "codes"]
     matrices = [(r.array, scales[r.name.removesuffix(CODES) + SCALE]) for r in coded]
     now, codec = next(((s.stored_bytes, s.codec) for s in sizes.sections if s.name == "codes"), (0, "raw"))
-    rest = sizes.total_bytes - now
-    budget = config.limit_bytes - code - rest - HEADER_MARGIN
+    budget = config.limit_bytes - code - (sizes.total_bytes - now) - HEADER_MARGIN
     if not matrices or budget <= 0:
         hint = "even no bank weights at all would not fit; raise pack.limit_bytes or make the tables smaller"
         raise _too_large(sizes, code, config, hint)
-
     shapes = [(*array.shape, 1) for array, _ in matrices]
 
     def coded_size(flat: NDArray[np.int8]) -> int:

@@ -90,6 +90,7 @@ def write_submission(folder: RunFolder, out: Path, about: About, *, readable: bo
     need(code + weights <= LIMIT_BYTES, why)
     facts = _facts(folder, config, about)
     facts |= {"scores": scores, "digest": digest, "code": code, "weights": weights, "readable": readable}
+    facts |= {"labels": _SCORES, "script": SCRIPT, "artifact": ARTIFACT, "limit": LIMIT_BYTES}
     facts["warnings"] = _warnings(config, about, scores)
     template = resources.files("pgolf_fast.artifact").joinpath("submission.md.j2").read_text(encoding="utf-8")
     readme = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(template)
@@ -123,10 +124,8 @@ def _warnings(config: RunConfig, about: About, scores: dict[str, Any]) -> list[s
     ]
     count = scores["non_overlapping"]["bytes"]
     if not math.isclose(count, OFFICIAL_BYTES, rel_tol=1e-3):
-        warnings.append(
-            f"the scores are of {count:,} bytes of text, the challenge's validation set has about "
-            f"{OFFICIAL_BYTES:,}: they are not comparable with scores of the challenge"
-        )
+        scored = f"{count:,} bytes of text, the challenge's validation set has about {OFFICIAL_BYTES:,}"
+        warnings.append(f"the scores are of {scored}: they are not comparable with scores of the challenge")
     if config.data.path or config.data.tokenizer:
         warnings.append(f"{ARTIFACT} names a folder of this machine: pack and score the run again")
     return warnings
@@ -164,9 +163,9 @@ def _write_own(out: Path, files: dict[str, bytes]) -> None:
 def _check_script(ttt: TTTConfig, codecs: set[str]) -> None:
     hint = f"only {', '.join(_ADAPTERS)}: set one of these in config.json, pack and score again"
     need(ttt.adapter in _ADAPTERS, f"the evaluation script has no ttt.adapter {ttt.adapter}, {hint}")
-    if unknown := sorted(codecs.difference(_CODECS)):
-        hint = f"only {', '.join(_CODECS)}: pack again with --pack.codecs rans lzma, and score again"
-        raise PgolfError(f"the evaluation script cannot read {' and '.join(unknown)}, {hint}")
+    unknown = " and ".join(sorted(codecs.difference(_CODECS)))
+    hint = f"only {', '.join(_CODECS)}: pack again with --pack.codecs rans lzma, and score again"
+    need(not unknown, f"the evaluation script cannot read {unknown}, {hint}")
 
 
 def _scores(folder: RunFolder, config: RunConfig, digest: str) -> dict[str, Any]:
@@ -190,11 +189,9 @@ def _facts(folder: RunFolder, config: RunConfig, about: About) -> dict[str, Any]
     environment = read_json(path) if path.is_file() else {}
     steps = [line for line in folder.history() if line["kind"] == "step"]
     cpu = f"{environment.get('processor') or 'CPU'}, {environment.get('cpu_threads')} threads"
-    blurb = (
-        f"{model.num_layers} layers x {model.model_dim}, {model.num_parameters():,} parameters, "
-        f"{model.mlp_activation} MLP; {widths} weights ({quant.method}) and {quant.tables} tables, "
-        "entropy-coded; scored with legal test-time training."
-    )
+    size = f"{model.num_layers} layers x {model.model_dim}, {model.num_parameters():,} parameters"
+    stored = f"{widths} weights ({quant.method}) and {quant.tables} tables, entropy-coded"
+    blurb = f"{size}, {model.mlp_activation} MLP; {stored}; scored with legal test-time training."
     return {
         "config": config,
         "name": about.name or config.name,
@@ -206,10 +203,6 @@ def _facts(folder: RunFolder, config: RunConfig, about: About) -> dict[str, Any]
         "tokenizer": hashlib.sha256(folder.tokenizer_file.read_bytes()).hexdigest(),
         "changes": _changes(config),
         "widths": widths,
-        "labels": _SCORES,
-        "script": SCRIPT,
-        "artifact": ARTIFACT,
-        "limit": LIMIT_BYTES,
     }
 
 
@@ -340,13 +333,9 @@ def _minify(source: str) -> str:
     if find_spec("python_minifier") is not None:
         import python_minifier
 
-        return python_minifier.minify(
-            source,
-            rename_globals=True,
-            preserve_globals=[_DIGEST],
-            remove_literal_statements=True,
-            hoist_literals=False,  # repeated literals cost nothing once compressed
-        )
+        rule: dict[str, Any] = {"rename_globals": True, "preserve_globals": [_DIGEST]}
+        rule |= {"remove_literal_statements": True, "hoist_literals": False}  # repeats compress to nothing
+        return python_minifier.minify(source, **rule)
     logger.warning("python-minifier is not installed (extra 'submit'): the script keeps its long names")
     tree, documented = ast.parse(source), (ast.Module, ast.ClassDef, ast.FunctionDef)
     for node in ast.walk(tree):

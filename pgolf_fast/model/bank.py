@@ -58,10 +58,6 @@ class Banks:
         """Return the layer's output projection of `context` (..., D)."""
         return F.linear(context, self.qo[len(self.qo) // 2 + layer])
 
-    def mlp(self, layer: int, x: Tensor, activation: str) -> Tensor:
-        """Return the layer's MLP of its normalized input (..., D)."""
-        return ops.mlp(x, self.up, self.down, layer, activation)
-
 
 @dataclass(frozen=True, eq=False)
 class PackedMatrices:
@@ -127,6 +123,7 @@ class PackedBanks:
         return ops.int6_matmul(context, *self._outward[layer])
 
     def mlp(self, layer: int, x: Tensor, activation: str) -> Tensor:
+        """Return the layer's MLP of its normalized input (..., D)."""
         hidden = reference.activation(ops.int6_matmul(x, *self._up[layer]), activation)
         return ops.int6_matmul(hidden, *self._down[layer])
 

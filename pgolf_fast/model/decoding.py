@@ -1,5 +1,6 @@
 """Token-by-token decoding with cached keys and values."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pgolf_fast import ops
-from pgolf_fast.errors import PgolfError
+from pgolf_fast.config.checks import need
 from pgolf_fast.model.attention import attend, rope_tables
 from pgolf_fast.model.bank import PackedBanks
 from pgolf_fast.model.compiled import CapturedStep
@@ -16,9 +17,7 @@ from pgolf_fast.ops import native, reference
 from pgolf_fast.ops.mlp import ACTIVATIONS
 
 Source = torch.Generator | None
-NGRAM_REACH = 3  # tokens of the longest hash n-gram
-WINDOW = NGRAM_REACH + 1  # tokens that the newest input depends on: SmearGate looks one position back
-
+WINDOW = 3 + 1  # tokens the newest input depends on: of the longest n-gram, and one that SmearGate sees
 NATIVE_TEXTS = 64  # texts up to which whole blocks run in C++
 
 
@@ -26,8 +25,7 @@ class Decoder:
     """Logits of a batch of growing texts, one position per `step`: `model.logits` of the whole prefix.
 
     `context` (default: max_length) sets the RoPE base, as in `rope_tables`; `banks` replace the model's own.
-    The model's weights must not change between steps. Memory: 2 * layers * batch * max_length * KV*hd values
-    in the model's compute dtype.
+    Weights must not change between steps. Memory: 2 * layers * batch * max_length * KV*hd in compute dtype.
 
     `static` (default: on a GPU) runs the same operations on the same memory at every step from the fourth:
     attention covers all max_length positions and masks those not written yet. On a GPU the step is captured
@@ -44,8 +42,8 @@ class Decoder:
         static: bool | None = None,
         banks: AnyBanks | None = None,
     ):
-        if batch_size < 1 or max_length < 1:
-            raise PgolfError(f"decoding {batch_size} texts of {max_length} tokens: both must be at least 1")
+        what = f"decoding {batch_size} texts of {max_length} tokens"
+        need(batch_size >= 1 and max_length >= 1, f"{what}: both must be at least 1")
         config, device = model.config, model.tok_emb.weight.device
         self.model, self.batch_size, self.max_length, self.length = model, batch_size, max_length, 0
         self.static = device.type == "cuda" if static is None else static
@@ -70,11 +68,10 @@ class Decoder:
         That is with packed float32 on a CPU, for few texts: then the calls themselves take most of the time.
         """
         extension, model, banks, config = native.extension(), self.model, self._banks, self.model.config
-        if extension is None or not isinstance(banks, PackedBanks) or self.static:
-            return []
-        most = NATIVE_TEXTS if extension.int6_simd() else 4
         cpu = self._keys.device.type == "cpu" and self._keys.dtype == torch.float32
-        if not cpu or self.batch_size > most:
+        if extension is None or not isinstance(banks, PackedBanks) or self.static or not cpu:
+            return []
+        if self.batch_size > (NATIVE_TEXTS if extension.int6_simd() else 4):
             return []
         names = {"dim": config.model_dim, "heads": config.num_heads, "kv_heads": config.num_kv_heads}
         names |= {"up_rows": config.mlp_up_rows, "hidden": config.mlp_hidden, "batch": self.batch_size}
@@ -116,11 +113,10 @@ class Decoder:
 
         Raises PgolfError when the texts already have max_length tokens, or if the batch size differs.
         """
-        if self.length == self.max_length:
-            problem = f"the texts already have {self.max_length} tokens"
-            raise PgolfError(f"{problem}, the max_length of this decoder")
-        if tokens.shape != (self.batch_size,):
-            raise PgolfError(f"tokens has shape {tuple(tokens.shape)}; it must be ({self.batch_size},)")
+        problem = f"the texts already have {self.max_length} tokens, the max_length of this decoder"
+        need(self.length < self.max_length, problem)
+        problem = f"tokens has shape {tuple(tokens.shape)}; it must be ({self.batch_size},)"
+        need(tokens.shape == (self.batch_size,), problem)
         self._tokens[:, self.length] = tokens
         self._position.fill_(self.length)
         self.length += 1
@@ -161,17 +157,13 @@ class Decoder:
                 y = F.scaled_dot_product_attention(groups, own_keys, own_values, mask)
                 return y.flatten(1, 2).unsqueeze(1)
 
-            q, k, v = banks.project_in(layer, x)
-            gain, kv, xsa = model.block(layer).attn.q_gain, config.num_kv_heads, model.uses_xsa(layer)
-            context = attend(
-                q, k, v, gain, cos, sin, num_kv_heads=kv, xsa=xsa, value_embed=value_embed, inner=cached
-            )
+            (q, k, v), gain = banks.project_in(layer, x), model.block(layer).attn.q_gain
+            heads: dict[str, Any] = {"num_kv_heads": config.num_kv_heads, "xsa": model.uses_xsa(layer)}
+            context = attend(q, k, v, gain, cos, sin, **heads, value_embed=value_embed, inner=cached)
             return banks.project_out(layer, context)
 
-        def mlp(layer: int, x: Tensor) -> Tensor:
-            return banks.mlp(layer, x, config.mlp_activation)
-
         x = model.smear(model.embed(window))[:, -1:]
+        mlp = partial(banks.mlp, activation=config.mlp_activation) if isinstance(banks, PackedBanks) else None
         x = model.trunk(x, model.value_embeddings(window[:, -1:]), banks, attention, mlp=mlp)
         return model.head(x[:, -1])
 
@@ -183,13 +175,10 @@ def sample(
 
     Temperature 0 is greedy. Raises PgolfError for negative ones, top_k below 1, NaN or infinity.
     """
-    if temperature < 0:
-        raise PgolfError(f"temperature is {temperature}; it must not be negative")
-    if top_k is not None and top_k < 1:
-        raise PgolfError(f"top_k is {top_k}; it must be at least 1, or None for all tokens")
-    if not bool(torch.isfinite(logits).all()):
-        problem = "the model's logits are not finite"
-        raise PgolfError(f"{problem}: its activations overflow, so it cannot write text")
+    need(not temperature < 0, f"temperature is {temperature}; it must not be negative")
+    need(top_k is None or top_k >= 1, f"top_k is {top_k}; it must be at least 1, or None for all tokens")
+    problem = "the model's logits are not finite: its activations overflow, so it cannot write text"
+    need(torch.isfinite(logits).all(), problem)
     if temperature == 0:
         return logits.argmax(dim=-1)
     if top_k is not None and top_k < logits.shape[-1]:
@@ -209,11 +198,10 @@ def generate(model: GPT, prompt_ids: Tensor, num_tokens: int, **options: Any) ->
     """
     prompt = prompt_ids[:, None] if prompt_ids.ndim == 1 else prompt_ids
     vocab = model.config.vocab_size
-    if prompt.ndim != 2 or prompt.numel() == 0 or num_tokens < 0:
-        raise PgolfError(f"cannot continue prompts of shape {tuple(prompt_ids.shape)} by {num_tokens} tokens")
-    if int(prompt.min()) < 0 or int(prompt.max()) >= vocab:
-        problem = f"the prompt holds ids outside 0 to {vocab - 1}"
-        raise PgolfError(f"{problem}: use the tokenizer the model was made for")
+    problem = f"cannot continue prompts of shape {tuple(prompt_ids.shape)} by {num_tokens} tokens"
+    need(prompt.ndim == 2 and prompt.numel() and num_tokens >= 0, problem)
+    problem = f"the prompt holds ids outside 0 to {vocab - 1}: use the tokenizer the model was made for"
+    need(int(prompt.min()) >= 0 and int(prompt.max()) < vocab, problem)
     prompt = prompt.long().to(model.tok_emb.weight.device)
     length = prompt.shape[1] + num_tokens
     decoder = Decoder(model, prompt.shape[0], length)

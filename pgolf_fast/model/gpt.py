@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pgolf_fast import ops
+from pgolf_fast.config.checks import need
 from pgolf_fast.config.schema import ModelConfig
-from pgolf_fast.errors import PgolfError
 from pgolf_fast.model.attention import rope_tables
 from pgolf_fast.model.bank import BANK_NAMES, Banks, PackedBanks, Shadow, Transform, make_banks, transformed
 
@@ -84,9 +84,8 @@ class GPT(nn.Module):
             self.ve_layer_scales = nn.ParameterList(nn.Parameter(torch.ones(1)) for _ in config.ve_layers)
         vocab = config.vocab_size
         spaces = torch.zeros(vocab, dtype=torch.bool) if has_leading_space is None else has_leading_space
-        if spaces.shape != (vocab,):
-            problem = f"has_leading_space has {spaces.numel()} entries but model.vocab_size is {vocab}"
-            raise PgolfError(f"{problem}: use the tokenizer the model was made for")
+        problem = f"has_leading_space has {spaces.numel()} entries but model.vocab_size is {vocab}"
+        need(spaces.shape == (vocab,), f"{problem}: use the tokenizer the model was made for")
         self.register_buffer("has_leading_space", spaces.bool(), persistent=False)
         boost = torch.ones((), device=spaces.device)
         if config.bigram_vocab_size and config.word_start_boost:
@@ -165,8 +164,7 @@ class GPT(nn.Module):
         gradients enabled, autograd reaches the masters through `transform` and the cast. Raises PgolfError
         for a packed model, whose masters are empty.
         """
-        if self.packed is not None:
-            raise PgolfError("packed banks decode and score only: load the model with float ones")
+        need(self.packed is None, "packed banks decode and score only: load the model with float ones")
         masters = self.bank_parameters()
         grads = [m.grad for m in masters if m.grad is not None]
         if torch.is_grad_enabled() and masters[0].requires_grad and not grads:
@@ -268,11 +266,9 @@ class GPT(nn.Module):
         def attention(layer: int, x: Tensor, value_embed: Tensor | None) -> Tensor:
             gain, window = self.block(layer).attn.q_gain, last if layer == config.num_layers - 1 else None
             heads: dict[str, Any] = {"num_kv_heads": config.num_kv_heads, "xsa": self.uses_xsa(layer)}
-            grads: dict[str, Any] = {"grad_qo": banks.grad_qo, "grad_kv": banks.grad_kv}
+            heads |= {"window": window, "grad_qo": banks.grad_qo, "grad_kv": banks.grad_kv}
             qo, kv, slot = banks.attention_of(layer)
-            return ops.gqa_attention(
-                x, qo, kv, gain, value_embed, cos, sin, slot, **heads, **grads, window=window
-            )
+            return ops.gqa_attention(x, qo, kv, gain, value_embed, cos, sin, slot, **heads)
 
         x = self.smear(self.embed(tokens, banks.ngram_projection))
         values = self.value_embeddings(tokens, banks.value_projection)

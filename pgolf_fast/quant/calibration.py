@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pgolf_fast import ops
+from pgolf_fast.config.checks import need
 from pgolf_fast.config.schema import QuantConfig
 from pgolf_fast.console import progress
 from pgolf_fast.errors import PgolfError
@@ -59,11 +60,9 @@ def self_generate(model: GPT, config: QuantConfig, seq_len: int, packed: PackedB
     Raises PgolfError for lengths below 2, or if activations overflow.
     """
     length = min(config.calibration_length, seq_len)
-    if length < 2 or config.calibration_sequences < 1 or config.calibration_batch < 1:
-        raise PgolfError(
-            f"calibration on {config.calibration_sequences} sequences of {length} tokens is not possible: "
-            "quant.calibration_length must be at least 2 and the others at least 1"
-        )
+    problem = f"calibration on {config.calibration_sequences} sequences of {length} tokens is not possible"
+    rule = "quant.calibration_length must be at least 2 and the others at least 1"
+    need(min(length - 1, config.calibration_sequences, config.calibration_batch) >= 1, f"{problem}: {rule}")
     device = model.tok_emb.weight.device
     generator = torch.Generator(device=device).manual_seed(config.seed)
     text = torch.empty(config.calibration_sequences, length, dtype=torch.int64, device=device)
@@ -102,8 +101,8 @@ def collect_hessians(model: GPT, tokens: Tensor, batch: int = 8) -> dict[str, Te
 
 def _inputs(model: GPT, tokens: Tensor, what: str) -> Tensor:
     """Return all tokens but the last of each sequence, on the model's device."""
-    if tokens.ndim != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
-        raise PgolfError(f"{what} need (sequences, length of 2 or more) tokens, not {tuple(tokens.shape)}")
+    problem = f"{what} need (sequences, length of 2 or more) tokens, not {tuple(tokens.shape)}"
+    need(tokens.ndim == 2 and tokens.shape[0] >= 1 and tokens.shape[1] >= 2, problem)
     return tokens[:, :-1].to(model.tok_emb.weight.device)
 
 
@@ -177,8 +176,8 @@ def collect_fisher(
     kept: dict[str, list[Tensor]] = {}
     for gradients in _gradients(model, inputs, seed):
         for name, gradient in gradients.items():
-            if not bool(torch.isfinite(gradient).all()):
-                raise PgolfError(f"the gradient of {name} is not finite: the training run diverged")
+            problem = f"the gradient of {name} is not finite: the training run diverged"
+            need(torch.isfinite(gradient).all(), problem)
             if is_slot(name):
                 share = _row_sums(gradient, factors[group_of(name)])
                 rows[name] = rows[name] + share if name in rows else share

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pgolf_fast import cores
+from pgolf_fast.config.checks import need
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.model.weights import Tensors
 from pgolf_fast.ops.native import extension
@@ -40,13 +41,12 @@ def gptq(
     for weights, hessian in groups:
         for name, weight in weights.items():
             check_matrix(weight, name)
-            if hessian.shape != (size := (weight.shape[1],) * 2):
-                problem = f"{name} has {size[0]} columns, so its Hessian must be {size}"
-                raise PgolfError(f"{problem}, but it is {tuple(hessian.shape)}")
+            size = (weight.shape[1],) * 2
+            problem = f"{name} has {size[0]} columns, so its Hessian must be {size}"
+            need(hessian.shape == size, f"{problem}, but it is {tuple(hessian.shape)}")
         what = ", ".join(weights)
-        if not bool(torch.isfinite(hessian).all()):
-            problem = f"the Hessian of {what} has values that are not finite"
-            raise PgolfError(f"{problem}: check the calibration text")
+        problem = f"the Hessian of {what} has values that are not finite: check the calibration text"
+        need(torch.isfinite(hessian).all(), problem)
         order, factor = inverse_factor(hessian, damping, what)
         dead = torch.diagonal(hessian) == 0
         scales = [scale_candidates(w, clip_range, percentiles, scale_floor) for w in weights.values()]
@@ -87,13 +87,10 @@ class _Group:
 
 
 def _round_groups(groups: Sequence[_Group], clip_range: int, block_size: int) -> dict[str, Coded]:
-    codes = round_columns(
-        torch.stack([group.columns for group in groups]),
-        torch.stack([torch.cat(group.scales).float() for group in groups]),
-        torch.stack([group.factor for group in groups]),
-        clip_range=clip_range,
-        block_size=block_size,
-    )
+    columns = torch.stack([group.columns for group in groups])
+    steps = torch.stack([torch.cat(group.scales).float() for group in groups])
+    factors = torch.stack([group.factor for group in groups])
+    codes = round_columns(columns, steps, factors, clip_range=clip_range, block_size=block_size)
     return {name: best for g, c in zip(groups, codes, strict=True) for name, best in g.best(c).items()}
 
 
@@ -117,10 +114,9 @@ def inverse_factor(hessian: Tensor, damping: float = 0.01, name: str = "weight")
         lower, failed = torch.linalg.cholesky_ex(wide)
         if not failed.item():
             return order, _inverse_of_lower(lower).flip(0, 1).float()
-    raise PgolfError(
-        f"the Hessian of {name} is not positive definite, even with {100 * damping:g} of its mean "
-        "diagonal added: calibrate with more text, raise quant.damping, or use quant.method round"
-    )
+    problem = f"is not positive definite, even with {100 * damping:g} of its mean diagonal added"
+    hint = "calibrate with more text, raise quant.damping, or use quant.method round"
+    raise PgolfError(f"the Hessian of {name} {problem}: {hint}")
 
 
 def _inverse_of_lower(lower: Tensor) -> Tensor:
@@ -178,9 +174,8 @@ def round_columns(
         if given is None:
             return torch.full((batch, *shape), default, dtype=dtype, device=work.device)
         tensor = (given[None] if single else given).to(work.device, dtype).contiguous()
-        if tensor.shape != (batch, *shape):
-            needed = f"{name} must be {(batch, *shape)}, but it is {tuple(tensor.shape)}"
-            raise PgolfError(f"to round columns {tuple(work.shape)}, {needed}")
+        needed = f"{name} must be {(batch, *shape)}, but it is {tuple(tensor.shape)}"
+        need(tensor.shape == (batch, *shape), f"to round columns {tuple(work.shape)}, {needed}")
         return tensor
 
     costs = None if cost is None else cost.float().contiguous()
@@ -232,15 +227,15 @@ class _Rule:
     lam: Tensor  # (B, N)
 
     def check(self, columns: Tensor) -> None:
-        if not 1 <= self.clip_range <= 127:
-            raise PgolfError(f"clip_range is {self.clip_range}; codes of 8 bits or less need 1 to 127")
+        problem = f"clip_range is {self.clip_range}; codes of 8 bits or less need 1 to 127"
+        need(1 <= self.clip_range <= 127, problem)
         if self.cost is not None and columns.numel():
-            if self.cost.ndim != 2 or self.cost.shape[1] != COSTS:
-                raise PgolfError(f"cost is {tuple(self.cost.shape)}, but it must be (classes, {COSTS})")
+            problem = f"cost is {tuple(self.cost.shape)}, but it must be (classes, {COSTS})"
+            need(self.cost.ndim == 2 and self.cost.shape[1] == COSTS, problem)
             ends = [(int(c.min()), int(c.max())) for c in (self.row_class, self.column_class)]
-            if min(low for low, _ in ends) < 0 or sum(high for _, high in ends) >= len(self.cost):
-                given = f"row_class and column_class, in {ends[0]} and {ends[1]}"
-                raise PgolfError(f"{given}, exceed the {len(self.cost)} classes of cost")
+            inside = min(low for low, _ in ends) >= 0 and sum(high for _, high in ends) < len(self.cost)
+            given = f"row_class and column_class, in {ends[0]} and {ends[1]}"
+            need(inside, f"{given}, exceed the {len(self.cost)} classes of cost")
 
     def codes(self, values: Tensor, column: int, own: Tensor) -> Tensor:
         """Choose codes, float32 (B, N), for the values (B, N) of a column; own (B, 1) is factor[i, i]."""

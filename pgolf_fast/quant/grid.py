@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from pgolf_fast.config.checks import need
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.model.weights import not_finite
 
@@ -98,14 +99,13 @@ def quantize_int8_rows(weight: Tensor, *, scale_floor: bool = True, name: str = 
     # like the original, round with the float32 step and store the float16 one
     step = (clip / 127).clamp_min(1.0 / 127 if scale_floor else SMALLEST_SCALE)
     clipped = weight.float().clamp(-clip[:, None], clip[:, None])
-    codes = torch.round(clipped / step[:, None]).clamp_(-127, 127).to(torch.int8)
-    return codes, step.half()
+    return round_to_grid(clipped, step, 127), step.half()
 
 
 def check_matrix(weight: Tensor, name: str = "weight") -> None:
     """Raise PgolfError unless `weight` is a non-empty matrix of finite numbers."""
-    if weight.ndim != 2 or weight.numel() == 0:
-        raise PgolfError(f"{name} has shape {tuple(weight.shape)}; a matrix with rows and columns is needed")
+    what = f"{name} has shape {tuple(weight.shape)}"
+    need(weight.ndim == 2 and weight.numel(), f"{what}; a matrix with rows and columns is needed")
     if problem := not_finite(weight):
         raise PgolfError(f"{name}: {problem}: the run diverged, quantize an earlier checkpoint")
 
@@ -136,9 +136,7 @@ def fake_quantize_rows(weight: Tensor, clip_range: int = 31, *, scale_floor: boo
     return _Round.apply(weight, step, -clip_range - 1, clip_range, None)
 
 
-@functools.cache
-def _fake(clip_range: int, scale_floor: bool) -> Callable[[Tensor], Tensor]:
-    return functools.partial(fake_quantize_rows, clip_range=clip_range, scale_floor=scale_floor)
+_same_partial = functools.cache(functools.partial)  # the same object for the same arguments
 
 
 def make_fake(bits: int, scale_floor: bool = True) -> Callable[[Tensor], Tensor]:
@@ -146,9 +144,8 @@ def make_fake(bits: int, scale_floor: bool = True) -> Callable[[Tensor], Tensor]
 
     Raises PgolfError unless bits is 2 to 8.
     """
-    if not 2 <= bits <= 8:
-        raise PgolfError(f"fake quantization to {bits} bits is not possible; use 2 to 8")
-    return _fake(2 ** (bits - 1) - 1, scale_floor)
+    need(2 <= bits <= 8, f"fake quantization to {bits} bits is not possible; use 2 to 8")
+    return _same_partial(fake_quantize_rows, clip_range=2 ** (bits - 1) - 1, scale_floor=scale_floor)
 
 
 class FixedGrid:

@@ -16,13 +16,14 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pgolf_fast.config.checks import need
 from pgolf_fast.config.schema import QuantConfig
 from pgolf_fast.console import progress
-from pgolf_fast.errors import PgolfError
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.model.weights import Tensors
 from pgolf_fast.quant.calibration import Fisher, collect_fisher, collect_hessians, self_generate
@@ -220,18 +221,12 @@ class RateDistortion:
         row_step = group.row_steps(price, column_step)
         rows, columns = group.spreads(row_step, column_step)
         lattice = torch.arange(_ROW_CLASSES + _COLUMN_CLASSES - 1, device=rows.device)
-        codes = round_columns(
-            group.columns,
-            row_step,
-            group.factor,
-            clip_range=CLIP_RANGE,
-            column_step=column_step,
-            cost=code_costs(torch.exp2((lattice - _ROW_ZERO - _COLUMN_ZERO) / _PER_OCTAVE)),
-            row_class=_classes(rows, _ROW_ZERO, _ROW_CLASSES),
-            column_class=_classes(columns, _COLUMN_ZERO, _COLUMN_CLASSES),
-            lam=2 * ROUNDING_PRICE * price / group.importance,
-            block_size=self.config.block_size,
-        )
+        rule: dict[str, Any] = {"clip_range": CLIP_RANGE, "block_size": self.config.block_size}
+        rule["cost"] = code_costs(torch.exp2((lattice - _ROW_ZERO - _COLUMN_ZERO) / _PER_OCTAVE))
+        rule["row_class"] = _classes(rows, _ROW_ZERO, _ROW_CLASSES)
+        rule["column_class"] = _classes(columns, _COLUMN_ZERO, _COLUMN_CLASSES)
+        rule["lam"] = 2 * ROUNDING_PRICE * price / group.importance
+        codes = round_columns(group.columns, row_step, group.factor, column_step=column_step, **rule)
         original = group.order.argsort()
         column_scale = column_step[original].half().cpu()
         split, scales = (t.cpu().split(group.rows) for t in (codes[original].T, row_step.half()))
@@ -289,8 +284,7 @@ def rate_distortion(model: GPT, config: QuantConfig, *, seq_len: int) -> RateDis
     seq_len: the training length, which calibration text does not exceed.
     Raises PgolfError unless the method is gptq.
     """
-    if config.method != "gptq":
-        raise PgolfError(f"quant.grid rd needs quant.method gptq, not {config.method}")
+    need(config.method == "gptq", f"quant.grid rd needs quant.method gptq, not {config.method}")
     text = self_generate(model, config, seq_len)
     hessians = collect_hessians(model, text)
     fishers = collect_fisher(model, text, hessians, damping=config.damping, seed=config.seed)

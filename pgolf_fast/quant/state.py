@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pgolf_fast.config.checks import need
 from pgolf_fast.config.fields import from_dict
 from pgolf_fast.config.schema import QuantConfig
 from pgolf_fast.console import progress
@@ -242,10 +243,9 @@ def rebank(tensors: Tensors) -> dict[str, Tensor]:
     for bank, slots in SLOTS.items():
         names = [f"blocks.{layer}.{slot}" for slot in slots for layer in range(layers)]
         missing = ", ".join(name for name in names if name not in tensors)
-        if missing or not layers:
-            raise PgolfError(f"{bank} cannot be put together: {missing or 'every matrix'} is missing")
-        if len({tensors[name].shape for name in names}) > 1:
-            raise PgolfError(f"{bank} cannot be put together: its matrices differ in shape")
+        problem = f"{bank} cannot be put together"
+        need(layers and not missing, f"{problem}: {missing or 'every matrix'} is missing")
+        need(len({tensors[n].shape for n in names}) == 1, f"{problem}: its matrices differ in shape")
         banks[bank] = torch.stack([tensors[name] for name in names])
     return {**banks, **{name: tensor for name, tensor in tensors.items() if not is_slot(name)}}
 
@@ -256,8 +256,7 @@ def quantize_state(state: Tensors, config: QuantConfig, hessians: Tensors | None
     hessians: from `collect_hessians`; used by method gptq only.
     Raises PgolfError for non-finite values, gptq without Hessians, or grid rd (see `RateDistortion`).
     """
-    if config.grid == "rd":
-        raise PgolfError("grid rd needs a byte target: use `pgolf quantize --grid rd`")
+    need(config.grid != "rd", "grid rd needs a byte target: use `pgolf quantize --grid rd`")
     tensors = unbank(state)
     done: dict[str, Stored] = dict(_quantize_slots(tensors, config, hessians))
     for name, tensor in tensors.items():
@@ -340,10 +339,9 @@ def dequantize_state(quantized: QuantizedState, *, banks: bool = True) -> dict[s
     # stack banks as int8: a quarter of the bytes to copy
     codes = rebank({name: matrix.codes for name, matrix in matrices.items()})
     scale = rebank({name: matrix.scale for name, matrix in matrices.items()})
-    state = {
-        name: dequantize_bytes(bank.flatten(0, 1), scale[name].flatten()).view_as(bank)
-        for name, bank in codes.items()
-    }
+    state: dict[str, Tensor] = {}
+    for name, bank in codes.items():
+        state[name] = dequantize_bytes(bank.flatten(0, 1), scale[name].flatten()).view_as(bank)
     slots = {name: slot for bank in SLOTS for name, slot in _slots_of(bank, state[bank]).items()}
     for name, tensor in quantized.tensors.items():
         if isinstance(tensor, Tensor):

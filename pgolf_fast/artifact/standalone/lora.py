@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pgolf_fast.artifact.standalone.parts import rms_norm, rotate
+from pgolf_fast.artifact.standalone.parts import activated, rms_norm, rotate
 
 
 def fresh_changes(banks: list, head: Tensor, rank: int, documents: int) -> list[Tensor]:
@@ -59,11 +59,7 @@ class Changed:
         return self.linear(y.reshape(*y.shape[:2], -1), wo, 3, layer)
 
     def mlp(self, layer: int, x: Tensor, up: Tensor, down: Tensor, kind: str) -> Tensor:
-        wide = self.linear(x, up, 4, layer).float()
-        if kind == "swiglu":
-            hidden = F.silu(wide[..., 0::2]) * wide[..., 1::2]
-        else:
-            hidden = F.leaky_relu(wide, 0.5 if kind[0] == "l" else 0.0).square()
+        hidden = activated(self.linear(x, up, 4, layer).float(), kind)
         return self.linear(hidden.to(x.dtype), down, 5, layer)
 
     def losses(self, x: Tensor, head: Tensor, targets: Tensor, cap: float) -> Tensor:
@@ -98,18 +94,8 @@ class Learner:
             scale = (limit / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp_(max=1.0)
             clipped = [g * scale[:, None, None, None] for g in grads]
             self.steps += 1
+            counts = [self.steps] * len(grads)
+            rule = {"lr": c.lora.lr, "beta1": c.momentum, "beta2": c.beta2, "weight_decay": c.weight_decay}
             torch._fused_adamw_(
-                own,
-                clipped,
-                means,
-                squares,
-                [],
-                [self.steps] * len(grads),
-                lr=c.lora.lr,
-                beta1=c.momentum,
-                beta2=c.beta2,
-                weight_decay=c.weight_decay,
-                eps=1e-8,
-                amsgrad=False,
-                maximize=False,
+                own, clipped, means, squares, [], counts, **rule, eps=1e-8, amsgrad=False, maximize=False
             )

@@ -4,7 +4,6 @@ import math
 from functools import partial
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,9 +26,7 @@ from pgolf_fast.artifact.standalone.reader import banked, dequantized
 class Model:
     """The network of PR 1501 with float32 parameters and activations in `dtype`."""
 
-    def __init__(
-        self, config: SimpleNamespace, arrays: dict[str, np.ndarray], space: Tensor, dtype: torch.dtype
-    ):
+    def __init__(self, config: SimpleNamespace, arrays: dict, space: Tensor, dtype: torch.dtype):
         self.config, self.space, self.dtype = config.run.model, space, dtype
         trees = [{n: t.to(space.device) for n, t in tree.items()} for tree in dequantized(arrays)]
         layers = self.config.num_layers
@@ -73,19 +70,15 @@ class Model:
         return Ngrams.apply(table, self.state["bigram.scale"], boost, starts, indices, self.dtype)
 
     def losses(
-        self,
-        tokens: Tensor,
-        targets: Tensor,
-        banks: list,
-        fake_projections: bool = False,
-        changes: list | None = None,
+        self, tokens: Tensor, targets: Tensor, banks: list, fake: bool = False, changes: list | None = None
     ) -> Tensor:
         """Return the cross-entropy of every target in nats, (B, T) float32.
 
-        With low-rank `changes` per row, targets may be those of the last positions only.
+        `fake` rounds the embeddings' projections to 6 bits. With low-rank `changes` per row, targets may be
+        those of the last positions only.
         """
         c, s, dtype, (qo, kv, up, down) = self.config, self.state, self.dtype, banks
-        project = int6 if fake_projections else Tensor.float
+        project = int6 if fake else Tensor.float
         x = F.embedding(tokens, s["tok_emb.weight"]).to(dtype)
         if c.bigram_vocab_size:
             x = x + F.linear(self.ngrams(tokens), project(s["bigram.proj.weight"]).to(dtype))
@@ -94,12 +87,10 @@ class Model:
         extra: dict[int, Tensor] = {}
         if c.ve_enabled:
             rows = F.embedding(tokens, s["ve_shared.embed.weight"]).to(dtype)
-            shared = F.linear(rows, project(s["ve_shared.proj.weight"]).to(dtype)) * s["ve_shared.scale"].to(
-                dtype
-            )
-            extra = {
-                layer: shared * s[f"ve_layer_scales.{i}"].to(dtype) for i, layer in enumerate(c.ve_layers)
-            }
+            rows = F.linear(rows, project(s["ve_shared.proj.weight"]).to(dtype))
+            shared = rows * s["ve_shared.scale"].to(dtype)
+            for i, layer in enumerate(c.ve_layers):
+                extra[layer] = shared * s[f"ve_layer_scales.{i}"].to(dtype)
         changed = changes and Changed(changes, dtype)
         (cos, sin), n, first_xsa = self.rope(tokens.shape[1]), c.num_layers, c.num_layers - c.xsa_last_n
         skips: list[Tensor] = []
@@ -122,9 +113,8 @@ class Model:
             x = torch.addcmul(h, out, mlp_scale.to(dtype))
             if i < n // 2:
                 skips.append(x)
-        head = s["tok_emb.weight"].to(dtype)
+        x, head = rms_norm(x), s["tok_emb.weight"].to(dtype)
         if changed:
-            return changed.losses(rms_norm(x), head, targets, c.logit_softcap)
-        return CrossEntropy.apply(
-            rms_norm(x).flatten(0, 1), head, targets.flatten(), c.logit_softcap
-        ).view_as(targets)
+            return changed.losses(x, head, targets, c.logit_softcap)
+        losses = CrossEntropy.apply(x.flatten(0, 1), head, targets.flatten(), c.logit_softcap)
+        return losses.view_as(targets)

@@ -61,9 +61,8 @@ def read_artifact(content: bytes) -> tuple[SimpleNamespace, dict[str, np.ndarray
 def decompress(codec: int, stored: bytes, raw: int, shapes: list) -> bytes:
     """Decode `stored` to `raw` bytes."""
     if codec > 2:
-        sys.exit(
-            "the artifact needs zstd or brotli, which Python does not include: pack it with rans and lzma"
-        )
+        why = "zstd or brotli, which Python does not include: pack it with rans and lzma"
+        sys.exit(f"the artifact needs {why}")
     if codec == 2:
         return decode(stored, shapes)
     return lzma.decompress(stored) if codec else stored

@@ -56,9 +56,8 @@ class Scorer:
                 start, end, first = part[:3, :, None]
                 index = start + torch.arange(self.length, device=start.device)
                 inside = index < end
-                x, y = (
-                    torch.where(inside, self.tokens[torch.where(inside, index, 0) + i], 0) for i in (0, 1)
-                )
+                place = torch.where(inside, index, 0)
+                x, y = (torch.where(inside, self.tokens[place + i], 0) for i in (0, 1))
                 scored = inside & (index >= first)
                 own = changes and [t[part[3]] for t in changes]
                 losses = self.model.losses(x, y, banks, changes=own)[scored].double().cpu().numpy()
@@ -189,9 +188,8 @@ def validation_tokens(folder: str, length: int, limit: int | None) -> np.ndarray
     side = side if len(side) else np.full(len(tokens), -1)
     count = len(tokens) if limit is None else min(len(tokens), limit + 1)
     if count <= length:
-        sys.exit(
-            f"{folder} has {len(tokens)} validation tokens; a sequence of {length} needs one more than that"
-        )
+        needed = f"a sequence of {length} needs one more than that"
+        sys.exit(f"{folder} has {len(tokens)} validation tokens; {needed}")
     return np.stack((tokens, side))[:, : (count - 1) // length * length + 1]
 
 
