@@ -209,5 +209,6 @@ def test_no_function_for_newer_cpus_can_be_linked_into_other_code(name, tmp_path
     ).stdout
     symbols = [line.split()[-2:] for line in listed.splitlines()]
     shared = [symbol for kind, symbol in symbols if kind in "TWVuDRB" and name not in symbol]
+    shared = [symbol for symbol in shared if not symbol.startswith("DW.ref.")]  # addresses, not code
     assert symbols or os.uname().machine != "x86_64"
     assert shared == []

@@ -44,6 +44,7 @@ def signal_in(monkeypatch, place, name, number, when=lambda self: True):
 def test_a_signal_ends_the_step_and_leaves_a_checkpoint(data, tmp_path, monkeypatch, capsys, number, status):
     """A plain handler would lose the steps since the last checkpoint, or save in the middle of one."""
     monkeypatch.chdir(tmp_path)
+    cli._prepare_process()  # a command's own handlers stay
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     signal_in(monkeypatch, Trainer, "_accumulate", number, lambda trainer: trainer.step == 2)
     assert cli.main(["train", "tiny", *words(run_config(data)), "--out", "my run"]) == status
