@@ -90,12 +90,12 @@ def printed(out):
     return {name: tuple(float(field.split(":")[1]) for field in fields[:2]) for name, *fields in lines}
 
 
-def same_scores(folder, out):
+def same_scores(folder, out, within=1e-7):
     scores = read_json(folder.path / "scores_artifact.json")
     shown = printed(out)
     assert tuple(shown) == NAMES
     for name in NAMES:
-        assert shown[name] == pytest.approx((scores[name]["loss"], scores[name]["bpb"]), abs=1e-7)
+        assert shown[name] == pytest.approx((scores[name]["loss"], scores[name]["bpb"]), abs=within)
     return scores
 
 
@@ -170,7 +170,9 @@ VARIANTS = {
 def test_script_alone_prints_the_scores_of_eval(data, tmp_path, variant):
     folder = finished(data, tmp_path / "run", **VARIANTS[variant])
     write_submission(folder, tmp_path / "out", ABOUT)
-    scores = same_scores(folder, call(tmp_path / "out" / "train_gpt.py", data))
+    # AdamW divides by the root of squared gradients, which turns another order of sums into 4e-7
+    within = 1e-6 if variant == "adamw" else 1e-7
+    scores = same_scores(folder, call(tmp_path / "out" / "train_gpt.py", data), within)
     assert scores["ttt_updates"] > 0
     widths = "int2 to int8" if variant == "grid rd" else f"int{folder.read_config().quant.bits}"
     assert f"; {widths}" in read_json(tmp_path / "out" / "submission.json")["blurb"]
