@@ -164,16 +164,29 @@ def _residual_norm(b: Builder, scaled: bool = True, wider: int = 1) -> Case:
     )
 
 
-def _rowwise(b: Builder, name: str, flops: float, gated: bool) -> Case:
-    """Build an op of x alone, or of x and a gate per channel, at `flops` per element."""
+def _rms_norm(b: Builder) -> Case:
     d, m = b.sizes.dim, b.sizes.tokens
     return Case(
-        inputs={"x": b.states(), **({"gate": b.scale(d)} if gated else {})},
-        op=_one(getattr(ops, name)),
-        reference=_one(getattr(reference, name)),
+        inputs={"x": b.states()},
+        op=_one(ops.rms_norm),
+        reference=_one(reference.rms_norm),
         batched=("x",),
-        trained=("x", "gate") if gated else ("x",),
-        work=Work(flops * m * d, 2 * m * d * b.size, 2 * flops * m * d, 3 * m * d * b.size),
+        trained=("x",),
+        work=Work(4.0 * m * d, 2 * m * d * b.size, 8.0 * m * d, 3 * m * d * b.size),
+        tokens=m,
+        chunk=b.chunk,
+    )
+
+
+def _smear_gate(b: Builder) -> Case:
+    d, m = b.sizes.dim, b.sizes.tokens
+    return Case(
+        inputs={"x": b.states(), "gate": b.scale(d)},
+        op=_one(ops.smear_gate),
+        reference=_one(reference.smear_gate),
+        batched=("x",),
+        trained=("x", "gate"),
+        work=Work(3.0 * m * d, 2 * m * d * b.size, 6.0 * m * d, 3 * m * d * b.size),
         tokens=m,
         chunk=b.chunk,
     )
@@ -329,7 +342,7 @@ CASES: dict[str, Entry] = {
     "residual_norm": Entry("residual_norm", _residual_norm),
     "softcap_cross_entropy": Entry("softcap_cross_entropy", _softcap_cross_entropy),
     "ngram_hash_embed": Entry("ngram_hash_embed", _ngram_hash_embed),
-    "smear_gate": Entry("smear_gate", partial(_rowwise, name="smear_gate", flops=3.0, gated=True)),
+    "smear_gate": Entry("smear_gate", _smear_gate),
     "mlp-swiglu": Entry("mlp", partial(_mlp, activation="swiglu")),
     "mlp-relu_squared": Entry("mlp", partial(_mlp, activation="relu_squared")),
     "newton_schulz-qo": Entry("newton_schulz", partial(_newton_schulz, bank="qo"), (1,)),
@@ -340,9 +353,7 @@ CASES: dict[str, Entry] = {
     "gqa_attention-plain": _variant("gqa_attention", partial(_gqa_attention, xsa=False, value=False)),
     "gqa_attention-window": _variant("gqa_attention", partial(_gqa_attention, window=True)),
     "residual_norm-unscaled": _variant("residual_norm", partial(_residual_norm, scaled=False)),
-    "rms_norm": _variant(
-        None, partial(_rowwise, name="rms_norm", flops=4.0, gated=False), covers=("rms_norm",)
-    ),
+    "rms_norm": _variant(None, _rms_norm, covers=("rms_norm",)),
     "residual_norm-wide": _variant("residual_norm", partial(_residual_norm, wider=16)),
     "softcap_cross_entropy-z_loss": _variant(
         "softcap_cross_entropy", partial(_softcap_cross_entropy, z_loss=0.1)

@@ -118,19 +118,18 @@ def _forward_cpu(call: Call, value_embed: Tensor | None, num_kv_heads, queries) 
     k = F.linear(x, weights.k).unflatten(-1, (num_kv_heads, -1))
     v = F.linear(x, weights.v)
     v = (v if value_embed is None else v.add_(value_embed)).unflatten(-1, (num_kv_heads, -1))
-    # 13.5 for 33.9 ms of hand-tuned PyTorch (backward 29 for 86) on AVX2, 16 x 256 tokens, 4 heads of 64,
-    # float32, one thread; with the portable pass 30 for 33 (64 for 79)
+    # 13.5 for 33.9 ms (backward 29 for 86) on AVX2, 16 x 256 tokens, 4 heads of 64, float32, one thread; with
+    # the portable pass 30 for 33 (64 for 79)
     if fused := native.passes("gqa_attention", x):
         context, saved = _forward_fused(fused, call, q.contiguous(), k.contiguous(), v.contiguous())
         return F.linear(context.flatten(2), weights.out), saved
-    q_unit, k_unit = reference.rms_norm(q), reference.rms_norm(k)
-    rotated = _rotated(q_unit, k_unit, cos, sin, q_gain)
-    y, lse = attention_backend.forward(_backend(*rotated), *rotated, v)
-    context = reference.exclusive(y, _last(v, queries)) if xsa else y
+    q_unit, q_rstd = _unit(q)
+    k_unit, k_rstd = _unit(k)
+    y, lse = _sdpa(*_rotated(q_unit, k_unit, cos, sin, q_gain), v)
+    context = _exclusive(y, _last(v, queries)) if xsa else y
     out = F.linear(context.flatten(2), weights.out)
     along = lse.new_zeros(lse.shape if xsa else (0,))
-    kept = (q_unit, k_unit, v, reference.rstd(q), reference.rstd(k), y, lse, along)
-    return out, Saved(*(t.contiguous() for t in kept))
+    return out, Saved(*(t.contiguous() for t in (q_unit, k_unit, v, q_rstd, k_rstd, y, lse, along)))
 
 
 def _forward_fused(fused: ModuleType, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Saved]:
@@ -139,13 +138,21 @@ def _forward_fused(fused: ModuleType, call: Call, q: Tensor, k: Tensor, v: Tenso
     y, lse = torch.empty_like(q), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
     context = torch.empty_like(q) if call.xsa else y
     q_rstd, k_rstd = (t.new_empty(*t.shape[:3], 1, dtype=torch.float32) for t in (q, k))
-    native.call(fused.attention, q, k, v, *tables, y, context, q_rstd, k_rstd, lse, call.xsa)
+    operands = native.arrays(q, k, v, *tables, y, context, q_rstd, k_rstd, lse)
+    fused.attention(*operands, call.xsa, torch.get_num_threads())
     along = lse.new_zeros(lse.shape if call.xsa else (0,))
     return context, Saved(q, k, v, q_rstd, k_rstd, y, lse, along)
 
 
 def _last(t: Tensor, queries: int) -> Tensor:
     return t[:, t.shape[1] - queries :]
+
+
+def _unit(heads: Tensor) -> tuple[Tensor, Tensor]:
+    wide = heads.to(torch.promote_types(heads.dtype, torch.float32))
+    rstd = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    rstd = rstd.square_().div_(heads.shape[-1]).add_(reference.RMS_EPS).rsqrt_()
+    return (wide * rstd).to(heads.dtype), rstd
 
 
 def _rotated(q_unit: Tensor, k_unit: Tensor, cos: Tensor, sin: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,9 +164,16 @@ def _rotated(q_unit: Tensor, k_unit: Tensor, cos: Tensor, sin: Tensor, gain: Ten
     return q.to(q_unit.dtype), k.to(k_unit.dtype)
 
 
+def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Return causal attention of the last positions, (B, W, H, hd), and its logsumexp (B, H, W)."""
+    if q.numel() == 0:
+        shape = (q.shape[0], q.shape[2], q.shape[1])
+        return torch.empty_like(q), q.new_empty(shape, dtype=torch.promote_types(q.dtype, torch.float32))
+    return attention_backend.forward(_backend(q, k), q, k, v)
+
+
 def _backend(q: Tensor, k: Tensor) -> str:
-    shape = attention_backend.shape_of(q, k)
-    return attention_backend.without_kernels(shape) if q.numel() else "plain"
+    return attention_backend.without_kernels(attention_backend.shape_of(q, k))
 
 
 @torch.library.custom_op(
@@ -215,35 +229,73 @@ def _backward_cpu(dout: Tensor, call: Call, s: Saved, has_value_embed: bool) -> 
 def _backward_fused(fused: ModuleType, dcontext: Tensor, call: Call, s: Saved) -> tuple[Tensor, ...]:
     """Return the context, the gradients of the three projections, and the gain's."""
     tables = (t.float().contiguous() for t in (call.q_gain, call.cos, call.sin))
-    given = (dcontext, s.q, s.k, s.v, s.y, s.q_rstd, s.k_rstd, s.lse)
+    given = (t.contiguous() for t in (dcontext, s.q, s.k, s.v, s.y, s.q_rstd, s.k_rstd, s.lse))
     dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in s[:3])
     context = torch.empty_like(dq) if call.xsa else s.y
     dgain = call.q_gain.new_empty(call.q_gain.shape, dtype=torch.float32)
-    native.call(fused.attention_backward, *given, *tables, context, dq, dk, dv, dgain, call.xsa)
+    operands = native.arrays(*given, *tables, context, dq, dk, dv, dgain)
+    fused.attention_backward(*operands, call.xsa, torch.get_num_threads())
     return context, dq, dk, dv, dgain
 
 
 def _backward_torch(dcontext: Tensor, call: Call, s: Saved) -> tuple[Tensor, ...]:
     """Return what `_backward_fused` does."""
     q_gain, cos, sin, xsa = call[2:]
-    queries, wide = s.q.shape[1], s.lse.dtype
-    context, dy = s.y, dcontext
-    if xsa:
-        xsa_inputs = s.y.to(wide), _last(s.v, queries).to(wide)
-        context = reference.exclusive(*xsa_inputs)
-        dy, dv_own = reference.gradients(reference.exclusive, xsa_inputs, dcontext.to(wide))
+    first, own = s.v.shape[1] - s.q.shape[1], _last(s.v, s.q.shape[1])
+    dy, dv_own = _exclusive_backward(dcontext, s.y, own) if xsa else (dcontext, None)
+    dq, dk, dv = _sdpa_backward(dy, s, q_gain, cos, sin)
+    if dv_own is not None:
+        dv = dv + (dv_own if first == 0 else F.pad(dv_own, (0, 0, 0, 0, first, 0)))
+    dq, dgain = _rope_norm_backward(dq, s.q, s.q_rstd, cos[first:], sin[first:], q_gain)
+    dk, _ = _rope_norm_backward(dk, s.k, s.k_rstd, cos, sin, None)
+    return _exclusive(s.y, own) if xsa else s.y, dq, dk, dv, dgain
+
+
+def _own_value(v: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each token's value as a unit vector, (B, T, KV, hd, 1), and its norm, in at least float32."""
+    wide = v.to(torch.promote_types(v.dtype, torch.float32))
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min(reference.XSA_EPS)
+    return (wide / norm).unsqueeze(-1), norm
+
+
+def _exclusive(y: Tensor, v: Tensor) -> Tensor:
+    """Compute `reference.exclusive` by small matrix products, which are faster on a CPU."""
+    unit, _ = _own_value(v)
+    groups = y.to(unit.dtype).unflatten(2, (v.shape[2], -1))
+    return (groups - (groups @ unit) @ unit.mT).flatten(2, 3).to(y.dtype)
+
+
+def _exclusive_backward(dcontext: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of y - (y.u) u, u = v / |v|.
+
+    dy = g - (g.u) u; du = -((g.u) y + (y.u) g), summed over the group.
+    """
+    unit, norm = _own_value(v)
+    groups, grad = (t.to(unit.dtype).unflatten(2, (v.shape[2], -1)) for t in (y, dcontext))
+    g_along = grad @ unit
+    dunit = -(g_along.mT @ groups + (groups @ unit).mT @ grad).squeeze(3)
+    unit3 = unit.squeeze(-1)
+    dv = (dunit - (dunit * unit3).sum(-1, keepdim=True) * unit3) / norm
+    return (grad - g_along @ unit.mT).flatten(2, 3).to(y.dtype), dv
+
+
+def _sdpa_backward(dy: Tensor, s: Saved, q_gain, cos, sin) -> tuple[Tensor, Tensor, Tensor]:
+    """Return gradients of the rotated q (B, W, H, hd) and of k and v (B, T, KV, hd), summed by group."""
+    if dy.numel() == 0:
+        return torch.zeros_like(s.q), torch.zeros_like(s.k), torch.zeros_like(s.v)
     q, k = _rotated(s.q, s.k, cos, sin, q_gain)
-    dq, dk, dv = attention_backend.backward(_backend(q, k), dy.to(s.y.dtype), q, k, s.v, s.y, s.lse)
-    if xsa:
-        dv = dv.to(wide)
-        _last(dv, queries).add_(dv_own)
+    return attention_backend.backward(_backend(q, k), dy, q, k, s.v, s.y, s.lse)
 
-    def formula(q: Tensor, k: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
-        return _rotated(reference.rms_norm(q), reference.rms_norm(k), cos, sin, gain)
 
-    heads = (s.q / s.q_rstd, s.k / s.k_rstd, q_gain.to(wide))  # before their norm
-    dq, dk, dgain = reference.gradients(formula, heads, dq.to(wide), dk.to(wide))
-    return context, dq, dk, dv, dgain
+def _rope_norm_backward(grad, unit, rstd, cos, sin, gain: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Backpropagate through gain, RoPE and RMS norm; return gradients of the projection and of the gain."""
+    wide = rstd.dtype
+    grad, unit = reference.rotate(grad.to(wide), cos, -sin), unit.to(wide)
+    dgain = grad.new_empty(0)
+    if gain is not None:
+        dgain = (grad * unit).sum((0, 1, 3))
+        grad = grad * gain.to(wide)[:, None]
+    return rstd * (grad - unit * (grad * unit).mean(-1, keepdim=True)), dgain
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

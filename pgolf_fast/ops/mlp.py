@@ -1,6 +1,5 @@
 """pgolf::mlp: act(x W_up^T) W_down^T from slots of the two MLP banks (PR 1501; SwiGLU: Shazeer 2020)."""
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -75,12 +74,8 @@ def _mlp(x, up_bank, down_bank, slot, activation, grad_up, grad_down) -> tuple[T
 
 def _forward_cpu(x: Tensor, up: Tensor, down: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
     pre = F.linear(x, up).contiguous()
-    if fused := native.passes("mlp", pre):
-        hidden = pre.new_empty(*pre.shape[:-1], down.shape[1])
-        native.call(fused.activate, pre, hidden, activation)
-    else:
-        hidden = reference.activation(pre, activation)
-    return F.linear(hidden, down).contiguous(), pre, x.new_empty(0, dtype=torch.int32)
+    out = F.linear(_activate(pre, activation), down).contiguous()
+    return out, pre, x.new_empty(0, dtype=torch.int32)
 
 
 def _empty_saved(x: Tensor, up_rows: int, activation: str) -> tuple[Tensor, Tensor]:
@@ -109,14 +104,39 @@ def _forward_cuda(x: Tensor, up: Tensor, down: Tensor, activation: str) -> tuple
     return F.linear(hidden, down).contiguous(), saved, signs  # nothing to fuse: cuBLAS
 
 
+def _activate(pre: Tensor, activation: str) -> Tensor:
+    """Compute `reference.activation` without widening where low-precision arithmetic rounds only once."""
+    if fused := native.passes("mlp", pre):
+        hidden = pre.new_empty(*pre.shape[:-1], pre.shape[-1] // (2 if activation == "swiglu" else 1))
+        native.call(fused.activate, pre, hidden, activation)
+        return hidden
+    if activation == "leaky_relu_squared":
+        return F.leaky_relu(pre, 0.5).square_()  # halving is exact
+    if activation == "relu_squared":
+        return F.relu(pre).square_()
+    return reference.activation(pre, activation)
+
+
 def _activate_backward(dhidden: Tensor, pre: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """Return the gradient of the pre-activation, and the hidden layer."""
     if fused := native.passes("mlp", pre):
         dpre, hidden = pre.new_empty(pre.shape), pre.new_empty(dhidden.shape)
         native.call(fused.activate_backward, dhidden, pre, dpre, hidden, activation)
         return dpre, hidden
-    (dpre,) = reference.gradients(partial(reference.activation, kind=activation), (pre,), dhidden)
-    return dpre, reference.activation(pre, activation)
+    return _dpre_torch(dhidden, pre, activation), _activate(pre, activation)
+
+
+def _dpre_torch(dhidden: Tensor, pre: Tensor, activation: str) -> Tensor:
+    if activation == "leaky_relu_squared":  # d(leaky(z)^2) = 2 leaky(z) leaky'(z)
+        twice = F.leaky_relu(pre, 0.5).mul_(2).mul_(dhidden)
+        return torch.ops.aten.leaky_relu_backward(twice, pre, 0.5, False)
+    if activation == "relu_squared":
+        return F.relu(pre).mul_(2).mul_(dhidden)
+    wide = torch.promote_types(pre.dtype, torch.float32)
+    gate, up, dhidden = pre[..., 0::2].to(wide), pre[..., 1::2].to(wide), dhidden.to(wide)
+    sigmoid = torch.sigmoid(gate)
+    dgate = dhidden * up * sigmoid * (1 + gate * (1 - sigmoid))  # silu' = s (1 + g (1 - s))
+    return torch.stack((dgate, dhidden * gate * sigmoid), dim=-1).flatten(-2).to(pre.dtype)
 
 
 @torch.library.custom_op(

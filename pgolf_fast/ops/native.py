@@ -43,20 +43,20 @@ def passes(op: str, t: Tensor) -> ModuleType | None:
     out.
     """
     # No pass loses on one thread (rough; busy AVX2 CPU, shapes of `small`, float32, bfloat16): forward takes
-    # 0.1 to 0.9 of hand-tuned PyTorch's time, backward 0.07 to 0.5; portable at most 0.53 without AVX.
+    # 0.1 to 0.9 of PyTorch's time, backward 0.07 to 0.5; portable at most 0.53 of PyTorch without AVX.
     fits = t.is_cpu and t.dtype in (torch.float32, torch.bfloat16)
     return extension() if fits and tiles.implementation(op) != "torch" and not tiles.forced() else None
 
 
 def call(run: Callable[..., None], *operands: Any) -> None:
     """Run a pass on PyTorch's threads; tensors among `operands` that it writes must be contiguous."""
-    run(*(_array(t) if isinstance(t, Tensor) else t for t in operands), torch.get_num_threads())
+    run(*(arrays(t)[0] if isinstance(t, Tensor) else t for t in operands), torch.get_num_threads())
 
 
-def _array(t: Tensor) -> np.ndarray:
-    """Return a tensor for a pass, bfloat16 as int16: a view where contiguous."""
-    t = t.detach().contiguous()
-    return (t.view(torch.int16) if t.dtype == torch.bfloat16 else t).numpy()
+def arrays(*tensors: Tensor) -> list[np.ndarray]:
+    """Return CPU tensors for a pass, bfloat16 as int16: views where contiguous."""
+    dense = (t.detach().contiguous() for t in tensors)
+    return [(t.view(torch.int16) if t.dtype == torch.bfloat16 else t).numpy() for t in dense]
 
 
 def multiplies(dtype: torch.dtype) -> bool:

@@ -4,9 +4,6 @@ Each is the bare formula, differentiable by autograd, accumulating in at least f
 float64). Sources: PR 1501 for the network, Keller Jordan's Muon for `newton_schulz`.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,24 +19,10 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def gradients(formula: Callable[..., Any], inputs: Sequence[Tensor], *douts: Tensor) -> list[Tensor]:
-    """Return the gradients of `inputs`, contiguous, from those of the results of `formula`."""
-    # inside a custom op, calls would pass autograd by
-    autograd = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
-    with autograd, torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in inputs]
-        grads = torch.autograd.grad(formula(*leaves), leaves, douts)
-    return [grad.contiguous() for grad in grads]
-
-
-def rstd(x: Tensor, eps: float = RMS_EPS) -> Tensor:
-    """Return 1 / sqrt(mean(x^2) + eps) over the last dimension, (..., 1), in at least float32."""
-    return torch.rsqrt(_wide(x).square().mean(-1, keepdim=True) + eps)
-
-
 def rms_norm(x: Tensor, eps: float = RMS_EPS) -> Tensor:
     """Return x / sqrt(mean(x^2) + eps) over the last dimension, without a gain."""
-    return (_wide(x) * rstd(x, eps)).to(x.dtype)
+    wide = _wide(x)
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 def residual_norm(

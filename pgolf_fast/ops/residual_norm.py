@@ -6,6 +6,7 @@ Sources: PR 1501 (residual mix with x0, layer scale, SmearGate), Zhang & Sennric
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pgolf_fast.ops import checks, native, reference, tiles
@@ -65,8 +66,14 @@ def _forward_cpu(x, branch, x_scale, branch_scale, layer_scale: float) -> tuple[
         operands = (x, branch, _float32(x_scale), branch_scale.float(), mixed, normed, rstd)
         native.call(fused.residual_norm, *operands, layer_scale)
         return mixed, normed, rstd
-    mixed, normed = reference.residual_norm(x, branch, x_scale, branch_scale, layer_scale)
-    return mixed.contiguous(), normed.contiguous(), reference.rstd(mixed).contiguous()
+    wide = torch.promote_types(x.dtype, torch.float32)
+    mixed = torch.mul(branch, branch_scale.to(wide))
+    mixed = mixed.add_(x) if x_scale is None else mixed.addcmul_(x.to(wide), x_scale.to(wide))
+    mixed = mixed.to(x.dtype)
+    values = mixed.to(wide)
+    rstd = torch.linalg.vector_norm(values, dim=-1, keepdim=True)
+    rstd = rstd.square_().div_(max(x.shape[-1], 1)).add_(reference.RMS_EPS).rsqrt_()
+    return mixed.contiguous(), (values * (rstd * layer_scale)).to(x.dtype).contiguous(), rstd.contiguous()
 
 
 @_residual_norm.register_fake
@@ -112,22 +119,32 @@ _Saved = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor]
 _Gradients = tuple[Tensor, Tensor, Tensor, Tensor]  # of x, branch, x_scale (empty without one), branch_scale
 
 
-def _backward_cpu(dmixed: Tensor, dnormed: Tensor, saved: _Saved, layer_scale: float) -> _Gradients:
+def _backward_pass(fused, dmixed: Tensor, dnormed: Tensor, saved: _Saved, layer_scale: float) -> _Gradients:
     x, branch, x_scale, branch_scale, mixed, rstd = saved
-    if fused := native.passes("residual_norm", x):
-        dx, dbranch = x.new_empty(x.shape), x.new_empty(x.shape)
-        sums = rstd.new_empty(1 if x_scale is None else 2, x.shape[-1])
-        inputs = (dmixed, dnormed, x, branch, _float32(x_scale), branch_scale.float(), mixed, rstd)
-        native.call(fused.residual_norm_backward, *inputs, dx, dbranch, sums, layer_scale)
-        return dx, dbranch, sums.new_empty(0) if x_scale is None else sums[1].clone(), sums[0].clone()
+    dx, dbranch = x.new_empty(x.shape), x.new_empty(x.shape)
+    sums = rstd.new_empty(1 if x_scale is None else 2, x.shape[-1])
+    inputs = (dmixed, dnormed, x, branch, _float32(x_scale), branch_scale.float(), mixed, rstd)
+    native.call(fused.residual_norm_backward, *inputs, dx, dbranch, sums, layer_scale)
+    return dx, dbranch, sums.new_empty(0) if x_scale is None else sums[1].clone(), sums[0].clone()
 
-    def formula(x: Tensor, branch: Tensor, branch_scale: Tensor, x_scale: Tensor | None = None) -> Any:
-        return reference.residual_norm(x, branch, x_scale, branch_scale, layer_scale)
 
-    # of scales in at least float32, whatever theirs
-    scales = [t.to(rstd.dtype) for t in (branch_scale, x_scale) if t is not None]
-    dx, dbranch, dbranch_scale, *rest = reference.gradients(formula, (x, branch, *scales), dmixed, dnormed)
-    return dx, dbranch, rest[0] if rest else rstd.new_empty(0), dbranch_scale
+def _backward_cpu(dmixed: Tensor, dnormed: Tensor, saved: _Saved, layer_scale: float) -> _Gradients:
+    if fused := native.passes("residual_norm", mixed := saved[4]):
+        return _backward_pass(fused, dmixed, dnormed, saved, layer_scale)
+    x, branch, x_scale, branch_scale, _, rstd = saved
+    wide = rstd.dtype
+    unit = mixed.to(wide) * rstd
+    # d rms_norm = rstd (g - unit mean(g unit)), where g is the gradient of the normalized value
+    grad = dnormed.to(wide) * layer_scale
+    along = (grad * unit).mean(-1, keepdim=True)
+    total = grad.sub_(unit.mul_(along)).mul_(rstd).add_(dmixed)
+    rows = total.reshape(-1, total.shape[-1])
+    dbranch_scale = (rows * branch.reshape(rows.shape)).sum(0)
+    dbranch = (total * branch_scale.to(wide)).to(x.dtype).contiguous()
+    if x_scale is None:
+        return total.to(x.dtype, copy=True).contiguous(), dbranch, total.new_empty(0), dbranch_scale
+    dx_scale = (rows * x.reshape(rows.shape)).sum(0)
+    return (total * x_scale.to(wide)).to(x.dtype).contiguous(), dbranch, dx_scale, dbranch_scale
 
 
 @_residual_norm_backward.register_fake
@@ -190,11 +207,13 @@ def rms_norm(x: Tensor) -> Tensor:
 @torch.library.custom_op("pgolf::rms_norm", mutates_args=())
 def _rms_norm(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the result and 1 / sqrt(...), (..., 1)."""
+    wide = torch.promote_types(x.dtype, torch.float32)
     if fused := native.passes("residual_norm", x):
-        normed, rstd = x.new_empty(x.shape), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+        normed, rstd = x.new_empty(x.shape), x.new_empty(*x.shape[:-1], 1, dtype=wide)
         native.call(fused.residual_norm, x, None, None, None, None, normed, rstd, 1.0)
         return normed, rstd
-    return reference.rms_norm(x).contiguous(), reference.rstd(x).contiguous()
+    rstd = torch.rsqrt(x.to(wide).square().mean(-1, keepdim=True) + reference.RMS_EPS)
+    return (x * rstd).to(x.dtype).contiguous(), rstd.contiguous()
 
 
 @_rms_norm.register_fake
@@ -210,7 +229,9 @@ def _rms_norm_backward(dout: Tensor, x: Tensor, rstd: Tensor) -> Tensor:
         nothing = (None, None, None, None)
         native.call(fused.residual_norm_backward, None, dout, *nothing, x, rstd, dx, None, None, 1.0)
         return dx
-    return reference.gradients(reference.rms_norm, (x,), dout)[0]
+    unit = x * rstd
+    along = (dout * unit).mean(-1, keepdim=True)
+    return ((dout - unit * along) * rstd).to(x.dtype).contiguous()
 
 
 @_rms_norm_backward.register_fake
@@ -288,13 +309,17 @@ def _smear_gate_backward(dout: Tensor, x: Tensor, gate: Tensor) -> tuple[Tensor,
 
 
 def _smear_backward_cpu(dout: Tensor, x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    s = torch.sigmoid(gate.to(wide))
     if fused := native.passes("smear_gate", x):
-        s = torch.sigmoid(gate.float())
         dx, change = x.new_empty(x.shape), s.new_empty(s.shape)
         native.call(fused.smear_gate_backward, dout, x, s, dx, change)
         return dx, change.mul_(s * (1 - s)).to(gate.dtype)
-    dx, dgate = reference.gradients(reference.smear_gate, (x, gate), dout)
-    return dx, dgate
+    dout, values = dout.to(wide), x.to(wide)
+    dx = (1 - s) * dout + s * F.pad(dout[:, 1:], (0, 0, 0, 1))
+    change = F.pad(values[:, :-1], (0, 0, 1, 0)) - values
+    dgate = (dout * change).sum((0, 1)) * s * (1 - s)
+    return dx.to(x.dtype).contiguous(), dgate.to(gate.dtype)
 
 
 @_smear_gate_backward.register_fake
