@@ -199,9 +199,9 @@ _residual_norm.register_autograd(_backward, setup_context=_setup_context)
 def rms_norm(x: Tensor) -> Tensor:
     """Return `x / sqrt(mean(x^2) + eps)` over the last dimension, (..., D), without a gain.
 
-    On a GPU these are PyTorch's own ops, which torch.compile fuses with their neighbors.
+    Where no pass runs, on a GPU for one, these are PyTorch's own ops, which torch.compile fuses with others.
     """
-    return torch.ops.pgolf.rms_norm(x)[0] if x.is_cpu else reference.rms_norm(x)
+    return torch.ops.pgolf.rms_norm(x)[0] if native.passes("residual_norm", x) else reference.rms_norm(x)
 
 
 @torch.library.custom_op("pgolf::rms_norm", mutates_args=())
