@@ -21,7 +21,7 @@ class Block {
         b_ = {size("batch"), size("dim"), size("heads"), size("kv_heads"), size("up_rows"), size("hidden"), size("half"),
               size("positions"), 0};
         const size_t dim = b_.dim, width = b_.heads ? dim / b_.heads : 0, kv = b_.kv_heads * width, half = b_.half;
-        const bool gated = activation == int(DecodeActivation::swiglu);
+        const bool gated = activation == int(Activation::swiglu);
         if (!b_.batch || !width || width * b_.heads != dim || !b_.kv_heads || b_.heads % b_.kv_heads || 2 * half > width ||
             activation < 0 || activation > 2 || b_.up_rows != b_.hidden * (gated ? 2 : 1))
             throw py::value_error("sizes of the block do not fit each other");
@@ -43,7 +43,7 @@ class Block {
         b_.attention_scale = array("attention_scale", dim), b_.mlp_scale = array("mlp_scale", dim);
         b_.gain = array("gain", b_.heads), cos_ = array("cos", b_.positions * half), sin_ = array("sin", b_.positions * half);
         b_.keys = array("keys", b_.batch * b_.positions * kv), b_.values = array("values", b_.batch * b_.positions * kv);
-        b_.layer_scale = layer_scale, b_.eps = eps, b_.xsa = xsa, b_.activation = DecodeActivation(activation);
+        b_.layer_scale = layer_scale, b_.eps = eps, b_.xsa = xsa, b_.activation = Activation(activation);
     }
 
     void step(Matrix<float>& x, const Matrix<float>& x0, const std::optional<Matrix<float>>& value_embed, size_t position,

@@ -81,18 +81,6 @@ PGOLF_FMA void attend_avx2(const DecodeBlock& b, size_t t, size_t kv, const floa
     attend(b, t, kv, qkv, context);
 }
 
-void activate(const float* pre, size_t hidden, DecodeActivation kind, float* y) {
-    for (size_t i = 0; i < hidden; i++) {
-        if (kind == DecodeActivation::swiglu) {
-            y[i] = pre[2 * i] / (1 + std::exp(-pre[2 * i])) * pre[2 * i + 1];
-        } else {
-            const float slope = kind == DecodeActivation::relu_squared ? 0.0f : 0.5f;
-            const float leaky = pre[i] >= 0 ? pre[i] : slope * pre[i];
-            y[i] = leaky * leaky;
-        }
-    }
-}
-
 }  // namespace
 
 void decode_block(const DecodeBlock& b, float* x, const float* x0, size_t threads, bool simd) {
@@ -124,8 +112,7 @@ void decode_block(const DecodeBlock& b, float* x, const float* x0, size_t thread
     add_branch(b.attention_scale);
     norm();
     int6_matmul(normed.data(), b.batch, dim, b.up.codes, b.up.scale, b.up_rows, wide.data(), options);
-    for (size_t t = 0; t < b.batch; t++)
-        activate(wide.data() + t * b.up_rows, b.hidden, b.activation, hidden.data() + t * b.hidden);
+    passes().activate(Type::f32, wide.data(), hidden.data(), b.batch * b.hidden, b.activation, 1);
     int6_matmul(hidden.data(), b.batch, b.hidden, b.down.codes, b.down.scale, dim, branch.data(), options);
     add_branch(b.mlp_scale);
 }

@@ -4,14 +4,14 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "passes.h"
+
 namespace pgolf {
 
 struct PackedWeights {
     const uint8_t* codes;  // rows of packed_row_bytes(columns, 6)
     const float* scale;    // (rows)
 };
-
-enum class DecodeActivation { leaky_relu_squared, relu_squared, swiglu };
 
 struct DecodeBlock {
     size_t batch, dim, heads, kv_heads, up_rows, hidden;
@@ -25,7 +25,7 @@ struct DecodeBlock {
     float *keys, *values;                                       // (batch, kv_heads, positions, hd)
     float layer_scale, eps;
     bool xsa;
-    DecodeActivation activation;
+    Activation activation;
 };
 
 // Advances x (batch, dim) by a block and writes the position's keys and values; x0 (batch, dim) is the block's second

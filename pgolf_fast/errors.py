@@ -25,7 +25,7 @@ class PgolfError(Exception):
 
 
 def explain(error: BaseException, memory: str = "") -> tuple[int, str]:
-    """Return an exception's exit status, and what happened; `memory`: what to lower if that ran out."""
+    """Return the exit status and message for an exception; `memory` says what to lower if memory ran out."""
     text = str(error).strip() or type(error).__name__
     if isinstance(error, PgolfError):
         return BAD_INPUT, text

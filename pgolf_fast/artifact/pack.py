@@ -33,7 +33,8 @@ def quantize_run(run: RunPath, quant: QuantConfig | None = None, **fields: objec
 
     quant: settings, by default the run's; fields: changes to them, such as bits=5. Grid rd makes
     an artifact of `quant.target_bytes` bytes when it is packed with the run's own settings.
-    Raises PgolfError without weights, for weights or a result not finite, or a target out of reach.
+    Raises PgolfError if there are no weights, if these or the result are not finite, or if the target
+    cannot be reached.
     """
     folder = RunFolder.of(run)
     config = folder.read_config()

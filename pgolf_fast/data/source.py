@@ -64,7 +64,10 @@ class Source:
 
 
 def open_source(config: DataConfig, vocab_size: int) -> Source:
-    """Open the configured or built-in data. Raises PgolfError for no folder, or a tokenizer of other size."""
+    """Open the configured data set, or the built-in corpus.
+
+    Raises PgolfError for a missing folder, or a tokenizer of another size than the model.
+    """
     folder = build_corpus(vocab_size=vocab_size) if config.path is None else Path(config.path)
     tokenizer = Tokenizer.load(find_tokenizer(shards.data_folder(folder), config.tokenizer))
     check_vocab(tokenizer, vocab_size)

@@ -63,8 +63,8 @@ void check_block(const uint8_t* data, size_t size) {
     b.batch = 1 + data[0] % 2, b.kv_heads = 1 + data[1] % 2, b.heads = b.kv_heads * (1 + data[2] % 2);
     const size_t width = 2 * (1 + data[3] % 8);
     b.dim = b.heads * width, b.half = data[1] / 8 % (width / 2 + 1), b.positions = 1 + data[2] / 4 % 5;
-    b.activation = pgolf::DecodeActivation(data[0] / 4 % 3);
-    b.hidden = 1 + data[3] / 8, b.up_rows = b.hidden * (b.activation == pgolf::DecodeActivation::swiglu ? 2 : 1);
+    b.activation = pgolf::Activation(data[0] / 4 % 3);
+    b.hidden = 1 + data[3] / 8, b.up_rows = b.hidden * (b.activation == pgolf::Activation::swiglu ? 2 : 1);
     b.xsa = (data[0] & 64) != 0, b.layer_scale = 0.5f, b.eps = 1e-6f;
     const size_t kv_dim = b.kv_heads * width, cache = b.batch * b.positions * kv_dim;
     const Packed attention(data, size, 2 * (b.dim + kv_dim), b.dim, 1), up(data, size, b.up_rows, b.dim, 2);
