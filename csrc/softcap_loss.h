@@ -2,6 +2,7 @@
 // guard, as in simd.h.
 
 constexpr size_t kLossRows = 8;        // rows for one thread at a time
+constexpr size_t kLossSum = 64 * kLanes;   // columns summed at a time: one chain of 8,200 was off by 1.1e-5
 constexpr size_t kLossColumns = 8192;  // columns kept between the sweeps, 64 KiB of stack; others are computed again
 
 struct Capped {
@@ -19,11 +20,15 @@ void softcap_loss_row(T* row, size_t vocab, size_t target, const SoftcapLoss& op
         const vec t = tanh(raw * inverse);
         return Capped{t, exp(cap * (t - largest_tanh))};
     };
-    sweep(0, vocab, [&](size_t i, auto n) {
-        const Capped x = capped(load(row + i, n));
-        if (i < kLossColumns) kept[i / kLanes] = x;
-        total += select(x.exp, vec{}, n);
-    });
+    for (size_t begin = 0; begin < vocab; begin += kLossSum) {
+        vec part{};
+        sweep(begin, std::min(vocab, begin + kLossSum), [&](size_t i, auto n) {
+            const Capped x = capped(load(row + i, n));
+            if (i < kLossColumns) kept[i / kLanes] = x;
+            part += select(x.exp, vec{}, n);
+        });
+        total += part;
+    }
     const float z = sum(total), log_z = std::log(z);
     const Capped own = capped(load(row + target, Part{1}));
     *logsumexp = cap * largest_tanh + log_z;
