@@ -201,7 +201,9 @@ def rms_norm(x: Tensor) -> Tensor:
 
     Where no pass runs, on a GPU for one, these are PyTorch's own ops, which torch.compile fuses with others.
     """
-    return torch.ops.pgolf.rms_norm(x)[0] if native.passes("residual_norm", x) else reference.rms_norm(x)
+    if native.passes("residual_norm", x):
+        return torch.ops.pgolf.rms_norm(x)[0]
+    return reference.rms_norm(x).contiguous()
 
 
 @torch.library.custom_op("pgolf::rms_norm", mutates_args=())
