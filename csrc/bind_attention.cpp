@@ -53,7 +53,7 @@ class Call {
         const Operand operand(name, array);
         if (operand.type() != type)
             throw py::value_error(std::string(name) + " must hold " +
-                                  (type == Type::f32 ? "float32" : "bfloat16 as int16"));
+                                  (type == Type::f32 ? "float32" : "bfloat16 as uint16"));
         const size_t ndim = static_cast<size_t>(array.ndim());
         if (Shape(array.shape(), array.shape() + ndim) != shape)
             throw py::value_error(std::string(name) + " has shape " + text_of(array.shape(), ndim) + ", but " +

@@ -8,14 +8,14 @@
 
 namespace pgolf {
 
-// A borrowed, contiguous array of float32 or, as int16, of bfloat16.
+// A borrowed, contiguous array of float32 or, as uint16, of bfloat16.
 class Operand {
    public:
     Operand(const char* name, const py::array& array) : name_(name), array_(array) {
         if (!(array.flags() & py::array::c_style)) fail(" is strided; a contiguous array is needed");
         const bool wide = py::isinstance<py::array_t<float>>(array);
-        if (!wide && !py::isinstance<py::array_t<int16_t>>(array))
-            fail(".dtype is " + dtype() + "; float32, or int16 holding bfloat16, is needed");
+        if (!wide && !py::isinstance<py::array_t<uint16_t>>(array))
+            fail(".dtype is " + dtype() + "; float32, or uint16 holding bfloat16, is needed");
         type_ = wide ? Type::f32 : Type::bf16;
     }
     Type type() const { return type_; }

@@ -85,8 +85,8 @@ def rans_decode(
     payload: Buffer, shapes: Sequence[tuple[int, int, int]], size: int, threads: int = 0
 ) -> bytes: ...
 
-# Fused CPU passes: operands are contiguous arrays of float32, or of bfloat16 viewed as int16.
-Floats: TypeAlias = NDArray[np.float32] | NDArray[np.int16]
+# Fused CPU passes: operands are contiguous arrays of float32, or of bfloat16 viewed as uint16.
+Floats: TypeAlias = NDArray[np.float32] | NDArray[np.uint16]
 
 def passes() -> str: ...
 def runnable_passes() -> list[str]: ...

@@ -99,9 +99,7 @@ def _dequantize(packed: Tensor, scale: Tensor, columns: int, bits: int, dtype: t
     if extension is None or packed.device.type != "cpu":
         return reference_bytes.dequantize_bits(packed, scale, columns, bits, dtype)
     values = packed.new_empty((packed.shape[0], columns), dtype=dtype)
-    target = values if dtype == torch.float32 else values.view(torch.uint16)
-    arrays = packed.contiguous().numpy(), scale.detach().float().contiguous().numpy()
-    extension.dequantize_bits(*arrays, bits, target.numpy(), torch.get_num_threads())
+    native.call(extension.dequantize_bits, packed, scale.float(), bits, values)
     return values
 
 

@@ -134,12 +134,11 @@ def _forward_cpu(call: Call, value_embed: Tensor | None, num_kv_heads, queries) 
 
 def _forward_fused(fused: ModuleType, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Saved]:
     """Return the context and the tensors saved; q and k become their normalized heads."""
-    tables = (t.float().contiguous() for t in (call.q_gain, call.cos, call.sin))
+    tables = (t.float() for t in (call.q_gain, call.cos, call.sin))
     y, lse = torch.empty_like(q), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
     context = torch.empty_like(q) if call.xsa else y
     q_rstd, k_rstd = (t.new_empty(*t.shape[:3], 1, dtype=torch.float32) for t in (q, k))
-    operands = native.arrays(q, k, v, *tables, y, context, q_rstd, k_rstd, lse)
-    fused.attention(*operands, call.xsa, torch.get_num_threads())
+    native.call(fused.attention, q, k, v, *tables, y, context, q_rstd, k_rstd, lse, call.xsa)
     along = lse.new_zeros(lse.shape if call.xsa else (0,))
     return context, Saved(q, k, v, q_rstd, k_rstd, y, lse, along)
 
@@ -228,13 +227,12 @@ def _backward_cpu(dout: Tensor, call: Call, s: Saved, has_value_embed: bool) -> 
 
 def _backward_fused(fused: ModuleType, dcontext: Tensor, call: Call, s: Saved) -> tuple[Tensor, ...]:
     """Return the context, the gradients of the three projections, and the gain's."""
-    tables = (t.float().contiguous() for t in (call.q_gain, call.cos, call.sin))
-    given = (t.contiguous() for t in (dcontext, s.q, s.k, s.v, s.y, s.q_rstd, s.k_rstd, s.lse))
+    tables = (t.float() for t in (call.q_gain, call.cos, call.sin))
+    given = (dcontext, s.q, s.k, s.v, s.y, s.q_rstd, s.k_rstd, s.lse)
     dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in s[:3])
     context = torch.empty_like(dq) if call.xsa else s.y
     dgain = call.q_gain.new_empty(call.q_gain.shape, dtype=torch.float32)
-    operands = native.arrays(*given, *tables, context, dq, dk, dv, dgain)
-    fused.attention_backward(*operands, call.xsa, torch.get_num_threads())
+    native.call(fused.attention_backward, *given, *tables, context, dq, dk, dv, dgain, call.xsa)
     return context, dq, dk, dv, dgain
 
 

@@ -71,10 +71,8 @@ def _cpu(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
     extension = native.extension()
     assert extension is not None  # by _direct_rows
     y = x.new_empty((*x.shape[:-1], len(packed)))
-    rows = as_rows(x.detach()).contiguous(), y.view(x.shape[:-1].numel(), len(packed))
-    given, result = (t.view(torch.uint16).numpy() if x.dtype == torch.bfloat16 else t.numpy() for t in rows)
-    factors = scale.detach().float().contiguous().numpy()
-    extension.int6_matmul(given, packed.contiguous().numpy(), factors, result, torch.get_num_threads())
+    result = y.view(x.shape[:-1].numel(), len(packed))
+    native.call(extension.int6_matmul, as_rows(x), packed, scale.float(), result)
     return y
 
 

@@ -4,7 +4,6 @@ Compress one byte per weight: codes packed to 6 bits first come out 6 to 13 % la
 Both release the GIL, so threads compress in parallel.
 """
 
-from collections.abc import Callable
 from types import ModuleType
 from typing import Literal
 
@@ -36,11 +35,9 @@ def compress_bytes(
     position; nice_len (2..273) is the match length at which the search stops; mode is the search itself.
     Raises ValueError for settings out of range. The bytes depend on the version of liblzma.
     """
-    number = None
-    if mode is not None:
-        if mode not in MODES:
-            raise ValueError(f"mode is {mode!r}, but LZMA's modes are fast and normal")
-        number = 1 + MODES.index(mode)
+    if mode not in (None, *MODES):
+        raise ValueError(f"mode is {mode!r}, but LZMA's modes are fast and normal")
+    number = None if mode is None else 1 + MODES.index(mode)
     settings = {"extreme": extreme, "lc": lc, "lp": lp, "pb": pb, "nice_len": nice_len, "mode": number}
     return lzma_compress(_tensor(data), preset, **settings).numpy().tobytes()
 
@@ -96,9 +93,7 @@ def lzma_compress(data: Tensor, preset: int = 9, **settings: int | None) -> Tens
 
 def _compress(data: Tensor, preset: int = 9, *, extreme: bool = False, **settings: int | None) -> Tensor:
     given = {name: value for name, value in settings.items() if value is not None}
-    return _run(
-        "lzma_compress", data, lambda content: _codec().lzma_compress(content, preset, extreme, **given)
-    )
+    return _run("lzma_compress", data, preset, extreme, **given)
 
 
 def lzma_decompress(data: Tensor, size: int) -> Tensor:
@@ -110,7 +105,7 @@ def lzma_decompress(data: Tensor, size: int) -> Tensor:
 
 
 def _decompress(data: Tensor, size: int) -> Tensor:
-    return _run("lzma_decompress", data, lambda content: _codec().lzma_decompress(content, size))
+    return _run("lzma_decompress", data, size)
 
 
 _LIBRARY.impl("lzma_compress", _compress, "CPU")
@@ -134,9 +129,9 @@ def _check_bytes(op: str, data: Tensor) -> None:
     expect_shape(op, "data", data, (None,))
 
 
-def _run(op: str, data: Tensor, work: Callable[[bytes], bytes]) -> Tensor:
+def _run(op: str, data: Tensor, *arguments: int, **settings: int) -> Tensor:
     _check_bytes(op, data)
     try:
-        return _tensor(work(data.numpy().tobytes()))
+        return _tensor(getattr(_codec(), op)(data.numpy().tobytes(), *arguments, **settings))
     except ValueError as error:
         raise ValueError(f"pgolf::{op}: {error}") from error

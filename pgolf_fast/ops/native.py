@@ -50,13 +50,13 @@ def passes(op: str, t: Tensor) -> ModuleType | None:
 
 def call(run: Callable[..., None], *operands: Any) -> None:
     """Run a pass on PyTorch's threads; tensors among `operands` that it writes must be contiguous."""
-    run(*(arrays(t)[0] if isinstance(t, Tensor) else t for t in operands), torch.get_num_threads())
+    run(*(_array(t) if isinstance(t, Tensor) else t for t in operands), torch.get_num_threads())
 
 
-def arrays(*tensors: Tensor) -> list[np.ndarray]:
-    """Return CPU tensors for a pass, bfloat16 as int16: views where contiguous."""
-    dense = (t.detach().contiguous() for t in tensors)
-    return [(t.view(torch.int16) if t.dtype == torch.bfloat16 else t).numpy() for t in dense]
+def _array(t: Tensor) -> np.ndarray:
+    """Return a CPU tensor for a pass, bfloat16 as uint16: a view if it is contiguous."""
+    t = t.detach().contiguous()
+    return (t.view(torch.uint16) if t.dtype == torch.bfloat16 else t).numpy()
 
 
 def multiplies(dtype: torch.dtype) -> bool:

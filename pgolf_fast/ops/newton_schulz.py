@@ -60,8 +60,7 @@ def _symmetric(x: Tensor, add: Tensor | None, alpha: float, beta: float) -> Tens
     if fused is None:
         return x @ x.mT if add is None else torch.baddbmm(add, x, x.mT, beta=beta, alpha=alpha)
     out = x.new_empty(*x.shape[:2], x.shape[1])
-    operands = (None if t is None else t.numpy() for t in (x, add, out))
-    fused.symmetric_product(*operands, alpha, beta, torch.get_num_threads())
+    native.call(fused.symmetric_product, x, add, out, alpha, beta)
     return out
 
 

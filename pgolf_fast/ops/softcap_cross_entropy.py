@@ -59,12 +59,6 @@ def _check(x: Tensor, weight: Tensor, targets: Tensor, softcap: float, z_loss: f
         raise ValueError(f"pgolf::softcap_cross_entropy: z_loss is {z_loss}; it must not be negative")
 
 
-def _capped(x: Tensor, weight: Tensor, softcap: float) -> Tensor:
-    """Return tanh(x W^T / softcap) in at least float32."""
-    raw = x @ weight.T
-    return raw.to(torch.promote_types(raw.dtype, torch.float32)).div_(softcap).tanh_()
-
-
 @torch.library.custom_op("pgolf::softcap_cross_entropy", mutates_args=())
 def _softcap_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, softcap: float, z_loss: float = 0.0, keep: bool = False
@@ -75,9 +69,7 @@ def _softcap_cross_entropy(
     dlogits = x.new_empty(_kept_rows(x, weight, keep), weight.shape[0])
     if tiles.uses_kernels("softcap_cross_entropy", x):
         return *_forward_cuda(x, weight, targets, softcap, z_loss), dlogits
-    if fused := native.passes("softcap_cross_entropy", x):
-        return *_forward_pass(fused, x, weight, targets, softcap, z_loss, dlogits), dlogits
-    return *_forward_cpu(x, weight, targets, softcap, z_loss), dlogits
+    return *_forward_cpu(x, weight, targets, softcap, z_loss, dlogits), dlogits
 
 
 def _kept_rows(x: Tensor, weight: Tensor, keep: bool) -> int:
@@ -85,27 +77,24 @@ def _kept_rows(x: Tensor, weight: Tensor, keep: bool) -> int:
     return x.shape[0] if kept else 0
 
 
-def _forward_pass(fused, x, weight, targets, softcap: float, z_loss: float, dlogits: Tensor):
-    """Return losses and logsumexps; write d loss / d logits unless `dlogits` has no rows."""
-    loss, logsumexp = (x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(2))
+def _forward_cpu(x, weight, targets, softcap: float, z_loss: float, dlogits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return losses and logsumexps; a pass writes d loss / d logits unless `dlogits` has no rows."""
+    fused = native.passes("softcap_cross_entropy", x)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    loss, logsumexp = (x.new_empty(x.shape[0], dtype=wide) for _ in range(2))
     for start in range(0, x.shape[0], _ROWS):
         rows = slice(start, start + _ROWS)
         logits = torch.mm(x[rows], weight.T, out=dlogits[rows]) if len(dlogits) else x[rows] @ weight.T
-        operands = (logits, targets[rows].long(), loss[rows], logsumexp[rows])
-        native.call(fused.softcap_loss, *operands, softcap, z_loss, len(dlogits) > 0)
-    return loss, logsumexp
-
-
-def _forward_cpu(x, weight, targets, softcap: float, z_loss: float) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(x.dtype, torch.float32)
-    loss, logsumexp = x.new_empty(x.shape[0], dtype=wide), x.new_empty(x.shape[0], dtype=wide)
-    for start in range(0, x.shape[0], _ROWS):
-        rows = slice(start, start + _ROWS)
-        logits = _capped(x[rows], weight, softcap).mul_(softcap)
-        chosen = logits.gather(1, targets[rows].long().unsqueeze(1)).squeeze(1)
+        chosen = targets[rows].long()
+        if fused:
+            operands = (logits, chosen, loss[rows], logsumexp[rows])
+            native.call(fused.softcap_loss, *operands, softcap, z_loss, len(dlogits) > 0)
+            continue
+        logits = logits.to(wide).div_(softcap).tanh_().mul_(softcap)
+        loss[rows] = -logits.gather(1, chosen.unsqueeze(1)).squeeze(1)
         # |logit| <= softcap, so exp cannot overflow below softcap 88 and needs no maximum
         logsumexp[rows] = logits.exp_().sum(1).log_() if softcap < 80 else logits.logsumexp(1)
-        loss[rows] = logsumexp[rows] - chosen + z_loss * logsumexp[rows].square()
+        loss[rows] += logsumexp[rows] + z_loss * logsumexp[rows].square()
     return loss, logsumexp
 
 
@@ -137,57 +126,40 @@ def _forward_cuda(x, weight, targets, softcap: float, z_loss: float) -> tuple[Te
     return loss, logsumexp
 
 
-@torch.library.custom_op("pgolf::softcap_cross_entropy_backward", mutates_args=())
-def _softcap_cross_entropy_backward(
-    dloss: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    lse: Tensor,
-    dlogits: Tensor,
-    softcap: float,
-    z_loss: float,
-) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op(
+    "pgolf::softcap_cross_entropy_backward",
+    mutates_args=(),
+    schema="(Tensor dloss, Tensor x, Tensor weight, Tensor targets, Tensor lse, Tensor dlogits, "
+    "float softcap, float z_loss) -> (Tensor, Tensor)",
+)
+def _softcap_cross_entropy_backward(dloss, x, weight, targets, lse, dlogits, softcap, z_loss):
     if tiles.uses_kernels("softcap_cross_entropy", x):
         return _backward_cuda(dloss, x, weight, targets, lse, softcap, z_loss)
-    if fused := native.passes("softcap_cross_entropy", x):
-        return _backward_pass(fused, dloss, x, weight, targets, dlogits, softcap, z_loss)
-    return _backward_cpu(dloss, x, weight, targets, lse, softcap, z_loss)
-
-
-def _backward_pass(fused, dloss, x, weight, targets, dlogits: Tensor, softcap: float, z_loss: float):
-    """Return the products of d loss / d logits, kept or computed again, and weight or x, scaled by dloss."""
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    accumulator = weight.new_zeros(weight.shape, dtype=torch.float32)
-    for start in range(0, x.shape[0], _ROWS):
-        rows = slice(start, start + _ROWS)
-        low = dlogits[rows]
-        if not len(dlogits):
-            low = x.new_empty(len(x[rows]), weight.shape[0])
-            _forward_pass(fused, x[rows], weight, targets[rows], softcap, z_loss, low)
-        scale = dloss[rows].unsqueeze(1)
-        torch.mm(low, weight, out=dx[rows]).mul_(scale)
-        accumulator += low.T @ (x[rows] * scale).to(x.dtype)
-    return dx, accumulator.to(weight.dtype)
-
-
-def _backward_cpu(dloss, x, weight, targets, lse, softcap: float, z_loss: float) -> tuple[Tensor, Tensor]:
+    fused = native.passes("softcap_cross_entropy", x)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     accumulator = weight.new_zeros(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32))
     for start in range(0, x.shape[0], _ROWS):
         rows = slice(start, start + _ROWS)
-        tanh = _capped(x[rows], weight, softcap)
-        # d loss / d raw = ((1 + 2 z_loss log Z) softmax - onehot) (1 - tanh^2)
-        grad = torch.exp(tanh * softcap - lse[rows].unsqueeze(1))
-        if z_loss:
-            grad.mul_((1 + 2 * z_loss * lse[rows]).unsqueeze(1))
-        ones = grad.new_full((grad.shape[0], 1), -1.0)
-        grad.scatter_add_(1, targets[rows].long().unsqueeze(1), ones)
-        grad.mul_(tanh.square_().neg_().add_(1.0)).mul_(dloss[rows].unsqueeze(1))
-        low = grad.to(x.dtype)
-        dx[rows] = low @ weight
-        accumulator += low.T @ x[rows]
+        scale, inputs = dloss[rows].unsqueeze(1), (x[rows], weight, targets[rows], softcap, z_loss)
+        if fused:  # a pass leaves the factor dloss to the products
+            low = dlogits[rows] if len(dlogits) else x.new_empty(len(x[rows]), weight.shape[0])
+            if not len(dlogits):
+                _forward_cpu(*inputs, low)
+            torch.mm(low, weight, out=dx[rows]).mul_(scale)
+            accumulator += low.T @ (x[rows] * scale).to(x.dtype)
+        else:
+            low = _dlogits(*inputs, lse[rows].unsqueeze(1)).mul_(scale).to(x.dtype)
+            dx[rows] = low @ weight
+            accumulator += low.T @ x[rows]
     return dx, accumulator.to(weight.dtype)
+
+
+def _dlogits(x, weight, targets, softcap: float, z_loss: float, lse: Tensor) -> Tensor:
+    """Return d loss / d raw = ((1 + 2 z_loss log Z) softmax - onehot) (1 - tanh^2), raw = x W^T, log Z = lse."""
+    tanh = (x @ weight.T).to(lse.dtype).div_(softcap).tanh_()
+    grad = torch.exp(tanh * softcap - lse).mul_(1 + 2 * z_loss * lse)
+    grad.scatter_add_(1, targets.long().unsqueeze(1), grad.new_full((len(x), 1), -1.0))
+    return grad.mul_(tanh.square_().neg_().add_(1.0))
 
 
 @_softcap_cross_entropy_backward.register_fake

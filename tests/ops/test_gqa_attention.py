@@ -221,9 +221,9 @@ def operands():
     [
         ("q", ones(2, 3, 32), "q, k and cos have 3, 4 and 2 dimensions, but 4, 4 and 2 are needed"),
         ("q", ones(2, 3, 3, 8), r"q has shape \(2, 3, 3, 8\) and k \(2, 5, 2, 8\)"),
-        ("q", np.ones((2, 3, 4, 8)), "q.dtype is float64; float32, or int16 holding bfloat16, is needed"),
+        ("q", np.ones((2, 3, 4, 8)), "q.dtype is float64; float32, or uint16 holding bfloat16, is needed"),
         ("k", ones(1, 5, 2, 8), r"k has shape \(1, 5, 2, 8\), but \(2, 5, 2, 8\) is needed"),
-        ("v", np.ones((2, 5, 2, 8), np.int16), "v must hold float32"),
+        ("v", np.ones((2, 5, 2, 8), np.uint16), "v must hold float32"),
         ("v", ones(2, 5, 2, 16)[..., ::2], "v is strided; a contiguous array is needed"),
         ("sin", ones(5, 2), r"sin has shape \(5, 2\), but \(5, 3\) is needed"),
         ("lse", ones(2, 3, 4), r"lse has shape \(2, 3, 4\), but \(2, 4, 3\) is needed"),

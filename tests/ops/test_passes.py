@@ -117,7 +117,7 @@ def floats(*shape):
 
 
 def bits(*shape):
-    return np.ones(shape, np.int16)
+    return np.ones(shape, np.uint16)
 
 
 IDS = np.zeros(2, np.int64)
@@ -167,11 +167,11 @@ def test_wrong_operands_are_named(run, name):
 @pytest.mark.parametrize(
     ("run", "changes", "message"),
     [
-        ("activate", {"hidden": bits(4)}, r"pre\.dtype is float32, but hidden\.dtype is int16"),
+        ("activate", {"hidden": bits(4)}, r"pre\.dtype is float32, but hidden\.dtype is uint16"),
         ("activate", {"pre": floats(7)}, "pre has 7 elements, but 8 are needed"),
         ("activate", {"activation": "gelu"}, "activation is gelu: use leaky_relu_squared"),
         ("softcap_loss", {"logits": floats(6)}, "logits has 1 dimensions, but 2 are needed"),
-        ("softcap_loss", {"loss": bits(2)}, r"loss\.dtype is int16; float32 is needed"),
+        ("softcap_loss", {"loss": bits(2)}, r"loss\.dtype is uint16; float32 is needed"),
         (
             "softcap_loss",
             {"targets": IDS[:1]},
