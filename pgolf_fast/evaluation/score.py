@@ -162,13 +162,10 @@ class Scorer:
 
 
 def _in_threads(function: Callable[[Batch], None], items: list[Batch], device: torch.device) -> Iterator:
-    (
-        """Apply `function` to each item, on a CPU one item per thread, and yield after each.
+    """Apply `function` to each item, on a CPU one item per thread, and yield after each.
 
     Threads do not wait for each other within an item, and results are bit-identical for any thread count.
     """
-        ""
-    )
     threads = torch.get_num_threads()
     if device.type != "cpu" or threads == 1:
         yield from map(function, items)
