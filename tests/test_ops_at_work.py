@@ -35,7 +35,7 @@ def test_every_op_is_called(capsys, tmp_path, monkeypatch):
         ("quantize", run),
         ("pack", run),
         ("eval", run, "--weights", "packed"),
-        ("eval", run, "--ttt.adapter", "lora", "--ttt.lora.documents", "8"),
+        ("eval", run, "--ttt.adapter", "lora"),
         ("generate", run, "--tokens", "3"),
     ):
         assert call(capsys, *command)[0] == 0
