@@ -100,8 +100,10 @@ def score_and_adapt(
     scores, ledger = saved.load(scorer, adapter) if saved is not None else [], Ledger(scorer.stream)
     if scores:
         ledger.note(scorer.windows[: chunks[len(scores) - 1].high])
-    left, bpb = range(len(scores), len(chunks)), lambda: console.number(scores[-1].bpb, ".4f")
-    shown = console.progress(left, what, unit="chunk", note=lambda: f"bpb {bpb()} so far")
+    left = range(len(scores), len(chunks))
+    shown = console.progress(
+        left, what, unit="chunk", note=lambda: f"bpb {console.number(scores[-1].bpb, '.4f')} so far"
+    )
     for number in shown if scorer.world.is_main else left:
         chunk, last = chunks[number], number == len(chunks) - 1
         if chunk.new_documents:
