@@ -140,12 +140,6 @@ class Scorer:
         text_bytes = int((self._bytes[part.end] - self._bytes[part.first]).sum())
         return Score(float(losses.sum(dtype=np.float64)), len(losses), text_bytes)
 
-    def by_target(self) -> np.ndarray:
-        """Return all losses in stream order, (targets,) float32, of windows that score each target once."""
-        losses = np.empty(self.stream.num_targets, dtype=np.float32)
-        losses[self.windows.targets()] = self.losses.cpu().numpy()
-        return losses
-
     def _fill(self, losses_of: LossFunction, batch: Batch) -> None:
         start, *rows = (self._padded(t, batch) for t in (self._start, self._row) if t is not None)
         spans = self.stream.tokens.unfold(0, batch.length + 1, 1)[start]  # (B, length + 1)
@@ -162,13 +156,10 @@ class Scorer:
 
 
 def _in_threads(function: Callable[[Batch], None], items: list[Batch], device: torch.device) -> Iterator:
-    (
-        """Apply `function` to each item, on a CPU one item per thread, and yield after each.
+    """Apply `function` to each item, on a CPU one item per thread, and yield after each.
 
     Threads do not wait for each other within an item, and results are bit-identical for any thread count.
     """
-        ""
-    )
     threads = torch.get_num_threads()
     if device.type != "cpu" or threads == 1:
         yield from map(function, items)
