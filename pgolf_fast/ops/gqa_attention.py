@@ -277,7 +277,7 @@ def _exclusive_backward(dcontext: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor,
     return (grad - g_along @ unit.mT).flatten(2, 3).to(y.dtype), dv
 
 
-def _sdpa_backward(dy: Tensor, s: Saved, q_gain, cos, sin) -> tuple[Tensor, Tensor, Tensor]:
+def _sdpa_backward(dy: Tensor, s: Saved, q_gain, cos, sin) -> tuple[Tensor, ...]:
     """Return gradients of the rotated q (B, W, H, hd) and of k and v (B, T, KV, hd), summed by group."""
     if dy.numel() == 0:
         return torch.zeros_like(s.q), torch.zeros_like(s.k), torch.zeros_like(s.v)
