@@ -31,7 +31,7 @@ def examine(*, check: bool, table: bool = False) -> tuple[str, bool]:
     parts = [
         str(Table(None, facts)),
         str(implementations(device, dtype)),
-        str(Table(("attention", "what it is", "here"), attention_backend.available(device))),
+        str(Table(("attention", "what it is", "here"), attention(device, dtype))),
     ]
     wrong: list[str] = []
     if check:
@@ -76,6 +76,15 @@ def implementations(device: torch.device, dtype: torch.dtype) -> Table:
         ("lzma_compress, lzma_decompress", lzma.backend()),
     ]
     return Table(("op", "implementation"), rows)
+
+
+def attention(device: torch.device, dtype: torch.dtype) -> list[tuple[str, str, str]]:
+    """Return what `attention_backend.available` does, below the fused pass where that runs instead."""
+    rows = attention_backend.available(device)
+    if native.passes("gqa_attention", torch.empty(0, dtype=dtype, device=device)) is None:
+        return rows
+    rest = [(name, what, "available" if here == "chosen" else here) for name, what, here in rows]
+    return [("C++", "own fused pass, XSA inside", "chosen"), *rest]
 
 
 def _implementation(op: str, device: torch.device, dtype: torch.dtype) -> str:

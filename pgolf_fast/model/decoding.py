@@ -13,7 +13,7 @@ from pgolf_fast.model.attention import attend, rope_tables
 from pgolf_fast.model.bank import PackedBanks
 from pgolf_fast.model.compiled import CapturedStep
 from pgolf_fast.model.gpt import GPT, AnyBanks
-from pgolf_fast.ops import native, reference
+from pgolf_fast.ops import native
 from pgolf_fast.ops.mlp import ACTIVATIONS
 
 WINDOW = 3 + 1  # tokens the newest input depends on: of the longest n-gram, and one that SmearGate sees
@@ -86,7 +86,7 @@ class Decoder:
             floats = {name: t.detach().float().contiguous().numpy() for name, t in arrays.items()}
             codes = (part.codes[i].numpy() for part in parts)
             kind = ACTIVATIONS.index(config.mlp_activation)
-            settings = (block.layer_scale, reference.RMS_EPS, model.uses_xsa(i), kind)
+            settings = (block.layer_scale, model.uses_xsa(i), kind)
             blocks.append(extension.DecodeBlock(names, floats, *codes, *settings))
         return blocks
 
