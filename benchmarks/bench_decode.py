@@ -53,7 +53,11 @@ def models() -> dict[str, GPT]:
 def weight_bytes(model: GPT) -> int:
     """Return the bytes that a step can read: banks as it reads them, and everything else in float32."""
     banks = model.reading_banks()
-    own = banks.nbytes if isinstance(banks, PackedBanks) else sum(w.nbytes for w in banks.weights())
+    if isinstance(banks, PackedBanks):
+        parts = (banks.attention, banks.up, banks.down)
+        own = sum(t.nbytes for part in parts for t in (part.codes, part.scale))
+    else:
+        own = sum(w.nbytes for w in banks.weights())
     names = [name for name in model.state_dict() if not name.endswith("_bank")]
     return own + sum(model.state_dict()[name].nbytes for name in names)
 

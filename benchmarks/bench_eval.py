@@ -1,11 +1,13 @@
-"""Compare scoring with a naive evaluator on a CPU: sliding windows, with and without test-time training.
+"""Compare scoring with naive evaluators on a CPU: sliding windows, with and without test-time training.
 
     python benchmarks/bench_eval.py [--run RUN] [--data DIR] [--tokens 65536] [--stride 64]
 
-The naive one computes every position of every layer of every window, in its fastest batch size. The
-multiplications that exact scoring can leave out bound the speed-up; the fast path should reach 90 % of it,
-and never be slower with test-time training. Both take turns; the fastest round of each counts, and all rounds
-are printed. On a GPU: `python benchmarks/gpu_session --parts eval`.
+Naive ones compute every position of every layer of every window, in the fastest batch size: "naive" with our
+ops, "compiled" in plain PyTorch under torch.compile. The multiplications that exact scoring can leave out
+bound the speed-up over "naive"; the fast path should reach 90 % of it, and never be slower with test-time
+training. LoRA for documents has no naive form: "compiled" is the same code in plain PyTorch. All take turns;
+the fastest round of each counts (the first compiles), and all rounds are printed. On a GPU:
+`python benchmarks/gpu_session --parts eval`.
 """
 
 import argparse
@@ -15,10 +17,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
+import cpu_jobs  # noqa: F401 - before torch, so that OpenMP is set up
 import naive_eval
 import torch
 from artifact_worker import timed
+from gpu_session.plain import plain_banks, plain_loss, plain_ops
 from torch import Tensor
 
 from pgolf_fast import console
@@ -28,8 +33,10 @@ from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.ttt import adapters
 from pgolf_fast.data.source import open_source
 from pgolf_fast.distributed import keep_freed_memory
+from pgolf_fast.evaluation.adapters import lora
 from pgolf_fast.evaluation.adapters.base import Frozen, borrowed, freeze
 from pgolf_fast.evaluation.adapters.descent import SGD, trainable_parameters
+from pgolf_fast.evaluation.adapters.registry import adapting_chunks
 from pgolf_fast.evaluation.estimate import forward_flops, windows_flops
 from pgolf_fast.evaluation.protocol import score_and_adapt, target_chunks
 from pgolf_fast.evaluation.score import Scorer, Stream, batch_size
@@ -80,7 +87,7 @@ def main() -> int:
 
 
 class Bench:
-    """Both evaluators on one stream."""
+    """All evaluators on one stream."""
 
     def __init__(self, model: GPT, stream: Stream, config, stride: int):
         self.model, self.stream, self.stride = model, stream, stride
@@ -88,10 +95,15 @@ class Bench:
         # SGD over chunks, the only adapter that the naive evaluator has
         ttt = config.ttt if config.ttt.adapter == "sgd" else adapters(self.length)["sgd"]
         self.ttt = replace(ttt, quantize_forward="none")
+        self.lora = replace(adapters(self.length)["lora"], quantize_forward="none")
         self.windows = sliding_windows(stream.num_targets, self.length, stride)
         self.chunks = target_chunks(self.windows, stream.num_targets, self.ttt.chunk_tokens)
         self.size = batch_size(None, config.model, model.compute_dtype, stream.tokens.device)
         self.batch = 0
+        compiled = partial(torch.compile, dynamic=False)
+        self.compiled_loss = compiled(plain_loss(model))
+        self.compiled_losses = compiled(lambda x, y: model.token_losses(x, y, plain_banks(model)))
+        self.compiled_lora = torch.compile(lora.changed_losses)  # segments and batches differ in size
 
     def allowed(self) -> float:
         """Return the ratio of naive to necessary multiplications over all windows."""
@@ -123,16 +135,39 @@ class Bench:
         return scorer.losses
 
     def naive_ttt(self) -> Tensor:
-        model = self.model
-        with borrowed(model):
-            parameters = trainable_parameters(model, self.ttt)
-            freeze(model)
+        # Without gradient banks, forward casts the banks every time, so autograd reaches the masters.
+        return self.adapted(self.model.token_losses, self.model.loss)
+
+    def adapted(self, losses_of: naive_eval.Losses, mean_loss: naive_eval.Losses) -> Tensor:
+        with borrowed(self.model):
+            parameters = trainable_parameters(self.model, self.ttt)
+            freeze(self.model)
             for parameter in parameters:
                 parameter.requires_grad_()
-            learner = naive_eval.SGD(model.loss, parameters, self.ttt, self.length)
+            learner = naive_eval.SGD(mean_loss, parameters, self.ttt, self.length)
             data = self.stream.tokens, self.windows, self.chunks, self.length, self.batch
-            # Without gradient banks, forward casts the banks every time, so autograd reaches the masters.
-            return naive_eval.score_and_adapt(model.token_losses, learner, *data)
+            return naive_eval.score_and_adapt(losses_of, learner, *data)
+
+    def compiled_sliding(self) -> Tensor:
+        data = self.stream.tokens, self.windows, self.length, self.batch
+        with plain_ops():
+            return naive_eval.score(self.compiled_losses, *data)
+
+    def compiled_ttt(self) -> Tensor:
+        with plain_ops():
+            return self.adapted(self.compiled_losses, self.compiled_loss)
+
+    def compiled_documents(self) -> Tensor:
+        with plain_ops(), mock.patch.object(lora, "changed_losses", self.compiled_lora):
+            return self.fast_documents()
+
+    def fast_documents(self) -> Tensor:
+        windows, chunks = adapting_chunks(self.windows, self.stream, self.lora)
+        scorer = Scorer(self.stream, windows, self.length, self.size)
+        with borrowed(self.model):
+            adapter = lora.Lora(self.model, self.lora, self.length)
+            score_and_adapt(adapter, scorer, chunks, "sliding + LoRA")
+        return scorer.losses
 
     def fast_ttt(self) -> Tensor:
         scorer = Scorer(self.stream, self.windows, self.length, self.size)
@@ -144,9 +179,13 @@ class Bench:
         by_batch = self.choose_batch()
         contenders: dict[str, Callable[[], Tensor]] = {
             "naive sliding": self.naive_sliding,
+            "compiled sliding": self.compiled_sliding,
             "fast sliding": self.fast_sliding,
             "naive sliding + TTT": self.naive_ttt,
+            "compiled sliding + TTT": self.compiled_ttt,
             "fast sliding + TTT": self.fast_ttt,
+            "compiled sliding + LoRA": self.compiled_documents,
+            "fast sliding + LoRA": self.fast_documents,
         }
         seconds: dict[str, list[float]] = {name: [] for name in contenders}
         losses: dict[str, Tensor] = {}
@@ -157,6 +196,7 @@ class Bench:
                 print(f"{name}: {seconds[name][-1]:.2f} s", flush=True)
         best = {name: min(times) for name, times in seconds.items()}
         speed_up, allowed = best["naive sliding"] / best["fast sliding"], self.allowed()
+        kinds = [name.removeprefix("fast ") for name in contenders if name.startswith("fast ")]
         return {
             "tokens": self.stream.num_targets,
             "windows": len(self.windows),
@@ -172,6 +212,7 @@ class Bench:
             "sliding_speed_up_allowed": allowed,
             "sliding_reached": speed_up / allowed,
             "ttt_speed_up": best["naive sliding + TTT"] / best["fast sliding + TTT"],
+            "over_compiled": {kind: best[f"compiled {kind}"] / best[f"fast {kind}"] for kind in kinds},
             "largest_difference": (losses["naive sliding"] - losses["fast sliding"]).abs().max().item(),
             "loss": {name: values.double().mean().item() for name, values in losses.items()},
         }
@@ -180,6 +221,7 @@ class Bench:
 def describe(found) -> str:
     tokens, losses = found["tokens"], found["loss"]
     best = {name: min(times) for name, times in found["seconds"].items()}
+    over = ", ".join(f"{kind} {ratio:.2f}" for kind, ratio in found["over_compiled"].items())
     rows = [(name, f"{s:.2f}", f"{tokens / s:,.0f}", f"{losses[name]:.6f}") for name, s in best.items()]
     return f"""\
 {tokens:,} targets in {found["windows"]:,} windows of {found["seq_len"]}, stride {found["stride"]}, \
@@ -189,7 +231,8 @@ batches of {found["naive_batch"]} (naive) and {found["fast_batch"]} (fast)
 largest difference of a loss, sliding: {found["largest_difference"]:.1e} nats
 sliding: {found["sliding_speed_up"]:.2f} times naive; exact savings allow \
 {found["sliding_speed_up_allowed"]:.2f}: {found["sliding_reached"]:.0%} of it
-sliding + TTT: {found["ttt_speed_up"]:.2f} times naive"""
+sliding + TTT: {found["ttt_speed_up"]:.2f} times naive
+times compiled: {over}"""
 
 
 if __name__ == "__main__":

@@ -189,6 +189,8 @@ def draw(records: Sequence[dict], figure: Figure) -> None:
         work = [r["flops_per_token"] / r["threads"] for r in part]
         place.loglog(x, times, "o-", color=color, label=job)
         place.loglog(x, [w * times[0] / work[0] for w in work], "--", color=color)
+        place.set_xticks(x, [f"{value:,}" for value in x])
+        place.xaxis.set_minor_formatter("")
         place.set(xlabel="parameters in banks" if axis == "model" else axis, ylabel="microseconds per token")
         place.legend()
 

@@ -25,9 +25,10 @@ import cpu_jobs  # before torch, so that OpenMP is set up
 import torch
 
 from pgolf_fast import console
+from pgolf_fast.bench.doctor import cpu_cores
 from pgolf_fast.bench.store import provenance
 from pgolf_fast.config.presets import preset
-from pgolf_fast.cores import available_cores, describe
+from pgolf_fast.cores import available_cores
 from pgolf_fast.io import write_text
 
 LIBGOMP_SPINS = "300000"  # its default: libgomp/env.c of GCC
@@ -171,7 +172,7 @@ def main() -> int:
     facts = {"preset": arguments.preset, "seconds": arguments.seconds, "cores": cores, **provenance()}
     text = "no load was measured"
     for records in measure(arguments, chosen):
-        text = f"{arguments.preset}; {describe()}\n{describe_speeds(records, cores)}"
+        text = f"{arguments.preset}; {cpu_cores()}\n{describe_speeds(records, cores)}"
         if arguments.json:
             found = {**facts, "records": records, "table": text.splitlines()}
             write_text(arguments.json, json.dumps(found, indent=1) + "\n")

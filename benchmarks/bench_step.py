@@ -28,11 +28,12 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from pgolf_fast import console
+from pgolf_fast.bench.doctor import cpu_cores
 from pgolf_fast.bench.peers import compile_settings
 from pgolf_fast.bench.store import provenance
 from pgolf_fast.config.presets import preset
 from pgolf_fast.config.schema import RunConfig
-from pgolf_fast.cores import available_cores, describe
+from pgolf_fast.cores import available_cores
 from pgolf_fast.distributed import this_process
 from pgolf_fast.io import write_text
 from pgolf_fast.ops import reference
@@ -177,7 +178,7 @@ def main() -> int:
     torch._dynamo.config.recompile_limit = 64  # every way compiles the same functions
     config, records, begin = make_config(arguments), list[dict](), time.monotonic()
     shape = f"{config.train.batch_tokens} tokens a step in sequences of {config.train.seq_len}"
-    what = f"{arguments.preset}: {shape}; {describe()}"
+    what = f"{arguments.preset}: {shape}; {cpu_cores()}"
     print(what, flush=True)
     for done, threads in enumerate(arguments.threads, start=1):
         end = begin + 60 * arguments.minutes * done / len(arguments.threads)

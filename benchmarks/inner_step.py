@@ -10,6 +10,7 @@ last is 1, the meta step is an ordinary step on the outer half.
 """
 
 import argparse
+import contextlib
 import statistics
 import sys
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ def measure(path: Path, dtype: torch.dtype) -> InnerStep:
     model = load(folder, "float", config=config).model
     source = open_source(config.data, config.model.vocab_size)
     model.compute_dtype = dtype
-    with make_loader(source.train_shards(), config) as loader:
+    with contextlib.closing(make_loader(source.train_shards(), config)) as loader:
         rows = [one(model, loader.next_batch(), config.train.meta or MetaConfig()) for _ in range(BATCHES)]
     medians = map(statistics.median, zip(*rows, strict=True))
     return InnerStep(str(dtype).removeprefix("torch."), *medians)

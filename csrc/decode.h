@@ -20,10 +20,10 @@ struct DecodeBlock {
     PackedWeights attention;     // rows of q, k, v and the output projection
     PackedWeights up, down;
     const float *x_mix, *x0_mix, *attention_scale, *mlp_scale;  // (dim)
-    const float *gain, *cos, *sin;                              // (heads), (half), (half)
+    const float *gain, *cos, *sin;                              // (heads), (positions, half), (positions, half)
     const float* value_embed;                                   // (batch, kv_heads * hd), or null
     float *keys, *values;                                       // (batch, kv_heads, positions, hd)
-    float layer_scale, eps;
+    float layer_scale;
     bool xsa;
     Activation activation;
 };

@@ -38,6 +38,15 @@ struct AttentionBackward {
     float* dgain;
 };
 
+// All float32. `qkv` (batch, heads + 2 kv_heads, dim) is a row of projections for each text; the pass overwrites it.
+struct DecodeAttention {
+    float* qkv;
+    const float* value_embed;  // (batch, kv_heads, dim), added to v, or null
+    float *keys, *values;      // (batch, kv_heads, positions, dim); the pass writes those of the newest position
+    float* context;            // (batch, heads, dim)
+    size_t positions;
+};
+
 struct SoftcapLoss {
     float softcap, z_loss;
     bool gradient;  // of each row's loss, written over the row's logits
@@ -86,6 +95,8 @@ struct Passes {
                               size_t rows, size_t columns, size_t threads);
     void (*attention)(Type, const AttentionShape&, const AttentionForward&, size_t threads);
     void (*attention_backward)(Type, const AttentionShape&, const AttentionBackward&, size_t threads);
+    // Of one query, the newest of `keys` positions.
+    void (*decode_attention)(const AttentionShape&, const DecodeAttention&, size_t threads);
     // Losses and logsumexps (rows) of logits (rows, vocab) before the softcap; the logits become d loss / d logits if
     // asked for, and stay as they are otherwise.
     void (*softcap_loss)(Type, void* logits, const int64_t* targets, size_t rows, size_t vocab, const SoftcapLoss&,

@@ -5,6 +5,7 @@
 #include "activation.h"
 #include "attention.h"
 #include "attention_backward.h"
+#include "decode_attention.h"
 #include "symmetric.h"
 #include "residual_norm.h"
 #include "smear_gate.h"
@@ -18,6 +19,7 @@ constexpr Passes table(const char* name) {
     all.symmetric_product = symmetric_product;
     all.attention = attention;
     all.attention_backward = attention_backward;
+    all.decode_attention = decode_attention;
     all.softcap_loss = softcap_loss;
     all.residual_norm = residual_norm;
     all.residual_norm_backward = residual_norm_backward;

@@ -67,7 +67,6 @@ class DecodeBlock:
         up: NDArray[np.uint8],
         down: NDArray[np.uint8],
         layer_scale: float,
-        eps: float,
         xsa: bool,
         activation: int,
     ) -> None: ...

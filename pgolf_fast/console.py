@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from html import escape
 from numbers import Real
 from pathlib import Path
 from typing import TypeVar
@@ -194,16 +193,14 @@ _NUMBER = re.compile(r"[-+±~<>]?\s?(\d[\d,]*(\.\d+)?([eE][-+]?\d+)?|nan|inf)(\s
 
 
 class Table:
-    """A table of text cells, rendered as text, HTML or Markdown; numeric columns are right-aligned.
+    """A table of text cells; numeric columns are right-aligned.
 
     header: column names, or None for a table without a header line.
     rows: one sequence per row; cells are converted with `str`.
-    caption: a title for HTML and Markdown; `text` omits it.
+    caption: a title for reports; `text` omits it.
 
     Raises ValueError if a row's length differs from that of the header (or the first row).
     """
-
-    SHORT = 24  # characters; columns of shorter cells do not wrap in HTML
 
     def __init__(self, header: Sequence[str] | None, rows: Iterable[Sequence[object]], caption: str = ""):
         self.header = None if header is None else tuple(header)
@@ -213,12 +210,13 @@ class Table:
         if wrong := [row for row in self.rows if len(row) != width]:
             raise ValueError(f"table {caption!r}: row {wrong[0]} has {len(wrong[0])} cells, not {width}")
 
-    def _columns(self) -> list[tuple[str, ...]]:
+    def columns(self) -> list[tuple[str, ...]]:
+        """Return the cells of each column."""
         return list(zip(*self.rows, strict=True)) if self.rows else [()] * len(self.header or ())
 
     def numeric(self) -> list[bool]:
         """Return True for each column that holds at least one number and otherwise only placeholders."""
-        columns = (map(str.strip, column) for column in self._columns())
+        columns = (map(str.strip, column) for column in self.columns())
         known = ([cell for cell in column if cell not in ("", "-")] for column in columns)
         return [bool(cells) and all(map(_NUMBER.fullmatch, cells)) for cells in known]
 
@@ -234,36 +232,3 @@ class Table:
         return "\n".join(line.rstrip() for line in aligned)
 
     __str__ = text
-
-    def markdown(self) -> str:
-        """Render a GitHub table; without a header, the header cells are empty."""
-        header = self.header if self.header is not None else ("",) * len(self._columns())
-        rule = ["---:" if right else "---" for right in self.numeric()]
-        cells = ([cell.replace("|", "\\|") for cell in row] for row in (header, rule, *self.rows))
-        lines = [f"| {' | '.join(row)} |" for row in cells]
-        return "\n".join([*([self.caption, ""] if self.caption else []), *lines])
-
-    def html(self) -> str:
-        """Render a `<table>`: cells escaped, backticks as `<code>`, classes `n` (numeric) and `s` (short)."""
-        numeric = self.numeric()
-        short = [all(len(cell) <= self.SHORT for cell in column) for column in self._columns()]
-        both = zip(numeric, short, strict=True)
-        kinds = [' class="n"' if right else ' class="s"' if fits else "" for right, fits in both]
-        named = zip(kinds, self.header or (), strict=False)
-        names = "".join(f'<th scope="col"{kind}>{inline_html(name)}</th>' for kind, name in named)
-        head = "" if self.header is None else f"<thead><tr>{names}</tr></thead>"
-        body = ""
-        for row in self.rows:
-            tags = ["td" if numeric[0] else 'th scope="row"', *["td"] * (len(row) - 1)]
-            cells = zip(tags, kinds, row, strict=True)
-            line = "".join(f"<{tag}{kind}>{inline_html(cell)}</{tag[:2]}>" for tag, kind, cell in cells)
-            body += f"<tr>{line}</tr>\n"
-        caption = f"<caption>{inline_html(self.caption)}</caption>" if self.caption else ""
-        return f"<table>{caption}{head}<tbody>{body}</tbody></table>"
-
-    __html__ = html  # Jinja2's autoescape inserts the element as it is
-
-
-def inline_html(text: str) -> str:
-    """Escape text for HTML and turn `code` in backticks into `<code>` elements."""
-    return re.sub(r"(?<!`)(``?)(?!`)(.+?)(?<!`)\1(?!`)", r"<code>\2</code>", escape(text), flags=re.DOTALL)

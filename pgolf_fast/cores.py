@@ -81,11 +81,3 @@ def prepare_openmp() -> None:
     if not names & limits and available_cores() < allowed_cores():
         CHOSEN["OMP_NUM_THREADS"] = str(available_cores())
     os.environ.update(CHOSEN)
-
-
-def describe() -> str:
-    """Return the cores, limits, threads and spin count of this process in one line."""
-    quota, spins = cpu_quota(), os.environ.get("GOMP_SPINCOUNT", "default")
-    limited = "no CPU quota" if quota is None else f"a CPU quota of {quota:g}"
-    machine = f"{os.cpu_count()} in this machine, {allowed_cores()} by affinity, {limited}"
-    return f"{machine}: {threads()} threads; GOMP_SPINCOUNT {spins}"

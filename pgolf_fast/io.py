@@ -118,11 +118,11 @@ def parse_json(text: str | bytes, where: str) -> Any:
     raise PgolfError(f"{where} is not valid JSON {reason}")
 
 
-def read_json(path: Path, kind: type = dict) -> Any:
-    """Return the value of a JSON file. Raises PgolfError if it is not JSON, or its value not a `kind`."""
+def read_json(path: Path) -> Any:
+    """Return the object in a JSON file. Raises PgolfError if it is not JSON, or its value not an object."""
     value = parse_json(path.read_bytes(), str(path))
-    if not isinstance(value, kind):
-        raise PgolfError(f"{path} holds a JSON {type(value).__name__}, not a {kind.__name__}: it was changed")
+    if not isinstance(value, dict):
+        raise PgolfError(f"{path} holds a JSON {type(value).__name__}, not a dict: it was changed")
     return value
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from pgolf_fast import cli
-from pgolf_fast.config.fields import flatten, set_fields
+from pgolf_fast.config.fields import flatten, with_fields
 from pgolf_fast.config.presets import tiny
 from pgolf_fast.config.schema import RunConfig, TTTConfig
 from pgolf_fast.data.loader import make_loader
@@ -87,7 +87,7 @@ def run_config(data: Path, **changes: object) -> RunConfig:
         eval=replace(base.eval, stride=16),
         ttt=TTTConfig(chunk_tokens=1000, batch_seqs=8, epochs=1),
     )
-    return set_fields(config, {name.replace("__", "."): value for name, value in changes.items()})
+    return with_fields(config, changes)
 
 
 def words(config: RunConfig) -> list[str]:

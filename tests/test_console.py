@@ -76,7 +76,6 @@ def test_table_numbers():
 def test_table_without_rows():
     assert Table(None, []).text() == ""
     assert Table(("op", "ms"), []).text().splitlines() == ["op  ms", "--  --"]
-    assert Table(None, []).html() == "<table><tbody></tbody></table>"
 
 
 def test_table_numeric_columns():
@@ -86,12 +85,6 @@ def test_table_numeric_columns():
     ]
     numeric = [False, True, True, False, False, True, True, True, True, False, False]
     assert Table(None, rows).numeric() == numeric
-
-
-def test_table_as_markdown():
-    table = Table(("op", "ms"), [("a|b", "1.5")], "Times")
-    assert table.markdown() == "Times\n\n| op | ms |\n| --- | ---: |\n| a\\|b | 1.5 |"
-    assert Table(None, [("a", "1")]).markdown().startswith("|  |  |\n")
 
 
 def test_table_rows_of_unequal_length_are_refused():

@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from evaluations import adapted
 from helpers import gptq_alone
 from torch import nn
 
-from pgolf_fast.config.schema import MetaConfig, ModelConfig, TTTConfig
+from pgolf_fast.config.schema import EvalConfig, MetaConfig, ModelConfig, RunConfig, TTTConfig
 from pgolf_fast.data.tokenizer import ByteTable
+from pgolf_fast.evaluation.protocol import score_and_adapt, target_chunks
 from pgolf_fast.evaluation.score import Stream
+from pgolf_fast.evaluation.scores import Evaluator
 from pgolf_fast.evaluation.windows import sliding_windows
 from pgolf_fast.model.bank import BANK_NAMES
 from pgolf_fast.model.gpt import GPT
@@ -136,26 +137,17 @@ def check_legal_ttt(meta, values):
         parameters="all",
         quantize_forward="none",
     )
-    banks = {}
-
-    def keep(name):
-        return lambda: banks.update({name: getattr(model, name).detach().clone()})
-
+    scoring = EvalConfig(seq_len=meta["seq_len"], stride=1, batch_seqs=16)
+    evaluator = Evaluator(model, stream, RunConfig(model=model.config, eval=scoring))
+    chunks = target_chunks(windows, stream.num_targets, settings.chunk_tokens)
     for epochs, suffix in ((meta["epochs"], ""), (0, "_no_ttt")):
-        result = adapted(
-            model,
-            stream,
-            windows,
-            dataclasses.replace(settings, epochs=epochs),
-            seq_len=meta["seq_len"],
-            batch=16,
-            before_restore=lambda: [keep(name)() for name in BANK_NAMES],
-        )
-        assert abs(result.score.loss - meta[f"val_loss{suffix}"]) <= 1e-4
-        assert abs(result.score.bpb - meta[f"val_bpb{suffix}"]) <= 1e-4
-        if epochs:
-            for name in BANK_NAMES:
-                assert np.abs(banks[name].numpy() - values[f"adapted/{name}"]).max() <= 1e-4, name
+        with evaluator.adapter(dataclasses.replace(settings, epochs=epochs)) as adapter:
+            score = score_and_adapt(adapter, evaluator.scorer(windows), chunks, "golden")[-1]
+            for name, bank in zip(BANK_NAMES, model.bank_parameters() if epochs else (), strict=False):
+                error = np.abs(bank.detach().numpy() - values[f"adapted/{name}"]).max()
+                assert error <= 1e-4, name
+        assert abs(score.loss - meta[f"val_loss{suffix}"]) <= 1e-4
+        assert abs(score.bpb - meta[f"val_bpb{suffix}"]) <= 1e-4
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]), f"{name} was not restored"
 

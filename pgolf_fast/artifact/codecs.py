@@ -20,27 +20,20 @@ Shape = tuple[int, int, int]  # rows, columns, bytes of an item; row-major, litt
 
 CODECS: dict[str, int] = {"raw": 0, "lzma": 1, "rans": 2, "zstd": 3, "brotli": 4}  # the numbers in a file
 
-# Tried by a search besides the preset's own lc 3, lp 0, pb 2: literals without context, because neighboring
-# codes do not predict each other, and positions modulo 1 or 2, the latter for 16-bit items.
-LZMA_SEARCH = tuple(
-    {"lc": lc, "lp": lp, "pb": pb, "nice_len": 273} for lc in (0, 3) for lp, pb in ((0, 0), (0, 2), (1, 1))
-)
 # LZMA takes as long as all other codecs together. Above PROBE_FROM bytes it is probed at PROBE_PRESET first;
 # the full preset runs only if the probe is within PROBE_MARGIN of the best other codec.
 PROBE_FROM, PROBE_PRESET, PROBE_MARGIN = 65_536, 0, 1.03
 _ZSTD_STEP = 256  # bytes of input at a time, which expand to at most 11 MiB: bounds a bomb's memory
 
 
-def encode(codec: str, data: bytes, shapes: Sequence[Shape], **settings: int | bool | str) -> bytes:
-    """Compress `data`, which holds arrays of `shapes` one after another.
+def encode(codec: str, data: bytes, shapes: Sequence[Shape], preset: int = 9) -> bytes:
+    """Compress `data`, which holds arrays of `shapes` one after another; `preset`, 0 to 9, is LZMA's.
 
-    settings, by codec. lzma: those of `compress_bytes`, and search=True to try LZMA_SEARCH as well, in
-    parallel threads. rans: threads (0: `cores.threads`). zstd: level (22; always with long-distance
-    matching). brotli: quality (11). Raises PgolfError for a codec that is unknown or not installed;
-    ValueError for settings out of range, or shapes that do not add up to the data.
+    Raises PgolfError for a codec that is unknown or not installed; ValueError for a preset out of range, or
+    shapes that do not add up to the data.
     """
     _check_shapes(shapes, len(data))
-    return _CODERS[_known(codec)][0](data, shapes, **settings)
+    return _CODERS[_known(codec)][0](data, shapes, preset)
 
 
 def decode(codec: str, stored: bytes, raw_bytes: int, shapes: Sequence[Shape]) -> bytes:
@@ -72,7 +65,7 @@ def smallest(
         must_try = not done or len(data) <= PROBE_FROM
         probe = 0 if must_try else len(compress_bytes(data, preset=PROBE_PRESET))
         if probe <= PROBE_MARGIN * min(map(len, done.values()), default=0):
-            done["lzma"] = encode("lzma", data, shapes, preset=preset)
+            done["lzma"] = encode("lzma", data, shapes, preset)
     best = min(((n, done[n]) for n in names if n in done), key=lambda p: len(p[1]), default=("raw", data))
     return best if len(best[1]) < len(data) else ("raw", data)
 
@@ -92,18 +85,12 @@ def _check_shapes(shapes: Sequence[Shape], size: int) -> None:
         raise ValueError(f"the shapes hold {total} bytes, but there are {size}")
 
 
-def _encode_lzma(data: bytes, shapes: Sequence[Shape], search: bool = False, **settings: int) -> bytes:
-    tried = [settings, *({**settings, **more} for more in LZMA_SEARCH if search)]
-    with ThreadPoolExecutor(cores.threads()) as pool:
-        return min(pool.map(lambda some: compress_bytes(data, **some), tried), key=len)
-
-
-def _encode_rans(data: bytes, shapes: Sequence[Shape], threads: int = 0) -> bytes:
+def _encode_rans(data: bytes, shapes: Sequence[Shape], preset: int) -> bytes:
     extension = native.extension()
     if extension is None:
         hint = "run `pip install -e .` with a C++ compiler installed"
         raise PgolfError(f"rANS encoding needs the C++ extension: {hint}")
-    return bytes(extension.rans_encode(data, list(shapes), threads or cores.threads()))
+    return bytes(extension.rans_encode(data, list(shapes), cores.threads()))
 
 
 def _decode_rans(stored: bytes, raw_bytes: int, shapes: Sequence[Shape]) -> bytes:
@@ -124,10 +111,10 @@ def _extra(codec: str, package: str) -> ModuleType:
         raise PgolfError(f"the codec {codec} needs the package {package}: {hint}") from error
 
 
-def _encode_zstd(data: bytes, shapes: Sequence[Shape], level: int = 22) -> bytes:
+def _encode_zstd(data: bytes, shapes: Sequence[Shape], preset: int) -> bytes:
     zstandard = _extra("zstd", "zstandard")
     sizes = {"source_size": len(data), "window_log": _window_log(len(data))}
-    parameters = zstandard.ZstdCompressionParameters.from_level(level, **sizes, enable_ldm=True)
+    parameters = zstandard.ZstdCompressionParameters.from_level(22, **sizes, enable_ldm=True)
     return bytes(zstandard.ZstdCompressor(compression_params=parameters).compress(data))
 
 
@@ -155,8 +142,8 @@ def _decode_zstd(stored: bytes, raw_bytes: int, shapes: Sequence[Shape]) -> byte
     return bytes(out)
 
 
-def _encode_brotli(data: bytes, shapes: Sequence[Shape], quality: int = 11) -> bytes:
-    return bytes(_extra("brotli", "brotli").compress(data, quality=quality, lgwin=24))
+def _encode_brotli(data: bytes, shapes: Sequence[Shape], preset: int) -> bytes:
+    return bytes(_extra("brotli", "brotli").compress(data, quality=11, lgwin=24))
 
 
 def _decode_brotli(stored: bytes, raw_bytes: int, shapes: Sequence[Shape]) -> bytes:
@@ -174,10 +161,14 @@ def _decode_brotli(stored: bytes, raw_bytes: int, shapes: Sequence[Shape]) -> by
     return bytes(out)
 
 
-_Coder = tuple[Callable[..., bytes], Callable[[bytes, int, Sequence[Shape]], bytes]]  # encoder, decoder
-_CODERS: dict[str, _Coder] = {
-    "raw": (lambda data, shapes: data, lambda stored, raw_bytes, shapes: stored),
-    "lzma": (_encode_lzma, lambda stored, raw_bytes, shapes: decompress_bytes(stored, raw_bytes)),
+_Encoder = Callable[[bytes, Sequence[Shape], int], bytes]  # data, shapes, LZMA's preset
+_Decoder = Callable[[bytes, int, Sequence[Shape]], bytes]  # stored bytes, their number when decoded, shapes
+_CODERS: dict[str, tuple[_Encoder, _Decoder]] = {
+    "raw": (lambda data, shapes, preset: data, lambda stored, raw_bytes, shapes: stored),
+    "lzma": (
+        lambda data, shapes, preset: compress_bytes(data, preset),
+        lambda stored, raw_bytes, shapes: decompress_bytes(stored, raw_bytes),
+    ),
     "rans": (_encode_rans, _decode_rans),
     "zstd": (_encode_zstd, _decode_zstd),
     "brotli": (_encode_brotli, _decode_brotli),

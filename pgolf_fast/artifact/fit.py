@@ -31,7 +31,6 @@ class Pruned:
     codes: list[NDArray[np.int8]]
     count: int
     candidates: int
-    compressions: int
     fits: bool
 
 
@@ -61,11 +60,11 @@ def prune_to_fit(
         if size <= budget:
             high = guess, size
         elif guess == order.candidates:
-            return Pruned([], guess, order.candidates, probes, False)
+            return Pruned([], guess, order.candidates, False)
         else:
             low = guess, size
     assert high is not None  # the last probe prunes everything if no earlier one fit
-    return Pruned(order.split(order.pruned(high[0])), high[0], order.candidates, probes, True)
+    return Pruned(order.split(order.pruned(high[0])), high[0], order.candidates, True)
 
 
 def _guess(order: "_Order", low: tuple[int, int], high: tuple[int, int] | None, target: int) -> int:

@@ -214,8 +214,7 @@ def _prune(records: list[TensorRecord], sizes: ContainerSizes, code: int, config
     shapes = [(*array.shape, 1) for array, _ in matrices]
 
     def coded_size(flat: NDArray[np.int8]) -> int:
-        settings = {"preset": config.lzma_preset} if codec == "lzma" else {}
-        return min(len(codecs.encode(codec, flat.tobytes(), shapes, **settings)), flat.size)
+        return min(len(codecs.encode(codec, flat.tobytes(), shapes, config.lzma_preset)), flat.size)
 
     pruned = prune_to_fit(matrices, budget, now, coded_size, TOLERANCE)
     if not pruned.fits:

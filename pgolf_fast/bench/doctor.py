@@ -1,5 +1,6 @@
 """`pgolf doctor`: versions, the implementation that each op runs, and whether it is right on this machine."""
 
+import os
 from importlib import import_module
 from pathlib import Path
 
@@ -26,11 +27,11 @@ def examine(*, check: bool, table: bool = False) -> tuple[str, bool]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = resolve_dtype("auto", device)
     facts = [(name, str(value)) for name, value in environment().items()]
-    facts += [("compute dtype 'auto'", str(dtype).removeprefix("torch.")), ("CPU cores", cores.describe())]
+    facts += [("compute dtype 'auto'", str(dtype).removeprefix("torch.")), ("CPU cores", cpu_cores())]
     parts = [
         str(Table(None, facts)),
         str(implementations(device, dtype)),
-        str(Table(("attention", "what it is", "here"), attention_backend.available(device))),
+        str(Table(("attention", "what it is", "here"), attention(device, dtype))),
     ]
     wrong: list[str] = []
     if check:
@@ -39,6 +40,14 @@ def examine(*, check: bool, table: bool = False) -> tuple[str, bool]:
         wrong = list(dict.fromkeys(op for row in rows if row[-1] != "ok" for op in cases.CASES[row[0]].ops))
         parts += [f"do not use: {', '.join(wrong)}"] if wrong else []
     return "\n\n".join(parts), not wrong
+
+
+def cpu_cores() -> str:
+    """Return the cores, limits, threads and spin count of this process in one line."""
+    quota, spins = cores.cpu_quota(), os.environ.get("GOMP_SPINCOUNT", "default")
+    limited = "no CPU quota" if quota is None else f"a CPU quota of {quota:g}"
+    machine = f"{os.cpu_count()} in this machine, {cores.allowed_cores()} by affinity, {limited}"
+    return f"{machine}: {cores.threads()} threads; GOMP_SPINCOUNT {spins}"
 
 
 def fetch_fa3() -> Path:
@@ -67,6 +76,15 @@ def implementations(device: torch.device, dtype: torch.dtype) -> Table:
         ("lzma_compress, lzma_decompress", lzma.backend()),
     ]
     return Table(("op", "implementation"), rows)
+
+
+def attention(device: torch.device, dtype: torch.dtype) -> list[tuple[str, str, str]]:
+    """Return what `attention_backend.available` does, below the fused pass where that runs instead."""
+    rows = attention_backend.available(device)
+    if native.passes("gqa_attention", torch.empty(0, dtype=dtype, device=device)) is None:
+        return rows
+    rest = [(name, what, "available" if here == "chosen" else here) for name, what, here in rows]
+    return [("C++", "own fused pass, XSA inside", "chosen"), *rest]
 
 
 def _implementation(op: str, device: torch.device, dtype: torch.dtype) -> str:

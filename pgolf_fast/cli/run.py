@@ -217,7 +217,7 @@ class Pack:
 @dataclass(frozen=True)
 class Eval(Shards):
     run: RunOrFile  # Run folder or artifact file; with --estimate, also a preset.
-    fields: Annotated[Words, Fields(("eval", "ttt"), brief=TTT_FIELDS)]
+    fields: Annotated[Words, Fields(("eval", "ttt", "kernels"), brief=TTT_FIELDS)]
     # Weights to score: the artifact, with float banks or with its 6-bit codes (packed: less memory, the same
     # scores), or the float ones before quantization.
     weights: Weights = "artifact"

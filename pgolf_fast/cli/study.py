@@ -11,11 +11,12 @@ from pgolf_fast import console
 from pgolf_fast.cli import options
 from pgolf_fast.cli.options import AllFields, Fields, Preset, Run, RunOrFile, Shards, Size, Words
 from pgolf_fast.cli.run import TTT_FIELDS, OutCopy, results_in
+from pgolf_fast.config.checks import unknown
 from pgolf_fast.config.fields import field_name, flip
 from pgolf_fast.config.presets import preset
 from pgolf_fast.config.run_folder import Weights, read_scores
 from pgolf_fast.config.schema import PackConfig
-from pgolf_fast.config.ttt import adapters, unknown_adapter
+from pgolf_fast.config.ttt import adapters
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import locked, need_writable, well_formed, write_json
 from pgolf_fast.lab.analysis.summary import Options as AnalysisOptions
@@ -159,7 +160,8 @@ class Ablate:
 
     def _plan(self, base: Any, out: Path) -> tuple[list, list]:
         """Return the runs and the slots they run in, after measuring step costs for budget measured."""
-        from pgolf_fast.distributed import devices
+        import torch
+
         from pgolf_fast.lab.compare import plan, processes
 
         budgets: tuple[plan.Budget, ...] = ("steps", "time") if self.budget == "both" else (self.budget,)
@@ -168,7 +170,8 @@ class Ablate:
             if why := config.ttt.illegal:
                 hint = "Give --scores sliding, and score single runs with pgolf eval --allow-illegal"
                 raise PgolfError(f"{name}: ttt.adapter {config.ttt.adapter} breaks the rules: {why}. {hint}")
-        slots = processes.make_slots(self.workers, devices(), timed="time" in budgets)
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        slots = processes.make_slots(self.workers, gpus, timed="time" in budgets)
         costs = None
         if "measured" in budgets:
             costs = plan.step_costs(variants, out / "step_costs.json", workers=len(slots))
@@ -236,7 +239,7 @@ class TttSweep(Shards):
         known[_OWN] = config.ttt
         for name in self.adapters:
             if name not in known:
-                raise PgolfError(unknown_adapter(name, known))
+                raise PgolfError(unknown("adapter", name, known))
         if self.after < 0:
             raise PgolfError(f"--after is {self.after}; it must not be negative")
         from pgolf_fast.distributed import join_world

@@ -40,10 +40,11 @@ def need_either(group: str, config: object, one: str, other: str) -> None:
     need((a is None) != (b is None), message)
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return the question that suggests the nearest known name, or an empty string if none is close."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
-    return f"did you mean {near[0]}? " if near else ""
+def unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    """Return a line naming what is unknown, the nearest known name if one is close, and the known ones."""
+    near = difflib.get_close_matches(name, names := list(known), n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"unknown {kind} {name!r}: {hint}{kind}s are {', '.join(names)}"
 
 
 def share_of(share: float, count: int) -> int:

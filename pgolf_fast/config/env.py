@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pgolf_fast.config.fields import field_type, flatten, set_fields, without_none
+from pgolf_fast.config.fields import field_type, flatten, with_fields, without_none
 from pgolf_fast.config.schema import MetaConfig, RunConfig
 from pgolf_fast.errors import PgolfError
 
@@ -148,7 +148,7 @@ def _with_values(base: RunConfig, given: dict[str, object]) -> tuple[RunConfig, 
         if value != new.get(field):
             adjusted.append(f"{field} is {value} instead of {new[field]}: {reason}")
             values[field] = new[field] = value
-    return set_fields(base, values), adjusted
+    return with_fields(base, values), adjusted
 
 
 def _following(new: dict[str, Any], values: dict[str, object]) -> Iterator[tuple[str, object, str]]:

@@ -58,36 +58,32 @@ def flatten(config: object, prefix: str = "") -> Iterator[tuple[str, object]]:
             yield name, value
 
 
-def set_fields(config: Config, values: Mapping[str, object]) -> Config:
+def with_fields(config: Config, fields: Mapping[str, object]) -> Config:
     """Return a copy of `config` with dotted fields set, all at once: only the result has to be valid.
 
-    Text is parsed by the type of its field: true or false, a number, a word, items separated by commas, none
-    for a field that may be off. Setting a field of a group that is off turns the group on with its defaults.
+    Names may have `__` for dots (train__steps). Text is parsed by the type of its field: true or false, a
+    number, a word, items separated by commas, none for a field that may be off. A path is text too. Setting a
+    field of a group that is off turns the group on with its defaults.
     Raises PgolfError for an unknown field or a value that is not allowed.
     """
     tree = dataclasses.asdict(config)  # type: ignore[call-overload]
+    values = {name.replace("__", "."): value for name, value in fields.items()}
     for name, value in sorted(values.items()):  # a group before its fields
         hint, place = field_type(type(config), name), tree
         *groups, last = name.split(".")
         for group in groups:
             place[group] = {} if place[group] is None else place[group]
             place = place[group]
-        if isinstance(value, str):
-            value = _parse(hint, value, name)
+        if isinstance(value, str | Path):
+            value = _parse(hint, str(value), name)
         place[last] = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
     return from_dict(type(config), tree)
-
-
-def with_fields(config: Config, fields: Mapping[str, object]) -> Config:
-    """Set fields as `set_fields` does; names may have `__` for dots (train__steps), values may be paths."""
-    plain = {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
-    return set_fields(config, {name.replace("__", "."): value for name, value in plain.items()})
 
 
 def flip(config: RunConfig, words: Sequence[str]) -> RunConfig:
     """Return `config` with the FIELD=VALUE of every word set: model.trigram=false, train.meta=none.
 
-    Raises PgolfError as `set_fields` does, and for malformed, repeated or contradicting words.
+    Raises PgolfError as `with_fields` does, and for malformed, repeated or contradicting words.
     """
     given: dict[str, str] = {}
     for word in words:
@@ -100,7 +96,7 @@ def flip(config: RunConfig, words: Sequence[str]) -> RunConfig:
             hint = "a group that is none has no fields; leave one out"
             need(not nested, f"{before} and {word} contradict: {hint}")
         given[name] = word
-    return set_fields(config, {name: word.partition("=")[2] for name, word in given.items()})
+    return with_fields(config, {name: word.partition("=")[2] for name, word in given.items()})
 
 
 def field_name(word: str) -> str:

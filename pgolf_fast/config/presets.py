@@ -7,7 +7,7 @@ authors' descriptions (docs/systems.md); most start from `baseline`, the challen
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from pgolf_fast.config.checks import did_you_mean, need
+from pgolf_fast.config.checks import need, unknown
 from pgolf_fast.config.fields import flip, with_fields
 from pgolf_fast.config.schema import AverageConfig, ModelConfig, RunConfig, TrainConfig
 from pgolf_fast.config.ttt import TTTConfig, adapters
@@ -157,8 +157,7 @@ def preset(name: str, /, **fields: object) -> RunConfig:
     fields: changes, with `__` between groups: preset("tiny", train__steps=10, data__path="shards").
     Raises PgolfError for an unknown name, suggesting the nearest, or an unknown field.
     """
-    hint = did_you_mean(name, PRESETS)
-    need(is_preset(name), f"unknown preset {name!r}: {hint}presets are {', '.join(PRESETS)}")
+    need(is_preset(name), unknown("preset", name, PRESETS))
     parent, _, size = name.rpartition("_")
     return with_fields(PRESETS[name]() if name in PRESETS else shrink(PRESETS[parent](), size), fields)
 
@@ -186,7 +185,7 @@ SIZES = {
 
 def shrink(base: RunConfig, size: str) -> RunConfig:
     """Return `base` at one of SIZES, named like the size if `base` is exp101, else `<base>_<size>`."""
-    need(size in SIZES, f"unknown size {size!r}: sizes are {', '.join(SIZES)}")
+    need(size in SIZES, unknown("size", size, SIZES))
     to = SIZES[size]
     model, train = _shrink_model(base.model, to), _shrink_train(base.train, to)
     small = _changed(

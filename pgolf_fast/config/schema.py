@@ -352,10 +352,11 @@ class EvalConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class KernelConfig:
-    """Implementations of ops on a CUDA GPU; on a CPU each op has only one."""
+    """Implementations of ops."""
 
     implementation: Literal["auto", "triton", "torch"] = "auto"
-    """Triton kernels or PyTorch for every op; auto uses the defaults that `pgolf doctor` shows."""
+    """Triton kernels or PyTorch for every op; auto uses the defaults that `pgolf doctor` shows. On a CPU,
+    torch turns the C++ passes off, as in the submission script."""
     attention: Literal["auto", "triton", "flash", "cudnn", "fa3", "fa4", "plain"] = "auto"
     """Implementation of the inner attention; auto chooses by GPU and shape."""
 

@@ -1,6 +1,5 @@
 """Settings of test-time training, which adapts the model to tokens it has scored."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -149,9 +148,3 @@ def adapters(seq_len: int) -> dict[str, TTTConfig]:
         "lora": lora,
         "phased": replace(adamw, adapter="phased", chunk_tokens=32 * seq_len, epochs=1, lora=lora.lora),
     }
-
-
-def unknown_adapter(name: str, known: Iterable[str]) -> str:
-    """Return a line naming an unknown adapter, a suggestion if one is close, and the known ones."""
-    names = list(known)
-    return f"unknown adapter {name!r}: {checks.did_you_mean(name, names)}adapters are {', '.join(names)}"

@@ -6,8 +6,8 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,14 +44,13 @@ def download(
     repo_id: str = REPO_ID,
     endpoint: str | None = None,
     revision: str = "main",
-    checksums: Mapping[str, str] | None = None,
 ) -> Path:
     """Download validation shards, `train_shards` training shards and the tokenizer; return the shard folder.
 
     Shards go to `<out>/datasets/fineweb10B_<dataset>`, the tokenizer to `<out>/tokenizers`. Every file is
-    checked against the size and hash that the Hub reports, or the sha256 in `checksums` (by file name).
-    Complete files are not downloaded again, and a partial one is continued. Raises `PgolfError` without
-    network or package, if something does not exist, and for a corrupt file, which is removed.
+    checked against the size and hash that the Hub reports. Complete files are not downloaded again, and a
+    partial one is continued. Raises `PgolfError` without network or package, if something does not exist, and
+    for a corrupt file, which is removed.
     """
     try:
         import huggingface_hub
@@ -68,8 +67,6 @@ def download(
             raise PgolfError(f"{api.endpoint} does not say {what}; try a commit")
     remotes = _choose(api, repo_id, commit, dataset, train_shards, folder)
     for remote in console.progress(remotes, "downloading", unit="file"):
-        wanted = (checksums or {}).get(remote.target.name)
-        remote = replace(remote, sha256=wanted.lower() if wanted else remote.sha256)
         if remote.target.is_file() and _fault(remote.target, remote) is None:
             continue
         with _hub_errors(f"{remote.path} of {repo_id} at {api.endpoint}"):

@@ -167,7 +167,6 @@ class Loader:
         self._rank, self._world_size = rank, world_size
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="pgolf-loader")
         self._ahead: Future[tuple[Batch, int]] | None = None
-        self._closed = False
         # after the batches returned so far; the stream itself is one batch ahead
         self._position = stream.position
         self.set_batch(micro_batch_tokens)
@@ -188,8 +187,6 @@ class Loader:
 
     def next_batch(self) -> Batch:
         """Return inputs and targets, two int64 tensors (micro_batch_tokens // seq_len, seq_len)."""
-        if self._closed:
-            raise RuntimeError("next_batch called on a closed Loader")
         if self._ahead is None:
             self._ahead = self._pool.submit(self._read)
         batch, self._position = self._ahead.result()
@@ -234,15 +231,8 @@ class Loader:
             self._ahead = None
 
     def close(self) -> None:
-        """End the thread. Closing twice is allowed."""
-        self._closed = True
+        """End the thread; `next_batch` then raises RuntimeError. Closing twice is allowed."""
         self._pool.shutdown()
-
-    def __enter__(self) -> "Loader":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def make_loader(

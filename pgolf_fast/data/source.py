@@ -17,7 +17,6 @@ from pgolf_fast.data.tokenizer import (
     ByteTable,
     Tokenizer,
     byte_table,
-    check_vocab,
     find_tokenizer,
     scored_bytes,
     target_bytes,
@@ -70,7 +69,9 @@ def open_source(config: DataConfig, vocab_size: int) -> Source:
     """
     folder = build_corpus(vocab_size=vocab_size) if config.path is None else Path(config.path)
     tokenizer = Tokenizer.load(find_tokenizer(shards.data_folder(folder), config.tokenizer))
-    check_vocab(tokenizer, vocab_size)
+    size = tokenizer.vocab_size
+    why = f"tokenizer {tokenizer.path} has {size} pieces but model.vocab_size is {vocab_size}"
+    need(size == vocab_size, f"{why}: set model.vocab_size to {size}, or give another --data.tokenizer")
     check_manifest(folder, tokenizer)
     shards.warn_of_others(folder)
     return Source(folder, tokenizer, byte_table(tokenizer), vocab_size, config.val_tokens)

@@ -204,13 +204,6 @@ def _pick(models: list[Path], folder: Path) -> Path:
     raise PgolfError(why)
 
 
-def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raise `PgolfError` unless the tokenizer has exactly `vocab_size` pieces."""
-    size = tokenizer.vocab_size
-    why = f"tokenizer {tokenizer.path} has {size} pieces but model.vocab_size is {vocab_size}"
-    need(size == vocab_size, f"{why}: set model.vocab_size to {size}, or give another --data.tokenizer")
-
-
 def train_tokenizer(texts: Iterable[str], vocab_size: int, prefix_path: Path | str) -> Path:
     """Train a BPE like the challenge's on `texts`; write and return `<prefix_path>.model`.
 

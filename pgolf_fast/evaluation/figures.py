@@ -1,7 +1,6 @@
 """Breakdowns of a score that sum to it: by class of target, context, document length and size of loss."""
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -23,36 +22,6 @@ SHORTEST_CONTEXT, SHORTEST_DOCUMENT = 16, 128  # upper end of the first bucket; 
 _BLOCK = 2**22  # upper limit of targets in memory at once
 
 
-class Above(NamedTuple):
-    """Targets with a loss above a threshold: their share of all, and their share of the summed loss."""
-
-    targets: float
-    loss: float
-
-
-@dataclass(frozen=True)
-class Figures:
-    """Breakdown of one score."""
-
-    by_class: dict[str, Score]  # by name in `CLASSES`
-    by_context: dict[str, Score]  # by context length in tokens
-    by_document: dict[str, Score]  # by tokens of the document, BOS included
-    quantiles: dict[str, float]  # losses in nats that `PERCENTS` of all targets do not exceed, interpolated
-    hardest: dict[str, float]  # share of the summed loss in the hardest targets, by percent, rounded up
-    above: dict[str, Above]  # Shares above `THRESHOLDS` in nats (the table of PR 296)
-
-    def to_dict(self) -> dict[str, object]:
-        """Return plain values for JSON."""
-        parts = {"class": self.by_class, "context": self.by_context, "document_tokens": self.by_document}
-        return {
-            **{f"by_{name}": {k: s.to_dict() for k, s in part.items()} for name, part in parts.items()},
-            "loss_quantiles": self.quantiles,
-            "loss_share_of_hardest_percent": self.hardest,
-            "loss_share_of_easiest_half": 1 - self.hardest["50"],
-            "above_nats": {k: a._asdict() for k, a in self.above.items()},
-        }
-
-
 def token_classes(tokenizer: Tokenizer) -> np.ndarray:
     """Return the class of each id as a target regardless of its input: indices of `CLASSES`, uint8 (V,)."""
     ids = range(tokenizer.vocab_size)
@@ -72,18 +41,23 @@ def doubling(values: np.ndarray, first: int) -> np.ndarray:
     return np.searchsorted(first * 2 ** np.arange(40), values)
 
 
-def _scores(sums: np.ndarray, first: int = 0) -> dict[str, Score]:
+def _scores(sums: np.ndarray, first: int = 0) -> dict[str, dict]:
     """Return scores by class from sums (3, groups) or, with `first`, by nonempty bucket of `doubling`."""
     if first:
         buckets = np.flatnonzero(sums[1]).tolist()
         names = {i: f"{first * 2 ** (i - 1) + 1 if i else 1}-{first * 2**i}" for i in buckets}
     else:
         names = dict(enumerate(CLASSES))
-    return {name: Score(float(sums[0, i]), int(sums[1, i]), int(sums[2, i])) for i, name in names.items()}
+    found = {name: Score(float(sums[0, i]), int(sums[1, i]), int(sums[2, i])) for i, name in names.items()}
+    return {name: score.to_dict() for name, score in found.items()}
 
 
-def figures(scorer: Scorer, classes: np.ndarray) -> Figures:
-    """Return the breakdown of losses that are filled in; `classes` is `token_classes`."""
+def figures(scorer: Scorer, classes: np.ndarray) -> dict[str, Any]:
+    """Return the breakdown of losses that are filled in, as JSON values; `classes` is `token_classes`.
+
+    by_class, by_context, by_document_tokens: scores by name in `CLASSES`, by context length in tokens, and by
+    tokens of the document, BOS included. Everything else is `spread`.
+    """
     stream, windows = scorer.stream, scorer.windows
     tokens, losses = stream.tokens.cpu().numpy(), scorer.losses.cpu().numpy()
     starts = document_starts(tokens)
@@ -103,11 +77,17 @@ def figures(scorer: Scorer, classes: np.ndarray) -> Figures:
                 sums[kind, unit] += np.bincount(group, weights, minlength=64)
     shortest = (0, SHORTEST_CONTEXT, SHORTEST_DOCUMENT)
     by_class, by_context, by_document = map(_scores, sums, shortest)
-    return Figures(by_class, by_context, by_document, *spread(losses))
+    parts = {"by_class": by_class, "by_context": by_context, "by_document_tokens": by_document}
+    return {**parts, **spread(losses)}
 
 
-def spread(losses: np.ndarray) -> tuple[dict[str, float], dict[str, float], dict[str, Above]]:
-    """Return `quantiles`, `hardest` and `above` of `Figures` for losses (targets,) in nats in any order."""
+def spread(losses: np.ndarray) -> dict[str, Any]:
+    """Return how losses (targets,) in nats, in any order, are spread.
+
+    loss_quantiles: losses that `PERCENTS` of all targets do not exceed, interpolated. loss_share_of_*: share
+    of the summed loss in the hardest targets, by percent, rounded up, and in the easiest half. above_nats:
+    shares of the targets and of the summed loss above `THRESHOLDS` (the table of PR 296).
+    """
     ordered = np.sort(losses).astype(np.float64)
     count, total = len(ordered), float(ordered.sum())
 
@@ -117,8 +97,13 @@ def spread(losses: np.ndarray) -> tuple[dict[str, float], dict[str, float], dict
     quantiles = {f"p{p}": float(q) for p, q in zip(PERCENTS, np.percentile(ordered, PERCENTS), strict=True)}
     hardest = {str(p): share(count - -(-count * p // 100)) for p in HARDEST}
     firsts = np.searchsorted(ordered, THRESHOLDS, side="right").tolist()
-    above = {str(t): Above((count - i) / count, share(i)) for t, i in zip(THRESHOLDS, firsts, strict=True)}
-    return quantiles, hardest, above
+    above = {str(t): (count - i, i) for t, i in zip(THRESHOLDS, firsts, strict=True)}
+    return {
+        "loss_quantiles": quantiles,
+        "loss_share_of_hardest_percent": hardest,
+        "loss_share_of_easiest_half": 1 - hardest["50"],
+        "above_nats": {t: {"targets": n / count, "loss": share(i)} for t, (n, i) in above.items()},
+    }
 
 
 def tables(figures: dict[str, dict], *, every: bool = True, illegal: str | None = None) -> list[Table]:

@@ -101,11 +101,9 @@ def score_and_adapt(
     if scores:
         ledger.note(scorer.windows[: chunks[len(scores) - 1].high])
     left = range(len(scores), len(chunks))
-
-    def so_far() -> str:
-        return f"bpb {console.number(scores[-1].bpb, '.4f')} so far"
-
-    shown = console.progress(left, what, unit="chunk", note=so_far)
+    shown = console.progress(
+        left, what, unit="chunk", note=lambda: f"bpb {console.number(scores[-1].bpb, '.4f')} so far"
+    )
     for number in shown if scorer.world.is_main else left:
         chunk, last = chunks[number], number == len(chunks) - 1
         if chunk.new_documents:

@@ -136,9 +136,9 @@ def score_run(
     )
     if world.is_main:
         classes = token_classes(loaded.need_tokenizer())
-        shown = {name: figures(scorer, classes).to_dict() for name, scorer in scores.scorers.items()}
+        shown = {name: figures(scorer, classes) for name, scorer in scores.scorers.items()}
         report = {"weights": weights, "artifact_sha256": loaded.sha256}
-        report |= {group: tree[group] for group in ("eval", "ttt")}
+        report |= {group: tree[group] for group in ("eval", "ttt", "kernels")}
         write_json(result, report | scores.to_dict() | {"figures": shown})
         if resume is not None:
             resume.forget()

@@ -140,12 +140,6 @@ class Scorer:
         text_bytes = int((self._bytes[part.end] - self._bytes[part.first]).sum())
         return Score(float(losses.sum(dtype=np.float64)), len(losses), text_bytes)
 
-    def by_target(self) -> np.ndarray:
-        """Return all losses in stream order, (targets,) float32, of windows that score each target once."""
-        losses = np.empty(self.stream.num_targets, dtype=np.float32)
-        losses[self.windows.targets()] = self.losses.cpu().numpy()
-        return losses
-
     def _fill(self, losses_of: LossFunction, batch: Batch) -> None:
         start, *rows = (self._padded(t, batch) for t in (self._start, self._row) if t is not None)
         spans = self.stream.tokens.unfold(0, batch.length + 1, 1)[start]  # (B, length + 1)

@@ -104,24 +104,20 @@ class Evaluator:
         saved: SavedState | None = None,
         *,
         allow_illegal: bool = False,
-        before_restore: Callable[[], object] | None = None,
     ) -> Pass:
         """Score every window, adapting on each chunk after it is scored and never after the last.
 
         Adapters that break this rule (`TTTConfig.illegal`) raise PgolfError unless `allow_illegal`.
-        `before_restore` is called while the model still has the adapted weights.
         """
         need_legal(ttt, allow_illegal)
         windows, chunks = adapting_chunks(windows, self.stream, ttt)
         scorer = self.scorer(windows, self.adapting_size(ttt))
         with self.adapter(ttt) as adapter:
             by_chunk = protocol_of(ttt)(adapter, scorer, chunks, what, saved)
-            if before_restore is not None:
-                before_restore()
         return Pass(by_chunk, scorer, adapter.trainable, adapter.updates)
 
 
-PLAIN, SLIDING, TTT = "non-overlapping", "sliding", "sliding + TTT"
+PLAIN, SLIDING, TTT = SCORES.values()
 
 
 @dataclass(frozen=True)
@@ -158,14 +154,6 @@ class ThreeScores:
 def labeled(name: str, illegal: object) -> str:
     """Return a score's or adapter's name for a table; appends (ILLEGAL) if it breaks the rules."""
     return f"{name} (ILLEGAL)" if illegal else name
-
-
-def conditions(scores: dict, name: str) -> list[object]:
-    """Return what score `name` in a scores file depends on besides the weights."""
-    fields = ("seq_len",) if name == "non_overlapping" else ("seq_len", "stride", "repeat_tail")
-    # rounding of the banks counts as part of the weights: float ones never do it
-    ttt = {**scores.get("ttt", {}), "quantize_forward": None} if name == "sliding_ttt" else None
-    return [scores[name]["tokens"], ttt, *(scores.get("eval", {}).get(field) for field in fields)]
 
 
 def plain_score(

@@ -100,12 +100,6 @@ class PackedBanks:
         self._outward = [attention.rows(layer, dim + 2 * kv) for layer in layers]
         self._up, self._down = ([m.rows(layer) for layer in layers] for m in (up, down))
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes and steps."""
-        parts = (self.attention, self.up, self.down)
-        return sum(t.nbytes for part in parts for t in (part.codes, part.scale))
-
     def attention_of(self, layer: int) -> tuple[Tensor, Tensor, int]:
         dense, (dim, kv, _) = self.attention.dense(layer, self.dtype), self._sizes
         # slot 0 holds the rows of q and slot 1 those behind k and v

@@ -15,7 +15,6 @@ from pgolf_fast.model.gpt import GPT, AnyBanks, rope_tables
 from pgolf_fast.ops import native, reference
 from pgolf_fast.ops.mlp import ACTIVATIONS
 
-Source = torch.Generator | None
 WINDOW = 3 + 1  # tokens the newest input depends on: of the longest n-gram, and one that SmearGate sees
 NATIVE_TEXTS = 64  # texts up to which whole blocks run in C++
 
@@ -23,8 +22,8 @@ NATIVE_TEXTS = 64  # texts up to which whole blocks run in C++
 class Decoder:
     """Logits of a batch of growing texts, one position per `step`: `model.logits` of the whole prefix.
 
-    `context` (default: max_length) sets the RoPE base, as in `rope_tables`; `banks` replace the model's own.
-    Weights must not change between steps. Memory: 2 * layers * batch * max_length * KV*hd in compute dtype.
+    `max_length` sets the RoPE base, as in `rope_tables`; `banks` replace the model's own. Weights must not
+    change between steps. Memory: 2 * layers * batch * max_length * KV*hd in compute dtype.
 
     `static` (default: on a GPU) runs the same operations on the same memory at every step from the fourth:
     attention covers all max_length positions and masks those not written yet. On a GPU the step is captured
@@ -37,7 +36,6 @@ class Decoder:
         batch_size: int,
         max_length: int,
         *,
-        context: int | None = None,
         static: bool | None = None,
         banks: AnyBanks | None = None,
     ):
@@ -46,7 +44,7 @@ class Decoder:
         config, device = model.config, model.tok_emb.weight.device
         self.model, self.batch_size, self.max_length, self.length = model, batch_size, max_length, 0
         self.static = device.type == "cuda" if static is None else static
-        self._cos, self._sin = rope_tables(config, max_length, device, context=context)
+        self._cos, self._sin = rope_tables(config, max_length, device)
         shape = (config.num_layers, batch_size, config.num_kv_heads, max_length, config.head_dim)
         with torch.no_grad(), torch.inference_mode(False):
             # static steps read masked positions, which must not be NaN; otherwise pages are touched on demand
@@ -87,7 +85,7 @@ class Decoder:
             floats = {name: t.detach().float().contiguous().numpy() for name, t in arrays.items()}
             codes = (part.codes[i].numpy() for part in parts)
             kind = ACTIVATIONS.index(config.mlp_activation)
-            settings = (block.layer_scale, reference.RMS_EPS, model.uses_xsa(i), kind)
+            settings = (block.layer_scale, model.uses_xsa(i), kind)
             blocks.append(extension.DecodeBlock(names, floats, *codes, *settings))
         return blocks
 
@@ -167,37 +165,29 @@ class Decoder:
         return model.head(x[:, -1])
 
 
-def sample(
-    logits: Tensor, *, temperature: float = 1.0, top_k: int | None = None, generator: Source = None
-) -> Tensor:
-    """Draw a token id per row of logits (B, V) from softmax(logits / temperature) over the best top_k, (B,).
+def sample(logits: Tensor, *, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+    """Draw a token id per row of logits (B, V) from softmax(logits / temperature), (B,).
 
-    Temperature 0 is greedy. Raises PgolfError for negative ones, top_k below 1, NaN or infinity.
+    Temperature 0 is greedy. Raises PgolfError for negative ones, NaN or infinity.
     """
     need(not temperature < 0, f"temperature is {temperature}; it must not be negative")
-    need(top_k is None or top_k >= 1, f"top_k is {top_k}; it must be at least 1, or None for all tokens")
     problem = "the model's logits are not finite: its activations overflow, so it cannot write text"
     need(torch.isfinite(logits).all(), problem)
     if temperature == 0:
         return logits.argmax(dim=-1)
-    if top_k is not None and top_k < logits.shape[-1]:
-        least = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
     weights = torch.softmax(logits / temperature, dim=-1)
     return torch.multinomial(weights, 1, generator=generator).squeeze(1)
 
 
 @torch.no_grad()
-def generate(model: GPT, prompt_ids: Tensor, num_tokens: int, **options: Any) -> Tensor:
+def generate(model: GPT, prompt: Tensor, num_tokens: int, **options: Any) -> Tensor:
     """Return prompts with num_tokens more tokens each, int64 (B, P + num_tokens).
 
-    prompt_ids: (B, P) with P at least 1, or start tokens (B,). `options` are those of `sample`. RoPE has the
-    base of the final length.
+    prompt: (B, P) with P at least 1. `options` are those of `sample`. RoPE has the base of the final length.
     Raises PgolfError for an empty prompt or ids outside the vocabulary.
     """
-    prompt = prompt_ids[:, None] if prompt_ids.ndim == 1 else prompt_ids
     vocab = model.config.vocab_size
-    problem = f"cannot continue prompts of shape {tuple(prompt_ids.shape)} by {num_tokens} tokens"
+    problem = f"cannot continue prompts of shape {tuple(prompt.shape)} by {num_tokens} tokens"
     need(prompt.ndim == 2 and prompt.numel() and num_tokens >= 0, problem)
     problem = f"the prompt holds ids outside 0 to {vocab - 1}: use the tokenizer the model was made for"
     need(int(prompt.min()) >= 0 and int(prompt.max()) < vocab, problem)

@@ -334,9 +334,9 @@ class GPT(nn.Module):
 
     forward = loss
 
-    def logits(self, tokens: Tensor, banks: AnyBanks | None = None) -> Tensor:
+    def logits(self, tokens: Tensor) -> Tensor:
         """Return softcapped logits, (B, T, V) in at least float32."""
-        return self.head(self.hidden(tokens, banks))
+        return self.head(self.hidden(tokens))
 
     def head(self, hidden: Tensor, linear: Callable[[Tensor, Tensor], Tensor] = F.linear) -> Tensor:
         """Return softcapped logits of final states, (..., D) -> (..., V)."""

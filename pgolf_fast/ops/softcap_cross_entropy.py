@@ -155,7 +155,7 @@ def _softcap_cross_entropy_backward(dloss, x, weight, targets, lse, dlogits, sof
 
 
 def _dlogits(x, weight, targets, softcap: float, z_loss: float, lse: Tensor) -> Tensor:
-    """Return d loss / d raw = ((1 + 2 z_loss log Z) softmax - onehot) (1 - tanh^2), raw = x W^T, log Z = lse."""
+    """Return ((1 + 2 z_loss log Z) softmax - onehot) (1 - tanh^2), d loss / d raw for raw = x W^T."""
     tanh = (x @ weight.T).to(lse.dtype).div_(softcap).tanh_()
     grad = torch.exp(tanh * softcap - lse).mul_(1 + 2 * z_loss * lse)
     grad.scatter_add_(1, targets.long().unsqueeze(1), grad.new_full((len(x), 1), -1.0))

@@ -22,10 +22,9 @@ class Optimizer:
         self, model: GPT, config: OptimConfig, world: World = SINGLE, extra: Parameters | None = None
     ):
         self.config, self.model, self._extra = config, model, extra or {}
-        named = {**dict(model.named_parameters()), **self._extra}
-        self._names = {id(p): name for name, p in named.items()}
-        self.parameters = list(named.values())
-        banks, steps = {name: named[name] for name in BANK_NAMES}, config.muon_newton_schulz_steps
+        self._named = {**dict(model.named_parameters()), **self._extra}
+        self.parameters = list(self._named.values())
+        banks, steps = {name: self._named[name] for name in BANK_NAMES}, config.muon_newton_schulz_steps
         self.muon = Muon(banks, weight_decay=config.weight_decay, newton_schulz_steps=steps, world=world)
         tables = model.tables()
         assigned = {id(p) for p in (*tables, *model.bank_parameters())}
@@ -77,19 +76,18 @@ class Optimizer:
     def state(self) -> dict[str, Tensor]:
         """Return every optimizer tensor by name."""
         tensors = self.muon.state()
-        for parameter, values in self.adamw.state.items():
-            for key, value in values.items():
-                tensors[f"adamw.{key}.{self._names[id(parameter)]}"] = value
+        for name, parameter in self._named.items():
+            for key, value in self.adamw.state.get(parameter, {}).items():
+                tensors[f"adamw.{key}.{name}"] = value
         return tensors
 
     def load_state(self, state: Tensors) -> None:
         """Invert `state`."""
         self.muon.load_state(state)
         self.adamw.state.clear()
-        for group in self.adamw.param_groups:
-            for parameter in group["params"]:
-                name = self._names[id(parameter)]
-                split = {k: k.split(".", 2) for k in state if k.startswith("adamw.")}
-                own = {parts[1]: state[k] for k, parts in split.items() if parts[2] == name}
+        for place, value in state.items():
+            if place.startswith("adamw."):
+                _, key, name = place.split(".", 2)
+                parameter = self._named[name]
                 # a copy on the parameter's device: a checkpoint is read on the CPU
-                self.adamw.state[parameter] = {k: t.to(parameter.device, copy=True) for k, t in own.items()}
+                self.adamw.state[parameter][key] = value.to(parameter.device, copy=True)

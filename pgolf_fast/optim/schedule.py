@@ -1,7 +1,7 @@
 """The learning-rate multiplier: constant, then a decay to zero over time or steps (PR 1501, PR 301)."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from pgolf_fast.config.schema import TrainConfig
 
@@ -81,9 +81,3 @@ class Schedule:
             return False
         s.decay_start, s.trigger_step = self._position(step, elapsed)[0], step
         return True
-
-    def state_dict(self) -> dict[str, float | int | None]:
-        return asdict(self.state)
-
-    def load_state(self, state: dict[str, float | int | None]) -> None:
-        self.state = ScheduleState(**state)  # type: ignore[arg-type]

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from pgolf_fast.model.gpt import GPT
 from pgolf_fast.model.weights import Tensors, load_weights
 from pgolf_fast.optim.average import WeightAverage
 from pgolf_fast.optim.optimizer import Optimizer
-from pgolf_fast.optim.schedule import Schedule
+from pgolf_fast.optim.schedule import Schedule, ScheduleState
 from pgolf_fast.quant.grid import make_fake
 from pgolf_fast.train.meta import SlotRates, meta_step
 from pgolf_fast.train.reptile import Reptile
@@ -253,7 +253,7 @@ class Trainer:
         """Return everything else that a step changes, as JSON values."""
         clock = {"step": self.step, "elapsed": self.elapsed, "qat": self.qat}
         phase = {"swa_count": self.average.swa_count, "reptile_from": self.reptile_from}
-        return {**clock, **phase, "schedule": self.schedule.state_dict(), "loader": self.loader.state()}
+        return {**clock, **phase, "schedule": asdict(self.schedule.state), "loader": self.loader.state()}
 
     def restore(self, tensors: Tensors, metadata: dict[str, Any], origin: str = "the snapshot") -> None:
         """Continue from `tensors` and `metadata`. Raises PgolfError if they belong to another model."""
@@ -263,7 +263,7 @@ class Trainer:
             rate.data.copy_(tensors[name])
         self.optimizer.load_state(tensors)
         self.average.load_state(tensors, metadata["swa_count"])
-        self.schedule.load_state(metadata["schedule"])
+        self.schedule.state = ScheduleState(**metadata["schedule"])
         if self.reptile is not None and metadata["reptile_from"] is not None:
             self._start_reptile(self.reptile, metadata["reptile_from"])
         self.loader.load_state(metadata["loader"])

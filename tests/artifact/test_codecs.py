@@ -98,8 +98,13 @@ def test_a_bomb_is_not_decompressed(codec):
     """32 MiB of zeros in a few bytes, stated as 100: rejected before much of it is decompressed."""
     if codec == "raw":
         pytest.skip("raw bytes cannot expand")
-    size, fast = 32 << 20, {"lzma": {"preset": 1}, "zstd": {"level": 3}, "brotli": {"quality": 2}}
-    stored = encode(codec, bytes(size), [(1, size, 1)], **fast.get(codec, {}))
+    size = 32 << 20
+    if codec == "zstd":  # at its usual level this would take seconds
+        stored = pytest.importorskip("zstandard").compress(bytes(size), 3)
+    elif codec == "brotli":
+        stored = pytest.importorskip("brotli").compress(bytes(size), quality=2, lgwin=24)
+    else:
+        stored = encode(codec, bytes(size), [(1, size, 1)], 1)
     assert len(stored) < 50_000
     tracemalloc.start()
     with pytest.raises(ValueError, match=r"."):
@@ -188,29 +193,3 @@ def test_without_extension(no_extension, monkeypatch):
     for damaged in (stored[:-1], stored[:20], stored[:1], b"\0" + stored):
         with pytest.raises(ValueError, match=r"."):
             decode("rans", damaged, len(data), shapes)
-
-
-@pytest.mark.parametrize("backend", ["built", "python"])
-def test_lzma_settings(backend, monkeypatch):
-    if backend == "python":
-        monkeypatch.setattr(native, "extension", lambda: None)
-    data, shapes = SECTIONS["halves"]
-    default = encode("lzma", data, shapes)
-    searched = encode("lzma", data, shapes, search=True)
-    assert decode("lzma", searched, len(data), shapes) == data
-    assert len(searched) < len(default)
-    best = min((encode("lzma", data, shapes, **some) for some in codecs.LZMA_SEARCH), key=len)
-    assert len(searched) == len(best)
-    assert encode("lzma", data, shapes, mode="fast") != default
-    bad = [
-        {"lc": 5},
-        {"lp": -2},
-        {"pb": 9},
-        {"nice_len": 1},
-        {"lc": 4, "lp": 1},
-        {"mode": "slow"},
-        {"preset": 10},
-    ]
-    for some in bad:
-        with pytest.raises(ValueError, match=next(iter(some))):
-            encode("lzma", data, shapes, **some)

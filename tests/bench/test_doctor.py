@@ -66,6 +66,23 @@ def test_implementations_follow_device_and_dtype():
         assert rows(doctor.implementations(CPU, torch.float64))["mlp"]["implementation"] == "PyTorch"
 
 
+@pytest.mark.skipif(native.extension() is None, reason="no C++ passes")
+def test_attention_on_a_cpu_is_the_fused_pass_unless_pytorch_is_chosen():
+    def here():
+        return {name: state for name, _, state in doctor.attention(CPU, torch.float32)}
+
+    found = here()
+    assert found.pop("C++") == "chosen"
+    assert "chosen" not in found.values()
+    assert found["flash"] == "available"
+    try:
+        tiles.choose("gqa_attention", "torch")
+        assert here() == {**found, "flash": "chosen"}
+    finally:
+        tiles.choose("gqa_attention", "auto")
+    assert doctor.attention(CPU, torch.float64)[0][0] == "triton"
+
+
 def test_table_of_ops():
     found = rows(doctor.ops_table())
     assert list(found) == doctor.public_ops()

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from pgolf_fast.config.fields import flatten, run_config_from_dict, run_config_to_dict, set_fields
+from pgolf_fast.config.checks import unknown
+from pgolf_fast.config.fields import flatten, run_config_from_dict, run_config_to_dict, with_fields
 from pgolf_fast.config.presets import (
     PRESETS,
     exp101,
@@ -29,7 +30,7 @@ from pgolf_fast.config.schema import (
     TrainConfig,
     TTTConfig,
 )
-from pgolf_fast.config.ttt import adapters, unknown_adapter
+from pgolf_fast.config.ttt import adapters
 from pgolf_fast.errors import PgolfError
 
 
@@ -89,9 +90,9 @@ def test_unknown_names_are_answered_with_the_nearest():
     with pytest.raises(PgolfError, match="unknown size 'big': sizes are small, tiny"):
         shrink(exp101(), "big")
     with pytest.raises(PgolfError, match=r"unknown field train.stepz: did you mean train.steps\?"):
-        set_fields(exp101(), {"train.stepz": 3})
+        with_fields(exp101(), {"train.stepz": 3})
     with pytest.raises(PgolfError, match=r"unknown field trian: did you mean train\?"):
-        set_fields(exp101(), {"trian.steps": 3})
+        with_fields(exp101(), {"trian.steps": 3})
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -166,7 +167,7 @@ def test_impossible_configurations_say_why(make, message):
 @pytest.mark.parametrize("name", ["optim.adam_eps", "model.mlp_mult", "model.rope_base", "train.qat.below"])
 def test_numbers_are_finite(name, value):
     with pytest.raises(PgolfError, match=f"{name} is -?(nan|inf); it must be finite"):
-        set_fields(exp101(), {name: value})
+        with_fields(exp101(), {name: value})
 
 
 def test_a_preset_name_may_carry_a_size():
@@ -175,28 +176,28 @@ def test_a_preset_name_may_carry_a_size():
 
 
 def test_setting_a_field_of_a_group_that_is_off_switches_it_on():
-    assert set_fields(exp105a(), {"train.meta.every": 2}).train.meta.every == 2
-    assert set_fields(exp101(), {"train.qat": None}).train.qat is None
+    assert with_fields(exp105a(), {"train.meta.every": 2}).train.meta.every == 2
+    assert with_fields(exp101(), {"train.qat": None}).train.qat is None
 
 
 def test_fields_are_set_together_from_text_and_values():
     """Groups are set before their fields, and only the result needs to be valid."""
     meta = MetaConfig(inner_lr=0.1)
     values = {"train.meta.every": 8, "train.meta": meta, "model.ve_layers": "2,3", "train.max_seconds": 60}
-    config = set_fields(exp101(), values)
+    config = with_fields(exp101(), values)
     assert config.train.meta == replace(meta, every=8)
     assert config.model.ve_layers == (2, 3)
     assert config.train.max_seconds == 60.0
-    both = set_fields(exp101(), {"model.bigram_vocab_size": "0", "model.trigram": "false"})
+    both = with_fields(exp101(), {"model.bigram_vocab_size": "0", "model.trigram": "false"})
     assert not both.model.trigram
     with pytest.raises(PgolfError, match=r"model\.trigram is 'maybe'; it must be bool"):
-        set_fields(exp101(), {"model.trigram": "maybe"})
+        with_fields(exp101(), {"model.trigram": "maybe"})
 
 
 def test_unknown_adapters_are_answered_with_the_nearest():
     names = adapters(256)
     assert all(name in names for name in ("sgd", "lora", "phased", "adamw-quantized"))
-    assert "did you mean adamw-quantized?" in unknown_adapter("adamw-quantised", names)
+    assert "did you mean adamw-quantized?" in unknown("adapter", "adamw-quantised", names)
 
 
 @pytest.mark.parametrize("value", [-1.0, 0, float("nan"), float("inf")])

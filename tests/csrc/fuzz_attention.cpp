@@ -124,6 +124,37 @@ Values back(const pgolf::AttentionShape& s, const Values& grad, const Tensor& un
     return out;
 }
 
+// Gives the positions one by one to the pass that decodes. Of the last `queries` it must compute what `want` holds.
+void check_decoding(const pgolf::AttentionShape& s, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& want,
+                    size_t threads, bool embedded) {
+    const size_t q_dim = s.heads * s.dim, kv_dim = s.kv_heads * s.dim, row = q_dim + 2 * kv_dim;
+    Tensor keys(Type::f32, k.size()), values(Type::f32, k.size()), embed(Type::f32, s.batch * kv_dim);
+    Tensor got = want, context(Type::f32, s.batch * q_dim), qkv(Type::f32, s.batch * row);
+    for (size_t position = 0; position < s.keys; position++) {
+        const size_t query = std::max(position + s.queries, s.keys) - s.keys;
+        for (size_t b = 0; b < s.batch; b++) {
+            const size_t at = (b * s.keys + position) * kv_dim;
+            for (size_t i = 0; i < q_dim; i++) qkv.set(b * row + i, float(q[(b * s.queries + query) * q_dim + i]));
+            for (size_t i = 0; i < kv_dim; i++) {
+                const float value = float(v[at + i]) / (embedded ? 2 : 1);
+                qkv.set(b * row + q_dim + i, float(k[at + i]));
+                qkv.set(b * row + q_dim + kv_dim + i, value), embed.set(b * kv_dim + i, value);
+            }
+        }
+        pgolf::AttentionShape newest = s;
+        newest.queries = 1, newest.keys = position + 1;
+        const pgolf::DecodeAttention io{qkv.floats(),    embedded ? embed.floats() : nullptr, keys.floats(),
+                                        values.floats(), context.floats(),                    s.keys};
+        pgolf::passes().decode_attention(newest, io, threads);
+        for (size_t b = 0; position + s.queries >= s.keys && b < s.batch; b++)
+            for (size_t i = 0; i < q_dim; i++)
+                got.set((b * s.queries + query) * q_dim + i, float(context[b * q_dim + i]));
+    }
+    Values exact;
+    for (size_t i = 0; i < want.size(); i++) exact.push_back(want[i]);
+    require_close(got, exact, "decoding");
+}
+
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
@@ -143,9 +174,11 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     Tensor q = in.tensor(type, q_heads * dim), k = in.tensor(type, k_heads * dim), v = in.tensor(type, k_heads * dim);
     Tensor y(type, q_heads * dim), context(type, s.xsa ? q_heads * dim : 0), lse(Type::f32, q_heads);
     Tensor q_rstd(Type::f32, q_heads), k_rstd(Type::f32, k_heads);
-    const Tensor k_before = k;
+    const Tensor q_before = q, k_before = k;
     const size_t threads = 1 + data[11] % 3;
     pgolf::passes().attention(type, s, {q, k, v, y, context, q_rstd.floats(), k_rstd.floats(), lse.floats()}, threads);
+    if (type == Type::f32)
+        check_decoding(s, q_before, k_before, v, s.xsa ? context : y, threads, data[12] % 2 == 1);
     for (size_t head = 0; head < k_heads; head++) {
         const Values x = head_of(k_before, head, dim);
         const double rstd = 1 / std::sqrt(dot(x, x) / double(dim) + 1.1920929e-7);

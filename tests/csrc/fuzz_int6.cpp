@@ -65,33 +65,40 @@ void check_block(const uint8_t* data, size_t size) {
     b.dim = b.heads * width, b.half = data[1] / 8 % (width / 2 + 1), b.positions = 1 + data[2] / 4 % 5;
     b.activation = pgolf::Activation(data[0] / 4 % 3);
     b.hidden = 1 + data[3] / 8, b.up_rows = b.hidden * (b.activation == pgolf::Activation::swiglu ? 2 : 1);
-    b.xsa = (data[0] & 64) != 0, b.layer_scale = 0.5f, b.eps = 1e-6f;
+    b.xsa = (data[0] & 64) != 0, b.layer_scale = 0.5f;
     const size_t kv_dim = b.kv_heads * width, cache = b.batch * b.positions * kv_dim;
     const Packed attention(data, size, 2 * (b.dim + kv_dim), b.dim, 1), up(data, size, b.up_rows, b.dim, 2);
     const Packed down(data, size, b.dim, b.hidden, 5);
     b.attention = attention.view(), b.up = up.view(), b.down = down.view();
     std::vector<std::vector<float>> given;
-    for (size_t count : {b.dim, b.dim, b.dim, b.dim, b.heads, b.half, b.half, b.batch * kv_dim})
+    const size_t angles = b.positions * b.half;
+    for (size_t count : {b.dim, b.dim, b.dim, b.dim, b.heads, angles, angles, b.batch * kv_dim})
         given.push_back(numbers(data, size, count, given.size()));
     b.x_mix = given[0].data(), b.x0_mix = given[1].data(), b.attention_scale = given[2].data();
     b.mlp_scale = given[3].data(), b.gain = given[4].data(), b.cos = given[5].data(), b.sin = given[6].data();
     b.value_embed = data[2] & 64 ? given[7].data() : nullptr;
     const std::vector<float> x0 = numbers(data, size, b.batch * b.dim, 9);
-    std::vector<float> results[3];
-    for (size_t form = 0; form < 3; form++) {  // AVX2 on one thread and on two, portable
-        std::vector<float> keys(cache), values(cache), x = x0;
-        b.keys = keys.data(), b.values = values.data();
-        for (b.position = 0; b.position < b.positions; b.position++)
-            pgolf::decode_block(b, x.data(), x0.data(), form == 1 ? 2 : 1, form < 2);
-        results[form] = x;
-        results[form].insert(results[form].end(), keys.begin(), keys.end());
-    }
-    for (size_t i = 0; i < results[0].size(); i++) {
-        const bool same = std::memcmp(&results[0][i], &results[1][i], sizeof(float)) == 0;
-        fuzz::require(same || std::isnan(results[0][i]), "the block depends on the number of threads");
-    }
-    for (size_t i = 0; b.positions == 1 && i < b.batch * b.dim; i++)  // later positions magnify rounding
-        fuzz::require(std::isfinite(results[0][i]) == std::isfinite(results[2][i]), "the forms of the block differ");
+    std::vector<float> first;
+    for (const auto& table : pgolf::runnable_passes())
+        for (const bool simd : {true, false}) {  // of the products
+            fuzz::require(pgolf::choose_passes(table), "a runnable table was rejected");
+            std::vector<float> results[2];
+            for (size_t threads : {1, 2}) {
+                std::vector<float> keys(cache), values(cache), x = x0;
+                b.keys = keys.data(), b.values = values.data();
+                for (b.position = 0; b.position < b.positions; b.position++)
+                    pgolf::decode_block(b, x.data(), x0.data(), threads, simd);
+                x.insert(x.end(), keys.begin(), keys.end());
+                results[threads - 1] = x;
+            }
+            if (first.empty()) first = results[0];
+            for (size_t i = 0; i < first.size(); i++) {
+                const bool same = std::memcmp(&results[0][i], &results[1][i], sizeof(float)) == 0;
+                fuzz::require(same || std::isnan(results[0][i]), "the block depends on the number of threads");
+            }
+            for (size_t i = 0; b.positions == 1 && i < b.batch * b.dim; i++)  // later positions magnify rounding
+                fuzz::require(std::isfinite(results[0][i]) == std::isfinite(first[i]), "the forms of the block differ");
+        }
 }
 
 }  // namespace

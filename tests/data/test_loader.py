@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -235,7 +236,7 @@ def test_make_loader_follows_the_config(tmp_path: Path) -> None:
         config = RunConfig(train=train, data=data, eval=EvalConfig(stride=4))
         stream = DocumentStream(shards, seed=seed) if kind == "shuffled" else TokenStream(shards)
         plain = Loader(stream, micro_batch_tokens=8, seq_len=4, rank=1, world_size=2)
-        with make_loader(shards, config, rank=1, world_size=2) as made:
+        with contextlib.closing(make_loader(shards, config, rank=1, world_size=2)) as made:
             assert made.state() == plain.state()
             assert all(same(made.next_batch(), plain.next_batch()) for _ in range(9))
 
@@ -248,7 +249,7 @@ def test_make_loader_checks_ids(tmp_path: Path) -> None:
 def test_real_shards_give_the_challenges_batches() -> None:
     shards = find_shards(real_data() / "datasets" / "webmix_sp1024", "train")
     flat = np.concatenate([shard.tokens for shard in shards])
-    with sequential(shards, 98_304, 2048) as loader:
+    with contextlib.closing(sequential(shards, 98_304, 2048)) as loader:
         for call in range(3):
             x, y = loader.next_batch()
             span = flat[call * 98_305 : (call + 1) * 98_305].astype(np.int64)
@@ -270,7 +271,7 @@ def is_ahead(loader: Loader) -> bool:
 def test_state_leaves_out_what_was_not_returned(tmp_path: Path) -> None:
     plain = rank_1_of_2(tmp_path)
     batches = [plain.next_batch() for _ in range(8)]
-    with rank_1_of_2(tmp_path) as loader:
+    with contextlib.closing(rank_1_of_2(tmp_path)) as loader:
         for _ in range(3):
             loader.next_batch()
         assert is_ahead(loader)
@@ -284,7 +285,7 @@ def test_state_leaves_out_what_was_not_returned(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_batch_size_changes_without_skipping_a_token(tmp_path: Path, rank: int) -> None:
     shards, place = counting_shards(tmp_path, 500), {"rank": rank, "world_size": 2}
-    with sequential(shards, 16, **place) as loader:
+    with contextlib.closing(sequential(shards, 16, **place)) as loader:
         assert loader.next_batch()[0][0, 0] == 17 * rank
         assert is_ahead(loader)
         loader.set_batch(4)
@@ -310,7 +311,7 @@ def test_errors_surface_in_next_batch_after_the_good_batches(tmp_path: Path, mon
             raise PgolfError("the disk is gone")
         return spans.pop(0)
 
-    with sequential(counting_shards(tmp_path, 40)) as loader:
+    with contextlib.closing(sequential(counting_shards(tmp_path, 40))) as loader:
         monkeypatch.setattr(loader._stream, "take", take)
         start = loader.state()
         first = loader.next_batch()
@@ -371,5 +372,5 @@ def test_closing_ends_the_thread(tmp_path: Path) -> None:
     loader.close()
     loader.close()
     assert [thread.is_alive() for thread in threads] == [False]
-    with pytest.raises(RuntimeError, match=r"closed"):
+    with pytest.raises(RuntimeError, match=r"after shutdown"):
         loader.next_batch()

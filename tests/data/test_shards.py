@@ -255,6 +255,8 @@ def with_sides(texts: Path, folder: Path, change=lambda counts: counts, names=("
 
 
 def test_side_files_are_the_bytes(texts: Path, tmp_path: Path) -> None:
+    with pytest.raises(PgolfError, match=r"has 350 pieces but model.vocab_size is 1024: set"):
+        open_source(DataConfig(path=str(texts)), 1024)
     plain = open_source(DataConfig(path=str(texts)), 350)
     assert plain.side_bytes(plain.validation(16)) is None
     source = open_source(DataConfig(path=str(with_sides(texts, tmp_path / "s"))), 350)

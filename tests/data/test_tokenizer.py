@@ -19,7 +19,6 @@ from pgolf_fast.data.tokenizer import (
     ByteTable,
     Tokenizer,
     byte_table,
-    check_vocab,
     counting_fault,
     find_tokenizer,
     scored_bytes,
@@ -167,12 +166,6 @@ def test_unknown_ids_are_refused(small: Tokenizer) -> None:
     table = byte_table(small)
     with pytest.raises(PgolfError, match=r"token ids run from 5 to 320, but the tokenizer has 320 pieces"):
         target_bytes(table, np.array([1, 1]), np.array([5, 320]))
-
-
-def test_check_vocab(small: Tokenizer) -> None:
-    check_vocab(small, 320)
-    with pytest.raises(PgolfError, match=r"small.model has 320 pieces but model.vocab_size is 1024: set"):
-        check_vocab(small, 1024)
 
 
 # --- bytes

@@ -17,6 +17,7 @@ from pgolf_fast.evaluation.protocol import score_and_adapt
 from pgolf_fast.evaluation.resume import Resume
 from pgolf_fast.evaluation.score import Scorer
 from pgolf_fast.evaluation.windows import sliding_windows
+from pgolf_fast.lab.audit.watch import by_target
 from pgolf_fast.quant.grid import fake_int6
 
 BASE = TTTConfig(
@@ -190,7 +191,7 @@ def test_learning_rate_zero_gives_the_sliding_losses(name):
     want = filled(Frozen(two_layers()).score, stream, windows_of(text()), batch=3)
     still = replace(config, lr=0.0, quantize_forward="none", lora=replace(config.lora, lr=0.0))
     result = run(text(), still)
-    np.testing.assert_allclose(result.scorer.by_target(), want.by_target(), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(by_target(result.scorer), by_target(want), rtol=0, atol=1e-5)
     assert result.score.text_bytes == stream.target_bytes.sum()
 
 
@@ -199,7 +200,7 @@ def test_no_score_depends_on_a_later_token(name):
     """Two streams that differ from token 200 on have the same losses up to there."""
     second = text().copy()
     second[200:] = np.where(text()[200:] == 1, 1, 2 + (text()[200:] + 5) % 90)
-    a, b = outcome(name).scorer.by_target(), run(second, CONFIGS[name]).scorer.by_target()
+    a, b = by_target(outcome(name).scorer), by_target(run(second, CONFIGS[name]).scorer)
     np.testing.assert_array_equal(a[:199], b[:199])
     assert (a[199:] != b[199:]).any()
 

@@ -60,22 +60,26 @@ def scored(request, config, source, model):
     return three_scores(model, stream_of(config, source), config)
 
 
+def nats_of(part):
+    return part["tokens"] * (part["loss"] or 0.0)
+
+
 def test_parts_add_up_to_each_score(scored, source):
     classes = token_classes(source.tokenizer)
     whole = {"non_overlapping": scored.plain, "sliding": scored.sliding, "sliding_ttt": scored.ttt.score}
     for name, scorer in scored.scorers.items():
         found = figures(scorer, classes)
-        for parts in (found.by_class, found.by_context, found.by_document):
-            assert sum(p.tokens for p in parts.values()) == whole[name].tokens
-            assert sum(p.text_bytes for p in parts.values()) == whole[name].text_bytes
-            assert sum(p.nats for p in parts.values()) == pytest.approx(whole[name].nats, rel=1e-12)
-        assert tuple(found.by_class) == CLASSES
-        assert found.by_class["BOS"].text_bytes == 0
-        assert found.to_dict()["by_class"]["BOS"]["bpb"] is None
-        json.dumps(found.to_dict(), allow_nan=False)
-    contexts = figures(scored.scorers["non_overlapping"], classes).by_context
+        for parts in (found["by_class"], found["by_context"], found["by_document_tokens"]):
+            assert sum(p["tokens"] for p in parts.values()) == whole[name].tokens
+            assert sum(p["bytes"] for p in parts.values()) == whole[name].text_bytes
+            assert sum(map(nats_of, parts.values())) == pytest.approx(whole[name].nats, rel=1e-12)
+        assert tuple(found["by_class"]) == CLASSES
+        assert found["by_class"]["BOS"]["bytes"] == 0
+        assert found["by_class"]["BOS"]["bpb"] is None
+        json.dumps(found, allow_nan=False)
+    contexts = figures(scored.scorers["non_overlapping"], classes)["by_context"]
     assert list(contexts) == ["1-16", "17-32"]
-    assert contexts["1-16"].tokens == contexts["17-32"].tokens
+    assert contexts["1-16"]["tokens"] == contexts["17-32"]["tokens"]
 
 
 def test_each_target_is_of_one_class(source):
@@ -117,8 +121,8 @@ def test_parts_of_documents_and_contexts_are_the_right_ones(scored, source):
                 name = f"{1 if high == low else high // 2 + 1}-{high}"
                 nats[part][name] = nats[part].get(name, 0.0) + loss
     found = figures(scorer, token_classes(source.tokenizer))
-    for part, want in ((found.by_context, nats["context"]), (found.by_document, nats["document"])):
-        assert {n: s.nats for n, s in part.items() if s.tokens} == pytest.approx(want)
+    for part, want in (("by_context", nats["context"]), ("by_document_tokens", nats["document"])):
+        assert {n: nats_of(p) for n, p in found[part].items() if p["tokens"]} == pytest.approx(want)
 
 
 def test_buckets_double():
@@ -127,15 +131,18 @@ def test_buckets_double():
 
 def test_spread_of_a_made_up_case():
     losses = np.random.default_rng(0).permutation(np.arange(1, 101)).astype(np.float32) / 10
-    quantiles, hardest, above = spread(losses)
+    found = spread(losses)
+    quantiles, hardest = found["loss_quantiles"], found["loss_share_of_hardest_percent"]
+    above = found["above_nats"]
     assert quantiles["p1"] == pytest.approx(0.199)  # 0.99 of the way from 0.1 to 0.2
     assert quantiles["p50"] == pytest.approx(5.05)
     assert quantiles["p99"] == pytest.approx(9.901)
     assert hardest["1"] == pytest.approx(100 / 5050)
     assert hardest["10"] == pytest.approx(sum(range(91, 101)) / 5050)
     assert hardest["50"] == pytest.approx(1 - 1275 / 5050)
-    assert above["10"].targets == above["10"].loss == 0
-    assert (above["7"].targets, above["7"].loss) == (0.3, pytest.approx(sum(range(71, 101)) / 5050))
+    assert found["loss_share_of_easiest_half"] == pytest.approx(1275 / 5050)
+    assert above["10"] == {"targets": 0, "loss": 0}
+    assert above["7"] == {"targets": 0.3, "loss": pytest.approx(sum(range(71, 101)) / 5050)}
 
 
 @pytest.mark.parametrize("adapter", ["sgd", "lora", "phased"])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import tiny_config
@@ -16,6 +19,7 @@ from pgolf_fast.model.bank import BANK_NAMES
 from pgolf_fast.model.decoding import Decoder, generate, sample
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.ops import native
+from pgolf_fast.ops.mlp import ACTIVATIONS
 from pgolf_fast.quant.calibration import self_generate
 from pgolf_fast.quant.state import dequantize_state, packed_banks, quantize_state
 
@@ -77,7 +81,7 @@ def test_step_beyond_the_length_at_which_rope_changes_its_base():
     with torch.no_grad():
         full = model.logits(tokens)
     torch.testing.assert_close(stepwise(model, tokens), full, atol=5e-4, rtol=1e-3)
-    other_base = stepwise(model, tokens, context=32)
+    other_base = model.head(model.hidden(tokens, context=32))
     assert (other_base - full).abs().max() > 1e-2
 
 
@@ -164,7 +168,26 @@ def test_packed_step_by_operations(batch):
     assert error < 1.5 * (stepwise(rounded, tokens) - exact).abs().mean() + 1e-3
 
 
-@pytest.mark.skipif(native.extension() is None, reason="no C++ codecs")
+@pytest.fixture(params=["portable", "avx2", "avx512"])
+def table(request):
+    extension = native.extension()
+    if extension is None or request.param not in extension.runnable_passes():
+        pytest.skip(f"no {request.param} passes here")
+    extension.choose_passes(request.param)
+    yield request.param
+    extension.choose_passes("auto")
+
+
+@pytest.mark.usefixtures("table")
+@pytest.mark.parametrize("changes", [{"num_heads": 4}, {"model_dim": 72, "num_heads": 6}])
+def test_packed_step_of_every_instruction_set(changes):
+    """Four query heads of a KV head, and heads of 12 channels, which are no whole vectors of 8 or 16."""
+    packed, dense = packed_and_dequantized(**changes)
+    tokens = random_tokens(2, 30)
+    torch.testing.assert_close(stepwise(packed, tokens), stepwise(dense, tokens), atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("table")
 def test_packed_step_is_the_same_for_any_number_of_threads():
     packed, _ = packed_and_dequantized()
     tokens, before = random_tokens(20, 40), torch.get_num_threads()
@@ -177,6 +200,90 @@ def test_packed_step_is_the_same_for_any_number_of_threads():
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*logits, strict=True))
+
+
+def block_arguments(**changes: object) -> dict[str, Any]:
+    """Return arguments of a block of 2 texts, 4 query heads and 2 KV heads of 6 channels, and 5 positions."""
+    sizes = {"batch": 2, "dim": 24, "heads": 4, "kv_heads": 2, "up_rows": 20, "hidden": 10, "half": 2}
+    shapes = {"gain": (4,), "cos": (5, 2), "sin": (5, 2), "keys": (2, 2, 5, 6), "values": (2, 2, 5, 6)}
+    shapes |= dict.fromkeys(("x_mix", "x0_mix", "attention_scale", "mlp_scale", "down_steps"), (24,))
+    shapes |= {"attention_steps": (72,), "up_steps": (20,)}
+    codes = {"attention": (72, 18), "up": (20, 18), "down": (24, 12)}
+    arguments: dict[str, Any] = {"sizes": sizes | {"positions": 5}, "layer_scale": 1.0, "xsa": True}
+    arguments |= {"activation": ACTIVATIONS.index("swiglu")}
+    arguments |= {name: np.zeros(shape, np.uint8) for name, shape in codes.items()}
+    arguments["arrays"] = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+    for name, value in changes.items():
+        where = next((arguments[k] for k in ("sizes", "arrays") if name in arguments[k]), arguments)
+        where[name] = value
+    return arguments
+
+
+def frozen(shape: tuple[int, ...]) -> np.ndarray:
+    array = np.zeros(shape, np.float32)
+    array.flags.writeable = False
+    return array
+
+
+WRONG_BLOCKS = [
+    ("batch", 0, "sizes['batch'] is 0; a number from 1 to 1048576 is needed"),
+    ("dim", -24, "sizes['dim'] is -24; a number from 1 to 1048576 is needed"),
+    ("positions", 2**70, f"sizes['positions'] is {2**70}; a number from 1 to 1048576 is needed"),
+    ("hidden", 2.5, "sizes['hidden'] is a float; a number from 1 to 1048576 is needed"),
+    ("half", None, "sizes['half'] is None; a number from 0 to 1048576 is needed"),
+    ("heads", 5, "sizes['dim'] is 24; a multiple of sizes['heads'], 5, is needed"),
+    ("kv_heads", 3, "sizes['heads'] is 4; a multiple of sizes['kv_heads'], 3, is needed"),
+    ("half", 4, "sizes['half'] is 4; at most half a head, 3, is needed"),
+    ("up_rows", 21, "sizes['up_rows'] is 21; 20 for this sizes['hidden'] and activation is needed"),
+    ("activation", 3, "activation is 3; 0, 1 or 2 is needed"),
+    ("gain", None, "arrays['gain'] is None; a contiguous float32 array of shape (4,) is needed"),
+    ("gain", [1.0] * 4, "arrays['gain'] is a list; a contiguous float32 array of shape (4,) is needed"),
+    ("sin", np.ones((5, 2)), "arrays['sin'] is float64 of shape (5, 2); a contiguous float32 array of shape"),
+    ("x_mix", np.ones(48, np.float32)[::2], "arrays['x_mix'] is strided float32 of shape (24,); a"),
+    ("values", frozen((2, 2, 5, 6)), "arrays['values'] is read-only float32 of shape (2, 2, 5, 6); a"),
+    ("keys", np.ones((2, 2, 4, 6), np.float32), "arrays['keys'] is float32 of shape (2, 2, 4, 6); a"),
+    ("up_steps", np.ones(19, np.float32), "arrays['up_steps'] is float32 of shape (19,); a contiguous"),
+    ("attention", np.zeros((71, 18), np.uint8), "attention is uint8 of shape (71, 18); a contiguous uint8"),
+    ("down", np.zeros((24, 12), np.int8), "down is int8 of shape (24, 12); a contiguous uint8 array of"),
+]
+WRONG_STEPS = [
+    ("x", np.zeros((2, 23), np.float32), "x is float32 of shape (2, 23); a writable contiguous float32"),
+    ("x", frozen((2, 24)), "x is read-only float32 of shape (2, 24); a writable contiguous float32 array of"),
+    ("x0", np.zeros((2, 24)), "x0 is float64 of shape (2, 24); a contiguous float32 array of shape (2, 24)"),
+    ("x0", "x", "x0 is a str; a contiguous float32 array of shape (2, 24) is needed"),
+    ("value_embed", np.zeros(24, np.float32), "value_embed is float32 of shape (24,); a contiguous float32"),
+    ("position", 5, "position is 5; a number from 0 to 4 is needed"),
+    ("position", -1, "position is -1; a number from 0 to 4 is needed"),
+]
+
+
+@pytest.mark.skipif(native.extension() is None, reason="no C++ codecs")
+@pytest.mark.parametrize(("name", "value", "message"), WRONG_BLOCKS)
+def test_wrong_arguments_of_a_block_are_named(name, value, message):
+    make = native.extension().DecodeBlock
+    make(**block_arguments())
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        make(**block_arguments(**{name: value}))
+
+
+@pytest.mark.skipif(native.extension() is None, reason="no C++ codecs")
+@pytest.mark.parametrize(("name", "value", "message"), WRONG_STEPS)
+def test_wrong_arguments_of_a_step_are_named(name, value, message):
+    block = native.extension().DecodeBlock(**block_arguments())
+    x = {"x": np.ones((2, 24), np.float32), "x0": np.ones((2, 24), np.float32)}
+    right = {**x, "value_embed": None, "position": 4}
+    block.step(**right)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        block.step(**(right | {name: value}))
+
+
+@pytest.mark.skipif(native.extension() is None, reason="no C++ codecs")
+def test_missing_size_and_array_are_named():
+    for where, name in (("sizes", "dim"), ("arrays", "cos")):
+        arguments = block_arguments()
+        del arguments[where][name]
+        with pytest.raises(ValueError, match=re.escape(f"{where}['{name}'] is None; a")):
+            native.extension().DecodeBlock(**arguments)
 
 
 @torch.no_grad()
@@ -202,7 +309,9 @@ def test_packed_banks_hold_the_dequantized_values_or_are_refused():
     rest = dequantize_state(quantized, banks=False)
     assert rest.keys() == want.keys() - set(BANK_NAMES)
     assert all(torch.equal(rest[name], want[name]) for name in rest)
-    assert packed.nbytes < 0.6 * 2 * sum(want[name].numel() for name in BANK_NAMES)  # steps weigh here
+    parts = (packed.attention, packed.up, packed.down)
+    size = sum(t.nbytes for part in parts for t in (part.codes, part.scale))
+    assert size < 0.6 * 2 * sum(want[name].numel() for name in BANK_NAMES)  # steps weigh here
     assert packed_banks(quantize_state(state, QuantConfig(method="round", bits=8))) is None
 
 
@@ -259,7 +368,11 @@ def test_generate_depends_on_the_generator_only():
     model = random_model()
     runs = [
         generate(
-            model, torch.tensor([1, 2]), 20, temperature=0.8, generator=torch.Generator().manual_seed(seed)
+            model,
+            torch.tensor([[1], [2]]),
+            20,
+            temperature=0.8,
+            generator=torch.Generator().manual_seed(seed),
         )
         for seed in (3, 3, 4)
     ]
@@ -276,12 +389,10 @@ def test_generate_rejects_bad_prompts():
         generate(model, torch.zeros(2, 0, dtype=torch.long), 1)
 
 
-def test_sample_top_k_and_temperature():
+def test_sample_temperature():
     logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]]).expand(200, 4)
     generator = torch.Generator().manual_seed(0)
-    assert set(sample(logits, top_k=2, generator=generator).tolist()) == {2, 3}
+    assert set(sample(logits, generator=generator).tolist()) == {0, 1, 2, 3}
     assert sample(logits, temperature=0).unique().tolist() == [3]
     with pytest.raises(PgolfError, match="negative"):
         sample(logits, temperature=-1.0)
-    with pytest.raises(PgolfError, match="top_k"):
-        sample(logits, top_k=0)

@@ -102,6 +102,18 @@ def test_bad_preset(backend):
         codec.compress_bytes(b"x", 10)
 
 
+def test_settings(backend):
+    halves = torch.arange(999).half().view(torch.uint8).numpy().tobytes()
+    default, plain = (codec.compress_bytes(halves, **some) for some in ({}, {"lc": 0, "lp": 1, "pb": 1}))
+    assert codec.decompress_bytes(plain, len(halves)) == halves
+    assert len(plain) < len(default)
+    assert codec.compress_bytes(halves, mode="fast") != default
+    bad = ({"lc": 5}, {"lp": -2}, {"pb": 9}, {"nice_len": 1}, {"lc": 4, "lp": 1}, {"mode": "slow"})
+    for some in bad:
+        with pytest.raises(ValueError, match=next(iter(some))):
+            codec.compress_bytes(halves, **some)
+
+
 def test_threads(backend):
     blocks = [random_bytes(20_000 + i) for i in range(8)]
     with ThreadPoolExecutor(4) as pool:

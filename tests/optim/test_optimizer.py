@@ -113,7 +113,7 @@ def test_adaptive_trigger_watches_every_hundredth_training_loss():
     assert schedule.state.trigger_step == 2200
     assert not schedule.observe(2300, 2.09, 1600.0)  # fires once
     again = Schedule(TrainConfig())
-    again.load_state(schedule.state_dict())
+    again.state = schedule.state
     assert again.multiplier(5000, 3165.3) == schedule.multiplier(5000, 3165.3)
 
 

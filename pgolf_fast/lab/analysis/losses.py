@@ -19,11 +19,12 @@ from pgolf_fast.console import Table, number
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.adapters.base import Frozen
 from pgolf_fast.evaluation.documents import document_starts
-from pgolf_fast.evaluation.figures import THRESHOLDS, Figures, figures, shares, token_classes
+from pgolf_fast.evaluation.figures import THRESHOLDS, figures, shares, token_classes
 from pgolf_fast.evaluation.score import LossFunction, Scorer, Stream, batch_size
 from pgolf_fast.evaluation.windows import plain_windows
 from pgolf_fast.lab.analysis.models import LoadedModel, Validation, diverged, open_validation
 from pgolf_fast.lab.analysis.summary import Options, Summary, columns, draw, tabulate
+from pgolf_fast.lab.audit.watch import by_target
 from pgolf_fast.lab.compare.statistics import bootstrap_ratio
 from pgolf_fast.model.gpt import GPT
 
@@ -42,7 +43,7 @@ class ModelLosses:
     name: str
     network: GPT
     losses: np.ndarray  # by target, (targets,) float64
-    figures: Figures
+    figures: dict[str, Any]  # as `evaluation.figures.figures` returns them
     calibration: "Calibration"
 
 
@@ -77,7 +78,7 @@ def score_plain(
         scorer.score(losses_of or Frozen(model).score, 0, len(windows))
     except PgolfError as error:
         raise diverged(name, "losses") from error
-    return scorer, scorer.by_target().astype(np.float64)
+    return scorer, by_target(scorer).astype(np.float64)
 
 
 def _published_classes(measured: Sequence[ModelLosses], starts: np.ndarray) -> Summary:
@@ -99,7 +100,7 @@ def _published_classes(measured: Sequence[ModelLosses], starts: np.ndarray) -> S
 
 
 def _classes(measured: Sequence[ModelLosses]) -> Summary:
-    values = {one.name: {kind: p.to_dict() for kind, p in one.figures.by_class.items()} for one in measured}
+    values: dict[str, Any] = {one.name: one.figures["by_class"] for one in measured}
     rows: list[tuple[str, ...]] = []
     for name, parts in values.items():
         for kind, own in shares(parts).items():
@@ -132,10 +133,10 @@ def _published_sizes(measured: Sequence[ModelLosses]) -> Summary:
     values: dict[str, Any] = {one.name: {} for one in measured}
     for one in measured:
         for threshold, (targets, loss) in PR296.items():
-            above = one.figures.above[str(threshold)]
-            values[one.name][str(threshold)] = {"targets": above.targets, "loss_share": above.loss}
-            count = round(above.targets * len(one.losses))
-            cells = (f"{share:.1%}" for share in (above.targets, above.loss, targets))
+            above = one.figures["above_nats"][str(threshold)]
+            values[one.name][str(threshold)] = {"targets": above["targets"], "loss_share": above["loss"]}
+            count = round(above["targets"] * len(one.losses))
+            cells = (f"{share:.1%}" for share in (above["targets"], above["loss"], targets))
             rows.append((one.name, f"> {threshold}", f"{count:,}", *cells, f"{loss:.0%}"))
     least = least_shares({nats: targets for nats, (targets, _) in PR296.items()}, PR296_MEAN)
     header = ("model", "nats", "targets", "of all", "of the loss", "PR 296: of all", "PR 296: of the loss")
@@ -155,10 +156,11 @@ def _sizes(measured: Sequence[ModelLosses], starts: np.ndarray) -> Summary:
     rows: list[tuple[str, ...]] = []
     values: dict[str, dict[str, Any]] = {one.name: {} for one in measured}
     for one in measured:
-        counts = {t: one.figures.above[str(t)].targets for t in THRESHOLDS}
+        above = {t: one.figures["above_nats"][str(t)] for t in THRESHOLDS}
+        counts = {t: found["targets"] for t, found in above.items()}
         total = np.add.reduceat(one.losses, starts)
         for threshold, least in least_shares(counts, float(one.losses.mean())).items():
-            targets, share = counts[threshold], one.figures.above[str(threshold)].loss
+            targets, share = counts[threshold], above[threshold]["loss"]
             part = np.add.reduceat(np.where(one.losses > threshold, one.losses, 0.0), starts)
             low, high = bootstrap_ratio(part, total)
             interval = f"{low:.1%} to {high:.1%}" if len(starts) > 1 else "-"
@@ -192,8 +194,9 @@ def _quantiles(measured: Sequence[ModelLosses]) -> Summary:
     rows: list[tuple[str, ...]] = []
     values: dict[str, Any] = {}
     for one in measured:
-        quantiles, hardest = one.figures.quantiles, one.figures.hardest
-        values[one.name] = {"loss_quantiles": quantiles, "loss_share_of_hardest_percent": hardest}
+        shown = ("loss_quantiles", "loss_share_of_hardest_percent")
+        values[one.name] = {name: one.figures[name] for name in shown}
+        quantiles, hardest = values[one.name].values()
         rows += [(one.name, f"quantile {q[1:]} %", f"{nats:.4f} nats") for q, nats in quantiles.items()]
         rows += [(one.name, f"hardest {p} %", f"{share:.2%} of the loss") for p, share in hardest.items()]
     return Summary(

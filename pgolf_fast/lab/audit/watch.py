@@ -45,8 +45,8 @@ def evaluate(method: Method, stream: Stream, world: World = SINGLE) -> np.ndarra
 def by_target(scorer: Scorer) -> np.ndarray:
     """Return losses in the order of the stream, (targets,) float32: the first of several, NaN for none."""
     losses = np.full(scorer.stream.num_targets, np.nan, dtype=np.float32)
-    targets, firsts = np.unique(scorer.windows.targets(), return_index=True)
-    losses[targets] = scorer.losses.cpu().numpy()[firsts]
+    # backwards: of several values for an index, numpy keeps the last
+    losses[scorer.windows.targets()[::-1]] = scorer.losses.cpu().numpy()[::-1]
     return losses
 
 

@@ -29,6 +29,7 @@ from pgolf_fast.evaluation.run import open_run, score_run
 from pgolf_fast.evaluation.score import Scorer
 from pgolf_fast.evaluation.scores import Evaluator
 from pgolf_fast.io import read_json, well_formed, write_json
+from pgolf_fast.lab.audit.watch import by_target
 from pgolf_fast.lab.compare.plan import Job
 from pgolf_fast.train.loop import train
 
@@ -151,9 +152,9 @@ def _score(folder: RunFolder, config: RunConfig, scores: Scores) -> dict[str, Sc
 def _write(folder: RunFolder, job: dict[str, Any], config: RunConfig, scorers: dict[str, Scorer]) -> None:
     stream = scorers["non_overlapping"].stream
     starts = document_starts(stream.tokens.cpu().numpy())
-    nats = {name: scorer.by_target().astype(np.float64) for name, scorer in scorers.items()}
-    by_target = {"text_bytes": stream.target_bytes, **nats}
-    sums = {name: np.add.reduceat(values, starts).tolist() for name, values in by_target.items()}
+    nats = {name: by_target(scorer).astype(np.float64) for name, scorer in scorers.items()}
+    every = {"text_bytes": stream.target_bytes, **nats}
+    sums = {name: np.add.reduceat(values, starts).tolist() for name, values in every.items()}
     write_json(folder.path / DOCUMENTS, sums, indent=None)
     rows = folder.history()
     steps = {row["step"]: row["elapsed"] for row in rows if row["kind"] == "step"}

@@ -24,7 +24,7 @@ from pgolf_fast.config.fields import field_name, flatten, flip, run_config_to_di
 from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.data.loader import make_loader
 from pgolf_fast.data.source import open_source
-from pgolf_fast.distributed import devices, keep_freed_memory, this_process
+from pgolf_fast.distributed import keep_freed_memory, this_process
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import read_json, well_formed, write_text
 from pgolf_fast.model.runtime import choose_kernels, resolve_dtype
@@ -227,7 +227,7 @@ def cost_table(costs: Mapping[str, StepCost], baseline: str) -> console.Table:
 
 def _measure(configs: Mapping[str, RunConfig], rounds: int) -> dict[tuple[str, bool], list[float]]:
     """Return the seconds of each step by (configuration, with meta-learning)."""
-    if devices():
+    if torch.cuda.is_available():
         raise PgolfError("budget measured is for runs that share a CPU: on a GPU give --budget time")
     keep_freed_memory()
     trainers: dict[tuple[str, bool], Trainer] = {}

@@ -21,6 +21,7 @@ from pgolf_fast.evaluation.run import open_run
 from pgolf_fast.evaluation.score import Stream
 from pgolf_fast.evaluation.scores import Evaluator, labeled
 from pgolf_fast.io import read_json, well_formed, write_json
+from pgolf_fast.lab.audit.watch import by_target
 from pgolf_fast.lab.compare.statistics import bootstrap_gain
 from pgolf_fast.model.bank import Transform
 from pgolf_fast.model.gpt import GPT
@@ -116,7 +117,7 @@ def _pass(
     else:
         result = evaluator.adapted(windows, ttt, name, allow_illegal=allow_illegal)
     seconds = time.perf_counter() - begin
-    nats = np.add.reduceat(result.scorer.by_target().astype(np.float64), starts)
+    nats = np.add.reduceat(by_target(result.scorer).astype(np.float64), starts)
     made = AdapterPass(name, digest, nats.tolist(), seconds, result.updates, result.trainable)
     if evaluator.world.is_main:
         write_json(path, asdict(made), indent=None)

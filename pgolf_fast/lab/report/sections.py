@@ -17,7 +17,7 @@ from pgolf_fast.config.run_folder import SCORES, RunFolder, read_scores
 from pgolf_fast.console import Table, command, number
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.figures import tables
-from pgolf_fast.evaluation.scores import conditions, labeled, score_table
+from pgolf_fast.evaluation.scores import labeled, score_table
 from pgolf_fast.io import load_metadata, read_json, write_text
 from pgolf_fast.lab.analysis.artifact_bytes import ArtifactTable, artifact_table
 from pgolf_fast.lab.audit.check import findings_table
@@ -314,6 +314,14 @@ def _is_scored(tree: Tree, key: str) -> bool:
     return isinstance(score, dict) and all(math.isfinite(as_float(score.get(u))) for u in ("bpb", "loss"))
 
 
+def _conditions(scores: Tree, name: str) -> list[object]:
+    """Return what score `name` in a scores file depends on besides the weights."""
+    fields = ("seq_len",) if name == "non_overlapping" else ("seq_len", "stride", "repeat_tail")
+    # rounding of the banks counts as part of the weights: float ones never do it
+    ttt = {**scores.get("ttt", {}), "quantize_forward": None} if name == "sliding_ttt" else None
+    return [scores[name]["tokens"], ttt, *(scores.get("eval", {}).get(field) for field in fields)]
+
+
 def quantization_gap(run: RunRecord) -> Section:
     """Subtract from the artifact's scores the float scores, or else the validation at the end of training."""
     title = "Quantization gap"
@@ -321,7 +329,7 @@ def quantization_gap(run: RunRecord) -> Section:
     if not artifact:
         return Section(title, "Unknown: the artifact is not scored.")
     both = [key for key in SCORES if _is_scored(artifact, key) and _is_scored(floats, key)]
-    differing = [key for key in both if conditions(artifact, key) != conditions(floats, key)]
+    differing = [key for key in both if _conditions(artifact, key) != _conditions(floats, key)]
     pairs = {_score_name(artifact, key): (floats[key], artifact[key]) for key in both if key not in differing}
     text = "Loss of the artifact relative to the float weights on the same targets; positive is worse."
     if differing:

@@ -361,7 +361,7 @@ def test_command_refuses_in_one_line(words, message, capsys, tmp_path, monkeypat
 
 
 def test_budget_time_on_a_shared_cpu_and_torchrun_are_refused(capsys, monkeypatch):
-    monkeypatch.setattr("pgolf_fast.distributed.devices", lambda: 0)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     words = ["ablate", "tiny", "--flip", "model.trigram=false"]
     assert cli.main([*words, "--budget", "both", "--seconds", "5", "--workers", "2"]) == 2
     assert "compete for this CPU" in capsys.readouterr().err

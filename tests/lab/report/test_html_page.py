@@ -6,7 +6,7 @@ import pytest
 from pages import Page, browser, check_page, visit
 
 from pgolf_fast.console import Table
-from pgolf_fast.lab.report.html_page import Figure, Section, portable, render
+from pgolf_fast.lab.report.html_page import Figure, Section, portable, render, table_html
 
 EVIL = "<script>alert('1')</script> & \"quotes\" `</code>`"
 PNG = base64.b64decode(
@@ -103,3 +103,7 @@ def test_a_browser_reports_no_errors(tmp_path):
     asked, console, _ = visit(browser(), loading, tmp_path / "again")
     assert asked == ["/"]
     assert console
+
+
+def test_table_without_rows():
+    assert table_html(Table(None, [])) == "<table><tbody></tbody></table>"
