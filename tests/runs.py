@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from pgolf_fast import cli
+from pgolf_fast.artifact.load import load
 from pgolf_fast.config.fields import flatten, with_fields
 from pgolf_fast.config.presets import tiny
 from pgolf_fast.config.schema import RunConfig, TTTConfig
@@ -22,6 +23,7 @@ from pgolf_fast.data.shards import write_shard
 from pgolf_fast.data.source import open_source
 from pgolf_fast.data.tokenizer import Tokenizer, train_tokenizer
 from pgolf_fast.distributed import World
+from pgolf_fast.evaluation.run import score
 from pgolf_fast.train.loop import build_model
 from pgolf_fast.train.trainer import Trainer
 
@@ -152,3 +154,10 @@ def assert_same(a, b):
 
 def differs(a, b):
     return any(not torch.equal(a[name], b[name]) for name in a)
+
+
+def losses_by_implementation(folder, implementation, names, **fields):
+    """Nats per token of a run's artifact for the named scores, without a change to its folder."""
+    fields |= {"kernels.implementation": implementation}
+    scores = score(load(folder.path, config=with_fields(folder.read_config(), fields))).to_dict()
+    return np.array([scores[name]["loss"] for name in names])

@@ -13,22 +13,20 @@ import numpy as np
 import pytest
 import torch
 from helpers import slow
-from runs import VOCAB, make_dataset, read_json, run_config
+from runs import VOCAB, losses_by_implementation, make_dataset, read_json, run_config
 
 from pgolf_fast import cli
 from pgolf_fast.artifact import submission
 from pgolf_fast.artifact.container import TensorRecord, write_container
-from pgolf_fast.artifact.load import load
 from pgolf_fast.artifact.pack import pack, pack_run, quantize_run, read_quantized
 from pgolf_fast.artifact.standalone import parts, reader
 from pgolf_fast.artifact.submission import About, write_submission
-from pgolf_fast.config.fields import with_fields
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.data.shards import open_shard, write_shard
 from pgolf_fast.data.source import open_source
 from pgolf_fast.data.tokenizer import target_bytes
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.evaluation.run import score, score_run
+from pgolf_fast.evaluation.run import score_run
 from pgolf_fast.train.loop import train
 
 ABOUT = About("A. Person", "person", None, None, "non_record_16mb")
@@ -71,13 +69,6 @@ def run(data, tmp_path_factory):
     return finished(data, tmp_path_factory.mktemp("runs") / "run")
 
 
-def by_implementation(folder, implementation, **fields):
-    """Nats per token of the artifact by score, without a change to the run folder."""
-    fields |= {"kernels.implementation": implementation}
-    scores = score(load(folder.path, config=with_fields(folder.read_config(), fields))).to_dict()
-    return np.array([scores[name]["loss"] for name in NAMES])
-
-
 def call(script, data, *options, status=0):
     """Run the script alone; return its standard output, or standard error for another `status` than 0."""
     words = [script, "--data", data, "--tokenizer", data / "tokenizer.model", *options]
@@ -108,8 +99,7 @@ def same_scores(folder, out):
     return scores
 
 
-# Nats per token between fused passes and PyTorch: both round, in other places.
-ROUNDING = 1e-4
+ROUNDING = 1e-4  # nats per token between fused passes and PyTorch
 
 # Differences between presets, and between kinds of scoring, that the script must support.
 DEFAULT = ("exp101", "grid rd", "adamw")  # of these variants; the others are slow
@@ -188,7 +178,7 @@ def test_script_alone_prints_the_scores_of_eval(data, tmp_path, variant):
     assert f"; {widths}" in read_json(tmp_path / "out" / "submission.json")["blurb"]
     assert f"GPTQ, {widths}" in (tmp_path / "out" / "README.md").read_text()
     assert scores["sliding"]["loss"] != scores["sliding_ttt"]["loss"]
-    by_passes = by_implementation(folder, "auto") - [scores[name]["loss"] for name in NAMES]
+    by_passes = losses_by_implementation(folder, "auto", NAMES) - [scores[name]["loss"] for name in NAMES]
     # LoRA at this rate is chaotic: over 400 updates of one document, the difference of gradients from float64
     # grows from 2e-7 to 1 on both paths. Weights that differ by 1e-7 change the third score by 8e-3 nats in
     # PyTorch, 1.2e-2 with passes and 3.5e-3 in float64; from float64, PyTorch differs by 1e-2, passes by 3e-4
@@ -212,13 +202,10 @@ def test_default_scores_are_those_of_the_script_up_to_rounding(run, data, tmp_pa
 
 @pytest.mark.parametrize("dtype", ["float32", slow("bfloat16")])
 def test_lora_by_passes_is_lora_by_pytorch_up_to_rounding(run, dtype):
-    """At the presets' learning rate, where the third score does not magnify rounding.
-
-    In bfloat16, weights that differ by 1e-7 change PyTorch's own third score by up to 2e-4 nats.
-    """
+    """At the presets' rate; in bfloat16, weights that differ by 1e-7 change PyTorch's own score by 2e-4."""
     fields = {"train.compute_dtype": dtype, "ttt.adapter": "lora", "data.val_tokens": 500}
     fields |= {"ttt.lora.segment_tokens": 16, "ttt.lora.documents": 3}
-    torch_, passes = (by_implementation(run, name, **fields) for name in ("torch", "auto"))
+    torch_, passes = (losses_by_implementation(run, name, NAMES, **fields) for name in ("torch", "auto"))
     assert torch_[1] - torch_[2] > 0.1
     assert np.abs(passes - torch_).max() < (1e-6 if dtype == "float32" else 5e-4)
 
