@@ -35,6 +35,7 @@ def test_every_op_is_called(capsys, tmp_path, monkeypatch):
         ("quantize", run),
         ("pack", run),
         ("eval", run, "--weights", "packed"),
+        ("eval", run, "--ttt.adapter", "lora"),
         ("generate", run, "--tokens", "3"),
     ):
         assert call(capsys, *command)[0] == 0
@@ -42,5 +43,5 @@ def test_every_op_is_called(capsys, tmp_path, monkeypatch):
     low = replace(config, train=replace(config.train, compute_dtype="bfloat16"))
     for settings, texts in ((low, 2), (config, 65)):
         model = load(run, config=settings, packed=True).model
-        assert generate(model, torch.ones(texts, dtype=torch.long), 1).shape == (texts, 2)
+        assert generate(model, torch.ones(texts, 1, dtype=torch.long), 1).shape == (texts, 2)
     assert set(public_ops()) - called == set()

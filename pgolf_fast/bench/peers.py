@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from pgolf_fast.bench.timer import temporarily
-from pgolf_fast.model.attention import attend
 from pgolf_fast.ops import attention_backend, reference, reference_bytes
 from pgolf_fast.ops.case import Case, Contender, Inputs, Outputs
 
@@ -74,7 +73,7 @@ def sdpa_attention(
 ) -> Tensor:
     """Compute `ops.gqa_attention` from one layer's four weights and PyTorch's attention, all in x's dtype.
 
-    settings: cos, sin, value_embed, num_kv_heads and xsa, as `model.attention.attend` takes them; `inner` is
+    settings: value_embed; cos, sin, num_kv_heads and xsa, as `ops.projected_attention` takes them; `inner` is
     another attention, and with `fused` q, k and v are one product.
     """
     weights = (query, key, value)
@@ -83,7 +82,9 @@ def sdpa_attention(
         q, k, v = F.linear(x, torch.cat(weights)).split(rows, dim=-1)
     else:
         q, k, v = (F.linear(x, weight) for weight in weights)
-    return F.linear(attend(q, k, v, q_gain, dtype=x.dtype, **{"inner": _sdpa, **settings}), out)
+    v = v if (value_embed := settings.pop("value_embed")) is None else v + value_embed
+    settings = {"inner": _sdpa, "dtype": x.dtype, **settings}
+    return F.linear(reference.projected_attention(q, k, v, q_gain, **settings), out)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -9,11 +9,10 @@ from torch import Tensor
 
 from pgolf_fast import ops
 from pgolf_fast.config.checks import need
-from pgolf_fast.model.attention import attend, rope_tables
 from pgolf_fast.model.bank import PackedBanks
 from pgolf_fast.model.compiled import CapturedStep
-from pgolf_fast.model.gpt import GPT, AnyBanks
-from pgolf_fast.ops import native
+from pgolf_fast.model.gpt import GPT, AnyBanks, rope_tables
+from pgolf_fast.ops import native, reference
 from pgolf_fast.ops.mlp import ACTIVATIONS
 
 WINDOW = 3 + 1  # tokens the newest input depends on: of the longest n-gram, and one that SmearGate sees
@@ -156,9 +155,9 @@ class Decoder:
                 return y.flatten(1, 2).unsqueeze(1)
 
             (q, k, v), gain = banks.project_in(layer, x), model.block(layer).attn.q_gain
-            heads: dict[str, Any] = {"num_kv_heads": config.num_kv_heads, "xsa": model.uses_xsa(layer)}
-            context = attend(q, k, v, gain, cos, sin, **heads, value_embed=value_embed, inner=cached)
-            return banks.project_out(layer, context)
+            v = v if value_embed is None else v + value_embed
+            heads = (q, k, v, gain, cos, sin, config.num_kv_heads, model.uses_xsa(layer))
+            return banks.project_out(layer, reference.projected_attention(*heads, inner=cached))
 
         x = model.smear(model.embed(window))[:, -1:]
         mlp = partial(banks.mlp, activation=config.mlp_activation) if isinstance(banks, PackedBanks) else None

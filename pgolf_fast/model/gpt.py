@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from pgolf_fast import ops
 from pgolf_fast.config.checks import need
 from pgolf_fast.config.schema import ModelConfig
-from pgolf_fast.model.attention import rope_tables
 from pgolf_fast.model.bank import BANK_NAMES, Banks, PackedBanks, Shadow, Transform, make_banks, transformed
 
 AnyBanks = Banks | PackedBanks
@@ -29,6 +28,40 @@ class Observer(Protocol):
     def attention_input(self, layer: int, x: Tensor, value_embed: Tensor | None) -> None: ...
 
     def mlp_input(self, layer: int, x: Tensor) -> None: ...
+
+
+def rope_base(config: ModelConfig, context: int) -> float:
+    """Return the base for `context` tokens: base * (context / trained)^(r / (r - 2)) beyond `trained`."""
+    dims = config.rotary_dims
+    if context <= config.rope_train_seq_len or dims <= 2:
+        return config.rope_base
+    return config.rope_base * (context / config.rope_train_seq_len) ** (dims / (dims - 2))
+
+
+@cache  # never evicted: captured CUDA graphs keep reading them
+def _tables(config: ModelConfig, length: int, context: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    dims = config.rotary_dims
+    with torch.inference_mode(False), torch.no_grad():
+        exponents = torch.arange(0, dims, 2, dtype=torch.float32, device=device) / dims
+        frequencies = rope_base(config, context) ** -exponents
+        positions = torch.arange(length, dtype=torch.float32, device=device)
+        if config.rope_bf16_tables and context <= config.rope_train_seq_len:
+            frequencies, positions = frequencies.bfloat16(), positions.bfloat16()
+        angles = torch.outer(positions, frequencies)
+        stored = torch.bfloat16 if config.rope_bf16_tables else angles.dtype
+        return angles.cos().to(stored).float(), angles.sin().to(stored).float()
+
+
+def rope_tables(
+    config: ModelConfig, length: int, device: torch.device, context: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return cos and sin, each (length, r/2) float32, for positions 0 .. length-1.
+
+    `context` (default: length) sets only the base: text that grows token by token uses its final length.
+    """
+    # a compiled graph keeps the tables; a cached function would only warn
+    tables = _tables.__wrapped__ if torch.compiler.is_compiling() else _tables
+    return tables(config, length, context or length, device)
 
 
 class _Attention(nn.Module):
@@ -305,9 +338,9 @@ class GPT(nn.Module):
         """Return softcapped logits, (B, T, V) in at least float32."""
         return self.head(self.hidden(tokens))
 
-    def head(self, hidden: Tensor) -> Tensor:
+    def head(self, hidden: Tensor, linear: Callable[[Tensor, Tensor], Tensor] = F.linear) -> Tensor:
         """Return softcapped logits of final states, (..., D) -> (..., V)."""
-        raw = F.linear(hidden, self.tok_emb.weight.to(self.compute_dtype))
+        raw = linear(hidden, self.tok_emb.weight.to(self.compute_dtype))
         raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
         return self.config.logit_softcap * torch.tanh(raw / self.config.logit_softcap)
 

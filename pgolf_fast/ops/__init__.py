@@ -11,7 +11,7 @@ present, which dispatch by device would rule out. It also lets a call fall back 
 """
 
 from pgolf_fast.ops.bits import dequantize_bits, pack_bits, unpack_bits
-from pgolf_fast.ops.gqa_attention import gqa_attention
+from pgolf_fast.ops.gqa_attention import gqa_attention, projected_attention
 from pgolf_fast.ops.int6 import int6_matmul, int6_pack, int6_unpack
 from pgolf_fast.ops.lzma import lzma_compress, lzma_decompress
 from pgolf_fast.ops.mlp import mlp
@@ -35,6 +35,7 @@ __all__ = [
     "newton_schulz",
     "ngram_hash_embed",
     "pack_bits",
+    "projected_attention",
     "residual_norm",
     "rms_norm",
     "smear_gate",

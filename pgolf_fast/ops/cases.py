@@ -43,15 +43,20 @@ class Builder:
     def states(self, *, width: int = 0) -> Tensor:
         return self.randn(self.sizes.batch, self.sizes.length, width or self.sizes.dim).requires_grad_()
 
+    def heads(self) -> Inputs:
+        """Gains of the heads, and RoPE tables."""
+        angle = 6 * torch.rand(self.sizes.length, self.sizes.rotary // 2, device=self.device)
+        gain = (1 + torch.rand(self.sizes.heads, device=self.device)).requires_grad_()
+        return {"q_gain": gain, "cos": angle.cos(), "sin": angle.sin()}
+
+    def case(self, **fields: Any) -> Case:
+        """A case of tokens, which is evaluated in chunks of about 4096."""
+        return Case(tokens=self.sizes.tokens, chunk=max(1, 4096 // max(1, self.sizes.length)), **fields)
+
     @property
     def size(self) -> int:
         """Bytes per element."""
         return self.dtype.itemsize
-
-    @property
-    def chunk(self) -> int:
-        """Sequences of about 4096 tokens together."""
-        return max(1, 4096 // max(1, self.sizes.length))
 
 
 def _one(function: Callable[..., Tensor], **settings: Any) -> Callable[..., Outputs]:
@@ -65,7 +70,7 @@ def _mlp(b: Builder, activation: str) -> Case:
     rows = hidden * (2 if gated else 1)
     weights, flops = d * (rows + hidden), 2.0 * m * d * (rows + hidden)
     forward, backward = b.size * (2 * m * d + weights), b.size * (3 * m * d + weights) + 8 * weights
-    return Case(
+    return b.case(
         inputs={"x": b.states(), "up_bank": b.bank(LAYERS, rows, d), "down_bank": b.bank(LAYERS, d, hidden)},
         op=_one(ops.mlp, slot=LAYER, activation=activation),
         reference=_one(reference.mlp, slot=LAYER, kind=activation),
@@ -74,8 +79,6 @@ def _mlp(b: Builder, activation: str) -> Case:
         grad_banks={"grad_up": "up_bank", "grad_down": "down_bank"},
         weights={"up": ("up_bank", LAYER), "down": ("down_bank", LAYER)},
         work=Work(flops, forward, 2 * flops, backward),
-        tokens=m,
-        chunk=b.chunk,
     )
 
 
@@ -83,15 +86,12 @@ def _gqa_attention(b: Builder, xsa: bool = True, value: bool = True, window: boo
     """Build attention; `window` makes the last third of the positions the only queries."""
     s = b.sizes
     d, kv, m, queries = s.dim, s.kv_dim, s.tokens, max(1, s.length // 3) if window else s.length
-    angle = 6 * torch.rand(s.length, s.rotary // 2, device=b.device)
     inputs: Inputs = {
         "x": b.states(),
         "qo_bank": b.bank(2 * LAYERS, d, d),
         "kv_bank": b.bank(2 * LAYERS, kv, d),
-        "q_gain": (1 + torch.rand(s.heads, device=b.device)).requires_grad_(),
+        **b.heads(),
         "value_embed": b.states(width=kv) if value else None,
-        "cos": angle.cos(),
-        "sin": angle.sin(),
     }
     options: dict[str, Any] = {"num_kv_heads": s.kv_heads, "xsa": xsa}
 
@@ -102,7 +102,7 @@ def _gqa_attention(b: Builder, xsa: bool = True, value: bool = True, window: boo
     inner = 2.0 * s.heads * s.head_dim * (s.length + 1) * m  # causal QK^T and PV
     forward = b.size * (m * (2 * d + kv) + weights)
     backward = b.size * (m * (3 * d + 2 * kv) + weights) + 8 * weights
-    return Case(
+    return b.case(
         inputs=inputs,
         op=_one(ops.gqa_attention, slot=LAYER, window=queries if window else None, **options),
         reference=formula,
@@ -116,9 +116,18 @@ def _gqa_attention(b: Builder, xsa: bool = True, value: bool = True, window: boo
             "out": ("qo_bank", LAYERS + LAYER),
         },
         work=Work(2.0 * m * weights + inner, forward, 4.0 * m * weights + 2.5 * inner, backward),
-        tokens=m,
-        chunk=b.chunk,
         options=options,
+    )
+
+
+def _projected_attention(b: Builder) -> Case:
+    settings = {"num_kv_heads": b.sizes.kv_heads, "xsa": True}
+    return b.case(
+        inputs={"q": b.states(), **{name: b.states(width=b.sizes.kv_dim) for name in "kv"}, **b.heads()},
+        op=_one(ops.projected_attention, **settings),
+        reference=_one(reference.projected_attention, **settings),
+        batched=("q", "k", "v"),
+        trained=("q", "k", "v", "q_gain"),
     )
 
 
@@ -147,7 +156,7 @@ def _ngram_hash_embed(b: Builder) -> Case:
 def _residual_norm(b: Builder, scaled: bool = True, wider: int = 1) -> Case:
     """Build the norm; `wider` multiplies the width, for rows that do not fit a tile."""
     d, m = wider * b.sizes.dim, b.sizes.tokens
-    return Case(
+    return b.case(
         inputs={
             "x": b.states(width=d),
             "branch": b.states(width=d),
@@ -159,36 +168,30 @@ def _residual_norm(b: Builder, scaled: bool = True, wider: int = 1) -> Case:
         batched=("x", "branch"),
         trained=("x", "branch", *(("x_scale",) if scaled else ()), "branch_scale"),
         work=Work(10.0 * m * d, 4 * m * d * b.size, 20.0 * m * d, 6 * m * d * b.size),
-        tokens=m,
-        chunk=b.chunk,
     )
 
 
 def _rms_norm(b: Builder) -> Case:
     d, m = b.sizes.dim, b.sizes.tokens
-    return Case(
+    return b.case(
         inputs={"x": b.states()},
         op=_one(ops.rms_norm),
         reference=_one(reference.rms_norm),
         batched=("x",),
         trained=("x",),
         work=Work(4.0 * m * d, 2 * m * d * b.size, 8.0 * m * d, 3 * m * d * b.size),
-        tokens=m,
-        chunk=b.chunk,
     )
 
 
 def _smear_gate(b: Builder) -> Case:
     d, m = b.sizes.dim, b.sizes.tokens
-    return Case(
+    return b.case(
         inputs={"x": b.states(), "gate": b.scale(d)},
         op=_one(ops.smear_gate),
         reference=_one(reference.smear_gate),
         batched=("x",),
         trained=("x", "gate"),
         work=Work(3.0 * m * d, 2 * m * d * b.size, 6.0 * m * d, 3 * m * d * b.size),
-        tokens=m,
-        chunk=b.chunk,
     )
 
 
@@ -196,7 +199,7 @@ def _softcap_cross_entropy(b: Builder, z_loss: float = 0.0) -> Case:
     s, d, m, vocab = b.sizes, b.sizes.dim, b.sizes.tokens, b.sizes.vocab
     settings: dict[str, Any] = {"softcap": s.softcap, "z_loss": z_loss}
     flops, read = 2.0 * m * d * vocab, b.size * (m * d + vocab * d)
-    return Case(
+    return b.case(
         inputs={
             "x": b.states(),
             "weight": b.bank(1, vocab, d)[0].detach().requires_grad_(),
@@ -207,8 +210,6 @@ def _softcap_cross_entropy(b: Builder, z_loss: float = 0.0) -> Case:
         batched=("x", "targets"),
         trained=("x", "weight"),
         work=Work(flops, read + 12 * m, 2 * flops, 2 * read + 12 * m),
-        tokens=m,
-        chunk=b.chunk,
     )
 
 
@@ -352,6 +353,7 @@ CASES: dict[str, Entry] = {
     "int6_matmul": Entry("int6_matmul", _int6_matmul, (1, 8, 64, 4096)),
     "gqa_attention-plain": _variant("gqa_attention", partial(_gqa_attention, xsa=False, value=False)),
     "gqa_attention-window": _variant("gqa_attention", partial(_gqa_attention, window=True)),
+    "projected_attention": _variant(None, _projected_attention, covers=("projected_attention",)),
     "residual_norm-unscaled": _variant("residual_norm", partial(_residual_norm, scaled=False)),
     "rms_norm": _variant(None, _rms_norm, covers=("rms_norm",)),
     "residual_norm-wide": _variant("residual_norm", partial(_residual_norm, wider=16)),

@@ -1,9 +1,8 @@
-"""pgolf::gqa_attention: bank-indexed grouped-query attention with QK norm, partial RoPE, gain and XSA.
+"""pgolf::gqa_attention and pgolf::projected_attention: GQA with QK norm, partial RoPE, gain and XSA.
 
 Sources: PR 1501 (banks, XSA, value embedding, q gain); Su et al. 2021 (RoPE); Ainslie et al. 2023 (GQA).
 """
 
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -56,25 +55,30 @@ def _check(x, qo_bank, kv_bank, q_gain, value_embed, cos, sin, slot, num_kv_head
     expect_shape(op, "x", x, (None, None, None))
     batch, length, dim = x.shape
     expect_shape(op, "qo_bank", qo_bank, (None, dim, dim))
-    expect_shape(op, "q_gain", q_gain, (None,))
-    num_heads = q_gain.shape[0]
-    if num_heads == 0 or dim % num_heads or num_heads % num_kv_heads:
-        why = f"pgolf::{op}: width {dim}, {num_heads} heads and {num_kv_heads} KV heads do not divide"
-        raise ValueError(why)
-    kv_dim = dim // num_heads * num_kv_heads
+    kv_dim = _check_heads(op, dim, length, q_gain, cos, sin, num_kv_heads)
     expect_shape(op, "kv_bank", kv_bank, (qo_bank.shape[0], kv_dim, dim))
     if value_embed is not None:
         expect_shape(op, "value_embed", value_embed, (batch, length, kv_dim))
         same_dtype_device(op, x=x, value_embed=value_embed)
-    expect_shape(op, "cos", cos, (length, None))
-    expect_shape(op, "sin", sin, tuple(cos.shape))
-    if 2 * cos.shape[1] > dim // num_heads:
-        raise ValueError(f"pgolf::{op}: cos turns {2 * cos.shape[1]} channels of {dim // num_heads} per head")
     expect_slot(op, slot, qo_bank.shape[0] // 2)
     same_dtype_device(op, x=x, qo_bank=qo_bank, kv_bank=kv_bank)
     same_device(op, x=x, q_gain=q_gain, cos=cos, sin=sin)
     if window is not None and not 1 <= window <= length:
         raise ValueError(f"pgolf::{op}: window is {window}, but x has {length} positions: give 1 to {length}")
+
+
+def _check_heads(op: str, dim: int, length: int, q_gain, cos, sin, num_kv_heads: int) -> int:
+    """Check what both ops take, for D channels and T positions; return KV * hd."""
+    expect_shape(op, "q_gain", q_gain, (None,))
+    num_heads = q_gain.shape[0]
+    if num_heads == 0 or dim % num_heads or num_heads % num_kv_heads:
+        why = f"pgolf::{op}: width {dim}, {num_heads} heads and {num_kv_heads} KV heads do not divide"
+        raise ValueError(why)
+    expect_shape(op, "cos", cos, (length, None))
+    expect_shape(op, "sin", sin, tuple(cos.shape))
+    if 2 * cos.shape[1] > dim // num_heads:
+        raise ValueError(f"pgolf::{op}: cos turns {2 * cos.shape[1]} channels of {dim // num_heads} per head")
+    return dim // num_heads * num_kv_heads
 
 
 @torch.library.custom_op(
@@ -100,47 +104,46 @@ def _(
     x, qo_bank, kv_bank, q_gain, value_embed, cos, sin, slot, num_kv_heads, xsa, grad_qo, grad_kv, window=None
 ):
     _check(x, qo_bank, kv_bank, q_gain, value_embed, cos, sin, slot, num_kv_heads, window)
-    (batch, length, dim), num_heads = x.shape, q_gain.shape[0]
-    queries = length if window is None else window
-    wide = torch.promote_types(x.dtype, torch.float32)
-    q, kv = (batch, queries, num_heads, dim // num_heads), (batch, length, num_kv_heads, dim // num_heads)
-    per_row = (batch, num_heads, queries)
-    low = (x.new_empty(shape) for shape in ((batch, queries, dim), q, kv, kv))
-    rstds = (x.new_empty(*shape[:3], 1, dtype=wide) for shape in (q, kv))
-    rows = (x.new_empty(shape, dtype=wide) for shape in (per_row, per_row if xsa else (0,)))
-    return (*low, *rstds, x.new_empty(q), *rows)
+    q = x if window is None else _last(x, window)
+    return _empty(q, x.new_empty(*x.shape[:2], kv_bank.shape[1]), q_gain.shape[0], xsa)
+
+
+def _empty(q: Tensor, k: Tensor, num_heads: int, xsa: bool) -> tuple[Tensor, ...]:
+    """Return results of either op for q (B, W, D) and k (B, T, KV*hd), without values."""
+    wide, rows = torch.promote_types(q.dtype, torch.float32), (q.shape[0], num_heads, q.shape[1])
+    head_dim, out = q.shape[2] // num_heads, q.new_empty(q.shape)
+    heads = [t.new_empty(t.shape).unflatten(-1, (-1, head_dim)) for t in (q, k, k, q)]
+    rstds = (t.new_empty(*t.shape[:3], 1, dtype=wide) for t in heads[:2])
+    sums = (out.new_empty(shape, dtype=wide) for shape in (rows, rows if xsa else (0,)))
+    return out, *heads[:3], *rstds, heads[3], *sums
 
 
 def _forward_cpu(call: Call, value_embed: Tensor | None, num_kv_heads, queries) -> tuple[Tensor, Saved]:
-    """Compute `kernels.forward` by the fused pass, or in PyTorch."""
-    x, weights, q_gain, cos, sin, xsa = call
-    q = F.linear(_last(x, queries), weights.q).unflatten(-1, (q_gain.shape[0], -1))
-    k = F.linear(x, weights.k).unflatten(-1, (num_kv_heads, -1))
-    v = F.linear(x, weights.v)
-    v = (v if value_embed is None else v.add_(value_embed)).unflatten(-1, (num_kv_heads, -1))
+    """Compute `kernels.forward` without kernels."""
+    x, weights = call.x, call.weights
+    q, k, v = F.linear(_last(x, queries), weights.q), F.linear(x, weights.k), F.linear(x, weights.v)
+    context, saved = _attend(q, k, v if value_embed is None else v.add_(value_embed), *call[2:])
+    return F.linear(context.flatten(2), weights.out), saved
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, q_gain, cos, sin, xsa: bool) -> tuple[Tensor, Saved]:
+    """Return the context (B, W, H, hd) by the fused pass, which overwrites q and k, or in PyTorch."""
+    q = q.unflatten(-1, (len(q_gain), -1)).contiguous()
+    k, v = (t.unflatten(-1, (-1, q.shape[-1])).contiguous() for t in (k, v))
     # 13.5 for 33.9 ms (backward 29 for 86) on AVX2, 16 x 256 tokens, 4 heads of 64, float32, one thread; with
     # the portable pass 30 for 33 (64 for 79)
-    if fused := native.passes("gqa_attention", x):
-        context, saved = _forward_fused(fused, call, q.contiguous(), k.contiguous(), v.contiguous())
-        return F.linear(context.flatten(2), weights.out), saved
-    q_unit, q_rstd = _unit(q)
-    k_unit, k_rstd = _unit(k)
-    y, lse = _sdpa(*_rotated(q_unit, k_unit, cos, sin, q_gain), v)
-    context = _exclusive(y, _last(v, queries)) if xsa else y
-    out = F.linear(context.flatten(2), weights.out)
+    if fused := native.passes("gqa_attention", q):
+        y, lse = torch.empty_like(q), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
+        context, tables = torch.empty_like(q) if xsa else y, (t.float() for t in (q_gain, cos, sin))
+        q_rstd, k_rstd = (t.new_empty(*t.shape[:3], 1, dtype=torch.float32) for t in (q, k))
+        native.call(fused.attention, q, k, v, *tables, y, context, q_rstd, k_rstd, lse, xsa)
+    else:
+        (q, q_rstd), (k, k_rstd) = _unit(q), _unit(k)
+        turned = _rotated(q, k, cos, sin, q_gain)
+        y, lse = attention_backend.forward(_backend(*turned), *turned, v)
+        context = _exclusive(y, _last(v, q.shape[1])) if xsa else y
     along = lse.new_zeros(lse.shape if xsa else (0,))
-    return out, Saved(*(t.contiguous() for t in (q_unit, k_unit, v, q_rstd, k_rstd, y, lse, along)))
-
-
-def _forward_fused(fused: ModuleType, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Saved]:
-    """Return the context and the tensors saved; q and k become their normalized heads."""
-    tables = (t.float() for t in (call.q_gain, call.cos, call.sin))
-    y, lse = torch.empty_like(q), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
-    context = torch.empty_like(q) if call.xsa else y
-    q_rstd, k_rstd = (t.new_empty(*t.shape[:3], 1, dtype=torch.float32) for t in (q, k))
-    native.call(fused.attention, q, k, v, *tables, y, context, q_rstd, k_rstd, lse, call.xsa)
-    along = lse.new_zeros(lse.shape if call.xsa else (0,))
-    return context, Saved(q, k, v, q_rstd, k_rstd, y, lse, along)
+    return context, Saved(*(t.contiguous() for t in (q, k, v, q_rstd, k_rstd, y, lse, along)))
 
 
 def _last(t: Tensor, queries: int) -> Tensor:
@@ -156,23 +159,14 @@ def _unit(heads: Tensor) -> tuple[Tensor, Tensor]:
 
 def _rotated(q_unit: Tensor, k_unit: Tensor, cos: Tensor, sin: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
     """Apply RoPE, and to q the gain; q holds the last positions."""
-    first = k_unit.shape[1] - q_unit.shape[1]
-    wide = torch.promote_types(q_unit.dtype, torch.float32)
+    first, wide = k_unit.shape[1] - q_unit.shape[1], torch.promote_types(q_unit.dtype, torch.float32)
     q = reference.rotate(q_unit.to(wide), cos[first:], sin[first:]) * gain.to(wide)[:, None]
     k = reference.rotate(k_unit.to(wide), cos, sin)
     return q.to(q_unit.dtype), k.to(k_unit.dtype)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Return causal attention of the last positions, (B, W, H, hd), and its logsumexp (B, H, W)."""
-    if q.numel() == 0:
-        shape = (q.shape[0], q.shape[2], q.shape[1])
-        return torch.empty_like(q), q.new_empty(shape, dtype=torch.promote_types(q.dtype, torch.float32))
-    return attention_backend.forward(_backend(q, k), q, k, v)
-
-
 def _backend(q: Tensor, k: Tensor) -> str:
-    return attention_backend.without_kernels(attention_backend.shape_of(q, k))
+    return attention_backend.without_kernels(attention_backend.shape_of(q, k)) if q.numel() else "plain"
 
 
 @torch.library.custom_op(
@@ -205,16 +199,12 @@ def _(dout, x, qo_bank, kv_bank, q_gain, cos, sin, saved, slot, xsa, grad_qo, gr
 
 
 def _backward_cpu(dout: Tensor, call: Call, s: Saved, has_value_embed: bool) -> Gradients:
-    """Compute `kernels.backward` by the fused pass, or in PyTorch."""
+    """Compute `kernels.backward` without kernels."""
     x, weights = call.x, call.weights
     dim, queries = x.shape[2], s.q.shape[1]
-    first, dcontext = x.shape[1] - queries, (dout @ weights.out).view(s.y.shape)
-    if fused := native.passes("gqa_attention", x):
-        context, dq, dk, dv, dgain = _backward_fused(fused, dcontext, call, s)
-    else:
-        context, dq, dk, dv, dgain = _backward_torch(dcontext, call, s)
-    context, dq, dk, dv = (t.to(x.dtype).reshape(-1, t.shape[2] * t.shape[3]) for t in (context, dq, dk, dv))
-    if first == 0:
+    *heads, dgain = _attend_backward((dout @ weights.out).view(s.y.shape), s, *call[2:])
+    context, dq, dk, dv = (t.to(x.dtype).reshape(-1, t.shape[2] * t.shape[3]) for t in heads)
+    if queries == x.shape[1]:
         dx = (dq @ weights.q).addmm_(dk, weights.k).addmm_(dv, weights.v).view(x.shape)
     else:
         dx = (dk @ weights.k).addmm_(dv, weights.v).view(x.shape)
@@ -225,27 +215,25 @@ def _backward_cpu(dout: Tensor, call: Call, s: Saved, has_value_embed: bool) -> 
     return dx, factors, dgain, dvalue
 
 
-def _backward_fused(fused: ModuleType, dcontext: Tensor, call: Call, s: Saved) -> tuple[Tensor, ...]:
+def _attend_backward(dcontext: Tensor, s: Saved, q_gain, cos, sin, xsa: bool) -> tuple[Tensor, ...]:
     """Return the context, the gradients of the three projections, and the gain's."""
-    tables = (t.float() for t in (call.q_gain, call.cos, call.sin))
-    given = (dcontext, s.q, s.k, s.v, s.y, s.q_rstd, s.k_rstd, s.lse)
-    dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in s[:3])
-    context = torch.empty_like(dq) if call.xsa else s.y
-    dgain = call.q_gain.new_empty(call.q_gain.shape, dtype=torch.float32)
-    native.call(fused.attention_backward, *given, *tables, context, dq, dk, dv, dgain, call.xsa)
-    return context, dq, dk, dv, dgain
-
-
-def _backward_torch(dcontext: Tensor, call: Call, s: Saved) -> tuple[Tensor, ...]:
-    """Return what `_backward_fused` does."""
-    q_gain, cos, sin, xsa = call[2:]
+    if fused := native.passes("gqa_attention", s.q):
+        dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in s[:3])
+        context, tables = torch.empty_like(dq) if xsa else s.y, (t.float() for t in (q_gain, cos, sin))
+        dgain = q_gain.new_empty(q_gain.shape, dtype=torch.float32)
+        given = (dcontext, s.q, s.k, s.v, s.y, s.q_rstd, s.k_rstd, s.lse, *tables)
+        native.call(fused.attention_backward, *given, context, dq, dk, dv, dgain, xsa)
+        return context, dq, dk, dv, dgain
     first, own = s.v.shape[1] - s.q.shape[1], _last(s.v, s.q.shape[1])
     dy, dv_own = _exclusive_backward(dcontext, s.y, own) if xsa else (dcontext, None)
-    dq, dk, dv = _sdpa_backward(dy, s, q_gain, cos, sin)
+    q, k = _rotated(s.q, s.k, cos, sin, q_gain)
+    dq, dk, dv = attention_backend.backward(_backend(q, k), dy, q, k, s.v, s.y, s.lse)
     if dv_own is not None:
         dv = dv + (dv_own if first == 0 else F.pad(dv_own, (0, 0, 0, 0, first, 0)))
-    dq, dgain = _rope_norm_backward(dq, s.q, s.q_rstd, cos[first:], sin[first:], q_gain)
-    dk, _ = _rope_norm_backward(dk, s.k, s.k_rstd, cos, sin, None)
+    wide, rotated = s.q_rstd.dtype, ((dq, first), (dk, 0))
+    dq, dk = (reference.rotate(t.to(wide), cos[start:], -sin[start:]) for t, start in rotated)
+    dgain, dq = (dq * s.q.to(wide)).sum((0, 1, 3)), dq * q_gain.to(wide)[:, None]
+    dq, dk = _norm_backward(dq, s.q, s.q_rstd), _norm_backward(dk, s.k, s.k_rstd)
     return _exclusive(s.y, own) if xsa else s.y, dq, dk, dv, dgain
 
 
@@ -277,23 +265,9 @@ def _exclusive_backward(dcontext: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor,
     return (grad - g_along @ unit.mT).flatten(2, 3).to(y.dtype), dv
 
 
-def _sdpa_backward(dy: Tensor, s: Saved, q_gain, cos, sin) -> tuple[Tensor, ...]:
-    """Return gradients of the rotated q (B, W, H, hd) and of k and v (B, T, KV, hd), summed by group."""
-    if dy.numel() == 0:
-        return torch.zeros_like(s.q), torch.zeros_like(s.k), torch.zeros_like(s.v)
-    q, k = _rotated(s.q, s.k, cos, sin, q_gain)
-    return attention_backend.backward(_backend(q, k), dy, q, k, s.v, s.y, s.lse)
-
-
-def _rope_norm_backward(grad, unit, rstd, cos, sin, gain: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Backpropagate through gain, RoPE and RMS norm; return gradients of the projection and of the gain."""
-    wide = rstd.dtype
-    grad, unit = reference.rotate(grad.to(wide), cos, -sin), unit.to(wide)
-    dgain = grad.new_empty(0)
-    if gain is not None:
-        dgain = (grad * unit).sum((0, 1, 3))
-        grad = grad * gain.to(wide)[:, None]
-    return rstd * (grad - unit * (grad * unit).mean(-1, keepdim=True)), dgain
+def _norm_backward(grad: Tensor, unit: Tensor, rstd: Tensor) -> Tensor:
+    unit = unit.to(grad.dtype)
+    return rstd * (grad - unit * (grad * unit).mean(-1, keepdim=True))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -320,3 +294,97 @@ def _backward(ctx: Any, dout: Tensor, *_: Tensor | None) -> tuple[Tensor | None,
 
 
 _gqa_attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+def projected_attention(
+    q: Tensor, k: Tensor, v: Tensor, q_gain: Tensor, cos: Tensor, sin: Tensor, num_kv_heads: int, xsa: bool
+) -> Tensor:
+    """Compute the context that `gqa_attention` projects to its output, from projections, (B, W, D).
+
+    q (B, W, D) is of the last W of T positions; k and v (B, T, KV*hd), v with its embedding; the rest is as
+    there. Where no pass runs, on a GPU for one, these are PyTorch's own ops.
+    Raises ValueError if shapes, dtypes or devices do not match.
+    """
+    call = (q, k, v, q_gain, cos, sin, num_kv_heads, xsa)
+    if native.passes("gqa_attention", q):
+        return torch.ops.pgolf.projected_attention(*call)[0]
+    _check_projected(*call)
+    return reference.projected_attention(*call, inner=_causal)
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Compute `reference.causal` by PyTorch, on a CPU in at least float32, where bfloat16 is slower."""
+    dtype = torch.promote_types(v.dtype, torch.float32) if v.is_cpu else v.dtype
+    groups, first = q.shape[2] // k.shape[2], k.shape[1] - q.shape[1]
+    # v is widened before it is repeated: backward sums its gradient over the group in that dtype
+    heads = (q, k.repeat_interleave(groups, 2), v.to(dtype).repeat_interleave(groups, 2))
+    q, k, v = (t.to(dtype).transpose(1, 2) for t in heads)
+    seen = None  # is_causal would align the first query with the first key; ours end together
+    if first:
+        seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(first)
+    return F.scaled_dot_product_attention(q, k, v, seen, is_causal=not first).transpose(1, 2)
+
+
+def _check_projected(q, k, v, q_gain, cos, sin, num_kv_heads, xsa) -> None:
+    op = "projected_attention"
+    expect_shape(op, "q", q, (None, None, None))
+    expect_shape(op, "k", k, (None, None, None))
+    (batch, queries, dim), length = q.shape, k.shape[1]
+    kv_dim = _check_heads(op, dim, length, q_gain, cos, sin, num_kv_heads)
+    expect_shape(op, "k", k, (batch, length, kv_dim))
+    expect_shape(op, "v", v, (batch, length, kv_dim))
+    if queries > length:
+        raise ValueError(f"pgolf::{op}: q has {queries} positions, but k has {length}: give at most those")
+    same_dtype_device(op, q=q, k=k, v=v)
+    same_device(op, q=q, q_gain=q_gain, cos=cos, sin=sin)
+
+
+@torch.library.custom_op(
+    "pgolf::projected_attention",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor q_gain, Tensor cos, Tensor sin, SymInt num_kv_heads, "
+    "bool xsa) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _projected_attention(q, k, v, q_gain, cos, sin, num_kv_heads, xsa) -> tuple[Tensor, ...]:
+    _check_projected(q, k, v, q_gain, cos, sin, num_kv_heads, xsa)
+    # an op must return neither its inputs nor one tensor twice; without XSA, y is the context
+    context, saved = _attend(q.clone(), k.clone(), v.clone(), q_gain, cos, sin, xsa)
+    return (context if xsa else context.clone()).flatten(2), *saved
+
+
+@_projected_attention.register_fake
+def _(q, k, v, q_gain, cos, sin, num_kv_heads, xsa):
+    _check_projected(q, k, v, q_gain, cos, sin, num_kv_heads, xsa)
+    return _empty(q, k, q_gain.shape[0], xsa)
+
+
+@torch.library.custom_op(
+    "pgolf::projected_attention_backward",
+    mutates_args=(),
+    schema="(Tensor dcontext, Tensor[] saved, Tensor q_gain, Tensor cos, Tensor sin, bool xsa) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
+)
+def _projected_attention_backward(dcontext, saved, q_gain, cos, sin, xsa) -> tuple[Tensor, ...]:
+    s = Saved(*saved)
+    _, *grads, dgain = _attend_backward(dcontext.reshape(s.q.shape), s, q_gain, cos, sin, xsa)
+    return *(grad.to(s.q.dtype).contiguous().flatten(2) for grad in grads), dgain.to(q_gain.dtype)
+
+
+@_projected_attention_backward.register_fake
+def _(dcontext, saved, q_gain, cos, sin, xsa):
+    return *(t.new_empty(t.shape).flatten(2) for t in saved[:3]), q_gain.new_empty(q_gain.shape)
+
+
+def _setup_projected(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *_, q_gain, cos, sin, _, ctx.xsa = inputs
+    ctx.save_for_backward(q_gain, cos, sin, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _projected_backward(ctx: Any, dcontext: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    q_gain, cos, sin, *saved = ctx.saved_tensors
+    grads = torch.ops.pgolf.projected_attention_backward(dcontext, saved, q_gain, cos, sin, ctx.xsa)
+    return *grads, *(None,) * 4
+
+
+_projected_attention.register_autograd(_projected_backward, setup_context=_setup_projected)

@@ -82,6 +82,27 @@ def exclusive(y: Tensor, v: Tensor) -> Tensor:
     return (groups - (groups * unit).sum(-1, keepdim=True) * unit).flatten(2, 3).to(y.dtype)
 
 
+def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return causal attention of the last W of T positions; q (B, W, H, hd), k and v (B, T, KV, hd)."""
+    first, groups = k.shape[1] - q.shape[1], q.shape[2] // k.shape[2]
+    q, k, v = (t.to(q.dtype).transpose(1, 2) for t in (q, *(t.repeat_interleave(groups, 2) for t in (k, v))))
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1 + first)
+    return (scores.masked_fill(future, -torch.inf).softmax(-1) @ v).transpose(1, 2)
+
+
+def projected_attention(
+    q: Tensor, k: Tensor, v: Tensor, q_gain, cos, sin, num_kv_heads: int, xsa, *, inner=causal, dtype=None
+) -> Tensor:
+    """Return `ops.projected_attention`; normalized heads are rotated in `dtype` and given to `inner`."""
+    wide, first = dtype or torch.promote_types(q.dtype, torch.float32), k.shape[1] - q.shape[1]
+    q = rms_norm(q.unflatten(-1, (len(q_gain), -1)))
+    k, v = (t.unflatten(-1, (num_kv_heads, -1)) for t in (k, v))
+    queries = rotate(q.to(wide), cos[first:], sin[first:]) * q_gain.to(wide)[:, None]
+    y = inner(queries, rotate(rms_norm(k).to(wide), cos, sin), v).to(q.dtype)
+    return (exclusive(y, v[:, first:]) if xsa else y).flatten(2)
+
+
 def gqa_attention(
     x: Tensor,
     qo_bank: Tensor,
@@ -96,17 +117,10 @@ def gqa_attention(
 ) -> Tensor:
     """Return causal attention (B, T, D) of one block from x (B, T, D), as `ops.gqa_attention` defines it."""
     layers = qo_bank.shape[0] // 2
-    q = _wide(x @ qo_bank[slot].T).unflatten(-1, (q_gain.shape[0], -1))
-    k = _wide(x @ kv_bank[slot].T).unflatten(-1, (num_kv_heads, -1))
-    v = x @ kv_bank[layers + slot].T
-    v = _wide(v if value_embed is None else v + value_embed).unflatten(-1, (num_kv_heads, -1))
-    q, k = rotate(rms_norm(q), cos, sin) * _wide(q_gain)[:, None], rotate(rms_norm(k), cos, sin)
-    repeat = q.shape[2] // num_kv_heads
-    keys, values = (t.repeat_interleave(repeat, dim=2).transpose(1, 2) for t in (k, v))
-    scores = q.transpose(1, 2) @ keys.transpose(2, 3) * q.shape[-1] ** -0.5
-    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
-    y = (scores.masked_fill(future, -torch.inf).softmax(-1) @ values).transpose(1, 2)
-    return (exclusive(y, v) if xsa else y).flatten(2).to(x.dtype) @ qo_bank[layers + slot].T
+    q, k, v = (x @ weight.T for weight in (qo_bank[slot], kv_bank[slot], kv_bank[layers + slot]))
+    q, k, v = (_wide(t) for t in (q, k, v if value_embed is None else v + value_embed))
+    context = projected_attention(q, k, v, q_gain, cos, sin, num_kv_heads, xsa)
+    return context.to(x.dtype) @ qo_bank[layers + slot].T
 
 
 def ngram_rows(

@@ -20,10 +20,9 @@ from pgolf_fast.config.checks import need
 from pgolf_fast.config.schema import QuantConfig
 from pgolf_fast.console import progress
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.model.attention import rope_tables
 from pgolf_fast.model.bank import PackedBanks
 from pgolf_fast.model.decoding import Decoder, sample
-from pgolf_fast.model.gpt import GPT
+from pgolf_fast.model.gpt import GPT, rope_tables
 from pgolf_fast.model.weights import Tensors
 from pgolf_fast.ops import reference
 from pgolf_fast.quant.gptq import inverse_factor

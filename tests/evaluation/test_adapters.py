@@ -11,7 +11,7 @@ from evaluations import CPU, SEQ, OneOf, adapted, filled, stream_of, text, tiny_
 from pgolf_fast.config.ttt import LoraConfig, TTTConfig
 from pgolf_fast.evaluation.adapters.base import Frozen, Scored, borrowed
 from pgolf_fast.evaluation.adapters.descent import AdamW, trainable_parameters
-from pgolf_fast.evaluation.adapters.lora import Lora, changed_losses, fresh_factors
+from pgolf_fast.evaluation.adapters.lora import Lora, changed_losses, fresh_factors, matrices
 from pgolf_fast.evaluation.adapters.registry import KINDS, adapting_chunks, make_adapter
 from pgolf_fast.evaluation.protocol import score_and_adapt
 from pgolf_fast.evaluation.resume import Resume
@@ -91,7 +91,7 @@ def test_adamw_matches_torch(model):
 @pytest.mark.parametrize("scored", [SEQ, 5])
 def test_zero_change_gives_the_losses_of_the_model(model, scored):
     x, y = (torch.from_numpy(text())[i : i + 5 * SEQ].view(5, SEQ) for i in (0, 1))
-    factors = fresh_factors(model.config, 3, 5, CPU)
+    factors = fresh_factors(matrices(model.config), 3, 5, CPU)
     with torch.no_grad():
         got = changed_losses(model, model.banks(), factors, x, y[:, -scored:], 40)
     torch.testing.assert_close(got, Frozen(model).score(x, y[:, -scored:], 40), rtol=0, atol=1e-5)
@@ -103,12 +103,12 @@ def test_change_equals_changed_matrices(model):
     n, generator = model.config.num_layers, torch.Generator().manual_seed(1)
     factors = {
         name: (a, 0.1 * torch.randn(b.shape, generator=generator))
-        for name, (a, b) in fresh_factors(model.config, 3, 1, CPU).items()
+        for name, (a, b) in fresh_factors(matrices(model.config), 3, 1, CPU).items()
     }
     change = {name: (b @ a)[0] for name, (a, b) in factors.items()}
     with torch.no_grad():
         banks = model.banks()
-        before = changed_losses(model, banks, fresh_factors(model.config, 3, 1, CPU), x, y)
+        before = changed_losses(model, banks, fresh_factors(matrices(model.config), 3, 1, CPU), x, y)
         hidden_change = changed_losses(model, banks, factors, x, y)
         for bank, names in (
             (model.qo_bank, "qo"),

@@ -9,9 +9,8 @@ from helpers import randomize_, tiny_config
 
 from pgolf_fast.config.schema import ModelConfig
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.model.attention import rope_base, rope_tables
 from pgolf_fast.model.bank import BANK_NAMES, make_banks
-from pgolf_fast.model.gpt import GPT
+from pgolf_fast.model.gpt import GPT, rope_base, rope_tables
 
 EXP101_SHAPES = {  # of the published checkpoint
     "qo_bank": (22, 512, 512),

@@ -14,9 +14,8 @@ from helpers import (
     slow,
 )
 
-from pgolf_fast.ops import cases, gqa_attention, reference, tiles
+from pgolf_fast.ops import cases, gqa_attention, native, reference, tiles
 from pgolf_fast.ops.case import Sizes
-from pgolf_fast.ops.gqa_attention_kernels import Call
 
 op_module = importlib.import_module("pgolf_fast.ops.gqa_attention")  # the package's name is the function
 
@@ -169,12 +168,12 @@ def test_pass_does_not_depend_on_threads(case, dtype, table, monkeypatch):
     heads = [
         t.unflatten(-1, (-1, shape.dim // shape.heads)) for t in (q[:, -(window or shape.length) :], k, v)
     ]
-    dcontext, call = torch.randn_like(heads[0]), Call(x, None, gain, *tables, True)
+    dcontext, rest = torch.randn_like(heads[0]), (gain, *tables, True)
     threads, got = torch.get_num_threads(), []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        context, saved = op_module._forward_fused(table, call, *(t.clone() for t in heads))
-        got.append((context, *saved, *op_module._backward_fused(table, dcontext, call, saved)))
+        context, saved = op_module._attend(*(t.flatten(2).clone() for t in heads), *rest)
+        got.append((context, *saved, *op_module._attend_backward(dcontext, saved, *rest)))
     torch.set_num_threads(threads)
     for other in got[1:]:
         torch.testing.assert_close(other, got[0], rtol=0, atol=0)
@@ -185,8 +184,7 @@ def test_pytorch_runs_what_the_pass_does_not_take(monkeypatch):
     inputs, tables = make("odd")
     want = results(attention("odd", tables, True), inputs, [torch.ones_like(inputs[0])])
 
-    for name in ("_forward_fused", "_backward_fused"):  # None cannot be called
-        monkeypatch.setattr(op_module, name, None)
+    monkeypatch.setattr(native, "call", None)  # cannot be called
     with pytest.raises(TypeError):
         attention("odd", tables, True)(*inputs)
     for dtype in (torch.double, torch.half):

@@ -14,6 +14,7 @@ from torch import Tensor
 from pgolf_fast import ops
 from pgolf_fast.config.ttt import GuidedConfig, TTTConfig
 from pgolf_fast.evaluation.adapters.base import Adapter, Learner, Scored, Tensors, freeze
+from pgolf_fast.evaluation.adapters.lora import fresh_factors, matrices
 from pgolf_fast.evaluation.protocol import Chunks, Saved, score_and_adapt
 from pgolf_fast.evaluation.score import Score, Scorer
 from pgolf_fast.evaluation.windows import plain_windows
@@ -22,14 +23,11 @@ from pgolf_fast.model.gpt import GPT
 from pgolf_fast.ops import reference
 from pgolf_fast.quant.grid import fake_int6
 
-_SEED = 1337
-
 
 class ErrorGuided(Learner):
-    """Low-rank changes (Hu et al. 2021) of the last blocks' MLP matrices, trained by Adam.
+    """Low-rank changes of the last blocks' MLP matrices, as in `lora` but for all text, trained by Adam.
 
-    The change of a matrix (out, in) is B A with A (rank, in), normal with variance 1 / in, and B (out, rank),
-    zero at first. Every call of `adapt` is one step on one window.
+    Every call of `adapt` is one step on one window.
     """
 
     def __init__(
@@ -41,13 +39,9 @@ class ErrorGuided(Learner):
         self._banks = banks = model.banks(grid if config.quantize_forward == "banks" else None)
         c, layers = model.config, config.guided.blocks(model.config.num_layers)
         self._first = c.num_layers - layers
-        sampler, rank, device = torch.Generator().manual_seed(_SEED), config.guided.rank, banks.up.device
-        self._factors: list[Tensor] = []
-        for rows, columns in ((c.mlp_up_rows, c.model_dim), (c.model_dim, c.mlp_hidden)):
-            a = torch.randn(layers, rank, columns, generator=sampler) * columns**-0.5
-            self._factors += [a.to(device), torch.zeros(layers, rows, rank, device=device)]
-        for factor in self._factors:
-            factor.requires_grad_()
+        sizes = {name: (layers, *matrices(c)[name][1:]) for name in ("up", "down")}
+        pairs = fresh_factors(sizes, config.guided.rank, 1, banks.up.device).values()
+        self._factors = [factor[0].requires_grad_() for pair in pairs for factor in pair]
         self._adam = torch.optim.Adam(self._factors, lr=config.guided.lr, fused=True)
         self.trainable = sum(f.numel() for f in self._factors)
 

@@ -7,26 +7,28 @@ from the unchanged model. Documents are the first dimension of A and B; none dep
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pgolf_fast import ops
 from pgolf_fast.config.schema import ModelConfig, TTTConfig
-from pgolf_fast.evaluation.adapters.base import Adapter, Learner, Scored, Tensors, adamw_, freeze
+from pgolf_fast.evaluation.adapters.base import Learner, Scored, Tensors, adamw_, freeze
 from pgolf_fast.evaluation.adapters.descent import AdamW
-from pgolf_fast.model.attention import attend, rope_tables
 from pgolf_fast.model.bank import Banks, Transform
-from pgolf_fast.model.gpt import GPT
+from pgolf_fast.model.gpt import GPT, rope_tables
 from pgolf_fast.ops import reference
 from pgolf_fast.quant.grid import fake_int6
 
 # Factors A (documents, layers, rank, in) and B (documents, layers, out, rank) of each matrix by name
 Factors = dict[str, tuple[Tensor, Tensor]]
+Sizes = dict[str, tuple[int, int, int]]  # count, out and in of each kind of matrix
 _SEED = 1337
 
 
-def matrices(config: ModelConfig) -> dict[str, tuple[int, int, int]]:
+def matrices(config: ModelConfig) -> Sizes:
     """Return the count and size (out, in) of each kind of matrix that changes."""
     n, d, kv = config.num_layers, config.model_dim, config.kv_dim
     attention = {"q": (n, d, d), "k": (n, kv, d), "v": (n, kv, d), "o": (n, d, d)}
@@ -34,10 +36,10 @@ def matrices(config: ModelConfig) -> dict[str, tuple[int, int, int]]:
     return {**attention, **mlp, "head": (1, config.vocab_size, d)}
 
 
-def fresh_factors(config: ModelConfig, rank: int, documents: int, device: torch.device) -> Factors:
+def fresh_factors(sizes: Sizes, rank: int, documents: int, device: torch.device) -> Factors:
     """Return changes of zero: A normal with variance 1 / in, equal for all documents, B zero; float32."""
     sampler, factors = torch.Generator().manual_seed(_SEED), {}
-    for name, (count, rows, columns) in matrices(config).items():
+    for name, (count, rows, columns) in sizes.items():
         a = torch.randn(count, rank, columns, generator=sampler) * columns**-0.5
         b = torch.zeros(documents, count, rows, rank, device=device)
         factors[name] = a.to(device).expand(documents, -1, -1, -1).clone(), b
@@ -57,13 +59,12 @@ def changed_losses(
         return torch.baddbmm(F.linear(x, weight), x @ a[:, layer].mT, b[:, layer].mT)
 
     def attention(layer: int, x: Tensor, value_embed: Tensor | None) -> Tensor:
-        n, gain, xsa = config.num_layers, model.block(layer).attn.q_gain, model.uses_xsa(layer)
+        n, gain = config.num_layers, model.block(layer).attn.q_gain
         q = linear(x[:, -last:] if layer == n - 1 else x, banks.qo[layer], "q", layer)
         k, v = linear(x, banks.kv[layer], "k", layer), linear(x, banks.kv[n + layer], "v", layer)
-        context = attend(
-            q, k, v, gain, cos, sin, num_kv_heads=config.num_kv_heads, xsa=xsa, value_embed=value_embed
-        )
-        return linear(context, banks.qo[n + layer], "o", layer)
+        v = v if value_embed is None else v + value_embed
+        heads = (q, k, v, gain, cos, sin, config.num_kv_heads, model.uses_xsa(layer))
+        return linear(ops.projected_attention(*heads), banks.qo[n + layer], "o", layer)
 
     def mlp(layer: int, x: Tensor) -> Tensor:
         hidden = reference.activation(linear(x, banks.up[layer], "up", layer), config.mlp_activation)
@@ -71,9 +72,7 @@ def changed_losses(
 
     x = model.smear(model.embed(tokens))
     x = model.trunk(x, model.value_embeddings(tokens), banks, attention, last=last, mlp=mlp)
-    raw = linear(x, model.tok_emb.weight.to(model.compute_dtype), "head")
-    raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
-    logits = config.logit_softcap * torch.tanh(raw / config.logit_softcap)
+    logits = model.head(x, partial(linear, name="head"))
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
 
 
@@ -103,12 +102,13 @@ class Lora(Learner):
             frozen = model.banks(grid if config.quantize_forward == "banks" else None)
         self._banks = banks or (lambda: frozen)
         self.model, self.config, self.seq_len = model, config, seq_len
-        self.trainable = sum(n * (r + c) for n, r, c in matrices(model.config).values()) * config.lora.rank
+        self._sizes = matrices(model.config)
+        self.trainable = sum(n * (r + c) for n, r, c in self._sizes.values()) * config.lora.rank
         self.begin(0)
 
     def begin(self, documents: int) -> None:
         device = self.model.qo_bank.device
-        self._factors = fresh_factors(self.model.config, self.config.lora.rank, documents, device)
+        self._factors = fresh_factors(self._sizes, self.config.lora.rank, documents, device)
         self._tensors = [t for pair in self._factors.values() for t in pair]
         self._means = [torch.zeros_like(t) for t in self._tensors]
         self._squares = [torch.zeros_like(t) for t in self._tensors]
@@ -156,34 +156,27 @@ class Lora(Learner):
         super().load_state(state)
 
 
-class Phased(Adapter):
-    """`Lora` learns from segments of documents, `AdamW` from chunks of the stream."""
+class Phased(Lora):
+    """`Lora` on segments of documents, on top of `AdamW` on the model itself for chunks of the stream."""
 
     def __init__(
         self, model: GPT, config: TTTConfig, seq_len: int, grid: Transform = fake_int6, **options: bool
     ):
         """Take the arguments of `Descent`, with which the stream's own is built."""
         self._stream = AdamW(model, config, seq_len, grid, **options)
-        self._documents = Lora(model, config, seq_len, banks=self._stream.banks)
-        self._parts: dict[str, Adapter] = {"stream": self._stream, "documents": self._documents}
-        self.trainable = sum(part.trainable for part in self._parts.values())
-
-    def begin(self, documents: int) -> None:
-        self._documents.begin(documents)
-
-    def score(self, tokens: Tensor, targets: Tensor, context: int, rows: Tensor | None = None) -> Tensor:
-        return self._documents.score(tokens, targets, context, rows)
+        super().__init__(model, config, seq_len, banks=self._stream.banks)
+        self.trainable += self._stream.trainable
 
     def adapt(self, scored: Scored) -> None:
-        (self._documents if scored.by_document else self._stream).adapt(scored)
-        self.updates = self._stream.updates + self._documents.updates
+        if scored.by_document:
+            return super().adapt(scored)
+        before = self._stream.updates
+        self._stream.adapt(scored)
+        self.updates += self._stream.updates - before
 
     def state(self) -> dict[str, Tensor]:
-        states = {kind: part.state().items() for kind, part in self._parts.items()}
-        return {f"{kind}.{name}": tensor for kind, own in states.items() for name, tensor in own}
+        return {**super().state(), **{f"stream.{name}": t for name, t in self._stream.state().items()}}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        for kind, part in self._parts.items():
-            own = {name.partition(".")[2]: t for name, t in state.items() if name.startswith(f"{kind}.")}
-            part.load_state(own)
-        self.updates = self._stream.updates + self._documents.updates
+        super().load_state(state)
+        self._stream.load_state({name.removeprefix("stream."): t for name, t in state.items() if "." in name})
