@@ -355,10 +355,9 @@ class KernelConfig:
     """Implementations of ops."""
 
     implementation: Literal["auto", "triton", "torch"] = "auto"
-    """Triton kernels or PyTorch for every op; auto uses the defaults that `pgolf doctor` shows. On a CPU,
-    torch turns the C++ passes off, as in the submission script."""
+    """Triton kernels or PyTorch, without C++ passes, for every op; auto is what `pgolf doctor` shows."""
     attention: Literal["auto", "triton", "flash", "cudnn", "fa3", "fa4", "plain"] = "auto"
-    """Implementation of the inner attention; auto chooses by GPU and shape."""
+    """Inner attention; auto chooses by GPU and shape."""
 
 
 @dataclass(frozen=True, kw_only=True)
