@@ -150,8 +150,8 @@ def test_training_on_the_last_chunk(target, failing):
 
 def test_attention_mask_off_by_one(target, failing, monkeypatch):
     code = inspect.getsource(reference)
-    assert code.count(".triu(1)") == 1
-    exec(code.replace(".triu(1)", ".triu(2)"), names := {"__name__": "reference"})
+    assert code.count(".triu(1 + ") == 1
+    exec(code.replace(".triu(1 + ", ".triu(2 + "), names := {"__name__": "reference"})
 
     def attention(x, qo, kv, gain, value, cos, sin, slot, *, num_kv_heads, xsa, window=None, **_):
         full = names["gqa_attention"](x, qo, kv, gain, value, cos, sin, slot, num_kv_heads, xsa)
