@@ -2,8 +2,8 @@
 
     python benchmarks/bench_decode.py --threads 1 2 --json benchmarks/results/decode.json
 
-The network is exp101 with random weights. Steps of all ways alternate; minima and medians are of wall time.
-`products` times only the matrix products of a step, without attention and the calls between them.
+The network is exp101 with random weights. The three decode in turn, one step each; the table and speed-ups
+are of the fastest steps. `products` times only a step's matrix products, without attention or other calls.
 """
 
 import argparse
@@ -32,7 +32,7 @@ WAYS = ("packed", "bfloat16", "float32")
 
 
 def models() -> dict[str, GPT]:
-    """Return the same quantized weights in every way."""
+    """Return a model for each of WAYS, all of the same quantized weights."""
     torch.manual_seed(0)
     config = exp101()
     source = GPT(config.model)
@@ -51,7 +51,7 @@ def models() -> dict[str, GPT]:
 
 
 def weight_bytes(model: GPT) -> int:
-    """Return the bytes that a step can read: banks as it reads them, and everything else in float32."""
+    """Return the bytes of the weights: banks as a step reads them, and everything else in float32."""
     banks = model.reading_banks()
     if isinstance(banks, PackedBanks):
         parts = (banks.attention, banks.up, banks.down)

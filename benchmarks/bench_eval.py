@@ -2,11 +2,11 @@
 
     python benchmarks/bench_eval.py [--run RUN] [--data DIR] [--tokens 65536] [--stride 64]
 
-Naive ones compute every position of every layer of every window, in the fastest batch size: "naive" with our
-ops, "compiled" in plain PyTorch under torch.compile. The multiplications that exact scoring can leave out
-bound the speed-up over "naive"; the fast path should reach 90 % of it, and never be slower with test-time
-training. LoRA for documents has no naive form: "compiled" is the same code in plain PyTorch. All take turns;
-the fastest round of each counts (the first compiles), and all rounds are printed. On a GPU:
+Naive ones compute every position of every layer of every window, at the fastest batch size: "naive" with our
+ops, "compiled" in plain PyTorch under torch.compile. The arithmetic that exact scoring can leave out bounds
+the speed-up over "naive"; the fast path should reach 90 % of that bound, and never be slower with test-time
+training. LoRA on documents has no naive form: "compiled" is the same code in plain PyTorch. All take turns;
+the fastest round of each counts (the first one compiles), and all are printed. On a GPU:
 `python benchmarks/gpu_session --parts eval`.
 """
 

@@ -3,10 +3,10 @@
     python benchmarks/bench_growth.py [--axes model length ...] [--json FILE] [--plot docs/growth.png]
 
 Each point is a process of its own with a time limit; one that exceeds it is reported, and larger ones are
-left out. A step has TOKENS tokens wherever it can, scoring is of windows that do not overlap, and test-time
-training is LoRA with windows that overlap by three quarters. A slope is the exponent of the least-squares
-power law through all points of an axis: of seconds per token, beside that of the multiplications which the
-configuration implies, and of memory above that of the imports.
+left out. A training step has TOKENS tokens, or one sequence if that is longer; scored windows do not overlap;
+test-time training is LoRA with windows that overlap by three quarters. A slope is the exponent of a power
+law fitted by least squares to all points of an axis: of seconds per token, of the arithmetic per token that
+the configuration implies, and of the memory in excess of what imports take.
 """
 
 import argparse

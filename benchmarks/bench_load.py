@@ -5,8 +5,8 @@
 "before" lets OpenMP's threads spin for each other as long as libgomp does by default; "after" is what
 importing pgolf_fast chooses. Further rows: fewer threads, and one core as by `taskset`. Every setting has a
 process of its own, which waits while another one is measured; rounds, loads, jobs and settings take turns.
-`kept` is the speed beside the load over the speed alone; `fair` is what an equal division of the cores among
-these threads and as many busy loops would leave.
+`kept` is the speed beside the load, divided by the speed alone; `fair` is the share that would be kept if
+the threads and the busy loops divided the cores equally.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def busy_loops(count: int) -> Iterator[None]:
 
 
 class Worker:
-    """A process that measures when it is told to."""
+    """A process with one setting, which measures a job when told to."""
 
     def __init__(self, setting: Setting, name: str, jobs: Sequence[str]):
         self.setting, cores = setting, os.sched_getaffinity(0)

@@ -3,11 +3,11 @@
     python benchmarks/bench_step.py [--preset small] [--threads 1 2] [--rounds 10] [--json FILE]
     python benchmarks/bench_step.py --preset exp101 --micro-batch 2048 --rounds 3
 
-Ways take turns in one process: ours, and the peers eager, under torch.compile, under torch.compile with
-max-autotune, and compiled with Newton-Schulz in float32, which a CPU without bfloat16 products needs. All
-begin with the same weights and see the same batches, so their losses must agree to rounding. Then comes a
-profile of one of our steps by operation. A way that fails is a row with the reason. The exit status is 1 if
-ours failed or losses disagree.
+Five ways to compute it take turns in one process: ours, and the peers eager, under torch.compile, under
+torch.compile with max-autotune, and compiled with Newton-Schulz (NS) in float32, which a CPU without native
+bfloat16 products needs. All begin with the same weights and see the same batches, so their losses must agree
+to rounding with those of eager, if that runs. Then comes a profile of one of our steps by operation. A way
+that fails is listed with its reason. The exit status is 1 if ours failed or losses disagree.
 """
 
 import argparse

@@ -10,7 +10,7 @@ constexpr size_t kWide = 2 * kLanes;                               // registers
 constexpr size_t kKeys = 192;                                      // keys in a tile: a multiple of both
 constexpr size_t kRows = 24;                                       // rows that share a tile while it is in L1
 constexpr size_t kDepth = 64;                                      // channels summed in one chain
-constexpr float kRmsEpsilon = 1.1920929e-7f, kXsaEpsilon = 1e-24f;  // of the mean square, of the square
+constexpr float kRmsEpsilon = 1.1920929e-7f, kXsaEpsilon = 1e-24f;  // added to a mean square; least squared norm
 
 PGOLF_INLINE size_t round_up(size_t n, size_t step) { return (n + step - 1) / step * step; }
 
@@ -92,8 +92,8 @@ void multiply(size_t depth, const float* a, size_t lda, const float* b, size_t l
     }
 }
 
-// c = a b over the channels. Sums of more than kDepth terms are sums of sums: with one chain of 128 terms, gradients
-// were a quarter less exact than PyTorch's.
+// c = a b over the channels. More than kDepth terms are summed in parts: with one chain of 128 terms, gradients had a
+// quarter more error than PyTorch's.
 inline void multiply_channels(size_t dim, const float* a, size_t lda, const float* b, size_t ldb, float* c,
                               size_t ldc) {
     multiply<false, false>(std::min(dim, kDepth), a, lda, b, ldb, c, ldc);
@@ -137,7 +137,7 @@ PGOLF_INLINE float normalize(T* head, size_t dim) {
     return factor;
 }
 
-// Writes a tile of keys with channels as rows: to[channel * ldt + key]. Keys beyond the tile's end become zero.
+// Writes a tile of keys with channels as rows: to[channel * ldt + key]. Beyond the last key, there are zeros.
 PGOLF_INLINE void transpose(const Sizes& n, const float* keys, size_t count, float* to) {
     for (size_t channel = 0; channel < n.dim; channel++) {
         float* row = to + channel * n.ldt;
@@ -156,8 +156,8 @@ struct Softmax {
     float top = -INFINITY, total = 0;
 };
 
-// Replaces the first `count` scores by e^(score - the largest so far), those up to `width` by zero. Returns the factor
-// for sums over earlier tiles.
+// Replaces the first `count` scores by e^(score - the largest so far), and those up to `width` by zero. Returns the
+// factor that rescales sums over earlier tiles.
 PGOLF_INLINE float soften(float* scores, size_t count, size_t width, Softmax& state) {
     const size_t whole = count / kLanes * kLanes;
     float factor = 1;
@@ -181,8 +181,8 @@ PGOLF_INLINE float soften(float* scores, size_t count, size_t width, Softmax& st
     return factor;
 }
 
-// Attention of `height` rows from `row` on, a multiple of kTall: from q (height, ld), turned and scaled, to sums of
-// values (height, ld) and their states.
+// Attention of `height` rows (a multiple of kTall) from `row` on. Reads q (height, ld), rotated and scaled; writes sums
+// of values (height, ld), not yet divided by the softmax's denominator, and each row's softmax state.
 inline void attend(const Sizes& n, size_t row, size_t height, const float* q, const float* turned_keys,
                    const float* values, float* scores, float* sums, Softmax* states) {
     std::fill(sums, sums + height * n.ld, 0.0f);

@@ -1,8 +1,9 @@
-// Gradient of attention.h, which it follows; scores are computed again, tile by tile. No include guard, as in simd.h.
+// Gradient of the attention in attention.h, included before; scores are computed again, tile by tile. No include guard,
+// as in simd.h.
 
 constexpr size_t kKeysBack = 96, kRowsBack = 48;  // keys and rows in a tile: multiples of kTall, and keys of kWide
 constexpr size_t kQueriesBack = 32;               // queries whose rows one thread prepares or finishes at a time
-constexpr size_t kEnoughPairs = 32;               // fewer are divided into blocks of keys, to busy more threads
+constexpr size_t kEnoughPairs = 32;               // with fewer pairs, keys are divided into blocks, for more threads
 
 // What backward computes before its products, and the part of dq that comes from each block of keys.
 struct Workspace : Sizes {

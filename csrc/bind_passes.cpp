@@ -94,7 +94,7 @@ void expect_together(std::initializer_list<std::pair<const char*, bool>> operand
                                   operands.begin()->first + " is " + (given ? "None" : "given"));
 }
 
-// The width of rows that `x` has as many of as `rows`; `scale` has it too, if given.
+// Returns the width of each of the `rows` rows of x: the size of `scale`, if given. Raises ValueError if x has another.
 size_t width_of(const Operand& x, size_t rows, const Maybe& scale) {
     const size_t width = scale ? static_cast<size_t>(scale->size()) : rows ? x.size() / rows : 0;
     x.has(rows * width);

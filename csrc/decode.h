@@ -15,7 +15,7 @@ struct PackedWeights {
 
 struct DecodeBlock {
     size_t batch, dim, heads, kv_heads, up_rows, hidden;
-    size_t half;                 // channels that RoPE turns, in halves
+    size_t half;                 // half the number of channels that RoPE rotates
     size_t positions, position;  // of the caches; of the newest token
     PackedWeights attention;     // rows of q, k, v and the output projection
     PackedWeights up, down;

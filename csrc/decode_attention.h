@@ -1,7 +1,7 @@
 // Attention of each text's newest position to its cached keys and values, for decoding; norm, RoPE, softmax and XSA
 // are those of attention.h. No include guard, as in simd.h.
 
-constexpr size_t kCached = 8;  // values added to a vector of sums between its load and its store
+constexpr size_t kCached = 8;  // cached values added to a vector of sums between its load and its store
 
 void decode_attention(const AttentionShape& shape, const DecodeAttention& io, size_t threads) {
     const Sizes n(shape, kKeys);

@@ -9,7 +9,7 @@
 
 namespace pgolf {
 
-// Products that are worth a thread of their own: 2^17 take 10 us on one core, and waking a thread of the pool 1 us.
+// Multiplications that are worth another thread: 2^17 take 10 us on one core, and waking a thread of the pool 1 us.
 constexpr size_t kSharedWork = size_t(1) << 17;
 
 // y[m][n] = scale[n] * sum over k of x[m][k] * code[n][k], summed in float, for x (rows, depth), y (rows, columns) and

@@ -23,18 +23,18 @@ struct AttentionShape {
     const float *gain, *cos, *sin;  // (heads), (keys, turned), (keys, turned)
 };
 
-// Heads are (batch, positions, heads, dim), of the pass's type; the others float32.
+// Arrays of heads are (batch, positions, heads, dim) in the pass's type; all others are float32.
 struct AttentionForward {
     void *q, *k;  // projections; the pass normalizes them in place
     const void* v;
-    void *y, *context;                 // before and after XSA; `context` is not used without XSA
-    float *q_rstd, *k_rstd, *lse;      // 1 / RMS of each head; logsumexp (batch, heads, queries)
+    void *y, *context;             // before and after XSA; `context` is not used without XSA
+    float *q_rstd, *k_rstd, *lse;  // 1 / RMS of each head; logsumexp (batch, heads, queries)
 };
 
 struct AttentionBackward {
     const void *dcontext, *q, *k, *v, *y;  // q and k normalized
     const float *q_rstd, *k_rstd, *lse;
-    void *context, *dq, *dk, *dv;  // gradients of the projections; `context` again with XSA
+    void *context, *dq, *dk, *dv;  // the context again, with XSA only; gradients of the projections
     float* dgain;
 };
 
@@ -95,7 +95,7 @@ struct Passes {
                               size_t rows, size_t columns, size_t threads);
     void (*attention)(Type, const AttentionShape&, const AttentionForward&, size_t threads);
     void (*attention_backward)(Type, const AttentionShape&, const AttentionBackward&, size_t threads);
-    // Of one query, the newest of `keys` positions.
+    // For one query, the newest of `keys` positions.
     void (*decode_attention)(const AttentionShape&, const DecodeAttention&, size_t threads);
     // Losses and logsumexps (rows) of logits (rows, vocab) before the softcap; the logits become d loss / d logits if
     // asked for, and stay as they are otherwise.
@@ -103,7 +103,7 @@ struct Passes {
                          float* loss, float* logsumexp, size_t threads);
     void (*residual_norm)(Type, const ResidualNorm&, size_t threads);
     void (*residual_norm_backward)(Type, const ResidualNormBackward&, size_t threads);
-    // `gate` (width) is the sigmoid, `sums` that of dout * (x_{t-1} - x_t).
+    // `gate` (width) is after the sigmoid; `sums` (width) for each block of kSumRows rows, of dout * (x_{t-1} - x_t).
     void (*smear_gate)(Type, const void* x, const float* gate, void* out, const Sequences&, size_t threads);
     void (*smear_gate_backward)(Type, const void* dout, const void* x, const float* gate, void* dx, float* sums,
                                 const Sequences&, size_t threads);

@@ -89,7 +89,7 @@ struct Exponential {
     vec power, rest;
 };
 
-// With a relative error below 2e-7 for x in -87.3 to 88; smaller x give e^-87.3, larger ones e^88, NaN gives NaN.
+// e^x with a relative error below 2e-7 for x in -87.3 to 88. Smaller x give e^-87.3, larger ones e^88, NaN gives NaN.
 PGOLF_INLINE Exponential exponential(vec x) {
     x = min(splat(88.0f), max(splat(-87.3f), x));  // in this order both keep NaN
     const vec shift = splat(12582912.0f);          // 1.5 * 2^23: adding it rounds to an integer
@@ -110,7 +110,7 @@ PGOLF_INLINE vec exp(vec x) {
     return e.power * (e.rest + 1.0f);
 }
 
-// With a relative error below 4e-7: the small arguments of a large softcap need it.
+// The relative error is below 4e-7, also near zero, where the arguments are if the softcap is large.
 PGOLF_INLINE vec tanh(vec x) {
     const uvec sign = (uvec)x & 0x80000000u;
     const Exponential e = exponential(-2.0f * (vec)((uvec)x ^ sign));  // (1 - e^-2|x|) / (1 + e^-2|x|)

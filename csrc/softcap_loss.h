@@ -1,9 +1,9 @@
 // Cross-entropy of rows of softcapped logits and its gradient, in place; ops/reference.py has the formula. No include
 // guard, as in simd.h.
 
-constexpr size_t kLossRows = 8;        // rows for one thread at a time
-constexpr size_t kLossSum = 64 * kLanes;   // columns summed at a time: one chain of 8,200 was off by 1.1e-5
-constexpr size_t kLossColumns = 8192;  // columns kept between the sweeps, 64 KiB of stack; others are computed again
+constexpr size_t kLossRows = 8;           // rows for one thread at a time
+constexpr size_t kLossSum = 64 * kLanes;  // columns summed at a time: one chain of 8,200 was off by 1.1e-5
+constexpr size_t kLossColumns = 8192;     // columns kept between the sweeps, 64 KiB of stack; others are computed again
 
 struct Capped {
     vec tanh, exp;  // exp is e^(softcap * (tanh - the row's largest))

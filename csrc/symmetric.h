@@ -1,6 +1,7 @@
 // alpha x x^T + beta add of float32 matrices, of which only one triangle is computed. No include guard, as in simd.h.
 
-constexpr size_t kTileRows = 6, kPanel = 2 * kLanes;  // 12 vectors of sums, 2 of x^T and one factor fit into 16 registers
+// 12 vectors of sums, 2 of x^T and one factor fit into 16 registers.
+constexpr size_t kTileRows = 6, kPanel = 2 * kLanes;
 
 // Adds the products of kTileRows rows of x (their addresses in `row`) with a panel of x^T (depth, kPanel) to `sums`.
 PGOLF_INLINE void multiply_tile(const float* const* row, const float* panel, size_t depth, vec sums[kTileRows][2]) {

@@ -1,4 +1,4 @@
-"""Types of the C++ codecs (csrc/bind.cpp). The module is missing where it could not be built."""
+"""Types of the C++ extension (csrc/bind.cpp). The module is missing where it could not be built."""
 
 from collections.abc import Sequence
 from typing import TypeAlias

@@ -80,7 +80,7 @@ class PackedMatrices:
 
 
 class PackedBanks:
-    """The four banks as packed 6-bit codes, for inference: 0.38 of the bytes of bfloat16.
+    """The four banks as packed 6-bit codes, for inference: 0.38 times the bytes of bfloat16 banks.
 
     `attention` stacks each layer's q, k, v and output matrices by rows. A few rows of x, as in decoding, are
     multiplied by the codes themselves; for more, `attention_of` and `mlp_of` make one layer's dense banks in
@@ -95,14 +95,14 @@ class PackedBanks:
         layers, dim = range(len(up.codes)), attention.columns
         kv = attention.codes.shape[1] // 2 - dim
         self._sizes = dim, kv, kv
-        # views made once: slicing at each product would cost as much as a tenth of it
+        # views made once: slicing for each product would cost up to a tenth of its time
         self._inward = [attention.rows(layer, 0, dim + 2 * kv) for layer in layers]
         self._outward = [attention.rows(layer, dim + 2 * kv) for layer in layers]
         self._up, self._down = ([m.rows(layer) for layer in layers] for m in (up, down))
 
     def attention_of(self, layer: int) -> tuple[Tensor, Tensor, int]:
         dense, (dim, kv, _) = self.attention.dense(layer, self.dtype), self._sizes
-        # slot 0 holds the rows of q and slot 1 those behind k and v
+        # slot 0 is the rows of q, slot 1 the rows of the output projection, which follow those of k and v
         qo = dense.as_strided((2, dim, dim), ((dim + 2 * kv) * dim, dim, 1))
         return qo, dense[dim : dim + 2 * kv].view(2, kv, dim), 0
 

@@ -15,15 +15,15 @@ from pgolf_fast.model.gpt import GPT, AnyBanks, rope_tables
 from pgolf_fast.ops import native, reference
 from pgolf_fast.ops.mlp import ACTIVATIONS
 
-WINDOW = 3 + 1  # tokens the newest input depends on: of the longest n-gram, and one that SmearGate sees
-NATIVE_TEXTS = 64  # texts up to which whole blocks run in C++
+WINDOW = 3 + 1  # tokens that the newest input depends on: the longest n-gram, and one more for SmearGate
+NATIVE_TEXTS = 64  # the most texts for which whole blocks run in C++
 
 
 class Decoder:
     """Logits of a batch of growing texts, one position per `step`: `model.logits` of the whole prefix.
 
     `max_length` sets the RoPE base, as in `rope_tables`; `banks` replace the model's own. Weights must not
-    change between steps. Memory: 2 * layers * batch * max_length * KV*hd in compute dtype.
+    change between steps. Memory: 2 * layers * batch * max_length * KV*hd elements of the compute dtype.
 
     `static` (default: on a GPU) runs the same operations on the same memory at every step from the fourth:
     attention covers all max_length positions and masks those not written yet. On a GPU the step is captured
@@ -60,9 +60,9 @@ class Decoder:
 
     @torch.no_grad()
     def _native_blocks(self) -> list[Any]:
-        """Return the blocks as C++ objects, if these are faster than PyTorch's operations; else [].
+        """Return the blocks as C++ objects where these are faster than PyTorch's operations, else [].
 
-        That is with packed float32 on a CPU, for few texts: then the calls themselves take most of the time.
+        They need packed banks, float32, a CPU and few texts: there, calling PyTorch takes most of the time.
         """
         extension, model, banks, config = native.extension(), self.model, self._banks, self.model.config
         cpu = self._keys.device.type == "cpu" and self._keys.dtype == torch.float32
@@ -130,7 +130,7 @@ class Decoder:
         return self._graph().clone()
 
     def _static_step(self) -> Tensor:
-        """Compute a step with no shape or address that depends on the position."""
+        """Compute a step in which no shape or address depends on the position."""
         window = self._tokens.index_select(1, self._position - WINDOW + 1 + self._positions[:WINDOW])
         written = (self._positions <= self._position)[None, None, None]
         return self._logits(window, self._keys, self._values, written)
@@ -168,7 +168,7 @@ class Decoder:
 def sample(logits: Tensor, *, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
     """Draw a token id per row of logits (B, V) from softmax(logits / temperature), (B,).
 
-    Temperature 0 is greedy. Raises PgolfError for negative ones, NaN or infinity.
+    Temperature 0 is greedy. Raises PgolfError for a negative temperature, or logits that are not finite.
     """
     need(not temperature < 0, f"temperature is {temperature}; it must not be negative")
     problem = "the model's logits are not finite: its activations overflow, so it cannot write text"
@@ -184,7 +184,7 @@ def generate(model: GPT, prompt: Tensor, num_tokens: int, **options: Any) -> Ten
     """Return prompts with num_tokens more tokens each, int64 (B, P + num_tokens).
 
     prompt: (B, P) with P at least 1. `options` are those of `sample`. RoPE has the base of the final length.
-    Raises PgolfError for an empty prompt or ids outside the vocabulary.
+    Raises PgolfError for an empty prompt, a negative num_tokens, or ids outside the vocabulary.
     """
     vocab = model.config.vocab_size
     problem = f"cannot continue prompts of shape {tuple(prompt.shape)} by {num_tokens} tokens"

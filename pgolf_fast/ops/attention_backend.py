@@ -2,7 +2,7 @@
 
 All take (B, T, heads, hd) with K and V not repeated and return the natural logsumexp (B, H, T) in float32, so
 that the backward of one may follow the forward of another. `choose` forces one; otherwise a table decides,
-and a backend is compared with float64 once before it is used.
+and every backend but "triton" and "plain" is compared with float64 once before it is used.
 """
 
 import functools
@@ -40,7 +40,7 @@ _PREFERRED = {
     # Heads of 64, causal, 2,048 tokens, forward, TFLOP/s on an H100 (FlashAttention-3, 2024): FA3 420, Triton
     # 342, cuDNN 334, FA2 262. cuDNN trains 1.7 to 2.3 times as fast as FA2 (Hugging Face transformers 48163).
     "sm90": ("fa3", "fa4", "cudnn", "triton", "flash"),
-    "sm80": ("flash", "triton"),  # what flash was written for; with cuDNN, training is 6 % slower (the same)
+    "sm80": ("flash", "triton"),  # what flash was written for; in cuDNN, training is 6 % slower (same source)
     "sm100": ("flash", "triton"),  # not measured: flash runs everywhere
 }
 _SIXTEEN_BITS = (torch.float16, torch.bfloat16)
@@ -134,7 +134,7 @@ def available(device: torch.device, head_dim: int = 64) -> list[tuple[str, str, 
 
 
 def _fault(name: str, shape: Shape) -> str | None:
-    """Return why `name` is not used for calls like `shape`, or None: found out once a process.
+    """Return why `name` is not used for calls like `shape`, or None; checked once per process.
 
     Nothing is checked while a CUDA graph is captured or a compiler traces. "triton" needs no check: where it
     fails, so does the rest of the op.
@@ -178,8 +178,8 @@ def _check(name: str, shape: Shape) -> str | None:
 def forward(name: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Compute causal attention at scale 1 / sqrt(hd) and its logsumexp (B, H, W).
 
-    q (B, W, H, hd), k and v (B, T, KV, hd); y is like q. W < T means the last W positions, for "plain" only.
-    Not for "triton".
+    q (B, W, H, hd), k and v (B, T, KV, hd); y is like q. W < T means the last W positions, which only "plain"
+    supports. Any backend but "triton", whose kernels the op launches itself.
     """
     return _RUN[name][0](q, k, v)
 
@@ -248,7 +248,7 @@ def _cudnn_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse:
 
 
 def fetched_file() -> Path:
-    """Return the file that tells where `pgolf doctor --fetch-fa3` left it, and for which PyTorch."""
+    """Return the file that says where `pgolf doctor --fetch-fa3` put FlashAttention 3, for which PyTorch."""
     return cache_file().with_name("fa3.json")
 
 
@@ -338,7 +338,7 @@ def _missing(name: str) -> str | None:
 
 
 def installed(package: str) -> bool:
-    """Return whether a package can be imported. A bare folder of that name, like our kernels/, is none."""
+    """Return whether a package can be imported. A bare folder of that name, like our kernels/, is not one."""
     try:
         spec = find_spec(package)
     except (ModuleNotFoundError, ValueError):  # the parent package is missing, or a module without a spec

@@ -26,7 +26,7 @@ def add_matmul(grad_bank: Tensor, slot: int, left: Tensor, right: Tensor) -> Non
 
     left (rows, n), right (n, columns) of one dtype; grad_bank (slots, rows, columns) of any float dtype. On a
     GPU, 16-bit products are rounded once, after the addition. On a CPU, they are rounded to the dtype of
-    `left` first.
+    `left` first, unless the bank has the same dtype.
     """
     if grad_bank.numel() == 0 or left.shape[1] == 0:
         return
@@ -39,7 +39,7 @@ def add_matmul(grad_bank: Tensor, slot: int, left: Tensor, right: Tensor) -> Non
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """Compute `left @ right` of two matrices; on a GPU, 16 bits come out as float32."""
+    """Compute `left @ right` of two matrices; on a GPU, the product of 16-bit ones is float32."""
     if left.is_cuda and left.element_size() == 2:
         return torch.mm(left, right, out_dtype=torch.float32)
     return left @ right

@@ -109,7 +109,7 @@ def _(
 
 
 def _empty(q: Tensor, k: Tensor, num_heads: int, xsa: bool) -> tuple[Tensor, ...]:
-    """Return results of either op for q (B, W, D) and k (B, T, KV*hd), without values."""
+    """Return uninitialized results of either op for q (B, W, D) and k (B, T, KV*hd)."""
     wide, rows = torch.promote_types(q.dtype, torch.float32), (q.shape[0], num_heads, q.shape[1])
     head_dim, out = q.shape[2] // num_heads, q.new_empty(q.shape)
     heads = [t.new_empty(t.shape).unflatten(-1, (-1, head_dim)) for t in (q, k, k, q)]
@@ -127,11 +127,11 @@ def _forward_cpu(call: Call, value_embed: Tensor | None, num_kv_heads, queries) 
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, q_gain, cos, sin, xsa: bool) -> tuple[Tensor, Saved]:
-    """Return the context (B, W, H, hd) by the fused pass, which overwrites q and k, or in PyTorch."""
+    """Return the context (B, W, H, hd) from the fused pass, which overwrites q and k, or from PyTorch."""
     q = q.unflatten(-1, (len(q_gain), -1)).contiguous()
     k, v = (t.unflatten(-1, (-1, q.shape[-1])).contiguous() for t in (k, v))
-    # 13.5 for 33.9 ms (backward 29 for 86) on AVX2, 16 x 256 tokens, 4 heads of 64, float32, one thread; with
-    # the portable pass 30 for 33 (64 for 79)
+    # 13.5 ms against PyTorch's 33.9 (backward 29 against 86) on AVX2, one thread, float32, 16 x 256 tokens,
+    # 4 heads of 64; with the portable pass 30 against 33 (64 against 79)
     if fused := native.passes("gqa_attention", q):
         y, lse = torch.empty_like(q), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
         context, tables = torch.empty_like(q) if xsa else y, (t.float() for t in (q_gain, cos, sin))
@@ -299,10 +299,10 @@ _gqa_attention.register_autograd(_backward, setup_context=_setup_context)
 def projected_attention(
     q: Tensor, k: Tensor, v: Tensor, q_gain: Tensor, cos: Tensor, sin: Tensor, num_kv_heads: int, xsa: bool
 ) -> Tensor:
-    """Compute the context that `gqa_attention` projects to its output, from projections, (B, W, D).
+    """Compute the context (B, W, D) that `gqa_attention` projects to its output, from q, k and v.
 
-    q (B, W, D) is of the last W of T positions; k and v (B, T, KV*hd), v with its embedding; the rest is as
-    there. Where no pass runs, on a GPU for one, these are PyTorch's own ops.
+    q (B, W, D) holds the last W of T positions; k and v are (B, T, KV*hd), v with its embedding added; the
+    rest is as in `gqa_attention`. Where no fused pass runs, as on a GPU, PyTorch's own ops compute it.
     Raises ValueError if shapes, dtypes or devices do not match.
     """
     call = (q, k, v, q_gain, cos, sin, num_kv_heads, xsa)

@@ -16,17 +16,17 @@ from pgolf_fast.ops.bank_grad import add_matmul, product
 from pgolf_fast.ops.checks import dense
 from pgolf_fast.ops.tiles import Tile
 
-Factors = list[tuple[Tensor, Tensor]]  # of the gradients of q, k, v and out, or of q, k, v in one and out
-Gradients = tuple[Tensor, Factors, Tensor, Tensor]  # dx, of the weights, dgain, dvalue
+Factors = list[tuple[Tensor, Tensor]]  # weight gradients as left @ right: q, k, v, out; or q|k|v, out
+Gradients = tuple[Tensor, Factors, Tensor, Tensor]  # dx, factors, dgain, dvalue
 
 
 def _rows(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Tile:
     return Tile(block_m, block_n, num_warps=num_warps, num_stages=num_stages)
 
 
-# Rows named _128 are for heads of more than 64 channels. Not measured. On sm_90, blocks share a
-# multiprocessor if registers allow it: nothing else overlaps with softmax and epilogues. In tiles of
-# 128 x 128, projection (188 registers) and forward (221) had one block, as dk and dv have in theirs.
+# Rows named _128 are for heads of more than 64 channels. Not measured. On sm_90, several blocks share a
+# multiprocessor if registers allow it: nothing else overlaps with softmax and epilogues. With tiles of
+# 128 x 128, only one block of projection (188 registers) or forward (221) fit; for dk and dv it is still one.
 tiles.declare("attention_projection", Tile(64, 128, 64, 4, 3), Tile(128, 128, 32, 8, 3), blocks=2)
 tiles.declare("flash_attention_fwd", sm90=_rows(128, 64, 8, 3), blocks=2)
 tiles.declare("flash_attention_fwd_128", sm90=_rows(128, 64, 8, 2), sm80=_rows(128, 32, 8, 2))
@@ -203,7 +203,7 @@ def add_factors(factors: Factors, grad_qo: Tensor, grad_kv: Tensor, slot: int) -
 
 
 def apart(factors: Factors) -> Factors:
-    """Return the factors of each gradient alone."""
+    """Return a pair of factors for each of q, k, v and out, splitting a merged pair."""
     if len(factors) != 2:
         return factors
     (merged, x), out = factors

@@ -40,9 +40,9 @@ def int6_matmul(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
 
     x (..., K) and scale (N,) are floating point; packed uint8 (N, 3 * K8 / 4) holds codes (N, K). The sum is
     taken in at least float32 and rounded once; y is (..., N) in x's dtype. Up to SKINNY_ROWS rows of x
-    (decoding) are multiplied by the packed codes directly: on a GPU of 16-bit x, on a CPU of float32 and
-    bfloat16 x by C++ code, with the same result for any number of threads. Otherwise the codes are first
-    unpacked to a dtype in which they are exact. In all cases the scale multiplies a float32 sum.
+    (decoding) are multiplied by the packed codes directly: 16-bit x on a GPU; float32 and bfloat16 x on a
+    CPU, in C++, with the same result for any number of threads. Otherwise the codes are first unpacked to a
+    dtype in which they are exact. In all cases the scale multiplies a sum of at least float32.
     Raises ValueError if shapes, dtypes or devices do not match.
     """
     _check_matmul(x, packed, scale)
@@ -62,7 +62,7 @@ def _(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
 
 @functools.cache
 def _direct_rows() -> int:
-    """Return the most rows of x that C++ multiplies; its portable form reads x again for every code row."""
+    """Return the most rows of x that C++ multiplies: few in its portable form, which reads x per code row."""
     extension = native.extension()
     return 0 if extension is None else SKINNY_ROWS if extension.int6_simd() else 4
 

@@ -20,7 +20,7 @@ tiles.declare("mlp_up", sm90=Tile(128, 256, 64, 8, 3), sm80=Tile(128, 128, 32, 8
 tiles.declare("mlp_up_float32", Tile(128, 128, 64, 8, 3))
 _DPRE = Tile(128, 128, 32, 8, 3)
 tiles.declare("mlp_dpre", sm90=Tile(128, 128, 64, 8, 3), sm80=_DPRE, blocks=2)
-# swiglu reads and writes two more tiles: 180 registers and one block in tiles of 128 x 128, now 80 registers
+# swiglu reads and writes two more tiles: 80 registers; in tiles of 128 x 128, 180, so only one block fits
 tiles.declare("mlp_dpre_swiglu", sm90=Tile(128, 64, 64, 8, 3), sm80=_DPRE, blocks=3)
 
 

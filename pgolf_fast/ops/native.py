@@ -1,4 +1,4 @@
-"""Access to the C++ codecs, with one warning where they are missing."""
+"""Access to the C++ extension (codecs and fused CPU passes), with one warning where it is missing."""
 
 import functools
 import logging
@@ -37,24 +37,24 @@ def extension() -> ModuleType | None:
 
 
 def passes(op: str, t: Tensor) -> ModuleType | None:
-    """Return `pgolf_fast._C` if `op` runs its fused pass on tensors like `t`, else None: PyTorch then.
+    """Return `pgolf_fast._C` if `op` runs its fused pass on tensors like `t`; None means PyTorch runs it.
 
-    A pass takes float32 and bfloat16 on the CPU; `tiles.choose(op, "torch")` and `kernels_on_cpu` leave it
-    out.
+    Passes take float32 and bfloat16 on a CPU. `tiles.choose(op, "torch")` and `kernels_on_cpu` disable them.
     """
-    # No pass loses on one thread (rough; busy AVX2 CPU, shapes of `small`, float32, bfloat16): forward takes
-    # 0.1 to 0.9 of PyTorch's time, backward 0.07 to 0.5; portable at most 0.53 of PyTorch without AVX.
+    # No pass is slower than PyTorch on one thread (roughly: busy AVX2 CPU, shapes of `small`, float32 and
+    # bfloat16): forward takes 0.1 to 0.9 of PyTorch's time, backward 0.07 to 0.5; portable passes take at
+    # most 0.53 of the time of PyTorch without AVX.
     fits = t.is_cpu and t.dtype in (torch.float32, torch.bfloat16)
     return extension() if fits and tiles.implementation(op) != "torch" and not tiles.forced() else None
 
 
 def call(run: Callable[..., None], *operands: Any) -> None:
-    """Run a pass on PyTorch's threads; tensors among `operands` that it writes must be contiguous."""
+    """Run a pass on PyTorch's threads; tensors that it writes must be contiguous: others are copied."""
     run(*(_array(t) if isinstance(t, Tensor) else t for t in operands), torch.get_num_threads())
 
 
 def _array(t: Tensor) -> np.ndarray:
-    """Return a CPU tensor for a pass, bfloat16 as uint16: a view if it is contiguous."""
+    """Return a CPU tensor as an array, bfloat16 as uint16: a view if it is contiguous, else a copy."""
     t = t.detach().contiguous()
     return (t.view(torch.uint16) if t.dtype == torch.bfloat16 else t).numpy()
 

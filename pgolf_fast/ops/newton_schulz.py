@@ -24,9 +24,9 @@ def _check(g: Tensor, steps: int) -> None:
 def newton_schulz(g: Tensor, steps: int = 5) -> Tensor:
     """Approximate `U V^T` of each matrix `g = U S V^T`: singular values end up in about 0.68 to 1.14.
 
-    g (slots, rows, cols) in the dtype the iteration runs in (bfloat16 in training); the result has the shape
-    and dtype of g. Each step is `a x + (b A + c A A) x` with `A = x x^T`. No autograd is registered. Raises
-    ValueError if g is not 3-D or `steps` is negative.
+    g (slots, rows, cols), bfloat16 in training; the iteration runs in its dtype, but in float32 on a CPU that
+    emulates it. The result has the shape and dtype of g. Each step is `a x + (b A + c A A) x` with
+    `A = x x^T`. No autograd is registered. Raises ValueError if g is not 3-D or `steps` is negative.
     """
     _check(g, steps)
     if g.numel() == 0:

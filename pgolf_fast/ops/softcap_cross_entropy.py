@@ -11,11 +11,11 @@ from pgolf_fast.ops.checks import expect_ids, expect_integer, expect_shape, same
 from pgolf_fast.ops.tiles import Tile
 
 _ROWS = 4096  # rows of logits alive at once: 16 MB at vocabulary 1024
-# Elements of d loss / d logits that the CPU's forward keeps for backward at most, 64 MiB in float32: 16,384
+# The most elements of d loss / d logits that the CPU's forward keeps for backward, 64 MiB in float32: 16,384
 # rows at vocabulary 1024. If there are more, backward computes the logits again.
 _KEPT = 2**24
 
-# Blocks overlap one another's epilogues: in tiles of 128 x 128, dlogits takes 162 registers, so one block.
+# Two blocks overlap each other's epilogues; in tiles of 128 x 128 (162 registers), only one of dlogits fits.
 tiles.declare("softcap_cross_entropy_fwd", sm90=Tile(128, 128, 64, num_warps=8, num_stages=2), blocks=2)
 tiles.declare("softcap_cross_entropy_dlogits", sm90=Tile(128, 64, 64, num_warps=8, num_stages=3), blocks=2)
 
@@ -141,7 +141,7 @@ def _softcap_cross_entropy_backward(dloss, x, weight, targets, lse, dlogits, sof
     for start in range(0, x.shape[0], _ROWS):
         rows = slice(start, start + _ROWS)
         scale, inputs = dloss[rows].unsqueeze(1), (x[rows], weight, targets[rows], softcap, z_loss)
-        if fused:  # a pass leaves the factor dloss to the products
+        if fused:  # the pass does not multiply by dloss: the products do
             low = dlogits[rows] if len(dlogits) else x.new_empty(len(x[rows]), weight.shape[0])
             if not len(dlogits):
                 _forward_cpu(*inputs, low)
