@@ -123,7 +123,8 @@ def compare(config: RunConfig, threads: int, names: Sequence[str], rounds: int, 
             start = time.perf_counter()
             way.losses.append(way.advance())
             way.seconds.append(time.perf_counter() - start)
-    rows = [row(way, ways.get("ours"), ways.get("eager", way)) for way in ways.values()]
+    truth = ways.get("eager") or next(iter(ways.values()), None)
+    rows = [row(way, ways.get("ours"), truth) for way in ways.values() if truth]
     longest = operations(ways["ours"]) if "ours" in ways else []
     return {"threads": threads, "ways": rows, "failed": failed, "profile": longest}
 
