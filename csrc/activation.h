@@ -7,9 +7,9 @@ struct LeakyReluSquared {
     PGOLF_INLINE vec slope(vec pre) { return pre > 0 ? 2.0f * pre : 0.5f * pre; }
 };
 
-struct ReluSquared {
-    PGOLF_INLINE vec hidden(vec pre) { return max(pre, vec{}) * max(pre, vec{}); }
-    PGOLF_INLINE vec slope(vec pre) { return 2.0f * max(pre, vec{}); }
+struct ReluSquared {  // in this order, max keeps NaN
+    PGOLF_INLINE vec hidden(vec pre) { return max(vec{}, pre) * max(vec{}, pre); }
+    PGOLF_INLINE vec slope(vec pre) { return 2.0f * max(vec{}, pre); }
 };
 
 // Alternating values gate, up as two vectors, and back: on little-endian machines gate is the low half of a pair.

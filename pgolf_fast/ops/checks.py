@@ -10,7 +10,8 @@ from torch import Tensor
 
 
 def same_dtype_device(op: str, **tensors: Tensor) -> None:
-    """Raise ValueError unless all tensors share dtype and device with the first."""
+    """Raise ValueError unless all tensors share dtype, a floating-point one, and device with the first."""
+    expect_floating(op, *next(iter(tensors.items())))
     _same(op, ("dtype", "device"), tensors)
 
 
@@ -53,8 +54,8 @@ def expect_floating(op: str, name: str, tensor: Tensor) -> None:
 
 
 def expect_integer(op: str, name: str, tensor: Tensor) -> None:
-    """Raise ValueError if `tensor` has a floating-point dtype."""
-    if tensor.is_floating_point():
+    """Raise ValueError if `tensor` has a floating-point or complex dtype."""
+    if tensor.is_floating_point() or tensor.is_complex():
         raise ValueError(f"pgolf::{op}: {name}.dtype is {tensor.dtype}; it must be an integer type")
 
 

@@ -71,7 +71,7 @@ def _check_heads(op: str, dim: int, length: int, q_gain, cos, sin, num_kv_heads:
     """Check what both ops take, for D channels and T positions; return KV * hd."""
     expect_shape(op, "q_gain", q_gain, (None,))
     num_heads = q_gain.shape[0]
-    if num_heads == 0 or dim % num_heads or num_heads % num_kv_heads:
+    if min(num_heads, num_kv_heads) < 1 or dim % num_heads or num_heads % num_kv_heads:
         why = f"pgolf::{op}: width {dim}, {num_heads} heads and {num_kv_heads} KV heads do not divide"
         raise ValueError(why)
     expect_shape(op, "cos", cos, (length, None))

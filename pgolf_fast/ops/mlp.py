@@ -50,6 +50,8 @@ def _check(x: Tensor, up_bank: Tensor, down_bank: Tensor, slot: int, activation:
     expect_shape("mlp", "up_bank", up_bank, (None, None, x.shape[-1]))
     rows = up_bank.shape[1] // (2 if activation == "swiglu" else 1)
     expect_shape("mlp", "down_bank", down_bank, (up_bank.shape[0], x.shape[-1], rows))
+    if activation == "swiglu" and up_bank.shape[1] % 2:
+        raise ValueError(f"pgolf::mlp: up_bank has {up_bank.shape[1]} rows; swiglu needs an even number")
     expect_slot("mlp", slot, up_bank.shape[0])
     same_dtype_device("mlp", x=x, up_bank=up_bank, down_bank=down_bank)
 

@@ -201,6 +201,7 @@ def rms_norm(x: Tensor) -> Tensor:
 
     Where no pass runs, on a GPU for one, these are PyTorch's own ops, which torch.compile fuses with others.
     """
+    checks.expect_floating("rms_norm", "x", x)
     if native.passes("residual_norm", x):
         return torch.ops.pgolf.rms_norm(x)[0]
     return reference.rms_norm(x).contiguous()
@@ -255,6 +256,7 @@ _rms_norm.register_autograd(
 def _check_smear(x: Tensor, gate: Tensor) -> None:
     expect_shape("smear_gate", "x", x, (None, None, None))
     expect_shape("smear_gate", "gate", gate, (x.shape[-1],))
+    checks.expect_floating("smear_gate", "x", x)
     same_device("smear_gate", x=x, gate=gate)
 
 

@@ -53,8 +53,9 @@ def _check(x: Tensor, weight: Tensor, targets: Tensor, softcap: float, z_loss: f
     checks.same_dtype_device("softcap_cross_entropy", x=x, weight=weight)
     same_device("softcap_cross_entropy", x=x, targets=targets)
     expect_integer("softcap_cross_entropy", "targets", targets)
-    if not softcap > 0:
-        raise ValueError(f"pgolf::softcap_cross_entropy: softcap is {softcap}; it must be positive")
+    if not 0 < softcap <= 1e38:  # float32 overflows beyond
+        why = f"softcap is {softcap}; it must be positive and at most 1e38"
+        raise ValueError(f"pgolf::softcap_cross_entropy: {why}")
     if not z_loss >= 0:
         raise ValueError(f"pgolf::softcap_cross_entropy: z_loss is {z_loss}; it must not be negative")
 

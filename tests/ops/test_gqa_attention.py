@@ -423,6 +423,7 @@ def rejected(**changes):
         ({"kv_bank": torch.ones(4, 32, 64)}, r"kv_bank\.shape is \(4, 32, 64\), but \(6, 32, 64\)"),
         ({"q_gain": torch.ones(5)}, r"width 64, 5 heads and 2 KV heads do not divide"),
         ({"num_kv_heads": 3}, r"width 64, 4 heads and 3 KV heads do not divide"),
+        ({"num_kv_heads": 0}, r"width 64, 4 heads and 0 KV heads do not divide"),
         ({"value_embed": torch.ones(2, 16, 64)}, r"value_embed\.shape is \(2, 16, 64\), but \(2, 16, 32\)"),
         ({"value_embed": torch.ones(2, 16, 32).half()}, r"value_embed\.dtype is torch\.float16"),
         ({"cos": torch.ones(15, 4)}, r"cos\.shape is \(15, 4\), but \(16, any\)"),

@@ -175,6 +175,21 @@ def test_rejects_bad_input():
         mlp(x, up, down[:2], 0, "relu_squared")
     with pytest.raises(ValueError, match=r"up_bank\.dtype is torch\.float16, but x\.dtype is torch\.float32"):
         mlp(x, up.half(), down, 0, "relu_squared")
+    with pytest.raises(ValueError, match=r"up_bank has 5 rows; swiglu needs an even number"):
+        mlp(x, up, down[..., :2], 0, "swiglu")
+    with pytest.raises(ValueError, match=r"x\.dtype is torch\.int64, but a floating-point type is needed"):
+        mlp(x.long(), up.long(), down.long(), 0, "relu_squared")
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_nan_stays(activation):
+    x, up, down = make((4, 6), 5, activation)
+    x[1, 2] = torch.nan
+    x.requires_grad_()
+    out = mlp(x, up, down, SLOT, activation)
+    (dx,) = torch.autograd.grad(out.sum(), x)
+    for rows in (out, dx):
+        assert rows.isnan().all(1).tolist() == [False, True, False, False]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -193,6 +193,11 @@ def test_rejects_bad_input():
         norm(x, branch, x_scale.to("meta"), branch_scale)
     with pytest.raises(ValueError, match=r"branch\.device is meta, but x\.device is cpu"):
         norm(x, branch.to("meta"), x_scale, branch_scale)
+    for op in (rms_norm, lambda t: smear_gate(t[None], x_scale), lambda t: norm(t, t, None, branch_scale)):
+        with pytest.raises(
+            ValueError, match=r"x\.dtype is torch\.int64, but a floating-point type is needed"
+        ):
+            op(x.long())
     with pytest.raises(ValueError, match=r"smear_gate: gate\.device is meta, but x\.device is cpu"):
         smear_gate(x[None], x_scale.to("meta"))
     with pytest.raises(ValueError, match=r"smear_gate: x\.shape is \(4, 6\), but \(any, any, any\)"):

@@ -249,11 +249,13 @@ def test_rejects_bad_input():
         softcap_cross_entropy(x, weight.half(), targets, 30.0)
     with pytest.raises(ValueError, match=r"targets\.dtype is torch\.float32; it must be an integer type"):
         softcap_cross_entropy(x, weight, targets.float(), 30.0)
+    with pytest.raises(ValueError, match=r"targets\.dtype is torch\.complex64; it must be an integer type"):
+        softcap_cross_entropy(x, weight, targets.to(torch.complex64), 30.0)
     with pytest.raises(ValueError, match=r"weight\.device is meta, but x\.device is cpu"):
         softcap_cross_entropy(x, weight.to("meta"), targets, 30.0)
     with pytest.raises(ValueError, match=r"targets\.device is meta, but x\.device is cpu"):
         softcap_cross_entropy(x, weight, targets.to("meta"), 30.0)
-    for softcap in (0.0, -1.0, math.nan):
+    for softcap in (0.0, -1.0, math.nan, math.inf, 1e300):
         with pytest.raises(ValueError, match=r"softcap is .*; it must be positive"):
             softcap_cross_entropy(x, weight, targets, softcap)
     for z_loss in (-1.0, math.nan):
