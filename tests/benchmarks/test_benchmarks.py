@@ -156,7 +156,7 @@ def test_one_part_can_be_rehearsed(tmp_path):
 
 @pytest.mark.slow
 def test_whole_session_can_be_rehearsed(tmp_path):
-    done = run_session("--dry-run", "--out", str(tmp_path), "--minutes", "5")
+    done = run_session("--dry-run", "--out", str(tmp_path), "--minutes", "8", timeout=560)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     summary = read(tmp_path, "summary")
     assert {part: state["ok"] for part, state in summary["parts"].items()} == {
@@ -205,10 +205,10 @@ def test_slow_compile_costs_one_way(part, which, tmp_path):
     from benchmarks.gpu_session import evaluate, step
 
     ways = [c.name for c in (step if part == "step" else evaluate).CONTENDERS if c.dry]
-    words = ["--minutes", "6", "--parts", part, "--slow", ways[which], "--way-seconds", "60"]
-    run_session("--dry-run", "--out", str(tmp_path), *words, timeout=400)
+    words = ["--minutes", "9", "--parts", part, "--slow", ways[which], "--way-seconds", "120"]
+    run_session("--dry-run", "--out", str(tmp_path), *words, timeout=560)
     found = read(tmp_path, part)
-    assert found["failed"] == {ways[which]: "stopped after 60 s"}
+    assert found["failed"] == {ways[which]: "stopped after 120 s"}
     rows = {row["contender"] for row in found["T1" if part == "step" else "E1"]}
     assert rows == set(ways) - {ways[which]}
 
