@@ -5,9 +5,8 @@
 Naive ones compute every position of every layer of every window, at the fastest batch size: "naive" with our
 ops, "compiled" in plain PyTorch under torch.compile. The arithmetic that exact scoring can leave out bounds
 the speed-up over "naive"; the fast path should reach 90 % of that bound, and never be slower with test-time
-training. LoRA on documents has no naive form: "compiled" is the same code in plain PyTorch. All take turns;
-the fastest round of each counts (the first one compiles), and all are printed. On a GPU:
-`python benchmarks/gpu_session --parts eval`.
+training. All take turns; the fastest round of each counts (the first one compiles), and all are printed. On a
+GPU: `python benchmarks/gpu_session --parts eval`.
 """
 
 import argparse
@@ -17,7 +16,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import cpu_jobs  # noqa: F401 - before torch, so that OpenMP is set up
 import naive_eval
@@ -33,10 +31,8 @@ from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.ttt import adapters
 from pgolf_fast.data.source import open_source
 from pgolf_fast.distributed import keep_freed_memory
-from pgolf_fast.evaluation.adapters import lora
 from pgolf_fast.evaluation.adapters.base import Frozen, borrowed, freeze
 from pgolf_fast.evaluation.adapters.descent import SGD, trainable_parameters
-from pgolf_fast.evaluation.adapters.registry import adapting_chunks
 from pgolf_fast.evaluation.estimate import forward_flops, windows_flops
 from pgolf_fast.evaluation.protocol import score_and_adapt, target_chunks
 from pgolf_fast.evaluation.score import Scorer, Stream, batch_size
@@ -95,7 +91,6 @@ class Bench:
         # SGD over chunks, the only adapter that the naive evaluator has
         ttt = config.ttt if config.ttt.adapter == "sgd" else adapters(self.length)["sgd"]
         self.ttt = replace(ttt, quantize_forward="none")
-        self.lora = replace(adapters(self.length)["lora"], quantize_forward="none")
         self.windows = sliding_windows(stream.num_targets, self.length, stride)
         self.chunks = target_chunks(self.windows, stream.num_targets, self.ttt.chunk_tokens)
         self.size = batch_size(None, config.model, model.compute_dtype, stream.tokens.device)
@@ -103,7 +98,6 @@ class Bench:
         compiled = partial(torch.compile, dynamic=False)
         self.compiled_loss = compiled(plain_loss(model))
         self.compiled_losses = compiled(lambda x, y: model.token_losses(x, y, plain_banks(model)))
-        self.compiled_lora = torch.compile(lora.changed_losses)  # segments and batches differ in size
 
     def allowed(self) -> float:
         """Return the ratio of naive to necessary multiplications over all windows."""
@@ -157,18 +151,6 @@ class Bench:
         with plain_ops():
             return self.adapted(self.compiled_losses, self.compiled_loss)
 
-    def compiled_documents(self) -> Tensor:
-        with plain_ops(), mock.patch.object(lora, "changed_losses", self.compiled_lora):
-            return self.fast_documents()
-
-    def fast_documents(self) -> Tensor:
-        windows, chunks = adapting_chunks(self.windows, self.stream, self.lora)
-        scorer = Scorer(self.stream, windows, self.length, self.size)
-        with borrowed(self.model):
-            adapter = lora.Lora(self.model, self.lora, self.length)
-            score_and_adapt(adapter, scorer, chunks, "sliding + LoRA")
-        return scorer.losses
-
     def fast_ttt(self) -> Tensor:
         scorer = Scorer(self.stream, self.windows, self.length, self.size)
         with borrowed(self.model):
@@ -184,8 +166,6 @@ class Bench:
             "naive sliding + TTT": self.naive_ttt,
             "compiled sliding + TTT": self.compiled_ttt,
             "fast sliding + TTT": self.fast_ttt,
-            "compiled sliding + LoRA": self.compiled_documents,
-            "fast sliding + LoRA": self.fast_documents,
         }
         seconds: dict[str, list[float]] = {name: [] for name in contenders}
         losses: dict[str, Tensor] = {}

@@ -145,7 +145,7 @@ def test_bad_input_is_one_clear_line(run, tmp_path):
         (lambda: pg.score(run, ttt__rate=1.0), r"unknown field ttt\.rate"),
         (lambda: pg.score(run, data=tmp_path / "none"), "none"),
         (lambda: pg.generate(run, tokens=0), "tokens is 0; it must be at least 1"),
-        (lambda: pg.generate(run, temperature=-1.0), "must not be negative"),
+        (lambda: pg.generate(run, temperature=-1.0), "must be 0 or more"),
     ):
         with pytest.raises(PgolfError, match=message) as error:
             call()

@@ -170,7 +170,7 @@ def sample(logits: Tensor, *, temperature: float = 1.0, generator: torch.Generat
 
     Temperature 0 is greedy. Raises PgolfError for a negative temperature, or logits that are not finite.
     """
-    need(temperature >= 0, f"temperature is {temperature}; it must not be negative")
+    need(temperature >= 0, f"temperature is {temperature}; it must be 0 or more")
     problem = "the model's logits are not finite: its activations overflow, so it cannot write text"
     need(torch.isfinite(logits).all(), problem)
     if temperature == 0:

@@ -394,5 +394,6 @@ def test_sample_temperature():
     generator = torch.Generator().manual_seed(0)
     assert set(sample(logits, generator=generator).tolist()) == {0, 1, 2, 3}
     assert sample(logits, temperature=0).unique().tolist() == [3]
-    with pytest.raises(PgolfError, match="negative"):
-        sample(logits, temperature=-1.0)
+    for temperature in (-1.0, float("nan")):
+        with pytest.raises(PgolfError, match="must be 0 or more"):
+            sample(logits, temperature=temperature)
