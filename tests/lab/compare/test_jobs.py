@@ -198,7 +198,8 @@ def shown(runs):
 @pytest.mark.slow
 def test_killed_command_resumes_to_the_same_table(data, tmp_path, capsys):
     """After kill -9 during training, the same command gives the same table; a third time nothing runs."""
-    changes = {"train__steps": 30, "train__checkpoint_minutes": 0.0, "eval__stride": 32}
+    # An artifact holds the name of its run, and the command starts from the preset `tiny`
+    changes = {"name": "tiny", "train__steps": 30, "train__checkpoint_minutes": 0.0, "eval__stride": 32}
     jobs, mark = planned(data, tmp_path / "straight", **changes)
     for job in jobs:
         assert prepare(job, mark, "sliding")
