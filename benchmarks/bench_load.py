@@ -5,6 +5,7 @@
 "before" lets OpenMP's threads spin for each other as long as libgomp does by default; "after" is what
 importing pgolf_fast chooses. Further rows: fewer threads, and one core as by `taskset`. Every setting has a
 process of its own, which waits while another one is measured; rounds, loads, jobs and settings take turns.
+"2 shares" trains with train.cpu_shares 2, if two divide the preset's micro-batch; other jobs have no shares.
 `kept` is the speed beside the load, divided by the speed alone; `fair` is the share that would be kept if
 the threads and the busy loops divided the cores equally.
 """
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import cpu_jobs  # before torch, so that OpenMP is set up
@@ -40,6 +41,7 @@ class Setting:
     name: str
     threads: int
     variables: dict[str, str] = field(default_factory=dict)
+    shares: int = 1  # of a micro-batch
 
 
 def settings(cores: int) -> list[Setting]:
@@ -47,6 +49,7 @@ def settings(cores: int) -> list[Setting]:
     return [
         Setting("before", cores, {"GOMP_SPINCOUNT": LIBGOMP_SPINS}),
         Setting("after", cores),
+        Setting("2 shares", cores, shares=2),
         *(Setting(f"{n} of {cores} threads", n, {"OMP_NUM_THREADS": str(n)}) for n in fewer),
         Setting("one core", 1),
     ]
@@ -69,7 +72,9 @@ class Worker:
 
     def __init__(self, setting: Setting, name: str, jobs: Sequence[str]):
         self.setting, cores = setting, os.sched_getaffinity(0)
-        command = [sys.executable, __file__, "--worker", "--preset", name, "--jobs", *jobs]
+        self.jobs = [job for job in jobs if setting.shares == 1 or job == "train"]
+        command = [sys.executable, __file__, "--worker", "--preset", name, "--shares", str(setting.shares)]
+        command += ["--jobs", *self.jobs]
         clean = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_NUM_THREADS")}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         if setting.name == "one core":
@@ -94,7 +99,9 @@ class Worker:
 
 def work(arguments: argparse.Namespace) -> None:
     """Be a worker: answer each line "JOB SECONDS" with a line of JSON."""
-    running = {name: cpu_jobs.JOBS[name](preset(arguments.preset)) for name in arguments.jobs}
+    config = preset(arguments.preset)
+    config = replace(config, train=replace(config.train, cpu_shares=arguments.shares))
+    running = {name: cpu_jobs.JOBS[name](config) for name in arguments.jobs}
     for job in running.values():
         cpu_jobs.run_for(job, 0.5)  # the first piece sets up libraries
     spins = os.environ.get("GOMP_SPINCOUNT")
@@ -120,7 +127,8 @@ def measure(arguments: argparse.Namespace, chosen: Sequence[Setting]) -> Iterato
                 break
             for load in arguments.loads:
                 with busy_loops(load):
-                    for job, worker in ((job, worker) for job in arguments.jobs for worker in workers):
+                    turns = ((job, w) for job in arguments.jobs for w in workers if job in w.jobs)
+                    for job, worker in turns:
                         name, got = worker.setting.name, worker.measure(job, arguments.seconds)
                         facts = {"job": job, "setting": name, "load": load, **worker.environment}
                         record = found.setdefault((job, name, load), {**facts, "speeds": [], "cores": []})
@@ -164,6 +172,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=2.0, help="start no new round after this long")
     parser.add_argument("--json", type=Path, help="file for the figures, rewritten after each load")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--shares", type=int, default=1, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         work(arguments)

@@ -25,7 +25,7 @@ _KEEP = 2  # one to fall back to if the newest turns out damaged
 # quantization-aware training, and the location of its data, whose tokens the loader compares.
 _MAY_CHANGE = re.compile(
     r"name|quant\.(?!bits$|grid$).*|(optim|pack|eval|ttt|kernels)\..*|data\.(path|tokenizer)|train\.(steps|"
-    r"max_seconds|log_every|val_every|checkpoint_minutes|compute_dtype|compile|cuda_graph|micro_batch_tokens)"
+    r"max_seconds|log_every|val_every|checkpoint_minutes|compute_dtype|compile|cuda_graph|micro_batch_tokens|cpu_shares)"
 )
 
 

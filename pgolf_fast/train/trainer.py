@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pgolf_fast.config.checks import need
 from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.data.loader import Loader
 from pgolf_fast.distributed import World
@@ -22,8 +23,7 @@ from pgolf_fast.optim.schedule import Schedule, ScheduleState
 from pgolf_fast.quant.grid import make_fake
 from pgolf_fast.train.meta import SlotRates, meta_step
 from pgolf_fast.train.reptile import Reptile
-
-LossFunction = Callable[[Tensor, Tensor, Banks], Tensor]
+from pgolf_fast.train.shares import LossFunction, Shares
 
 
 class MicroStep:
@@ -125,7 +125,12 @@ class Trainer:
         """Tokens of a step of the Reptile phase, over all ranks."""
         loss = partial(model.loss, z_loss=train.z_loss) if train.z_loss else model.loss
         self.loss_function: LossFunction = compiled(loss) if train.compile else loss
-        self.micro_step = MicroStep(model, 1 / self.micro_steps, cuda_graph=bool(train.cuda_graph))
+        self.micro_step: MicroStep | Shares
+        if train.cpu_shares == 1:
+            self.micro_step = MicroStep(model, 1 / self.micro_steps, cuda_graph=bool(train.cuda_graph))
+        else:
+            need(world.device.type == "cpu", "train.cpu_shares is for a CPU: set it to 1 on a GPU")
+            self.micro_step = Shares(model, 1 / self.micro_steps, train.cpu_shares)
         self.step, self.elapsed, self.qat = 0, 0.0, False
         model.allocate_gradient_banks()
 
