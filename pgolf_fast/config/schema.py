@@ -244,7 +244,7 @@ class TrainConfig:
         checks.need_multiple("train", self, "micro_batch_tokens", "seq_len")
         checks.need_multiple("train", self, "batch_tokens", "micro_batch_tokens")
         sequences = self.micro_batch_tokens // self.seq_len
-        uneven = f"train.cpu_shares {self.cpu_shares} does not divide the {sequences} sequences of a micro-batch"
+        uneven = f"train.cpu_shares {self.cpu_shares} does not divide the micro-batch's {sequences} sequences"
         need(sequences % self.cpu_shares == 0, uneven)
         graphs = [f"train.{name}" for name in ("compile", "cuda_graph") if getattr(self, name)]
         problem = f"train.cpu_shares {self.cpu_shares} does not go with {' and '.join(graphs)}: turn one off"

@@ -2,65 +2,54 @@
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pgolf_fast.model.bank import Banks, make_banks
+from pgolf_fast.model.bank import BANK_NAMES, Banks, make_banks
 from pgolf_fast.model.gpt import GPT
 
 LossFunction = Callable[[Tensor, Tensor, Banks], Tensor]
 
 
-class _Share(NamedTuple):
-    loss: Tensor
-    gradients: tuple[Tensor | None, ...]  # of the parameters outside the banks
-    bank_gradients: list[Tensor]
-
-
 class Shares:
     """Adds the gradients of `scale * loss` of a micro-batch as MicroStep does, in `count` equal parts.
 
-    Each part is computed by one thread, and their gradients are added in order: results depend on `count`,
-    not on the number of threads. Threads meet once a micro-batch, not in every operation.
+    One thread computes a part, and gradients are added in order: results depend on `count`, not on the number
+    of threads. Threads wait for each other once a micro-batch instead of in every operation.
     """
 
     def __init__(self, model: GPT, scale: float, count: int):
-        self.model, self.scale, self.count = model, scale / count, count
-        banks = {id(bank) for bank in model.bank_parameters()}
-        self._others = [p for p in model.parameters() if p.requires_grad and id(p) not in banks]
-        threads = min(count, torch.get_num_threads())
-        self._pool = ThreadPoolExecutor(threads, "share")
+        self._scale, self._count, self._banks = scale / count, count, model.bank_parameters()
+        named = model.named_parameters()
+        self._others = [p for name, p in named if p.requires_grad and name not in BANK_NAMES]
+        self._pool = ThreadPoolExecutor(min(count, torch.get_num_threads()), "share")
 
     def __call__(self, loss_function: LossFunction, tokens: Tensor, targets: Tensor, banks: Banks) -> Tensor:
-        given = [b.grad for b in self.model.bank_parameters() if b.grad is not None]
-        threads = torch.get_num_threads()
+        threads, given = torch.get_num_threads(), [b.grad for b in self._banks if b.grad is not None]
 
-        def share(number: int, tokens: Tensor, targets: Tensor) -> _Share:
-            # A thread's first operation takes over the last number set anywhere: ask, which counts as one
-            if torch.get_num_threads() != 1:
+        def train(number: int, x: Tensor, y: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+            if torch.get_num_threads() != 1:  # asked first: a new thread's first operation sets its number
                 torch.set_num_threads(1)
             received = [torch.zeros_like(g) for g in given] if number else given
             own = make_banks(list(banks.weights()), received)
-            loss = loss_function(tokens, targets, own)
-            inputs = [*self._others, *own.weights()]  # the latter receive None: ops add to the gradient banks
-            gradients = torch.autograd.grad(loss * self.scale, inputs, allow_unused=True)
-            return _Share(loss.detach(), gradients[: len(self._others)], received)
+            loss = loss_function(x, y, own)
+            inputs = [*self._others, *own.weights()]  # the banks' gradients are None: they are in `received`
+            gradients = torch.autograd.grad(loss * self._scale, inputs, allow_unused=True)
+            return loss.detach(), [*gradients[: len(self._others)], *received]
 
-        parts = zip(range(self.count), tokens.chunk(self.count), targets.chunk(self.count), strict=True)
-        jobs: list[Future[_Share]] = []
+        jobs: list[Future[tuple[Tensor, list[Tensor | None]]]] = []
         try:
-            for part in parts:
-                jobs.append(self._pool.submit(share, *part))
-            shares = [job.result() for job in jobs]
+            for i, part in enumerate(zip(*(t.chunk(self._count) for t in (tokens, targets)), strict=True)):
+                jobs.append(self._pool.submit(train, i, *part))
+            losses, found = zip(*(job.result() for job in jobs), strict=True)
         finally:
-            wait(jobs)  # also after an exception or a signal: none may add gradients later
-            torch.set_num_threads(threads)  # the pool's threads have set what new threads begin with
-        for number, done in enumerate(shares):
-            if number:
-                torch._foreach_add_(given, done.bank_gradients)
-            for parameter, gradient in zip(self._others, done.gradients, strict=True):
-                if gradient is not None:
-                    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-        return torch.stack([done.loss for done in shares]).mean()
+            wait(jobs)  # after an exception or a signal too: none may add gradients later
+            torch.set_num_threads(threads)  # new threads begin with the number that was set last, by any
+        for gradients in found:
+            for p, gradient in zip([*self._others, *self._banks], gradients, strict=True):
+                if p.grad is None:
+                    p.grad = None if gradient is None else gradient.clone()
+                elif gradient is not None and gradient is not p.grad:
+                    p.grad += gradient
+        return torch.stack(losses).mean()

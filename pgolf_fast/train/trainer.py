@@ -125,12 +125,10 @@ class Trainer:
         """Tokens of a step of the Reptile phase, over all ranks."""
         loss = partial(model.loss, z_loss=train.z_loss) if train.z_loss else model.loss
         self.loss_function: LossFunction = compiled(loss) if train.compile else loss
-        self.micro_step: MicroStep | Shares
-        if train.cpu_shares == 1:
-            self.micro_step = MicroStep(model, 1 / self.micro_steps, cuda_graph=bool(train.cuda_graph))
-        else:
-            need(world.device.type == "cpu", "train.cpu_shares is for a CPU: set it to 1 on a GPU")
-            self.micro_step = Shares(model, 1 / self.micro_steps, train.cpu_shares)
+        scale, shares, graph = 1 / self.micro_steps, train.cpu_shares, bool(train.cuda_graph)
+        need(shares == 1 or world.device.type == "cpu", "train.cpu_shares is for a CPU: set it to 1 on a GPU")
+        plain = MicroStep(model, scale, cuda_graph=graph)
+        self.micro_step: MicroStep | Shares = Shares(model, scale, shares) if shares > 1 else plain
         self.step, self.elapsed, self.qat = 0, 0.0, False
         model.allocate_gradient_banks()
 

@@ -1,4 +1,4 @@
-"""Parts of a micro-batch on threads of their own give the gradients of the whole, and the same bits each time."""
+"""Parts of a micro-batch, each on its own thread, give the gradients of the whole and the same bits each time."""
 
 import os
 import signal
@@ -130,7 +130,7 @@ def test_an_interrupt_waits_for_the_shares():
 
 
 def test_what_shares_cannot_do_is_refused_by_name(data):
-    with pytest.raises(PgolfError, match=r"train.cpu_shares 3 does not divide the 2 sequences"):
+    with pytest.raises(PgolfError, match=r"train.cpu_shares 3 does not divide the micro-batch's 2 sequences"):
         run_config(data, train__cpu_shares=3)
     with pytest.raises(PgolfError, match=r"train.cpu_shares is 0|train.cpu_shares"):
         run_config(data, train__cpu_shares=0)
