@@ -1,4 +1,4 @@
-"""Parts of a micro-batch, each on its own thread, give the gradients of the whole and the same bits each time."""
+"""Parts of a micro-batch, one thread each, give the gradients of the whole and the same bits each time."""
 
 import os
 import signal
