@@ -29,8 +29,6 @@ class Shares:
         threads, given = torch.get_num_threads(), [b.grad for b in self._banks if b.grad is not None]
 
         def train(number: int, x: Tensor, y: Tensor) -> tuple[Tensor, list[Tensor | None]]:
-            if torch.get_num_threads() != 1:  # asked first: a new thread's first operation sets its number
-                torch.set_num_threads(1)
             received = [torch.zeros_like(g) for g in given] if number else given
             own = make_banks(list(banks.weights()), received)
             loss = loss_function(x, y, own)
@@ -38,6 +36,8 @@ class Shares:
             gradients = torch.autograd.grad(loss * self._scale, inputs, allow_unused=True)
             return loss.detach(), [*gradients[: len(self._others)], *received]
 
+        # Before the threads begin, because a part of this number holds for all: MKL's products would use `threads`
+        torch.set_num_threads(1)
         jobs: list[Future[tuple[Tensor, list[Tensor | None]]]] = []
         try:
             for i, part in enumerate(zip(*(t.chunk(self._count) for t in (tokens, targets)), strict=True)):
@@ -45,7 +45,7 @@ class Shares:
             losses, found = zip(*(job.result() for job in jobs), strict=True)
         finally:
             wait(jobs)  # after an exception or a signal too: none may add gradients later
-            torch.set_num_threads(threads)  # new threads begin with the number that was set last, by any
+            torch.set_num_threads(threads)
         for gradients in found:
             for p, gradient in zip([*self._others, *self._banks], gradients, strict=True):
                 if p.grad is None:
