@@ -2,10 +2,10 @@
 
     python benchmarks/bench_load.py [--preset tiny] [--loads 0 2 6] [--seconds 2] [--json FILE]
 
-"before" lets OpenMP's threads spin for each other as long as libgomp does by default; "after" is what
-importing pgolf_fast chooses. Further rows: fewer threads, and one core as by `taskset`. Every setting has a
-process of its own, which waits while another one is measured; rounds, loads, jobs and settings take turns.
-"2 shares" trains with train.cpu_shares 2, if two divide the preset's micro-batch; other jobs have no shares.
+"before" lets OpenMP's threads spin for each other as long as libgomp does by default, and trains each
+micro-batch as one; "after" is what pgolf_fast chooses. Further rows: train.cpu_shares 1, fewer threads, and
+one core as by `taskset`. Every setting has a process of its own, which waits while another one is measured;
+rounds, loads, jobs and settings take turns.
 `kept` is the speed beside the load, divided by the speed alone; `fair` is the share that would be kept if
 the threads and the busy loops divided the cores equally.
 """
@@ -41,15 +41,15 @@ class Setting:
     name: str
     threads: int
     variables: dict[str, str] = field(default_factory=dict)
-    shares: int = 1  # of a micro-batch
+    one_share: bool = False
 
 
 def settings(cores: int) -> list[Setting]:
     fewer = [n for n in (2**k for k in range(16)) if n < cores]
     return [
-        Setting("before", cores, {"GOMP_SPINCOUNT": LIBGOMP_SPINS}),
+        Setting("before", cores, {"GOMP_SPINCOUNT": LIBGOMP_SPINS}, one_share=True),
         Setting("after", cores),
-        Setting("2 shares", cores, shares=2),
+        Setting("one share", cores, one_share=True),
         *(Setting(f"{n} of {cores} threads", n, {"OMP_NUM_THREADS": str(n)}) for n in fewer),
         Setting("one core", 1),
     ]
@@ -72,8 +72,9 @@ class Worker:
 
     def __init__(self, setting: Setting, name: str, jobs: Sequence[str]):
         self.setting, cores = setting, os.sched_getaffinity(0)
-        self.jobs = [job for job in jobs if setting.shares == 1 or job == "train"]
-        command = [sys.executable, __file__, "--worker", "--preset", name, "--shares", str(setting.shares)]
+        self.jobs = [job for job in jobs if setting.name != "one share" or job == "train"]
+        command = [sys.executable, __file__, "--worker", "--preset", name]
+        command += ["--one-share"] if setting.one_share else []
         command += ["--jobs", *self.jobs]
         clean = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_NUM_THREADS")}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
@@ -100,7 +101,8 @@ class Worker:
 def work(arguments: argparse.Namespace) -> None:
     """Be a worker: answer each line "JOB SECONDS" with a line of JSON."""
     config = preset(arguments.preset)
-    config = replace(config, train=replace(config.train, cpu_shares=arguments.shares))
+    if arguments.one_share:
+        config = replace(config, train=replace(config.train, cpu_shares=1))
     running = {name: cpu_jobs.JOBS[name](config) for name in arguments.jobs}
     for job in running.values():
         cpu_jobs.run_for(job, 0.5)  # the first piece sets up libraries
@@ -172,7 +174,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=2.0, help="start no new round after this long")
     parser.add_argument("--json", type=Path, help="file for the figures, rewritten after each load")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--shares", type=int, default=1, help=argparse.SUPPRESS)
+    parser.add_argument("--one-share", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         work(arguments)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pgolf_fast.config.checks import need
 from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.data.loader import Loader
 from pgolf_fast.distributed import World
@@ -125,10 +124,12 @@ class Trainer:
         """Tokens of a step of the Reptile phase, over all ranks."""
         loss = partial(model.loss, z_loss=train.z_loss) if train.z_loss else model.loss
         self.loss_function: LossFunction = compiled(loss) if train.compile else loss
-        scale, shares, graph = 1 / self.micro_steps, train.cpu_shares, bool(train.cuda_graph)
-        need(shares == 1 or world.device.type == "cpu", "train.cpu_shares is for a CPU: set it to 1 on a GPU")
-        plain = MicroStep(model, scale, cuda_graph=graph)
-        self.micro_step: MicroStep | Shares = Shares(model, scale, shares) if shares > 1 else plain
+        self.micro_step: MicroStep | Shares = MicroStep(
+            model, 1 / self.micro_steps, cuda_graph=bool(train.cuda_graph)
+        )
+        shares = math.gcd(train.cpu_shares, train.micro_batch_tokens // train.seq_len)
+        if shares > 1 and world.device.type == "cpu" and not train.compile:
+            self.micro_step = Shares(model, 1 / self.micro_steps, shares)
         self.step, self.elapsed, self.qat = 0, 0.0, False
         model.allocate_gradient_banks()
 

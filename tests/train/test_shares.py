@@ -11,12 +11,11 @@ from helpers import randomize_, tiny_config
 from runs import assert_same, make_dataset, make_trainer, run_config, run_steps
 from safetensors.torch import load_file
 
-from pgolf_fast.distributed import World
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.train.loop import train
 from pgolf_fast.train.shares import Shares
-from pgolf_fast.train.trainer import MicroStep, Trainer
+from pgolf_fast.train.trainer import MicroStep
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +58,16 @@ def test_gradients_are_those_of_one_share(count):
             torch.testing.assert_close(parts[name], gradient, rtol=1e-9, atol=limit, msg=name)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("threads", [1, 3])
 def test_results_do_not_depend_on_the_number_of_threads(data, threads):
     """The gradients of two micro-batches, with bfloat16 tables and quantization-aware training."""
+    # The same weights: those of orthogonal initialization are rounded as LAPACK's threads divide the work
+    weights = make_trainer(run_config(data)).model.state_dict()
     found = []
-    for n in (threads, 4):
+    for n in (threads, 2):
         torch.set_num_threads(n)
         trainer = make_trainer(run_config(data, train__cpu_shares=2))
+        trainer.model.load_state_dict(weights)
         trainer.qat = True
         loss, *_ = trainer._accumulate()
         assert torch.get_num_threads() == seen_by_a_new_thread() == n
@@ -110,9 +112,10 @@ def test_an_interrupt_waits_for_the_shares():
     """Ctrl-C in a program of its own; `pgolf train` ends its step first."""
     model = randomize_(GPT(tiny_config()), seed=3)
     model.allocate_gradient_banks()
-    ended = []
+    begun, ended = [], []
 
     def loss(tokens, targets, banks):
+        begun.append(True)
         if not int(tokens[0, 0]):
             os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.3)
@@ -126,18 +129,16 @@ def test_an_interrupt_waits_for_the_shares():
             Shares(model, 1.0, 2)(loss, tokens, tokens, model.banks())
     finally:
         signal.signal(signal.SIGINT, before)
-    assert len(ended) == 2
+    assert len(ended) == len(begun) > 0
 
 
-def test_what_shares_cannot_do_is_refused_by_name(data):
-    with pytest.raises(PgolfError, match=r"train.cpu_shares 3 does not divide the micro-batch's 2 sequences"):
-        run_config(data, train__cpu_shares=3)
-    with pytest.raises(PgolfError, match=r"train.cpu_shares is 0|train.cpu_shares"):
+def test_parts_are_whole_sequences_on_a_cpu(data):
+    def step(**changes):
+        return type(
+            make_trainer(run_config(data, **{f"train__{name}": v for name, v in changes.items()})).micro_step
+        )
+
+    assert step() is step(cpu_shares=4) is Shares
+    assert step(cpu_shares=1) is step(cpu_shares=3) is step(compile=True) is MicroStep
+    with pytest.raises(PgolfError, match=r"train.cpu_shares"):
         run_config(data, train__cpu_shares=0)
-    for name in ("compile", "cuda_graph"):
-        with pytest.raises(PgolfError, match=rf"train.cpu_shares 2 does not go with train.{name}"):
-            run_config(data, **{"train__cpu_shares": 2, f"train__{name}": True})
-    trainer, config = make_trainer(run_config(data)), run_config(data, train__cpu_shares=2)
-    gpu = World(0, 1, torch.device("cuda"))
-    with pytest.raises(PgolfError, match=r"train.cpu_shares is for a CPU"):
-        Trainer(trainer.model, config, trainer.loader, gpu)
