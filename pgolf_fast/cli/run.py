@@ -73,7 +73,7 @@ def results_in(
 
 @dataclass(frozen=True)
 class Demo:
-    seconds: float = 100.0  # Training time in seconds; quantizing and scoring take extra.
+    seconds: float = 70.0  # Training time in seconds; quantizing and scoring take extra.
     out: Path = Path("runs/demo")  # Run folder; an earlier demo there is replaced.
     seed: int = 42  # Seed of the weights.
 
