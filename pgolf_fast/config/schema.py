@@ -189,8 +189,8 @@ class TrainConfig:
     seq_len: int = 2048
     """Tokens in a training sequence."""
     cpu_shares: int = 2
-    """Most parts of a micro-batch, of equally many sequences, that CPU threads train side by side. One
-    thread, a GPU and train.compile use the whole."""
+    """CPU threads train up to this many equal parts of a micro-batch side by side. One thread, a GPU and
+    train.compile use the whole."""
     compute_dtype: Dtype = "auto"
     """Dtype of activations and matmuls; auto is bfloat16 if the hardware supports it."""
     table_dtype: Literal["float32", "bfloat16"] = "bfloat16"
