@@ -128,7 +128,7 @@ class Trainer:
             model, 1 / self.micro_steps, cuda_graph=bool(train.cuda_graph)
         )
         shares = math.gcd(train.cpu_shares, train.micro_batch_tokens // train.seq_len)
-        # With one thread, `tiny` is 9 % slower in two parts
+        # One thread gains nothing from parts
         if shares > 1 < torch.get_num_threads() and world.device.type == "cpu" and not train.compile:
             self.micro_step = Shares(model, 1 / self.micro_steps, shares)
         self.step, self.elapsed, self.qat = 0, 0.0, False
