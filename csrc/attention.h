@@ -2,14 +2,17 @@
 // ops/reference.py has the formulas. No include guard, as in simd.h.
 //
 // Work is divided by (sequence, KV head), called a pair. Its rows are the queries of all heads that share the KV head,
-// query by query. Products run in float32 on tiles of keys, so that no T x T matrix is stored. Every piece of work has
-// a fixed size and its own results, so that no result depends on the number of threads.
+// query by query. Products run on tiles of keys, so that no T x T matrix is stored, and sum in float32. Their elements
+// E (simd.h) are float32, or pairs of bf16 where the CPU multiplies those: P and turned q and k are then rounded to
+// bf16, as other attention kernels do. Every piece of work has a fixed size and its own results, so that no result
+// depends on the number of threads.
 
 constexpr size_t kTall = kLanes == 16 ? 12 : kLanes == 8 ? 6 : 4;  // rows and columns of a product that stay in
 constexpr size_t kWide = 2 * kLanes;                               // registers
 constexpr size_t kKeys = 192;                                      // keys in a tile: a multiple of both
 constexpr size_t kRows = 24;                                       // rows that share a tile while it is in L1
 constexpr size_t kDepth = 64;                                      // channels summed in one chain
+constexpr size_t kEnoughPairs = 32;                                // from then on, one thread does all of a pair
 constexpr float kRmsEpsilon = 1.1920929e-7f, kXsaEpsilon = 1e-24f;  // added to a mean square; least squared norm
 
 PGOLF_INLINE size_t round_up(size_t n, size_t step) { return (n + step - 1) / step * step; }
@@ -19,18 +22,33 @@ PGOLF_INLINE size_t round_up(size_t n, size_t step) { return (n + step - 1) / st
 PGOLF_INLINE size_t stride_of(size_t columns) { return (round_up(columns, std::max<size_t>(16, kWide)) / 16 | 1) * 16; }
 
 // Uninitialized memory.
-class Floats {
+template <class E>
+class Array {
    public:
-    explicit Floats(size_t count) : data_(static_cast<float*>(::operator new(4 * count, std::align_val_t{64}))) {}
-    ~Floats() { ::operator delete(data_, std::align_val_t{64}); }
-    Floats(const Floats&) = delete;
-    Floats& operator=(const Floats&) = delete;
-    float* operator+(size_t at) const { return data_ + at; }
-    float& operator[](size_t at) const { return data_[at]; }
+    explicit Array(size_t count) : data_(static_cast<E*>(::operator new(sizeof(E) * count, std::align_val_t{64}))) {}
+    ~Array() { ::operator delete(data_, std::align_val_t{64}); }
+    Array(const Array&) = delete;
+    Array& operator=(const Array&) = delete;
+    E* operator+(size_t at) const { return data_ + at; }
+    E& operator[](size_t at) const { return data_[at]; }
 
    private:
-    float* data_;
+    E* data_;
 };
+using Floats = Array<float>;
+
+template <class E>
+using Item = std::conditional_t<kTerms<E> == 2, bf16, float>;  // what an element holds
+
+template <class E>
+PGOLF_INLINE Item<E>* items(E* elements) {
+    return reinterpret_cast<Item<E>*>(elements);
+}
+// Elements that hold `count` items.
+template <class E>
+PGOLF_INLINE size_t elements(size_t count) {
+    return (count + kTerms<E> - 1) / kTerms<E>;
+}
 
 // Calls work(i, scratch) once for every i < count on the pool, with `floats` of scratch memory for each thread.
 template <class Work>
@@ -53,9 +71,10 @@ struct Sizes : AttentionShape {
           pairs(batch * kv_heads),
           tile(tile_keys),
           tiles((keys + tile - 1) / tile),
+          blocks((rows + kRows - 1) / kRows),
           ld(stride_of(dim)),
           ldt(stride_of(tile)) {}
-    const size_t group, rows, first, pairs, tile, tiles, ld, ldt;  // `ldt` floats from row to row of a tile
+    const size_t group, rows, first, pairs, tile, tiles, blocks, ld, ldt;  // `ldt` floats from row to row of a tile
 
     size_t turned_tile() const { return dim * ldt; }  // floats of a tile of keys with channels as rows
     size_t position(size_t row) const { return first + std::min(row, rows - 1) / group; }
@@ -70,18 +89,18 @@ struct Sizes : AttentionShape {
     float gain_of(size_t pair, size_t row) const { return gain[pair % kv_heads * group + row % group]; }
 };
 
-// c (kTall, kWide) = a b, or c += a b, where a has `depth` > 0 columns, or rows if it is transposed.
-template <bool kTransposed, bool kAdd>
-void multiply(size_t depth, const float* a, size_t lda, const float* b, size_t ldb, float* c, size_t ldc) {
+// c (kTall, kWide) = a b, or c += a b, where a has `depth` > 0 columns of elements, or rows if it is transposed.
+template <bool kTransposed, bool kAdd, class E>
+void multiply(size_t depth, const E* a, size_t lda, const E* b, size_t ldb, float* c, size_t ldc) {
     vec sums[kTall][2] = {};
     size_t k = 0;
     do {
-        const vec left = load(b + k * ldb), right = load(b + k * ldb + kLanes);
+        const auto left = load_terms(b + k * ldb), right = load_terms(b + k * ldb + kLanes);
 #pragma GCC unroll 12
         for (size_t r = 0; r < kTall; r++) {
-            const vec x = splat(a[kTransposed ? k * lda + r : r * lda + k]);
-            sums[r][0] += x * left;
-            sums[r][1] += x * right;
+            const auto x = spread_terms(a + (kTransposed ? k * lda + r : r * lda + k));
+            add_product(sums[r][0], x, left);
+            add_product(sums[r][1], x, right);
         }
     } while (++k < depth);
 #pragma GCC unroll 12
@@ -94,11 +113,12 @@ void multiply(size_t depth, const float* a, size_t lda, const float* b, size_t l
 
 // c = a b over the channels. More than kDepth terms are summed in parts: with one chain of 128 terms, gradients had a
 // quarter more error than PyTorch's.
-inline void multiply_channels(size_t dim, const float* a, size_t lda, const float* b, size_t ldb, float* c,
-                              size_t ldc) {
-    multiply<false, false>(std::min(dim, kDepth), a, lda, b, ldb, c, ldc);
-    for (size_t i = kDepth; i < dim; i += kDepth)
-        multiply<false, true>(std::min(dim - i, kDepth), a + i, lda, b + i * ldb, ldb, c, ldc);
+template <class E>
+void multiply_channels(size_t dim, const E* a, size_t lda, const E* b, size_t ldb, float* c, size_t ldc) {
+    const size_t depth = elements<E>(dim), step = kDepth / kTerms<E>;
+    multiply<false, false>(std::min(depth, step), a, lda, b, ldb, c, ldc);
+    for (size_t i = step; i < depth; i += step)
+        multiply<false, true>(std::min(depth - i, step), a + i, lda, b + i * ldb, ldb, c, ldc);
 }
 
 template <class A, class B>
@@ -109,15 +129,36 @@ PGOLF_INLINE float dot(const A* a, const B* b, size_t count) {
 }
 
 // to = from, and zeros up to whole registers.
-template <class T>
-PGOLF_INLINE void widen(const Sizes& n, const T* from, float* to) {
+template <class T, class Out>
+PGOLF_INLINE void copy_head(const Sizes& n, const T* from, Out* to) {
     sweep(0, n.dim, [=](size_t i, auto lanes) { store(to + i, load(from + i, lanes), lanes); });
-    std::fill(to + n.dim, to + round_up(n.dim, kWide), 0.0f);
+    std::fill(to + n.dim, to + round_up(n.dim, kWide), Out{});
+}
+
+// Writes `count` rows of heads, where row(i) is, so that a product can sum over them: each element of `to` holds kTerms
+// rows of one channel, and those beyond the last row are zero.
+template <class Row>
+PGOLF_INLINE void stack(const Sizes& n, size_t count, const Row& row, float* to) {
+    for (size_t i = 0; i < count; i++) copy_head(n, row(i), to + i * n.ld);
+}
+template <class Row>
+PGOLF_INLINE void stack(const Sizes& n, size_t count, const Row& row, bf16x2* to) {
+    const bf16 none[kLanes] = {};
+    for (size_t i = 0; i < count; i += 2) {
+        const bf16* from[2] = {row(i), i + 1 < count ? row(i + 1) : none};
+        const size_t step = i + 1 < count;
+        sweep(0, n.dim, [&, out = to + i / 2 * n.ld](size_t c, auto lanes) {
+            const uvec low = (uvec)load(from[0] + c, lanes), high = (uvec)load(from[1] + step * c, lanes);
+            const uvec both = low >> 16 | high;
+            __builtin_memcpy(out + c, &both, 4 * lanes.lanes);
+        });
+        std::fill(to + i / 2 * n.ld + n.dim, to + i / 2 * n.ld + round_up(n.dim, kWide), 0);
+    }
 }
 
 // to = scale * from, with channels turned by the angles of a position (-1 turns back), and zeros.
-template <class T>
-PGOLF_INLINE void turn(const Sizes& n, const T* from, size_t position, float direction, float scale, float* to) {
+template <class T, class Out>
+PGOLF_INLINE void turn(const Sizes& n, const T* from, size_t position, float direction, float scale, Out* to) {
     const float *cos = n.cos + position * n.turned, *sin = n.sin + position * n.turned;
     sweep(0, n.turned, [=](size_t i, auto lanes) {
         const vec a = load(from + i, lanes), b = load(from + n.turned + i, lanes);
@@ -126,7 +167,7 @@ PGOLF_INLINE void turn(const Sizes& n, const T* from, size_t position, float dir
         store(to + n.turned + i, b * c - a * s, lanes);
     });
     sweep(2 * n.turned, n.dim, [=](size_t i, auto lanes) { store(to + i, scale * load(from + i, lanes), lanes); });
-    std::fill(to + n.dim, to + round_up(n.dim, kWide), 0.0f);
+    std::fill(to + n.dim, to + round_up(n.dim, kWide), Out{});
 }
 
 // Divides a head by its root mean square and returns the factor.
@@ -138,10 +179,11 @@ PGOLF_INLINE float normalize(T* head, size_t dim) {
 }
 
 // Writes a tile of keys with channels as rows: to[channel * ldt + key]. Beyond the last key, there are zeros.
-PGOLF_INLINE void transpose(const Sizes& n, const float* keys, size_t count, float* to) {
-    for (size_t channel = 0; channel < n.dim; channel++) {
-        float* row = to + channel * n.ldt;
-        for (size_t key = 0; key < count; key++) row[key] = keys[key * n.ld + channel];
+template <class E>
+void transpose(const Sizes& n, const E* keys, size_t count, E* to) {
+    for (size_t channel = 0; channel < elements<E>(n.dim); channel++) {
+        E* row = to + channel * n.ldt;
+        for (size_t key = 0; key < count; key++) std::memcpy(row + key, keys + key * n.ld + channel, sizeof(E));
         for (size_t key = count; key < round_up(count, kWide); key++) row[key] = 0;
     }
 }
@@ -156,9 +198,11 @@ struct Softmax {
     float top = -INFINITY, total = 0;
 };
 
-// Replaces the first `count` scores by e^(score - the largest so far), and those up to `width` by zero. Returns the
-// factor that rescales sums over earlier tiles.
+// Replaces the first `count` scores by items of E, e^(score - the largest so far), and those up to `width` by zero.
+// Returns the factor that rescales sums over earlier tiles.
+template <class E>
 PGOLF_INLINE float soften(float* scores, size_t count, size_t width, Softmax& state) {
+    Item<E>* to = reinterpret_cast<Item<E>*>(scores);
     const size_t whole = count / kLanes * kLanes;
     float factor = 1;
     if (count) {
@@ -169,22 +213,23 @@ PGOLF_INLINE float soften(float* scores, size_t count, size_t width, Softmax& st
         const float most = largest(top);
         for (size_t i = 0; i < whole; i += kLanes) {
             const vec e = exp(load(scores + i) - most);
-            store(scores + i, e);
+            store(to + i, e);
             total += e;
         }
         const vec e = seen ? exp(tail - most) : vec{};
-        store(scores + whole, e);
+        store(to + whole, e);
         factor = std::exp(state.top - most);
         state = {most, state.total * factor + sum(total + e)};
     }
-    for (size_t i = count; i < width; i++) scores[i] = 0;
+    for (size_t i = count; i < width; i++) to[i] = {};
     return factor;
 }
 
 // Attention of `height` rows (a multiple of kTall) from `row` on. Reads q (height, ld), rotated and scaled; writes sums
 // of values (height, ld), not yet divided by the softmax's denominator, and each row's softmax state.
-inline void attend(const Sizes& n, size_t row, size_t height, const float* q, const float* turned_keys,
-                   const float* values, float* scores, float* sums, Softmax* states) {
+template <class E>
+void attend(const Sizes& n, size_t row, size_t height, const E* q, const E* turned_keys, const E* values, float* scores,
+            float* sums, Softmax* states) {
     std::fill(sums, sums + height * n.ld, 0.0f);
     for (size_t tile = 0; tile < n.tiles && tile * kKeys <= n.position(row + height - 1); tile++) {
         const size_t key = tile * kKeys, width = std::min(kKeys, n.keys - key);
@@ -198,15 +243,16 @@ inline void attend(const Sizes& n, size_t row, size_t height, const float* q, co
                     multiply_channels(n.dim, q + r * n.ld, n.ld, turned_keys + tile * n.turned_tile() + j, n.ldt,
                                       scores + r * n.ldt + j, n.ldt);
         for (size_t r = 0; r < height; r++) {
-            const float factor = soften(scores + r * n.ldt, seen(r), seen(r / kTall * kTall + kTall - 1), states[r]);
+            const size_t most = round_up(seen(r / kTall * kTall + kTall - 1), kTerms<E>);
+            const float factor = soften<E>(scores + r * n.ldt, seen(r), most, states[r]);
             float* kept = sums + r * n.ld;
             for (size_t i = 0; tile && i < n.ld; i += kLanes) store(kept + i, factor * load(kept + i));
         }
         for (size_t i = 0; i < n.dim; i += kWide)
             for (size_t r = 0; r < height; r += kTall)
-                if (const size_t depth = seen(r + kTall - 1))
-                    multiply<false, true>(depth, scores + r * n.ldt, n.ldt, values + key * n.ld + i, n.ld,
-                                          sums + r * n.ld + i, n.ld);
+                if (const size_t depth = elements<E>(seen(r + kTall - 1)))
+                    multiply<false, true>(depth, reinterpret_cast<const E*>(scores + r * n.ldt), n.ldt,
+                                          values + elements<E>(key) * n.ld + i, n.ld, sums + r * n.ld + i, n.ld);
     }
 }
 
@@ -221,46 +267,75 @@ PGOLF_INLINE void finish(const Sizes& n, const float* sums, float total, const T
     });
 }
 
+// Normalizes a tile of keys, and writes them turned, with channels as rows, and the values beside them.
+template <class T, class E>
+void prepare_tile(const Sizes& n, const AttentionForward& io, size_t pair, size_t tile, E* turned_keys, E* values,
+                  E* turned) {
+    T* k = static_cast<T*>(io.k);
+    const size_t begin = tile * kKeys, count = std::min(n.keys - begin, kKeys);
+    for (size_t i = 0; i < count; i++) {
+        const size_t head = n.k_head(pair, begin + i);
+        io.k_rstd[head] = normalize(k + head * n.dim, n.dim);
+        turn(n, k + head * n.dim, begin + i, 1, 1, items(turned + i * n.ld));
+    }
+    const auto value = [&](size_t i) { return static_cast<const T*>(io.v) + n.k_head(pair, begin + i) * n.dim; };
+    stack(n, count, value, values + elements<E>(begin) * n.ld);
+    transpose(n, turned, count, turned_keys + tile * n.turned_tile());
+}
+
+// Attention of one block of rows, from projections to the context.
+template <class T, class E>
+void attend_block(const Sizes& n, const AttentionForward& io, size_t pair, size_t block, const E* turned_keys,
+                  const E* values, float* scratch) {
+    T *q = static_cast<T*>(io.q), *y = static_cast<T*>(io.y), *context = n.xsa ? static_cast<T*>(io.context) : y;
+    const T* v = static_cast<const T*>(io.v);
+    const size_t row = block * kRows, count = std::min(kRows, n.rows - row), height = round_up(count, kTall);
+    E* turned = reinterpret_cast<E*>(scratch);
+    float *sums = scratch + kRows * n.ld, *scores = sums + kRows * n.ld;
+    Softmax states[kRows];
+    for (size_t r = 0; r < height; r++) {
+        const size_t head = n.q_head(pair, row + r);
+        if (r < count) {
+            const float scale = n.gain_of(pair, row + r) / std::sqrt(float(n.dim));
+            io.q_rstd[head] = normalize(q + head * n.dim, n.dim);
+            turn(n, q + head * n.dim, n.position(row + r), 1, scale, items(turned + r * n.ld));
+        } else {
+            std::fill(turned + r * n.ld, turned + (r + 1) * n.ld, E{});
+        }
+    }
+    attend(n, row, height, turned, turned_keys, values, scores, sums, states);
+    for (size_t r = 0; r < count; r++) {
+        const size_t at = n.q_head(pair, row + r) * n.dim, own = n.k_head(pair, n.position(row + r)) * n.dim;
+        finish(n, sums + r * n.ld, states[r].total, v + own, y + at, context + at);
+        io.lse[n.lse_at(pair, row + r)] = states[r].top + std::log(states[r].total);
+    }
+}
+
 template <class T>
 void attention_as(const AttentionShape& shape, const AttentionForward& io, size_t threads) {
+    using E = Element<T>;
     const Sizes n(shape, kKeys);
-    T *q = static_cast<T*>(io.q), *k = static_cast<T*>(io.k);
-    T *y = static_cast<T*>(io.y), *context = n.xsa ? static_cast<T*>(io.context) : y;
-    const T* v = static_cast<const T*>(io.v);
-    const Floats turned_keys(n.pairs * n.tiles * n.turned_tile()), values(n.pairs * n.keys * n.ld);
-    share(n.pairs * n.tiles, threads, kKeys * n.ld, [&](size_t item, float* turned) {
-        const size_t pair = item / n.tiles, begin = item % n.tiles * kKeys, end = std::min(n.keys, begin + kKeys);
-        for (size_t key = begin; key < end; key++) {
-            const size_t head = n.k_head(pair, key);
-            io.k_rstd[head] = normalize(k + head * n.dim, n.dim);
-            turn(n, k + head * n.dim, key, 1, 1, turned + (key - begin) * n.ld);
-            widen(n, v + head * n.dim, values + (pair * n.keys + key) * n.ld);
-        }
-        transpose(n, turned, end - begin, turned_keys + item * n.turned_tile());
+    const size_t keys = n.tiles * n.turned_tile(), values = elements<E>(n.keys) * n.ld, scratch = kKeys * n.ld;
+    const size_t rows = kRows * (2 * n.ld + n.ldt);
+    if (n.pairs >= kEnoughPairs) {  // what a pair needs stays in the caches
+        share(n.pairs, threads, keys + values + std::max(scratch, rows), [&](size_t pair, float* own) {
+            E *turned = reinterpret_cast<E*>(own), *v = turned + keys;
+            float* rest = own + keys + values;
+            for (size_t tile = 0; tile < n.tiles; tile++)
+                prepare_tile<T>(n, io, pair, tile, turned, v, reinterpret_cast<E*>(rest));
+            for (size_t block = 0; block < n.blocks; block++) attend_block<T>(n, io, pair, block, turned, v, rest);
+        });
+        return;
+    }
+    const Array<E> prepared(n.pairs * (keys + values));
+    const auto of = [&](size_t pair) { return prepared + pair * (keys + values); };
+    share(n.pairs * n.tiles, threads, scratch, [&](size_t i, float* own) {
+        E* turned = of(i / n.tiles);
+        prepare_tile<T>(n, io, i / n.tiles, i % n.tiles, turned, turned + keys, reinterpret_cast<E*>(own));
     });
-    const size_t blocks = (n.rows + kRows - 1) / kRows;
-    share(n.pairs * blocks, threads, kRows * (2 * n.ld + n.ldt), [&](size_t item, float* scratch) {
-        const size_t pair = item / blocks, row = (blocks - 1 - item % blocks) * kRows;  // the longest first
-        const size_t count = std::min(kRows, n.rows - row), height = round_up(count, kTall);
-        float *turned = scratch, *sums = turned + kRows * n.ld, *scores = sums + kRows * n.ld;
-        Softmax states[kRows];
-        for (size_t r = 0; r < height; r++) {
-            const size_t head = n.q_head(pair, row + r);
-            if (r < count) {
-                const float scale = n.gain_of(pair, row + r) / std::sqrt(float(n.dim));
-                io.q_rstd[head] = normalize(q + head * n.dim, n.dim);
-                turn(n, q + head * n.dim, n.position(row + r), 1, scale, turned + r * n.ld);
-            } else {
-                std::fill(turned + r * n.ld, turned + (r + 1) * n.ld, 0.0f);
-            }
-        }
-        attend(n, row, height, turned, turned_keys + pair * n.tiles * n.turned_tile(), values + pair * n.keys * n.ld,
-               scores, sums, states);
-        for (size_t r = 0; r < count; r++) {
-            const size_t at = n.q_head(pair, row + r) * n.dim, own = n.k_head(pair, n.position(row + r)) * n.dim;
-            finish(n, sums + r * n.ld, states[r].total, v + own, y + at, context + at);
-            io.lse[n.lse_at(pair, row + r)] = states[r].top + std::log(states[r].total);
-        }
+    share(n.pairs * n.blocks, threads, rows, [&](size_t i, float* own) {
+        const E* turned = of(i / n.blocks);
+        attend_block<T>(n, io, i / n.blocks, n.blocks - 1 - i % n.blocks, turned, turned + keys, own);  // longest first
     });
 }
 

@@ -3,39 +3,54 @@
 
 constexpr size_t kKeysBack = 96, kRowsBack = 48;  // keys and rows in a tile: multiples of kTall, and keys of kWide
 constexpr size_t kQueriesBack = 32;               // queries whose rows one thread prepares or finishes at a time
-constexpr size_t kEnoughPairs = 32;               // with fewer pairs, keys are divided into blocks, for more threads
 
-// What backward computes before its products, and the part of dq that comes from each block of keys.
-struct Workspace : Sizes {
-    explicit Workspace(const AttentionShape& shape)
+struct BackwardSizes : Sizes {
+    explicit BackwardSizes(const AttentionShape& shape)
         : Sizes(shape, kKeysBack),
           block(pairs >= kEnoughPairs ? tiles : std::max<size_t>(4, (tiles + 7) / 8)),
-          blocks((tiles + block - 1) / std::max<size_t>(1, block)),
+          key_blocks((tiles + block - 1) / std::max<size_t>(1, block)),
           parts((queries + kQueriesBack - 1) / kQueriesBack),
-          padded(rows + kTall),
-          q(pairs * padded * ld),
-          dy(pairs * padded * ld),
-          k(pairs * tiles * tile * ld),
-          turned_k(pairs * tiles * turned_tile()),
-          turned_v(pairs * tiles * turned_tile()),
-          own(xsa ? pairs * queries * ld : 0),
-          lse(pairs * padded),
-          delta(pairs * padded),
-          dq(pairs * blocks * padded * ld),
-          dgain(pairs * parts * group) {}
-    const size_t block, blocks, parts, padded;  // a block is `block` tiles
-    const Floats q, dy, k, turned_k, turned_v, own, lse, delta, dq, dgain;
+          padded(round_up(rows + kTall, 2)) {}
+    const size_t block, key_blocks, parts, padded;  // a block is `block` tiles
 
-    // The first row that attends to a key.
-    size_t row_from(size_t key) const { return key < first ? 0 : (key - first) * group; }
-    float* part_of_dq(size_t pair, size_t which) const { return dq + (pair * blocks + which) * padded * ld; }
-    float* own_of(size_t pair, size_t query) const { return own + (pair * queries + query) * ld; }
+    // The first row that attends to a key, or the one before it if that is even.
+    size_t row_from(size_t key) const { return key < first ? 0 : (key - first) * group / 2 * 2; }
+};
+
+// What backward computes for a pair before its products, and the part of dq that comes from each block of keys. The
+// memory is the caller's.
+template <class E>
+struct Workspace {
+    static constexpr bool kStacked = kTerms<E> == 2;  // sums over rows need them two by two; else q and dy serve
+
+    Workspace(const BackwardSizes& n, float* memory) : memory_(memory) {
+        const size_t rows = n.padded * n.ld, keys = n.tiles * n.turned_tile();
+        take(q, n.padded * row_of(n)), take(dy, n.padded * row_of(n));
+        take(stacked_q, kStacked ? rows / 2 : 0), take(stacked_dy, kStacked ? rows / 2 : 0);
+        take(k, n.tiles * n.tile / kTerms<E> * n.ld), take(turned_k, keys), take(turned_v, keys);
+        take(own, n.xsa ? n.queries * n.ld : 0), take(lse, n.padded), take(delta, n.padded);
+        take(dq, n.key_blocks * rows), take(dgain, n.parts * n.group);
+    }
+    static size_t size(const BackwardSizes& n) { return Workspace(n, nullptr).used_; }  // in floats
+    static size_t row_of(const BackwardSizes& n) { return stride_of(elements<E>(n.dim)); }  // elements of a row of q
+
+    E *q, *dy, *stacked_q, *stacked_dy, *k, *turned_k, *turned_v;
+    float *own, *lse, *delta, *dq, *dgain;
+
+   private:
+    template <class X>
+    void take(X*& array, size_t count) {
+        array = memory_ ? reinterpret_cast<X*>(memory_ + used_) : nullptr;
+        used_ += round_up(count, 16);
+    }
+    float* memory_;
+    size_t used_ = 0;
 };
 
 // Gradient of y from that of the context g: g - (g.w / w.w) w for the token's own value w. Adds to `down` the gradient
 // of w: -((g.w) y + (y.w) g - 2 (g.w) (y.w) w / w.w) / w.w. Also writes the context again.
-template <class T>
-PGOLF_INLINE void exclude_back(const Sizes& n, const T* g, const T* y, const T* w, float* dy, float* down, T* context) {
+template <class T, class Out>
+PGOLF_INLINE void exclude_back(const Sizes& n, const T* g, const T* y, const T* w, Out* dy, float* down, T* context) {
     const float square = std::max(dot(w, w, n.dim), kXsaEpsilon);
     const float gw = dot(g, w, n.dim) / square, yw = dot(y, w, n.dim) / square;
     sweep(0, n.dim, [=](size_t i, auto lanes) {
@@ -44,7 +59,7 @@ PGOLF_INLINE void exclude_back(const Sizes& n, const T* g, const T* y, const T* 
         store(dy + i, grad - gw * own, lanes);
         store(down + i, load(down + i, lanes) - (gw * out + yw * grad - 2 * gw * yw * own), lanes);
     });
-    std::fill(dy + n.dim, dy + round_up(n.dim, kWide), 0.0f);
+    std::fill(dy + n.dim, dy + round_up(n.dim, kWide), Out{});
 }
 
 // Through RoPE and RMS norm: from the gradient of a turned head to that of its projection; returns d gain.
@@ -59,56 +74,52 @@ PGOLF_INLINE float normalize_back(const Sizes& n, float* grad, const T* unit, si
     return dgain;
 }
 
-// dy.y summed in the order of `multiply_channels`: a token that attends to itself alone has a gradient of exactly zero.
-template <class T>
-PGOLF_INLINE float delta_of(const Sizes& n, const float* dy, const T* y) {
-    float total = 0;
-    for (size_t begin = 0; begin < n.dim; begin += kDepth) {
-        float part = 0;
-        for (size_t i = begin; i < std::min(n.dim, begin + kDepth); i++) part += dy[i] * load(y + i, Part{1})[0];
-        total += part;
-    }
-    return total;
-}
-
-template <class T>
-void prepare_rows(const Workspace& n, const AttentionBackward& io, size_t pair, size_t part) {
+template <class T, class E>
+void prepare_rows(const BackwardSizes& n, const Workspace<E>& own, const AttentionBackward& io, size_t pair,
+                  size_t part) {
     const T *g = static_cast<const T*>(io.dcontext), *q = static_cast<const T*>(io.q), *v = static_cast<const T*>(io.v);
     const T* y = static_cast<const T*>(io.y);
     T* context = static_cast<T*>(io.context);
-    const size_t end = std::min(n.rows, (part + 1) * kQueriesBack * n.group);
-    for (size_t row = part * kQueriesBack * n.group; row < end; row++) {
-        const size_t at = n.q_head(pair, row) * n.dim, here = pair * n.padded + row, position = n.position(row);
-        turn(n, q + at, position, 1, n.gain_of(pair, row) / std::sqrt(float(n.dim)), n.q + here * n.ld);
-        float* dy = n.dy + here * n.ld;
+    const size_t step = own.row_of(n), begin = part * kQueriesBack * n.group;
+    const size_t end = std::min(n.rows, begin + kQueriesBack * n.group);
+    for (size_t row = begin; row < end; row++) {
+        const size_t at = n.q_head(pair, row) * n.dim, position = n.position(row);
+        const float scale = n.gain_of(pair, row) / std::sqrt(float(n.dim));
+        turn(n, q + at, position, 1, scale, items(own.q + row * step));
+        Item<E>* dy = items(own.dy + row * step);
         if (n.xsa) {
-            float* down = n.own_of(pair, row / n.group);
+            float* down = own.own + row / n.group * n.ld;
             if (row % n.group == 0) std::fill(down, down + n.ld, 0.0f);
             exclude_back(n, g + at, y + at, v + n.k_head(pair, position) * n.dim, dy, down, context + at);
         } else {
-            widen(n, g + at, dy);
+            copy_head(n, g + at, dy);
         }
-        n.lse[here] = io.lse[n.lse_at(pair, row)];
-        n.delta[here] = delta_of(n, dy, y + at);
+        own.lse[row] = io.lse[n.lse_at(pair, row)];
+        own.delta[row] = dot(dy, y + at, n.dim);
     }
-    if (end < n.rows) return;
-    const size_t begin = pair * n.padded + n.rows, stop = (pair + 1) * n.padded;  // rows that fill a product
-    for (const Floats* each : {&n.q, &n.dy}) std::fill(*each + begin * n.ld, *each + stop * n.ld, 0.0f);
-    for (const Floats* each : {&n.lse, &n.delta}) std::fill(*each + begin, *each + stop, 0.0f);
+    if (end == n.rows) {  // rows that fill a product
+        for (E* rows : {own.q, own.dy}) std::fill(rows + n.rows * step, rows + n.padded * step, E{});
+        for (float* row : {own.lse, own.delta}) std::fill(row + n.rows, row + n.padded, 0.0f);
+    }
+    if constexpr (Workspace<E>::kStacked) {
+        const size_t at = begin / 2 * n.ld;
+        stack(n, end - begin, [&](size_t i) { return items(own.q + (begin + i) * step); }, own.stacked_q + at);
+        stack(n, end - begin, [&](size_t i) { return items(own.dy + (begin + i) * step); }, own.stacked_dy + at);
+    }
 }
 
-template <class T>
-void prepare_keys(const Workspace& n, const AttentionBackward& io, size_t item, float* values) {
+template <class T, class E>
+void prepare_keys(const BackwardSizes& n, const Workspace<E>& own, const AttentionBackward& io, size_t pair,
+                  size_t tile, float* scratch) {
     const T *k = static_cast<const T*>(io.k), *v = static_cast<const T*>(io.v);
-    const size_t pair = item / n.tiles, begin = item % n.tiles * n.tile, count = std::min(n.tile, n.keys - begin);
-    float* turned = n.k + item * n.tile * n.ld;
-    for (size_t i = 0; i < count; i++) {
-        const size_t at = n.k_head(pair, begin + i) * n.dim;
-        turn(n, k + at, begin + i, 1, 1, turned + i * n.ld);
-        widen(n, v + at, values + i * n.ld);
-    }
-    transpose(n, turned, count, n.turned_k + item * n.turned_tile());
-    transpose(n, values, count, n.turned_v + item * n.turned_tile());
+    const size_t begin = tile * n.tile, count = std::min(n.tile, n.keys - begin);
+    E* rows = reinterpret_cast<E*>(scratch);
+    const auto row = [&](size_t i) { return items(rows + i * n.ld); };
+    for (size_t i = 0; i < count; i++) turn(n, k + n.k_head(pair, begin + i) * n.dim, begin + i, 1, 1, row(i));
+    transpose(n, rows, count, own.turned_k + tile * n.turned_tile());
+    stack(n, count, row, own.k + begin / kTerms<E> * n.ld);
+    for (size_t i = 0; i < count; i++) copy_head(n, v + n.k_head(pair, begin + i) * n.dim, row(i));
+    transpose(n, rows, count, own.turned_v + tile * n.turned_tile());
 }
 
 // Replaces a row's scores by probabilities P = e^(score - lse) and dP by P (dP - delta): zero from `count` to `width`.
@@ -127,76 +138,121 @@ PGOLF_INLINE void soften_back(float* scores, float* dp, size_t count, size_t wid
     }
 }
 
+#ifdef PGOLF_AVX512
+// The same for two rows: `scores` and `dp` become elements of both rows, and `ds` two rows of items, `ldt` apart.
+PGOLF_INLINE void soften_back(float* scores, float* dp, size_t ldt, const size_t* counts, size_t width,
+                              const float* lse, const float* delta, bf16* ds) {
+    for (size_t i = 0; i < width; i += kLanes) {
+        vec p[2], down[2];
+        for (size_t r = 0; r < 2; r++) {
+            const ivec seen = lanes_below(counts[r] > i ? counts[r] - i : 0);
+            p[r] = seen ? exp(load(scores + r * ldt + i) - lse[r]) : vec{};
+            down[r] = seen ? p[r] * (load(dp + r * ldt + i) - delta[r]) : vec{};
+        }
+        const uvec both = zip(p[0], p[1]), both_down = zip(down[0], down[1]);
+        std::memcpy(scores + i, &both, sizeof both);
+        std::memcpy(dp + i, &both_down, sizeof both);
+        for (size_t r = 0; r < 2; r++) {
+            const hvec items = truncate(both_down >> 16 * r);
+            std::memcpy(ds + r * ldt + i, &items, sizeof items);
+        }
+    }
+}
+#endif
+
 // The products of kRowsBack rows with one tile of keys: adds to dq (rows), dk and dv (keys), each of `ld` columns.
-inline void attend_back(const Workspace& n, size_t pair, size_t which, size_t row, float* scores, float* dp, float* dq,
-                        float* dk, float* dv) {
-    const size_t key = which * n.tile, count = std::min(n.tile, n.keys - key), item = pair * n.tiles + which;
-    const size_t height = std::min(kRowsBack, n.rows - row), here = pair * n.padded + row;
-    const float *q = n.q + here * n.ld, *dy = n.dy + here * n.ld, *k = n.k + item * n.tile * n.ld;
-    const float *turned_k = n.turned_k + item * n.turned_tile(), *turned_v = n.turned_v + item * n.turned_tile();
+// `scores`, `dp` and, for pairs of bf16, `ds` are scratch.
+template <class E>
+void attend_back(const BackwardSizes& n, const Workspace<E>& own, size_t tile, size_t row, float* scores, float* dp,
+                 [[maybe_unused]] float* ds, float* dq, float* dk, float* dv) {
+    const size_t key = tile * n.tile, count = std::min(n.tile, n.keys - key), width = round_up(count, kTall);
+    const size_t height = std::min(kRowsBack, n.rows - row), step = own.row_of(n);
+    const E *q = own.q + row * step, *dy = own.dy + row * step, *k = own.k + key / kTerms<E> * n.ld;
+    const E *turned_k = own.turned_k + tile * n.turned_tile(), *turned_v = own.turned_v + tile * n.turned_tile();
+    float *lse = own.lse + row, *delta = own.delta + row;
     const auto seen = [&](size_t r) { return std::min(count, n.position(row + r) + 1 - key); };
     for (size_t j = 0; j < count; j += kWide)
         for (size_t r = 0; r < height; r += kTall)
             if (j < seen(r + kTall - 1)) {
                 const size_t at = r * n.ldt + j;
-                multiply_channels(n.dim, q + r * n.ld, n.ld, turned_k + j, n.ldt, scores + at, n.ldt);
-                multiply_channels(n.dim, dy + r * n.ld, n.ld, turned_v + j, n.ldt, dp + at, n.ldt);
+                multiply_channels(n.dim, q + r * step, step, turned_k + j, n.ldt, scores + at, n.ldt);
+                multiply_channels(n.dim, dy + r * step, step, turned_v + j, n.ldt, dp + at, n.ldt);
             }
-    for (size_t r = 0; r < height; r++)
-        soften_back(scores + r * n.ldt, dp + r * n.ldt, seen(r), round_up(count, kTall), n.lse[here + r],
-                    n.delta[here + r]);
+    // A token that attends to itself alone has a gradient of exactly zero, in whatever order its sums were taken
+    for (size_t r = 0; r < height && n.position(row + r) == 0; r++) delta[r] = dp[r * n.ldt];
+    // Left operands: dS by rows for dq, dS and P by columns for dk and dv; right ones: rows of q and dy
+    const E *ds_rows = reinterpret_cast<E*>(dp), *ds_columns = ds_rows, *p_columns = reinterpret_cast<E*>(scores);
+    const E *q_rows = q, *dy_rows = dy;
+    size_t ds_step = n.ldt;
+#ifdef PGOLF_AVX512
+    if constexpr (Workspace<E>::kStacked) {
+        for (size_t r = 0; r < height; r += 2) {
+            const size_t counts[2] = {seen(r), r + 1 < height ? seen(r + 1) : 0};
+            soften_back(scores + r * n.ldt, dp + r * n.ldt, n.ldt, counts, width, lse + r, delta + r,
+                        reinterpret_cast<bf16*>(ds) + r * n.ldt);
+        }
+        ds_rows = reinterpret_cast<E*>(ds), ds_step = n.ldt / 2;
+        q_rows = own.stacked_q + row / 2 * n.ld, dy_rows = own.stacked_dy + row / 2 * n.ld;
+    } else
+#endif
+        for (size_t r = 0; r < height; r++)
+            soften_back(scores + r * n.ldt, dp + r * n.ldt, seen(r), width, lse[r], delta[r]);
     for (size_t i = 0; i < n.dim; i += kWide) {
         for (size_t r = 0; r < height; r += kTall)
-            multiply<false, true>(seen(r + kTall - 1), dp + r * n.ldt, n.ldt, k + i, n.ld, dq + r * n.ld + i, n.ld);
+            multiply<false, true>(elements<E>(seen(r + kTall - 1)), ds_rows + r * ds_step, ds_step, k + i, n.ld,
+                                  dq + r * n.ld + i, n.ld);
         for (size_t j = 0; j < count; j += kTall) {
             const size_t from = std::max(row, n.row_from(key + j)) - row;
             if (from >= height) break;
-            const size_t at = from * n.ldt + j, right = from * n.ld + i, to = j * n.ld + i;
-            multiply<true, true>(height - from, dp + at, n.ldt, q + right, n.ld, dk + to, n.ld);
-            multiply<true, true>(height - from, scores + at, n.ldt, dy + right, n.ld, dv + to, n.ld);
+            const size_t depth = elements<E>(height - from), to = j * n.ld + i;
+            const size_t at = from * n.ldt + j, right = from / kTerms<E> * n.ld + i, lda = kTerms<E> * n.ldt;
+            multiply<true, true>(depth, ds_columns + at, lda, q_rows + right, n.ld, dk + to, n.ld);
+            multiply<true, true>(depth, p_columns + at, lda, dy_rows + right, n.ld, dv + to, n.ld);
         }
     }
 }
 
-// One block of keys of a pair: writes their dk and dv and the block's part of dq.
-template <class T>
-void backward_block(const Workspace& n, const AttentionBackward& io, size_t pair, size_t which, float* scratch) {
+// One block of keys: writes their dk and dv and the block's part of dq.
+template <class T, class E>
+void backward_block(const BackwardSizes& n, const Workspace<E>& own, const AttentionBackward& io, size_t pair,
+                    size_t which, float* scratch) {
     const T* k = static_cast<const T*>(io.k);
     T *to_k = static_cast<T*>(io.dk), *to_v = static_cast<T*>(io.dv);
     float *dk = scratch, *dv = dk + n.tile * n.ld, *scores = dv + n.tile * n.ld, *dp = scores + kRowsBack * n.ldt;
-    float* dq = n.part_of_dq(pair, which);
+    float *ds = dp + kRowsBack * n.ldt, *dq = own.dq + which * n.padded * n.ld;
     const size_t begin = which * n.block, end = std::min(n.tiles, begin + n.block);
     std::fill(dq + n.row_from(begin * n.tile) * n.ld, dq + n.padded * n.ld, 0.0f);
     for (size_t tile = begin; tile < end; tile++) {
         std::fill(dk, dk + 2 * n.tile * n.ld, 0.0f);
         for (size_t row = n.row_from(tile * n.tile); row < n.rows; row += kRowsBack)
-            attend_back(n, pair, tile, row, scores, dp, dq + row * n.ld, dk, dv);
+            attend_back(n, own, tile, row, scores, dp, ds, dq + row * n.ld, dk, dv);
         for (size_t key = tile * n.tile, i = 0; i < n.tile && key < n.keys; i++, key++) {
             const size_t head = n.k_head(pair, key), at = head * n.dim;
             float *from_k = dk + i * n.ld, *from_v = dv + i * n.ld;
             normalize_back(n, from_k, k + at, key, 1, 1, io.k_rstd[head], to_k + at);
-            const float* own = n.xsa && key >= n.first ? n.own_of(pair, key - n.first) : nullptr;
+            const float* more = n.xsa && key >= n.first ? own.own + (key - n.first) * n.ld : nullptr;
             sweep(0, n.dim, [=](size_t c, auto lanes) {
                 const vec grad = load(from_v + c, lanes);
-                store(to_v + at + c, own ? grad + load(own + c, lanes) : grad, lanes);
+                store(to_v + at + c, more ? grad + load(more + c, lanes) : grad, lanes);
             });
         }
     }
 }
 
 // Sums the parts of dq in the order of the blocks and finishes it.
-template <class T>
-void finish_rows(const Workspace& n, const AttentionBackward& io, size_t pair, size_t part, float* grad) {
+template <class T, class E>
+void finish_rows(const BackwardSizes& n, const Workspace<E>& own, const AttentionBackward& io, size_t pair, size_t part,
+                 float* grad) {
     const T* q = static_cast<const T*>(io.q);
     T* to = static_cast<T*>(io.dq);
-    float* dgain = n.dgain + (pair * n.parts + part) * n.group;
+    float* dgain = own.dgain + part * n.group;
     std::fill(dgain, dgain + n.group, 0.0f);
     const size_t end = std::min(n.rows, (part + 1) * kQueriesBack * n.group);
     for (size_t row = part * kQueriesBack * n.group; row < end; row++) {
         const size_t head = n.q_head(pair, row), at = head * n.dim;
         std::fill(grad, grad + n.ld, 0.0f);
-        for (size_t which = 0; which < n.blocks && n.row_from(which * n.block * n.tile) <= row; which++) {
-            const float* from = n.part_of_dq(pair, which) + row * n.ld;
+        for (size_t which = 0; which < n.key_blocks && n.row_from(which * n.block * n.tile) <= row; which++) {
+            const float* from = own.dq + (which * n.padded + row) * n.ld;
             for (size_t i = 0; i < n.ld; i += kLanes) store(grad + i, load(grad + i) + load(from + i));
         }
         dgain[row % n.group] += normalize_back(n, grad, q + at, n.position(row), 1 / std::sqrt(float(n.dim)),
@@ -206,18 +262,44 @@ void finish_rows(const Workspace& n, const AttentionBackward& io, size_t pair, s
 
 template <class T>
 void attention_backward_as(const AttentionShape& shape, const AttentionBackward& io, size_t threads) {
-    const Workspace n(shape);
-    share(n.pairs * n.parts, threads, 0, [&](size_t i, float*) { prepare_rows<T>(n, io, i / n.parts, i % n.parts); });
-    share(n.pairs * n.tiles, threads, n.tile * n.ld, [&](size_t i, float* own) { prepare_keys<T>(n, io, i, own); });
-    share(n.pairs * n.blocks, threads, 2 * n.tile * n.ld + 2 * kRowsBack * n.ldt, [&](size_t i, float* own) {
-        backward_block<T>(n, io, i % n.pairs, i / n.pairs, own);  // the longest first
-    });
-    share(n.pairs * n.parts, threads, n.ld, [&](size_t i, float* own) {
-        finish_rows<T>(n, io, i / n.parts, i % n.parts, own);
-    });
+    using Space = Workspace<Element<T>>;
+    const BackwardSizes n(shape);
+    const size_t size = Space::size(n), scratch = 2 * n.tile * n.ld + (2 + Space::kStacked) * kRowsBack * n.ldt;
+    const Floats dgain(n.pairs * n.parts * n.group);
+    const auto keep = [&](size_t pair, const Space& own) {
+        std::copy_n(own.dgain, n.parts * n.group, dgain + pair * n.parts * n.group);
+    };
+    if (n.pairs >= kEnoughPairs) {  // what a pair needs stays in the caches
+        share(n.pairs, threads, size + scratch, [&](size_t pair, float* memory) {
+            const Space own(n, memory);
+            float* rest = memory + size;
+            for (size_t i = 0; i < n.parts; i++) prepare_rows<T>(n, own, io, pair, i);
+            for (size_t i = 0; i < n.tiles; i++) prepare_keys<T>(n, own, io, pair, i, rest);
+            for (size_t i = 0; i < n.key_blocks; i++) backward_block<T>(n, own, io, pair, i, rest);
+            for (size_t i = 0; i < n.parts; i++) finish_rows<T>(n, own, io, pair, i, rest);
+            keep(pair, own);
+        });
+    } else {
+        const Floats memory(n.pairs * size);
+        const auto of = [&](size_t pair) { return Space(n, memory + pair * size); };
+        const size_t parts = n.pairs * n.parts;
+        share(parts, threads, 0, [&](size_t i, float*) {
+            prepare_rows<T>(n, of(i / n.parts), io, i / n.parts, i % n.parts);
+        });
+        share(n.pairs * n.tiles, threads, scratch, [&](size_t i, float* rest) {
+            prepare_keys<T>(n, of(i / n.tiles), io, i / n.tiles, i % n.tiles, rest);
+        });
+        share(n.pairs * n.key_blocks, threads, scratch, [&](size_t i, float* rest) {
+            backward_block<T>(n, of(i % n.pairs), io, i % n.pairs, i / n.pairs, rest);  // the longest first
+        });
+        share(parts, threads, scratch, [&](size_t i, float* rest) {
+            finish_rows<T>(n, of(i / n.parts), io, i / n.parts, i % n.parts, rest);
+        });
+        for (size_t pair = 0; pair < n.pairs; pair++) keep(pair, of(pair));
+    }
     std::fill(io.dgain, io.dgain + n.heads, 0.0f);
     for (size_t i = 0; i < n.pairs * n.parts * n.group; i++)
-        io.dgain[i / n.group / n.parts % n.kv_heads * n.group + i % n.group] += n.dgain[i];
+        io.dgain[i / n.group / n.parts % n.kv_heads * n.group + i % n.group] += dgain[i];
 }
 
 void attention_backward(Type type, const AttentionShape& shape, const AttentionBackward& io, size_t threads) {

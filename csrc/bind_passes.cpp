@@ -14,7 +14,6 @@ Activation activation_of(const std::string& name) {
     throw py::value_error("activation is " + name + ": use leaky_relu_squared, relu_squared or swiglu");
 }
 
-using Matrices = py::array_t<float, py::array::c_style>;
 
 void activate(const py::array& pre, py::array& hidden, const std::string& kind, size_t threads) {
     const Operand in("pre", pre), out("hidden", hidden);
@@ -37,21 +36,23 @@ void activate_backward(const py::array& dhidden, const py::array& pre, py::array
     passes().activate_backward(grad.type(), dh, x, dx, h, count, activation, threads);
 }
 
-void symmetric_product(const Matrices& x, const std::optional<Matrices>& add, Matrices& out, float alpha, float beta,
+void symmetric_product(const py::array& x, const std::optional<py::array>& add, py::array& out, float alpha, float beta,
                        size_t threads) {
-    if (x.ndim() != 3) throw py::value_error("x has " + std::to_string(x.ndim()) + " dimensions, but 3 are needed");
-    const auto count = x.shape(0), rows = x.shape(1), columns = x.shape(2);
-    const auto check = [&](const Matrices& squares, const char* name) {
-        if (squares.ndim() != 3 || squares.shape(0) != count || squares.shape(1) != rows || squares.shape(2) != rows)
+    const Operand from("x", x), to("out", out);
+    if (x.ndim() != 3) from.fail(" has " + std::to_string(x.ndim()) + " dimensions, but 3 are needed");
+    const size_t count = from.shape(0), rows = from.shape(1), columns = from.shape(2);
+    const auto check = [&](const py::array& squares, const char* name) {
+        if (squares.ndim() != 3 || squares.shape(0) != x.shape(0) || squares.shape(1) != x.shape(1) ||
+            squares.shape(2) != x.shape(1))
             throw py::value_error(std::string(name) + " must have the shape (" + std::to_string(count) + ", " +
                                   std::to_string(rows) + ", " + std::to_string(rows) + ")");
+        return Operand(name, squares).like(from, count * rows * rows).data();
     };
     check(out, "out");
-    if (add) check(*add, "add");
-    const float *from = x.data(), *other = add ? add->data() : nullptr;
-    float* to = out.mutable_data();
+    const void* other = add ? check(*add, "add") : nullptr;
+    void* result = to.writable();
     py::gil_scoped_release unlocked;
-    passes().symmetric_product(from, other, to, alpha, beta, size_t(count), size_t(rows), size_t(columns), threads);
+    passes().symmetric_product(from.type(), from.data(), other, result, alpha, beta, count, rows, columns, threads);
 }
 
 void softcap_loss(py::array& logits, const py::array& targets, py::array& loss, py::array& logsumexp, float softcap,
@@ -198,8 +199,8 @@ void bind_passes(py::module_& m) {
     m.def("activate", &activate, py::arg("pre"), py::arg("hidden"), py::arg("activation"), py::arg("threads") = 0);
     m.def("activate_backward", &activate_backward, py::arg("dhidden"), py::arg("pre"), py::arg("dpre"),
           py::arg("hidden"), py::arg("activation"), py::arg("threads") = 0);
-    m.def("symmetric_product", &symmetric_product, py::arg("x").noconvert(), py::arg("add").noconvert(),
-          py::arg("out").noconvert(), py::arg("alpha"), py::arg("beta"), py::arg("threads") = 0);
+    m.def("symmetric_product", &symmetric_product, py::arg("x"), py::arg("add"), py::arg("out"), py::arg("alpha"),
+          py::arg("beta"), py::arg("threads") = 0);
     m.def("softcap_loss", &softcap_loss, py::arg("logits"), py::arg("targets"), py::arg("loss"), py::arg("logsumexp"),
           py::arg("softcap"), py::arg("z_loss"), py::arg("gradient"), py::arg("threads") = 0);
     m.def("residual_norm", &residual_norm, py::arg("x"), py::arg("branch"), py::arg("x_scale"), py::arg("branch_scale"),

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 namespace pgolf {
@@ -91,7 +92,7 @@ struct Passes {
     void (*activate_backward)(Type, const void* dhidden, const void* pre, void* dpre, void* hidden, size_t count,
                               Activation, size_t threads);
     // alpha x x^T + beta add (count, rows, rows) of x (count, rows, columns); add is symmetric, or null.
-    void (*symmetric_product)(const float* x, const float* add, float* out, float alpha, float beta, size_t count,
+    void (*symmetric_product)(Type, const void* x, const void* add, void* out, float alpha, float beta, size_t count,
                               size_t rows, size_t columns, size_t threads);
     void (*attention)(Type, const AttentionShape&, const AttentionForward&, size_t threads);
     void (*attention_backward)(Type, const AttentionShape&, const AttentionBackward&, size_t threads);

@@ -10,6 +10,10 @@
 #include "pool.h"
 
 #if defined(__x86_64__)
+#if !defined(__clang__)  // GCC 12 warns of its own header's undefined operands
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
 
 #if defined(__clang__)
@@ -19,6 +23,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")
 #endif
 #define PGOLF_LANES 16
+#define PGOLF_AVX512  // intrinsics beside the compiler's vectors (simd.h)
 namespace pgolf {
 namespace avx512 {
 #include "passes_all.h"

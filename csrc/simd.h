@@ -21,14 +21,28 @@ PGOLF_INLINE vec splat(float x) { return x - vec{}; }
 PGOLF_INLINE vec max(vec a, vec b) { return a > b ? a : b; }
 PGOLF_INLINE vec min(vec a, vec b) { return a < b ? a : b; }
 
-PGOLF_INLINE vec widen(hvec half) { return (vec)(__builtin_convertvector(half, uvec) << 16); }
+#ifdef PGOLF_AVX512
+// GCC 12 converts such vectors by halves, through memory.
+PGOLF_INLINE uvec extend(hvec x) { return (uvec)_mm512_cvtepu16_epi32((__m256i)x); }
+PGOLF_INLINE hvec truncate(uvec x) { return (hvec)_mm512_cvtepi32_epi16((__m512i)x); }
+#else
+PGOLF_INLINE uvec extend(hvec x) { return __builtin_convertvector(x, uvec); }
+PGOLF_INLINE hvec truncate(uvec x) { return __builtin_convertvector(x, hvec); }
+#endif
 
+PGOLF_INLINE vec widen(hvec half) { return (vec)(extend(half) << 16); }
+
+#ifdef PGOLF_AVX512
+// Subnormal numbers become zero.
+PGOLF_INLINE hvec narrow(vec x) { return (hvec)_mm512_cvtneps_pbh(x); }
+#else
 PGOLF_INLINE hvec narrow(vec x) {
     const uvec u = (uvec)x;
     const uvec rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
     const uvec kept = (uvec)(x == x ? (ivec)rounded : (ivec)((u >> 16) | 0x40));  // NaN stays NaN
-    return __builtin_convertvector(kept, hvec);
+    return truncate(kept);
 }
+#endif
 
 template <class Lanes>
 PGOLF_INLINE vec load(const float* p, Lanes n) {
@@ -60,6 +74,51 @@ PGOLF_INLINE void store(T* p, vec x) {
     store(p, x, Whole{});
 }
 
+// Products sum over elements of type E: float, or two bf16 that are neighbors along the summed dimension. Reads go
+// through memcpy, since the same memory holds float, bf16 and pairs of them in turn.
+typedef uint32_t bf16x2;
+template <class E>
+constexpr size_t kTerms = 1;  // terms of the sum in an element
+template <>
+inline constexpr size_t kTerms<bf16x2> = 2;
+
+PGOLF_INLINE vec load_terms(const float* p) { return load(p); }
+PGOLF_INLINE vec spread_terms(const float* p) { return splat(load(p, Part{1})[0]); }
+PGOLF_INLINE void add_product(vec& sum, vec a, vec b) { sum += a * b; }
+
+#ifdef PGOLF_AVX512
+template <class T>  // the element in which products of T are computed
+using Element = std::conditional_t<std::is_same_v<T, bf16>, bf16x2, float>;
+
+PGOLF_INLINE uvec load_terms(const bf16x2* p) {
+    uvec x;
+    __builtin_memcpy(&x, p, sizeof x);
+    return x;
+}
+PGOLF_INLINE uvec spread_terms(const bf16x2* p) {
+    bf16x2 x;
+    __builtin_memcpy(&x, p, sizeof x);
+    return x - uvec{};
+}
+PGOLF_INLINE void add_product(vec& sum, uvec a, uvec b) { sum = _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+// Lanes of a in the lower halves, of b in the upper ones, both rounded to bf16.
+PGOLF_INLINE uvec zip(vec a, vec b) {
+    return extend(narrow(a)) | extend(narrow(b)) << 16;
+}
+#else
+template <class T>
+using Element = float;
+#endif
+
+#ifdef PGOLF_AVX512
+PGOLF_INLINE __mmask16 mask(Part n) { return __mmask16((1u << n.lanes) - 1); }
+PGOLF_INLINE vec load(const float* p, Part n) { return _mm512_maskz_loadu_ps(mask(n), p); }
+PGOLF_INLINE vec load(const bf16* p, Part n) { return widen((hvec)_mm256_maskz_loadu_epi16(mask(n), p)); }
+PGOLF_INLINE void store(float* p, vec x, Part n) { _mm512_mask_storeu_ps(p, mask(n), x); }
+PGOLF_INLINE void store(bf16* p, vec x, Part n) { _mm256_mask_storeu_epi16(p, mask(n), (__m256i)narrow(x)); }
+PGOLF_INLINE float sum(vec x) { return _mm512_reduce_add_ps(x); }
+PGOLF_INLINE float largest(vec x) { return _mm512_reduce_max_ps(x); }
+#else
 PGOLF_INLINE float sum(vec x) {
     float part[kLanes];
     __builtin_memcpy(part, &x, sizeof part);
@@ -75,6 +134,7 @@ PGOLF_INLINE float largest(vec x) {
         for (size_t i = 0; i < n; i++) part[i] = part[i] > part[i + n] ? part[i] : part[i + n];
     return part[0];
 }
+#endif
 
 // The lanes that hold elements keep x, the others become `rest`.
 PGOLF_INLINE vec select(vec x, vec, Whole) { return x; }

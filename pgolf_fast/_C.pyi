@@ -95,12 +95,7 @@ def activate_backward(
     dhidden: Floats, pre: Floats, dpre: Floats, hidden: Floats, activation: str, threads: int = 0
 ) -> None: ...
 def symmetric_product(
-    x: NDArray[np.float32],
-    add: NDArray[np.float32] | None,
-    out: NDArray[np.float32],
-    alpha: float,
-    beta: float,
-    threads: int = 0,
+    x: Floats, add: Floats | None, out: Floats, alpha: float, beta: float, threads: int = 0
 ) -> None: ...
 def attention(
     q: Floats,

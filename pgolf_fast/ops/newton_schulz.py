@@ -55,8 +55,8 @@ def _cpu(g: Tensor, steps: int) -> Tensor:
 
 
 def _symmetric(x: Tensor, add: Tensor | None, alpha: float, beta: float) -> Tensor:
-    """Return alpha x x^T + beta add, computing one triangle in float32."""
-    fused = native.passes("newton_schulz", x) if x.dtype == torch.float32 else None
+    """Return alpha x x^T + beta add, of which the fused pass computes one triangle."""
+    fused = native.passes("newton_schulz", x)
     if fused is None:
         return x @ x.mT if add is None else torch.baddbmm(add, x, x.mT, beta=beta, alpha=alpha)
     out = x.new_empty(*x.shape[:2], x.shape[1])

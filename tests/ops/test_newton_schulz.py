@@ -147,24 +147,27 @@ def tables():
     extension.choose_passes("auto")
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 15, 9), (3, 16, 64), (2, 33, 1), (2, 97, 130), (0, 3, 2)])
-def test_symmetric_product(shape, tables):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 15, 9), (3, 16, 64), (2, 33, 1), (2, 97, 130), (0, 3, 2), (2, 3, 0)])
+def test_symmetric_product(shape, dtype, tables):
     """Both triangles are right and equal for every instruction set, with the same bits on any threads."""
     from pgolf_fast import _C
 
-    x = torch.randn(shape)
-    add = torch.randn(shape[0], shape[1], shape[1])
+    x = torch.randn(shape, dtype=dtype)
+    add = torch.randn(shape[0], shape[1], shape[1], dtype=dtype)
     add = add + add.mT
+    rounding = {torch.float32: (1e-4, 1e-5), torch.bfloat16: (1e-4, 2**-8)}[dtype]
     exact = -1.5 * x.double() @ x.double().mT
     for name in tables:
         _C.choose_passes(name)
         for other in (None, add):
             outs = [torch.full_like(add, torch.nan) for _ in range(3)]
             for threads, out in enumerate(outs, 1):
-                operands = (x.numpy(), None if other is None else other.numpy(), out.numpy())
+                bits = torch.uint16 if dtype == torch.bfloat16 else dtype
+                operands = (None if t is None else t.view(bits).numpy() for t in (x, other, out))
                 _C.symmetric_product(*operands, -1.5, 0.5, threads)
             wanted = exact if other is None else exact + 0.5 * add
-            torch.testing.assert_close(outs[0].double(), wanted, atol=1e-4, rtol=1e-5)
+            torch.testing.assert_close(outs[0].double(), wanted, atol=rounding[0], rtol=rounding[1])
             assert torch.equal(outs[0], outs[0].mT)
             assert torch.equal(outs[0], outs[1])
             assert torch.equal(outs[0], outs[2])
