@@ -34,7 +34,7 @@ from pgolf_fast.bench.store import provenance
 from pgolf_fast.config.presets import preset
 from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.cores import available_cores
-from pgolf_fast.distributed import this_process
+from pgolf_fast.distributed import fewer_collections, keep_freed_memory, this_process
 from pgolf_fast.io import write_text
 from pgolf_fast.ops import reference
 from pgolf_fast.train.trainer import Trainer
@@ -105,6 +105,7 @@ def operations(way: Way) -> list[dict]:
 
 def compare(config: RunConfig, threads: int, names: Sequence[str], rounds: int, end: float) -> dict:
     """Measure the ways on that many threads; return a record. Only the first round may begin after `end`."""
+    keep_freed_memory()
     torch.set_num_threads(threads)
     torch._dynamo.reset()  # compiled code has the number of threads in it
     tokens, ways, failed = cpu_jobs.token_pool(config), dict[str, Way](), dict[str, str]()
@@ -115,14 +116,15 @@ def compare(config: RunConfig, threads: int, names: Sequence[str], rounds: int, 
         except Exception as error:  # noqa: BLE001 - one peer's compiler must not lose the others' rows
             failed[name] = (str(error).strip() or repr(error)).splitlines()[0]
             print(f"{threads} threads, {name}: failed: {failed[name]}", flush=True)
-    for number in range(rounds):
-        if number and time.monotonic() > end:
-            print(f"out of time after {number} rounds", flush=True)
-            break
-        for way in ways.values():
-            start = time.perf_counter()
-            way.losses.append(way.advance())
-            way.seconds.append(time.perf_counter() - start)
+    with fewer_collections():  # as in `pgolf train`
+        for number in range(rounds):
+            if number and time.monotonic() > end:
+                print(f"out of time after {number} rounds", flush=True)
+                break
+            for way in ways.values():
+                start = time.perf_counter()
+                way.losses.append(way.advance())
+                way.seconds.append(time.perf_counter() - start)
     truth = ways.get("eager") or next(iter(ways.values()), None)
     rows = [row(way, ways.get("ours"), truth) for way in ways.values() if truth]
     longest = operations(ways["ours"]) if "ours" in ways else []

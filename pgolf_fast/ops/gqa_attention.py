@@ -276,9 +276,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.has_value_embed = value_embed is not None
     ctx.save_for_backward(x, qo_bank, kv_bank, q_gain, cos, sin, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # else backward makes zeros for them
 
 
-def _backward(ctx: Any, dout: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dout: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return (None,) * 13
     x, qo_bank, kv_bank, q_gain, cos, sin, *saved = ctx.saved_tensors
     options = (ctx.slot, ctx.xsa, ctx.grad_qo, ctx.grad_kv, ctx.has_value_embed)
     dx, dqo, dkv, dgain, dvalue = torch.ops.pgolf.gqa_attention_backward(
@@ -379,9 +382,12 @@ def _setup_projected(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
     *_, q_gain, cos, sin, _, ctx.xsa = inputs
     ctx.save_for_backward(q_gain, cos, sin, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # else backward makes zeros for them
 
 
-def _projected_backward(ctx: Any, dcontext: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _projected_backward(ctx: Any, dcontext: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dcontext is None:
+        return (None,) * 8
     q_gain, cos, sin, *saved = ctx.saved_tensors
     grads = torch.ops.pgolf.projected_attention_backward(dcontext, saved, q_gain, cos, sin, ctx.xsa)
     return *grads, *(None,) * 4

@@ -17,7 +17,7 @@ from pgolf_fast.config.run_folder import RunFolder, absolute
 from pgolf_fast.config.schema import RunConfig
 from pgolf_fast.data.loader import make_loader
 from pgolf_fast.data.source import Source, open_source
-from pgolf_fast.distributed import World, join_world
+from pgolf_fast.distributed import World, fewer_collections, join_world
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.score import Score, Stream
 from pgolf_fast.evaluation.scores import plain_score
@@ -84,7 +84,7 @@ def train(config: RunConfig, out: Path, *, resume: bool = False, track: Tracking
             world.barrier()  # every rank has read the folder before one of them writes
             console.setup_logging(folder.log_file if world.is_main else None, quiet=not world.is_main)
             try:
-                with Interrupts(world.world_size) as interrupts:
+                with Interrupts(world.world_size) as interrupts, fewer_collections():
                     result = _Run(config, folder, world, interrupts).run(resume, changed, track)
                     interrupts.allow(at_once=True)
                     return result

@@ -148,7 +148,9 @@ def tables():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 15, 9), (3, 16, 64), (2, 33, 1), (2, 97, 130), (0, 3, 2), (2, 3, 0)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (2, 15, 9), (3, 16, 64), (2, 33, 1), (2, 97, 130), (0, 3, 2), (2, 3, 0)]
+)
 def test_symmetric_product(shape, dtype, tables):
     """Both triangles are right and equal for every instruction set, with the same bits on any threads."""
     from pgolf_fast import _C
