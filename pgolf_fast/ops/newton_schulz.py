@@ -50,7 +50,8 @@ def _cpu(g: Tensor, steps: int) -> Tensor:
     for _ in range(steps):
         gram = _symmetric(x, None, 1.0, 0.0)
         poly = _symmetric(gram, gram, c, b)
-        x = torch.baddbmm(x, poly, x, beta=a)
+        poly.diagonal(dim1=-2, dim2=-1).add_(a)  # baddbmm would copy x first
+        x = poly @ x
     return (x.mT if tall else x).contiguous()
 
 
