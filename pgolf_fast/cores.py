@@ -9,7 +9,7 @@ from pathlib import Path
 # beside busy processes, a thread wastes its time slices waiting for one that is not running. On two cores
 # beside two busy loops, `tiny` trained on 560 to 1,540 tokens per CPU second with it, on 7,900 to 8,300 with
 # this (load_tiny.json). With no spins (OMP_WAIT_POLICY=passive), a quiet machine is 18 to 35 % slower.
-SPIN_COUNT = "1000"
+SPIN_COUNT = "3000"
 CHOSEN: dict[str, str] = {}
 """Variables that `prepare_openmp` has set in this process."""
 
