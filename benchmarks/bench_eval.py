@@ -26,6 +26,7 @@ from torch import Tensor
 
 from pgolf_fast import console
 from pgolf_fast.artifact.load import load
+from pgolf_fast.bench.store import provenance
 from pgolf_fast.config.presets import preset
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.ttt import adapters
@@ -78,7 +79,7 @@ def main() -> int:
     found = bench.run(arguments.rounds)
     print(describe(found))
     if arguments.out:
-        write_text(arguments.out, json.dumps(found, indent=1) + "\n")
+        write_text(arguments.out, json.dumps({**provenance(), **found}, indent=1) + "\n")
     return 0
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 # Spins of an OpenMP thread at a barrier before it sleeps. libgomp's default, 300,000, takes milliseconds:
 # beside busy processes, a thread wastes its time slices waiting for one that is not running. On two cores
-# beside two busy loops, `tiny` trained on 560 to 1,540 tokens per CPU second with it, on 7,900 to 8,300 with
-# this (load_tiny.json). With no spins (OMP_WAIT_POLICY=passive), a quiet machine is 18 to 35 % slower.
+# beside two busy loops, test-time training of `tiny` keeps 12 % of its speed with it, 42 % with this
+# (load_tiny.json); 1,000 spins keep 52 %, but cost 10 % alone. With none (OMP_WAIT_POLICY=passive), training
+# alone is 18 to 35 % slower.
 SPIN_COUNT = "3000"
 CHOSEN: dict[str, str] = {}
 """Variables that `prepare_openmp` has set in this process."""
