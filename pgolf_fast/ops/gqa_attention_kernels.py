@@ -234,20 +234,17 @@ def _attend_backward(
 
     gain, cos, sin = (t.contiguous() for t in (call.q_gain, call.cos, call.sin))
     tile, xsa, gate, segments = tile_for("attention_rows", s.q), call.xsa, dense(call.gate), call.segments
-    dgate, gated = (
-        s.lse.new_empty(0 if gate is None else gate.shape),
-        s.y if gate is None else torch.empty_like(s.y),
-    )
+    dgate = s.lse.new_empty(0 if gate is None else gate.shape)
+    gated = s.y if gate is None else torch.empty_like(s.y)
     delta, own = torch.empty_like(s.lse), None
     if xsa:  # in float32: it may cancel most of the rest of dv
         own = s.v.new_empty(*s.q.shape[:2], *s.v.shape[2:], dtype=torch.float32)
     name, dy = _backend(s.q, s.k, segments), dcontext
     y = s.y if name == "triton" or not xsa else torch.empty_like(s.y)  # libraries compute delta from it
     before_xsa = None if y is s.y else y
-    outputs = (dy, delta, own, before_xsa)
-    options = {"gate": gate, "dgate": dgate, "gated": gated}
-    inputs = (dcontext, s.y, s.along, s.v)
-    kernels.launch_flash_attention_bwd_delta(*inputs, *outputs, xsa=xsa, tile=tile, **options)
+    rows = (dcontext, s.y, s.along, s.v, dy, delta, own, before_xsa)
+    gates = {"gate": gate, "dgate": dgate, "gated": gated}
+    kernels.launch_flash_attention_bwd_delta(*rows, xsa=xsa, tile=tile, **gates)
     if name == "triton":
         dq_heads, dk_heads = torch.empty_like(s.q), torch.empty_like(s.k)
         inputs = (s.q, s.k, s.v, gain, dy, s.lse, delta)
@@ -256,9 +253,8 @@ def _attend_backward(
         kernels.launch_flash_attention_bwd_dkdv(*inputs, own, dk_heads, dv, tile=dkdv_tile, ends=ends)
         kernels.launch_flash_attention_bwd_dq(*inputs, dq_heads, tile=dq_tile, starts=starts)
     else:
-        gained = _gained(s.q, gain)
-        inputs = (dy, gained, s.k, s.v, y, s.lse)
-        dq_heads, dk_heads, dv_heads = attention_backend.backward(name, *inputs, segments)
+        heads = (dy, _gained(s.q, gain), s.k, s.v, y, s.lse)
+        dq_heads, dk_heads, dv_heads = attention_backend.backward(name, *heads, segments)
         if own is not None:  # rounded like dv, so that the two can cancel
             dv_heads[:, -own.shape[1] :] += own.to(dv_heads.dtype)
         dv.copy_(dv_heads.reshape(dv.shape))
