@@ -265,9 +265,15 @@ def _shrink_model(model: ModelConfig, to: Size) -> ModelConfig:
     while heads % kv_heads:
         kv_heads -= 1
     with_ve = -(-len(model.ve_layers) * layers // model.num_layers)
+    scale = layers / model.num_layers
+    lanes = None if model.lanes_from is None else max(round(model.lanes_from * scale), layers // 2)
+    end = min(round(model.loop_end * scale), (lanes or layers) - 1)
     return replace(
         model,
         num_layers=layers,
+        loop_start=min(round(model.loop_start * scale), end) if model.num_loops else model.loop_start,
+        loop_end=end if model.num_loops else model.loop_end,
+        lanes_from=lanes,
         model_dim=dim,
         num_heads=heads,
         num_kv_heads=kv_heads,

@@ -5,12 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import randomize_, tiny_config
+from helpers import FRONTIER, randomize_, tiny_config
 
 from pgolf_fast.config.schema import ModelConfig
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.model.bank import BANK_NAMES, make_banks
-from pgolf_fast.model.gpt import GPT, rope_base, rope_tables
+from pgolf_fast.model.gpt import GPT
+from pgolf_fast.model.rope import rope_base, rope_tables
 
 EXP101_SHAPES = {  # of the published checkpoint
     "qo_bank": (22, 512, 512),
@@ -46,6 +47,7 @@ CONFIGS = {
     "no boost": {"word_start_boost": False},
     "no boost, no split": {"word_start_boost": False, "pos_conditional": False},
     "grouped": {"num_heads": 4, "num_kv_heads": 2, "xsa_last_n": 2},
+    **FRONTIER,
 }
 
 
@@ -348,14 +350,23 @@ def test_external_gradient_banks():
     assert all(p.grad is None for p in model.bank_parameters())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiles_without_graph_break(dtype):
+@pytest.mark.parametrize(
+    ("changes", "dtype"),
+    [
+        ({}, torch.float32),
+        ({}, torch.bfloat16),
+        (FRONTIER["record"], torch.float32),
+        (FRONTIER["output_gate_of_queries"], torch.float32),
+    ],
+)
+def test_compiles_without_graph_break(changes, dtype):
     tokens, targets = batch()
-    eager, compiled = make(compute_dtype=dtype), make(compute_dtype=dtype)
+    eager, compiled = (make(compute_dtype=dtype, **changes) for _ in range(2))
     for model in (eager, compiled):
         model.allocate_gradient_banks()
     loss = torch.compile(compiled.loss, fullgraph=True, backend="aot_eager")
-    for _ in range(2):  # the second call adds to the same gradient banks
+    for looping in (False, True):  # the second call adds to the same gradient banks
+        eager.looping = compiled.looping = looping
         want, got = eager.loss(tokens, targets), loss(tokens, targets, compiled.banks())
         torch.testing.assert_close(got, want)
         want.backward()
@@ -457,7 +468,7 @@ def test_skips_join_the_halves_in_reverse_order():
         block.mlp_scale.fill_(0)
     given = torch.randn(5, 32)
     out = model.trunk(
-        torch.zeros(1, 1, 32), {}, model.banks(), lambda layer, x, value: given[layer].expand_as(x)
+        torch.zeros(1, 1, 32), {}, model.banks(), lambda visit, x, value: given[visit.layer].expand_as(x)
     )
     row0, row1 = model.skip_weights
     first = given[0]
