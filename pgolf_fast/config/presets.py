@@ -216,6 +216,7 @@ def _shrink_train(train: TrainConfig, to: Size) -> TrainConfig:
         batch_tokens=to.batch_tokens,
         micro_batch_tokens=to.batch_tokens,
         seq_len=min(to.seq_len, train.seq_len),
+        max_document=train.max_document and min(to.seq_len, train.max_document),
         # small batches make small updates, which bfloat16 tables would round away
         table_dtype="float32",
         # the loss of one small batch is too noisy to trigger the decay; exp101's own began after a third

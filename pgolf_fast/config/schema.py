@@ -192,8 +192,8 @@ class TrainConfig:
     """Train on one packed row for a micro-batch: its documents do not see each other, and are cut at every so
     many tokens (PR 1530). None trains on rows of seq_len, across documents."""
     cpu_shares: int = 2
-    """CPU threads train up to this many equal parts of a micro-batch side by side. One thread, a GPU and
-    train.compile use the whole."""
+    """CPU threads train up to this many equal parts of a micro-batch side by side. One thread, a GPU,
+    train.compile and train.max_document use the whole."""
     compute_dtype: Dtype = "auto"
     """Dtype of activations and matmuls; auto is bfloat16 if the hardware supports it."""
     table_dtype: Literal["float32", "bfloat16"] = "bfloat16"
