@@ -350,23 +350,14 @@ def test_external_gradient_banks():
     assert all(p.grad is None for p in model.bank_parameters())
 
 
-@pytest.mark.parametrize(
-    ("changes", "dtype"),
-    [
-        ({}, torch.float32),
-        ({}, torch.bfloat16),
-        (FRONTIER["record"], torch.float32),
-        (FRONTIER["output_gate_of_queries"], torch.float32),
-    ],
-)
-def test_compiles_without_graph_break(changes, dtype):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiles_without_graph_break(dtype):
     tokens, targets = batch()
-    eager, compiled = (make(compute_dtype=dtype, **changes) for _ in range(2))
+    eager, compiled = make(compute_dtype=dtype), make(compute_dtype=dtype)
     for model in (eager, compiled):
         model.allocate_gradient_banks()
     loss = torch.compile(compiled.loss, fullgraph=True, backend="aot_eager")
-    for looping in (False, True):  # the second call adds to the same gradient banks
-        eager.looping = compiled.looping = looping
+    for _ in range(2):  # the second call adds to the same gradient banks
         want, got = eager.loss(tokens, targets), loss(tokens, targets, compiled.banks())
         torch.testing.assert_close(got, want)
         want.backward()
@@ -467,9 +458,8 @@ def test_skips_join_the_halves_in_reverse_order():
         block.attn_scale.fill_(1)
         block.mlp_scale.fill_(0)
     given = torch.randn(5, 32)
-    out = model.trunk(
-        torch.zeros(1, 1, 32), {}, model.banks(), lambda visit, x, value: given[visit.layer].expand_as(x)
-    )
+    zeros = torch.zeros(1, 1, 32)
+    out = model.trunk(zeros, {}, model.banks(), lambda visit, x, _: given[visit.layer].expand_as(x))
     row0, row1 = model.skip_weights
     first = given[0]
     second = first + given[1]

@@ -13,6 +13,7 @@ from pgolf_fast.evaluation.adapters.lora import changed_losses, fresh_factors, m
 from pgolf_fast.evaluation.estimate import forward_flops
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.model.plan import visit_plan
+from pgolf_fast.model.rope import rope_tables
 from pgolf_fast.quant.calibration import DAMPING, collect_hessians
 
 RECORD = ModelConfig(
@@ -80,6 +81,13 @@ def test_initial_values_of_the_record():
     assert not any(t.any() for t in zeros)
     dense = GPT(tiny_config(head_gate="dense", model_dim=128)).block(3).attn.attn_gate_w
     assert dense.std().item() == pytest.approx(0.01, rel=0.2)
+
+
+def test_rounded_frequencies_of_the_record():
+    frequencies = (1, 0.31640625, 0.10009765625, 0.03173828125, 0.010009765625, 0.0031585693359375)
+    angles = 299 * torch.tensor([*frequencies, 0.00099945068359375, 0.000316619873046875])
+    cos, sin = rope_tables(RECORD, 300, torch.device("cpu"))
+    torch.testing.assert_close((cos[299], sin[299]), (angles.cos(), angles.sin()))
 
 
 @pytest.mark.parametrize(
@@ -248,3 +256,20 @@ def test_a_vocabulary_of_every_id_of_a_shard():
     made = model(vocab_size=65_536, model_dim=32, bos_id=65_535, smear_form="gated", ve_enabled=False)
     tokens = torch.tensor([[65_535, 0, 65_534, 3]])
     assert torch.isfinite(made.loss(tokens, tokens.flip(1)))
+
+
+@pytest.mark.parametrize("name", ["record", "output_gate_of_queries"])
+def test_both_modes_compile_without_graph_break(name):
+    tokens, targets = torch.randint(96, (2, 2, 9))
+    eager, compiled = (model(**FRONTIER[name]) for _ in range(2))
+    for each in (eager, compiled):
+        each.allocate_gradient_banks()
+    loss = torch.compile(compiled.loss, fullgraph=True, backend="aot_eager")
+    for looping in (False, True):
+        eager.looping = compiled.looping = looping
+        want, got = eager.loss(tokens, targets), loss(tokens, targets)
+        torch.testing.assert_close(got, want)
+        want.backward()
+        got.backward()
+    for (parameter, p), q in zip(compiled.named_parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, msg=parameter)
