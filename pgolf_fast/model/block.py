@@ -21,9 +21,9 @@ class Attention(nn.Module):
             self.attn_gate_w = nn.Parameter(torch.zeros(config.num_heads, width))
 
     def gate(self, x: Tensor, queries: Callable[[int], Tensor]) -> Tensor | None:
-        """Return the factor of each head's output, (B, T, H), or None without gates.
+        """Return the factor of each head's output, (B, W, H), or None without gates.
 
-        x (B, T, D) is the normalized input; `queries(n)` returns n channels of its query projection.
+        x (B, W, D) is the normalized input; `queries(n)` returns n channels of its query projection.
         """
         if self._kind is None:
             return None
@@ -36,11 +36,10 @@ class Attention(nn.Module):
 
 
 def gated(context: Tensor, gate: Tensor | None) -> Tensor:
-    """Return the context (B, W, D) of all heads times the last W positions of their gate (B, T, H)."""
+    """Return the context (B, W, D) of all heads, each times its gate (B, W, H)."""
     if gate is None:
         return context
-    heads = context.unflatten(-1, (gate.shape[-1], -1))
-    return (heads * gate[:, gate.shape[1] - context.shape[1] :, :, None]).flatten(2)
+    return (context.unflatten(-1, (gate.shape[-1], -1)) * gate.unsqueeze(-1)).flatten(2)
 
 
 class Block(nn.Module):

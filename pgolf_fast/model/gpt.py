@@ -317,7 +317,8 @@ class GPT(nn.Module):
         def attention(visit: Visit, x: Tensor, value_embed: Tensor | None) -> Tensor:
             layer, window = visit.layer, last if visit.last else None
             own, (qo, kv, slot) = self.block(layer).attn, banks.attention_of(layer)
-            gate = own.gate(x, lambda n: F.linear(x, slot_rows(qo, slot, n, banks.grad_qo)))
+            seen = x if window is None else x[:, x.shape[1] - window :]
+            gate = own.gate(seen, lambda n: F.linear(seen, slot_rows(qo, slot, n, banks.grad_qo)))
             heads: dict[str, Any] = {"num_kv_heads": config.num_kv_heads, "xsa": self.uses_xsa(layer)}
             heads |= {"window": window, "grad_qo": banks.grad_qo, "grad_kv": banks.grad_kv}
             heads |= ({} if gate is None else {"gate": gate}) | (segments._asdict() if segments else {})

@@ -65,11 +65,12 @@ def changed_losses(
     def attention(visit: Visit, x: Tensor, value_embed: Tensor | None) -> Tensor:
         i, layer, n = visit.number, visit.layer, config.num_layers
         own = model.block(layer).attn
-        q = linear(x[:, -last:] if visit.last else x, banks.qo[layer], "q", i)
+        seen = x[:, -last:] if visit.last else x
+        q = linear(seen, banks.qo[layer], "q", i)
         k, v = linear(x, banks.kv[layer], "k", i), linear(x, banks.kv[n + layer], "v", i)
         v = v if value_embed is None else v + value_embed
         heads = (q, k, v, own.q_gain, cos, sin, config.num_kv_heads, model.uses_xsa(layer))
-        context = gated(ops.projected_attention(*heads), own.gate(x, lambda n: q[..., :n]))
+        context = gated(ops.projected_attention(*heads), own.gate(seen, lambda n: q[..., :n]))
         return linear(context, banks.qo[n + layer], "o", i)
 
     def mlp(visit: Visit, x: Tensor) -> Tensor:
