@@ -32,19 +32,24 @@ struct Workspace : Sizes {
     float* own_of(size_t pair, size_t query) const { return own + (pair * queries + query) * ld; }
 };
 
-// Gradient of y from that of the context g: g - (g.w / w.w) w for the token's own value w. Adds to `down` the gradient
-// of w: -((g.w) y + (y.w) g - 2 (g.w) (y.w) w / w.w) / w.w. Also writes the context again.
+// Gradient of y from that of the context before the gate, g = gate * dcontext: g - (g.w / w.w) w for the token's own
+// value w; `dy` holds g and receives it. Adds to `down` the gradient of w: -((g.w) y + (y.w) g - 2 (g.w) (y.w) w / w.w) /
+// w.w. Also writes the context again, and returns the gate's gradient.
 template <class T>
-PGOLF_INLINE void exclude_back(const Sizes& n, const T* g, const T* y, const T* w, float* dy, float* down, T* context) {
+PGOLF_INLINE float exclude_back(const Sizes& n, const T* dcontext, const T* y, const T* w, float gate, float* dy,
+                                float* down, T* context) {
     const float square = std::max(dot(w, w, n.dim), kXsaEpsilon);
-    const float gw = dot(g, w, n.dim) / square, yw = dot(y, w, n.dim) / square;
-    sweep(0, n.dim, [=](size_t i, auto lanes) {
-        const vec own = load(w + i, lanes), out = load(y + i, lanes), grad = load(g + i, lanes);
-        store(context + i, out - yw * own, lanes);
+    const float gw = dot(dy, w, n.dim) / square, yw = dot(y, w, n.dim) / square;
+    vec dgate{};
+    sweep(0, n.dim, [&](size_t i, auto lanes) {
+        const vec own = load(w + i, lanes), out = load(y + i, lanes), grad = load(dy + i, lanes);
+        const vec kept = out - yw * own;
+        dgate += load(dcontext + i, lanes) * kept;
+        store(context + i, gate * kept, lanes);
         store(dy + i, grad - gw * own, lanes);
         store(down + i, load(down + i, lanes) - (gw * out + yw * grad - 2 * gw * yw * own), lanes);
     });
-    std::fill(dy + n.dim, dy + round_up(n.dim, kWide), 0.0f);
+    return sum(dgate);
 }
 
 // Through RoPE and RMS norm: from the gradient of a turned head to that of its projection; returns d gain.
@@ -78,16 +83,22 @@ void prepare_rows(const Workspace& n, const AttentionBackward& io, size_t pair, 
     T* context = static_cast<T*>(io.context);
     const size_t end = std::min(n.rows, (part + 1) * kQueriesBack * n.group);
     for (size_t row = part * kQueriesBack * n.group; row < end; row++) {
-        const size_t at = n.q_head(pair, row) * n.dim, here = pair * n.padded + row, position = n.position(row);
+        const size_t head = n.q_head(pair, row), at = head * n.dim, here = pair * n.padded + row;
+        const size_t position = n.position(row);
         turn(n, q + at, position, 1, n.gain_of(pair, row) / std::sqrt(float(n.dim)), n.q + here * n.ld);
-        float* dy = n.dy + here * n.ld;
+        const float gate = n.gate_of(head);
+        float *dy = n.dy + here * n.ld, dgate = 0;
+        widen(n, g + at, dy, gate);
         if (n.xsa) {
             float* down = n.own_of(pair, row / n.group);
             if (row % n.group == 0) std::fill(down, down + n.ld, 0.0f);
-            exclude_back(n, g + at, y + at, v + n.k_head(pair, position) * n.dim, dy, down, context + at);
-        } else {
-            widen(n, g + at, dy);
+            const T* own = v + n.k_head(pair, position) * n.dim;
+            dgate = exclude_back(n, g + at, y + at, own, gate, dy, down, context + at);
+        } else if (n.gate) {
+            dgate = dot(g + at, y + at, n.dim);
+            sweep(at, at + n.dim, [=](size_t i, auto lanes) { store(context + i, gate * load(y + i, lanes), lanes); });
         }
+        if (n.gate) io.dgate[head] = dgate;
         n.lse[here] = io.lse[n.lse_at(pair, row)];
         n.delta[here] = delta_of(n, dy, y + at);
     }
@@ -135,25 +146,31 @@ inline void attend_back(const Workspace& n, size_t pair, size_t which, size_t ro
     const float *q = n.q + here * n.ld, *dy = n.dy + here * n.ld, *k = n.k + item * n.tile * n.ld;
     const float *turned_k = n.turned_k + item * n.turned_tile(), *turned_v = n.turned_v + item * n.turned_tile();
     const auto seen = [&](size_t r) { return std::min(count, n.position(row + r) + 1 - key); };
+    const auto from = [&](size_t r) { return n.skipped(pair, row + r, key, count); };
     for (size_t j = 0; j < count; j += kWide)
         for (size_t r = 0; r < height; r += kTall)
-            if (j < seen(r + kTall - 1)) {
+            if (j < seen(r + kTall - 1) && j + kWide > from(r)) {
                 const size_t at = r * n.ldt + j;
                 multiply_channels(n.dim, q + r * n.ld, n.ld, turned_k + j, n.ldt, scores + at, n.ldt);
                 multiply_channels(n.dim, dy + r * n.ld, n.ld, turned_v + j, n.ldt, dp + at, n.ldt);
             }
-    for (size_t r = 0; r < height; r++)
-        soften_back(scores + r * n.ldt, dp + r * n.ldt, seen(r), round_up(count, kTall), n.lse[here + r],
+    for (size_t r = 0; r < height; r++) {
+        const size_t begin = from(r), at = r * n.ldt + begin;
+        for (float* each : {scores, dp}) std::fill(each + r * n.ldt, each + at, 0.0f);
+        soften_back(scores + at, dp + at, seen(r) - begin, round_up(count, kTall) - begin, n.lse[here + r],
                     n.delta[here + r]);
+    }
     for (size_t i = 0; i < n.dim; i += kWide) {
         for (size_t r = 0; r < height; r += kTall)
-            multiply<false, true>(seen(r + kTall - 1), dp + r * n.ldt, n.ldt, k + i, n.ld, dq + r * n.ld + i, n.ld);
+            if (const size_t begin = from(r); begin < count)
+                multiply<false, true>(seen(r + kTall - 1) - begin, dp + r * n.ldt + begin, n.ldt, k + begin * n.ld + i,
+                                      n.ld, dq + r * n.ld + i, n.ld);
         for (size_t j = 0; j < count; j += kTall) {
-            const size_t from = std::max(row, n.row_from(key + j)) - row;
-            if (from >= height) break;
-            const size_t at = from * n.ldt + j, right = from * n.ld + i, to = j * n.ld + i;
-            multiply<true, true>(height - from, dp + at, n.ldt, q + right, n.ld, dk + to, n.ld);
-            multiply<true, true>(height - from, scores + at, n.ldt, dy + right, n.ld, dv + to, n.ld);
+            const size_t top = std::max(row, n.row_from(key + j)) - row;
+            if (top >= height) break;
+            const size_t at = top * n.ldt + j, right = top * n.ld + i, to = j * n.ld + i;
+            multiply<true, true>(height - top, dp + at, n.ldt, q + right, n.ld, dk + to, n.ld);
+            multiply<true, true>(height - top, scores + at, n.ldt, dy + right, n.ld, dv + to, n.ld);
         }
     }
 }
@@ -169,7 +186,8 @@ void backward_block(const Workspace& n, const AttentionBackward& io, size_t pair
     std::fill(dq + n.row_from(begin * n.tile) * n.ld, dq + n.padded * n.ld, 0.0f);
     for (size_t tile = begin; tile < end; tile++) {
         std::fill(dk, dk + 2 * n.tile * n.ld, 0.0f);
-        for (size_t row = n.row_from(tile * n.tile); row < n.rows; row += kRowsBack)
+        const size_t stop = (tile + 1) * n.tile;  // no row of a segment after the tile's keys attends to them
+        for (size_t row = n.row_from(tile * n.tile); row < n.rows && n.start(pair, row) < stop; row += kRowsBack)
             attend_back(n, pair, tile, row, scores, dp, dq + row * n.ld, dk, dv);
         for (size_t key = tile * n.tile, i = 0; i < n.tile && key < n.keys; i++, key++) {
             const size_t head = n.k_head(pair, key), at = head * n.dim;

@@ -34,7 +34,7 @@ void decode_attention(const AttentionShape& shape, const DecodeAttention& io, si
                     store(sums + i, total, lanes);
                 });
             }
-            finish(n, sums, state.total, own, y, y);
+            finish(n, sums, state.total, own, n.gate_of(n.q_head(pair, row)), y, y);
         }
     });
 }

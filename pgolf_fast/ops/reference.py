@@ -82,17 +82,25 @@ def exclusive(y: Tensor, v: Tensor) -> Tensor:
     return (groups - (groups * unit).sum(-1, keepdim=True) * unit).flatten(2, 3).to(y.dtype)
 
 
-def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return causal attention of the last W of T positions; q (B, W, H, hd), k and v (B, T, KV, hd)."""
+def causal(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Return causal attention of the last W of T positions; q (B, W, H, hd), k and v (B, T, KV, hd).
+
+    With boundaries `cu_seqlens` among the B * T positions, each attends only to its own segment.
+    """
     first, groups = k.shape[1] - q.shape[1], q.shape[2] // k.shape[2]
     q, k, v = (t.to(q.dtype).transpose(1, 2) for t in (q, *(t.repeat_interleave(groups, 2) for t in (k, v))))
     scores = q @ k.mT * q.shape[-1] ** -0.5
     future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1 + first)
+    if cu_seqlens is not None:
+        flat = torch.arange(k.shape[0] * k.shape[2], device=q.device)
+        segment = torch.searchsorted(cu_seqlens.long().contiguous(), flat, right=True)
+        segment = segment.view(k.shape[0], 1, k.shape[2])
+        future = future | (segment[..., first:, None] != segment[:, :, None])
     return (scores.masked_fill(future, -torch.inf).softmax(-1) @ v).transpose(1, 2)
 
 
 def projected_attention(
-    q: Tensor, k: Tensor, v: Tensor, q_gain, cos, sin, num_kv_heads: int, xsa, *, inner=causal, dtype=None
+    q: Tensor, k, v, q_gain, cos, sin, num_kv_heads: int, xsa, gate=None, *, inner=causal, dtype=None
 ) -> Tensor:
     """Return `ops.projected_attention`; normalized heads are rotated in `dtype` and given to `inner`."""
     wide, first = dtype or torch.promote_types(q.dtype, torch.float32), k.shape[1] - q.shape[1]
@@ -100,7 +108,8 @@ def projected_attention(
     k, v = (t.unflatten(-1, (num_kv_heads, -1)) for t in (k, v))
     queries = rotate(q.to(wide), cos[first:], sin[first:]) * q_gain.to(wide)[:, None]
     y = inner(queries, rotate(rms_norm(k).to(wide), cos, sin), v).to(q.dtype)
-    return (exclusive(y, v[:, first:]) if xsa else y).flatten(2)
+    y = exclusive(y, v[:, first:]) if xsa else y
+    return (y if gate is None else (_wide(y) * _wide(gate).unsqueeze(-1)).to(y.dtype)).flatten(2)
 
 
 def gqa_attention(
@@ -114,12 +123,15 @@ def gqa_attention(
     slot: int,
     num_kv_heads: int,
     xsa: bool,
+    gate: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """Return causal attention (B, T, D) of one block from x (B, T, D), as `ops.gqa_attention` defines it."""
     layers = qo_bank.shape[0] // 2
     q, k, v = (x @ weight.T for weight in (qo_bank[slot], kv_bank[slot], kv_bank[layers + slot]))
     q, k, v = (_wide(t) for t in (q, k, v if value_embed is None else v + value_embed))
-    context = projected_attention(q, k, v, q_gain, cos, sin, num_kv_heads, xsa)
+    settings = {"gate": gate, "inner": lambda q, k, v: causal(q, k, v, cu_seqlens)}
+    context = projected_attention(q, k, v, q_gain, cos, sin, num_kv_heads, xsa, **settings)
     return context.to(x.dtype) @ qo_bank[layers + slot].T
 
 
