@@ -35,13 +35,6 @@ class Attention(nn.Module):
         return torch.sigmoid(raw) if self._kind == "dense" else 2 * torch.sigmoid(raw)
 
 
-def gated(context: Tensor, gate: Tensor | None) -> Tensor:
-    """Return the context (B, W, D) of all heads, each times its gate (B, W, H)."""
-    if gate is None:
-        return context
-    return (context.unflatten(-1, (gate.shape[-1], -1)) * gate.unsqueeze(-1)).flatten(2)
-
-
 class Block(nn.Module):
     """The parameters of one block that are not in a bank."""
 

@@ -9,7 +9,6 @@ from torch import Tensor
 from pgolf_fast import ops
 from pgolf_fast.config.checks import need
 from pgolf_fast.model.bank import PackedBanks
-from pgolf_fast.model.block import gated
 from pgolf_fast.model.compiled import CapturedStep
 from pgolf_fast.model.gpt import GPT, AnyBanks
 from pgolf_fast.model.plan import Visit
@@ -163,8 +162,8 @@ class Decoder:
             (q, k, v), own = banks.project_in(layer, x), model.block(layer).attn
             v = v if value_embed is None else v + value_embed
             heads = (q, k, v, own.q_gain, cos, sin, config.num_kv_heads, model.uses_xsa(layer))
-            context = reference.projected_attention(*heads, inner=cached)
-            return banks.project_out(layer, gated(context, own.gate(x, lambda n: q[..., :n])))
+            gate = own.gate(x, lambda n: q[..., :n])
+            return banks.project_out(layer, reference.projected_attention(*heads, gate, inner=cached))
 
         x = model.smear(model.embed(window))[:, -1:]
         packed = banks if isinstance(banks, PackedBanks) else None

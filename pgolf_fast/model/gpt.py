@@ -320,8 +320,8 @@ class GPT(nn.Module):
             seen = x if window is None else x[:, x.shape[1] - window :]
             gate = own.gate(seen, lambda n: F.linear(seen, slot_rows(qo, slot, n, banks.grad_qo)))
             heads: dict[str, Any] = {"num_kv_heads": config.num_kv_heads, "xsa": self.uses_xsa(layer)}
-            heads |= {"window": window, "grad_qo": banks.grad_qo, "grad_kv": banks.grad_kv}
-            heads |= ({} if gate is None else {"gate": gate}) | (segments._asdict() if segments else {})
+            heads |= {"window": window, "grad_qo": banks.grad_qo, "grad_kv": banks.grad_kv, "gate": gate}
+            heads |= segments._asdict() if segments else {}
             return ops.gqa_attention(x, qo, kv, own.q_gain, value_embed, cos, sin, slot, **heads)
 
         x = self.embed(tokens, banks.ngram_projection, segments)

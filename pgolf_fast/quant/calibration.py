@@ -21,7 +21,6 @@ from pgolf_fast.config.schema import QuantConfig
 from pgolf_fast.console import progress
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.model.bank import PackedBanks
-from pgolf_fast.model.block import gated
 from pgolf_fast.model.decoding import Decoder, sample
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.model.plan import Visit
@@ -130,8 +129,8 @@ class _Grams:
         qo, kv = (banks.qo[layer], self.identity), (banks.kv[layer], banks.kv[n + layer])
         attn, heads, xsa = self.model.block(layer).attn, config.num_kv_heads, self.model.uses_xsa(layer)
         own = (torch.stack(qo), torch.stack(kv), attn.q_gain, value_embed)
-        context = ops.gqa_attention(x, *own, *self.tables, 0, num_kv_heads=heads, xsa=xsa)
-        context = gated(context, attn.gate(x, lambda n: F.linear(x, banks.qo[layer, :n])))
+        gate = attn.gate(x, lambda n: F.linear(x, banks.qo[layer, :n]))
+        context = ops.gqa_attention(x, *own, *self.tables, 0, num_kv_heads=heads, xsa=xsa, gate=gate)
         self._add(layer, "attn_out", context)
         return F.linear(context, banks.qo[n + layer])
 

@@ -19,7 +19,6 @@ from pgolf_fast.config.schema import ModelConfig, TTTConfig
 from pgolf_fast.evaluation.adapters.base import Learner, Scored, Tensors, adamw_, freeze
 from pgolf_fast.evaluation.adapters.descent import AdamW
 from pgolf_fast.model.bank import Banks, Transform
-from pgolf_fast.model.block import gated
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.model.plan import Visit
 from pgolf_fast.model.rope import rope_tables
@@ -70,7 +69,7 @@ def changed_losses(
         k, v = linear(x, banks.kv[layer], "k", i), linear(x, banks.kv[n + layer], "v", i)
         v = v if value_embed is None else v + value_embed
         heads = (q, k, v, own.q_gain, cos, sin, config.num_kv_heads, model.uses_xsa(layer))
-        context = gated(ops.projected_attention(*heads), own.gate(seen, lambda n: q[..., :n]))
+        context = ops.projected_attention(*heads, own.gate(seen, lambda n: q[..., :n]))
         return linear(context, banks.qo[n + layer], "o", i)
 
     def mlp(visit: Visit, x: Tensor) -> Tensor:
