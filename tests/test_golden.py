@@ -15,6 +15,7 @@ from helpers import gptq_alone
 from torch import nn
 
 from pgolf_fast.config.schema import EvalConfig, MetaConfig, ModelConfig, RunConfig, TTTConfig
+from pgolf_fast.data.loader import segment_starts
 from pgolf_fast.data.tokenizer import ByteTable
 from pgolf_fast.evaluation.protocol import score_and_adapt, target_chunks
 from pgolf_fast.evaluation.score import Stream
@@ -22,6 +23,7 @@ from pgolf_fast.evaluation.scores import Evaluator
 from pgolf_fast.evaluation.windows import sliding_windows
 from pgolf_fast.model.bank import BANK_NAMES
 from pgolf_fast.model.gpt import GPT
+from pgolf_fast.model.segments import Segments
 from pgolf_fast.ops import reference
 from pgolf_fast.optim.muon import Muon
 from pgolf_fast.quant.grid import quantize_int8_rows, quantize_rows
@@ -79,6 +81,85 @@ def check_forward(meta, values):
         if allocate:
             model.allocate_gradient_banks()
         loss = model.loss(tokens, targets)
+        assert abs(float(loss.detach()) - float(values["loss"])) <= 1e-5
+        loss.backward()
+        assert_gradients(model, values)
+
+
+FRONTIER_PARTS = {  # settings of the vectors as ours
+    "vocab_size": "vocab_size",
+    "num_layers": "num_layers",
+    "model_dim": "model_dim",
+    "num_heads": "num_heads",
+    "num_kv_heads": "num_kv_heads",
+    "mlp_mult": "mlp_mult",
+    "rope_dims": "rope_dims",
+    "rope_base": "rope_base",
+    "qk_gain_init": "qk_gain_init",
+    "num_loops": "num_loops",
+    "loop_start": "loop_start",
+    "loop_end": "loop_end",
+    "xsa_last_n": "xsa_last_n",
+    "sparse_attn_gate_scale": "gate_scale",
+    "gate_window": "gate_window",
+    "skip_gates_enabled": "skip_gates",
+    "smear_gate_enabled": "smear",
+    "logit_softcap": "logit_softcap",
+    "ln_scale": "ln_scale",
+    "bos_id": "bos_id",
+}
+FRONTIER_NAMES = {"attn_gate_proj.weight": "attn_gate_w"}  # tensors of the vectors as ours
+
+
+def frontier_config(meta):
+    gates = {
+        "sparse_attn_gate_enabled": "sparse",
+        "gated_attn_enabled": "dense",
+        "attn_out_gate_enabled": "output_q" if meta["attn_out_gate_src"] == "q" else "output",
+    }
+    return ModelConfig(
+        **{ours: meta[theirs] for theirs, ours in FRONTIER_PARTS.items()},
+        head_gate=next((ours for theirs, ours in gates.items() if meta[theirs]), None),
+        lanes_from=meta["parallel_start_layer"] or None,
+        lanes_end={"attn": "attention"}.get(meta["parallel_final_lane"], meta["parallel_final_lane"]),
+        smear_form="gated",
+        bigram_vocab_size=0,
+        trigram=False,
+        ve_enabled=False,
+        frozen_skips=0,
+    )
+
+
+def check_frontier_forward(meta, values):
+    model = GPT(frontier_config(meta))
+    model.looping = meta["looping"]
+    layers = [visit.layer for visit in model.plan]
+    assert (layers[: len(layers) // 2], layers[len(layers) // 2 :]) == (meta["encoder"], meta["decoder"])
+    for theirs, ours in FRONTIER_NAMES.items():
+        values = {name.replace(theirs, ours): value for name, value in values.items()}
+    names = model.state_dict()
+    given = {n.removeprefix("param/"): torch.tensor(v) for n, v in values.items() if n.startswith("param/")}
+    unused = {n for n in given if n not in names}  # lambdas of lanes that the network does not have
+    assert all(n.startswith("parallel_") and model.config.lanes_from is None for n in unused)
+    model.load_state_dict({n: v for n, v in given.items() if n not in unused}, strict=True)
+    tokens, targets = torch.tensor(values["input_ids"]), torch.tensor(values["target_ids"])
+    segments = None
+    if "cu_seqlens" in values:
+        cu_seqlens, longest = values["cu_seqlens"], int(values["max_document"])
+        starts = segment_starts(values["input_ids"][0], meta["bos_id"], longest)
+        assert [*np.unique(starts)] == [*np.unique(cu_seqlens)]
+        segments = Segments(torch.tensor(cu_seqlens), longest)
+    with torch.no_grad():
+        hidden = model.hidden(tokens, segments=segments)
+        assert np.abs(hidden.numpy() - values["hidden"]).max() <= 2e-4
+        assert np.abs(model.head(hidden).numpy() - values["logits"]).max() <= 2e-4
+        losses = model.token_losses(tokens, targets, segments=segments)
+        assert np.abs(losses.numpy() - values["token_loss"]).max() <= 1e-4
+    for allocate in (False, True):
+        model.zero_grad()
+        if allocate:
+            model.allocate_gradient_banks()
+        loss = model.loss(tokens, targets, segments=segments)
         assert abs(float(loss.detach()) - float(values["loss"])) <= 1e-5
         loss.backward()
         assert_gradients(model, values)
@@ -184,6 +265,7 @@ def check_muon(meta, values):
 
 
 CHECKS = {
+    "frontier_forward_": check_frontier_forward,
     "forward_": check_forward,
     "fomaml_": check_fomaml,
     "metasgd_": check_metasgd,

@@ -26,7 +26,7 @@ from pgolf_fast.config.checks import need
 from pgolf_fast.config.fields import flatten
 from pgolf_fast.config.presets import preset
 from pgolf_fast.config.run_folder import RunFolder, read_scores
-from pgolf_fast.config.schema import RunConfig, TTTConfig
+from pgolf_fast.config.schema import ModelConfig, RunConfig, TTTConfig
 from pgolf_fast.console import command, logger
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import need_writable, read_json, write_bytes, write_json
@@ -43,6 +43,8 @@ _SCORES = {
 }
 _ADAPTERS = ("sgd", "adamw", "lora")  # what the evaluation script supports
 _CODECS = ("raw", "lzma", "rans")
+# Settings of the network that it has only with their defaults
+_LACKING = ("num_loops", "lanes_from", "head_gate", "smear_form", "skip_gates", "rope_bf16_frequencies")
 # Fields that say where a run was made and how it was exported, not what it is.
 _NOT_SHOWN = ("name", "data.path", "data.tokenizer", "pack.", "kernels.")
 _MAIN = "pgolf_fast.artifact.standalone.scores"
@@ -80,6 +82,7 @@ def write_submission(folder: RunFolder, out: Path, about: About, *, readable: bo
     why = f"ttt.adapter {config.ttt.adapter} breaks the rules: {config.ttt.illegal}"
     hint = "It cannot be submitted: set another ttt.adapter in config.json, pack and score again"
     need(config.ttt.illegal is None, f"{why}. {hint}")
+    _check_network(config.model)
     _check_script(config.ttt, {section.codec for section in container.sections})
     scores = _scores(folder, config, digest)
     forms = build_script(digest)
@@ -158,6 +161,14 @@ def _write_own(out: Path, files: dict[str, bytes]) -> None:
     write_json(record, written)
     for name in files.keys() - kept:
         write_bytes(out / name, files[name])
+
+
+def _check_network(model: ModelConfig) -> None:
+    """Raise PgolfError for a part of the network that the evaluation script lacks."""
+    for name in _LACKING:
+        same = getattr(model, name) == getattr(ModelConfig(), name)
+        hint = "`pgolf eval` scores the artifact, and a submission needs a model without it"
+        need(same, f"the evaluation script has no model.{name} {getattr(model, name)}: {hint}")
 
 
 def _check_script(ttt: TTTConfig, codecs: set[str]) -> None:

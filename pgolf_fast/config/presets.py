@@ -216,6 +216,7 @@ def _shrink_train(train: TrainConfig, to: Size) -> TrainConfig:
         batch_tokens=to.batch_tokens,
         micro_batch_tokens=to.batch_tokens,
         seq_len=min(to.seq_len, train.seq_len),
+        max_document=train.max_document and min(to.seq_len, train.max_document),
         # small batches make small updates, which bfloat16 tables would round away
         table_dtype="float32",
         # the loss of one small batch is too noisy to trigger the decay; exp101's own began after a third
@@ -265,9 +266,15 @@ def _shrink_model(model: ModelConfig, to: Size) -> ModelConfig:
     while heads % kv_heads:
         kv_heads -= 1
     with_ve = -(-len(model.ve_layers) * layers // model.num_layers)
+    scale = layers / model.num_layers
+    lanes = None if model.lanes_from is None else max(round(model.lanes_from * scale), layers // 2)
+    end = min(round(model.loop_end * scale), (lanes or layers) - 1)
     return replace(
         model,
         num_layers=layers,
+        loop_start=min(round(model.loop_start * scale), end) if model.num_loops else model.loop_start,
+        loop_end=end if model.num_loops else model.loop_end,
+        lanes_from=lanes,
         model_dim=dim,
         num_heads=heads,
         num_kv_heads=kv_heads,

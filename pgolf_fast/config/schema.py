@@ -188,9 +188,12 @@ class TrainConfig:
     step uses one micro-batch."""
     seq_len: int = 2048
     """Tokens in a training sequence."""
+    max_document: int | None = None
+    """Train on one packed row for a micro-batch: its documents do not see each other, and are cut at every so
+    many tokens (PR 1530). None trains on rows of seq_len, across documents."""
     cpu_shares: int = 2
-    """CPU threads train up to this many equal parts of a micro-batch side by side. One thread, a GPU and
-    train.compile use the whole."""
+    """CPU threads train up to this many equal parts of a micro-batch side by side. One thread, a GPU,
+    train.compile and train.max_document use the whole."""
     compute_dtype: Dtype = "auto"
     """Dtype of activations and matmuls; auto is bfloat16 if the hardware supports it."""
     table_dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -211,6 +214,8 @@ class TrainConfig:
     """Shape of the decay. A linear decay that is longer than the run starts below 1."""
     z_loss: float = 0.0
     """Weight of the mean squared log-partition function in the training loss (PR 301)."""
+    loop_from: float = 0.0
+    """Share of the run, in the unit of train.schedule, after which the loop of model.num_loops is on."""
     lr_hold_steps: int = 25
     """Number of initial steps that use the full learning rate regardless of the schedule."""
     adaptive_warmdown: bool = True
@@ -238,14 +243,18 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         sizes = ("steps", "batch_tokens", "micro_batch_tokens", "seq_len", "log_every", "adaptive_every")
-        checks.need_positive("train", self, *sizes, "cpu_shares", "val_every", "max_seconds")
+        checks.need_positive("train", self, *sizes, "cpu_shares", "max_document", "val_every", "max_seconds")
         checks.need_not_negative("train", self, "z_loss", "seed")
         checks.need_share("train", self, "warmdown_fraction")
+        checks.need_decay("train", self, "loop_from")
         checks.need_multiple("train", self, "micro_batch_tokens", "seq_len")
         checks.need_multiple("train", self, "batch_tokens", "micro_batch_tokens")
         checks.need_either("train", self, "warmdown_steps", "warmdown_fraction")
         endless = "train.schedule 'time' needs train.max_seconds; set it, or use train.schedule steps"
         need(self.schedule != "time" or self.max_seconds is not None, endless)
+        for name in ("meta", "reptile"):
+            whole = f"train.{name} needs rows of seq_len: set it or train.max_document to None"
+            need(self.max_document is None or getattr(self, name) is None, whole)
         odd = f"train.meta splits sequences in halves: train.seq_len {self.seq_len} must be even"
         need(self.meta is None or self.seq_len % 2 == 0, odd)
         if self.reptile is not None and self.schedule != "time":

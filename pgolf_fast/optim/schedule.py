@@ -51,6 +51,11 @@ class Schedule:
         position, end, _ = self._position(step, elapsed)
         return position >= (qat.from_share or 0.0) * end
 
+    def loops(self, step: int, elapsed: float) -> bool:
+        """Return True if this step runs the extra passes of model.num_loops."""
+        position, end, _ = self._position(step, elapsed)
+        return position >= self.config.loop_from * end
+
     def over(self, step: int, elapsed: float) -> bool:
         """Return True at the end of the decay, which is where a Reptile phase begins."""
         position, end, _ = self._position(step, elapsed)

@@ -22,7 +22,9 @@ from pgolf_fast.console import progress
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.model.bank import PackedBanks
 from pgolf_fast.model.decoding import Decoder, sample
-from pgolf_fast.model.gpt import GPT, rope_tables
+from pgolf_fast.model.gpt import GPT
+from pgolf_fast.model.plan import Visit
+from pgolf_fast.model.rope import rope_tables
 from pgolf_fast.model.weights import Tensors
 from pgolf_fast.ops import reference
 from pgolf_fast.quant.gptq import inverse_factor
@@ -122,12 +124,13 @@ class _Grams:
             problem = f"activations overflow in block {broken[0].split('.')[1]} ({broken[0]})"
             raise PgolfError(f"{problem}: the run diverged, quantize an earlier checkpoint")
 
-    def attend(self, layer: int, x: Tensor, value_embed: Tensor | None) -> Tensor:
-        config, banks, n = self.model.config, self.banks, self.model.config.num_layers
+    def attend(self, visit: Visit, x: Tensor, value_embed: Tensor | None) -> Tensor:
+        config, banks, layer, n = self.model.config, self.banks, visit.layer, self.model.config.num_layers
         qo, kv = (banks.qo[layer], self.identity), (banks.kv[layer], banks.kv[n + layer])
-        own = (torch.stack(qo), torch.stack(kv), self.model.block(layer).attn.q_gain, value_embed)
-        heads, xsa = config.num_kv_heads, self.model.uses_xsa(layer)
-        context = ops.gqa_attention(x, *own, *self.tables, 0, num_kv_heads=heads, xsa=xsa)
+        attn, heads, xsa = self.model.block(layer).attn, config.num_kv_heads, self.model.uses_xsa(layer)
+        own = (torch.stack(qo), torch.stack(kv), attn.q_gain, value_embed)
+        gate = attn.gate(x, lambda n: F.linear(x, banks.qo[layer, :n]))
+        context = ops.gqa_attention(x, *own, *self.tables, 0, num_kv_heads=heads, xsa=xsa, gate=gate)
         self._add(layer, "attn_out", context)
         return F.linear(context, banks.qo[n + layer])
 

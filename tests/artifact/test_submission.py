@@ -477,6 +477,7 @@ def test_submit_describes_no_machine(run, data, tmp_path):
     [
         ({"ttt__adapter": "phased", "ttt__epochs": 0}, r"has no ttt\.adapter phased, only sgd, adamw, lora"),
         ({"pack__codecs": ["zstd"]}, "cannot read zstd, only raw, lzma, rans: pack again"),
+        ({"model__skip_gates": True}, r"has no model\.skip_gates True: `pgolf eval` scores the artifact"),
     ],
 )
 def test_submit_refuses_what_the_script_does_not_support(data, tmp_path, changes, message):
