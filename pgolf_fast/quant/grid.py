@@ -52,6 +52,11 @@ def scale_candidates(weight: Tensor, clip_range: int, shares: Sequence[float], f
     return candidates
 
 
+def sdclip_scale(weight: Tensor, clip_range: int, sigmas: float) -> Tensor:
+    """Return row scales, float16 (R,), that clip a row at `sigmas` of its standard deviations (PR 1394)."""
+    return row_scale(sigmas * weight.float().std(dim=1), clip_range, floor=False)
+
+
 def round_to_grid(weight: Tensor, scale: Tensor, clip_range: int) -> Tensor:
     """Round to the nearest codes in -clip_range..clip_range, int8 (R, C)."""
     steps = torch.round(weight.float() / scale.float()[:, None])
