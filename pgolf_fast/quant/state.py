@@ -188,12 +188,14 @@ class QuantizedState:
 
 
 def is_part(name: str, named: Container[str]) -> bool:
-    """Return whether a tensor of `named` is the scale, column steps or correction of a matrix stored there.
+    """Return whether a tensor of `named` is a scale, a step or a correction of a matrix stored there.
 
     The suffix alone does not decide: the model has plain tensors such as `bigram.scale`.
     """
     matrix, dot, suffix = name.rpartition(".")
     suffixes = (SCALE, LEFT, RIGHT, WIDE, FIRST, *((COLUMNS,) if columns_owner(matrix) == matrix else ()))
+    if matrix.endswith((LEFT, RIGHT)):  # a quantized factor
+        suffixes = (SCALE,)
     return matrix + CODES in named and dot + suffix in suffixes
 
 
