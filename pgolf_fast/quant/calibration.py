@@ -29,16 +29,8 @@ from pgolf_fast.model.gpt import GPT, rope_tables
 from pgolf_fast.model.weights import Tensors
 from pgolf_fast.ops import reference
 from pgolf_fast.quant.gptq import inverse_factor
-from pgolf_fast.quant.sdclip import quantize_sdclip
-from pgolf_fast.quant.state import (
-    TOKEN_TABLE,
-    QuantizedState,
-    group_of,
-    hessian_name,
-    is_slot,
-    quantize_state,
-    unbank,
-)
+from pgolf_fast.quant.sdclip import TOKEN_TABLE, quantize_sdclip
+from pgolf_fast.quant.state import QuantizedState, group_of, hessian_name, is_slot, quantize_state, unbank
 
 DAMPING = 0.01  # times the mean diagonal; like the original, in addition to GPTQ's own damping
 SMALLEST_DAMPING = 1e-6

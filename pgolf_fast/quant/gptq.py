@@ -12,14 +12,7 @@ from pgolf_fast.config.checks import need
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.model.weights import Tensors
 from pgolf_fast.ops.native import extension
-from pgolf_fast.quant.grid import (
-    PERCENTILES,
-    Coded,
-    best_candidate,
-    check_matrix,
-    scale_candidates,
-    sdclip_scale,
-)
+from pgolf_fast.quant.grid import PERCENTILES, Coded, best_candidate, check_matrix, scale_candidates
 
 COSTS = 256  # a cost table's columns: code q is at index q + 128
 
@@ -58,10 +51,8 @@ def gptq(
         need(torch.isfinite(hessian).all(), problem)
         order, factor = inverse_factor(hessian, damping, what)
         dead = torch.diagonal(hessian) == 0
-        if sigmas is None:
-            scales = [scale_candidates(w, clip_range, percentiles, scale_floor) for w in weights.values()]
-        else:
-            scales = [[sdclip_scale(w, clip_range, sigmas)] for w in weights.values()]
+        rule = clip_range, percentiles, scale_floor, sigmas
+        scales = [scale_candidates(w, *rule) for w in weights.values()]
         matrices = list(zip(weights, weights.values(), scales, strict=True))
         ready = (w.float().masked_fill(dead, 0.0).T[order].repeat(1, len(s)) for _, w, s in matrices)
         group = _Group(matrices, order, torch.cat(list(ready), dim=1), factor)
