@@ -5,6 +5,7 @@ Every .npz of PGOLF_GOLDEN_DIR (default: tests/golden) is checked by the prefix 
 
 import dataclasses
 import json
+import math
 import os
 from pathlib import Path
 
@@ -26,7 +27,9 @@ from pgolf_fast.model.gpt import GPT
 from pgolf_fast.model.segments import Segments
 from pgolf_fast.ops import reference
 from pgolf_fast.optim.muon import Muon
-from pgolf_fast.quant.grid import quantize_int8_rows, quantize_rows
+from pgolf_fast.quant import sdclip
+from pgolf_fast.quant.grid import dequantize, quantize_int8_rows, quantize_rows
+from pgolf_fast.quant.state import QuantizedTensor
 from pgolf_fast.train.meta import SlotRates, meta_step
 
 FOLDER = Path(os.environ.get("PGOLF_GOLDEN_DIR", Path(__file__).parent / "golden"))
@@ -249,6 +252,53 @@ def check_gptq(meta, values):
         np.testing.assert_allclose(scale.float().numpy(), values[f"scale_{kind}"], rtol=1e-3)
 
 
+def check_frontier_gptq(meta, values):
+    """Codes, scales and corrections exactly; `row_order`, the record's order in its file, is not ours."""
+    norms = {}
+    for name, rule in meta["matrices"].items():
+        arrays = {n.removeprefix(f"{name}/"): torch.tensor(v) for n, v in values.items()}
+        weight, hessian, clip = arrays["weight"], arrays["hessian"], rule["clip_range"]
+        settings = {"block_size": meta["block_size"], "damping": meta["damping"]}
+        codes, scale = gptq_alone(weight, hessian, clip_range=clip, sigmas=rule["clip_sigmas"], **settings)
+        assert torch.equal(codes, arrays["codes"]), name
+        assert torch.equal(scale.float(), arrays["scale"]), name
+        error = weight - dequantize(codes, scale)
+        norms[name] = error.norm().item()
+        assert math.isclose(norms[name], rule["error_norm"], rel_tol=1e-6)
+        pair = sdclip.low_rank(error, meta["lqer_rank"])
+        given = arrays["factor_a"], arrays["factor_b"]
+        torch.testing.assert_close(pair[0] @ pair[1], given[0] @ given[1], rtol=1e-4, atol=1e-5)
+        factors = sdclip.quantized_factors(*given, meta["lqer_group"])
+        for factor, part in zip(factors, ("lqer_a", "lqer_b"), strict=True):
+            assert torch.equal(factor.codes.flatten(), arrays[part].flatten()), (name, part)
+            assert torch.equal(factor.scale.float(), arrays[f"{part}_scale"].flatten()), (name, part)
+        whole = QuantizedTensor(codes, scale, 8, low_rank=factors).dequantized()
+        torch.testing.assert_close(whole, arrays["dequantised"], rtol=0, atol=1e-6)
+    assert sorted(norms, key=lambda name: -norms[name]) == meta["lqer_order"]
+    gate = sdclip.int8_rows(torch.tensor(values["gate/weight"]))
+    assert np.array_equal(gate.codes, values["gate/codes"])
+    assert np.array_equal(gate.scale.float(), values["gate/scale"])
+
+
+def check_frontier_awq(meta, values):
+    weight, hessian = torch.tensor(values["weight"]), torch.tensor(values["hessian"])
+    group, clip = meta["group_size"], meta["clip_range"]
+    inputs = torch.diag(torch.tensor(values["activation_rms"]).double().square())
+    scores = sdclip.group_scores(weight, inputs, group)
+    np.testing.assert_allclose(scores, values["scores"], rtol=1e-6)
+    first = group * int(scores.argmax())
+    assert [[first, first + group]] == meta["groups"]
+    settings = {"sigmas": meta["clip_sigmas"], "bits": 1 + clip.bit_length(), "damping": meta["damping"]}
+    got = sdclip.protect(weight, hessian, first, group=group, **settings)
+    assert np.array_equal(got.codes, values["codes"])
+    assert np.array_equal(got.scale.float(), values["scale"])
+    assert np.array_equal(got.protected[1].float(), values["protected_scale"])
+    whole = dequantize(got.codes, got.scale)
+    columns = slice(first, first + group)
+    whole[:, columns] = dequantize(got.codes[:, columns], got.protected[1])
+    assert np.array_equal(whole, values["dequantised"])
+
+
 def check_muon(meta, values):
     """Bit for bit where bfloat16 products round alike; elsewhere to bfloat16 accuracy."""
     count = sum(name.startswith("init/") for name in values)
@@ -272,6 +322,8 @@ CHECKS = {
     "legal_ttt_": check_legal_ttt,
     "gptq_": check_gptq,
     "muon": check_muon,
+    "frontier_gptq": check_frontier_gptq,
+    "frontier_awq": check_frontier_awq,
 }
 
 

@@ -201,7 +201,8 @@ def _facts(folder: RunFolder, config: RunConfig, about: About) -> dict[str, Any]
     steps = [line for line in folder.history() if line["kind"] == "step"]
     cpu = f"{environment.get('processor') or 'CPU'}, {environment.get('cpu_threads')} threads"
     size = f"{model.num_layers} layers x {model.model_dim}, {model.num_parameters():,} parameters"
-    stored = f"{widths} weights ({quant.method}) and {quant.tables} tables, entropy-coded"
+    tables = f"int{quant.table_bits}" if quant.grid == "sdclip" and quant.tables == "int8" else quant.tables
+    stored = f"{widths} weights ({quant.method}) and {tables} tables, entropy-coded"
     blurb = f"{size}, {model.mlp_activation} MLP; {stored}; scored with legal test-time training."
     return {
         "config": config,

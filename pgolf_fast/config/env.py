@@ -32,7 +32,10 @@ eval EVAL_SEQ_LEN EVAL_STRIDE EVAL_BATCH_SEQS
 ttt TTT_LR TTT_EPOCHS TTT_CHUNK_TOKENS TTT_FREEZE_BLOCKS TTT_MOMENTUM TTT_BATCH_SEQS TTT_GRAD_CLIP
 ttt TTT_WEIGHT_DECAY TTT_BETA2 TTT_ENABLED=epochs TTT_OPTIMIZER=adapter TTT_LORA_RANK=lora.rank
 ttt TTT_LORA_LR=lora.lr
-quant GPTQ_BLOCK_SIZE=block_size GPTQ_PERCDAMP=damping
+quant GPTQ_BLOCK_SIZE=block_size GPTQ_PERCDAMP=damping GPTQ_CALIBRATION_BATCHES=calibration_sequences
+quant MATRIX_BITS=bits EMBED_BITS=table_bits MLP_CLIP_SIGMAS=mlp_sigmas ATTN_CLIP_SIGMAS=attention_sigmas
+quant EMBED_CLIP_SIGMAS=table_sigmas LQER_ENABLED=lqer_tensors LQER_TOP_K=lqer_tensors LQER_RANK=rank
+quant LQER_ASYM_GROUP=lqer_group AWQ_LITE_ENABLED=protect_group
 """
 FIELDS: dict[str, str] = {}
 for _group, *_words in map(str.split, _NAMES.strip().splitlines()):
@@ -42,6 +45,7 @@ _OFF: dict[str, dict[str, object]] = {
     "SWA_ENABLED": {"average.swa_every": None},
     "EMA_ENABLED": {"average.ema_decay": 0.0, "average.ema_every": 1},
     "TTT_ENABLED": {"ttt.epochs": 0},
+    "LQER_ENABLED": {"quant.lqer_tensors": 0},
 }
 # variables with their own code to set a field
 _SWITCHES = {"GRAD_ACCUM_TOTAL": int, **dict.fromkeys(("META_TTT_SAM_ENABLED", *_OFF), bool)}
@@ -49,6 +53,9 @@ _OFF_AT_ZERO = (
     *("train.max_seconds", "train.val_every", "optim.grad_clip", "average.swa_every"),
     *("ttt.grad_clip", "eval.seq_len", "eval.batch_seqs"),
 )
+
+
+_BATCH_WINDOWS = 48  # of 2,048 tokens, in a rank's part of a batch of 786,432
 
 
 @dataclass(frozen=True)
@@ -116,6 +123,8 @@ def _value(name: str, text: str) -> object:
     if field == "model.ve_layers":
         return tuple(int(part) for part in text.split(",") if part.strip())
     value = kind(text) if kind in (int, float) else text
+    if name == "GPTQ_CALIBRATION_BATCHES":
+        return _BATCH_WINDOWS * int(text)
     if value == "" or (isinstance(value, float) and not math.isfinite(value)):
         raise ValueError(text)
     off = isinstance(value, (int, float)) and value <= 0 and field in _OFF_AT_ZERO
@@ -172,6 +181,10 @@ def _following(new: dict[str, Any], values: dict[str, object]) -> Iterator[tuple
         yield "train.warmdown_steps", None, "train.warmdown_fraction replaces it"
     elif "train.warmdown_steps" in values:
         yield "train.warmdown_fraction", None, "train.warmdown_steps replaces it"
+    if "quant.calibration_sequences" in values:
+        yield "quant.calibration", "shards", "its batches are training text"
+    if not {"quant.mlp_sigmas", "quant.attention_sigmas", "quant.table_sigmas"}.isdisjoint(values):
+        yield "quant.grid", "sdclip", "the other grids clip at no multiple of the standard deviation"
     if "train.qat.below" in values:
         yield "train.qat.from_share", None, "train.qat.below replaces it"
     micro, batch = new["train.micro_batch_tokens"], new["train.batch_tokens"]

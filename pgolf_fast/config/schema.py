@@ -267,15 +267,30 @@ class TrainConfig:
 class QuantConfig:
     """Quantization of the weights (PR 1501)."""
 
-    grid: Literal["reference", "percentile", "rd"] = "reference"
+    grid: Literal["reference", "percentile", "sdclip", "rd"] = "reference"
     """Choice of quantization steps: reference never goes below 1/31 (6 bits) for a row; percentile fits each
-    row; rd trades error against bits for every row and column."""
+    row; sdclip clips at a multiple of a row's standard deviation, the token table's too (PR 1394); rd trades
+    error against bits for every row and column."""
     target_bytes: int | None = None
     """Artifact size in bytes that grid rd aims for; None is pack.limit_bytes minus the code."""
     rank: int = 0
-    """Maximum rank of grid rd's low-rank error corrections (LQER)."""
+    """Maximum rank of grid rd's low-rank error corrections (LQER), and rank of those of grid sdclip."""
+    lqer_tensors: int = 3
+    """Matrices that grid sdclip corrects: those with the largest error norms (PR 1797)."""
+    lqer_group: int = 64
+    """Elements of a correction's right factor that share a scale, on grid sdclip."""
+    mlp_sigmas: float = 11.5
+    """Standard deviations of a row at which grid sdclip clips MLP matrices."""
+    attention_sigmas: float = 13.0
+    """The same for attention matrices."""
+    table_sigmas: float = 14.0
+    """The same for the token table."""
+    table_bits: int = 7
+    """Bits per weight of the token table on grid sdclip."""
+    protect_group: bool = False
+    """Keep 8 bits in the 64 columns whose inputs and weights are largest, on grid sdclip (AWQ, PR 1908)."""
     method: Literal["gptq", "round"] = "gptq"
-    """Rounding: gptq uses Hessians from self-generated text; round rounds to nearest."""
+    """Rounding: gptq uses Hessians from calibration text; round rounds to nearest."""
     bits: int = 6
     """Bits per bank weight, with codes from -(2^(bits-1) - 1) to 2^(bits-1) - 1. Grid rd chooses its own."""
     percentiles: tuple[float, ...] = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
@@ -284,8 +299,10 @@ class QuantConfig:
     """Columns in a GPTQ block."""
     damping: float = 0.01
     """Damping of the Hessian, as a fraction of its mean diagonal."""
+    calibration: Literal["generated", "shards"] = "generated"
+    """Calibration text: what the model writes, or windows of training shards at random phases (PR 1394)."""
     calibration_sequences: int = 64
-    """Sequences that the model generates for calibration."""
+    """Sequences of calibration text."""
     calibration_length: int = 2048
     """Tokens in a calibration sequence."""
     calibration_batch: int = 64
@@ -301,12 +318,16 @@ class QuantConfig:
 
     def __post_init__(self) -> None:
         need(0 <= self.rank <= 8, f"quant.rank is {self.rank}; it must be 0 to 8")
-        need(2 <= self.bits <= 8, f"quant.bits is {self.bits}; it must be 2 to 8")
+        for name in ("bits", "table_bits"):
+            bits = getattr(self, name)
+            need(2 <= bits <= 8, f"quant.{name} is {bits}; it must be 2 to 8")
         need(len(self.percentiles) > 0, "quant.percentiles is empty")
         shares = all(0 < share <= 1 for share in self.percentiles)
         need(shares, f"quant.percentiles {self.percentiles} must be above 0 and at most 1")
         sizes = ("block_size", "calibration_sequences", "calibration_length", "calibration_batch")
-        checks.need_positive("quant", self, *sizes, "temperature", "target_bytes")
+        sigmas = ("mlp_sigmas", "attention_sigmas", "table_sigmas")
+        checks.need_positive("quant", self, *sizes, *sigmas, "temperature", "target_bytes", "lqer_group")
+        checks.need_not_negative("quant", self, "lqer_tensors")
 
     @property
     def clip_range(self) -> int:

@@ -146,6 +146,7 @@ VARIANTS = {
         "eval__batch_seqs": 8,
         "ttt__lr": 0.05,
     },
+    "grid sdclip": {"quant__grid": "sdclip", "quant__rank": 4, "quant__small_tensor": 999, "ttt__lr": 0.05},
     "adamw": {
         "train__compute_dtype": "bfloat16",
         "ttt__adapter": "adamw",
