@@ -15,7 +15,15 @@ import torch
 from helpers import gptq_alone
 from torch import nn
 
-from pgolf_fast.config.schema import EvalConfig, MetaConfig, ModelConfig, RunConfig, TTTConfig
+from pgolf_fast.config.schema import (
+    AverageConfig,
+    EvalConfig,
+    MetaConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    TTTConfig,
+)
 from pgolf_fast.data.loader import segment_starts
 from pgolf_fast.data.tokenizer import ByteTable
 from pgolf_fast.evaluation.protocol import score_and_adapt, target_chunks
@@ -26,7 +34,9 @@ from pgolf_fast.model.bank import BANK_NAMES
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.model.segments import Segments
 from pgolf_fast.ops import reference
+from pgolf_fast.optim.average import WeightAverage
 from pgolf_fast.optim.muon import Muon
+from pgolf_fast.optim.optimizer import Optimizer
 from pgolf_fast.quant import sdclip
 from pgolf_fast.quant.grid import dequantize, quantize_int8_rows, quantize_rows
 from pgolf_fast.quant.state import QuantizedTensor
@@ -299,11 +309,11 @@ def check_frontier_awq(meta, values):
     assert np.array_equal(whole, values["dequantised"])
 
 
-def check_muon(meta, values):
+def check_muon(meta, values, **kind):
     """Bit for bit where bfloat16 products round alike; elsewhere to bfloat16 accuracy."""
     count = sum(name.startswith("init/") for name in values)
     banks = {str(i): nn.Parameter(torch.tensor(values[f"init/{i}"])) for i in range(count)}
-    muon = Muon(banks, weight_decay=meta["weight_decay"], newton_schulz_steps=meta["steps"])
+    muon = Muon(banks, weight_decay=meta["weight_decay"], newton_schulz_steps=meta["steps"], **kind)
     for t in range(sum(name.endswith("/0") and name.startswith("after/") for name in values)):
         for i, bank in banks.items():
             bank.grad = torch.tensor(values[f"grad/{t}/{i}"])
@@ -314,6 +324,67 @@ def check_muon(meta, values):
             assert error <= 0.05, f"bank {i} after step {t + 1}: {error:.1%} of the change"
 
 
+def check_frontier_muon(meta, values):
+    """Row norm and Polar Express in float64, then whole steps in bfloat16."""
+    coefficients = [number for step in meta["coeffs"] for number in step]
+    count = sum(name.startswith("polar_in/") for name in values)
+    for i in range(count):
+        given = torch.tensor(values[f"polar_in/{i}"]).double()
+        stack = given if given.ndim == 3 else given[None]
+        muon = Muon(
+            {},
+            weight_decay=0,
+            newton_schulz_steps=len(meta["coeffs"]),
+            coefficients=coefficients,
+            row_norm=True,
+        )
+        got = muon.orthogonalize(stack).reshape(given.shape)
+        np.testing.assert_allclose(got, values[f"polar_out/{i}"], atol=1e-6)
+    check_muon(meta, values, coefficients=coefficients, row_norm=True)
+
+
+def check_frontier_train_steps(meta, values):
+    """Steps of all three groups and the EMA; what Muon computes in bfloat16 to its accuracy."""
+    model = GPT(frontier_config({"bos_id": 1, **meta}))
+    model.load_state_dict({n[6:]: torch.tensor(v) for n, v in values.items() if n.startswith("param/")})
+    decays = {"weight_decay": meta["muon_wd"], "embed_weight_decay": meta["embed_wd"]}
+    config = OptimConfig(
+        **{name: meta[name] for name in ("matrix_lr", "scalar_lr", "adam_eps", "muon_momentum")},
+        **decays,
+        scalar_weight_decay=meta["adam_wd"],
+        embed_lr=meta["tied_embed_lr"],
+        adam_beta1=meta["beta1"],
+        adam_beta2=meta["beta2"],
+        grad_clip=meta["grad_clip_norm"],
+        muon_momentum_start=meta["momentum"][0],
+        muon_polar_express=True,
+        muon_row_norm=True,
+    )
+    optimizer = Optimizer(model, config)
+    average = WeightAverage(model, AverageConfig(ema_decay=meta["ema_decay"], ema_every=1, swa_every=None))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for t, momentum in enumerate(meta["momentum"]):
+        model.looping = meta["looping"][t]
+        loss = model.loss(*(torch.tensor(values[name][t]) for name in ("input_ids", "target_ids")))
+        # after the first step weights differ as Muon's bfloat16 rounds
+        assert abs(float(loss.detach()) - meta["loss"][t]) <= (1e-5 if t == 0 else 1e-2)
+        loss.backward()
+        assert abs(float(optimizer.clip()) / meta["grad_norm"][t] - 1) <= (1e-4 if t == 0 else 2e-2)
+        optimizer.muon_momentum = lambda step, momentum=momentum: momentum
+        optimizer.step(t, meta["lr_mul"][t])
+        optimizer.zero_grad()
+        average.update(t + 1, meta["lr_mul"][t])
+        for name, tensor in model.state_dict().items():
+            assert_moved_alike(name, tensor, before[name], torch.tensor(values[f"after/{t}/{name}"]))
+    for name, tensor in average.final().items():
+        assert_moved_alike(name, tensor, before[name], torch.tensor(values[f"ema/{name}"]))
+
+
+def assert_moved_alike(name, got, start, want):
+    error, change = (got - want).norm(), (want - start).norm()
+    assert error <= 0.05 * change + 1e-6, f"{name}: {error:.1e} of a change of {change:.1e}"
+
+
 CHECKS = {
     "frontier_forward_": check_frontier_forward,
     "forward_": check_forward,
@@ -322,6 +393,8 @@ CHECKS = {
     "legal_ttt_": check_legal_ttt,
     "gptq_": check_gptq,
     "muon": check_muon,
+    "frontier_train_steps": check_frontier_train_steps,
+    "frontier_muon": check_frontier_muon,
     "frontier_gptq": check_frontier_gptq,
     "frontier_awq": check_frontier_awq,
 }

@@ -49,6 +49,10 @@ class OptimConfig:
     """Steps over which Muon momentum rises linearly."""
     muon_newton_schulz_steps: int = 5
     """Newton-Schulz iterations per Muon update."""
+    muon_polar_express: bool = False
+    """Use the coefficients of Polar Express (Amsel et al. 2025), which change from step to step (PR 1855)."""
+    muon_row_norm: bool = False
+    """Divide every row of an update by its norm before Newton-Schulz (MuonEq-R, PR 1394)."""
     adam_beta1: float = 0.9
     """AdamW decay of the first moment."""
     adam_beta2: float = 0.95
@@ -57,13 +61,29 @@ class OptimConfig:
     """AdamW epsilon."""
     weight_decay: float = 0.04
     """Decoupled weight decay of both optimizers."""
+    embed_weight_decay: float | None = None
+    """The same of the embedding tables; None is weight_decay."""
+    scalar_weight_decay: float | None = None
+    """The same of gains, scales and small projections; None is weight_decay."""
     grad_clip: float | None = 0.3
     """Limit on the global gradient norm over all parameters; None disables clipping."""
+    grad_clip_per_rank: bool = False
+    """Clip each rank's own gradients before they are averaged, as PR 1855 did."""
 
     def __post_init__(self) -> None:
-        checks.need_not_negative("optim", self, "matrix_lr", "embed_lr", "scalar_lr", "weight_decay")
+        decays = ("weight_decay", "embed_weight_decay", "scalar_weight_decay")
+        checks.need_not_negative("optim", self, "matrix_lr", "embed_lr", "scalar_lr", *decays)
+        steps = (
+            f"optim.muon_newton_schulz_steps is {self.muon_newton_schulz_steps}; Polar Express has 5 steps"
+        )
+        need(not self.muon_polar_express or self.muon_newton_schulz_steps == 5, steps)
         checks.need_decay("optim", self, "muon_momentum", "muon_momentum_start", "adam_beta1", "adam_beta2")
         checks.need_positive("optim", self, "grad_clip")
+
+    @property
+    def adam_decays(self) -> tuple[float | None, float | None]:
+        """Own weight decays of the embedding tables and of everything small."""
+        return self.embed_weight_decay, self.scalar_weight_decay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,6 +232,8 @@ class TrainConfig:
     """Length of the decay as a share of the run, instead of warmdown_steps."""
     warmdown_shape: Literal["cosine", "linear"] = "cosine"
     """Shape of the decay. A linear decay that is longer than the run starts below 1."""
+    min_lr: float = 0.0
+    """Least learning-rate multiplier: the decay ends there (PR 1787)."""
     z_loss: float = 0.0
     """Weight of the mean squared log-partition function in the training loss (PR 301)."""
     loop_from: float = 0.0
@@ -246,7 +268,7 @@ class TrainConfig:
         checks.need_positive("train", self, *sizes, "cpu_shares", "max_document", "val_every", "max_seconds")
         checks.need_not_negative("train", self, "z_loss", "seed")
         checks.need_share("train", self, "warmdown_fraction")
-        checks.need_decay("train", self, "loop_from")
+        checks.need_decay("train", self, "loop_from", "min_lr")
         checks.need_multiple("train", self, "micro_batch_tokens", "seq_len")
         checks.need_multiple("train", self, "batch_tokens", "micro_batch_tokens")
         checks.need_either("train", self, "warmdown_steps", "warmdown_fraction")

@@ -4,6 +4,8 @@ Each is the bare formula, differentiable by autograd, accumulating in at least f
 float64). Sources: PR 1501 for the network, Keller Jordan's Muon for `newton_schulz`.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,6 +13,14 @@ from torch import Tensor
 RMS_EPS = torch.finfo(torch.float32).eps  # eps of F.rms_norm(eps=None) on float32 statistics
 XSA_EPS = 1e-12
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+# The same of each of five steps in turn: Polar Express (Amsel et al. 2025), as PR 1855 used it
+POLAR_EXPRESS = (
+    *(8.156554524902461, -22.48329292557795, 15.878769915207462),
+    *(4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    *(3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    *(3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    *(2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
 # Multipliers of the current and the two previous tokens in the hash n-gram key (PR 1501).
 HASH_CURRENT, HASH_PREVIOUS, HASH_BEFORE = 36313, 27191, 51497
 
@@ -195,12 +205,18 @@ def softcap_cross_entropy(
     return loss + z_loss * logits.logsumexp(-1).square() if z_loss else loss
 
 
-def newton_schulz(g: Tensor, steps: int) -> Tensor:
+def polynomials(steps: int, coefficients: Sequence[float] | None) -> list[tuple[float, float, float]]:
+    """Return a, b and c of each Newton-Schulz step, from a flat list of all of them or the constant ones."""
+    if coefficients is None:
+        return [NS_COEFFICIENTS] * steps
+    return list(zip(*(coefficients[i::3] for i in range(3)), strict=True))
+
+
+def newton_schulz(g: Tensor, steps: int, coefficients: Sequence[float] | None = None) -> Tensor:
     """Approximate U V^T of each matrix g = U S V^T of a (slots, rows, cols) stack, in g's dtype."""
-    a, b, c = NS_COEFFICIENTS
     x = g.mT if g.shape[-2] > g.shape[-1] else g
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    for a, b, c in polynomials(steps, coefficients):
         gram = x @ x.mT
         x = a * x + (b * gram + c * (gram @ gram)) @ x
     return x.mT if g.shape[-2] > g.shape[-1] else x

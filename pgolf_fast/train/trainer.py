@@ -163,9 +163,11 @@ class Trainer:
         loss, tokens, targets = self._accumulate()
         meta_loss = self._meta(multiplier, tokens, targets)  # on the last micro-batch
         self._mask_frozen_skips()
+        per_rank = self.optimizer.config.grad_clip_per_rank
+        norm = self.optimizer.clip() if per_rank else None
         for gradient in self.optimizer.gradients():
             self.world.mean_(gradient)
-        norm = self.optimizer.clip()
+        norm = self.optimizer.clip() if norm is None else norm
         # before the update: on the CPU a non-finite number must not reach the weights
         pending = self._pending(loss, norm, meta_loss, multiplier)
         self.optimizer.step(self.step, multiplier)
