@@ -1,4 +1,4 @@
-"""Agreement with vectors computed by the original programs (PR 1501, PR 1502).
+"""Agreement with vectors computed by the original programs (PR 1501, PR 1502, PR 1855).
 
 Every .npz of PGOLF_GOLDEN_DIR (default: tests/golden) is checked by the prefix of its name.
 """
@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from data_helpers import real_data
 from helpers import gptq_alone
 from torch import nn
 
 from pgolf_fast.config.schema import EvalConfig, MetaConfig, ModelConfig, RunConfig, TTTConfig
-from pgolf_fast.data.tokenizer import ByteTable
+from pgolf_fast.data import caseops
+from pgolf_fast.data.tokenizer import ByteTable, Tokenizer
 from pgolf_fast.evaluation.protocol import score_and_adapt, target_chunks
 from pgolf_fast.evaluation.score import Stream
 from pgolf_fast.evaluation.scores import Evaluator
@@ -183,6 +185,25 @@ def check_muon(meta, values):
             assert error <= 0.05, f"bank {i} after step {t + 1}: {error:.1%} of the change"
 
 
+def check_caseops(meta, values):
+    """Text first; tokens need the record's tokenizer."""
+    for row in meta["rows"]:
+        assert caseops.encode(row["text"]) == row["encoded"]
+        assert caseops.decode(row["encoded"]) == row["text"]
+    for text in meta["must_reject"]:
+        with pytest.raises(ValueError, match=r"position \d+: "):
+            caseops.decode(text)
+    tokenizer = Tokenizer.load(real_data() / "tokenizers" / "fineweb_8192_bpe_caseops.model")
+    assert tokenizer.vocab_size == meta["vocab"]
+    for row in meta["rows"]:
+        ids, counts = tokenizer.encode_document_with_bytes(row["text"])
+        assert ids.tolist() == [1, *row["ids"]] == tokenizer.encode_document(row["text"])
+        assert counts.tolist() == [0, *row["byte_counts"]]
+        assert [tokenizer.piece(i) for i in row["ids"]] == row["pieces"]
+        _, spans = tokenizer.encode_with_spans(row["encoded"])
+        assert [row["encoded"].encode()[a:b].decode() for a, b in spans] == row["surfaces"]
+
+
 CHECKS = {
     "forward_": check_forward,
     "fomaml_": check_fomaml,
@@ -190,6 +211,7 @@ CHECKS = {
     "legal_ttt_": check_legal_ttt,
     "gptq_": check_gptq,
     "muon": check_muon,
+    "frontier_caseops": check_caseops,
 }
 
 
