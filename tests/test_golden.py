@@ -1,4 +1,4 @@
-"""Agreement with vectors computed by the original programs (PR 1501, PR 1502).
+"""Agreement with vectors computed by the original programs (PR 1501, PR 1502, PR 1855).
 
 Every .npz of PGOLF_GOLDEN_DIR (default: tests/golden) is checked by the prefix of its name.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from data_helpers import real_data
 from helpers import gptq_alone
 from torch import nn
 
@@ -24,8 +25,9 @@ from pgolf_fast.config.schema import (
     RunConfig,
     TTTConfig,
 )
+from pgolf_fast.data import caseops
 from pgolf_fast.data.loader import segment_starts
-from pgolf_fast.data.tokenizer import ByteTable
+from pgolf_fast.data.tokenizer import ByteTable, Tokenizer
 from pgolf_fast.evaluation.protocol import score_and_adapt, target_chunks
 from pgolf_fast.evaluation.score import Stream
 from pgolf_fast.evaluation.scores import Evaluator
@@ -386,6 +388,25 @@ def assert_moved_alike(name, got, start, want):
     assert error <= 0.08 * change + 1e-6, f"{name}: {error:.1e} of a change of {change:.1e}"
 
 
+def check_caseops(meta, values):
+    """Text first; tokens need the record's tokenizer."""
+    for row in meta["rows"]:
+        assert caseops.encode(row["text"]) == row["encoded"]
+        assert caseops.decode(row["encoded"]) == row["text"]
+    for text in meta["must_reject"]:
+        with pytest.raises(ValueError, match=r"position \d+: "):
+            caseops.decode(text)
+    tokenizer = Tokenizer.load(real_data() / "tokenizers" / "fineweb_8192_bpe_caseops.model")
+    assert tokenizer.vocab_size == meta["vocab"]
+    for row in meta["rows"]:
+        ids, counts = tokenizer.encode_document_with_bytes(row["text"])
+        assert ids.tolist() == [1, *row["ids"]] == tokenizer.encode_document(row["text"])
+        assert counts.tolist() == [0, *row["byte_counts"]]
+        assert [tokenizer.piece(i) for i in row["ids"]] == row["pieces"]
+        _, spans = tokenizer.encode_with_spans(row["encoded"])
+        assert [row["encoded"].encode()[a:b].decode() for a, b in spans] == row["surfaces"]
+
+
 CHECKS = {
     "frontier_forward_": check_frontier_forward,
     "forward_": check_forward,
@@ -398,6 +419,7 @@ CHECKS = {
     "frontier_muon": check_frontier_muon,
     "frontier_gptq": check_frontier_gptq,
     "frontier_awq": check_frontier_awq,
+    "frontier_caseops": check_caseops,
 }
 
 

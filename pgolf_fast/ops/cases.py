@@ -103,7 +103,7 @@ def _gqa_attention(
     optional = [name for name in ("value_embed", "gate") if inputs.get(name) is not None]
     options: dict[str, Any] = {"num_kv_heads": s.kv_heads, "xsa": xsa}
 
-    def segments(x: Tensor) -> dict[str, Tensor]:
+    def segments(x: Tensor) -> dict[str, Any]:
         if not packed:
             return {}
         cuts = (0, s.length // 3, s.length // 3 + 1)
