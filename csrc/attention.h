@@ -87,6 +87,16 @@ struct Sizes : AttentionShape {
     }
     size_t k_head(size_t pair, size_t key) const { return (pair / kv_heads * keys + key) * kv_heads + pair % kv_heads; }
     float gain_of(size_t pair, size_t row) const { return gain[pair % kv_heads * group + row % group]; }
+    float gate_of(size_t head) const { return gate ? gate[head] : 1; }
+    // The first key that a row attends to.
+    size_t start(size_t pair, size_t row) const {
+        return starts ? size_t(starts[pair / kv_heads * keys + position(row)]) : 0;
+    }
+    // The number of a row's keys that a tile from `key` on holds before the first one to which the row attends.
+    size_t skipped(size_t pair, size_t row, size_t key, size_t width) const {
+        const size_t begin = start(pair, row);
+        return begin < key ? 0 : std::min(width, begin - key);
+    }
 };
 
 // c (kTall, kWide) = a b, or c += a b, where a has `depth` > 0 columns of elements, or rows if it is transposed.
@@ -128,10 +138,10 @@ PGOLF_INLINE float dot(const A* a, const B* b, size_t count) {
     return sum(total);
 }
 
-// to = from, and zeros up to whole registers.
+// to = scale * from, and zeros up to whole registers.
 template <class T, class Out>
-PGOLF_INLINE void copy_head(const Sizes& n, const T* from, Out* to) {
-    sweep(0, n.dim, [=](size_t i, auto lanes) { store(to + i, load(from + i, lanes), lanes); });
+PGOLF_INLINE void copy_head(const Sizes& n, const T* from, Out* to, float scale = 1) {
+    sweep(0, n.dim, [=](size_t i, auto lanes) { store(to + i, scale * load(from + i, lanes), lanes); });
     std::fill(to + n.dim, to + round_up(n.dim, kWide), Out{});
 }
 
@@ -198,20 +208,20 @@ struct Softmax {
     float top = -INFINITY, total = 0;
 };
 
-// Replaces the first `count` scores by items of E, e^(score - the largest so far), and those up to `width` by zero.
-// Returns the factor that rescales sums over earlier tiles.
+// Replaces the scores from `begin` to `end` by items of E, e^(score - the largest so far), and those before, from `low`
+// on, and after, up to `width`, by zero. Returns the factor that rescales sums over earlier tiles.
 template <class E>
-PGOLF_INLINE float soften(float* scores, size_t count, size_t width, Softmax& state) {
+PGOLF_INLINE float soften(float* scores, size_t low, size_t begin, size_t end, size_t width, Softmax& state) {
     Item<E>* to = reinterpret_cast<Item<E>*>(scores);
-    const size_t whole = count / kLanes * kLanes;
+    const size_t whole = begin + (end - begin) / kLanes * kLanes;
     float factor = 1;
-    if (count) {
-        const ivec seen = lanes_below(count - whole);
+    if (begin < end) {
+        const ivec seen = lanes_below(end - whole);
         const vec tail = seen ? load(scores + whole) : splat(-INFINITY);
         vec top = max(splat(state.top), tail), total{};
-        for (size_t i = 0; i < whole; i += kLanes) top = max(top, load(scores + i));
+        for (size_t i = begin; i < whole; i += kLanes) top = max(top, load(scores + i));
         const float most = largest(top);
-        for (size_t i = 0; i < whole; i += kLanes) {
+        for (size_t i = begin; i < whole; i += kLanes) {
             const vec e = exp(load(scores + i) - most);
             store(to + i, e);
             total += e;
@@ -221,50 +231,60 @@ PGOLF_INLINE float soften(float* scores, size_t count, size_t width, Softmax& st
         factor = std::exp(state.top - most);
         state = {most, state.total * factor + sum(total + e)};
     }
-    for (size_t i = count; i < width; i++) to[i] = {};
+    for (size_t i = low; i < begin; i++) to[i] = {};
+    for (size_t i = end; i < width; i++) to[i] = {};
     return factor;
 }
 
 // Attention of `height` rows (a multiple of kTall) from `row` on. Reads q (height, ld), rotated and scaled; writes sums
 // of values (height, ld), not yet divided by the softmax's denominator, and each row's softmax state.
 template <class E>
-void attend(const Sizes& n, size_t row, size_t height, const E* q, const E* turned_keys, const E* values, float* scores,
-            float* sums, Softmax* states) {
+void attend(const Sizes& n, size_t pair, size_t row, size_t height, const E* q, const E* turned_keys, const E* values,
+            float* scores, float* sums, Softmax* states) {
     std::fill(sums, sums + height * n.ld, 0.0f);
-    for (size_t tile = 0; tile < n.tiles && tile * kKeys <= n.position(row + height - 1); tile++) {
+    const size_t first_tile = n.start(pair, row) / kKeys;
+    for (size_t tile = first_tile; tile < n.tiles && tile * kKeys <= n.position(row + height - 1); tile++) {
         const size_t key = tile * kKeys, width = std::min(kKeys, n.keys - key);
         const auto seen = [&](size_t r) {  // keys of the tile that row + r attends to
             const size_t end = n.position(row + r) + 1;
             return end < key ? 0 : std::min(width, end - key);
         };
+        size_t from[kRows];
+        for (size_t r = 0; r < height; r++) from[r] = std::min(n.skipped(pair, row + r, key, width), seen(r));
         for (size_t j = 0; j < width; j += kWide)
             for (size_t r = 0; r < height; r += kTall)
-                if (j < seen(r + kTall - 1))
+                if (j < seen(r + kTall - 1) && j + kWide > from[r])
                     multiply_channels(n.dim, q + r * n.ld, n.ld, turned_keys + tile * n.turned_tile() + j, n.ldt,
                                       scores + r * n.ldt + j, n.ldt);
         for (size_t r = 0; r < height; r++) {
-            const size_t most = round_up(seen(r / kTall * kTall + kTall - 1), kTerms<E>);
-            const float factor = soften<E>(scores + r * n.ldt, seen(r), most, states[r]);
+            const size_t top = r / kTall * kTall, low = from[top] / kTerms<E> * kTerms<E>;
+            const size_t most = round_up(seen(top + kTall - 1), kTerms<E>);
+            const float factor = soften<E>(scores + r * n.ldt, low, from[r], seen(r), most, states[r]);
             float* kept = sums + r * n.ld;
-            for (size_t i = 0; tile && i < n.ld; i += kLanes) store(kept + i, factor * load(kept + i));
+            for (size_t i = 0; tile != first_tile && i < n.ld; i += kLanes) store(kept + i, factor * load(kept + i));
         }
         for (size_t i = 0; i < n.dim; i += kWide)
-            for (size_t r = 0; r < height; r += kTall)
-                if (const size_t depth = elements<E>(seen(r + kTall - 1)))
-                    multiply<false, true>(depth, reinterpret_cast<const E*>(scores + r * n.ldt), n.ldt,
-                                          values + elements<E>(key) * n.ld + i, n.ld, sums + r * n.ld + i, n.ld);
+            for (size_t r = 0; r < height; r += kTall) {
+                const size_t low = from[r] / kTerms<E>, end = elements<E>(seen(r + kTall - 1));
+                if (low < end)
+                    multiply<false, true>(end - low, reinterpret_cast<const E*>(scores + r * n.ldt) + low, n.ldt,
+                                          values + (elements<E>(key) + low) * n.ld + i, n.ld, sums + r * n.ld + i, n.ld);
+            }
     }
 }
 
-// Writes y of a row and, with XSA, y less its component along the token's own value.
+// Writes y of a row and, with XSA or a gate, the gate times y less its component along the token's own value.
 template <class T>
-PGOLF_INLINE void finish(const Sizes& n, const float* sums, float total, const T* own, T* y, T* context) {
+PGOLF_INLINE void finish(const Sizes& n, const float* sums, float total, const T* own, float gate, T* y, T* context) {
     sweep(0, n.dim, [=](size_t i, auto lanes) { store(y + i, load(sums + i, lanes) / total, lanes); });
-    if (!n.xsa) return;
-    const float along = dot(y, own, n.dim) / std::max(dot(own, own, n.dim), kXsaEpsilon);
-    sweep(0, n.dim, [=](size_t i, auto lanes) {
-        store(context + i, load(y + i, lanes) - along * load(own + i, lanes), lanes);
-    });
+    if (n.xsa) {
+        const float along = dot(y, own, n.dim) / std::max(dot(own, own, n.dim), kXsaEpsilon);
+        sweep(0, n.dim, [=](size_t i, auto lanes) {
+            store(context + i, gate * (load(y + i, lanes) - along * load(own + i, lanes)), lanes);
+        });
+    } else if (n.gate) {
+        sweep(0, n.dim, [=](size_t i, auto lanes) { store(context + i, gate * load(y + i, lanes), lanes); });
+    }
 }
 
 // Normalizes a tile of keys, and writes them turned, with channels as rows, and the values beside them.
@@ -287,7 +307,8 @@ void prepare_tile(const Sizes& n, const AttentionForward& io, size_t pair, size_
 template <class T, class E>
 void attend_block(const Sizes& n, const AttentionForward& io, size_t pair, size_t block, const E* turned_keys,
                   const E* values, float* scratch) {
-    T *q = static_cast<T*>(io.q), *y = static_cast<T*>(io.y), *context = n.xsa ? static_cast<T*>(io.context) : y;
+    T *q = static_cast<T*>(io.q), *y = static_cast<T*>(io.y);
+    T* context = n.xsa || n.gate ? static_cast<T*>(io.context) : y;
     const T* v = static_cast<const T*>(io.v);
     const size_t row = block * kRows, count = std::min(kRows, n.rows - row), height = round_up(count, kTall);
     E* turned = reinterpret_cast<E*>(scratch);
@@ -303,10 +324,11 @@ void attend_block(const Sizes& n, const AttentionForward& io, size_t pair, size_
             std::fill(turned + r * n.ld, turned + (r + 1) * n.ld, E{});
         }
     }
-    attend(n, row, height, turned, turned_keys, values, scores, sums, states);
+    attend(n, pair, row, height, turned, turned_keys, values, scores, sums, states);
     for (size_t r = 0; r < count; r++) {
-        const size_t at = n.q_head(pair, row + r) * n.dim, own = n.k_head(pair, n.position(row + r)) * n.dim;
-        finish(n, sums + r * n.ld, states[r].total, v + own, y + at, context + at);
+        const size_t head = n.q_head(pair, row + r), at = head * n.dim;
+        const T* own = v + n.k_head(pair, n.position(row + r)) * n.dim;
+        finish(n, sums + r * n.ld, states[r].total, own, n.gate_of(head), y + at, context + at);
         io.lse[n.lse_at(pair, row + r)] = states[r].top + std::log(states[r].total);
     }
 }

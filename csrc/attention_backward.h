@@ -47,19 +47,25 @@ struct Workspace {
     size_t used_ = 0;
 };
 
-// Gradient of y from that of the context g: g - (g.w / w.w) w for the token's own value w. Adds to `down` the gradient
-// of w: -((g.w) y + (y.w) g - 2 (g.w) (y.w) w / w.w) / w.w. Also writes the context again.
+// Gradient of y from that of the context before the gate, g = gate * dcontext: g - (g.w / w.w) w for the token's own
+// value w. Adds to `down` the gradient of w: -((g.w) y + (y.w) g - 2 (g.w) (y.w) w / w.w) / w.w. Also writes the context
+// again, and returns the gate's gradient.
 template <class T, class Out>
-PGOLF_INLINE void exclude_back(const Sizes& n, const T* g, const T* y, const T* w, Out* dy, float* down, T* context) {
+PGOLF_INLINE float exclude_back(const Sizes& n, const T* dcontext, const T* y, const T* w, float gate, Out* dy,
+                                float* down, T* context) {
     const float square = std::max(dot(w, w, n.dim), kXsaEpsilon);
-    const float gw = dot(g, w, n.dim) / square, yw = dot(y, w, n.dim) / square;
-    sweep(0, n.dim, [=](size_t i, auto lanes) {
-        const vec own = load(w + i, lanes), out = load(y + i, lanes), grad = load(g + i, lanes);
-        store(context + i, out - yw * own, lanes);
+    const float gw = gate * dot(dcontext, w, n.dim) / square, yw = dot(y, w, n.dim) / square;
+    vec dgate{};
+    sweep(0, n.dim, [&](size_t i, auto lanes) {
+        const vec own = load(w + i, lanes), out = load(y + i, lanes), given = load(dcontext + i, lanes);
+        const vec grad = gate * given, kept = out - yw * own;
+        dgate += given * kept;
+        store(context + i, gate * kept, lanes);
         store(dy + i, grad - gw * own, lanes);
         store(down + i, load(down + i, lanes) - (gw * out + yw * grad - 2 * gw * yw * own), lanes);
     });
     std::fill(dy + n.dim, dy + round_up(n.dim, kWide), Out{});
+    return sum(dgate);
 }
 
 // Through RoPE and RMS norm: from the gradient of a turned head to that of its projection; returns d gain.
@@ -83,17 +89,25 @@ void prepare_rows(const BackwardSizes& n, const Workspace<E>& own, const Attenti
     const size_t step = own.row_of(n), begin = part * kQueriesBack * n.group;
     const size_t end = std::min(n.rows, begin + kQueriesBack * n.group);
     for (size_t row = begin; row < end; row++) {
-        const size_t at = n.q_head(pair, row) * n.dim, position = n.position(row);
+        const size_t head = n.q_head(pair, row), at = head * n.dim, position = n.position(row);
         const float scale = n.gain_of(pair, row) / std::sqrt(float(n.dim));
         turn(n, q + at, position, 1, scale, items(own.q + row * step));
         Item<E>* dy = items(own.dy + row * step);
+        const float gate = n.gate_of(head);
+        float dgate = 0;
         if (n.xsa) {
             float* down = own.own + row / n.group * n.ld;
             if (row % n.group == 0) std::fill(down, down + n.ld, 0.0f);
-            exclude_back(n, g + at, y + at, v + n.k_head(pair, position) * n.dim, dy, down, context + at);
+            const T* value = v + n.k_head(pair, position) * n.dim;
+            dgate = exclude_back(n, g + at, y + at, value, gate, dy, down, context + at);
         } else {
-            copy_head(n, g + at, dy);
+            copy_head(n, g + at, dy, gate);
+            if (n.gate) {
+                dgate = dot(g + at, y + at, n.dim);
+                sweep(at, at + n.dim, [=](size_t i, auto lanes) { store(context + i, gate * load(y + i, lanes), lanes); });
+            }
         }
+        if (n.gate) io.dgate[head] = dgate;
         own.lse[row] = io.lse[n.lse_at(pair, row)];
         own.delta[row] = dot(dy, y + at, n.dim);
     }
@@ -140,12 +154,12 @@ PGOLF_INLINE void soften_back(float* scores, float* dp, size_t count, size_t wid
 
 #ifdef PGOLF_AVX512
 // The same for two rows: `scores` and `dp` become elements of both rows, and `ds` two rows of items, `ldt` apart.
-PGOLF_INLINE void soften_back(float* scores, float* dp, size_t ldt, const size_t* counts, size_t width,
-                              const float* lse, const float* delta, bf16* ds) {
+PGOLF_INLINE void soften_back(float* scores, float* dp, size_t ldt, const size_t* begins, const size_t* ends,
+                              size_t width, const float* lse, const float* delta, bf16* ds) {
     for (size_t i = 0; i < width; i += kLanes) {
         vec p[2], down[2];
         for (size_t r = 0; r < 2; r++) {
-            const ivec seen = lanes_below(counts[r] > i ? counts[r] - i : 0);
+            const ivec seen = lanes_below(ends[r] > i ? ends[r] - i : 0) & ~lanes_below(begins[r] > i ? begins[r] - i : 0);
             p[r] = seen ? exp(load(scores + r * ldt + i) - lse[r]) : vec{};
             down[r] = seen ? p[r] * (load(dp + r * ldt + i) - delta[r]) : vec{};
         }
@@ -163,23 +177,25 @@ PGOLF_INLINE void soften_back(float* scores, float* dp, size_t ldt, const size_t
 // The products of kRowsBack rows with one tile of keys: adds to dq (rows), dk and dv (keys), each of `ld` columns.
 // `scores`, `dp` and, for pairs of bf16, `ds` are scratch.
 template <class E>
-void attend_back(const BackwardSizes& n, const Workspace<E>& own, size_t tile, size_t row, float* scores, float* dp,
-                 [[maybe_unused]] float* ds, float* dq, float* dk, float* dv) {
+void attend_back(const BackwardSizes& n, const Workspace<E>& own, size_t pair, size_t tile, size_t row, float* scores,
+                 float* dp, [[maybe_unused]] float* ds, float* dq, float* dk, float* dv) {
     const size_t key = tile * n.tile, count = std::min(n.tile, n.keys - key), width = round_up(count, kTall);
     const size_t height = std::min(kRowsBack, n.rows - row), step = own.row_of(n);
     const E *q = own.q + row * step, *dy = own.dy + row * step, *k = own.k + key / kTerms<E> * n.ld;
     const E *turned_k = own.turned_k + tile * n.turned_tile(), *turned_v = own.turned_v + tile * n.turned_tile();
     float *lse = own.lse + row, *delta = own.delta + row;
     const auto seen = [&](size_t r) { return std::min(count, n.position(row + r) + 1 - key); };
+    const auto from = [&](size_t r) { return n.skipped(pair, row + r, key, count); };
     for (size_t j = 0; j < count; j += kWide)
         for (size_t r = 0; r < height; r += kTall)
-            if (j < seen(r + kTall - 1)) {
+            if (j < seen(r + kTall - 1) && j + kWide > from(r)) {
                 const size_t at = r * n.ldt + j;
                 multiply_channels(n.dim, q + r * step, step, turned_k + j, n.ldt, scores + at, n.ldt);
                 multiply_channels(n.dim, dy + r * step, step, turned_v + j, n.ldt, dp + at, n.ldt);
             }
     // A token that attends to itself alone has a gradient of exactly zero, in whatever order its sums were taken
-    for (size_t r = 0; r < height && n.position(row + r) == 0; r++) delta[r] = dp[r * n.ldt];
+    for (size_t r = 0; r < height; r++)
+        if (n.start(pair, row + r) == n.position(row + r) && seen(r) > from(r)) delta[r] = dp[r * n.ldt + seen(r) - 1];
     // Left operands: dS by rows for dq, dS and P by columns for dk and dv; right ones: rows of q and dy
     const E *ds_rows = reinterpret_cast<E*>(dp), *ds_columns = ds_rows, *p_columns = reinterpret_cast<E*>(scores);
     const E *q_rows = q, *dy_rows = dy;
@@ -187,25 +203,29 @@ void attend_back(const BackwardSizes& n, const Workspace<E>& own, size_t tile, s
 #ifdef PGOLF_AVX512
     if constexpr (Workspace<E>::kStacked) {
         for (size_t r = 0; r < height; r += 2) {
-            const size_t counts[2] = {seen(r), r + 1 < height ? seen(r + 1) : 0};
-            soften_back(scores + r * n.ldt, dp + r * n.ldt, n.ldt, counts, width, lse + r, delta + r,
+            const size_t begins[2] = {from(r), from(r + 1)}, ends[2] = {seen(r), r + 1 < height ? seen(r + 1) : 0};
+            soften_back(scores + r * n.ldt, dp + r * n.ldt, n.ldt, begins, ends, width, lse + r, delta + r,
                         reinterpret_cast<bf16*>(ds) + r * n.ldt);
         }
         ds_rows = reinterpret_cast<E*>(ds), ds_step = n.ldt / 2;
         q_rows = own.stacked_q + row / 2 * n.ld, dy_rows = own.stacked_dy + row / 2 * n.ld;
     } else
 #endif
-        for (size_t r = 0; r < height; r++)
-            soften_back(scores + r * n.ldt, dp + r * n.ldt, seen(r), width, lse[r], delta[r]);
+        for (size_t r = 0; r < height; r++) {
+            const size_t begin = from(r), at = r * n.ldt + begin;
+            for (float* each : {scores, dp}) std::fill(each + r * n.ldt, each + at, 0.0f);
+            soften_back(scores + at, dp + at, seen(r) - begin, width - begin, lse[r], delta[r]);
+        }
     for (size_t i = 0; i < n.dim; i += kWide) {
         for (size_t r = 0; r < height; r += kTall)
-            multiply<false, true>(elements<E>(seen(r + kTall - 1)), ds_rows + r * ds_step, ds_step, k + i, n.ld,
-                                  dq + r * n.ld + i, n.ld);
+            if (const size_t low = from(r) / kTerms<E>; from(r) < count)
+                multiply<false, true>(elements<E>(seen(r + kTall - 1)) - low, ds_rows + r * ds_step + low, ds_step,
+                                      k + low * n.ld + i, n.ld, dq + r * n.ld + i, n.ld);
         for (size_t j = 0; j < count; j += kTall) {
-            const size_t from = std::max(row, n.row_from(key + j)) - row;
-            if (from >= height) break;
-            const size_t depth = elements<E>(height - from), to = j * n.ld + i;
-            const size_t at = from * n.ldt + j, right = from / kTerms<E> * n.ld + i, lda = kTerms<E> * n.ldt;
+            const size_t top = std::max(row, n.row_from(key + j)) - row;
+            if (top >= height) break;
+            const size_t depth = elements<E>(height - top), to = j * n.ld + i;
+            const size_t at = top * n.ldt + j, right = top / kTerms<E> * n.ld + i, lda = kTerms<E> * n.ldt;
             multiply<true, true>(depth, ds_columns + at, lda, q_rows + right, n.ld, dk + to, n.ld);
             multiply<true, true>(depth, p_columns + at, lda, dy_rows + right, n.ld, dv + to, n.ld);
         }
@@ -224,8 +244,9 @@ void backward_block(const BackwardSizes& n, const Workspace<E>& own, const Atten
     std::fill(dq + n.row_from(begin * n.tile) * n.ld, dq + n.padded * n.ld, 0.0f);
     for (size_t tile = begin; tile < end; tile++) {
         std::fill(dk, dk + 2 * n.tile * n.ld, 0.0f);
-        for (size_t row = n.row_from(tile * n.tile); row < n.rows; row += kRowsBack)
-            attend_back(n, own, tile, row, scores, dp, ds, dq + row * n.ld, dk, dv);
+        const size_t stop = (tile + 1) * n.tile;  // no row of a segment after the tile's keys attends to them
+        for (size_t row = n.row_from(tile * n.tile); row < n.rows && n.start(pair, row) < stop; row += kRowsBack)
+            attend_back(n, own, pair, tile, row, scores, dp, ds, dq + row * n.ld, dk, dv);
         for (size_t key = tile * n.tile, i = 0; i < n.tile && key < n.keys; i++, key++) {
             const size_t head = n.k_head(pair, key), at = head * n.dim;
             float *from_k = dk + i * n.ld, *from_v = dv + i * n.ld;

@@ -1,3 +1,6 @@
+#include <pybind11/stl.h>
+
+#include <optional>
 #include <vector>
 
 #include "operand.h"
@@ -6,6 +9,8 @@ namespace pgolf {
 namespace {
 
 using Shape = std::vector<py::ssize_t>;
+using Optional = std::optional<py::array>;
+using Starts = std::optional<Matrix<int32_t>>;
 
 std::string text_of(const py::ssize_t* sizes, size_t count) {
     std::string text = "(";
@@ -33,13 +38,18 @@ class Call {
         like_k("k", k);
     }
 
-    const AttentionShape& shape(const py::array& gain, const py::array& cos, const py::array& sin, bool xsa) {
+    const AttentionShape& shape(const py::array& gain, const py::array& cos, const py::array& sin, bool xsa,
+                                const Optional& gate, const Starts& starts) {
         shape_.xsa = xsa;
         shape_.gain = floats("gain", gain, {q_[2]});
         shape_.cos = floats("cos", cos, {k_[1], cos.shape(1)});
         shape_.sin = floats("sin", sin, {k_[1], cos.shape(1)});
+        if (gate) shape_.gate = heads("gate", *gate);
+        if (starts) shape_.starts = ordered(*starts);
         return shape_;
     }
+    // (batch, queries, heads)
+    float* heads(const char* name, const py::array& array) const { return floats(name, array, {q_[0], q_[1], q_[2]}); }
     Type type() const { return type_; }
     void* like_q(const char* name, const py::array& array) const { return checked(name, array, type_, q_); }
     void* like_k(const char* name, const py::array& array) const { return checked(name, array, type_, k_); }
@@ -60,6 +70,21 @@ class Call {
                                   text_of(shape.data(), shape.size()) + " is needed");
         return operand.writable();
     }
+    const int32_t* ordered(const Matrix<int32_t>& starts) const {
+        const Shape wanted{k_[0], k_[1]};
+        if (Shape(starts.shape(), starts.shape() + starts.ndim()) != wanted)
+            throw py::value_error("starts has shape " + text_of(starts.shape(), size_t(starts.ndim())) + ", but " +
+                                  text_of(wanted.data(), 2) + " is needed");
+        const int32_t* given = starts.data();
+        for (py::ssize_t i = 0; i < starts.size(); i++) {
+            const py::ssize_t position = i % k_[1], least = position ? given[i - 1] : 0;
+            if (given[i] < least || given[i] > position)
+                throw py::value_error("starts holds " + std::to_string(given[i]) + " for position " +
+                                      std::to_string(position) + ", but " + std::to_string(least) + " to " +
+                                      std::to_string(position) + " is needed");
+        }
+        return given;
+    }
     static float* floats(const char* name, const py::array& array, const Shape& shape) {
         return static_cast<float*>(checked(name, array, Type::f32, shape));
     }
@@ -71,9 +96,10 @@ class Call {
 
 void attention(const py::array& q, const py::array& k, const py::array& v, const py::array& gain, const py::array& cos,
                const py::array& sin, const py::array& y, const py::array& context, const py::array& q_rstd,
-               const py::array& k_rstd, const py::array& lse, bool xsa, size_t threads) {
+               const py::array& k_rstd, const py::array& lse, bool xsa, const Optional& gate, const Starts& starts,
+               size_t threads) {
     Call call(q, k, cos);
-    const AttentionShape shape = call.shape(gain, cos, sin, xsa);
+    const AttentionShape shape = call.shape(gain, cos, sin, xsa, gate, starts);
     const AttentionForward io{call.like_q("q", q), call.like_k("k", k), call.like_k("v", v),
                               call.like_q("y", y), call.like_q("context", context), call.q_rstd(q_rstd),
                               call.k_rstd(k_rstd), call.lse(lse)};
@@ -85,13 +111,15 @@ void attention_backward(const py::array& dcontext, const py::array& q, const py:
                         const py::array& y, const py::array& q_rstd, const py::array& k_rstd, const py::array& lse,
                         const py::array& gain, const py::array& cos, const py::array& sin, const py::array& context,
                         const py::array& dq, const py::array& dk, const py::array& dv, const py::array& dgain, bool xsa,
-                        size_t threads) {
+                        const Optional& gate, const Starts& starts, const Optional& dgate, size_t threads) {
     Call call(q, k, cos);
-    const AttentionShape shape = call.shape(gain, cos, sin, xsa);
+    const AttentionShape shape = call.shape(gain, cos, sin, xsa, gate, starts);
+    if (gate.has_value() != dgate.has_value()) throw py::value_error("gate and dgate are needed together");
     const AttentionBackward io{call.like_q("dcontext", dcontext), call.like_q("q", q), call.like_k("k", k),
                                call.like_k("v", v), call.like_q("y", y), call.q_rstd(q_rstd), call.k_rstd(k_rstd),
                                call.lse(lse), call.like_q("context", context), call.like_q("dq", dq),
-                               call.like_k("dk", dk), call.like_k("dv", dv), call.dgain(dgain)};
+                               call.like_k("dk", dk), call.like_k("dv", dv), call.dgain(dgain),
+                               dgate ? call.heads("dgate", *dgate) : nullptr};
     py::gil_scoped_release unlocked;
     passes().attention_backward(call.type(), shape, io, threads);
 }
@@ -101,11 +129,12 @@ void attention_backward(const py::array& dcontext, const py::array& q, const py:
 void bind_attention(py::module_& m) {
     m.def("attention", &attention, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("gain"), py::arg("cos"),
           py::arg("sin"), py::arg("y"), py::arg("context"), py::arg("q_rstd"), py::arg("k_rstd"), py::arg("lse"),
-          py::arg("xsa"), py::arg("threads") = 0);
+          py::arg("xsa"), py::arg("gate") = py::none(), py::arg("starts") = py::none(), py::arg("threads") = 0);
     m.def("attention_backward", &attention_backward, py::arg("dcontext"), py::arg("q"), py::arg("k"), py::arg("v"),
           py::arg("y"), py::arg("q_rstd"), py::arg("k_rstd"), py::arg("lse"), py::arg("gain"), py::arg("cos"),
           py::arg("sin"), py::arg("context"), py::arg("dq"), py::arg("dk"), py::arg("dv"), py::arg("dgain"),
-          py::arg("xsa"), py::arg("threads") = 0);
+          py::arg("xsa"), py::arg("gate") = py::none(), py::arg("starts") = py::none(), py::arg("dgate") = py::none(),
+          py::arg("threads") = 0);
 }
 
 }  // namespace pgolf

@@ -24,7 +24,7 @@ void decode_attention(const AttentionShape& shape, const DecodeAttention& io, si
             turn(n, q, last, 1, n.gain_of(pair, row) / std::sqrt(float(dim)), turned);
             for (size_t key = 0; key < n.keys; key++) scores[key] = dot(turned, keys + key * dim, dim);
             Softmax state;
-            soften<float>(scores, n.keys, n.keys, state);
+            soften<float>(scores, 0, 0, n.keys, n.keys, state);
             std::fill_n(sums, dim, 0.0f);
             for (size_t key = 0; key < n.keys; key += kCached) {
                 const size_t end = std::min(n.keys, key + kCached);
@@ -34,7 +34,7 @@ void decode_attention(const AttentionShape& shape, const DecodeAttention& io, si
                     store(sums + i, total, lanes);
                 });
             }
-            finish(n, sums, state.total, own, y, y);
+            finish(n, sums, state.total, own, n.gate_of(n.q_head(pair, row)), y, y);
         }
     });
 }

@@ -18,25 +18,29 @@ enum class Type { f32, bf16 };
 enum class Activation { leaky_relu_squared, relu_squared, swiglu };
 
 // Causal attention of the last `queries` of `keys` positions. Heads have `dim` channels; the first 2 * `turned` rotate.
+// `gate` (batch, queries, heads) multiplies heads of the context, and `starts` (batch, keys) is the first position that
+// each position attends to: nondecreasing and not after the position. Both may be null.
 struct AttentionShape {
     size_t batch, queries, keys, heads, kv_heads, dim, turned;
     bool xsa;
     const float *gain, *cos, *sin;  // (heads), (keys, turned), (keys, turned)
+    const float* gate = nullptr;
+    const int32_t* starts = nullptr;
 };
 
 // Arrays of heads are (batch, positions, heads, dim) in the pass's type; all others are float32.
 struct AttentionForward {
     void *q, *k;  // projections; the pass normalizes them in place
     const void* v;
-    void *y, *context;             // before and after XSA; `context` is not used without XSA
+    void *y, *context;             // before and after XSA and gate; `context` is not used without either
     float *q_rstd, *k_rstd, *lse;  // 1 / RMS of each head; logsumexp (batch, heads, queries)
 };
 
 struct AttentionBackward {
     const void *dcontext, *q, *k, *v, *y;  // q and k normalized
     const float *q_rstd, *k_rstd, *lse;
-    void *context, *dq, *dk, *dv;  // the context again, with XSA only; gradients of the projections
-    float* dgain;
+    void *context, *dq, *dk, *dv;  // the context again, with XSA or gate only; gradients of the projections
+    float *dgain, *dgate = nullptr;
 };
 
 // All float32. `qkv` (batch, heads + 2 kv_heads, dim) is a row of projections for each text; the pass overwrites it.

@@ -33,11 +33,13 @@ def _online_softmax(
     HEAD_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
+    segment=None,
 ):
     """Online softmax over keys low..high for one block of queries.
 
     acc [BLOCK_M, PADDED_DIM] is the weighted sum of values; top and total [BLOCK_M] are the largest base-2
-    exponent and the sum of powers relative to it. MASKED blocks of keys may extend past a query's position.
+    exponent and the sum of powers relative to it. MASKED blocks of keys may extend past a query's position
+    and before the start of its segment, `segment` [BLOCK_M].
     """
     PADDED_DIM: tl.constexpr = acc.shape[1]
     in_block, channels = tl.arange(0, BLOCK_N), tl.arange(0, PADDED_DIM)
@@ -58,6 +60,8 @@ def _online_softmax(
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         if MASKED:
             visible = (start + in_block)[None, :] <= position[:, None]
+            if segment is not None:
+                visible &= (start + in_block)[None, :] >= segment[:, None]
             scores = tl.where(visible, scores * scale, -float("inf"))
             new_top = tl.maximum(top, tl.max(scores, axis=1))
             p = tl.exp2(scores - new_top[:, None])
@@ -80,6 +84,9 @@ def flash_attention_fwd_kernel(
     context_ptr,
     along_ptr,
     lse_ptr,
+    gate_ptr,
+    gated_ptr,
+    starts_ptr,
     queries,
     length,
     num_heads,
@@ -112,21 +119,42 @@ def flash_attention_fwd_kernel(
 
     acc = tl.zeros((BLOCK_M, PADDED_DIM), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
-    # every query attends to key 0, so `top` is finite after the first block
+    row_inside = first + in_block < queries
     full = (length - queries + first + 1) // BLOCK_N * BLOCK_N
     end = tl.minimum(length, length - queries + first + BLOCK_M)
     k_base, v_base = k_ptr + kv_base, v_ptr + kv_base
+    top, segment = tl.full((BLOCK_M,), -float("inf"), tl.float32), None
+    if starts_ptr is None:
+        # every query attends to key 0, so `top` is finite after the first block
+        acc, total, top = _online_softmax(
+            acc, total, top, q, k_base, v_base, 0, full, position, scale, kv_stride, HEAD_DIM, BLOCK_N, False
+        )
+    else:
+        starts_base = starts_ptr + batch * length + length - queries + first
+        segment = tl.load(starts_base + in_block, mask=row_inside, other=0)
+        full = tl.load(starts_base) // BLOCK_N * BLOCK_N  # starts do not decrease
+        # finite, since a query may attend to no key of a block, and below all scores
+        top = tl.full((BLOCK_M,), -1e30, tl.float32)
     acc, total, top = _online_softmax(
-        acc, total, top, q, k_base, v_base, 0, full, position, scale, kv_stride, HEAD_DIM, BLOCK_N, False
-    )
-    acc, total, top = _online_softmax(
-        acc, total, top, q, k_base, v_base, full, end, position, scale, kv_stride, HEAD_DIM, BLOCK_N, True
+        acc,
+        total,
+        top,
+        q,
+        k_base,
+        v_base,
+        full,
+        end,
+        position,
+        scale,
+        kv_stride,
+        HEAD_DIM,
+        BLOCK_N,
+        True,
+        segment,
     )
 
     y = acc / total[:, None]
     per_row = (batch * num_heads + head) * queries + first + in_block
-    row_inside = first + in_block < queries
     tl.store(lse_ptr + per_row, (top + tl.log2(total)) * LN_2, mask=row_inside)
     if XSA:
         own = (length - queries + first).to(tl.int64) * kv_stride
@@ -137,6 +165,11 @@ def flash_attention_fwd_kernel(
         y = y - along[:, None] * unit
         tl.store(along_ptr + per_row, along, mask=row_inside)
     tl.store(context_ptr + q_base + offsets, y.to(context_ptr.dtype.element_ty), mask=inside)
+    if gate_ptr is not None:
+        gates = gate_ptr + (batch * queries + first) * num_heads + head
+        gate = tl.load(gates + in_block * num_heads, mask=row_inside, other=0.0).to(tl.float32)
+        y = y * gate[:, None]
+        tl.store(gated_ptr + q_base + offsets, y.to(gated_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -145,6 +178,8 @@ def xsa_fwd_kernel(
     v_ptr,
     context_ptr,
     along_ptr,
+    gate_ptr,
+    gated_ptr,
     rows,
     queries,
     length,
@@ -172,6 +207,10 @@ def xsa_fwd_kernel(
     y = y - along[:, None] * unit
     tl.store(along_ptr + (batch * num_heads + head) * queries + query, along, mask=row_inside)
     tl.store(context_ptr + offsets, y.to(context_ptr.dtype.element_ty), mask=inside)
+    if gate_ptr is not None:
+        gate = tl.load(gate_ptr + row * num_heads + head, mask=row_inside, other=0.0).to(tl.float32)
+        y = y * gate[:, None]
+        tl.store(gated_ptr + offsets, y.to(gated_ptr.dtype.element_ty), mask=inside)
 
 
 def launch_flash_attention_fwd(
@@ -185,28 +224,46 @@ def launch_flash_attention_fwd(
     *,
     xsa: bool,
     tile: Tile,
+    gate: Tensor | None = None,
+    gated: Tensor | None = None,
+    starts: Tensor | None = None,
 ) -> None:
     """Attend with q (B, W, H, hd) to k, v (B, T, KV, hd): context (B, W, H, hd), lse (B, H, W) float32.
 
     q as saved by the projection: unit heads times the sign of gain (H,). With xsa, context is the output
     minus its component along the token's own value, and along (B, H, W) float32 is that component. lse is the
-    natural logsumexp. All contiguous.
+    natural logsumexp. With gate (B, W, H), also gated (B, W, H, hd), the gate times the context. starts
+    (B, T) int32: the first position that each attends to, not decreasing. All contiguous.
     """
     batch, queries, num_heads, head_dim = q.shape
     sizes = (queries, k.shape[1], num_heads, k.shape[2], head_dim**-0.5)
     constants = {**head_sizes(head_dim), "XSA": xsa}
     flash_attention_fwd_kernel[(triton.cdiv(queries, tile.block_m) * batch * num_heads,)](
-        *(q, k, v, gain, context, along if xsa else lse, lse),
+        *(q, k, v, gain, context, along if xsa else lse, lse, gate, None if gate is None else gated, starts),
         *sizes,
         **launch_options(tile, "MN", **constants),
     )
 
 
-def launch_xsa_fwd(y: Tensor, v: Tensor, context: Tensor, along: Tensor, *, tile: Tile) -> None:
-    """Write context (B, W, H, hd) and along (B, H, W) float32 from y and v (B, T, KV, hd). All contiguous."""
+def launch_xsa_fwd(
+    y: Tensor,
+    v: Tensor,
+    context: Tensor,
+    along: Tensor,
+    *,
+    tile: Tile,
+    gate: Tensor | None = None,
+    gated: Tensor | None = None,
+) -> None:
+    """Write context (B, W, H, hd) and along (B, H, W) float32 from y and v (B, T, KV, hd). All contiguous.
+
+    gate and gated as in `launch_flash_attention_fwd`.
+    """
     batch, queries, num_heads, head_dim = y.shape
     rows, constants = batch * queries, head_sizes(head_dim)
     sizes = (rows, queries, v.shape[1], num_heads, v.shape[2])
     xsa_fwd_kernel[(triton.cdiv(rows, tile.block_m) * num_heads,)](
-        y, v, context, along, *sizes, **launch_options(tile, "M", **constants)
+        *(y, v, context, along, gate, None if gate is None else gated),
+        *sizes,
+        **launch_options(tile, "M", **constants),
     )

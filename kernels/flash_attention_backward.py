@@ -30,6 +30,9 @@ def flash_attention_bwd_delta_kernel(
     delta_ptr,
     own_ptr,
     y_ptr,
+    gate_ptr,
+    dgate_ptr,
+    gated_ptr,
     rows,
     queries,
     length,
@@ -63,6 +66,16 @@ def flash_attention_bwd_delta_kernel(
         per_row = (batch * num_heads + head) * queries + query
         g = tl.load(dcontext_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
         context = tl.load(context_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+        if gate_ptr is not None:
+            gates = row * num_heads + head
+            gate = tl.load(gate_ptr + gates, mask=row_inside, other=0.0).to(tl.float32)[:, None]
+            tl.store(dgate_ptr + gates, tl.sum(g * context, axis=1), mask=row_inside)
+            tl.store(gated_ptr + offsets, (context * gate).to(gated_ptr.dtype.element_ty), mask=inside)
+            g = g * gate
+            if not XSA:
+                rounded = g.to(dy_ptr.dtype.element_ty)
+                tl.store(dy_ptr + offsets, rounded, mask=inside)
+                g = rounded.to(tl.float32)
         dy, y = g, context
         if XSA:
             g_along = tl.sum(g * unit, axis=1)[:, None]
@@ -91,6 +104,7 @@ def flash_attention_bwd_dkdv_kernel(
     own_ptr,
     dk_ptr,
     dv_ptr,
+    ends_ptr,
     queries,
     length,
     num_heads,
@@ -117,7 +131,12 @@ def flash_attention_bwd_dkdv_kernel(
     k = tl.load(k_ptr + kv_base + kv_offsets, mask=inside, other=0.0)
     v = tl.load(v_ptr + kv_base + kv_offsets, mask=inside, other=0.0)
     low = tl.maximum(0, first - offset) // BLOCK_M * BLOCK_M  # first block of queries that attend to a key
-    stride = num_heads * HEAD_DIM
+    high, stride = queries, num_heads * HEAD_DIM
+    segment_end = key
+    if ends_ptr is not None:
+        last = tl.minimum(first + BLOCK_N, length) - 1
+        high = tl.minimum(queries, tl.load(ends_ptr + batch * length + last) - offset)  # ends do not decrease
+        segment_end = tl.load(ends_ptr + batch * length + key, mask=key < length, other=0)
     rows = tl.arange(0, BLOCK_M)
     offsets = rows[:, None] * stride + channels[None, :]
     dk, dv = tl.zeros((BLOCK_N, PADDED_DIM), tl.float32), tl.zeros((BLOCK_N, PADDED_DIM), tl.float32)
@@ -130,7 +149,7 @@ def flash_attention_bwd_dkdv_kernel(
         lse_base, delta_base = lse_ptr + per_row, delta_ptr + per_row
         # One masked loop: a second, unmasked one for queries past all keys would cost 25 registers per thread
         # (sm_90, heads of 64), and this kernel has none to spare.
-        for start in range(low, queries, BLOCK_M):
+        for start in range(low, high, BLOCK_M):
             block = start * tl.cast(stride, tl.int64)
             row_inside = start + rows < queries
             tile = row_inside[:, None] & (channels < HEAD_DIM)[None, :]
@@ -141,6 +160,8 @@ def flash_attention_bwd_dkdv_kernel(
             scores = tl.dot(k, tl.trans(q), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
             p = tl.exp2(scores * (scale * LOG2_E) - lse[None, :])
             p = tl.where(key[:, None] <= (offset + start + rows)[None, :], p, 0.0)
+            if ends_ptr is not None:
+                p = tl.where((offset + start + rows)[None, :] < segment_end[:, None], p, 0.0)
             dv = tl.dot(p.to(dy.dtype), dy, dv, input_precision="ieee")
             dp = tl.dot(v, tl.trans(dy), input_precision="ieee")
             ds = p * (dp * scale - delta[None, :])  # scale times p (dp - delta)
@@ -172,10 +193,12 @@ def _accumulate_dq(
     HEAD_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
+    segment=None,
 ):
     """Add the contribution of keys low..high to dq [BLOCK_M, PADDED_DIM].
 
-    MASKED blocks of keys may extend past a query's own position.
+    MASKED blocks of keys may extend past a query's own position and, with segments, before its own, `segment`
+    [BLOCK_M].
     """
     in_block, channels = tl.arange(0, BLOCK_N), tl.arange(0, dq.shape[1])
     offsets = in_block[:, None] * stride + channels[None, :]
@@ -188,6 +211,8 @@ def _accumulate_dq(
         p = tl.exp2(scores * scale - lse[:, None])
         if MASKED:
             p = tl.where((start + in_block)[None, :] <= position[:, None], p, 0.0)
+            if segment is not None:
+                p = tl.where((start + in_block)[None, :] >= segment[:, None], p, 0.0)
         dp = tl.dot(dy, tl.trans(v), input_precision="ieee")
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
@@ -204,6 +229,7 @@ def flash_attention_bwd_dq_kernel(
     lse_ptr,
     delta_ptr,
     dq_ptr,
+    starts_ptr,
     queries,
     length,
     num_heads,
@@ -236,11 +262,32 @@ def flash_attention_bwd_dq_kernel(
     kv_base = (batch * length * num_kv_heads + kv_head) * HEAD_DIM
     k_base, v_base, stride = k_ptr + kv_base, v_ptr + kv_base, num_kv_heads * HEAD_DIM
     dq = tl.zeros((BLOCK_M, PADDED_DIM), tl.float32)
+    segment = None
+    if starts_ptr is None:
+        dq = _accumulate_dq(
+            dq, q, dy, lse, delta, k_base, v_base, 0, full, position, scale, stride, HEAD_DIM, BLOCK_N, False
+        )
+    else:
+        starts_base = starts_ptr + batch * length + length - queries + first
+        segment = tl.load(starts_base + in_block, mask=row_inside, other=0)
+        full = tl.load(starts_base) // BLOCK_N * BLOCK_N  # starts do not decrease
     dq = _accumulate_dq(
-        dq, q, dy, lse, delta, k_base, v_base, 0, full, position, scale, stride, HEAD_DIM, BLOCK_N, False
-    )
-    dq = _accumulate_dq(
-        dq, q, dy, lse, delta, k_base, v_base, full, end, position, scale, stride, HEAD_DIM, BLOCK_N, True
+        dq,
+        q,
+        dy,
+        lse,
+        delta,
+        k_base,
+        v_base,
+        full,
+        end,
+        position,
+        scale,
+        stride,
+        HEAD_DIM,
+        BLOCK_N,
+        True,
+        segment,
     )
     dq = dq * inverse_sqrt
     tl.store(dq_ptr + q_base + offsets, dq.to(dq_ptr.dtype.element_ty), mask=inside)
@@ -258,13 +305,17 @@ def launch_flash_attention_bwd_delta(
     *,
     xsa: bool,
     tile: Tile,
+    gate: Tensor | None = None,
+    dgate: Tensor | None = None,
+    gated: Tensor | None = None,
 ) -> None:
     """Write delta (B, H, W) float32 from dcontext and context (B, W, H, hd) and v (B, T, KV, hd).
 
     With xsa, also dy (B, W, H, hd), which may be dcontext itself, and own (B, W, KV, hd) float32, the part of
-    dv that XSA adds. along (B, H, W) as saved by the forward; along, dy and own are not touched without xsa.
-    With `y` (like context) and xsa, also the attention output before XSA, for another library's backward. All
-    contiguous.
+    dv that XSA adds. along (B, H, W) as saved by the forward; along and own are not touched without xsa, nor
+    dy without xsa or gate. With `y` (like context) and xsa, also the attention output before XSA, for another
+    library's backward. With gate (B, W, H), dcontext is the gradient of the gated context, which is written
+    again to gated, and dgate (B, W, H) float32 is the gate's. All contiguous.
     """
     batch, queries, num_heads, head_dim = context.shape
     rows, (length, num_kv_heads) = batch * queries, v.shape[1:3]
@@ -279,6 +330,7 @@ def launch_flash_attention_bwd_delta(
             delta,
             own if xsa else dy,
             dy if y is None else y,
+            *((None,) * 3 if gate is None else (gate, dgate, gated)),
         ),
         *sizes,
         **launch_options(tile, "M", **head_sizes(head_dim), XSA=xsa, WRITE_Y=y is not None),
@@ -298,16 +350,18 @@ def launch_flash_attention_bwd_dkdv(
     dv: Tensor,
     *,
     tile: Tile,
+    ends: Tensor | None = None,
 ) -> None:
     """Write the gradients of k and v (B, T, KV, hd), summed over each group: dk like k, dv (B * T, KV * hd).
 
     q, dy (B, W, H, hd), lse and delta (B, H, W); own as from the delta pass, or None without XSA. dv may have
-    any row stride; the rest is contiguous.
+    any row stride; the rest is contiguous. ends (B, T) int32: one past the last position that attends to
+    each, not decreasing.
     """
     batch, length, num_kv_heads, head_dim = k.shape
     sizes = (q.shape[1], length, q.shape[2], num_kv_heads, dv.stride(0), head_dim**-0.5)
     flash_attention_bwd_dkdv_kernel[(triton.cdiv(length, tile.block_n) * batch * num_kv_heads,)](
-        *(q, k, v, gain, dy, lse, delta, dy if own is None else own, dk, dv),
+        *(q, k, v, gain, dy, lse, delta, dy if own is None else own, dk, dv, ends),
         *sizes,
         **launch_options(tile, "MN", **head_sizes(head_dim), XSA=own is not None),
     )
@@ -324,10 +378,16 @@ def launch_flash_attention_bwd_dq(
     dq: Tensor,
     *,
     tile: Tile,
+    starts: Tensor | None = None,
 ) -> None:
-    """Write the gradient of gain * q to dq (B, W, H, hd); the rest as for `dkdv`. All contiguous."""
+    """Write the gradient of gain * q to dq (B, W, H, hd); the rest as for `dkdv`. All contiguous.
+
+    starts (B, T) as in `launch_flash_attention_fwd`.
+    """
     batch, queries, num_heads, head_dim = q.shape
     sizes = (queries, k.shape[1], num_heads, k.shape[2], head_dim**-0.5)
     flash_attention_bwd_dq_kernel[(triton.cdiv(queries, tile.block_m) * batch * num_heads,)](
-        q, k, v, gain, dy, lse, delta, dq, *sizes, **launch_options(tile, "MN", **head_sizes(head_dim))
+        *(q, k, v, gain, dy, lse, delta, dq, starts),
+        *sizes,
+        **launch_options(tile, "MN", **head_sizes(head_dim)),
     )

@@ -168,6 +168,32 @@ def tiny_config(**changes) -> ModelConfig:
     return ModelConfig(**{**values, **changes})
 
 
+# Parts of the record networks (PR 1855 and before), as changes of `tiny_config`
+FRONTIER: dict[str, dict[str, Any]] = {
+    "loops": {"num_loops": 2, "loop_start": 1, "loop_end": 2},
+    "loop_to_the_end": {"num_loops": 1, "loop_start": 2, "loop_end": 3, "smear_form": "gated"},
+    "lanes": {"num_layers": 5, "lanes_from": 3, "lanes_end": "mlp", "skip_gates": True},
+    "dense_gate": {"head_gate": "dense", "rope_bf16_frequencies": True},
+    "output_gate": {"head_gate": "output", "gate_window": 5},
+    "output_gate_of_queries": {"head_gate": "output_q", "num_loops": 1, "loop_start": 1, "loop_end": 1},
+    "record": {
+        "mlp_mult": 4.0,
+        "num_loops": 2,
+        "loop_start": 1,
+        "loop_end": 1,
+        "lanes_from": 2,
+        "skip_gates": True,
+        "smear_form": "gated",
+        "head_gate": "sparse",
+        "first_attn_scale": 1.0,
+        "rope_bf16_frequencies": True,
+        "bigram_vocab_size": 0,
+        "trigram": False,
+        "ve_enabled": False,
+    },
+}
+
+
 @torch.no_grad()
 def randomize_(model: torch.nn.Module, seed: int) -> torch.nn.Module:
     """Give every parameter random values large enough to affect the result."""

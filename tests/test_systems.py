@@ -38,7 +38,7 @@ from pgolf_fast.model.gpt import GPT
 from pgolf_fast.quant.state import QuantizedTensor
 from pgolf_fast.train.loop import train
 
-SYSTEMS = ("exp106", "baseline", "pr296_reptile", "pr296_error_guided", "pr301", "pr1250")
+SYSTEMS = ("exp106", "baseline", "pr296_reptile", "pr296_error_guided", "pr301", "pr1250", "pr1855")
 EARLIER = ("exp101", "exp101_as_run", "exp105a", "exp101_swiglu")
 ILLEGAL = "pr296_error_guided"
 BROKEN = {ILLEGAL: ["C2", "C3"], "exp101_as_run": ["C5"]}  # the original scored its last targets 32 times
@@ -81,6 +81,7 @@ def miniature(name: str, data) -> RunConfig:
         batch_tokens=2 * 4 * length,
         micro_batch_tokens=4 * length,
         seq_len=length,
+        max_document=base.train.max_document and length,
         compute_dtype="float32",
         log_every=10,
         checkpoint_minutes=None,
@@ -131,6 +132,7 @@ def made(data, tmp_path_factory):
         ("pr296_error_guided", 26_829_913),
         ("pr301", 21_188_680),
         ("pr1250", 32_867_420),
+        ("pr1855", 35_945_671),
     ],
 )
 def test_published_numbers_of_parameters(name, count):

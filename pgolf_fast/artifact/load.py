@@ -147,7 +147,7 @@ def generate(
     start = torch.tensor([tokenizer.encode_document(prompt)], device=device)
     sampler = torch.Generator(device).manual_seed(seed)
     ids = decoding.generate(loaded.model, start, tokens, temperature=temperature, generator=sampler)
-    return tokenizer.decode([int(i) for i in ids[0, 1:]])
+    return tokenizer.decode_document([int(i) for i in ids[0, 1:]])
 
 
 def unpack(path: Path | str, *, finite: bool = True) -> tuple[RunConfig, QuantizedState]:

@@ -20,7 +20,7 @@ from pgolf_fast.console import Table, logger
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import atomic_path
 from pgolf_fast.model.gpt import GPT
-from pgolf_fast.quant.calibration import quantize_model
+from pgolf_fast.quant.calibration import quantize_model, training_text
 from pgolf_fast.quant.rd import rate_distortion
 from pgolf_fast.quant.state import CODES, SCALE, QuantizedState, QuantizedTensor, is_part, section_of, unbank
 
@@ -44,7 +44,8 @@ def quantize_run(run: RunPath, quant: QuantConfig | None = None, **fields: objec
     if config.quant.grid == "rd":
         quantized = _fit_to_target(model, config)
     else:
-        quantized = quantize_model(model, config.quant, seq_len=config.train.seq_len)
+        text, length = training_text(config), config.train.seq_len
+        quantized = quantize_model(model, config.quant, seq_len=length, text=text)
     quantized.check()
     folder.retire(folder.artifact_file)
     quantized.save(folder.quantized_file, config.quant)
@@ -73,7 +74,8 @@ def _fit_to_target(model: GPT, config: RunConfig) -> QuantizedState:
     target = config.quant.target_bytes
     if target is None:
         target = config.pack.limit_bytes - _code_bytes(config.pack)
-    grids = rate_distortion(model, config.quant, seq_len=config.train.seq_len)
+    length, text = config.train.seq_len, training_text(config)
+    grids = rate_distortion(model, config.quant, seq_len=length, text=text)
     fitted = fit_to_target(grids, lambda state: artifact_bytes(state, config), target)
     logger.info("%d of %d bytes, at %.2e nats a bit", fitted.artifact_bytes, target, fitted.price)
     return fitted.state

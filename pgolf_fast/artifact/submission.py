@@ -26,7 +26,7 @@ from pgolf_fast.config.checks import need
 from pgolf_fast.config.fields import flatten
 from pgolf_fast.config.presets import preset
 from pgolf_fast.config.run_folder import RunFolder, read_scores
-from pgolf_fast.config.schema import RunConfig, TTTConfig
+from pgolf_fast.config.schema import ModelConfig, RunConfig, TTTConfig
 from pgolf_fast.console import command, logger
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import need_writable, read_json, write_bytes, write_json
@@ -43,6 +43,8 @@ _SCORES = {
 }
 _ADAPTERS = ("sgd", "adamw", "lora")  # what the evaluation script supports
 _CODECS = ("raw", "lzma", "rans")
+# Settings of the network that it has only with their defaults
+_LACKING = ("num_loops", "lanes_from", "head_gate", "smear_form", "skip_gates", "rope_bf16_frequencies")
 # Fields that say where a run was made and how it was exported, not what it is.
 _NOT_SHOWN = ("name", "data.path", "data.tokenizer", "pack.", "kernels.")
 _MAIN = "pgolf_fast.artifact.standalone.scores"
@@ -80,6 +82,7 @@ def write_submission(folder: RunFolder, out: Path, about: About, *, readable: bo
     why = f"ttt.adapter {config.ttt.adapter} breaks the rules: {config.ttt.illegal}"
     hint = "It cannot be submitted: set another ttt.adapter in config.json, pack and score again"
     need(config.ttt.illegal is None, f"{why}. {hint}")
+    _check_network(config.model)
     _check_script(config.ttt, {section.codec for section in container.sections})
     scores = _scores(folder, config, digest)
     forms = build_script(digest)
@@ -160,6 +163,14 @@ def _write_own(out: Path, files: dict[str, bytes]) -> None:
         write_bytes(out / name, files[name])
 
 
+def _check_network(model: ModelConfig) -> None:
+    """Raise PgolfError for a part of the network that the evaluation script lacks."""
+    for name in _LACKING:
+        same = getattr(model, name) == getattr(ModelConfig(), name)
+        hint = "`pgolf eval` scores the artifact, and a submission needs a model without it"
+        need(same, f"the evaluation script has no model.{name} {getattr(model, name)}: {hint}")
+
+
 def _check_script(ttt: TTTConfig, codecs: set[str]) -> None:
     hint = f"only {', '.join(_ADAPTERS)}: set one of these in config.json, pack and score again"
     need(ttt.adapter in _ADAPTERS, f"the evaluation script has no ttt.adapter {ttt.adapter}, {hint}")
@@ -190,7 +201,8 @@ def _facts(folder: RunFolder, config: RunConfig, about: About) -> dict[str, Any]
     steps = [line for line in folder.history() if line["kind"] == "step"]
     cpu = f"{environment.get('processor') or 'CPU'}, {environment.get('cpu_threads')} threads"
     size = f"{model.num_layers} layers x {model.model_dim}, {model.num_parameters():,} parameters"
-    stored = f"{widths} weights ({quant.method}) and {quant.tables} tables, entropy-coded"
+    tables = f"int{quant.table_bits}" if quant.grid == "sdclip" and quant.tables == "int8" else quant.tables
+    stored = f"{widths} weights ({quant.method}) and {tables} tables, entropy-coded"
     blurb = f"{size}, {model.mlp_activation} MLP; {stored}; scored with legal test-time training."
     return {
         "config": config,

@@ -211,8 +211,10 @@ HEADER = ("kernel", "arch", *_SIZES, *_COUNTS, "case")
 # library: our kernels around them are the same.
 _atomic = partial(temporarily, choose_table_gradient, "atomic", "sorted")
 _own_gradients = partial(temporarily, partial(tiles.choose, "weight_grad"), "triton", "auto")
+_library = ("with a library's attention", partial(forced_attention, "flash"))
 SETTINGS: dict[str, tuple[str, Callable[[], AbstractContextManager[None]]]] = {
-    "gqa_attention": ("with a library's attention", partial(forced_attention, "flash")),
+    "gqa_attention": _library,
+    "gqa_attention-packed": _library,
     "mlp-leaky_relu_squared": ("with our weight gradients", _own_gradients),
     "ngram_hash_embed": ("with an atomic gradient", _atomic),
 }

@@ -71,6 +71,7 @@ class Tokenize:
     out: Path = Path("data/tokenized")  # Folder for shards and tokenizer.
     vocab_size: int = 1024  # Pieces of the tokenizer.
     tokenizer: Path | None = None  # SentencePiece .model file to use instead of training one.
+    caseops: bool = False  # Encode capitals as CaseOps operators, with side files of the bytes of text.
     val_docs: int | None = None  # Use the first N documents for validation; the challenge's split has 50,000.
     val_fraction: float | None = None  # Else, the share for validation, by a hash of the text; default: 0.05.
     workers: int | None = None  # Processes; default: one per core.
@@ -92,6 +93,7 @@ class Download:
     dataset: Annotated[str, Positional, arg(metavar="DATASET")] = "sp1024"
     out: Path = Path("data")  # Folder for datasets/ and tokenizers/.
     train_shards: int = 10  # Training shards of 100 M tokens (200 MB) each.
+    repo_id: str | None = None  # Dataset on the Hub, OWNER/NAME; default: the one that has DATASET.
     endpoint: str | None = None  # Hub to download from instead of the default.
 
     def main(self) -> None:

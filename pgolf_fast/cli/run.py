@@ -32,9 +32,12 @@ _COPY = "Copy the run, without its checkpoints, to this folder and write there, 
 OutCopy = Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="", help=_COPY)]
 TTT_FIELDS = ("ttt.*", "ttt.lora.*", "ttt.guided.*")
 _NEED = {  # fields that have an effect only if another field has one of these values
-    r"quant\.(target_bytes|rank)": ("quant.grid", ("rd",)),
-    r"quant\.(bits|percentiles|small_tensor)": ("quant.grid", ("percentile", "reference")),
-    r"quant\.(block_size|damping|temperature|seed|calibration_\w+)": ("quant.method", ("gptq",)),
+    r"quant\.target_bytes": ("quant.grid", ("rd",)),
+    r"quant\.rank": ("quant.grid", ("rd", "sdclip")),
+    r"quant\.(\w+_sigmas|table_bits|lqer_\w+|protect_group)": ("quant.grid", ("sdclip",)),
+    r"quant\.(bits|small_tensor)": ("quant.grid", ("percentile", "reference", "sdclip")),
+    r"quant\.percentiles": ("quant.grid", ("percentile", "reference")),
+    r"quant\.(block_size|damping|temperature|seed|calibration\w*)": ("quant.method", ("gptq",)),
     r"pack\.lzma_\w+": ("pack.codecs", ("lzma", "rans")),
 }
 
@@ -146,7 +149,7 @@ class Import:
 class Quantize:
     run: Run  # Run folder.
     fields: Annotated[Words, Fields(("quant",), brief=_QUANT_FIELDS)]
-    grid: Literal["reference", "percentile", "rd"] | None = None  # Short for --quant.grid.
+    grid: Literal["reference", "percentile", "sdclip", "rd"] | None = None  # Short for --quant.grid.
     target_bytes: int | None = None  # Short for --quant.target-bytes.
     # Also score this many validation tokens with the weights before and after, on non-overlapping windows.
     score: int | None = None

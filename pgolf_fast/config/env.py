@@ -15,7 +15,8 @@ data DATA_PATH TOKENIZER_PATH=tokenizer
 model VOCAB_SIZE NUM_LAYERS NUM_HEADS NUM_KV_HEADS MLP_MULT TIE_EMBEDDINGS TIED_EMBED_INIT_STD LOGIT_SOFTCAP
 model ROPE_BASE ROPE_DIMS QK_GAIN_INIT BIGRAM_VOCAB_SIZE BIGRAM_DIM TRIGRAM XSA_LAST_N LN_SCALE VE_ENABLED
 model VE_DIM VE_LAYERS MODEL_DIM=model_dim POS_CONDITIONAL_BIGRAM=pos_conditional
-train SEED WARMUP_STEPS TRAIN_BATCH_TOKENS TRAIN_SEQ_LEN TRAIN_LOG_EVERY ADAPTIVE_WARMDOWN ITERATIONS=steps
+train SEED MIN_LR WARMUP_STEPS TRAIN_BATCH_TOKENS TRAIN_SEQ_LEN TRAIN_LOG_EVERY ADAPTIVE_WARMDOWN
+train ITERATIONS=steps
 train MAX_WALLCLOCK_SECONDS=max_seconds WARMDOWN_ITERS=warmdown_steps WARMDOWN_FRAC=warmdown_fraction
 train GRAD_ACCUM_TOTAL=micro_batch_tokens VAL_LOSS_EVERY=val_every ADAPTIVE_WARMDOWN_EMA=adaptive_ema
 train ADAPTIVE_WARMDOWN_THRESHOLD=adaptive_threshold ADAPTIVE_WARMDOWN_MIN_STEP=adaptive_min_step
@@ -25,6 +26,7 @@ train META_TTT_DELTA_WEIGHT=meta.delta_weight META_TTT_SAM_ENABLED=meta.method
 train META_TTT_SAM_RHO=meta.sam_radius META_SGD_ENABLED=meta.slot_rates LATE_QAT_THRESHOLD=qat.below
 optim MATRIX_LR SCALAR_LR MUON_MOMENTUM ADAM_EPS TIED_EMBED_LR=embed_lr
 optim MUON_MOMENTUM_WARMUP_START=muon_momentum_start MUON_MOMENTUM_WARMUP_STEPS=muon_momentum_warmup_steps
+optim EMBED_WD=embed_weight_decay MUON_ROW_NORMALIZE=muon_row_norm
 optim MUON_BACKEND_STEPS=muon_newton_schulz_steps MUON_WD=weight_decay MUON_WEIGHT_DECAY=weight_decay
 optim ADAM_WD=weight_decay BETA1=adam_beta1 BETA2=adam_beta2 GRAD_CLIP_NORM=grad_clip
 average EMA_DECAY EMA_EVERY SWA_EVERY SWA_ENABLED=swa_every EMA_ENABLED=ema_decay
@@ -32,7 +34,10 @@ eval EVAL_SEQ_LEN EVAL_STRIDE EVAL_BATCH_SEQS
 ttt TTT_LR TTT_EPOCHS TTT_CHUNK_TOKENS TTT_FREEZE_BLOCKS TTT_MOMENTUM TTT_BATCH_SEQS TTT_GRAD_CLIP
 ttt TTT_WEIGHT_DECAY TTT_BETA2 TTT_ENABLED=epochs TTT_OPTIMIZER=adapter TTT_LORA_RANK=lora.rank
 ttt TTT_LORA_LR=lora.lr
-quant GPTQ_BLOCK_SIZE=block_size GPTQ_PERCDAMP=damping
+quant GPTQ_BLOCK_SIZE=block_size GPTQ_PERCDAMP=damping GPTQ_CALIBRATION_BATCHES=calibration_sequences
+quant MATRIX_BITS=bits EMBED_BITS=table_bits MLP_CLIP_SIGMAS=mlp_sigmas ATTN_CLIP_SIGMAS=attention_sigmas
+quant EMBED_CLIP_SIGMAS=table_sigmas LQER_ENABLED=lqer_tensors LQER_TOP_K=lqer_tensors LQER_RANK=rank
+quant LQER_ASYM_GROUP=lqer_group AWQ_LITE_ENABLED=protect_group
 """
 FIELDS: dict[str, str] = {}
 for _group, *_words in map(str.split, _NAMES.strip().splitlines()):
@@ -42,6 +47,7 @@ _OFF: dict[str, dict[str, object]] = {
     "SWA_ENABLED": {"average.swa_every": None},
     "EMA_ENABLED": {"average.ema_decay": 0.0, "average.ema_every": 1},
     "TTT_ENABLED": {"ttt.epochs": 0},
+    "LQER_ENABLED": {"quant.lqer_tensors": 0},
 }
 # variables with their own code to set a field
 _SWITCHES = {"GRAD_ACCUM_TOTAL": int, **dict.fromkeys(("META_TTT_SAM_ENABLED", *_OFF), bool)}
@@ -49,6 +55,9 @@ _OFF_AT_ZERO = (
     *("train.max_seconds", "train.val_every", "optim.grad_clip", "average.swa_every"),
     *("ttt.grad_clip", "eval.seq_len", "eval.batch_seqs"),
 )
+
+
+_BATCH_WINDOWS = 48  # of 2,048 tokens, in a rank's part of a batch of 786,432
 
 
 @dataclass(frozen=True)
@@ -116,6 +125,8 @@ def _value(name: str, text: str) -> object:
     if field == "model.ve_layers":
         return tuple(int(part) for part in text.split(",") if part.strip())
     value = kind(text) if kind in (int, float) else text
+    if name == "GPTQ_CALIBRATION_BATCHES":
+        return _BATCH_WINDOWS * int(text)
     if value == "" or (isinstance(value, float) and not math.isfinite(value)):
         raise ValueError(text)
     off = isinstance(value, (int, float)) and value <= 0 and field in _OFF_AT_ZERO
@@ -172,6 +183,10 @@ def _following(new: dict[str, Any], values: dict[str, object]) -> Iterator[tuple
         yield "train.warmdown_steps", None, "train.warmdown_fraction replaces it"
     elif "train.warmdown_steps" in values:
         yield "train.warmdown_fraction", None, "train.warmdown_steps replaces it"
+    if "quant.calibration_sequences" in values:
+        yield "quant.calibration", "shards", "its batches are training text"
+    if not {"quant.mlp_sigmas", "quant.attention_sigmas", "quant.table_sigmas"}.isdisjoint(values):
+        yield "quant.grid", "sdclip", "the other grids clip at no multiple of the standard deviation"
     if "train.qat.below" in values:
         yield "train.qat.from_share", None, "train.qat.below replaces it"
     micro, batch = new["train.micro_batch_tokens"], new["train.batch_tokens"]

@@ -6,6 +6,7 @@ from typing import Literal
 from pgolf_fast.config.checks import need, need_multiple, need_not_negative, need_positive
 
 Activation = Literal["leaky_relu_squared", "relu_squared", "swiglu"]
+HeadGate = Literal["sparse", "dense", "output", "output_q"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +16,17 @@ class ModelConfig:
     vocab_size: int = 1024
     """Number of token ids, equal to the tokenizer's."""
     num_layers: int = 11
-    """Number of transformer blocks; the first half are U-Net encoders."""
+    """Number of transformer blocks; the first half of their visits are U-Net encoders."""
+    num_loops: int = 0
+    """Extra passes over blocks loop_start to loop_end, with the same weights (PR 1394)."""
+    loop_start: int = 3
+    """First block of the loop."""
+    loop_end: int = 5
+    """Last block of the loop."""
+    lanes_from: int | None = None
+    """First block with two residual lanes, of attention and of the MLP (PR 1529); None is off."""
+    lanes_end: Literal["mean", "attention", "mlp"] = "mean"
+    """What leaves the last block with two lanes: their mean, or one of them."""
     model_dim: int = 512
     """Width of the residual stream."""
     num_heads: int = 8
@@ -38,10 +49,21 @@ class ModelConfig:
     """Number of leading channels of each head that RoPE rotates; 0 rotates all."""
     rope_train_seq_len: int = 1024
     """Sequence length in tokens up to which RoPE keeps its base."""
+    rope_bf16_frequencies: bool = False
+    """Round only the RoPE frequencies to bfloat16, as PR 1855 did at every length."""
     rope_bf16_tables: bool = False
     """Round RoPE tables to bfloat16 as the original did (at short lengths, the frequencies too)."""
     qk_gain_init: float = 1.5
     """Initial per-head gain on normalized queries."""
+    first_attn_scale: float = 0.1
+    """Initial scale of the attention output of block 0; that of the others is 1."""
+    head_gate: HeadGate | None = None
+    """Learned gate on each head's output: sparse (PR 1855) and output (PR 1667) read gate_window channels of
+    the block's input, output_q of the query projection, dense (PR 1736) reads all; None is off."""
+    gate_window: int = 12
+    """Leading channels that gates of heads and the gated SmearGate read."""
+    gate_scale: float = 0.5
+    """Factor inside the sigmoid of the sparse head gate."""
     bigram_vocab_size: int = 4096
     """Number of rows of the hash n-gram table; 0 removes it."""
     bigram_dim: int = 64
@@ -54,6 +76,11 @@ class ModelConfig:
     """Learn a multiplier for the hash embedding of word starts."""
     smear: bool = True
     """Mix each position's embedding with the one before it (SmearGate)."""
+    smear_form: Literal["convex", "gated"] = "convex"
+    """SmearGate: convex mixes by channel (PR 1501); gated adds a share that the token decides, and nothing at
+    the start of a document (PR 1855)."""
+    bos_id: int = 1
+    """Token that begins a document, for the gated SmearGate and train.max_document."""
     xsa_last_n: int = 11
     """Number of trailing blocks with exclusive self-attention; 0 removes it."""
     ln_scale: bool = True
@@ -66,11 +93,13 @@ class ModelConfig:
     """Blocks that receive the value embedding."""
     frozen_skips: int = 2
     """Number of outermost U-Net skips that start at zero and are not trained."""
+    skip_gates: bool = False
+    """Learn how much of a decoder's input each U-Net skip replaces, by channel, instead of adding it."""
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "rope_train_seq_len")
         need_positive("model", self, *sizes, "logit_softcap")
-        need_not_negative("model", self, "bigram_vocab_size", "xsa_last_n", "frozen_skips")
+        need_not_negative("model", self, "bigram_vocab_size", "xsa_last_n", "frozen_skips", "num_loops")
         if self.bigram_vocab_size:
             need_positive("model", self, "bigram_dim")
         if self.ve_enabled:
@@ -95,6 +124,23 @@ class ModelConfig:
         need(not bad, f"model.ve_layers {bad} do not exist: the model has blocks 0 to {self.num_layers - 1}")
         skips = f"a model of {self.num_layers} layers has {self.num_skips} skips"
         need(self.frozen_skips <= self.num_skips, f"model.frozen_skips is {self.frozen_skips}; {skips}")
+        self._check_plan()
+        window = f"model.gate_window is {self.gate_window}; it must be 1 to model.model_dim {self.model_dim}"
+        need(1 <= self.gate_window <= self.model_dim or not self.reads_gate_window, window)
+        bos = f"model.bos_id {self.bos_id} is not a token: model.vocab_size is {self.vocab_size}"
+        need(0 <= self.bos_id < self.vocab_size, bos)
+
+    def _check_plan(self) -> None:
+        """Raise PgolfError for loops and lanes that no visit plan has."""
+        n, first, last = self.num_layers, self.loop_start, self.loop_end
+        loop = f"model.loop_start {first} to model.loop_end {last} is no range of blocks 0 to {n - 1}"
+        need(not self.num_loops or 0 <= first <= last < n, f"{loop}: change them or model.num_loops")
+        if self.lanes_from is None:
+            return
+        lanes = f"model.lanes_from is {self.lanes_from}; lanes begin"
+        need(n // 2 <= self.lanes_from < n, f"{lanes} in the second half, at block {n // 2} to {n - 1}")
+        after = f"{lanes} after the loop, which ends at block {last}"
+        need(not self.num_loops or self.lanes_from > last, f"{after}: raise it or lower model.loop_end")
 
     @property
     def head_dim(self) -> int:
@@ -118,15 +164,38 @@ class ModelConfig:
 
     @property
     def num_skips(self) -> int:
-        """U-Net skips: one per encoder block that has a decoder block to join."""
-        return self.num_layers // 2
+        """U-Net skips: one per encoder visit, which has a decoder visit to join."""
+        return self.num_visits // 2
+
+    @property
+    def num_visits(self) -> int:
+        """Blocks that a forward runs, with those of the loop counted at each pass."""
+        return self.num_layers + self.num_loops * (self.loop_end - self.loop_start + 1)
+
+    @property
+    def smear_gated(self) -> bool:
+        return self.smear and self.smear_form == "gated"
+
+    @property
+    def reads_gate_window(self) -> bool:
+        return self.smear_gated or self.head_gate not in (None, "dense")
+
+    @property
+    def head_gate_width(self) -> int:
+        """Channels that a head's gate reads; 0 without gates."""
+        return (
+            0 if self.head_gate is None else self.model_dim if self.head_gate == "dense" else self.gate_window
+        )
 
     def num_parameters(self) -> int:
         """Return the number of parameters, without building the network."""
         d, n = self.model_dim, self.num_layers
         banks = 2 * n * d * d + 2 * n * self.kv_dim * d + n * self.mlp_up_rows * d + n * d * self.mlp_hidden
-        per_block = self.num_heads + 2 * d + 2 * d  # QK gains; attention and MLP scales; residual mix
-        total = banks + self.vocab_size * d + d * self.smear + self.num_skips * d + n * per_block
+        # QK gains and gates of heads; attention and MLP scales; residual mix
+        per_block = self.num_heads * (1 + self.head_gate_width) + 2 * d + 2 * d
+        total = banks + self.vocab_size * d + self.num_skips * d * (1 + self.skip_gates) + n * per_block
+        total += self.gate_window + 1 if self.smear_gated else d * self.smear
+        total += 6 * n if self.lanes_from is not None else 0  # four post and two residual lambdas
         if self.bigram_vocab_size:  # table, projection, scale
             total += self.bigram_vocab_size * self.bigram_dim + d * self.bigram_dim + 1
             total += self.word_start_boost

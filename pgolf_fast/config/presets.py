@@ -128,6 +128,27 @@ def pr1250() -> RunConfig:
     )
 
 
+def pr1855() -> RunConfig:
+    """PR 1855, the record of April 2026: depth recurrence, two lanes, gates, packed documents (36 M)."""
+    return _changed(
+        RunConfig(),
+        "pr1855",
+        model="vocab_size=8192 mlp_mult=4 qk_gain_init=5 first_attn_scale=1 rope_bf16_frequencies=true "
+        "bigram_vocab_size=0 trigram=false pos_conditional=false word_start_boost=false ve_enabled=false "
+        "ve_layers= frozen_skips=0 rope_train_seq_len=131_072 num_loops=2 lanes_from=8 smear_form=gated "
+        "skip_gates=true head_gate=sparse",
+        train="steps=20_000 max_seconds=599.5 max_document=2048 loop_from=0.35 warmdown_steps=none "
+        "warmdown_fraction=0.85 warmdown_shape=linear min_lr=0.1 lr_hold_steps=0 adaptive_warmdown=false "
+        "val_every=none meta=none qat=none",
+        optim="matrix_lr=0.026 embed_lr=0.03 scalar_lr=0.02 muon_momentum=0.97 muon_polar_express=true "
+        "muon_row_norm=true adam_beta2=0.99 weight_decay=0.095 embed_weight_decay=0.085 "
+        "scalar_weight_decay=0.02",
+        average="ema_decay=0.9965 ema_every=1 swa_every=none",
+        quant="grid=sdclip rank=4 calibration=shards calibration_sequences=768",
+        ttt="adapter=lora quantize_forward=none lora.rank=80",
+    )
+
+
 def small() -> RunConfig:
     """exp101 with about 3 M parameters: ten minutes on two CPU cores."""
     return shrink(exp101(), "small")
@@ -139,7 +160,7 @@ def tiny() -> RunConfig:
 
 
 _OWN = (exp101, exp101_as_run, exp105a, exp106, exp101_swiglu)
-_SYSTEMS = (baseline, pr296_reptile, pr296_error_guided, pr301, pr1250)
+_SYSTEMS = (baseline, pr296_reptile, pr296_error_guided, pr301, pr1250, pr1855)
 PRESETS: dict[str, Callable[[], RunConfig]] = {
     function.__name__: function for function in (*_OWN, *_SYSTEMS, small, tiny)
 }
@@ -186,16 +207,16 @@ SIZES = {
 def shrink(base: RunConfig, size: str) -> RunConfig:
     """Return `base` at one of SIZES, named like the size if `base` is exp101, else `<base>_<size>`."""
     need(size in SIZES, unknown("size", size, SIZES))
-    to = SIZES[size]
+    to, grid = SIZES[size], base.quant.grid
     model, train = _shrink_model(base.model, to), _shrink_train(base.train, to)
     small = _changed(
         base,
         size if base.name == "exp101" else f"{base.name}_{size}",
         optim="matrix_lr=0.035 embed_lr=0.016 scalar_lr=0.011 muon_momentum=0.95 muon_momentum_start=0.85 "
         "muon_momentum_warmup_steps=200",
-        # weights of a small model are small compared to the fixed step of 1/31
-        quant="grid=percentile calibration_sequences=16 calibration_batch=16 "
-        f"calibration_length={train.seq_len}",
+        # weights of a small model are small compared to the fixed step of 1/31 of grid reference
+        quant=f"grid={'percentile' if grid == 'reference' else grid} calibration_sequences=16 "
+        f"calibration_batch=16 calibration_length={train.seq_len}",
         eval="seq_len=none batch_seqs=none",
     )
     # a preset with an adapter of its own keeps it, with smaller chunks
@@ -216,6 +237,7 @@ def _shrink_train(train: TrainConfig, to: Size) -> TrainConfig:
         batch_tokens=to.batch_tokens,
         micro_batch_tokens=to.batch_tokens,
         seq_len=min(to.seq_len, train.seq_len),
+        max_document=train.max_document and min(to.seq_len, train.max_document),
         # small batches make small updates, which bfloat16 tables would round away
         table_dtype="float32",
         # the loss of one small batch is too noisy to trigger the decay; exp101's own began after a third
@@ -253,6 +275,7 @@ def _shrink_ttt(base: RunConfig, model: ModelConfig, train: TrainConfig) -> TTTC
         batch_seqs=min(16, ttt.batch_seqs),
         epochs=min(1, ttt.epochs),
         freeze_blocks=frozen,
+        lora=replace(ttt.lora, rank=min(8, ttt.lora.rank)),
         guided=replace(ttt.guided, window_tokens=min(train.seq_len, ttt.guided.window_tokens)),
     )
 
@@ -265,9 +288,16 @@ def _shrink_model(model: ModelConfig, to: Size) -> ModelConfig:
     while heads % kv_heads:
         kv_heads -= 1
     with_ve = -(-len(model.ve_layers) * layers // model.num_layers)
+    scale = layers / model.num_layers
+    lanes = None if model.lanes_from is None else max(round(model.lanes_from * scale), layers // 2)
+    end = min(round(model.loop_end * scale), (lanes or layers) - 1)
     return replace(
         model,
         num_layers=layers,
+        loop_start=min(round(model.loop_start * scale), end) if model.num_loops else model.loop_start,
+        loop_end=end if model.num_loops else model.loop_end,
+        lanes_from=lanes,
+        vocab_size=min(model.vocab_size, 1024),
         model_dim=dim,
         num_heads=heads,
         num_kv_heads=kv_heads,

@@ -49,6 +49,10 @@ class OptimConfig:
     """Steps over which Muon momentum rises linearly."""
     muon_newton_schulz_steps: int = 5
     """Newton-Schulz iterations per Muon update."""
+    muon_polar_express: bool = False
+    """Use the coefficients of Polar Express (Amsel et al. 2025), which change from step to step (PR 1855)."""
+    muon_row_norm: bool = False
+    """Divide every row of an update by its norm before Newton-Schulz (MuonEq-R, PR 1394)."""
     adam_beta1: float = 0.9
     """AdamW decay of the first moment."""
     adam_beta2: float = 0.95
@@ -57,13 +61,29 @@ class OptimConfig:
     """AdamW epsilon."""
     weight_decay: float = 0.04
     """Decoupled weight decay of both optimizers."""
+    embed_weight_decay: float | None = None
+    """The same of the embedding tables; None is weight_decay."""
+    scalar_weight_decay: float | None = None
+    """The same of gains, scales and small projections; None is weight_decay."""
     grad_clip: float | None = 0.3
     """Limit on the global gradient norm over all parameters; None disables clipping."""
+    grad_clip_per_rank: bool = False
+    """Clip each rank's own gradients before they are averaged, as PR 1855 did."""
 
     def __post_init__(self) -> None:
-        checks.need_not_negative("optim", self, "matrix_lr", "embed_lr", "scalar_lr", "weight_decay")
+        decays = ("weight_decay", "embed_weight_decay", "scalar_weight_decay")
+        checks.need_not_negative("optim", self, "matrix_lr", "embed_lr", "scalar_lr", *decays)
+        steps = (
+            f"optim.muon_newton_schulz_steps is {self.muon_newton_schulz_steps}; Polar Express has 5 steps"
+        )
+        need(not self.muon_polar_express or self.muon_newton_schulz_steps == 5, steps)
         checks.need_decay("optim", self, "muon_momentum", "muon_momentum_start", "adam_beta1", "adam_beta2")
         checks.need_positive("optim", self, "grad_clip")
+
+    @property
+    def adam_decays(self) -> tuple[float | None, float | None]:
+        """Own weight decays of the embedding tables and of everything small."""
+        return self.embed_weight_decay, self.scalar_weight_decay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,9 +208,12 @@ class TrainConfig:
     step uses one micro-batch."""
     seq_len: int = 2048
     """Tokens in a training sequence."""
+    max_document: int | None = None
+    """Train on one packed row for a micro-batch: its documents do not see each other, and are cut at every so
+    many tokens (PR 1530). None trains on rows of seq_len, across documents."""
     cpu_shares: int = 2
-    """CPU threads train up to this many equal parts of a micro-batch side by side. One thread, a GPU and
-    train.compile use the whole."""
+    """CPU threads train up to this many equal parts of a micro-batch side by side. One thread, a GPU,
+    train.compile and train.max_document use the whole."""
     compute_dtype: Dtype = "auto"
     """Dtype of activations and matmuls; auto is bfloat16 if the hardware supports it."""
     table_dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -209,8 +232,12 @@ class TrainConfig:
     """Length of the decay as a share of the run, instead of warmdown_steps."""
     warmdown_shape: Literal["cosine", "linear"] = "cosine"
     """Shape of the decay. A linear decay that is longer than the run starts below 1."""
+    min_lr: float = 0.0
+    """Least learning-rate multiplier: the decay ends there (PR 1787)."""
     z_loss: float = 0.0
     """Weight of the mean squared log-partition function in the training loss (PR 301)."""
+    loop_from: float = 0.0
+    """Share of the run, in the unit of train.schedule, after which the loop of model.num_loops is on."""
     lr_hold_steps: int = 25
     """Number of initial steps that use the full learning rate regardless of the schedule."""
     adaptive_warmdown: bool = True
@@ -238,14 +265,18 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         sizes = ("steps", "batch_tokens", "micro_batch_tokens", "seq_len", "log_every", "adaptive_every")
-        checks.need_positive("train", self, *sizes, "cpu_shares", "val_every", "max_seconds")
+        checks.need_positive("train", self, *sizes, "cpu_shares", "max_document", "val_every", "max_seconds")
         checks.need_not_negative("train", self, "z_loss", "seed")
         checks.need_share("train", self, "warmdown_fraction")
+        checks.need_decay("train", self, "loop_from", "min_lr")
         checks.need_multiple("train", self, "micro_batch_tokens", "seq_len")
         checks.need_multiple("train", self, "batch_tokens", "micro_batch_tokens")
         checks.need_either("train", self, "warmdown_steps", "warmdown_fraction")
         endless = "train.schedule 'time' needs train.max_seconds; set it, or use train.schedule steps"
         need(self.schedule != "time" or self.max_seconds is not None, endless)
+        for name in ("meta", "reptile"):
+            whole = f"train.{name} needs rows of seq_len: set it or train.max_document to None"
+            need(self.max_document is None or getattr(self, name) is None, whole)
         odd = f"train.meta splits sequences in halves: train.seq_len {self.seq_len} must be even"
         need(self.meta is None or self.seq_len % 2 == 0, odd)
         if self.reptile is not None and self.schedule != "time":
@@ -258,15 +289,30 @@ class TrainConfig:
 class QuantConfig:
     """Quantization of the weights (PR 1501)."""
 
-    grid: Literal["reference", "percentile", "rd"] = "reference"
+    grid: Literal["reference", "percentile", "sdclip", "rd"] = "reference"
     """Choice of quantization steps: reference never goes below 1/31 (6 bits) for a row; percentile fits each
-    row; rd trades error against bits for every row and column."""
+    row; sdclip clips at a multiple of a row's standard deviation, the token table's too (PR 1394); rd trades
+    error against bits for every row and column."""
     target_bytes: int | None = None
     """Artifact size in bytes that grid rd aims for; None is pack.limit_bytes minus the code."""
     rank: int = 0
-    """Maximum rank of grid rd's low-rank error corrections (LQER)."""
+    """Maximum rank of grid rd's low-rank error corrections (LQER), and rank of those of grid sdclip."""
+    lqer_tensors: int = 3
+    """Matrices that grid sdclip corrects: those with the largest error norms (PR 1797)."""
+    lqer_group: int = 64
+    """Elements of a correction's right factor that share a scale, on grid sdclip."""
+    mlp_sigmas: float = 11.5
+    """Standard deviations of a row at which grid sdclip clips MLP matrices."""
+    attention_sigmas: float = 13.0
+    """The same for attention matrices."""
+    table_sigmas: float = 14.0
+    """The same for the token table."""
+    table_bits: int = 7
+    """Bits per weight of the token table on grid sdclip."""
+    protect_group: bool = False
+    """Keep 8 bits in the 64 columns whose inputs and weights are largest, on grid sdclip (AWQ, PR 1908)."""
     method: Literal["gptq", "round"] = "gptq"
-    """Rounding: gptq uses Hessians from self-generated text; round rounds to nearest."""
+    """Rounding: gptq uses Hessians from calibration text; round rounds to nearest."""
     bits: int = 6
     """Bits per bank weight, with codes from -(2^(bits-1) - 1) to 2^(bits-1) - 1. Grid rd chooses its own."""
     percentiles: tuple[float, ...] = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
@@ -275,8 +321,10 @@ class QuantConfig:
     """Columns in a GPTQ block."""
     damping: float = 0.01
     """Damping of the Hessian, as a fraction of its mean diagonal."""
+    calibration: Literal["generated", "shards"] = "generated"
+    """Calibration text: what the model writes, or windows of training shards at random phases (PR 1394)."""
     calibration_sequences: int = 64
-    """Sequences that the model generates for calibration."""
+    """Sequences of calibration text."""
     calibration_length: int = 2048
     """Tokens in a calibration sequence."""
     calibration_batch: int = 64
@@ -292,12 +340,16 @@ class QuantConfig:
 
     def __post_init__(self) -> None:
         need(0 <= self.rank <= 8, f"quant.rank is {self.rank}; it must be 0 to 8")
-        need(2 <= self.bits <= 8, f"quant.bits is {self.bits}; it must be 2 to 8")
+        for name in ("bits", "table_bits"):
+            bits = getattr(self, name)
+            need(2 <= bits <= 8, f"quant.{name} is {bits}; it must be 2 to 8")
         need(len(self.percentiles) > 0, "quant.percentiles is empty")
         shares = all(0 < share <= 1 for share in self.percentiles)
         need(shares, f"quant.percentiles {self.percentiles} must be above 0 and at most 1")
         sizes = ("block_size", "calibration_sequences", "calibration_length", "calibration_batch")
-        checks.need_positive("quant", self, *sizes, "temperature", "target_bytes")
+        sigmas = ("mlp_sigmas", "attention_sigmas", "table_sigmas")
+        checks.need_positive("quant", self, *sizes, *sigmas, "temperature", "target_bytes", "lqer_group")
+        checks.need_not_negative("quant", self, "lqer_tensors")
 
     @property
     def clip_range(self) -> int:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 REPO_ID = "willdepueoai/parameter-golf"
+CASEOPS_REPO_ID = "romeerp/parameter-golf-caseops-v1"  # PR 1729: sp8192_lossless_caps_caseops_v1_reserved
 _ROOTS = ("datasets/", "")  # parents of the folders `datasets` and `tokenizers` in a repository
 _BLOCK = 1 << 22
 
@@ -41,13 +42,14 @@ def download(
     *,
     dataset: str = "sp1024",
     train_shards: int = 1,
-    repo_id: str = REPO_ID,
+    repo_id: str | None = None,
     endpoint: str | None = None,
     revision: str = "main",
 ) -> Path:
     """Download validation shards, `train_shards` training shards and the tokenizer; return the shard folder.
 
-    Shards go to `<out>/datasets/fineweb10B_<dataset>`, the tokenizer to `<out>/tokenizers`. Every file is
+    Without `repo_id`, a CaseOps dataset is that of PR 1729, and any other the challenge's. Shards and their
+    side files go to `<out>/datasets/fineweb10B_<dataset>`, the tokenizer to `<out>/tokenizers`. Every file is
     checked against the size and hash that the Hub reports. Complete files are not downloaded again, and a
     partial one is continued. Raises `PgolfError` without network or package, if something does not exist, and
     for a corrupt file, which is removed.
@@ -58,6 +60,8 @@ def download(
         why = "downloading needs the huggingface_hub package: pip install 'pgolf-fast[hub]'"
         raise PgolfError(why) from error
     need(train_shards >= 0, f"train_shards is {train_shards}; it must be 0 or more")
+    if repo_id is None:
+        repo_id = CASEOPS_REPO_ID if "caseops" in dataset else REPO_ID
     folder, staging = Path(out), Path(out) / ".download"  # one file system, for os.replace
     api = huggingface_hub.HfApi(endpoint=endpoint)
     with _hub_errors(f"dataset {repo_id} at {api.endpoint}"):
@@ -131,9 +135,10 @@ def _choose(
     need(val, f"{repo_id} has no validation shard in datasets/{name}; try another dataset")
     hint = f"but {train_shards} were asked for: ask for {len(train)} or fewer"
     need(len(train) >= train_shards, f"{repo_id} has {len(train)} training shards in datasets/{name}, {hint}")
-    number = re.sub(r"\D", "", dataset)
+    size = re.match(r"\D*(\d+)(\w*)", dataset)
+    number, variant = size.groups() if size else (dataset, "")
     models = _list(api, repo_id, commit, f"{root}tokenizers", out / "tokenizers")
-    models = [r for r in models if fnmatch(r.target.name, f"*_{number}_*.model")]
+    models = [r for r in models if fnmatch(r.target.name, f"*_{number}_*{variant}.model")]
     if len(models) != 1:
         raise PgolfError(f"{repo_id} has {len(models)} tokenizers for {dataset} in tokenizers; one is needed")
     return [*models, *val, *train[:train_shards]]

@@ -5,7 +5,7 @@ import weakref
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     import torch
 
 Batch = tuple["torch.Tensor", "torch.Tensor"]
+# Inputs and targets; of a packed row, where its segments begin too, as `segment_starts` gives them
+Rows = tuple["torch.Tensor", ...]
 
+_FEWEST_SLOTS = 64  # of segment starts, doubled as needed: every number of them is compiled anew
 _CHECK_AT_OPENING = 10_000_000  # tokens of each shard; the rest is checked as it is read
 _OPEN_FILES = 64  # a data set may have more shards than a process may open
 
@@ -144,13 +147,26 @@ class DocumentStream(TokenStream):
         return int(self._begins[document] + self._lengths[document]) - left, left
 
 
+def segment_starts(tokens: np.ndarray, bos_id: int, longest: int) -> np.ndarray:
+    """Return where the segments of a packed row (T,) begin, int32, filled up with T to a power of two.
+
+    A segment begins at 0, at every BOS, and every `longest` tokens after one of these (PR 1855).
+    """
+    begins = np.union1d([0], np.flatnonzero(tokens == bos_id))
+    ends = np.append(begins[1:], len(tokens))
+    starts = np.concatenate([np.arange(*span, longest) for span in zip(begins, ends, strict=True)])
+    slots = max(_FEWEST_SLOTS, 1 << len(starts).bit_length())
+    return np.pad(starts, (0, slots - len(starts)), constant_values=len(tokens)).astype(np.int32)
+
+
 class Loader:
     """Batches cut from a stream as the challenge does, one of them read ahead in a thread.
 
     Each call uses world_size * (micro_batch_tokens + 1) consecutive tokens; rank r takes the r-th span of
     micro_batch_tokens + 1. The last target of a span is not used again as an input. With `pin`, batches are
-    in pinned memory, so that copying them to a GPU does not block. Raises `PgolfError` for sizes that do not
-    fit, or fewer tokens than one sequence and its last target.
+    in pinned memory, so that copying them to a GPU does not block. With `max_document`, a batch is one packed
+    row, cut as in `segment_starts`. Raises `PgolfError` for sizes that do not fit, or fewer tokens than one
+    sequence and its last target.
     """
 
     def __init__(
@@ -162,11 +178,14 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
         pin: bool = False,
+        max_document: int | None = None,
+        bos_id: int = BOS_ID,
     ):
         self._stream, self._seq_len, self._pin = stream, seq_len, pin
+        self._max_document, self._bos_id = max_document, bos_id
         self._rank, self._world_size = rank, world_size
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="pgolf-loader")
-        self._ahead: Future[tuple[Batch, int]] | None = None
+        self._ahead: Future[tuple[Rows, int]] | None = None
         # after the batches returned so far; the stream itself is one batch ahead
         self._position = stream.position
         self.set_batch(micro_batch_tokens)
@@ -185,15 +204,15 @@ class Loader:
         self._stream.seek(self._position)  # back to the first token that was not returned
         self._span = micro_batch_tokens + 1  # one more for the last target
 
-    def next_batch(self) -> Batch:
-        """Return inputs and targets, two int64 tensors (micro_batch_tokens // seq_len, seq_len)."""
+    def next_batch(self) -> Rows:
+        """Return inputs and targets, int64 (micro_batch_tokens // seq_len, seq_len), or a packed row."""
         if self._ahead is None:
             self._ahead = self._pool.submit(self._read)
         batch, self._position = self._ahead.result()
         self._ahead = self._pool.submit(self._read)
         return batch
 
-    def _read(self) -> tuple[Batch, int]:
+    def _read(self) -> tuple[Rows, int]:
         """Return the next batch and the stream's position after it."""
         import torch
 
@@ -202,10 +221,13 @@ class Loader:
         span = self._stream.take(self._span)
         self._stream.skip((self._world_size - 1 - self._rank) * self._span)
         parts = (part.astype(np.int64) for part in (span[:-1], span[1:]))
-        inputs, targets = (torch.from_numpy(part).view(-1, self._seq_len) for part in parts)
-        if self._pin:
-            inputs, targets = inputs.pin_memory(), targets.pin_memory()
-        return (inputs, targets), self._stream.position
+        longest = self._max_document
+        batch = [
+            torch.from_numpy(part).view(-1, self._seq_len if longest is None else len(part)) for part in parts
+        ]
+        if longest is not None:
+            batch.append(torch.from_numpy(segment_starts(span[:-1], self._bos_id, longest)))
+        return tuple(t.pin_memory() if self._pin else t for t in batch), self._stream.position
 
     def state(self) -> dict[str, object]:
         """Return the state after the batches returned so far, as JSON values, the same on every rank."""
@@ -244,5 +266,6 @@ def make_loader(
         stream: TokenStream = DocumentStream(shards, seed=config.data.seed, vocab_size=vocab_size)
     else:
         stream = TokenStream(shards, vocab_size=vocab_size)
-    sizes = {"micro_batch_tokens": train.micro_batch_tokens, "seq_len": train.seq_len}
+    sizes: dict[str, Any] = {"micro_batch_tokens": train.micro_batch_tokens, "seq_len": train.seq_len}
+    sizes |= {"max_document": train.max_document, "bos_id": config.model.bos_id}
     return Loader(stream, **sizes, rank=rank, world_size=world_size, pin=pin)

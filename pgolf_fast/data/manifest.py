@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pgolf_fast.config.checks import need
-from pgolf_fast.data.shards import Split, open_shard, shard_paths
+from pgolf_fast.data.shards import Split, open_shard, shard_paths, side_file
 from pgolf_fast.data.tokenizer import Tokenizer
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import read_json, write_json
@@ -20,7 +20,7 @@ _SPLITS: tuple[Split, ...] = ("train", "val")
 def write_manifest(folder: Path, tokenizer: Tokenizer, split: str, counts: Mapping[str, object]) -> None:
     """Describe the shards in `folder`: `split` is the rule that chose validation; `counts` are per split."""
     value = {"format": _FORMAT, "tokenizer_sha256": _digest(tokenizer), "vocab_size": tokenizer.vocab_size}
-    write_json(folder / _FILE, {**value, "split": split, **counts, "shards": _shards(folder)})
+    write_json(folder / _FILE, {**value, "split": split, **counts, **_files(folder)})
 
 
 def check_manifest(folder: Path, tokenizer: Tokenizer) -> dict[str, Any] | None:
@@ -39,11 +39,18 @@ def check_manifest(folder: Path, tokenizer: Tokenizer) -> dict[str, Any] | None:
     given, hint = _digest(tokenizer), "give the one they were made with by --data.tokenizer"
     why = f"tokenizer {tokenizer.path} (sha256 {given[:12]}) is not that of the shards in {folder}"
     need(given == made_with, f"{why} (sha256 {made_with[:12]} in {_FILE}): {hint}")
-    now = _shards(folder)
-    for name in sorted(before.keys() | now.keys()):
-        had, has = (f"{c:,} tokens" if isinstance(c := d.get(name), int) else "none" for d in (before, now))
-        hint = f"restore the shards, or remove {_FILE} if they were changed on purpose"
-        need(had == has, f"shard {folder / name} has {has}, but {_FILE} says {had}: {hint}")
+    now = _files(folder)
+    for kind in ("shards", "side_files"):
+        before = manifest.get(kind)
+        if not isinstance(before, dict):  # side files have been listed since CaseOps
+            continue
+        found = now.get(kind, {})
+        for name in sorted(before.keys() | found.keys()):
+            had, has = (
+                f"{c:,} tokens" if isinstance(c := d.get(name), int) else "none" for d in (before, found)
+            )
+            hint = f"restore the {kind.replace('_', ' ')}, or remove {_FILE} if they were changed on purpose"
+            need(had == has, f"{folder / name} has {has}, but {_FILE} says {had}: {hint}")
     return manifest
 
 
@@ -51,5 +58,9 @@ def _digest(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(tokenizer.path.read_bytes()).hexdigest()
 
 
-def _shards(folder: Path) -> dict[str, int]:
-    return {p.name: open_shard(p).num_tokens for split in _SPLITS for p in shard_paths(folder, split)}
+def _files(folder: Path) -> dict[str, dict[str, int]]:
+    """Return the token counts of all shards and, if there are any, of their side files."""
+    shards = [path for split in _SPLITS for path in shard_paths(folder, split)]
+    sides = [path for path in map(side_file, shards) if path.is_file()]
+    named = {"shards": shards, "side_files": sides} if sides else {"shards": shards}
+    return {kind: {p.name: open_shard(p).num_tokens for p in paths} for kind, paths in named.items()}

@@ -1,6 +1,7 @@
 """Token shards: a 1024-byte header, then little-endian uint16 token ids."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -163,3 +164,23 @@ def load_validation(
     for shard in shards:
         parts.append(shard.tokens[: keep - sum(len(part) for part in parts)])
     return np.concatenate(parts)
+
+
+def random_windows(shards: Sequence[Shard], count: int, length: int, *, seed: int) -> np.ndarray:
+    """Return `count` different windows of `length` inputs and one more token, int64 (count, length + 1).
+
+    Each shard is cut from a random position below `length` on; windows come in random order (PR 1394).
+    Raises PgolfError if there are fewer.
+    """
+    generator = np.random.default_rng(seed)
+    phases = generator.integers(length, size=len(shards))
+    sizes = [max(0, s.num_tokens - 1 - int(p)) // length for s, p in zip(shards, phases, strict=True)]
+    first = np.cumsum([0, *sizes])
+    problem = f"{len(shards)} training shards have {first[-1]} windows of {length} tokens, not {count}"
+    need(first[-1] >= count, f"{problem}: lower quant.calibration_sequences or quant.calibration_length")
+    windows = np.empty((count, length + 1), np.int64)
+    for row, window in zip(windows, generator.choice(first[-1], count, replace=False), strict=True):
+        index = int(np.searchsorted(first, window, side="right")) - 1
+        begin = int(phases[index]) + int(window - first[index]) * length
+        row[:] = shards[index].tokens[begin : begin + length + 1]
+    return windows

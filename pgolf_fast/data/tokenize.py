@@ -26,8 +26,8 @@ from pgolf_fast import console
 from pgolf_fast.config.checks import need
 from pgolf_fast.cores import available_cores
 from pgolf_fast.data.manifest import write_manifest
-from pgolf_fast.data.shards import BOS_ID, Split, shard_paths, write_shard
-from pgolf_fast.data.tokenizer import ByteTable, Tokenizer, byte_table, scored_bytes, train_tokenizer
+from pgolf_fast.data.shards import BOS_ID, Split, shard_paths, side_file, write_shard
+from pgolf_fast.data.tokenizer import Tokenizer, byte_table, scored_bytes, train_tokenizer
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import locked, parse_json, write_bytes
 
@@ -48,6 +48,7 @@ def tokenize_files(
     out: Path | str,
     vocab_size: int,
     tokenizer: Path | str | None = None,
+    caseops: bool = False,
     val_fraction: float | None = None,
     val_docs: int | None = None,
     shard_tokens: int = 100_000_000,
@@ -58,7 +59,9 @@ def tokenize_files(
     A .txt file is one document; .jsonl, .jsonl.gz and .jsonl.xz hold one in the "text" of each line.
     Validation gets the first `val_docs` documents, or a share `val_fraction` (default: 0.05) chosen by a hash
     of their text; a single document is split. Without `tokenizer`, one with `vocab_size` pieces is trained
-    on the training documents. Raises `PgolfError` for bad input, without writing shards.
+    on the training documents, with `caseops` on text encoded by CaseOps; a given one that has its operators
+    is for such text. Validation shards then get side files of the bytes of text of each token. Raises
+    `PgolfError` for bad input, without writing shards.
     """
     start = time.monotonic()
     need(shard_tokens >= 1, f"shard_tokens is {shard_tokens}; it must be at least 1")
@@ -66,7 +69,7 @@ def tokenize_files(
     if not 1 <= vocab_size <= 1 << 16:
         raise PgolfError(f"vocab_size is {vocab_size}; shards hold ids of 16 bits, so it must be 1 to 65536")
     paths, folder = expand(files), Path(out)
-    given = None if tokenizer is None else _given_tokenizer(tokenizer, vocab_size)
+    given = None if tokenizer is None else _given_tokenizer(tokenizer, vocab_size, caseops)
     _check_folder(folder, given)
     plan = make_plan(paths, val_fraction, val_docs)
     if workers is None:
@@ -80,12 +83,14 @@ def tokenize_files(
         with tempfile.TemporaryDirectory(prefix=".tokenize-", dir=folder) as temporary:
             building = Path(temporary)
             if given is None:
-                given = _trained(plan, paths, vocab_size, building / "tokenizer")
+                given = _trained(plan, paths, vocab_size, building / "tokenizer", caseops)
             else:
                 write_bytes(building / "tokenizer.model", given.path.read_bytes())
-            writer = _Writer(building, shard_tokens, byte_table(given))
-            for split, ids in _encode(plan.parts(paths, "tokenizing"), building / "tokenizer.model", workers):
-                writer.add(split, ids)
+            writer = _Writer(building, shard_tokens, given)
+            for split, rows in _encode(
+                plan.parts(paths, "tokenizing"), building / "tokenizer.model", workers
+            ):
+                writer.add(split, rows)
             counts = writer.finish()
             write_manifest(building, given, plan.rule, counts)
             for path in sorted(building.iterdir()):
@@ -93,7 +98,7 @@ def tokenize_files(
     return {"out": str(folder), "files": len(paths), **counts, "seconds": round(time.monotonic() - start, 3)}
 
 
-def _trained(plan: "Plan", files: Sequence[Path], vocab_size: int, prefix: Path) -> Tokenizer:
+def _trained(plan: "Plan", files: Sequence[Path], vocab_size: int, prefix: Path, caseops: bool) -> Tokenizer:
     why = f"all {plan.documents:,} documents are for validation and none is left to train a tokenizer on"
     hint = "give a tokenizer, or a smaller val_docs or val_fraction"
     need(plan.first != plan.documents and plan.threshold != _HASHES, f"{why}: {hint}")
@@ -102,7 +107,7 @@ def _trained(plan: "Plan", files: Sequence[Path], vocab_size: int, prefix: Path)
 
     def train() -> None:
         try:
-            trained.set_result(train_tokenizer(texts, vocab_size, prefix))
+            trained.set_result(train_tokenizer(texts, vocab_size, prefix, caseops))
         except BaseException as error:  # noqa: BLE001 - raised below, in the thread that waits
             trained.set_exception(error)
 
@@ -113,13 +118,15 @@ def _trained(plan: "Plan", files: Sequence[Path], vocab_size: int, prefix: Path)
     return Tokenizer.load(trained.result())
 
 
-def _given_tokenizer(path: Path | str, vocab_size: int) -> Tokenizer:
+def _given_tokenizer(path: Path | str, vocab_size: int, caseops: bool) -> Tokenizer:
     tokenizer = Tokenizer.load(path)
     hint = f"give vocab_size {tokenizer.vocab_size}, or leave the tokenizer out to train one"
     why = f"tokenizer {path} has {tokenizer.vocab_size} pieces but vocab_size is {vocab_size}: {hint}"
     need(tokenizer.vocab_size == vocab_size, why)
     why = f"tokenizer {path} has BOS id {tokenizer.bos_id}; shards need id {BOS_ID} to open each document"
     need(tokenizer.bos_id == BOS_ID, f"{why}: use another tokenizer or leave it out to train one")
+    why = f"tokenizer {path} lacks the operators of CaseOps (U+E001 to U+E004)"
+    need(tokenizer.has_caseops or not caseops, f"{why}: leave it out to train one, or leave out --caseops")
     return tokenizer
 
 
@@ -141,18 +148,23 @@ def _check_folder(folder: Path, given: Tokenizer | None) -> None:
 
 
 class _Writer:
-    def __init__(self, folder: Path, shard_tokens: int, table: ByteTable):
-        self._folder, self._size, self._table = folder, shard_tokens, table
+    def __init__(self, folder: Path, shard_tokens: int, tokenizer: Tokenizer):
+        self._folder, self._size, self._table = folder, shard_tokens, byte_table(tokenizer)
+        self._name = "fineweb" if tokenizer.has_caseops else "text"  # that programs of the field look for
         self._waiting: dict[Split, list[np.ndarray]] = {"train": [], "val": []}
         self._waiting_tokens: dict[Split, int] = {"train": 0, "val": 0}
         self._counts: Counter[str] = Counter()
         self._shards: Counter[Split] = Counter()
 
-    def add(self, split: Split, ids: np.ndarray) -> None:
-        """Add a document. Its first token is BOS, so bytes can be counted per document."""
-        self._waiting[split].append(ids)
-        self._waiting_tokens[split] += len(ids)
-        counts = {"documents": 1, "tokens": len(ids), "bytes": scored_bytes(self._table, ids)}
+    def add(self, split: Split, rows: np.ndarray) -> None:
+        """Add a document: its ids and, for side files, the bytes of each, uint16 of shape (1 or 2, n).
+
+        Its first token is BOS, so bytes can be counted per document.
+        """
+        self._waiting[split].append(rows)
+        self._waiting_tokens[split] += rows.shape[1]
+        size = int(rows[1].sum(dtype=np.int64)) if len(rows) == 2 else scored_bytes(self._table, rows[0])
+        counts = {"documents": 1, "tokens": rows.shape[1], "bytes": size}
         for name, amount in counts.items():
             self._counts[name] += amount
             self._counts[f"{split}_{name}"] += amount
@@ -160,11 +172,13 @@ class _Writer:
             self._flush(split)
 
     def _flush(self, split: Split) -> None:
-        tokens = np.concatenate(self._waiting[split])
-        write_shard(self._folder / f"text_{split}_{self._shards[split]:06d}.bin", tokens[: self._size])
+        rows = np.concatenate(self._waiting[split], axis=1)
+        path = self._folder / f"{self._name}_{split}_{self._shards[split]:06d}.bin"
+        for file, row in zip((path, side_file(path)), rows, strict=False):
+            write_shard(file, row[: self._size])
         self._shards[split] += 1
-        rest = tokens[self._size :].copy()
-        self._waiting[split], self._waiting_tokens[split] = [rest], len(rest)
+        rest = rows[:, self._size :].copy()
+        self._waiting[split], self._waiting_tokens[split] = [rest], rest.shape[1]
 
     def finish(self) -> dict[str, object]:
         """Write the remaining tokens; return the counts of documents, tokens, bytes and shards."""
@@ -213,7 +227,16 @@ def _chunks(parts: Iterator[Part]) -> Iterator[list[Part]]:
 
 def _encode_chunk(model: Path, chunk: list[Part]) -> list[tuple[Split, np.ndarray]]:
     tokenizer = _loaded(model)
-    return [(split, np.array(tokenizer.encode_document(text), dtype=np.uint16)) for split, text in chunk]
+    return [(split, _rows(tokenizer, split, text)) for split, text in chunk]
+
+
+def _rows(tokenizer: Tokenizer, split: Split, text: str) -> np.ndarray:
+    if split == "train" or not tokenizer.has_caseops:
+        return np.array([tokenizer.encode_document(text)], dtype=np.uint16)
+    ids, counts = tokenizer.encode_document_with_bytes(text)
+    why = f"a token of the document {text[:40]!r} has {counts.max():,} bytes, more than a side file holds"
+    need(int(counts.max()) <= 0xFFFF, f"{why}: shorten its longest run of white space")
+    return np.stack((ids, counts)).astype(np.uint16)
 
 
 _loaded = functools.lru_cache(maxsize=1)(Tokenizer.load)  # once per process

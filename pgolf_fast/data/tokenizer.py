@@ -7,11 +7,13 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pgolf_fast.config.checks import need
+from pgolf_fast.data import caseops
+from pgolf_fast.data.caseops import OPERATORS
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import write_bytes
 
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
 
 SPACE = "\u2581"
-OPERATORS = "\ue001\ue002\ue003\ue004"  # pieces of CaseOps (PR 1729) that mark capitals and have no bytes
 _PLAIN = str.maketrans(SPACE, " ", OPERATORS)
 _SENTENCES = (
     "The quick brown Fox can't jump over 13 lazy dogs; it costs $4,096 (or 50 %)!",
@@ -39,6 +40,8 @@ class Tokenizer:
     def __init__(self, processor: "SentencePieceProcessor", path: Path):
         self._processor = processor
         self.path = path
+        ids = [int(processor.piece_to_id(operator)) for operator in OPERATORS]
+        self._operators = [] if processor.unk_id() in ids else ids
 
     @classmethod
     def load(cls, path: Path | str) -> "Tokenizer":
@@ -70,9 +73,14 @@ class Tokenizer:
         """The id that starts a document; -1 if the model has none."""
         return int(self._processor.bos_id())
 
+    @property
+    def has_caseops(self) -> bool:
+        """Whether all operators of CaseOps are pieces, so that documents are encoded with it."""
+        return bool(self._operators)
+
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of `text`, without BOS. Lone surrogates are read as '?'."""
-        return list(self._processor.encode(text.encode("utf-8", "replace").decode("utf-8")))
+        """Return the token ids of `text` as it is, without BOS. Lone surrogates are read as '?'."""
+        return list(self._processor.encode(_valid(text)))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids`; control tokens have none. Raises `PgolfError` for an unknown id."""
@@ -82,10 +90,43 @@ class Tokenizer:
         return str(self._processor.decode([int(i) for i in ids]))
 
     def encode_document(self, text: str) -> list[int]:
-        """Return BOS and the tokens of `text`. Raises `PgolfError` if the model has no BOS."""
+        """Return BOS and the tokens of `text`, with CaseOps if the model has its operators.
+
+        Raises `PgolfError` if the model has no BOS.
+        """
         why = f"tokenizer {self.path} has no BOS piece, which starts each document: use one that has"
         need(self.bos_id >= 0, why)
-        return [self.bos_id, *self.encode(text)]
+        return [self.bos_id, *self.encode(caseops.encode(text) if self.has_caseops else text)]
+
+    def decode_document(self, ids: Sequence[int]) -> str:
+        """Return the text of `ids` without CaseOps; operators that fit no text, as in a sample, are lost."""
+        text = self.decode(ids)
+        return caseops.decode(text, strict=False) if self.has_caseops else text
+
+    def encode_with_spans(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids (n,) of `text` as it is, and the [begin, end) of its UTF-8 that each covers, (n, 2).
+
+        That is the text before normalization: the last of several tokens that one character made covers it,
+        and white space that is removed belongs to the next token, or at either end to none.
+        """
+        try:
+            found = self._processor.encode(_valid(text), return_type="offset_mapping", return_bytes=True)
+        except TypeError as error:
+            why = "counting the bytes of each token needs sentencepiece 0.2.3: pip install -U sentencepiece"
+            raise PgolfError(why) from error
+        return np.array(found["ids"], np.int64), np.array(found["offsets"], np.int64).reshape(-1, 2)
+
+    def encode_document_with_bytes(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return `encode_document` and the bytes of `text` that each token covers, int64 of shape (n,).
+
+        BOS and the operators of CaseOps have none, but an operator that is part of the text has 3 (PR 1729).
+        """
+        ids, spans = self.encode_with_spans(caseops.encode(text) if self.has_caseops else text)
+        counts, escaped = spans[:, 1] - spans[:, 0], False
+        for at in np.flatnonzero(np.isin(ids, self._operators)):
+            counts[at] -= 0 if escaped else len(OPERATORS[0].encode())
+            escaped = not escaped and ids[at] == self._operators[-1]
+        return np.append(self.bos_id, ids), np.append(0, counts)
 
     def piece(self, token: int) -> str:
         """Return the piece as the model writes it; a leading U+2581 is a space."""
@@ -98,6 +139,10 @@ class Tokenizer:
 
     def is_byte(self, token: int) -> bool:
         return bool(self._processor.is_byte(token))
+
+
+def _valid(text: str) -> str:
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 @dataclass(frozen=True)
@@ -194,26 +239,33 @@ def find_tokenizer(folder: Path | str, explicit: Path | str | None = None) -> Pa
 
 
 def _pick(models: list[Path], folder: Path) -> Path:
-    number = re.search(r"sp(\d+)", folder.name) or re.search(r"(\d+)$", folder.name)
+    number = re.search(r"sp(\d+)(\w*)", folder.name) or re.search(r"(\d+)()$", folder.name)
     if number:
-        matching = [path for path in models if number.group(1) in re.findall(r"\d+", path.stem)]
-        if len(matching) == 1:
-            return matching[0]
+        matching = [path for path in models if number[1] in re.findall(r"\d+", path.stem)]
+        same = [path for path in matching if path.stem.endswith(number[2] or "bpe")]
+        for fitting in (matching, same):
+            if len(fitting) == 1:
+                return fitting[0]
     names = ", ".join(path.name for path in models)
     why = f"several tokenizers fit {folder}: {names} in {models[0].parent}; name one with --data.tokenizer"
     raise PgolfError(why)
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, prefix_path: Path | str) -> Path:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, prefix_path: Path | str, with_caseops: bool = False
+) -> Path:
     """Train a BPE like the challenge's on `texts`; write and return `<prefix_path>.model`.
 
-    The same texts give the same bytes. Raises `PgolfError` if there is no text, or too little (or too many
+    `with_caseops` trains on text encoded by CaseOps and reserves ids 4 to 7 for its operators. The same texts
+    give the same bytes. Raises `PgolfError` if there is no text, or too little (or too many
     different characters) for `vocab_size`.
     """
     import sentencepiece
 
     path = Path(f"{prefix_path}.model")
-    sentences = list(_sentences(texts))  # not lazily: SentencePiece would hide an error of the iterator
+    reserved: dict[str, Any] = {"user_defined_symbols": list(OPERATORS)} if with_caseops else {}
+    encoded = map(caseops.encode, texts) if with_caseops else texts
+    sentences = list(_sentences(encoded))  # not lazily: SentencePiece would hide an error of the iterator
     need(sentences, f"cannot train tokenizer {path}: the text is empty; give files with text in them")
     model = io.BytesIO()
     try:
@@ -234,6 +286,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, prefix_path: Path | s
             max_sentence_length=16 * _SENTENCE_CHARS,
             num_threads=4,  # a fixed number: it is written into the model
             minloglevel=2,
+            **reserved,
         )
     except (RuntimeError, OSError) as error:
         raise _training_error(str(error), vocab_size) from error
@@ -257,7 +310,7 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
     """Split `texts` at spaces into pieces that are short enough for SentencePiece not to skip."""
     total = 0
     for text in texts:
-        words = " ".join(text.encode("utf-8", "replace").decode("utf-8").replace("\0", " ").split())
+        words = " ".join(_valid(text).replace("\0", " ").split())
         start = 0
         while start < len(words):
             end = start + _SENTENCE_CHARS

@@ -40,14 +40,15 @@ def forward_flops(model: ModelConfig, length: int, scored: int) -> float:
     """Return twice the multiply-adds of the losses of the last `scored` positions of a window.
 
     Counts products with weights and attention (each query with the keys it sees). Queries, output projection,
-    attention and MLP of the last block, and the head, are needed at the scored positions only.
+    attention and MLP of the last visit, and the head, are needed at the scored positions only.
     """
     d, kv = model.model_dim, model.kv_dim
     by_query = 2 * d * d + d * (model.mlp_up_rows + model.mlp_hidden)
+    by_query += model.num_heads * model.head_gate_width
     keys_seen = length * (length + 1) / 2
     before = length - scored
     keys_seen_last = keys_seen - before * (before + 1) / 2
-    full = (model.num_layers - 1) * (length * (by_query + 2 * d * kv) + 2 * d * keys_seen)
+    full = (model.num_visits - 1) * (length * (by_query + 2 * d * kv) + 2 * d * keys_seen)
     last = scored * by_query + length * 2 * d * kv + 2 * d * keys_seen_last
     ends = scored * d * model.vocab_size
     ends += length * model.bigram_dim * d if model.bigram_vocab_size else 0

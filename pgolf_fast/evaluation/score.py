@@ -85,7 +85,7 @@ def batch_size(
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         free = torch.cuda.mem_get_info(device)[0] + unused
         # upper bound on the activations of a position: skips; x, x0, norms, q, context, ... some in float32
-        streams = (config.num_layers // 2 + 12) * config.model_dim
+        streams = (config.num_skips + 12) * config.model_dim
         values = streams + 8 * config.kv_dim + 2 * config.mlp_up_rows + config.mlp_hidden
         tokens = int(world.same(min(GPU_TOKENS, free // 2 // (values * dtype.itemsize))))
     return lambda length: 2 ** max(0, (tokens // length).bit_length() - 1)

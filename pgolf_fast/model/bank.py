@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -144,6 +145,27 @@ def make_banks(weights: list[Tensor], grads: list[Tensor] | None = None) -> Bank
     if grads is None:
         return Banks(*weights)
     return Banks(*(w.detach().requires_grad_() for w in weights), *grads)
+
+
+class _SlotRows(torch.autograd.Function):
+    """Rows of a slot, whose gradient is added to a gradient bank as the bank-indexed ops do."""
+
+    @staticmethod
+    def forward(ctx: Any, bank: Tensor, grad_bank: Tensor, slot: int, count: int) -> Tensor:
+        ctx.grad_bank, ctx.slot = grad_bank, slot
+        return bank[slot, :count].clone()
+
+    @staticmethod
+    def backward(ctx: Any, *douts: Tensor) -> tuple[None, ...]:
+        ctx.grad_bank[ctx.slot, : len(douts[0])].add_(douts[0])
+        return (None,) * 4
+
+
+def slot_rows(bank: Tensor, slot: int, count: int, grad_bank: Tensor | None) -> Tensor:
+    """Return the first rows of a bank's slot, (count, C); backward adds to `grad_bank` if there is one."""
+    if grad_bank is None or not torch.is_grad_enabled():
+        return bank[slot, :count]
+    return _SlotRows.apply(bank, grad_bank, slot, count)
 
 
 # Maps master banks to what forward reads: one function for all, one for each, or None for the masters

@@ -1,6 +1,5 @@
 """Token-by-token decoding with cached keys and values."""
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +10,9 @@ from pgolf_fast import ops
 from pgolf_fast.config.checks import need
 from pgolf_fast.model.bank import PackedBanks
 from pgolf_fast.model.compiled import CapturedStep
-from pgolf_fast.model.gpt import GPT, AnyBanks, rope_tables
+from pgolf_fast.model.gpt import GPT, AnyBanks
+from pgolf_fast.model.plan import Visit
+from pgolf_fast.model.rope import rope_tables
 from pgolf_fast.ops import native, reference
 from pgolf_fast.ops.mlp import ACTIVATIONS
 
@@ -23,7 +24,7 @@ class Decoder:
     """Logits of a batch of growing texts, one position per `step`: `model.logits` of the whole prefix.
 
     `max_length` sets the RoPE base, as in `rope_tables`; `banks` replace the model's own. Weights must not
-    change between steps. Memory: 2 * layers * batch * max_length * KV*hd elements of the compute dtype.
+    change between steps. Memory: 2 * visits * batch * max_length * KV*hd elements of the compute dtype.
 
     `static` (default: on a GPU) runs the same operations on the same memory at every step from the fourth:
     attention covers all max_length positions and masks those not written yet. On a GPU the step is captured
@@ -45,7 +46,7 @@ class Decoder:
         self.model, self.batch_size, self.max_length, self.length = model, batch_size, max_length, 0
         self.static = device.type == "cuda" if static is None else static
         self._cos, self._sin = rope_tables(config, max_length, device)
-        shape = (config.num_layers, batch_size, config.num_kv_heads, max_length, config.head_dim)
+        shape = (config.num_visits, batch_size, config.num_kv_heads, max_length, config.head_dim)
         with torch.no_grad(), torch.inference_mode(False):
             # static steps read masked positions, which must not be NaN; otherwise pages are touched on demand
             new = torch.zeros if self.static else torch.empty
@@ -66,6 +67,8 @@ class Decoder:
         """
         extension, model, banks, config = native.extension(), self.model, self._banks, self.model.config
         cpu = self._keys.device.type == "cpu" and self._keys.dtype == torch.float32
+        if config.head_gate is not None or config.lanes_from is not None:
+            return []  # they know neither
         if extension is None or not isinstance(banks, PackedBanks) or self.static or not cpu:
             return []
         if self.batch_size > (NATIVE_TEXTS if extension.int6_simd() else 4):
@@ -74,12 +77,12 @@ class Decoder:
         names |= {"up_rows": config.mlp_up_rows, "hidden": config.mlp_hidden, "batch": self.batch_size}
         names |= {"half": self._cos.shape[1], "positions": self.max_length}
         blocks = []
-        for i in range(config.num_layers):
+        for number, i, *_ in model.plan:
             block, parts = model.block(i), (banks.attention, banks.up, banks.down)
             x_mix, x0_mix = block.resid_mix.float().unbind(0)
             arrays = {"x_mix": x_mix, "x0_mix": x0_mix, "attention_scale": block.attn_scale}
-            arrays |= {"mlp_scale": block.mlp_scale, "gain": block.attn.q_gain, "keys": self._keys[i]}
-            arrays |= {"values": self._values[i], "cos": self._cos, "sin": self._sin}
+            arrays |= {"mlp_scale": block.mlp_scale, "gain": block.attn.q_gain, "keys": self._keys[number]}
+            arrays |= {"values": self._values[number], "cos": self._cos, "sin": self._sin}
             steps = zip(("attention_steps", "up_steps", "down_steps"), parts, strict=True)
             arrays |= {name: part.scale[i] for name, part in steps}
             floats = {name: t.detach().float().contiguous().numpy() for name, t in arrays.items()}
@@ -91,16 +94,16 @@ class Decoder:
 
     def _native_logits(self, window: Tensor) -> Tensor:
         """Compute `_logits` with the blocks in C++."""
-        model, n, position = self.model, self.model.config.num_layers, self.length - 1
+        model, position = self.model, self.length - 1
         x = model.smear(model.embed(window))[:, -1].clone()
         values = {i: v[:, 0].numpy() for i, v in model.value_embeddings(window[:, -1:]).items()}
         skips: list[Tensor] = []
         array, x0, threads = x.numpy(), x.clone().numpy(), torch.get_num_threads()
-        for i, block in enumerate(self._blocks):
-            if i >= n // 2 and skips:
-                x.addcmul_(skips.pop(), model.skip_weights[i - n // 2].float())
-            block.step(array, x0, values.get(i), position, threads)
-            if i < n // 2:
+        for visit, block in zip(model.plan, self._blocks, strict=True):
+            if visit.skip is not None:
+                x.copy_(model.join(x, skips.pop(), visit.skip))
+            block.step(array, x0, values.get(visit.layer), position, threads)
+            if visit.push:
                 skips.append(x.clone())
         return model.head(ops.rms_norm(x))
 
@@ -138,15 +141,17 @@ class Decoder:
     def _logits(self, window: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return logits (B, V) after the last token of window (B, up to WINDOW), which is at `_position`.
 
-        Attention reads keys and values (layers, B, KV, positions, hd) where `mask` (1, 1, 1, positions) is
+        Attention reads keys and values (visits, B, KV, positions, hd) where `mask` (1, 1, 1, positions) is
         true, after those of this position are written to them.
         """
         model, config, banks = self.model, self.model.config, self._banks
         cos, sin = self._cos.index_select(0, self._position), self._sin.index_select(0, self._position)
 
-        def attention(layer: int, x: Tensor, value_embed: Tensor | None) -> Tensor:
+        def attention(visit: Visit, x: Tensor, value_embed: Tensor | None) -> Tensor:
+            layer = visit.layer
+
             def cached(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                own_keys, own_values = keys[layer], values[layer]
+                own_keys, own_values = keys[visit.number], values[visit.number]
                 own_keys.index_copy_(2, self._position, k.to(keys.dtype).transpose(1, 2))
                 own_values.index_copy_(2, self._position, v.transpose(1, 2))
                 # query heads that share a KV head become queries of one head: no key is repeated
@@ -154,14 +159,22 @@ class Decoder:
                 y = F.scaled_dot_product_attention(groups, own_keys, own_values, mask)
                 return y.flatten(1, 2).unsqueeze(1)
 
-            (q, k, v), gain = banks.project_in(layer, x), model.block(layer).attn.q_gain
+            (q, k, v), own = banks.project_in(layer, x), model.block(layer).attn
             v = v if value_embed is None else v + value_embed
-            heads = (q, k, v, gain, cos, sin, config.num_kv_heads, model.uses_xsa(layer))
-            return banks.project_out(layer, reference.projected_attention(*heads, inner=cached))
+            heads = (q, k, v, own.q_gain, cos, sin, config.num_kv_heads, model.uses_xsa(layer))
+            gate = own.gate(x, lambda n: q[..., :n])
+            return banks.project_out(layer, reference.projected_attention(*heads, gate, inner=cached))
 
         x = model.smear(model.embed(window))[:, -1:]
-        mlp = partial(banks.mlp, activation=config.mlp_activation) if isinstance(banks, PackedBanks) else None
-        x = model.trunk(x, model.value_embeddings(window[:, -1:]), banks, attention, mlp=mlp)
+        packed = banks if isinstance(banks, PackedBanks) else None
+
+        def mlp(visit: Visit, x: Tensor) -> Tensor:
+            assert packed is not None
+            return packed.mlp(visit.layer, x, config.mlp_activation)
+
+        x = model.trunk(
+            x, model.value_embeddings(window[:, -1:]), banks, attention, mlp=mlp if packed else None
+        )
         return model.head(x[:, -1])
 
 

@@ -1,9 +1,8 @@
 """The network of PR 1501: a U-Net transformer over weight banks, with the community's state-dict names."""
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -13,75 +12,35 @@ from torch import Tensor, nn
 from pgolf_fast import ops
 from pgolf_fast.config.checks import need
 from pgolf_fast.config.schema import ModelConfig
-from pgolf_fast.model.bank import BANK_NAMES, Banks, PackedBanks, Shadow, Transform, make_banks, transformed
+from pgolf_fast.model.bank import (
+    BANK_NAMES,
+    Banks,
+    PackedBanks,
+    Shadow,
+    Transform,
+    make_banks,
+    slot_rows,
+    transformed,
+)
+from pgolf_fast.model.block import Block
+from pgolf_fast.model.embeddings import NgramHash, SmearGate, ValueEmbedding, gated_smear
+from pgolf_fast.model.plan import Visit, visit_plan
+from pgolf_fast.model.rope import rope_tables
+from pgolf_fast.model.segments import Segments
 
 AnyBanks = Banks | PackedBanks
-# (layer, normalized input, value embedding or None) -> attention output, all (B, T, ...)
-AttentionFunction = Callable[[int, Tensor, Tensor | None], Tensor]
-# (layer, normalized input) -> MLP output, all (B, T, ...)
-MLPFunction = Callable[[int, Tensor], Tensor]
+# (visit, normalized input, value embedding or None) -> attention output, all (B, T, ...)
+AttentionFunction = Callable[[Visit, Tensor, Tensor | None], Tensor]
+# (visit, normalized input) -> MLP output, all (B, T, ...)
+MLPFunction = Callable[[Visit, Tensor], Tensor]
 
 
 class Observer(Protocol):
-    """Hooks on the normalized input of every attention and MLP, for Hessians and analyses."""
+    """Hooks on the normalized input of every attention and MLP, at every visit of a block."""
 
     def attention_input(self, layer: int, x: Tensor, value_embed: Tensor | None) -> None: ...
 
     def mlp_input(self, layer: int, x: Tensor) -> None: ...
-
-
-def rope_base(config: ModelConfig, context: int) -> float:
-    """Return the base for `context` tokens: base * (context / trained)^(r / (r - 2)) beyond `trained`."""
-    dims = config.rotary_dims
-    if context <= config.rope_train_seq_len or dims <= 2:
-        return config.rope_base
-    return config.rope_base * (context / config.rope_train_seq_len) ** (dims / (dims - 2))
-
-
-@cache  # never evicted: captured CUDA graphs keep reading them
-def _tables(config: ModelConfig, length: int, context: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    dims = config.rotary_dims
-    with torch.inference_mode(False), torch.no_grad():
-        exponents = torch.arange(0, dims, 2, dtype=torch.float32, device=device) / dims
-        frequencies = rope_base(config, context) ** -exponents
-        positions = torch.arange(length, dtype=torch.float32, device=device)
-        if config.rope_bf16_tables and context <= config.rope_train_seq_len:
-            frequencies, positions = frequencies.bfloat16(), positions.bfloat16()
-        angles = torch.outer(positions, frequencies)
-        stored = torch.bfloat16 if config.rope_bf16_tables else angles.dtype
-        return angles.cos().to(stored).float(), angles.sin().to(stored).float()
-
-
-def rope_tables(
-    config: ModelConfig, length: int, device: torch.device, context: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """Return cos and sin, each (length, r/2) float32, for positions 0 .. length-1.
-
-    `context` (default: length) sets only the base: text that grows token by token uses its final length.
-    """
-    # a compiled graph keeps the tables; a cached function would only warn
-    tables = _tables.__wrapped__ if torch.compiler.is_compiling() else _tables
-    return tables(config, length, context or length, device)
-
-
-class _Attention(nn.Module):
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.q_gain = nn.Parameter(torch.full((config.num_heads,), config.qk_gain_init))
-
-
-class Block(nn.Module):
-    """The parameters of one block that are not in a bank."""
-
-    def __init__(self, config: ModelConfig, layer: int):
-        super().__init__()
-        dim = config.model_dim
-        self.attn = _Attention(config)
-        self.attn_scale = nn.Parameter(torch.full((dim,), 0.1 if layer == 0 else 1.0))
-        self.mlp_scale = nn.Parameter(torch.ones(dim))
-        self.resid_mix = nn.Parameter(torch.ones(2, dim))
-        self.resid_mix.data[1] = 0
-        self.layer_scale = 1 / math.sqrt(layer + 1) if config.ln_scale else 1.0
 
 
 class GPT(nn.Module):
@@ -92,6 +51,8 @@ class GPT(nn.Module):
 
     has_leading_space: Tensor
     word_start_boost: Tensor
+    looping: bool
+    """Whether a forward makes the extra passes of the loop; training begins without them."""
 
     def __init__(
         self,
@@ -101,16 +62,26 @@ class GPT(nn.Module):
         compute_dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
-        self.config, self.compute_dtype = config, compute_dtype
+        self.config, self.compute_dtype, self.looping = config, compute_dtype, True
+        self._plans = visit_plan(config, looping=False), visit_plan(config)
         n, d = config.num_layers, config.model_dim
         self.qo_bank = nn.Parameter(torch.zeros(2 * n, d, d))
         self.kv_bank = nn.Parameter(torch.zeros(2 * n, config.kv_dim, d))
         self.mlp_up_bank = nn.Parameter(torch.zeros(n, config.mlp_up_rows, d))
         self.mlp_down_bank = nn.Parameter(torch.zeros(n, d, config.mlp_hidden))
         self.tok_emb = nn.Embedding(config.vocab_size, d)
-        self.smear = SmearGate(d) if config.smear else nn.Identity()
+        self.smear = SmearGate(d) if config.smear and not config.smear_gated else nn.Identity()
+        if config.smear_gated:
+            self.smear_gate = nn.Linear(config.gate_window, 1, bias=False)
+            self.smear_lambda = nn.Parameter(torch.zeros(1))
         self.blocks = nn.ModuleList(Block(config, i) for i in range(n))
         self.skip_weights = nn.Parameter(torch.ones(config.num_skips, d))
+        if config.skip_gates:
+            self.skip_gates = nn.Parameter(torch.zeros(config.num_skips, d))
+        if config.lanes_from is not None:
+            # by layer and lane: of attention and MLP output, and of the lane itself
+            self.parallel_post_lambdas = nn.Parameter(torch.ones(n, 2, 2))
+            self.parallel_resid_lambdas = nn.Parameter(torch.full((n, 2), 1.1))
         self.bigram = NgramHash(config) if config.bigram_vocab_size else None
         self.ve_shared = ValueEmbedding(config) if config.ve_enabled else None
         if config.ve_enabled:
@@ -146,6 +117,11 @@ class GPT(nn.Module):
         if self.ve_shared is not None:
             nn.init.normal_(self.ve_shared.embed.weight, std=0.01)
             nn.init.orthogonal_(self.ve_shared.proj.weight)
+        if self.config.smear_gated:
+            nn.init.zeros_(self.smear_gate.weight)
+        if self.config.head_gate == "dense":
+            for i in range(n):
+                nn.init.normal_(self.block(i).attn.attn_gate_w, std=0.01)
         for parameter in self.parameters():
             parameter.copy_(parameter.bfloat16())
 
@@ -213,13 +189,21 @@ class GPT(nn.Module):
         """Record that an optimizer has written masters and copies together."""
         self._shadow.written(list(self.bank_parameters()), self.compute_dtype)
 
-    def embed(self, tokens: Tensor, projection: Tensor | None = None) -> Tensor:
-        """Return normalized token plus n-gram embeddings, (B, T, D); `projection` replaces the n-grams'."""
+    def embed(
+        self, tokens: Tensor, projection: Tensor | None = None, segments: Segments | None = None
+    ) -> Tensor:
+        """Return normalized token plus n-gram embeddings, (B, T, D); `projection` replaces the n-grams'.
+
+        The gated SmearGate acts on the token embeddings; n-grams stay inside `segments`.
+        """
         x = F.embedding(tokens, self.tok_emb.weight).to(self.compute_dtype)
+        if self.config.smear_gated:
+            x = gated_smear(x, self.smear_gate.weight, self.smear_lambda, tokens == self.config.bos_id)
         if self.bigram is not None:
             weight = self.bigram.proj.weight if projection is None else projection
-            weight = weight.to(self.compute_dtype)
-            x = x + self.bigram(tokens, self.has_leading_space, self.word_start_boost, weight)
+            space, boost, weight = self.has_leading_space, self.word_start_boost, weight.to(x.dtype)
+            ngrams = partial(self.bigram, has_leading_space=space, boost=boost, projection=weight)
+            x = x + (segments.apart(ngrams, tokens) if segments else ngrams(tokens))
         return ops.rms_norm(x)
 
     def value_embeddings(self, tokens: Tensor, projection: Tensor | None = None) -> dict[int, Tensor]:
@@ -241,35 +225,65 @@ class GPT(nn.Module):
         last: int | None = None,
         mlp: MLPFunction | None = None,
     ) -> Tensor:
-        """Run all blocks and the final norm, (B, T, D) -> (B, T, D).
+        """Run the blocks as `plan` says and the final norm, (B, T, D) -> (B, T, D).
 
         The second half adds outputs of the first in reverse order. With `last`, only so many positions leave
-        the last block, whose `attention` must return only those. `mlp` replaces the blocks' own MLP.
+        the last visit, whose `attention` must return only those. `mlp` replaces the blocks' own MLP.
         """
         mlp = mlp or partial(self._mlp, banks)
-        x0, n, encoders = x, self.config.num_layers, self.config.num_layers // 2
         skips: list[Tensor] = []
-        for i in range(n):
-            block, value_embed = self.block(i), value_embeds.get(i)
-            if i >= encoders and skips:
-                x = torch.addcmul(x, skips.pop(), self.skip_weights[i - encoders].to(x.dtype))
-            x, normed = ops.residual_norm(x, x0, block.resid_mix[0], block.resid_mix[1], block.layer_scale)
+        x0, lane = x, None  # x is the lane of attention, once there are two
+        for visit in self.plan:
+            layer, block, value_embed = visit.layer, self.block(visit.layer), value_embeds.get(visit.layer)
+            if visit.lanes and lane is None:
+                lane = x
+            if visit.skip is not None:
+                x = self.join(x, skips.pop(), visit.skip)
+            mix = block.resid_mix
+            mixed, normed = ops.residual_norm(x, x0, mix[0], mix[1], block.layer_scale)
+            x = mixed if lane is None else x  # a lane does not keep what it has read of x0
             if observer is not None:
-                observer.attention_input(i, normed, value_embed)
-            if last is not None and i == n - 1:
+                observer.attention_input(layer, normed, value_embed)
+            if last is not None and visit.last:
                 # keys and values need every position, the rest of the block does not
                 x = x[:, x.shape[1] - last :].contiguous()
-            out = attention(i, normed, value_embed)
-            x, normed = ops.residual_norm(x, out, None, block.attn_scale, block.layer_scale)
+                lane = lane if lane is None else lane[:, lane.shape[1] - last :].contiguous()
+            out = attention(visit, normed, value_embed)
+            if lane is None:
+                x, normed = ops.residual_norm(x, out, None, block.attn_scale, block.layer_scale)
+            else:
+                normed = block.layer_scale * ops.rms_norm(lane)
             if observer is not None:
-                observer.mlp_input(i, normed)
-            x = torch.addcmul(x, mlp(i, normed), block.mlp_scale.to(x.dtype))
-            if i < encoders:
+                observer.mlp_input(layer, normed)
+            hidden, scale = mlp(visit, normed), block.mlp_scale.to(x.dtype)
+            if lane is None:
+                x = torch.addcmul(x, hidden, scale)
+            else:
+                x, lane = self._lanes(layer, x, lane, out * block.attn_scale.to(x.dtype), hidden * scale)
+            if visit.push:
                 skips.append(x)
+        if lane is not None:
+            x = {"mean": (x + lane) / 2, "attention": x, "mlp": lane}[self.config.lanes_end]
         return ops.rms_norm(x)
 
-    def _mlp(self, banks: AnyBanks, layer: int, x: Tensor) -> Tensor:
-        kind, (up, down, slot) = self.config.mlp_activation, banks.mlp_of(layer)
+    def _lanes(self, layer: int, a: Tensor, b: Tensor, attended: Tensor, hidden: Tensor) -> list[Tensor]:
+        """Return both lanes after a block: each is scaled and gets a share of both outputs (PR 1529)."""
+        post, kept = self.parallel_post_lambdas[layer].to(a), self.parallel_resid_lambdas[layer].to(a)
+        return [kept[i] * x + post[0, i] * attended + post[1, i] * hidden for i, x in enumerate((a, b))]
+
+    @property
+    def plan(self) -> tuple[Visit, ...]:
+        return self._plans[self.looping]
+
+    def join(self, x: Tensor, skip: Tensor, row: int) -> Tensor:
+        """Return x with a U-Net skip, (B, T, D), weighed by a row of skip_weights, or mixed by its gate."""
+        weight = self.skip_weights[row].to(x.dtype)
+        if not self.config.skip_gates:
+            return torch.addcmul(x, skip, weight)
+        return torch.lerp(weight * skip, x, torch.sigmoid(self.skip_gates[row]).to(x.dtype))
+
+    def _mlp(self, banks: AnyBanks, visit: Visit, x: Tensor) -> Tensor:
+        kind, (up, down, slot) = self.config.mlp_activation, banks.mlp_of(visit.layer)
         return ops.mlp(x, up, down, slot, kind, grad_up=banks.grad_up, grad_down=banks.grad_down)
 
     def block(self, layer: int) -> Block:
@@ -288,22 +302,31 @@ class GPT(nn.Module):
         last: int | None = None,
         context: int | None = None,
         mlp: MLPFunction | None = None,
+        segments: Segments | None = None,
     ) -> Tensor:
         """Return final normalized states, (B, T) -> (B, T, D); with `last`, those of the last positions only.
 
-        `context` is the length that the position encoding assumes (default T); `mlp` is as in `trunk`.
+        `context` is the length that the position encoding assumes (default: that of a row, or the most of a
+        segment); `mlp` is as in `trunk`. With `segments`, B is 1, and a position sees its segment only.
         """
         banks, config = banks or self.reading_banks(), self.config
+        if segments is not None:
+            context = context or segments.max_seqlen
         cos, sin = rope_tables(config, tokens.shape[1], tokens.device, context)
 
-        def attention(layer: int, x: Tensor, value_embed: Tensor | None) -> Tensor:
-            gain, window = self.block(layer).attn.q_gain, last if layer == config.num_layers - 1 else None
+        def attention(visit: Visit, x: Tensor, value_embed: Tensor | None) -> Tensor:
+            layer, window = visit.layer, last if visit.last else None
+            own, (qo, kv, slot) = self.block(layer).attn, banks.attention_of(layer)
+            seen = x if window is None else x[:, x.shape[1] - window :]
+            gate = own.gate(seen, lambda n: F.linear(seen, slot_rows(qo, slot, n, banks.grad_qo)))
             heads: dict[str, Any] = {"num_kv_heads": config.num_kv_heads, "xsa": self.uses_xsa(layer)}
-            heads |= {"window": window, "grad_qo": banks.grad_qo, "grad_kv": banks.grad_kv}
-            qo, kv, slot = banks.attention_of(layer)
-            return ops.gqa_attention(x, qo, kv, gain, value_embed, cos, sin, slot, **heads)
+            heads |= {"window": window, "grad_qo": banks.grad_qo, "grad_kv": banks.grad_kv, "gate": gate}
+            heads |= segments._asdict() if segments else {}
+            return ops.gqa_attention(x, qo, kv, own.q_gain, value_embed, cos, sin, slot, **heads)
 
-        x = self.smear(self.embed(tokens, banks.ngram_projection))
+        x = self.embed(tokens, banks.ngram_projection, segments)
+        if isinstance(self.smear, SmearGate):
+            x = segments.apart(self.smear, x) if segments else self.smear(x)
         values = self.value_embeddings(tokens, banks.value_projection)
         return self.trunk(x, values, banks, attention, observer, last, mlp)
 
@@ -319,18 +342,17 @@ class GPT(nn.Module):
         """Return the cross-entropy in nats of the last W positions, (B, T) and (B, W) -> (B, W) float32.
 
         Queries, output projection and MLP of the last block, and logits, are computed for these only.
-        `options`: `context`, `mlp` of `hidden`. `z_loss` times the squared log-partition function is added.
+        `options` are `context`, `mlp` and `segments` of `hidden`. `z_loss` times the squared log-partition
+        function is added.
         """
         last = None if targets.shape[1] == tokens.shape[1] else targets.shape[1]
         hidden = self.hidden(tokens, banks, last=last, **options)
         head = self.tok_emb.weight.to(self.compute_dtype)
         return ops.softcap_cross_entropy(hidden, head, targets, self.config.logit_softcap, z_loss)
 
-    def loss(
-        self, tokens: Tensor, targets: Tensor, banks: AnyBanks | None = None, *, z_loss: float = 0.0
-    ) -> Tensor:
-        """Return the mean cross-entropy of the batch in nats; `z_loss` is as in `token_losses`."""
-        return self.token_losses(tokens, targets, banks, z_loss=z_loss).mean()
+    def loss(self, tokens: Tensor, targets: Tensor, banks: AnyBanks | None = None, **options: Any) -> Tensor:
+        """Return the mean cross-entropy of the batch in nats; `options` are those of `token_losses`."""
+        return self.token_losses(tokens, targets, banks, **options).mean()
 
     forward = loss
 
@@ -343,49 +365,3 @@ class GPT(nn.Module):
         raw = linear(hidden, self.tok_emb.weight.to(self.compute_dtype))
         raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
         return self.config.logit_softcap * torch.tanh(raw / self.config.logit_softcap)
-
-
-class NgramHash(nn.Module):
-    """Hash n-gram embedding: table rows by bigram (and trigram), projected to the model width."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.embed = nn.Embedding(config.bigram_vocab_size, config.bigram_dim)
-        self.proj = nn.Linear(config.bigram_dim, config.model_dim, bias=False)
-        self.scale = nn.Parameter(torch.tensor(0.05))
-        self.pos_conditional, self.trigram = config.pos_conditional, config.trigram
-
-    def forward(self, tokens: Tensor, has_leading_space: Tensor, boost: Tensor, projection: Tensor) -> Tensor:
-        """Embed tokens (B, T) as (B, T, D) in the projection's dtype.
-
-        Scale and word-start gate act on the table rows, which are narrower: the projection is linear.
-        """
-        given = (tokens, self.embed.weight, has_leading_space, self.scale, boost)
-        kind: dict[str, Any] = {"pos_conditional": self.pos_conditional, "trigram": self.trigram}
-        return F.linear(ops.ngram_hash_embed(*given, **kind, out_dtype=projection.dtype), projection)
-
-
-class SmearGate(nn.Module):
-    """Mix of each position with the one before it, by a learned gate per channel."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.gate = nn.Parameter(torch.zeros(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.smear_gate(x, self.gate)
-
-
-class ValueEmbedding(nn.Module):
-    """A token table projected to the width of the attention values."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.embed = nn.Embedding(config.vocab_size, config.ve_dim)
-        self.proj = nn.Linear(config.ve_dim, config.kv_dim, bias=False)
-        self.scale = nn.Parameter(torch.tensor(0.1))
-
-    def forward(self, tokens: Tensor, projection: Tensor) -> Tensor:
-        """Embed tokens (B, T) as (B, T, KV*hd) in the projection's dtype."""
-        rows = F.embedding(tokens, self.embed.weight).to(projection.dtype)
-        return F.linear(rows, projection) * self.scale.to(projection.dtype)

@@ -20,6 +20,7 @@ from pgolf_fast import console
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import read_json
 from pgolf_fast.ops import tiles
+from pgolf_fast.ops.segments import Segments, segments_of
 from pgolf_fast.ops.tuned import cache_file
 
 Gradients = tuple[Tensor, ...]  # of q, k and v
@@ -64,10 +65,16 @@ class Shape(NamedTuple):
     dtype: torch.dtype
     head_dim: int
     windowed: bool = False  # Queries are only the last positions: libraries disagree on what causal means
+    segmented: bool = False  # Positions attend only within their document segment
+
+    @property
+    def checked(self) -> tuple[object, ...]:
+        """What a check of a backend depends on."""
+        return (*self[:3], "segments") if self.segmented else self[:3]
 
 
-def shape_of(q: Tensor, k: Tensor) -> Shape:
-    return Shape(q.device, q.dtype, q.shape[-1], q.shape[1] != k.shape[1])
+def shape_of(q: Tensor, k: Tensor, segments: Segments | None = None) -> Shape:
+    return Shape(q.device, q.dtype, q.shape[-1], q.shape[1] != k.shape[1], segments is not None)
 
 
 def choose(name: str) -> None:
@@ -106,6 +113,8 @@ def why_not(name: str, shape: Shape) -> str | None:
         return None
     if shape.windowed:
         return "a window of queries"
+    if shape.segmented and name not in ("flash", "fa3"):
+        return "document segments"
     if name == "flash" and shape.device.type == "cpu":
         return None
     if shape.device.type != "cuda":
@@ -128,7 +137,7 @@ def available(device: torch.device, head_dim: int = 64) -> list[tuple[str, str, 
     rows = []
     for name, what in NAMES.items():
         reason = "kernels need a CUDA GPU" if name == "triton" and not served else why_not(name, shape)
-        reason = reason or _faults.get((name, *shape[:3]))
+        reason = reason or _faults.get((name, *shape.checked))
         rows.append((name, what, "chosen" if name == chosen else reason or "available"))
     return rows
 
@@ -139,7 +148,7 @@ def _fault(name: str, shape: Shape) -> str | None:
     Nothing is checked while a CUDA graph is captured or a compiler traces. "triton" needs no check: where it
     fails, so does the rest of the op.
     """
-    key = (name, *shape[:3])
+    key = (name, *shape.checked)
     if key in _faults or name == "plain":
         return _faults.get(key)
     reason = why_not(name, shape)
@@ -149,6 +158,7 @@ def _fault(name: str, shape: Shape) -> str | None:
             return None
         if reason := _check(name, shape):
             what = f"{shape.dtype} heads of {shape.head_dim} on {shape.device}"
+            what += " with segments" if shape.segmented else ""
             console.logger.warning("falling back from attention %s for %s: %s", name, what, reason)
     _faults[key] = reason
     return reason
@@ -159,14 +169,19 @@ def _check(name: str, shape: Shape) -> str | None:
     generator = torch.Generator().manual_seed(0)  # training's own stays where it is
     sizes = [(1, _CHECKED_TOKENS, heads, shape.head_dim) for heads in (8, 4, 4, 8)]
     drawn = [torch.randn(size, generator=generator) for size in sizes]
+    more: tuple[Segments | None, ...] = ()
     try:
+        if shape.segmented:  # one of them short, and the padding that compiled callers give
+            bounds = [0, _CHECKED_TOKENS // 2 + 3, _CHECKED_TOKENS // 2 + 8, _CHECKED_TOKENS, _CHECKED_TOKENS]
+            cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=shape.device)
+            more = (segments_of(cu_seqlens, None, 1, _CHECKED_TOKENS),)
         q, k, v, dy = (t.to(shape.device, shape.dtype) for t in drawn)
         with torch.no_grad(), tiles.on_device_of(q):
-            y, lse = (t.contiguous() for t in forward(name, q, k, v))
-            got = (y, lse, *backward(name, dy, q, k, v, y, lse))
+            y, lse = (t.contiguous() for t in forward(name, q, k, v, *more))
+            got = (y, lse, *backward(name, dy, q, k, v, y, lse, *more))
             dy, q, k, v = (t.double() for t in (dy, q, k, v))
-            y, lse = forward("plain", q, k, v)
-            pairs = zip(got, (y, lse, *backward("plain", dy, q, k, v, y, lse)), strict=True)
+            y, lse = forward("plain", q, k, v, *more)
+            pairs = zip(got, (y, lse, *backward("plain", dy, q, k, v, y, lse, *more)), strict=True)
             errors = [float((a.double() - b).abs().max() / b.abs().max()) for a, b in pairs]
     except Exception as error:  # noqa: BLE001 - whatever a library raises, the next one may work
         return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
@@ -175,18 +190,35 @@ def _check(name: str, shape: Shape) -> str | None:
     return ", ".join(wrong) or None
 
 
-def forward(name: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def forward(
+    name: str, q: Tensor, k: Tensor, v: Tensor, segments: Segments | None = None
+) -> tuple[Tensor, Tensor]:
     """Compute causal attention at scale 1 / sqrt(hd) and its logsumexp (B, H, W).
 
     q (B, W, H, hd), k and v (B, T, KV, hd); y is like q. W < T means the last W positions, which only "plain"
-    supports. Any backend but "triton", whose kernels the op launches itself.
+    supports. Any backend but "triton", whose kernels the op launches itself; `segments` only in those that
+    `why_not` names no reason against.
     """
-    return _RUN[name][0](q, k, v)
+    return _RUN[name][0](q, k, v, *(() if segments is None else (segments,)))
 
 
-def backward(name: str, dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor) -> Gradients:
+def backward(name: str, dy: Tensor, q: Tensor, k, v, y, lse, segments: Segments | None = None) -> Gradients:
     """Return gradients of q, k and v, in float32 or v's dtype; `y` enters only through row sums of dy * y."""
-    return _RUN[name][1](dy, q, k, v, y, lse)
+    return _RUN[name][1](dy, q, k, v, y, lse, *(() if segments is None else (segments,)))
+
+
+def _packed(segments: Segments | None, *heads: Tensor) -> tuple[Tensor, ...]:
+    """Flatten (B, T, heads, hd) to the B * T positions that segments divide."""
+    return heads if segments is None else tuple(t.flatten(0, 1) for t in heads)
+
+
+def _unpacked(y: Tensor, lse: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Return packed y (B * T, H, hd) like q, and its logsumexp (H, B * T) as (B, H, T)."""
+    return y.view(q.shape), lse.unflatten(1, q.shape[:2]).transpose(0, 1)
+
+
+def _packed_lse(lse: Tensor) -> Tensor:
+    return lse.transpose(0, 1).flatten(1).contiguous()
 
 
 def _transposed(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -208,24 +240,39 @@ def _wide(t: Tensor) -> torch.dtype:
     return torch.promote_types(t.dtype, torch.float32)
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _flash(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None = None) -> tuple[Tensor, Tensor]:
     if q.device.type == "cpu":
         # float32 is faster than bfloat16 here: 4.5 against 5.5 ms
         heads = (t.to(_wide(q)) for t in _transposed(q, _repeated(k, q), _repeated(v, q)))
-        y, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads, 0.0, True)
+        inner = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        is_causal, mask = _causal_mask(q, segments)
+        y, lse = inner(*heads, 0.0, is_causal, attn_mask=mask)
         return y.transpose(1, 2).to(q.dtype), lse
+    if segments is not None:
+        y, lse, *_ = torch.ops.aten._flash_attention_forward(
+            *_packed(segments, q, k, v), *segments.bounds, 0.0, True, False
+        )
+        return _unpacked(y, lse, q)
     y, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(*_transposed(q, k, v), 0.0, True)
     return y.transpose(1, 2), lse
 
 
-def _flash_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor) -> Gradients:
+def _flash_backward(
+    dy: Tensor, q: Tensor, k: Tensor, v, y, lse, segments: Segments | None = None
+) -> Gradients:
     if q.device.type == "cpu":
         # 11 ms against 17 ms in bfloat16
         heads = (t.to(_wide(q)) for t in _transposed(dy, q, _repeated(k, q), _repeated(v, q), y))
-        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*heads, lse, 0.0, True)
+        inner = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        is_causal, mask = _causal_mask(q, segments)
+        grads = inner(*heads, lse, 0.0, is_causal, attn_mask=mask)
         dq, dk, dv = _transposed(*grads)
         return dq, _sum_groups(dk, k.shape[2]), _sum_groups(dv, k.shape[2])
     seed, length = torch.empty(2, dtype=torch.uint64, device=q.device), q.shape[1]
+    if segments is not None:
+        packed = (*_packed(segments, dy, q, k, v, y), _packed_lse(lse))
+        grads = torch.ops.aten._flash_attention_backward(*packed, *segments.bounds, 0.0, True, seed, seed)
+        return tuple(grad.view(t.shape) for grad, t in zip(grads, (q, k, v), strict=True))
     grads = torch.ops.aten._scaled_dot_product_flash_attention_backward(
         *_transposed(dy, q, k, v, y), lse, None, None, length, length, 0.0, True, seed, seed
     )
@@ -275,16 +322,23 @@ def _fa3_ops() -> Any:
     return module.ops
 
 
-def _fa3(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    y, lse, *_ = _fa3_ops().fwd(q, k, v, softmax_scale=q.shape[-1] ** -0.5, is_causal=True)
-    return y, lse
+def _fa3_options(q: Tensor, segments: Segments | None) -> dict[str, Any]:
+    options = {"softmax_scale": q.shape[-1] ** -0.5, "is_causal": True}
+    names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+    return options if segments is None else options | dict(zip(names, segments.bounds, strict=True))
 
 
-def _fa3_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor) -> Gradients:
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    scale = q.shape[-1] ** -0.5
-    _fa3_ops().bwd(dy, q, k, v, y, lse, dq=dq, dk=dk, dv=dv, softmax_scale=scale, is_causal=True)
-    return dq, dk, dv
+def _fa3(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None = None) -> tuple[Tensor, Tensor]:
+    y, lse, *_ = _fa3_ops().fwd(*_packed(segments, q, k, v), **_fa3_options(q, segments))
+    return (y, lse) if segments is None else _unpacked(y, lse, q)
+
+
+def _fa3_backward(dy: Tensor, q: Tensor, k: Tensor, v, y, lse, segments: Segments | None = None) -> Gradients:
+    grads = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
+    outputs = dict(zip(("dq", "dk", "dv"), _packed(segments, *grads), strict=True))
+    lse = lse if segments is None else _packed_lse(lse)
+    _fa3_ops().bwd(*_packed(segments, dy, q, k, v, y), lse, **outputs, **_fa3_options(q, segments))
+    return grads
 
 
 def _fa4(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -301,26 +355,38 @@ def _fa4_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: T
     return dq, dk, dv
 
 
-def _scores(q: Tensor, k: Tensor) -> Tensor:
+def _causal_mask(q: Tensor, segments: Segments | None) -> tuple[bool, Tensor | None]:
+    """Return `is_causal` and the mask that PyTorch's CPU kernel takes, in at least float32."""
+    if segments is None:
+        return True, None
+    visible = segments.visible(q.shape[1])
+    return False, visible.new_zeros(visible.shape, dtype=_wide(q)).masked_fill_(~visible, -torch.inf)
+
+
+def _scores(q: Tensor, k: Tensor, segments: Segments | None) -> Tensor:
     """Return scaled causal scores (B, H, W, T) in at least float32; q (B, H, W, hd), k (B, H, T, hd)."""
     scores = (q.to(_wide(q)) @ k.to(_wide(k)).mT).mul_(q.shape[-1] ** -0.5)
     queries, keys = scores.shape[-2:]
+    if segments is not None:
+        return scores.masked_fill_(~segments.visible(queries), -torch.inf)
     future = torch.ones(queries, keys, dtype=torch.bool, device=q.device).triu(1 + keys - queries)
     return scores.masked_fill_(future, -torch.inf)
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _plain(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None = None) -> tuple[Tensor, Tensor]:
     q, k, v = _transposed(q, _repeated(k, q), _repeated(v, q))
-    scores = _scores(q, k)
+    scores = _scores(q, k, segments)
     y = (scores.softmax(-1) @ v.to(scores.dtype)).to(q.dtype)
     return y.transpose(1, 2), scores.logsumexp(-1)
 
 
-def _plain_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor) -> Gradients:
+def _plain_backward(
+    dy: Tensor, q: Tensor, k: Tensor, v, y, lse, segments: Segments | None = None
+) -> Gradients:
     """dS = P (dP - <dy, y>), P = exp(S - lse), dP = dy V^T; then dq = dS K, dk = dS^T q, dv = P^T dy."""
     kv_heads = k.shape[2]
     dy, q, k, v, y = _transposed(dy, q, _repeated(k, q), _repeated(v, q), y)
-    scores = _scores(q, k)
+    scores = _scores(q, k, segments)
     probabilities = torch.exp(scores - lse.unsqueeze(-1))
     dy, q, k, v, y = (t.to(scores.dtype) for t in (dy, q, k, v, y))
     along = (dy * y).sum(-1, keepdim=True)

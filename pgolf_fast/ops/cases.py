@@ -82,8 +82,13 @@ def _mlp(b: Builder, activation: str) -> Case:
     )
 
 
-def _gqa_attention(b: Builder, xsa: bool = True, value: bool = True, window: bool = False) -> Case:
-    """Build attention; `window` makes the last third of the positions the only queries."""
+def _gqa_attention(
+    b: Builder, xsa: bool = True, value: bool = True, window: bool = False, packed: bool = False
+) -> Case:
+    """Build attention; `window` makes the last third of the positions the only queries.
+
+    `packed` adds a head gate, and segments that cut every row in three.
+    """
     s = b.sizes
     d, kv, m, queries = s.dim, s.kv_dim, s.tokens, max(1, s.length // 3) if window else s.length
     inputs: Inputs = {
@@ -93,10 +98,25 @@ def _gqa_attention(b: Builder, xsa: bool = True, value: bool = True, window: boo
         **b.heads(),
         "value_embed": b.states(width=kv) if value else None,
     }
+    if packed:
+        inputs["gate"] = torch.rand(s.batch, s.length, s.heads, device=b.device).to(b.dtype).requires_grad_()
+    optional = [name for name in ("value_embed", "gate") if inputs.get(name) is not None]
     options: dict[str, Any] = {"num_kv_heads": s.kv_heads, "xsa": xsa}
 
+    def segments(x: Tensor) -> dict[str, Any]:
+        if not packed:
+            return {}
+        cuts = (0, s.length // 3, s.length // 3 + 1)
+        bounds = [*(row * s.length + cut for row in range(len(x)) for cut in cuts), len(x) * s.length]
+        return {"cu_seqlens": torch.tensor(bounds, dtype=torch.int32, device=x.device)}
+
+    def op(**t: Any) -> Outputs:
+        last = queries if window else None
+        return (ops.gqa_attention(**t, **segments(t["x"]), slot=LAYER, window=last, **options),)
+
     def formula(**t: Any) -> Outputs:
-        return (reference.gqa_attention(**t, slot=LAYER, **options)[:, s.length - queries :],)
+        full = reference.gqa_attention(**t, **segments(t["x"]), slot=LAYER, **options)
+        return (full[:, s.length - queries :],)
 
     weights = 2 * d * (d + kv)
     inner = 2.0 * s.heads * s.head_dim * (s.length + 1) * m  # causal QK^T and PV
@@ -104,10 +124,10 @@ def _gqa_attention(b: Builder, xsa: bool = True, value: bool = True, window: boo
     backward = b.size * (m * (3 * d + 2 * kv) + weights) + 8 * weights
     return b.case(
         inputs=inputs,
-        op=_one(ops.gqa_attention, slot=LAYER, window=queries if window else None, **options),
+        op=op,
         reference=formula,
-        batched=("x", "value_embed") if value else ("x",),
-        trained=("x", "qo_bank", "kv_bank", "q_gain", *(("value_embed",) if value else ())),
+        batched=("x", *optional),
+        trained=("x", "qo_bank", "kv_bank", "q_gain", *optional),
         grad_banks={"grad_qo": "qo_bank", "grad_kv": "kv_bank"},
         weights={
             "query": ("qo_bank", LAYER),
@@ -353,6 +373,7 @@ CASES: dict[str, Entry] = {
     "int6_matmul": Entry("int6_matmul", _int6_matmul, (1, 8, 64, 4096)),
     "gqa_attention-plain": _variant("gqa_attention", partial(_gqa_attention, xsa=False, value=False)),
     "gqa_attention-window": _variant("gqa_attention", partial(_gqa_attention, window=True)),
+    "gqa_attention-packed": _variant("gqa_attention", partial(_gqa_attention, packed=True)),
     "projected_attention": _variant(None, _projected_attention, covers=("projected_attention",)),
     "residual_norm-unscaled": _variant("residual_norm", partial(_residual_norm, scaled=False)),
     "rms_norm": _variant(None, _rms_norm, covers=("rms_norm",)),

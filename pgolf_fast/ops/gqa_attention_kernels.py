@@ -14,10 +14,11 @@ from torch import Tensor
 from pgolf_fast.ops import attention_backend, reference, tiles
 from pgolf_fast.ops.bank_grad import add_matmul, product
 from pgolf_fast.ops.checks import dense
+from pgolf_fast.ops.segments import Segments
 from pgolf_fast.ops.tiles import Tile
 
 Factors = list[tuple[Tensor, Tensor]]  # weight gradients as left @ right: q, k, v, out; or q|k|v, out
-Gradients = tuple[Tensor, Factors, Tensor, Tensor]  # dx, factors, dgain, dvalue
+Gradients = tuple[Tensor, Factors, Tensor, Tensor, Tensor]  # dx, factors, dgain, dvalue, dgate
 
 
 def _rows(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Tile:
@@ -47,7 +48,7 @@ class Saved(NamedTuple):
     | k      | (B, T, KV, hd) | RMS-normed heads               | the same, rotated                |
     | v      | (B, T, KV, hd) | including the value embedding  | the same                         |
     | q_rstd, k_rstd | q or k with 1 channel  | 1 / rms        | the same                         |
-    | y      | (B, W, H, hd)  | attention output before XSA    | after XSA                        |
+    | y      | (B, W, H, hd)  | attention output before XSA    | after XSA, before the gate       |
     | lse    | (B, H, W)      | natural logsumexp of scores    | the same                         |
     | along  | (B, H, W) if XSA, else (0,) | zeros             | y.u, the part that XSA removed   |
 
@@ -89,6 +90,8 @@ class Call(NamedTuple):
     cos: Tensor
     sin: Tensor
     xsa: bool
+    gate: Tensor | None = None
+    segments: Segments | None = None
 
 
 def supports(x: Tensor, head_dim: int) -> bool:
@@ -106,8 +109,8 @@ def tile_for(kernel: str, heads: Tensor) -> Tile:
     return tile
 
 
-def _backend(q: Tensor, k: Tensor) -> str:
-    return attention_backend.backend(attention_backend.shape_of(q, k))
+def _backend(q: Tensor, k: Tensor, segments: Segments | None) -> str:
+    return attention_backend.backend(attention_backend.shape_of(q, k, segments))
 
 
 def _gained(q: Tensor, gain: Tensor) -> Tensor:
@@ -119,15 +122,15 @@ def forward(call: Call, value_embed: Tensor | None, num_kv_heads: int, queries: 
     """Return the output (B, W, D) and the tensors saved for backward; `queries` is W."""
     with tiles.on_device_of(call.x):
         q, k, v, q_rstd, k_rstd = _project(call, value_embed, num_kv_heads, queries)
-        context, along, lse = _attend(q, k, v, call.q_gain, call.xsa)
-    out = F.linear(context.flatten(2), call.weights.out)
+        context, along, lse, gated = _attend(q, k, v, call)
+    out = F.linear(gated.flatten(2), call.weights.out)
     return out, Saved(q, k, v, q_rstd, k_rstd, context, lse, along)
 
 
 def _project(call: Call, value_embed: Tensor | None, num_kv_heads: int, queries: int) -> tuple[Tensor, ...]:
     from pgolf_fast.kernels.attention_projection import launch_attention_projection
 
-    x, weights, q_gain, cos, sin, _ = call
+    x, weights, q_gain, cos, sin, *_ = call
     (batch, length, dim), num_heads = x.shape, q_gain.shape[0]
     q = x.new_empty(batch, queries, num_heads, dim // num_heads)
     k = x.new_empty(batch, length, num_kv_heads, dim // num_heads)
@@ -141,27 +144,34 @@ def _project(call: Call, value_embed: Tensor | None, num_kv_heads: int, queries:
     return outputs
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, q_gain: Tensor, xsa: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _attend(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the context, y.u, the logsumexp, and the context after the gate."""
     from pgolf_fast.kernels.flash_attention import launch_flash_attention_fwd, launch_xsa_fwd
 
+    xsa, gate, segments = call.xsa, dense(call.gate), call.segments
     context, per_row = torch.empty_like(q), (q.shape[0], q.shape[2], q.shape[1])
+    gated = context if gate is None else torch.empty_like(q)
     along = q.new_empty(per_row if xsa else 0, dtype=torch.float32)
-    name = _backend(q, k)
+    name = _backend(q, k, segments)
     if name == "triton":
         lse, tile = q.new_empty(per_row, dtype=torch.float32), tile_for("flash_attention_fwd", q)
-        launch_flash_attention_fwd(q, k, v, q_gain.contiguous(), context, along, lse, xsa=xsa, tile=tile)
-        return context, along, lse
-    y, lse = attention_backend.forward(name, _gained(q, q_gain), k, v)
+        options = {"gate": gate, "gated": gated, "starts": None if segments is None else segments.starts}
+        gain = call.q_gain.contiguous()
+        launch_flash_attention_fwd(q, k, v, gain, context, along, lse, xsa=xsa, tile=tile, **options)
+        return context, along, lse, gated
+    y, lse = attention_backend.forward(name, _gained(q, call.q_gain), k, v, segments)
     y = y.contiguous()
     if xsa:
-        launch_xsa_fwd(y, v, context, along, tile=tile_for("attention_rows", q))
+        launch_xsa_fwd(y, v, context, along, tile=tile_for("attention_rows", q), gate=gate, gated=gated)
+    elif gate is None:
+        context = gated = y
     else:
-        context = y
-    return context, along, lse.contiguous()
+        context, gated = y, (y * gate.unsqueeze(-1)).to(y.dtype)
+    return context, along, lse.contiguous(), gated
 
 
 def backward(dout: Tensor, call: Call, s: Saved, has_value_embed: bool) -> Gradients:
-    """Return dx, factors of the weight gradients, dgain, and dvalue (empty without one)."""
+    """Return dx, factors of the weight gradients, dgain, and dvalue and dgate (empty without one)."""
     x, weights = call.x, call.weights
     (batch, length, dim), queries = x.shape, s.q.shape[1]
     kv_dim, x_rows, x_tail = weights.k.shape[0], x.reshape(-1, dim), x[:, length - queries :]
@@ -174,8 +184,8 @@ def backward(dout: Tensor, call: Call, s: Saved, has_value_embed: bool) -> Gradi
         else:
             merged = x.new_empty(batch * length, 2 * kv_dim)
             dq, (dk, dv) = x.new_empty(batch * queries, dim), merged.split(kv_dim, dim=1)
-        dgain = _attend_backward(dcontext, call, s, dq, dk, dv)
-    context = s.y.view(-1, dim)
+        dgain, dgate, gated = _attend_backward(dcontext, call, s, dq, dk, dv)
+    context = gated.view(-1, dim)
     if queries == length:
         dx, factors = merged @ torch.cat(weights[:3]), [(merged.T, x_rows), (outer.T, context)]
     else:
@@ -185,7 +195,7 @@ def backward(dout: Tensor, call: Call, s: Saved, has_value_embed: bool) -> Gradi
     dvalue = x.new_empty(0)
     if has_value_embed:
         dvalue = dv.reshape(batch, length, kv_dim).clone(memory_format=torch.contiguous_format)
-    return dx.view(x.shape), factors, dgain, dvalue
+    return dx.view(x.shape), factors, dgain, dvalue, dgate
 
 
 def add_factors(factors: Factors, grad_qo: Tensor, grad_kv: Tensor, slot: int) -> None:
@@ -212,33 +222,39 @@ def apart(factors: Factors) -> Factors:
     return [*((rows, x) for rows in merged.split((dim, kv_dim, kv_dim))), out]
 
 
-def _attend_backward(dcontext: Tensor, call: Call, s: Saved, dq: Tensor, dk: Tensor, dv: Tensor) -> Tensor:
-    """Write the projections' gradients to dq, dk and dv (rows may be strided) and return the gain's.
+def _attend_backward(
+    dcontext: Tensor, call: Call, s: Saved, dq: Tensor, dk: Tensor, dv: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Write the projections' gradients to dq, dk and dv (rows may be strided).
 
-    Overwrites dcontext.
+    Returns the gradients of gain and gate (empty without one), and the gated context. Overwrites dcontext.
     """
     from pgolf_fast.kernels import flash_attention_backward as kernels
     from pgolf_fast.kernels.attention_projection import launch_rope_norm_bwd
 
     gain, cos, sin = (t.contiguous() for t in (call.q_gain, call.cos, call.sin))
-    tile, xsa = tile_for("attention_rows", s.q), call.xsa
+    tile, xsa, gate, segments = tile_for("attention_rows", s.q), call.xsa, dense(call.gate), call.segments
+    dgate = s.lse.new_empty(0 if gate is None else gate.shape)
+    gated = s.y if gate is None else torch.empty_like(s.y)
     delta, own = torch.empty_like(s.lse), None
     if xsa:  # in float32: it may cancel most of the rest of dv
         own = s.v.new_empty(*s.q.shape[:2], *s.v.shape[2:], dtype=torch.float32)
-    name, dy = _backend(s.q, s.k), dcontext
+    name, dy = _backend(s.q, s.k, segments), dcontext
     y = s.y if name == "triton" or not xsa else torch.empty_like(s.y)  # libraries compute delta from it
     before_xsa = None if y is s.y else y
-    outputs = (dy, delta, own, before_xsa)
-    kernels.launch_flash_attention_bwd_delta(dcontext, s.y, s.along, s.v, *outputs, xsa=xsa, tile=tile)
+    rows = (dcontext, s.y, s.along, s.v, dy, delta, own, before_xsa)
+    gates = {"gate": gate, "dgate": dgate, "gated": gated}
+    kernels.launch_flash_attention_bwd_delta(*rows, xsa=xsa, tile=tile, **gates)
     if name == "triton":
         dq_heads, dk_heads = torch.empty_like(s.q), torch.empty_like(s.k)
         inputs = (s.q, s.k, s.v, gain, dy, s.lse, delta)
         dkdv_tile, dq_tile = (tile_for(f"flash_attention_bwd_{which}", s.q) for which in ("dkdv", "dq"))
-        kernels.launch_flash_attention_bwd_dkdv(*inputs, own, dk_heads, dv, tile=dkdv_tile)
-        kernels.launch_flash_attention_bwd_dq(*inputs, dq_heads, tile=dq_tile)
+        starts, ends = (None, None) if segments is None else segments[:2]
+        kernels.launch_flash_attention_bwd_dkdv(*inputs, own, dk_heads, dv, tile=dkdv_tile, ends=ends)
+        kernels.launch_flash_attention_bwd_dq(*inputs, dq_heads, tile=dq_tile, starts=starts)
     else:
-        gained = _gained(s.q, gain)
-        dq_heads, dk_heads, dv_heads = attention_backend.backward(name, dy, gained, s.k, s.v, y, s.lse)
+        heads = (dy, _gained(s.q, gain), s.k, s.v, y, s.lse)
+        dq_heads, dk_heads, dv_heads = attention_backend.backward(name, *heads, segments)
         if own is not None:  # rounded like dv, so that the two can cancel
             dv_heads[:, -own.shape[1] :] += own.to(dv_heads.dtype)
         dv.copy_(dv_heads.reshape(dv.shape))
@@ -246,4 +262,4 @@ def _attend_backward(dcontext: Tensor, call: Call, s: Saved, dq: Tensor, dk: Ten
     dgain = s.lse.new_empty(blocks, gain.shape[0])
     launch_rope_norm_bwd(dq_heads.contiguous(), s.q, s.q_rstd, gain, cos, sin, dq, dgain, tile=tile)
     launch_rope_norm_bwd(dk_heads.contiguous(), s.k, s.k_rstd, None, cos, sin, dk, None, tile=tile)
-    return dgain.sum(0)
+    return dgain.sum(0), dgate, gated

@@ -4,6 +4,8 @@ Each is the bare formula, differentiable by autograd, accumulating in at least f
 float64). Sources: PR 1501 for the network, Keller Jordan's Muon for `newton_schulz`.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,6 +13,14 @@ from torch import Tensor
 RMS_EPS = torch.finfo(torch.float32).eps  # eps of F.rms_norm(eps=None) on float32 statistics
 XSA_EPS = 1e-12
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+# The same of each of five steps in turn: Polar Express (Amsel et al. 2025), as PR 1855 used it
+POLAR_EXPRESS = (
+    *(8.156554524902461, -22.48329292557795, 15.878769915207462),
+    *(4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    *(3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    *(3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    *(2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
 # Multipliers of the current and the two previous tokens in the hash n-gram key (PR 1501).
 HASH_CURRENT, HASH_PREVIOUS, HASH_BEFORE = 36313, 27191, 51497
 
@@ -82,17 +92,25 @@ def exclusive(y: Tensor, v: Tensor) -> Tensor:
     return (groups - (groups * unit).sum(-1, keepdim=True) * unit).flatten(2, 3).to(y.dtype)
 
 
-def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return causal attention of the last W of T positions; q (B, W, H, hd), k and v (B, T, KV, hd)."""
+def causal(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Return causal attention of the last W of T positions; q (B, W, H, hd), k and v (B, T, KV, hd).
+
+    With boundaries `cu_seqlens` among the B * T positions, each attends only to its own segment.
+    """
     first, groups = k.shape[1] - q.shape[1], q.shape[2] // k.shape[2]
     q, k, v = (t.to(q.dtype).transpose(1, 2) for t in (q, *(t.repeat_interleave(groups, 2) for t in (k, v))))
     scores = q @ k.mT * q.shape[-1] ** -0.5
     future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1 + first)
+    if cu_seqlens is not None:
+        flat = torch.arange(k.shape[0] * k.shape[2], device=q.device)
+        segment = torch.searchsorted(cu_seqlens.long().contiguous(), flat, right=True)
+        segment = segment.view(k.shape[0], 1, k.shape[2])
+        future = future | (segment[..., first:, None] != segment[:, :, None])
     return (scores.masked_fill(future, -torch.inf).softmax(-1) @ v).transpose(1, 2)
 
 
 def projected_attention(
-    q: Tensor, k: Tensor, v: Tensor, q_gain, cos, sin, num_kv_heads: int, xsa, *, inner=causal, dtype=None
+    q: Tensor, k, v, q_gain, cos, sin, num_kv_heads: int, xsa, gate=None, *, inner=causal, dtype=None
 ) -> Tensor:
     """Return `ops.projected_attention`; normalized heads are rotated in `dtype` and given to `inner`."""
     wide, first = dtype or torch.promote_types(q.dtype, torch.float32), k.shape[1] - q.shape[1]
@@ -100,7 +118,8 @@ def projected_attention(
     k, v = (t.unflatten(-1, (num_kv_heads, -1)) for t in (k, v))
     queries = rotate(q.to(wide), cos[first:], sin[first:]) * q_gain.to(wide)[:, None]
     y = inner(queries, rotate(rms_norm(k).to(wide), cos, sin), v).to(q.dtype)
-    return (exclusive(y, v[:, first:]) if xsa else y).flatten(2)
+    y = exclusive(y, v[:, first:]) if xsa else y
+    return (y if gate is None else (_wide(y) * _wide(gate).unsqueeze(-1)).to(y.dtype)).flatten(2)
 
 
 def gqa_attention(
@@ -114,12 +133,15 @@ def gqa_attention(
     slot: int,
     num_kv_heads: int,
     xsa: bool,
+    gate: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """Return causal attention (B, T, D) of one block from x (B, T, D), as `ops.gqa_attention` defines it."""
     layers = qo_bank.shape[0] // 2
     q, k, v = (x @ weight.T for weight in (qo_bank[slot], kv_bank[slot], kv_bank[layers + slot]))
     q, k, v = (_wide(t) for t in (q, k, v if value_embed is None else v + value_embed))
-    context = projected_attention(q, k, v, q_gain, cos, sin, num_kv_heads, xsa)
+    settings = {"gate": gate, "inner": lambda q, k, v: causal(q, k, v, cu_seqlens)}
+    context = projected_attention(q, k, v, q_gain, cos, sin, num_kv_heads, xsa, **settings)
     return context.to(x.dtype) @ qo_bank[layers + slot].T
 
 
@@ -183,12 +205,18 @@ def softcap_cross_entropy(
     return loss + z_loss * logits.logsumexp(-1).square() if z_loss else loss
 
 
-def newton_schulz(g: Tensor, steps: int) -> Tensor:
+def polynomials(steps: int, coefficients: Sequence[float] | None) -> list[tuple[float, float, float]]:
+    """Return a, b and c of each Newton-Schulz step, from a flat list of all of them or the constant ones."""
+    if coefficients is None:
+        return [NS_COEFFICIENTS] * steps
+    return list(zip(*(coefficients[i::3] for i in range(3)), strict=True))
+
+
+def newton_schulz(g: Tensor, steps: int, coefficients: Sequence[float] | None = None) -> Tensor:
     """Approximate U V^T of each matrix g = U S V^T of a (slots, rows, cols) stack, in g's dtype."""
-    a, b, c = NS_COEFFICIENTS
     x = g.mT if g.shape[-2] > g.shape[-1] else g
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    for a, b, c in polynomials(steps, coefficients):
         gram = x @ x.mT
         x = a * x + (b * gram + c * (gram @ gram)) @ x
     return x.mT if g.shape[-2] > g.shape[-1] else x

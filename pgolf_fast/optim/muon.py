@@ -1,10 +1,11 @@
 """Muon over weight banks (Jordan et al. 2024): momentum, orthogonalization of all slots at once, decay."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pgolf_fast import ops
@@ -19,14 +20,23 @@ Number = float | Tensor
 class Muon:
     """Nesterov momentum and Newton-Schulz in bfloat16, decoupled weight decay, float32 masters (PR 1501).
 
-    Gradients are averaged over ranks and every rank holds all momentum; only Newton-Schulz is split.
+    `coefficients` are those of `ops.newton_schulz`. With `row_norm`, every row of the momentum is divided by
+    its norm first (MuonEq-R, PR 1394). Gradients are averaged over ranks and every rank holds all momentum;
+    only Newton-Schulz is split.
     """
 
     def __init__(
-        self, banks: Parameters, *, weight_decay: float, newton_schulz_steps: int, world: World = SINGLE
+        self,
+        banks: Parameters,
+        *,
+        weight_decay: float,
+        newton_schulz_steps: int,
+        coefficients: Sequence[float] | None = None,
+        row_norm: bool = False,
+        world: World = SINGLE,
     ):
-        self.banks, self.world = banks, world
-        self.weight_decay, self.ns_steps = weight_decay, newton_schulz_steps
+        self.banks, self.world, self.row_norm = banks, world, row_norm
+        self.weight_decay, self.ns_steps, self.coefficients = weight_decay, newton_schulz_steps, coefficients
         self.momentum_buffers = {n: torch.zeros_like(b, dtype=torch.bfloat16) for n, b in banks.items()}
 
     @torch.no_grad()
@@ -40,11 +50,16 @@ class Muon:
             if bank.grad is None:
                 raise RuntimeError(f"Muon: {name} has no gradient; call backward first")
             update = muon_momentum(bank.grad, self.momentum_buffers[name], momentum)
-            update = map_slots(update, lambda part: ops.newton_schulz(part, self.ns_steps), self.world)
+            update = map_slots(update, self.orthogonalize, self.world)
             rows, cols = bank.shape[-2:]
             scale = math.sqrt(max(1.0, rows / cols))  # as Jordan et al. scale tall matrices
             shadow = None if shadows is None else shadows.get(name)
             muon_apply(bank, update, lr, weight_decay=self.weight_decay, scale=scale, shadow=shadow)
+
+    def orthogonalize(self, part: Tensor) -> Tensor:
+        """Return the update's direction of some slots (slots, rows, cols), before its rate."""
+        rows = F.normalize(part, dim=-1, eps=1e-7) if self.row_norm else part
+        return ops.newton_schulz(rows, self.ns_steps, self.coefficients)
 
     def state(self) -> dict[str, Tensor]:
         """Return the momentum buffers by name."""

@@ -8,6 +8,7 @@ from pgolf_fast.distributed import SINGLE, World
 from pgolf_fast.model.bank import BANK_NAMES
 from pgolf_fast.model.gpt import GPT
 from pgolf_fast.model.weights import Tensors
+from pgolf_fast.ops.reference import POLAR_EXPRESS
 from pgolf_fast.optim.muon import Muon, Parameters
 
 
@@ -24,14 +25,22 @@ class Optimizer:
         self.config, self.model, self._extra = config, model, extra or {}
         self._named = {**dict(model.named_parameters()), **self._extra}
         self.parameters = list(self._named.values())
-        banks, steps = {name: self._named[name] for name in BANK_NAMES}, config.muon_newton_schulz_steps
-        self.muon = Muon(banks, weight_decay=config.weight_decay, newton_schulz_steps=steps, world=world)
+        banks = {name: self._named[name] for name in BANK_NAMES}
+        self.muon = Muon(
+            banks,
+            weight_decay=config.weight_decay,
+            newton_schulz_steps=config.muon_newton_schulz_steps,
+            coefficients=POLAR_EXPRESS if config.muon_polar_express else None,
+            row_norm=config.muon_row_norm,
+            world=world,
+        )
         tables = model.tables()
         assigned = {id(p) for p in (*tables, *model.bank_parameters())}
         scalars = [p for p in self.parameters if id(p) not in assigned]
         # one group per table: tables may be bfloat16, and the fused kernel wants one dtype in a group
-        groups = [{"params": [table], "base_lr": config.embed_lr} for table in tables]
-        groups.append({"params": scalars, "base_lr": config.scalar_lr})
+        embed, scalar = ({} if w is None else {"weight_decay": w} for w in config.adam_decays)
+        groups: list[dict] = [{"params": [table], "base_lr": config.embed_lr, **embed} for table in tables]
+        groups.append({"params": scalars, "base_lr": config.scalar_lr, **scalar})
         betas, eps, decay = (config.adam_beta1, config.adam_beta2), config.adam_eps, config.weight_decay
         self.adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, weight_decay=decay, fused=True)
 

@@ -25,7 +25,8 @@ class Schedule:
     def multiplier(self, step: int, elapsed: float) -> float:
         """Return 1 before the decay, then a half cosine or a line that reaches 0 at the end of the run.
 
-        If the decay is longer than the run, a cosine is compressed to fit, and a line starts below 1.
+        If the decay is longer than the run, a cosine is compressed to fit, and a line starts below 1. Neither
+        falls below train.min_lr.
         """
         c = self.config
         if step < c.lr_hold_steps:
@@ -39,7 +40,8 @@ class Schedule:
         if position < start:
             return 1.0
         done = min((position - start) / max(end - start, 1e-9), 1.0)  # the trigger may come at the end
-        return 1 - done if c.warmdown_shape == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+        left = 1 - done if c.warmdown_shape == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+        return max(left, c.min_lr)
 
     def quantizes(self, step: int, elapsed: float) -> bool:
         """Return True if quantization-aware training is due to begin by this step."""
@@ -50,6 +52,11 @@ class Schedule:
             return self.multiplier(step, elapsed) < qat.below
         position, end, _ = self._position(step, elapsed)
         return position >= (qat.from_share or 0.0) * end
+
+    def loops(self, step: int, elapsed: float) -> bool:
+        """Return True if this step runs the extra passes of model.num_loops."""
+        position, end, _ = self._position(step, elapsed)
+        return position >= self.config.loop_from * end
 
     def over(self, step: int, elapsed: float) -> bool:
         """Return True at the end of the decay, which is where a Reptile phase begins."""

@@ -1,4 +1,4 @@
-"""Calibration without data: what errors cost, measured on text that the model generates itself (PR 1501).
+"""Calibration: what errors cost, on text that the model generates itself (PR 1501) or on training text.
 
 GPTQ needs a Hessian of each matrix's input. Grid rd also needs row importances: Fisher information with a row
 and a column factor (K-FAC, Martens and Grosse 2015). A change E of a matrix raises the loss by about
@@ -8,6 +8,7 @@ sampled from the model, so their mean square is the true Fisher information rath
 
 import functools
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,15 +18,20 @@ from torch import Tensor
 
 from pgolf_fast import ops
 from pgolf_fast.config.checks import need
-from pgolf_fast.config.schema import QuantConfig
+from pgolf_fast.config.schema import QuantConfig, RunConfig
 from pgolf_fast.console import progress
+from pgolf_fast.data.shards import random_windows
+from pgolf_fast.data.source import open_source
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.model.bank import PackedBanks
 from pgolf_fast.model.decoding import Decoder, sample
-from pgolf_fast.model.gpt import GPT, rope_tables
+from pgolf_fast.model.gpt import GPT
+from pgolf_fast.model.plan import Visit
+from pgolf_fast.model.rope import rope_tables
 from pgolf_fast.model.weights import Tensors
 from pgolf_fast.ops import reference
 from pgolf_fast.quant.gptq import inverse_factor
+from pgolf_fast.quant.sdclip import TOKEN_TABLE, quantize_sdclip
 from pgolf_fast.quant.state import QuantizedState, group_of, hessian_name, is_slot, quantize_state, unbank
 
 DAMPING = 0.01  # times the mean diagonal; like the original, in addition to GPTQ's own damping
@@ -37,15 +43,35 @@ _ROUNDS = 3  # alternations of fitting rows and columns
 
 
 @torch.no_grad()
-def quantize_model(model: GPT, config: QuantConfig, *, seq_len: int) -> QuantizedState:
-    """Quantize a model; method gptq collects Hessians on text that the model writes.
+def quantize_model(
+    model: GPT, config: QuantConfig, *, seq_len: int, text: Tensor | None = None
+) -> QuantizedState:
+    """Quantize a model; method gptq collects Hessians on `text`, by default what the model writes.
 
     seq_len: the training length, which calibration text does not exceed. The model is not changed.
     """
-    hessians = None
+    hessians, sdclip = None, config.grid == "sdclip"
     if config.method == "gptq":
-        hessians = collect_hessians(model, self_generate(model, config, seq_len))
-    return quantize_state(model.state_dict(), config, hessians)
+        text = self_generate(model, config, seq_len) if text is None else text
+        hessians = collect_hessians(model, text, means=sdclip)
+    return (quantize_sdclip if sdclip else quantize_state)(model.state_dict(), config, hessians)
+
+
+def training_text(config: RunConfig) -> Tensor | None:
+    """Return calibration text from the training shards, int64 (sequences, length + 1).
+
+    None if `config.quant` does not ask for it. Raises PgolfError if the shards are too short.
+    """
+    quant = config.quant
+    if quant.calibration == "generated" or quant.method == "round":
+        return None
+    length = min(quant.calibration_length, config.train.seq_len)
+    shards = open_source(config.data, config.model.vocab_size).train_shards()
+    windows = random_windows(shards, quant.calibration_sequences, length, seed=quant.seed)
+    unknown = windows.max() >= config.model.vocab_size
+    problem = f"{shards[0].path.parent} has token id {windows.max()}, which the model does not"
+    need(not unknown, f"{problem}: use shards made with its tokenizer")
+    return torch.from_numpy(windows)
 
 
 @torch.no_grad()
@@ -81,17 +107,21 @@ def self_generate(model: GPT, config: QuantConfig, seq_len: int, packed: PackedB
 
 
 @torch.no_grad()
-def collect_hessians(model: GPT, tokens: Tensor, batch: int = 8) -> dict[str, Tensor]:
+def collect_hessians(model: GPT, tokens: Tensor, batch: int = 8, *, means: bool = False) -> dict[str, Tensor]:
     """Collect the damped Hessians of all bank matrices, float32 by `hessian_name`: four per layer.
 
     tokens (sequences, length): each sequence gives length - 1 inputs. A Hessian is the sum of x^T x over all
-    inputs, divided by the number of sequences, plus 1 % of its mean diagonal (PR 1501).
+    inputs, divided by the number of sequences, plus 1 % of its mean diagonal (PR 1501). With `means` it is
+    the mean of x^T x, and the token table, which reads the final states, has one too (PR 1394).
     Raises PgolfError for fewer than one sequence or two tokens, or if activations overflow.
     """
-    grams = _Grams(model)
+    grams = _Grams(model, table=means)
     for part in progress(_inputs(model, tokens, "Hessians").split(batch), "Hessians", unit="batch"):
         grams.add_text(part)
-    for gram in grams.sums.values():
+    for name, gram in grams.sums.items():
+        if means:
+            gram /= grams.counts[name]
+            continue
         gram /= tokens.shape[0]
         diagonal = torch.diagonal(gram)
         diagonal += DAMPING * max(diagonal.mean().item(), SMALLEST_DAMPING)
@@ -106,10 +136,12 @@ def _inputs(model: GPT, tokens: Tensor, what: str) -> Tensor:
 
 
 class _Grams:
-    """Float32 sums of x^T x over the inputs of every bank matrix; the `Observer` of its own forward."""
+    """Float32 sums of x^T x over the inputs of every matrix; the `Observer` of its own forward."""
 
-    def __init__(self, model: GPT):
+    def __init__(self, model: GPT, table: bool = False):
+        self.table = table  # the token table's too, whose inputs are the final states
         self.model, self.banks, self.sums = model, model.banks(), dict[str, Tensor]()
+        self.counts = Counter[str]()  # inputs
         # attention with the identity as output projection returns that projection's input
         self.identity = torch.eye(model.config.model_dim).to(self.banks.qo)
 
@@ -117,31 +149,36 @@ class _Grams:
         """Run one forward of tokens (B, T), as `GPT.hidden` does. Raises PgolfError if a sum overflows."""
         self.tables = rope_tables(self.model.config, tokens.shape[1], tokens.device)
         x = self.model.smear(self.model.embed(tokens))
-        self.model.trunk(x, self.model.value_embeddings(tokens), self.banks, self.attend, self)
+        hidden = self.model.trunk(x, self.model.value_embeddings(tokens), self.banks, self.attend, self)
+        if self.table:
+            self._add(TOKEN_TABLE, hidden)
         if broken := [name for name, gram in self.sums.items() if not bool(gram.isfinite().all())]:
-            problem = f"activations overflow in block {broken[0].split('.')[1]} ({broken[0]})"
+            name = broken[0]
+            place = name if name == TOKEN_TABLE else f"block {name.split('.')[1]} ({name})"
+            problem = f"activations overflow in {place}"
             raise PgolfError(f"{problem}: the run diverged, quantize an earlier checkpoint")
 
-    def attend(self, layer: int, x: Tensor, value_embed: Tensor | None) -> Tensor:
-        config, banks, n = self.model.config, self.banks, self.model.config.num_layers
+    def attend(self, visit: Visit, x: Tensor, value_embed: Tensor | None) -> Tensor:
+        config, banks, layer, n = self.model.config, self.banks, visit.layer, self.model.config.num_layers
         qo, kv = (banks.qo[layer], self.identity), (banks.kv[layer], banks.kv[n + layer])
-        own = (torch.stack(qo), torch.stack(kv), self.model.block(layer).attn.q_gain, value_embed)
-        heads, xsa = config.num_kv_heads, self.model.uses_xsa(layer)
-        context = ops.gqa_attention(x, *own, *self.tables, 0, num_kv_heads=heads, xsa=xsa)
-        self._add(layer, "attn_out", context)
+        attn, heads, xsa = self.model.block(layer).attn, config.num_kv_heads, self.model.uses_xsa(layer)
+        own = (torch.stack(qo), torch.stack(kv), attn.q_gain, value_embed)
+        gate = attn.gate(x, lambda n: F.linear(x, banks.qo[layer, :n]))
+        context = ops.gqa_attention(x, *own, *self.tables, 0, num_kv_heads=heads, xsa=xsa, gate=gate)
+        self._add(hessian_name(layer, "attn_out"), context)
         return F.linear(context, banks.qo[n + layer])
 
     def attention_input(self, layer: int, x: Tensor, value_embed: Tensor | None) -> None:
-        self._add(layer, "attn_in", x)
+        self._add(hessian_name(layer, "attn_in"), x)
 
     def mlp_input(self, layer: int, x: Tensor) -> None:
-        self._add(layer, "mlp_in", x)
+        self._add(hessian_name(layer, "mlp_in"), x)
         hidden = reference.activation(F.linear(x, self.banks.up[layer]), self.model.config.mlp_activation)
-        self._add(layer, "mlp_hidden", hidden)
+        self._add(hessian_name(layer, "mlp_hidden"), hidden)
 
-    def _add(self, layer: int, which: str, x: Tensor) -> None:
+    def _add(self, name: str, x: Tensor) -> None:
         rows = x.flatten(0, -2).float()
-        name = hessian_name(layer, which)
+        self.counts[name] += len(rows)
         if name not in self.sums:
             self.sums[name] = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
         self.sums[name].addmm_(rows.T, rows)

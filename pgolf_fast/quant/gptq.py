@@ -24,6 +24,7 @@ def gptq(
     clip_range: int = 31,
     percentiles: Sequence[float] = PERCENTILES,
     scale_floor: bool = True,
+    sigmas: float | None = None,
     block_size: int = 128,
     damping: float = 0.01,
 ) -> dict[str, Coded]:
@@ -31,8 +32,9 @@ def gptq(
 
     groups: matrices that read one input (say, Q, K and V), under unique names, with its Hessian (C, C): the
     sum of x^T x, up to a factor. Columns go in descending order of the Hessian's diagonal, to which `damping`
-    times its mean is added; row scales are searched as in `quantize_rows` (PR 1501). Rows are independent, so
-    a group with all its candidate scales takes one pass and one factorization.
+    times its mean is added; row scales are searched as in `quantize_rows` (PR 1501), or are those of
+    `sdclip_scale` if `sigmas` is given. Rows are independent, so a group with all its candidate scales takes
+    one pass and one factorization.
     On a CPU, one group is in memory at a time. On a GPU, all groups of one shape run at once to fill it.
     Raises PgolfError for shapes that do not fit, non-finite values, or as `inverse_factor` does.
     """
@@ -49,7 +51,8 @@ def gptq(
         need(torch.isfinite(hessian).all(), problem)
         order, factor = inverse_factor(hessian, damping, what)
         dead = torch.diagonal(hessian) == 0
-        scales = [scale_candidates(w, clip_range, percentiles, scale_floor) for w in weights.values()]
+        rule = clip_range, percentiles, scale_floor, sigmas
+        scales = [scale_candidates(w, *rule) for w in weights.values()]
         matrices = list(zip(weights, weights.values(), scales, strict=True))
         ready = (w.float().masked_fill(dead, 0.0).T[order].repeat(1, len(s)) for _, w, s in matrices)
         group = _Group(matrices, order, torch.cat(list(ready), dim=1), factor)

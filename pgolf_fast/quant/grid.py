@@ -39,17 +39,28 @@ def row_clips(weight: Tensor, percentiles: Sequence[float]) -> Tensor:
     return torch.lerp(largest[(last - below).to(size.device)], largest[(last - above).to(size.device)], share)
 
 
-def scale_candidates(weight: Tensor, clip_range: int, shares: Sequence[float], floor: bool) -> list[Tensor]:
+def scale_candidates(
+    weight: Tensor, clip_range: int, shares: Sequence[float], floor: bool, sigmas: float | None = None
+) -> list[Tensor]:
     """Return the distinct row scales, float16 (R,), of the percentiles `shares`, in their order.
+
+    With `sigmas`, there is only that of `sdclip_scale`.
 
     With the floor, all rows below 1.0 get the same step, so there is often only one candidate.
     """
+    if sigmas is not None:
+        return [sdclip_scale(weight, clip_range, sigmas)]
     candidates: list[Tensor] = []
     for clip in row_clips(weight, shares):
         scale = row_scale(clip, clip_range, floor=floor)
         if not any(torch.equal(scale, other) for other in candidates):
             candidates.append(scale)
     return candidates
+
+
+def sdclip_scale(weight: Tensor, clip_range: int, sigmas: float) -> Tensor:
+    """Return row scales, float16 (R,), that clip a row at `sigmas` of its standard deviations (PR 1394)."""
+    return row_scale(sigmas * weight.float().std(dim=1), clip_range, floor=False)
 
 
 def round_to_grid(weight: Tensor, scale: Tensor, clip_range: int) -> Tensor:

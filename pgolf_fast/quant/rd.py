@@ -278,14 +278,16 @@ def _classes(spreads: Tensor, zero: int, count: int) -> Tensor:
     return (torch.round(_PER_OCTAVE * spreads) + zero).clamp_(0, count - 1).int()
 
 
-def rate_distortion(model: GPT, config: QuantConfig, *, seq_len: int) -> RateDistortion:
-    """Prepare a model for `RateDistortion` on text that it generates. The model is not changed.
+def rate_distortion(
+    model: GPT, config: QuantConfig, *, seq_len: int, text: Tensor | None = None
+) -> RateDistortion:
+    """Prepare a model for `RateDistortion` on `text`, by default what it writes. The model is not changed.
 
     seq_len: the training length, which calibration text does not exceed.
     Raises PgolfError unless the method is gptq.
     """
     need(config.method == "gptq", f"quant.grid rd needs quant.method gptq, not {config.method}")
-    text = self_generate(model, config, seq_len)
+    text = self_generate(model, config, seq_len) if text is None else text
     hessians = collect_hessians(model, text)
     fishers = collect_fisher(model, text, hessians, damping=config.damping, seed=config.seed)
     return RateDistortion(model.state_dict(), fishers, config)

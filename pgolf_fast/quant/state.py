@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -39,10 +40,13 @@ READERS = {
     "mlp_hidden": ("mlp.proj.weight",),
 }
 # Embedding tables, to which QuantConfig.tables applies; other large matrices are projections.
-TABLES = ("tok_emb.weight", "bigram.embed.weight", "ve_shared.embed.weight")
+TOKEN_TABLE = "tok_emb.weight"
+TABLES = (TOKEN_TABLE, "bigram.embed.weight", "ve_shared.embed.weight")
 TABLE_BITS = 8
 # Suffixes of a quantized matrix's tensors in a file.
 CODES, SCALE, COLUMNS, LEFT, RIGHT = ".q", ".scale", ".columns", ".left", ".right"
+WIDE, FIRST = ".wide", ".first"
+GROUP = 64  # columns of a protected group
 _SLOT = re.compile(r"blocks\.(\d+)\.((?:attn|mlp)\.\w+\.weight)")
 
 
@@ -51,23 +55,37 @@ class QuantizedTensor:
     """A matrix as int8 codes: codes * scale * column_scale + left @ right.
 
     codes (R, C), signed, of `bits` bits. All else is float16: scale (R,); column_scale (C,), None for ones;
-    low_rank: left (R, k) and right (k, C), None for no correction.
+    low_rank: left (R, k) and right (k, C), None for no correction. On grid sdclip these are quantized, their
+    elements in order but in another shape; and the GROUP columns from `protected[0]` on may have row scales
+    of their own, `protected[1]` (R,).
     """
 
     codes: Tensor
     scale: Tensor
     bits: int
     column_scale: Tensor | None = None
-    low_rank: tuple[Tensor, Tensor] | None = None
+    low_rank: tuple[Any, Any] | None = None
+    protected: tuple[int, Tensor] | None = None
 
     def step(self) -> Tensor:
         """Step of every row (R, 1), or of every element (R, C), float32."""
         rows = self.scale.float()[:, None]
+        if self.protected is not None:
+            rows = rows.repeat(1, self.codes.shape[1])
+            rows[:, self.group] = self.protected[1].float()[:, None]
         return rows if self.column_scale is None else rows * self.column_scale.float()
 
     def correction(self) -> Tensor | None:
         """left @ right, float32 (R, C)."""
-        return None if self.low_rank is None else self.low_rank[0].float() @ self.low_rank[1].float()
+        if self.low_rank is None:
+            return None
+        left, right = (t.float() if isinstance(t, Tensor) else t.dequantized() for t in self.low_rank)
+        return left.reshape(len(self.codes), -1) @ right.reshape(-1, self.codes.shape[1])
+
+    @property
+    def group(self) -> slice:
+        """Columns of the protected group, or none."""
+        return slice(0, 0) if self.protected is None else slice(self.protected[0], self.protected[0] + GROUP)
 
     def dequantized(self) -> Tensor:
         """The float32 matrix (R, C)."""
@@ -77,6 +95,8 @@ class QuantizedTensor:
         """Turn `scaled` = codes * scale, float32 (R, C), into the matrix, in place."""
         if self.column_scale is not None:
             scaled *= self.column_scale.float()
+        if self.protected is not None:
+            scaled[:, self.group] = dequantize(self.codes[:, self.group], self.protected[1])
         return scaled if (low := self.correction()) is None else scaled.add_(low)
 
 
@@ -105,8 +125,9 @@ class QuantizedState:
     def to_named(self) -> dict[str, Tensor]:
         """Plain tensors for a file, in the order of `tensors`; `from_named` is the inverse.
 
-        A matrix X becomes `X.q`, `X.scale`, `X.left` and `X.right`. Column steps are `X.columns`, stored once
-        for matrices that share them: K and V use those of Q.
+        A matrix X becomes `X.q`, `X.scale`, `X.left` and `X.right`; if quantized, the last two have `.q` and
+        `.scale` in turn. A protected group is `X.first` and `X.wide`. Column steps are `X.columns`, stored
+        once for matrices that share them: K and V use those of Q.
         """
         named: dict[str, Tensor] = {}
         for name, tensor in self.tensors.items():
@@ -115,7 +136,11 @@ class QuantizedState:
                 continue
             named[name + CODES], named[name + SCALE] = tensor.codes, tensor.scale
             if tensor.low_rank is not None:
-                named[name + LEFT], named[name + RIGHT] = tensor.low_rank
+                factors = dict(zip((name + LEFT, name + RIGHT), tensor.low_rank, strict=True))
+                named |= QuantizedState(factors).to_named()
+            if tensor.protected is not None:
+                named[name + FIRST] = torch.tensor(tensor.protected[0]).half()
+                named[name + WIDE] = tensor.protected[1]
             if tensor.column_scale is not None and columns_owner(name) == name:
                 named[name + COLUMNS] = tensor.column_scale
         return named
@@ -128,10 +153,10 @@ class QuantizedState:
         """
         tensors: dict[str, Stored] = {}
         for name, tensor in named.items():
-            if name.endswith(CODES):
-                matrix = name.removesuffix(CODES)
+            matrix = name.removesuffix(CODES)
+            if name.endswith(CODES) and not is_part(matrix, named):
                 tensors[matrix] = _matrix(named, matrix, tensor, bits)
-            elif not is_part(name, named):
+            elif not is_part(matrix, named):
                 tensors[name] = tensor
         return cls(tensors)
 
@@ -139,7 +164,7 @@ class QuantizedState:
         """Return the state. Raises PgolfError naming a tensor with NaN, infinite values or steps below 0."""
         named = self.to_named()
         for name, tensor in named.items():
-            steps = name.endswith((SCALE, COLUMNS)) and is_part(name, named)
+            steps = name.endswith((SCALE, COLUMNS, WIDE)) and is_part(name, named)
             problem = "a step is 0 or less" if steps and not bool((tensor > 0).all()) else None
             if problem := not_finite(tensor) or problem:
                 raise PgolfError(f"{name}: {problem}")
@@ -163,30 +188,58 @@ class QuantizedState:
 
 
 def is_part(name: str, named: Container[str]) -> bool:
-    """Return whether a tensor of `named` is the scale, column steps or correction of a matrix stored there.
+    """Return whether a tensor of `named` is a scale, a step or a correction of a matrix stored there.
 
     The suffix alone does not decide: the model has plain tensors such as `bigram.scale`.
     """
     matrix, dot, suffix = name.rpartition(".")
-    suffixes = (SCALE, LEFT, RIGHT, COLUMNS) if columns_owner(matrix) == matrix else (SCALE, LEFT, RIGHT)
+    suffixes = (SCALE, LEFT, RIGHT, WIDE, FIRST, *((COLUMNS,) if columns_owner(matrix) == matrix else ()))
+    if matrix.endswith((LEFT, RIGHT)):  # a quantized factor
+        suffixes = (SCALE,)
     return matrix + CODES in named and dot + suffix in suffixes
 
 
 def _matrix(named: Tensors, name: str, codes: Tensor, bits: Mapping[str, Any]) -> QuantizedTensor:
-    scale, left, right = (named.get(name + suffix) for suffix in (SCALE, LEFT, RIGHT))
-    columns = named.get(columns_owner(name) + COLUMNS)
+    scale, columns = named.get(name + SCALE), named.get(columns_owner(name) + COLUMNS)
     if codes.ndim != 2 or scale is None or scale.shape != codes.shape[:1]:
         raise PgolfError(f"{name} has no scale for each of its rows")
-    rank = None if left is None or not left.ndim else left.shape[-1]
-    wanted = ((columns, (codes.shape[1],)), (left, (len(codes), rank)), (right, (rank, codes.shape[1])))
-    if (left is None) != (right is None) or any(t is not None and t.shape != size for t, size in wanted):
+    low_rank, protected = _low_rank(named, name, codes.shape), _protected(named, name, codes.shape)
+    if low_rank is False or protected is False or (columns is not None and columns.shape != codes.shape[1:]):
         raise PgolfError(f"column steps or correction of {name} do not fit it")
     # Grid rd gives every matrix the bits it needs; the other grids use one width for all.
     width = bits.get(section_of(name), TABLE_BITS) if columns is None else code_bits(codes)
     if not isinstance(width, int) or not 2 <= width <= 8:
         raise PgolfError(f"codes have 2 to 8 bits, not {width!r}")
-    low_rank = None if left is None or right is None else (left, right)
-    return QuantizedTensor(codes, scale, width, columns, low_rank)
+    return QuantizedTensor(codes, scale, width, columns, low_rank, protected)
+
+
+def _low_rank(named: Tensors, name: str, shape: torch.Size) -> tuple[Any, Any] | Literal[False] | None:
+    """Return the factors of a matrix's correction; None if it has none, False if they do not fit it."""
+    pair = _factor(named, name + LEFT), _factor(named, name + RIGHT)
+    if pair[0] is None and pair[1] is None:
+        return None
+    sizes = [0 if f is None else (f if isinstance(f, Tensor) else f.codes).numel() for f in pair]
+    rank = sizes[0] // max(shape[0], 1)
+    wanted = (shape[0], rank), (rank, shape[1])
+    fits = rank > 0 and sizes == [math.prod(size) for size in wanted]
+    plain = [f.shape == size for f, size in zip(pair, wanted, strict=True) if isinstance(f, Tensor)]
+    return pair if fits and all(plain) else False
+
+
+def _factor(named: Tensors, name: str) -> Stored | None:
+    codes, scale = named.get(name + CODES), named.get(name + SCALE)
+    if codes is None or codes.ndim != 2 or scale is None or scale.shape != codes.shape[:1]:
+        return named.get(name)
+    return QuantizedTensor(codes, scale, code_bits(codes))
+
+
+def _protected(named: Tensors, name: str, shape: torch.Size) -> tuple[int, Tensor] | Literal[False] | None:
+    """Return the protected group of a matrix; None if it has none, False if it does not fit it."""
+    first, wide = named.get(name + FIRST), named.get(name + WIDE)
+    if first is None or wide is None:
+        return None if first is wide else False
+    fits = first.ndim == 0 and wide.shape == shape[:1] and 0 <= float(first) <= shape[1] - GROUP
+    return (int(first), wide) if fits else False
 
 
 def section_of(name: str) -> str:
@@ -250,15 +303,18 @@ def rebank(tensors: Tensors) -> dict[str, Tensor]:
     return {**banks, **{name: tensor for name, tensor in tensors.items() if not is_slot(name)}}
 
 
-def quantize_state(state: Tensors, config: QuantConfig, hessians: Tensors | None = None) -> QuantizedState:
+def quantize_state(
+    state: Tensors, config: QuantConfig, hessians: Tensors | None = None, matrices: Matrices | None = None
+) -> QuantizedState:
     """Quantize bank matrices and large tables of a state dict; store the rest as float16.
 
-    hessians: from `collect_hessians`; used by method gptq only.
+    hessians: from `collect_hessians`; used by method gptq only. matrices: those that are quantized already.
     Raises PgolfError for non-finite values, gptq without Hessians, or grid rd (see `RateDistortion`).
     """
     need(config.grid != "rd", "grid rd needs a byte target: use `pgolf quantize --grid rd`")
+    need(config.grid != "sdclip" or matrices, "grid sdclip makes its own matrices: use `quantize_sdclip`")
     tensors = unbank(state)
-    done: dict[str, Stored] = dict(_quantize_slots(tensors, config, hessians))
+    done: dict[str, Stored] = dict(matrices or _quantize_slots(tensors, config, hessians))
     for name, tensor in tensors.items():
         if name in done:
             continue
@@ -356,7 +412,10 @@ def dequantize_state(quantized: QuantizedState, *, banks: bool = True) -> dict[s
 def bank_grids(quantized: QuantizedState) -> tuple[FixedGrid, ...]:
     """Return the grid of each bank, in the order of BANK_NAMES, to round updated weights to."""
     matrices = quantized.matrices()
-    steps = rebank({name: matrix.step() for name, matrix in matrices.items()})
+    steps = {name: matrix.step() for name, matrix in matrices.items()}
+    if any(matrix.protected is not None for matrix in matrices.values()):
+        steps = {name: step.expand(matrices[name].codes.shape) for name, step in steps.items()}
+    steps = rebank(steps)
     offsets: dict[str, Tensor] = {}
     if any(matrix.low_rank is not None for matrix in matrices.values()):
         low = {name: matrix.correction() for name, matrix in matrices.items()}

@@ -335,7 +335,7 @@ class _Run:
 
     def _finish(self) -> TrainResult:
         """Score raw and averaged weights, and write the final ones."""
-        t = self.trainer
+        t, self.model.looping = self.trainer, True
         if t.rates is not None:
             console.logger.info("slot rates of the inner step: %s", t.rates.summary())
         raw = self._validate(self._raw_name)
@@ -367,6 +367,8 @@ class _Run:
             texts.append(f"before the learning-rate decay of train.schedule {c.schedule} ended, at {rate}")
         if c.qat is not None and not t.qat:
             texts.append("before quantization-aware training (train.qat) began")
+        if self.config.model.num_loops and not t.schedule.loops(t.step, t.elapsed):
+            texts.append("before its loop (train.loop_from) began, with which it is scored")
         if t.reptile is not None and not t.in_reptile:
             texts.append(f"before its Reptile phase, which train.schedule {c.schedule} puts later")
         return texts

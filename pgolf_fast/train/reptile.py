@@ -18,6 +18,7 @@ from pgolf_fast.config.schema import ReptileConfig
 from pgolf_fast.data.loader import Batch
 from pgolf_fast.model.bank import transformed
 from pgolf_fast.model.gpt import GPT
+from pgolf_fast.model.plan import Visit
 
 Rounding = Callable[[Tensor], Tensor]  # the fake quantization that forward applies to the banks
 
@@ -62,8 +63,8 @@ class Reptile:
         # leaves: backward reaches the trained slots and nothing else
         up, down = (w.detach().requires_grad_() for w in trained)
 
-        def mlp(layer: int, x: Tensor) -> Tensor:
-            activation = model.config.mlp_activation
+        def mlp(visit: Visit, x: Tensor) -> Tensor:
+            layer, activation = visit.layer, model.config.mlp_activation
             if layer < self.first:
                 return ops.mlp(x, banks.up, banks.down, layer, activation)
             slot, (grad_up, grad_down) = layer - self.first, gradients

@@ -9,7 +9,7 @@ from torch import Tensor
 from pgolf_fast.model.bank import BANK_NAMES, Banks, make_banks
 from pgolf_fast.model.gpt import GPT
 
-LossFunction = Callable[[Tensor, Tensor, Banks], Tensor]
+LossFunction = Callable[..., Tensor]  # of tokens, targets, banks, and a packed row's segment starts
 
 
 class Shares:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from pgolf_fast.config.schema import RunConfig
-from pgolf_fast.data.loader import Loader
+from pgolf_fast.data.loader import Loader, Rows
 from pgolf_fast.distributed import World
 from pgolf_fast.model.bank import Banks
 from pgolf_fast.model.compiled import CapturedStep, compiled
 from pgolf_fast.model.gpt import GPT
+from pgolf_fast.model.segments import Segments
 from pgolf_fast.model.weights import Tensors, load_weights
 from pgolf_fast.optim.average import WeightAverage
 from pgolf_fast.optim.optimizer import Optimizer
@@ -37,18 +38,22 @@ class MicroStep:
         self._key: object = None
         self._captured: CapturedStep[Tensor] | None = None
 
-    def __call__(self, loss_function: LossFunction, tokens: Tensor, targets: Tensor, banks: Banks) -> Tensor:
-        def step(tokens: Tensor, targets: Tensor) -> Tensor:
-            loss = loss_function(tokens, targets, banks)
+    def __call__(
+        self, loss_function: LossFunction, tokens: Tensor, targets: Tensor, banks: Banks, *segments: Tensor
+    ) -> Tensor:
+        def step(tokens: Tensor, targets: Tensor, *segments: Tensor) -> Tensor:
+            loss = loss_function(tokens, targets, banks, *segments)
             (loss * self.scale).backward()
             return loss.detach()
 
         if not self.cuda_graph:
-            return step(tokens, targets)
-        key = (loss_function, tokens.shape, tuple(w.data_ptr() for w in banks.weights()))
+            return step(tokens, targets, *segments)
+        inputs = tokens, targets, *segments
+        addresses = tuple(w.data_ptr() for w in banks.weights())
+        key = (loss_function, self.model.looping, *(t.shape for t in inputs), addresses)
         if self._captured is None or key != self._key:
-            self._captured, self._key = CapturedStep(step, (tokens, targets), self._gradients()), key
-        return self._captured(tokens, targets)
+            self._captured, self._key = CapturedStep(step, inputs, self._gradients()), key
+        return self._captured(*inputs)
 
     def _gradients(self) -> list[Tensor]:
         """Return the gradient of every parameter, made where there is none: a capture adds in place."""
@@ -57,6 +62,15 @@ class MicroStep:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         return [p.grad for p in parameters if p.grad is not None]
+
+
+def packed(loss: Callable[..., Tensor], longest: int) -> LossFunction:
+    """Return `loss` of a packed row, with the starts of its segments of up to `longest` tokens at the end."""
+
+    def of_row(tokens: Tensor, targets: Tensor, banks: Banks, cu_seqlens: Tensor) -> Tensor:
+        return loss(tokens, targets, banks, segments=Segments(cu_seqlens, longest))
+
+    return of_row
 
 
 class NonFiniteError(RuntimeError):
@@ -122,12 +136,14 @@ class Trainer:
         sequences = 0 if train.reptile is None else train.reptile.inner_steps * train.reptile.batch_seqs
         self.tokens_per_outer_step = sequences * train.seq_len * world.world_size
         """Tokens of a step of the Reptile phase, over all ranks."""
-        loss = partial(model.loss, z_loss=train.z_loss) if train.z_loss else model.loss
+        loss: LossFunction = partial(model.loss, z_loss=train.z_loss) if train.z_loss else model.loss
+        loss = loss if train.max_document is None else packed(loss, train.max_document)
         self.loss_function: LossFunction = compiled(loss) if train.compile else loss
         self.micro_step: MicroStep | Shares = MicroStep(
             model, 1 / self.micro_steps, cuda_graph=bool(train.cuda_graph)
         )
-        shares = math.gcd(train.cpu_shares, train.micro_batch_tokens // train.seq_len)
+        rows = train.micro_batch_tokens // train.seq_len if train.max_document is None else 1
+        shares = math.gcd(train.cpu_shares, rows)
         # One thread gains nothing from parts
         if shares > 1 < torch.get_num_threads() and world.device.type == "cpu" and not train.compile:
             self.micro_step = Shares(model, 1 / self.micro_steps, shares)
@@ -139,6 +155,7 @@ class Trainer:
 
         A non-finite number raises NonFiniteError: on a CPU here, before any update; on a GPU, in the result.
         """
+        self.model.looping = self.schedule.loops(self.step, self.elapsed)
         if self.reptile is not None and (self.in_reptile or self.schedule.over(self.step, self.elapsed)):
             return self._outer_step(self.reptile)
         multiplier = self.schedule.multiplier(self.step, self.elapsed)
@@ -146,9 +163,11 @@ class Trainer:
         loss, tokens, targets = self._accumulate()
         meta_loss = self._meta(multiplier, tokens, targets)  # on the last micro-batch
         self._mask_frozen_skips()
+        per_rank = self.optimizer.config.grad_clip_per_rank
+        norm = self.optimizer.clip() if per_rank else None
         for gradient in self.optimizer.gradients():
             self.world.mean_(gradient)
-        norm = self.optimizer.clip()
+        norm = self.optimizer.clip() if norm is None else norm
         # before the update: on the CPU a non-finite number must not reach the weights
         pending = self._pending(loss, norm, meta_loss, multiplier)
         self.optimizer.step(self.step, multiplier)
@@ -193,7 +212,7 @@ class Trainer:
         if not self.in_reptile:
             load_weights(self.model, self.average.final(), "the average")
             self._start_reptile(reptile, self.step)
-        batches = (self._next_batch() for _ in range(reptile.config.inner_steps))
+        batches = ((x, y) for x, y in (self._next_batch() for _ in range(reptile.config.inner_steps)))
         inner = reptile.adapt(batches, self._rounding())
         for end in inner.ends:
             self.world.mean_(end)
@@ -207,9 +226,8 @@ class Trainer:
         # batches of another size from here on, also after a resume
         self.loader.set_batch(reptile.config.batch_seqs * self.config.train.seq_len)
 
-    def _next_batch(self) -> tuple[Tensor, Tensor]:
-        tokens, targets = (t.to(self.world.device, non_blocking=True) for t in self.loader.next_batch())
-        return tokens, targets
+    def _next_batch(self) -> Rows:
+        return tuple(t.to(self.world.device, non_blocking=True) for t in self.loader.next_batch())
 
     def _rounding(self) -> Callable[[Tensor], Tensor] | None:
         """Return the fake quantization that forward applies to the banks, or None while it is off."""
@@ -222,8 +240,8 @@ class Trainer:
         banks = self.model.banks(self._rounding())  # rounded and cast once for all micro-batches
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for _ in range(self.micro_steps):
-            tokens, targets = self._next_batch()
-            total += self.micro_step(self.loss_function, tokens, targets, banks).double()
+            tokens, targets, *segments = self._next_batch()
+            total += self.micro_step(self.loss_function, tokens, targets, banks, *segments).double()
         return total / self.micro_steps, tokens, targets
 
     def _meta(self, multiplier: float, tokens: Tensor, targets: Tensor) -> Tensor | None:
@@ -242,10 +260,13 @@ class Trainer:
     def warm_up(self, steps: int) -> None:
         """Run steps to compile everything, and undo all their effects (PR 1501)."""
         tensors, metadata = {k: v.detach().clone() for k, v in self.tensors().items()}, self.metadata()
-        for _ in range(steps):
-            self._accumulate()
-            self.optimizer.step(self.step, 1.0)  # its ops compile at their first call too
-            self.optimizer.zero_grad()
+        late = self.config.model.num_loops and self.config.train.loop_from
+        for looping in (False, True) if late else (True,):  # each is a graph of its own
+            self.model.looping = looping
+            for _ in range(steps):
+                self._accumulate()
+                self.optimizer.step(self.step, 1.0)  # its ops compile at their first call too
+                self.optimizer.zero_grad()
         self.restore(tensors, metadata)
 
     def tensors(self) -> dict[str, Tensor]:

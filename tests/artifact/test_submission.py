@@ -146,6 +146,7 @@ VARIANTS = {
         "eval__batch_seqs": 8,
         "ttt__lr": 0.05,
     },
+    "grid sdclip": {"quant__grid": "sdclip", "quant__rank": 4, "quant__small_tensor": 999, "ttt__lr": 0.05},
     "adamw": {
         "train__compute_dtype": "bfloat16",
         "ttt__adapter": "adamw",
@@ -477,6 +478,7 @@ def test_submit_describes_no_machine(run, data, tmp_path):
     [
         ({"ttt__adapter": "phased", "ttt__epochs": 0}, r"has no ttt\.adapter phased, only sgd, adamw, lora"),
         ({"pack__codecs": ["zstd"]}, "cannot read zstd, only raw, lzma, rans: pack again"),
+        ({"model__skip_gates": True}, r"has no model\.skip_gates True: `pgolf eval` scores the artifact"),
     ],
 )
 def test_submit_refuses_what_the_script_does_not_support(data, tmp_path, changes, message):

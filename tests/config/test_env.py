@@ -39,6 +39,22 @@ def test_variables_become_a_configuration():
     assert (found.refused, found.adjusted) == ({}, [])
 
 
+def test_quantization_of_the_record():
+    """The variables of PR 1855's script, on a base with another grid and text of its own."""
+    found = of(
+        "MLP_CLIP_SIGMAS=11.5 ATTN_CLIP_SIGMAS=12 EMBED_CLIP_SIGMAS=15 EMBED_BITS=7 MATRIX_BITS=5 "
+        "LQER_ENABLED=1 LQER_RANK=4 LQER_TOP_K=2 LQER_ASYM_GROUP=32 GPTQ_CALIBRATION_BATCHES=16 "
+        "AWQ_LITE_ENABLED=1"
+    )
+    quant, sigmas = found.config.quant, {"attention_sigmas": 12.0, "table_sigmas": 15.0}
+    made = {"grid": "sdclip", "calibration": "shards", "calibration_sequences": 768, "protect_group": True}
+    lqer = {"rank": 4, "lqer_tensors": 2, "lqer_group": 32}
+    assert quant == replace(exp101().quant, bits=5, **sigmas, **made, **lqer)
+    assert not found.refused
+    assert [line.split(" is ")[0] for line in found.adjusted] == ["quant.calibration", "quant.grid"]
+    assert of("LQER_ENABLED=0").config.quant.lqer_tensors == 0
+
+
 def test_meta_learning():
     """The variables of PR 1502's script, and of PR 1601's, which keeps the split and the delta loss."""
     shared = "META_TTT_ENABLED=1 META_TTT_SPLIT=batch META_TTT_DELTA_WEIGHT=0.3 "

@@ -130,10 +130,13 @@ void check_decoding(const pgolf::AttentionShape& s, const Tensor& q, const Tenso
     const size_t q_dim = s.heads * s.dim, kv_dim = s.kv_heads * s.dim, row = q_dim + 2 * kv_dim;
     Tensor keys(Type::f32, k.size()), values(Type::f32, k.size()), embed(Type::f32, s.batch * kv_dim);
     Tensor got = want, context(Type::f32, s.batch * q_dim), qkv(Type::f32, s.batch * row);
+    Tensor gate(Type::f32, s.batch * s.heads);
     for (size_t position = 0; position < s.keys; position++) {
         const size_t query = std::max(position + s.queries, s.keys) - s.keys;
         for (size_t b = 0; b < s.batch; b++) {
             const size_t at = (b * s.keys + position) * kv_dim;
+            for (size_t h = 0; s.gate && h < s.heads; h++)
+                gate.set(b * s.heads + h, s.gate[(b * s.queries + query) * s.heads + h]);
             for (size_t i = 0; i < q_dim; i++) qkv.set(b * row + i, float(q[(b * s.queries + query) * q_dim + i]));
             for (size_t i = 0; i < kv_dim; i++) {
                 const float value = float(v[at + i]) / (embedded ? 2 : 1);
@@ -143,6 +146,7 @@ void check_decoding(const pgolf::AttentionShape& s, const Tensor& q, const Tenso
         }
         pgolf::AttentionShape newest = s;
         newest.queries = 1, newest.keys = position + 1;
+        if (s.gate) newest.gate = gate.floats();
         const pgolf::DecodeAttention io{qkv.floats(),    embedded ? embed.floats() : nullptr, keys.floats(),
                                         values.floats(), context.floats(),                    s.keys};
         pgolf::passes().decode_attention(newest, io, threads);
@@ -168,17 +172,23 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     Input in{data, size};
     Tensor gain = in.tensor(Type::f32, heads), sin = in.tensor(Type::f32, keys * turned), cos = sin;
     for (size_t i = 0; i < sin.size(); i++) cos.set(i, float(std::sqrt(1 - sin[i] * sin[i])));
-    const pgolf::AttentionShape s{batch, queries,         keys,         heads,       kv, dim, turned,
-                                  data[10] % 2 == 1, gain.floats(), cos.floats(), sin.floats()};
     const size_t q_heads = batch * queries * heads, k_heads = batch * keys * kv;
+    Tensor gate = in.tensor(Type::f32, q_heads), dgate(Type::f32, q_heads);
+    std::vector<int32_t> starts(batch * keys);  // a segment begins at about every 16th position, or at every other one
+    for (size_t i = 0; i < starts.size(); i++)
+        starts[i] = i % keys && std::fabs(in.value()) > (data[14] % 4 ? 0.06 : 0.5) ? starts[i - 1] : int32_t(i % keys);
+    const bool gated = data[13] % 2 == 1, segmented = data[14] % 2 == 1;
+    const pgolf::AttentionShape s{batch, queries, keys, heads, kv, dim, turned, data[10] % 2 == 1,
+                                  gain.floats(), cos.floats(), sin.floats(), gated ? gate.floats() : nullptr,
+                                  segmented ? starts.data() : nullptr};
     Tensor q = in.tensor(type, q_heads * dim), k = in.tensor(type, k_heads * dim), v = in.tensor(type, k_heads * dim);
-    Tensor y(type, q_heads * dim), context(type, s.xsa ? q_heads * dim : 0), lse(Type::f32, q_heads);
+    Tensor y(type, q_heads * dim), context(type, s.xsa || gated ? q_heads * dim : 0), lse(Type::f32, q_heads);
     Tensor q_rstd(Type::f32, q_heads), k_rstd(Type::f32, k_heads);
     const Tensor q_before = q, k_before = k;
     const size_t threads = 1 + data[11] % 3;
     pgolf::passes().attention(type, s, {q, k, v, y, context, q_rstd.floats(), k_rstd.floats(), lse.floats()}, threads);
-    if (type == Type::f32)
-        check_decoding(s, q_before, k_before, v, s.xsa ? context : y, threads, data[12] % 2 == 1);
+    if (type == Type::f32 && !segmented)
+        check_decoding(s, q_before, k_before, v, s.xsa || gated ? context : y, threads, data[12] % 2 == 1);
     for (size_t head = 0; head < k_heads; head++) {
         const Values x = head_of(k_before, head, dim);
         const double rstd = 1 / std::sqrt(dot(x, x) / double(dim) + 1.1920929e-7);
@@ -192,14 +202,14 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     Tensor again(type, context.size());
     pgolf::passes().attention_backward(type, s,
                                        {g, q, k, v, y, q_rstd.floats(), k_rstd.floats(), lse.floats(), again, dq,
-                                        dk, dv, dgain.floats()},
+                                        dk, dv, dgain.floats(), gated ? dgate.floats() : nullptr},
                                        threads);
     fuzz::require(again.bytes == context.bytes, "backward's context");
 
     const Values qs = turned_heads(s, q, heads, queries, first), ks = turned_heads(s, k, kv, keys, 0);
     const double scale = 1 / std::sqrt(double(dim));
     Values want_y(y.size()), want_context(context.size()), want_lse(q_heads), want_dq(q.size()), want_dk(k.size());
-    Values want_dv(v.size()), want_dgain(heads), p(keys), dp(keys);
+    Values want_dv(v.size()), want_dgain(heads), want_dgate(gated ? q_heads : 0), p(keys), dp(keys);
     for (size_t head = 0; head < q_heads; head++) {
         const size_t b = head / heads / queries, i = head / heads % queries, h = head % heads, seen = first + i + 1;
         const auto key = [&](size_t j) { return (b * keys + j) * kv + h / group; };
@@ -208,23 +218,29 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
             const auto begin = ks.begin() + std::ptrdiff_t(key(j) * dim);
             return Values(begin, begin + std::ptrdiff_t(dim));
         };
+        const size_t start = segmented ? size_t(starts[b * keys + seen - 1]) : 0;
         double most = -INFINITY, total = 0;
-        for (size_t j = 0; j < seen; j++) most = std::max(most, p[j] = scale * s.gain[h] * dot(x, k_of(j)));
-        for (size_t j = 0; j < seen; j++) total += p[j] = std::exp(p[j] - most);
-        for (size_t j = 0; j < seen; j++) add(want_y, head, p[j] /= total, head_of(v, key(j), dim));
+        for (size_t j = start; j < seen; j++) most = std::max(most, p[j] = scale * s.gain[h] * dot(x, k_of(j)));
+        for (size_t j = start; j < seen; j++) total += p[j] = std::exp(p[j] - most);
+        for (size_t j = start; j < seen; j++) add(want_y, head, p[j] /= total, head_of(v, key(j), dim));
         want_lse[(b * heads + h) * queries + i] = most + std::log(total);
         // from the pass's own y, as its backward has it
         const Values out = head_of(y, head, dim), w = head_of(v, key(seen - 1), dim);
-        Values grad = head_of(g, head, dim);
+        Values grad = head_of(g, head, dim), kept = out;
+        const Values raw = grad;
+        const double factor = gated ? double(gate[head]) : 1;
+        for (double& each : grad) each *= factor;
         if (s.xsa) {
             const double square = std::max(dot(w, w), 1e-24), gw = dot(grad, w) / square, yw = dot(out, w) / square;
-            add(want_context, head, 1, out), add(want_context, head, -yw, w);
+            for (size_t c = 0; c < dim; c++) kept[c] -= yw * w[c];
             add(want_dv, key(seen - 1), -gw, out), add(want_dv, key(seen - 1), -yw, grad);
             add(want_dv, key(seen - 1), 2 * gw * yw, w);
             for (size_t c = 0; c < dim; c++) grad[c] -= gw * w[c];
         }
+        if (context.size()) add(want_context, head, factor, kept);
+        if (gated) want_dgate[head] = dot(raw, kept);
         const double delta = dot(grad, out);
-        for (size_t j = 0; j < seen; j++) {
+        for (size_t j = start; j < seen; j++) {
             const double ds = p[j] * (dot(grad, head_of(v, key(j), dim)) - delta) * scale;
             add(want_dq, head, ds, k_of(j)), add(want_dk, key(j), ds * s.gain[h], x), add(want_dv, key(j), p[j], grad);
         }
@@ -232,6 +248,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     require_close(y, want_y, "y", type);
     require_close(context, want_context, "context", type);
     require_close(lse, want_lse, "lse", type);
+    require_close(dgate, want_dgate, "dgate", type, double(dim) / 16);
     require_close(dv, want_dv, "dv", type);
     const Values dq_all = back(s, want_dq, q, q_rstd, heads, queries, first, &want_dgain);
     require_close(dq, dq_all, "dq", type, most_of(q_rstd));

@@ -186,6 +186,29 @@ def test_shards_and_tokenizer_arrive(hub: Hub, tmp_path: Path) -> None:
     assert [s.num_tokens for s in find_shards(folder, "train")] == [20_000, 20_001]
 
 
+def test_the_set_of_caseops(hub: Hub, tmp_path: Path, model: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its side files come along, and its tokenizer is told from the plain one of that size."""
+    variant = "sp300_lossless_caps_caseops_v1_reserved"
+    for path in [path for path in hub.files if path.endswith(".bin")]:
+        content = hub.files.pop(path)
+        hub.files[path.replace(DATASET, f"fineweb10B_{variant}")] = content
+        if "_val_" in path:
+            hub.files[path.replace(DATASET, f"fineweb10B_{variant}").replace("_val_", "_val_bytes_")] = (
+                content
+            )
+    own = f"fineweb_300_bpe{variant.removeprefix('sp300')}.model"
+    hub.files[f"datasets/tokenizers/{own}"] = model
+    monkeypatch.setattr("pgolf_fast.data.download.CASEOPS_REPO_ID", REPO)
+    folder = fetch(hub, tmp_path / "out", dataset=variant, train_shards=2, repo_id=None)
+    names = [path.name for path in sorted(folder.glob("*.bin"))]
+    sides = [name for name in names if "_val_bytes_" in name]
+    assert (len(names), len(sides)) == (6, 2)
+    (tmp_path / "out" / "tokenizers" / "fineweb_300_bpe.model").write_bytes(model)
+    tokenizer = Tokenizer.load(find_tokenizer(folder))
+    assert tokenizer.path.name == own
+    assert sorted(check_manifest(folder, tokenizer)["side_files"]) == sides
+
+
 def test_a_repository_without_the_outer_folder(hub: Hub, tmp_path: Path) -> None:
     hub.files = {path.removeprefix("datasets/"): content for path, content in hub.files.items()}
     hub.in_git.clear()

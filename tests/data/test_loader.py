@@ -14,7 +14,7 @@ from data_helpers import counting_shards, document_shards, real_data
 
 from pgolf_fast.config.schema import DataConfig, EvalConfig, RunConfig, TrainConfig
 from pgolf_fast.data import loader as loader_module
-from pgolf_fast.data.loader import DocumentStream, Loader, TokenStream, make_loader
+from pgolf_fast.data.loader import DocumentStream, Loader, TokenStream, make_loader, segment_starts
 from pgolf_fast.data.shards import find_shards, write_shard
 from pgolf_fast.errors import PgolfError
 
@@ -374,3 +374,46 @@ def test_closing_ends_the_thread(tmp_path: Path) -> None:
     assert [thread.is_alive() for thread in threads] == [False]
     with pytest.raises(RuntimeError, match=r"after shutdown"):
         loader.next_batch()
+
+
+# Packed rows
+
+
+@pytest.mark.parametrize("longest", [1, 3, 8, 100])
+@pytest.mark.parametrize(
+    "tokens", [[5, 6, 7], [1], [1, 1, 5], [7, 1, *range(2, 30), 1, 8, 9, 1], [1, *[4] * 200]]
+)
+def test_segments_begin_at_bos_and_are_cut(tokens: list[int], longest: int) -> None:
+    found = segment_starts(np.array(tokens), 1, longest)
+    want, since = [], 0
+    for position, token in enumerate(tokens):
+        since = 0 if token == 1 or position == 0 else since + 1
+        if since % longest == 0:
+            want.append(position)
+    assert found.dtype == np.int32
+    assert len(found) >= 64
+    assert len(found) & (len(found) - 1) == 0
+    np.testing.assert_array_equal(found, [*want, *[len(tokens)] * (len(found) - len(want))])
+    assert len(want) < len(found)
+
+
+def test_packed_rows_and_their_resumption(tmp_path: Path) -> None:
+    shards = document_shards(tmp_path, [3, 7, 1, 4, 12, 5, 2, 9], 11)
+    sizes = {"micro_batch_tokens": 16, "seq_len": 4}
+    with contextlib.ExitStack() as stack:
+        plain, packed, resumed = (
+            stack.enter_context(contextlib.closing(Loader(TokenStream(shards), **sizes, **row)))
+            for row in ({}, {"max_document": 5}, {"max_document": 5})
+        )
+        for step in range(6):
+            (x, y), (row, targets, starts) = plain.next_batch(), packed.next_batch()
+            assert row.shape == targets.shape == (1, 16)
+            assert torch.equal(row.flatten(), x.flatten())
+            assert torch.equal(targets.flatten(), y.flatten())
+            np.testing.assert_array_equal(starts, segment_starts(row[0].numpy(), 1, 5))
+            if step == 2:
+                state = json.loads(json.dumps(packed.state()))
+        resumed.load_state(state)
+        for _ in range(3):
+            again = resumed.next_batch()
+        assert all(torch.equal(a, b) for a, b in zip(again, (row, targets, starts), strict=True))

@@ -5,12 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import randomize_, tiny_config
+from helpers import FRONTIER, randomize_, tiny_config
 
 from pgolf_fast.config.schema import ModelConfig
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.model.bank import BANK_NAMES, make_banks
-from pgolf_fast.model.gpt import GPT, rope_base, rope_tables
+from pgolf_fast.model.gpt import GPT
+from pgolf_fast.model.rope import rope_base, rope_tables
 
 EXP101_SHAPES = {  # of the published checkpoint
     "qo_bank": (22, 512, 512),
@@ -46,6 +47,7 @@ CONFIGS = {
     "no boost": {"word_start_boost": False},
     "no boost, no split": {"word_start_boost": False, "pos_conditional": False},
     "grouped": {"num_heads": 4, "num_kv_heads": 2, "xsa_last_n": 2},
+    **FRONTIER,
 }
 
 
@@ -456,9 +458,8 @@ def test_skips_join_the_halves_in_reverse_order():
         block.attn_scale.fill_(1)
         block.mlp_scale.fill_(0)
     given = torch.randn(5, 32)
-    out = model.trunk(
-        torch.zeros(1, 1, 32), {}, model.banks(), lambda layer, x, value: given[layer].expand_as(x)
-    )
+    zeros = torch.zeros(1, 1, 32)
+    out = model.trunk(zeros, {}, model.banks(), lambda visit, x, _: given[visit.layer].expand_as(x))
     row0, row1 = model.skip_weights
     first = given[0]
     second = first + given[1]

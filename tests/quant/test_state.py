@@ -16,7 +16,8 @@ from pgolf_fast.artifact.standalone import reader
 from pgolf_fast.config.presets import exp101
 from pgolf_fast.config.schema import PackConfig, QuantConfig, RunConfig
 from pgolf_fast.errors import PgolfError
-from pgolf_fast.model.gpt import GPT, rope_tables
+from pgolf_fast.model.gpt import GPT
+from pgolf_fast.model.rope import rope_tables
 from pgolf_fast.ops import reference
 from pgolf_fast.quant.calibration import collect_hessians, quantize_model, self_generate
 from pgolf_fast.quant.gptq import gptq

@@ -72,21 +72,33 @@ def dequantized(arrays: dict[str, np.ndarray]) -> tuple[dict[str, Tensor], ...]:
     """Return tensors by name; for matrices, also the steps (R, 1) or (R, C), and the additive correction.
 
     A matrix X is the codes X.q (R, C) times the step X.scale (R,) of each row and X.columns (C,) of each
-    column, which K and V share with Q, plus X.left (R, k) times X.right (k, C). Either all matrices have
-    corrections or none. Everything is float32.
+    column, which K and V share with Q, plus X.left (R, k) times X.right (k, C), which may be codes in turn,
+    in another shape. The 64 columns from X.first on may have row steps of their own, X.wide. Either all
+    matrices have corrections or none. Everything is float32.
     """
     wide = {name: torch.from_numpy(array.astype(np.float32)) for name, array in arrays.items()}
+    factors = [name[:-2] for name in wide if re.search(r"\.(left|right)\.q$", name)]
+    wide |= {name: wide.pop(name + ".q") * wide.pop(name + ".scale")[:, None] for name in factors}
     tensors, steps, shifts = dict(wide), {}, {}
     corrected = any(name.endswith(".left") for name in wide)
+    protected = any(name.endswith(".wide") for name in wide)
     for name in [name[:-2] for name in wide if name.endswith(".q")]:
         columns = re.sub("attn.c_[kv]", "attn.c_q", name) + ".columns"
-        steps[name] = wide[name + ".scale"][:, None] * wide.get(columns, 1)
-        tensors[name] = tensors[name + ".q"] * steps[name]
+        codes = wide[name + ".q"]
+        step = wide[name + ".scale"][:, None] * wide.get(columns, 1)
+        if protected:
+            step = step.repeat(1, codes.shape[1])
+            first = int(wide.get(name + ".first", 0))
+            if name + ".wide" in wide:
+                step[:, first : first + 64] = wide[name + ".wide"][:, None]
+        steps[name], tensors[name] = step, codes * step
         if corrected:
-            left = name + ".left"
-            shifts[name] = wide[left] @ wide[name + ".right"] if left in wide else 0 * tensors[name]
+            left, shifts[name] = name + ".left", torch.zeros_like(codes)
+            if left in wide:
+                pair = wide[left].view(len(codes), -1), wide[name + ".right"].view(-1, codes.shape[1])
+                shifts[name] = pair[0] @ pair[1]
             tensors[name] += shifts[name]
-        for part in ".q", ".scale", ".columns", ".left", ".right":
+        for part in ".q", ".scale", ".columns", ".left", ".right", ".first", ".wide":
             tensors.pop(name + part, None)
     return tensors, steps, shifts
 

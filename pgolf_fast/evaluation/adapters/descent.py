@@ -25,7 +25,7 @@ def trainable_parameters(model: GPT, config: TTTConfig) -> list[nn.Parameter]:
     if config.parameters == "mlps":
         return [model.mlp_up_bank, model.mlp_down_bank]
     frozen = tuple(f"blocks.{i}." for i in range(config.freeze_blocks))
-    names = ("",) if config.parameters == "all" else (*BANK_NAMES, "blocks.", "skip_weights")
+    names = ("",) if config.parameters == "all" else (*BANK_NAMES, "blocks.", "skip_", "parallel_")
     named = model.named_parameters()
     return [p for name, p in named if name.startswith(names) and not name.startswith(frozen)]
 

@@ -20,6 +20,7 @@ from pgolf_fast.evaluation.score import Score, Scorer
 from pgolf_fast.evaluation.windows import plain_windows
 from pgolf_fast.model.bank import Transform
 from pgolf_fast.model.gpt import GPT
+from pgolf_fast.model.plan import Visit
 from pgolf_fast.ops import reference
 from pgolf_fast.quant.grid import fake_int6
 
@@ -58,8 +59,8 @@ class ErrorGuided(Learner):
         self._adam.zero_grad()
         self.updates += 1
 
-    def _mlp(self, layer: int, x: Tensor) -> Tensor:
-        banks, kind = self._banks, self.model.config.mlp_activation
+    def _mlp(self, visit: Visit, x: Tensor) -> Tensor:
+        banks, kind, layer = self._banks, self.model.config.mlp_activation, visit.layer
         if layer < self._first:
             return ops.mlp(x, banks.up, banks.down, layer, kind)
         a_up, b_up, a_down, b_down = (factor[layer - self._first].to(x.dtype) for factor in self._factors)

@@ -1,8 +1,9 @@
 """Low-rank changes of a model for many documents in parallel (Hu et al. 2021), learned while they are scored.
 
-Every document has a change of every matrix: Q, K, V, output, MLP up and down of each layer, and the head. For
-a matrix W (out, in) it is B A with A (rank, in) and B (out, rank). B starts at zero, so a document starts
-from the unchanged model. Documents are the first dimension of A and B; none depends on another.
+Every document has a change of every matrix at every visit of its layer: Q, K, V, output, MLP up and down, and
+the head. For a matrix W (out, in) it is B A with A (rank, in) and B (out, rank). B starts at zero, so a
+document starts from the unchanged model. Documents are the first dimension of A and B; none depends on
+another.
 """
 
 import math
@@ -18,11 +19,13 @@ from pgolf_fast.config.schema import ModelConfig, TTTConfig
 from pgolf_fast.evaluation.adapters.base import Learner, Scored, Tensors, adamw_, freeze
 from pgolf_fast.evaluation.adapters.descent import AdamW
 from pgolf_fast.model.bank import Banks, Transform
-from pgolf_fast.model.gpt import GPT, rope_tables
+from pgolf_fast.model.gpt import GPT
+from pgolf_fast.model.plan import Visit
+from pgolf_fast.model.rope import rope_tables
 from pgolf_fast.ops import reference
 from pgolf_fast.quant.grid import fake_int6
 
-# Factors A (documents, layers, rank, in) and B (documents, layers, out, rank) of each matrix by name
+# Factors A (documents, visits, rank, in) and B (documents, visits, out, rank) of each matrix by name
 Factors = dict[str, tuple[Tensor, Tensor]]
 Sizes = dict[str, tuple[int, int, int]]  # count, out and in of each kind of matrix
 _SEED = 1337
@@ -30,7 +33,7 @@ _SEED = 1337
 
 def matrices(config: ModelConfig) -> Sizes:
     """Return the count and size (out, in) of each kind of matrix that changes."""
-    n, d, kv = config.num_layers, config.model_dim, config.kv_dim
+    n, d, kv = config.num_visits, config.model_dim, config.kv_dim
     attention = {"q": (n, d, d), "k": (n, kv, d), "v": (n, kv, d), "o": (n, d, d)}
     mlp = {"up": (n, config.mlp_up_rows, d), "down": (n, d, config.mlp_hidden)}
     return {**attention, **mlp, "head": (1, config.vocab_size, d)}
@@ -54,21 +57,25 @@ def changed_losses(
     cast = {name: (a.to(model.compute_dtype), b.to(model.compute_dtype)) for name, (a, b) in factors.items()}
     cos, sin = rope_tables(config, tokens.shape[1], tokens.device, context)
 
-    def linear(x: Tensor, weight: Tensor, name: str, layer: int = 0) -> Tensor:
+    def linear(x: Tensor, weight: Tensor, name: str, slot: int = 0) -> Tensor:
         a, b = cast[name]
-        return torch.baddbmm(F.linear(x, weight), x @ a[:, layer].mT, b[:, layer].mT)
+        return torch.baddbmm(F.linear(x, weight), x @ a[:, slot].mT, b[:, slot].mT)
 
-    def attention(layer: int, x: Tensor, value_embed: Tensor | None) -> Tensor:
-        n, gain = config.num_layers, model.block(layer).attn.q_gain
-        q = linear(x[:, -last:] if layer == n - 1 else x, banks.qo[layer], "q", layer)
-        k, v = linear(x, banks.kv[layer], "k", layer), linear(x, banks.kv[n + layer], "v", layer)
+    def attention(visit: Visit, x: Tensor, value_embed: Tensor | None) -> Tensor:
+        i, layer, n = visit.number, visit.layer, config.num_layers
+        own = model.block(layer).attn
+        seen = x[:, -last:] if visit.last else x
+        q = linear(seen, banks.qo[layer], "q", i)
+        k, v = linear(x, banks.kv[layer], "k", i), linear(x, banks.kv[n + layer], "v", i)
         v = v if value_embed is None else v + value_embed
-        heads = (q, k, v, gain, cos, sin, config.num_kv_heads, model.uses_xsa(layer))
-        return linear(ops.projected_attention(*heads), banks.qo[n + layer], "o", layer)
+        heads = (q, k, v, own.q_gain, cos, sin, config.num_kv_heads, model.uses_xsa(layer))
+        context = ops.projected_attention(*heads, own.gate(seen, lambda n: q[..., :n]))
+        return linear(context, banks.qo[n + layer], "o", i)
 
-    def mlp(layer: int, x: Tensor) -> Tensor:
-        hidden = reference.activation(linear(x, banks.up[layer], "up", layer), config.mlp_activation)
-        return linear(hidden, banks.down[layer], "down", layer)
+    def mlp(visit: Visit, x: Tensor) -> Tensor:
+        i, layer = visit.number, visit.layer
+        hidden = reference.activation(linear(x, banks.up[layer], "up", i), config.mlp_activation)
+        return linear(hidden, banks.down[layer], "down", i)
 
     x = model.smear(model.embed(tokens))
     x = model.trunk(x, model.value_embeddings(tokens), banks, attention, last=last, mlp=mlp)

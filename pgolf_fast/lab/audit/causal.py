@@ -4,6 +4,7 @@ A part of the network is causal if changing the tokens from index t on leaves it
 bit-identical. Parts are compared in the order of computation, so the first that differs is the cause.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
@@ -25,14 +26,21 @@ class _Observer:
     """Record the inputs of attention and MLP layers in one forward, by the part that computed them."""
 
     def __init__(self, model: GPT):
-        self._model, self.parts = model, dict[str, Tensor]()
+        self._model, self.parts, self._before = model, dict[str, Tensor](), "input of layer 0"
+        self._passes = Counter[str]()
 
     def attention_input(self, layer: int, x: Tensor, value_embed: Tensor | None) -> None:
-        self.parts["input of layer 0" if layer == 0 else f"MLP of layer {layer - 1}"] = x
+        self._add(self._before, x)
+        self._before = f"MLP of layer {layer}"
 
     def mlp_input(self, layer: int, x: Tensor) -> None:
         kind = "exclusive attention (XSA)" if self._model.uses_xsa(layer) else "attention"
-        self.parts[f"{kind} of layer {layer}"] = x
+        self._add(f"{kind} of layer {layer}", x)
+
+    def _add(self, part: str, x: Tensor) -> None:
+        self._passes[part] += 1
+        count = self._passes[part]  # of a loop
+        self.parts[part if count == 1 else f"{part}, pass {count}"] = x
 
 
 @torch.no_grad()

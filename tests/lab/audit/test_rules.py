@@ -349,6 +349,14 @@ def test_quantization_that_reads_shards(run):
     assert (finding.passed, finding.evidence) == (False, f"quantizing opens {path.name}")
 
 
+def test_quantization_on_training_shards(run, tmp_path):
+    copy = RunFolder(shutil.copytree(run.path, tmp_path / "run"))
+    quantize_run(copy, calibration="shards", calibration_sequences=4)
+    pack_run(copy)
+    finding = submission.calibration_ignores_data(copy)
+    assert (finding.passed, "no validation shard readable: the same" in finding.evidence) == (True, True)
+
+
 def test_quantization_on_another_machine(run, monkeypatch):
     def other(folder):
         with monkeypatch.context() as patch:
