@@ -1,17 +1,21 @@
 """Presets of other public systems: their settings, and that each trains, packs, scores and is audited."""
 
 import functools
+import itertools
 import json
+import lzma
 import math
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from artifact.test_submission import ABOUT, call, same_scores
+from data_helpers import real_data
 from evaluations import adapted, stream_of, text
 from helpers import randomize_, tiny_config
-from runs import VOCAB, make_dataset, read_json
+from runs import VOCAB, make_dataset, make_trainer, read_json
 
 from pgolf_fast import cli
 from pgolf_fast.artifact.load import load
@@ -21,6 +25,8 @@ from pgolf_fast.config.presets import PRESETS, preset, shrink
 from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import RunConfig, TTTConfig
 from pgolf_fast.config.ttt import GuidedConfig
+from pgolf_fast.data.shards import write_shard
+from pgolf_fast.data.tokenizer import Tokenizer
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.evaluation.adapters.base import Frozen, Scored, borrowed
 from pgolf_fast.evaluation.adapters.descent import SGD, AdamW
@@ -283,6 +289,29 @@ def test_commands_make_the_tiny_form_of_a_preset(challenge_data, tmp_path, name)
         assert after["loss"] != average["loss"]
     if name == "pr301":
         assert [row["step"] for row in steps if row["qat"]] == [9, 10]
+
+
+@pytest.mark.slow
+def test_the_whole_network_of_pr_1855_takes_two_steps_of_caseops_text(tmp_path):
+    """At full size, on one packed row of 2,048 tokens; the loop is on at the second step."""
+    model = shutil.copy(
+        real_data() / "tokenizers" / "fineweb_8192_bpe_caseops.model", tmp_path / "tokenizer.model"
+    )
+    tokenizer = Tokenizer.load(model)
+    with lzma.open(real_data() / "docs" / "train_docs.jsonl.xz", "rt", encoding="utf-8") as lines:
+        documents = [json.loads(line)["text"] for line in itertools.islice(lines, 20)]
+    ids = np.concatenate([tokenizer.encode_document(text) for text in documents]).astype(np.uint16)
+    for split in ("train", "val"):
+        write_shard(tmp_path / f"fineweb_{split}_000000.bin", ids)
+    settings = {"steps": 2, "schedule": "steps", "max_seconds": None, "loop_from": 0.5, "warmup_steps": 0}
+    settings |= {"batch_tokens": 2048, "micro_batch_tokens": 2048}
+    fields = {f"train__{name}": value for name, value in settings.items()}
+    trainer = make_trainer(preset("pr1855", data__path=str(tmp_path), **fields))
+    losses = [float(trainer.advance().loss) for _ in range(2)]
+    trainer.loader.close()
+    assert trainer.model.looping
+    assert 8.9 < losses[0] < 9.1  # 9.00 to 9.01 in the record's logs
+    assert math.isfinite(losses[1])
 
 
 # Breaking the rules

@@ -42,6 +42,7 @@ def test_opcheck(shape, device):
     g = torch.randn(shape, device=device)
     torch.library.opcheck(torch.ops.pgolf.newton_schulz, (g, 5))
     torch.library.opcheck(torch.ops.pgolf.newton_schulz, (g.mT, 2))
+    torch.library.opcheck(torch.ops.pgolf.newton_schulz, (g, 1, [3.0, -4.0, 2.0]))
 
 
 def test_compiles_without_graph_break(device):
@@ -55,6 +56,8 @@ def test_rejects_bad_input():
         newton_schulz(torch.ones(4, 4))
     with pytest.raises(ValueError, match=r"steps is -1; it must not be negative"):
         newton_schulz(torch.ones(1, 4, 4), -1)
+    with pytest.raises(ValueError, match=r"coefficients has 15 numbers, but 2 steps need 6"):
+        newton_schulz(torch.ones(1, 4, 4), 2, reference.POLAR_EXPRESS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -84,6 +87,20 @@ def test_is_a_polynomial_of_the_singular_values(shape, steps, device):
     for _ in range(steps):
         s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
     torch.testing.assert_close(newton_schulz(g, steps), (u * s.unsqueeze(1)) @ vh)
+
+
+@pytest.mark.parametrize("shape", [(3, 9, 9), (2, 70, 24), (2, 24, 70)], ids=str)
+def test_coefficients_of_each_step(shape, device):
+    """Each step of Polar Express is its own polynomial of the singular values."""
+    g = torch.randn(shape, device=device, dtype=torch.double)
+    u, s, vh = torch.linalg.svd(g, full_matrices=False)
+    s = s / (s.square().sum(-1, keepdim=True).sqrt() + 1e-7)
+    for a, b, c in torch.tensor(reference.POLAR_EXPRESS).double().view(5, 3):
+        s = a * s + b * s**3 + c * s**5
+    got = newton_schulz(g, 5, reference.POLAR_EXPRESS)
+    torch.testing.assert_close(got, (u * s.unsqueeze(1)) @ vh, rtol=1e-5, atol=1e-5)
+    low = newton_schulz(g.float(), 5, reference.POLAR_EXPRESS)
+    assert_as_accurate(low, reference.newton_schulz(g.float(), 5, reference.POLAR_EXPRESS), got, atol=1e-6)
 
 
 def test_slots_are_separate(device):

@@ -8,6 +8,7 @@ import torch
 from helpers import randomize_, tiny_config
 from torch import nn
 
+from pgolf_fast import ops
 from pgolf_fast.config.presets import exp101, preset
 from pgolf_fast.config.schema import AverageConfig, OptimConfig, QATConfig, TrainConfig
 from pgolf_fast.errors import PgolfError
@@ -65,6 +66,13 @@ def test_linear_decay(length, wanted):
     )
     found = [Schedule(config).multiplier(step, 0.0) for step in range(0, 101, 20)]
     assert found == pytest.approx(wanted or [0.5, 0.4, 0.3, 0.2, 0.1, 0])
+
+
+def test_the_rate_of_pr_1855_ends_at_a_tenth():
+    schedule = Schedule(preset("pr1855").train)
+    shares = [0.1, 0.149, 0.575, 0.9, 0.95, 1.0]
+    found = [schedule.multiplier(round(4900 * share) + 1, 599.5 * share) for share in shares]
+    assert found == pytest.approx([1, 1, 0.5, 0.1 / 0.85, 0.1, 0.1])
 
 
 def test_linear_decay_of_pr_301():
@@ -141,6 +149,33 @@ def test_every_parameter_is_in_one_group_with_its_rate():
     tables = {"tok_emb.weight", "bigram.embed.weight", "ve_shared.embed.weight"}
     assert {n for n, lr in adamw.items() if lr == 0.035} == tables
     assert adamw["bigram.proj.weight"] == adamw["skip_weights"] == adamw["word_start_boost"] == 0.025
+
+
+def test_weight_decays_of_pr_1855():
+    """Tables and scalars have their own; without them, both take that of the banks."""
+    model = GPT(tiny_config())
+    for optim, wanted in (
+        (preset("pr1855").optim, (0.095, 0.085, 0.02)),
+        (OptimConfig(), (0.04, 0.04, 0.04)),
+    ):
+        optimizer = Optimizer(model, optim)
+        *tables, scalars = (group["weight_decay"] for group in optimizer.adamw.param_groups)
+        assert (optimizer.muon.weight_decay, *set(tables), scalars) == wanted
+
+
+def test_rows_of_equal_norm_before_newton_schulz():
+    """A row that is a thousand times as large as another has no more weight; a row of zeros stays zero."""
+    g = torch.randn(1, 6, 9, dtype=torch.double)
+    scaled = g * torch.tensor([1, 1000, 1, 1e-3, 1, 0]).double().unsqueeze(1)
+    muon = Muon({}, weight_decay=0, newton_schulz_steps=5, row_norm=True)
+    rows = scaled / scaled.norm(dim=-1, keepdim=True).clamp_min(1e-7)
+    torch.testing.assert_close(muon.orthogonalize(scaled), ops.newton_schulz(rows))
+    assert not muon.orthogonalize(scaled)[0, 5].any()
+
+
+def test_polar_express_has_five_steps():
+    with pytest.raises(PgolfError, match=r"muon_newton_schulz_steps is 4; Polar Express has 5 steps"):
+        OptimConfig(muon_polar_express=True, muon_newton_schulz_steps=4)
 
 
 def test_muon_scales_tall_banks_and_decays():
