@@ -19,7 +19,8 @@ from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import ReptileConfig
 from pgolf_fast.errors import PgolfError
 
-LONG = ("train", "ablate", "config", "import")  # these show every field of the configuration
+# these show every field of the configuration, or of its group `quant`
+LONG = ("train", "ablate", "config", "import", "quantize")
 
 
 def shown(capsys, *words):
@@ -289,7 +290,7 @@ def test_fields_are_set_together_on_the_preset(capsys):
         ("config exp101 --model.num-heads 7", "num_heads 7"),
         (
             "config exp101 --quant.grid fine",
-            "quant.grid is 'fine'; it must be one of reference, percentile, rd",
+            "quant.grid is 'fine'; it must be one of reference, percentile, sdclip, rd",
         ),
         ("config --diff exp101", "config needs a preset"),
         ("config exp101 --from-env run.sh --base tiny", "--from-env takes one preset"),

@@ -53,7 +53,8 @@ def exact(text):
         parts = [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
         return torch.func.functional_call(model, dict(zip(names, parts, strict=True)), text)
 
-    def attention(*args, xsa, num_kv_heads, grad_qo, grad_kv, window):
+    def attention(*args, xsa, num_kv_heads, gate, **unused):
+        assert gate is None
         return reference.gqa_attention(*args, num_kv_heads, xsa)
 
     def hashed(tokens, table, space, scale, boost, *, pos_conditional, trigram, out_dtype):
