@@ -27,7 +27,11 @@ from pgolf_fast.config.schema import Codec, RunConfig
 from pgolf_fast.errors import PgolfError
 from pgolf_fast.io import need_writable, write_text
 
-_QUANT_FIELDS = ("quant.percentiles", "quant.block_size", "quant.damping", "quant.small_tensor")
+_QUANT_FIELDS = (
+    *("quant.percentiles", "quant.block_size", "quant.damping", "quant.small_tensor", "quant.lqer_group"),
+    *("quant.mlp_sigmas", "quant.attention_sigmas", "quant.table_sigmas", "quant.table_bits"),
+    *("quant.calibration_batch", "quant.temperature"),
+)
 _COPY = "Copy the run, without its checkpoints, to this folder and write there, not into the run."
 OutCopy = Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="", help=_COPY)]
 TTT_FIELDS = ("ttt.*", "ttt.lora.*", "ttt.guided.*")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Barrier
 
 import torch
 from torch import Tensor
@@ -25,7 +26,13 @@ class Shares:
         named = model.named_parameters()
         self._others = [p for name, p in named if p.requires_grad and name not in BANK_NAMES]
         self._workers = min(count, torch.get_num_threads())
-        self._pool = ThreadPoolExecutor(self._workers, "share")
+        self._pool = self._start_pool()
+
+    def _start_pool(self) -> ThreadPoolExecutor:
+        """Return a pool whose threads have all started: an interrupt while one starts would lose it."""
+        pool, ready = ThreadPoolExecutor(self._workers, "share"), Barrier(self._workers)
+        list(pool.map(lambda _: ready.wait(), range(self._workers)))
+        return pool
 
     def __call__(self, loss_function: LossFunction, tokens: Tensor, targets: Tensor, banks: Banks) -> Tensor:
         threads, given = torch.get_num_threads(), [b.grad for b in self._banks if b.grad is not None]
@@ -49,7 +56,7 @@ class Shares:
             losses, found = zip(*(job.result() for job in jobs), strict=True)
         except BaseException:  # a signal too: no part may add gradients later, not even one not yet in `jobs`
             self._pool.shutdown()
-            self._pool = ThreadPoolExecutor(self._workers, "share")
+            self._pool = self._start_pool()
             raise
         finally:
             torch.set_num_threads(threads)

@@ -19,8 +19,7 @@ from pgolf_fast.config.run_folder import RunFolder
 from pgolf_fast.config.schema import ReptileConfig
 from pgolf_fast.errors import PgolfError
 
-# these show every field of the configuration, or of its group `quant`
-LONG = ("train", "ablate", "config", "import", "quantize")
+LONG = ("train", "ablate", "config", "import")  # these show every field of the configuration
 
 
 def shown(capsys, *words):
