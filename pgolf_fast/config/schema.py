@@ -443,6 +443,14 @@ class RunConfig:
         frozen = f"ttt.freeze_blocks {self.ttt.freeze_blocks}"
         none_left = f"{frozen} leaves nothing to adapt: the model has {layers} layers"
         need(self.ttt.frozen_slots < layers, none_left)
+        floor, average = self.train.min_lr, self.average
+        qat = None if self.train.qat is None else self.train.qat.below
+        swa = None if average.swa_every is None else average.swa_below
+        for name, below in (("train.qat.below", qat), ("average.swa_below", swa)):
+            never = (
+                f"{name} is {below}, which the rate never falls below: train.min_lr is {floor}; raise {name}"
+            )
+            need(not floor or below is None or below > floor, never)
         if meta is None:
             return
         need(meta.freeze_blocks <= layers, f"train.meta.freeze_blocks exceeds the model's {layers} layers")

@@ -75,6 +75,16 @@ def test_the_rate_of_pr_1855_ends_at_a_tenth():
     assert found == pytest.approx([1, 1, 0.5, 0.1 / 0.85, 0.1, 0.1])
 
 
+@pytest.mark.parametrize("name", ["train.qat.below", "average.swa_below"])
+def test_thresholds_that_the_floor_of_the_rate_hides_are_refused(name):
+    low = {"train__qat__below": 0.25, "average__swa_below": 0.2} | {name.replace(".", "__"): 0.1}
+    with pytest.raises(
+        PgolfError, match=rf"{name} is 0\.1, which the rate never falls below: train\.min_lr is 0\.1"
+    ):
+        preset("exp101", train__min_lr=0.1, **low)
+    assert preset("exp101", train__min_lr=0.05, **low).train.min_lr == 0.05
+
+
 def test_linear_decay_of_pr_301():
     """20,000 steps of 49.7 ms are 994 s of a run of 600 s."""
     schedule = Schedule(preset("pr301").train)
